@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error a user can meet, in one tree.
+
+Where each family is raised, along the way of a request::
+
+    settings ─ ConfigError
+    client ── api ── InputError, PayloadTooLarge, UnknownModel ── BrokerUnavailable, QueueFull
+                       queue ── TaskNotFound, TaskExpired, TaskRevoked, DeadLettered
+                                  worker ── DeviceError, ModelError, TimeLimitExceeded, TransientError
+
+Each class carries a stable ``code`` (what programs match on), the HTTP status the API answers
+with, and the exit code the command line ends with (sysexits.h). ``args`` is always
+``(message, field)``, so that an error survives Celery's JSON result format unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class GpuinferError(Exception):
+    """Base of all errors raised by gpuinfer.
+
+    ``message`` says what was wrong and what would be right; ``field`` names the offending input.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    http_status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 70  # EX_SOFTWARE
+    #: True when the same request may succeed later, unchanged.
+    transient: ClassVar[bool] = False
+
+    def __init__(self, message: str = "", field: str | None = None) -> None:
+        super().__init__(message, field)
+        self.message = message
+        self.field = field
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return ``{"code", "message"}``, and ``"field"`` where one is known."""
+        body: dict[str, Any] = {"code": self.code, "message": self.message}
+        if self.field:
+            body["field"] = self.field
+        return body
+
+
+class ConfigError(GpuinferError):
+    """Raised when a setting is unknown or has a bad value."""
+
+    code = "bad_config"
+    exit_code = 78  # EX_CONFIG
+
+
+class UsageError(GpuinferError):
+    """Raised when a command is called with arguments that cannot work."""
+
+    code = "bad_usage"
+    http_status = 400
+    exit_code = 64  # EX_USAGE
+
+
+# -- what a caller sent ---------------------------------------------------------------------
+
+
+class InputError(GpuinferError):
+    """Raised when a request's input is malformed. Never retried."""
+
+    code = "bad_input"
+    http_status = 422
+    exit_code = 65  # EX_DATAERR
+
+
+class ShapeMismatch(InputError):
+    """Raised when an input tensor's shape is not the one the manifest names."""
+
+    code = "shape_mismatch"
+
+
+class DtypeMismatch(InputError):
+    """Raised when an input's values or dtype do not fit the manifest's dtype."""
+
+    code = "dtype_mismatch"
+
+
+class NonFiniteInput(InputError):
+    """Raised when an input holds NaN or infinity and the manifest does not allow it."""
+
+    code = "non_finite_input"
+
+
+class MissingInput(InputError):
+    """Raised when a model with several inputs is not given one of them."""
+
+    code = "missing_input"
+
+
+class PayloadTooLarge(InputError):
+    """Raised when a request is larger than ``queue.max_payload_bytes``."""
+
+    code = "payload_too_large"
+    http_status = 413
+
+
+# -- models ---------------------------------------------------------------------------------
+
+
+class ModelError(GpuinferError):
+    """Raised when a model cannot be used."""
+
+    code = "model_error"
+    exit_code = 65
+
+
+class UnknownModel(ModelError):
+    """Raised when no model of that name is installed, or this worker does not serve it."""
+
+    code = "unknown_model"
+    http_status = 404
+
+
+class ManifestError(ModelError):
+    """Raised when a ``model.toml`` is missing, unreadable or wrong."""
+
+    code = "bad_manifest"
+
+
+class DigestMismatch(ModelError):
+    """Raised when an artefact's SHA-256 is not the one in its manifest; it is not opened."""
+
+    code = "digest_mismatch"
+
+
+class ModelLoadError(ModelError):
+    """Raised when torch cannot load an artefact, or its warm-up fails."""
+
+    code = "model_load_failed"
+
+
+class InferenceError(ModelError):
+    """Raised when the model itself fails on an input that fits its manifest."""
+
+    code = "inference_failed"
+
+
+# -- devices --------------------------------------------------------------------------------
+
+
+class DeviceError(GpuinferError):
+    """Raised when the GPU a worker was given cannot be used. Carries the driver's words."""
+
+    code = "device_unusable"
+    exit_code = 69  # EX_UNAVAILABLE
+
+
+class TransientError(GpuinferError):
+    """Raised for a failure that may pass by itself; retried with back-off, a bounded number of times."""
+
+    code = "transient_failure"
+    http_status = 503
+    exit_code = 75  # EX_TEMPFAIL
+    transient = True
+
+
+class DeviceOutOfMemory(TransientError):
+    """Raised when even a batch of one does not fit into the device's memory."""
+
+    code = "device_out_of_memory"
+
+
+# -- queue ----------------------------------------------------------------------------------
+
+
+class BrokerUnavailable(GpuinferError):
+    """Raised when Redis cannot be reached or does not answer."""
+
+    code = "broker_unavailable"
+    http_status = 503
+    exit_code = 69
+    transient = True
+
+
+class QueueFull(BrokerUnavailable):
+    """Raised when Redis refuses new work because its memory limit is reached."""
+
+    code = "queue_full"
+
+
+class TaskNotFound(GpuinferError):
+    """Raised when a task id was never submitted, or its result has expired."""
+
+    code = "task_not_found"
+    http_status = 404
+    exit_code = 66  # EX_NOINPUT
+
+
+class TaskFailed(GpuinferError):
+    """Raised when a task ended in an error that this version has no class for."""
+
+    code = "task_failed"
+    exit_code = 1
+
+
+class TaskExpired(GpuinferError):
+    """Raised when a task's deadline passed before a worker began it."""
+
+    code = "expired"
+    http_status = 410
+    exit_code = 75
+
+
+class TaskRevoked(GpuinferError):
+    """Raised when a task was cancelled before a worker began it."""
+
+    code = "revoked"
+    http_status = 410
+    exit_code = 1
+
+
+class DeadLettered(GpuinferError):
+    """Raised when a task was set aside: its worker died under it too often, or it could not be decoded."""
+
+    code = "dead_lettered"
+    exit_code = 1
+
+
+class WaitTimeout(GpuinferError):
+    """Raised when a result has not come within the time the caller was ready to wait."""
+
+    code = "wait_timeout"
+    http_status = 504
+    exit_code = 75
+    transient = True
+
+
+class TimeLimitExceeded(GpuinferError):
+    """Raised when a task ran past its hard time limit and its worker had to be ended."""
+
+    code = "time_limit_exceeded"
+    http_status = 504
+    exit_code = 1
+
+
+class SoftTimeLimitExceeded(GpuinferError):
+    """Raised when a task ran past its soft time limit and could be interrupted."""
+
+    code = "soft_time_limit_exceeded"
+    http_status = 504
+    exit_code = 1
+
+
+class WorkerRunning(GpuinferError):
+    """Raised when an operation needs a stopped worker and this one runs."""
+
+    code = "worker_running"
+    exit_code = 73  # EX_CANTCREAT
+
+
+def _by_code() -> dict[str, type[GpuinferError]]:
+    found: dict[str, type[GpuinferError]] = {}
+    stack: list[type[GpuinferError]] = [GpuinferError]
+    while stack:
+        cls = stack.pop()
+        found[cls.code] = cls
+        stack.extend(cls.__subclasses__())
+    return found
+
+
+#: code -> class, for rebuilding an error from its ``to_dict()`` form.
+BY_CODE: dict[str, type[GpuinferError]] = _by_code()
+
+
+def from_dict(body: dict[str, Any]) -> GpuinferError:
+    """Rebuild an error from ``to_dict()``; a code of another version becomes ``TaskFailed``."""
+    cls = BY_CODE.get(str(body.get("code", "")))
+    message = str(body.get("message", ""))
+    field = body.get("field")
+    if cls is None:
+        return TaskFailed(f"{body.get('code')}: {message}", field)
+    return cls(message, field)
