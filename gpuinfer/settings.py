@@ -3,20 +3,30 @@
 
 Order, the strongest first: arguments of the command, ``GPUINFER_SECTION_KEY`` variables,
 credentials (files in ``$CREDENTIALS_DIRECTORY``, for secrets only), ``/etc/gpuinfer/gpuinfer.toml``
-(another file with ``GPUINFER_CONFIG``), defaults.
+(another file with ``GPUINFER_CONFIG``), defaults. An empty variable counts as not set.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from gpuinfer.errors import ConfigError
@@ -32,10 +42,18 @@ QUEUES: tuple[QueueName, ...] = ("realtime", "default", "batch")
 
 
 def _split(value: object) -> object:
-    """Let an environment variable give a list as ``a,b,c``."""
+    """Let a list be given as ``a,b,c`` (a variable has no lists), and a GPU's index as a number."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (str(value),)
+    if isinstance(value, list | tuple):
+        return tuple(_number_as_text(item) for item in value)
     return value
+
+
+def _number_as_text(item: object) -> object:
+    return str(item) if isinstance(item, int) and not isinstance(item, bool) else item
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
@@ -43,7 +61,16 @@ Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A ValidationError shown as it is must not carry a password; ours name the value themselves.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: object) -> object:
+        """Refuse true and false, which would count as the numbers 1 and 0: no setting is a switch."""
+        if isinstance(value, bool):
+            raise ValueError("must not be true or false")  # noqa: TRY004  pydantic reports ValueError
+        return value
 
 
 class BrokerSettings(Section):
@@ -57,12 +84,20 @@ class BrokerSettings(Section):
     tls_ca: Path | None = None
     connect_timeout_s: float = Field(5.0, gt=0, le=300)
 
+    @field_validator("username", "password", "tls_ca", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
     @field_validator("url")
     @classmethod
-    def _known_scheme(cls, value: str) -> str:
-        scheme = value.partition("://")[0]
+    def _usable(cls, value: str) -> str:
+        scheme, _, rest = value.partition("://")
         if scheme not in ("redis", "rediss", "unix", "redis+socket"):
             raise ValueError("must begin with redis://, rediss:// or unix://")
+        if scheme in ("unix", "redis+socket") and not urlsplit(f"redis://{rest}").path.strip("/"):
+            raise ValueError("must name a socket, as unix:///run/gpuinfer/redis.sock does")
+        _ = urlsplit(value).port  # raises ValueError for what is no port
         return value
 
 
@@ -92,7 +127,7 @@ class ModelsSettings(Section):
     #: Folders with one sub-folder a model; searched in this order, then the shipped models.
     folders: Paths = (Path("/var/lib/gpuinfer/models"),)
     #: The model of a request that names none.
-    default: str = "digits"
+    default: str = Field("digits", min_length=1)
 
 
 class WorkerSettings(Section):
@@ -145,10 +180,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         extra="forbid",
         frozen=True,
+        hide_input_in_errors=True,
         env_prefix=ENV_PREFIX,
-        env_nested_delimiter="_",
-        env_nested_max_split=1,
-        enable_decoding=False,
     )
 
     broker: BrokerSettings = BrokerSettings()
@@ -193,21 +226,35 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"must be UTF-8 text; byte {exc.start} is not", str(path)) from None
+    except OSError as exc:
+        raise ConfigError(f"cannot be read: {exc.strerror or exc}", str(path)) from exc
+
+
 def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"cannot be read: {exc}", str(path)) from exc
+        data = tomllib.loads(_read_text(path))
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"is not valid TOML: {exc}", str(path)) from exc
     for section, values in data.items():
-        if section not in _SECTIONS:
-            raise ConfigError(f"unknown section [{section}]; {_nearest(section, list(_SECTIONS))}", str(path))
-        if not isinstance(values, dict):
-            raise ConfigError(f"{section} must be a section, written [{section}]", str(path))
-        for key in values:
-            _check_key(section, key, str(path))
+        _check_section(section, values, str(path))
     return data
+
+
+def _check_section(section: str, values: object, origin: str) -> None:
+    if section not in _SECTIONS:
+        homes = [name for name, model in _SECTIONS.items() if section in model.model_fields]
+        if homes and not isinstance(values, dict):
+            raise ConfigError(f"key {section!r} must stand under [{homes[0]}]", origin)
+        raise ConfigError(f"unknown section [{section}]; {_nearest(section, list(_SECTIONS))}", origin)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{section} must be a section, written [{section}]", origin)
+    for key in values:
+        _check_key(section, key, origin)
 
 
 def _check_key(section: str, key: str, origin: str) -> None:
@@ -216,29 +263,50 @@ def _check_key(section: str, key: str, origin: str) -> None:
         raise ConfigError(f"unknown key {section}.{key}; {_nearest(key, known)}", origin)
 
 
+def variable(section: str, key: str) -> str:
+    """Return the name of the environment variable of a setting."""
+    return f"{ENV_PREFIX}{section}_{key}".upper()
+
+
 def _read_env(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    known = [f"{ENV_PREFIX}{s}_{k}".upper() for s, model in _SECTIONS.items() for k in model.model_fields]
+    known = {variable(s, k): (s, k) for s, model in _SECTIONS.items() for k in model.model_fields}
     for name, value in environ.items():
         if not name.startswith(ENV_PREFIX) or name in ENV_NOT_SETTINGS:
             continue
-        section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("_")
         if name not in known:
-            raise ConfigError(f"unknown variable; {_nearest(name, known)}", name)
-        found.setdefault(section, {})[key] = value
+            raise ConfigError(_unknown_variable(name, list(known)), name)
+        if value:
+            section, key = known[name]
+            found.setdefault(section, {})[key] = value
     return found
+
+
+def _unknown_variable(name: str, known: list[str]) -> str:
+    section = name.removeprefix(ENV_PREFIX).lower()
+    if section in _SECTIONS:
+        names = ", ".join(variable(section, key) for key in _SECTIONS[section].model_fields)
+        return f"is a whole section; set its keys one by one: {names}"
+    close = difflib.get_close_matches(name.upper(), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else "`gpuinfer config show` lists all settings"
+    return f"unknown variable; {hint}"
 
 
 def _read_credentials(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     folder = environ.get("CREDENTIALS_DIRECTORY")
     found: dict[str, dict[str, Any]] = {}
-    if not folder:
-        return found
-    for name, (section, key) in CREDENTIALS.items():
-        path = Path(folder, name)
-        if path.is_file():
-            found.setdefault(section, {})[key] = path.read_text(encoding="utf-8").strip()
+    for name, (section, key) in CREDENTIALS.items() if folder else ():
+        path = Path(folder or "", name)
+        if _exists(path):
+            found.setdefault(section, {})[key] = _read_text(path).strip()
     return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as exc:
+        raise ConfigError(f"cannot be read: {exc.strerror or exc}", str(path)) from exc
 
 
 def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> Loaded:
@@ -251,7 +319,7 @@ def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> 
     path = named or DEFAULT_FILE
     merged: dict[str, dict[str, Any]] = {}
     origins: dict[str, str] = {}
-    from_file = _read_toml(path) if named or path.exists() else {}
+    from_file = _read_toml(path) if named or _exists(path) else {}
     for source, values in (
         (str(path), from_file),
         ("credential", _read_credentials(environ)),
@@ -260,9 +328,7 @@ def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> 
         for section, keys in values.items():
             for key, value in keys.items():
                 merged.setdefault(section, {})[key] = value
-                origins[f"{section}.{key}"] = (
-                    f"{ENV_PREFIX}{section}_{key}".upper() if source == "environment" else source
-                )
+                origins[f"{section}.{key}"] = variable(section, key) if source == "environment" else source
     try:
         settings = Settings(**merged)  # type: ignore[arg-type]  # pydantic turns dictionaries into sections
     except ValidationError as exc:
@@ -275,13 +341,46 @@ def load_settings(file: Path | None = None, environ: Mapping[str, str] | None = 
     return load(file, environ).settings
 
 
+def is_secret(name: str) -> bool:
+    """Tell whether ``section.key`` must never be shown."""
+    return tuple(name.split(".")) in CREDENTIALS.values()
+
+
+def shown(name: str, value: object) -> str:
+    """Return a setting's value for people: secrets hidden, as are passwords inside URLs; kept short."""
+    if is_secret(name):
+        return "(hidden)" if value else "(not set)"
+    if isinstance(value, list | tuple):
+        text = ",".join(str(item) for item in value)
+    else:
+        text = "" if value is None else str(value)
+    # Up to the last @: a password may hold an @ or a slash of its own.
+    text = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", text)
+    text = re.sub(r"([?&]password=)[^&]*", r"\1***", text)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+#: pydantic's words that say nothing to who wrote the file, in ours.
+_PLAIN_WORDS: Mapping[str, str] = {
+    "string_type": "must be text in quotes",
+    "tuple_type": "must be a list of texts",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "string_too_short": "must not be empty",
+    "path_type": "must be a path in quotes",
+    "string_unicode": "must be UTF-8 text",
+}
+
+
 def _explain(exc: ValidationError, origins: Mapping[str, str]) -> ConfigError:
     lines = []
     for error in exc.errors(include_url=False):
         name = ".".join(str(part) for part in error["loc"][:2])
-        section, _, key = name.partition(".")
-        secret = (section, key) in CREDENTIALS.values()
-        value = "" if secret else f" = {error['input']!r}"
-        message = error["msg"].removeprefix("Value error, ")
+        value = "" if is_secret(name) else f" = {shown(name, error['input'])!r}"
+        message = _PLAIN_WORDS.get(error["type"], error["msg"].removeprefix("Value error, "))
+        message = message.replace("Input should be", "must be")
         lines.append(f"{origins.get(name, 'default')}: {name}{value}: {message}")
     return ConfigError("; ".join(lines))

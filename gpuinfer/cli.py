@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one command, ``gpuinfer``: its subcommands live in their rooms and are imported when called.
+
+Exit codes are those of sysexits.h: each error's own, 64 for a wrong call, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from gpuinfer import __version__
+from gpuinfer.errors import GpuinferError
+from gpuinfer.settings import Loaded, load
+
+EX_USAGE = 64
+EX_NOINPUT = 66
+EXIT_INTERRUPTED = 128 + 2  # as a shell reports SIGINT
+EXIT_BROKEN_PIPE = 128 + 13  # as a shell reports SIGPIPE
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A subcommand that is not imported yet."""
+
+    #: ``module:attribute`` of the click command.
+    target: str
+    #: Its line in ``gpuinfer --help``.
+    help: str
+
+    def load(self) -> click.Command:
+        """Import and return the command."""
+        module, _, attribute = self.target.partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+
+COMMANDS: dict[str, Entry] = {
+    "demo": Entry("gpuinfer.demo.cli:demo", "Try the whole thing here: Redis, worker, API and requests."),
+    "submit": Entry("gpuinfer.queue.cli:submit", "Put a task into a queue."),
+    "result": Entry("gpuinfer.queue.cli:result", "Show what became of a task."),
+    "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues and mend them."),
+    "model": Entry("gpuinfer.models.cli:model", "List, check, install and remove models."),
+    "gpus": Entry("gpuinfer.gpus_cli:gpus", "List this host's GPUs."),
+    "config": Entry("gpuinfer.config_cli:config", "Check and show the settings."),
+    "worker": Entry("gpuinfer.worker.cli:worker", "Run the worker of one GPU."),
+    "api": Entry("gpuinfer.api.cli:api", "Run the HTTP front."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its subcommands' names and lines, and imports only the one that is called.
+
+    ``commands`` holds placeholders, for the listing and for click's "Did you mean".
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.commands = {name: click.Command(name, short_help=entry.help) for name, entry in COMMANDS.items()}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the table's order: what a user meets first comes first."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command that is called."""
+        entry = COMMANDS.get(cmd_name)
+        return entry.load() if entry else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the listing from the table."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete names from the table."""
+        found = [CompletionItem(n, help=e.help) for n, e in COMMANDS.items() if n.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
+
+
+class _WhenNeeded(Loaded):
+    """Settings read at the first look at them, so that ``--help`` works with a broken file."""
+
+    def __init__(self, file: Path | None) -> None:
+        object.__setattr__(self, "_file", file)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("settings", "origins"):
+            raise AttributeError(name)
+        loaded = load(self._file)
+        object.__setattr__(self, "settings", loaded.settings)
+        object.__setattr__(self, "origins", loaded.origins)
+        return getattr(loaded, name)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--config",
+    "file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Settings file; else $GPUINFER_CONFIG, else /etc/gpuinfer/gpuinfer.toml.",
+)
+@click.version_option(__version__, prog_name="gpuinfer", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(ctx: click.Context, file: Path | None) -> None:
+    """A queue-backed inference appliance for GPU hosts."""
+    ctx.obj = _WhenNeeded(file)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and end the process with its exit code."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer has no reader: Python must not try, and complain, at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = EXIT_BROKEN_PIPE
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        result = cli.main(args=arguments, prog_name="gpuinfer", standalone_mode=False)
+    except GpuinferError as exc:
+        _report(exc, as_json=_wants_json(arguments))
+        return exc.exit_code
+    except click.ClickException as exc:
+        exc.show()
+        return _click_code(exc)
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return result if isinstance(result, int) else 0
+
+
+def _click_code(exc: click.ClickException) -> int:
+    if isinstance(exc, click.UsageError):
+        return EX_USAGE
+    return EX_NOINPUT if isinstance(exc, click.FileError) else exc.exit_code
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return "--json" in arguments[:end]
+
+
+def _report(exc: GpuinferError, *, as_json: bool) -> None:
+    """Say what was wrong: a person reads one line on stderr, a program that asked for JSON reads stdout."""
+    if as_json:
+        import orjson
+
+        click.echo(orjson.dumps({"error": exc.to_dict()}, option=orjson.OPT_INDENT_2))
+    else:
+        click.echo(f"gpuinfer: error: {' '.join(str(exc).split())} ({exc.code})", err=True)

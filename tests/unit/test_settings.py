@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: what is accepted, what is refused and in which words, and that secrets stay secret."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from gpuinfer.errors import ConfigError
+from gpuinfer.settings import Settings, load, load_settings, shown
+
+pytestmark = pytest.mark.unit
+
+SHIPPED = Path(__file__).parents[2] / "etc" / "gpuinfer.toml"
+SECRET = "hunter2-very-secret"
+
+
+def refused(toml: str | bytes | None, tmp_path: Path, environ: Mapping[str, str] | None = None) -> str:
+    """Load what must be refused, and return the message."""
+    file = None
+    if toml is not None:
+        file = tmp_path / "gpuinfer.toml"
+        file.write_bytes(toml if isinstance(toml, bytes) else toml.encode())
+    with pytest.raises(ConfigError) as caught:
+        load(file, environ or {})
+    return str(caught.value)
+
+
+def accepted(toml: str, tmp_path: Path, environ: Mapping[str, str] | None = None) -> Settings:
+    file = tmp_path / "gpuinfer.toml"
+    file.write_text(toml)
+    return load_settings(file, environ or {})
+
+
+def uncommented() -> dict[str, dict[str, Any]]:
+    text = SHIPPED.read_text(encoding="utf-8")
+    return tomllib.loads(re.sub(r"(?m)^#(?=\w+ = )", "", text))
+
+
+def test_the_shipped_file_changes_nothing() -> None:
+    """/etc/gpuinfer/gpuinfer.toml as shipped parses, and every line of it is a comment."""
+    loaded = load(SHIPPED, {})
+    assert loaded.settings == Settings()
+    assert not loaded.origins
+
+
+def test_the_shipped_file_shows_the_defaults(tmp_path: Path) -> None:
+    """Each commented line is the default: without its # nothing changes."""
+    file = tmp_path / "gpuinfer.toml"
+    file.write_text(re.sub(r"(?m)^#(?=\w+ = )", "", SHIPPED.read_text(encoding="utf-8")))
+    assert load_settings(file, {}) == Settings()
+
+
+def test_the_shipped_file_names_every_key() -> None:
+    """No setting is left for the reader of the source to find."""
+    defaults = Settings()
+    keys = {name: set(type(getattr(defaults, name)).model_fields) for name in Settings.model_fields}
+    assert {name: set(values) for name, values in uncommented().items()} == keys
+
+
+def test_variables_win_over_credentials_and_those_over_the_file(tmp_path: Path) -> None:
+    """The order of the sources, and each value's origin."""
+    (tmp_path / "broker_password").write_text("from-credential\n")
+    file = tmp_path / "gpuinfer.toml"
+    file.write_text('[broker]\npassword = "from-file"\n[api]\nport = 1\n')
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path), "GPUINFER_API_PORT": "2"}
+    loaded = load(file, environ)
+    password = loaded.settings.broker.password
+    assert password is not None
+    assert password.get_secret_value() == "from-credential"
+    assert loaded.settings.api.port == 2
+    assert loaded.origins == {"broker.password": "credential", "api.port": "GPUINFER_API_PORT"}
+    again = load(file, {**environ, "GPUINFER_BROKER_PASSWORD": "from-variable"})
+    assert again.origins["broker.password"] == "GPUINFER_BROKER_PASSWORD"
+
+
+def test_the_named_file_must_exist(tmp_path: Path) -> None:
+    """A file that was asked for is never silently skipped."""
+    missing = tmp_path / "no.toml"
+    with pytest.raises(ConfigError, match=r"no\.toml: cannot be read: No such file"):
+        load(None, {"GPUINFER_CONFIG": str(missing)})
+
+
+def test_a_folder_is_no_settings_file(tmp_path: Path) -> None:
+    """The operating system's words, without its error number."""
+    with pytest.raises(ConfigError, match=r"cannot be read: Is a directory$"):
+        load(tmp_path, {})
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_an_empty_variable_is_not_set(value: str | None) -> None:
+    """`Environment=GPUINFER_API_PORT=` in a unit takes a setting back."""
+    environ = {"GPUINFER_API_PORT": value or "", "GPUINFER_WORKER_QUEUES": "", "GPUINFER_BROKER_PASSWORD": ""}
+    loaded = load(None, environ)
+    assert loaded.settings == Settings()
+    assert not loaded.origins
+
+
+def test_lists_in_variables_are_comma_separated() -> None:
+    """Queues come back in their fixed order, each once."""
+    settings = load_settings(None, {"GPUINFER_WORKER_QUEUES": "batch, realtime,batch"})
+    assert settings.worker.queues == ("realtime", "batch")
+
+
+def test_gpu_indices_may_be_numbers(tmp_path: Path) -> None:
+    """`gpus = [0, 1]` is what everyone writes first."""
+    assert accepted("[worker]\ngpus = [0, 1]", tmp_path).worker.gpus == ("0", "1")
+    assert accepted("[worker]\ngpus = 3", tmp_path).worker.gpus == ("3",)
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("[broker]\nurl = 5", "broker.url = '5': must be text in quotes"),
+        ('[broker]\nurl = ["redis://a"]', "broker.url = 'redis://a': must be text in quotes"),
+        ('[broker]\nurl = "http://a"', "must begin with redis://, rediss:// or unix://"),
+        ('[broker]\nurl = "unix://"', "must name a socket"),
+        ('[broker]\nurl = "redis://a:port/0"', "Port could not be cast"),
+        ('[broker]\nurl = "redis://a:99999/0"', "Port out of range"),
+        ("[broker.url]\na = 1", "broker.url = "),
+        ("[api]\nport = true", "must not be true or false"),
+        ("[api]\nport = 80.5", "api.port = '80.5': must be a whole number"),
+        ("[api]\nport = 65536", "must be less than or equal to 65535"),
+        ("[queue]\nretry_backoff_s = nan", "queue.retry_backoff_s = 'nan'"),
+        ('[models]\ndefault = ""', "models.default = '': must not be empty"),
+        ('[worker]\nqueues = ["slow"]', "worker.queues = 'slow': must be 'realtime', 'default' or 'batch'"),
+        ("[worker]\nqueues = []", "must name at least one of realtime, default, batch"),
+        ("[worker]\nqueues = 1.5", "must be a list of texts"),
+        ('[log]\nlevel = "loud"', "log.level = 'loud': must be 'debug', 'info', 'warning' or 'error'"),
+        ('[broker]\nurll = "a"', "unknown key broker.urll; did you mean 'url'?"),
+        ("[brokr]\n", "unknown section [brokr]; did you mean 'broker'?"),
+        ("port = 80", "key 'port' must stand under [api]"),
+        ("broker = 1", "broker must be a section, written [broker]"),
+        ('[[broker]]\nurl = "a"', "broker must be a section, written [broker]"),
+        ("[broker", "is not valid TOML"),
+        (b"\xff\xfe", "must be UTF-8 text; byte 0 is not"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(toml: str | bytes, words: str, tmp_path: Path) -> None:
+    """Each message names the file, the key, the value and what would be right."""
+    message = refused(toml, tmp_path)
+    assert message.startswith(str(tmp_path / "gpuinfer.toml"))
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("GPUINFER_API_PORT", "http", "api.port = 'http': must be a whole number"),
+        ("GPUINFER_API_PROT", "1", "unknown variable; did you mean GPUINFER_API_PORT?"),
+        ("GPUINFER_api_port", "1", "unknown variable; did you mean GPUINFER_API_PORT?"),
+        ("GPUINFER_XYZZY", "1", "unknown variable; `gpuinfer config show` lists all settings"),
+        (
+            "GPUINFER_BROKER",
+            '{"url": "x"}',
+            "is a whole section; set its keys one by one: GPUINFER_BROKER_URL",
+        ),
+        ("GPUINFER_BROKER_URL", "\udcff", "broker.url"),
+    ],
+)
+def test_a_wrong_variable_is_refused_by_name(name: str, value: str, words: str, tmp_path: Path) -> None:
+    """The variable's name is where the error is."""
+    message = refused(None, tmp_path, {name: value})
+    assert message.startswith(name)
+    assert words in message
+
+
+@pytest.mark.parametrize("toml", ["password = ['{}']", "password = {{ a = '{}' }}", "url = 'http://u:{}@h'"])
+def test_errors_never_show_a_secret(toml: str, tmp_path: Path) -> None:
+    """Neither the password's value nor one inside a URL gets into a message."""
+    message = refused("[broker]\n" + toml.format(SECRET), tmp_path)
+    assert "broker." in message
+    assert SECRET not in message
+
+
+def test_pydantic_never_shows_a_secret() -> None:
+    """Even a ValidationError that nobody translated keeps the value to itself."""
+    for broker in ({"password": [SECRET]}, {"url": f"http://:{SECRET}@h"}, {"passwort": SECRET}):
+        with pytest.raises(ValidationError) as caught:
+            Settings(broker=broker)  # type: ignore[arg-type]  # wrong on purpose
+        assert SECRET not in str(caught.value)
+
+
+def test_settings_never_print_a_secret() -> None:
+    """repr, as a traceback or a debugger shows it, hides the password."""
+    settings = load_settings(None, {"GPUINFER_BROKER_PASSWORD": SECRET})
+    assert SECRET not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("url", "safe"),
+    [
+        ("redis://:pw@h:1/0", "redis://:***@h:1/0"),
+        ("redis://me:p@w@h/0", "redis://me:***@h/0"),
+        ("rediss://me:p/w@h/0", "rediss://me:***@h/0"),
+        ("redis://h/0", "redis://h/0"),
+        ("redis://me@h/0", "redis://me@h/0"),
+        ("redis://h/0?password=pw", "redis://h/0?password=***"),
+    ],
+)
+def test_a_password_in_a_url_is_hidden(url: str, safe: str) -> None:
+    """Passwords with @ or / of their own, and as a parameter, are hidden too."""
+    assert shown("broker.url", url) == safe
+
+
+def test_a_credential_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """The file of the credential is named; its bytes are not shown."""
+    (tmp_path / "broker_password").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="broker_password: must be UTF-8"):
+        load(None, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
