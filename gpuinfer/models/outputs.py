@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs from arrays to the JSON of a result, a whole batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+
+from gpuinfer.models.manifest import Manifest, OutputSpec
+from gpuinfer.models.tensors import Array, Encoding, encode_array
+
+#: Digits behind the point that a confidence keeps.
+CONFIDENCE_DIGITS = 6
+#: Up to this many classes all are sorted; beyond it only the best are picked out first.
+_SORT_ALL = 256
+
+
+def render_batch(
+    manifest: Manifest,
+    outputs: Sequence[tuple[Array, ...]],
+    *,
+    top_k: Sequence[int | None] | None = None,
+    encoding: Sequence[Encoding] | None = None,
+) -> list[dict[str, Any]]:
+    """Render each item's outputs.
+
+    A model whose one output is a classification gives ``{"class", "label", "confidence", "top_k"}``;
+    any other gives ``{"outputs": {name: ...}}``, where a classification is that same dictionary and a
+    raw output is ``encode_array``'s. ``top_k`` (None: the manifest's; at least 1, at most all classes)
+    and ``encoding`` (default ``list``) are per item.
+    """
+    if not outputs:
+        return []
+    wanted = top_k or [None] * len(outputs)
+    encodings: Sequence[Encoding] = encoding or ["list"] * len(outputs)
+    columns: list[list[Any]] = [
+        _classified(spec, column, wanted)
+        if spec.kind == "classification"
+        else [encode_array(array, how) for array, how in zip(column, encodings, strict=True)]
+        for spec, column in zip(manifest.outputs, zip(*outputs, strict=True), strict=True)
+    ]
+    if len(columns) == 1 and manifest.outputs[0].kind == "classification":
+        return columns[0]
+    names = [spec.name for spec in manifest.outputs]
+    return [{"outputs": dict(zip(names, row, strict=True))} for row in zip(*columns, strict=True)]
+
+
+def _classified(
+    spec: OutputSpec, column: Sequence[Array], top_k: Sequence[int | None]
+) -> list[dict[str, Any]]:
+    sizes = {array.size for array in column}
+    if len(sizes) > 1:  # a free number of classes: each item for itself
+        return [_classified(spec, [a], [k])[0] for a, k in zip(column, top_k, strict=True)]
+    classes = sizes.pop()
+    scores = np.concatenate([array.reshape(1, classes) for array in column]).astype(np.float64, copy=False)
+    if spec.activation == "softmax":
+        scores = _softmax(scores)
+    counts = [min(max(1, k or spec.top_k), classes) for k in top_k]
+    best = _best(scores, max(counts))
+    confidence = np.take_along_axis(scores, best, axis=1).round(CONFIDENCE_DIGITS)
+    labels = spec.labels or [str(number) for number in range(classes)]
+    rows = zip(best.tolist(), _numbers(confidence), counts, repeat(labels))
+    return [_result(*row) for row in rows]
+
+
+def _result(
+    best: list[int], confidence: list[float | None], count: int, labels: Sequence[str]
+) -> dict[str, Any]:
+    ranked = [
+        {"class": number, "label": labels[number], "confidence": value}
+        for number, value in zip(best[:count], confidence, strict=False)
+    ]
+    return {**ranked[0], "top_k": ranked}
+
+
+def _softmax(scores: Array) -> Array:
+    """Normalise rows; shifted by the maximum, so that no exponential overflows."""
+    with np.errstate(invalid="ignore"):  # a row with NaN or infinity becomes NaN, and then null
+        exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+        normal: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return normal
+
+
+def _best(scores: Array, count: int) -> Array:
+    """Return the indices of each row's ``count`` largest, the largest first, of equals the first first."""
+    # Ascending order of the negative keeps equals in order, and puts NaN last.
+    falling = -scores
+    if scores.shape[1] <= _SORT_ALL:
+        return falling.argsort(axis=1, kind="stable")[:, :count]
+    picked = np.sort(falling.argpartition(count - 1, axis=1)[:, :count], axis=1)
+    order = np.take_along_axis(falling, picked, axis=1).argsort(axis=1, kind="stable")
+    return np.take_along_axis(picked, order, axis=1)
+
+
+def _numbers(values: Array) -> list[list[float | None]]:
+    """Return the rows as lists, with null for what JSON has no number for."""
+    rows: list[list[float | None]] = values.tolist()
+    if np.isfinite(values).all():
+        return rows
+    return [[v if v is not None and np.isfinite(v) else None for v in row] for row in rows]

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs from JSON to arrays, and arrays back to JSON. The front and the worker both come through here.
+
+A value is a nested list (or a bare number for shape ``()``), or raw little-endian bytes in C order as
+``{"b64": "...", "dtype": "float32", "shape": [1, 8, 8]}``, or, from our own code, a numpy array.
+
+Lists are checked without numpy's own discovery, which would take ``"1.5"``, ``true`` and ``null`` for
+numbers: one level after another is chained flat, and the set of lengths at each level and the set of
+types at the bottom must be just right. That is exact, and it runs in C for a whole batch at once; only
+when something does not fit is each item looked at alone, to say what and where.
+
+numpy has no bfloat16: such an array holds the 16 bits of each value as uint16.
+"""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from math import prod
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+from gpuinfer.errors import DtypeMismatch, InputError, MissingInput, NonFiniteInput, ShapeMismatch
+from gpuinfer.models.manifest import Manifest, TensorSpec, shape_fits
+
+Array = np.ndarray[Any, np.dtype[Any]]
+#: One array per input of the manifest, in its order.
+Item = tuple[Array, ...]
+Encoding = Literal["list", "b64"]
+
+_BFLOAT16 = "bfloat16"
+#: kind of the dtype -> what JSON values may stand for it, and which kinds of numpy array.
+_ALLOWED: dict[str, tuple[frozenset[type], str]] = {
+    "b": (frozenset({bool}), "b"),
+    "i": (frozenset({int}), "iu"),
+    "u": (frozenset({int}), "iu"),
+    "f": (frozenset({int, float}), "iuf"),
+}
+_WORDS: dict[type, str] = {
+    bool: "true or false",
+    str: "a string",
+    type(None): "null",
+    float: "a fractional number",
+    int: "a number",
+    dict: "an object",
+}
+_ENCODED_KEYS = frozenset({"b64", "dtype", "shape"})
+_PLAIN_TYPES = frozenset({list, int, float, bool})
+
+
+def decode_batch(manifest: Manifest, inputs: Sequence[object]) -> list[Item | InputError]:
+    """Turn one ``inputs`` value per request into arrays.
+
+    A value is for the model's only input, or a mapping of input names to values. One that does not fit
+    gives an InputError in its place, with field ``inputs`` or ``inputs.<name>``, and its neighbours are
+    not touched. Arrays may share memory within the batch, and may be read-only.
+    """
+    if len(manifest.inputs) == 1 and _PLAIN_TYPES.issuperset(map(type, inputs)):
+        spec = manifest.inputs[0]
+        try:
+            batch = _from_lists(inputs, spec, "inputs")
+        except InputError:
+            pass  # of one item at least; below it is found, and named
+        else:
+            return (
+                [(item,) for item in batch] if spec.shape else [(batch[i, ...],) for i in range(len(batch))]
+            )
+    return [_item_or_error(manifest, value) for value in inputs]
+
+
+def decode(manifest: Manifest, value: object) -> Item:
+    """Turn one ``inputs`` value into arrays. Raises what ``decode_batch`` would put in its place."""
+    named = _by_name(manifest, value)
+    if named is None:
+        return (_array(value, manifest.inputs[0], "inputs"),)
+    return tuple(_array(named[spec.name], spec, f"inputs.{spec.name}") for spec in manifest.inputs)
+
+
+def encode_array(array: Array, encoding: Encoding = "list") -> object:
+    """Turn an output into JSON: nested lists, where NaN and infinity become null, or exact bytes."""
+    if encoding == "b64":
+        raw = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+        text = binascii.b2a_base64(raw, newline=False).decode("ascii")
+        return {"b64": text, "dtype": array.dtype.name, "shape": list(array.shape)}
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        boxed = array.astype(object)
+        boxed[~np.isfinite(array)] = None
+        return boxed.tolist()
+    return array.tolist()
+
+
+def storage_dtype(spec: TensorSpec) -> np.dtype[Any]:
+    """Return the dtype of an input's array: its own, but uint16 for the bits of bfloat16."""
+    return np.dtype(np.uint16 if spec.dtype == _BFLOAT16 else spec.dtype)
+
+
+def _item_or_error(manifest: Manifest, value: object) -> Item | InputError:
+    try:
+        return decode(manifest, value)
+    except InputError as exc:
+        return exc
+
+
+def _by_name(manifest: Manifest, value: object) -> Mapping[str, object] | None:
+    """Return the mapping of all input names to values; None for the bare value of an only input."""
+    names = [spec.name for spec in manifest.inputs]
+    wanted = f"the model's inputs are {', '.join(names)}"
+    if not isinstance(value, Mapping) or "b64" in value:
+        if len(names) == 1:
+            return None
+        raise InputError(f"must map names to values: {wanted}; got {_word(value)}", "inputs")
+    unknown = [str(key) for key in value if key not in names]
+    if unknown:
+        raise InputError(f"there is no input {unknown[0][:80]!r}; {wanted}", "inputs")
+    for name in names:
+        if name not in value:
+            raise MissingInput(f"is missing; {wanted}", f"inputs.{name}")
+    return value
+
+
+def _array(value: object, spec: TensorSpec, field: str) -> Array:
+    if isinstance(value, Mapping):
+        return _from_bytes(value, spec, field)
+    if isinstance(value, np.ndarray):
+        return _from_array(value, spec, field)
+    item: Array = _from_lists([value], spec, field)[0, ...]
+    return item
+
+
+# -- nested lists ---------------------------------------------------------------------------
+
+
+def _from_lists(values: Sequence[object], spec: TensorSpec, field: str) -> Array:
+    """Stack nested lists into one array of shape (len(values), *item). Raises InputError on any misfit."""
+    level: Sequence[Any] = values
+    lengths: list[int] = []
+    for wanted in spec.shape:
+        if set(map(type, level)) != {list}:
+            _refuse_shape(values[0], spec, field)
+        found = set(map(len, level))
+        if len(found) != 1:
+            raise ShapeMismatch(f"lists differ in length at depth {len(lengths)}: {_wants(spec)}", field)
+        lengths.append(found.pop())
+        if not shape_fits((lengths[-1],), (wanted,)):
+            _refuse_shape(values[0], spec, field)
+        level = list(chain.from_iterable(level))
+    strange = set(map(type, level)) - _ALLOWED[_kind(spec)][0]
+    if strange:
+        _refuse_types(values[0], strange, spec, field)
+    return _from_numbers(level, spec, field).reshape(len(values), *lengths)
+
+
+def _from_numbers(numbers: Sequence[Any], spec: TensorSpec, field: str) -> Array:
+    dtype: np.dtype[Any] = np.dtype(np.float32 if spec.dtype == _BFLOAT16 else spec.dtype)
+    try:
+        with np.errstate(over="ignore"):
+            array = np.fromiter(numbers, dtype, len(numbers))
+    except OverflowError:
+        raise DtypeMismatch(f"holds a number out of the range of {spec.dtype}", field) from None
+    if dtype.kind == "f" and not np.isfinite(array).all():
+        _check_finite(np.fromiter(numbers, np.float64, len(numbers)), array, spec, field)
+    return _to_bfloat16(array, spec, field) if spec.dtype == _BFLOAT16 else array
+
+
+def _check_finite(wide: Array, narrow: Array, spec: TensorSpec, field: str) -> None:
+    """Refuse NaN and infinity unless the manifest allows them, and finite numbers that became infinite."""
+    finite = np.isfinite(wide)
+    if (finite & ~np.isfinite(narrow)).any():
+        raise DtypeMismatch(f"holds a number out of the range of {spec.dtype}", field)
+    if not spec.allow_nan and not finite.all():
+        at = int(np.flatnonzero(~finite)[0])
+        raise NonFiniteInput(
+            f"holds {wide.flat[at]} at position {at}; the model takes finite numbers only", field
+        )
+
+
+# -- bytes and arrays -----------------------------------------------------------------------
+
+
+def _from_bytes(value: Mapping[Any, object], spec: TensorSpec, field: str) -> Array:
+    """Decode ``{"b64", "dtype", "shape"}``; the result is read-only."""
+    if value.keys() != _ENCODED_KEYS:
+        keys = ", ".join(sorted(str(key)[:40] for key in value)) or "none"
+        raise InputError(f"an encoded tensor has the keys b64, dtype and shape; got {keys}", field)
+    if value["dtype"] != spec.dtype:
+        raise DtypeMismatch(f"is {str(value['dtype'])[:40]}, the manifest wants {spec.dtype}", field)
+    shape = _encoded_shape(value["shape"], spec, field)
+    raw = _base64(value["b64"], field)
+    dtype = storage_dtype(spec)
+    needed = prod(shape) * dtype.itemsize
+    if len(raw) != needed:
+        raise InputError(
+            f"b64 holds {len(raw)} bytes; shape {list(shape)} of {spec.dtype} takes {needed}", field
+        )
+    if dtype.kind == "b" and raw.strip(b"\0\1"):
+        raise DtypeMismatch("a bool is a byte of 0 or 1", field)
+    array = np.frombuffer(raw, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+    if _kind(spec) == "f" and not spec.allow_nan:
+        wide = _from_bfloat16(array) if spec.dtype == _BFLOAT16 else array
+        if not np.isfinite(wide).all():
+            _check_finite(wide, wide, spec, field)
+    return array
+
+
+def _encoded_shape(shape: object, spec: TensorSpec, field: str) -> tuple[int, ...]:
+    if not isinstance(shape, list) or not {int}.issuperset(map(type, shape)):
+        raise InputError(f"shape must be a list of whole numbers, got {_word(shape)}", field)
+    if not shape_fits(tuple(shape), spec.shape):
+        raise ShapeMismatch(f"has shape {shape[:16]}, {_wants(spec)}", field)
+    return tuple(shape)
+
+
+def _base64(text: object, field: str) -> bytes:
+    if not isinstance(text, str):
+        raise InputError(f"b64 must be a string, got {_word(text)}", field)
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError as exc:
+        raise InputError(f"b64 is not valid base64: {exc}", field) from None
+
+
+def _from_array(array: Array, spec: TensorSpec, field: str) -> Array:
+    """Convert an array whose numbers all fit the wanted dtype."""
+    if not shape_fits(array.shape, spec.shape):
+        raise ShapeMismatch(f"has shape {list(array.shape)}, {_wants(spec)}", field)
+    if array.dtype.kind not in _ALLOWED[_kind(spec)][1]:
+        raise DtypeMismatch(f"is {array.dtype.name}, the manifest wants {spec.dtype}", field)
+    dtype: np.dtype[Any] = np.dtype(np.float32 if spec.dtype == _BFLOAT16 else spec.dtype)
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        if int(array.min()) < info.min or int(array.max()) > info.max:
+            raise DtypeMismatch(f"holds a number out of the range of {spec.dtype}", field)
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype)
+    if dtype.kind == "f" and not np.isfinite(narrow).all():
+        _check_finite(array, narrow, spec, field)
+    return _to_bfloat16(narrow, spec, field) if spec.dtype == _BFLOAT16 else narrow
+
+
+def _to_bfloat16(array: Array, spec: TensorSpec, field: str) -> Array:
+    """Round float32 to the nearest bfloat16, ties to even, and return its bits."""
+    bits = np.ascontiguousarray(array).view(np.uint32).reshape(array.shape)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    rounded = np.where(np.isnan(array), np.uint16(0x7FC0), rounded)
+    _check_finite(array, _from_bfloat16(rounded), spec, field)
+    return rounded
+
+
+def _from_bfloat16(bits: Array) -> Array:
+    """Widen the bits of bfloat16 to float32; exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+# -- words for errors -----------------------------------------------------------------------
+
+
+def _kind(spec: TensorSpec) -> str:
+    return "f" if spec.dtype == _BFLOAT16 else np.dtype(spec.dtype).kind
+
+
+def _wants(spec: TensorSpec) -> str:
+    return f"the manifest wants {list(spec.shape)}" + ("" if spec.fixed else " (-1: any length)")
+
+
+def _word(value: object) -> str:
+    return _WORDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _shape_of(value: object) -> list[int]:
+    """Follow the first elements down, as far as a message needs."""
+    shape: list[int] = []
+    while isinstance(value, list) and len(shape) < 16:
+        shape.append(len(value))
+        value = value[0] if value else None
+    return shape
+
+
+def _refuse_shape(value: object, spec: TensorSpec, field: str) -> NoReturn:
+    got = f"has shape {_shape_of(value)}" if isinstance(value, list) else f"is {_word(value)}"
+    raise ShapeMismatch(f"{got}, {_wants(spec)}", field)
+
+
+def _refuse_types(value: object, strange: set[type], spec: TensorSpec, field: str) -> NoReturn:
+    if list in strange:
+        _refuse_shape(value, spec, field)
+    words = " and ".join(sorted(_WORDS.get(kind, f"a {kind.__name__}") for kind in strange))
+    raise DtypeMismatch(f"holds {words} where the manifest wants {spec.dtype}", field)
