@@ -22,7 +22,7 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import PurePath
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import orjson
 import structlog
@@ -41,7 +41,8 @@ _MARK = "_gpuinfer"
 
 def get_logger(name: str) -> BoundLogger:
     """Return a logger; call it as ``log.info("snake_case_action", key=value)``."""
-    return cast(BoundLogger, structlog.stdlib.get_logger(name))
+    logger: BoundLogger = structlog.stdlib.get_logger(name)
+    return logger
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class BrokerSettings(Section):
     password: SecretStr | None = None
     #: CA bundle that signed the server's certificate, for rediss://
     tls_ca: Path | None = None
-    connect_timeout_s: float = Field(5.0, gt=0, le=300)
+    connect_timeout_s: float = Field(default=5.0, gt=0, le=300)
 
     @field_validator("username", "password", "tls_ca", mode="before")
     @classmethod
@@ -105,20 +105,20 @@ class QueueSettings(Section):
     """What is kept in Redis, how much and for how long."""
 
     #: Results are dropped this long after the task ended.
-    result_ttl_s: int = Field(3600, ge=1, le=30 * 86400)
+    result_ttl_s: int = Field(default=3600, ge=1, le=30 * 86400)
     #: A submitted task that no worker ever took is forgotten after this long.
-    pending_ttl_s: int = Field(7 * 86400, ge=60, le=365 * 86400)
+    pending_ttl_s: int = Field(default=7 * 86400, ge=60, le=365 * 86400)
     #: A request larger than this is refused, before it reaches Redis.
-    max_payload_bytes: int = Field(4 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
+    max_payload_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
     #: Retries of a transient failure, and the first pause; each later pause is twice as long.
-    max_retries: int = Field(3, ge=0, le=20)
-    retry_backoff_s: float = Field(0.5, gt=0, le=600)
+    max_retries: int = Field(default=3, ge=0, le=20)
+    retry_backoff_s: float = Field(default=0.5, gt=0, le=600)
     #: A task whose worker died under it this often goes to the dead-letter list.
-    max_deaths: int = Field(2, ge=1, le=10)
+    max_deaths: int = Field(default=2, ge=2, le=10)
     #: A queue that has waited this long unserved is served once before its betters; 0 turns it off.
-    ageing_s: float = Field(10.0, ge=0, le=86400)
+    ageing_s: float = Field(default=10.0, ge=0, le=86400)
     #: How often an idle worker looks for tasks whose producer does not ring the bell.
-    poll_ms: int = Field(30, ge=5, le=1000)
+    poll_ms: int = Field(default=30, ge=5, le=1000)
 
 
 class ModelsSettings(Section):
@@ -127,7 +127,7 @@ class ModelsSettings(Section):
     #: Folders with one sub-folder a model; searched in this order, then the shipped models.
     folders: Paths = (Path("/var/lib/gpuinfer/models"),)
     #: The model of a request that names none.
-    default: str = Field("digits", min_length=1)
+    default: str = Field(default="digits", min_length=1)
 
 
 class WorkerSettings(Section):
@@ -141,9 +141,9 @@ class WorkerSettings(Section):
     models: Names = ()
     queues: Annotated[tuple[QueueName, ...], BeforeValidator(_split)] = QUEUES
     #: torch's threads for one operation on the CPU; 0 leaves it to torch.
-    threads: int = Field(0, ge=0, le=1024)
+    threads: int = Field(default=0, ge=0, le=1024)
     #: An upper bound on every model's own max_batch_size; 0 means none.
-    max_batch_size: int = Field(0, ge=0, le=65536)
+    max_batch_size: int = Field(default=0, ge=0, le=65536)
     #: Folder for the lock that keeps one process to a worker number.
     run_dir: Path = Path("/run/gpuinfer")
 
@@ -159,11 +159,11 @@ class ApiSettings(Section):
     """The HTTP front."""
 
     host: str = "127.0.0.1"
-    port: int = Field(8080, ge=0, le=65535)
+    port: int = Field(default=8080, ge=0, le=65535)
     #: The longest ?wait= that GET /result honours.
-    max_wait_s: float = Field(60.0, ge=0, le=600)
+    max_wait_s: float = Field(default=60.0, ge=0, le=600)
     #: What Retry-After says when Redis is away or full.
-    retry_after_s: int = Field(2, ge=1, le=3600)
+    retry_after_s: int = Field(default=2, ge=1, le=3600)
 
 
 class LogSettings(Section):

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which GPUs this host has, and which of them a worker runs on.
+
+NVML counts GPUs in PCI order; CUDA may count them otherwise ("fastest first"), and a driver may
+number them anew after a reboot. So a worker is bound by UUID wherever one is known.
+A GPU that is there and fails is an error with the driver's words, never a silent CPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gpuinfer.errors import DeviceError
+from gpuinfer.settings import WorkerSettings
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+#: Values of CUDA_VISIBLE_DEVICES that hide every GPU.
+_HIDES_ALL = frozenset({"-1", "none", "void", "NoDevFiles"})
+_NVIDIA_VENDOR = "0x10de"
+_DISPLAY_CLASS = "0x03"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU; what is not known is an empty text or 0."""
+
+    index: int
+    uuid: str
+    name: str = ""
+    #: PCI bus id, as in 00000000:65:00.0
+    pci: str = ""
+    memory_bytes: int = 0
+    used_bytes: int = 0
+
+    @property
+    def selector(self) -> str:
+        """Return what CUDA_VISIBLE_DEVICES takes for this GPU."""
+        return self.uuid or str(self.index)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What was found. ``gpus`` in the order of worker numbers when ``source`` is "settings"."""
+
+    gpus: tuple[Gpu, ...] = ()
+    source: Literal["nvml", "settings", "none"] = "none"
+    #: Why there are none, or what else is wrong; empty when all is well.
+    reason: str = ""
+    driver: str = ""
+    #: An NVIDIA driver or GPU is there and fails: no reason to take the CPU.
+    failed: bool = False
+    #: NVML index -> the driver's words, for GPUs that are counted and do not answer.
+    broken: Mapping[int, str] = field(default_factory=dict)
+
+    def of_worker(self, number: int) -> Gpu | None:
+        """Return worker N's GPU: the Nth of an explicit list, else the one with NVML's index N."""
+        if self.source == "settings":
+            return self.gpus[number] if 0 <= number < len(self.gpus) else None
+        return next((gpu for gpu in self.gpus if gpu.index == number), None)
+
+    @property
+    def worker_numbers(self) -> tuple[int, ...]:
+        """Return the numbers of the workers this host has a GPU for."""
+        if self.source == "settings":
+            return tuple(range(len(self.gpus)))
+        return tuple(gpu.index for gpu in self.gpus)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What a worker runs on, and what CUDA_VISIBLE_DEVICES must be before torch is imported."""
+
+    device: Literal["cuda:0", "cpu"]
+    #: None: leave the variable as it is.
+    cuda_visible_devices: str | None
+    gpu: Gpu | None = None
+
+
+def list_gpus(
+    explicit: Sequence[str] = (),
+    *,
+    nvml: Any = None,
+    nodes: Callable[[], Sequence[str]] | None = None,
+    hardware: Callable[[], bool] | None = None,
+) -> Inventory:
+    """List this host's GPUs by NVML; never raises.
+
+    ``explicit`` (indices or UUIDs, from ``worker.gpus``) restricts and orders what NVML lists,
+    and stands in for it where NVML is absent. ``nvml`` is the pynvml module, ``nodes`` tells which
+    /dev/nvidia<N> exist and ``hardware`` whether an NVIDIA GPU is on the PCI bus.
+    """
+    found = _ask_nvml(nvml or _pynvml(), nodes or device_nodes, hardware or on_pci_bus)
+    return _chosen(explicit, found) if explicit else found
+
+
+def _pynvml() -> Any:
+    import pynvml
+
+    return pynvml
+
+
+def device_nodes() -> Sequence[str]:
+    """Return the GPUs' device nodes: the driver makes one per GPU."""
+    return sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def on_pci_bus() -> bool:
+    """Tell whether an NVIDIA display controller is on the PCI bus, driver or not."""
+    for device in Path("/sys/bus/pci/devices").glob("*"):
+        with suppress(OSError):  # a device may go away while we look
+            vendor = (device / "vendor").read_text().strip()
+            if vendor == _NVIDIA_VENDOR and (device / "class").read_text().startswith(_DISPLAY_CLASS):
+                return True
+    return False
+
+
+def _ask_nvml(nvml: Any, nodes: Callable[[], Sequence[str]], hardware: Callable[[], bool]) -> Inventory:
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as exc:
+        return Inventory(reason=f"NVML: {exc}", failed=_is_failure(nvml, exc, nodes, hardware))
+    try:
+        return _read_all(nvml, nodes)
+    except nvml.NVMLError as exc:
+        return Inventory(reason=f"NVML: {exc}", failed=True)
+    finally:
+        with suppress(nvml.NVMLError):  # what was read is read
+            nvml.nvmlShutdown()
+
+
+def _is_failure(
+    nvml: Any, exc: Any, nodes: Callable[[], Sequence[str]], hardware: Callable[[], bool]
+) -> bool:
+    """Tell a host whose driver fails from one that has no NVIDIA GPU."""
+    if nodes():
+        return True
+    if exc.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+        return False
+    if exc.value == nvml.NVML_ERROR_DRIVER_NOT_LOADED:
+        # The library came with some package, and there is no GPU: fine. With one: its module is missing.
+        return hardware()
+    return True
+
+
+def _read_all(nvml: Any, nodes: Callable[[], Sequence[str]]) -> Inventory:
+    driver = _text(nvml.nvmlSystemGetDriverVersion())
+    gpus: list[Gpu] = []
+    broken: dict[int, str] = {}
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            gpus.append(_read_one(nvml, index))
+        except nvml.NVMLError as exc:
+            broken[index] = str(exc)
+    reason = "; ".join(f"GPU {index} does not answer: {words}" for index, words in broken.items())
+    if not gpus and not broken:
+        left = nodes()
+        reason = f"NVML lists no GPU, yet there is {left[0]}" if left else "NVML lists no GPU"
+        return Inventory(reason=reason, driver=driver, failed=bool(left))
+    return Inventory(tuple(gpus), "nvml", reason, driver, failed=not gpus, broken=broken)
+
+
+def _read_one(nvml: Any, index: int) -> Gpu:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    total = used = 0
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total, used = int(memory.total), int(memory.used)
+    except nvml.NVMLError as exc:
+        # A GPU that shares the CPU's memory has none of its own to report.
+        if exc.value != nvml.NVML_ERROR_NOT_SUPPORTED:
+            raise
+    return Gpu(
+        index=index,
+        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        name=_text(nvml.nvmlDeviceGetName(handle)),
+        pci=_text(nvml.nvmlDeviceGetPciInfo(handle).busId),
+        memory_bytes=total,
+        used_bytes=used,
+    )
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _chosen(explicit: Sequence[str], found: Inventory) -> Inventory:
+    gpus = tuple(_match(entry, place, found) for place, entry in enumerate(explicit))
+    return Inventory(gpus, "settings", found.reason, found.driver, broken=found.broken)
+
+
+def _match(entry: str, place: int, found: Inventory) -> Gpu:
+    """Return NVML's GPU for an index or UUID; an entry NVML does not know is taken at its word."""
+    known = _known(entry, found)
+    if known is not None:
+        return known
+    return Gpu(int(entry), "") if entry.isdecimal() else Gpu(place, entry)
+
+
+def _known(entry: str, found: Inventory) -> Gpu | None:
+    for gpu in found.gpus:
+        if entry == str(gpu.index) or (re.match("GPU-", entry) and gpu.uuid.startswith(entry)):
+            return gpu
+    return None
+
+
+def visible_device(
+    number: int,
+    worker: WorkerSettings,
+    environ: Mapping[str, str],
+    *,
+    inventory: Inventory | None = None,
+) -> Binding:
+    """Decide what worker ``number`` runs on.
+
+    Raises DeviceError when the GPU that is wanted is not there, or is there and fails.
+    """
+    if worker.device == "cpu":
+        return Binding("cpu", "")
+    found = list_gpus(worker.gpus) if inventory is None else inventory
+    preset = environ.get(VISIBLE, "").strip()
+    if preset in _HIDES_ALL:
+        return _hidden(worker, preset)
+    if preset:
+        return _preset(worker, preset, found)
+    if found.source == "none":
+        return _no_gpu(worker, found)
+    gpu = found.of_worker(number)
+    if gpu is None:
+        raise DeviceError(_not_there(number, found))
+    if not gpu.uuid and gpu.index in found.broken:
+        raise DeviceError(_not_there(gpu.index, found))
+    return Binding("cuda:0", gpu.selector, gpu)
+
+
+def _hidden(worker: WorkerSettings, preset: str) -> Binding:
+    if worker.device == "cuda":
+        raise DeviceError(f"{VISIBLE}={preset} hides every GPU, and worker.device = 'cuda' wants one")
+    return Binding("cpu", preset)
+
+
+def _preset(worker: WorkerSettings, preset: str, found: Inventory) -> Binding:
+    """Keep what the unit or the administrator has set; the first device named becomes cuda:0."""
+    first = preset.partition(",")[0].strip()
+    if found.source == "none":
+        raise DeviceError(f"{VISIBLE}={preset}, but this host has no usable GPU: {found.reason}")
+    if first.isdecimal() and int(first) in found.broken:
+        raise DeviceError(_not_there(int(first), found))
+    return Binding("cuda:0", preset, _known(first, found))
+
+
+def _no_gpu(worker: WorkerSettings, found: Inventory) -> Binding:
+    if worker.device == "cuda":
+        raise DeviceError(f"worker.device = 'cuda', but this host has no usable GPU: {found.reason}")
+    if found.failed:
+        raise DeviceError(
+            f"this host has a GPU or its driver, and it fails: {found.reason}; "
+            "mend it, or set worker.device = 'cpu' to do without"
+        )
+    return Binding("cpu", "")
+
+
+def _not_there(number: int, found: Inventory) -> str:
+    if number in found.broken:
+        return f"GPU {number} does not answer: {found.broken[number]}"
+    if found.source == "settings":
+        return f"worker {number} has no GPU: worker.gpus names {len(found.gpus)}, for workers from 0 on"
+    return f"this host has no GPU {number}; it has {spell(found.worker_numbers)}"
+
+
+def spell(numbers: Sequence[int]) -> str:
+    """Return ``GPU 0``, ``GPUs 0-3``, or ``GPUs 0, 2, 3`` where there are gaps."""
+    if not numbers:
+        return "none"
+    if len(numbers) == 1:
+        return f"GPU {numbers[0]}"
+    if list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"GPUs {numbers[0]}-{numbers[-1]}"
+    return "GPUs " + ", ".join(map(str, numbers))

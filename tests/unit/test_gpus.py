@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPUs: what is listed, and which device a worker gets, with a small NVML in place of hardware."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gpuinfer.errors import DeviceError
+from gpuinfer.gpus import Gpu, Inventory, list_gpus, spell, visible_device
+from gpuinfer.settings import WorkerSettings
+
+pytestmark = pytest.mark.unit
+
+GIB = 1024**3
+
+
+@dataclass
+class FakeNvml:
+    """NVML's functions that gpus.py calls, over a made-up host."""
+
+    count: int = 0
+    #: Error of nvmlInit; None: it works.
+    init: int | None = None
+    lost: frozenset[int] = frozenset()
+    shared_memory: bool = False
+    closed: int = field(default=0, init=False)
+
+    NVML_ERROR_NOT_SUPPORTED = 3
+    NVML_ERROR_DRIVER_NOT_LOADED = 9
+    NVML_ERROR_LIBRARY_NOT_FOUND = 12
+    NVML_ERROR_GPU_IS_LOST = 15
+    NVML_ERROR_LIB_RM_VERSION_MISMATCH = 18
+
+    class NVMLError(Exception):
+        """As pynvml's: a number, and the driver's words."""
+
+        def __init__(self, value: int) -> None:
+            super().__init__(value)
+            self.value = value
+
+        def __str__(self) -> str:
+            words = {9: "Driver Not Loaded", 12: "NVML Shared Library Not Found", 15: "GPU is lost"}
+            return words.get(self.value, "Driver/library version mismatch")
+
+    def nvmlInit(self) -> None:
+        if self.init is not None:
+            raise self.NVMLError(self.init)
+
+    def nvmlShutdown(self) -> None:
+        self.closed += 1
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "580.1"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return self.count
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index in self.lost:
+            raise self.NVMLError(self.NVML_ERROR_GPU_IS_LOST)
+        return index
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return f"GPU-{handle:08x}-0000"
+
+    def nvmlDeviceGetName(self, handle: int) -> bytes:
+        return b"NVIDIA L4"
+
+    def nvmlDeviceGetPciInfo(self, handle: int) -> Any:
+        return SimpleNamespace(busId=f"00000000:0{handle}:00.0")
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
+        if self.shared_memory:
+            raise self.NVMLError(self.NVML_ERROR_NOT_SUPPORTED)
+        return SimpleNamespace(total=24 * GIB, used=GIB)
+
+
+def host(nvml: FakeNvml, *explicit: str, nodes: tuple[str, ...] = (), hardware: bool = False) -> Inventory:
+    return list_gpus(explicit, nvml=nvml, nodes=lambda: nodes, hardware=lambda: hardware)
+
+
+def bind(number: int, found: Inventory, device: Any = "auto", **environ: str) -> Any:
+    return visible_device(number, WorkerSettings(device=device), environ, inventory=found)
+
+
+def test_gpus_are_listed_with_what_nvml_knows() -> None:
+    """Index, UUID, name, PCI id and memory of each; NVML is closed afterwards."""
+    nvml = FakeNvml(count=2)
+    found = host(nvml)
+    assert found.gpus[1] == Gpu(1, "GPU-00000001-0000", "NVIDIA L4", "00000000:01:00.0", 24 * GIB, GIB)
+    assert (found.source, found.reason, found.driver, nvml.closed) == ("nvml", "", "580.1", 1)
+
+
+def test_this_host_can_be_asked() -> None:
+    """The real NVML, present or not, never raises."""
+    found = list_gpus()
+    assert found.gpus or found.reason
+
+
+def test_memory_shared_with_the_cpu_is_no_failure() -> None:
+    """A GPU that cannot report memory of its own is a GPU all the same."""
+    found = host(FakeNvml(count=1, shared_memory=True))
+    assert found.gpus[0].memory_bytes == 0
+
+
+def test_worker_n_gets_gpu_n_by_uuid() -> None:
+    """By UUID, since CUDA may count GPUs in another order."""
+    binding = bind(2, host(FakeNvml(count=4)), "cuda")
+    assert (binding.device, binding.cuda_visible_devices) == ("cuda:0", "GPU-00000002-0000")
+
+
+def test_a_number_out_of_range_is_refused() -> None:
+    """The message says what there is."""
+    with pytest.raises(DeviceError, match=r"this host has no GPU 7; it has GPUs 0-3"):
+        bind(7, host(FakeNvml(count=4)))
+
+
+def test_a_lost_gpu_does_not_move_the_others() -> None:
+    """GPU 1 fell off the bus: worker 1 fails with the driver's words, worker 2 keeps GPU 2."""
+    found = host(FakeNvml(count=3, lost=frozenset({1})))
+    assert bind(2, found).gpu.index == 2
+    with pytest.raises(DeviceError, match="GPU 1 does not answer: GPU is lost"):
+        bind(1, found)
+    with pytest.raises(DeviceError, match="it has GPUs 0, 2"):
+        bind(5, host(FakeNvml(count=3, lost=frozenset({1}))))
+
+
+def test_cpu_hides_every_gpu() -> None:
+    """device = "cpu" is the CPU even where GPUs are, and whatever the variable says."""
+    binding = bind(0, host(FakeNvml(count=4)), "cpu", CUDA_VISIBLE_DEVICES="3")
+    assert (binding.device, binding.cuda_visible_devices) == ("cpu", "")
+
+
+@pytest.mark.parametrize(
+    ("nvml", "nodes", "hardware"),
+    [
+        (FakeNvml(init=12), (), False),  # no NVIDIA software at all
+        (FakeNvml(init=12), (), True),  # a card on another driver
+        (FakeNvml(init=9), (), False),  # the library came with a package, no card
+        (FakeNvml(count=0), (), False),
+    ],
+)
+def test_auto_takes_the_cpu_where_there_is_no_gpu(
+    nvml: FakeNvml, nodes: tuple[str, ...], hardware: bool
+) -> None:
+    """No driver and no GPU: that is what "auto" is for; "cuda" refuses it with NVML's words."""
+    found = host(nvml, nodes=nodes, hardware=hardware)
+    assert bind(0, found).device == "cpu"
+    with pytest.raises(DeviceError, match="NVML"):
+        bind(0, found, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("nvml", "nodes", "hardware", "words"),
+    [
+        (FakeNvml(init=18), (), False, "version mismatch"),
+        (FakeNvml(init=9), (), True, "Driver Not Loaded"),
+        (FakeNvml(init=12), ("/dev/nvidia0",), False, "Library Not Found"),
+        (FakeNvml(count=0), ("/dev/nvidia0",), False, "yet there is /dev/nvidia0"),
+        (FakeNvml(count=1, lost=frozenset({0})), (), False, "GPU is lost"),
+    ],
+)
+def test_a_gpu_that_fails_is_never_the_cpu(
+    nvml: FakeNvml, nodes: tuple[str, ...], hardware: bool, words: str
+) -> None:
+    """A driver that is there and fails is an error, also under "auto"."""
+    for device in ("auto", "cuda"):
+        with pytest.raises(DeviceError, match=words):
+            bind(0, host(nvml, nodes=nodes, hardware=hardware), device)
+
+
+def test_the_settings_stand_in_for_nvml() -> None:
+    """Where NVML is absent, worker N takes the Nth of worker.gpus, by UUID or index."""
+    found = host(FakeNvml(init=12), "GPU-aa", "3")
+    assert found.source == "settings"
+    assert bind(0, found).cuda_visible_devices == "GPU-aa"
+    assert bind(1, found).cuda_visible_devices == "3"
+    with pytest.raises(DeviceError, match=r"worker 2 has no GPU: worker.gpus names 2"):
+        bind(2, found)
+
+
+def test_the_settings_choose_among_nvmls() -> None:
+    """A list in the settings restricts and orders, and NVML fills in what it knows."""
+    found = host(FakeNvml(count=4), "3", "GPU-00000001")
+    assert [gpu.uuid for gpu in found.gpus] == ["GPU-00000003-0000", "GPU-00000001-0000"]
+    assert found.worker_numbers == (0, 1)
+
+
+def test_what_the_unit_has_set_is_kept() -> None:
+    """CUDA_VISIBLE_DEVICES of the unit wins; the worker's number does not matter then."""
+    binding = bind(9, host(FakeNvml(count=4)), CUDA_VISIBLE_DEVICES="2")
+    assert (binding.device, binding.cuda_visible_devices, binding.gpu.index) == ("cuda:0", "2", 2)
+    with pytest.raises(DeviceError, match="no usable GPU"):
+        bind(0, host(FakeNvml(init=12)), CUDA_VISIBLE_DEVICES="2")
+
+
+def test_a_variable_that_hides_all_gpus() -> None:
+    """-1 is how one asks for the CPU by variable; with device = "cuda" it is a contradiction."""
+    found = host(FakeNvml(count=4))
+    assert bind(0, found, CUDA_VISIBLE_DEVICES="-1").device == "cpu"
+    with pytest.raises(DeviceError, match="hides every GPU"):
+        bind(0, found, "cuda", CUDA_VISIBLE_DEVICES="-1")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [((), "none"), ((0,), "GPU 0"), ((0, 1, 2), "GPUs 0-2"), ((0, 2), "GPUs 0, 2")]
+)
+def test_numbers_are_spelled(numbers: tuple[int, ...], text: str) -> None:
+    """As in an error message."""
+    assert spell(numbers) == text
