@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models for tests: each function writes one whole model folder and returns its path.
+
+The folder's name is the model's name, so ``perceptron(tmp_path / "models" / "mlp")`` makes ``mlp``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def write_model(folder: Path, model: nn.Module, tables: str) -> Path:
+    """Script ``model`` into ``folder`` beside a manifest made of name, artefact, sha256 and ``tables``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(model.eval()), folder / "model.pt")
+    write_manifest(folder, "model.pt", tables)
+    return folder
+
+
+def write_manifest(folder: Path, artefact: str, tables: str) -> None:
+    """Write ``model.toml`` with the digest the artefact has now."""
+    digest = hashlib.sha256((folder / artefact).read_bytes()).hexdigest()
+    head = f'name = "{folder.name}"\nartefact = "{artefact}"\nsha256 = "{digest}"\n'
+    (folder / "model.toml").write_text(head + tables, encoding="utf-8")
+
+
+def perceptron(folder: Path, max_batch_size: int = 256) -> Path:
+    """64 floats to 10 classes through 256 hidden units; random weights, always the same."""
+    weights = torch.random.get_rng_state()
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
+    torch.random.set_rng_state(weights)
+    tables = f"""
+max_batch_size = {max_batch_size}
+soft_time_limit_s = 5
+hard_time_limit_s = 10
+[[inputs]]
+name = "x"
+shape = [64]
+[[outputs]]
+name = "class"
+kind = "classification"
+labels = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]
+activation = "softmax"
+"""
+    return write_model(folder, model, tables)
+
+
+class _AddScalar(nn.Module):
+    def forward(self, x: Tensor, k: Tensor) -> Tensor:
+        return x + k.unsqueeze(1)
+
+
+def add_scalar(folder: Path) -> Path:
+    """Two inputs, x of 4 floats and a scalar k; one raw output, their sum."""
+    tables = """
+[[inputs]]
+name = "x"
+shape = [4]
+[[inputs]]
+name = "k"
+shape = []
+[[outputs]]
+name = "sum"
+dtype = "float32"
+shape = [4]
+"""
+    return write_model(folder, _AddScalar(), tables)
+
+
+class _Sleeper(nn.Module):
+    def __init__(self, nanoseconds: int) -> None:
+        super().__init__()
+        self.nanoseconds = nanoseconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x > 0).any()):
+            begin = torch.ops.prim.TimePoint()
+            while torch.ops.prim.TimePoint() - begin < self.nanoseconds:
+                x = x + 0.0
+        return x * 2
+
+
+def sleeper(
+    folder: Path,
+    seconds: float,
+    *,
+    max_batch_size: int = 8,
+    soft_time_limit_s: float = 30.0,
+    hard_time_limit_s: float = 60.0,
+) -> Path:
+    """One float to its double; a batch with any positive value takes ``seconds``, in native code.
+
+    It holds no GIL meanwhile and cannot be interrupted. Zeros, as in a warm-up, take no time.
+    """
+    tables = f"""
+max_batch_size = {max_batch_size}
+soft_time_limit_s = {soft_time_limit_s}
+hard_time_limit_s = {hard_time_limit_s}
+[[inputs]]
+name = "x"
+shape = [1]
+[[outputs]]
+name = "twice"
+"""
+    return write_model(folder, _Sleeper(int(seconds * 1e9)), tables)
+
+
+class _Unbatched(nn.Module):
+    def forward(self, x: Tensor, k: float) -> tuple[Tensor, Tensor]:
+        return x * k, x.sum()
+
+
+def unbatched(folder: Path) -> Path:
+    """No batch dimension: a 2 x n matrix and a plain float; two raw outputs, the product and x's sum."""
+    tables = """
+batchable = false
+[[inputs]]
+name = "x"
+shape = [2, -1]
+[[inputs]]
+name = "k"
+shape = []
+[[outputs]]
+name = "product"
+shape = [2, -1]
+[[outputs]]
+name = "sum"
+shape = []
+"""
+    return write_model(folder, _Unbatched(), tables)
+
+
+class _Variable(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.sum(dim=1), x * 2
+
+
+def variable(folder: Path, how: str = "group") -> Path:
+    """A vector of any length; two raw outputs, its sum and its double. ``how`` is group or pad."""
+    tables = f"""
+variable = "{how}"
+[[inputs]]
+name = "x"
+shape = [-1]
+[[outputs]]
+name = "sum"
+shape = []
+[[outputs]]
+name = "twice"
+shape = [-1]
+"""
+    return write_model(folder, _Variable(), tables)
+
+
+class _Picky(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x < 0).any()):
+            raise ValueError("negative numbers make me fail")
+        return x.sqrt()
+
+
+def picky(folder: Path) -> Path:
+    """One float to its root; a batch with any negative value fails as a whole, with a message."""
+    tables = """
+[[inputs]]
+name = "x"
+shape = [1]
+[[outputs]]
+name = "root"
+"""
+    return write_model(folder, _Picky(), tables)
