@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The asyncio client. All waits of a client share one subscription connection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, Self, Unpack
+
+from gpuinfer.errors import BrokerUnavailable, InputError, TaskRevoked, WaitTimeout
+from gpuinfer.queue import keys, results, submission
+from gpuinfer.queue.client import not_found, settings_for
+from gpuinfer.queue.connection import connect_async, typed_errors
+from gpuinfer.queue.results import TaskStatus
+from gpuinfer.queue.scripts import bind
+from gpuinfer.queue.submission import Options
+from gpuinfer.queue.waits import Waits
+from gpuinfer.settings import Settings
+
+
+class AsyncClient:
+    """Talks to the queue from an event loop. Use it in the loop it was first used in.
+
+    ``source`` is a broker URL, a Settings object, or None for this host's settings.
+    """
+
+    def __init__(self, source: Settings | str | None = None) -> None:
+        self._settings = settings_for(source)
+        self._redis = connect_async(self._settings.broker)
+        self._submit = bind(self._redis, "submit")
+        self._cancel = bind(self._redis, "cancel")
+        self._waits = Waits(self._redis)
+
+    async def aclose(self) -> None:
+        """Stop listening and close all connections."""
+        await self._waits.aclose()
+        await self._redis.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    # -- submitting -----------------------------------------------------------------------
+
+    async def ping(self) -> None:
+        """Raises BrokerUnavailable when Redis does not answer."""
+        with typed_errors():
+            await self._redis.ping()
+
+    async def submit(self, inputs: Any, **options: Unpack[Options]) -> str:
+        """Submit one input and return its task id. Raises InputError, PayloadTooLarge, BrokerUnavailable."""
+        return await self._one(inputs, many=False, options=options)
+
+    async def submit_batch(self, inputs: list[Any], **options: Unpack[Options]) -> str:
+        """Submit a list of inputs as one job (``gpuinfer.batch_predict``) and return its task id."""
+        return await self._one(inputs, many=True, options=options)
+
+    async def submit_many(self, inputs: Iterable[Any], **options: Unpack[Options]) -> list[str]:
+        """Submit many inputs, each as a task of its own, in few round trips; return their ids in order."""
+        if options.pop("idempotency_key", None) is not None:
+            raise InputError("stands for one task; use submit or submit_batch", "idempotency_key")
+        tasks = [submission.build(value, many=False, **options) for value in inputs]
+        with typed_errors():
+            for call in submission.bulk(tasks, self._settings.queue):
+                await self._submit(keys=call.keys, args=call.args)
+        return [task.id for task in tasks]
+
+    async def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
+        key = options.get("idempotency_key")
+        call = submission.one(submission.build(inputs, many=many, **options), self._settings.queue, key)
+        with typed_errors():
+            holder: bytes = await self._submit(keys=call.keys, args=call.args)
+        return holder.decode()
+
+    async def cancel(self, task_id: str) -> bool:
+        """Cancel a task that no worker has begun; return whether it was cancelled."""
+        error = TaskRevoked("it was cancelled before a worker began it", None)
+        meta = results.failure(task_id, error, worker="")
+        args = [meta, self._settings.queue.result_ttl_s]
+        with typed_errors():
+            return bool(await self._cancel(keys=[keys.result(task_id)], args=args))
+
+    # -- waiting --------------------------------------------------------------------------
+
+    async def status(self, task_id: str) -> TaskStatus:
+        """Return a task's state now. Raises TaskNotFound."""
+        with typed_errors():
+            meta = await self._redis.get(keys.result(task_id))
+        if meta is None:
+            raise not_found(task_id)
+        return results.parse(task_id, meta)
+
+    async def wait(self, task_id: str, timeout_s: float | None = None) -> TaskStatus:
+        """Wait until a task has ended, at most ``timeout_s``; return its state then.
+
+        Raises TaskNotFound, BrokerUnavailable.
+        """
+        status = await self.status(task_id)
+        if status.final or (timeout_s is not None and timeout_s <= 0):
+            return status
+        try:
+            async with asyncio.timeout(timeout_s), self._waits.watch(task_id) as mailbox:
+                while True:
+                    news = await mailbox.get()
+                    if news is not None:
+                        return news
+                    with suppress(BrokerUnavailable):  # then another confirmation comes
+                        status = await self.status(task_id)
+                        if status.final:
+                            return status
+        except TimeoutError:
+            return await self.status(task_id)
+
+    async def result(self, task_id: str, timeout_s: float | None = None) -> Any:
+        """Wait for a task and return its result; raise its error. Raises TaskNotFound, WaitTimeout."""
+        status = await self.wait(task_id, timeout_s)
+        if not status.final:
+            raise WaitTimeout(f"task {task_id} has not ended in {timeout_s:g} s; it goes on")
+        return status.unwrap()
+
+    async def as_completed(
+        self, task_ids: Iterable[str], timeout_s: float | None = None
+    ) -> AsyncIterator[TaskStatus]:
+        """Yield the final status of each task as it ends. Raises TaskNotFound, WaitTimeout."""
+        waits = [asyncio.ensure_future(self.wait(task_id, timeout_s)) for task_id in dict.fromkeys(task_ids)]
+        try:
+            for done in asyncio.as_completed(waits):
+                status = await done
+                if not status.final:
+                    raise WaitTimeout("not all tasks have ended in time; they go on")
+                yield status
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def results(
+        self, task_ids: Sequence[str], timeout_s: float | None = None, *, return_errors: bool = False
+    ) -> list[Any]:
+        """Wait for tasks and return their results in order.
+
+        The first error is raised, or with ``return_errors`` stands in its task's place.
+        """
+        found = {status.id: status async for status in self.as_completed(task_ids, timeout_s)}
+        ordered = [found[task_id] for task_id in task_ids]
+        if return_errors:
+            return [status.error or status.result for status in ordered]
+        return [status.unwrap() for status in ordered]

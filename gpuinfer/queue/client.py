@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The synchronous client: submit work, wait for results, cancel.
+
+>>> client = Client("redis://127.0.0.1:6379/0")
+>>> client.result(client.submit([0.0] * 64))
+
+A wait is event-driven: it subscribes to the channel a result is published on, then looks once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Self, Unpack
+
+from gpuinfer.errors import InputError, TaskNotFound, TaskRevoked, WaitTimeout
+from gpuinfer.queue import keys, results, submission
+from gpuinfer.queue.connection import AWAY, connect, typed_errors
+from gpuinfer.queue.results import TaskStatus
+from gpuinfer.queue.scripts import bind
+from gpuinfer.queue.submission import Options
+from gpuinfer.settings import Settings, load_settings
+
+
+def settings_for(source: Settings | str | None) -> Settings:
+    """Return settings: as given, with another broker URL, or as loaded from this host."""
+    if isinstance(source, Settings):
+        return source
+    loaded = load_settings()
+    if source is None:
+        return loaded
+    broker = type(loaded.broker).model_validate(loaded.broker.model_dump() | {"url": source})
+    return loaded.model_copy(update={"broker": broker})
+
+
+def not_found(task_id: str) -> TaskNotFound:
+    """Return the error for an id Redis knows nothing of."""
+    return TaskNotFound(
+        f"no task {task_id}: it was never submitted here, or its result has expired", "task_id"
+    )
+
+
+class Client:
+    """Talks to the queue. Safe to share between threads.
+
+    ``source`` is a broker URL, a Settings object, or None for this host's settings.
+    """
+
+    def __init__(self, source: Settings | str | None = None) -> None:
+        self._settings = settings_for(source)
+        self._redis = connect(self._settings.broker)
+        self._submit = bind(self._redis, "submit")
+        self._cancel = bind(self._redis, "cancel")
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._redis.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- submitting -----------------------------------------------------------------------
+
+    def submit(self, inputs: Any, **options: Unpack[Options]) -> str:
+        """Submit one input and return its task id. Raises InputError, PayloadTooLarge, BrokerUnavailable."""
+        return self._one(inputs, many=False, options=options)
+
+    def submit_batch(self, inputs: list[Any], **options: Unpack[Options]) -> str:
+        """Submit a list of inputs as one job (``gpuinfer.batch_predict``) and return its task id."""
+        return self._one(inputs, many=True, options=options)
+
+    def submit_many(self, inputs: Iterable[Any], **options: Unpack[Options]) -> list[str]:
+        """Submit many inputs, each as a task of its own, in few round trips; return their ids in order.
+
+        Not all or nothing: when Redis fills up on the way, the first of them have been accepted.
+        """
+        if options.pop("idempotency_key", None) is not None:
+            raise InputError("stands for one task; use submit or submit_batch", "idempotency_key")
+        tasks = [submission.build(value, many=False, **options) for value in inputs]
+        with typed_errors(), self._redis.pipeline(transaction=False) as pipe:
+            for call in submission.bulk(tasks, self._settings.queue):
+                self._submit(keys=call.keys, args=call.args, client=pipe)
+                if len(pipe.command_stack) >= 8:
+                    pipe.execute()
+            pipe.execute()
+        return [task.id for task in tasks]
+
+    def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
+        key = options.get("idempotency_key")
+        call = submission.one(submission.build(inputs, many=many, **options), self._settings.queue, key)
+        with typed_errors():
+            holder: bytes = self._submit(keys=call.keys, args=call.args)
+        return holder.decode()
+
+    def cancel(self, task_id: str) -> bool:
+        """Cancel a task that no worker has begun; return whether it was cancelled."""
+        error = TaskRevoked("it was cancelled before a worker began it", None)
+        meta = results.failure(task_id, error, worker="")
+        with typed_errors():
+            return bool(
+                self._cancel(keys=[keys.result(task_id)], args=[meta, self._settings.queue.result_ttl_s])
+            )
+
+    # -- waiting --------------------------------------------------------------------------
+
+    def status(self, task_id: str) -> TaskStatus:
+        """Return a task's state now. Raises TaskNotFound."""
+        with typed_errors():
+            meta = self._redis.get(keys.result(task_id))
+        if meta is None:
+            raise not_found(task_id)
+        return results.parse(task_id, meta)
+
+    def result(self, task_id: str, timeout_s: float | None = None) -> Any:
+        """Wait for a task and return its result; raise its error. Raises TaskNotFound, WaitTimeout."""
+        for status in self.as_completed([task_id], timeout_s):
+            return status.unwrap()
+        raise AssertionError("unreachable: as_completed yields or raises")  # pragma: no cover
+
+    def results(
+        self, task_ids: Sequence[str], timeout_s: float | None = None, *, return_errors: bool = False
+    ) -> list[Any]:
+        """Wait for tasks and return their results in order.
+
+        The first error is raised, or with ``return_errors`` stands in its task's place.
+        """
+        found = {status.id: status for status in self.as_completed(task_ids, timeout_s)}
+        ordered = [found[task_id] for task_id in task_ids]
+        if return_errors:
+            return [status.error or status.result for status in ordered]
+        return [status.unwrap() for status in ordered]
+
+    def as_completed(self, task_ids: Iterable[str], timeout_s: float | None = None) -> Iterator[TaskStatus]:
+        """Yield the final status of each task as it ends. Raises TaskNotFound, WaitTimeout.
+
+        Goes on through a restart of Redis.
+        """
+        waiting = dict.fromkeys(task_ids)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while waiting:
+            try:
+                yield from self._listen(waiting, deadline)
+            except AWAY as exc:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise WaitTimeout(
+                        f"Redis is away and {len(waiting)} tasks have not ended: {exc}"
+                    ) from exc
+                time.sleep(0.2)
+
+    def _listen(self, waiting: dict[str, None], deadline: float | None) -> Iterator[TaskStatus]:
+        """Subscribe, look once, then yield what is published; drop ended tasks from ``waiting``.
+
+        A confirmation of a subscription, the first or one after a silent reconnection, is what
+        prompts the look, so that nothing can fall between the two.
+        """
+        with self._redis.pubsub() as listener:  # type: ignore[no-untyped-call]  # redis-py left it out
+            ids = list(waiting)
+            for start in range(0, len(ids), 1000):
+                listener.subscribe(*(keys.result(task_id) for task_id in ids[start : start + 1000]))
+            unseen: list[str] = []
+            while waiting:
+                pause = 0.0 if unseen else 5.0
+                if deadline is not None:
+                    pause = min(pause, max(0.0, deadline - time.monotonic()))
+                event = listener.get_message(timeout=pause)
+                if event is None:
+                    yield from self._look(unseen, waiting)
+                    unseen = []
+                    if deadline is not None and waiting and time.monotonic() >= deadline:
+                        raise WaitTimeout(f"{len(waiting)} tasks have not ended in time; they go on")
+                    continue
+                task_id = event["channel"].decode().removeprefix(keys.RESULT_PREFIX)
+                if event["type"] == "subscribe":
+                    unseen.append(task_id)
+                elif event["type"] == "message" and task_id in waiting:
+                    status = results.parse(task_id, event["data"])
+                    if status.final:
+                        del waiting[task_id]
+                        yield status
+
+    def _look(self, ids: list[str], waiting: dict[str, None]) -> Iterator[TaskStatus]:
+        ids = [task_id for task_id in ids if task_id in waiting]
+        for start in range(0, len(ids), 1000):
+            some = ids[start : start + 1000]
+            metas = self._redis.mget([keys.result(task_id) for task_id in some])
+            for task_id, meta in zip(some, metas, strict=True):
+                if meta is None:
+                    raise not_found(task_id)
+                status = results.parse(task_id, meta)
+                if status.final:
+                    del waiting[task_id]
+                    yield status

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One broker URL, in the three spellings that redis-py, Celery's results and kombu want."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+import redis
+import redis.asyncio
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ConnectionError,
+    MaxConnectionsError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
+from redis.retry import Retry
+
+from gpuinfer.errors import BrokerUnavailable, QueueFull
+from gpuinfer.settings import BrokerSettings
+
+
+def _socket(url: str) -> tuple[str, str] | None:
+    """Return (path, db) of a Unix socket URL, else None."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("unix", "redis+socket"):
+        return None
+    query = parse_qs(parts.query)
+    db = (query.get("db") or query.get("virtual_host") or ["0"])[0]
+    return parts.path, db
+
+
+def _credentials(broker: BrokerSettings) -> str:
+    if broker.password is None:
+        return ""
+    return f"{quote(broker.username or '', safe='')}:{quote(broker.password.get_secret_value(), safe='')}@"
+
+
+def _with_credentials(broker: BrokerSettings, scheme: str) -> str:
+    rest = broker.url.partition("://")[2]
+    own = _credentials(broker)
+    if own and "@" in rest:
+        rest = rest.rpartition("@")[2]
+    return f"{scheme}://{own}{rest}"
+
+
+def redis_url(broker: BrokerSettings) -> str:
+    """Return the URL that redis-py understands, without credentials of the settings."""
+    found = _socket(broker.url)
+    return f"unix://{found[0]}?db={found[1]}" if found else broker.url
+
+
+def celery_urls(broker: BrokerSettings) -> tuple[str, str]:
+    """Return (broker URL on our transport, result back-end URL) for Celery."""
+    found = _socket(broker.url)
+    if found:
+        tail = f"://{_credentials(broker)}{found[0]}?virtual_host={found[1]}"
+        return "gpuinfer+socket" + tail, "redis+socket" + tail
+    return _with_credentials(broker, "gpuinfer"), _with_credentials(broker, urlsplit(broker.url).scheme)
+
+
+def tls_options(broker: BrokerSettings) -> dict[str, Any] | None:
+    """Return what kombu and Celery call ``use_ssl``, or None without TLS."""
+    if not broker.url.startswith("rediss://"):
+        return None
+    options: dict[str, Any] = {"ssl_cert_reqs": "required"}
+    if broker.tls_ca:
+        options["ssl_ca_certs"] = str(broker.tls_ca)
+    return options
+
+
+def _options(broker: BrokerSettings) -> dict[str, Any]:
+    options: dict[str, Any] = {"health_check_interval": 15, "socket_timeout": broker.connect_timeout_s}
+    if broker.password is not None:
+        options |= {"username": broker.username, "password": broker.password.get_secret_value()}
+    if not redis_url(broker).startswith("unix://"):
+        options["socket_connect_timeout"] = broker.connect_timeout_s
+        options["socket_keepalive"] = True
+    if broker.tls_ca and broker.url.startswith("rediss://"):
+        options["ssl_ca_certs"] = str(broker.tls_ca)
+    return options
+
+
+def connect(broker: BrokerSettings, *, retries: int = 1) -> redis.Redis:
+    """Return a client that connects when first used; one lost connection is retried ``retries`` times."""
+    retry = Retry(ExponentialBackoff(cap=0.2, base=0.01), retries)
+    return redis.Redis.from_url(redis_url(broker), retry=retry, **_options(broker))
+
+
+def connect_async(broker: BrokerSettings, *, max_connections: int = 128) -> redis.asyncio.Redis:
+    """Return an asyncio client that connects when first used."""
+    from redis.asyncio.retry import Retry as AsyncRetry
+
+    retry = AsyncRetry(ExponentialBackoff(cap=0.2, base=0.01), 1)
+    return redis.asyncio.Redis.from_url(
+        redis_url(broker), retry=retry, max_connections=max_connections, **_options(broker)
+    )
+
+
+#: Redis is away, or about to be: the same call may work in a moment.
+AWAY = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, MaxConnectionsError, OSError)
+
+
+def explain(exc: Exception) -> BrokerUnavailable:
+    """Return the typed error for what redis-py raised."""
+    text = str(exc)
+    if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in text:
+        return QueueFull("Redis has reached maxmemory and refuses new work; what was accepted goes on")
+    if isinstance(exc, AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
+        return BrokerUnavailable(f"Redis refused the password or user: {text}", "broker.password")
+    if "MISCONF" in text:
+        return BrokerUnavailable(f"Redis cannot write to its disk: {text}")
+    return BrokerUnavailable(f"Redis does not answer: {text}", "broker.url")
+
+
+@contextmanager
+def typed_errors() -> Iterator[None]:
+    """Turn what redis-py raises into BrokerUnavailable or QueueFull."""
+    try:
+        yield
+    except (RedisError, OSError) as exc:
+        raise explain(exc) from exc
+
+
+__all__ = [
+    "AWAY",
+    "ResponseError",
+    "celery_urls",
+    "connect",
+    "connect_async",
+    "explain",
+    "redis_url",
+    "tls_options",
+    "typed_errors",
+]

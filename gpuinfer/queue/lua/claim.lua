@@ -1,0 +1,68 @@
+#!lua flags=allow-oom
+-- Pop up to N tasks, the most urgent first, and record them as in flight, in one step.
+-- KEYS: in-flight hash, waiting hash, bell, then the lists in the order they are served
+-- ARGV: N, ageing in milliseconds (0: off), the first sequence id to use
+-- Returns {seq, list index (1-based), payload, seq, ...}. Payloads are not parsed.
+local inflight, waiting, bell = KEYS[1], KEYS[2], KEYS[3]
+local room, ageing, seq = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local claimed = {}
+local left = 0
+
+local function take(index)
+  if room <= 0 then return end
+  local list = KEYS[index]
+  local popped = redis.call('RPOP', list, room)
+  if not popped then return end
+  room = room - #popped
+  for _, payload in ipairs(popped) do
+    redis.call('HSET', inflight, seq, payload, seq .. ':list', list)
+    claimed[#claimed + 1] = seq
+    seq = seq + 1
+    claimed[#claimed + 1] = index - 3
+    claimed[#claimed + 1] = payload
+  end
+end
+
+local sizes, busy = {}, {}
+for index = 4, #KEYS do
+  sizes[index] = redis.call('LLEN', KEYS[index])
+  if sizes[index] > 0 then busy[#busy + 1] = index end
+end
+
+-- Ageing: a list with work that was passed over for long enough goes first, once.
+if ageing > 0 and (#busy > 1 or redis.call('EXISTS', waiting) == 1) then
+  local time = redis.call('TIME')
+  local now = time[1] * 1000 + math.floor(time[2] / 1000)
+  local since = {}
+  local flat = redis.call('HGETALL', waiting)
+  for i = 1, #flat, 2 do since[flat[i]] = tonumber(flat[i + 1]) end
+  local oldest, oldest_index = now - ageing, nil
+  for index = 4, #KEYS do
+    local list = KEYS[index]
+    if sizes[index] == 0 then
+      if since[list] then redis.call('HDEL', waiting, list) end
+    elseif not since[list] then
+      redis.call('HSET', waiting, list, now)
+    elseif since[list] <= oldest then
+      oldest, oldest_index = since[list], index
+    end
+  end
+  if oldest_index then take(oldest_index) end
+  for _, index in ipairs(busy) do
+    local before = room
+    take(index)
+    if index == oldest_index or room < before then redis.call('HSET', waiting, KEYS[index], now) end
+  end
+else
+  for _, index in ipairs(busy) do take(index) end
+end
+
+-- What is left is another worker's: ring for it.
+if #claimed > 0 and room <= 0 then
+  for _, index in ipairs(busy) do
+    left = left + redis.call('LLEN', KEYS[index])
+    if left > 0 then break end
+  end
+  if left > 0 and redis.call('LLEN', bell) == 0 then redis.call('LPUSH', bell, 1) end
+end
+return claimed

@@ -1,0 +1,51 @@
+#!lua flags=allow-oom
+-- Put a dead worker's tasks back at the head of their lists and count the death against those that ran.
+-- A task whose deaths reach the limit stays in flight and is reported: the caller settles it as dead.
+-- KEYS: in-flight hash
+-- ARGV: bell prefix, separator of priority lists, deaths at which a task is given up
+-- Returns {put back, then (seq, list, payload, deaths) of each task to give up}.
+-- The counts travel in front of the payload, as text, so that no payload is parsed:
+--   {"gpuinfer": [deliveries, deaths], <the rest as the producer wrote it>
+local inflight, bells, sep, limit = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
+local fields = redis.call('HKEYS', inflight)
+local seqs = {}
+for _, field in ipairs(fields) do
+  local seq = tonumber(field)
+  if seq then seqs[#seqs + 1] = seq end
+end
+table.sort(seqs, function(a, b) return a > b end)
+
+local ran = {}
+for seq in string.gmatch(redis.call('HGET', inflight, 'running') or '', '%d+') do ran[tonumber(seq)] = true end
+redis.call('HDEL', inflight, 'running')
+
+local answer, back = {0}, 0
+for _, seq in ipairs(seqs) do
+  local payload = redis.call('HGET', inflight, seq)
+  local list = redis.call('HGET', inflight, seq .. ':list')
+  if not list then
+    redis.call('HDEL', inflight, seq)
+  else
+    local head, deliveries, deaths = string.match(payload, '^({"gpuinfer": %[(%d+), (%d+)%], )')
+    local rest = head and string.sub(payload, #head + 1) or string.sub(payload, 2)
+    deliveries, deaths = (deliveries or 0) + 1, (deaths or 0) + (ran[seq] and 1 or 0)
+    if string.sub(payload, 1, 1) == '{' then
+      payload = string.format('{"gpuinfer": [%d, %d], ', deliveries, deaths) .. rest
+    end
+    if deaths >= limit then
+      -- Kept, with its count, until the caller has written its end.
+      redis.call('HSET', inflight, seq, payload)
+      for _, part in ipairs({seq, list, payload, deaths}) do answer[#answer + 1] = part end
+    else
+      redis.call('RPUSH', list, payload)
+      redis.call('HDEL', inflight, seq, seq .. ':list')
+      local at = string.find(list, sep, 1, true)
+      local bell = bells .. (at and string.sub(list, 1, at - 1) or list)
+      redis.call('LPUSH', bell, 1)
+      redis.call('LTRIM', bell, 0, 63)
+      back = back + 1
+    end
+  end
+end
+answer[1] = back
+return answer

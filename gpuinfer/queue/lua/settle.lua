@@ -1,0 +1,25 @@
+#!lua flags=allow-oom
+-- Write the final states of tasks, publish them, and drop the tasks from flight, in one step.
+-- A final state is written once: a later one for the same id is ignored.
+-- KEYS: in-flight hash
+-- ARGV: result ttl in seconds, result key prefix, then (seq, task id, meta) triples;
+--       an empty seq is not in flight, an empty meta writes no state
+-- Returns how many final states were written.
+local ttl, prefix = ARGV[1], ARGV[2]
+local written = 0
+for i = 3, #ARGV, 3 do
+  local seq, id, meta = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  if seq ~= '' then redis.call('HDEL', KEYS[1], seq, seq .. ':list') end
+  if meta ~= '' then
+    local key = prefix .. id
+    local state = string.match(redis.call('GETRANGE', key, 0, 31), '^{"status": ?"(%u+)"')
+    if state ~= 'SUCCESS' and state ~= 'FAILURE' and state ~= 'REVOKED' then
+      redis.call('SET', key, meta, 'EX', ttl)
+      redis.call('PUBLISH', key, meta)
+      written = written + 1
+    end
+  end
+end
+-- Only the record of what ran last is left: no task, no key.
+if redis.call('HLEN', KEYS[1]) == 1 then redis.call('HDEL', KEYS[1], 'running') end
+return written

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Celery's task message, protocol 2, as kombu's Redis transport lays it on the list.
+
+Source: https://docs.celeryq.dev/en/stable/internals/protocol.html. The body is plain JSON text
+(``body_encoding`` utf-8), a quarter smaller than kombu's base64. Any Celery producer's message
+decodes here too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import uuid
+from base64 import b64decode
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from gpuinfer.errors import InputError
+
+PREDICT = "gpuinfer.predict"
+BATCH_PREDICT = "gpuinfer.batch_predict"
+#: Where a task goes when the caller does not say.
+ROUTES = {PREDICT: "realtime", BATCH_PREDICT: "batch"}
+
+_ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
+
+
+class Undecodable(ValueError):
+    """Raised when a message is no Celery task message in JSON. Carries what could be read of it."""
+
+    def __init__(self, reason: str, task_id: str | None = None) -> None:
+        super().__init__(reason)
+        self.task_id = task_id
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """What a caller wants done."""
+
+    task: str
+    inputs: Any
+    queue: str
+    priority: int = 0
+    model: str | None = None
+    #: Options of the prediction: ``top_k``, ``encoding``.
+    options: dict[str, Any] = field(default_factory=dict)
+    #: Seconds since the epoch after which the task must not begin.
+    expires_at: float | None = None
+    soft_time_limit_s: float | None = None
+    time_limit_s: float | None = None
+    ignore_result: bool = False
+    id: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+    def encode(self) -> bytes:
+        """Return the list entry.
+
+        Raises InputError where the inputs are not JSON (an array of numpy, say).
+        """
+        kwargs: dict[str, Any] = dict(self.options)
+        if self.model is not None:
+            kwargs["model"] = self.model
+        try:
+            body = orjson.dumps(((self.inputs,), kwargs, _EMBED), option=orjson.OPT_SERIALIZE_NUMPY)
+        except (TypeError, ValueError) as exc:
+            raise InputError(f"must be JSON: {exc}", "inputs") from None
+        return orjson.dumps(
+            {
+                "body": body.decode(),
+                "content-encoding": "utf-8",
+                "content-type": "application/json",
+                "headers": self._headers(),
+                "properties": {
+                    "correlation_id": self.id,
+                    "delivery_mode": 2,
+                    "delivery_info": {"exchange": "", "routing_key": self.queue},
+                    "priority": self.priority,
+                    "body_encoding": "utf-8",
+                    "delivery_tag": self.id,
+                },
+            }
+        )
+
+    def _headers(self) -> dict[str, Any]:
+        expires = self.expires_at
+        return {
+            "lang": "py",
+            "task": self.task,
+            "id": self.id,
+            "root_id": self.id,
+            "parent_id": None,
+            "group": None,
+            "retries": 0,
+            "eta": None,
+            "expires": None if expires is None else datetime.fromtimestamp(expires, UTC).isoformat(),
+            "timelimit": [self.time_limit_s, self.soft_time_limit_s],
+            "origin": _ORIGIN,
+            "ignore_result": self.ignore_result,
+        }
+
+
+_EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+
+
+@dataclass(slots=True)
+class Envelope:
+    """A message as far as it is read without opening its body."""
+
+    raw: dict[str, Any]
+    headers: dict[str, Any]
+    properties: dict[str, Any]
+    task: str
+    id: str
+    #: Deliveries before this one, and those among them that ended in the worker's death.
+    deliveries: int
+    deaths: int
+
+    def body(self) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+        """Return (args, kwargs, embed). Raises Undecodable."""
+        raw: Any = self.raw.get("body")
+        try:
+            if self.properties.get("body_encoding") == "base64":
+                raw = b64decode(raw)
+            args, kwargs, embed = _loads(raw)
+        except (ValueError, TypeError) as exc:
+            raise Undecodable(f"the body is not a task's arguments: {exc}", self.id) from None
+        if not isinstance(args, list) or not isinstance(kwargs, dict):
+            raise Undecodable("the body is not [args, kwargs, embed]", self.id)
+        return args, kwargs, embed if isinstance(embed, dict) else {}
+
+
+def _loads(raw: bytes | str) -> Any:
+    """Parse JSON; NaN and Infinity, which Python's own writer emits, are let through to validation."""
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return json.loads(raw)
+
+
+def decode(payload: bytes) -> Envelope:
+    """Read a list entry. Raises Undecodable saying why it can never run."""
+    try:
+        raw = _loads(payload)
+    except ValueError as exc:
+        raise Undecodable(f"not JSON: {exc}") from None
+    if not isinstance(raw, dict):
+        raise Undecodable("not a JSON object")
+    headers, properties = raw.get("headers"), raw.get("properties")
+    if not isinstance(headers, dict) or not isinstance(properties, dict):
+        raise Undecodable("no headers or properties: not a message of kombu")
+    task, task_id = headers.get("task"), headers.get("id")
+    if not isinstance(task, str) or not isinstance(task_id, str):
+        raise Undecodable("no task name or id in the headers: not Celery's protocol 2")
+    if raw.get("content-type") != "application/json":
+        raise Undecodable(f"content type {raw.get('content-type')!r}; only application/json is read", task_id)
+    counts = raw.get("gpuinfer") or (0, 0)
+    return Envelope(raw, headers, properties, task, task_id, int(counts[0]), int(counts[1]))
+
+
+def expires_at(headers: dict[str, Any]) -> float | None:
+    """Return the header's deadline in seconds since the epoch, or None."""
+    value = headers.get("expires")
+    if value is None:
+        return None
+    if isinstance(value, (int, float)):
+        return float(value)
+    try:
+        moment = datetime.fromisoformat(str(value))
+    except ValueError:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

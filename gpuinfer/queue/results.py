@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Task states: Celery's result format, written by the worker and read by clients and the API.
+
+The JSON begins with ``{"status": "..."`` so that the Lua scripts can tell a final state from a
+passing one without parsing. A plain ``AsyncResult(id).get()`` reads it as it reads Celery's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import orjson
+
+from gpuinfer import errors
+from gpuinfer.errors import GpuinferError, TaskExpired, TaskFailed, TaskRevoked
+
+State = Literal["queued", "running", "completed", "failed", "expired", "revoked"]
+FINAL: frozenset[State] = frozenset({"completed", "failed", "expired", "revoked"})
+#: What a producer writes when it submits, so that a waiting task can be told from an unknown one.
+PENDING_META = b'{"status": "PENDING", "result": null}'
+
+_STATES: dict[str, State] = {
+    "PENDING": "queued",
+    "RECEIVED": "queued",
+    "RETRY": "queued",
+    "STARTED": "running",
+    "SUCCESS": "completed",
+    "FAILURE": "failed",
+    "REVOKED": "revoked",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskStatus:
+    """The state of a task as a caller sees it."""
+
+    id: str
+    state: State
+    result: Any = None
+    error: GpuinferError | None = None
+    #: True when this was not the task's first execution.
+    redelivered: bool = False
+    #: Which worker began or ended it, where known.
+    worker: str | None = None
+
+    @property
+    def final(self) -> bool:
+        return self.state in FINAL
+
+    def unwrap(self) -> Any:
+        """Return the result; raise the error of a task that did not complete."""
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _meta(status: str, task_id: str, result: Any, extra: dict[str, Any]) -> bytes:
+    body = {
+        "result": result,
+        "traceback": None,
+        "children": [],
+        "date_done": _now(),
+        "task_id": task_id,
+        **extra,
+    }
+    # orjson writes no space after a colon; the scripts accept both.
+    return orjson.dumps({"status": status, **body}, option=orjson.OPT_NON_STR_KEYS)
+
+
+def started(task_id: str, worker: str, pid: int) -> bytes:
+    """Return the meta of a task that has begun."""
+    return b'{"status":"STARTED","result":{"pid":%d,"hostname":"%b"},"task_id":"%b"}' % (
+        pid,
+        worker.encode(),
+        task_id.encode(),
+    )
+
+
+def success(task_id: str, result: Any, *, worker: str, redelivered: bool = False) -> bytes:
+    """Return the meta of a task that completed."""
+    extra: dict[str, Any] = {"worker": worker}
+    if redelivered:
+        extra["redelivered"] = True
+    return _meta("SUCCESS", task_id, result, extra)
+
+
+def failure(task_id: str, error: BaseException, *, worker: str, redelivered: bool = False) -> bytes:
+    """Return the meta of a task that failed, expired or was revoked.
+
+    ``exc_message`` holds the constructor's arguments, as Celery's own back ends write it.
+    """
+    status = "REVOKED" if isinstance(error, (TaskExpired, TaskRevoked)) else "FAILURE"
+    args = list(error.args) if isinstance(error, GpuinferError) else [str(error)]
+    result = {
+        "exc_type": type(error).__name__,
+        "exc_message": args,
+        "exc_module": type(error).__module__,
+    }
+    extra: dict[str, Any] = {"worker": worker}
+    if redelivered:
+        extra["redelivered"] = True
+    return _meta(status, task_id, result, extra)
+
+
+def parse(task_id: str, meta: bytes | str) -> TaskStatus:
+    """Read a result key's value."""
+    try:
+        body = orjson.loads(meta)
+    except orjson.JSONDecodeError:
+        import json
+
+        body = json.loads(meta, parse_constant=lambda _: math.nan)
+    state = _STATES.get(str(body.get("status")), "queued")
+    result, error = body.get("result"), None
+    worker = body.get("worker")
+    if state == "running" and isinstance(result, dict):
+        worker, result = result.get("hostname"), None
+    elif state in ("failed", "revoked"):
+        error, result = _rebuild(result), None
+        if isinstance(error, TaskExpired):
+            state = "expired"
+    return TaskStatus(
+        id=task_id,
+        state=state,
+        result=result,
+        error=error,
+        redelivered=bool(body.get("redelivered")),
+        worker=worker,
+    )
+
+
+def _rebuild(result: Any) -> GpuinferError:
+    if not isinstance(result, dict) or "exc_type" not in result:
+        return TaskFailed(str(result))
+    name, args = str(result["exc_type"]), result.get("exc_message")
+    args = args if isinstance(args, list) else [str(args)]
+    if result.get("exc_module") == errors.__name__:
+        cls = getattr(importlib.import_module(errors.__name__), name, None)
+        if isinstance(cls, type) and issubclass(cls, GpuinferError):
+            return cls(*args[:2])
+    if name == "TaskRevokedError":
+        return TaskRevoked(", ".join(map(str, args)))
+    return TaskFailed(f"{name}: {', '.join(map(str, args))}")

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's side of the queue: claim, begin, settle, release, restore, each one atomic script.
+
+Between claim and settle a task stands in the worker's in-flight hash, never only in a process's
+memory. Scripts run with allow-oom and without MULTI, so a full Redis does not stop them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import orjson
+import redis
+
+from gpuinfer.errors import DeadLettered, GpuinferError
+from gpuinfer.queue import keys, results
+from gpuinfer.queue.message import Undecodable, decode
+from gpuinfer.queue.scripts import bind
+from gpuinfer.settings import QueueSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A task this worker owns until it settles or releases it."""
+
+    #: Its field in the in-flight hash; ``seq:list`` names the list it came from.
+    seq: int
+    list_key: str
+    #: Its list's place in the order of serving, 0 the most urgent.
+    rank: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """The end of one task: its place in flight, its id, and its final meta (empty: none is kept)."""
+
+    seq: int | None
+    task_id: str
+    meta: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restore did."""
+
+    returned: int
+    dead: tuple[str, ...]
+
+
+class Store:
+    """Claims and settles tasks for one worker over one Redis client.
+
+    ``worker`` is the node name (``gpu0@host``), which names the in-flight hash.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        worker: str,
+        queues: Sequence[str],
+        settings: QueueSettings,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.client = client
+        self.worker = worker
+        self.lists = keys.serving_order(queues)
+        self.inflight = keys.inflight(worker)
+        self._settings = settings
+        self._clock = clock
+        self._seq = 1
+        #: True after a claim whose answer was lost: what it took is not known here.
+        self._unsure = False
+        self._claim = bind(client, "claim")
+        self._begin = bind(client, "begin")
+        self._settle = bind(client, "settle")
+        self._release = bind(client, "release")
+        self._restore = bind(client, "restore")
+        self._bury = bind(client, "bury")
+
+    def serve(self, queues: Sequence[str]) -> None:
+        """Claim from these queues from now on."""
+        self.lists = keys.serving_order(queues)
+
+    def claim(self, room: int, *, better_than: int | None = None) -> list[Claimed]:
+        """Take up to ``room`` tasks, the most urgent first.
+
+        With ``better_than``, only from lists before that rank, and without ageing.
+        """
+        lists = self.lists if better_than is None else self.lists[:better_than]
+        if room <= 0 or not lists:
+            return []
+        ageing_ms = 0 if better_than is not None else int(self._settings.ageing_s * 1000)
+        first, self._seq = self._seq, self._seq + room
+        try:
+            flat = self._claim(
+                keys=[self.inflight, keys.WAITING, keys.bell(keys.split_list_key(lists[0])[0]), *lists],
+                args=[room, ageing_ms, first],
+            )
+        except (redis.ConnectionError, redis.TimeoutError):
+            self._unsure = True
+            raise
+        return [
+            Claimed(int(flat[i]), lists[flat[i + 1] - 1], flat[i + 1] - 1, flat[i + 2])
+            for i in range(0, len(flat), 3)
+        ]
+
+    def reconcile(self, known: Iterable[int]) -> int:
+        """Give back what a claim with a lost answer took. ``known`` are the seqs this worker holds."""
+        if not self._unsure:
+            return 0
+        held = set(known)
+        fields = self.client.hkeys(self.inflight)
+        lost = sorted(int(f) for f in fields if f.isdigit() and int(f) not in held)
+        if lost:
+            self.release(lost)
+        self._unsure = False
+        return len(lost)
+
+    def begin(self, tasks: Sequence[tuple[int, str, bytes]]) -> set[int]:
+        """Note that (seq, id, started meta) are about to run.
+
+        Returns the positions of those whose final state is written already; they must not run.
+        """
+        args: list[bytes | str | int] = [
+            self._settings.pending_ttl_s,
+            keys.RESULT_PREFIX,
+            " ".join(str(seq) for seq, _, _ in tasks),
+        ]
+        for _, task_id, meta in tasks:
+            args += (task_id, meta)
+        return {int(position) - 1 for position in self._begin(keys=[self.inflight], args=args)}
+
+    def settle(self, finals: Sequence[Final]) -> int:
+        """Write final states and drop the tasks from flight. Safe to repeat."""
+        args: list[bytes | str | int] = [self._settings.result_ttl_s, keys.RESULT_PREFIX]
+        for final in finals:
+            args += ("" if final.seq is None else final.seq, final.task_id, final.meta)
+        return int(self._settle(keys=[self.inflight], args=args))
+
+    def release(self, seqs: Sequence[int]) -> int:
+        """Put claimed tasks back at the head of their lists. Safe to repeat."""
+        if not seqs:
+            return 0
+        return int(self._release(keys=[self.inflight], args=[keys.BELL_PREFIX, keys.SEP, *sorted(seqs)]))
+
+    def restore(self) -> Restored:
+        """Put everything in flight back; bury what has taken its workers down too often.
+
+        Only for a worker that is known not to run. Safe to repeat after being cut off anywhere.
+        """
+        flat = self._restore(
+            keys=[self.inflight], args=[keys.BELL_PREFIX, keys.SEP, self._settings.max_deaths]
+        )
+        dead = []
+        for i in range(1, len(flat), 4):
+            seq, list_key, payload, deaths = flat[i : i + 4]
+            error = DeadLettered(
+                f"its worker died {int(deaths)} times while it ran; see gpuinfer dead list", None
+            )
+            dead.append(self.bury(int(seq), list_key.decode(), payload, error, deaths=int(deaths)))
+        return Restored(int(flat[0]), tuple(dead))
+
+    def bury(self, seq: int, list_key: str, payload: bytes, error: GpuinferError, *, deaths: int = 0) -> str:
+        """Move a task to the dead letters, with a failure result where its id can be read."""
+        try:
+            task_id: str | None = decode(payload).id
+        except Undecodable as exc:
+            task_id = exc.task_id
+        letter_id = task_id or f"undecodable-{self.worker}-{int(self._clock() * 1000)}-{seq}"
+        letter = orjson.dumps(
+            {
+                "id": letter_id,
+                "list": list_key,
+                "reason": error.message,
+                "code": error.code,
+                "deaths": deaths,
+                "worker": self.worker,
+                "at": self._clock(),
+                "payload": payload.decode("utf-8", "backslashreplace"),
+            }
+        )
+        meta = results.failure(task_id, error, worker=self.worker) if task_id else b""
+        self._bury(
+            keys=[self.inflight, keys.DEAD],
+            args=[seq, letter_id, letter, self._settings.result_ttl_s, keys.result(letter_id), meta],
+        )
+        return letter_id

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a caller's arguments to calls of the submit script. Shared by both clients; no input, no output."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, Unpack
+
+from gpuinfer.errors import InputError, PayloadTooLarge
+from gpuinfer.queue import keys, results
+from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Submission
+from gpuinfer.settings import QUEUES, QueueName, QueueSettings
+
+#: One call of the script carries at most this many tasks, or about this many bytes.
+CHUNK_TASKS, CHUNK_BYTES = 500, 4 * 1024 * 1024
+
+
+class Options(TypedDict, total=False):
+    """What ``submit`` takes beside the inputs; every key may be left out."""
+
+    #: Name of the model; the worker's default without it.
+    model: str | None
+    #: realtime, default or batch; by default realtime for one input, batch for a list job.
+    queue: QueueName | None
+    #: 0 to 9, 9 the most urgent.
+    priority: int
+    #: How many classes a classification lists.
+    top_k: int | None
+    #: How tensors are returned: nested lists, or raw bytes in base64.
+    encoding: Literal["list", "b64"] | None
+    #: Seconds from now after which the task must not begin.
+    expires_s: float | None
+    soft_time_limit_s: float | None
+    time_limit_s: float | None
+    #: True: run it and keep nothing.
+    ignore_result: bool
+    #: The same key gives the same task id, for as long as a pending task is kept.
+    idempotency_key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the submit script."""
+
+    ids: tuple[str, ...]
+    keys: list[str]
+    args: list[bytes | str | int]
+
+
+def _positive(value: float | None, name: str) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+        raise InputError(f"must be a number of seconds above 0, got {value!r}", name)
+    return value
+
+
+def build(
+    inputs: Any, *, many: bool, clock: Callable[[], float] = time.time, **options: Unpack[Options]
+) -> Submission:
+    """Check a caller's arguments. Raises InputError naming the field."""
+    unknown = set(options) - set(Options.__annotations__)
+    if unknown:
+        raise InputError(f"unknown option; known: {', '.join(Options.__annotations__)}", sorted(unknown)[0])
+    task = BATCH_PREDICT if many else PREDICT
+    if many and not isinstance(inputs, list):
+        raise InputError(f"must be a list of inputs, got {type(inputs).__name__}", "inputs")
+    queue = options.get("queue") or ROUTES[task]
+    if queue not in QUEUES:
+        raise InputError(f"must be one of {', '.join(QUEUES)}, got {queue!r}", "queue")
+    priority = options.get("priority", 0)
+    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 9:
+        raise InputError(f"must be an integer from 0 to 9, got {priority!r}", "priority")
+    encoding = options.get("encoding")
+    if encoding is not None and encoding not in ("list", "b64"):
+        raise InputError(f"must be list or b64, got {encoding!r}", "encoding")
+    expires_s = _positive(options.get("expires_s"), "expires_s")
+    extra = {name: value for name in ("top_k", "encoding") if (value := options.get(name)) is not None}
+    return Submission(
+        task=task,
+        inputs=inputs,
+        queue=queue,
+        priority=priority,
+        model=options.get("model"),
+        options=extra,
+        expires_at=None if expires_s is None else clock() + expires_s,
+        soft_time_limit_s=_positive(options.get("soft_time_limit_s"), "soft_time_limit_s"),
+        time_limit_s=_positive(options.get("time_limit_s"), "time_limit_s"),
+        ignore_result=bool(options.get("ignore_result", False)),
+    )
+
+
+def _encode(submission: Submission, settings: QueueSettings) -> bytes:
+    payload = submission.encode()
+    if len(payload) > settings.max_payload_bytes:
+        raise PayloadTooLarge(
+            f"the message has {len(payload)} bytes; queue.max_payload_bytes is {settings.max_payload_bytes}",
+            "inputs",
+        )
+    return payload
+
+
+def _call(
+    submission: Submission, pairs: Sequence[tuple[str, bytes]], settings: QueueSettings, key: str | None
+) -> Call:
+    args: list[bytes | str | int] = [
+        settings.pending_ttl_s,
+        keys.RESULT_PREFIX,
+        results.PENDING_META,
+        keys.IDEMPOTENCY_PREFIX + key if key else "",
+    ]
+    for task_id, payload in pairs:
+        args += (task_id, payload)
+    lists = [keys.bell(submission.queue), keys.list_key(submission.queue, submission.priority)]
+    return Call(tuple(task_id for task_id, _ in pairs), lists, args)
+
+
+def one(submission: Submission, settings: QueueSettings, idempotency_key: str | None = None) -> Call:
+    """Return the call that submits one task. Raises PayloadTooLarge."""
+    return _call(submission, [(submission.id, _encode(submission, settings))], settings, idempotency_key)
+
+
+def bulk(submissions: Sequence[Submission], settings: QueueSettings) -> Iterator[Call]:
+    """Yield the calls that submit tasks of one queue and priority. Raises PayloadTooLarge."""
+    pairs: list[tuple[str, bytes]] = []
+    size = 0
+    for submission in submissions:
+        payload = _encode(submission, settings)
+        pairs.append((submission.id, payload))
+        size += len(payload)
+        if len(pairs) >= CHUNK_TASKS or size >= CHUNK_BYTES:
+            yield _call(submission, pairs, settings, None)
+            pairs, size = [], 0
+    if pairs:
+        yield _call(submissions[-1], pairs, settings, None)

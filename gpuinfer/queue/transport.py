@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kombu's Redis transport with an atomic claim for the task queues.
+
+Registered as ``gpuinfer://`` (and ``gpuinfer+socket://``). Only the queues realtime, default and
+batch differ from kombu's: they are claimed by script when their bell rings (BRPOP) or a timer
+fires, and stand in an in-flight hash until settled. Pidbox, reply and fan-out queues stay on
+kombu's stock path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport import redis as stock
+from kombu.transport.virtual import base as virtual
+from kombu.utils.json import dumps, loads
+
+from gpuinfer.errors import DeadLettered
+from gpuinfer.queue import keys
+from gpuinfer.queue.store import Claimed, Final, Store
+from gpuinfer.settings import QUEUES, QueueSettings
+
+_TAG = "gpuinfer-"
+
+
+class Sink(Protocol):
+    """Who takes claimed tasks straight from the channel: the worker's batcher."""
+
+    @property
+    def store(self) -> Store:
+        """The store tasks are claimed with."""
+
+    def room(self) -> tuple[int, int | None]:
+        """Return how many tasks to claim now, and the rank they must be better than, if any."""
+
+    def receive(self, channel: Channel, tasks: Sequence[Claimed]) -> None:
+        """Take over claimed tasks. Must not raise."""
+
+    def held(self) -> set[int]:
+        """Return the seqs of all tasks held."""
+
+
+def _seq(tag: object) -> int | None:
+    """Return the seq behind a delivery tag of ours, None for one of kombu's."""
+    return int(tag.removeprefix(_TAG)) if isinstance(tag, str) and tag.startswith(_TAG) else None
+
+
+class QoS(stock.QoS):  # type: ignore[misc]  # kombu is not annotated
+    """Acknowledges claimed messages by settling them; there is no visibility timeout."""
+
+    def append(self, message: Any, delivery_tag: Any) -> None:
+        if _seq(delivery_tag) is None:
+            super().append(message, delivery_tag)
+        else:
+            virtual.QoS.append(self, message, delivery_tag)
+
+    def ack(self, delivery_tag: Any) -> None:
+        seq = _seq(delivery_tag)
+        if seq is None:
+            super().ack(delivery_tag)
+            return
+        self.channel.store.settle([Final(seq, "", b"")])
+        virtual.QoS.ack(self, delivery_tag)
+
+    def reject(self, delivery_tag: Any, requeue: bool = False) -> None:
+        seq = _seq(delivery_tag)
+        if seq is None:
+            super().reject(delivery_tag, requeue=requeue)
+            return
+        if requeue:
+            self.channel.store.release([seq])
+        else:
+            self.channel.bury(delivery_tag, seq)
+        virtual.QoS.ack(self, delivery_tag)
+
+    def restore_unacked(self, client: Any = None) -> None:
+        """Give back what was delivered through kombu and not acknowledged, when the channel closes."""
+        self._flush()
+        seqs = [seq for tag in self._delivered if (seq := _seq(tag)) is not None]
+        self.channel.store.release(seqs)
+        for tag in [tag for tag in self._delivered if _seq(tag) is not None]:
+            del self._delivered[tag]
+        super().restore_unacked(client)
+
+    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: no task is ever lent for a time."""
+
+
+class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
+    """A channel whose task queues are claimed."""
+
+    QoS = QoS
+    priority_steps = list(keys.PRIORITIES)  # noqa: RUF012  # kombu's own is a list; never changed
+    #: Node name of the worker; names the in-flight hash.
+    worker = ""
+    #: QueueSettings as a dictionary: transport options travel as plain data.
+    queue_settings: dict[str, Any] = {}  # noqa: RUF012  # set per instance from the transport options
+    from_transport_options = (*stock.Channel.from_transport_options, "worker", "queue_settings")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.sink: Sink | None = None
+        self._store: Store | None = None
+        super().__init__(*args, **kwargs)
+
+    # -- producing ------------------------------------------------------------------------
+
+    def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
+        if queue not in QUEUES:
+            super()._put(queue, message, **kwargs)
+            return
+        key = keys.list_key(queue, self._get_message_priority(message))
+        bell = keys.bell(queue)
+        commands = (("lpush", key, dumps(message)), ("lpush", bell, 1), ("ltrim", bell, 0, 63))
+        batch = kwargs.pop("_publish_batch", None)
+        if batch is not None:
+            for name, *args in commands:
+                batch.add(name, *args)
+            return
+        with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            for name, *args in commands:
+                getattr(pipe, name)(*args)
+            pipe.execute()
+
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
+        """Bind as kombu does; a full Redis must not stop a worker from listening to its fan-out queues.
+
+        Publishers to a fan-out exchange do not read the binding that cannot be written.
+        """
+        try:
+            super()._queue_bind(exchange, routing_key, pattern, queue)
+        except self.ResponseError as exc:
+            if "OOM" not in str(exc) or queue not in self._fanout_queues:
+                raise
+
+    # -- consuming ------------------------------------------------------------------------
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """The task queues consumed here, the most urgent first."""
+        active = set(self._active_queues)
+        return tuple(queue for queue in QUEUES if queue in active)
+
+    @property
+    def store(self) -> Store:
+        """The sink's store, which outlives this channel; without a sink, one of the channel's own."""
+        if self.sink is not None:
+            return self.sink.store
+        if self._store is None:
+            settings = QueueSettings(**self.queue_settings)
+            self._store = Store(self._create_client(), self.worker, self.served, settings)
+        return self._store
+
+    def basic_consume(self, queue: str, *args: Any, **kwargs: Any) -> Any:
+        result = super().basic_consume(queue, *args, **kwargs)
+        if queue in QUEUES:
+            self.connection._callbacks[keys.bell(queue)] = lambda _: self._on_bell(queue)
+        return result
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        """Wait for kombu's own queues as kombu does, and for ours by their bells."""
+        active = self._queue_cycle.consume(len(self.active_queues))
+        wanted: list[Any] = [
+            self._q_for_pri(queue, pri)
+            for pri in self.priority_steps
+            for queue in active
+            if queue not in QUEUES
+        ]
+        if self._room()[0]:
+            wanted += [keys.bell(queue) for queue in self.served]
+        if not wanted:
+            return
+        self._in_poll = self.client.connection
+        self._brpop_sent_at = stock.monotonic()
+        self.client.connection.send_command("BRPOP", *wanted, timeout or self.brpop_timeout or 0)
+
+    def _room(self) -> tuple[int, int | None]:
+        if self.sink is not None:
+            return self.sink.room()
+        estimate = self.qos.can_consume_max_estimate()
+        return (1 if estimate is None else int(estimate)), None
+
+    def _on_bell(self, queue: str) -> None:
+        if self._room()[0]:
+            self.claim()
+        else:  # it was for another worker: pass it on
+            self._create_client().lpush(keys.bell(queue), 1)
+
+    def claim(self) -> int:
+        """Claim what there is room for and hand it on; return how many tasks came."""
+        if self.closed or not self.served:
+            return 0
+        room, better_than = self._room()
+        if room <= 0:
+            return 0
+        store = self.store
+        store.serve(self.served)
+        if self.sink is not None:
+            delivered = {seq for tag in self.qos._delivered if (seq := _seq(tag)) is not None}
+            store.reconcile(self.sink.held() | delivered)
+        tasks = store.claim(room, better_than=better_than)
+        if tasks and self.sink is not None:
+            self.sink.receive(self, tasks)
+        else:
+            for task in tasks:
+                self.deliver(task)
+        return len(tasks)
+
+    def deliver(self, task: Claimed) -> None:
+        """Hand one claimed task on as a kombu message, to Celery's ordinary strategy."""
+        queue, _ = keys.split_list_key(task.list_key)
+        try:
+            message = loads(task.payload)
+            message["properties"]["delivery_tag"] = f"{_TAG}{task.seq}"
+            if message.get("gpuinfer"):
+                message["headers"]["redelivered"] = True
+        except (ValueError, TypeError, KeyError) as exc:
+            self.store.bury(task.seq, task.list_key, task.payload, DeadLettered(f"cannot be decoded: {exc}"))
+            return
+        self._raw[f"{_TAG}{task.seq}"] = task
+        self.connection._deliver(message, queue)
+
+    @property
+    def _raw(self) -> dict[str, Claimed]:
+        """Claimed tasks on kombu's path, by delivery tag; entries of settled ones are dropped."""
+        held: dict[str, Claimed] = self.__dict__.setdefault("_raw_tasks", {})
+        for tag in [tag for tag in held if tag not in self.qos._delivered]:
+            del held[tag]
+        return held
+
+    def bury(self, delivery_tag: str, seq: int) -> None:
+        """Move a rejected message to the dead letters."""
+        task = self._raw.get(delivery_tag)
+        if task is not None:
+            error = DeadLettered("was rejected: no such task, or a message this worker cannot read")
+            self.store.bury(seq, task.list_key, task.payload, error)
+
+
+class Transport(stock.Transport):  # type: ignore[misc]  # kombu is not annotated
+    """kombu's Redis transport with claiming channels and a timer for silent producers."""
+
+    Channel = Channel
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        super().register_with_event_loop(connection, loop)
+        options = connection.client.transport_options
+        poll_ms = options.get("queue_settings", {}).get("poll_ms", 30)
+        loop.call_repeatedly(poll_ms / 1000, self.claim_all)
+
+    def claim_all(self) -> None:
+        """Look into the lists once, for producers that do not ring."""
+        for channel in list(self.channels):
+            channel.claim()
+
+
+def register() -> None:
+    """Make ``gpuinfer://`` known to kombu."""
+    TRANSPORT_ALIASES["gpuinfer"] = f"{__name__}:Transport"

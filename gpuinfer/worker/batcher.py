@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batcher: takes what a claim delivered, keeps the inference thread fed, settles what it returns.
+
+Runs on the main thread, inside Celery's event loop::
+
+    claim ─► receive ─► buffer ─► pump: begin, submit ─► (inference thread) ─► collect: settle ─► claim
+
+A batch never waits for company when the device is idle; while one runs, the next gathers.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import redis
+
+from gpuinfer.errors import DeadLettered, GpuinferError, TaskExpired, TaskRevoked
+from gpuinfer.log import get_logger
+from gpuinfer.models.manifest import Manifest
+from gpuinfer.queue import results
+from gpuinfer.queue.connection import AWAY
+from gpuinfer.queue.message import Undecodable, decode
+from gpuinfer.queue.store import Claimed, Final, Store
+from gpuinfer.settings import Settings
+from gpuinfer.worker.bookkeeping import Bookkeeping
+from gpuinfer.worker.buffer import Batch, Buffer
+from gpuinfer.worker.engine import Done, Engine, RunAlone
+from gpuinfer.worker.work import Work, conclude, is_inference, read
+
+if TYPE_CHECKING:
+    from gpuinfer.queue.transport import Channel
+
+log = get_logger(__name__)
+
+#: Payload bytes a worker holds at most, beside the batch that runs.
+BUFFER_BYTES = 64 * 1024 * 1024
+
+
+class Batcher:
+    """The channel's sink. One a worker process; it outlives reconnections."""
+
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        manifests: Mapping[str, Manifest],
+        settings: Settings,
+        device: str,
+        bookkeeping: Bookkeeping,
+        on_fatal: Callable[[GpuinferError], None],
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.store = store
+        self.engine = engine
+        self.device = device
+        self._manifests = manifests
+        self._settings = settings
+        self._books = bookkeeping
+        self._on_fatal = on_fatal
+        self._clock = clock
+        self._wall = wall
+        self._buffer = Buffer(engine.limit)
+        self._most = max(engine.limit(name) for name in manifests)
+        self._outbox: list[Final] = []
+        self._closed = False
+        self._payload_bytes = 4096.0  # moving average of one payload
+        self.channel: Channel | None = None
+
+    @property
+    def models(self) -> Mapping[str, Manifest]:
+        """The manifests of the models served, by name."""
+        return self._manifests
+
+    def attach(self, channel: Channel, dispatcher: Any) -> None:
+        """Serve a new connection."""
+        self.channel, self._books.dispatcher = channel, dispatcher
+
+    def detach(self) -> None:
+        """Go on without a connection: what runs is settled when there is one again."""
+        self.channel = self._books.dispatcher = None
+
+    # -- the channel's side ---------------------------------------------------------------
+
+    def room(self) -> tuple[int, int | None]:
+        """Return how many tasks to claim; when a whole batch waits, only such as would overtake it."""
+        if self._closed:
+            return 0, None
+        affordable = max(1, int(BUFFER_BYTES / self._payload_bytes))
+        held = len(self._buffer)
+        if held < min(self._most, affordable):
+            return min(self._most, affordable) - held, None
+        worst = self._buffer.rank_at(self._most - 1)
+        return (min(self._most, affordable), worst) if worst and held < 2 * self._most else (0, None)
+
+    def held(self) -> set[int]:
+        """Return the seqs of everything claimed and not settled."""
+        seqs = {work.seq for work in self._buffer}
+        if self.engine.current is not None:
+            seqs |= {work.seq for work in self.engine.current.works}
+        return seqs | {final.seq for final in self._outbox if final.seq is not None}
+
+    def receive(self, channel: Channel, tasks: Sequence[Claimed]) -> None:
+        """Read claimed tasks into the buffer; what can never run ends here."""
+        self.channel = channel
+        finals: list[Final] = []
+        for task in tasks:
+            self._payload_bytes += (len(task.payload) - self._payload_bytes) / 16
+            try:
+                envelope = decode(task.payload)
+                if not is_inference(envelope.task):
+                    channel.deliver(task)
+                    continue
+                self._admit(task, envelope, finals)
+            except Undecodable as exc:
+                letter = self.store.bury(
+                    task.seq, task.list_key, task.payload, DeadLettered(f"cannot be decoded: {exc}")
+                )
+                log.error("task_dead_lettered", task_id=letter, queue=task.list_key, reason=str(exc))
+        self._settle(finals)
+        self.pump()
+
+    def _admit(self, task: Claimed, envelope: Any, finals: list[Final]) -> None:
+        try:
+            work = read(
+                task,
+                envelope,
+                self._manifests,
+                self._settings.models.default,
+                self._settings.queue.max_payload_bytes,
+            )
+        except Undecodable:
+            raise
+        except GpuinferError as exc:
+            finals.append(self._final(task.seq, envelope.id, exc, envelope))
+            log.warning(
+                "task_refused", task_id=envelope.id, queue=task.list_key, code=exc.code, reason=str(exc)
+            )
+            return
+        self._books.received(work)
+        self._buffer.add(work)
+
+    # -- feeding --------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Start the next batch when the inference thread is idle."""
+        while self.engine.current is None and not self._closed:
+            self._drop_stale()
+            batch = self._buffer.next_batch(self._clock())
+            if batch is None or not self._start(batch):
+                return
+
+    def _start(self, batch: Batch) -> bool:
+        """Begin a batch. Returns False when Redis is away: the batch stays in the buffer."""
+        begun = [(work.seq, work.id, self._started(work)) for work in batch.works]
+        try:
+            ended = self.store.begin(begun)
+        except (redis.RedisError, OSError) as exc:
+            self._redis_trouble("begin", exc)
+            return False
+        if ended:  # cancelled, or finished by an earlier delivery
+            works = [batch.works[i] for i in sorted(ended)]
+            self._buffer.remove(works)
+            for work in works:
+                self._books.finished(work, None)
+                log.info("task_skipped", task_id=work.id, reason="its final state is written already")
+            self._settle([Final(work.seq, "", b"") for work in works])
+            return True
+        self._buffer.remove(batch.works)
+        now = self._wall()
+        for work in batch.works:
+            if work.time_start is None:
+                work.time_start = now
+                self._books.started(work)
+        self.engine.submit(batch)
+        return True
+
+    def _started(self, work: Work) -> bytes:
+        if not work.keeps_result:
+            return b""
+        return results.started(work.id, self.store.worker, os.getpid())
+
+    def _drop_stale(self) -> None:
+        """End what has expired or was revoked before it costs device time."""
+        now, finals, dropped = self._wall(), [], []
+        for work in self._buffer:
+            error: GpuinferError | None = None
+            if work.expires_at is not None and work.expires_at <= now and work.time_start is None:
+                error = TaskExpired("its deadline passed before a worker could begin it")
+            elif self._books.revoked(work.id):
+                error = TaskRevoked("it was revoked before a worker began it")
+            if error is not None:
+                dropped.append(work)
+                finals.append(self._final(work.seq, work.id, error, work.envelope))
+                self._books.finished(work, error)
+                log.info("task_dropped", task_id=work.id, model=work.model, code=error.code)
+        if dropped:
+            self._buffer.remove(dropped)
+            self._settle(finals)
+
+    # -- collecting -----------------------------------------------------------------------
+
+    def collect(self) -> None:
+        """Take what the inference thread has finished, start the next batch, then settle."""
+        while not self.engine.done.empty():
+            done = self.engine.done.get()
+            self.engine.current = None
+            if done.fatal is not None:
+                self._on_fatal(done.fatal)
+                return
+            finals = self._outcomes(done)
+            self.pump()
+            self._settle(finals)
+            failed = sum(1 for outcome in done.outcomes if isinstance(outcome, Exception))
+            log.info(
+                "batch_done",
+                model=done.batch.model,
+                batch_size=done.batch.size,
+                tasks=len(done.batch.parts),
+                failed=failed,
+                duration_ms=round(done.seconds * 1000, 2),
+                device=self.device,
+            )
+        if self.channel is not None and not self._closed:
+            self.channel.claim()
+
+    def _outcomes(self, done: Done) -> list[Final]:
+        """Distribute a batch's outcomes over its tasks; return the ends of those that are complete."""
+        finals, position = [], 0
+        for part in done.batch.parts:
+            work, count = part.work, part.stop - part.start
+            mine = done.outcomes[position : position + count]
+            position += count
+            work.ran_s += done.seconds
+            final = self._advance(work, mine)
+            if final is not None:
+                finals.append(final)
+        return finals
+
+    def _advance(self, work: Work, outcomes: list[Any]) -> Final | None:
+        """Add a task's outcomes. Returns its end, or None when it goes back to the buffer."""
+        if any(isinstance(outcome, RunAlone) for outcome in outcomes):
+            work.alone = True
+            self._buffer.add(work)
+            return None
+        passing = next((o for o in outcomes if isinstance(o, GpuinferError) and o.transient), None)
+        if passing is not None and work.retries < self._settings.queue.max_retries:
+            pause = self._settings.queue.retry_backoff_s * 2**work.retries
+            work.retries += 1
+            work.not_before = self._clock() + pause
+            self._buffer.add(work)
+            log.warning(
+                "task_retried", task_id=work.id, retry=work.retries, pause_s=pause, reason=str(passing)
+            )
+            return None
+        work.outcomes += outcomes
+        if work.left:
+            self._buffer.add(work)
+            return None
+        end = conclude(work, self.device)
+        error = end if isinstance(end, GpuinferError) else None
+        self._books.finished(work, error, end)
+        if error is not None:
+            log.warning("task_failed", task_id=work.id, model=work.model, code=error.code, reason=str(error))
+        return self._final(work.seq, work.id, end, work.envelope)
+
+    def _final(self, seq: int, task_id: str, end: Any, envelope: Any) -> Final:
+        if envelope.headers.get("ignore_result"):
+            return Final(seq, task_id, b"")
+        again = envelope.deliveries > 0
+        if isinstance(end, GpuinferError):
+            meta = results.failure(task_id, end, worker=self.store.worker, redelivered=again)
+        else:
+            meta = results.success(task_id, end, worker=self.store.worker, redelivered=again)
+        return Final(seq, task_id, meta)
+
+    def _settle(self, finals: list[Final]) -> None:
+        """Write final states; while Redis is away they wait here and are written when it is back."""
+        self._outbox += finals
+        if not self._outbox:
+            return
+        try:
+            self.store.settle(self._outbox)
+        except (redis.RedisError, OSError) as exc:
+            self._redis_trouble("settle", exc)
+            return
+        self._outbox = []
+
+    def _redis_trouble(self, what: str, exc: Exception) -> None:
+        if not isinstance(exc, AWAY):
+            log.error("redis_refused", operation=what, reason=str(exc))
+
+    # -- life -----------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Look after what waits for time or for Redis. Called a few times a second."""
+        self._settle([])
+        self.collect()
+        self.pump()
+
+    @property
+    def idle(self) -> bool:
+        """True when nothing runs and nothing waits to be settled."""
+        return self.engine.current is None and not self._outbox
+
+    def drain(self, timeout_s: float) -> None:
+        """Hand back what has not begun, finish the running batch, settle it. For a warm shutdown."""
+        self._closed = True
+        works = self._buffer.clear()
+        try:
+            self.store.release([work.seq for work in works])
+        except (redis.RedisError, OSError) as exc:
+            log.warning(
+                "release_failed", tasks=len(works), reason=str(exc), hint="restored at the next start"
+            )
+        if self.engine.current is not None:
+            self._take(self.engine.done.get())
+        deadline = self._clock() + timeout_s
+        while self._outbox and self._clock() < deadline:
+            self._settle([])
+            if self._outbox:
+                time.sleep(0.2)
+        log.info("drained", released=len(works), unsettled=len(self._outbox))
+
+    def _take(self, done: Done) -> None:
+        """Settle the last batch; a task with slices left goes back to its list."""
+        self.engine.current = None
+        self._settle(self._outcomes(done))
+        try:
+            self.store.release([work.seq for work in self._buffer.clear()])
+        except (redis.RedisError, OSError) as exc:
+            log.warning("release_failed", reason=str(exc), hint="restored at the next start")

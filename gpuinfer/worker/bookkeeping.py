@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Celery shows of a worker's tasks: inspect, revoke, events and signals, kept for our batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import signals
+from celery.worker import state
+
+from gpuinfer.errors import GpuinferError, TaskExpired, TaskRevoked
+from gpuinfer.worker.work import Work
+
+
+class View:
+    """A task as Celery's remote control sees it (``inspect active``, ``query_task``, ``revoke``)."""
+
+    __slots__ = ("__weakref__", "_hostname", "_work", "id", "name")
+
+    def __init__(self, work: Work, hostname: str) -> None:
+        self._work = work
+        self._hostname = hostname
+        self.id = work.id
+        self.name = work.envelope.task
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """Return what ``celery inspect active`` prints; inputs are not shown."""
+        work = self._work
+        return {
+            "id": self.id,
+            "name": self.name,
+            "args": [f"<{len(work.inputs)} inputs>"],
+            "kwargs": {"model": work.model},
+            "type": self.name,
+            "hostname": self._hostname,
+            "time_start": work.time_start,
+            "acknowledged": False,
+            "delivery_info": work.envelope.properties.get("delivery_info", {})
+            | {"redelivered": work.redelivered},
+            "worker_pid": None,
+        }
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        """Do nothing: a batch that runs on the device cannot be interrupted for one of its tasks."""
+
+
+class Bookkeeping:
+    """Keeps Celery's tables, sends its events and signals. Cheap where nobody listens."""
+
+    def __init__(self, hostname: str) -> None:
+        self._hostname = hostname
+        self._views: dict[str, View] = {}
+        #: Celery's event dispatcher; set at each connection.
+        self.dispatcher: Any = None
+
+    def _event(self, kind: str, work: Work, **fields: Any) -> None:
+        if self.dispatcher is not None and self.dispatcher.enabled:
+            self.dispatcher.send(kind, uuid=work.id, **fields)
+
+    def received(self, work: Work) -> None:
+        """A task has been claimed."""
+        view = self._views[work.id] = View(work, self._hostname)
+        state.task_reserved(view)
+        headers = work.envelope.headers
+        self._event(
+            "task-received",
+            work,
+            name=view.name,
+            args=f"<{len(work.inputs)} inputs>",
+            kwargs=f"model={work.model}",
+            root_id=headers.get("root_id"),
+            parent_id=headers.get("parent_id"),
+            retries=work.retries,
+            eta=None,
+            expires=headers.get("expires"),
+        )
+        if signals.task_received.receivers:
+            signals.task_received.send(sender=self._hostname, request=view)
+
+    def started(self, work: Work) -> None:
+        """A task's first batch begins."""
+        view = self._views.get(work.id)
+        if view is not None:
+            state.task_accepted(view)
+        self._event("task-started", work)
+        if signals.task_prerun.receivers:
+            signals.task_prerun.send(
+                sender=work.envelope.task, task_id=work.id, task=None, args=(), kwargs={}
+            )
+
+    def finished(self, work: Work, error: GpuinferError | None, result: Any = None) -> None:
+        """A task has ended, or left this worker without running (error and result None)."""
+        view = self._views.pop(work.id, None)
+        if view is not None:
+            state.task_ready(view)
+        if isinstance(error, (TaskRevoked, TaskExpired)):
+            self._event(
+                "task-revoked", work, terminated=False, signum=None, expired=isinstance(error, TaskExpired)
+            )
+        elif error is not None:
+            self._event("task-failed", work, exception=repr(error), traceback="")
+        elif result is not None:
+            self._event("task-succeeded", work, result="<not shown>", runtime=work.ran_s)
+        self._signal(work, error, result)
+
+    def _signal(self, work: Work, error: GpuinferError | None, result: Any) -> None:
+        if error is not None and signals.task_failure.receivers:
+            signals.task_failure.send(sender=work.envelope.task, task_id=work.id, exception=error)
+        elif result is not None and signals.task_success.receivers:
+            signals.task_success.send(sender=work.envelope.task, result=result)
+        if signals.task_postrun.receivers:
+            signals.task_postrun.send(sender=work.envelope.task, task_id=work.id, retval=result)
+
+    def revoked(self, task_id: str) -> bool:
+        """Tell whether ``celery control revoke`` named the task."""
+        return bool(state.revoked) and task_id in state.revoked

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's start, in order: settings, device, lock, models, warm-up; only then the queue.
+
+Runs for ``gpuinfer worker N`` and for ``celery -A gpuinfer.queue.app worker`` alike, from Celery's
+``celeryd_init`` signal. The device is bound before torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+from celery import signals
+from sdnotify import SystemdNotifier
+
+from gpuinfer.errors import ConfigError, DeviceError, GpuinferError, TimeLimitExceeded
+from gpuinfer.gpus import Binding, visible_device
+from gpuinfer.log import configure, get_logger, setup_celery_logging
+from gpuinfer.queue import results
+from gpuinfer.queue.connection import connect
+from gpuinfer.queue.store import Final, Store
+from gpuinfer.settings import Settings, load_settings
+from gpuinfer.worker.lock import acquire
+
+if TYPE_CHECKING:
+    from gpuinfer.models.loader import LoadedModel
+    from gpuinfer.worker.batcher import Batcher
+
+log = get_logger(__name__)
+
+#: How long a thread may keep the interpreter to itself; Python's 5 ms would delay every hand-over.
+SWITCH_INTERVAL_S = 0.0005
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a worker process holds for its life."""
+
+    batcher: Batcher
+    lock: IO[str]
+
+
+def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]) -> None:
+    """Prepare the worker process ``name`` (``gpu0@host``).
+
+    Ends the process with the error's exit code when it cannot be prepared: Celery would log an
+    exception here and go on.
+    """
+    try:
+        settings = getattr(worker.app, "gpuinfer_settings", None) or load_settings()
+        configure(settings.log)
+        setup_celery_logging(settings.log)
+        _only_solo(conf, options)
+        worker.gpuinfer = prepare(settings, name)
+    except GpuinferError as exc:
+        log.critical("start_failed", worker=name, code=exc.code, reason=str(exc))
+        raise SystemExit(exc.exit_code) from None
+    conf.broker_transport_options["worker"] = name
+    worker.queues_served = settings.worker.queues
+    if not options.get("queues"):
+        worker.app.amqp.queues.select(settings.worker.queues)
+    signals.worker_ready.connect(_ready, weak=False)
+
+
+def _only_solo(conf: Any, options: Mapping[str, Any]) -> None:
+    """Refuse any pool but solo."""
+    pool = options.get("pool_cls") or options.get("pool") or conf.worker_pool
+    name = getattr(pool, "__module__", str(pool)).rpartition(".")[2]
+    if name != "solo":
+        raise ConfigError(
+            f"the pool must be solo, not {name}: CUDA cannot be re-initialised in a forked process, and the "
+            "batcher needs the model in the process that reads the queue; run one worker a GPU instead",
+            "--pool",
+        )
+
+
+def number_of(name: str) -> int:
+    """Return the GPU number in a node name ``gpuN@host``; 0 for another name."""
+    found = re.match(r"gpu(\d+)@", name)
+    return int(found.group(1)) if found else 0
+
+
+def prepare(settings: Settings, name: str) -> Process:
+    """Bind the device, take the lock, load and warm up the models, build the batcher."""
+    binding = visible_device(number_of(name), settings.worker, os.environ)
+    if binding.cuda_visible_devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = binding.cuda_visible_devices
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    lock = acquire(settings.worker.run_dir, name)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    models = _load_models(settings, binding)
+    device = "cpu" if binding.device == "cpu" else f"gpu{number_of(name)}"
+    return Process(_build(settings, name, models, device), lock)
+
+
+def _load_models(settings: Settings, binding: Binding) -> dict[str, LoadedModel]:
+    from gpuinfer.models.loader import load  # torch is imported here, after the binding
+    from gpuinfer.models.repository import Repository
+
+    _check_device(binding)
+    repository = Repository(settings.models.folders)
+    loaded: dict[str, LoadedModel] = {}
+    for name in settings.worker.models or (settings.models.default,):
+        started = time.monotonic()
+        model = load(repository.get(name), binding.device, threads=settings.worker.threads)
+        model.warm_up()
+        loaded[name] = model
+        took = round((time.monotonic() - started) * 1000)
+        log.info("model_loaded", model=name, device=binding.device, duration_ms=took)
+    return loaded
+
+
+def _check_device(binding: Binding) -> None:
+    """Make torch use the GPU once. Raises DeviceError with the driver's words; never falls back."""
+    import torch
+
+    if binding.device == "cpu":
+        return
+    try:
+        torch.zeros(1, device=binding.device).add_(1).cpu()
+    except Exception as exc:
+        raise DeviceError(f"{binding.device} cannot be used: {exc}", "worker.device") from exc
+
+
+def _build(settings: Settings, name: str, models: dict[str, LoadedModel], device: str) -> Batcher:
+    from gpuinfer.worker.batcher import Batcher
+    from gpuinfer.worker.bookkeeping import Bookkeeping
+    from gpuinfer.worker.deadline import Deadline
+    from gpuinfer.worker.engine import Engine
+
+    store = Store(connect(settings.broker), name, settings.worker.queues, settings.queue)
+
+    def on_hard() -> None:
+        _end_at_hard_limit(engine, store)
+
+    def on_fatal(error: GpuinferError) -> None:
+        log.critical(
+            "device_lost", worker=name, reason=str(error), hint="the process ends; its tasks are put back"
+        )
+        os._exit(error.exit_code)
+
+    engine = Engine(models, Deadline(on_hard), wake=lambda: None, most=settings.worker.max_batch_size)
+    manifests = {key: model.manifest for key, model in models.items()}
+    return Batcher(store, engine, manifests, settings, device, Bookkeeping(name), on_fatal)
+
+
+def _end_at_hard_limit(engine: Any, store: Store) -> NoReturn:
+    """End the process at a hard limit. A task that ran alone is the offender and ends here.
+
+    Of several, none is: they come back, one death on the record of each, and run alone.
+    """
+    batch = engine.current
+    works = batch.works if batch is not None else []
+    log.critical("hard_time_limit", worker=store.worker, tasks=[work.id for work in works])
+    if len(works) == 1:
+        work = works[0]
+        error = TimeLimitExceeded(f"ran longer than its hard limit of {work.hard_limit_s:g} s", None)
+        meta = results.failure(work.id, error, worker=store.worker, redelivered=work.redelivered)
+        try:
+            store.settle([Final(work.seq, work.id, meta if work.keeps_result else b"")])
+        except Exception as exc:
+            log.error("settle_failed", task_id=work.id, reason=str(exc))
+    os._exit(TimeLimitExceeded.exit_code)
+
+
+def _ready(sender: Any, **_: object) -> None:
+    """Tell systemd and the log that the worker serves; its model has been warmed up before."""
+    batcher = sender.controller.gpuinfer.batcher
+    models = sorted(batcher.models)
+    SystemdNotifier().notify(f"READY=1\nSTATUS=serving {', '.join(models)} on {batcher.device}")
+    log.info("worker_ready", worker=batcher.store.worker, models=models, device=batcher.device)

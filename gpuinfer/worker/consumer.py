@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Celery's consumer with our batcher as the sink of the task queues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import bootsteps
+from celery.worker import consumer as stock
+from celery.worker.state import maybe_shutdown
+
+from gpuinfer.log import get_logger
+from gpuinfer.worker.batcher import Batcher
+
+log = get_logger(__name__)
+
+#: Seconds between attempts to reach Redis: at first, and at most.
+RETRY_START_S, RETRY_MAX_S = 0.2, 2.0
+#: Seconds the batcher's timer sleeps.
+TICK_S = 0.1
+
+
+class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not annotated
+    """Attaches the batcher to each new connection and drains it when the worker stops."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: Any, **kwargs: Any) -> None:
+        super().__init__(consumer, **kwargs)
+        self.batcher: Batcher = consumer.controller.gpuinfer.batcher
+        self._restored = False
+
+    def start(self, consumer: Any) -> None:
+        if not self._restored:
+            self._restore()
+        channel = consumer.task_consumer.channel
+        channel.sink = self.batcher
+        self.batcher.attach(channel, consumer.event_dispatcher)
+        self.batcher.engine.wake = lambda: consumer.hub.call_soon(self.batcher.collect)
+        consumer.timer.call_repeatedly(TICK_S, self.batcher.tick)
+
+    def _restore(self) -> None:
+        """Put back what the previous process of this name left in flight."""
+        restored = self.batcher.store.restore()
+        self._restored = True
+        if restored.returned or restored.dead:
+            log.warning(
+                "restored", worker=self.batcher.store.worker, returned=restored.returned, dead=restored.dead
+            )
+
+    def stop(self, consumer: Any) -> None:
+        if consumer.blueprint.state == bootsteps.RUN:  # a reconnection, not the end
+            self.batcher.detach()
+        else:
+            self.batcher.drain(timeout_s=10.0)
+
+
+class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
+    """Reconnects within a moment of Redis' return, and says so once."""
+
+    class Blueprint(stock.Consumer.Blueprint):  # type: ignore[misc]  # celery is not annotated
+        default_steps = (*stock.Consumer.Blueprint.default_steps, Batching)
+
+    def ensure_connected(self, conn: Any) -> Any:
+        away = False
+
+        def on_error(exc: Exception, _: float) -> None:
+            nonlocal away
+            if not away:
+                log.error("redis_away", reason=str(exc), hint="trying again every few seconds")
+                away = True
+
+        connected = conn.ensure_connection(
+            on_error, None, RETRY_START_S, RETRY_START_S, RETRY_MAX_S, callback=maybe_shutdown
+        )
+        self.first_connection_attempt = False
+        if away:
+            log.info("redis_back")
+        return connected

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process to a worker number on a host: a file lock that the kernel lets go when its owner dies."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from gpuinfer.errors import ConfigError, WorkerRunning
+
+
+def acquire(run_dir: Path, worker: str) -> IO[str]:
+    """Take the lock of ``worker`` (``gpu0@host``) and return its open file; closing it lets go.
+
+    Raises WorkerRunning when another process holds it, ConfigError when the folder cannot be used.
+    """
+    path = run_dir / f"{worker}.lock"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="ascii")
+    except OSError as exc:
+        raise ConfigError(f"cannot be written: {exc}", "worker.run_dir") from exc
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise WorkerRunning(f"{worker} runs already, as process {owner}") from None
+    file.seek(0)
+    file.truncate()
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+@contextmanager
+def stopped(run_dir: Path, worker: str) -> Iterator[None]:
+    """Hold the lock of a worker that does not run, so that it cannot start meanwhile."""
+    file = acquire(run_dir, worker)
+    try:
+        yield
+    finally:
+        file.close()

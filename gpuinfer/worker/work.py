@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A claimed task as the worker holds it: read from its message, checked, not yet decoded to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gpuinfer.errors import GpuinferError, InputError, PayloadTooLarge, UnknownModel
+from gpuinfer.models.manifest import Manifest
+from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Envelope, expires_at
+from gpuinfer.queue.store import Claimed
+
+_ARGUMENTS = ("inputs", "model", "top_k", "encoding")
+_ENCODINGS: tuple[Literal["list", "b64"], ...] = ("list", "b64")
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Work:
+    """One task from claim to settle. Mutable: it collects its outcomes and its retries."""
+
+    claimed: Claimed
+    envelope: Envelope
+    model: str
+    #: One element for ``predict``, all elements for ``batch_predict``.
+    inputs: list[Any]
+    top_k: int | None
+    encoding: Literal["list", "b64"]
+    soft_limit_s: float
+    hard_limit_s: float
+    expires_at: float | None
+    #: Order of arrival in this process, within its rank.
+    arrival: int = 0
+    #: Must not share a batch: it was there when a worker died, or a batch of it failed as a whole.
+    alone: bool = False
+    retries: int = 0
+    #: Monotonic time before which it must not run again.
+    not_before: float = 0.0
+    #: One entry for each input that has run.
+    outcomes: list[Any] = field(default_factory=list)
+    #: Seconds its slices have run so far.
+    ran_s: float = 0.0
+    #: Wall clock of its first batch, for ``inspect active``.
+    time_start: float | None = None
+
+    @property
+    def id(self) -> str:
+        return self.envelope.id
+
+    @property
+    def seq(self) -> int:
+        return self.claimed.seq
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Its place in the order of serving."""
+        return self.claimed.rank, self.arrival
+
+    @property
+    def many(self) -> bool:
+        return self.envelope.task == BATCH_PREDICT
+
+    @property
+    def redelivered(self) -> bool:
+        return self.envelope.deliveries > 0
+
+    @property
+    def keeps_result(self) -> bool:
+        return not self.envelope.headers.get("ignore_result")
+
+    @property
+    def left(self) -> int:
+        """How many of its inputs have not run."""
+        return len(self.inputs) - len(self.outcomes)
+
+
+def _bind(args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Bind a message's arguments to the signature ``(inputs, model=None, top_k=None, encoding="list")``."""
+    if len(args) > len(_ARGUMENTS):
+        raise InputError(f"takes at most {len(_ARGUMENTS)} positional arguments, got {len(args)}", "args")
+    bound = dict(zip(_ARGUMENTS, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in _ARGUMENTS:
+            raise InputError(f"unknown argument; known: {', '.join(_ARGUMENTS)}", name)
+        if name in bound:
+            raise InputError("given twice, by position and by name", name)
+        bound[name] = value
+    if "inputs" not in bound:
+        raise InputError("is missing", "inputs")
+    return bound
+
+
+def _limit(asked: object, default: float, most: float, name: str) -> float:
+    if asked is None:
+        return default
+    if isinstance(asked, bool) or not isinstance(asked, (int, float)) or asked <= 0:
+        raise InputError(f"must be a number of seconds above 0, got {asked!r}", name)
+    return min(float(asked), most)
+
+
+def read(
+    claimed: Claimed,
+    envelope: Envelope,
+    manifests: Mapping[str, Manifest],
+    default_model: str,
+    max_payload_bytes: int,
+) -> Work:
+    """Turn a message into work.
+
+    Raises Undecodable for a body that is no arguments, and InputError, PayloadTooLarge or
+    UnknownModel for arguments that cannot work; all of them are final.
+    """
+    if (
+        len(claimed.payload) > 2 * max_payload_bytes
+    ):  # base64 and the envelope add to what was measured at submission
+        raise PayloadTooLarge(
+            f"the message has {len(claimed.payload)} bytes; queue.max_payload_bytes is {max_payload_bytes}",
+            "inputs",
+        )
+    args, kwargs, _ = envelope.body()
+    bound = _bind(args, kwargs)
+    model = bound.get("model") or default_model
+    manifest = manifests.get(model) if isinstance(model, str) else None
+    if manifest is None:
+        raise UnknownModel(
+            f"{model!r} is not served by this worker; it serves {', '.join(manifests)}", "model"
+        )
+    many = envelope.task == BATCH_PREDICT
+    inputs = bound["inputs"]
+    if many and not isinstance(inputs, list):
+        raise InputError(f"batch_predict takes a list of inputs, got {type(inputs).__name__}", "inputs")
+    top_k, encoding = bound.get("top_k"), bound.get("encoding") or _ENCODINGS[0]
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise InputError(f"must be an integer from 1, got {top_k!r}", "top_k")
+    if encoding not in _ENCODINGS:
+        raise InputError(f"must be one of {', '.join(_ENCODINGS)}, got {encoding!r}", "encoding")
+    hard, soft = (envelope.headers.get("timelimit") or (None, None))[:2]
+    hard_limit_s = _limit(hard, manifest.hard_time_limit_s, manifest.max_time_limit_s, "time_limit")
+    soft_limit_s = _limit(soft, manifest.soft_time_limit_s, manifest.max_time_limit_s, "soft_time_limit")
+    return Work(
+        claimed=claimed,
+        envelope=envelope,
+        model=str(model),
+        inputs=inputs if many else [inputs],
+        top_k=top_k,
+        encoding=_ENCODINGS[_ENCODINGS.index(encoding)],
+        soft_limit_s=min(soft_limit_s, hard_limit_s),
+        hard_limit_s=hard_limit_s,
+        expires_at=expires_at(envelope.headers),
+        alone=envelope.deaths > 0,
+    )
+
+
+def is_inference(task: str) -> bool:
+    """Tell the tasks the batcher runs from those it leaves to Celery."""
+    return task in (PREDICT, BATCH_PREDICT)
+
+
+def conclude(work: Work, device: str) -> dict[str, Any] | list[Any] | GpuinferError:
+    """Return what a finished task's result is: one value, or for ``batch_predict`` one entry an input.
+
+    An input of a batch that failed has ``{"error": {...}}`` in its place.
+    """
+    extra = {"model": work.model, "device": device}
+    if not work.many:
+        outcome = work.outcomes[0]
+        return outcome if isinstance(outcome, GpuinferError) else {**outcome, **extra}
+    return [
+        {"error": outcome.to_dict()} if isinstance(outcome, GpuinferError) else {**outcome, **extra}
+        for outcome in work.outcomes
+    ]
