@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests: unit, contract, integration, host, faults, bench."""
+"""The tests: unit, integration, faults, contract; shared services in ``tests.services``."""

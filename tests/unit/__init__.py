@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unit tests: pure logic, no service."""
+"""Pure logic, no service."""
