@@ -57,7 +57,7 @@ def decode_batch(manifest: Manifest, inputs: Sequence[object]) -> list[Item | In
     gives an InputError in its place, with field ``inputs`` or ``inputs.<name>``, and its neighbours are
     not touched. Arrays may share memory within the batch, and may be read-only.
     """
-    if len(manifest.inputs) == 1 and _PLAIN_TYPES.issuperset(map(type, inputs)):
+    if inputs and len(manifest.inputs) == 1 and _PLAIN_TYPES.issuperset(map(type, inputs)):
         spec = manifest.inputs[0]
         try:
             batch = _from_lists(inputs, spec, "inputs")

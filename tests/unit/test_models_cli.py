@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gpuinfer model`` does what its help says, for people and, with --json, for programs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from gpuinfer.errors import (
+    DigestMismatch,
+    GpuinferError,
+    InputError,
+    ShapeMismatch,
+    UnknownModel,
+    UsageError,
+)
+from gpuinfer.models.cli import model
+from gpuinfer.models.shipped import load_test_images
+from gpuinfer.settings import Loaded, Settings
+from tests import models_for_tests as build
+
+pytestmark = pytest.mark.unit
+
+
+class Cli:
+    """The command with its settings; an error of ours is raised as the root command would meet it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        settings = Settings(models={"folders": (folder,)}, worker={"device": "cpu"})  # type: ignore[arg-type]
+        self._loaded = Loaded(settings, {})
+
+    def __call__(self, *arguments: object, stdin: str | None = None) -> str:
+        result = self.result(*arguments, stdin=stdin)
+        if isinstance(result.exception, GpuinferError):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    def result(self, *arguments: object, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(model, [str(a) for a in arguments], obj=self._loaded, input=stdin)
+
+    def json(self, *arguments: object, stdin: str | None = None) -> Any:
+        return json.loads(self(*arguments, "--json", stdin=stdin))
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    return Cli(tmp_path / "installed")
+
+
+def test_the_life_of_a_model(cli: Cli, tmp_path: Path) -> None:
+    """Add, list, show, verify, run, remove."""
+    source = build.add_scalar(tmp_path / "adder")
+    assert "added sum to" in cli("add", source, "--name", "sum")
+    assert {entry["name"] for entry in cli.json("list")} == {"sum", "digits", "digits-export"}
+    listing = cli("list")
+    assert "x float32[4], k float32[]" in listing
+    assert "shipped" in listing
+    assert cli.json("show", "sum")["inputs"][0]["shape"] == [4]
+    assert "max_batch_size" in cli("show", "sum")
+    assert "sum: OK" in cli("verify", "sum")
+    report = cli.json("run", "sum", "--input", "-", stdin='{"x": [1, 2, 3, 4], "k": 1}')
+    assert report["results"] == [{"outputs": {"sum": [2, 3, 4, 5]}}]
+    assert "removed" in cli("remove", "sum")
+    with pytest.raises(UnknownModel):
+        cli("show", "sum")
+
+
+def test_add_needs_force_to_replace(cli: Cli, tmp_path: Path) -> None:
+    """What is there stays, unless one says so."""
+    source = build.perceptron(tmp_path / "mlp")
+    cli("add", source)
+    with pytest.raises(UsageError, match="--force"):
+        cli("add", source)
+    cli("add", source, "--force")
+
+
+def test_verify_checks_all_and_then_fails(cli: Cli, tmp_path: Path) -> None:
+    """One bad model does not hide the state of the others, and the command fails."""
+    cli("add", build.perceptron(tmp_path / "mlp"))
+    (cli.folder / "mlp" / "model.pt").write_bytes(b"changed")
+    result = cli.result("verify")
+    assert isinstance(result.exception, DigestMismatch)
+    assert "digits: OK" in result.output
+    assert "mlp: FAILED" in result.output
+    states = json.loads(cli.result("verify", "--json").stdout)
+    assert {state["name"]: state["ok"] for state in states}["mlp"] is False
+
+
+def test_list_shows_broken_models(cli: Cli) -> None:
+    """A broken manifest is a line of the listing."""
+    broken = cli.folder / "bad"
+    broken.mkdir(parents=True)
+    (broken / "model.toml").write_text("nonsense")
+    assert "broken" in cli("list")
+    (entry,) = [entry for entry in cli.json("list") if entry["name"] == "bad"]
+    assert "TOML" in entry["error"]
+
+
+def test_run_an_image(cli: Cli, tmp_path: Path) -> None:
+    """A PNG of a held-out digit is read as the manifest says, and recognised."""
+    images, labels = load_test_images()
+    files = []
+    for place in range(3):
+        file = tmp_path / f"{place}.png"
+        Image.fromarray((images[place, 0] * 255 / 16).round().astype(np.uint8)).save(file)
+        files += ["--input", file]
+    report = cli.json("run", "digits", *files, "--top-k", 2)
+    assert [result["class"] for result in report["results"]] == labels[:3].tolist()
+    assert len(report["results"][0]["top_k"]) == 2
+    assert report["device"] == "cpu"
+    assert report["timing_ms"]["inference"] > 0
+    printed = cli("run", "digits-export", *files[:2])
+    assert f"{labels[0]}" in printed
+    assert "digits-export on cpu, batch of 1" in printed
+
+
+def test_run_npy_items_and_batches(cli: Cli, tmp_path: Path) -> None:
+    """A .npy file holds one item, or a batch of more than the model takes at once."""
+    images, labels = load_test_images()
+    file = tmp_path / "a.npy"
+    np.save(file, images[0])
+    assert cli.json("run", "digits", "--input", file)["results"][0]["class"] == labels[0]
+    np.save(file, images)
+    classes = [result["class"] for result in cli.json("run", "digits", "--input", file)["results"]]
+    assert np.mean(np.array(classes) == labels) >= 0.98
+
+
+def test_run_json_as_the_api_takes_it(cli: Cli, tmp_path: Path) -> None:
+    """The value alone, or the body of a request around it; raw outputs as lists or bytes."""
+    cli("add", build.unbatched(tmp_path / "free"))
+    file = tmp_path / "a.json"
+    file.write_text('{"inputs": {"x": [[1], [2]], "k": 3}}')
+    assert cli.json("run", "free", "--input", file)["results"][0]["outputs"]["product"] == [[3], [6]]
+    encoded = cli.json("run", "free", "--input", file, "--encoding", "b64")["results"][0]["outputs"]["sum"]
+    assert encoded == {"b64": "AABAQA==", "dtype": "float32", "shape": []}
+    assert '"sum": 3.0' in cli("run", "free", "--input", file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "said"),
+    [
+        ("a.json", b"[1, 2]", ShapeMismatch, "has shape [2]"),
+        ("a.json", b"[1, ", InputError, "cannot be read"),
+        ("a.json", b"\xff", InputError, "cannot be read"),
+        ("a.npy", b"no array", InputError, "cannot be read"),
+        ("a.png", b"no image", InputError, "cannot be read as an image"),
+    ],
+)
+def test_bad_files_are_named(
+    cli: Cli, tmp_path: Path, name: str, content: bytes, error: type[InputError], said: str
+) -> None:
+    """The error names the file and what is wrong with it."""
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(error) as caught:
+        cli("run", "digits", "--input", file)
+    assert caught.value.field == str(file)
+    assert said in caught.value.message
+
+
+def test_npy_never_unpickles(cli: Cli, tmp_path: Path) -> None:
+    """An array of objects would run code when read."""
+    file = tmp_path / "a.npy"
+    np.save(file, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="cannot be read"):
+        cli("run", "digits", "--input", file)
+
+
+def test_images_only_where_the_manifest_says_how(cli: Cli, tmp_path: Path) -> None:
+    """A model of plain numbers refuses an image, and a model of several inputs a .npy."""
+    cli("add", build.add_scalar(tmp_path / "adder"))
+    file = tmp_path / "a.png"
+    Image.new("L", (8, 8)).save(file)
+    with pytest.raises(UsageError, match="takes no image"):
+        cli("run", "adder", "--input", file)
+    np.save(tmp_path / "a.npy", np.zeros(4))
+    with pytest.raises(UsageError, match="several inputs"):
+        cli("run", "adder", "--input", tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("command", ["add", "list", "show", "verify", "remove", "run"])
+def test_every_command_has_help_and_an_example(cli: Cli, command: str) -> None:
+    """--help explains, with an example."""
+    assert "Example" in cli(command, "--help")
+
+
+def test_listing_does_not_import_torch(tmp_path: Path) -> None:
+    """torch takes seconds to import; only running a model needs it."""
+    code = (
+        "import sys\nfrom gpuinfer.models import cli, images, outputs, repository, shipped\n"
+        "assert repository.Repository([]).names()\nsys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
