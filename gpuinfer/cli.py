@@ -47,11 +47,16 @@ COMMANDS: dict[str, Entry] = {
     "demo": Entry("gpuinfer.demo.cli:demo", "Try the whole thing here: Redis, worker, API and requests."),
     "submit": Entry("gpuinfer.queue.cli:submit", "Put a task into a queue."),
     "result": Entry("gpuinfer.queue.cli:result", "Show what became of a task."),
-    "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues and mend them."),
+    "cancel": Entry("gpuinfer.queue.cli:cancel", "Cancel tasks that no worker has begun."),
+    "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues."),
+    "dead": Entry(
+        "gpuinfer.queue.dead_cli:dead", "Look at tasks that were set aside, and retry or drop them."
+    ),
     "model": Entry("gpuinfer.models.cli:model", "List, check, install and remove models."),
     "gpus": Entry("gpuinfer.gpus_cli:gpus", "List this host's GPUs."),
     "config": Entry("gpuinfer.config_cli:config", "Check and show the settings."),
     "worker": Entry("gpuinfer.worker.cli:worker", "Run the worker of one GPU."),
+    "restore": Entry("gpuinfer.worker.cli:restore", "Put back what a dead worker left in flight."),
     "api": Entry("gpuinfer.api.cli:api", "Run the HTTP front."),
 }
 
@@ -74,6 +79,13 @@ class LazyGroup(click.Group):
         """Import the command that is called."""
         entry = COMMANDS.get(cmd_name)
         return entry.load() if entry else None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the command; a reader that has gone away ends it with its own exit code, not click's 1."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as exc:
+            raise click.exceptions.Exit(EXIT_BROKEN_PIPE) from exc
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the listing from the table."""

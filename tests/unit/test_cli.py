@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line from outside: what it imports, its exit codes, and how it says what was wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+
+from gpuinfer.cli import COMMANDS
+from tests.services import Process
+
+pytestmark = pytest.mark.unit
+
+GPUINFER = [sys.executable, "-m", "gpuinfer"]
+
+
+def run(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*GPUINFER, *args],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "GPUINFER_CONFIG": "", **variables},
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`gpuinfer --help` and `config` are quick: no torch, celery, fastapi or redis is imported."""
+    script = (
+        "import sys; from gpuinfer.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print([m for m in ('torch', 'celery', 'fastapi', 'redis', 'numpy') if m in sys.modules])"
+    )
+    for args in (["--help"], ["config", "check"], ["config", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *args], check=True, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout.splitlines()[-1] == "[]", args
+
+
+def test_help_lists_every_command() -> None:
+    """Each name with its line."""
+    text = run("--help").stdout
+    for name, entry in COMMANDS.items():
+        assert f"  {name} " in text
+        assert entry.help.split()[0] in text
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_each_entry_is_a_command_of_that_name(name: str) -> None:
+    """The table points at what is there, and each help can be read with a broken settings file."""
+    entry = COMMANDS[name]
+    module, _, attribute = entry.target.partition(":")
+    assert isinstance(getattr(import_module(module), attribute), click.Command)
+    done = run("--config", "/nonexistent.toml", name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Usage: gpuinfer {name}")
+
+
+def test_an_error_is_one_line_and_its_exit_code() -> None:
+    """A person reads who speaks, what is wrong, and the code that programs match on."""
+    done = run("config", "check", GPUINFER_API_PORT="x")
+    assert done.returncode == 78
+    assert done.stdout == ""
+    assert done.stderr == (
+        "gpuinfer: error: GPUINFER_API_PORT: api.port = 'x': must be a whole number (bad_config)\n"
+    )
+
+
+def test_an_error_in_json() -> None:
+    """Who asked for JSON gets the error as JSON, on standard output, and nothing else."""
+    done = run("config", "check", "--json", GPUINFER_API_PORT="x")
+    assert (done.returncode, done.stderr) == (78, "")
+    assert json.loads(done.stdout)["error"]["code"] == "bad_config"
+
+
+@pytest.mark.parametrize("args", [["confg"], ["config", "chek"], ["--nope"], ["config", "check", "--nope"]])
+def test_a_wrong_call_is_usage(args: list[str]) -> None:
+    """sysexits.h: 64."""
+    done = run(*args)
+    assert done.returncode == 64
+    assert "Error:" in done.stderr
+
+
+def test_a_near_miss_is_answered() -> None:
+    """Did you mean."""
+    assert "Did you mean 'config'?" in run("confg").stderr
+
+
+def test_config_show_hides_passwords() -> None:
+    """Neither the password nor the one inside the URL, in both forms; each value has its origin."""
+    secrets = {
+        "GPUINFER_BROKER_PASSWORD": "hunter2-a",
+        "GPUINFER_BROKER_URL": "redis://me:hunter2-b@h:1/0",
+    }
+    plain, as_json = run("config", "show", **secrets), run("config", "show", "--json", **secrets)
+    for done in (plain, as_json):
+        assert done.returncode == 0
+        assert "hunter2" not in done.stdout + done.stderr
+    shown = json.loads(as_json.stdout)
+    assert shown["broker.url"]["value"] == "redis://me:***@h:1/0"
+    assert shown["broker.url"]["origin"] == "GPUINFER_BROKER_URL"
+    assert shown["api.port"] == {"value": 8080, "origin": "default", "variable": "GPUINFER_API_PORT"}
+
+
+def test_config_names_the_file(tmp_path: Path) -> None:
+    """--config wins over the variable, and the message begins with the file."""
+    file = tmp_path / "mine.toml"
+    file.write_text("[api]\nprot = 1\n")
+    done = run("--config", str(file), "config", "check", GPUINFER_CONFIG="/nonexistent.toml")
+    assert done.returncode == 78
+    assert f"{file}: unknown key api.prot; did you mean 'port'?" in done.stderr
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    """`gpuinfer config show | head -1` leaves no traceback."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(
+        [*GPUINFER, "config", "show"], check=False, stdout=theirs, stderr=subprocess.PIPE, text=True
+    )
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_ctrl_c_is_130_without_a_traceback(tmp_path: Path) -> None:
+    """As a shell reports an interrupted command."""
+    fifo = tmp_path / "never.toml"
+    os.mkfifo(fifo)
+    with Process([*GPUINFER, "--config", fifo, "config", "check"], tmp_path / "log") as process:
+        writer = os.open(fifo, os.O_WRONLY)  # returns once the command has opened it, and now it waits
+        process.send(signal.SIGINT)
+        assert process.wait() == 130
+        os.close(writer)
+        assert "Traceback" not in process.text()
+
+
+def test_version() -> None:
+    """One line."""
+    assert run("--version").stdout.startswith("gpuinfer ")
