@@ -164,7 +164,9 @@ class Repository:
 
 def _model_paths(folder: Path) -> list[Path]:
     try:
-        return [p for p in folder.iterdir() if MODEL_NAME.fullmatch(p.name) and (p / MANIFEST_FILE).is_file()]
+        return [
+            p for p in folder.iterdir() if MODEL_NAME.fullmatch(p.name) and os.path.lexists(p / MANIFEST_FILE)
+        ]
     except (FileNotFoundError, NotADirectoryError):
         return []  # a folder nobody has added a model to yet
     except OSError as exc:

@@ -37,6 +37,7 @@ BATCH = 64
 LEAST_ACCURACY = 0.98
 
 MANIFEST = """\
+# SPDX-License-Identifier: Apache-2.0
 # Written by train_digits.py; shapes are per item.
 name = "{name}"
 description = "Handwritten digits of 8 x 8 pixels, values 0 to 16; a small convolutional network"
