@@ -49,9 +49,7 @@ COMMANDS: dict[str, Entry] = {
     "result": Entry("gpuinfer.queue.cli:result", "Show what became of a task."),
     "cancel": Entry("gpuinfer.queue.cli:cancel", "Cancel tasks that no worker has begun."),
     "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues."),
-    "dead": Entry(
-        "gpuinfer.queue.dead_cli:dead", "Look at tasks that were set aside, and retry or drop them."
-    ),
+    "dead": Entry("gpuinfer.queue.dead_cli:dead", "Look at tasks set aside; retry or drop them."),
     "model": Entry("gpuinfer.models.cli:model", "List, check, install and remove models."),
     "gpus": Entry("gpuinfer.gpus_cli:gpus", "List this host's GPUs."),
     "config": Entry("gpuinfer.config_cli:config", "Check and show the settings."),

@@ -61,6 +61,13 @@ class UsageError(GpuinferError):
     exit_code = 64  # EX_USAGE
 
 
+class AddressUnavailable(GpuinferError):
+    """Raised when a server cannot listen where it was told to."""
+
+    code = "address_unavailable"
+    exit_code = 69  # EX_UNAVAILABLE
+
+
 # -- what a caller sent ---------------------------------------------------------------------
 
 
@@ -94,6 +101,13 @@ class MissingInput(InputError):
     """Raised when a model with several inputs is not given one of them."""
 
     code = "missing_input"
+
+
+class MalformedJson(InputError):
+    """Raised when a request's body is not JSON."""
+
+    code = "malformed_json"
+    http_status = 400
 
 
 class PayloadTooLarge(InputError):

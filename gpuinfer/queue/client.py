@@ -167,9 +167,10 @@ class Client:
                     pause = min(pause, max(0.0, deadline - time.monotonic()))
                 event = listener.get_message(timeout=pause)
                 if event is None:
-                    yield from self._look(unseen, waiting)
+                    over = deadline is not None and time.monotonic() >= deadline
+                    yield from self._look(list(waiting) if over else unseen, waiting)
                     unseen = []
-                    if deadline is not None and waiting and time.monotonic() >= deadline:
+                    if over and waiting:
                         raise WaitTimeout(f"{len(waiting)} tasks have not ended in time; they go on")
                     continue
                 task_id = event["channel"].decode().removeprefix(keys.RESULT_PREFIX)

@@ -95,14 +95,22 @@ def connect(broker: BrokerSettings, *, retries: int = 1) -> redis.Redis:
     return redis.Redis.from_url(redis_url(broker), retry=retry, **_options(broker))
 
 
-def connect_async(broker: BrokerSettings, *, max_connections: int = 128) -> redis.asyncio.Redis:
-    """Return an asyncio client that connects when first used."""
+def connect_async(broker: BrokerSettings, *, max_connections: int = 32) -> redis.asyncio.Redis:
+    """Return an asyncio client that connects when first used.
+
+    A burst beyond ``max_connections`` waits for a free one instead of failing.
+    """
     from redis.asyncio.retry import Retry as AsyncRetry
 
     retry = AsyncRetry(ExponentialBackoff(cap=0.2, base=0.01), 1)
-    return redis.asyncio.Redis.from_url(
-        redis_url(broker), retry=retry, max_connections=max_connections, **_options(broker)
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
+        redis_url(broker),
+        retry=retry,
+        max_connections=max_connections,
+        timeout=2 * broker.connect_timeout_s,
+        **_options(broker),
     )
+    return redis.asyncio.Redis.from_pool(pool)
 
 
 #: Redis is away, or about to be: the same call may work in a moment.

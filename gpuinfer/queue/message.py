@@ -63,10 +63,8 @@ class Submission:
         kwargs: dict[str, Any] = dict(self.options)
         if self.model is not None:
             kwargs["model"] = self.model
-        try:
-            body = orjson.dumps(((self.inputs,), kwargs, _EMBED), option=orjson.OPT_SERIALIZE_NUMPY)
-        except (TypeError, ValueError) as exc:
-            raise InputError(f"must be JSON: {exc}", "inputs") from None
+        rest = orjson.dumps((kwargs, _EMBED))
+        body = b"[[%b],%b" % (_dump_inputs(self.inputs), rest[1:])
         return orjson.dumps(
             {
                 "body": body.decode(),
@@ -100,6 +98,23 @@ class Submission:
             "origin": _ORIGIN,
             "ignore_result": self.ignore_result,
         }
+
+
+def _dump_inputs(inputs: Any) -> bytes:
+    """Return inputs as JSON. orjson turns NaN and infinity into null; the worker must see what they were."""
+    try:
+        text = orjson.dumps(inputs, option=orjson.OPT_SERIALIZE_NUMPY)
+        if b"null" in text:
+            text = json.dumps(inputs, default=_numpy_as_list, separators=(",", ":")).encode()
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise InputError(f"must be JSON: {exc}", "inputs") from None
+    return text
+
+
+def _numpy_as_list(value: Any) -> Any:
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"Type is not JSON serializable: {type(value).__name__}")
+    return value.tolist()
 
 
 _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}

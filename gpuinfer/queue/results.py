@@ -51,6 +51,19 @@ class TaskStatus:
     def final(self) -> bool:
         return self.state in FINAL
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the API and ``--json`` show: the state with its result or its error."""
+        body: dict[str, Any] = {"task_id": self.id, "status": self.state}
+        if self.state == "completed":
+            body["result"] = self.result
+        if self.error is not None:
+            body["error"] = self.error.to_dict()
+        if self.worker:
+            body["worker"] = self.worker
+        if self.redelivered:
+            body["redelivered"] = True
+        return body
+
     def unwrap(self) -> Any:
         """Return the result; raise the error of a task that did not complete."""
         if self.error is not None:

@@ -15,6 +15,8 @@ from gpuinfer.settings import QUEUES, QueueName, QueueSettings
 
 #: One call of the script carries at most this many tasks, or about this many bytes.
 CHUNK_TASKS, CHUNK_BYTES = 500, 4 * 1024 * 1024
+#: Bounds of what a caller may give: ten years, and the characters of a name or key.
+MAX_SECONDS, MAX_NAME = 10 * 365 * 86400, 200
 
 
 class Options(TypedDict, total=False):
@@ -50,9 +52,25 @@ class Call:
 
 
 def _positive(value: float | None, name: str) -> float | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
-        raise InputError(f"must be a number of seconds above 0, got {value!r}", name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_SECONDS:
+        raise InputError(f"must be a number of seconds above 0, at most {MAX_SECONDS}, got {value!r}", name)
     return value
+
+
+def _check_types(options: Options) -> None:
+    """Refuse what a worker could not use. Raises InputError naming the field."""
+    for name in ("model", "idempotency_key"):
+        text = options.get(name)
+        if text is not None and (not isinstance(text, str) or not 0 < len(text) <= MAX_NAME):
+            raise InputError(f"must be a text of 1 to {MAX_NAME} characters, got {text!r:.80}", name)
+    top_k = options.get("top_k")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise InputError(f"must be an integer of 1 or more, got {top_k!r:.80}", "top_k")
+    ignore = options.get("ignore_result", False)
+    if not isinstance(ignore, bool):
+        raise InputError(f"must be true or false, got {ignore!r:.80}", "ignore_result")
 
 
 def build(
@@ -62,6 +80,7 @@ def build(
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
         raise InputError(f"unknown option; known: {', '.join(Options.__annotations__)}", sorted(unknown)[0])
+    _check_types(options)
     task = BATCH_PREDICT if many else PREDICT
     if many and not isinstance(inputs, list):
         raise InputError(f"must be a list of inputs, got {type(inputs).__name__}", "inputs")
@@ -86,7 +105,7 @@ def build(
         expires_at=None if expires_s is None else clock() + expires_s,
         soft_time_limit_s=_positive(options.get("soft_time_limit_s"), "soft_time_limit_s"),
         time_limit_s=_positive(options.get("time_limit_s"), "time_limit_s"),
-        ignore_result=bool(options.get("ignore_result", False)),
+        ignore_result=options.get("ignore_result", False),
     )
 
 

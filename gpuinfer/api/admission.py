@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a request's body to what is submitted: pure functions, no input, no output.
+
+A list is the inputs themselves; an object names them, ``{"inputs": ..., "model": ..., ...}``, with
+the options of ``gpuinfer.queue.submission.Options`` beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, cast
+
+import orjson
+
+from gpuinfer.errors import InputError, MalformedJson, PayloadTooLarge
+from gpuinfer.queue.submission import Options
+
+#: Fields of an object body, in the order they are told to a caller.
+FIELDS: tuple[str, ...] = ("inputs", *Options.__annotations__)
+#: What a request's body may have beside the message: the braces, the options, white space.
+SLACK_BYTES = 16 * 1024
+#: JSON has no such numbers, but Python's writer emits them; it is the worker that refuses them.
+_NON_FINITE = re.compile(rb"\bNaN\b|\bInfinity\b")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """One request, understood."""
+
+    inputs: Any
+    options: Options
+
+
+def body_limit(max_payload_bytes: int) -> int:
+    """Return how many bytes a request's body may have."""
+    return max_payload_bytes + SLACK_BYTES
+
+
+def check_size(size: int, max_payload_bytes: int) -> None:
+    """Raises PayloadTooLarge when a body of ``size`` bytes, or more, is not read any further."""
+    if size > body_limit(max_payload_bytes):
+        raise PayloadTooLarge(
+            f"the body is larger than {body_limit(max_payload_bytes)} bytes; "
+            f"queue.max_payload_bytes is {max_payload_bytes}",
+            "inputs",
+        )
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse a body. NaN and infinity are let through. Raises MalformedJson with the place."""
+    if not body.strip():
+        raise MalformedJson("the body is empty; it must be a JSON list, or an object with inputs")
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        if _NON_FINITE.search(body):
+            return _parse_python_json(body)
+        raise MalformedJson(_place(exc)) from None
+
+
+def _parse_python_json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except json.JSONDecodeError as exc:
+        raise MalformedJson(_place(exc)) from None
+    except (UnicodeDecodeError, RecursionError) as exc:
+        raise MalformedJson(f"the body is not JSON: {exc}") from None
+
+
+def _place(exc: json.JSONDecodeError) -> str:
+    return f"the body is not JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}"
+
+
+def admit(body: bytes, *, header_key: str | None = None) -> Admission:
+    """Understand a request. ``header_key`` is its ``Idempotency-Key`` header.
+
+    Options are checked where they are used, by the client. Raises MalformedJson, InputError.
+    """
+    value = parse_json(body)
+    if isinstance(value, list):
+        return Admission(inputs=value, options=_with_key({}, header_key))
+    if not isinstance(value, dict):
+        raise InputError(f"must be a JSON list, or an object with inputs; got {_word(value)}", "body")
+    unknown = [name for name in value if name not in FIELDS]
+    if unknown:
+        raise InputError(f"unknown field; known: {', '.join(FIELDS)}", unknown[0][:80])
+    if "inputs" not in value:
+        raise InputError('is missing; send {"inputs": ...}, or the bare list', "inputs")
+    inputs = value.pop("inputs")
+    given = {name: option for name, option in value.items() if option is not None}
+    return Admission(inputs=inputs, options=_with_key(cast(Options, given), header_key))
+
+
+def _word(value: object) -> str:
+    return {str: "a string", bool: "true or false", type(None): "null"}.get(type(value), "a number")
+
+
+def _with_key(options: Options, header_key: str | None) -> Options:
+    if not header_key:
+        return options
+    if options.get("idempotency_key", header_key) != header_key:
+        raise InputError("differs from the Idempotency-Key header; give one of them", "idempotency_key")
+    return {**options, "idempotency_key": header_key}
+
+
+def waiting_time(text: str | None, longest_s: float) -> float:
+    """Return for how many seconds to wait, cut to ``longest_s``. Raises InputError."""
+    if text is None:
+        return 0.0
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:  # NaN is not, either
+        raise InputError(f"must be a number of seconds, 0 or more, got {text[:80]!r}", "wait")
+    return min(seconds, longest_s)

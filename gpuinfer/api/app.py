@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FastAPI application: one asyncio client for all requests, and one shape for all errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from gpuinfer import __version__
+from gpuinfer.api.middleware import Around
+from gpuinfer.api.routes import answer, router
+from gpuinfer.errors import GpuinferError, InputError
+from gpuinfer.queue.aclient import AsyncClient
+from gpuinfer.settings import Settings
+
+_DESCRIPTION = """Submit work, then ask for its result. `POST /predict` answers 202 with a task id at once;
+`GET /result/{task_id}?wait=10` answers as soon as the task has ended.
+Every error has the body `{"error": {"code", "message", "field"?}}`."""
+_CLIENT_CLOSED = 499  # nginx's number; nobody is left to read it
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Build the application. ``app.state.stopping``, an event, ends all long-polls when it is set."""
+    stopping = asyncio.Event()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncClient(settings) as client:
+            app.state.client = client
+            yield
+
+    app = FastAPI(title="gpuinfer", version=__version__, description=_DESCRIPTION, lifespan=lifespan)
+    app.state.settings = settings
+    app.state.stopping = stopping
+    app.include_router(router)
+    app.add_middleware(Around, stopping=stopping)
+    _handle_errors(app, settings.api.retry_after_s)
+    return app
+
+
+def _handle_errors(app: FastAPI, retry_after_s: int) -> None:
+    """Give every error one body; nothing of an unforeseen one but its being one is told."""
+
+    async def ours(_: Request, exc: Exception) -> Response:
+        error = exc if isinstance(exc, GpuinferError) else GpuinferError("this is a bug; see the API's log")
+        headers = {"retry-after": str(retry_after_s)} if error.http_status == 503 else None
+        return answer({"error": error.to_dict()}, error.http_status, headers)
+
+    async def http(_: Request, exc: Exception) -> Response:
+        assert isinstance(exc, HTTPException)  # noqa: S101  the table below says so
+        code = HTTPStatus(exc.status_code).phrase.lower().replace(" ", "_")
+        return answer(_error(code, str(exc.detail)), exc.status_code, dict(exc.headers or {}))
+
+    async def validation(_: Request, exc: Exception) -> Response:
+        assert isinstance(exc, RequestValidationError)  # noqa: S101  the table below says so
+        first: dict[str, Any] = exc.errors()[0]
+        error = InputError(str(first["msg"]), str(first["loc"][-1]))
+        return answer({"error": error.to_dict()}, error.http_status)
+
+    async def gone(_: Request, __: Exception) -> Response:
+        return Response(status_code=_CLIENT_CLOSED)
+
+    app.add_exception_handler(GpuinferError, ours)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, validation)
+    app.add_exception_handler(ClientDisconnect, gone)
+    app.add_exception_handler(Exception, ours)
+
+
+def _error(code: str, message: str) -> dict[str, Any]:
+    return {"error": {"code": code, "message": message}}

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gpuinfer api``: run the HTTP front until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gpuinfer.errors import UsageError
+
+if TYPE_CHECKING:
+    import socket
+
+    from gpuinfer.settings import Loaded, Settings
+
+
+@click.command(
+    epilog="Examples: gpuinfer api --port 8080; curl -d '{\"inputs\": [[...]]}' http://127.0.0.1:8080/predict"
+)
+@click.option("--host", metavar="HOST", help="Name or address to listen on. Default: api.host.")
+@click.option("--port", type=click.IntRange(0, 65535), help="0 takes a free one. Default: api.port.")
+@click.option("--socket", "path", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")
+@click.option("--fd", type=click.IntRange(0), help="Use this open listening socket (socket activation: 3).")
+@click.pass_obj
+def api(loaded: Loaded, host: str | None, port: int | None, path: Path | None, fd: int | None) -> None:
+    """Serve HTTP: take requests in, hand results out. /docs describes all routes.
+
+    Ends with status 0 on SIGTERM and SIGINT, after answering what it has begun.
+    """
+    if sum((host is not None or port is not None, path is not None, fd is not None)) > 1:
+        raise UsageError("give --host and --port, or --socket, or --fd")
+    settings = loaded.settings
+    if host is not None or port is not None:
+        given = {"host": host, "port": port}
+        update = {name: value for name, value in given.items() if value is not None}
+        settings = settings.model_copy(update={"api": settings.api.model_copy(update=update)})
+    run(settings, path=path, fd=fd)
+
+
+def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) -> None:
+    """Serve until a signal comes. Raises AddressUnavailable."""
+    from gpuinfer.log import configure
+
+    configure(settings.log)
+    listener = _listener(settings, path, fd)
+
+    from gpuinfer.api.app import create_app
+    from gpuinfer.api.server import Server
+
+    # uvicorn tells of its start and stop; so do we, with fields.
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    try:
+        Server(create_app(settings)).run(sockets=[listener])
+    finally:
+        listener.close()
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+
+def _listener(settings: Settings, path: Path | None, fd: int | None) -> socket.socket:
+    from gpuinfer.api.server import inherited, listen, listen_unix
+
+    if fd is not None:
+        return inherited(fd)
+    return listen_unix(path) if path is not None else listen(settings.api.host, settings.api.port)

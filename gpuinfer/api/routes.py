@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routes. Bodies are read by hand: counted while they come in, parsed once, never validated twice."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Query, Request, Response
+
+from gpuinfer.api import admission, schemas
+from gpuinfer.api.middleware import note_task
+from gpuinfer.errors import MalformedJson
+from gpuinfer.queue.aclient import AsyncClient
+from gpuinfer.queue.results import TaskStatus
+from gpuinfer.settings import Settings
+
+router = APIRouter()
+
+
+def answer(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a JSON response; numbers that are not finite become null."""
+    content = orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
+    return Response(content, status, headers, media_type="application/json")
+
+
+def _client(request: Request) -> AsyncClient:
+    client: AsyncClient = request.app.state.client
+    return client
+
+
+def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+async def read_body(request: Request, max_payload_bytes: int) -> bytes:
+    """Read a body, chunked or not. Raises PayloadTooLarge as soon as it is known to be too large."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise MalformedJson(f"the body is compressed ({encoding[:40]}); send plain JSON")
+    announced = request.headers.get("content-length", "")
+    admission.check_size(int(announced) if announced.isdecimal() else 0, max_payload_bytes)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        admission.check_size(len(body), max_payload_bytes)
+    return bytes(body)
+
+
+async def _submit(request: Request, *, many: bool) -> Response:
+    body = await read_body(request, _settings(request).queue.max_payload_bytes)
+    asked = admission.admit(body, header_key=request.headers.get("idempotency-key"))
+    client = _client(request)
+    submit = client.submit_batch if many else client.submit
+    task_id = await submit(asked.inputs, **asked.options)
+    note_task(request.scope, task_id)
+    return answer({"task_id": task_id}, 202, {"location": f"/result/{task_id}"})
+
+
+@router.post(
+    "/predict",
+    status_code=202,
+    tags=["predict"],
+    summary="Submit one input",
+    responses=schemas.SUBMIT_RESPONSES,
+    openapi_extra=schemas.PREDICT_BODY,
+)
+async def predict(request: Request) -> Response:
+    """Put one input into a queue. The body is the input, or an object with it and options beside it."""
+    return await _submit(request, many=False)
+
+
+@router.post(
+    "/batch_predict",
+    status_code=202,
+    tags=["predict"],
+    summary="Submit a list of inputs as one job",
+    responses=schemas.SUBMIT_RESPONSES,
+    openapi_extra=schemas.BATCH_BODY,
+)
+async def batch_predict(request: Request) -> Response:
+    """Put a list of inputs into a queue as one task; its result is a list, an entry for each input."""
+    return await _submit(request, many=True)
+
+
+@router.get(
+    "/result/{task_id}",
+    tags=["result"],
+    summary="The state of a task, and its result",
+    responses=schemas.RESULT_RESPONSES,
+)
+async def result(
+    request: Request,
+    task_id: str,
+    wait: Annotated[
+        str | None, Query(description="Seconds to wait for the task to end, cut to api.max_wait_s.")
+    ] = None,
+) -> Response:
+    """Answer at once, or with `wait` as soon as the task has ended. A failed task is a 200, too."""
+    note_task(request.scope, task_id)
+    seconds = admission.waiting_time(wait, _settings(request).api.max_wait_s)
+    return answer((await _wait(request, task_id, seconds)).to_dict())
+
+
+async def _wait(request: Request, task_id: str, seconds: float) -> TaskStatus:
+    """Wait for the end of a task, of the time, of the caller's patience, or of this process."""
+    client = _client(request)
+    if seconds <= 0:
+        return await client.status(task_id)
+    ending = asyncio.ensure_future(client.wait(task_id, seconds))
+    stopping = asyncio.ensure_future(request.app.state.stopping.wait())
+    leaving = asyncio.ensure_future(_disconnected(request))
+    others = (stopping, leaving)
+    try:
+        await asyncio.wait((ending, *others), return_when=asyncio.FIRST_COMPLETED)
+        return await ending if ending.done() else await client.status(task_id)
+    finally:
+        for task in (ending, *others):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+@router.post(
+    "/cancel/{task_id}",
+    tags=["result"],
+    summary="Cancel a task that no worker has begun",
+    responses=schemas.CANCEL_RESPONSES,
+)
+async def cancel(request: Request, task_id: str) -> Response:
+    """Cancel a task, and answer its state; `cancelled` is false when it had begun or ended already."""
+    note_task(request.scope, task_id)
+    client = _client(request)
+    cancelled = await client.cancel(task_id)
+    status = await client.status(task_id)
+    return answer({**status.to_dict(), "cancelled": cancelled or status.state == "revoked"})
+
+
+@router.get("/health/live", tags=["health"], summary="This process answers")
+async def live() -> Response:
+    """Answer 200 while the process runs."""
+    return answer({"status": "ok"})
+
+
+@router.get(
+    "/health/ready", tags=["health"], summary="Requests can be taken", responses=schemas.READY_RESPONSES
+)
+async def ready(request: Request) -> Response:
+    """Answer 200 when Redis answers, else 503."""
+    await _client(request).ping()
+    return answer({"status": "ok"})

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``/docs`` shows: schemas and examples, written by hand so that no big body passes through a model.
+
+The examples are real: a digit of the shipped model's test set, and the answer it gets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpuinfer.settings import QUEUES
+
+JsonSchema = dict[str, Any]
+
+#: Test image 0 of the shipped model: a handwritten 2, shape (1, 8, 8), values 0 to 16.
+DIGIT = [
+    [
+        [0, 2, 15, 13, 1, 0, 0, 0],
+        [0, 13, 12, 14, 7, 0, 0, 0],
+        [0, 8, 6, 6, 13, 0, 0, 0],
+        [0, 0, 0, 5, 15, 0, 0, 0],
+        [0, 0, 0, 11, 10, 0, 0, 0],
+        [0, 0, 2, 16, 5, 0, 0, 0],
+        [0, 0, 11, 16, 13, 14, 12, 0],
+        [0, 3, 16, 14, 8, 8, 7, 0],
+    ]
+]
+TASK_ID = "6b1f3d0e-2c55-4c39-9f0a-8f4f5a1c7d21"
+_ANSWER: JsonSchema = {
+    "class": 2,
+    "label": "2",
+    "confidence": 0.996117,
+    "top_k": [
+        {"class": 2, "label": "2", "confidence": 0.996117},
+        {"class": 4, "label": "4", "confidence": 0.001469},
+        {"class": 9, "label": "9", "confidence": 0.000561},
+    ],
+    "model": "digits",
+    "device": "cuda:0",
+}
+
+_INPUT: JsonSchema = {
+    "description": "A nested list; raw bytes as {b64, dtype, shape}; or an object of these by input name.",
+    "anyOf": [{"type": "array", "items": {}}, {"type": "number"}, {"type": "object"}],
+}
+_OPTIONS: dict[str, JsonSchema] = {
+    "model": {"type": "string", "description": "Default: the worker's default model."},
+    "queue": {"enum": list(QUEUES), "description": "Default: realtime; batch for /batch_predict."},
+    "priority": {"type": "integer", "minimum": 0, "maximum": 9, "default": 0, "description": "9 runs first."},
+    "top_k": {"type": "integer", "minimum": 1, "description": "How many classes a classification lists."},
+    "encoding": {"enum": ["list", "b64"], "description": "How raw outputs are returned. Default: list."},
+    "expires_s": {"type": "number", "description": "Seconds after which the task must not begin any more."},
+    "soft_time_limit_s": {"type": "number", "description": "Default: the model's."},
+    "time_limit_s": {"type": "number", "description": "Default: the model's."},
+    "ignore_result": {"type": "boolean", "description": "true: run it, and keep nothing."},
+    "idempotency_key": {
+        "type": "string",
+        "description": "The same key answers with the same task id. Also as the header Idempotency-Key.",
+    },
+}
+
+
+def _body(inputs: JsonSchema, bare: JsonSchema, examples: JsonSchema) -> JsonSchema:
+    named = {
+        "type": "object",
+        "required": ["inputs"],
+        "properties": {"inputs": inputs, **_OPTIONS},
+        "additionalProperties": False,
+    }
+    content = {"schema": {"anyOf": [bare, named]}, "examples": examples}
+    return {"requestBody": {"required": True, "content": {"application/json": content}}}
+
+
+_LIST: JsonSchema = {"type": "array", "items": {}}
+PREDICT_BODY = _body(
+    _INPUT,
+    {**_LIST, "description": "The bare input."},
+    {
+        "bare list": {"summary": "One 8x8 digit, for the default model", "value": DIGIT},
+        "with options": {
+            "summary": "The same, named, urgent, and pointless after ten seconds",
+            "value": {
+                "inputs": DIGIT,
+                "model": "digits",
+                "queue": "realtime",
+                "priority": 9,
+                "expires_s": 10,
+            },
+        },
+    },
+)
+BATCH_BODY = _body(
+    {"type": "array", "items": _INPUT},
+    {"type": "array", "items": _INPUT, "description": "The bare list of inputs."},
+    {
+        "bare list": {"summary": "Two digits in one job", "value": [DIGIT, DIGIT]},
+        "with options": {
+            "summary": "The same, named",
+            "value": {"inputs": [DIGIT, DIGIT], "model": "digits"},
+        },
+    },
+)
+
+ERROR: JsonSchema = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["code", "message"],
+            "properties": {
+                "code": {"type": "string", "description": "Stable; what programs match on."},
+                "message": {"type": "string"},
+                "field": {"type": "string", "description": "What part of the request was wrong."},
+            },
+        }
+    },
+}
+STATUS: JsonSchema = {
+    "type": "object",
+    "required": ["task_id", "status"],
+    "properties": {
+        "task_id": {"type": "string"},
+        "status": {"enum": ["queued", "running", "completed", "failed", "expired", "revoked"]},
+        "result": {"description": "There when completed."},
+        "error": {**ERROR["properties"]["error"], "description": "There when failed, expired or revoked."},
+        "worker": {"type": "string", "description": "The worker that began or ended it, where known."},
+        "redelivered": {"type": "boolean", "description": "true when this was not its first execution."},
+    },
+}
+_ACCEPTED: JsonSchema = {
+    "type": "object",
+    "required": ["task_id"],
+    "properties": {"task_id": {"type": "string"}},
+}
+
+
+def _answer(words: str, schema: JsonSchema, examples: JsonSchema) -> JsonSchema:
+    named = {name: {"value": value} for name, value in examples.items()}
+    return {"description": words, "content": {"application/json": {"schema": schema, "examples": named}}}
+
+
+def _error(words: str, code: str, message: str, field: str | None = None) -> JsonSchema:
+    body = {"code": code, "message": message} | ({"field": field} if field else {})
+    return _answer(words, ERROR, {code: {"error": body}})
+
+
+_BAD_WAIT = _error(
+    "A bad parameter.", "bad_input", "must be a number of seconds, 0 or more, got '-1'", "wait"
+)
+_AWAY = {
+    **_error(
+        "Redis is away (broker_unavailable) or full (queue_full); see Retry-After.",
+        "queue_full",
+        "Redis has reached maxmemory and refuses new work; what was accepted goes on",
+    ),
+    "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
+}
+_NOT_FOUND = _error(
+    "Never submitted, or expired.",
+    "task_not_found",
+    f"no task {TASK_ID}: it was never submitted here, or its result has expired",
+    "task_id",
+)
+SUBMIT_RESPONSES: dict[int | str, JsonSchema] = {
+    202: {
+        **_answer("Accepted: it will end as a result or an error.", _ACCEPTED, {"id": {"task_id": TASK_ID}}),
+        "headers": {"Location": {"description": "Where its result is.", "schema": {"type": "string"}}},
+    },
+    400: _error(
+        "Not JSON.", "malformed_json", "the body is not JSON: unexpected character at line 1, column 1"
+    ),
+    413: _error(
+        "Too large.",
+        "payload_too_large",
+        "the body is larger than 4210688 bytes; queue.max_payload_bytes is ...",
+    ),
+    422: _error("A bad field.", "bad_input", "must be an integer from 0 to 9, got 11", "priority"),
+    503: _AWAY,
+}
+RESULT_RESPONSES: dict[int | str, JsonSchema] = {
+    200: _answer(
+        "The state of the task, whatever it is.",
+        STATUS,
+        {
+            "completed": {
+                "task_id": TASK_ID,
+                "status": "completed",
+                "result": _ANSWER,
+                "worker": "gpu0@host1",
+            },
+            "queued": {"task_id": TASK_ID, "status": "queued"},
+            "failed": {
+                "task_id": TASK_ID,
+                "status": "failed",
+                "error": {
+                    "code": "shape_mismatch",
+                    "message": "must have shape [1, 8, 8], has [8, 8]",
+                    "field": "inputs",
+                },
+            },
+        },
+    ),
+    404: _NOT_FOUND,
+    422: _BAD_WAIT,
+    503: _AWAY,
+}
+CANCEL_RESPONSES: dict[int | str, JsonSchema] = {
+    200: _answer(
+        "Whether it was cancelled, and its state.",
+        {**STATUS, "properties": {**STATUS["properties"], "cancelled": {"type": "boolean"}}},
+        {
+            "cancelled": {
+                "task_id": TASK_ID,
+                "status": "revoked",
+                "error": {"code": "revoked", "message": "it was cancelled before a worker began it"},
+                "cancelled": True,
+            },
+            "too late": {"task_id": TASK_ID, "status": "running", "cancelled": False},
+        },
+    ),
+    404: _NOT_FOUND,
+    503: _AWAY,
+}
+READY_RESPONSES: dict[int | str, JsonSchema] = {503: _AWAY}

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server: a socket of ours, and uvicorn on it with an orderly end.
+
+Order of the end, so that no request is lost: the listener closes, waiting callers are told their
+task's state, answers say ``Connection: close`` for a moment, then idle connections are closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from signal import SIGINT, SIGTERM, signal
+
+import uvicorn
+from fastapi import FastAPI
+from sdnotify import SystemdNotifier
+
+from gpuinfer.errors import AddressUnavailable
+from gpuinfer.log import get_logger
+
+log = get_logger(__name__)
+
+BACKLOG = 2048
+#: Time for callers on kept-alive connections to see ``Connection: close`` before we close.
+GOODBYE_S = 0.3
+#: Requests that run longer than this after the signal are cut off.
+GRACE_S = 10
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening TCP socket. Raises AddressUnavailable."""
+    where = f"{host}:{port}"
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, proto)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind(address)
+            found.listen(BACKLOG)
+        except OSError:
+            found.close()
+            raise
+    except OSError as exc:
+        raise AddressUnavailable(f"cannot listen on {where}: {_reason(exc)}", "api.port") from exc
+    return without_delay(found)
+
+
+def listen_unix(path: Path) -> socket.socket:
+    """Return a listening Unix socket (mode 0660), in the place of a dead one. Raises AddressUnavailable."""
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_dead(path)
+        found.bind(str(path))
+        path.chmod(0o660)
+        found.listen(BACKLOG)
+    except OSError as exc:
+        found.close()
+        raise AddressUnavailable(f"cannot listen on {path}: {_reason(exc)}", "--socket") from exc
+    return found
+
+
+def _remove_dead(path: Path) -> None:
+    """Remove a socket nobody listens on; a live one, or another kind of file, is left for bind to refuse."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+
+
+def inherited(fd: int) -> socket.socket:
+    """Return the listening socket a parent (systemd) opened. Raises AddressUnavailable."""
+    try:
+        found = socket.socket(fileno=fd)
+        if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            found.detach()
+            raise OSError("it is no listening socket")
+    except OSError as exc:
+        raise AddressUnavailable(f"cannot listen on descriptor {fd}: {_reason(exc)}", "--fd") from exc
+    return without_delay(found)
+
+
+def _reason(exc: OSError) -> str:
+    return exc.strerror or str(exc)
+
+
+def without_delay(listener: socket.socket) -> socket.socket:
+    """Set TCP_NODELAY, which accepted connections inherit: an answer never waits for an acknowledgement."""
+    if listener.family in (socket.AF_INET, socket.AF_INET6):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def address(listener: socket.socket) -> str:
+    """Return where a socket listens, as a URL."""
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{name}"
+    host = f"[{name[0]}]" if listener.family == socket.AF_INET6 else name[0]
+    return f"http://{host}:{name[1]}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which tells systemd and the log what it does and ends with status 0."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="uvloop",
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=GRACE_S,
+                backlog=BACKLOG,
+            )
+        )
+        self._stopping: asyncio.Event = app.state.stopping
+        self._notifier = SystemdNotifier()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        urls = [address(found) for found in sockets or []]
+        log.info("listening", address=", ".join(urls), pid=os.getpid())
+        self._notifier.notify(f"READY=1\nSTATUS=listening on {', '.join(urls)}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._notifier.notify("STOPPING=1")
+        log.info("stopping", connections=len(self.server_state.connections))
+        for server in self.servers:
+            server.close()
+        self._stopping.set()
+        if self.server_state.connections:
+            await asyncio.sleep(GOODBYE_S)
+        await super().shutdown(sockets=sockets)
+        log.info("stopped")
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on SIGTERM and SIGINT; uvicorn's own way would then let the signal kill the process."""
+        before = {number: signal(number, self.handle_exit) for number in (SIGINT, SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal(number, handler)
