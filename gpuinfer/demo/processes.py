@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Child processes that do not outlive their parent, and what they write in their logs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from gpuinfer.errors import GpuinferError
+
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.02
+
+
+class ProcessEnded(GpuinferError):
+    """Raised when a process of the demo ends, or stays silent, though it should serve."""
+
+    code = "process_ended"
+    exit_code = 1
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """Return what a child runs before its program: the kernel kills it as soon as ``parent`` is dead."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+    return prepare
+
+
+class Child:
+    """A running process with its output in a file. Start it from the main thread.
+
+    The kernel sends the death signal when the *thread* that started the child ends. The child has a
+    session of its own, so that Ctrl-C on the terminal reaches the parent alone, which ends its
+    children in order.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
+        self.name = name
+        self.log = log
+        self._seen = 0
+        with log.open("ab") as output:
+            self._popen = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509  started before there are threads
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        return self._popen.poll()
+
+    def news(self) -> Iterator[dict[str, Any]]:
+        """Yield the JSON lines written since the last call; other lines are left to the log."""
+        with self.log.open("rb") as file:
+            file.seek(self._seen)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._seen += len(line)
+                entry = _parsed(line)
+                if entry is not None:
+                    yield entry
+
+    def tail(self, lines: int = 15) -> list[str]:
+        """Return the last lines of its log."""
+        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+
+    def check(self) -> None:
+        """Raises ProcessEnded when it does not run any more."""
+        if self.exit_code is not None:
+            raise ProcessEnded(f"the {self.name} {_how(self.exit_code)}; {_last(self.tail())}")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; to a process that has ended, nothing is sent."""
+        self._popen.send_signal(number)
+
+
+def stop(children: Sequence[Child], grace_s: float) -> None:
+    """End processes together: SIGTERM, and SIGKILL for what still runs after ``grace_s``. Reaps them."""
+    for child in children:
+        child.signal(signal.SIGTERM)
+    until = time.monotonic() + grace_s
+    while any(child.exit_code is None for child in children) and time.monotonic() < until:
+        time.sleep(_POLL_S)
+    for child in children:
+        child.signal(signal.SIGKILL)
+    while any(child.exit_code is None for child in children):
+        time.sleep(_POLL_S)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _how(status: int) -> str:
+    if status >= 0:
+        return f"ended with exit code {status}"
+    return f"was killed by {signal.Signals(-status).name}"
+
+
+def _last(tail: Sequence[str]) -> str:
+    """Return what an ended process said last: the reason of its last JSON line, or that line."""
+    for line in reversed(tail):
+        entry = _parsed(line.encode())
+        if entry is not None:
+            return "its last words: " + " ".join(
+                str(entry[key]) for key in ("action", "message", "reason") if key in entry
+            )
+    return f"its last words: {tail[-1].strip()}" if tail else "it wrote nothing"

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo says in the end: the table of figures, and how to go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from gpuinfer.demo.figures import Figures, TierFigures
+
+
+def show_table(console: Console, figures: Figures) -> None:
+    """Print the figures, and what differed."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("tier")
+    for name in ("requests", "accuracy", "equal to direct", "images/s", "p50", "p99"):
+        table.add_column(name, justify="left" if name.startswith("equal") else "right", no_wrap=True)
+    for tier in figures.tiers:
+        table.add_row(*_row(tier))
+    table.add_row("direct", f"{figures.test_images:,}", _percent(figures.direct_accuracy), "-", "-", "-", "-")
+    console.print()
+    console.print(table)
+    console.print()
+    for line in _notes(figures):
+        console.print(line, soft_wrap=True)
+    for line in figures.differences:
+        console.print(f"  differs: {line}", soft_wrap=True, markup=False)
+
+
+def _row(tier: TierFigures) -> tuple[str, ...]:
+    per_request = tier.images // max(1, tier.requests - tier.failed)
+    requests = f"{tier.requests:,}" + (f" x {per_request}" if per_request > 1 else "")
+    return (
+        tier.tier,
+        requests,
+        _percent(tier.accuracy),
+        _equality(tier),
+        f"{tier.images_per_s:,.0f}",
+        _milliseconds(tier.p50_ms),
+        _milliseconds(tier.p99_ms),
+    )
+
+
+def _equality(tier: TierFigures) -> str:
+    if tier.equal:
+        return "[green]yes, image by image[/]"
+    if not tier.requests:
+        return "[red]NO: not asked[/]"
+    return f"[red]NO: {tier.failed:,} failed, {tier.differing:,} differ[/]"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}".replace("%", " %")
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.1f} ms" if value < 100 else f"{value:,.0f} ms"
+
+
+def _notes(figures: Figures) -> list[str]:
+    return [
+        f"direct: the model called image by image, without queue or HTTP: "
+        f"{figures.direct_correct} of {figures.test_images} right; "
+        f"confidences differ by at most {figures.confidence_difference:.0e}",
+        "latency: from before the POST until the result is there; a batch request is one job",
+        f"the workers ran {figures.batches:,} batches on {', '.join(figures.devices)}, "
+        f"of {figures.mean_batch_size:.1f} images in the mean",
+    ]
+
+
+def show_how_to_go_on(console: Console) -> None:
+    """Print what to try next, when nothing was left running."""
+    _commands(
+        console,
+        "How to go on",
+        [
+            ("gpuinfer demo --keep", "the same, left up: then from another terminal"),
+            ("curl -s -d @digit.json http://127.0.0.1:PORT/predict", "ask; --keep prints the port"),
+            ("curl -s 'http://127.0.0.1:PORT/result/TASK_ID?wait=5'", "wait for the answer"),
+            ("gpuinfer model list", "what is installed; `model add FOLDER` adds your own"),
+            ("gpuinfer gpus", "what the workers of this host would run on"),
+        ],
+    )
+
+
+def show_kept(console: Console, url: str, folder: Path, digit: Path) -> None:
+    """Print how to use what was left up."""
+    _commands(
+        console,
+        "It is up. From another terminal:",
+        [
+            (f"curl -s -d @{digit} {url}/predict", "a test image"),
+            (f"curl -s '{url}/result/TASK_ID?wait=5'", "its answer"),
+            (f"{url}/docs", "in a browser: all of the API"),
+            (f"export GPUINFER_CONFIG={folder / 'gpuinfer.toml'}", "for gpuinfer's other commands"),
+            ("gpuinfer queue --help", "look at the queues"),
+            (f"tail -f {folder}/worker-0.log", "what a worker logs"),
+        ],
+    )
+    console.print("\nCtrl-C ends it, and leaves nothing behind.", style="bold")
+
+
+def _commands(console: Console, title: str, lines: list[tuple[str, str]]) -> None:
+    console.print(f"\n{title}", style="bold")
+    width = max(len(command) for command, _ in lines) if console.is_terminal is False else 0
+    for command, what in lines:
+        console.print(f"  {command:<{width}}  [dim]# {what}[/]", soft_wrap=True)
