@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dead letters: tasks that were set aside because they killed workers or could not be read.
+
+They stay until somebody retries or drops them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import orjson
+import redis
+
+from gpuinfer.errors import InputError, TaskNotFound
+from gpuinfer.queue import keys, results
+from gpuinfer.queue.message import Undecodable, decode
+from gpuinfer.queue.scripts import bind
+from gpuinfer.settings import QUEUES, QueueSettings
+
+#: What restore.lua puts in front of a payload: deliveries and deaths.
+_MARK = re.compile(r'^\{"gpuinfer": \[\d+, \d+\], ')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Letter:
+    """One dead letter."""
+
+    id: str
+    #: The list it came from, and goes back to.
+    list_key: str
+    reason: str
+    code: str
+    deaths: int
+    #: Under which worker it was set aside.
+    worker: str
+    #: Seconds since the epoch.
+    at: float
+    payload: str
+
+    @property
+    def queue(self) -> str:
+        return keys.split_list_key(self.list_key)[0]
+
+    @property
+    def task(self) -> str | None:
+        """Return the name of the task, None where it cannot be read."""
+        try:
+            return decode(self.payload.encode()).task
+        except Undecodable:
+            return None
+
+    def to_dict(self, *, payload: bool) -> dict[str, Any]:
+        """Return it for JSON, with or without what was sent."""
+        queue, priority = keys.split_list_key(self.list_key)
+        body = asdict(self) | {"queue": queue, "priority": priority, "task": self.task}
+        del body["list_key"]
+        if not payload:
+            del body["payload"]
+        return body
+
+
+def _parse(letter_id: str, raw: bytes) -> Letter:
+    """Read a letter of ``Store.bury``; what somebody else put there is shown as it is."""
+    try:
+        body = orjson.loads(raw)
+        return Letter(
+            id=letter_id,
+            list_key=str(body["list"]),
+            reason=str(body["reason"]),
+            code=str(body["code"]),
+            deaths=int(body["deaths"]),
+            worker=str(body["worker"]),
+            at=float(body["at"]),
+            payload=str(body["payload"]),
+        )
+    except (ValueError, TypeError, KeyError):
+        return Letter(
+            id=letter_id,
+            list_key="",
+            reason="this is no letter of gpuinfer",
+            code="unknown",
+            deaths=0,
+            worker="",
+            at=0.0,
+            payload=raw.decode("utf-8", "backslashreplace"),
+        )
+
+
+def letters(client: redis.Redis) -> list[Letter]:
+    """Return all letters, the oldest first."""
+    found = {letter_id.decode(): raw for letter_id, raw in client.hscan_iter(keys.DEAD, count=100)}
+    return sorted((_parse(*item) for item in found.items()), key=lambda letter: (letter.at, letter.id))
+
+
+def ids(client: redis.Redis) -> list[str]:
+    """Return the ids of all letters, without reading them."""
+    found: list[bytes] = client.hkeys(keys.DEAD)  # type: ignore[assignment]  # no decode_responses
+    return sorted(letter_id.decode() for letter_id in found)
+
+
+def get(client: redis.Redis, letter_id: str) -> Letter:
+    """Return one letter. Raises TaskNotFound."""
+    raw: bytes | None = client.hget(keys.DEAD, letter_id)  # type: ignore[assignment]  # no decode_responses
+    if raw is None:
+        raise _missing(letter_id)
+    return _parse(letter_id, raw)
+
+
+def retry(client: redis.Redis, letter_id: str, settings: QueueSettings) -> None:
+    """Send a letter to its list again, under its id, its deaths forgotten.
+
+    Raises TaskNotFound, and InputError where it can never run: it cannot be decoded.
+    """
+    letter = get(client, letter_id)
+    payload = _MARK.sub("{", letter.payload)
+    try:
+        decode(payload.encode())
+    except Undecodable as exc:
+        raise InputError(f"cannot be sent again: {exc}; gpuinfer dead drop removes it", letter_id) from None
+    if letter.queue not in QUEUES:
+        raise InputError(f"cannot be sent again: no queue {letter.queue!r}", letter_id)
+    where = [keys.DEAD, letter.list_key, keys.bell(letter.queue), keys.result(letter_id)]
+    args = [letter_id, payload, results.PENDING_META, settings.pending_ttl_s]
+    if not bind(client, "revive")(keys=where, args=args):
+        raise _missing(letter_id)
+
+
+def drop(client: redis.Redis, letter_ids: Iterable[str]) -> int:
+    """Delete letters; return how many there were. Their failure results stay until they expire."""
+    wanted = list(letter_ids)
+    return int(client.hdel(keys.DEAD, *wanted)) if wanted else 0
+
+
+def _missing(letter_id: str) -> TaskNotFound:
+    return TaskNotFound(f"there is no dead letter {letter_id}", "task_id")
