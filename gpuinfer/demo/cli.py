@@ -42,13 +42,13 @@ def demo(keep: bool, workers: int, rounds: int, as_json: bool) -> int:
     settings and its Redis are not touched. Workers run on the GPUs there are, else on the CPU.
 
     Every test image of the shipped model is asked about over HTTP while batch jobs run. Exit code 0:
-    every request was answered, and as the model answers when called directly; else 1.
+    every request was answered, and as the model answers when called directly; else 1. Ctrl-C cleans
+    up, too (130); after --keep it is the way to end.
     """
     from gpuinfer.demo.screen import console_for, screen_for
     from gpuinfer.demo.stack import plan, started
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+    _end_in_order()
     begun = time.monotonic()
     devices = plan(workers, os.environ)
     console = console_for(to_stderr=as_json)
@@ -64,13 +64,20 @@ def demo(keep: bool, workers: int, rounds: int, as_json: bool) -> int:
                 _keep(stack, console)
     finally:
         screen.close()
-    if not keep:
+    if not keep and not as_json:
         _go_on(console)
     return 0 if found.ok else 1
 
 
 def _count(workers: int) -> str:
     return "1 worker" if workers == 1 else f"{workers} workers"
+
+
+def _end_in_order() -> None:
+    """Let SIGTERM and SIGHUP clean up as Ctrl-C does; one that is ignored (nohup) stays so."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
 
 
 def _end(number: int, _: object) -> NoReturn:

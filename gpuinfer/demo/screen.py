@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
 from gpuinfer.demo.figures import percentile
 from gpuinfer.demo.load import Answer, Load
@@ -39,7 +40,7 @@ class Pace:
         self._recent = [answer for answer in [*self._recent, *fresh] if answer.ended >= since]
 
     def realtime(self) -> str:
-        """Return the pace of realtime requests in words; empty when there were none lately, or all are done."""
+        """Return the pace of realtime requests in words; empty when none came lately, or all are done."""
         if self.load.burst_over:
             return ""
         mine = [answer.seconds for answer in self._recent if answer.tier == "realtime"]
@@ -98,6 +99,14 @@ class Lines:
         pass
 
 
+class Seconds(ProgressColumn):
+    """How long a service has been starting, or took to start."""
+
+    def render(self, task: Task) -> Text:
+        took = task.finished_time if task.finished else task.elapsed
+        return Text(f"{took or 0.0:5.1f} s", style="cyan" if task.finished else "dim")
+
+
 class Bars:
     """Bars and spinners, for terminals."""
 
@@ -111,10 +120,10 @@ class Bars:
             self._spinner,
             TextColumn("{task.description:<10}"),
             TextColumn("[dim]{task.fields[what]}"),
-            TimeElapsedColumn(),
+            Seconds(),
         )
 
-    def _start(self, *columns: SpinnerColumn | TextColumn | BarColumn | TimeElapsedColumn) -> Progress:
+    def _start(self, *columns: ProgressColumn) -> Progress:
         progress = Progress(*columns, console=self._console, refresh_per_second=12)
         progress.start()
         return progress

@@ -9,6 +9,7 @@ API's, which the kernel picks.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -34,8 +35,12 @@ START_TIMEOUT_S = 180.0
 #: How long API and workers may take to end by themselves; Redis, which keeps nothing here, needs less.
 GRACE_S, REDIS_GRACE_S = 10.0, 2.0
 _POLL_S = 0.03
+#: The process that calls the model directly.
+_DIRECT = "model"
 #: Files in the folder.
 CONFIG, SOCKET = "gpuinfer.toml", "redis.sock"
+#: A socket's path may have 107 bytes; the folder's own name and the file's take up to 40.
+LONGEST_PARENT = 107 - 40
 #: Variables that would lead a child to somebody else's settings, broker, supervisor or credentials.
 _FOREIGN_PREFIXES = ("GPUINFER_", "CELERY_")
 _FOREIGN = frozenset({"CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", VISIBLE})
@@ -66,17 +71,22 @@ class Plan:
 
 def plan(workers: int, environ: Mapping[str, str]) -> Plan:
     """Give each worker a GPU while there are any, the CPU after that. Honours CUDA_VISIBLE_DEVICES."""
-    preset = environ.get(VISIBLE, "").strip()
-    names = tuple(part.strip() for part in preset.split(",") if part.strip())
+    found, names = list_gpus(), _visible(environ)
+    if not found.gpus:
+        note = f"the GPU cannot be used: {found.reason}" if found.failed else ""
+        return Plan(dict.fromkeys(range(workers), "CPU"), note=note)
     if names and not (names[0].isdecimal() or names[0].startswith(("GPU-", "MIG-"))):
-        return Plan(dict.fromkeys(range(workers), "CPU"), note=f"{VISIBLE}={preset} hides the GPUs")
-    found = list_gpus(names)
-    numbers = list(found.worker_numbers)[:workers]
-    devices = {number: _device_name(found, number) for number in numbers}
-    free = (number for number in range(workers + max(numbers, default=0) + 1) if number not in devices)
-    devices |= {next(free): "CPU" for _ in range(workers - len(devices))}
-    note = f"the GPU cannot be used: {found.reason}" if found.failed else ""
-    return Plan(devices, names if numbers else (), note)
+        return Plan(dict.fromkeys(range(workers), "CPU"), note=f"{VISIBLE}={names[0]} hides the GPUs")
+    if names:
+        found = list_gpus(names)
+    devices = {number: _device_name(found, number) for number in found.worker_numbers[:workers]}
+    free = (number for number in itertools.count() if number not in devices)
+    devices |= dict.fromkeys(itertools.islice(free, workers - len(devices)), "CPU")
+    return Plan(devices, names)
+
+
+def _visible(environ: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(part.strip() for part in environ.get(VISIBLE, "").split(",") if part.strip())
 
 
 def _device_name(found: Inventory, number: int) -> str:
@@ -112,7 +122,7 @@ class Stack:
             self.workers.append(self._spawn(name, [*_GPUINFER, "worker", str(number)], own, f"on {device}"))
         target = self.folder / "direct.json"
         direct = self._spawn(
-            "model", [sys.executable, "-m", "gpuinfer.demo.direct", str(target)], what="called directly"
+            _DIRECT, [sys.executable, "-m", "gpuinfer.demo.direct", str(target)], what="called directly"
         )
         ready = {api: _API_READY, **dict.fromkeys(self.workers, _WORKER_READY)}
         self._await_all(ready, direct, target, until)
@@ -153,7 +163,7 @@ class Stack:
         self._report("redis", "on a Unix socket", False)
         with redis.Redis(unix_socket_path=str(socket)) as client:
             while not _answers(client):
-                self._pause([self._redis], until)
+                self._pause([self._redis], until, "redis")
         self._report("redis", "", True)
 
     def _await_all(self, ready: dict[Child, str], direct: Child, target: Path, until: float) -> None:
@@ -168,7 +178,7 @@ class Stack:
                 stop([direct], GRACE_S)
                 self._report(direct.name, "", True)
             if ready or not self.direct:
-                self._pause(self._front, until)
+                self._pause(self._front, until, ", ".join(child.name for child in ready) or direct.name)
 
     def _serves(self, child: Child, action: str) -> bool:
         for entry in child.news():
@@ -177,14 +187,13 @@ class Stack:
                 return True
         return False
 
-    def _pause(self, children: list[Child], until: float) -> None:
-        """Wait a moment. Raises ProcessEnded when a child has ended (well or not) or the time is over."""
+    def _pause(self, children: list[Child], until: float, waiting: str) -> None:
+        """Wait a moment. Raises ProcessEnded when a child has failed, or the time is over."""
         for child in children:
-            if child.name != "model" or child.exit_code:
+            if child.name != _DIRECT or child.exit_code:  # that one ends by itself, with 0
                 child.check()
         if time.monotonic() > until:
-            names = ", ".join(child.name for child in children)
-            raise ProcessEnded(f"not everything is ready after {START_TIMEOUT_S:g} s ({names})")
+            raise ProcessEnded(f"not ready after {START_TIMEOUT_S:g} s: {waiting}; its log says more")
         time.sleep(_POLL_S)
 
     def failed(self) -> Child | None:
@@ -202,7 +211,7 @@ def started(devices: Plan, report: Report) -> Iterator[Stack]:
 
     Signals that would end this process are ignored meanwhile: the end takes some seconds at most.
     """
-    folder = Path(tempfile.mkdtemp(prefix="gpuinfer-demo-"))  # mode 0700
+    folder = _folder()
     stack = Stack(folder, devices, report)
     try:
         yield stack
@@ -211,6 +220,14 @@ def started(devices: Plan, report: Report) -> Iterator[Stack]:
             signal.signal(number, signal.SIG_IGN)
         stack.close()
         shutil.rmtree(folder)
+
+
+def _folder() -> Path:
+    """Make the temporary folder, mode 0700; in /tmp where $TMPDIR is too long for a socket's path."""
+    parent = tempfile.gettempdir()
+    if len(os.fsencode(parent)) > LONGEST_PARENT:
+        parent = "/tmp"  # noqa: S108  mkdtemp makes a folder of its own in it
+    return Path(tempfile.mkdtemp(prefix="gpuinfer-demo-", dir=parent))
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -235,7 +252,7 @@ def _config(folder: Path, devices: Plan) -> str:
 
 def _redis_binary() -> str:
     """Find redis-server; a user's PATH may lack the sbin folders. Raises ConfigError."""
-    path = os.environ.get("PATH", "") + ":/usr/local/bin:/usr/bin:/usr/sbin"
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     found = shutil.which("redis-server", path=path)
     if found is None:
         raise ConfigError("there is no redis-server; install it with: apt install redis-server")

@@ -103,7 +103,10 @@ def show_kept(console: Console, url: str, folder: Path, digit: Path) -> None:
 
 
 def _commands(console: Console, title: str, lines: list[tuple[str, str]]) -> None:
+    """Print commands with what they are for: beside them where there is room, else without aligning."""
     console.print(f"\n{title}", style="bold")
-    width = max(len(command) for command, _ in lines) if console.is_terminal is False else 0
+    width = max(len(command) for command, _ in lines)
+    if width + max(len(what) for _, what in lines) + 6 > console.width:
+        width = 0
     for command, what in lines:
         console.print(f"  {command:<{width}}  [dim]# {what}[/]", soft_wrap=True)
