@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real API as a process, and the end of tasks as a worker writes it, for tests without a worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+import redis
+
+from gpuinfer.queue import results
+from gpuinfer.queue.message import decode
+from gpuinfer.queue.store import Claimed, Final, Store
+from gpuinfer.settings import QUEUES, QueueSettings
+from tests.services import Process, RedisServer
+
+WORKER = "gpu0@test"
+
+
+class HandWorker:
+    """Claims, begins and settles over a Store, as a worker does, one step at a time."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self.store = Store(client, WORKER, QUEUES, QueueSettings())
+
+    def claim(self, room: int = 1) -> list[Claimed]:
+        """Take tasks."""
+        return self.store.claim(room)
+
+    def begin(self, task: Claimed) -> str:
+        """Mark a claimed task as running; return its id."""
+        task_id = decode(task.payload).id
+        self.store.begin([(task.seq, task_id, results.started(task_id, WORKER, os.getpid()))])
+        return task_id
+
+    def finish(self, task: Claimed, result: Any) -> None:
+        """Write a claimed task's result, or its error."""
+        task_id = decode(task.payload).id
+        make: Callable[..., bytes] = results.failure if isinstance(result, Exception) else results.success
+        self.store.settle([Final(task.seq, task_id, make(task_id, result, worker=WORKER))])
+
+    def finish_all(self, result: Any, room: int = 1000) -> int:
+        """Claim, begin and finish all there is up to ``room``; return how many."""
+        tasks = self.claim(room)
+        for task in tasks:
+            self.begin(task)
+            self.finish(task, result)
+        return len(tasks)
+
+
+class Api:
+    """``gpuinfer api`` on a free port, with an HTTP client for it. Use it as a context manager."""
+
+    def __init__(self, server: RedisServer, folder: Path, *arguments: str, **settings: object) -> None:
+        chosen = {"broker_url": server.url, "log_format": "json", **settings}
+        environment = os.environ | {f"GPUINFER_{key.upper()}": str(value) for key, value in chosen.items()}
+        command = [sys.executable, "-m", "gpuinfer", "api", *(arguments or ("--port", "0"))]
+        self.process = Process(command, folder / "api.log", env=environment)
+        self.address: str = json.loads(self.process.wait_for_line('"listening"'))["address"]
+        unix = self.address.startswith("unix:")
+        transport = httpx.HTTPTransport(uds=self.address.removeprefix("unix:")) if unix else None
+        self.http = httpx.Client(
+            base_url="http://api" if unix else self.address, transport=transport, timeout=30
+        )
+
+    def log(self, action: str) -> list[dict[str, Any]]:
+        """Return the lines of that action."""
+        lines = [json.loads(line) for line in self.process.text().splitlines() if line.startswith("{")]
+        return [line for line in lines if line["action"] == action]
+
+    def __enter__(self) -> Api:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.http.close()
+        self.process.kill()

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a body to what is submitted."""
+
+from __future__ import annotations
+
+import math
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpuinfer.api import schemas
+from gpuinfer.api.admission import FIELDS, SLACK_BYTES, admit, check_size, parse_json, waiting_time
+from gpuinfer.errors import GpuinferError, InputError, MalformedJson, PayloadTooLarge
+from gpuinfer.models.shipped import load_test_images
+from gpuinfer.queue import message
+from gpuinfer.queue.submission import Options, build
+
+pytestmark = pytest.mark.unit
+
+
+def test_a_list_is_the_inputs() -> None:
+    """A bare list has no options."""
+    asked = admit(b"[[1, 2], [3, 4]]")
+    assert asked.inputs == [[1, 2], [3, 4]]
+    assert asked.options == {}
+
+
+def test_an_object_names_its_options() -> None:
+    """Fields beside inputs are options; a null one counts as not given."""
+    asked = admit(b'{"inputs": 5, "model": "digits", "priority": 9, "queue": null}')
+    assert asked.inputs == 5
+    assert asked.options == {"model": "digits", "priority": 9}
+
+
+def test_every_option_of_the_client_is_a_field() -> None:
+    """What a client may say, an HTTP caller may say, and /docs tells of it."""
+    assert set(FIELDS) == {"inputs", *Options.__annotations__}
+    documented = schemas.PREDICT_BODY["requestBody"]["content"]["application/json"]["schema"]["anyOf"][1]
+    assert set(documented["properties"]) == set(FIELDS)
+
+
+@pytest.mark.parametrize("name", ["foo", "many", "clock", "Inputs"])
+def test_an_unknown_field_is_named(name: str) -> None:
+    """Neither ignored nor passed on, even where our own function has a parameter of that name."""
+    with pytest.raises(InputError, match="known: inputs, model") as caught:
+        admit(orjson.dumps({"inputs": 1, name: 2}))
+    assert caught.value.field == name
+
+
+@pytest.mark.parametrize("body", [b'"text"', b"null", b"true", b"3"])
+def test_neither_list_nor_object(body: bytes) -> None:
+    """A bare scalar is refused with what would be right."""
+    with pytest.raises(InputError, match="must be a JSON list, or an object with inputs"):
+        admit(body)
+
+
+def test_an_object_without_inputs() -> None:
+    """The missing field is named."""
+    with pytest.raises(InputError) as caught:
+        admit(b'{"model": "digits"}')
+    assert caught.value.field == "inputs"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "empty"),
+        (b" \n", "empty"),
+        (b"[1,\n 2,,]", "line 2, column 4"),
+        (b"[NaN,", "line 1, column 6"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[NaN," + b"[" * 100_000, "not JSON"),
+        (b"[NaN, \xff]", "not JSON"),
+    ],
+)
+def test_no_json_is_told_with_its_place(body: bytes, words: str) -> None:
+    """400 with line and column; no input, however deep or broken, is anything else."""
+    with pytest.raises(MalformedJson, match=words) as caught:
+        admit(body)
+    assert caught.value.http_status == 400
+
+
+def test_nan_reaches_the_worker_as_nan() -> None:
+    """It is neither a crash nor silently a null: the worker tells which input it was."""
+    asked = admit(b'{"inputs": [1.5, NaN, -Infinity], "priority": 1}')
+    envelope = message.decode(build(asked.inputs, many=False, **asked.options).encode())
+    (inputs,), _, _ = envelope.body()
+    assert inputs[0] == 1.5
+    assert math.isnan(inputs[1])
+    assert inputs[2] == -math.inf
+
+
+def test_the_header_is_the_key() -> None:
+    """Header and field may say the same, not two things."""
+    assert admit(b"[1]", header_key="a").options == {"idempotency_key": "a"}
+    assert admit(b'{"inputs": 1, "idempotency_key": "a"}', header_key="a").options["idempotency_key"] == "a"
+    with pytest.raises(InputError, match="differs"):
+        admit(b'{"inputs": 1, "idempotency_key": "b"}', header_key="a")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"queue": "fast"},
+        {"priority": 10},
+        {"priority": "9"},
+        {"priority": True},
+        {"model": 7},
+        {"model": ""},
+        {"top_k": 0},
+        {"top_k": "3"},
+        {"encoding": "hex"},
+        {"expires_s": -1},
+        {"expires_s": 1e308},
+        {"expires_s": math.nan},
+        {"time_limit_s": "5"},
+        {"soft_time_limit_s": 0},
+        {"ignore_result": "false"},
+        {"idempotency_key": "k" * 201},
+    ],
+)
+def test_bad_options_name_themselves(option: dict[str, object]) -> None:
+    """Refused where they are submitted, not when a worker has them in its hands."""
+    with pytest.raises(InputError) as caught:
+        build([1], many=False, **option)  # type: ignore[arg-type]  # that is the test
+    assert caught.value.field == next(iter(option))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [(None, 0), ("0", 0), ("2.5", 2.5), ("1e9", 60), ("inf", 60), (" 3 ", 3)]
+)
+def test_waiting_is_cut(text: str | None, seconds: float) -> None:
+    """No caller waits longer than the administrator allows."""
+    assert waiting_time(text, 60) == seconds
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "x", "", "-inf"])
+def test_no_waiting_time(text: str) -> None:
+    """NaN and negative times are refused by name."""
+    with pytest.raises(InputError) as caught:
+        waiting_time(text, 60)
+    assert caught.value.field == "wait"
+
+
+def test_size_is_checked_with_a_little_slack() -> None:
+    """The limit is on the message; the body may have that and a little more."""
+    check_size(1024 + SLACK_BYTES, 1024)
+    with pytest.raises(PayloadTooLarge, match="max_payload_bytes is 1024"):
+        check_size(1024 + SLACK_BYTES + 1, 1024)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_crash_it(body: bytes) -> None:
+    """Any body is understood or refused with one of our errors."""
+    try:
+        admit(body)
+    except GpuinferError as exc:
+        assert exc.http_status in (400, 422)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=8,
+    )
+)
+def test_inputs_come_out_of_the_message_unchanged(value: object) -> None:
+    """Whatever JSON was sent, NaN and null included, is what the worker reads."""
+    (inputs,), _, _ = message.decode(build(value, many=False).encode()).body()
+    assert repr(inputs) == repr(value)
+
+
+def test_the_example_is_a_real_digit() -> None:
+    """/docs shows test image 0 of the shipped model."""
+    images, labels = load_test_images()
+    assert images[0].tolist() == schemas.DIGIT
+    assert labels[0] == 2
+
+
+def test_parse_json_keeps_big_numbers_finite() -> None:
+    """A number beyond a double is no JSON we can read; one beyond 64 bits is a float."""
+    with pytest.raises(MalformedJson):
+        parse_json(b"[1e400]")
+    assert parse_json(b"[123456789012345678901234567890]") == [1.2345678901234568e29]
