@@ -90,7 +90,7 @@ class Child:
     def check(self) -> None:
         """Raises ProcessEnded when it does not run any more."""
         if self.exit_code is not None:
-            raise ProcessEnded(f"the {self.name} {_how(self.exit_code)}; {_last(self.tail())}")
+            raise ProcessEnded(f"{self.name} {_how(self.exit_code, self.tail())}")
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; to a process that has ended, nothing is sent."""
@@ -118,18 +118,15 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def _how(status: int) -> str:
-    if status >= 0:
-        return f"ended with exit code {status}"
-    return f"was killed by {signal.Signals(-status).name}"
+def _how(status: int, tail: Sequence[str]) -> str:
+    """Say how a process ended, and for one that was not killed what it wrote last."""
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"ended with exit code {status}{_reason(tail)}"
 
 
-def _last(tail: Sequence[str]) -> str:
-    """Return what an ended process said last: the reason of its last JSON line, or that line."""
-    for line in reversed(tail):
-        entry = _parsed(line.encode())
-        if entry is not None:
-            return "its last words: " + " ".join(
-                str(entry[key]) for key in ("action", "message", "reason") if key in entry
-            )
-    return f"its last words: {tail[-1].strip()}" if tail else "it wrote nothing"
+def _reason(tail: Sequence[str]) -> str:
+    entry = _parsed(tail[-1].encode()) if tail else None
+    if entry is None:
+        return f": {tail[-1].strip()}" if tail else ", and wrote nothing"
+    return ": " + " ".join(str(entry[key]) for key in ("action", "message", "reason") if key in entry)

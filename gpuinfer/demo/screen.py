@@ -175,6 +175,6 @@ def screen_for(console: Console) -> Screen:
 
 def show_log(console: Console, name: str, lines: Sequence[str]) -> None:
     """Show the end of a process's log."""
-    console.print(f"\nthe last lines of the {name}'s log:", style="bold")
+    console.print(f"\nthe last lines of {name}'s log:", style="bold")
     for line in lines:
         console.print(f"  {line}", soft_wrap=True, markup=False)

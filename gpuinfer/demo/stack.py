@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +69,13 @@ class Plan:
         return " and ".join(("the CPU" if name == "CPU" else name) for name in names)
 
 
-def plan(workers: int, environ: Mapping[str, str]) -> Plan:
+def plan(
+    workers: int,
+    environ: Mapping[str, str],
+    list_gpus: Callable[[Sequence[str]], Inventory] = list_gpus,
+) -> Plan:
     """Give each worker a GPU while there are any, the CPU after that. Honours CUDA_VISIBLE_DEVICES."""
-    found, names = list_gpus(), _visible(environ)
+    found, names = list_gpus(()), _visible(environ)
     if not found.gpus:
         note = f"the GPU cannot be used: {found.reason}" if found.failed else ""
         return Plan(dict.fromkeys(range(workers), "CPU"), note=note)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -76,11 +78,11 @@ def show_how_to_go_on(console: Console) -> None:
         console,
         "How to go on",
         [
-            ("gpuinfer demo --keep", "the same, left up: then from another terminal"),
+            (f"{_command()} demo --keep", "the same, left up: then from another terminal"),
             ("curl -s -d @digit.json http://127.0.0.1:PORT/predict", "ask; --keep prints the port"),
             ("curl -s 'http://127.0.0.1:PORT/result/TASK_ID?wait=5'", "wait for the answer"),
-            ("gpuinfer model list", "what is installed; `model add FOLDER` adds your own"),
-            ("gpuinfer gpus", "what the workers of this host would run on"),
+            (f"{_command()} model list", "what is installed; `model add FOLDER` adds your own"),
+            (f"{_command()} gpus", "what the workers of this host would run on"),
         ],
     )
 
@@ -95,11 +97,25 @@ def show_kept(console: Console, url: str, folder: Path, digit: Path) -> None:
             (f"curl -s '{url}/result/TASK_ID?wait=5'", "its answer"),
             (f"{url}/docs", "in a browser: all of the API"),
             (f"export GPUINFER_CONFIG={folder / 'gpuinfer.toml'}", "for gpuinfer's other commands"),
-            ("gpuinfer queue --help", "look at the queues"),
+            (f"{_command()} queue status", "what waits, and what runs"),
             (f"tail -f {folder}/worker-0.log", "what a worker logs"),
         ],
     )
     console.print("\nCtrl-C ends it, and leaves nothing behind.", style="bold")
+
+
+def _command() -> str:
+    """Return how this installation's command is called from here, on PATH or not."""
+    own = Path(sys.executable).with_name("gpuinfer")
+    if shutil.which("gpuinfer") == str(own):
+        return "gpuinfer"
+    if not own.exists():
+        return f"{_from_here(Path(sys.executable))} -m gpuinfer"
+    return _from_here(own)
+
+
+def _from_here(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _commands(console: Console, title: str, lines: list[tuple[str, str]]) -> None:
