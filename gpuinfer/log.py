@@ -35,7 +35,13 @@ from gpuinfer.settings import LogSettings
 _FIRST = ("timestamp", "level", "logger", "action")
 _ROOM = "gpuinfer"
 #: These log what a task was given or has returned, at the levels named here and below.
-_QUIETED = {"celery.app.trace": logging.WARNING, "celery.worker.strategy": logging.WARNING}
+_QUIETED = {
+    "celery.app.trace": logging.WARNING,
+    "celery.worker.strategy": logging.WARNING,
+    # The worker says the same, with fields: worker_ready, redis_away, redis_back.
+    "celery.apps.worker": logging.WARNING,
+    "celery.worker.consumer.connection": logging.WARNING,
+}
 _MARK = "_gpuinfer"
 
 

@@ -44,7 +44,6 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "task_track_started": True,
         "result_expires": settings.queue.result_ttl_s,
         "worker_prefetch_multiplier": 1,
-        "worker_pool": "solo",
         "worker_concurrency": 1,
         "worker_consumer": "gpuinfer.worker.consumer:Consumer",
         "worker_redirect_stdouts": False,

@@ -21,6 +21,10 @@ from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QueueSettings
 
 
+#: The rank of a task whose list was passed over for too long.
+AGED = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Claimed:
     """A task this worker owns until it settles or releases it."""
@@ -28,7 +32,7 @@ class Claimed:
     #: Its field in the in-flight hash; ``seq:list`` names the list it came from.
     seq: int
     list_key: str
-    #: Its list's place in the order of serving, 0 the most urgent.
+    #: Its list's place in the order of serving, 0 the most urgent; AGED goes before all.
     rank: int
     payload: bytes
 
@@ -103,8 +107,9 @@ class Store:
             self._unsure = True
             raise
         return [
-            Claimed(int(flat[i]), lists[flat[i + 1] - 1], flat[i + 1] - 1, flat[i + 2])
+            Claimed(int(flat[i]), lists[abs(place) - 1], AGED if place < 0 else place - 1, flat[i + 2])
             for i in range(0, len(flat), 3)
+            for place in (flat[i + 1],)
         ]
 
     def reconcile(self, known: Iterable[int]) -> int:

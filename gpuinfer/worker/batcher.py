@@ -94,7 +94,8 @@ class Batcher:
         if held < min(self._most, affordable):
             return min(self._most, affordable) - held, None
         worst = self._buffer.rank_at(self._most - 1)
-        return (min(self._most, affordable), worst) if worst and held < 2 * self._most else (0, None)
+        overtaken = worst is not None and worst > 0 and held < 2 * self._most
+        return (min(self._most, affordable), worst) if overtaken else (0, None)
 
     def held(self) -> set[int]:
         """Return the seqs of everything claimed and not settled."""

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from celery import signals
+from celery.platforms import SecurityWarning
+from celery.worker import state
 from sdnotify import SystemdNotifier
 
 from gpuinfer.errors import ConfigError, DeviceError, GpuinferError, TimeLimitExceeded
@@ -61,6 +65,8 @@ def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]
         log.critical("start_failed", worker=name, code=exc.code, reason=str(exc))
         raise SystemExit(exc.exit_code) from None
     conf.broker_transport_options["worker"] = name
+    # Root is the administrator's choice; the shipped unit runs as a user of its own.
+    warnings.simplefilter("ignore", SecurityWarning)
     worker.queues_served = settings.worker.queues
     if not options.get("queues"):
         worker.app.amqp.queues.select(settings.worker.queues)
@@ -172,5 +178,20 @@ def _ready(sender: Any, **_: object) -> None:
     """Tell systemd and the log that the worker serves; its model has been warmed up before."""
     batcher = sender.controller.gpuinfer.batcher
     models = sorted(batcher.models)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, _stop)
     SystemdNotifier().notify(f"READY=1\nSTATUS=serving {', '.join(models)} on {batcher.device}")
     log.info("worker_ready", worker=batcher.store.worker, models=models, device=batcher.device)
+
+
+def _stop(number: int, _: object) -> None:
+    """Finish the running batch and end.
+
+    A second Ctrl-C ends at once; what ran is put back at the next start. SIGQUIT is a SIGTERM:
+    Celery's cold shutdown would run its handler on top of the task (facts of the solo pool).
+    """
+    if state.should_stop is not None and number == signal.SIGINT:
+        os._exit(128 + signal.SIGINT)
+    log.info("stopping", signal=signal.Signals(number).name)
+    SystemdNotifier().notify("STOPPING=1")
+    state.should_stop = 0

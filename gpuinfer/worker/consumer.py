@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from celery import bootsteps
@@ -18,6 +19,8 @@ log = get_logger(__name__)
 RETRY_START_S, RETRY_MAX_S = 0.2, 2.0
 #: Seconds the batcher's timer sleeps.
 TICK_S = 0.1
+#: Seconds a broken connection may take to close.
+COLLECT_TIMEOUT_S = 1.0
 
 
 class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not annotated
@@ -56,24 +59,37 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
 
 
 class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
-    """Reconnects within a moment of Redis' return, and says so once."""
+    """Reconnects within a moment of Redis' return; says once that it is away and once that it is back."""
+
+    away = False
 
     class Blueprint(stock.Consumer.Blueprint):  # type: ignore[misc]  # celery is not annotated
         default_steps = (*stock.Consumer.Blueprint.default_steps, Batching)
 
+    def _lost(self, exc: Exception) -> None:
+        if not self.away:
+            log.error("redis_away", reason=str(exc), hint="trying again every second or two")
+        self.away = True
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        self._lost(exc)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        self._lost(exc)
+        with suppress(Exception):  # as Celery does: the connection is broken, whatever closing it says
+            self.connection.collect(socket_timeout=COLLECT_TIMEOUT_S)
+
     def ensure_connected(self, conn: Any) -> Any:
-        away = False
-
-        def on_error(exc: Exception, _: float) -> None:
-            nonlocal away
-            if not away:
-                log.error("redis_away", reason=str(exc), hint="trying again every few seconds")
-                away = True
-
         connected = conn.ensure_connection(
-            on_error, None, RETRY_START_S, RETRY_START_S, RETRY_MAX_S, callback=maybe_shutdown
+            lambda exc, _: self._lost(exc),
+            None,
+            RETRY_START_S,
+            RETRY_START_S,
+            RETRY_MAX_S,
+            callback=maybe_shutdown,
         )
         self.first_connection_attempt = False
-        if away:
+        if self.away:
             log.info("redis_back")
+        self.away = False
         return connected

@@ -2,13 +2,14 @@
 -- Pop up to N tasks, the most urgent first, and record them as in flight, in one step.
 -- KEYS: in-flight hash, waiting hash, bell, then the lists in the order they are served
 -- ARGV: N, ageing in milliseconds (0: off), the first sequence id to use
--- Returns {seq, list index (1-based), payload, seq, ...}. Payloads are not parsed.
+-- Returns {seq, list index (1-based; negative: it has aged and goes first), payload, seq, ...}.
+-- Payloads are not parsed.
 local inflight, waiting, bell = KEYS[1], KEYS[2], KEYS[3]
 local room, ageing, seq = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local claimed = {}
 local left = 0
 
-local function take(index)
+local function take(index, aged)
   if room <= 0 then return end
   local list = KEYS[index]
   local popped = redis.call('RPOP', list, room)
@@ -18,7 +19,7 @@ local function take(index)
     redis.call('HSET', inflight, seq, payload, seq .. ':list', list)
     claimed[#claimed + 1] = seq
     seq = seq + 1
-    claimed[#claimed + 1] = index - 3
+    claimed[#claimed + 1] = aged and 3 - index or index - 3
     claimed[#claimed + 1] = payload
   end
 end
@@ -47,7 +48,7 @@ if ageing > 0 and (#busy > 1 or redis.call('EXISTS', waiting) == 1) then
       oldest, oldest_index = since[list], index
     end
   end
-  if oldest_index then take(oldest_index) end
+  if oldest_index then take(oldest_index, true) end
   for _, index in ipairs(busy) do
     local before = room
     take(index)

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real worker on a real Redis: what it answers, in which order, and how it starts and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from gpuinfer import Client
+from gpuinfer.errors import (
+    InputError,
+    ShapeMismatch,
+    TaskExpired,
+    TaskFailed,
+    TaskRevoked,
+    UnknownModel,
+)
+from gpuinfer.models.shipped import load_test_images
+from gpuinfer.queue import keys
+from tests.models_for_tests import add_scalar, perceptron, sleeper
+from tests.services import RedisServer
+from tests.workers import Workers
+
+pytestmark = pytest.mark.integration
+
+NAME = f"gpu0@{socket.gethostname()}"
+
+
+def plain_celery(redis: RedisServer) -> Celery:
+    """Return an application as a stranger writes it: the two URLs, nothing of ours."""
+    url = f"redis+socket://{redis.socket}"
+    return Celery("stranger", broker=url, backend=url, set_as_current=False)
+
+
+def wait_until(condition: Any, timeout: float = 10.0) -> None:
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until, "it did not become so in time"
+        time.sleep(0.01)
+
+
+def listen(app: Celery, kind: str, handler: Any, enough: Any, timeout: float = 15.0) -> None:
+    """Hand events to ``handler`` until it is enough, as Flower's receiver does."""
+    with app.connection() as connection:
+        receiver = app.events.Receiver(connection, {kind: handler})
+        until = time.monotonic() + timeout
+        with receiver.consumer_context() as (own, _, _):
+            while not enough():
+                assert time.monotonic() < until, "the events did not come in time"
+                with contextlib.suppress(TimeoutError):
+                    own.drain_events(timeout=0.5)
+
+
+def test_every_digit_as_directly(workers: Workers, client: Client) -> None:
+    """Through the queue each test image gets the class that the model gives when called directly."""
+    from gpuinfer.models.loader import load
+    from gpuinfer.models.repository import Repository
+
+    images, labels = load_test_images()
+    model = load(Repository([]).get("digits"), "cpu")
+    direct = [int(model.forward([(image,)])[0][0].argmax()) for image in images]
+    workers.start()
+    answers = client.results(client.submit_many([image.tolist() for image in images]), timeout_s=30)
+    assert [answer["class"] for answer in answers] == direct
+    assert sum(int(a == b) for a, b in zip(direct, labels, strict=True)) / len(labels) >= 0.98
+    assert {answer["device"] for answer in answers} == {"cpu"}
+
+
+def test_plain_celery_producer(workers: Workers, redis_server: RedisServer) -> None:
+    """A producer that knows the URL and the task's name submits, waits, and reads errors as exceptions."""
+    images, labels = load_test_images()
+    workers.start()
+    with plain_celery(redis_server) as stranger:
+        task = stranger.send_task("gpuinfer.predict", [images[0].tolist()], queue="realtime", priority=3)
+        answer = task.get(timeout=10)
+        assert answer["class"] == labels[0]
+        job = stranger.send_task("gpuinfer.batch_predict", [[images[1].tolist(), [0]]], queue="batch")
+        first, second = job.get(timeout=10)
+        assert first["class"] == labels[1]
+        assert second["error"]["code"] == "shape_mismatch"
+        bad = stranger.send_task("gpuinfer.predict", [[1, 2]], {"model": "digits"}, queue="realtime")
+        with pytest.raises(ShapeMismatch):
+            bad.get(timeout=10)
+
+
+def test_several_inputs(workers: Workers, client: Client) -> None:
+    """A model of a tensor and a scalar is given both by name; a missing one is named."""
+    add_scalar(workers.folder / "models" / "add")
+    workers.start(worker_models="add")
+    ids = [client.submit({"x": [1, 2, 3, 4], "k": k}, model="add") for k in (10, 20)]
+    sums = [answer["outputs"]["sum"] for answer in client.results(ids, timeout_s=10)]
+    assert sums == [[11, 12, 13, 14], [21, 22, 23, 24]]
+    with pytest.raises(InputError, match=r"inputs\.k"):
+        client.result(client.submit({"x": [1, 2, 3, 4]}, model="add"), timeout_s=10)
+
+
+def test_bad_neighbours_fail_alone(workers: Workers, client: Client) -> None:
+    """In one batch each bad input gets its own error, and each good one its result."""
+    perceptron(workers.folder / "models" / "mlp")
+    inputs: list[Any] = [[0.5] * 64 for _ in range(40)]
+    inputs[3], inputs[7], inputs[11] = [0.5] * 63, ["x"] * 64, {"b64": "!", "dtype": "float32", "shape": [64]}
+    ids = client.submit_many(inputs, model="mlp")
+    ids.append(client.submit([0.0] * 64, model="nobody"))
+    workers.start(worker_models="mlp")
+    answers = client.results(ids, timeout_s=10, return_errors=True)
+    failed = {i for i, answer in enumerate(answers) if isinstance(answer, Exception)}
+    assert failed == {3, 7, 11, 40}
+    assert isinstance(answers[3], ShapeMismatch)
+    assert isinstance(answers[40], UnknownModel)
+
+
+def test_order_of_serving(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """Queues go before priorities, 9 before 0, and equals in the order they came."""
+    sleeper(workers.folder / "models" / "slow", 0.01, max_batch_size=1)
+    wanted = []
+    for queue, priority in (("batch", 9), ("default", 0), ("realtime", 0), ("realtime", 9), ("realtime", 9)):
+        wanted.append(client.submit([1.0], model="slow", queue=queue, priority=priority))  # type: ignore[arg-type]
+    workers.start(worker_models="slow")
+    order = [status.id for status in client.as_completed(wanted, timeout_s=10)]
+    assert order == [wanted[3], wanted[4], wanted[2], wanted[1], wanted[0]]
+
+
+def test_urgent_waits_for_one_batch_at_most(workers: Workers, client: Client) -> None:
+    """An urgent task that comes while low ones run and wait is served right after the running batch."""
+    sleeper(workers.folder / "models" / "slow", 0.3, max_batch_size=4)
+    low = client.submit_many([[1.0]] * 40, model="slow", queue="batch")
+    workers.start(worker_models="slow")
+    wait_until(lambda: client.status(low[0]).state == "running")
+    begun = time.monotonic()
+    client.result(client.submit([1.0], model="slow", queue="realtime", priority=9), timeout_s=10)
+    assert time.monotonic() - begun < 0.3 * 2 + 0.25
+    assert client.status(low[-1]).state == "queued"
+
+
+def test_urgent_between_slices(workers: Workers, client: Client) -> None:
+    """A list job that does not fit is run in slices, and an urgent task gets in between them."""
+    sleeper(workers.folder / "models" / "slow", 0.2, max_batch_size=2)
+    workers.start(worker_models="slow")
+    job = client.submit_batch([[1.0]] * 20, model="slow")
+    wait_until(lambda: client.status(job).state == "running")
+    client.result(client.submit([1.0], model="slow"), timeout_s=5)
+    assert client.status(job).state == "running"
+    answers = client.result(job, timeout_s=10)
+    assert len(answers) == 20
+    assert answers[0]["outputs"]["twice"] == [2.0]
+
+
+def test_ageing(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """With ageing a starved queue gets a turn while urgent work goes on; without, it does not."""
+    sleeper(workers.folder / "models" / "slow", 0.05, max_batch_size=1)
+    for ageing_s, served in ((0.5, True), (0, False)):
+        low = client.submit([1.0], model="slow", queue="batch")
+        urgent = client.submit_many([[1.0]] * 40, model="slow", queue="realtime", priority=9)
+        worker = workers.start(worker_models="slow", queue_ageing_s=ageing_s)
+        client.result(urgent[30], timeout_s=10)
+        assert (client.status(low).state == "completed") is served
+        client.results([*urgent, low], timeout_s=10)
+        worker.terminate()
+
+
+def test_awake_while_busy(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """In the middle of a long batch the worker answers inspect and honours revoke for what waits."""
+    sleeper(workers.folder / "models" / "slow", 8.0, max_batch_size=1)
+    workers.start(worker_models="slow")
+    running = client.submit([1.0], model="slow")
+    wait_until(lambda: client.status(running).state == "running")
+    waiting = client.submit([1.0], model="slow")
+    with plain_celery(redis_server) as stranger:
+        inspect = stranger.control.inspect(timeout=1.0)
+        begun = time.monotonic()
+        assert inspect.ping() == {NAME: {"ok": "pong"}}
+        active = inspect.active()[NAME]
+        assert [task["id"] for task in active] == [running]
+        assert inspect.stats()[NAME]["total"] == {"gpuinfer.predict": 1}
+        assert time.monotonic() - begun < 4  # each waits its whole second for further workers
+        wait_until(lambda: inspect.reserved()[NAME])
+        stranger.control.revoke(waiting)
+    assert client.status(running).state == "running"
+    assert client.result(running, timeout_s=15)["outputs"]["twice"] == [2.0]
+    with pytest.raises(TaskRevoked):
+        client.result(waiting, timeout_s=10)
+
+
+def test_heartbeats_while_busy(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """A busy worker goes on sending the heartbeat event that Flower reads."""
+    sleeper(workers.folder / "models" / "slow", 7.0, max_batch_size=1)
+    workers.start(worker_models="slow")
+    running = client.submit([1.0], model="slow")
+    wait_until(lambda: client.status(running).state == "running")
+    beats: list[float] = []
+    with plain_celery(redis_server) as stranger:
+        listen(stranger, "worker-heartbeat", lambda e: beats.append(e["active"]), lambda: len(beats) >= 2)
+    assert client.status(running).state == "running"
+    assert beats[-1] == 1
+
+
+def test_events_for_flower(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """With events on, each task's way is told: received, started, succeeded or failed."""
+    images, _ = load_test_images()
+    workers.start()
+    seen: dict[str, list[str]] = {}
+    ids: list[str] = []
+    with plain_celery(redis_server) as stranger:
+        assert stranger.control.enable_events(reply=True, timeout=2)
+
+        def note(event: dict[str, Any]) -> None:
+            if not ids:
+                ids.extend([client.submit(images[0].tolist()), client.submit([1])])
+            seen.setdefault(event.get("uuid", ""), []).append(event["type"])
+
+        listen(stranger, "*", note, lambda: all(len(seen.get(i, [])) >= 3 for i in ids or ["?"]))
+    good, bad = ids
+    assert seen[good] == ["task-received", "task-started", "task-succeeded"]
+    assert seen[bad] == ["task-received", "task-started", "task-failed"]
+
+
+def test_expired_and_cancelled_cost_nothing(workers: Workers, client: Client) -> None:
+    """What is past its deadline, or cancelled, ends as that and is not run."""
+    late = client.submit([0.0] * 64, expires_s=0.05)
+    gone = client.submit([0.0] * 64)
+    assert client.cancel(gone)
+    time.sleep(0.1)
+    worker = workers.start()
+    with pytest.raises(TaskExpired):
+        client.result(late, timeout_s=10)
+    assert client.status(late).state == "expired"
+    with pytest.raises(TaskRevoked):
+        client.result(gone, timeout_s=10)
+    worker.terminate()
+    assert '"batch_done"' not in worker.text()
+
+
+def test_fire_and_forget(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """A task that keeps no result runs, and leaves no result behind."""
+    images, _ = load_test_images()
+    task = client.submit(images[0].tolist(), ignore_result=True)
+    worker = workers.start()
+    worker.wait_for_line('"batch_done"')
+    wait_until(lambda: not redis_server.client().exists(keys.inflight(NAME)))
+    assert client.status(task).result is None
+
+
+def test_sigterm_finishes_and_hands_back(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """SIGTERM: the running batch is finished and settled, the rest is back in its list, exit 0."""
+    sleeper(workers.folder / "models" / "slow", 1.0, max_batch_size=2)
+    ids = client.submit_many([[1.0]] * 10, model="slow")
+    worker = workers.start(worker_models="slow")
+    wait_until(lambda: client.status(ids[0]).state == "running")
+    assert worker.terminate() == 0
+    states = [client.status(task).state for task in ids]
+    assert states == ["completed"] * 2 + ["queued"] * 8
+    assert redis_server.client().llen("realtime") == 8
+    assert not redis_server.client().exists(keys.inflight(NAME))
+    workers.start(worker_models="slow")
+    again = [status for status in client.as_completed(ids, timeout_s=20)]
+    assert len(again) == 10
+    assert not any(status.redelivered for status in again)
+
+
+def test_one_process_for_a_number(workers: Workers) -> None:
+    """A second worker of the same number is refused, and says which process has it."""
+    first = workers.start()
+    log = workers.folder / "second.log"
+    second = workers.spawn(sys.executable, "-m", "gpuinfer", "worker", "0", name="second")
+    assert second.wait() == 73
+    assert f"process {first.pid}" in log.read_text()
+
+
+def test_celery_command(workers: Workers, client: Client) -> None:
+    """``celery -A gpuinfer.queue.app worker`` serves as well; prefork is refused with the reason."""
+    images, labels = load_test_images()
+    celery = [str(Path(sys.executable).with_name("celery")), "-A", "gpuinfer.queue.app", "worker"]
+    forked = workers.spawn(*celery, "--pool=prefork", "-n", "gpu1@%h", name="forked")
+    assert forked.wait() == 78
+    assert "forked process" in forked.text()
+    solo = workers.spawn(*celery, "--pool=solo", "-n", "gpu0@%h", name="solo")
+    solo.wait_for_line('"worker_ready"')
+    assert client.result(client.submit(images[0].tolist()), timeout_s=10)["class"] == labels[0]
+    assert solo.terminate() == 0
+
+
+def test_worker_that_cannot_start(workers: Workers) -> None:
+    """No GPU where one is demanded: exit 69; a model that is not there: its name; both say why."""
+    no_gpu = workers.start(ready=False, worker_device="cuda")
+    assert no_gpu.wait() == 69
+    assert "no usable GPU" in no_gpu.text()
+    no_model = workers.start(ready=False, worker_models="nobody")
+    assert no_model.wait() == 65
+    assert "nobody" in no_model.text()
+
+
+def test_unknown_task_and_garbage(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """Garbage goes to the dead letters and stops nobody; an unknown task fails as Celery fails it."""
+    images, _ = load_test_images()
+    raw = redis_server.client()
+    for garbage in (b"\xff\x00", b"[]", b"{}", b'{"headers": {}, "properties": {}}'):
+        raw.lpush("realtime", garbage)
+    worker = workers.start()
+    good = client.submit(images[0].tolist())
+    client.result(good, timeout_s=10)
+    assert raw.hlen(keys.DEAD) == 4
+    with plain_celery(redis_server) as stranger:
+        strange = stranger.send_task("no.such.task", [], queue="default")
+        with pytest.raises((TaskFailed, Exception)):
+            strange.get(timeout=10)
+    assert worker.running
+    assert raw.hlen(keys.DEAD) >= 4
+
+
+def test_stop_signal_twice(workers: Workers, client: Client) -> None:
+    """A second SIGTERM during the drain changes nothing: the batch is still finished."""
+    sleeper(workers.folder / "models" / "slow", 1.0, max_batch_size=1)
+    task = client.submit([1.0], model="slow")
+    worker = workers.start(worker_models="slow")
+    wait_until(lambda: client.status(task).state == "running")
+    worker.send(signal.SIGTERM)
+    time.sleep(0.2)
+    assert worker.terminate() == 0
+    assert client.status(task).state == "completed"

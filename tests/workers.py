@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real worker processes for the tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from tests.services import Process, RedisServer
+
+
+class Workers:
+    """Starts ``gpuinfer worker N`` processes on one Redis; all are killed in the end.
+
+    Models come from ``folder/models``; keyword arguments are settings, ``worker_models="slow"``.
+    """
+
+    def __init__(self, redis: RedisServer, folder: Path) -> None:
+        self.redis = redis
+        self.folder = folder
+        self._started: list[Process] = []
+
+    def environment(self, **settings: object) -> dict[str, str]:
+        """Return the environment of a gpuinfer command for this Redis."""
+        chosen = {
+            "broker_url": self.redis.url,
+            "worker_run_dir": self.folder / "run",
+            "worker_threads": 1,
+            "models_folders": self.folder / "models",
+            "log_format": "json",
+            **settings,
+        }
+        return os.environ | {f"GPUINFER_{key.upper()}": str(value) for key, value in chosen.items()}
+
+    def spawn(self, *command: str, name: str, **settings: object) -> Process:
+        """Start any command; its output goes to ``folder/NAME.log``."""
+        process = Process(command, self.folder / f"{name}.log", env=self.environment(**settings))
+        self._started.append(process)
+        return process
+
+    def start(self, number: int = 0, *, ready: bool = True, **settings: object) -> Process:
+        """Start worker ``number`` and wait until it serves."""
+        log = self.folder / f"worker{number}.log"
+        log.unlink(missing_ok=True)
+        process = self.spawn(
+            sys.executable, "-m", "gpuinfer", "worker", str(number), name=log.stem, **settings
+        )
+        if ready:
+            process.wait_for_line('"worker_ready"')
+        return process
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        for process in self._started:
+            process.kill()
