@@ -20,7 +20,6 @@ from gpuinfer.queue.message import Undecodable, decode
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QueueSettings
 
-
 #: The rank of a task whose list was passed over for too long.
 AGED = -1
 

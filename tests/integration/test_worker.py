@@ -260,7 +260,7 @@ def test_sigterm_finishes_and_hands_back(workers: Workers, client: Client, redis
     assert redis_server.client().llen("realtime") == 8
     assert not redis_server.client().exists(keys.inflight(NAME))
     workers.start(worker_models="slow")
-    again = [status for status in client.as_completed(ids, timeout_s=20)]
+    again = list(client.as_completed(ids, timeout_s=20))
     assert len(again) == 10
     assert not any(status.redelivered for status in again)
 
