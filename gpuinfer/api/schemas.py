@@ -221,5 +221,7 @@ CANCEL_RESPONSES: dict[int | str, JsonSchema] = {
     ),
     404: _NOT_FOUND,
     503: _AWAY,
+    # Keeps FastAPI from documenting a 422 that cannot be: any text is a task id.
+    "default": {"description": "Any other error.", "content": {"application/json": {"schema": ERROR}}},
 }
 READY_RESPONSES: dict[int | str, JsonSchema] = {503: _AWAY}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Self, Unpack
 
@@ -17,6 +17,21 @@ from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.submission import Options
 from gpuinfer.queue.waits import Waits
 from gpuinfer.settings import Settings
+
+
+def _watch_cancellation() -> Callable[[], None]:
+    """Return a function that raises a cancellation which came after this call and was lost.
+
+    Before Python 3.12 ``asyncio.wait_for``, which redis-py uses, swallows one that comes as it ends.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+
+    def heed() -> None:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
+
+    return heed
 
 
 class AsyncClient:
@@ -98,12 +113,14 @@ class AsyncClient:
 
         Raises TaskNotFound, BrokerUnavailable.
         """
+        heed_cancellation = _watch_cancellation()
         status = await self.status(task_id)
         if status.final or (timeout_s is not None and timeout_s <= 0):
             return status
         try:
             async with asyncio.timeout(timeout_s), self._waits.watch(task_id) as mailbox:
                 while True:
+                    heed_cancellation()
                     news = await mailbox.get()
                     if news is not None:
                         return news
@@ -135,6 +152,7 @@ class AsyncClient:
         finally:
             for wait in waits:
                 wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
 
     async def results(
         self, task_ids: Sequence[str], timeout_s: float | None = None, *, return_errors: bool = False

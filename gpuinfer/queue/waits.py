@@ -67,16 +67,20 @@ class Waits:
                     self._pubsub = self._client.pubsub()
                 await self._pubsub.subscribe(channel)
             except BaseException:
-                self._forget(channel, mailbox)
+                # Cancelled, perhaps, after the command was sent: nobody may stay subscribed.
+                await self._leave(channel, mailbox)
                 raise
             if self._reader is None or self._reader.done():
                 self._reader = asyncio.create_task(self._read(), name="results")
 
     async def _unsubscribe(self, channel: str, mailbox: Mailbox) -> None:
         async with self._lock:
-            if self._forget(channel, mailbox):
-                with suppress(*AWAY):
-                    await self._pubsub.unsubscribe(channel)
+            await self._leave(channel, mailbox)
+
+    async def _leave(self, channel: str, mailbox: Mailbox) -> None:
+        if self._forget(channel, mailbox) and self._pubsub is not None:
+            with suppress(*AWAY):
+                await self._pubsub.unsubscribe(channel)
 
     def _forget(self, channel: str, mailbox: Mailbox) -> bool:
         """Drop a mailbox; return whether it was the channel's last."""

@@ -1,0 +1,549 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real API over HTTP, on a real Redis; tasks are ended as a worker ends them."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gpuinfer.api import schemas
+from gpuinfer.errors import ShapeMismatch
+from gpuinfer.queue import keys
+from gpuinfer.queue.message import decode
+from tests.apis import Api, HandWorker
+from tests.conftest import RedisFactory
+from tests.services import RedisServer
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def api(redis_server: RedisServer, tmp_path: Path) -> Iterator[Api]:
+    """The API on this test's Redis."""
+    with Api(redis_server, tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+def worker(redis_server: RedisServer) -> Iterator[HandWorker]:
+    """Somebody who ends tasks."""
+    with redis_server.client() as client:
+        yield HandWorker(client)
+
+
+def submit(api: Api, inputs: object = schemas.DIGIT) -> str:
+    """Submit a digit and return its id."""
+    response = api.http.post("/predict", json=inputs)
+    assert response.status_code == 202, response.text
+    return str(response.json()["task_id"])
+
+
+# -- a task's life ------------------------------------------------------------------------
+
+
+def test_the_states_of_a_task(api: Api, worker: HandWorker) -> None:
+    """202 with a place to look at; queued, running, completed."""
+    response = api.http.post("/predict", json=schemas.DIGIT)
+    task_id = response.json()["task_id"]
+    assert response.status_code == 202
+    assert response.headers["location"] == f"/result/{task_id}"
+    assert api.http.get(f"/result/{task_id}").json() == {"task_id": task_id, "status": "queued"}
+    (task,) = worker.claim()
+    assert decode(task.payload).body()[0] == [schemas.DIGIT]
+    worker.begin(task)
+    assert api.http.get(f"/result/{task_id}").json()["status"] == "running"
+    worker.finish(task, {"label": "2"})
+    done = api.http.get(response.headers["location"]).json()
+    assert done["status"] == "completed"
+    assert done["result"] == {"label": "2"}
+
+
+def test_a_failed_task_is_a_200(api: Api, worker: HandWorker) -> None:
+    """The request for the result succeeded; its error has code, message and field."""
+    task_id = submit(api)
+    (task,) = worker.claim()
+    worker.finish(task, ShapeMismatch("must have shape [1, 8, 8]", "inputs"))
+    response = api.http.get(f"/result/{task_id}")
+    assert response.status_code == 200
+    assert response.json()["status"] == "failed"
+    assert response.json()["error"] == {
+        "code": "shape_mismatch",
+        "message": "must have shape [1, 8, 8]",
+        "field": "inputs",
+    }
+
+
+def test_options_reach_the_message(api: Api, worker: HandWorker) -> None:
+    """Queue, priority, model, options, limits and expiry stand where a worker looks for them."""
+    body = {
+        "inputs": [schemas.DIGIT],
+        "model": "digits",
+        "queue": "default",
+        "priority": 7,
+        "top_k": 2,
+        "encoding": "b64",
+        "expires_s": 60,
+        "soft_time_limit_s": 3,
+        "time_limit_s": 4,
+    }
+    assert api.http.post("/batch_predict", json=body).status_code == 202
+    (task,) = worker.claim()
+    envelope = decode(task.payload)
+    assert keys.split_list_key(task.list_key) == ("default", 7)
+    assert envelope.task == "gpuinfer.batch_predict"
+    assert envelope.body()[1] == {"model": "digits", "top_k": 2, "encoding": "b64"}
+    assert envelope.headers["timelimit"] == [4, 3]
+    assert envelope.headers["expires"]
+
+
+def test_the_same_key_gives_the_same_task(api: Api, worker: HandWorker) -> None:
+    """A client that lost the answer may ask again: one task, by header or by field."""
+    headers = {"Idempotency-Key": "order-66"}
+    first = api.http.post("/predict", json=[1], headers=headers).json()
+    again = api.http.post("/predict", json={"inputs": [1], "idempotency_key": "order-66"}).json()
+    assert first == again
+    assert len(worker.claim(10)) == 1
+
+
+def test_cancelling(api: Api, worker: HandWorker) -> None:
+    """What has not begun is revoked, once and for all; what runs is left alone."""
+    waiting, running = submit(api), submit(api)
+    first, second = worker.claim(2)
+    worker.begin(second)
+    cancelled = api.http.post(f"/cancel/{waiting}").json()
+    assert cancelled["cancelled"] is True
+    assert cancelled["status"] == "revoked"
+    assert cancelled["error"]["code"] == "revoked"
+    assert api.http.post(f"/cancel/{waiting}").json() == cancelled
+    worker.finish(first, "too late")
+    assert api.http.get(f"/result/{waiting}").json()["status"] == "revoked"
+    assert api.http.post(f"/cancel/{running}").json()["cancelled"] is False
+    assert api.http.post("/cancel/nobody").status_code == 404
+
+
+def test_results_that_are_not_finite(api: Api, worker: HandWorker) -> None:
+    """NaN in a result becomes null, also where a plain Celery worker wrote it; nothing crashes."""
+    task_id = submit(api)
+    worker.finish_all({"values": [1.0, math.nan, math.inf]})
+    assert api.http.get(f"/result/{task_id}").json()["result"] == {"values": [1.0, None, None]}
+    meta = b'{"status": "SUCCESS", "result": [NaN, 2], "task_id": "x"}'
+    worker.store.client.set(keys.result("x"), meta)
+    assert api.http.get("/result/x").json()["result"] == [None, 2]
+
+
+def test_nan_is_accepted_for_the_worker_to_refuse(api: Api, worker: HandWorker) -> None:
+    """The model's manifest says whether NaN is allowed; the API does not know it."""
+    assert api.http.post("/predict", content=b'{"inputs": [NaN]}').status_code == 202
+    (task,) = worker.claim()
+    assert math.isnan(decode(task.payload).body()[0][0][0])
+
+
+# -- waiting ------------------------------------------------------------------------------
+
+
+def test_a_long_poll_ends_with_the_task(api: Api, worker: HandWorker) -> None:
+    """The answer comes when the task ends, not when the time is over."""
+    task_id = submit(api)
+    timer = threading.Timer(0.3, lambda: worker.finish_all("done"))
+    timer.start()
+    began = time.monotonic()
+    answer = api.http.get(f"/result/{task_id}", params={"wait": 20}).json()
+    timer.join()
+    assert answer["result"] == "done"
+    assert 0.2 < time.monotonic() - began < 5
+
+
+def test_a_long_poll_ends_with_its_time(redis_server: RedisServer, tmp_path: Path) -> None:
+    """It answers the state; ?wait is cut to api.max_wait_s."""
+    with Api(redis_server, tmp_path, api_max_wait_s=0.3) as api:
+        task_id = submit(api)
+        began = time.monotonic()
+        answer = api.http.get(f"/result/{task_id}", params={"wait": 100}).json()
+        assert answer["status"] == "queued"
+        assert 0.25 < time.monotonic() - began < 5
+
+
+def threads(pid: int) -> int:
+    """Return how many threads a process has."""
+    return len(os.listdir(f"/proc/{pid}/task"))  # noqa: PTH208  a count is all that is wanted
+
+
+def test_200_long_polls_take_no_threads(api: Api, worker: HandWorker) -> None:
+    """200 callers wait at once; the process has a handful of threads, and all are answered."""
+    ids = [submit(api) for _ in range(200)]
+    before = threads(api.process.pid)
+
+    def ask(task_id: str) -> str:
+        response = httpx.get(f"{api.address}/result/{task_id}", params={"wait": 30}, timeout=60)
+        return str(response.json()["status"])
+
+    with ThreadPoolExecutor(200) as pool:
+        answers = [pool.submit(ask, task_id) for task_id in ids]
+        until = time.monotonic() + 30
+        while len(worker.store.client.pubsub_channels()) < 200 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert threads(api.process.pid) <= before + 2
+        began = time.monotonic()
+        assert worker.finish_all("done") == 200
+        assert {answer.result() for answer in answers} == {"completed"}
+        assert time.monotonic() - began < 10
+    until = time.monotonic() + 10
+    while worker.store.client.pubsub_channels() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert worker.store.client.pubsub_channels() == [], "nobody listens any more"
+
+
+def test_a_caller_that_leaves_is_forgotten(api: Api, worker: HandWorker) -> None:
+    """A long-poll whose client has gone does not wait on for a minute."""
+    task_id = submit(api)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.get(f"{api.address}/result/{task_id}", params={"wait": 60}, timeout=0.5)
+    until = time.monotonic() + 10
+    while worker.store.client.pubsub_channels() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert worker.store.client.pubsub_channels() == []
+
+
+# -- what is refused ----------------------------------------------------------------------
+
+
+BODIES: tuple[tuple[bytes, int, str, str | None], ...] = (
+    (b'{"inputs": [1], "prioritaet": 3}', 422, "bad_input", "prioritaet"),
+    (b'{"inputs": [1], "priority": 11}', 422, "bad_input", "priority"),
+    (b'{"inputs": [1], "queue": "fast"}', 422, "bad_input", "queue"),
+    (b'{"inputs": [1], "expires_s": 1e300}', 422, "bad_input", "expires_s"),
+    (b'{"model": "digits"}', 422, "bad_input", "inputs"),
+    (b"[1, 2", 400, "malformed_json", None),
+    (b"", 400, "malformed_json", None),
+    (b"[" * 50_000, 400, "malformed_json", None),
+    (b"[" + b"1" * 2000 + b"]", 400, "malformed_json", None),
+)
+
+
+def test_bad_bodies(api: Api) -> None:
+    """Every error has one shape, and says which field was wrong."""
+    for content, status, code, field in BODIES:
+        response = api.http.post("/predict", content=content)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error.get("field")) == (status, code, field), content[
+            :80
+        ]
+        assert error["message"]
+
+
+PATHS = (
+    ("/result/6b1f3d0e-2c55-4c39-9f0a-8f4f5a1c7d21", 404, "task_not_found"),
+    ("/result/%00%ff..", 404, "task_not_found"),
+    ("/result/" + "x" * 5000, 404, "task_not_found"),
+    ("/result/x?wait=5", 404, "task_not_found"),
+    ("/result/x?wait=nan", 422, "bad_input"),
+    ("/result/x?wait=-1", 422, "bad_input"),
+    ("/nothing", 404, "not_found"),
+    ("/predict", 405, "method_not_allowed"),
+)
+
+
+def test_bad_paths(api: Api) -> None:
+    """Unknown ids, bad waits, wrong paths and methods have the same shape of error."""
+    for path, status, code in PATHS:
+        response = api.http.get(path)
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code), path[:80]
+
+
+def test_too_large_with_a_length(api: Api) -> None:
+    """413 before the body is read, with the limit."""
+    response = api.http.post("/predict", content=b" " * 5_000_000)
+    assert response.status_code == 413
+    assert "4194304" in response.json()["error"]["message"]
+    assert api.http.get("/health/live").status_code == 200
+
+
+def test_too_large_in_chunks(api: Api) -> None:
+    """413 though no length was announced; the process keeps no more than the limit."""
+    before = resident_kib(api.process.pid)
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(60):
+            yield b"1," * 500_000
+
+    response = api.http.post("/predict", content=chunks())
+    assert response.status_code == 413
+    assert resident_kib(api.process.pid) - before < 40_000
+    assert api.http.get("/health/live").status_code == 200
+
+
+def resident_kib(pid: int) -> int:
+    """Return a process's resident memory."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1])
+
+
+def test_the_largest_message_is_accepted(redis_server: RedisServer, tmp_path: Path) -> None:
+    """queue.max_payload_bytes counts the message; just under it is 202, just over it 413."""
+    with Api(redis_server, tmp_path, queue_max_payload_bytes=10_000) as api:
+        assert api.http.post("/predict", content=b"[" + b"1," * 4000 + b"1]").status_code == 202
+        response = api.http.post("/predict", content=b"[" + b"1," * 5500 + b"1]")
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "payload_too_large"
+
+
+def test_compressed_bodies_are_refused(api: Api) -> None:
+    """Said in words, not as JSON that is broken at its first byte."""
+    response = api.http.post("/predict", content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+    assert response.status_code == 400
+    assert "compressed (gzip)" in response.json()["error"]["message"]
+
+
+# -- Redis is away, or full ---------------------------------------------------------------
+
+
+def test_without_redis_503_and_back_by_itself(redis_server: RedisServer, tmp_path: Path) -> None:
+    """503 with Retry-After while Redis is dead, 202 as soon as it is back; the process is the same."""
+    with Api(redis_server, tmp_path, api_retry_after_s=7) as api:
+        submit(api)
+        redis_server.kill()
+        for method, path in (
+            ("POST", "/predict"),
+            ("GET", "/result/x"),
+            ("POST", "/cancel/x"),
+            ("GET", "/health/ready"),
+        ):
+            response = api.http.request(method, path, content=b"[1]")
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "7"
+            assert response.json()["error"]["code"] == "broker_unavailable"
+        assert api.http.get("/health/live").status_code == 200
+        redis_server.start()
+        task_id = submit(api)
+        assert api.http.get(f"/result/{task_id}").json()["status"] == "queued"
+        assert api.http.get("/health/ready").status_code == 200
+
+
+def test_it_starts_without_redis(redis_server: RedisServer, tmp_path: Path) -> None:
+    """The order of starting does not matter."""
+    redis_server.kill()
+    with Api(redis_server, tmp_path) as api:
+        assert api.http.post("/predict", json=[1]).status_code == 503
+        redis_server.start()
+        submit(api)
+
+
+def test_a_long_poll_spans_a_restart_of_redis(redis_factory: RedisFactory, tmp_path: Path) -> None:
+    """Callers that wait while Redis dies and comes back get their results, not errors."""
+    server = redis_factory(appendonly="yes", appendfsync="always")
+    with Api(server, tmp_path) as api, ThreadPoolExecutor(10) as pool:
+        ids = [submit(api) for _ in range(10)]
+        answers = [
+            pool.submit(
+                lambda task_id: httpx.get(f"{api.address}/result/{task_id}?wait=40", timeout=60), task_id
+            )
+            for task_id in ids
+        ]
+        with server.client() as client:
+            while len(client.pubsub_channels()) < 10:
+                time.sleep(0.02)
+        server.kill()
+        time.sleep(0.5)
+        server.start()
+        with server.client() as client:
+            assert HandWorker(client).finish_all("done") == 10
+        for answer in answers:
+            assert answer.result().json().get("result") == "done", answer.result().text
+
+
+def test_a_full_redis_refuses_and_workers_go_on(redis_factory: RedisFactory, tmp_path: Path) -> None:
+    """503 queue_full with Retry-After; what was accepted is still ended, and then there is room."""
+    server = redis_factory(maxmemory="4mb", maxmemory_policy="volatile-ttl")
+    with Api(server, tmp_path) as api, server.client() as client:
+        worker, accepted, inputs = HandWorker(client), [], ["x" * 100_000]
+        while (response := api.http.post("/predict", json=inputs)).status_code == 202:
+            accepted.append(response.json()["task_id"])
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "queue_full"
+        assert int(response.headers["retry-after"]) > 0
+        assert worker.finish_all("done") == len(accepted)
+        assert api.http.get(f"/result/{accepted[-1]}").json()["result"] == "done"
+        submit(api)
+
+
+# -- the process --------------------------------------------------------------------------
+
+
+def test_docs_have_real_examples(api: Api) -> None:
+    """/docs is there, and its first example can be sent as it stands."""
+    assert "swagger" in api.http.get("/docs").text.lower()
+    spec = api.http.get("/openapi.json").json()
+    for path in ("/predict", "/batch_predict"):
+        body = spec["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        for example in body["examples"].values():
+            assert api.http.post(path, json=example["value"]).status_code == 202
+    assert "HTTPValidationError" not in str(spec)
+
+
+def test_every_request_is_logged_once_without_its_payload(api: Api) -> None:
+    """Method, path, status, duration and task id; never what was sent."""
+    task_id = submit(api, ["secret-payload"])
+    api.http.get("/result/nobody")
+    lines = [line for line in api.log("request") if line["method"] == "POST"]
+    assert len(lines) == 1
+    assert (lines[0]["path"], lines[0]["status"], lines[0]["task_id"]) == ("/predict", 202, task_id)
+    assert lines[0]["duration_ms"] > 0
+    assert "secret-payload" not in api.process.text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_0(api: Api, number: signal.Signals) -> None:
+    """Waiting callers are told the state at once; the exit status is 0."""
+    task_id = submit(api)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(httpx.get, f"{api.address}/result/{task_id}?wait=50", timeout=60)
+        time.sleep(0.3)
+        began = time.monotonic()
+        api.process.send(number)
+        assert waiting.result().json()["status"] == "queued"
+        assert api.process.wait() == 0
+    assert time.monotonic() - began < 5
+
+
+def test_a_restart_loses_no_request(redis_server: RedisServer, tmp_path: Path) -> None:
+    """On an inherited socket, clients that keep connections see no error while the process changes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        os.set_inheritable(listener.fileno(), True)
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        outcomes: list[int | str] = []
+        over = threading.Event()
+
+        def call() -> None:
+            with httpx.Client(base_url=address, timeout=30) as http:
+                while not over.is_set():
+                    try:
+                        outcomes.append(http.post("/predict", json=[1]).status_code)
+                    except httpx.HTTPError as exc:
+                        outcomes.append(repr(exc))
+
+        command = [sys.executable, "-m", "gpuinfer", "api", "--fd", str(listener.fileno())]
+        environment = os.environ | {"GPUINFER_BROKER_URL": redis_server.url}
+        callers = [threading.Thread(target=call) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        for _ in range(2):
+            with subprocess.Popen(
+                command, close_fds=False, env=environment, stderr=subprocess.DEVNULL
+            ) as api:
+                time.sleep(1.5)
+                api.send_signal(signal.SIGTERM)
+                assert api.wait(20) == 0
+        with subprocess.Popen(command, close_fds=False, env=environment, stderr=subprocess.DEVNULL) as api:
+            over.set()
+            for caller in callers:
+                caller.join()
+            api.terminate()
+        assert set(outcomes) == {202}, [it for it in outcomes if it != 202][:5]
+
+
+def test_answers_do_not_wait_for_acknowledgements(redis_server: RedisServer, tmp_path: Path) -> None:
+    """TCP_NODELAY is set on an inherited socket too: no 40 ms on a kept-alive connection."""
+    with Api(redis_server, tmp_path) as api:
+        times = []
+        for _ in range(50):
+            began = time.perf_counter()
+            api.http.get("/health/live")
+            times.append(time.perf_counter() - began)
+    assert sorted(times)[25] < 0.02
+
+
+def test_a_unix_socket(redis_server: RedisServer, tmp_path: Path) -> None:
+    """--socket listens there, takes a dead one's place, and removes it in the end."""
+    path = tmp_path / "api.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with Api(redis_server, tmp_path, "--socket", str(path)) as api:
+        submit(api)
+        assert path.stat().st_mode & 0o777 == 0o660
+        assert api.process.terminate() == 0
+    assert not path.exists()
+
+
+def run(server: RedisServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that is expected to end by itself."""
+    command = [sys.executable, "-m", "gpuinfer", "api", *arguments]
+    environment = os.environ | {"GPUINFER_BROKER_URL": server.url}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_where_it_cannot_listen(api: Api, redis_server: RedisServer, tmp_path: Path) -> None:
+    """A port in use, a foreign address, a closed descriptor, a file: each said clearly, exit code 69."""
+    (tmp_path / "file").write_text("precious")
+    port = api.address.rpartition(":")[2]
+    for arguments, words in (
+        (("--port", port), "Address already in use"),
+        (("--host", "203.0.113.7"), "Cannot assign requested address"),
+        (("--fd", "99"), "Bad file descriptor"),
+        (("--socket", str(tmp_path / "file")), "Address already in use"),
+    ):
+        done = run(redis_server, *arguments)
+        assert done.returncode == 69, done.stderr
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "precious"
+    assert run(redis_server, "--fd", "3", "--port", "0").returncode == 64
+
+
+def test_it_knows_no_torch_and_no_celery() -> None:
+    """The front starts quickly and stays small."""
+    code = (
+        "import sys, gpuinfer.api.app, gpuinfer.api.server, gpuinfer.api.cli; "
+        "print([m for m in ('torch', 'celery', 'kombu', 'numpy', 'gpuinfer.worker') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_readiness_is_told_to_systemd(redis_server: RedisServer, tmp_path: Path) -> None:
+    """READY=1 comes when it listens, STOPPING=1 when it stops."""
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(path))
+        notify.settimeout(30)
+        command = [sys.executable, "-m", "gpuinfer", "api", "--port", "0"]
+        environment = os.environ | {"GPUINFER_BROKER_URL": redis_server.url, "NOTIFY_SOCKET": str(path)}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as api:
+            assert notify.recv(1000).startswith(b"READY=1")
+            api.terminate()
+            assert notify.recv(1000) == b"STOPPING=1"
+            assert api.wait(20) == 0
+
+
+def test_a_redis_that_hangs_is_503(redis_server: RedisServer, tmp_path: Path) -> None:
+    """A Redis that takes connections and says nothing ends in 503, not in callers that wait for ever."""
+    with Api(redis_server, tmp_path, broker_connect_timeout_s=0.5) as api:
+        submit(api)
+        redis_server.process.send(signal.SIGSTOP)
+        try:
+            assert api.http.post("/predict", json=[1]).status_code == 503
+        finally:
+            redis_server.process.send(signal.SIGCONT)
+        submit(api)
+
+
+def test_redis_errors_are_typed(redis_factory: RedisFactory, tmp_path: Path) -> None:
+    """A wrong password is said to be one."""
+    server = redis_factory()
+    with server.client() as client:
+        client.execute_command("CONFIG", "SET", "requirepass", "right")
+    with Api(server, tmp_path, broker_password="wrong") as api:
+        response = api.http.post("/predict", json=[1])
+        assert response.status_code == 503
+        assert "password" in response.json()["error"]["message"]

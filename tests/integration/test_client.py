@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sync and async clients against a real Redis; tasks are ended as a worker ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from gpuinfer.errors import (
+    BrokerUnavailable,
+    InputError,
+    PayloadTooLarge,
+    QueueFull,
+    ShapeMismatch,
+    TaskExpired,
+    TaskNotFound,
+    TaskRevoked,
+    WaitTimeout,
+)
+from gpuinfer.queue import keys
+from gpuinfer.queue.aclient import AsyncClient
+from gpuinfer.queue.client import Client
+from gpuinfer.queue.message import decode
+from gpuinfer.settings import Settings
+from tests.apis import HandWorker
+from tests.conftest import RedisFactory
+from tests.services import RedisServer
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def settings(redis_server: RedisServer, settings_for: Callable[..., Settings]) -> Settings:
+    """Settings that point at this test's Redis."""
+    return settings_for(redis_server)
+
+
+@pytest.fixture
+def worker(redis_server: RedisServer) -> Iterator[HandWorker]:
+    """Somebody who ends tasks."""
+    with redis_server.client() as client:
+        yield HandWorker(client)
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    """A client on this test's Redis."""
+    with Client(settings) as opened:
+        yield opened
+
+
+def later(seconds: float, action: Callable[[], object]) -> threading.Timer:
+    """Do something from another thread in a moment."""
+    timer = threading.Timer(seconds, action)
+    timer.start()
+    return timer
+
+
+# -- the sync client ----------------------------------------------------------------------
+
+
+def test_submit_and_result(client: Client, worker: HandWorker) -> None:
+    """A result comes when the task ends."""
+    task_id = client.submit([1, 2])
+    assert client.status(task_id).state == "queued"
+    timer = later(0.2, lambda: worker.finish_all({"label": "2"}))
+    assert client.result(task_id, 20) == {"label": "2"}
+    timer.join()
+
+
+def test_a_burst_keeps_its_order(client: Client, worker: HandWorker) -> None:
+    """2,000 tasks in few round trips; ids in the order of inputs, and so are the results."""
+    ids = client.submit_many(range(2000))
+    assert len(set(ids)) == 2000
+    claimed = worker.claim(2000)
+    assert [decode(task.payload).id for task in claimed] == ids
+    for task in claimed:
+        worker.finish(task, decode(task.payload).body()[0][0] * 2)
+    assert client.results(ids, 20) == [number * 2 for number in range(2000)]
+
+
+def test_as_completed_yields_as_they_end(client: Client, worker: HandWorker) -> None:
+    """The first to end comes first, whatever its place."""
+    ids = client.submit_many([0, 1, 2])
+    tasks = worker.claim(3)
+    worker.finish(tasks[2], "third")
+    ended = client.as_completed(ids, 20)
+    assert next(ended).id == ids[2]
+    worker.finish(tasks[0], "first")
+    assert next(ended).id == ids[0]
+    worker.finish(tasks[1], "second")
+    assert [status.id for status in ended] == [ids[1]]
+
+
+def test_errors_come_back_as_what_they_were(client: Client, worker: HandWorker) -> None:
+    """Class, message and field survive; with return_errors they stand in their task's place."""
+    ids = client.submit_many([0, 1])
+    bad, good = worker.claim(2)
+    worker.finish(bad, ShapeMismatch("must have shape [2]", "inputs"))
+    worker.finish(good, None)
+    with pytest.raises(ShapeMismatch) as caught:
+        client.result(ids[0], 5)
+    assert (caught.value.message, caught.value.field) == ("must have shape [2]", "inputs")
+    error, result = client.results(ids, 5, return_errors=True)
+    assert isinstance(error, ShapeMismatch)
+    assert result is None
+
+
+def test_expired_and_revoked(client: Client, worker: HandWorker) -> None:
+    """Both are ends of their own kind, told apart."""
+    expired, revoked = client.submit([1], expires_s=1), client.submit([2])
+    assert client.cancel(revoked) is True
+    first, second = worker.claim(2)
+    worker.finish(first, TaskExpired("its time was over before a worker began it"))
+    worker.finish(second, "too late")
+    assert client.status(expired).state == "expired"
+    assert client.status(revoked).state == "revoked"
+    with pytest.raises(TaskExpired):
+        client.result(expired, 5)
+    with pytest.raises(TaskRevoked):
+        client.result(revoked, 5)
+    assert client.cancel(expired) is False
+
+
+def test_a_cancelled_task_does_not_begin(client: Client, worker: HandWorker) -> None:
+    """The worker is told at its last step before running."""
+    task_id = client.submit([1])
+    (task,) = worker.claim()
+    assert client.cancel(task_id) is True
+    assert worker.store.begin([(task.seq, task_id, b"{}")]) == {0}
+
+
+def test_idempotency(client: Client, worker: HandWorker) -> None:
+    """One key, one task; for many tasks a key makes no sense and is refused."""
+    assert client.submit([1], idempotency_key="k") == client.submit([2], idempotency_key="k")
+    assert len(worker.claim(10)) == 1
+    with pytest.raises(InputError, match="one task"):
+        client.submit_many([1, 2], idempotency_key="k")
+
+
+def test_unknown_ids(client: Client) -> None:
+    """Known at once, however long one was ready to wait."""
+    for call in (
+        client.status,
+        client.result,
+        lambda it: client.result(it, 0),
+        lambda it: client.result(it, 60),
+    ):
+        began = time.monotonic()
+        with pytest.raises(TaskNotFound):
+            call("nobody")
+        assert time.monotonic() - began < 2
+
+
+def test_the_time_to_wait(client: Client, worker: HandWorker) -> None:
+    """WaitTimeout when it is over; a result that is there is returned even with no time at all."""
+    task_id = client.submit([1])
+    began = time.monotonic()
+    with pytest.raises(WaitTimeout):
+        client.result(task_id, 0.3)
+    assert 0.25 < time.monotonic() - began < 3
+    worker.finish_all("done")
+    assert client.result(task_id, 0) == "done"
+
+
+def test_what_cannot_be_sent(client: Client, settings_for: Callable[..., Settings]) -> None:
+    """No JSON, or too large: refused before Redis sees it."""
+    with pytest.raises(InputError, match="must be JSON"):
+        client.submit({1, 2})
+    with pytest.raises(PayloadTooLarge):
+        client.submit("x" * 5_000_000)
+
+
+def test_many_threads_share_a_client(client: Client, worker: HandWorker) -> None:
+    """Waits of threads do not disturb each other."""
+    ids = client.submit_many(range(20))
+    with ThreadPoolExecutor(20) as pool:
+        waits = [pool.submit(client.result, task_id, 30) for task_id in ids]
+        for task in worker.claim(20):
+            worker.finish(task, decode(task.payload).body()[0][0])
+        assert [wait.result() for wait in waits] == list(range(20))
+
+
+def test_a_wait_spans_a_restart_of_redis(
+    redis_factory: RedisFactory, settings_for: Callable[..., Settings]
+) -> None:
+    """The waiter subscribes again and looks again."""
+    server = redis_factory(appendonly="yes", appendfsync="always")
+    with Client(settings_for(server)) as client:
+        ids = client.submit_many([1, 2])
+        with ThreadPoolExecutor(1) as pool, server.client() as connection:
+            waiting = pool.submit(client.results, ids, 30)
+            time.sleep(0.3)
+            server.kill()
+            time.sleep(0.5)
+            server.start()
+            HandWorker(connection).finish_all("done")
+            assert waiting.result() == ["done", "done"]
+
+
+def test_without_redis(redis_server: RedisServer, client: Client) -> None:
+    """A typed error, soon."""
+    redis_server.kill()
+    began = time.monotonic()
+    with pytest.raises(BrokerUnavailable):
+        client.submit([1])
+    with pytest.raises(BrokerUnavailable):
+        client.status("x")
+    with pytest.raises(WaitTimeout):
+        client.result("x", 0.5)
+    assert time.monotonic() - began < 5
+
+
+def test_a_full_redis(redis_factory: RedisFactory, settings_for: Callable[..., Settings]) -> None:
+    """QueueFull, for one and for many; what was accepted is all there."""
+    server = redis_factory(maxmemory="4mb", maxmemory_policy="volatile-ttl")
+    with Client(settings_for(server)) as client, server.client() as connection:
+        accepted = []
+        with pytest.raises(QueueFull):
+            while True:
+                accepted.append(client.submit("x" * 100_000))
+        with pytest.raises(QueueFull):
+            client.submit_many(["x" * 100_000] * 100)
+        assert accepted
+        claimed = [decode(task.payload).id for task in HandWorker(connection).claim(1000)]
+        assert claimed[: len(accepted)] == accepted
+
+
+# -- the async client ---------------------------------------------------------------------
+
+
+async def test_async_submit_and_result(settings: Settings, worker: HandWorker) -> None:
+    """As the sync client."""
+    async with AsyncClient(settings) as client:
+        task_id = await client.submit([1, 2])
+        timer = later(0.2, lambda: worker.finish_all("done"))
+        assert await client.result(task_id, 20) == "done"
+        timer.join()
+        with pytest.raises(TaskNotFound):
+            await client.result("nobody", 20)
+        task_id = await client.submit([3])
+        with pytest.raises(WaitTimeout):
+            await client.result(task_id, 0.2)
+        assert await client.cancel(task_id) is True
+        with pytest.raises(TaskRevoked):
+            await client.result(task_id)
+
+
+async def test_async_burst_of_calls(settings: Settings, worker: HandWorker) -> None:
+    """1,000 calls at once wait for a free connection; none fails."""
+    async with AsyncClient(settings) as client:
+        ids = await asyncio.gather(*(client.submit(number) for number in range(1000)))
+        assert len(set(ids)) == 1000
+        waits = asyncio.gather(*(client.result(task_id, 60) for task_id in ids))
+        await asyncio.sleep(0.1)
+        for task in worker.claim(1000):
+            worker.finish(task, decode(task.payload).body()[0][0])
+        assert await waits == list(range(1000))
+        assert len(worker.store.client.client_list()) < 50
+
+
+async def test_async_submit_many_and_results(settings: Settings, worker: HandWorker) -> None:
+    """2,000 tasks, awaited together, in order."""
+    async with AsyncClient(settings) as client:
+        ids = await client.submit_many(range(2000))
+        for task in worker.claim(2000):
+            worker.finish(task, decode(task.payload).body()[0][0])
+        assert await client.results(ids, 60) == list(range(2000))
+
+
+async def test_async_as_completed(settings: Settings, worker: HandWorker) -> None:
+    """The first to end comes first; leaving early leaves no listener behind."""
+    async with AsyncClient(settings) as client:
+        ids = await client.submit_many([0, 1, 2])
+        tasks = worker.claim(3)
+        worker.finish(tasks[1], "second")
+        ended = client.as_completed(ids, 20)
+        assert (await anext(ended)).id == ids[1]
+        await ended.aclose()  # type: ignore[attr-defined]  # it is a generator
+        until = time.monotonic() + 5
+        while worker.store.client.pubsub_channels() and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        assert worker.store.client.pubsub_channels() == []
+
+
+async def test_a_cancelled_wait_ends_wherever_it_is(settings: Settings) -> None:
+    """Cancelled at any step of looking and subscribing, a wait ends at once."""
+    async with AsyncClient(settings) as client:
+        task_id = await client.submit([1])
+        for steps in range(60):
+            wait = asyncio.ensure_future(client.wait(task_id, 30))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            wait.cancel()
+            done, _ = await asyncio.wait([wait], timeout=2)
+            assert done, f"goes on after being cancelled at step {steps}"
+            assert wait.cancelled()
+
+
+async def test_two_waiters_of_one_task(settings: Settings, worker: HandWorker) -> None:
+    """Both are told; one that gives up does not take the other's subscription away."""
+    async with AsyncClient(settings) as client:
+        task_id = await client.submit([1])
+        long = asyncio.ensure_future(client.result(task_id, 20))
+        with pytest.raises(WaitTimeout):
+            await client.result(task_id, 0.2)
+        worker.finish_all("done")
+        assert await asyncio.wait_for(long, 5) == "done"
+
+
+async def test_async_waits_span_a_restart_of_redis(
+    redis_factory: RedisFactory, settings_for: Callable[..., Settings]
+) -> None:
+    """Old waiters and those that come just after the restart all get their results."""
+    server = redis_factory(appendonly="yes", appendfsync="always")
+    async with AsyncClient(settings_for(server)) as client:
+        for _ in range(3):
+            ids = await client.submit_many(range(20))
+            waits = [asyncio.ensure_future(client.result(task_id, 30)) for task_id in ids[:10]]
+            await asyncio.sleep(0.1)
+            server.kill()
+            with pytest.raises(BrokerUnavailable):
+                await client.status(ids[0])
+            server.start()
+            waits += [asyncio.ensure_future(client.result(task_id, 30)) for task_id in ids[10:]]
+            await asyncio.sleep(0.05)
+            with server.client() as connection:
+                assert HandWorker(connection).finish_all("done") == 20
+            assert await asyncio.wait_for(asyncio.gather(*waits), 20) == ["done"] * 20
+
+
+async def test_a_lost_queue_is_told(redis_server: RedisServer, settings: Settings) -> None:
+    """A Redis that comes back empty: waiters are told that the task is unknown, not left waiting."""
+    async with AsyncClient(settings) as client:
+        task_id = await client.submit([1])
+        wait = asyncio.ensure_future(client.result(task_id, 30))
+        await asyncio.sleep(0.1)
+        redis_server.kill()
+        await asyncio.sleep(0.3)
+        redis_server.start()
+        with pytest.raises(TaskNotFound):
+            await asyncio.wait_for(wait, 10)
+
+
+def test_bells_do_not_pile_up(client: Client, worker: HandWorker) -> None:
+    """Producers ring; with nobody to hear it the bell stays short."""
+    for _ in range(100):
+        client.submit([1])
+    assert int(worker.store.client.llen(keys.bell("realtime"))) <= 64
