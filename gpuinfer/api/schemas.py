@@ -195,7 +195,7 @@ RESULT_RESPONSES: dict[int | str, JsonSchema] = {
                 "status": "failed",
                 "error": {
                     "code": "shape_mismatch",
-                    "message": "must have shape [1, 8, 8], has [8, 8]",
+                    "message": "has shape [8, 8], the manifest wants [1, 8, 8]",
                     "field": "inputs",
                 },
             },

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -418,20 +419,26 @@ def test_a_signal_ends_it_with_0(api: Api, number: signal.Signals) -> None:
 
 
 def test_a_restart_loses_no_request(redis_server: RedisServer, tmp_path: Path) -> None:
-    """On an inherited socket, clients that keep connections see no error while the process changes."""
+    """On an inherited socket, clients that keep connections see no error while the process changes.
+
+    Nor do their answers wait 40 ms for an acknowledgement (TCP_NODELAY is set there too).
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         os.set_inheritable(listener.fileno(), True)
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         outcomes: list[int | str] = []
+        seconds: list[float] = []
         over = threading.Event()
 
         def call() -> None:
             with httpx.Client(base_url=address, timeout=30) as http:
                 while not over.is_set():
+                    began = time.perf_counter()
                     try:
                         outcomes.append(http.post("/predict", json=[1]).status_code)
                     except httpx.HTTPError as exc:
                         outcomes.append(repr(exc))
+                    seconds.append(time.perf_counter() - began)
 
         command = [sys.executable, "-m", "gpuinfer", "api", "--fd", str(listener.fileno())]
         environment = os.environ | {"GPUINFER_BROKER_URL": redis_server.url}
@@ -451,17 +458,7 @@ def test_a_restart_loses_no_request(redis_server: RedisServer, tmp_path: Path) -
                 caller.join()
             api.terminate()
         assert set(outcomes) == {202}, [it for it in outcomes if it != 202][:5]
-
-
-def test_answers_do_not_wait_for_acknowledgements(redis_server: RedisServer, tmp_path: Path) -> None:
-    """TCP_NODELAY is set on an inherited socket too: no 40 ms on a kept-alive connection."""
-    with Api(redis_server, tmp_path) as api:
-        times = []
-        for _ in range(50):
-            began = time.perf_counter()
-            api.http.get("/health/live")
-            times.append(time.perf_counter() - began)
-    assert sorted(times)[25] < 0.02
+        assert statistics.median(seconds) < 0.035
 
 
 def test_a_unix_socket(redis_server: RedisServer, tmp_path: Path) -> None:
