@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m tests.bench [NAMES...] [--json FILE] [--plot FILE.png] [--quick]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from tests.bench.machine import CLIENT_CORE, machine, pinned, versions
+from tests.bench.measures import MEASURES, QUICK, Line, Sizes
+from tests.bench.models import write_models
+from tests.bench.report import Report, show, write_json
+
+
+@click.command(epilog="Measures: " + ", ".join(MEASURES) + ". All of them without a name.")
+@click.argument("names", nargs=-1, type=click.Choice(list(MEASURES)), metavar="[NAMES]...")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything to a file.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the ratios into a PNG.")
+@click.option("--quick", is_flag=True, help="Small sizes and one repeat: to see that it works.")
+def main(names: tuple[str, ...], json_file: Path | None, plot_file: Path | None, quick: bool) -> None:
+    """Measure gpuinfer beside stock Celery, on a Redis of its own each, and print the table."""
+    for name in [name for name in os.environ if name.startswith("GPUINFER_")]:
+        del os.environ[name]  # the settings of whoever calls are none of the bench's
+    console, progress = Console(width=None if sys.stdout.isatty() else 140), Console(stderr=True)
+    lines: list[Line] = []
+    about = machine()
+    with tempfile.TemporaryDirectory(prefix="gi-bench-") as folder, pinned(CLIENT_CORE):
+        write_models(Path(folder) / "models")
+        for name in names or MEASURES:
+            with progress.status(name):
+                lines += MEASURES[name](Path(folder), QUICK if quick else Sizes())
+    report = Report(versions=versions(), machine=about, lines=lines, quick=quick)
+    show(report, console)
+    if json_file is not None:
+        write_json(report, json_file)
+    if plot_file is not None:
+        from tests.bench.plot import draw
+
+        draw(report, plot_file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured, for both worlds: each function runs its repeats and yields lines of the table.
+
+The worlds take turns, one repeat each, so that a noisy moment of the machine meets both.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from statistics import median, quantiles
+from typing import Literal
+
+from tests.bench import bare
+from tests.bench.machine import cpu_seconds, resident_mib
+from tests.bench.models import STEADY_S_PER_ITEM, scalars, vectors
+from tests.bench.stacks import Ours, Stock, World
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """The figure to reach: a ratio, or where nothing is compared the value itself."""
+
+    op: Literal[">=", "<="]
+    value: float
+
+    def met(self, figure: float) -> bool:
+        return figure >= self.value if self.op == ">=" else figure <= self.value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One line of the table; figures are medians over the repeats."""
+
+    what: str
+    unit: str
+    ours: float
+    #: What ours is compared with, by name and figure.
+    beside: str | None = None
+    other: float | None = None
+    target: Target | None = None
+    #: All repeats of ours, and of the other.
+    repeats: tuple[Sequence[float], Sequence[float]] = ((), ())
+
+    @property
+    def ratio(self) -> float | None:
+        return self.ours / self.other if self.other else None
+
+    @property
+    def met(self) -> bool | None:
+        if self.target is None:
+            return None
+        return self.target.met(self.ours if self.ratio is None else self.ratio)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """How much of everything."""
+
+    repeats: int = 3
+    backlog: int = 20_000
+    #: The baseline's backlog: its rate does not depend on the length, and it takes its time.
+    stock_backlog: int = 20_000
+    submits: int = 5_000
+    trips: int = 1_000
+    steady: int = 600
+    queued: int = 5_000
+    tasks_for_memory: int = 200_000
+    warm_up: int = 20_000
+    idle_s: float = 20.0
+
+
+QUICK = Sizes(
+    repeats=1,
+    backlog=5_000,
+    stock_backlog=500,
+    submits=1_000,
+    trips=200,
+    steady=200,
+    queued=1_000,
+    tasks_for_memory=20_000,
+    warm_up=5_000,
+    idle_s=5.0,
+)
+
+
+def compare(
+    what: str, unit: str, ours: Sequence[float], other: Sequence[float], beside: str, target: Target | None
+) -> Line:
+    """Return the line for two series of repeats."""
+    return Line(
+        what=what,
+        unit=unit,
+        ours=median(ours),
+        other=median(other),
+        beside=beside,
+        target=target,
+        repeats=(tuple(ours), tuple(other)),
+    )
+
+
+# -- throughput ---------------------------------------------------------------------------
+
+
+def throughput(folder: Path, sizes: Sizes) -> Iterator[Line]:
+    """Work off a backlog that was there before the worker started; and the bare loops."""
+    rates: dict[str, list[float]] = {"stock": [], "ours": [], "json": [], "orjson": [], "busy": []}
+    model = folder / "models" / "perceptron" / "model.pt"
+    for _ in range(sizes.repeats):
+        rates["stock"].append(_backlog(Stock(folder), vectors(sizes.stock_backlog))[0])
+        rate, busy = _backlog(Ours(folder), vectors(sizes.backlog))
+        rates["ours"].append(rate)
+        rates["busy"].append(busy)
+        for codec in ("json", "orjson"):
+            took = bare.seconds(model, sizes.backlog, 256, codec)
+            rates[codec].append(sizes.backlog / took)
+    ours = rates["ours"]
+    goals = (("stock", "stock Celery", Target(op=">=", value=30)), ("json", "bare loop", _BARE))
+    for key, beside, target in (*goals, ("orjson", "bare loop, orjson", None)):
+        yield compare(f"backlog of {sizes.backlog:,}", "tasks/s", ours, rates[key], beside, target)
+    yield Line(what="  inference thread busy meanwhile", unit="%", ours=100 * median(rates["busy"]))
+
+
+_BARE = Target(op=">=", value=0.4)
+
+
+def _backlog(world: World, values: Sequence[object]) -> tuple[float, float]:
+    """Submit everything, start the worker; return tasks a second, and the busy share by its own log."""
+    with world:
+        ids = world.submit_all(values)
+        worker = world.start(ready=False)  # or it would have begun before we look
+        began, ended = world.drain(ids)
+        busy_ms = sum(float(ms) for ms in re.findall(r'"duration_ms": ?([\d.]+)', worker.text()))
+        return len(ids) / (ended - began), busy_ms / 1000 / (ended - began)
+
+
+def steady(folder: Path, sizes: Sizes) -> Iterator[Line]:
+    """Work off a backlog for a model of 5 ms an item, in the largest batches and one by one."""
+    for batch, target in ((32, Target(op=">=", value=0.97)), (1, None)):
+        ours, loop, name = [], [], f"steady{batch}"
+        for _ in range(sizes.repeats):
+            ours.append(_backlog(Ours(folder, name), scalars(sizes.steady))[0])
+            model = folder / "models" / name / "model.pt"
+            loop.append(sizes.steady / bare.seconds(model, sizes.steady, batch))
+        what = f"5 ms an item, batches of {batch}"
+        yield compare(what, "tasks/s", ours, loop, "bare loop", target)
+        idle = 100 * (1 - median(ours) * STEADY_S_PER_ITEM)
+        yield Line(what="  device idle meanwhile", unit="%", ours=idle)
+
+
+# -- submission ---------------------------------------------------------------------------
+
+
+def submission(folder: Path, sizes: Sizes) -> Iterator[Line]:
+    """Submit with no worker about: ``submit_many``, ``submit``, and ``delay()`` in a loop."""
+    many, one, delay = [], [], []
+    values = vectors(sizes.submits)
+    for _ in range(sizes.repeats):
+        with Stock(folder) as stock:
+            stock.submit(values[0])
+            delay.append(_each(stock.submit, values))
+        with Ours(folder) as ours:
+            ours.submit(values[0])
+            began = time.perf_counter()
+            ours.submit_all(values)
+            many.append((time.perf_counter() - began) / len(values))
+            one.append(_each(ours.submit, values))
+    rates = [1 / s for s in many], [1 / s for s in delay]
+    yield compare("submit_many", "tasks/s", *rates, "delay() in a loop", Target(op=">=", value=20))
+    times = [1e6 * s for s in one], [1e6 * s for s in delay]
+    yield compare("submit, one", "us", *times, "delay()", Target(op="<=", value=0.5))
+
+
+def _each(call: Callable[[object], object], values: Sequence[object]) -> float:
+    """Return the seconds one call takes."""
+    began = time.perf_counter()
+    for value in values:
+        call(value)
+    return (time.perf_counter() - began) / len(values)
+
+
+# -- latency ------------------------------------------------------------------------------
+
+
+def latency(folder: Path, sizes: Sizes) -> Iterator[Line]:
+    """Submit one input to an idle worker and wait for its result, again and again."""
+    found: dict[str, list[tuple[float, float]]] = {Stock.name: [], Ours.name: []}
+    for _ in range(sizes.repeats):
+        for world in (Stock, Ours):
+            with world(folder) as running:
+                running.start()
+                found[world.name].append(_trips(running, sizes.trips))
+    for place, (name, limit) in enumerate((("p50", 0.5), ("p99", 0.3))):
+        ours, other = ([pair[place] for pair in found[world.name]] for world in (Ours, Stock))
+        target = Target(op="<=", value=limit)
+        yield compare(f"idle round trip, {name}", "ms", ours, other, Stock.name, target)
+
+
+def _trips(world: World, count: int) -> tuple[float, float]:
+    """Return the median and the 99th percentile of round trips in ms, with pauses that fit no timer."""
+    pauses, took = Random(2), []  # noqa: S311  no secret
+    warm_up = 20
+    for number, value in enumerate(vectors(count + warm_up)):
+        time.sleep(pauses.uniform(0.002, 0.012))
+        began = time.perf_counter()
+        world.wait(world.submit(value))
+        if number >= warm_up:
+            took.append(1000 * (time.perf_counter() - began))
+    return median(took), quantiles(took, n=100)[98]
+
+
+# -- memory and rest ----------------------------------------------------------------------
+
+
+def redis_memory(folder: Path, sizes: Sizes) -> Iterator[Line]:
+    """Queue tasks of 64 floats; what Redis has used for each, result markers and all."""
+    found: dict[str, list[float]] = {Stock.name: [], Ours.name: []}
+    for _ in range(sizes.repeats):
+        for world in (Stock, Ours):
+            with world(folder) as queue:
+                found[world.name].append(_bytes_each(queue, sizes.queued))
+    target = Target(op="<=", value=1.0)
+    ours, other = found[Ours.name], found[Stock.name]
+    yield compare("Redis memory for a queued task", "bytes", ours, other, Stock.name, target)
+
+
+def _bytes_each(world: World, count: int) -> float:
+    values = vectors(count + 1)
+    world.submit(values[0])  # what is there once (scripts, bindings) is none of a task's
+    before = _used(world)
+    world.submit_all(values[1:])
+    return (_used(world) - before) / count
+
+
+def _used(world: World) -> int:
+    """Return what Redis uses once no client but ours is connected."""
+    world.disconnect()
+    time.sleep(0.3)
+    info = world.raw.info("memory")
+    used: int = info["used_memory"]
+    return used
+
+
+def worker_memory(folder: Path, sizes: Sizes) -> Iterator[Line]:
+    """Run many tasks through one worker; its resident memory after the warm-up and in the end."""
+    values = vectors(sizes.warm_up)
+    with Ours(folder) as world:
+        worker, seen = world.start(), []
+        for _ in range(max(2, sizes.tasks_for_memory // sizes.warm_up)):
+            ids = world.submit_all(values)
+            world.drain(ids)
+            world.forget(ids)
+            seen.append(resident_mib(worker.pid))
+    yield Line(
+        what=f"resident after {sizes.tasks_for_memory:,} tasks",
+        unit="MiB",
+        ours=seen[-1],
+        other=seen[0],
+        beside=f"after {sizes.warm_up:,}",
+        target=Target(op="<=", value=1.01),  # pages that come and go; a leak of 20 bytes a task shows
+        repeats=(seen, ()),
+    )
+
+
+def idle(folder: Path, sizes: Sizes) -> Iterator[Line]:
+    """Let a worker wait for work; how much of a core that takes."""
+    shares: dict[str, float] = {}
+    for world in (Stock, Ours):
+        with world(folder) as waiting:
+            pid = waiting.start().pid
+            waiting.wait(waiting.submit(vectors(1)[0]))
+            time.sleep(1)
+            before = cpu_seconds(pid)
+            time.sleep(sizes.idle_s)
+            shares[world.name] = 100 * (cpu_seconds(pid) - before) / sizes.idle_s
+    target = Target(op="<=", value=1.5)
+    yield Line(what="idle worker", unit="% of a core", ours=shares[Ours.name], target=target)
+    yield Line(what="  idle worker of stock Celery", unit="% of a core", ours=shares[Stock.name])
+
+
+#: The measures by the names the command line takes, in their order.
+MEASURES: dict[str, Callable[[Path, Sizes], Iterator[Line]]] = {
+    "throughput": throughput,
+    "submission": submission,
+    "latency": latency,
+    "steady": steady,
+    "redis-memory": redis_memory,
+    "worker-memory": worker_memory,
+    "idle": idle,
+}
