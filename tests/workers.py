@@ -4,10 +4,24 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.services import Process, RedisServer
+
+#: The node name of worker 0 here.
+NAME = f"gpu0@{socket.gethostname()}"
+
+
+def wait_until(condition: Callable[[], object], timeout: float = 10.0) -> None:
+    """Wait until the condition holds; an assertion fails when it does not in time."""
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until, "it did not become so in time"
+        time.sleep(0.01)
 
 
 class Workers:

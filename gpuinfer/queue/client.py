@@ -183,7 +183,7 @@ class Client:
                         yield status
 
     def _look(self, ids: list[str], waiting: dict[str, None]) -> Iterator[TaskStatus]:
-        ids = [task_id for task_id in ids if task_id in waiting]
+        ids = [task_id for task_id in dict.fromkeys(ids) if task_id in waiting]  # a reconnection repeats them
         for start in range(0, len(ids), 1000):
             some = ids[start : start + 1000]
             metas = self._redis.mget([keys.result(task_id) for task_id in some])

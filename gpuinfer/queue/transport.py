@@ -16,6 +16,7 @@ from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as stock
 from kombu.transport.virtual import base as virtual
 from kombu.utils.json import dumps, loads
+from redis.exceptions import OutOfMemoryError
 
 from gpuinfer.errors import DeadLettered
 from gpuinfer.queue import keys
@@ -130,9 +131,16 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         """
         try:
             super()._queue_bind(exchange, routing_key, pattern, queue)
-        except self.ResponseError as exc:
-            if "OOM" not in str(exc) or queue not in self._fanout_queues:
+        except OutOfMemoryError:
+            if queue not in self._fanout_queues:
                 raise
+
+    def _size(self, queue: str) -> int:
+        """Count a queue's messages, as kombu does but without MULTI, which a full Redis refuses."""
+        with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+            for priority in self.priority_steps:
+                pipe.llen(self._q_for_pri(queue, priority))
+            return sum(pipe.execute())
 
     # -- consuming ------------------------------------------------------------------------
 

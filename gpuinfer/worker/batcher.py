@@ -319,6 +319,7 @@ class Batcher:
             )
         if self.engine.current is not None:
             self._take(self.engine.done.get())
+        self.engine.close()
         deadline = self._clock() + timeout_s
         while self._outbox and self._clock() < deadline:
             self._settle([])

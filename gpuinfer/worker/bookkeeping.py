@@ -13,9 +13,10 @@ from gpuinfer.worker.work import Work
 
 
 class View:
-    """A task as Celery's remote control sees it (``inspect active``, ``query_task``, ``revoke``)."""
+    """A task as Celery's remote control sees it (``inspect active``, ``query_task``, ``revoke``).
 
-    __slots__ = ("__weakref__", "_hostname", "_work", "id", "name")
+    Without slots: Celery sets its event dispatcher on it at each reconnection.
+    """
 
     def __init__(self, work: Work, hostname: str) -> None:
         self._work = work

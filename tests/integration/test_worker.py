@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -27,24 +26,15 @@ from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import keys
 from tests.models_for_tests import add_scalar, perceptron, sleeper
 from tests.services import RedisServer
-from tests.workers import Workers
+from tests.workers import NAME, Workers, wait_until
 
 pytestmark = pytest.mark.integration
-
-NAME = f"gpu0@{socket.gethostname()}"
 
 
 def plain_celery(redis: RedisServer) -> Celery:
     """Return an application as a stranger writes it: the two URLs, nothing of ours."""
     url = f"redis+socket://{redis.socket}"
     return Celery("stranger", broker=url, backend=url, set_as_current=False)
-
-
-def wait_until(condition: Any, timeout: float = 10.0) -> None:
-    until = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < until, "it did not become so in time"
-        time.sleep(0.01)
 
 
 def listen(app: Celery, kind: str, handler: Any, enough: Any, timeout: float = 15.0) -> None:

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time limits on the solo pool, deaths and poison: who ends, who runs again, who is set aside."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gpuinfer import Client
+from gpuinfer.errors import DeadLettered, SoftTimeLimitExceeded, TimeLimitExceeded
+from gpuinfer.queue import keys
+from tests.models_for_tests import picky, sleeper
+from tests.services import RedisServer
+from tests.workers import NAME, Workers, wait_until
+
+pytestmark = pytest.mark.faults
+
+
+def test_hard_limit_ends_the_offender_alone(workers: Workers, client: Client) -> None:
+    """A batch past its hard limit ends the process, even in native code; only the offender fails."""
+    sleeper(workers.folder / "models" / "slow", 30, hard_time_limit_s=1.0, soft_time_limit_s=0.9)
+    good = client.submit_many([[0.0]] * 5, model="slow")
+    bad = client.submit([1.0], model="slow")
+    good += client.submit_many([[0.0]] * 5, model="slow")
+    ends = []
+    while not all(client.status(task).final for task in [*good, bad]):
+        ends.append(workers.start(worker_models="slow"))
+        wait_until(lambda: not ends[-1].running or all(client.status(t).final for t in [*good, bad]), 20)
+    assert [end.returncode for end in ends if not end.running] == [1, 1]
+    assert len(client.results(good, timeout_s=1)) == 10
+    with pytest.raises(TimeLimitExceeded):
+        client.result(bad, timeout_s=1)
+    assert client.status(good[0]).redelivered
+
+
+def test_soft_limit_fails_the_offender_alone(workers: Workers, client: Client) -> None:
+    """A batch past its soft limit is run again one by one; the process lives, only the offender fails."""
+    sleeper(workers.folder / "models" / "slow", 0.6, soft_time_limit_s=0.3, hard_time_limit_s=20)
+    good = client.submit_many([[0.0]] * 3, model="slow")
+    bad = client.submit([1.0], model="slow")
+    worker = workers.start(worker_models="slow")
+    assert len(client.results(good, timeout_s=10)) == 3
+    with pytest.raises(SoftTimeLimitExceeded):
+        client.result(bad, timeout_s=10)
+    assert worker.running
+
+
+def test_request_overrides_limits_within_the_maximum(workers: Workers, client: Client) -> None:
+    """A request may ask for another limit; more than the model's maximum is cut to it."""
+    sleeper(workers.folder / "models" / "slow", 1.0, soft_time_limit_s=0.3, hard_time_limit_s=5)
+    workers.start(worker_models="slow")
+    assert client.result(client.submit([1.0], model="slow", soft_time_limit_s=3), timeout_s=10)
+    with pytest.raises(SoftTimeLimitExceeded):
+        client.result(client.submit([1.0], model="slow", soft_time_limit_s=0.1), timeout_s=10)
+
+
+def test_failing_item_in_a_batch(workers: Workers, client: Client) -> None:
+    """A model that fails on one item of a batch fails that one; its neighbours are answered."""
+    picky(workers.folder / "models" / "picky")
+    values = [1.0] * 20
+    values[7] = -1.0
+    ids = client.submit_many([[value] for value in values], model="picky")
+    workers.start(worker_models="picky")
+    answers = client.results(ids, timeout_s=10, return_errors=True)
+    assert [i for i, answer in enumerate(answers) if isinstance(answer, Exception)] == [7]
+
+
+def test_poison_takes_two_workers_and_no_neighbour(
+    workers: Workers, client: Client, redis_server: RedisServer
+) -> None:
+    """A task that its worker never survives goes to the dead letters after two deaths; the others succeed."""
+    sleeper(workers.folder / "models" / "slow", 60, max_batch_size=16)
+    innocent = client.submit_many([[0.0]] * 6, model="slow")
+    poison = client.submit([1.0], model="slow")
+    innocent += client.submit_many([[0.0]] * 6, model="slow")
+    raw, deaths = redis_server.client(), 0
+    while not all(client.status(task).final for task in [*innocent, poison]):
+        worker = workers.start(worker_models="slow")
+        while worker.running and not all(client.status(task).final for task in [*innocent, poison]):
+            if client.status(poison).state == "running":
+                time.sleep(0.1)
+                if raw.hget(keys.inflight(NAME), "running") is not None:
+                    worker.kill()  # as a driver's fault would
+                    deaths += 1
+            time.sleep(0.02)
+    assert deaths == 2
+    assert len(client.results(innocent, timeout_s=1)) == 12
+    with pytest.raises(DeadLettered):
+        client.result(poison, timeout_s=1)
+    letter = json.loads(raw.hget(keys.DEAD, poison) or b"")
+    assert letter["deaths"] == 2
+
+
+def test_restore_command(workers: Workers, client: Client) -> None:
+    """``gpuinfer restore N`` is refused while worker N runs, and puts its tasks back when it is dead."""
+    sleeper(workers.folder / "models" / "slow", 60, max_batch_size=2)
+    tasks = client.submit_many([[1.0]] * 4, model="slow")
+    worker = workers.start(worker_models="slow")
+    wait_until(lambda: client.status(tasks[0]).state == "running")
+    command = [sys.executable, "-m", "gpuinfer", "restore", "0"]
+    environment = workers.environment()
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 73
+    assert f"process {worker.pid}" in refused.stderr
+    worker.send(signal.SIGKILL)
+    worker.wait()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "4 tasks put back" in done.stdout
+    assert workers.redis.client().llen("realtime") == 4

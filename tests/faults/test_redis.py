@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Redis restarted, killed, stopped, refusing, full: everybody waits, nothing is lost, one line per change."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import redis
+
+from gpuinfer import Client
+from gpuinfer.errors import QueueFull
+from gpuinfer.models.shipped import load_test_images
+from gpuinfer.queue import keys
+from tests.conftest import RedisFactory
+from tests.models_for_tests import sleeper
+from tests.services import RedisServer
+from tests.workers import NAME, Workers, wait_until
+
+pytestmark = pytest.mark.faults
+
+IMAGE = load_test_images()[0][0].tolist()
+
+
+@pytest.fixture
+def redis_server(redis_factory: RedisFactory) -> RedisServer:
+    """A Redis that keeps every write, so that what is lost is lost by us."""
+    return redis_factory(appendonly="yes", appendfsync="always")
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_restart_under_a_running_batch(
+    workers: Workers, client: Client, redis_server: RedisServer, how: str
+) -> None:
+    """Redis goes while a batch runs and comes back after its end: all answers come, nothing runs twice."""
+    sleeper(workers.folder / "models" / "slow", 1.5, max_batch_size=2)
+    worker = workers.start(worker_models="slow")
+    tasks = client.submit_many([[1.0]] * 6, model="slow")
+    wait_until(lambda: client.status(tasks[0]).state == "running")
+    getattr(redis_server, how)()
+    time.sleep(3)
+    redis_server.start()
+    back = time.monotonic()
+    first = next(iter(client.as_completed(tasks, timeout_s=20)))
+    assert time.monotonic() - back < 5
+    assert first.final
+    statuses = list(client.as_completed(tasks, timeout_s=20))
+    assert {status.state for status in statuses} == {"completed"}
+    assert not any(status.redelivered for status in statuses)
+    assert worker.running
+    assert not redis_server.client().exists(keys.inflight(NAME))
+    text = worker.text()
+    assert text.count('"redis_away"') == 1
+    assert text.count('"redis_back"') == 1
+
+
+def test_stopped_for_a_while(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """A Redis that is deaf for 12 s (SIGSTOP) is waited for; work goes on within 5 s of its return."""
+    worker = workers.start(broker_connect_timeout_s=2)
+    client.result(client.submit(IMAGE), timeout_s=10)
+    redis_server.process.send(signal.SIGSTOP)
+    time.sleep(12)
+    redis_server.process.send(signal.SIGCONT)
+    back = time.monotonic()
+    answers = client.results(client.submit_many([IMAGE] * 50), timeout_s=10)
+    assert time.monotonic() - back < 5
+    assert len(answers) == 50
+    assert worker.running
+
+
+def test_many_restarts_under_load(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """Redis is killed again and again while 3,000 tasks drain: each ends once, none is lost."""
+    workers.start()
+    tasks = client.submit_many([IMAGE] * 3000)
+    for _ in range(5):
+        time.sleep(0.3)
+        redis_server.kill()
+        redis_server.start()
+    statuses = list(client.as_completed(tasks, timeout_s=60))
+    assert {status.id for status in statuses} == set(tasks)
+    assert {status.state for status in statuses} == {"completed"}
+    wait_until(lambda: not redis_server.client().exists(keys.inflight(NAME)))
+
+
+def test_idle_outage_is_quiet(workers: Workers, redis_server: RedisServer) -> None:
+    """Redis away for 5 s: no busy loop (under a tenth of a core), two lines in the log."""
+    worker = workers.start()
+    redis_server.kill()
+    time.sleep(1)
+    before = _cpu_s(worker.pid)
+    time.sleep(4)
+    used = _cpu_s(worker.pid) - before
+    redis_server.start()
+    worker.wait_for_line('"redis_back"')
+    assert used < 0.4
+    assert len([line for line in worker.text().splitlines() if "redis" in line.lower()]) <= 3
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+def test_full_redis(workers: Workers, redis_factory: RedisFactory) -> None:
+    """A full Redis refuses new work clearly; a worker, even one that starts then, finishes what it took."""
+    server = redis_factory(maxmemory="12mb", maxmemory_policy="volatile-ttl")
+    small = Workers(server, workers.folder)
+    with Client(server.url) as mine:
+        accepted: list[str] = []
+        with pytest.raises(QueueFull):
+            while True:
+                accepted.append(mine.submit(IMAGE, queue="batch"))
+        with pytest.raises(redis.OutOfMemoryError):
+            server.client().lpush("filler", b"x" * 1000)
+        try:
+            worker = small.start(queue_result_ttl_s=60)
+            raw = server.client()
+            wait_until(lambda: raw.llen("batch") == 0 and not raw.exists(keys.inflight(NAME)), 60)
+            assert worker.running
+            assert mine.result(mine.submit(IMAGE), timeout_s=10)
+        finally:
+            small.close()
+        answered = sum(1 for task in accepted if raw.exists(keys.result(task)))
+        evicted = int(raw.info("stats")["evicted_keys"])
+        assert answered + evicted >= len(accepted)
