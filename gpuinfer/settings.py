@@ -106,8 +106,8 @@ class QueueSettings(Section):
 
     #: Results are dropped this long after the task ended.
     result_ttl_s: int = Field(default=3600, ge=1, le=30 * 86400)
-    #: A submitted task that no worker ever took is forgotten after this long.
-    pending_ttl_s: int = Field(default=7 * 86400, ge=60, le=365 * 86400)
+    #: The same idempotency key gives the same task for this long.
+    idempotency_ttl_s: int = Field(default=86400, ge=1, le=365 * 86400)
     #: A request larger than this is refused, before it reaches Redis.
     max_payload_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
     #: Retries of a transient failure, and the first pause; each later pause is twice as long.

@@ -18,7 +18,7 @@ from gpuinfer.errors import InputError, TaskNotFound
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.message import Undecodable, decode
 from gpuinfer.queue.scripts import bind
-from gpuinfer.settings import QUEUES, QueueSettings
+from gpuinfer.settings import QUEUES
 
 #: What restore.lua puts in front of a payload: deliveries and deaths.
 _MARK = re.compile(r'^\{"gpuinfer": \[\d+, \d+\], ')
@@ -109,7 +109,7 @@ def get(client: redis.Redis, letter_id: str) -> Letter:
     return _parse(letter_id, raw)
 
 
-def retry(client: redis.Redis, letter_id: str, settings: QueueSettings) -> None:
+def retry(client: redis.Redis, letter_id: str) -> None:
     """Send a letter to its list again, under its id, its deaths forgotten.
 
     Raises TaskNotFound, and InputError where it can never run: it cannot be decoded.
@@ -123,7 +123,7 @@ def retry(client: redis.Redis, letter_id: str, settings: QueueSettings) -> None:
     if letter.queue not in QUEUES:
         raise InputError(f"cannot be sent again: no queue {letter.queue!r}", letter_id)
     where = [keys.DEAD, letter.list_key, keys.bell(letter.queue), keys.result(letter_id)]
-    args = [letter_id, payload, results.PENDING_META, settings.pending_ttl_s]
+    args = [letter_id, payload, results.PENDING_META]
     if not bind(client, "revive")(keys=where, args=args):
         raise _missing(letter_id)
 

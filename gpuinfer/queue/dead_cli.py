@@ -112,7 +112,7 @@ def retry(loaded: Loaded, task_ids: tuple[str, ...], everything: bool, as_json: 
     with _connected(loaded) as client:
         for task_id in _chosen(client, task_ids, everything):
             try:
-                send_again(client, task_id, loaded.settings.queue)
+                send_again(client, task_id)
             except BrokerUnavailable:
                 raise
             except GpuinferError as exc:

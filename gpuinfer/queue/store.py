@@ -129,7 +129,6 @@ class Store:
         Returns the positions of those whose final state is written already; they must not run.
         """
         args: list[bytes | str | int] = [
-            self._settings.pending_ttl_s,
             keys.RESULT_PREFIX,
             " ".join(str(seq) for seq, _, _ in tasks),
         ]

@@ -38,7 +38,7 @@ class Options(TypedDict, total=False):
     time_limit_s: float | None
     #: True: run it and keep nothing.
     ignore_result: bool
-    #: The same key gives the same task id, for as long as a pending task is kept.
+    #: The same key gives the same task id, for queue.idempotency_ttl_s, as long as its result is kept.
     idempotency_key: str | None
 
 
@@ -123,7 +123,7 @@ def _call(
     submission: Submission, pairs: Sequence[tuple[str, bytes]], settings: QueueSettings, key: str | None
 ) -> Call:
     args: list[bytes | str | int] = [
-        settings.pending_ttl_s,
+        settings.idempotency_ttl_s,
         keys.RESULT_PREFIX,
         results.PENDING_META,
         keys.IDEMPOTENCY_PREFIX + key if key else "",

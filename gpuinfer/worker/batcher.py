@@ -10,6 +10,7 @@ A batch never waits for company when the device is idle; while one runs, the nex
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -177,6 +178,8 @@ class Batcher:
                 work.time_start = now
                 self._books.started(work)
         self.engine.submit(batch)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("batch_begun", model=batch.model, task_ids=[work.id for work in batch.works])
         return True
 
     def _started(self, work: Work) -> bytes:

@@ -20,7 +20,7 @@ from gpuinfer.errors import DeadLettered, InputError, ShapeMismatch, TaskNotFoun
 from gpuinfer.queue import dead, depth, keys
 from gpuinfer.queue.client import Client
 from gpuinfer.queue.message import decode
-from gpuinfer.settings import QueueSettings, Settings
+from gpuinfer.settings import Settings
 from tests.apis import WORKER, HandWorker
 from tests.services import RedisServer
 
@@ -282,7 +282,7 @@ def test_retry_wakes_a_worker(client: Client, worker: HandWorker) -> None:
     client.submit([1])
     task_id = bury(worker)
     worker.store.client.delete(keys.bell("realtime"))
-    dead.retry(worker.store.client, task_id, QueueSettings())
+    dead.retry(worker.store.client, task_id)
     assert worker.store.client.llen(keys.bell("realtime")) == 1
 
 
@@ -322,7 +322,7 @@ def test_letters_of_somebody_else(worker: HandWorker) -> None:
     worker.store.client.hset(keys.DEAD, "y", '{"id": "y"}')
     assert [letter.id for letter in dead.letters(worker.store.client)] == ["x", "y"]
     with pytest.raises(InputError):
-        dead.retry(worker.store.client, "x", QueueSettings())
+        dead.retry(worker.store.client, "x")
 
 
 def test_help_has_examples(cli: Cli) -> None:

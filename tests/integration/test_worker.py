@@ -19,6 +19,7 @@ from gpuinfer.errors import (
     ShapeMismatch,
     TaskExpired,
     TaskFailed,
+    TaskNotFound,
     TaskRevoked,
     UnknownModel,
 )
@@ -235,7 +236,8 @@ def test_fire_and_forget(workers: Workers, client: Client, redis_server: RedisSe
     worker = workers.start()
     worker.wait_for_line('"batch_done"')
     wait_until(lambda: not redis_server.client().exists(keys.inflight(NAME)))
-    assert client.status(task).result is None
+    with pytest.raises(TaskNotFound):
+        client.status(task)
 
 
 def test_sigterm_finishes_and_hands_back(workers: Workers, client: Client, redis_server: RedisServer) -> None:

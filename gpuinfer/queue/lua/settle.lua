@@ -3,20 +3,25 @@
 -- A final state is written once: a later one for the same id is ignored.
 -- KEYS: in-flight hash
 -- ARGV: result ttl in seconds, result key prefix, then (seq, task id, meta) triples;
---       an empty seq is not in flight, an empty meta writes no state
+--       an empty seq is not in flight; an empty meta keeps no state: what stands there is dropped
+--       unless it is final; an empty id leaves all as it is
 -- Returns how many final states were written.
 local ttl, prefix = ARGV[1], ARGV[2]
 local written = 0
 for i = 3, #ARGV, 3 do
   local seq, id, meta = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if seq ~= '' then redis.call('HDEL', KEYS[1], seq, seq .. ':list') end
-  if meta ~= '' then
+  if id ~= '' then
     local key = prefix .. id
     local state = string.match(redis.call('GETRANGE', key, 0, 31), '^{"status": ?"(%u+)"')
     if state ~= 'SUCCESS' and state ~= 'FAILURE' and state ~= 'REVOKED' then
-      redis.call('SET', key, meta, 'EX', ttl)
-      redis.call('PUBLISH', key, meta)
-      written = written + 1
+      if meta == '' then
+        redis.call('DEL', key)
+      else
+        redis.call('SET', key, meta, 'EX', ttl)
+        redis.call('PUBLISH', key, meta)
+        written = written + 1
+      end
     end
   end
 end
