@@ -4,16 +4,23 @@
 A small thread watches the clock, so that the limits hold while the main thread waits for Redis.
 Should native code sit on the GIL, no Python thread runs at all; the kernel's interval timer then
 ends the process a moment after the hard limit (SIGALRM, default action).
+
+An interrupt can strike between any two lines, also between taking a lock and the block that gives
+it back. So the interrupted side takes none: who is first to the gate, a lock that nobody waits for
+and nobody gives back, decides whether an interrupt is sent. One that was sent is waited for: to
+take it back with ``PyThreadState_SetAsyncExc(id, NULL)`` leaves CPython 3.11's eval breaker set.
 """
 
 from __future__ import annotations
 
 import ctypes
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from gpuinfer.errors import SoftTimeLimitExceeded
 
@@ -21,14 +28,20 @@ from gpuinfer.errors import SoftTimeLimitExceeded
 KERNEL_GRACE_S = 2.0
 
 
-def _raise_in(thread_id: int, exc: type[BaseException] | None) -> None:
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread_id), ctypes.py_object(exc) if exc is not None else None
-    )
+class _Interrupt(BaseException):
+    """Raised inside the inference thread, by the watching one, when the soft limit has passed."""
 
 
-class _Interrupt(SoftTimeLimitExceeded):
-    """Raised inside the inference thread, by another thread, when the soft limit passes."""
+@dataclass(slots=True)
+class _Watch:
+    """One guarded block."""
+
+    thread_id: int
+    soft_at: float
+    hard_at: float
+    #: Taken once: by the block when it ends in time, or by the watcher when it interrupts it.
+    gate: threading.Lock = field(default_factory=threading.Lock)
+    over: bool = False
 
 
 class Deadline:
@@ -41,69 +54,67 @@ class Deadline:
     def __init__(self, on_hard: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._on_hard = on_hard
         self._clock = clock
-        self._changed = threading.Condition()
-        self._soft_at: float | None = None
-        self._hard_at: float | None = None
-        self._thread_id = 0
-        self._fired = False
-        self._closed = False
+        self._watches: queue.SimpleQueue[_Watch | None] = queue.SimpleQueue()
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        self._thread = threading.Thread(target=self._watch, name="deadline", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="deadline", daemon=True)
         self._thread.start()
 
     @contextmanager
     def guard(self, soft_s: float, hard_s: float) -> Iterator[None]:
-        """Hold the limits over the block. Raises SoftTimeLimitExceeded where Python can be interrupted.
+        """Hold the limits over the block. Raises SoftTimeLimitExceeded when it ran too long.
 
-        A block that ends after its soft limit without having been interrupted is exceeded all the same.
+        Python code is interrupted; native code is found out when it returns.
         """
         now = self._clock()
-        with self._changed:
-            self._fired = False
-            self._thread_id = threading.get_ident()
-            self._soft_at, self._hard_at = now + soft_s, now + hard_s
-            self._changed.notify()
-        signal.setitimer(signal.ITIMER_REAL, hard_s + KERNEL_GRACE_S)
+        watch = _Watch(threading.get_ident(), now + soft_s, now + hard_s)
+        failure: BaseException | None = None
+        in_time = False
         try:
-            yield
-            self._disarm()
+            signal.setitimer(signal.ITIMER_REAL, hard_s + KERNEL_GRACE_S)
+            self._watches.put(watch)
+            try:
+                yield
+            except _Interrupt:
+                raise
+            except BaseException as exc:
+                failure = exc
+            in_time = watch.gate.acquire(blocking=False)
+            while not in_time:  # the interrupt is on its way
+                time.sleep(0.001)
         except _Interrupt:
-            self._disarm()
-            raise SoftTimeLimitExceeded(f"ran longer than its soft limit of {soft_s:g} s") from None
-        except BaseException:
-            self._disarm()
-            raise
-        if self._fired:
+            in_time = False
+        watch.over = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if not in_time:
             raise SoftTimeLimitExceeded(f"ran longer than its soft limit of {soft_s:g} s")
-
-    def _disarm(self) -> None:
-        """Stop the clocks and take back an interrupt that is on its way."""
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            with self._changed:
-                self._soft_at = self._hard_at = None
-            if self._fired:
-                _raise_in(threading.get_ident(), None)
-        except _Interrupt:
-            self._disarm()
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         """End the watching thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
+        self._watches.put(None)
         self._thread.join(timeout=1)
 
-    def _watch(self) -> None:
-        with self._changed:
-            while not self._closed:
-                now = self._clock()
-                if self._hard_at is not None and now >= self._hard_at:
-                    self._hard_at = None
-                    self._on_hard()
-                elif self._soft_at is not None and now >= self._soft_at:
-                    self._soft_at = None
-                    self._fired = True
-                    _raise_in(self._thread_id, _Interrupt)
-                due = [at for at in (self._soft_at, self._hard_at) if at is not None]
-                self._changed.wait(max(0.0, min(due) - now) if due else None)
+    def _run(self) -> None:
+        watch = self._watches.get()
+        while watch is not None:
+            watch = self._follow(watch)
+
+    def _follow(self, watch: _Watch) -> _Watch | None:
+        """Hold the limits of one block; return the next one to watch."""
+        try:
+            return self._watches.get(timeout=max(0.0, watch.soft_at - self._clock()))
+        except queue.Empty:
+            pass
+        if watch.gate.acquire(blocking=False):
+            _interrupt(watch.thread_id)
+        try:
+            return self._watches.get(timeout=max(0.0, watch.hard_at - self._clock()))
+        except queue.Empty:
+            if not watch.over:
+                self._on_hard()
+        return self._watches.get()
+
+
+def _interrupt(thread_id: int) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), ctypes.py_object(_Interrupt))

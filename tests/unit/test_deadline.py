@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time limits: interrupts strike once, only inside the block, and leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from gpuinfer.errors import InferenceError, SoftTimeLimitExceeded
+from gpuinfer.worker.deadline import Deadline
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def hard() -> list[float]:
+    return []
+
+
+@pytest.fixture
+def deadline(hard: list[float]) -> Iterator[Deadline]:
+    made = Deadline(lambda: hard.append(time.monotonic()))
+    yield made
+    made.close()
+
+
+def spin(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pass
+
+
+def test_in_time(deadline: Deadline, hard: list[float]) -> None:
+    """A block that ends in time is left alone, then and later."""
+    with deadline.guard(0.05, 0.1):
+        spin(0.01)
+    spin(0.2)
+    assert not hard
+
+
+def test_python_is_interrupted(deadline: Deadline) -> None:
+    """Python code is interrupted at the soft limit, not when it ends."""
+    begun = time.monotonic()
+    with pytest.raises(SoftTimeLimitExceeded), deadline.guard(0.05, 10):
+        spin(5)
+    assert time.monotonic() - begun < 2
+
+
+def test_native_code_is_found_out(deadline: Deadline) -> None:
+    """Code that cannot be interrupted counts as too long when it returns."""
+    with pytest.raises(SoftTimeLimitExceeded), deadline.guard(0.02, 10):
+        time.sleep(0.1)
+
+
+def test_an_error_in_time_stays_itself(deadline: Deadline) -> None:
+    """What the block raises before its limit comes out unchanged."""
+    with pytest.raises(InferenceError, match="broken"), deadline.guard(1, 2):
+        raise InferenceError("broken")
+
+
+def test_code_that_catches_everything(deadline: Deadline) -> None:
+    """A block that swallows exceptions does not swallow the limit."""
+    with pytest.raises(SoftTimeLimitExceeded), deadline.guard(0.03, 10):
+        with contextlib.suppress(Exception):  # what a careless model does
+            spin(0.2)
+
+
+def test_hard_limit_calls_out(deadline: Deadline, hard: list[float]) -> None:
+    """At the hard limit the watcher is told to end the process, while the block still runs."""
+    with pytest.raises(SoftTimeLimitExceeded), deadline.guard(0.02, 0.06):
+        time.sleep(0.2)
+    assert len(hard) == 1
+
+
+def test_at_the_very_limit(deadline: Deadline) -> None:
+    """Blocks that end as the limit strikes: each is in time or too long, and none leaks an interrupt."""
+    outcomes = {True: 0, False: 0}
+    for _ in range(300):
+        try:
+            with deadline.guard(0.002, 5):
+                spin(0.002)
+            outcomes[True] += 1
+        except SoftTimeLimitExceeded:
+            outcomes[False] += 1
+    spin(0.05)
+    assert sum(outcomes.values()) == 300
+
+
+def test_under_a_tracer(deadline: Deadline) -> None:
+    """An interrupt does not leave the interpreter's eval breaker set, on which a traced thread would hang."""
+    before = sys.gettrace()
+    sys.settrace(lambda *_: None)
+    try:
+        for _ in range(3):
+            with pytest.raises(SoftTimeLimitExceeded), deadline.guard(0.01, 10):
+                time.sleep(0.05)
+            spin(0.001)
+    finally:
+        sys.settrace(before)
