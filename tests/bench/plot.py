@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BAR, _MISSED, _TARGET, _TEXT = "#2f6f9f", "#c0553a", "#222222", "#444444"
+_TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 #: What is measured in units where less is better.
 _LESS_IS_BETTER = ("us", "ms", "bytes")
 
@@ -34,7 +35,7 @@ def draw(report: Report, file: Path) -> None:
     heights = [len(rows) + 0.8 for rows, _ in panels]
     axes = whole.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, (rows, name) in zip(axes, panels, strict=True):
-        _panel(panel, rows, f"gpuinfer beside {name}", log=name == "stock Celery")
+        _panel(panel, rows, f"gpuinfer beside {name}: times better; the mark is the target")
     machine = report.machine
     whole.supxlabel(
         f"{machine['cpu']}, {machine['cores']} cores, celery {report.versions['celery']}, "
@@ -51,7 +52,7 @@ def _gain(line: Line, ratio: float) -> float:
     return 1 / ratio if line.unit in _LESS_IS_BETTER else ratio
 
 
-def _panel(axes: Axes, lines: Sequence[Line], title: str, *, log: bool) -> None:
+def _panel(axes: Axes, lines: Sequence[Line], title: str) -> None:
     """Draw one bar a line, its figures behind it, its target as a mark."""
     gains = [_gain(line, line.ratio or 0.0) for line in lines]
     goals = [_gain(line, line.target.value) if line.target else 0.0 for line in lines]
@@ -62,12 +63,13 @@ def _panel(axes: Axes, lines: Sequence[Line], title: str, *, log: bool) -> None:
     for place, line, gain, goal in zip(places, lines, gains, goals, strict=True):
         text = f" {gain:.3g} times   {figure(line.ours)} beside {figure(line.other)} {line.unit}"
         axes.text(max(gain, goal), place, text, va="center", fontsize=8, color=_TEXT)
-    if log:
-        axes.set_xscale("log")
-        axes.set_xlim(0.5, 12 * max([*gains, *goals]))
-    else:
-        axes.set_xlim(0, 1.75 * max([*gains, *goals]))
+    most = max([*gains, *goals])
+    ticks = [tick for tick in _TICKS if tick < 1.1 * most]
+    axes.set_xscale("log" if most > 2 else "linear")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim((0.5, 15 * most) if most > 2 else (0, 1.75 * most))
     axes.set_yticks(places, [line.what for line in lines])
     axes.invert_yaxis()
-    axes.set_title(f"{title}: times better; the mark is the target", loc="left", fontsize=9)
+    axes.set_title(title, loc="left", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
