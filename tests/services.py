@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -141,21 +142,62 @@ def redis_binary() -> str | None:
     return shutil.which("redis-server", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin")
 
 
+def valkey_binary() -> str | None:
+    """Return the path of the valkey-server that ``tests/get-valkey`` fetched, or None."""
+    path = Path(__file__).resolve().parents[1] / ".cache" / "valkey" / "valkey-server"
+    return str(path) if path.exists() else None
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """Make a self-signed certificate for 127.0.0.1; return it (its own CA) and its key."""
+    certificate, key = folder / "tls.crt", folder / "tls.key"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=127.0.0.1",
+    ]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    return certificate, key
+
+
 class RedisServer:
     """A private redis-server on a Unix socket in a folder of its own: no port, nothing kept on disk.
 
-    Options are redis.conf's with _ for -: ``RedisServer(maxmemory="8mb", appendonly="yes")``.
+    Options are redis.conf's with _ for -: ``RedisServer(maxmemory="8mb", appendonly="yes")``. With
+    ``port`` or ``tls_port`` it listens on 127.0.0.1, too.
     """
 
-    def __init__(self, **options: str | int) -> None:
-        binary = redis_binary()
+    def __init__(self, binary: str | None = None, /, **options: str | int) -> None:
+        binary = binary or redis_binary()
         if binary is None:
             raise ServiceError("there is no redis-server")
         # In /tmp and short: a socket's path may have 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="gi-redis-"))
         self.socket = self.folder / "redis.sock"
-        conf: dict[str, str | int] = {"save": "", "appendonly": "no", **options}
-        conf |= {"port": 0, "unixsocket": str(self.socket), "dir": str(self.folder), "daemonize": "no"}
+        conf: dict[str, str | int] = {
+            "port": 0,
+            "bind": "127.0.0.1",
+            "save": "",
+            "appendonly": "no",
+            **options,
+        }
+        self._password = None if "requirepass" not in options else str(options["requirepass"])
+        conf |= {"unixsocket": str(self.socket), "dir": str(self.folder), "daemonize": "no"}
         flags = [part for key, value in conf.items() for part in (f"--{key.replace('_', '-')}", str(value))]
         self._command = [binary, *flags]
         self._process: Process | None = None
@@ -182,7 +224,7 @@ class RedisServer:
 
     def client(self) -> redis.Redis:
         """Return a client whose answers are bytes."""
-        return redis.Redis(unix_socket_path=str(self.socket))
+        return redis.Redis(unix_socket_path=str(self.socket), password=self._password)
 
     def start(self) -> None:
         """Start it (again), and wait until it answers."""

@@ -139,7 +139,8 @@ def _build(settings: Settings, name: str, models: dict[str, LoadedModel], device
     from gpuinfer.worker.deadline import Deadline
     from gpuinfer.worker.engine import Engine
 
-    store = Store(connect(settings.broker), name, settings.worker.queues, settings.queue)
+    # No retries by the library: a claim whose answer was lost must not be sent again as it was.
+    store = Store(connect(settings.broker, retries=0), name, settings.worker.queues, settings.queue)
 
     def on_hard() -> None:
         _end_at_hard_limit(engine, store)

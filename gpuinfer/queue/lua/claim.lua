@@ -9,6 +9,11 @@ local room, ageing, seq = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]
 local claimed = {}
 local left = 0
 
+-- A call that a client library repeats by itself would write over what the first one took.
+if redis.call('HEXISTS', inflight, seq) == 1 then
+  return redis.error_reply('CLAIM sequence id ' .. seq .. ' is in use')
+end
+
 local function take(index, aged)
   if room <= 0 then return end
   local list = KEYS[index]

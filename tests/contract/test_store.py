@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The queue's contract: claim to settle, on Redis and Valkey, over each kind of connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from pydantic import SecretStr
+
+from gpuinfer import Client
+from gpuinfer.errors import TaskFailed
+from gpuinfer.queue import keys, results
+from gpuinfer.queue.connection import connect
+from gpuinfer.queue.message import decode
+from gpuinfer.queue.store import AGED, Claimed, Final, Store
+from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings, Settings
+from tests.conftest import need
+from tests.services import RedisServer, free_port, make_certificate, redis_binary, valkey_binary
+
+pytestmark = pytest.mark.integration
+
+
+def _serve(kind: str, folder: Path) -> tuple[RedisServer, BrokerSettings]:
+    server, way = kind.split("-")
+    binary = {"redis": redis_binary(), "valkey": valkey_binary()}[server]
+    need(binary is not None, f"{server}-server")
+    port = free_port()
+    if way == "socket":
+        made = RedisServer(binary)
+        return made, BrokerSettings(url=made.url)
+    if way == "tcp":
+        made = RedisServer(binary, port=port, requirepass="a:b/c@d")
+        return made, BrokerSettings(url=f"redis://127.0.0.1:{port}/0", password=SecretStr("a:b/c@d"))
+    certificate, key = make_certificate(folder)
+    made = RedisServer(
+        binary,
+        tls_port=port,
+        tls_cert_file=str(certificate),
+        tls_key_file=str(key),
+        tls_ca_cert_file=str(certificate),
+        tls_auth_clients="no",
+    )
+    return made, BrokerSettings(url=f"rediss://127.0.0.1:{port}/0", tls_ca=certificate)
+
+
+@pytest.fixture(params=["redis-socket", "redis-tcp", "redis-tls", "valkey-socket", "valkey-tls"])
+def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BrokerSettings]:
+    """The settings of a server of each kind."""
+    server, settings = _serve(request.param, tmp_path)
+    try:
+        yield settings
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def client(broker: BrokerSettings) -> Iterator[Client]:
+    with Client(Settings(broker=broker)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def store(broker: BrokerSettings) -> Store:
+    return Store(connect(broker, retries=0), "gpu0@here", QUEUES, QueueSettings(ageing_s=0))
+
+
+def ids(claimed: list[Claimed]) -> list[str]:
+    return [decode(task.payload).id for task in claimed]
+
+
+def done(task: Claimed, value: Any = 1) -> Final:
+    task_id = decode(task.payload).id
+    return Final(task.seq, task_id, results.success(task_id, value, worker="w"))
+
+
+def begin(store: Store, tasks: list[Claimed]) -> set[int]:
+    return store.begin(
+        [(t.seq, decode(t.payload).id, results.started(decode(t.payload).id, "w", 1)) for t in tasks]
+    )
+
+
+def test_from_submission_to_result(store: Store, client: Client) -> None:
+    """A task goes from queued to running to completed, and nothing of it is left but its result."""
+    task_id = client.submit([1.0])
+    assert client.status(task_id).state == "queued"
+    (task,) = store.claim(10)
+    assert not begin(store, [task])
+    assert client.status(task_id).state == "running"
+    assert store.settle([done(task, {"a": 1})]) == 1
+    assert client.result(task_id, timeout_s=5) == {"a": 1}
+    assert not store.client.exists(store.inflight)
+    assert 0 < store.client.ttl(keys.result(task_id)) <= 3600
+
+
+def test_order(store: Store, client: Client) -> None:
+    """Queue before priority, 9 first, equals first in first out, across claims."""
+    wanted = []
+    for queue in QUEUES:
+        for priority in (9, 5, 0):
+            wanted += [client.submit([1], queue=queue, priority=priority) for _ in range(2)]
+    shuffled = sorted(range(len(wanted)), key=lambda i: (i * 7) % 5)
+    assert len(shuffled) == 18
+    assert ids(store.claim(5)) + ids(store.claim(5)) + ids(store.claim(100)) == wanted
+
+
+def test_only_better(store: Store, client: Client) -> None:
+    """A claim for what would overtake takes from better lists alone."""
+    low = client.submit([1], queue="batch")
+    high = client.submit([1], queue="realtime", priority=3)
+    assert ids(store.claim(10, better_than=20)) == [high]
+    assert store.claim(10, better_than=20) == []
+    assert ids(store.claim(10)) == [low]
+
+
+def test_ageing(broker: BrokerSettings, client: Client) -> None:
+    """A list that was passed over for long enough goes first, once; then it waits again."""
+    store = Store(connect(broker), "gpu0@here", QUEUES, QueueSettings(ageing_s=0.05))
+    low = [client.submit([1], queue="batch") for _ in range(2)]
+    high = [client.submit([1]) for _ in range(6)]
+    assert ids(store.claim(1)) == high[:1]
+    store.client.hset(keys.WAITING, "batch", 1)  # it has waited since 1970
+    aged = store.claim(1)
+    assert ids(aged) == low[:1]
+    assert aged[0].rank == AGED
+    assert ids(store.claim(1)) == high[1:2]
+
+
+def test_release_keeps_the_order(store: Store, client: Client) -> None:
+    """What is handed back stands at the head again, in its order, without a mark."""
+    wanted = [client.submit([1]) for _ in range(5)]
+    claimed = store.claim(4)
+    assert store.release([task.seq for task in reversed(claimed)]) == 4
+    assert store.release([task.seq for task in claimed]) == 0
+    again = store.claim(5)
+    assert ids(again) == wanted
+    assert {decode(task.payload).deliveries for task in again} == {0}
+
+
+def test_restore_counts_deaths_of_what_ran(store: Store, client: Client) -> None:
+    """After a death all is back in its order; what ran has a death on its record, the rest has not."""
+    wanted = [client.submit([1]) for _ in range(3)]
+    claimed = store.claim(3)
+    begin(store, claimed[:1])
+    assert store.restore().returned == 3
+    again = [decode(task.payload) for task in store.claim(3)]
+    assert [envelope.id for envelope in again] == wanted
+    assert [(envelope.deliveries, envelope.deaths) for envelope in again] == [(1, 1), (1, 0), (1, 0)]
+
+
+def test_two_deaths_end_in_the_dead_letters(store: Store, client: Client) -> None:
+    """The second death of a task is its end: a dead letter and a failure, however often restore is called."""
+    task_id = client.submit([1])
+    for _ in range(2):
+        begin(store, store.claim(1))
+        found = store.restore()
+    assert found.dead == (task_id,)
+    assert client.status(task_id).state == "failed"
+    assert store.client.hlen(keys.DEAD) == 1
+    assert store.restore().returned == 0
+    assert store.claim(1) == []
+
+
+def test_restore_cut_off_before_the_burial(store: Store, client: Client) -> None:
+    """Killed between counting and burying, a restore does the rest when it is called again."""
+    task_id = client.submit([1])
+    begin(store, store.claim(1))
+    store.restore()
+    begin(store, store.claim(1))
+    store._restore(keys=[store.inflight], args=[keys.BELL_PREFIX, keys.SEP, 2])  # and then it is killed
+    assert client.status(task_id).state == "running"
+    assert store.restore().dead == (task_id,)
+    assert not store.client.exists(store.inflight)
+
+
+def test_a_final_state_is_written_once(store: Store, client: Client) -> None:
+    """A late duplicate neither overwrites the first end nor runs again."""
+    task_id = client.submit([1])
+    (task,) = store.claim(1)
+    store.settle([done(task, "first")])
+    assert store.settle([done(task, "second")]) == 0
+    late = Final(None, task_id, results.failure(task_id, TaskFailed("late"), worker="w"))
+    assert store.settle([late]) == 0
+    assert client.result(task_id, timeout_s=1) == "first"
+    assert begin(store, [task]) == {0}
+
+
+def test_cancelled_is_not_begun(store: Store, client: Client) -> None:
+    """A cancelled task is reported by begin; one that runs cannot be cancelled."""
+    client.submit([1])
+    second = client.submit([1])
+    claimed = store.claim(2)
+    assert client.cancel(second)
+    assert begin(store, claimed) == {1}
+    assert not client.cancel(ids(claimed)[0])
+
+
+def test_a_lost_answer_loses_nothing(store: Store, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that ran while its answer was lost is found again, and not written over by the next."""
+    wanted = [client.submit([1]) for _ in range(4)]
+    real = store._claim
+
+    def cut(**call: Any) -> None:
+        real(**call)
+        raise redis.ConnectionError("cut off")
+
+    monkeypatch.setattr(store, "_claim", cut)
+    with pytest.raises(redis.ConnectionError):
+        store.claim(2)
+    monkeypatch.setattr(store, "_claim", real)
+    held = store.claim(1)
+    assert ids(held) == wanted[2:3]
+    assert store.reconcile({task.seq for task in held}) == 2
+    assert ids(store.claim(9)) == [*wanted[:2], wanted[3]]
+
+
+def test_a_repeated_call_is_refused(store: Store, client: Client) -> None:
+    """The very same claim sent twice, as a client library might, does not write over what the first took."""
+    client.submit([1])
+    client.submit([1])
+    store.claim(1)
+    store._seq = 1
+    with pytest.raises(redis.ResponseError, match="in use"):
+        store.claim(1)
+    assert store.client.llen("realtime") == 1
+
+
+def test_idempotency(store: Store, client: Client) -> None:
+    """The same key gives the same task, while it waits and when it has ended; another key another one."""
+    first = client.submit([1], idempotency_key="k")
+    assert client.submit([1], idempotency_key="k") == first
+    (task,) = store.claim(9)
+    store.settle([done(task)])
+    assert client.submit([1], idempotency_key="k") == first
+    assert client.submit([1], idempotency_key="other") != first
+    store.client.delete(keys.result(first))
+    assert client.submit([1], idempotency_key="k") != first
