@@ -45,7 +45,11 @@ class Workers:
             "log_format": "json",
             **settings,
         }
-        return os.environ | {f"GPUINFER_{key.upper()}": str(value) for key, value in chosen.items()}
+        credentials = {
+            key.upper(): str(chosen.pop(key)) for key in ["credentials_directory"] if key in chosen
+        }
+        variables = {f"GPUINFER_{key.upper()}": str(value) for key, value in chosen.items()}
+        return os.environ | variables | credentials
 
     def spawn(self, *command: str, name: str, **settings: object) -> Process:
         """Start any command; its output goes to ``folder/NAME.log``."""

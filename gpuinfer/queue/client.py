@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self, Unpack
+
+from redis.exceptions import RedisError
 
 from gpuinfer.errors import InputError, TaskNotFound, TaskRevoked, WaitTimeout
 from gpuinfer.queue import keys, results, submission
@@ -20,6 +23,8 @@ from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.submission import Options
 from gpuinfer.settings import Settings, load_settings
+
+MAX_IDLE_LISTENERS = 8
 
 
 def settings_for(source: Settings | str | None) -> Settings:
@@ -51,9 +56,13 @@ class Client:
         self._redis = connect(self._settings.broker)
         self._submit = bind(self._redis, "submit")
         self._cancel = bind(self._redis, "cancel")
+        #: Subscriptions nobody waits on: a connection for each wait would be most of a wait's price.
+        self._listeners: list[Any] = []
 
     def close(self) -> None:
         """Close all connections."""
+        while self._listeners:
+            self._listeners.pop().close()
         self._redis.close()
 
     def __enter__(self) -> Self:
@@ -156,7 +165,7 @@ class Client:
         A confirmation of a subscription, the first or one after a silent reconnection, is what
         prompts the look, so that nothing can fall between the two.
         """
-        with self._redis.pubsub() as listener:  # type: ignore[no-untyped-call]  # redis-py left it out
+        with self._listener() as listener:
             ids = list(waiting)
             for start in range(0, len(ids), 1000):
                 listener.subscribe(*(keys.result(task_id) for task_id in ids[start : start + 1000]))
@@ -181,6 +190,37 @@ class Client:
                     if status.final:
                         del waiting[task_id]
                         yield status
+
+    @contextmanager
+    def _listener(self) -> Iterator[Any]:
+        """Lend a subscription; it is kept for the next wait unless an exception passed through it.
+
+        What is left of an earlier wait (its confirmations) names ids that nobody waits for any more.
+        """
+        try:
+            listener = self._listeners.pop()
+        except IndexError:
+            listener = self._redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py left it out
+        try:
+            yield listener
+        except GeneratorExit:
+            self._keep(listener)  # whoever waited has what he wanted
+            raise
+        except BaseException:
+            listener.close()
+            raise
+        self._keep(listener)
+
+    def _keep(self, listener: Any) -> None:
+        if len(self._listeners) >= MAX_IDLE_LISTENERS:
+            listener.close()
+            return
+        try:
+            listener.unsubscribe()
+        except (*AWAY, RedisError):
+            listener.close()
+        else:
+            self._listeners.append(listener)
 
     def _look(self, ids: list[str], waiting: dict[str, None]) -> Iterator[TaskStatus]:
         ids = [task_id for task_id in dict.fromkeys(ids) if task_id in waiting]  # a reconnection repeats them

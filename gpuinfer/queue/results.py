@@ -85,7 +85,7 @@ def _meta(status: str, task_id: str, result: Any, extra: dict[str, Any]) -> byte
         **extra,
     }
     # orjson writes no space after a colon; the scripts accept both.
-    return orjson.dumps({"status": status, **body}, option=orjson.OPT_NON_STR_KEYS)
+    return orjson.dumps({"status": status, **body})
 
 
 def started(task_id: str, worker: str, pid: int) -> bytes:

@@ -69,7 +69,8 @@ class Store:
     ) -> None:
         self.client = client
         self.worker = worker
-        self.lists = keys.serving_order(queues)
+        self._queues: tuple[str, ...] = ()
+        self.serve(queues)
         self.inflight = keys.inflight(worker)
         self._settings = settings
         self._clock = clock
@@ -85,7 +86,13 @@ class Store:
 
     def serve(self, queues: Sequence[str]) -> None:
         """Claim from these queues from now on."""
-        self.lists = keys.serving_order(queues)
+        if tuple(queues) != self._queues:  # asked before every claim, and it hardly ever changes
+            self._queues = tuple(queues)
+            self.lists = keys.serving_order(queues)
+
+    def waits(self) -> bool:
+        """Tell whether a claim may find something; a third of an empty claim's price."""
+        return self._unsure or bool(self.client.exists(*self.lists, keys.WAITING))
 
     def claim(self, room: int, *, better_than: int | None = None) -> list[Claimed]:
         """Take up to ``room`` tasks, the most urgent first.

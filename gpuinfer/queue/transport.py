@@ -195,13 +195,16 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         else:  # it was for another worker: pass it on
             self._create_client().lpush(keys.bell(queue), 1)
 
+    @property
+    def listening(self) -> bool:
+        """True when there are task queues to claim from, and room for a task."""
+        return not self.closed and bool(self.served) and self._room()[0] > 0
+
     def claim(self) -> int:
         """Claim what there is room for and hand it on; return how many tasks came."""
-        if self.closed or not self.served:
+        if not self.listening:
             return 0
         room, better_than = self._room()
-        if room <= 0:
-            return 0
         store = self.store
         store.serve(self.served)
         if self.sink is not None:
@@ -259,7 +262,8 @@ class Transport(stock.Transport):  # type: ignore[misc]  # kombu is not annotate
     def claim_all(self) -> None:
         """Look into the lists once, for producers that do not ring."""
         for channel in list(self.channels):
-            channel.claim()
+            if channel.listening and channel.store.waits():
+                channel.claim()
 
 
 def register() -> None:

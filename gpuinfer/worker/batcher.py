@@ -302,7 +302,8 @@ class Batcher:
     def tick(self) -> None:
         """Look after what waits for time or for Redis. Called a few times a second."""
         self._settle([])
-        self.collect()
+        if not self.engine.done.empty():
+            self.collect()
         self.pump()
 
     @property

@@ -54,27 +54,32 @@ class Bookkeeping:
         #: Celery's event dispatcher; set at each connection.
         self.dispatcher: Any = None
 
+    @property
+    def _watched(self) -> bool:
+        """Whether anybody wants events; looked at first, as their fields take longer to make than to skip."""
+        return self.dispatcher is not None and bool(self.dispatcher.enabled)
+
     def _event(self, kind: str, work: Work, **fields: Any) -> None:
-        if self.dispatcher is not None and self.dispatcher.enabled:
-            self.dispatcher.send(kind, uuid=work.id, **fields)
+        self.dispatcher.send(kind, uuid=work.id, **fields)
 
     def received(self, work: Work) -> None:
         """A task has been claimed."""
         view = self._views[work.id] = View(work, self._hostname)
         state.task_reserved(view)
-        headers = work.envelope.headers
-        self._event(
-            "task-received",
-            work,
-            name=view.name,
-            args=f"<{len(work.inputs)} inputs>",
-            kwargs=f"model={work.model}",
-            root_id=headers.get("root_id"),
-            parent_id=headers.get("parent_id"),
-            retries=work.retries,
-            eta=None,
-            expires=headers.get("expires"),
-        )
+        if self._watched:
+            headers = work.envelope.headers
+            self._event(
+                "task-received",
+                work,
+                name=view.name,
+                args=f"<{len(work.inputs)} inputs>",
+                kwargs=f"model={work.model}",
+                root_id=headers.get("root_id"),
+                parent_id=headers.get("parent_id"),
+                retries=work.retries,
+                eta=None,
+                expires=headers.get("expires"),
+            )
         if signals.task_received.receivers:
             signals.task_received.send(sender=self._hostname, request=view)
 
@@ -83,7 +88,8 @@ class Bookkeeping:
         view = self._views.get(work.id)
         if view is not None:
             state.task_accepted(view)
-        self._event("task-started", work)
+        if self._watched:
+            self._event("task-started", work)
         if signals.task_prerun.receivers:
             signals.task_prerun.send(
                 sender=work.envelope.task, task_id=work.id, task=None, args=(), kwargs={}
@@ -94,6 +100,11 @@ class Bookkeeping:
         view = self._views.pop(work.id, None)
         if view is not None:
             state.task_ready(view)
+        if self._watched:
+            self._ended(work, error, result)
+        self._signal(work, error, result)
+
+    def _ended(self, work: Work, error: GpuinferError | None, result: Any) -> None:
         if isinstance(error, (TaskRevoked, TaskExpired)):
             self._event(
                 "task-revoked", work, terminated=False, signum=None, expired=isinstance(error, TaskExpired)
@@ -102,7 +113,6 @@ class Bookkeeping:
             self._event("task-failed", work, exception=repr(error), traceback="")
         elif result is not None:
             self._event("task-succeeded", work, result="<not shown>", runtime=work.ran_s)
-        self._signal(work, error, result)
 
     def _signal(self, work: Work, error: GpuinferError | None, result: Any) -> None:
         if error is not None and signals.task_failure.receivers:

@@ -7,6 +7,7 @@ Runs for ``gpuinfer worker N`` and for ``celery -A gpuinfer.queue.app worker`` a
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -182,6 +183,9 @@ def _ready(sender: Any, **_: object) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, _stop)
     SystemdNotifier().notify(f"READY=1\nSTATUS=serving {', '.join(models)} on {batcher.device}")
+    # What was loaded so far lives as long as the process: a full collection need not walk over it.
+    gc.collect()
+    gc.freeze()
     log.info("worker_ready", worker=batcher.store.worker, models=models, device=batcher.device)
 
 
@@ -189,10 +193,9 @@ def _stop(number: int, _: object) -> None:
     """Finish the running batch and end.
 
     A second Ctrl-C ends at once; what ran is put back at the next start. SIGQUIT is a SIGTERM:
-    Celery's cold shutdown would run its handler on top of the task (facts of the solo pool).
+    Celery's cold shutdown would run its handler on top of a task in the solo pool. Nothing is logged
+    here: a signal that strikes inside a write to the log would make that write fail.
     """
     if state.should_stop is not None and number == signal.SIGINT:
         os._exit(128 + signal.SIGINT)
-    log.info("stopping", signal=signal.Signals(number).name)
-    SystemdNotifier().notify("STOPPING=1")
     state.should_stop = 0

@@ -9,6 +9,7 @@ from typing import Any
 from celery import bootsteps
 from celery.worker import consumer as stock
 from celery.worker.state import maybe_shutdown
+from sdnotify import SystemdNotifier
 
 from gpuinfer.log import get_logger
 from gpuinfer.worker.batcher import Batcher
@@ -55,6 +56,8 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
         if consumer.blueprint.state == bootsteps.RUN:  # a reconnection, not the end
             self.batcher.detach()
         else:
+            SystemdNotifier().notify("STOPPING=1")
+            log.info("stopping", worker=self.batcher.store.worker)
             self.batcher.drain(timeout_s=10.0)
 
 

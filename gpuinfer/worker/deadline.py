@@ -26,6 +26,8 @@ from gpuinfer.errors import SoftTimeLimitExceeded
 
 #: Seconds after the hard limit at which the kernel ends a process whose Python no longer runs.
 KERNEL_GRACE_S = 2.0
+#: Seconds that ``on_hard`` may take.
+KERNEL_GRACE_AT_END_S = 15.0
 
 
 class _Interrupt(BaseException):
@@ -41,6 +43,7 @@ class _Watch:
     hard_at: float
     #: Taken once: by the block when it ends in time, or by the watcher when it interrupts it.
     gate: threading.Lock = field(default_factory=threading.Lock)
+    sent: bool = False
     over: bool = False
 
 
@@ -79,8 +82,10 @@ class Deadline:
             except BaseException as exc:
                 failure = exc
             in_time = watch.gate.acquire(blocking=False)
-            while not in_time:  # the interrupt is on its way
+            while not in_time and not watch.sent:
                 time.sleep(0.001)
+            for _ in range(0 if in_time else 10):  # one that was sent strikes here, unless it was swallowed
+                time.sleep(0)
         except _Interrupt:
             in_time = False
         watch.over = True
@@ -108,10 +113,13 @@ class Deadline:
             pass
         if watch.gate.acquire(blocking=False):
             _interrupt(watch.thread_id)
+            watch.sent = True
         try:
             return self._watches.get(timeout=max(0.0, watch.hard_at - self._clock()))
         except queue.Empty:
             if not watch.over:
+                # Ending in order may take a moment: Redis is told who the offender was.
+                signal.setitimer(signal.ITIMER_REAL, KERNEL_GRACE_AT_END_S)
                 self._on_hard()
         return self._watches.get()
 

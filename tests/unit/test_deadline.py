@@ -71,7 +71,10 @@ def test_code_that_catches_everything(deadline: Deadline) -> None:
 def test_hard_limit_calls_out(deadline: Deadline, hard: list[float]) -> None:
     """At the hard limit the watcher is told to end the process, while the block still runs."""
     with pytest.raises(SoftTimeLimitExceeded), deadline.guard(0.02, 0.06):
-        time.sleep(0.2)
+        with contextlib.suppress(BaseException):  # the interrupt at the soft limit
+            spin(5)
+        while not hard:  # the machine may be busy; pytest's own limit ends a wait in vain
+            time.sleep(0.01)
     assert len(hard) == 1
 
 
