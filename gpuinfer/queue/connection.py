@@ -28,14 +28,14 @@ from gpuinfer.errors import BrokerUnavailable, QueueFull
 from gpuinfer.settings import BrokerSettings
 
 
-def _socket(url: str) -> tuple[str, str] | None:
-    """Return (path, db) of a Unix socket URL, else None."""
+def _socket(url: str) -> tuple[str, str, str] | None:
+    """Return (user:password@ or '', path, db) of a Unix socket URL, else None."""
     parts = urlsplit(url)
     if parts.scheme not in ("unix", "redis+socket"):
         return None
     query = parse_qs(parts.query)
     db = (query.get("db") or query.get("virtual_host") or ["0"])[0]
-    return parts.path, db
+    return parts.netloc, parts.path, db
 
 
 def _credentials(broker: BrokerSettings) -> str:
@@ -55,14 +55,14 @@ def _with_credentials(broker: BrokerSettings, scheme: str) -> str:
 def redis_url(broker: BrokerSettings) -> str:
     """Return the URL that redis-py understands, without credentials of the settings."""
     found = _socket(broker.url)
-    return f"unix://{found[0]}?db={found[1]}" if found else broker.url
+    return f"unix://{found[0]}{found[1]}?db={found[2]}" if found else broker.url
 
 
 def celery_urls(broker: BrokerSettings) -> tuple[str, str]:
     """Return (broker URL on our transport, result back-end URL) for Celery."""
     found = _socket(broker.url)
     if found:
-        tail = f"://{_credentials(broker)}{found[0]}?virtual_host={found[1]}"
+        tail = f"://{_credentials(broker) or found[0]}{found[1]}?virtual_host={found[2]}"
         return "gpuinfer+socket" + tail, "redis+socket" + tail
     return _with_credentials(broker, "gpuinfer"), _with_credentials(broker, urlsplit(broker.url).scheme)
 

@@ -18,6 +18,7 @@ PRIORITIES = range(10)
 RESULT_PREFIX = "celery-task-meta-"
 BELL_PREFIX = "gpuinfer:bell:"
 INFLIGHT_PREFIX = "gpuinfer:inflight:"
+LIFE_PREFIX = "gpuinfer:life:"
 IDEMPOTENCY_PREFIX = "gpuinfer:key:"
 DEAD = "gpuinfer:dead"
 WAITING = "gpuinfer:waiting"
@@ -51,6 +52,11 @@ def bell(queue: str) -> str:
 def inflight(worker: str) -> str:
     """Return the hash of what ``worker`` (``gpu0@host``) has claimed and not settled."""
     return INFLIGHT_PREFIX + worker
+
+
+def life(worker: str) -> str:
+    """Return the counter of ``worker``'s lives: each process counts one, and each doubt about a claim."""
+    return LIFE_PREFIX + worker
 
 
 def result(task_id: str) -> str:

@@ -15,7 +15,7 @@ import uuid
 from base64 import b64decode
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeGuard
 
 import orjson
 
@@ -148,18 +148,24 @@ class Envelope:
 
 
 def _loads(raw: bytes | str) -> Any:
-    """Parse JSON; NaN and Infinity, which Python's own writer emits, are let through to validation."""
+    """Parse JSON; NaN and Infinity, which Python's own writer emits, are let through to validation.
+
+    Raises ValueError or TypeError for whatever else can be wrong.
+    """
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError:
-        return json.loads(raw)
+        try:
+            return json.loads(raw)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
 
 
 def decode(payload: bytes) -> Envelope:
     """Read a list entry. Raises Undecodable saying why it can never run."""
     try:
         raw = _loads(payload)
-    except ValueError as exc:
+    except (ValueError, TypeError) as exc:
         raise Undecodable(f"not JSON: {exc}") from None
     if not isinstance(raw, dict):
         raise Undecodable("not a JSON object")
@@ -167,17 +173,33 @@ def decode(payload: bytes) -> Envelope:
     if not isinstance(headers, dict) or not isinstance(properties, dict):
         raise Undecodable("no headers or properties: not a message of kombu")
     task, task_id = headers.get("task"), headers.get("id")
-    if not isinstance(task, str) or not isinstance(task_id, str):
+    if not _is_text(task) or not _is_text(task_id):
         raise Undecodable("no task name or id in the headers: not Celery's protocol 2")
     if raw.get("content-type") != "application/json":
         raise Undecodable(f"content type {raw.get('content-type')!r}; only application/json is read", task_id)
-    counts = raw.get("gpuinfer") or (0, 0)
-    return Envelope(raw, headers, properties, task, task_id, int(counts[0]), int(counts[1]))
+    counts = raw.get("gpuinfer", [0, 0])
+    if not isinstance(counts, list) or len(counts) != 2 or not all(type(count) is int for count in counts):
+        raise Undecodable("its counts of deliveries and deaths are no counts", task_id)
+    return Envelope(raw, headers, properties, task, task_id, *counts)
 
 
-def expires_at(headers: dict[str, Any]) -> float | None:
-    """Return the header's deadline in seconds since the epoch, or None."""
-    value = headers.get("expires")
+def _is_text(value: object) -> TypeGuard[str]:
+    """Tell a string that can be written again: a lone surrogate cannot."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def moment_of(headers: dict[str, Any], name: str) -> float | None:
+    """Return what the header ``expires`` or ``eta`` says, in seconds since the epoch, or None.
+
+    Raises InputError when it is no point in time.
+    """
+    value = headers.get(name)
     if value is None:
         return None
     if isinstance(value, (int, float)):
@@ -185,5 +207,5 @@ def expires_at(headers: dict[str, Any]) -> float | None:
     try:
         moment = datetime.fromisoformat(str(value))
     except ValueError:
-        return None
+        raise InputError(f"must be a time in ISO 8601, got {value!r:.60}", name) from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

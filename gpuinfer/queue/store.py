@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import orjson
 import redis
 
-from gpuinfer.errors import DeadLettered, GpuinferError
+from gpuinfer.errors import DeadLettered, GpuinferError, WorkerRunning
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.message import Undecodable, decode
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QueueSettings
 
+#: How many sequence ids a life has: numbers stay exact in Lua, and a life lasts for days.
+SEQS_OF_A_LIFE = 2**32
 #: The rank of a task whose list was passed over for too long.
 AGED = -1
 
@@ -74,7 +76,8 @@ class Store:
         self.inflight = keys.inflight(worker)
         self._settings = settings
         self._clock = clock
-        self._seq = 1
+        self._life = 0
+        self._seq = 0
         #: True after a claim whose answer was lost: what it took is not known here.
         self._unsure = False
         self._claim = bind(client, "claim")
@@ -83,6 +86,7 @@ class Store:
         self._release = bind(client, "release")
         self._restore = bind(client, "restore")
         self._bury = bind(client, "bury")
+        self._count_life = bind(client, "life")
 
     def serve(self, queues: Sequence[str]) -> None:
         """Claim from these queues from now on."""
@@ -103,25 +107,44 @@ class Store:
         if room <= 0 or not lists:
             return []
         ageing_ms = 0 if better_than is not None else int(self._settings.ageing_s * 1000)
-        first, self._seq = self._seq, self._seq + room
+        if not self._life or self._seq % SEQS_OF_A_LIFE + room >= SEQS_OF_A_LIFE:
+            self._begin_life()
+        bell = keys.bell(keys.split_list_key(lists[0])[0])
         try:
             flat = self._claim(
-                keys=[self.inflight, keys.WAITING, keys.bell(keys.split_list_key(lists[0])[0]), *lists],
-                args=[room, ageing_ms, first],
+                keys=[self.inflight, keys.WAITING, bell, keys.life(self.worker), *lists],
+                args=[room, ageing_ms, self._seq, self._life],
             )
         except (redis.ConnectionError, redis.TimeoutError):
-            self._unsure = True
+            self._unsure, self._life = True, 0
             raise
+        except redis.ResponseError as exc:
+            if "STALE" in str(exc):
+                raise WorkerRunning(
+                    f"another worker called {self.worker} has taken over; names must differ between hosts"
+                ) from exc
+            raise
+        self._seq += len(flat) // 3
         return [
             Claimed(int(flat[i]), lists[abs(place) - 1], AGED if place < 0 else place - 1, flat[i + 2])
             for i in range(0, len(flat), 3)
             for place in (flat[i + 1],)
         ]
 
+    def _begin_life(self) -> None:
+        """Count a life of this worker. Its number is part of each sequence id, so that none comes twice."""
+        self._life = int(self._count_life(keys=[keys.life(self.worker)]))
+        self._seq = self._life * SEQS_OF_A_LIFE
+
+    def doubt(self) -> None:
+        """Compare what is held with what is in flight before the next claim, as after a reconnection."""
+        self._unsure = True
+
     def reconcile(self, known: Iterable[int]) -> int:
         """Give back what a claim with a lost answer took. ``known`` are the seqs this worker holds."""
         if not self._unsure:
             return 0
+        self._begin_life()  # a claim that is still on its way is refused from now on
         held = set(known)
         fields = self.client.hkeys(self.inflight)
         lost = sorted(int(f) for f in fields if f.isdigit() and int(f) not in held)
@@ -143,9 +166,12 @@ class Store:
             args += (task_id, meta)
         return {int(position) - 1 for position in self._begin(keys=[self.inflight], args=args)}
 
-    def settle(self, finals: Sequence[Final]) -> int:
-        """Write final states and drop the tasks from flight. Safe to repeat."""
-        args: list[bytes | str | int] = [self._settings.result_ttl_s, keys.RESULT_PREFIX]
+    def settle(self, finals: Sequence[Final], *, idle: bool = False) -> int:
+        """Write final states and drop the tasks from flight. Safe to repeat.
+
+        ``idle`` says that nothing runs now: a death is on nobody's account.
+        """
+        args: list[bytes | str | int] = [self._settings.result_ttl_s, keys.RESULT_PREFIX, int(idle)]
         for final in finals:
             args += ("" if final.seq is None else final.seq, final.task_id, final.meta)
         return int(self._settle(keys=[self.inflight], args=args))
@@ -162,7 +188,14 @@ class Store:
         Only for a worker that is known not to run. Safe to repeat after being cut off anywhere.
         """
         flat = self._restore(
-            keys=[self.inflight], args=[keys.BELL_PREFIX, keys.SEP, self._settings.max_deaths]
+            keys=[self.inflight],
+            args=[
+                keys.BELL_PREFIX,
+                keys.SEP,
+                self._settings.max_deaths,
+                keys.RESULT_PREFIX,
+                results.PENDING_META,
+            ],
         )
         dead = []
         for i in range(1, len(flat), 4):

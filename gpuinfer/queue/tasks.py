@@ -6,12 +6,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Literal
 
-from celery import shared_task
+from celery import current_task, shared_task
 
-from gpuinfer.errors import GpuinferError
+from gpuinfer.errors import GpuinferError, InputError
 from gpuinfer.models.tensors import Item
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT
-from gpuinfer.settings import load_settings
+from gpuinfer.settings import QUEUES, load_settings
 
 Encoding = Literal["list", "b64"]
 
@@ -25,7 +25,14 @@ def _load(name: str) -> Any:
 
 
 def _here(inputs: list[Any], model: str | None, top_k: int | None, encoding: Encoding) -> list[Any]:
-    """Run inputs in this process on the CPU; the entry of a bad one is its error."""
+    """Run inputs in this process on the CPU; the entry of a bad one is its error.
+
+    For direct and eager calls. A worker gets here only by a queue that is none of ours: it must not
+    fall back to the CPU in silence.
+    """
+    request = current_task.request if current_task else None
+    if request is not None and not request.called_directly and not request.is_eager:
+        raise InputError(f"predictions run from the queues {', '.join(QUEUES)} alone", "queue")
     from gpuinfer.models.outputs import render_batch
     from gpuinfer.models.tensors import decode_batch
 

@@ -10,6 +10,7 @@ kombu's stock path.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from kombu.transport import TRANSPORT_ALIASES
@@ -18,7 +19,7 @@ from kombu.transport.virtual import base as virtual
 from kombu.utils.json import dumps, loads
 from redis.exceptions import OutOfMemoryError
 
-from gpuinfer.errors import DeadLettered
+from gpuinfer.errors import DeadLettered, WorkerRunning
 from gpuinfer.queue import keys
 from gpuinfer.queue.store import Claimed, Final, Store
 from gpuinfer.settings import QUEUES, QueueSettings
@@ -41,6 +42,9 @@ class Sink(Protocol):
 
     def held(self) -> set[int]:
         """Return the seqs of all tasks held."""
+
+    def fenced(self, error: WorkerRunning) -> None:
+        """Another process claims under this worker's name: end this one."""
 
 
 def _seq(tag: object) -> int | None:
@@ -175,7 +179,8 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             for queue in active
             if queue not in QUEUES
         ]
-        if self._room()[0]:
+        room, better_than = self._room()
+        if room and better_than is None:  # else the bells are for others; the timer finds what is urgent
             wanted += [keys.bell(queue) for queue in self.served]
         if not wanted:
             return
@@ -193,7 +198,8 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         if self._room()[0]:
             self.claim()
         else:  # it was for another worker: pass it on
-            self._create_client().lpush(keys.bell(queue), 1)
+            with suppress(OutOfMemoryError):  # the others' timers find it
+                self._create_client().lpush(keys.bell(queue), 1)
 
     @property
     def listening(self) -> bool:
@@ -210,7 +216,13 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         if self.sink is not None:
             delivered = {seq for tag in self.qos._delivered if (seq := _seq(tag)) is not None}
             store.reconcile(self.sink.held() | delivered)
-        tasks = store.claim(room, better_than=better_than)
+        try:
+            tasks = store.claim(room, better_than=better_than)
+        except WorkerRunning as exc:
+            if self.sink is None:
+                raise
+            self.sink.fenced(exc)
+            return 0
         if tasks and self.sink is not None:
             self.sink.receive(self, tasks)
         else:

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
-from gpuinfer.errors import DeadLettered, GpuinferError, TaskExpired, TaskRevoked
+from gpuinfer.errors import (
+    DeadLettered,
+    GpuinferError,
+    SoftTimeLimitExceeded,
+    TaskExpired,
+    TaskRevoked,
+    WorkerRunning,
+)
 from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.queue import results
@@ -67,7 +74,10 @@ class Batcher:
         self._buffer = Buffer(engine.limit)
         self._most = max(engine.limit(name) for name in manifests)
         self._outbox: list[Final] = []
+        self._noted_idle = True
+        self._refused = False
         self._closed = False
+        self._debug = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
         self._payload_bytes = 4096.0  # moving average of one payload
         self.channel: Channel | None = None
 
@@ -75,6 +85,11 @@ class Batcher:
     def models(self) -> Mapping[str, Manifest]:
         """The manifests of the models served, by name."""
         return self._manifests
+
+    @property
+    def closed(self) -> bool:
+        """True when it has been drained."""
+        return self._closed
 
     def attach(self, channel: Channel, dispatcher: Any) -> None:
         """Serve a new connection."""
@@ -91,7 +106,7 @@ class Batcher:
         if self._closed:
             return 0, None
         affordable = max(1, int(BUFFER_BYTES / self._payload_bytes))
-        held = len(self._buffer)
+        held = self._buffer.due(self._clock())
         if held < min(self._most, affordable):
             return min(self._most, affordable) - held, None
         worst = self._buffer.rank_at(self._most - 1)
@@ -104,6 +119,10 @@ class Batcher:
         if self.engine.current is not None:
             seqs |= {work.seq for work in self.engine.current.works}
         return seqs | {final.seq for final in self._outbox if final.seq is not None}
+
+    def fenced(self, error: WorkerRunning) -> None:
+        """End the process: another one claims under this name."""
+        self._on_fatal(error)
 
     def receive(self, channel: Channel, tasks: Sequence[Claimed]) -> None:
         """Read claimed tasks into the buffer; what can never run ends here."""
@@ -118,12 +137,23 @@ class Batcher:
                     continue
                 self._admit(task, envelope, finals)
             except Undecodable as exc:
-                letter = self.store.bury(
-                    task.seq, task.list_key, task.payload, DeadLettered(f"cannot be decoded: {exc}")
-                )
-                log.error("task_dead_lettered", task_id=letter, queue=task.list_key, reason=str(exc))
+                self._bury(task, str(exc))
+            except (ValueError, TypeError, ArithmeticError, RecursionError) as exc:
+                # Whatever a stranger's message may do to us, it must not take its neighbours along.
+                log.exception("message_unreadable", queue=task.list_key)
+                self._bury(task, f"{type(exc).__name__}: {exc}")
         self._settle(finals)
         self.pump()
+
+    def _bury(self, task: Claimed, reason: str) -> None:
+        error = DeadLettered(f"cannot be decoded: {reason}")
+        try:
+            letter = self.store.bury(task.seq, task.list_key, task.payload, error)
+        except (redis.RedisError, OSError) as exc:
+            self.store.doubt()  # it is put back at the next claim, and comes again
+            self._redis_trouble("bury", exc)
+            return
+        log.error("task_dead_lettered", task_id=letter, queue=task.list_key, reason=reason)
 
     def _admit(self, task: Claimed, envelope: Any, finals: list[Final]) -> None:
         try:
@@ -142,6 +172,8 @@ class Batcher:
                 "task_refused", task_id=envelope.id, queue=task.list_key, code=exc.code, reason=str(exc)
             )
             return
+        if work.eta is not None:
+            work.not_before = self._clock() + max(0.0, work.eta - self._wall())
         self._books.received(work)
         self._buffer.add(work)
 
@@ -178,13 +210,12 @@ class Batcher:
                 work.time_start = now
                 self._books.started(work)
         self.engine.submit(batch)
-        if log.isEnabledFor(logging.DEBUG):
+        self._noted_idle = False
+        if self._debug:
             log.debug("batch_begun", model=batch.model, task_ids=[work.id for work in batch.works])
         return True
 
     def _started(self, work: Work) -> bytes:
-        if not work.keeps_result:
-            return b""
         return results.started(work.id, self.store.worker, os.getpid())
 
     def _drop_stale(self) -> None:
@@ -194,6 +225,8 @@ class Batcher:
             error: GpuinferError | None = None
             if work.expires_at is not None and work.expires_at <= now and work.time_start is None:
                 error = TaskExpired("its deadline passed before a worker could begin it")
+            elif work.ran_s >= work.soft_total_s:
+                error = SoftTimeLimitExceeded(f"ran longer than its soft limit of {work.soft_total_s:g} s")
             elif self._books.revoked(work.id):
                 error = TaskRevoked("it was revoked before a worker began it")
             if error is not None:
@@ -284,18 +317,21 @@ class Batcher:
     def _settle(self, finals: list[Final]) -> None:
         """Write final states; while Redis is away they wait here and are written when it is back."""
         self._outbox += finals
-        if not self._outbox:
+        idle = self.engine.current is None
+        if not self._outbox and (self._noted_idle or not idle):
             return
         try:
-            self.store.settle(self._outbox)
+            self.store.settle(self._outbox, idle=idle)
         except (redis.RedisError, OSError) as exc:
             self._redis_trouble("settle", exc)
             return
-        self._outbox = []
+        self._outbox, self._noted_idle, self._refused = [], idle, False
 
     def _redis_trouble(self, what: str, exc: Exception) -> None:
-        if not isinstance(exc, AWAY):
-            log.error("redis_refused", operation=what, reason=str(exc))
+        """Say once that Redis refuses; that it is away, the connection says."""
+        if not isinstance(exc, AWAY) and not self._refused:
+            log.error("redis_refused", operation=what, reason=str(exc), hint="tried again until it works")
+            self._refused = True
 
     # -- life -----------------------------------------------------------------------------
 
@@ -306,13 +342,13 @@ class Batcher:
             self.collect()
         self.pump()
 
-    @property
-    def idle(self) -> bool:
-        """True when nothing runs and nothing waits to be settled."""
-        return self.engine.current is None and not self._outbox
-
     def drain(self, timeout_s: float) -> None:
-        """Hand back what has not begun, finish the running batch, settle it. For a warm shutdown."""
+        """Hand back what has not begun, finish the running batch, settle it. For a warm shutdown.
+
+        Called again, it does nothing.
+        """
+        if self._closed:
+            return
         self._closed = True
         works = self._buffer.clear()
         try:

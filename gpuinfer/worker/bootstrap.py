@@ -72,6 +72,10 @@ def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]
     if not options.get("queues"):
         worker.app.amqp.queues.select(settings.worker.queues)
     signals.worker_ready.connect(_ready, weak=False)
+    from gpuinfer.worker.consumer import drain
+
+    # Celery stops its steps only when all of them had started; without Redis they had not.
+    signals.worker_shutdown.connect(lambda **_: drain(worker.gpuinfer.batcher), weak=False)
 
 
 def _only_solo(conf: Any, options: Mapping[str, Any]) -> None:
@@ -87,9 +91,11 @@ def _only_solo(conf: Any, options: Mapping[str, Any]) -> None:
 
 
 def number_of(name: str) -> int:
-    """Return the GPU number in a node name ``gpuN@host``; 0 for another name."""
+    """Return the GPU number in a node name ``gpuN@host``. Raises ConfigError for another name."""
     found = re.match(r"gpu(\d+)@", name)
-    return int(found.group(1)) if found else 0
+    if found is None:
+        raise ConfigError(f"a worker is named after its GPU, such as gpu0@{name.partition('@')[2]}", "-n")
+    return int(found.group(1))
 
 
 def prepare(settings: Settings, name: str) -> Process:
@@ -100,25 +106,27 @@ def prepare(settings: Settings, name: str) -> Process:
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     lock = acquire(settings.worker.run_dir, name)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    models = _load_models(settings, binding)
+    loaded = _load_models(settings, binding)
     device = "cpu" if binding.device == "cpu" else f"gpu{number_of(name)}"
-    return Process(_build(settings, name, models, device), lock)
+    return Process(_build(settings, name, loaded, device), lock)
 
 
-def _load_models(settings: Settings, binding: Binding) -> dict[str, LoadedModel]:
+def _load_models(settings: Settings, binding: Binding) -> dict[str, tuple[LoadedModel, int]]:
+    """Load the models to serve, each with the largest batch that fits the device."""
     from gpuinfer.models.loader import load  # torch is imported here, after the binding
     from gpuinfer.models.repository import Repository
 
     _check_device(binding)
     repository = Repository(settings.models.folders)
-    loaded: dict[str, LoadedModel] = {}
+    loaded: dict[str, tuple[LoadedModel, int]] = {}
     for name in settings.worker.models or (settings.models.default,):
         started = time.monotonic()
         model = load(repository.get(name), binding.device, threads=settings.worker.threads)
-        model.warm_up()
-        loaded[name] = model
+        wanted = model.manifest.max_batch_size
+        fits = model.warm_up(min(wanted, settings.worker.max_batch_size or wanted))
+        loaded[name] = model, fits
         took = round((time.monotonic() - started) * 1000)
-        log.info("model_loaded", model=name, device=binding.device, duration_ms=took)
+        log.info("model_loaded", model=name, device=binding.device, max_batch_size=fits, duration_ms=took)
     return loaded
 
 
@@ -134,7 +142,7 @@ def _check_device(binding: Binding) -> None:
         raise DeviceError(f"{binding.device} cannot be used: {exc}", "worker.device") from exc
 
 
-def _build(settings: Settings, name: str, models: dict[str, LoadedModel], device: str) -> Batcher:
+def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, int]], device: str) -> Batcher:
     from gpuinfer.worker.batcher import Batcher
     from gpuinfer.worker.bookkeeping import Bookkeeping
     from gpuinfer.worker.deadline import Deadline
@@ -148,11 +156,13 @@ def _build(settings: Settings, name: str, models: dict[str, LoadedModel], device
 
     def on_fatal(error: GpuinferError) -> None:
         log.critical(
-            "device_lost", worker=name, reason=str(error), hint="the process ends; its tasks are put back"
+            "worker_ends", worker=name, code=error.code, reason=str(error), hint="its tasks are put back"
         )
         os._exit(error.exit_code)
 
-    engine = Engine(models, Deadline(on_hard), wake=lambda: None, most=settings.worker.max_batch_size)
+    models = {key: model for key, (model, _) in loaded.items()}
+    sizes = {key: fits for key, (_, fits) in loaded.items()}
+    engine = Engine(models, sizes, Deadline(on_hard), wake=lambda: None)
     manifests = {key: model.manifest for key, model in models.items()}
     return Batcher(store, engine, manifests, settings, device, Bookkeeping(name), on_fatal)
 

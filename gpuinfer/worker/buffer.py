@@ -58,10 +58,6 @@ class Buffer:
     def __iter__(self) -> Iterator[Work]:
         return iter(self._works)
 
-    @property
-    def payload_bytes(self) -> int:
-        return sum(len(work.claimed.payload) for work in self._works)
-
     def add(self, work: Work) -> None:
         """Put a task at its place: after its equals when new, before them when it comes back."""
         if not work.arrival:
@@ -77,6 +73,10 @@ class Buffer:
         """Empty the buffer and return what it held, in order."""
         works, self._works = self._works, []
         return works
+
+    def due(self, now: float) -> int:
+        """Return how many tasks wait for the device alone, not for a time."""
+        return sum(1 for work in self._works if work.not_before <= now)
 
     def rank_at(self, position: int) -> int | None:
         """Return the rank of the task at ``position`` in the order, None when there are fewer."""
@@ -102,11 +102,10 @@ class Buffer:
             count = min(work.left, room)
             parts.append(Part(work, start, start + count))
             room -= count
-        return Batch(first.model, tuple(parts), first.soft_limit_s, first.hard_limit_s)
-
-    def next_due(self) -> float | None:
-        """Return the monotonic time of the earliest retry that waits, None when none does."""
-        return min((work.not_before for work in self._works if work.not_before), default=None)
+        works = [part.work for part in parts]
+        soft_s = min(min(work.soft_limit_s, work.soft_total_s - work.ran_s) for work in works)
+        hard_s = min(min(work.hard_limit_s, work.hard_total_s - work.ran_s) for work in works)
+        return Batch(first.model, tuple(parts), soft_s, hard_s)
 
 
 def _fellows(first: Work, other: Work, now: float) -> bool:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from typing import Any
 
 from celery import bootsteps
 from celery.worker import consumer as stock
 from celery.worker.state import maybe_shutdown
+from redis.exceptions import ResponseError
 from sdnotify import SystemdNotifier
 
 from gpuinfer.log import get_logger
@@ -20,6 +22,10 @@ log = get_logger(__name__)
 RETRY_START_S, RETRY_MAX_S = 0.2, 2.0
 #: Seconds the batcher's timer sleeps.
 TICK_S = 0.1
+#: Seconds that results may wait for Redis when the worker stops.
+DRAIN_TIMEOUT_S = 10.0
+#: A key that is not there: to set its expiry is a write that changes nothing.
+PROBE = "gpuinfer:probe"
 #: Seconds a broken connection may take to close.
 COLLECT_TIMEOUT_S = 1.0
 
@@ -35,7 +41,9 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
         self._restored = False
 
     def start(self, consumer: Any) -> None:
-        if not self._restored:
+        if self._restored:
+            self.batcher.store.doubt()  # what was on Celery's own path is nobody's now
+        else:
             self._restore()
         channel = consumer.task_consumer.channel
         channel.sink = self.batcher
@@ -56,9 +64,15 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
         if consumer.blueprint.state == bootsteps.RUN:  # a reconnection, not the end
             self.batcher.detach()
         else:
-            SystemdNotifier().notify("STOPPING=1")
-            log.info("stopping", worker=self.batcher.store.worker)
-            self.batcher.drain(timeout_s=10.0)
+            drain(self.batcher)
+
+
+def drain(batcher: Batcher) -> None:
+    """Drain the batcher and tell systemd. The second call does nothing."""
+    if not batcher.closed:
+        SystemdNotifier().notify("STOPPING=1")
+        log.info("stopping", worker=batcher.store.worker)
+        batcher.drain(DRAIN_TIMEOUT_S)
 
 
 class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
@@ -83,14 +97,22 @@ class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
             self.connection.collect(socket_timeout=COLLECT_TIMEOUT_S)
 
     def ensure_connected(self, conn: Any) -> Any:
-        connected = conn.ensure_connection(
-            lambda exc, _: self._lost(exc),
-            None,
-            RETRY_START_S,
-            RETRY_START_S,
-            RETRY_MAX_S,
-            callback=maybe_shutdown,
-        )
+        while True:
+            connected = conn.ensure_connection(
+                lambda exc, _: self._lost(exc),
+                None,
+                RETRY_START_S,
+                RETRY_START_S,
+                RETRY_MAX_S,
+                callback=maybe_shutdown,
+            )
+            try:
+                connected.default_channel.client.expire(PROBE, 1)
+                break
+            except ResponseError as exc:  # a replica, or a disk that is full: it takes no writes
+                self._lost(exc)
+                time.sleep(RETRY_MAX_S)
+                maybe_shutdown()
         self.first_connection_attempt = False
         if self.away:
             log.info("redis_back")

@@ -42,38 +42,53 @@ class Done:
     fatal: GpuinferError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When a batch must have ended, on the monotonic clock: halves of it share its time."""
+
+    soft_at: float
+    hard_at: float
+
+    @classmethod
+    def of(cls, batch: Batch) -> Limits:
+        """Start the batch's limits now."""
+        now = time.monotonic()
+        return cls(now + batch.soft_limit_s, now + batch.hard_limit_s)
+
+    def left(self) -> tuple[float, float]:
+        """Return the seconds left until the soft and the hard limit; a thousandth at least."""
+        now = time.monotonic()
+        return max(0.001, self.soft_at - now), max(0.001, self.hard_at - now)
+
+
 class Engine:
     """Runs batches on a thread of its own, one after another.
 
-    ``wake`` is called in that thread whenever something was added to ``done``; ``most`` bounds every
-    model's batch (0: not at all).
+    ``sizes`` gives each model's largest batch that is known to fit its device; ``wake`` is called in
+    that thread whenever something was added to ``done``.
     """
 
     def __init__(
-        self, models: Mapping[str, LoadedModel], deadline: Deadline, wake: Callable[[], None], most: int = 0
+        self,
+        models: Mapping[str, LoadedModel],
+        sizes: Mapping[str, int],
+        deadline: Deadline,
+        wake: Callable[[], None],
     ) -> None:
         self._models = models
+        self._sizes = dict(sizes)
         self._deadline = deadline
-        self._most = most
         self.wake = wake
-        #: Largest batch that is known to fit into the device's memory, by model.
-        self.safe_size: dict[str, int] = {}
         self.done: queue.SimpleQueue[Done] = queue.SimpleQueue()
         self._jobs: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         #: The batch that is running or about to; set by the main thread.
         self.current: Batch | None = None
-        #: Seconds the thread has spent on batches.
-        self.busy_s = 0.0
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
 
     def limit(self, model: str) -> int:
-        """Return the model's largest batch: its manifest's, less what did not fit."""
-        manifest = self._models[model].manifest
-        most = manifest.max_batch_size if manifest.batchable else 1
-        if self._most:
-            most = min(most, self._most)
-        return min(most, self.safe_size.get(model, most))
+        """Return the model's largest batch; one that did not fit has made it smaller for good."""
+        return self._sizes[model]
 
     def submit(self, batch: Batch) -> None:
         """Hand a batch over. The thread must be idle."""
@@ -97,7 +112,6 @@ class Engine:
                 log.exception("batch_failed", model=batch.model, batch_size=batch.size)
                 outcomes = [InferenceError(f"{type(exc).__name__}: {exc}")] * batch.size
             seconds = time.monotonic() - started
-            self.busy_s += seconds
             self.done.put(Done(batch, outcomes, seconds, fatal))
             self.wake()
 
@@ -108,7 +122,8 @@ class Engine:
         decoded = decode_batch(model.manifest, inputs)
         outcomes: list[Any] = list(decoded)
         good = [i for i, item in enumerate(decoded) if not isinstance(item, GpuinferError)]
-        ran = self._forward(model, batch, [decoded[i] for i in good])  # type: ignore[misc]  # errors are filtered out
+        wanted: list[Any] = [decoded[i] for i in good]
+        ran = self._forward(model, batch, wanted, Limits.of(batch))
         answers = [(i, out) for i, out in zip(good, ran, strict=True) if not isinstance(out, Exception)]
         for i, out in zip(good, ran, strict=True):
             outcomes[i] = out
@@ -124,27 +139,43 @@ class Engine:
                 outcomes[i] = value
         return outcomes
 
-    def _forward(self, model: LoadedModel, batch: Batch, items: Sequence[Item]) -> list[Any]:
+    def _forward(self, model: LoadedModel, batch: Batch, items: Sequence[Item], until: Limits) -> list[Any]:
         """Run items in as few passes as fit; a pass that fails is halved until the culprit stands alone."""
         if not items:
             return []
         limit = self.limit(model.name)
         if len(items) > limit:
-            return self._forward(model, batch, items[:limit]) + self._forward(model, batch, items[limit:])
+            rest = self._forward(model, batch, items[:limit], until)
+            return rest + self._forward(model, batch, items[limit:], until)
+        memory = False
         try:
-            with self._deadline.guard(batch.soft_limit_s, batch.hard_limit_s):
+            with self._deadline.guard(*until.left()):
                 return list(model.forward(items))
         except DeviceOutOfMemory as exc:
             if len(items) == 1:
                 return [exc]
-            self.safe_size[model.name] = max(1, len(items) // 2)
-            log.warning(
-                "batch_halved", model=model.name, batch_size=len(items), safe=self.safe_size[model.name]
-            )
+            memory = True
+            model.release_cache()
         except SoftTimeLimitExceeded as exc:
-            return [exc] if len(items) == 1 else [RunAlone()] * len(items)
+            if len(items) == 1:
+                return [exc]
+            if len(batch.parts) > 1:
+                return [RunAlone()] * len(items)
+            until = Limits.of(batch)  # one task's slice: each half has the limit that the whole had
         except InferenceError as exc:
             if len(items) == 1:
                 return [exc]
         half = len(items) // 2
-        return self._forward(model, batch, items[:half]) + self._forward(model, batch, items[half:])
+        outcomes = self._forward(model, batch, items[:half], until)
+        outcomes += self._forward(model, batch, items[half:], until)
+        if memory and not any(isinstance(outcome, DeviceOutOfMemory) for outcome in outcomes):
+            self._remember(model.name, half)
+        return outcomes
+
+    def _remember(self, name: str, size: int) -> None:
+        """Make a model's batches smaller for good: halves fitted where the whole did not.
+
+        An input that does not fit even alone says nothing about the size of a batch.
+        """
+        self._sizes[name] = max(1, min(size, self._sizes[name]))
+        log.warning("batch_size_reduced", model=name, max_batch_size=self._sizes[name])

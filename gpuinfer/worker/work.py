@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gpuinfer.errors import GpuinferError, InputError, PayloadTooLarge, UnknownModel
 from gpuinfer.models.manifest import Manifest
-from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Envelope, expires_at
+from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Envelope, moment_of
 from gpuinfer.queue.store import Claimed
 
 _ARGUMENTS = ("inputs", "model", "top_k", "encoding")
@@ -27,9 +28,15 @@ class Work:
     inputs: list[Any]
     top_k: int | None
     encoding: Literal["list", "b64"]
+    #: For one forward pass: the request's, or the model's.
     soft_limit_s: float
     hard_limit_s: float
     expires_at: float | None
+    #: Wall clock before which it must not begin.
+    eta: float | None = None
+    #: For all its slices together: the request's; a model's limits are for a pass.
+    soft_total_s: float = math.inf
+    hard_total_s: float = math.inf
     #: Order of arrival in this process, within its rank.
     arrival: int = 0
     #: Must not share a batch: it was there when a worker died, or a batch of it failed as a whole.
@@ -99,6 +106,25 @@ def _limit(asked: object, default: float, most: float, name: str) -> float:
     return min(float(asked), most)
 
 
+def _asked_limits(value: object) -> tuple[object, object]:
+    """Return (hard, soft) of the message's ``timelimit``."""
+    if value is None:
+        return None, None
+    if not isinstance(value, list) or len(value) != 2:
+        raise InputError(f"must be [hard, soft], got {value!r:.60}", "timelimit")
+    return value[0], value[1]
+
+
+def _refuse_canvas(embed: dict[str, Any]) -> None:
+    """Refuse what would be dropped in silence: work that Celery starts when a task ends."""
+    for name in ("callbacks", "errbacks", "chain", "chord"):
+        if embed.get(name):
+            raise InputError(
+                "a gpuinfer task starts no other (link, link_error, chain, chord): submit on its result",
+                name,
+            )
+
+
 def read(
     claimed: Claimed,
     envelope: Envelope,
@@ -118,7 +144,8 @@ def read(
             f"the message has {len(claimed.payload)} bytes; queue.max_payload_bytes is {max_payload_bytes}",
             "inputs",
         )
-    args, kwargs, _ = envelope.body()
+    args, kwargs, embed = envelope.body()
+    _refuse_canvas(embed)
     bound = _bind(args, kwargs)
     model = bound.get("model") or default_model
     manifest = manifests.get(model) if isinstance(model, str) else None
@@ -135,7 +162,7 @@ def read(
         raise InputError(f"must be an integer from 1, got {top_k!r}", "top_k")
     if encoding not in _ENCODINGS:
         raise InputError(f"must be one of {', '.join(_ENCODINGS)}, got {encoding!r}", "encoding")
-    hard, soft = (envelope.headers.get("timelimit") or (None, None))[:2]
+    hard, soft = _asked_limits(envelope.headers.get("timelimit"))
     hard_limit_s = _limit(hard, manifest.hard_time_limit_s, manifest.max_time_limit_s, "time_limit")
     soft_limit_s = _limit(soft, manifest.soft_time_limit_s, manifest.max_time_limit_s, "soft_time_limit")
     return Work(
@@ -147,7 +174,10 @@ def read(
         encoding=_ENCODINGS[_ENCODINGS.index(encoding)],
         soft_limit_s=min(soft_limit_s, hard_limit_s),
         hard_limit_s=hard_limit_s,
-        expires_at=expires_at(envelope.headers),
+        expires_at=moment_of(envelope.headers, "expires"),
+        eta=moment_of(envelope.headers, "eta"),
+        soft_total_s=math.inf if soft is None else soft_limit_s,
+        hard_total_s=math.inf if hard is None else hard_limit_s,
         alone=envelope.deaths > 0,
     )
 

@@ -12,7 +12,7 @@ import redis
 from pydantic import SecretStr
 
 from gpuinfer import Client
-from gpuinfer.errors import TaskFailed
+from gpuinfer.errors import TaskFailed, WorkerRunning
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import decode
@@ -90,7 +90,7 @@ def test_from_submission_to_result(store: Store, client: Client) -> None:
     (task,) = store.claim(10)
     assert not begin(store, [task])
     assert client.status(task_id).state == "running"
-    assert store.settle([done(task, {"a": 1})]) == 1
+    assert store.settle([done(task, {"a": 1})], idle=True) == 1
     assert client.result(task_id, timeout_s=5) == {"a": 1}
     assert not store.client.exists(store.inflight)
     assert 0 < store.client.ttl(keys.result(task_id)) <= 3600
@@ -170,7 +170,9 @@ def test_restore_cut_off_before_the_burial(store: Store, client: Client) -> None
     begin(store, store.claim(1))
     store.restore()
     begin(store, store.claim(1))
-    store._restore(keys=[store.inflight], args=[keys.BELL_PREFIX, keys.SEP, 2])  # and then it is killed
+    store._restore(  # and then it is killed
+        keys=[store.inflight], args=[keys.BELL_PREFIX, keys.SEP, 2, keys.RESULT_PREFIX, results.PENDING_META]
+    )
     assert client.status(task_id).state == "running"
     assert store.restore().dead == (task_id,)
     assert not store.client.exists(store.inflight)
@@ -217,15 +219,56 @@ def test_a_lost_answer_loses_nothing(store: Store, client: Client, monkeypatch: 
     assert ids(store.claim(9)) == [*wanted[:2], wanted[3]]
 
 
-def test_a_repeated_call_is_refused(store: Store, client: Client) -> None:
-    """The very same claim sent twice, as a client library might, does not write over what the first took."""
+def test_a_claim_held_up_on_its_way_is_refused(store: Store, client: Client) -> None:
+    """A claim that arrives after the worker has given it up takes nothing: nobody would know of it."""
     client.submit([1])
+    first = store.claim(1)
+    late = {
+        "keys": [store.inflight, keys.WAITING, keys.bell("realtime"), keys.life(store.worker), *store.lists],
+        "args": [1, 0, store._seq, store._life],
+    }
     client.submit([1])
-    store.claim(1)
-    store._seq = 1
-    with pytest.raises(redis.ResponseError, match="in use"):
+    store.doubt()
+    assert store.reconcile({task.seq for task in first}) == 0
+    with pytest.raises(redis.ResponseError, match="STALE"):
+        store._claim(**late)
+    assert len(store.claim(1)) == 1
+
+
+def test_two_lives_do_not_meet(broker: BrokerSettings, store: Store, client: Client) -> None:
+    """What an earlier process of the same name settles late is its own; and it claims no more."""
+    wanted = [client.submit([1]) for _ in range(4)]
+    old = store.claim(2)
+    next_life = Store(connect(broker), store.worker, QUEUES, QueueSettings())
+    assert next_life.restore().returned == 2
+    new = next_life.claim(2)
+    assert ids(new) == wanted[:2]
+    store.settle([done(old[0])])
+    store.release([task.seq for task in old])
+    assert next_life.restore().returned == 2
+    with pytest.raises(WorkerRunning, match="taken over"):
         store.claim(1)
-    assert store.client.llen("realtime") == 1
+    assert ids(next_life.claim(9)) == wanted
+
+
+def test_restored_tasks_wait_again(store: Store, client: Client) -> None:
+    """What had begun when its worker died is queued again, says so, and can be cancelled."""
+    task_id = client.submit([1])
+    begin(store, store.claim(1))
+    assert client.status(task_id).state == "running"
+    store.restore()
+    assert client.status(task_id).state == "queued"
+    assert client.cancel(task_id)
+
+
+def test_no_death_on_the_account_of_what_does_not_run(store: Store, client: Client) -> None:
+    """A task whose batch has ended, and which waits for another, has no share in a later death."""
+    client.submit([1])
+    claimed = store.claim(1)
+    begin(store, claimed)
+    store.settle([], idle=True)
+    store.restore()
+    assert [decode(task.payload).deaths for task in store.claim(1)] == [0]
 
 
 def test_idempotency(store: Store, client: Client) -> None:

@@ -13,7 +13,7 @@ import redis
 from gpuinfer import Client
 from gpuinfer.errors import QueueFull
 from gpuinfer.models.shipped import load_test_images
-from gpuinfer.queue import keys
+from gpuinfer.queue import keys, results
 from tests.conftest import RedisFactory
 from tests.models_for_tests import sleeper
 from tests.services import RedisServer
@@ -117,11 +117,62 @@ def test_full_redis(workers: Workers, redis_factory: RedisFactory) -> None:
         try:
             worker = small.start(queue_result_ttl_s=60)
             raw = server.client()
-            wait_until(lambda: raw.llen("batch") == 0 and not raw.exists(keys.inflight(NAME)), 60)
+            wait_until(lambda: not raw.llen("batch"), 60)
+            wait_until(lambda: not raw.exists(keys.inflight(NAME)))
             assert worker.running
             assert mine.result(mine.submit(IMAGE), timeout_s=10)
         finally:
             small.close()
-        answered = sum(1 for task in accepted if raw.exists(keys.result(task)))
-        evicted = int(raw.info("stats")["evicted_keys"])
-        assert answered + evicted >= len(accepted)
+        left = [results.parse(task, meta) for task in accepted if (meta := raw.get(keys.result(task)))]
+        assert {status.state for status in left} == {"completed"}
+        assert len(left) + int(raw.info("stats")["evicted_keys"]) >= len(accepted)
+
+
+def test_sigterm_while_redis_is_away(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """A worker stopped without Redis finishes its batch, and counts no death against what it held."""
+    sleeper(workers.folder / "models" / "slow", 2.0, max_batch_size=2)
+    tasks = client.submit_many([[1.0]] * 4, model="slow")
+    worker = workers.start(worker_models="slow")
+    wait_until(lambda: client.status(tasks[0]).state == "running")
+    redis_server.kill()
+    time.sleep(0.5)
+    worker.send(signal.SIGTERM)
+    time.sleep(3)
+    redis_server.start()
+    assert worker.wait(40) == 0
+    workers.start(worker_models="slow")
+    statuses = list(client.as_completed(tasks, timeout_s=20))
+    assert {status.state for status in statuses} == {"completed"}
+    assert sum(status.redelivered for status in statuses) <= 2
+    assert redis_server.client().hlen(keys.DEAD) == 0
+
+
+@pytest.mark.parametrize("how", ["replica", "disk"])
+def test_redis_that_takes_no_writes(
+    workers: Workers, client: Client, redis_server: RedisServer, how: str
+) -> None:
+    """A Redis that turns into a replica, or cannot write to its disk, is waited for; the worker stays."""
+    worker = workers.start()
+    client.result(client.submit(IMAGE), timeout_s=10)
+    raw = redis_server.client()
+    if how == "replica":
+        raw.replicaof("127.0.0.1", 1)
+    else:
+        raw.config_set("stop-writes-on-bgsave-error", "yes")
+        raw.config_set("save", "1 1")
+        (redis_server.folder / "dump.rdb").mkdir()  # cannot be written over
+        with pytest.raises(redis.ResponseError, match="MISCONF"):
+            while True:
+                raw.set("filler", 1)
+                time.sleep(0.1)
+    time.sleep(5)
+    assert worker.running
+    if how == "replica":
+        raw.replicaof("NO", "ONE")
+    else:
+        (redis_server.folder / "dump.rdb").rmdir()
+        raw.config_set("save", "")
+        raw.config_set("stop-writes-on-bgsave-error", "no")
+    assert client.result(client.submit(IMAGE), timeout_s=10)
+    lines = [line for line in worker.text().splitlines() if '"error"' in line or '"critical"' in line]
+    assert len(lines) <= 2, lines

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 import time
@@ -18,13 +19,13 @@ from gpuinfer.errors import (
     InputError,
     ShapeMismatch,
     TaskExpired,
-    TaskFailed,
     TaskNotFound,
     TaskRevoked,
     UnknownModel,
 )
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import keys
+from gpuinfer.queue.message import Submission, decode
 from tests.models_for_tests import add_scalar, perceptron, sleeper
 from tests.services import RedisServer
 from tests.workers import NAME, Workers, wait_until
@@ -188,7 +189,9 @@ def test_heartbeats_while_busy(workers: Workers, client: Client, redis_server: R
     wait_until(lambda: client.status(running).state == "running")
     beats: list[float] = []
     with plain_celery(redis_server) as stranger:
-        listen(stranger, "worker-heartbeat", lambda e: beats.append(e["active"]), lambda: len(beats) >= 2)
+        listen(
+            stranger, "worker-heartbeat", lambda e: beats.append(e.get("active", 0)), lambda: len(beats) >= 2
+        )
     assert client.status(running).state == "running"
     assert beats[-1] == 1
 
@@ -293,18 +296,62 @@ def test_unknown_task_and_garbage(workers: Workers, client: Client, redis_server
     """Garbage goes to the dead letters and stops nobody; an unknown task fails as Celery fails it."""
     images, _ = load_test_images()
     raw = redis_server.client()
-    for garbage in (b"\xff\x00", b"[]", b"{}", b'{"headers": {}, "properties": {}}'):
-        raw.lpush("realtime", garbage)
+    good = decode(Submission(task="gpuinfer.predict", inputs=[1], queue="realtime").encode()).raw
+
+    def named(task_id: object, **changes: object) -> bytes:
+        return json.dumps(good | {"headers": good["headers"] | {"id": task_id}} | changes).encode()
+
     worker = workers.start()
-    good = client.submit(images[0].tolist())
-    client.result(good, timeout_s=10)
-    assert raw.hlen(keys.DEAD) == 4
+    garbage = [
+        b"\xff\x00",
+        b"[]",
+        b"{}",
+        b'{"headers": {}, "properties": {}}',
+        b"[" * 200_000,
+        named("deep", body="[" * 3000),
+        named("short", body="[1]"),
+        named("counts", gpuinfer="xx"),
+        named("pickle", **{"content-type": "application/x-python-serialize"}),
+        named("\ud800"),
+        named(7),
+    ]
+    for entry in garbage:
+        raw.lpush("realtime", entry)
+    refused = {
+        "limits": good["headers"] | {"id": "limits", "timelimit": 5},
+        "expires": good["headers"] | {"id": "expires", "expires": "never"},
+        "eta": good["headers"] | {"id": "eta", "eta": []},
+    }
+    for headers in refused.values():
+        raw.lpush("realtime", json.dumps(good | {"headers": headers}))
+    raw.lpush("realtime", json.dumps(good | {"body": json.dumps([[1], {"\ud800": 1}, {}])}))
+    client.result(client.submit(images[0].tolist()), timeout_s=10)
+    for task_id in refused:
+        with pytest.raises(InputError):
+            client.result(task_id, timeout_s=5)
+    wait_until(lambda: raw.hlen(keys.DEAD) == len(garbage) + 1)  # and the surrogate
     with plain_celery(redis_server) as stranger:
         strange = stranger.send_task("no.such.task", [], queue="default")
-        with pytest.raises((TaskFailed, Exception)):
+        with pytest.raises(Exception, match="no such task"):
             strange.get(timeout=10)
     assert worker.running
-    assert raw.hlen(keys.DEAD) >= 4
+    wait_until(lambda: not raw.hkeys(keys.inflight(NAME)))
+
+
+def test_eta_and_canvas(workers: Workers, redis_server: RedisServer) -> None:
+    """A countdown is waited for; what Celery would start on a task's end is refused, not dropped."""
+    images, labels = load_test_images()
+    workers.start()
+    with plain_celery(redis_server) as stranger:
+        begun = time.monotonic()
+        task = stranger.send_task("gpuinfer.predict", [images[0].tolist()], queue="realtime", countdown=2)
+        assert task.get(timeout=10)["class"] == labels[0]
+        assert time.monotonic() - begun >= 1.9
+        linked = stranger.send_task(
+            "gpuinfer.predict", [[1]], queue="realtime", link=stranger.signature("some.task")
+        )
+        with pytest.raises(InputError, match="starts no other"):
+            linked.get(timeout=10)
 
 
 def test_stop_signal_twice(workers: Workers, client: Client) -> None:

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Pop up to N tasks, the most urgent first, and record them as in flight, in one step.
--- KEYS: in-flight hash, waiting hash, bell, then the lists in the order they are served
--- ARGV: N, ageing in milliseconds (0: off), the first sequence id to use
+-- KEYS: in-flight hash, waiting hash, bell, life counter, then the lists in the order they are served
+-- ARGV: N, ageing in milliseconds (0: off), the first sequence id to use, the life of the claimer
 -- Returns {seq, list index (1-based; negative: it has aged and goes first), payload, seq, ...}.
 -- Payloads are not parsed.
 local inflight, waiting, bell = KEYS[1], KEYS[2], KEYS[3]
@@ -9,10 +9,12 @@ local room, ageing, seq = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]
 local claimed = {}
 local left = 0
 
--- A call that a client library repeats by itself would write over what the first one took.
-if redis.call('HEXISTS', inflight, seq) == 1 then
-  return redis.error_reply('CLAIM sequence id ' .. seq .. ' is in use')
-end
+-- A claim of an earlier life, held up on its way, or of a worker whose name another one has taken
+-- over, must not take anything: nobody would know of it. A Redis that has lost the last second's
+-- writes may be behind.
+local life, counted = tonumber(ARGV[4]), tonumber(redis.call('GET', KEYS[4]) or 0)
+if counted > life then return redis.error_reply('STALE claim of life ' .. life .. ', now is ' .. counted) end
+if counted < life then redis.call('SET', KEYS[4], life) end
 
 local function take(index, aged)
   if room <= 0 then return end
@@ -21,16 +23,17 @@ local function take(index, aged)
   if not popped then return end
   room = room - #popped
   for _, payload in ipairs(popped) do
-    redis.call('HSET', inflight, seq, payload, seq .. ':list', list)
+    local field = string.format('%.0f', seq)
+    redis.call('HSET', inflight, field, payload, field .. ':list', list)
     claimed[#claimed + 1] = seq
     seq = seq + 1
-    claimed[#claimed + 1] = aged and 3 - index or index - 3
+    claimed[#claimed + 1] = aged and 4 - index or index - 4
     claimed[#claimed + 1] = payload
   end
 end
 
 local sizes, busy = {}, {}
-for index = 4, #KEYS do
+for index = 5, #KEYS do
   sizes[index] = redis.call('LLEN', KEYS[index])
   if sizes[index] > 0 then busy[#busy + 1] = index end
 end
@@ -43,7 +46,7 @@ if ageing > 0 and (#busy > 1 or redis.call('EXISTS', waiting) == 1) then
   local flat = redis.call('HGETALL', waiting)
   for i = 1, #flat, 2 do since[flat[i]] = tonumber(flat[i + 1]) end
   local oldest, oldest_index = now - ageing, nil
-  for index = 4, #KEYS do
+  for index = 5, #KEYS do
     local list = KEYS[index]
     if sizes[index] == 0 then
       if since[list] then redis.call('HDEL', waiting, list) end

@@ -2,11 +2,22 @@
 -- Put a dead worker's tasks back at the head of their lists and count the death against those that ran.
 -- A task whose deaths reach the limit stays in flight and is reported: the caller settles it as dead.
 -- KEYS: in-flight hash
--- ARGV: bell prefix, separator of priority lists, deaths at which a task is given up
+-- ARGV: bell prefix, separator of priority lists, deaths at which a task is given up,
+--       result key prefix, pending meta
 -- Returns {put back, then (seq, list, payload, deaths) of each task to give up}.
 -- The counts travel in front of the payload, as text, so that no payload is parsed:
 --   {"gpuinfer": [deliveries, deaths], <the rest as the producer wrote it>
 local inflight, bells, sep, limit = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
+
+-- What had begun waits again, and says so. The id is the header of that name; in the body, JSON in
+-- JSON, its quotes would be escaped.
+local function wait_again(payload)
+  local id = string.match(payload, '"id": ?"([^"]+)"')
+  local key = id and ARGV[4] .. id
+  if key and string.match(redis.call('GETRANGE', key, 0, 31), '^{"status": ?"STARTED"') then
+    redis.call('SET', key, ARGV[5])
+  end
+end
 local fields = redis.call('HKEYS', inflight)
 local seqs = {}
 for _, field in ipairs(fields) do
@@ -20,7 +31,8 @@ for seq in string.gmatch(redis.call('HGET', inflight, 'running') or '', '%d+') d
 redis.call('HDEL', inflight, 'running')
 
 local answer, back = {0}, 0
-for _, seq in ipairs(seqs) do
+for _, number in ipairs(seqs) do
+  local seq = string.format('%.0f', number)
   local payload = redis.call('HGET', inflight, seq)
   local list = redis.call('HGET', inflight, seq .. ':list')
   if not list then
@@ -28,7 +40,7 @@ for _, seq in ipairs(seqs) do
   else
     local head, deliveries, deaths = string.match(payload, '^({"gpuinfer": %[(%d+), (%d+)%], )')
     local rest = head and string.sub(payload, #head + 1) or string.sub(payload, 2)
-    deliveries, deaths = (deliveries or 0) + 1, (deaths or 0) + (ran[seq] and 1 or 0)
+    deliveries, deaths = (deliveries or 0) + 1, (deaths or 0) + (ran[number] and 1 or 0)
     if string.sub(payload, 1, 1) == '{' then
       payload = string.format('{"gpuinfer": [%d, %d], ', deliveries, deaths) .. rest
     end
@@ -37,6 +49,7 @@ for _, seq in ipairs(seqs) do
       redis.call('HSET', inflight, seq, payload)
       for _, part in ipairs({seq, list, payload, deaths}) do answer[#answer + 1] = part end
     else
+      wait_again(payload)
       redis.call('RPUSH', list, payload)
       redis.call('HDEL', inflight, seq, seq .. ':list')
       local at = string.find(list, sep, 1, true)

@@ -2,13 +2,13 @@
 -- Write the final states of tasks, publish them, and drop the tasks from flight, in one step.
 -- A final state is written once: a later one for the same id is ignored.
 -- KEYS: in-flight hash
--- ARGV: result ttl in seconds, result key prefix, then (seq, task id, meta) triples;
+-- ARGV: result ttl in seconds, result key prefix, '1' when nothing runs now, then (seq, task id, meta) triples;
 --       an empty seq is not in flight; an empty meta keeps no state: what stands there is dropped
 --       unless it is final; an empty id leaves all as it is
 -- Returns how many final states were written.
 local ttl, prefix = ARGV[1], ARGV[2]
 local written = 0
-for i = 3, #ARGV, 3 do
+for i = 4, #ARGV, 3 do
   local seq, id, meta = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if seq ~= '' then redis.call('HDEL', KEYS[1], seq, seq .. ':list') end
   if id ~= '' then
@@ -25,6 +25,6 @@ for i = 3, #ARGV, 3 do
     end
   end
 end
--- Only the record of what ran last is left: no task, no key.
-if redis.call('HLEN', KEYS[1]) == 1 then redis.call('HDEL', KEYS[1], 'running') end
+-- A death from now on is not on the account of what ran last.
+if ARGV[3] == '1' then redis.call('HDEL', KEYS[1], 'running') end
 return written

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batcher on a real Redis with a real model: retries, outages, a lost device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gpuinfer import Client
+from gpuinfer.errors import DeviceOutOfMemory, GpuinferError, InferenceError
+from gpuinfer.models.loader import load
+from gpuinfer.models.repository import Repository
+from gpuinfer.queue.connection import connect
+from gpuinfer.queue.store import Store
+from gpuinfer.settings import QUEUES, Settings
+from gpuinfer.worker.batcher import Batcher
+from gpuinfer.worker.bookkeeping import Bookkeeping
+from gpuinfer.worker.deadline import Deadline
+from gpuinfer.worker.engine import Engine
+from tests.models_for_tests import picky
+from tests.services import RedisServer
+from tests.unit.test_engine import Small
+
+pytestmark = pytest.mark.integration
+
+
+class Line:
+    """The channel's part: hands over what is claimed."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self._batcher = batcher
+
+    def claim(self) -> int:
+        tasks = self._batcher.store.claim(self._batcher.room()[0])
+        if tasks:
+            self._batcher.receive(self, tasks)  # type: ignore[arg-type]  # all of a channel that is used
+        return len(tasks)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Small:
+    picky(tmp_path / "picky")
+    return Small(load(Repository([tmp_path]).get("picky"), "cpu"))
+
+
+@pytest.fixture
+def lost() -> list[GpuinferError]:
+    return []
+
+
+@pytest.fixture
+def batcher(
+    redis_server: RedisServer,
+    settings_for: Callable[..., Settings],
+    model: Small,
+    lost: list[GpuinferError],
+) -> Iterator[Batcher]:
+    settings = settings_for(
+        redis_server, queue={"retry_backoff_s": 0.05, "max_retries": 2}, models={"default": "picky"}
+    )
+    store = Store(connect(settings.broker, retries=0), "gpu0@here", QUEUES, settings.queue)
+    deadline = Deadline(lambda: None)
+    engine = Engine({"picky": model}, {"picky": 64}, deadline, lambda: None)  # type: ignore[dict-item]
+    made = Batcher(
+        store, engine, {"picky": model.manifest}, settings, "cpu", Bookkeeping("gpu0@here"), lost.append
+    )
+    made.channel = Line(made)  # type: ignore[assignment]  # all of a channel that is used
+    yield made
+    engine.close()
+    deadline.close()
+
+
+def turn(batcher: Batcher, until: Callable[[], object], timeout: float = 10.0) -> None:
+    """Do what the event loop does, until the condition holds."""
+    end = time.monotonic() + timeout
+    while not until():
+        assert time.monotonic() < end
+        assert batcher.channel is not None
+        batcher.channel.claim()
+        batcher.tick()
+        time.sleep(0.005)
+
+
+def test_what_may_pass_is_tried_again(batcher: Batcher, client: Client, model: Small) -> None:
+    """Out of memory with a single input: tried again after a pause, and it passes."""
+    model.fits = 0
+    task = client.submit([1.0], model="picky")
+    turn(batcher, lambda: len(model.sizes) >= 2)
+    model.fits = 10
+    turn(batcher, lambda: client.status(task).final)
+    assert client.status(task).state == "completed"
+    assert not client.status(task).redelivered
+
+
+def test_retries_are_bounded(batcher: Batcher, client: Client, model: Small) -> None:
+    """After max_retries it fails with the last error; an error of the input is not tried twice."""
+    model.fits = 0
+    task = client.submit([1.0], model="picky")
+    turn(batcher, lambda: client.status(task).final)
+    assert isinstance(client.status(task).error, DeviceOutOfMemory)
+    assert len(model.sizes) == 3
+    model.fits, model.sizes = 10, []
+    bad = client.submit([-1.0], model="picky")
+    turn(batcher, lambda: client.status(bad).final)
+    assert isinstance(client.status(bad).error, InferenceError)
+    assert model.sizes == [1]
+
+
+def test_results_wait_for_redis(batcher: Batcher, client: Client, redis_server: RedisServer) -> None:
+    """A batch that ends while Redis is away is settled when it is back."""
+    task = client.submit([1.0], model="picky")
+    assert batcher.channel is not None
+    batcher.channel.claim()
+    redis_server.client().bgsave()
+    while batcher.engine.done.empty():
+        time.sleep(0.005)
+    redis_server.stop()
+    batcher.channel = None
+    batcher.tick()
+    batcher.tick()
+    redis_server.start()
+    batcher.tick()
+    assert client.status(task).state == "completed"
+
+
+def test_a_lost_device_is_passed_on(
+    batcher: Batcher, client: Client, model: Small, lost: list[GpuinferError]
+) -> None:
+    """A device that is gone ends the worker; the task stays in flight, for the restore."""
+    model.lost = True
+    task = client.submit([1.0], model="picky")
+    turn(batcher, lambda: lost)
+    assert client.status(task).state == "running"
+    assert batcher.store.restore().returned == 1

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inference thread: bad neighbours, memory that runs out, a device that is lost.
+
+The models are real; memory errors are injected, there being no GPU whose memory could run out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpuinfer.errors import DeviceError, DeviceOutOfMemory, InferenceError, ShapeMismatch
+from gpuinfer.models.loader import LoadedModel, load
+from gpuinfer.models.repository import Repository
+from gpuinfer.models.tensors import Item
+from gpuinfer.queue.message import Envelope
+from gpuinfer.queue.store import Claimed
+from gpuinfer.worker.buffer import Batch, Part
+from gpuinfer.worker.deadline import Deadline
+from gpuinfer.worker.engine import Done, Engine
+from gpuinfer.worker.work import Work
+from tests.models_for_tests import picky
+
+pytestmark = pytest.mark.unit
+
+
+class Small:
+    """A loaded model on a device that only takes batches up to ``fits``."""
+
+    def __init__(self, model: LoadedModel, fits: int = 1000) -> None:
+        self._model, self.fits = model, fits
+        self.manifest, self.name = model.manifest, model.name
+        self.sizes: list[int] = []
+        self.lost = False
+
+    def forward(self, items: Sequence[Item]) -> Any:
+        self.sizes.append(len(items))
+        if self.lost:
+            raise DeviceError("CUDA error: an illegal memory access was encountered")
+        if len(items) > self.fits:
+            raise DeviceOutOfMemory("CUDA out of memory")
+        return self._model.forward(items)
+
+    def release_cache(self) -> None:
+        self._model.release_cache()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Small:
+    picky(tmp_path / "picky")
+    return Small(load(Repository([tmp_path]).get("picky"), "cpu"))
+
+
+@pytest.fixture
+def engine(model: Small) -> Iterator[Engine]:
+    deadline = Deadline(lambda: None)
+    made = Engine({"picky": model}, {"picky": 64}, deadline, lambda: None)  # type: ignore[dict-item]
+    yield made
+    made.close()
+    deadline.close()
+
+
+def work(value: object, number: int = 1) -> Work:
+    return Work(
+        claimed=Claimed(number, "realtime", 9, json.dumps(value).encode()),
+        envelope=Envelope({}, {}, {}, "gpuinfer.predict", f"task-{number}", 0, 0),
+        model="picky",
+        inputs=[value],
+        top_k=None,
+        encoding="list",
+        soft_limit_s=10,
+        hard_limit_s=20,
+        expires_at=None,
+    )
+
+
+def run(engine: Engine, values: Sequence[object]) -> Done:
+    parts = tuple(Part(work(value, i), 0, 1) for i, value in enumerate(values))
+    engine.submit(Batch("picky", parts, 10, 20))
+    return engine.done.get(timeout=20)
+
+
+def test_one_outcome_for_each_input(engine: Engine, model: Small) -> None:
+    """A batch is one pass, and outcomes come in the order of the inputs."""
+    done = run(engine, [[float(i)] for i in range(10)])
+    assert model.sizes == [10]
+    assert all(isinstance(outcome, dict) for outcome in done.outcomes)
+    assert len({json.dumps(outcome) for outcome in done.outcomes}) == 10
+
+
+def test_the_culprit_stands_alone(engine: Engine, model: Small) -> None:
+    """A pass that fails is halved until only the failing input has failed; bad ones never reach it."""
+    values: list[object] = [[1.0]] * 32
+    values[5], values[20], values[21] = [-1.0], [1.0, 2.0], "x"
+    outcomes = run(engine, values).outcomes
+    failed = {i: type(o) for i, o in enumerate(outcomes) if isinstance(o, Exception)}
+    assert failed[5] is InferenceError
+    assert failed[20] is ShapeMismatch
+    assert set(failed) == {5, 20, 21}
+    assert len(model.sizes) < 14
+
+
+def test_memory_that_runs_out(engine: Engine, model: Small) -> None:
+    """Out of memory halves the batch until it fits, and the size that fits is remembered."""
+    model.fits = 10
+    outcomes = run(engine, [[float(i)] for i in range(40)]).outcomes
+    assert all(isinstance(outcome, dict) for outcome in outcomes)
+    assert model.sizes[:3] == [40, 20, 10]
+    assert engine.limit("picky") == 10
+    model.sizes.clear()
+    run(engine, [[float(i)] for i in range(40)])
+    assert model.sizes == [10, 10, 10, 10]
+
+
+def test_not_even_one_fits(engine: Engine, model: Small) -> None:
+    """An input that does not fit alone fails, as an error that may pass."""
+    model.fits = 0
+    (outcome,) = run(engine, [[1.0]]).outcomes
+    assert isinstance(outcome, DeviceOutOfMemory)
+    assert outcome.transient
+
+
+def test_a_lost_device_ends_the_engine(engine: Engine, model: Small) -> None:
+    """A device that cannot go on is reported with its words; no outcome is made up."""
+    model.lost = True
+    done = run(engine, [[1.0]])
+    assert isinstance(done.fatal, DeviceError)
+    assert "illegal memory access" in str(done.fatal)
+    assert done.outcomes == []
