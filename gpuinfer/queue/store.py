@@ -154,7 +154,7 @@ class Store:
         return len(lost)
 
     def begin(self, tasks: Sequence[tuple[int, str, bytes]]) -> set[int]:
-        """Note that (seq, id, started meta) are about to run.
+        """Note that (seq, id, started meta) run; an empty meta leaves the state as it is.
 
         Returns the positions of those whose final state is written already; they must not run.
         """

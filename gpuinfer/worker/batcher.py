@@ -45,6 +45,8 @@ log = get_logger(__name__)
 
 #: Payload bytes a worker holds at most, beside the batch that runs.
 BUFFER_BYTES = 64 * 1024 * 1024
+#: A batch that runs for this long is marked as started; a shorter one has ended before anybody looks.
+STARTED_AFTER_S = 0.1
 
 
 class Batcher:
@@ -75,6 +77,8 @@ class Batcher:
         self._most = max(engine.limit(name) for name in manifests)
         self._outbox: list[Final] = []
         self._noted_idle = True
+        self._marked = False
+        self._began_at = 0.0
         self._refused = False
         self._closed = False
         self._debug = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
@@ -189,7 +193,7 @@ class Batcher:
 
     def _start(self, batch: Batch) -> bool:
         """Begin a batch. Returns False when Redis is away: the batch stays in the buffer."""
-        begun = [(work.seq, work.id, self._started(work)) for work in batch.works]
+        begun = [(work.seq, work.id, b"") for work in batch.works]
         try:
             ended = self.store.begin(begun)
         except (redis.RedisError, OSError) as exc:
@@ -210,13 +214,26 @@ class Batcher:
                 work.time_start = now
                 self._books.started(work)
         self.engine.submit(batch)
-        self._noted_idle = False
+        self._noted_idle = self._marked = False
+        self._began_at = self._clock()
         if self._debug:
             log.debug("batch_begun", model=batch.model, task_ids=[work.id for work in batch.works])
         return True
 
-    def _started(self, work: Work) -> bytes:
-        return results.started(work.id, self.store.worker, os.getpid())
+    def _mark_started(self) -> None:
+        """Write the state of a batch that takes its time: running, and where."""
+        batch = self.engine.current
+        if batch is None or self._marked or self._clock() - self._began_at < STARTED_AFTER_S:
+            return
+        worker, pid = self.store.worker, os.getpid()
+        try:
+            self.store.begin(
+                [(work.seq, work.id, results.started(work.id, worker, pid)) for work in batch.works]
+            )
+        except (redis.RedisError, OSError) as exc:
+            self._redis_trouble("begin", exc)
+            return
+        self._marked = True
 
     def _drop_stale(self) -> None:
         """End what has expired or was revoked before it costs device time."""
@@ -340,6 +357,7 @@ class Batcher:
         self._settle([])
         if not self.engine.done.empty():
             self.collect()
+        self._mark_started()
         self.pump()
 
     def drain(self, timeout_s: float) -> None:

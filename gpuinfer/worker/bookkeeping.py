@@ -87,7 +87,10 @@ class Bookkeeping:
         """A task's first batch begins."""
         view = self._views.get(work.id)
         if view is not None:
-            state.task_accepted(view)
+            # What state.task_accepted does, less a Counter's update for a single task.
+            state.active_requests.add(view)
+            state.total_count[view.name] += 1
+            state.all_total_count[0] += 1
         if self._watched:
             self._event("task-started", work)
         if signals.task_prerun.receivers:

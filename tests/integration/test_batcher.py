@@ -133,5 +133,5 @@ def test_a_lost_device_is_passed_on(
     model.lost = True
     task = client.submit([1.0], model="picky")
     turn(batcher, lambda: lost)
-    assert client.status(task).state == "running"
+    assert not client.status(task).final
     assert batcher.store.restore().returned == 1
