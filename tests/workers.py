@@ -57,13 +57,20 @@ class Workers:
         self._started.append(process)
         return process
 
-    def start(self, number: int = 0, *, ready: bool = True, **settings: object) -> Process:
-        """Start worker ``number`` and wait until it serves."""
+    def start(
+        self, number: int = 0, *, ready: bool = True, traced: bool = True, **settings: object
+    ) -> Process:
+        """Start worker ``number`` and wait until it serves.
+
+        ``traced=False`` keeps coverage out of it: while an interrupt is on its way to a thread in native
+        code, CPython 3.11 stalls every other thread that is traced (and only those).
+        """
         log = self.folder / f"worker{number}.log"
         log.unlink(missing_ok=True)
-        process = self.spawn(
-            sys.executable, "-m", "gpuinfer", "worker", str(number), name=log.stem, **settings
-        )
+        command = [sys.executable, "-m", "gpuinfer", "worker", str(number)]
+        if not traced:
+            command = ["env", "-u", "COVERAGE_PROCESS_CONFIG", "-u", "COVERAGE_PROCESS_START", *command]
+        process = self.spawn(*command, name=log.stem, **settings)
         if ready:
             process.wait_for_line('"worker_ready"')
         return process

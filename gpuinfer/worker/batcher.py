@@ -265,6 +265,8 @@ class Batcher:
             if done.fatal is not None:
                 self._on_fatal(done.fatal)
                 return
+            if done.smooth:
+                self.pump()  # before the results are written: the device need not wait for that
             finals = self._outcomes(done)
             self.pump()
             self._settle(finals)

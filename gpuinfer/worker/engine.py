@@ -41,6 +41,12 @@ class Done:
     #: What ended the thread, when it cannot go on (a lost GPU).
     fatal: GpuinferError | None = None
 
+    @property
+    def smooth(self) -> bool:
+        """True when no task of the batch has to come back: each has all its results."""
+        ended = all(part.stop == len(part.work.inputs) for part in self.batch.parts)
+        return ended and not any(isinstance(outcome, Exception) for outcome in self.outcomes)
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

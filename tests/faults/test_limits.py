@@ -29,7 +29,7 @@ def test_hard_limit_ends_the_offender_alone(workers: Workers, client: Client) ->
     good += client.submit_many([[0.0]] * 5, model="slow")
     ends = []
     while not all(client.status(task).final for task in [*good, bad]):
-        ends.append(workers.start(worker_models="slow"))
+        ends.append(workers.start(worker_models="slow", traced=False))
         wait_until(lambda: not ends[-1].running or all(client.status(t).final for t in [*good, bad]), 20)
     assert [end.returncode for end in ends if not end.running] == [1, 1]
     assert len(client.results(good, timeout_s=1)) == 10
