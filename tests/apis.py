@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import redis
 
+from gpuinfer.api import schemas
 from gpuinfer.queue import results
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.store import Claimed, Final, Store
@@ -82,3 +83,10 @@ class Api:
     ) -> None:
         self.http.close()
         self.process.kill()
+
+
+def submit(api: Api, inputs: object = schemas.DIGIT) -> str:
+    """Submit a digit and return its id."""
+    response = api.http.post("/predict", json=inputs)
+    assert response.status_code == 202, response.text
+    return str(response.json()["task_id"])

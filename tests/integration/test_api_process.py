@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The API as a process: Redis away, full or hanging; sockets, signals, restarts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.apis import Api, HandWorker, submit
+from tests.conftest import RedisFactory
+from tests.services import RedisServer
+
+pytestmark = pytest.mark.integration
+
+
+# -- Redis is away, or full ---------------------------------------------------------------
+
+
+def test_without_redis_503_and_back_by_itself(redis_server: RedisServer, tmp_path: Path) -> None:
+    """503 with Retry-After while Redis is dead, 202 as soon as it is back; the process is the same."""
+    with Api(redis_server, tmp_path, api_retry_after_s=7) as api:
+        submit(api)
+        redis_server.kill()
+        for method, path in (
+            ("POST", "/predict"),
+            ("GET", "/result/x"),
+            ("POST", "/cancel/x"),
+            ("GET", "/health/ready"),
+        ):
+            response = api.http.request(method, path, content=b"[1]")
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "7"
+            assert response.json()["error"]["code"] == "broker_unavailable"
+        assert api.http.get("/health/live").status_code == 200
+        redis_server.start()
+        task_id = submit(api)
+        assert api.http.get(f"/result/{task_id}").json()["status"] == "queued"
+        assert api.http.get("/health/ready").status_code == 200
+
+
+def test_it_starts_without_redis(redis_server: RedisServer, tmp_path: Path) -> None:
+    """The order of starting does not matter."""
+    redis_server.kill()
+    with Api(redis_server, tmp_path) as api:
+        assert api.http.post("/predict", json=[1]).status_code == 503
+        redis_server.start()
+        submit(api)
+
+
+def test_a_long_poll_spans_a_restart_of_redis(redis_factory: RedisFactory, tmp_path: Path) -> None:
+    """Callers that wait while Redis dies and comes back get their results, not errors."""
+    server = redis_factory(appendonly="yes", appendfsync="always")
+    with Api(server, tmp_path) as api, ThreadPoolExecutor(10) as pool:
+        ids = [submit(api) for _ in range(10)]
+        answers = [
+            pool.submit(
+                lambda task_id: httpx.get(f"{api.address}/result/{task_id}?wait=40", timeout=60), task_id
+            )
+            for task_id in ids
+        ]
+        with server.client() as client:
+            while len(client.pubsub_channels()) < 10:
+                time.sleep(0.02)
+        server.kill()
+        time.sleep(0.5)
+        server.start()
+        with server.client() as client:
+            assert HandWorker(client).finish_all("done") == 10
+        for answer in answers:
+            assert answer.result().json().get("result") == "done", answer.result().text
+
+
+def test_a_full_redis_refuses_and_workers_go_on(redis_factory: RedisFactory, tmp_path: Path) -> None:
+    """503 queue_full with Retry-After; what was accepted is still ended, and then there is room."""
+    server = redis_factory(maxmemory="4mb", maxmemory_policy="volatile-ttl")
+    with Api(server, tmp_path) as api, server.client() as client:
+        worker, accepted, inputs = HandWorker(client), [], ["x" * 100_000]
+        while (response := api.http.post("/predict", json=inputs)).status_code == 202:
+            accepted.append(response.json()["task_id"])
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "queue_full"
+        assert int(response.headers["retry-after"]) > 0
+        assert worker.finish_all("done") == len(accepted)
+        assert api.http.get(f"/result/{accepted[-1]}").json()["result"] == "done"
+        submit(api)
+
+
+# -- the process --------------------------------------------------------------------------
+
+
+def test_docs_have_real_examples(api: Api) -> None:
+    """/docs is there, and its first example can be sent as it stands."""
+    assert "swagger" in api.http.get("/docs").text.lower()
+    spec = api.http.get("/openapi.json").json()
+    for path in ("/predict", "/batch_predict"):
+        body = spec["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        for example in body["examples"].values():
+            assert api.http.post(path, json=example["value"]).status_code == 202
+    assert "HTTPValidationError" not in str(spec)
+
+
+def test_every_request_is_logged_once_without_its_payload(api: Api) -> None:
+    """Method, path, status, duration and task id; never what was sent."""
+    task_id = submit(api, ["secret-payload"])
+    api.http.get("/result/nobody")
+    lines = [line for line in api.log("request") if line["method"] == "POST"]
+    assert len(lines) == 1
+    assert (lines[0]["path"], lines[0]["status"], lines[0]["task_id"]) == ("/predict", 202, task_id)
+    assert lines[0]["duration_ms"] > 0
+    assert "secret-payload" not in api.process.text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_0(api: Api, number: signal.Signals) -> None:
+    """Waiting callers are told the state at once; the exit status is 0."""
+    task_id = submit(api)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(httpx.get, f"{api.address}/result/{task_id}?wait=50", timeout=60)
+        time.sleep(0.3)
+        began = time.monotonic()
+        api.process.send(number)
+        assert waiting.result().json()["status"] == "queued"
+        assert api.process.wait() == 0
+    assert time.monotonic() - began < 5
+
+
+def test_a_restart_loses_no_request(redis_server: RedisServer, tmp_path: Path) -> None:
+    """On an inherited socket, clients that keep connections see no error while the process changes.
+
+    Nor do their answers wait 40 ms for an acknowledgement (TCP_NODELAY is set there too).
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        os.set_inheritable(listener.fileno(), True)
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        outcomes: list[int | str] = []
+        seconds: list[float] = []
+        over = threading.Event()
+
+        def call() -> None:
+            with httpx.Client(base_url=address, timeout=30) as http:
+                while not over.is_set():
+                    began = time.perf_counter()
+                    try:
+                        outcomes.append(http.post("/predict", json=[1]).status_code)
+                    except httpx.HTTPError as exc:
+                        outcomes.append(repr(exc))
+                    seconds.append(time.perf_counter() - began)
+
+        command = [sys.executable, "-m", "gpuinfer", "api", "--fd", str(listener.fileno())]
+        environment = os.environ | {"GPUINFER_BROKER_URL": redis_server.url}
+        callers = [threading.Thread(target=call) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        for _ in range(2):
+            with subprocess.Popen(
+                command, close_fds=False, env=environment, stderr=subprocess.DEVNULL
+            ) as api:
+                time.sleep(1.5)
+                api.send_signal(signal.SIGTERM)
+                assert api.wait(20) == 0
+        with subprocess.Popen(command, close_fds=False, env=environment, stderr=subprocess.DEVNULL) as api:
+            over.set()
+            for caller in callers:
+                caller.join()
+            api.terminate()
+        assert set(outcomes) == {202}, [it for it in outcomes if it != 202][:5]
+        assert statistics.median(seconds) < 0.035
+
+
+def test_a_unix_socket(redis_server: RedisServer, tmp_path: Path) -> None:
+    """--socket listens there, takes a dead one's place, and removes it in the end."""
+    path = tmp_path / "api.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with Api(redis_server, tmp_path, "--socket", str(path)) as api:
+        submit(api)
+        assert path.stat().st_mode & 0o777 == 0o660
+        assert api.process.terminate() == 0
+    assert not path.exists()
+
+
+def run(server: RedisServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that is expected to end by itself."""
+    command = [sys.executable, "-m", "gpuinfer", "api", *arguments]
+    environment = os.environ | {"GPUINFER_BROKER_URL": server.url}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_where_it_cannot_listen(api: Api, redis_server: RedisServer, tmp_path: Path) -> None:
+    """A port in use, a foreign address, a closed descriptor, a file: each said clearly, exit code 69."""
+    (tmp_path / "file").write_text("precious")
+    port = api.address.rpartition(":")[2]
+    for arguments, words in (
+        (("--port", port), "Address already in use"),
+        (("--host", "203.0.113.7"), "Cannot assign requested address"),
+        (("--fd", "99"), "Bad file descriptor"),
+        (("--socket", str(tmp_path / "file")), "Address already in use"),
+    ):
+        done = run(redis_server, *arguments)
+        assert done.returncode == 69, done.stderr
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "precious"
+    assert run(redis_server, "--fd", "3", "--port", "0").returncode == 64
+
+
+def test_it_knows_no_torch_and_no_celery() -> None:
+    """The front starts quickly and stays small."""
+    code = (
+        "import sys, gpuinfer.api.app, gpuinfer.api.server, gpuinfer.api.cli; "
+        "print([m for m in ('torch', 'celery', 'kombu', 'numpy', 'gpuinfer.worker') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_readiness_is_told_to_systemd(redis_server: RedisServer, tmp_path: Path) -> None:
+    """READY=1 comes when it listens, STOPPING=1 when it stops."""
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(path))
+        notify.settimeout(30)
+        command = [sys.executable, "-m", "gpuinfer", "api", "--port", "0"]
+        environment = os.environ | {"GPUINFER_BROKER_URL": redis_server.url, "NOTIFY_SOCKET": str(path)}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as api:
+            assert notify.recv(1000).startswith(b"READY=1")
+            api.terminate()
+            assert notify.recv(1000) == b"STOPPING=1"
+            assert api.wait(20) == 0
+
+
+def test_a_redis_that_hangs_is_503(redis_server: RedisServer, tmp_path: Path) -> None:
+    """A Redis that takes connections and says nothing ends in 503, not in callers that wait for ever."""
+    with Api(redis_server, tmp_path, broker_connect_timeout_s=0.5) as api:
+        submit(api)
+        redis_server.process.send(signal.SIGSTOP)
+        try:
+            assert api.http.post("/predict", json=[1]).status_code == 503
+        finally:
+            redis_server.process.send(signal.SIGCONT)
+        submit(api)
+
+
+def test_redis_errors_are_typed(redis_factory: RedisFactory, tmp_path: Path) -> None:
+    """A wrong password is said to be one."""
+    server = redis_factory()
+    with server.client() as client:
+        client.execute_command("CONFIG", "SET", "requirepass", "right")
+    with Api(server, tmp_path, broker_password="wrong") as api:
+        response = api.http.post("/predict", json=[1])
+        assert response.status_code == 503
+        assert "password" in response.json()["error"]["message"]
