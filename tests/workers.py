@@ -16,6 +16,10 @@ from tests.services import Process, RedisServer
 NAME = f"gpu0@{socket.gethostname()}"
 
 
+#: What to put before a command to keep coverage out of it.
+UNTRACED = ("env", "-u", "COVERAGE_PROCESS_CONFIG", "-u", "COVERAGE_PROCESS_START")
+
+
 def wait_until(condition: Callable[[], object], timeout: float = 10.0) -> None:
     """Wait until the condition holds; an assertion fails when it does not in time."""
     until = time.monotonic() + timeout
@@ -69,7 +73,7 @@ class Workers:
         log.unlink(missing_ok=True)
         command = [sys.executable, "-m", "gpuinfer", "worker", str(number)]
         if not traced:
-            command = ["env", "-u", "COVERAGE_PROCESS_CONFIG", "-u", "COVERAGE_PROCESS_START", *command]
+            command = [*UNTRACED, *command]
         process = self.spawn(*command, name=log.stem, **settings)
         if ready:
             process.wait_for_line('"worker_ready"')

@@ -30,7 +30,7 @@ from gpuinfer.errors import BrokerUnavailable
 from gpuinfer.queue import keys
 from tests.models_for_tests import perceptron
 from tests.services import Process, RedisServer
-from tests.workers import Workers
+from tests.workers import UNTRACED, Workers
 
 #: Producers hold their breath while this many tasks wait.
 BACKLOG = 400
@@ -89,7 +89,7 @@ class Ours:
     def start(self, number: int) -> Process:
         name = f"run{next(self._starts)}-{number}"
         process = self._workers.spawn(
-            *(sys.executable, "-m", "gpuinfer", "worker", str(number)),
+            *(*UNTRACED, sys.executable, "-m", "gpuinfer", "worker", str(number)),
             name=name,
             worker_models="mlp",
             log_level="debug",
@@ -164,6 +164,7 @@ class Stock:
     def start(self, number: int) -> Process:
         celery = Path(sys.executable).with_name("celery")
         command = [
+            *UNTRACED,
             str(celery),
             "-A",
             "tests.faults.stock",
