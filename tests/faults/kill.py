@@ -78,7 +78,8 @@ class World(Protocol):
 class Ours:
     """gpuinfer workers with a small model and small batches, so that many claims are cut."""
 
-    def __init__(self, redis: RedisServer, folder: Path) -> None:
+    def __init__(self, redis: RedisServer, folder: Path, max_deaths: int) -> None:
+        self._max_deaths = max_deaths
         perceptron(folder / "models" / "mlp", max_batch_size=8)
         self._redis = redis
         self._client = Client(redis.url)
@@ -93,7 +94,7 @@ class Ours:
             name=name,
             worker_models="mlp",
             log_level="debug",
-            queue_max_deaths=10,
+            queue_max_deaths=self._max_deaths,
         )
         process.wait_for_line('"worker_ready"')
         return process
@@ -212,7 +213,9 @@ def run(plan: Plan, redis: RedisServer, folder: Path, say: Callable[[str], None]
     """Carry the plan out and return the account."""
     dice = random.Random(plan.seed)  # noqa: S311  # moments to kill at, not secrets
     say(f"seed {plan.seed}")
-    world = Stock(redis, folder) if plan.stock else Ours(redis, folder)
+    # Who is killed this often takes innocents to two deaths; who is only stopped must not count any.
+    max_deaths = 10 if plan.signal == "KILL" else 2
+    world = Stock(redis, folder) if plan.stock else Ours(redis, folder, max_deaths)
     try:
         accepted, kills = _under_fire(plan, world, dice, say)
         _drain(world)

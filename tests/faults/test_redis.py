@@ -57,11 +57,11 @@ def test_restart_under_a_running_batch(
 
 
 def test_stopped_for_a_while(workers: Workers, client: Client, redis_server: RedisServer) -> None:
-    """A Redis that is deaf for 12 s (SIGSTOP) is waited for; work goes on within 5 s of its return."""
+    """A Redis that is deaf for 30 s (SIGSTOP) is waited for; work goes on within 5 s of its return."""
     worker = workers.start(broker_connect_timeout_s=2)
     client.result(client.submit(IMAGE), timeout_s=10)
     redis_server.process.send(signal.SIGSTOP)
-    time.sleep(12)
+    time.sleep(30)
     redis_server.process.send(signal.SIGCONT)
     back = time.monotonic()
     answers = client.results(client.submit_many([IMAGE] * 50), timeout_s=10)
