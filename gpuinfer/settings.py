@@ -4,6 +4,9 @@
 Order, the strongest first: arguments of the command, ``GPUINFER_SECTION_KEY`` variables,
 credentials (files in ``$CREDENTIALS_DIRECTORY``, for secrets only), ``/etc/gpuinfer/gpuinfer.toml``
 (another file with ``GPUINFER_CONFIG``), defaults. An empty variable counts as not set.
+
+Root on an installed host needs to log in nowhere: where no user or password is set, the password
+the package made for Redis's ``admin`` is taken.
 """
 
 from __future__ import annotations
@@ -15,163 +18,48 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from gpuinfer.errors import ConfigError
+from gpuinfer.sections import (
+    QUEUES,
+    ApiSettings,
+    BrokerSettings,
+    LogSettings,
+    ModelsSettings,
+    QueueName,
+    QueueSettings,
+    RedisSettings,
+    Section,
+    WorkerSettings,
+)
+
+__all__ = [
+    "QUEUES",
+    "ApiSettings",
+    "BrokerSettings",
+    "Loaded",
+    "LogSettings",
+    "ModelsSettings",
+    "QueueName",
+    "QueueSettings",
+    "RedisSettings",
+    "Section",
+    "Settings",
+    "WorkerSettings",
+    "load",
+    "load_settings",
+]
 
 DEFAULT_FILE = Path("/etc/gpuinfer/gpuinfer.toml")
+#: The password of the ACL user "admin", readable by root alone.
+ADMIN_PASSWORD = Path("/etc/gpuinfer/credentials/admin")
 ENV_PREFIX = "GPUINFER_"
 #: Variables with our prefix that are not settings.
 ENV_NOT_SETTINGS = frozenset({"GPUINFER_CONFIG"})
-
-QueueName = Literal["realtime", "default", "batch"]
-#: The queues, the most urgent first.
-QUEUES: tuple[QueueName, ...] = ("realtime", "default", "batch")
-
-
-def _split(value: object) -> object:
-    """Let a list be given as ``a,b,c`` (a variable has no lists), and a GPU's index as a number."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (str(value),)
-    if isinstance(value, list | tuple):
-        return tuple(_number_as_text(item) for item in value)
-    return value
-
-
-def _number_as_text(item: object) -> object:
-    return str(item) if isinstance(item, int) and not isinstance(item, bool) else item
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
-
-
-class Section(BaseModel):
-    # A ValidationError shown as it is must not carry a password; ours name the value themselves.
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_booleans(cls, value: object) -> object:
-        """Refuse true and false, which would count as the numbers 1 and 0: no setting is a switch."""
-        if isinstance(value, bool):
-            raise ValueError("must not be true or false")  # noqa: TRY004  pydantic reports ValueError
-        return value
-
-
-class BrokerSettings(Section):
-    """Where Redis is."""
-
-    #: redis://host:port/db, rediss://host:port/db (TLS), or unix:///path/to.sock?db=0
-    url: str = "unix:///run/gpuinfer/redis.sock?db=0"
-    username: str | None = None
-    password: SecretStr | None = None
-    #: CA bundle that signed the server's certificate, for rediss://
-    tls_ca: Path | None = None
-    connect_timeout_s: float = Field(default=5.0, gt=0, le=300)
-
-    @field_validator("username", "password", "tls_ca", mode="before")
-    @classmethod
-    def _empty_is_none(cls, value: object) -> object:
-        return None if value == "" else value
-
-    @field_validator("url")
-    @classmethod
-    def _usable(cls, value: str) -> str:
-        scheme, _, rest = value.partition("://")
-        if scheme not in ("redis", "rediss", "unix", "redis+socket"):
-            raise ValueError("must begin with redis://, rediss:// or unix://")
-        if scheme in ("unix", "redis+socket") and not urlsplit(f"redis://{rest}").path.strip("/"):
-            raise ValueError("must name a socket, as unix:///run/gpuinfer/redis.sock does")
-        _ = urlsplit(value).port  # raises ValueError for what is no port
-        return value
-
-
-class QueueSettings(Section):
-    """What is kept in Redis, how much and for how long."""
-
-    #: Results are dropped this long after the task ended.
-    result_ttl_s: int = Field(default=3600, ge=1, le=30 * 86400)
-    #: The same idempotency key gives the same task for this long.
-    idempotency_ttl_s: int = Field(default=86400, ge=1, le=365 * 86400)
-    #: A request larger than this is refused, before it reaches Redis.
-    max_payload_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
-    #: Retries of a transient failure, and the first pause; each later pause is twice as long.
-    max_retries: int = Field(default=3, ge=0, le=20)
-    retry_backoff_s: float = Field(default=0.5, gt=0, le=600)
-    #: A task whose worker died under it this often goes to the dead-letter list.
-    max_deaths: int = Field(default=2, ge=2, le=10)
-    #: A queue that has waited this long unserved is served once before its betters; 0 turns it off.
-    ageing_s: float = Field(default=10.0, ge=0, le=86400)
-    #: How often an idle worker looks for tasks whose producer does not ring the bell.
-    poll_ms: int = Field(default=30, ge=5, le=1000)
-
-
-class ModelsSettings(Section):
-    """Which models there are."""
-
-    #: Folders with one sub-folder a model; searched in this order, then the shipped models.
-    folders: Paths = (Path("/var/lib/gpuinfer/models"),)
-    #: The model of a request that names none.
-    default: str = Field(default="digits", min_length=1)
-
-
-class WorkerSettings(Section):
-    """How a worker runs."""
-
-    #: auto: the GPU of the worker's number; the CPU only where there is no GPU at all.
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    #: GPUs by index or UUID where NVML cannot list them; worker N takes the Nth.
-    gpus: Names = ()
-    #: Models to load; empty means the default model alone.
-    models: Names = ()
-    queues: Annotated[tuple[QueueName, ...], BeforeValidator(_split)] = QUEUES
-    #: torch's threads for one operation on the CPU; 0 leaves it to torch.
-    threads: int = Field(default=0, ge=0, le=1024)
-    #: An upper bound on every model's own max_batch_size; 0 means none.
-    max_batch_size: int = Field(default=0, ge=0, le=65536)
-    #: Folder for the lock that keeps one process to a worker number.
-    run_dir: Path = Path("/run/gpuinfer")
-
-    @field_validator("queues")
-    @classmethod
-    def _some_queue(cls, value: tuple[QueueName, ...]) -> tuple[QueueName, ...]:
-        if not value:
-            raise ValueError("must name at least one of realtime, default, batch")
-        return tuple(name for name in QUEUES if name in value)
-
-
-class ApiSettings(Section):
-    """The HTTP front."""
-
-    host: str = "127.0.0.1"
-    port: int = Field(default=8080, ge=0, le=65535)
-    #: The longest ?wait= that GET /result honours.
-    max_wait_s: float = Field(default=60.0, ge=0, le=600)
-    #: What Retry-After says when Redis is away or full.
-    retry_after_s: int = Field(default=2, ge=1, le=3600)
-
-
-class LogSettings(Section):
-    """What is logged and how."""
-
-    #: auto: colours on a terminal, JSON lines elsewhere.
-    format: Literal["auto", "console", "json"] = "auto"
-    level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class Settings(BaseSettings):
@@ -185,6 +73,7 @@ class Settings(BaseSettings):
     )
 
     broker: BrokerSettings = BrokerSettings()
+    redis: RedisSettings = RedisSettings()
     queue: QueueSettings = QueueSettings()
     models: ModelsSettings = ModelsSettings()
     worker: WorkerSettings = WorkerSettings()
@@ -329,11 +218,24 @@ def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> 
             for key, value in keys.items():
                 merged.setdefault(section, {})[key] = value
                 origins[f"{section}.{key}"] = variable(section, key) if source == "environment" else source
+    if named is None:
+        _log_in_as_admin(merged, origins)
     try:
         settings = Settings(**merged)  # type: ignore[arg-type]  # pydantic turns dictionaries into sections
     except ValidationError as exc:
         raise _explain(exc, origins) from None
     return Loaded(settings, origins)
+
+
+def _log_in_as_admin(merged: dict[str, dict[str, Any]], origins: dict[str, str]) -> None:
+    """Give root the administrator's login, unless another one, or another Redis, is named."""
+    broker = merged.get("broker", {})
+    named_elsewhere = origins.get("broker.url", "").startswith(ENV_PREFIX) or "@" in broker.get("url", "")
+    if broker.get("username") or broker.get("password") or named_elsewhere:
+        return
+    if os.access(ADMIN_PASSWORD, os.R_OK):
+        merged["broker"] = broker | {"username": "admin", "password": _read_text(ADMIN_PASSWORD).strip()}
+        origins |= dict.fromkeys(("broker.username", "broker.password"), str(ADMIN_PASSWORD))
 
 
 def load_settings(file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings' sections: each key with its type, bounds and default. ``settings.py`` reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator
+
+QueueName = Literal["realtime", "default", "batch"]
+#: The queues, the most urgent first.
+QUEUES: tuple[QueueName, ...] = ("realtime", "default", "batch")
+
+
+def _split(value: object) -> object:
+    """Let a list be given as ``a,b,c`` (a variable has no lists), and a GPU's index as a number."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (str(value),)
+    if isinstance(value, list | tuple):
+        return tuple(_number_as_text(item) for item in value)
+    return value
+
+
+def _number_as_text(item: object) -> object:
+    return str(item) if isinstance(item, int) and not isinstance(item, bool) else item
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
+
+
+class Section(BaseModel):
+    # A ValidationError shown as it is must not carry a password; ours name the value themselves.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: object) -> object:
+        """Refuse true and false, which would count as the numbers 1 and 0: no setting is a switch."""
+        if isinstance(value, bool):
+            raise ValueError("must not be true or false")  # noqa: TRY004  pydantic reports ValueError
+        return value
+
+
+class BrokerSettings(Section):
+    """Where Redis is."""
+
+    #: redis://host:port/db, rediss://host:port/db (TLS), or unix:///path/to.sock?db=0
+    url: str = "unix:///run/gpuinfer/redis/redis.sock?db=0"
+    username: str | None = None
+    password: SecretStr | None = None
+    #: CA bundle that signed the server's certificate, for rediss://
+    tls_ca: Path | None = None
+    connect_timeout_s: float = Field(default=5.0, gt=0, le=300)
+
+    @field_validator("username", "password", "tls_ca", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("url")
+    @classmethod
+    def _usable(cls, value: str) -> str:
+        scheme, _, rest = value.partition("://")
+        if scheme not in ("redis", "rediss", "unix", "redis+socket"):
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        if scheme in ("unix", "redis+socket") and not urlsplit(f"redis://{rest}").path.strip("/"):
+            raise ValueError("must name a socket, as unix:///run/gpuinfer/redis/redis.sock does")
+        _ = urlsplit(value).port  # raises ValueError for what is no port
+        return value
+
+
+class RedisSettings(Section):
+    """Our own Redis instance, tuned at each of its starts. What /etc/gpuinfer/redis.conf says wins."""
+
+    #: maxmemory in MiB; 0 takes a share of the host's memory, within a floor and a ceiling.
+    maxmemory_mb: int = Field(default=0, ge=0, le=16 * 1024 * 1024)
+    maxmemory_share: float = Field(default=0.25, gt=0, le=0.5)
+    maxmemory_floor_mb: int = Field(default=256, ge=16, le=1024 * 1024)
+    maxmemory_ceiling_mb: int = Field(default=16384, ge=16, le=1024 * 1024)
+    #: everysec: a crash of the host may cost the last second; always: nothing, at a tenth of the speed.
+    appendfsync: Literal["everysec", "always"] = "everysec"
+
+
+class QueueSettings(Section):
+    """What is kept in Redis, how much and for how long."""
+
+    #: Results are dropped this long after the task ended.
+    result_ttl_s: int = Field(default=3600, ge=1, le=30 * 86400)
+    #: The same idempotency key gives the same task for this long.
+    idempotency_ttl_s: int = Field(default=86400, ge=1, le=365 * 86400)
+    #: A request larger than this is refused, before it reaches Redis.
+    max_payload_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
+    #: Retries of a transient failure, and the first pause; each later pause is twice as long.
+    max_retries: int = Field(default=3, ge=0, le=20)
+    retry_backoff_s: float = Field(default=0.5, gt=0, le=600)
+    #: A task whose worker died under it this often goes to the dead-letter list.
+    max_deaths: int = Field(default=2, ge=2, le=10)
+    #: A queue that has waited this long unserved is served once before its betters; 0 turns it off.
+    ageing_s: float = Field(default=10.0, ge=0, le=86400)
+    #: How often an idle worker looks for tasks whose producer does not ring the bell.
+    poll_ms: int = Field(default=30, ge=5, le=1000)
+
+
+class ModelsSettings(Section):
+    """Which models there are."""
+
+    #: Folders with one sub-folder a model; searched in this order, then the shipped models.
+    folders: Paths = (Path("/var/lib/gpuinfer/models"),)
+    #: The model of a request that names none.
+    default: str = Field(default="digits", min_length=1)
+
+
+class WorkerSettings(Section):
+    """How a worker runs."""
+
+    #: auto: the GPU of the worker's number; the CPU only where there is no GPU at all.
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    #: GPUs by index or UUID where NVML cannot list them; worker N takes the Nth.
+    gpus: Names = ()
+    #: Models to load; empty means the default model alone.
+    models: Names = ()
+    queues: Annotated[tuple[QueueName, ...], BeforeValidator(_split)] = QUEUES
+    #: torch's threads for one operation on the CPU; 0 leaves it to torch.
+    threads: int = Field(default=0, ge=0, le=1024)
+    #: Loading and warming up may take this long before systemd gives the start up.
+    load_timeout_s: int = Field(default=1800, ge=10, le=86400)
+    #: An upper bound on every model's own max_batch_size; 0 means none.
+    max_batch_size: int = Field(default=0, ge=0, le=65536)
+    #: Folder for the lock that keeps one process to a worker number.
+    run_dir: Path = Path("/run/gpuinfer/worker")
+
+    @field_validator("queues")
+    @classmethod
+    def _some_queue(cls, value: tuple[QueueName, ...]) -> tuple[QueueName, ...]:
+        if not value:
+            raise ValueError("must name at least one of realtime, default, batch")
+        return tuple(name for name in QUEUES if name in value)
+
+
+class ApiSettings(Section):
+    """The HTTP front."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    #: The longest ?wait= that GET /result honours.
+    max_wait_s: float = Field(default=60.0, ge=0, le=600)
+    #: What Retry-After says when Redis is away or full.
+    retry_after_s: int = Field(default=2, ge=1, le=3600)
+
+
+class LogSettings(Section):
+    """What is logged and how."""
+
+    #: auto: colours on a terminal, JSON lines elsewhere.
+    format: Literal["auto", "console", "json"] = "auto"
+    level: Literal["debug", "info", "warning", "error"] = "info"
