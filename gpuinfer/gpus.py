@@ -217,12 +217,16 @@ def visible_device(
 ) -> Binding:
     """Decide what worker ``number`` runs on.
 
-    Raises DeviceError when the GPU that is wanted is not there, or is there and fails.
+    The unit sets CUDA_VISIBLE_DEVICES to the worker's own number, which says no more than the number
+    does: it counts as not set. Raises DeviceError when the GPU that is wanted is not there, or is
+    there and fails.
     """
     if worker.device == "cpu":
         return Binding("cpu", "")
     found = list_gpus(worker.gpus) if inventory is None else inventory
     preset = environ.get(VISIBLE, "").strip()
+    if preset == str(number):
+        preset = ""
     if preset in _HIDES_ALL:
         return _hidden(worker, preset)
     if preset:

@@ -198,6 +198,23 @@ def test_what_the_unit_has_set_is_kept() -> None:
         bind(0, host(FakeNvml(init=12)), CUDA_VISIBLE_DEVICES="2")
 
 
+def test_the_units_own_number_says_nothing_new() -> None:
+    """CUDA_VISIBLE_DEVICES=%i of the unit is as good as not set: bound by UUID, by list, or refused."""
+    four = host(FakeNvml(count=4))
+    assert bind(2, four, CUDA_VISIBLE_DEVICES="2").cuda_visible_devices == "GPU-00000002-0000"
+    listed = host(FakeNvml(count=4), "3", "GPU-00000001")
+    assert bind(0, listed, CUDA_VISIBLE_DEVICES="0").gpu.index == 3
+    with pytest.raises(DeviceError, match=r"this host has no GPU 7; it has GPUs 0-3"):
+        bind(7, four, CUDA_VISIBLE_DEVICES="7")
+
+
+def test_the_units_own_number_leaves_the_cpu_to_a_host_without_gpus() -> None:
+    """The same unit serves a host without any GPU; one that fails is still refused."""
+    assert bind(0, host(FakeNvml(init=12)), CUDA_VISIBLE_DEVICES="0").device == "cpu"
+    with pytest.raises(DeviceError, match="version mismatch"):
+        bind(0, host(FakeNvml(init=18)), CUDA_VISIBLE_DEVICES="0")
+
+
 def test_a_variable_that_hides_all_gpus() -> None:
     """-1 is how one asks for the CPU by variable; with device = "cuda" it is a contradiction."""
     found = host(FakeNvml(count=4))
