@@ -26,8 +26,20 @@ _DISPLAY_CLASS = "0x03"
 
 
 @dataclass(frozen=True)
+class MigInstance:
+    """One slice of a GPU that is split by MIG: to CUDA a device of its own."""
+
+    #: MIG-..., what CUDA_VISIBLE_DEVICES takes.
+    uuid: str
+    #: Its size, as in 1g.10gb; empty when NVML does not say.
+    profile: str = ""
+    memory_bytes: int = 0
+    used_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Gpu:
-    """One GPU; what is not known is an empty text or 0."""
+    """One GPU, or one MIG instance as a worker sees it; what is not known is an empty text or 0."""
 
     index: int
     uuid: str
@@ -36,6 +48,18 @@ class Gpu:
     pci: str = ""
     memory_bytes: int = 0
     used_bytes: int = 0
+    #: MIG is on: CUDA sees the instances, and nothing of the GPU beside them.
+    mig: bool = False
+    instances: tuple[MigInstance, ...] = ()
+
+    def instance(self, uuid: str) -> Gpu | None:
+        """Return the MIG instance of that UUID as a GPU of its own, None when it is not of this GPU."""
+        for found in self.instances:
+            if found.uuid == uuid:
+                name = f"{self.name} MIG {found.profile}".strip()
+                memory = (found.memory_bytes, found.used_bytes)
+                return Gpu(self.index, found.uuid, name, self.pci, *memory)
+        return None
 
     @property
     def selector(self) -> str:
@@ -166,14 +190,8 @@ def _read_all(nvml: Any, nodes: Callable[[], Sequence[str]]) -> Inventory:
 
 def _read_one(nvml: Any, index: int) -> Gpu:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    total = used = 0
-    try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        total, used = int(memory.total), int(memory.used)
-    except nvml.NVMLError as exc:
-        # A GPU that shares the CPU's memory has none of its own to report.
-        if exc.value != nvml.NVML_ERROR_NOT_SUPPORTED:
-            raise
+    total, used = _memory(nvml, handle, nvml.NVML_ERROR_NOT_SUPPORTED)
+    mig, instances = _read_mig(nvml, handle)
     return Gpu(
         index=index,
         uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
@@ -181,7 +199,53 @@ def _read_one(nvml: Any, index: int) -> Gpu:
         pci=_text(nvml.nvmlDeviceGetPciInfo(handle).busId),
         memory_bytes=total,
         used_bytes=used,
+        mig=mig,
+        instances=instances,
     )
+
+
+def _memory(nvml: Any, handle: Any, *unknown: int) -> tuple[int, int]:
+    """Return (total, used) bytes; zeros on the errors ``unknown``.
+
+    A GPU that shares the CPU's memory has none of its own to report.
+    """
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError as exc:
+        if exc.value not in unknown:
+            raise
+        return 0, 0
+    return int(memory.total), int(memory.used)
+
+
+def _read_mig(nvml: Any, handle: Any) -> tuple[bool, tuple[MigInstance, ...]]:
+    """Return whether MIG is on, and the instances that have a compute instance: those CUDA can use."""
+    try:
+        mode, _pending = nvml.nvmlDeviceGetMigMode(handle)
+    except nvml.NVMLError as exc:
+        if exc.value in (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_FUNCTION_NOT_FOUND):
+            return False, ()  # most GPUs cannot be split; an old driver does not know the question
+        raise
+    if mode != nvml.NVML_DEVICE_MIG_ENABLE:
+        return False, ()
+    slots = range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle))
+    found = (_read_instance(nvml, handle, slot) for slot in slots)
+    return True, tuple(instance for instance in found if instance)
+
+
+def _read_instance(nvml: Any, handle: Any, slot: int) -> MigInstance | None:
+    """Read one slot; None where it is empty, or not for this user to see."""
+    try:
+        instance = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, slot)
+    except nvml.NVMLError as exc:
+        if exc.value in (nvml.NVML_ERROR_NOT_FOUND, nvml.NVML_ERROR_NO_PERMISSION):
+            return None
+        raise
+    forbidden = (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_NO_PERMISSION)
+    total, used = _memory(nvml, instance, *forbidden)
+    # NVML calls it after its GPU: "NVIDIA A100-SXM4-40GB MIG 1g.5gb".
+    _, mig, profile = _text(nvml.nvmlDeviceGetName(instance)).rpartition("MIG ")
+    return MigInstance(_text(nvml.nvmlDeviceGetUUID(instance)), profile if mig else "", total, used)
 
 
 def _text(value: str | bytes) -> str:
@@ -194,7 +258,7 @@ def _chosen(explicit: Sequence[str], found: Inventory) -> Inventory:
 
 
 def _match(entry: str, place: int, found: Inventory) -> Gpu:
-    """Return NVML's GPU for an index or UUID; an entry NVML does not know is taken at its word."""
+    """Return NVML's GPU or MIG instance for an entry; one that NVML does not know is taken at its word."""
     known = _known(entry, found)
     if known is not None:
         return known
@@ -205,6 +269,9 @@ def _known(entry: str, found: Inventory) -> Gpu | None:
     for gpu in found.gpus:
         if entry == str(gpu.index) or (re.match("GPU-", entry) and gpu.uuid.startswith(entry)):
             return gpu
+        instance = gpu.instance(entry)
+        if instance is not None:
+            return instance
     return None
 
 
@@ -238,7 +305,24 @@ def visible_device(
         raise DeviceError(_not_there(number, found))
     if not gpu.uuid and gpu.index in found.broken:
         raise DeviceError(_not_there(gpu.index, found))
+    gpu = _whole_or_only(gpu, number) if gpu.mig else gpu
     return Binding("cuda:0", gpu.selector, gpu)
+
+
+def _whole_or_only(gpu: Gpu, number: int) -> Gpu:
+    """Return the one instance of a GPU split by MIG; of several, taking the first would waste the rest."""
+    if not gpu.instances:
+        raise DeviceError(
+            f"GPU {gpu.index} has MIG on and no instance; nvidia-smi mig -cgi PROFILE -C makes one"
+        )
+    only = gpu.instance(gpu.instances[0].uuid)
+    if len(gpu.instances) > 1 or only is None:
+        raise DeviceError(
+            f"GPU {gpu.index} is split into {len(gpu.instances)} MIG instances; name one, as "
+            f"{VISIBLE}={gpu.instances[0].uuid}, in /etc/gpuinfer/worker@{number}.env, "
+            "or list them in worker.gpus"
+        )
+    return only
 
 
 def _hidden(worker: WorkerSettings, preset: str) -> Binding:
@@ -254,7 +338,17 @@ def _preset(worker: WorkerSettings, preset: str, found: Inventory) -> Binding:
         raise DeviceError(f"{VISIBLE}={preset}, but this host has no usable GPU: {found.reason}")
     if first.isdecimal() and int(first) in found.broken:
         raise DeviceError(_not_there(int(first), found))
-    return Binding("cuda:0", preset, _known(first, found))
+    gpu = _known(first, found)
+    if gpu is None and first.startswith("GPU-") and found.source == "nvml":
+        raise DeviceError(f"{VISIBLE}={preset}: {_no_such(first, found)}")
+    return Binding("cuda:0", preset, gpu)
+
+
+def _no_such(uuid: str, found: Inventory) -> str:
+    """Say that a GPU's UUID is not among NVML's. (MIG instances may be hidden from NVML by their rights.)"""
+    known = ", ".join(gpu.uuid for gpu in found.gpus)
+    lost = f"; {found.reason}" if found.broken else ""
+    return f"this host has no GPU {uuid}; it has {known or 'none that answers'}{lost}"
 
 
 def _no_gpu(worker: WorkerSettings, found: Inventory) -> Binding:

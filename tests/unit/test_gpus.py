@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gpuinfer.errors import DeviceError
-from gpuinfer.gpus import Gpu, Inventory, list_gpus, spell, visible_device
+from gpuinfer.gpus import Gpu, Inventory, MigInstance, list_gpus, spell, visible_device
 from gpuinfer.settings import WorkerSettings
 
 pytestmark = pytest.mark.unit
@@ -27,11 +27,17 @@ class FakeNvml:
     init: int | None = None
     lost: frozenset[int] = frozenset()
     shared_memory: bool = False
+    #: GPU -> its MIG instances by slot, None for an empty one; a GPU that is not named cannot be split.
+    mig: dict[int, list[str | None]] = field(default_factory=dict)
     closed: int = field(default=0, init=False)
 
+    NVML_DEVICE_MIG_ENABLE = 1
     NVML_ERROR_NOT_SUPPORTED = 3
+    NVML_ERROR_NO_PERMISSION = 4
+    NVML_ERROR_NOT_FOUND = 6
     NVML_ERROR_DRIVER_NOT_LOADED = 9
     NVML_ERROR_LIBRARY_NOT_FOUND = 12
+    NVML_ERROR_FUNCTION_NOT_FOUND = 13
     NVML_ERROR_GPU_IS_LOST = 15
     NVML_ERROR_LIB_RM_VERSION_MISMATCH = 18
 
@@ -64,11 +70,25 @@ class FakeNvml:
             raise self.NVMLError(self.NVML_ERROR_GPU_IS_LOST)
         return index
 
-    def nvmlDeviceGetUUID(self, handle: int) -> str:
-        return f"GPU-{handle:08x}-0000"
+    def nvmlDeviceGetUUID(self, handle: Any) -> str:
+        return f"GPU-{handle:08x}-0000" if isinstance(handle, int) else f"MIG-{handle[0]}-{handle[1]}"
 
-    def nvmlDeviceGetName(self, handle: int) -> bytes:
-        return b"NVIDIA L4"
+    def nvmlDeviceGetName(self, handle: Any) -> bytes:
+        return b"NVIDIA L4" if isinstance(handle, int) else f"NVIDIA L4 MIG {handle[2]}".encode()
+
+    def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:
+        if handle not in self.mig:
+            raise self.NVMLError(self.NVML_ERROR_NOT_SUPPORTED)
+        return [self.NVML_DEVICE_MIG_ENABLE, self.NVML_DEVICE_MIG_ENABLE]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: int) -> int:
+        return len(self.mig[handle])
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: int, slot: int) -> tuple[int, int, str]:
+        profile = self.mig[handle][slot]
+        if profile is None:
+            raise self.NVMLError(self.NVML_ERROR_NOT_FOUND)
+        return handle, slot, profile
 
     def nvmlDeviceGetPciInfo(self, handle: int) -> Any:
         return SimpleNamespace(busId=f"00000000:0{handle}:00.0")
@@ -221,6 +241,49 @@ def test_a_variable_that_hides_all_gpus() -> None:
     assert bind(0, found, CUDA_VISIBLE_DEVICES="-1").device == "cpu"
     with pytest.raises(DeviceError, match="hides every GPU"):
         bind(0, found, "cuda", CUDA_VISIBLE_DEVICES="-1")
+
+
+def test_mig_instances_are_listed() -> None:
+    """Each with its UUID, its profile and its memory; empty slots are left out."""
+    found = host(FakeNvml(count=2, mig={1: ["1g.6gb", None, "2g.12gb"]}))
+    assert not found.gpus[0].mig
+    assert found.gpus[1].instances == (
+        MigInstance("MIG-1-0", "1g.6gb", 24 * GIB, GIB),
+        MigInstance("MIG-1-2", "2g.12gb", 24 * GIB, GIB),
+    )
+
+
+def test_a_worker_is_bound_to_a_mig_instance_by_its_unit() -> None:
+    """CUDA_VISIBLE_DEVICES=MIG-... is kept, also one that NVML does not show to this user."""
+    found = host(FakeNvml(count=1, mig={0: ["1g.6gb", "1g.6gb"]}))
+    binding = bind(5, found, CUDA_VISIBLE_DEVICES="MIG-0-1")
+    assert binding.cuda_visible_devices == "MIG-0-1"
+    assert (binding.gpu.name, binding.gpu.index) == ("NVIDIA L4 MIG 1g.6gb", 0)
+    assert bind(5, found, CUDA_VISIBLE_DEVICES="MIG-unseen").gpu is None
+
+
+def test_a_worker_is_bound_to_a_mig_instance_by_the_list() -> None:
+    """worker.gpus may name instances: worker N takes the Nth."""
+    found = host(FakeNvml(count=1, mig={0: ["1g.6gb", "2g.12gb"]}), "MIG-0-1", "MIG-0-0")
+    assert bind(0, found, CUDA_VISIBLE_DEVICES="0").cuda_visible_devices == "MIG-0-1"
+    assert bind(1, found, CUDA_VISIBLE_DEVICES="1").gpu.name == "NVIDIA L4 MIG 1g.6gb"
+
+
+def test_a_split_gpu_is_not_taken_in_part_without_a_word() -> None:
+    """One instance is the whole GPU; of several one must be named; none at all is an error too."""
+    assert bind(0, host(FakeNvml(count=1, mig={0: [None, "7g.24gb"]}))).cuda_visible_devices == "MIG-0-1"
+    with pytest.raises(DeviceError, match=r"split into 2 MIG instances; name one, .*worker@0.env"):
+        bind(0, host(FakeNvml(count=1, mig={0: ["1g.6gb", "1g.6gb"]})))
+    with pytest.raises(DeviceError, match="MIG on and no instance"):
+        bind(0, host(FakeNvml(count=1, mig={0: [None]})))
+
+
+def test_a_worker_is_bound_by_uuid() -> None:
+    """By its whole UUID or its beginning, as CUDA takes it; one that is not here is refused, by name."""
+    found = host(FakeNvml(count=2))
+    assert bind(9, found, CUDA_VISIBLE_DEVICES="GPU-00000001").gpu.index == 1
+    with pytest.raises(DeviceError, match="this host has no GPU GPU-ffff; it has GPU-00000000-0000, GPU-0"):
+        bind(9, found, CUDA_VISIBLE_DEVICES="GPU-ffff")
 
 
 @pytest.mark.parametrize(
