@@ -14,18 +14,21 @@ take it back with ``PyThreadState_SetAsyncExc(id, NULL)`` leaves CPython 3.11's 
 from __future__ import annotations
 
 import ctypes
+import math
 import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from gpuinfer.errors import SoftTimeLimitExceeded
 
 #: Seconds after the hard limit at which the kernel ends a process whose Python no longer runs.
 KERNEL_GRACE_S = 2.0
+#: Seconds the watching thread sleeps at most: it need not be woken for each block.
+LOOK_S = 1.0
 #: Seconds that ``on_hard`` may take.
 KERNEL_GRACE_AT_END_S = 15.0
 
@@ -45,6 +48,16 @@ class _Watch:
     gate: threading.Lock = field(default_factory=threading.Lock)
     sent: bool = False
     over: bool = False
+    #: Set by the watcher: the soft limit, or both, have been dealt with.
+    looked_at_soft: bool = False
+    looked_at_hard: bool = False
+
+    @property
+    def next_at(self) -> float:
+        """When the watcher must look at it again."""
+        if self.over or self.looked_at_hard:
+            return math.inf
+        return self.hard_at if self.looked_at_soft else self.soft_at
 
 
 class Deadline:
@@ -57,7 +70,10 @@ class Deadline:
     def __init__(self, on_hard: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._on_hard = on_hard
         self._clock = clock
-        self._watches: queue.SimpleQueue[_Watch | None] = queue.SimpleQueue()
+        self._watch: _Watch | None = None
+        #: When the watching thread looks next if nobody wakes it: most blocks are over before that.
+        self._looks_at = math.inf
+        self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         self._thread = threading.Thread(target=self._run, name="deadline", daemon=True)
         self._thread.start()
@@ -74,7 +90,9 @@ class Deadline:
         in_time = False
         try:
             signal.setitimer(signal.ITIMER_REAL, hard_s + KERNEL_GRACE_S)
-            self._watches.put(watch)
+            self._watch = watch
+            if watch.soft_at < self._looks_at:
+                self._calls.put(True)
             try:
                 yield
             except _Interrupt:
@@ -97,31 +115,35 @@ class Deadline:
 
     def close(self) -> None:
         """End the watching thread."""
-        self._watches.put(None)
+        self._calls.put(False)
         self._thread.join(timeout=1)
 
     def _run(self) -> None:
-        watch = self._watches.get()
-        while watch is not None:
-            watch = self._follow(watch)
+        goes_on = True
+        while goes_on:
+            # Said first, then looked: a block that begins in between either sees it and calls, or is seen.
+            self._looks_at = self._clock() + LOOK_S
+            self._looks_at = min(self._looks_at, self._look())
+            with suppress(queue.Empty):
+                goes_on = self._calls.get(timeout=max(0.0, self._looks_at - self._clock()))
 
-    def _follow(self, watch: _Watch) -> _Watch | None:
-        """Hold the limits of one block; return the next one to watch."""
-        try:
-            return self._watches.get(timeout=max(0.0, watch.soft_at - self._clock()))
-        except queue.Empty:
-            pass
-        if watch.gate.acquire(blocking=False):
-            _interrupt(watch.thread_id)
-            watch.sent = True
-        try:
-            return self._watches.get(timeout=max(0.0, watch.hard_at - self._clock()))
-        except queue.Empty:
-            if not watch.over:
-                # Ending in order may take a moment: Redis is told who the offender was.
-                signal.setitimer(signal.ITIMER_REAL, KERNEL_GRACE_AT_END_S)
-                self._on_hard()
-        return self._watches.get()
+    def _look(self) -> float:
+        """Hold the limits of the block that runs; return when to look at it again."""
+        watch = self._watch
+        if watch is None:
+            return math.inf
+        now = self._clock()
+        if watch.next_at <= now and not watch.looked_at_soft:
+            watch.looked_at_soft = True
+            if watch.gate.acquire(blocking=False):
+                _interrupt(watch.thread_id)
+                watch.sent = True
+        if watch.next_at <= now:
+            watch.looked_at_hard = True
+            # Ending in order may take a moment: Redis is told who the offender was.
+            signal.setitimer(signal.ITIMER_REAL, KERNEL_GRACE_AT_END_S)
+            self._on_hard()
+        return watch.next_at
 
 
 def _interrupt(thread_id: int) -> None:
