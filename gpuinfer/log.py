@@ -3,32 +3,37 @@
 
 The way of a line::
 
-    get_logger(__name__).info("batch_done", size=8) ─┐
-    celery, kombu, uvicorn, warnings ────────────────┴─► root logger ► one handler ► _renderer ► stream
+    get_logger(__name__).info("batch_done", size=8) ─┐                                  ┌► journald
+    celery, kombu, uvicorn, warnings, ───────────────┴─► root logger ► one handler ─────┤
+    exceptions that nobody caught                                                       └► stream
 
 Every line carries ``timestamp`` (UTC), ``level``, ``logger`` and ``action``: for our lines a stable
-snake_case name, for foreign lines the logger's name, with their text in ``message``. Another
-target, such as journald's native fields, is one more branch in ``_handler``: it receives the same
-dictionary. What users sent (inputs, results) is never logged; a value that is not plain is
-logged as its type.
+snake_case name, for foreign lines the logger's name, with their text in ``message``. A line about
+one task has its ``task_id``, a line about several their ``task_ids``. What users sent (inputs,
+results) is never logged; a value that is not plain is logged as its type.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import threading
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import PurePath
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any, Literal, TextIO
 
 import orjson
 import structlog
 from structlog.stdlib import BoundLogger, ProcessorFormatter
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from gpuinfer.journal.entry import Entries
+from gpuinfer.journal.sender import Sender, is_journal
 from gpuinfer.settings import LogSettings
 
 #: What each line begins with, in this order.
@@ -43,6 +48,10 @@ _QUIETED = {
     "celery.worker.consumer.connection": logging.WARNING,
 }
 _MARK = "_gpuinfer"
+#: Fields of every line of this process, the inference thread's and the libraries' too.
+_always: dict[str, object] = {}
+
+Target = Literal["console", "json", "journal"]
 
 
 def get_logger(name: str) -> BoundLogger:
@@ -58,9 +67,12 @@ def bound(**fields: object) -> Iterator[None]:
         yield
 
 
-def configure(settings: LogSettings, *, stream: TextIO | None = None) -> None:
+def configure(
+    settings: LogSettings, *, program: str = "gpuinfer", stream: TextIO | None = None, **always: str | int
+) -> None:
     """Set up logging for this process. Calling it again replaces the earlier set-up.
 
+    ``program`` is the journal's SYSLOG_IDENTIFIER, ``always`` are fields of every line, and
     ``stream`` is standard error unless given.
     """
     level = logging.getLevelNamesMapping()[settings.level.upper()]
@@ -70,10 +82,13 @@ def configure(settings: LogSettings, *, stream: TextIO | None = None) -> None:
         wrapper_class=BoundLogger,
         cache_logger_on_first_use=True,
     )
+    _always.clear()
+    _always.update(always)
     root = logging.getLogger()
     for old in [handler for handler in root.handlers if getattr(handler, _MARK, False)]:
         root.removeHandler(old)
-    root.addHandler(_handler(settings, stream or sys.stderr))
+        old.close()
+    root.addHandler(_handler(target(settings, stream), program, stream or sys.stderr))
     # At debug, libraries log messages whole, payloads included: that level is for our own lines.
     root.setLevel(max(level, logging.INFO))
     logging.getLogger(_ROOM).setLevel(level)
@@ -81,9 +96,20 @@ def configure(settings: LogSettings, *, stream: TextIO | None = None) -> None:
         logging.getLogger(name).setLevel(max(level, at_least))
     _adopt_libraries()
     logging.captureWarnings(True)
+    _adopt_exceptions()
 
 
-def setup_celery_logging(settings: LogSettings) -> None:
+def target(settings: LogSettings, stream: TextIO | None = None) -> Target:
+    """Return where lines go: as set, or by what standard error (or ``stream``) is."""
+    if settings.format != "auto":
+        return settings.format
+    stream = stream or sys.stderr
+    if is_journal(stream, os.environ):
+        return "journal"
+    return "console" if stream.isatty() else "json"
+
+
+def setup_celery_logging(settings: LogSettings, *, program: str = "gpuinfer", **always: str | int) -> None:
     """Keep Celery from setting up logging of its own, in worker and beat alike.
 
     A receiver of ``celery.signals.setup_logging`` is what stops it from taking the root logger.
@@ -91,9 +117,29 @@ def setup_celery_logging(settings: LogSettings) -> None:
     from celery.signals import setup_logging
 
     def _ours(**_: object) -> None:
-        configure(settings)
+        configure(settings, program=program, stream=None, **always)
 
     setup_logging.connect(_ours, weak=False, dispatch_uid="gpuinfer.log")
+
+
+def _adopt_exceptions() -> None:
+    """Log what nobody caught, in whatever thread, as one line; asyncio logs its own by itself."""
+
+    def uncaught(kind: type[BaseException], exc: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, exc, trace)
+            return
+        get_logger(__name__).critical("uncaught_exception", exc_info=(kind, exc, trace))
+
+    def in_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is None or issubclass(args.exc_type, SystemExit):
+            return
+        name = args.thread.name if args.thread else None
+        info = (args.exc_type, args.exc_value, args.exc_traceback)
+        get_logger(__name__).critical("uncaught_exception", thread=name, exc_info=info)
+
+    sys.excepthook = uncaught
+    threading.excepthook = in_thread
 
 
 def _adopt_libraries() -> None:
@@ -112,36 +158,74 @@ def _common() -> list[Processor]:
         structlog.stdlib.add_log_level,
         structlog.stdlib.PositionalArgumentsFormatter(),
         structlog.processors.StackInfoRenderer(),
+        _add_always,
         _timestamp,
     ]
 
 
-def _handler(settings: LogSettings, stream: TextIO) -> logging.Handler:
-    handler = logging.StreamHandler(stream)
+class _JournalHandler(logging.Handler):
+    """Sends lines to journald; where there is none, another handler has them."""
+
+    def __init__(self, entries: Entries, otherwise: logging.Handler) -> None:
+        super().__init__()
+        self._entries = entries
+        self._sender = Sender(entries.dropped)
+        self._otherwise = otherwise
+        self._encoded: list[bytes] = []
+        self.setFormatter(_formatter(structlog.processors.format_exc_info, self._encode))
+
+    def _encode(self, _: WrappedLogger, __: str, line: EventDict) -> str:
+        """Keep the line's entries: what a formatter returns can be text alone."""
+        self._encoded = self._entries.of(line)
+        return ""
+
+    def emit(self, record: logging.LogRecord) -> None:  # the handler's lock is held
+        try:
+            self.format(record)
+            sent = [self._sender.send(entry) for entry in self._encoded]
+        except Exception:
+            self.handleError(record)
+            return
+        if not all(sent):
+            self._otherwise.emit(record)
+
+    def close(self) -> None:
+        self._sender.close()
+        super().close()
+
+
+def _handler(to: Target, program: str, stream: TextIO) -> logging.Handler:
+    handler: logging.Handler = logging.StreamHandler(stream)
+    if to == "console":
+        handler.setFormatter(_formatter(*_for_reading(stream.isatty())))
+    else:
+        handler.setFormatter(_formatter(structlog.processors.format_exc_info, _order, _to_json))
+    if to == "journal":
+        hidden = frozenset(_always) & {"worker"}
+        handler = _JournalHandler(Entries(program, hidden, _as_text), otherwise=handler)
     setattr(handler, _MARK, True)
-    terminal = stream.isatty()
-    as_json = settings.format == "json" or (settings.format == "auto" and not terminal)
-    handler.setFormatter(
-        ProcessorFormatter(
-            foreign_pre_chain=_common(),
-            processors=[
-                _name_action,
-                ProcessorFormatter.remove_processors_meta,
-                *_renderer(as_json, terminal),
-            ],
-        )
-    )
     return handler
 
 
-def _renderer(as_json: bool, colours: bool) -> list[Processor]:
-    if as_json:
-        return [structlog.processors.format_exc_info, _order, _to_json]
+def _formatter(*last: Processor) -> ProcessorFormatter:
+    return ProcessorFormatter(
+        foreign_pre_chain=_common(),
+        processors=[_name_action, ProcessorFormatter.remove_processors_meta, *last],
+    )
+
+
+def _for_reading(colours: bool) -> list[Processor]:
     # The plain traceback: rich's would show local variables, and so payloads.
     console = structlog.dev.ConsoleRenderer(
         colors=colours, event_key="action", exception_formatter=structlog.dev.plain_traceback
     )
     return [_foreign_text_first, console]
+
+
+def _add_always(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
+    for key, value in _always.items():
+        line.setdefault(key, value)
+    return line
 
 
 def _timestamp(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
@@ -173,11 +257,20 @@ def _order(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
 
 
 def _to_json(_: WrappedLogger, __: str, line: MutableMapping[str, Any]) -> str:
+    return _dump(line)
+
+
+def _dump(value: object) -> str:
     try:
-        return orjson.dumps(line, default=_plain, option=orjson.OPT_NON_STR_KEYS).decode()
+        return orjson.dumps(value, default=_plain, option=orjson.OPT_NON_STR_KEYS).decode()
     except TypeError:
         # Half a surrogate, as in a file name that is not UTF-8, or a number beyond 64 bits.
-        return json.dumps(line, default=_plain, skipkeys=True)
+        return json.dumps(value, default=_plain, skipkeys=True)
+
+
+def _as_text(value: object) -> str:
+    """Return a value of a journal field that is neither text nor number: JSON, or what _plain makes of it."""
+    return _dump(value) if isinstance(value, bool | list | tuple | dict) else _plain(value)
 
 
 def _plain(value: object) -> str:

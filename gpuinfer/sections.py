@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 
 QueueName = Literal["realtime", "default", "batch"]
 #: The queues, the most urgent first.
@@ -153,9 +161,58 @@ class ApiSettings(Section):
     retry_after_s: int = Field(default=2, ge=1, le=3600)
 
 
+class WatcherSettings(Section):
+    """How many workers run, and who decides it."""
+
+    #: target: as many as drain the queues in time; threshold: one more while more than N tasks wait.
+    mode: Literal["target", "threshold"] = "target"
+    #: act: carry decisions out; log: only write them down.
+    decisions: Literal["act", "log"] = "act"
+    #: systemd: units over D-Bus; process: plain child processes.
+    backend: Literal["systemd", "process"] = "systemd"
+    probe_interval_s: float = Field(default=1.0, ge=0.1, le=60)
+    #: Instances of this host; 0: one for each GPU, and one on a host without a GPU.
+    instances: int = Field(default=0, ge=0, le=1024)
+    #: At least and at most so many workers run, on all hosts together; ceiling 0: all there are.
+    floor: int = Field(default=0, ge=0, le=100_000)
+    ceiling: int = Field(default=0, ge=0, le=100_000)
+    #: A queue's backlog must drain in this time, counted from when a worker started now is ready.
+    realtime_target_s: float = Field(default=2.0, ge=0.1, le=86400)
+    default_target_s: float = Field(default=10.0, ge=0.1, le=86400)
+    batch_target_s: float = Field(default=120.0, ge=0.1, le=86400)
+    #: The share of its time a worker is meant to be busy under steady load.
+    utilisation: float = Field(default=0.8, ge=0.2, le=0.89)
+    #: Tasks a second of one worker, and seconds from start to ready, until they are measured.
+    assumed_rate: float = Field(default=10.0, gt=0, le=1e6)
+    assumed_startup_s: float = Field(default=15.0, ge=0, le=3600)
+    #: A worker is stopped after it was not needed for this long; the pause grows when that was rash.
+    calm_s: float = Field(default=60.0, ge=1, le=86400)
+    calm_max_s: float = Field(default=600.0, ge=1, le=7 * 86400)
+    #: threshold mode: more than so many waiting tasks start one more worker, at most so many, so often.
+    threshold_depth: int = Field(default=50, ge=0, le=10**9)
+    threshold_workers: int = Field(default=4, ge=1, le=100_000)
+    threshold_every_s: float = Field(default=10.0, ge=0.1, le=3600)
+    #: What an administrator started or stopped by hand is left alone for this long.
+    manual_hold_s: float = Field(default=900.0, ge=0, le=7 * 86400)
+    #: A failed instance rests this long, twice as long after each further failure, up to the maximum.
+    quarantine_s: float = Field(default=30.0, ge=1, le=86400)
+    quarantine_max_s: float = Field(default=3600.0, ge=1, le=7 * 86400)
+    #: A GPU on which other programs hold more memory than this is left alone.
+    foreign_mb: int = Field(default=1024, ge=0, le=1024 * 1024)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> WatcherSettings:
+        if self.ceiling and self.ceiling < self.floor:
+            raise ValueError(f"ceiling = {self.ceiling} must be 0 or at least floor = {self.floor}")
+        for low, high in (("calm_s", "calm_max_s"), ("quarantine_s", "quarantine_max_s")):
+            if getattr(self, high) < getattr(self, low):
+                raise ValueError(f"{high} = {getattr(self, high):g} must be at least {low}")
+        return self
+
+
 class LogSettings(Section):
     """What is logged and how."""
 
-    #: auto: colours on a terminal, JSON lines elsewhere.
-    format: Literal["auto", "console", "json"] = "auto"
+    #: auto: the journal under systemd, colours on a terminal, JSON lines elsewhere.
+    format: Literal["auto", "console", "json", "journal"] = "auto"
     level: Literal["debug", "info", "warning", "error"] = "info"

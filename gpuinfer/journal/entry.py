@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a log line, a dictionary, to journal entries: a sentence to read, and fields to ask for.
+
+``task_failed`` with ``task_id``, ``model`` and ``reason`` becomes::
+
+    MESSAGE=task failed: inputs: must be 8 x 8 (task_id=6b1f…, model=digits)
+    PRIORITY=4  SYSLOG_IDENTIFIER=gpuinfer-worker  ACTION=task_failed  TASK_ID=6b1f…  MODEL=digits  REASON=…
+
+A list of ``task_ids`` becomes the field TASK_ID many times over, so that ``journalctl TASK_ID=…``
+finds a batch by each task in it. A field that is not listed in ``_NAMES`` has its key in capitals.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from structlog.typing import EventDict
+
+from gpuinfer.journal.sender import field
+
+#: syslog's numbers; ``journalctl -p`` takes their names.
+_PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
+#: journald drops an entry of more than 1024 fields whole.
+MAX_IDS = 900
+#: Keys whose field has another name: PRIORITY is the level's.
+_NAMES = {"priority": "TASK_PRIORITY", "exception": "TRACEBACK", "task_ids": "TASK_ID"}
+#: What the sentence begins with, or has no place in it.
+_NOT_IN_BRACKETS = frozenset(
+    {"timestamp", "level", "logger", "action", "reason", "message", "hint", "exception", "stack", "task_ids"}
+)
+#: What journald notes by itself, or PRIORITY says.
+_NO_FIELDS = frozenset({"timestamp", "level", "message", "task_ids"})
+#: Characters of a value in the sentence; its field has all of it.
+_SHOWN = 200
+
+
+class Entries:
+    """Makes the entries of one program's lines.
+
+    ``hidden`` names keys that every line has, so that no sentence need say them; ``plain`` makes
+    text of a value that is neither text nor number.
+    """
+
+    def __init__(self, program: str, hidden: frozenset[str], plain: Callable[[Any], str]) -> None:
+        self._program = field("SYSLOG_IDENTIFIER", program)
+        self._unsaid = _NOT_IN_BRACKETS | hidden
+        self._plain = plain
+
+    def of(self, line: EventDict) -> list[bytes]:
+        """Return a line's entries: one, but for more tasks than an entry can name."""
+        ids: Sequence[str] = line.get("task_ids") or ()
+        fields = self._fields(line)
+        message = self._message(line)
+        if len(ids) <= MAX_IDS:
+            return [field("MESSAGE", message) + fields + _ids(ids)]
+        groups = [ids[start : start + MAX_IDS] for start in range(0, len(ids), MAX_IDS)]
+        return [
+            field("MESSAGE", f"{message} [{number} of {len(groups)}]") + fields + _ids(group)
+            for number, group in enumerate(groups, 1)
+        ]
+
+    def dropped(self, count: int) -> bytes:
+        """Return the entry that tells of lines that found no room."""
+        (entry,) = self.of(
+            {
+                "action": "log_lines_dropped",
+                "level": "warning",
+                "logger": __name__,
+                "count": count,
+                "reason": "the journal had no room",
+            }
+        )
+        return entry
+
+    def _fields(self, line: EventDict) -> bytes:
+        parts = [b"PRIORITY=%d\n" % _PRIORITIES.get(line.get("level", ""), 6), self._program]
+        for key, value in line.items():
+            if key not in _NO_FIELDS and value is not None:
+                parts.append(field(_name(key), self._text(value)))
+        if "\n" in (text := str(line.get("message", ""))):  # MESSAGE has its first line
+            parts.append(field("TEXT", text))
+        return b"".join(parts)
+
+    def _message(self, line: EventDict) -> str:
+        """Return the line as one reads it: what, why, what now, and in brackets the rest."""
+        if "message" in line:  # a library's own words
+            said = str(line["message"]).strip().partition("\n")[0]
+        else:
+            said = str(line.get("action", "")).replace("_", " ")
+        if "reason" in line:
+            said += f": {line['reason']}"
+        if "exception" in line:
+            said += f": {_last_line(str(line['exception']))}"
+        if "hint" in line:
+            said += f"; {line['hint']}"
+        rest = [
+            f"{key}={self._text(value)[:_SHOWN]}"
+            for key, value in line.items()
+            if key not in self._unsaid and value is not None
+        ]
+        return " ".join((f"{said} ({', '.join(rest)})" if rest else said).split())
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+        return self._plain(value)
+
+
+def _ids(ids: Sequence[str]) -> bytes:
+    """Return TASK_ID once for each id. A stranger chose them: one with a line break is encoded by itself."""
+    if not ids:
+        return b""
+    joined = "\nTASK_ID=".join(ids)
+    if joined.count("\n") == len(ids) - 1:
+        return b"TASK_ID=%s\n" % joined.encode("utf-8", "backslashreplace")
+    return b"".join(field("TASK_ID", task_id) for task_id in ids)
+
+
+def _last_line(traceback: str) -> str:
+    return traceback.rstrip().rpartition("\n")[2][:_SHOWN]
+
+
+@cache
+def _name(key: str) -> str:
+    """Return a field's name: capitals, digits and _, a letter first, 64 at most. Keys are ours, so few."""
+    name = re.sub(r"[^A-Z0-9_]", "_", key.upper()).lstrip("_0123456789")
+    return _NAMES.get(key, name[:64] or "FIELD")

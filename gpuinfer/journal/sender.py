@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sends entries to journald: its native protocol, one datagram an entry, and never a wait.
+
+The protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/. What does not fit into a datagram travels
+as a sealed memfd. Nothing waits for a journal that is slow or stopped: the entry is dropped and
+counted, and the count is told as soon as there is room again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TextIO
+
+SOCKET = Path("/run/systemd/journal/socket")
+#: Entries on their way to journald, in bytes; the kernel cuts it to net.core.wmem_max.
+BUFFER_BYTES = 8 * 1024 * 1024
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_TOO_LARGE = (errno.EMSGSIZE, errno.ENOBUFS)
+#: The journal is there and has no room, or this process has none for the descriptor of a large entry.
+_NO_ROOM = (
+    *(errno.EAGAIN, errno.EMSGSIZE, errno.ENOBUFS, errno.ENOMEM),
+    *(errno.ETOOMANYREFS, errno.EMFILE, errno.ENFILE),
+)
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+
+
+def field(name: str, value: str) -> bytes:
+    """Return one field as the protocol has it; a value of several lines carries its length."""
+    raw = value.encode("utf-8", "backslashreplace")
+    if b"\n" not in raw:
+        return b"%s=%s\n" % (name.encode(), raw)
+    return b"%s\n%s%s\n" % (name.encode(), struct.pack("<Q", len(raw)), raw)
+
+
+def is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """Tell whether a stream leads to the journal: systemd names the one it made in ``JOURNAL_STREAM``."""
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # closed, or no file at all
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+class Sender:
+    """Sends encoded entries. Not for several threads at once: a log handler's lock is around it.
+
+    ``report`` makes the entry that tells how many were dropped.
+    """
+
+    def __init__(self, report: Callable[[int], bytes], path: Path | None = None) -> None:
+        self._report = report
+        self._path = str(path or SOCKET)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+        #: Entries lost since the last report.
+        self.dropped = 0
+
+    def close(self) -> None:
+        """Tell of what was dropped, if that is possible now, and close the socket."""
+        self._catch_up()
+        self._socket.close()
+
+    def send(self, entry: bytes) -> bool:
+        """Send an entry, or drop and count it. Returns False when there is no journal to send to."""
+        outcome = self._try(entry) if self._catch_up() else errno.EAGAIN
+        if outcome in _NO_ROOM:
+            self.dropped += 1
+        return outcome == 0 or outcome in _NO_ROOM
+
+    def _catch_up(self) -> bool:
+        """Tell of dropped entries. Returns False when there is still no room even for that."""
+        if self.dropped:
+            outcome = self._try(self._report(self.dropped))
+            if outcome == 0:
+                self.dropped = 0
+            return outcome not in _NO_ROOM
+        return True
+
+    def _try(self, entry: bytes) -> int:
+        """Send an entry; return 0 or the error's number. The path is looked up anew: it may come back."""
+        try:
+            try:
+                self._socket.sendto(entry, _FLAGS, self._path)
+            except OSError as exc:
+                if exc.errno not in _TOO_LARGE:
+                    raise
+                self._send_large(entry)
+        except OSError as exc:
+            return exc.errno or errno.EIO
+        return 0
+
+    def _send_large(self, entry: bytes) -> None:
+        """Send an entry as a sealed memory file: journald takes no other, as it maps it."""
+        with os.fdopen(
+            os.memfd_create("gpuinfer-journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "wb"
+        ) as file:
+            file.write(entry)
+            file.flush()
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", file.fileno()))
+            self._socket.sendmsg([], [rights], _FLAGS, self._path)
