@@ -13,8 +13,8 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 QueueName = Literal["realtime", "default", "batch"]
@@ -187,7 +187,7 @@ class WatcherSettings(Section):
     assumed_startup_s: float = Field(default=15.0, ge=0, le=3600)
     #: A worker is stopped after it was not needed for this long; the pause grows when that was rash.
     calm_s: float = Field(default=60.0, ge=1, le=86400)
-    calm_max_s: float = Field(default=600.0, ge=1, le=7 * 86400)
+    calm_max_s: float = Field(default=600.0, validate_default=True, ge=1, le=7 * 86400)
     #: threshold mode: more than so many waiting tasks start one more worker, at most so many, so often.
     threshold_depth: int = Field(default=50, ge=0, le=10**9)
     threshold_workers: int = Field(default=4, ge=1, le=100_000)
@@ -196,18 +196,18 @@ class WatcherSettings(Section):
     manual_hold_s: float = Field(default=900.0, ge=0, le=7 * 86400)
     #: A failed instance rests this long, twice as long after each further failure, up to the maximum.
     quarantine_s: float = Field(default=30.0, ge=1, le=86400)
-    quarantine_max_s: float = Field(default=3600.0, ge=1, le=7 * 86400)
+    quarantine_max_s: float = Field(default=3600.0, validate_default=True, ge=1, le=7 * 86400)
     #: A GPU on which other programs hold more memory than this is left alone.
     foreign_mb: int = Field(default=1024, ge=0, le=1024 * 1024)
 
-    @model_validator(mode="after")
-    def _in_order(self) -> WatcherSettings:
-        if self.ceiling and self.ceiling < self.floor:
-            raise ValueError(f"ceiling = {self.ceiling} must be 0 or at least floor = {self.floor}")
-        for low, high in (("calm_s", "calm_max_s"), ("quarantine_s", "quarantine_max_s")):
-            if getattr(self, high) < getattr(self, low):
-                raise ValueError(f"{high} = {getattr(self, high):g} must be at least {low}")
-        return self
+    @field_validator("ceiling", "calm_max_s", "quarantine_max_s")
+    @classmethod
+    def _not_below(cls, value: float, info: ValidationInfo) -> float:
+        name = {"ceiling": "floor", "calm_max_s": "calm_s", "quarantine_max_s": "quarantine_s"}
+        low = name[str(info.field_name)]
+        if value < info.data.get(low, value) and not (info.field_name == "ceiling" and value == 0):
+            raise ValueError(f"must be at least {low} = {info.data[low]:g}")
+        return value
 
 
 class LogSettings(Section):
