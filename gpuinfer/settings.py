@@ -34,6 +34,7 @@ from gpuinfer.sections import (
     QueueSettings,
     RedisSettings,
     Section,
+    WatcherSettings,
     WorkerSettings,
 )
 
@@ -49,6 +50,7 @@ __all__ = [
     "RedisSettings",
     "Section",
     "Settings",
+    "WatcherSettings",
     "WorkerSettings",
     "load",
     "load_settings",
@@ -78,6 +80,7 @@ class Settings(BaseSettings):
     models: ModelsSettings = ModelsSettings()
     worker: WorkerSettings = WorkerSettings()
     api: ApiSettings = ApiSettings()
+    watcher: WatcherSettings = WatcherSettings()
     log: LogSettings = LogSettings()
 
     @classmethod
