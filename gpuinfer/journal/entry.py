@@ -7,7 +7,8 @@
     PRIORITY=4  SYSLOG_IDENTIFIER=gpuinfer-worker  ACTION=task_failed  TASK_ID=6b1f…  MODEL=digits  REASON=…
 
 A list of ``task_ids`` becomes the field TASK_ID many times over, so that ``journalctl TASK_ID=…``
-finds a batch by each task in it. A field that is not listed in ``_NAMES`` has its key in capitals.
+finds a batch by each task in it; ``_REPEATED`` names such lists. Another field has its key in
+capitals, but for those in ``_NAMES``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
 #: journald drops an entry of more than 1024 fields whole.
 MAX_IDS = 900
 #: Keys whose field has another name: PRIORITY is the level's.
-_NAMES = {"priority": "TASK_PRIORITY", "exception": "TRACEBACK", "task_ids": "TASK_ID"}
+_NAMES = {"priority": "TASK_PRIORITY", "exception": "TRACEBACK"}
+_REPEATED = {"task_ids": "TASK_ID", "queues": "QUEUE", "models": "MODEL"}
 #: What the sentence begins with, or has no place in it.
 _NOT_IN_BRACKETS = frozenset(
     {"timestamp", "level", "logger", "action", "reason", "message", "hint", "exception", "stack", "task_ids"}
@@ -55,10 +57,10 @@ class Entries:
         fields = self._fields(line)
         message = self._message(line)
         if len(ids) <= MAX_IDS:
-            return [field("MESSAGE", message) + fields + _ids(ids)]
+            return [field("MESSAGE", message) + fields + _repeated("TASK_ID", ids)]
         groups = [ids[start : start + MAX_IDS] for start in range(0, len(ids), MAX_IDS)]
         return [
-            field("MESSAGE", f"{message} [{number} of {len(groups)}]") + fields + _ids(group)
+            field("MESSAGE", f"{message} [{number} of {len(groups)}]") + fields + _repeated("TASK_ID", group)
             for number, group in enumerate(groups, 1)
         ]
 
@@ -78,7 +80,11 @@ class Entries:
     def _fields(self, line: EventDict) -> bytes:
         parts = [b"PRIORITY=%d\n" % _PRIORITIES.get(line.get("level", ""), 6), self._program]
         for key, value in line.items():
-            if key not in _NO_FIELDS and value is not None:
+            if key in _NO_FIELDS or value is None:
+                continue
+            if key in _REPEATED:
+                parts.append(_repeated(_REPEATED[key], value))
+            else:
                 parts.append(field(_name(key), self._text(value)))
         if "\n" in (text := str(line.get("message", ""))):  # MESSAGE has its first line
             parts.append(field("TEXT", text))
@@ -97,7 +103,7 @@ class Entries:
         if "hint" in line:
             said += f"; {line['hint']}"
         rest = [
-            f"{key}={self._text(value)[:_SHOWN]}"
+            f"{key}={','.join(value) if key in _REPEATED else self._text(value)[:_SHOWN]}"
             for key, value in line.items()
             if key not in self._unsaid and value is not None
         ]
@@ -111,14 +117,14 @@ class Entries:
         return self._plain(value)
 
 
-def _ids(ids: Sequence[str]) -> bytes:
-    """Return TASK_ID once for each id. A stranger chose them: one with a line break is encoded by itself."""
-    if not ids:
+def _repeated(name: str, values: Sequence[str]) -> bytes:
+    """Return a field once for each value. Strangers choose ids: one may have a line break in it."""
+    if not values:
         return b""
-    joined = "\nTASK_ID=".join(ids)
-    if joined.count("\n") == len(ids) - 1:
-        return b"TASK_ID=%s\n" % joined.encode("utf-8", "backslashreplace")
-    return b"".join(field("TASK_ID", task_id) for task_id in ids)
+    joined = f"\n{name}=".join(values)
+    if joined.count("\n") == len(values) - 1:
+        return f"{name}={joined}\n".encode("utf-8", "backslashreplace")
+    return b"".join(field(name, value) for value in values)
 
 
 def _last_line(traceback: str) -> str:

@@ -15,10 +15,13 @@ import orjson
 import redis
 
 from gpuinfer.errors import DeadLettered, GpuinferError, WorkerRunning
+from gpuinfer.log import get_logger
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.message import Undecodable, decode
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QueueSettings
+
+log = get_logger(__name__)
 
 #: How many sequence ids a life has: numbers stay exact in Lua, and a life lasts for days.
 SEQS_OF_A_LIFE = 2**32
@@ -53,6 +56,8 @@ class Restored:
 
     returned: int
     dead: tuple[str, ...]
+    #: Of those put back; the first thousand of them that can be read.
+    ids: tuple[str, ...] = ()
 
 
 class Store:
@@ -198,13 +203,19 @@ class Store:
             ],
         )
         dead = []
-        for i in range(1, len(flat), 4):
+        for i in range(2, len(flat), 4):
             seq, list_key, payload, deaths = flat[i : i + 4]
             error = DeadLettered(
                 f"its worker died {int(deaths)} times while it ran; see gpuinfer dead list", None
             )
             dead.append(self.bury(int(seq), list_key.decode(), payload, error, deaths=int(deaths)))
-        return Restored(int(flat[0]), tuple(dead))
+        ids = tuple(task_id.decode("utf-8", "backslashreplace") for task_id in flat[1])
+        restored = Restored(int(flat[0]), tuple(dead), ids)
+        if restored.returned or dead:
+            log.warning(
+                "restored", worker=self.worker, returned=restored.returned, dead=len(dead), task_ids=ids
+            )
+        return restored
 
     def bury(self, seq: int, list_key: str, payload: bytes, error: GpuinferError, *, deaths: int = 0) -> str:
         """Move a task to the dead letters, with a failure result where its id can be read."""
@@ -230,4 +241,6 @@ class Store:
             keys=[self.inflight, keys.DEAD],
             args=[seq, letter_id, letter, self._settings.result_ttl_s, keys.result(letter_id), meta],
         )
+        queue = keys.split_list_key(list_key)[0]
+        log.error("task_dead_lettered", task_id=letter_id, queue=queue, deaths=deaths, reason=error.message)
         return letter_id

@@ -30,9 +30,11 @@ from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.queue import results
 from gpuinfer.queue.connection import AWAY
+from gpuinfer.queue.keys import split_list_key
 from gpuinfer.queue.message import Undecodable, decode
 from gpuinfer.queue.store import Claimed, Final, Store
 from gpuinfer.settings import Settings
+from gpuinfer.worker import story
 from gpuinfer.worker.bookkeeping import Bookkeeping
 from gpuinfer.worker.buffer import Batch, Buffer
 from gpuinfer.worker.engine import Done, Engine, RunAlone
@@ -144,7 +146,7 @@ class Batcher:
                 self._bury(task, str(exc))
             except (ValueError, TypeError, ArithmeticError, RecursionError) as exc:
                 # Whatever a stranger's message may do to us, it must not take its neighbours along.
-                log.exception("message_unreadable", queue=task.list_key)
+                log.exception("message_unreadable", queue=split_list_key(task.list_key)[0])
                 self._bury(task, f"{type(exc).__name__}: {exc}")
         self._settle(finals)
         self.pump()
@@ -152,12 +154,10 @@ class Batcher:
     def _bury(self, task: Claimed, reason: str) -> None:
         error = DeadLettered(f"cannot be decoded: {reason}")
         try:
-            letter = self.store.bury(task.seq, task.list_key, task.payload, error)
+            self.store.bury(task.seq, task.list_key, task.payload, error)
         except (redis.RedisError, OSError) as exc:
             self.store.doubt()  # it is put back at the next claim, and comes again
             self._redis_trouble("bury", exc)
-            return
-        log.error("task_dead_lettered", task_id=letter, queue=task.list_key, reason=reason)
 
     def _admit(self, task: Claimed, envelope: Any, finals: list[Final]) -> None:
         try:
@@ -172,9 +172,7 @@ class Batcher:
             raise
         except GpuinferError as exc:
             finals.append(self._final(task.seq, envelope.id, exc, envelope))
-            log.warning(
-                "task_refused", task_id=envelope.id, queue=task.list_key, code=exc.code, reason=str(exc)
-            )
+            story.task_refused(task, envelope.id, exc)
             return
         if work.eta is not None:
             work.not_before = self._clock() + max(0.0, work.eta - self._wall())
@@ -204,7 +202,7 @@ class Batcher:
             self._buffer.remove(works)
             for work in works:
                 self._books.finished(work, None)
-                log.info("task_skipped", task_id=work.id, reason="its final state is written already")
+                story.task_skipped(work)
             self._settle([Final(work.seq, "", b"") for work in works])
             return True
         self._buffer.remove(batch.works)
@@ -217,7 +215,7 @@ class Batcher:
         self._noted_idle = self._marked = False
         self._began_at = self._clock()
         if self._debug:
-            log.debug("batch_begun", model=batch.model, task_ids=[work.id for work in batch.works])
+            story.batch_begun(batch)
         return True
 
     def _mark_started(self) -> None:
@@ -234,6 +232,7 @@ class Batcher:
             self._redis_trouble("begin", exc)
             return
         self._marked = True
+        story.batch_running(batch, self.device)
 
     def _drop_stale(self) -> None:
         """End what has expired or was revoked before it costs device time."""
@@ -250,7 +249,7 @@ class Batcher:
                 dropped.append(work)
                 finals.append(self._final(work.seq, work.id, error, work.envelope))
                 self._books.finished(work, error)
-                log.info("task_dropped", task_id=work.id, model=work.model, code=error.code)
+                story.task_dropped(work, error)
         if dropped:
             self._buffer.remove(dropped)
             self._settle(finals)
@@ -263,6 +262,7 @@ class Batcher:
             done = self.engine.done.get()
             self.engine.current = None
             if done.fatal is not None:
+                story.batch_lost(done)
                 self._on_fatal(done.fatal)
                 return
             if done.smooth:
@@ -270,16 +270,7 @@ class Batcher:
             finals = self._outcomes(done)
             self.pump()
             self._settle(finals)
-            failed = sum(1 for outcome in done.outcomes if isinstance(outcome, Exception))
-            log.info(
-                "batch_done",
-                model=done.batch.model,
-                batch_size=done.batch.size,
-                tasks=len(done.batch.parts),
-                failed=failed,
-                duration_ms=round(done.seconds * 1000, 2),
-                device=self.device,
-            )
+            story.batch_done(done, self.device)
         if self.channel is not None and not self._closed:
             self.channel.claim()
 
@@ -308,9 +299,7 @@ class Batcher:
             work.retries += 1
             work.not_before = self._clock() + pause
             self._buffer.add(work)
-            log.warning(
-                "task_retried", task_id=work.id, retry=work.retries, pause_s=pause, reason=str(passing)
-            )
+            story.task_retried(work, pause, passing)
             return None
         work.outcomes += outcomes
         if work.left:
@@ -320,7 +309,7 @@ class Batcher:
         error = end if isinstance(end, GpuinferError) else None
         self._books.finished(work, error, end)
         if error is not None:
-            log.warning("task_failed", task_id=work.id, model=work.model, code=error.code, reason=str(error))
+            story.task_failed(work, error)
         return self._final(work.seq, work.id, end, work.envelope)
 
     def _final(self, seq: int, task_id: str, end: Any, envelope: Any) -> Final:
@@ -385,12 +374,14 @@ class Batcher:
             self._settle([])
             if self._outbox:
                 time.sleep(0.2)
-        log.info("drained", released=len(works), unsettled=len(self._outbox))
+        ids = [work.id for work in works]
+        log.info("drained", released=len(works), unsettled=len(self._outbox), task_ids=ids)
 
     def _take(self, done: Done) -> None:
         """Settle the last batch; a task with slices left goes back to its list."""
         self.engine.current = None
         self._settle(self._outcomes(done))
+        story.batch_done(done, self.device)
         try:
             self.store.release([work.seq for work in self._buffer.clear()])
         except (redis.RedisError, OSError) as exc:

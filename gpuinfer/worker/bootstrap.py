@@ -174,7 +174,7 @@ def _end_at_hard_limit(engine: Any, store: Store) -> NoReturn:
     """
     batch = engine.current
     works = batch.works if batch is not None else []
-    log.critical("hard_time_limit", worker=store.worker, tasks=[work.id for work in works])
+    log.critical("hard_time_limit", worker=store.worker, task_ids=[work.id for work in works])
     if len(works) == 1:
         work = works[0]
         error = TimeLimitExceeded(f"ran longer than its hard limit of {work.hard_limit_s:g} s", None)
@@ -182,7 +182,7 @@ def _end_at_hard_limit(engine: Any, store: Store) -> NoReturn:
         try:
             store.settle([Final(work.seq, work.id, meta if work.keeps_result else b"")])
         except Exception as exc:
-            log.error("settle_failed", task_id=work.id, reason=str(exc))
+            log.error("settle_failed", task_id=work.id, model=work.model, reason=str(exc))
     os._exit(TimeLimitExceeded.exit_code)
 
 

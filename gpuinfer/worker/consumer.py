@@ -53,12 +53,8 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
 
     def _restore(self) -> None:
         """Put back what the previous process of this name left in flight."""
-        restored = self.batcher.store.restore()
+        self.batcher.store.restore()
         self._restored = True
-        if restored.returned or restored.dead:
-            log.warning(
-                "restored", worker=self.batcher.store.worker, returned=restored.returned, dead=restored.dead
-            )
 
     def stop(self, consumer: Any) -> None:
         if consumer.blueprint.state == bootsteps.RUN:  # a reconnection, not the end

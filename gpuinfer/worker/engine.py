@@ -115,7 +115,8 @@ class Engine:
             except GpuinferError as exc:  # the device itself failed
                 outcomes, fatal = [], exc
             except Exception as exc:
-                log.exception("batch_failed", model=batch.model, batch_size=batch.size)
+                ids = [work.id for work in batch.works]
+                log.exception("batch_failed", model=batch.model, batch_size=batch.size, task_ids=ids)
                 outcomes = [InferenceError(f"{type(exc).__name__}: {exc}")] * batch.size
             seconds = time.monotonic() - started
             self.done.put(Done(batch, outcomes, seconds, fatal))

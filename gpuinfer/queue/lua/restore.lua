@@ -4,15 +4,18 @@
 -- KEYS: in-flight hash
 -- ARGV: bell prefix, separator of priority lists, deaths at which a task is given up,
 --       result key prefix, pending meta
--- Returns {put back, then (seq, list, payload, deaths) of each task to give up}.
+-- Returns {put back, {ids of the first thousand put back}, then (seq, list, payload, deaths) of each
+-- task to give up}.
 -- The counts travel in front of the payload, as text, so that no payload is parsed:
 --   {"gpuinfer": [deliveries, deaths], <the rest as the producer wrote it>
 local inflight, bells, sep, limit = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
 
 -- What had begun waits again, and says so. The id is the header of that name; in the body, JSON in
 -- JSON, its quotes would be escaped.
+local ids = {}
 local function wait_again(payload)
   local id = string.match(payload, '"id": ?"([^"]+)"')
+  if id and #ids < 1000 then ids[#ids + 1] = id end
   local key = id and ARGV[4] .. id
   if key and string.match(redis.call('GETRANGE', key, 0, 31), '^{"status": ?"STARTED"') then
     redis.call('SET', key, ARGV[5])
@@ -30,7 +33,7 @@ local ran = {}
 for seq in string.gmatch(redis.call('HGET', inflight, 'running') or '', '%d+') do ran[tonumber(seq)] = true end
 redis.call('HDEL', inflight, 'running')
 
-local answer, back = {0}, 0
+local answer, back = {0, ids}, 0
 for _, number in ipairs(seqs) do
   local seq = string.format('%.0f', number)
   local payload = redis.call('HGET', inflight, seq)
