@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gpuinfer import __version__
-from gpuinfer.api.middleware import Around
+from gpuinfer.api.middleware import Around, note
 from gpuinfer.api.routes import answer, router
 from gpuinfer.errors import GpuinferError, InputError
 from gpuinfer.queue.aclient import AsyncClient
@@ -49,8 +49,9 @@ def create_app(settings: Settings) -> FastAPI:
 def _handle_errors(app: FastAPI, retry_after_s: int) -> None:
     """Give every error one body; nothing of an unforeseen one but its being one is told."""
 
-    async def ours(_: Request, exc: Exception) -> Response:
+    async def ours(request: Request, exc: Exception) -> Response:
         error = exc if isinstance(exc, GpuinferError) else GpuinferError("this is a bug; see the API's log")
+        note(request.scope, code=error.code)
         headers = {"retry-after": str(retry_after_s)} if error.http_status == 503 else None
         return answer({"error": error.to_dict()}, error.http_status, headers)
 

@@ -44,7 +44,7 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
     """Serve until a signal comes. Raises AddressUnavailable."""
     from gpuinfer.log import configure
 
-    configure(settings.log)
+    configure(settings.log, program="gpuinfer-api")
     listener = _listener(settings, path, fd)
 
     from gpuinfer.api.app import create_app

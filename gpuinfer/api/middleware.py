@@ -12,16 +12,22 @@ from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
 
-_TASK = "gpuinfer.task_id"
+_NOTES, _ACTION = "gpuinfer.notes", "gpuinfer.action"
 
 
-def note_task(scope: Scope, task_id: str) -> None:
-    """Have the request's log line name this task."""
-    scope[_TASK] = task_id[:200]
+def note(scope: Scope, *, action: str | None = None, **fields: str | int | None) -> None:
+    """Have the request's log line say this, too; ``action`` names what has been done, for ``request``."""
+    known = {key: value[:200] if isinstance(value, str) else value for key, value in fields.items()}
+    scope[_NOTES] = scope.get(_NOTES, {}) | known
+    if action is not None:
+        scope[_ACTION] = action
 
 
 class Around:
-    """Pure ASGI. Logs health probes at debug, all else at info, and never what a body holds."""
+    """Pure ASGI. Logs health probes at debug, our own failures as warnings, all else at info.
+
+    What a body holds is never logged.
+    """
 
     def __init__(self, app: ASGIApp, stopping: asyncio.Event) -> None:
         self._app = app
@@ -49,8 +55,6 @@ class Around:
 
 def _write(scope: Scope, status: int, seconds: float) -> None:
     path: str = scope["path"]
-    fields = {"method": scope["method"], "path": path[:200], "status": status}
-    if _TASK in scope:
-        fields["task_id"] = scope[_TASK]
-    say = log.debug if path.startswith("/health/") else log.info
-    say("request", **fields, duration_ms=round(seconds * 1000, 2))
+    fields = {"method": scope["method"], "path": path[:200], "status": status, **scope.get(_NOTES, {})}
+    say = log.debug if path.startswith("/health/") else log.warning if status >= 500 else log.info
+    say(scope.get(_ACTION, "request"), **fields, duration_ms=round(seconds * 1000, 2))

@@ -11,10 +11,12 @@ import orjson
 from fastapi import APIRouter, Query, Request, Response
 
 from gpuinfer.api import admission, schemas
-from gpuinfer.api.middleware import note_task
+from gpuinfer.api.middleware import note
 from gpuinfer.errors import MalformedJson
 from gpuinfer.queue.aclient import AsyncClient
+from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES
 from gpuinfer.queue.results import TaskStatus
+from gpuinfer.queue.submission import Options
 from gpuinfer.settings import Settings
 
 router = APIRouter()
@@ -51,13 +53,28 @@ async def read_body(request: Request, max_payload_bytes: int) -> bytes:
 
 
 async def _submit(request: Request, *, many: bool) -> Response:
-    body = await read_body(request, _settings(request).queue.max_payload_bytes)
+    settings = _settings(request)
+    body = await read_body(request, settings.queue.max_payload_bytes)
     asked = admission.admit(body, header_key=request.headers.get("idempotency-key"))
     client = _client(request)
     submit = client.submit_batch if many else client.submit
     task_id = await submit(asked.inputs, **asked.options)
-    note_task(request.scope, task_id)
+    note(
+        request.scope,
+        action="task_accepted",
+        **_described(asked.options, settings, many=many),
+        task_id=task_id,
+    )
     return answer({"task_id": task_id}, 202, {"location": f"/result/{task_id}"})
+
+
+def _described(options: Options, settings: Settings, *, many: bool) -> dict[str, str | int | None]:
+    """Return what the log tells of a task."""
+    return {
+        "queue": options.get("queue") or ROUTES[BATCH_PREDICT if many else PREDICT],
+        "model": options.get("model") or settings.models.default,
+        "priority": options.get("priority", 0),
+    }
 
 
 @router.post(
@@ -100,7 +117,7 @@ async def result(
     ] = None,
 ) -> Response:
     """Answer at once, or with `wait` as soon as the task has ended. A failed task is a 200, too."""
-    note_task(request.scope, task_id)
+    note(request.scope, task_id=task_id)
     seconds = admission.waiting_time(wait, _settings(request).api.max_wait_s)
     return answer((await _wait(request, task_id, seconds)).to_dict())
 
@@ -137,9 +154,11 @@ async def _disconnected(request: Request) -> None:
 )
 async def cancel(request: Request, task_id: str) -> Response:
     """Cancel a task, and answer its state; `cancelled` is false when it had begun or ended already."""
-    note_task(request.scope, task_id)
+    note(request.scope, task_id=task_id)
     client = _client(request)
     cancelled = await client.cancel(task_id)
+    if cancelled:
+        note(request.scope, action="task_cancelled")
     status = await client.status(task_id)
     return answer({**status.to_dict(), "cancelled": cancelled or status.state == "revoked"})
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+#: Its name in the journal.
+PROGRAM = "gpuinfer-worker"
 #: How long a thread may keep the interpreter to itself; Python's 5 ms would delay every hand-over.
 SWITCH_INTERVAL_S = 0.0005
 
@@ -58,8 +60,10 @@ def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]
     """
     try:
         settings = getattr(worker.app, "gpuinfer_settings", None) or load_settings()
-        configure(settings.log)
-        setup_celery_logging(settings.log)
+        configure(settings.log, program=PROGRAM)
+        gpu = number_of(name)
+        configure(settings.log, program=PROGRAM, worker=name, gpu=gpu)
+        setup_celery_logging(settings.log, program=PROGRAM, worker=name, gpu=gpu)
         _only_solo(conf, options)
         worker.gpuinfer = prepare(settings, name)
     except GpuinferError as exc:

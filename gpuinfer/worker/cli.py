@@ -42,12 +42,15 @@ def worker(loaded: Loaded, number: int) -> None:
 @click.pass_obj
 def restore(loaded: Loaded, number: int) -> None:
     """Put back what a dead worker N left in flight. Refused while the worker runs."""
+    from gpuinfer.log import configure, target
     from gpuinfer.queue.connection import connect, typed_errors
     from gpuinfer.queue.store import Store
     from gpuinfer.worker.lock import stopped
 
     settings = loaded.settings
     name = node_name(number)
+    configure(settings.log, program="gpuinfer-worker", worker=name, gpu=number)
     with stopped(settings.worker.run_dir, name), typed_errors():
         done = Store(connect(settings.broker), name, settings.worker.queues, settings.queue).restore()
-    click.echo(f"{name}: {done.returned} tasks put back, {len(done.dead)} dead letters")
+    if target(settings.log) != "journal":  # there the line that names the tasks says it
+        click.echo(f"{name}: {done.returned} tasks put back, {len(done.dead)} dead letters")

@@ -111,13 +111,19 @@ def test_docs_have_real_examples(api: Api) -> None:
 
 
 def test_every_request_is_logged_once_without_its_payload(api: Api) -> None:
-    """Method, path, status, duration and task id; never what was sent."""
+    """Method, path, status, duration and task id, and what was done; never what was sent."""
     task_id = submit(api, ["secret-payload"])
     api.http.get("/result/nobody")
-    lines = [line for line in api.log("request") if line["method"] == "POST"]
-    assert len(lines) == 1
-    assert (lines[0]["path"], lines[0]["status"], lines[0]["task_id"]) == ("/predict", 202, task_id)
-    assert lines[0]["duration_ms"] > 0
+    api.http.post("/predict", content=b'"secret-payload"')
+    api.http.post(f"/cancel/{task_id}")
+    (line,) = api.log("task_accepted")
+    assert (line["path"], line["status"], line["task_id"]) == ("/predict", 202, task_id)
+    assert (line["queue"], line["model"], line["priority"]) == ("realtime", "digits", 0)
+    assert line["duration_ms"] > 0
+    told = [(line["path"], line["status"], line["code"], line["level"]) for line in api.log("request")]
+    assert told == [("/result/nobody", 404, "task_not_found", "info"), ("/predict", 422, "bad_input", "info")]
+    (line,) = api.log("task_cancelled")
+    assert line["task_id"] == task_id
     assert "secret-payload" not in api.process.text()
 
 
