@@ -52,6 +52,7 @@ COMMANDS: dict[str, Entry] = {
     "dead": Entry("gpuinfer.queue.dead_cli:dead", "Look at tasks set aside; retry or drop them."),
     "model": Entry("gpuinfer.models.cli:model", "List, check, install and remove models."),
     "gpus": Entry("gpuinfer.gpus_cli:gpus", "List this host's GPUs."),
+    "doctor": Entry("gpuinfer.doctor.cli:doctor", "Look this host over, and name what mends it."),
     "config": Entry("gpuinfer.config_cli:config", "Check and show the settings."),
     "worker": Entry("gpuinfer.worker.cli:worker", "Run the worker of one GPU."),
     "restore": Entry("gpuinfer.worker.cli:restore", "Put back what a dead worker left in flight."),

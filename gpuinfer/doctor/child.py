@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ask in a child process what may hang or crash: the driver, CUDA, a model's own code.
+
+A process stuck in the driver cannot even be killed; it is left behind, and the doctor goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import gpuinfer
+from gpuinfer.errors import GpuinferError
+
+_KILL_WAIT_S = 1.0
+
+
+class ChildHung(GpuinferError):
+    """Raised when a child process gave no answer within its limit."""
+
+    code = "child_hung"
+
+
+class ChildFailed(GpuinferError):
+    """Raised when a child process ended without an answer. Carries its last line."""
+
+    code = "child_failed"
+
+
+def ask(what: str, *arguments: str, limit_s: float, user: pwd.struct_passwd | None = None) -> bytes:
+    """Run a question of ``probe.py`` and return its answer in JSON. Raises ChildHung, ChildFailed.
+
+    As root, with ``user``, the child is that user: a model's code must not run as root.
+    """
+    isolated = ["-I"] if sys.flags.isolated else []
+    command = [sys.executable, *isolated, "-m", "gpuinfer.doctor.probe", what, *arguments]
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=_environment(),
+        **_as_user(user),
+    )
+    try:
+        out, err = child.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        _abandon(child)
+        raise ChildHung(f"gave no answer in {limit_s:g} s", what) from None
+    if child.returncode:
+        raise ChildFailed(_why(child.returncode, err), what)
+    return out.splitlines()[-1] if out else b""
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment without secrets, in which this very package is found."""
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("GPUINFER_", "CREDENTIALS"))
+    }
+    here = str(Path(gpuinfer.__file__).parents[1])
+    path = os.pathsep.join(part for part in (here, kept.get("PYTHONPATH", "")) if part)
+    return {**kept, "PYTHONPATH": path, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def _as_user(user: pwd.struct_passwd | None) -> dict[str, Any]:
+    if user is None or os.geteuid() != 0:
+        return {}
+    groups = os.getgrouplist(user.pw_name, user.pw_gid)
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups, "cwd": "/"}
+
+
+def _abandon(child: subprocess.Popen[bytes]) -> None:
+    """Kill the child and its group, and wait for it no longer than a moment."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(_KILL_WAIT_S)
+    for pipe in (child.stdout, child.stderr):
+        if pipe is not None:
+            pipe.close()
+
+
+def _why(status: int, err: bytes) -> str:
+    lines = [line.strip() for line in err.decode(errors="replace").splitlines() if line.strip()]
+    if status < 0:
+        return f"was killed by signal {-status} ({signal.Signals(-status).name})"
+    return (lines[-1] if lines else f"ended with status {status}")[:500]

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA from end to end: torch is built for it, and computes on each GPU, as the worker's user."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import orjson
+
+from gpuinfer.doctor.child import ChildFailed, ChildHung, ask
+from gpuinfer.doctor.finding import Finding, Findings, error, ok, warning
+from gpuinfer.doctor.host import Host, worker_user
+
+PROBE_LIMIT_S = 60.0
+_LOG = "journalctl -k -b -g NVRM -n 20"
+
+
+def probe(host: Host) -> Findings:
+    """Each GPU adds up some numbers, in a child process with a time limit."""
+    count = len(host.some_gpus().inventory.gpus)
+    try:
+        answer = orjson.loads(ask("cuda", limit_s=PROBE_LIMIT_S, user=worker_user()))
+    except ChildHung as exc:
+        return error(f"CUDA {exc.message}: the driver hangs", f"{_LOG}; reboot")
+    except ChildFailed as exc:
+        return error(
+            f"CUDA cannot be tried: {exc.message}", "python3 -c 'import torch; torch.zeros(1).cuda()'"
+        )
+    return judge(answer, count)
+
+
+def judge(answer: dict[str, Any], count: int) -> Findings:
+    """Turn the probe's answer into findings; ``count`` is how many GPUs NVML lists."""
+    if answer["cuda"] is None:
+        return _cpu_build(answer["torch"])
+    if not answer["devices"] and not answer["failed"]:
+        return error(f"NVML lists {count} GPUs, CUDA none: {answer['why']}", "gpuinfer doctor gpu.nodes")
+    bad = [_bad(name, words) for name, words in answer["failed"].items()]
+    return bad or ok(f"{len(answer['devices'])} devices compute (torch {answer['torch']}, {answer['ms']} ms)")
+
+
+def _cpu_build(found: str) -> Finding:
+    return error(f"torch {found} is built for the CPU alone", "apt install gpuinfer-torch-cuda")
+
+
+def _bad(name: str, words: str) -> Finding:
+    if "out of memory" in words:
+        return warning(f"{name} is full: {words}", "nvidia-smi")
+    return error(f"{name} does not compute: {words}", _LOG)
+
+
+def torch(host: Host) -> Finding:
+    """torch is installed, and built for CUDA where there is a GPU."""
+    has_gpu = _has_gpu(host)
+    try:
+        found = version("torch")
+    except PackageNotFoundError:
+        kind = "cuda" if has_gpu else "cpu"
+        return error("torch is not installed: no worker can start", f"apt install gpuinfer-torch-{kind}")
+    if has_gpu and found.endswith("+cpu"):
+        return _cpu_build(found)
+    return ok(f"torch {found}")
+
+
+def _has_gpu(host: Host) -> bool:
+    try:
+        return bool(host.gpus().inventory.gpus)
+    except (ChildFailed, ChildHung):
+        return True

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a check finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["ok", "warning", "error", "skipped"]
+STATUSES: tuple[Status, ...] = ("ok", "warning", "error", "skipped")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    status: Status
+    message: str
+    #: A command to paste, that mends it or shows more; empty where nothing is to be done.
+    remedy: str = ""
+    #: Name of the check; the runner fills it in.
+    check: str = ""
+
+
+Findings = Finding | Sequence[Finding]
+
+
+class Skipped(Exception):
+    """Raised by a check, or by what it asks, when this host has not what it looks at."""
+
+
+def ok(message: str) -> Finding:
+    """Return a finding that all is well."""
+    return Finding("ok", message)
+
+
+def warning(message: str, remedy: str) -> Finding:
+    """Return a finding that will be trouble one day, or costs something now."""
+    return Finding("warning", message, remedy)
+
+
+def error(message: str, remedy: str) -> Finding:
+    """Return a finding that keeps this host from working."""
+    return Finding("error", message, remedy)

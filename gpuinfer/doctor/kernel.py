@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Redis needs of the kernel: overcommit, the listen backlog, no transparent huge pages."""
+
+from __future__ import annotations
+
+import re
+
+from gpuinfer.doctor.broker import local_redis_pid
+from gpuinfer.doctor.finding import Finding, Skipped, ok, warning
+from gpuinfer.doctor.host import Host
+
+#: What the package sets, in /usr/lib/sysctl.d or here in the checkout.
+SYSCTL_FILES = ("/usr/lib/sysctl.d/60-gpuinfer.conf", "/etc/sysctl.d/60-gpuinfer.conf")
+SOMAXCONN = 1024
+_THP = "/sys/kernel/mm/transparent_hugepage/enabled"
+
+
+def overcommit(host: Host) -> Finding:
+    """vm.overcommit_memory = 1: a fork of Redis, which copies nothing at first, is never refused."""
+    found = int(host.read("/proc/sys/vm/overcommit_memory"))
+    if found == 1:
+        return ok("vm.overcommit_memory = 1")
+    return warning(
+        f"vm.overcommit_memory = {found}: Redis may fail to fork, and then refuses writes; 1 is right",
+        _apply(host, "vm.overcommit_memory", 1),
+    )
+
+
+def somaxconn(host: Host) -> Finding:
+    """net.core.somaxconn does not cut the backlog of Redis and of the API's socket."""
+    found, wanted = int(host.read("/proc/sys/net/core/somaxconn")), _wanted(host, "net.core.somaxconn")
+    if found >= wanted:
+        return ok(f"net.core.somaxconn = {found}")
+    return warning(
+        f"net.core.somaxconn = {found}: bursts of connections are refused; {wanted} is right",
+        _apply(host, "net.core.somaxconn", wanted),
+    )
+
+
+def _wanted(host: Host, key: str) -> int:
+    for name in SYSCTL_FILES:
+        path = host.path(name)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        stated = re.search(rf"(?m)^\s*{re.escape(key)}\s*=\s*(\d+)", text)
+        if stated:
+            return int(stated[1])
+    return SOMAXCONN
+
+
+def _apply(host: Host, key: str, value: int) -> str:
+    """Return the command: to apply the package's file where it is, else to set the value."""
+    installed = any(host.path(name).exists() for name in SYSCTL_FILES)
+    return "sysctl --system" if installed else f"sysctl -w {key}={value}"
+
+
+def huge_pages(host: Host) -> Finding:
+    """Redis does not run on transparent huge pages: a fork would copy 2 MiB for each byte written."""
+    mode = re.search(r"\[(\w+)\]", host.read(_THP))
+    if mode is None or mode[1] != "always":
+        return ok(f"transparent huge pages: {mode[1] if mode else 'none'}")
+    pid = local_redis_pid(host)
+    if pid is None:
+        raise Skipped("transparent huge pages are on, and Redis is not here to be asked")
+    if re.search(r"(?m)^THP_enabled:\s*0$", host.read(f"/proc/{pid}/status")):
+        return ok("transparent huge pages are on, but not for Redis")
+    return warning(
+        "Redis runs on transparent huge pages: pauses and memory peaks when it forks",
+        "redis-cli CONFIG GET disable-thp  # 'yes' is right; else: echo madvise > " + _THP,
+    )

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models the workers of this host load: there, whole, safe from others, and loadable."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import orjson
+
+from gpuinfer.doctor.child import ChildFailed, ChildHung, ask
+from gpuinfer.doctor.finding import Finding, error, ok, warning
+from gpuinfer.doctor.host import Host, worker_user
+from gpuinfer.errors import DigestMismatch, ModelError, UnknownModel
+from gpuinfer.models.repository import ModelFolder, Repository, verify
+
+LOAD_LIMIT_S = 120.0
+_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def digests(host: Host) -> Sequence[Finding]:
+    """Each model's file has the digest its manifest names."""
+    return _each(host, _digest)
+
+
+def loads(host: Host) -> Sequence[Finding]:
+    """Each model can be loaded and run once, on the CPU and as the worker's user."""
+    return _each(host, _load)
+
+
+def _each(host: Host, look: Callable[[ModelFolder], Finding]) -> list[Finding]:
+    settings = host.settings
+    repository = Repository(settings.models.folders)
+    names = dict.fromkeys((*settings.worker.models, settings.models.default))
+    return [_one(repository, name, look) for name in names]
+
+
+def _one(repository: Repository, name: str, look: Callable[[ModelFolder], Finding]) -> Finding:
+    try:
+        return look(repository.get(name))
+    except UnknownModel as exc:
+        return error(exc.message, f"gpuinfer model add FOLDER --name {name}  # or another models.default")
+    except DigestMismatch as exc:
+        return error(f"{name}: {exc.message}", f"gpuinfer model add FOLDER --name {name} --force")
+    except ModelError as exc:
+        return error(str(exc), f"gpuinfer model show {name}")
+
+
+def _digest(folder: ModelFolder) -> Finding:
+    verify(folder)
+    name = folder.manifest.name
+    for path in (folder.path, folder.artefact):
+        writers = _strangers(path)
+        if writers:
+            return warning(
+                f"{name}: {path} can be changed by {writers}: a model is a program that workers run",
+                f"chown -R root:root {folder.path} && chmod -R go-w {folder.path}",
+            )
+    return ok(f"{name} has the digest its manifest names")
+
+
+def _strangers(path: Path) -> str:
+    """Name who beside root and us may write a path; empty when nobody may."""
+    status = path.stat()
+    if status.st_mode & _OTHERS_MAY_WRITE:
+        return "its group or everybody"
+    return "" if status.st_uid in (0, os.geteuid()) else f"user {status.st_uid}"
+
+
+def _load(folder: ModelFolder) -> Finding:
+    name = folder.manifest.name
+    run = f"gpuinfer model run {name} --help"
+    try:
+        answer = orjson.loads(ask("model", str(folder.path), "cpu", limit_s=LOAD_LIMIT_S, user=worker_user()))
+    except ChildHung as exc:
+        return warning(f"{name}: loading {exc.message}; large models take longer", run)
+    except ChildFailed as exc:
+        return error(f"{name} cannot be loaded: {exc.message}", f"gpuinfer model show {name}")
+    if answer["error"]:
+        return error(f"{name} cannot be loaded: {answer['error']}", f"gpuinfer model show {name}")
+    return ok(f"{name} loads and runs on the CPU ({answer['ms']} ms)")

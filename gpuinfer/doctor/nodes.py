@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPUs' device nodes, and whether the worker's user may use them."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+from collections.abc import Collection
+from pathlib import Path
+
+from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok
+from gpuinfer.doctor.host import WORKER_USER, Host, worker_user
+
+#: Made by nvidia-modprobe, not by the kernel: missing until somebody has run a CUDA program as root.
+NEEDED = ("/dev/nvidiactl", "/dev/nvidia-uvm")
+_MAKE = "nvidia-modprobe -c 0 -u && systemctl restart gpuinfer-devices"
+
+
+def nodes(host: Host) -> Findings:
+    """/dev/nvidia* are there, and the worker's user may read and write them."""
+    gpus = sorted(str(path.relative_to(host.root)) for path in host.path("/dev").glob("nvidia[0-9]*"))
+    if not gpus and not _wanted(host):
+        raise Skipped("no NVIDIA GPU, no device nodes")
+    user = worker_user() or pwd.getpwuid(os.geteuid())
+    groups = os.getgrouplist(user.pw_name, user.pw_gid)
+    paths = [*(f"/{name}" for name in gpus), *NEEDED]
+    found = [_look(host.path(path), path, user, groups) for path in paths]
+    if not gpus:
+        found.append(error("there is no /dev/nvidia<N>", _MAKE))
+    bad = [finding for finding in found if finding]
+    return bad or ok(f"{len(paths)} device nodes, open to {user.pw_name}")
+
+
+def _wanted(host: Host) -> bool:
+    """Tell whether there is a GPU; where the driver cannot even be asked, the nodes are worth a look."""
+    try:
+        found = host.gpus().inventory
+    except Exception:
+        return True
+    return bool(found.gpus or found.broken or found.failed)
+
+
+def _look(path: Path, shown: str, user: pwd.struct_passwd, groups: Collection[int]) -> Finding | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return error(f"{shown} is missing", _MAKE)
+    except OSError as exc:
+        return error(f"{shown}: {exc.strerror}", f"ls -l {shown}")
+    if may_use(status, user.pw_uid, groups):
+        return None
+    mode = stat.filemode(status.st_mode)
+    mend = f"chmod 0666 {shown}"
+    if status.st_mode & 0o060 == 0o060 and status.st_gid != 0 and user.pw_name == WORKER_USER:
+        mend = f"usermod -aG $(stat -c %G {shown}) {WORKER_USER} && systemctl restart gpuinfer-workers.target"
+    return error(f"{shown} ({mode}) is closed to user {user.pw_name}", mend)
+
+
+def may_use(status: os.stat_result, uid: int, groups: Collection[int]) -> bool:
+    """Tell whether a user may read and write a file, by its mode bits."""
+    if uid == 0:
+        return True
+    if status.st_uid == uid:
+        wanted = 0o600
+    elif status.st_gid in groups:
+        wanted = 0o060
+    else:
+        wanted = 0o006
+    return status.st_mode & wanted == wanted

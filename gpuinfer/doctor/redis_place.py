@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where Redis is, in words, and the commands that reach that very place."""
+
+from __future__ import annotations
+
+import getpass
+import shlex
+import socket
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gpuinfer.settings import ADMIN_PASSWORD, BrokerSettings
+
+OUR_SOCKET = "/run/gpuinfer/redis/redis.sock"
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_TLS_LIMIT_S = 2.0
+_SYSTEMD = Path("/run/systemd/system")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A broker's address."""
+
+    #: Path of a Unix socket; empty for TCP.
+    socket: str
+    host: str
+    port: int
+    tls: bool
+    username: str
+    has_password: bool
+    tls_ca: Path | None
+    timeout_s: float
+
+    @property
+    def shown(self) -> str:
+        """Return it for a sentence; no password can be in it."""
+        return self.socket or f"{self.host}:{self.port}{' (TLS)' if self.tls else ''}"
+
+    @property
+    def ours(self) -> bool:
+        """Tell whether it is the instance the package runs."""
+        return self.socket == OUR_SOCKET
+
+    @property
+    def local(self) -> bool:
+        """Tell whether it is on this host."""
+        return bool(self.socket) or self.host in _LOOPBACK
+
+    @property
+    def user(self) -> str:
+        """Return who logs in, for a sentence."""
+        return self.username or "default"
+
+    def cli(self, command: str) -> str:
+        """Return a redis-cli call of an administrator at this place."""
+        if self.ours:
+            login = f"REDISCLI_AUTH=$(cat {ADMIN_PASSWORD}) redis-cli --user admin"
+        else:
+            login = "redis-cli" + (" --askpass" if self.has_password else "")
+            login += f" --user {shlex.quote(self.username)}" if self.username else ""
+        return f"{login} {self._address()} {command}"
+
+    def _address(self) -> str:
+        if self.socket:
+            return f"-s {shlex.quote(self.socket)}"
+        ca = f" --cacert {shlex.quote(str(self.tls_ca))}" if self.tls_ca else ""
+        return f"-h {self.host} -p {self.port}" + (f" --tls{ca}" if self.tls else "")
+
+    @property
+    def start(self) -> str:
+        """Return the command that starts Redis there, as far as we can know it."""
+        if self.ours and not _SYSTEMD.is_dir():
+            return "gpuinfer demo  # or name a Redis that runs: GPUINFER_BROKER_URL=redis://127.0.0.1:6379/0"
+        if self.ours:
+            return "systemctl start gpuinfer-redis; journalctl -u gpuinfer-redis -n 20 --no-pager"
+        if self.local:
+            return "gpuinfer config show | grep broker.url  # start the Redis it names, or name another"
+        return f"ssh {self.host} systemctl start gpuinfer-redis"
+
+    def answers_tls(self) -> bool:
+        """Tell whether somebody speaks TLS there, whatever the certificate."""
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        try:
+            with socket.create_connection((self.host, self.port), _TLS_LIMIT_S) as plain:
+                context.wrap_socket(plain).close()
+        except (OSError, ssl.SSLError):
+            return False
+        return True
+
+
+def place_of(broker: BrokerSettings) -> Place:
+    """Read a broker's URL."""
+    parts = urlsplit(broker.url)
+    is_socket = parts.scheme in ("unix", "redis+socket")
+    return Place(
+        socket=parts.path if is_socket else "",
+        host=parts.hostname or "localhost",
+        port=0 if is_socket else parts.port or 6379,
+        tls=parts.scheme == "rediss",
+        username=broker.username or parts.username or "",
+        has_password=bool(broker.password or parts.password),
+        tls_ca=broker.tls_ca,
+        timeout_s=broker.connect_timeout_s,
+    )
+
+
+def me() -> str:
+    """Return who runs this command."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "this user"

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checks there are, in the order of the report, and how some of them are chosen."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gpuinfer.doctor import (
+    broker,
+    clock,
+    config,
+    cuda,
+    disk,
+    gpu,
+    kernel,
+    models,
+    nodes,
+    redis_tuning,
+    units,
+    versions,
+    work,
+)
+from gpuinfer.doctor.finding import Findings
+from gpuinfer.doctor.host import NVML_LIMIT_S, Host
+from gpuinfer.errors import UsageError
+
+_LIMIT_S = 20.0
+#: Those that ask NVML wait for its child process as well.
+_GPU_LIMIT_S = NVML_LIMIT_S + 5.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing to look at. Its first docstring line says what holds on a sound host."""
+
+    #: topic.name; the topic alone chooses all of its checks.
+    name: str
+    run: Callable[[Host], Findings]
+    limit_s: float = _LIMIT_S
+    #: Takes seconds: left out by --quick.
+    slow: bool = False
+
+    @property
+    def help(self) -> str:
+        return (inspect.getdoc(self.run) or "").partition("\n")[0]
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("config.file", config.file),
+    Check("config.credentials", config.credentials),
+    Check("versions.python", versions.python),
+    Check("versions.libraries", versions.libraries),
+    Check("versions.torch", cuda.torch, _GPU_LIMIT_S),
+    Check("gpu.driver", gpu.driver, _GPU_LIMIT_S),
+    Check("gpu.list", gpu.listed, _GPU_LIMIT_S),
+    Check("gpu.mig", gpu.mig, _GPU_LIMIT_S),
+    Check("gpu.persistence", gpu.persistence, _GPU_LIMIT_S),
+    Check("gpu.health", gpu.health, _GPU_LIMIT_S),
+    Check("gpu.memory", gpu.memory, _GPU_LIMIT_S),
+    Check("gpu.xid", gpu.xid, _GPU_LIMIT_S),
+    Check("gpu.nodes", nodes.nodes, _GPU_LIMIT_S),
+    Check("gpu.cuda", cuda.probe, _GPU_LIMIT_S + cuda.PROBE_LIMIT_S, slow=True),
+    Check("redis.reach", broker.reach),
+    Check("redis.version", broker.version),
+    Check("redis.limits", redis_tuning.limits),
+    Check("redis.configured", redis_tuning.as_configured),
+    Check("redis.file", redis_tuning.file),
+    Check("redis.memory", redis_tuning.usage),
+    Check("redis.evictions", redis_tuning.evictions),
+    Check("redis.unit", redis_tuning.unit_limit),
+    Check("kernel.overcommit", kernel.overcommit),
+    Check("kernel.somaxconn", kernel.somaxconn),
+    Check("kernel.hugepages", kernel.huge_pages),
+    Check("disk.data", disk.data),
+    Check("disk.journal", disk.journal),
+    Check("clock.synchronised", clock.synchronised),
+    Check("clock.redis", clock.against_redis),
+    Check("units.services", units.services),
+    Check("units.workers", units.workers),
+    Check("models.digest", models.digests, models.LOAD_LIMIT_S),
+    Check("models.load", models.loads, 4 * models.LOAD_LIMIT_S, slow=True),
+    Check("work.dead", work.dead_letters),
+    Check("work.workers", work.workers),
+    Check("work.request", work.request, _LIMIT_S + work.REQUEST_S, slow=True),
+)
+NAMES = tuple(check.name for check in CHECKS)
+TOPICS = tuple(dict.fromkeys(name.partition(".")[0] for name in NAMES))
+
+
+def choose(words: Sequence[str] = (), *, quick: bool = False) -> tuple[Check, ...]:
+    """Return the checks of these names and topics, or all. Raises UsageError for a word that is neither.
+
+    A slow check that is named itself runs even when it should be quick.
+    """
+    for word in words:
+        if word not in NAMES and word not in TOPICS:
+            raise UsageError(_unknown(word), "CHECK")
+    return tuple(check for check in CHECKS if _wanted(check, words, quick))
+
+
+def _wanted(check: Check, words: Sequence[str], quick: bool) -> bool:
+    if check.name in words:
+        return True
+    return (not words or check.name.partition(".")[0] in words) and not (quick and check.slow)
+
+
+def _unknown(word: str) -> str:
+    close = difflib.get_close_matches(word, [*NAMES, *TOPICS], n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"topics are {', '.join(TOPICS)}"
+    return f"there is no check {word!r}; {hint}"

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""systemd's units: installed, enabled, running; for one that failed, the journal's last word."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
+from gpuinfer.doctor.host import Host
+
+#: What the package enables: units that an appliance always has.
+ALWAYS = (
+    "gpuinfer.target",
+    "gpuinfer-redis.service",
+    "gpuinfer-api.socket",
+    "gpuinfer-api.service",
+    "gpuinfer-watcher.service",
+)
+_PROPERTIES = "Id,LoadState,ActiveState,SubState,UnitFileState,Result,NRestarts"
+
+Unit = Mapping[str, str]
+
+
+def show(host: Host, units: Sequence[str], properties: str = _PROPERTIES) -> list[Unit]:
+    """Return the properties of units, in their order. Raises Skipped without systemd."""
+    host.need_systemd()
+    done = host.run(["systemctl", "show", "-p", properties, *units])
+    if done.returncode:
+        raise Skipped(f"systemctl: {done.stderr.strip()}")
+    blocks = re.split(r"\n\n+", done.stdout.strip())
+    return [dict(line.partition("=")[::2] for line in block.splitlines()) for block in blocks if block]
+
+
+def services(host: Host) -> Findings:
+    """What the package enables is enabled and runs."""
+    found = show(host, ALWAYS)
+    if all(unit["LoadState"] == "not-found" for unit in found):
+        raise Skipped("the package's units are not installed")
+    ill = [finding for unit in found for finding in _ailments(host, unit, always=True)]
+    return ill or ok(f"{len(found)} units enabled and active")
+
+
+def workers(host: Host) -> Findings:
+    """Every worker unit that was enabled or started runs, and there is at least one."""
+    names = _instances(host)
+    if not names:
+        return warning(
+            "no worker is enabled: nothing will be computed", "systemctl enable --now gpuinfer-worker@0"
+        )
+    found = show(host, names)
+    ill = [finding for unit in found for finding in _ailments(host, unit, always=False)]
+    running = [unit["Id"] for unit in found if unit["ActiveState"] == "active"]
+    return ill or ok(f"{len(running)} of {len(found)} workers run: {', '.join(running) or 'none just now'}")
+
+
+def _instances(host: Host) -> list[str]:
+    """Return the worker units that run, failed, or are enabled."""
+    host.need_systemd()
+    pattern = "gpuinfer-worker@*.service"
+    files = host.run(["systemctl", "list-unit-files", "--plain", "--no-legend", pattern]).stdout
+    if not files.strip():
+        raise Skipped("the package's units are not installed")
+    loaded = host.run(["systemctl", "list-units", "--all", "--plain", "--no-legend", pattern]).stdout
+    names = {line.split()[0] for text in (files, loaded) for line in text.splitlines() if line.strip()}
+    return sorted(name for name in names if not name.endswith("@.service"))
+
+
+def _ailments(host: Host, unit: Unit, *, always: bool) -> Iterator[Finding]:
+    name, state = unit["Id"], unit["ActiveState"]
+    if unit["LoadState"] == "masked":
+        text = f"{name} is masked: it cannot be started"
+        yield error(text, f"systemctl unmask {name}") if always else _note_masked(text, name)
+    elif unit["LoadState"] != "loaded":
+        yield error(f"{name}: {unit['LoadState']}", f"systemctl daemon-reload; systemd-analyze verify {name}")
+    elif state == "failed":
+        yield error(_failure(host, unit), f"systemctl reset-failed {name} && systemctl start {name}")
+    elif always:
+        yield from _not_running(unit)
+    elif state == "inactive" and unit["UnitFileState"] == "enabled":
+        yield warning(f"{name} is enabled and does not run", f"systemctl start {name}")
+    elif int(unit.get("NRestarts") or 0) > 0:
+        yield warning(
+            f"{name} was restarted {unit['NRestarts']} times", f"journalctl -u {name} -p warning -n 20"
+        )
+
+
+def _note_masked(text: str, name: str) -> Finding:
+    """Masking a worker is how an administrator keeps a GPU for himself."""
+    return Finding("ok", f"{text}, as the administrator wants ({name.partition('@')[2].partition('.')[0]})")
+
+
+def _not_running(unit: Unit) -> Iterator[Finding]:
+    name, state = unit["Id"], unit["ActiveState"]
+    if unit["UnitFileState"] == "disabled":
+        yield warning(f"{name} is not enabled: it will be missing after a reboot", f"systemctl enable {name}")
+    if state == "inactive":
+        yield error(f"{name} does not run", f"systemctl start {name}")
+
+
+def _failure(host: Host, unit: Unit) -> str:
+    """Say why a unit failed: systemd's reason, and the last line of trouble in its journal."""
+    name = unit["Id"]
+    lines = ""
+    for priority in ("err", "warning", "info"):
+        command = ["journalctl", "-u", name, "-b", "-p", priority, "-o", "cat", "-n", "3", "--no-pager", "-q"]
+        lines = host.run(command).stdout.strip()
+        if lines:
+            break
+    last = lines.splitlines()[-1].strip()[:300] if lines else "the journal has no line of it"
+    return f"{name} failed ({unit.get('Result', 'unknown')}): {last}"

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The work itself: do workers answer, are there dead letters, and does a request come back."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import redis
+
+from gpuinfer.doctor.broker import asked
+from gpuinfer.doctor.finding import Finding, Skipped, error, ok, warning
+from gpuinfer.doctor.host import Host
+from gpuinfer.errors import GpuinferError, WaitTimeout
+from gpuinfer.models.manifest import FREE, Manifest, TensorSpec
+from gpuinfer.models.repository import Repository
+from gpuinfer.queue import dead
+from gpuinfer.queue.client import Client
+from gpuinfer.queue.depth import look
+
+#: How long workers are given to answer a ping, and a request to come back.
+PING_S, REQUEST_S = 2.0, 20.0
+#: A dead letter older than this has been forgotten by whoever should look at it.
+STALE_S = 7 * 86400
+#: What a free dimension is in the sample.
+_FREE_LENGTH = 8
+
+
+def workers(host: Host) -> Finding:
+    """At least one worker answers; without one, what waits is not worked off."""
+    with asked(host) as client:
+        waiting = look(client).total_waiting
+    names = alive(host)
+    if names:
+        return ok(f"{len(names)} workers answer: {', '.join(names)}")
+    text = f"no worker answers, and {waiting} tasks wait"
+    return error(text, _start(host)) if waiting else warning(text, _start(host))
+
+
+def alive(host: Host) -> list[str]:
+    """Return the workers that answer a ping, on whatever host. Raises Skipped when none may be asked."""
+    from gpuinfer.queue.app import create_app
+
+    app = create_app(host.settings)
+    try:
+        answers: list[dict[str, Any]] = app.control.ping(timeout=PING_S)
+    except Exception as exc:
+        raise Skipped(f"the workers cannot be asked: {type(exc).__name__}: {exc}") from None
+    finally:
+        app.close()
+    return sorted(name for answer in answers for name in answer)
+
+
+def _start(host: Host) -> str:
+    systemd = host.path("/run/systemd/system").is_dir()
+    return "systemctl enable --now gpuinfer-worker@0" if systemd else "gpuinfer worker 0"
+
+
+def dead_letters(host: Host) -> Finding:
+    """No task was set aside, or none so long ago that it is forgotten."""
+    with asked(host) as client:
+        count, oldest = _dead(client)
+    if not count:
+        return ok("no dead letters")
+    days = (time.time() - oldest) / 86400
+    text = f"{count} dead letters, the oldest of {days:.0f} days ago"
+    if days * 86400 > STALE_S:
+        text += ": nobody has looked at them"
+    return warning(text, "gpuinfer dead list")
+
+
+def _dead(client: redis.Redis) -> tuple[int, float]:
+    letters = dead.letters(client)
+    return len(letters), letters[0].at if letters else 0.0
+
+
+def request(host: Host) -> Finding:
+    """A request with zeros for the default model comes back, the whole way through queue and worker."""
+    settings = host.settings
+    with asked(host) as client:
+        client.ping()
+    if not alive(host):
+        raise Skipped("no worker runs that could answer a request; see work.workers")
+    try:
+        manifest = Repository(settings.models.folders).get(settings.models.default).manifest
+        with Client(settings) as client:
+            return _round_trip(client, manifest)
+    except GpuinferError as exc:
+        return error(f"the request failed: {exc} ({exc.code})", _log(host))
+
+
+def _round_trip(client: Client, manifest: Manifest) -> Finding:
+    started = time.monotonic()
+    task_id = client.submit(
+        sample(manifest), model=manifest.name, queue="realtime", priority=9, expires_s=REQUEST_S
+    )
+    try:
+        client.result(task_id, REQUEST_S)
+    except WaitTimeout:
+        client.cancel(task_id)
+        return error(
+            f"the request {task_id} did not come back in {REQUEST_S:g} s, though a worker runs: "
+            "it is busy, or does not serve the queue realtime",
+            "gpuinfer queue status; gpuinfer config show | grep worker.queues",
+        )
+    return ok(f"a request for {manifest.name} came back after {(time.monotonic() - started) * 1000:.0f} ms")
+
+
+def sample(manifest: Manifest) -> Any:
+    """Return one input of zeros, as a caller sends it: a list, or name -> list where there are several."""
+    if len(manifest.inputs) == 1:
+        return _zeros(manifest.inputs[0])
+    return {spec.name: _zeros(spec) for spec in manifest.inputs}
+
+
+def _zeros(spec: TensorSpec) -> Any:
+    value: Any = False if spec.dtype == "bool" else 0.0 if "float" in spec.dtype else 0
+    for length in reversed(spec.shape):
+        value = [value] * (_FREE_LENGTH if length == FREE else length)
+    return value
+
+
+def _log(host: Host) -> str:
+    systemd = host.path("/run/systemd/system").is_dir()
+    return "journalctl -u 'gpuinfer-worker@*' -p warning -n 20" if systemd else "gpuinfer queue status"
