@@ -50,6 +50,7 @@ COMMANDS: dict[str, Entry] = {
     "cancel": Entry("gpuinfer.queue.cli:cancel", "Cancel tasks that no worker has begun."),
     "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues."),
     "dead": Entry("gpuinfer.queue.dead_cli:dead", "Look at tasks set aside; retry or drop them."),
+    "logs": Entry("gpuinfer.journal.cli:logs", "Show the journal: of a task, of a GPU, of all."),
     "model": Entry("gpuinfer.models.cli:model", "List, check, install and remove models."),
     "gpus": Entry("gpuinfer.gpus_cli:gpus", "List this host's GPUs."),
     "doctor": Entry("gpuinfer.doctor.cli:doctor", "Look this host over, and name what mends it."),

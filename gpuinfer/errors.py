@@ -68,6 +68,13 @@ class AddressUnavailable(GpuinferError):
     exit_code = 69  # EX_UNAVAILABLE
 
 
+class JournalUnavailable(GpuinferError):
+    """Raised when the journal is asked for where there is none."""
+
+    code = "journal_unavailable"
+    exit_code = 69  # EX_UNAVAILABLE
+
+
 # -- what a caller sent ---------------------------------------------------------------------
 
 
