@@ -39,6 +39,8 @@ class Claimed:
     #: Its list's place in the order of serving, 0 the most urgent; AGED goes before all.
     rank: int
     payload: bytes
+    #: The id under which the claim has noted that it runs; None where it has not.
+    noted_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +105,11 @@ class Store:
         """Tell whether a claim may find something; a third of an empty claim's price."""
         return self._unsure or bool(self.client.exists(*self.lists, keys.WAITING))
 
-    def claim(self, room: int, *, better_than: int | None = None) -> list[Claimed]:
+    def claim(self, room: int, *, better_than: int | None = None, begin: bool = False) -> list[Claimed]:
         """Take up to ``room`` tasks, the most urgent first.
 
-        With ``better_than``, only from lists before that rank, and without ageing.
+        With ``better_than``, only from lists before that rank, and without ageing. With ``begin``, a task
+        that comes alone is noted as running, which saves the call of ``begin``.
         """
         lists = self.lists if better_than is None else self.lists[:better_than]
         if room <= 0 or not lists:
@@ -118,7 +121,7 @@ class Store:
         try:
             flat = self._claim(
                 keys=[self.inflight, keys.WAITING, bell, keys.life(self.worker), *lists],
-                args=[room, ageing_ms, self._seq, self._life],
+                args=[room, ageing_ms, self._seq, self._life, keys.RESULT_PREFIX if begin else ""],
             )
         except (redis.ConnectionError, redis.TimeoutError):
             self._unsure, self._life = True, 0
@@ -129,9 +132,12 @@ class Store:
                     f"another worker called {self.worker} has taken over; names must differ between hosts"
                 ) from exc
             raise
+        noted_id = flat.pop().decode(errors="replace") if len(flat) % 3 else None
         self._seq += len(flat) // 3
         return [
-            Claimed(int(flat[i]), lists[abs(place) - 1], AGED if place < 0 else place - 1, flat[i + 2])
+            Claimed(
+                int(flat[i]), lists[abs(place) - 1], AGED if place < 0 else place - 1, flat[i + 2], noted_id
+            )
             for i in range(0, len(flat), 3)
             for place in (flat[i + 1],)
         ]

@@ -37,6 +37,10 @@ class Sink(Protocol):
     def room(self) -> tuple[int, int | None]:
         """Return how many tasks to claim now, and the rank they must be better than, if any."""
 
+    @property
+    def idle(self) -> bool:
+        """True when what is claimed next runs at once."""
+
     def receive(self, channel: Channel, tasks: Sequence[Claimed]) -> None:
         """Take over claimed tasks. Must not raise."""
 
@@ -217,7 +221,8 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             delivered = {seq for tag in self.qos._delivered if (seq := _seq(tag)) is not None}
             store.reconcile(self.sink.held() | delivered)
         try:
-            tasks = store.claim(room, better_than=better_than)
+            idle = self.sink is not None and self.sink.idle
+            tasks = store.claim(room, better_than=better_than, begin=idle)
         except WorkerRunning as exc:
             if self.sink is None:
                 raise

@@ -11,7 +11,6 @@ A batch never waits for company when the device is idle; while one runs, the nex
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,6 @@ from gpuinfer.errors import (
 from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.queue import results
-from gpuinfer.queue.connection import AWAY
 from gpuinfer.queue.keys import split_list_key
 from gpuinfer.queue.message import Undecodable, decode
 from gpuinfer.queue.store import Claimed, Final, Store
@@ -38,6 +36,7 @@ from gpuinfer.worker import story
 from gpuinfer.worker.bookkeeping import Bookkeeping
 from gpuinfer.worker.buffer import Batch, Buffer
 from gpuinfer.worker.engine import Done, Engine, RunAlone
+from gpuinfer.worker.ledger import Ledger
 from gpuinfer.worker.work import Work, conclude, is_inference, read
 
 if TYPE_CHECKING:
@@ -47,8 +46,6 @@ log = get_logger(__name__)
 
 #: Payload bytes a worker holds at most, beside the batch that runs.
 BUFFER_BYTES = 64 * 1024 * 1024
-#: A batch that runs for this long is marked as started; a shorter one has ended before anybody looks.
-STARTED_AFTER_S = 0.1
 
 
 class Batcher:
@@ -77,11 +74,7 @@ class Batcher:
         self._wall = wall
         self._buffer = Buffer(engine.limit)
         self._most = max(engine.limit(name) for name in manifests)
-        self._outbox: list[Final] = []
-        self._noted_idle = True
-        self._marked = False
-        self._began_at = 0.0
-        self._refused = False
+        self._ledger = Ledger(store, clock)
         self._closed = False
         self._debug = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
         self._payload_bytes = 4096.0  # moving average of one payload
@@ -91,6 +84,11 @@ class Batcher:
     def models(self) -> Mapping[str, Manifest]:
         """The manifests of the models served, by name."""
         return self._manifests
+
+    @property
+    def idle(self) -> bool:
+        """True when what is claimed next runs at once."""
+        return self.engine.current is None and not len(self._buffer)
 
     @property
     def closed(self) -> bool:
@@ -124,7 +122,7 @@ class Batcher:
         seqs = {work.seq for work in self._buffer}
         if self.engine.current is not None:
             seqs |= {work.seq for work in self.engine.current.works}
-        return seqs | {final.seq for final in self._outbox if final.seq is not None}
+        return seqs | {final.seq for final in self._ledger.unsettled if final.seq is not None}
 
     def fenced(self, error: WorkerRunning) -> None:
         """End the process: another one claims under this name."""
@@ -133,6 +131,7 @@ class Batcher:
     def receive(self, channel: Channel, tasks: Sequence[Claimed]) -> None:
         """Read claimed tasks into the buffer; what can never run ends here."""
         self.channel = channel
+        self._ledger.claimed(tasks)
         finals: list[Final] = []
         for task in tasks:
             self._payload_bytes += (len(task.payload) - self._payload_bytes) / 16
@@ -148,8 +147,10 @@ class Batcher:
                 # Whatever a stranger's message may do to us, it must not take its neighbours along.
                 log.exception("message_unreadable", queue=split_list_key(task.list_key)[0])
                 self._bury(task, f"{type(exc).__name__}: {exc}")
-        self._settle(finals)
+        if finals:
+            self._settle(finals)
         self.pump()
+        self._settle([])  # what the claim has put on record may not have begun
 
     def _bury(self, task: Claimed, reason: str) -> None:
         error = DeadLettered(f"cannot be decoded: {reason}")
@@ -157,7 +158,7 @@ class Batcher:
             self.store.bury(task.seq, task.list_key, task.payload, error)
         except (redis.RedisError, OSError) as exc:
             self.store.doubt()  # it is put back at the next claim, and comes again
-            self._redis_trouble("bury", exc)
+            self._ledger.trouble("bury", exc)
 
     def _admit(self, task: Claimed, envelope: Any, finals: list[Final]) -> None:
         try:
@@ -191,11 +192,8 @@ class Batcher:
 
     def _start(self, batch: Batch) -> bool:
         """Begin a batch. Returns False when Redis is away: the batch stays in the buffer."""
-        begun = [(work.seq, work.id, b"") for work in batch.works]
-        try:
-            ended = self.store.begin(begun)
-        except (redis.RedisError, OSError) as exc:
-            self._redis_trouble("begin", exc)
+        ended = self._ledger.begin(batch)
+        if ended is None:
             return False
         if ended:  # cancelled, or finished by an earlier delivery
             works = [batch.works[i] for i in sorted(ended)]
@@ -212,27 +210,9 @@ class Batcher:
                 work.time_start = now
                 self._books.started(work)
         self.engine.submit(batch)
-        self._noted_idle = self._marked = False
-        self._began_at = self._clock()
         if self._debug:
             story.batch_begun(batch)
         return True
-
-    def _mark_started(self) -> None:
-        """Write the state of a batch that takes its time: running, and where."""
-        batch = self.engine.current
-        if batch is None or self._marked or self._clock() - self._began_at < STARTED_AFTER_S:
-            return
-        worker, pid = self.store.worker, os.getpid()
-        try:
-            self.store.begin(
-                [(work.seq, work.id, results.started(work.id, worker, pid)) for work in batch.works]
-            )
-        except (redis.RedisError, OSError) as exc:
-            self._redis_trouble("begin", exc)
-            return
-        self._marked = True
-        story.batch_running(batch, self.device)
 
     def _drop_stale(self) -> None:
         """End what has expired or was revoked before it costs device time."""
@@ -323,23 +303,8 @@ class Batcher:
         return Final(seq, task_id, meta)
 
     def _settle(self, finals: list[Final]) -> None:
-        """Write final states; while Redis is away they wait here and are written when it is back."""
-        self._outbox += finals
-        idle = self.engine.current is None
-        if not self._outbox and (self._noted_idle or not idle):
-            return
-        try:
-            self.store.settle(self._outbox, idle=idle)
-        except (redis.RedisError, OSError) as exc:
-            self._redis_trouble("settle", exc)
-            return
-        self._outbox, self._noted_idle, self._refused = [], idle, False
-
-    def _redis_trouble(self, what: str, exc: Exception) -> None:
-        """Say once that Redis refuses; that it is away, the connection says."""
-        if not isinstance(exc, AWAY) and not self._refused:
-            log.error("redis_refused", operation=what, reason=str(exc), hint="tried again until it works")
-            self._refused = True
+        """Write final states, and that nothing runs when that is so."""
+        self._ledger.settle(finals, idle=self.engine.current is None)
 
     # -- life -----------------------------------------------------------------------------
 
@@ -348,7 +313,9 @@ class Batcher:
         self._settle([])
         if not self.engine.done.empty():
             self.collect()
-        self._mark_started()
+        running = self.engine.current
+        if running is not None and self._ledger.mark_started(running):
+            story.batch_running(running, self.device)
         self.pump()
 
     def drain(self, timeout_s: float) -> None:
@@ -369,13 +336,13 @@ class Batcher:
         if self.engine.current is not None:
             self._take(self.engine.done.get())
         self.engine.close()
+        self._ledger.nothing_runs()
         deadline = self._clock() + timeout_s
-        while self._outbox and self._clock() < deadline:
+        while self._ledger.unsettled and self._clock() < deadline:
+            time.sleep(0.2)
             self._settle([])
-            if self._outbox:
-                time.sleep(0.2)
         ids = [work.id for work in works]
-        log.info("drained", released=len(works), unsettled=len(self._outbox), task_ids=ids)
+        log.info("drained", released=len(works), unsettled=len(self._ledger.unsettled), task_ids=ids)
 
     def _take(self, done: Done) -> None:
         """Settle the last batch; a task with slices left goes back to its list."""

@@ -271,6 +271,34 @@ def test_no_death_on_the_account_of_what_does_not_run(store: Store, client: Clie
     assert [decode(task.payload).deaths for task in store.claim(1)] == [0]
 
 
+def test_a_claim_that_begins(store: Store, client: Client) -> None:
+    """A task that comes alone is on record as running with its claim; one of several is not."""
+    wanted = [client.submit([1], queue=queue) for queue in ("realtime", "batch", "batch")]
+    (first,) = store.claim(1, begin=True)
+    assert first.noted_id == wanted[0]
+    assert store.restore().returned == 1
+    again = store.claim(3, begin=True)
+    assert [task.noted_id for task in again] == [None] * 3
+    assert [decode(task.payload).deaths for task in again] == [1, 0, 0]
+    store.restore()
+    assert [decode(task.payload).deaths for task in store.claim(3)] == [1, 0, 0]
+
+
+def test_a_claim_that_begins_nothing(store: Store, client: Client) -> None:
+    """What has ended, what is too long to search through, and what names no id is left to begin."""
+    for inputs in ([1], [0.1] * 10_000):
+        task_id = client.submit(inputs)
+        if inputs == [1]:
+            assert client.cancel(task_id)
+        (task,) = store.claim(1, begin=True)
+        assert task.noted_id is None
+        assert begin(store, [task]) == ({0} if inputs == [1] else set())
+        store.settle([Final(task.seq, "", b"")], idle=True)
+    store.client.lpush("realtime", b'{"body": "\\"id\\": \\"x\\""}')
+    assert store.claim(1, begin=True)[0].noted_id is None
+    assert not store.client.hexists(store.inflight, "running")
+
+
 def test_idempotency(store: Store, client: Client) -> None:
     """The same key gives the same task, while it waits and when it has ended; another key another one."""
     first = client.submit([1], idempotency_key="k")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from celery import Celery
 
 from gpuinfer import Client
 from gpuinfer.errors import DeviceOutOfMemory, GpuinferError, InferenceError
@@ -23,6 +24,7 @@ from gpuinfer.worker.engine import Engine
 from tests.models_for_tests import picky
 from tests.services import RedisServer
 from tests.unit.test_engine import Small
+from tests.workers import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -34,7 +36,7 @@ class Line:
         self._batcher = batcher
 
     def claim(self) -> int:
-        tasks = self._batcher.store.claim(self._batcher.room()[0])
+        tasks = self._batcher.store.claim(self._batcher.room()[0], begin=self._batcher.idle)
         if tasks:
             self._batcher.receive(self, tasks)  # type: ignore[arg-type]  # all of a channel that is used
         return len(tasks)
@@ -135,3 +137,31 @@ def test_a_lost_device_is_passed_on(
     turn(batcher, lambda: lost)
     assert not client.status(task).final
     assert batcher.store.restore().returned == 1
+
+
+def test_nothing_runs_that_is_not_on_record(batcher: Batcher, client: Client, model: Small) -> None:
+    """Each batch that begins is on record, noted by its claim or by itself, and is wiped when it ends."""
+    seen: list[bytes | str | None] = []
+    model.watch = lambda: seen.append(batcher.store.client.hget(batcher.store.inflight, "running"))
+    for count in (1, 2, 1):
+        tasks = [client.submit([1.0], model="picky") for _ in range(count)]
+        turn(batcher, lambda tasks=tasks: all(client.status(task).final for task in tasks))  # type: ignore[misc]
+        assert not batcher.store.client.exists(batcher.store.inflight)
+    assert [len((record or "").split()) for record in seen] == [1, 2, 1]
+
+
+def test_what_does_not_begin_is_not_on_record(
+    batcher: Batcher, client: Client, model: Small, redis_server: RedisServer
+) -> None:
+    """A task that was noted by its claim, but waits or has expired, has no share in a death."""
+    assert batcher.channel is not None
+    client.submit([1.0], model="picky", expires_s=0.01)
+    time.sleep(0.02)
+    batcher.channel.claim()
+    assert not batcher.store.client.exists(batcher.store.inflight)
+    bare = Celery("bare", broker=f"redis+socket://{redis_server.socket}", set_as_current=False)
+    bare.send_task("gpuinfer.predict", [[1.0]], {"model": "picky"}, queue="realtime", countdown=60)
+    wait_until(batcher.channel.claim)
+    assert batcher.held()
+    assert not batcher.store.client.hexists(batcher.store.inflight, "running")
+    assert model.sizes == []

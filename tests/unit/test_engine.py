@@ -7,7 +7,7 @@ The models are real; memory errors are injected, there being no GPU whose memory
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,11 @@ class Small:
         self.manifest, self.name = model.manifest, model.name
         self.sizes: list[int] = []
         self.lost = False
+        #: Called in each pass.
+        self.watch: Callable[[], object] = lambda: None
 
     def forward(self, items: Sequence[Item]) -> Any:
+        self.watch()
         self.sizes.append(len(items))
         if self.lost:
             raise DeviceError("CUDA error: an illegal memory access was encountered")

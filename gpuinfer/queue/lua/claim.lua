@@ -1,8 +1,10 @@
 #!lua flags=allow-oom
 -- Pop up to N tasks, the most urgent first, and record them as in flight, in one step.
 -- KEYS: in-flight hash, waiting hash, bell, life counter, then the lists in the order they are served
--- ARGV: N, ageing in milliseconds (0: off), the first sequence id to use, the life of the claimer
--- Returns {seq, list index (1-based; negative: it has aged and goes first), payload, seq, ...}.
+-- ARGV: N, ageing in milliseconds (0: off), the first sequence id to use, the life of the claimer,
+--       result key prefix when a task that comes alone runs at once and is noted as begin.lua does, else ''
+-- Returns {seq, list index (1-based; negative: it has aged and goes first), payload, seq, ...}, and
+-- at the end the id of the task noted as running, if there is one.
 -- Payloads are not parsed.
 local inflight, waiting, bell = KEYS[1], KEYS[2], KEYS[3]
 local room, ageing, seq = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -73,5 +75,16 @@ if #claimed > 0 and room <= 0 then
     if left > 0 then break end
   end
   if left > 0 and redis.call('LLEN', bell) == 0 then redis.call('LPUSH', bell, 1) end
+end
+-- The id is the header of that name, as in restore.lua; the worker compares it with what it reads. A
+-- payload too long to search through, or a task that has its final state, is left to begin.lua.
+if ARGV[5] ~= '' and #claimed == 3 and #claimed[3] <= 16384 then
+  local id = string.match(claimed[3], '"id": ?"([^"]+)"')
+  local meta = id and redis.call('GETRANGE', ARGV[5] .. id, 0, 31)
+  local state = id and string.match(meta, '^{"status": ?"(%u+)"')
+  if id and state ~= 'SUCCESS' and state ~= 'FAILURE' and state ~= 'REVOKED' then
+    redis.call('HSET', inflight, 'running', string.format('%.0f', claimed[1]))
+    claimed[4] = id
+  end
 end
 return claimed

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Redis is told of a worker's tasks: which batch runs, and how tasks ended.
+
+The record of what runs says on whose account a death goes. A claim of an idle worker that takes a
+single task writes it along, as that task runs next; any other batch is written before it begins.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import redis
+
+from gpuinfer.log import get_logger
+from gpuinfer.queue import results
+from gpuinfer.queue.connection import AWAY
+from gpuinfer.queue.store import Claimed, Final, Store
+from gpuinfer.worker.buffer import Batch
+
+log = get_logger(__name__)
+
+#: A batch that runs for this long is marked as started; a shorter one has ended before anybody looks.
+STARTED_AFTER_S = 0.1
+
+
+class Ledger:
+    """Writes through the store; final states wait here while Redis is away."""
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._clock = clock
+        self._outbox: list[Final] = []
+        #: What the last claim has put on record, as long as nothing else was written there.
+        self._noted: Claimed | None = None
+        self._noted_idle = True
+        self._marked = False
+        self._began_at = 0.0
+        self._refused = False
+
+    @property
+    def unsettled(self) -> Sequence[Final]:
+        """Final states that Redis has not taken yet."""
+        return self._outbox
+
+    def claimed(self, tasks: Sequence[Claimed]) -> None:
+        """Remember what the claim has put on record."""
+        self._noted = next((task for task in tasks if task.noted_id is not None), None)
+        if self._noted is not None:
+            self._noted_idle = False
+
+    def begin(self, batch: Batch) -> set[int] | None:
+        """Put a batch on record. Returns the positions of what must not run: it has ended already.
+
+        None when Redis is away: the batch must not begin.
+        """
+        noted, self._noted = self._noted, None
+        works = batch.works
+        if noted is None or [(work.seq, work.id) for work in works] != [(noted.seq, noted.noted_id)]:
+            self._noted_idle = False  # written, even if the answer should be lost
+            try:
+                ended = self._store.begin([(work.seq, work.id, b"") for work in works])
+            except (redis.RedisError, OSError) as exc:
+                self.trouble("begin", exc)
+                return None
+            if ended:
+                return ended
+        self._noted_idle = self._marked = False
+        self._began_at = self._clock()
+        return set()
+
+    def mark_started(self, batch: Batch) -> bool:
+        """Write the state of a batch that takes its time: running, and where; once. True when it was."""
+        if self._marked or self._clock() - self._began_at < STARTED_AFTER_S:
+            return False
+        worker, pid = self._store.worker, os.getpid()
+        started = [(work.seq, work.id, results.started(work.id, worker, pid)) for work in batch.works]
+        try:
+            self._store.begin(started)
+        except (redis.RedisError, OSError) as exc:
+            self.trouble("begin", exc)
+            return False
+        self._marked = True
+        return True
+
+    def settle(self, finals: Sequence[Final], *, idle: bool) -> None:
+        """Write final states; while Redis is away they wait here and are written when it is back.
+
+        ``idle``: nothing runs, so a death is on nobody's account.
+        """
+        self._outbox += finals
+        if not self._outbox and (self._noted_idle or not idle):
+            return
+        if idle:
+            self._noted = None  # wiped, even if the answer should be lost
+        try:
+            self._store.settle(self._outbox, idle=idle)
+        except (redis.RedisError, OSError) as exc:
+            self.trouble("settle", exc)
+            return
+        self._outbox, self._noted_idle, self._refused = [], idle, False
+
+    def nothing_runs(self) -> None:
+        """Wipe the record, whatever a claim may have put there."""
+        self._noted_idle = False
+        self.settle([], idle=True)
+
+    def trouble(self, what: str, exc: Exception) -> None:
+        """Say once that Redis refuses; that it is away, the connection says."""
+        if not isinstance(exc, AWAY) and not self._refused:
+            log.error("redis_refused", operation=what, reason=str(exc), hint="tried again until it works")
+            self._refused = True
