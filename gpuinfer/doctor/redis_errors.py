@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of Redis's common failures it is, from what redis-py raised. No connection is made but for TLS.
+"""Which of Redis's common failures it is, from what redis-py raised.
 
+Another connection is made only where that does not tell: about TLS, and at a door that was shut at once.
 Redis's words were read from 7.0 and 8; those of OpenSSL from 3.0. The first rule that fits decides.
 """
 
@@ -53,6 +54,11 @@ Rule = Callable[[Failure], Finding | None]
 def diagnose(exc: Exception, place: Place) -> Finding:
     """Return the finding for what redis-py raised at a place."""
     failure = Failure(tuple(_causes(exc)), place)
+    if failure.errno(errno.EPIPE, errno.ECONNRESET) or failure.says(
+        "Broken pipe", "closed by server", "reset by"
+    ):
+        # The door was shut before our first word: what was said then is lost to redis-py.
+        failure = Failure((*failure.causes, ConnectionError(place.greeting())), place)
     found = (rule(failure) for rule in RULES)
     return next(finding for finding in found if finding)
 
@@ -262,13 +268,19 @@ def _wants_certificate(failure: Failure) -> Finding | None:
 
 
 def _no_tls_there(failure: Failure) -> Finding | None:
-    if not (failure.place.tls and failure.is_a(ssl.SSLError)):
+    place, address = failure.place, f"{failure.place.host}:{failure.place.port}"
+    if not place.tls:
         return None
-    place = failure.place
-    return error(
-        f"TLS: {place.host}:{place.port} does not speak TLS with us: {failure.text}",
-        f"openssl s_client -connect {place.host}:{place.port} </dev/null; {_EDIT}  # redis:// is without TLS",
-    )
+    # A Redis without TLS waits for the end of a line that never comes: its client sees a timeout.
+    if not failure.errno(errno.ECONNREFUSED) and place.answers_plainly():
+        return error(
+            f"TLS: Redis at {address} does not speak TLS; broker.url must begin with redis://",
+            f"{_EDIT}  # broker.url, or give that Redis a tls-port",
+        )
+    if not failure.is_a(ssl.SSLError):
+        return None
+    text = f"TLS: {address} does not agree with us: {failure.text}"
+    return error(text, f"openssl s_client -connect {address} </dev/null")
 
 
 def _tls_there(failure: Failure) -> Finding | None:

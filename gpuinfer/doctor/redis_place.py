@@ -15,7 +15,7 @@ from gpuinfer.settings import ADMIN_PASSWORD, BrokerSettings
 
 OUR_SOCKET = "/run/gpuinfer/redis/redis.sock"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_TLS_LIMIT_S = 2.0
+_PROBE_LIMIT_S = 2.0
 _SYSTEMD = Path("/run/systemd/system")
 
 
@@ -79,12 +79,31 @@ class Place:
             return "gpuinfer config show | grep broker.url  # start the Redis it names, or name another"
         return f"ssh {self.host} systemctl start gpuinfer-redis"
 
+    def greeting(self) -> str:
+        """Return what Redis says to whoever it turns away at once: too many clients, protected mode."""
+        try:
+            with socket.socket(socket.AF_UNIX if self.socket else socket.AF_INET) as plain:
+                plain.settimeout(_PROBE_LIMIT_S)
+                plain.connect(self.socket or (self.host, self.port))
+                return plain.recv(1000).decode(errors="replace")
+        except OSError:
+            return ""
+
+    def answers_plainly(self) -> bool:
+        """Tell whether a Redis without TLS is there: it answers a line, if only with an error."""
+        try:
+            with socket.create_connection((self.host, self.port), _PROBE_LIMIT_S) as plain:
+                plain.sendall(b"PING\r\n")
+                return plain.recv(1)[:1] in (b"+", b"-")
+        except OSError:
+            return False
+
     def answers_tls(self) -> bool:
         """Tell whether somebody speaks TLS there, whatever the certificate."""
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
-            with socket.create_connection((self.host, self.port), _TLS_LIMIT_S) as plain:
+            with socket.create_connection((self.host, self.port), _PROBE_LIMIT_S) as plain:
                 context.wrap_socket(plain).close()
         except (OSError, ssl.SSLError):
             return False

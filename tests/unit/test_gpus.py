@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,91 +10,9 @@ import pytest
 from gpuinfer.errors import DeviceError
 from gpuinfer.gpus import Gpu, Inventory, MigInstance, list_gpus, spell, visible_device
 from gpuinfer.settings import WorkerSettings
+from tests.fake_nvml import GIB, FakeNvml
 
 pytestmark = pytest.mark.unit
-
-GIB = 1024**3
-
-
-@dataclass
-class FakeNvml:
-    """NVML's functions that gpus.py calls, over a made-up host."""
-
-    count: int = 0
-    #: Error of nvmlInit; None: it works.
-    init: int | None = None
-    lost: frozenset[int] = frozenset()
-    shared_memory: bool = False
-    #: GPU -> its MIG instances by slot, None for an empty one; a GPU that is not named cannot be split.
-    mig: dict[int, list[str | None]] = field(default_factory=dict)
-    closed: int = field(default=0, init=False)
-
-    NVML_DEVICE_MIG_ENABLE = 1
-    NVML_ERROR_NOT_SUPPORTED = 3
-    NVML_ERROR_NO_PERMISSION = 4
-    NVML_ERROR_NOT_FOUND = 6
-    NVML_ERROR_DRIVER_NOT_LOADED = 9
-    NVML_ERROR_LIBRARY_NOT_FOUND = 12
-    NVML_ERROR_FUNCTION_NOT_FOUND = 13
-    NVML_ERROR_GPU_IS_LOST = 15
-    NVML_ERROR_LIB_RM_VERSION_MISMATCH = 18
-
-    class NVMLError(Exception):
-        """As pynvml's: a number, and the driver's words."""
-
-        def __init__(self, value: int) -> None:
-            super().__init__(value)
-            self.value = value
-
-        def __str__(self) -> str:
-            words = {9: "Driver Not Loaded", 12: "NVML Shared Library Not Found", 15: "GPU is lost"}
-            return words.get(self.value, "Driver/library version mismatch")
-
-    def nvmlInit(self) -> None:
-        if self.init is not None:
-            raise self.NVMLError(self.init)
-
-    def nvmlShutdown(self) -> None:
-        self.closed += 1
-
-    def nvmlSystemGetDriverVersion(self) -> str:
-        return "580.1"
-
-    def nvmlDeviceGetCount(self) -> int:
-        return self.count
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        if index in self.lost:
-            raise self.NVMLError(self.NVML_ERROR_GPU_IS_LOST)
-        return index
-
-    def nvmlDeviceGetUUID(self, handle: Any) -> str:
-        return f"GPU-{handle:08x}-0000" if isinstance(handle, int) else f"MIG-{handle[0]}-{handle[1]}"
-
-    def nvmlDeviceGetName(self, handle: Any) -> bytes:
-        return b"NVIDIA L4" if isinstance(handle, int) else f"NVIDIA L4 MIG {handle[2]}".encode()
-
-    def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:
-        if handle not in self.mig:
-            raise self.NVMLError(self.NVML_ERROR_NOT_SUPPORTED)
-        return [self.NVML_DEVICE_MIG_ENABLE, self.NVML_DEVICE_MIG_ENABLE]
-
-    def nvmlDeviceGetMaxMigDeviceCount(self, handle: int) -> int:
-        return len(self.mig[handle])
-
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: int, slot: int) -> tuple[int, int, str]:
-        profile = self.mig[handle][slot]
-        if profile is None:
-            raise self.NVMLError(self.NVML_ERROR_NOT_FOUND)
-        return handle, slot, profile
-
-    def nvmlDeviceGetPciInfo(self, handle: int) -> Any:
-        return SimpleNamespace(busId=f"00000000:0{handle}:00.0")
-
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
-        if self.shared_memory:
-            raise self.NVMLError(self.NVML_ERROR_NOT_SUPPORTED)
-        return SimpleNamespace(total=24 * GIB, used=GIB)
 
 
 def host(nvml: FakeNvml, *explicit: str, nodes: tuple[str, ...] = (), hardware: bool = False) -> Inventory:
