@@ -46,6 +46,8 @@ log = get_logger(__name__)
 
 #: Payload bytes a worker holds at most, beside the batch that runs.
 BUFFER_BYTES = 64 * 1024 * 1024
+#: Seconds the event loop may stand still for a batch that nothing waits behind.
+PATIENCE_S = 0.002
 
 
 class Batcher:
@@ -151,6 +153,8 @@ class Batcher:
             self._settle(finals)
         self.pump()
         self._settle([])  # what the claim has put on record may not have begun
+        if len(tasks) < self._most:
+            self._stay()
 
     def _bury(self, task: Claimed, reason: str) -> None:
         error = DeadLettered(f"cannot be decoded: {reason}")
@@ -239,20 +243,32 @@ class Batcher:
     def collect(self) -> None:
         """Take what the inference thread has finished, start the next batch, then settle."""
         while not self.engine.done.empty():
-            done = self.engine.done.get()
-            self.engine.current = None
-            if done.fatal is not None:
-                story.batch_lost(done)
-                self._on_fatal(done.fatal)
-                return
-            if done.smooth:
-                self.pump()  # before the results are written: the device need not wait for that
-            finals = self._outcomes(done)
-            self.pump()
-            self._settle(finals)
-            story.batch_done(done, self.device)
+            self._finish(self.engine.done.get())
         if self.channel is not None and not self._closed:
             self.channel.claim()
+
+    def _stay(self) -> None:
+        """Wait a moment for a batch when nothing else is held: on its way through the event loop and back
+        a small one would spend a good part of its time."""
+        if self.engine.current is None or len(self._buffer):
+            return
+        done = self.engine.wait(PATIENCE_S)
+        if done is not None:
+            self._finish(done)
+            self.engine.wake()  # to claim again
+
+    def _finish(self, done: Done) -> None:
+        self.engine.current = None
+        if done.fatal is not None:
+            story.batch_lost(done)
+            self._on_fatal(done.fatal)
+            return
+        if done.smooth:
+            self.pump()  # before the results are written: the device need not wait for that
+        finals = self._outcomes(done)
+        self.pump()
+        self._settle(finals)
+        story.batch_done(done, self.device)
 
     def _outcomes(self, done: Done) -> list[Final]:
         """Distribute a batch's outcomes over its tasks; return the ends of those that are complete."""

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ class Engine:
     """Runs batches on a thread of its own, one after another.
 
     ``sizes`` gives each model's largest batch that is known to fit its device; ``wake`` is called in
-    that thread whenever something was added to ``done``.
+    that thread whenever something was added to ``done``, unless somebody stands there and waits.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Engine:
         self._jobs: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         #: The batch that is running or about to; set by the main thread.
         self.current: Batch | None = None
+        self._awaited = False
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
 
@@ -100,6 +102,17 @@ class Engine:
         """Hand a batch over. The thread must be idle."""
         self.current = batch
         self._jobs.put(batch)
+
+    def wait(self, timeout_s: float) -> Done | None:
+        """Wait for the batch that runs, and take it; None when it takes longer."""
+        done: Done | None = None
+        self._awaited = True
+        with suppress(queue.Empty):
+            done = self.done.get(timeout=timeout_s)
+        self._awaited = False
+        if done is None and not self.done.empty():  # it came just now, and perhaps without a wake
+            done = self.done.get()
+        return done
 
     def close(self) -> None:
         """End the thread after the batch that runs."""
@@ -120,7 +133,8 @@ class Engine:
                 outcomes = [InferenceError(f"{type(exc).__name__}: {exc}")] * batch.size
             seconds = time.monotonic() - started
             self.done.put(Done(batch, outcomes, seconds, fatal))
-            self.wake()
+            if not self._awaited:
+                self.wake()
 
     def _outcomes(self, batch: Batch) -> list[Any]:
         """Decode, run and render a batch. Raises DeviceError when the device cannot go on."""

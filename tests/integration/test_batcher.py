@@ -111,8 +111,11 @@ def test_retries_are_bounded(batcher: Batcher, client: Client, model: Small) -> 
     assert model.sizes == [1]
 
 
-def test_results_wait_for_redis(batcher: Batcher, client: Client, redis_server: RedisServer) -> None:
+def test_results_wait_for_redis(
+    batcher: Batcher, client: Client, redis_server: RedisServer, model: Small
+) -> None:
     """A batch that ends while Redis is away is settled when it is back."""
+    model.watch = lambda: time.sleep(0.05)
     task = client.submit([1.0], model="picky")
     assert batcher.channel is not None
     batcher.channel.claim()

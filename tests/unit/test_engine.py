@@ -7,6 +7,7 @@ The models are real; memory errors are injected, there being no GPU whose memory
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,20 @@ def test_a_lost_device_ends_the_engine(engine: Engine, model: Small) -> None:
     assert isinstance(done.fatal, DeviceError)
     assert "illegal memory access" in str(done.fatal)
     assert done.outcomes == []
+
+
+def test_who_waits_is_not_woken(engine: Engine, model: Small) -> None:
+    """A batch is handed to the one who waits for it; one that takes longer is told by a wake."""
+    woken = threading.Event()
+    engine.wake = woken.set
+    parts = (Part(work([1.0]), 0, 1),)
+    engine.submit(Batch("picky", parts, 10, 20))
+    assert engine.wait(20) is not None
+    go_on = threading.Event()
+    model.watch = lambda: go_on.wait(20)
+    woken.clear()
+    engine.submit(Batch("picky", parts, 10, 20))
+    assert engine.wait(0.01) is None
+    go_on.set()
+    assert woken.wait(20)
+    assert not engine.done.empty()
