@@ -22,6 +22,7 @@ class FakeNvml:
     #: GPU -> (rows waiting for a reset, a row that failed)
     remapped: dict[int, tuple[int, int]] = field(default_factory=dict)
     ecc: int = 0
+    used_bytes: int = GIB
     persistent: bool = True
     compute_mode: int = 0
     #: GPU -> its MIG instances by slot, None for an empty one; a GPU that is not named cannot be split.
@@ -96,7 +97,7 @@ class FakeNvml:
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
         if self.shared_memory:
             raise self.NVMLError(self.NVML_ERROR_NOT_SUPPORTED)
-        return SimpleNamespace(total=24 * GIB, used=GIB)
+        return SimpleNamespace(total=24 * GIB, used=self.used_bytes)
 
     def nvmlSystemGetCudaDriverVersion(self) -> int:
         return 12080

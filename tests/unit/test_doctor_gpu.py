@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor and the GPUs, over a small NVML in place of hardware."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpuinfer.doctor import cuda, gpu, nodes
+from gpuinfer.doctor.child import ChildHung
+from gpuinfer.doctor.finding import Finding, Findings, Skipped
+from gpuinfer.doctor.host import Host
+from gpuinfer.doctor.nvml import Report, from_json, read, to_json
+from gpuinfer.gpus import Inventory
+from gpuinfer.settings import Loaded, Settings
+from tests.fake_nvml import GIB, FakeNvml
+
+pytestmark = pytest.mark.unit
+
+
+def host(nvml: FakeNvml | Report, root: Path = Path("/nowhere"), *, gpus: tuple[str, ...] = ()) -> Host:
+    """Return a host with these GPUs; the report has passed through its JSON, as it does in life."""
+    found = nvml if isinstance(nvml, Report) else from_json(to_json(read(nvml)))
+    settings = Settings.model_validate({"worker": {"gpus": gpus}})
+    return Host(Loaded(settings, {}), root=root, nvml=lambda: found)
+
+
+def flat(found: Findings) -> list[Finding]:
+    return [found] if isinstance(found, Finding) else list(found)
+
+
+def one(found: Findings) -> Finding:
+    assert len(flat(found)) == 1, found
+    return flat(found)[0]
+
+
+def test_sound_gpus() -> None:
+    """Driver, CUDA, names, memory; nothing to mend."""
+    sound = host(FakeNvml(count=2))
+    assert one(gpu.driver(sound)).message == "driver 580.1, serves CUDA up to 12.8, 2 GPUs"
+    listed = flat(gpu.listed(sound))
+    assert listed[1].message == "GPU 1: NVIDIA L4, 24 GiB, 00000000:01:00.0, GPU-00000001-0000"
+    for check in (gpu.listed, gpu.persistence, gpu.health, gpu.memory):
+        assert {finding.status for finding in flat(check(sound))} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        gpu.driver,
+        gpu.listed,
+        gpu.mig,
+        gpu.persistence,
+        gpu.health,
+        gpu.memory,
+        gpu.xid,
+        cuda.probe,
+        nodes.nodes,
+    ],
+)
+def test_a_host_without_gpus_is_skipped(check: Any, tmp_path: Path) -> None:
+    """Said with NVML's reason, and no error."""
+    with pytest.raises(Skipped, match=r"NVML Shared Library Not Found|no NVIDIA GPU"):
+        check(host(FakeNvml(init=12), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("NVML: Driver/library version mismatch", "reboot"),
+        ("NVML: Driver Not Loaded", "modprobe nvidia"),
+        ("NVML: NVML Shared Library Not Found", "apt install libnvidia-ml1"),
+        ("NVML lists no GPU, yet there is /dev/nvidia0", "nvidia-smi"),
+    ],
+)
+def test_a_driver_that_fails_has_its_remedy(reason: str, remedy: str) -> None:
+    """A GPU is there, and its driver does not work."""
+    found = one(gpu.driver(host(Report(Inventory(reason=reason, failed=True)))))
+    assert found.status == "error"
+    assert found.remedy.startswith(remedy)
+
+
+def test_a_driver_that_hangs() -> None:
+    """One error; the other checks refer to it."""
+
+    def hangs() -> Report:
+        raise ChildHung("gave no answer in 20 s", "nvml")
+
+    hung = Host(Loaded(Settings(), {}), nvml=hangs)
+    assert "the driver does not answer: gave no answer in 20 s" in one(gpu.driver(hung)).message
+    with pytest.raises(Skipped, match=r"see gpu\.driver"):
+        gpu.listed(hung)
+
+
+def test_a_lost_gpu_is_an_error_beside_the_others() -> None:
+    """With the driver's words."""
+    lost, sound = flat(gpu.listed(host(FakeNvml(count=2, lost=frozenset({0})))))
+    assert (lost.status, sound.status) == ("error", "ok")
+    assert lost.message == "GPU 0 does not answer: GPU is lost"
+
+
+def test_a_gpu_of_the_settings_that_is_not_there() -> None:
+    """An index, a UUID or a MIG instance that NVML does not list."""
+    names = ("0", "GPU-00000000", "MIG-0-0", "7", "GPU-ff")
+    found = flat(gpu.listed(host(FakeNvml(count=1, mig={0: ["1g.6gb"]}), gpus=names)))
+    assert [finding.message for finding in found if finding.status == "error"] == [
+        "worker.gpus names 7, and NVML lists no such GPU",
+        "worker.gpus names GPU-ff, and NVML lists no such GPU",
+    ]
+
+
+def test_mig() -> None:
+    """Instances are named; MIG without one is a GPU nobody can use."""
+    split, empty = flat(gpu.mig(host(FakeNvml(count=2, mig={0: ["1g.6gb", "2g.12gb"], 1: [None]}))))
+    assert split.message == "GPU 0 is split into 2: 1g.6gb MIG-0-0, 2g.12gb MIG-0-1"
+    assert empty.status == "error"
+    assert "nvidia-smi mig -i 1 -cgi PROFILE -C" in empty.remedy
+
+
+def test_persistence_mode_off() -> None:
+    """A warning: it costs time, no more."""
+    found = one(gpu.persistence(host(FakeNvml(count=1, persistent=False))))
+    assert found.status == "warning"
+    assert "nvidia-persistenced" in found.remedy
+
+
+def test_ill_health() -> None:
+    """Memory errors, rows to be replaced, a closed compute mode: each with what mends it."""
+    nvml = FakeNvml(count=1, ecc=3, remapped={0: (1, 1)}, compute_mode=2)
+    found = flat(gpu.health(host(nvml)))
+    assert [finding.status for finding in found] == ["error", "warning", "error", "error"]
+    assert "exchange it" in found[0].message
+    assert found[1].remedy.endswith("nvidia-smi -i 0 --gpu-reset")
+    assert "3 uncorrected" in found[2].message
+    assert found[3].remedy == "nvidia-smi -i 0 -c DEFAULT"
+
+
+def test_a_full_gpu() -> None:
+    """A warning that names who holds the memory."""
+    found = one(gpu.memory(host(FakeNvml(count=1, used_bytes=24 * GIB - 1))))
+    assert found.status == "warning"
+    assert found.message.endswith("used by processes 4711")
+
+
+def kernel_log(text: str, stderr: str = "") -> Any:
+    def journalctl(_: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess([], 0, text, stderr)
+
+    return journalctl
+
+
+def test_xids(tmp_path: Path) -> None:
+    """Those that mean a broken GPU are errors, a program's fault is a warning; each is counted."""
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    seen = host(FakeNvml(count=1), tmp_path)
+    seen.run = kernel_log(
+        "NVRM: Xid (PCI:0000:65:00): 79, pid=1, GPU has fallen off the bus.\n"
+        "NVRM: Xid (PCI:0000:65:00): 31, pid=2, MMU Fault\nNVRM: Xid (PCI:0000:65:00): 31, pid=3, MMU Fault\n"
+    )
+    bus, mmu = flat(gpu.xid(seen))
+    assert (bus.status, mmu.status) == ("error", "warning")
+    assert "Xid 31 from 0000:65:00, 2 times" in mmu.message
+    seen.run = kernel_log("")
+    assert one(gpu.xid(seen)).status == "ok"
+    seen.run = kernel_log("", "Hint: You are currently not seeing messages from other users and the system.")
+    with pytest.raises(Skipped, match="may not read the kernel's log"):
+        gpu.xid(seen)
+
+
+# -- CUDA -----------------------------------------------------------------------------------
+
+
+def answer(**changes: Any) -> dict[str, Any]:
+    sound = {
+        "torch": "2.13.0",
+        "cuda": "12.8",
+        "devices": ["cuda:0 (NVIDIA L4)"],
+        "failed": {},
+        "why": "",
+        "ms": 7,
+    }
+    return {**sound, **changes}
+
+
+def test_cuda_computes() -> None:
+    """Each device did."""
+    assert one(cuda.judge(answer(), 1)).message == "1 devices compute (torch 2.13.0, 7 ms)"
+
+
+def test_cuda_does_not_compute() -> None:
+    """A CPU build, no device, a failed device, a full one."""
+    build = one(cuda.judge(answer(cuda=None), 1))
+    assert build.remedy == "apt install gpuinfer-torch-cuda"
+    none = one(cuda.judge(answer(devices=[], why="CUDA driver version is insufficient"), 2))
+    assert none.message == "NVML lists 2 GPUs, CUDA none: CUDA driver version is insufficient"
+    bad = one(cuda.judge(answer(failed={"cuda:1": "CUDA error: uncorrectable ECC error"}), 2))
+    assert (bad.status, bad.message) == (
+        "error",
+        "cuda:1 does not compute: CUDA error: uncorrectable ECC error",
+    )
+    assert one(cuda.judge(answer(failed={"cuda:1": "CUDA out of memory"}), 2)).status == "warning"
+
+
+# -- device nodes ---------------------------------------------------------------------------
+
+
+def test_missing_nodes_are_named(tmp_path: Path) -> None:
+    """nvidia-uvm is the one that is forgotten: only a program of root's makes it."""
+    (tmp_path / "dev").mkdir()
+    for name in ("nvidia0", "nvidiactl"):
+        (tmp_path / "dev" / name).touch(mode=0o666)
+    found = one(nodes.nodes(host(FakeNvml(count=1), tmp_path)))
+    assert found.message == "/dev/nvidia-uvm is missing"
+    assert found.remedy.startswith("nvidia-modprobe")
+    (tmp_path / "dev/nvidia-uvm").touch(mode=0o666)
+    assert one(nodes.nodes(host(FakeNvml(count=1), tmp_path))).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("mode", "uid", "groups", "may"),
+    [
+        (0o666, 9999, (), True),
+        (0o660, 9999, (), False),
+        (0o660, 9999, ("own",), True),
+        (0o600, 9999, ("own",), False),
+        (0o640, 9999, ("own",), False),
+        (0o000, 0, (), True),
+    ],
+)
+def test_who_may_use_a_node(tmp_path: Path, mode: int, uid: int, groups: tuple[str, ...], may: bool) -> None:
+    """By owner, group, others; root always."""
+    node = tmp_path / "node"
+    node.touch()
+    node.chmod(mode)
+    status = node.stat()
+    assert nodes.may_use(status, uid, [status.st_gid] if groups else []) is may

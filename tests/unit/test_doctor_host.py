@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor and the host: files under another root, and a systemctl that says what the test wants."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from gpuinfer.doctor import config, disk, kernel, models, redis_tuning, units, versions, work
+from gpuinfer.doctor.finding import Finding, Findings, Skipped
+from gpuinfer.doctor.host import Host
+from gpuinfer.models.repository import SHIPPED, Repository
+from gpuinfer.settings import Loaded, Settings, load
+
+pytestmark = pytest.mark.unit
+
+GIB = 1024**3
+
+
+def host(root: Path, files: dict[str, str] | None = None, **sections: object) -> Host:
+    for name, text in (files or {}).items():
+        path = root / name.lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return Host(Loaded(Settings.model_validate(sections), {}), root=root)
+
+
+def flat(found: Findings) -> list[Finding]:
+    return [found] if isinstance(found, Finding) else list(found)
+
+
+def one(found: Findings) -> Finding:
+    assert len(flat(found)) == 1, found
+    return flat(found)[0]
+
+
+# -- settings and passwords -----------------------------------------------------------------
+
+
+class Lazy(Loaded):
+    """As the command line's: read at the first look."""
+
+    def __init__(self, file: Path, environ: dict[str, str]) -> None:
+        object.__setattr__(self, "_from", (file, environ))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(load(*object.__getattribute__(self, "_from")), name)
+
+
+def test_a_wrong_settings_file_is_named(tmp_path: Path) -> None:
+    """The remedy opens that file, or takes back that variable."""
+    file = tmp_path / "gpuinfer.toml"
+    file.write_text("[api]\nprot = 1\n")
+    found = config.file(Host(Lazy(file, {})))
+    assert found.remedy == f"sudoedit {file} && gpuinfer config check"
+    file.write_text("[api]\nport = 'x'\n")
+    assert config.file(Host(Lazy(file, {}))).remedy.startswith(f"sudoedit {file}")
+    file.write_text("")
+    assert config.file(Host(Lazy(file, {"GPUINFER_API_PROT": "1"}))).remedy.startswith(
+        "unset GPUINFER_API_PROT"
+    )
+    assert config.file(Host(Lazy(file, {}))).status == "ok"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the files must be root's")
+def test_passwords_are_roots_alone(tmp_path: Path) -> None:
+    """Missing, readable by others, empty: each is named, and never its content."""
+    names = {f"{config.CREDENTIALS}/{user}": "f" * 64 for user in config.USERS}
+    here = host(tmp_path, names)
+    folder = tmp_path / config.CREDENTIALS.lstrip("/")
+    folder.chmod(0o700)
+    for path in folder.iterdir():
+        path.chmod(0o600)
+    assert one(config.credentials(here)).status == "ok"
+    (folder / "api").chmod(0o644)
+    (folder / "worker").write_text("")
+    (folder / "watcher").unlink()
+    found = flat(config.credentials(here))
+    assert [finding.message.rpartition("/")[2] for finding in found] == [
+        "api has mode 0644: others may read passwords",
+        "worker holds no password",
+        "watcher is missing",
+    ]
+    assert found[0].remedy == "chmod 0600 /etc/gpuinfer/credentials/api"
+
+
+def test_without_the_package_there_are_no_passwords(tmp_path: Path) -> None:
+    """In a plain checkout that is no error."""
+    with pytest.raises(Skipped, match="the package is not installed"):
+        config.credentials(host(tmp_path))
+
+
+# -- kernel, disk, clock --------------------------------------------------------------------
+
+
+def test_overcommit_and_somaxconn(tmp_path: Path) -> None:
+    """The remedy is to apply the package's file where it is, else to set the value."""
+    files = {"/proc/sys/vm/overcommit_memory": "0\n", "/proc/sys/net/core/somaxconn": "128\n"}
+    plain = host(tmp_path, files)
+    assert kernel.overcommit(plain).remedy == "sysctl -w vm.overcommit_memory=1"
+    assert kernel.somaxconn(plain).remedy == "sysctl -w net.core.somaxconn=1024"
+    installed = host(tmp_path, {"/usr/lib/sysctl.d/60-gpuinfer.conf": "net.core.somaxconn = 100\n"})
+    assert kernel.somaxconn(installed).status == "ok"
+    assert kernel.overcommit(installed).remedy == "sysctl --system"
+
+
+@pytest.mark.parametrize(
+    ("mode", "status"), [("always [madvise] never", "ok"), ("always madvise [never]", "ok")]
+)
+def test_huge_pages(tmp_path: Path, mode: str, status: str) -> None:
+    """Only "always" touches Redis."""
+    here = host(tmp_path, {"/sys/kernel/mm/transparent_hugepage/enabled": mode})
+    assert kernel.huge_pages(here).status == status
+
+
+def test_a_kernel_that_does_not_tell(tmp_path: Path) -> None:
+    """A file that is not there is skipped, by name."""
+    with pytest.raises(Skipped, match="/proc/sys/vm/overcommit_memory cannot be read"):
+        kernel.overcommit(host(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("free", "inodes", "status"),
+    [(10 * GIB, 10**6, "ok"), (GIB, None, "warning"), (GIB // 4, None, "error"), (10 * GIB, 10, "warning")],
+)
+def test_room_on_disk(free: int, inodes: int | None, status: str) -> None:
+    """A file system without inodes of its own has enough of them."""
+    assert disk.judge("/var/lib/gpuinfer", free, inodes, "du").status == status
+
+
+def test_a_journal_that_is_lost_at_reboot(tmp_path: Path) -> None:
+    """Without /var/log/journal it is kept in memory."""
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    found = disk.journal(host(tmp_path))
+    assert found.status == "warning"
+    assert found.remedy.startswith("mkdir -p /var/log/journal")
+
+
+# -- Redis's files --------------------------------------------------------------------------
+
+
+def test_what_redis_conf_states(tmp_path: Path) -> None:
+    """What is included counts where it stands, and the last one wins, as in Redis."""
+    text = 'include /run/tuning.conf\nappendfsync always\n# maxmemory 1\nmaxmemory-policy "volatile-ttl"\n'
+    tuning = "maxmemory 2gb\nappendfsync everysec\nhz 10\n"
+    here = host(tmp_path, {redis_tuning.CONF: text, "/run/tuning.conf": tuning})
+    assert redis_tuning.stated(here, redis_tuning.CONF) == {
+        "maxmemory": str(2 * GIB),
+        "appendfsync": "always",
+        "maxmemory-policy": "volatile-ttl",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1000", 1000), ("1k", 1000), ("1kb", 1024), ("2GB", 2 * GIB), ("3m", 3_000_000)]
+)
+def test_sizes_of_redis_conf(text: str, size: int) -> None:
+    """k is a thousand and kb 1024."""
+    assert redis_tuning.to_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("limit", "status"),
+    [("infinity", "ok"), (str(2 * GIB), "ok"), (str(GIB), "error"), (str(2**64 - 1), "ok")],
+)
+def test_the_units_limit_is_above_redis_own(limit: str, status: str) -> None:
+    """With room for a rewrite: at 1 GiB each, the kernel would kill Redis first."""
+    assert redis_tuning.judge_unit(limit, GIB).status == status
+
+
+# -- units ----------------------------------------------------------------------------------
+
+
+def unit(name: str, **changes: str) -> str:
+    sound = {"Id": name, "LoadState": "loaded", "ActiveState": "active", "SubState": "running"}
+    sound |= {"UnitFileState": "enabled", "Result": "success", "NRestarts": "0", **changes}
+    return "\n".join(f"{key}={value}" for key, value in sound.items())
+
+
+def systemd(root: Path, *shown: str, files: str = "", loaded: str = "", journal: str = "") -> Host:
+    """Return a host whose systemctl answers so."""
+
+    def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        key = command[1] if command[0] == "systemctl" else "journal"
+        answers = {
+            "show": "\n\n".join(shown),
+            "list-unit-files": files,
+            "list-units": loaded,
+            "journal": journal,
+        }
+        return subprocess.CompletedProcess(list(command), 0, answers[key] + "\n", "")
+
+    (root / "run/systemd/system").mkdir(parents=True, exist_ok=True)
+    return Host(Loaded(Settings(), {}), root=root, run=run)
+
+
+def test_without_systemd_units_are_skipped(tmp_path: Path) -> None:
+    """A container, a laptop, a checkout."""
+    with pytest.raises(Skipped, match="does not run systemd"):
+        units.services(host(tmp_path))
+
+
+def test_without_the_package_units_are_skipped(tmp_path: Path) -> None:
+    """systemd is there, our units are not."""
+    shown = [unit(name, LoadState="not-found", ActiveState="inactive") for name in units.ALWAYS]
+    for check in (units.services, units.workers):
+        with pytest.raises(Skipped, match="units are not installed"):
+            check(systemd(tmp_path, *shown))
+
+
+def test_units_that_run(tmp_path: Path) -> None:
+    """All of them."""
+    here = systemd(tmp_path, *(unit(name) for name in units.ALWAYS))
+    assert one(units.services(here)).message == "5 units enabled and active"
+
+
+def test_units_that_do_not(tmp_path: Path) -> None:
+    """Failed with the journal's last word, masked, disabled, stopped: each with the one command."""
+    shown = [
+        unit("gpuinfer.target", ActiveState="inactive"),
+        unit("gpuinfer-redis.service", ActiveState="failed", Result="exit-code"),
+        unit("gpuinfer-api.socket", LoadState="masked", ActiveState="inactive"),
+        unit("gpuinfer-api.service", UnitFileState="disabled"),
+        unit("gpuinfer-watcher.service", LoadState="bad-setting", ActiveState="inactive"),
+    ]
+    found = flat(units.services(systemd(tmp_path, *shown, journal="Starting\nFatal: no memory")))
+    assert [finding.remedy for finding in found] == [
+        "systemctl start gpuinfer.target",
+        "systemctl reset-failed gpuinfer-redis.service && systemctl start gpuinfer-redis.service",
+        "systemctl unmask gpuinfer-api.socket",
+        "systemctl enable gpuinfer-api.service",
+        "systemctl daemon-reload; systemd-analyze verify gpuinfer-watcher.service",
+    ]
+    assert found[1].message == "gpuinfer-redis.service failed (exit-code): Fatal: no memory"
+
+
+def test_workers(tmp_path: Path) -> None:
+    """None enabled is a warning; a masked one is as the administrator wants; a failed one is an error."""
+    template = "gpuinfer-worker@.service disabled enabled\n"
+    assert one(units.workers(systemd(tmp_path, files=template))).remedy == (
+        "systemctl enable --now gpuinfer-worker@0"
+    )
+    names = [f"gpuinfer-worker@{number}.service" for number in range(3)]
+    shown = [
+        unit(names[0]),
+        unit(names[1], ActiveState="failed", Result="watchdog"),
+        unit(names[2], LoadState="masked", ActiveState="inactive"),
+    ]
+    found = flat(units.workers(systemd(tmp_path, *shown, files=template, loaded="\n".join(names))))
+    assert [finding.status for finding in found] == ["error", "ok"]
+    assert "gpuinfer-worker@1.service failed (watchdog)" in found[0].message
+    sound = one(units.workers(systemd(tmp_path, shown[0], files=template, loaded=names[0])))
+    assert sound.message == "1 of 1 workers run: gpuinfer-worker@0.service"
+
+
+# -- models, versions, the request ----------------------------------------------------------
+
+
+def test_a_models_digest(tmp_path: Path) -> None:
+    """The shipped one is sound; one that was changed, and one that is not there, are errors."""
+    assert one(models.digests(host(tmp_path))).message == "digits has the digest its manifest names"
+    artefact = Repository([tmp_path / "models"]).add(SHIPPED / "digits", "changed").artefact
+    artefact.write_bytes(artefact.read_bytes() + b"x")
+    names = {"folders": [tmp_path / "models"], "default": "changed"}
+    changed, gone = models.digests(host(tmp_path, models=names, worker={"models": ["changed", "gone"]}))
+    assert (changed.status, gone.status) == ("error", "error")
+    assert "it was not opened" in changed.message
+    assert gone.remedy.startswith("gpuinfer model add FOLDER --name gone")
+
+
+def test_a_model_others_may_change(tmp_path: Path) -> None:
+    """It is a program that workers run."""
+    Repository([tmp_path / "models"]).add(SHIPPED / "digits", "open").path.chmod(0o777)
+    names = {"folders": [tmp_path / "models"], "default": "open"}
+    found = one(models.digests(host(tmp_path, models=names)))
+    assert found.status == "warning"
+    assert found.remedy.startswith("chown -R root:root")
+
+
+def test_versions(tmp_path: Path) -> None:
+    """A library that keeps things in Redis must be the lock's; of the others it is just told."""
+    assert versions.python(host(tmp_path)).status == "ok"
+    lock = versions.INSTALLED_LOCK
+    click = versions.installed("click")
+    sound = versions.libraries(host(tmp_path, {lock: f"click=={click} \\\n    --hash=sha256:00\nnone==1\n"}))
+    assert sound.message == "2 libraries have the versions of the lock"
+    assert "harmlessly: click" in versions.libraries(host(tmp_path, {lock: "click==1.0\n"})).message
+    off = versions.libraries(host(tmp_path, {lock: "celery==1.0\n"}))
+    assert (off.status, off.remedy) == ("warning", "apt install --reinstall gpuinfer")
+
+
+def test_the_sample_fits_the_model() -> None:
+    """Zeros of the shape and kind the manifest names."""
+    manifest = Repository([SHIPPED]).get("digits").manifest
+    value = work.sample(manifest)
+    shape = manifest.inputs[0].shape
+    for length in shape:
+        assert len(value) == length
+        value = value[0]
+    assert value == 0.0
