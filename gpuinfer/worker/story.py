@@ -48,12 +48,13 @@ def batch_running(batch: Batch, device: str) -> None:
 
 def batch_done(done: Done, device: str) -> None:
     """A batch has run, and its ends are written or wait to be."""
-    if any(isinstance(outcome, RunAlone) for outcome in done.outcomes):
+    fields = _batch(done.batch)
+    failures = [outcome for outcome in done.outcomes if isinstance(outcome, Exception)]
+    if any(isinstance(failure, RunAlone) for failure in failures):
         reason = "it passed its soft time limit as a whole"
-        log.warning("batch_too_slow", **_batch(done.batch), reason=reason, hint="each task runs again, alone")
-    failed = sum(1 for outcome in done.outcomes if isinstance(outcome, Exception))
+        log.warning("batch_too_slow", **fields, reason=reason, hint="each task runs again, alone")
     took = round(done.seconds * 1000, 2)
-    log.info("batch_done", **_batch(done.batch), failed=failed, duration_ms=took, device=device)
+    log.info("batch_done", **fields, failed=len(failures), duration_ms=took, device=device)
 
 
 def batch_lost(done: Done) -> None:

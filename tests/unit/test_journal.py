@@ -57,6 +57,8 @@ class Journald:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "journal"
+        #: How many entries came as memory files.
+        self.files = 0
         self.open()
 
     def open(self) -> None:
@@ -81,6 +83,7 @@ class Journald:
     def _mapped(self, right: bytes) -> bytes:
         """Read a memory file, and see that nobody can change it any more, as journald demands."""
         fd = array.array("i", right)[0]
+        self.files += 1
         try:
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
             assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & seals == seals
@@ -127,15 +130,17 @@ def test_fields(sender: Sender, journald: Journald) -> None:
     assert journald.take() == [[("A", "1=2"), ("B", "x\ny\n"), ("C", "half \\udc80")]]
 
 
-def test_large_entries(sender: Sender, journald: Journald) -> None:
-    """What is too large for a datagram travels as a sealed memory file."""
-    text = "line\n" * 4_000_000
+@pytest.mark.parametrize("lines", [1_700, 4_000_000])
+def test_large_entries(sender: Sender, journald: Journald, lines: int) -> None:
+    """What is large, or too large for any datagram, travels as a sealed memory file."""
+    text = "line\n" * lines
     assert sender.send(field("MESSAGE", "large") + field("TRACEBACK", text))
     ((message, trace),) = journald.take()
+    assert journald.files == 1
     assert message == ("MESSAGE", "large")
     assert trace == ("TRACEBACK", text)
     assert sender.send(field("MESSAGE", "small again"))
-    assert len(journald.take()) == 1
+    assert len(journald.take()) == journald.files == 1
 
 
 def test_a_full_journal_never_blocks(sender: Sender, journald: Journald) -> None:
