@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The story of a task, told by the logs of the API and the workers: every line that names it, in order."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from gpuinfer import Client
+from gpuinfer.api import schemas
+from tests.apis import Api, submit
+from tests.models_for_tests import sleeper
+from tests.workers import NAME, Workers, wait_until
+
+pytestmark = pytest.mark.integration
+
+Line = dict[str, Any]
+
+
+def story(task_id: str, *texts: str) -> list[Line]:
+    """Return the lines that name a task, as ``journalctl TASK_ID=...`` would: alone, or among others."""
+    lines = [json.loads(line) for text in texts for line in text.splitlines() if line.startswith("{")]
+    told = [line for line in lines if line.get("task_id") == task_id or task_id in line.get("task_ids", ())]
+    return sorted(told, key=lambda line: line["timestamp"])
+
+
+def actions(lines: list[Line]) -> list[str]:
+    return [line["action"] for line in lines]
+
+
+def test_from_request_to_result(workers: Workers, api: Api, client: Client) -> None:
+    """Accepted by the API, in one line of a batch, fetched; a bad one's failure, a cancelled one's end."""
+    good = [submit(api, {"inputs": schemas.DIGIT, "queue": "default", "priority": 3}), submit(api)]
+    bad, gone = submit(api, [1, 2, 3]), submit(api)
+    api.http.post(f"/cancel/{gone}")
+    worker = workers.start()
+    client.results([*good, bad], timeout_s=10, return_errors=True)
+    api.http.get(f"/result/{good[0]}")
+    worker.terminate()
+    logs = api.process.text(), worker.text()
+    for task_id in good:
+        accepted, done = story(task_id, *logs)[:2]
+        assert actions([accepted, done]) == ["task_accepted", "batch_done"]
+        assert {"batch_size", "duration_ms", "model", "queues", "failed"} <= set(done)
+        assert (done["worker"], done["gpu"], done["device"]) == (NAME, 0, "cpu")
+    assert actions(story(good[0], *logs)) == ["task_accepted", "batch_done", "request"]
+    assert actions(story(bad, *logs)) == ["task_accepted", "task_failed", "batch_done"]
+    failed = story(bad, *logs)[1]
+    assert (failed["level"], failed["code"], failed["queue"]) == ("info", "shape_mismatch", "realtime")
+    assert actions(story(gone, *logs)) == ["task_accepted", "task_cancelled", "task_skipped"]
+
+
+def test_deaths(workers: Workers, client: Client) -> None:
+    """A batch that runs for long says so; after a SIGKILL its tasks are named as put back, then as dead."""
+    sleeper(workers.folder / "models" / "slow", 30, max_batch_size=2)
+    ids = client.submit_many([[1.0]] * 2, model="slow")
+    texts = []
+    while not all(client.status(task_id).final for task_id in ids):
+        worker = workers.start(worker_models="slow", queue_max_deaths=2)
+        if not all(client.status(task_id).final for task_id in ids):
+            worker.wait_for_line('"batch_running"')
+        worker.kill()
+        texts.append(worker.text())
+    for task_id in ids:
+        told = story(task_id, *texts)
+        assert actions(told)[:2] == ["batch_running", "restored"]
+        assert actions(told)[-1] == "task_dead_lettered"
+        assert (told[1]["level"], set(told[1]["task_ids"])) == ("warning", set(ids))
+        assert (told[-1]["level"], told[-1]["deaths"], told[-1]["queue"]) == ("error", 2, "realtime")
+
+
+def test_restore_by_hand(workers: Workers, client: Client) -> None:
+    """``gpuinfer restore`` names what it puts back on standard error, and sums up on standard output."""
+    sleeper(workers.folder / "models" / "slow", 30)
+    task_id = client.submit([1.0], model="slow")
+    worker = workers.start(worker_models="slow")
+    worker.wait_for_line('"batch_running"')
+    worker.kill()
+    done = subprocess.run(
+        [sys.executable, "-m", "gpuinfer", "restore", "0"],
+        env=workers.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{NAME}: 1 tasks put back, 0 dead letters\n"
+    (restored,) = story(task_id, done.stderr)
+    assert (restored["action"], restored["worker"], restored["gpu"]) == ("restored", NAME, 0)
+
+
+def test_what_is_handed_back(workers: Workers, client: Client) -> None:
+    """A worker that stops names the tasks it gives back, and those of its last batch."""
+    sleeper(workers.folder / "models" / "slow", 1.0, max_batch_size=1)
+    first, second = client.submit_many([[1.0]] * 2, model="slow")
+    worker = workers.start(worker_models="slow")
+    wait_until(lambda: client.status(first).state == "running")
+    worker.terminate()
+    assert actions(story(first, worker.text())) == ["batch_running", "batch_done"]
+    assert actions(story(second, worker.text())) == ["drained"]
