@@ -119,7 +119,7 @@ def list_gpus(
     /dev/nvidia<N> exist and ``hardware`` whether an NVIDIA GPU is on the PCI bus.
     """
     found = _ask_nvml(nvml or _pynvml(), nodes or device_nodes, hardware or on_pci_bus)
-    return _chosen(explicit, found) if explicit else found
+    return chosen(explicit, found)
 
 
 def _pynvml() -> Any:
@@ -252,7 +252,10 @@ def _text(value: str | bytes) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _chosen(explicit: Sequence[str], found: Inventory) -> Inventory:
+def chosen(explicit: Sequence[str], found: Inventory) -> Inventory:
+    """Restrict and order what was found by a list of indices and UUIDs; an empty one changes nothing."""
+    if not explicit:
+        return found
     gpus = tuple(_match(entry, place, found) for place, entry in enumerate(explicit))
     return Inventory(gpus, "settings", found.reason, found.driver, broken=found.broken)
 

@@ -47,6 +47,10 @@ def _cpu_build(found: str) -> Finding:
 def _bad(name: str, words: str) -> Finding:
     if "out of memory" in words:
         return warning(f"{name} is full: {words}", "nvidia-smi")
+    if "busy or unavailable" in words:
+        return warning(
+            f"{name} belongs to another process (compute mode): {words}", "nvidia-smi -q -d COMPUTE"
+        )
     return error(f"{name} does not compute: {words}", _LOG)
 
 

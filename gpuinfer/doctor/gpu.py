@@ -148,16 +148,26 @@ def memory(host: Host) -> Findings:
     measured = [gpu for gpu in report.inventory.gpus if gpu.memory_bytes]
     if not measured:
         raise Skipped("the GPUs report no memory of their own")
-    return [_free(gpu, report.health.get(gpu.index, Health())) for gpu in measured]
+    return [_free(host, gpu, report.health.get(gpu.index, Health())) for gpu in measured]
 
 
-def _free(gpu: Gpu, state: Health) -> Finding:
+def _free(host: Host, gpu: Gpu, state: Health) -> Finding:
     free = gpu.memory_bytes - gpu.used_bytes
     text = f"GPU {gpu.index}: {free / _GIB:.1f} of {gpu.memory_bytes / _GIB:.1f} GiB free"
-    if free < _LEAST_FREE_BYTES:
-        pids = ", ".join(str(pid) for pid in state.processes) or "unknown to NVML"
+    strangers = [pid for pid in state.processes if not _is_worker(host, pid)]
+    if free < _LEAST_FREE_BYTES and (strangers or not state.processes):
+        pids = ", ".join(map(str, strangers)) or "unknown to NVML"
         return warning(f"{text}; used by processes {pids}", _SMI)
     return ok(text)
+
+
+def _is_worker(host: Host, pid: int) -> bool:
+    """Tell whether a process is a worker of ours, which may use what it wants."""
+    try:
+        words = host.read(f"/proc/{pid}/cmdline").split("\0")
+    except Skipped:
+        return False
+    return "worker" in words and any("gpuinfer" in word for word in words)
 
 
 def xid(host: Host) -> Findings:

@@ -65,5 +65,5 @@ def huge_pages(host: Host) -> Finding:
         return ok("transparent huge pages are on, but not for Redis")
     return warning(
         "Redis runs on transparent huge pages: pauses and memory peaks when it forks",
-        "redis-cli CONFIG GET disable-thp  # 'yes' is right; else: echo madvise > " + _THP,
+        f"echo madvise > {_THP} && systemctl restart gpuinfer-redis",
     )

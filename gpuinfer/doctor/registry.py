@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gpuinfer.doctor import (
+    bindings,
     broker,
     clock,
     config,
     cuda,
     disk,
+    front,
     gpu,
     kernel,
     models,
@@ -62,6 +64,7 @@ CHECKS: tuple[Check, ...] = (
     Check("gpu.memory", gpu.memory, _GPU_LIMIT_S),
     Check("gpu.xid", gpu.xid, _GPU_LIMIT_S),
     Check("gpu.nodes", nodes.nodes, _GPU_LIMIT_S),
+    Check("gpu.binding", bindings.bindings, _GPU_LIMIT_S),
     Check("gpu.cuda", cuda.probe, _GPU_LIMIT_S + cuda.PROBE_LIMIT_S, slow=True),
     Check("redis.reach", broker.reach),
     Check("redis.version", broker.version),
@@ -84,6 +87,7 @@ CHECKS: tuple[Check, ...] = (
     Check("models.load", models.loads, 4 * models.LOAD_LIMIT_S, slow=True),
     Check("work.dead", work.dead_letters),
     Check("work.workers", work.workers),
+    Check("work.api", front.ready),
     Check("work.request", work.request, _LIMIT_S + work.REQUEST_S, slow=True),
 )
 NAMES = tuple(check.name for check in CHECKS)

@@ -43,7 +43,7 @@ def services(host: Host) -> Findings:
 
 def workers(host: Host) -> Findings:
     """Every worker unit that was enabled or started runs, and there is at least one."""
-    names = _instances(host)
+    names = instances(host)
     if not names:
         return warning(
             "no worker is enabled: nothing will be computed", "systemctl enable --now gpuinfer-worker@0"
@@ -54,7 +54,7 @@ def workers(host: Host) -> Findings:
     return ill or ok(f"{len(running)} of {len(found)} workers run: {', '.join(running) or 'none just now'}")
 
 
-def _instances(host: Host) -> list[str]:
+def instances(host: Host) -> list[str]:
     """Return the worker units that run, failed, or are enabled."""
     host.need_systemd()
     pattern = "gpuinfer-worker@*.service"

@@ -6,15 +6,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import redis
-
 from gpuinfer.doctor.broker import asked
 from gpuinfer.doctor.finding import Finding, Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host
 from gpuinfer.errors import GpuinferError, WaitTimeout
 from gpuinfer.models.manifest import FREE, Manifest, TensorSpec
 from gpuinfer.models.repository import Repository
-from gpuinfer.queue import dead
+from gpuinfer.queue import dead, keys
 from gpuinfer.queue.client import Client
 from gpuinfer.queue.depth import look
 
@@ -22,6 +20,8 @@ from gpuinfer.queue.depth import look
 PING_S, REQUEST_S = 2.0, 20.0
 #: A dead letter older than this has been forgotten by whoever should look at it.
 STALE_S = 7 * 86400
+#: Of more than this the age is not looked for: each holds what was sent.
+MOST_LETTERS = 1000
 #: What a free dimension is in the sample.
 _FREE_LENGTH = 8
 
@@ -59,19 +59,15 @@ def _start(host: Host) -> str:
 def dead_letters(host: Host) -> Finding:
     """No task was set aside, or none so long ago that it is forgotten."""
     with asked(host) as client:
-        count, oldest = _dead(client)
+        count = int(client.hlen(keys.DEAD))
+        oldest = dead.letters(client)[0].at if 0 < count <= MOST_LETTERS else time.time()
     if not count:
         return ok("no dead letters")
-    days = (time.time() - oldest) / 86400
-    text = f"{count} dead letters, the oldest of {days:.0f} days ago"
-    if days * 86400 > STALE_S:
-        text += ": nobody has looked at them"
+    age_s = time.time() - oldest
+    text = f"{count} dead letters"
+    if age_s > STALE_S:
+        text += f", the oldest of {age_s / 86400:.0f} days ago: nobody has looked at them"
     return warning(text, "gpuinfer dead list")
-
-
-def _dead(client: redis.Redis) -> tuple[int, float]:
-    letters = dead.letters(client)
-    return len(letters), letters[0].at if letters else 0.0
 
 
 def request(host: Host) -> Finding:

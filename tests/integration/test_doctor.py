@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.services import RedisServer
+from tests.apis import Api
+from tests.services import RedisServer, free_port
 from tests.workers import Workers
 
 pytestmark = pytest.mark.integration
@@ -47,6 +48,14 @@ def test_a_sound_checkout(workers: Workers) -> None:
     assert "1 workers answer: gpu0@" in found["work.workers"]["message"]
     assert found["work.request"]["message"].startswith("a request for digits came back after ")
     assert all(finding["remedy"] for finding in found.values() if finding["status"] in ("warning", "error"))
+
+
+def test_the_api_is_asked(workers: Workers, api: Api) -> None:
+    """It says itself that it is ready; a port nobody listens on is never ok."""
+    _, found = doctor(workers, "work.api", api_port=api.address.rpartition(":")[2])
+    assert found["work.api"]["status"] == "ok"
+    _, found = doctor(workers, "work.api", api_port=free_port())
+    assert found["work.api"]["status"] != "ok"
 
 
 def test_without_redis(workers: Workers, redis_server: RedisServer) -> None:

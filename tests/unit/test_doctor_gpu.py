@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gpuinfer.doctor import cuda, gpu, nodes
+from gpuinfer.doctor import bindings, cuda, gpu, nodes
 from gpuinfer.doctor.child import ChildHung
 from gpuinfer.doctor.finding import Finding, Findings, Skipped
 from gpuinfer.doctor.host import Host
@@ -139,11 +139,15 @@ def test_ill_health() -> None:
     assert found[3].remedy == "nvidia-smi -i 0 -c DEFAULT"
 
 
-def test_a_full_gpu() -> None:
-    """A warning that names who holds the memory."""
-    found = one(gpu.memory(host(FakeNvml(count=1, used_bytes=24 * GIB - 1))))
+def test_a_full_gpu(tmp_path: Path) -> None:
+    """A warning that names who holds the memory; a worker of ours may."""
+    here = host(FakeNvml(count=1, used_bytes=24 * GIB - 1), tmp_path)
+    found = one(gpu.memory(here))
     assert found.status == "warning"
     assert found.message.endswith("used by processes 4711")
+    (tmp_path / "proc/4711").mkdir(parents=True)
+    (tmp_path / "proc/4711/cmdline").write_text("/usr/bin/python3\0-m\0gpuinfer\0worker\x000\0")
+    assert one(gpu.memory(here)).status == "ok"
 
 
 def kernel_log(text: str, stderr: str = "") -> Any:
@@ -238,3 +242,48 @@ def test_who_may_use_a_node(tmp_path: Path, mode: int, uid: int, groups: tuple[s
     node.chmod(mode)
     status = node.stat()
     assert nodes.may_use(status, uid, [status.st_gid] if groups else []) is may
+
+
+# -- who gets which -------------------------------------------------------------------------
+
+
+def with_file(root: Path, number: int, text: str) -> None:
+    (root / "etc/gpuinfer").mkdir(parents=True, exist_ok=True)
+    (root / f"etc/gpuinfer/worker@{number}.env").write_text(text)
+
+
+def test_what_each_worker_would_run_on(tmp_path: Path) -> None:
+    """By the administrator's file of that worker: an instance, another GPU, the CPU."""
+    with_file(tmp_path, 0, "# half a GPU\nCUDA_VISIBLE_DEVICES=MIG-0-1\n")
+    with_file(tmp_path, 1, 'GPUINFER_WORKER_QUEUES="realtime,default"\n')
+    with_file(tmp_path, 2, "GPUINFER_WORKER_DEVICE=cpu\n")
+    found = flat(bindings.bindings(host(FakeNvml(count=2, mig={0: ["1g.6gb", "2g.12gb"]}), tmp_path)))
+    assert [finding.message for finding in found] == [
+        "worker 0 runs on cuda:0 (NVIDIA L4 MIG 2g.12gb)",
+        "worker 1 runs on cuda:0 (NVIDIA L4)",
+        "worker 2 runs on cpu (no GPU)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "this host has no GPU 7; it has GPU 0"),
+        ("CUDA_VISIBLE_DEVICES=GPU-ff", "this host has no GPU GPU-ff"),
+        ("GPUINFER_WORKER_QUEUE=batch", "did you mean GPUINFER_WORKER_QUEUES"),
+        ("export A=1", "line 1 is no NAME=value"),
+    ],
+)
+def test_a_workers_file_that_cannot_work(tmp_path: Path, text: str, words: str) -> None:
+    """Found before its unit fails; the remedy opens the file."""
+    with_file(tmp_path, 7, text)
+    found = one(bindings.bindings(host(FakeNvml(count=1), tmp_path)))
+    assert found.status == "error"
+    assert words in found.message
+    assert found.remedy.startswith("sudoedit /etc/gpuinfer/worker@7.env")
+
+
+def test_an_environment_file_is_read_as_systemd_does() -> None:
+    """Comments, quotes, blanks around."""
+    text = "# c\n; c\n\n A=1 \nB='x y'\nC=\"q\"\nD=\n"
+    assert bindings.parse(text) == {"A": "1", "B": "x y", "C": "q", "D": ""}
