@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory Redis may use: a share of the host's, within bounds."""
+
+from __future__ import annotations
+
+import os
+
+from gpuinfer.settings import RedisSettings
+
+MIB = 1024 * 1024
+
+
+def host_memory_bytes() -> int:
+    """Return the host's physical memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def maxmemory_bytes(settings: RedisSettings, host_bytes: int) -> int:
+    """Return Redis's maxmemory in bytes: what the settings name, else a share within floor and ceiling."""
+    if settings.maxmemory_mb:
+        return settings.maxmemory_mb * MIB
+    share = int(host_bytes * settings.maxmemory_share)
+    bounded = max(settings.maxmemory_floor_mb * MIB, min(share, settings.maxmemory_ceiling_mb * MIB))
+    return bounded // MIB * MIB
+
+
+def render(settings: RedisSettings, host_bytes: int) -> str:
+    """Return the text of tuning.conf, which redis.conf includes."""
+    limit = maxmemory_bytes(settings, host_bytes)
+    reason = (
+        "redis.maxmemory_mb"
+        if settings.maxmemory_mb
+        else f"{settings.maxmemory_share:g} of the host's {host_bytes // MIB} MiB, "
+        f"{settings.maxmemory_floor_mb} to {settings.maxmemory_ceiling_mb} MiB"
+    )
+    return (
+        "# Written by `gpuinfer redis prepare` at each start from [redis] in gpuinfer.toml; do not edit.\n"
+        f"# {reason}\n"
+        f"maxmemory {limit // MIB}mb\n"
+        f"appendfsync {settings.appendfsync}\n"
+    )
