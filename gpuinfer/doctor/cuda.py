@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import re
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -56,15 +58,25 @@ def _bad(name: str, words: str) -> Finding:
 
 def torch(host: Host) -> Finding:
     """torch is installed, and built for CUDA where there is a GPU."""
-    has_gpu = _has_gpu(host)
-    try:
-        found = version("torch")
-    except PackageNotFoundError:
+    has_gpu, found = _has_gpu(host), built()
+    if found is None:
         kind = "cuda" if has_gpu else "cpu"
         return error("torch is not installed: no worker can start", f"apt install gpuinfer-torch-{kind}")
-    if has_gpu and found.endswith("+cpu"):
-        return _cpu_build(found)
-    return ok(f"torch {found}")
+    version, cuda = found
+    if has_gpu and not cuda:
+        return _cpu_build(version)
+    return ok(f"torch {version}, built for {f'CUDA {cuda}' if cuda else 'the CPU'}")
+
+
+def built() -> tuple[str, str] | None:
+    """Return torch's version and its CUDA, without the seconds that importing it takes."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    version = re.search(r"(?m)^__version__ = '([^']+)'", text)
+    cuda = re.search(r"(?m)^cuda\b.* = '([^']+)'", text)
+    return version[1] if version else "of unknown version", cuda[1] if cuda else ""
 
 
 def _has_gpu(host: Host) -> bool:

@@ -11,7 +11,7 @@ from gpuinfer.doctor.host import Host
 
 #: What the package sets, in /usr/lib/sysctl.d or here in the checkout.
 SYSCTL_FILES = ("/usr/lib/sysctl.d/60-gpuinfer.conf", "/etc/sysctl.d/60-gpuinfer.conf")
-SOMAXCONN = 1024
+SOMAXCONN = 4096
 _THP = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 

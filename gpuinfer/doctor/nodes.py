@@ -14,7 +14,7 @@ from gpuinfer.doctor.host import WORKER_USER, Host, worker_user
 
 #: Made by nvidia-modprobe, not by the kernel: missing until somebody has run a CUDA program as root.
 NEEDED = ("/dev/nvidiactl", "/dev/nvidia-uvm")
-_MAKE = "nvidia-modprobe -c 0 -u && systemctl restart gpuinfer-devices"
+_MAKE = "nvidia-modprobe -c 0 -u && systemctl enable --now nvidia-persistenced"
 
 
 def nodes(host: Host) -> Findings:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gpuinfer.broker.tuning import host_memory_bytes, render
 from gpuinfer.doctor.broker import asked, info
 from gpuinfer.doctor.disk import DATA
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
@@ -14,7 +15,7 @@ from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.redis_place import Place, place_of
 from gpuinfer.doctor.units import show
 
-CONF = "/etc/gpuinfer/redis.conf"
+CONF, TUNING = "/etc/gpuinfer/redis.conf", "/run/gpuinfer/redis/tuning.conf"
 _MIB = 1024 * 1024
 _KEYS = ("maxmemory", "maxmemory-policy", "appendonly", "appendfsync")
 #: A rewrite of the AOF in a forked child copies what is written meanwhile; some room is for that.
@@ -61,7 +62,7 @@ def _unfit(found: Mapping[str, str], where: Place) -> Iterator[Finding]:
 
 
 def as_configured(host: Host) -> Findings:
-    """The running instance does what its files say."""
+    """The running instance does what its files and the settings say, as they are now."""
     if not place_of(host.settings.broker).ours:
         raise Skipped("broker.url names a Redis that is not this package's own")
     found, wanted = running(host), stated(host, CONF)
@@ -76,16 +77,26 @@ def as_configured(host: Host) -> Findings:
 
 def stated(host: Host, file: str) -> dict[str, str]:
     """Return our keys as a redis.conf and what it includes state them: the last one wins, as in Redis."""
+    return parse(host, host.read(file))
+
+
+def parse(host: Host, text: str) -> dict[str, str]:
+    """Return our keys as the text of a redis.conf states them."""
     found: dict[str, str] = {}
-    for line in host.read(file).splitlines():
+    for line in text.splitlines():
         word, _, value = line.strip().partition(" ")
         value = value.strip().strip("\"'")
         if word.lower() == "include":
             for path in sorted(_included(host, value)):
-                found |= stated(host, path)
+                found |= parse(host, _tuned(host) if path == TUNING else host.read(path))
         elif word.lower() in _KEYS:
             found[word.lower()] = str(to_bytes(value)) if word.lower() == "maxmemory" else value.lower()
     return found
+
+
+def _tuned(host: Host) -> str:
+    """Return tuning.conf as the next start would write it: the settings may have changed since the last."""
+    return render(host.settings.redis, host_memory_bytes())
 
 
 def _included(host: Host, pattern: str) -> list[str]:

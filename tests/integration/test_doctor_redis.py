@@ -8,13 +8,15 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import redis
 
+from gpuinfer.broker import acl
 from gpuinfer.doctor import broker, clock, redis_tuning, work
-from gpuinfer.doctor.finding import Finding, Skipped
+from gpuinfer.doctor.finding import Finding, Findings, Skipped
 from gpuinfer.doctor.host import Host
 from gpuinfer.queue import keys
 from gpuinfer.settings import Loaded, Settings
@@ -335,3 +337,41 @@ def test_without_a_worker(redis_server: RedisServer, monkeypatch: pytest.MonkeyP
     found = work.workers(here)
     assert (found.status, "1 tasks wait" in found.message) == ("error", True)
     assert "gpuinfer-worker@0" in found.remedy or found.remedy == "gpuinfer worker 0"
+
+
+@pytest.mark.parametrize("user", acl.USERS)
+def test_every_user_of_ours_may_be_examined(redis_server: RedisServer, user: str) -> None:
+    """Each login can be told to be sound; what it may not ask is skipped, no error."""
+    with redis_server.client() as client:
+        rules = ["on", ">pw", "resetchannels", "-@all", *acl.RULES[user]]
+        client.execute_command("ACL", "SETUSER", user, *rules)
+        client.execute_command("ACL", "SETUSER", "default", "off")
+    here = host(redis_server.url, username=user, password="pw")
+    assert broker.reach(here).message.endswith(f"answers as user {user}, and takes new work")
+    for check in (broker.version, redis_tuning.usage, redis_tuning.evictions, redis_tuning.file):
+        assert check(here)
+    if user != "admin":
+        with pytest.raises(Skipped, match="this login may not ask"):
+            redis_tuning.limits(here)
+
+
+def test_a_redis_that_runs_otherwise_than_configured(
+    redis_factory: RedisFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Somebody changed it by hand, or the settings were changed since its start: a restart mends both."""
+    server = redis_factory(maxmemory="64mb", maxmemory_policy="volatile-ttl")
+    monkeypatch.setattr("gpuinfer.doctor.redis_place.OUR_SOCKET", str(server.socket))
+    (tmp_path / "etc/gpuinfer").mkdir(parents=True)
+    (tmp_path / "etc/gpuinfer/redis.conf").write_text("maxmemory 64mb\nmaxmemory-policy volatile-ttl\n")
+    here = replace(host(server.url), root=tmp_path)
+    assert one(redis_tuning.as_configured(here)).status == "ok"
+    with server.client() as client:
+        client.config_set("maxmemory", "32mb")
+    found = one(redis_tuning.as_configured(here))
+    assert found.message == "maxmemory is 33554432, /etc/gpuinfer/redis.conf says 67108864"
+    assert (found.status, found.remedy) == ("warning", "systemctl restart gpuinfer-redis")
+
+
+def one(found: Findings) -> Finding:
+    assert isinstance(found, Finding)
+    return found

@@ -287,3 +287,19 @@ def test_an_environment_file_is_read_as_systemd_does() -> None:
     """Comments, quotes, blanks around."""
     text = "# c\n; c\n\n A=1 \nB='x y'\nC=\"q\"\nD=\n"
     assert bindings.parse(text) == {"A": "1", "B": "x y", "C": "q", "D": ""}
+
+
+def test_torch_is_known_without_importing_it() -> None:
+    """Its version and its CUDA, from its own file."""
+    import torch
+
+    assert cuda.built() == (torch.__version__, torch.version.cuda or "")
+
+
+def test_a_cpu_build_on_a_host_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error there, and fine on a host without one."""
+    monkeypatch.setattr(cuda, "built", lambda: ("2.13.0+cpu", ""))
+    assert cuda.torch(host(FakeNvml(count=1))).remedy == "apt install gpuinfer-torch-cuda"
+    assert cuda.torch(host(FakeNvml(init=12))).message == "torch 2.13.0+cpu, built for the CPU"
+    monkeypatch.setattr(cuda, "built", lambda: None)
+    assert cuda.torch(host(FakeNvml(init=12))).remedy == "apt install gpuinfer-torch-cpu"

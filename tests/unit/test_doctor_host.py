@@ -102,7 +102,7 @@ def test_overcommit_and_somaxconn(tmp_path: Path) -> None:
     files = {"/proc/sys/vm/overcommit_memory": "0\n", "/proc/sys/net/core/somaxconn": "128\n"}
     plain = host(tmp_path, files)
     assert kernel.overcommit(plain).remedy == "sysctl -w vm.overcommit_memory=1"
-    assert kernel.somaxconn(plain).remedy == "sysctl -w net.core.somaxconn=1024"
+    assert kernel.somaxconn(plain).remedy == "sysctl -w net.core.somaxconn=4096"
     installed = host(tmp_path, {"/usr/lib/sysctl.d/60-gpuinfer.conf": "net.core.somaxconn = 100\n"})
     assert kernel.somaxconn(installed).status == "ok"
     assert kernel.overcommit(installed).remedy == "sysctl --system"
@@ -152,6 +152,19 @@ def test_what_redis_conf_states(tmp_path: Path) -> None:
         "maxmemory": str(2 * GIB),
         "appendfsync": "always",
         "maxmemory-policy": "volatile-ttl",
+    }
+
+
+def test_settings_that_changed_since_redis_started(tmp_path: Path) -> None:
+    """tuning.conf is taken as the next start would write it, and what redis.conf says below it wins."""
+    files = {
+        redis_tuning.CONF: "include /run/gpuinfer/redis/tuning.conf\n",
+        redis_tuning.TUNING: "maxmemory 1gb\n",
+    }
+    here = host(tmp_path, files, redis={"maxmemory_mb": 512, "appendfsync": "always"})
+    assert redis_tuning.stated(here, redis_tuning.CONF) == {
+        "maxmemory": str(GIB // 2),
+        "appendfsync": "always",
     }
 
 
@@ -213,9 +226,11 @@ def test_without_the_package_units_are_skipped(tmp_path: Path) -> None:
 
 
 def test_units_that_run(tmp_path: Path) -> None:
-    """All of them."""
-    here = systemd(tmp_path, *(unit(name) for name in units.ALWAYS))
-    assert one(units.services(here)).message == "5 units enabled and active"
+    """All of them; Redis need not where broker.url names another host's."""
+    shown = [unit(name) for name in units.ALWAYS]
+    shown[1] = unit("gpuinfer-redis.service", ActiveState="inactive", Result="exec-condition")
+    here = systemd(tmp_path, *shown)
+    assert one(units.services(here)).message == "5 units enabled and well"
 
 
 def test_units_that_do_not(tmp_path: Path) -> None:
