@@ -62,8 +62,8 @@ async def _submit(request: Request, *, many: bool) -> Response:
     note(
         request.scope,
         action="task_accepted",
-        **_described(asked.options, settings, many=many),
         task_id=task_id,
+        **_described(asked.options, settings, many=many),
     )
     return answer({"task_id": task_id}, 202, {"location": f"/result/{task_id}"})
 

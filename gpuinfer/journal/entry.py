@@ -101,7 +101,7 @@ class Entries:
         if "exception" in line:
             said += f": {_last_line(str(line['exception']))}"
         if "hint" in line:
-            said += f"; {line['hint']}"
+            said = f"{said.rstrip('.')}; {line['hint']}"
         rest = [
             f"{key}={','.join(value) if key in _REPEATED else self._text(value)[:_SHOWN]}"
             for key, value in line.items()
