@@ -95,18 +95,23 @@ def _not_running(unit: Unit) -> Iterator[Finding]:
     if unit["UnitFileState"] == "disabled":
         yield warning(f"{name} is not enabled: it will be missing after a reboot", f"systemctl enable {name}")
     # ExecCondition= said no: this host works for another one's Redis, and has none of its own to run.
-    if state == "inactive" and unit["Result"] != "exec-condition":
+    if state == "inactive" and unit.get("Result") != "exec-condition":
         yield error(f"{name} does not run", f"systemctl start {name}")
 
 
 def _failure(host: Host, unit: Unit) -> str:
     """Say why a unit failed: systemd's reason, and the last line of trouble in its journal."""
-    name = unit["Id"]
-    lines = ""
-    for priority in ("err", "warning", "info"):
-        command = ["journalctl", "-u", name, "-b", "-p", priority, "-o", "cat", "-n", "3", "--no-pager", "-q"]
-        lines = host.run(command).stdout.strip()
-        if lines:
-            break
-    last = lines.splitlines()[-1].strip()[:300] if lines else "the journal has no line of it"
-    return f"{name} failed ({unit.get('Result', 'unknown')}): {last}"
+    return f"{unit['Id']} failed ({unit.get('Result', 'unknown')}): {_last_line(host, unit['Id'])}"
+
+
+def _last_line(host: Host, name: str) -> str:
+    """Return the unit's own last error, else its last word, else what systemd says of it.
+
+    ``-u`` alone would find systemd's "Failed to start", which is always the last and tells nothing.
+    """
+    own = f"_SYSTEMD_UNIT={name}"
+    for match in ([own, "-p", "err"], [own], ["-u", name, "-p", "warning"]):
+        done = host.run(["journalctl", "-b", *match, "-o", "cat", "-n", "1", "--no-pager", "-q"])
+        if done.stdout.strip():
+            return done.stdout.strip().splitlines()[-1][:300]
+    return "the journal has no line of it"
