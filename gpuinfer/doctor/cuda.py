@@ -58,7 +58,7 @@ def _bad(name: str, words: str) -> Finding:
 
 def torch(host: Host) -> Finding:
     """torch is installed, and built for CUDA where there is a GPU."""
-    has_gpu, found = _has_gpu(host), built()
+    has_gpu, found = host.may_have_gpus(), built()
     if found is None:
         kind = "cuda" if has_gpu else "cpu"
         return error("torch is not installed: no worker can start", f"apt install gpuinfer-torch-{kind}")
@@ -77,10 +77,3 @@ def built() -> tuple[str, str] | None:
     version = re.search(r"(?m)^__version__ = '([^']+)'", text)
     cuda = re.search(r"(?m)^cuda\b.* = '([^']+)'", text)
     return version[1] if version else "of unknown version", cuda[1] if cuda else ""
-
-
-def _has_gpu(host: Host) -> bool:
-    try:
-        return bool(host.gpus().inventory.gpus)
-    except (ChildFailed, ChildHung):
-        return True

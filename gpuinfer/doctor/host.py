@@ -88,6 +88,14 @@ class Host:
             raise self._report
         return self._report
 
+    def may_have_gpus(self) -> bool:
+        """Tell whether a GPU or its driver is here; where the driver cannot even be asked, one is."""
+        try:
+            found = self.gpus().inventory
+        except Exception:
+            return True
+        return bool(found.gpus or found.broken or found.failed)
+
     def some_gpus(self) -> Report:
         """Return what NVML says where it lists a GPU. Raises Skipped elsewhere: gpu.driver says why."""
         try:

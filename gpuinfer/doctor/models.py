@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -17,6 +19,8 @@ from gpuinfer.errors import DigestMismatch, ModelError, UnknownModel
 from gpuinfer.models.repository import ModelFolder, Repository, verify
 
 LOAD_LIMIT_S = 120.0
+#: A model is loaded only where there is this many times its size of free memory.
+_ROOM = 3
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -27,7 +31,7 @@ def digests(host: Host) -> Sequence[Finding]:
 
 def loads(host: Host) -> Sequence[Finding]:
     """Each model can be loaded and run once, on the CPU and as the worker's user."""
-    return _each(host, _load)
+    return _each(host, partial(_load, host))
 
 
 def _each(host: Host, look: Callable[[ModelFolder], Finding]) -> list[Finding]:
@@ -69,13 +73,24 @@ def _strangers(path: Path) -> str:
     return "" if status.st_uid in (0, os.geteuid()) else f"user {status.st_uid}"
 
 
-def _load(folder: ModelFolder) -> Finding:
+def _available_bytes(host: Host) -> int:
+    found = re.search(r"(?m)^MemAvailable:\s+(\d+) kB", host.read("/proc/meminfo"))
+    return int(found[1]) * 1024 if found else 0
+
+
+def _load(host: Host, folder: ModelFolder) -> Finding:
     name = folder.manifest.name
-    run = f"gpuinfer model run {name} --help"
+    size = folder.artefact.stat().st_size if folder.artefact.exists() else 0
+    if size * _ROOM > _available_bytes(host):
+        return Finding(
+            "skipped", f"{name} has {size / 1024**3:.1f} GiB: too much to load beside what runs here"
+        )
     try:
         answer = orjson.loads(ask("model", str(folder.path), "cpu", limit_s=LOAD_LIMIT_S, user=worker_user()))
     except ChildHung as exc:
-        return warning(f"{name}: loading {exc.message}; large models take longer", run)
+        return warning(
+            f"{name}: loading {exc.message}; large models take longer", f"gpuinfer model show {name}"
+        )
     except ChildFailed as exc:
         return error(f"{name} cannot be loaded: {exc.message}", f"gpuinfer model show {name}")
     if answer["error"]:

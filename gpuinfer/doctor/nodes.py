@@ -20,7 +20,7 @@ _MAKE = "nvidia-modprobe -c 0 -u && systemctl enable --now nvidia-persistenced"
 def nodes(host: Host) -> Findings:
     """/dev/nvidia* are there, and the worker's user may read and write them."""
     gpus = sorted(str(path.relative_to(host.root)) for path in host.path("/dev").glob("nvidia[0-9]*"))
-    if not gpus and not _wanted(host):
+    if not gpus and not host.may_have_gpus():
         raise Skipped("no NVIDIA GPU, no device nodes")
     user = worker_user() or pwd.getpwuid(os.geteuid())
     groups = os.getgrouplist(user.pw_name, user.pw_gid)
@@ -30,15 +30,6 @@ def nodes(host: Host) -> Findings:
         found.append(error("there is no /dev/nvidia<N>", _MAKE))
     bad = [finding for finding in found if finding]
     return bad or ok(f"{len(paths)} device nodes, open to {user.pw_name}")
-
-
-def _wanted(host: Host) -> bool:
-    """Tell whether there is a GPU; where the driver cannot even be asked, the nodes are worth a look."""
-    try:
-        found = host.gpus().inventory
-    except Exception:
-        return True
-    return bool(found.gpus or found.broken or found.failed)
 
 
 def _look(path: Path, shown: str, user: pwd.struct_passwd, groups: Collection[int]) -> Finding | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ def model(folder: str, device: str) -> bytes:
 
 def main(arguments: list[str]) -> None:
     """Answer one question on standard output, which libraries may have written to before."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than one that works
     questions = {"nvml": nvml, "cuda": cuda, "model": model}
     answer: bytes = questions[arguments[0]](*arguments[1:])  # type: ignore[operator]  # each has its own arguments
     sys.stdout.write("\n" + answer.decode() + "\n")

@@ -84,7 +84,7 @@ def test_a_driver_that_fails_has_its_remedy(reason: str, remedy: str) -> None:
     assert found.remedy.startswith(remedy)
 
 
-def test_a_driver_that_hangs() -> None:
+def test_a_driver_that_hangs(tmp_path: Path) -> None:
     """One error; the other checks refer to it."""
 
     def hangs() -> Report:
@@ -94,6 +94,9 @@ def test_a_driver_that_hangs() -> None:
     assert "the driver does not answer: gave no answer in 20 s" in one(gpu.driver(hung)).message
     with pytest.raises(Skipped, match=r"see gpu\.driver"):
         gpu.listed(hung)
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    hung.root, hung.run = tmp_path, kernel_log("NVRM: Xid (PCI:0000:65:00): 79, GPU has fallen off the bus.")
+    assert one(gpu.xid(hung)).status == "error", "the kernel's log tells more than a driver that hangs"
 
 
 def test_a_lost_gpu_is_an_error_beside_the_others() -> None:

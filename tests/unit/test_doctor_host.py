@@ -289,6 +289,13 @@ def test_a_models_digest(tmp_path: Path) -> None:
     assert gone.remedy.startswith("gpuinfer model add FOLDER --name gone")
 
 
+def test_a_model_that_is_too_large_to_try(tmp_path: Path) -> None:
+    """The doctor takes no memory that the workers need."""
+    found = one(models.loads(host(tmp_path, {"/proc/meminfo": "MemAvailable:      10 kB\n"})))
+    assert found.status == "skipped"
+    assert "too much to load" in found.message
+
+
 def test_a_model_others_may_change(tmp_path: Path) -> None:
     """It is a program that workers run."""
     Repository([tmp_path / "models"]).add(SHIPPED / "digits", "open").path.chmod(0o777)
