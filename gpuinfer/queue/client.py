@@ -19,6 +19,8 @@ from redis.exceptions import RedisError
 from gpuinfer.errors import InputError, TaskNotFound, TaskRevoked, WaitTimeout
 from gpuinfer.queue import keys, results, submission
 from gpuinfer.queue.connection import AWAY, connect, typed_errors
+from gpuinfer.queue.direct import Direct
+from gpuinfer.queue.listener import Listener
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.submission import Options
@@ -54,16 +56,22 @@ class Client:
     def __init__(self, source: Settings | str | None = None) -> None:
         self._settings = settings_for(source)
         self._redis = connect(self._settings.broker)
-        self._submit = bind(self._redis, "submit")
+        self._direct = Direct(self._redis)
+        self._submit = self._direct.bind("submit")
+        self._submit_bulk = bind(self._redis, "submit")
         self._cancel = bind(self._redis, "cancel")
         #: Subscriptions nobody waits on: a connection for each wait would be most of a wait's price.
-        self._listeners: list[Any] = []
+        self._listeners: list[Listener] = []
 
     def close(self) -> None:
         """Close all connections."""
+        self._drop_listeners()
+        self._direct.close()
+        self._redis.close()
+
+    def _drop_listeners(self) -> None:
         while self._listeners:
             self._listeners.pop().close()
-        self._redis.close()
 
     def __enter__(self) -> Self:
         return self
@@ -91,7 +99,7 @@ class Client:
         tasks = [submission.build(value, many=False, **options) for value in inputs]
         with typed_errors(), self._redis.pipeline(transaction=False) as pipe:
             for call in submission.bulk(tasks, self._settings.queue):
-                self._submit(keys=call.keys, args=call.args, client=pipe)
+                self._submit_bulk(keys=call.keys, args=call.args, client=pipe)
                 if len(pipe.command_stack) >= 8:
                     pipe.execute()
             pipe.execute()
@@ -149,10 +157,15 @@ class Client:
         """
         waiting = dict.fromkeys(task_ids)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        cut_off = False
         while waiting:
             try:
                 yield from self._listen(waiting, deadline)
             except AWAY as exc:
+                if not cut_off:  # perhaps no more than a kept subscription: at once again, with a new one
+                    cut_off = True
+                    self._drop_listeners()
+                    continue
                 if deadline is not None and time.monotonic() >= deadline:
                     raise WaitTimeout(
                         f"Redis is away and {len(waiting)} tasks have not ended: {exc}"
@@ -162,71 +175,66 @@ class Client:
     def _listen(self, waiting: dict[str, None], deadline: float | None) -> Iterator[TaskStatus]:
         """Subscribe, look once, then yield what is published; drop ended tasks from ``waiting``.
 
-        A confirmation of a subscription, the first or one after a silent reconnection, is what
-        prompts the look, so that nothing can fall between the two.
+        The look comes when the subscriptions stand, so that nothing can fall between the two.
         """
-        with self._listener() as listener:
-            ids = list(waiting)
-            for start in range(0, len(ids), 1000):
-                listener.subscribe(*(keys.result(task_id) for task_id in ids[start : start + 1000]))
-            unseen: list[str] = []
+        with self._listener(waiting) as listener:
+            listener.subscribe([keys.result(task_id) for task_id in waiting])
             while waiting:
-                pause = 0.0 if unseen else 5.0
-                if deadline is not None:
-                    pause = min(pause, max(0.0, deadline - time.monotonic()))
-                event = listener.get_message(timeout=pause)
+                left = 5.0 if deadline is None else max(0.0, deadline - time.monotonic())
+                event = listener.next(min(left, 5.0))
                 if event is None:
-                    over = deadline is not None and time.monotonic() >= deadline
-                    yield from self._look(list(waiting) if over else unseen, waiting)
-                    unseen = []
-                    if over and waiting:
-                        raise WaitTimeout(f"{len(waiting)} tasks have not ended in time; they go on")
+                    if deadline is not None and time.monotonic() >= deadline:
+                        yield from self._look(waiting)
+                        if waiting:
+                            raise WaitTimeout(f"{len(waiting)} tasks have not ended in time; they go on")
                     continue
-                task_id = event["channel"].decode().removeprefix(keys.RESULT_PREFIX)
-                if event["type"] == "subscribe":
-                    unseen.append(task_id)
-                elif event["type"] == "message" and task_id in waiting:
-                    status = results.parse(task_id, event["data"])
+                channel, meta = event
+                if meta is None:
+                    yield from self._look(waiting)
+                    continue
+                task_id = channel.removeprefix(keys.RESULT_PREFIX)
+                if task_id in waiting:
+                    status = results.parse(task_id, meta)
                     if status.final:
                         del waiting[task_id]
                         yield status
 
     @contextmanager
-    def _listener(self) -> Iterator[Any]:
-        """Lend a subscription; it is kept for the next wait unless an exception passed through it.
-
-        What is left of an earlier wait (its confirmations) names ids that nobody waits for any more.
-        """
+    def _listener(self, waiting: dict[str, None]) -> Iterator[Listener]:
+        """Lend a subscription; it is kept for the next wait unless an exception passed through it."""
         try:
             listener = self._listeners.pop()
+            if not listener.alive:
+                listener.close()
+                raise IndexError
         except IndexError:
-            listener = self._redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py left it out
+            listener = Listener(self._redis.connection_pool)
         try:
             yield listener
         except GeneratorExit:
-            self._keep(listener)  # whoever waited has what he wanted
+            self._keep(listener, waiting)  # whoever waited has what he wanted
             raise
         except BaseException:
             listener.close()
             raise
-        self._keep(listener)
+        self._keep(listener, waiting)
 
-    def _keep(self, listener: Any) -> None:
+    def _keep(self, listener: Listener, waiting: dict[str, None]) -> None:
         if len(self._listeners) >= MAX_IDLE_LISTENERS:
             listener.close()
             return
         try:
-            listener.unsubscribe()
+            listener.leave(ended=not waiting)
         except (*AWAY, RedisError):
             listener.close()
         else:
             self._listeners.append(listener)
 
-    def _look(self, ids: list[str], waiting: dict[str, None]) -> Iterator[TaskStatus]:
-        ids = [task_id for task_id in dict.fromkeys(ids) if task_id in waiting]  # a reconnection repeats them
+    def _look(self, waiting: dict[str, None]) -> Iterator[TaskStatus]:
+        ids = list(waiting)
         for start in range(0, len(ids), 1000):
             some = ids[start : start + 1000]
-            metas = self._redis.mget([keys.result(task_id) for task_id in some])
+            metas = self._direct.call("MGET", *(keys.result(task_id) for task_id in some))
             for task_id, meta in zip(some, metas, strict=True):
                 if meta is None:
                     raise not_found(task_id)

@@ -17,6 +17,7 @@ import redis
 from gpuinfer.errors import DeadLettered, GpuinferError, WorkerRunning
 from gpuinfer.log import get_logger
 from gpuinfer.queue import keys, results
+from gpuinfer.queue.direct import Direct
 from gpuinfer.queue.message import Undecodable, decode
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QueueSettings
@@ -87,9 +88,10 @@ class Store:
         self._seq = 0
         #: True after a claim whose answer was lost: what it took is not known here.
         self._unsure = False
-        self._claim = bind(client, "claim")
-        self._begin = bind(client, "begin")
-        self._settle = bind(client, "settle")
+        direct = Direct(client)
+        self._claim = direct.bind("claim")
+        self._begin = direct.bind("begin")
+        self._settle = direct.bind("settle")
         self._release = bind(client, "release")
         self._restore = bind(client, "restore")
         self._bury = bind(client, "bury")
