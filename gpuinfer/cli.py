@@ -58,6 +58,7 @@ COMMANDS: dict[str, Entry] = {
     "config": Entry("gpuinfer.config_cli:config", "Check and show the settings."),
     "worker": Entry("gpuinfer.worker.cli:worker", "Run the worker of one GPU."),
     "restore": Entry("gpuinfer.worker.cli:restore", "Put back what a dead worker left in flight."),
+    "watcher": Entry("gpuinfer.watcher.cli:watcher", "Scale workers with the load; simulate it."),
     "api": Entry("gpuinfer.api.cli:api", "Run the HTTP front."),
 }
 

@@ -75,6 +75,13 @@ class JournalUnavailable(GpuinferError):
     exit_code = 69  # EX_UNAVAILABLE
 
 
+class MissingExtra(GpuinferError):
+    """Raised when a command needs a library that is not installed, and says which extra brings it."""
+
+    code = "missing_extra"
+    exit_code = 69  # EX_UNAVAILABLE
+
+
 # -- what a caller sent ---------------------------------------------------------------------
 
 

@@ -178,7 +178,7 @@ class WatcherSettings(Section):
     ceiling: int = Field(default=0, ge=0, le=100_000)
     #: A queue's backlog must drain in this time, counted from when a worker started now is ready.
     realtime_target_s: float = Field(default=2.0, ge=0.1, le=86400)
-    default_target_s: float = Field(default=10.0, ge=0.1, le=86400)
+    default_target_s: float = Field(default=5.0, ge=0.1, le=86400)
     batch_target_s: float = Field(default=120.0, ge=0.1, le=86400)
     #: The share of its time a worker is meant to be busy under steady load.
     utilisation: float = Field(default=0.8, ge=0.2, le=0.89)
@@ -187,7 +187,7 @@ class WatcherSettings(Section):
     assumed_startup_s: float = Field(default=15.0, ge=0, le=3600)
     #: A worker is stopped after it was not needed for this long; the pause grows when that was rash.
     calm_s: float = Field(default=60.0, ge=1, le=86400)
-    calm_max_s: float = Field(default=600.0, validate_default=True, ge=1, le=7 * 86400)
+    calm_max_s: float = Field(default=300.0, validate_default=True, ge=1, le=7 * 86400)
     #: threshold mode: more than so many waiting tasks start one more worker, at most so many, so often.
     threshold_depth: int = Field(default=50, ge=0, le=10**9)
     threshold_workers: int = Field(default=4, ge=1, le=100_000)

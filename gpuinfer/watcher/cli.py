@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gpuinfer watcher``: run it, ask it for its reasons, and try its policy in simulated time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from gpuinfer.settings import Loaded
+    from gpuinfer.watcher.simulator.cluster import Model
+    from gpuinfer.watcher.simulator.run import Scenario
+
+
+@click.group()
+def watcher() -> None:
+    """Keep as many workers running as the queues need."""
+
+
+@watcher.command(
+    epilog="Example: gpuinfer watcher simulate --pattern flash --gpus 8 --plot flash.png",
+)
+@click.option(
+    "--trace", type=click.Path(path_type=Path), metavar="FILE", help="CSV lines second,tasks[,queue]."
+)
+@click.option("--pattern", type=click.Choice(["burst", "diurnal", "flash", "poisson"]), help="A made trace.")
+@click.option("--suite", is_flag=True, help="The fixed set of traces.")
+@click.option("--gpus", type=click.IntRange(1, 10_000), default=8, show_default=True)
+@click.option("--floor", type=click.IntRange(0, 10_000), default=0, show_default=True, help="Least workers.")
+@click.option(
+    "--load", type=click.FloatRange(0, 10), help="Share of all GPUs that a pattern asks for; flash: its peak."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(120, 7 * 86400),
+    default=3600,
+    show_default=True,
+    help="A pattern's length.",
+)
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
+@click.option(
+    "--startup", type=click.FloatRange(0.1, 3600), default=12, show_default=True, help="Seconds until ready."
+)
+@click.option(
+    "--single-ms", type=click.FloatRange(1, 600_000), default=40, show_default=True, help="One task alone."
+)
+@click.option("--max-batch", type=click.IntRange(1, 65536), default=32, show_default=True)
+@click.option(
+    "--gain",
+    type=click.FloatRange(1, 65536),
+    default=8,
+    show_default=True,
+    help="How many times more a full batch serves; at most --max-batch.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw it.")
+@click.pass_obj
+def simulate(
+    loaded: Loaded,
+    trace: Path | None,
+    pattern: str | None,
+    suite: bool,
+    gpus: int,
+    floor: int,
+    load: float | None,
+    seconds: float,
+    seed: int,
+    startup: float,
+    single_ms: float,
+    max_batch: int,
+    gain: float,
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    """Run the watcher's very policy in simulated time, beside what others do.
+
+    The others: the usual tutorial's script (every 10 s, more than 50 waiting, at most 4, never down), KEDA's
+    Redis scaler and the HPA, both with their defaults. "bound" starts everything at once and stops nothing.
+    """
+    from gpuinfer.watcher.simulator.cluster import Model
+    from gpuinfer.watcher.simulator.report import comparison, summary, table
+    from gpuinfer.watcher.simulator.run import compare
+
+    if [trace is not None, pattern is not None, suite].count(True) != 1:
+        raise click.UsageError("give one of --trace FILE, --pattern NAME and --suite")
+    if floor > gpus:
+        raise click.UsageError(f"--floor {floor} must be at most --gpus {gpus}")
+    model = Model(
+        startup_s=startup, single_s=single_ms / 1000, max_batch=max_batch, gain=min(gain, float(max_batch))
+    )
+    settings = loaded.settings.watcher
+    if suite:
+        scenarios = _suite(loaded, startup)
+    elif trace is not None:
+        scenarios = [_from_file(loaded, trace, gpus, floor, seed, model)]
+    else:
+        from gpuinfer.watcher.simulator.suite import scenario
+
+        made = scenario(
+            pattern,  # type: ignore[arg-type]  # one of the patterns, says click
+            gpus=gpus,
+            floor=floor,
+            load=load,
+            seconds=seconds,
+            model=model,
+            seed=seed,
+            settings=settings,
+        )
+        scenarios = [made]
+    done = [comparison(one, compare(one)) for one in scenarios]
+    if as_json:
+        import orjson
+
+        body = {"traces": [one.to_dict() for one in done], "summary": summary(done)}
+        click.echo(orjson.dumps(body, option=orjson.OPT_INDENT_2))
+    else:
+        click.echo(table(done))
+    if plot is not None:
+        from gpuinfer.watcher.simulator.plot import draw
+
+        draw(done, plot)
+
+
+def _suite(loaded: Loaded, startup: float) -> list[Scenario]:
+    from gpuinfer.watcher.simulator.suite import suite
+
+    made = suite(loaded.settings.watcher)
+    return [replace(one, model=replace(one.model, startup_s=startup)) for one in made]
+
+
+def _from_file(loaded: Loaded, file: Path, gpus: int, floor: int, seed: int, model: Model) -> Scenario:
+    from gpuinfer.watcher.simulator.run import Scenario
+    from gpuinfer.watcher.simulator.suite import step_s
+    from gpuinfer.watcher.simulator.traces import read
+
+    trace = read(file, step_s(model))
+    return Scenario(
+        name=trace.name,
+        trace=trace,
+        gpus=gpus,
+        floor=floor,
+        model=model,
+        seed=seed,
+        settings=loaded.settings.watcher,
+    )

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is remembered of each of our instances: who started it, how often it failed, how long it is out.
+
+Manual starts and stops are told from ours by our own commands: a change of state that follows no
+command of ours was somebody's wish, and is respected for ``manual_hold_s``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from gpuinfer.settings import WatcherSettings
+from gpuinfer.watcher.state import Action, Hold, Instance, Key, Observation, UnitState, Verb
+
+#: A change of state is the answer to our command for this long after it.
+COMMAND_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitMemory:
+    """One instance, as it was at the last look."""
+
+    state: UnitState
+    since: float
+    verb: Verb | None = None
+    verb_at: float = 0.0
+    hold: Hold = ""
+    hold_until: float = 0.0
+    failures: int = 0
+    quarantined_until: float = 0.0
+    why: str = ""
+
+    @property
+    def notable(self) -> bool:
+        """Tell whether anything but its state is remembered."""
+        return bool(self.failures or self.hold)
+
+    def held(self, now: float) -> Hold:
+        """Return what an administrator did that still counts."""
+        return self.hold if now < self.hold_until else ""
+
+    def quarantined(self, now: float) -> bool:
+        """Tell whether it still rests after a failure."""
+        return now < self.quarantined_until
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """The memory after a look, and what the look has shown."""
+
+    units: Mapping[Key, UnitMemory]
+    startups: list[float]
+
+
+def remember(
+    seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherSettings, now: float
+) -> Remembered:
+    """Take a look into the memory of our own instances; forget those that are gone."""
+    changed: dict[Key, UnitMemory] = {}
+    startups: list[float] = []
+    ours = 0
+    for instance in seen.instances:
+        key = instance.key
+        if not seen.owns(key):
+            continue
+        ours += 1
+        before = units.get(key)
+        if before is None:
+            changed[key] = _failed(_first(instance), instance, settings, now)
+        elif before.state != instance.state or before.failures or instance.gpu.fault:
+            changed[key] = _changed(before, instance, settings, now)
+            if before.state == "activating" and instance.state == "active":
+                startups.append(max(0.0, instance.since - before.since))
+    after = {**units, **changed} if changed else units
+    if len(after) != ours:
+        present = {instance.key for instance in seen.instances}
+        after = {key: unit for key, unit in after.items() if key in present}
+    return Remembered(after, startups)
+
+
+def _first(instance: Instance) -> UnitMemory:
+    return UnitMemory(state=instance.state, since=instance.since)
+
+
+def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
+    after = before
+    if before.state != instance.state:
+        after = replace(after, state=instance.state, since=instance.since)
+        wish = _wish(before, instance, now)
+        if wish:
+            after = replace(after, hold=wish, hold_until=now + settings.manual_hold_s)
+    return _failed(after, instance, settings, now, was=before.state)
+
+
+def _wish(before: UnitMemory, instance: Instance, now: float) -> Hold:
+    """Tell a start or stop that we did not ask for."""
+    ours = before.verb if now - before.verb_at <= COMMAND_S else None
+    ran = before.state in ("active", "activating")
+    if instance.runs and not ran and ours != "start":
+        return "started"
+    if ran and instance.state in ("inactive", "deactivating") and ours != "stop":
+        return "stopped"
+    return ""
+
+
+def _failed(
+    unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float, was: UnitState | None = None
+) -> UnitMemory:
+    """Count a failure and let it rest, longer each time; forgive after a spell of good health."""
+    if instance.state == "failed" and was != "failed":
+        return _rest(unit, "its unit failed", settings, now)
+    if instance.gpu.fault and not unit.quarantined(now):
+        return _rest(unit, f"its GPU is not well: {instance.gpu.fault}", settings, now)
+    healthy = instance.state == "active" and now - instance.since > settings.quarantine_max_s
+    if unit.failures and healthy and not instance.gpu.fault:
+        return replace(unit, failures=0, why="")
+    return unit
+
+
+def _rest(unit: UnitMemory, why: str, settings: WatcherSettings, now: float) -> UnitMemory:
+    failures = unit.failures + 1
+    pause = min(settings.quarantine_max_s, settings.quarantine_s * 2.0 ** min(failures - 1, 30))
+    return replace(unit, failures=failures, quarantined_until=now + pause, why=why)
+
+
+def commanded(
+    units: Mapping[Key, UnitMemory], actions: list[Action], seen: Observation, now: float
+) -> Mapping[Key, UnitMemory]:
+    """Note our own commands, so that what follows is not taken for somebody else's."""
+    ours = {a.key: replace(units[a.key], verb=a.verb, verb_at=now) for a in actions if seen.owns(a.key)}
+    return {**units, **ours} if ours else units
+
+
+def out(instance: Instance, unit: UnitMemory | None, settings: WatcherSettings, now: float) -> str:
+    """Say why an instance must not be started; empty when it may be."""
+    if instance.masked:
+        return "masked"
+    if unit is None:
+        return instance.out
+    if unit.quarantined(now):
+        return f"in quarantine for {unit.quarantined_until - now:.0f} s: {unit.why}"
+    if instance.gpu.fault:
+        return f"its GPU is not well: {instance.gpu.fault}"
+    if unit.held(now) == "stopped":
+        return "stopped by hand"
+    if instance.gpu.foreign_bytes > settings.foreign_mb * 1024 * 1024:
+        return f"other programs hold {instance.gpu.foreign_bytes // 2**20} MiB of its GPU"
+    return ""

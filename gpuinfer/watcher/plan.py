@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which instances to start and stop: always in the same order, so that many watchers make one plan.
+
+Every watcher sees all instances and plans for all of them, then carries out its own host's part.
+A start goes to the first instances of a fixed order that do not run; a watcher whose view is a moment
+old asks the same instances as the others, and so nothing is started twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from gpuinfer.watcher.state import Action, Key, Need
+
+
+@dataclass(slots=True)
+class Fleet:
+    """The instances at one look, sorted by what may be done with them."""
+
+    active: int = 0
+    #: Since when -> how many have been starting since then.
+    starting: Counter[float] = field(default_factory=Counter)
+    #: How many of those that run are enabled.
+    enabled: int = 0
+    #: True while no active worker is known to be idle.
+    all_busy: bool = True
+    #: May be started; those that are enabled apart.
+    idle: list[Key] = field(default_factory=list)
+    enabled_idle: list[Key] = field(default_factory=list)
+    #: Failed, and rested for long enough; those that are enabled apart.
+    failed: list[Key] = field(default_factory=list)
+    enabled_failed: list[Key] = field(default_factory=list)
+    #: Active, idle, and neither enabled nor started by hand.
+    stoppable: list[Key] = field(default_factory=list)
+    #: Instances that are out, and why.
+    out: dict[Key, str] = field(default_factory=dict)
+
+    @property
+    def running(self) -> int:
+        """Return how many serve or are about to."""
+        return self.active + self.starting.total()
+
+    @property
+    def possible(self) -> int:
+        """Return how many could run."""
+        waiting = (self.idle, self.enabled_idle, self.failed, self.enabled_failed)
+        return self.running + sum(map(len, waiting))
+
+
+def plan(fleet: Fleet, need: Need, surplus: int) -> list[Action]:
+    """Return what to do: enabled instances first, then what is wanted, else one idle stop a host.
+
+    One that has failed is made ready again when nothing else is left; it starts at a later look.
+    """
+    actions = [Action("start", key, "is enabled") for key in sorted(fleet.enabled_idle)]
+    actions += [Action("reset", key, "is enabled") for key in sorted(fleet.enabled_failed)]
+    running = fleet.running + len(actions)
+    if need.up <= running:
+        return actions or _stops(fleet, surplus)
+    why = f"{need.up} wanted, {running} run"
+    first = sorted(fleet.idle)[: need.up - running]
+    actions += [Action("start", key, why) for key in first]
+    rested = sorted(fleet.failed)[: need.up - running - len(first)]
+    return actions + [Action("reset", key, f"has rested after its failure; {why}") for key in rested]
+
+
+def _stops(fleet: Fleet, surplus: int) -> list[Action]:
+    """Stop from the end of the order, one instance a host at a time."""
+    stops: dict[str, Key] = {}
+    for key in sorted(fleet.stoppable, reverse=True):
+        if len(stops) >= surplus:
+            break
+        stops.setdefault(key.host, key)
+    why = f"{fleet.running - surplus} have been enough for long, {fleet.running} run"
+    return [Action("stop", key, why) for key in stops.values()]

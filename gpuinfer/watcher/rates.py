@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast tasks arrive, how fast a worker serves, how long one takes to start: measured, never asked.
+
+A worker's rate shows only while the fleet is saturated: every worker is busy, holds about as many
+tasks as workers ever held (full batches), and more wait than are in flight. The throughput of a fleet
+that is not says nothing of what it could do: there the estimate is raised to what was seen, never lowered.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from statistics import fmean, median
+
+from gpuinfer.settings import QUEUES, WatcherSettings
+from gpuinfer.watcher.state import Observation
+
+#: The steady arrival rate is the mean over this window.
+WINDOW_S = 60.0
+#: The recent rate is taken from so many looks; an odd number, for the median.
+RECENT_LOOKS = 7
+#: A throughput is believed when it was held for so many looks.
+SHOWN_LOOKS = 9
+#: What was measured in saturation fades with this time constant.
+FADE_S = 30.0
+#: The assumed rate counts as much as one worker-second of measuring.
+PRIOR_WORKER_S = 1.0
+#: Share of a new start-up time in the running mean.
+STARTUP_SHARE = 0.3
+#: A fleet is saturated when its workers hold so much of the most they ever held.
+FULL = 0.75
+#: A look after a longer pause, in probe intervals, measures nothing.
+MAX_GAP = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What happened between two looks."""
+
+    at: float
+    seconds: float
+    #: Tasks that arrived, one number a queue, in the order of QUEUES.
+    arrived: tuple[float, ...]
+    served: float
+    worker_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What has been measured so far; every value may be None or empty before the first look."""
+
+    at: float | None = None
+    #: waiting + in flight + done of each queue at the last look.
+    totals: tuple[float, ...] = ()
+    done: float = 0.0
+    active: int = 0
+    #: For how many looks in a row the workers have been saturated.
+    saturated: int = 0
+    #: The most tasks that a worker held, on the average over the fleet.
+    peak: float = 0.0
+    samples: tuple[Sample, ...] = ()
+    #: Tasks served and worker-seconds spent in saturation, both fading.
+    served: float | None = None
+    worked: float = PRIOR_WORKER_S
+    #: True once workers were seen saturated; before, the rate is only what they did at least.
+    known: bool = False
+    startup_s: float | None = None
+
+    def service(self, settings: WatcherSettings) -> float:
+        """Return tasks a second of one worker: measured, or assumed before that."""
+        return settings.assumed_rate if self.served is None else self.served / self.worked
+
+    def startup(self, settings: WatcherSettings) -> float:
+        """Return the seconds from start to ready: measured, or assumed before that."""
+        return settings.assumed_startup_s if self.startup_s is None else self.startup_s
+
+    @property
+    def steady(self) -> float:
+        """Return arrivals a second of all queues over the whole window."""
+        seconds = sum(sample.seconds for sample in self.samples)
+        return sum(sum(sample.arrived) for sample in self.samples) / max(seconds, WINDOW_S / 6)
+
+    @property
+    def recent(self) -> tuple[float, ...]:
+        """Return arrivals a second that go on: a queue's median look, or their mean if that is less.
+
+        One burst moves neither the median, nor do regular lumps move the mean. Per queue.
+        """
+        looks = self.samples[-RECENT_LOOKS:]
+        if not looks:
+            return (0.0,) * len(QUEUES)
+        by_queue = zip(*((n / look.seconds for n in look.arrived) for look in looks), strict=True)
+        return tuple(min(median(values), fmean(values)) for values in map(tuple, by_queue))
+
+
+def measure(
+    before: Rates, seen: Observation, active: int, all_busy: bool, settings: WatcherSettings, now: float
+) -> Rates:
+    """Add a look. ``active`` workers serve, and ``all_busy`` says whether none of them is idle."""
+    queues = [(seen.queues or {})[name] for name in QUEUES]
+    totals = tuple(float(q.waiting + q.in_flight + q.done) for q in queues)
+    done = float(sum(q.done for q in queues))
+    in_flight = sum(q.in_flight for q in queues)
+    peak = max(before.peak, in_flight / active if active else 0.0)
+    full = all_busy and active > 0 and seen.waiting > in_flight >= FULL * peak * active
+    saturated = before.saturated + 1 if full else 0
+    after = replace(before, at=now, totals=totals, done=done, active=active, saturated=saturated, peak=peak)
+    seconds = now - before.at if before.at is not None else 0.0
+    if not 0 < seconds <= MAX_GAP * settings.probe_interval_s:
+        return after
+    sample = Sample(
+        at=now,
+        seconds=seconds,
+        arrived=tuple(max(0.0, new - old) for new, old in zip(totals, before.totals, strict=True)),
+        served=max(0.0, done - before.done),
+        worker_s=min(active, before.active) * seconds,
+    )
+    kept = tuple(old for old in before.samples if old.at > now - WINDOW_S)
+    after = replace(after, samples=(*kept, sample))
+    if saturated > 1 and active == before.active:
+        return _learn(after, sample, settings)
+    return _raise(after, settings)
+
+
+def _learn(rates: Rates, sample: Sample, settings: WatcherSettings) -> Rates:
+    """Take a saturated interval into the service rate."""
+    served = settings.assumed_rate * rates.worked if rates.served is None else rates.served
+    fade = math.exp(-sample.seconds / FADE_S)
+    worked = rates.worked * fade + sample.worker_s
+    return replace(rates, served=served * fade + sample.served, worked=worked, known=True)
+
+
+def _raise(rates: Rates, settings: WatcherSettings) -> Rates:
+    """Believe a throughput that is higher than what was thought possible."""
+    looks = rates.samples[-SHOWN_LOOKS:]
+    worker_s = sum(look.worker_s for look in looks)
+    if len(looks) < SHOWN_LOOKS or worker_s <= 0:
+        return rates
+    shown = sum(look.served for look in looks) / worker_s
+    if shown <= rates.service(settings):
+        return rates
+    return replace(rates, served=shown * rates.worked)
+
+
+def with_startups(rates: Rates, seconds: list[float]) -> Rates:
+    """Take measured start-up times into the running mean."""
+    mean = rates.startup_s
+    for new in seconds:
+        mean = new if mean is None else mean + STARTUP_SHARE * (new - mean)
+    return replace(rates, startup_s=mean) if seconds else rates

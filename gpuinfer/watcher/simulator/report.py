@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What came of a comparison: a table, JSON, and on each trace whether ours is twice as good, or why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gpuinfer.watcher.simulator.run import Outcome, Scenario, least
+
+#: What ours must reach: this share of the best peer's p99 waiting time, at no more GPU-seconds.
+GOAL = 0.5
+COLUMNS = ("policy", "p50 s", "p99 s", "GPU-s", "x least", "starts", "stops", "most", "left")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """How ours compares with the best of the others: the one with the lowest p99 waiting time."""
+
+    met: bool
+    best: str
+    p99_ratio: float | None
+    gpu_ratio: float
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All players on one trace."""
+
+    scenario: Scenario
+    ours: Outcome
+    peers: Sequence[Outcome]
+    bound: Outcome
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """Return all, ours first and the bound last."""
+        return [self.ours, *self.peers, self.bound]
+
+    def verdict(self) -> Verdict:
+        """Compare ours with the best of the others."""
+        best = min(self.peers, key=lambda peer: (peer.p99_s, peer.gpu_s))
+        met = self.ours.p99_s <= GOAL * best.p99_s and self.ours.gpu_s <= best.gpu_s
+        return Verdict(
+            met=met,
+            best=best.player,
+            p99_ratio=round(self.ours.p99_s / best.p99_s, 3) if best.p99_s else None,
+            gpu_ratio=round(self.ours.gpu_s / best.gpu_s, 3) if best.gpu_s else 0.0,
+            why="" if met else self._why_not(best),
+        )
+
+    def _why_not(self, best: Outcome) -> str:
+        """Say what stands in the way: physics, or what the other one spends."""
+        spent = (
+            f"{best.player} has {best.p99_s:.2f} s for {best.gpu_s:.0f} GPU-s, ours {self.ours.p99_s:.2f} s "
+        )
+        spent += f"for {self.ours.gpu_s:.0f}"
+        reasons = [spent]
+        batch_s = self.scenario.model.batch_s(self.scenario.model.max_batch)
+        if best.p99_s <= batch_s:
+            reasons.append(
+                f"that is less than a full batch takes ({batch_s:.2f} s): there is no wait to halve"
+            )
+        elif self.bound.p99_s > GOAL * best.p99_s:
+            reasons.append(
+                f"half of it nobody could reach who does not know the future: all {self.scenario.gpus} GPUs, "
+                f"started when the first task waits and never stopped, have {self.bound.p99_s:.2f} s"
+            )
+        if self.scenario.floor == 0 and best.player in ("tutorial", "hpa"):
+            reasons.append(f"{best.player} keeps a worker for which a floor of 0 does not ask")
+        if self.ours.gpu_s > best.gpu_s:
+            reasons.append(f"ours spent {self.ours.gpu_s / best.gpu_s - 1:.0%} more GPU-seconds")
+        elif len(reasons) == 1:
+            reasons.append("it paid with more GPU-seconds, which ours did not spend")
+        return "; ".join(reasons)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for JSON, without the time line."""
+        return {
+            "trace": self.scenario.name,
+            "tasks": self.scenario.trace.tasks,
+            "gpus": self.scenario.gpus,
+            "floor": self.scenario.floor,
+            "model": asdict(self.scenario.model),
+            "least_gpu_s": round(least(self.scenario), 1),
+            "policies": [_plain(outcome) for outcome in self.outcomes],
+            "verdict": asdict(self.verdict()),
+        }
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    values = {key: value for key, value in asdict(outcome).items() if key != "looks"}
+    return {key: round(value, 3) if isinstance(value, float) else value for key, value in values.items()}
+
+
+def comparison(scenario: Scenario, outcomes: Sequence[Outcome]) -> Comparison:
+    """Name the outcomes of ``run.compare``."""
+    return Comparison(scenario=scenario, ours=outcomes[0], peers=outcomes[1:-1], bound=outcomes[-1])
+
+
+def table(comparisons: Sequence[Comparison]) -> str:
+    """Return all as text: for each trace a block of lines, then what was reached."""
+    blocks = [_block(one) for one in comparisons]
+    return "\n\n".join([*blocks, summary(comparisons)])
+
+
+def _block(one: Comparison) -> str:
+    scenario = one.scenario
+    head = (
+        f"{scenario.name}: {scenario.trace.tasks} tasks, {scenario.gpus} GPUs, floor {scenario.floor}, "
+        f"least {least(scenario):.0f} GPU-s"
+    )
+    rows = [COLUMNS, *(_row(outcome) for outcome in one.outcomes)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = ["  " + "  ".join(_cells(row, widths)) for row in rows]
+    verdict = one.verdict()
+    tail = f"  => {_ratios(verdict)}" if verdict.met else f"  => not reached: {verdict.why}"
+    return "\n".join([head, *(line.rstrip() for line in lines), tail])
+
+
+def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    first, *others = zip(row, widths, strict=True)
+    return [first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]
+
+
+def _row(outcome: Outcome) -> tuple[str, ...]:
+    return (
+        outcome.player,
+        f"{outcome.p50_s:.2f}",
+        f"{outcome.p99_s:.2f}",
+        f"{outcome.gpu_s:.0f}",
+        f"{outcome.over_least:.2f}",
+        str(outcome.starts),
+        str(outcome.stops),
+        str(outcome.most),
+        str(outcome.unserved),
+    )
+
+
+def _ratios(verdict: Verdict) -> str:
+    waits = "no wait" if verdict.p99_ratio is None else f"{verdict.p99_ratio:.0%} of the p99 waiting time"
+    return f"{waits} of the best other ({verdict.best}), {verdict.gpu_ratio:.0%} of its GPU-seconds"
+
+
+def summary(comparisons: Sequence[Comparison]) -> str:
+    """Return in how many traces the goal was reached."""
+    met = sum(one.verdict().met for one in comparisons)
+    goal = "p99 waiting time at most half of the best other's, at no more GPU-seconds"
+    return f"{goal}: reached on {met} of {len(comparisons)} traces"

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fixed set of traces: what this product is for, and what it is not best at."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gpuinfer.settings import WatcherSettings
+from gpuinfer.watcher.simulator.cluster import Model
+from gpuinfer.watcher.simulator.run import Scenario
+from gpuinfer.watcher.simulator.traces import Pattern, make
+
+#: Small images, batches of 32: 25 tasks a second one by one, 200 in full batches.
+QUICK = Model(single_s=0.04, max_batch=32, gain=8.0)
+#: Half a second a task, batches of 4 gain little: 2 a second one by one, 3 in full batches.
+SLOW = Model(single_s=0.5, max_batch=4, gain=1.5)
+#: The mean share of the fleet that a pattern asks for, unless it is given; for flash its peak.
+LOADS: dict[Pattern, float] = {"burst": 0.01, "diurnal": 0.3, "flash": 0.6, "poisson": 0.35}
+
+
+def step_s(model: Model) -> float:
+    """Return a step that is short beside a batch."""
+    return min(0.1, max(0.01, model.single_s / 2))
+
+
+def scenario(
+    pattern: Pattern,
+    *,
+    name: str = "",
+    gpus: int = 8,
+    floor: int = 0,
+    load: float | None = None,
+    seconds: float = 3600.0,
+    model: Model = QUICK,
+    seed: int = 1,
+    settings: WatcherSettings | None = None,
+) -> Scenario:
+    """Make a scenario from a pattern."""
+    trace = make(
+        pattern,
+        capacity=gpus * model.rate,
+        seconds=seconds,
+        step_s=step_s(model),
+        load=LOADS[pattern] if load is None else load,
+        seed=seed,
+    )
+    return Scenario(
+        name=name or pattern,
+        trace=replace(trace, name=name or pattern),
+        gpus=gpus,
+        floor=floor,
+        model=model,
+        seed=seed,
+        settings=settings or WatcherSettings(),
+    )
+
+
+def suite(settings: WatcherSettings | None = None) -> list[Scenario]:
+    """Return the fixed set. Made anew each time, from fixed seeds: the same traces on every machine."""
+    return [
+        scenario("burst", name="burst from zero", floor=0, settings=settings),
+        scenario("burst", name="burst from one", floor=1, settings=settings),
+        scenario("burst", name="burst, slow model", floor=0, model=SLOW, settings=settings),
+        scenario("burst", name="burst, 64 GPUs", floor=1, gpus=64, settings=settings),
+        scenario("flash", name="flash crowd", floor=1, settings=settings),
+        scenario("flash", name="flash, 64 GPUs", floor=1, gpus=64, settings=settings),
+        scenario("poisson", name="steady", floor=1, settings=settings),
+        scenario("poisson", name="steady, slow model", floor=0, model=SLOW, settings=settings),
+        scenario("poisson", name="one task in 100 s", floor=0, load=0.0004, model=SLOW, settings=settings),
+        scenario("diurnal", name="day and night", floor=1, seconds=7200, settings=settings),
+        scenario("diurnal", name="day, slow model", floor=0, seconds=7200, model=SLOW, settings=settings),
+    ]

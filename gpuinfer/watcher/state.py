@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the policy sees and what it answers: plain values, frozen.
+
+probe ► Observation ─┐
+History (before) ────┼─► policy.decide ► Decision (actions, why, History after) ► units
+settings, now ───────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from gpuinfer.settings import QUEUES
+
+UnitState = Literal["inactive", "activating", "active", "deactivating", "failed"]
+#: What an administrator did by hand, and what is therefore left alone for a while.
+Hold = Literal["", "started", "stopped"]
+Verb = Literal["start", "stop", "reset"]
+Verdict = Literal["scale_up", "scale_down", "hold"]
+
+
+class Key(NamedTuple):
+    """One instance of one host. The order of keys is the order in which instances are started.
+
+    The number comes first: the load is spread over hosts, and the loss of one costs less.
+    """
+
+    number: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"gpu{self.number}@{self.host}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuHealth:
+    """What NVML says of an instance's GPU, beyond our own worker."""
+
+    #: Memory that programs which are not ours hold.
+    foreign_bytes: int = 0
+    #: Why it cannot be trusted (an Xid, ECC errors, no answer); empty when it is well.
+    fault: str = ""
+
+
+HEALTHY = GpuHealth()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """One worker unit, as systemd, NVML and its heartbeat show it."""
+
+    key: Key
+    state: UnitState = "inactive"
+    #: When it entered that state, on the clock of ``now``.
+    since: float = 0.0
+    enabled: bool = False
+    masked: bool = False
+    #: None: not known, as without a fresh heartbeat; such a one is not stopped.
+    busy: bool | None = None
+    gpu: GpuHealth = HEALTHY
+    #: For instances of other hosts, as their watchers publish it.
+    hold: Hold = ""
+    #: For instances of other hosts: why their watcher will not start it; empty if it would.
+    out: str = ""
+
+    @property
+    def notable(self) -> bool:
+        """Tell whether more than its number must be looked at before it is started."""
+        return self.masked or self.enabled or self.state == "failed" or self.gpu is not HEALTHY
+
+    @property
+    def runs(self) -> bool:
+        """Tell whether it serves, or is about to."""
+        return self.state in ("active", "activating")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueState:
+    """One queue at one moment."""
+
+    waiting: int = 0
+    in_flight: int = 0
+    #: Tasks that have left this queue settled, counted from any fixed moment on.
+    done: int = 0
+    #: How long the longest-waiting task has waited; 0 when none does.
+    oldest_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """Everything a decision is made from."""
+
+    #: None: Redis cannot be read.
+    queues: Mapping[str, QueueState] | None
+    #: All instances of all hosts that are known, in any order.
+    instances: tuple[Instance, ...] = ()
+    #: The host this watcher acts for; None: all of them, as in the simulator.
+    host: str | None = None
+    #: Hosts whose watcher is alive; others' instances serve, and nobody would start them.
+    live_hosts: frozenset[str] = frozenset()
+    dead_letters: int = 0
+    #: Why Redis cannot be read.
+    trouble: str = ""
+
+    def owns(self, key: Key) -> bool:
+        """Tell whether this watcher is the one that starts and stops an instance."""
+        return self.host is None or key.host == self.host
+
+    def alive(self, key: Key) -> bool:
+        """Tell whether some watcher would act on an instance."""
+        return self.owns(key) or key.host in self.live_hosts
+
+    @property
+    def waiting(self) -> int:
+        """Return how many tasks wait in all queues."""
+        return sum(queue.waiting for queue in (self.queues or {}).values())
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One thing to do to one instance, and why."""
+
+    verb: Verb
+    key: Key
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """How many workers a look at queues and rates asks for."""
+
+    #: Start until so many run.
+    up: int
+    #: So many would do; those beyond may be stopped when it stays so.
+    enough: int
+    #: The formula with its numbers.
+    formula: str
+
+
+def empty_queues() -> dict[str, QueueState]:
+    """Return all queues, empty."""
+    return {name: QueueState() for name in QUEUES}
