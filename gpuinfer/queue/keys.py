@@ -20,6 +20,7 @@ BELL_PREFIX = "gpuinfer:bell:"
 INFLIGHT_PREFIX = "gpuinfer:inflight:"
 LIFE_PREFIX = "gpuinfer:life:"
 IDEMPOTENCY_PREFIX = "gpuinfer:key:"
+HEARTBEAT_PREFIX = "gpuinfer:heartbeat:"
 DEAD = "gpuinfer:dead"
 WAITING = "gpuinfer:waiting"
 
@@ -57,6 +58,11 @@ def inflight(worker: str) -> str:
 def life(worker: str) -> str:
     """Return the counter of ``worker``'s lives: each process counts one, and each doubt about a claim."""
     return LIFE_PREFIX + worker
+
+
+def heartbeat(worker: str) -> str:
+    """Return the key of ``worker``'s last sign of life (JSON; it expires)."""
+    return HEARTBEAT_PREFIX + worker
 
 
 def result(task_id: str) -> str:

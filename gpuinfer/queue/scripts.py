@@ -7,7 +7,19 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
-Name = Literal["claim", "begin", "settle", "release", "restore", "bury", "submit", "revive", "cancel", "life"]
+Name = Literal[
+    "claim",
+    "begin",
+    "settle",
+    "release",
+    "restore",
+    "bury",
+    "submit",
+    "revive",
+    "cancel",
+    "life",
+    "heartbeat",
+]
 
 
 @cache

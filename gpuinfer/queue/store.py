@@ -79,7 +79,7 @@ class Store:
     ) -> None:
         self.client = client
         self.worker = worker
-        self._queues: tuple[str, ...] = ()
+        self.queues: tuple[str, ...] = ()
         self.serve(queues)
         self.inflight = keys.inflight(worker)
         self._settings = settings
@@ -99,8 +99,8 @@ class Store:
 
     def serve(self, queues: Sequence[str]) -> None:
         """Claim from these queues from now on."""
-        if tuple(queues) != self._queues:  # asked before every claim, and it hardly ever changes
-            self._queues = tuple(queues)
+        if tuple(queues) != self.queues:  # asked before every claim, and it hardly ever changes
+            self.queues = tuple(queues)
             self.lists = keys.serving_order(queues)
 
     def waits(self) -> bool:

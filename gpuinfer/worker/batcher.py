@@ -93,6 +93,11 @@ class Batcher:
         return self.engine.current is None and not len(self._buffer)
 
     @property
+    def done(self) -> int:
+        """How many tasks have ended in this process."""
+        return self._books.done
+
+    @property
     def closed(self) -> bool:
         """True when it has been drained."""
         return self._closed

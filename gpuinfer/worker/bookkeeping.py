@@ -53,6 +53,8 @@ class Bookkeeping:
         self._views: dict[str, View] = {}
         #: Celery's event dispatcher; set at each connection.
         self.dispatcher: Any = None
+        #: Tasks that have ended here, in a result or an error.
+        self.done = 0
 
     @property
     def _watched(self) -> bool:
@@ -100,6 +102,7 @@ class Bookkeeping:
 
     def finished(self, work: Work, error: GpuinferError | None, result: Any = None) -> None:
         """A task has ended, or left this worker without running (error and result None)."""
+        self.done += error is not None or result is not None
         view = self._views.pop(work.id, None)
         if view is not None:
             state.task_ready(view)

@@ -7,6 +7,7 @@ Runs for ``gpuinfer worker N`` and for ``celery -A gpuinfer.queue.app worker`` a
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import re
@@ -21,7 +22,6 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 from celery import signals
 from celery.platforms import SecurityWarning
 from celery.worker import state
-from sdnotify import SystemdNotifier
 
 from gpuinfer.errors import ConfigError, DeviceError, GpuinferError, TimeLimitExceeded
 from gpuinfer.gpus import Binding, visible_device
@@ -30,6 +30,7 @@ from gpuinfer.queue import results
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.store import Final, Store
 from gpuinfer.settings import Settings, load_settings
+from gpuinfer.worker.heartbeat import Pulse, starting
 from gpuinfer.worker.lock import acquire
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ log = get_logger(__name__)
 PROGRAM = "gpuinfer-worker"
 #: How long a thread may keep the interpreter to itself; Python's 5 ms would delay every hand-over.
 SWITCH_INTERVAL_S = 0.0005
+#: A device that failed while it worked (sysexits.h).
+EX_IOERR = 74
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Process:
     """What a worker process holds for its life."""
 
     batcher: Batcher
+    pulse: Pulse
     lock: IO[str]
 
 
@@ -58,6 +62,8 @@ def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]
     Ends the process with the error's exit code when it cannot be prepared: Celery would log an
     exception here and go on.
     """
+    # When systemd's watchdog ends us (SIGABRT), the journal shows where each thread stood.
+    faulthandler.enable()
     try:
         settings = getattr(worker.app, "gpuinfer_settings", None) or load_settings()
         configure(settings.log, program=PROGRAM)
@@ -79,7 +85,7 @@ def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]
     from gpuinfer.worker.consumer import drain
 
     # Celery stops its steps only when all of them had started; without Redis they had not.
-    signals.worker_shutdown.connect(lambda **_: drain(worker.gpuinfer.batcher), weak=False)
+    signals.worker_shutdown.connect(lambda **_: drain(worker.gpuinfer), weak=False)
 
 
 def _only_solo(conf: Any, options: Mapping[str, Any]) -> None:
@@ -110,9 +116,16 @@ def prepare(settings: Settings, name: str) -> Process:
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     lock = acquire(settings.worker.run_dir, name)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    loaded = _load_models(settings, binding)
+    with starting(settings.worker.load_timeout_s, ", ".join(_wanted(settings))):
+        loaded = _load_models(settings, binding)
     device = "cpu" if binding.device == "cpu" else f"gpu{number_of(name)}"
-    return Process(_build(settings, name, loaded, device), lock)
+    batcher = _build(settings, name, loaded, device)
+    return Process(batcher, Pulse(batcher, name, number_of(name)), lock)
+
+
+def _wanted(settings: Settings) -> tuple[str, ...]:
+    """Return the names of the models to serve."""
+    return settings.worker.models or (settings.models.default,)
 
 
 def _load_models(settings: Settings, binding: Binding) -> dict[str, tuple[LoadedModel, int]]:
@@ -123,7 +136,7 @@ def _load_models(settings: Settings, binding: Binding) -> dict[str, tuple[Loaded
     _check_device(binding)
     repository = Repository(settings.models.folders)
     loaded: dict[str, tuple[LoadedModel, int]] = {}
-    for name in settings.worker.models or (settings.models.default,):
+    for name in _wanted(settings):
         started = time.monotonic()
         model = load(repository.get(name), binding.device, threads=settings.worker.threads)
         wanted = model.manifest.max_batch_size
@@ -162,7 +175,8 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
         log.critical(
             "worker_ends", worker=name, code=error.code, reason=str(error), hint="its tasks are put back"
         )
-        os._exit(error.exit_code)
+        # A GPU that fails at work is tried again; one that is not there at the next start ends that with 69.
+        os._exit(EX_IOERR if isinstance(error, DeviceError) else error.exit_code)
 
     models = {key: model for key, (model, _) in loaded.items()}
     sizes = {key: fits for key, (_, fits) in loaded.items()}
@@ -192,11 +206,11 @@ def _end_at_hard_limit(engine: Any, store: Store) -> NoReturn:
 
 def _ready(sender: Any, **_: object) -> None:
     """Tell systemd and the log that the worker serves; its model has been warmed up before."""
-    batcher = sender.controller.gpuinfer.batcher
+    batcher, pulse = sender.controller.gpuinfer.batcher, sender.controller.gpuinfer.pulse
     models = sorted(batcher.models)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, _stop)
-    SystemdNotifier().notify(f"READY=1\nSTATUS=serving {', '.join(models)} on {batcher.device}")
+    pulse.ready()
     # What was loaded so far lives as long as the process: a full collection need not walk over it.
     gc.collect()
     gc.freeze()

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
 from celery.worker import consumer as stock
 from celery.worker.state import maybe_shutdown
 from redis.exceptions import ResponseError
-from sdnotify import SystemdNotifier
 
 from gpuinfer.log import get_logger
 from gpuinfer.worker.batcher import Batcher
+from gpuinfer.worker.heartbeat import BEAT_S, Pulse
+
+if TYPE_CHECKING:
+    from gpuinfer.worker.bootstrap import Process
 
 log = get_logger(__name__)
 
@@ -37,7 +40,8 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
 
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
-        self.batcher: Batcher = consumer.controller.gpuinfer.batcher
+        self.process: Process = consumer.controller.gpuinfer
+        self.batcher: Batcher = self.process.batcher
         self._restored = False
 
     def start(self, consumer: Any) -> None:
@@ -50,6 +54,7 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
         self.batcher.attach(channel, consumer.event_dispatcher)
         self.batcher.engine.wake = lambda: consumer.hub.call_soon(self.batcher.collect)
         consumer.timer.call_repeatedly(TICK_S, self.batcher.tick)
+        consumer.timer.call_repeatedly(BEAT_S, self.process.pulse.beat)
 
     def _restore(self) -> None:
         """Put back what the previous process of this name left in flight."""
@@ -60,15 +65,17 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
         if consumer.blueprint.state == bootsteps.RUN:  # a reconnection, not the end
             self.batcher.detach()
         else:
-            drain(self.batcher)
+            drain(self.process)
 
 
-def drain(batcher: Batcher) -> None:
+def drain(process: Process) -> None:
     """Drain the batcher and tell systemd. The second call does nothing."""
+    batcher, pulse = process.batcher, process.pulse
     if not batcher.closed:
-        SystemdNotifier().notify("STOPPING=1")
+        pulse.stopping()
         log.info("stopping", worker=batcher.store.worker)
         batcher.drain(DRAIN_TIMEOUT_S)
+        pulse.gone()
 
 
 class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
@@ -79,7 +86,18 @@ class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
     class Blueprint(stock.Consumer.Blueprint):  # type: ignore[misc]  # celery is not annotated
         default_steps = (*stock.Consumer.Blueprint.default_steps, Batching)
 
+    @property
+    def pulse(self) -> Pulse:
+        """The process's signs of life: the worker waits for Redis, and says so."""
+        pulse: Pulse = self.controller.gpuinfer.pulse
+        return pulse
+
+    def _wait(self) -> None:
+        self.pulse.beat()
+        maybe_shutdown()
+
     def _lost(self, exc: Exception) -> None:
+        self.pulse.lost()
         if not self.away:
             log.error("redis_away", reason=str(exc), hint="trying again every second or two")
         self.away = True
@@ -100,7 +118,7 @@ class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
                 RETRY_START_S,
                 RETRY_START_S,
                 RETRY_MAX_S,
-                callback=maybe_shutdown,
+                callback=self._wait,
             )
             try:
                 connected.default_channel.client.expire(PROBE, 1)
@@ -108,9 +126,10 @@ class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
             except ResponseError as exc:  # a replica, or a disk that is full: it takes no writes
                 self._lost(exc)
                 time.sleep(RETRY_MAX_S)
-                maybe_shutdown()
+                self._wait()
         self.first_connection_attempt = False
         if self.away:
             log.info("redis_back")
         self.away = False
+        self.pulse.found()
         return connected

@@ -90,6 +90,8 @@ class Engine:
         self._jobs: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         #: The batch that is running or about to; set by the main thread.
         self.current: Batch | None = None
+        #: When a pass began last, on the monotonic clock: what the watchdog looks at.
+        self.moved_at = time.monotonic()
         self._awaited = False
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
@@ -101,6 +103,7 @@ class Engine:
     def submit(self, batch: Batch) -> None:
         """Hand a batch over. The thread must be idle."""
         self.current = batch
+        self.moved_at = time.monotonic()
         self._jobs.put(batch)
 
     def wait(self, timeout_s: float) -> Done | None:
@@ -169,6 +172,7 @@ class Engine:
             rest = self._forward(model, batch, items[:limit], until)
             return rest + self._forward(model, batch, items[limit:], until)
         memory = False
+        self.moved_at = time.monotonic()
         try:
             with self._deadline.guard(*until.left()):
                 return list(model.forward(items))

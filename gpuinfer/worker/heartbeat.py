@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's signs of life: to systemd (READY, STATUS, WATCHDOG) and, for the watcher, in Redis.
+
+The watchdog is fed from the main thread, so a stuck event loop is found out, and only while the batch
+that runs is within its hard limit, so a stuck batch is, too. A long one that may be long is left
+alone. sd_notify(3) says what each message means; without systemd they go nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import redis
+from sdnotify import SystemdNotifier
+
+from gpuinfer import __version__
+from gpuinfer.queue import keys
+from gpuinfer.queue.scripts import bind
+
+if TYPE_CHECKING:
+    from gpuinfer.worker.batcher import Batcher
+
+#: Seconds between two looks at the clock, and between two reports.
+BEAT_S = 1.0
+REPORT_S = 5.0
+#: A heartbeat is forgotten after this long.
+HEARTBEAT_TTL_S = 30
+#: Seconds beyond its hard limit after which a batch counts as stuck: the limit itself should have ended it.
+STUCK_GRACE_S = 20.0
+#: What a stop may take beside the batch that runs, in seconds.
+DRAIN_ALLOWANCE_S = 45.0
+_EXTEND_EVERY_S = 10.0
+
+
+def extend(notifier: SystemdNotifier, seconds: float) -> None:
+    """Ask systemd for so many more seconds, for a start or a stop that goes on."""
+    notifier.notify(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
+
+
+@contextmanager
+def starting(limit_s: float, what: str) -> Iterator[None]:
+    """Keep systemd waiting while models load, up to ``limit_s`` seconds."""
+    notifier, done = SystemdNotifier(), threading.Event()
+    notifier.notify(f"STATUS=loading {what}")
+    deadline = time.monotonic() + limit_s
+
+    def ask() -> None:
+        while time.monotonic() < deadline:
+            extend(notifier, 3 * _EXTEND_EVERY_S)
+            if done.wait(_EXTEND_EVERY_S):
+                return
+
+    thread = threading.Thread(target=ask, name="starting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+class Pulse:
+    """Beats for one worker process. All calls come from the main thread."""
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        name: str,
+        gpu: int,
+        *,
+        notifier: SystemdNotifier | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self._batcher = batcher
+        self._name = name
+        self._gpu = gpu
+        self._notifier = notifier or SystemdNotifier()
+        self._clock = clock
+        self._feed_every_s = int(environ.get("WATCHDOG_USEC") or 0) / 4e6
+        self._fed_at = self._told_at = clock()
+        self._told_done = 0
+        self._since = time.time()
+        self._status = ""
+        self._ready = self._away = False
+        self._script = bind(batcher.store.client, "heartbeat")
+
+    # -- what happens ---------------------------------------------------------------------
+
+    def ready(self) -> None:
+        """Tell systemd once that the models are loaded and warm."""
+        if not self._ready:
+            self._notifier.notify("READY=1")
+            self._ready = True
+            self._report()
+
+    def lost(self) -> None:
+        """Redis is away: the worker is up, and waits."""
+        self._away = True
+        self.ready()
+        self._say(f"{self._what()}: waiting for Redis")
+
+    def found(self) -> None:
+        """Redis is back."""
+        self._away = False
+
+    def beat(self) -> None:
+        """Feed the watchdog where work goes on; every few seconds, report."""
+        now = self._clock()
+        if self._feed_every_s and now - self._fed_at >= self._feed_every_s and not self.stuck(now):
+            self._notifier.notify("WATCHDOG=1")
+            self._fed_at = now
+        if now - self._told_at >= REPORT_S and self._ready and not self._away:
+            self._report()
+
+    def stuck(self, now: float) -> bool:
+        """Tell whether the batch that runs has made no progress for longer than its hard limit allows."""
+        batch = self._batcher.engine.current
+        if batch is None:
+            return False
+        return now - self._batcher.engine.moved_at > batch.hard_limit_s + STUCK_GRACE_S
+
+    def stopping(self) -> None:
+        """Tell systemd that the worker drains, and how long the batch that runs may take."""
+        batch = self._batcher.engine.current
+        rest = f"finishing a batch of {batch.size}" if batch is not None else "handing tasks back"
+        self._notifier.notify(f"STOPPING=1\nSTATUS={self._what()}: {rest}")
+        extend(self._notifier, (batch.hard_limit_s if batch is not None else 0.0) + DRAIN_ALLOWANCE_S)
+        if not self._away:
+            self._write("draining", 0.0)
+
+    def gone(self) -> None:
+        """Forget the heartbeat: the worker has drained."""
+        if self._away:
+            return
+        try:
+            self._batcher.store.client.delete(keys.heartbeat(self._name))
+        except (redis.RedisError, OSError):
+            return  # it expires
+
+    # -- telling --------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        now, done = self._clock(), self._batcher.done
+        rate = (done - self._told_done) / max(now - self._told_at, 0.001)
+        self._told_at, self._told_done = now, done
+        busy = self._batcher.engine.current is not None
+        waiting = self._write("busy" if busy else "idle", rate)
+        if waiting is not None:
+            self._say(f"{self._what()}: {done:,} done, {rate:,.0f}/s, {waiting:,} waiting")
+
+    def _what(self) -> str:
+        return f"{', '.join(sorted(self._batcher.models))} on {self._batcher.device}"
+
+    def _say(self, status: str) -> None:
+        if status != self._status:
+            self._notifier.notify(f"STATUS={status}")
+            self._status = status
+
+    def _write(self, state: str, rate: float) -> int | None:
+        """Write the heartbeat; return how many tasks wait, None when Redis does not answer."""
+        store = self._batcher.store
+        body = orjson.dumps(self._body(state, rate))
+        try:
+            return int(
+                self._script(
+                    keys=[keys.heartbeat(self._name), *store.lists],
+                    args=[body, HEARTBEAT_TTL_S],
+                )
+            )
+        except (redis.RedisError, OSError):
+            return None  # the connection says so, once
+
+    def _body(self, state: str, rate: float) -> dict[str, Any]:
+        batch = self._batcher.engine.current
+        return {
+            "worker": self._name,
+            "host": socket.gethostname(),
+            "gpu": self._gpu,
+            "pid": os.getpid(),
+            "state": state,
+            "device": self._batcher.device,
+            "models": sorted(self._batcher.models),
+            "queues": list(self._batcher.store.queues),
+            "done": self._batcher.done,
+            "rate": round(rate, 3),
+            "running": 0 if batch is None else len(batch.works),
+            "since": self._since,
+            "at": time.time(),
+            "version": __version__,
+        }

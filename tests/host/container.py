@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A booted Debian in a systemd-nspawn container, thrown away afterwards.
+
+The root file system is shared and read-only; what a container writes lies in an overlay of its own.
+Commands enter its namespaces (nsenter), since there is no D-Bus of the host to go through.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from tests.host.root import HostError, run
+from tests.services import Process
+
+BOOT_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 60.0
+#: Without these, DevicePolicy= and IPAddressDeny= are silently not enforced in the container.
+_NSPAWN = ("--system-call-filter=bpf", "--capability=CAP_BPF", "--register=no", "--keep-unit", "--boot")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command in the container gave."""
+
+    code: int
+    output: str
+
+    def __str__(self) -> str:
+        return f"exit {self.code}\n{self.output}"
+
+
+class Container:
+    """One container: boot it by entering the context, or by ``boot()`` and ``close()``."""
+
+    def __init__(
+        self, lower: Path, name: str = "gpuhost", *, zone: str = "", state: Path | None = None
+    ) -> None:
+        self.name = name
+        self._zone = zone
+        self._owns_state = state is None
+        self.state = state or Path(tempfile.mkdtemp(prefix=f"gpuinfer-{name}-", dir="/var/tmp"))
+        self.folder = self.state / "root"
+        self._lower = lower
+        self._process: Process | None = None
+        self._leader = 0
+
+    # -- life -----------------------------------------------------------------------------
+
+    def __enter__(self) -> Container:
+        try:
+            self.mount()
+            self.boot()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def mount(self) -> None:
+        """Lay the overlay over the shared root."""
+        for part in ("upper", "work", "root"):
+            (self.state / part).mkdir(exist_ok=True)
+        options = f"lowerdir={self._lower},upperdir={self.state}/upper,workdir={self.state}/work"
+        run("mount", "-t", "overlay", "gpuinfer-test", "-o", options, self.folder)
+
+    def boot(self) -> None:
+        """Start systemd in it and wait until it has come up."""
+        zone = (f"--network-zone={self._zone}",) if self._zone else ("--private-network",)
+        self._process = Process(
+            ["systemd-nspawn", "-q", "-D", self.folder, "-M", self.name, *_NSPAWN, *zone],
+            self.state / "console.log",
+            env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
+        )
+        self._leader = self._wait(self._find_leader, "a container", BOOT_TIMEOUT_S)
+        self._wait(self._is_up, "the container's boot", BOOT_TIMEOUT_S)
+
+    def _find_leader(self) -> int:
+        """Return the pid of the container's systemd: nspawn's child that is process 1 in there."""
+        if self._process is None or not self._process.running:
+            raise HostError(f"systemd-nspawn ended:\n{(self.state / 'console.log').read_text()[-4000:]}")
+        return next((pid for pid in _children(self._process.pid) if _is_init(pid)), 0)
+
+    def _is_up(self) -> bool:
+        state = self.sh("systemctl is-system-running").output.strip()
+        return state in ("running", "degraded")
+
+    def poweroff(self) -> None:
+        """Shut down in order, as an administrator's ``poweroff`` does."""
+        if self._process is not None:
+            os.kill(self._leader, signal.SIGRTMIN + 4)
+            self._wait(lambda: self._process is None or not self._process.running, "poweroff", STOP_TIMEOUT_S)
+            self._process.kill()
+            self._process = None
+
+    def reboot(self) -> None:
+        """Shut down and come up again with what is on the disk."""
+        self.poweroff()
+        self.boot()
+
+    def close(self) -> None:
+        """End it at once, and leave nothing behind."""
+        if self._process is not None:
+            leader, self._leader = self._leader or self._find_leader_or_none(), 0
+            if leader:
+                os.kill(leader, signal.SIGKILL)
+            self._process.kill()
+            self._process = None
+        while os.path.ismount(self.folder):
+            subprocess.run(["umount", "-R", str(self.folder)], check=False, capture_output=True)
+            time.sleep(0.05)
+        if self._owns_state:
+            shutil.rmtree(self.state, ignore_errors=True)
+
+    def _find_leader_or_none(self) -> int:
+        try:
+            return self._find_leader()
+        except HostError:
+            return 0
+
+    def _wait(self, ask: Callable[[], int], what: str, timeout_s: float) -> int:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            found = ask()
+            if found:
+                return found
+            time.sleep(0.1)
+        console = (self.state / "console.log").read_text(errors="replace")[-4000:]
+        raise HostError(f"waited {timeout_s:g} s for {what}; the console:\n{console}")
+
+    # -- use ------------------------------------------------------------------------------
+
+    def sh(self, script: str, *, timeout: float = 120, env: Mapping[str, str] | None = None) -> Answer:
+        """Run a shell script in the container as root; return its exit code, and both outputs as one."""
+        names = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+        names |= {"LANG": "C.UTF-8", "TERM": "dumb", "DEBIAN_FRONTEND": "noninteractive", **(env or {})}
+        done = subprocess.run(
+            ["nsenter", "-t", str(self._leader), "-a", "--wdns=/root", "bash", "-c", script],
+            env=names,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            timeout=timeout,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        return Answer(done.returncode, done.stdout)
+
+    def ok(self, script: str, *, timeout: float = 120, env: Mapping[str, str] | None = None) -> str:
+        """Run a shell script that must succeed; return its output."""
+        answer = self.sh(script, timeout=timeout, env=env)
+        if answer.code:
+            raise HostError(f"in {self.name}: {script}\n{answer}")
+        return answer.output
+
+    def until(self, script: str, *, timeout: float = 60, what: str = "") -> str:
+        """Run a shell script until it succeeds; return its output then."""
+        deadline = time.monotonic() + timeout
+        while True:
+            answer = self.sh(script)
+            if answer.code == 0:
+                return answer.output
+            if time.monotonic() > deadline:
+                raise HostError(f"in {self.name}, waited {timeout:g} s for {what or script}:\n{answer}")
+            time.sleep(0.2)
+
+    def put(self, path: str, text: str, mode: int = 0o644) -> None:
+        """Write a file in the container."""
+        script = f"mkdir -p {shlex.quote(str(Path(path).parent))} && cat > {shlex.quote(path)}"
+        subprocess.run(
+            [
+                "nsenter",
+                "-t",
+                str(self._leader),
+                "-a",
+                "--wdns=/",
+                "bash",
+                "-c",
+                script + f" && chmod {mode:o} {path}",
+            ],
+            input=text,
+            text=True,
+            check=True,
+        )
+
+    def copy(self, source: Path, target: str) -> None:
+        """Copy a file or folder of the machine into the container."""
+        run("cp", "-a", "--no-preserve=ownership", source, f"{self.folder}{target}")
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            direct = [int(word) for word in task.read_text().split()]
+        except OSError:
+            continue
+        for child in direct:
+            found += [child, *_children(child)]
+    return found
+
+
+def _is_init(pid: int) -> bool:
+    """Tell whether a process is number 1 of a pid namespace below ours."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    numbers = next((line.split()[1:] for line in status.splitlines() if line.startswith("NSpid:")), [])
+    return len(numbers) > 1 and numbers[-1] == "1" and "Name:\tsystemd" in status
