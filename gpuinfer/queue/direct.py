@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import redis
+from hiredis import pack_command
 from redis.exceptions import NoScriptError, ResponseError
 
 from gpuinfer.queue.scripts import Name, bind
@@ -41,10 +42,12 @@ class Direct:
 
     def call(self, *command: Argument) -> Any:
         """Send a command and return its answer as Redis gives it. Raises redis-py's errors."""
+        whole: tuple[Any, ...] = command
+        packed = pack_command(whole)  # redis-py looks at each argument in Python first
         connection = self._take()
         try:
             return connection.retry.call_with_retry(
-                lambda: _exchange(connection, command), lambda _: connection.disconnect()
+                lambda: _exchange(connection, packed), lambda _: connection.disconnect()
             )
         finally:
             self._idle.append(connection)
@@ -72,9 +75,9 @@ class Direct:
             self._client.connection_pool.release(connection)
 
 
-def _exchange(connection: Any, command: Sequence[Argument]) -> Any:
+def _exchange(connection: Any, packed: bytes) -> Any:
     try:
-        connection.send_packed_command(connection.pack_command(*command))
+        connection.send_packed_command([packed])
         return connection.read_response()
     except ResponseError:
         raise

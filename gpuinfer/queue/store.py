@@ -88,7 +88,7 @@ class Store:
         self._seq = 0
         #: True after a claim whose answer was lost: what it took is not known here.
         self._unsure = False
-        direct = Direct(client)
+        self._direct = direct = Direct(client)
         self._claim = direct.bind("claim")
         self._begin = direct.bind("begin")
         self._settle = direct.bind("settle")
@@ -105,7 +105,12 @@ class Store:
 
     def waits(self) -> bool:
         """Tell whether a claim may find something; a third of an empty claim's price."""
-        return self._unsure or bool(self.client.exists(*self.lists, keys.WAITING))
+        return self._unsure or bool(self._direct.call("EXISTS", *self.lists, keys.WAITING))
+
+    @property
+    def unsure(self) -> bool:
+        """True when what is held must be reconciled with what is in flight before the next claim."""
+        return self._unsure
 
     def claim(self, room: int, *, better_than: int | None = None, begin: bool = False) -> list[Claimed]:
         """Take up to ``room`` tasks, the most urgent first.

@@ -212,12 +212,12 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
 
     def claim(self) -> int:
         """Claim what there is room for and hand it on; return how many tasks came."""
-        if not self.listening:
+        served, (room, better_than) = self.served, self._room()
+        if self.closed or not served or room <= 0:
             return 0
-        room, better_than = self._room()
         store = self.store
-        store.serve(self.served)
-        if self.sink is not None:
+        store.serve(served)
+        if self.sink is not None and store.unsure:
             delivered = {seq for tag in self.qos._delivered if (seq := _seq(tag)) is not None}
             store.reconcile(self.sink.held() | delivered)
         try:
