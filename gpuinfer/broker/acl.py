@@ -26,7 +26,7 @@ _BELLS = f"~{keys.BELL_PREFIX}*"
 _RESULTS = f"~{keys.RESULT_PREFIX}*"
 _OURS = "~gpuinfer:*"
 #: kombu's own: bindings of the control queues, their replies, and what it has delivered of them.
-_KOMBU = ("~_kombu.*", "~*.reply.celery.pidbox*", "~unacked*", "~celeryev*")
+_KOMBU = ("~_kombu.*", "~*.celery.pidbox*", "~unacked*", "~celeryev*")
 _CONNECTION = ("+auth", "+hello", "+ping", "+select", "+quit", "+reset", "+client|setname", "+client|id")
 _SCRIPTS = ("+eval", "+evalsha", "+script|load")
 _STATES = ("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", "+expire")
@@ -65,8 +65,9 @@ RULES: Mapping[str, Sequence[str]] = {
         "+time",
         "+info",
         *(f"&{keys.RESULT_PREFIX}*", "&/*.celeryev*", "&*.reply.celery.pidbox*"),
-        *(*_LISTS, _OURS, _RESULTS),
-        # With HLEN, though it needs none: EXISTS over lists and our keys at once is one command.
+        # kombu binds its control queues by script, too.
+        *(*_LISTS, _OURS, _RESULTS, *_KOMBU),
+        # Lists and our keys are asked for at once.
         _selector("+exists", *_LISTS, _OURS),
         _selector("+rpop", "+rpush", "+lpush", "+llen", "+brpop", *_LISTS),
         _selector("+lpush", "+ltrim", "+brpop", "+rpop", "+llen", _BELLS),

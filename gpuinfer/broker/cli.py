@@ -56,8 +56,15 @@ def prepare(loaded: Loaded, folder: Path) -> None:
 @redis.command()
 @click.pass_context
 def local(ctx: click.Context) -> None:
-    """Tell by the exit code whether broker.url is this host's own Redis: 0 yes, 1 no."""
-    url = ctx.obj.settings.broker.url
+    """Tell by the exit code whether broker.url is this host's own Redis: 0 yes, 1 no, 255 when unknown.
+
+    systemd takes 1 to 254 from ExecCondition= for "not here", and 255 for a failure.
+    """
+    try:
+        url = ctx.obj.settings.broker.url
+    except ConfigError as exc:
+        click.echo(f"gpuinfer: error: {exc}", err=True)
+        ctx.exit(255)
     if not url.partition("://")[2].startswith(f"{FOLDER}/"):
         click.echo(f"broker.url is {url.rpartition('@')[2]}: this host has no Redis of its own to run")
         ctx.exit(1)

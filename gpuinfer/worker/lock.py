@@ -22,6 +22,9 @@ def acquire(run_dir: Path, worker: str) -> IO[str]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="ascii")
+        if os.geteuid() == 0:  # an administrator's restore must not keep the worker's own user out
+            owner_of = run_dir.stat()
+            os.fchown(file.fileno(), owner_of.st_uid, owner_of.st_gid)
     except OSError as exc:
         raise ConfigError(f"cannot be written: {exc}", "worker.run_dir") from exc
     try:
