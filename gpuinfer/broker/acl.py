@@ -28,7 +28,7 @@ _OURS = "~gpuinfer:*"
 #: kombu's own: bindings of the control queues, their replies, and what it has delivered of them.
 _KOMBU = ("~_kombu.*", "~*.celery.pidbox*", "~unacked*", "~celeryev*")
 _CONNECTION = ("+auth", "+hello", "+ping", "+select", "+quit", "+reset", "+client|setname", "+client|id")
-_SCRIPTS = ("+eval", "+evalsha", "+script|load")
+_SCRIPTS = ("+eval", "+evalsha", "+script|load", "+script|exists")
 _STATES = ("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", "+expire")
 _WATCHING = ("+subscribe", "+unsubscribe", "+psubscribe", "+punsubscribe", "+ssubscribe")
 
@@ -77,22 +77,7 @@ RULES: Mapping[str, Sequence[str]] = {
             _OURS,
         ),
         _selector(*_STATES, _RESULTS),
-        _selector(
-            *(
-                "+sadd",
-                "+srem",
-                "+smembers",
-                "+lpush",
-                "+rpush",
-                "+brpop",
-                "+rpop",
-                "+llen",
-                "+expire",
-                "+del",
-            ),
-            *("+hset", "+hget", "+hdel", "+zadd", "+zrem", "+zrevrangebyscore", "+exists", "+set", "+get"),
-            *_KOMBU,
-        ),
+        _selector("+@read", "+@write", "-@dangerous", *_KOMBU),
         # Hears the control channel; to speak there is the admin's.
         _selector(*_WATCHING, "&*"),
     ),
