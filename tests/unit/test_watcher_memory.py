@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is remembered of instances: quarantine, manual starts and stops; and what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gpuinfer.watcher.policy import History
+from gpuinfer.watcher.rates import Rates, measure
+from gpuinfer.watcher.state import GpuHealth, Instance, Key
+from tests.watchers import Watcher, World, keys, observe, settings
+
+pytestmark = pytest.mark.unit
+
+KNOWN = Rates(served=10.0, worked=1.0, known=True, startup_s=10.0)
+A0 = Key(0, "a")
+
+
+def busy_world(count: int) -> World:
+    """Return a world with a backlog that never ends."""
+    world = World.of(keys(count), rate=0.0)
+    world.waiting = 100_000
+    return world
+
+
+def test_a_failed_instance_rests_twice_as_long_each_time() -> None:
+    """Quarantine of 30, 60, 120 s and so on, up to the maximum; then it is reset, and tried again."""
+    world = busy_world(1)
+    watcher = Watcher(world, settings(quarantine_max_s=120.0), history=History(rates=KNOWN))
+    rests = []
+    for _ in range(5):
+        watcher.run(1)
+        assert world.instances[A0].state == "activating"
+        world.set(A0, state="failed", since=world.now)
+        failed_at = world.now
+        while world.instances[A0].state == "failed":
+            watcher.run(1)
+        rests.append(round(world.now - failed_at - 1))
+    assert rests == [30, 60, 120, 120, 120]
+
+
+def test_quarantine_says_why() -> None:
+    """The reason is there for whoever asks."""
+    world = busy_world(1)
+    world.set(A0, gpu=GpuHealth(fault="Xid 79, it has fallen off the bus"))
+    watcher = Watcher(world, settings())
+    decision = watcher.look()
+    assert decision.actions == ()
+    assert "Xid 79" in decision.history.units[A0].why
+
+
+def test_a_gpu_that_stays_sick_is_never_tried() -> None:
+    """Its rest grows while the fault lasts, and begins anew after it is gone only when it fails again."""
+    world = busy_world(2)
+    world.set(A0, gpu=GpuHealth(fault="ECC"))
+    watcher = Watcher(world, settings())
+    watcher.run(500)
+    assert world.running == {Key(1, "a")}
+    world.set(A0, gpu=GpuHealth())
+    watcher.run(500)
+    assert world.running == {A0, Key(1, "a")}
+
+
+def test_long_health_is_forgiveness() -> None:
+    """After as long as the longest rest without a failure, the count begins at one again."""
+    world = busy_world(1)
+    watcher = Watcher(world, settings(quarantine_max_s=60.0), history=History(rates=KNOWN))
+    watcher.run(1)
+    world.set(A0, state="failed")
+    watcher.run(40)
+    assert watcher.history.units[A0].failures == 1
+    watcher.run(80)
+    assert watcher.history.units[A0].failures == 0
+
+
+def test_a_gpu_others_use_is_left_alone() -> None:
+    """Somebody's training run is not pushed out of memory; once it is gone, the GPU is ours."""
+    world = busy_world(1)
+    world.set(A0, gpu=GpuHealth(foreign_bytes=3 * 2**30))
+    watcher = Watcher(world, settings())
+    decision = watcher.look()
+    assert decision.actions == ()
+    world.set(A0, gpu=GpuHealth(foreign_bytes=2**29))
+    assert [action.verb for action in watcher.look().actions] == ["start"]
+
+
+def test_a_manual_stop_is_respected_for_the_stated_time() -> None:
+    """What an administrator stops stays stopped, however long the queue; later it is ours again."""
+    world = busy_world(1)
+    watcher = Watcher(world, settings(manual_hold_s=100.0))
+    watcher.run(30)
+    world.set(A0, state="inactive", since=world.now)
+    watcher.run(100)
+    assert world.running == set()
+    watcher.run(5)
+    assert world.running == {A0}
+
+
+def test_a_manual_start_is_respected_for_the_stated_time() -> None:
+    """What an administrator starts is not stopped though nothing needs it; later it is."""
+    world = World.of(keys(2))
+    watcher = Watcher(world, settings(manual_hold_s=200.0, calm_s=10.0))
+    watcher.run(30)
+    world.set(A0, state="activating", since=world.now)
+    watcher.run(195)
+    assert world.running == {A0}
+    watcher.run(20)
+    assert world.running == set()
+
+
+def test_our_own_starts_and_stops_are_not_taken_for_manual_ones() -> None:
+    """Up and down again without a hold in between."""
+    world = World.of(keys(1))
+    watcher = Watcher(world, settings(calm_s=10.0))
+    for _ in range(3):
+        world.waiting += 5
+        watcher.run(300)
+        assert world.running == set()
+    assert not any(unit.hold for unit in watcher.history.units.values())
+
+
+def test_an_enabled_instance_is_started_and_never_stopped() -> None:
+    """Enabled instances are the floor, and above any ceiling."""
+    world = World.of(keys(3))
+    for key in world.instances:
+        world.set(key, enabled=True)
+    Watcher(world, settings(ceiling=1)).run(1000)
+    assert world.running == set(world.instances)
+    assert world.verbs() == ["start"] * 3
+
+
+def test_an_enabled_instance_that_was_stopped_by_hand_rests_too() -> None:
+    """`systemctl stop` means it, for a while, also for what is enabled."""
+    world = World.of(keys(1))
+    world.set(A0, enabled=True, state="active")
+    watcher = Watcher(world, settings(manual_hold_s=60.0))
+    watcher.run(2)
+    world.set(A0, state="inactive")
+    watcher.run(59)
+    assert world.running == set()
+    watcher.run(3)
+    assert world.running == {A0}
+
+
+def test_a_restart_is_no_wish() -> None:
+    """active, then activating: systemd or an administrator restarts it; it stays ours."""
+    world = busy_world(1)
+    watcher = Watcher(world, settings())
+    watcher.run(30)
+    world.set(A0, state="activating", since=world.now)
+    watcher.run(1)
+    assert not watcher.history.units[A0].hold
+
+
+def test_instances_that_are_gone_are_forgotten() -> None:
+    """No memory grows with GPUs that are not there any more."""
+    world = World.of(keys(3))
+    watcher = Watcher(world, settings())
+    watcher.run(2)
+    del world.instances[A0]
+    watcher.run(1)
+    assert set(watcher.history.units) == set(world.instances)
+
+
+def test_the_start_up_time_is_measured() -> None:
+    """The time from activating to active, as a running mean."""
+    world = busy_world(1)
+    world.startup_s = 7.0
+    watcher = Watcher(world, settings())
+    watcher.run(20)
+    assert watcher.history.rates.startup_s == 7.0
+
+
+# -- rates ----------------------------------------------------------------------------------
+
+
+def looked(looks: list[tuple[int, int, int]], active: int = 2, all_busy: bool = True) -> Rates:
+    """Measure one look a second: waiting, in flight, done."""
+    rates = Rates()
+    for second, (waiting, in_flight, done) in enumerate(looks):
+        seen = observe(waiting=waiting, in_flight=in_flight, done=done)
+        rates = measure(rates, seen, active, all_busy, settings(), 1000.0 + second)
+    return rates
+
+
+def test_the_service_rate_is_measured_in_saturation() -> None:
+    """Two workers that do 40 a second with full batches and a backlog: 20 a second each."""
+    rates = looked([(5000 - 40 * second, 64, 40 * second) for second in range(100)])
+    assert rates.known
+    assert rates.service(settings()) == pytest.approx(20, rel=0.01)
+
+
+def test_a_throughput_below_saturation_teaches_no_rate() -> None:
+    """An idle fleet's throughput is the load's, not the workers'."""
+    rates = looked([(0, 2, 3 * second) for second in range(100)], all_busy=False)
+    assert not rates.known
+    assert rates.service(settings()) == settings().assumed_rate
+
+
+def test_a_higher_throughput_is_believed() -> None:
+    """Who does 30 a second can do 30 a second."""
+    rates = looked([(0, 2, 60 * second) for second in range(100)], all_busy=False)
+    assert rates.service(settings()) == pytest.approx(30)
+
+
+def test_arrivals_are_what_waits_and_what_was_served() -> None:
+    """Seven a second arrive, whether they wait or are done."""
+    rates = looked([(4 * second, 0, 3 * second) for second in range(100)])
+    assert rates.steady == pytest.approx(7)
+    assert rates.recent == pytest.approx((0, 7, 0))
+
+
+def test_one_burst_is_no_rate() -> None:
+    """A thousand at once are a backlog; they do not arrive every second."""
+    rates = looked([(0, 0, 0)] * 20 + [(1000, 0, 0)] * 3)
+    assert rates.recent == (0, 0, 0)
+
+
+def test_a_gap_measures_nothing() -> None:
+    """After Redis was away, what happened meanwhile is nobody's rate."""
+    rates = looked([(0, 0, second) for second in range(10)])
+    late = measure(rates, observe(done=100_000), 2, True, settings(), 5000.0)
+    assert late.samples == rates.samples
+    assert replace(late, at=rates.at, done=rates.done, totals=rates.totals) == rates
+
+
+def test_an_instance_that_is_not_ours_is_out_as_its_watcher_says() -> None:
+    """The other host's watcher knows better; its word is taken."""
+    world = busy_world(0)
+    world.instances = {Key(0, "b"): Instance(key=Key(0, "b"), out="in quarantine")}
+    seen = world.see("a", ["b"])
+    assert Watcher(world, settings(), "a").decide(seen).actions == ()
