@@ -43,7 +43,7 @@ class Container:
     """One container: boot it by entering the context, or by ``boot()`` and ``close()``."""
 
     def __init__(
-        self, lower: Path, name: str = "gpuhost", *, zone: str = "", state: Path | None = None
+        self, lower: Path | str, name: str = "gpuhost", *, zone: str = "", state: Path | None = None
     ) -> None:
         self.name = name
         self._zone = zone

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an administrator does on a host, as the tests do it: ask, start, look."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tests.host.container import Container
+
+#: A handwritten 2.
+TWO = (
+    "[[[0,2,15,13,1,0,0,0],[0,13,12,14,7,0,0,0],[0,8,6,6,13,0,0,0],[0,0,0,5,15,0,0,0],"
+    "[0,0,0,11,10,0,0,0],[0,0,2,16,5,0,0,0],[0,0,11,16,13,14,12,0],[0,3,16,14,8,8,7,0]]]"
+)
+API = "http://127.0.0.1:8080"
+
+
+def properties(host: Container, unit: str, *names: str) -> dict[str, str]:
+    """Return properties of a unit as ``systemctl show`` gives them."""
+    said = host.ok(f"systemctl show {unit} -p {','.join(names)}")
+    return dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+
+
+def main_pid(host: Container, unit: str) -> int:
+    """Return a unit's main process, 0 when it has none."""
+    return int(properties(host, unit, "MainPID")["MainPID"])
+
+
+def predict(host: Container, body: str = TWO, path: str = "/predict") -> str:
+    """POST a request; return the task's id."""
+    said = host.ok(f"curl -sf --retry-connrefused -d '{body}' {API}{path}")
+    task_id: str = json.loads(said)["task_id"]
+    return task_id
+
+
+def result(host: Container, task_id: str, wait: float = 30) -> dict[str, Any]:
+    """GET a task's state, waiting for its end."""
+    body: dict[str, Any] = json.loads(host.ok(f"curl -sf '{API}/result/{task_id}?wait={wait:g}'"))
+    return body
+
+
+def journal(host: Container, *matches: str) -> list[dict[str, Any]]:
+    """Return the journal's entries that match, oldest first."""
+    said = host.ok(f"journalctl --sync; journalctl -o json --all --no-pager {' '.join(matches)}")
+    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+
+
+def actions(entries: list[dict[str, Any]]) -> list[str]:
+    """Return the entries' ACTION fields, in order."""
+    return [entry["ACTION"] for entry in entries if "ACTION" in entry]
+
+
+def start_worker(host: Container, number: int = 0) -> None:
+    """Start a worker, as if never before: earlier tests' starts do not count."""
+    unit = f"gpuinfer-worker@{number}"
+    host.ok(f"systemctl reset-failed {unit} 2>/dev/null; systemctl start {unit}")

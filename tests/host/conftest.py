@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The packages as built from this checkout, and hosts on which they are installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import need
+from tests.host.container import Container
+from tests.host.root import CACHE, HostError, missing, root, run
+
+ROOT = Path(__file__).parents[2]
+
+
+def _machine() -> None:
+    """Skip where a container cannot be booted; install what boots one where apt may."""
+    if os.geteuid() == 0 and missing() and os.environ.get("CI"):
+        run("apt-get", "update")
+        run("apt-get", "install", "-y", "--no-install-recommends", *("mmdebstrap", "systemd-container"))
+    lacking = missing()
+    need(not lacking, f"to boot a container: {lacking}")
+
+
+@pytest.fixture(scope="session")
+def debs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Build both packages from this checkout, with what is not committed yet; return them, torch last."""
+    _machine()
+    folder = tmp_path_factory.mktemp("debs")
+    changed = subprocess.run(
+        ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    run(ROOT / "packaging/build-deb", "--out", folder, *(["--worktree"] if changed else []))
+    return sorted(folder.glob("*.deb"), key=lambda file: "torch" in file.name)
+
+
+@pytest.fixture(scope="session")
+def installed(debs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A host with the packages installed, switched off: the layers on which others are booted."""
+    state = Path(tmp_path_factory.mktemp("installed", numbered=False))
+    host = Container(root(), state=CACHE / f"state-{os.getpid()}")
+    try:
+        host.state.mkdir()
+        with host:
+            install(host, debs)
+            (state / "apt.log").write_text(host.ok("cat /var/log/apt/term.log"))
+            host.poweroff()
+        yield f"{host.state}/upper:{root()}"
+    finally:
+        host.close()
+        shutil.rmtree(host.state, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def host(installed: str) -> Iterator[Container]:
+    """A running host of this module's own, freshly installed and booted."""
+    with Container(installed) as container:
+        container.until("curl -sf http://127.0.0.1:8080/health/live", what="the API")
+        yield container
+
+
+def install(host: Container, debs: list[Path]) -> str:
+    """``apt install`` the packages for real; return what it said."""
+    host.ok("mkdir -p /packages")
+    for deb in debs:
+        host.copy(deb, "/packages/")
+    names = " ".join(f"/packages/{deb.name}" for deb in debs)
+    said = host.ok(f"apt-get install -y {names}", timeout=300)
+    if "rror" in said:
+        raise HostError(f"apt-get install complains:\n{said}")
+    host.ok("rm -r /packages")
+    return said

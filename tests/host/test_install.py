@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host right after ``apt install``: what runs, who owns what, how tight the units are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.host.admin import properties
+from tests.host.container import Container
+
+pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
+
+SERVICES = ("redis", "api", "watcher", "worker@0", "restore@0", "flower", "front")
+
+
+@pytest.mark.parametrize(
+    "unit", ["gpuinfer.target", "gpuinfer-redis", "gpuinfer-api.socket", "gpuinfer-api", "gpuinfer-watcher"]
+)
+def test_services_run_and_come_back_at_boot(host: Container, unit: str) -> None:
+    """What needs no GPU is enabled and running without a further command (the host was booted since)."""
+    host.until(f"systemctl is-active {unit}", what=unit)
+    host.ok(f"systemctl is-enabled {unit}")
+
+
+def test_flower_is_there_and_off(host: Container) -> None:
+    """Flower is shipped, and neither enabled nor running."""
+    assert properties(host, "gpuinfer-flower", "LoadState", "ActiveState", "UnitFileState") == {
+        "LoadState": "loaded",
+        "ActiveState": "inactive",
+        "UnitFileState": "disabled",
+    }
+
+
+def test_flower_sees_the_workers_on_loopback(host: Container) -> None:
+    """Started, it answers on 127.0.0.1:5555, and nowhere else."""
+    host.ok("systemctl start gpuinfer-flower")
+    host.until("curl -sf -o /dev/null http://127.0.0.1:5555/workers", what="Flower")
+    assert "127.0.0.1:5555" in host.ok("ss -Hltn sport = :5555")
+    host.ok("systemctl stop gpuinfer-flower")
+
+
+def test_units_are_verified_and_tight(host: Container) -> None:
+    """systemd-analyze finds nothing to say about the units, and at most 1.5 of exposure in each."""
+    assert host.ok("systemd-analyze verify /lib/systemd/system/gpuinfer*").strip() == ""
+    for service in SERVICES:
+        said = host.ok(f"systemd-analyze security --no-pager gpuinfer-{service}.service | tail -n 1")
+        assert float(said.split(":")[1].split()[0]) <= 1.5, said
+
+
+def test_each_program_has_a_user_of_its_own(host: Container) -> None:
+    """Nothing long-lived of ours runs as root, and no two programs as one user."""
+    users = {
+        name: properties(host, f"gpuinfer-{name}", "User")["User"] for name in ("redis", "api", "watcher")
+    }
+    users["worker"] = properties(host, "gpuinfer-worker@0", "User")["User"]
+    assert users == {name: f"gpuinfer-{name}" for name in users}
+
+
+def test_passwords_are_roots_alone(host: Container) -> None:
+    """The credentials are files that only root can read, each another one."""
+    said = host.ok("stat -c '%a %U %n' /etc/gpuinfer/credentials /etc/gpuinfer/credentials/*")
+    lines = [line.split() for line in said.splitlines()]
+    assert lines[0][:2] == ["700", "root"]
+    assert [line[:2] for line in lines[1:]] == [["600", "root"]] * 4
+    assert int(host.ok("cat /etc/gpuinfer/credentials/* | fold -w 64 | sort -u | wc -l")) == 4
+    assert host.sh("setpriv --reuid gpuinfer-worker --clear-groups cat /etc/gpuinfer/credentials/worker").code
+
+
+def test_passwords_are_in_no_command_line_and_no_variable(host: Container) -> None:
+    """Whoever lists processes or units sees no password."""
+    host.ok(
+        "for word in $(cat /etc/gpuinfer/credentials/*); do"
+        " ! grep -lar $word /proc/[0-9]*/cmdline /proc/[0-9]*/environ /run/gpuinfer 2>/dev/null || exit 1;"
+        " ! systemctl show '*' | grep -q $word || exit 1; done"
+    )
+
+
+def test_the_hosts_own_redis_is_not_touched(host: Container) -> None:
+    """Debian's instance on 6379 goes on, empty; ours listens on a socket alone."""
+    assert host.ok("redis-cli -p 6379 dbsize").strip() == "0"
+    listening = host.ok("ss -Hltnp")
+    assert "6379" in listening
+    ours = properties(host, "gpuinfer-redis", "MainPID")["MainPID"]
+    assert f"pid={ours}," not in listening
+
+
+def test_redis_is_tuned_and_answers_nobody_without_a_password(host: Container) -> None:
+    """maxmemory follows the host's RAM, results alone can be evicted, and strangers are refused."""
+    cli = "redis-cli -s /run/gpuinfer/redis/redis.sock"
+    assert "NOAUTH" in host.sh(f"{cli} dbsize").output
+    admin = f"REDISCLI_AUTH=$(cat /etc/gpuinfer/credentials/admin) {cli} --user admin"
+    assert host.ok(f"{admin} config get maxmemory-policy").split()[1] == "volatile-ttl"
+    assert host.ok(f"{admin} config get appendonly").split()[1] == "yes"
+    wanted = next(
+        line.split()[1]
+        for line in host.ok("gpuinfer redis show").splitlines()
+        if line.startswith("maxmemory ")
+    )
+    assert int(host.ok(f"{admin} config get maxmemory").split()[1]) == int(wanted.removesuffix("mb")) * 2**20
+
+
+def test_the_doctor_finds_nothing_wrong(host: Container) -> None:
+    """On a sound host without a GPU ``gpuinfer doctor`` ends with 0 and says so to programs too."""
+    host.until("gpuinfer doctor", what="a clean bill of health", timeout=30)
+    found = json.loads(host.ok("gpuinfer doctor --json"))
+    assert not [finding for finding in found["findings"] if finding["status"] == "error"]
+
+
+def test_the_man_pages_and_the_completion_are_there(host: Container) -> None:
+    """`man gpuinfer`, `man gpuinfer.toml` and TAB work."""
+    assert "gpuinfer" in host.ok("zcat -f /usr/share/man/man1/gpuinfer.1*")
+    assert "maxmemory_mb" in host.ok("zcat -f /usr/share/man/man5/gpuinfer.toml.5*")
+    said = host.ok(
+        "source /usr/share/bash-completion/bash_completion; _completion_loader gpuinfer; complete -p gpuinfer"
+    )
+    assert "gpuinfer" in said

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The appliance at work, used as an administrator uses it: systemctl, curl, journalctl, gpuinfer."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.host.admin import TWO, actions, journal, predict, properties, result, start_worker
+from tests.host.container import Container
+
+pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers(host: Container) -> None:
+    """Workers 0 and 1, started by hand; the watcher is kept out of it."""
+    host.ok("systemctl stop gpuinfer-watcher")
+    start_worker(host, 0)
+    start_worker(host, 1)
+
+
+def test_start_means_that_it_serves(host: Container) -> None:
+    """`systemctl start` comes back when the model is loaded and warm: a request is answered at once."""
+    lines = actions(journal(host, "-u", "gpuinfer-worker@0"))
+    assert lines.index("model_loaded") < lines.index("worker_ready")
+    done = result(host, predict(host))
+    assert (done["status"], done["result"]["label"]) == ("completed", "2")
+
+
+def test_status_tells_model_device_count_and_queue(host: Container) -> None:
+    """`systemctl status` says in one line what the worker serves, on what, how much, and what waits."""
+    result(host, predict(host))
+    shown = host.until(
+        "systemctl status --no-pager 'gpuinfer-worker@*' | grep 'Status: .* [1-9][0-9]* done'",
+        timeout=15,
+    )
+    assert re.search(r'"digits on cpu: [\d,]+ done, [\d,]+/s, [\d,]+ waiting"', shown), shown
+
+
+def test_submit_from_the_command_line(host: Container) -> None:
+    """Root's `gpuinfer submit` needs no password and no address."""
+    said = json.loads(host.ok(f"gpuinfer submit --wait --json '{TWO}'"))
+    answer = said[0] if isinstance(said, list) else said
+    assert "2" in json.dumps(answer)
+
+
+def test_the_journal_tells_one_tasks_story(host: Container) -> None:
+    """journalctl TASK_ID=... shows the API's acceptance and the worker's batch, with their fields."""
+    task_id = predict(host)
+    result(host, task_id)
+    story = journal(host, f"TASK_ID={task_id}")
+    assert actions(story)[:2] == ["task_accepted", "batch_done"]
+    accepted, batch = story[:2]
+    assert (accepted["_SYSTEMD_UNIT"], accepted["QUEUE"], accepted["MODEL"]) == (
+        "gpuinfer-api.service",
+        "realtime",
+        "digits",
+    )
+    assert re.fullmatch(r"gpuinfer-worker@[01]\.service", batch["_SYSTEMD_UNIT"])
+    assert {"BATCH_SIZE", "DURATION_MS", "GPU", "WORKER", "MODEL", "QUEUE"} <= set(batch)
+    assert batch["PRIORITY"] == "6"
+    assert task_id in host.ok(f"gpuinfer logs --task {task_id} --json")
+
+
+def test_a_line_comes_once(host: Container) -> None:
+    """Neither Celery nor uvicorn says again what we say."""
+    task_id = predict(host)
+    result(host, task_id)
+    entries = [entry for entry in journal(host, "-n", "200") if task_id in json.dumps(entry)]
+    assert sorted(actions(entries)) == ["batch_done", "request", "task_accepted"]
+
+
+def test_warnings_show_just_trouble(host: Container) -> None:
+    """`journalctl -u 'gpuinfer-*' -p warning` names a task that fails, and none that ends well."""
+    good = predict(host)
+    result(host, good)
+    bad = predict(host, '{"inputs": [[[0]]]}')
+    assert result(host, bad)["status"] == "failed"
+    trouble = json.dumps(journal(host, "-u", "'gpuinfer-*'", "-p", "warning"))
+    assert bad in trouble
+    assert good not in trouble
+
+
+def test_no_payload_and_no_password_is_logged(host: Container) -> None:
+    """What users send and the passwords are nowhere in the journal."""
+    result(host, predict(host, TWO.replace("15,13", "15,13.3125")))
+    assert "13.3125" not in host.ok("journalctl --sync; journalctl --no-pager -o json --all | cat")
+    host.ok(
+        "for word in $(cat /etc/gpuinfer/credentials/*); do ! journalctl -o json --all | grep -q $word; done"
+    )
+
+
+def test_the_journal_is_kept(host: Container) -> None:
+    """The journal lies on the disk, within bounds."""
+    assert host.ok("ls /var/log/journal/*/system.journal")
+    assert "SystemMaxUse=2G" in host.ok("systemd-analyze cat-config systemd/journald.conf")
+
+
+def test_celery_and_its_tools_work(host: Container) -> None:
+    """An administrator's `celery inspect` hears from every worker."""
+    said = host.ok("cd / && /usr/lib/gpuinfer/bin/python3 -m celery -A gpuinfer.queue.app inspect ping")
+    assert "gpu0@gpuhost" in said
+    assert "gpu1@gpuhost" in said
+
+
+def test_a_gpu_of_its_own_queues(host: Container) -> None:
+    """/etc/gpuinfer/worker@N.env gives one GPU its own queues."""
+    host.put("/etc/gpuinfer/worker@1.env", "GPUINFER_WORKER_QUEUES=realtime\n")
+    host.ok("systemctl restart gpuinfer-worker@1; systemctl stop gpuinfer-worker@0")
+    ids = {
+        queue: predict(host, f'{{"inputs": {TWO}, "queue": "{queue}"}}') for queue in ("realtime", "batch")
+    }
+    assert result(host, ids["realtime"])["status"] == "completed"
+    assert result(host, ids["batch"], wait=1)["status"] == "queued"
+    host.ok("rm /etc/gpuinfer/worker@1.env; systemctl restart gpuinfer-worker@1")
+    assert result(host, ids["batch"])["status"] == "completed"
+    start_worker(host, 0)
+
+
+def test_the_wrong_settings_end_in_a_clear_failed_state(host: Container) -> None:
+    """A setting that cannot be right is named in `systemctl status`, and is not tried again and again."""
+    host.put("/etc/gpuinfer/worker@3.env", "GPUINFER_WORKER_DEVICE=cuda\n")
+    assert host.sh("systemctl start gpuinfer-worker@3").code
+    state = properties(host, "gpuinfer-worker@3", "ActiveState", "NRestarts", "ExecMainStatus")
+    assert state == {"ActiveState": "failed", "NRestarts": "0", "ExecMainStatus": "69"}
+    assert "this host has no usable GPU" in host.sh("systemctl status --no-pager gpuinfer-worker@3").output
+    host.ok("rm /etc/gpuinfer/worker@3.env; systemctl reset-failed gpuinfer-worker@3")
+
+
+def test_the_api_restarts_without_refusing_anybody(host: Container) -> None:
+    """Requests that come while the API restarts are answered, every one."""
+    said = host.ok(
+        "for i in $(seq 1 200); do curl -s -o /dev/null -w '%{http_code}\\n' http://127.0.0.1:8080/health/live;"
+        " [ $i != 50 ] || systemctl restart --no-block gpuinfer-api; sleep 0.02; done | sort | uniq -c",
+        timeout=200,
+    )
+    assert said.split() == ["200", "200"], said
+
+
+def test_the_target_stops_the_api_first_and_redis_last(host: Container) -> None:
+    """`systemctl stop gpuinfer.target`: the API, then the workers, which drain, then Redis."""
+    host.ok("systemctl stop gpuinfer.target")
+    units = ("gpuinfer-api", "gpuinfer-worker@0", "gpuinfer-worker@1", "gpuinfer-redis")
+    host.until(" && ".join(f"! systemctl is-active -q {unit}" for unit in units))
+    left = {
+        unit: int(
+            properties(host, unit, "InactiveEnterTimestampMonotonic")["InactiveEnterTimestampMonotonic"]
+        )
+        for unit in units
+    }
+    assert left["gpuinfer-api"] < left["gpuinfer-worker@0"] < left["gpuinfer-redis"], left
+    assert left["gpuinfer-api"] < left["gpuinfer-worker@1"] < left["gpuinfer-redis"], left
+    assert properties(host, "gpuinfer-worker@0", "Result")["Result"] == "success"
+    host.ok("systemctl start gpuinfer.target")

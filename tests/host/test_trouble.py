@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that can die is killed, hung or filled up, and nothing that was accepted is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.host.admin import TWO, actions, journal, main_pid, predict, properties, result, start_worker
+from tests.host.container import Container
+from tests.models_for_tests import sleeper
+
+pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
+WORKER = "gpuinfer-worker@0"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers(host: Container, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A worker that serves the digits, a model that takes 45 s, and one that hangs for good."""
+    folder = Path(tmp_path_factory.mktemp("models"))
+    sleeper(folder / "slow", seconds=45, soft_time_limit_s=100, hard_time_limit_s=110)
+    sleeper(folder / "hangs", seconds=3600, soft_time_limit_s=3, hard_time_limit_s=4)
+    for name in ("slow", "hangs"):
+        host.copy(folder / name, "/var/lib/gpuinfer/models/")
+    host.put("/etc/gpuinfer/worker@0.env", "GPUINFER_WORKER_MODELS=digits,slow,hangs\n")
+    host.ok("systemctl stop gpuinfer-watcher; chmod -R a+rX /var/lib/gpuinfer/models")
+    start_worker(host)
+
+
+def burst(host: Container, count: int) -> list[str]:
+    """Submit many tasks at once; return their ids."""
+    inputs = f"for i in $(seq {count}); do echo '{TWO}'; done"
+    return host.ok(f"({inputs}) | gpuinfer submit -").split()
+
+
+def all_completed(host: Container, ids: list[str]) -> None:
+    """Hold that each task has its result."""
+    for task_id in ids:
+        state = result(host, task_id)
+        assert state["status"] == "completed", state
+
+
+def test_a_killed_workers_task_is_done_by_its_next_process(host: Container) -> None:
+    """SIGKILL in the middle of a batch: the task is back in the queue at once, and is done."""
+    task_id = predict(host, '{"inputs": [1.0], "model": "slow"}')
+    host.until(f"curl -s http://127.0.0.1:8080/result/{task_id} | grep -q running", timeout=20)
+    before = main_pid(host, WORKER)
+    host.ok(f"kill -9 {before}")
+    host.until("systemctl show gpuinfer-restore@0 -p ExecMainExitTimestamp | grep -q ':'", timeout=10)
+    host.until(f"[ $(systemctl show -P MainPID {WORKER}) -ne {before} ] && systemctl is-active {WORKER}")
+    told = actions(journal(host, f"TASK_ID={task_id}"))
+    assert "restored" in told
+    assert result(host, task_id, wait=60)["status"] in ("completed", "running")
+    assert result(host, task_id, wait=60)["status"] == "completed"
+    # It took 45 s, and the watchdog looks every 30: a long batch that may be long is left alone.
+    assert properties(host, WORKER, "NRestarts")["NRestarts"] == "1"
+
+
+def test_a_hung_model_ends_at_its_limit_and_the_worker_comes_back(host: Container) -> None:
+    """A model that hangs costs its own task, which fails with its reason; the next task is served."""
+    before = main_pid(host, WORKER)
+    task_id = predict(host, '{"inputs": [1.0], "model": "hangs"}')
+    state = result(host, task_id, wait=30)
+    assert (state["status"], state["error"]["code"]) == ("failed", "time_limit_exceeded"), state
+    host.until(f"[ $(systemctl show -P MainPID {WORKER}) -ne {before} ] && systemctl is-active {WORKER}")
+    all_completed(host, [predict(host)])
+
+
+def test_a_stopped_process_is_restarted_by_the_watchdog(host: Container) -> None:
+    """A worker whose event loop stands still is ended, says where it stood, and starts anew."""
+    host.ok(f"systemctl reset-failed {WORKER}; kill -STOP {main_pid(host, WORKER)}")
+    ids = burst(host, 3)
+    all_completed_after = host.until(
+        f"journalctl -u {WORKER} | grep \"Failed with result 'watchdog'\"", timeout=60
+    )
+    assert all_completed_after
+    host.until(f"systemctl is-active {WORKER}")
+    assert "Fatal Python error: Aborted" in host.ok(f"journalctl --no-pager -u {WORKER}")
+    all_completed(host, ids)
+
+
+def test_redis_is_killed_and_nothing_accepted_is_lost(host: Container) -> None:
+    """SIGKILL of Redis: it comes back with what it had, and workers and API find it again by themselves."""
+    host.ok(f"systemctl stop {WORKER}")
+    ids = burst(host, 300)
+    host.ok("sleep 1.2")  # everysec: what is older than a second is on the disk, whatever dies
+    before = main_pid(host, "gpuinfer-redis")
+    host.ok(f"kill -9 {before}")
+    host.until(
+        f"[ $(systemctl show -P MainPID gpuinfer-redis) -ne {before} ] && systemctl is-active gpuinfer-redis"
+    )
+    start_worker(host)
+    before = main_pid(host, "gpuinfer-redis")
+    host.ok(f"kill -9 {before}")
+    all_completed(host, ids[:5] + ids[-5:])
+    host.until("gpuinfer queue status --json | grep -q '\"waiting\": *0'", timeout=30)
+    worker = main_pid(host, WORKER)
+    all_completed(host, [predict(host)])
+    assert main_pid(host, WORKER) == worker
+
+
+def test_the_api_is_killed_and_answers_again(host: Container) -> None:
+    """SIGKILL of the API: what it took is done, and the next request is answered by its next process."""
+    ids = [predict(host) for _ in range(3)]
+    host.ok(f"kill -9 {main_pid(host, 'gpuinfer-api')}")
+    all_completed(host, [*ids, predict(host)])
+
+
+def test_a_stop_drains(host: Container) -> None:
+    """`systemctl stop` finishes the batch that runs and hands the rest back; nobody is killed."""
+    running = predict(host, '{"inputs": [1.0], "model": "slow"}')
+    host.until(f"curl -s http://127.0.0.1:8080/result/{running} | grep -q running", timeout=20)
+    waiting = burst(host, 20)
+    host.ok(f"systemctl stop {WORKER}", timeout=150)
+    assert result(host, running, wait=1)["status"] == "completed"
+    assert {result(host, task_id, wait=0)["status"] for task_id in waiting} == {"queued"}
+    assert properties(host, WORKER, "Result")["Result"] == "success"
+    start_worker(host)
+    all_completed(host, waiting)
+
+
+def test_a_worker_that_cannot_stay_up_ends_in_failed(host: Container) -> None:
+    """A crash loop ends, in a state that `systemctl --failed` lists; its GPU's neighbours go on."""
+    host.ok(f"systemctl reset-failed {WORKER}")
+    host.until(
+        f"kill -9 $(systemctl show -P MainPID {WORKER}) 2>/dev/null;"
+        f" systemctl is-failed -q {WORKER} && systemctl show -P Result {WORKER} | grep -q start-limit-hit"
+        f" || systemctl show -P SubState {WORKER} | grep -q '^failed'",
+        timeout=90,
+    )
+    assert WORKER in host.sh("systemctl --failed --no-pager").output
+    start_worker(host)
+    all_completed(host, [predict(host)])
+
+
+def test_a_full_redis_refuses_and_recovers(host: Container) -> None:
+    """maxmemory reached: 503 with Retry-After for new work; when there is room, all goes on."""
+    cli = (
+        "REDISCLI_AUTH=$(cat /etc/gpuinfer/credentials/admin)"
+        " redis-cli -s /run/gpuinfer/redis/redis.sock --user admin --no-auth-warning"
+    )
+    host.ok(f"{cli} config set maxmemory 1mb")
+    said = host.ok(f"curl -s -i -d '{TWO}' http://127.0.0.1:8080/predict")
+    assert " 503 " in said.splitlines()[0]
+    assert "retry-after:" in said.lower()
+    assert "error   redis.reach" in host.sh("gpuinfer doctor redis").output
+    host.ok(f"{cli} config set maxmemory 1gb")
+    all_completed(host, [predict(host)])
