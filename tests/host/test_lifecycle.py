@@ -26,9 +26,9 @@ def next_version(debs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> 
     control.write_text(text.replace(f"Version: {version}", f"Version: {version}+next"))
     shipped = tree / "etc/gpuinfer/gpuinfer.toml"
     shipped.write_text(shipped.read_text() + "\n# a line of the next version\n")
-    return Path(
-        run("dpkg-deb", "-Zzstd", "-z1", "-b", tree, tree.parent / "gpuinfer_next_amd64.deb") and ""
-    ) / (tree.parent / "gpuinfer_next_amd64.deb")
+    package = tree.parent / "gpuinfer_next_amd64.deb"
+    run("dpkg-deb", "-Zzstd", "-z1", "-b", tree, package)
+    return package
 
 
 def test_upgrade_keeps_an_admins_edit_and_rolls_the_workers(host: Container, next_version: Path) -> None:
