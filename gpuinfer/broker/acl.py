@@ -72,7 +72,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+rpop", "+rpush", "+lpush", "+llen", "+brpop", *_LISTS),
         _selector("+lpush", "+ltrim", "+brpop", "+rpop", "+llen", _BELLS),
         _selector(
-            *("+hset", "+hget", "+hdel", "+hkeys", "+hgetall", "+hlen", "+hexists"),
+            *("+hset", "+hget", "+hdel", "+hkeys", "+hgetall", "+hlen", "+hexists", "+hincrby"),
             *("+incr", "+set", "+get", "+del", "+exists", "+expire"),
             _OURS,
         ),

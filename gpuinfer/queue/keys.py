@@ -23,6 +23,8 @@ IDEMPOTENCY_PREFIX = "gpuinfer:key:"
 HEARTBEAT_PREFIX = "gpuinfer:heartbeat:"
 DEAD = "gpuinfer:dead"
 WAITING = "gpuinfer:waiting"
+#: List -> how many tasks were ever claimed from it.
+CLAIMED = "gpuinfer:claimed"
 
 
 def list_key(queue: str, priority: int) -> str:

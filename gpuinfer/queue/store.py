@@ -128,7 +128,10 @@ class Store:
         try:
             flat = self._claim(
                 keys=[self.inflight, keys.WAITING, bell, keys.life(self.worker), *lists],
-                args=[room, ageing_ms, self._seq, self._life, keys.RESULT_PREFIX if begin else ""],
+                args=[
+                    *(room, ageing_ms, self._seq, self._life, keys.RESULT_PREFIX if begin else ""),
+                    keys.CLAIMED,
+                ],
             )
         except (redis.ConnectionError, redis.TimeoutError):
             self._unsure, self._life = True, 0

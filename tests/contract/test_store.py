@@ -309,3 +309,13 @@ def test_idempotency(store: Store, client: Client) -> None:
     assert client.submit([1], idempotency_key="other") != first
     store.client.delete(keys.result(first))
     assert client.submit([1], idempotency_key="k") != first
+
+
+def test_claims_are_counted_for_the_watcher(store: Store, client: Client) -> None:
+    """How many tasks were ever claimed of each list: with what waits, that is what ever arrived."""
+    for priority in (0, 0, 9):
+        client.submit([1], priority=priority)
+    store.claim(2)
+    store.claim(5)
+    counts = store.client.hgetall(keys.CLAIMED)
+    assert counts == {b"realtime": b"2", keys.list_key("realtime", 9).encode(): b"1"}

@@ -2,12 +2,14 @@
 -- Pop up to N tasks, the most urgent first, and record them as in flight, in one step.
 -- KEYS: in-flight hash, waiting hash, bell, life counter, then the lists in the order they are served
 -- ARGV: N, ageing in milliseconds (0: off), the first sequence id to use, the life of the claimer,
---       result key prefix when a task that comes alone runs at once and is noted as begin.lua does, else ''
+--       result key prefix when a task that comes alone runs at once and is noted as begin.lua does, else '',
+--       the hash that counts for the watcher how many tasks were ever claimed from each list
 -- Returns {seq, list index (1-based; negative: it has aged and goes first), payload, seq, ...}, and
 -- at the end the id of the task noted as running, if there is one.
 -- Payloads are not parsed.
 local inflight, waiting, bell = KEYS[1], KEYS[2], KEYS[3]
 local room, ageing, seq = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local counts = ARGV[6] or ''
 local claimed = {}
 local left = 0
 
@@ -24,6 +26,7 @@ local function take(index, aged)
   local popped = redis.call('RPOP', list, room)
   if not popped then return end
   room = room - #popped
+  if counts ~= '' then redis.call('HINCRBY', counts, list, #popped) end
   for _, payload in ipairs(popped) do
     local field = string.format('%.0f', seq)
     redis.call('HSET', inflight, field, payload, field .. ':list', list)
