@@ -120,7 +120,8 @@ def prepare(settings: Settings, name: str) -> Process:
         loaded = _load_models(settings, binding)
     device = "cpu" if binding.device == "cpu" else f"gpu{number_of(name)}"
     batcher = _build(settings, name, loaded, device)
-    return Process(batcher, Pulse(batcher, name, number_of(name)), lock)
+    pulse = Pulse(batcher, name, number_of(name), redis_timeout_s=settings.broker.connect_timeout_s)
+    return Process(batcher, pulse, lock)
 
 
 def _wanted(settings: Settings) -> tuple[str, ...]:

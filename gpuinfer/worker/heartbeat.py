@@ -36,6 +36,9 @@ HEARTBEAT_TTL_S = 30
 STUCK_GRACE_S = 20.0
 #: What a stop may take beside the batch that runs, in seconds.
 DRAIN_ALLOWANCE_S = 45.0
+#: How many answers the main thread may wait for in a row, each its whole timeout, when Redis is deaf: the one
+#: that tells, and those that Celery's orderly end of a connection asks for (five were seen).
+DEAF_ANSWERS = 10
 _EXTEND_EVERY_S = 10.0
 
 
@@ -78,13 +81,18 @@ class Pulse:
         notifier: SystemdNotifier | None = None,
         clock: Callable[[], float] = time.monotonic,
         environ: Mapping[str, str] = os.environ,
+        redis_timeout_s: float = 5.0,
     ) -> None:
         self._batcher = batcher
         self._name = name
         self._gpu = gpu
         self._notifier = notifier or SystemdNotifier()
         self._clock = clock
-        self._feed_every_s = int(environ.get("WATCHDOG_USEC") or 0) / 4e6
+        watchdog_s = int(environ.get("WATCHDOG_USEC") or 0) / 1e6
+        self._feed_every_s = watchdog_s / 4
+        #: What the watchdog must allow; 0 where what the unit says is enough.
+        self._watchdog_s = DEAF_ANSWERS * redis_timeout_s if watchdog_s else 0.0
+        self._watchdog_s = self._watchdog_s if self._watchdog_s > watchdog_s else 0.0
         self._fed_at = self._told_at = clock()
         self._told_done = 0
         self._since = time.time()
@@ -99,7 +107,10 @@ class Pulse:
         if not self._ready:
             self._notifier.notify("READY=1")
             self._ready = True
-            self._report()
+            if self._watchdog_s:  # a deaf Redis is no hung worker
+                self._notifier.notify(f"WATCHDOG_USEC={int(self._watchdog_s * 1e6)}")
+            if not self._away:
+                self._report()
 
     def lost(self) -> None:
         """Redis is away: the worker is up, and waits."""

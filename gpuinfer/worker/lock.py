@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ def acquire(run_dir: Path, worker: str) -> IO[str]:
     path = run_dir / f"{worker}.lock"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="ascii")
+        file = _open(path)
         if os.geteuid() == 0:  # an administrator's restore must not keep the worker's own user out
             owner_of = run_dir.stat()
             os.fchown(file.fileno(), owner_of.st_uid, owner_of.st_gid)
@@ -39,6 +40,19 @@ def acquire(run_dir: Path, worker: str) -> IO[str]:
     file.write(f"{os.getpid()}\n")
     file.flush()
     return file
+
+
+def _open(path: Path) -> IO[str]:
+    """Open a lock file, made where it is missing.
+
+    Not through a link: the folder is the worker's, whose model is a program, and we may be root.
+    """
+    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+    found = os.fstat(number)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        os.close(number)
+        raise OSError(f"{path} is no plain file of its own")
+    return os.fdopen(number, "r+", encoding="ascii")
 
 
 @contextmanager
