@@ -18,19 +18,11 @@ from tests.host.root import CACHE, HostError, missing, root, run
 ROOT = Path(__file__).parents[2]
 
 
-def _machine() -> None:
-    """Skip where a container cannot be booted; install what boots one where apt may."""
-    if os.geteuid() == 0 and missing() and os.environ.get("CI"):
-        run("apt-get", "update")
-        run("apt-get", "install", "-y", "--no-install-recommends", *("mmdebstrap", "systemd-container"))
-    lacking = missing()
-    need(not lacking, f"to boot a container: {lacking}")
-
-
 @pytest.fixture(scope="session")
 def debs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Build both packages from this checkout, with what is not committed yet; return them, torch last."""
-    _machine()
+    lacking = missing()
+    need(not lacking, f"what boots a container ({lacking})")
     folder = tmp_path_factory.mktemp("debs")
     changed = subprocess.run(
         ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True
