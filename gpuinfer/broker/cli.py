@@ -20,6 +20,9 @@ FOLDER = Path("/run/gpuinfer/redis")
 CREDENTIALS = Path("/etc/gpuinfer/credentials")
 #: The administrator's own users, one line each as Redis's ACL files have them.
 MORE_USERS = Path("/etc/gpuinfer/redis-users.acl")
+_MEND = "`dpkg-reconfigure gpuinfer` makes missing passwords"
+#: Redis refuses to start with a user that is named twice.
+_TAKEN = ("default", "admin", "api", "worker", "watcher")
 
 
 @click.group(epilog="Example: gpuinfer redis show")
@@ -46,9 +49,7 @@ def prepare(loaded: Loaded, folder: Path) -> None:
     """
     from gpuinfer.broker import acl, tuning
 
-    users = acl.render(passwords())
-    if MORE_USERS.exists():
-        users += _read(MORE_USERS).strip() + "\n"
+    users = acl.render(passwords()) + more_users()
     _write(folder / "tuning.conf", tuning.render(loaded.settings.redis, tuning.host_memory_bytes()))
     _write(folder / "users.acl", users)
 
@@ -61,12 +62,14 @@ def local(ctx: click.Context) -> None:
     systemd takes 1 to 254 from ExecCondition= for "not here", and 255 for a failure.
     """
     try:
-        url = ctx.obj.settings.broker.url
+        url: str = ctx.obj.settings.broker.url
     except ConfigError as exc:
         click.echo(f"gpuinfer: error: {exc}", err=True)
         ctx.exit(255)
-    if not url.partition("://")[2].startswith(f"{FOLDER}/"):
-        click.echo(f"broker.url is {url.rpartition('@')[2]}: this host has no Redis of its own to run")
+    if not url.rpartition("@")[2].rpartition("://")[2].startswith(f"{FOLDER}/"):
+        from gpuinfer.settings import shown
+
+        click.echo(f"broker.url is {shown('broker.url', url)}: this host has no Redis of its own to run")
         ctx.exit(1)
 
 
@@ -75,27 +78,51 @@ def passwords() -> Mapping[str, str]:
     from gpuinfer.broker.acl import USERS
 
     folder = Path(os.environ.get("CREDENTIALS_DIRECTORY", CREDENTIALS))
-    found = {user: _read(folder / user).strip() for user in USERS}
+    found = {user: _read(folder / user, f"; {_MEND}").strip() for user in USERS}
     for user, password in found.items():
         if not password:
-            raise ConfigError("is empty; `dpkg-reconfigure gpuinfer` makes a new one", str(folder / user))
+            raise ConfigError(f"is empty; {_MEND}", str(folder / user))
     return found
 
 
-def _read(path: Path) -> str:
+def more_users() -> str:
+    """Return the administrator's own users, without comments, which Redis would refuse to start with.
+
+    Raises ConfigError naming the line that is no user of his own.
+    """
+    if not MORE_USERS.exists():
+        return ""
+    lines = []
+    for number, line in enumerate(_read(MORE_USERS).splitlines(), start=1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        if words[0] != "user" or len(words) < 2 or words[1] in _TAKEN:
+            wanted = f"must be `user NAME RULES...`, with another name than {', '.join(_TAKEN)}"
+            raise ConfigError(f"line {number} {wanted}", str(MORE_USERS))
+        lines.append(line.strip() + "\n")
+    return "".join(lines)
+
+
+def _read(path: Path, hint: str = "") -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as exc:
-        hint = "; `dpkg-reconfigure gpuinfer` makes missing passwords"
-        raise ConfigError(f"cannot be read: {exc.strerror or exc}{hint}", str(path)) from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        raise ConfigError(f"cannot be read: {reason}{hint}", str(path)) from exc
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a file in one step, readable by its owner alone."""
+    """Replace a file in one step, readable by its owner alone.
+
+    What lies in the place of the new one goes first: no link there is followed.
+    """
     new = path.with_name(path.name + ".new")
     try:
-        new.touch(mode=0o600)
-        new.write_text(text, encoding="utf-8")
+        new.unlink(missing_ok=True)
+        number = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.write(text)
         new.replace(path)
     except OSError as exc:
         raise ConfigError(f"cannot be written: {exc.strerror or exc}", str(path)) from exc
