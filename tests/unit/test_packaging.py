@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What packaging/ writes and decides without building: the manual pages, torch's wheels, versions in step."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tomllib
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from gpuinfer import __version__
+from gpuinfer.cli import COMMANDS
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+PACKAGING = ROOT / "packaging"
+
+
+def script(name: str) -> ModuleType:
+    """Import a script of packaging/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, PACKAGING / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+manpages = script("manpages")
+torch_wheel = script("torch_wheel")
+
+
+def wheel(folder: Path, cuda: str, *requires: str) -> Path:
+    """Write a wheel of torch with just what is looked at."""
+    target = folder / "torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl"
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr("torch/version.py", f"debug = False\ncuda: Optional[str] = {cuda}\nhip = None\n")
+        lines = "".join(f"Requires-Dist: {line}\n" for line in requires)
+        archive.writestr("torch-2.13.0.dist-info/METADATA", f"Name: torch\n{lines}")
+    return target
+
+
+# -- manual pages -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "roff"),
+    [
+        ("--json", r"\-\-json"),
+        (".toml is\n.the end", "\\&.toml is\n\\&.the end"),
+        ('it\'s a \\ and "so"', r"it\(aqs a \e and \(dqso\(dq"),
+    ],
+)
+def test_text_is_never_taken_for_a_request_of_roff(text: str, roff: str) -> None:
+    """Whatever a help text holds, it is printed as it stands."""
+    assert manpages.escape(text) == roff
+
+
+def test_paragraphs_are_joined_but_for_those_that_keep_their_lines() -> None:
+    """A docstring's line breaks are not the page's, except after click's own mark."""
+    assert list(manpages.paragraphs("One\n  two.\n\n\b\na\nb\n")) == ["One two.", ".nf\na\nb\n.fi"]
+
+
+def test_the_page_of_the_command_names_every_subcommand() -> None:
+    """gpuinfer(1) is made from the same table as --help."""
+    page = manpages.command_page()
+    for name in COMMANDS:
+        assert f'.SS "gpuinfer {name.replace("-", chr(92) + "-")} ' in page
+    assert f'"gpuinfer {__version__}"' in page
+
+
+def test_the_page_of_the_settings_names_every_setting_of_the_file() -> None:
+    """gpuinfer.toml(5) holds each setting with its default, and none without words."""
+    file = ROOT / "etc" / "gpuinfer.toml"
+    uncommented = re.sub(r"(?m)^#(?=\w+ = )", "", file.read_text())
+    page = manpages.settings_page(file)
+    for section, settings in tomllib.loads(uncommented).items():
+        part = page.split(f".SH [{section}]\n", 1)[1].split("\n.SH ", 1)[0]
+        for name in settings:
+            assert re.search(rf"(?m)^\.B {name} = .*\n.+$", part), (section, name)
+
+
+def test_a_line_that_cannot_be_read_stops_the_build() -> None:
+    """A settings file that has outgrown the script is an error, not a page with a hole."""
+    with pytest.raises(ValueError, match="line 2 is no comment"):
+        list(manpages.settings_text(["[api]", '  "b"]']))
+
+
+def test_the_date_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two builds of one commit write the same bytes."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    assert '"1970-01-02"' in manpages.header("x", 1, "y")
+
+
+@pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
+def test_roff_has_no_complaint(tmp_path: Path) -> None:
+    """Both pages are formatted without a warning."""
+    pages = {"a.1": manpages.command_page(), "b.5": manpages.settings_page(ROOT / "etc" / "gpuinfer.toml")}
+    for name, text in pages.items():
+        (tmp_path / name).write_text(text)
+        done = subprocess.run(
+            ["groff", "-man", "-Tutf8", "-Kutf8", "-ww", "-z", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stderr == ""
+
+
+# -- torch's wheels -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cuda", "kind"), [("None", "cpu"), ("'13.0'", "cuda")])
+def test_the_build_is_told_from_the_wheel_itself(tmp_path: Path, cuda: str, kind: str) -> None:
+    """A file's name is no proof: an index of one's own may call either build torch-2.13.0."""
+    assert torch_wheel.flavour(wheel(tmp_path, cuda)) == kind
+
+
+def test_a_gpu_build_wants_its_libraries_beside_it(tmp_path: Path) -> None:
+    """What is missing is named when the package is built, not when a worker starts."""
+    file = wheel(
+        tmp_path,
+        "'13.0'",
+        'nvidia-cublas==13.1; platform_system == "Linux"',
+        'triton==3.5 ; platform_system == "Linux"',
+        'nvidia-extra; extra == "more"',
+        "sympy>=1.13",
+    )
+    (tmp_path / "nvidia_cublas-13.1-py3-none-manylinux_2_27_x86_64.whl").touch()
+    assert torch_wheel.missing(file) == ["triton"]
+
+
+# -- in step ------------------------------------------------------------------------------
+
+
+def test_the_package_has_the_version_of_the_product() -> None:
+    """The Debian changelog and the code name one version."""
+    first = (PACKAGING / "debian" / "changelog").read_text().splitlines()[0]
+    assert first.startswith(f"gpuinfer ({__version__}) ")
+
+
+def test_one_torch_everywhere() -> None:
+    """The lock, the environment, the package and its changelog speak of the same torch."""
+    pins = {
+        name: re.findall(r'"torch==([\d.]+)"', (PACKAGING / name).read_text())
+        for name in ("lock", "setup-env", "build-deb")
+    }
+    packaged = re.match(r"gpuinfer-torch \(([\d.]+)-", (PACKAGING / "debian-torch" / "changelog").read_text())
+    assert packaged
+    assert set(map(tuple, pins.values())) == {(packaged[1],)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["build-deb", "--torch", "rocm"], "--torch is cpu, cuda or none, not rocm"),
+        (["build-deb", "--only", "torch", "--torch", "none"], "leaves nothing to build"),
+        (["build-deb", "--wheels", "/nowhere"], "there is no such folder"),
+        (["build-deb", "--out"], "--out wants a value"),
+        (["build-repo", "one.deb"], "packages and a folder are wanted"),
+        (["build-repo", "--sign"], "unknown option: --sign"),
+    ],
+)
+def test_a_wrong_call_is_refused_before_any_work(tmp_path: Path, arguments: list[str], said: str) -> None:
+    """Both programs say what is wrong, and have not written anything."""
+    done = subprocess.run(
+        [str(PACKAGING / arguments[0]), *arguments[1:]],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []
