@@ -75,6 +75,20 @@ class JournalUnavailable(GpuinferError):
     exit_code = 69  # EX_UNAVAILABLE
 
 
+class UnitsUnavailable(GpuinferError):
+    """Raised when systemd cannot be reached over D-Bus, or a worker process cannot be started."""
+
+    code = "units_unavailable"
+    exit_code = 69  # EX_UNAVAILABLE
+
+
+class UnitRefused(GpuinferError):
+    """Raised when systemd, or polkit for it, refuses to start, stop or reset a worker's unit."""
+
+    code = "unit_refused"
+    exit_code = 77  # EX_NOPERM
+
+
 class MissingExtra(GpuinferError):
     """Raised when a command needs a library that is not installed, and says which extra brings it."""
 

@@ -20,6 +20,51 @@ def watcher() -> None:
     """Keep as many workers running as the queues need."""
 
 
+@watcher.command(epilog="Example: gpuinfer watcher run --dry-run")
+@click.option("--dry-run", is_flag=True, help="Only log what would be done, as watcher.decisions = log does.")
+@click.pass_obj
+def run(loaded: Loaded, dry_run: bool) -> None:
+    """Watch, decide and act until SIGTERM. Workers run on when it ends."""
+    import asyncio
+
+    from gpuinfer.log import configure
+    from gpuinfer.watcher.main import serve
+
+    settings = loaded.settings
+    configure(settings.log, program="gpuinfer-watcher")
+    asyncio.run(serve(settings, act=not dry_run and settings.watcher.decisions == "act"))
+
+
+@watcher.command(epilog="Example: gpuinfer watcher explain --last 5")
+@click.option("--last", type=click.IntRange(1, 500), default=10, show_default=True, help="How many.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def explain(loaded: Loaded, last: int, as_json: bool) -> None:
+    """Print the last decisions of all hosts, the newest first: what was done, from which numbers, and why.
+
+    They are kept in Redis; the journal has them too: journalctl -u gpuinfer-watcher.
+    """
+    from datetime import UTC, datetime
+
+    import orjson
+
+    from gpuinfer.queue.connection import connect, typed_errors
+    from gpuinfer.watcher.notes import told
+    from gpuinfer.watcher.probe import DECISIONS
+
+    with typed_errors():
+        texts: list[bytes] = connect(loaded.settings.broker).lrange(DECISIONS, 0, last - 1)  # type: ignore[assignment]
+    entries = [orjson.loads(text) for text in texts]
+    if as_json:
+        click.echo(orjson.dumps({"decisions": entries}, option=orjson.OPT_INDENT_2))
+        return
+    for entry in entries:
+        when = datetime.fromtimestamp(entry["at"], UTC).astimezone().isoformat(sep=" ", timespec="seconds")
+        click.echo(told(entry, when))
+    if not entries:
+        click.echo("no decision yet: nothing had to be started or stopped")
+
+
 @watcher.command(
     epilog="Example: gpuinfer watcher simulate --pattern flash --gpus 8 --plot flash.png",
 )

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The watcher's loop: look, decide, write down, act. One bad look is no reason to end.
+
+What it has commanded is kept in Redis before it is done: one that is killed in between finds its own
+commands again, and does not take them for somebody else's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import orjson
+import redis
+from sdnotify import SystemdNotifier
+
+from gpuinfer.errors import BrokerUnavailable, GpuinferError, UnitRefused, UnitsUnavailable
+from gpuinfer.gpus import list_gpus
+from gpuinfer.log import get_logger
+from gpuinfer.queue.connection import connect, explain, typed_errors
+from gpuinfer.settings import Settings
+from gpuinfer.watcher import health, notes
+from gpuinfer.watcher.memory import out
+from gpuinfer.watcher.policy import Decision, History, decide
+from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, with_busy
+from gpuinfer.watcher.state import HEALTHY, Action, GpuHealth, Instance, Key, Observation
+from gpuinfer.watcher.units import Units, UnitView
+
+log = get_logger(__name__)
+
+#: GPUs are asked less often than queues: NVML may take its time.
+HEALTH_EVERY_S = 5.0
+#: The history is kept this often when no command has changed it.
+KEEP_EVERY_S = 30.0
+
+
+class Watcher:
+    """Watches one host's part of the fleet."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        units: Units,
+        numbers: tuple[int, ...],
+        *,
+        act: bool,
+        host: str | None = None,
+    ) -> None:
+        self._settings = settings
+        self._units = units
+        self._numbers = numbers
+        self._act = act
+        self.host = host or socket.gethostname()
+        self._client = connect(settings.broker)
+        self._probe = Probe(self._client, self.host)
+        self._notifier = SystemdNotifier()
+        self._health: Mapping[int, GpuHealth] = {}
+        self._health_at = -HEALTH_EVERY_S
+        self._kept_at = 0.0
+        self._said: object = None
+        self._refused: dict[Key, str] = {}
+        self._ready = False
+        self.history: History | None = None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Look once in a while until ``stop`` is set. What goes wrong in a look is logged, and passes."""
+        while not stop.is_set():
+            try:
+                await self.step()
+            except Exception:  # a look that fails must not end the service; the next one may go well
+                log.exception("look_failed")
+            self._notifier.notify("WATCHDOG=1")
+            try:
+                await asyncio.wait_for(stop.wait(), self._settings.watcher.probe_interval_s)
+            except TimeoutError:
+                continue
+        self._notifier.notify("STOPPING=1")
+
+    async def step(self) -> Decision | None:
+        """Look, decide, act. Returns the decision; None when systemd cannot be asked."""
+        try:
+            views = await self._units.look()
+        except (UnitsUnavailable, UnitRefused) as exc:
+            self._say(("units", str(exc)), "units_away", reason=str(exc))
+            return None
+        await self._look_at_gpus()
+        now = time.time()
+        seen = await asyncio.to_thread(self._observe, views, now)
+        decision = decide(seen, self.history or History(), self._settings.watcher, now)
+        if self.history is None and seen.queues is None:
+            self._report(decision, seen)
+            return decision  # what an earlier life has done is not known yet
+        changed = self.history is None or decision.history.units is not self.history.units
+        self.history = decision.history
+        new = self._report(decision, seen)
+        if seen.queues is not None and (changed or now - self._kept_at > KEEP_EVERY_S):
+            await asyncio.to_thread(self._keep, decision, now, new)
+        for action in decision.of(self.host) if self._act else ():
+            await self._do(action)
+        return decision
+
+    async def _look_at_gpus(self) -> None:
+        if time.monotonic() - self._health_at >= HEALTH_EVERY_S:
+            self._health_at = time.monotonic()
+            self._health = await asyncio.to_thread(health.look, self._settings)
+
+    def _observe(self, views: Mapping[int, UnitView], now: float) -> Observation:
+        own = [self._instance(number, view, now) for number, view in sorted(views.items())]
+        try:
+            if self.history is None:
+                with typed_errors():
+                    kept: bytes | None = self._client.get(MEMORY_PREFIX + self.host)  # type: ignore[assignment]
+                    self.history = notes.unpack(kept)
+            seen = self._probe.look([self._published(one, now) for one in own], now)
+        except BrokerUnavailable as exc:
+            return Observation(queues=None, instances=tuple(own), host=self.host, trouble=str(exc))
+        marked = tuple(with_busy(one, seen.in_flight, seen.beating) for one in own)
+        return Observation(
+            queues=seen.queues,
+            instances=(*marked, *seen.remote),
+            host=self.host,
+            live_hosts=seen.live_hosts,
+            dead_letters=seen.dead_letters,
+        )
+
+    def _instance(self, number: int, view: UnitView, now: float) -> Instance:
+        return Instance(
+            key=Key(number, self.host),
+            state=view.state,
+            since=now - view.age_s,
+            enabled=view.enabled,
+            masked=view.masked,
+            gpu=self._health.get(number, HEALTHY),
+        )
+
+    def _published(self, instance: Instance, now: float) -> Instance:
+        """Return an instance as the other watchers are told of it, with why it is out."""
+        unit = (self.history or History()).units.get(instance.key)
+        hold = unit.held(now) if unit else ""
+        reason = "" if instance.runs else out(instance, unit, self._settings.watcher, now)
+        if not self._act and not reason:
+            reason = "its watcher only logs"
+        return replace(instance, hold=hold, out=reason)
+
+    async def _do(self, action: Action) -> None:
+        try:
+            await self._units.act(action.verb, action.key.number)
+            self._refused.pop(action.key, None)
+        except (UnitRefused, UnitsUnavailable) as exc:
+            if self._refused.get(action.key) != str(exc):
+                log.error("action_failed", verb=action.verb, worker=str(action.key), reason=str(exc))
+            self._refused[action.key] = str(exc)
+
+    # -- telling --------------------------------------------------------------------------
+
+    def _keep(self, decision: Decision, now: float, new: bool) -> None:
+        """Keep the history, and a new decision to act. Without Redis, memory must do."""
+        self._kept_at = now
+        try:
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.set(MEMORY_PREFIX + self.host, notes.pack(decision.history))
+                if new and decision.of(self.host):
+                    entry = notes.note(decision, self.host, now, done=self._act)
+                    pipe.lpush(DECISIONS, orjson.dumps(entry))
+                    pipe.ltrim(DECISIONS, 0, notes.KEPT - 1)
+                pipe.execute()
+        except (redis.RedisError, OSError) as exc:
+            log.warning("notes_not_kept", reason=str(explain(exc)))
+
+    def _report(self, decision: Decision, seen: Observation) -> bool:
+        """Log a decision once: each change of the fleet, each new reason to hold. Tell if it is new."""
+        names = ", ".join(f"{action.verb} {action.key}" for action in decision.of(self.host))
+        running = sum(one.runs for one in seen.instances if seen.owns(one.key))
+        verdict = decision.verdict if names else "hold"
+        topic = (verdict, names, running, decision.inputs.get("wanted"), seen.queues is None)
+        more = {"actions": names, "done": self._act} if names else {}
+        new = self._say(topic, verdict, why=decision.why, **more, **decision.inputs)
+        waiting = "Redis is away" if seen.queues is None else f"{seen.waiting:,} waiting"
+        count = f"{running} of {len(self._numbers)} workers run"
+        self._notifier.notify(f"STATUS={waiting}, {count}: {decision.why}")
+        if not self._ready:
+            self._notifier.notify("READY=1")
+            self._ready = True
+        return new
+
+    def _say(self, topic: object, action: str, **fields: object) -> bool:
+        if topic == self._said:
+            return False
+        self._said = topic
+        log.info(action, **fields)
+        return True
+
+
+def make_units(settings: Settings, numbers: tuple[int, ...]) -> Units:
+    """Return the back end that the settings name."""
+    if settings.watcher.backend == "process":
+        from gpuinfer.watcher.process_units import ProcessUnits
+
+        return ProcessUnits(numbers)
+    from gpuinfer.watcher.systemd_units import SystemdUnits
+
+    return SystemdUnits(numbers)
+
+
+async def serve(settings: Settings, *, act: bool) -> None:
+    """Run until SIGTERM or SIGINT."""
+    inventory = await asyncio.to_thread(list_gpus, settings.worker.gpus)
+    numbers = health.instance_numbers(settings, inventory)
+    units = make_units(settings, numbers)
+    watcher = Watcher(settings, units, numbers, act=act)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    mode = settings.watcher.mode
+    log.info("watching", host=watcher.host, instances=list(numbers), mode=mode, acts=act)
+    try:
+        await units.open()
+    except GpuinferError as exc:
+        log.error("units_away", reason=str(exc), hint="trying again at every look")
+    try:
+        await watcher.run(stop)
+    finally:
+        await units.close()
+        log.info("stopped", host=watcher.host)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Redis knows: depth, claims and flight of each queue, and the instances of the other hosts.
+
+What waits in a queue plus what was ever claimed from it is what ever arrived. The oldest task that waits
+is the one after all that were claimed; when it came, the watcher has seen itself: no payload is read.
+
+Watchers tell each other about their instances in one hash. Whether another one lives is told by its
+count going on, on our own clock; two hosts' clocks need not agree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import orjson
+import redis
+
+from gpuinfer.log import get_logger
+from gpuinfer.queue import keys
+from gpuinfer.queue.connection import typed_errors
+from gpuinfer.queue.depth import Depth
+from gpuinfer.queue.depth import look as look_at_queues
+from gpuinfer.settings import QUEUES
+from gpuinfer.watcher.state import Instance, Key, QueueState
+
+log = get_logger(__name__)
+
+HOSTS = "gpuinfer:watcher:hosts"
+DECISIONS = "gpuinfer:watcher:decisions"
+MEMORY_PREFIX = "gpuinfer:watcher:memory:"
+#: A watcher is silent when its count has stood still for so long; after an hour it is forgotten.
+SILENT_S = 10.0
+FORGOTTEN_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one look at Redis has shown."""
+
+    queues: dict[str, QueueState]
+    #: Worker (``gpu0@host``) -> tasks in flight.
+    in_flight: Mapping[str, int]
+    #: Workers with a fresh heartbeat.
+    beating: frozenset[str]
+    remote: tuple[Instance, ...]
+    live_hosts: frozenset[str]
+    dead_letters: int
+
+
+@dataclass(slots=True)
+class _Other:
+    beat: int
+    moved_at: float
+
+
+class Probe:
+    """Looks at Redis for one host's watcher. Blocking: call it in a thread."""
+
+    def __init__(self, client: redis.Redis, host: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._client = client
+        self._host = host
+        self._clock = clock
+        self._others: dict[str, _Other] = {}
+        self._arrived: dict[str, deque[tuple[float, int]]] = {name: deque() for name in QUEUES}
+        self._beat = int(time.time() * 1000)
+
+    def look(self, own: list[Instance], now: float) -> Seen:
+        """Tell the others about our instances and look at everything. Raises BrokerUnavailable."""
+        with typed_errors():
+            told = self._tell(own, now)
+            remote, live = self._hear(told, now)
+            names = [str(instance.key) for instance in (*own, *remote)]
+            depth = look_at_queues(self._client, names)
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.hgetall(keys.CLAIMED)
+                if names:
+                    pipe.mget([keys.heartbeat(name) for name in names])
+                answers = pipe.execute()
+        beats = answers[1] if names else []
+        beating = frozenset(name for name, beat in zip(names, beats, strict=True) if beat)
+        queues = self._queues(depth, _by_queue(answers[0]))
+        # Of a silent host, only what still beats is there.
+        there = (one for one in remote if one.key.host in live or str(one.key) in beating)
+        marked = tuple(with_busy(one, depth.inflight, beating) for one in there)
+        return Seen(queues, depth.inflight, beating, marked, live, depth.dead_letters)
+
+    def _tell(self, own: list[Instance], now: float) -> dict[bytes, bytes]:
+        self._beat += 1
+        body = {"beat": self._beat, "instances": [_told(instance, now) for instance in own]}
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.hset(HOSTS, self._host, orjson.dumps(body).decode())
+            pipe.hgetall(HOSTS)
+            told: dict[bytes, bytes] = pipe.execute()[1]
+        return told
+
+    def _hear(self, told: Mapping[bytes, bytes], now: float) -> tuple[tuple[Instance, ...], frozenset[str]]:
+        instances: list[Instance] = []
+        live = {self._host}
+        for name, text in told.items():
+            host = name.decode(errors="replace")
+            if host == self._host:
+                continue
+            try:
+                body = orjson.loads(text)
+                theirs = [_heard(host, one, now) for one in body["instances"]]
+            except (ValueError, KeyError, TypeError) as exc:
+                log.warning("host_unreadable", host=host, reason=f"{type(exc).__name__}: {exc}")
+                continue
+            other = self._others.setdefault(host, _Other(0, self._clock()))
+            if other.beat != body["beat"]:
+                other.beat, other.moved_at = body["beat"], self._clock()
+            silent_s = self._clock() - other.moved_at
+            if silent_s > FORGOTTEN_S:
+                self._client.hdel(HOSTS, host)
+                del self._others[host]
+                continue
+            if silent_s <= SILENT_S:
+                live.add(host)
+            instances += theirs
+        return tuple(instances), frozenset(live)
+
+    def _queues(self, depth: Depth, claimed: Mapping[str, int]) -> dict[str, QueueState]:
+        queues: dict[str, QueueState] = {}
+        for name in QUEUES:
+            waiting, done = sum(depth.waiting[name].values()), claimed.get(name, 0)
+            queues[name] = QueueState(waiting=waiting, done=done, oldest_s=self._oldest(name, waiting, done))
+        # Whose of the queues it is what is in flight, nobody knows; only the sum is asked for.
+        queues["default"] = QueueState(
+            waiting=queues["default"].waiting,
+            in_flight=depth.total_inflight,
+            done=queues["default"].done - depth.total_inflight,
+            oldest_s=queues["default"].oldest_s,
+        )
+        return queues
+
+    def _oldest(self, queue: str, waiting: int, claimed: int) -> float:
+        """Return since when the first task after those that were claimed has been there."""
+        arrived, now = self._arrived[queue], self._clock()
+        while arrived and arrived[0][1] <= claimed:
+            arrived.popleft()
+        if not waiting:
+            arrived.clear()
+            return 0.0
+        if not arrived or arrived[-1][1] < waiting + claimed:
+            arrived.append((now, waiting + claimed))
+        return now - arrived[0][0]
+
+
+def _by_queue(counts: Mapping[bytes, bytes]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for name, count in counts.items():
+        queue = keys.split_list_key(name.decode(errors="replace"))[0]
+        totals[queue] = totals.get(queue, 0) + int(count)
+    return totals
+
+
+def with_busy(instance: Instance, in_flight: Mapping[str, int], beating: frozenset[str]) -> Instance:
+    """Return an instance with what Redis knows of it: it holds tasks, or it beats and holds none."""
+    name = str(instance.key)
+    if instance.state != "active":
+        return instance
+    return replace(instance, busy=True if in_flight.get(name) else (False if name in beating else None))
+
+
+def _told(instance: Instance, now: float) -> dict[str, object]:
+    return {
+        "number": instance.key.number,
+        "state": instance.state,
+        "age_s": round(now - instance.since, 3),
+        "enabled": instance.enabled,
+        "masked": instance.masked,
+        "hold": instance.hold,
+        "out": instance.out,
+    }
+
+
+def _heard(host: str, one: Mapping[str, object], now: float) -> Instance:
+    return Instance(
+        key=Key(int(str(one["number"])), host),
+        state=one["state"],  # type: ignore[arg-type]  # a watcher wrote it
+        since=now - float(str(one["age_s"])),
+        enabled=bool(one["enabled"]),
+        masked=bool(one["masked"]),
+        hold=one["hold"],  # type: ignore[arg-type]
+        out=str(one["out"]),
+    )

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workers as plain processes, for a machine without systemd: the same contract, on a smaller scale.
+
+A child says READY as it would to systemd, over a socket of its own. When the watcher dies, the kernel
+sends its children SIGTERM: they drain and end, and the next watcher starts with none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from gpuinfer.errors import UnitsUnavailable
+from gpuinfer.watcher.state import UnitState, Verb
+from gpuinfer.watcher.units import UnitView
+
+_PR_SET_PDEATHSIG = 1
+#: What a batch may take to drain before its worker is killed.
+STOP_TIMEOUT_S = 90.0
+Command = Callable[[int], Sequence[str]]
+
+
+def worker_command(number: int) -> list[str]:
+    """Return how worker ``number`` is started."""
+    return [sys.executable, "-m", "gpuinfer", "worker", str(number)]
+
+
+@dataclass
+class _Child:
+    process: asyncio.subprocess.Process
+    ready_from: socket.socket
+    waiter: asyncio.Task[None]
+
+
+class ProcessUnits:
+    """The worker processes of this watcher."""
+
+    def __init__(
+        self,
+        numbers: Iterable[int],
+        command: Command = worker_command,
+        environ: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        stop_timeout_s: float = STOP_TIMEOUT_S,
+    ) -> None:
+        self._states: dict[int, tuple[UnitState, float]] = {
+            number: ("inactive", clock()) for number in numbers
+        }
+        self._children: dict[int, _Child] = {}
+        self._command = command
+        self._environ = environ if environ is not None else os.environ
+        self._clock = clock
+        self._stop_timeout_s = stop_timeout_s
+
+    async def open(self) -> None:
+        """Do nothing: there is nobody to connect to."""
+
+    async def look(self) -> Mapping[int, UnitView]:
+        """Return all states."""
+        now = self._clock()
+        return {
+            number: UnitView(state=state, age_s=now - since)
+            for number, (state, since) in self._states.items()
+        }
+
+    async def act(self, verb: Verb, number: int) -> None:
+        """Start a process, ask one to end, or forget a failure."""
+        state = self._states[number][0]
+        if verb == "start" and state in ("inactive", "failed"):
+            await self._start(number)
+        elif verb == "stop" and state in ("active", "activating"):
+            self._enter(number, "deactivating")
+            self._children[number].process.terminate()
+        elif verb == "reset" and state == "failed":
+            self._enter(number, "inactive")
+
+    def _enter(self, number: int, state: UnitState) -> None:
+        self._states[number] = (state, self._clock())
+
+    async def _start(self, number: int) -> None:
+        ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        ready.setblocking(False)
+        ready.bind("")  # the kernel picks an abstract name
+        name = ready.getsockname().decode().replace("\0", "@", 1)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command(number),
+                stdin=asyncio.subprocess.DEVNULL,
+                env={**self._environ, "NOTIFY_SOCKET": name},
+                start_new_session=True,
+                preexec_fn=_die_with(os.getpid()),
+            )
+        except OSError as exc:
+            ready.close()
+            self._enter(number, "failed")
+            raise UnitsUnavailable(f"worker {number} cannot be started: {exc}") from exc
+        self._enter(number, "activating")
+        asyncio.get_running_loop().add_reader(ready, self._hear, number, ready)
+        waiter = asyncio.create_task(self._wait(number, process), name=f"worker {number}")
+        self._children[number] = _Child(process, ready, waiter)
+
+    def _hear(self, number: int, ready: socket.socket) -> None:
+        lines = ready.recv(4096).decode(errors="replace").split("\n")
+        if "READY=1" in lines and self._states[number][0] == "activating":
+            self._enter(number, "active")
+
+    async def _wait(self, number: int, process: asyncio.subprocess.Process) -> None:
+        """Note its end; SIGKILL when it was asked to end and does not."""
+        ending = asyncio.create_task(process.wait())
+        while not ending.done():
+            await asyncio.wait([ending], timeout=1.0)
+            state, since = self._states[number]
+            if state == "deactivating" and self._clock() - since > self._stop_timeout_s and not ending.done():
+                process.kill()
+        child = self._children.pop(number)
+        asyncio.get_running_loop().remove_reader(child.ready_from)
+        child.ready_from.close()
+        wanted = self._states[number][0] == "deactivating"
+        self._enter(number, "inactive" if wanted or process.returncode == 0 else "failed")
+
+    async def close(self) -> None:
+        """Ask all to end, and wait until they have."""
+        for number in list(self._children):
+            await self.act("stop", number)
+        await asyncio.gather(*(child.waiter for child in list(self._children.values())))
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of whoever runs the workers: plain processes, and systemd's units on a booted systemd."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gpuinfer.errors import UnitRefused, UnitsUnavailable
+from gpuinfer.watcher.process_units import ProcessUnits
+from gpuinfer.watcher.systemd_units import SystemdUnits, unit_path
+from gpuinfer.watcher.units import Units, UnitView
+from tests.conftest import need
+from tests.host.container import Container
+from tests.host.root import missing, root
+
+#: A worker of a third of a second to start; one with a file of its number fails.
+WORKER = """
+import os, signal, socket, sys, time
+time.sleep(0.3)
+if os.path.exists(sys.argv[1]):
+    sys.exit(3)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+name = os.environ["NOTIFY_SOCKET"].replace("@", "\\0", 1)
+socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"READY=1\\nSTATUS=x", name)
+while True:
+    time.sleep(1)
+"""
+UNIT = """
+[Unit]
+StartLimitIntervalSec=0
+[Service]
+Type=notify
+NotifyAccess=all
+ExecStart=/bin/sh -c 'sleep 0.3; test -e /fail-%i && exit 3; systemd-notify --ready; exec sleep infinity'
+[Install]
+WantedBy=multi-user.target
+"""
+BACKENDS = [
+    pytest.param("process", marks=pytest.mark.integration),
+    pytest.param("systemd", marks=pytest.mark.host),
+]
+
+
+class Place:
+    """A back end with three instances, and a way to make one fail."""
+
+    def __init__(
+        self, units: Units, fail: Callable[[int, bool], None], container: Container | None = None
+    ) -> None:
+        self.units = units
+        self.fail = fail
+        self.container = container
+
+    async def until(self, number: int, test: Callable[[UnitView], bool], what: str) -> UnitView:
+        """Look until an instance is as wanted."""
+        deadline = time.monotonic() + 20
+        while True:
+            view = (await self.units.look())[number]
+            if test(view):
+                return view
+            assert time.monotonic() < deadline, f"waited for {what}, is {view}"
+            await asyncio.sleep(0.02)
+
+    async def becomes(self, number: int, state: str) -> UnitView:
+        """Look until an instance is in a state."""
+        return await self.until(number, lambda view: view.state == state, state)
+
+
+@pytest.fixture(scope="module")
+def container() -> Iterator[Container]:
+    need(not missing(), missing())
+    with Container(root(), name="units") as booted:
+        booted.put("/etc/systemd/system/gpuinfer-worker@.service", UNIT)
+        booted.ok("systemctl daemon-reload")
+        yield booted
+
+
+@pytest.fixture(params=BACKENDS)
+async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Place]:
+    made = (
+        _processes(tmp_path) if request.param == "process" else _systemd(request.getfixturevalue("container"))
+    )
+    await made.units.open()
+    yield made
+    await made.units.close()
+    if made.container:
+        made.container.ok("systemctl stop 'gpuinfer-worker@*'; systemctl reset-failed; rm -f /fail-*")
+
+
+def _processes(folder: Path) -> Place:
+    def fail(number: int, on: bool) -> None:
+        (folder / f"fail-{number}").touch() if on else (folder / f"fail-{number}").unlink()
+
+    def command(number: int) -> list[str]:
+        return [sys.executable, "-c", WORKER, str(folder / f"fail-{number}")]
+
+    return Place(ProcessUnits(range(3), command), fail)
+
+
+def _systemd(container: Container) -> Place:
+    def fail(number: int, on: bool) -> None:
+        container.ok(f"touch /fail-{number}" if on else f"rm /fail-{number}")
+
+    return Place(SystemdUnits(range(3), address=address(container)), fail, container)
+
+
+def address(container: Container) -> str:
+    """Return the address of the bus in a container, as it is seen from outside."""
+    return f"unix:path=/proc/{container._leader}/root/run/dbus/system_bus_socket"
+
+
+async def test_all_instances_are_told_though_none_was_ever_started(place: Place) -> None:
+    """An instance that systemd has not loaded is inactive, and no less there."""
+    views = await place.units.look()
+    assert {number: view.state for number, view in views.items()} == dict.fromkeys(range(3), "inactive")
+
+
+async def test_a_start_goes_through_activating_to_active(place: Place) -> None:
+    """And the time in a state counts from when it was entered."""
+    await place.units.act("start", 1)
+    await place.becomes(1, "activating")
+    view = await place.becomes(1, "active")
+    assert view.age_s < 5
+    assert (await place.units.look())[0].state == "inactive"
+
+
+async def test_a_stop_ends_it_without_a_failure(place: Place) -> None:
+    """SIGTERM, and inactive."""
+    await place.units.act("start", 0)
+    await place.becomes(0, "active")
+    await place.units.act("stop", 0)
+    await place.becomes(0, "inactive")
+
+
+async def test_commands_that_change_nothing_are_no_errors(place: Place) -> None:
+    """A watcher whose view was a moment late does no harm."""
+    await place.units.act("stop", 2)
+    await place.units.act("start", 2)
+    await place.units.act("start", 2)
+    await place.becomes(2, "active")
+    await place.units.act("start", 2)
+    assert (await place.units.look())[2].state == "active"
+
+
+async def test_a_failure_stays_until_it_is_reset(place: Place) -> None:
+    """failed, then inactive; then it can be started again."""
+    place.fail(0, True)
+    await place.units.act("start", 0)
+    await place.becomes(0, "failed")
+    await place.units.act("reset", 0)
+    await place.becomes(0, "inactive")
+    place.fail(0, False)
+    await place.units.act("start", 0)
+    await place.becomes(0, "active")
+
+
+async def test_a_stop_while_it_starts_is_heard(place: Place) -> None:
+    """Nothing that was to stop comes up later."""
+    await place.units.act("start", 0)
+    await place.becomes(0, "activating")
+    await place.units.act("stop", 0)
+    await place.becomes(0, "inactive")
+    await asyncio.sleep(0.5)
+    assert (await place.units.look())[0].state == "inactive"
+
+
+# -- systemd alone --------------------------------------------------------------------------
+
+
+@pytest.mark.host
+async def test_what_an_administrator_does_is_heard(container: Container) -> None:
+    """Start, stop, enable and mask by systemctl reach the watcher by signals."""
+    place = _systemd(container)
+    await place.units.open()
+    try:
+        await place.units.look()
+        container.ok("systemctl enable --now gpuinfer-worker@2")
+        await place.until(2, lambda view: view.state == "active" and view.enabled, "an enabled, active unit")
+        container.ok("systemctl disable --now gpuinfer-worker@2 && systemctl mask gpuinfer-worker@2")
+        await place.until(2, lambda view: view.masked and not view.enabled, "a masked unit")
+        with pytest.raises(UnitRefused, match="masked"):
+            await place.units.act("start", 2)
+        container.ok("systemctl unmask gpuinfer-worker@2")
+        await place.until(2, lambda view: not view.masked, "an unmasked unit")
+    finally:
+        await place.units.close()
+
+
+@pytest.mark.host
+async def test_only_what_has_changed_is_asked_for(
+    container: Container, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quiet host costs no call at all."""
+    units = SystemdUnits(range(3), address=address(container))
+    await units.open()
+    try:
+        await units.look()
+        calls: list[object] = []
+        real = units._call
+
+        async def counted(*args: object, **more: object) -> object:
+            calls.append(args)
+            return await real(*args, **more)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(units, "_call", counted)
+        for _ in range(10):
+            await units.look()
+        assert calls == []
+    finally:
+        await units.close()
+
+
+@pytest.mark.host
+async def test_the_bus_may_go_and_come_back(container: Container) -> None:
+    """A lost connection is an error once, and mended at the next look."""
+    units = SystemdUnits(range(3), address=address(container))
+    await units.open()
+    assert units._bus is not None
+    units._bus.disconnect()
+    await asyncio.sleep(0.1)
+    assert len(await units.look()) == 3
+    await units.close()
+
+
+@pytest.mark.integration
+async def test_no_bus_is_a_typed_error(tmp_path: Path) -> None:
+    """The message says what cannot be reached."""
+    units = SystemdUnits([0], address=f"unix:path={tmp_path}/none")
+    with pytest.raises(UnitsUnavailable, match="D-Bus cannot be reached"):
+        await units.look()
+
+
+@pytest.mark.unit
+def test_object_paths_are_escaped_as_systemd_does() -> None:
+    """sd_bus_path_encode(3)."""
+    assert unit_path(12) == "/org/freedesktop/systemd1/unit/gpuinfer_2dworker_4012_2eservice"
+
+
+@pytest.mark.integration
+async def test_children_end_with_their_watcher(tmp_path: Path) -> None:
+    """Killed by SIGKILL, a watcher of plain processes leaves none behind."""
+    script = f"""
+import asyncio, sys
+from gpuinfer.watcher.process_units import ProcessUnits
+async def main():
+    units = ProcessUnits([0], lambda n: [sys.executable, "-c", {WORKER!r}, "/none"])
+    await units.act("start", 0)
+    while (await units.look())[0].state != "active":
+        await asyncio.sleep(0.05)
+    print(units._children[0].process.pid, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert process.stdout is not None
+    child = int(await process.stdout.readline())
+    process.kill()
+    await process.wait()
+    for _ in range(200):
+        if not _lives(child):
+            return
+        await asyncio.sleep(0.05)
+    pytest.fail(f"process {child} still runs")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
