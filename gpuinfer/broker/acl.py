@@ -24,13 +24,30 @@ USERS = ("admin", "api", "worker", "watcher")
 _LISTS = tuple(f"~{queue}*" for queue in QUEUES)
 _BELLS = f"~{keys.BELL_PREFIX}*"
 _RESULTS = f"~{keys.RESULT_PREFIX}*"
+_RESULT_CHANNELS = f"&{keys.RESULT_PREFIX}*"
+_KEYED = f"~{keys.IDEMPOTENCY_PREFIX}*"
+_INFLIGHT = f"~{keys.INFLIGHT_PREFIX}*"
+_HEARTBEATS = f"~{keys.HEARTBEAT_PREFIX}*"
+_LIVES = f"~{keys.LIFE_PREFIX}*"
+_DEAD, _WAITING, _CLAIMED = f"~{keys.DEAD}", f"~{keys.WAITING}", f"~{keys.CLAIMED}"
+_PROBE = "~gpuinfer:probe"
 _OURS = "~gpuinfer:*"
 #: kombu's own: bindings of the control queues, their replies, and what it has delivered of them.
 _KOMBU = ("~_kombu.*", "~*.celery.pidbox*", "~unacked*", "~celeryev*")
 _CONNECTION = ("+auth", "+hello", "+ping", "+select", "+quit", "+reset", "+client|setname", "+client|id")
 _SCRIPTS = ("+eval", "+evalsha", "+script|load", "+script|exists")
-_STATES = ("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", "+expire")
-_WATCHING = ("+subscribe", "+unsubscribe", "+psubscribe", "+punsubscribe", "+ssubscribe")
+_LISTENING = ("+subscribe", "+unsubscribe", "+psubscribe", "+punsubscribe")
+#: All that is done to a key by itself, of whatever kind; nothing that walks over keys or has none.
+_ANYTHING = (
+    *("+@hash", "+@list", "+@set", "+@sortedset", "+@string", "-@dangerous"),
+    *("+del", "+unlink", "+exists", "+expire", "+pexpire", "+ttl", "+watch", "+unwatch"),
+)
+
+
+#: Nobody can log in as the default user, but Redis reads the append-only file back with its rights: what
+#: stands between MULTI and EXEC there, as all that a script wrote does, they must allow. Else it is dropped,
+#: silently.
+DEFAULT = "user default off resetpass ~* &* +@all"
 
 
 def _selector(*parts: str) -> str:
@@ -40,73 +57,58 @@ def _selector(*parts: str) -> str:
 #: User -> rules, the root part first.
 RULES: Mapping[str, Sequence[str]] = {
     "admin": ("~*", "&*", "+@all"),
-    # Appends to queues and reads states; takes nothing out.
+    # Appends to queues and reads states; takes nothing out, and sees no payload.
     "api": (
-        *_CONNECTION,
-        *_SCRIPTS,
-        *_WATCHING,
-        "+publish",
-        "+info",
-        f"&{keys.RESULT_PREFIX}*",
-        *(*_LISTS, _BELLS, _RESULTS, f"~{keys.IDEMPOTENCY_PREFIX}*"),
+        *(*_CONNECTION, *_SCRIPTS, *_LISTENING, "+publish", "+info", _RESULT_CHANNELS),
+        *(*_LISTS, _BELLS, _RESULTS, _KEYED),
         _selector("+lpush", "+llen", *_LISTS),
         _selector("+lpush", "+ltrim", _BELLS),
-        _selector(*_STATES, _RESULTS, f"~{keys.IDEMPOTENCY_PREFIX}*"),
-        _selector("+hlen", "+get", "+mget", "+exists", _OURS),
+        _selector("+get", "+mget", "+set", "+exists", "+getrange", _RESULTS),
+        _selector("+get", "+set", _KEYED),
+        _selector("+get", "+mget", "+exists", _HEARTBEATS),
+        _selector("+hlen", _INFLIGHT, _DEAD),
     ),
-    # Claims and settles; writes states, its in-flight hash and the dead letters.
+    # Claims and settles; writes states, its in-flight hash and the dead letters, which it cannot drop.
     "worker": (
-        *_CONNECTION,
-        *_SCRIPTS,
-        "+publish",
-        "+multi",
-        "+exec",
-        "+discard",
-        "+time",
-        "+info",
-        *(f"&{keys.RESULT_PREFIX}*", "&/*.celeryev*", "&*.reply.celery.pidbox*"),
+        *(*_CONNECTION, *_SCRIPTS, "+publish", "+multi", "+exec", "+discard", "+time", "+info"),
+        *(_RESULT_CHANNELS, "&/*.celeryev*", "&*.reply.celery.pidbox*"),
         # kombu binds its control queues by script, too.
         *(*_LISTS, _OURS, _RESULTS, *_KOMBU),
-        # Lists and our keys are asked for at once.
-        _selector("+exists", *_LISTS, _OURS),
-        _selector("+rpop", "+rpush", "+lpush", "+llen", "+brpop", *_LISTS),
-        _selector("+lpush", "+ltrim", "+brpop", "+rpop", "+llen", _BELLS),
-        _selector(
-            *("+hset", "+hget", "+hdel", "+hkeys", "+hgetall", "+hlen", "+hexists", "+hincrby"),
-            *("+incr", "+set", "+get", "+del", "+exists", "+expire"),
-            _OURS,
-        ),
-        _selector(*_STATES, _RESULTS),
-        _selector("+@read", "+@write", "-@dangerous", *_KOMBU),
+        # The lists and what is noted of them are asked for at once.
+        _selector("+exists", *_LISTS, _WAITING),
+        _selector("+rpop", "+rpush", "+llen", *_LISTS),
+        _selector("+lpush", "+ltrim", "+brpop", "+llen", _BELLS),
+        _selector("+hset", "+hget", "+hdel", "+hkeys", _INFLIGHT),
+        _selector("+hset", "+hdel", "+hgetall", _WAITING),
+        _selector("+hincrby", _CLAIMED),
+        _selector("+hset", _DEAD),
+        _selector("+get", "+set", "+incr", _LIVES),
+        _selector("+set", "+del", _HEARTBEATS),
+        _selector("+expire", _PROBE),
+        _selector("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", _RESULTS),
+        _selector(*_ANYTHING, *_KOMBU),
         # Hears the control channel; to speak there is the admin's.
-        _selector(*_WATCHING, "&*"),
+        _selector(*_LISTENING, "&*"),
     ),
-    # Counts, and keeps notes of its own; puts back what a dead worker left.
+    # Counts, and keeps notes of its own; puts back what a dead worker left, for which it may read that.
     "watcher": (
-        *_CONNECTION,
-        *_SCRIPTS,
-        "+scan",
-        "+time",
-        "+info",
-        "+publish",
-        f"&{keys.RESULT_PREFIX}*",
+        *(*_CONNECTION, *_SCRIPTS, "+publish", "+scan", "+time", "+info", _RESULT_CHANNELS),
         *(*_LISTS, _OURS, _RESULTS),
-        _selector("+llen", "+lindex", "+lrange", "+exists", "+rpush", *_LISTS),
-        _selector("+hlen", "+hget", "+hmget", "+hkeys", "+hgetall", "+get", "+mget", "+exists", _OURS),
-        _selector("+hset", "+hdel", "~" + keys.INFLIGHT_PREFIX + "*", "~" + keys.DEAD),
+        _selector("+llen", "+exists", "+rpush", *_LISTS),
         _selector("+lpush", "+ltrim", _BELLS),
-        _selector(*_STATES, _RESULTS),
-        _selector(
-            *("+set", "+get", "+del", "+hset", "+hdel", "+lpush", "+ltrim", "+lrange", "+expire", "+exists"),
-            "~gpuinfer:watcher:*",
-        ),
+        _selector("+hlen", "+hget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
+        _selector("+hlen", "+hset", _DEAD),
+        _selector("+hget", "+hmget", "+hgetall", _WAITING, _CLAIMED),
+        _selector("+get", "+mget", "+exists", _HEARTBEATS),
+        _selector("+set", "+getrange", _RESULTS),
+        _selector(*_ANYTHING, "~gpuinfer:watcher:*"),
     ),
 }
 
 
 def render(passwords: Mapping[str, str]) -> str:
     """Return the text of an ACL file. Only the hashes of ``passwords`` are written."""
-    lines = ["user default off resetchannels -@all"]
+    lines = [DEFAULT]
     for user in USERS:
         digest = hashlib.sha256(passwords[user].encode()).hexdigest()
         lines.append(f"user {user} on #{digest} resetchannels -@all {' '.join(RULES[user])}")
