@@ -36,7 +36,9 @@ def predict(host: Container, body: str = TWO, path: str = "/predict") -> str:
 
 def result(host: Container, task_id: str, wait: float = 30) -> dict[str, Any]:
     """GET a task's state, waiting for its end."""
-    body: dict[str, Any] = json.loads(host.ok(f"curl -sf '{API}/result/{task_id}?wait={wait:g}'"))
+    said = host.ok(f"curl -s --retry-connrefused '{API}/result/{task_id}?wait={wait:g}'")
+    body: dict[str, Any] = json.loads(said)
+    assert "status" in body, said
     return body
 
 
@@ -44,6 +46,12 @@ def journal(host: Container, *matches: str) -> list[dict[str, Any]]:
     """Return the journal's entries that match, oldest first."""
     said = host.ok(f"journalctl --sync; journalctl -o json --all --no-pager {' '.join(matches)}")
     return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+
+
+def ended(host: Container) -> list[str]:
+    """Return the units of ours that were stopped, in the order in which they had stopped."""
+    entries = journal(host, "_PID=1", "JOB_TYPE=stop", "JOB_RESULT=done")
+    return [entry["UNIT"] for entry in entries if entry["UNIT"].startswith("gpuinfer")]
 
 
 def actions(entries: list[dict[str, Any]]) -> list[str]:

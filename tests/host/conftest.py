@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import need
-from tests.host.container import Container
+from tests.host.container import Container, discard
 from tests.host.root import CACHE, HostError, missing, root, run
 
 ROOT = Path(__file__).parents[2]
@@ -20,9 +19,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def debs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Build both packages from this checkout, with what is not committed yet; return them, torch last."""
+    """Build both packages from this checkout, with what is not committed yet; return them, torch last.
+
+    $GPUINFER_DEBS names a folder of packages to test instead.
+    """
     lacking = missing()
     need(not lacking, f"what boots a container ({lacking})")
+    if os.environ.get("GPUINFER_DEBS"):
+        return sorted(Path(os.environ["GPUINFER_DEBS"]).glob("*.deb"), key=lambda file: "torch" in file.name)
     folder = tmp_path_factory.mktemp("debs")
     changed = subprocess.run(
         ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -45,7 +49,7 @@ def installed(debs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield f"{host.state}/upper:{root()}"
     finally:
         host.close()
-        shutil.rmtree(host.state, ignore_errors=True)
+        discard(host.state)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,7 @@ def install(host: Container, debs: list[Path]) -> str:
     for deb in debs:
         host.copy(deb, "/packages/")
     names = " ".join(f"/packages/{deb.name}" for deb in debs)
-    said = host.ok(f"apt-get install -y {names}", timeout=300)
+    said = host.ok(f"apt-get install -y -o Dpkg::Options::=--force-confold {names}", timeout=300)
     if "rror" in said:
         raise HostError(f"apt-get install complains:\n{said}")
     host.ok("rm -r /packages")

@@ -72,6 +72,9 @@ class Container:
 
     def mount(self) -> None:
         """Lay the overlay over the shared root."""
+        if run("stat", "-f", "-c", "%T", self.state).strip() == "overlayfs":
+            # An overlay cannot be written to through another one (this machine is a container itself).
+            run("mount", "-t", "tmpfs", "gpuinfer-test", self.state)
         for part in ("upper", "work", "root"):
             (self.state / part).mkdir(exist_ok=True)
         options = f"lowerdir={self._lower},upperdir={self.state}/upper,workdir={self.state}/work"
@@ -123,7 +126,7 @@ class Container:
             subprocess.run(["umount", "-R", str(self.folder)], check=False, capture_output=True)
             time.sleep(0.05)
         if self._owns_state:
-            shutil.rmtree(self.state, ignore_errors=True)
+            discard(self.state)
 
     def _find_leader_or_none(self) -> int:
         try:
@@ -200,6 +203,13 @@ class Container:
     def copy(self, source: Path, target: str) -> None:
         """Copy a file or folder of the machine into the container."""
         run("cp", "-a", "--no-preserve=ownership", source, f"{self.folder}{target}")
+
+
+def discard(state: Path) -> None:
+    """Remove what a container wrote."""
+    if os.path.ismount(state):
+        run("umount", state)
+    shutil.rmtree(state, ignore_errors=True)
 
 
 def _children(pid: int) -> list[int]:
