@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The watcher at work, with real workers as plain processes; and what two watchers tell each other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import orjson
+import pytest
+
+from gpuinfer import Client
+from gpuinfer.errors import BrokerUnavailable
+from gpuinfer.queue import keys
+from gpuinfer.queue.connection import connect
+from gpuinfer.queue.store import Store
+from gpuinfer.settings import QUEUES, Settings
+from gpuinfer.watcher import notes
+from gpuinfer.watcher.main import Watcher
+from gpuinfer.watcher.probe import DECISIONS, HOSTS, Probe
+from gpuinfer.watcher.state import Instance, Key
+from gpuinfer.watcher.units import UnitView
+from tests.models_for_tests import sleeper
+from tests.services import Process, RedisServer
+from tests.workers import Workers, wait_until
+
+pytestmark = pytest.mark.integration
+Build = Callable[..., Settings]
+WATCHER = {
+    "watcher_backend": "process",
+    "watcher_instances": 2,
+    "watcher_calm_s": 2,
+    "watcher_calm_max_s": 2,
+    "watcher_probe_interval_s": 0.2,
+    "watcher_assumed_rate": 1,
+    "worker_device": "cpu",
+    "worker_models": "slow",
+    "models_default": "slow",
+}
+
+
+@pytest.fixture
+def workers(redis_server: RedisServer, tmp_path: Path) -> Iterator[Workers]:
+    sleeper(tmp_path / "models" / "slow", 0.3, max_batch_size=1)
+    made = Workers(redis_server, tmp_path)
+    yield made
+    made.close()
+
+
+def watch(workers: Workers, *more: str, **settings: object) -> Process:
+    """Start a watcher of two processes."""
+    command = [sys.executable, "-m", "gpuinfer", "watcher", "run", *more]
+    return workers.spawn(*command, name="watcher", **{**WATCHER, **settings})
+
+
+def lines(workers: Workers, action: str) -> list[dict[str, object]]:
+    """Return the watcher's log lines of an action."""
+    text = (workers.folder / "watcher.log").read_text()
+    entries = [orjson.loads(line) for line in text.splitlines() if line.startswith("{")]
+    return [entry for entry in entries if entry.get("action") == action]
+
+
+def children(process: Process) -> list[int]:
+    """Return the processes that a watcher has started and that live."""
+    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+def test_a_burst_is_served_and_the_fleet_goes_back_to_zero(
+    workers: Workers, redis_server: RedisServer, settings_for: Build
+) -> None:
+    """Two workers for a burst, none after it is calm, no task lost; each decision logged once and kept."""
+    watcher = watch(workers)
+    watcher.wait_for_line('"watching"')
+    with Client(settings_for(redis_server)) as client:
+        ids = [client.submit([float(n)], model="slow") for n in range(30)]
+        assert len([client.result(one, timeout_s=60) for one in ids]) == 30
+    wait_until(lambda: not children(watcher), 60)
+    up, down = lines(workers, "scale_up"), lines(workers, "scale_down")
+    assert up[0]["actions"] == f"start {Key(0, os.uname().nodename)}, start {Key(1, os.uname().nodename)}"
+    assert "waiting" in str(up[0]["why"])
+    assert len(down) == 2
+    kept = [
+        orjson.loads(text) for text in connect(settings_for(redis_server).broker).lrange(DECISIONS, 0, -1)
+    ]
+    assert [entry["verdict"] for entry in kept] == ["scale_down", "scale_down", "scale_up"]
+    assert watcher.terminate() == 0
+
+
+def test_killed_in_mid_scale_it_comes_to_the_same_fleet(
+    workers: Workers, redis_server: RedisServer, settings_for: Build
+) -> None:
+    """SIGKILL between start and ready: its processes end, the next watcher starts them again."""
+    first = watch(workers)
+    with Client(settings_for(redis_server)) as client:
+        ids = [client.submit([float(n)], model="slow") for n in range(20)]
+        wait_until(lambda: len(children(first)) == 2, 30)
+        orphans = children(first)
+        os.kill(first.pid, signal.SIGKILL)
+        wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in orphans), 60)
+        second = watch(workers)
+        assert len([client.result(one, timeout_s=60) for one in ids]) == 20
+    assert second.terminate() == 0
+
+
+def test_dry_run_only_logs(workers: Workers, redis_server: RedisServer, settings_for: Build) -> None:
+    """It says once what it would do, and starts nothing."""
+    watcher = watch(workers, "--dry-run")
+    with Client(settings_for(redis_server)) as client:
+        client.submit([1.0], model="slow")
+    watcher.wait_for_line('"scale_up"')
+    wait_until(lambda: len(lines(workers, "scale_up")) == 1, 5)
+    assert lines(workers, "scale_up")[0]["done"] is False
+    assert children(watcher) == []
+
+
+# -- one step at a time -----------------------------------------------------------------------
+
+
+class Told:
+    """Units that only remember what they were told to do."""
+
+    def __init__(self, count: int) -> None:
+        self.views = dict.fromkeys(range(count), UnitView())
+        self.done: list[tuple[str, int]] = []
+
+    async def open(self) -> None: ...
+
+    async def look(self) -> dict[int, UnitView]:
+        return self.views
+
+    async def act(self, verb: str, number: int) -> None:
+        self.done.append((verb, number))
+        self.views[number] = UnitView(state="activating" if verb == "start" else "inactive")
+
+    async def close(self) -> None: ...
+
+
+def cpu(server: RedisServer, build: Build) -> Settings:
+    """Return settings for a host without a GPU."""
+    return build(server, worker={"device": "cpu"}, watcher={"assumed_rate": 1.0})
+
+
+async def test_two_watchers_start_together_what_one_would(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """They know each other through Redis alone, and fill one order: numbers first, then hosts."""
+    settings = cpu(redis_server, settings_for)
+    units = [Told(4), Told(4)]
+    pair = [
+        Watcher(settings, one, (0, 1, 2, 3), act=True, host=host)
+        for one, host in zip(units, "ab", strict=True)
+    ]
+    for watcher in pair:
+        await watcher.step()
+    with Client(settings) as client:
+        for _ in range(12):
+            client.submit([1.0], queue="default")
+    for _ in range(3):
+        for watcher in pair:
+            await watcher.step()
+    assert [one.done for one in units] == [[("start", 0), ("start", 1)], [("start", 0)]]
+
+
+async def test_an_unreadable_redis_holds_and_passes(redis_server: RedisServer, settings_for: Build) -> None:
+    """Nothing is started or stopped while Redis is away; once it is back, all goes on."""
+    settings = cpu(redis_server, settings_for)
+    units = Told(1)
+    watcher = Watcher(settings, units, (0,), act=True, host="a")
+    await watcher.step()
+    with Client(settings) as client:
+        client.submit([1.0])
+    redis_server.kill()
+    decision = await watcher.step()
+    assert decision is not None
+    assert (decision.verdict, units.done) == ("hold", [])
+    assert "Redis cannot be read" in decision.why
+    redis_server.start()
+    with Client(settings) as client:
+        client.submit([1.0])
+    await watcher.step()
+    assert units.done == [("start", 0)]
+
+
+async def test_a_new_life_remembers_what_the_last_one_did(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """Rates, holds, failures and own commands are kept in Redis; an unknown form is an empty memory."""
+    settings = cpu(redis_server, settings_for)
+    units = Told(2)
+    first = Watcher(settings, units, (0, 1), act=True, host="a")
+    with Client(settings) as client:
+        client.submit([1.0])
+    await first.step()
+    second = Watcher(settings, units, (0, 1), act=True, host="a")
+    await second.step()
+    assert second.history is not None
+    assert second.history.units[Key(0, "a")].verb == "start"
+    assert not second.history.units[Key(0, "a")].hold
+    assert notes.unpack(b'{"units": [[1]]}').units == {}
+    assert first.history is not None
+    assert notes.unpack(notes.pack(first.history)).units == first.history.units
+
+
+# -- the probe --------------------------------------------------------------------------------
+
+
+def test_the_probe_counts_what_waits_was_claimed_and_is_in_flight(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """Per queue, with the age of the oldest that waits."""
+    settings = settings_for(redis_server)
+    clock = iter(float(second) for second in range(0, 1000, 5))
+    client = connect(settings.broker)
+    store = Store(client, "gpu0@a", QUEUES, settings.queue)
+    now = [0.0]
+    probe = Probe(client, "a", clock=lambda: now[0])
+    own = [Instance(key=Key(0, "a"), state="active")]
+    with Client(settings) as submitter:
+        for _ in range(3):
+            submitter.submit([1.0], queue="batch")
+        assert probe.look(own, next(clock)).queues["batch"].waiting == 3
+        now[0] = 7.0
+        store.claim(2)
+        submitter.submit([1.0], queue="batch")
+        seen = probe.look(own, next(clock))
+    assert (seen.queues["batch"].waiting, seen.queues["batch"].done, seen.queues["batch"].oldest_s) == (
+        2,
+        2,
+        7.0,
+    )
+    assert seen.in_flight == {"gpu0@a": 2}
+    assert sum(q.in_flight + q.done for q in seen.queues.values()) == 2
+    assert seen.beating == frozenset()
+
+
+def test_a_silent_watcher_is_noticed_by_our_own_clock(redis_server: RedisServer, settings_for: Build) -> None:
+    """Its instances are nobody's to start; what beats there still serves; after an hour it is forgotten."""
+    client = connect(settings_for(redis_server).broker)
+    now = [0.0]
+    other, probe = Probe(client, "b"), Probe(client, "a", clock=lambda: now[0])
+    theirs = [Instance(key=Key(n, "b"), state="active") for n in (0, 1)]
+    other.look(theirs, 1000.0)
+    seen = probe.look([], 5.0)
+    assert sorted(seen.live_hosts) == ["a", "b"]
+    assert len(seen.remote) == 2
+    client.set(keys.heartbeat("gpu1@b"), "{}")
+    now[0] = 11.0
+    seen = probe.look([], 16.0)
+    assert sorted(seen.live_hosts) == ["a"]
+    assert [one.key for one in seen.remote] == [Key(1, "b")]
+    now[0] = 3700.0
+    probe.look([], 3700.0)
+    assert client.hkeys(HOSTS) == [b"a"]
+
+
+def test_garbage_of_another_host_is_passed_over(redis_server: RedisServer, settings_for: Build) -> None:
+    """One watcher of another version does not blind the others."""
+    client = connect(settings_for(redis_server).broker)
+    client.hset(
+        HOSTS, mapping={"b": "{", "c": '{"beat": 1}', "d": '{"beat": 1, "instances": [{"number": "x"}]}'}
+    )
+    assert Probe(client, "a").look([], 5.0).remote == ()
+
+
+def test_no_redis_is_a_typed_error() -> None:
+    """The policy is told that it cannot be read."""
+    settings = Settings.model_validate({"broker": {"url": "unix:///nowhere/redis.sock"}})
+    with pytest.raises(BrokerUnavailable):
+        Probe(connect(settings.broker), "a").look([], 0.0)
+
+
+async def test_a_look_that_fails_does_not_end_the_service(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """One bad probe is logged, and the next one may go well."""
+
+    class Bad(Told):
+        looks = 0
+
+        async def look(self) -> dict[int, UnitView]:
+            self.looks += 1
+            if self.looks == 1:
+                raise RuntimeError("a bug")
+            return await super().look()
+
+    settings = settings_for(redis_server, worker={"device": "cpu"}, watcher={"probe_interval_s": 0.1})
+    units, stop = Bad(1), asyncio.Event()
+    watcher = Watcher(settings, units, (0,), act=True, host="a")
+    running = asyncio.create_task(watcher.run(stop))
+    while units.looks < 3:
+        await asyncio.sleep(0.02)
+    stop.set()
+    await running
+    assert watcher.history is not None
