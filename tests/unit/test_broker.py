@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What gpuinfer-redis.service is given at each start: its memory, its users; and whether it starts here."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from gpuinfer.broker import acl, tuning
+from gpuinfer.broker import cli as broker_cli
+from gpuinfer.cli import main
+from gpuinfer.settings import QUEUES, RedisSettings
+
+pytestmark = pytest.mark.unit
+
+GIB = 1024 * tuning.MIB
+PASSWORDS = {user: f"secret of {user}" for user in acl.USERS}
+
+
+@pytest.fixture
+def credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The users' password files, as systemd hands them over."""
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    for user, password in PASSWORDS.items():
+        (folder / user).write_text(password + "\n", encoding="utf-8")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
+    monkeypatch.setattr(broker_cli, "MORE_USERS", tmp_path / "redis-users.acl")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where ``prepare`` writes."""
+    path = tmp_path / "run"
+    path.mkdir()
+    return path
+
+
+def call(*arguments: str | Path) -> int:
+    """Run ``gpuinfer ...`` in this process; return its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def prepare(folder: Path) -> int:
+    return call("redis", "prepare", "--folder", folder)
+
+
+# -- memory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host_gib", "settings", "wanted_mib"),
+    [
+        (8, {}, 2048),
+        (256, {}, 16384),
+        (0.5, {}, 256),
+        (8, {"maxmemory_share": 0.1}, 819),
+        (512, {"maxmemory_ceiling_mb": 65536}, 65536),
+        (8, {"maxmemory_mb": 300}, 300),
+        (0.5, {"maxmemory_mb": 20000}, 20000),
+        (8, {"maxmemory_floor_mb": 4096, "maxmemory_ceiling_mb": 1024}, 4096),
+    ],
+    ids=[
+        "share",
+        "ceiling",
+        "floor",
+        "whole MiB",
+        "own ceiling",
+        "explicit",
+        "beyond the ceiling",
+        "floor wins",
+    ],
+)
+def test_maxmemory(host_gib: float, settings: dict[str, float], wanted_mib: int) -> None:
+    """A share of the host's memory within floor and ceiling, in whole MiB; a value that is set is taken."""
+    found = tuning.maxmemory_bytes(RedisSettings.model_validate(settings), int(host_gib * GIB))
+    assert found == wanted_mib * tuning.MIB
+
+
+def test_tuning_conf() -> None:
+    """It says where its figure comes from, and has what Redis is to do with it."""
+    assert tuning.render(RedisSettings(), 8 * GIB).splitlines() == [
+        "# Written by `gpuinfer redis prepare` at each start from [redis] in gpuinfer.toml; do not edit.",
+        "# 0.25 of the host's 8192 MiB, 256 to 16384 MiB",
+        "maxmemory 2048mb",
+        "appendfsync everysec",
+    ]
+    text = tuning.render(RedisSettings(maxmemory_mb=300, appendfsync="always"), 8 * GIB)
+    assert text.splitlines()[1:] == ["# redis.maxmemory_mb", "maxmemory 300mb", "appendfsync always"]
+
+
+def test_show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``redis show`` tells what the next start takes, on this host."""
+    monkeypatch.setenv("GPUINFER_REDIS_MAXMEMORY_MB", "321")
+    assert call("redis", "show") == 0
+    assert "maxmemory 321mb\n" in capsys.readouterr().out
+    assert tuning.host_memory_bytes() > 64 * tuning.MIB
+
+
+# -- users --------------------------------------------------------------------------------
+
+
+def test_acl_text() -> None:
+    """One line a user; passwords as their hashes alone; nobody logs in as the default user."""
+    text = acl.render(PASSWORDS)
+    lines = text.splitlines()
+    assert text.endswith("\n")
+    assert [line.split()[:3] for line in lines] == [
+        ["user", "default", "off"],
+        *(["user", user, "on"] for user in ("admin", "api", "worker", "watcher")),
+    ]
+    for user, password in PASSWORDS.items():
+        assert password not in text
+        assert f"user {user} on #{hashlib.sha256(password.encode()).hexdigest()} resetchannels -@all" in text
+    assert "nopass" not in text
+    assert ">" not in text
+
+
+def test_default_user_reads_the_file_back() -> None:
+    """Redis loads its append-only file with the default user's rights: it must have all, and no password."""
+    assert acl.render(PASSWORDS).splitlines()[0] == "user default off resetpass ~* &* +@all"
+
+
+@pytest.mark.parametrize("user", ["api", "worker", "watcher"])
+def test_no_program_has_everything(user: str) -> None:
+    """Least rights: no program may do all to all keys, or speak on all channels."""
+    rules = [part for rule in acl.RULES[user] for part in rule.strip("()").split()]
+    assert not {"~*", "allkeys", "+@all", "allcommands", "+@admin", "+@dangerous", "+config", "+acl"} & set(
+        rules
+    )
+    speaking = [rule for rule in acl.RULES[user] if "+publish" in rule or rule.startswith("&")]
+    assert "&*" not in speaking
+    assert [rule for rule in acl.RULES[user] if rule.count("(") != rule.count(")")] == []
+    for queue in QUEUES:
+        assert not any(
+            word in rule.split() for rule in acl.RULES[user] for word in ("+del",) if f"~{queue}" in rule
+        )
+
+
+# -- prepare ------------------------------------------------------------------------------
+
+
+def test_prepare(credentials: Path, folder: Path) -> None:
+    """Both files are there, for their owner alone, and again after a second start; nothing else is left."""
+    for _ in range(2):
+        assert prepare(folder) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["tuning.conf", "users.acl"]
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+    assert (folder / "users.acl").read_text(encoding="utf-8") == acl.render(PASSWORDS)
+    assert "\nmaxmemory " in (folder / "tuning.conf").read_text(encoding="utf-8")
+
+
+def test_prepare_follows_no_link(credentials: Path, folder: Path, tmp_path: Path) -> None:
+    """What lies in the way is replaced: a link's target stays, and a wide mode is not inherited."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("mine", encoding="utf-8")
+    (folder / "users.acl.new").symlink_to(elsewhere)
+    (folder / "tuning.conf.new").touch(mode=0o666)
+    (folder / "tuning.conf.new").chmod(0o666)
+    assert prepare(folder) == 0
+    assert elsewhere.read_text(encoding="utf-8") == "mine"
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+    assert not (folder / "users.acl").is_symlink()
+
+
+def test_missing_password(credentials: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A password that is not there is named, with what makes one; nothing is written."""
+    (credentials / "worker").unlink()
+    assert prepare(folder) == 78
+    told = capsys.readouterr().err
+    assert str(credentials / "worker") in told
+    assert "dpkg-reconfigure gpuinfer" in told
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b" \n"])
+def test_empty_password(
+    credentials: Path, folder: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    """An empty password is none."""
+    (credentials / "watcher").write_bytes(content)
+    assert prepare(folder) == 78
+    assert f"{credentials / 'watcher'}: is empty" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+
+
+def test_password_that_is_no_text(
+    credentials: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes that are no text are an error with the file's name, not a traceback, and are not shown."""
+    (credentials / "api").write_bytes(b"\xff\xfehush")
+    assert prepare(folder) == 78
+    told = capsys.readouterr().err
+    assert str(credentials / "api") in told
+    assert "hush" not in told
+
+
+def test_folder_that_cannot_be_written(
+    credentials: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file that cannot be written is named, with the reason."""
+    assert prepare(tmp_path / "absent") == 78
+    assert (
+        f"{tmp_path / 'absent' / 'tuning.conf'}: cannot be written: No such file" in capsys.readouterr().err
+    )
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert prepare(plain) == 78
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def test_more_users(credentials: Path, folder: Path, tmp_path: Path) -> None:
+    """The administrator's own users come after ours, his comments not: Redis would not start with them."""
+    (tmp_path / "redis-users.acl").write_text(
+        "# who reads results\n\nuser reader on #00 ~celery-task-meta-* +get\n", encoding="utf-8"
+    )
+    assert prepare(folder) == 0
+    text = (folder / "users.acl").read_text(encoding="utf-8")
+    assert text == acl.render(PASSWORDS) + "user reader on #00 ~celery-task-meta-* +get\n"
+
+
+@pytest.mark.parametrize("line", ["user api on nopass", "user default on", "reader on", "user"])
+def test_more_users_that_redis_would_refuse(
+    credentials: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    """A user named twice, or a line that is none, would keep Redis from starting: the line is named."""
+    (tmp_path / "redis-users.acl").write_text(f"# mine\n{line}\n", encoding="utf-8")
+    assert prepare(folder) == 78
+    assert "redis-users.acl: line 2 must be `user NAME RULES...`" in capsys.readouterr().err
+
+
+# -- local --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("unix:///run/gpuinfer/redis/redis.sock?db=0", 0),
+        ("unix://app:pw@/run/gpuinfer/redis/redis.sock", 0),
+        ("redis+socket:///run/gpuinfer/redis/redis.sock", 0),
+        ("unix:///run/redis/redis.sock", 1),
+        ("unix:///run/gpuinfer/redis-other/redis.sock", 1),
+        ("redis://127.0.0.1:6379/0", 1),
+        ("rediss://app:p%40ss@queue.example:6380/0", 1),
+        ("http://nonsense", 255),
+    ],
+)
+def test_local(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], url: str, code: int
+) -> None:
+    """systemd's condition: 0 start Redis here, 1 it is elsewhere, 255 wrong settings; no password is told."""
+    monkeypatch.setenv("GPUINFER_BROKER_URL", url)
+    assert call("redis", "local") == code
+    told = capfd.readouterr()
+    assert "p%40ss" not in told.out + told.err
+    assert ("has no Redis of its own to run" in told.out) == (code == 1)
+    assert ("broker.url" in told.err) == (code == 255)
+
+
+def test_local_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host whose settings name no other broker runs its own Redis."""
+    (tmp_path / "gpuinfer.toml").touch()
+    monkeypatch.setenv("GPUINFER_CONFIG", str(tmp_path / "gpuinfer.toml"))
+    assert call("redis", "local") == 0
