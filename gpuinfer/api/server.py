@@ -133,7 +133,8 @@ class Server(uvicorn.Server):
         self._stopping: asyncio.Event = app.state.stopping
         self._notifier = SystemdNotifier()
         #: Ticks between two signs of life: a quarter of what systemd allows; 0 where it does not watch.
-        self._feed_every = int(os.environ.get("WATCHDOG_USEC") or 0) // 400_000
+        watchdog_us = int(os.environ.get("WATCHDOG_USEC") or 0)
+        self._feed_every = max(1, watchdog_us // 400_000) if watchdog_us else 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)

@@ -47,20 +47,24 @@ def extend(notifier: SystemdNotifier, seconds: float) -> None:
     notifier.notify(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
 
+def keep_asking(
+    notifier: SystemdNotifier, limit_s: float, wait: Callable[[float], bool], clock: Callable[[], float]
+) -> None:
+    """Ask for more time until ``wait(seconds)`` says that it is done, or ``limit_s`` seconds are over."""
+    deadline = clock() + limit_s
+    while clock() < deadline:
+        extend(notifier, 3 * _EXTEND_EVERY_S)
+        if wait(_EXTEND_EVERY_S):
+            return
+
+
 @contextmanager
 def starting(limit_s: float, what: str) -> Iterator[None]:
     """Keep systemd waiting while models load, up to ``limit_s`` seconds."""
     notifier, done = SystemdNotifier(), threading.Event()
     notifier.notify(f"STATUS=loading {what}")
-    deadline = time.monotonic() + limit_s
-
-    def ask() -> None:
-        while time.monotonic() < deadline:
-            extend(notifier, 3 * _EXTEND_EVERY_S)
-            if done.wait(_EXTEND_EVERY_S):
-                return
-
-    thread = threading.Thread(target=ask, name="starting", daemon=True)
+    arguments = notifier, limit_s, done.wait, time.monotonic
+    thread = threading.Thread(target=keep_asking, args=arguments, name="starting", daemon=True)
     thread.start()
     try:
         yield

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's signs of life to systemd, with a clock and a notifier of our own; the API's, too."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+from fastapi import FastAPI
+
+from gpuinfer.api.server import Server
+from gpuinfer.queue.store import Store
+from gpuinfer.settings import QueueSettings
+from gpuinfer.worker import consumer, heartbeat
+from gpuinfer.worker.heartbeat import DRAIN_ALLOWANCE_S, REPORT_S, STUCK_GRACE_S, Pulse, keep_asking
+
+pytestmark = pytest.mark.unit
+
+NOBODY = "/nonexistent/redis.sock"
+
+
+class Notes:
+    """Stands for systemd: keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.all: list[str] = []
+
+    def notify(self, state: str) -> None:
+        self.all += state.split("\n")
+
+    def take(self, start: str = "") -> list[str]:
+        """Return and forget what has come; what begins with ``start``."""
+        found, self.all = self.all, []
+        return [note for note in found if note.startswith(start)]
+
+
+class Clock:
+    """A clock that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Setup:
+    """A pulse over a batcher that does nothing, and a Redis that never answers."""
+
+    def __init__(self, **environ: str) -> None:
+        self.notes, self.clock = Notes(), Clock()
+        store = Store(redis.Redis(unix_socket_path=NOBODY), "gpu0@test", ["realtime"], QueueSettings())
+        self.engine: Any = SimpleNamespace(current=None, moved_at=self.clock.now)
+        batcher: Any = SimpleNamespace(
+            store=store, engine=self.engine, models={"b": 1, "a": 2}, device="gpu0", done=0, closed=False
+        )
+        self.batcher = batcher
+        self.pulse = Pulse(batcher, "gpu0@test", 0, notifier=self.notes, clock=self.clock, environ=environ)
+        self.waiting: int | None = 0
+        self.written: list[str] = []
+        self.pulse._write = self._write  # type: ignore[method-assign]  # Redis is the integration test's
+
+    def _write(self, state: str, rate: float) -> int | None:
+        self.written.append(state)
+        return self.waiting
+
+    def run(self, hard_limit_s: float, size: int = 3) -> None:
+        """Begin a batch now."""
+        self.engine.current = SimpleNamespace(hard_limit_s=hard_limit_s, size=size, works=[None] * size)
+        self.engine.moved_at = self.clock.now
+
+    def beat_for(self, seconds: float) -> list[str]:
+        """Let time pass, one beat a second; return what systemd was told."""
+        for _ in range(int(seconds)):
+            self.clock.now += 1
+            self.pulse.beat()
+        return self.notes.take()
+
+
+@pytest.fixture
+def setup() -> Setup:
+    """Watched by systemd, which allows 60 s."""
+    return Setup(WATCHDOG_USEC="60000000")
+
+
+def test_ready_once(setup: Setup) -> None:
+    """READY is said when the models are warm, and never again, whatever comes and goes."""
+    assert setup.notes.take() == []
+    for call in (
+        setup.pulse.ready,
+        setup.pulse.ready,
+        setup.pulse.lost,
+        setup.pulse.found,
+        setup.pulse.ready,
+    ):
+        call()
+    assert setup.notes.take("READY") == ["READY=1"]
+
+
+def test_status(setup: Setup) -> None:
+    """``systemctl status`` shows models, device, what is done, how fast, what waits; only news is told."""
+    setup.pulse.ready()
+    assert setup.notes.take("STATUS") == ["STATUS=a, b on gpu0: 0 done, 0/s, 0 waiting"]
+    setup.batcher.done, setup.waiting = 12_345, 1_000
+    told = setup.beat_for(REPORT_S)
+    assert told == ["STATUS=a, b on gpu0: 12,345 done, 2,469/s, 1,000 waiting"]
+    setup.beat_for(REPORT_S)
+    assert [note for note in setup.beat_for(3 * REPORT_S) if note.startswith("STATUS")] == []
+
+
+def test_states(setup: Setup) -> None:
+    """The heartbeat says idle, busy, draining."""
+    setup.pulse.ready()
+    setup.run(60)
+    setup.beat_for(REPORT_S)
+    setup.pulse.stopping()
+    assert setup.written == ["idle", "busy", "draining"]
+
+
+def test_watchdog_rhythm(setup: Setup) -> None:
+    """Fed four times in the time that systemd allows, while idle."""
+    setup.pulse.ready()
+    setup.notes.take()
+    assert setup.beat_for(60).count("WATCHDOG=1") == 4
+
+
+def test_not_watched() -> None:
+    """Without a watchdog nobody is fed, and no time is asked for."""
+    setup = Setup()
+    setup.pulse.ready()
+    assert [note for note in setup.beat_for(600) if note.startswith("WATCHDOG")] == []
+
+
+def test_long_legal_batch(setup: Setup) -> None:
+    """A batch within its hard limit may take as long as that, far beyond systemd's limit."""
+    setup.pulse.ready()
+    setup.run(hard_limit_s=600)
+    assert setup.beat_for(600).count("WATCHDOG=1") == 40
+
+
+def test_stuck_batch(setup: Setup) -> None:
+    """A batch beyond its limit and the grace starves the watchdog; one that goes on after all feeds it."""
+    setup.pulse.ready()
+    setup.run(hard_limit_s=30)
+    fed = setup.beat_for(30 + STUCK_GRACE_S).count("WATCHDOG=1")
+    assert fed == 3
+    assert setup.beat_for(600).count("WATCHDOG=1") == 0
+    setup.engine.moved_at = setup.clock.now  # its next pass
+    assert setup.beat_for(15).count("WATCHDOG=1") == 1
+
+
+def test_redis_away(setup: Setup) -> None:
+    """Without Redis the worker is up, says what it waits for, is fed, and writes nothing."""
+    setup.pulse.ready()
+    setup.written.clear()
+    setup.notes.take()
+    setup.pulse.lost()
+    setup.pulse.lost()
+    assert setup.notes.take() == ["STATUS=a, b on gpu0: waiting for Redis"]
+    assert setup.beat_for(60) == ["WATCHDOG=1"] * 4
+    setup.pulse.found()
+    assert setup.beat_for(1)[-1].startswith("STATUS=a, b on gpu0: 0 done")
+    assert setup.written == ["idle"]
+
+
+def test_start_without_redis(setup: Setup) -> None:
+    """A worker that starts without Redis is ready all the same; it does not ask Redis for that."""
+    setup.pulse.lost()
+    assert setup.notes.take() == ["READY=1", "STATUS=a, b on gpu0: waiting for Redis"]
+    assert setup.written == []
+
+
+@pytest.mark.parametrize(("timeout_s", "asked"), [(5.0, ["WATCHDOG_USEC=50000000"]), (2.0, [])])
+def test_deaf_redis_is_no_hang(timeout_s: float, asked: list[str]) -> None:
+    """Where the timeouts of a deaf Redis may add up to more than the watchdog's limit, more is asked for."""
+    setup = Setup()
+    environ = {"WATCHDOG_USEC": "30000000"}
+    pulse = Pulse(
+        setup.batcher, "gpu0@test", 0, notifier=setup.notes, environ=environ, redis_timeout_s=timeout_s
+    )
+    pulse.lost()
+    assert setup.notes.take("WATCHDOG") == asked
+
+
+def test_stopping(setup: Setup) -> None:
+    """A stop tells what it waits for, and may take the limit of the batch that runs and some more."""
+    setup.pulse.stopping()
+    idle = ["STOPPING=1", "STATUS=a, b on gpu0: handing tasks back"]
+    assert setup.notes.take() == [*idle, f"EXTEND_TIMEOUT_USEC={int(DRAIN_ALLOWANCE_S * 1e6)}"]
+    setup.run(hard_limit_s=300, size=7)
+    setup.pulse.stopping()
+    busy = ["STOPPING=1", "STATUS=a, b on gpu0: finishing a batch of 7"]
+    assert setup.notes.take() == [*busy, f"EXTEND_TIMEOUT_USEC={int((300 + DRAIN_ALLOWANCE_S) * 1e6)}"]
+
+
+def test_drain_tells_once(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery may end twice over: systemd is told once."""
+    calls: list[float] = []
+
+    def drain(timeout_s: float) -> None:
+        calls.append(timeout_s)
+        setup.batcher.closed = True
+
+    setup.batcher.drain = drain
+    monkeypatch.setattr(setup.pulse, "gone", lambda: calls.append(-1))
+    process: Any = SimpleNamespace(batcher=setup.batcher, pulse=setup.pulse)
+    consumer.drain(process)
+    consumer.drain(process)
+    assert calls == [consumer.DRAIN_TIMEOUT_S, -1]
+    assert setup.notes.take("STOPPING") == ["STOPPING=1"]
+
+
+@pytest.mark.parametrize(("takes_s", "asked"), [(5, 1), (100, 10), (1e9, 30)])
+def test_loading(takes_s: float, asked: int) -> None:
+    """While a model loads systemd is asked for more, again and again, up to the limit and no further."""
+    notes, clock = Notes(), Clock()
+    done_at = clock.now + takes_s
+
+    def wait(seconds: float) -> bool:
+        clock.now += seconds
+        return clock.now >= done_at
+
+    keep_asking(notes, 300, wait, clock)
+    assert notes.take() == ["EXTEND_TIMEOUT_USEC=30000000"] * asked
+    assert clock.now - done_at < 10 or clock.now == 1300
+
+
+def test_loading_says_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The status names the models that load; nobody asks on when they are loaded, or could not be."""
+    notes = Notes()
+    monkeypatch.setattr(heartbeat, "SystemdNotifier", lambda: notes)
+    with pytest.raises(ValueError, match="broken"), heartbeat.starting(300, "digits, ocr"):
+        raise ValueError("broken")
+    assert notes.take()[0] == "STATUS=loading digits, ocr"
+    assert [thread.name for thread in threading.enumerate() if thread.name == "starting"] == []
+
+
+@pytest.mark.parametrize(("watchdog_us", "fed"), [("4000000", 10), ("", 0), ("100000", 100)])
+def test_api_watchdog(monkeypatch: pytest.MonkeyPatch, watchdog_us: str, fed: int) -> None:
+    """The API's event loop feeds the watchdog at a quarter of its time: ten ticks a second."""
+    monkeypatch.setenv("WATCHDOG_USEC", watchdog_us)
+    app = FastAPI()
+    app.state.stopping = asyncio.Event()
+    server, notes = Server(app), Notes()
+    server._notifier = notes
+
+    async def tick() -> None:
+        for counter in range(1, 101):
+            await server.on_tick(counter)
+
+    asyncio.run(tick())
+    assert notes.take() == ["WATCHDOG=1"] * fed
