@@ -1,2 +1,1 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The packages on a booted Debian."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import need
-from tests.host.container import Container, discard
-from tests.host.root import CACHE, HostError, missing, root, run
+from tests.host.container import Container, discard, new_state, sweep
+from tests.host.root import HostError, missing, root, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,9 +39,9 @@ def debs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def installed(debs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A host with the packages installed, switched off: the layers on which others are booted."""
     state = Path(tmp_path_factory.mktemp("installed", numbered=False))
-    host = Container(root(), state=CACHE / f"state-{os.getpid()}")
+    sweep()
+    host = Container(root(), state=new_state("installed"))
     try:
-        host.state.mkdir()
         with host:
             install(host, debs)
             (state / "apt.log").write_text(host.ok("cat /var/log/apt/term.log"))

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from tests.host.root import HostError, run
+from tests.host.root import CACHE, HostError, run
 from tests.services import Process
 
 BOOT_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 60.0
+STATES = CACHE / "hosts"
 #: Without these, DevicePolicy= and IPAddressDeny= are silently not enforced in the container.
 _NSPAWN = ("--system-call-filter=bpf", "--capability=CAP_BPF", "--register=no", "--keep-unit", "--boot")
 
@@ -48,7 +49,7 @@ class Container:
         self.name = name
         self._zone = zone
         self._owns_state = state is None
-        self.state = state or Path(tempfile.mkdtemp(prefix=f"gpuinfer-{name}-", dir="/var/tmp"))
+        self.state = state or new_state(name)
         self.folder = self.state / "root"
         self._lower = lower
         self._process: Process | None = None
@@ -160,6 +161,7 @@ class Container:
             text=True,
             errors="replace",
             check=False,
+            start_new_session=True,  # a script's `kill 0` must not reach us
         )
         return Answer(done.returncode, done.stdout)
 
@@ -205,8 +207,23 @@ class Container:
         run("cp", "-a", "--no-preserve=ownership", source, f"{self.folder}{target}")
 
 
+def new_state(name: str) -> Path:
+    """Return a new folder for what a container writes, named after this process."""
+    STATES.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-{name}-", dir=STATES))
+
+
+def sweep() -> None:
+    """Remove what test runs have left that were killed before they could."""
+    for state in STATES.glob("*-*"):
+        if not Path("/proc", state.name.partition("-")[0]).exists():
+            discard(state)
+
+
 def discard(state: Path) -> None:
     """Remove what a container wrote."""
+    while os.path.ismount(state / "root"):
+        run("umount", "-R", state / "root")
     if os.path.ismount(state):
         run("umount", state)
     shutil.rmtree(state, ignore_errors=True)

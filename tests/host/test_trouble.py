@@ -124,7 +124,7 @@ def test_a_worker_that_cannot_stay_up_ends_in_failed(host: Container) -> None:
     """A crash loop ends, in a state that `systemctl --failed` lists; its GPU's neighbours go on."""
     host.ok(f"systemctl reset-failed {WORKER}")
     host.until(
-        f"kill -9 $(systemctl show -P MainPID {WORKER}) 2>/dev/null;"
+        f"pid=$(systemctl show -P MainPID {WORKER}); [ $pid = 0 ] || kill -9 $pid;"
         f" systemctl is-failed -q {WORKER} && systemctl show -P Result {WORKER} | grep -q start-limit-hit"
         f" || systemctl show -P SubState {WORKER} | grep -q '^failed'",
         timeout=90,
