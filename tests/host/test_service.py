@@ -74,7 +74,7 @@ def test_a_line_comes_once(host: Container) -> None:
 
 
 def test_warnings_show_just_trouble(host: Container) -> None:
-    """`journalctl -u 'gpuinfer-*' -p warning` shows what the administrator must mend, and no task that went well."""
+    """`journalctl -u 'gpuinfer-*' -p warning` shows what must be mended, and no task."""
     good = predict(host)
     result(host, good)
     # A caller's mistake is the caller's: it is logged, and is no trouble of the host's.
