@@ -23,7 +23,7 @@ from gpuinfer.settings import QUEUES, QueueName, WatcherSettings
 from gpuinfer.watcher.calm import Calm
 from gpuinfer.watcher.memory import UnitMemory, commanded, out, remember
 from gpuinfer.watcher.plan import Fleet, plan
-from gpuinfer.watcher.rates import WINDOW_S, Rates, measure, with_startups
+from gpuinfer.watcher.rates import Rates, measure, with_startups
 from gpuinfer.watcher.state import Action, Instance, Key, Need, Observation, Verdict
 
 #: Between the utilisation that starts one more worker and the one aimed at; and likewise below.
@@ -226,8 +226,7 @@ def _late(queue: QueueName, oldest_s: float, fleet: Fleet, rates: Rates, setting
 def _keep_up(fleet: Fleet, rates: Rates, settings: WatcherSettings) -> Need:
     """Ask for what a steady load needs."""
     rate, steady, aim = rates.service(settings), rates.steady, settings.utilisation
-    # Less than a task in the window is no load.
-    if steady * WINDOW_S < 1:
+    if rates.arrived < 1:
         return Need(up=fleet.running, enough=0, formula="nothing arrives")
     enough = math.ceil(steady / (rate * (aim - SLACK)))
     up = fleet.running

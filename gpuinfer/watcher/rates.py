@@ -15,8 +15,8 @@ from statistics import fmean, median
 from gpuinfer.settings import QUEUES, WatcherSettings
 from gpuinfer.watcher.state import Observation
 
-#: The steady arrival rate is the mean over this window.
-WINDOW_S = 60.0
+#: The steady arrival rate is the mean over the calm period, within these bounds.
+WINDOW_MIN_S, WINDOW_MAX_S = 10.0, 60.0
 #: The recent rate is taken from so many looks; an odd number, for the median.
 RECENT_LOOKS = 7
 #: A throughput is believed when it was held for so many looks.
@@ -75,10 +75,15 @@ class Rates:
         return settings.assumed_startup_s if self.startup_s is None else self.startup_s
 
     @property
+    def arrived(self) -> float:
+        """Return how many tasks arrived within the window."""
+        return sum(sum(sample.arrived) for sample in self.samples)
+
+    @property
     def steady(self) -> float:
         """Return arrivals a second of all queues over the whole window."""
         seconds = sum(sample.seconds for sample in self.samples)
-        return sum(sum(sample.arrived) for sample in self.samples) / max(seconds, WINDOW_S / 6)
+        return self.arrived / max(seconds, WINDOW_MIN_S)
 
     @property
     def recent(self) -> tuple[float, ...]:
@@ -115,7 +120,8 @@ def measure(
         served=max(0.0, done - before.done),
         worker_s=min(active, before.active) * seconds,
     )
-    kept = tuple(old for old in before.samples if old.at > now - WINDOW_S)
+    window_s = min(WINDOW_MAX_S, max(WINDOW_MIN_S, settings.calm_s))
+    kept = tuple(old for old in before.samples if old.at > now - window_s)
     after = replace(after, samples=(*kept, sample))
     if saturated > 1 and active == before.active:
         return _learn(after, sample, settings)
