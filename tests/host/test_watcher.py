@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The watcher on a booted systemd with four instances: up, down, killed, and what it must never do.
+
+The units are stand-ins that only sleep; what Redis says of them is written by the test. The watcher is
+the real command; it runs outside the container and reaches its bus through /proc.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+import pytest
+import redis
+
+from gpuinfer.queue import keys
+from gpuinfer.watcher.probe import DECISIONS
+from tests.conftest import need
+from tests.host.container import Container
+from tests.host.root import missing, root
+from tests.services import Process, RedisServer
+
+pytestmark = pytest.mark.host
+
+UNIT = """
+[Unit]
+StartLimitIntervalSec=0
+[Service]
+Type=notify
+NotifyAccess=all
+ExecStart=/bin/sh -c 'sleep 0.5; test -e /fail-%i && exit 3; systemd-notify --ready; exec sleep infinity'
+[Install]
+WantedBy=multi-user.target
+"""
+SETTINGS = {
+    "WATCHER_INSTANCES": 4,
+    "WATCHER_CALM_S": 2,
+    "WATCHER_CALM_MAX_S": 2,
+    "WATCHER_PROBE_INTERVAL_S": 0.2,
+    "WATCHER_ASSUMED_RATE": 1,
+    "WATCHER_QUARANTINE_S": 3,
+    "WORKER_DEVICE": "cpu",
+    "LOG_FORMAT": "json",
+}
+
+
+@pytest.fixture(scope="module")
+def container() -> Iterator[Container]:
+    need(not missing(), missing())
+    with Container(root(), name="watched") as booted:
+        booted.put("/etc/systemd/system/gpuinfer-worker@.service", UNIT)
+        booted.ok("systemctl daemon-reload")
+        yield booted
+
+
+class Site:
+    """A container, a Redis, and a watcher that may be killed and started again."""
+
+    def __init__(self, container: Container, server: RedisServer, folder: Path) -> None:
+        self.container, self.server, self.folder = container, server, folder
+        self.redis = redis.Redis.from_url(server.url)
+        self.watcher: Process | None = None
+
+    def watch(self, **more: object) -> Process:
+        """Start the watcher."""
+        bus = f"unix:path=/proc/{self.container._leader}/root/run/dbus/system_bus_socket"
+        chosen = {**SETTINGS, "BROKER_URL": self.server.url, **more}
+        env = {f"GPUINFER_{name}": str(value) for name, value in chosen.items()}
+        command = [sys.executable, "-m", "gpuinfer", "watcher", "run"]
+        env |= {**os.environ, "DBUS_SYSTEM_BUS_ADDRESS": bus}
+        self.watcher = Process(command, self.folder / "watcher.log", env=env)
+        self.watcher.wait_for_line('"watching"')
+        return self.watcher
+
+    def backlog(self, tasks: int) -> None:
+        """Let so many tasks wait."""
+        self.redis.delete("default")
+        if tasks:
+            self.redis.lpush("default", *["{}"] * tasks)
+
+    def workers_say(self, *, busy: tuple[int, ...] = ()) -> None:
+        """Let all workers beat, and some hold a task."""
+        for number in range(4):
+            name = f"gpu{number}@{socket.gethostname()}"
+            self.redis.set(keys.heartbeat(name), "{}")
+            self.redis.delete(keys.inflight(name))
+            if number in busy:
+                self.redis.hset(keys.inflight(name), mapping={"1": "{}", "1:list": "default"})
+
+    def states(self) -> list[str]:
+        """Return the state of each unit, as systemd has it."""
+        units = " ".join(f"gpuinfer-worker@{number}" for number in range(4))
+        return self.container.sh(f"systemctl is-active {units}").output.split()
+
+    def until(self, wanted: list[str], timeout_s: float = 30.0) -> None:
+        """Wait until the units are in these states."""
+        deadline = time.monotonic() + timeout_s
+        while (found := self.states()) != wanted:
+            assert time.monotonic() < deadline, f"waited for {wanted}, is {found}\n{self.tail()}"
+            time.sleep(0.1)
+
+    def tail(self) -> str:
+        """Return what the watcher logged last."""
+        return self.watcher.tail() if self.watcher else ""
+
+    def starts(self) -> list[str]:
+        """Return which instances were started, as systemd's journal counts it."""
+        script = "journalctl -b -o cat -u 'gpuinfer-worker@*' | grep -c '^Starting' || true"
+        return self.container.ok(script).split()
+
+
+@pytest.fixture
+def site(container: Container, redis_server: RedisServer, tmp_path: Path) -> Iterator[Site]:
+    made = Site(container, redis_server, tmp_path)
+    yield made
+    if made.watcher is not None:
+        made.watcher.kill()
+    made.redis.close()
+    container.ok(
+        "systemctl stop 'gpuinfer-worker@*'; systemctl disable -q gpuinfer-worker@{0,1,2,3}; "
+        "systemctl reset-failed; rm -f /fail-*"
+    )
+
+
+UP, DOWN = "active", "inactive"
+
+
+def test_a_burst_starts_four_and_calm_brings_the_floor_back(site: Site) -> None:
+    """From the floor to all four at once; and one by one back to the floor."""
+    site.workers_say()
+    site.watch(WATCHER_FLOOR=1)
+    site.until([UP, DOWN, DOWN, DOWN])
+    site.backlog(500)
+    site.until([UP] * 4)
+    site.backlog(0)
+    site.until([UP, DOWN, DOWN, DOWN], 60)
+    kept = [orjson.loads(text) for text in site.redis.lrange(DECISIONS, 0, -1)]
+    stops = [entry for entry in kept if entry["verdict"] == "scale_down"]
+    assert [len(entry["actions"]) for entry in stops] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("after", [0.0, 0.3, 0.8])
+def test_killed_in_mid_scale_it_comes_to_the_same_fleet(site: Site, after: float) -> None:
+    """SIGKILL at any moment: the next watcher finishes the plan, and nothing is started twice."""
+    site.workers_say()
+    before = int(site.starts()[0])
+    watcher = site.watch()
+    site.backlog(500)
+    watcher.wait_for_line('"scale_up"')
+    time.sleep(after)
+    watcher.kill()
+    site.watch()
+    site.until([UP] * 4)
+    time.sleep(1)
+    assert int(site.starts()[0]) - before == 4
+
+
+def test_an_enabled_unit_is_started_and_never_stopped(site: Site) -> None:
+    """What an administrator enabled runs, whatever the queue."""
+    site.workers_say()
+    site.container.ok("systemctl enable -q gpuinfer-worker@3")
+    site.watch()
+    site.until([DOWN, DOWN, DOWN, UP])
+    time.sleep(6)
+    assert site.states() == [DOWN, DOWN, DOWN, UP]
+
+
+def test_a_busy_unit_is_never_stopped(site: Site) -> None:
+    """It holds a task for longer than any calm period; once it is done, it is stopped."""
+    site.workers_say(busy=(0,))
+    site.watch()
+    site.backlog(500)
+    site.until([UP] * 4)
+    site.backlog(0)
+    site.until([UP, DOWN, DOWN, DOWN], 60)
+    time.sleep(5)
+    assert site.states() == [UP, DOWN, DOWN, DOWN]
+    site.workers_say()
+    site.until([DOWN] * 4, 60)
+
+
+def test_a_failing_unit_is_quarantined_longer_each_time(site: Site) -> None:
+    """The others serve meanwhile; the log says why it is out."""
+    site.workers_say()
+    site.container.ok("touch /fail-1")
+    site.watch()
+    site.backlog(500)
+    site.until([UP, "failed", UP, UP])
+    # Reset after its rest and tried again: it fails again, and rests twice as long.
+    deadline = time.monotonic() + 30
+    while site.watcher is not None and site.watcher.text().count("start gpu1@") < 3:
+        assert time.monotonic() < deadline, site.tail()
+        time.sleep(0.2)
+    site.until([UP, "failed", UP, UP])
+    site.container.ok("rm /fail-1")
+    site.until([UP] * 4, 60)
+
+
+def test_what_an_administrator_stops_stays_stopped(site: Site) -> None:
+    """A manual stop is respected for the stated time, however long the queue."""
+    site.workers_say()
+    site.watch(WATCHER_MANUAL_HOLD_S=6)
+    site.backlog(500)
+    site.until([UP] * 4)
+    time.sleep(1)
+    site.container.ok("systemctl stop gpuinfer-worker@2")
+    time.sleep(4)
+    assert site.states() == [UP, UP, DOWN, UP]
+    site.until([UP] * 4)
