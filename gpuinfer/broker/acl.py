@@ -59,7 +59,7 @@ RULES: Mapping[str, Sequence[str]] = {
     "admin": ("~*", "&*", "+@all"),
     # Appends to queues and reads states; takes nothing out, and sees no payload.
     "api": (
-        *(*_CONNECTION, *_SCRIPTS, *_LISTENING, "+publish", "+info", _RESULT_CHANNELS),
+        *(*_CONNECTION, *_SCRIPTS, *_LISTENING, "+publish", "+time", "+info", _RESULT_CHANNELS),
         *(*_LISTS, _BELLS, _RESULTS, _KEYED),
         _selector("+lpush", "+llen", *_LISTS),
         _selector("+lpush", "+ltrim", _BELLS),

@@ -63,7 +63,7 @@ def life(worker: str) -> str:
 
 
 def heartbeat(worker: str) -> str:
-    """Return the key of ``worker``'s last sign of life (JSON; it expires)."""
+    """Return the key of ``worker``'s last sign of life (see ``gpuinfer.queue.beats``)."""
     return HEARTBEAT_PREFIX + worker
 
 

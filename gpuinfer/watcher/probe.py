@@ -14,12 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import orjson
 import redis
 
 from gpuinfer.log import get_logger
-from gpuinfer.queue import keys
+from gpuinfer.queue import beats, keys
 from gpuinfer.queue.connection import typed_errors
 from gpuinfer.queue.depth import Depth
 from gpuinfer.queue.depth import look as look_at_queues
@@ -74,14 +75,9 @@ class Probe:
             remote, live = self._hear(told, now)
             names = [str(instance.key) for instance in (*own, *remote)]
             depth = look_at_queues(self._client, names)
-            with self._client.pipeline(transaction=False) as pipe:
-                pipe.hgetall(keys.CLAIMED)
-                if names:
-                    pipe.mget([keys.heartbeat(name) for name in names])
-                answers = pipe.execute()
-        beats = answers[1] if names else []
-        beating = frozenset(name for name, beat in zip(names, beats, strict=True) if beat)
-        queues = self._queues(depth, _by_queue(answers[0]))
+            claimed: Mapping[Any, Any] = self._client.hgetall(keys.CLAIMED)
+            beating = frozenset(beats.fresh(self._client, names))
+        queues = self._queues(depth, _by_queue(claimed))
         # Of a silent host, only what still beats is there.
         there = (one for one in remote if one.key.host in live or str(one.key) in beating)
         marked = tuple(with_busy(one, depth.inflight, beating) for one in there)

@@ -16,13 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import orjson
 import redis
 from sdnotify import SystemdNotifier
 
 from gpuinfer import __version__
-from gpuinfer.queue import keys
-from gpuinfer.queue.scripts import bind
+from gpuinfer.queue import beats, keys
 
 if TYPE_CHECKING:
     from gpuinfer.worker.batcher import Batcher
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
 #: Seconds between two looks at the clock, and between two reports.
 BEAT_S = 1.0
 REPORT_S = 5.0
-#: A heartbeat is forgotten after this long.
-HEARTBEAT_TTL_S = 30
 #: Seconds beyond its hard limit after which a batch counts as stuck: the limit itself should have ended it.
 STUCK_GRACE_S = 20.0
 #: What a stop may take beside the batch that runs, in seconds.
@@ -102,7 +98,7 @@ class Pulse:
         self._since = time.time()
         self._status = ""
         self._ready = self._away = False
-        self._script = bind(batcher.store.client, "heartbeat")
+        self._write_beat = beats.writer(batcher.store.client)
 
     # -- what happens ---------------------------------------------------------------------
 
@@ -158,7 +154,7 @@ class Pulse:
         try:
             self._batcher.store.client.delete(keys.heartbeat(self._name))
         except (redis.RedisError, OSError):
-            return  # it expires
+            return  # it grows old
 
     # -- telling --------------------------------------------------------------------------
 
@@ -182,14 +178,8 @@ class Pulse:
     def _write(self, state: str, rate: float) -> int | None:
         """Write the heartbeat; return how many tasks wait, None when Redis does not answer."""
         store = self._batcher.store
-        body = orjson.dumps(self._body(state, rate))
         try:
-            return int(
-                self._script(
-                    keys=[keys.heartbeat(self._name), *store.lists],
-                    args=[body, HEARTBEAT_TTL_S],
-                )
-            )
+            return self._write_beat(self._name, store.lists, self._body(state, rate))
         except (redis.RedisError, OSError):
             return None  # the connection says so, once
 
@@ -208,6 +198,5 @@ class Pulse:
             "rate": round(rate, 3),
             "running": 0 if batch is None else len(batch.works),
             "since": self._since,
-            "at": time.time(),
             "version": __version__,
         }

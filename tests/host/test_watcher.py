@@ -18,7 +18,7 @@ import orjson
 import pytest
 import redis
 
-from gpuinfer.queue import keys
+from gpuinfer.queue import beats, keys
 from gpuinfer.watcher.probe import DECISIONS
 from tests.conftest import need
 from tests.host.container import Container
@@ -87,7 +87,7 @@ class Site:
         """Let all workers beat, and some hold a task."""
         for number in range(4):
             name = f"gpu{number}@{socket.gethostname()}"
-            self.redis.set(keys.heartbeat(name), "{}")
+            beats.writer(self.redis)(name, [], {"state": "idle"})
             self.redis.delete(keys.inflight(name))
             if number in busy:
                 self.redis.hset(keys.inflight(name), mapping={"1": "{}", "1:list": "default"})

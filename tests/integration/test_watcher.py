@@ -15,7 +15,7 @@ import pytest
 
 from gpuinfer import Client
 from gpuinfer.errors import BrokerUnavailable
-from gpuinfer.queue import keys
+from gpuinfer.queue import beats
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Settings
@@ -248,7 +248,7 @@ def test_a_silent_watcher_is_noticed_by_our_own_clock(redis_server: RedisServer,
     seen = probe.look([], 5.0)
     assert sorted(seen.live_hosts) == ["a", "b"]
     assert len(seen.remote) == 2
-    client.set(keys.heartbeat("gpu1@b"), "{}")
+    beats.writer(client)("gpu1@b", [], {"state": "idle"})
     now[0] = 11.0
     seen = probe.look([], 16.0)
     assert sorted(seen.live_hosts) == ["a"]

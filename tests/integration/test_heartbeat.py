@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signs of life of a real worker and a real API: to systemd, whose socket the test makes, and in Redis."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from gpuinfer import Client, __version__
+from gpuinfer.queue import beats, keys
+from tests.apis import Api
+from tests.conftest import RedisFactory
+from tests.models_for_tests import sleeper
+from tests.services import RedisServer
+from tests.workers import NAME, Workers, wait_until
+
+pytestmark = pytest.mark.integration
+
+
+class Systemd:
+    """The receiving end of sd_notify(3)."""
+
+    def __init__(self, path: Path) -> None:
+        self.notes: list[str] = []
+        self._unread: list[str] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.settimeout(20)
+
+    def until(self, start: str) -> str:
+        """Wait for a note that begins so, and return it; all that comes is kept in ``notes``."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if not self._unread:
+                self._unread = self._socket.recv(4096).decode().split("\n")
+            note = self._unread.pop(0)
+            self.notes.append(note)
+            if note.startswith(start):
+                return note
+        raise AssertionError(f"no note {start}...; there were {self.notes}")
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd]:
+    """What is started from now on reports here, with a watchdog of 2 s."""
+    listening = Systemd(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
+    yield listening
+    listening.close()
+
+
+def heartbeat(client: redis.Redis) -> dict[str, Any]:
+    """Return worker 0's, empty when it has none."""
+    return beats.fresh(client, [NAME]).get(NAME, {})
+
+
+def test_a_workers_life(
+    systemd: Systemd, workers: Workers, client: Client, redis_server: RedisServer
+) -> None:
+    """Loading, ready, busy, draining, gone: in this order, to systemd and in Redis."""
+    sleeper(workers.folder / "models" / "slow", 7.0, max_batch_size=1)
+    raw = redis_server.client()
+    worker = workers.start(worker_models="slow")
+    assert systemd.until("READY") == "READY=1"
+    assert systemd.notes == ["STATUS=loading slow", "EXTEND_TIMEOUT_USEC=30000000", "READY=1"]
+    assert systemd.until("WATCHDOG_USEC") == "WATCHDOG_USEC=50000000", "a deaf Redis is no hang"
+    assert systemd.until("STATUS") == "STATUS=slow on cpu: 0 done, 0/s, 0 waiting"
+    beat = heartbeat(raw)
+    assert beat.pop("pid") == worker.pid
+    at, since = float(beat.pop("at")), float(beat.pop("since"))
+    assert since <= at <= time.time()
+    assert beat == {
+        "worker": NAME,
+        "host": socket.gethostname(),
+        "gpu": 0,
+        "state": "idle",
+        "device": "cpu",
+        "models": ["slow"],
+        "queues": ["realtime", "default", "batch"],
+        "done": 0,
+        "rate": 0.0,
+        "running": 0,
+        "version": __version__,
+    }
+    assert raw.ttl(keys.heartbeat(NAME)) == -1, "a full Redis would drop it first of all"
+    ids = client.submit_many([[1.0]] * 3, model="slow")
+    wait_until(lambda: heartbeat(raw)["state"] == "busy")
+    assert heartbeat(raw)["running"] == 1
+    systemd.until("WATCHDOG=1")
+    worker.send(signal.SIGTERM)
+    assert systemd.until("STOPPING") == "STOPPING=1"
+    assert systemd.until("STATUS") == "STATUS=slow on cpu: finishing a batch of 1"
+    assert systemd.until("EXTEND") == f"EXTEND_TIMEOUT_USEC={(60 + 45) * 1_000_000}"
+    wait_until(lambda: heartbeat(raw)["state"] == "draining")
+    assert worker.wait() == 0
+    assert not raw.exists(keys.heartbeat(NAME))
+    assert client.status(ids[0]).state == "completed"
+    assert systemd.notes.count("READY=1") == 1
+
+
+def test_full_redis(redis_factory: RedisFactory, tmp_path: Path) -> None:
+    """The heartbeat is written also when Redis takes no new work."""
+    server = redis_factory(maxmemory="8mb", maxmemory_policy="volatile-ttl")
+    raw = server.client()
+    with pytest.raises(redis.OutOfMemoryError):
+        while True:
+            raw.lpush("filler", b"x" * 10_000)
+    workers = Workers(server, tmp_path)
+    try:
+        worker = workers.start()
+        assert heartbeat(raw)["state"] == "idle"
+        raw.delete(keys.heartbeat(NAME))
+        wait_until(lambda: heartbeat(raw))
+        with pytest.raises(redis.OutOfMemoryError):
+            raw.set("more", 1)
+        assert worker.terminate() == 0
+        assert not heartbeat(raw)
+    finally:
+        workers.close()
+
+
+def test_start_without_redis(systemd: Systemd, workers: Workers, redis_server: RedisServer) -> None:
+    """A worker that starts while Redis is away is up, says so, is fed, serves later, and stops with 0."""
+    redis_server.stop()
+    worker = workers.start(ready=False)
+    assert systemd.until("READY") == "READY=1"
+    assert systemd.until("STATUS") == "STATUS=digits on cpu: waiting for Redis"
+    for _ in range(3):
+        systemd.until("WATCHDOG=1")
+    redis_server.start()
+    assert systemd.until("STATUS=digits on cpu: 0 done")
+    redis_server.stop()
+    assert systemd.until("STATUS") == "STATUS=digits on cpu: waiting for Redis"
+    assert worker.terminate() == 0
+    assert systemd.notes.count("READY=1") == 1
+
+
+def test_stop_without_redis(systemd: Systemd, workers: Workers, redis_server: RedisServer) -> None:
+    """A SIGTERM ends a worker that has never seen Redis, in order and with 0."""
+    redis_server.stop()
+    worker = workers.start(ready=False)
+    systemd.until("STATUS=digits on cpu: waiting for Redis")
+    assert worker.terminate() == 0
+    assert systemd.until("STOPPING") == "STOPPING=1"
+    assert "Traceback" not in worker.text()
+
+
+def test_api(systemd: Systemd, redis_server: RedisServer, tmp_path: Path) -> None:
+    """The API says where it listens, feeds the watchdog from its event loop, and says that it stops."""
+    with Api(redis_server, tmp_path) as api:
+        assert systemd.until("READY") == "READY=1"
+        assert systemd.until("STATUS") == f"STATUS=listening on {api.address}"
+        for _ in range(3):
+            systemd.until("WATCHDOG=1")
+        assert api.process.terminate() == 0
+    assert systemd.until("STOPPING") == "STOPPING=1"
+
+
+def test_only_fresh_ones_count(redis_server: RedisServer) -> None:
+    """A heartbeat is one for half a minute, by Redis's clock; what never beat has none."""
+    with redis_server.client() as raw:
+        beats.writer(raw)("gpu0@a", [], {"state": "idle"})
+        beats.writer(raw)("gpu1@a", ["realtime"], {"state": "busy"})
+        seconds = raw.time()[0]
+        raw.set(keys.heartbeat("gpu2@a"), f'{{"at": {seconds - beats.FRESH_S - 1}}}')
+        raw.set(keys.heartbeat("gpu3@a"), "{}")
+        found = beats.fresh(raw, [f"gpu{number}@a" for number in range(5)])
+        assert {name: body["state"] for name, body in found.items()} == {"gpu0@a": "idle", "gpu1@a": "busy"}
+        assert beats.fresh(raw, []) == {}
