@@ -50,6 +50,26 @@ The settings of the appliance's own Redis.
 .TP
 .I /var/lib/gpuinfer/models
 Models, a folder each.
+.SH SEVERAL HOSTS
+A second host installs the same package and works for the first one's queue.
+On the first, open Redis with TLS at the end of
+.I /etc/gpuinfer/redis.conf
+(the commented lines show how) and restart gpuinfer\\-redis; the key must be readable by the group gpuinfer.
+On the second, copy the folder
+.I /etc/gpuinfer/credentials
+and the CA's certificate, and set in
+.IR /etc/gpuinfer/gpuinfer.toml :
+.PP
+.nf
+[broker]
+url = "rediss://FIRST:6380/0"
+tls_ca = "/etc/gpuinfer/tls/ca.crt"
+.fi
+.PP
+Then
+.BR "systemctl restart gpuinfer.target" :
+its own Redis is skipped, and its workers join.
+Hosts are told apart by their host names, which must differ.
 .SH SEE ALSO
 .BR gpuinfer.toml (5),
 .BR systemctl (1),

@@ -27,19 +27,26 @@ def main_pid(host: Container, unit: str) -> int:
     return int(properties(host, unit, "MainPID")["MainPID"])
 
 
+def ask(host: Container, request: str) -> dict[str, Any]:
+    """Send a request with curl; while Redis is away (503), again, as Retry-After asks a client to."""
+    # curl itself obeys Retry-After, and an API that is just being restarted is only slow to answer.
+    said = host.ok(f"curl -s --retry 20 --retry-connrefused {request}")
+    body: dict[str, Any] = json.loads(said)
+    return body
+
+
 def predict(host: Container, body: str = TWO, path: str = "/predict") -> str:
     """POST a request; return the task's id."""
-    said = host.ok(f"curl -sf --retry-connrefused -d '{body}' {API}{path}")
-    task_id: str = json.loads(said)["task_id"]
-    return task_id
+    answer = ask(host, f"-d '{body}' {API}{path}")
+    assert "task_id" in answer, answer
+    return str(answer["task_id"])
 
 
 def result(host: Container, task_id: str, wait: float = 30) -> dict[str, Any]:
     """GET a task's state, waiting for its end."""
-    said = host.ok(f"curl -s --retry-connrefused '{API}/result/{task_id}?wait={wait:g}'")
-    body: dict[str, Any] = json.loads(said)
-    assert "status" in body, said
-    return body
+    answer = ask(host, f"'{API}/result/{task_id}?wait={wait:g}'")
+    assert "status" in answer, answer
+    return answer
 
 
 def journal(host: Container, *matches: str) -> list[dict[str, Any]]:

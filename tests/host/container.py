@@ -84,6 +84,7 @@ class Container:
     def boot(self) -> None:
         """Start systemd in it and wait until it has come up."""
         zone = (f"--network-zone={self._zone}",) if self._zone else ("--private-network",)
+        (self.folder / "etc/hostname").write_text(f"{self.name}\n")
         self._process = Process(
             ["systemd-nspawn", "-q", "-D", self.folder, "-M", self.name, *_NSPAWN, *zone],
             self.state / "console.log",
@@ -144,6 +145,18 @@ class Container:
             time.sleep(0.1)
         console = (self.state / "console.log").read_text(errors="replace")[-4000:]
         raise HostError(f"waited {timeout_s:g} s for {what}; the console:\n{console}")
+
+    # -- the network ----------------------------------------------------------------------
+
+    def join(self, address: str) -> None:
+        """Give it an address (with its prefix length) on its zone's network."""
+        run("ip", "link", "set", f"vz-{self._zone}", "up")
+        self.link(up=True)
+        self.ok(f"ip addr add {address} dev host0; ip link set host0 up")
+
+    def link(self, *, up: bool) -> None:
+        """Plug its network cable in, or pull it."""
+        run("ip", "link", "set", f"vb-{self.name}", "up" if up else "down")
 
     # -- use ------------------------------------------------------------------------------
 

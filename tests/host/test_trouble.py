@@ -30,8 +30,9 @@ def workers(host: Container, tmp_path_factory: pytest.TempPathFactory) -> None:
 
 def burst(host: Container, count: int) -> list[str]:
     """Submit many tasks at once; return their ids."""
-    inputs = f"echo '['; for i in $(seq 2 {count}); do echo '{TWO},'; done; echo '{TWO}]'"
-    return host.ok(f"({inputs}) | gpuinfer submit -").split()
+    ids = host.ok(f"gpuinfer submit $(for i in $(seq {count}); do echo '{TWO}'; done)").split()
+    assert len(ids) == count
+    return ids
 
 
 def all_completed(host: Container, ids: list[str]) -> None:

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A second host that works for the first one's queue, over TLS, as README and man page tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.host.admin import journal, predict, properties, result, start_worker
+from tests.host.container import Container
+
+pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
+
+FIRST, SECOND = "10.213.0.1", "10.213.0.2"
+CERTIFICATES = f"""
+mkdir -p /etc/gpuinfer/tls && cd /etc/gpuinfer/tls
+openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=ca -keyout ca.key -out ca.crt
+openssl req -newkey rsa:2048 -nodes -subj /CN=redis -keyout redis.key -out redis.csr
+printf 'subjectAltName=IP:{FIRST}' >san
+openssl x509 -req -in redis.csr -CA ca.crt -CAkey ca.key -days 30 -extfile san -out redis.crt
+chgrp gpuinfer redis.key && chmod 640 redis.key
+"""
+OPEN = """
+cat >>/etc/gpuinfer/redis.conf <<END
+tls-port 6380
+tls-cert-file /etc/gpuinfer/tls/redis.crt
+tls-key-file /etc/gpuinfer/tls/redis.key
+tls-ca-cert-file /etc/gpuinfer/tls/ca.crt
+tls-auth-clients no
+END
+systemctl restart gpuinfer-redis
+"""
+
+
+@pytest.fixture(scope="module")
+def hosts(installed: str) -> Iterator[tuple[Container, Container]]:
+    """Two hosts on one network; the second uses the first one's Redis. Their watchers are off."""
+    with (
+        Container(installed, "gpu-a", zone="gz") as first,
+        Container(installed, "gpu-b", zone="gz") as second,
+    ):
+        first.join(f"{FIRST}/24")
+        second.join(f"{SECOND}/24")
+        for host in (first, second):
+            host.ok("systemctl stop gpuinfer-watcher")
+        first.ok(f"set -e\n{CERTIFICATES}\n{OPEN}")
+        for path in ("/etc/gpuinfer/tls/ca.crt", *credentials()):
+            second.put(path, first.ok(f"cat {path}"), mode=0o644 if "tls" in path else 0o600)
+        second.ok(
+            "cat >>/etc/gpuinfer/gpuinfer.toml <<END\n[broker]\n"
+            f'url = "rediss://{FIRST}:6380/0"\ntls_ca = "/etc/gpuinfer/tls/ca.crt"\nEND\n'
+            "sed -i '0,/^\\[broker\\]$/d' /etc/gpuinfer/gpuinfer.toml && gpuinfer config check"
+            " && systemctl restart gpuinfer.target && systemctl stop gpuinfer-watcher"
+        )
+        yield first, second
+
+
+def credentials() -> list[str]:
+    """Return the password files that a second host needs, the same as on the first."""
+    return [f"/etc/gpuinfer/credentials/{user}" for user in ("admin", "api", "worker", "watcher")]
+
+
+def test_the_second_host_has_no_redis_of_its_own(hosts: tuple[Container, Container]) -> None:
+    """Where broker.url names another host, gpuinfer-redis.service is skipped, which is no failure."""
+    _, second = hosts
+    second.until("systemctl is-active gpuinfer-api")
+    state = properties(second, "gpuinfer-redis", "ActiveState", "Result")
+    assert state == {"ActiveState": "inactive", "Result": "exec-condition"}
+    assert "gpuinfer" not in second.ok("systemctl --failed --no-legend --no-pager | cat")
+    assert "error" not in [
+        line.split()[0] for line in second.sh("gpuinfer doctor").output.splitlines() if line
+    ]
+
+
+def test_the_second_hosts_worker_does_the_first_ones_work(hosts: tuple[Container, Container]) -> None:
+    """A task posted on one host is computed on the other, and its result read on either."""
+    first, second = hosts
+    start_worker(second)
+    task_id = predict(first)
+    for host in (first, second):
+        done = result(host, task_id)
+        assert (done["status"], done["worker"]) == ("completed", "gpu0@gpu-b")
+    assert [entry["_HOSTNAME"] for entry in journal(second, f"TASK_ID={task_id}", "ACTION=batch_done")] == [
+        "gpu-b"
+    ]
+
+
+def test_a_host_that_is_cut_off_comes_back_by_itself(hosts: tuple[Container, Container]) -> None:
+    """Without the network the second host waits and says so; with it, it works on. Nothing is lost."""
+    first, second = hosts
+    second.link(up=False)
+    ids = [predict(first) for _ in range(5)]
+    second.until("systemctl status gpuinfer-worker@0 --no-pager | grep 'waiting for Redis'", timeout=90)
+    assert properties(second, "gpuinfer-worker@0", "ActiveState")["ActiveState"] == "active"
+    assert result(first, ids[0], wait=0)["status"] == "queued"
+    second.link(up=True)
+    assert {result(first, task_id, wait=60)["status"] for task_id in ids} == {"completed"}
+
+
+def test_both_hosts_share_the_work(hosts: tuple[Container, Container]) -> None:
+    """With a worker on each, both take part in a burst, each under its own name."""
+    first, second = hosts
+    start_worker(first)
+    batch = "[" + ",".join(["[[" + ",".join(["[0,0,0,0,0,0,0,0]"] * 8) + "]]"] * 64) + "]"
+    ids = [predict(first, batch, "/batch_predict") for _ in range(200)]
+    workers = {result(first, task_id)["worker"] for task_id in ids}
+    assert workers == {"gpu0@gpu-a", "gpu0@gpu-b"}
+    assert "gpu0@gpu-b" in second.ok("gpuinfer doctor work")
