@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import redis
 
 from gpuinfer.broker import acl, tuning
 from gpuinfer.settings import RedisSettings
+from tests.conftest import need
 from tests.services import RedisServer, ServiceError, redis_binary
 
 CONF = Path(__file__).resolve().parents[1] / "etc" / "redis.conf"
@@ -64,6 +67,18 @@ class OurRedis(RedisServer):
         return [
             f"{_text(entry['username'])} {_text(entry['reason'])} {_text(entry['object'])}" for entry in found
         ]
+
+
+@contextmanager
+def our_redis(more: str = "") -> Iterator[OurRedis]:
+    """Start one; in the end, nothing must have been refused that the test has not taken from the log."""
+    need(redis_binary() is not None, "redis-server")
+    server = OurRedis(more)
+    try:
+        yield server
+        assert server.denied() == []
+    finally:
+        server.close()
 
 
 def _text(value: object) -> str:
