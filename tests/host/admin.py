@@ -29,9 +29,12 @@ def main_pid(host: Container, unit: str) -> int:
 
 def ask(host: Container, request: str) -> dict[str, Any]:
     """Send a request with curl; while Redis is away (503), again, as Retry-After asks a client to."""
-    # curl itself obeys Retry-After, and an API that is just being restarted is only slow to answer.
-    said = host.ok(f"curl -s --retry 20 --retry-connrefused {request}")
-    body: dict[str, Any] = json.loads(said)
+    # curl itself obeys Retry-After; the bodies of earlier answers stand before the last one's.
+    said = host.ok(f"curl -s --retry 20 --retry-connrefused -w '\\n' {request}")
+    body: dict[str, Any] = {}
+    while said.strip():
+        body, end = json.JSONDecoder().raw_decode(said.lstrip())
+        said = said.lstrip()[end:]
     return body
 
 

@@ -17,14 +17,19 @@ WORKER = "gpuinfer-worker@0"
 
 @pytest.fixture(scope="module", autouse=True)
 def workers(host: Container, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A worker that serves the digits, a model that takes 45 s, and one that hangs for good."""
+    """A worker that serves the digits, a model that takes 15 s, and one that hangs for good.
+
+    The watchdog looks every 6 s, not every 30, so that the tests need not wait for it.
+    """
     folder = Path(tmp_path_factory.mktemp("models"))
-    sleeper(folder / "slow", seconds=45, soft_time_limit_s=100, hard_time_limit_s=110)
+    sleeper(folder / "slow", seconds=15, soft_time_limit_s=100, hard_time_limit_s=110)
     sleeper(folder / "hangs", seconds=3600, soft_time_limit_s=3, hard_time_limit_s=4)
     for name in ("slow", "hangs"):
         host.copy(folder / name, "/var/lib/gpuinfer/models/")
     host.put("/etc/gpuinfer/worker@0.env", "GPUINFER_WORKER_MODELS=digits,slow,hangs\n")
     host.ok("systemctl stop gpuinfer-watcher; chmod -R a+rX /var/lib/gpuinfer/models")
+    host.put(f"/etc/systemd/system/{WORKER}.service.d/test.conf", "[Service]\nWatchdogSec=6\n")
+    host.ok("systemctl daemon-reload")
     start_worker(host)
 
 
@@ -54,7 +59,7 @@ def test_a_killed_workers_task_is_done_by_its_next_process(host: Container) -> N
     assert "restored" in told
     assert result(host, task_id, wait=60)["status"] in ("completed", "running")
     assert result(host, task_id, wait=60)["status"] == "completed"
-    # It took 45 s, and the watchdog looks every 30: a long batch that may be long is left alone.
+    # It took 15 s, and the watchdog looks every 6: a long batch that may be long is left alone.
     assert properties(host, WORKER, "NRestarts")["NRestarts"] == "1"
 
 
