@@ -19,6 +19,7 @@ Name = Literal[
     "cancel",
     "life",
     "heartbeat",
+    "tell",
 ]
 
 

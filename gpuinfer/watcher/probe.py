@@ -24,6 +24,7 @@ from gpuinfer.queue import beats, keys
 from gpuinfer.queue.connection import typed_errors
 from gpuinfer.queue.depth import Depth
 from gpuinfer.queue.depth import look as look_at_queues
+from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES
 from gpuinfer.watcher.state import Instance, Key, QueueState
 
@@ -62,6 +63,7 @@ class Probe:
 
     def __init__(self, client: redis.Redis, host: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = client
+        self._share = bind(client, "tell")
         self._host = host
         self._clock = clock
         self._others: dict[str, _Other] = {}
@@ -86,11 +88,8 @@ class Probe:
     def _tell(self, own: list[Instance], now: float) -> dict[bytes, bytes]:
         self._beat += 1
         body = {"beat": self._beat, "instances": [_told(instance, now) for instance in own]}
-        with self._client.pipeline(transaction=False) as pipe:
-            pipe.hset(HOSTS, self._host, orjson.dumps(body).decode())
-            pipe.hgetall(HOSTS)
-            told: dict[bytes, bytes] = pipe.execute()[1]
-        return told
+        flat: list[bytes] = self._share(keys=[HOSTS], args=[self._host, orjson.dumps(body)])
+        return dict(zip(flat[::2], flat[1::2], strict=True))
 
     def _hear(self, told: Mapping[bytes, bytes], now: float) -> tuple[tuple[Instance, ...], frozenset[str]]:
         instances: list[Instance] = []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+from redis.exceptions import OutOfMemoryError
 
 from gpuinfer import Client
 from gpuinfer.errors import BrokerUnavailable
@@ -256,6 +257,17 @@ def test_a_silent_watcher_is_noticed_by_our_own_clock(redis_server: RedisServer,
     now[0] = 3700.0
     probe.look([], 3700.0)
     assert client.hkeys(HOSTS) == [b"a"]
+
+
+def test_a_full_redis_is_looked_at(redis_server: RedisServer, settings_for: Build) -> None:
+    """Redis takes nothing new, and just then more workers are needed: the look tells what waits."""
+    client = connect(settings_for(redis_server).broker)
+    client.lpush("realtime", *[b"x" * 1000] * 3000)
+    client.config_set("maxmemory", "2mb")
+    with pytest.raises(OutOfMemoryError):
+        client.set("more", 1)
+    seen = Probe(client, "a").look([Instance(key=Key(0, "a"))], 0.0)
+    assert seen.queues["realtime"].waiting == 3000
 
 
 def test_garbage_of_another_host_is_passed_over(redis_server: RedisServer, settings_for: Build) -> None:
