@@ -68,9 +68,7 @@ def test_the_second_host_has_no_redis_of_its_own(hosts: tuple[Container, Contain
     state = properties(second, "gpuinfer-redis", "ActiveState", "Result")
     assert state == {"ActiveState": "inactive", "Result": "exec-condition"}
     assert "gpuinfer" not in second.ok("systemctl --failed --no-legend --no-pager | cat")
-    assert "error" not in [
-        line.split()[0] for line in second.sh("gpuinfer doctor").output.splitlines() if line
-    ]
+    second.ok("gpuinfer doctor config redis")
 
 
 def test_the_second_hosts_worker_does_the_first_ones_work(hosts: tuple[Container, Container]) -> None:
@@ -103,7 +101,7 @@ def test_both_hosts_share_the_work(hosts: tuple[Container, Container]) -> None:
     first, second = hosts
     start_worker(first)
     batch = "[" + ",".join(["[[" + ",".join(["[0,0,0,0,0,0,0,0]"] * 8) + "]]"] * 64) + "]"
-    ids = [predict(first, batch, "/batch_predict") for _ in range(200)]
+    ids = [predict(first, batch, "/batch_predict") for _ in range(100)]
     workers = {result(first, task_id)["worker"] for task_id in ids}
     assert workers == {"gpu0@gpu-a", "gpu0@gpu-b"}
     assert "gpu0@gpu-b" in second.ok("gpuinfer doctor work")
