@@ -187,7 +187,7 @@ class WatcherSettings(Section):
     assumed_startup_s: float = Field(default=15.0, ge=0, le=3600)
     #: A worker is stopped after it was not needed for this long; the pause grows when that was rash.
     calm_s: float = Field(default=60.0, ge=1, le=86400)
-    calm_max_s: float = Field(default=300.0, validate_default=True, ge=1, le=7 * 86400)
+    calm_max_s: float = Field(default=180.0, validate_default=True, ge=1, le=7 * 86400)
     #: threshold mode: more than so many waiting tasks start one more worker, at most so many, so often.
     threshold_depth: int = Field(default=50, ge=0, le=10**9)
     threshold_workers: int = Field(default=4, ge=1, le=100_000)

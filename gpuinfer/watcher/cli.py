@@ -101,6 +101,7 @@ def explain(loaded: Loaded, last: int, as_json: bool) -> None:
     help="How many times more a full batch serves; at most --max-batch.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print one line a trace, for a README.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw it.")
 @click.pass_obj
 def simulate(
@@ -118,6 +119,7 @@ def simulate(
     max_batch: int,
     gain: float,
     as_json: bool,
+    as_markdown: bool,
     plot: Path | None,
 ) -> None:
     """Run the watcher's very policy in simulated time, beside what others do.
@@ -126,7 +128,7 @@ def simulate(
     Redis scaler and the HPA, both with their defaults. "bound" starts everything at once and stops nothing.
     """
     from gpuinfer.watcher.simulator.cluster import Model
-    from gpuinfer.watcher.simulator.report import comparison, summary, table
+    from gpuinfer.watcher.simulator.report import comparison, markdown, summary, table
     from gpuinfer.watcher.simulator.run import compare
 
     if [trace is not None, pattern is not None, suite].count(True) != 1:
@@ -162,7 +164,7 @@ def simulate(
         body = {"traces": [one.to_dict() for one in done], "summary": summary(done)}
         click.echo(orjson.dumps(body, option=orjson.OPT_INDENT_2))
     else:
-        click.echo(table(done))
+        click.echo(markdown(done) if as_markdown else table(done))
     if plot is not None:
         from gpuinfer.watcher.simulator.plot import draw
 

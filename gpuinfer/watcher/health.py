@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -18,13 +18,15 @@ def instance_numbers(settings: Settings, inventory: Inventory) -> tuple[int, ...
         return tuple(range(settings.watcher.instances))
     if settings.worker.device == "cpu":
         return (0,)
-    return inventory.worker_numbers or tuple(sorted(inventory.broken)) or (0,)
+    # A GPU that does not answer has its number, too; a list in the settings names them all.
+    broken = inventory.broken if inventory.source != "settings" else {}
+    return tuple(sorted({*inventory.worker_numbers, *broken})) or (0,)
 
 
-def look(settings: Settings, nvml: Any = None) -> dict[int, GpuHealth]:
+def look(settings: Settings, ours: Container[int] = (), nvml: Any = None) -> dict[int, GpuHealth]:
     """Return the health of each worker's GPU; workers that are well are left out. May take a while.
 
-    Used memory is only foreign where our worker does not run; the policy looks at it there alone.
+    ``ours`` are the instances that have a process: there, the memory in use is our own.
     """
     if settings.worker.device == "cpu":
         return {}
@@ -34,7 +36,8 @@ def look(settings: Settings, nvml: Any = None) -> dict[int, GpuHealth]:
     for number in instance_numbers(settings, found):
         gpu = found.of_worker(number)
         index = gpu.index if gpu is not None else number
-        one = GpuHealth(foreign_bytes=gpu.used_bytes if gpu else 0, fault=faults.get(index, ""))
+        foreign = 0 if gpu is None or number in ours else gpu.used_bytes
+        one = GpuHealth(foreign_bytes=foreign, fault=faults.get(index, ""))
         if one != HEALTHY:
             health[number] = one
     return health

@@ -87,7 +87,7 @@ class Watcher:
         except (UnitsUnavailable, UnitRefused) as exc:
             self._say(("units", str(exc)), "units_away", reason=str(exc))
             return None
-        await self._look_at_gpus()
+        await self._look_at_gpus(views)
         now = time.time()
         seen = await asyncio.to_thread(self._observe, views, now)
         decision = decide(seen, self.history or History(), self._settings.watcher, now)
@@ -103,10 +103,11 @@ class Watcher:
             await self._do(action)
         return decision
 
-    async def _look_at_gpus(self) -> None:
+    async def _look_at_gpus(self, views: Mapping[int, UnitView]) -> None:
         if time.monotonic() - self._health_at >= HEALTH_EVERY_S:
             self._health_at = time.monotonic()
-            self._health = await asyncio.to_thread(health.look, self._settings)
+            ours = {number for number, view in views.items() if view.state not in ("inactive", "failed")}
+            self._health = await asyncio.to_thread(health.look, self._settings, ours)
 
     def _observe(self, views: Mapping[int, UnitView], now: float) -> Observation:
         own = [self._instance(number, view, now) for number, view in sorted(views.items())]

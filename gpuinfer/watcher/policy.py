@@ -23,13 +23,11 @@ from gpuinfer.settings import QUEUES, QueueName, WatcherSettings
 from gpuinfer.watcher.calm import Calm
 from gpuinfer.watcher.memory import UnitMemory, commanded, out, remember
 from gpuinfer.watcher.plan import Fleet, plan
-from gpuinfer.watcher.rates import Rates, measure, with_startups
+from gpuinfer.watcher.rates import SURE_LOOKS, Rates, measure, with_startups
 from gpuinfer.watcher.state import Action, Instance, Key, Need, Observation, Verdict
 
 #: Between the utilisation that starts one more worker and the one aimed at; and likewise below.
 SLACK = 0.1
-#: Workers seen saturated for so many looks in a row do not keep up.
-SURE_LOOKS = 2
 #: A start that takes so many times as long as usual is not counted upon.
 STUCK = 3.0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import fmean, median
 
 from gpuinfer.settings import QUEUES, WatcherSettings
@@ -19,6 +20,10 @@ from gpuinfer.watcher.state import Observation
 WINDOW_MIN_S, WINDOW_MAX_S = 10.0, 60.0
 #: The recent rate is taken from so many looks; an odd number, for the median.
 RECENT_LOOKS = 7
+#: A rate that rose so many looks in a row is a crowd; a burst is over before.
+RISING_LOOKS = 4
+#: Workers seen saturated for so many looks in a row do not keep up.
+SURE_LOOKS = 2
 #: A throughput is believed when it was held for so many looks.
 SHOWN_LOOKS = 9
 #: What was measured in saturation fades with this time constant.
@@ -95,7 +100,15 @@ class Rates:
         if not looks:
             return (0.0,) * len(QUEUES)
         by_queue = zip(*((n / look.seconds for n in look.arrived) for look in looks), strict=True)
-        return tuple(min(median(values), fmean(values)) for values in map(tuple, by_queue))
+        return tuple(_lasting(values, self.saturated >= SURE_LOOKS) for values in map(tuple, by_queue))
+
+
+def _lasting(rates: tuple[float, ...], saturated: bool) -> float:
+    """Return the rate that goes on. One that rose at each of the last looks rises as much again."""
+    last = rates[-RISING_LOOKS:]
+    if saturated and len(last) == RISING_LOOKS and all(a < b for a, b in pairwise(last)):
+        return 2 * last[-1] - last[0]
+    return min(median(rates), fmean(rates))
 
 
 def measure(

@@ -218,6 +218,13 @@ def test_one_burst_is_no_rate() -> None:
     assert rates.recent == (0, 0, 0)
 
 
+def test_a_crowd_is_a_rate_and_rises_as_much_again() -> None:
+    """Saturated, and more at each of the last four looks: what comes next is more still."""
+    served = [(3000 + 300 * n, 64, 40 * n) for n in range(20)]
+    rising = [(9000, 64, 800), (9500, 64, 840), (10_200, 64, 880), (11_200, 64, 920)]
+    assert looked([*served, *rising]).recent[1] == pytest.approx(2 * 1040 - 340, rel=0.01)
+
+
 def test_a_gap_measures_nothing() -> None:
     """After Redis was away, what happened meanwhile is nobody's rate."""
     rates = looked([(0, 0, second) for second in range(10)])

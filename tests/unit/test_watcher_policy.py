@@ -251,7 +251,7 @@ def test_no_flapping_under_any_constant_load(
 def test_a_load_that_comes_and_goes_stops_flapping(period: int, burst: int) -> None:
     """Bursts more often than the longest calm period are met, in the end, by workers that stay."""
     world = World.of(keys(8), rate=10.0)
-    watcher = Watcher(world, settings(calm_s=20.0))
+    watcher = Watcher(world, settings(calm_s=20.0, calm_max_s=300.0))
 
     def bursts(count: int) -> None:
         for _ in range(count):

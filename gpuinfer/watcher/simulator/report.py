@@ -149,3 +149,16 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     met = sum(one.verdict().met for one in comparisons)
     goal = "p99 waiting time at most half of the best other's, at no more GPU-seconds"
     return f"{goal}: reached on {met} of {len(comparisons)} traces"
+
+
+def markdown(comparisons: Sequence[Comparison]) -> str:
+    """Return one line a trace: p99 waiting time and GPU-seconds of each policy, and where the goal is met."""
+    names = [outcome.player for outcome in comparisons[0].outcomes]
+    lines = [
+        f"| p99 s / GPU-s | {' | '.join(names)} | |",
+        f"|---|{'---:|' * len(names)}---|",
+    ]
+    for one in comparisons:
+        cells = [f"{outcome.p99_s:.2f} / {outcome.gpu_s:,.0f}" for outcome in one.outcomes]
+        lines.append(f"| {one.scenario.name} | {' | '.join(cells)} | {'yes' if one.verdict().met else ''} |")
+    return "\n".join([*lines, "", summary(comparisons)])

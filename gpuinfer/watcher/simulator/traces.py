@@ -78,12 +78,16 @@ def _diurnal(
 def _flash(
     times: NDArray[np.float64], seconds: float, load: float, random: np.random.Generator
 ) -> NDArray[np.float64]:
-    """A trickle; then a crowd within 10 s, which stays for two minutes and fades within some more."""
-    begin = seconds * random.uniform(0.2, 0.5)
-    after = times - begin
-    rise = np.clip(after / 10.0, 0.0, 1.0)
-    fade = np.where(after > 130.0, np.exp(-(after - 130.0) / 120.0), 1.0)
-    return load * np.maximum(0.03, rise * fade)
+    """A trickle; now and then a crowd within 10 s, which stays for two minutes and fades within some more."""
+    rate = np.full(times.shape, 0.03)
+    crowds = max(1, round(seconds / 900.0))
+    for place in range(crowds):
+        begin = seconds * (place + random.uniform(0.1, 0.6)) / crowds
+        after = times - begin
+        rise = np.clip(after / 10.0, 0.0, 1.0)
+        fade = np.where(after > 130.0, np.exp(-(after - 130.0) / 120.0), 1.0)
+        rate = np.maximum(rate, rise * fade)
+    return load * rate
 
 
 def _burst(

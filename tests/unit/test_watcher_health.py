@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the watcher sees GPUs: others' memory, faults, and how many instances a host has."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpuinfer.gpus import list_gpus
+from gpuinfer.settings import Settings
+from gpuinfer.watcher import health
+from gpuinfer.watcher.state import GpuHealth
+from tests.fake_nvml import GIB, FakeNvml
+
+pytestmark = pytest.mark.unit
+
+
+def settings(**sections: dict[str, object]) -> Settings:
+    return Settings.model_validate(sections)
+
+
+def test_memory_in_use_is_foreign_where_no_worker_of_ours_runs() -> None:
+    """A GPU that somebody else works on is told; our own worker's memory is nobody else's."""
+    seen = health.look(settings(), {1}, FakeNvml(count=2, used_bytes=3 * GIB))
+    assert seen == {0: GpuHealth(foreign_bytes=3 * GIB)}
+
+
+def test_a_gpu_that_is_lost_is_a_fault() -> None:
+    """With the driver's words; its instance is there, and out."""
+    seen = health.look(settings(), (), FakeNvml(count=2, used_bytes=0, lost=frozenset({1})))
+    assert list(seen) == [1]
+    assert "lost" in seen[1].fault
+
+
+def test_memory_errors_are_a_fault() -> None:
+    """Rows that could not be mapped out, or that wait for a reset."""
+    seen = health.look(settings(), (), FakeNvml(count=3, used_bytes=0, remapped={0: (1, 0), 2: (0, 1)}))
+    assert sorted(seen) == [0, 2]
+    assert "a reset of the GPU" in seen[0].fault
+    assert "could not be mapped out" in seen[2].fault
+
+
+def test_a_host_told_to_use_the_cpu_is_not_asked() -> None:
+    """No driver is needed, nor missed."""
+    assert health.look(settings(worker={"device": "cpu"}), (), FakeNvml(init=9)) == {}
+
+
+@pytest.mark.parametrize(
+    ("sections", "nvml", "numbers"),
+    [
+        ({}, FakeNvml(count=4), (0, 1, 2, 3)),
+        ({}, FakeNvml(init=12), (0,)),
+        ({"worker": {"device": "cpu"}}, FakeNvml(count=4), (0,)),
+        ({"watcher": {"instances": 3}}, FakeNvml(init=12), (0, 1, 2)),
+    ],
+)
+def test_there_are_as_many_instances_as_gpus(
+    sections: dict[str, dict[str, object]], nvml: FakeNvml, numbers: tuple[int, ...]
+) -> None:
+    """One on a host without any, and as many as the settings say."""
+    chosen = settings(**sections)
+    found = list_gpus((), nvml=nvml, nodes=list, hardware=lambda: False)
+    assert health.instance_numbers(chosen, found) == numbers
