@@ -72,6 +72,11 @@ class Comparison:
             reasons.append(f"{best.player} keeps a worker for which a floor of 0 does not ask")
         if self.ours.gpu_s > best.gpu_s:
             reasons.append(f"ours spent {self.ours.gpu_s / best.gpu_s - 1:.0%} more GPU-seconds")
+        elif len(reasons) == 1 and self.ours.p99_s < best.p99_s:
+            startup_s = self.scenario.model.startup_s
+            reasons.append(
+                f"less of both, but not half: what is started when it is needed takes {startup_s:g} s"
+            )
         elif len(reasons) == 1:
             reasons.append("it paid with more GPU-seconds, which ours did not spend")
         return "; ".join(reasons)
