@@ -47,6 +47,12 @@ _QUIETED = {
     "celery.apps.worker": logging.WARNING,
     "celery.worker.consumer.connection": logging.WARNING,
 }
+#: Celery would show the message whole, payload and all; what became of it, task_dead_lettered says.
+_OF_MESSAGES = logging.getLogger("celery.worker.consumer.consumer")
+_WITH_MESSAGE = (
+    *("Received and deleted unknown message", "Received unregistered task"),
+    *("Received invalid task message", "Can't decode message body"),
+)
 _MARK = "_gpuinfer"
 #: Fields of every line of this process, the inference thread's and the libraries' too.
 _always: dict[str, object] = {}
@@ -94,6 +100,7 @@ def configure(
     logging.getLogger(_ROOM).setLevel(level)
     for name, at_least in _QUIETED.items():
         logging.getLogger(name).setLevel(max(level, at_least))
+    _OF_MESSAGES.addFilter(_without_message)
     _adopt_libraries()
     logging.captureWarnings(True)
     _adopt_exceptions()
@@ -140,6 +147,14 @@ def _adopt_exceptions() -> None:
 
     sys.excepthook = uncaught
     threading.excepthook = in_thread
+
+
+def _without_message(record: logging.LogRecord) -> bool:
+    """Cut a line of Celery's before the message that it would show."""
+    said = next((words for words in _WITH_MESSAGE if str(record.msg).startswith(words)), None)
+    if said is not None:
+        record.msg, record.args = said, ()
+    return True
 
 
 def _adopt_libraries() -> None:

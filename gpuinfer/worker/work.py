@@ -98,11 +98,16 @@ def _bind(args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     return bound
 
 
+def _said(value: object) -> str:
+    """Return a value for an error's text, which is logged: only the kind of what may be misplaced payload."""
+    return f"{value!r:.60}" if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+
+
 def _limit(asked: object, default: float, most: float, name: str) -> float:
     if asked is None:
         return default
     if isinstance(asked, bool) or not isinstance(asked, (int, float)) or asked <= 0:
-        raise InputError(f"must be a number of seconds above 0, got {asked!r}", name)
+        raise InputError(f"must be a number of seconds above 0, got {_said(asked)}", name)
     return min(float(asked), most)
 
 
@@ -111,7 +116,7 @@ def _asked_limits(value: object) -> tuple[object, object]:
     if value is None:
         return None, None
     if not isinstance(value, list) or len(value) != 2:
-        raise InputError(f"must be [hard, soft], got {value!r:.60}", "timelimit")
+        raise InputError(f"must be [hard, soft], got {_said(value)}", "timelimit")
     return value[0], value[1]
 
 
@@ -151,7 +156,7 @@ def read(
     manifest = manifests.get(model) if isinstance(model, str) else None
     if manifest is None:
         raise UnknownModel(
-            f"{model!r} is not served by this worker; it serves {', '.join(manifests)}", "model"
+            f"{_said(model)} is not served by this worker; it serves {', '.join(manifests)}", "model"
         )
     many = envelope.task == BATCH_PREDICT
     inputs = bound["inputs"]
@@ -159,9 +164,9 @@ def read(
         raise InputError(f"batch_predict takes a list of inputs, got {type(inputs).__name__}", "inputs")
     top_k, encoding = bound.get("top_k"), bound.get("encoding") or _ENCODINGS[0]
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise InputError(f"must be an integer from 1, got {top_k!r}", "top_k")
+        raise InputError(f"must be an integer from 1, got {_said(top_k)}", "top_k")
     if encoding not in _ENCODINGS:
-        raise InputError(f"must be one of {', '.join(_ENCODINGS)}, got {encoding!r}", "encoding")
+        raise InputError(f"must be one of {', '.join(_ENCODINGS)}, got {_said(encoding)}", "encoding")
     hard, soft = _asked_limits(envelope.headers.get("timelimit"))
     hard_limit_s = _limit(hard, manifest.hard_time_limit_s, manifest.max_time_limit_s, "time_limit")
     soft_limit_s = _limit(soft, manifest.soft_time_limit_s, manifest.max_time_limit_s, "soft_time_limit")

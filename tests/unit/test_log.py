@@ -73,6 +73,26 @@ def test_foreign_lines_come_once_through_the_same_renderer() -> None:
     assert all(line["level"] == "warning" and line["timestamp"] for line in lines)
 
 
+def test_a_message_that_celery_cannot_take_is_not_shown() -> None:
+    """Of a task nobody knows, the log has its name and nothing of what it was sent."""
+    text = stderr_of("""
+        from celery.worker.consumer import consumer
+        configure(LogSettings())
+        configure(LogSettings())
+        body, headers = "the secret body", {"argsrepr": "the secret arguments"}
+        try:
+            raise KeyError("nobodys.task")
+        except KeyError as exc:
+            consumer.error(consumer.UNKNOWN_TASK_ERROR, exc, body, headers, {}, exc_info=True)
+            consumer.error(consumer.INVALID_TASK_ERROR, exc, body, exc_info=True)
+        consumer.warn(consumer.UNKNOWN_FORMAT, body)
+        consumer.crit(consumer.MESSAGE_DECODE_ERROR, ValueError(), "json", "utf-8", headers, body)
+    """)
+    assert "secret" not in text
+    assert "nobodys.task" in text
+    assert len(text.splitlines()) == 4
+
+
 def test_bound_fields_reach_foreign_lines_too() -> None:
     """What is bound is on every line inside, and on none after."""
     lines = lines_of("""
