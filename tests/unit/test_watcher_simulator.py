@@ -148,7 +148,7 @@ def test_all_tasks_of_every_pattern_are_served(pattern: str) -> None:
     assert play(one, Ours(one.settings)).unserved == 0
 
 
-@pytest.mark.parametrize("name", ["burst, 64 GPUs", "flash, 64 GPUs", "steady, slow model"])
+@pytest.mark.parametrize("name", ["burst, 64 GPUs", "steady, slow model"])
 def test_ours_waits_half_as_long_for_no_more_gpu_seconds(name: str) -> None:
     """On these of the fixed traces it is reached; on the others the report says why not."""
     one = next(given for given in suite() if given.name == name)
