@@ -77,7 +77,8 @@ def test_remove_stops_and_keeps(host: Container) -> None:
 
 
 def test_reinstall_finds_its_settings_again(host: Container, debs: list[Path]) -> None:
-    """Installed again, it runs as before: edits and enabled workers included."""
+    """Installed again, it runs as before, also after an upgrade that came to nothing."""
+    host.ok("mkdir -p /run/gpuinfer-upgrade; touch /run/gpuinfer-upgrade/redis")
     install(host, debs[:1])
     host.until("systemctl is-active gpuinfer-worker@0 gpuinfer-api", timeout=60)
     assert "result_ttl_s = 7200" in host.ok("cat /etc/gpuinfer/gpuinfer.toml")
