@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 from collections.abc import Mapping
 
 import orjson
@@ -19,10 +20,10 @@ _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 def ready(host: Host) -> Finding:
     """The API listens, and says that it is ready."""
-    api = host.settings.api
-    where = f"{api.host}:{api.port}"
+    name, port = address(host)
+    where = f"{name}:{port}"
     try:
-        status, body = _get(_ANY.get(api.host, api.host), api.port, "/health/ready")
+        status, body = _get(_ANY.get(name, name), port, "/health/ready")
     except ConnectionRefusedError:
         return _refused(host, where)
     except (OSError, http.client.HTTPException) as exc:
@@ -30,6 +31,17 @@ def ready(host: Host) -> Finding:
     if status == http.client.OK:
         return ok(f"the API at {where} is ready")
     return warning(f"the API at {where} is not ready: {_reason(body)}", "gpuinfer doctor redis work")
+
+
+def address(host: Host) -> tuple[str, int]:
+    """Return where the API listens: where systemd does it, its socket says; elsewhere the settings do."""
+    api = host.settings.api
+    try:
+        listens = show(host, [SOCKET], "Listen")[0].get("Listen", "")
+    except Skipped:
+        return api.host, api.port
+    found = re.match(r"\[?([^]]+?)\]?:(\d+) \(Stream\)", listens)
+    return (found[1], int(found[2])) if found else (api.host, api.port)
 
 
 def _get(name: str, port: int, path: str) -> tuple[int, bytes]:

@@ -75,6 +75,8 @@ def _ailments(host: Host, unit: Unit, *, always: bool) -> Iterator[Finding]:
         yield error(f"{name}: {unit['LoadState']}", f"systemctl daemon-reload; systemd-analyze verify {name}")
     elif state == "failed":
         yield error(_failure(host, unit), f"systemctl reset-failed {name} && systemctl start {name}")
+    elif always and unit["SubState"] == "auto-restart":
+        yield error(f"{name} does not stay up: {_last_line(host, name)}", f"journalctl -u {name} -n 20")
     elif always:
         yield from _not_running(unit)
     elif state == "inactive" and unit["UnitFileState"] == "enabled":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuinfer.doctor import config, disk, kernel, models, redis_tuning, units, versions, work
+from gpuinfer.doctor import config, disk, front, kernel, models, redis_tuning, units, versions, work
 from gpuinfer.doctor.finding import Finding, Findings, Skipped
 from gpuinfer.doctor.host import Host
 from gpuinfer.models.repository import SHIPPED, Repository
@@ -253,6 +253,32 @@ def test_units_that_do_not(tmp_path: Path) -> None:
         "systemctl daemon-reload; systemd-analyze verify gpuinfer-watcher.service",
     ]
     assert found[1].message == "gpuinfer-redis.service failed (exit-code): Fatal: no memory"
+
+
+def test_a_unit_that_does_not_stay_up(tmp_path: Path) -> None:
+    """Between two of its starts it is neither running nor failed, and not well."""
+    shown = [unit(name) for name in units.ALWAYS]
+    shown[3] = unit("gpuinfer-api.service", ActiveState="activating", SubState="auto-restart")
+    found = one(units.services(systemd(tmp_path, *shown, journal="Fatal: no memory")))
+    assert (found.status, found.message) == (
+        "error",
+        "gpuinfer-api.service does not stay up: Fatal: no memory",
+    )
+
+
+@pytest.mark.parametrize(
+    ("listens", "address"),
+    [
+        ("0.0.0.0:9090 (Stream)", ("0.0.0.0", 9090)),
+        ("[::1]:8081 (Stream)", ("::1", 8081)),
+        ("", ("127.0.0.1", 8080)),
+    ],
+)
+def test_the_api_is_asked_where_its_socket_listens(
+    tmp_path: Path, listens: str, address: tuple[str, int]
+) -> None:
+    """An administrator's drop-in moves the socket; the settings are for an API without one."""
+    assert front.address(systemd(tmp_path, f"Listen={listens}")) == address
 
 
 def test_workers(tmp_path: Path) -> None:
