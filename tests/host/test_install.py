@@ -71,9 +71,9 @@ def test_passwords_are_roots_alone(host: Container) -> None:
 def test_passwords_are_in_no_command_line_and_no_variable(host: Container) -> None:
     """Whoever lists processes or units sees no password."""
     host.ok(
-        "for word in $(cat /etc/gpuinfer/credentials/*); do"
-        " ! grep -lar $word /proc/[0-9]*/cmdline /proc/[0-9]*/environ /run/gpuinfer 2>/dev/null || exit 1;"
-        " ! systemctl show '*' | grep -q $word || exit 1; done"
+        "for file in /etc/gpuinfer/credentials/*; do"
+        " ! grep -qarf $file /proc/[0-9]*/cmdline /proc/[0-9]*/environ /run/gpuinfer 2>/dev/null || exit 1;"
+        " ! systemctl show '*' | grep -qf $file || exit 1; done"
     )
 
 
