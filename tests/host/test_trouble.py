@@ -113,6 +113,19 @@ def test_the_api_is_killed_and_answers_again(host: Container) -> None:
     all_completed(host, [*ids, predict(host)])
 
 
+def test_an_api_that_cannot_start_ends_in_failed(host: Container) -> None:
+    """Wrong settings and a waiting client: it is not started for ever; once mended, one start suffices."""
+    host.put(
+        "/etc/systemd/system/gpuinfer-api.service.d/wrong.conf",
+        "[Service]\nEnvironment=GPUINFER_API_NOSUCH=1\n",
+    )
+    host.ok("systemctl daemon-reload; ! systemctl restart gpuinfer-api 2>&1")
+    host.sh("timeout 1 curl -s http://127.0.0.1:8080/health/live")
+    host.until("systemctl is-failed -q gpuinfer-api.socket", timeout=60)
+    host.ok("rm -r /etc/systemd/system/gpuinfer-api.service.d; systemctl daemon-reload")
+    host.ok("systemctl start gpuinfer-api; curl -sf http://127.0.0.1:8080/health/live")
+
+
 def test_a_stop_drains(host: Container) -> None:
     """`systemctl stop` finishes the batch that runs and hands the rest back; nobody is killed."""
     running = predict(host, '{"inputs": [1.0], "model": "slow"}')
