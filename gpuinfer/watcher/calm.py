@@ -3,7 +3,8 @@
 
 The most that was needed within the last ``calm`` seconds stays. A start that follows a stop within
 ``calm_max_s`` shows that the period was too short: it doubles. A load that comes and goes faster than
-``calm_max_s`` is so met by workers that stay, after a few rounds, and nothing flaps for ever.
+``calm_max_s`` is so met by workers that stay, after a few rounds, and nothing flaps for ever: the period
+is halved again only after a long time in which half of it would have stopped nothing that was needed later.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.rates import MAX_GAP
 from gpuinfer.watcher.state import Need, Verdict
 
-#: So many calm periods without a rash stop halve the period again.
+#: So many calm periods in which half of the period would have done, too, halve it.
 FORGIVE = 20.0
 
 
@@ -29,6 +30,7 @@ class Calm:
     seen_at: float = 0.0
     #: The period; None: as in the settings.
     period_s: float | None = None
+    #: When it was changed, or last proved to be no longer than it must be.
     changed_at: float = 0.0
     last_up: float | None = None
     #: The last stop that no start has followed yet.
@@ -46,8 +48,11 @@ class Calm:
         since = now if fresh or self.since is None else self.since
         pause = self.pause(settings)
         wanted = max(need.enough, need.up if need.up > running else 0)
+        # Half the period would have stopped what is needed now.
+        due = not fresh and _most(self.needs, now - pause / 2) < min(wanted, running)
         kept = () if fresh else _window(self.needs, wanted, now - pause)
         after = replace(self, needs=(*kept, (now, wanted)), since=since, seen_at=now)
+        after = replace(after, changed_at=now) if due else after
         calm = now - since >= pause
         return after, max(0, running - after.needs[0][1]) if calm else 0
 
@@ -63,6 +68,11 @@ class Calm:
             shorter = None if pause <= settings.calm_s else pause / 2
             return replace(after, period_s=shorter, changed_at=now)
         return after
+
+
+def _most(needs: tuple[tuple[float, int], ...], begin: float) -> int:
+    """Return the most that was needed since ``begin``, or at the last look where that was before."""
+    return next((wanted for at, wanted in needs if at >= begin), needs[-1][1])
 
 
 def _window(needs: tuple[tuple[float, int], ...], wanted: int, begin: float) -> tuple[tuple[float, int], ...]:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as some
 
@@ -17,7 +18,13 @@ from tests.watchers import Watcher, World, keys, observe, settings
 
 pytestmark = pytest.mark.unit
 
-slow = hypothesis(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+#: Set for the long form: many more examples of loads, over times ten times as long.
+THOROUGH = bool(os.environ.get("GPUINFER_THOROUGH"))
+slow = hypothesis(
+    max_examples=250 if THOROUGH else 25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+#: For those that simulate long times, a millisecond a look.
+slower = hypothesis(slow, max_examples=250 if THOROUGH else 12)
 STATES: list[UnitState] = ["inactive", "activating", "active", "deactivating", "failed"]
 KNOWN = Rates(served=10.0, worked=1.0, known=True, startup_s=10.0)
 NOW = 1000.0
@@ -227,9 +234,9 @@ def test_more_backlog_never_asks_for_fewer(
     assert asked[0] <= asked[1]
 
 
-@slow
+@slower
 @given(
-    arrivals=some.floats(0.2, 120),
+    arrivals=some.floats(0.2, 60),
     rate=some.floats(0.5, 40),
     startup_s=some.integers(1, 40),
     floor=some.integers(0, 2),
@@ -238,16 +245,18 @@ def test_no_flapping_under_any_constant_load(
     arrivals: float, rate: float, startup_s: int, floor: int
 ) -> None:
     """However loads and rates lie to each other, the fleet comes to rest and stays as it is."""
-    world = World.of(keys(24), rate=rate, startup_s=float(startup_s))
+    world = World.of(keys(12), rate=rate, startup_s=float(startup_s))
     watcher = Watcher(world, settings(floor=floor))
     watcher.run(1500, arrivals)
     world.log.clear()
-    watcher.run(1500, arrivals)
+    watcher.run(10_000 if THOROUGH else 600, arrivals)
     assert world.log == []
 
 
-@slow
+@slower
 @given(period=some.integers(20, 280), burst=some.integers(50, 3000))
+@example(period=52, burst=1094)
+@example(period=280, burst=1000)
 def test_a_load_that_comes_and_goes_stops_flapping(period: int, burst: int) -> None:
     """Bursts more often than the longest calm period are met, in the end, by workers that stay."""
     world = World.of(keys(8), rate=10.0)
@@ -258,11 +267,26 @@ def test_a_load_that_comes_and_goes_stops_flapping(period: int, burst: int) -> N
             world.waiting += burst
             watcher.run(period)
 
-    bursts(3000 // period)
+    bursts(1500 // period)
     world.log.clear()
-    bursts(2400 // period)
-    # The calm period is halved now and then, and must be found again: rarely.
-    assert world.verbs().count("start") <= 2 * 8
+    bursts((24_000 if THOROUGH else 1500) // period)
+    assert "start" not in world.verbs()
+
+
+def test_the_calm_period_is_short_again_when_nothing_needs_a_long_one() -> None:
+    """Found by bursts, kept while they go on, halved step by step after them."""
+    world = World.of(keys(4), rate=10.0)
+    watcher = Watcher(world, settings(calm_s=20.0, calm_max_s=300.0))
+
+    def pause() -> float:
+        return watcher.history.calm.pause(watcher.settings)
+
+    for _ in range(40):
+        world.waiting += 300
+        watcher.run(50)
+    assert pause() == 40.0
+    watcher.run(1000)
+    assert pause() == 20.0
 
 
 # -- interrupted plans, as in patroni's quorum ------------------------------------------------
