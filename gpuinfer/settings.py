@@ -233,8 +233,10 @@ def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> 
 def _log_in_as_admin(merged: dict[str, dict[str, Any]], origins: dict[str, str]) -> None:
     """Give root the administrator's login, unless another one, or another Redis, is named."""
     broker = merged.get("broker", {})
-    named_elsewhere = origins.get("broker.url", "").startswith(ENV_PREFIX) or "@" in broker.get("url", "")
-    if broker.get("username") or broker.get("password") or named_elsewhere:
+    url = broker.get("url", "")
+    named_elsewhere = origins.get("broker.url", "").startswith(ENV_PREFIX) or "@" in url
+    in_clear = url.startswith("redis://")  # a password must not cross a network that way unasked
+    if broker.get("username") or broker.get("password") or named_elsewhere or in_clear:
         return
     if os.access(ADMIN_PASSWORD, os.R_OK):
         merged["broker"] = broker | {"username": "admin", "password": _read_text(ADMIN_PASSWORD).strip()}

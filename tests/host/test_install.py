@@ -13,6 +13,8 @@ from tests.host.container import Container
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
 SERVICES = ("redis", "api", "watcher", "worker@0", "restore@0", "flower", "front")
+#: It loads a module and makes nodes in /dev, as root: what that takes is left to it.
+LOOSER = {"devices": 1.7}
 
 
 @pytest.mark.parametrize(
@@ -44,9 +46,9 @@ def test_flower_sees_the_workers_on_loopback(host: Container) -> None:
 def test_units_are_verified_and_tight(host: Container) -> None:
     """systemd-analyze finds nothing to say about the units, and at most 1.5 of exposure in each."""
     assert host.ok("systemd-analyze verify /lib/systemd/system/gpuinfer*").strip() == ""
-    for service in SERVICES:
+    for service in (*SERVICES, *LOOSER):
         said = host.ok(f"systemd-analyze security --no-pager gpuinfer-{service}.service | tail -n 1")
-        assert float(said.split(":")[1].split()[0]) <= 1.5, said
+        assert float(said.split(":")[1].split()[0]) <= LOOSER.get(service, 1.5), said
 
 
 def test_each_program_has_a_user_of_its_own(host: Container) -> None:
