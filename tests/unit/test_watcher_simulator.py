@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from gpuinfer.cli import cli
 from gpuinfer.errors import InputError
+from gpuinfer.watcher.simulator import run
 from gpuinfer.watcher.simulator.cluster import Cluster, Model
 from gpuinfer.watcher.simulator.players import Hpa, Keda, Ours, Player, Tutorial
 from gpuinfer.watcher.simulator.report import Comparison, comparison
@@ -167,9 +168,10 @@ def test_where_it_is_not_reached_the_report_says_why() -> None:
     assert made.ours.gpu_s < min(peer.gpu_s for peer in made.peers)
 
 
-def test_ten_thousand_gpus_are_simulated() -> None:
+def test_ten_thousand_gpus_are_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same policy, the same code, in one process."""
-    one = scenario("flash", gpus=10_000, seconds=120, floor=100, load=0.5)
+    monkeypatch.setattr(run, "TAIL_S", 30.0)
+    one = scenario("flash", gpus=10_000, seconds=30, floor=100, load=0.2)
     outcome = play(one, Ours(one.settings.model_copy(update={"floor": 100})))
     assert outcome.most > 1000
     assert outcome.unserved == 0
