@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import queue
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -27,17 +28,34 @@ class FakeNvml:
     compute_mode: int = 0
     #: GPU -> its MIG instances by slot, None for an empty one; a GPU that is not named cannot be split.
     mig: dict[int, list[str | None]] = field(default_factory=dict)
+    temperature_c: int = 40
+    #: None: the GPU does not tell them, as from Ada on.
+    slows_down_c: int | None = 92
+    shuts_down_c: int | None = 97
+    slowed_down: bool = False
+    #: GPUs that tell no events.
+    deaf: frozenset[int] = frozenset()
+    #: What ``nvmlEventSetWait_v2`` returns next: (GPU, Xid), or an error's number.
+    events: queue.SimpleQueue[tuple[int, int] | int] = field(default_factory=queue.SimpleQueue, init=False)
+    registered: set[int] = field(default_factory=set, init=False)
+    sets: int = field(default=0, init=False)
+    opened: int = field(default=0, init=False)
     closed: int = field(default=0, init=False)
 
     NVML_DEVICE_MIG_ENABLE = 1
     NVML_MEMORY_ERROR_TYPE_UNCORRECTED = 1
     NVML_VOLATILE_ECC = 0
     NVML_TEMPERATURE_GPU = 0
+    NVML_TEMPERATURE_THRESHOLD_SHUTDOWN = 0
+    NVML_TEMPERATURE_THRESHOLD_SLOWDOWN = 1
+    nvmlClocksThrottleReasonHwThermalSlowdown = 0x40
+    nvmlEventTypeXidCriticalError = 8
     NVML_ERROR_NOT_SUPPORTED = 3
     NVML_ERROR_NO_PERMISSION = 4
     NVML_ERROR_NOT_FOUND = 6
     NVML_ERROR_DRIVER_NOT_LOADED = 9
     NVML_ERROR_LIBRARY_NOT_FOUND = 12
+    NVML_ERROR_TIMEOUT = 10
     NVML_ERROR_FUNCTION_NOT_FOUND = 13
     NVML_ERROR_GPU_IS_LOST = 15
     NVML_ERROR_LIB_RM_VERSION_MISMATCH = 18
@@ -56,6 +74,7 @@ class FakeNvml:
     def nvmlInit(self) -> None:
         if self.init is not None:
             raise self.NVMLError(self.init)
+        self.opened += 1
 
     def nvmlShutdown(self) -> None:
         self.closed += 1
@@ -117,7 +136,44 @@ class FakeNvml:
         return [0, 0, *self.remapped[handle]]
 
     def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> int:
-        return 40
+        return self.temperature_c
+
+    def nvmlDeviceGetTemperatureThreshold(self, handle: int, which: int) -> int:
+        limit = (self.shuts_down_c, self.slows_down_c)[which]
+        if limit is None:
+            raise self.NVMLError(self.NVML_ERROR_NOT_SUPPORTED)
+        return limit
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: int) -> int:
+        return self.nvmlClocksThrottleReasonHwThermalSlowdown if self.slowed_down else 1
+
+    def nvmlDeviceGetIndex(self, handle: int) -> int:
+        if handle in self.lost:
+            raise self.NVMLError(self.NVML_ERROR_GPU_IS_LOST)
+        return handle
+
+    def nvmlEventSetCreate(self) -> str:
+        self.sets += 1
+        return "set"
+
+    def nvmlEventSetFree(self, events: str) -> None:
+        self.sets -= 1
+
+    def nvmlDeviceRegisterEvents(self, handle: int, types: int, events: str) -> None:
+        if handle in self.deaf:
+            raise self.NVMLError(self.NVML_ERROR_NOT_SUPPORTED)
+        self.registered.add(handle)
+
+    def nvmlEventSetWait_v2(self, events: str, timeout_ms: int) -> Any:
+        try:
+            told = self.events.get(timeout=timeout_ms / 1000)
+        except queue.Empty:
+            raise self.NVMLError(self.NVML_ERROR_TIMEOUT) from None
+        if isinstance(told, int):
+            raise self.NVMLError(told)
+        return SimpleNamespace(
+            device=told[0], eventType=self.nvmlEventTypeXidCriticalError, eventData=told[1]
+        )
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:
         return [SimpleNamespace(pid=4711, usedGpuMemory=GIB)]

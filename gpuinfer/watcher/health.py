@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well each instance's GPU is: memory that others hold, no answer, errors of its memory."""
+"""How well each instance's GPU is: memory that others hold, no answer, errors of its memory, heat."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from gpuinfer.gpus import Inventory, list_gpus
@@ -23,49 +25,100 @@ def instance_numbers(settings: Settings, inventory: Inventory) -> tuple[int, ...
     return tuple(sorted({*inventory.worker_numbers, *broken})) or (0,)
 
 
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """One look at all GPUs of a host."""
+
+    #: Instance -> health, of those whose GPU is not quite well or not ours alone.
+    health: dict[int, GpuHealth]
+    #: Instance -> NVML's index of its GPU; instances on slices of one GPU share it.
+    indices: dict[int, int]
+
+
 def look(settings: Settings, ours: Container[int] = (), nvml: Any = None) -> dict[int, GpuHealth]:
-    """Return the health of each worker's GPU; workers that are well are left out. May take a while.
+    """Return the health of each worker's GPU; workers that are well are left out. May take a while."""
+    return survey(settings, ours, nvml).health
+
+
+def survey(settings: Settings, ours: Container[int] = (), nvml: Any = None) -> Survey:
+    """Look at all GPUs. May take a while.
 
     ``ours`` are the instances that have a process: there, the memory in use is our own.
     """
     if settings.worker.device == "cpu":
-        return {}
+        return Survey({}, {})
+    nvml = nvml or pynvml()
     found = list_gpus(settings.worker.gpus, nvml=nvml)
-    faults = {**found.broken, **_memory_errors(nvml or _pynvml(), found)}
+    faults, hot = _ask_each(nvml, found)
+    faults = {**found.broken, **faults}
     health: dict[int, GpuHealth] = {}
+    indices: dict[int, int] = {}
     for number in instance_numbers(settings, found):
         gpu = found.of_worker(number)
-        index = gpu.index if gpu is not None else number
+        index = indices[number] = gpu.index if gpu is not None else number
         foreign = 0 if gpu is None or number in ours else gpu.used_bytes
-        one = GpuHealth(foreign_bytes=foreign, fault=faults.get(index, ""))
+        one = GpuHealth(foreign_bytes=foreign, fault=faults.get(index, ""), hot=hot.get(index, ""))
         if one != HEALTHY:
             health[number] = one
-    return health
+    return Survey(health, indices)
 
 
-def _pynvml() -> Any:
-    import pynvml
+def pynvml() -> Any:
+    """Return NVML's binding."""
+    return import_module("pynvml")
 
-    return pynvml
 
-
-def _memory_errors(nvml: Any, found: Inventory) -> Mapping[int, str]:
-    """Return the GPUs with rows of memory that wait for a reset, or could not be mapped out."""
+def _ask_each(nvml: Any, found: Inventory) -> tuple[Mapping[int, str], Mapping[int, str]]:
+    """Return by NVML's index what is wrong with GPUs' memory, and which are too hot."""
     faults: dict[int, str] = {}
+    hot: dict[int, str] = {}
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:
-        return faults  # the inventory says why
+        return faults, hot  # the inventory says why
     try:
         for gpu in found.gpus:
-            with suppress(nvml.NVMLError):  # not every GPU can remap rows
+            with suppress(nvml.NVMLError):  # lost since it was listed; the next look says so
                 handle = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
-                _, _, pending, failed = nvml.nvmlDeviceGetRemappedRows(handle)
-                if failed:
-                    faults[gpu.index] = "its memory has errors that could not be mapped out"
-                elif pending:
-                    faults[gpu.index] = "its memory has errors; a reset of the GPU maps them out"
+                faults[gpu.index] = _memory_errors(nvml, handle)
+                hot[gpu.index] = _heat(nvml, handle)
     finally:
         with suppress(nvml.NVMLError):
             nvml.nvmlShutdown()
-    return faults
+    return faults, hot
+
+
+def _memory_errors(nvml: Any, handle: Any) -> str:
+    """Tell of rows of memory that wait for a reset, or could not be mapped out."""
+    _, _, pending, failed = _try(nvml, nvml.nvmlDeviceGetRemappedRows, handle) or (0, 0, 0, 0)
+    if failed:
+        return "its memory has errors that could not be mapped out"
+    return "its memory has errors; a reset of the GPU maps them out" if pending else ""
+
+
+def _heat(nvml: Any, handle: Any) -> str:
+    """Tell of a GPU that is so hot that it slows down.
+
+    Where it does so is told up to Ampere; newer drivers and GPUs tell that they are slowed down.
+    """
+    now = _try(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
+    limits = (
+        ("shuts down", nvml.NVML_TEMPERATURE_THRESHOLD_SHUTDOWN),
+        ("slows down", nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN),
+    )
+    for what, which in limits:
+        limit = _try(nvml, nvml.nvmlDeviceGetTemperatureThreshold, handle, which)
+        if now is not None and limit and now >= limit:
+            return f"it is {now} degrees hot, and {what} at {limit}"
+    reasons = _try(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
+    if reasons & nvml.nvmlClocksThrottleReasonHwThermalSlowdown:
+        return "it is slowed down by its heat" + (f" of {now} degrees" if now is not None else "")
+    return ""
+
+
+def _try(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the answer, or None: boards and drivers differ in what may be asked."""
+    try:
+        return question(*arguments)
+    except nvml.NVMLError:
+        return None

@@ -24,6 +24,7 @@ from gpuinfer.log import get_logger
 from gpuinfer.queue.connection import connect, explain, typed_errors
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import health, notes
+from gpuinfer.watcher.gpu_watch import GpuWatch
 from gpuinfer.watcher.memory import out
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, with_busy
@@ -32,8 +33,6 @@ from gpuinfer.watcher.units import Units, UnitView
 
 log = get_logger(__name__)
 
-#: GPUs are asked less often than queues: NVML may take its time.
-HEALTH_EVERY_S = 5.0
 #: The history is kept this often when no command has changed it.
 KEEP_EVERY_S = 30.0
 
@@ -58,8 +57,9 @@ class Watcher:
         self._client = connect(settings.broker)
         self._probe = Probe(self._client, self.host)
         self._notifier = SystemdNotifier()
+        self._gpus = GpuWatch(settings, numbers)
         self._health: Mapping[int, GpuHealth] = {}
-        self._health_at = -HEALTH_EVERY_S
+        self._xids: dict[int, str] = {}
         self._kept_at = 0.0
         self._said: object = None
         self._refused: dict[Key, str] = {}
@@ -68,6 +68,13 @@ class Watcher:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Look once in a while until ``stop`` is set. What goes wrong in a look is logged, and passes."""
+        await asyncio.to_thread(self._gpus.start)
+        try:
+            await self._run(stop)
+        finally:
+            await asyncio.to_thread(self._gpus.stop)
+
+    async def _run(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
             try:
                 await self.step()
@@ -87,7 +94,7 @@ class Watcher:
         except (UnitsUnavailable, UnitRefused) as exc:
             self._say(("units", str(exc)), "units_away", reason=str(exc))
             return None
-        await self._look_at_gpus(views)
+        self._look_at_gpus(views)
         now = time.time()
         seen = await asyncio.to_thread(self._observe, views, now)
         decision = decide(seen, self.history or History(), self._settings.watcher, now)
@@ -96,6 +103,7 @@ class Watcher:
             return decision  # what an earlier life has done is not known yet
         changed = self.history is None or decision.history.units is not self.history.units
         self.history = decision.history
+        self._xids = {}  # they are in the history now
         new = self._report(decision, seen)
         if seen.queues is not None and (changed or now - self._kept_at > KEEP_EVERY_S):
             await asyncio.to_thread(self._keep, decision, now, new)
@@ -103,11 +111,10 @@ class Watcher:
             await self._do(action)
         return decision
 
-    async def _look_at_gpus(self, views: Mapping[int, UnitView]) -> None:
-        if time.monotonic() - self._health_at >= HEALTH_EVERY_S:
-            self._health_at = time.monotonic()
-            ours = {number for number, view in views.items() if view.state not in ("inactive", "failed")}
-            self._health = await asyncio.to_thread(health.look, self._settings, ours)
+    def _look_at_gpus(self, views: Mapping[int, UnitView]) -> None:
+        ours = {number for number, view in views.items() if view.state not in ("inactive", "failed")}
+        self._health = self._gpus.health(ours)
+        self._xids |= self._gpus.take_xids()
 
     def _observe(self, views: Mapping[int, UnitView], now: float) -> Observation:
         own = [self._instance(number, view, now) for number, view in sorted(views.items())]
@@ -129,13 +136,16 @@ class Watcher:
         )
 
     def _instance(self, number: int, view: UnitView, now: float) -> Instance:
+        gpu = self._health.get(number, HEALTHY)
+        if number in self._xids:
+            gpu = replace(gpu, fault=", ".join(filter(None, (gpu.fault, self._xids[number]))))
         return Instance(
             key=Key(number, self.host),
             state=view.state,
             since=now - view.age_s,
             enabled=view.enabled,
             masked=view.masked,
-            gpu=self._health.get(number, HEALTHY),
+            gpu=gpu,
         )
 
     def _published(self, instance: Instance, now: float) -> Instance:

@@ -108,12 +108,16 @@ def _failed(
     unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float, was: UnitState | None = None
 ) -> UnitMemory:
     """Count a failure and let it rest, longer each time; forgive after a spell of good health."""
+    sick = f"its GPU is not well: {instance.gpu.fault}" if instance.gpu.fault else ""
     if instance.state == "failed" and was != "failed":
-        return _rest(unit, "its unit failed", settings, now)
-    if instance.gpu.fault and not unit.quarantined(now):
-        return _rest(unit, f"its GPU is not well: {instance.gpu.fault}", settings, now)
-    healthy = instance.state == "active" and now - instance.since > settings.quarantine_max_s
-    if unit.failures and healthy and not instance.gpu.fault:
+        # A GPU that is not well a moment before, or after, is why.
+        earlier = unit.why if unit.quarantined(now) else ""
+        return _rest(unit, sick or earlier or "its unit failed", settings, now)
+    if sick:
+        return replace(unit, why=sick) if unit.quarantined(now) else _rest(unit, sick, settings, now)
+    well_since = max(instance.since, unit.quarantined_until)
+    healthy = instance.state == "active" and now - well_since > settings.quarantine_max_s
+    if unit.failures and healthy:
         return replace(unit, failures=0, why="")
     return unit
 
@@ -142,6 +146,8 @@ def out(instance: Instance, unit: UnitMemory | None, settings: WatcherSettings, 
         return f"in quarantine for {unit.quarantined_until - now:.0f} s: {unit.why}"
     if instance.gpu.fault:
         return f"its GPU is not well: {instance.gpu.fault}"
+    if instance.gpu.hot:
+        return f"its GPU is too hot: {instance.gpu.hot}"
     if unit.held(now) == "stopped":
         return "stopped by hand"
     if instance.gpu.foreign_bytes > settings.foreign_mb * 1024 * 1024:

@@ -42,6 +42,8 @@ class GpuHealth:
     foreign_bytes: int = 0
     #: Why it cannot be trusted (an Xid, ECC errors, no answer); empty when it is well.
     fault: str = ""
+    #: How hot it is, when that is too hot to start anything on it; it cools down by itself.
+    hot: str = ""
 
 
 HEALTHY = GpuHealth()

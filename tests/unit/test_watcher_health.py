@@ -39,6 +39,28 @@ def test_memory_errors_are_a_fault() -> None:
     assert "could not be mapped out" in seen[2].fault
 
 
+@pytest.mark.parametrize(
+    ("nvml", "words"),
+    [
+        (FakeNvml(count=1, used_bytes=0, temperature_c=92), "92 degrees hot, and slows down at 92"),
+        (FakeNvml(count=1, used_bytes=0, temperature_c=99), "99 degrees hot, and shuts down at 97"),
+        (FakeNvml(count=1, used_bytes=0, slows_down_c=None, slowed_down=True), "slowed down by its heat"),
+    ],
+)
+def test_a_gpu_that_is_too_hot_says_so(nvml: FakeNvml, words: str) -> None:
+    """By its own limits, or, where it does not tell them, by slowing down. It is hot, and has no fault."""
+    seen = health.look(settings(), (), nvml)[0]
+    assert words in seen.hot
+    assert not seen.fault
+
+
+@pytest.mark.parametrize("limit", [92, None])
+def test_a_gpu_below_its_limits_is_well(limit: int | None) -> None:
+    """A degree less is fine; clocks that rest for another reason are no heat."""
+    nvml = FakeNvml(count=1, used_bytes=0, temperature_c=91, slows_down_c=limit, shuts_down_c=limit)
+    assert health.look(settings(), (), nvml) == {}
+
+
 def test_a_host_told_to_use_the_cpu_is_not_asked() -> None:
     """No driver is needed, nor missed."""
     assert health.look(settings(worker={"device": "cpu"}), (), FakeNvml(init=9)) == {}

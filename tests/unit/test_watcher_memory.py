@@ -9,7 +9,7 @@ import pytest
 
 from gpuinfer.watcher.policy import History
 from gpuinfer.watcher.rates import Rates, measure
-from gpuinfer.watcher.state import GpuHealth, Instance, Key
+from gpuinfer.watcher.state import HEALTHY, GpuHealth, Instance, Key
 from tests.watchers import Watcher, World, keys, observe, settings
 
 pytestmark = pytest.mark.unit
@@ -73,6 +73,55 @@ def test_long_health_is_forgiveness() -> None:
     assert watcher.history.units[A0].failures == 1
     watcher.run(80)
     assert watcher.history.units[A0].failures == 0
+
+
+def test_an_xid_is_an_event_and_makes_the_rest_grow() -> None:
+    """Told at one look each, also while it serves; each time its instance rests twice as long."""
+    world = busy_world(1)
+    watcher = Watcher(world, settings(quarantine_max_s=600.0), history=History(rates=KNOWN))
+    watcher.run(2000)
+    rests = []
+    for _ in range(3):
+        world.set(A0, gpu=GpuHealth(fault="Xid 48"))
+        watcher.run(1)
+        world.set(A0, gpu=HEALTHY)
+        watcher.run(1)
+        unit = watcher.history.units[A0]
+        assert "Xid 48" in unit.why
+        rests.append(round(unit.quarantined_until - world.now + 1))
+        watcher.run(300)
+    assert rests == [30, 60, 120]
+    watcher.run(600)
+    assert watcher.history.units[A0].failures == 0
+
+
+def test_an_xid_that_made_its_unit_fail_is_the_reason() -> None:
+    """Whichever is seen first."""
+    for first, second in (("failed", "Xid 79"), ("Xid 79", "failed")):
+        world = busy_world(1)
+        watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+        watcher.run(20)
+        for what in (first, second):
+            if what == "failed":
+                world.set(A0, state="failed", since=world.now)
+            world.set(A0, gpu=GpuHealth(fault="" if what == "failed" else what))
+            watcher.run(1)
+        assert "Xid 79" in watcher.history.units[A0].why
+
+
+def test_a_hot_gpu_is_left_alone_until_it_has_cooled_down() -> None:
+    """Heat is no failure: nothing to remember, and the worker that runs on it goes on."""
+    world = busy_world(2)
+    hot = GpuHealth(hot="it is 95 degrees hot, and slows down at 92")
+    world.set(A0, gpu=hot)
+    world.set(Key(1, "a"), state="active", gpu=hot)
+    watcher = Watcher(world, settings())
+    watcher.run(100)
+    assert world.running == {Key(1, "a")}
+    assert watcher.history.units[A0].failures == 0
+    world.set(A0, gpu=HEALTHY)
+    watcher.run(1)
+    assert A0 in world.running
 
 
 def test_a_gpu_others_use_is_left_alone() -> None:
