@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Mapping
 
-from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok
+from gpuinfer.doctor.finding import Finding, Findings, Skipped, edit, error, ok
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.units import instances
 from gpuinfer.errors import ConfigError, DeviceError
@@ -27,6 +27,7 @@ def bindings(host: Host) -> Findings:
     numbers = sorted({*_with_file(host), *_enabled(host)})
     if not numbers:
         raise Skipped("no worker is enabled, none has a file of its own")
+    _ = host.settings  # what is wrong in the file of all is no worker's fault: skipped, see config.file
     found = _inventory(host)
     return [_one(host, number, found) for number in numbers]
 
@@ -57,13 +58,9 @@ def _one(host: Host, number: int, found: Inventory) -> Finding:
         worker = load(environ=environ).settings.worker
         device = visible_device(number, worker, environ, inventory=chosen(worker.gpus, found))
     except ValueError as exc:
-        return error(f"{file}: {exc}", f"sudoedit {file}")
+        return error(f"{file}: {exc}", edit(file))
     except (ConfigError, DeviceError) as exc:
-        mend = (
-            f"sudoedit {file}"
-            if host.path(file).exists()
-            else f"systemctl disable --now gpuinfer-worker@{number}"
-        )
+        mend = edit(file) if host.path(file).exists() else f"systemctl disable --now gpuinfer-worker@{number}"
         return error(f"worker {number}: {exc}", f"{mend}  # gpuinfer gpus lists what there is")
     name = device.gpu.name if device.gpu else device.cuda_visible_devices or "no GPU"
     return ok(f"worker {number} runs on {device.device} ({name})")

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
+from gpuinfer.doctor.finding import Finding, Findings, Skipped, edit, error, ok, warning
 from gpuinfer.doctor.host import Host
 from gpuinfer.errors import ConfigError
 
@@ -22,7 +22,7 @@ def file(host: Host) -> Finding:
         changed = len(host.loaded.origins)
     except ConfigError as exc:
         where = exc.field or exc.message.partition(":")[0]
-        mend = f"sudoedit {where}" if where.startswith("/") else f"unset {where}"
+        mend = edit(where) if where.startswith("/") else f"unset {where}"
         return error(str(exc), f"{mend} && gpuinfer config check")
     return ok(f"settings are valid, {changed} of them changed")
 

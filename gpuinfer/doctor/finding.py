@@ -30,6 +30,11 @@ class Skipped(Exception):
     """Raised by a check, or by what it asks, when this host has not what it looks at."""
 
 
+def edit(file: object) -> str:
+    """Return the command that opens a file: Debian's own name for whichever editor there is."""
+    return f"editor {file}"
+
+
 def ok(message: str) -> Finding:
     """Return a finding that all is well."""
     return Finding("ok", message)

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import http.client
-import re
 from collections.abc import Mapping
 
 import orjson
 
 from gpuinfer.doctor.finding import Finding, Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host
-from gpuinfer.doctor.units import show
+from gpuinfer.doctor.units import SOCKET, listens, show, who_listens
 
-SOCKET = "gpuinfer-api.socket"
 _LIMIT_S = 10.0
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -28,6 +26,8 @@ def ready(host: Host) -> Finding:
         return _refused(host, where)
     except (OSError, http.client.HTTPException) as exc:
         return error(f"the API at {where} does not answer: {exc}", "systemctl restart gpuinfer-api")
+    if _is_a_strangers(host):
+        return error(f"what answers at {where} is another program, which has our port", who_listens(port))
     if status == http.client.OK:
         return ok(f"the API at {where} is ready")
     return warning(f"the API at {where} is not ready: {_reason(body)}", "gpuinfer doctor redis work")
@@ -37,11 +37,10 @@ def address(host: Host) -> tuple[str, int]:
     """Return where the API listens: where systemd does it, its socket says; elsewhere the settings do."""
     api = host.settings.api
     try:
-        listens = show(host, [SOCKET], "Listen")[0].get("Listen", "")
+        found = listens(show(host, [SOCKET], "Listen")[0])
     except Skipped:
-        return api.host, api.port
-    found = re.match(r"\[?([^]]+?)\]?:(\d+) \(Stream\)", listens)
-    return (found[1], int(found[2])) if found else (api.host, api.port)
+        found = None
+    return found or (api.host, api.port)
 
 
 def _get(name: str, port: int, path: str) -> tuple[int, bytes]:
@@ -52,6 +51,15 @@ def _get(name: str, port: int, path: str) -> tuple[int, bytes]:
         return answer.status, answer.read(4096)
     finally:
         connection.close()
+
+
+def _is_a_strangers(host: Host) -> bool:
+    """Tell whether our socket could not listen, so that whoever answers there is not ours."""
+    try:
+        socket = show(host, [SOCKET], "ActiveState,Result")[0]
+    except Skipped:
+        return False
+    return socket.get("ActiveState") == "failed" and socket.get("Result") == "resources"
 
 
 def _refused(host: Host, where: str) -> Finding:

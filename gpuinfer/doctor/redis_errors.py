@@ -18,10 +18,10 @@ from pathlib import Path
 
 from redis.exceptions import BusyLoadingError, InvalidResponse, NoPermissionError, ReadOnlyError
 
-from gpuinfer.doctor.finding import Finding, error
-from gpuinfer.doctor.redis_place import OUR_SOCKET, Place, me
+from gpuinfer.doctor.finding import Finding, edit, error
+from gpuinfer.doctor.redis_place import OUR_CONF, OUR_SOCKET, Place, me
 
-_EDIT = "sudoedit /etc/gpuinfer/gpuinfer.toml"
+_EDIT = edit("/etc/gpuinfer/gpuinfer.toml")
 _SHOW_LOG = "journalctl -u gpuinfer-redis -n 20 --no-pager"
 
 
@@ -263,7 +263,7 @@ def _wants_certificate(failure: Failure) -> Finding | None:
         return None
     return error(
         "TLS: Redis wants a certificate of its clients; gpuinfer logs in by user and password",
-        failure.place.cli("CONFIG SET tls-auth-clients no"),
+        f"{edit(OUR_CONF)} && systemctl restart gpuinfer-redis  # on Redis's host: tls-auth-clients no",
     )
 
 

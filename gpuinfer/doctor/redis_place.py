@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from gpuinfer.doctor.finding import edit
 from gpuinfer.settings import ADMIN_PASSWORD, BrokerSettings
 
 OUR_SOCKET = "/run/gpuinfer/redis/redis.sock"
+OUR_CONF = "/etc/gpuinfer/redis.conf"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PROBE_LIMIT_S = 2.0
 _SYSTEMD = Path("/run/systemd/system")
@@ -61,6 +63,12 @@ class Place:
             login = "redis-cli" + (" --askpass" if self.has_password else "")
             login += f" --user {shlex.quote(self.username)}" if self.username else ""
         return f"{login} {self._address()} {command}"
+
+    def config(self, key: str, value: str) -> str:
+        """Return what sets an option of redis.conf there; in our own instance for good, not until its end."""
+        if self.ours:
+            return f"{edit(OUR_CONF)} && systemctl restart gpuinfer-redis  # {key} {value}"
+        return self.cli(f"CONFIG SET {key} {value}")
 
     def _address(self) -> str:
         if self.socket:

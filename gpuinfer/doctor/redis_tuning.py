@@ -10,12 +10,12 @@ from typing import Any
 from gpuinfer.broker.tuning import host_memory_bytes, render
 from gpuinfer.doctor.broker import asked, info
 from gpuinfer.doctor.disk import DATA
-from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
+from gpuinfer.doctor.finding import Finding, Findings, Skipped, edit, error, ok, warning
 from gpuinfer.doctor.host import Host
-from gpuinfer.doctor.redis_place import Place, place_of
+from gpuinfer.doctor.redis_place import OUR_CONF, Place, place_of
 from gpuinfer.doctor.units import show
 
-CONF, TUNING = "/etc/gpuinfer/redis.conf", "/run/gpuinfer/redis/tuning.conf"
+CONF, TUNING = OUR_CONF, "/run/gpuinfer/redis/tuning.conf"
 _MIB = 1024 * 1024
 _KEYS = ("maxmemory", "maxmemory-policy", "appendonly", "appendfsync")
 #: A rewrite of the AOF in a forked child copies what is written meanwhile; some room is for that.
@@ -39,26 +39,27 @@ def _text(value: Any) -> str:
 def limits(host: Host) -> Findings:
     """Redis has a limit, evicts results alone, and keeps what it has over a restart."""
     found, where = running(host), place_of(host.settings.broker)
-    ill = list(_unfit(found, where))
+    ill = list(unfit(found, where))
     limit = int(found["maxmemory"]) // _MIB
     return ill or ok(
         f"maxmemory {limit} MiB, {found['maxmemory-policy']}, appendfsync {found['appendfsync']}"
     )
 
 
-def _unfit(found: Mapping[str, str], where: Place) -> Iterator[Finding]:
+def unfit(found: Mapping[str, str], where: Place) -> Iterator[Finding]:
+    """Yield what an appliance must not have of Redis, by the answer to CONFIG GET."""
     policy = found["maxmemory-policy"]
-    mend = where.cli("CONFIG SET maxmemory-policy volatile-ttl")
+    mend = where.config("maxmemory-policy", "volatile-ttl")
     if policy.startswith("allkeys"):
         yield error(f"maxmemory-policy {policy} throws whole queues away when memory is short", mend)
     elif policy != "volatile-ttl":
         yield warning(f"maxmemory-policy is {policy}; volatile-ttl drops the oldest results first", mend)
     if found["maxmemory"] == "0":
         text = "Redis has no maxmemory: a backlog may take the whole host's memory"
-        yield warning(text, where.cli("CONFIG SET maxmemory 2gb"))
+        yield warning(text, where.config("maxmemory", "2gb"))
     if found["appendonly"] != "yes":
         text = "appendonly is off: a restart of Redis loses the queue"
-        yield warning(text, where.cli("CONFIG SET appendonly yes"))
+        yield warning(text, where.config("appendonly", "yes"))
 
 
 def as_configured(host: Host) -> Findings:
@@ -84,7 +85,7 @@ def parse(host: Host, text: str) -> dict[str, str]:
     """Return our keys as the text of a redis.conf states them."""
     found: dict[str, str] = {}
     for line in text.splitlines():
-        word, _, value = line.strip().partition(" ")
+        word, value = (*line.split(None, 1), "", "")[:2]
         value = value.strip().strip("\"'")
         if word.lower() == "include":
             for path in sorted(_included(host, value)):
@@ -130,7 +131,8 @@ def evictions(host: Host) -> Finding:
         return ok("no result was dropped for want of memory")
     return warning(
         f"{count} results were dropped before their time, for want of memory, since Redis's start",
-        "sudoedit /etc/gpuinfer/gpuinfer.toml  # more redis.maxmemory_mb, or less queue.result_ttl_s",
+        f"{edit('/etc/gpuinfer/gpuinfer.toml')} && {_RESTART}"
+        "  # more redis.maxmemory_mb, or less queue.result_ttl_s",
     )
 
 

@@ -17,7 +17,9 @@ ALWAYS = (
     "gpuinfer-api.service",
     "gpuinfer-watcher.service",
 )
-_PROPERTIES = "Id,LoadState,ActiveState,SubState,UnitFileState,Result,NRestarts"
+API, SOCKET, WATCHER = "gpuinfer-api.service", "gpuinfer-api.socket", "gpuinfer-watcher.service"
+_PROPERTIES = "Id,LoadState,ActiveState,SubState,UnitFileState,Result,NRestarts,Listen"
+_LISTENS = re.compile(r"\[?([^]]+?)\]?:(\d+) \(Stream\)")
 
 Unit = Mapping[str, str]
 
@@ -25,6 +27,8 @@ Unit = Mapping[str, str]
 def show(host: Host, units: Sequence[str], properties: str = _PROPERTIES) -> list[Unit]:
     """Return the properties of units, in their order. Raises Skipped without systemd."""
     host.need_systemd()
+    if not units:  # systemctl would show the manager itself
+        return []
     done = host.run(["systemctl", "show", "-p", properties, *units])
     if done.returncode:
         raise Skipped(f"systemctl: {done.stderr.strip()}")
@@ -37,21 +41,43 @@ def services(host: Host) -> Findings:
     found = show(host, ALWAYS)
     if all(unit["LoadState"] == "not-found" for unit in found):
         raise Skipped("the package's units are not installed")
-    ill = [finding for unit in found for finding in _ailments(host, unit, always=True)]
+    shut = any(unit["Id"] == SOCKET and _cannot_listen(unit) for unit in found)
+    # Without its socket the API cannot be started: one thing to mend, one finding.
+    seen = [unit for unit in found if not (shut and unit["Id"] == API and unit["ActiveState"] == "inactive")]
+    ill = [finding for unit in seen for finding in _ailments(host, unit, always=True)]
     return ill or ok(f"{len(found)} units enabled and well")
 
 
 def workers(host: Host) -> Findings:
-    """Every worker unit that was enabled or started runs, and there is at least one."""
-    names = instances(host)
+    """Every worker unit runs that was enabled or started; without one, the watcher starts some on demand."""
+    names, idle = instances(host), idle_watcher(host)
     if not names:
-        return warning(
-            "no worker is enabled: nothing will be computed", "systemctl enable --now gpuinfer-worker@0"
-        )
-    found = show(host, names)
+        return _no_workers(idle)
+    # One that the watcher stopped, enabled or not, is as it should be.
+    found = [unit for unit in show(host, names) if idle or not _is_stopped(unit)]
     ill = [finding for unit in found for finding in _ailments(host, unit, always=False)]
     running = [unit["Id"] for unit in found if unit["ActiveState"] == "active"]
-    return ill or ok(f"{len(running)} of {len(found)} workers run: {', '.join(running) or 'none just now'}")
+    return ill or ok(f"{len(running)} of {len(names)} workers run: {', '.join(running) or 'none just now'}")
+
+
+def _no_workers(idle: str) -> Finding:
+    if not idle:
+        return ok("no worker is enabled; the watcher starts them when work comes")
+    text = f"no worker is enabled, and {idle}: nothing will be computed"
+    return warning(text, "systemctl enable --now gpuinfer-worker@0")
+
+
+def _is_stopped(unit: Unit) -> bool:
+    return unit["LoadState"] == "loaded" and unit["ActiveState"] == "inactive"
+
+
+def idle_watcher(host: Host) -> str:
+    """Say why this host's watcher starts no worker; empty when it does. Raises Skipped without systemd."""
+    if show(host, [WATCHER])[0].get("ActiveState") != "active":
+        return "the watcher does not run"
+    if host.settings.watcher.decisions == "log":
+        return "the watcher only logs (watcher.decisions)"
+    return ""
 
 
 def instances(host: Host) -> list[str]:
@@ -73,6 +99,8 @@ def _ailments(host: Host, unit: Unit, *, always: bool) -> Iterator[Finding]:
         yield error(text, f"systemctl unmask {name}") if always else _note_masked(text, name)
     elif unit["LoadState"] != "loaded":
         yield error(f"{name}: {unit['LoadState']}", f"systemctl daemon-reload; systemd-analyze verify {name}")
+    elif _cannot_listen(unit):
+        yield _no_listener(unit)
     elif state == "failed":
         yield error(_failure(host, unit), f"systemctl reset-failed {name} && systemctl start {name}")
     elif always and unit["SubState"] == "auto-restart":
@@ -81,7 +109,7 @@ def _ailments(host: Host, unit: Unit, *, always: bool) -> Iterator[Finding]:
         yield from _not_running(unit)
     elif state == "inactive" and unit["UnitFileState"] == "enabled":
         yield warning(f"{name} is enabled and does not run", f"systemctl start {name}")
-    elif int(unit.get("NRestarts") or 0) > 0:
+    elif state == "active" and int(unit.get("NRestarts") or 0) > 0:
         yield warning(
             f"{name} was restarted {unit['NRestarts']} times", f"journalctl -u {name} -p warning -n 20"
         )
@@ -99,6 +127,33 @@ def _not_running(unit: Unit) -> Iterator[Finding]:
     # ExecCondition= said no: this host works for another one's Redis, and has none of its own to run.
     if state == "inactive" and unit.get("Result") != "exec-condition":
         yield error(f"{name} does not run", f"systemctl start {name}")
+
+
+def _cannot_listen(unit: Unit) -> bool:
+    return unit["ActiveState"] == "failed" and unit.get("Result") == "resources" and bool(listens(unit))
+
+
+def _no_listener(unit: Unit) -> Finding:
+    """systemd's own words differ, and hardly tell: it is the address, which is taken or of another host."""
+    name, (host, port) = unit["Id"], listens(unit) or ("", 0)
+    return error(
+        f"{name} cannot listen at {host}:{port}: another program does, or the address is not this host's",
+        who_listens(port),
+    )
+
+
+def listens(unit: Unit) -> tuple[str, int] | None:
+    """Return address and port of a socket unit; None for one without TCP, and for other units."""
+    found = _LISTENS.match(unit.get("Listen", ""))
+    return (found[1], int(found[2])) if found else None
+
+
+def who_listens(port: int) -> str:
+    """Return what names the program that has our port, and what is to be done about it."""
+    return (
+        f"ss -ltnp sport = :{port}  # stop that program, or move ours: systemctl edit {SOCKET}; "
+        f"then: systemctl start {SOCKET} gpuinfer-api"
+    )
 
 
 def _failure(host: Host, unit: Unit) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from gpuinfer.doctor.broker import asked
 from gpuinfer.doctor.finding import Finding, Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host
+from gpuinfer.doctor.units import idle_watcher, instances, show
 from gpuinfer.errors import GpuinferError, WaitTimeout
 from gpuinfer.models.manifest import FREE, Manifest, TensorSpec
 from gpuinfer.models.repository import Repository
@@ -20,6 +21,13 @@ from gpuinfer.queue.depth import look
 PING_S, REQUEST_S = 2.0, 20.0
 #: A dead letter older than this has been forgotten by whoever should look at it.
 STALE_S = 7 * 86400
+#: ActiveState of a unit -> why it does not answer: to start it once more would mend nothing.
+_STATES = {
+    "active": "runs, and cannot reach Redis or hangs",
+    "activating": "is starting",
+    "deactivating": "is stopping",
+    "failed": "has failed",
+}
 #: Of more than this the age is not looked for: each holds what was sent.
 MOST_LETTERS = 1000
 #: What a free dimension is in the sample.
@@ -33,8 +41,26 @@ def workers(host: Host) -> Finding:
     names = alive(host)
     if names:
         return ok(f"{len(names)} workers answer: {', '.join(names)}")
+    return nobody(host, waiting)
+
+
+def nobody(host: Host, waiting: int) -> Finding:
+    """Return the finding for a host on which no worker answers while so many tasks wait."""
     text = f"no worker answers, and {waiting} tasks wait"
-    return error(text, _start(host)) if waiting else warning(text, _start(host))
+    grave = error if waiting else warning
+    try:
+        there = [unit for unit in show(host, instances(host)) if unit["ActiveState"] in _STATES]
+        idle = idle_watcher(host)
+    except Skipped:
+        return grave(text, "gpuinfer worker 0")
+    if there:
+        name, state = there[0]["Id"], _STATES[there[0]["ActiveState"]]
+        return grave(f"{text}; {name} {state}", f"journalctl -u {name.removesuffix('.service')} -n 20")
+    if idle:
+        return grave(f"{text}; {idle}", "systemctl enable --now gpuinfer-worker@0")
+    if waiting:
+        return error(f"{text}; the watcher has not started one", "gpuinfer watcher explain")
+    return ok("no worker runs, and no task waits; the watcher starts one when work comes")
 
 
 def alive(host: Host) -> list[str]:
@@ -49,11 +75,6 @@ def alive(host: Host) -> list[str]:
     finally:
         app.close()
     return sorted(name for answer in answers for name in answer)
-
-
-def _start(host: Host) -> str:
-    systemd = host.path("/run/systemd/system").is_dir()
-    return "systemctl enable --now gpuinfer-worker@0" if systemd else "gpuinfer worker 0"
 
 
 def dead_letters(host: Host) -> Finding:

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor and the host: files under another root, and a systemctl that says what the test wants."""
+"""The doctor and the host: files under another root."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from gpuinfer.doctor import config, disk, front, kernel, models, redis_tuning, units, versions, work
+from gpuinfer.doctor import config, disk, kernel, models, redis_tuning, versions, work
 from gpuinfer.doctor.finding import Finding, Findings, Skipped
 from gpuinfer.doctor.host import Host
+from gpuinfer.doctor.redis_place import OUR_SOCKET, place_of
 from gpuinfer.models.repository import SHIPPED, Repository
-from gpuinfer.settings import Loaded, Settings, load
+from gpuinfer.settings import BrokerSettings, Loaded, Settings, load
 
 pytestmark = pytest.mark.unit
 
@@ -56,9 +55,9 @@ def test_a_wrong_settings_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "gpuinfer.toml"
     file.write_text("[api]\nprot = 1\n")
     found = config.file(Host(Lazy(file, {})))
-    assert found.remedy == f"sudoedit {file} && gpuinfer config check"
+    assert found.remedy == f"editor {file} && gpuinfer config check"
     file.write_text("[api]\nport = 'x'\n")
-    assert config.file(Host(Lazy(file, {}))).remedy.startswith(f"sudoedit {file}")
+    assert config.file(Host(Lazy(file, {}))).remedy.startswith(f"editor {file}")
     file.write_text("")
     assert config.file(Host(Lazy(file, {"GPUINFER_API_PROT": "1"}))).remedy.startswith(
         "unset GPUINFER_API_PROT"
@@ -144,9 +143,9 @@ def test_a_journal_that_is_lost_at_reboot(tmp_path: Path) -> None:
 
 
 def test_what_redis_conf_states(tmp_path: Path) -> None:
-    """What is included counts where it stands, and the last one wins, as in Redis."""
-    text = 'include /run/tuning.conf\nappendfsync always\n# maxmemory 1\nmaxmemory-policy "volatile-ttl"\n'
-    tuning = "maxmemory 2gb\nappendfsync everysec\nhz 10\n"
+    """What is included counts where it stands, the last one wins, and tabs are spaces, as in Redis."""
+    text = 'include /run/tuning.conf\nappendfsync\talways\n# maxmemory 1\nmaxmemory-policy "volatile-ttl"\n\n'
+    tuning = "\tmaxmemory \t2gb\nappendfsync everysec\nhz 10\n"
     here = host(tmp_path, {redis_tuning.CONF: text, "/run/tuning.conf": tuning})
     assert redis_tuning.stated(here, redis_tuning.CONF) == {
         "maxmemory": str(2 * GIB),
@@ -168,6 +167,18 @@ def test_settings_that_changed_since_redis_started(tmp_path: Path) -> None:
     }
 
 
+def test_what_mends_redis_outlives_a_restart() -> None:
+    """Our own is changed in its file, for CONFIG SET is forgotten; another's by the means we have there."""
+    ours, other = (place_of(BrokerSettings(url=url)) for url in (f"unix://{OUR_SOCKET}", "redis://there/0"))
+    ill = {"maxmemory": "0", "maxmemory-policy": "allkeys-lru", "appendonly": "no"}
+    mends = [finding.remedy for finding in redis_tuning.unfit(ill, ours)]
+    edit = f"editor {redis_tuning.CONF} && systemctl restart gpuinfer-redis  # "
+    assert mends == [edit + "maxmemory-policy volatile-ttl", edit + "maxmemory 2gb", edit + "appendonly yes"]
+    mends = [finding.remedy for finding in redis_tuning.unfit(ill, other)]
+    assert mends[0] == "redis-cli -h there -p 6379 CONFIG SET maxmemory-policy volatile-ttl"
+    assert all("CONFIG SET" in mend for mend in mends)
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("1000", 1000), ("1k", 1000), ("1kb", 1024), ("2GB", 2 * GIB), ("3m", 3_000_000)]
 )
@@ -183,121 +194,6 @@ def test_sizes_of_redis_conf(text: str, size: int) -> None:
 def test_the_units_limit_is_above_redis_own(limit: str, status: str) -> None:
     """With room for a rewrite: at 1 GiB each, the kernel would kill Redis first."""
     assert redis_tuning.judge_unit(limit, GIB).status == status
-
-
-# -- units ----------------------------------------------------------------------------------
-
-
-def unit(name: str, **changes: str) -> str:
-    sound = {"Id": name, "LoadState": "loaded", "ActiveState": "active", "SubState": "running"}
-    sound |= {"UnitFileState": "enabled", "Result": "success", "NRestarts": "0", **changes}
-    if name.endswith(".target"):
-        del sound["Result"], sound["NRestarts"]  # these are of services
-    return "\n".join(f"{key}={value}" for key, value in sound.items())
-
-
-def systemd(root: Path, *shown: str, files: str = "", loaded: str = "", journal: str = "") -> Host:
-    """Return a host whose systemctl answers so."""
-
-    def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        key = command[1] if command[0] == "systemctl" else "journal"
-        answers = {
-            "show": "\n\n".join(shown),
-            "list-unit-files": files,
-            "list-units": loaded,
-            "journal": journal,
-        }
-        return subprocess.CompletedProcess(list(command), 0, answers[key] + "\n", "")
-
-    (root / "run/systemd/system").mkdir(parents=True, exist_ok=True)
-    return Host(Loaded(Settings(), {}), root=root, run=run)
-
-
-def test_without_systemd_units_are_skipped(tmp_path: Path) -> None:
-    """A container, a laptop, a checkout."""
-    with pytest.raises(Skipped, match="does not run systemd"):
-        units.services(host(tmp_path))
-
-
-def test_without_the_package_units_are_skipped(tmp_path: Path) -> None:
-    """systemd is there, our units are not."""
-    shown = [unit(name, LoadState="not-found", ActiveState="inactive") for name in units.ALWAYS]
-    for check in (units.services, units.workers):
-        with pytest.raises(Skipped, match="units are not installed"):
-            check(systemd(tmp_path, *shown))
-
-
-def test_units_that_run(tmp_path: Path) -> None:
-    """All of them; Redis need not where broker.url names another host's."""
-    shown = [unit(name) for name in units.ALWAYS]
-    shown[1] = unit("gpuinfer-redis.service", ActiveState="inactive", Result="exec-condition")
-    here = systemd(tmp_path, *shown)
-    assert one(units.services(here)).message == "5 units enabled and well"
-
-
-def test_units_that_do_not(tmp_path: Path) -> None:
-    """Failed with the journal's last word, masked, disabled, stopped: each with the one command."""
-    shown = [
-        unit("gpuinfer.target", ActiveState="inactive"),
-        unit("gpuinfer-redis.service", ActiveState="failed", Result="exit-code"),
-        unit("gpuinfer-api.socket", LoadState="masked", ActiveState="inactive"),
-        unit("gpuinfer-api.service", UnitFileState="disabled"),
-        unit("gpuinfer-watcher.service", LoadState="bad-setting", ActiveState="inactive"),
-    ]
-    found = flat(units.services(systemd(tmp_path, *shown, journal="Starting\nFatal: no memory")))
-    assert [finding.remedy for finding in found] == [
-        "systemctl start gpuinfer.target",
-        "systemctl reset-failed gpuinfer-redis.service && systemctl start gpuinfer-redis.service",
-        "systemctl unmask gpuinfer-api.socket",
-        "systemctl enable gpuinfer-api.service",
-        "systemctl daemon-reload; systemd-analyze verify gpuinfer-watcher.service",
-    ]
-    assert found[1].message == "gpuinfer-redis.service failed (exit-code): Fatal: no memory"
-
-
-def test_a_unit_that_does_not_stay_up(tmp_path: Path) -> None:
-    """Between two of its starts it is neither running nor failed, and not well."""
-    shown = [unit(name) for name in units.ALWAYS]
-    shown[3] = unit("gpuinfer-api.service", ActiveState="activating", SubState="auto-restart")
-    found = one(units.services(systemd(tmp_path, *shown, journal="Fatal: no memory")))
-    assert (found.status, found.message) == (
-        "error",
-        "gpuinfer-api.service does not stay up: Fatal: no memory",
-    )
-
-
-@pytest.mark.parametrize(
-    ("listens", "address"),
-    [
-        ("0.0.0.0:9090 (Stream)", ("0.0.0.0", 9090)),
-        ("[::1]:8081 (Stream)", ("::1", 8081)),
-        ("", ("127.0.0.1", 8080)),
-    ],
-)
-def test_the_api_is_asked_where_its_socket_listens(
-    tmp_path: Path, listens: str, address: tuple[str, int]
-) -> None:
-    """An administrator's drop-in moves the socket; the settings are for an API without one."""
-    assert front.address(systemd(tmp_path, f"Listen={listens}")) == address
-
-
-def test_workers(tmp_path: Path) -> None:
-    """None enabled is a warning; a masked one is as the administrator wants; a failed one is an error."""
-    template = "gpuinfer-worker@.service disabled enabled\n"
-    assert one(units.workers(systemd(tmp_path, files=template))).remedy == (
-        "systemctl enable --now gpuinfer-worker@0"
-    )
-    names = [f"gpuinfer-worker@{number}.service" for number in range(3)]
-    shown = [
-        unit(names[0]),
-        unit(names[1], ActiveState="failed", Result="watchdog"),
-        unit(names[2], LoadState="masked", ActiveState="inactive"),
-    ]
-    found = flat(units.workers(systemd(tmp_path, *shown, files=template, loaded="\n".join(names))))
-    assert [finding.status for finding in found] == ["error", "ok"]
-    assert "gpuinfer-worker@1.service failed (watchdog)" in found[0].message
-    sound = one(units.workers(systemd(tmp_path, shown[0], files=template, loaded=names[0])))
-    assert sound.message == "1 of 1 workers run: gpuinfer-worker@0.service"
 
 
 # -- models, versions, the request ----------------------------------------------------------

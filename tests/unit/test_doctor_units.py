@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor, the units and who listens: a systemctl that says what the test wants."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from gpuinfer.doctor import front, units, work
+from gpuinfer.doctor.finding import Finding, Skipped
+from gpuinfer.doctor.host import Host
+from gpuinfer.settings import Loaded, Settings
+from tests.unit.test_doctor_host import flat, host, one
+
+pytestmark = pytest.mark.unit
+
+
+def unit(name: str, **changes: str) -> str:
+    sound = {"Id": name, "LoadState": "loaded", "ActiveState": "active", "SubState": "running"}
+    sound |= {"UnitFileState": "enabled", "Result": "success", "NRestarts": "0", **changes}
+    if name.endswith(".target"):
+        del sound["Result"], sound["NRestarts"]  # these are of services
+    return "\n".join(f"{key}={value}" for key, value in sound.items())
+
+
+WATCHES = unit("gpuinfer-watcher.service")
+TEMPLATE = "gpuinfer-worker@.service disabled enabled\n"
+
+
+def systemd(
+    root: Path, *shown: str, files: str = "", loaded: str = "", journal: str = "", **sections: object
+) -> Host:
+    """Return a host whose systemctl answers so; asked for a unit that is shown, with that one alone."""
+
+    def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        key = command[1] if command[0] == "systemctl" else "journal"
+        named = [block for block in shown if block.partition("\n")[0].removeprefix("Id=") in command]
+        answers = {
+            "show": "\n\n".join(named or shown),
+            "list-unit-files": files,
+            "list-units": loaded,
+            "journal": journal,
+        }
+        return subprocess.CompletedProcess(list(command), 0, answers[key] + "\n", "")
+
+    (root / "run/systemd/system").mkdir(parents=True, exist_ok=True)
+    return Host(Loaded(Settings.model_validate(sections), {}), root=root, run=run)
+
+
+def test_without_systemd_units_are_skipped(tmp_path: Path) -> None:
+    """A container, a laptop, a checkout."""
+    with pytest.raises(Skipped, match="does not run systemd"):
+        units.services(host(tmp_path))
+
+
+def test_without_the_package_units_are_skipped(tmp_path: Path) -> None:
+    """systemd is there, our units are not."""
+    shown = [unit(name, LoadState="not-found", ActiveState="inactive") for name in units.ALWAYS]
+    for check in (units.services, units.workers):
+        with pytest.raises(Skipped, match="units are not installed"):
+            check(systemd(tmp_path, *shown))
+
+
+def test_units_that_run(tmp_path: Path) -> None:
+    """All of them; Redis need not where broker.url names another host's."""
+    shown = [unit(name) for name in units.ALWAYS]
+    shown[1] = unit("gpuinfer-redis.service", ActiveState="inactive", Result="exec-condition")
+    here = systemd(tmp_path, *shown)
+    assert one(units.services(here)).message == "5 units enabled and well"
+
+
+def test_units_that_do_not(tmp_path: Path) -> None:
+    """Failed with the journal's last word, masked, disabled, stopped: each with the one command."""
+    shown = [
+        unit("gpuinfer.target", ActiveState="inactive"),
+        unit("gpuinfer-redis.service", ActiveState="failed", Result="exit-code"),
+        unit("gpuinfer-api.socket", LoadState="masked", ActiveState="inactive"),
+        unit("gpuinfer-api.service", UnitFileState="disabled"),
+        unit("gpuinfer-watcher.service", LoadState="bad-setting", ActiveState="inactive"),
+    ]
+    found = flat(units.services(systemd(tmp_path, *shown, journal="Starting\nFatal: no memory")))
+    assert [finding.remedy for finding in found] == [
+        "systemctl start gpuinfer.target",
+        "systemctl reset-failed gpuinfer-redis.service && systemctl start gpuinfer-redis.service",
+        "systemctl unmask gpuinfer-api.socket",
+        "systemctl enable gpuinfer-api.service",
+        "systemctl daemon-reload; systemd-analyze verify gpuinfer-watcher.service",
+    ]
+    assert found[1].message == "gpuinfer-redis.service failed (exit-code): Fatal: no memory"
+
+
+def test_a_unit_that_does_not_stay_up(tmp_path: Path) -> None:
+    """Between two of its starts it is neither running nor failed, and not well."""
+    shown = [unit(name) for name in units.ALWAYS]
+    shown[3] = unit("gpuinfer-api.service", ActiveState="activating", SubState="auto-restart")
+    found = one(units.services(systemd(tmp_path, *shown, journal="Fatal: no memory")))
+    assert (found.status, found.message) == (
+        "error",
+        "gpuinfer-api.service does not stay up: Fatal: no memory",
+    )
+
+
+def test_a_port_that_another_program_has(tmp_path: Path) -> None:
+    """The command names that program: to start our socket once more would mend nothing."""
+    shown = [unit(name) for name in units.ALWAYS]
+    shown[2] = unit(units.SOCKET, ActiveState="failed", Result="resources", Listen="127.0.0.1:9090 (Stream)")
+    shown[3] = unit(units.API, ActiveState="inactive")
+    found = one(units.services(systemd(tmp_path, *shown)))
+    assert found.message.startswith(f"{units.SOCKET} cannot listen at 127.0.0.1:9090: another program does")
+    assert found.remedy.startswith("ss -ltnp sport = :9090  # ")
+
+
+def test_another_program_that_answers_for_the_api(tmp_path: Path) -> None:
+    """Even where it calls itself ready."""
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        listen = f"127.0.0.1:{port} (Stream)"
+        shown = unit(units.SOCKET, ActiveState="failed", Result="resources", Listen=listen)
+        asked = Thread(target=_answer, args=(stranger,))
+        asked.start()
+        found = one(front.ready(systemd(tmp_path, shown)))
+        asked.join()
+    assert found.message == f"what answers at 127.0.0.1:{port} is another program, which has our port"
+    assert found.remedy.startswith(f"ss -ltnp sport = :{port}")
+
+
+def _answer(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(4096)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("listens", "address"),
+    [
+        ("0.0.0.0:9090 (Stream)", ("0.0.0.0", 9090)),
+        ("[::1]:8081 (Stream)", ("::1", 8081)),
+        ("", ("127.0.0.1", 8080)),
+    ],
+)
+def test_the_api_is_asked_where_its_socket_listens(
+    tmp_path: Path, listens: str, address: tuple[str, int]
+) -> None:
+    """An administrator's drop-in moves the socket; the settings are for an API without one."""
+    assert front.address(systemd(tmp_path, f"Listen={listens}")) == address
+
+
+def test_workers(tmp_path: Path) -> None:
+    """A masked one is as the administrator wants; a failed one is an error."""
+    names = [f"gpuinfer-worker@{number}.service" for number in range(3)]
+    shown = [
+        WATCHES,
+        unit(names[0]),
+        unit(names[1], ActiveState="failed", Result="watchdog"),
+        unit(names[2], LoadState="masked", ActiveState="inactive"),
+    ]
+    found = flat(units.workers(systemd(tmp_path, *shown, files=TEMPLATE, loaded="\n".join(names))))
+    assert [finding.status for finding in found] == ["error", "ok"]
+    assert "gpuinfer-worker@1.service failed (watchdog)" in found[0].message
+    sound = one(units.workers(systemd(tmp_path, *shown[:2], files=TEMPLATE, loaded=names[0])))
+    assert sound.message == "1 of 1 workers run: gpuinfer-worker@0.service"
+
+
+@pytest.mark.parametrize(
+    ("watcher", "decisions", "why"),
+    [
+        (WATCHES, "act", ""),
+        (WATCHES, "log", "the watcher only logs (watcher.decisions)"),
+        (unit(units.WATCHER, ActiveState="inactive"), "act", "the watcher does not run"),
+    ],
+)
+def test_without_a_worker(tmp_path: Path, watcher: str, decisions: str, why: str) -> None:
+    """A watcher that acts starts one on demand: only without it nothing is ever computed."""
+    here = systemd(tmp_path, watcher, files=TEMPLATE, watcher={"decisions": decisions})
+    start = "systemctl enable --now gpuinfer-worker@0"
+    found, answer = one(units.workers(here)), work.nobody(here, 0)
+    if why:
+        text = f"no worker is enabled, and {why}: nothing will be computed"
+        assert found == Finding("warning", text, start)
+        assert answer == Finding("warning", f"no worker answers, and 0 tasks wait; {why}", start)
+        assert work.nobody(here, 3).status == "error"
+    else:
+        assert found == Finding("ok", "no worker is enabled; the watcher starts them when work comes")
+        assert answer.status == "ok"
+        assert work.nobody(here, 3).remedy == "gpuinfer watcher explain"
+
+
+def test_a_worker_that_was_stopped(tmp_path: Path) -> None:
+    """Enabled or restarted once, it is at rest: the watcher stops who is not needed."""
+    name = "gpuinfer-worker@0.service"
+    rests = unit(name, ActiveState="inactive", NRestarts="3", UnitFileState="disabled")
+    enabled = unit(name, ActiveState="inactive")
+    off = unit(units.WATCHER, ActiveState="inactive")
+    for shown, status in (
+        ((WATCHES, rests), "ok"),
+        ((WATCHES, enabled), "ok"),
+        ((off, rests), "ok"),
+        ((off, enabled), "warning"),
+        ((off, unit(name, NRestarts="3")), "warning"),
+    ):
+        assert one(units.workers(systemd(tmp_path, *shown, files=TEMPLATE, loaded=name))).status == status
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ("active", "runs, and cannot reach Redis or hangs"),
+        ("activating", "is starting"),
+        ("failed", "has failed"),
+    ],
+)
+def test_a_worker_that_does_not_answer(tmp_path: Path, state: str, says: str) -> None:
+    """Its journal tells why; to enable it once more would not."""
+    name = "gpuinfer-worker@0.service"
+    here = systemd(tmp_path, WATCHES, unit(name, ActiveState=state), files=TEMPLATE, loaded=name)
+    found = work.nobody(here, 2)
+    assert found.message == f"no worker answers, and 2 tasks wait; {name} {says}"
+    assert (found.status, found.remedy) == ("error", "journalctl -u gpuinfer-worker@0 -n 20")
+
+
+def test_no_worker_without_systemd(tmp_path: Path) -> None:
+    """In a checkout a worker is a command."""
+    assert work.nobody(host(tmp_path), 0) == Finding(
+        "warning", "no worker answers, and 0 tasks wait", "gpuinfer worker 0"
+    )
