@@ -175,4 +175,6 @@ def _report(exc: GpuinferError, *, as_json: bool) -> None:
 
         click.echo(orjson.dumps({"error": exc.to_dict()}, option=orjson.OPT_INDENT_2))
     else:
-        click.echo(f"gpuinfer: error: {' '.join(str(exc).split())} ({exc.code})", err=True)
+        from gpuinfer.journal.sender import say_error
+
+        say_error(f"{' '.join(str(exc).split())} ({exc.code})")

@@ -64,7 +64,9 @@ def local(ctx: click.Context) -> None:
     try:
         url: str = ctx.obj.settings.broker.url
     except ConfigError as exc:
-        click.echo(f"gpuinfer: error: {exc}", err=True)
+        from gpuinfer.journal.sender import say_error
+
+        say_error(str(exc))
         ctx.exit(255)
     if not url.rpartition("@")[2].rpartition("://")[2].startswith(f"{FOLDER}/"):
         from gpuinfer.settings import shown

@@ -13,6 +13,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
@@ -47,6 +48,16 @@ def is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
     except (OSError, ValueError):  # closed, or no file at all
         return False
     return environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def say_error(text: str) -> None:
+    """Write a command's last words to stderr; in the journal they are of the level "error" (sd-daemon(3)).
+
+    Without that, ``journalctl -p warning`` would show that a unit failed, and hide why.
+    """
+    level = "<3>" if is_journal(sys.stderr, os.environ) else ""
+    sys.stderr.write(f"{level}gpuinfer: error: {text}\n")
+    sys.stderr.flush()
 
 
 class Sender:

@@ -76,6 +76,21 @@ def test_an_error_is_one_line_and_its_exit_code() -> None:
     )
 
 
+def test_an_error_is_of_that_level_in_the_journal(tmp_path: Path) -> None:
+    """`journalctl -p warning` shows why a unit did not start, not only that it did not."""
+    with (tmp_path / "stderr").open("w+") as journal:
+        found = os.fstat(journal.fileno())
+        environ = {"GPUINFER_API_PORT": "x", "JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
+        for arguments in (["config", "check"], ["redis", "local"]):
+            subprocess.run(
+                [*GPUINFER, *arguments], stderr=journal, env={**os.environ, **environ}, check=False
+            )
+        journal.seek(0)
+        lines = journal.readlines()
+    assert len(lines) == 2
+    assert all(line.startswith("<3>gpuinfer: error: GPUINFER_API_PORT: ") for line in lines)
+
+
 def test_an_error_in_json() -> None:
     """Who asked for JSON gets the error as JSON, on standard output, and nothing else."""
     done = run("config", "check", "--json", GPUINFER_API_PORT="x")
