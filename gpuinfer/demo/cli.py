@@ -140,7 +140,7 @@ def _keep(stack: Stack, console: Console) -> None:
 
     images, _ = load_test_images()
     digit = stack.folder / "digit.json"
-    digit.write_text(json.dumps({"inputs": images[0].tolist()}))
+    digit.write_text(json.dumps(images[0].tolist()))  # as the API takes it, and `gpuinfer submit`
     show_kept(console, stack.url, stack.folder, digit)
     try:
         while True:

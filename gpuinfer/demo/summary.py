@@ -79,7 +79,10 @@ def show_how_to_go_on(console: Console) -> None:
         "How to go on",
         [
             (f"{_command()} demo --keep", "the same, left up: then from another terminal"),
-            ("curl -s -d @digit.json http://127.0.0.1:PORT/predict", "ask; --keep prints the port"),
+            (
+                "curl -s -d @digit.json http://127.0.0.1:PORT/predict",
+                "ask; --keep prints the port and makes the file",
+            ),
             ("curl -s 'http://127.0.0.1:PORT/result/TASK_ID?wait=5'", "wait for the answer"),
             (f"{_command()} model list", "what is installed; `model add FOLDER` adds your own"),
             (f"{_command()} gpus", "what the workers of this host would run on"),
@@ -107,11 +110,20 @@ def show_kept(console: Console, url: str, folder: Path, digit: Path) -> None:
 def _command() -> str:
     """Return how this installation's command is called from here, on PATH or not."""
     own = Path(sys.executable).with_name("gpuinfer")
-    if shutil.which("gpuinfer") == str(own):
+    found = shutil.which("gpuinfer")
+    if found == str(own) or _is_ours(found):
         return "gpuinfer"
     if not own.exists():
         return f"{_from_here(Path(sys.executable))} -m gpuinfer"
     return _from_here(own)
+
+
+def _is_ours(script: str | None) -> bool:
+    """Tell whether a script runs under this very interpreter: the package's does not lie beside it."""
+    if script is None:
+        return False
+    with Path(script).open("rb") as file:
+        return file.readline().split()[:1] == [f"#!{sys.executable}".encode()]
 
 
 def _from_here(path: Path) -> str:
