@@ -28,7 +28,6 @@ def bindings(host: Host) -> Findings:
     if not numbers:
         raise Skipped("no worker is enabled, none has a file of its own")
     _ = host.settings  # what is wrong in the file of all is no worker's fault: skipped, see config.file
-    _ = host.settings  # what is wrong in the file of all is no worker's fault: skipped, see config.file
     found = _inventory(host)
     return [_one(host, number, found) for number in numbers]
 

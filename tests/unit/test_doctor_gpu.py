@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from gpuinfer.cli import _WhenNeeded
-from gpuinfer.cli import _WhenNeeded
 from gpuinfer.doctor import bindings, cuda, gpu, nodes
 from gpuinfer.doctor.child import ChildHung
 from gpuinfer.doctor.finding import Finding, Findings, Skipped
@@ -286,15 +285,6 @@ def test_a_workers_file_that_cannot_work(tmp_path: Path, text: str, words: str) 
     assert found.status == "error"
     assert words in found.message
     assert found.remedy.startswith("editor /etc/gpuinfer/worker@7.env")
-
-
-def test_a_wrong_settings_file_is_no_workers_fault(tmp_path: Path) -> None:
-    """A slip in gpuinfer.toml is one finding, and its remedy never to disable a worker."""
-    with_file(tmp_path, 0, "")
-    settings = tmp_path / "gpuinfer.toml"
-    settings.write_text('[worker]\ndevise = "cpu"\n')
-    with pytest.raises(Skipped, match=r"see config\.file"):
-        bindings.bindings(Host(_WhenNeeded(settings), root=tmp_path))
 
 
 def test_a_wrong_settings_file_is_no_workers_fault(tmp_path: Path) -> None:
