@@ -20,6 +20,7 @@ Name = Literal[
     "life",
     "heartbeat",
     "tell",
+    "keep",
 ]
 
 

@@ -22,10 +22,11 @@ from gpuinfer.errors import BrokerUnavailable, GpuinferError, UnitRefused, Units
 from gpuinfer.gpus import list_gpus
 from gpuinfer.log import get_logger
 from gpuinfer.queue.connection import connect, explain, typed_errors
+from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import health, notes
 from gpuinfer.watcher.gpu_watch import GpuWatch
-from gpuinfer.watcher.memory import out
+from gpuinfer.watcher.memory import adopt, out
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, with_busy
 from gpuinfer.watcher.state import HEALTHY, Action, GpuHealth, Instance, Key, Observation
@@ -55,6 +56,7 @@ class Watcher:
         self._act = act
         self.host = host or socket.gethostname()
         self._client = connect(settings.broker)
+        self._write = bind(self._client, "keep")
         self._probe = Probe(self._client, self.host)
         self._notifier = SystemdNotifier()
         self._gpus = GpuWatch(settings, numbers)
@@ -122,7 +124,8 @@ class Watcher:
             if self.history is None:
                 with typed_errors():
                     kept: bytes | None = self._client.get(MEMORY_PREFIX + self.host)  # type: ignore[assignment]
-                    self.history = notes.unpack(kept)
+                    history = notes.unpack(kept)
+                self.history = replace(history, units=adopt(history.units, own))
             seen = self._probe.look([self._published(one, now) for one in own], now)
         except BrokerUnavailable as exc:
             return Observation(queues=None, instances=tuple(own), host=self.host, trouble=str(exc))
@@ -171,14 +174,12 @@ class Watcher:
     def _keep(self, decision: Decision, now: float, new: bool) -> None:
         """Keep the history, and a new decision to act. Without Redis, memory must do."""
         self._kept_at = now
+        entry = b""
+        if new and decision.of(self.host):
+            entry = orjson.dumps(notes.note(decision, self.host, now, done=self._act))
         try:
-            with self._client.pipeline(transaction=False) as pipe:
-                pipe.set(MEMORY_PREFIX + self.host, notes.pack(decision.history))
-                if new and decision.of(self.host):
-                    entry = notes.note(decision, self.host, now, done=self._act)
-                    pipe.lpush(DECISIONS, orjson.dumps(entry))
-                    pipe.ltrim(DECISIONS, 0, notes.KEPT - 1)
-                pipe.execute()
+            memory = notes.pack(decision.history)
+            self._write(keys=[MEMORY_PREFIX + self.host, DECISIONS], args=[memory, entry, notes.KEPT])
         except (redis.RedisError, OSError) as exc:
             log.warning("notes_not_kept", reason=str(explain(exc)))
 

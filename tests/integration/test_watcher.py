@@ -207,6 +207,39 @@ async def test_a_new_life_remembers_what_the_last_one_did(
     assert notes.unpack(notes.pack(first.history)).units == first.history.units
 
 
+async def test_a_full_redis_keeps_what_was_decided(redis_server: RedisServer, settings_for: Build) -> None:
+    """Redis takes no new task, and the start that this asks for is known in the next life, and explained."""
+    settings = cpu(redis_server, settings_for)
+    client = connect(settings.broker)
+    client.lpush("realtime", *[b"x" * 1000] * 3000)
+    client.config_set("maxmemory", "2mb")
+    with pytest.raises(OutOfMemoryError):
+        client.set("more", 1)
+    units = Told(1)
+    await Watcher(settings, units, (0,), act=True, host="a").step()
+    assert units.done == [("start", 0)]
+    second = Watcher(settings, units, (0,), act=True, host="a")
+    await second.step()
+    assert second.history is not None
+    assert second.history.units[Key(0, "a")].verb == "start"
+    assert [orjson.loads(text)["verdict"] for text in client.lrange(DECISIONS, 0, -1)] == ["scale_up"]
+
+
+async def test_no_more_decisions_are_kept_than_anybody_reads(
+    redis_server: RedisServer, settings_for: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest ones, first."""
+    monkeypatch.setattr(notes, "KEPT", 2)
+    settings = cpu(redis_server, settings_for)
+    with Client(settings) as client:
+        client.submit([1.0])
+    for host in "abc":
+        await Watcher(settings, Told(1), (0,), act=True, host=host).step()
+        connect(settings.broker).delete(HOSTS)
+    kept = connect(settings.broker).lrange(DECISIONS, 0, -1)
+    assert [orjson.loads(text)["host"] for text in kept] == ["c", "b"]
+
+
 # -- the probe --------------------------------------------------------------------------------
 
 
