@@ -7,7 +7,7 @@ command of ours was somebody's wish, and is respected for ``manual_hold_s``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from gpuinfer.settings import WatcherSettings
@@ -94,14 +94,31 @@ def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, 
 
 
 def _wish(before: UnitMemory, instance: Instance, now: float) -> Hold:
-    """Tell a start or stop that we did not ask for."""
-    ours = before.verb if now - before.verb_at <= COMMAND_S else None
-    ran = before.state in ("active", "activating")
+    """Tell a start or stop that we did not ask for.
+
+    Of one that goes down it is not known yet whether it stays there: after a restart or a crash it does
+    not. And to drain may take long: what counts is when it began.
+    """
+    draining = before.state == "deactivating"
+    began = before.since if draining else now
+    ours = before.verb if began - before.verb_at <= COMMAND_S else None
+    ran = before.state in ("active", "activating", "deactivating")
     if instance.runs and not ran and ours != "start":
         return "started"
-    if ran and instance.state in ("inactive", "deactivating") and ours != "stop":
+    if ran and instance.state == "inactive" and ours != "stop":
         return "stopped"
     return ""
+
+
+def adopt(units: Mapping[Key, UnitMemory], instances: Iterable[Instance]) -> Mapping[Key, UnitMemory]:
+    """Return what an earlier life remembered, with the states there are now.
+
+    What came and went while no watcher looked is nobody's wish: the host was booted, everything was restarted
+    or upgraded. A failure still counts, and what root did before that is respected to its end.
+    """
+    there = {one.key: one for one in instances if one.state != "failed" and one.key in units}
+    changed = {key: replace(units[key], state=one.state, since=one.since) for key, one in there.items()}
+    return {**units, **changed}
 
 
 def _failed(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from gpuinfer.watcher.memory import UnitMemory, adopt, remember
 from gpuinfer.watcher.policy import History
 from gpuinfer.watcher.rates import Rates, measure
 from gpuinfer.watcher.state import HEALTHY, GpuHealth, Instance, Key
@@ -201,6 +202,36 @@ def test_a_restart_is_no_wish() -> None:
     world.set(A0, state="activating", since=world.now)
     watcher.run(1)
     assert not watcher.history.units[A0].hold
+
+
+def test_a_restart_or_a_crash_that_is_seen_half_way_is_no_wish() -> None:
+    """deactivating, then activating: who comes back at once was not to stop, nor is it a manual start."""
+    world = busy_world(1)
+    watcher = Watcher(world, settings())
+    watcher.run(100)
+    for state in ("deactivating", "activating", "active"):
+        world.set(A0, state=state, since=world.now)
+        watcher.run(2)
+    assert not watcher.history.units[A0].hold
+
+
+def test_a_drain_that_takes_long_is_known_for_what_it_was() -> None:
+    """Two minutes from our stop to its end are still our stop; from an administrator's, they are his."""
+    theirs = UnitMemory(state="deactivating", since=1000.5)
+    ours = replace(theirs, verb="stop", verb_at=1000.0)
+    seen = observe([Instance(key=A0, state="inactive", since=1120.0)])
+    for before, hold in ((ours, ""), (theirs, "stopped")):
+        assert remember(seen, {A0: before}, settings(), 1120.0).units[A0].hold == hold
+
+
+def test_what_happened_while_nobody_looked_is_no_wish() -> None:
+    """A boot or a restart of everything is not a manual stop of each worker; a failure is a failure."""
+    kept = {Key(n, "a"): UnitMemory(state="active", since=0.0) for n in range(3)}
+    kept[A0] = replace(kept[A0], hold="started", hold_until=2000.0)
+    now = [Instance(key=A0), Instance(key=Key(1, "a")), Instance(key=Key(2, "a"), state="failed")]
+    units = remember(observe(now), adopt(kept, now), settings(), 1000.0).units
+    assert [unit.hold for unit in units.values()] == ["started", "", ""]
+    assert [unit.failures for unit in units.values()] == [0, 0, 1]
 
 
 def test_instances_that_are_gone_are_forgotten() -> None:
