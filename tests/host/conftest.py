@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,11 +26,14 @@ def debs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     need(not lacking, f"what boots a container ({lacking})")
     if os.environ.get("GPUINFER_DEBS"):
         return sorted(Path(os.environ["GPUINFER_DEBS"]).glob("*.deb"), key=lambda file: "torch" in file.name)
-    folder = tmp_path_factory.mktemp("debs")
-    changed = subprocess.run(
-        ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    run(ROOT / "packaging/build-deb", "--out", folder, *(["--worktree"] if changed else []))
+    return build(tmp_path_factory.mktemp("debs"))
+
+
+def build(folder: Path, *options: str, tree: Path = ROOT, by: Sequence[str] = ()) -> list[Path]:
+    """Build packages of a tree as it is, by a command such as ``env``; return them, torch last."""
+    changed = run("git", "-C", tree, "status", "--porcelain")
+    worktree = ["--worktree"] if changed else []
+    run(*by, tree / "packaging/build-deb", "--out", folder, *worktree, *options)
     return sorted(folder.glob("*.deb"), key=lambda file: "torch" in file.name)
 
 
