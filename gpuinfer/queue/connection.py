@@ -126,6 +126,10 @@ def explain(exc: Exception) -> BrokerUnavailable:
         return BrokerUnavailable(f"Redis refused the password or user: {text}", "broker.password")
     if "MISCONF" in text:
         return BrokerUnavailable(f"Redis cannot write to its disk: {text}")
+    if "Error 13 " in text:
+        return BrokerUnavailable(
+            f"this user may not open Redis's socket; as root it works: {text}", "broker.url"
+        )
     return BrokerUnavailable(f"Redis does not answer: {text}", "broker.url")
 
 
