@@ -48,6 +48,9 @@ Settings of the worker of GPU N alone, as variables.
 .I /etc/gpuinfer/redis.conf
 The settings of the appliance's own Redis.
 .TP
+.I /etc/gpuinfer/redis\\-users.acl
+Redis users for programs of your own; it shows one for a plain Celery producer.
+.TP
 .I /var/lib/gpuinfer/models
 Models, a folder each.
 .SH SEVERAL HOSTS

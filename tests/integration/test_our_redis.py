@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import redis
 from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.exceptions import NoPermissionError
 
 from gpuinfer import Client
+from gpuinfer.broker import cli as broker_cli
 from gpuinfer.errors import TaskRevoked
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import keys
@@ -22,12 +28,25 @@ from gpuinfer.settings import QUEUES, QueueSettings, Settings
 from gpuinfer.watcher.probe import Probe
 from gpuinfer.watcher.state import Instance, Key
 from tests.apis import Api, submit
-from tests.brokers import PASSWORDS, OurRedis, our_redis
+from tests.brokers import CONF, PASSWORDS, OurRedis, our_redis
 from tests.models_for_tests import sleeper
 from tests.services import Process
 from tests.workers import NAME, Workers, wait_until
 
 pytestmark = pytest.mark.integration
+
+#: What the shipped producer is refused, as any program that is not the administrator's.
+PRODUCERS: list[tuple[str, ...]] = [
+    ("RPOP", "realtime"),
+    ("LRANGE", "realtime", "0", "-1"),
+    ("SET", keys.result("1"), "x"),
+    ("LPUSH", keys.DEAD, "x"),
+    ("GET", keys.heartbeat(NAME)),
+    ("EVAL", "return 1", "0"),
+    ("SCAN", "0"),
+    ("SUBSCRIBE", "/0.celery.pidbox"),
+    ("SADD", "_kombu.binding.celery.pidbox", "x"),
+]
 
 IMAGE = load_test_images()[0][0].tolist()
 LABEL = load_test_images()[1][0]
@@ -166,6 +185,39 @@ def test_control(workers: Workers, redis_server: OurRedis, client: Client) -> No
         assert later.get(timeout=20)
         admin.control.shutdown(destination=[NAME])
     assert worker.wait(30) == 0
+
+
+def test_plain_producer(
+    workers: Workers, redis_server: OurRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user that etc/redis-users.acl shows is enough for a plain Celery app, and for no more."""
+    shipped = (CONF.parent / "redis-users.acl").read_text(encoding="utf-8")
+    digest = hashlib.sha256(b"mine").hexdigest()
+    (tmp_path / "users.acl").write_text(shipped.replace("#user ", "user ").replace("0" * 64, digest))
+    monkeypatch.setattr(broker_cli, "MORE_USERS", tmp_path / "users.acl")
+    with (redis_server.folder / "users.acl").open("a", encoding="utf-8") as file:
+        file.write(broker_cli.more_users())
+    redis_server.stop()
+    redis_server.start()
+    start(workers, redis_server)
+    url = f"redis+socket://producer:mine@{redis_server.socket}"
+    with Celery("mine", broker=url, backend=url, set_as_current=False) as app:
+        sent = [
+            app.send_task("gpuinfer.predict", [IMAGE], queue=queue, priority=priority)
+            for queue, priority in zip(QUEUES, (None, 3, 9), strict=True)
+        ]
+        assert [task.get(timeout=30)["label"] for task in sent] == [str(LABEL)] * 3
+        assert sent[0].state == "SUCCESS"
+        assert redis_server.denied() == []
+        with pytest.raises(NoPermissionError):
+            sent[0].forget()
+        with pytest.raises(OperationalError, match="no permissions"):
+            app.control.shutdown()
+    with redis.Redis(unix_socket_path=str(redis_server.socket), username="producer", password="mine") as own:
+        for command in PRODUCERS:
+            with pytest.raises(redis.ResponseError):
+                own.execute_command(*command)
+    assert redis_server.denied()
 
 
 def test_binding_refresh(redis_server: OurRedis) -> None:
