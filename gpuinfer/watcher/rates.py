@@ -94,13 +94,15 @@ class Rates:
     def recent(self) -> tuple[float, ...]:
         """Return arrivals a second that go on: a queue's median look, or their mean if that is less.
 
-        One burst moves neither the median, nor do regular lumps move the mean. Per queue.
+        One burst moves neither the median, nor do regular lumps move the mean. Per queue. Looks that are
+        missing, after a start or while Redis was away, saw nothing: the first burst would else be a rate.
         """
-        looks = self.samples[-RECENT_LOOKS:]
+        looks = [tuple(n / look.seconds for n in look.arrived) for look in self.samples[-RECENT_LOOKS:]]
         if not looks:
             return (0.0,) * len(QUEUES)
-        by_queue = zip(*((n / look.seconds for n in look.arrived) for look in looks), strict=True)
-        return tuple(_lasting(values, self.saturated >= SURE_LOOKS) for values in map(tuple, by_queue))
+        missing = (0.0,) * (RECENT_LOOKS - len(looks))
+        by_queue = (missing + values for values in zip(*looks, strict=True))
+        return tuple(_lasting(values, self.saturated >= SURE_LOOKS) for values in by_queue)
 
 
 def _lasting(rates: tuple[float, ...], saturated: bool) -> float:

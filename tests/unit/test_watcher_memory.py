@@ -298,6 +298,11 @@ def test_one_burst_is_no_rate() -> None:
     assert rates.recent == (0, 0, 0)
 
 
+def test_a_burst_after_a_gap_is_no_rate_either() -> None:
+    """With one look since Redis was away, the burst is all that was seen; it does not arrive every second."""
+    assert looked([(0, 0, 0), (0, 0, 0), (1000, 0, 0)]).recent == (0, 0, 0)
+
+
 def test_a_crowd_is_a_rate_and_rises_as_much_again() -> None:
     """Saturated, and more at each of the last four looks: what comes next is more still."""
     served = [(3000 + 300 * n, 64, 40 * n) for n in range(20)]
