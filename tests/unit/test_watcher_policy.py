@@ -18,13 +18,13 @@ from tests.watchers import Watcher, World, keys, observe, settings
 
 pytestmark = pytest.mark.unit
 
-#: Set for the long form: many more examples of loads, over times ten times as long.
+#: Set for the long form: many more examples of loads, over longer times.
 THOROUGH = bool(os.environ.get("GPUINFER_THOROUGH"))
 slow = hypothesis(
-    max_examples=250 if THOROUGH else 25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100 if THOROUGH else 25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 #: For those that simulate long times, a millisecond a look.
-slower = hypothesis(slow, max_examples=250 if THOROUGH else 10)
+slower = hypothesis(slow, max_examples=100 if THOROUGH else 6)
 STATES: list[UnitState] = ["inactive", "activating", "active", "deactivating", "failed"]
 KNOWN = Rates(served=10.0, worked=1.0, known=True, startup_s=10.0)
 NOW = 1000.0
@@ -250,9 +250,9 @@ def test_no_flapping_under_any_constant_load(
     """However loads and rates lie to each other, the fleet comes to rest and stays as it is."""
     world = World.of(keys(8), rate=rate, startup_s=float(startup_s))
     watcher = Watcher(world, settings(floor=floor, calm_s=30.0))
-    watcher.run(1500 if THOROUGH else 700, arrivals)
+    watcher.run(1500 if THOROUGH else 600, arrivals)
     world.log.clear()
-    watcher.run(10_000 if THOROUGH else 400, arrivals)
+    watcher.run(5000 if THOROUGH else 300, arrivals)
     assert world.log == []
 
 
@@ -272,7 +272,7 @@ def test_a_load_that_comes_and_goes_stops_flapping(period: int, burst: int) -> N
 
     bursts(1500 // period)
     world.log.clear()
-    bursts((24_000 if THOROUGH else 1200) // period)
+    bursts((6000 if THOROUGH else 1000) // period)
     assert "start" not in world.verbs()
 
 
