@@ -19,11 +19,14 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from gpuinfer.errors import SoftTimeLimitExceeded
+
+T = TypeVar("T")
 
 #: Seconds after the hard limit at which the kernel ends a process whose Python no longer runs.
 KERNEL_GRACE_S = 2.0
@@ -78,14 +81,15 @@ class Deadline:
         self._thread = threading.Thread(target=self._run, name="deadline", daemon=True)
         self._thread.start()
 
-    @contextmanager
-    def guard(self, soft_s: float, hard_s: float) -> Iterator[None]:
-        """Hold the limits over the block. Raises SoftTimeLimitExceeded when it ran too long.
+    def run(self, soft_s: float, hard_s: float, call: Callable[[], T]) -> T:
+        """Call ``call`` under the limits; return its result. Raises SoftTimeLimitExceeded.
 
-        Python code is interrupted; native code is found out when it returns.
+        Python code is interrupted; native code is found out when it returns. A function and no context
+        manager: an interrupt could strike in the frames that enter and leave one, outside of any ``try``.
         """
         now = self._clock()
         watch = _Watch(threading.get_ident(), now + soft_s, now + hard_s)
+        result: list[T] = []
         failure: BaseException | None = None
         in_time = False
         try:
@@ -94,7 +98,7 @@ class Deadline:
             if watch.soft_at < self._looks_at:
                 self._calls.put(True)
             try:
-                yield
+                result.append(call())
             except _Interrupt:
                 raise
             except BaseException as exc:
@@ -112,6 +116,7 @@ class Deadline:
             raise SoftTimeLimitExceeded(f"ran longer than its soft limit of {soft_s:g} s")
         if failure is not None:
             raise failure
+        return result[0]
 
     def close(self) -> None:
         """End the watching thread."""

@@ -174,8 +174,7 @@ class Engine:
         memory = False
         self.moved_at = time.monotonic()
         try:
-            with self._deadline.guard(*until.left()):
-                return list(model.forward(items))
+            return self._deadline.run(*until.left(), lambda: list(model.forward(items)))
         except DeviceOutOfMemory as exc:
             if len(items) == 1:
                 return [exc]

@@ -34,10 +34,14 @@ def spin(seconds: float) -> None:
         pass
 
 
+def spin_then(seconds: float, result: int) -> int:
+    spin(seconds)
+    return result
+
+
 def test_in_time(deadline: Deadline, hard: list[float]) -> None:
     """A block that ends in time is left alone, then and later."""
-    with deadline.guard(0.05, 0.1):
-        spin(0.01)
+    assert deadline.run(0.05, 0.1, lambda: spin_then(0.01, 7)) == 7
     spin(0.2)
     assert not hard
 
@@ -45,36 +49,49 @@ def test_in_time(deadline: Deadline, hard: list[float]) -> None:
 def test_python_is_interrupted(deadline: Deadline) -> None:
     """Python code is interrupted at the soft limit, not when it ends."""
     begun = time.monotonic()
-    with pytest.raises(SoftTimeLimitExceeded), deadline.guard(0.05, 10):
-        spin(5)
+    with pytest.raises(SoftTimeLimitExceeded):
+        deadline.run(0.05, 10, lambda: spin(5))
     assert time.monotonic() - begun < 2
 
 
 def test_native_code_is_found_out(deadline: Deadline) -> None:
     """Code that cannot be interrupted counts as too long when it returns."""
-    with pytest.raises(SoftTimeLimitExceeded), deadline.guard(0.02, 10):
-        time.sleep(0.1)
+    with pytest.raises(SoftTimeLimitExceeded):
+        deadline.run(0.02, 10, lambda: time.sleep(0.1))
 
 
 def test_an_error_in_time_stays_itself(deadline: Deadline) -> None:
     """What the block raises before its limit comes out unchanged."""
-    with pytest.raises(InferenceError, match="broken"), deadline.guard(1, 2):
+
+    def breaks() -> None:
         raise InferenceError("broken")
+
+    with pytest.raises(InferenceError, match="broken"):
+        deadline.run(1, 2, breaks)
 
 
 def test_code_that_catches_everything(deadline: Deadline) -> None:
     """A block that swallows exceptions does not swallow the limit."""
-    with pytest.raises(SoftTimeLimitExceeded), deadline.guard(0.03, 10), contextlib.suppress(Exception):
-        spin(0.2)
+
+    def swallows() -> None:
+        with contextlib.suppress(Exception):
+            spin(0.2)
+
+    with pytest.raises(SoftTimeLimitExceeded):
+        deadline.run(0.03, 10, swallows)
 
 
 def test_hard_limit_calls_out(deadline: Deadline, hard: list[float]) -> None:
     """At the hard limit the watcher is told to end the process, while the block still runs."""
-    with pytest.raises(SoftTimeLimitExceeded), deadline.guard(0.02, 0.06):
+
+    def goes_on() -> None:
         with contextlib.suppress(BaseException):  # the interrupt at the soft limit
             spin(5)
         while not hard:  # the machine may be busy; pytest's own limit ends a wait in vain
             time.sleep(0.01)
+
+    with pytest.raises(SoftTimeLimitExceeded):
+        deadline.run(0.02, 0.06, goes_on)
     assert len(hard) == 1
 
 
@@ -83,8 +100,7 @@ def test_at_the_very_limit(deadline: Deadline) -> None:
     outcomes = {True: 0, False: 0}
     for _ in range(300):
         try:
-            with deadline.guard(0.002, 5):
-                spin(0.002)
+            deadline.run(0.002, 5, lambda: spin(0.002))
             outcomes[True] += 1
         except SoftTimeLimitExceeded:
             outcomes[False] += 1
@@ -98,8 +114,8 @@ def test_under_a_tracer(deadline: Deadline) -> None:
     sys.settrace(lambda *_: None)
     try:
         for _ in range(3):
-            with pytest.raises(SoftTimeLimitExceeded), deadline.guard(0.01, 10):
-                time.sleep(0.05)
+            with pytest.raises(SoftTimeLimitExceeded):
+                deadline.run(0.01, 10, lambda: time.sleep(0.05))
             spin(0.001)
     finally:
         sys.settrace(before)
