@@ -73,3 +73,9 @@ def start_worker(host: Container, number: int = 0) -> None:
     """Start a worker, as if never before: earlier tests' starts do not count."""
     unit = f"gpuinfer-worker@{number}"
     host.ok(f"systemctl reset-failed {unit} 2>/dev/null; systemctl start {unit}")
+
+
+def redis_cli(host: Container, *words: str) -> str:
+    """Ask the host's Redis as its administrator; return what it answers."""
+    login = "REDISCLI_AUTH=$(cat /etc/gpuinfer/credentials/admin) redis-cli --user admin"
+    return host.ok(f"{login} -s /run/gpuinfer/redis/redis.sock {' '.join(words)}").strip()

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two hosts on one virtual network: the second works for the first one's Redis, over TLS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.host.container import Container
+
+FIRST, SECOND = "10.213.0.1", "10.213.0.2"
+CERTIFICATES = f"""
+mkdir -p /etc/gpuinfer/tls && cd /etc/gpuinfer/tls
+openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=ca -keyout ca.key -out ca.crt
+openssl req -newkey rsa:2048 -nodes -subj /CN=redis -keyout redis.key -out redis.csr
+printf 'subjectAltName=IP:{FIRST}' >san
+openssl x509 -req -in redis.csr -CA ca.crt -CAkey ca.key -days 30 -extfile san -out redis.crt
+chgrp gpuinfer redis.key && chmod 640 redis.key
+"""
+OPEN = """
+cat >>/etc/gpuinfer/redis.conf <<END
+tls-port 6380
+tls-cert-file /etc/gpuinfer/tls/redis.crt
+tls-key-file /etc/gpuinfer/tls/redis.key
+tls-ca-cert-file /etc/gpuinfer/tls/ca.crt
+tls-auth-clients no
+END
+systemctl restart gpuinfer-redis
+"""
+
+
+@contextmanager
+def paired(installed: str) -> Iterator[tuple[Container, Container]]:
+    """Two hosts on one network; the second uses the first one's Redis. Their watchers are off."""
+    with (
+        Container(installed, "gpu-a", zone="gz") as first,
+        Container(installed, "gpu-b", zone="gz") as second,
+    ):
+        first.join(f"{FIRST}/24")
+        second.join(f"{SECOND}/24")
+        for host in (first, second):
+            host.ok("systemctl stop gpuinfer-watcher")
+        first.ok(f"set -e\n{CERTIFICATES}\n{OPEN}")
+        for path in ("/etc/gpuinfer/tls/ca.crt", *credentials()):
+            second.put(path, first.ok(f"cat {path}"), mode=0o644 if "tls" in path else 0o600)
+        second.ok(
+            "cat >>/etc/gpuinfer/gpuinfer.toml <<END\n[broker]\n"
+            f'url = "rediss://{FIRST}:6380/0"\ntls_ca = "/etc/gpuinfer/tls/ca.crt"\nEND\n'
+            "sed -i '0,/^\\[broker\\]$/d' /etc/gpuinfer/gpuinfer.toml && gpuinfer config check"
+            " && systemctl restart gpuinfer.target && systemctl stop gpuinfer-watcher"
+        )
+        yield first, second
+
+
+def credentials() -> list[str]:
+    """Return the password files that a second host needs, the same as on the first."""
+    return [f"/etc/gpuinfer/credentials/{user}" for user in ("admin", "api", "worker", "watcher")]

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The watcher as installed, with real workers: its own user and sandbox, polkit's rule, Redis's ACL."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.host.admin import actions, journal, main_pid, predict, properties, redis_cli, result
+from tests.host.container import Container
+from tests.models_for_tests import sleeper
+
+pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
+
+WATCHER = "gpuinfer-watcher"
+MEMORY = "gpuinfer:watcher:memory:gpuhost"
+WORKERS = " ".join(f"gpuinfer-worker@{number}" for number in range(4))
+UP, DOWN = "active", "inactive"
+#: How long a manual stop or start is respected, and how long a fleet may take to come or go.
+HOLD_S, FLEET_S = 5.0, 40.0
+SETTINGS = f"""
+[models]
+default = "slow"
+[worker]
+device = "cpu"
+models = ["slow"]
+threads = 1
+[watcher]
+instances = 4
+probe_interval_s = 0.5
+assumed_rate = 1.0
+calm_s = 2.0
+calm_max_s = 2.0
+manual_hold_s = {HOLD_S}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def watched(host: Container, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Four instances on the CPU, none enabled, and a model that takes a quarter of a second for a task."""
+    model = sleeper(Path(tmp_path_factory.mktemp("models")) / "slow", seconds=0.25, max_batch_size=1)
+    host.copy(model, "/var/lib/gpuinfer/models/")
+    host.put("/etc/gpuinfer/gpuinfer.toml", SETTINGS)
+    host.ok("chmod -R a+rX /var/lib/gpuinfer/models && gpuinfer config check")
+    host.ok("systemctl restart gpuinfer.target")
+    host.until("systemctl is-active gpuinfer-watcher gpuinfer-api")
+
+
+@pytest.fixture(autouse=True)
+def quiet(host: Container) -> Iterator[None]:
+    """Each test begins and ends with no worker, no task and nothing that is remembered of a manual act."""
+    yield
+    host.ok(f"systemctl disable -q {WORKERS}; systemctl stop {WATCHER} {WORKERS}; systemctl reset-failed")
+    redis_cli(host, "del", MEMORY, "realtime")
+    host.ok(f"systemctl start {WATCHER}")
+
+
+def burst(host: Container, count: int) -> list[str]:
+    """Submit tasks of a quarter of a second each; return their ids."""
+    ids = host.ok(f"gpuinfer submit --model slow $(printf '[%d.0] ' $(seq {count}))").split()
+    assert len(ids) == count
+    return ids
+
+
+def states(host: Container) -> list[str]:
+    """Return the state of each instance as systemd has it."""
+    return host.sh(f"systemctl is-active {WORKERS}").output.split()
+
+
+def until(host: Container, *wanted: str, timeout_s: float = FLEET_S) -> None:
+    """Wait until the instances are in these states."""
+    deadline = time.monotonic() + timeout_s
+    while (found := states(host)) != list(wanted):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited for {wanted}, is {found}\n{log(host)}")
+        time.sleep(0.2)
+
+
+def log(host: Container) -> str:
+    """Return what the watcher said last."""
+    return host.ok(f"journalctl --no-pager -o cat -n 40 -u {WATCHER}")
+
+
+def starts(host: Container) -> int:
+    """Return how many jobs have started a worker since the boot."""
+    entries = journal(host, "-b", "_PID=1", "JOB_TYPE=start", "JOB_RESULT=done")
+    return sum(entry["UNIT"].startswith("gpuinfer-worker@") for entry in entries)
+
+
+def all_completed(host: Container, ids: list[str]) -> None:
+    """Hold that each task has its result, and that nothing is left of any."""
+    ended = [result(host, task_id, wait=60)["status"] for task_id in ids]
+    assert ended == ["completed"] * len(ids)
+    assert redis_cli(host, "exists", "gpuinfer:dead", "realtime", "default", "batch") == "0"
+
+
+def explained(host: Container) -> list[dict[str, Any]]:
+    """Return what `gpuinfer watcher explain` tells, the newest decision first."""
+    told: list[dict[str, Any]] = json.loads(host.ok("gpuinfer watcher explain --last 500 --json"))[
+        "decisions"
+    ]
+    return told
+
+
+def holds(host: Container) -> list[str]:
+    """Return what the watcher takes for an administrator's wish."""
+    kept = json.loads(redis_cli(host, "--raw", "get", MEMORY))
+    return [unit["hold"] for _, _, unit in kept["units"] if unit["hold"]]
+
+
+def test_a_request_is_served_though_no_worker_runs(host: Container) -> None:
+    """From zero: one worker for a single request. When it crashes, that is nobody's wish."""
+    assert states(host) == [DOWN] * 4
+    all_completed(host, [predict(host, '{"inputs": [1.0]}')])
+    assert states(host) == [UP, DOWN, DOWN, DOWN]
+    host.ok("kill -9 $(systemctl show -P MainPID gpuinfer-worker@0)")
+    all_completed(host, [predict(host, '{"inputs": [1.0]}')])
+    assert holds(host) == []
+
+
+def test_a_burst_brings_all_and_calm_brings_the_floor_back(host: Container) -> None:
+    """Four for a burst; an enabled one stays when the others go, drained. Nothing is lost; all is told."""
+    host.ok("systemctl enable -q gpuinfer-worker@1")
+    until(host, DOWN, UP, DOWN, DOWN)
+    ids = burst(host, 40)
+    until(host, *[UP] * 4)
+    all_completed(host, ids)
+    until(host, DOWN, UP, DOWN, DOWN)
+    time.sleep(2)
+    assert states(host) == [DOWN, UP, DOWN, DOWN]
+    for number in (0, 2, 3):
+        assert properties(host, f"gpuinfer-worker@{number}", "Result")["Result"] == "success"
+    up = next(one for one in explained(host) if len(one["actions"]) == 3)
+    assert {one["instance"] for one in up["actions"]} == {f"gpu{number}@gpuhost" for number in (0, 2, 3)}
+    assert up["inputs"]["waiting"] > 0
+    assert f"{up['inputs']['waiting']} waiting" in up["why"]
+    assert "start gpu0@gpuhost" in host.ok("gpuinfer watcher explain")
+    downs = [one for one in explained(host) if one["verdict"] == "scale_down"]
+    assert {len(one["actions"]) for one in downs} == {1}
+    said = [entry for entry in journal(host, "-b", "-u", WATCHER) if entry.get("ACTION") == "scale_up"]
+    assert any(up["why"] in entry["MESSAGE"] for entry in said)
+
+
+def test_killed_in_mid_scale_it_comes_to_the_same_fleet(host: Container) -> None:
+    """SIGKILL between command and ready: the next life finishes the plan, and starts nothing twice."""
+    before, pid = starts(host), main_pid(host, WATCHER)
+    ids = burst(host, 40)
+    host.until(f"systemctl show -P ActiveState {WORKERS} | grep -q activating", timeout=20)
+    host.ok(f"kill -9 {pid}")
+    until(host, *[UP] * 4)
+    all_completed(host, ids)
+    host.until(f"systemctl is-active {WATCHER}")
+    assert main_pid(host, WATCHER) != pid
+    assert starts(host) - before == 4
+    assert holds(host) == []
+
+
+def test_a_manual_start_and_stop_are_respected_for_the_stated_time(host: Container) -> None:
+    """What root starts stays though nothing waits; what root stops stays stopped though much does."""
+    host.ok("systemctl start gpuinfer-worker@3")
+    time.sleep(HOLD_S / 2)
+    assert states(host) == [DOWN, DOWN, DOWN, UP], log(host)
+    burst(host, 500)
+    until(host, *[UP] * 4)
+    host.ok("systemctl stop gpuinfer-worker@2")
+    time.sleep(HOLD_S / 2)
+    assert states(host) == [UP, UP, DOWN, UP], log(host)
+    until(host, *[UP] * 4, timeout_s=HOLD_S + 10)
+
+
+def test_a_reboot_is_no_manual_stop(host: Container) -> None:
+    """What ran before the boot is started again at once, as the queue needs it; nothing is lost."""
+    ids = burst(host, 40)
+    until(host, *[UP] * 4)
+    time.sleep(1)
+    host.reboot()
+    all_completed(host, ids)
+    assert holds(host) == []
+    up = next(one for one in explained(host) if one["verdict"] == "scale_up")
+    assert (up["inputs"]["active"], up["inputs"]["possible"]) == (0, 4)
+
+
+def test_it_uses_no_right_it_does_not_have(host: Container) -> None:
+    """Redis has refused it nothing, nor has polkit; its watchdog is fed, its status is true."""
+    assert "watcher" not in redis_cli(host, "acl", "log")
+    said = journal(host, "-u", WATCHER)
+    assert not {"action_failed", "look_failed", "units_away", "notes_not_kept"} & set(actions(said))
+    state = properties(host, WATCHER, "StatusText", "WatchdogUSec", "WatchdogTimestampMonotonic", "User")
+    assert state["StatusText"].startswith("0 waiting, 0 of 4 workers run: ")
+    assert (state["WatchdogUSec"], state["User"]) == ("1min", WATCHER)
+    first = int(state["WatchdogTimestampMonotonic"])
+    time.sleep(1.5)
+    assert int(properties(host, WATCHER, "WatchdogTimestampMonotonic")["WatchdogTimestampMonotonic"]) > first
