@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from tests.host.container import Container
+from tests.host.root import run
 
+ZONE = "gz"
 FIRST, SECOND = "10.213.0.1", "10.213.0.2"
 CERTIFICATES = f"""
 mkdir -p /etc/gpuinfer/tls && cd /etc/gpuinfer/tls
@@ -33,8 +37,9 @@ systemctl restart gpuinfer-redis
 def paired(installed: str) -> Iterator[tuple[Container, Container]]:
     """Two hosts on one network; the second uses the first one's Redis. Their watchers are off."""
     with (
-        Container(installed, "gpu-a", zone="gz") as first,
-        Container(installed, "gpu-b", zone="gz") as second,
+        _network(),
+        Container(installed, "gpu-a", zone=ZONE) as first,
+        Container(installed, "gpu-b", zone=ZONE) as second,
     ):
         first.join(f"{FIRST}/24")
         second.join(f"{SECOND}/24")
@@ -50,6 +55,20 @@ def paired(installed: str) -> Iterator[tuple[Container, Container]]:
             " && systemctl restart gpuinfer.target && systemctl stop gpuinfer-watcher"
         )
         yield first, second
+
+
+@contextmanager
+def _network() -> Iterator[None]:
+    """Remove the hosts' bridge when they are gone: systemd-nspawn leaves it where it was killed."""
+    try:
+        yield
+    finally:
+        bridge = Path(f"/sys/class/net/vz-{ZONE}")
+        deadline = time.monotonic() + 5
+        while list(bridge.glob("brif/*")) and time.monotonic() < deadline:  # the kernel takes its time
+            time.sleep(0.1)
+        if bridge.exists():
+            run("ip", "link", "delete", bridge.name)
 
 
 def credentials() -> list[str]:
