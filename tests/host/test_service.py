@@ -150,7 +150,8 @@ def test_the_target_stops_the_api_first_and_redis_last(host: Container) -> None:
     """`systemctl stop gpuinfer.target`: the API, then the workers, which drain, then Redis."""
     host.ok("systemctl stop gpuinfer.target")
     units = ("gpuinfer-api", "gpuinfer-worker@0", "gpuinfer-worker@1", "gpuinfer-redis")
-    host.until(" && ".join(f"! systemctl is-active -q {unit}" for unit in units))
+    # Not "is-active", which a unit that still drains is not either.
+    host.until(" && ".join(f"[ $(systemctl show -P ActiveState {unit}) = inactive ]" for unit in units))
     order = [unit.removesuffix(".service") for unit in ended(host)][-12:]
     place = {unit: len(order) - order[::-1].index(unit) for unit in units}
     assert place["gpuinfer-api"] < place["gpuinfer-worker@0"] < place["gpuinfer-redis"], order
