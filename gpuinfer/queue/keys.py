@@ -23,7 +23,7 @@ IDEMPOTENCY_PREFIX = "gpuinfer:key:"
 HEARTBEAT_PREFIX = "gpuinfer:heartbeat:"
 DEAD = "gpuinfer:dead"
 WAITING = "gpuinfer:waiting"
-#: List -> how many tasks were ever claimed from it.
+#: List -> how many tasks were ever claimed from it, less those that were put back.
 CLAIMED = "gpuinfer:claimed"
 
 

@@ -187,6 +187,8 @@ def _is_text(value: object) -> TypeGuard[str]:
     """Tell a string that can be written again: a lone surrogate cannot."""
     if not isinstance(value, str):
         return False
+    if value.isascii():
+        return True
     try:
         value.encode()
     except UnicodeEncodeError:

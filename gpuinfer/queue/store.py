@@ -201,7 +201,11 @@ class Store:
         """Put claimed tasks back at the head of their lists. Safe to repeat."""
         if not seqs:
             return 0
-        return int(self._release(keys=[self.inflight], args=[keys.BELL_PREFIX, keys.SEP, *sorted(seqs)]))
+        return int(
+            self._release(
+                keys=[self.inflight], args=[keys.BELL_PREFIX, keys.SEP, keys.CLAIMED, *sorted(seqs)]
+            )
+        )
 
     def restore(self) -> Restored:
         """Put everything in flight back; bury what has taken its workers down too often.
@@ -216,6 +220,7 @@ class Store:
                 self._settings.max_deaths,
                 keys.RESULT_PREFIX,
                 results.PENDING_META,
+                keys.CLAIMED,
             ],
         )
         dead = []

@@ -75,7 +75,8 @@ class Batcher:
         self._clock = clock
         self._wall = wall
         self._buffer = Buffer(engine.limit)
-        self._most = max(engine.limit(name) for name in manifests)
+        #: How many tasks one claim takes at most: fewer while some of what came was handed back.
+        self._stride = self._longest = max(engine.limit(name) for name in manifests)
         self._ledger = Ledger(store, clock)
         self._closed = False
         self._debug = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
@@ -106,6 +107,15 @@ class Batcher:
         """Serve a new connection."""
         self.channel, self._books.dispatcher = channel, dispatcher
 
+    def show(self) -> None:
+        """Let Celery's remote control see what is held now."""
+        self._books.show()
+
+    def show_if_watched(self) -> None:
+        """Let Celery's heartbeat count what runs, where somebody wants its events."""
+        if self._books.watched:
+            self._books.show()
+
     def detach(self) -> None:
         """Go on without a connection: what runs is settled when there is one again."""
         self.channel = self._books.dispatcher = None
@@ -113,16 +123,23 @@ class Batcher:
     # -- the channel's side ---------------------------------------------------------------
 
     def room(self) -> tuple[int, int | None]:
-        """Return how many tasks to claim; when a whole batch waits, only such as would overtake it."""
+        """Return how many tasks to claim; when a whole batch waits, only such as would overtake it.
+
+        Lists mix models, and what a worker holds no other one can run: when one model's batch is full, the
+        others' wait in Redis.
+        """
         if self._closed:
             return 0, None
-        affordable = max(1, int(BUFFER_BYTES / self._payload_bytes))
-        held = self._buffer.due(self._clock())
-        if held < min(self._most, affordable):
-            return min(self._most, affordable) - held, None
-        worst = self._buffer.rank_at(self._most - 1)
-        overtaken = worst is not None and worst > 0 and held < 2 * self._most
-        return (min(self._most, affordable), worst) if overtaken else (0, None)
+        affordable = max(1, int(BUFFER_BYTES / self._payload_bytes)) - len(self._buffer)
+        spare = self._buffer.spare(self._clock())
+        if spare is None:
+            return max(1, min(self._stride, affordable)), None
+        room = min(self._stride, affordable, spare)
+        if room > 0:
+            return room, None
+        batch = self._buffer.next_batch(self._clock())
+        worst = 0 if batch is None else batch.works[-1].claimed.rank
+        return (self._stride, worst) if worst > 0 else (0, None)
 
     def held(self) -> set[int]:
         """Return the seqs of everything claimed and not settled."""
@@ -139,6 +156,7 @@ class Batcher:
         """Read claimed tasks into the buffer; what can never run ends here."""
         self.channel = channel
         self._ledger.claimed(tasks)
+        works: list[Work] = []
         finals: list[Final] = []
         for task in tasks:
             self._payload_bytes += (len(task.payload) - self._payload_bytes) / 16
@@ -147,19 +165,38 @@ class Batcher:
                 if not is_inference(envelope.task):
                     channel.deliver(task)
                     continue
-                self._admit(task, envelope, finals)
+                self._admit(task, envelope, works, finals)
             except Undecodable as exc:
                 self._bury(task, str(exc))
             except (ValueError, TypeError, ArithmeticError, RecursionError) as exc:
                 # Whatever a stranger's message may do to us, it must not take its neighbours along.
                 log.exception("message_unreadable", queue=split_list_key(task.list_key)[0])
                 self._bury(task, f"{type(exc).__name__}: {exc}")
+        self._buffer.add_all(works)
         if finals:
             self._settle(finals)
         self.pump()
         self._settle([])  # what the claim has put on record may not have begun
-        if len(tasks) < self._most:
+        self._hand_back(len(tasks))
+        if len(tasks) < self._longest:
             self._stay()
+
+    def _hand_back(self, came: int) -> None:
+        """Put back what is beyond the batches that come next, for other workers; claim less from now on."""
+        works = self._buffer.surplus(self._clock())
+        if not works:
+            self._stride = min(self._longest, 2 * self._stride) if came >= self._stride else self._stride
+            return
+        self._stride = max(1, came - len(works))
+        self._buffer.remove(works)
+        try:
+            self.store.release([work.seq for work in works])
+        except (redis.RedisError, OSError) as exc:
+            self.store.doubt()  # what is not held is put back at the next claim
+            self._ledger.trouble("release", exc)
+        for work in works:
+            self._books.finished(work, None)
+        story.handed_back(works)
 
     def _bury(self, task: Claimed, reason: str) -> None:
         error = DeadLettered(f"cannot be decoded: {reason}")
@@ -169,7 +206,7 @@ class Batcher:
             self.store.doubt()  # it is put back at the next claim, and comes again
             self._ledger.trouble("bury", exc)
 
-    def _admit(self, task: Claimed, envelope: Any, finals: list[Final]) -> None:
+    def _admit(self, task: Claimed, envelope: Any, works: list[Work], finals: list[Final]) -> None:
         try:
             work = read(
                 task,
@@ -187,7 +224,7 @@ class Batcher:
         if work.eta is not None:
             work.not_before = self._clock() + max(0.0, work.eta - self._wall())
         self._books.received(work)
-        self._buffer.add(work)
+        works.append(work)
 
     # -- feeding --------------------------------------------------------------------------
 

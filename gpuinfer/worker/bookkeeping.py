@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Celery shows of a worker's tasks: inspect, revoke, events and signals, kept for our batches."""
+"""What Celery shows of a worker's tasks: inspect, revoke, events and signals, kept for our batches.
+
+Celery's own tables take a good part of a small task's time, and are looked at once in a while: they are
+filled when somebody is about to look.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ class View:
         self._hostname = hostname
         self.id = work.id
         self.name = work.envelope.task
+        self.begun = work.begun
 
     def info(self, safe: bool = False) -> dict[str, Any]:
         """Return what ``celery inspect active`` prints; inputs are not shown."""
@@ -46,34 +51,46 @@ class View:
 
 
 class Bookkeeping:
-    """Keeps Celery's tables, sends its events and signals. Cheap where nobody listens."""
+    """Fills Celery's tables, sends its events and signals. Cheap where nobody listens."""
 
     def __init__(self, hostname: str) -> None:
         self._hostname = hostname
-        self._views: dict[str, View] = {}
+        #: What this worker holds, by id.
+        self._works: dict[str, Work] = {}
+        #: What stands in Celery's tables, which hold no more than weak references.
+        self._views: list[View] = []
         #: Celery's event dispatcher; set at each connection.
         self.dispatcher: Any = None
         #: Tasks that have ended here, in a result or an error.
         self.done = 0
 
     @property
-    def _watched(self) -> bool:
+    def watched(self) -> bool:
         """Whether anybody wants events; looked at first, as their fields take longer to make than to skip."""
         return self.dispatcher is not None and bool(self.dispatcher.enabled)
+
+    def show(self) -> None:
+        """Fill Celery's tables with what is held now: before a control command, and before a heartbeat."""
+        for view in self._views:
+            state.task_ready(view)
+        self._views = [View(work, self._hostname) for work in self._works.values()]
+        for view in self._views:
+            state.task_reserved(view)
+            if view.begun:
+                state.active_requests.add(view)
 
     def _event(self, kind: str, work: Work, **fields: Any) -> None:
         self.dispatcher.send(kind, uuid=work.id, **fields)
 
     def received(self, work: Work) -> None:
         """A task has been claimed."""
-        view = self._views[work.id] = View(work, self._hostname)
-        state.task_reserved(view)
-        if self._watched:
+        self._works[work.id] = work
+        if self.watched:
             headers = work.envelope.headers
             self._event(
                 "task-received",
                 work,
-                name=view.name,
+                name=work.envelope.task,
                 args=f"<{len(work.inputs)} inputs>",
                 kwargs=f"model={work.model}",
                 root_id=headers.get("root_id"),
@@ -83,17 +100,14 @@ class Bookkeeping:
                 expires=headers.get("expires"),
             )
         if signals.task_received.receivers:
-            signals.task_received.send(sender=self._hostname, request=view)
+            signals.task_received.send(sender=self._hostname, request=View(work, self._hostname))
 
     def started(self, work: Work) -> None:
         """A task's first batch begins."""
-        view = self._views.get(work.id)
-        if view is not None:
-            # What state.task_accepted does, less a Counter's update for a single task.
-            state.active_requests.add(view)
-            state.total_count[view.name] += 1
-            state.all_total_count[0] += 1
-        if self._watched:
+        # What state.task_accepted counts, less a Counter's update for a single task.
+        state.total_count[work.envelope.task] += 1
+        state.all_total_count[0] += 1
+        if self.watched:
             self._event("task-started", work)
         if signals.task_prerun.receivers:
             signals.task_prerun.send(
@@ -103,10 +117,8 @@ class Bookkeeping:
     def finished(self, work: Work, error: GpuinferError | None, result: Any = None) -> None:
         """A task has ended, or left this worker without running (error and result None)."""
         self.done += error is not None or result is not None
-        view = self._views.pop(work.id, None)
-        if view is not None:
-            state.task_ready(view)
-        if self._watched:
+        self._works.pop(work.id, None)
+        if self.watched:
             self._ended(work, error, result)
         self._signal(work, error, result)
 

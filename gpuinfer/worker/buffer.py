@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 from gpuinfer.worker.work import Work
 
@@ -37,8 +39,9 @@ class Batch:
         return [part.work for part in self.parts]
 
 
-def _order(work: Work) -> tuple[int, int]:
-    return work.order
+_PLACE = attrgetter("place")
+#: Full batches of a model that are kept; what is beyond them is handed back.
+KEPT_BATCHES = 2
 
 
 class Buffer:
@@ -60,10 +63,20 @@ class Buffer:
 
     def add(self, work: Work) -> None:
         """Put a task at its place: after its equals when new, before them when it comes back."""
-        if not work.arrival:
+        self._number(work)
+        insort(self._works, work, key=_PLACE)
+
+    def add_all(self, works: Iterable[Work]) -> None:
+        """Put new tasks at their places; much cheaper than one by one."""
+        for work in works:
+            self._number(work)
+            self._works.append(work)
+        self._works.sort(key=_PLACE)
+
+    def _number(self, work: Work) -> None:
+        if not work.place:
             self._arrivals += 1
-            work.arrival = self._arrivals
-        insort(self._works, work, key=_order)
+            work.place = work.claimed.rank, self._arrivals
 
     def remove(self, works: Iterable[Work]) -> None:
         gone = {id(work) for work in works}
@@ -74,13 +87,34 @@ class Buffer:
         works, self._works = self._works, []
         return works
 
-    def due(self, now: float) -> int:
-        """Return how many tasks wait for the device alone, not for a time."""
-        return sum(1 for work in self._works if work.not_before <= now)
+    def spare(self, now: float) -> int | None:
+        """Return how many more inputs fit before some model's next batch is full; 0 or less when one is.
 
-    def rank_at(self, position: int) -> int | None:
-        """Return the rank of the task at ``position`` in the order, None when there are fewer."""
-        return self._works[position].claimed.rank if position < len(self._works) else None
+        None when nothing waits. Tasks that wait for their time do not count.
+        """
+        return min((self._limit(model) - count for model, count in self._waiting(now)), default=None)
+
+    def surplus(self, now: float) -> list[Work]:
+        """Return the tasks that come after the full batches of their model that are kept, none begun."""
+        left = {model: KEPT_BATCHES * self._limit(model) for model, _ in self._waiting(now)}
+        beyond: list[Work] = []
+        for work in self._works:
+            if work.not_before > now:
+                continue
+            if left[work.model] <= 0 and not work.begun:
+                beyond.append(work)
+            left[work.model] -= self._weight(work)
+        return beyond
+
+    def _waiting(self, now: float) -> Iterable[tuple[str, int]]:
+        counts: dict[str, int] = {}
+        for work in self._works:
+            if work.not_before <= now:
+                counts[work.model] = counts.get(work.model, 0) + self._weight(work)
+        return counts.items()
+
+    def _weight(self, work: Work) -> int:
+        return self._limit(work.model) if work.alone else len(work.inputs) - len(work.outcomes)
 
     def next_batch(self, now: float) -> Batch | None:
         """Return the next batch without removing it: the most urgent task and its fellows, in order.
@@ -102,9 +136,12 @@ class Buffer:
             count = min(work.left, room)
             parts.append(Part(work, start, start + count))
             room -= count
-        works = [part.work for part in parts]
-        soft_s = min(min(work.soft_limit_s, work.soft_total_s - work.ran_s) for work in works)
-        hard_s = min(min(work.hard_limit_s, work.hard_total_s - work.ran_s) for work in works)
+        soft_s, hard_s = first.soft_limit_s, first.hard_limit_s
+        for part in parts:
+            work = part.work
+            if work.soft_total_s < math.inf or work.hard_total_s < math.inf:
+                soft_s = min(soft_s, work.soft_total_s - work.ran_s)
+                hard_s = min(hard_s, work.hard_total_s - work.ran_s)
         return Batch(first.model, tuple(parts), soft_s, hard_s)
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
 from celery.worker import consumer as stock
+from celery.worker.consumer.control import Control
+from celery.worker.pidbox import Pidbox
 from celery.worker.state import maybe_shutdown
 from redis.exceptions import ResponseError
 
@@ -25,6 +27,8 @@ log = get_logger(__name__)
 RETRY_START_S, RETRY_MAX_S = 0.2, 2.0
 #: Seconds the batcher's timer sleeps.
 TICK_S = 0.1
+#: Seconds between two fillings of Celery's tables while somebody wants its events: its heartbeat counts.
+SHOW_S = 1.0
 #: Seconds that results may wait for Redis when the worker stops.
 DRAIN_TIMEOUT_S = 10.0
 #: A key that is not there: to set its expiry is a write that changes nothing.
@@ -53,8 +57,11 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
         channel.sink = self.batcher
         self.batcher.attach(channel, consumer.event_dispatcher)
         self.batcher.engine.wake = lambda: consumer.hub.call_soon(self.batcher.collect)
+        self.process.lookout.tell = lambda: consumer.hub.call_soon(channel.claim)
+        self.process.lookout.start()
         consumer.timer.call_repeatedly(TICK_S, self.batcher.tick)
         consumer.timer.call_repeatedly(BEAT_S, self.process.pulse.beat)
+        consumer.timer.call_repeatedly(SHOW_S, self.batcher.show_if_watched)
 
     def _restore(self) -> None:
         """Put back what the previous process of this name left in flight."""
@@ -68,12 +75,30 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
             drain(self.process)
 
 
+class Mailbox(Pidbox):  # type: ignore[misc]  # celery is not annotated
+    """Where control commands arrive; they look at Celery's tables."""
+
+    def on_message(self, body: Any, message: Any) -> None:
+        self.c.controller.gpuinfer.batcher.show()
+        super().on_message(body, message)
+
+
+class Remote(Control):  # type: ignore[misc]  # celery is not annotated
+    """Remote control through our mailbox."""
+
+    def __init__(self, consumer: Any, **kwargs: Any) -> None:
+        super().__init__(consumer, **kwargs)
+        self.box = Mailbox(consumer)
+        self.start, self.stop, self.shutdown = self.box.start, self.box.stop, self.box.shutdown
+
+
 def drain(process: Process) -> None:
     """Drain the batcher and tell systemd. The second call does nothing."""
     batcher, pulse = process.batcher, process.pulse
     if not batcher.closed:
         pulse.stopping()
         log.info("stopping", worker=batcher.store.worker)
+        process.lookout.stop()
         batcher.drain(DRAIN_TIMEOUT_S)
         pulse.gone()
 
@@ -84,7 +109,11 @@ class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
     away = False
 
     class Blueprint(stock.Consumer.Blueprint):  # type: ignore[misc]  # celery is not annotated
-        default_steps = (*stock.Consumer.Blueprint.default_steps, Batching)
+        default_steps = (
+            *(step for step in stock.Consumer.Blueprint.default_steps if not step.endswith(":Control")),
+            Remote,
+            Batching,
+        )
 
     @property
     def pulse(self) -> Pulse:

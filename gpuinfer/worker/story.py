@@ -7,6 +7,7 @@ time says so once, ``batch_running``. What happens to a single task has a line o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gpuinfer.errors import GpuinferError, InputError, SoftTimeLimitExceeded
@@ -60,6 +61,11 @@ def batch_done(done: Done, device: str) -> None:
 def batch_lost(done: Done) -> None:
     """The device failed under a batch: the process ends, and its tasks are put back."""
     log.error("batch_lost", **_batch(done.batch), reason=str(done.fatal))
+
+
+def handed_back(works: Sequence[Work]) -> None:
+    """Tasks go back to their lists: other models' batches come first here, and other workers may be free."""
+    log.debug("handed_back", tasks=len(works), task_ids=[work.id for work in works])
 
 
 def task_refused(task: Claimed, task_id: str, error: GpuinferError) -> None:

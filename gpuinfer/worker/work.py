@@ -37,8 +37,8 @@ class Work:
     #: For all its slices together: the request's; a model's limits are for a pass.
     soft_total_s: float = math.inf
     hard_total_s: float = math.inf
-    #: Order of arrival in this process, within its rank.
-    arrival: int = 0
+    #: Its place in the order of serving: its rank, then its arrival in this process.
+    place: tuple[int, int] | tuple[()] = ()
     #: Must not share a batch: it was there when a worker died, or a batch of it failed as a whole.
     alone: bool = False
     retries: int = 0
@@ -60,9 +60,9 @@ class Work:
         return self.claimed.seq
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Its place in the order of serving."""
-        return self.claimed.rank, self.arrival
+    def begun(self) -> bool:
+        """Whether a batch with it has run: what has come of that is known here alone."""
+        return self.time_start is not None
 
     @property
     def many(self) -> bool:
@@ -122,6 +122,8 @@ def _asked_limits(value: object) -> tuple[object, object]:
 
 def _refuse_canvas(embed: dict[str, Any]) -> None:
     """Refuse what would be dropped in silence: work that Celery starts when a task ends."""
+    if not any(embed.values()):
+        return
     for name in ("callbacks", "errbacks", "chain", "chord"):
         if embed.get(name):
             raise InputError(

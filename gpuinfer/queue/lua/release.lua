@@ -1,15 +1,17 @@
 #!lua flags=allow-oom
 -- Put claimed tasks back at the head of their lists, in their order, and ring for them.
 -- KEYS: in-flight hash
--- ARGV: bell prefix, separator of priority lists, then seqs in the order they were claimed
+-- ARGV: bell prefix, separator of priority lists, the hash that counts what was claimed from each list,
+--       then seqs in the order they were claimed
 -- Returns how many were put back.
 local back = 0
-for i = #ARGV, 3, -1 do
+for i = #ARGV, 4, -1 do
   local seq = ARGV[i]
   local payload = redis.call('HGET', KEYS[1], seq)
   local list = redis.call('HGET', KEYS[1], seq .. ':list')
   if payload and list then
     redis.call('RPUSH', list, payload)
+    redis.call('HINCRBY', ARGV[3], list, -1)
     redis.call('HDEL', KEYS[1], seq, seq .. ':list')
     local at = string.find(list, ARGV[2], 1, true)
     local bell = ARGV[1] .. (at and string.sub(list, 1, at - 1) or list)

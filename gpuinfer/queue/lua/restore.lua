@@ -3,7 +3,7 @@
 -- A task whose deaths reach the limit stays in flight and is reported: the caller settles it as dead.
 -- KEYS: in-flight hash
 -- ARGV: bell prefix, separator of priority lists, deaths at which a task is given up,
---       result key prefix, pending meta
+--       result key prefix, pending meta, the hash that counts what was claimed from each list
 -- Returns {put back, {ids of the first thousand put back}, then (seq, list, payload, deaths) of each
 -- task to give up}.
 -- The counts travel in front of the payload, as text, so that no payload is parsed:
@@ -54,6 +54,7 @@ for _, number in ipairs(seqs) do
     else
       wait_again(payload)
       redis.call('RPUSH', list, payload)
+      redis.call('HINCRBY', ARGV[6], list, -1)
       redis.call('HDEL', inflight, seq, seq .. ':list')
       local at = string.find(list, sep, 1, true)
       local bell = bells .. (at and string.sub(list, 1, at - 1) or list)
