@@ -221,6 +221,8 @@ class BrokerUnavailable(GpuinferError):
     http_status = 503
     exit_code = 69
     transient = True
+    #: Of many that were submitted at once, the ids of those that were accepted all the same.
+    accepted: tuple[str, ...] = ()
 
 
 class QueueFull(BrokerUnavailable):

@@ -74,14 +74,24 @@ class AsyncClient:
         return await self._one(inputs, many=True, options=options)
 
     async def submit_many(self, inputs: Iterable[Any], **options: Unpack[Options]) -> list[str]:
-        """Submit many inputs, each as a task of its own, in few round trips; return their ids in order."""
+        """Submit many inputs, each as a task of its own, in few round trips; return their ids in order.
+
+        Not all or nothing: when Redis fills up or goes away on the way, the error's ``accepted`` has the ids
+        of those that it has confirmed.
+        """
         if options.pop("idempotency_key", None) is not None:
             raise InputError("stands for one task; use submit or submit_batch", "idempotency_key")
         tasks = [submission.build(value, many=False, **options) for value in inputs]
-        with typed_errors():
-            for call in submission.bulk(tasks, self._settings.queue):
-                await self._submit(keys=call.keys, args=call.args)
-        return [task.id for task in tasks]
+        accepted: list[str] = []
+        try:
+            with typed_errors():
+                for call in submission.bulk(tasks, self._settings.queue):
+                    await self._submit(keys=call.keys, args=call.args)
+                    accepted += call.ids
+        except BrokerUnavailable as exc:
+            exc.accepted = tuple(accepted)
+            raise
+        return accepted
 
     async def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         key = options.get("idempotency_key")

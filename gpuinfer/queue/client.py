@@ -12,21 +12,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Self, Unpack
 
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError
 
-from gpuinfer.errors import InputError, TaskNotFound, TaskRevoked, WaitTimeout
+from gpuinfer.errors import BrokerUnavailable, InputError, TaskNotFound, TaskRevoked, WaitTimeout
 from gpuinfer.queue import keys, results, submission
-from gpuinfer.queue.connection import AWAY, connect, typed_errors
+from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors
 from gpuinfer.queue.direct import Direct
 from gpuinfer.queue.listener import Listener
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
-from gpuinfer.queue.submission import Options
+from gpuinfer.queue.submission import Call, Options
 from gpuinfer.settings import Settings, load_settings
 
 MAX_IDLE_LISTENERS = 8
+#: Calls of the script that ``submit_many`` sends at once.
+CALLS_A_TRIP = 8
 
 
 def settings_for(source: Settings | str | None) -> Settings:
@@ -92,18 +95,35 @@ class Client:
     def submit_many(self, inputs: Iterable[Any], **options: Unpack[Options]) -> list[str]:
         """Submit many inputs, each as a task of its own, in few round trips; return their ids in order.
 
-        Not all or nothing: when Redis fills up on the way, the first of them have been accepted.
+        Not all or nothing: when Redis fills up or goes away on the way, the error's ``accepted`` has the ids
+        of those that it has confirmed.
         """
         if options.pop("idempotency_key", None) is not None:
             raise InputError("stands for one task; use submit or submit_batch", "idempotency_key")
         tasks = [submission.build(value, many=False, **options) for value in inputs]
-        with typed_errors(), self._redis.pipeline(transaction=False) as pipe:
-            for call in submission.bulk(tasks, self._settings.queue):
+        accepted: list[str] = []
+        calls = submission.bulk(tasks, self._settings.queue)
+        try:
+            with typed_errors():
+                while some := list(islice(calls, CALLS_A_TRIP)):
+                    self._send(some, accepted)
+        except BrokerUnavailable as exc:
+            exc.accepted = tuple(accepted)
+            raise
+        return accepted
+
+    def _send(self, calls: Sequence[Call], accepted: list[str]) -> None:
+        """Call the script in one round trip; note what was accepted. Raises the first error."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for call in calls:
                 self._submit_bulk(keys=call.keys, args=call.args, client=pipe)
-                if len(pipe.command_stack) >= 8:
-                    pipe.execute()
-            pipe.execute()
-        return [task.id for task in tasks]
+            answers = pipe.execute(raise_on_error=False)
+        for call, answer in zip(calls, answers, strict=True):
+            if not isinstance(answer, Exception):
+                accepted += call.ids
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
 
     def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         key = options.get("idempotency_key")
@@ -153,7 +173,7 @@ class Client:
     def as_completed(self, task_ids: Iterable[str], timeout_s: float | None = None) -> Iterator[TaskStatus]:
         """Yield the final status of each task as it ends. Raises TaskNotFound, WaitTimeout.
 
-        Goes on through a restart of Redis.
+        Goes on through a restart of Redis; BrokerUnavailable is raised where Redis refuses the password.
         """
         waiting = dict.fromkeys(task_ids)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -162,6 +182,8 @@ class Client:
             try:
                 yield from self._listen(waiting, deadline)
             except AWAY as exc:
+                if isinstance(exc, AuthenticationError):
+                    raise explain(exc) from exc
                 if not cut_off:  # perhaps no more than a kept subscription: at once again, with a new one
                     cut_off = True
                     self._drop_listeners()

@@ -224,11 +224,30 @@ def test_a_full_redis(redis_factory: RedisFactory, settings_for: Callable[..., S
         with pytest.raises(QueueFull):
             while True:
                 accepted.append(client.submit("x" * 100_000))
-        with pytest.raises(QueueFull):
-            client.submit_many(["x" * 100_000] * 100)
         assert accepted
         claimed = [decode(task.payload).id for task in HandWorker(connection).claim(1000)]
-        assert claimed[: len(accepted)] == accepted
+        assert claimed == accepted
+    server.client().flushall()
+    with Client(settings_for(server)) as client, server.client() as connection:
+        with pytest.raises(QueueFull) as refused:
+            client.submit_many(["x" * 10_000] * 1000)
+        claimed = [decode(task.payload).id for task in HandWorker(connection).claim(1000)]
+        assert sorted(claimed) == sorted(refused.value.accepted)
+
+
+def test_a_wrong_password_is_no_outage(
+    redis_factory: RedisFactory, settings_for: Callable[..., Settings]
+) -> None:
+    """A wait says that Redis refuses the password; it would wait for ever."""
+    server = redis_factory()
+    with Client(settings_for(server)) as client:
+        task_id = client.submit([1])
+    server.client().config_set("requirepass", "right")
+    with (
+        Client(settings_for(server, broker={"password": "wrong"})) as client,
+        pytest.raises(BrokerUnavailable, match="password"),
+    ):
+        client.result(task_id, timeout_s=20)
 
 
 # -- the async client ---------------------------------------------------------------------
