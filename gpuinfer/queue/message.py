@@ -9,9 +9,11 @@ decodes here too.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import uuid
+import zlib
 from base64 import b64decode
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,7 +21,7 @@ from typing import Any, TypeGuard
 
 import orjson
 
-from gpuinfer.errors import InputError
+from gpuinfer.errors import InputError, PayloadTooLarge
 
 PREDICT = "gpuinfer.predict"
 BATCH_PREDICT = "gpuinfer.batch_predict"
@@ -27,6 +29,10 @@ BATCH_PREDICT = "gpuinfer.batch_predict"
 ROUTES = {PREDICT: "realtime", BATCH_PREDICT: "batch"}
 
 _ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
+#: What a compressed body may unpack to, unless told otherwise.
+MAX_BODY_BYTES = 64 * 1024 * 1024
+#: What Celery calls ``compression="gzip"``; kombu's is zlib's format in truth.
+_COMPRESSIONS = ("application/x-gzip",)
 
 
 class Undecodable(ValueError):
@@ -133,18 +139,31 @@ class Envelope:
     deliveries: int
     deaths: int
 
-    def body(self) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
-        """Return (args, kwargs, embed). Raises Undecodable."""
+    def body(self, max_bytes: int = MAX_BODY_BYTES) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+        """Return (args, kwargs, embed). Raises Undecodable, and PayloadTooLarge for what unpacks to more."""
         raw: Any = self.raw.get("body")
         try:
             if self.properties.get("body_encoding") == "base64":
                 raw = b64decode(raw)
+            if self.headers.get("compression"):
+                raw = _unpack(raw, self.headers["compression"], max_bytes)
             args, kwargs, embed = _loads(raw)
-        except (ValueError, TypeError) as exc:
+        except (ValueError, TypeError, zlib.error) as exc:
             raise Undecodable(f"the body is not a task's arguments: {exc}", self.id) from None
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise Undecodable("the body is not [args, kwargs, embed]", self.id)
         return args, kwargs, embed if isinstance(embed, dict) else {}
+
+
+def _unpack(raw: bytes, compression: object, max_bytes: int) -> bytes:
+    """Decompress a body up to a size. Raises ValueError, PayloadTooLarge."""
+    if compression not in _COMPRESSIONS:
+        raise ValueError(f"compression {compression!r:.40} is not read; {' and '.join(_COMPRESSIONS)} are")
+    unpacker = zlib.decompressobj(wbits=47)  # with the header of gzip or of zlib
+    text = unpacker.decompress(raw, max_bytes)
+    if unpacker.unconsumed_tail:
+        raise PayloadTooLarge(f"unpacks to more than {max_bytes} bytes", "inputs")
+    return text
 
 
 def _loads(raw: bytes | str) -> Any:
@@ -204,7 +223,7 @@ def moment_of(headers: dict[str, Any], name: str) -> float | None:
     value = headers.get(name)
     if value is None:
         return None
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float)) and math.isfinite(value):
         return float(value)
     try:
         moment = datetime.fromisoformat(str(value))

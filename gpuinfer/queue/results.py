@@ -84,17 +84,31 @@ def _meta(status: str, task_id: str, result: Any, extra: dict[str, Any]) -> byte
         "task_id": task_id,
         **extra,
     }
-    # orjson writes no space after a colon; the scripts accept both.
-    return orjson.dumps({"status": status, **body})
+    return _dump({"status": status, **body})
+
+
+def _dump(body: dict[str, Any]) -> bytes:
+    """Return JSON for whatever has come of a task: an end that could not be written would be none."""
+    try:
+        return orjson.dumps(body)  # no space after a colon; the scripts accept both
+    except TypeError:
+        return orjson.dumps(_clean(body))
+
+
+def _clean(value: Any) -> Any:
+    """Return a value that JSON can hold: half a surrogate pair is spelt out, what is no data is described."""
+    if isinstance(value, dict):
+        return {_clean(str(key)): _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    if value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 2**63):
+        return value
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 def started(task_id: str, worker: str, pid: int) -> bytes:
     """Return the meta of a task that has begun."""
-    return b'{"status":"STARTED","result":{"pid":%d,"hostname":"%b"},"task_id":"%b"}' % (
-        pid,
-        worker.encode(),
-        task_id.encode(),
-    )
+    return _dump({"status": "STARTED", "result": {"pid": pid, "hostname": worker}, "task_id": task_id})
 
 
 def success(task_id: str, result: Any, *, worker: str, redelivered: bool = False) -> bytes:
