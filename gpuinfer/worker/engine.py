@@ -28,7 +28,21 @@ log = get_logger(__name__)
 
 
 class RunAlone(Exception):
-    """The outcome of an input whose batch passed its soft limit as a whole: it must run by itself."""
+    """The outcome of an input whose batch passed its soft limit as a whole: it must run by itself.
+
+    Not here and now: what is urgent goes in between.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """What came of some items of a batch."""
+
+    outcomes: list[Any]
+    #: True when the device had too little memory for them at once.
+    memory: bool = False
+    #: The largest number that fits the device, where that has shown.
+    fits: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,64 +156,77 @@ class Engine:
     def _outcomes(self, batch: Batch) -> list[Any]:
         """Decode, run and render a batch. Raises DeviceError when the device cannot go on."""
         model = self._models[batch.model]
+        works = [part.work for part in batch.parts for _ in range(part.start, part.stop)]
         inputs = [value for part in batch.parts for value in part.work.inputs[part.start : part.stop]]
-        decoded = decode_batch(model.manifest, inputs)
-        outcomes: list[Any] = list(decoded)
-        good = [i for i, item in enumerate(decoded) if not isinstance(item, GpuinferError)]
-        wanted: list[Any] = [decoded[i] for i in good]
-        ran = self._forward(model, batch, wanted, Limits.of(batch))
-        answers = [(i, out) for i, out in zip(good, ran, strict=True) if not isinstance(out, Exception)]
+        outcomes: list[Any] = _each(lambda values: decode_batch(model.manifest, values), inputs)
+        good = [i for i, item in enumerate(outcomes) if not isinstance(item, Exception)]
+        ran = self._forward(model, batch, [outcomes[i] for i in good])
         for i, out in zip(good, ran, strict=True):
             outcomes[i] = out
-        if answers:
-            works = [part.work for part in batch.parts for _ in range(part.start, part.stop)]
-            rendered = render_batch(
+        answered = [i for i in good if not isinstance(outcomes[i], Exception)]
+
+        def render(some: Sequence[int]) -> Sequence[Any]:
+            return render_batch(
                 model.manifest,
-                [out for _, out in answers],
-                top_k=[works[i].top_k for i, _ in answers],
-                encoding=[works[i].encoding for i, _ in answers],
+                [outcomes[i] for i in some],
+                top_k=[works[i].top_k for i in some],
+                encoding=[works[i].encoding for i in some],
             )
-            for (i, _), value in zip(answers, rendered, strict=True):
-                outcomes[i] = value
+
+        for i, value in zip(answered, _each(render, answered), strict=True):
+            outcomes[i] = value
         return outcomes
 
-    def _forward(self, model: LoadedModel, batch: Batch, items: Sequence[Item], until: Limits) -> list[Any]:
-        """Run items in as few passes as fit; a pass that fails is halved until the culprit stands alone."""
-        if not items:
-            return []
-        limit = self.limit(model.name)
-        if len(items) > limit:
-            rest = self._forward(model, batch, items[:limit], until)
-            return rest + self._forward(model, batch, items[limit:], until)
+    def _forward(self, model: LoadedModel, batch: Batch, items: Sequence[Item]) -> list[Any]:
+        """Run items in as few passes as fit; one outcome for each."""
+        outcomes: list[Any] = []
+        until = Limits.of(batch)
+        while len(outcomes) < len(items):
+            some = items[len(outcomes) : len(outcomes) + self.limit(model.name)]
+            ran = self._halve(model, some, until)
+            outcomes += ran.outcomes
+            if ran.fits is not None and len(some) > 2:  # of two, one may be larger than any other
+                self._remember(model.name, ran.fits)
+        return outcomes
+
+    def _halve(self, model: LoadedModel, items: Sequence[Item], until: Limits) -> _Ran:
+        """Run items in one pass; one that fails is halved until the culprit stands alone."""
         memory = False
         self.moved_at = time.monotonic()
         try:
-            return self._deadline.run(*until.left(), lambda: list(model.forward(items)))
-        except DeviceOutOfMemory as exc:
-            if len(items) == 1:
-                return [exc]
-            memory = True
-            model.release_cache()
+            return _Ran(self._deadline.run(*until.left(), lambda: list(model.forward(items))))
         except SoftTimeLimitExceeded as exc:
+            return _Ran([exc] if len(items) == 1 else [RunAlone()] * len(items))
+        except DeviceOutOfMemory as exc:
+            model.release_cache()
+            memory = True
             if len(items) == 1:
-                return [exc]
-            if len(batch.parts) > 1:
-                return [RunAlone()] * len(items)
-            until = Limits.of(batch)  # one task's slice: each half has the limit that the whole had
+                return _Ran([exc], memory=True)
         except InferenceError as exc:
             if len(items) == 1:
-                return [exc]
+                return _Ran([exc])
         half = len(items) // 2
-        outcomes = self._forward(model, batch, items[:half], until)
-        outcomes += self._forward(model, batch, items[half:], until)
-        if memory and not any(isinstance(outcome, DeviceOutOfMemory) for outcome in outcomes):
-            self._remember(model.name, half)
-        return outcomes
+        first = self._halve(model, items[:half], until)
+        second = self._halve(model, items[half:], until)
+        fits = min((ran.fits for ran in (first, second) if ran.fits is not None), default=None)
+        if memory and not first.memory and not second.memory:
+            fits = half
+        elif memory and not (first.fits and second.fits):  # it was one large item, not their number
+            fits = None
+        return _Ran(first.outcomes + second.outcomes, memory or first.memory or second.memory, fits)
 
     def _remember(self, name: str, size: int) -> None:
-        """Make a model's batches smaller for good: halves fitted where the whole did not.
+        """Make a model's batches smaller for good: halves fitted where the whole did not."""
+        if size < self._sizes[name]:
+            self._sizes[name] = size
+            log.warning("batch_size_reduced", model=name, max_batch_size=size)
 
-        An input that does not fit even alone says nothing about the size of a batch.
-        """
-        self._sizes[name] = max(1, min(size, self._sizes[name]))
-        log.warning("batch_size_reduced", model=name, max_batch_size=self._sizes[name])
+
+def _each(call: Callable[[Sequence[Any]], Sequence[Any]], values: Sequence[Any]) -> list[Any]:
+    """Call for all values at once; if that fails, for each by itself, so that only the culprit fails."""
+    try:
+        return list(call(values)) if values else []
+    except Exception as exc:
+        if len(values) == 1:
+            return [exc if isinstance(exc, GpuinferError) else InferenceError(f"{type(exc).__name__}: {exc}")]
+        return [outcome for value in values for outcome in _each(call, [value])]

@@ -53,7 +53,8 @@ def batch_done(done: Done, device: str) -> None:
     failures = [outcome for outcome in done.outcomes if isinstance(outcome, Exception)]
     if any(isinstance(failure, RunAlone) for failure in failures):
         reason = "it passed its soft time limit as a whole"
-        log.warning("batch_too_slow", **fields, reason=reason, hint="each task runs again, alone")
+        hint = "each task runs again, alone" if fields["tasks"] > 1 else "it runs again, in smaller slices"
+        log.warning("batch_too_slow", **fields, reason=reason, hint=hint)
     took = round(done.seconds * 1000, 2)
     log.info("batch_done", **fields, failed=len(failures), duration_ms=took, device=device)
 

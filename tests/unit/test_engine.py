@@ -16,10 +16,12 @@ import pytest
 
 from gpuinfer.errors import DeviceError, DeviceOutOfMemory, InferenceError, ShapeMismatch
 from gpuinfer.models.loader import LoadedModel, load
+from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.repository import Repository
-from gpuinfer.models.tensors import Item
+from gpuinfer.models.tensors import Item, decode_batch
 from gpuinfer.queue.message import Envelope
 from gpuinfer.queue.store import Claimed
+from gpuinfer.worker import engine as engine_module
 from gpuinfer.worker.buffer import Batch, Part
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.engine import Done, Engine
@@ -37,6 +39,8 @@ class Small:
         self.manifest, self.name = model.manifest, model.name
         self.sizes: list[int] = []
         self.lost = False
+        #: Tells items that are too much for the device together.
+        self.too_much: Callable[[Sequence[Item]], bool] = lambda _: False
         #: Called in each pass.
         self.watch: Callable[[], object] = lambda: None
 
@@ -45,7 +49,7 @@ class Small:
         self.sizes.append(len(items))
         if self.lost:
             raise DeviceError("CUDA error: an illegal memory access was encountered")
-        if len(items) > self.fits:
+        if len(items) > self.fits or self.too_much(items):
             raise DeviceOutOfMemory("CUDA out of memory")
         return self._model.forward(items)
 
@@ -118,6 +122,36 @@ def test_memory_that_runs_out(engine: Engine, model: Small) -> None:
     model.sizes.clear()
     run(engine, [[float(i)] for i in range(40)])
     assert model.sizes == [10, 10, 10, 10]
+
+
+def test_one_large_input_is_not_the_batch(engine: Engine, model: Small) -> None:
+    """An input that fits only alone does not make the batches of all others smaller for good."""
+
+    def crowded(items: Sequence[Item]) -> bool:
+        return len(items) > 1 and any(item[0][0] == 7.0 for item in items)
+
+    model.too_much = crowded
+    values = [[1.0]] * 63
+    values.insert(40, [7.0])
+    assert all(isinstance(outcome, dict) for outcome in run(engine, values).outcomes)
+    assert all(isinstance(outcome, dict) for outcome in run(engine, [[1.0], [7.0]]).outcomes)
+    assert engine.limit("picky") == 64
+
+
+def test_what_cannot_even_be_read_fails_alone(
+    engine: Engine, model: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever an input does to the code around the model, its neighbours are answered."""
+
+    def fragile(manifest: Manifest, values: Sequence[object]) -> Any:
+        if [13.0] in values:
+            raise ZeroDivisionError("13")
+        return decode_batch(manifest, values)
+
+    monkeypatch.setattr(engine_module, "decode_batch", fragile)
+    outcomes = run(engine, [[1.0], [13.0], [2.0]]).outcomes
+    assert [isinstance(outcome, InferenceError) for outcome in outcomes] == [False, True, False]
+    assert model.sizes == [2]
 
 
 def test_not_even_one_fits(engine: Engine, model: Small) -> None:
