@@ -112,7 +112,7 @@ def get(client: redis.Redis, letter_id: str) -> Letter:
 def retry(client: redis.Redis, letter_id: str) -> None:
     """Send a letter to its list again, under its id, its deaths forgotten.
 
-    Raises TaskNotFound, and InputError where it can never run: it cannot be decoded.
+    Raises TaskNotFound, and InputError where it can never run, or has run: another delivery of it succeeded.
     """
     letter = get(client, letter_id)
     payload = _MARK.sub("{", letter.payload)
@@ -124,7 +124,10 @@ def retry(client: redis.Redis, letter_id: str) -> None:
         raise InputError(f"cannot be sent again: no queue {letter.queue!r}", letter_id)
     where = [keys.DEAD, letter.list_key, keys.bell(letter.queue), keys.result(letter_id)]
     args = [letter_id, payload, results.PENDING_META]
-    if not bind(client, "revive")(keys=where, args=args):
+    revived = bind(client, "revive")(keys=where, args=args)
+    if revived < 0:
+        raise InputError("has its result by now; gpuinfer dead drop removes the letter", letter_id)
+    if not revived:
         raise _missing(letter_id)
 
 

@@ -8,7 +8,7 @@ memory. Scripts run with allow-oom and without MULTI, so a full Redis does not s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -24,10 +24,10 @@ from gpuinfer.settings import QueueSettings
 
 log = get_logger(__name__)
 
+#: Payload bytes that one claim takes at most, unless told otherwise.
+MAX_BYTES = 64 * 1024 * 1024
 #: How many sequence ids a life has: numbers stay exact in Lua, and a life lasts for days.
 SEQS_OF_A_LIFE = 2**32
-#: The rank of a task whose list was passed over for too long.
-AGED = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +37,24 @@ class Claimed:
     #: Its field in the in-flight hash; ``seq:list`` names the list it came from.
     seq: int
     list_key: str
-    #: Its list's place in the order of serving, 0 the most urgent; AGED goes before all.
+    #: Its list's place in the order of serving, 0 the most urgent.
     rank: int
     payload: bytes
+    #: True when its list was passed over for too long: its first batch goes before all.
+    aged: bool = False
     #: The id under which the claim has noted that it runs; None where it has not.
     noted_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """The end of one task: its place in flight, its id, and its final meta (empty: none is kept)."""
+    """The end of one task: its place in flight, its id (empty: no state is written), and its final meta."""
 
     seq: int | None
     task_id: str
     meta: bytes
+    #: False: whoever waits is told, and nothing is kept.
+    keep: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +116,10 @@ class Store:
         """True when what is held must be reconciled with what is in flight before the next claim."""
         return self._unsure
 
-    def claim(self, room: int, *, better_than: int | None = None, begin: bool = False) -> list[Claimed]:
-        """Take up to ``room`` tasks, the most urgent first.
+    def claim(
+        self, room: int, *, max_bytes: int = MAX_BYTES, better_than: int | None = None, begin: bool = False
+    ) -> list[Claimed]:
+        """Take up to ``room`` tasks, the most urgent first, whose payloads have about ``max_bytes``.
 
         With ``better_than``, only from lists before that rank, and without ageing. With ``begin``, a task
         that comes alone is noted as running, which saves the call of ``begin``.
@@ -122,7 +128,7 @@ class Store:
         if room <= 0 or not lists:
             return []
         ageing_ms = 0 if better_than is not None else int(self._settings.ageing_s * 1000)
-        if not self._life or self._seq % SEQS_OF_A_LIFE + room >= SEQS_OF_A_LIFE:
+        if self._unsure or not self._life or self._seq % SEQS_OF_A_LIFE + room >= SEQS_OF_A_LIFE:
             self._begin_life()
         bell = keys.bell(keys.split_list_key(lists[0])[0])
         try:
@@ -130,11 +136,11 @@ class Store:
                 keys=[self.inflight, keys.WAITING, bell, keys.life(self.worker), *lists],
                 args=[
                     *(room, ageing_ms, self._seq, self._life, keys.RESULT_PREFIX if begin else ""),
-                    keys.CLAIMED,
+                    *(keys.CLAIMED, max_bytes),
                 ],
             )
         except (redis.ConnectionError, redis.TimeoutError):
-            self._unsure, self._life = True, 0
+            self._unsure = True
             raise
         except redis.ResponseError as exc:
             if "STALE" in str(exc):
@@ -145,16 +151,14 @@ class Store:
         noted_id = flat.pop().decode(errors="replace") if len(flat) % 3 else None
         self._seq += len(flat) // 3
         return [
-            Claimed(
-                int(flat[i]), lists[abs(place) - 1], AGED if place < 0 else place - 1, flat[i + 2], noted_id
-            )
+            Claimed(int(flat[i]), lists[abs(place) - 1], abs(place) - 1, flat[i + 2], place < 0, noted_id)
             for i in range(0, len(flat), 3)
             for place in (flat[i + 1],)
         ]
 
     def _begin_life(self) -> None:
         """Count a life of this worker. Its number is part of each sequence id, so that none comes twice."""
-        self._life = int(self._count_life(keys=[keys.life(self.worker)]))
+        self._life = int(self._count_life(keys=[keys.life(self.worker)], args=[self._life]))
         self._seq = self._life * SEQS_OF_A_LIFE
 
     def doubt(self) -> None:
@@ -192,19 +196,23 @@ class Store:
 
         ``idle`` says that nothing runs now: a death is on nobody's account.
         """
+        unkept = " ".join(str(i) for i, final in enumerate(finals) if not final.keep)
         args: list[bytes | str | int] = [self._settings.result_ttl_s, keys.RESULT_PREFIX, int(idle)]
+        args.append(f" {unkept} " if unkept else "")
         for final in finals:
             args += ("" if final.seq is None else final.seq, final.task_id, final.meta)
         return int(self._settle(keys=[self.inflight], args=args))
 
-    def release(self, seqs: Sequence[int]) -> int:
-        """Put claimed tasks back at the head of their lists. Safe to repeat."""
-        if not seqs:
+    def release(self, seqs: Iterable[int], ran: Collection[int] = ()) -> int:
+        """Put claimed tasks back at the head of their lists. Safe to repeat.
+
+        Of those among ``ran`` a part has run: what comes of them later is a repeat, and says so.
+        """
+        pairs = [part for seq in sorted(seqs) for part in (seq, int(seq in ran))]
+        if not pairs:
             return 0
         return int(
-            self._release(
-                keys=[self.inflight], args=[keys.BELL_PREFIX, keys.SEP, keys.CLAIMED, *sorted(seqs)]
-            )
+            self._release(keys=[self.inflight], args=[keys.BELL_PREFIX, keys.SEP, keys.CLAIMED, *pairs])
         )
 
     def restore(self) -> Restored:

@@ -12,32 +12,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import redis
 
-from gpuinfer.errors import (
-    DeadLettered,
-    GpuinferError,
-    SoftTimeLimitExceeded,
-    TaskExpired,
-    TaskRevoked,
-    WorkerRunning,
-)
+from gpuinfer.errors import GpuinferError, SoftTimeLimitExceeded, TaskExpired, TaskRevoked, WorkerRunning
 from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
-from gpuinfer.queue import results
-from gpuinfer.queue.keys import split_list_key
-from gpuinfer.queue.message import Undecodable, decode
 from gpuinfer.queue.store import Claimed, Final, Store
 from gpuinfer.settings import Settings
 from gpuinfer.worker import story
 from gpuinfer.worker.bookkeeping import Bookkeeping
 from gpuinfer.worker.buffer import Batch, Buffer
 from gpuinfer.worker.engine import Done, Engine, RunAlone
+from gpuinfer.worker.intake import Intake
 from gpuinfer.worker.ledger import Ledger
-from gpuinfer.worker.work import Work, conclude, is_inference, read
+from gpuinfer.worker.work import Work, conclude
 
 if TYPE_CHECKING:
     from gpuinfer.queue.transport import Channel
@@ -48,6 +39,10 @@ log = get_logger(__name__)
 BUFFER_BYTES = 64 * 1024 * 1024
 #: Seconds the event loop may stand still for a batch that nothing waits behind.
 PATIENCE_S = 0.002
+#: A batch that took longer is followed by a look for what is more urgent than the next.
+URGENT_LOOK_S = 0.02
+#: Seconds between two looks whether what waits for its time has expired.
+LATER_LOOK_S = 1.0
 
 
 class Batcher:
@@ -77,10 +72,11 @@ class Batcher:
         self._buffer = Buffer(engine.limit)
         #: How many tasks one claim takes at most: fewer while some of what came was handed back.
         self._stride = self._longest = max(engine.limit(name) for name in manifests)
-        self._ledger = Ledger(store, clock)
-        self._closed = False
+        self._ledger = Ledger(store)
+        self._intake = Intake(store, self._ledger, bookkeeping, manifests, settings, clock, wall)
+        self._closed = self._crashed = self._finishing = False
+        self._looked_at = clock()
         self._debug = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
-        self._payload_bytes = 4096.0  # moving average of one payload
         self.channel: Channel | None = None
 
     @property
@@ -91,7 +87,7 @@ class Batcher:
     @property
     def idle(self) -> bool:
         """True when what is claimed next runs at once."""
-        return self.engine.current is None and not len(self._buffer)
+        return self.engine.current is None and not self._buffer.ready
 
     @property
     def done(self) -> int:
@@ -130,15 +126,14 @@ class Batcher:
         """
         if self._closed:
             return 0, None
-        affordable = max(1, int(BUFFER_BYTES / self._payload_bytes)) - len(self._buffer)
-        spare = self._buffer.spare(self._clock())
-        if spare is None:
-            return max(1, min(self._stride, affordable)), None
-        room = min(self._stride, affordable, spare)
+        self._buffer.wake(self._clock())
+        affordable = max(1, int(BUFFER_BYTES / self._intake.payload_bytes)) - len(self._buffer.ready)
+        spare = self._buffer.spare()
+        room = min(self._stride, affordable, self._stride if spare is None else spare)
         if room > 0:
             return room, None
-        batch = self._buffer.next_batch(self._clock())
-        worst = 0 if batch is None else batch.works[-1].claimed.rank
+        batch = self._buffer.next_batch()
+        worst = 0 if batch is None else batch.works[-1].place[0]
         return (self._stride, worst) if worst > 0 else (0, None)
 
     def held(self) -> set[int]:
@@ -156,83 +151,44 @@ class Batcher:
         """Read claimed tasks into the buffer; what can never run ends here."""
         self.channel = channel
         self._ledger.claimed(tasks)
-        works: list[Work] = []
-        finals: list[Final] = []
-        for task in tasks:
-            self._payload_bytes += (len(task.payload) - self._payload_bytes) / 16
-            try:
-                envelope = decode(task.payload)
-                if not is_inference(envelope.task):
-                    channel.deliver(task)
-                    continue
-                self._admit(task, envelope, works, finals)
-            except Undecodable as exc:
-                self._bury(task, str(exc))
-            except (ValueError, TypeError, ArithmeticError, RecursionError) as exc:
-                # Whatever a stranger's message may do to us, it must not take its neighbours along.
-                log.exception("message_unreadable", queue=split_list_key(task.list_key)[0])
-                self._bury(task, f"{type(exc).__name__}: {exc}")
+        works, finals = self._intake.read(channel, tasks)
         self._buffer.add_all(works)
         if finals:
             self._settle(finals)
+        self._hand_back(len(tasks))
+        if self._finishing:
+            return
         self.pump()
         self._settle([])  # what the claim has put on record may not have begun
-        self._hand_back(len(tasks))
         if len(tasks) < self._longest:
             self._stay()
 
     def _hand_back(self, came: int) -> None:
         """Put back what is beyond the batches that come next, for other workers; claim less from now on."""
-        works = self._buffer.surplus(self._clock())
+        works = self._buffer.surplus(BUFFER_BYTES)
         if not works:
-            self._stride = min(self._longest, 2 * self._stride) if came >= self._stride else self._stride
+            if came >= self._stride:
+                self._stride = min(self._longest, 2 * self._stride)
             return
         self._stride = max(1, came - len(works))
         self._buffer.remove(works)
+        for work in works:
+            self._books.finished(work, None)
         try:
             self.store.release([work.seq for work in works])
         except (redis.RedisError, OSError) as exc:
             self.store.doubt()  # what is not held is put back at the next claim
             self._ledger.trouble("release", exc)
-        for work in works:
-            self._books.finished(work, None)
         story.handed_back(works)
-
-    def _bury(self, task: Claimed, reason: str) -> None:
-        error = DeadLettered(f"cannot be decoded: {reason}")
-        try:
-            self.store.bury(task.seq, task.list_key, task.payload, error)
-        except (redis.RedisError, OSError) as exc:
-            self.store.doubt()  # it is put back at the next claim, and comes again
-            self._ledger.trouble("bury", exc)
-
-    def _admit(self, task: Claimed, envelope: Any, works: list[Work], finals: list[Final]) -> None:
-        try:
-            work = read(
-                task,
-                envelope,
-                self._manifests,
-                self._settings.models.default,
-                self._settings.queue.max_payload_bytes,
-            )
-        except Undecodable:
-            raise
-        except GpuinferError as exc:
-            finals.append(self._final(task.seq, envelope.id, exc, envelope))
-            story.task_refused(task, envelope.id, exc)
-            return
-        if work.eta is not None:
-            work.not_before = self._clock() + max(0.0, work.eta - self._wall())
-        self._books.received(work)
-        works.append(work)
 
     # -- feeding --------------------------------------------------------------------------
 
     def pump(self) -> None:
         """Start the next batch when the inference thread is idle."""
         while self.engine.current is None and not self._closed:
-            self._drop_stale()
-            batch = self._buffer.next_batch(self._clock())
+            self._buffer.wake(self._clock())
+            self._drop_stale(self._buffer.ready)
+            batch = self._buffer.next_batch()
             if batch is None or not self._start(batch):
                 return
 
@@ -249,9 +205,11 @@ class Batcher:
                 story.task_skipped(work)
             self._settle([Final(work.seq, "", b"") for work in works])
             return True
-        self._buffer.remove(batch.works)
+        works = batch.works
+        self._buffer.remove(works)
+        self._buffer.settle_down(works)
         now = self._wall()
-        for work in batch.works:
+        for work in works:
             if work.time_start is None:
                 work.time_start = now
                 self._books.started(work)
@@ -260,20 +218,20 @@ class Batcher:
             story.batch_begun(batch)
         return True
 
-    def _drop_stale(self) -> None:
+    def _drop_stale(self, works: Iterable[Work]) -> None:
         """End what has expired or was revoked before it costs device time."""
         now, finals, dropped = self._wall(), [], []
-        for work in self._buffer:
+        for work in works:
             error: GpuinferError | None = None
             if work.expires_at is not None and work.expires_at <= now and work.time_start is None:
                 error = TaskExpired("its deadline passed before a worker could begin it")
-            elif work.ran_s >= work.soft_total_s:
-                error = SoftTimeLimitExceeded(f"ran longer than its soft limit of {work.soft_total_s:g} s")
+            elif work.ran_s >= work.total_s:
+                error = work.out_of_time()
             elif self._books.revoked(work.id):
                 error = TaskRevoked("it was revoked before a worker began it")
             if error is not None:
                 dropped.append(work)
-                finals.append(self._final(work.seq, work.id, error, work.envelope))
+                finals.append(self._ledger.final(work.seq, error, work.envelope))
                 self._books.finished(work, error)
                 story.task_dropped(work, error)
         if dropped:
@@ -292,7 +250,7 @@ class Batcher:
     def _stay(self) -> None:
         """Wait a moment for a batch when nothing else is held: on its way through the event loop and back
         a small one would spend a good part of its time."""
-        if self.engine.current is None or len(self._buffer):
+        if self.engine.current is None or self._buffer.ready:
             return
         done = self.engine.wait(PATIENCE_S)
         if done is not None:
@@ -300,35 +258,66 @@ class Batcher:
             self.engine.wake()  # to claim again
 
     def _finish(self, done: Done) -> None:
+        """Start the next batch, then write the ends of this one. Whatever goes wrong here ends the process:
+        its tasks come back, and a death is on the account of what ran."""
         self.engine.current = None
         if done.fatal is not None:
             story.batch_lost(done)
             self._on_fatal(done.fatal)
             return
-        if done.smooth:
-            self.pump()  # before the results are written: the device need not wait for that
-        finals = self._outcomes(done)
-        self.pump()
-        self._settle(finals)
+        try:
+            self._overtake(done)
+            if done.smooth:
+                self.pump()  # before the results are written: the device need not wait for that
+            finals = self._outcomes(done)
+            self.pump()
+            self._settle(finals)
+        except Exception as exc:
+            log.exception("batch_unfinished", task_ids=[work.id for work in done.batch.works])
+            self._crashed = True
+            self._on_fatal(GpuinferError(f"a batch could not be finished: {type(exc).__name__}: {exc}"))
+            return
         story.batch_done(done, self.device)
+
+    def _overtake(self, done: Done) -> None:
+        """Look for what is more urgent than the full batch that comes next: nobody rings for that.
+
+        After a short batch not: an urgent task has come in time for the look while it ran, or waits as long.
+        """
+        if done.seconds < URGENT_LOOK_S or self.channel is None or self._closed or self.room()[1] is None:
+            return
+        self._finishing = True
+        try:
+            self.channel.claim()
+        except (redis.RedisError, OSError):
+            pass  # the event loop finds out, and connects again
+        finally:
+            self._finishing = False
 
     def _outcomes(self, done: Done) -> list[Final]:
         """Distribute a batch's outcomes over its tasks; return the ends of those that are complete."""
         finals, position = [], 0
+        shared = len(done.batch.parts) > 1
         for part in done.batch.parts:
             work, count = part.work, part.stop - part.start
             mine = done.outcomes[position : position + count]
             position += count
-            work.ran_s += done.seconds
-            final = self._advance(work, mine)
+            again = any(isinstance(outcome, RunAlone) for outcome in mine)
+            if not (again and shared):  # else it was perhaps another's time
+                work.ran_s += done.seconds
+            final = self._advance(work, mine, None if shared else count, again=again)
             if final is not None:
                 finals.append(final)
         return finals
 
-    def _advance(self, work: Work, outcomes: list[Any]) -> Final | None:
-        """Add a task's outcomes. Returns its end, or None when it goes back to the buffer."""
-        if any(isinstance(outcome, RunAlone) for outcome in outcomes):
+    def _advance(self, work: Work, outcomes: list[Any], alone: int | None, *, again: bool) -> Final | None:
+        """Add a task's outcomes. Returns its end, or None when it goes back to the buffer.
+
+        ``alone`` is the size of a batch that it had to itself; ``again``: the batch was too slow as a whole.
+        """
+        if again:
             work.alone = True
+            work.slice_limit = max(1, alone // 2) if alone else None
             self._buffer.add(work)
             return None
         passing = next((o for o in outcomes if isinstance(o, GpuinferError) and o.transient), None)
@@ -344,25 +333,17 @@ class Batcher:
             self._buffer.add(work)
             return None
         end = conclude(work, self.device)
+        if isinstance(end, SoftTimeLimitExceeded) and work.ran_s >= work.total_s:
+            end = work.out_of_time()
         error = end if isinstance(end, GpuinferError) else None
         self._books.finished(work, error, end)
         if error is not None:
             story.task_failed(work, error)
-        return self._final(work.seq, work.id, end, work.envelope)
-
-    def _final(self, seq: int, task_id: str, end: Any, envelope: Any) -> Final:
-        if envelope.headers.get("ignore_result"):
-            return Final(seq, task_id, b"")
-        again = envelope.deliveries > 0
-        if isinstance(end, GpuinferError):
-            meta = results.failure(task_id, end, worker=self.store.worker, redelivered=again)
-        else:
-            meta = results.success(task_id, end, worker=self.store.worker, redelivered=again)
-        return Final(seq, task_id, meta)
+        return self._ledger.final(work.seq, end, work.envelope)
 
     def _settle(self, finals: list[Final]) -> None:
         """Write final states, and that nothing runs when that is so."""
-        self._ledger.settle(finals, idle=self.engine.current is None)
+        self._ledger.settle(finals, idle=self.engine.current is None and not self._crashed)
 
     # -- life -----------------------------------------------------------------------------
 
@@ -372,29 +353,33 @@ class Batcher:
         if not self.engine.done.empty():
             self.collect()
         running = self.engine.current
-        if running is not None and self._ledger.mark_started(running):
+        if running is not None and self._ledger.mark_started(running, self._wall()):
             story.batch_running(running, self.device)
+        if self._clock() - self._looked_at >= LATER_LOOK_S:
+            self._looked_at = self._clock()
+            self._drop_stale(list(self._buffer))
         self.pump()
 
-    def drain(self, timeout_s: float) -> None:
+    def drain(self, timeout_s: float, *, crashed: bool = False) -> None:
         """Hand back what has not begun, finish the running batch, settle it. For a warm shutdown.
 
-        Called again, it does nothing.
+        After a crash the record of what ran stands: if a task was the cause, its death counts. Called again,
+        it does nothing.
         """
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._crashed = True, self._crashed or crashed
         works = self._buffer.clear()
-        try:
-            self.store.release([work.seq for work in works])
-        except (redis.RedisError, OSError) as exc:
-            log.warning(
-                "release_failed", tasks=len(works), reason=str(exc), hint="restored at the next start"
-            )
+        self._release(works)
         if self.engine.current is not None:
-            self._take(self.engine.done.get())
+            done = self.engine.done.get()
+            self.engine.current = None
+            self._settle(self._outcomes(done))
+            story.batch_done(done, self.device)
+            self._release(self._buffer.clear())  # with slices left
         self.engine.close()
-        self._ledger.nothing_runs()
+        if not self._crashed:
+            self._ledger.nothing_runs()
         deadline = self._clock() + timeout_s
         while self._ledger.unsettled and self._clock() < deadline:
             time.sleep(0.2)
@@ -402,12 +387,11 @@ class Batcher:
         ids = [work.id for work in works]
         log.info("drained", released=len(works), unsettled=len(self._ledger.unsettled), task_ids=ids)
 
-    def _take(self, done: Done) -> None:
-        """Settle the last batch; a task with slices left goes back to its list."""
-        self.engine.current = None
-        self._settle(self._outcomes(done))
-        story.batch_done(done, self.device)
+    def _release(self, works: Sequence[Work]) -> None:
+        """Put tasks back; of what has run in part, the rest is a repeat."""
+        seqs, ran = [work.seq for work in works], {work.seq for work in works if work.begun}
         try:
-            self.store.release([work.seq for work in self._buffer.clear()])
+            self.store.release(seqs, ran)
         except (redis.RedisError, OSError) as exc:
-            log.warning("release_failed", reason=str(exc), hint="restored at the next start")
+            hint = "restored at the next start"
+            log.warning("release_failed", tasks=len(works), reason=str(exc), hint=hint)

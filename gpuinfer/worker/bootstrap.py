@@ -20,15 +20,14 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from celery import signals
-from celery.platforms import SecurityWarning
+from celery.platforms import EX_FAILURE, SecurityWarning
 from celery.worker import state
 
 from gpuinfer.errors import ConfigError, DeviceError, GpuinferError, TimeLimitExceeded
 from gpuinfer.gpus import Binding, visible_device
 from gpuinfer.log import configure, get_logger, setup_celery_logging
-from gpuinfer.queue import results
 from gpuinfer.queue.connection import connect
-from gpuinfer.queue.store import Final, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings, load_settings
 from gpuinfer.worker.heartbeat import Pulse, starting
 from gpuinfer.worker.lock import acquire
@@ -37,6 +36,7 @@ from gpuinfer.worker.lookout import Lookout
 if TYPE_CHECKING:
     from gpuinfer.models.loader import LoadedModel
     from gpuinfer.worker.batcher import Batcher
+    from gpuinfer.worker.engine import Engine
 
 log = get_logger(__name__)
 
@@ -87,7 +87,9 @@ def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]
     from gpuinfer.worker.consumer import drain
 
     # Celery stops its steps only when all of them had started; without Redis they had not.
-    signals.worker_shutdown.connect(lambda **_: drain(worker.gpuinfer), weak=False)
+    signals.worker_shutdown.connect(
+        lambda **_: drain(worker.gpuinfer, crashed=worker.exitcode == EX_FAILURE), weak=False
+    )
 
 
 def _only_solo(conf: Any, options: Mapping[str, Any]) -> None:
@@ -188,22 +190,22 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
     return Batcher(store, engine, manifests, settings, device, Bookkeeping(name), on_fatal)
 
 
-def _end_at_hard_limit(engine: Any, store: Store) -> NoReturn:
+def _end_at_hard_limit(engine: Engine, store: Store) -> NoReturn:
     """End the process at a hard limit. A task that ran alone is the offender and ends here.
 
     Of several, none is: they come back, one death on the record of each, and run alone.
     """
     batch = engine.current
+    from gpuinfer.worker.ledger import Ledger
+
     works = batch.works if batch is not None else []
     log.critical("hard_time_limit", worker=store.worker, task_ids=[work.id for work in works])
-    if len(works) == 1:
-        work = works[0]
-        error = TimeLimitExceeded(f"ran longer than its hard limit of {work.hard_limit_s:g} s", None)
-        meta = results.failure(work.id, error, worker=store.worker, redelivered=work.redelivered)
+    if batch is not None and len(works) == 1:
+        error = TimeLimitExceeded(f"ran longer than its hard limit of {batch.hard_limit_s:g} s", None)
         try:
-            store.settle([Final(work.seq, work.id, meta if work.keeps_result else b"")])
+            store.settle([Ledger(store).final(works[0].seq, error, works[0].envelope)])
         except Exception as exc:
-            log.error("settle_failed", task_id=work.id, model=work.model, reason=str(exc))
+            log.error("settle_failed", task_id=works[0].id, model=batch.model, reason=str(exc))
     os._exit(TimeLimitExceeded.exit_code)
 
 

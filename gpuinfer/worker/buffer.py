@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 
 from gpuinfer.worker.work import Work
@@ -39,117 +40,146 @@ class Batch:
         return [part.work for part in self.parts]
 
 
-_PLACE = attrgetter("place")
+_PLACE, _TIME = attrgetter("place"), attrgetter("not_before")
+#: The rank of a task whose list was passed over for too long, until a batch has begun.
+AGED = -1
 #: Full batches of a model that are kept; what is beyond them is handed back.
 KEPT_BATCHES = 2
 
 
 class Buffer:
-    """Tasks that are claimed and wait for the device.
+    """Tasks that are claimed and wait for the device, or for their time.
 
     ``limit`` gives a model's largest batch.
     """
 
     def __init__(self, limit: Callable[[str], int]) -> None:
+        #: Those that could run now, in their order; and those that wait for a time, the first due first.
         self._works: list[Work] = []
+        self._later: list[Work] = []
         self._limit = limit
         self._arrivals = 0
+        self._aged = False
 
     def __len__(self) -> int:
-        return len(self._works)
+        return len(self._works) + len(self._later)
 
     def __iter__(self) -> Iterator[Work]:
-        return iter(self._works)
+        return chain(self._works, self._later)
+
+    @property
+    def ready(self) -> Sequence[Work]:
+        """Those that wait for nothing but the device, in their order."""
+        return self._works
 
     def add(self, work: Work) -> None:
         """Put a task at its place: after its equals when new, before them when it comes back."""
         self._number(work)
-        insort(self._works, work, key=_PLACE)
+        if work.not_before:
+            insort(self._later, work, key=_TIME)
+        else:
+            insort(self._works, work, key=_PLACE)
 
     def add_all(self, works: Iterable[Work]) -> None:
         """Put new tasks at their places; much cheaper than one by one."""
         for work in works:
             self._number(work)
-            self._works.append(work)
+            (self._later if work.not_before else self._works).append(work)
         self._works.sort(key=_PLACE)
+        self._later.sort(key=_TIME)
 
     def _number(self, work: Work) -> None:
-        if not work.place:
+        if not work.place[1]:
             self._arrivals += 1
-            work.place = work.claimed.rank, self._arrivals
+            work.place = AGED if work.claimed.aged else work.claimed.rank, self._arrivals
+            self._aged |= work.claimed.aged
+
+    def wake(self, now: float) -> None:
+        """Let those run whose time has come; ``now`` is monotonic."""
+        while self._later and self._later[0].not_before <= now:
+            work = self._later.pop(0)
+            work.not_before = 0.0
+            insort(self._works, work, key=_PLACE)
+
+    def settle_down(self, begun: Iterable[Work]) -> None:
+        """A batch has begun: what had aged was first once, and goes on where its list stands."""
+        if self._aged:
+            for work in chain(begun, self._works):
+                work.place = work.claimed.rank, work.place[1]
+            self._works.sort(key=_PLACE)
+            self._aged = False
 
     def remove(self, works: Iterable[Work]) -> None:
         gone = {id(work) for work in works}
         self._works = [work for work in self._works if id(work) not in gone]
+        if self._later:
+            self._later = [work for work in self._later if id(work) not in gone]
 
     def clear(self) -> list[Work]:
         """Empty the buffer and return what it held, in order."""
-        works, self._works = self._works, []
+        works, self._works, self._later = sorted(self, key=_PLACE), [], []
         return works
 
-    def spare(self, now: float) -> int | None:
+    def spare(self) -> int | None:
         """Return how many more inputs fit before some model's next batch is full; 0 or less when one is.
 
-        None when nothing waits. Tasks that wait for their time do not count.
+        None when nothing waits.
         """
-        return min((self._limit(model) - count for model, count in self._waiting(now)), default=None)
-
-    def surplus(self, now: float) -> list[Work]:
-        """Return the tasks that come after the full batches of their model that are kept, none begun."""
-        left = {model: KEPT_BATCHES * self._limit(model) for model, _ in self._waiting(now)}
-        beyond: list[Work] = []
-        for work in self._works:
-            if work.not_before > now:
-                continue
-            if left[work.model] <= 0 and not work.begun:
-                beyond.append(work)
-            left[work.model] -= self._weight(work)
-        return beyond
-
-    def _waiting(self, now: float) -> Iterable[tuple[str, int]]:
         counts: dict[str, int] = {}
         for work in self._works:
-            if work.not_before <= now:
-                counts[work.model] = counts.get(work.model, 0) + self._weight(work)
-        return counts.items()
+            counts[work.model] = counts.get(work.model, 0) + self._weight(work)
+        return min((self._limit(model) - count for model, count in counts.items()), default=None)
+
+    def surplus(self, max_bytes: int) -> list[Work]:
+        """Return the tasks that come after the full batches of their model that are kept, none begun.
+
+        And those beyond ``max_bytes`` of payload, but for the first.
+        """
+        left: dict[str, int] = {}
+        beyond: list[Work] = []
+        for work in self._works:
+            room = left.setdefault(work.model, KEPT_BATCHES * self._limit(work.model))
+            over = room <= 0 or (max_bytes <= 0 and work is not self._works[0])
+            if over and not work.begun:
+                beyond.append(work)
+                continue
+            left[work.model] = room - self._weight(work)
+            max_bytes -= len(work.claimed.payload)
+        return beyond
 
     def _weight(self, work: Work) -> int:
         return self._limit(work.model) if work.alone else len(work.inputs) - len(work.outcomes)
 
-    def next_batch(self, now: float) -> Batch | None:
+    def next_batch(self) -> Batch | None:
         """Return the next batch without removing it: the most urgent task and its fellows, in order.
 
         Fellows share its model and its time limits. A task that must run alone gets a batch to itself.
-        ``now`` is monotonic; a task waiting for its retry is passed over.
         """
-        first = next((work for work in self._works if work.not_before <= now), None)
-        if first is None:
+        if not self._works:
             return None
+        first = self._works[0]
         room = self._limit(first.model)
         parts: list[Part] = []
         for work in self._works:
             if room <= 0:
                 break
-            if work is not first and (first.alone or not _fellows(first, work, now)):
+            if work is not first and (first.alone or not _fellows(first, work)):
                 continue
             start = len(work.outcomes)
-            count = min(work.left, room)
+            count = min(len(work.inputs) - start, room, work.slice_limit or room)
             parts.append(Part(work, start, start + count))
             room -= count
         soft_s, hard_s = first.soft_limit_s, first.hard_limit_s
         for part in parts:
-            work = part.work
-            if work.soft_total_s < math.inf or work.hard_total_s < math.inf:
-                soft_s = min(soft_s, work.soft_total_s - work.ran_s)
-                hard_s = min(hard_s, work.hard_total_s - work.ran_s)
+            if part.work.total_s < math.inf:
+                soft_s = min(soft_s, part.work.total_s - part.work.ran_s)
         return Batch(first.model, tuple(parts), soft_s, hard_s)
 
 
-def _fellows(first: Work, other: Work, now: float) -> bool:
+def _fellows(first: Work, other: Work) -> bool:
     return (
         other.model == first.model
         and not other.alone
-        and other.not_before <= now
         and other.soft_limit_s == first.soft_limit_s
         and other.hard_limit_s == first.hard_limit_s
     )

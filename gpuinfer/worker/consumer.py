@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
+from celery.platforms import EX_FAILURE
 from celery.worker import consumer as stock
 from celery.worker.consumer.control import Control
 from celery.worker.pidbox import Pidbox
@@ -72,7 +73,7 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
         if consumer.blueprint.state == bootsteps.RUN:  # a reconnection, not the end
             self.batcher.detach()
         else:
-            drain(self.process)
+            drain(self.process, crashed=consumer.controller.exitcode == EX_FAILURE)
 
 
 class Mailbox(Pidbox):  # type: ignore[misc]  # celery is not annotated
@@ -92,14 +93,14 @@ class Remote(Control):  # type: ignore[misc]  # celery is not annotated
         self.start, self.stop, self.shutdown = self.box.start, self.box.stop, self.box.shutdown
 
 
-def drain(process: Process) -> None:
+def drain(process: Process, *, crashed: bool) -> None:
     """Drain the batcher and tell systemd. The second call does nothing."""
     batcher, pulse = process.batcher, process.pulse
     if not batcher.closed:
         pulse.stopping()
         log.info("stopping", worker=batcher.store.worker)
         process.lookout.stop()
-        batcher.drain(DRAIN_TIMEOUT_S)
+        batcher.drain(DRAIN_TIMEOUT_S, crashed=crashed)
         pulse.gone()
 
 

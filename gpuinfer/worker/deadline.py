@@ -60,7 +60,7 @@ class _Watch:
         """When the watcher must look at it again."""
         if self.over or self.looked_at_hard:
             return math.inf
-        return self.hard_at if self.looked_at_soft else self.soft_at
+        return self.hard_at if self.looked_at_soft else min(self.soft_at, self.hard_at)
 
 
 class Deadline:

@@ -8,35 +8,34 @@ single task writes it along, as that task runs next; any other batch is written 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import redis
 
+from gpuinfer.errors import GpuinferError
 from gpuinfer.log import get_logger
 from gpuinfer.queue import results
 from gpuinfer.queue.connection import AWAY
+from gpuinfer.queue.message import Envelope
 from gpuinfer.queue.store import Claimed, Final, Store
 from gpuinfer.worker.buffer import Batch
 
 log = get_logger(__name__)
 
-#: A batch that runs for this long is marked as started; a shorter one has ended before anybody looks.
+#: A task that runs for this long is marked as started; a shorter one has ended before anybody looks.
 STARTED_AFTER_S = 0.1
 
 
 class Ledger:
     """Writes through the store; final states wait here while Redis is away."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._clock = clock
         self._outbox: list[Final] = []
         #: What the last claim has put on record, as long as nothing else was written there.
         self._noted: Claimed | None = None
         self._noted_idle = True
-        self._marked = False
-        self._began_at = 0.0
         self._refused = False
 
     @property
@@ -66,23 +65,43 @@ class Ledger:
                 return None
             if ended:
                 return ended
-        self._noted_idle = self._marked = False
-        self._began_at = self._clock()
+        self._noted_idle = False
         return set()
 
-    def mark_started(self, batch: Batch) -> bool:
-        """Write the state of a batch that takes its time: running, and where; once. True when it was."""
-        if self._marked or self._clock() - self._began_at < STARTED_AFTER_S:
+    def mark_started(self, batch: Batch, now: float) -> bool:
+        """Write the state of tasks that take their time: running, and where; once. True when it was.
+
+        ``now`` is the wall clock. A job of many short slices has begun with its first.
+        """
+        works = batch.works
+        late = {
+            work.seq
+            for work in works
+            if not work.marked and now - (work.time_start or now) >= STARTED_AFTER_S
+        }
+        if not late:
             return False
         worker, pid = self._store.worker, os.getpid()
-        started = [(work.seq, work.id, results.started(work.id, worker, pid)) for work in batch.works]
         try:
-            self._store.begin(started)
+            self._store.begin(
+                [
+                    (work.seq, work.id, results.started(work.id, worker, pid) if work.seq in late else b"")
+                    for work in works
+                ]
+            )
         except (redis.RedisError, OSError) as exc:
             self.trouble("begin", exc)
             return False
-        self._marked = True
+        for work in works:
+            work.marked |= work.seq in late
         return True
+
+    def final(self, seq: int, end: Any, envelope: Envelope) -> Final:
+        """Return the end of a task: a result, or an error."""
+        worker, again = self._store.worker, envelope.deliveries > 0
+        write = results.failure if isinstance(end, GpuinferError) else results.success
+        meta = write(envelope.id, end, worker=worker, redelivered=again)
+        return Final(seq, envelope.id, meta, keep=not envelope.headers.get("ignore_result"))
 
     def settle(self, finals: Sequence[Final], *, idle: bool) -> None:
         """Write final states; while Redis is away they wait here and are written when it is back.

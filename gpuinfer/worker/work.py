@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gpuinfer.errors import GpuinferError, InputError, PayloadTooLarge, UnknownModel
+from gpuinfer.errors import (
+    GpuinferError,
+    InputError,
+    PayloadTooLarge,
+    SoftTimeLimitExceeded,
+    TimeLimitExceeded,
+    UnknownModel,
+)
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Envelope, moment_of
 from gpuinfer.queue.store import Claimed
@@ -28,7 +35,7 @@ class Work:
     inputs: list[Any]
     top_k: int | None
     encoding: Literal["list", "b64"]
-    #: For one forward pass: the request's, or the model's.
+    #: For one forward pass: the request's, or the model's. The hard one ends the process.
     soft_limit_s: float
     hard_limit_s: float
     expires_at: float | None
@@ -38,7 +45,11 @@ class Work:
     soft_total_s: float = math.inf
     hard_total_s: float = math.inf
     #: Its place in the order of serving: its rank, then its arrival in this process.
-    place: tuple[int, int] | tuple[()] = ()
+    place: tuple[int, int] = (0, 0)
+    #: Inputs that one batch takes of it at most: larger slices passed their soft limit.
+    slice_limit: int | None = None
+    #: True once its state says that it runs.
+    marked: bool = False
     #: Must not share a batch: it was there when a worker died, or a batch of it failed as a whole.
     alone: bool = False
     retries: int = 0
@@ -73,8 +84,15 @@ class Work:
         return self.envelope.deliveries > 0
 
     @property
-    def keeps_result(self) -> bool:
-        return not self.envelope.headers.get("ignore_result")
+    def total_s(self) -> float:
+        """Seconds that all its slices together may take."""
+        return min(self.soft_total_s, self.hard_total_s)
+
+    def out_of_time(self) -> GpuinferError:
+        """Return the error of a task whose slices have taken longer than its request allows."""
+        if self.ran_s >= self.hard_total_s:
+            return TimeLimitExceeded(f"ran longer than its hard limit of {self.hard_total_s:g} s")
+        return SoftTimeLimitExceeded(f"ran longer than its soft limit of {self.soft_total_s:g} s")
 
     @property
     def left(self) -> int:
@@ -106,7 +124,7 @@ def _said(value: object) -> str:
 def _limit(asked: object, default: float, most: float, name: str) -> float:
     if asked is None:
         return default
-    if isinstance(asked, bool) or not isinstance(asked, (int, float)) or asked <= 0:
+    if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not 0 < asked < math.inf:
         raise InputError(f"must be a number of seconds above 0, got {_said(asked)}", name)
     return min(float(asked), most)
 
@@ -151,7 +169,7 @@ def read(
             f"the message has {len(claimed.payload)} bytes; queue.max_payload_bytes is {max_payload_bytes}",
             "inputs",
         )
-    args, kwargs, embed = envelope.body()
+    args, kwargs, embed = envelope.body(2 * max_payload_bytes)
     _refuse_canvas(embed)
     bound = _bind(args, kwargs)
     model = bound.get("model") or default_model
@@ -172,6 +190,7 @@ def read(
     hard, soft = _asked_limits(envelope.headers.get("timelimit"))
     hard_limit_s = _limit(hard, manifest.hard_time_limit_s, manifest.max_time_limit_s, "time_limit")
     soft_limit_s = _limit(soft, manifest.soft_time_limit_s, manifest.max_time_limit_s, "soft_time_limit")
+    soft_limit_s = min(soft_limit_s, hard_limit_s)
     return Work(
         claimed=claimed,
         envelope=envelope,
@@ -179,8 +198,10 @@ def read(
         inputs=inputs if many else [inputs],
         top_k=top_k,
         encoding=_ENCODINGS[_ENCODINGS.index(encoding)],
-        soft_limit_s=min(soft_limit_s, hard_limit_s),
-        hard_limit_s=hard_limit_s,
+        soft_limit_s=soft_limit_s,
+        # A request for less ends its task softly; a process takes its model along, and is not a request's
+        # to end before the model's own soft limit.
+        hard_limit_s=max(hard_limit_s, min(manifest.soft_time_limit_s, manifest.hard_time_limit_s)),
         expires_at=moment_of(envelope.headers, "expires"),
         eta=moment_of(envelope.headers, "eta"),
         soft_total_s=math.inf if soft is None else soft_limit_s,

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from gpuinfer.errors import TaskFailed, WorkerRunning
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import decode
-from gpuinfer.queue.store import AGED, Claimed, Final, Store
+from gpuinfer.queue.store import SEQS_OF_A_LIFE, Claimed, Final, Store
 from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings, Settings
 from tests.conftest import need
 from tests.services import RedisServer, free_port, make_certificate, redis_binary, valkey_binary
@@ -125,8 +127,36 @@ def test_ageing(broker: BrokerSettings, client: Client) -> None:
     store.client.hset(keys.WAITING, "batch", 1)  # it has waited since 1970
     aged = store.claim(1)
     assert ids(aged) == low[:1]
-    assert aged[0].rank == AGED
+    assert aged[0].aged
+    assert aged[0].rank == 29
     assert ids(store.claim(1)) == high[1:2]
+
+
+def test_what_was_emptied_does_not_age(broker: BrokerSettings, client: Client) -> None:
+    """New tasks of lists that were drained a while ago have waited for nothing: the urgent go first."""
+    store = Store(connect(broker), "gpu0@here", QUEUES, QueueSettings(ageing_s=0.05))
+    for _ in range(2):
+        client.submit([1], queue="batch")
+        client.submit([1])
+        assert len(store.claim(10)) == 2
+        assert not store.client.exists(keys.WAITING)
+    low = client.submit([1], queue="batch")
+    client.submit([1])
+    store.claim(1)
+    store.claim(10, better_than=30)
+    time.sleep(0.06)
+    low, high = client.submit([1], queue="batch"), client.submit([1], priority=9)
+    assert ids(store.claim(1)) == [high]
+    assert ids(store.claim(1)) == [low]
+
+
+def test_a_claim_takes_so_many_bytes(store: Store, client: Client) -> None:
+    """Large payloads are left for others once a claim has its bytes; one task is taken whatever its size."""
+    for _ in range(10):
+        client.submit("x" * 100_000)
+    assert len(store.claim(10, max_bytes=1)) == 1
+    assert len(store.claim(10, max_bytes=250_000)) == 3
+    assert len(store.claim(10)) == 6
 
 
 def test_release_keeps_the_order(store: Store, client: Client) -> None:
@@ -138,6 +168,17 @@ def test_release_keeps_the_order(store: Store, client: Client) -> None:
     again = store.claim(5)
     assert ids(again) == wanted
     assert {decode(task.payload).deliveries for task in again} == {0}
+
+
+def test_what_ran_in_part_comes_again_as_a_repeat(store: Store, client: Client) -> None:
+    """A task that is handed back after a part of it has run is flagged at its next delivery."""
+    client.submit([1]), client.submit([1])
+    first, second = store.claim(2)
+    for deliveries in (1, 2):
+        assert store.release([first.seq, second.seq], ran={second.seq}) == 2
+        first, second = store.claim(2)
+        assert [decode(task.payload).deliveries for task in (first, second)] == [0, deliveries]
+        assert decode(second.payload).deaths == 0
 
 
 def test_restore_counts_deaths_of_what_ran(store: Store, client: Client) -> None:
@@ -188,6 +229,34 @@ def test_a_final_state_is_written_once(store: Store, client: Client) -> None:
     assert store.settle([late]) == 0
     assert client.result(task_id, timeout_s=1) == "first"
     assert begin(store, [task]) == {0}
+
+
+def test_an_end_that_is_not_kept_is_told(store: Store, client: Client) -> None:
+    """Who waits for a task that keeps no result hears of its end; then nothing is left of it."""
+    kept, unkept = client.submit([1]), client.submit([1], ignore_result=True)
+    tasks = store.claim(2)
+    heard = store.client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+    heard.subscribe(keys.result(unkept))
+    heard.get_message(timeout=1)
+    finals = [done(task) for task in tasks]
+    assert store.settle([finals[0], replace(finals[1], keep=False)]) == 1
+    assert (heard.get_message(timeout=1) or {})["data"] == finals[1].meta
+    heard.close()
+    assert client.status(kept).final
+    assert not store.client.exists(keys.result(unkept))
+
+
+def test_a_life_is_never_counted_twice(store: Store, client: Client) -> None:
+    """A Redis that has lost its last writes counts on from where the worker was."""
+    client.submit([1])
+    (task,) = store.claim(1)
+    store.client.delete(keys.life(store.worker))
+    store.doubt()
+    store.reconcile([task.seq])
+    client.submit([1])
+    (other,) = store.claim(1)
+    assert other.seq > task.seq
+    assert other.seq // SEQS_OF_A_LIFE == task.seq // SEQS_OF_A_LIFE + 1
 
 
 def test_cancelled_is_not_begun(store: Store, client: Client) -> None:
@@ -312,9 +381,15 @@ def test_idempotency(store: Store, client: Client) -> None:
 
 
 def test_claims_are_counted_for_the_watcher(store: Store, client: Client) -> None:
-    """How many tasks were ever claimed of each list: with what waits, that is what ever arrived."""
+    """How many tasks were ever claimed of each list: with what waits, that is what ever arrived.
+
+    What is put back waits again, and counts once.
+    """
     for priority in (0, 0, 9):
         client.submit([1], priority=priority)
+    store.release([task.seq for task in store.claim(2)])
+    store.claim(2)
+    store.restore()
     store.claim(2)
     store.claim(5)
     counts = store.client.hgetall(keys.CLAIMED)

@@ -10,9 +10,10 @@ import sys
 import time
 
 import pytest
+from celery import Celery
 
 from gpuinfer import Client
-from gpuinfer.errors import DeadLettered, SoftTimeLimitExceeded, TimeLimitExceeded
+from gpuinfer.errors import DeadLettered, InputError, SoftTimeLimitExceeded, TimeLimitExceeded
 from gpuinfer.queue import keys
 from tests.models_for_tests import picky, sleeper
 from tests.services import RedisServer
@@ -84,6 +85,56 @@ def test_request_overrides_limits_within_the_maximum(workers: Workers, client: C
         client.result(client.submit([1.0], model="slow", soft_time_limit_s=0.1), timeout_s=10)
 
 
+def test_a_hard_limit_for_a_whole_job(workers: Workers, client: Client) -> None:
+    """A request's hard limit alone ends its list job, between slices or in one; the process lives."""
+    sleeper(
+        workers.folder / "models" / "slow", 0.1, max_batch_size=1, soft_time_limit_s=5, hard_time_limit_s=9
+    )
+    worker = workers.start(worker_models="slow")
+    job = client.submit_batch([[1.0]] * 100, model="slow", time_limit_s=0.55)
+    begun = time.monotonic()
+    with pytest.raises(TimeLimitExceeded):
+        client.result(job, timeout_s=20)
+    assert time.monotonic() - begun < 4
+    assert worker.running
+
+
+def test_a_tiny_limit_ends_no_process(workers: Workers, client: Client) -> None:
+    """A request may allow next to nothing: its task fails, and nobody's worker with it."""
+    sleeper(workers.folder / "models" / "slow", 0.1, soft_time_limit_s=5, hard_time_limit_s=9)
+    worker = workers.start(worker_models="slow", traced=False)
+    tasks = [client.submit([1.0], model="slow", time_limit_s=0.001) for _ in range(4)]
+    tasks.append(client.submit_batch([[1.0]] * 16, model="slow", time_limit_s=0.001))
+    answers = client.results(tasks, timeout_s=20, return_errors=True)
+    assert all(isinstance(answer, TimeLimitExceeded) for answer in answers[:4])
+    assert isinstance(answers[4], TimeLimitExceeded)
+    assert client.result(client.submit([1.0], model="slow"), timeout_s=10)
+    assert worker.running
+
+
+def test_a_requests_limit_spares_its_neighbours(workers: Workers, client: Client) -> None:
+    """Of tasks with a limit of their own that share a batch, only the one fails that is slow by itself."""
+    sleeper(workers.folder / "models" / "slow", 0.5)
+    good = client.submit_many([[0.0]] * 3, model="slow", soft_time_limit_s=0.25)
+    bad = client.submit([1.0], model="slow", soft_time_limit_s=0.25)
+    workers.start(worker_models="slow", traced=False)
+    assert len(client.results(good, timeout_s=10)) == 3
+    with pytest.raises(SoftTimeLimitExceeded):
+        client.result(bad, timeout_s=10)
+
+
+def test_urgent_between_slices_that_are_too_slow(workers: Workers, client: Client) -> None:
+    """While a slow job is cut into smaller and smaller slices, an urgent task gets in between."""
+    sleeper(workers.folder / "models" / "slow", 0.3, max_batch_size=32, soft_time_limit_s=0.15)
+    workers.start(worker_models="slow", traced=False)
+    job = client.submit_batch([[1.0]] * 32, model="slow")
+    wait_until(lambda: client.status(job).state == "running")
+    begun = time.monotonic()
+    client.result(client.submit([0.0], model="slow"), timeout_s=10)
+    assert time.monotonic() - begun < 2
+    assert client.status(job).state == "running"
+
+
 def test_failing_item_in_a_batch(workers: Workers, client: Client) -> None:
     """A model that fails on one item of a batch fails that one; its neighbours are answered."""
     picky(workers.folder / "models" / "picky")
@@ -117,6 +168,28 @@ def test_poison_takes_two_workers_and_no_neighbour(
         client.result(poison, timeout_s=1)
     letter = json.loads(raw.hget(keys.DEAD, poison) or b"")
     assert letter["deaths"] == 2
+
+
+def test_a_message_that_no_error_text_can_hold(
+    workers: Workers, client: Client, redis_server: RedisServer
+) -> None:
+    """Half a surrogate pair in a stranger's input fails that task; its neighbours are answered."""
+    sleeper(workers.folder / "models" / "slow", 0.2)
+    bare = Celery("bare", broker=f"redis+socket://{redis_server.socket}", set_as_current=False)
+    good = client.submit_many([[1.0]] * 3, model="slow")
+    bad = [
+        bare.send_task("gpuinfer.predict", [value], {"model": "slow"}, queue="realtime").id
+        for value in ({"b64": "", "\ud800": 1}, {"b64": "", "dtype": "\ud800", "shape": [1]}, {"\ud800": 2})
+    ]
+    worker = workers.start(worker_models="slow")
+    assert len(client.results(good, timeout_s=10)) == 3
+    raw = redis_server.client()
+    wait_until(lambda: all(b"FAILURE" in (raw.get(keys.result(task)) or b"") for task in bad))
+    for task in bad:
+        with pytest.raises(InputError):
+            client.result(task, timeout_s=5)
+    assert client.result(client.submit([1.0], model="slow"), timeout_s=10)
+    assert worker.running
 
 
 def test_restore_command(workers: Workers, client: Client) -> None:

@@ -15,8 +15,10 @@ from gpuinfer.errors import DeviceOutOfMemory, GpuinferError, InferenceError
 from gpuinfer.models.loader import load
 from gpuinfer.models.repository import Repository
 from gpuinfer.queue.connection import connect
+from gpuinfer.queue.message import decode
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Settings
+from gpuinfer.worker import batcher as batcher_module
 from gpuinfer.worker.batcher import Batcher
 from gpuinfer.worker.bookkeeping import Bookkeeping
 from gpuinfer.worker.deadline import Deadline
@@ -168,3 +170,31 @@ def test_what_does_not_begin_is_not_on_record(
     assert batcher.held()
     assert not batcher.store.client.hexists(batcher.store.inflight, "running")
     assert model.sizes == []
+
+
+def test_a_batch_that_cannot_be_finished_ends_the_worker(
+    batcher: Batcher, client: Client, lost: list[GpuinferError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake of ours ends the process as a death of what ran: not for ever, and nothing is in between."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(batcher_module, "conclude", broken)
+    task = client.submit([1.0], model="picky")
+    turn(batcher, lambda: lost)
+    assert "ZeroDivisionError" in str(lost[0])
+    batcher.drain(1.0, crashed=True)
+    assert batcher.store.restore().returned == 1
+    (again,) = batcher.store.claim(1)
+    assert decode(again.payload).deaths == 1
+    assert not client.status(task).final
+
+
+def test_an_orderly_end_is_on_nobodys_account(batcher: Batcher, client: Client) -> None:
+    """What is handed back when the worker ends in order has no death on its record."""
+    assert batcher.channel is not None
+    client.submit([1.0], model="picky")
+    batcher.channel.claim()
+    batcher.drain(1.0)
+    assert not batcher.store.client.exists(batcher.store.inflight)

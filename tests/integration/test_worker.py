@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from celery import Celery
 from gpuinfer import Client
 from gpuinfer.errors import (
     InputError,
+    PayloadTooLarge,
     ShapeMismatch,
     TaskExpired,
     TaskNotFound,
@@ -109,53 +111,16 @@ def test_bad_neighbours_fail_alone(workers: Workers, client: Client) -> None:
     assert isinstance(answers[40], UnknownModel)
 
 
-def test_order_of_serving(workers: Workers, client: Client, redis_server: RedisServer) -> None:
-    """Queues go before priorities, 9 before 0, and equals in the order they came."""
-    sleeper(workers.folder / "models" / "slow", 0.01, max_batch_size=1)
-    wanted = []
-    for queue, priority in (("batch", 9), ("default", 0), ("realtime", 0), ("realtime", 9), ("realtime", 9)):
-        wanted.append(client.submit([1.0], model="slow", queue=queue, priority=priority))  # type: ignore[arg-type]
-    workers.start(worker_models="slow")
-    order = [status.id for status in client.as_completed(wanted, timeout_s=10)]
-    assert order == [wanted[3], wanted[4], wanted[2], wanted[1], wanted[0]]
-
-
-def test_urgent_waits_for_one_batch_at_most(workers: Workers, client: Client) -> None:
-    """An urgent task that comes while low ones run and wait is served right after the running batch."""
-    sleeper(workers.folder / "models" / "slow", 0.3, max_batch_size=4)
-    low = client.submit_many([[1.0]] * 40, model="slow", queue="batch")
-    workers.start(worker_models="slow")
-    wait_until(lambda: client.status(low[0]).state == "running")
-    begun = time.monotonic()
-    client.result(client.submit([1.0], model="slow", queue="realtime", priority=9), timeout_s=10)
-    assert time.monotonic() - begun < 0.3 * 2 + 0.25
-    assert client.status(low[-1]).state == "queued"
-
-
-def test_urgent_between_slices(workers: Workers, client: Client) -> None:
-    """A list job that does not fit is run in slices, and an urgent task gets in between them."""
-    sleeper(workers.folder / "models" / "slow", 0.2, max_batch_size=2)
-    workers.start(worker_models="slow")
-    job = client.submit_batch([[1.0]] * 20, model="slow")
-    wait_until(lambda: client.status(job).state == "running")
-    client.result(client.submit([1.0], model="slow"), timeout_s=5)
-    assert client.status(job).state == "running"
-    answers = client.result(job, timeout_s=10)
-    assert len(answers) == 20
-    assert answers[0]["outputs"]["twice"] == [2.0]
-
-
-def test_ageing(workers: Workers, client: Client, redis_server: RedisServer) -> None:
-    """With ageing a starved queue gets a turn while urgent work goes on; without, it does not."""
-    sleeper(workers.folder / "models" / "slow", 0.05, max_batch_size=1)
-    for ageing_s, served in ((0.5, True), (0, False)):
-        low = client.submit([1.0], model="slow", queue="batch")
-        urgent = client.submit_many([[1.0]] * 40, model="slow", queue="realtime", priority=9)
-        worker = workers.start(worker_models="slow", queue_ageing_s=ageing_s)
-        client.result(urgent[30], timeout_s=10)
-        assert (client.status(low).state == "completed") is served
-        client.results([*urgent, low], timeout_s=10)
-        worker.terminate()
+def test_compressed(workers: Workers, redis_server: RedisServer) -> None:
+    """A plain producer may compress its messages; what unpacks to too much is refused."""
+    app = plain_celery(redis_server)
+    images, labels = load_test_images()
+    workers.start(queue_max_payload_bytes=100_000)
+    task = app.send_task("gpuinfer.predict", [images[0].tolist()], queue="realtime", compression="gzip")
+    assert task.get(timeout=10)["class"] == labels[0]
+    task = app.send_task("gpuinfer.predict", ["x" * 1_000_000], queue="realtime", compression="gzip")
+    with pytest.raises(PayloadTooLarge):
+        task.get(timeout=10)
 
 
 def test_awake_while_busy(workers: Workers, client: Client, redis_server: RedisServer) -> None:
@@ -236,9 +201,11 @@ def test_fire_and_forget(workers: Workers, client: Client, redis_server: RedisSe
     """A task that keeps no result runs, and leaves no result behind."""
     images, _ = load_test_images()
     task = client.submit(images[0].tolist(), ignore_result=True)
-    worker = workers.start()
-    worker.wait_for_line('"batch_done"')
-    wait_until(lambda: not redis_server.client().exists(keys.inflight(NAME)))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.result, task, timeout_s=20)
+        workers.start()
+        assert waiting.result()["class"] == 2
+    assert not redis_server.client().exists(keys.inflight(NAME))
     with pytest.raises(TaskNotFound):
         client.status(task)
 
@@ -326,10 +293,10 @@ def test_unknown_task_and_garbage(workers: Workers, client: Client, redis_server
         raw.lpush("realtime", json.dumps(good | {"headers": headers}))
     raw.lpush("realtime", json.dumps(good | {"body": json.dumps([[1], {"\ud800": 1}, {}])}))
     client.result(client.submit(images[0].tolist()), timeout_s=10)
-    for task_id in refused:
+    for task_id in (*refused, good["headers"]["id"]):
         with pytest.raises(InputError):
             client.result(task_id, timeout_s=5)
-    wait_until(lambda: raw.hlen(keys.DEAD) == len(garbage) + 1)  # and the surrogate
+    wait_until(lambda: raw.hlen(keys.DEAD) == len(garbage))
     with plain_celery(redis_server) as stranger:
         strange = stranger.send_task("no.such.task", [], queue="default")
         with pytest.raises(Exception, match="no such task"):

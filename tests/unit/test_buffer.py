@@ -33,7 +33,8 @@ def filled(*works: Work, limit: int = 4) -> Buffer:
 
 
 def seqs(buffer: Buffer, now: float = 0.0) -> list[int]:
-    batch = buffer.next_batch(now)
+    buffer.wake(now)
+    batch = buffer.next_batch()
     return [] if batch is None else [one.seq for one in batch.works]
 
 
@@ -60,13 +61,13 @@ def test_alone() -> None:
 def test_slices() -> None:
     """A job of many inputs fills what is left of the batch, and goes on where it stopped."""
     buffer = filled(task(1), task(2, inputs=10))
-    batch = buffer.next_batch(0)
+    batch = buffer.next_batch()
     assert batch is not None
     assert [(part.start, part.stop) for part in batch.parts] == [(0, 1), (0, 3)]
     assert batch.size == 4
     batch.works[1].outcomes += [{}] * 3
     buffer.remove(batch.works[:1])
-    again = buffer.next_batch(0)
+    again = buffer.next_batch()
     assert again is not None
     assert [(part.start, part.stop) for part in again.parts] == [(3, 7)]
 
@@ -79,6 +80,66 @@ def test_a_retry_waits_for_its_time() -> None:
     assert seqs(filled(task(1, not_before=5.0)), now=1.0) == []
 
 
+def test_a_full_batch_of_any_model_is_enough() -> None:
+    """Inputs are counted, not tasks; the model whose batch is full first decides."""
+    buffer = filled(limit=4)
+    assert buffer.spare() is None
+    buffer.add_all([task(1), task(2, model="other", inputs=2), task(3, not_before=9.0, inputs=9)])
+    assert buffer.spare() == 2
+    buffer.add(task(4, inputs=7))
+    assert (buffer.spare() or 0) <= 0
+    assert (filled(task(1, alone=True)).spare() or 0) <= 0
+
+
+def test_surplus() -> None:
+    """Two full batches of a model stay; what comes after them goes back, but for what has begun."""
+    buffer = filled(task(1, inputs=7), task(2), task(3, model="other"), task(4), task(5), limit=4)
+    assert [work.seq for work in buffer.surplus(10**9)] == [4, 5]
+    begun = filled(task(1, inputs=9), task(2, time_start=1.0), task(3), limit=4)
+    assert [work.seq for work in begun.surplus(10**9)] == [3]
+
+
+def test_surplus_of_bytes() -> None:
+    """Payloads beyond the bytes go back, but never the first: it must run somewhere."""
+    buffer = filled(*(task(number) for number in range(1, 6)))  # of two bytes each
+    assert [work.seq for work in buffer.surplus(4)] == [3, 4, 5]
+    assert [work.seq for work in buffer.surplus(0)] == [2, 3, 4, 5]
+
+
+def test_aged_once() -> None:
+    """What has aged goes first until a batch has begun; then it goes on where its list stands."""
+    old = [task(number, 9, inputs=8) for number in (1, 2)]
+    for one in old:
+        one.claimed = replace(one.claimed, aged=True)
+    buffer = filled(task(3, 0), *old)
+    batch = buffer.next_batch()
+    assert batch is not None
+    assert [work.seq for work in batch.works] == [1]
+    buffer.remove(batch.works)
+    buffer.settle_down(batch.works)
+    batch.works[0].outcomes += [{}] * 4
+    buffer.add(batch.works[0])
+    assert seqs(buffer) == [3, 1]
+
+
+def test_slices_get_smaller() -> None:
+    """A job whose slice was too slow takes no larger one than it is told."""
+    buffer = filled(task(1, inputs=10, alone=True, slice_limit=2), task(2))
+    batch = buffer.next_batch()
+    assert batch is not None
+    assert [(part.work.seq, part.start, part.stop) for part in batch.parts] == [(1, 0, 2)]
+
+
+def test_what_is_left_of_a_requests_time() -> None:
+    """A batch ends softly when the request's time for the whole job is over, whichever limit it gave."""
+    for limited in (task(1, soft_total_s=1.0), task(1, hard_total_s=1.0)):
+        limited.ran_s = 0.75
+        batch = filled(limited).next_batch()
+        assert batch is not None
+        assert batch.soft_limit_s == 0.25
+        assert batch.hard_limit_s > 1
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 29), st.integers(1, 9)), min_size=1, max_size=40), st.integers(1, 16)
 )
@@ -86,7 +147,7 @@ def test_every_input_runs_once(jobs: list[tuple[int, int]], limit: int) -> None:
     """Whatever waits, batches stay within the limit and every input of every task is run exactly once."""
     buffer = filled(*(task(i + 1, rank, count) for i, (rank, count) in enumerate(jobs)), limit=limit)
     ran = 0
-    while (batch := buffer.next_batch(0)) is not None:
+    while (batch := buffer.next_batch()) is not None:
         assert 1 <= batch.size <= limit
         ran += batch.size
         buffer.remove(batch.works)

@@ -201,16 +201,18 @@ def test_drain_tells_once(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None
     """Celery may end twice over: systemd is told once."""
     calls: list[float] = []
 
-    def drain(timeout_s: float) -> None:
+    def drain(timeout_s: float, *, crashed: bool) -> None:
+        assert not crashed
         calls.append(timeout_s)
         setup.batcher.closed = True
 
     setup.batcher.drain = drain
     monkeypatch.setattr(setup.pulse, "gone", lambda: calls.append(-1))
-    process: Any = SimpleNamespace(batcher=setup.batcher, pulse=setup.pulse)
-    consumer.drain(process)
-    consumer.drain(process)
-    assert calls == [consumer.DRAIN_TIMEOUT_S, -1]
+    lookout = SimpleNamespace(stop=lambda: calls.append(0))
+    process: Any = SimpleNamespace(batcher=setup.batcher, pulse=setup.pulse, lookout=lookout)
+    consumer.drain(process, crashed=False)
+    consumer.drain(process, crashed=False)
+    assert calls == [0, consumer.DRAIN_TIMEOUT_S, -1]
     assert setup.notes.take("STOPPING") == ["STOPPING=1"]
 
 

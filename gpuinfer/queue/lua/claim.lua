@@ -3,13 +3,14 @@
 -- KEYS: in-flight hash, waiting hash, bell, life counter, then the lists in the order they are served
 -- ARGV: N, ageing in milliseconds (0: off), the first sequence id to use, the life of the claimer,
 --       result key prefix when a task that comes alone runs at once and is noted as begin.lua does, else '',
---       the hash that counts for the watcher how many tasks were ever claimed from each list
+--       the hash that counts for the watcher how many tasks were ever claimed from each list,
+--       how many bytes of payload to take at most; one task is taken whatever its size
 -- Returns {seq, list index (1-based; negative: it has aged and goes first), payload, seq, ...}, and
 -- at the end the id of the task noted as running, if there is one.
 -- Payloads are not parsed.
 local inflight, waiting, bell = KEYS[1], KEYS[2], KEYS[3]
 local room, ageing, seq = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local counts = ARGV[6] or ''
+local counts, bytes = ARGV[6] or '', tonumber(ARGV[7] or 'inf')
 local claimed = {}
 local left = 0
 
@@ -20,21 +21,28 @@ local life, counted = tonumber(ARGV[4]), tonumber(redis.call('GET', KEYS[4]) or 
 if counted > life then return redis.error_reply('STALE claim of life ' .. life .. ', now is ' .. counted) end
 if counted < life then redis.call('SET', KEYS[4], life) end
 
+-- One payload tells how many of its size fit. A list that is emptied waits for nothing.
 local function take(index, aged)
-  if room <= 0 then return end
-  local list = KEYS[index]
-  local popped = redis.call('RPOP', list, room)
-  if not popped then return end
-  room = room - #popped
-  if counts ~= '' then redis.call('HINCRBY', counts, list, #popped) end
-  for _, payload in ipairs(popped) do
-    local field = string.format('%.0f', seq)
-    redis.call('HSET', inflight, field, payload, field .. ':list', list)
-    claimed[#claimed + 1] = seq
-    seq = seq + 1
-    claimed[#claimed + 1] = aged and 4 - index or index - 4
-    claimed[#claimed + 1] = payload
+  local list, few, before = KEYS[index], 1, room
+  while room > 0 and bytes > 0 do
+    local popped = redis.call('RPOP', list, math.min(room, few))
+    if not popped then break end
+    room = room - #popped
+    for _, payload in ipairs(popped) do
+      local field = string.format('%.0f', seq)
+      redis.call('HSET', inflight, field, payload, field .. ':list', list)
+      claimed[#claimed + 1] = seq
+      seq = seq + 1
+      claimed[#claimed + 1] = aged and 4 - index or index - 4
+      claimed[#claimed + 1] = payload
+      bytes = bytes - #payload
+    end
+    few = math.max(1, math.floor(bytes / (#claimed[#claimed] + 1)))
   end
+  if room == before then return false end
+  if counts ~= '' then redis.call('HINCRBY', counts, list, before - room) end
+  if redis.call('LLEN', list) == 0 then redis.call('HDEL', waiting, list) end
+  return true
 end
 
 local sizes, busy = {}, {}
@@ -50,29 +58,30 @@ if ageing > 0 and (#busy > 1 or redis.call('EXISTS', waiting) == 1) then
   local since = {}
   local flat = redis.call('HGETALL', waiting)
   for i = 1, #flat, 2 do since[flat[i]] = tonumber(flat[i + 1]) end
-  local oldest, oldest_index = now - ageing, nil
+  local oldest, oldest_index = nil, nil
   for index = 5, #KEYS do
     local list = KEYS[index]
     if sizes[index] == 0 then
       if since[list] then redis.call('HDEL', waiting, list) end
     elseif not since[list] then
       redis.call('HSET', waiting, list, now)
-    elseif since[list] <= oldest then
+    elseif since[list] <= now - ageing and (not oldest or since[list] < oldest) then
       oldest, oldest_index = since[list], index
     end
   end
-  if oldest_index then take(oldest_index, true) end
+  local served = {}
+  if oldest_index then served[oldest_index] = take(oldest_index, true) end
   for _, index in ipairs(busy) do
-    local before = room
-    take(index)
-    if index == oldest_index or room < before then redis.call('HSET', waiting, KEYS[index], now) end
+    if take(index) or served[index] then
+      if redis.call('LLEN', KEYS[index]) > 0 then redis.call('HSET', waiting, KEYS[index], now) end
+    end
   end
 else
   for _, index in ipairs(busy) do take(index) end
 end
 
 -- What is left is another worker's: ring for it.
-if #claimed > 0 and room <= 0 then
+if #claimed > 0 and (room <= 0 or bytes <= 0) then
   for _, index in ipairs(busy) do
     left = left + redis.call('LLEN', KEYS[index])
     if left > 0 then break end

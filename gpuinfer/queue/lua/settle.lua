@@ -2,26 +2,27 @@
 -- Write the final states of tasks, publish them, and drop the tasks from flight, in one step.
 -- A final state is written once: a later one for the same id is ignored.
 -- KEYS: in-flight hash
--- ARGV: result ttl in seconds, result key prefix, '1' when nothing runs now, then (seq, task id, meta) triples;
---       an empty seq is not in flight; an empty meta keeps no state: what stands there is dropped
---       unless it is final; an empty id leaves all as it is
+-- ARGV: result ttl in seconds, result key prefix, '1' when nothing runs now, which of the tasks (counted from
+--       0, a space before and after each) keep no state: their end is published, what stands there is dropped
+--       unless it is final; then (seq, task id, meta) triples; an empty seq is not in flight; an empty id
+--       leaves all as it is
 -- Returns how many final states were written.
 local ttl, prefix = ARGV[1], ARGV[2]
 local written = 0
-for i = 4, #ARGV, 3 do
+for i = 5, #ARGV, 3 do
   local seq, id, meta = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if seq ~= '' then redis.call('HDEL', KEYS[1], seq, seq .. ':list') end
   if id ~= '' then
     local key = prefix .. id
     local state = string.match(redis.call('GETRANGE', key, 0, 31), '^{"status": ?"(%u+)"')
     if state ~= 'SUCCESS' and state ~= 'FAILURE' and state ~= 'REVOKED' then
-      if meta == '' then
+      if ARGV[4] ~= '' and string.find(ARGV[4], ' ' .. (i - 5) / 3 .. ' ', 1, true) then
         redis.call('DEL', key)
       else
         redis.call('SET', key, meta, 'EX', ttl)
-        redis.call('PUBLISH', key, meta)
         written = written + 1
       end
+      redis.call('PUBLISH', key, meta)
     end
   end
 end
