@@ -8,8 +8,7 @@ checked is the one that torch reads. Splitting and retrying batches is the worke
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -62,10 +61,11 @@ def load(folder: ModelFolder, device: str, *, threads: int = 0) -> LoadedModel:
             torch.set_num_threads(threads)
         reader = _load_torchscript if folder.manifest.format == "torchscript" else _load_export
         try:
-            with _translated(ModelLoadError, f"{folder.artefact} is not loaded"):
-                module = reader(file, device)
-        except ModelLoadError as exc:
-            raise ModelLoadError(exc.message, name) from exc.__cause__
+            module = reader(file, device)
+        except Exception as exc:
+            error = _translate(exc, ModelLoadError, f"{folder.artefact} is not loaded")
+            error = ModelLoadError(error.message, name) if isinstance(error, ModelLoadError) else error
+            raise error from exc
     return LoadedModel(folder.manifest, device, module)
 
 
@@ -99,24 +99,20 @@ def _load_export(file: BinaryIO, device: str) -> Callable[..., Any]:
     return program.module()
 
 
-@contextmanager
-def _translated(otherwise: type[GpuinferError], what: str) -> Iterator[None]:
-    """Turn torch's errors into ours: out of memory, a failed device, and ``otherwise`` for the rest."""
+def _translate(exc: Exception, otherwise: type[GpuinferError], what: str) -> GpuinferError:
+    """Return our error for one of torch's: out of memory, a failed device, and ``otherwise`` for the rest."""
     import torch
 
-    try:
-        yield
-    except GpuinferError:
-        raise
-    except (torch.OutOfMemoryError, MemoryError) as exc:
-        raise DeviceOutOfMemory(f"{what}: {_first_line(exc)}") from exc
-    except Exception as exc:
-        text = str(exc)
-        if any(mark in text for mark in _OUT_OF_MEMORY):
-            raise DeviceOutOfMemory(f"{what}: {_last_line(text)}") from exc
-        if any(mark in text for mark in _DEVICE_FAILURE):
-            raise DeviceError(f"{what}: {_last_line(text)}") from exc
-        raise otherwise(f"{what}: {type(exc).__name__}: {_last_line(text)}") from exc
+    if isinstance(exc, GpuinferError):
+        return exc
+    if isinstance(exc, (torch.OutOfMemoryError, MemoryError)):
+        return DeviceOutOfMemory(f"{what}: {_first_line(exc)}")
+    text = str(exc)
+    if any(mark in text for mark in _OUT_OF_MEMORY):
+        return DeviceOutOfMemory(f"{what}: {_last_line(text)}")
+    if any(mark in text for mark in _DEVICE_FAILURE):
+        return DeviceError(f"{what}: {_last_line(text)}")
+    return otherwise(f"{what}: {type(exc).__name__}: {_last_line(text)}")
 
 
 def _first_line(exc: BaseException) -> str:
@@ -184,8 +180,10 @@ class LoadedModel:
         results: list[tuple[Array, ...]] = [()] * len(items)
         for places in self._groups(items):
             group = [items[place] for place in places]
-            with _translated(InferenceError, self.name):
+            try:
                 outputs = self._run(group)
+            except Exception as exc:
+                raise _translate(exc, InferenceError, self.name) from exc
             for place, output in zip(places, outputs, strict=True):
                 results[place] = output
         return results

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import repeat
 from typing import Any
@@ -16,6 +17,8 @@ from gpuinfer.models.tensors import Array, Encoding, encode_array
 CONFIDENCE_DIGITS = 6
 #: Up to this many classes all are sorted; beyond it only the best are picked out first.
 _SORT_ALL = 256
+#: One item of up to this many classes is done without numpy.
+_BY_HAND = 64
 
 
 def render_batch(
@@ -55,6 +58,10 @@ def _classified(
     if len(sizes) > 1:  # a free number of classes: each item for itself
         return [_classified(spec, [a], [k])[0] for a, k in zip(column, top_k, strict=True)]
     classes = sizes.pop()
+    if len(column) == 1 and classes <= _BY_HAND:
+        alone = _classified_alone(spec, column[0].reshape(-1).tolist(), top_k[0])
+        if alone is not None:
+            return [alone]
     scores = np.concatenate([array.reshape(1, classes) for array in column]).astype(np.float64, copy=False)
     if spec.activation == "softmax":
         scores = _softmax(scores)
@@ -64,6 +71,24 @@ def _classified(
     labels = spec.labels or [str(number) for number in range(classes)]
     rows = zip(best.tolist(), _numbers(confidence), counts, repeat(labels))
     return [_result(*row) for row in rows]
+
+
+def _classified_alone(spec: OutputSpec, scores: list[float], top_k: int | None) -> dict[str, Any] | None:
+    """Classify one item: a dozen calls of numpy for ten numbers take four times as long.
+
+    None when a score is not finite.
+    """
+    if not all(map(math.isfinite, scores)):
+        return None
+    best = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[: max(1, top_k or spec.top_k)]
+    if spec.activation == "softmax":
+        peak = scores[best[0]]
+        exponentials = [math.exp(score - peak) for score in scores]
+        total = math.fsum(exponentials)
+        scores = [value / total for value in exponentials]
+    labels = spec.labels or [str(number) for number in range(len(scores))]
+    confidence: list[float | None] = [round(scores[number], CONFIDENCE_DIGITS) for number in best]
+    return _result(best, confidence, len(best), labels)
 
 
 def _result(

@@ -71,20 +71,18 @@ class TaskStatus:
         return self.result
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat()
-
-
 def _meta(status: str, task_id: str, result: Any, extra: dict[str, Any]) -> bytes:
-    body = {
-        "result": result,
-        "traceback": None,
-        "children": [],
-        "date_done": _now(),
-        "task_id": task_id,
-        **extra,
-    }
-    return _dump({"status": status, **body})
+    return _dump(
+        {
+            "status": status,
+            "result": result,
+            "traceback": None,
+            "children": [],
+            "date_done": datetime.now(UTC),
+            "task_id": task_id,
+            **extra,
+        }
+    )
 
 
 def _dump(body: dict[str, Any]) -> bytes:
@@ -103,6 +101,8 @@ def _clean(value: Any) -> Any:
         return [_clean(item) for item in value]
     if value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 2**63):
         return value
+    if isinstance(value, datetime):
+        return value.isoformat()
     return str(value).encode(errors="backslashreplace").decode()
 
 

@@ -104,3 +104,20 @@ def test_the_best_are_the_best(scores: np.ndarray[Any, np.dtype[np.float32]], co
         assert len(set(chosen)) == len(chosen) == min(count, len(row))
         ranks = np.where(np.isnan(row), -np.inf, row)
         assert ranks[chosen].tolist() == sorted(ranks.tolist(), reverse=True)[: len(chosen)]
+
+
+@given(
+    hnp.arrays(np.float32, st.integers(1, 40), elements=st.integers(-200, 200).map(lambda n: n / 4)),
+    st.integers(1, 5),
+    st.sampled_from(["softmax", "none"]),
+)
+def test_alone_as_among_others(
+    scores: np.ndarray[Any, np.dtype[np.float32]], count: int, activation: str
+) -> None:
+    """An item gets the same classes by itself and in a batch; confidences differ by a last digit."""
+    manifest = _manifest({"name": "c", "kind": "classification", "top_k": count, "activation": activation})
+    (alone,) = render_batch(manifest, [(scores,)])
+    among, _ = render_batch(manifest, [(scores,), (scores,)])
+    assert [one["class"] for one in alone["top_k"]] == [one["class"] for one in among["top_k"]]
+    for one, other in zip(alone["top_k"], among["top_k"], strict=True):
+        assert abs(one["confidence"] - other["confidence"]) <= 1.5e-6
