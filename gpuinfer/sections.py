@@ -111,7 +111,7 @@ class QueueSettings(Section):
     #: A queue that has waited this long unserved is served once before its betters; 0 turns it off.
     ageing_s: float = Field(default=10.0, ge=0, le=86400)
     #: How often an idle worker looks for tasks whose producer does not ring the bell.
-    poll_ms: int = Field(default=30, ge=5, le=1000)
+    poll_ms: int = Field(default=50, ge=5, le=1000)
 
 
 class ModelsSettings(Section):

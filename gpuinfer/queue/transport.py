@@ -266,23 +266,18 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
 
 
 class Transport(stock.Transport):  # type: ignore[misc]  # kombu is not annotated
-    """kombu's Redis transport with claiming channels, and a timer for silent producers.
-
-    Whoever has a sink looks out for them himself (see ``gpuinfer.worker.lookout``).
-    """
+    """kombu's Redis transport with claiming channels and a timer for silent producers."""
 
     Channel = Channel
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         super().register_with_event_loop(connection, loop)
-        if any(channel.sink is not None for channel in self.channels):
-            return
         options = connection.client.transport_options
-        poll_ms = options.get("queue_settings", {}).get("poll_ms", 30)
+        poll_ms = options.get("queue_settings", {}).get("poll_ms", QueueSettings().poll_ms)
         loop.call_repeatedly(poll_ms / 1000, self.claim_all)
 
     def claim_all(self) -> None:
-        """Look into the lists once."""
+        """Look into the lists once, for producers that do not ring."""
         for channel in list(self.channels):
             if channel.listening and channel.store.waits():
                 channel.claim()

@@ -31,7 +31,6 @@ from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings, load_settings
 from gpuinfer.worker.heartbeat import Pulse, starting
 from gpuinfer.worker.lock import acquire
-from gpuinfer.worker.lookout import Lookout
 
 if TYPE_CHECKING:
     from gpuinfer.models.loader import LoadedModel
@@ -54,7 +53,6 @@ class Process:
 
     batcher: Batcher
     pulse: Pulse
-    lookout: Lookout
     lock: IO[str]
 
 
@@ -125,7 +123,7 @@ def prepare(settings: Settings, name: str) -> Process:
     device = "cpu" if binding.device == "cpu" else f"gpu{number_of(name)}"
     batcher = _build(settings, name, loaded, device)
     pulse = Pulse(batcher, name, number_of(name), redis_timeout_s=settings.broker.connect_timeout_s)
-    return Process(batcher, pulse, Lookout(batcher.store, settings.queue.poll_ms / 1000), lock)
+    return Process(batcher, pulse, lock)
 
 
 def _wanted(settings: Settings) -> tuple[str, ...]:

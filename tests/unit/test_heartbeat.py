@@ -208,11 +208,10 @@ def test_drain_tells_once(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None
 
     setup.batcher.drain = drain
     monkeypatch.setattr(setup.pulse, "gone", lambda: calls.append(-1))
-    lookout = SimpleNamespace(stop=lambda: calls.append(0))
-    process: Any = SimpleNamespace(batcher=setup.batcher, pulse=setup.pulse, lookout=lookout)
+    process: Any = SimpleNamespace(batcher=setup.batcher, pulse=setup.pulse)
     consumer.drain(process, crashed=False)
     consumer.drain(process, crashed=False)
-    assert calls == [0, consumer.DRAIN_TIMEOUT_S, -1]
+    assert calls == [consumer.DRAIN_TIMEOUT_S, -1]
     assert setup.notes.take("STOPPING") == ["STOPPING=1"]
 
 
