@@ -272,7 +272,7 @@ SECRET = "PAYLOAD\ud800"
     ],
 )
 def test_an_error_holds_nothing_of_what_was_sent(manifest: Manifest, value: object) -> None:
-    """Its text is logged and goes into JSON: short, encodable, and without a name or value of the caller's."""
+    """Its text is logged and goes into JSON: short, encodable, without a name or value of the caller's."""
     with pytest.raises(InputError) as caught:
         decode(manifest, value)
     text = str(caught.value)
