@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 
 from gpuinfer import __version__
 from gpuinfer.errors import GpuinferError
-from gpuinfer.settings import Loaded, load
+from gpuinfer.settings import Loaded, Settings, load
 
 EX_USAGE = 64
 EX_NOINPUT = 66
@@ -113,6 +113,9 @@ class _WhenNeeded(Loaded):
         object.__setattr__(self, "settings", loaded.settings)
         object.__setattr__(self, "origins", loaded.origins)
         return getattr(loaded, name)
+
+    def only(self, *sections: str) -> Settings:
+        return load(self._file, only=sections).settings
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -15,8 +15,9 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,9 @@ class Settings(BaseSettings):
 #: Settings that are secrets, and the credential (a file in $CREDENTIALS_DIRECTORY) each is read from.
 CREDENTIALS: Mapping[str, tuple[str, str]] = {"broker_password": ("broker", "password")}
 
+#: The line that begins a section.
+_HEADER = re.compile(r"(?m)^[ \t]*\[[ \t]*(\w+)[ \t]*\]")
+
 _SECTIONS: dict[str, type[BaseModel]] = {
     name: info.annotation  # type: ignore[misc]  # every field of Settings is a Section class
     for name, info in Settings.model_fields.items()
@@ -111,6 +115,10 @@ class Loaded:
 
     settings: Settings
     origins: Mapping[str, str]
+
+    def only(self, *sections: str) -> Settings:
+        """Return settings of which these sections are read, whatever is wrong in the file's others."""
+        return self.settings
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -128,10 +136,26 @@ def _read_text(path: Path) -> str:
 
 
 def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    data = _parse_toml(_read_text(path), path)
+    for section, values in data.items():
+        _check_section(section, values, str(path))
+    return data
+
+
+def _parse_toml(text: str, path: Path) -> dict[str, Any]:
     try:
-        data = tomllib.loads(_read_text(path))
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"is not valid TOML: {exc}", str(path)) from exc
+
+
+def _read_sections(path: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Read these sections of a file, whose others need not even be TOML."""
+    text = _read_text(path)
+    starts = [*_HEADER.finditer(text)]
+    ends = [*(match.start() for match in starts), len(text)][1:]
+    wanted = [text[match.start() : end] for match, end in zip(starts, ends, strict=True) if match[1] in names]
+    data = _parse_toml("".join(wanted), path)
     for section, values in data.items():
         _check_section(section, values, str(path))
     return data
@@ -201,8 +225,13 @@ def _exists(path: Path) -> bool:
         raise ConfigError(f"cannot be read: {exc.strerror or exc}", str(path)) from exc
 
 
-def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> Loaded:
-    """Read all sources once.
+def load(
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    only: Collection[str] = frozenset(Settings.model_fields),
+) -> Loaded:
+    """Read all sources once; with ``only``, these sections alone, the others have their defaults.
 
     Raises ConfigError naming the source, the key, the value and what would be right.
     """
@@ -211,14 +240,16 @@ def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> 
     path = named or DEFAULT_FILE
     merged: dict[str, dict[str, Any]] = {}
     origins: dict[str, str] = {}
-    from_file = _read_toml(path) if named or _exists(path) else {}
+    whole = len(only) == len(Settings.model_fields)
+    read = _read_toml if whole else partial(_read_sections, names=only)
+    from_file = read(path) if named or _exists(path) else {}
     for source, values in (
         (str(path), from_file),
         ("credential", _read_credentials(environ)),
         ("environment", _read_env(environ)),
     ):
         for section, keys in values.items():
-            for key, value in keys.items():
+            for key, value in keys.items() if section in only else ():
                 merged.setdefault(section, {})[key] = value
                 origins[f"{section}.{key}"] = variable(section, key) if source == "environment" else source
     if named is None:
