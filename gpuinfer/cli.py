@@ -59,6 +59,7 @@ COMMANDS: dict[str, Entry] = {
     "worker": Entry("gpuinfer.worker.cli:worker", "Run the worker of one GPU."),
     "restore": Entry("gpuinfer.worker.cli:restore", "Put back what a dead worker left in flight."),
     "watcher": Entry("gpuinfer.watcher.cli:watcher", "Scale workers with the load; simulate it."),
+    "celery": Entry("gpuinfer.celery_cli:celery", "Run Celery's own command on this application."),
     "api": Entry("gpuinfer.api.cli:api", "Run the HTTP front."),
 }
 
