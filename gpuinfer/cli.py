@@ -35,6 +35,8 @@ class Entry:
     target: str
     #: Its line in ``gpuinfer --help``.
     help: str
+    #: Whose password root takes on a host without the administrator's.
+    user: str = "api"
 
     def load(self) -> click.Command:
         """Import and return the command."""
@@ -56,9 +58,9 @@ COMMANDS: dict[str, Entry] = {
     "gpus": Entry("gpuinfer.gpus_cli:gpus", "List this host's GPUs."),
     "doctor": Entry("gpuinfer.doctor.cli:doctor", "Look this host over, and name what mends it."),
     "config": Entry("gpuinfer.config_cli:config", "Check and show the settings."),
-    "worker": Entry("gpuinfer.worker.cli:worker", "Run the worker of one GPU."),
-    "restore": Entry("gpuinfer.worker.cli:restore", "Put back what a dead worker left in flight."),
-    "watcher": Entry("gpuinfer.watcher.cli:watcher", "Scale workers with the load; simulate it."),
+    "worker": Entry("gpuinfer.worker.cli:worker", "Run the worker of one GPU.", "worker"),
+    "restore": Entry("gpuinfer.worker.cli:restore", "Put back what a dead worker left in flight.", "worker"),
+    "watcher": Entry("gpuinfer.watcher.cli:watcher", "Scale workers with the load; simulate it.", "watcher"),
     "celery": Entry("gpuinfer.celery_cli:celery", "Run Celery's own command on this application."),
     "api": Entry("gpuinfer.api.cli:api", "Run the HTTP front."),
 }
@@ -104,13 +106,14 @@ class LazyGroup(click.Group):
 class _WhenNeeded(Loaded):
     """Settings read at the first look at them, so that ``--help`` works with a broken file."""
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path | None, user: str = "api") -> None:
         object.__setattr__(self, "_file", file)
+        object.__setattr__(self, "_user", user)
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("settings", "origins"):
             raise AttributeError(name)
-        loaded = load(self._file)
+        loaded = load(self._file, user=self._user)
         object.__setattr__(self, "settings", loaded.settings)
         object.__setattr__(self, "origins", loaded.origins)
         return getattr(loaded, name)
@@ -131,7 +134,8 @@ class _WhenNeeded(Loaded):
 @click.pass_context
 def cli(ctx: click.Context, file: Path | None) -> None:
     """A queue-backed inference appliance for GPU hosts."""
-    ctx.obj = _WhenNeeded(file)
+    entry = COMMANDS.get(ctx.invoked_subcommand or "")
+    ctx.obj = _WhenNeeded(file, *((entry.user,) if entry else ()))
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -6,7 +6,8 @@ credentials (files in ``$CREDENTIALS_DIRECTORY``, for secrets only), ``/etc/gpui
 (another file with ``GPUINFER_CONFIG``), defaults. An empty variable counts as not set.
 
 Root on an installed host needs to log in nowhere: where no user or password is set, the password
-the package made for Redis's ``admin`` is taken.
+the package made for Redis's ``admin`` is taken; on a host that works for another one's Redis, which
+has that one's passwords but the administrator's, the password of the program whose command it is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,8 +59,9 @@ __all__ = [
 ]
 
 DEFAULT_FILE = Path("/etc/gpuinfer/gpuinfer.toml")
-#: The password of the ACL user "admin", readable by root alone.
-ADMIN_PASSWORD = Path("/etc/gpuinfer/credentials/admin")
+#: The passwords of the ACL users, readable by root alone.
+PASSWORDS = Path("/etc/gpuinfer/credentials")
+ADMIN_PASSWORD = PASSWORDS / "admin"
 ENV_PREFIX = "GPUINFER_"
 #: Variables with our prefix that are not settings.
 ENV_NOT_SETTINGS = frozenset({"GPUINFER_CONFIG"})
@@ -230,8 +232,11 @@ def load(
     environ: Mapping[str, str] | None = None,
     *,
     only: Collection[str] = frozenset(Settings.model_fields),
+    user: str = "api",
 ) -> Loaded:
     """Read all sources once; with ``only``, these sections alone, the others have their defaults.
+
+    ``user`` is whom root logs in as where there is no administrator's password.
 
     Raises ConfigError naming the source, the key, the value and what would be right.
     """
@@ -253,7 +258,7 @@ def load(
                 merged.setdefault(section, {})[key] = value
                 origins[f"{section}.{key}"] = variable(section, key) if source == "environment" else source
     if named is None:
-        _log_in_as_admin(merged, origins)
+        _log_in(merged, origins, (PASSWORDS / "admin", PASSWORDS / user))
     try:
         settings = Settings(**merged)  # type: ignore[arg-type]  # pydantic turns dictionaries into sections
     except ValidationError as exc:
@@ -261,17 +266,18 @@ def load(
     return Loaded(settings, origins)
 
 
-def _log_in_as_admin(merged: dict[str, dict[str, Any]], origins: dict[str, str]) -> None:
-    """Give root the administrator's login, unless another one, or another Redis, is named."""
+def _log_in(merged: dict[str, dict[str, Any]], origins: dict[str, str], passwords: Sequence[Path]) -> None:
+    """Give root the first of these logins, unless another one, or another Redis, is named."""
     broker = merged.get("broker", {})
     url = broker.get("url", "")
     named_elsewhere = origins.get("broker.url", "").startswith(ENV_PREFIX) or "@" in url
     in_clear = url.startswith("redis://")  # a password must not cross a network that way unasked
     if broker.get("username") or broker.get("password") or named_elsewhere or in_clear:
         return
-    if os.access(ADMIN_PASSWORD, os.R_OK):
-        merged["broker"] = broker | {"username": "admin", "password": _read_text(ADMIN_PASSWORD).strip()}
-        origins |= dict.fromkeys(("broker.username", "broker.password"), str(ADMIN_PASSWORD))
+    path = next((path for path in passwords if os.access(path, os.R_OK)), None)
+    if path is not None:
+        merged["broker"] = broker | {"username": path.name, "password": _read_text(path).strip()}
+        origins |= dict.fromkeys(("broker.username", "broker.password"), str(path))
 
 
 def load_settings(file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:

@@ -87,6 +87,19 @@ def test_passwords_are_roots_alone(tmp_path: Path) -> None:
     assert found[0].remedy == "chmod 0600 /etc/gpuinfer/credentials/api"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="the files must be root's")
+def test_a_second_host_needs_no_administrators_password(tmp_path: Path) -> None:
+    """It stays with the host that has the Redis; on that one it is missed."""
+    names = {f"{config.CREDENTIALS}/{user}": "f" * 64 for user in config.USERS if user != "admin"}
+    second = host(tmp_path, names, broker={"url": "rediss://first:6380/0"})
+    folder = tmp_path / config.CREDENTIALS.lstrip("/")
+    folder.chmod(0o700)
+    for path in folder.iterdir():
+        path.chmod(0o600)
+    assert one(config.credentials(second)).message == "3 passwords, readable by root alone"
+    assert one(config.credentials(host(tmp_path))).message.endswith("/admin is missing")
+
+
 def test_without_the_package_there_are_no_passwords(tmp_path: Path) -> None:
     """In a plain checkout that is no error."""
     with pytest.raises(Skipped, match="the package is not installed"):
