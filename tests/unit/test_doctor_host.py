@@ -110,14 +110,22 @@ def test_without_the_package_there_are_no_passwords(tmp_path: Path) -> None:
 
 
 def test_overcommit_and_somaxconn(tmp_path: Path) -> None:
-    """The remedy is to apply the package's file where it is, else to set the value."""
+    """The remedy lasts: it applies the files that are there, or opens the one that has the last word."""
     files = {"/proc/sys/vm/overcommit_memory": "0\n", "/proc/sys/net/core/somaxconn": "128\n"}
-    plain = host(tmp_path, files)
-    assert kernel.overcommit(plain).remedy == "sysctl -w vm.overcommit_memory=1"
-    assert kernel.somaxconn(plain).remedy == "sysctl -w net.core.somaxconn=4096"
-    installed = host(tmp_path, {"/usr/lib/sysctl.d/60-gpuinfer.conf": "net.core.somaxconn = 100\n"})
-    assert kernel.somaxconn(installed).status == "ok"
-    assert kernel.overcommit(installed).remedy == "sysctl --system"
+    here = host(tmp_path, files)
+    new = "echo {} >/etc/sysctl.d/60-gpuinfer.conf && sysctl --system"
+    assert kernel.overcommit(here).remedy == new.format("vm.overcommit_memory = 1")
+    assert kernel.somaxconn(here).remedy == new.format("net.core.somaxconn = 4096")
+    host(tmp_path, {"/usr/lib/sysctl.d/60-gpuinfer.conf": "vm.overcommit_memory = 1\n"})
+    assert kernel.overcommit(here).remedy == "sysctl --system"
+    host(tmp_path, {"/etc/sysctl.d/50-mine.conf": "vm.overcommit_memory = 2\n"})
+    assert kernel.overcommit(here).remedy == "sysctl --system"
+    host(tmp_path, {"/etc/sysctl.d/70-mine.conf": "-vm/overcommit_memory=2\n"})
+    wins = "editor /etc/sysctl.d/70-mine.conf && sysctl --system  # vm.overcommit_memory = 1"
+    assert kernel.overcommit(here).remedy == wins
+    host(tmp_path, {"/usr/lib/sysctl.d/70-mine.conf": "vm.overcommit_memory = 1\n"})
+    assert kernel.overcommit(here).remedy == wins, "a file in /etc hides one of its name"
+    assert kernel.somaxconn(host(tmp_path, {"/proc/sys/net/core/somaxconn": "65535\n"})).status == "ok"
 
 
 @pytest.mark.parametrize(
