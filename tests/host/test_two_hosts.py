@@ -58,7 +58,7 @@ def test_a_host_that_is_cut_off_comes_back_by_itself(hosts: tuple[Container, Con
 
 def test_both_hosts_share_the_work(hosts: tuple[Container, Container]) -> None:
     """With a worker on each, both take part in a burst, each under its own name."""
-    first, second = hosts
+    first, _ = hosts
     start_worker(first)
     batch = "[" + ",".join(["[[" + ",".join(["[0,0,0,0,0,0,0,0]"] * 8) + "]]"] * 64) + "]"
     ids = [predict(first, batch, "/batch_predict") for _ in range(100)]
