@@ -9,7 +9,7 @@ from typing import Any
 
 from gpuinfer.broker.tuning import host_memory_bytes, render
 from gpuinfer.doctor.broker import asked, info
-from gpuinfer.doctor.disk import DATA
+from gpuinfer.doctor.disk import redis_folder
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, edit, error, ok, warning
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.redis_place import OUR_CONF, Place, place_of
@@ -144,7 +144,7 @@ def file(host: Host) -> Findings:
     ill = [f"last {word} failed" for key, word in words.items() if found.get(key, "ok") != "ok"]
     if ill:
         look = (
-            f"df -h {DATA}; journalctl -u gpuinfer-redis -n 20"
+            f"df -h {redis_folder(host)}; journalctl -u gpuinfer-redis -n 20"
             if where.ours
             else where.cli("INFO persistence")
         )

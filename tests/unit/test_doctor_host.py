@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -152,12 +153,43 @@ def test_room_on_disk(free: int, inodes: int | None, status: str) -> None:
     assert disk.judge("/var/lib/gpuinfer", free, inodes, "du").status == status
 
 
+def test_the_room_where_redis_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder, also by redis.conf, may be a file system of its own: then each has a finding."""
+    with pytest.raises(Skipped, match="not installed"):
+        disk.data(host(tmp_path))
+    here = host(tmp_path, {"/var/lib/gpuinfer/redis/file": "", "/etc/gpuinfer/redis.conf": "port 0\n"})
+    asked: list[str] = []
+
+    def full(path: Path) -> os.statvfs_result:
+        asked.append(f"/{path.relative_to(tmp_path)}")
+        return os.statvfs_result((4096, 4096, 10**9, 100, 100, 10**9, 10**6, 10**6, 0, 255))
+
+    monkeypatch.setattr(os, "statvfs", full)
+    assert len(flat(disk.data(here))) == 1, "on one file system with the models"
+    # The device of /proc is another one, whatever machine this is.
+    (tmp_path / "mnt").symlink_to("/proc")
+    host(tmp_path, {"/etc/gpuinfer/redis.conf": '# dir /x\ndir "/var/lib/gpuinfer/redis"\nDIR /mnt\n'})
+    found = flat(disk.data(here))
+    assert [finding.status for finding in found] == ["error", "error"]
+    assert found[1].remedy == "du -xh --max-depth=2 /mnt | sort -h | tail"
+    assert asked == ["/var/lib/gpuinfer", "/var/lib/gpuinfer", "/mnt"]
+
+
 def test_a_journal_that_is_lost_at_reboot(tmp_path: Path) -> None:
-    """Without /var/log/journal it is kept in memory."""
+    """Without /var/log/journal it is kept in memory; with it, too, where the settings say so."""
     (tmp_path / "run/systemd/system").mkdir(parents=True)
-    found = disk.journal(host(tmp_path))
+    said = "# /etc/systemd/journald.conf\n#Storage=auto\n"
+    here = host(tmp_path)
+    here.run = lambda command: subprocess.CompletedProcess(list(command), 0, said, "")
+    found = disk.journal(here)
     assert found.status == "warning"
     assert found.remedy.startswith("mkdir -p /var/log/journal")
+    (tmp_path / "var/log/journal").mkdir(parents=True)
+    assert "is lost" not in disk.journal(here).message
+    said += "Storage=persistent\n# /etc/systemd/journald.conf.d/90-mine.conf\nStorage = volatile\n"
+    found = disk.journal(here)
+    assert found.status == "warning"
+    assert found.message == "the journal is lost at each reboot: its settings say Storage=volatile"
 
 
 # -- Redis's files --------------------------------------------------------------------------
@@ -239,13 +271,41 @@ def test_a_model_that_is_too_large_to_try(tmp_path: Path) -> None:
     assert "too much to load" in found.message
 
 
-def test_a_model_others_may_change(tmp_path: Path) -> None:
-    """It is a program that workers run."""
-    Repository([tmp_path / "models"]).add(SHIPPED / "digits", "open").path.chmod(0o777)
-    names = {"folders": [tmp_path / "models"], "default": "open"}
-    found = one(models.digests(host(tmp_path, models=names)))
-    assert found.status == "warning"
-    assert found.remedy.startswith("chown -R root:root")
+@pytest.mark.parametrize(
+    ("what", "mode", "remedy"),
+    [
+        ("open", 0o777, "chown -R root:root {}/open && chmod -R go-w {}/open"),
+        ("open/model.toml", 0o666, "chown -R root:root {}/open && chmod -R go-w {}/open"),
+        ("open/model.pt", 0o620, "chown -R root:root {}/open && chmod -R go-w {}/open"),
+        (".", 0o777, "chown root:root {} && chmod go-w {}"),
+        ("..", 0o1777, ""),
+    ],
+)
+def test_a_model_others_may_change(tmp_path: Path, what: str, mode: int, remedy: str) -> None:
+    """It is a program that workers run: its folder, its files, the folders in which it could be exchanged."""
+    folder = tmp_path / "here" / "models"
+    Repository([folder]).add(SHIPPED / "digits", "open")
+    (folder / what).chmod(mode)
+    here = host(tmp_path, models={"folders": [folder], "default": "open"})
+    found = one(models.digests(here))
+    assert found.status == ("warning" if remedy else "ok")
+    assert found.remedy == remedy.format(folder, folder)
+
+
+def test_the_models_of_each_worker_are_looked_at(tmp_path: Path) -> None:
+    """Those that only its own file names, too; one that more workers name is looked at once."""
+    here = host(
+        tmp_path,
+        {
+            "/etc/gpuinfer/worker@0.env": "GPUINFER_WORKER_MODELS=digits,nowhere\n",
+            "/etc/gpuinfer/worker@1.env": "GPUINFER_WORKER_MODELS=nowhere\n",
+            "/etc/gpuinfer/worker@2.env": "GPUINFER_WORKER_NOSUCH=1\n",
+        },
+        models={"folders": ["/var/lib/gpuinfer/models"]},
+    )
+    sound, missing = flat(models.digests(here))
+    assert sound.status == "ok"
+    assert (missing.status, "nowhere" in missing.message) == ("error", True)
 
 
 def test_versions(tmp_path: Path) -> None:
