@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuinfer.doctor import config, disk, kernel, models, redis_tuning, versions, work
+from gpuinfer.doctor import config, disk, kernel, models, redis_config, redis_tuning, versions, work
 from gpuinfer.doctor.finding import Finding, Findings, Skipped
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.redis_place import OUR_SOCKET, place_of
@@ -199,25 +199,59 @@ def test_what_redis_conf_states(tmp_path: Path) -> None:
     """What is included counts where it stands, the last one wins, and tabs are spaces, as in Redis."""
     text = 'include /run/tuning.conf\nappendfsync\talways\n# maxmemory 1\nmaxmemory-policy "volatile-ttl"\n\n'
     tuning = "\tmaxmemory \t2gb\nappendfsync everysec\nhz 10\n"
-    here = host(tmp_path, {redis_tuning.CONF: text, "/run/tuning.conf": tuning})
-    assert redis_tuning.stated(here, redis_tuning.CONF) == {
-        "maxmemory": str(2 * GIB),
+    here = host(tmp_path, {redis_config.CONF: text, "/run/tuning.conf": tuning})
+    assert redis_config.stated(here, redis_config.CONF) == {
+        "maxmemory": "2gb",
         "appendfsync": "always",
         "maxmemory-policy": "volatile-ttl",
+        "hz": "10",
     }
 
 
 def test_settings_that_changed_since_redis_started(tmp_path: Path) -> None:
     """tuning.conf is taken as the next start would write it, and what redis.conf says below it wins."""
     files = {
-        redis_tuning.CONF: "include /run/gpuinfer/redis/tuning.conf\n",
-        redis_tuning.TUNING: "maxmemory 1gb\n",
+        redis_config.CONF: "include /run/gpuinfer/redis/tuning.conf\n",
+        redis_config.TUNING: "maxmemory 1gb\n",
     }
     here = host(tmp_path, files, redis={"maxmemory_mb": 512, "appendfsync": "always"})
-    assert redis_tuning.stated(here, redis_tuning.CONF) == {
-        "maxmemory": str(GIB // 2),
+    assert redis_config.stated(here, redis_config.CONF) == {
+        "maxmemory": "512mb",
         "appendfsync": "always",
     }
+
+
+def test_lines_of_redis_conf_that_add_up(tmp_path: Path) -> None:
+    """Limits of each kind of client; points to save, which an empty one takes back. No password is read."""
+    text = "client-output-buffer-limit normal 1mb 0 0\nclient-output-buffer-limit pubsub 2mb 1mb 60\n"
+    text += 'save 3600 1\nsave ""\nsave 300 100 60 10000\nrequirepass hush\ntls-key-file-pass hush\n'
+    found = redis_config.parse(host(tmp_path), text)
+    assert found == {
+        "client-output-buffer-limit": "normal 1mb 0 0 pubsub 2mb 1mb 60",
+        "save": "300 100 60 10000",
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "found", "wanted", "same"),
+    [
+        ("maxmemory", "2147483648", "2gb", True),
+        ("maxmemory", "2147483648", "2g", False),
+        ("appendonly", "yes", "Yes", True),
+        ("save", "", "", True),
+        ("dir", "/var/lib/other", "/var/lib/gpuinfer/redis", False),
+        (
+            "client-output-buffer-limit",
+            "normal 268435456 0 60 slave 268435456 0 60 pubsub 1 0 0",
+            "replica 256mb 0 60 normal 256mb 0 60",
+            True,
+        ),
+        ("client-output-buffer-limit", "normal 0 0 0", "normal 256mb 0 60", False),
+    ],
+)
+def test_what_redis_tells_means_what_its_file_says(key: str, found: str, wanted: str, same: bool) -> None:
+    """Sizes, cases and the names of old are told apart from differences."""
+    assert redis_config.same(key, found, wanted) is same
 
 
 def test_what_mends_redis_outlives_a_restart() -> None:
@@ -225,7 +259,7 @@ def test_what_mends_redis_outlives_a_restart() -> None:
     ours, other = (place_of(BrokerSettings(url=url)) for url in (f"unix://{OUR_SOCKET}", "redis://there/0"))
     ill = {"maxmemory": "0", "maxmemory-policy": "allkeys-lru", "appendonly": "no"}
     mends = [finding.remedy for finding in redis_tuning.unfit(ill, ours)]
-    edit = f"editor {redis_tuning.CONF} && systemctl restart gpuinfer-redis  # "
+    edit = f"editor {redis_config.CONF} && systemctl restart gpuinfer-redis  # "
     assert mends == [edit + "maxmemory-policy volatile-ttl", edit + "maxmemory 2gb", edit + "appendonly yes"]
     mends = [finding.remedy for finding in redis_tuning.unfit(ill, other)]
     assert mends[0] == "redis-cli -h there -p 6379 CONFIG SET maxmemory-policy volatile-ttl"
@@ -237,7 +271,7 @@ def test_what_mends_redis_outlives_a_restart() -> None:
 )
 def test_sizes_of_redis_conf(text: str, size: int) -> None:
     """k is a thousand and kb 1024."""
-    assert redis_tuning.to_bytes(text) == size
+    assert redis_config.to_bytes(text) == size
 
 
 @pytest.mark.parametrize(
