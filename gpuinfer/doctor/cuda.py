@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def probe(host: Host) -> Findings:
         return error(f"CUDA {exc.message}: the driver hangs", f"{_LOG}; reboot")
     except ChildFailed as exc:
         return error(
-            f"CUDA cannot be tried: {exc.message}", "python3 -c 'import torch; torch.zeros(1).cuda()'"
+            f"CUDA cannot be tried: {exc.message}",
+            f"{sys.executable} -c 'import torch; torch.zeros(1).cuda()'",
         )
     return judge(answer, len(gpus), split=any(gpu.mig for gpu in gpus))
 
