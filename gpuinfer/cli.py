@@ -50,7 +50,7 @@ COMMANDS: dict[str, Entry] = {
     "submit": Entry("gpuinfer.queue.cli:submit", "Put a task into a queue."),
     "result": Entry("gpuinfer.queue.cli:result", "Show what became of a task."),
     "cancel": Entry("gpuinfer.queue.cli:cancel", "Cancel tasks that no worker has begun."),
-    "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues."),
+    "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues.", "watcher"),
     "dead": Entry("gpuinfer.queue.dead_cli:dead", "Look at tasks set aside; retry or drop them."),
     "logs": Entry("gpuinfer.journal.cli:logs", "Show the journal: of a task, of a GPU, of all."),
     "model": Entry("gpuinfer.models.cli:model", "List, check, install and remove models."),
