@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 
 from gpuinfer import __version__
 from gpuinfer.errors import GpuinferError
-from gpuinfer.settings import Loaded, load
+from gpuinfer.settings import Loaded, Settings, load
 
 EX_USAGE = 64
 EX_NOINPUT = 66
@@ -35,6 +35,8 @@ class Entry:
     target: str
     #: Its line in ``gpuinfer --help``.
     help: str
+    #: Whose password root takes on a host without the administrator's.
+    user: str = "api"
 
     def load(self) -> click.Command:
         """Import and return the command."""
@@ -48,7 +50,7 @@ COMMANDS: dict[str, Entry] = {
     "submit": Entry("gpuinfer.queue.cli:submit", "Put a task into a queue."),
     "result": Entry("gpuinfer.queue.cli:result", "Show what became of a task."),
     "cancel": Entry("gpuinfer.queue.cli:cancel", "Cancel tasks that no worker has begun."),
-    "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues."),
+    "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues.", "watcher"),
     "dead": Entry("gpuinfer.queue.dead_cli:dead", "Look at tasks set aside; retry or drop them."),
     "logs": Entry("gpuinfer.journal.cli:logs", "Show the journal: of a task, of a GPU, of all."),
     "model": Entry("gpuinfer.models.cli:model", "List, check, install and remove models."),
@@ -56,9 +58,10 @@ COMMANDS: dict[str, Entry] = {
     "gpus": Entry("gpuinfer.gpus_cli:gpus", "List this host's GPUs."),
     "doctor": Entry("gpuinfer.doctor.cli:doctor", "Look this host over, and name what mends it."),
     "config": Entry("gpuinfer.config_cli:config", "Check and show the settings."),
-    "worker": Entry("gpuinfer.worker.cli:worker", "Run the worker of one GPU."),
-    "restore": Entry("gpuinfer.worker.cli:restore", "Put back what a dead worker left in flight."),
-    "watcher": Entry("gpuinfer.watcher.cli:watcher", "Scale workers with the load; simulate it."),
+    "worker": Entry("gpuinfer.worker.cli:worker", "Run the worker of one GPU.", "worker"),
+    "restore": Entry("gpuinfer.worker.cli:restore", "Put back what a dead worker left in flight.", "worker"),
+    "watcher": Entry("gpuinfer.watcher.cli:watcher", "Scale workers with the load; simulate it.", "watcher"),
+    "celery": Entry("gpuinfer.celery_cli:celery", "Run Celery's own command on this application."),
     "api": Entry("gpuinfer.api.cli:api", "Run the HTTP front."),
 }
 
@@ -103,16 +106,20 @@ class LazyGroup(click.Group):
 class _WhenNeeded(Loaded):
     """Settings read at the first look at them, so that ``--help`` works with a broken file."""
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path | None, user: str = "api") -> None:
         object.__setattr__(self, "_file", file)
+        object.__setattr__(self, "_user", user)
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("settings", "origins"):
             raise AttributeError(name)
-        loaded = load(self._file)
+        loaded = load(self._file, user=self._user)
         object.__setattr__(self, "settings", loaded.settings)
         object.__setattr__(self, "origins", loaded.origins)
         return getattr(loaded, name)
+
+    def only(self, *sections: str) -> Settings:
+        return load(self._file, only=sections).settings
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -127,7 +134,8 @@ class _WhenNeeded(Loaded):
 @click.pass_context
 def cli(ctx: click.Context, file: Path | None) -> None:
     """A queue-backed inference appliance for GPU hosts."""
-    ctx.obj = _WhenNeeded(file)
+    entry = COMMANDS.get(ctx.invoked_subcommand or "")
+    ctx.obj = _WhenNeeded(file, *((entry.user,) if entry else ()))
 
 
 def main(args: Sequence[str] | None = None) -> None:

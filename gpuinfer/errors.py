@@ -18,6 +18,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 
+def _encodable(text: str) -> str:
+    """Escape half surrogates, which JSON from outside may hold and no JSON of ours can."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 class GpuinferError(Exception):
     """Base of all errors raised by gpuinfer.
 
@@ -31,9 +36,9 @@ class GpuinferError(Exception):
     transient: ClassVar[bool] = False
 
     def __init__(self, message: str = "", field: str | None = None) -> None:
-        super().__init__(message, field)
-        self.message = message
-        self.field = field
+        self.message = _encodable(message)
+        self.field = None if field is None else _encodable(field)
+        super().__init__(self.message, self.field)
 
     def __str__(self) -> str:
         return f"{self.field}: {self.message}" if self.field else self.message

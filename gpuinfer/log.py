@@ -10,7 +10,7 @@ The way of a line::
 Every line carries ``timestamp`` (UTC), ``level``, ``logger`` and ``action``: for our lines a stable
 snake_case name, for foreign lines the logger's name, with their text in ``message``. A line about
 one task has its ``task_id``, a line about several their ``task_ids``. What users sent (inputs,
-results) is never logged; a value that is not plain is logged as its type.
+results) is never logged; a value that is not plain is logged as its type, and a long text is cut.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import structlog
 from structlog.stdlib import BoundLogger, ProcessorFormatter
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from gpuinfer.journal.entry import Entries
+from gpuinfer.journal.entry import Entries, shortened
 from gpuinfer.journal.sender import Sender, is_journal
 from gpuinfer.settings import LogSettings
 
@@ -214,7 +214,7 @@ def _handler(to: Target, program: str, stream: TextIO) -> logging.Handler:
     if to == "console":
         handler.setFormatter(_formatter(*_for_reading(stream.isatty())))
     else:
-        handler.setFormatter(_formatter(structlog.processors.format_exc_info, _order, _to_json))
+        handler.setFormatter(_formatter(structlog.processors.format_exc_info, _cut, _order, _to_json))
     if to == "journal":
         hidden = frozenset(_always) & {"worker"}
         handler = _JournalHandler(Entries(program, hidden, _as_text), otherwise=handler)
@@ -234,7 +234,7 @@ def _for_reading(colours: bool) -> list[Processor]:
     console = structlog.dev.ConsoleRenderer(
         colors=colours, event_key="action", exception_formatter=structlog.dev.plain_traceback
     )
-    return [_foreign_text_first, console]
+    return [_foreign_text_first, _cut, console]
 
 
 def _add_always(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
@@ -264,6 +264,10 @@ def _foreign_text_first(_: WrappedLogger, __: str, line: EventDict) -> EventDict
     if "message" in line:
         line["action"] = line.pop("message")
     return line
+
+
+def _cut(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
+    return {key: shortened(key, value) if isinstance(value, str) else value for key, value in line.items()}
 
 
 def _order(_: WrappedLogger, __: str, line: EventDict) -> EventDict:

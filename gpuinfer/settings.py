@@ -6,7 +6,8 @@ credentials (files in ``$CREDENTIALS_DIRECTORY``, for secrets only), ``/etc/gpui
 (another file with ``GPUINFER_CONFIG``), defaults. An empty variable counts as not set.
 
 Root on an installed host needs to log in nowhere: where no user or password is set, the password
-the package made for Redis's ``admin`` is taken.
+the package made for Redis's ``admin`` is taken; on a host that works for another one's Redis, which
+has that one's passwords but the administrator's, the password of the program whose command it is.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,9 @@ __all__ = [
 ]
 
 DEFAULT_FILE = Path("/etc/gpuinfer/gpuinfer.toml")
-#: The password of the ACL user "admin", readable by root alone.
-ADMIN_PASSWORD = Path("/etc/gpuinfer/credentials/admin")
+#: The passwords of the ACL users, readable by root alone.
+PASSWORDS = Path("/etc/gpuinfer/credentials")
+ADMIN_PASSWORD = PASSWORDS / "admin"
 ENV_PREFIX = "GPUINFER_"
 #: Variables with our prefix that are not settings.
 ENV_NOT_SETTINGS = frozenset({"GPUINFER_CONFIG"})
@@ -99,6 +102,9 @@ class Settings(BaseSettings):
 #: Settings that are secrets, and the credential (a file in $CREDENTIALS_DIRECTORY) each is read from.
 CREDENTIALS: Mapping[str, tuple[str, str]] = {"broker_password": ("broker", "password")}
 
+#: The line that begins a section.
+_HEADER = re.compile(r"(?m)^[ \t]*\[[ \t]*(\w+)[ \t]*\]")
+
 _SECTIONS: dict[str, type[BaseModel]] = {
     name: info.annotation  # type: ignore[misc]  # every field of Settings is a Section class
     for name, info in Settings.model_fields.items()
@@ -111,6 +117,10 @@ class Loaded:
 
     settings: Settings
     origins: Mapping[str, str]
+
+    def only(self, *sections: str) -> Settings:
+        """Return settings of which these sections are read, whatever is wrong in the file's others."""
+        return self.settings
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -128,10 +138,26 @@ def _read_text(path: Path) -> str:
 
 
 def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    data = _parse_toml(_read_text(path), path)
+    for section, values in data.items():
+        _check_section(section, values, str(path))
+    return data
+
+
+def _parse_toml(text: str, path: Path) -> dict[str, Any]:
     try:
-        data = tomllib.loads(_read_text(path))
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"is not valid TOML: {exc}", str(path)) from exc
+
+
+def _read_sections(path: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Read these sections of a file, whose others need not even be TOML."""
+    text = _read_text(path)
+    starts = [*_HEADER.finditer(text)]
+    ends = [*(match.start() for match in starts), len(text)][1:]
+    wanted = [text[match.start() : end] for match, end in zip(starts, ends, strict=True) if match[1] in names]
+    data = _parse_toml("".join(wanted), path)
     for section, values in data.items():
         _check_section(section, values, str(path))
     return data
@@ -201,8 +227,16 @@ def _exists(path: Path) -> bool:
         raise ConfigError(f"cannot be read: {exc.strerror or exc}", str(path)) from exc
 
 
-def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> Loaded:
-    """Read all sources once.
+def load(
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    only: Collection[str] = frozenset(Settings.model_fields),
+    user: str = "api",
+) -> Loaded:
+    """Read all sources once; with ``only``, these sections alone, the others have their defaults.
+
+    ``user`` is whom root logs in as where there is no administrator's password.
 
     Raises ConfigError naming the source, the key, the value and what would be right.
     """
@@ -211,18 +245,20 @@ def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> 
     path = named or DEFAULT_FILE
     merged: dict[str, dict[str, Any]] = {}
     origins: dict[str, str] = {}
-    from_file = _read_toml(path) if named or _exists(path) else {}
+    whole = len(only) == len(Settings.model_fields)
+    read = _read_toml if whole else partial(_read_sections, names=only)
+    from_file = read(path) if named or _exists(path) else {}
     for source, values in (
         (str(path), from_file),
         ("credential", _read_credentials(environ)),
         ("environment", _read_env(environ)),
     ):
         for section, keys in values.items():
-            for key, value in keys.items():
+            for key, value in keys.items() if section in only else ():
                 merged.setdefault(section, {})[key] = value
                 origins[f"{section}.{key}"] = variable(section, key) if source == "environment" else source
     if named is None:
-        _log_in_as_admin(merged, origins)
+        _log_in(merged, origins, (PASSWORDS / "admin", PASSWORDS / user))
     try:
         settings = Settings(**merged)  # type: ignore[arg-type]  # pydantic turns dictionaries into sections
     except ValidationError as exc:
@@ -230,17 +266,18 @@ def load(file: Path | None = None, environ: Mapping[str, str] | None = None) -> 
     return Loaded(settings, origins)
 
 
-def _log_in_as_admin(merged: dict[str, dict[str, Any]], origins: dict[str, str]) -> None:
-    """Give root the administrator's login, unless another one, or another Redis, is named."""
+def _log_in(merged: dict[str, dict[str, Any]], origins: dict[str, str], passwords: Sequence[Path]) -> None:
+    """Give root the first of these logins, unless another one, or another Redis, is named."""
     broker = merged.get("broker", {})
     url = broker.get("url", "")
     named_elsewhere = origins.get("broker.url", "").startswith(ENV_PREFIX) or "@" in url
     in_clear = url.startswith("redis://")  # a password must not cross a network that way unasked
     if broker.get("username") or broker.get("password") or named_elsewhere or in_clear:
         return
-    if os.access(ADMIN_PASSWORD, os.R_OK):
-        merged["broker"] = broker | {"username": "admin", "password": _read_text(ADMIN_PASSWORD).strip()}
-        origins |= dict.fromkeys(("broker.username", "broker.password"), str(ADMIN_PASSWORD))
+    path = next((path for path in passwords if os.access(path, os.R_OK)), None)
+    if path is not None:
+        merged["broker"] = broker | {"username": path.name, "password": _read_text(path).strip()}
+        origins |= dict.fromkeys(("broker.username", "broker.password"), str(path))
 
 
 def load_settings(file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:

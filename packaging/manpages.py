@@ -57,10 +57,24 @@ Models, a folder each.
 A second host installs the same package and works for the first one's queue.
 On the first, open Redis with TLS at the end of
 .I /etc/gpuinfer/redis.conf
-(the commented lines show how) and restart gpuinfer\\-redis; the key must be readable by the group gpuinfer.
-On the second, copy the folder
-.I /etc/gpuinfer/credentials
-and the CA's certificate, and set in
+(the commented lines show how) and restart gpuinfer\\-redis.
+The key is for Redis alone; the workers, which run models, must not read it:
+.PP
+.nf
+install \\-o gpuinfer\\-redis \\-m 0400 redis.key /etc/gpuinfer/tls/redis.key
+.fi
+.PP
+On the second, put the CA's certificate and, in
+.IR /etc/gpuinfer/credentials ,
+the first one's
+.IR api ,
+.I worker
+and
+.IR watcher ;
+remove
+.IR admin ,
+which stays with the first: it may do everything to the queue.
+Then set in
 .IR /etc/gpuinfer/gpuinfer.toml :
 .PP
 .nf
@@ -72,6 +86,9 @@ tls_ca = "/etc/gpuinfer/tls/ca.crt"
 Then
 .BR "systemctl restart gpuinfer.target" :
 its own Redis is skipped, and its workers join.
+Root's commands log in there as the program they belong to, so that what is the administrator's (dead letters,
+.BR "gpuinfer celery" ")"
+is done on the first.
 Hosts are told apart by their host names, which must differ.
 .SH SEE ALSO
 .BR gpuinfer.toml (5),

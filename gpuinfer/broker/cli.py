@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from gpuinfer.errors import ConfigError
+from gpuinfer.journal.sender import INFO, WARNING, say, say_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gpuinfer.settings import Loaded
+    from gpuinfer.settings import Loaded, Settings
 
 FOLDER = Path("/run/gpuinfer/redis")
 CREDENTIALS = Path("/etc/gpuinfer/credentials")
@@ -49,8 +50,10 @@ def prepare(loaded: Loaded, folder: Path) -> None:
     """
     from gpuinfer.broker import acl, tuning
 
+    settings = _ours(loaded)
+    _tell_of_the_rest(loaded)
     users = acl.render(passwords()) + more_users()
-    _write(folder / "tuning.conf", tuning.render(loaded.settings.redis, tuning.host_memory_bytes()))
+    _write(folder / "tuning.conf", tuning.render(settings.redis, tuning.host_memory_bytes()))
     _write(folder / "users.acl", users)
 
 
@@ -62,17 +65,28 @@ def local(ctx: click.Context) -> None:
     systemd takes 1 to 254 from ExecCondition= for "not here", and 255 for a failure.
     """
     try:
-        url: str = ctx.obj.settings.broker.url
+        url = _ours(ctx.obj).broker.url
     except ConfigError as exc:
-        from gpuinfer.journal.sender import say_error
-
         say_error(str(exc))
         ctx.exit(255)
     if not url.rpartition("@")[2].rpartition("://")[2].startswith(f"{FOLDER}/"):
         from gpuinfer.settings import shown
 
-        click.echo(f"broker.url is {shown('broker.url', url)}: this host has no Redis of its own to run")
+        say(f"broker.url is {shown('broker.url', url)}: this host has no Redis of its own to run", INFO)
         ctx.exit(1)
+
+
+def _ours(loaded: Loaded) -> Settings:
+    """Return the settings that Redis starts by: a typo elsewhere in the file must not take the queue down."""
+    return loaded.only("broker", "redis")
+
+
+def _tell_of_the_rest(loaded: Loaded) -> None:
+    """Say what is wrong in the other sections, which others will not start with."""
+    try:
+        _ = loaded.settings
+    except ConfigError as exc:
+        say(f"gpuinfer: warning: {exc}", WARNING)
 
 
 def passwords() -> Mapping[str, str]:

@@ -10,13 +10,14 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, edit, error, ok
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.units import instances
 from gpuinfer.errors import ConfigError, DeviceError
 from gpuinfer.gpus import VISIBLE, Inventory, chosen, visible_device
-from gpuinfer.settings import load
+from gpuinfer.settings import Settings, load
 
 FOLDER = "/etc/gpuinfer"
 _NUMBER = re.compile(r"worker@(\d+)\.")
@@ -24,12 +25,29 @@ _NUMBER = re.compile(r"worker@(\d+)\.")
 
 def bindings(host: Host) -> Findings:
     """Each worker that is enabled, or has a file of its own, gets a device and has valid settings."""
-    numbers = sorted({*_with_file(host), *_enabled(host)})
+    numbers = _numbers(host)
     if not numbers:
         raise Skipped("no worker is enabled, none has a file of its own")
     _ = host.settings  # what is wrong in the file of all is no worker's fault: skipped, see config.file
     found = _inventory(host)
     return [_one(host, number, found) for number in numbers]
+
+
+def served(host: Host) -> list[Settings]:
+    """Return the settings of all and those of each worker; wrong ones are the business of ``bindings``."""
+    found = [host.settings]
+    for number in _numbers(host):
+        with suppress(ValueError, ConfigError):
+            found.append(_settings(host, number))
+    return found
+
+
+def _settings(host: Host, number: int) -> Settings:
+    return load(environ=_environment(host, f"{FOLDER}/worker@{number}.env", number)).settings
+
+
+def _numbers(host: Host) -> list[int]:
+    return sorted({*_with_file(host), *_enabled(host)})
 
 
 def _with_file(host: Host) -> list[int]:

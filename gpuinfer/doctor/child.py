@@ -19,6 +19,8 @@ import gpuinfer
 from gpuinfer.errors import GpuinferError
 
 _KILL_WAIT_S = 1.0
+#: Secrets, and what an administrator's shell hides of the GPUs.
+_NOT_KEPT = ("GPUINFER_", "CREDENTIALS", "CUDA_VISIBLE_DEVICES")
 
 
 class ChildHung(GpuinferError):
@@ -60,10 +62,8 @@ def ask(what: str, *arguments: str, limit_s: float, user: pwd.struct_passwd | No
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment without secrets, in which this very package is found."""
-    kept = {
-        key: value for key, value in os.environ.items() if not key.startswith(("GPUINFER_", "CREDENTIALS"))
-    }
+    """Return the environment without secrets, in which this very package is found and all GPUs are seen."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_KEPT)}
     here = str(Path(gpuinfer.__file__).parents[1])
     path = os.pathsep.join(part for part in (here, kept.get("PYTHONPATH", "")) if part)
     return {**kept, "PYTHONPATH": path, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, edit, error, ok, warning
 from gpuinfer.doctor.host import Host
+from gpuinfer.doctor.redis_place import place_of
 from gpuinfer.errors import ConfigError
 
 CREDENTIALS = "/etc/gpuinfer/credentials"
@@ -33,14 +34,24 @@ def credentials(host: Host) -> Findings:
     if not folder.exists():
         raise Skipped(f"{CREDENTIALS} is not there: the package is not installed")
     try:
-        found = [*_modes(folder, CREDENTIALS, 0o700), *_files(folder)]
+        users = _users(host, folder)
+        found = [*_modes(folder, CREDENTIALS, 0o700), *_files(folder, users)]
     except PermissionError:
         raise Skipped(f"only root may look into {CREDENTIALS}") from None
-    return found or ok(f"{len(USERS)} passwords, readable by root alone")
+    return found or ok(f"{len(users)} passwords, readable by root alone")
 
 
-def _files(folder: Path) -> Iterator[Finding]:
-    for user in USERS:
+def _users(host: Host, folder: Path) -> Sequence[str]:
+    """Return whose passwords are looked for: the administrator's may stay with Redis's host."""
+    try:
+        own = place_of(host.settings.broker).ours
+    except Skipped:
+        own = True
+    return USERS if own or (folder / "admin").exists() else USERS[1:]
+
+
+def _files(folder: Path, users: Sequence[str]) -> Iterator[Finding]:
+    for user in users:
         path, shown = folder / user, f"{CREDENTIALS}/{user}"
         if not path.exists():
             yield error(f"{shown} is missing", "dpkg-reconfigure gpuinfer")

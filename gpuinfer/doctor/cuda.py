@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,25 +21,34 @@ _LOG = "journalctl -k -b -g NVRM -n 20"
 
 def probe(host: Host) -> Findings:
     """Each GPU adds up some numbers, in a child process with a time limit."""
-    count = len(host.some_gpus().inventory.gpus)
+    gpus = host.some_gpus().inventory.gpus
     try:
         answer = orjson.loads(ask("cuda", limit_s=PROBE_LIMIT_S, user=worker_user()))
     except ChildHung as exc:
         return error(f"CUDA {exc.message}: the driver hangs", f"{_LOG}; reboot")
     except ChildFailed as exc:
         return error(
-            f"CUDA cannot be tried: {exc.message}", "python3 -c 'import torch; torch.zeros(1).cuda()'"
+            f"CUDA cannot be tried: {exc.message}",
+            f"{sys.executable} -c 'import torch; torch.zeros(1).cuda()'",
         )
-    return judge(answer, count)
+    return judge(answer, len(gpus), split=any(gpu.mig for gpu in gpus))
 
 
-def judge(answer: dict[str, Any], count: int) -> Findings:
-    """Turn the probe's answer into findings; ``count`` is how many GPUs NVML lists."""
+def judge(answer: dict[str, Any], count: int, *, split: bool = False) -> Findings:
+    """Turn the probe's answer into findings; ``count`` is how many GPUs NVML lists.
+
+    Where one is ``split`` by MIG, CUDA shows a process some of them alone, and counts tell nothing.
+    """
     if answer["cuda"] is None:
         return _cpu_build(answer["torch"])
     if not answer["devices"] and not answer["failed"]:
         return error(f"NVML lists {count} GPUs, CUDA none: {answer['why']}", "gpuinfer doctor gpu.nodes")
     bad = [_bad(name, words) for name, words in answer["failed"].items()]
+    seen = len(answer["devices"]) + len(answer["failed"])
+    if seen < count and not split:
+        bad.append(
+            error(f"NVML lists {count} GPUs, CUDA {seen} of them", f"gpuinfer doctor gpu.nodes; {_LOG}")
+        )
     return bad or ok(f"{len(answer['devices'])} devices compute (torch {answer['torch']}, {answer['ms']} ms)")
 
 

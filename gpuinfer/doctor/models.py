@@ -12,10 +12,12 @@ from pathlib import Path
 
 import orjson
 
+from gpuinfer.doctor import bindings
 from gpuinfer.doctor.child import ChildFailed, ChildHung, ask
 from gpuinfer.doctor.finding import Finding, error, ok, warning
 from gpuinfer.doctor.host import Host, worker_user
 from gpuinfer.errors import DigestMismatch, ModelError, UnknownModel
+from gpuinfer.models.manifest import MANIFEST_FILE
 from gpuinfer.models.repository import ModelFolder, Repository, verify
 
 LOAD_LIMIT_S = 120.0
@@ -35,10 +37,12 @@ def loads(host: Host) -> Sequence[Finding]:
 
 
 def _each(host: Host, look: Callable[[ModelFolder], Finding]) -> list[Finding]:
-    settings = host.settings
-    repository = Repository(settings.models.folders)
-    names = dict.fromkeys((*settings.worker.models, settings.models.default))
-    return [_one(repository, name, look) for name in names]
+    wanted = dict.fromkeys(
+        (settings.models.folders, name)
+        for settings in bindings.served(host)
+        for name in (*settings.worker.models, settings.models.default)
+    )
+    return [_one(Repository(folders), name, look) for folders, name in wanted]
 
 
 def _one(repository: Repository, name: str, look: Callable[[ModelFolder], Finding]) -> Finding:
@@ -55,20 +59,27 @@ def _one(repository: Repository, name: str, look: Callable[[ModelFolder], Findin
 def _digest(folder: ModelFolder) -> Finding:
     verify(folder)
     name = folder.manifest.name
-    for path in (folder.path, folder.artefact):
+    place = folder.path.resolve()
+    for path in (place / MANIFEST_FILE, folder.artefact, place, *place.parents):
         writers = _strangers(path)
         if writers:
+            within = path == place or place in path.resolve().parents
             return warning(
                 f"{name}: {path} can be changed by {writers}: a model is a program that workers run",
-                f"chown -R root:root {folder.path} && chmod -R go-w {folder.path}",
+                f"chown -R root:root {folder.path} && chmod -R go-w {folder.path}"
+                if within
+                else f"chown root:root {path} && chmod go-w {path}",
             )
     return ok(f"{name} has the digest its manifest names")
 
 
 def _strangers(path: Path) -> str:
-    """Name who beside root and us may write a path; empty when nobody may."""
+    """Name who beside root and us may write a path; empty when nobody may.
+
+    In a sticky folder each keeps his own.
+    """
     status = path.stat()
-    if status.st_mode & _OTHERS_MAY_WRITE:
+    if status.st_mode & _OTHERS_MAY_WRITE and not (path.is_dir() and status.st_mode & stat.S_ISVTX):
         return "its group or everybody"
     return "" if status.st_uid in (0, os.geteuid()) else f"user {status.st_uid}"
 

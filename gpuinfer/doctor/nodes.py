@@ -14,7 +14,12 @@ from gpuinfer.doctor.host import WORKER_USER, Host, worker_user
 
 #: Made by nvidia-modprobe, not by the kernel: missing until somebody has run a CUDA program as root.
 NEEDED = ("/dev/nvidiactl", "/dev/nvidia-uvm")
-_MAKE = "nvidia-modprobe -c 0 -u && systemctl enable --now nvidia-persistenced"
+SCRIPT = "/usr/lib/gpuinfer/bin/make-device-nodes"
+#: The same where the package is not installed. 255 is the control device; -u makes those of memory alone.
+_BY_HAND = (
+    "nvidia-modprobe -c 255 $(sed -n 's/^Device Minor:/-c/p' /proc/driver/nvidia/gpus/*/information)"
+    " && nvidia-modprobe -u -c 0"
+)
 
 
 def nodes(host: Host) -> Findings:
@@ -25,18 +30,22 @@ def nodes(host: Host) -> Findings:
     user = worker_user() or pwd.getpwuid(os.geteuid())
     groups = os.getgrouplist(user.pw_name, user.pw_gid)
     paths = [*(f"/{name}" for name in gpus), *NEEDED]
-    found = [_look(host.path(path), path, user, groups) for path in paths]
+    make = SCRIPT if host.path(SCRIPT).exists() else _BY_HAND
+    make += " && systemctl enable --now nvidia-persistenced"
+    found = [_look(host.path(path), path, user, groups, make) for path in paths]
     if not gpus:
-        found.append(error("there is no /dev/nvidia<N>", _MAKE))
+        found.append(error("there is no /dev/nvidia<N>", make))
     bad = [finding for finding in found if finding]
     return bad or ok(f"{len(paths)} device nodes, open to {user.pw_name}")
 
 
-def _look(path: Path, shown: str, user: pwd.struct_passwd, groups: Collection[int]) -> Finding | None:
+def _look(
+    path: Path, shown: str, user: pwd.struct_passwd, groups: Collection[int], make: str
+) -> Finding | None:
     try:
         status = path.stat()
     except FileNotFoundError:
-        return error(f"{shown} is missing", _MAKE)
+        return error(f"{shown} is missing", make)
     except OSError as exc:
         return error(f"{shown}: {exc.strerror}", f"ls -l {shown}")
     if may_use(status, user.pw_uid, groups):

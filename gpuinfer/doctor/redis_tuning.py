@@ -1,38 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Redis's memory and its file: as an appliance needs them, and as they were configured."""
+"""Redis's memory and its file: as an appliance needs them. ``redis_config`` compares with its settings."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gpuinfer.broker.tuning import host_memory_bytes, render
 from gpuinfer.doctor.broker import asked, info
-from gpuinfer.doctor.disk import DATA
+from gpuinfer.doctor.disk import redis_folder
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, edit, error, ok, warning
 from gpuinfer.doctor.host import Host
-from gpuinfer.doctor.redis_place import OUR_CONF, Place, place_of
+from gpuinfer.doctor.redis_place import Place, place_of
 from gpuinfer.doctor.units import show
 
-CONF, TUNING = OUR_CONF, "/run/gpuinfer/redis/tuning.conf"
 _MIB = 1024 * 1024
 _KEYS = ("maxmemory", "maxmemory-policy", "appendonly", "appendfsync")
 #: A rewrite of the AOF in a forked child copies what is written meanwhile; some room is for that.
 _UNIT_FACTOR = 1.2
 _FULL_SHARE = 0.85
-_UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1024, "m": 1000**2, "mb": 1024**2, "g": 1000**3, "gb": 1024**3}
 _RESTART = "systemctl restart gpuinfer-redis"
 
 
-def running(host: Host) -> Mapping[str, str]:
-    """Return what CONFIG GET answers for our keys. Raises Skipped."""
+def running(host: Host, *keys: str) -> Mapping[str, str]:
+    """Return what CONFIG GET answers, for the keys of this file unless others are named. Raises Skipped."""
     with asked(host) as client:
-        answer: Mapping[Any, Any] = client.config_get(*_KEYS)
-    return {_text(key): _text(value) for key, value in answer.items()}
+        answer: Mapping[Any, Any] = client.config_get(*(keys or _KEYS))
+    return {text_of(key): text_of(value) for key, value in answer.items()}
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """Return what a client gives as text or as bytes."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -60,56 +57,6 @@ def unfit(found: Mapping[str, str], where: Place) -> Iterator[Finding]:
     if found["appendonly"] != "yes":
         text = "appendonly is off: a restart of Redis loses the queue"
         yield warning(text, where.config("appendonly", "yes"))
-
-
-def as_configured(host: Host) -> Findings:
-    """The running instance does what its files and the settings say, as they are now."""
-    if not place_of(host.settings.broker).ours:
-        raise Skipped("broker.url names a Redis that is not this package's own")
-    found, wanted = running(host), stated(host, CONF)
-    if not wanted:
-        raise Skipped(f"{CONF} states none of {', '.join(_KEYS)}")
-    off = [key for key, value in wanted.items() if found.get(key) != value]
-    if off:
-        words = "; ".join(f"{key} is {found.get(key)}, {CONF} says {wanted[key]}" for key in off)
-        return warning(words, _RESTART)
-    return ok(f"runs as {CONF} says: {', '.join(wanted)}")
-
-
-def stated(host: Host, file: str) -> dict[str, str]:
-    """Return our keys as a redis.conf and what it includes state them: the last one wins, as in Redis."""
-    return parse(host, host.read(file))
-
-
-def parse(host: Host, text: str) -> dict[str, str]:
-    """Return our keys as the text of a redis.conf states them."""
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        word, value = (*line.split(None, 1), "", "")[:2]
-        value = value.strip().strip("\"'")
-        if word.lower() == "include":
-            for path in sorted(_included(host, value)):
-                found |= parse(host, _tuned(host) if path == TUNING else host.read(path))
-        elif word.lower() in _KEYS:
-            found[word.lower()] = str(to_bytes(value)) if word.lower() == "maxmemory" else value.lower()
-    return found
-
-
-def _tuned(host: Host) -> str:
-    """Return tuning.conf as the next start would write it: the settings may have changed since the last."""
-    return render(host.settings.redis, host_memory_bytes())
-
-
-def _included(host: Host, pattern: str) -> list[str]:
-    return ["/" + str(path.relative_to(host.root)) for path in host.root.glob(pattern.lstrip("/"))]
-
-
-def to_bytes(text: str) -> int:
-    """Return a size of redis.conf in bytes: 2gb, 512mb, 1000000."""
-    match = re.fullmatch(r"(\d+)([a-z]*)", text.lower())
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{text!r} is no size, such as 512mb")
-    return int(match[1]) * _UNITS[match[2]]
 
 
 def usage(host: Host) -> Finding:
@@ -144,7 +91,7 @@ def file(host: Host) -> Findings:
     ill = [f"last {word} failed" for key, word in words.items() if found.get(key, "ok") != "ok"]
     if ill:
         look = (
-            f"df -h {DATA}; journalctl -u gpuinfer-redis -n 20"
+            f"df -h {redis_folder(host)}; journalctl -u gpuinfer-redis -n 20"
             if where.ours
             else where.cli("INFO persistence")
         )

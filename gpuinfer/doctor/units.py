@@ -15,7 +15,9 @@ ALWAYS = (
     "gpuinfer-redis.service",
     "gpuinfer-api.socket",
     "gpuinfer-api.service",
+    "gpuinfer-front.service",
     "gpuinfer-watcher.service",
+    "gpuinfer-workers.target",
 )
 API, SOCKET, WATCHER = "gpuinfer-api.service", "gpuinfer-api.socket", "gpuinfer-watcher.service"
 _PROPERTIES = "Id,LoadState,ActiveState,SubState,UnitFileState,Result,NRestarts,Listen"
@@ -37,15 +39,25 @@ def show(host: Host, units: Sequence[str], properties: str = _PROPERTIES) -> lis
 
 
 def services(host: Host) -> Findings:
-    """What the package enables is enabled and runs."""
+    """What the package enables is enabled and runs, and nothing else of it has failed."""
     found = show(host, ALWAYS)
     if all(unit["LoadState"] == "not-found" for unit in found):
         raise Skipped("the package's units are not installed")
     shut = any(unit["Id"] == SOCKET and _cannot_listen(unit) for unit in found)
     # Without its socket the API cannot be started: one thing to mend, one finding.
     seen = [unit for unit in found if not (shut and unit["Id"] == API and unit["ActiveState"] == "inactive")]
+    seen += show(host, _failed_besides(host))
     ill = [finding for unit in seen for finding in _ailments(host, unit, always=True)]
     return ill or ok(f"{len(found)} units enabled and well")
+
+
+def _failed_besides(host: Host) -> list[str]:
+    """Return our other units that failed: a restore, say. Workers have a check of their own."""
+    said = host.run(
+        ["systemctl", "list-units", "--state=failed", "--plain", "--no-legend", "gpuinfer*"]
+    ).stdout
+    names = [line.split()[0] for line in said.splitlines() if line.strip()]
+    return [name for name in names if name not in ALWAYS and not name.startswith("gpuinfer-worker@")]
 
 
 def workers(host: Host) -> Findings:
@@ -107,12 +119,19 @@ def _ailments(host: Host, unit: Unit, *, always: bool) -> Iterator[Finding]:
         yield error(f"{name} does not stay up: {_last_line(host, name)}", f"journalctl -u {name} -n 20")
     elif always:
         yield from _not_running(unit)
+        yield from _restarted(unit)
     elif state == "inactive" and unit["UnitFileState"] == "enabled":
         yield warning(f"{name} is enabled and does not run", f"systemctl start {name}")
-    elif state == "active" and int(unit.get("NRestarts") or 0) > 0:
-        yield warning(
-            f"{name} was restarted {unit['NRestarts']} times", f"journalctl -u {name} -p warning -n 20"
-        )
+    else:
+        yield from _restarted(unit)
+
+
+def _restarted(unit: Unit) -> Iterator[Finding]:
+    """A unit that came back by itself, which is well now; the count goes back with reset-failed."""
+    name, times = unit["Id"], int(unit.get("NRestarts") or 0)
+    if unit["ActiveState"] == "active" and times > 0:
+        look = f"journalctl -u {name} -p warning -n 20; systemctl reset-failed {name}"
+        yield warning(f"{name} was restarted {times} times", look)
 
 
 def _note_masked(text: str, name: str) -> Finding:
@@ -122,6 +141,9 @@ def _note_masked(text: str, name: str) -> Finding:
 
 def _not_running(unit: Unit) -> Iterator[Finding]:
     name, state = unit["Id"], unit["ActiveState"]
+    if unit["UnitFileState"] == "disabled" and state == "inactive":
+        yield warning(f"{name} is disabled and does not run", f"systemctl enable --now {name}")
+        return
     if unit["UnitFileState"] == "disabled":
         yield warning(f"{name} is not enabled: it will be missing after a reboot", f"systemctl enable {name}")
     # ExecCondition= said no: this host works for another one's Redis, and has none of its own to run.

@@ -8,7 +8,8 @@
 
 A list of ``task_ids`` becomes the field TASK_ID many times over, so that ``journalctl TASK_ID=…``
 finds a batch by each task in it; ``_REPEATED`` names such lists. Another field has its key in
-capitals, but for those in ``_NAMES``.
+capitals, but for those in ``_NAMES``. A value is cut at ``MAX_VALUE``: what a stranger or a model's
+exception put into it is in the result, whole.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ _NOT_IN_BRACKETS = frozenset(
 )
 #: What journald notes by itself, or PRIORITY says.
 _NO_FIELDS = frozenset({"timestamp", "level", "message", "task_ids"})
-#: Characters of a value in the sentence; its field has all of it.
+#: Characters of a value in the sentence; its field has more of it.
 _SHOWN = 200
+#: Characters of a field, and of a trace-back, whose end tells most.
+MAX_VALUE, MAX_TRACEBACK = 2048, 16 * 1024
+_TRACEBACKS = frozenset({"exception", "stack"})
 
 
 class Entries:
@@ -85,9 +89,9 @@ class Entries:
             if key in _REPEATED:
                 parts.append(_repeated(_REPEATED[key], value))
             else:
-                parts.append(field(_name(key), self._text(value)))
+                parts.append(field(_name(key), shortened(key, self._text(value))))
         if "\n" in (text := str(line.get("message", ""))):  # MESSAGE has its first line
-            parts.append(field("TEXT", text))
+            parts.append(field("TEXT", shortened("message", text)))
         return b"".join(parts)
 
     def _message(self, line: EventDict) -> str:
@@ -103,10 +107,11 @@ class Entries:
         if "hint" in line:
             said = f"{said.rstrip('.')}; {line['hint']}"
         rest = [
-            f"{key}={','.join(value) if key in _REPEATED else self._text(value)[:_SHOWN]}"
+            f"{key}={(','.join(value) if key in _REPEATED else self._text(value))[:_SHOWN]}"
             for key, value in line.items()
             if key not in self._unsaid and value is not None
         ]
+        said = shortened("message", said)
         return " ".join((f"{said} ({', '.join(rest)})" if rest else said).split())
 
     def _text(self, value: Any) -> str:
@@ -117,14 +122,23 @@ class Entries:
         return self._plain(value)
 
 
+def shortened(key: str, text: str) -> str:
+    """Cut a value that is too long, and say by how much; of a trace-back the beginning goes."""
+    most = MAX_TRACEBACK if key in _TRACEBACKS else MAX_VALUE
+    if len(text) <= most:
+        return text
+    said = f"[{len(text) - most} characters more]"
+    return f"{said} {text[-most:]}" if key in _TRACEBACKS else f"{text[:most]} {said}"
+
+
 def _repeated(name: str, values: Sequence[str]) -> bytes:
-    """Return a field once for each value. Strangers choose ids: one may have a line break in it."""
+    """Return a field once for each value. Strangers choose ids: of any length, with line breaks in them."""
     if not values:
         return b""
     joined = f"\n{name}=".join(values)
-    if joined.count("\n") == len(values) - 1:
+    if joined.count("\n") == len(values) - 1 and max(map(len, values)) <= MAX_VALUE:
         return f"{name}={joined}\n".encode("utf-8", "backslashreplace")
-    return b"".join(field(name, value) for value in values)
+    return b"".join(field(name, shortened(name, value)) for value in values)
 
 
 def _last_line(traceback: str) -> str:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
+#: Levels of syslog, for ``say``.
+ERROR, WARNING, INFO = 3, 4, 6
 SOCKET = Path("/run/systemd/journal/socket")
 #: Entries on their way to journald, in bytes; the kernel cuts it to net.core.wmem_max.
 BUFFER_BYTES = 8 * 1024 * 1024
@@ -51,12 +53,17 @@ def is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
 
 
 def say_error(text: str) -> None:
-    """Write a command's last words to stderr; in the journal they are of the level "error" (sd-daemon(3)).
+    """Write a command's last words to stderr.
 
-    Without that, ``journalctl -p warning`` would show that a unit failed, and hide why.
+    Without a level, ``journalctl -p warning`` would show that a unit failed, and hide why.
     """
-    level = "<3>" if is_journal(sys.stderr, os.environ) else ""
-    sys.stderr.write(f"{level}gpuinfer: error: {text}\n")
+    say(f"gpuinfer: error: {text}", ERROR)
+
+
+def say(text: str, level: int) -> None:
+    """Write a line to stderr; in the journal it is of this level (sd-daemon(3))."""
+    prefix = f"<{level}>" if is_journal(sys.stderr, os.environ) else ""
+    sys.stderr.write(f"{prefix}{text}\n")
     sys.stderr.flush()
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from gpuinfer.errors import DtypeMismatch, InputError, MissingInput, NonFiniteInput, ShapeMismatch
-from gpuinfer.models.manifest import Manifest, TensorSpec, shape_fits
+from gpuinfer.models.manifest import DTYPES, Manifest, TensorSpec, shape_fits
 
 Array = np.ndarray[Any, np.dtype[Any]]
 #: One array per input of the manifest, in its order.
@@ -47,6 +47,8 @@ _WORDS: dict[type, str] = {
     dict: "an object",
 }
 _ENCODED_KEYS = frozenset({"b64", "dtype", "shape"})
+#: Of a shape no more is told.
+_SHOWN_DIMENSIONS = 16
 _PLAIN_TYPES = frozenset({list, int, float, bool})
 
 
@@ -111,9 +113,9 @@ def _by_name(manifest: Manifest, value: object) -> Mapping[str, object] | None:
         if len(names) == 1:
             return None
         raise InputError(f"must map names to values: {wanted}; got {_word(value)}", "inputs")
-    unknown = [str(key) for key in value if key not in names]
+    unknown = sum(key not in names for key in value)
     if unknown:
-        raise InputError(f"there is no input {unknown[0][:80]!r}; {wanted}", "inputs")
+        raise InputError(f"has {unknown} names that are no input; {wanted}", "inputs")
     for name in names:
         if name not in value:
             raise MissingInput(f"is missing; {wanted}", f"inputs.{name}")
@@ -182,10 +184,9 @@ def _check_finite(wide: Array, narrow: Array, spec: TensorSpec, field: str) -> N
 def _from_bytes(value: Mapping[Any, object], spec: TensorSpec, field: str) -> Array:
     """Decode ``{"b64", "dtype", "shape"}``; the result is read-only."""
     if value.keys() != _ENCODED_KEYS:
-        keys = ", ".join(sorted(str(key)[:40] for key in value)) or "none"
-        raise InputError(f"an encoded tensor has the keys b64, dtype and shape; got {keys}", field)
+        raise InputError(f"an encoded tensor has the keys b64, dtype and shape; {_keys_of(value)}", field)
     if value["dtype"] != spec.dtype:
-        raise DtypeMismatch(f"is {str(value['dtype'])[:40]}, the manifest wants {spec.dtype}", field)
+        raise DtypeMismatch(f"is {_dtype_word(value['dtype'])}, the manifest wants {spec.dtype}", field)
     shape = _encoded_shape(value["shape"], spec, field)
     raw = _base64(value["b64"], field)
     dtype = storage_dtype(spec)
@@ -208,7 +209,7 @@ def _encoded_shape(shape: object, spec: TensorSpec, field: str) -> tuple[int, ..
     if not isinstance(shape, list) or not {int}.issuperset(map(type, shape)):
         raise InputError(f"shape must be a list of whole numbers, got {_word(shape)}", field)
     if not shape_fits(tuple(shape), spec.shape):
-        raise ShapeMismatch(f"has shape {shape[:16]}, {_wants(spec)}", field)
+        raise ShapeMismatch(f"has shape {_shown(shape)}, {_wants(spec)}", field)
     return tuple(shape)
 
 
@@ -254,6 +255,7 @@ def _from_bfloat16(bits: Array) -> Array:
 
 
 # -- words for errors -----------------------------------------------------------------------
+# They are logged: of what was sent they hold kinds, counts and shapes, never a name or a value.
 
 
 def _kind(spec: TensorSpec) -> str:
@@ -268,10 +270,26 @@ def _word(value: object) -> str:
     return _WORDS.get(type(value), f"a {type(value).__name__}")
 
 
+def _keys_of(value: Mapping[Any, object]) -> str:
+    lacking = sorted(_ENCODED_KEYS - value.keys())
+    others = len(value.keys() - _ENCODED_KEYS)
+    return f"this one lacks {', '.join(lacking) or 'none'} and has {others} others"
+
+
+def _dtype_word(dtype: object) -> str:
+    known = isinstance(dtype, str) and dtype in DTYPES
+    return str(dtype) if known else f"{_word(dtype)} that names no dtype"
+
+
+def _shown(shape: list[int]) -> list[int | str]:
+    """Return a shape's first lengths; one that can be none is a number of the caller's."""
+    return [length if 0 <= length < 2**31 else "…" for length in shape[:_SHOWN_DIMENSIONS]]
+
+
 def _shape_of(value: object) -> list[int]:
     """Follow the first elements down, as far as a message needs."""
     shape: list[int] = []
-    while isinstance(value, list) and len(shape) < 16:
+    while isinstance(value, list) and len(shape) < _SHOWN_DIMENSIONS:
         shape.append(len(value))
         value = value[0] if value else None
     return shape

@@ -14,12 +14,13 @@ from tests.host.root import run
 ZONE = "gz"
 FIRST, SECOND = "10.213.0.1", "10.213.0.2"
 CERTIFICATES = f"""
-mkdir -p /etc/gpuinfer/tls && cd /etc/gpuinfer/tls
+mkdir -p /root/tls && cd /root/tls
 openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=ca -keyout ca.key -out ca.crt
 openssl req -newkey rsa:2048 -nodes -subj /CN=redis -keyout redis.key -out redis.csr
 printf 'subjectAltName=IP:{FIRST}' >san
 openssl x509 -req -in redis.csr -CA ca.crt -CAkey ca.key -days 30 -extfile san -out redis.crt
-chgrp gpuinfer redis.key && chmod 640 redis.key
+install -d /etc/gpuinfer/tls && install -m 0644 ca.crt redis.crt /etc/gpuinfer/tls/
+install -o gpuinfer-redis -m 0400 redis.key /etc/gpuinfer/tls/redis.key
 """
 OPEN = """
 cat >>/etc/gpuinfer/redis.conf <<END
@@ -49,7 +50,7 @@ def paired(installed: str) -> Iterator[tuple[Container, Container]]:
         for path in ("/etc/gpuinfer/tls/ca.crt", *credentials()):
             second.put(path, first.ok(f"cat {path}"), mode=0o644 if "tls" in path else 0o600)
         second.ok(
-            "cat >>/etc/gpuinfer/gpuinfer.toml <<END\n[broker]\n"
+            "rm /etc/gpuinfer/credentials/admin; cat >>/etc/gpuinfer/gpuinfer.toml <<END\n[broker]\n"
             f'url = "rediss://{FIRST}:6380/0"\ntls_ca = "/etc/gpuinfer/tls/ca.crt"\nEND\n'
             "sed -i '0,/^\\[broker\\]$/d' /etc/gpuinfer/gpuinfer.toml && gpuinfer config check"
             " && systemctl restart gpuinfer.target && systemctl stop gpuinfer-watcher"
@@ -73,4 +74,4 @@ def _network() -> Iterator[None]:
 
 def credentials() -> list[str]:
     """Return the password files that a second host needs, the same as on the first."""
-    return [f"/etc/gpuinfer/credentials/{user}" for user in ("admin", "api", "worker", "watcher")]
+    return [f"/etc/gpuinfer/credentials/{user}" for user in ("api", "worker", "watcher")]

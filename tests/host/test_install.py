@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.host.admin import properties
+from tests.host.admin import journal, properties
 from tests.host.container import Container
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
@@ -41,6 +41,16 @@ def test_flower_sees_the_workers_on_loopback(host: Container) -> None:
     host.until("curl -sf -o /dev/null http://127.0.0.1:5555/workers", what="Flower")
     assert "127.0.0.1:5555" in host.ok("ss -Hltn sport = :5555")
     host.ok("systemctl stop gpuinfer-flower")
+    told = journal(host, "_SYSTEMD_UNIT=gpuinfer-flower.service")
+    assert {"6"} == {line["PRIORITY"] for line in told if line.get("LOGGER") == "flower.command"}
+
+
+def test_the_gpus_nodes_are_made_at_boot(host: Container) -> None:
+    """Its unit, in its sandbox, calls nvidia-modprobe for the control device and for unified memory apart."""
+    host.put("/usr/bin/nvidia-modprobe", '#!/bin/sh\necho "$@" >>/dev/nvidia-calls\n', 0o755)
+    host.ok("systemctl restart gpuinfer-devices && systemctl is-active gpuinfer-devices")
+    assert host.ok("cat /dev/nvidia-calls").splitlines() == ["-c 255", "-u -c 0"]
+    host.ok("rm /dev/nvidia-calls /usr/bin/nvidia-modprobe; systemctl stop gpuinfer-devices")
 
 
 def test_units_are_verified_and_tight(host: Container) -> None:

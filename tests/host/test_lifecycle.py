@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.host.admin import main_pid, predict, properties, result
+from tests.host.admin import actions, journal, main_pid, predict, properties, result
 from tests.host.conftest import install
 from tests.host.container import Container
 from tests.host.root import run
+from tests.models_for_tests import sleeper
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
@@ -31,25 +32,73 @@ def next_version(debs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return package
 
 
-def test_upgrade_keeps_an_admins_edit_and_rolls_the_workers(host: Container, next_version: Path) -> None:
-    """A newer package: the edited conffile stays, each worker drains and is ready again, nothing is lost."""
+#: systemd's messages about a unit: it is told to stop, and it has started.
+STOPPING, STARTED = "de5b426a63be47a7b6ac3eaac82e2f6f", "39f53479d3a045ac8e11786248231fbf"
+WORKERS = ("gpuinfer-worker@0.service", "gpuinfer-worker@1.service")
+
+
+@pytest.fixture(scope="module")
+def busy(host: Container, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Workers 0 and 1, enabled, that also serve a model of 8 s a task; the first has used up its starts."""
+    folder = sleeper(tmp_path_factory.mktemp("models") / "slow", 8, max_batch_size=1)
+    host.copy(folder, "/var/lib/gpuinfer/models/")
+    host.ok("chmod -R a+rX /var/lib/gpuinfer/models; systemctl stop gpuinfer-watcher")
+    for number in (0, 1):
+        host.put(f"/etc/gpuinfer/worker@{number}.env", "GPUINFER_WORKER_MODELS=digits,slow\n")
+    limit = "[Unit]\nStartLimitBurst=2\n"
+    host.put("/etc/systemd/system/gpuinfer-worker@0.service.d/limit.conf", limit)
+    host.ok("systemctl daemon-reload; systemctl enable --now gpuinfer-worker@0 gpuinfer-worker@1")
+    host.ok("systemctl restart gpuinfer-worker@0")
+
+
+def test_upgrade_keeps_what_an_admin_set(host: Container, next_version: Path, busy: None) -> None:
+    """A newer package: edited conffiles, the kernel's settings and what is disabled stay; all else runs anew.
+
+    journald, whose drop-in is the same, is left alone.
+    """
     host.ok("sed -i 's/^#result_ttl_s = .*/result_ttl_s = 7200/' /etc/gpuinfer/gpuinfer.toml")
-    host.ok("systemctl enable --now gpuinfer-worker@0 gpuinfer-worker@1")
-    before = {
-        unit: main_pid(host, unit) for unit in ("gpuinfer-worker@0", "gpuinfer-worker@1", "gpuinfer-api")
-    }
-    ids = [predict(host) for _ in range(3)]
+    host.ok("systemctl disable gpuinfer-watcher; sysctl -w net.core.somaxconn=8192")
+    units = [*WORKERS, "gpuinfer-api"]
+    before = {unit: main_pid(host, unit) for unit in units}
+    journald = main_pid(host, "systemd-journald")
     host.copy(next_version, "/root/next.deb")
-    said = host.ok("apt-get install -y -o Dpkg::Options::=--force-confold /root/next.deb", timeout=300)
+    # apt's two steps apart: by the second, which rolls, the workers must have begun what they are to end.
+    host.ok("dpkg --force-confold --unpack /root/next.deb", timeout=300)
+    ids = [predict(host, '{"inputs": [1.0], "model": "slow"}') for _ in range(6)]
+    for unit in WORKERS:
+        host.until(f"journalctl _SYSTEMD_UNIT={unit} ACTION=batch_running | grep -q slow", timeout=20)
+    said = host.ok("dpkg --force-confold --configure gpuinfer", timeout=300)
     assert "+next" in host.ok("dpkg-query -W gpuinfer")
     assert "result_ttl_s = 7200" in host.ok("cat /etc/gpuinfer/gpuinfer.toml")
+    assert host.ok("sysctl -n net.core.somaxconn").strip() == "8192"
+    assert host.sh("systemctl is-enabled gpuinfer-watcher").output.strip() == "disabled"
+    assert main_pid(host, "systemd-journald") == journald
     for unit, pid in before.items():
         host.ok(f"systemctl is-active {unit}")
         assert main_pid(host, unit) != pid, f"{unit} runs the old code\n{said}"
-        if "worker" in unit:
-            assert properties(host, unit, "Result")["Result"] == "success"
     for task_id in [*ids, predict(host)]:
-        assert result(host, task_id)["status"] == "completed"
+        assert result(host, task_id, wait=60)["status"] == "completed"
+    _rolled(host, {unit: before[unit] for unit in WORKERS})
+    assert not {"restored", "task_dead_lettered"} & set(actions(journal(host, "-b")))
+
+
+def _rolled(host: Container, old: dict[str, int]) -> None:
+    """Hold that each worker ended its batch, and the second went when the first was ready again."""
+    entries = journal(host, "-b", "_PID=1")
+    told = [
+        (entry["UNIT"], entry["MESSAGE_ID"], int(entry["__MONOTONIC_TIMESTAMP"]))
+        for entry in entries
+        if entry.get("UNIT") in old and entry.get("MESSAGE_ID") in (STOPPING, STARTED)
+    ][-4:]
+    first, second = WORKERS
+    order = [(first, STOPPING), (first, STARTED), (second, STOPPING), (second, STARTED)]
+    assert [(unit, message) for unit, message, _ in told] == order
+    for unit, message, at in told:
+        if message == STOPPING:
+            done = journal(host, "-b", f"_SYSTEMD_UNIT={unit}", f"_PID={old[unit]}", "ACTION=batch_done")
+            assert [entry for entry in done if int(entry["__MONOTONIC_TIMESTAMP"]) > at], (
+                f"{unit} did not drain"
+            )
 
 
 def test_a_reboot_brings_it_all_back(host: Container) -> None:
@@ -63,6 +112,28 @@ def test_a_reboot_brings_it_all_back(host: Container) -> None:
     assert result(host, waiting)["status"] == "completed"
     assert result(host, predict(host))["status"] == "completed"
     assert "worker_ready" in host.ok("journalctl -b -1 -o json -u gpuinfer-worker@0 | cat")
+
+
+def test_what_is_disabled_stays_off(host: Container) -> None:
+    """Over a reboot: the API with its socket, the watcher; where the target is disabled, all of it."""
+    off = ["gpuinfer-watcher.service", "gpuinfer-api.service", "gpuinfer-api.socket"]
+    host.ok(f"systemctl disable {' '.join(off)}")
+    host.reboot()
+    host.until("systemctl is-active gpuinfer-worker@0 gpuinfer-redis", timeout=90)
+    for unit in off:
+        assert properties(host, unit, "ActiveState", "UnitFileState") == {
+            "ActiveState": "inactive",
+            "UnitFileState": "disabled",
+        }
+    said = host.sh("gpuinfer doctor units").output
+    for unit in off:
+        assert f"{unit} is disabled and does not run" in said
+    host.ok(f"systemctl enable {' '.join(off)}; systemctl disable gpuinfer.target")
+    host.reboot()
+    assert host.ok("systemctl list-units --plain --no-legend --state=active 'gpuinfer*' | cat").strip() == ""
+    host.ok("systemctl enable gpuinfer.target; systemctl start gpuinfer.target")
+    host.until("systemctl is-active gpuinfer-worker@0 gpuinfer-api.socket gpuinfer-watcher", timeout=60)
+    assert result(host, predict(host))["status"] == "completed"
 
 
 def test_remove_stops_and_keeps(host: Container) -> None:
@@ -86,8 +157,14 @@ def test_reinstall_finds_its_settings_again(host: Container, debs: list[Path]) -
 
 
 def test_purge_leaves_only_what_the_admin_made(host: Container) -> None:
-    """`apt purge`: no file, unit, or process of ours is left, but the admin's own model is."""
-    host.ok("apt-get purge -y gpuinfer gpuinfer-torch-cpu", timeout=300)
+    """`apt purge`: no file, unit, or process of ours is left, but the admin's own model and mounts are."""
+    redis = "/var/lib/gpuinfer/redis"
+    host.ok(f"systemctl stop gpuinfer.target 'gpuinfer-worker@*'; rm -r {redis}/*")
+    host.ok(f"mount -t tmpfs none {redis} && systemctl start gpuinfer.target && ls {redis}/appendonlydir")
+    said = host.ok("apt-get purge -y gpuinfer gpuinfer-torch-cpu", timeout=300)
+    assert f"left in place, as it could not be removed: {redis}" in said
+    assert host.ok(f"ls -A {redis}; umount {redis} && rmdir {redis}") == ""
+    host.ok("rm -r /etc/gpuinfer /etc/systemd/system/gpuinfer-* /var/lib/gpuinfer/models/slow")
     left = host.ok(
         "find / -xdev \\( -path /proc -o -path /sys -o -path /var/log/journal \\) -prune"
         " -o -name '*gpuinfer*' -print"

@@ -21,8 +21,9 @@ pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
 URL, SERVED = "http://127.0.0.1:8000", "/srv/repo"
 DIST = f"{SERVED}/dists/bookworm"
-#: What must leave no trace in a package: where, when and by whom it is built.
+#: What must leave no trace in a package: where, when and by whom it is built, and on how many cores.
 ELSEWHERE = ("TZ=Pacific/Kiritimati", "LC_ALL=C", "LANGUAGE=de", "USER=somebody")
+ONE_CORE = ("taskset", "-c", "0")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def twice(debs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         tempfile.TemporaryDirectory(prefix="gpuinfer-elsewhere-", dir="/var/tmp") as folder,
         ThreadPoolExecutor() as pool,
     ):
-        there = ("env", *ELSEWHERE, f"TMPDIR={folder}")
+        there = ("env", *ELSEWHERE, f"TMPDIR={folder}", *ONE_CORE)
         second = pool.submit(build, other, "--only", "gpuinfer", "--lintian", tree=tree, by=there)
         first = known or build(again, "--only", "gpuinfer", tree=tree)
         return first[0], second.result()[0]

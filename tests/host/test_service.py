@@ -89,9 +89,36 @@ def test_warnings_show_just_trouble(host: Container) -> None:
     host.ok("rm /etc/gpuinfer/worker@4.env; systemctl reset-failed gpuinfer-worker@4")
 
 
+def test_redis_own_lines_have_levels(host: Container) -> None:
+    """Each once: its warnings are warnings, the rest is not, and why it does not start is an error."""
+    lines = journal(host, "-b", "-u", "gpuinfer-redis", "SYSLOG_IDENTIFIER=gpuinfer-redis")
+    ready = [line for line in lines if "ready to accept connections" in str(line["MESSAGE"])]
+    assert [line["PRIORITY"] for line in ready] == ["5"]
+    assert "4" in {line["PRIORITY"] for line in lines}
+    host.ok("cp /etc/gpuinfer/redis.conf /root/; echo maxmemory nonsense >>/etc/gpuinfer/redis.conf")
+    assert host.sh("systemctl restart gpuinfer-redis").code
+    told = journal(host, "-b", "_SYSTEMD_UNIT=gpuinfer-redis.service", "-p", "err")
+    assert any("maxmemory nonsense" in str(line["MESSAGE"]) for line in told)
+    host.ok("cp /root/redis.conf /etc/gpuinfer/redis.conf; systemctl restart gpuinfer-redis")
+
+
+def test_a_typo_elsewhere_does_not_take_redis_down(host: Container) -> None:
+    """A wrong line under [watcher] is a warning of Redis's start, and no more."""
+    host.ok(
+        "cp /etc/gpuinfer/gpuinfer.toml /root/;"
+        " sed -i 's/^\\[watcher\\]$/&\\nmood = 1/' /etc/gpuinfer/gpuinfer.toml"
+    )
+    host.ok("systemctl restart gpuinfer-redis && systemctl is-active gpuinfer-redis")
+    told = journal(host, "-b", "_SYSTEMD_UNIT=gpuinfer-redis.service", "-p", "warning")
+    assert any("unknown key watcher.mood" in str(line["MESSAGE"]) for line in told)
+    host.ok("cp /root/gpuinfer.toml /etc/gpuinfer/ && gpuinfer config check")
+
+
 def test_no_payload_and_no_password_is_logged(host: Container) -> None:
     """What users send and the passwords are nowhere in the journal."""
     result(host, predict(host, TWO.replace("15,13", "15,13.3125")))
+    names = ",".join(f'"13.3125-{number}": 0' for number in range(500))
+    assert result(host, predict(host, f'{{"inputs": {{"image": {{{names}}}}}}}'))["status"] == "failed"
     assert "13.3125" not in host.ok("journalctl --sync; journalctl --no-pager -o json --all | cat")
     host.ok(
         "for file in /etc/gpuinfer/credentials/*; do"
@@ -106,8 +133,8 @@ def test_the_journal_is_kept(host: Container) -> None:
 
 
 def test_celery_and_its_tools_work(host: Container) -> None:
-    """An administrator's `celery inspect` hears from every worker."""
-    said = host.ok("cd / && /usr/lib/gpuinfer/bin/python3 -m celery -A gpuinfer.queue.app inspect ping")
+    """An administrator's `gpuinfer celery inspect` hears from every worker."""
+    said = host.ok("gpuinfer celery inspect ping")
     assert "gpu0@gpuhost" in said
     assert "gpu1@gpuhost" in said
 

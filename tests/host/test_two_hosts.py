@@ -58,10 +58,22 @@ def test_a_host_that_is_cut_off_comes_back_by_itself(hosts: tuple[Container, Con
 
 def test_both_hosts_share_the_work(hosts: tuple[Container, Container]) -> None:
     """With a worker on each, both take part in a burst, each under its own name."""
-    first, second = hosts
+    first, _ = hosts
     start_worker(first)
     batch = "[" + ",".join(["[[" + ",".join(["[0,0,0,0,0,0,0,0]"] * 8) + "]]"] * 64) + "]"
     ids = [predict(first, batch, "/batch_predict") for _ in range(100)]
     workers = {result(first, task_id)["worker"] for task_id in ids}
     assert workers == {"gpu0@gpu-a", "gpu0@gpu-b"}
-    assert "gpu0@gpu-b" in second.ok("gpuinfer doctor work")
+    assert "gpu0@gpu-b" in first.ok("gpuinfer doctor work")  # to ask workers is the administrator's
+
+
+def test_keys_and_passwords_are_where_they_are_needed(hosts: tuple[Container, Container]) -> None:
+    """A worker cannot read Redis's private key; the second host has no password of the administrator."""
+    first, second = hosts
+    as_worker = "setpriv --reuid gpuinfer-worker --regid gpuinfer-worker --init-groups"
+    first.ok(f"{as_worker} cat /etc/gpuinfer/tls/redis.crt")
+    assert first.sh(f"{as_worker} cat /etc/gpuinfer/tls/redis.key").code
+    second.ok("dpkg-reconfigure gpuinfer; ! test -e /etc/gpuinfer/credentials/admin")
+    assert "3 passwords" in second.ok("gpuinfer doctor config")
+    second.ok("set -e; gpuinfer watcher explain; gpuinfer queue status")
+    assert "shape_mismatch" in second.sh("gpuinfer submit --wait '[1]'").output

@@ -9,11 +9,14 @@ import sys
 from typing import Any
 
 import pytest
+from celery import Celery
 
 from gpuinfer import Client
 from gpuinfer.api import schemas
+from gpuinfer.errors import InputError
 from tests.apis import Api, submit
 from tests.models_for_tests import sleeper
+from tests.services import RedisServer
 from tests.workers import NAME, Workers, wait_until
 
 pytestmark = pytest.mark.integration
@@ -52,6 +55,24 @@ def test_from_request_to_result(workers: Workers, api: Api, client: Client) -> N
     failed = story(bad, *logs)[1]
     assert (failed["level"], failed["code"], failed["queue"]) == ("info", "shape_mismatch", "realtime")
     assert actions(story(gone, *logs)) == ["task_accepted", "task_cancelled", "task_skipped"]
+
+
+def test_what_was_sent_is_not_told(workers: Workers, redis_server: RedisServer, client: Client) -> None:
+    """Thousands of foreign names, half surrogates in them: one short line, and a result to read."""
+    worker = workers.start()
+    with Celery(
+        "stranger", broker=redis_server.url.replace("unix", "redis+socket"), set_as_current=False
+    ) as app:
+        hostile = {"image": {f"PAYLOAD\ud800{number}": number for number in range(2000)}}
+        task_id = app.send_task("gpuinfer.predict", [hostile], queue="realtime", ignore_result=False).id
+    worker.wait_for_line('"task_failed"')
+    with pytest.raises(InputError, match="has the keys b64, dtype and shape"):
+        client.result(task_id, timeout_s=10)
+    worker.terminate()
+    text = worker.text()
+    assert actions(story(task_id, text)) == ["task_failed", "batch_done"]
+    assert "PAYLOAD" not in text
+    assert max(map(len, text.splitlines())) < 3000
 
 
 def test_deaths(workers: Workers, client: Client) -> None:

@@ -258,8 +258,42 @@ def test_local(
     assert call("redis", "local") == code
     told = capfd.readouterr()
     assert "p%40ss" not in told.out + told.err
-    assert ("has no Redis of its own to run" in told.out) == (code == 1)
-    assert ("broker.url" in told.err) == (code == 255)
+    assert ("has no Redis of its own to run" in told.err) == (code == 1)
+    assert ("gpuinfer: error: " in told.err) == (code == 255)
+
+
+@pytest.mark.parametrize(
+    "typo",
+    [
+        "[worker]\nqueues = ['batch', 'hurry']\n",
+        "[wacher]\nmode = 'act'\n",
+        "[api]\nprot = 1\n",
+        "[models]\nfolders = [\n",
+        "[log]\nlevel = info\n",
+    ],
+)
+def test_a_typo_elsewhere_does_not_keep_redis_from_starting(
+    credentials: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    typo: str,
+) -> None:
+    """Redis reads its own sections alone; what is wrong in another is told as a warning, once."""
+    ours = "[broker]\nconnect_timeout_s = 1\n\n[redis]\nmaxmemory_mb = 300\n"
+    file = tmp_path / "gpuinfer.toml"
+    monkeypatch.setenv("GPUINFER_CONFIG", str(file))
+    for text in (f"{ours}\n{typo}", f"{typo}\n{ours}"):
+        file.write_text(text)
+        assert call("redis", "local") == 0
+        assert prepare(folder) == 0
+        assert capfd.readouterr().err.count(f"gpuinfer: warning: {file}: ") == 1
+        assert "maxmemory 300mb" in (folder / "tuning.conf").read_text(encoding="utf-8")
+    for broken in ("[redis]\nmaxmemory = 1\n", "[broker]\nurl = \n", f"{ours}[redis]\n"):
+        file.write_text(broken)
+        assert prepare(folder) == 78
+        assert call("redis", "local") == 255
 
 
 def test_local_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

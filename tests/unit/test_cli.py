@@ -80,7 +80,7 @@ def test_an_error_is_of_that_level_in_the_journal(tmp_path: Path) -> None:
     """`journalctl -p warning` shows why a unit did not start, not only that it did not."""
     with (tmp_path / "stderr").open("w+") as journal:
         found = os.fstat(journal.fileno())
-        environ = {"GPUINFER_API_PORT": "x", "JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
+        environ = {"GPUINFER_BROKER_URL": "x", "JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
         for arguments in (["config", "check"], ["redis", "local"]):
             subprocess.run(
                 [*GPUINFER, *arguments], stderr=journal, env={**os.environ, **environ}, check=False
@@ -88,7 +88,7 @@ def test_an_error_is_of_that_level_in_the_journal(tmp_path: Path) -> None:
         journal.seek(0)
         lines = journal.readlines()
     assert len(lines) == 2
-    assert all(line.startswith("<3>gpuinfer: error: GPUINFER_API_PORT: ") for line in lines)
+    assert all(line.startswith("<3>gpuinfer: error: GPUINFER_BROKER_URL: ") for line in lines)
 
 
 def test_an_error_in_json() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -167,6 +168,19 @@ def test_the_checks_can_be_listed() -> None:
 def test_nvml_is_asked_in_a_child() -> None:
     """The real NVML, present or not, in a process of its own."""
     assert from_json(ask("nvml", limit_s=60)).inventory is not None
+
+
+def test_a_child_sees_all_gpus_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an administrator's shell says: CUDA_VISIBLE_DEVICES would hide GPUs from the probe."""
+    for name in ("CUDA_VISIBLE_DEVICES", "GPUINFER_BROKER_PASSWORD", "CREDENTIALS_DIRECTORY"):
+        monkeypatch.setenv(name, "0")
+    program = tmp_path / "prints-its-environment"
+    program.write_text("#!/bin/sh\nenv | tr '\\n' ' '\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    seen = ask("nvml", limit_s=60).decode().split()
+    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in seen
+    assert not [line for line in seen if line.startswith(("CUDA_VISIBLE", "GPUINFER", "CREDENTIALS"))]
 
 
 def test_a_child_that_hangs_is_killed() -> None:

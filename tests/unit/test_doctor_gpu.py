@@ -211,6 +211,9 @@ def test_cuda_does_not_compute() -> None:
         "cuda:1 does not compute: CUDA error: uncorrectable ECC error",
     )
     assert one(cuda.judge(answer(failed={"cuda:1": "CUDA out of memory"}), 2)).status == "warning"
+    fewer = one(cuda.judge(answer(), 4))
+    assert (fewer.status, fewer.message) == ("error", "NVML lists 4 GPUs, CUDA 1 of them")
+    assert one(cuda.judge(answer(), 4, split=True)).status == "ok", "of MIG's instances CUDA shows one"
 
 
 # -- device nodes ---------------------------------------------------------------------------

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from gpuinfer.doctor import config, disk, kernel, models, redis_tuning, versions, work
+from gpuinfer.doctor import config, disk, kernel, models, redis_config, redis_tuning, versions, work
 from gpuinfer.doctor.finding import Finding, Findings, Skipped
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.redis_place import OUR_SOCKET, place_of
@@ -87,6 +88,19 @@ def test_passwords_are_roots_alone(tmp_path: Path) -> None:
     assert found[0].remedy == "chmod 0600 /etc/gpuinfer/credentials/api"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="the files must be root's")
+def test_a_second_host_needs_no_administrators_password(tmp_path: Path) -> None:
+    """It stays with the host that has the Redis; on that one it is missed."""
+    names = {f"{config.CREDENTIALS}/{user}": "f" * 64 for user in config.USERS if user != "admin"}
+    second = host(tmp_path, names, broker={"url": "rediss://first:6380/0"})
+    folder = tmp_path / config.CREDENTIALS.lstrip("/")
+    folder.chmod(0o700)
+    for path in folder.iterdir():
+        path.chmod(0o600)
+    assert one(config.credentials(second)).message == "3 passwords, readable by root alone"
+    assert one(config.credentials(host(tmp_path))).message.endswith("/admin is missing")
+
+
 def test_without_the_package_there_are_no_passwords(tmp_path: Path) -> None:
     """In a plain checkout that is no error."""
     with pytest.raises(Skipped, match="the package is not installed"):
@@ -97,14 +111,22 @@ def test_without_the_package_there_are_no_passwords(tmp_path: Path) -> None:
 
 
 def test_overcommit_and_somaxconn(tmp_path: Path) -> None:
-    """The remedy is to apply the package's file where it is, else to set the value."""
+    """The remedy lasts: it applies the files that are there, or opens the one that has the last word."""
     files = {"/proc/sys/vm/overcommit_memory": "0\n", "/proc/sys/net/core/somaxconn": "128\n"}
-    plain = host(tmp_path, files)
-    assert kernel.overcommit(plain).remedy == "sysctl -w vm.overcommit_memory=1"
-    assert kernel.somaxconn(plain).remedy == "sysctl -w net.core.somaxconn=4096"
-    installed = host(tmp_path, {"/usr/lib/sysctl.d/60-gpuinfer.conf": "net.core.somaxconn = 100\n"})
-    assert kernel.somaxconn(installed).status == "ok"
-    assert kernel.overcommit(installed).remedy == "sysctl --system"
+    here = host(tmp_path, files)
+    new = "echo {} >/etc/sysctl.d/60-gpuinfer.conf && sysctl --system"
+    assert kernel.overcommit(here).remedy == new.format("vm.overcommit_memory = 1")
+    assert kernel.somaxconn(here).remedy == new.format("net.core.somaxconn = 4096")
+    host(tmp_path, {"/usr/lib/sysctl.d/60-gpuinfer.conf": "vm.overcommit_memory = 1\n"})
+    assert kernel.overcommit(here).remedy == "sysctl --system"
+    host(tmp_path, {"/etc/sysctl.d/50-mine.conf": "vm.overcommit_memory = 2\n"})
+    assert kernel.overcommit(here).remedy == "sysctl --system"
+    host(tmp_path, {"/etc/sysctl.d/70-mine.conf": "-vm/overcommit_memory=2\n"})
+    wins = "editor /etc/sysctl.d/70-mine.conf && sysctl --system  # vm.overcommit_memory = 1"
+    assert kernel.overcommit(here).remedy == wins
+    host(tmp_path, {"/usr/lib/sysctl.d/70-mine.conf": "vm.overcommit_memory = 1\n"})
+    assert kernel.overcommit(here).remedy == wins, "a file in /etc hides one of its name"
+    assert kernel.somaxconn(host(tmp_path, {"/proc/sys/net/core/somaxconn": "65535\n"})).status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -131,12 +153,43 @@ def test_room_on_disk(free: int, inodes: int | None, status: str) -> None:
     assert disk.judge("/var/lib/gpuinfer", free, inodes, "du").status == status
 
 
+def test_the_room_where_redis_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder, also by redis.conf, may be a file system of its own: then each has a finding."""
+    with pytest.raises(Skipped, match="not installed"):
+        disk.data(host(tmp_path))
+    here = host(tmp_path, {"/var/lib/gpuinfer/redis/file": "", "/etc/gpuinfer/redis.conf": "port 0\n"})
+    asked: list[str] = []
+
+    def full(path: Path) -> os.statvfs_result:
+        asked.append(f"/{path.relative_to(tmp_path)}")
+        return os.statvfs_result((4096, 4096, 10**9, 100, 100, 10**9, 10**6, 10**6, 0, 255))
+
+    monkeypatch.setattr(os, "statvfs", full)
+    assert len(flat(disk.data(here))) == 1, "on one file system with the models"
+    # The device of /proc is another one, whatever machine this is.
+    (tmp_path / "mnt").symlink_to("/proc")
+    host(tmp_path, {"/etc/gpuinfer/redis.conf": '# dir /x\ndir "/var/lib/gpuinfer/redis"\nDIR /mnt\n'})
+    found = flat(disk.data(here))
+    assert [finding.status for finding in found] == ["error", "error"]
+    assert found[1].remedy == "du -xh --max-depth=2 /mnt | sort -h | tail"
+    assert asked == ["/var/lib/gpuinfer", "/var/lib/gpuinfer", "/mnt"]
+
+
 def test_a_journal_that_is_lost_at_reboot(tmp_path: Path) -> None:
-    """Without /var/log/journal it is kept in memory."""
+    """Without /var/log/journal it is kept in memory; with it, too, where the settings say so."""
     (tmp_path / "run/systemd/system").mkdir(parents=True)
-    found = disk.journal(host(tmp_path))
+    said = "# /etc/systemd/journald.conf\n#Storage=auto\n"
+    here = host(tmp_path)
+    here.run = lambda command: subprocess.CompletedProcess(list(command), 0, said, "")
+    found = disk.journal(here)
     assert found.status == "warning"
     assert found.remedy.startswith("mkdir -p /var/log/journal")
+    (tmp_path / "var/log/journal").mkdir(parents=True)
+    assert "is lost" not in disk.journal(here).message
+    said += "Storage=persistent\n# /etc/systemd/journald.conf.d/90-mine.conf\nStorage = volatile\n"
+    found = disk.journal(here)
+    assert found.status == "warning"
+    assert found.message == "the journal is lost at each reboot: its settings say Storage=volatile"
 
 
 # -- Redis's files --------------------------------------------------------------------------
@@ -146,25 +199,59 @@ def test_what_redis_conf_states(tmp_path: Path) -> None:
     """What is included counts where it stands, the last one wins, and tabs are spaces, as in Redis."""
     text = 'include /run/tuning.conf\nappendfsync\talways\n# maxmemory 1\nmaxmemory-policy "volatile-ttl"\n\n'
     tuning = "\tmaxmemory \t2gb\nappendfsync everysec\nhz 10\n"
-    here = host(tmp_path, {redis_tuning.CONF: text, "/run/tuning.conf": tuning})
-    assert redis_tuning.stated(here, redis_tuning.CONF) == {
-        "maxmemory": str(2 * GIB),
+    here = host(tmp_path, {redis_config.CONF: text, "/run/tuning.conf": tuning})
+    assert redis_config.stated(here, redis_config.CONF) == {
+        "maxmemory": "2gb",
         "appendfsync": "always",
         "maxmemory-policy": "volatile-ttl",
+        "hz": "10",
     }
 
 
 def test_settings_that_changed_since_redis_started(tmp_path: Path) -> None:
     """tuning.conf is taken as the next start would write it, and what redis.conf says below it wins."""
     files = {
-        redis_tuning.CONF: "include /run/gpuinfer/redis/tuning.conf\n",
-        redis_tuning.TUNING: "maxmemory 1gb\n",
+        redis_config.CONF: "include /run/gpuinfer/redis/tuning.conf\n",
+        redis_config.TUNING: "maxmemory 1gb\n",
     }
     here = host(tmp_path, files, redis={"maxmemory_mb": 512, "appendfsync": "always"})
-    assert redis_tuning.stated(here, redis_tuning.CONF) == {
-        "maxmemory": str(GIB // 2),
+    assert redis_config.stated(here, redis_config.CONF) == {
+        "maxmemory": "512mb",
         "appendfsync": "always",
     }
+
+
+def test_lines_of_redis_conf_that_add_up(tmp_path: Path) -> None:
+    """Limits of each kind of client; points to save, which an empty one takes back. No password is read."""
+    text = "client-output-buffer-limit normal 1mb 0 0\nclient-output-buffer-limit pubsub 2mb 1mb 60\n"
+    text += 'save 3600 1\nsave ""\nsave 300 100 60 10000\nrequirepass hush\ntls-key-file-pass hush\n'
+    found = redis_config.parse(host(tmp_path), text)
+    assert found == {
+        "client-output-buffer-limit": "normal 1mb 0 0 pubsub 2mb 1mb 60",
+        "save": "300 100 60 10000",
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "found", "wanted", "same"),
+    [
+        ("maxmemory", "2147483648", "2gb", True),
+        ("maxmemory", "2147483648", "2g", False),
+        ("appendonly", "yes", "Yes", True),
+        ("save", "", "", True),
+        ("dir", "/var/lib/other", "/var/lib/gpuinfer/redis", False),
+        (
+            "client-output-buffer-limit",
+            "normal 268435456 0 60 slave 268435456 0 60 pubsub 1 0 0",
+            "replica 256mb 0 60 normal 256mb 0 60",
+            True,
+        ),
+        ("client-output-buffer-limit", "normal 0 0 0", "normal 256mb 0 60", False),
+    ],
+)
+def test_what_redis_tells_means_what_its_file_says(key: str, found: str, wanted: str, same: bool) -> None:
+    """Sizes, cases and the names of old are told apart from differences."""
+    assert redis_config.same(key, found, wanted) is same
 
 
 def test_what_mends_redis_outlives_a_restart() -> None:
@@ -172,7 +259,7 @@ def test_what_mends_redis_outlives_a_restart() -> None:
     ours, other = (place_of(BrokerSettings(url=url)) for url in (f"unix://{OUR_SOCKET}", "redis://there/0"))
     ill = {"maxmemory": "0", "maxmemory-policy": "allkeys-lru", "appendonly": "no"}
     mends = [finding.remedy for finding in redis_tuning.unfit(ill, ours)]
-    edit = f"editor {redis_tuning.CONF} && systemctl restart gpuinfer-redis  # "
+    edit = f"editor {redis_config.CONF} && systemctl restart gpuinfer-redis  # "
     assert mends == [edit + "maxmemory-policy volatile-ttl", edit + "maxmemory 2gb", edit + "appendonly yes"]
     mends = [finding.remedy for finding in redis_tuning.unfit(ill, other)]
     assert mends[0] == "redis-cli -h there -p 6379 CONFIG SET maxmemory-policy volatile-ttl"
@@ -184,7 +271,7 @@ def test_what_mends_redis_outlives_a_restart() -> None:
 )
 def test_sizes_of_redis_conf(text: str, size: int) -> None:
     """k is a thousand and kb 1024."""
-    assert redis_tuning.to_bytes(text) == size
+    assert redis_config.to_bytes(text) == size
 
 
 @pytest.mark.parametrize(
@@ -218,13 +305,41 @@ def test_a_model_that_is_too_large_to_try(tmp_path: Path) -> None:
     assert "too much to load" in found.message
 
 
-def test_a_model_others_may_change(tmp_path: Path) -> None:
-    """It is a program that workers run."""
-    Repository([tmp_path / "models"]).add(SHIPPED / "digits", "open").path.chmod(0o777)
-    names = {"folders": [tmp_path / "models"], "default": "open"}
-    found = one(models.digests(host(tmp_path, models=names)))
-    assert found.status == "warning"
-    assert found.remedy.startswith("chown -R root:root")
+@pytest.mark.parametrize(
+    ("what", "mode", "remedy"),
+    [
+        ("open", 0o777, "chown -R root:root {}/open && chmod -R go-w {}/open"),
+        ("open/model.toml", 0o666, "chown -R root:root {}/open && chmod -R go-w {}/open"),
+        ("open/model.pt", 0o620, "chown -R root:root {}/open && chmod -R go-w {}/open"),
+        (".", 0o777, "chown root:root {} && chmod go-w {}"),
+        ("..", 0o1777, ""),
+    ],
+)
+def test_a_model_others_may_change(tmp_path: Path, what: str, mode: int, remedy: str) -> None:
+    """It is a program that workers run: its folder, its files, the folders in which it could be exchanged."""
+    folder = tmp_path / "here" / "models"
+    Repository([folder]).add(SHIPPED / "digits", "open")
+    (folder / what).chmod(mode)
+    here = host(tmp_path, models={"folders": [folder], "default": "open"})
+    found = one(models.digests(here))
+    assert found.status == ("warning" if remedy else "ok")
+    assert found.remedy == remedy.format(folder, folder)
+
+
+def test_the_models_of_each_worker_are_looked_at(tmp_path: Path) -> None:
+    """Those that only its own file names, too; one that more workers name is looked at once."""
+    here = host(
+        tmp_path,
+        {
+            "/etc/gpuinfer/worker@0.env": "GPUINFER_WORKER_MODELS=digits,nowhere\n",
+            "/etc/gpuinfer/worker@1.env": "GPUINFER_WORKER_MODELS=nowhere\n",
+            "/etc/gpuinfer/worker@2.env": "GPUINFER_WORKER_NOSUCH=1\n",
+        },
+        models={"folders": ["/var/lib/gpuinfer/models"]},
+    )
+    sound, missing = flat(models.digests(here))
+    assert sound.status == "ok"
+    assert (missing.status, "nowhere" in missing.message) == ("error", True)
 
 
 def test_versions(tmp_path: Path) -> None:

@@ -33,7 +33,13 @@ TEMPLATE = "gpuinfer-worker@.service disabled enabled\n"
 
 
 def systemd(
-    root: Path, *shown: str, files: str = "", loaded: str = "", journal: str = "", **sections: object
+    root: Path,
+    *shown: str,
+    files: str = "",
+    loaded: str = "",
+    failed: str = "",
+    journal: str = "",
+    **sections: object,
 ) -> Host:
     """Return a host whose systemctl answers so; asked for a unit that is shown, with that one alone."""
 
@@ -43,7 +49,7 @@ def systemd(
         answers = {
             "show": "\n\n".join(named or shown),
             "list-unit-files": files,
-            "list-units": loaded,
+            "list-units": failed if "--state=failed" in command else loaded,
             "journal": journal,
         }
         return subprocess.CompletedProcess(list(command), 0, answers[key] + "\n", "")
@@ -71,7 +77,7 @@ def test_units_that_run(tmp_path: Path) -> None:
     shown = [unit(name) for name in units.ALWAYS]
     shown[1] = unit("gpuinfer-redis.service", ActiveState="inactive", Result="exec-condition")
     here = systemd(tmp_path, *shown)
-    assert one(units.services(here)).message == "5 units enabled and well"
+    assert one(units.services(here)).message == "7 units enabled and well"
 
 
 def test_units_that_do_not(tmp_path: Path) -> None:
@@ -82,6 +88,8 @@ def test_units_that_do_not(tmp_path: Path) -> None:
         unit("gpuinfer-api.socket", LoadState="masked", ActiveState="inactive"),
         unit("gpuinfer-api.service", UnitFileState="disabled"),
         unit("gpuinfer-watcher.service", LoadState="bad-setting", ActiveState="inactive"),
+        unit("gpuinfer-front.service", LoadState="masked", ActiveState="inactive"),
+        unit("gpuinfer-workers.target", UnitFileState="disabled", ActiveState="inactive"),
     ]
     found = flat(units.services(systemd(tmp_path, *shown, journal="Starting\nFatal: no memory")))
     assert [finding.remedy for finding in found] == [
@@ -90,8 +98,33 @@ def test_units_that_do_not(tmp_path: Path) -> None:
         "systemctl unmask gpuinfer-api.socket",
         "systemctl enable gpuinfer-api.service",
         "systemctl daemon-reload; systemd-analyze verify gpuinfer-watcher.service",
+        "systemctl unmask gpuinfer-front.service",
+        "systemctl enable --now gpuinfer-workers.target",
     ]
     assert found[1].message == "gpuinfer-redis.service failed (exit-code): Fatal: no memory"
+
+
+def test_any_other_unit_that_failed(tmp_path: Path) -> None:
+    """A restore that failed leaves tasks in flight; of a worker its own check tells."""
+    restore = unit(
+        "gpuinfer-restore@0.service", ActiveState="failed", Result="exit-code", UnitFileState="static"
+    )
+    listed = "gpuinfer-restore@0.service loaded failed\ngpuinfer-worker@0.service loaded failed\n"
+    shown = [unit(name) for name in units.ALWAYS]
+    here = systemd(tmp_path, *shown, restore, failed=listed, journal="no such password")
+    found = one(units.services(here))
+    assert (found.status, found.message) == (
+        "error",
+        "gpuinfer-restore@0.service failed (exit-code): no such password",
+    )
+
+
+def test_a_service_that_came_back_by_itself(tmp_path: Path) -> None:
+    """It runs, and somebody should know how often it did not."""
+    shown = [unit(name) for name in units.ALWAYS]
+    shown[3] = unit(units.API, NRestarts="4")
+    found = one(units.services(systemd(tmp_path, *shown)))
+    assert (found.status, found.message) == ("warning", f"{units.API} was restarted 4 times")
 
 
 def test_a_unit_that_does_not_stay_up(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuinfer.journal.entry import MAX_IDS, Entries
+from gpuinfer.journal.entry import MAX_IDS, MAX_TRACEBACK, MAX_VALUE, Entries
 from gpuinfer.journal.sender import Sender, field, is_journal
 
 pytestmark = pytest.mark.unit
@@ -254,6 +254,22 @@ def test_many_tasks() -> None:
     assert [dict(part)["MESSAGE"] for part in parts] == [f"batch done [{n} of 3]" for n in (1, 2, 3)]
     assert [value for part in parts for name, value in part if name == "TASK_ID"] == ids
     assert max(len(part) for part in parts) < 1024
+
+
+def test_no_value_is_long() -> None:
+    """Whatever a stranger or a model's exception made of it: each field is cut, each id too."""
+    ids = [f"id{number}" for number in range(MAX_IDS)]
+    long = "é" * 100_000
+    line = {"action": "a", "level": "info", "reason": long, "odd": [long], "message": f"{long}\n{long}"}
+    (entry,) = entries().of({**line, "exception": long + "\nE: the end", "task_id": long, "queues": [long]})
+    for name, value in parse(entry):
+        assert len(value) <= (MAX_TRACEBACK if name == "TRACEBACK" else MAX_VALUE) + 600, name
+    assert dict(parse(entry))["TRACEBACK"].endswith("E: the end")
+    assert dict(parse(entry))["REASON"].endswith("é [97952 characters more]")
+    (entry,) = entries().of({"action": "a", "level": "info", "task_ids": [*ids[1:], long]})
+    told = [value for name, value in parse(entry) if name == "TASK_ID"]
+    assert told[:-1] == ids[1:]
+    assert len(told[-1]) < MAX_VALUE + 50
 
 
 def test_names_of_fields() -> None:

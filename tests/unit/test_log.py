@@ -197,3 +197,17 @@ def test_a_terminal_gets_colours() -> None:
     assert "\x1b[" in text
     assert "batch_done" in text
     assert not text.startswith("{")
+
+
+def test_a_long_text_is_cut() -> None:
+    """In lines of JSON and on a terminal, as in the journal; lists of ids stay whole."""
+    script = """
+        configure(LogSettings(format="{}"))
+        log.info("task_failed", reason="x" * 100_000, task_ids=["y" * 36] * 100)
+        logging.getLogger("celery.worker").warning("z" * 100_000)
+    """
+    ours, foreign = lines_of(script.format("json"))
+    assert len(ours["task_ids"]) == 100
+    assert ours["reason"].endswith("x [97952 characters more]")
+    assert foreign["message"].endswith("z [97952 characters more]")
+    assert len(stderr_of(script.format("console"))) < 20_000

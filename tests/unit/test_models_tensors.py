@@ -237,7 +237,7 @@ def test_any_json_decodes_or_is_refused(value: object, dtype: str, shape: list[i
         ({"b64": "A!"}, InputError, "not valid base64"),
         ({"b64": "é"}, InputError, "not valid base64"),
         ({"b64": 5}, InputError, "b64 must be a string"),
-        ({"extra": 1}, InputError, "keys b64, dtype and shape; got b64, dtype, extra, shape"),
+        ({"extra": 1}, InputError, "keys b64, dtype and shape; this one lacks none and has 1 others"),
         (
             {"b64": base64.b64encode(np.array([1, np.nan], np.float32).tobytes()).decode()},
             NonFiniteInput,
@@ -252,6 +252,32 @@ def test_encoded_misfits(change: dict[str, object], error: type[InputError], sai
         decode(_one([2]), value)
     assert type(caught.value) is error
     assert said in caught.value.message
+
+
+SECRET = "PAYLOAD\ud800"
+
+
+@pytest.mark.parametrize(
+    ("manifest", "value"),
+    [
+        (_one([2]), {"x": {f"{SECRET}{number}": 0 for number in range(2000)}}),
+        (_one([2]), {SECRET: [1, 2], "x": [1, 2]}),
+        (_one([2]), {"b64": "", "dtype": SECRET, "shape": [2]}),
+        (_one([2]), {"b64": "", "dtype": {SECRET: 1}, "shape": [2]}),
+        (_one([2]), {"b64": SECRET, "dtype": "float32", "shape": [2]}),
+        (_one([2]), {"b64": "", "dtype": "float32", "shape": [10**4000] * 99}),
+        (_one([2]), [SECRET, SECRET]),
+        (_one([2]), SECRET),
+        (TWO, {SECRET: 1}),
+    ],
+)
+def test_an_error_holds_nothing_of_what_was_sent(manifest: Manifest, value: object) -> None:
+    """Its text is logged and goes into JSON: short, encodable, without a name or value of the caller's."""
+    with pytest.raises(InputError) as caught:
+        decode(manifest, value)
+    text = str(caught.value)
+    assert "PAYLOAD" not in text
+    assert len(text.encode()) < 400
 
 
 def _encoded(values: list[float]) -> dict[str, object]:

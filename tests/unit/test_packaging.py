@@ -113,6 +113,49 @@ def test_roff_has_no_complaint(tmp_path: Path) -> None:
         assert done.stderr == ""
 
 
+# -- device nodes -------------------------------------------------------------------------
+
+
+def make_nodes(folder: Path, driver: Path, *, fails: str = "never") -> tuple[int, list[str]]:
+    """Run the script with an nvidia-modprobe that notes its calls, and may fail; return exit code, calls."""
+    fake = folder / "nvidia-modprobe"
+    fake.write_text(f'#!/bin/sh\necho "$@" >>{folder}/calls\n[ "$1" != {fails} ]\n')
+    fake.chmod(0o755)
+    done = subprocess.run(
+        [str(ROOT / "systemd" / "make-device-nodes"), str(driver)],
+        env={"PATH": f"{folder}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    return done.returncode, (folder / "calls").read_text().splitlines()
+
+
+def test_each_gpu_has_its_node_and_each_mig_instance(tmp_path: Path) -> None:
+    """By the minors that the driver names; -u is a call of its own; a call that fails is not the last."""
+    driver = tmp_path / "nvidia"
+    for name, minor in (("0000:17:00.0", 3), ("0000:65:00.0", 12)):
+        (driver / "gpus" / name).mkdir(parents=True)
+        (driver / "gpus" / name / "information").write_text(
+            f"Model: \t\t L4\nDevice Minor: \t {minor}\nX: 1\n"
+        )
+    for name in ("mig/config", "gpu0/mig/gi1/access"):
+        (driver / "capabilities" / name).parent.mkdir(parents=True, exist_ok=True)
+        (driver / "capabilities" / name).write_text("DeviceFileMinor: 1\nDeviceFileMode: 256\n")
+    (driver / "capabilities" / "other").write_text("nothing\n")
+    calls = ["-c 255", "-c 255 -c 3 -c 12", "-u -c 0"]
+    calls += [f"-f {driver}/capabilities/{name}" for name in ("gpu0/mig/gi1/access", "mig/config")]
+    assert make_nodes(tmp_path, driver) == (0, calls)
+    (tmp_path / "calls").unlink()
+    assert make_nodes(tmp_path, driver, fails="-u") == (1, calls)
+
+
+def test_without_a_driver_nothing_but_its_module_is_asked_for(tmp_path: Path) -> None:
+    """nvidia-modprobe may be there where no GPU is."""
+    assert make_nodes(tmp_path, tmp_path / "none") == (0, ["-c 255", "-u -c 0"])
+
+
 # -- torch's wheels -----------------------------------------------------------------------
 
 

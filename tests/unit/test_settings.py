@@ -214,3 +214,26 @@ def test_a_credential_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broker_password").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="broker_password: must be UTF-8"):
         load(None, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("files", "user", "name"),
+    [
+        (("admin", "api", "watcher"), "watcher", "admin"),
+        (("api", "watcher"), "watcher", "watcher"),
+        (("api", "watcher"), "api", "api"),
+        ((), "api", None),
+    ],
+)
+def test_root_logs_in_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], user: str, name: str | None
+) -> None:
+    """As the administrator; as the program's own user on a host that has not the administrator's password."""
+    monkeypatch.setattr("gpuinfer.settings.PASSWORDS", tmp_path)
+    monkeypatch.setattr("gpuinfer.settings.DEFAULT_FILE", tmp_path / "none.toml")
+    for file in files:
+        (tmp_path / file).write_text(f"of {file}\n")
+    loaded = load(environ={}, user=user)
+    assert loaded.settings.broker.username == name
+    password = loaded.settings.broker.password
+    assert (password.get_secret_value() if password else None) == (f"of {name}" if name else None)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gpuinfer celery``: Celery's own command, on our application and with its settings."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from gpuinfer.settings import Loaded
+
+_APP = "gpuinfer.queue.app"
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    epilog="Examples: gpuinfer celery inspect ping; gpuinfer celery status; gpuinfer celery --help",
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENT]...")
+@click.pass_context
+def celery(ctx: click.Context, arguments: tuple[str, ...]) -> int:
+    """Run Celery's own command on this application: what follows is celery's, its options too."""
+    from celery.bin.celery import celery as command
+
+    file = ctx.find_root().params.get("file")
+    if file is not None:  # the application reads its settings itself
+        os.environ["GPUINFER_CONFIG"] = str(file)
+    if "flower" in arguments:
+        _log_as_ours(ctx.obj)
+    code = command.main(["-A", _APP, *arguments], prog_name="gpuinfer celery", standalone_mode=False)
+    return code if isinstance(code, int) else 0
+
+
+def _log_as_ours(loaded: Loaded) -> None:
+    """Give Flower, which takes the root logger's handler where there is one, lines with levels."""
+    from gpuinfer.log import configure
+
+    configure(loaded.settings.log, program="gpuinfer-flower")
