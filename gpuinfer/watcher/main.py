@@ -130,6 +130,8 @@ class Watcher:
         except BrokerUnavailable as exc:
             return Observation(queues=None, instances=tuple(own), host=self.host, trouble=str(exc))
         marked = tuple(with_busy(one, seen.in_flight, seen.beating) for one in own)
+        instances = (*marked, *seen.remote)
+        active = [str(one.key) for one in instances if one.state == "active"]
         return Observation(
             queues=seen.queues,
             instances=(*marked, *seen.remote),
@@ -149,15 +151,19 @@ class Watcher:
             enabled=view.enabled,
             masked=view.masked,
             gpu=gpu,
+            restarts=view.restarts,
         )
 
     def _published(self, instance: Instance, now: float) -> Instance:
         """Return an instance as the other watchers are told of it, with why it is out."""
         unit = (self.history or History()).units.get(instance.key)
         hold = unit.held(now) if unit else ""
-        reason = "" if instance.runs else out(instance, unit, self._settings.watcher, now)
-        if not self._act and not reason:
-            reason = "its watcher only logs"
+        reason = ""
+        if instance.state == "activating":
+            reason = unit.resting(now) if unit else ""
+        elif instance.state != "active":
+            reason = out(instance, unit, self._settings.watcher, now)
+            reason = reason or ("" if self._act else "its watcher only logs")
         return replace(instance, hold=hold, out=reason)
 
     async def _do(self, action: Action) -> None:

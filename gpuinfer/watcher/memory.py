@@ -30,6 +30,9 @@ class UnitMemory:
     failures: int = 0
     quarantined_until: float = 0.0
     why: str = ""
+    #: How often it had been restarted by itself, and whether it has served since then.
+    restarts: int = 0
+    served: bool = False
 
     @property
     def notable(self) -> bool:
@@ -39,6 +42,10 @@ class UnitMemory:
     def held(self, now: float) -> Hold:
         """Return what an administrator did that still counts."""
         return self.hold if now < self.hold_until else ""
+
+    def resting(self, now: float) -> str:
+        """Say why it rests, empty when it does not."""
+        return self.why if self.quarantined(now) else ""
 
     def quarantined(self, now: float) -> bool:
         """Tell whether it still rests after a failure."""
@@ -68,7 +75,12 @@ def remember(
         before = units.get(key)
         if before is None:
             changed[key] = _failed(_first(instance), instance, settings, now)
-        elif before.state != instance.state or before.failures or instance.gpu.fault:
+        elif (
+            before.state != instance.state
+            or before.failures
+            or before.restarts != instance.restarts
+            or instance.gpu.fault
+        ):
             changed[key] = _changed(before, instance, settings, now)
             if before.state == "activating" and instance.state == "active":
                 startups.append(max(0.0, instance.since - before.since))
@@ -80,7 +92,18 @@ def remember(
 
 
 def _first(instance: Instance) -> UnitMemory:
-    return UnitMemory(state=instance.state, since=instance.since)
+    return _as_it_is(UnitMemory(state=instance.state, since=instance.since), instance)
+
+
+def _as_it_is(unit: UnitMemory, instance: Instance) -> UnitMemory:
+    """Take over what the unit is now, as if nothing had happened before."""
+    return replace(
+        unit,
+        state=instance.state,
+        since=instance.since,
+        restarts=instance.restarts,
+        served=instance.state == "active",
+    )
 
 
 def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
@@ -90,7 +113,24 @@ def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, 
         wish = _wish(before, instance, now)
         if wish:
             after = replace(after, hold=wish, hold_until=now + settings.manual_hold_s)
-    return _failed(after, instance, settings, now, was=before.state)
+    after = _failed(after, instance, settings, now, was=before.state)
+    return _restarted(after, instance, settings, now)
+
+
+def _restarted(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
+    """Count it as a failure when systemd had to try again what has never been ready.
+
+    systemd tries ten times before it calls a unit failed; all that time it would count as one that starts.
+    The first restart after a time of service is no failed start. While it rests, one failure is enough.
+    """
+    tried = instance.restarts - unit.restarts
+    failed = tried > (1 if unit.served else 0) and not unit.quarantined(now)
+    since = instance.since if tried and instance.state == "activating" else unit.since
+    ended = instance.state in ("inactive", "failed")
+    served = instance.state == "active" or (unit.served and tried == 0 and not ended)
+    after = replace(unit, restarts=instance.restarts, served=served, since=since)
+    why = "it does not come up, and systemd starts it again and again"
+    return _rest(after, why, settings, now) if failed else after
 
 
 def _wish(before: UnitMemory, instance: Instance, now: float) -> Hold:
@@ -117,7 +157,7 @@ def adopt(units: Mapping[Key, UnitMemory], instances: Iterable[Instance]) -> Map
     or upgraded. A failure still counts, and what root did before that is respected to its end.
     """
     there = {one.key: one for one in instances if one.state != "failed" and one.key in units}
-    changed = {key: replace(units[key], state=one.state, since=one.since) for key, one in there.items()}
+    changed = {key: _as_it_is(units[key], one) for key, one in there.items()}
     return {**units, **changed}
 
 
@@ -128,8 +168,7 @@ def _failed(
     sick = f"its GPU is not well: {instance.gpu.fault}" if instance.gpu.fault else ""
     if instance.state == "failed" and was != "failed":
         # A GPU that is not well a moment before, or after, is why.
-        earlier = unit.why if unit.quarantined(now) else ""
-        return _rest(unit, sick or earlier or "its unit failed", settings, now)
+        return _rest(unit, sick or unit.resting(now) or "its unit failed", settings, now)
     if sick:
         return replace(unit, why=sick) if unit.quarantined(now) else _rest(unit, sick, settings, now)
     well_since = max(instance.since, unit.quarantined_until)

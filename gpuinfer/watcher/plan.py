@@ -33,6 +33,8 @@ class Fleet:
     enabled_failed: list[Key] = field(default_factory=list)
     #: Active, idle, and neither enabled nor started by hand.
     stoppable: list[Key] = field(default_factory=list)
+    #: Starting, but not counted upon; ours to stop.
+    broken: list[Key] = field(default_factory=list)
     #: Instances that are out, and why.
     out: dict[Key, str] = field(default_factory=dict)
 
@@ -51,18 +53,21 @@ class Fleet:
 def plan(fleet: Fleet, need: Need, surplus: int) -> list[Action]:
     """Return what to do: enabled instances first, then what is wanted, else one idle stop a host.
 
-    One that has failed is made ready again when nothing else is left; it starts at a later look.
+    One that has failed is made ready again when nothing else is left; it starts at a later look. A start that
+    systemd tries again and again is stopped, and so rests.
     """
+    ends = [Action("stop", key, fleet.out[key]) for key in sorted(fleet.broken)]
     actions = [Action("start", key, "is enabled") for key in sorted(fleet.enabled_idle)]
     actions += [Action("reset", key, "is enabled") for key in sorted(fleet.enabled_failed)]
     running = fleet.running + len(actions)
     if need.up <= running:
-        return actions or _stops(fleet, surplus)
+        return ends + (actions or _stops(fleet, surplus))
     why = f"{need.up} wanted, {running} run"
     first = sorted(fleet.idle)[: need.up - running]
     actions += [Action("start", key, why) for key in first]
     rested = sorted(fleet.failed)[: need.up - running - len(first)]
-    return actions + [Action("reset", key, f"has rested after its failure; {why}") for key in rested]
+    actions += [Action("reset", key, f"has rested after its failure; {why}") for key in rested]
+    return ends + actions
 
 
 def _stops(fleet: Fleet, surplus: int) -> list[Action]:

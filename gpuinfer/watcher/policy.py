@@ -70,7 +70,7 @@ def decide(seen: Observation, history: History, settings: WatcherSettings, now: 
     need = _need(seen, fleet, rates, history.calm, settings, now)
     calm, surplus = history.calm.look(fleet.running, need, settings, now)
     actions = plan(fleet, need, surplus)
-    verdict = _verdict(actions)
+    verdict = _verdict(actions, fleet)
     calm = calm.after(verdict, settings, now)
     units = commanded(remembered.units, actions, seen, now)
     return Decision(
@@ -95,8 +95,7 @@ def count(seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherS
             if instance.busy is False and _may_stop(instance, units.get(instance.key), seen, now):
                 fleet.stoppable.append(instance.key)
         elif state == "activating":
-            fleet.enabled += instance.enabled
-            fleet.starting[instance.since] += 1
+            _count_starting(fleet, instance, units.get(instance.key), seen, now)
         elif state != "deactivating":
             unit = units.get(instance.key)
             if unit is None or unit.notable or instance.notable:
@@ -109,6 +108,21 @@ def count(seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherS
 def _may_stop(instance: Instance, unit: UnitMemory | None, seen: Observation, now: float) -> bool:
     hold = instance.hold if unit is None else unit.held(now)
     return not instance.enabled and hold != "started" and seen.alive(instance.key)
+
+
+def _count_starting(
+    fleet: Fleet, instance: Instance, unit: UnitMemory | None, seen: Observation, now: float
+) -> None:
+    """Count what starts, but for one that has failed to: it would hold up those that could."""
+    key = instance.key
+    reason = instance.out if unit is None else unit.resting(now)
+    if not reason:
+        fleet.enabled += instance.enabled
+        fleet.starting[instance.since] += 1
+        return
+    fleet.out[key] = reason
+    if seen.owns(key) and _may_stop(instance, unit, seen, now):
+        fleet.broken.append(key)
 
 
 def _count_stopped(
@@ -165,7 +179,7 @@ def by_target(seen: Observation, fleet: Fleet, rates: Rates, settings: WatcherSe
         arriving += arrival
         if queue.waiting:
             asked.append(_drain(name, waiting, arriving, fleet, rates, settings, now))
-            asked.append(_late(name, queue.oldest_s, fleet, rates, settings))
+            asked.append(_late(name, queue.oldest_s, fleet, rates, settings, now))
     in_flight = any(q.in_flight for q in (seen.queues or {}).values())
     top = max(asked, key=lambda need: need.up)
     enough = max(int(in_flight), *(need.enough for need in asked))
@@ -207,16 +221,23 @@ def _from_starting(starting: Counter[float], startup: float, horizon: float, now
     """Return the worker-seconds until ``horizon`` of those that start now."""
     total = 0.0
     for since, workers in starting.items():
-        elapsed = now - since
-        if elapsed <= STUCK * startup + 10:
-            total += workers * (horizon - max(0.0, startup - elapsed))
+        if not _stuck(since, startup, now):
+            total += workers * (horizon - max(0.0, startup - (now - since)))
     return total
 
 
-def _late(queue: QueueName, oldest_s: float, fleet: Fleet, rates: Rates, settings: WatcherSettings) -> Need:
+def _stuck(since: float, startup: float, now: float) -> bool:
+    return now - since > STUCK * startup + 10
+
+
+def _late(
+    queue: QueueName, oldest_s: float, fleet: Fleet, rates: Rates, settings: WatcherSettings, now: float
+) -> Need:
     """Ask for one more when tasks wait much too long, whatever the rates say: they must be wrong."""
-    limit = rates.startup(settings) + 2 * _target(queue, settings)
-    late = oldest_s > limit and not fleet.starting
+    startup = rates.startup(settings)
+    limit = startup + 2 * _target(queue, settings)
+    coming = any(not _stuck(since, startup, now) for since in fleet.starting)
+    late = oldest_s > limit and not coming
     formula = f"{queue}: the oldest waits {oldest_s:.4g} s, more than {limit:.4g} s" if late else ""
     return Need(up=fleet.running + int(late), enough=0, formula=formula)
 
@@ -236,11 +257,13 @@ def _keep_up(fleet: Fleet, rates: Rates, settings: WatcherSettings) -> Need:
     )
 
 
-def _verdict(actions: list[Action]) -> Verdict:
-    verbs = {action.verb for action in actions}
+def _verdict(actions: list[Action], fleet: Fleet) -> Verdict:
+    verbs = {action.verb for action in actions if action.key not in fleet.broken}
     if "start" in verbs:
         return "scale_up"
-    return "scale_down" if "stop" in verbs else "hold"
+    if "stop" in verbs:
+        return "scale_down"
+    return "repair" if actions else "hold"
 
 
 def _why(fleet: Fleet, need: Need, calm: Calm, actions: list[Action], settings: WatcherSettings) -> str:

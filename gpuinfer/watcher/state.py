@@ -18,7 +18,8 @@ UnitState = Literal["inactive", "activating", "active", "deactivating", "failed"
 #: What an administrator did by hand, and what is therefore left alone for a while.
 Hold = Literal["", "started", "stopped"]
 Verb = Literal["start", "stop", "reset"]
-Verdict = Literal["scale_up", "scale_down", "hold"]
+#: "repair": what fails is reset or stopped, and the count stays.
+Verdict = Literal["scale_up", "scale_down", "hold", "repair"]
 
 
 class Key(NamedTuple):
@@ -59,12 +60,15 @@ class Instance:
     since: float = 0.0
     enabled: bool = False
     masked: bool = False
+    #: How often systemd has restarted it by itself since somebody has started it.
+    restarts: int = 0
     #: None: not known, as without a fresh heartbeat; such a one is not stopped.
     busy: bool | None = None
     gpu: GpuHealth = HEALTHY
     #: For instances of other hosts, as their watchers publish it.
     hold: Hold = ""
-    #: For instances of other hosts: why their watcher will not start it; empty if it would.
+    #: For instances of other hosts: why their watcher will not start it, or why what starts there is not
+    #: counted upon; empty if it would, or is.
     out: str = ""
 
     @property

@@ -42,6 +42,60 @@ def test_a_failed_instance_rests_twice_as_long_each_time() -> None:
     assert rests == [30, 60, 120, 120, 120]
 
 
+def test_a_start_that_systemd_tries_again_and_again_is_a_failure() -> None:
+    """It holds up no other, is stopped, and rests longer each time; it is never taken for one that starts."""
+    world = World.of(keys(4), startup_s=30.0, rate=0.0)
+    world.waiting = 3
+    watcher = Watcher(world, settings(), history=History(rates=replace(KNOWN, startup_s=30.0)))
+    crash_loop(world, watcher, 45)
+    assert [(action.verb, action.key.number) for _, action in world.log] == [
+        *[("start", 0), ("stop", 0), ("start", 1)]
+    ]
+    unit = watcher.history.units[A0]
+    assert (unit.failures, unit.hold, world.instances[A0].state) == (1, "", "inactive")
+    assert "does not come up" in unit.why
+    crash_loop(world, watcher, 35)
+    assert world.instances[Key(1, "a")].state == "active"
+    assert watcher.history.rates.startup_s == 30.0
+    assert watcher.history.calm.last_down is None  # nothing was too many
+
+
+def test_what_is_enabled_and_does_not_come_up_is_not_counted_upon() -> None:
+    """It is not stopped, for it never is; but another one serves meanwhile."""
+    world = World.of(keys(2), startup_s=10.0, rate=0.0)
+    world.set(A0, enabled=True)
+    world.waiting = 3
+    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    crash_loop(world, watcher, 25)
+    assert world.verbs() == ["start", "start"]
+    assert world.instances[Key(1, "a")].state == "active"
+
+
+def test_a_restart_after_a_time_of_service_is_no_failed_start() -> None:
+    """A worker that crashed comes back by itself, counted upon; its start-up time counts from then."""
+    world = busy_world(1)
+    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    watcher.run(100)
+    for state, restarts in (("deactivating", 0), ("activating", 0), ("activating", 1)):
+        world.set(A0, state=state, since=world.now, restarts=restarts)
+        watcher.run(3)
+    watcher.run(10)
+    assert (world.instances[A0].state, world.verbs()) == ("active", ["start"])
+    assert watcher.history.units[A0].failures == 0
+    assert watcher.history.rates.startup_s == pytest.approx(10, abs=1)
+
+
+def crash_loop(world: World, watcher: Watcher, seconds: int) -> None:
+    """Let gpu0 end whenever it should be ready, and systemd start it again two seconds later."""
+    for _ in range(seconds):
+        one = world.instances[A0]
+        if one.state == "activating" and world.now + 1 - one.since >= world.startup_s:
+            world.set(A0, since=world.now + 2, restarts=one.restarts + 1)
+        elif one.state == "inactive":
+            world.set(A0, restarts=0)
+        watcher.run(1)
+
+
 def test_quarantine_says_why() -> None:
     """The reason is there for whoever asks."""
     world = busy_world(1)
@@ -258,7 +312,7 @@ def test_the_start_up_time_is_measured() -> None:
 
 def looked(looks: list[tuple[int, int, int]], active: int = 2, all_busy: bool = True) -> Rates:
     """Measure one look a second: waiting, in flight, done."""
-    rates = Rates()
+    rates = before or Rates()
     for second, (waiting, in_flight, done) in enumerate(looks):
         seen = observe(waiting=waiting, in_flight=in_flight, done=done)
         rates = measure(rates, seen, active, all_busy, settings(), 1000.0 + second)

@@ -65,6 +65,14 @@ def test_what_does_not_come_up_is_not_counted_upon() -> None:
     assert wanted(observe([*stuck, *idle], waiting=1000)) == 40
 
 
+def test_a_start_that_is_stuck_holds_up_no_one_more() -> None:
+    """Tasks that wait too long get one more, though another one starts, if that has started for too long."""
+    idle = [Instance(key=Key(number, "a")) for number in range(1, 8)]
+    for age, asked in ((20, 1), (100, 2)):
+        starting = Instance(key=Key(0, "a"), state="activating", since=NOW - age)
+        assert wanted(observe([starting, *idle], waiting=1, oldest_s=100.0)) == asked
+
+
 def test_a_backlog_that_drains_in_time_asks_for_nothing() -> None:
     """Two workers serve 300 tasks in the 15 s that a new one would take to start and help."""
     fleet = [*running(2), *(Instance(key=Key(number, "a")) for number in range(2, 8))]
@@ -159,6 +167,7 @@ instances = some.builds(
     since=some.floats(0, NOW),
     enabled=some.booleans(),
     masked=some.booleans(),
+    restarts=some.integers(0, 3),
     busy=some.sampled_from([True, False, None]),
     gpu=some.builds(
         GpuHealth,
@@ -188,7 +197,9 @@ def test_nothing_forbidden_is_ever_done(looks: list[tuple[list[Instance], int]],
         for action in decision.actions:
             target = by_key[action.key]
             if action.verb == "stop":
-                assert (target.state, target.enabled, target.busy) == ("active", False, False)
+                assert not target.enabled
+                sick = target.state == "activating" and history.units[action.key].resting(now)
+                assert sick or (target.state, target.busy) == ("active", False)
             elif action.verb == "start":
                 assert (target.state, target.masked) == ("inactive", False)
                 assert (target.gpu.fault, target.gpu.hot, target.gpu.foreign_bytes) == ("", "", 0)
