@@ -134,7 +134,8 @@ class Watcher:
         active = [str(one.key) for one in instances if one.state == "active"]
         return Observation(
             queues=seen.queues,
-            instances=(*marked, *seen.remote),
+            instances=instances,
+            held=sum(seen.in_flight.get(name, 0) for name in active),
             host=self.host,
             live_hosts=seen.live_hosts,
             dead_letters=seen.dead_letters,
@@ -150,8 +151,8 @@ class Watcher:
             since=now - view.age_s,
             enabled=view.enabled,
             masked=view.masked,
-            gpu=gpu,
             restarts=view.restarts,
+            gpu=gpu,
         )
 
     def _published(self, instance: Instance, now: float) -> Instance:

@@ -22,7 +22,7 @@ from gpuinfer.watcher.state import Key
 #: Decisions kept, of all hosts together.
 KEPT = 500
 #: Of the rates, what holds over a restart; what was counted since the last look does not.
-_RATES = ("served", "worked", "known", "peak", "startup_s")
+_RATES = ("served", "worked", "known", "startup_s")
 _CALM = ("period_s", "changed_at", "last_up", "last_down")
 Kept = TypeVar("Kept", Rates, Calm, UnitMemory)
 

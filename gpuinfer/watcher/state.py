@@ -107,6 +107,8 @@ class Observation:
     #: Hosts whose watcher is alive; others' instances serve, and nobody would start them.
     live_hosts: frozenset[str] = frozenset()
     dead_letters: int = 0
+    #: Tasks that active workers hold; None: all that are in flight.
+    held: int | None = None
     #: Why Redis cannot be read.
     trouble: str = ""
 

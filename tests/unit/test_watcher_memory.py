@@ -310,12 +310,18 @@ def test_the_start_up_time_is_measured() -> None:
 # -- rates ----------------------------------------------------------------------------------
 
 
-def looked(looks: list[tuple[int, int, int]], active: int = 2, all_busy: bool = True) -> Rates:
+def looked(
+    looks: list[tuple[int, int, int]],
+    active: int = 2,
+    all_busy: bool = True,
+    before: Rates | None = None,
+    begin: float = 1000.0,
+) -> Rates:
     """Measure one look a second: waiting, in flight, done."""
     rates = before or Rates()
     for second, (waiting, in_flight, done) in enumerate(looks):
         seen = observe(waiting=waiting, in_flight=in_flight, done=done)
-        rates = measure(rates, seen, active, all_busy, settings(), 1000.0 + second)
+        rates = measure(rates, seen, active, all_busy, settings(), begin + second)
     return rates
 
 
@@ -337,6 +343,34 @@ def test_a_higher_throughput_is_believed() -> None:
     """Who does 30 a second can do 30 a second."""
     rates = looked([(0, 2, 60 * second) for second in range(100)], all_busy=False)
     assert rates.service(settings()) == pytest.approx(30)
+
+
+def test_a_model_with_smaller_batches_is_learned_after_one_with_large_ones() -> None:
+    """What a worker holds when it is full is forgotten with the window; else no backlog would be one again."""
+    large = looked([(90_000 - 512 * second, 512, 512 * second) for second in range(60)])
+    assert large.service(settings()) == pytest.approx(256, rel=0.01)
+    done = 512 * 59
+    small = [(3000 - 2 * second, 16, done + 2 * second) for second in range(400)]
+    assert looked(small, before=large, begin=1060.0).service(settings()) == pytest.approx(1, rel=0.1)
+
+
+def test_what_a_worker_that_is_gone_still_holds_makes_no_full_batch() -> None:
+    """A dead host's tasks stay in flight for a while; those who serve hold no more for that."""
+    seen = replace(observe(waiting=100, in_flight=60), held=4)
+    rates = measure(Rates(), seen, 2, True, settings(), 1000.0)
+    assert measure(rates, seen, 2, True, settings(), 1001.0).peak == 2
+
+
+def test_a_throughput_that_was_not_held_is_not_believed() -> None:
+    """Nine looks of the same workers: neither idle ones nor those at which one more became ready."""
+    idle = [(100, 0, 0)] * 8
+    burst = [(90, 8, 0), (62, 8, 30), (60, 8, 32), (58, 8, 34)]
+    rates = looked(idle, active=0)
+    for second, (waiting, in_flight, done) in enumerate(burst):
+        seen = observe(waiting=waiting, in_flight=in_flight, done=done)
+        active = 1 if second < 2 else 2
+        rates = measure(rates, seen, active, False, settings(), 1008.0 + second)
+    assert rates.service(settings()) == settings().assumed_rate
 
 
 def test_arrivals_are_what_waits_and_what_was_served() -> None:
