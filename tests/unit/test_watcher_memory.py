@@ -346,7 +346,7 @@ def test_a_higher_throughput_is_believed() -> None:
 
 
 def test_a_model_with_smaller_batches_is_learned_after_one_with_large_ones() -> None:
-    """What a worker holds when it is full is forgotten with the window; else no backlog would be one again."""
+    """What a full worker holds is forgotten with the window; else no backlog would be one again."""
     large = looked([(90_000 - 512 * second, 512, 512 * second) for second in range(60)])
     assert large.service(settings()) == pytest.approx(256, rel=0.01)
     done = 512 * 59
