@@ -164,8 +164,7 @@ class Watcher:
             reason = unit.resting(now) if unit else ""
         elif instance.state != "active":
             reason = out(instance, unit, self._settings.watcher, now)
-            reason = reason or ("" if self._act else "its watcher only logs")
-        return replace(instance, hold=hold, out=reason)
+        return replace(instance, hold=hold, out=reason, log_only=not self._act)
 
     async def _do(self, action: Action) -> None:
         try:

@@ -28,6 +28,8 @@ from gpuinfer.watcher.state import Action, Instance, Key, Need, Observation, Ver
 
 #: Between the utilisation that starts one more worker and the one aimed at; and likewise below.
 SLACK = 0.1
+#: Who has been ready for fewer looks has had no time to claim anything, and is not stopped.
+SETTLED_LOOKS = 2
 #: A start that takes so many times as long as usual is not counted upon.
 STUCK = 3.0
 
@@ -69,7 +71,7 @@ def decide(seen: Observation, history: History, settings: WatcherSettings, now: 
     rates = measure(rates, seen, fleet.active, fleet.all_busy, settings, now)
     need = _need(seen, fleet, rates, history.calm, settings, now)
     calm, surplus = history.calm.look(fleet.running, need, settings, now)
-    actions = plan(fleet, need, surplus)
+    actions = plan(fleet, need, min(surplus, fleet.running - need.keep))
     verdict = _verdict(actions, fleet)
     calm = calm.after(verdict, settings, now)
     units = commanded(remembered.units, actions, seen, now)
@@ -92,8 +94,13 @@ def count(seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherS
             fleet.enabled += instance.enabled
             if instance.busy is not True:
                 fleet.all_busy = False
-            if instance.busy is False and _may_stop(instance, units.get(instance.key), seen, now):
-                fleet.stoppable.append(instance.key)
+            if instance.busy is None and not seen.owns(instance.key):
+                fleet.silent += 1
+            elif _may_stop(instance, units.get(instance.key), now):
+                fleet.spare.append(instance.key)
+                settled = now - instance.since >= SETTLED_LOOKS * settings.probe_interval_s
+                if instance.busy is False and settled and seen.alive(instance.key):
+                    fleet.stoppable.add(instance.key)
         elif state == "activating":
             _count_starting(fleet, instance, units.get(instance.key), seen, now)
         elif state != "deactivating":
@@ -105,9 +112,9 @@ def count(seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherS
     return fleet
 
 
-def _may_stop(instance: Instance, unit: UnitMemory | None, seen: Observation, now: float) -> bool:
+def _may_stop(instance: Instance, unit: UnitMemory | None, now: float) -> bool:
     hold = instance.hold if unit is None else unit.held(now)
-    return not instance.enabled and hold != "started" and seen.alive(instance.key)
+    return not instance.enabled and hold != "started" and not instance.log_only
 
 
 def _count_starting(
@@ -119,9 +126,11 @@ def _count_starting(
     if not reason:
         fleet.enabled += instance.enabled
         fleet.starting[instance.since] += 1
+        if _may_stop(instance, unit, now):
+            fleet.spare.append(key)
         return
     fleet.out[key] = reason
-    if seen.owns(key) and _may_stop(instance, unit, seen, now):
+    if seen.owns(key) and _may_stop(instance, unit, now):
         fleet.broken.append(key)
 
 
@@ -137,6 +146,8 @@ def _count_stopped(
     reason = out(instance, unit, settings, now)
     if not reason and not seen.alive(key):
         reason = "its host's watcher is silent"
+    if not reason and instance.log_only:
+        reason = "its host's watcher only logs"
     if reason:
         fleet.out[key] = reason
     elif instance.state == "failed":
@@ -172,7 +183,7 @@ def by_threshold(seen: Observation, fleet: Fleet, calm: Calm, settings: WatcherS
 def by_target(seen: Observation, fleet: Fleet, rates: Rates, settings: WatcherSettings, now: float) -> Need:
     """Ask for as many workers as drain each queue within its target and keep up with what arrives."""
     asked = [_keep_up(fleet, rates, settings)]
-    waiting, arriving = 0, 0.0
+    waiting, arriving, keep = 0, 0.0, 0
     for name, arrival in zip(QUEUES, rates.recent, strict=True):
         queue = (seen.queues or {})[name]
         waiting += queue.waiting
@@ -180,10 +191,11 @@ def by_target(seen: Observation, fleet: Fleet, rates: Rates, settings: WatcherSe
         if queue.waiting:
             asked.append(_drain(name, waiting, arriving, fleet, rates, settings, now))
             asked.append(_late(name, queue.oldest_s, fleet, rates, settings, now))
+            keep = max(keep, math.ceil(waiting / (rates.service(settings) * _target(name, settings))))
     in_flight = any(q.in_flight for q in (seen.queues or {}).values())
     top = max(asked, key=lambda need: need.up)
     enough = max(int(in_flight), *(need.enough for need in asked))
-    return replace(top, enough=enough)
+    return replace(top, enough=enough, keep=keep)
 
 
 def _target(queue: QueueName, settings: WatcherSettings) -> float:

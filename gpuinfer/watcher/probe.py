@@ -169,6 +169,7 @@ def _told(instance: Instance, now: float) -> dict[str, object]:
         "masked": instance.masked,
         "hold": instance.hold,
         "out": instance.out,
+        "log_only": instance.log_only,
     }
 
 
@@ -181,4 +182,5 @@ def _heard(host: str, one: Mapping[str, object], now: float) -> Instance:
         masked=bool(one["masked"]),
         hold=one["hold"],  # type: ignore[arg-type]
         out=str(one["out"]),
+        log_only=bool(one.get("log_only")),
     )

@@ -2,8 +2,9 @@
 """How fast tasks arrive, how fast a worker serves, how long one takes to start: measured, never asked.
 
 A worker's rate shows only while the fleet is saturated: every worker is busy, holds about as many
-tasks as workers held at most within the window (full batches), and more wait than are in flight. The throughput of a fleet
-that is not says nothing of what it could do: there the estimate is raised to what was seen, never lowered.
+tasks as workers held at most within the window (full batches), and more wait than are in flight. The
+throughput of a fleet that is not says nothing of what it could do: there the estimate is raised to what was
+seen, never lowered.
 """
 
 from __future__ import annotations

@@ -70,11 +70,14 @@ class Instance:
     #: For instances of other hosts: why their watcher will not start it, or why what starts there is not
     #: counted upon; empty if it would, or is.
     out: str = ""
+    #: For instances of other hosts: their watcher only logs, and neither starts nor stops any.
+    log_only: bool = False
 
     @property
     def notable(self) -> bool:
         """Tell whether more than its number must be looked at before it is started."""
-        return self.masked or self.enabled or self.state == "failed" or self.gpu is not HEALTHY
+        marked = self.log_only or self.masked or self.enabled
+        return marked or self.state == "failed" or self.gpu is not HEALTHY
 
     @property
     def runs(self) -> bool:
@@ -143,6 +146,8 @@ class Need:
     up: int
     #: So many would do; those beyond may be stopped when it stays so.
     enough: int
+    #: Fewer would not drain in time what waits now, and so are not left, however long fewer would have done.
+    keep: int = 0
     #: The formula with its numbers.
     formula: str
 

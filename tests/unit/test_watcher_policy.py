@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, example, given
@@ -103,6 +106,35 @@ def test_waiting_much_too_long_asks_for_one_more_whatever_the_rates_say() -> Non
     fleet = [*running(2), *(Instance(key=Key(number, "a")) for number in range(2, 8))]
     assert wanted(observe(fleet, waiting=5, oldest_s=19.0)) == 2
     assert wanted(observe(fleet, waiting=5, oldest_s=21.0)) == 3
+
+
+@pytest.mark.parametrize(("startup_s", "calm_s"), [(90, 60), (58, 60), (12, 60), (5, 2)])
+def test_no_worker_is_stopped_while_its_tasks_wait(startup_s: int, calm_s: int) -> None:
+    """A glimpse of idleness, as between READY and the first claim, stops nobody who has work to do."""
+    world = World.of(keys(20), startup_s=float(startup_s), glimpses=True)
+    world.waiting = 1000
+    history = History(rates=replace(KNOWN, startup_s=float(startup_s)))
+    watcher = Watcher(world, settings(calm_s=calm_s, calm_max_s=calm_s), history=history)
+    for _ in range(startup_s + 20):
+        watcher.run(1)
+        needed = math.ceil(world.waiting / (10 * 5))
+        assert "stop" not in world.verbs(world.now) or len(world.running) >= needed, world.waiting
+    assert world.verbs().count("start") == 20
+
+
+def test_who_has_just_become_ready_is_not_stopped() -> None:
+    """It has had no time to claim; two looks later it may be."""
+    world = World.of(keys(2))
+    for key in world.instances:
+        world.set(key, state="active", since=0.0)
+    watcher = Watcher(world, settings(calm_s=10.0))
+    for _ in range(20):
+        world.pass_second(0)
+        world.set(Key(1, "a"), since=world.now - 1.5)
+        watcher.look()
+    assert world.running == {Key(1, "a")}
+    watcher.run(5)
+    assert world.running == set()
 
 
 def test_scale_to_zero_and_back() -> None:
@@ -375,6 +407,75 @@ def test_a_view_that_is_late_starts_nothing_twice() -> None:
     a.look()
     b.look(late)
     assert world.running == {Key(0, "a"), Key(0, "b"), Key(1, "a")}
+
+
+@pytest.mark.parametrize("busy", [None, False, True], ids=["silent", "idle", "busy"])
+def test_a_view_that_is_late_stops_nothing_too_much(busy: bool | None) -> None:
+    """Host a does not see yet that b has stopped the one too many: it stops none of its own instead."""
+    names = frozenset({"a", "b"})
+    world = World.of([Key(0, "a"), Key(0, "b")])
+    for key in world.instances:
+        world.set(key, state="active", since=0.0)
+    a, b = (Watcher(world, settings(floor=1, calm_s=10.0), name, names) for name in ("a", "b"))
+    while not world.log:
+        world.pass_second(0)
+        late = world.see("a", names)
+        b.look()
+        a.decide(late)
+    assert world.running == {Key(0, "a")}
+    told = [replace(one, busy=busy) if one.key.host == "b" else one for one in late.instances]
+    for _ in range(3):
+        world.pass_second(0)
+        a.look(replace(late, instances=tuple(told)))
+    assert world.running == {Key(0, "a")}
+
+
+@slow
+@given(
+    hosts=some.integers(2, 4),
+    per_host=some.integers(1, 3),
+    floor=some.integers(0, 3),
+    draws=some.randoms(use_true_random=False),
+)
+def test_many_watchers_stop_together_no_more_than_one_would(
+    hosts: int, per_host: int, floor: int, draws: random.Random
+) -> None:
+    """However late each sees the others' instances, and whichever it takes for busy: the floor stays."""
+    names = frozenset(f"h{number}" for number in range(hosts))
+    world = World.of(keys(per_host, names))
+    for key in world.instances:
+        world.set(key, state="active", since=0.0)
+    chosen = settings(floor=floor, calm_s=10.0)
+    many = [Watcher(world, chosen, name, names) for name in sorted(names)]
+    views = [dict(world.instances) for _ in many]
+    for _ in range(60):
+        world.pass_second(0)
+        for watcher, view in zip(many, views, strict=True):
+            for key, instance in world.instances.items():
+                if key.host == watcher.host or draws.random() < 0.3:
+                    view[key] = instance
+                elif draws.random() < 0.5:
+                    view[key] = replace(view[key], busy=draws.choice([None, False, True]))
+            watcher.look(observe(view.values(), host=watcher.host, live=names))
+            assert len(world.running) >= min(floor, hosts * per_host)
+    for watcher in many:  # and with a true view all comes to the floor
+        for _ in range(10):
+            world.pass_second(0)
+            watcher.look()
+    assert len(world.running) <= max(floor, 0)
+
+
+def test_what_was_not_heard_of_for_long_is_not_counted_when_others_are_stopped() -> None:
+    """Of b nothing beats, though it is told to be active; the last of those that do is no surplus."""
+    world = World.of([Key(0, "a"), Key(0, "b"), Key(1, "a")])
+    for key in world.instances:
+        world.set(key, state="active", since=0.0)
+    a = Watcher(world, settings(floor=2, calm_s=10.0), "a", frozenset({"a", "b"}))
+    for _ in range(30):
+        world.pass_second(0)
+        world.set(Key(0, "b"), busy=None)
+        a.look()
+    assert world.log == []
 
 
 def test_a_silent_host_is_not_counted_upon() -> None:
