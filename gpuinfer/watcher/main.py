@@ -26,7 +26,7 @@ from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import health, notes
 from gpuinfer.watcher.gpu_watch import GpuWatch
-from gpuinfer.watcher.memory import adopt, out
+from gpuinfer.watcher.memory import adopt, out, refused
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, with_busy
 from gpuinfer.watcher.state import HEALTHY, Action, GpuHealth, Instance, Key, Observation
@@ -139,6 +139,7 @@ class Watcher:
             host=self.host,
             live_hosts=seen.live_hosts,
             dead_letters=seen.dead_letters,
+            acts=self._act,
         )
 
     def _instance(self, number: int, view: UnitView, now: float) -> Instance:
@@ -151,6 +152,7 @@ class Watcher:
             since=now - view.age_s,
             enabled=view.enabled,
             masked=view.masked,
+            queued=view.queued,
             restarts=view.restarts,
             gpu=gpu,
         )
@@ -174,6 +176,10 @@ class Watcher:
             if self._refused.get(action.key) != str(exc):
                 log.error("action_failed", verb=action.verb, worker=str(action.key), reason=str(exc))
             self._refused[action.key] = str(exc)
+            if isinstance(exc, UnitRefused) and action.verb != "stop" and self.history is not None:
+                units = refused(self.history.units, action.key, str(exc), self._settings.watcher, time.time())
+                self.history = replace(self.history, units=units)
+                self._kept_at = 0.0
 
     # -- telling --------------------------------------------------------------------------
 

@@ -11,8 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from gpuinfer.settings import WatcherSettings
+from gpuinfer.watcher.rates import MAX_GAP
 from gpuinfer.watcher.state import Action, Hold, Instance, Key, Observation, UnitState, Verb
 
+#: A start after which it is inactive at so many looks in a row had no effect.
+TRIES = 2
 #: A change of state is the answer to our command for this long after it.
 COMMAND_S = 30.0
 
@@ -25,6 +28,8 @@ class UnitMemory:
     since: float
     verb: Verb | None = None
     verb_at: float = 0.0
+    #: At how many looks in a row it was told to start.
+    tries: int = 0
     hold: Hold = ""
     hold_until: float = 0.0
     failures: int = 0
@@ -79,6 +84,7 @@ def remember(
             before.state != instance.state
             or before.failures
             or before.restarts != instance.restarts
+            or before.tries
             or instance.gpu.fault
         ):
             changed[key] = _changed(before, instance, settings, now)
@@ -114,7 +120,21 @@ def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, 
         if wish:
             after = replace(after, hold=wish, hold_until=now + settings.manual_hold_s)
     after = _failed(after, instance, settings, now, was=before.state)
+    if after.tries:
+        after = _tried(after, instance, settings, now)
     return _restarted(after, instance, settings, now)
+
+
+def _tried(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
+    """Count it as a failure when nothing came of a start: a condition is not met, or it ended at once.
+
+    It would be the first to be asked for ever, and no other one would.
+    """
+    if instance.state != "inactive" or now - unit.verb_at > MAX_GAP * settings.probe_interval_s:
+        return replace(unit, tries=0)
+    if unit.tries < TRIES or instance.queued:
+        return unit
+    return _rest(replace(unit, tries=0), "it was told to start, and nothing came of it", settings, now)
 
 
 def _restarted(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
@@ -188,8 +208,19 @@ def commanded(
     units: Mapping[Key, UnitMemory], actions: list[Action], seen: Observation, now: float
 ) -> Mapping[Key, UnitMemory]:
     """Note our own commands, so that what follows is not taken for somebody else's."""
-    ours = {a.key: replace(units[a.key], verb=a.verb, verb_at=now) for a in actions if seen.owns(a.key)}
+    ours = {a.key: _told(units[a.key], a.verb, now) for a in actions if seen.owns(a.key)} if seen.acts else {}
     return {**units, **ours} if ours else units
+
+
+def _told(unit: UnitMemory, verb: Verb, now: float) -> UnitMemory:
+    return replace(unit, verb=verb, verb_at=now, tries=unit.tries + 1 if verb == "start" else 0)
+
+
+def refused(
+    units: Mapping[Key, UnitMemory], key: Key, why: str, settings: WatcherSettings, now: float
+) -> Mapping[Key, UnitMemory]:
+    """Note that an instance cannot be started: it rests, and others are asked."""
+    return {**units, key: replace(_rest(units[key], why, settings, now), tries=0)}
 
 
 def out(instance: Instance, unit: UnitMemory | None, settings: WatcherSettings, now: float) -> str:

@@ -60,6 +60,8 @@ class Instance:
     since: float = 0.0
     enabled: bool = False
     masked: bool = False
+    #: systemd has a job for it that waits for its turn.
+    queued: bool = False
     #: How often systemd has restarted it by itself since somebody has started it.
     restarts: int = 0
     #: None: not known, as without a fresh heartbeat; such a one is not stopped.
@@ -112,6 +114,8 @@ class Observation:
     dead_letters: int = 0
     #: Tasks that active workers hold; None: all that are in flight.
     held: int | None = None
+    #: Whether what is decided is done; else it is only logged.
+    acts: bool = True
     #: Why Redis cannot be read.
     trouble: str = ""
 

@@ -151,6 +151,7 @@ class SystemdUnits:
             age_s=max(0.0, self._clock() - since_us / 1e6) if since_us else 0.0,
             enabled=properties.get("UnitFileState") in ("enabled", "enabled-runtime"),
             masked=properties.get("LoadState") == "masked",
+            queued=bool((properties.get("Job") or (0,))[0]),
             restarts=int(properties.get("NRestarts") or 0),
         )
 

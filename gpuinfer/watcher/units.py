@@ -26,6 +26,8 @@ class UnitView:
     age_s: float = 0.0
     enabled: bool = False
     masked: bool = False
+    #: Something is to be done with it, and waits for its turn.
+    queued: bool = False
     #: How often it was restarted by itself since somebody has started it.
     restarts: int = 0
 

@@ -15,7 +15,7 @@ import pytest
 from redis.exceptions import OutOfMemoryError
 
 from gpuinfer import Client
-from gpuinfer.errors import BrokerUnavailable
+from gpuinfer.errors import BrokerUnavailable, UnitRefused
 from gpuinfer.queue import beats
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.store import Store
@@ -165,6 +165,34 @@ async def test_two_watchers_start_together_what_one_would(
         for watcher in pair:
             await watcher.step()
     assert [one.done for one in units] == [[("start", 0), ("start", 1)], [("start", 0)]]
+
+
+async def test_a_refused_start_is_a_failure(redis_server: RedisServer, settings_for: Build) -> None:
+    """What systemd will not start rests, and why is kept and told; the next of the order is asked."""
+
+    class Refusing(Told):
+        async def act(self, verb: str, number: int) -> None:
+            if number == 0:
+                raise UnitRefused(
+                    "systemd refuses StartUnit: bad unit file setting", "gpuinfer-worker@0.service"
+                )
+            await super().act(verb, number)
+
+    settings = cpu(redis_server, settings_for)
+    units = Refusing(2)
+    watcher = Watcher(settings, units, (0, 1), act=True, host="a")
+    with Client(settings) as client:
+        client.submit([1.0])
+    for _ in range(3):
+        await watcher.step()
+    assert units.done == [("start", 1)]
+    second = Watcher(settings, units, (0, 1), act=True, host="a")
+    await second.step()
+    assert second.history is not None
+    unit = second.history.units[Key(0, "a")]
+    assert (unit.failures, unit.why) == (1, "systemd refuses StartUnit: bad unit file setting")
+    told = orjson.loads(connect(settings.broker).hget(HOSTS, "a") or b"{}")
+    assert "bad unit file setting" in told["instances"][0]["out"]
 
 
 async def test_an_unreadable_redis_holds_and_passes(redis_server: RedisServer, settings_for: Build) -> None:

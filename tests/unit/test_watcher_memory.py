@@ -96,6 +96,49 @@ def crash_loop(world: World, watcher: Watcher, seconds: int) -> None:
         watcher.run(1)
 
 
+def test_a_start_without_effect_is_a_failure() -> None:
+    """A condition that is not met leaves it inactive: two looks, and the next of the order is asked."""
+    world = World.of(keys(3), rate=0.0)
+    world.waiting = 1
+    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    asked = []
+    for _ in range(15):
+        world.pass_second(0)
+        actions = watcher.decide().actions
+        asked += [action.key.number for action in actions]
+        world.do([action for action in actions if action.key != A0])
+    assert asked[:3] == [0, 0, 1]
+    assert world.running == {Key(1, "a")}
+    unit = watcher.history.units[A0]
+    assert (unit.failures, unit.why) == (1, "it was told to start, and nothing came of it")
+
+
+def test_a_start_that_waits_for_others_is_none_without_effect() -> None:
+    """systemd has a job for it, which waits until Redis is up."""
+    world = World.of(keys(1), rate=0.0)
+    world.waiting = 1
+    world.set(A0, queued=True)
+    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    for _ in range(50):
+        world.pass_second(0)
+        watcher.decide()
+    assert watcher.history.units[A0].failures == 0
+    world.set(A0, queued=False, state="activating", since=world.now)
+    watcher.run(20)
+    assert (world.running, watcher.history.units[A0].hold) == ({A0}, "")
+
+
+def test_who_only_logs_waits_for_no_effect() -> None:
+    """What it would do nobody does: that is no failure, and no command of its own."""
+    world = World.of(keys(1), rate=0.0)
+    world.waiting = 1
+    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    for _ in range(50):
+        world.pass_second(0)
+        assert watcher.decide(replace(world.see(), acts=False)).verdict == "scale_up"
+    assert (watcher.history.units[A0].failures, watcher.history.units[A0].verb) == (0, None)
+
+
 def test_quarantine_says_why() -> None:
     """The reason is there for whoever asks."""
     world = busy_world(1)
