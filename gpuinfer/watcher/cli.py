@@ -62,7 +62,7 @@ def explain(loaded: Loaded, last: int, as_json: bool) -> None:
         when = datetime.fromtimestamp(entry["at"], UTC).astimezone().isoformat(sep=" ", timespec="seconds")
         click.echo(told(entry, when))
     if not entries:
-        click.echo("no decision yet: nothing had to be started or stopped")
+        click.echo("no decision yet: no watcher has looked")
 
 
 @watcher.command(

@@ -107,7 +107,7 @@ class Watcher:
         self.history = decision.history
         self._xids = {}  # they are in the history now
         new = self._report(decision, seen)
-        if seen.queues is not None and (changed or now - self._kept_at > KEEP_EVERY_S):
+        if seen.queues is not None and (changed or new or now - self._kept_at > KEEP_EVERY_S):
             await asyncio.to_thread(self._keep, decision, now, new)
         for action in decision.of(self.host) if self._act else ():
             await self._do(action)
@@ -184,10 +184,10 @@ class Watcher:
     # -- telling --------------------------------------------------------------------------
 
     def _keep(self, decision: Decision, now: float, new: bool) -> None:
-        """Keep the history, and a new decision to act. Without Redis, memory must do."""
+        """Keep the history, and a new decision. Without Redis, memory must do."""
         self._kept_at = now
         entry = b""
-        if new and decision.of(self.host):
+        if new:
             entry = orjson.dumps(notes.note(decision, self.host, now, done=self._act))
         try:
             memory = notes.pack(decision.history)
@@ -196,11 +196,14 @@ class Watcher:
             log.warning("notes_not_kept", reason=str(explain(exc)))
 
     def _report(self, decision: Decision, seen: Observation) -> bool:
-        """Log a decision once: each change of the fleet, each new reason to hold. Tell if it is new."""
+        """Log a decision once: each change of the fleet, each new reason to hold. Tell if it is new.
+
+        How many more are wanted than there are changes at each look; that some are missing is one reason.
+        """
         names = ", ".join(f"{action.verb} {action.key}" for action in decision.of(self.host))
         running = sum(one.runs for one in seen.instances if seen.owns(one.key))
         verdict = decision.verdict if names else "hold"
-        topic = (verdict, names, running, decision.inputs.get("wanted"), seen.queues is None)
+        topic = (verdict, names, running, _step(decision.inputs), decision.out, seen.queues is None)
         more = {"actions": names, "done": self._act} if names else {}
         new = self._say(topic, verdict, why=decision.why, **more, **decision.inputs)
         waiting = "Redis is away" if seen.queues is None else f"{seen.waiting:,} waiting"
@@ -217,6 +220,14 @@ class Watcher:
         self._said = topic
         log.info(action, **fields)
         return True
+
+
+def _step(inputs: Mapping[str, object]) -> object:
+    """Return how many of those that there are were wanted, and whether that was not enough."""
+    wanted, possible = inputs.get("wanted"), inputs.get("possible")
+    if not isinstance(wanted, int) or not isinstance(possible, int):
+        return None
+    return min(wanted, possible), wanted > possible
 
 
 def make_units(settings: Settings, numbers: tuple[int, ...]) -> Units:

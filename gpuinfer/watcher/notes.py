@@ -61,16 +61,16 @@ def _build(kind: type[Kept], values: Mapping[str, Any], names: tuple[str, ...]) 
 
 
 def note(decision: Decision, host: str, now: float, *, done: bool) -> dict[str, Any]:
-    """Return a decision as it is logged and kept: verdict, actions, formula and inputs."""
+    """Return a decision as it is logged and kept: verdict, this host's own actions, formula and inputs."""
+    actions = decision.of(host)
     return {
         "at": now,
         "host": host,
-        "verdict": decision.verdict,
+        "verdict": decision.verdict if actions else "hold",
         "done": done,
         "why": decision.why,
         "actions": [
-            {"verb": action.verb, "instance": str(action.key), "why": action.why}
-            for action in decision.actions
+            {"verb": action.verb, "instance": str(action.key), "why": action.why} for action in actions
         ],
         "inputs": dict(decision.inputs),
     }

@@ -28,6 +28,8 @@ from gpuinfer.watcher.state import Action, Instance, Key, Need, Observation, Ver
 
 #: Between the utilisation that starts one more worker and the one aimed at; and likewise below.
 SLACK = 0.1
+#: So many of the instances that are out are named.
+NAMED = 8
 #: Who has been ready for fewer looks has had no time to claim anything, and is not stopped.
 SETTLED_LOOKS = 2
 #: A start that takes so many times as long as usual is not counted upon.
@@ -53,6 +55,8 @@ class Decision:
     #: What it was decided from: one number or text a name, for the journal.
     inputs: Mapping[str, object]
     history: History
+    #: Instances that are not to be started.
+    out: frozenset[Key] = frozenset()
 
     def of(self, host: str) -> tuple[Action, ...]:
         """Return the actions that are this host's to carry out."""
@@ -81,6 +85,7 @@ def decide(seen: Observation, history: History, settings: WatcherSettings, now: 
         why=_why(fleet, need, calm, actions, settings),
         inputs=_inputs(seen, fleet, rates, need, settings),
         history=History(rates=rates, calm=calm, units=units),
+        out=frozenset(fleet.out),
     )
 
 
@@ -163,9 +168,11 @@ def _need(
         need = by_threshold(seen, fleet, calm, settings, now)
     else:
         need = by_target(seen, fleet, rates, settings, now)
+    wanted = max(settings.floor, min(need.up, settings.ceiling or need.up))
     least = min(settings.floor, fleet.possible)
-    most = settings.ceiling or fleet.possible
-    return replace(need, up=max(least, min(need.up, most)), enough=max(least, min(need.enough, most)))
+    most = min(settings.ceiling or fleet.possible, fleet.possible)
+    up, enough = (max(least, min(number, most)) for number in (need.up, need.enough))
+    return replace(need, up=up, enough=enough, wanted=wanted)
 
 
 def by_threshold(seen: Observation, fleet: Fleet, calm: Calm, settings: WatcherSettings, now: float) -> Need:
@@ -281,8 +288,8 @@ def _verdict(actions: list[Action], fleet: Fleet) -> Verdict:
 def _why(fleet: Fleet, need: Need, calm: Calm, actions: list[Action], settings: WatcherSettings) -> str:
     if actions:
         return f"{actions[0].why}; {need.formula}" if actions[0].verb == "start" else actions[0].why
-    if need.up > fleet.running:
-        return f"{need.up} wanted, but no instance is left to start; {need.formula}"
+    if need.wanted > max(fleet.running, need.enough):
+        return f"{need.wanted} wanted, but no instance is left to start; {need.formula}"
     if need.enough < fleet.running:
         return f"{need.enough} would do; waits until that has held for {calm.pause(settings):.0f} s"
     return need.formula
@@ -291,7 +298,7 @@ def _why(fleet: Fleet, need: Need, calm: Calm, actions: list[Action], settings: 
 def _inputs(
     seen: Observation, fleet: Fleet, rates: Rates, need: Need, settings: WatcherSettings
 ) -> dict[str, object]:
-    return {
+    inputs: dict[str, object] = {
         "waiting": seen.waiting,
         "oldest_s": round(max((q.oldest_s for q in (seen.queues or {}).values()), default=0.0), 1),
         "arrivals_per_s": round(rates.steady, 3),
@@ -300,6 +307,15 @@ def _inputs(
         "active": fleet.active,
         "starting": fleet.running - fleet.active,
         "possible": fleet.possible,
-        "wanted": need.up,
+        "wanted": need.wanted,
         "enough": need.enough,
+        "dead_letters": seen.dead_letters,
     }
+    return {**inputs, "out": _outs(fleet)} if fleet.out else inputs
+
+
+def _outs(fleet: Fleet) -> str:
+    """Return who is out, and why: the first few of them."""
+    first = sorted(fleet.out)[:NAMED]
+    more = len(fleet.out) - len(first)
+    return "; ".join([f"{key}: {fleet.out[key]}" for key in first] + ([f"and {more} more"] if more else []))

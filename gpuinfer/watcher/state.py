@@ -146,12 +146,14 @@ class Action:
 class Need:
     """How many workers a look at queues and rates asks for."""
 
-    #: Start until so many run.
+    #: Start until so many run; no more than there are.
     up: int
     #: So many would do; those beyond may be stopped when it stays so.
     enough: int
     #: Fewer would not drain in time what waits now, and so are not left, however long fewer would have done.
     keep: int = 0
+    #: So many there would have to be, whether there are or not; within floor and ceiling.
+    wanted: int = 0
     #: The formula with its numbers.
     formula: str
 

@@ -88,7 +88,8 @@ def test_a_burst_is_served_and_the_fleet_goes_back_to_zero(
     kept = [
         orjson.loads(text) for text in connect(settings_for(redis_server).broker).lrange(DECISIONS, 0, -1)
     ]
-    assert [entry["verdict"] for entry in kept] == ["scale_down", "scale_down", "scale_up"]
+    done = [entry["verdict"] for entry in kept if entry["actions"]]
+    assert done == ["scale_down", "scale_down", "scale_up"]
     assert watcher.terminate() == 0
 
 
@@ -173,9 +174,7 @@ async def test_a_refused_start_is_a_failure(redis_server: RedisServer, settings_
     class Refusing(Told):
         async def act(self, verb: str, number: int) -> None:
             if number == 0:
-                raise UnitRefused(
-                    "systemd refuses StartUnit: bad unit file setting", "gpuinfer-worker@0.service"
-                )
+                raise UnitRefused("systemd refuses StartUnit: bad unit file setting")
             await super().act(verb, number)
 
     settings = cpu(redis_server, settings_for)
@@ -250,7 +249,44 @@ async def test_a_full_redis_keeps_what_was_decided(redis_server: RedisServer, se
     await second.step()
     assert second.history is not None
     assert second.history.units[Key(0, "a")].verb == "start"
-    assert [orjson.loads(text)["verdict"] for text in client.lrange(DECISIONS, 0, -1)] == ["scale_up"]
+    kept = [orjson.loads(text) for text in client.lrange(DECISIONS, 0, -1)]
+    assert [entry["verdict"] for entry in kept if entry["actions"]] == ["scale_up"]
+
+
+async def test_why_nothing_is_started_is_explained(redis_server: RedisServer, settings_for: Build) -> None:
+    """Tasks wait, and no instance may be started: that is a decision, too, and it is told once."""
+    settings = cpu(redis_server, settings_for)
+    units = Told(2)
+    units.views = {0: UnitView(state="failed"), 1: UnitView(masked=True)}
+    watcher = Watcher(settings, units, (0, 1), act=True, host="a")
+    with Client(settings) as client:
+        for _ in range(30):
+            client.submit([1.0])
+    for _ in range(3):
+        await watcher.step()
+    kept = [orjson.loads(text) for text in connect(settings.broker).lrange(DECISIONS, 0, -1)]
+    assert [(entry["verdict"], entry["actions"]) for entry in kept] == [("hold", [])]
+    told = notes.told(kept[0], "now")
+    assert "wanted, but no instance is left to start" in told
+    assert "gpu0@a: in quarantine for 30 s: its unit failed; gpu1@a: masked" in told
+
+
+async def test_each_host_tells_what_it_has_done_itself(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """Both plan for both; each one's entry has its own part."""
+    settings = cpu(redis_server, settings_for)
+    pair = [Watcher(settings, Told(1), (0,), act=True, host=host) for host in "ab"]
+    for watcher in pair:
+        await watcher.step()
+    with Client(settings) as client:
+        for _ in range(30):
+            client.submit([1.0])
+    for watcher in pair:
+        await watcher.step()
+    kept = [orjson.loads(text) for text in connect(settings.broker).lrange(DECISIONS, 0, -1)]
+    started = {entry["host"]: [one["instance"] for one in entry["actions"]] for entry in kept[:2]}
+    assert started == {"a": ["gpu0@a"], "b": ["gpu0@b"]}
 
 
 async def test_no_more_decisions_are_kept_than_anybody_reads(

@@ -51,7 +51,31 @@ def test_a_backlog_asks_for_what_drains_it_in_time() -> None:
     """1,000 tasks at 10 a second each, target 5 s after a start: twenty workers, of which eight exist."""
     idle = [Instance(key=key) for key in keys(30)]
     assert wanted(observe(idle, waiting=1000)) == 20
-    assert wanted(observe(idle[:8], waiting=1000)) == 8
+    few = decide(observe(idle[:8], waiting=1000), History(rates=KNOWN), settings(), NOW)
+    assert (few.inputs["wanted"], few.inputs["possible"], len(few.actions)) == (20, 8, 8)
+
+
+def test_a_decision_says_what_is_missing_and_why() -> None:
+    """More are wanted than there are: who is out, for which reason; and how many dead letters there are."""
+    fleet = [
+        *running(1),
+        Instance(key=Key(1, "a"), masked=True),
+        Instance(key=Key(2, "a"), gpu=GpuHealth(fault="Xid 79")),
+    ]
+    seen = replace(observe(fleet, waiting=1000), dead_letters=3)
+    decision = decide(seen, History(rates=KNOWN), settings(), NOW)
+    assert decision.why.startswith("18 wanted, but no instance is left to start; ")
+    xid = "in quarantine for 30 s: its GPU is not well: Xid 79"
+    assert decision.inputs["out"] == f"gpu1@a: masked; gpu2@a: {xid}"
+    assert decision.inputs["dead_letters"] == 3
+
+
+def test_of_many_that_are_out_a_few_are_named() -> None:
+    """A line of the log stays a line."""
+    fleet = [Instance(key=key, masked=True) for key in keys(1000)]
+    text = str(decide(observe(fleet, waiting=9), History(), settings(), NOW).inputs["out"])
+    assert text.endswith("; and 992 more")
+    assert len(text) < 200
 
 
 def test_what_starts_already_is_counted() -> None:
