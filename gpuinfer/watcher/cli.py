@@ -32,7 +32,7 @@ def run(loaded: Loaded, dry_run: bool) -> None:
 
     settings = loaded.settings
     configure(settings.log, program="gpuinfer-watcher")
-    asyncio.run(serve(settings, act=not dry_run and settings.watcher.decisions == "act"))
+    asyncio.run(serve(settings, dry_run=dry_run))
 
 
 @watcher.command(epilog="Example: gpuinfer watcher explain --last 5")

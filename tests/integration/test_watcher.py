@@ -7,12 +7,14 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import orjson
 import pytest
 from redis.exceptions import OutOfMemoryError
+from structlog.testing import capture_logs
 
 from gpuinfer import Client
 from gpuinfer.errors import BrokerUnavailable, UnitRefused
@@ -22,7 +24,7 @@ from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.watcher import notes
 from gpuinfer.watcher.main import Watcher
-from gpuinfer.watcher.probe import DECISIONS, HOSTS, Probe
+from gpuinfer.watcher.probe import DECISIONS, HOSTS, MEMORY_PREFIX, Probe
 from gpuinfer.watcher.state import Instance, Key
 from gpuinfer.watcher.units import UnitView
 from tests.models_for_tests import sleeper
@@ -120,6 +122,20 @@ def test_dry_run_only_logs(workers: Workers, redis_server: RedisServer, settings
     assert children(watcher) == []
 
 
+def test_dry_run_leaves_the_service_alone(
+    workers: Workers, redis_server: RedisServer, settings_for: Build
+) -> None:
+    """It neither tells the other hosts anything, nor keeps anything: what the service says stays."""
+    client = connect(settings_for(redis_server).broker)
+    watcher = watch(workers, "--dry-run")
+    with Client(settings_for(redis_server)) as submitter:
+        submitter.submit([1.0], model="slow")
+    watcher.wait_for_line('"scale_up"')
+    time.sleep(1)
+    assert client.keys("gpuinfer:watcher:*") == []
+    assert watcher.terminate() == 0
+
+
 # -- one step at a time -----------------------------------------------------------------------
 
 
@@ -166,6 +182,46 @@ async def test_two_watchers_start_together_what_one_would(
         for watcher in pair:
             await watcher.step()
     assert [one.done for one in units] == [[("start", 0), ("start", 1)], [("start", 0)]]
+
+
+async def test_a_dry_run_beside_the_service_knows_its_commands(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """What the service starts is not taken for a start by hand, and neither takes the other's place."""
+    settings = cpu(redis_server, settings_for)
+    client = connect(settings.broker)
+    units = Told(2)
+    live = Watcher(settings, units, (0, 1), act=True, host="a")
+    dry = Watcher(settings, units, (0, 1), act=False, host="a")
+    for watcher in (live, dry, live):
+        await watcher.step()
+    with Client(settings) as submitter:
+        for _ in range(12):
+            submitter.submit([1.0])
+    kept = client.get(MEMORY_PREFIX + "a")
+    await dry.step()
+    assert client.get(MEMORY_PREFIX + "a") == kept
+    await live.step()
+    await dry.step()
+    assert units.done == [("start", 0), ("start", 1)]
+    assert dry.history is not None
+    assert not any(unit.hold for unit in dry.history.units.values())
+    told = orjson.loads(client.hget(HOSTS, "a") or b"")
+    assert not any(one["log_only"] for one in told["instances"])
+
+
+async def test_two_watchers_of_one_name_say_so(redis_server: RedisServer, settings_for: Build) -> None:
+    """They take each other's place in the registry: both say it, once; a new life of one does not."""
+    settings = cpu(redis_server, settings_for)
+    await Watcher(settings, Told(1), (0,), act=True, host="a").step()
+    pair = [Watcher(settings, Told(1), (0,), act=True, host="a") for _ in range(2)]
+    with capture_logs() as logs:
+        for watcher in pair[:1] * 3:
+            await watcher.step()
+        assert [entry for entry in logs if entry["event"] == "name_taken"] == []
+        for watcher in pair * 3:
+            await watcher.step()
+    assert len([entry for entry in logs if entry["event"] == "name_taken"]) == 2
 
 
 async def test_a_refused_start_is_a_failure(redis_server: RedisServer, settings_for: Build) -> None:
@@ -354,6 +410,17 @@ def test_a_silent_watcher_is_noticed_by_our_own_clock(redis_server: RedisServer,
     now[0] = 3700.0
     probe.look([], 3700.0)
     assert client.hkeys(HOSTS) == [b"a"]
+
+
+def test_a_silent_watcher_is_known_at_first_sight(redis_server: RedisServer, settings_for: Build) -> None:
+    """Redis's clock tells when it last moved; one that looks seldom has more time for it."""
+    client = connect(settings_for(redis_server).broker)
+    Probe(client, "b").look([], 1000.0)
+    Probe(client, "c", interval_s=15.0).look([], 1000.0)
+    for host in (b"b", b"c"):
+        body = orjson.loads(client.hget(HOSTS, host.decode()) or b"")
+        client.hset(HOSTS, host.decode(), orjson.dumps({**body, "at": body["at"] - 30}).decode())
+    assert sorted(Probe(client, "a").look([], 5.0).live_hosts) == ["a", "c"]
 
 
 def test_a_full_redis_is_looked_at(redis_server: RedisServer, settings_for: Build) -> None:
