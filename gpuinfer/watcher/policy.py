@@ -165,7 +165,7 @@ def _need(
     seen: Observation, fleet: Fleet, rates: Rates, calm: Calm, settings: WatcherSettings, now: float
 ) -> Need:
     if settings.mode == "threshold":
-        need = by_threshold(seen, fleet, calm, settings, now)
+        need = by_threshold(seen, fleet, rates, calm, settings, now)
     else:
         need = by_target(seen, fleet, rates, settings, now)
     wanted = max(settings.floor, min(need.up, settings.ceiling or need.up))
@@ -175,14 +175,19 @@ def _need(
     return replace(need, up=up, enough=enough, wanted=wanted)
 
 
-def by_threshold(seen: Observation, fleet: Fleet, calm: Calm, settings: WatcherSettings, now: float) -> Need:
-    """Ask for one more worker while more than N tasks wait, not more often than every so many seconds."""
+def by_threshold(
+    seen: Observation, fleet: Fleet, rates: Rates, calm: Calm, settings: WatcherSettings, now: float
+) -> Need:
+    """Ask for one more worker while more than N tasks wait, not more often than every so many seconds.
+
+    Those that keep up with a steady load stay, though less than that waits: it would soon be more again.
+    """
     waiting, running = seen.waiting, fleet.running
     due = calm.last_up is None or now - calm.last_up >= settings.threshold_every_s
     deep = waiting > settings.threshold_depth
     up = min(running + 1, max(running, settings.threshold_workers)) if deep and due else running
     busy = any(q.in_flight for q in (seen.queues or {}).values())
-    enough = running if deep else int(bool(waiting or busy))
+    enough = running if deep else max(int(bool(waiting or busy)), _keep_up(fleet, rates, settings).enough)
     formula = f"{waiting} waiting {'>' if deep else '<='} {settings.threshold_depth}"
     return Need(up=up, enough=enough, formula=formula)
 

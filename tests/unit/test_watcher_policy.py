@@ -311,12 +311,15 @@ def test_more_backlog_never_asks_for_fewer(
     startup_s=some.integers(1, 30),
     floor=some.integers(0, 2),
 )
+@example(arrivals=15.0, rate=10.0, startup_s=10, floor=0)
+@example(arrivals=28.0, rate=10.0, startup_s=10, floor=0)
+@pytest.mark.parametrize("mode", ["target", "threshold"])
 def test_no_flapping_under_any_constant_load(
-    arrivals: float, rate: float, startup_s: int, floor: int
+    mode: str, arrivals: float, rate: float, startup_s: int, floor: int
 ) -> None:
     """However loads and rates lie to each other, the fleet comes to rest and stays as it is."""
     world = World.of(keys(8), rate=rate, startup_s=float(startup_s))
-    watcher = Watcher(world, settings(floor=floor, calm_s=30.0))
+    watcher = Watcher(world, settings(mode=mode, floor=floor, calm_s=30.0))
     watcher.run(1500 if THOROUGH else 600, arrivals)
     world.log.clear()
     watcher.run(5000 if THOROUGH else 300, arrivals)
