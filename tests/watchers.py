@@ -8,7 +8,11 @@ from dataclasses import dataclass, field, replace
 
 from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.policy import Decision, History, decide
+from gpuinfer.watcher.rates import Rates
 from gpuinfer.watcher.state import Action, Instance, Key, Observation, QueueState, empty_queues
+
+#: Ten tasks a second of each worker, ten seconds to start: measured.
+KNOWN = Rates(served=10.0, worked=1.0, known=True, startup_s=10.0)
 
 
 def settings(**changes: object) -> WatcherSettings:

@@ -148,7 +148,8 @@ class Watcher:
         try:
             if self.history is None or not self._tell:
                 self._recall(own)
-            seen = self._probe.look([self._published(one, now) for one in own], now)
+            figures = (self.history or History()).rates.figures
+            seen = self._probe.look([self._published(one, now) for one in own], now, figures)
         except BrokerUnavailable as exc:
             return Observation(queues=None, instances=tuple(own), host=self.host, trouble=str(exc))
         if seen.rival and seen.rival != self._rival:
@@ -165,6 +166,7 @@ class Watcher:
             host=self.host,
             live_hosts=seen.live_hosts,
             dead_letters=seen.dead_letters,
+            figures=seen.figures,
             acts=self._act,
         )
 

@@ -73,7 +73,8 @@ def decide(seen: Observation, history: History, settings: WatcherSettings, now: 
         return Decision(actions=(), verdict="hold", why=why, inputs={}, history=kept)
     fleet = count(seen, remembered.units, settings, now)
     rates = measure(rates, seen, fleet.active, fleet.all_busy, settings, now)
-    need = _need(seen, fleet, rates, history.calm, settings, now)
+    shared = rates.pooled(seen.figures.values())
+    need = _need(seen, fleet, shared, history.calm, settings, now)
     calm, surplus = history.calm.look(fleet.running, need, settings, now)
     actions = plan(fleet, need, min(surplus, fleet.running - need.keep))
     verdict = _verdict(actions, fleet)
@@ -83,7 +84,7 @@ def decide(seen: Observation, history: History, settings: WatcherSettings, now: 
         actions=tuple(actions),
         verdict=verdict,
         why=_why(fleet, need, calm, actions, settings),
-        inputs=_inputs(seen, fleet, rates, need, settings),
+        inputs=_inputs(seen, fleet, shared, need, settings),
         history=History(rates=rates, calm=calm, units=units),
         out=frozenset(fleet.out),
     )

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import orjson
@@ -27,7 +27,7 @@ from gpuinfer.queue.depth import Depth
 from gpuinfer.queue.depth import look as look_at_queues
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES
-from gpuinfer.watcher.state import Instance, Key, QueueState
+from gpuinfer.watcher.state import Figures, Instance, Key, QueueState
 
 log = get_logger(__name__)
 
@@ -53,6 +53,8 @@ class Seen:
     remote: tuple[Instance, ...]
     live_hosts: frozenset[str]
     dead_letters: int
+    #: What the other live hosts' watchers have measured.
+    figures: Mapping[str, Figures]
     #: Which life of a watcher, not ours, tells of instances under our host's name; empty: none.
     rival: str = ""
 
@@ -88,11 +90,11 @@ class Probe:
         self._arrived: dict[str, deque[tuple[float, int]]] = {name: deque() for name in QUEUES}
         self._beat = int(time.time() * 1000)
 
-    def look(self, own: list[Instance], now: float) -> Seen:
-        """Tell the others about our instances and look at everything. Raises BrokerUnavailable."""
+    def look(self, own: list[Instance], now: float, figures: Figures | None = None) -> Seen:
+        """Tell the others of our instances and figures, and look at everything. Raises BrokerUnavailable."""
         with typed_errors():
-            told, redis_now, rival = self._tell(own, now)
-            remote, live = self._hear(told, redis_now, now)
+            told, redis_now, rival = self._tell(own, now, figures)
+            remote, live, theirs = self._hear(told, redis_now, now)
             names = [str(instance.key) for instance in (*own, *remote)]
             depth = look_at_queues(self._client, names)
             claimed: Mapping[Any, Any] = self._client.hgetall(keys.CLAIMED)
@@ -101,9 +103,11 @@ class Probe:
         # Of a silent host, only what still beats is there.
         there = (one for one in remote if one.key.host in live or str(one.key) in beating)
         marked = tuple(with_busy(one, depth.inflight, beating) for one in there)
-        return Seen(queues, depth.inflight, beating, marked, live, depth.dead_letters, rival)
+        return Seen(queues, depth.inflight, beating, marked, live, depth.dead_letters, theirs, rival)
 
-    def _tell(self, own: list[Instance], now: float) -> tuple[dict[bytes, bytes], float, str]:
+    def _tell(
+        self, own: list[Instance], now: float, figures: Figures | None
+    ) -> tuple[dict[bytes, bytes], float, str]:
         """Tell the others; return what all tell, Redis's time, and who else has our name."""
         with self._client.pipeline(transaction=False) as pipe:
             pipe.time()
@@ -120,6 +124,7 @@ class Probe:
             "beat": self._beat,
             "at": redis_now,
             "interval_s": self._interval_s,
+            "figures": asdict(figures) if figures else None,
             "instances": [_told(instance, now) for instance in own],
         }
         flat: list[bytes] = self._share(keys=[HOSTS], args=[self._host, orjson.dumps(body)])
@@ -128,9 +133,10 @@ class Probe:
 
     def _hear(
         self, told: Mapping[bytes, bytes], redis_now: float, now: float
-    ) -> tuple[tuple[Instance, ...], frozenset[str]]:
+    ) -> tuple[tuple[Instance, ...], frozenset[str], dict[str, Figures]]:
         instances: list[Instance] = []
         live = {self._host}
+        figures: dict[str, Figures] = {}
         for name, text in told.items():
             host = name.decode(errors="replace")
             if host == self._host:
@@ -138,6 +144,7 @@ class Probe:
             try:
                 body = orjson.loads(text)
                 theirs = [_heard(host, one, now) for one in body["instances"]]
+                measured = _figures(body.get("figures"))
                 beat = body["beat"]
                 age_s = max(0.0, redis_now - float(body.get("at", redis_now)))
                 limit_s = max(SILENT_S, SILENT_LOOKS * float(body.get("interval_s", 0.0)))
@@ -155,8 +162,9 @@ class Probe:
                 continue
             if silent_s <= limit_s:
                 live.add(host)
+                figures |= {host: measured} if measured else {}
             instances += theirs
-        return tuple(instances), frozenset(live)
+        return tuple(instances), frozenset(live), figures
 
     def _queues(self, depth: Depth, claimed: Mapping[str, int]) -> dict[str, QueueState]:
         queues: dict[str, QueueState] = {}
@@ -207,6 +215,19 @@ def _life(text: bytes | None) -> str:
         return str(orjson.loads(text or b"{}").get("life", ""))
     except (ValueError, AttributeError):
         return ""
+
+
+def _figures(told: Mapping[str, Any] | None) -> Figures | None:
+    """Return what another watcher has measured; None from one that tells nothing of it."""
+    if told is None:
+        return None
+    served, startup_s = told["served"], told["startup_s"]
+    return Figures(
+        served=None if served is None else float(served),
+        worked=max(float(told["worked"]), 1e-6),
+        known=bool(told["known"]),
+        startup_s=None if startup_s is None else float(startup_s),
+    )
 
 
 def _told(instance: Instance, now: float) -> dict[str, object]:

@@ -10,12 +10,13 @@ seen, never lowered.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean, median
 
 from gpuinfer.settings import QUEUES, WatcherSettings
-from gpuinfer.watcher.state import Observation
+from gpuinfer.watcher.state import Figures, Observation
 
 #: The steady arrival rate is the mean over the calm period, within these bounds.
 WINDOW_MIN_S, WINDOW_MAX_S = 10.0, 60.0
@@ -87,6 +88,31 @@ class Rates:
     def startup(self, settings: WatcherSettings) -> float:
         """Return the seconds from start to ready: measured, or assumed before that."""
         return settings.assumed_startup_s if self.startup_s is None else self.startup_s
+
+    @property
+    def figures(self) -> Figures:
+        """Return what the other hosts' watchers are told."""
+        return Figures(served=self.served, worked=self.worked, known=self.known, startup_s=self.startup_s)
+
+    def pooled(self, others: Iterable[Figures]) -> Rates:
+        """Return these rates with the figures of all: who decides from the same starts what one would.
+
+        All measure the same queues, and each its own starts. What was seen in saturation goes before what
+        workers can do at least.
+        """
+        told = [self.figures, *others]
+        startups = [one.startup_s for one in told if one.startup_s is not None]
+        shown = [(one.known, one.served, one.worked) for one in told if one.served is not None]
+        if not any(known for known, _, _ in shown):
+            shown = [max(shown, key=lambda one: one[1] / one[2])] if shown else []
+        surest = [one for one in shown if one[0]] or shown
+        return replace(
+            self,
+            served=sum(served for _, served, _ in surest) if surest else None,
+            worked=sum(worked for _, _, worked in surest) if surest else self.worked,
+            known=any(known for known, _, _ in surest),
+            startup_s=fmean(startups) if startups else None,
+        )
 
     @property
     def arrived(self) -> float:

@@ -9,7 +9,7 @@ settings, now ───────┘
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from gpuinfer.settings import QUEUES
@@ -100,6 +100,18 @@ class QueueState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What one watcher has measured, as it tells the others."""
+
+    #: Tasks served and worker-seconds spent; None: nothing yet.
+    served: float | None
+    worked: float
+    #: False: workers can do that much at least.
+    known: bool
+    startup_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """Everything a decision is made from."""
 
@@ -112,6 +124,8 @@ class Observation:
     #: Hosts whose watcher is alive; others' instances serve, and nobody would start them.
     live_hosts: frozenset[str] = frozenset()
     dead_letters: int = 0
+    #: What the watchers of other hosts that are alive have measured.
+    figures: Mapping[str, Figures] = field(default_factory=dict)
     #: Tasks that active workers hold; None: all that are in flight.
     held: int | None = None
     #: Whether what is decided is done; else it is only logged.

@@ -63,7 +63,8 @@ def fresh(hosts: tuple[Container, Container]) -> Iterator[None]:
         host.ok(f"systemctl stop gpuinfer-watcher {WORKERS}")
     redis_cli(hosts[0], "del", NOTES, "realtime")
     for host in hosts:
-        host.ok("systemctl start gpuinfer-watcher")
+        answer = host.sh("systemctl start gpuinfer-watcher")
+        assert answer.code == 0, host.ok("journalctl --no-pager -o cat -n 40 -u gpuinfer-watcher")
     time.sleep(2)  # until each has heard of the other
     yield
     redis_cli(hosts[0], "del", "realtime")
