@@ -16,6 +16,8 @@ from gpuinfer.watcher.state import Action, Hold, Instance, Key, Observation, Uni
 
 #: A start after which it is inactive at so many looks in a row had no effect.
 TRIES = 2
+#: After so many failed starts in a row systemd is stopped from trying again: the instance rests.
+FAILED_STARTS = 2
 #: A change of state is the answer to our command for this long after it.
 COMMAND_S = 30.0
 
@@ -35,9 +37,11 @@ class UnitMemory:
     failures: int = 0
     quarantined_until: float = 0.0
     why: str = ""
-    #: How often it had been restarted by itself, and whether it has served since then.
+    #: How often it had been restarted by itself, whether it has served since then, and for how many restarts
+    #: in a row it has not.
     restarts: int = 0
     served: bool = False
+    failed_starts: int = 0
 
     @property
     def notable(self) -> bool:
@@ -109,6 +113,7 @@ def _as_it_is(unit: UnitMemory, instance: Instance) -> UnitMemory:
         since=instance.since,
         restarts=instance.restarts,
         served=instance.state == "active",
+        failed_starts=0,
     )
 
 
@@ -144,11 +149,13 @@ def _restarted(unit: UnitMemory, instance: Instance, settings: WatcherSettings, 
     The first restart after a time of service is no failed start. While it rests, one failure is enough.
     """
     tried = instance.restarts - unit.restarts
-    failed = tried > (1 if unit.served else 0) and not unit.quarantined(now)
+    more = max(0, tried - (1 if unit.served else 0))
+    failed = more > 0 and not unit.quarantined(now)
     since = instance.since if tried and instance.state == "activating" else unit.since
     ended = instance.state in ("inactive", "failed")
     served = instance.state == "active" or (unit.served and tried == 0 and not ended)
-    after = replace(unit, restarts=instance.restarts, served=served, since=since)
+    in_a_row = 0 if ended or instance.state == "active" else unit.failed_starts + more
+    after = replace(unit, restarts=instance.restarts, served=served, since=since, failed_starts=in_a_row)
     why = "it does not come up, and systemd starts it again and again"
     return _rest(after, why, settings, now) if failed else after
 

@@ -60,7 +60,7 @@ def plan(fleet: Fleet, need: Need, surplus: int) -> list[Action]:
     """Return what to do: enabled instances first, then what is wanted, else one idle stop a host.
 
     One that has failed is made ready again when nothing else is left; it starts at a later look. A start that
-    systemd tries again and again is stopped, and so rests.
+    failed again when systemd tried it again is stopped, and so rests.
     """
     ends = [Action("stop", key, fleet.out[key]) for key in sorted(fleet.broken)]
     actions = [Action("start", key, "is enabled") for key in sorted(fleet.enabled_idle)]

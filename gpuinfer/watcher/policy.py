@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from gpuinfer.settings import QUEUES, QueueName, WatcherSettings
 from gpuinfer.watcher.calm import Calm
-from gpuinfer.watcher.memory import UnitMemory, commanded, out, remember
+from gpuinfer.watcher.memory import FAILED_STARTS, UnitMemory, commanded, out, remember
 from gpuinfer.watcher.plan import Fleet, plan
 from gpuinfer.watcher.rates import SURE_LOOKS, Rates, measure, with_startups
 from gpuinfer.watcher.state import Action, Instance, Key, Need, Observation, Verdict
@@ -126,7 +126,10 @@ def _may_stop(instance: Instance, unit: UnitMemory | None, now: float) -> bool:
 def _count_starting(
     fleet: Fleet, instance: Instance, unit: UnitMemory | None, seen: Observation, now: float
 ) -> None:
-    """Count what starts, but for one that has failed to: it would hold up those that could."""
+    """Count what starts, but for one that has failed to: it would hold up those that could.
+
+    systemd may try once more, for what was wrong may pass within seconds; then it is stopped.
+    """
     key = instance.key
     reason = instance.out if unit is None else unit.resting(now)
     if not reason:
@@ -136,7 +139,8 @@ def _count_starting(
             fleet.spare.append(key)
         return
     fleet.out[key] = reason
-    if seen.owns(key) and _may_stop(instance, unit, now):
+    hopeless = unit is not None and unit.failed_starts >= FAILED_STARTS
+    if hopeless and _may_stop(instance, unit, now):
         fleet.broken.append(key)
 
 

@@ -41,21 +41,35 @@ def test_a_failed_instance_rests_twice_as_long_each_time() -> None:
 
 
 def test_a_start_that_systemd_tries_again_and_again_is_a_failure() -> None:
-    """It holds up no other, is stopped, and rests longer each time; it is never taken for one that starts."""
+    """It holds up no other, is stopped after the second try, and rests; it counts for no start."""
     world = World.of(keys(4), startup_s=30.0, rate=0.0)
     world.waiting = 3
-    watcher = Watcher(world, settings(), history=History(rates=replace(KNOWN, startup_s=30.0)))
+    watcher = Watcher(
+        world, settings(quarantine_s=300.0), history=History(rates=replace(KNOWN, startup_s=30.0))
+    )
     crash_loop(world, watcher, 45)
-    assert [(action.verb, action.key.number) for _, action in world.log] == [
-        *[("start", 0), ("stop", 0), ("start", 1)]
-    ]
+    assert world.running == {A0, Key(1, "a")}
     unit = watcher.history.units[A0]
-    assert (unit.failures, unit.hold, world.instances[A0].state) == (1, "", "inactive")
+    assert (unit.failures, unit.hold) == (1, "")
     assert "does not come up" in unit.why
     crash_loop(world, watcher, 35)
     assert world.instances[Key(1, "a")].state == "active"
+    assert [(action.verb, action.key.number) for _, action in world.log] == [
+        *[("start", 0), ("start", 1), ("stop", 0)]
+    ]
     assert watcher.history.rates.startup_s == 30.0
     assert watcher.history.calm.last_down is None  # nothing was too many
+
+
+def test_a_start_that_fails_once_may_be_tried_again_by_systemd() -> None:
+    """What was wrong may have passed: it serves, and nobody has stopped it."""
+    world = World.of(keys(1), startup_s=5.0, rate=0.0)
+    world.waiting = 3
+    watcher = Watcher(world, settings(), history=History(rates=replace(KNOWN, startup_s=5.0)))
+    crash_loop(world, watcher, 8)
+    assert watcher.history.units[A0].failures == 1
+    watcher.run(10)
+    assert (world.instances[A0].state, world.verbs()) == ("active", ["start"])
 
 
 def test_what_is_enabled_and_does_not_come_up_is_not_counted_upon() -> None:
