@@ -19,7 +19,9 @@ from tests.models_for_tests import sleeper
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
 WORKERS = "gpuinfer-worker@0 gpuinfer-worker@1"
-NOTES = "gpuinfer:watcher:hosts gpuinfer:watcher:memory:gpu-a gpuinfer:watcher:memory:gpu-b"
+NOTES = " ".join(
+    f"gpuinfer:watcher:{name}" for name in ("hosts", "decisions", "memory:gpu-a", "memory:gpu-b")
+)
 #: At the assumed rate of 4 a second and a target of 5 s these are work for two workers, whatever was measured
 #: before: nothing is remembered.
 FOR_TWO = 32
