@@ -21,7 +21,7 @@ def watcher() -> None:
 
 
 @watcher.command(epilog="Example: gpuinfer watcher run --dry-run")
-@click.option("--dry-run", is_flag=True, help="Only log what would be done, as watcher.decisions = log does.")
+@click.option("--dry-run", is_flag=True, help="Only log what would be done. The service may run beside it.")
 @click.pass_obj
 def run(loaded: Loaded, dry_run: bool) -> None:
     """Watch, decide and act until SIGTERM. Workers run on when it ends."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from gpuinfer import Client
 from gpuinfer.errors import UnitRefused
 from gpuinfer.queue.connection import connect
 from gpuinfer.settings import Settings
-from gpuinfer.watcher import notes
+from gpuinfer.watcher import main, notes
 from gpuinfer.watcher.main import Watcher
 from gpuinfer.watcher.probe import DECISIONS, HOSTS, MEMORY_PREFIX
 from gpuinfer.watcher.state import Key
@@ -266,6 +267,34 @@ async def test_an_unreadable_redis_holds_and_passes(redis_server: RedisServer, s
         client.submit([1.0])
     await watcher.step()
     assert units.done == [("start", 0)]
+
+
+async def test_a_deaf_redis_does_not_starve_the_watchdog(
+    settings_for: Build, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It takes connections and never answers: each answer is waited for, and systemd told meanwhile."""
+    monkeypatch.setattr(main, "FEED_S", 0.1)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with (
+        socket.socket() as deaf,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
+    ):
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        systemd.bind(str(tmp_path / "notify"))
+        url = f"redis://127.0.0.1:{deaf.getsockname()[1]}/0"
+        settings = settings_for(
+            redis_server, broker={"url": url, "connect_timeout_s": 0.5}, worker={"device": "cpu"}
+        )
+        watcher = Watcher(settings, Told(1), (0,), act=True, host="a")
+        said: list[str] = []
+        asyncio.get_running_loop().add_reader(systemd, lambda: said.append(systemd.recv(4096).decode()))
+        decisions = [await watcher.step() for _ in range(2)]
+        asyncio.get_running_loop().remove_reader(systemd)
+    assert [one.verdict for one in decisions if one] == ["hold", "hold"]
+    first = said.index("READY=1")
+    assert any(word.startswith("EXTEND_TIMEOUT_USEC=") for word in said[:first])
+    assert "WATCHDOG=1" in said[first:]
 
 
 async def test_a_new_life_remembers_what_the_last_one_did(

@@ -53,6 +53,31 @@ def test_the_probe_counts_what_waits_was_claimed_and_is_in_flight(
     assert seen.beating == frozenset()
 
 
+def test_what_a_worker_hands_back_was_never_served(redis_server: RedisServer, settings_for: Build) -> None:
+    """It waits again, since it came; nothing is done, and nothing has arrived anew."""
+    settings = settings_for(redis_server)
+    client = connect(settings.broker)
+    store = Store(client, "gpu0@a", QUEUES, settings.queue)
+    now = [0.0]
+    probe = Probe(client, "a", clock=lambda: now[0])
+    own = [Instance(key=Key(0, "a"), state="active")]
+    with Client(settings) as submitter:
+        for _ in range(3):
+            submitter.submit([1.0], queue="batch")
+    totals, oldest = [], []
+    claimed = []
+    for look in range(3):
+        queues = probe.look(own, now[0]).queues
+        totals.append(sum(q.waiting + q.in_flight + q.done for q in queues.values()))
+        oldest.append(queues["batch"].oldest_s)
+        now[0] += 5.0
+        if look == 0:
+            claimed = store.claim(2)
+        elif look == 1:
+            store.release([one.seq for one in claimed])
+    assert (totals, oldest) == ([3, 3, 3], [0.0, 5.0, 10.0])
+
+
 def test_a_silent_watcher_is_noticed_by_our_own_clock(redis_server: RedisServer, settings_for: Build) -> None:
     """Its instances are nobody's to start; what beats there still serves; after an hour it is forgotten."""
     client = connect(settings_for(redis_server).broker)
