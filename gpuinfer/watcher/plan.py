@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from gpuinfer.watcher.state import Action, Key, Need
+from gpuinfer.watcher.state import Action, Instance, Key, Need
 
 
 @dataclass(slots=True)
@@ -33,6 +33,8 @@ class Fleet:
     #: Failed, and rested for long enough; those that are enabled apart.
     failed: list[Key] = field(default_factory=list)
     enabled_failed: list[Key] = field(default_factory=list)
+    #: All that run, but for those that do not beat.
+    serving: list[Instance] = field(default_factory=list)
     #: Running, and perhaps too many: neither enabled, nor started by hand, nor of a host that only logs.
     spare: list[Key] = field(default_factory=list)
     #: Of those, the ones that may be stopped now: active for more than a moment, and idle.

@@ -76,7 +76,10 @@ def decide(seen: Observation, history: History, settings: WatcherSettings, now: 
     shared = rates.pooled(seen.figures.values())
     need = _need(seen, fleet, shared, history.calm, settings, now)
     calm, surplus = history.calm.look(fleet.running, need, settings, now)
-    actions = plan(fleet, need, min(surplus, fleet.running - need.keep))
+    surplus = min(surplus, fleet.running - need.keep)
+    if surplus > 0:
+        sort_spare(fleet, seen, remembered.units, settings, now)
+    actions = plan(fleet, need, surplus)
     verdict = _verdict(actions, fleet)
     calm = calm.after(verdict, settings, now)
     units = commanded(remembered.units, actions, seen, now)
@@ -102,11 +105,8 @@ def count(seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherS
                 fleet.all_busy = False
             if instance.busy is None and not seen.owns(instance.key):
                 fleet.silent += 1
-            elif _may_stop(instance, units.get(instance.key), now):
-                fleet.spare.append(instance.key)
-                settled = now - instance.since >= SETTLED_LOOKS * settings.probe_interval_s
-                if instance.busy is False and settled and seen.alive(instance.key):
-                    fleet.stoppable.add(instance.key)
+            else:
+                fleet.serving.append(instance)
         elif state == "activating":
             _count_starting(fleet, instance, units.get(instance.key), seen, now)
         elif state != "deactivating":
@@ -116,6 +116,19 @@ def count(seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherS
             else:
                 fleet.idle.append(instance.key)
     return fleet
+
+
+def sort_spare(
+    fleet: Fleet, seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherSettings, now: float
+) -> None:
+    """Sort those that run by whether they may be stopped, and now; looked at only when there are too many."""
+    for instance in fleet.serving:
+        if _may_stop(instance, units.get(instance.key), now):
+            fleet.spare.append(instance.key)
+            settled = now - instance.since >= SETTLED_LOOKS * settings.probe_interval_s
+            ready = instance.state == "active" and settled
+            if ready and instance.busy is False and seen.alive(instance.key):
+                fleet.stoppable.add(instance.key)
 
 
 def _may_stop(instance: Instance, unit: UnitMemory | None, now: float) -> bool:
@@ -135,8 +148,7 @@ def _count_starting(
     if not reason:
         fleet.enabled += instance.enabled
         fleet.starting[instance.since] += 1
-        if _may_stop(instance, unit, now):
-            fleet.spare.append(key)
+        fleet.serving.append(instance)
         return
     fleet.out[key] = reason
     hopeless = unit is not None and unit.failed_starts >= FAILED_STARTS

@@ -97,7 +97,8 @@ def burst(host: Container, count: int) -> None:
 
 def status(host: Container, words: str) -> None:
     """Wait until the watcher's status begins like this."""
-    host.until(f"systemctl status gpuinfer-watcher --no-pager | grep 'Status: \"{words}'", timeout=60)
+    said = "$(systemctl show -P StatusText gpuinfer-watcher)"
+    host.until(f'said="{said}"; echo "$said"; [ "${{said#{words}}}" != "$said" ]', timeout=60)
 
 
 def started(host: Container) -> dict[str, set[str]]:
