@@ -8,7 +8,11 @@ from dataclasses import dataclass, field, replace
 
 from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.policy import Decision, History, decide
+from gpuinfer.watcher.rates import Rates
 from gpuinfer.watcher.state import Action, Instance, Key, Observation, QueueState, empty_queues
+
+#: Ten tasks a second of each worker, ten seconds to start: measured.
+KNOWN = Rates(served=10.0, worked=1.0, known=True, startup_s=10.0)
 
 
 def settings(**changes: object) -> WatcherSettings:
@@ -50,6 +54,8 @@ class World:
     arrived: float = 0.0
     done: int = 0
     credit: float = 0.0
+    #: Show one of the busy workers idle at each look, as between two batches.
+    glimpses: bool = False
     #: What was done to which instance, in order.
     log: list[tuple[float, Action]] = field(default_factory=list)
 
@@ -86,10 +92,17 @@ class World:
         self.credit -= served
         self.waiting -= served
         self.done += served
-        busy = self.waiting > 0
+        self._mark()
+
+    def _mark(self) -> None:
+        """Tell who is busy: while tasks wait all are, but for who has just become ready and claims next."""
+        active = [key for key, one in self.instances.items() if one.state == "active"]
+        glimpsed = active[int(self.now) % len(active)] if self.glimpses and active else None
         for key, instance in self.instances.items():
-            if instance.busy != (busy and instance.state == "active"):
-                self.set(key, busy=busy and instance.state == "active")
+            ready = instance.state == "active" and instance.since < self.now
+            busy = self.waiting > 0 and ready and key != glimpsed
+            if instance.busy != busy:
+                self.set(key, busy=busy)
 
     def see(self, host: str | None = None, live: Iterable[str] = ()) -> Observation:
         """Return what a probe would see now."""

@@ -21,7 +21,7 @@ def watcher() -> None:
 
 
 @watcher.command(epilog="Example: gpuinfer watcher run --dry-run")
-@click.option("--dry-run", is_flag=True, help="Only log what would be done, as watcher.decisions = log does.")
+@click.option("--dry-run", is_flag=True, help="Only log what would be done. The service may run beside it.")
 @click.pass_obj
 def run(loaded: Loaded, dry_run: bool) -> None:
     """Watch, decide and act until SIGTERM. Workers run on when it ends."""
@@ -32,7 +32,7 @@ def run(loaded: Loaded, dry_run: bool) -> None:
 
     settings = loaded.settings
     configure(settings.log, program="gpuinfer-watcher")
-    asyncio.run(serve(settings, act=not dry_run and settings.watcher.decisions == "act"))
+    asyncio.run(serve(settings, dry_run=dry_run))
 
 
 @watcher.command(epilog="Example: gpuinfer watcher explain --last 5")
@@ -62,7 +62,7 @@ def explain(loaded: Loaded, last: int, as_json: bool) -> None:
         when = datetime.fromtimestamp(entry["at"], UTC).astimezone().isoformat(sep=" ", timespec="seconds")
         click.echo(told(entry, when))
     if not entries:
-        click.echo("no decision yet: nothing had to be started or stopped")
+        click.echo("no decision yet: no watcher has looked")
 
 
 @watcher.command(
@@ -72,7 +72,7 @@ def explain(loaded: Loaded, last: int, as_json: bool) -> None:
     "--trace", type=click.Path(path_type=Path), metavar="FILE", help="CSV lines second,tasks[,queue]."
 )
 @click.option("--pattern", type=click.Choice(["burst", "diurnal", "flash", "poisson"]), help="A made trace.")
-@click.option("--suite", is_flag=True, help="The fixed set of traces.")
+@click.option("--suite", is_flag=True, help="The fixed set of traces; medians of three seeds.")
 @click.option("--gpus", type=click.IntRange(1, 10_000), default=8, show_default=True)
 @click.option("--floor", type=click.IntRange(0, 10_000), default=0, show_default=True, help="Least workers.")
 @click.option(
@@ -128,7 +128,7 @@ def simulate(
     Redis scaler and the HPA, both with their defaults. "bound" starts everything at once and stops nothing.
     """
     from gpuinfer.watcher.simulator.cluster import Model
-    from gpuinfer.watcher.simulator.report import comparison, markdown, summary, table
+    from gpuinfer.watcher.simulator.report import comparison, markdown, medians, summary, table
     from gpuinfer.watcher.simulator.run import compare
 
     if [trace is not None, pattern is not None, suite].count(True) != 1:
@@ -140,9 +140,11 @@ def simulate(
     )
     settings = loaded.settings.watcher
     if suite:
-        scenarios = _suite(loaded, startup)
+        runs = [[comparison(one, compare(one)) for one in made] for made in _suite(loaded, startup)]
+        done = [medians(of_one) for of_one in runs]
     elif trace is not None:
-        scenarios = [_from_file(loaded, trace, gpus, floor, seed, model)]
+        read = _from_file(loaded, trace, gpus, floor, seed, model)
+        done = [comparison(read, compare(read))]
     else:
         from gpuinfer.watcher.simulator.suite import scenario
 
@@ -156,8 +158,7 @@ def simulate(
             seed=seed,
             settings=settings,
         )
-        scenarios = [made]
-    done = [comparison(one, compare(one)) for one in scenarios]
+        done = [comparison(made, compare(made))]
     if as_json:
         import orjson
 
@@ -171,11 +172,15 @@ def simulate(
         draw(done, plot)
 
 
-def _suite(loaded: Loaded, startup: float) -> list[Scenario]:
-    from gpuinfer.watcher.simulator.suite import suite
+def _suite(loaded: Loaded, startup: float) -> list[list[Scenario]]:
+    """Return each trace with all seeds."""
+    from gpuinfer.watcher.simulator.suite import SEEDS, suite
 
-    made = suite(loaded.settings.watcher)
-    return [replace(one, model=replace(one.model, startup_s=startup)) for one in made]
+    made = [suite(loaded.settings.watcher, seed) for seed in SEEDS]
+    return [
+        [replace(one, model=replace(one.model, startup_s=startup)) for one in seeds]
+        for seeds in zip(*made, strict=True)
+    ]
 
 
 def _from_file(loaded: Loaded, file: Path, gpus: int, floor: int, seed: int, model: Model) -> Scenario:

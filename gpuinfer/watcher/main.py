@@ -2,17 +2,20 @@
 """The watcher's loop: look, decide, write down, act. One bad look is no reason to end.
 
 What it has commanded is kept in Redis before it is done: one that is killed in between finds its own
-commands again, and does not take them for somebody else's.
+commands again, and does not take them for somebody else's. One that runs beside the service to try it out
+(``--dry-run``) reads what the service keeps and tells, and writes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import orjson
 import redis
@@ -26,7 +29,7 @@ from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import health, notes
 from gpuinfer.watcher.gpu_watch import GpuWatch
-from gpuinfer.watcher.memory import adopt, out
+from gpuinfer.watcher.memory import adopt, out, refused
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, with_busy
 from gpuinfer.watcher.state import HEALTHY, Action, GpuHealth, Instance, Key, Observation
@@ -34,6 +37,12 @@ from gpuinfer.watcher.units import Units, UnitView
 
 log = get_logger(__name__)
 
+Answer = TypeVar("Answer")
+
+#: How many answers a look may wait for, each its whole timeout, when Redis is deaf; and how often the
+#: watchdog is fed meanwhile.
+DEAF_ANSWERS = 10
+FEED_S = 10.0
 #: The history is kept this often when no command has changed it.
 KEEP_EVERY_S = 30.0
 
@@ -48,16 +57,20 @@ class Watcher:
         numbers: tuple[int, ...],
         *,
         act: bool,
+        tell: bool = False,
         host: str | None = None,
     ) -> None:
+        """``tell``: take part in what watchers tell each other, and keep; who acts does in any case."""
         self._settings = settings
         self._units = units
         self._numbers = numbers
         self._act = act
+        self._tell = act or bool(tell)
         self.host = host or socket.gethostname()
         self._client = connect(settings.broker)
         self._write = bind(self._client, "keep")
-        self._probe = Probe(self._client, self.host)
+        interval_s = settings.watcher.probe_interval_s
+        self._probe = Probe(self._client, self.host, interval_s=interval_s, tell=self._tell)
         self._notifier = SystemdNotifier()
         self._gpus = GpuWatch(settings, numbers)
         self._health: Mapping[int, GpuHealth] = {}
@@ -65,6 +78,7 @@ class Watcher:
         self._kept_at = 0.0
         self._said: object = None
         self._refused: dict[Key, str] = {}
+        self._rival = ""
         self._ready = False
         self.history: History | None = None
 
@@ -98,7 +112,7 @@ class Watcher:
             return None
         self._look_at_gpus(views)
         now = time.time()
-        seen = await asyncio.to_thread(self._observe, views, now)
+        seen = await self._patiently(self._observe, views, now)
         decision = decide(seen, self.history or History(), self._settings.watcher, now)
         if self.history is None and seen.queues is None:
             self._report(decision, seen)
@@ -107,11 +121,22 @@ class Watcher:
         self.history = decision.history
         self._xids = {}  # they are in the history now
         new = self._report(decision, seen)
-        if seen.queues is not None and (changed or now - self._kept_at > KEEP_EVERY_S):
-            await asyncio.to_thread(self._keep, decision, now, new)
+        if self._tell and seen.queues is not None and (changed or new or now - self._kept_at > KEEP_EVERY_S):
+            await self._patiently(self._keep, decision, now, new)
         for action in decision.of(self.host) if self._act else ():
             await self._do(action)
         return decision
+
+    async def _patiently(self, call: Callable[..., Answer], *arguments: object) -> Answer:
+        """Run in a thread. Each answer that a deaf Redis owes takes its timeout: that is no hang of ours."""
+        task = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
+        limit_s = DEAF_ANSWERS * self._settings.broker.connect_timeout_s
+        for _ in range(math.ceil(limit_s / FEED_S)):
+            await asyncio.wait({task}, timeout=FEED_S)
+            if task.done():
+                break
+            self._notifier.notify("WATCHDOG=1" if self._ready else f"EXTEND_TIMEOUT_USEC={3e6 * FEED_S:.0f}")
+        return await task
 
     def _look_at_gpus(self, views: Mapping[int, UnitView]) -> None:
         ours = {number for number, view in views.items() if view.state not in ("inactive", "failed")}
@@ -121,22 +146,39 @@ class Watcher:
     def _observe(self, views: Mapping[int, UnitView], now: float) -> Observation:
         own = [self._instance(number, view, now) for number, view in sorted(views.items())]
         try:
-            if self.history is None:
-                with typed_errors():
-                    kept: bytes | None = self._client.get(MEMORY_PREFIX + self.host)  # type: ignore[assignment]
-                    history = notes.unpack(kept)
-                self.history = replace(history, units=adopt(history.units, own))
-            seen = self._probe.look([self._published(one, now) for one in own], now)
+            if self.history is None or not self._tell:
+                self._recall(own)
+            figures = (self.history or History()).rates.figures
+            seen = self._probe.look([self._published(one, now) for one in own], now, figures)
         except BrokerUnavailable as exc:
             return Observation(queues=None, instances=tuple(own), host=self.host, trouble=str(exc))
+        if seen.rival and seen.rival != self._rival:
+            hint = "host names must differ, and each host has one watcher that acts"
+            log.error("name_taken", host=self.host, reason="another watcher tells under our name", hint=hint)
+        self._rival = seen.rival
         marked = tuple(with_busy(one, seen.in_flight, seen.beating) for one in own)
+        instances = (*marked, *seen.remote)
+        active = [str(one.key) for one in instances if one.state == "active"]
         return Observation(
             queues=seen.queues,
-            instances=(*marked, *seen.remote),
+            instances=instances,
+            held=sum(seen.in_flight.get(name, 0) for name in active),
             host=self.host,
             live_hosts=seen.live_hosts,
             dead_letters=seen.dead_letters,
+            figures=seen.figures,
+            acts=self._act,
         )
+
+    def _recall(self, own: list[Instance]) -> None:
+        """Take over what an earlier life has kept; beside the service, what it remembers at each look."""
+        with typed_errors():
+            kept: bytes | None = self._client.get(MEMORY_PREFIX + self.host)  # type: ignore[assignment]
+        history = notes.unpack(kept)
+        if self.history is None:
+            self.history = replace(history, units=adopt(history.units, own))
+        elif kept is not None:
+            self.history = replace(self.history, units=history.units)
 
     def _instance(self, number: int, view: UnitView, now: float) -> Instance:
         gpu = self._health.get(number, HEALTHY)
@@ -148,6 +190,8 @@ class Watcher:
             since=now - view.age_s,
             enabled=view.enabled,
             masked=view.masked,
+            queued=view.queued,
+            restarts=view.restarts,
             gpu=gpu,
         )
 
@@ -155,10 +199,12 @@ class Watcher:
         """Return an instance as the other watchers are told of it, with why it is out."""
         unit = (self.history or History()).units.get(instance.key)
         hold = unit.held(now) if unit else ""
-        reason = "" if instance.runs else out(instance, unit, self._settings.watcher, now)
-        if not self._act and not reason:
-            reason = "its watcher only logs"
-        return replace(instance, hold=hold, out=reason)
+        reason = ""
+        if instance.state == "activating":
+            reason = unit.resting(now) if unit else ""
+        elif instance.state != "active":
+            reason = out(instance, unit, self._settings.watcher, now)
+        return replace(instance, hold=hold, out=reason, log_only=not self._act)
 
     async def _do(self, action: Action) -> None:
         try:
@@ -168,14 +214,18 @@ class Watcher:
             if self._refused.get(action.key) != str(exc):
                 log.error("action_failed", verb=action.verb, worker=str(action.key), reason=str(exc))
             self._refused[action.key] = str(exc)
+            if isinstance(exc, UnitRefused) and action.verb != "stop" and self.history is not None:
+                units = refused(self.history.units, action.key, str(exc), self._settings.watcher, time.time())
+                self.history = replace(self.history, units=units)
+                self._kept_at = 0.0
 
     # -- telling --------------------------------------------------------------------------
 
     def _keep(self, decision: Decision, now: float, new: bool) -> None:
-        """Keep the history, and a new decision to act. Without Redis, memory must do."""
+        """Keep the history, and a new decision. Without Redis, memory must do."""
         self._kept_at = now
         entry = b""
-        if new and decision.of(self.host):
+        if new:
             entry = orjson.dumps(notes.note(decision, self.host, now, done=self._act))
         try:
             memory = notes.pack(decision.history)
@@ -184,14 +234,19 @@ class Watcher:
             log.warning("notes_not_kept", reason=str(explain(exc)))
 
     def _report(self, decision: Decision, seen: Observation) -> bool:
-        """Log a decision once: each change of the fleet, each new reason to hold. Tell if it is new."""
+        """Log a decision once: each change of the fleet, each new reason to hold. Tell if it is new.
+
+        How many more are wanted than there are changes at each look; that some are missing is one reason.
+        """
         names = ", ".join(f"{action.verb} {action.key}" for action in decision.of(self.host))
         running = sum(one.runs for one in seen.instances if seen.owns(one.key))
         verdict = decision.verdict if names else "hold"
-        topic = (verdict, names, running, decision.inputs.get("wanted"), seen.queues is None)
+        topic = (verdict, names, running, _step(decision.inputs), decision.out, seen.queues is None)
         more = {"actions": names, "done": self._act} if names else {}
         new = self._say(topic, verdict, why=decision.why, **more, **decision.inputs)
         waiting = "Redis is away" if seen.queues is None else f"{seen.waiting:,} waiting"
+        if self._rival:
+            waiting = f"another watcher is called {self.host}, too; {waiting}"
         count = f"{running} of {len(self._numbers)} workers run"
         self._notifier.notify(f"STATUS={waiting}, {count}: {decision.why}")
         if not self._ready:
@@ -207,6 +262,14 @@ class Watcher:
         return True
 
 
+def _step(inputs: Mapping[str, object]) -> object:
+    """Return how many of those that there are were wanted, and whether that was not enough."""
+    wanted, possible = inputs.get("wanted"), inputs.get("possible")
+    if not isinstance(wanted, int) or not isinstance(possible, int):
+        return None
+    return min(wanted, possible), wanted > possible
+
+
 def make_units(settings: Settings, numbers: tuple[int, ...]) -> Units:
     """Return the back end that the settings name."""
     if settings.watcher.backend == "process":
@@ -218,12 +281,13 @@ def make_units(settings: Settings, numbers: tuple[int, ...]) -> Units:
     return SystemdUnits(numbers)
 
 
-async def serve(settings: Settings, *, act: bool) -> None:
-    """Run until SIGTERM or SIGINT."""
+async def serve(settings: Settings, *, dry_run: bool) -> None:
+    """Run until SIGTERM or SIGINT. A dry run leaves no trace, and may run beside the service."""
+    act = not dry_run and settings.watcher.decisions == "act"
     inventory = await asyncio.to_thread(list_gpus, settings.worker.gpus)
     numbers = health.instance_numbers(settings, inventory)
     units = make_units(settings, numbers)
-    watcher = Watcher(settings, units, numbers, act=act)
+    watcher = Watcher(settings, units, numbers, act=act, tell=not dry_run)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

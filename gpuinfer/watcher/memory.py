@@ -11,8 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from gpuinfer.settings import WatcherSettings
+from gpuinfer.watcher.rates import MAX_GAP
 from gpuinfer.watcher.state import Action, Hold, Instance, Key, Observation, UnitState, Verb
 
+#: A start after which it is inactive at so many looks in a row had no effect.
+TRIES = 2
+#: After so many failed starts in a row systemd is stopped from trying again: the instance rests.
+FAILED_STARTS = 2
 #: A change of state is the answer to our command for this long after it.
 COMMAND_S = 30.0
 
@@ -25,11 +30,18 @@ class UnitMemory:
     since: float
     verb: Verb | None = None
     verb_at: float = 0.0
+    #: At how many looks in a row it was told to start.
+    tries: int = 0
     hold: Hold = ""
     hold_until: float = 0.0
     failures: int = 0
     quarantined_until: float = 0.0
     why: str = ""
+    #: How often it had been restarted by itself, whether it has served since then, and for how many restarts
+    #: in a row it has not.
+    restarts: int = 0
+    served: bool = False
+    failed_starts: int = 0
 
     @property
     def notable(self) -> bool:
@@ -39,6 +51,10 @@ class UnitMemory:
     def held(self, now: float) -> Hold:
         """Return what an administrator did that still counts."""
         return self.hold if now < self.hold_until else ""
+
+    def resting(self, now: float) -> str:
+        """Say why it rests, empty when it does not."""
+        return self.why if self.quarantined(now) else ""
 
     def quarantined(self, now: float) -> bool:
         """Tell whether it still rests after a failure."""
@@ -68,7 +84,13 @@ def remember(
         before = units.get(key)
         if before is None:
             changed[key] = _failed(_first(instance), instance, settings, now)
-        elif before.state != instance.state or before.failures or instance.gpu.fault:
+        elif (
+            before.state != instance.state
+            or before.failures
+            or before.restarts != instance.restarts
+            or before.tries
+            or instance.gpu.fault
+        ):
             changed[key] = _changed(before, instance, settings, now)
             if before.state == "activating" and instance.state == "active":
                 startups.append(max(0.0, instance.since - before.since))
@@ -80,7 +102,19 @@ def remember(
 
 
 def _first(instance: Instance) -> UnitMemory:
-    return UnitMemory(state=instance.state, since=instance.since)
+    return _as_it_is(UnitMemory(state=instance.state, since=instance.since), instance)
+
+
+def _as_it_is(unit: UnitMemory, instance: Instance) -> UnitMemory:
+    """Take over what the unit is now, as if nothing had happened before."""
+    return replace(
+        unit,
+        state=instance.state,
+        since=instance.since,
+        restarts=instance.restarts,
+        served=instance.state == "active",
+        failed_starts=0,
+    )
 
 
 def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
@@ -90,7 +124,40 @@ def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, 
         wish = _wish(before, instance, now)
         if wish:
             after = replace(after, hold=wish, hold_until=now + settings.manual_hold_s)
-    return _failed(after, instance, settings, now, was=before.state)
+    after = _failed(after, instance, settings, now, was=before.state)
+    if after.tries:
+        after = _tried(after, instance, settings, now)
+    return _restarted(after, instance, settings, now)
+
+
+def _tried(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
+    """Count it as a failure when nothing came of a start: a condition is not met, or it ended at once.
+
+    It would be the first to be asked for ever, and no other one would.
+    """
+    if instance.state != "inactive" or now - unit.verb_at > MAX_GAP * settings.probe_interval_s:
+        return replace(unit, tries=0)
+    if unit.tries < TRIES or instance.queued:
+        return unit
+    return _rest(replace(unit, tries=0), "it was told to start, and nothing came of it", settings, now)
+
+
+def _restarted(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
+    """Count it as a failure when systemd had to try again what has never been ready.
+
+    systemd tries ten times before it calls a unit failed; all that time it would count as one that starts.
+    The first restart after a time of service is no failed start. While it rests, one failure is enough.
+    """
+    tried = instance.restarts - unit.restarts
+    more = max(0, tried - (1 if unit.served else 0))
+    failed = more > 0 and not unit.quarantined(now)
+    since = instance.since if tried and instance.state == "activating" else unit.since
+    ended = instance.state in ("inactive", "failed")
+    served = instance.state == "active" or (unit.served and tried == 0 and not ended)
+    in_a_row = 0 if ended or instance.state == "active" else unit.failed_starts + more
+    after = replace(unit, restarts=instance.restarts, served=served, since=since, failed_starts=in_a_row)
+    why = "it does not come up, and systemd starts it again and again"
+    return _rest(after, why, settings, now) if failed else after
 
 
 def _wish(before: UnitMemory, instance: Instance, now: float) -> Hold:
@@ -117,7 +184,7 @@ def adopt(units: Mapping[Key, UnitMemory], instances: Iterable[Instance]) -> Map
     or upgraded. A failure still counts, and what root did before that is respected to its end.
     """
     there = {one.key: one for one in instances if one.state != "failed" and one.key in units}
-    changed = {key: replace(units[key], state=one.state, since=one.since) for key, one in there.items()}
+    changed = {key: _as_it_is(units[key], one) for key, one in there.items()}
     return {**units, **changed}
 
 
@@ -128,8 +195,7 @@ def _failed(
     sick = f"its GPU is not well: {instance.gpu.fault}" if instance.gpu.fault else ""
     if instance.state == "failed" and was != "failed":
         # A GPU that is not well a moment before, or after, is why.
-        earlier = unit.why if unit.quarantined(now) else ""
-        return _rest(unit, sick or earlier or "its unit failed", settings, now)
+        return _rest(unit, sick or unit.resting(now) or "its unit failed", settings, now)
     if sick:
         return replace(unit, why=sick) if unit.quarantined(now) else _rest(unit, sick, settings, now)
     well_since = max(instance.since, unit.quarantined_until)
@@ -149,8 +215,19 @@ def commanded(
     units: Mapping[Key, UnitMemory], actions: list[Action], seen: Observation, now: float
 ) -> Mapping[Key, UnitMemory]:
     """Note our own commands, so that what follows is not taken for somebody else's."""
-    ours = {a.key: replace(units[a.key], verb=a.verb, verb_at=now) for a in actions if seen.owns(a.key)}
+    ours = {a.key: _told(units[a.key], a.verb, now) for a in actions if seen.owns(a.key)} if seen.acts else {}
     return {**units, **ours} if ours else units
+
+
+def _told(unit: UnitMemory, verb: Verb, now: float) -> UnitMemory:
+    return replace(unit, verb=verb, verb_at=now, tries=unit.tries + 1 if verb == "start" else 0)
+
+
+def refused(
+    units: Mapping[Key, UnitMemory], key: Key, why: str, settings: WatcherSettings, now: float
+) -> Mapping[Key, UnitMemory]:
+    """Note that an instance cannot be started: it rests, and others are asked."""
+    return {**units, key: replace(_rest(units[key], why, settings, now), tries=0)}
 
 
 def out(instance: Instance, unit: UnitMemory | None, settings: WatcherSettings, now: float) -> str:

@@ -22,7 +22,7 @@ from gpuinfer.watcher.state import Key
 #: Decisions kept, of all hosts together.
 KEPT = 500
 #: Of the rates, what holds over a restart; what was counted since the last look does not.
-_RATES = ("served", "worked", "known", "peak", "startup_s")
+_RATES = ("served", "worked", "known", "startup_s")
 _CALM = ("period_s", "changed_at", "last_up", "last_down")
 Kept = TypeVar("Kept", Rates, Calm, UnitMemory)
 
@@ -61,16 +61,16 @@ def _build(kind: type[Kept], values: Mapping[str, Any], names: tuple[str, ...]) 
 
 
 def note(decision: Decision, host: str, now: float, *, done: bool) -> dict[str, Any]:
-    """Return a decision as it is logged and kept: verdict, actions, formula and inputs."""
+    """Return a decision as it is logged and kept: verdict, this host's own actions, formula and inputs."""
+    actions = decision.of(host)
     return {
         "at": now,
         "host": host,
-        "verdict": decision.verdict,
+        "verdict": decision.verdict if actions else "hold",
         "done": done,
         "why": decision.why,
         "actions": [
-            {"verb": action.verb, "instance": str(action.key), "why": action.why}
-            for action in decision.actions
+            {"verb": action.verb, "instance": str(action.key), "why": action.why} for action in actions
         ],
         "inputs": dict(decision.inputs),
     }

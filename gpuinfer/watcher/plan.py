@@ -3,7 +3,9 @@
 
 Every watcher sees all instances and plans for all of them, then carries out its own host's part.
 A start goes to the first instances of a fixed order that do not run; a watcher whose view is a moment
-old asks the same instances as the others, and so nothing is started twice.
+old asks the same instances as the others, and so nothing is started twice. What is too many are the last
+of the order, whether they are idle at that moment or not: a watcher that does not know yet that the last one
+was stopped, or takes it for busy, stops none of its own instead.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from gpuinfer.watcher.state import Action, Key, Need
+from gpuinfer.watcher.state import Action, Instance, Key, Need
 
 
 @dataclass(slots=True)
@@ -31,8 +33,16 @@ class Fleet:
     #: Failed, and rested for long enough; those that are enabled apart.
     failed: list[Key] = field(default_factory=list)
     enabled_failed: list[Key] = field(default_factory=list)
-    #: Active, idle, and neither enabled nor started by hand.
-    stoppable: list[Key] = field(default_factory=list)
+    #: All that run, but for those that do not beat.
+    serving: list[Instance] = field(default_factory=list)
+    #: Running, and perhaps too many: neither enabled, nor started by hand, nor of a host that only logs.
+    spare: list[Key] = field(default_factory=list)
+    #: Of those, the ones that may be stopped now: active for more than a moment, and idle.
+    stoppable: set[Key] = field(default_factory=set)
+    #: How many others' instances are told to be active, and do not beat.
+    silent: int = 0
+    #: Starting, but not counted upon; ours to stop.
+    broken: list[Key] = field(default_factory=list)
     #: Instances that are out, and why.
     out: dict[Key, str] = field(default_factory=dict)
 
@@ -51,26 +61,31 @@ class Fleet:
 def plan(fleet: Fleet, need: Need, surplus: int) -> list[Action]:
     """Return what to do: enabled instances first, then what is wanted, else one idle stop a host.
 
-    One that has failed is made ready again when nothing else is left; it starts at a later look.
+    One that has failed is made ready again when nothing else is left; it starts at a later look. A start that
+    failed again when systemd tried it again is stopped, and so rests.
     """
+    ends = [Action("stop", key, fleet.out[key]) for key in sorted(fleet.broken)]
     actions = [Action("start", key, "is enabled") for key in sorted(fleet.enabled_idle)]
     actions += [Action("reset", key, "is enabled") for key in sorted(fleet.enabled_failed)]
     running = fleet.running + len(actions)
     if need.up <= running:
-        return actions or _stops(fleet, surplus)
+        return ends + (actions or _stops(fleet, surplus))
     why = f"{need.up} wanted, {running} run"
     first = sorted(fleet.idle)[: need.up - running]
     actions += [Action("start", key, why) for key in first]
     rested = sorted(fleet.failed)[: need.up - running - len(first)]
-    return actions + [Action("reset", key, f"has rested after its failure; {why}") for key in rested]
+    actions += [Action("reset", key, f"has rested after its failure; {why}") for key in rested]
+    return ends + actions
 
 
 def _stops(fleet: Fleet, surplus: int) -> list[Action]:
-    """Stop from the end of the order, one instance a host at a time."""
+    """Stop the last of the order, one instance a host at a time, each when it is idle."""
+    surplus -= fleet.silent  # who does not beat may be gone already
+    if surplus <= 0:
+        return []
     stops: dict[str, Key] = {}
-    for key in sorted(fleet.stoppable, reverse=True):
-        if len(stops) >= surplus:
-            break
-        stops.setdefault(key.host, key)
-    why = f"{fleet.running - surplus} have been enough for long, {fleet.running} run"
+    for key in sorted(fleet.spare)[: -surplus - 1 : -1]:
+        if key in fleet.stoppable:
+            stops.setdefault(key.host, key)
+    why = f"{fleet.running - fleet.silent - surplus} have been enough for long, {fleet.running} run"
     return [Action("stop", key, why) for key in stops.values()]

@@ -21,13 +21,17 @@ from dataclasses import dataclass, field, replace
 
 from gpuinfer.settings import QUEUES, QueueName, WatcherSettings
 from gpuinfer.watcher.calm import Calm
-from gpuinfer.watcher.memory import UnitMemory, commanded, out, remember
+from gpuinfer.watcher.memory import FAILED_STARTS, UnitMemory, commanded, out, remember
 from gpuinfer.watcher.plan import Fleet, plan
 from gpuinfer.watcher.rates import SURE_LOOKS, Rates, measure, with_startups
 from gpuinfer.watcher.state import Action, Instance, Key, Need, Observation, Verdict
 
 #: Between the utilisation that starts one more worker and the one aimed at; and likewise below.
 SLACK = 0.1
+#: So many of the instances that are out are named.
+NAMED = 8
+#: Who has been ready for fewer looks has had no time to claim anything, and is not stopped.
+SETTLED_LOOKS = 2
 #: A start that takes so many times as long as usual is not counted upon.
 STUCK = 3.0
 
@@ -51,6 +55,8 @@ class Decision:
     #: What it was decided from: one number or text a name, for the journal.
     inputs: Mapping[str, object]
     history: History
+    #: Instances that are not to be started.
+    out: frozenset[Key] = frozenset()
 
     def of(self, host: str) -> tuple[Action, ...]:
         """Return the actions that are this host's to carry out."""
@@ -67,18 +73,23 @@ def decide(seen: Observation, history: History, settings: WatcherSettings, now: 
         return Decision(actions=(), verdict="hold", why=why, inputs={}, history=kept)
     fleet = count(seen, remembered.units, settings, now)
     rates = measure(rates, seen, fleet.active, fleet.all_busy, settings, now)
-    need = _need(seen, fleet, rates, history.calm, settings, now)
+    shared = rates.pooled(seen.figures.values())
+    need = _need(seen, fleet, shared, history.calm, settings, now)
     calm, surplus = history.calm.look(fleet.running, need, settings, now)
+    surplus = min(surplus, fleet.running - need.keep)
+    if surplus > 0:
+        sort_spare(fleet, seen, remembered.units, settings, now)
     actions = plan(fleet, need, surplus)
-    verdict = _verdict(actions)
+    verdict = _verdict(actions, fleet)
     calm = calm.after(verdict, settings, now)
     units = commanded(remembered.units, actions, seen, now)
     return Decision(
         actions=tuple(actions),
         verdict=verdict,
         why=_why(fleet, need, calm, actions, settings),
-        inputs=_inputs(seen, fleet, rates, need, settings),
+        inputs=_inputs(seen, fleet, shared, need, settings),
         history=History(rates=rates, calm=calm, units=units),
+        out=frozenset(fleet.out),
     )
 
 
@@ -92,11 +103,12 @@ def count(seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherS
             fleet.enabled += instance.enabled
             if instance.busy is not True:
                 fleet.all_busy = False
-            if instance.busy is False and _may_stop(instance, units.get(instance.key), seen, now):
-                fleet.stoppable.append(instance.key)
+            if instance.busy is None and not seen.owns(instance.key):
+                fleet.silent += 1
+            else:
+                fleet.serving.append(instance)
         elif state == "activating":
-            fleet.enabled += instance.enabled
-            fleet.starting[instance.since] += 1
+            _count_starting(fleet, instance, units.get(instance.key), seen, now)
         elif state != "deactivating":
             unit = units.get(instance.key)
             if unit is None or unit.notable or instance.notable:
@@ -106,9 +118,42 @@ def count(seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherS
     return fleet
 
 
-def _may_stop(instance: Instance, unit: UnitMemory | None, seen: Observation, now: float) -> bool:
+def sort_spare(
+    fleet: Fleet, seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherSettings, now: float
+) -> None:
+    """Sort those that run by whether they may be stopped, and now; looked at only when there are too many."""
+    for instance in fleet.serving:
+        if _may_stop(instance, units.get(instance.key), now):
+            fleet.spare.append(instance.key)
+            settled = now - instance.since >= SETTLED_LOOKS * settings.probe_interval_s
+            ready = instance.state == "active" and settled
+            if ready and instance.busy is False and seen.alive(instance.key):
+                fleet.stoppable.add(instance.key)
+
+
+def _may_stop(instance: Instance, unit: UnitMemory | None, now: float) -> bool:
     hold = instance.hold if unit is None else unit.held(now)
-    return not instance.enabled and hold != "started" and seen.alive(instance.key)
+    return not instance.enabled and hold != "started" and not instance.log_only
+
+
+def _count_starting(
+    fleet: Fleet, instance: Instance, unit: UnitMemory | None, seen: Observation, now: float
+) -> None:
+    """Count what starts, but for one that has failed to: it would hold up those that could.
+
+    systemd may try once more, for what was wrong may pass within seconds; then it is stopped.
+    """
+    key = instance.key
+    reason = instance.out if unit is None else unit.resting(now)
+    if not reason:
+        fleet.enabled += instance.enabled
+        fleet.starting[instance.since] += 1
+        fleet.serving.append(instance)
+        return
+    fleet.out[key] = reason
+    hopeless = unit is not None and unit.failed_starts >= FAILED_STARTS
+    if hopeless and _may_stop(instance, unit, now):
+        fleet.broken.append(key)
 
 
 def _count_stopped(
@@ -123,6 +168,8 @@ def _count_stopped(
     reason = out(instance, unit, settings, now)
     if not reason and not seen.alive(key):
         reason = "its host's watcher is silent"
+    if not reason and instance.log_only:
+        reason = "its host's watcher only logs"
     if reason:
         fleet.out[key] = reason
     elif instance.state == "failed":
@@ -135,22 +182,29 @@ def _need(
     seen: Observation, fleet: Fleet, rates: Rates, calm: Calm, settings: WatcherSettings, now: float
 ) -> Need:
     if settings.mode == "threshold":
-        need = by_threshold(seen, fleet, calm, settings, now)
+        need = by_threshold(seen, fleet, rates, calm, settings, now)
     else:
         need = by_target(seen, fleet, rates, settings, now)
+    wanted = max(settings.floor, min(need.up, settings.ceiling or need.up))
     least = min(settings.floor, fleet.possible)
-    most = settings.ceiling or fleet.possible
-    return replace(need, up=max(least, min(need.up, most)), enough=max(least, min(need.enough, most)))
+    most = min(settings.ceiling or fleet.possible, fleet.possible)
+    up, enough = (max(least, min(number, most)) for number in (need.up, need.enough))
+    return replace(need, up=up, enough=enough, wanted=wanted)
 
 
-def by_threshold(seen: Observation, fleet: Fleet, calm: Calm, settings: WatcherSettings, now: float) -> Need:
-    """Ask for one more worker while more than N tasks wait, not more often than every so many seconds."""
+def by_threshold(
+    seen: Observation, fleet: Fleet, rates: Rates, calm: Calm, settings: WatcherSettings, now: float
+) -> Need:
+    """Ask for one more worker while more than N tasks wait, not more often than every so many seconds.
+
+    Those that keep up with a steady load stay, though less than that waits: it would soon be more again.
+    """
     waiting, running = seen.waiting, fleet.running
     due = calm.last_up is None or now - calm.last_up >= settings.threshold_every_s
     deep = waiting > settings.threshold_depth
     up = min(running + 1, max(running, settings.threshold_workers)) if deep and due else running
     busy = any(q.in_flight for q in (seen.queues or {}).values())
-    enough = running if deep else int(bool(waiting or busy))
+    enough = running if deep else max(int(bool(waiting or busy)), _keep_up(fleet, rates, settings).enough)
     formula = f"{waiting} waiting {'>' if deep else '<='} {settings.threshold_depth}"
     return Need(up=up, enough=enough, formula=formula)
 
@@ -158,18 +212,19 @@ def by_threshold(seen: Observation, fleet: Fleet, calm: Calm, settings: WatcherS
 def by_target(seen: Observation, fleet: Fleet, rates: Rates, settings: WatcherSettings, now: float) -> Need:
     """Ask for as many workers as drain each queue within its target and keep up with what arrives."""
     asked = [_keep_up(fleet, rates, settings)]
-    waiting, arriving = 0, 0.0
+    waiting, arriving, keep = 0, 0.0, 0
     for name, arrival in zip(QUEUES, rates.recent, strict=True):
         queue = (seen.queues or {})[name]
         waiting += queue.waiting
         arriving += arrival
         if queue.waiting:
             asked.append(_drain(name, waiting, arriving, fleet, rates, settings, now))
-            asked.append(_late(name, queue.oldest_s, fleet, rates, settings))
+            asked.append(_late(name, queue.oldest_s, fleet, rates, settings, now))
+            keep = max(keep, math.ceil(waiting / (rates.service(settings) * _target(name, settings))))
     in_flight = any(q.in_flight for q in (seen.queues or {}).values())
     top = max(asked, key=lambda need: need.up)
     enough = max(int(in_flight), *(need.enough for need in asked))
-    return replace(top, enough=enough)
+    return replace(top, enough=enough, keep=keep)
 
 
 def _target(queue: QueueName, settings: WatcherSettings) -> float:
@@ -207,16 +262,23 @@ def _from_starting(starting: Counter[float], startup: float, horizon: float, now
     """Return the worker-seconds until ``horizon`` of those that start now."""
     total = 0.0
     for since, workers in starting.items():
-        elapsed = now - since
-        if elapsed <= STUCK * startup + 10:
-            total += workers * (horizon - max(0.0, startup - elapsed))
+        if not _stuck(since, startup, now):
+            total += workers * (horizon - max(0.0, startup - (now - since)))
     return total
 
 
-def _late(queue: QueueName, oldest_s: float, fleet: Fleet, rates: Rates, settings: WatcherSettings) -> Need:
+def _stuck(since: float, startup: float, now: float) -> bool:
+    return now - since > STUCK * startup + 10
+
+
+def _late(
+    queue: QueueName, oldest_s: float, fleet: Fleet, rates: Rates, settings: WatcherSettings, now: float
+) -> Need:
     """Ask for one more when tasks wait much too long, whatever the rates say: they must be wrong."""
-    limit = rates.startup(settings) + 2 * _target(queue, settings)
-    late = oldest_s > limit and not fleet.starting
+    startup = rates.startup(settings)
+    limit = startup + 2 * _target(queue, settings)
+    coming = any(not _stuck(since, startup, now) for since in fleet.starting)
+    late = oldest_s > limit and not coming
     formula = f"{queue}: the oldest waits {oldest_s:.4g} s, more than {limit:.4g} s" if late else ""
     return Need(up=fleet.running + int(late), enough=0, formula=formula)
 
@@ -236,18 +298,20 @@ def _keep_up(fleet: Fleet, rates: Rates, settings: WatcherSettings) -> Need:
     )
 
 
-def _verdict(actions: list[Action]) -> Verdict:
-    verbs = {action.verb for action in actions}
+def _verdict(actions: list[Action], fleet: Fleet) -> Verdict:
+    verbs = {action.verb for action in actions if action.key not in fleet.broken}
     if "start" in verbs:
         return "scale_up"
-    return "scale_down" if "stop" in verbs else "hold"
+    if "stop" in verbs:
+        return "scale_down"
+    return "repair" if actions else "hold"
 
 
 def _why(fleet: Fleet, need: Need, calm: Calm, actions: list[Action], settings: WatcherSettings) -> str:
     if actions:
         return f"{actions[0].why}; {need.formula}" if actions[0].verb == "start" else actions[0].why
-    if need.up > fleet.running:
-        return f"{need.up} wanted, but no instance is left to start; {need.formula}"
+    if need.wanted > max(fleet.running, need.enough):
+        return f"{need.wanted} wanted, but no instance is left to start; {need.formula}"
     if need.enough < fleet.running:
         return f"{need.enough} would do; waits until that has held for {calm.pause(settings):.0f} s"
     return need.formula
@@ -256,7 +320,7 @@ def _why(fleet: Fleet, need: Need, calm: Calm, actions: list[Action], settings: 
 def _inputs(
     seen: Observation, fleet: Fleet, rates: Rates, need: Need, settings: WatcherSettings
 ) -> dict[str, object]:
-    return {
+    inputs: dict[str, object] = {
         "waiting": seen.waiting,
         "oldest_s": round(max((q.oldest_s for q in (seen.queues or {}).values()), default=0.0), 1),
         "arrivals_per_s": round(rates.steady, 3),
@@ -265,6 +329,15 @@ def _inputs(
         "active": fleet.active,
         "starting": fleet.running - fleet.active,
         "possible": fleet.possible,
-        "wanted": need.up,
+        "wanted": need.wanted,
         "enough": need.enough,
+        "dead_letters": seen.dead_letters,
     }
+    return {**inputs, "out": _outs(fleet)} if fleet.out else inputs
+
+
+def _outs(fleet: Fleet) -> str:
+    """Return who is out, and why: the first few of them."""
+    first = sorted(fleet.out)[:NAMED]
+    more = len(fleet.out) - len(first)
+    return "; ".join([f"{key}: {fleet.out[key]}" for key in first] + ([f"and {more} more"] if more else []))

@@ -2,19 +2,21 @@
 """How fast tasks arrive, how fast a worker serves, how long one takes to start: measured, never asked.
 
 A worker's rate shows only while the fleet is saturated: every worker is busy, holds about as many
-tasks as workers ever held (full batches), and more wait than are in flight. The throughput of a fleet
-that is not says nothing of what it could do: there the estimate is raised to what was seen, never lowered.
+tasks as workers held at most within the window (full batches), and more wait than are in flight. The
+throughput of a fleet that is not says nothing of what it could do: there the estimate is raised to what was
+seen, never lowered.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean, median
 
 from gpuinfer.settings import QUEUES, WatcherSettings
-from gpuinfer.watcher.state import Observation
+from gpuinfer.watcher.state import Figures, Observation
 
 #: The steady arrival rate is the mean over the calm period, within these bounds.
 WINDOW_MIN_S, WINDOW_MAX_S = 10.0, 60.0
@@ -30,9 +32,11 @@ SHOWN_LOOKS = 9
 FADE_S = 30.0
 #: The assumed rate counts as much as one worker-second of measuring.
 PRIOR_WORKER_S = 1.0
+#: No rate is less: to divide by it must stay possible after hours in which nothing was served.
+LEAST_RATE = 1e-6
 #: Share of a new start-up time in the running mean.
 STARTUP_SHARE = 0.3
-#: A fleet is saturated when its workers hold so much of the most they ever held.
+#: A fleet is saturated when its workers hold so much of the most they held within the window.
 FULL = 0.75
 #: A look after a longer pause, in probe intervals, measures nothing.
 MAX_GAP = 5.0
@@ -47,7 +51,15 @@ class Sample:
     #: Tasks that arrived, one number a queue, in the order of QUEUES.
     arrived: tuple[float, ...]
     served: float
-    worker_s: float
+    #: Workers that served all the time; 0 when their number has changed.
+    workers: int
+    #: Tasks that a worker held at the end, on the average over the fleet.
+    held: float
+
+    @property
+    def worker_s(self) -> float:
+        """Return the worker-seconds that were spent."""
+        return self.workers * self.seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +73,6 @@ class Rates:
     active: int = 0
     #: For how many looks in a row the workers have been saturated.
     saturated: int = 0
-    #: The most tasks that a worker held, on the average over the fleet.
-    peak: float = 0.0
     samples: tuple[Sample, ...] = ()
     #: Tasks served and worker-seconds spent in saturation, both fading.
     served: float | None = None
@@ -73,16 +83,46 @@ class Rates:
 
     def service(self, settings: WatcherSettings) -> float:
         """Return tasks a second of one worker: measured, or assumed before that."""
-        return settings.assumed_rate if self.served is None else self.served / self.worked
+        return settings.assumed_rate if self.served is None else max(LEAST_RATE, self.served / self.worked)
 
     def startup(self, settings: WatcherSettings) -> float:
         """Return the seconds from start to ready: measured, or assumed before that."""
         return settings.assumed_startup_s if self.startup_s is None else self.startup_s
 
     @property
+    def figures(self) -> Figures:
+        """Return what the other hosts' watchers are told."""
+        return Figures(served=self.served, worked=self.worked, known=self.known, startup_s=self.startup_s)
+
+    def pooled(self, others: Iterable[Figures]) -> Rates:
+        """Return these rates with the figures of all: who decides from the same starts what one would.
+
+        All measure the same queues, and each its own starts. What was seen in saturation goes before what
+        workers can do at least.
+        """
+        told = [self.figures, *others]
+        startups = [one.startup_s for one in told if one.startup_s is not None]
+        shown = [(one.known, one.served, one.worked) for one in told if one.served is not None]
+        if not any(known for known, _, _ in shown):
+            shown = [max(shown, key=lambda one: one[1] / one[2])] if shown else []
+        surest = [one for one in shown if one[0]] or shown
+        return replace(
+            self,
+            served=sum(served for _, served, _ in surest) if surest else None,
+            worked=sum(worked for _, _, worked in surest) if surest else self.worked,
+            known=any(known for known, _, _ in surest),
+            startup_s=fmean(startups) if startups else None,
+        )
+
+    @property
     def arrived(self) -> float:
         """Return how many tasks arrived within the window."""
         return sum(sum(sample.arrived) for sample in self.samples)
+
+    @property
+    def peak(self) -> float:
+        """Return the most tasks that a worker held within the window, on the average over the fleet."""
+        return max((sample.held for sample in self.samples), default=0.0)
 
     @property
     def steady(self) -> float:
@@ -121,10 +161,10 @@ def measure(
     totals = tuple(float(q.waiting + q.in_flight + q.done) for q in queues)
     done = float(sum(q.done for q in queues))
     in_flight = sum(q.in_flight for q in queues)
-    peak = max(before.peak, in_flight / active if active else 0.0)
-    full = all_busy and active > 0 and seen.waiting > in_flight >= FULL * peak * active
+    held = (in_flight if seen.held is None else seen.held) / active if active else 0.0
+    full = all_busy and active > 0 and seen.waiting > in_flight and held >= FULL * max(before.peak, held)
     saturated = before.saturated + 1 if full else 0
-    after = replace(before, at=now, totals=totals, done=done, active=active, saturated=saturated, peak=peak)
+    after = replace(before, at=now, totals=totals, done=done, active=active, saturated=saturated)
     seconds = now - before.at if before.at is not None else 0.0
     if not 0 < seconds <= MAX_GAP * settings.probe_interval_s:
         return after
@@ -133,7 +173,8 @@ def measure(
         seconds=seconds,
         arrived=tuple(max(0.0, new - old) for new, old in zip(totals, before.totals, strict=True)),
         served=max(0.0, done - before.done),
-        worker_s=min(active, before.active) * seconds,
+        workers=active if active == before.active else 0,
+        held=held,
     )
     window_s = min(WINDOW_MAX_S, max(WINDOW_MIN_S, settings.calm_s))
     kept = tuple(old for old in before.samples if old.at > now - window_s)
@@ -152,12 +193,15 @@ def _learn(rates: Rates, sample: Sample, settings: WatcherSettings) -> Rates:
 
 
 def _raise(rates: Rates, settings: WatcherSettings) -> Rates:
-    """Believe a throughput that is higher than what was thought possible."""
+    """Believe a throughput that is higher than what was thought possible, once the same workers held it.
+
+    When one becomes active, or another watcher tells late that one is, what it serves has no worker-seconds.
+    """
     looks = rates.samples[-SHOWN_LOOKS:]
-    worker_s = sum(look.worker_s for look in looks)
-    if len(looks) < SHOWN_LOOKS or worker_s <= 0:
+    steady = {look.workers for look in looks}
+    if len(looks) < SHOWN_LOOKS or len(steady) > 1 or 0 in steady:
         return rates
-    shown = sum(look.served for look in looks) / worker_s
+    shown = sum(look.served for look in looks) / sum(look.worker_s for look in looks)
     if shown <= rates.service(settings):
         return rates
     return replace(rates, served=shown * rates.worked)

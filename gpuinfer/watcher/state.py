@@ -9,7 +9,7 @@ settings, now ───────┘
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from gpuinfer.settings import QUEUES
@@ -18,7 +18,8 @@ UnitState = Literal["inactive", "activating", "active", "deactivating", "failed"
 #: What an administrator did by hand, and what is therefore left alone for a while.
 Hold = Literal["", "started", "stopped"]
 Verb = Literal["start", "stop", "reset"]
-Verdict = Literal["scale_up", "scale_down", "hold"]
+#: "repair": what fails is reset or stopped, and the count stays.
+Verdict = Literal["scale_up", "scale_down", "hold", "repair"]
 
 
 class Key(NamedTuple):
@@ -59,18 +60,26 @@ class Instance:
     since: float = 0.0
     enabled: bool = False
     masked: bool = False
+    #: systemd has a job for it that waits for its turn.
+    queued: bool = False
+    #: How often systemd has restarted it by itself since somebody has started it.
+    restarts: int = 0
     #: None: not known, as without a fresh heartbeat; such a one is not stopped.
     busy: bool | None = None
     gpu: GpuHealth = HEALTHY
     #: For instances of other hosts, as their watchers publish it.
     hold: Hold = ""
-    #: For instances of other hosts: why their watcher will not start it; empty if it would.
+    #: For instances of other hosts: why their watcher will not start it, or why what starts there is not
+    #: counted upon; empty if it would, or is.
     out: str = ""
+    #: For instances of other hosts: their watcher only logs, and neither starts nor stops any.
+    log_only: bool = False
 
     @property
     def notable(self) -> bool:
         """Tell whether more than its number must be looked at before it is started."""
-        return self.masked or self.enabled or self.state == "failed" or self.gpu is not HEALTHY
+        marked = self.log_only or self.masked or self.enabled
+        return marked or self.state == "failed" or self.gpu is not HEALTHY
 
     @property
     def runs(self) -> bool:
@@ -91,6 +100,18 @@ class QueueState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What one watcher has measured, as it tells the others."""
+
+    #: Tasks served and worker-seconds spent; None: nothing yet.
+    served: float | None
+    worked: float
+    #: False: workers can do that much at least.
+    known: bool
+    startup_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """Everything a decision is made from."""
 
@@ -103,6 +124,12 @@ class Observation:
     #: Hosts whose watcher is alive; others' instances serve, and nobody would start them.
     live_hosts: frozenset[str] = frozenset()
     dead_letters: int = 0
+    #: What the watchers of other hosts that are alive have measured.
+    figures: Mapping[str, Figures] = field(default_factory=dict)
+    #: Tasks that active workers hold; None: all that are in flight.
+    held: int | None = None
+    #: Whether what is decided is done; else it is only logged.
+    acts: bool = True
     #: Why Redis cannot be read.
     trouble: str = ""
 
@@ -133,10 +160,14 @@ class Action:
 class Need:
     """How many workers a look at queues and rates asks for."""
 
-    #: Start until so many run.
+    #: Start until so many run; no more than there are.
     up: int
     #: So many would do; those beyond may be stopped when it stays so.
     enough: int
+    #: Fewer would not drain in time what waits now, and so are not left, however long fewer would have done.
+    keep: int = 0
+    #: So many there would have to be, whether there are or not; within floor and ceiling.
+    wanted: int = 0
     #: The formula with its numbers.
     formula: str
 

@@ -23,6 +23,7 @@ from gpuinfer.watcher.units import UnitView
 SYSTEMD = "org.freedesktop.systemd1"
 MANAGER = "org.freedesktop.systemd1.Manager"
 UNIT = "org.freedesktop.systemd1.Unit"
+SERVICE = "org.freedesktop.systemd1.Service"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 ROOT = "/org/freedesktop/systemd1"
 #: Everything is asked for again this often, should a signal ever be missed.
@@ -129,12 +130,18 @@ class SystemdUnits:
         while self._dirty:
             number = self._dirty.pop()  # a signal that comes meanwhile marks it again
             try:
-                reply = await self._call("GetAll", "s", [UNIT], path=unit_path(number), interface=PROPERTIES)
+                self._properties[number] = await self._ask(unit_path(number))
             except (UnitRefused, UnitsUnavailable):
                 self._dirty.add(number)
                 raise
-            self._properties[number] = {name: variant.value for name, variant in reply.body[0].items()}
         return {number: self._view(self._properties[number]) for number in self._numbers}
+
+    async def _ask(self, path: str) -> dict[str, Any]:
+        """Return a unit's properties, and of a service's own its restarts."""
+        unit = await self._call("GetAll", "s", [UNIT], path=path, interface=PROPERTIES)
+        restarts = await self._call("Get", "ss", [SERVICE, "NRestarts"], path=path, interface=PROPERTIES)
+        values = {name: variant.value for name, variant in unit.body[0].items()}
+        return {**values, "NRestarts": restarts.body[0].value}
 
     def _view(self, properties: Mapping[str, Any]) -> UnitView:
         state = _STATES.get(str(properties.get("ActiveState")), "inactive")
@@ -144,6 +151,8 @@ class SystemdUnits:
             age_s=max(0.0, self._clock() - since_us / 1e6) if since_us else 0.0,
             enabled=properties.get("UnitFileState") in ("enabled", "enabled-runtime"),
             masked=properties.get("LoadState") == "masked",
+            queued=bool((properties.get("Job") or (0,))[0]),
+            restarts=int(properties.get("NRestarts") or 0),
         )
 
     async def act(self, verb: Verb, number: int) -> None:

@@ -4,7 +4,8 @@
 - ``look`` tells the state of every instance; it reflects a command that was accepted at once or soon.
 - ``act`` asks, and does not wait until it is done. To start what runs is no error, nor to stop what does not.
 - a stop drains: the worker finishes its batch and hands the rest back.
-- what fails on its own is ``failed`` until it is reset or started.
+- what fails on its own is ``failed`` until it is reset or started; what is tried again before that is
+  ``activating`` meanwhile, and ``restarts`` counts how often.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ class UnitView:
     age_s: float = 0.0
     enabled: bool = False
     masked: bool = False
+    #: Something is to be done with it, and waits for its turn.
+    queued: bool = False
+    #: How often it was restarted by itself since somebody has started it.
+    restarts: int = 0
 
 
 class Units(Protocol):

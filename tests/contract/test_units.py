@@ -194,6 +194,29 @@ async def test_what_an_administrator_does_is_heard(container: Container) -> None
 
 
 @pytest.mark.host
+async def test_restarts_by_systemd_are_counted(container: Container) -> None:
+    """What does not come up is activating all the time; how often it was tried again tells it apart."""
+    drop_in = "/etc/systemd/system/gpuinfer-worker@1.service.d/restart.conf"
+    container.put(drop_in, "[Service]\nRestart=on-failure\nRestartSec=1\n")
+    container.ok("systemctl daemon-reload")
+    place = _systemd(container)
+    await place.units.open()
+    try:
+        place.fail(1, True)
+        await place.units.act("start", 1)
+        view = await place.until(1, lambda view: view.restarts == 2, "two restarts")
+        assert view.state in ("activating", "deactivating")
+        await place.units.act("stop", 1)
+        await place.becomes(1, "inactive")
+        place.fail(1, False)
+        await place.units.act("start", 1)
+        assert (await place.becomes(1, "active")).restarts == 0
+    finally:
+        await place.units.close()
+        container.ok(f"rm -f /fail-1 {drop_in}; systemctl daemon-reload; systemctl stop gpuinfer-worker@1")
+
+
+@pytest.mark.host
 async def test_only_what_has_changed_is_asked_for(
     container: Container, monkeypatch: pytest.MonkeyPatch
 ) -> None:

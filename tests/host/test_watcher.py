@@ -27,12 +27,16 @@ from tests.services import Process, RedisServer
 
 pytestmark = pytest.mark.host
 
+#: What is restarted, and how often, is as in the shipped unit.
 UNIT = """
 [Unit]
-StartLimitIntervalSec=0
+StartLimitIntervalSec=1h
+StartLimitBurst=10
 [Service]
 Type=notify
 NotifyAccess=all
+Restart=on-failure
+RestartSec=2
 ExecStart=/bin/sh -c 'sleep 0.5; test -e /fail-%i && exit 3; systemd-notify --ready; exec sleep infinity'
 [Install]
 WantedBy=multi-user.target
@@ -185,20 +189,30 @@ def test_a_busy_unit_is_never_stopped(site: Site) -> None:
 
 
 def test_a_failing_unit_is_quarantined_longer_each_time(site: Site) -> None:
-    """The others serve meanwhile; the log says why it is out."""
+    """systemd would try it ten times; it is stopped after the second. The others serve; the log says why."""
     site.workers_say()
     site.container.ok("touch /fail-1")
-    site.watch()
+    watcher = site.watch()
     site.backlog(500)
-    site.until([UP, "failed", UP, UP])
-    # Reset after its rest and tried again: it fails again, and rests twice as long.
-    deadline = time.monotonic() + 30
-    while site.watcher is not None and site.watcher.text().count("start gpu1@") < 3:
+    site.until([UP, DOWN, UP, UP])
+    assert "it does not come up" in watcher.wait_for_line("stop gpu1@")
+    # After its rest it is tried again, fails again, and rests twice as long.
+    deadline = time.monotonic() + 40
+    while watcher.text().count("stop gpu1@") < 2:
         assert time.monotonic() < deadline, site.tail()
         time.sleep(0.2)
-    site.until([UP, "failed", UP, UP])
+    site.until([UP, DOWN, UP, UP])
     site.container.ok("rm /fail-1")
     site.until([UP] * 4, 60)
+
+
+def test_a_unit_that_fails_at_once_holds_up_no_other(site: Site) -> None:
+    """One worker is wanted, and the first in the order is broken: the second serves."""
+    site.workers_say()
+    site.container.ok("touch /fail-0")
+    site.watch(WATCHER_CEILING=1)
+    site.backlog(500)
+    site.until([DOWN, UP, DOWN, DOWN], 15)
 
 
 def test_what_an_administrator_stops_stays_stopped(site: Site) -> None:

@@ -6,24 +6,25 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import orjson
 import pytest
 from redis.exceptions import OutOfMemoryError
+from structlog.testing import capture_logs
 
 from gpuinfer import Client
-from gpuinfer.errors import BrokerUnavailable
-from gpuinfer.queue import beats
+from gpuinfer.errors import UnitRefused
 from gpuinfer.queue.connection import connect
-from gpuinfer.queue.store import Store
-from gpuinfer.settings import QUEUES, Settings
-from gpuinfer.watcher import notes
+from gpuinfer.settings import Settings
+from gpuinfer.watcher import main, notes
 from gpuinfer.watcher.main import Watcher
-from gpuinfer.watcher.probe import DECISIONS, HOSTS, Probe
-from gpuinfer.watcher.state import Instance, Key
+from gpuinfer.watcher.probe import DECISIONS, HOSTS, MEMORY_PREFIX
+from gpuinfer.watcher.state import Key
 from gpuinfer.watcher.units import UnitView
 from tests.models_for_tests import sleeper
 from tests.services import Process, RedisServer
@@ -88,7 +89,8 @@ def test_a_burst_is_served_and_the_fleet_goes_back_to_zero(
     kept = [
         orjson.loads(text) for text in connect(settings_for(redis_server).broker).lrange(DECISIONS, 0, -1)
     ]
-    assert [entry["verdict"] for entry in kept] == ["scale_down", "scale_down", "scale_up"]
+    done = [entry["verdict"] for entry in kept if entry["actions"]]
+    assert done == ["scale_down", "scale_down", "scale_up"]
     assert watcher.terminate() == 0
 
 
@@ -117,6 +119,20 @@ def test_dry_run_only_logs(workers: Workers, redis_server: RedisServer, settings
     wait_until(lambda: len(lines(workers, "scale_up")) == 1, 5)
     assert lines(workers, "scale_up")[0]["done"] is False
     assert children(watcher) == []
+
+
+def test_dry_run_leaves_the_service_alone(
+    workers: Workers, redis_server: RedisServer, settings_for: Build
+) -> None:
+    """It neither tells the other hosts anything, nor keeps anything: what the service says stays."""
+    client = connect(settings_for(redis_server).broker)
+    watcher = watch(workers, "--dry-run")
+    with Client(settings_for(redis_server)) as submitter:
+        submitter.submit([1.0], model="slow")
+    watcher.wait_for_line('"scale_up"')
+    time.sleep(1)
+    assert client.keys("gpuinfer:watcher:*") == []
+    assert watcher.terminate() == 0
 
 
 # -- one step at a time -----------------------------------------------------------------------
@@ -167,6 +183,72 @@ async def test_two_watchers_start_together_what_one_would(
     assert [one.done for one in units] == [[("start", 0), ("start", 1)], [("start", 0)]]
 
 
+async def test_a_dry_run_beside_the_service_knows_its_commands(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """What the service starts is not taken for a start by hand, and neither takes the other's place."""
+    settings = cpu(redis_server, settings_for)
+    client = connect(settings.broker)
+    units = Told(2)
+    live = Watcher(settings, units, (0, 1), act=True, host="a")
+    dry = Watcher(settings, units, (0, 1), act=False, host="a")
+    for watcher in (live, dry, live):
+        await watcher.step()
+    with Client(settings) as submitter:
+        for _ in range(12):
+            submitter.submit([1.0])
+    kept = client.get(MEMORY_PREFIX + "a")
+    await dry.step()
+    assert client.get(MEMORY_PREFIX + "a") == kept
+    await live.step()
+    await dry.step()
+    assert units.done == [("start", 0), ("start", 1)]
+    assert dry.history is not None
+    assert not any(unit.hold for unit in dry.history.units.values())
+    told = orjson.loads(client.hget(HOSTS, "a") or b"")
+    assert not any(one["log_only"] for one in told["instances"])
+
+
+async def test_two_watchers_of_one_name_say_so(redis_server: RedisServer, settings_for: Build) -> None:
+    """They take each other's place in the registry: both say it, once; a new life of one does not."""
+    settings = cpu(redis_server, settings_for)
+    await Watcher(settings, Told(1), (0,), act=True, host="a").step()
+    pair = [Watcher(settings, Told(1), (0,), act=True, host="a") for _ in range(2)]
+    with capture_logs() as logs:
+        for watcher in pair[:1] * 3:
+            await watcher.step()
+        assert [entry for entry in logs if entry["event"] == "name_taken"] == []
+        for watcher in pair * 3:
+            await watcher.step()
+    assert len([entry for entry in logs if entry["event"] == "name_taken"]) == 2
+
+
+async def test_a_refused_start_is_a_failure(redis_server: RedisServer, settings_for: Build) -> None:
+    """What systemd will not start rests, and why is kept and told; the next of the order is asked."""
+
+    class Refusing(Told):
+        async def act(self, verb: str, number: int) -> None:
+            if number == 0:
+                raise UnitRefused("systemd refuses StartUnit: bad unit file setting")
+            await super().act(verb, number)
+
+    settings = cpu(redis_server, settings_for)
+    units = Refusing(2)
+    watcher = Watcher(settings, units, (0, 1), act=True, host="a")
+    with Client(settings) as client:
+        client.submit([1.0])
+    for _ in range(3):
+        await watcher.step()
+    assert units.done == [("start", 1)]
+    second = Watcher(settings, units, (0, 1), act=True, host="a")
+    await second.step()
+    assert second.history is not None
+    unit = second.history.units[Key(0, "a")]
+    assert (unit.failures, unit.why) == (1, "systemd refuses StartUnit: bad unit file setting")
+    told = orjson.loads(connect(settings.broker).hget(HOSTS, "a") or b"{}")
+    assert "bad unit file setting" in told["instances"][0]["out"]
+
+
 async def test_an_unreadable_redis_holds_and_passes(redis_server: RedisServer, settings_for: Build) -> None:
     """Nothing is started or stopped while Redis is away; once it is back, all goes on."""
     settings = cpu(redis_server, settings_for)
@@ -185,6 +267,34 @@ async def test_an_unreadable_redis_holds_and_passes(redis_server: RedisServer, s
         client.submit([1.0])
     await watcher.step()
     assert units.done == [("start", 0)]
+
+
+async def test_a_deaf_redis_does_not_starve_the_watchdog(
+    settings_for: Build, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It takes connections and never answers: each answer is waited for, and systemd told meanwhile."""
+    monkeypatch.setattr(main, "FEED_S", 0.1)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with (
+        socket.socket() as deaf,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
+    ):
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        systemd.bind(str(tmp_path / "notify"))
+        url = f"redis://127.0.0.1:{deaf.getsockname()[1]}/0"
+        settings = settings_for(
+            redis_server, broker={"url": url, "connect_timeout_s": 0.5}, worker={"device": "cpu"}
+        )
+        watcher = Watcher(settings, Told(1), (0,), act=True, host="a")
+        said: list[str] = []
+        asyncio.get_running_loop().add_reader(systemd, lambda: said.append(systemd.recv(4096).decode()))
+        decisions = [await watcher.step() for _ in range(2)]
+        asyncio.get_running_loop().remove_reader(systemd)
+    assert [one.verdict for one in decisions if one] == ["hold", "hold"]
+    first = said.index("READY=1")
+    assert any(word.startswith("EXTEND_TIMEOUT_USEC=") for word in said[:first])
+    assert "WATCHDOG=1" in said[first:]
 
 
 async def test_a_new_life_remembers_what_the_last_one_did(
@@ -222,7 +332,44 @@ async def test_a_full_redis_keeps_what_was_decided(redis_server: RedisServer, se
     await second.step()
     assert second.history is not None
     assert second.history.units[Key(0, "a")].verb == "start"
-    assert [orjson.loads(text)["verdict"] for text in client.lrange(DECISIONS, 0, -1)] == ["scale_up"]
+    kept = [orjson.loads(text) for text in client.lrange(DECISIONS, 0, -1)]
+    assert [entry["verdict"] for entry in kept if entry["actions"]] == ["scale_up"]
+
+
+async def test_why_nothing_is_started_is_explained(redis_server: RedisServer, settings_for: Build) -> None:
+    """Tasks wait, and no instance may be started: that is a decision, too, and it is told once."""
+    settings = cpu(redis_server, settings_for)
+    units = Told(2)
+    units.views = {0: UnitView(state="failed"), 1: UnitView(masked=True)}
+    watcher = Watcher(settings, units, (0, 1), act=True, host="a")
+    with Client(settings) as client:
+        for _ in range(30):
+            client.submit([1.0])
+    for _ in range(3):
+        await watcher.step()
+    kept = [orjson.loads(text) for text in connect(settings.broker).lrange(DECISIONS, 0, -1)]
+    assert [(entry["verdict"], entry["actions"]) for entry in kept] == [("hold", [])]
+    told = notes.told(kept[0], "now")
+    assert "wanted, but no instance is left to start" in told
+    assert "gpu0@a: in quarantine for 30 s: its unit failed; gpu1@a: masked" in told
+
+
+async def test_each_host_tells_what_it_has_done_itself(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """Both plan for both; each one's entry has its own part."""
+    settings = cpu(redis_server, settings_for)
+    pair = [Watcher(settings, Told(1), (0,), act=True, host=host) for host in "ab"]
+    for watcher in pair:
+        await watcher.step()
+    with Client(settings) as client:
+        for _ in range(30):
+            client.submit([1.0])
+    for watcher in pair:
+        await watcher.step()
+    kept = [orjson.loads(text) for text in connect(settings.broker).lrange(DECISIONS, 0, -1)]
+    started = {entry["host"]: [one["instance"] for one in entry["actions"]] for entry in kept[:2]}
+    assert started == {"a": ["gpu0@a"], "b": ["gpu0@b"]}
 
 
 async def test_no_more_decisions_are_kept_than_anybody_reads(
@@ -238,85 +385,6 @@ async def test_no_more_decisions_are_kept_than_anybody_reads(
         connect(settings.broker).delete(HOSTS)
     kept = connect(settings.broker).lrange(DECISIONS, 0, -1)
     assert [orjson.loads(text)["host"] for text in kept] == ["c", "b"]
-
-
-# -- the probe --------------------------------------------------------------------------------
-
-
-def test_the_probe_counts_what_waits_was_claimed_and_is_in_flight(
-    redis_server: RedisServer, settings_for: Build
-) -> None:
-    """Per queue, with the age of the oldest that waits."""
-    settings = settings_for(redis_server)
-    clock = iter(float(second) for second in range(0, 1000, 5))
-    client = connect(settings.broker)
-    store = Store(client, "gpu0@a", QUEUES, settings.queue)
-    now = [0.0]
-    probe = Probe(client, "a", clock=lambda: now[0])
-    own = [Instance(key=Key(0, "a"), state="active")]
-    with Client(settings) as submitter:
-        for _ in range(3):
-            submitter.submit([1.0], queue="batch")
-        assert probe.look(own, next(clock)).queues["batch"].waiting == 3
-        now[0] = 7.0
-        store.claim(2)
-        submitter.submit([1.0], queue="batch")
-        seen = probe.look(own, next(clock))
-    assert (seen.queues["batch"].waiting, seen.queues["batch"].done, seen.queues["batch"].oldest_s) == (
-        2,
-        2,
-        7.0,
-    )
-    assert seen.in_flight == {"gpu0@a": 2}
-    assert sum(q.in_flight + q.done for q in seen.queues.values()) == 2
-    assert seen.beating == frozenset()
-
-
-def test_a_silent_watcher_is_noticed_by_our_own_clock(redis_server: RedisServer, settings_for: Build) -> None:
-    """Its instances are nobody's to start; what beats there still serves; after an hour it is forgotten."""
-    client = connect(settings_for(redis_server).broker)
-    now = [0.0]
-    other, probe = Probe(client, "b"), Probe(client, "a", clock=lambda: now[0])
-    theirs = [Instance(key=Key(n, "b"), state="active") for n in (0, 1)]
-    other.look(theirs, 1000.0)
-    seen = probe.look([], 5.0)
-    assert sorted(seen.live_hosts) == ["a", "b"]
-    assert len(seen.remote) == 2
-    beats.writer(client)("gpu1@b", [], {"state": "idle"})
-    now[0] = 11.0
-    seen = probe.look([], 16.0)
-    assert sorted(seen.live_hosts) == ["a"]
-    assert [one.key for one in seen.remote] == [Key(1, "b")]
-    now[0] = 3700.0
-    probe.look([], 3700.0)
-    assert client.hkeys(HOSTS) == [b"a"]
-
-
-def test_a_full_redis_is_looked_at(redis_server: RedisServer, settings_for: Build) -> None:
-    """Redis takes nothing new, and just then more workers are needed: the look tells what waits."""
-    client = connect(settings_for(redis_server).broker)
-    client.lpush("realtime", *[b"x" * 1000] * 3000)
-    client.config_set("maxmemory", "2mb")
-    with pytest.raises(OutOfMemoryError):
-        client.set("more", 1)
-    seen = Probe(client, "a").look([Instance(key=Key(0, "a"))], 0.0)
-    assert seen.queues["realtime"].waiting == 3000
-
-
-def test_garbage_of_another_host_is_passed_over(redis_server: RedisServer, settings_for: Build) -> None:
-    """One watcher of another version does not blind the others."""
-    client = connect(settings_for(redis_server).broker)
-    client.hset(
-        HOSTS, mapping={"b": "{", "c": '{"beat": 1}', "d": '{"beat": 1, "instances": [{"number": "x"}]}'}
-    )
-    assert Probe(client, "a").look([], 5.0).remote == ()
-
-
-def test_no_redis_is_a_typed_error() -> None:
-    """The policy is told that it cannot be read."""
-    settings = Settings.model_validate({"broker": {"url": "unix:///nowhere/redis.sock"}})
-    with pytest.raises(BrokerUnavailable):
-        Probe(connect(settings.broker), "a").look([], 0.0)
 
 
 async def test_a_look_that_fails_does_not_end_the_service(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is remembered of instances: quarantine, manual starts and stops; and what is measured."""
+"""What is remembered of instances: quarantine, manual starts and stops, failed starts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import pytest
 
 from gpuinfer.watcher.memory import UnitMemory, adopt, remember
 from gpuinfer.watcher.policy import History
-from gpuinfer.watcher.rates import Rates, measure
 from gpuinfer.watcher.state import HEALTHY, GpuHealth, Instance, Key
-from tests.watchers import Watcher, World, keys, observe, settings
+from tests.watchers import KNOWN, Watcher, World, keys, observe, settings
 
 pytestmark = pytest.mark.unit
 
-KNOWN = Rates(served=10.0, worked=1.0, known=True, startup_s=10.0)
 A0 = Key(0, "a")
 
 
@@ -40,6 +38,117 @@ def test_a_failed_instance_rests_twice_as_long_each_time() -> None:
             watcher.run(1)
         rests.append(round(world.now - failed_at - 1))
     assert rests == [30, 60, 120, 120, 120]
+
+
+def test_a_start_that_systemd_tries_again_and_again_is_a_failure() -> None:
+    """It holds up no other, is stopped after the second try, and rests; it counts for no start."""
+    world = World.of(keys(4), startup_s=30.0, rate=0.0)
+    world.waiting = 3
+    watcher = Watcher(
+        world, settings(quarantine_s=300.0), history=History(rates=replace(KNOWN, startup_s=30.0))
+    )
+    crash_loop(world, watcher, 45)
+    assert world.running == {A0, Key(1, "a")}
+    unit = watcher.history.units[A0]
+    assert (unit.failures, unit.hold) == (1, "")
+    assert "does not come up" in unit.why
+    crash_loop(world, watcher, 35)
+    assert world.instances[Key(1, "a")].state == "active"
+    assert [(action.verb, action.key.number) for _, action in world.log] == [
+        *[("start", 0), ("start", 1), ("stop", 0)]
+    ]
+    assert watcher.history.rates.startup_s == 30.0
+    assert watcher.history.calm.last_down is None  # nothing was too many
+
+
+def test_a_start_that_fails_once_may_be_tried_again_by_systemd() -> None:
+    """What was wrong may have passed: it serves, and nobody has stopped it."""
+    world = World.of(keys(1), startup_s=5.0, rate=0.0)
+    world.waiting = 3
+    watcher = Watcher(world, settings(), history=History(rates=replace(KNOWN, startup_s=5.0)))
+    crash_loop(world, watcher, 8)
+    assert watcher.history.units[A0].failures == 1
+    watcher.run(10)
+    assert (world.instances[A0].state, world.verbs()) == ("active", ["start"])
+
+
+def test_what_is_enabled_and_does_not_come_up_is_not_counted_upon() -> None:
+    """It is not stopped, for it never is; but another one serves meanwhile."""
+    world = World.of(keys(2), startup_s=10.0, rate=0.0)
+    world.set(A0, enabled=True)
+    world.waiting = 3
+    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    crash_loop(world, watcher, 25)
+    assert world.verbs() == ["start", "start"]
+    assert world.instances[Key(1, "a")].state == "active"
+
+
+def test_a_restart_after_a_time_of_service_is_no_failed_start() -> None:
+    """A worker that crashed comes back by itself, counted upon; its start-up time counts from then."""
+    world = busy_world(1)
+    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    watcher.run(100)
+    for state, restarts in (("deactivating", 0), ("activating", 0), ("activating", 1)):
+        world.set(A0, state=state, since=world.now, restarts=restarts)
+        watcher.run(3)
+    watcher.run(10)
+    assert (world.instances[A0].state, world.verbs()) == ("active", ["start"])
+    assert watcher.history.units[A0].failures == 0
+    assert watcher.history.rates.startup_s == pytest.approx(10, abs=1)
+
+
+def crash_loop(world: World, watcher: Watcher, seconds: int) -> None:
+    """Let gpu0 end whenever it should be ready, and systemd start it again two seconds later."""
+    for _ in range(seconds):
+        one = world.instances[A0]
+        if one.state == "activating" and world.now + 1 - one.since >= world.startup_s:
+            world.set(A0, since=world.now + 2, restarts=one.restarts + 1)
+        elif one.state == "inactive":
+            world.set(A0, restarts=0)
+        watcher.run(1)
+
+
+def test_a_start_without_effect_is_a_failure() -> None:
+    """A condition that is not met leaves it inactive: two looks, and the next of the order is asked."""
+    world = World.of(keys(3), rate=0.0)
+    world.waiting = 1
+    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    asked = []
+    for _ in range(15):
+        world.pass_second(0)
+        actions = watcher.decide().actions
+        asked += [action.key.number for action in actions]
+        world.do([action for action in actions if action.key != A0])
+    assert asked[:3] == [0, 0, 1]
+    assert world.running == {Key(1, "a")}
+    unit = watcher.history.units[A0]
+    assert (unit.failures, unit.why) == (1, "it was told to start, and nothing came of it")
+
+
+def test_a_start_that_waits_for_others_is_none_without_effect() -> None:
+    """systemd has a job for it, which waits until Redis is up."""
+    world = World.of(keys(1), rate=0.0)
+    world.waiting = 1
+    world.set(A0, queued=True)
+    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    for _ in range(50):
+        world.pass_second(0)
+        watcher.decide()
+    assert watcher.history.units[A0].failures == 0
+    world.set(A0, queued=False, state="activating", since=world.now)
+    watcher.run(20)
+    assert (world.running, watcher.history.units[A0].hold) == ({A0}, "")
+
+
+def test_who_only_logs_waits_for_no_effect() -> None:
+    """What it would do nobody does: that is no failure, and no command of its own."""
+    world = World.of(keys(1), rate=0.0)
+    world.waiting = 1
+    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    for _ in range(50):
+        world.pass_second(0)
+        assert watcher.decide(replace(world.see(), acts=False)).verdict == "scale_up"
+    assert (watcher.history.units[A0].failures, watcher.history.units[A0].verb) == (0, None)
 
 
 def test_quarantine_says_why() -> None:
@@ -251,71 +360,6 @@ def test_the_start_up_time_is_measured() -> None:
     watcher = Watcher(world, settings())
     watcher.run(20)
     assert watcher.history.rates.startup_s == 7.0
-
-
-# -- rates ----------------------------------------------------------------------------------
-
-
-def looked(looks: list[tuple[int, int, int]], active: int = 2, all_busy: bool = True) -> Rates:
-    """Measure one look a second: waiting, in flight, done."""
-    rates = Rates()
-    for second, (waiting, in_flight, done) in enumerate(looks):
-        seen = observe(waiting=waiting, in_flight=in_flight, done=done)
-        rates = measure(rates, seen, active, all_busy, settings(), 1000.0 + second)
-    return rates
-
-
-def test_the_service_rate_is_measured_in_saturation() -> None:
-    """Two workers that do 40 a second with full batches and a backlog: 20 a second each."""
-    rates = looked([(5000 - 40 * second, 64, 40 * second) for second in range(100)])
-    assert rates.known
-    assert rates.service(settings()) == pytest.approx(20, rel=0.01)
-
-
-def test_a_throughput_below_saturation_teaches_no_rate() -> None:
-    """An idle fleet's throughput is the load's, not the workers'."""
-    rates = looked([(0, 2, 3 * second) for second in range(100)], all_busy=False)
-    assert not rates.known
-    assert rates.service(settings()) == settings().assumed_rate
-
-
-def test_a_higher_throughput_is_believed() -> None:
-    """Who does 30 a second can do 30 a second."""
-    rates = looked([(0, 2, 60 * second) for second in range(100)], all_busy=False)
-    assert rates.service(settings()) == pytest.approx(30)
-
-
-def test_arrivals_are_what_waits_and_what_was_served() -> None:
-    """Seven a second arrive, whether they wait or are done."""
-    rates = looked([(4 * second, 0, 3 * second) for second in range(100)])
-    assert rates.steady == pytest.approx(7)
-    assert rates.recent == pytest.approx((0, 7, 0))
-
-
-def test_one_burst_is_no_rate() -> None:
-    """A thousand at once are a backlog; they do not arrive every second."""
-    rates = looked([(0, 0, 0)] * 20 + [(1000, 0, 0)] * 3)
-    assert rates.recent == (0, 0, 0)
-
-
-def test_a_burst_after_a_gap_is_no_rate_either() -> None:
-    """With one look since Redis was away, the burst is all that was seen; it does not arrive every second."""
-    assert looked([(0, 0, 0), (0, 0, 0), (1000, 0, 0)]).recent == (0, 0, 0)
-
-
-def test_a_crowd_is_a_rate_and_rises_as_much_again() -> None:
-    """Saturated, and more at each of the last four looks: what comes next is more still."""
-    served = [(3000 + 300 * n, 64, 40 * n) for n in range(20)]
-    rising = [(9000, 64, 800), (9500, 64, 840), (10_200, 64, 880), (11_200, 64, 920)]
-    assert looked([*served, *rising]).recent[1] == pytest.approx(2 * 1040 - 340, rel=0.01)
-
-
-def test_a_gap_measures_nothing() -> None:
-    """After Redis was away, what happened meanwhile is nobody's rate."""
-    rates = looked([(0, 0, second) for second in range(10)])
-    late = measure(rates, observe(done=100_000), 2, True, settings(), 5000.0)
-    assert late.samples == rates.samples
-    assert replace(late, at=rates.at, done=rates.done, totals=rates.totals) == rates
 
 
 def test_an_instance_that_is_not_ours_is_out_as_its_watcher_says() -> None:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, example, given
@@ -14,7 +15,7 @@ from hypothesis import strategies as some
 from gpuinfer.watcher.policy import History, decide
 from gpuinfer.watcher.rates import Rates
 from gpuinfer.watcher.state import GpuHealth, Instance, Key, Observation, UnitState
-from tests.watchers import Watcher, World, keys, observe, settings
+from tests.watchers import KNOWN, Watcher, World, keys, observe, settings
 
 pytestmark = pytest.mark.unit
 
@@ -26,7 +27,6 @@ slow = hypothesis(
 #: For those that simulate long times, a millisecond a look.
 slower = hypothesis(slow, max_examples=100 if THOROUGH else 6)
 STATES: list[UnitState] = ["inactive", "activating", "active", "deactivating", "failed"]
-KNOWN = Rates(served=10.0, worked=1.0, known=True, startup_s=10.0)
 NOW = 1000.0
 
 
@@ -48,7 +48,31 @@ def test_a_backlog_asks_for_what_drains_it_in_time() -> None:
     """1,000 tasks at 10 a second each, target 5 s after a start: twenty workers, of which eight exist."""
     idle = [Instance(key=key) for key in keys(30)]
     assert wanted(observe(idle, waiting=1000)) == 20
-    assert wanted(observe(idle[:8], waiting=1000)) == 8
+    few = decide(observe(idle[:8], waiting=1000), History(rates=KNOWN), settings(), NOW)
+    assert (few.inputs["wanted"], few.inputs["possible"], len(few.actions)) == (20, 8, 8)
+
+
+def test_a_decision_says_what_is_missing_and_why() -> None:
+    """More are wanted than there are: who is out, for which reason; and how many dead letters there are."""
+    fleet = [
+        *running(1),
+        Instance(key=Key(1, "a"), masked=True),
+        Instance(key=Key(2, "a"), gpu=GpuHealth(fault="Xid 79")),
+    ]
+    seen = replace(observe(fleet, waiting=1000), dead_letters=3)
+    decision = decide(seen, History(rates=KNOWN), settings(), NOW)
+    assert decision.why.startswith("18 wanted, but no instance is left to start; ")
+    xid = "in quarantine for 30 s: its GPU is not well: Xid 79"
+    assert decision.inputs["out"] == f"gpu1@a: masked; gpu2@a: {xid}"
+    assert decision.inputs["dead_letters"] == 3
+
+
+def test_of_many_that_are_out_a_few_are_named() -> None:
+    """A line of the log stays a line."""
+    fleet = [Instance(key=key, masked=True) for key in keys(1000)]
+    text = str(decide(observe(fleet, waiting=9), History(), settings(), NOW).inputs["out"])
+    assert text.endswith("; and 992 more")
+    assert len(text) < 200
 
 
 def test_what_starts_already_is_counted() -> None:
@@ -63,6 +87,14 @@ def test_what_does_not_come_up_is_not_counted_upon() -> None:
     stuck = [Instance(key=key, state="activating", since=NOW - 200) for key in keys(20)]
     idle = [Instance(key=Key(number, "a")) for number in range(20, 60)]
     assert wanted(observe([*stuck, *idle], waiting=1000)) == 40
+
+
+def test_a_start_that_is_stuck_holds_up_no_one_more() -> None:
+    """Tasks that wait too long get one more, though another one starts, if that has started for too long."""
+    idle = [Instance(key=Key(number, "a")) for number in range(1, 8)]
+    for age, asked in ((20, 1), (100, 2)):
+        starting = Instance(key=Key(0, "a"), state="activating", since=NOW - age)
+        assert wanted(observe([starting, *idle], waiting=1, oldest_s=100.0)) == asked
 
 
 def test_a_backlog_that_drains_in_time_asks_for_nothing() -> None:
@@ -95,6 +127,35 @@ def test_waiting_much_too_long_asks_for_one_more_whatever_the_rates_say() -> Non
     fleet = [*running(2), *(Instance(key=Key(number, "a")) for number in range(2, 8))]
     assert wanted(observe(fleet, waiting=5, oldest_s=19.0)) == 2
     assert wanted(observe(fleet, waiting=5, oldest_s=21.0)) == 3
+
+
+@pytest.mark.parametrize(("startup_s", "calm_s"), [(90, 60), (58, 60), (12, 60), (5, 2)])
+def test_no_worker_is_stopped_while_its_tasks_wait(startup_s: int, calm_s: int) -> None:
+    """A glimpse of idleness, as between READY and the first claim, stops nobody who has work to do."""
+    world = World.of(keys(20), startup_s=float(startup_s), glimpses=True)
+    world.waiting = 1000
+    history = History(rates=replace(KNOWN, startup_s=float(startup_s)))
+    watcher = Watcher(world, settings(calm_s=calm_s, calm_max_s=calm_s), history=history)
+    for _ in range(startup_s + 20):
+        watcher.run(1)
+        needed = math.ceil(world.waiting / (10 * 5))
+        assert "stop" not in world.verbs(world.now) or len(world.running) >= needed, world.waiting
+    assert world.verbs().count("start") == 20
+
+
+def test_who_has_just_become_ready_is_not_stopped() -> None:
+    """It has had no time to claim; two looks later it may be."""
+    world = World.of(keys(2))
+    for key in world.instances:
+        world.set(key, state="active", since=0.0)
+    watcher = Watcher(world, settings(calm_s=10.0))
+    for _ in range(20):
+        world.pass_second(0)
+        world.set(Key(1, "a"), since=world.now - 1.5)
+        watcher.look()
+    assert world.running == {Key(1, "a")}
+    watcher.run(5)
+    assert world.running == set()
 
 
 def test_scale_to_zero_and_back() -> None:
@@ -159,6 +220,7 @@ instances = some.builds(
     since=some.floats(0, NOW),
     enabled=some.booleans(),
     masked=some.booleans(),
+    restarts=some.integers(0, 3),
     busy=some.sampled_from([True, False, None]),
     gpu=some.builds(
         GpuHealth,
@@ -188,7 +250,9 @@ def test_nothing_forbidden_is_ever_done(looks: list[tuple[list[Instance], int]],
         for action in decision.actions:
             target = by_key[action.key]
             if action.verb == "stop":
-                assert (target.state, target.enabled, target.busy) == ("active", False, False)
+                assert not target.enabled
+                sick = target.state == "activating" and history.units[action.key].resting(now)
+                assert sick or (target.state, target.busy) == ("active", False)
             elif action.verb == "start":
                 assert (target.state, target.masked) == ("inactive", False)
                 assert (target.gpu.fault, target.gpu.hot, target.gpu.foreign_bytes) == ("", "", 0)
@@ -244,12 +308,15 @@ def test_more_backlog_never_asks_for_fewer(
     startup_s=some.integers(1, 30),
     floor=some.integers(0, 2),
 )
+@example(arrivals=15.0, rate=10.0, startup_s=10, floor=0)
+@example(arrivals=28.0, rate=10.0, startup_s=10, floor=0)
+@pytest.mark.parametrize("mode", ["target", "threshold"])
 def test_no_flapping_under_any_constant_load(
-    arrivals: float, rate: float, startup_s: int, floor: int
+    mode: str, arrivals: float, rate: float, startup_s: int, floor: int
 ) -> None:
     """However loads and rates lie to each other, the fleet comes to rest and stays as it is."""
     world = World.of(keys(8), rate=rate, startup_s=float(startup_s))
-    watcher = Watcher(world, settings(floor=floor, calm_s=30.0))
+    watcher = Watcher(world, settings(mode=mode, floor=floor, calm_s=30.0))
     watcher.run(1500 if THOROUGH else 600, arrivals)
     world.log.clear()
     watcher.run(5000 if THOROUGH else 300, arrivals)
@@ -290,97 +357,3 @@ def test_the_calm_period_is_short_again_when_nothing_needs_a_long_one() -> None:
     assert pause() == 40.0
     watcher.run(1000)
     assert pause() == 20.0
-
-
-# -- interrupted plans, as in patroni's quorum ------------------------------------------------
-
-
-def settled(world: World, history: History, forget: bool) -> set[Key]:
-    """Let a new watcher take over, and return the fleet it comes to."""
-    watcher = Watcher(world, settings(calm_s=20.0), history=History() if forget else history)
-    watcher.run(120)
-    starts = [action.key for _, action in world.log if action.verb == "start"]
-    assert len(starts) == len(set(starts)), "an instance was started twice"
-    return world.running
-
-
-@pytest.mark.parametrize("forget", [True, False], ids=["forgetful", "with its history"])
-@pytest.mark.parametrize("waiting", [400, 1000, 5000, 0], ids=str)
-def test_every_interrupted_plan_comes_to_the_same_fleet(waiting: int, forget: bool) -> None:
-    """Killed after any action of any plan, and started again: the same workers run, none started twice."""
-    world = World.of(keys(4, ("a", "b")), rate=0.0 if waiting else 10.0)
-    world.waiting = waiting
-    if not waiting:
-        for key in list(world.instances)[1:]:
-            world.set(key, state="active")
-    watcher = Watcher(world, settings(calm_s=20.0), history=History(rates=KNOWN))
-    target = settled(copy.deepcopy(world), watcher.history, forget=False)
-    plans = 0
-    for _ in range(40):
-        world.pass_second(0)
-        before, history = copy.deepcopy(world), watcher.history
-        decision = watcher.look()
-        for done in range(len(decision.actions) + 1 if decision.actions else 0):
-            for saved in (history, decision.history):
-                cut = copy.deepcopy(before)
-                cut.do(decision.actions[:done])
-                restored = History(rates=saved.rates) if forget else saved
-                assert settled(cut, restored, forget=False) == target
-        plans += bool(decision.actions)
-    assert plans
-
-
-# -- many watchers --------------------------------------------------------------------------
-
-
-@slow
-@given(hosts=some.integers(1, 5), per_host=some.integers(1, 4), waiting=some.integers(0, 3000))
-def test_many_watchers_start_together_what_one_would(hosts: int, per_host: int, waiting: int) -> None:
-    """Each carries out its own part of the same plan, seen from the same moment."""
-    names = [f"h{number}" for number in range(hosts)]
-    alone = World.of(keys(per_host, names), rate=0.0)
-    together = copy.deepcopy(alone)
-    alone.waiting = together.waiting = waiting
-    one = Watcher(alone, settings(), history=History(rates=KNOWN))
-    many = [Watcher(together, settings(), name, frozenset(names), History(rates=KNOWN)) for name in names]
-    for _ in range(30):
-        alone.pass_second(0)
-        one.look()
-        together.pass_second(0)
-        seen = [together.see(watcher.host, watcher.live) for watcher in many]  # all look before any acts
-        for watcher, view in zip(many, seen, strict=True):
-            watcher.look(view)
-        assert together.running == alone.running
-
-
-def test_a_view_that_is_late_starts_nothing_twice() -> None:
-    """Host b does not see yet that a has started its part: it takes its own part of the order, no more."""
-    names = frozenset({"a", "b"})
-    world = World.of(keys(4, names), rate=0.0)
-    world.waiting = 150
-    a = Watcher(world, settings(), "a", names, History(rates=KNOWN))
-    b = Watcher(world, settings(), "b", names, History(rates=KNOWN))
-    late = world.see("b", names)
-    a.look()
-    b.look(late)
-    assert world.running == {Key(0, "a"), Key(0, "b"), Key(1, "a")}
-
-
-def test_a_silent_host_is_not_counted_upon() -> None:
-    """Nobody would start its instances, so the others take its part; its running workers still count."""
-    world = World.of(keys(4, ("a", "b")), rate=0.0)
-    world.waiting = 150
-    a = Watcher(world, settings(), "a", frozenset({"a"}), History(rates=KNOWN))
-    a.look()
-    assert world.running == {Key(0, "a"), Key(1, "a"), Key(2, "a")}
-
-
-def test_each_host_stops_one_at_a_time() -> None:
-    """Scaling down is gentle: one idle worker a host and look, the last of the order first."""
-    world = World.of(keys(3, ("a", "b")))
-    for key in world.instances:
-        world.set(key, state="active")
-    watcher = Watcher(world, settings())
-    while not world.log:
-        watcher.run(1)
-    assert {action.key for _, action in world.log} == {Key(2, "a"), Key(2, "b")}

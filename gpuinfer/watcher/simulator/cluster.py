@@ -74,6 +74,8 @@ class Cluster:
         self.idle = 0
         #: Step -> what happens then.
         self._ready: dict[int, list[int]] = defaultdict(list)
+        #: Instance -> the step at which its last start is done; an earlier one was stopped.
+        self._due: dict[int, int] = {}
         self._finished: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
         self.calendar: list[int] = []
         self._steps_of_batch = [max(1, round(model.batch_s(b) / step_s)) for b in range(model.max_batch + 1)]
@@ -96,6 +98,11 @@ class Cluster:
     def busy(self) -> int:
         """Return how many active workers have a batch."""
         return len(self.active) - self.idle
+
+    @property
+    def served(self) -> bool:
+        """Tell whether nothing waits and nothing is in flight."""
+        return not self.total_waiting and not any(self.in_flight)
 
     @property
     def total_waiting(self) -> int:
@@ -121,7 +128,7 @@ class Cluster:
                 self.in_flight[place] -= count
                 self.done[place] += count
         for instance in self._ready.pop(step, ()):
-            if self.starting.pop(instance, None) is not None:
+            if self._due.get(instance) == step and self.starting.pop(instance, None) is not None:
                 self.active[instance] = step
                 self.idle += 1
 
@@ -185,6 +192,7 @@ class Cluster:
         if ready not in self._finished and ready not in self._ready:
             self._at(ready)
         self._ready[ready].append(instance)
+        self._due[instance] = ready
 
     def give_up(self) -> None:
         """Count those that still wait at the end with what they have waited until then."""

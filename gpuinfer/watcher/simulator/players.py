@@ -52,8 +52,9 @@ class Ours:
         self._place: dict[Key, int] = {}
         #: Active instances in the order they became so; the first of them are taken to be the busy ones.
         self._order: list[int] = []
-        self._version: tuple[int, int, int] = (-1, -1, -1)
+        self._version: tuple[int, int, int] | None = None
         self._busy = 0
+        self._looked_at = -1
 
     def begin(self, cluster: Cluster) -> None:
         """Have the floor ready."""
@@ -90,19 +91,23 @@ class Ours:
         """Bring the instances up to date; only those that have changed are made anew."""
         version = (cluster.log.starts, cluster.log.stops, len(cluster.active))
         if version != self._version:
-            self._version = version
             self._order = list(cluster.active)
             self._busy = cluster.busy
-            self._mark_all(cluster)
+            # Who became ready since the last look is seen between READY and its first claim: idle.
+            fresh = {place for place, ready in cluster.active.items() if ready > self._looked_at}
+            self._version = None if fresh else version
+            self._looked_at = cluster.step
+            self._mark_all(cluster, fresh)
             return
+        self._looked_at = cluster.step
         low, high = sorted((self._busy, cluster.busy))
         for place in self._order[low:high]:
             old = self._instances[place]
             self._instances[place] = replace(old, busy=cluster.busy > self._busy)
         self._busy = cluster.busy
 
-    def _mark_all(self, cluster: Cluster) -> None:
-        busy = set(self._order[: self._busy])
+    def _mark_all(self, cluster: Cluster, fresh: set[int]) -> None:
+        busy = set(self._order[: self._busy]) - fresh
         for place, old in enumerate(self._instances):
             state: UnitState = "inactive"
             since = old.since

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from statistics import median_low
 from typing import Any
 
 from gpuinfer.watcher.simulator.run import Outcome, Scenario, least
@@ -105,6 +106,19 @@ def comparison(scenario: Scenario, outcomes: Sequence[Outcome]) -> Comparison:
     return Comparison(scenario=scenario, ours=outcomes[0], peers=outcomes[1:-1], bound=outcomes[-1])
 
 
+def medians(runs: Sequence[Comparison]) -> Comparison:
+    """Return the comparison of what one trace came to with several seeds: the median of each figure."""
+    players = zip(*(one.outcomes for one in runs), strict=True)
+    middle = [_median(outcomes) for outcomes in players]
+    return comparison(runs[0].scenario, middle)
+
+
+def _median(outcomes: Sequence[Outcome]) -> Outcome:
+    names = [field.name for field in fields(Outcome) if field.name not in ("player", "looks")]
+    values = {name: median_low([getattr(outcome, name) for outcome in outcomes]) for name in names}
+    return replace(outcomes[0], **values)
+
+
 def table(comparisons: Sequence[Comparison]) -> str:
     """Return all as text: for each trace a block of lines, then what was reached."""
     blocks = [_block(one) for one in comparisons]
@@ -157,7 +171,10 @@ def summary(comparisons: Sequence[Comparison]) -> str:
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
-    """Return one line a trace: p99 waiting time and GPU-seconds of each policy, and where the goal is met."""
+    """Return one line a trace: p99 waiting time and GPU-seconds of each policy, and where the goal is met.
+
+    Below them, why it is not elsewhere.
+    """
     names = [outcome.player for outcome in comparisons[0].outcomes]
     lines = [
         f"| p99 s / GPU-s | {' | '.join(names)} | |",
@@ -166,4 +183,5 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
     for one in comparisons:
         cells = [f"{outcome.p99_s:.2f} / {outcome.gpu_s:,.0f}" for outcome in one.outcomes]
         lines.append(f"| {one.scenario.name} | {' | '.join(cells)} | {'yes' if one.verdict().met else ''} |")
-    return "\n".join([*lines, "", summary(comparisons)])
+    reasons = [f"- {one.scenario.name}: {one.verdict().why}" for one in comparisons if not one.verdict().met]
+    return "\n".join([*lines, "", summary(comparisons), *([""] if reasons else []), *reasons])

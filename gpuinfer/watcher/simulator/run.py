@@ -13,7 +13,7 @@ from gpuinfer.watcher.simulator.cluster import Cluster, Model
 from gpuinfer.watcher.simulator.players import AllAtOnce, Hpa, Keda, Ours, Player, Tutorial
 from gpuinfer.watcher.simulator.traces import Trace
 
-#: Simulated after the trace's end: what is left is served, and workers are stopped again.
+#: Simulated at most after the trace's end, until what is left is served.
 TAIL_S = 600.0
 
 
@@ -64,18 +64,19 @@ def replace_settings(settings: WatcherSettings, floor: int, ceiling: int) -> Wat
 
 
 def play(scenario: Scenario, player: Player) -> Outcome:
-    """Simulate one player from the first arrival to some time after the last."""
+    """Simulate one player until the trace is over and its last task done: GPU-seconds count till then."""
     trace = scenario.trace
     cluster = Cluster(scenario.gpus, scenario.model, trace.step_s, scenario.seed)
     player.begin(cluster)
-    end = round((trace.seconds + TAIL_S) / trace.step_s)
+    over, end = round(trace.seconds / trace.step_s), round((trace.seconds + TAIL_S) / trace.step_s)
     every = max(1, round(player.every_s / trace.step_s))
     arrivals = _merged(trace)
     arrival = next(arrivals, None)
     look = 0
     while True:
-        step = min(look, arrival[0] if arrival else end, cluster.calendar[0] if cluster.calendar else end)
-        if step >= end:
+        ahead = over if cluster.served else end
+        step = min(look, arrival[0] if arrival else ahead, cluster.calendar[0] if cluster.calendar else ahead)
+        if step >= ahead:
             break
         cluster.move_to(step)
         while arrival and arrival[0] == step:
@@ -88,7 +89,7 @@ def play(scenario: Scenario, player: Player) -> Outcome:
             cluster.log.looks.append(
                 (cluster.now, cluster.total_waiting, len(cluster.active), len(cluster.starting))
             )
-    cluster.move_to(end)
+    cluster.move_to(max(cluster.step, over) if cluster.served else end)
     return _outcome(scenario, player, cluster)
 
 

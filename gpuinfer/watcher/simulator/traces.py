@@ -121,7 +121,7 @@ def read(file: Path, step_s: float) -> Trace:
     Raises InputError with the line that is wrong.
     """
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
             rows = list(_rows(file, csv.reader(lines)))
     except (OSError, UnicodeDecodeError) as exc:
         raise InputError(f"cannot be read: {exc}", str(file)) from exc
@@ -133,8 +133,12 @@ def read(file: Path, step_s: float) -> Trace:
 
 
 def _rows(file: Path, lines: Iterable[list[str]]) -> Iterable[tuple[float, int, QueueName]]:
+    first = True
     for number, line in enumerate(lines, start=1):
-        if not line or line[0].startswith("#") or (number == 1 and not line[0][:1].isdigit()):
+        if not line or line[0].startswith("#"):
+            continue
+        heading, first = first and not _is_number(line[0]), False
+        if heading:
             continue
         try:
             second, tasks, queue = float(line[0]), int(line[1]), line[2].strip() if line[2:] else "default"
@@ -150,6 +154,14 @@ def _rows(file: Path, lines: Iterable[list[str]]) -> Iterable[tuple[float, int, 
                 str(file),
             )
         yield second, tasks, known
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _gathered(rows: list[tuple[float, int, QueueName]], step_s: float) -> tuple[Counts, Counts]:
