@@ -115,7 +115,7 @@ def _by_name(manifest: Manifest, value: object) -> Mapping[str, object] | None:
         raise InputError(f"must map names to values: {wanted}; got {_word(value)}", "inputs")
     unknown = sum(key not in names for key in value)
     if unknown:
-        raise InputError(f"has {unknown} names that are no input; {wanted}", "inputs")
+        raise InputError(f"has {unknown} unknown name{'s' * (unknown > 1)}; {wanted}", "inputs")
     for name in names:
         if name not in value:
             raise MissingInput(f"is missing; {wanted}", f"inputs.{name}")

@@ -104,13 +104,8 @@ class Batcher:
         self.channel, self._books.dispatcher = channel, dispatcher
 
     def show(self) -> None:
-        """Let Celery's remote control see what is held now."""
+        """Let Celery's remote control, and its heartbeat, see what is held now."""
         self._books.show()
-
-    def show_if_watched(self) -> None:
-        """Let Celery's heartbeat count what runs, where somebody wants its events."""
-        if self._books.watched:
-            self._books.show()
 
     def detach(self) -> None:
         """Go on without a connection: what runs is settled when there is one again."""

@@ -66,8 +66,12 @@ class Bookkeeping:
 
     @property
     def watched(self) -> bool:
-        """Whether anybody wants events; looked at first, as their fields take longer to make than to skip."""
-        return self.dispatcher is not None and bool(self.dispatcher.enabled)
+        """Whether anybody wants tasks' events; asked first, as their fields take longer to make than to skip.
+
+        A dispatcher that is enabled may be so for the worker's heartbeat alone.
+        """
+        dispatcher = self.dispatcher
+        return dispatcher is not None and dispatcher.enabled and "task" in (dispatcher.groups or ("task",))
 
     def show(self) -> None:
         """Fill Celery's tables with what is held now: before a control command, and before a heartbeat."""

@@ -43,6 +43,8 @@ log = get_logger(__name__)
 PROGRAM = "gpuinfer-worker"
 #: How long a thread may keep the interpreter to itself; Python's 5 ms would delay every hand-over.
 SWITCH_INTERVAL_S = 0.0005
+#: A batch of 256 makes some 10,000 objects and no cycles; Python's 700 would look for them 20 times.
+GC_THRESHOLDS = (20_000, 20, 100)
 #: A device that failed while it worked (sysexits.h).
 EX_IOERR = 74
 
@@ -217,6 +219,7 @@ def _ready(sender: Any, **_: object) -> None:
     # What was loaded so far lives as long as the process: a full collection need not walk over it.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     log.info("worker_ready", worker=batcher.store.worker, models=models, device=batcher.device)
 
 

@@ -28,7 +28,7 @@ log = get_logger(__name__)
 RETRY_START_S, RETRY_MAX_S = 0.2, 2.0
 #: Seconds the batcher's timer sleeps. Each wake of an idle worker takes some 0.4 ms.
 TICK_S = 0.2
-#: Seconds between two fillings of Celery's tables while somebody wants its events: its heartbeat counts.
+#: Seconds between two fillings of Celery's tables for its heartbeat, which says how many tasks run.
 SHOW_S = 1.0
 #: Seconds that results may wait for Redis when the worker stops.
 DRAIN_TIMEOUT_S = 10.0
@@ -60,7 +60,7 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
         self.batcher.engine.wake = lambda: consumer.hub.call_soon(self.batcher.collect)
         consumer.timer.call_repeatedly(TICK_S, self.batcher.tick)
         consumer.timer.call_repeatedly(BEAT_S, self.process.pulse.beat)
-        consumer.timer.call_repeatedly(SHOW_S, self.batcher.show_if_watched)
+        consumer.timer.call_repeatedly(SHOW_S, self.batcher.show)
 
     def _restore(self) -> None:
         """Put back what the previous process of this name left in flight."""

@@ -18,6 +18,7 @@ from gpuinfer.errors import TaskFailed, WorkerRunning
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import decode
+from gpuinfer.queue.scripts import source
 from gpuinfer.queue.store import SEQS_OF_A_LIFE, Claimed, Final, Store
 from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings, Settings
 from tests.conftest import need
@@ -257,6 +258,24 @@ def test_a_life_is_never_counted_twice(store: Store, client: Client) -> None:
     (other,) = store.claim(1)
     assert other.seq > task.seq
     assert other.seq // SEQS_OF_A_LIFE == task.seq // SEQS_OF_A_LIFE + 1
+
+
+def test_the_scripts_know_a_waiting_task() -> None:
+    """They compare a state with what producers write, by its beginning; another word would only be slower."""
+    for name in ("begin", "settle"):
+        assert f"'{results.PENDING_META[:32].decode()}'" in source(name)
+
+
+def test_a_claim_of_many_is_whole(store: Store, client: Client) -> None:
+    """A claim of more than one command records is recorded as a whole, and settled as a whole."""
+    wanted = client.submit_many([[1]] * 700)
+    claimed = store.claim(600)
+    assert ids(claimed) == wanted[:600]
+    held = store.client.hgetall(store.inflight)
+    assert {int(field) for field in held if field.isdigit()} == {task.seq for task in claimed}
+    assert sum(value == b"realtime" for value in held.values()) == 600
+    assert store.settle([done(task) for task in claimed]) == 600
+    assert not store.client.exists(store.inflight)
 
 
 def test_cancelled_is_not_begun(store: Store, client: Client) -> None:

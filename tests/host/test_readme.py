@@ -44,8 +44,8 @@ def pattern(line: str) -> str:
         text += re.escape(line[end : found.start()]) + STANDS_FOR[found.lastindex or 0]
         end = found.end()
     text += re.escape(line[end:])
-    # A line of the log may have more fields than the page has room for.
-    return text.replace(r",\ ", r", (?:\w+=[^ ]+ )*")
+    # A line of the log may have more fields than the page has room for, with or without an ellipsis.
+    return text.replace(r",\ ", r", (?:\w+=[^ ]+ )*").replace("…", ".*")
 
 
 @pytest.fixture(scope="module")

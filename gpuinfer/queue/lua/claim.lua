@@ -21,21 +21,23 @@ local life, counted = tonumber(ARGV[4]), tonumber(redis.call('GET', KEYS[4]) or 
 if counted > life then return redis.error_reply('STALE claim of life ' .. life .. ', now is ' .. counted) end
 if counted < life then redis.call('SET', KEYS[4], life) end
 
--- One payload tells how many of its size fit. A list that is emptied waits for nothing.
+-- One payload tells how many of its size fit. A list that is emptied waits for nothing. What is popped is
+-- recorded by one command: a call costs more than the field it sets.
 local function take(index, aged)
-  local list, few, before = KEYS[index], 1, room
+  local list, few, before, place = KEYS[index], 1, room, aged and 4 - index or index - 4
   while room > 0 and bytes > 0 do
     local popped = redis.call('RPOP', list, math.min(room, few))
     if not popped then break end
     room = room - #popped
-    for _, payload in ipairs(popped) do
-      local field = string.format('%.0f', seq)
-      redis.call('HSET', inflight, field, payload, field .. ':list', list)
-      claimed[#claimed + 1] = seq
-      seq = seq + 1
-      claimed[#claimed + 1] = aged and 4 - index or index - 4
-      claimed[#claimed + 1] = payload
-      bytes = bytes - #payload
+    local fields, n, c = {}, 0, #claimed
+    for i = 1, #popped do
+      local payload, field = popped[i], string.format('%.0f', seq)
+      fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = field, payload, field .. ':list', list
+      claimed[c + 1], claimed[c + 2], claimed[c + 3] = seq, place, payload
+      n, c, seq, bytes = n + 4, c + 3, seq + 1, bytes - #payload
+    end
+    for first = 1, n, 1000 do
+      redis.call('HSET', inflight, unpack(fields, first, math.min(first + 999, n)))
     end
     few = math.max(1, math.floor(bytes / (#claimed[#claimed] + 1)))
   end
