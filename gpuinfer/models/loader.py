@@ -99,6 +99,20 @@ def _load_export(file: BinaryIO, device: str) -> Callable[..., Any]:
     return program.module()
 
 
+def try_device(device: str) -> None:
+    """Let a device count to one and give the number back: enough to learn that it works, and nothing more.
+
+    Raises DeviceError with the driver's words; DeviceOutOfMemory when it has not even room for that. One that
+    hangs does not return.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device).add_(1).cpu()
+    except Exception as exc:
+        raise _translate(exc, DeviceError, f"{device} cannot be used") from exc
+
+
 def _translate(exc: Exception, otherwise: type[GpuinferError], what: str) -> GpuinferError:
     """Return our error for one of torch's: out of memory, a failed device, and ``otherwise`` for the rest."""
     import torch
@@ -109,9 +123,9 @@ def _translate(exc: Exception, otherwise: type[GpuinferError], what: str) -> Gpu
         return DeviceOutOfMemory(f"{what}: {_first_line(exc)}")
     text = str(exc)
     if any(mark in text for mark in _OUT_OF_MEMORY):
-        return DeviceOutOfMemory(f"{what}: {_last_line(text)}")
+        return DeviceOutOfMemory(f"{what}: {_last_line(text, _OUT_OF_MEMORY)}")
     if any(mark in text for mark in _DEVICE_FAILURE):
-        return DeviceError(f"{what}: {_last_line(text)}")
+        return DeviceError(f"{what}: {_last_line(text, _DEVICE_FAILURE)}")
     return otherwise(f"{what}: {type(exc).__name__}: {_last_line(text)}")
 
 
@@ -119,9 +133,13 @@ def _first_line(exc: BaseException) -> str:
     return (str(exc).strip() or type(exc).__name__).splitlines()[0][:500]
 
 
-def _last_line(text: str) -> str:
-    """Return the telling line: TorchScript puts its trace-back first, and the cause last."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+def _last_line(text: str, marks: Sequence[str] = ("",)) -> str:
+    """Return the telling line: TorchScript puts its trace-back first, and the cause last.
+
+    Behind an error of CUDA's follows advice on how to debug it: only lines with one of ``marks`` count.
+    """
+    lines = [line.strip() for line in text.splitlines() if any(mark in line for mark in marks)]
+    lines = [line for line in lines if line]
     return (lines[-1] if lines else "no message")[:500]
 
 
@@ -162,6 +180,10 @@ class LoadedModel:
                 _check_output(spec, array)
         except InferenceError as exc:
             raise ModelLoadError(f"warm-up with {size} of zeros failed: {exc.message}", self.name) from exc
+
+    def probe(self) -> None:
+        """Try the model's device with next to no work. Raises as ``try_device`` does."""
+        try_device(self.device)
 
     def release_cache(self) -> None:
         """Give memory that torch holds but no tensor uses back to the device."""

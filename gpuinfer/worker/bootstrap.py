@@ -135,10 +135,11 @@ def _wanted(settings: Settings) -> tuple[str, ...]:
 
 def _load_models(settings: Settings, binding: Binding) -> dict[str, tuple[LoadedModel, int]]:
     """Load the models to serve, each with the largest batch that fits the device."""
-    from gpuinfer.models.loader import load  # torch is imported here, after the binding
+    from gpuinfer.models.loader import load, try_device  # torch is imported here, after the binding
     from gpuinfer.models.repository import Repository
 
-    _check_device(binding)
+    if binding.device != "cpu":
+        try_device(binding.device)  # with the driver's words, before a model has any part in it
     repository = Repository(settings.models.folders)
     loaded: dict[str, tuple[LoadedModel, int]] = {}
     for name in _wanted(settings):
@@ -150,18 +151,6 @@ def _load_models(settings: Settings, binding: Binding) -> dict[str, tuple[Loaded
         took = round((time.monotonic() - started) * 1000)
         log.info("model_loaded", model=name, device=binding.device, max_batch_size=fits, duration_ms=took)
     return loaded
-
-
-def _check_device(binding: Binding) -> None:
-    """Make torch use the GPU once. Raises DeviceError with the driver's words; never falls back."""
-    import torch
-
-    if binding.device == "cpu":
-        return
-    try:
-        torch.zeros(1, device=binding.device).add_(1).cpu()
-    except Exception as exc:
-        raise DeviceError(f"{binding.device} cannot be used: {exc}", "worker.device") from exc
 
 
 def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, int]], device: str) -> Batcher:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from gpuinfer.errors import (
     ModelError,
     ModelLoadError,
 )
-from gpuinfer.models.loader import LoadedModel, load, pick_device
+from gpuinfer.models import loader
+from gpuinfer.models.loader import LoadedModel, load, pick_device, try_device
 from gpuinfer.models.manifest import load_manifest
 from gpuinfer.models.repository import ModelFolder
 from gpuinfer.models.tensors import Item, decode_batch
@@ -269,6 +271,43 @@ def test_torch_errors_become_ours(tmp_path: Path, raised: Exception, error: type
     with pytest.raises(error) as caught:
         model.forward([(np.zeros(64, np.float32),)])
     assert type(caught.value) is error
+
+
+def test_the_telling_line_of_an_error() -> None:
+    """TorchScript's trace-back stands before the driver's words, and advice on debugging behind them."""
+    told = "\n".join(
+        [
+            "The following operation failed in the TorchScript interpreter.",
+            "Traceback of TorchScript (most recent call last):",
+            "RuntimeError: CUDA error: an illegal memory access was encountered",
+            "CUDA kernel errors might be asynchronously reported at some other API call.",
+            "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
+        ]
+    )
+    error = loader._translate(RuntimeError(told), InferenceError, "m")
+    assert error.message == "m: RuntimeError: CUDA error: an illegal memory access was encountered"
+
+
+def test_a_device_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that works says nothing; of one that does not, each failure is the device's, in its own words."""
+    model = _load(build.perceptron(tmp_path / "m"))
+    model.probe()
+    with pytest.raises(DeviceError, match="cuda:99 cannot be used: "):
+        try_device("cuda:99")
+
+    def failing(raised: Exception) -> Callable[..., Any]:
+        def zeros(*_: Any, **__: Any) -> Any:
+            raise raised
+
+        return zeros
+
+    monkeypatch.setattr(torch, "zeros", failing(RuntimeError("CUDA error: device lost\nCompile with")))
+    with pytest.raises(DeviceError, match=r"^cpu cannot be used: CUDA error: device lost$") as caught:
+        model.probe()
+    assert caught.value.exit_code == 69
+    monkeypatch.setattr(torch, "zeros", failing(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(DeviceOutOfMemory):
+        model.probe()
 
 
 def test_the_sleeper_takes_its_time_and_holds_no_lock(tmp_path: Path) -> None:
