@@ -117,9 +117,9 @@ class Batcher:
         """Return how many tasks to claim; when a whole batch waits, only such as would overtake it.
 
         Lists mix models, and what a worker holds no other one can run: when one model's batch is full, the
-        others' wait in Redis.
+        others' wait in Redis; and all do while a probe tells whether this GPU still works.
         """
-        if self._closed:
+        if self._closed or self.engine.probing:
             return 0, None
         self._buffer.wake(self._clock())
         affordable = max(1, int(BUFFER_BYTES / self._intake.payload_bytes)) - len(self._buffer.ready)
@@ -180,7 +180,7 @@ class Batcher:
 
     def pump(self) -> None:
         """Start the next batch when the inference thread is idle."""
-        while self.engine.current is None and not self._closed:
+        while self.engine.current is None and not self.engine.probing and not self._closed:
             self._buffer.wake(self._clock())
             self._drop_stale(self._buffer.ready)
             batch = self._buffer.next_batch()
@@ -343,7 +343,11 @@ class Batcher:
     # -- life -----------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Look after what waits for time or for Redis. Called a few times a second."""
+        """Look after what waits for time, for Redis or for a probe. Called a few times a second."""
+        if self.engine.failed is not None:
+            story.device_lost(self.engine.failed, self.device)
+            self._on_fatal(self.engine.failed)
+            return
         self._settle([])
         if not self.engine.done.empty():
             self.collect()
@@ -354,6 +358,7 @@ class Batcher:
             self._looked_at = self._clock()
             self._drop_stale(list(self._buffer))
         self.pump()
+        self.engine.probe()
 
     def drain(self, timeout_s: float, *, crashed: bool = False) -> None:
         """Hand back what has not begun, finish the running batch, settle it. For a warm shutdown.

@@ -166,9 +166,10 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
         _end_at_hard_limit(engine, store)
 
     def on_fatal(error: GpuinferError) -> None:
-        log.critical(
-            "worker_ends", worker=name, code=error.code, reason=str(error), hint="its tasks are put back"
-        )
+        hint = "its tasks are put back"
+        if isinstance(error, DeviceError):
+            hint += "; gpuinfer doctor says what is wrong with the GPU, and what to do"
+        log.critical("worker_ends", worker=name, device=device, code=error.code, reason=str(error), hint=hint)
         # A GPU that fails at work is tried again; one that is not there at the next start ends that with 69.
         os._exit(EX_IOERR if isinstance(error, DeviceError) else error.exit_code)
 

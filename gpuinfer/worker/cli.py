@@ -24,7 +24,8 @@ def node_name(number: int) -> str:
 def worker(loaded: Loaded, number: int) -> None:
     """Serve the queue with GPU N: load the model, warm it up, then run until SIGTERM.
 
-    SIGTERM finishes the running batch, hands back the rest and exits 0.
+    SIGTERM finishes the running batch, hands back the rest and exits 0. A GPU that fails, under a batch
+    or while there is none, ends it with 74; one that cannot be used at the start with 69.
     """
     from gpuinfer.queue.app import create_app
 

@@ -58,6 +58,7 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
         channel.sink = self.batcher
         self.batcher.attach(channel, consumer.event_dispatcher)
         self.batcher.engine.wake = lambda: consumer.hub.call_soon(self.batcher.collect)
+        self.batcher.engine.probed = lambda: consumer.hub.call_soon(self.batcher.tick)
         consumer.timer.call_repeatedly(TICK_S, self.batcher.tick)
         consumer.timer.call_repeatedly(BEAT_S, self.process.pulse.beat)
         consumer.timer.call_repeatedly(SHOW_S, self.batcher.show)

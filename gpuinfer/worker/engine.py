@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from gpuinfer.errors import (
@@ -25,6 +26,11 @@ from gpuinfer.worker.buffer import Batch
 from gpuinfer.worker.deadline import Deadline
 
 log = get_logger(__name__)
+
+#: Seconds without a batch after which an idle worker's GPU is tried, and again, and again.
+PROBE_EVERY_S = 5.0
+#: Seconds that the thread's end is waited for while a probe runs: a GPU that hangs may never let go of it.
+PROBE_PATIENCE_S = 5.0
 
 
 class RunAlone(Exception):
@@ -83,10 +89,11 @@ class Limits:
 
 
 class Engine:
-    """Runs batches on a thread of its own, one after another.
+    """Runs batches on a thread of its own, one after another; between them it tries its GPU once in a while.
 
     ``sizes`` gives each model's largest batch that is known to fit its device; ``wake`` is called in
-    that thread whenever something was added to ``done``, unless somebody stands there and waits.
+    that thread whenever something was added to ``done``, unless somebody stands there and waits, and
+    ``probed`` after each probe.
     """
 
     def __init__(
@@ -99,13 +106,20 @@ class Engine:
         self._models = models
         self._sizes = dict(sizes)
         self._deadline = deadline
-        self.wake = wake
+        self.wake = self.probed = wake
         self.done: queue.SimpleQueue[Done] = queue.SimpleQueue()
-        self._jobs: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Batch | Callable[[], None] | None] = queue.SimpleQueue()
         #: The batch that is running or about to; set by the main thread.
         self.current: Batch | None = None
-        #: When a pass began last, on the monotonic clock: what the watchdog looks at.
+        #: When a pass or a probe began last, on the monotonic clock: what the watchdog looks at.
         self.moved_at = time.monotonic()
+        #: A model whose GPU is tried while the worker is idle; None on a CPU, which does not get lost.
+        self._tried = next((model for model in models.values() if model.device != "cpu"), None)
+        #: True while a probe runs, and for good after one that failed: nothing is claimed or begun.
+        self.probing = False
+        #: What a probe found, when the GPU cannot go on.
+        self.failed: GpuinferError | None = None
+        self._told_full = False
         self._awaited = False
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
@@ -120,6 +134,15 @@ class Engine:
         self.moved_at = time.monotonic()
         self._jobs.put(batch)
 
+    def probe(self) -> None:
+        """Have the GPU tried when it has been idle for some seconds: else nobody would find out."""
+        if self._tried is None or self.current is not None or self.probing:
+            return
+        now = time.monotonic()
+        if now - self.moved_at >= PROBE_EVERY_S:
+            self.probing, self.moved_at = True, now
+            self._jobs.put(partial(self._probe, self._tried))
+
     def wait(self, timeout_s: float) -> Done | None:
         """Wait for the batch that runs, and take it; None when it takes longer."""
         done: Done | None = None
@@ -132,26 +155,46 @@ class Engine:
         return done
 
     def close(self) -> None:
-        """End the thread after the batch that runs."""
+        """End the thread after the batch that runs; one whose probe hangs is left behind."""
+        self._tried = None
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(PROBE_PATIENCE_S if self.probing else None)
+
+    def _probe(self, model: LoadedModel) -> None:
+        """Try the GPU. One that is full is not lost: another program holds its memory, and that may pass."""
+        try:
+            model.probe()
+        except DeviceOutOfMemory as exc:
+            if not self._told_full:
+                log.warning("gpu_full", reason=str(exc), hint="nvidia-smi shows who holds its memory")
+            self._told_full = True
+        except GpuinferError as exc:
+            self.failed = exc
+        self.probing = self.failed is not None
+        self.probed()
 
     def _run(self) -> None:
-        while (batch := self._jobs.get()) is not None:
-            started = time.monotonic()
-            fatal: GpuinferError | None = None
-            try:
-                outcomes = self._outcomes(batch)
-            except GpuinferError as exc:  # the device itself failed
-                outcomes, fatal = [], exc
-            except Exception as exc:
-                ids = [work.id for work in batch.works]
-                log.exception("batch_failed", model=batch.model, batch_size=batch.size, task_ids=ids)
-                outcomes = [InferenceError(f"{type(exc).__name__}: {exc}")] * batch.size
-            seconds = time.monotonic() - started
-            self.done.put(Done(batch, outcomes, seconds, fatal))
-            if not self._awaited:
-                self.wake()
+        while (job := self._jobs.get()) is not None:
+            if isinstance(job, Batch):
+                self._run_batch(job)
+            else:
+                job()
+
+    def _run_batch(self, batch: Batch) -> None:
+        started = time.monotonic()
+        fatal: GpuinferError | None = None
+        try:
+            outcomes = self._outcomes(batch)
+        except GpuinferError as exc:  # the device itself failed
+            outcomes, fatal = [], exc
+        except Exception as exc:
+            ids = [work.id for work in batch.works]
+            log.exception("batch_failed", model=batch.model, batch_size=batch.size, task_ids=ids)
+            outcomes = [InferenceError(f"{type(exc).__name__}: {exc}")] * batch.size
+        seconds = time.monotonic() - started
+        self.done.put(Done(batch, outcomes, seconds, fatal))
+        if not self._awaited:
+            self.wake()
 
     def _outcomes(self, batch: Batch) -> list[Any]:
         """Decode, run and render a batch. Raises DeviceError when the device cannot go on."""

@@ -2,8 +2,9 @@
 """A worker's signs of life: to systemd (READY, STATUS, WATCHDOG) and, for the watcher, in Redis.
 
 The watchdog is fed from the main thread, so a stuck event loop is found out, and only while the batch
-that runs is within its hard limit, so a stuck batch is, too. A long one that may be long is left
-alone. sd_notify(3) says what each message means; without systemd they go nowhere.
+that runs is within its hard limit, so a stuck batch is, too; and so is a GPU that hangs when it is tried.
+A long batch that may be long is left alone. sd_notify(3) says what each message means; without systemd
+they go nowhere.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ import redis
 from sdnotify import SystemdNotifier
 
 from gpuinfer import __version__
+from gpuinfer.log import get_logger
 from gpuinfer.queue import beats, keys
 
 if TYPE_CHECKING:
     from gpuinfer.worker.batcher import Batcher
 
+log = get_logger(__name__)
+
 #: Seconds between two looks at the clock, and between two reports.
 BEAT_S = 1.0
 REPORT_S = 5.0
-#: Seconds beyond its hard limit after which a batch counts as stuck: the limit itself should have ended it.
+#: Seconds beyond its hard limit after which a batch counts as stuck: the limit itself should have ended it. A
+#: probe, which has no limit, takes a millisecond.
 STUCK_GRACE_S = 20.0
 #: What a stop may take beside the batch that runs, in seconds.
 DRAIN_ALLOWANCE_S = 45.0
@@ -97,7 +102,7 @@ class Pulse:
         self._told_done = 0
         self._since = time.time()
         self._status = ""
-        self._ready = self._away = False
+        self._ready = self._away = self._stuck = False
         self._write_beat = beats.writer(batcher.store.client)
 
     # -- what happens ---------------------------------------------------------------------
@@ -125,18 +130,30 @@ class Pulse:
     def beat(self) -> None:
         """Feed the watchdog where work goes on; every few seconds, report."""
         now = self._clock()
-        if self._feed_every_s and now - self._fed_at >= self._feed_every_s and not self.stuck(now):
+        stuck = self.stuck(now)
+        if stuck and not self._stuck:
+            hint = "systemd's watchdog ends it, and its tasks are put back; run gpuinfer doctor"
+            log.critical("worker_stuck", device=self._batcher.device, reason=self._stands(now), hint=hint)
+        self._stuck = stuck
+        if self._feed_every_s and now - self._fed_at >= self._feed_every_s and not stuck:
             self._notifier.notify("WATCHDOG=1")
             self._fed_at = now
         if now - self._told_at >= REPORT_S and self._ready and not self._away:
             self._report()
 
     def stuck(self, now: float) -> bool:
-        """Tell whether the batch that runs has made no progress for longer than its hard limit allows."""
-        batch = self._batcher.engine.current
-        if batch is None:
+        """Tell whether what runs has made no progress for too long: a batch by its hard limit, or a probe."""
+        engine = self._batcher.engine
+        batch = engine.current
+        if batch is None and not engine.probing:
             return False
-        return now - self._batcher.engine.moved_at > batch.hard_limit_s + STUCK_GRACE_S
+        limit_s = batch.hard_limit_s if batch is not None else 0.0
+        return now - engine.moved_at > limit_s + STUCK_GRACE_S
+
+    def _stands(self, now: float) -> str:
+        engine = self._batcher.engine
+        what = "its GPU, tried while idle, has not answered" if engine.probing else "its batch has not moved"
+        return f"{what} for {now - engine.moved_at:.0f} s"
 
     def stopping(self) -> None:
         """Tell systemd that the worker drains, and how long the batch that runs may take."""

@@ -64,6 +64,11 @@ def batch_lost(done: Done) -> None:
     log.error("batch_lost", **_batch(done.batch), reason=str(done.fatal))
 
 
+def device_lost(error: GpuinferError, device: str) -> None:
+    """The device failed while no batch ran: the process ends, and no task has a share in it."""
+    log.error("device_lost", device=device, reason=str(error))
+
+
 def handed_back(works: Sequence[Work]) -> None:
     """Tasks go back to their lists: other models' batches come first here, and other workers may be free."""
     log.debug("handed_back", tasks=len(works), task_ids=[work.id for work in works])

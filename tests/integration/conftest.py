@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of tests that run real workers."""
+"""Fixtures of tests that run real workers, and what stands for systemd."""
 
 from __future__ import annotations
 
+import select
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +16,49 @@ from gpuinfer.settings import Settings
 from tests.apis import Api, HandWorker
 from tests.services import RedisServer
 from tests.workers import Workers
+
+
+class Systemd:
+    """The receiving end of sd_notify(3)."""
+
+    def __init__(self, path: Path) -> None:
+        self.notes: list[str] = []
+        self._unread: list[str] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.settimeout(20)
+
+    def until(self, start: str) -> str:
+        """Wait for a note that begins so, and return it; all that comes is kept in ``notes``."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if not self._unread:
+                self._unread = self._socket.recv(4096).decode().split("\n")
+            note = self._unread.pop(0)
+            self.notes.append(note)
+            if note.startswith(start):
+                return note
+        raise AssertionError(f"no note {start}...; there were {self.notes}")
+
+    def rest(self) -> list[str]:
+        """Return what has come by now and nobody has asked for."""
+        found, self._unread = self._unread, []
+        while select.select([self._socket], [], [], 0)[0]:
+            found += self._socket.recv(4096).decode().split("\n")
+        return found
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd]:
+    """What is started from now on reports here, with a watchdog of 2 s."""
+    listening = Systemd(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
+    yield listening
+    listening.close()
 
 
 @pytest.fixture

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from celery import Celery
+from structlog.testing import capture_logs
 
 from gpuinfer import Client
-from gpuinfer.errors import DeviceOutOfMemory, GpuinferError, InferenceError
+from gpuinfer.errors import DeviceError, DeviceOutOfMemory, GpuinferError, InferenceError
 from gpuinfer.models.loader import load
 from gpuinfer.models.repository import Repository
 from gpuinfer.queue.connection import connect
@@ -19,10 +21,11 @@ from gpuinfer.queue.message import decode
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.worker import batcher as batcher_module
+from gpuinfer.worker import engine as engine_module
 from gpuinfer.worker.batcher import Batcher
 from gpuinfer.worker.bookkeeping import Bookkeeping
 from gpuinfer.worker.deadline import Deadline
-from gpuinfer.worker.engine import Engine
+from gpuinfer.worker.engine import PROBE_EVERY_S, Engine
 from tests.models_for_tests import picky
 from tests.services import RedisServer
 from tests.unit.test_engine import Small
@@ -47,7 +50,7 @@ class Line:
 @pytest.fixture
 def model(tmp_path: Path) -> Small:
     picky(tmp_path / "picky")
-    return Small(load(Repository([tmp_path]).get("picky"), "cpu"))
+    return Small(load(Repository([tmp_path]).get("picky"), "cpu"), device="cuda:0")
 
 
 @pytest.fixture
@@ -142,6 +145,86 @@ def test_a_lost_device_is_passed_on(
     turn(batcher, lambda: lost)
     assert not client.status(task).final
     assert batcher.store.restore().returned == 1
+
+
+def test_a_lost_device_is_found_out_without_a_task(
+    batcher: Batcher, client: Client, model: Small, lost: list[GpuinferError]
+) -> None:
+    """An idle worker ends with its GPU; what comes meanwhile is left to others, no death on its record."""
+    model.lost = True
+    batcher.engine.moved_at -= PROBE_EVERY_S
+    batcher.tick()
+    wait_until(lambda: batcher.engine.failed)
+    client.submit([1.0], model="picky")
+    assert batcher.channel is not None
+    assert batcher.channel.claim() == 0
+    with capture_logs() as logs:
+        batcher.tick()
+    assert [type(error) for error in lost] == [DeviceError]
+    assert [line["event"] for line in logs] == ["device_lost"]
+    assert model.sizes == []
+    (task,) = batcher.store.claim(1)
+    assert decode(task.payload).deaths == 0
+
+
+def test_a_device_that_hangs_takes_no_task(batcher: Batcher, client: Client, model: Small) -> None:
+    """While a probe runs, tasks wait in Redis, where others find them; what came all the same runs then."""
+    go_on, begun, tried = threading.Event(), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        go_on.wait(20)
+
+    model.watch = hang
+    batcher.engine.moved_at -= PROBE_EVERY_S
+    batcher.tick()
+    assert begun.wait(10)
+    task = client.submit([1.0], model="picky")
+    assert batcher.room() == (0, None)
+    batcher.tick()
+    assert not batcher.held()
+    asked_for = batcher.store.claim(1, begin=True)
+    batcher.receive(batcher.channel, asked_for)  # type: ignore[arg-type]  # all of a channel that is used
+    assert batcher.held()
+    assert not batcher.store.client.hexists(batcher.store.inflight, "running")
+    batcher.engine.probed = tried.set
+    go_on.set()
+    assert tried.wait(10)
+    batcher.tick()
+    assert batcher.engine.current is not None, "begun at once"
+    turn(batcher, lambda: client.status(task).final)
+    assert client.status(task).state == "completed"
+
+
+def test_nothing_begins_while_a_device_is_tried(batcher: Batcher, client: Client, model: Small) -> None:
+    """Neither does what waited here for its next attempt: a device that hangs would be on its account."""
+    model.fits = 0
+    task = client.submit([1.0], model="picky")
+    turn(batcher, lambda: model.sizes and batcher.held() and batcher.engine.current is None)
+    tried, batcher.engine.probing = len(model.sizes), True
+    time.sleep(0.2)
+    batcher.tick()
+    assert batcher.engine.current is None
+    assert len(model.sizes) == tried
+    model.fits, batcher.engine.probing = 10, False
+    turn(batcher, lambda: client.status(task).final)
+    assert client.status(task).state == "completed"
+
+
+def test_a_device_that_hangs_does_not_stop_a_drain(
+    batcher: Batcher, model: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end waits a moment for the probe, and no longer."""
+    monkeypatch.setattr(engine_module, "PROBE_PATIENCE_S", 0.05)
+    go_on = threading.Event()
+    model.watch = lambda: go_on.wait(20)
+    batcher.engine.moved_at -= PROBE_EVERY_S
+    batcher.tick()
+    began = time.monotonic()
+    batcher.drain(1.0)
+    assert time.monotonic() - began < 5
+    assert batcher.closed
+    go_on.set()
 
 
 def test_nothing_runs_that_is_not_on_record(batcher: Batcher, client: Client, model: Small) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +16,12 @@ from gpuinfer import Client, __version__
 from gpuinfer.queue import beats, keys
 from tests.apis import Api
 from tests.conftest import RedisFactory
+from tests.integration.conftest import Systemd
 from tests.models_for_tests import sleeper
 from tests.services import RedisServer
 from tests.workers import NAME, Workers, wait_until
 
 pytestmark = pytest.mark.integration
-
-
-class Systemd:
-    """The receiving end of sd_notify(3)."""
-
-    def __init__(self, path: Path) -> None:
-        self.notes: list[str] = []
-        self._unread: list[str] = []
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
-        self._socket.settimeout(20)
-
-    def until(self, start: str) -> str:
-        """Wait for a note that begins so, and return it; all that comes is kept in ``notes``."""
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            if not self._unread:
-                self._unread = self._socket.recv(4096).decode().split("\n")
-            note = self._unread.pop(0)
-            self.notes.append(note)
-            if note.startswith(start):
-                return note
-        raise AssertionError(f"no note {start}...; there were {self.notes}")
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-@pytest.fixture
-def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd]:
-    """What is started from now on reports here, with a watchdog of 2 s."""
-    listening = Systemd(tmp_path / "notify")
-    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
-    yield listening
-    listening.close()
 
 
 def heartbeat(client: redis.Redis) -> dict[str, Any]:

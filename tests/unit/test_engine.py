@@ -34,21 +34,32 @@ pytestmark = pytest.mark.unit
 class Small:
     """A loaded model on a device that only takes batches up to ``fits``."""
 
-    def __init__(self, model: LoadedModel, fits: int = 1000) -> None:
-        self._model, self.fits = model, fits
+    def __init__(self, model: LoadedModel, fits: int = 1000, device: str = "cpu") -> None:
+        self._model, self.fits, self.device = model, fits, device
         self.manifest, self.name = model.manifest, model.name
         self.sizes: list[int] = []
         self.lost = False
         #: Tells items that are too much for the device together.
         self.too_much: Callable[[Sequence[Item]], bool] = lambda _: False
-        #: Called in each pass.
+        #: Called in each pass, and in each probe.
         self.watch: Callable[[], object] = lambda: None
+        self.probes = 0
+
+    def probe(self) -> None:
+        self.watch()
+        self.probes += 1
+        self._answer()
+        if not self.fits:
+            raise DeviceOutOfMemory("CUDA out of memory")
+
+    def _answer(self) -> None:
+        if self.lost:
+            raise DeviceError("CUDA error: an illegal memory access was encountered")
 
     def forward(self, items: Sequence[Item]) -> Any:
         self.watch()
         self.sizes.append(len(items))
-        if self.lost:
-            raise DeviceError("CUDA error: an illegal memory access was encountered")
+        self._answer()
         if len(items) > self.fits or self.too_much(items):
             raise DeviceOutOfMemory("CUDA out of memory")
         return self._model.forward(items)

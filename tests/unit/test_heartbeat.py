@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import redis
 from fastapi import FastAPI
+from structlog.testing import capture_logs
 
 from gpuinfer.api.server import Server
 from gpuinfer.queue.store import Store
@@ -54,7 +55,7 @@ class Setup:
     def __init__(self, **environ: str) -> None:
         self.notes, self.clock = Notes(), Clock()
         store = Store(redis.Redis(unix_socket_path=NOBODY), "gpu0@test", ["realtime"], QueueSettings())
-        self.engine: Any = SimpleNamespace(current=None, moved_at=self.clock.now)
+        self.engine: Any = SimpleNamespace(current=None, probing=False, moved_at=self.clock.now)
         batcher: Any = SimpleNamespace(
             store=store, engine=self.engine, models={"b": 1, "a": 2}, device="gpu0", done=0, closed=False
         )
@@ -150,6 +151,21 @@ def test_stuck_batch(setup: Setup) -> None:
     assert fed == 3
     assert setup.beat_for(600).count("WATCHDOG=1") == 0
     setup.engine.moved_at = setup.clock.now  # its next pass
+    assert setup.beat_for(15).count("WATCHDOG=1") == 1
+
+
+def test_a_gpu_that_hangs(setup: Setup) -> None:
+    """A probe that does not return starves the watchdog, and says so once; one that does feeds it again."""
+    setup.pulse.ready()
+    setup.engine.probing, setup.engine.moved_at = True, setup.clock.now
+    with capture_logs() as logs:
+        assert setup.beat_for(STUCK_GRACE_S).count("WATCHDOG=1") == 1
+        assert setup.beat_for(600).count("WATCHDOG=1") == 0
+    (line,) = logs
+    assert (line["event"], line["log_level"], line["device"]) == ("worker_stuck", "critical", "gpu0")
+    assert "GPU" in line["reason"]
+    assert "gpuinfer doctor" in line["hint"]
+    setup.engine.probing = False
     assert setup.beat_for(15).count("WATCHDOG=1") == 1
 
 
