@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import orjson
 import pytest
@@ -15,7 +15,7 @@ from gpuinfer.queue import beats
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Settings
-from gpuinfer.watcher.probe import HOSTS, Probe
+from gpuinfer.watcher.probe import HOSTS, Probe, Seen
 from gpuinfer.watcher.state import Instance, Key
 from tests.services import RedisServer
 from tests.watchers import KNOWN
@@ -24,25 +24,40 @@ pytestmark = pytest.mark.integration
 Build = Callable[..., Settings]
 
 
-def test_the_probe_counts_what_waits_was_claimed_and_is_in_flight(
-    redis_server: RedisServer, settings_for: Build
-) -> None:
-    """Per queue, with the age of the oldest that waits."""
-    settings = settings_for(redis_server)
-    clock = iter(float(second) for second in range(0, 1000, 5))
-    client = connect(settings.broker)
-    store = Store(client, "gpu0@a", QUEUES, settings.queue)
-    now = [0.0]
-    probe = Probe(client, "a", clock=lambda: now[0])
-    own = [Instance(key=Key(0, "a"), state="active")]
-    with Client(settings) as submitter:
+class Backlog:
+    """Three tasks that wait, one worker that may claim them, and a probe whose clock we set."""
+
+    def __init__(self, settings: Settings, client: Client) -> None:
+        redis = connect(settings.broker)
+        self._client = client
+        self._probe = Probe(redis, "a", clock=lambda: self.now)
+        self._own = [Instance(key=Key(0, "a"), state="active")]
+        self.store = Store(redis, "gpu0@a", QUEUES, settings.queue)
+        self.now = 0.0
         for _ in range(3):
-            submitter.submit([1.0], queue="batch")
-        assert probe.look(own, next(clock)).queues["batch"].waiting == 3
-        now[0] = 7.0
-        store.claim(2)
-        submitter.submit([1.0], queue="batch")
-        seen = probe.look(own, next(clock))
+            self.submit()
+
+    def submit(self) -> None:
+        self._client.submit([1.0], queue="batch")
+
+    def look(self, now: float) -> Seen:
+        return self._probe.look(self._own, now)
+
+
+@pytest.fixture
+def backlog(redis_server: RedisServer, settings_for: Build) -> Iterator[Backlog]:
+    settings = settings_for(redis_server)
+    with Client(settings) as client:
+        yield Backlog(settings, client)
+
+
+def test_the_probe_counts_what_waits_was_claimed_and_is_in_flight(backlog: Backlog) -> None:
+    """Per queue, with the age of the oldest that waits."""
+    assert backlog.look(0.0).queues["batch"].waiting == 3
+    backlog.now = 7.0
+    backlog.store.claim(2)
+    backlog.submit()
+    seen = backlog.look(5.0)
     assert (seen.queues["batch"].waiting, seen.queues["batch"].done, seen.queues["batch"].oldest_s) == (
         2,
         2,
@@ -53,28 +68,19 @@ def test_the_probe_counts_what_waits_was_claimed_and_is_in_flight(
     assert seen.beating == frozenset()
 
 
-def test_what_a_worker_hands_back_was_never_served(redis_server: RedisServer, settings_for: Build) -> None:
+def test_what_a_worker_hands_back_was_never_served(backlog: Backlog) -> None:
     """It waits again, since it came; nothing is done, and nothing has arrived anew."""
-    settings = settings_for(redis_server)
-    client = connect(settings.broker)
-    store = Store(client, "gpu0@a", QUEUES, settings.queue)
-    now = [0.0]
-    probe = Probe(client, "a", clock=lambda: now[0])
-    own = [Instance(key=Key(0, "a"), state="active")]
-    with Client(settings) as submitter:
-        for _ in range(3):
-            submitter.submit([1.0], queue="batch")
     totals, oldest = [], []
     claimed = []
     for look in range(3):
-        queues = probe.look(own, now[0]).queues
+        queues = backlog.look(backlog.now).queues
         totals.append(sum(q.waiting + q.in_flight + q.done for q in queues.values()))
         oldest.append(queues["batch"].oldest_s)
-        now[0] += 5.0
+        backlog.now += 5.0
         if look == 0:
-            claimed = store.claim(2)
+            claimed = backlog.store.claim(2)
         elif look == 1:
-            store.release([one.seq for one in claimed])
+            backlog.store.release([one.seq for one in claimed])
     assert (totals, oldest) == ([3, 3, 3], [0.0, 5.0, 10.0])
 
 
