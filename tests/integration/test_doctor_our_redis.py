@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor and the appliance's own Redis: it runs as its files say, setting by setting and user by user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpuinfer.broker import cli as broker_cli
+from gpuinfer.doctor import redis_config
+from gpuinfer.doctor.finding import Finding, Findings, Skipped
+from gpuinfer.doctor.host import Host
+from gpuinfer.settings import Loaded, Settings
+from tests.brokers import PASSWORDS, OurRedis, our_redis
+from tests.conftest import RedisFactory
+
+pytestmark = pytest.mark.integration
+
+
+def one(found: Findings) -> Finding:
+    assert isinstance(found, Finding)
+    return found
+
+
+def test_a_redis_that_runs_otherwise_than_configured(
+    redis_factory: RedisFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Somebody changed it by hand, or the settings were changed since its start: a restart mends both."""
+    server = redis_factory(maxmemory="64mb", maxmemory_policy="volatile-ttl")
+    monkeypatch.setattr("gpuinfer.doctor.redis_place.OUR_SOCKET", str(server.socket))
+    (tmp_path / "etc/gpuinfer").mkdir(parents=True)
+    (tmp_path / "etc/gpuinfer/redis.conf").write_text("maxmemory 64mb\nmaxmemory-policy volatile-ttl\n")
+    here = Host(Loaded(Settings.model_validate({"broker": {"url": server.url}}), {}), root=tmp_path)
+    assert one(redis_config.as_configured(here)).status == "ok"
+    with server.client() as client:
+        client.config_set("maxmemory", "32mb")
+    found = one(redis_config.as_configured(here))
+    assert found.message == "maxmemory is 33554432, /etc/gpuinfer/redis.conf says 64mb"
+    assert (found.status, found.remedy) == ("warning", "systemctl restart gpuinfer-redis")
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[OurRedis]:
+    """Our own Redis as the package starts it, and its files where the doctor looks for them."""
+    with our_redis() as server:
+        monkeypatch.setattr("gpuinfer.doctor.redis_place.OUR_SOCKET", str(server.socket))
+        monkeypatch.setattr(redis_config, "CONF", str(server.folder / "redis.conf"))
+        monkeypatch.setattr(redis_config, "TUNING", str(server.folder / "tuning.conf"))
+        (tmp_path / "credentials").mkdir()
+        for user, password in PASSWORDS.items():
+            (tmp_path / "credentials" / user).write_text(password)
+        monkeypatch.setattr(broker_cli, "CREDENTIALS", tmp_path / "credentials")
+        monkeypatch.setattr(broker_cli, "MORE_USERS", tmp_path / "redis-users.acl")
+        yield server
+
+
+def sound_host(server: OurRedis) -> Host:
+    sections = {"broker": server.login("admin"), "redis": {"maxmemory_mb": 256}}
+    return Host(Loaded(Settings.model_validate(sections), {}))
+
+
+def test_each_setting_of_our_redis_is_compared(ours: OurRedis) -> None:
+    """Whatever line of the shipped file it is that the running instance does not follow."""
+    here = sound_host(ours)
+    sound = one(redis_config.as_configured(here))
+    assert (sound.status, sound.message.startswith("runs as ")) == ("ok", True)
+    assert int(sound.message.rpartition(", in ")[2].split()[0]) >= 20
+    changes = {
+        "maxmemory-samples": "3",
+        "client-output-buffer-limit": "normal 1mb 1mb 1",
+        "loglevel": "debug",
+    }
+    with ours.client() as client:
+        for key, value in changes.items():
+            client.config_set(key, value)
+    found = one(redis_config.as_configured(here))
+    assert (found.status, found.remedy) == ("warning", "systemctl restart gpuinfer-redis")
+    for key in changes:
+        assert f"{key} is " in found.message
+
+
+def test_the_users_of_our_redis_are_compared(ours: OurRedis) -> None:
+    """A right given by hand, a password that was changed, a user that only one side knows."""
+    here = sound_host(ours)
+    assert one(redis_config.users(here)).message == "5 users as the files name them"
+    with ours.client() as client:
+        client.execute_command("ACL", "SETUSER", "api", "+flushall")
+        client.execute_command("ACL", "SETUSER", "worker", "(+del ~realtime)")
+        client.execute_command("ACL", "SETUSER", "stranger", "on", "nopass", "+@all", "~*")
+    (broker_cli.CREDENTIALS / "watcher").write_text("another")
+    broker_cli.MORE_USERS.write_text("user mine on nopass ~x +get\n")
+    found = one(redis_config.users(here))
+    assert found.message.endswith(": mine, stranger, api, worker, watcher differ")
+    assert "another" not in found.message
+    (broker_cli.CREDENTIALS / "watcher").unlink()
+    with pytest.raises(Skipped, match="watcher: cannot be read"):
+        redis_config.users(here)

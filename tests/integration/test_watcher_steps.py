@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The watcher one step at a time, on a real Redis: what several of them tell each other, and keep."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import pytest
+from redis.exceptions import OutOfMemoryError
+from structlog.testing import capture_logs
+
+from gpuinfer import Client
+from gpuinfer.errors import UnitRefused
+from gpuinfer.queue.connection import connect
+from gpuinfer.settings import Settings
+from gpuinfer.watcher import main, notes
+from gpuinfer.watcher.main import Watcher
+from gpuinfer.watcher.probe import DECISIONS, HOSTS, MEMORY_PREFIX
+from gpuinfer.watcher.state import Key
+from gpuinfer.watcher.units import UnitView
+from tests.services import RedisServer
+
+pytestmark = pytest.mark.integration
+Build = Callable[..., Settings]
+
+
+class Told:
+    """Units that only remember what they were told to do."""
+
+    def __init__(self, count: int) -> None:
+        self.views = dict.fromkeys(range(count), UnitView())
+        self.done: list[tuple[str, int]] = []
+
+    async def open(self) -> None: ...
+
+    async def look(self) -> dict[int, UnitView]:
+        return self.views
+
+    async def act(self, verb: str, number: int) -> None:
+        self.done.append((verb, number))
+        self.views[number] = UnitView(state="activating" if verb == "start" else "inactive")
+
+    async def close(self) -> None: ...
+
+
+def cpu(server: RedisServer, build: Build) -> Settings:
+    """Return settings for a host without a GPU."""
+    return build(server, worker={"device": "cpu"}, watcher={"assumed_rate": 1.0})
+
+
+async def test_two_watchers_start_together_what_one_would(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """They know each other through Redis alone, and fill one order: numbers first, then hosts."""
+    settings = cpu(redis_server, settings_for)
+    units = [Told(4), Told(4)]
+    pair = [
+        Watcher(settings, one, (0, 1, 2, 3), act=True, host=host)
+        for one, host in zip(units, "ab", strict=True)
+    ]
+    for watcher in pair:
+        await watcher.step()
+    with Client(settings) as client:
+        for _ in range(12):
+            client.submit([1.0], queue="default")
+    for _ in range(3):
+        for watcher in pair:
+            await watcher.step()
+    assert [one.done for one in units] == [[("start", 0), ("start", 1)], [("start", 0)]]
+
+
+async def test_a_dry_run_beside_the_service_knows_its_commands(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """What the service starts is not taken for a start by hand, and neither takes the other's place."""
+    settings = cpu(redis_server, settings_for)
+    client = connect(settings.broker)
+    units = Told(2)
+    live = Watcher(settings, units, (0, 1), act=True, host="a")
+    dry = Watcher(settings, units, (0, 1), act=False, host="a")
+    for watcher in (live, dry, live):
+        await watcher.step()
+    with Client(settings) as submitter:
+        for _ in range(12):
+            submitter.submit([1.0])
+    kept = client.get(MEMORY_PREFIX + "a")
+    await dry.step()
+    assert client.get(MEMORY_PREFIX + "a") == kept
+    await live.step()
+    await dry.step()
+    assert units.done == [("start", 0), ("start", 1)]
+    assert dry.history is not None
+    assert not any(unit.hold for unit in dry.history.units.values())
+    told = orjson.loads(client.hget(HOSTS, "a") or b"")
+    assert not any(one["log_only"] for one in told["instances"])
+
+
+async def test_two_watchers_of_one_name_say_so(redis_server: RedisServer, settings_for: Build) -> None:
+    """They take each other's place in the registry: both say it, once; a new life of one does not."""
+    settings = cpu(redis_server, settings_for)
+    await Watcher(settings, Told(1), (0,), act=True, host="a").step()
+    pair = [Watcher(settings, Told(1), (0,), act=True, host="a") for _ in range(2)]
+    with capture_logs() as logs:
+        for watcher in pair[:1] * 3:
+            await watcher.step()
+        assert [entry for entry in logs if entry["event"] == "name_taken"] == []
+        for watcher in pair * 3:
+            await watcher.step()
+    assert len([entry for entry in logs if entry["event"] == "name_taken"]) == 2
+
+
+async def test_a_refused_start_is_a_failure(redis_server: RedisServer, settings_for: Build) -> None:
+    """What systemd will not start rests, and why is kept and told; the next of the order is asked."""
+
+    class Refusing(Told):
+        async def act(self, verb: str, number: int) -> None:
+            if number == 0:
+                raise UnitRefused("systemd refuses StartUnit: bad unit file setting")
+            await super().act(verb, number)
+
+    settings = cpu(redis_server, settings_for)
+    units = Refusing(2)
+    watcher = Watcher(settings, units, (0, 1), act=True, host="a")
+    with Client(settings) as client:
+        client.submit([1.0])
+    for _ in range(3):
+        await watcher.step()
+    assert units.done == [("start", 1)]
+    second = Watcher(settings, units, (0, 1), act=True, host="a")
+    await second.step()
+    assert second.history is not None
+    unit = second.history.units[Key(0, "a")]
+    assert (unit.failures, unit.why) == (1, "systemd refuses StartUnit: bad unit file setting")
+    told = orjson.loads(connect(settings.broker).hget(HOSTS, "a") or b"{}")
+    assert "bad unit file setting" in told["instances"][0]["out"]
+
+
+async def test_an_unreadable_redis_holds_and_passes(redis_server: RedisServer, settings_for: Build) -> None:
+    """Nothing is started or stopped while Redis is away; once it is back, all goes on."""
+    settings = cpu(redis_server, settings_for)
+    units = Told(1)
+    watcher = Watcher(settings, units, (0,), act=True, host="a")
+    await watcher.step()
+    with Client(settings) as client:
+        client.submit([1.0])
+    redis_server.kill()
+    decision = await watcher.step()
+    assert decision is not None
+    assert (decision.verdict, units.done) == ("hold", [])
+    assert "Redis cannot be read" in decision.why
+    redis_server.start()
+    with Client(settings) as client:
+        client.submit([1.0])
+    await watcher.step()
+    assert units.done == [("start", 0)]
+
+
+async def test_a_deaf_redis_does_not_starve_the_watchdog(
+    settings_for: Build, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It takes connections and never answers: each answer is waited for, and systemd told meanwhile."""
+    monkeypatch.setattr(main, "FEED_S", 0.1)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with (
+        socket.socket() as deaf,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
+    ):
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        systemd.bind(str(tmp_path / "notify"))
+        url = f"redis://127.0.0.1:{deaf.getsockname()[1]}/0"
+        settings = settings_for(
+            redis_server, broker={"url": url, "connect_timeout_s": 0.5}, worker={"device": "cpu"}
+        )
+        watcher = Watcher(settings, Told(1), (0,), act=True, host="a")
+        said: list[str] = []
+        asyncio.get_running_loop().add_reader(systemd, lambda: said.append(systemd.recv(4096).decode()))
+        decisions = [await watcher.step() for _ in range(2)]
+        asyncio.get_running_loop().remove_reader(systemd)
+    assert [one.verdict for one in decisions if one] == ["hold", "hold"]
+    first = said.index("READY=1")
+    assert any(word.startswith("EXTEND_TIMEOUT_USEC=") for word in said[:first])
+    assert "WATCHDOG=1" in said[first:]
+
+
+async def test_a_new_life_remembers_what_the_last_one_did(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """Rates, holds, failures and own commands are kept in Redis; an unknown form is an empty memory."""
+    settings = cpu(redis_server, settings_for)
+    units = Told(2)
+    first = Watcher(settings, units, (0, 1), act=True, host="a")
+    with Client(settings) as client:
+        client.submit([1.0])
+    await first.step()
+    second = Watcher(settings, units, (0, 1), act=True, host="a")
+    await second.step()
+    assert second.history is not None
+    assert second.history.units[Key(0, "a")].verb == "start"
+    assert not second.history.units[Key(0, "a")].hold
+    assert notes.unpack(b'{"units": [[1]]}').units == {}
+    assert first.history is not None
+    assert notes.unpack(notes.pack(first.history)).units == first.history.units
+
+
+async def test_a_full_redis_keeps_what_was_decided(redis_server: RedisServer, settings_for: Build) -> None:
+    """Redis takes no new task, and the start that this asks for is known in the next life, and explained."""
+    settings = cpu(redis_server, settings_for)
+    client = connect(settings.broker)
+    client.lpush("realtime", *[b"x" * 1000] * 3000)
+    client.config_set("maxmemory", "2mb")
+    with pytest.raises(OutOfMemoryError):
+        client.set("more", 1)
+    units = Told(1)
+    await Watcher(settings, units, (0,), act=True, host="a").step()
+    assert units.done == [("start", 0)]
+    second = Watcher(settings, units, (0,), act=True, host="a")
+    await second.step()
+    assert second.history is not None
+    assert second.history.units[Key(0, "a")].verb == "start"
+    kept = [orjson.loads(text) for text in client.lrange(DECISIONS, 0, -1)]
+    assert [entry["verdict"] for entry in kept if entry["actions"]] == ["scale_up"]
+
+
+async def test_why_nothing_is_started_is_explained(redis_server: RedisServer, settings_for: Build) -> None:
+    """Tasks wait, and no instance may be started: that is a decision, too, and it is told once."""
+    settings = cpu(redis_server, settings_for)
+    units = Told(2)
+    units.views = {0: UnitView(state="failed"), 1: UnitView(masked=True)}
+    watcher = Watcher(settings, units, (0, 1), act=True, host="a")
+    with Client(settings) as client:
+        for _ in range(30):
+            client.submit([1.0])
+    for _ in range(3):
+        await watcher.step()
+    kept = [orjson.loads(text) for text in connect(settings.broker).lrange(DECISIONS, 0, -1)]
+    assert [(entry["verdict"], entry["actions"]) for entry in kept] == [("hold", [])]
+    told = notes.told(kept[0], "now")
+    assert "wanted, but no instance is left to start" in told
+    assert "gpu0@a: in quarantine for 30 s: its unit failed; gpu1@a: masked" in told
+
+
+async def test_each_host_tells_what_it_has_done_itself(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """Both plan for both; each one's entry has its own part."""
+    settings = cpu(redis_server, settings_for)
+    pair = [Watcher(settings, Told(1), (0,), act=True, host=host) for host in "ab"]
+    for watcher in pair:
+        await watcher.step()
+    with Client(settings) as client:
+        for _ in range(30):
+            client.submit([1.0])
+    for watcher in pair:
+        await watcher.step()
+    kept = [orjson.loads(text) for text in connect(settings.broker).lrange(DECISIONS, 0, -1)]
+    started = {entry["host"]: [one["instance"] for one in entry["actions"]] for entry in kept[:2]}
+    assert started == {"a": ["gpu0@a"], "b": ["gpu0@b"]}
+
+
+async def test_no_more_decisions_are_kept_than_anybody_reads(
+    redis_server: RedisServer, settings_for: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest ones, first."""
+    monkeypatch.setattr(notes, "KEPT", 2)
+    settings = cpu(redis_server, settings_for)
+    with Client(settings) as client:
+        client.submit([1.0])
+    for host in "abc":
+        await Watcher(settings, Told(1), (0,), act=True, host=host).step()
+        connect(settings.broker).delete(HOSTS)
+    kept = connect(settings.broker).lrange(DECISIONS, 0, -1)
+    assert [orjson.loads(text)["host"] for text in kept] == ["c", "b"]
+
+
+async def test_a_look_that_fails_does_not_end_the_service(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """One bad probe is logged, and the next one may go well."""
+
+    class Bad(Told):
+        looks = 0
+
+        async def look(self) -> dict[int, UnitView]:
+            self.looks += 1
+            if self.looks == 1:
+                raise RuntimeError("a bug")
+            return await super().look()
+
+    settings = settings_for(redis_server, worker={"device": "cpu"}, watcher={"probe_interval_s": 0.1})
+    units, stop = Bad(1), asyncio.Event()
+    watcher = Watcher(settings, units, (0,), act=True, host="a")
+    running = asyncio.create_task(watcher.run(stop))
+    while units.looks < 3:
+        await asyncio.sleep(0.02)
+    stop.set()
+    await running
+    assert watcher.history is not None
