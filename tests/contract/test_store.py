@@ -4,86 +4,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from pydantic import SecretStr
 
 from gpuinfer import Client
-from gpuinfer.errors import TaskFailed, WorkerRunning
+from gpuinfer.errors import TaskFailed
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.scripts import source
-from gpuinfer.queue.store import SEQS_OF_A_LIFE, Claimed, Final, Store
-from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings, Settings
-from tests.conftest import need
-from tests.services import RedisServer, free_port, make_certificate, redis_binary, valkey_binary
+from gpuinfer.queue.store import SEQS_OF_A_LIFE, Final, Store
+from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings
+from tests.contract.conftest import begin, done, ids
 
 pytestmark = pytest.mark.integration
-
-
-def _serve(kind: str, folder: Path) -> tuple[RedisServer, BrokerSettings]:
-    server, way = kind.split("-")
-    binary = {"redis": redis_binary(), "valkey": valkey_binary()}[server]
-    need(binary is not None, f"{server}-server")
-    port = free_port()
-    if way == "socket":
-        made = RedisServer(binary)
-        return made, BrokerSettings(url=made.url)
-    if way == "tcp":
-        made = RedisServer(binary, port=port, requirepass="a:b/c@d")
-        return made, BrokerSettings(url=f"redis://127.0.0.1:{port}/0", password=SecretStr("a:b/c@d"))
-    certificate, key = make_certificate(folder)
-    made = RedisServer(
-        binary,
-        tls_port=port,
-        tls_cert_file=str(certificate),
-        tls_key_file=str(key),
-        tls_ca_cert_file=str(certificate),
-        tls_auth_clients="no",
-    )
-    return made, BrokerSettings(url=f"rediss://127.0.0.1:{port}/0", tls_ca=certificate)
-
-
-@pytest.fixture(params=["redis-socket", "redis-tcp", "redis-tls", "valkey-socket", "valkey-tls"])
-def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BrokerSettings]:
-    """The settings of a server of each kind."""
-    server, settings = _serve(request.param, tmp_path)
-    try:
-        yield settings
-    finally:
-        server.close()
-
-
-@pytest.fixture
-def client(broker: BrokerSettings) -> Iterator[Client]:
-    with Client(Settings(broker=broker)) as opened:
-        yield opened
-
-
-@pytest.fixture
-def store(broker: BrokerSettings) -> Store:
-    return Store(connect(broker, retries=0), "gpu0@here", QUEUES, QueueSettings(ageing_s=0))
-
-
-def ids(claimed: list[Claimed]) -> list[str]:
-    return [decode(task.payload).id for task in claimed]
-
-
-def done(task: Claimed, value: Any = 1) -> Final:
-    task_id = decode(task.payload).id
-    return Final(task.seq, task_id, results.success(task_id, value, worker="w"))
-
-
-def begin(store: Store, tasks: list[Claimed]) -> set[int]:
-    return store.begin(
-        [(t.seq, decode(t.payload).id, results.started(decode(t.payload).id, "w", 1)) for t in tasks]
-    )
 
 
 def test_from_submission_to_result(store: Store, client: Client) -> None:
@@ -180,44 +117,6 @@ def test_what_ran_in_part_comes_again_as_a_repeat(store: Store, client: Client) 
         first, second = store.claim(2)
         assert [decode(task.payload).deliveries for task in (first, second)] == [0, deliveries]
         assert decode(second.payload).deaths == 0
-
-
-def test_restore_counts_deaths_of_what_ran(store: Store, client: Client) -> None:
-    """After a death all is back in its order; what ran has a death on its record, the rest has not."""
-    wanted = [client.submit([1]) for _ in range(3)]
-    claimed = store.claim(3)
-    begin(store, claimed[:1])
-    assert store.restore().returned == 3
-    again = [decode(task.payload) for task in store.claim(3)]
-    assert [envelope.id for envelope in again] == wanted
-    assert [(envelope.deliveries, envelope.deaths) for envelope in again] == [(1, 1), (1, 0), (1, 0)]
-
-
-def test_two_deaths_end_in_the_dead_letters(store: Store, client: Client) -> None:
-    """The second death of a task is its end: a dead letter and a failure, however often restore is called."""
-    task_id = client.submit([1])
-    for _ in range(2):
-        begin(store, store.claim(1))
-        found = store.restore()
-    assert found.dead == (task_id,)
-    assert client.status(task_id).state == "failed"
-    assert store.client.hlen(keys.DEAD) == 1
-    assert store.restore().returned == 0
-    assert store.claim(1) == []
-
-
-def test_restore_cut_off_before_the_burial(store: Store, client: Client) -> None:
-    """Killed between counting and burying, a restore does the rest when it is called again."""
-    task_id = client.submit([1])
-    begin(store, store.claim(1))
-    store.restore()
-    begin(store, store.claim(1))
-    store._restore(  # and then it is killed
-        keys=[store.inflight], args=[keys.BELL_PREFIX, keys.SEP, 2, keys.RESULT_PREFIX, results.PENDING_META]
-    )
-    assert client.status(task_id).state == "running"
-    assert store.restore().dead == (task_id,)
-    assert not store.client.exists(store.inflight)
 
 
 def test_a_final_state_is_written_once(store: Store, client: Client) -> None:
@@ -321,42 +220,6 @@ def test_a_claim_held_up_on_its_way_is_refused(store: Store, client: Client) -> 
     with pytest.raises(redis.ResponseError, match="STALE"):
         store._claim(**late)
     assert len(store.claim(1)) == 1
-
-
-def test_two_lives_do_not_meet(broker: BrokerSettings, store: Store, client: Client) -> None:
-    """What an earlier process of the same name settles late is its own; and it claims no more."""
-    wanted = [client.submit([1]) for _ in range(4)]
-    old = store.claim(2)
-    next_life = Store(connect(broker), store.worker, QUEUES, QueueSettings())
-    assert next_life.restore().returned == 2
-    new = next_life.claim(2)
-    assert ids(new) == wanted[:2]
-    store.settle([done(old[0])])
-    store.release([task.seq for task in old])
-    assert next_life.restore().returned == 2
-    with pytest.raises(WorkerRunning, match="taken over"):
-        store.claim(1)
-    assert ids(next_life.claim(9)) == wanted
-
-
-def test_restored_tasks_wait_again(store: Store, client: Client) -> None:
-    """What had begun when its worker died is queued again, says so, and can be cancelled."""
-    task_id = client.submit([1])
-    begin(store, store.claim(1))
-    assert client.status(task_id).state == "running"
-    store.restore()
-    assert client.status(task_id).state == "queued"
-    assert client.cancel(task_id)
-
-
-def test_no_death_on_the_account_of_what_does_not_run(store: Store, client: Client) -> None:
-    """A task whose batch has ended, and which waits for another, has no share in a later death."""
-    client.submit([1])
-    claimed = store.claim(1)
-    begin(store, claimed)
-    store.settle([], idle=True)
-    store.restore()
-    assert [decode(task.payload).deaths for task in store.claim(1)] == [0]
 
 
 def test_a_claim_that_begins(store: Store, client: Client) -> None:

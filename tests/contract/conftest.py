@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server of each kind, and what the tests of the queue's contract do with tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from gpuinfer import Client
+from gpuinfer.queue import results
+from gpuinfer.queue.connection import connect
+from gpuinfer.queue.message import decode
+from gpuinfer.queue.store import Claimed, Final, Store
+from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings, Settings
+from tests.conftest import need
+from tests.services import RedisServer, free_port, make_certificate, redis_binary, valkey_binary
+
+
+def _serve(kind: str, folder: Path) -> tuple[RedisServer, BrokerSettings]:
+    server, way = kind.split("-")
+    binary = {"redis": redis_binary(), "valkey": valkey_binary()}[server]
+    need(binary is not None, f"{server}-server")
+    port = free_port()
+    if way == "socket":
+        made = RedisServer(binary)
+        return made, BrokerSettings(url=made.url)
+    if way == "tcp":
+        made = RedisServer(binary, port=port, requirepass="a:b/c@d")
+        return made, BrokerSettings(url=f"redis://127.0.0.1:{port}/0", password=SecretStr("a:b/c@d"))
+    certificate, key = make_certificate(folder)
+    made = RedisServer(
+        binary,
+        tls_port=port,
+        tls_cert_file=str(certificate),
+        tls_key_file=str(key),
+        tls_ca_cert_file=str(certificate),
+        tls_auth_clients="no",
+    )
+    return made, BrokerSettings(url=f"rediss://127.0.0.1:{port}/0", tls_ca=certificate)
+
+
+@pytest.fixture(params=["redis-socket", "redis-tcp", "redis-tls", "valkey-socket", "valkey-tls"])
+def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BrokerSettings]:
+    """The settings of a server of each kind."""
+    server, settings = _serve(request.param, tmp_path)
+    try:
+        yield settings
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def client(broker: BrokerSettings) -> Iterator[Client]:
+    with Client(Settings(broker=broker)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def store(broker: BrokerSettings) -> Store:
+    return Store(connect(broker, retries=0), "gpu0@here", QUEUES, QueueSettings(ageing_s=0))
+
+
+def ids(claimed: list[Claimed]) -> list[str]:
+    return [decode(task.payload).id for task in claimed]
+
+
+def done(task: Claimed, value: Any = 1) -> Final:
+    task_id = decode(task.payload).id
+    return Final(task.seq, task_id, results.success(task_id, value, worker="w"))
+
+
+def begin(store: Store, tasks: list[Claimed]) -> set[int]:
+    return store.begin(
+        [(t.seq, decode(t.payload).id, results.started(decode(t.payload).id, "w", 1)) for t in tasks]
+    )

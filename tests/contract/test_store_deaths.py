@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The queue's contract when a worker dies: what comes back, in which order, and on whose account."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpuinfer import Client
+from gpuinfer.errors import WorkerRunning
+from gpuinfer.queue import keys, results
+from gpuinfer.queue.connection import connect
+from gpuinfer.queue.message import decode
+from gpuinfer.queue.store import Store
+from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings
+from tests.contract.conftest import begin, done, ids
+
+pytestmark = pytest.mark.integration
+
+
+def test_restore_counts_deaths_of_what_ran(store: Store, client: Client) -> None:
+    """After a death all is back in its order; what ran has a death on its record, the rest has not."""
+    wanted = [client.submit([1]) for _ in range(3)]
+    claimed = store.claim(3)
+    begin(store, claimed[:1])
+    assert store.restore().returned == 3
+    again = [decode(task.payload) for task in store.claim(3)]
+    assert [envelope.id for envelope in again] == wanted
+    assert [(envelope.deliveries, envelope.deaths) for envelope in again] == [(1, 1), (1, 0), (1, 0)]
+
+
+def test_two_deaths_end_in_the_dead_letters(store: Store, client: Client) -> None:
+    """The second death of a task is its end: a dead letter and a failure, however often restore is called."""
+    task_id = client.submit([1])
+    for _ in range(2):
+        begin(store, store.claim(1))
+        found = store.restore()
+    assert found.dead == (task_id,)
+    assert client.status(task_id).state == "failed"
+    assert store.client.hlen(keys.DEAD) == 1
+    assert store.restore().returned == 0
+    assert store.claim(1) == []
+
+
+def test_restore_cut_off_before_the_burial(store: Store, client: Client) -> None:
+    """Killed between counting and burying, a restore does the rest when it is called again."""
+    task_id = client.submit([1])
+    begin(store, store.claim(1))
+    store.restore()
+    begin(store, store.claim(1))
+    store._restore(  # and then it is killed
+        keys=[store.inflight], args=[keys.BELL_PREFIX, keys.SEP, 2, keys.RESULT_PREFIX, results.PENDING_META]
+    )
+    assert client.status(task_id).state == "running"
+    assert store.restore().dead == (task_id,)
+    assert not store.client.exists(store.inflight)
+
+
+def test_two_lives_do_not_meet(broker: BrokerSettings, store: Store, client: Client) -> None:
+    """What an earlier process of the same name settles late is its own; and it claims no more."""
+    wanted = [client.submit([1]) for _ in range(4)]
+    old = store.claim(2)
+    next_life = Store(connect(broker), store.worker, QUEUES, QueueSettings())
+    assert next_life.restore().returned == 2
+    new = next_life.claim(2)
+    assert ids(new) == wanted[:2]
+    store.settle([done(old[0])])
+    store.release([task.seq for task in old])
+    assert next_life.restore().returned == 2
+    with pytest.raises(WorkerRunning, match="taken over"):
+        store.claim(1)
+    assert ids(next_life.claim(9)) == wanted
+
+
+def test_restored_tasks_wait_again(store: Store, client: Client) -> None:
+    """What had begun when its worker died is queued again, says so, and can be cancelled."""
+    task_id = client.submit([1])
+    begin(store, store.claim(1))
+    assert client.status(task_id).state == "running"
+    store.restore()
+    assert client.status(task_id).state == "queued"
+    assert client.cancel(task_id)
+
+
+def test_no_death_on_the_account_of_what_does_not_run(store: Store, client: Client) -> None:
+    """A task whose batch has ended, and which waits for another, has no share in a later death."""
+    client.submit([1])
+    claimed = store.claim(1)
+    begin(store, claimed)
+    store.settle([], idle=True)
+    store.restore()
+    assert [decode(task.payload).deaths for task in store.claim(1)] == [0]
