@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 import redis
@@ -17,7 +18,7 @@ import redis
 from gpuinfer.errors import DeadLettered, GpuinferError, WorkerRunning
 from gpuinfer.log import get_logger
 from gpuinfer.queue import keys, results
-from gpuinfer.queue.direct import Direct
+from gpuinfer.queue.direct import Argument, Direct
 from gpuinfer.queue.message import Undecodable, decode
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QueueSettings
@@ -44,6 +45,24 @@ class Claimed:
     aged: bool = False
     #: The id under which the claim has noted that it runs; None where it has not.
     noted_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A claim as it is sent to Redis. One at a time: the next one's sequence ids depend on its answer."""
+
+    keys: Sequence[str]
+    args: Sequence[Argument]
+    #: The lists it claims from, the most urgent first.
+    lists: Sequence[str]
+    #: The life it belongs to. Redis refuses it in a later one.
+    life: int
+    sha: str
+
+    @property
+    def command(self) -> tuple[Argument, ...]:
+        """The whole command. Redis may have forgotten the script; ``Store.claim`` loads it."""
+        return ("EVALSHA", self.sha, len(self.keys), *self.keys, *self.args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +113,7 @@ class Store:
         self._unsure = False
         self._direct = direct = Direct(client)
         self._claim = direct.bind("claim")
+        self._claim_sha: str = bind(client, "claim").sha
         self._begin = direct.bind("begin")
         self._settle = direct.bind("settle")
         self._release = bind(client, "release")
@@ -127,34 +147,67 @@ class Store:
         lists = self.lists if better_than is None else self.lists[:better_than]
         if room <= 0 or not lists:
             return []
-        ageing_ms = 0 if better_than is not None else int(self._settings.ageing_s * 1000)
-        if self._unsure or not self._life or self._seq % SEQS_OF_A_LIFE + room >= SEQS_OF_A_LIFE:
+        if self._unsure or self._out_of_seqs(room):
             self._begin_life()
-        bell = keys.bell(keys.split_list_key(lists[0])[0])
+        order = self._order(lists, room, max_bytes, ageing=better_than is None, begin=begin)
         try:
-            flat = self._claim(
-                keys=[self.inflight, keys.WAITING, bell, keys.life(self.worker), *lists],
-                args=[
-                    *(room, ageing_ms, self._seq, self._life, keys.RESULT_PREFIX if begin else ""),
-                    *(keys.CLAIMED, max_bytes),
-                ],
-            )
+            answer = self._claim(keys=order.keys, args=order.args)
         except (redis.ConnectionError, redis.TimeoutError):
             self._unsure = True
             raise
         except redis.ResponseError as exc:
-            if "STALE" in str(exc):
+            answer = exc
+        return self.take(order, answer)
+
+    def order(self, room: int, *, begin: bool = False) -> Order | None:
+        """Return a claim to send by another way; its answer goes to ``take`` before there is another one.
+
+        None when only ``claim`` can tell what to take: nothing may be, or a life has to begin first.
+        """
+        if room <= 0 or not self.lists or self._unsure or self._out_of_seqs(room):
+            return None
+        return self._order(self.lists, room, MAX_BYTES, ageing=True, begin=begin)
+
+    def _order(self, lists: Sequence[str], room: int, max_bytes: int, *, ageing: bool, begin: bool) -> Order:
+        bell = keys.bell(keys.split_list_key(lists[0])[0])
+        names = (self.inflight, keys.WAITING, bell, keys.life(self.worker), *lists)
+        ageing_ms = int(self._settings.ageing_s * 1000) if ageing else 0
+        prefix = keys.RESULT_PREFIX if begin else ""
+        args = (room, ageing_ms, self._seq, self._life, prefix, keys.CLAIMED, max_bytes)
+        return Order(names, args, lists, self._life, self._claim_sha)
+
+    def take(self, order: Order, answer: Any) -> list[Claimed]:
+        """Return the tasks that the answer to a claim brings. Raises the error that it is.
+
+        A claim of an earlier life brings nothing: what it took is back in its list.
+        """
+        if order.life != self._life:
+            return []
+        if isinstance(answer, redis.ResponseError):
+            if "STALE" in str(answer):
                 raise WorkerRunning(
                     f"another worker called {self.worker} has taken over; names must differ between hosts"
-                ) from exc
-            raise
-        noted_id = flat.pop().decode(errors="replace") if len(flat) % 3 else None
-        self._seq += len(flat) // 3
+                ) from answer
+            raise answer
+        noted_id = answer.pop().decode(errors="replace") if len(answer) % 3 else None
+        self._seq += len(answer) // 3
+        lists = order.lists
         return [
-            Claimed(int(flat[i]), lists[abs(place) - 1], abs(place) - 1, flat[i + 2], place < 0, noted_id)
-            for i in range(0, len(flat), 3)
-            for place in (flat[i + 1],)
+            Claimed(int(answer[i]), lists[abs(place) - 1], abs(place) - 1, answer[i + 2], place < 0, noted_id)
+            for i in range(0, len(answer), 3)
+            for place in (answer[i + 1],)
         ]
+
+    def current(self, order: Order) -> bool:
+        """Tell whether what a claim takes is this worker's: no life has begun since."""
+        return order.life == self._life
+
+    def ring(self) -> None:
+        """Wake who waits for the most urgent queue's bell: this worker, if it does."""
+        self._direct.call("LPUSH", keys.bell(self.queues[0]), 1)
+
+    def _out_of_seqs(self, room: int) -> bool:
+        return not self._life or self._seq % SEQS_OF_A_LIFE + room >= SEQS_OF_A_LIFE
 
     def _begin_life(self) -> None:
         """Count a life of this worker. Its number is part of each sequence id, so that none comes twice."""

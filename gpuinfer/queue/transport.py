@@ -2,29 +2,34 @@
 """kombu's Redis transport with an atomic claim for the task queues.
 
 Registered as ``gpuinfer://`` (and ``gpuinfer+socket://``). Only the queues realtime, default and
-batch differ from kombu's: they are claimed by script when their bell rings (BRPOP) or a timer
-fires, and stand in an in-flight hash until settled. Pidbox, reply and fan-out queues stay on
-kombu's stock path.
+batch differ from kombu's: they are claimed by script when their bell rings (BRPOP, with the claim sent
+along) or a timer fires, and stand in an in-flight hash until settled. Pidbox, reply and fan-out queues
+stay on kombu's stock path.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
+from queue import Empty
 from typing import Any, Protocol
 
+from hiredis import pack_command
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as stock
 from kombu.transport.virtual import base as virtual
 from kombu.utils.json import dumps, loads
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
 from gpuinfer.errors import DeadLettered, WorkerRunning
 from gpuinfer.queue import keys
-from gpuinfer.queue.store import Claimed, Final, Store
+from gpuinfer.queue.store import Claimed, Final, Order, Store
 from gpuinfer.settings import QUEUES, QueueSettings
 
 _TAG = "gpuinfer-"
+#: Seconds for which a producer that did not ring is expected to go on.
+SILENT_S = 5.0
 
 
 class Sink(Protocol):
@@ -39,7 +44,7 @@ class Sink(Protocol):
 
     @property
     def idle(self) -> bool:
-        """True when what is claimed next runs at once."""
+        """True when nothing is held, and what is claimed next runs at once."""
 
     def receive(self, channel: Channel, tasks: Sequence[Claimed]) -> None:
         """Take over claimed tasks. Must not raise."""
@@ -58,6 +63,10 @@ def _seq(tag: object) -> int | None:
 
 class QoS(stock.QoS):  # type: ignore[misc]  # kombu is not annotated
     """Acknowledges claimed messages by settling them; there is no visibility timeout."""
+
+    def can_consume(self) -> bool:
+        """Tell whether to read what comes; what an ordered claim has taken is read in any case."""
+        return self.channel._order is not None or bool(super().can_consume())
 
     def append(self, message: Any, delivery_tag: Any) -> None:
         if _seq(delivery_tag) is None:
@@ -111,6 +120,9 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.sink: Sink | None = None
         self._store: Store | None = None
+        #: The claim that was sent behind the bells, until its answer is read.
+        self._order: Order | None = None
+        self._silent_at = -math.inf
         super().__init__(*args, **kwargs)
 
     # -- producing ------------------------------------------------------------------------
@@ -174,8 +186,16 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             self.connection._callbacks[keys.bell(queue)] = lambda _: self._on_bell(queue)
         return result
 
+    def basic_cancel(self, consumer_tag: str) -> Any:
+        self.withdraw()
+        return super().basic_cancel(consumer_tag)
+
     def _brpop_start(self, timeout: float | None = None) -> None:
-        """Wait for kombu's own queues as kombu does, and for ours by their bells."""
+        """Wait for kombu's own queues as kombu does, and for ours by their bells.
+
+        The claim goes along in the same packet: Redis runs it the moment a bell has rung, or the time is
+        over, which saves a round trip. Until its answer is read there is no other claim.
+        """
         active = self._queue_cycle.consume(len(self.active_queues))
         wanted: list[Any] = [
             self._q_for_pri(queue, pri)
@@ -183,14 +203,74 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             for queue in active
             if queue not in QUEUES
         ]
+        order = None
         room, better_than = self._room()
         if room and better_than is None:  # else the bells are for others; the timer finds what is urgent
-            wanted += [keys.bell(queue) for queue in self.served]
+            served = self.served
+            wanted += [keys.bell(queue) for queue in served]
+            if self.sink is not None and served:
+                self.store.serve(served)
+                order = self.store.order(room, begin=self.sink.idle)
         if not wanted:
             return
-        self._in_poll = self.client.connection
+        connection = self.client.connection
+        commands: list[tuple[Any, ...]] = [("BRPOP", *wanted, timeout or self.brpop_timeout or 0)]
+        if order is not None:
+            commands.append(order.command)
+        self._in_poll, self._order = connection, order
         self._brpop_sent_at = stock.monotonic()
-        self.client.connection.send_command("BRPOP", *wanted, timeout or self.brpop_timeout or 0)
+        connection.send_packed_command([b"".join(map(pack_command, commands))])
+
+    def _brpop_read(self, **options: Any) -> Any:
+        """Read what rang, and what the claim behind it took."""
+        order, self._order = self._order, None
+        if order is None:
+            return super()._brpop_read(**options)
+        try:
+            rung, answer = self._answer(), self._answer()
+        except self.connection_errors:
+            self.store.doubt()  # what the claim took is not known
+            self.client.connection.disconnect()
+            raise
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+        came = self._take(order, answer)
+        if isinstance(rung, ResponseError):
+            raise rung
+        if rung:
+            name = rung[0].decode()
+            queue = name.removeprefix(keys.BELL_PREFIX)
+            if queue == name:  # none of ours
+                self._queue_cycle.rotate(queue := name.rsplit(self.sep, 1)[0])
+                self.connection._deliver(loads(rung[1].decode()), queue)
+            elif not came and not self.store.current(order):
+                self._on_bell(queue)
+        if not rung and not came:
+            raise Empty
+        return True
+
+    def _answer(self) -> Any:
+        """Return the next answer on the waiting connection, be it an error."""
+        try:
+            return self.client.connection.read_response()
+        except ResponseError as exc:
+            return exc
+
+    def _take(self, order: Order, answer: Any) -> int:
+        """Hand on what an ordered claim took; return how many tasks."""
+        if self.sink is None:
+            return 0
+        if isinstance(answer, NoScriptError):
+            return self.claim()
+        try:
+            tasks = self.store.take(order, answer)
+        except WorkerRunning as exc:
+            self.sink.fenced(exc)
+            return 0
+        if tasks:
+            self.sink.receive(self, tasks)
+        return len(tasks)
 
     def _room(self) -> tuple[int, int | None]:
         if self.sink is not None:
@@ -206,20 +286,60 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
                 self._create_client().lpush(keys.bell(queue), 1)
 
     @property
+    def ordered(self) -> bool:
+        """True while a claim is on its way, for which an event will come within ``brpop_timeout``."""
+        return self._order is not None and not self.store.unsure and self.store.current(self._order)
+
+    def withdraw(self) -> None:
+        """Let the claim that is on its way, if one is, take nothing; what it took goes back."""
+        if self.sink is not None and self.ordered:
+            self.store.doubt()
+            with suppress(RedisError, OSError):  # the next claim sees to it
+                self._reconcile(self.sink)
+
+    def _reconcile(self, sink: Sink) -> None:
+        delivered = {seq for tag in self.qos._delivered if (seq := _seq(tag)) is not None}
+        self.store.reconcile(sink.held() | delivered)
+
+    def look(self) -> None:
+        """Look into the lists once, for producers that do not ring."""
+        if not self.listening or not self.store.waits():
+            return
+        if self.ordered:
+            self._silent_at = stock.monotonic()
+            with suppress(OutOfMemoryError):  # found when the wait is over
+                self.store.ring()
+        else:
+            self.claim()
+
+    def again(self) -> None:
+        """Claim when a batch has ended, unless a claim waits for a bell and bells have rung of late."""
+        if self.silent:
+            self.look()
+        else:
+            self.claim()
+
+    @property
+    def silent(self) -> bool:
+        """True when of late there were tasks that nobody had rung for."""
+        return bool(stock.monotonic() - self._silent_at < SILENT_S)
+
+    @property
     def listening(self) -> bool:
         """True when there are task queues to claim from, and room for a task."""
         return not self.closed and bool(self.served) and self._room()[0] > 0
 
     def claim(self) -> int:
         """Claim what there is room for and hand it on; return how many tasks came."""
+        if self.ordered:
+            return 0
         served, (room, better_than) = self.served, self._room()
         if self.closed or not served or room <= 0:
             return 0
         store = self.store
         store.serve(served)
         if self.sink is not None and store.unsure:
-            delivered = {seq for tag in self.qos._delivered if (seq := _seq(tag)) is not None}
-            store.reconcile(self.sink.held() | delivered)
+            self._reconcile(self.sink)
         try:
             idle = self.sink is not None and self.sink.idle
             tasks = store.claim(room, better_than=better_than, begin=idle)
@@ -279,8 +399,7 @@ class Transport(stock.Transport):  # type: ignore[misc]  # kombu is not annotate
     def claim_all(self) -> None:
         """Look into the lists once, for producers that do not ring."""
         for channel in list(self.channels):
-            if channel.listening and channel.store.waits():
-                channel.claim()
+            channel.look()
 
 
 def register() -> None:

@@ -86,8 +86,8 @@ class Batcher:
 
     @property
     def idle(self) -> bool:
-        """True when what is claimed next runs at once."""
-        return self.engine.current is None and not self._buffer.ready
+        """True when nothing is held, and what is claimed next runs at once."""
+        return self.engine.current is None and not len(self._buffer) and not self._ledger.unsettled
 
     @property
     def done(self) -> int:
@@ -110,6 +110,7 @@ class Batcher:
     def detach(self) -> None:
         """Go on without a connection: what runs is settled when there is one again."""
         self.channel = self._books.dispatcher = None
+        self.store.doubt()  # what a claim takes whose answer is never read
 
     # -- the channel's side ---------------------------------------------------------------
 
@@ -154,7 +155,7 @@ class Batcher:
         if self._finishing:
             return
         self.pump()
-        self._settle([])  # what the claim has put on record may not have begun
+        self._settle([])  # what is on record may not have begun
         if len(tasks) < self._longest:
             self._stay()
 
@@ -167,13 +168,13 @@ class Batcher:
             return
         self._stride = max(1, came - len(works))
         self._buffer.remove(works)
+        self._put_back(works)
+
+    def _put_back(self, works: Sequence[Work]) -> None:
+        """Put tasks back for other workers."""
         for work in works:
             self._books.finished(work, None)
-        try:
-            self.store.release([work.seq for work in works])
-        except (redis.RedisError, OSError) as exc:
-            self.store.doubt()  # what is not held is put back at the next claim
-            self._ledger.trouble("release", exc)
+        self._release(works)
         story.handed_back(works)
 
     # -- feeding --------------------------------------------------------------------------
@@ -239,22 +240,22 @@ class Batcher:
         """Take what the inference thread has finished, start the next batch, then settle."""
         while not self.engine.done.empty():
             self._finish(self.engine.done.get())
-        if self.channel is not None and not self._closed:
-            self.channel.claim()
+        if self.channel is not None:  # there is no room once it is closed
+            self.channel.again()
 
     def _stay(self) -> None:
-        """Wait a moment for a batch when nothing else is held: on its way through the event loop and back
-        a small one would spend a good part of its time."""
+        """Wait a moment for a batch when nothing else is held: the event loop's way round takes time, too."""
         if self.engine.current is None or self._buffer.ready:
             return
         done = self.engine.wait(PATIENCE_S)
         if done is not None:
             self._finish(done)
-            self.engine.wake()  # to claim again
+            if self.channel is not None and self.channel.silent:
+                self.engine.wake()  # to look again
 
     def _finish(self, done: Done) -> None:
-        """Start the next batch, then write the ends of this one. Whatever goes wrong here ends the process:
-        its tasks come back, and a death is on the account of what ran."""
+        """Start the next batch, then write this one's ends. What goes wrong here ends the process: its tasks
+        come back, and a death is on the account of what ran."""
         self.engine.current = None
         if done.fatal is not None:
             story.batch_lost(done)
@@ -349,6 +350,8 @@ class Batcher:
             self._on_fatal(self.engine.failed)
             return
         self._settle([])
+        if self.engine.stalled and len(self._buffer):
+            self._put_back(self._buffer.clear())
         if not self.engine.done.empty():
             self.collect()
         running = self.engine.current
@@ -361,14 +364,15 @@ class Batcher:
         self.engine.probe()
 
     def drain(self, timeout_s: float, *, crashed: bool = False) -> None:
-        """Hand back what has not begun, finish the running batch, settle it. For a warm shutdown.
+        """Hand back what has not begun, finish the running batch, settle it. A second call does nothing.
 
-        After a crash the record of what ran stands: if a task was the cause, its death counts. Called again,
-        it does nothing.
+        After a crash the record of what ran stands: if a task was the cause, its death counts.
         """
         if self._closed:
             return
         self._closed, self._crashed = True, self._crashed or crashed
+        if self.channel is not None:
+            self.channel.withdraw()
         works = self._buffer.clear()
         self._release(works)
         if self.engine.current is not None:
@@ -384,14 +388,15 @@ class Batcher:
         while self._ledger.unsettled and self._clock() < deadline:
             time.sleep(0.2)
             self._settle([])
-        ids = [work.id for work in works]
-        log.info("drained", released=len(works), unsettled=len(self._ledger.unsettled), task_ids=ids)
+        unsettled, ids = len(self._ledger.unsettled), [work.id for work in works]
+        log.info("drained", released=len(works), unsettled=unsettled, task_ids=ids)
 
     def _release(self, works: Sequence[Work]) -> None:
         """Put tasks back; of what has run in part, the rest is a repeat."""
-        seqs, ran = [work.seq for work in works], {work.seq for work in works if work.begun}
         try:
-            self.store.release(seqs, ran)
+            self.store.release([work.seq for work in works], {work.seq for work in works if work.begun})
         except (redis.RedisError, OSError) as exc:
-            hint = "restored at the next start"
-            log.warning("release_failed", tasks=len(works), reason=str(exc), hint=hint)
+            self.store.doubt()  # what is not held is put back at the next claim
+            log.warning(
+                "release_failed", tasks=len(works), reason=str(exc), hint="put back at the next claim"
+            )

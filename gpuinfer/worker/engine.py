@@ -29,6 +29,8 @@ log = get_logger(__name__)
 
 #: Seconds without a batch after which an idle worker's GPU is tried, and again, and again.
 PROBE_EVERY_S = 5.0
+#: A probe takes a millisecond. Seconds after which what waits behind one had better go elsewhere.
+STALLED_AFTER_S = 1.0
 #: Seconds that the thread's end is waited for while a probe runs: a GPU that hangs may never let go of it.
 PROBE_PATIENCE_S = 5.0
 
@@ -142,6 +144,11 @@ class Engine:
         if now - self.moved_at >= PROBE_EVERY_S:
             self.probing, self.moved_at = True, now
             self._jobs.put(partial(self._probe, self._tried))
+
+    @property
+    def stalled(self) -> bool:
+        """True when a probe takes so long that nothing should wait here for its end."""
+        return self.probing and time.monotonic() - self.moved_at > STALLED_AFTER_S
 
     def wait(self, timeout_s: float) -> Done | None:
         """Wait for the batch that runs, and take it; None when it takes longer."""

@@ -6,6 +6,7 @@ The worlds take turns, one repeat each, so that a noisy moment of the machine me
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -199,6 +200,8 @@ def latency(folder: Path, sizes: Sizes) -> Iterator[Line]:
         for world in worlds:
             with world(folder) as running:
                 running.start()
+                gc.collect()
+                gc.freeze()  # a full collection of this process, torch and all, takes 0.1 s
                 paused[world.name].append(_trips(running, sizes.trips, _PAUSES_S))
                 chained[world.name].append(_trips(running, sizes.trips, (0, 0)))
     for found, kind in ((paused, ""), (chained, ", no pause")):

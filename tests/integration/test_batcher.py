@@ -25,7 +25,7 @@ from gpuinfer.worker import engine as engine_module
 from gpuinfer.worker.batcher import Batcher
 from gpuinfer.worker.bookkeeping import Bookkeeping
 from gpuinfer.worker.deadline import Deadline
-from gpuinfer.worker.engine import PROBE_EVERY_S, Engine
+from gpuinfer.worker.engine import PROBE_EVERY_S, STALLED_AFTER_S, Engine
 from tests.models_for_tests import picky
 from tests.services import RedisServer
 from tests.unit.test_engine import Small
@@ -45,6 +45,12 @@ class Line:
         if tasks:
             self._batcher.receive(self, tasks)  # type: ignore[arg-type]  # all of a channel that is used
         return len(tasks)
+
+    again = claim
+    silent = True
+
+    def withdraw(self) -> None:
+        """No claim is on its way."""
 
 
 @pytest.fixture
@@ -194,6 +200,21 @@ def test_a_device_that_hangs_takes_no_task(batcher: Batcher, client: Client, mod
     assert batcher.engine.current is not None, "begun at once"
     turn(batcher, lambda: client.status(task).final)
     assert client.status(task).state == "completed"
+
+
+def test_what_waits_behind_a_device_that_hangs_goes_back(batcher: Batcher, client: Client) -> None:
+    """It came with a claim that was on its way; after a second others may have it, no death on its record."""
+    client.submit([1.0], model="picky")
+    tasks = batcher.store.claim(1, begin=True)
+    batcher.engine.probing, batcher.engine.moved_at = True, time.monotonic()
+    batcher.receive(batcher.channel, tasks)  # type: ignore[arg-type]  # all of a channel that is used
+    batcher.tick()
+    assert len(batcher.held()) == 1
+    batcher.engine.moved_at -= STALLED_AFTER_S
+    batcher.tick()
+    assert not batcher.held()
+    (task,) = batcher.store.claim(1)
+    assert (decode(task.payload).deaths, decode(task.payload).deliveries) == (0, 0)
 
 
 def test_nothing_begins_while_a_device_is_tried(batcher: Batcher, client: Client, model: Small) -> None:
