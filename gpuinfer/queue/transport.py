@@ -18,18 +18,19 @@ from typing import Any, Protocol
 from hiredis import pack_command
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as stock
-from kombu.transport.virtual import base as virtual
 from kombu.utils.json import dumps, loads
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
 from gpuinfer.errors import DeadLettered, WorkerRunning
 from gpuinfer.queue import keys
-from gpuinfer.queue.store import Claimed, Final, Order, Store
+from gpuinfer.queue.qos import TAG, QoS, seq_of
+from gpuinfer.queue.store import Claimed, Order, Store
 from gpuinfer.settings import QUEUES, QueueSettings
 
-_TAG = "gpuinfer-"
 #: Seconds for which a producer that did not ring is expected to go on.
 SILENT_S = 5.0
+#: Seconds for which a claim saves the timer's look into the lists.
+FRESH_S = 0.025
 
 
 class Sink(Protocol):
@@ -56,56 +57,6 @@ class Sink(Protocol):
         """Another process claims under this worker's name: end this one."""
 
 
-def _seq(tag: object) -> int | None:
-    """Return the seq behind a delivery tag of ours, None for one of kombu's."""
-    return int(tag.removeprefix(_TAG)) if isinstance(tag, str) and tag.startswith(_TAG) else None
-
-
-class QoS(stock.QoS):  # type: ignore[misc]  # kombu is not annotated
-    """Acknowledges claimed messages by settling them; there is no visibility timeout."""
-
-    def can_consume(self) -> bool:
-        """Tell whether to read what comes; what an ordered claim has taken is read in any case."""
-        return self.channel._order is not None or bool(super().can_consume())
-
-    def append(self, message: Any, delivery_tag: Any) -> None:
-        if _seq(delivery_tag) is None:
-            super().append(message, delivery_tag)
-        else:
-            virtual.QoS.append(self, message, delivery_tag)
-
-    def ack(self, delivery_tag: Any) -> None:
-        seq = _seq(delivery_tag)
-        if seq is None:
-            super().ack(delivery_tag)
-            return
-        self.channel.store.settle([Final(seq, "", b"")])
-        virtual.QoS.ack(self, delivery_tag)
-
-    def reject(self, delivery_tag: Any, requeue: bool = False) -> None:
-        seq = _seq(delivery_tag)
-        if seq is None:
-            super().reject(delivery_tag, requeue=requeue)
-            return
-        if requeue:
-            self.channel.store.release([seq])
-        else:
-            self.channel.bury(delivery_tag, seq)
-        virtual.QoS.ack(self, delivery_tag)
-
-    def restore_unacked(self, client: Any = None) -> None:
-        """Give back what was delivered through kombu and not acknowledged, when the channel closes."""
-        self._flush()
-        seqs = [seq for tag in self._delivered if (seq := _seq(tag)) is not None]
-        self.channel.store.release(seqs)
-        for tag in [tag for tag in self._delivered if _seq(tag) is not None]:
-            del self._delivered[tag]
-        super().restore_unacked(client)
-
-    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: no task is ever lent for a time."""
-
-
 class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
     """A channel whose task queues are claimed."""
 
@@ -122,7 +73,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         self._store: Store | None = None
         #: The claim that was sent behind the bells, until its answer is read.
         self._order: Order | None = None
-        self._silent_at = -math.inf
+        self._silent_at = self._claimed_at = -math.inf
         super().__init__(*args, **kwargs)
 
     # -- producing ------------------------------------------------------------------------
@@ -235,6 +186,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
+        self._claimed_at = stock.monotonic()
         came = self._take(order, answer)
         if isinstance(rung, ResponseError):
             raise rung
@@ -298,7 +250,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
                 self._reconcile(self.sink)
 
     def _reconcile(self, sink: Sink) -> None:
-        delivered = {seq for tag in self.qos._delivered if (seq := _seq(tag)) is not None}
+        delivered = {seq for tag in self.qos._delivered if (seq := seq_of(tag)) is not None}
         self.store.reconcile(sink.held() | delivered)
 
     def look(self) -> None:
@@ -323,6 +275,11 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
     def silent(self) -> bool:
         """True when of late there were tasks that nobody had rung for."""
         return bool(stock.monotonic() - self._silent_at < SILENT_S)
+
+    @property
+    def fresh(self) -> bool:
+        """True when a claim has just looked into all lists, and nobody was silent of late."""
+        return bool(stock.monotonic() - self._claimed_at < FRESH_S) and not self.silent
 
     @property
     def listening(self) -> bool:
@@ -360,13 +317,13 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         queue, _ = keys.split_list_key(task.list_key)
         try:
             message = loads(task.payload)
-            message["properties"]["delivery_tag"] = f"{_TAG}{task.seq}"
+            message["properties"]["delivery_tag"] = f"{TAG}{task.seq}"
             if message.get("gpuinfer"):
                 message["headers"]["redelivered"] = True
         except (ValueError, TypeError, KeyError) as exc:
             self.store.bury(task.seq, task.list_key, task.payload, DeadLettered(f"cannot be decoded: {exc}"))
             return
-        self._raw[f"{_TAG}{task.seq}"] = task
+        self._raw[f"{TAG}{task.seq}"] = task
         self.connection._deliver(message, queue)
 
     @property
@@ -397,9 +354,10 @@ class Transport(stock.Transport):  # type: ignore[misc]  # kombu is not annotate
         loop.call_repeatedly(poll_ms / 1000, self.claim_all)
 
     def claim_all(self) -> None:
-        """Look into the lists once, for producers that do not ring."""
+        """Look into the lists, for producers that do not ring."""
         for channel in list(self.channels):
-            channel.look()
+            if not channel.fresh:
+                channel.look()
 
 
 def register() -> None:
