@@ -388,8 +388,8 @@ class Batcher:
         while self._ledger.unsettled and self._clock() < deadline:
             time.sleep(0.2)
             self._settle([])
-        unsettled, ids = len(self._ledger.unsettled), [work.id for work in works]
-        log.info("drained", released=len(works), unsettled=unsettled, task_ids=ids)
+        counts = {"released": len(works), "unsettled": len(self._ledger.unsettled)}
+        log.info("drained", **counts, task_ids=[work.id for work in works])
 
     def _release(self, works: Sequence[Work]) -> None:
         """Put tasks back; of what has run in part, the rest is a repeat."""
@@ -397,6 +397,5 @@ class Batcher:
             self.store.release([work.seq for work in works], {work.seq for work in works if work.begun})
         except (redis.RedisError, OSError) as exc:
             self.store.doubt()  # what is not held is put back at the next claim
-            log.warning(
-                "release_failed", tasks=len(works), reason=str(exc), hint="put back at the next claim"
-            )
+            hint = "put back at the next claim"
+            log.warning("release_failed", tasks=len(works), reason=str(exc), hint=hint)

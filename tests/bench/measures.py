@@ -7,7 +7,7 @@ The worlds take turns, one repeat each, so that a noisy moment of the machine me
 from __future__ import annotations
 
 import gc
-import re
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -135,8 +135,9 @@ def _backlog(world: World, values: Sequence[object]) -> tuple[float, float]:
         ids = world.submit_all(values)
         worker = world.start(ready=False)  # or it would have begun before we look
         began, ended = world.drain(ids)
-        busy_ms = sum(float(ms) for ms in re.findall(r'"duration_ms": ?([\d.]+)', worker.text()))
-        return len(ids) / (ended - began), busy_ms / 1000 / (ended - began)
+        lines = [line for line in worker.text().splitlines() if '"batch_done"' in line]
+        busy_s = sum(json.loads(line)["duration_ms"] for line in lines) / 1000
+        return len(ids) / (ended - began), busy_s / (ended - began)
 
 
 def steady(folder: Path, sizes: Sizes) -> Iterator[Line]:
