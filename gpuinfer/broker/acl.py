@@ -71,15 +71,15 @@ RULES: Mapping[str, Sequence[str]] = {
     # Claims and settles; writes states, its in-flight hash and the dead letters, which it cannot drop.
     "worker": (
         *(*_CONNECTION, *_SCRIPTS, "+publish", "+multi", "+exec", "+discard", "+time", "+info"),
+        # Ends a wait of its own.
+        "+client|unblock",
         *(_RESULT_CHANNELS, "&/*.celeryev*", "&*.reply.celery.pidbox*"),
         # kombu binds its control queues by script, too.
         *(*_LISTS, _OURS, _RESULTS, *_KOMBU),
-        # The lists and what is noted of them are asked for at once.
-        _selector("+exists", *_LISTS, _WAITING),
-        _selector("+rpop", "+rpush", "+llen", *_LISTS),
+        _selector("+exists", "+rpop", "+rpush", "+llen", *_LISTS),
         _selector("+lpush", "+ltrim", "+brpop", "+llen", _BELLS),
         _selector("+hset", "+hget", "+hdel", "+hkeys", _INFLIGHT),
-        _selector("+hset", "+hdel", "+hgetall", _WAITING),
+        _selector("+exists", "+hset", "+hdel", "+hgetall", _WAITING),
         _selector("+hincrby", _CLAIMED),
         _selector("+hset", _DEAD),
         _selector("+get", "+set", _LIVES),
@@ -97,6 +97,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+llen", "+exists", "+rpush", *_LISTS),
         _selector("+lpush", "+ltrim", _BELLS),
         _selector("+hlen", "+hget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
+        _selector("+get", "+set", _LIVES),
         _selector("+hlen", "+hset", _DEAD),
         _selector("+hget", "+hmget", "+hgetall", _WAITING, _CLAIMED),
         _selector("+hincrby", _CLAIMED),

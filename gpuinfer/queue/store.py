@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +130,7 @@ class Store:
 
     def waits(self) -> bool:
         """Tell whether a claim may find something; a third of an empty claim's price."""
-        return self._unsure or bool(self._direct.call("EXISTS", *self.lists, keys.WAITING))
+        return self._unsure or bool(self._direct.call("EXISTS", *self.lists))
 
     @property
     def unsure(self) -> bool:
@@ -160,7 +161,8 @@ class Store:
         return self.take(order, answer)
 
     def order(self, room: int, *, begin: bool = False) -> Order | None:
-        """Return a claim to send by another way; its answer goes to ``take`` before there is another one.
+        """Return a claim to send by another way; its answer goes to ``take`` before there is another one,
+        unless it is not ``current`` any more.
 
         None when only ``claim`` can tell what to take: nothing may be, or a life has to begin first.
         """
@@ -177,12 +179,7 @@ class Store:
         return Order(names, args, lists, self._life, self._claim_sha)
 
     def take(self, order: Order, answer: Any) -> list[Claimed]:
-        """Return the tasks that the answer to a claim brings. Raises the error that it is.
-
-        A claim of an earlier life brings nothing: what it took is back in its list.
-        """
-        if order.life != self._life:
-            return []
+        """Return the tasks that the answer to a claim brings. Raises the error that it is."""
         if isinstance(answer, redis.ResponseError):
             if "STALE" in str(answer):
                 raise WorkerRunning(
@@ -199,12 +196,20 @@ class Store:
         ]
 
     def current(self, order: Order) -> bool:
-        """Tell whether what a claim takes is this worker's: no life has begun since."""
-        return order.life == self._life
+        """Tell whether what an ordered claim takes is this worker's: no life has begun since, nor has to.
 
-    def ring(self) -> None:
-        """Wake who waits for the most urgent queue's bell: this worker, if it does."""
-        self._direct.call("LPUSH", keys.bell(self.queues[0]), 1)
+        Else it is back in its list, or will be.
+        """
+        return order.life == self._life and not self._unsure
+
+    def end_wait(self, client_id: int | None) -> None:
+        """End the wait of this worker's connection of that id, as if its time were over.
+
+        A Redis that does not allow it, such as one behind a proxy, ends it a moment later.
+        """
+        if client_id is not None:
+            with suppress(redis.ResponseError):
+                self._direct.call("CLIENT", "UNBLOCK", client_id)
 
     def _out_of_seqs(self, room: int) -> bool:
         return not self._life or self._seq % SEQS_OF_A_LIFE + room >= SEQS_OF_A_LIFE
@@ -271,8 +276,10 @@ class Store:
     def restore(self) -> Restored:
         """Put everything in flight back; bury what has taken its workers down too often.
 
-        Only for a worker that is known not to run. Safe to repeat after being cut off anywhere.
+        Only for a worker that is known not to run: a claim that it has left behind in Redis is refused from
+        now on. Safe to repeat after being cut off anywhere.
         """
+        self._begin_life()
         flat = self._restore(
             keys=[self.inflight],
             args=[

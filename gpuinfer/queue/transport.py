@@ -31,6 +31,8 @@ from gpuinfer.settings import QUEUES, QueueSettings
 SILENT_S = 5.0
 #: Seconds for which a claim saves the timer's look into the lists.
 FRESH_S = 0.025
+#: Seconds beyond the end of a wait after which its answer is given up: the connection has gone silent.
+OVERDUE_S = 0.5
 
 
 class Sink(Protocol):
@@ -73,6 +75,8 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         self._store: Store | None = None
         #: The claim that was sent behind the bells, until its answer is read.
         self._order: Order | None = None
+        #: The socket that waits for bells, and the id that Redis has given it.
+        self._waiting: tuple[Any, int | None] = (None, None)
         self._silent_at = self._claimed_at = -math.inf
         super().__init__(*args, **kwargs)
 
@@ -168,39 +172,60 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         commands: list[tuple[Any, ...]] = [("BRPOP", *wanted, timeout or self.brpop_timeout or 0)]
         if order is not None:
             commands.append(order.command)
+            self._learn_id(connection)
         self._in_poll, self._order = connection, order
         self._brpop_sent_at = stock.monotonic()
         connection.send_packed_command([b"".join(map(pack_command, commands))])
 
+    def _learn_id(self, connection: Any) -> None:
+        """Ask Redis once how it calls this connection: by that name its wait can be ended."""
+        if self._waiting[0] is not connection._sock:
+            connection.send_command("CLIENT", "ID")
+            found = self._answer()
+            self._waiting = connection._sock, found if isinstance(found, int) else None
+
+    def _on_connection_disconnect(self, connection: Any) -> None:
+        """Forget the claim whose answer this connection would have brought: what it took is not known."""
+        if self._order is not None and self._in_poll is connection:
+            self._order = None
+            self.store.doubt()
+        super()._on_connection_disconnect(connection)
+
     def _brpop_read(self, **options: Any) -> Any:
         """Read what rang, and what the claim behind it took."""
-        order, self._order = self._order, None
+        order = self._order
         if order is None:
             return super()._brpop_read(**options)
         try:
             rung, answer = self._answer(), self._answer()
-        except self.connection_errors:
-            self.store.doubt()  # what the claim took is not known
-            self.client.connection.disconnect()
+        except BaseException:
+            self.client.connection.disconnect()  # what is left of the answers is nobody's
             raise
         finally:
-            self._in_poll = None
+            self._in_poll = self._order = None
             self._flush_brpop_reauth()
         self._claimed_at = stock.monotonic()
-        came = self._take(order, answer)
+        came = 0
+        try:
+            came = self._take(order, answer)
+        finally:  # what was popped is gone from Redis
+            if rung and not isinstance(rung, ResponseError):
+                self._rung(order, *rung, came=came)
         if isinstance(rung, ResponseError):
             raise rung
-        if rung:
-            name = rung[0].decode()
-            queue = name.removeprefix(keys.BELL_PREFIX)
-            if queue == name:  # none of ours
-                self._queue_cycle.rotate(queue := name.rsplit(self.sep, 1)[0])
-                self.connection._deliver(loads(rung[1].decode()), queue)
-            elif not came and not self.store.current(order):
-                self._on_bell(queue)
         if not rung and not came:
             raise Empty
         return True
+
+    def _rung(self, order: Order, key: bytes, value: bytes, *, came: int) -> None:
+        """Deliver a message of kombu's own; pass a bell on when the claim was for nothing."""
+        name = key.decode()
+        queue = name.removeprefix(keys.BELL_PREFIX)
+        if queue == name:
+            self._queue_cycle.rotate(queue := name.rsplit(self.sep, 1)[0])
+            self.connection._deliver(loads(value.decode()), queue)
+        elif not came and not self.store.current(order):
+            self._on_bell(queue)
 
     def _answer(self) -> Any:
         """Return the next answer on the waiting connection, be it an error."""
@@ -211,7 +236,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
 
     def _take(self, order: Order, answer: Any) -> int:
         """Hand on what an ordered claim took; return how many tasks."""
-        if self.sink is None:
+        if self.sink is None or not self.store.current(order):
             return 0
         if isinstance(answer, NoScriptError):
             return self.claim()
@@ -239,12 +264,20 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
 
     @property
     def ordered(self) -> bool:
-        """True while a claim is on its way, for which an event will come within ``brpop_timeout``."""
-        return self._order is not None and not self.store.unsure and self.store.current(self._order)
+        """True while a claim is on its way whose answer will be taken."""
+        return self._order is not None and self.store.current(self._order)
+
+    @property
+    def _overdue(self) -> bool:
+        """True when the answer to the claim should have come: its connection has gone silent, perhaps."""
+        if not self.ordered or not self.brpop_timeout or not self._in_poll:
+            return False
+        waited = stock.monotonic() - self._brpop_sent_at
+        return waited > self.brpop_timeout + OVERDUE_S and not stock._socket_readable(self._in_poll._sock)
 
     def withdraw(self) -> None:
         """Let the claim that is on its way, if one is, take nothing; what it took goes back."""
-        if self.sink is not None and self.ordered:
+        if self.sink is not None and self._order is not None and (self.ordered or self.store.unsure):
             self.store.doubt()
             with suppress(RedisError, OSError):  # the next claim sees to it
                 self._reconcile(self.sink)
@@ -255,12 +288,13 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
 
     def look(self) -> None:
         """Look into the lists once, for producers that do not ring."""
+        if self._overdue:
+            self.withdraw()
         if not self.listening or not self.store.waits():
             return
         if self.ordered:
             self._silent_at = stock.monotonic()
-            with suppress(OutOfMemoryError):  # found when the wait is over
-                self.store.ring()
+            self.store.end_wait(self._waiting[1])
         else:
             self.claim()
 

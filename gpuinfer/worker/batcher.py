@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -63,7 +64,8 @@ class Batcher:
         self.store = store
         self.engine = engine
         self.device = device
-        self._manifests = manifests
+        #: The manifests of the models served, by name.
+        self.models = manifests
         self._settings = settings
         self._books = bookkeeping
         self._on_fatal = on_fatal
@@ -74,19 +76,16 @@ class Batcher:
         self._stride = self._longest = max(engine.limit(name) for name in manifests)
         self._ledger = Ledger(store)
         self._intake = Intake(store, self._ledger, bookkeeping, manifests, settings, clock, wall)
-        self._closed = self._crashed = self._finishing = False
+        self._closed = self._crashed = False
+        #: The batch that has ended, while what is more urgent than the next is looked for.
+        self._finishing: Batch | None = None
         self._looked_at = clock()
         self._debug = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
         self.channel: Channel | None = None
 
     @property
-    def models(self) -> Mapping[str, Manifest]:
-        """The manifests of the models served, by name."""
-        return self._manifests
-
-    @property
     def idle(self) -> bool:
-        """True when nothing is held, and what is claimed next runs at once."""
+        """True when nothing is held: what is claimed next runs at once."""
         return self.engine.current is None and not len(self._buffer) and not self._ledger.unsettled
 
     @property
@@ -104,7 +103,7 @@ class Batcher:
         self.channel, self._books.dispatcher = channel, dispatcher
 
     def show(self) -> None:
-        """Let Celery's remote control, and its heartbeat, see what is held now."""
+        """Let Celery see what is held now."""
         self._books.show()
 
     def detach(self) -> None:
@@ -134,10 +133,9 @@ class Batcher:
 
     def held(self) -> set[int]:
         """Return the seqs of everything claimed and not settled."""
-        seqs = {work.seq for work in self._buffer}
-        if self.engine.current is not None:
-            seqs |= {work.seq for work in self.engine.current.works}
-        return seqs | {final.seq for final in self._ledger.unsettled if final.seq is not None}
+        batches = [batch for batch in (self.engine.current, self._finishing) if batch is not None]
+        works = chain(self._buffer, *(batch.works for batch in batches))
+        return {work.seq for work in works} | self._ledger.held()
 
     def fenced(self, error: WorkerRunning) -> None:
         """End the process: another one claims under this name."""
@@ -152,7 +150,7 @@ class Batcher:
         if finals:
             self._settle(finals)
         self._hand_back(len(tasks))
-        if self._finishing:
+        if self._finishing is not None:
             return
         self.pump()
         self._settle([])  # what is on record may not have begun
@@ -160,18 +158,18 @@ class Batcher:
             self._stay()
 
     def _hand_back(self, came: int) -> None:
-        """Put back what is beyond the batches that come next, for other workers; claim less from now on."""
+        """Put back what is beyond the batches that come next; claim less from now on."""
         works = self._buffer.surplus(BUFFER_BYTES)
         if not works:
             if came >= self._stride:
                 self._stride = min(self._longest, 2 * self._stride)
             return
         self._stride = max(1, came - len(works))
-        self._buffer.remove(works)
         self._put_back(works)
 
     def _put_back(self, works: Sequence[Work]) -> None:
-        """Put tasks back for other workers."""
+        """Put tasks of the buffer back for other workers."""
+        self._buffer.remove(works)
         for work in works:
             self._books.finished(work, None)
         self._release(works)
@@ -254,8 +252,8 @@ class Batcher:
                 self.engine.wake()  # to look again
 
     def _finish(self, done: Done) -> None:
-        """Start the next batch, then write this one's ends. What goes wrong here ends the process: its tasks
-        come back, and a death is on the account of what ran."""
+        """Start the next batch, then write this one's ends. What goes wrong here ends the process: its
+        tasks come back, and a death is on the account of what ran."""
         self.engine.current = None
         if done.fatal is not None:
             story.batch_lost(done)
@@ -271,9 +269,10 @@ class Batcher:
         except Exception as exc:
             log.exception("batch_unfinished", task_ids=[work.id for work in done.batch.works])
             self._crashed = True
-            self._on_fatal(GpuinferError(f"a batch could not be finished: {type(exc).__name__}: {exc}"))
-            return
-        story.batch_done(done, self.device)
+            reason = f"a batch could not be finished: {type(exc).__name__}: {exc}"
+            self._on_fatal(GpuinferError(reason))
+        else:
+            story.batch_done(done, self.device)
 
     def _overtake(self, done: Done) -> None:
         """Look for what is more urgent than the full batch that comes next: nobody rings for that.
@@ -282,13 +281,13 @@ class Batcher:
         """
         if done.seconds < URGENT_LOOK_S or self.channel is None or self._closed or self.room()[1] is None:
             return
-        self._finishing = True
+        self._finishing = done.batch
         try:
             self.channel.claim()
         except (redis.RedisError, OSError):
             pass  # the event loop finds out, and connects again
         finally:
-            self._finishing = False
+            self._finishing = None
 
     def _outcomes(self, done: Done) -> list[Final]:
         """Distribute a batch's outcomes over its tasks; return the ends of those that are complete."""
@@ -351,7 +350,7 @@ class Batcher:
             return
         self._settle([])
         if self.engine.stalled and len(self._buffer):
-            self._put_back(self._buffer.clear())
+            self._put_back(list(self._buffer))
         if not self.engine.done.empty():
             self.collect()
         running = self.engine.current
@@ -397,5 +396,5 @@ class Batcher:
             self.store.release([work.seq for work in works], {work.seq for work in works if work.begun})
         except (redis.RedisError, OSError) as exc:
             self.store.doubt()  # what is not held is put back at the next claim
-            hint = "put back at the next claim"
+            hint = "put back at the next claim or start"
             log.warning("release_failed", tasks=len(works), reason=str(exc), hint=hint)

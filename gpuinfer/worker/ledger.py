@@ -2,7 +2,8 @@
 """What Redis is told of a worker's tasks: which batch runs, and how tasks ended.
 
 The record of what runs says on whose account a death goes. A claim of an idle worker that takes a
-single task writes it along, as that task runs next; any other batch is written before it begins.
+single task writes it along, as that task runs next, unless the worker dies before it reads the answer;
+any other batch is written before it begins.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class Ledger:
     def unsettled(self) -> Sequence[Final]:
         """Final states that Redis has not taken yet."""
         return self._outbox
+
+    def held(self) -> set[int]:
+        """Return their places in flight."""
+        return {final.seq for final in self._outbox if final.seq is not None}
 
     def claimed(self, tasks: Sequence[Claimed]) -> None:
         """Remember what the claim has put on record."""

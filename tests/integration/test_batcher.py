@@ -26,6 +26,7 @@ from gpuinfer.worker.batcher import Batcher
 from gpuinfer.worker.bookkeeping import Bookkeeping
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.engine import PROBE_EVERY_S, STALLED_AFTER_S, Engine
+from tests.claims import consuming
 from tests.models_for_tests import picky
 from tests.services import RedisServer
 from tests.unit.test_engine import Small
@@ -302,3 +303,30 @@ def test_an_orderly_end_is_on_nobodys_account(batcher: Batcher, client: Client) 
     batcher.channel.claim()
     batcher.drain(1.0)
     assert not batcher.store.client.exists(batcher.store.inflight)
+
+
+def test_a_batch_that_ends_while_redis_is_away_is_not_put_back(
+    batcher: Batcher, client: Client, model: Small, redis_server: RedisServer
+) -> None:
+    """The first thing after the reconnection is its end, with a look for what is more urgent."""
+    begun = threading.Event()
+    model.watch = lambda: begun.wait(10)
+    tasks = client.submit_many([[float(n)] for n in range(192)], model="picky", queue="default")
+    with consuming(redis_server.socket, batcher, batcher._settings) as channel:
+        channel.claim()
+        assert batcher.engine.current is not None
+        running = {work.id for work in batcher.engine.current.works}
+        assert 0 < len(running) < len(tasks)
+        assert batcher.room()[1] is not None
+        batcher.detach()
+        time.sleep(2 * batcher_module.URGENT_LOOK_S)
+        begun.set()
+        wait_until(lambda: not batcher.engine.done.empty())
+        batcher.store.doubt()
+        batcher.attach(channel, None)
+        with capture_logs() as lines:
+            batcher.collect()
+        assert "task_skipped" not in {line["event"] for line in lines}
+        assert all(client.status(task).final for task in running)
+        turn(batcher, lambda: all(client.status(task).final for task in tasks))
+    assert sum(model.sizes) == len(tasks)

@@ -4,54 +4,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import redis
-from kombu import Connection, Queue
 
 from gpuinfer import Client
-from gpuinfer.errors import WorkerRunning
-from gpuinfer.queue import keys, transport
+from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
-from gpuinfer.queue.message import decode
-from gpuinfer.queue.store import Claimed, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.queue.transport import Channel
 from gpuinfer.settings import QUEUES, Settings
+from tests.claims import NAME, Taker, consuming, stand, taken, turn
 from tests.services import RedisServer
 from tests.workers import wait_until
 
 pytestmark = pytest.mark.integration
-
-NAME = "gpu0@here"
-
-
-class Taker:
-    """The batcher's part: keeps what it is given."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.space, self.idle = 10, True
-        self.tasks: list[Claimed] = []
-        self.end: WorkerRunning | None = None
-
-    def room(self) -> tuple[int, int | None]:
-        return self.space, None
-
-    def receive(self, channel: Channel, tasks: Sequence[Claimed]) -> None:
-        self.tasks += tasks
-
-    def held(self) -> set[int]:
-        return {task.seq for task in self.tasks}
-
-    def fenced(self, error: WorkerRunning) -> None:
-        self.end = error
-
-    @property
-    def ids(self) -> list[str]:
-        return [decode(task.payload).id for task in self.tasks]
 
 
 @pytest.fixture
@@ -66,34 +34,8 @@ def taker(settings: Settings) -> Taker:
 
 @pytest.fixture
 def channel(taker: Taker, redis_server: RedisServer, settings: Settings) -> Iterator[Channel]:
-    """A worker's channel on all queues; its first claim, which begins the life, has been made."""
-    transport.register()
-    options = {"worker": NAME, "queue_settings": settings.queue.model_dump()}
-    url = f"gpuinfer+socket://{redis_server.socket}"
-    with Connection(url, transport_options=options) as connection:
-        made: Channel = connection.default_channel
-        made.sink = taker
-        queues = [Queue(name, routing_key=name) for name in QUEUES]
-        with connection.Consumer(queues, channel=made, callbacks=[lambda *_: None]):
-            made.claim()
-            yield made
-
-
-def turn(channel: Channel, timeout: float = 0.05) -> None:
-    """Do what the event loop does once: send what is to be sent, and read what has come."""
-    with suppress(TimeoutError):
-        channel.connection.client.drain_events(timeout=timeout)
-
-
-def stand(channel: Channel) -> None:
-    """Send bells and claim, and see that they stand."""
-    turn(channel)
-    assert channel.ordered
-
-
-def taken(taker: Taker) -> int:
-    """Count what this worker has in flight."""
-    return int(taker.store.client.hlen(taker.store.inflight)) // 2
+    with consuming(redis_server.socket, taker, settings) as made:
+        yield made
 
 
 def test_a_task_comes_without_another_claim(
@@ -151,26 +93,6 @@ def test_a_producer_that_does_not_ring(channel: Channel, taker: Taker, client: C
     assert channel.silent
     turn(channel, 1)
     assert len(taker.tasks) == 1
-
-
-def test_a_lost_answer(
-    channel: Channel, taker: Taker, client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The connection breaks with tasks in the answer: they go back, and come by the next claim, once."""
-    stand(channel)
-    task = client.submit([1.0])
-    wait_until(lambda: taken(taker) == 1)
-
-    def broken(*_: object, **__: object) -> Any:
-        raise redis.ConnectionError("Connection closed by server.")
-
-    monkeypatch.setattr(channel.client.connection, "read_response", broken)
-    with pytest.raises(redis.ConnectionError):
-        turn(channel, 1)
-    assert taker.store.unsure
-    assert not taker.tasks
-    assert channel.claim() == 1
-    assert (taker.ids, taken(taker)) == ([task], 1)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -246,3 +168,21 @@ def test_a_closed_channel_keeps_nothing(channel: Channel, taker: Taker, client: 
     client.submit([1.0])
     channel.close()
     assert (taker.tasks, taken(taker)) == ([], 0)
+
+
+def test_a_bell_for_others_is_not_rung(channel: Channel, taker: Taker, client: Client) -> None:
+    """A task that nobody rang for ends its finder's own wait; a list that is not served brings none."""
+    client.submit([1.0])
+    turn(channel, 1)
+    payload = taker.tasks.pop().payload
+    stand(channel)
+    taker.store.client.hset(keys.WAITING, "strange", 1)
+    channel.look()
+    assert not channel.silent
+    taker.store.client.lpush("default", payload)
+    assert channel.listening
+    before = [taker.store.client.llen(keys.bell(name)) for name in QUEUES]
+    channel.look()
+    turn(channel, 0.5)
+    assert len(taker.tasks) == 1
+    assert [taker.store.client.llen(keys.bell(name)) for name in QUEUES] == before

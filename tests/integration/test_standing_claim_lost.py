@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The claim that stands in Redis behind the bells, when its answer does not come, or comes too late."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from kombu import Queue
+
+from gpuinfer import Client
+from gpuinfer.queue import keys, transport
+from gpuinfer.queue.connection import connect
+from gpuinfer.queue.message import decode
+from gpuinfer.queue.store import Store
+from gpuinfer.queue.transport import Channel
+from gpuinfer.settings import QUEUES, Settings
+from tests.claims import NAME, Taker, Wire, consuming, stand, taken, turn
+from tests.services import RedisServer
+from tests.workers import wait_until
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def settings(redis_server: RedisServer, settings_for: Callable[..., Settings]) -> Settings:
+    return settings_for(redis_server)
+
+
+@pytest.fixture
+def taker(settings: Settings) -> Taker:
+    return Taker(Store(connect(settings.broker, retries=0), NAME, QUEUES, settings.queue))
+
+
+@pytest.fixture
+def channel(taker: Taker, redis_server: RedisServer, settings: Settings) -> Iterator[Channel]:
+    with consuming(redis_server.socket, taker, settings) as made:
+        yield made
+
+
+@pytest.fixture
+def wire(tmp_path: Path, redis_server: RedisServer) -> Iterator[Wire]:
+    with closing(Wire(tmp_path / "wire", redis_server.socket)) as made:
+        yield made
+
+
+def test_a_lost_answer(
+    channel: Channel, taker: Taker, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks with tasks in the answer: they go back, and come by the next claim, once."""
+    stand(channel)
+    task = client.submit([1.0])
+    wait_until(lambda: taken(taker) == 1)
+
+    def broken(*_: object, **__: object) -> Any:
+        raise redis.ConnectionError("Connection closed by server.")
+
+    monkeypatch.setattr(channel.client.connection, "read_response", broken)
+    with pytest.raises(redis.ConnectionError):
+        turn(channel, 1)
+    assert taker.store.unsure
+    assert not taker.tasks
+    assert channel.claim() == 1
+    assert (taker.ids, taken(taker)) == ([task], 1)
+
+
+def test_a_connection_that_is_dropped_unread(channel: Channel, taker: Taker, client: Client) -> None:
+    """kombu drops one that was silent for long. What the claim took goes back; nothing is written over."""
+    stand(channel)
+    tasks = [client.submit([1.0])]
+    wait_until(lambda: taken(taker) == 1)
+    channel.client.connection.disconnect()
+    assert not channel.ordered
+    tasks.append(client.submit([2.0]))
+    for _ in range(3):
+        turn(channel, 0.2)
+        channel.look()
+    assert (taker.ids, taken(taker)) == (tasks, 2)
+
+
+def test_a_connection_that_goes_silent(wire: Wire, taker: Taker, client: Client, settings: Settings) -> None:
+    """The answer is not waited for much longer than the bells: what came in between comes by a call."""
+    with consuming(wire.path, taker, settings) as channel:
+        stand(channel)
+        wire.cut()
+        tasks = [client.submit([1.0])]
+        wait_until(lambda: taken(taker) == 1)
+        channel.look()
+        tasks.append(client.submit([2.0]))
+        channel.look()
+        assert channel.ordered
+        assert not taker.tasks
+        time.sleep(channel.brpop_timeout + transport.OVERDUE_S + 0.1)
+        life = int(taker.store.client.get(keys.life(NAME)) or 0)
+        for _ in range(5):
+            channel.look()
+        assert (taker.ids, taken(taker)) == (tasks, 2)
+        assert int(taker.store.client.get(keys.life(NAME)) or 0) == life + 1
+        channel.client.connection.disconnect()
+        tasks.append(client.submit([3.0]))
+        turn(channel, 0.2)
+        turn(channel, 0.2)
+        assert taker.ids == tasks
+
+
+def test_a_late_answer_of_a_busy_worker(channel: Channel, taker: Taker, client: Client) -> None:
+    """It has come, and was not read for long: nothing is withdrawn."""
+    stand(channel)
+    task = client.submit([1.0])
+    time.sleep(channel.brpop_timeout + transport.OVERDUE_S + 0.1)
+    channel.look()
+    assert channel.ordered
+    turn(channel)
+    assert taker.ids == [task]
+
+
+def test_a_claim_that_outlives_its_worker(
+    channel: Channel, taker: Taker, client: Client, settings: Settings
+) -> None:
+    """Redis has not heard of the death: what is put back is not taken by the dead."""
+    stand(channel)
+    task = client.submit([1.0])
+    wait_until(lambda: taken(taker) == 1)
+    turn(channel, 1)
+    stand(channel)
+    dead, taker.tasks = taker.tasks, []
+    after = Store(connect(settings.broker, retries=0), NAME, QUEUES, settings.queue)
+    assert after.restore().ids == (task,)
+    time.sleep(channel.brpop_timeout + 0.2)
+    assert taken(taker) == 0
+    assert [decode(one.payload).id for one in after.claim(5)] == [decode(one.payload).id for one in dead]
+
+
+def test_a_doubt_whose_answer_is_lost(
+    channel: Channel, taker: Taker, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis has counted the life that the worker does not know: its own claim is no other worker's."""
+    stand(channel)
+    count = taker.store._count_life
+
+    def lost(**arguments: Any) -> Any:
+        count(**arguments)
+        raise redis.ConnectionError("Connection closed by server.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(taker.store, "_count_life", lost)
+        channel.withdraw()
+    task = client.submit([1.0])
+    turn(channel, 1)
+    assert taker.end is None
+    channel.look()
+    assert taker.ids == [task]
+
+
+def test_a_claim_withdrawn_in_doubt(channel: Channel, taker: Taker, client: Client) -> None:
+    """A worker that drains while it does not know what it holds withdraws its claim all the same."""
+    stand(channel)
+    taker.store.doubt()
+    taker.space = 0
+    channel.withdraw()
+    client.submit([1.0])
+    channel.close()
+    assert (taker.tasks, taken(taker)) == ([], 0)
+
+
+def test_a_message_beside_a_claim_that_fails(channel: Channel, taker: Taker) -> None:
+    """What a queue of kombu's own has brought is delivered, whatever becomes of the claim."""
+    got: list[Any] = []
+    other = Queue("other", routing_key="other")
+    connection = channel.connection.client
+    with connection.Consumer([other], channel=channel, callbacks=[lambda body, _: got.append(body)]):
+        turn(channel)
+        time.sleep(channel.brpop_timeout + 0.1)  # the next wait is for this queue, too
+        turn(channel)
+        stand(channel)
+        taker.store.client.set("default", "no list")
+        connection.Producer(channel).publish({"n": 1}, routing_key="other")
+        with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+            turn(channel, 1)
+        assert got == [{"n": 1}]
