@@ -7,6 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import redis
@@ -15,7 +16,7 @@ from redis.exceptions import NoPermissionError
 from gpuinfer.queue import keys
 from gpuinfer.queue.message import Submission
 from tests.brokers import OurRedis, our_redis
-from tests.workers import NAME
+from tests.workers import NAME, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -89,6 +90,7 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
         ("SADD", "_kombu.binding.celery.pidbox", "x"),
         ("SUBSCRIBE", PIDBOX),
         ("PSUBSCRIBE", "*"),
+        ("CLIENT", "UNBLOCK", "1"),
     ],
     "worker": [
         ("SCAN", "0"),
@@ -111,6 +113,7 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
         ("GET", keys.result("1")),
         ("DEL", keys.result("1")),
         ("SUBSCRIBE", PIDBOX),
+        ("CLIENT", "UNBLOCK", "1"),
         ("RENAME", "gpuinfer:watcher:x", "realtime"),
         ("COPY", "realtime", "gpuinfer:watcher:x"),
         ("LMOVE", "realtime", "gpuinfer:watcher:x", "LEFT", "RIGHT"),
@@ -147,6 +150,16 @@ def test_refused(redis_server: OurRedis, user: str) -> None:
         assert allowed == []
         assert contents(admin) == before
     assert redis_server.denied(), "and Redis notes it"
+
+
+def test_a_worker_ends_its_own_wait(redis_server: OurRedis) -> None:
+    """Of the commands on connections it has what that takes."""
+    with redis_server.client("worker") as worker, redis_server.client("worker") as waiting:
+        number = waiting.client_id()
+        with ThreadPoolExecutor(1) as thread:
+            waited = thread.submit(waiting.brpop, [keys.bell("realtime")], 10)
+            wait_until(lambda: worker.execute_command("CLIENT", "UNBLOCK", number))
+            assert waited.result() is None
 
 
 def test_watchers_own_notes(redis_server: OurRedis) -> None:
