@@ -14,8 +14,9 @@ from kombu import Connection, Queue
 from gpuinfer.errors import WorkerRunning
 from gpuinfer.queue import transport
 from gpuinfer.queue.message import decode
+from gpuinfer.queue.sink import Sink
 from gpuinfer.queue.store import Claimed, Store
-from gpuinfer.queue.transport import Channel, Sink
+from gpuinfer.queue.transport import Channel
 from gpuinfer.settings import QUEUES, Settings
 
 NAME = "gpu0@here"

@@ -71,7 +71,7 @@ RULES: Mapping[str, Sequence[str]] = {
     # Claims and settles; writes states, its in-flight hash and the dead letters, which it cannot drop.
     "worker": (
         *(*_CONNECTION, *_SCRIPTS, "+publish", "+multi", "+exec", "+discard", "+time", "+info"),
-        # Ends a wait of its own.
+        # Ends a wait of its own; Redis does not ask whose it is.
         "+client|unblock",
         *(_RESULT_CHANNELS, "&/*.celeryev*", "&*.reply.celery.pidbox*"),
         # kombu binds its control queues by script, too.

@@ -58,7 +58,7 @@ def inflight(worker: str) -> str:
 
 
 def life(worker: str) -> str:
-    """Return the counter of ``worker``'s lives: each process counts one, and each doubt about a claim."""
+    """Return the counter of ``worker``'s lives: each process, restore, and doubt about a claim counts one."""
     return LIFE_PREFIX + worker
 
 

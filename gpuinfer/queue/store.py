@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,11 +180,7 @@ class Store:
     def take(self, order: Order, answer: Any) -> list[Claimed]:
         """Return the tasks that the answer to a claim brings. Raises the error that it is."""
         if isinstance(answer, redis.ResponseError):
-            if "STALE" in str(answer):
-                raise WorkerRunning(
-                    f"another worker called {self.worker} has taken over; names must differ between hosts"
-                ) from answer
-            raise answer
+            raise self._explain(answer) from answer
         noted_id = answer.pop().decode(errors="replace") if len(answer) % 3 else None
         self._seq += len(answer) // 3
         lists = order.lists
@@ -202,21 +197,37 @@ class Store:
         """
         return order.life == self._life and not self._unsure
 
-    def end_wait(self, client_id: int | None) -> None:
-        """End the wait of this worker's connection of that id, as if its time were over.
+    def _explain(self, error: redis.ResponseError) -> Exception:
+        if "STALE" not in str(error):
+            return error
+        return WorkerRunning(
+            f"another worker called {self.worker} has taken over; names must differ between hosts"
+        )
 
-        A Redis that does not allow it, such as one behind a proxy, ends it a moment later.
-        """
-        if client_id is not None:
-            with suppress(redis.ResponseError):
-                self._direct.call("CLIENT", "UNBLOCK", client_id)
+    def end_wait(self, client_id: int) -> bool:
+        """End the wait of the connection of that id, as if its time were over. False: Redis refuses."""
+        try:
+            self._direct.call("CLIENT", "UNBLOCK", client_id)
+        except redis.ResponseError:
+            return False
+        return True
+
+    def ring(self) -> None:
+        """Wake who waits longest for the most urgent queue's bell: this worker, if it is alone."""
+        self._direct.call("LPUSH", keys.bell(self.queues[0]), 1)
 
     def _out_of_seqs(self, room: int) -> bool:
         return not self._life or self._seq % SEQS_OF_A_LIFE + room >= SEQS_OF_A_LIFE
 
     def _begin_life(self) -> None:
         """Count a life of this worker. Its number is part of each sequence id, so that none comes twice."""
-        self._life = int(self._count_life(keys=[keys.life(self.worker)], args=[self._life]))
+        try:
+            self._life = int(self._count_life(keys=[keys.life(self.worker)], args=[self._life]))
+        except (redis.ConnectionError, redis.TimeoutError):
+            self._life += bool(self._life)  # counted perhaps; if not, it is refused when it comes late
+            raise
+        except redis.ResponseError as exc:
+            raise self._explain(exc) from exc
         self._seq = self._life * SEQS_OF_A_LIFE
 
     def doubt(self) -> None:
@@ -279,18 +290,14 @@ class Store:
         Only for a worker that is known not to run: a claim that it has left behind in Redis is refused from
         now on. Safe to repeat after being cut off anywhere.
         """
+        self._life = 0  # takes over, whoever has counted since
         self._begin_life()
-        flat = self._restore(
-            keys=[self.inflight],
-            args=[
-                keys.BELL_PREFIX,
-                keys.SEP,
-                self._settings.max_deaths,
-                keys.RESULT_PREFIX,
-                results.PENDING_META,
-                keys.CLAIMED,
-            ],
-        )
+        limit, pending = self._settings.max_deaths, results.PENDING_META
+        args = (keys.BELL_PREFIX, keys.SEP, limit, keys.RESULT_PREFIX, pending, keys.CLAIMED, self._life)
+        try:
+            flat = self._restore(keys=[self.inflight, keys.life(self.worker)], args=args)
+        except redis.ResponseError as exc:
+            raise self._explain(exc) from exc
         dead = []
         for i in range(2, len(flat), 4):
             seq, list_key, payload, deaths = flat[i : i + 4]

@@ -10,10 +10,9 @@ stay on kombu's stock path.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import suppress
 from queue import Empty
-from typing import Any, Protocol
+from typing import Any
 
 from hiredis import pack_command
 from kombu.transport import TRANSPORT_ALIASES
@@ -24,6 +23,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, Respon
 from gpuinfer.errors import DeadLettered, WorkerRunning
 from gpuinfer.queue import keys
 from gpuinfer.queue.qos import TAG, QoS, seq_of
+from gpuinfer.queue.sink import Sink
 from gpuinfer.queue.store import Claimed, Order, Store
 from gpuinfer.settings import QUEUES, QueueSettings
 
@@ -33,30 +33,6 @@ SILENT_S = 5.0
 FRESH_S = 0.025
 #: Seconds beyond the end of a wait after which its answer is given up: the connection has gone silent.
 OVERDUE_S = 0.5
-
-
-class Sink(Protocol):
-    """Who takes claimed tasks straight from the channel: the worker's batcher."""
-
-    @property
-    def store(self) -> Store:
-        """The store tasks are claimed with."""
-
-    def room(self) -> tuple[int, int | None]:
-        """Return how many tasks to claim now, and the rank they must be better than, if any."""
-
-    @property
-    def idle(self) -> bool:
-        """True when nothing is held, and what is claimed next runs at once."""
-
-    def receive(self, channel: Channel, tasks: Sequence[Claimed]) -> None:
-        """Take over claimed tasks. Must not raise."""
-
-    def held(self) -> set[int]:
-        """Return the seqs of all tasks held."""
-
-    def fenced(self, error: WorkerRunning) -> None:
-        """Another process claims under this worker's name: end this one."""
 
 
 class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
@@ -279,7 +255,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         """Let the claim that is on its way, if one is, take nothing; what it took goes back."""
         if self.sink is not None and self._order is not None and (self.ordered or self.store.unsure):
             self.store.doubt()
-            with suppress(RedisError, OSError):  # the next claim sees to it
+            with suppress(RedisError, OSError, WorkerRunning):  # the next claim, or the end, sees to it
                 self._reconcile(self.sink)
 
     def _reconcile(self, sink: Sink) -> None:
@@ -294,9 +270,17 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             return
         if self.ordered:
             self._silent_at = stock.monotonic()
-            self.store.end_wait(self._waiting[1])
+            self._end_wait()
         else:
             self.claim()
+
+    def _end_wait(self) -> None:
+        """Let the claim that stands run now. Where Redis allows no more, ring; another worker may hear it."""
+        waiting, client_id = self._waiting
+        if client_id is None or not self.store.end_wait(client_id):
+            self._waiting = waiting, None
+            with suppress(OutOfMemoryError):  # found when the wait is over
+                self.store.ring()
 
     def again(self) -> None:
         """Claim when a batch has ended, unless a claim waits for a bell and bells have rung of late."""
@@ -329,9 +313,9 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             return 0
         store = self.store
         store.serve(served)
-        if self.sink is not None and store.unsure:
-            self._reconcile(self.sink)
         try:
+            if self.sink is not None and store.unsure:
+                self._reconcile(self.sink)
             idle = self.sink is not None and self.sink.idle
             tasks = store.claim(room, better_than=better_than, begin=idle)
         except WorkerRunning as exc:

@@ -172,7 +172,7 @@ class Batcher:
         self._buffer.remove(works)
         for work in works:
             self._books.finished(work, None)
-        self._release(works)
+        self._ledger.release(works)
         story.handed_back(works)
 
     # -- feeding --------------------------------------------------------------------------
@@ -373,13 +373,13 @@ class Batcher:
         if self.channel is not None:
             self.channel.withdraw()
         works = self._buffer.clear()
-        self._release(works)
+        self._ledger.release(works)
         if self.engine.current is not None:
             done = self.engine.done.get()
             self.engine.current = None
             self._settle(self._outcomes(done))
             story.batch_done(done, self.device)
-            self._release(self._buffer.clear())  # with slices left
+            self._ledger.release(self._buffer.clear())  # with slices left
         self.engine.close()
         if not self._crashed:
             self._ledger.nothing_runs()
@@ -387,14 +387,7 @@ class Batcher:
         while self._ledger.unsettled and self._clock() < deadline:
             time.sleep(0.2)
             self._settle([])
+        if not self._crashed:
+            self._ledger.reconcile(self.held())
         counts = {"released": len(works), "unsettled": len(self._ledger.unsettled)}
         log.info("drained", **counts, task_ids=[work.id for work in works])
-
-    def _release(self, works: Sequence[Work]) -> None:
-        """Put tasks back; of what has run in part, the rest is a repeat."""
-        try:
-            self.store.release([work.seq for work in works], {work.seq for work in works if work.begun})
-        except (redis.RedisError, OSError) as exc:
-            self.store.doubt()  # what is not held is put back at the next claim
-            hint = "put back at the next claim or start"
-            log.warning("release_failed", tasks=len(works), reason=str(exc), hint=hint)

@@ -14,13 +14,14 @@ from typing import Any
 
 import redis
 
-from gpuinfer.errors import GpuinferError
+from gpuinfer.errors import GpuinferError, WorkerRunning
 from gpuinfer.log import get_logger
 from gpuinfer.queue import results
 from gpuinfer.queue.connection import AWAY
 from gpuinfer.queue.message import Envelope
 from gpuinfer.queue.store import Claimed, Final, Store
 from gpuinfer.worker.buffer import Batch
+from gpuinfer.worker.work import Work
 
 log = get_logger(__name__)
 
@@ -129,6 +130,23 @@ class Ledger:
         """Wipe the record, whatever a claim may have put there."""
         self._noted_idle = False
         self.settle([], idle=True)
+
+    def release(self, works: Sequence[Work]) -> None:
+        """Put tasks back; of what has run in part, the rest is a repeat."""
+        try:
+            self._store.release([work.seq for work in works], {work.seq for work in works if work.begun})
+        except (redis.RedisError, OSError) as exc:
+            self._store.doubt()  # what is not held is put back before the next claim, or at the end
+            hint = "put back when Redis answers"
+            log.warning("release_failed", tasks=len(works), reason=str(exc), hint=hint)
+
+    def reconcile(self, held: set[int]) -> None:
+        """At the end of a worker: put back what is in flight and, in doubt, not held."""
+        try:
+            self._store.reconcile(held)
+        except (redis.RedisError, OSError, WorkerRunning) as exc:
+            hint = "what is there is put back at this worker's next start"
+            log.warning("in_flight_unknown", reason=str(exc), hint=hint)
 
     def trouble(self, what: str, exc: Exception) -> None:
         """Say once that Redis refuses; that it is away, the connection says."""

@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from gpuinfer import Client
-from gpuinfer.errors import TaskFailed
+from gpuinfer.errors import TaskFailed, WorkerRunning
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import decode
@@ -220,6 +220,65 @@ def test_a_claim_held_up_on_its_way_is_refused(store: Store, client: Client) -> 
     with pytest.raises(redis.ResponseError, match="STALE"):
         store._claim(**late)
     assert len(store.claim(1)) == 1
+
+
+def test_a_life_held_up_on_its_way_is_not_counted(
+    store: Store, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker has given it up and counted again; it goes on."""
+    client.submit([1])
+    first = store.claim(1)
+    real = store._count_life
+    late: dict[str, Any] = {}
+
+    def cut(**call: Any) -> None:
+        late.update(call)
+        raise redis.TimeoutError("cut off")
+
+    store.doubt()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_count_life", cut)
+        with pytest.raises(redis.TimeoutError):
+            store.reconcile({task.seq for task in first})
+    assert store.reconcile({task.seq for task in first}) == 0
+    with pytest.raises(redis.ResponseError, match="STALE"):
+        real(**late)
+    client.submit([1])
+    assert len(store.claim(1)) == 1
+
+
+def test_a_worker_in_doubt_does_not_take_its_name_back(store: Store) -> None:
+    """Another process has taken over: this one learns that, be it by its claim or by its doubt."""
+    store.claim(1)
+    twin = Store(store.client, store.worker, store.queues, store._settings)
+    twin.claim(1)
+    store.doubt()
+    with pytest.raises(WorkerRunning, match="taken over"):
+        store.reconcile(set())
+    assert twin.claim(1) == []
+
+
+def test_a_restore_held_up_on_its_way_is_refused(
+    store: Store, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives when the next process works already: what that holds stays with it."""
+    late: dict[str, Any] = {}
+
+    def cut(**call: Any) -> None:
+        late.update(call)
+        raise redis.TimeoutError("cut off")
+
+    real = store._restore
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_restore", cut)
+        with pytest.raises(redis.TimeoutError):
+            store.restore()
+    client.submit([1])
+    store.restore()
+    held = store.claim(1)
+    with pytest.raises(redis.ResponseError, match="STALE"):
+        real(**late)
+    assert store.client.hexists(store.inflight, str(held[0].seq))
 
 
 def test_a_claim_that_begins(store: Store, client: Client) -> None:

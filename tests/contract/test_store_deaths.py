@@ -47,9 +47,16 @@ def test_restore_cut_off_before_the_burial(store: Store, client: Client) -> None
     begin(store, store.claim(1))
     store.restore()
     begin(store, store.claim(1))
-    store._restore(  # and then it is killed
-        keys=[store.inflight], args=[keys.BELL_PREFIX, keys.SEP, 2, keys.RESULT_PREFIX, results.PENDING_META]
+    args = (
+        keys.BELL_PREFIX,
+        keys.SEP,
+        2,
+        keys.RESULT_PREFIX,
+        results.PENDING_META,
+        keys.CLAIMED,
+        store._life,
     )
+    store._restore(keys=[store.inflight, keys.life(store.worker)], args=args)  # and then it is killed
     assert client.status(task_id).state == "running"
     assert store.restore().dead == (task_id,)
     assert not store.client.exists(store.inflight)

@@ -140,6 +140,7 @@ def test_sigterm_while_redis_is_away(workers: Workers, client: Client, redis_ser
     time.sleep(3)
     redis_server.start()
     assert worker.wait(40) == 0
+    assert not redis_server.client().exists(keys.inflight(NAME))
     workers.start(worker_models="slow")
     statuses = list(client.as_completed(tasks, timeout_s=20))
     assert {status.state for status in statuses} == {"completed"}

@@ -48,12 +48,16 @@ def test_submit_from_the_command_line(host: Container) -> None:
 
 
 def test_the_journal_tells_one_tasks_story(host: Container) -> None:
-    """journalctl TASK_ID=... shows the API's acceptance and the worker's batch, with their fields."""
+    """journalctl TASK_ID=... shows the API's acceptance and the worker's batch, with their fields.
+
+    In either order: a worker may be done before the API has read that Redis has the task.
+    """
     task_id = predict(host)
     result(host, task_id)
     story = journal(host, f"TASK_ID={task_id}")
-    assert actions(story)[:2] == ["task_accepted", "batch_done"]
-    accepted, batch = story[:2]
+    told = dict(zip(actions(story), story, strict=True))
+    assert {"task_accepted", "batch_done"} <= set(told)
+    accepted, batch = told["task_accepted"], told["batch_done"]
     assert (accepted["_SYSTEMD_UNIT"], accepted["QUEUE"], accepted["MODEL"]) == (
         "gpuinfer-api.service",
         "realtime",

@@ -26,7 +26,7 @@ from gpuinfer.worker.batcher import Batcher
 from gpuinfer.worker.bookkeeping import Bookkeeping
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.engine import PROBE_EVERY_S, STALLED_AFTER_S, Engine
-from tests.claims import consuming
+from tests.claims import consuming, stand
 from tests.models_for_tests import picky
 from tests.services import RedisServer
 from tests.unit.test_engine import Small
@@ -330,3 +330,18 @@ def test_a_batch_that_ends_while_redis_is_away_is_not_put_back(
         assert all(client.status(task).final for task in running)
         turn(batcher, lambda: all(client.status(task).final for task in tasks))
     assert sum(model.sizes) == len(tasks)
+
+
+def test_an_end_in_doubt_leaves_nothing_in_flight(
+    batcher: Batcher, client: Client, redis_server: RedisServer
+) -> None:
+    """The connection breaks with a claim's answer unread, and the worker is stopped before it looks again."""
+    with consuming(redis_server.socket, batcher, batcher._settings) as channel:
+        batcher.attach(channel, None)
+        stand(channel)
+        client.submit([1.0], model="picky", queue="realtime")
+        wait_until(lambda: batcher.store.client.exists(batcher.store.inflight))
+        channel.client.connection.disconnect()
+        batcher.drain(1.0)
+        assert not batcher.store.client.exists(batcher.store.inflight)
+        assert batcher.store.client.llen("realtime") == 1

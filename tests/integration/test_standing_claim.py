@@ -79,7 +79,7 @@ def test_a_wait_ends_and_begins_again(channel: Channel, taker: Taker, client: Cl
 
 
 def test_a_producer_that_does_not_ring(channel: Channel, taker: Taker, client: Client) -> None:
-    """The timer finds its task and rings; for some seconds the end of a batch is a time to look, too."""
+    """The timer finds its task and ends the wait; for some seconds it looks after each batch, too."""
     stand(channel)
     assert not channel.silent
     client.submit([1.0])
@@ -170,6 +170,11 @@ def test_a_closed_channel_keeps_nothing(channel: Channel, taker: Taker, client: 
     assert (taker.tasks, taken(taker)) == ([], 0)
 
 
+def counted(taker: Taker, command: str) -> int:
+    """Return how often Redis was given a command."""
+    return int(taker.store.client.info("commandstats")[f"cmdstat_{command}"]["calls"])
+
+
 def test_a_bell_for_others_is_not_rung(channel: Channel, taker: Taker, client: Client) -> None:
     """A task that nobody rang for ends its finder's own wait; a list that is not served brings none."""
     client.submit([1.0])
@@ -179,10 +184,34 @@ def test_a_bell_for_others_is_not_rung(channel: Channel, taker: Taker, client: C
     taker.store.client.hset(keys.WAITING, "strange", 1)
     channel.look()
     assert not channel.silent
+    before = counted(taker, "lpush")
     taker.store.client.lpush("default", payload)
-    assert channel.listening
-    before = [taker.store.client.llen(keys.bell(name)) for name in QUEUES]
     channel.look()
     turn(channel, 0.5)
     assert len(taker.tasks) == 1
-    assert [taker.store.client.llen(keys.bell(name)) for name in QUEUES] == before
+    assert counted(taker, "lpush") == before + 1
+
+
+@pytest.mark.parametrize("how", ["refused", "unknown"])
+def test_a_redis_that_ends_no_waits(
+    channel: Channel, taker: Taker, client: Client, settings: Settings, how: str
+) -> None:
+    """An access list of before, or a proxy: the worker rings for itself instead."""
+    client.submit([1.0])
+    turn(channel, 1)
+    payload = taker.tasks.pop().payload
+    stand(channel)
+    if how == "refused":
+        taker.store.client.acl_setuser("default", commands=["-client|unblock"])
+    else:
+        channel._waiting = channel._waiting[0], None
+    for _ in range(2):
+        stand(channel)
+        began = time.monotonic()
+        taker.store.client.lpush("default", payload)
+        channel.look()
+        turn(channel, 1)
+        assert len(taker.tasks) == 1
+        taker.tasks.clear()
+        assert time.monotonic() - began < 0.5
+    assert len(taker.store.client.acl_log()) == int(how == "refused"), "asked once"

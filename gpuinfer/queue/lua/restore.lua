@@ -1,13 +1,16 @@
 #!lua flags=allow-oom
 -- Put a dead worker's tasks back at the head of their lists and count the death against those that ran.
 -- A task whose deaths reach the limit stays in flight and is reported: the caller settles it as dead.
--- KEYS: in-flight hash
+-- KEYS: in-flight hash, life counter
 -- ARGV: bell prefix, separator of priority lists, deaths at which a task is given up,
---       result key prefix, pending meta, the hash that counts what was claimed from each list
+--       result key prefix, pending meta, the hash that counts what was claimed from each list,
+--       the life that the caller has begun for this; in a later one there is another worker
 -- Returns {put back, {ids of the first thousand put back}, then (seq, list, payload, deaths) of each
 -- task to give up}.
 -- The counts travel in front of the payload, as text, so that no payload is parsed:
 --   {"gpuinfer": [deliveries, deaths], <the rest as the producer wrote it>
+local life, counted = tonumber(ARGV[7]), tonumber(redis.call('GET', KEYS[2]) or 0)
+if counted > life then return redis.error_reply('STALE restore of life ' .. life .. ', now is ' .. counted) end
 local inflight, bells, sep, limit = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
 
 -- What had begun waits again, and says so. The id is the header of that name; in the body, JSON in
