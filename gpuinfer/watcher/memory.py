@@ -49,8 +49,9 @@ class UnitMemory:
         return bool(self.failures or self.hold)
 
     def held(self, now: float) -> Hold:
-        """Return what an administrator did that still counts."""
-        return self.hold if now < self.hold_until else ""
+        """Return what an administrator did that still counts: the time of a start begins when it serves."""
+        loads = self.hold == "started" and self.state == "activating" and not self.failed_starts
+        return self.hold if loads or now < self.hold_until else ""
 
     def resting(self, now: float) -> str:
         """Say why it rests, empty when it does not."""
@@ -122,8 +123,11 @@ def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, 
     if before.state != instance.state:
         after = replace(after, state=instance.state, since=instance.since)
         wish = _wish(before, instance, now)
-        if wish:
-            after = replace(after, hold=wish, hold_until=now + settings.manual_hold_s)
+        serves = before.held(now) == "started" and before.state == "activating" and instance.state == "active"
+        if wish or serves:
+            after = replace(after, hold=wish or "started", hold_until=now + settings.manual_hold_s)
+        elif now >= before.hold_until:
+            after = replace(after, hold="")
     after = _failed(after, instance, settings, now, was=before.state)
     if after.tries:
         after = _tried(after, instance, settings, now)

@@ -341,7 +341,9 @@ async def test_async_waits_span_a_restart_of_redis(
         for _ in range(3):
             ids = await client.submit_many(range(20))
             waits = [asyncio.ensure_future(client.result(task_id, 30)) for task_id in ids[:10]]
-            await asyncio.sleep(0.1)
+            with server.client() as connection:
+                while len(connection.pubsub_channels()) < 10:  # later, they would be told that Redis is away
+                    await asyncio.sleep(0.01)
             server.kill()
             with pytest.raises(BrokerUnavailable):
                 await client.status(ids[0])

@@ -269,6 +269,18 @@ def test_a_manual_start_is_respected_for_the_stated_time() -> None:
     assert world.running == set()
 
 
+def test_the_time_of_a_manual_start_counts_from_when_it_serves() -> None:
+    """A large model that loads for longer than the stated time is not stopped as soon as it is ready."""
+    world = World.of(keys(1), startup_s=300.0)
+    watcher = Watcher(world, settings(manual_hold_s=100.0, calm_s=10.0))
+    watcher.run(30)
+    world.set(A0, state="activating", since=world.now)
+    watcher.run(395)
+    assert world.running == {A0}
+    watcher.run(20)
+    assert world.running == set()
+
+
 def test_our_own_starts_and_stops_are_not_taken_for_manual_ones() -> None:
     """Up and down again without a hold in between."""
     world = World.of(keys(1))
