@@ -9,7 +9,7 @@ import click
 
 from gpuinfer.settings import Loaded
 
-_APP = "gpuinfer.queue.app"
+_APP = "gpuinfer.celery"
 
 
 @click.command(

@@ -58,6 +58,13 @@ class ConfigError(GpuinferError):
     exit_code = 78  # EX_CONFIG
 
 
+class FormatMismatch(ConfigError):
+    """Raised when what lies in Redis is laid out as another edition of gpuinfer does it."""
+
+    code = "format_mismatch"
+    http_status = 503
+
+
 class UsageError(GpuinferError):
     """Raised when a command is called with arguments that cannot work."""
 
@@ -304,6 +311,13 @@ class WorkerRunning(GpuinferError):
 
     code = "worker_running"
     exit_code = 73  # EX_CANTCREAT
+
+
+class TakenBack(GpuinferError):
+    """Raised when a reaper took this worker for dead and put back what it held."""
+
+    code = "taken_back"
+    exit_code = 75  # EX_TEMPFAIL
 
 
 def _by_code() -> dict[str, type[GpuinferError]]:

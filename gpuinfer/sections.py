@@ -108,9 +108,9 @@ class QueueSettings(Section):
     retry_backoff_s: float = Field(default=0.5, gt=0, le=600)
     #: A task whose worker died under it this often goes to the dead-letter list.
     max_deaths: int = Field(default=2, ge=2, le=10)
-    #: A queue that has waited this long unserved is served once before its betters; 0 turns it off.
+    #: A list that has waited this long unserved may go first, in at most a fifth of the claims; 0: never.
     ageing_s: float = Field(default=10.0, ge=0, le=86400)
-    #: How often an idle worker looks for tasks whose producer does not ring the bell.
+    #: How often a worker looks for tasks of plain Celery producers, which wake nobody.
     poll_ms: int = Field(default=50, ge=5, le=1000)
 
 
@@ -119,8 +119,6 @@ class ModelsSettings(Section):
 
     #: Folders with one sub-folder a model; searched in this order, then the shipped models.
     folders: Paths = (Path("/var/lib/gpuinfer/models"),)
-    #: The model of a request that names none.
-    default: str = Field(default="digits", min_length=1)
 
 
 class WorkerSettings(Section):
@@ -130,8 +128,8 @@ class WorkerSettings(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     #: GPUs by index or UUID where NVML cannot list them; worker N takes the Nth.
     gpus: Names = ()
-    #: Models to load; empty means the default model alone.
-    models: Names = ()
+    #: Models to load and serve. Where the fleet has no default model yet, the first one becomes it.
+    models: Names = ("digits",)
     queues: Annotated[tuple[QueueName, ...], BeforeValidator(_split)] = QUEUES
     #: torch's threads for one operation on the CPU; 0 leaves it to torch.
     threads: int = Field(default=0, ge=0, le=1024)
@@ -141,6 +139,13 @@ class WorkerSettings(Section):
     max_batch_size: int = Field(default=0, ge=0, le=65536)
     #: Folder for the lock that keeps one process to a worker number.
     run_dir: Path = Path("/run/gpuinfer/worker")
+
+    @field_validator("models")
+    @classmethod
+    def _some_model(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("must name at least one model")
+        return tuple(dict.fromkeys(value))
 
     @field_validator("queues")
     @classmethod

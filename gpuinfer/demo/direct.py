@@ -37,7 +37,7 @@ def main() -> None:
     """Write what ``classify`` returns as JSON; the rename makes the file appear whole."""
     target = Path(sys.argv[1])
     scratch = target.with_suffix(".part")
-    scratch.write_bytes(orjson.dumps(classify(load_settings().models.default)))
+    scratch.write_bytes(orjson.dumps(classify(load_settings().worker.models[0])))
     scratch.rename(target)
 
 

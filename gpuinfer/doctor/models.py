@@ -40,7 +40,7 @@ def _each(host: Host, look: Callable[[ModelFolder], Finding]) -> list[Finding]:
     wanted = dict.fromkeys(
         (settings.models.folders, name)
         for settings in bindings.served(host)
-        for name in (*settings.worker.models, settings.models.default)
+        for name in settings.worker.models
     )
     return [_one(Repository(folders), name, look) for folders, name in wanted]
 
@@ -49,7 +49,7 @@ def _one(repository: Repository, name: str, look: Callable[[ModelFolder], Findin
     try:
         return look(repository.get(name))
     except UnknownModel as exc:
-        return error(exc.message, f"gpuinfer model add FOLDER --name {name}  # or another models.default")
+        return error(exc.message, f"gpuinfer model add FOLDER --name {name}  # or another worker.models")
     except DigestMismatch as exc:
         return error(f"{name}: {exc.message}", f"gpuinfer model add FOLDER --name {name} --force")
     except ModelError as exc:

@@ -99,7 +99,7 @@ def request(host: Host) -> Finding:
     if not alive(host):
         raise Skipped("no worker runs that could answer a request; see work.workers")
     try:
-        manifest = Repository(settings.models.folders).get(settings.models.default).manifest
+        manifest = Repository(settings.models.folders).get(settings.worker.models[0]).manifest
         with Client(settings) as client:
             return _round_trip(client, manifest)
     except GpuinferError as exc:

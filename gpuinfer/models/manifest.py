@@ -169,6 +169,8 @@ class Manifest(_Frozen):
     #: False: the model knows no batch dimension and is called with one item at a time.
     batchable: bool = True
     max_batch_size: int = Field(32, ge=1, le=65536)
+    #: Idle workers share a burst down to batches of this size: below it, sharing saves no time.
+    min_batch_size: int = Field(1, ge=1, le=65536)
     #: Items whose free dimensions differ: run in groups of one shape, or padded with zeros to the largest.
     variable: Literal["group", "pad"] = "group"
     #: The model is asked to stop at the soft limit; its worker is ended at the hard one.
@@ -204,6 +206,14 @@ class Manifest(_Frozen):
         if len(set(names)) < len(names):
             raise ValueError(f"names must differ, got {', '.join(names)}")
         return specs
+
+    @model_validator(mode="after")
+    def _sizes_in_order(self) -> Manifest:
+        if self.min_batch_size > self.max_batch_size:
+            raise ValueError(
+                f"min_batch_size ({self.min_batch_size}) must not exceed max_batch_size ({self.max_batch_size})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _limits_in_order(self) -> Manifest:

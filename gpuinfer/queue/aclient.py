@@ -14,7 +14,7 @@ from gpuinfer.queue.client import not_found, settings_for
 from gpuinfer.queue.connection import connect_async, typed_errors
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
-from gpuinfer.queue.submission import Options
+from gpuinfer.queue.submission import DefaultModel, Options, Origin, reply_channel
 from gpuinfer.queue.waits import Waits
 from gpuinfer.settings import Settings
 
@@ -45,7 +45,9 @@ class AsyncClient:
         self._redis = connect_async(self._settings.broker)
         self._submit = bind(self._redis, "submit")
         self._cancel = bind(self._redis, "cancel")
-        self._waits = Waits(self._redis)
+        self._origin = Origin()
+        self._waits = Waits(self._redis, self._origin)
+        self._default = DefaultModel()
 
     async def aclose(self) -> None:
         """Stop listening and close all connections."""
@@ -81,12 +83,16 @@ class AsyncClient:
         """
         if options.pop("idempotency_key", None) is not None:
             raise InputError("stands for one task; use submit or submit_batch", "idempotency_key")
-        tasks = [submission.build(value, many=False, **options) for value in inputs]
+        default = await self._default_model(options)
+        tasks = [
+            submission.build(value, many=False, origin=self._origin, default_model=default, **options)
+            for value in inputs
+        ]
         accepted: list[str] = []
         try:
             with typed_errors():
                 for call in submission.bulk(tasks, self._settings.queue):
-                    await self._submit(keys=call.keys, args=call.args)
+                    await self._submit(args=call.args)
                     accepted += call.ids
         except BrokerUnavailable as exc:
             exc.accepted = tuple(accepted)
@@ -95,16 +101,25 @@ class AsyncClient:
 
     async def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         key = options.get("idempotency_key")
-        call = submission.one(submission.build(inputs, many=many, **options), self._settings.queue, key)
+        default = await self._default_model(options)
+        task = submission.build(inputs, many=many, origin=self._origin, default_model=default, **options)
+        call = submission.one(task, self._settings.queue, key)
         with typed_errors():
-            holder: bytes = await self._submit(keys=call.keys, args=call.args)
+            holder: bytes = await self._submit(args=call.args)
         return holder.decode()
+
+    async def _default_model(self, options: Options) -> str | None:
+        """Return the fleet's default model, for a caller that names none."""
+        if options.get("model") is None and self._default.stale:
+            with typed_errors():
+                self._default.found(await self._redis.get(keys.DEFAULT_MODEL))
+        return self._default.name
 
     async def cancel(self, task_id: str) -> bool:
         """Cancel a task that no worker has begun; return whether it was cancelled."""
         error = TaskRevoked("it was cancelled before a worker began it", None)
         meta = results.failure(task_id, error, worker="")
-        args = [meta, self._settings.queue.result_ttl_s]
+        args = [task_id, meta, self._settings.queue.result_ttl_s, reply_channel(task_id)]
         with typed_errors():
             return bool(await self._cancel(keys=[keys.result(task_id)], args=args))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Celery application: ``celery -A gpuinfer.queue.app inspect ping``, ``... worker``, ``... flower``.
+"""The Celery application, as all programs see it; ``gpuinfer.celery`` adds what a worker needs.
 
 Settings are read when Celery first asks for its configuration, not at import.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery import Celery, signals
+from celery import Celery
 from kombu import Exchange, Queue
 
 from gpuinfer.queue import transport
@@ -45,7 +45,6 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "result_expires": settings.queue.result_ttl_s,
         "worker_prefetch_multiplier": 1,
         "worker_concurrency": 1,
-        "worker_consumer": "gpuinfer.worker.consumer:Consumer",
         "worker_redirect_stdouts": False,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
@@ -61,14 +60,3 @@ def create_app(settings: Settings | None = None) -> Celery:
     application = Celery("gpuinfer", include=["gpuinfer.queue.tasks"], set_as_current=False)
     application.add_defaults(lambda: celery_config(settings or load_settings()))
     return application
-
-
-app = create_app()
-
-
-@signals.celeryd_init.connect  # type: ignore[untyped-decorator]  # celery is not annotated
-def _worker_init(sender: str, instance: Any, conf: Any, options: dict[str, Any], **_: object) -> None:
-    """Prepare the process of any worker of this application, however it was started."""
-    from importlib import import_module
-
-    import_module("gpuinfer.worker.bootstrap").on_worker_init(sender, instance, conf, options)

@@ -9,6 +9,7 @@ A wait is event-driven: it subscribes to the channel a result is published on, t
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,10 +25,12 @@ from gpuinfer.queue.direct import Direct
 from gpuinfer.queue.listener import Listener
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
-from gpuinfer.queue.submission import Call, Options
+from gpuinfer.queue.submission import Call, DefaultModel, Options, Origin, reply_channel
 from gpuinfer.settings import Settings, load_settings
 
 MAX_IDLE_LISTENERS = 8
+#: Results that may be published to a kept subscription while nobody waits.
+UNHEARD = 1000
 #: Calls of the script that ``submit_many`` sends at once.
 CALLS_A_TRIP = 8
 
@@ -65,6 +68,14 @@ class Client:
         self._cancel = bind(self._redis, "cancel")
         #: Subscriptions nobody waits on: a connection for each wait would be most of a wait's price.
         self._listeners: list[Listener] = []
+        self._made_by = Origin()
+        self._default = DefaultModel()
+
+    @property
+    def _origin(self) -> Origin:
+        if self._made_by.pid != os.getpid():  # after a fork; the parent goes on with its own
+            self._made_by = Origin()
+        return self._made_by
 
     def close(self) -> None:
         """Close all connections."""
@@ -100,7 +111,13 @@ class Client:
         """
         if options.pop("idempotency_key", None) is not None:
             raise InputError("stands for one task; use submit or submit_batch", "idempotency_key")
-        tasks = [submission.build(value, many=False, **options) for value in inputs]
+        origin, default = self._origin, self._default_model(options)
+        tasks = [
+            submission.build(value, many=False, origin=origin, default_model=default, **options)
+            for value in inputs
+        ]
+        if len(tasks) > UNHEARD:  # nobody may ever read what a kept subscription hears of them
+            self._drop_listeners()
         accepted: list[str] = []
         calls = submission.bulk(tasks, self._settings.queue)
         try:
@@ -116,7 +133,7 @@ class Client:
         """Call the script in one round trip; note what was accepted. Raises the first error."""
         with self._redis.pipeline(transaction=False) as pipe:
             for call in calls:
-                self._submit_bulk(keys=call.keys, args=call.args, client=pipe)
+                self._submit_bulk(args=call.args, client=pipe)
             answers = pipe.execute(raise_on_error=False)
         for call, answer in zip(calls, answers, strict=True):
             if not isinstance(answer, Exception):
@@ -127,10 +144,19 @@ class Client:
 
     def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         key = options.get("idempotency_key")
-        call = submission.one(submission.build(inputs, many=many, **options), self._settings.queue, key)
+        default = self._default_model(options)
+        task = submission.build(inputs, many=many, origin=self._origin, default_model=default, **options)
+        call = submission.one(task, self._settings.queue, key)
         with typed_errors():
-            holder: bytes = self._submit(keys=call.keys, args=call.args)
+            holder: bytes = self._submit(keys=(), args=call.args)
         return holder.decode()
+
+    def _default_model(self, options: Options) -> str | None:
+        """Return the fleet's default model, for a caller that names none."""
+        if options.get("model") is None and self._default.stale:
+            with typed_errors():
+                self._default.found(self._direct.call("GET", keys.DEFAULT_MODEL))
+        return self._default.name
 
     def cancel(self, task_id: str) -> bool:
         """Cancel a task that no worker has begun; return whether it was cancelled."""
@@ -138,7 +164,10 @@ class Client:
         meta = results.failure(task_id, error, worker="")
         with typed_errors():
             return bool(
-                self._cancel(keys=[keys.result(task_id)], args=[meta, self._settings.queue.result_ttl_s])
+                self._cancel(
+                    keys=[keys.result(task_id)],
+                    args=[task_id, meta, self._settings.queue.result_ttl_s, reply_channel(task_id)],
+                )
             )
 
     # -- waiting --------------------------------------------------------------------------
@@ -199,8 +228,11 @@ class Client:
 
         The look comes when the subscriptions stand, so that nothing can fall between the two.
         """
+        origin = self._origin
+        own = any(origin.made(task_id) for task_id in waiting)
+        others = [keys.result(task_id) for task_id in waiting if not origin.made(task_id)]
         with self._listener(waiting) as listener:
-            listener.subscribe([keys.result(task_id) for task_id in waiting])
+            listener.subscribe([origin.channel, *others] if own else others)
             while waiting:
                 left = 5.0 if deadline is None else max(0.0, deadline - time.monotonic())
                 event = listener.next(min(left, 5.0))
@@ -210,15 +242,17 @@ class Client:
                         if waiting:
                             raise WaitTimeout(f"{len(waiting)} tasks have not ended in time; they go on")
                     continue
-                channel, meta = event
-                if meta is None:
+                channel, told = event
+                if told is None:
                     yield from self._look(waiting)
                     continue
-                task_id = channel.removeprefix(keys.RESULT_PREFIX)
-                if task_id in waiting:
-                    status = results.parse(task_id, meta)
-                    if status.final:
-                        del waiting[task_id]
+                if channel == origin.channel:
+                    statuses = results.parse_many(told)
+                else:
+                    statuses = [results.parse(channel.removeprefix(keys.RESULT_PREFIX), told)]
+                for status in statuses:
+                    if status.final and status.id in waiting:
+                        del waiting[status.id]
                         yield status
 
     @contextmanager

@@ -24,7 +24,8 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
-from gpuinfer.errors import BrokerUnavailable, QueueFull
+from gpuinfer.errors import BrokerUnavailable, FormatMismatch, GpuinferError, QueueFull, UnknownModel
+from gpuinfer.queue import keys
 from gpuinfer.settings import BrokerSettings
 
 
@@ -117,9 +118,16 @@ def connect_async(broker: BrokerSettings, *, max_connections: int = 32) -> redis
 AWAY = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, MaxConnectionsError, OSError)
 
 
-def explain(exc: Exception) -> BrokerUnavailable:
-    """Return the typed error for what redis-py raised."""
+def explain(exc: Exception) -> GpuinferError:
+    """Return the typed error for what redis-py raised, or a script answered."""
     text = str(exc)
+    if "UNKNOWN_MODEL " in text:
+        known = text.rpartition("UNKNOWN_MODEL ")[2]
+        return UnknownModel(
+            f"no worker of this fleet has served a model of that name; known: {known}", "model"
+        )
+    if "FORMAT " in text:
+        return format_mismatch(text)
     if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in text:
         return QueueFull("Redis has reached maxmemory and refuses new work; what was accepted goes on")
     if isinstance(exc, AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
@@ -133,9 +141,19 @@ def explain(exc: Exception) -> BrokerUnavailable:
     return BrokerUnavailable(f"Redis does not answer: {text}", "broker.url")
 
 
+def format_mismatch(text: str) -> FormatMismatch:
+    """Return the error for a script's answer ``FORMAT n``."""
+    found = text.rpartition("FORMAT ")[2]
+    return FormatMismatch(
+        f"what lies in Redis has format {found}, and this program reads format {keys.FORMAT} alone; "
+        "gpuinfer redis migrate changes what an older edition left, once nothing of it runs",
+        "broker.url",
+    )
+
+
 @contextmanager
 def typed_errors() -> Iterator[None]:
-    """Turn what redis-py raises into BrokerUnavailable or QueueFull."""
+    """Turn what redis-py raises into BrokerUnavailable or QueueFull, and what a script refuses into its error."""
     try:
         yield
     except (RedisError, OSError) as exc:

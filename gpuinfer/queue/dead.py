@@ -42,7 +42,13 @@ class Letter:
 
     @property
     def queue(self) -> str:
-        return keys.split_list_key(self.list_key)[0]
+        """The tier it waited in."""
+        return keys.place_of(self.list_key).tier
+
+    @property
+    def model(self) -> str:
+        """The model whose list it was in; empty for the default one's."""
+        return keys.place_of(self.list_key).model
 
     @property
     def task(self) -> str | None:
@@ -54,8 +60,13 @@ class Letter:
 
     def to_dict(self, *, payload: bool) -> dict[str, Any]:
         """Return it for JSON, with or without what was sent."""
-        queue, priority = keys.split_list_key(self.list_key)
-        body = asdict(self) | {"queue": queue, "priority": priority, "task": self.task}
+        place = keys.place_of(self.list_key)
+        body = asdict(self) | {
+            "queue": place.tier,
+            "model": place.model or None,
+            "priority": place.priority,
+            "task": self.task,
+        }
         del body["list_key"]
         if not payload:
             del body["payload"]
@@ -122,9 +133,8 @@ def retry(client: redis.Redis, letter_id: str) -> None:
         raise InputError(f"cannot be sent again: {exc}; gpuinfer dead drop removes it", letter_id) from None
     if letter.queue not in QUEUES:
         raise InputError(f"cannot be sent again: no queue {letter.queue!r}", letter_id)
-    where = [keys.DEAD, letter.list_key, keys.bell(letter.queue), keys.result(letter_id)]
     args = [letter_id, payload, results.PENDING_META]
-    revived = bind(client, "revive")(keys=where, args=args)
+    revived = bind(client, "revive")(keys=[keys.DEAD, letter.list_key], args=args)
     if revived < 0:
         raise InputError("has its result by now; gpuinfer dead drop removes the letter", letter_id)
     if not revived:

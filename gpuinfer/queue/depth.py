@@ -4,75 +4,118 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import redis
 
 from gpuinfer.queue import keys
+from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES
+
+
+class Lane(NamedTuple):
+    """What the tasks of one model wait in, in one tier."""
+
+    tier: str
+    model: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Depth:
     """The queues at one moment."""
 
-    #: Queue -> priority -> tasks that wait; empty priorities are left out.
-    waiting: Mapping[str, Mapping[int, int]]
+    #: Lane -> priority -> tasks that wait; empty ones are left out.
+    lanes: Mapping[Lane, Mapping[int, int]]
+    #: Lane -> tasks ever claimed there, less those that were put back.
+    claimed: Mapping[Lane, int]
     #: Worker (``gpu0@host``) -> tasks it has claimed and not settled.
     inflight: Mapping[str, int]
     dead_letters: int
+    #: The model of a request that names none; empty where none is set.
+    default_model: str = ""
+    #: Models that the fleet knows -> when somebody who could serve them was last seen (Redis's clock).
+    catalogue: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> Mapping[str, Mapping[int, int]]:
+        """Tier -> priority -> tasks that wait, over all models; empty priorities are left out."""
+        tiers: dict[str, dict[int, int]] = {tier: {} for tier in QUEUES}
+        for lane, levels in self.lanes.items():
+            for priority, count in levels.items():
+                tiers[lane.tier][priority] = tiers[lane.tier].get(priority, 0) + count
+        return tiers
 
     @property
     def total_waiting(self) -> int:
-        """Return how many tasks wait in all queues."""
-        return sum(sum(levels.values()) for levels in self.waiting.values())
+        """How many tasks wait in all queues."""
+        return sum(sum(levels.values()) for levels in self.lanes.values())
 
     @property
     def total_inflight(self) -> int:
-        """Return how many tasks all workers hold."""
+        """How many tasks all workers hold."""
         return sum(self.inflight.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON; priorities become text, as JSON's keys are."""
-        queues = {
-            queue: {"waiting": sum(levels.values()), "by_priority": {str(p): n for p, n in levels.items()}}
-            for queue, levels in self.waiting.items()
-        }
+        queues: dict[str, Any] = {}
+        for tier, levels in self.waiting.items():
+            models = {
+                lane.model: sum(found.values()) for lane, found in self.lanes.items() if lane.tier == tier
+            }
+            queues[tier] = {
+                "waiting": sum(levels.values()),
+                "by_priority": {str(priority): count for priority, count in levels.items()},
+                "by_model": models,
+            }
         return {
             "queues": queues,
             "waiting": self.total_waiting,
             "in_flight": dict(self.inflight),
             "dead_letters": self.dead_letters,
+            "default_model": self.default_model or None,
         }
 
 
-def workers_in_flight(client: redis.Redis) -> list[str]:
-    """Return the workers that hold tasks. Walks over all keys (SCAN), blocking nobody."""
-    found = client.scan_iter(match=f"{keys.INFLIGHT_PREFIX}*", count=1000)
-    return sorted({key.decode().removeprefix(keys.INFLIGHT_PREFIX) for key in found})
+def known_workers(client: redis.Redis) -> dict[str, float]:
+    """Return all workers that were ever seen, and when last, by Redis's clock."""
+    found = client.zrange(keys.WORKERS, 0, -1, withscores=True)
+    return {name.decode(): seen for name, seen in found}
 
 
-def look(client: redis.Redis, workers: Sequence[str] | None = None) -> Depth:
-    """Count in one pipeline. Without ``workers``, those that hold tasks are looked for first."""
-    names = workers_in_flight(client) if workers is None else list(workers)
-    lists = keys.serving_order(QUEUES)
+def look(client: redis.Redis, workers: Sequence[str] = ()) -> Depth:
+    """Count in two round trips. ``workers`` are looked at beside those that were ever seen."""
+    names = sorted({*workers, *known_workers(client)})
     with client.pipeline(transaction=False) as pipe:
-        for list_key in lists:
-            pipe.llen(list_key)
+        bind(client, "depth")(client=pipe)
         for name in names:
             pipe.hlen(keys.inflight(name))
         pipe.hlen(keys.DEAD)
-        counts = [int(count) for count in pipe.execute()]
-    waiting: dict[str, dict[int, int]] = {queue: {} for queue in QUEUES}
-    for list_key, count in zip(lists, counts, strict=False):
-        queue, priority = keys.split_list_key(list_key)
-        if count:
-            waiting[queue][priority] = count
+        (default, catalogue, waiting, claimed), *counts = pipe.execute()
+    default_model = default.decode()
+    lanes: dict[Lane, dict[int, int]] = {}
+    for key, count in zip(waiting[::2], waiting[1::2], strict=True):
+        lane, priority = _lane(key, default_model)
+        levels = lanes.setdefault(lane, {})
+        levels[priority] = levels.get(priority, 0) + int(count)
+    totals: dict[Lane, int] = {}
+    for key, count in zip(claimed[::2], claimed[1::2], strict=True):
+        lane, _ = _lane(key, default_model)
+        totals[lane] = totals.get(lane, 0) + int(count)
     # Two fields a task, and perhaps one that notes what runs.
-    held = {name: fields // 2 for name, fields in zip(names, counts[len(lists) : -1], strict=True)}
+    held = {name: fields // 2 for name, fields in zip(names, counts[:-1], strict=True)}
     return Depth(
-        waiting=waiting,
+        lanes=lanes,
+        claimed=totals,
         inflight={name: count for name, count in held.items() if count},
         dead_letters=counts[-1],
+        default_model=default_model,
+        catalogue={
+            name.decode(): float(seen) for name, seen in zip(catalogue[::2], catalogue[1::2], strict=True)
+        },
     )
+
+
+def _lane(key: bytes, default_model: str) -> tuple[Lane, int]:
+    place = keys.place_of(key.decode(errors="replace"))
+    return Lane(place.tier, place.model or default_model), place.priority

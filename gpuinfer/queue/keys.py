@@ -1,30 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names of everything gpuinfer keeps in Redis.
 
-A queue is ten lists, one for each priority, named as kombu's Redis transport names them, so that
-a plain Celery producer fills the same lists. Tasks are pushed on the left and taken from the right.
+Tasks wait in lists. A list's coordinates are tier, model, priority and caller. The default model's lists
+are the ones that kombu's Redis transport names, so that a plain Celery producer fills them, too:
+
+    realtime                 tier realtime, the default model, priority 0
+    realtime\\x06\\x169        the same, priority 9
+    realtime.resnet          tier realtime, model resnet
+    realtime.resnet@alice    the same, for the tasks of one caller
+
+Tasks are pushed on the left and taken from the right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from gpuinfer.settings import QUEUES
 
 #: kombu's separator between a queue's name and a priority.
 SEP = "\x06\x16"
 PRIORITIES = range(10)
+#: How what lies in Redis is laid out. A program that meets another number ends before it touches anything.
+FORMAT = 2
+FORMAT_KEY = "gpuinfer:format"
 #: Celery's result key prefix; also the channel a result is published on.
 RESULT_PREFIX = "celery-task-meta-"
-BELL_PREFIX = "gpuinfer:bell:"
+#: The channel on which one client process hears of its tasks' ends.
+REPLY_PREFIX = "gpuinfer:reply:"
+#: A worker waits on its own wake-up list while it is idle.
+WAKE_PREFIX = "gpuinfer:wake:"
+#: Model -> its lists that hold work, scored by rank. The empty model: the default model's lists.
+INDEX_PREFIX = "gpuinfer:index:"
+#: The models that have an index.
+INDEXED = "gpuinfer:indexed"
+#: Idle workers that serve the same, scored by when they were last seen; negative: woken, and about to claim.
+IDLE_PREFIX = "gpuinfer:idle:"
+#: ``tier.model`` -> the groups of workers that serve it, scored by when one of them was last seen.
+GROUPS_PREFIX = "gpuinfer:groups:"
 INFLIGHT_PREFIX = "gpuinfer:inflight:"
-LIFE_PREFIX = "gpuinfer:life:"
+EPOCH_PREFIX = "gpuinfer:epoch:"
 IDEMPOTENCY_PREFIX = "gpuinfer:key:"
 HEARTBEAT_PREFIX = "gpuinfer:heartbeat:"
+#: Workers, scored by when they were last seen, by Redis's clock.
+WORKERS = "gpuinfer:workers"
+#: Models the fleet knows, scored by when somebody who could serve them was last seen.
+CATALOGUE = "gpuinfer:catalogue"
+DEFAULT_MODEL = "gpuinfer:default-model"
 DEAD = "gpuinfer:dead"
-WAITING = "gpuinfer:waiting"
+#: List -> since when it has been passed over (ms); the empty field: claims since the last aged one.
+AGEING = "gpuinfer:ageing"
+#: List -> how much it has been served, among lists of one rank that take turns.
+TURNS = "gpuinfer:turns"
 #: List -> how many tasks were ever claimed from it, less those that were put back.
 CLAIMED = "gpuinfer:claimed"
+#: ``outcome tier model`` -> how many tasks ended so; ``bytes tier model`` -> bytes of their results.
+ENDED = "gpuinfer:ended"
+
+#: Separates a caller from the rest of a queue's name; no model's name has it.
+CALLER = "@"
+#: Seconds after which an idle worker that has not renewed its entry is taken for gone: two waits and a bit.
+IDLE_VOID_S = 2.5
+#: Seconds that a woken worker is expected to take until it claims.
+WOKEN_VOID_S = 0.5
+#: Seconds after which a group that no worker has renewed is forgotten.
+GROUP_VOID_S = 60
+#: Seconds after which a model that nobody could serve is forgotten.
+MODEL_VOID_S = 7 * 86400
+
+
+class Place(NamedTuple):
+    """A list's coordinates."""
+
+    tier: str
+    #: Empty: the default model.
+    model: str
+    caller: str
+    priority: int
+
+
+def queue_name(tier: str, model: str = "", caller: str = "") -> str:
+    """Return the name of a queue: what its lists' names begin with."""
+    name = f"{tier}.{model}" if model else tier
+    return f"{name}{CALLER}{caller}" if caller else name
 
 
 def list_key(queue: str, priority: int) -> str:
@@ -32,24 +92,49 @@ def list_key(queue: str, priority: int) -> str:
     return f"{queue}{SEP}{priority}" if priority else queue
 
 
-def split_list_key(key: str) -> tuple[str, int]:
-    """Return the queue and the priority a list belongs to."""
+def place_of(key: str) -> Place:
+    """Return the coordinates of a list."""
     queue, _, priority = key.partition(SEP)
-    return queue, int(priority or 0)
+    name, _, caller = queue.partition(CALLER)
+    tier, _, model = name.partition(".")
+    return Place(tier, model, caller, int(priority or 0))
 
 
-def serving_order(queues: Sequence[str]) -> tuple[str, ...]:
-    """Return the lists of ``queues`` in the order they are served.
-
-    Queues in the order realtime, default, batch; within each, priority 9 first.
-    """
-    known = [queue for queue in QUEUES if queue in queues]
-    return tuple(list_key(queue, priority) for queue in known for priority in reversed(PRIORITIES))
+def rank_of(tier: str, priority: int) -> int:
+    """Return the place of a list in the order of serving: 0 the most urgent, 29 the least."""
+    return 10 * QUEUES.index(tier) + 9 - priority  # type: ignore[arg-type]  # a tier is one of them
 
 
-def bell(queue: str) -> str:
-    """Return the list that producers ring when they add to ``queue``."""
-    return BELL_PREFIX + queue
+def tier_of(queue: str) -> str | None:
+    """Return the tier that a queue belongs to, None for a queue that is not ours."""
+    tier = queue.partition(CALLER)[0].partition(".")[0]
+    return tier if tier in QUEUES else None
+
+
+def lists(tiers: Iterable[str], models: Sequence[str] = ("",)) -> list[str]:
+    """Return the lists of these tiers and models that a plain Celery producer may fill."""
+    return [
+        list_key(queue_name(tier, model), priority)
+        for tier in tiers
+        for model in models
+        for priority in reversed(PRIORITIES)
+    ]
+
+
+def group_of(tiers: Iterable[str], models: Iterable[str]) -> str:
+    """Return the name of the group of workers that serve these tiers and models."""
+    text = f"{' '.join(tiers)}|{' '.join(sorted(models))}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def index(model: str = "") -> str:
+    """Return the index of a model's lists that hold work; without a model, of the default model's."""
+    return INDEX_PREFIX + model
+
+
+def wake(worker: str) -> str:
+    """Return the wake-up list of ``worker``."""
+    return WAKE_PREFIX + worker
 
 
 def inflight(worker: str) -> str:
@@ -57,13 +142,16 @@ def inflight(worker: str) -> str:
     return INFLIGHT_PREFIX + worker
 
 
-def life(worker: str) -> str:
-    """Return the counter of ``worker``'s lives: each process, restore, and doubt about a claim counts one."""
-    return LIFE_PREFIX + worker
+def epoch(worker: str) -> str:
+    """Return the hash of ``worker``'s epoch: its ``number``, and ``by`` whom it was begun.
+
+    Each process begins one, and so does each restore, and each claim with an uncertain outcome.
+    """
+    return EPOCH_PREFIX + worker
 
 
 def heartbeat(worker: str) -> str:
-    """Return the key of ``worker``'s last sign of life (see ``gpuinfer.queue.beats``)."""
+    """Return the key of ``worker``'s last heartbeat (see ``gpuinfer.queue.heartbeats``)."""
     return HEARTBEAT_PREFIX + worker
 
 

@@ -37,6 +37,8 @@ class Listener:
             self._connection._parser.set_pubsub_push_handler(lambda event: event)
         self._channels: list[str] = []
         self._unconfirmed = 0
+        #: True when all that was asked for stood already, until that has been said.
+        self._stands = False
         self._heard_at = time.monotonic()
         self._asked = False
 
@@ -51,18 +53,26 @@ class Listener:
 
     def subscribe(self, channels: Sequence[str]) -> None:
         """Listen to these channels and no others. An event without data says that the subscriptions stand."""
-        stale, self._channels = self._channels, list(channels)
+        stale = set(self._channels) - set(channels)
+        new = sorted(set(channels) - set(self._channels))
+        self._channels = list(channels)
         self._heard_at, self._asked = time.monotonic(), False
-        commands = [("SUBSCRIBE", *channels[at : at + CHUNK]) for at in range(0, len(channels), CHUNK)]
+        commands = [("SUBSCRIBE", *new[at : at + CHUNK]) for at in range(0, len(new), CHUNK)]
         self._send([("UNSUBSCRIBE", *stale), *commands] if stale else commands)
+        self._stands = not self._unconfirmed
 
     def _send(self, commands: Sequence[Sequence[str]]) -> None:
         self._unconfirmed += sum(len(command) - 1 for command in commands)
+        if not commands:
+            return
         packed = [self._connection.pack_command(*command) for command in commands]
         self._connection.send_packed_command([b"".join(chain) for chain in packed], check_health=False)
 
     def next(self, timeout_s: float) -> Event | None:
         """Return the next event, None when there is none in time. Raises redis-py's errors."""
+        if self._stands:
+            self._stands = False
+            return "", None
         until = time.monotonic() + timeout_s
         while True:
             try:

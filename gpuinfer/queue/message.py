@@ -22,6 +22,7 @@ from typing import Any, TypeGuard
 import orjson
 
 from gpuinfer.errors import InputError, PayloadTooLarge
+from gpuinfer.queue.keys import REPLY_PREFIX
 
 PREDICT = "gpuinfer.predict"
 BATCH_PREDICT = "gpuinfer.batch_predict"
@@ -59,6 +60,10 @@ class Submission:
     soft_time_limit_s: float | None = None
     time_limit_s: float | None = None
     ignore_result: bool = False
+    #: Whose sub-list it waits in; empty: the only caller.
+    caller: str = ""
+    #: The channel on which the client hears of its end; empty: by its id alone.
+    reply_to: str = ""
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def encode(self) -> bytes:
@@ -79,6 +84,7 @@ class Submission:
                 "headers": self._headers(),
                 "properties": {
                     "correlation_id": self.id,
+                    "reply_to": self.reply_to,
                     "delivery_mode": 2,
                     "delivery_info": {"exchange": "", "routing_key": self.queue},
                     "priority": self.priority,
@@ -138,6 +144,12 @@ class Envelope:
     #: Deliveries before this one, and those among them that ended in the worker's death.
     deliveries: int
     deaths: int
+
+    @property
+    def reply_to(self) -> str:
+        """Return the channel on which one of our clients hears of the task's end; empty for others."""
+        channel = self.properties.get("reply_to")
+        return channel if isinstance(channel, str) and channel.startswith(REPLY_PREFIX) else ""
 
     def body(self, max_bytes: int = MAX_BODY_BYTES) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
         """Return (args, kwargs, embed). Raises Undecodable, and PayloadTooLarge for what unpacks to more."""

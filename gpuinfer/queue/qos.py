@@ -24,7 +24,7 @@ class QoS(stock.QoS):  # type: ignore[misc]  # kombu is not annotated
 
     def can_consume(self) -> bool:
         """Tell whether to read what comes; what an ordered claim has taken is read in any case."""
-        return self.channel._order is not None or bool(super().can_consume())
+        return self.channel._wait.order is not None or bool(super().can_consume())
 
     def append(self, message: Any, delivery_tag: Any) -> None:
         if seq_of(delivery_tag) is None:

@@ -145,6 +145,22 @@ def parse(task_id: str, meta: bytes | str) -> TaskStatus:
         import json
 
         body = json.loads(meta, parse_constant=lambda _: math.nan)
+    return from_body(task_id, body)
+
+
+def parse_many(metas: bytes) -> list[TaskStatus]:
+    """Read what is published on a reply channel: the metas of a batch, in a list."""
+    try:
+        bodies = orjson.loads(metas)
+    except orjson.JSONDecodeError:
+        import json
+
+        bodies = json.loads(metas, parse_constant=lambda _: math.nan)
+    return [from_body(str(body["task_id"]), body) for body in bodies]
+
+
+def from_body(task_id: str, body: dict[str, Any]) -> TaskStatus:
+    """Return the state that a meta tells."""
     state = _STATES.get(str(body.get("status")), "queued")
     result, error = body.get("result"), None
     worker = body.get("worker")

@@ -1,33 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Lua scripts, one file each in ``lua/``, bound to a Redis client."""
+"""The queue's Lua scripts, as redis-py script objects.
+
+A script may name libraries (``-- needs: lists states``); they, and the names of ``keys``, go in front of it.
+"""
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
+
+from gpuinfer.queue import keys
 
 Name = Literal[
     "claim",
     "begin",
     "settle",
     "release",
+    "route",
     "restore",
     "bury",
     "submit",
+    "put",
+    "index",
     "revive",
     "cancel",
-    "life",
-    "heartbeat",
+    "epoch",
+    "register",
+    "depth",
     "tell",
     "keep",
 ]
 
+#: What the scripts know by name. A list that has aged goes first in one of so many claims.
+_CONSTANTS: dict[str, str | float] = {
+    "AGED_EVERY": 5,
+    "AGEING": keys.AGEING,
+    "CATALOGUE": keys.CATALOGUE,
+    "CLAIMED": keys.CLAIMED,
+    "DEFAULT_MODEL": keys.DEFAULT_MODEL,
+    "ENDED": keys.ENDED,
+    "FORMAT": str(keys.FORMAT),
+    "FORMAT_KEY": keys.FORMAT_KEY,
+    "GROUPS_PREFIX": keys.GROUPS_PREFIX,
+    "GROUP_VOID": keys.GROUP_VOID_S,
+    "IDLE_PREFIX": keys.IDLE_PREFIX,
+    "IDLE_VOID": keys.IDLE_VOID_S,
+    "INDEXED": keys.INDEXED,
+    "INDEX_PREFIX": keys.INDEX_PREFIX,
+    "MODEL_VOID": keys.MODEL_VOID_S,
+    "PENDING_HEAD": '{"status": "PENDING", "result": ',
+    "RESULT_PREFIX": keys.RESULT_PREFIX,
+    "TURNS": keys.TURNS,
+    "WAKE_PREFIX": keys.WAKE_PREFIX,
+    "WOKEN_VOID": keys.WOKEN_VOID_S,
+    "WORKERS": keys.WORKERS,
+}
+_NEEDS = re.compile(r"^-- needs: (.+)\n", re.MULTILINE)
+
+
+def text(name: str) -> str:
+    """Return a file of the folder ``lua`` as it stands there."""
+    return resources.files(__package__).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+
 
 @cache
 def source(name: Name) -> str:
-    """Return a script's text."""
-    return resources.files(__package__).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    """Return a script's text, whole."""
+    head, _, body = text(name).partition("\n")
+    needs = _NEEDS.search(body)
+    parts = [text(library) for library in needs.group(1).split()] if needs else []
+    code = "".join((*parts, body))
+    constants = "".join(
+        f"local {constant} = {_lua(value)}\n"
+        for constant, value in _CONSTANTS.items()
+        if re.search(rf"\b{constant}\b", code)
+    )
+    return f"{head}\n{constants}{code}"
+
+
+def _lua(value: str | float) -> str:
+    return str(value) if isinstance(value, (int, float)) else f"'{value}'"
 
 
 def bind(client: Any, name: Name) -> Any:

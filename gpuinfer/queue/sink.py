@@ -1,16 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the transport asks of whoever takes its claimed tasks."""
+"""The seam between the transport and the worker: who takes claimed tasks, and the channel they come by."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from gpuinfer.errors import WorkerRunning
-from gpuinfer.queue.store import Claimed, Store
+from gpuinfer.errors import TakenBack, WorkerRunning
+from gpuinfer.queue.store import Claimed, State, Store, Wants
 
-if TYPE_CHECKING:
-    from gpuinfer.queue.transport import Channel
+
+class TaskChannel(Protocol):
+    """What a sink uses of the channel."""
+
+    def claim(self) -> int:
+        """Claim what is wanted and hand it on; return how many tasks came."""
+
+    def again(self) -> None:
+        """Claim when a batch has ended."""
+
+    def withdraw(self) -> None:
+        """Cancel the outstanding claim, and release what it took."""
+
+    def deliver(self, task: Claimed) -> None:
+        """Hand a task that is not ours to Celery's own strategy."""
+
+    @property
+    def silent(self) -> bool:
+        """True when there were tasks of late that nobody had told of."""
 
 
 class Sink(Protocol):
@@ -20,18 +37,19 @@ class Sink(Protocol):
     def store(self) -> Store:
         """The store tasks are claimed with."""
 
-    def room(self) -> tuple[int, int | None]:
-        """Return how many tasks to claim now, and the rank they must be better than, if any."""
+    def wants(self) -> Wants:
+        """Return what to claim now; empty for nothing."""
 
     @property
-    def idle(self) -> bool:
-        """True when nothing is held, and what is claimed next runs at once."""
+    def state(self) -> State:
+        """What runs here; idle when nothing is held, and what is claimed next runs at once."""
 
-    def receive(self, channel: Channel, tasks: Sequence[Claimed]) -> None:
+    def receive(self, channel: TaskChannel, tasks: Sequence[Claimed]) -> None:
         """Take over claimed tasks. Must not raise."""
 
     def held(self) -> set[int]:
         """Return the seqs of all tasks held."""
 
-    def fenced(self, error: WorkerRunning) -> None:
-        """Another process claims under this worker's name: end this one."""
+    def fenced(self, error: WorkerRunning | TakenBack) -> None:
+        """Another process claims under this worker's name, and this one ends; or a reaper has taken this
+        worker for dead, and it begins anew."""

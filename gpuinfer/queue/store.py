@@ -7,28 +7,37 @@ memory. Scripts run with allow-oom and without MULTI, so a full Redis does not s
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import redis
 
-from gpuinfer.errors import DeadLettered, GpuinferError, WorkerRunning
+from gpuinfer.errors import DeadLettered, GpuinferError, TakenBack, WorkerRunning
 from gpuinfer.log import get_logger
 from gpuinfer.queue import keys, results
+from gpuinfer.queue.connection import format_mismatch
 from gpuinfer.queue.direct import Argument, Direct
 from gpuinfer.queue.message import Undecodable, decode
 from gpuinfer.queue.scripts import bind
-from gpuinfer.settings import QueueSettings
+from gpuinfer.settings import QUEUES, QueueSettings
 
 log = get_logger(__name__)
 
 #: Payload bytes that one claim takes at most, unless told otherwise.
 MAX_BYTES = 64 * 1024 * 1024
-#: How many sequence ids a life has: numbers stay exact in Lua, and a life lasts for days.
-SEQS_OF_A_LIFE = 2**32
+#: How many sequence ids an epoch has: 2^29 epochs of them stay exact in Lua's numbers.
+SEQS_OF_AN_EPOCH = 2**24
+#: A bound that every rank is better than.
+ANY_RANK = 1000
+#: Who began an epoch: a reaper's restore says so, and the worker it took for dead may go on.
+REAPER = "reaper"
+
+#: What runs at the claimer: nothing, and it waits for work; nothing just now; a batch.
+State = Literal["idle", "free", "busy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +54,23 @@ class Claimed:
     aged: bool = False
     #: The id under which the claim has noted that it runs; None where it has not.
     noted_id: str | None = None
+    #: The model whose list it was in: a message that names none is for that.
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """How many tasks of a model to claim."""
+
+    count: int
+    #: Only from lists before this rank.
+    better_than: int = ANY_RANK
+    #: A share that is smaller is not worth a batch.
+    least: int = 1
+
+
+#: Model -> what to claim of it.
+Wants = Mapping[str, Want]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +79,8 @@ class Order:
 
     keys: Sequence[str]
     args: Sequence[Argument]
-    #: The lists it claims from, the most urgent first.
-    lists: Sequence[str]
-    #: The life it belongs to. Redis refuses it in a later one.
-    life: int
+    #: The epoch it belongs to. Redis refuses it in a later one.
+    epoch: int
     sha: str
 
     @property
@@ -72,8 +96,12 @@ class Final:
     seq: int | None
     task_id: str
     meta: bytes
-    #: False: whoever waits is told, and nothing is kept.
+    #: False: the caller who waits is told, and nothing is kept.
     keep: bool = True
+    #: The channel on which its client hears of ends; empty: none.
+    reply: str = ""
+    #: ``outcome tier model``: what it is counted under.
+    label: str = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +117,8 @@ class Restored:
 class Store:
     """Claims and settles tasks for one worker over one Redis client.
 
-    ``worker`` is the node name (``gpu0@host``), which names the in-flight hash.
+    ``worker`` is the node name (``gpu0@host``), which names the in-flight hash; ``by`` tells this process
+    from another one of that name.
     """
 
     def __init__(
@@ -99,110 +128,193 @@ class Store:
         queues: Sequence[str],
         settings: QueueSettings,
         clock: Callable[[], float] = time.time,
+        *,
+        models: Sequence[str] = (),
+        by: str = "",
     ) -> None:
         self.client = client
         self.worker = worker
+        self.by = by or f"process {secrets.token_hex(8)}"
+        #: The models claimed for, in the order they were named.
+        self.models = tuple(models)
         self.queues: tuple[str, ...] = ()
-        self.serve(queues)
-        self.inflight = keys.inflight(worker)
         self._settings = settings
         self._clock = clock
-        self._life = 0
+        self._epoch = 0
         self._seq = 0
         #: True after a claim whose answer was lost: what it took is not known here.
-        self._unsure = False
+        self._uncertain = False
+        self._registered = ""
+        self.serve(queues)
+        self.inflight = keys.inflight(worker)
         self._direct = direct = Direct(client)
         self._claim = direct.bind("claim")
         self._claim_sha: str = bind(client, "claim").sha
+        self._index = direct.bind("index")
         self._begin = direct.bind("begin")
         self._settle = direct.bind("settle")
         self._release = bind(client, "release")
+        self._route = bind(client, "route")
         self._restore = bind(client, "restore")
         self._bury = bind(client, "bury")
-        self._count_life = bind(client, "life")
+        self._begin_script = bind(client, "epoch")
+        self._register = bind(client, "register")
 
     def serve(self, queues: Sequence[str]) -> None:
-        """Claim from these queues from now on."""
+        """Claim from these tiers from now on."""
         if tuple(queues) != self.queues:  # asked before every claim, and it hardly ever changes
-            self.queues = tuple(queues)
-            self.lists = keys.serving_order(queues)
+            self.queues = tuple(queue for queue in QUEUES if queue in queues)
+            self.group = keys.group_of(self.queues, self.models)
+            #: What a plain Celery producer may fill: the default model's lists, and those of our models.
+            self.lists = keys.lists(self.queues, ("", *self.models))
+            self._tiers = " ".join(self.queues)
+            self._looked_into = (*self.lists, *(keys.index(model) for model in ("", *self.models)))
+
+    def register(self, heartbeat: bytes = b"", default: str = "") -> int:
+        """Say what this worker serves, and that it lives; return how many tasks wait for it.
+
+        ``default`` becomes the default model where there is none yet.
+        """
+        args = (self.worker, self.group, heartbeat, self._tiers, default, *self.models)
+        waiting = int(self._register(keys=[keys.heartbeat(self.worker)], args=args))
+        self._registered = self.group
+        return waiting
 
     def waits(self) -> bool:
         """Tell whether a claim may find something; a third of an empty claim's price."""
-        return self._unsure or bool(self._direct.call("EXISTS", *self.lists))
+        return self._uncertain or bool(self._direct.call("EXISTS", *self._looked_into))
+
+    def index_lists(self) -> int:
+        """Tell the others of lists that plain producers have filled; return how many there are."""
+        return int(self._index(keys=self.lists, args=()))
 
     @property
-    def unsure(self) -> bool:
-        """True when what is held must be reconciled with what is in flight before the next claim."""
-        return self._unsure
+    def uncertain(self) -> bool:
+        """True when what is held must be compared with what is in flight before the next claim."""
+        return self._uncertain
+
+    def unknown(self, models: Iterable[str]) -> tuple[str, ...]:
+        """Return which of these models nobody in the fleet could serve; none while the catalogue is empty."""
+        asked = tuple(models)
+        with self.client.pipeline(transaction=False) as pipe:
+            pipe.zcard(keys.CATALOGUE)
+            for model in asked:
+                pipe.zscore(keys.CATALOGUE, model)
+            size, *seen = pipe.execute()
+        return tuple(model for model, at in zip(asked, seen, strict=True) if size and at is None)
+
+    def wants(self, room: int, *, better_than: int = ANY_RANK) -> Wants:
+        """Return the same want for each model."""
+        return dict.fromkeys(self.models, Want(room, better_than))
 
     def claim(
-        self, room: int, *, max_bytes: int = MAX_BYTES, better_than: int | None = None, begin: bool = False
+        self,
+        wants: Wants | int,
+        *,
+        max_bytes: int = MAX_BYTES,
+        state: State = "free",
+        begin: bool = False,
+        look: bool = False,
     ) -> list[Claimed]:
-        """Take up to ``room`` tasks, the most urgent first, whose payloads have about ``max_bytes``.
+        """Take tasks of one model, the most urgent first, whose payloads have about ``max_bytes``.
 
-        With ``better_than``, only from lists before that rank, and without ageing. With ``begin``, a task
-        that comes alone is noted as running, which saves the call of ``begin``.
+        A number stands for so many of each model. Idle workers of this group get their share. With
+        ``begin``, a task that comes alone is noted as running, which saves the call of ``begin``. With
+        ``look``, lists that plain producers may have filled are looked into first.
         """
-        lists = self.lists if better_than is None else self.lists[:better_than]
-        if room <= 0 or not lists:
+        wants = self.wants(wants) if isinstance(wants, int) else wants
+        if not self._can_claim(wants):
             return []
-        if self._unsure or self._out_of_seqs(room):
-            self._begin_life()
-        order = self._order(lists, room, max_bytes, ageing=better_than is None, begin=begin)
+        if self._uncertain or self._out_of_seqs(wants):
+            self._begin_epoch()
+        if self._registered != self.group:
+            self.register()
+        order = self._order(wants, max_bytes, state, begin=begin, look=look)
         try:
             answer = self._claim(keys=order.keys, args=order.args)
         except (redis.ConnectionError, redis.TimeoutError):
-            self._unsure = True
+            self._uncertain = True
             raise
         except redis.ResponseError as exc:
             answer = exc
         return self.take(order, answer)
 
-    def order(self, room: int, *, begin: bool = False) -> Order | None:
+    def order(self, wants: Wants, *, state: State = "idle", begin: bool = False) -> Order | None:
         """Return a claim to send by another way; its answer goes to ``take`` before there is another one,
         unless it is not ``current`` any more.
 
-        None when only ``claim`` can tell what to take: nothing may be, or a life has to begin first.
+        None when only ``claim`` can tell what to take: nothing may be, or an epoch has to begin first.
         """
-        if room <= 0 or not self.lists or self._unsure or self._out_of_seqs(room):
+        if not self._can_claim(wants) or self._uncertain or self._out_of_seqs(wants):
             return None
-        return self._order(self.lists, room, MAX_BYTES, ageing=True, begin=begin)
+        return self._order(wants, MAX_BYTES, state, begin=begin, look=False)
 
-    def _order(self, lists: Sequence[str], room: int, max_bytes: int, *, ageing: bool, begin: bool) -> Order:
-        bell = keys.bell(keys.split_list_key(lists[0])[0])
-        names = (self.inflight, keys.WAITING, bell, keys.life(self.worker), *lists)
-        ageing_ms = int(self._settings.ageing_s * 1000) if ageing else 0
-        prefix = keys.RESULT_PREFIX if begin else ""
-        args = (room, ageing_ms, self._seq, self._life, prefix, keys.CLAIMED, max_bytes)
-        return Order(names, args, lists, self._life, self._claim_sha)
+    def _can_claim(self, wants: Wants) -> bool:
+        return bool(self.queues) and any(want.count > 0 for want in wants.values())
+
+    def _order(self, wants: Wants, max_bytes: int, state: State, *, begin: bool, look: bool) -> Order:
+        args: list[Argument] = [
+            self._epoch,
+            self._seq,
+            max_bytes,
+            int(self._settings.ageing_s * 1000),
+            int(begin),
+            state,
+            self.worker,
+            self.group,
+            self._tiers,
+            len(wants),
+        ]
+        for model, want in wants.items():
+            args += (model, want.count, want.better_than, want.least)
+        if look:
+            args += self.lists
+        return Order((self.inflight, keys.epoch(self.worker)), args, self._epoch, self._claim_sha)
 
     def take(self, order: Order, answer: Any) -> list[Claimed]:
         """Return the tasks that the answer to a claim brings. Raises the error that it is."""
         if isinstance(answer, redis.ResponseError):
             raise self._explain(answer) from answer
-        noted_id = answer.pop().decode(errors="replace") if len(answer) % 3 else None
-        self._seq += len(answer) // 3
-        lists = order.lists
-        return [
-            Claimed(int(answer[i]), lists[abs(place) - 1], abs(place) - 1, answer[i + 2], place < 0, noted_id)
-            for i in range(0, len(answer), 3)
-            for place in (answer[i + 1],)
-        ]
+        noted_id = answer[0].decode(errors="replace") or None
+        default = answer[1].decode()
+        tasks: list[Claimed] = []
+        at, seq = 2, self._seq
+        while at < len(answer):
+            list_key, place, count = answer[at].decode(), answer[at + 1], answer[at + 2]
+            rank, aged = (place, False) if place >= 0 else (-1 - place, True)
+            model = keys.place_of(list_key).model or default
+            for payload in answer[at + 3 : at + 3 + count]:
+                tasks.append(Claimed(seq, list_key, rank, payload, aged, noted_id, model))
+                seq += 1
+            at += 3 + count
+        self._seq = seq
+        return tasks
 
     def current(self, order: Order) -> bool:
-        """Tell whether what an ordered claim takes is this worker's: no life has begun since, nor has to.
+        """Tell whether what an ordered claim takes is this worker's: no epoch has begun since, nor has to.
 
         Else it is back in its list, or will be.
         """
-        return order.life == self._life and not self._unsure
+        return order.epoch == self._epoch and not self._uncertain
 
     def _explain(self, error: redis.ResponseError) -> Exception:
-        if "STALE" not in str(error):
+        text = str(error)
+        if "FORMAT " in text:
+            return format_mismatch(text)
+        if "STALE" not in text:
             return error
+        by = (self.client.hget(keys.epoch(self.worker), "by") or b"").decode(errors="replace")
+        if by.startswith(REAPER):
+            return TakenBack(f"{self.worker} was taken for dead, and its tasks were put back by the {by}")
         return WorkerRunning(
             f"another worker called {self.worker} has taken over; names must differ between hosts"
         )
+
+    def rejoin(self) -> None:
+        """Begin a new epoch after a reaper has put back what was held here."""
+        self._epoch = int(self.client.hget(keys.epoch(self.worker), "number") or 0)
+        self._begin_epoch()
+        self._uncertain = False
 
     def end_wait(self, client_id: int) -> bool:
         """End the wait of the connection of that id, as if its time were over. False: Redis refuses."""
@@ -212,39 +324,40 @@ class Store:
             return False
         return True
 
-    def ring(self) -> None:
-        """Wake who waits longest for the most urgent queue's bell: this worker, if it is alone."""
-        self._direct.call("LPUSH", keys.bell(self.queues[0]), 1)
+    def wake(self) -> None:
+        """Wake this worker where it waits."""
+        self._direct.call("LPUSH", keys.wake(self.worker), 1)
 
-    def _out_of_seqs(self, room: int) -> bool:
-        return not self._life or self._seq % SEQS_OF_A_LIFE + room >= SEQS_OF_A_LIFE
+    def _out_of_seqs(self, wants: Wants) -> bool:
+        most = max(want.count for want in wants.values())
+        return not self._epoch or self._seq % SEQS_OF_AN_EPOCH + most >= SEQS_OF_AN_EPOCH
 
-    def _begin_life(self) -> None:
-        """Count a life of this worker. Its number is part of each sequence id, so that none comes twice."""
+    def _begin_epoch(self) -> None:
+        """Begin an epoch. Its number is part of each sequence id, so that none comes twice."""
         try:
-            self._life = int(self._count_life(keys=[keys.life(self.worker)], args=[self._life]))
+            self._epoch = int(self._begin_script(keys=[keys.epoch(self.worker)], args=[self._epoch, self.by]))
         except (redis.ConnectionError, redis.TimeoutError):
-            self._life += bool(self._life)  # counted perhaps; if not, it is refused when it comes late
+            self._epoch += bool(self._epoch)  # counted perhaps; if not, it is refused when it comes late
             raise
         except redis.ResponseError as exc:
             raise self._explain(exc) from exc
-        self._seq = self._life * SEQS_OF_A_LIFE
+        self._seq = self._epoch * SEQS_OF_AN_EPOCH
 
     def doubt(self) -> None:
         """Compare what is held with what is in flight before the next claim, as after a reconnection."""
-        self._unsure = True
+        self._uncertain = True
 
     def reconcile(self, known: Iterable[int]) -> int:
         """Give back what a claim with a lost answer took. ``known`` are the seqs this worker holds."""
-        if not self._unsure:
+        if not self._uncertain:
             return 0
-        self._begin_life()  # a claim that is still on its way is refused from now on
+        self._begin_epoch()  # a claim that is still on its way is refused from now on
         held = set(known)
         fields = self.client.hkeys(self.inflight)
         lost = sorted(int(f) for f in fields if f.isdigit() and int(f) not in held)
         if lost:
             self.release(lost)
-        self._unsure = False
+        self._uncertain = False
         return len(lost)
 
     def begin(self, tasks: Sequence[tuple[int, str, bytes]]) -> set[int]:
@@ -252,37 +365,41 @@ class Store:
 
         Returns the positions of those whose final state is written already; they must not run.
         """
-        args: list[bytes | str | int] = [
-            keys.RESULT_PREFIX,
-            " ".join(str(seq) for seq, _, _ in tasks),
-        ]
+        args: list[Argument] = [" ".join(str(seq) for seq, _, _ in tasks)]
         for _, task_id, meta in tasks:
             args += (task_id, meta)
         return {int(position) - 1 for position in self._begin(keys=[self.inflight], args=args)}
 
-    def settle(self, finals: Sequence[Final], *, idle: bool = False) -> int:
+    def settle(self, finals: Sequence[Final], *, idle: bool = False) -> dict[str, str]:
         """Write final states and drop the tasks from flight. Safe to repeat.
 
-        ``idle`` says that nothing runs now: a death is on nobody's account.
+        ``idle`` says that nothing runs now: a crash is charged to nobody. Returns the ids under whose result
+        key something else stands, and what Redis said of it: their end is told and counted, and not kept.
         """
-        unkept = " ".join(str(i) for i, final in enumerate(finals) if not final.keep)
-        args: list[bytes | str | int] = [self._settings.result_ttl_s, keys.RESULT_PREFIX, int(idle)]
-        args.append(f" {unkept} " if unkept else "")
+        args: list[Argument] = [self._settings.result_ttl_s, int(idle)]
         for final in finals:
-            args += ("" if final.seq is None else final.seq, final.task_id, final.meta)
-        return int(self._settle(keys=[self.inflight], args=args))
+            seq = "" if final.seq is None else final.seq
+            args += (seq, final.task_id, final.meta, int(final.keep), final.reply, final.label)
+        _, *refused = self._settle(keys=[self.inflight], args=args)
+        texts = [text.decode(errors="replace") for text in refused]
+        return dict(zip(texts[::2], texts[1::2], strict=True))
 
-    def release(self, seqs: Iterable[int], ran: Collection[int] = ()) -> int:
+    def release(
+        self, seqs: Iterable[int], ran: Collection[int] = (), models: Mapping[int, str] | None = None
+    ) -> int:
         """Put claimed tasks back at the head of their lists. Safe to repeat.
 
-        Of those among ``ran`` a part has run: what comes of them later is a repeat, and says so.
+        Of those among ``ran`` a part has run: what comes of them later is a repeat, and says so. Those in
+        ``models`` go to the lists of that model instead.
         """
-        pairs = [part for seq in sorted(seqs) for part in (seq, int(seq in ran))]
-        if not pairs:
-            return 0
-        return int(
-            self._release(keys=[self.inflight], args=[keys.BELL_PREFIX, keys.SEP, keys.CLAIMED, *pairs])
-        )
+        models = models or {}
+        parts = [part for seq in sorted(seqs) for part in (seq, int(seq in ran), models.get(seq, ""))]
+        return int(self._release(keys=[self.inflight], args=parts)) if parts else 0
+
+    def route(self, list_key: str, tasks: Sequence[tuple[bytes, str]]) -> int:
+        """Pass (payload, model) on that wait in a list, but are for another model; return how many were."""
+        args = [part for task in tasks for part in task]
+        return int(self._route(keys=[list_key], args=args)) if args else 0
 
     def restore(self) -> Restored:
         """Put everything in flight back; bury what has taken its workers down too often.
@@ -290,12 +407,11 @@ class Store:
         Only for a worker that is known not to run: a claim that it has left behind in Redis is refused from
         now on. Safe to repeat after being cut off anywhere.
         """
-        self._life = 0  # takes over, whoever has counted since
-        self._begin_life()
-        limit, pending = self._settings.max_deaths, results.PENDING_META
-        args = (keys.BELL_PREFIX, keys.SEP, limit, keys.RESULT_PREFIX, pending, keys.CLAIMED, self._life)
+        self._epoch = 0  # takes over, whoever has counted since
+        self._begin_epoch()
+        args = (self._epoch, self._settings.max_deaths, results.PENDING_META)
         try:
-            flat = self._restore(keys=[self.inflight, keys.life(self.worker)], args=args)
+            flat = self._restore(keys=[self.inflight, keys.epoch(self.worker)], args=args)
         except redis.ResponseError as exc:
             raise self._explain(exc) from exc
         dead = []
@@ -315,10 +431,14 @@ class Store:
 
     def bury(self, seq: int, list_key: str, payload: bytes, error: GpuinferError, *, deaths: int = 0) -> str:
         """Move a task to the dead letters, with a failure result where its id can be read."""
+        reply = ""
         try:
-            task_id: str | None = decode(payload).id
+            envelope = decode(payload)
+            task_id: str | None = envelope.id
+            reply = envelope.reply_to
         except Undecodable as exc:
             task_id = exc.task_id
+        place = keys.place_of(list_key)
         letter_id = task_id or f"undecodable-{self.worker}-{int(self._clock() * 1000)}-{seq}"
         letter = orjson.dumps(
             {
@@ -335,8 +455,21 @@ class Store:
         meta = results.failure(task_id, error, worker=self.worker) if task_id else b""
         self._bury(
             keys=[self.inflight, keys.DEAD],
-            args=[seq, letter_id, letter, self._settings.result_ttl_s, keys.result(letter_id), meta],
+            args=[
+                *(seq, letter_id, letter, self._settings.result_ttl_s, meta, reply),
+                label("dead", place.tier, place.model),
+            ],
         )
-        queue = keys.split_list_key(list_key)[0]
-        log.error("task_dead_lettered", task_id=letter_id, queue=queue, deaths=deaths, reason=error.message)
+        log.error(
+            "task_dead_lettered",
+            task_id=letter_id,
+            queue=keys.queue_name(place.tier, place.model),
+            deaths=deaths,
+            reason=error.message,
+        )
         return letter_id
+
+
+def label(outcome: str, tier: str, model: str) -> str:
+    """Return what an end is counted under."""
+    return f"{outcome} {tier} {model}".rstrip()

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, Unpack
@@ -44,10 +47,9 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of the submit script."""
+    """One call of the submit script, which takes no keys: the model's place is looked up there."""
 
     ids: tuple[str, ...]
-    keys: list[str]
     args: list[bytes | str | int]
 
 
@@ -73,10 +75,70 @@ def _check_types(options: Options) -> None:
         raise InputError(f"must be true or false, got {ignore!r:.80}", "ignore_result")
 
 
+class Origin:
+    """What one client process puts into its messages: where it hears of their ends, and ids of its own.
+
+    Ids are UUIDs whose first 48 bits are the process's, so that it knows its own without keeping them; 74 more
+    are random.
+    """
+
+    def __init__(self, random: Callable[[int], bytes] = os.urandom) -> None:
+        self._random = random
+        self.pid = os.getpid()
+        self._prefix = random(6)
+        self.channel = keys.REPLY_PREFIX + self._prefix.hex()
+
+    def new_id(self) -> str:
+        """Return the id of a new task."""
+        return str(uuid.UUID(bytes=self._prefix + self._random(10), version=4))
+
+    def made(self, task_id: str) -> bool:
+        """Tell whether a task came from this process: its end is told on the reply channel."""
+        return self.channel == reply_channel(task_id)
+
+
+def reply_channel(task_id: str) -> str:
+    """Return the reply channel of the client process that made an id; nobody listens there for another's."""
+    return keys.REPLY_PREFIX + task_id[:8] + task_id[9:13]
+
+
+class DefaultModel:
+    """The fleet's default model, as a client remembers it for a while.
+
+    Messages carry the model's name. Should the default change meanwhile, they go to the model they name.
+    """
+
+    FRESH_S = 5.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._read_at = -math.inf
+        self.name: str | None = None
+
+    @property
+    def stale(self) -> bool:
+        """Whether to ask Redis."""
+        return self._clock() - self._read_at > self.FRESH_S
+
+    def found(self, value: bytes | None) -> None:
+        """Remember what Redis answered."""
+        self.name = value.decode() if value else None
+        self._read_at = self._clock() if value else -math.inf
+
+
 def build(
-    inputs: Any, *, many: bool, clock: Callable[[], float] = time.time, **options: Unpack[Options]
+    inputs: Any,
+    *,
+    many: bool,
+    origin: Origin | None = None,
+    default_model: str | None = None,
+    clock: Callable[[], float] = time.time,
+    **options: Unpack[Options],
 ) -> Submission:
-    """Check a caller's arguments. Raises InputError naming the field."""
+    """Check a caller's arguments. Raises InputError naming the field.
+
+    ``default_model`` is the model of a caller that names none; without it, the worker's default.
+    """
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
         raise InputError(f"unknown option; known: {', '.join(Options.__annotations__)}", sorted(unknown)[0])
@@ -100,12 +162,14 @@ def build(
         inputs=inputs,
         queue=queue,
         priority=priority,
-        model=options.get("model"),
+        model=options.get("model") or default_model,
         options=extra,
         expires_at=None if expires_s is None else clock() + expires_s,
         soft_time_limit_s=_positive(options.get("soft_time_limit_s"), "soft_time_limit_s"),
         time_limit_s=_positive(options.get("time_limit_s"), "time_limit_s"),
         ignore_result=options.get("ignore_result", False),
+        reply_to="" if origin is None else origin.channel,
+        **({} if origin is None else {"id": origin.new_id()}),
     )
 
 
@@ -123,15 +187,17 @@ def _call(
     submission: Submission, pairs: Sequence[tuple[str, bytes]], settings: QueueSettings, key: str | None
 ) -> Call:
     args: list[bytes | str | int] = [
-        settings.idempotency_ttl_s,
-        keys.RESULT_PREFIX,
+        submission.queue,
+        submission.model or "",
+        submission.caller,
+        submission.priority,
         results.PENDING_META,
         keys.IDEMPOTENCY_PREFIX + key if key else "",
+        settings.idempotency_ttl_s,
     ]
     for task_id, payload in pairs:
         args += (task_id, payload)
-    lists = [keys.bell(submission.queue), keys.list_key(submission.queue, submission.priority)]
-    return Call(tuple(task_id for task_id, _ in pairs), lists, args)
+    return Call(tuple(task_id for task_id, _ in pairs), args)
 
 
 def one(submission: Submission, settings: QueueSettings, idempotency_key: str | None = None) -> Call:

@@ -36,7 +36,7 @@ def _here(inputs: list[Any], model: str | None, top_k: int | None, encoding: Enc
     from gpuinfer.models.outputs import render_batch
     from gpuinfer.models.tensors import decode_batch
 
-    loaded = _load(model or load_settings().models.default)
+    loaded = _load(model or load_settings().worker.models[0])
     outcomes: list[Any] = []
     for item in decode_batch(loaded.manifest, inputs):
         if isinstance(item, GpuinferError):

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """kombu's Redis transport with an atomic claim for the task queues.
 
-Registered as ``gpuinfer://`` (and ``gpuinfer+socket://``). Only the queues realtime, default and
-batch differ from kombu's: they are claimed by script when their bell rings (BRPOP, with the claim sent
-along) or a timer fires, and stand in an in-flight hash until settled. Pidbox, reply and fan-out queues
-stay on kombu's stock path.
+Registered as ``gpuinfer://`` (and ``gpuinfer+socket://``). Only our queues differ from kombu's: they are
+claimed by script when the worker is woken, when a batch has ended, or when a timer fires, and stand in an
+in-flight hash until settled. Pidbox, reply and fan-out queues stay on kombu's stock path.
 """
 
 from __future__ import annotations
@@ -14,66 +13,56 @@ from contextlib import suppress
 from queue import Empty
 from typing import Any
 
-from hiredis import pack_command
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as stock
 from kombu.utils.json import dumps, loads
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
-from gpuinfer.errors import DeadLettered, WorkerRunning
+from gpuinfer.errors import DeadLettered, TakenBack, WorkerRunning
 from gpuinfer.queue import keys
 from gpuinfer.queue.qos import TAG, QoS, seq_of
+from gpuinfer.queue.scripts import bind, source
 from gpuinfer.queue.sink import Sink
 from gpuinfer.queue.store import Claimed, Order, Store
+from gpuinfer.queue.waiting import WaitingClaim, answer
 from gpuinfer.settings import QUEUES, QueueSettings
 
-#: Seconds for which a producer that did not ring is expected to go on.
+#: Seconds for which a producer that wakes nobody is expected to go on.
 SILENT_S = 5.0
 #: Seconds for which a claim saves the timer's look into the lists.
 FRESH_S = 0.025
-#: Seconds beyond the end of a wait after which its answer is given up: the connection has gone silent.
-OVERDUE_S = 0.5
 
 
 class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
-    """A channel whose task queues are claimed."""
+    """A channel whose task queues are claimed, once it has a sink."""
 
     QoS = QoS
     priority_steps = list(keys.PRIORITIES)  # noqa: RUF012  # kombu's own is a list; never changed
-    #: Node name of the worker; names the in-flight hash.
-    worker = ""
     #: QueueSettings as a dictionary: transport options travel as plain data.
     queue_settings: dict[str, Any] = {}  # noqa: RUF012  # set per instance from the transport options
-    from_transport_options = (*stock.Channel.from_transport_options, "worker", "queue_settings")
+    from_transport_options = (*stock.Channel.from_transport_options, "queue_settings")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.sink: Sink | None = None
-        self._store: Store | None = None
-        #: The claim that was sent behind the bells, until its answer is read.
-        self._order: Order | None = None
-        #: The socket that waits for bells, and the id that Redis has given it.
-        self._waiting: tuple[Any, int | None] = (None, None)
+        self._wait = WaitingClaim()
+        #: True after a claim of an idle worker that came back empty: the worker will be woken.
+        self._enlisted = False
         self._silent_at = self._claimed_at = -math.inf
         super().__init__(*args, **kwargs)
 
     # -- producing ------------------------------------------------------------------------
 
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
-        if queue not in QUEUES:
+        if keys.tier_of(queue) is None:
             super()._put(queue, message, **kwargs)
             return
         key = keys.list_key(queue, self._get_message_priority(message))
-        bell = keys.bell(queue)
-        commands = (("lpush", key, dumps(message)), ("lpush", bell, 1), ("ltrim", bell, 0, 63))
         batch = kwargs.pop("_publish_batch", None)
-        if batch is not None:
-            for name, *args in commands:
-                batch.add(name, *args)
+        if batch is not None:  # by its text: in a batch nobody could load the script after a NOSCRIPT
+            batch.add("eval", source("put"), 1, key, dumps(message))
             return
-        with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
-            for name, *args in commands:
-                getattr(pipe, name)(*args)
-            pipe.execute()
+        with self.conn_or_acquire() as client:
+            bind(client, "put")(keys=[key], args=[dumps(message)])
 
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
         """Bind as kombu does; a full Redis must not stop a worker from listening to its fan-out queues.
@@ -103,159 +92,115 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
 
     @property
     def store(self) -> Store:
-        """The sink's store, which outlives this channel; without a sink, one of the channel's own."""
-        if self.sink is not None:
-            return self.sink.store
-        if self._store is None:
-            settings = QueueSettings(**self.queue_settings)
-            self._store = Store(self._create_client(), self.worker, self.served, settings)
-        return self._store
-
-    def basic_consume(self, queue: str, *args: Any, **kwargs: Any) -> Any:
-        result = super().basic_consume(queue, *args, **kwargs)
-        if queue in QUEUES:
-            self.connection._callbacks[keys.bell(queue)] = lambda _: self._on_bell(queue)
-        return result
+        """The sink's store, which outlives this channel."""
+        assert self.sink is not None, "tasks are claimed for a sink alone"
+        return self.sink.store
 
     def basic_cancel(self, consumer_tag: str) -> Any:
         self.withdraw()
         return super().basic_cancel(consumer_tag)
 
     def _brpop_start(self, timeout: float | None = None) -> None:
-        """Wait for kombu's own queues as kombu does, and for ours by their bells.
-
-        The claim goes along in the same packet: Redis runs it the moment a bell has rung, or the time is
-        over, which saves a round trip. Until its answer is read there is no other claim.
-        """
+        """Wait for kombu's own queues as kombu does; while this worker is idle, also to be woken."""
         active = self._queue_cycle.consume(len(self.active_queues))
-        wanted: list[Any] = [
+        names: list[str] = [
             self._q_for_pri(queue, pri)
             for pri in self.priority_steps
             for queue in active
             if queue not in QUEUES
         ]
-        order = None
-        room, better_than = self._room()
-        if room and better_than is None:  # else the bells are for others; the timer finds what is urgent
-            served = self.served
-            wanted += [keys.bell(queue) for queue in served]
-            if self.sink is not None and served:
-                self.store.serve(served)
-                order = self.store.order(room, begin=self.sink.idle)
-        if not wanted:
-            return
-        connection = self.client.connection
-        commands: list[tuple[Any, ...]] = [("BRPOP", *wanted, timeout or self.brpop_timeout or 0)]
+        order = self._order()
         if order is not None:
-            commands.append(order.command)
-            self._learn_id(connection)
-        self._in_poll, self._order = connection, order
+            names.append(keys.wake(self.store.worker))
+        if not names:
+            return
+        self._in_poll = self.client.connection
         self._brpop_sent_at = stock.monotonic()
-        connection.send_packed_command([b"".join(map(pack_command, commands))])
+        self._wait.send(self._in_poll, names, timeout or self.brpop_timeout or 0, order)
 
-    def _learn_id(self, connection: Any) -> None:
-        """Ask Redis once how it calls this connection: by that name its wait can be ended."""
-        if self._waiting[0] is not connection._sock:
-            connection.send_command("CLIENT", "ID")
-            found = self._answer()
-            self._waiting = connection._sock, found if isinstance(found, int) else None
+    def _order(self) -> Order | None:
+        """Return the claim to send along with a wait; None where this worker does not wait for tasks."""
+        if self.sink is None or not self.served or self.sink.state != "idle":
+            return None
+        if not self._enlisted:  # nobody would wake it
+            self.claim()
+        if not self._enlisted or self.sink.state != "idle":
+            return None
+        self.store.serve(self.served)
+        return self.store.order(self.sink.wants(), begin=True)
 
     def _on_connection_disconnect(self, connection: Any) -> None:
         """Forget the claim whose answer this connection would have brought: what it took is not known."""
-        if self._order is not None and self._in_poll is connection:
-            self._order = None
+        if self._wait.order is not None and self._in_poll is connection:
+            self._wait.order = None
             self.store.doubt()
         super()._on_connection_disconnect(connection)
 
     def _brpop_read(self, **options: Any) -> Any:
-        """Read what rang, and what the claim behind it took."""
-        order = self._order
+        """Read what woke this worker, and what the claim behind it took."""
+        order = self._wait.order
         if order is None:
             return super()._brpop_read(**options)
+        connection = self.client.connection
         try:
-            rung, answer = self._answer(), self._answer()
+            woke, claimed = answer(connection), answer(connection)
         except BaseException:
-            self.client.connection.disconnect()  # what is left of the answers is nobody's
+            connection.disconnect()  # what is left of the answers is nobody's
             raise
         finally:
-            self._in_poll = self._order = None
+            self._in_poll = self._wait.order = None
             self._flush_brpop_reauth()
         self._claimed_at = stock.monotonic()
         came = 0
         try:
-            came = self._take(order, answer)
+            came = self._take(order, claimed)
         finally:  # what was popped is gone from Redis
-            if rung and not isinstance(rung, ResponseError):
-                self._rung(order, *rung, came=came)
-        if isinstance(rung, ResponseError):
-            raise rung
-        if not rung and not came:
+            if woke and not isinstance(woke, ResponseError):
+                self._deliver_own(*woke)
+        if isinstance(woke, ResponseError):
+            raise woke
+        if not woke and not came:
             raise Empty
         return True
 
-    def _rung(self, order: Order, key: bytes, value: bytes, *, came: int) -> None:
-        """Deliver a message of kombu's own; pass a bell on when the claim was for nothing."""
+    def _deliver_own(self, key: bytes, value: bytes) -> None:
+        """Deliver a message of one of kombu's own queues."""
         name = key.decode()
-        queue = name.removeprefix(keys.BELL_PREFIX)
-        if queue == name:
+        if not name.startswith(keys.WAKE_PREFIX):
             self._queue_cycle.rotate(queue := name.rsplit(self.sep, 1)[0])
             self.connection._deliver(loads(value.decode()), queue)
-        elif not came and not self.store.current(order):
-            self._on_bell(queue)
 
-    def _answer(self) -> Any:
-        """Return the next answer on the waiting connection, be it an error."""
-        try:
-            return self.client.connection.read_response()
-        except ResponseError as exc:
-            return exc
-
-    def _take(self, order: Order, answer: Any) -> int:
+    def _take(self, order: Order, claimed: Any) -> int:
         """Hand on what an ordered claim took; return how many tasks."""
         if self.sink is None or not self.store.current(order):
             return 0
-        if isinstance(answer, NoScriptError):
+        if isinstance(claimed, NoScriptError):
             return self.claim()
         try:
-            tasks = self.store.take(order, answer)
-        except WorkerRunning as exc:
+            return self._receive(self.sink, self.store.take(order, claimed))
+        except (WorkerRunning, TakenBack) as exc:
             self.sink.fenced(exc)
             return 0
+
+    def _receive(self, sink: Sink, tasks: list[Claimed]) -> int:
         if tasks:
-            self.sink.receive(self, tasks)
+            self._enlisted = False
+            sink.receive(self, tasks)
         return len(tasks)
-
-    def _room(self) -> tuple[int, int | None]:
-        if self.sink is not None:
-            return self.sink.room()
-        estimate = self.qos.can_consume_max_estimate()
-        return (1 if estimate is None else int(estimate)), None
-
-    def _on_bell(self, queue: str) -> None:
-        if self._room()[0]:
-            self.claim()
-        else:  # it was for another worker: pass it on
-            with suppress(OutOfMemoryError):  # the others' timers find it
-                self._create_client().lpush(keys.bell(queue), 1)
 
     @property
     def ordered(self) -> bool:
         """True while a claim is on its way whose answer will be taken."""
-        return self._order is not None and self.store.current(self._order)
-
-    @property
-    def _overdue(self) -> bool:
-        """True when the answer to the claim should have come: its connection has gone silent, perhaps."""
-        if not self.ordered or not self.brpop_timeout or not self._in_poll:
-            return False
-        waited = stock.monotonic() - self._brpop_sent_at
-        return waited > self.brpop_timeout + OVERDUE_S and not stock._socket_readable(self._in_poll._sock)
+        return self.sink is not None and self._wait.stands(self.store)
 
     def withdraw(self) -> None:
-        """Let the claim that is on its way, if one is, take nothing; what it took goes back."""
-        if self.sink is not None and self._order is not None and (self.ordered or self.store.unsure):
+        """Cancel the outstanding claim; release anything it took."""
+        self._enlisted = False
+        if self.sink is not None and self._wait.order is not None and (self.ordered or self.store.uncertain):
             self.store.doubt()
-            with suppress(RedisError, OSError, WorkerRunning):  # the next claim, or the end, sees to it
+            with suppress(
+                RedisError, OSError, WorkerRunning, TakenBack
+            ):  # the next claim, or the end, does it
                 self._reconcile(self.sink)
 
     def _reconcile(self, sink: Sink) -> None:
@@ -263,8 +208,8 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         self.store.reconcile(sink.held() | delivered)
 
     def look(self) -> None:
-        """Look into the lists once, for producers that do not ring."""
-        if self._overdue:
+        """Look into the lists once, for producers that wake nobody."""
+        if self.ordered and self._wait.overdue(self._in_poll):
             self.withdraw()
         if not self.listening or not self.store.waits():
             return
@@ -272,18 +217,17 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             self._silent_at = stock.monotonic()
             self._end_wait()
         else:
-            self.claim()
+            self.claim(look=True)
 
     def _end_wait(self) -> None:
-        """Let the claim that stands run now. Where Redis allows no more, ring; another worker may hear it."""
-        waiting, client_id = self._waiting
-        if client_id is None or not self.store.end_wait(client_id):
-            self._waiting = waiting, None
+        """Let the claim that waits run now. Where Redis does not allow it, wake this worker."""
+        self.store.index_lists()
+        if not self._wait.end(self.store):
             with suppress(OutOfMemoryError):  # found when the wait is over
-                self.store.ring()
+                self.store.wake()
 
     def again(self) -> None:
-        """Claim when a batch has ended, unless a claim waits for a bell and bells have rung of late."""
+        """Claim when a batch has ended, unless a claim waits and nobody was silent of late."""
         if self.silent:
             self.look()
         else:
@@ -291,7 +235,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
 
     @property
     def silent(self) -> bool:
-        """True when of late there were tasks that nobody had rung for."""
+        """True when there were tasks of late that nobody had told of."""
         return bool(stock.monotonic() - self._silent_at < SILENT_S)
 
     @property
@@ -302,37 +246,31 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
     @property
     def listening(self) -> bool:
         """True when there are task queues to claim from, and room for a task."""
-        return not self.closed and bool(self.served) and self._room()[0] > 0
+        return not self.closed and self.sink is not None and bool(self.served) and bool(self.sink.wants())
 
-    def claim(self) -> int:
-        """Claim what there is room for and hand it on; return how many tasks came."""
-        if self.ordered:
+    def claim(self, *, look: bool = False) -> int:
+        """Claim what is wanted and hand it on; return how many tasks came."""
+        sink = self.sink
+        if sink is None or self.ordered or self.closed or not self.served:
             return 0
-        served, (room, better_than) = self.served, self._room()
-        if self.closed or not served or room <= 0:
+        wants = sink.wants()
+        if not wants:
             return 0
         store = self.store
-        store.serve(served)
+        store.serve(self.served)
         try:
-            if self.sink is not None and store.unsure:
-                self._reconcile(self.sink)
-            idle = self.sink is not None and self.sink.idle
-            tasks = store.claim(room, better_than=better_than, begin=idle)
-        except WorkerRunning as exc:
-            if self.sink is None:
-                raise
-            self.sink.fenced(exc)
+            if store.uncertain:
+                self._reconcile(sink)
+            state = sink.state
+            tasks = store.claim(wants, state=state, begin=state == "idle", look=look)
+        except (WorkerRunning, TakenBack) as exc:
+            sink.fenced(exc)
             return 0
-        if tasks and self.sink is not None:
-            self.sink.receive(self, tasks)
-        else:
-            for task in tasks:
-                self.deliver(task)
-        return len(tasks)
+        self._enlisted = state == "idle"
+        return self._receive(sink, tasks)
 
     def deliver(self, task: Claimed) -> None:
         """Hand one claimed task on as a kombu message, to Celery's ordinary strategy."""
-        queue, _ = keys.split_list_key(task.list_key)
         try:
             message = loads(task.payload)
             message["properties"]["delivery_tag"] = f"{TAG}{task.seq}"
@@ -342,7 +280,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             self.store.bury(task.seq, task.list_key, task.payload, DeadLettered(f"cannot be decoded: {exc}"))
             return
         self._raw[f"{TAG}{task.seq}"] = task
-        self.connection._deliver(message, queue)
+        self.connection._deliver(message, keys.place_of(task.list_key).tier)
 
     @property
     def _raw(self) -> dict[str, Claimed]:

@@ -14,6 +14,7 @@ from gpuinfer.log import get_logger
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import AWAY, typed_errors
 from gpuinfer.queue.results import TaskStatus
+from gpuinfer.queue.submission import Origin
 
 log = get_logger(__name__)
 
@@ -25,12 +26,17 @@ Mailbox = asyncio.Queue[TaskStatus | None]
 
 
 class Waits:
-    """Subscribes to result channels while somebody waits for them."""
+    """Hears of the ends of a client's own tasks on its reply channel, and of others' by their ids."""
 
-    def __init__(self, client: redis.asyncio.Redis) -> None:
+    def __init__(self, client: redis.asyncio.Redis, origin: Origin) -> None:
         self._client = client
+        self._origin = origin
         self._pubsub: Any = None
         self._mailboxes: dict[str, set[Mailbox]] = {}
+        #: Task ids that are subscribed to one by one.
+        self._by_id: set[str] = set()
+        #: True once the reply channel has been asked for, and while that is confirmed.
+        self._joined = self._listening = False
         self._reader: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
 
@@ -41,13 +47,12 @@ class Waits:
         Raises BrokerUnavailable when Redis is away at the beginning; later it is waited for.
         """
         mailbox: Mailbox = asyncio.Queue()
-        channel = keys.result(task_id)
         with typed_errors():
-            await self._subscribe(channel, mailbox)
+            await self._subscribe(task_id, mailbox)
         try:
             yield mailbox
         finally:
-            await self._unsubscribe(channel, mailbox)
+            await self._unsubscribe(task_id, mailbox)
 
     async def aclose(self) -> None:
         """Stop listening."""
@@ -58,42 +63,48 @@ class Waits:
         if self._pubsub is not None:
             await self._pubsub.aclose()
 
-    async def _subscribe(self, channel: str, mailbox: Mailbox) -> None:
+    async def _subscribe(self, task_id: str, mailbox: Mailbox) -> None:
         async with self._lock:
-            known = self._mailboxes.setdefault(channel, set())
-            known.add(mailbox)
+            self._mailboxes.setdefault(task_id, set()).add(mailbox)
             try:
                 if self._pubsub is None:
                     self._pubsub = self._client.pubsub()
-                await self._pubsub.subscribe(channel)
+                if not self._origin.made(task_id):
+                    self._by_id.add(task_id)
+                    await self._pubsub.subscribe(keys.result(task_id))
+                elif self._listening:
+                    mailbox.put_nowait(None)  # it stands already: look
+                elif not self._joined:
+                    await self._pubsub.subscribe(self._origin.channel)
+                    self._joined = True
             except BaseException:
                 # Cancelled, perhaps, after the command was sent: nobody may stay subscribed.
-                await self._leave(channel, mailbox)
+                await self._leave(task_id, mailbox)
                 raise
             if self._reader is None or self._reader.done():
                 self._reader = asyncio.create_task(self._read(), name="results")
 
-    async def _unsubscribe(self, channel: str, mailbox: Mailbox) -> None:
+    async def _unsubscribe(self, task_id: str, mailbox: Mailbox) -> None:
         async with self._lock:
-            await self._leave(channel, mailbox)
+            await self._leave(task_id, mailbox)
 
-    async def _leave(self, channel: str, mailbox: Mailbox) -> None:
-        if self._forget(channel, mailbox) and self._pubsub is not None:
-            with suppress(*AWAY):
-                await self._pubsub.unsubscribe(channel)
-
-    def _forget(self, channel: str, mailbox: Mailbox) -> bool:
-        """Drop a mailbox; return whether it was the channel's last."""
-        boxes = self._mailboxes.get(channel, set())
+    async def _leave(self, task_id: str, mailbox: Mailbox) -> None:
+        boxes = self._mailboxes.get(task_id, set())
         boxes.discard(mailbox)
-        return not boxes and self._mailboxes.pop(channel, None) is not None
+        if boxes or self._mailboxes.pop(task_id, None) is None or task_id not in self._by_id:
+            return
+        self._by_id.discard(task_id)
+        if self._pubsub is not None:
+            with suppress(*AWAY):
+                await self._pubsub.unsubscribe(keys.result(task_id))
 
     async def _read(self) -> None:
         away = False
-        while self._mailboxes:
+        while self._pubsub.subscribed:
             try:
                 event = await self._pubsub.get_message(timeout=5.0)
             except AWAY as exc:
+                self._listening = False
                 if not away:
                     log.warning("redis_away", reason=str(exc), waiting=len(self._mailboxes))
                 away = True
@@ -107,12 +118,24 @@ class Waits:
 
     def _dispatch(self, event: dict[str, Any]) -> None:
         channel = event["channel"].decode()
-        boxes = self._mailboxes.get(channel, set())
+        own = channel == self._origin.channel
         if event["type"] == "subscribe":
-            for box in boxes:
-                box.put_nowait(None)
+            self._listening |= own
+            if own:
+                wake = [task_id for task_id in self._mailboxes if task_id not in self._by_id]
+            else:
+                wake = [_id_of(channel)]
+            for task_id in wake:
+                for box in self._mailboxes.get(task_id, ()):
+                    box.put_nowait(None)
         elif event["type"] == "message":
-            status = results.parse(channel.removeprefix(keys.RESULT_PREFIX), event["data"])
-            if status.final:
-                for box in boxes:
-                    box.put_nowait(status)
+            data = event["data"]
+            told = results.parse_many(data) if own else [results.parse(_id_of(channel), data)]
+            for status in told:
+                if status.final:
+                    for box in self._mailboxes.get(status.id, ()):
+                        box.put_nowait(status)
+
+
+def _id_of(channel: str) -> str:
+    return channel.removeprefix(keys.RESULT_PREFIX)

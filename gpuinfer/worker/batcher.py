@@ -14,14 +14,23 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import redis
 
-from gpuinfer.errors import GpuinferError, SoftTimeLimitExceeded, TaskExpired, TaskRevoked, WorkerRunning
+from gpuinfer.errors import (
+    GpuinferError,
+    SoftTimeLimitExceeded,
+    TakenBack,
+    TaskExpired,
+    TaskRevoked,
+    WorkerRunning,
+)
 from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
-from gpuinfer.queue.store import Claimed, Final, Store
+from gpuinfer.queue.router import Router
+from gpuinfer.queue.sink import TaskChannel
+from gpuinfer.queue.store import Claimed, Final, State, Store, Want, Wants
 from gpuinfer.settings import Settings
 from gpuinfer.worker import story
 from gpuinfer.worker.bookkeeping import Bookkeeping
@@ -31,17 +40,16 @@ from gpuinfer.worker.intake import Intake
 from gpuinfer.worker.ledger import Ledger
 from gpuinfer.worker.work import Work, conclude
 
-if TYPE_CHECKING:
-    from gpuinfer.queue.transport import Channel
-
 log = get_logger(__name__)
 
 #: Payload bytes a worker holds at most, beside the batch that runs.
 BUFFER_BYTES = 64 * 1024 * 1024
 #: Seconds the event loop may stand still for a batch that nothing waits behind.
 PATIENCE_S = 0.002
-#: A batch that took longer is followed by a look for what is more urgent than the next.
-URGENT_LOOK_S = 0.02
+#: While a batch runs that takes longer, nothing is claimed: another worker may be idle before it ends.
+LONG_BATCH_S = 0.02
+#: Seconds between two looks for tasks that wait in the default model's lists and are for another one.
+ROUTE_EVERY_S = 1.0
 #: Seconds between two looks whether what waits for its time has expired.
 LATER_LOOK_S = 1.0
 
@@ -79,14 +87,22 @@ class Batcher:
         self._closed = self._crashed = False
         #: The batch that has ended, while what is more urgent than the next is looked for.
         self._finishing: Batch | None = None
-        self._looked_at = clock()
+        self._looked_at = self._routed_at = clock()
+        #: Model -> seconds that its batches take, a moving average.
+        self._batch_s: dict[str, float] = {}
+        #: Tasks that a reaper has put back while they ran here.
+        self._taken_back: set[int] = set()
+        self._router = Router(store)
         self._debug = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
-        self.channel: Channel | None = None
+        self.channel: TaskChannel | None = None
 
     @property
-    def idle(self) -> bool:
-        """True when nothing is held: what is claimed next runs at once."""
-        return self.engine.current is None and not len(self._buffer) and not self._ledger.unsettled
+    def state(self) -> State:
+        """Return what runs here: nothing and nothing waits, nothing just now, or a batch."""
+        if self.engine.current is not None:
+            return "busy"
+        held = self._finishing is not None or self._buffer.ready or self._ledger.unsettled
+        return "free" if held else "idle"
 
     @property
     def done(self) -> int:
@@ -98,7 +114,7 @@ class Batcher:
         """True when it has been drained."""
         return self._closed
 
-    def attach(self, channel: Channel, dispatcher: Any) -> None:
+    def attach(self, channel: TaskChannel, dispatcher: Any) -> None:
         """Serve a new connection."""
         self.channel, self._books.dispatcher = channel, dispatcher
 
@@ -113,23 +129,39 @@ class Batcher:
 
     # -- the channel's side ---------------------------------------------------------------
 
-    def room(self) -> tuple[int, int | None]:
-        """Return how many tasks to claim; when a whole batch waits, only such as would overtake it.
+    def wants(self) -> Wants:
+        """Return what to claim: up to a batch of any model; to what waits here, what fills or overtakes it.
 
-        Lists mix models, and what a worker holds no other one can run: when one model's batch is full, the
-        others' wait in Redis; and all do while a probe tells whether this GPU still works.
+        What a worker holds no other one can run. So nothing is claimed while a long batch runs, nor while a
+        probe tells whether this GPU still works.
         """
-        if self._closed or self.engine.probing:
-            return 0, None
+        if self._closed or self.engine.probing or self._long(self.engine.current):
+            return {}
         self._buffer.wake(self._clock())
         affordable = max(1, int(BUFFER_BYTES / self._intake.payload_bytes)) - len(self._buffer.ready)
-        spare = self._buffer.spare()
-        room = min(self._stride, affordable, self._stride if spare is None else spare)
-        if room > 0:
-            return room, None
         batch = self._buffer.next_batch()
-        worst = 0 if batch is None else batch.works[-1].place[0]
-        return (self._stride, worst) if worst > 0 else (0, None)
+        wants: dict[str, Want] = {}
+        for model, manifest in self.models.items():
+            count = min(self._stride, self.engine.limit(model), max(1, affordable))
+            want = Want(count, least=manifest.min_batch_size)
+            if batch is not None:
+                rank = batch.works[0].place[0]
+                if model == batch.model:
+                    spare = min(self._buffer.spare(model), affordable)
+                    want = Want(min(count, spare), least=1)
+                    rank = batch.works[-1].place[0]
+                if model != batch.model or want.count <= 0:
+                    want = Want(count if rank > 0 else 0, better_than=rank)
+            if want.count > 0:
+                wants[model] = want
+        return wants
+
+    def _long(self, batch: Batch | None) -> bool:
+        """Tell whether a batch takes so long that nothing should be held behind it."""
+        if batch is None:
+            return False
+        usual = self._batch_s.get(batch.model)
+        return usual is None or usual > LONG_BATCH_S or self.engine.running_s > LONG_BATCH_S
 
     def held(self) -> set[int]:
         """Return the seqs of everything claimed and not settled."""
@@ -137,11 +169,29 @@ class Batcher:
         works = chain(self._buffer, *(batch.works for batch in batches))
         return {work.seq for work in works} | self._ledger.held()
 
-    def fenced(self, error: WorkerRunning) -> None:
-        """End the process: another one claims under this name."""
+    def end(self, error: GpuinferError) -> None:
+        """End the process at once, for a reason that is not its tasks'."""
         self._on_fatal(error)
 
-    def receive(self, channel: Channel, tasks: Sequence[Claimed]) -> None:
+    def fenced(self, error: WorkerRunning | TakenBack) -> None:
+        """End the process when another one claims under this name; begin anew after a reaper."""
+        if isinstance(error, WorkerRunning):
+            self._on_fatal(error)
+            return
+        works = self._buffer.clear()
+        for work in works:
+            self._books.finished(work, None)
+        running = self.engine.current.works if self.engine.current is not None else []
+        self._taken_back = {work.seq for work in running}
+        story.taken_back([*works, *running], error)
+        try:
+            self.store.rejoin()
+        except (redis.RedisError, OSError, TakenBack) as exc:
+            self._ledger.trouble("begin an epoch", exc)  # and again at the next claim
+        except WorkerRunning as exc:
+            self._on_fatal(exc)
+
+    def receive(self, channel: TaskChannel, tasks: Sequence[Claimed]) -> None:
         """Read claimed tasks into the buffer; what can never run ends here."""
         self.channel = channel
         self._ledger.claimed(tasks)
@@ -154,8 +204,10 @@ class Batcher:
             return
         self.pump()
         self._settle([])  # what is on record may not have begun
-        if len(tasks) < self._longest:
+        if len(tasks) < min(self._stride, self.engine.limit(tasks[0].model or next(iter(self.models)))):
             self._stay()
+        else:
+            self.engine.wake()  # there is more, perhaps: claim the next batch while this one runs
 
     def _hand_back(self, came: int) -> None:
         """Put back what is beyond the batches that come next; claim less from now on."""
@@ -225,7 +277,7 @@ class Batcher:
                 error = TaskRevoked("it was revoked before a worker began it")
             if error is not None:
                 dropped.append(work)
-                finals.append(self._ledger.final(work.seq, error, work.envelope))
+                finals.append(self._ledger.final(work.claimed, error, work.envelope))
                 self._books.finished(work, error)
                 story.task_dropped(work, error)
         if dropped:
@@ -255,6 +307,8 @@ class Batcher:
         """Start the next batch, then write this one's ends. What goes wrong here ends the process: its
         tasks come back, and a death is on the account of what ran."""
         self.engine.current = None
+        usual = self._batch_s.get(done.batch.model, done.seconds)
+        self._batch_s[done.batch.model] = usual + (done.seconds - usual) / 4
         if done.fatal is not None:
             story.batch_lost(done)
             self._on_fatal(done.fatal)
@@ -275,11 +329,11 @@ class Batcher:
             story.batch_done(done, self.device)
 
     def _overtake(self, done: Done) -> None:
-        """Look for what is more urgent than the full batch that comes next: nobody rings for that.
+        """After a long batch, behind which nothing was claimed, claim the next one before the ends are written.
 
-        After a short batch not: an urgent task has come in time for the look while it ran, or waits as long.
+        Also when a batch waits here: nobody tells of what is more urgent.
         """
-        if done.seconds < URGENT_LOOK_S or self.channel is None or self._closed or self.room()[1] is None:
+        if done.seconds < LONG_BATCH_S or self.channel is None or self._closed:
             return
         self._finishing = done.batch
         try:
@@ -301,8 +355,11 @@ class Batcher:
             if not (again and shared):  # else it was perhaps another's time
                 work.ran_s += done.seconds
             final = self._advance(work, mine, None if shared else count, again=again)
+            if final is None and work.seq in self._taken_back:
+                self._buffer.remove([work])
             if final is not None:
                 finals.append(final)
+        self._taken_back = set()
         return finals
 
     def _advance(self, work: Work, outcomes: list[Any], alone: int | None, *, again: bool) -> Final | None:
@@ -334,7 +391,7 @@ class Batcher:
         self._books.finished(work, error, end)
         if error is not None:
             story.task_failed(work, error)
-        return self._ledger.final(work.seq, end, work.envelope)
+        return self._ledger.final(work.claimed, end, work.envelope)
 
     def _settle(self, finals: list[Final]) -> None:
         """Write final states, and that nothing runs when that is so."""
@@ -361,6 +418,12 @@ class Batcher:
             self._drop_stale(list(self._buffer))
         self.pump()
         self.engine.probe()
+        if self._clock() - self._routed_at >= ROUTE_EVERY_S and self.engine.current is None:
+            self._routed_at = self._clock()
+            try:
+                self._router.pass_on()
+            except (redis.RedisError, OSError) as exc:
+                self._ledger.trouble("pass on", exc)
 
     def drain(self, timeout_s: float, *, crashed: bool = False) -> None:
         """Hand back what has not begun, finish the running batch, settle it. A second call does nothing.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker's start, in order: settings, device, lock, models, warm-up; only then the queue.
 
-Runs for ``gpuinfer worker N`` and for ``celery -A gpuinfer.queue.app worker`` alike, from Celery's
+Runs for ``gpuinfer worker N`` and for ``celery -A gpuinfer worker`` alike, from Celery's
 ``celeryd_init`` signal. The device is bound before torch is imported.
 """
 
@@ -16,8 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery import signals
 from celery.platforms import EX_FAILURE, SecurityWarning
@@ -31,6 +30,8 @@ from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings, load_settings
 from gpuinfer.worker.heartbeat import Pulse, starting
 from gpuinfer.worker.lock import acquire
+from gpuinfer.worker.lock import domain as lock_domain
+from gpuinfer.worker.process import Process
 
 if TYPE_CHECKING:
     from gpuinfer.models.loader import LoadedModel
@@ -47,15 +48,6 @@ SWITCH_INTERVAL_S = 0.0005
 GC_THRESHOLDS = (20_000, 20, 100)
 #: A device that failed while it worked (sysexits.h).
 EX_IOERR = 74
-
-
-@dataclass(frozen=True)
-class Process:
-    """What a worker process holds for its life."""
-
-    batcher: Batcher
-    pulse: Pulse
-    lock: IO[str]
 
 
 def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]) -> None:
@@ -77,18 +69,16 @@ def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]
     except GpuinferError as exc:
         log.critical("start_failed", worker=name, code=exc.code, reason=str(exc))
         raise SystemExit(exc.exit_code) from None
-    conf.broker_transport_options["worker"] = name
     # Root is the administrator's choice; the shipped unit runs as a user of its own.
     warnings.simplefilter("ignore", SecurityWarning)
     worker.queues_served = settings.worker.queues
     if not options.get("queues"):
         worker.app.amqp.queues.select(settings.worker.queues)
     signals.worker_ready.connect(_ready, weak=False)
-    from gpuinfer.worker.consumer import drain
 
     # Celery stops its steps only when all of them had started; without Redis they had not.
     signals.worker_shutdown.connect(
-        lambda **_: drain(worker.gpuinfer, crashed=worker.exitcode == EX_FAILURE), weak=False
+        lambda **_: worker.gpuinfer.drain(crashed=worker.exitcode == EX_FAILURE), weak=False
     )
 
 
@@ -118,19 +108,16 @@ def prepare(settings: Settings, name: str) -> Process:
     if binding.cuda_visible_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = binding.cuda_visible_devices
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    lock = acquire(settings.worker.run_dir, name)
+    lock, domain = acquire(settings.worker.run_dir, name), lock_domain(settings.worker.run_dir)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    with starting(settings.worker.load_timeout_s, ", ".join(_wanted(settings))):
+    with starting(settings.worker.load_timeout_s, ", ".join(settings.worker.models)):
         loaded = _load_models(settings, binding)
     device = "cpu" if binding.device == "cpu" else f"gpu{number_of(name)}"
     batcher = _build(settings, name, loaded, device)
-    pulse = Pulse(batcher, name, number_of(name), redis_timeout_s=settings.broker.connect_timeout_s)
-    return Process(batcher, pulse, lock)
-
-
-def _wanted(settings: Settings) -> tuple[str, ...]:
-    """Return the names of the models to serve."""
-    return settings.worker.models or (settings.models.default,)
+    pulse = Pulse(
+        batcher, name, number_of(name), domain=domain, redis_timeout_s=settings.broker.connect_timeout_s
+    )
+    return Process(batcher, pulse, lock, domain)
 
 
 def _load_models(settings: Settings, binding: Binding) -> dict[str, tuple[LoadedModel, int]]:
@@ -142,7 +129,7 @@ def _load_models(settings: Settings, binding: Binding) -> dict[str, tuple[Loaded
         try_device(binding.device)  # with the driver's words, before a model has any part in it
     repository = Repository(settings.models.folders)
     loaded: dict[str, tuple[LoadedModel, int]] = {}
-    for name in _wanted(settings):
+    for name in settings.worker.models:
         started = time.monotonic()
         model = load(repository.get(name), binding.device, threads=settings.worker.threads)
         wanted = model.manifest.max_batch_size
@@ -160,7 +147,8 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
     from gpuinfer.worker.engine import Engine
 
     # No retries by the library: a claim whose answer was lost must not be sent again as it was.
-    store = Store(connect(settings.broker, retries=0), name, settings.worker.queues, settings.queue)
+    client = connect(settings.broker, retries=0)
+    store = Store(client, name, settings.worker.queues, settings.queue, models=tuple(loaded))
 
     def on_hard() -> None:
         _end_at_hard_limit(engine, store)
@@ -193,7 +181,7 @@ def _end_at_hard_limit(engine: Engine, store: Store) -> NoReturn:
     if batch is not None and len(works) == 1:
         error = TimeLimitExceeded(f"ran longer than its hard limit of {batch.hard_limit_s:g} s", None)
         try:
-            store.settle([Ledger(store).final(works[0].seq, error, works[0].envelope)])
+            store.settle([Ledger(store).final(works[0].claimed, error, works[0].envelope)])
         except Exception as exc:
             log.error("settle_failed", task_id=works[0].id, model=batch.model, reason=str(exc))
     os._exit(TimeLimitExceeded.exit_code)

@@ -120,15 +120,9 @@ class Buffer:
         works, self._works, self._later = sorted(self, key=_PLACE), [], []
         return works
 
-    def spare(self) -> int | None:
-        """Return how many more inputs fit before some model's next batch is full; 0 or less when one is.
-
-        None when nothing waits.
-        """
-        counts: dict[str, int] = {}
-        for work in self._works:
-            counts[work.model] = counts.get(work.model, 0) + self._weight(work)
-        return min((self._limit(model) - count for model, count in counts.items()), default=None)
+    def spare(self, model: str) -> int:
+        """Return how many more inputs fit before the model's next batch is full; 0 or less when it is."""
+        return self._limit(model) - sum(self._weight(work) for work in self._works if work.model == model)
 
     def surplus(self, max_bytes: int) -> list[Work]:
         """Return the tasks that come after the full batches of their model that are kept, none begun.

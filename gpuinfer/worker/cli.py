@@ -27,11 +27,9 @@ def worker(loaded: Loaded, number: int) -> None:
     SIGTERM finishes the running batch, hands back the rest and exits 0. A GPU that fails, under a batch
     or while there is none, ends it with 74; one that cannot be used at the start with 69.
     """
-    from gpuinfer.queue.app import create_app
+    from gpuinfer.worker.app import create_worker_app
 
-    app = create_app(loaded.settings)
-    app.gpuinfer_settings = loaded.settings
-    process = app.Worker(
+    process = create_worker_app(loaded.settings).Worker(
         hostname=node_name(number), pool_cls="solo", without_mingle=True, without_gossip=True, quiet=True
     )
     process.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from celery import bootsteps
 from celery.platforms import EX_FAILURE
@@ -15,12 +15,12 @@ from celery.worker.pidbox import Pidbox
 from celery.worker.state import maybe_shutdown
 from redis.exceptions import ResponseError
 
+from gpuinfer.errors import FormatMismatch, WorkerRunning
 from gpuinfer.log import get_logger
+from gpuinfer.queue.heartbeats import wait_for_namesake
 from gpuinfer.worker.batcher import Batcher
 from gpuinfer.worker.heartbeat import BEAT_S, Pulse
-
-if TYPE_CHECKING:
-    from gpuinfer.worker.bootstrap import Process
+from gpuinfer.worker.process import Process
 
 log = get_logger(__name__)
 
@@ -30,8 +30,6 @@ RETRY_START_S, RETRY_MAX_S = 0.2, 2.0
 TICK_S = 0.2
 #: Seconds between two fillings of Celery's tables for its heartbeat, which says how many tasks run.
 SHOW_S = 1.0
-#: Seconds that results may wait for Redis when the worker stops.
-DRAIN_TIMEOUT_S = 10.0
 #: A key that is not there: to set its expiry is a write that changes nothing.
 PROBE = "gpuinfer:probe"
 #: Seconds a broken connection may take to close.
@@ -64,15 +62,25 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
         consumer.timer.call_repeatedly(SHOW_S, self.batcher.show)
 
     def _restore(self) -> None:
-        """Put back what the previous process of this name left in flight."""
-        self.batcher.store.restore()
+        """Put back what the previous process of this name left in flight. One elsewhere goes on: we end."""
+        process, store = self.process, self.batcher.store
+        try:
+            wait_for_namesake(store.client, store.worker, process.domain, pause=self._pause)
+            store.restore()
+        except (WorkerRunning, FormatMismatch) as exc:
+            self.batcher.end(exc)
         self._restored = True
+
+    def _pause(self, seconds: float) -> None:
+        self.process.pulse.beat()
+        maybe_shutdown()
+        time.sleep(seconds)
 
     def stop(self, consumer: Any) -> None:
         if consumer.blueprint.state == bootsteps.RUN:  # a reconnection, not the end
             self.batcher.detach()
         else:
-            drain(self.process, crashed=consumer.controller.exitcode == EX_FAILURE)
+            self.process.drain(crashed=consumer.controller.exitcode == EX_FAILURE)
 
 
 class Mailbox(Pidbox):  # type: ignore[misc]  # celery is not annotated
@@ -90,16 +98,6 @@ class Remote(Control):  # type: ignore[misc]  # celery is not annotated
         super().__init__(consumer, **kwargs)
         self.box = Mailbox(consumer)
         self.start, self.stop, self.shutdown = self.box.start, self.box.stop, self.box.shutdown
-
-
-def drain(process: Process, *, crashed: bool) -> None:
-    """Drain the batcher and tell systemd. The second call does nothing."""
-    batcher, pulse = process.batcher, process.pulse
-    if not batcher.closed:
-        pulse.stopping()
-        log.info("stopping", worker=batcher.store.worker)
-        batcher.drain(DRAIN_TIMEOUT_S, crashed=crashed)
-        pulse.gone()
 
 
 class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated

@@ -136,6 +136,11 @@ class Engine:
         self.moved_at = time.monotonic()
         self._jobs.put(batch)
 
+    @property
+    def running_s(self) -> float:
+        """Seconds since the batch that runs was handed over, or its last pass began; 0 when none runs."""
+        return time.monotonic() - self.moved_at if self.current is not None else 0.0
+
     def probe(self) -> None:
         """Have the GPU tried when it has been idle for some seconds: else nobody would find out."""
         if self._tried is None or self.current is not None or self.probing:

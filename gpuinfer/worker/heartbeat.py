@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import redis
 from sdnotify import SystemdNotifier
 
 from gpuinfer import __version__
 from gpuinfer.log import get_logger
-from gpuinfer.queue import beats, keys
+from gpuinfer.queue import keys
 
 if TYPE_CHECKING:
     from gpuinfer.worker.batcher import Batcher
@@ -83,6 +84,7 @@ class Pulse:
         name: str,
         gpu: int,
         *,
+        domain: str = "",
         notifier: SystemdNotifier | None = None,
         clock: Callable[[], float] = time.monotonic,
         environ: Mapping[str, str] = os.environ,
@@ -91,6 +93,7 @@ class Pulse:
         self._batcher = batcher
         self._name = name
         self._gpu = gpu
+        self._domain = domain
         self._notifier = notifier or SystemdNotifier()
         self._clock = clock
         watchdog_s = int(environ.get("WATCHDOG_USEC") or 0) / 1e6
@@ -103,7 +106,6 @@ class Pulse:
         self._since = time.time()
         self._status = ""
         self._ready = self._away = self._stuck = False
-        self._write_beat = beats.writer(batcher.store.client)
 
     # -- what happens ---------------------------------------------------------------------
 
@@ -196,7 +198,7 @@ class Pulse:
         """Write the heartbeat; return how many tasks wait, None when Redis does not answer."""
         store = self._batcher.store
         try:
-            return self._write_beat(self._name, store.lists, self._body(state, rate))
+            return store.register(orjson.dumps(self._body(state, rate)), default=store.models[0])
         except (redis.RedisError, OSError):
             return None  # the connection says so, once
 
@@ -205,6 +207,7 @@ class Pulse:
         return {
             "worker": self._name,
             "host": socket.gethostname(),
+            "domain": self._domain,
             "gpu": self._gpu,
             "pid": os.getpid(),
             "state": state,

@@ -5,24 +5,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import redis
 
-from gpuinfer.errors import DeadLettered, GpuinferError
+from gpuinfer.errors import DeadLettered, GpuinferError, UnknownModel
 from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
-from gpuinfer.queue.keys import split_list_key
+from gpuinfer.queue.keys import place_of
 from gpuinfer.queue.message import Envelope, Undecodable, decode
+from gpuinfer.queue.sink import TaskChannel
 from gpuinfer.queue.store import Claimed, Final, Store
 from gpuinfer.settings import Settings
 from gpuinfer.worker import story
 from gpuinfer.worker.bookkeeping import Bookkeeping
 from gpuinfer.worker.ledger import Ledger
-from gpuinfer.worker.work import Work, is_inference, read
-
-if TYPE_CHECKING:
-    from gpuinfer.queue.transport import Channel
+from gpuinfer.worker.work import Elsewhere, Work, is_inference, read
 
 log = get_logger(__name__)
 
@@ -50,10 +47,11 @@ class Intake:
         #: Bytes of one payload, a moving average.
         self.payload_bytes = 4096.0
 
-    def read(self, channel: Channel, tasks: Sequence[Claimed]) -> tuple[list[Work], list[Final]]:
+    def read(self, channel: TaskChannel, tasks: Sequence[Claimed]) -> tuple[list[Work], list[Final]]:
         """Return what can run, and the ends of what cannot. What is none of ours goes Celery's own way."""
         works: list[Work] = []
         finals: list[Final] = []
+        elsewhere: list[tuple[Claimed, Envelope, str]] = []
         for task in tasks:
             self.payload_bytes += (len(task.payload) - self.payload_bytes) / 16
             try:
@@ -62,22 +60,42 @@ class Intake:
                     channel.deliver(task)
                     continue
                 self._admit(task, envelope, works, finals)
+            except Elsewhere as exc:
+                elsewhere.append((task, envelope, exc.model))
             except Undecodable as exc:
                 self._bury(task, str(exc))
             except (ValueError, TypeError, ArithmeticError, RecursionError) as exc:
                 # Whatever a stranger's message may do to us, it must not take its neighbours along.
-                log.exception("message_unreadable", queue=split_list_key(task.list_key)[0])
+                log.exception("message_unreadable", queue=place_of(task.list_key).tier)
                 self._bury(task, f"{type(exc).__name__}: {exc}")
+        if elsewhere:
+            self._pass_on(elsewhere, finals)
         return works, finals
 
-    def _admit(self, task: Claimed, envelope: Envelope, works: list[Work], finals: list[Final]) -> None:
-        queue, models = self._settings.queue, self._settings.models
+    def _pass_on(self, tasks: Sequence[tuple[Claimed, Envelope, str]], finals: list[Final]) -> None:
+        """Pass tasks on to the lists of their model; those of a model that the fleet does not know end."""
+        models = {task.seq: model for task, _, model in tasks}
         try:
-            work = read(task, envelope, self._manifests, models.default, queue.max_payload_bytes)
+            unknown = self._store.unknown(dict.fromkeys(models.values()))
+            known = {seq: model for seq, model in models.items() if model not in unknown}
+            self._store.release(known, models=known)
+        except (redis.RedisError, OSError) as exc:
+            self._store.doubt()  # they are put back at the next claim, and come again
+            self._ledger.trouble("pass on", exc)
+            return
+        for task, envelope, model in tasks:
+            if model in unknown:
+                error = UnknownModel(f"no worker of this fleet has served a model {model!r}", "model")
+                finals.append(self._ledger.final(task, error, envelope))
+                story.task_refused(task, envelope.id, error)
+
+    def _admit(self, task: Claimed, envelope: Envelope, works: list[Work], finals: list[Final]) -> None:
+        try:
+            work = read(task, envelope, self._manifests, self._settings.queue.max_payload_bytes)
         except Undecodable:
             raise
         except GpuinferError as exc:
-            finals.append(self._ledger.final(task.seq, exc, envelope))
+            finals.append(self._ledger.final(task, exc, envelope))
             story.task_refused(task, envelope.id, exc)
             return
         if work.eta is not None and work.eta > self._wall():

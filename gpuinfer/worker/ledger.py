@@ -14,12 +14,13 @@ from typing import Any
 
 import redis
 
-from gpuinfer.errors import GpuinferError, WorkerRunning
+from gpuinfer.errors import GpuinferError, TakenBack, TaskExpired, TaskRevoked, WorkerRunning
 from gpuinfer.log import get_logger
 from gpuinfer.queue import results
 from gpuinfer.queue.connection import AWAY
+from gpuinfer.queue.keys import RESULT_PREFIX, place_of
 from gpuinfer.queue.message import Envelope
-from gpuinfer.queue.store import Claimed, Final, Store
+from gpuinfer.queue.store import Claimed, Final, Store, label
 from gpuinfer.worker.buffer import Batch
 from gpuinfer.worker.work import Work
 
@@ -102,12 +103,20 @@ class Ledger:
             work.marked |= work.seq in late
         return True
 
-    def final(self, seq: int, end: Any, envelope: Envelope) -> Final:
+    def final(self, claimed: Claimed, end: Any, envelope: Envelope) -> Final:
         """Return the end of a task: a result, or an error."""
         worker, again = self._store.worker, envelope.deliveries > 0
         write = results.failure if isinstance(end, GpuinferError) else results.success
         meta = write(envelope.id, end, worker=worker, redelivered=again)
-        return Final(seq, envelope.id, meta, keep=not envelope.headers.get("ignore_result"))
+        place = place_of(claimed.list_key)
+        return Final(
+            claimed.seq,
+            envelope.id,
+            meta,
+            keep=not envelope.headers.get("ignore_result"),
+            reply=envelope.reply_to,
+            label=label(_outcome(end), place.tier, claimed.model),
+        )
 
     def settle(self, finals: Sequence[Final], *, idle: bool) -> None:
         """Write final states; while Redis is away they wait here and are written when it is back.
@@ -120,11 +129,16 @@ class Ledger:
         if idle:
             self._noted = None  # wiped, even if the answer should be lost
         try:
-            self._store.settle(self._outbox, idle=idle)
+            refused = self._store.settle(self._outbox, idle=idle)
         except (redis.RedisError, OSError) as exc:
             self.trouble("settle", exc)
             return
         self._outbox, self._noted_idle, self._refused = [], idle, False
+        for task_id, reason in refused.items():
+            hint = (
+                f"something else stands under {RESULT_PREFIX}{task_id}; its caller was told, nothing is kept"
+            )
+            log.error("result_not_kept", task_id=task_id, reason=reason, hint=hint)
 
     def nothing_runs(self) -> None:
         """Wipe the record, whatever a claim may have put there."""
@@ -144,7 +158,7 @@ class Ledger:
         """At the end of a worker: put back what is in flight and, in doubt, not held."""
         try:
             self._store.reconcile(held)
-        except (redis.RedisError, OSError, WorkerRunning) as exc:
+        except (redis.RedisError, OSError, WorkerRunning, TakenBack) as exc:
             hint = "what is there is put back at this worker's next start"
             log.warning("in_flight_unknown", reason=str(exc), hint=hint)
 
@@ -153,3 +167,12 @@ class Ledger:
         if not isinstance(exc, AWAY) and not self._refused:
             log.error("redis_refused", operation=what, reason=str(exc), hint="tried again until it works")
             self._refused = True
+
+
+def _outcome(end: Any) -> str:
+    """Return what an end is counted as."""
+    if isinstance(end, TaskExpired):
+        return "expired"
+    if isinstance(end, TaskRevoked):
+        return "cancelled"
+    return "failed" if isinstance(end, GpuinferError) else "completed"

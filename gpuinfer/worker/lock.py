@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -29,7 +31,7 @@ def acquire(run_dir: Path, worker: str) -> IO[str]:
     except OSError as exc:
         raise ConfigError(f"cannot be written: {exc}", "worker.run_dir") from exc
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(file)
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "unknown"
@@ -40,6 +42,54 @@ def acquire(run_dir: Path, worker: str) -> IO[str]:
     file.write(f"{os.getpid()}\n")
     file.flush()
     return file
+
+
+def domain(run_dir: Path) -> str:
+    """Return what tells this folder of locks from another host's, or another container's.
+
+    Raises ConfigError when the folder cannot be used.
+    """
+    path = run_dir / "domain"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            own = path.with_name(f".domain.{os.getpid()}")
+            own.write_text(secrets.token_hex(8), encoding="ascii")
+            try:
+                os.link(own, path)  # whole, or not at all
+            finally:
+                own.unlink()
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"cannot be written: {exc}", "worker.run_dir") from exc
+
+
+def is_free(run_dir: Path, worker: str) -> bool:
+    """Tell whether no process holds the lock of ``worker``. Leaves no trace; held for a moment alone."""
+    try:
+        number = os.open(
+            run_dir / f"{worker}.lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        )
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(number)
+    return True
+
+
+def _take(file: IO[str]) -> None:
+    """Lock a file. Somebody may look at it just now (``is_free``): that is over at once."""
+    for pause_s in (0.01, 0.05, 0.2):
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(pause_s)
+    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _open(path: Path) -> IO[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from gpuinfer.errors import GpuinferError, InputError, SoftTimeLimitExceeded
 from gpuinfer.log import get_logger
-from gpuinfer.queue.keys import split_list_key
+from gpuinfer.queue.keys import place_of
 from gpuinfer.queue.store import Claimed
 from gpuinfer.worker.buffer import Batch
 from gpuinfer.worker.engine import Done, RunAlone
@@ -28,13 +28,13 @@ def _batch(batch: Batch) -> dict[str, Any]:
         "model": batch.model,
         "batch_size": batch.size,
         "tasks": len(works),
-        "queues": sorted({split_list_key(key)[0] for key in lists}),
+        "queues": sorted({place_of(key).tier for key in lists}),
         "task_ids": [work.envelope.id for work in works],
     }
 
 
 def _task(work: Work) -> dict[str, Any]:
-    return {"task_id": work.id, "queue": split_list_key(work.claimed.list_key)[0], "model": work.model}
+    return {"task_id": work.id, "queue": place_of(work.claimed.list_key).tier, "model": work.model}
 
 
 def batch_begun(batch: Batch) -> None:
@@ -74,9 +74,14 @@ def handed_back(works: Sequence[Work]) -> None:
     log.debug("handed_back", tasks=len(works), task_ids=[work.id for work in works])
 
 
+def taken_back(works: Sequence[Work], error: GpuinferError) -> None:
+    """A reaper took this worker for dead while it was cut off: it drops what it held, and goes on."""
+    log.warning("taken_back", tasks=len(works), task_ids=[work.id for work in works], reason=str(error))
+
+
 def task_refused(task: Claimed, task_id: str, error: GpuinferError) -> None:
     """A message cannot be run as it is."""
-    queue = split_list_key(task.list_key)[0]
+    queue = place_of(task.list_key).tier
     _say(error)("task_refused", task_id=task_id, queue=queue, code=error.code, reason=str(error))
 
 

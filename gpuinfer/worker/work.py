@@ -16,9 +16,18 @@ from gpuinfer.errors import (
     TimeLimitExceeded,
     UnknownModel,
 )
-from gpuinfer.models.manifest import Manifest
+from gpuinfer.models.manifest import MODEL_NAME, Manifest
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Envelope, moment_of
 from gpuinfer.queue.store import Claimed
+
+
+class Elsewhere(Exception):
+    """Raised for a task whose model this worker does not serve: it is passed on."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.model = model
+
 
 _ARGUMENTS = ("inputs", "model", "top_k", "encoding")
 _ENCODINGS: tuple[Literal["list", "b64"], ...] = ("list", "b64")
@@ -154,13 +163,12 @@ def read(
     claimed: Claimed,
     envelope: Envelope,
     manifests: Mapping[str, Manifest],
-    default_model: str,
     max_payload_bytes: int,
 ) -> Work:
     """Turn a message into work.
 
-    Raises Undecodable for a body that is no arguments, and InputError, PayloadTooLarge or
-    UnknownModel for arguments that cannot work; all of them are final.
+    Raises Undecodable for a body that is no arguments, and InputError, PayloadTooLarge or UnknownModel for
+    arguments that cannot work; all of them are final. Raises Elsewhere for another worker's task.
     """
     if (
         len(claimed.payload) > 2 * max_payload_bytes
@@ -172,12 +180,12 @@ def read(
     args, kwargs, embed = envelope.body(2 * max_payload_bytes)
     _refuse_canvas(embed)
     bound = _bind(args, kwargs)
-    model = bound.get("model") or default_model
-    manifest = manifests.get(model) if isinstance(model, str) else None
+    model = bound.get("model") or claimed.model
+    if not isinstance(model, str) or not MODEL_NAME.fullmatch(model):
+        raise UnknownModel(f"{_said(model)} is no name of a model", "model")
+    manifest = manifests.get(model)
     if manifest is None:
-        raise UnknownModel(
-            f"{_said(model)} is not served by this worker; it serves {', '.join(manifests)}", "model"
-        )
+        raise Elsewhere(model)
     many = envelope.task == BATCH_PREDICT
     inputs = bound["inputs"]
     if many and not isinstance(inputs, list):

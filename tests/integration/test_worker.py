@@ -237,9 +237,9 @@ def test_one_process_for_a_number(workers: Workers) -> None:
 
 
 def test_celery_command(workers: Workers, client: Client) -> None:
-    """``celery -A gpuinfer.queue.app worker`` serves as well; prefork is refused with the reason."""
+    """``celery -A gpuinfer worker`` serves as well; prefork is refused with the reason."""
     images, labels = load_test_images()
-    celery = [str(Path(sys.executable).with_name("celery")), "-A", "gpuinfer.queue.app", "worker"]
+    celery = [str(Path(sys.executable).with_name("celery")), "-A", "gpuinfer", "worker"]
     forked = workers.spawn(*celery, "--pool=prefork", "-n", "gpu1@%h", name="forked")
     assert forked.wait() == 78
     assert "forked process" in forked.text()

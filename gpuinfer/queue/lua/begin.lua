@@ -1,22 +1,18 @@
 #!lua flags=allow-oom
+-- needs: states
 -- Note which tasks a worker runs, and mark them as started.
 -- KEYS: in-flight hash
--- ARGV: result key prefix, the record of what runs (seqs, space separated),
---       then (task id, started meta) pairs; an empty meta marks nothing
+-- ARGV: the record of what runs (seqs, space separated), then (task id, started meta) pairs; an empty meta
+--       marks nothing
 -- Returns the 1-based positions of tasks whose final state is already written: they must not run.
-local prefix = ARGV[1]
--- What a producer of ours has written: compared whole, which is cheaper than to look for a word in it.
-local pending = '{"status": "PENDING", "result": '
-redis.call('HSET', KEYS[1], 'running', ARGV[2])
+redis.call('HSET', KEYS[1], 'running', ARGV[1])
 local done = {}
-for i = 3, #ARGV, 2 do
-  local key = prefix .. ARGV[i]
-  local meta = redis.call('GETRANGE', key, 0, 31)
-  local state = meta ~= pending and string.match(meta, '^{"status": ?"(%u+)"')
-  if state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED' then
-    done[#done + 1] = (i - 1) / 2
-  elseif ARGV[i + 1] ~= '' then
-    redis.call('SET', key, ARGV[i + 1])
+for i = 2, #ARGV, 2 do
+  local state, err = state_of(ARGV[i])
+  if FINAL[state or ''] then
+    done[#done + 1] = i / 2
+  elseif ARGV[i + 1] ~= '' and not err then
+    write_passing(ARGV[i], ARGV[i + 1])
   end
 end
 return done

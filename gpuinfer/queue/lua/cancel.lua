@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
+-- needs: states
 -- Write the final state of a task that no worker has begun; one that runs or has ended is left alone.
 -- KEYS: result key
--- ARGV: meta, result ttl in seconds
+-- ARGV: task id, meta, result ttl in seconds, reply channel of its client
 -- Returns 1 when the state was written.
-local state = string.match(redis.call('GETRANGE', KEYS[1], 0, 31), '^{"status": ?"(%u+)"')
-if state ~= 'PENDING' then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
-redis.call('PUBLISH', KEYS[1], ARGV[1])
-return 1
+if state_of(ARGV[1]) ~= 'PENDING' then return 0 end
+local written, err =
+  finish({{id = ARGV[1], meta = ARGV[2], keep = true, reply = ARGV[4], label = 'cancelled'}}, ARGV[3])
+return written or err

@@ -1,104 +1,224 @@
 #!lua flags=allow-oom
--- Pop up to N tasks, the most urgent first, and record them as in flight, in one step.
--- KEYS: in-flight hash, waiting hash, bell, life counter, then the lists in the order they are served
--- ARGV: N, ageing in milliseconds (0: off), the first sequence id to use, the life of the claimer,
---       result key prefix when a task that comes alone runs at once and is noted as begin.lua does, else '',
---       the hash that counts for the watcher how many tasks were ever claimed from each list,
---       how many bytes of payload to take at most; one task is taken whatever its size
--- Returns {seq, list index (1-based; negative: it has aged and goes first), payload, seq, ...}, and
--- at the end the id of the task noted as running, if there is one.
--- Payloads are not parsed.
-local inflight, waiting, bell = KEYS[1], KEYS[2], KEYS[3]
-local room, ageing, seq = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local counts, bytes = ARGV[6] or '', tonumber(ARGV[7] or 'inf')
-local claimed = {}
-local left = 0
+-- needs: lists states
+-- Pop up to N tasks of one model, the most urgent first, and record them as in flight, in one step.
+-- KEYS: in-flight hash, epoch hash
+-- ARGV: 1 epoch, 2 first sequence id to use, 3 how many bytes of payload to take at most (one task is taken
+--       whatever its size), 4 ageing in milliseconds (0: off), 5 '1': a task that comes alone runs at once, and
+--       is noted as begin.lua does, 6 the claimer's state: 'idle' (enters the idle workers when nothing comes),
+--       'free' (nothing runs), 'busy' (leaves their part to idle workers), 7 worker, 8 group, 9 tiers (space
+--       separated), 10 number of models, then for each model: name, how many tasks, the rank they must be
+--       better than, least batch; then lists that may have been filled by plain producers, to be looked into
+-- Returns {id of the task noted as running or '', the default model, then for each list: list, rank (-1 - rank: it has aged and
+-- goes first), number of payloads, the payloads}. Sequence ids count up from the first. Payloads are not parsed.
+local inflight = KEYS[1]
+local epoch, seq, bytes, ageing = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local state, worker, group = ARGV[6], ARGV[7], ARGV[8]
 
--- A claim of an earlier life, held up on its way, or of a worker whose name another one has taken
--- over, must not take anything: nobody would know of it. A Redis that has lost the last second's
--- writes may be behind.
-local life, counted = tonumber(ARGV[4]), tonumber(redis.call('GET', KEYS[4]) or 0)
-if counted > life then return redis.error_reply('STALE claim of life ' .. life .. ', now is ' .. counted) end
-if counted < life then redis.call('SET', KEYS[4], life) end
+-- A claim of an earlier epoch, held up on its way, or of a worker whose name another one has taken over,
+-- must not take anything: nobody would know of it. A Redis that has lost the last writes may be behind.
+local counted = tonumber(redis.call('HGET', KEYS[2], 'number') or 0)
+if counted > epoch then return redis.error_reply('STALE claim of epoch ' .. epoch .. ', now is ' .. counted) end
+if counted < epoch then redis.call('HSET', KEYS[2], 'number', epoch) end
 
--- One payload tells how many of its size fit. A list that is emptied waits for nothing. What is popped is
--- recorded by one command: a call costs more than the field it sets.
-local function take(index, aged)
-  local list, few, before, place = KEYS[index], 1, room, aged and 4 - index or index - 4
-  while room > 0 and bytes > 0 do
-    local popped = redis.call('RPOP', list, math.min(room, few))
-    if not popped then break end
-    room = room - #popped
-    local fields, n, c = {}, 0, #claimed
-    for i = 1, #popped do
-      local payload, field = popped[i], string.format('%.0f', seq)
-      fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = field, payload, field .. ':list', list
-      claimed[c + 1], claimed[c + 2], claimed[c + 3] = seq, place, payload
-      n, c, seq, bytes = n + 4, c + 3, seq + 1, bytes - #payload
-    end
-    for first = 1, n, 1000 do
-      redis.call('HSET', inflight, unpack(fields, first, math.min(first + 999, n)))
-    end
-    few = math.max(1, math.floor(bytes / (#claimed[#claimed] + 1)))
+-- Which lists of these models hold work, in the order of serving.
+local default = redis.call('GET', DEFAULT_MODEL) or ''
+local tiers = {}
+for tier in string.gmatch(ARGV[9], '%a+') do tiers[BASE[tier]] = true end
+local wanted, indices = {}, {}
+local last = 10 + 4 * tonumber(ARGV[10])
+for i = 11, last, 4 do
+  local model = ARGV[i]
+  wanted[model] = {tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])}
+  indices[#indices + 1] = INDEX_PREFIX .. model
+  if model == default then indices[#indices + 1] = INDEX_PREFIX end
+end
+for i = last + 1, #ARGV do
+  if redis.call('LLEN', ARGV[i]) > 0 then index_list(ARGV[i]) end
+end
+local flat
+if #indices == 1 then
+  flat = redis.call('ZRANGE', indices[1], 0, -1, 'WITHSCORES')
+else
+  local n = #indices
+  indices[n + 1] = 'WITHSCORES'
+  flat = redis.call('ZUNION', n, unpack(indices))
+end
+local lists = {}
+for i = 1, #flat, 2 do
+  local list, rank = flat[i], tonumber(flat[i + 1])
+  local tier, indexed = string.match(list, '^(%a+)%.?([^@\6]*)')
+  local model = indexed == '' and default or indexed
+  local want = wanted[model]
+  if want and tiers[rank - rank % 10] and rank < want[2] and want[1] > 0 then
+    lists[#lists + 1] = {key = list, rank = rank, tier = tier, model = model, indexed = indexed}
   end
-  if room == before then return false end
-  if counts ~= '' then redis.call('HINCRBY', counts, list, before - room) end
-  if redis.call('LLEN', list) == 0 then redis.call('HDEL', waiting, list) end
+end
+
+-- Lists of one rank take turns: who was served least goes first.
+local function take_turns()
+  local first, fields = 1, {}
+  local rivals = false
+  for i = 2, #lists do
+    if lists[i].rank == lists[i - 1].rank then rivals = true end
+  end
+  if not rivals then return false end
+  for i, list in ipairs(lists) do fields[i] = list.key end
+  local turns = redis.call('HMGET', TURNS, unpack(fields))
+  while first <= #lists do
+    local stop = first
+    local least
+    while stop <= #lists and lists[stop].rank == lists[first].rank do
+      local turn = tonumber(turns[stop])
+      lists[stop].turn = turn
+      if turn and (not least or turn < least) then least = turn end
+      stop = stop + 1
+    end
+    if stop - first > 1 then
+      for i = first, stop - 1 do lists[i].turn = math.max(lists[i].turn or least or 0, least or 0) end
+    else
+      lists[first].turn = nil
+    end
+    first = stop
+  end
+  table.sort(lists, function(a, b)
+    if a.rank ~= b.rank then return a.rank < b.rank end
+    if a.turn ~= b.turn then return (a.turn or 0) < (b.turn or 0) end
+    return a.key < b.key
+  end)
   return true
 end
+local rivals = #lists > 1 and take_turns()
 
-local sizes, busy = {}, {}
-for index = 5, #KEYS do
-  sizes[index] = redis.call('LLEN', KEYS[index])
-  if sizes[index] > 0 then busy[#busy + 1] = index end
+-- Ageing: a list that was passed over for long enough goes first, once; at most in every fifth claim.
+local aged, since, waits = nil, nil, false
+if ageing > 0 and #lists > 0 and (#lists > 1 or redis.call('EXISTS', AGEING) == 1) then
+  waits = true
+  local fields = {''}
+  for i, list in ipairs(lists) do fields[i + 1] = list.key end
+  since = redis.call('HMGET', AGEING, unpack(fields))
+  local credit, oldest = tonumber(since[1] or AGED_EVERY - 1), now() * 1000 - ageing
+  for i, list in ipairs(lists) do
+    list.since = tonumber(since[i + 1])
+    if list.since and list.since <= oldest then aged, oldest = list, list.since end
+  end
+  if aged == lists[1] then aged = nil end
+  if aged and credit < AGED_EVERY - 1 then aged = nil end
+  if aged then
+    redis.call('HSET', AGEING, '', 0)
+  elseif credit < AGED_EVERY - 2 then
+    redis.call('HSET', AGEING, '', credit + 1)
+  elseif since[1] then
+    redis.call('HDEL', AGEING, '')
+  end
 end
 
--- Ageing: a list with work that was passed over for long enough goes first, once.
-if ageing > 0 and (#busy > 1 or redis.call('EXISTS', waiting) == 1) then
-  local time = redis.call('TIME')
-  local now = time[1] * 1000 + math.floor(time[2] / 1000)
-  local since = {}
-  local flat = redis.call('HGETALL', waiting)
-  for i = 1, #flat, 2 do since[flat[i]] = tonumber(flat[i + 1]) end
-  local oldest, oldest_index = nil, nil
-  for index = 5, #KEYS do
-    local list = KEYS[index]
-    if sizes[index] == 0 then
-      if since[list] then redis.call('HDEL', waiting, list) end
-    elseif not since[list] then
-      redis.call('HSET', waiting, list, now)
-    elseif since[list] <= now - ageing and (not oldest or since[list] < oldest) then
-      oldest, oldest_index = since[list], index
+-- One claim is one model's batch. Idle workers share what waits; who is busy leaves their part to them.
+local answer, n, taken, left = {'', default}, 2, 0, 0
+local first = aged or lists[1]
+if first then
+  local model = first.model
+  local room, least = wanted[model][1], wanted[model][3]
+  local mine, waiting, equals = {}, 0, 0
+  if aged then mine[1] = aged end
+  for _, list in ipairs(lists) do
+    if list.model == model then
+      list.size = redis.call('LLEN', list.key)
+      waiting = waiting + list.size
+      if list.rank == first.rank then equals = equals + 1 end
+      if list ~= aged then mine[#mine + 1] = list end
     end
   end
-  local served = {}
-  if oldest_index then served[oldest_index] = take(oldest_index, true) end
-  for _, index in ipairs(busy) do
-    if take(index) or served[index] then
-      if redis.call('LLEN', KEYS[index]) > 0 then redis.call('HSET', waiting, KEYS[index], now) end
+  local others = 0
+  if state == 'busy' then
+    others = count_idle(group)
+    room = math.min(room, waiting - others * room)
+  else
+    local idle = IDLE_PREFIX .. group
+    redis.call('ZREM', idle, worker)
+    others = count_idle(group)
+    if others > 0 then room = math.min(room, math.max(least, math.ceil(waiting / (others + 1)))) end
+  end
+
+  -- One payload tells how many of its size fit. What is popped is recorded by one command: a call costs
+  -- more than the field it sets.
+  local function take(list, most)
+    local few, before, stop, head = 1, room, math.max(0, room - most), n
+    while room > stop and bytes > 0 do
+      local popped = redis.call('RPOP', list.key, math.min(room - stop, few))
+      if not popped then break end
+      if n == head then
+        answer[n + 1], answer[n + 2] = list.key, list == aged and -1 - list.rank or list.rank
+        n = n + 3
+      end
+      local fields, k = {}, 0
+      for i = 1, #popped do
+        local payload, field = popped[i], string.format('%.0f', seq)
+        fields[k + 1], fields[k + 2], fields[k + 3], fields[k + 4] = field, payload, field .. ':list', list.key
+        answer[n + i] = payload
+        k, seq, bytes = k + 4, seq + 1, bytes - #payload
+      end
+      for i = 1, k, 1000 do redis.call('HSET', inflight, unpack(fields, i, math.min(i + 999, k))) end
+      n, room = n + #popped, room - #popped
+      answer[head + 3] = before - room
+      few = math.max(1, math.floor(bytes / (#popped[#popped] + 1)))
+    end
+    local count = before - room
+    if count > 0 then
+      redis.call('HINCRBY', CLAIMED, list.key, count)
+      if rivals and list.turn then redis.call('HSET', TURNS, list.key, list.turn + count) end
+    end
+    list.size = list.size - count
+    list.served = list.served or count > 0
+    return count
+  end
+
+  if equals > 1 then
+    local part = math.ceil(room / equals)
+    for _, list in ipairs(mine) do
+      if list.rank == first.rank then taken = taken + take(list, part) end
     end
   end
-else
-  for _, index in ipairs(busy) do take(index) end
+  for _, list in ipairs(mine) do
+    if list.size > 0 then taken = taken + take(list, room) end
+  end
+  for _, list in ipairs(mine) do
+    if list.size <= 0 then
+      unindex_list(list.key, list.indexed)
+    else
+      left = left + list.size
+    end
+  end
+  if waits then
+    for _, list in ipairs(lists) do
+      if list.size and list.size <= 0 then
+        -- Nothing waits there any more.
+      elseif list.served or not list.since then
+        redis.call('HSET', AGEING, list.key, string.format('%.0f', now() * 1000))
+      end
+    end
+  end
+
+  -- What is left is another worker's.
+  if left > 0 then wake(first.tier, model, 1) end
+  for _, list in ipairs(lists) do
+    if list.model ~= model then
+      wake(list.tier, list.model, 1)
+      break
+    end
+  end
 end
 
--- What is left is another worker's: ring for it.
-if #claimed > 0 and (room <= 0 or bytes <= 0) then
-  for _, index in ipairs(busy) do
-    left = left + redis.call('LLEN', KEYS[index])
-    if left > 0 then break end
-  end
-  if left > 0 and redis.call('LLEN', bell) == 0 then redis.call('LPUSH', bell, 1) end
+if taken == 0 then
+  if state == 'idle' then redis.call('ZADD', IDLE_PREFIX .. group, now(), worker) end
+  return answer
 end
--- The id is the header of that name, as in restore.lua; the worker compares it with what it reads. A
--- payload too long to search through, or a task that has its final state, is left to begin.lua.
-if ARGV[5] ~= '' and #claimed == 3 and #claimed[3] <= 16384 then
-  local id = string.match(claimed[3], '"id": ?"([^"]+)"')
-  local meta = id and redis.call('GETRANGE', ARGV[5] .. id, 0, 31)
-  local state = id and string.match(meta, '^{"status": ?"(%u+)"')
-  if id and state ~= 'SUCCESS' and state ~= 'FAILURE' and state ~= 'REVOKED' then
-    redis.call('HSET', inflight, 'running', string.format('%.0f', claimed[1]))
-    claimed[4] = id
+-- The id is the header of that name, as in restore.lua; the worker compares it with what it reads. A payload
+-- too long to search through, or a task that has its final state, is left to begin.lua.
+if ARGV[5] == '1' and taken == 1 and #answer[6] <= 16384 then
+  local id = string.match(answer[6], '"id": ?"([^"]+)"')
+  if id and not FINAL[state_of(id) or ''] then
+    redis.call('HSET', inflight, 'running', ARGV[2])
+    answer[1] = id
   end
 end
-return claimed
+return answer

@@ -1,17 +1,17 @@
 #!lua flags=allow-oom
+-- needs: lists states
 -- Put a dead worker's tasks back at the head of their lists and count the death against those that ran.
 -- A task whose deaths reach the limit stays in flight and is reported: the caller settles it as dead.
--- KEYS: in-flight hash, life counter
--- ARGV: bell prefix, separator of priority lists, deaths at which a task is given up,
---       result key prefix, pending meta, the hash that counts what was claimed from each list,
---       the life that the caller has begun for this; in a later one there is another worker
+-- KEYS: in-flight hash, epoch hash
+-- ARGV: the epoch that the caller has begun for this (in a later one there is another worker), deaths at which
+--       a task is given up, pending meta
 -- Returns {put back, {ids of the first thousand put back}, then (seq, list, payload, deaths) of each
 -- task to give up}.
 -- The counts travel in front of the payload, as text, so that no payload is parsed:
 --   {"gpuinfer": [deliveries, deaths], <the rest as the producer wrote it>
-local life, counted = tonumber(ARGV[7]), tonumber(redis.call('GET', KEYS[2]) or 0)
-if counted > life then return redis.error_reply('STALE restore of life ' .. life .. ', now is ' .. counted) end
-local inflight, bells, sep, limit = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
+local epoch, counted = tonumber(ARGV[1]), tonumber(redis.call('HGET', KEYS[2], 'number') or 0)
+if counted > epoch then return redis.error_reply('STALE restore of epoch ' .. epoch .. ', now is ' .. counted) end
+local inflight, limit = KEYS[1], tonumber(ARGV[2])
 
 -- What had begun waits again, and says so. The id is the header of that name; in the body, JSON in
 -- JSON, its quotes would be escaped.
@@ -19,10 +19,7 @@ local ids = {}
 local function wait_again(payload)
   local id = string.match(payload, '"id": ?"([^"]+)"')
   if id and #ids < 1000 then ids[#ids + 1] = id end
-  local key = id and ARGV[4] .. id
-  if key and string.match(redis.call('GETRANGE', key, 0, 31), '^{"status": ?"STARTED"') then
-    redis.call('SET', key, ARGV[5])
-  end
+  if id and state_of(id) == 'STARTED' then write_passing(id, ARGV[3]) end
 end
 local fields = redis.call('HKEYS', inflight)
 local seqs = {}
@@ -36,7 +33,7 @@ local ran = {}
 for seq in string.gmatch(redis.call('HGET', inflight, 'running') or '', '%d+') do ran[tonumber(seq)] = true end
 redis.call('HDEL', inflight, 'running')
 
-local answer, back = {0, ids}, 0
+local answer, back, wakes = {0, ids}, 0, {}
 for _, number in ipairs(seqs) do
   local seq = string.format('%.0f', number)
   local payload = redis.call('HGET', inflight, seq)
@@ -56,16 +53,17 @@ for _, number in ipairs(seqs) do
       for _, part in ipairs({seq, list, payload, deaths}) do answer[#answer + 1] = part end
     else
       wait_again(payload)
-      redis.call('RPUSH', list, payload)
-      redis.call('HINCRBY', ARGV[6], list, -1)
+      local tier, model = put_back(list, payload)
       redis.call('HDEL', inflight, seq, seq .. ':list')
-      local at = string.find(list, sep, 1, true)
-      local bell = bells .. (at and string.sub(list, 1, at - 1) or list)
-      redis.call('LPUSH', bell, 1)
-      redis.call('LTRIM', bell, 0, 63)
+      if tier then
+        local key = tier .. '.' .. model
+        wakes[key] = wakes[key] or {tier, model, 0}
+        wakes[key][3] = wakes[key][3] + 1
+      end
       back = back + 1
     end
   end
 end
+for _, one in pairs(wakes) do wake(unpack(one)) end
 answer[1] = back
 return answer

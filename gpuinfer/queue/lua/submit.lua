@@ -1,22 +1,36 @@
 #!lua
--- Append tasks to their lists, remember their ids, and ring. Without allow-oom: a full Redis refuses
--- the whole call before anything is written.
--- KEYS: bell, list
--- ARGV: idempotency ttl in seconds, result key prefix, pending meta, idempotency key or '', then (id, payload) pairs
+-- needs: lists states
+-- Append tasks to their list, remember their ids, and wake idle workers. Without allow-oom: a full Redis
+-- refuses the whole call before anything is written.
+-- ARGV: tier, model ('' for the default one), caller ('' for none), priority, pending meta, idempotency key or
+--       '', its ttl in seconds, then (id, payload) pairs
 -- Returns the id that holds: the given one, or the one an idempotency key already stands for.
-if ARGV[4] ~= '' then
-  local holder = redis.call('GET', ARGV[4])
-  -- A holder whose result has expired holds no more.
-  if holder and holder ~= ARGV[5] and redis.call('EXISTS', ARGV[2] .. holder) == 1 then return holder end
-  redis.call('SET', ARGV[4], ARGV[5], 'EX', ARGV[1])
+local format = redis.call('GET', FORMAT_KEY)
+if format and format ~= FORMAT then return redis.error_reply('FORMAT ' .. format) end
+local tier, model, caller, priority = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+if model ~= '' and not redis.call('ZSCORE', CATALOGUE, model) then
+  local known = redis.call('ZRANGE', CATALOGUE, 0, -1)
+  if #known > 0 then return redis.error_reply('UNKNOWN_MODEL ' .. table.concat(known, ', ')) end
 end
-for i = 5, #ARGV, 2 do
+if ARGV[6] ~= '' then
+  local holder = redis.call('GET', ARGV[6])
+  -- A holder whose result has expired holds no more.
+  if holder and holder ~= ARGV[8] and state_of(holder) then return holder end
+  redis.call('SET', ARGV[6], ARGV[8], 'EX', ARGV[7])
+end
+local queue = tier
+if model ~= '' and model ~= redis.call('GET', DEFAULT_MODEL) then queue = queue .. '.' .. model end
+if caller ~= '' then queue = queue .. '@' .. caller end
+local list = priority == '0' and queue or queue .. SEP .. priority
+local payloads = {}
+for i = 8, #ARGV, 2 do
   -- NX: a call repeated because its answer was lost appends nothing twice.
   -- Without a TTL: what waits is never evicted, and so never forgotten.
-  if redis.call('SET', ARGV[2] .. ARGV[i], ARGV[3], 'NX') then
-    redis.call('LPUSH', KEYS[2], ARGV[i + 1])
-  end
+  if write_passing(ARGV[i], ARGV[5], 'NX') then payloads[#payloads + 1] = ARGV[i + 1] end
 end
-redis.call('LPUSH', KEYS[1], 1)
-redis.call('LTRIM', KEYS[1], 0, 63)
-return ARGV[5]
+for first = 1, #payloads, 1000 do
+  redis.call('LPUSH', list, unpack(payloads, first, math.min(first + 999, #payloads)))
+end
+if #payloads > 0 then index_list(list) end
+wake(tier, model, math.max(1, #payloads))
+return ARGV[8]

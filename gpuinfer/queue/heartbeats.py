@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workers' heartbeats in Redis: written by each worker, read by watchers, fronts and commands.
+
+They have no time to live: a full Redis evicts first what would expire first, and would have taken every
+worker for dead. How old one is, Redis's own clock tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import orjson
+import redis
+
+from gpuinfer.errors import WorkerRunning
+from gpuinfer.queue import keys
+
+#: A worker whose heartbeat is older than this is taken for dead. It beats twice as often.
+FRESH_S = 10.0
+
+
+def fresh(client: redis.Redis, workers: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Return the heartbeats of those of ``workers`` that live; without ``workers``, of all. Raises redis-py's
+    errors."""
+    found, now = read(client, workers)
+    return {worker: body for worker, body in found.items() if now - body.get("at", 0.0) <= FRESH_S}
+
+
+def read(
+    client: redis.Redis, workers: Sequence[str] | None = None
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Return the last heartbeats, however old, and Redis's time. Raises redis-py's errors."""
+    if workers is None:
+        workers = [name.decode() for name in client.zrange(keys.WORKERS, 0, -1)]
+    with client.pipeline(transaction=False) as pipe:
+        pipe.time()
+        for worker in workers:
+            pipe.get(keys.heartbeat(worker))
+        (seconds, microseconds), *texts = pipe.execute()
+    found = {worker: orjson.loads(text) for worker, text in zip(workers, texts, strict=True) if text}
+    return found, seconds + microseconds / 1e6
+
+
+def wait_for_namesake(
+    client: redis.Redis, worker: str, domain: str, *, pause: Callable[[float], object], every_s: float = 0.5
+) -> None:
+    """Return when no process of another host beats under this worker's name.
+
+    One that has just died is waited out. Raises WorkerRunning for one that goes on beating, and redis-py's
+    errors. ``domain`` is the caller's own: whoever shares it cannot run, as the caller has the lock.
+    """
+    first_at: float | None = None
+    while True:
+        body = fresh(client, [worker]).get(worker)
+        if body is None or body.get("domain") == domain:
+            return
+        if first_at is not None and body["at"] > first_at:
+            raise WorkerRunning(
+                f"another host is called {body.get('host')}, too, and runs {worker} as process "
+                f"{body.get('pid')}; give one of them another name"
+            )
+        first_at = body["at"]
+        pause(every_s)

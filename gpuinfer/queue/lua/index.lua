@@ -1,0 +1,13 @@
+#!lua flags=allow-oom
+-- needs: lists
+-- Add lists to the index that hold work nobody has told of: plain producers only append.
+-- KEYS: lists
+-- Returns how many hold work.
+local found = 0
+for _, list in ipairs(KEYS) do
+  if redis.call('LLEN', list) > 0 then
+    index_list(list)
+    found = found + 1
+  end
+end
+return found

@@ -1,0 +1,80 @@
+-- Library: lists and their index, and waking idle workers.
+local SEP = '\6\22'
+local BASE = {realtime = 0, default = 10, batch = 20}
+
+-- Return a list's tier, model ('' for the default one) and rank; nil when it is none of ours.
+local function place_of(list)
+  local at = string.find(list, SEP, 1, true)
+  local priority = at and tonumber(string.sub(list, at + 2)) or 0
+  local queue = string.match(at and string.sub(list, 1, at - 1) or list, '^([^@]*)')
+  local tier, model = string.match(queue, '^(%a+)%.?(.*)$')
+  local base = BASE[tier or '']
+  if base then return tier, model, base + 9 - priority end
+end
+
+-- Return the list of another model with the same tier, caller and priority; the default model has the lists
+-- without a name.
+local function list_of(list, model)
+  local tier, _, rest = string.match(list, '^(%a+)%.?([^@\6]*)(.*)$')
+  if model == '' or model == redis.call('GET', DEFAULT_MODEL) then return tier .. rest end
+  return tier .. '.' .. model .. rest
+end
+
+-- Add a list that holds work to its model's index.
+local function index_list(list)
+  local tier, model, rank = place_of(list)
+  if tier and redis.call('ZADD', INDEX_PREFIX .. model, rank, list) == 1 then
+    redis.call('SADD', INDEXED, model)
+  end
+  return tier, model
+end
+
+-- Drop a list that holds nothing from its model's index; it has waited for nothing and has no turn.
+local function unindex_list(list, model)
+  redis.call('ZREM', INDEX_PREFIX .. model, list)
+  redis.call('HDEL', AGEING, list)
+  redis.call('HDEL', TURNS, list)
+end
+
+local clock
+local function now()
+  if not clock then
+    local time = redis.call('TIME')
+    clock = time[1] + time[2] / 1000000
+  end
+  return clock
+end
+
+-- Wake up to `wanted` idle workers that serve a model in a tier, the one seen last first. One that is woken
+-- counts as idle until it claims, but is not woken again. Returns how many were woken.
+local function wake(tier, model, wanted)
+  if model == '' then model = redis.call('GET', DEFAULT_MODEL) or '' end
+  local woken = 0
+  for _, group in ipairs(redis.call('ZRANGE', GROUPS_PREFIX .. tier .. '.' .. model, 0, -1)) do
+    local idle = IDLE_PREFIX .. group
+    local workers = redis.call('ZREVRANGEBYSCORE', idle, '+inf', now() - IDLE_VOID, 'LIMIT', 0, wanted - woken)
+    for _, worker in ipairs(workers) do
+      redis.call('ZADD', idle, -now(), worker)
+      redis.call('LPUSH', WAKE_PREFIX .. worker, 1)
+      redis.call('LTRIM', WAKE_PREFIX .. worker, 0, 0)
+      woken = woken + 1
+    end
+    if woken >= wanted then break end
+  end
+  return woken
+end
+
+-- Count the workers of a group that are idle: those that wait, and those that were woken and will claim.
+local function count_idle(group)
+  local idle = IDLE_PREFIX .. group
+  if redis.call('EXISTS', idle) == 0 then return 0 end
+  return redis.call('ZCOUNT', idle, now() - IDLE_VOID, '+inf')
+    + redis.call('ZCOUNT', idle, -now(), -now() + WOKEN_VOID)
+end
+
+-- Put a task back at the head of its list.
+local function put_back(list, payload)
+  redis.call('RPUSH', list, payload)
+  redis.call('HINCRBY', CLAIMED, list, -1)
+  return index_list(list)
+end

@@ -1,0 +1,9 @@
+#!lua
+-- needs: lists
+-- Append a message of a Celery producer to its list, and wake an idle worker.
+-- KEYS: list
+-- ARGV: message
+redis.call('LPUSH', KEYS[1], ARGV[1])
+local tier, model = index_list(KEYS[1])
+if tier then wake(tier, model, 1) end
+return 1

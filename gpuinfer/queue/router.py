@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Passes on what plain Celery producers put into the default model's lists for another model.
+
+A worker of the default model does that when it claims such a task. While none lives, any worker of the tier
+looks through those lists and passes on what is for others; the default model's own tasks wait.
+"""
+
+from __future__ import annotations
+
+from gpuinfer.errors import PayloadTooLarge
+from gpuinfer.models.manifest import MODEL_NAME
+from gpuinfer.queue import heartbeats, keys
+from gpuinfer.queue.message import Undecodable, decode
+from gpuinfer.queue.store import Store
+
+#: Tasks of one list that one look reads: a long backlog is read in parts.
+WINDOW = 500
+
+
+class Router:
+    """Looks through the default model's lists, a part at a time."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        #: List -> how many of its tasks, from the next to be served, were read already.
+        self._read: dict[str, int] = {}
+
+    def pass_on(self) -> int:
+        """Pass on what one look finds; return how many tasks. Raises redis-py's errors."""
+        client, store = self._store.client, self._store
+        default = (client.get(keys.DEFAULT_MODEL) or b"").decode()
+        if not default or default in store.models:
+            return 0
+        seconds, microseconds = client.time()
+        alive_at = seconds + microseconds / 1e6 - heartbeats.FRESH_S
+        passed = 0
+        for tier in store.queues:
+            if client.zcount(f"{keys.GROUPS_PREFIX}{tier}.{default}", alive_at, "+inf"):
+                continue
+            lists = keys.lists([tier])
+            for key, size in zip(lists, self._sizes(lists), strict=True):
+                passed += self._look_through(key, size, default) if size else 0
+        return passed
+
+    def _sizes(self, lists: list[str]) -> list[int]:
+        with self._store.client.pipeline(transaction=False) as pipe:
+            for key in lists:
+                pipe.llen(key)
+            return [int(size) for size in pipe.execute()]
+
+    def _look_through(self, key: str, size: int, default: str) -> int:
+        done = self._read.get(key, 0)
+        done = done if done < size else 0
+        found: list[bytes] = self._store.client.lrange(key, -done - WINDOW, -done - 1 if done else -1)
+        tasks = [(payload, model) for payload in reversed(found) if (model := _model_of(payload, default))]
+        self._read[key] = done + len(found) - len(tasks)
+        return self._store.route(key, tasks)
+
+
+def _model_of(payload: bytes, default: str) -> str | None:
+    """Return the model that a message names, None for the default one or what cannot be told."""
+    try:
+        args, kwargs, _ = decode(payload).body()
+    except (Undecodable, PayloadTooLarge):  # the worker that claims it says what is wrong
+        return None
+    model = kwargs.get("model") or (args[1] if len(args) > 1 else None)
+    named = isinstance(model, str) and MODEL_NAME.fullmatch(model) is not None
+    return model if named and model != default else None

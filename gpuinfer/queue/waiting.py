@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The claim that an idle worker sends along with its wait.
+
+BRPOP on the worker's wake-up list and the claim go to Redis in one packet: Redis runs the claim the moment
+the worker is woken, or the wait is over, which saves a round trip. Until its answer is read there is no
+other claim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hiredis import pack_command
+from kombu.transport import redis as stock
+from redis.exceptions import ResponseError
+
+from gpuinfer.queue.store import Order, Store
+
+#: Seconds beyond the end of a wait after which its answer is given up: the connection is dead, perhaps.
+OVERDUE_S = 0.5
+
+
+class WaitingClaim:
+    """One wait at a time, on a connection that the channel lends."""
+
+    def __init__(self) -> None:
+        #: The claim that was sent, until its answer is read.
+        self.order: Order | None = None
+        self._sent_at = 0.0
+        self._timeout_s = 0.0
+        #: The socket that waits, and the id that Redis has given it.
+        self._known: tuple[Any, int | None] = (None, None)
+
+    def send(self, connection: Any, names: list[str], timeout_s: float, order: Order | None) -> None:
+        """Wait on lists, and let the claim follow."""
+        commands: list[tuple[Any, ...]] = [("BRPOP", *names, timeout_s)]
+        if order is not None:
+            commands.append(order.command)
+            self._learn_id(connection)
+        self.order, self._sent_at, self._timeout_s = order, stock.monotonic(), timeout_s
+        connection.send_packed_command([b"".join(map(pack_command, commands))])
+
+    def _learn_id(self, connection: Any) -> None:
+        """Ask Redis once how it calls this connection: by that name its wait can be ended."""
+        if self._known[0] is not connection._sock:
+            connection.send_command("CLIENT", "ID")
+            found = answer(connection)
+            self._known = connection._sock, found if isinstance(found, int) else None
+
+    def stands(self, store: Store) -> bool:
+        """Tell whether a claim is on its way whose answer will be taken."""
+        return self.order is not None and store.current(self.order)
+
+    def overdue(self, connection: Any) -> bool:
+        """Tell whether the answer should have come: its connection is dead, perhaps."""
+        if not self._timeout_s or not connection:
+            return False
+        waited = stock.monotonic() - self._sent_at
+        return waited > self._timeout_s + OVERDUE_S and not stock._socket_readable(connection._sock)
+
+    def end(self, store: Store) -> bool:
+        """Let the claim run now. False: Redis does not allow it, and will not later."""
+        sock, client_id = self._known
+        if client_id is not None and store.end_wait(client_id):
+            return True
+        self._known = sock, None
+        return False
+
+
+def answer(connection: Any) -> Any:
+    """Return the next answer on a connection, be it an error."""
+    try:
+        return connection.read_response()
+    except ResponseError as exc:
+        return exc
