@@ -211,7 +211,8 @@ class Manifest(_Frozen):
     def _sizes_in_order(self) -> Manifest:
         if self.min_batch_size > self.max_batch_size:
             raise ValueError(
-                f"min_batch_size ({self.min_batch_size}) must not exceed max_batch_size ({self.max_batch_size})"
+                f"min_batch_size must not exceed max_batch_size, got {self.min_batch_size}, "
+                f"{self.max_batch_size}"
             )
         return self
 

@@ -112,7 +112,8 @@ class AsyncClient:
         """Return the fleet's default model, for a caller that names none."""
         if options.get("model") is None and self._default.stale:
             with typed_errors():
-                self._default.found(await self._redis.get(keys.DEFAULT_MODEL))
+                found: bytes | None = await self._redis.get(keys.DEFAULT_MODEL)  # type: ignore[assignment]
+            self._default.found(found)
         return self._default.name
 
     async def cancel(self, task_id: str) -> bool:

@@ -153,7 +153,7 @@ def format_mismatch(text: str) -> FormatMismatch:
 
 @contextmanager
 def typed_errors() -> Iterator[None]:
-    """Turn what redis-py raises into BrokerUnavailable or QueueFull, and what a script refuses into its error."""
+    """Turn what redis-py raises, and what a script answers, into our errors (see ``explain``)."""
     try:
         yield
     except (RedisError, OSError) as exc:

@@ -79,8 +79,8 @@ class Depth:
 
 def known_workers(client: redis.Redis) -> dict[str, float]:
     """Return all workers that were ever seen, and when last, by Redis's clock."""
-    found = client.zrange(keys.WORKERS, 0, -1, withscores=True)
-    return {name.decode(): seen for name, seen in found}
+    found: list[Any] = client.zrange(keys.WORKERS, 0, -1, withscores=True)
+    return {name.decode(): float(seen) for name, seen in found}
 
 
 def look(client: redis.Redis, workers: Sequence[str] = ()) -> Depth:

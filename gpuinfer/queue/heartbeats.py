@@ -32,7 +32,8 @@ def read(
 ) -> tuple[dict[str, dict[str, Any]], float]:
     """Return the last heartbeats, however old, and Redis's time. Raises redis-py's errors."""
     if workers is None:
-        workers = [name.decode() for name in client.zrange(keys.WORKERS, 0, -1)]
+        names: list[bytes] = client.zrange(keys.WORKERS, 0, -1)  # type: ignore[assignment]  # not decoded
+        workers = [name.decode() for name in names]
     with client.pipeline(transaction=False) as pipe:
         pipe.time()
         for worker in workers:

@@ -102,7 +102,7 @@ def place_of(key: str) -> Place:
 
 def rank_of(tier: str, priority: int) -> int:
     """Return the place of a list in the order of serving: 0 the most urgent, 29 the least."""
-    return 10 * QUEUES.index(tier) + 9 - priority  # type: ignore[arg-type]  # a tier is one of them
+    return 10 * QUEUES.index(tier) + 9 - priority
 
 
 def tier_of(queue: str) -> str | None:

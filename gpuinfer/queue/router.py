@@ -28,7 +28,8 @@ class Router:
     def pass_on(self) -> int:
         """Pass on what one look finds; return how many tasks. Raises redis-py's errors."""
         client, store = self._store.client, self._store
-        default = (client.get(keys.DEFAULT_MODEL) or b"").decode()
+        named: bytes | None = client.get(keys.DEFAULT_MODEL)  # type: ignore[assignment]  # not decoded
+        default = (named or b"").decode()
         if not default or default in store.models:
             return 0
         seconds, microseconds = client.time()
@@ -51,7 +52,8 @@ class Router:
     def _look_through(self, key: str, size: int, default: str) -> int:
         done = self._read.get(key, 0)
         done = done if done < size else 0
-        found: list[bytes] = self._store.client.lrange(key, -done - WINDOW, -done - 1 if done else -1)
+        last = -done - 1 if done else -1
+        found: list[bytes] = self._store.client.lrange(key, -done - WINDOW, last)  # type: ignore[assignment]
         tasks = [(payload, model) for payload in reversed(found) if (model := _model_of(payload, default))]
         self._read[key] = done + len(found) - len(tasks)
         return self._store.route(key, tasks)

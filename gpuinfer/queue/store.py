@@ -303,7 +303,8 @@ class Store:
             return format_mismatch(text)
         if "STALE" not in text:
             return error
-        by = (self.client.hget(keys.epoch(self.worker), "by") or b"").decode(errors="replace")
+        found: bytes | None = self.client.hget(keys.epoch(self.worker), "by")  # type: ignore[assignment]
+        by = (found or b"").decode(errors="replace")
         if by.startswith(REAPER):
             return TakenBack(f"{self.worker} was taken for dead, and its tasks were put back by the {by}")
         return WorkerRunning(

@@ -78,8 +78,8 @@ def _check_types(options: Options) -> None:
 class Origin:
     """What one client process puts into its messages: where it hears of their ends, and ids of its own.
 
-    Ids are UUIDs whose first 48 bits are the process's, so that it knows its own without keeping them; 74 more
-    are random.
+    Ids are UUIDs whose first 48 bits are the process's, so that it knows its own without keeping them. The
+    other 74 are random.
     """
 
     def __init__(self, random: Callable[[int], bytes] = os.urandom) -> None:

@@ -29,6 +29,8 @@ from gpuinfer.settings import QUEUES, QueueSettings
 
 #: Seconds for which a producer that wakes nobody is expected to go on.
 SILENT_S = 5.0
+#: How often a worker that is idle again at once claims before the event loop has its turn.
+CLAIMS_A_TURN = 4
 #: Seconds for which a claim saves the timer's look into the lists.
 FRESH_S = 0.025
 
@@ -93,7 +95,8 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
     @property
     def store(self) -> Store:
         """The sink's store, which outlives this channel."""
-        assert self.sink is not None, "tasks are claimed for a sink alone"
+        if self.sink is None:
+            raise RuntimeError("tasks are claimed for a sink alone")
         return self.sink.store
 
     def basic_cancel(self, consumer_tag: str) -> Any:
@@ -122,10 +125,13 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         """Return the claim to send along with a wait; None where this worker does not wait for tasks."""
         if self.sink is None or not self.served or self.sink.state != "idle":
             return None
-        if not self._enlisted:  # nobody would wake it
-            self.claim()
-        if not self._enlisted or self.sink.state != "idle":
+        for _ in range(CLAIMS_A_TURN):  # until one comes back empty, nobody would wake it
+            if self._enlisted or not self.claim():
+                break
+        if self.sink.state != "idle" or not self.sink.wants():
             return None
+        if not self._enlisted:
+            self.store.wake()  # the event loop has a turn, then the claim that waits runs at once
         self.store.serve(self.served)
         return self.store.order(self.sink.wants(), begin=True)
 
@@ -177,12 +183,12 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         if isinstance(claimed, NoScriptError):
             return self.claim()
         try:
-            return self._receive(self.sink, self.store.take(order, claimed))
+            return self._hand_on(self.sink, self.store.take(order, claimed))
         except (WorkerRunning, TakenBack) as exc:
             self.sink.fenced(exc)
             return 0
 
-    def _receive(self, sink: Sink, tasks: list[Claimed]) -> int:
+    def _hand_on(self, sink: Sink, tasks: list[Claimed]) -> int:
         if tasks:
             self._enlisted = False
             sink.receive(self, tasks)
@@ -267,7 +273,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             sink.fenced(exc)
             return 0
         self._enlisted = state == "idle"
-        return self._receive(sink, tasks)
+        return self._hand_on(sink, tasks)
 
     def deliver(self, task: Claimed) -> None:
         """Hand one claimed task on as a kombu message, to Celery's ordinary strategy."""

@@ -329,7 +329,7 @@ class Batcher:
             story.batch_done(done, self.device)
 
     def _overtake(self, done: Done) -> None:
-        """After a long batch, behind which nothing was claimed, claim the next one before the ends are written.
+        """After a long batch, behind which nothing was claimed, claim the next before the ends are written.
 
         Also when a batch waits here: nobody tells of what is more urgent.
         """
