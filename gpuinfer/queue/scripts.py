@@ -28,6 +28,7 @@ Name = Literal[
     "cancel",
     "epoch",
     "register",
+    "leave",
     "depth",
     "tell",
     "keep",

@@ -137,6 +137,8 @@ class Store:
         self.by = by or f"process {secrets.token_hex(8)}"
         #: The models claimed for, in the order they were named.
         self.models = tuple(models)
+        #: The default model, as the last claim has found it; empty: not known.
+        self.default = ""
         self.queues: tuple[str, ...] = ()
         self._settings = settings
         self._clock = clock
@@ -159,16 +161,22 @@ class Store:
         self._bury = bind(client, "bury")
         self._begin_script = bind(client, "epoch")
         self._register = bind(client, "register")
+        self._leave = bind(client, "leave")
 
     def serve(self, queues: Sequence[str]) -> None:
         """Claim from these tiers from now on."""
         if tuple(queues) != self.queues:  # asked before every claim, and it hardly ever changes
             self.queues = tuple(queue for queue in QUEUES if queue in queues)
             self.group = keys.group_of(self.queues, self.models)
-            #: What a plain Celery producer may fill: the default model's lists, and those of our models.
-            self.lists = keys.lists(self.queues, ("", *self.models))
             self._tiers = " ".join(self.queues)
-            self._looked_into = (*self.lists, *(keys.index(model) for model in ("", *self.models)))
+            self._choose_lists()
+
+    def _choose_lists(self) -> None:
+        """Choose what plain Celery producers may fill for this worker: its models' lists, and the default
+        model's if it serves that, or as long as it does not know which one that is."""
+        models = ("", *self.models) if self.default in ("", *self.models) else self.models
+        self.lists = keys.lists(self.queues, models)
+        self._looked_into = (*self.lists, *(keys.index(model) for model in models))
 
     def register(self, heartbeat: bytes = b"", default: str = "") -> int:
         """Say what this worker serves, and that it lives; return how many tasks wait for it.
@@ -179,6 +187,11 @@ class Store:
         waiting = int(self._register(keys=[keys.heartbeat(self.worker)], args=args))
         self._registered = self.group
         return waiting
+
+    def leave(self) -> None:
+        """Leave the fleet: nobody wakes this worker any more, or takes it for alive."""
+        args = (self.worker, self.group)
+        self._leave(keys=[keys.heartbeat(self.worker), self.inflight], args=args)
 
     def waits(self) -> bool:
         """Tell whether a claim may find something; a third of an empty claim's price."""
@@ -277,6 +290,9 @@ class Store:
             raise self._explain(answer) from answer
         noted_id = answer[0].decode(errors="replace") or None
         default = answer[1].decode()
+        if default != self.default:
+            self.default = default
+            self._choose_lists()
         tasks: list[Claimed] = []
         at, seq = 2, self._seq
         while at < len(answer):

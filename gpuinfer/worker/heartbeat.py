@@ -23,7 +23,6 @@ from sdnotify import SystemdNotifier
 
 from gpuinfer import __version__
 from gpuinfer.log import get_logger
-from gpuinfer.queue import keys
 
 if TYPE_CHECKING:
     from gpuinfer.worker.batcher import Batcher
@@ -167,11 +166,11 @@ class Pulse:
             self._write("draining", 0.0)
 
     def gone(self) -> None:
-        """Forget the heartbeat: the worker has drained."""
+        """Leave the fleet: the worker has drained."""
         if self._away:
             return
         try:
-            self._batcher.store.client.delete(keys.heartbeat(self._name))
+            self._batcher.store.leave()
         except (redis.RedisError, OSError):
             return  # it grows old
 
