@@ -276,10 +276,13 @@ class Store:
             self.worker,
             self.group,
             self._tiers,
-            len(wants),
         ]
+        models: dict[Want, list[str]] = {}
         for model, want in wants.items():
-            args += (model, want.count, want.better_than, want.least)
+            models.setdefault(want, []).append(model)
+        args.append(len(models))
+        for want, names in models.items():
+            args += (want.count, want.better_than, want.least, len(names), *names)
         if look:
             args += self.lists
         return Order((self.inflight, keys.epoch(self.worker)), args, self._epoch, self._claim_sha)

@@ -5,6 +5,5 @@
 -- ARGV: task id, meta, result ttl in seconds, reply channel of its client
 -- Returns 1 when the state was written.
 if state_of(ARGV[1]) ~= 'PENDING' then return 0 end
-local written, err =
-  finish({{id = ARGV[1], meta = ARGV[2], keep = true, reply = ARGV[4], label = 'cancelled'}}, ARGV[3])
+local written, err = finish({ARGV[1], ARGV[2], '1', ARGV[4], 'cancelled'}, 1, 5, ARGV[3])
 return written or err

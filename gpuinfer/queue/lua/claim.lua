@@ -6,10 +6,12 @@
 --       whatever its size), 4 ageing in milliseconds (0: off), 5 '1': a task that comes alone runs at once, and
 --       is noted as begin.lua does, 6 the claimer's state: 'idle' (enters the idle workers when nothing comes),
 --       'free' (nothing runs), 'busy' (leaves their part to idle workers), 7 worker, 8 group, 9 tiers (space
---       separated), 10 number of models, then for each model: name, how many tasks, the rank they must be
---       better than, least batch; then lists that may have been filled by plain producers, to be looked into
--- Returns {id of the task noted as running or '', the default model, then for each list: list, rank (-1 - rank: it has aged and
--- goes first), number of payloads, the payloads}. Sequence ids count up from the first. Payloads are not parsed.
+--       separated), 10 number of wants, then for each: how many tasks, the rank they must be better than, least
+--       batch, number of models, the models; then lists that may have been filled by plain producers, to be
+--       looked into
+-- Returns {id of the task noted as running or '', the default model, then for each list: list, rank
+-- (-1 - rank: it has aged and goes first), number of payloads, the payloads}. Sequence ids count up from the
+-- first. Payloads are not parsed.
 local inflight = KEYS[1]
 local epoch, seq, bytes, ageing = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local state, worker, group = ARGV[6], ARGV[7], ARGV[8]
@@ -24,15 +26,19 @@ if counted < epoch then redis.call('HSET', KEYS[2], 'number', epoch) end
 local default = redis.call('GET', DEFAULT_MODEL) or ''
 local tiers = {}
 for tier in string.gmatch(ARGV[9], '%a+') do tiers[BASE[tier]] = true end
-local wanted, indices = {}, {}
-local last = 10 + 4 * tonumber(ARGV[10])
-for i = 11, last, 4 do
-  local model = ARGV[i]
-  wanted[model] = {tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])}
-  indices[#indices + 1] = INDEX_PREFIX .. model
-  if model == default then indices[#indices + 1] = INDEX_PREFIX end
+local wanted, indices, at = {}, {}, 11
+for _ = 1, tonumber(ARGV[10]) do
+  local want = {tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])}
+  local first = at + 4
+  at = first + tonumber(ARGV[at + 3])
+  for i = first, at - 1 do
+    local model = ARGV[i]
+    wanted[model] = want
+    indices[#indices + 1] = INDEX_PREFIX .. model
+    if model == default then indices[#indices + 1] = INDEX_PREFIX end
+  end
 end
-for i = last + 1, #ARGV do
+for i = at, #ARGV do
   if redis.call('LLEN', ARGV[i]) > 0 then index_list(ARGV[i]) end
 end
 local flat
@@ -54,40 +60,27 @@ for i = 1, #flat, 2 do
   end
 end
 
--- Lists of one rank take turns: who was served least goes first.
-local function take_turns()
-  local first, fields = 1, {}
-  local rivals = false
-  for i = 2, #lists do
-    if lists[i].rank == lists[i - 1].rank then rivals = true end
+-- Lists of one rank take turns: who was served least goes first. A new one begins where the least served is.
+local function take_turns(rivals)
+  local names, least = {}, nil
+  for i, list in ipairs(rivals) do names[i] = list.key end
+  local turns = redis.call('HMGET', TURNS, unpack(names))
+  for i, list in ipairs(rivals) do
+    list.turn = tonumber(turns[i])
+    if list.turn and (not least or list.turn < least) then least = list.turn end
   end
-  if not rivals then return false end
-  for i, list in ipairs(lists) do fields[i] = list.key end
-  local turns = redis.call('HMGET', TURNS, unpack(fields))
-  while first <= #lists do
-    local stop = first
-    local least
-    while stop <= #lists and lists[stop].rank == lists[first].rank do
-      local turn = tonumber(turns[stop])
-      lists[stop].turn = turn
-      if turn and (not least or turn < least) then least = turn end
-      stop = stop + 1
-    end
-    if stop - first > 1 then
-      for i = first, stop - 1 do lists[i].turn = math.max(lists[i].turn or least or 0, least or 0) end
-    else
-      lists[first].turn = nil
-    end
-    first = stop
-  end
-  table.sort(lists, function(a, b)
-    if a.rank ~= b.rank then return a.rank < b.rank end
-    if a.turn ~= b.turn then return (a.turn or 0) < (b.turn or 0) end
+  for _, list in ipairs(rivals) do list.turn = list.turn or least or 0 end
+  table.sort(rivals, function(a, b)
+    if a.turn ~= b.turn then return a.turn < b.turn end
     return a.key < b.key
   end)
-  return true
 end
-local rivals = #lists > 1 and take_turns()
+local top = {lists[1]}
+for i = 2, #lists do
+  if lists[i].rank ~= lists[1].rank then break end
+  top[i] = lists[i]
+end
+if #top > 1 then take_turns(top) end
 
 -- Ageing: a list that was passed over for long enough goes first, once; at most in every fifth claim.
 local aged, since, waits = nil, nil, false
@@ -101,7 +94,7 @@ if ageing > 0 and #lists > 0 and (#lists > 1 or redis.call('EXISTS', AGEING) == 
     list.since = tonumber(since[i + 1])
     if list.since and list.since <= oldest then aged, oldest = list, list.since end
   end
-  if aged == lists[1] then aged = nil end
+  if aged == top[1] then aged = nil end
   if aged and credit < AGED_EVERY - 1 then aged = nil end
   if aged then
     redis.call('HSET', AGEING, '', 0)
@@ -113,19 +106,17 @@ if ageing > 0 and #lists > 0 and (#lists > 1 or redis.call('EXISTS', AGEING) == 
 end
 
 -- One claim is one model's batch. Idle workers share what waits; who is busy leaves their part to them.
-local answer, n, taken, left = {'', default}, 2, 0, 0
-local first = aged or lists[1]
+local answer, n, taken, left = {'', default}, 2, 0, nil
+local first = aged or top[1]
 if first then
   local model = first.model
   local room, least = wanted[model][1], wanted[model][3]
-  local mine, waiting, equals = {}, 0, 0
-  if aged then mine[1] = aged end
+  local mine, waiting = {}, 0
   for _, list in ipairs(lists) do
     if list.model == model then
       list.size = redis.call('LLEN', list.key)
       waiting = waiting + list.size
-      if list.rank == first.rank then equals = equals + 1 end
-      if list ~= aged then mine[#mine + 1] = list end
+      mine[#mine + 1] = list
     end
   end
   local others = 0
@@ -165,27 +156,40 @@ if first then
     local count = before - room
     if count > 0 then
       redis.call('HINCRBY', CLAIMED, list.key, count)
-      if rivals and list.turn then redis.call('HSET', TURNS, list.key, list.turn + count) end
+      if list.turn then
+        list.turn = list.turn + count
+        redis.call('HSET', TURNS, list.key, list.turn)
+      end
     end
     list.size = list.size - count
     list.served = list.served or count > 0
     return count
   end
 
-  if equals > 1 then
-    local part = math.ceil(room / equals)
-    for _, list in ipairs(mine) do
-      if list.rank == first.rank then taken = taken + take(list, part) end
+  if aged then taken = take(aged, room) end
+  local i = 1
+  while i <= #mine and room > 0 do
+    -- Those of one rank share what room there is, in parts; what one leaves is the next one's.
+    local rivals = {mine[i]}
+    while i < #mine and mine[i + 1].rank == rivals[1].rank do
+      i = i + 1
+      rivals[#rivals + 1] = mine[i]
     end
-  end
-  for _, list in ipairs(mine) do
-    if list.size > 0 then taken = taken + take(list, room) end
+    if #rivals > 1 then
+      take_turns(rivals)
+      local part = math.ceil(room / #rivals)
+      for _, list in ipairs(rivals) do taken = taken + take(list, part) end
+    end
+    for _, list in ipairs(rivals) do
+      if list.size > 0 then taken = taken + take(list, room) end
+    end
+    i = i + 1
   end
   for _, list in ipairs(mine) do
     if list.size <= 0 then
       unindex_list(list.key, list.indexed)
     else
-      left = left + list.size
+      left = left or list.tier
     end
   end
   if waits then
@@ -199,7 +203,7 @@ if first then
   end
 
   -- What is left is another worker's.
-  if left > 0 then wake(first.tier, model, 1) end
+  if left then wake(left, model, 1) end
   for _, list in ipairs(lists) do
     if list.model ~= model then
       wake(list.tier, list.model, 1)

@@ -45,23 +45,27 @@ local function now()
   return clock
 end
 
--- Wake up to `wanted` idle workers that serve a model in a tier, the one seen last first. One that is woken
--- counts as idle until it claims, but is not woken again. Returns how many were woken.
+-- Wake up to `wanted` idle workers that serve a model (its name) in a tier, the one seen last first. One that is
+-- woken counts as idle until it claims, but is not woken again.
 local function wake(tier, model, wanted)
-  if model == '' then model = redis.call('GET', DEFAULT_MODEL) or '' end
-  local woken = 0
   for _, group in ipairs(redis.call('ZRANGE', GROUPS_PREFIX .. tier .. '.' .. model, 0, -1)) do
     local idle = IDLE_PREFIX .. group
-    local workers = redis.call('ZREVRANGEBYSCORE', idle, '+inf', now() - IDLE_VOID, 'LIMIT', 0, wanted - woken)
-    for _, worker in ipairs(workers) do
+    local workers = redis.call('ZREVRANGE', idle, 0, wanted - 1, 'WITHSCORES')
+    for i = 1, #workers, 2 do
+      local worker, at = workers[i], tonumber(workers[i + 1])
+      if at < 0 or at < now() - IDLE_VOID then break end
       redis.call('ZADD', idle, -now(), worker)
       redis.call('LPUSH', WAKE_PREFIX .. worker, 1)
       redis.call('LTRIM', WAKE_PREFIX .. worker, 0, 0)
-      woken = woken + 1
+      wanted = wanted - 1
     end
-    if woken >= wanted then break end
+    if wanted <= 0 then break end
   end
-  return woken
+end
+
+-- Wake as many for the model of a list's index: '' is the default one.
+local function wake_for(tier, indexed, wanted)
+  wake(tier, indexed == '' and redis.call('GET', DEFAULT_MODEL) or indexed, wanted)
 end
 
 -- Count the workers of a group that are idle: those that wait, and those that were woken and will claim.

@@ -5,5 +5,5 @@
 -- ARGV: message
 redis.call('LPUSH', KEYS[1], ARGV[1])
 local tier, model = index_list(KEYS[1])
-if tier then wake(tier, model, 1) end
+if tier then wake_for(tier, model, 1) end
 return 1

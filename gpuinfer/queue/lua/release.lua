@@ -32,5 +32,5 @@ for i = #ARGV - 2, 1, -3 do
     back = back + 1
   end
 end
-for _, one in pairs(wakes) do wake(unpack(one)) end
+for _, one in pairs(wakes) do wake_for(unpack(one)) end
 return back

@@ -64,6 +64,6 @@ for _, number in ipairs(seqs) do
     end
   end
 end
-for _, one in pairs(wakes) do wake(unpack(one)) end
+for _, one in pairs(wakes) do wake_for(unpack(one)) end
 answer[1] = back
 return answer

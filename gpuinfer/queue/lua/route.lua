@@ -15,5 +15,5 @@ for i = #ARGV - 1, 1, -2 do
     passed = passed + 1
   end
 end
-for _, one in pairs(wakes) do wake(unpack(one)) end
+for _, one in pairs(wakes) do wake_for(unpack(one)) end
 return passed

@@ -5,17 +5,16 @@
 -- ARGV: result ttl in seconds, '1' when nothing runs now, then for each task: seq, task id, meta, '1' to keep
 --       the state, reply channel, label; an empty seq is not in flight; an empty id leaves all states as they are
 -- Returns how many final states were written, then (id, why) of those whose key is not ours to write.
-local ends, gone = {}, {}
+local written, refused = finish(ARGV, 4, 6, ARGV[1])
+if not written then return refused end
+local gone, n = {}, 0
 for i = 3, #ARGV, 6 do
-  local seq, id = ARGV[i], ARGV[i + 1]
-  if seq ~= '' then gone[#gone + 1], gone[#gone + 2] = seq, seq .. ':list' end
-  if id ~= '' then
-    ends[#ends + 1] =
-      {id = id, meta = ARGV[i + 2], keep = ARGV[i + 3] == '1', reply = ARGV[i + 4], label = ARGV[i + 5]}
+  local seq = ARGV[i]
+  if seq ~= '' then
+    gone[n + 1], gone[n + 2] = seq, seq .. ':list'
+    n = n + 2
   end
 end
-local written, refused = finish(ends, ARGV[1])
-if not written then return refused end
 for first = 1, #gone, 1000 do
   redis.call('HDEL', KEYS[1], unpack(gone, first, math.min(first + 999, #gone)))
 end

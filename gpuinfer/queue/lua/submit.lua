@@ -5,7 +5,7 @@
 -- ARGV: tier, model ('' for the default one), caller ('' for none), priority, pending meta, idempotency key or
 --       '', its ttl in seconds, then (id, payload) pairs
 -- Returns the id that holds: the given one, or the one an idempotency key already stands for.
-local format = redis.call('GET', FORMAT_KEY)
+local format, default = unpack(redis.call('MGET', FORMAT_KEY, DEFAULT_MODEL))
 if format and format ~= FORMAT then return redis.error_reply('FORMAT ' .. format) end
 local tier, model, caller, priority = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 if model ~= '' and not redis.call('ZSCORE', CATALOGUE, model) then
@@ -19,7 +19,7 @@ if ARGV[6] ~= '' then
   redis.call('SET', ARGV[6], ARGV[8], 'EX', ARGV[7])
 end
 local queue = tier
-if model ~= '' and model ~= redis.call('GET', DEFAULT_MODEL) then queue = queue .. '.' .. model end
+if model ~= '' and model ~= default then queue = queue .. '.' .. model end
 if caller ~= '' then queue = queue .. '@' .. caller end
 local list = priority == '0' and queue or queue .. SEP .. priority
 local payloads = {}
@@ -32,5 +32,5 @@ for first = 1, #payloads, 1000 do
   redis.call('LPUSH', list, unpack(payloads, first, math.min(first + 999, #payloads)))
 end
 if #payloads > 0 then index_list(list) end
-wake(tier, model, math.max(1, #payloads))
+wake(tier, model == '' and default or model, math.max(1, #payloads))
 return ARGV[8]
