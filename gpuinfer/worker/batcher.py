@@ -165,9 +165,12 @@ class Batcher:
 
     def held(self) -> set[int]:
         """Return the seqs of everything claimed and not settled."""
-        batches = [batch for batch in (self.engine.current, self._finishing) if batch is not None]
-        works = chain(self._buffer, *(batch.works for batch in batches))
+        works = chain(self._buffer, *(batch.works for batch in self._on_device()))
         return {work.seq for work in works} | self._ledger.held()
+
+    def _on_device(self) -> list[Batch]:
+        """Return the batch that runs, and the one whose ends are not written yet."""
+        return [batch for batch in (self.engine.current, self._finishing) if batch is not None]
 
     def end(self, error: GpuinferError) -> None:
         """End the process at once, for a reason that is not its tasks'."""
@@ -181,7 +184,7 @@ class Batcher:
         works = self._buffer.clear()
         for work in works:
             self._books.finished(work, None)
-        running = self.engine.current.works if self.engine.current is not None else []
+        running = [work for batch in self._on_device() for work in batch.works]
         self._taken_back = {work.seq for work in running}
         story.taken_back([*works, *running], error)
         try:
@@ -314,10 +317,12 @@ class Batcher:
             self._on_fatal(done.fatal)
             return
         try:
-            self._overtake(done)
-            if done.smooth:
-                self.pump()  # before the results are written: the device need not wait for that
+            if done.smooth:  # before the results are written: the device need not wait for that
+                self._overtake(done)
+                self.pump()
             finals = self._outcomes(done)
+            if not done.smooth:  # what comes back is served before what is claimed now, or overtaken by it
+                self._overtake(done)
             self.pump()
             self._settle(finals)
         except Exception as exc:

@@ -15,7 +15,7 @@ from celery.worker.pidbox import Pidbox
 from celery.worker.state import maybe_shutdown
 from redis.exceptions import ResponseError
 
-from gpuinfer.errors import FormatMismatch, WorkerRunning
+from gpuinfer.errors import FormatMismatch, TakenBack, WorkerRunning
 from gpuinfer.log import get_logger
 from gpuinfer.queue.heartbeats import wait_for_namesake
 from gpuinfer.worker.batcher import Batcher
@@ -66,7 +66,8 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
         process, store = self.process, self.batcher.store
         try:
             wait_for_namesake(store.client, store.worker, process.domain, pause=self._pause)
-            store.restore()
+            with suppress(TakenBack):  # by a reaper, at the same moment
+                store.restore()
         except (WorkerRunning, FormatMismatch) as exc:
             self.batcher.end(exc)
         self._restored = True
