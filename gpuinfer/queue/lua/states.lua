@@ -14,6 +14,18 @@ end
 -- Write a state that passes: waiting, or started. Without a TTL: it is never evicted.
 local function write_passing(id, meta, ...) return redis.call('SET', RESULT_PREFIX .. id, meta, ...) end
 
+-- Publish metas to a client as one list; large ones in several.
+local function reply_with(channel, metas)
+  local first, size = 1, 0
+  for i, meta in ipairs(metas) do
+    size = size + #meta
+    if i == #metas or size > 1048576 then
+      redis.call('PUBLISH', channel, '[' .. table.concat(metas, ',', first, i) .. ']')
+      first, size = i + 1, 0
+    end
+  end
+end
+
 -- Tell the ends of tasks to those who listen: by their ids, and on the reply channels of clients, once a channel.
 -- One look tells who listens at all. `channels` are those of the tasks, `metas` what is told.
 local function tell(channels, metas, replies)
@@ -30,7 +42,7 @@ local function tell(channels, metas, replies)
         if at <= tasks then
           redis.call('PUBLISH', channel, metas[at])
         else
-          redis.call('PUBLISH', channel, '[' .. table.concat(replies[channel], ',') .. ']')
+          reply_with(channel, replies[channel])
         end
       end
     end
