@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,21 @@ def client(broker: BrokerSettings) -> Iterator[Client]:
 
 @pytest.fixture
 def store(broker: BrokerSettings) -> Store:
-    return Store(connect(broker, retries=0), "gpu0@here", QUEUES, QueueSettings(ageing_s=0))
+    return store_of(broker)
+
+
+def store_of(
+    broker: BrokerSettings,
+    worker: str = "gpu0@here",
+    models: Sequence[str] = ("digits",),
+    *,
+    default: str = "digits",
+    ageing_s: float = 0,
+) -> Store:
+    """Return the store of a worker that has said what it serves; its claims are sent once."""
+    made = Store(connect(broker, retries=0), worker, QUEUES, QueueSettings(ageing_s=ageing_s), models=models)
+    made.register(default=default)
+    return made
 
 
 def ids(claimed: list[Claimed]) -> list[str]:

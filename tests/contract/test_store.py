@@ -13,12 +13,11 @@ import redis
 from gpuinfer import Client
 from gpuinfer.errors import TaskFailed, WorkerRunning
 from gpuinfer.queue import keys, results
-from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.scripts import source
-from gpuinfer.queue.store import SEQS_OF_A_LIFE, Final, Store
-from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings
-from tests.contract.conftest import begin, done, ids
+from gpuinfer.queue.store import SEQS_OF_AN_EPOCH, Final, Store
+from gpuinfer.settings import QUEUES, BrokerSettings
+from tests.contract.conftest import begin, done, ids, store_of
 
 pytestmark = pytest.mark.integration
 
@@ -30,7 +29,7 @@ def test_from_submission_to_result(store: Store, client: Client) -> None:
     (task,) = store.claim(10)
     assert not begin(store, [task])
     assert client.status(task_id).state == "running"
-    assert store.settle([done(task, {"a": 1})], idle=True) == 1
+    assert store.settle([done(task, {"a": 1})], idle=True) == {}
     assert client.result(task_id, timeout_s=5) == {"a": 1}
     assert not store.client.exists(store.inflight)
     assert 0 < store.client.ttl(keys.result(task_id)) <= 3600
@@ -51,18 +50,18 @@ def test_only_better(store: Store, client: Client) -> None:
     """A claim for what would overtake takes from better lists alone."""
     low = client.submit([1], queue="batch")
     high = client.submit([1], queue="realtime", priority=3)
-    assert ids(store.claim(10, better_than=20)) == [high]
-    assert store.claim(10, better_than=20) == []
+    assert ids(store.claim(store.wants(10, better_than=20))) == [high]
+    assert store.claim(store.wants(10, better_than=20)) == []
     assert ids(store.claim(10)) == [low]
 
 
 def test_ageing(broker: BrokerSettings, client: Client) -> None:
     """A list that was passed over for long enough goes first, once; then it waits again."""
-    store = Store(connect(broker), "gpu0@here", QUEUES, QueueSettings(ageing_s=0.05))
+    store = store_of(broker, ageing_s=0.05)
     low = [client.submit([1], queue="batch") for _ in range(2)]
     high = [client.submit([1]) for _ in range(6)]
     assert ids(store.claim(1)) == high[:1]
-    store.client.hset(keys.WAITING, "batch", 1)  # it has waited since 1970
+    store.client.hset(keys.AGEING, "batch", 1)  # it has waited since 1970
     aged = store.claim(1)
     assert ids(aged) == low[:1]
     assert aged[0].aged
@@ -72,16 +71,16 @@ def test_ageing(broker: BrokerSettings, client: Client) -> None:
 
 def test_what_was_emptied_does_not_age(broker: BrokerSettings, client: Client) -> None:
     """New tasks of lists that were drained a while ago have waited for nothing: the urgent go first."""
-    store = Store(connect(broker), "gpu0@here", QUEUES, QueueSettings(ageing_s=0.05))
+    store = store_of(broker, ageing_s=0.05)
     for _ in range(2):
         client.submit([1], queue="batch")
         client.submit([1])
         assert len(store.claim(10)) == 2
-        assert not store.client.exists(keys.WAITING)
+        assert not store.client.exists(keys.AGEING)
     low = client.submit([1], queue="batch")
     client.submit([1])
     store.claim(1)
-    store.claim(10, better_than=30)
+    store.claim(store.wants(10, better_than=30))
     time.sleep(0.06)
     low, high = client.submit([1], queue="batch"), client.submit([1], priority=9)
     assert ids(store.claim(1)) == [high]
@@ -124,9 +123,8 @@ def test_a_final_state_is_written_once(store: Store, client: Client) -> None:
     task_id = client.submit([1])
     (task,) = store.claim(1)
     store.settle([done(task, "first")])
-    assert store.settle([done(task, "second")]) == 0
-    late = Final(None, task_id, results.failure(task_id, TaskFailed("late"), worker="w"))
-    assert store.settle([late]) == 0
+    store.settle([done(task, "second")])
+    store.settle([Final(None, task_id, results.failure(task_id, TaskFailed("late"), worker="w"))])
     assert client.result(task_id, timeout_s=1) == "first"
     assert begin(store, [task]) == {0}
 
@@ -139,30 +137,29 @@ def test_an_end_that_is_not_kept_is_told(store: Store, client: Client) -> None:
     heard.subscribe(keys.result(unkept))
     heard.get_message(timeout=1)
     finals = [done(task) for task in tasks]
-    assert store.settle([finals[0], replace(finals[1], keep=False)]) == 1
+    store.settle([finals[0], replace(finals[1], keep=False)])
     assert (heard.get_message(timeout=1) or {})["data"] == finals[1].meta
     heard.close()
     assert client.status(kept).final
     assert not store.client.exists(keys.result(unkept))
 
 
-def test_a_life_is_never_counted_twice(store: Store, client: Client) -> None:
+def test_an_epoch_never_comes_twice(store: Store, client: Client) -> None:
     """A Redis that has lost its last writes counts on from where the worker was."""
     client.submit([1])
     (task,) = store.claim(1)
-    store.client.delete(keys.life(store.worker))
+    store.client.delete(keys.epoch(store.worker))
     store.doubt()
     store.reconcile([task.seq])
     client.submit([1])
     (other,) = store.claim(1)
     assert other.seq > task.seq
-    assert other.seq // SEQS_OF_A_LIFE == task.seq // SEQS_OF_A_LIFE + 1
+    assert other.seq // SEQS_OF_AN_EPOCH == task.seq // SEQS_OF_AN_EPOCH + 1
 
 
 def test_the_scripts_know_a_waiting_task() -> None:
     """They compare a state with what producers write, by its beginning; another word would only be slower."""
-    for name in ("begin", "settle"):
-        assert f"'{results.PENDING_META[:32].decode()}'" in source(name)
+    assert f"PENDING_HEAD = '{results.PENDING_META[:32].decode()}'" in source("submit")
 
 
 def test_a_claim_of_many_is_whole(store: Store, client: Client) -> None:
@@ -173,7 +170,8 @@ def test_a_claim_of_many_is_whole(store: Store, client: Client) -> None:
     held = store.client.hgetall(store.inflight)
     assert {int(field) for field in held if field.isdigit()} == {task.seq for task in claimed}
     assert sum(value == b"realtime" for value in held.values()) == 600
-    assert store.settle([done(task) for task in claimed]) == 600
+    assert store.settle([done(task) for task in claimed]) == {}
+    assert {status.state for status in map(client.status, wanted[:600])} == {"completed"}
     assert not store.client.exists(store.inflight)
 
 
@@ -210,25 +208,24 @@ def test_a_claim_held_up_on_its_way_is_refused(store: Store, client: Client) -> 
     """A claim that arrives after the worker has given it up takes nothing: nobody would know of it."""
     client.submit([1])
     first = store.claim(1)
-    late = {
-        "keys": [store.inflight, keys.WAITING, keys.bell("realtime"), keys.life(store.worker), *store.lists],
-        "args": [1, 0, store._seq, store._life],
-    }
+    late = store.order(store.wants(1))
+    assert late is not None
     client.submit([1])
     store.doubt()
     assert store.reconcile({task.seq for task in first}) == 0
+    assert not store.current(late)
     with pytest.raises(redis.ResponseError, match="STALE"):
-        store._claim(**late)
+        store.client.execute_command(*late.command)  # type: ignore[no-untyped-call]
     assert len(store.claim(1)) == 1
 
 
-def test_a_life_held_up_on_its_way_is_not_counted(
+def test_an_epoch_held_up_on_its_way_does_not_begin(
     store: Store, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its worker has given it up and counted again; it goes on."""
     client.submit([1])
     first = store.claim(1)
-    real = store._count_life
+    real = store._begin_script
     late: dict[str, Any] = {}
 
     def cut(**call: Any) -> None:
@@ -237,7 +234,7 @@ def test_a_life_held_up_on_its_way_is_not_counted(
 
     store.doubt()
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_count_life", cut)
+        patch.setattr(store, "_begin_script", cut)
         with pytest.raises(redis.TimeoutError):
             store.reconcile({task.seq for task in first})
     assert store.reconcile({task.seq for task in first}) == 0
@@ -250,7 +247,7 @@ def test_a_life_held_up_on_its_way_is_not_counted(
 def test_a_worker_in_doubt_does_not_take_its_name_back(store: Store) -> None:
     """Another process has taken over: this one learns that, be it by its claim or by its doubt."""
     store.claim(1)
-    twin = Store(store.client, store.worker, store.queues, store._settings)
+    twin = Store(store.client, store.worker, store.queues, store._settings, models=store.models)
     twin.claim(1)
     store.doubt()
     with pytest.raises(WorkerRunning, match="taken over"):
@@ -305,7 +302,7 @@ def test_a_claim_that_begins_nothing(store: Store, client: Client) -> None:
         assert begin(store, [task]) == ({0} if inputs == [1] else set())
         store.settle([Final(task.seq, "", b"")], idle=True)
     store.client.lpush("realtime", b'{"body": "\\"id\\": \\"x\\""}')
-    assert store.claim(1, begin=True)[0].noted_id is None
+    assert store.claim(1, begin=True, look=True)[0].noted_id is None
     assert not store.client.hexists(store.inflight, "running")
 
 

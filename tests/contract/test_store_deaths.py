@@ -8,11 +8,10 @@ import pytest
 from gpuinfer import Client
 from gpuinfer.errors import WorkerRunning
 from gpuinfer.queue import keys, results
-from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.store import Store
-from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings
-from tests.contract.conftest import begin, done, ids
+from gpuinfer.settings import BrokerSettings
+from tests.contract.conftest import begin, done, ids, store_of
 
 pytestmark = pytest.mark.integration
 
@@ -47,35 +46,27 @@ def test_restore_cut_off_before_the_burial(store: Store, client: Client) -> None
     begin(store, store.claim(1))
     store.restore()
     begin(store, store.claim(1))
-    args = (
-        keys.BELL_PREFIX,
-        keys.SEP,
-        2,
-        keys.RESULT_PREFIX,
-        results.PENDING_META,
-        keys.CLAIMED,
-        store._life,
-    )
-    store._restore(keys=[store.inflight, keys.life(store.worker)], args=args)  # and then it is killed
+    args = (store._epoch, 2, results.PENDING_META)
+    store._restore(keys=[store.inflight, keys.epoch(store.worker)], args=args)  # and then it is killed
     assert client.status(task_id).state == "running"
     assert store.restore().dead == (task_id,)
     assert not store.client.exists(store.inflight)
 
 
-def test_two_lives_do_not_meet(broker: BrokerSettings, store: Store, client: Client) -> None:
+def test_two_epochs_do_not_meet(broker: BrokerSettings, store: Store, client: Client) -> None:
     """What an earlier process of the same name settles late is its own; and it claims no more."""
     wanted = [client.submit([1]) for _ in range(4)]
     old = store.claim(2)
-    next_life = Store(connect(broker), store.worker, QUEUES, QueueSettings())
-    assert next_life.restore().returned == 2
-    new = next_life.claim(2)
+    after = store_of(broker)
+    assert after.restore().returned == 2
+    new = after.claim(2)
     assert ids(new) == wanted[:2]
     store.settle([done(old[0])])
     store.release([task.seq for task in old])
-    assert next_life.restore().returned == 2
+    assert after.restore().returned == 2
     with pytest.raises(WorkerRunning, match="taken over"):
         store.claim(1)
-    assert ids(next_life.claim(9)) == wanted
+    assert ids(after.claim(9)) == wanted
 
 
 def test_restored_tasks_wait_again(store: Store, client: Client) -> None:
