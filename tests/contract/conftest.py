@@ -11,9 +11,10 @@ import pytest
 from pydantic import SecretStr
 
 from gpuinfer import Client
-from gpuinfer.queue import results
+from gpuinfer.queue import results, submission
 from gpuinfer.queue.connection import connect
-from gpuinfer.queue.message import decode
+from gpuinfer.queue.message import PREDICT, Submission, decode
+from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Claimed, Final, Store
 from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings, Settings
 from tests.conftest import need
@@ -91,3 +92,29 @@ def begin(store: Store, tasks: list[Claimed]) -> set[int]:
     return store.begin(
         [(t.seq, decode(t.payload).id, results.started(decode(t.payload).id, "w", 1)) for t in tasks]
     )
+
+
+def message(model: str | None = None, queue: str = "realtime") -> bytes:
+    """Return a message such as a plain producer appends to a list by itself."""
+    return Submission(task=PREDICT, inputs=[1], queue=queue, model=model).encode()
+
+
+def send(
+    store: Store, count: int = 1, *, model: str = "digits", caller: str = "", queue: str = "realtime"
+) -> list[str]:
+    """Submit tasks of a caller, which our clients have no word for yet; return their ids."""
+    tasks = [
+        Submission(task=PREDICT, inputs=[1], queue=queue, model=model, caller=caller) for _ in range(count)
+    ]
+    for call in submission.bulk(tasks, QueueSettings()):
+        bind(store.client, "submit")(args=call.args)
+    return [task.id for task in tasks]
+
+
+def commands(store: Store, *names: str) -> int:
+    """Return how many commands Redis has run since the last call; with names, how many of those."""
+    found = store.client.info("commandstats")
+    store.client.config_resetstat()
+    ours = {name.removeprefix("cmdstat_"): stats["calls"] for name, stats in found.items()}
+    counted = names or set(ours) - {"info", "config|resetstat", "config"}
+    return sum(int(ours.get(name, 0)) for name in counted)
