@@ -52,7 +52,7 @@ DEFAULT_MODEL = "gpuinfer:default-model"
 DEAD = "gpuinfer:dead"
 #: List -> since when it has been passed over (ms); the empty field: claims since the last aged one.
 AGEING = "gpuinfer:ageing"
-#: List -> how much it has been served, among lists of one rank that take turns.
+#: List, or ``rank model`` -> how much it has been served, among those that take turns.
 TURNS = "gpuinfer:turns"
 #: List -> how many tasks were ever claimed from it, less those that were put back.
 CLAIMED = "gpuinfer:claimed"

@@ -60,27 +60,40 @@ for i = 1, #flat, 2 do
   end
 end
 
--- Lists of one rank take turns: who was served least goes first. A new one begins where the least served is.
+-- Models take turns, and so do the callers of a model: who was served least goes first. Who comes anew stands
+-- behind those who wait, and keeps that place: nobody is passed over because his list was empty, or was not.
 local function take_turns(rivals)
-  local names, least = {}, nil
-  for i, list in ipairs(rivals) do names[i] = list.key end
+  local names, most, new = {}, 0, {}
+  for i, one in ipairs(rivals) do names[i] = one.key end
   local turns = redis.call('HMGET', TURNS, unpack(names))
-  for i, list in ipairs(rivals) do
-    list.turn = tonumber(turns[i])
-    if list.turn and (not least or list.turn < least) then least = list.turn end
+  for i, one in ipairs(rivals) do
+    one.turn = tonumber(turns[i])
+    if one.turn and one.turn > most then most = one.turn end
   end
-  for _, list in ipairs(rivals) do list.turn = list.turn or least or 0 end
+  for _, one in ipairs(rivals) do
+    one.new = one.turn and 0 or 1
+    if not one.turn then
+      one.turn, new[#new + 1], new[#new + 2] = most, one.key, most
+    end
+  end
+  if #new > 0 then redis.call('HSET', TURNS, unpack(new)) end
   table.sort(rivals, function(a, b)
     if a.turn ~= b.turn then return a.turn < b.turn end
+    if a.new ~= b.new then return a.new < b.new end
     return a.key < b.key
   end)
 end
-local top = {lists[1]}
-for i = 2, #lists do
-  if lists[i].rank ~= lists[1].rank then break end
-  top[i] = lists[i]
+-- The models that hold the most urgent work, each with its first list.
+local top, met = {}, {}
+for _, list in ipairs(lists) do
+  if list.rank ~= lists[1].rank then break end
+  if not met[list.model] then
+    met[list.model] = true
+    top[#top + 1] = {key = turn_of(list.rank, list.model), list = list}
+  end
 end
 if #top > 1 then take_turns(top) end
+local urgent = top[1] and top[1].list
 
 -- Ageing: a list that was passed over for long enough goes first, once; at most in every fifth claim.
 local aged, since, waits = nil, nil, false
@@ -94,7 +107,7 @@ if ageing > 0 and #lists > 0 and (#lists > 1 or redis.call('EXISTS', AGEING) == 
     list.since = tonumber(since[i + 1])
     if list.since and list.since <= oldest then aged, oldest = list, list.since end
   end
-  if aged == top[1] then aged = nil end
+  if aged == urgent then aged = nil end
   if aged and credit < AGED_EVERY - 1 then aged = nil end
   if aged then
     redis.call('HSET', AGEING, '', 0)
@@ -107,7 +120,7 @@ end
 
 -- One claim is one model's batch. Idle workers share what waits; who is busy leaves their part to them.
 local answer, n, taken, left = {'', default}, 2, 0, nil
-local first = aged or top[1]
+local first = aged or urgent
 if first then
   local model = first.model
   local room, least = wanted[model][1], wanted[model][3]
@@ -185,9 +198,12 @@ if first then
     end
     i = i + 1
   end
+  if top[1].turn and model == urgent.model and taken > 0 then
+    redis.call('HSET', TURNS, top[1].key, top[1].turn + taken)
+  end
   for _, list in ipairs(mine) do
     if list.size <= 0 then
-      unindex_list(list.key, list.indexed)
+      unindex_list(list.key, list.indexed, turn_of(list.rank, model))
     else
       left = left or list.tier
     end

@@ -29,11 +29,15 @@ local function index_list(list)
   return tier, model
 end
 
--- Drop a list that holds nothing from its model's index; it has waited for nothing and has no turn.
-local function unindex_list(list, model)
+-- Return what a model's turn among those with work of one rank is kept under; no list has such a name.
+local function turn_of(rank, model) return rank .. ' ' .. model end
+
+-- Drop a list that holds nothing from its model's index. It has waited for nothing, and neither it nor its model,
+-- whose turn is given, has one.
+local function unindex_list(list, model, turn)
   redis.call('ZREM', INDEX_PREFIX .. model, list)
   redis.call('HDEL', AGEING, list)
-  redis.call('HDEL', TURNS, list)
+  redis.call('HDEL', TURNS, list, turn)
 end
 
 local clock
