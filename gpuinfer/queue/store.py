@@ -410,7 +410,7 @@ class Store:
         """Put claimed tasks back at the head of their lists. Safe to repeat.
 
         Of those among ``ran`` a part has run: what comes of them later is a repeat, and says so. Those in
-        ``models`` go to the lists of that model instead.
+        ``models`` go to the lists of that model instead, behind what waits there.
         """
         models = models or {}
         parts = [part for seq in sorted(seqs) for part in (seq, int(seq in ran), models.get(seq, ""))]

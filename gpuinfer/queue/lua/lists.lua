@@ -86,3 +86,10 @@ local function put_back(list, payload)
   redis.call('HINCRBY', CLAIMED, list, -1)
   return index_list(list)
 end
+
+-- Pass a task on to the list of the model that it is for. Behind what waits there: else those that are passed on
+-- in several steps would be served the last first.
+local function pass_on(list, payload)
+  redis.call('LPUSH', list, payload)
+  return index_list(list)
+end

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks reach the workers of their model: by our clients at once, from plain producers by being passed on."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpuinfer import Client
+from gpuinfer.errors import UnknownModel
+from gpuinfer.queue import keys, router
+from gpuinfer.queue.message import decode
+from gpuinfer.queue.router import Router
+from gpuinfer.queue.store import Store
+from gpuinfer.settings import BrokerSettings
+from tests.contract.conftest import ids, message, store_of
+
+pytestmark = pytest.mark.integration
+
+URGENT = keys.list_key("realtime", 9)
+
+
+@pytest.fixture
+def other(store: Store, broker: BrokerSettings) -> Store:
+    """A worker that serves another model than the default one."""
+    return store_of(broker, "gpu1@here", ("ocr",))
+
+
+def plain(store: Store, key: str, model: str | None) -> str:
+    """Append a task as a plain producer does; return its id."""
+    payload = message(model)
+    store.client.lpush(key, payload)
+    return decode(payload).id
+
+
+def forget_workers(store: Store) -> None:
+    """Let so much time pass that no worker counts as alive."""
+    for name in store.client.keys(keys.GROUPS_PREFIX + "*"):
+        store.client.zadd(name, {group: 1 for group in store.client.zrange(name, 0, -1)})
+
+
+def test_the_default_models_lists_have_no_name(store: Store, other: Store, client: Client) -> None:
+    """Also when a client names it; another model's have its name."""
+    for model in (None, "digits", "ocr"):
+        client.submit([1], model=model, priority=9)
+    assert store.client.llen(URGENT) == 2
+    assert store.client.llen(keys.list_key("realtime.ocr", 9)) == 1
+
+
+def test_a_message_names_its_model(store: Store, client: Client) -> None:
+    """Also when the caller does not: should the default change while it waits, it is for the one it was."""
+    client.submit([1])
+    (task,) = store.claim(1)
+    assert decode(task.payload).body()[1]["model"] == "digits"
+
+
+def test_a_worker_claims_its_own_models_alone(store: Store, other: Store, client: Client) -> None:
+    """However urgent another one's tasks are."""
+    urgent = client.submit([1], model="ocr", priority=9)
+    low = client.submit([1], queue="batch")
+    assert ids(store.claim(10)) == [low]
+    assert store.claim(10) == []
+    assert ids(other.claim(10)) == [urgent]
+
+
+def test_another_default_model(store: Store, other: Store, client: Client) -> None:
+    """What waits under no name is the new one's; what waits under its name is served, too."""
+    old = client.submit([1], model="ocr")
+    bare = plain(store, "realtime", None)
+    store.client.set(keys.DEFAULT_MODEL, "ocr")
+    new = client.submit([1], model="ocr")
+    assert store.client.llen("realtime") == 2
+    assert store.claim(10) == []
+    assert sorted(ids(other.claim(10))) == sorted([old, bare, new])
+    assert client.submit([1], model="digits")
+    assert store.client.llen("realtime.digits") == 1
+
+
+def test_a_worker_passes_on_what_it_claims(store: Store, other: Store, client: Client) -> None:
+    """A plain producer's tasks for another model keep their order, claim for claim; no delivery is counted."""
+    first = client.submit([1], model="ocr", priority=9)
+    tasks = [plain(store, URGENT, "digits" if number % 3 == 2 else "ocr") for number in range(12)]
+    own = []
+    for _ in range(2):
+        claimed = store.claim(6, look=True)
+        strange = {task.seq: "ocr" for task in claimed if decode(task.payload).body()[1]["model"] == "ocr"}
+        assert store.release(strange, models=strange) == 4
+        own += [task for task in claimed if task.seq not in strange]
+    assert ids(own) == tasks[2::3]
+    held = {int(field) for field in store.client.hkeys(store.inflight) if field.isdigit()}
+    assert held == {task.seq for task in own}
+    found = other.claim(100)
+    assert ids(found) == [first, *(task for number, task in enumerate(tasks) if number % 3 != 2)]
+    assert {task.list_key for task in found} == {keys.list_key("realtime.ocr", 9)}
+    assert {decode(task.payload).deliveries for task in found} == {0}
+    counts = {key.decode(): int(count) for key, count in store.client.hgetall(keys.CLAIMED).items()}
+    assert counts == {URGENT: 4, keys.list_key("realtime.ocr", 9): 9}
+
+
+def test_a_worker_of_another_model_routes(store: Store, other: Store) -> None:
+    """While none of the default model lives: each list's tasks in their order; the default's own stay."""
+    sent: dict[str, list[str]] = {}
+    for key in ("realtime", URGENT, "batch"):
+        sent[key] = [plain(store, key, model) for model in ("ocr", None, "ocr", "digits", "ocr")]
+    forget_workers(store)
+    other.register()
+    assert Router(other).pass_on() == 9
+    wanted = [sent[key][place] for key in (URGENT, "realtime", "batch") for place in (0, 2, 4)]
+    assert ids(other.claim(100)) == wanted
+    own = [sent[key][place] for key in (URGENT, "realtime", "batch") for place in (1, 3)]
+    assert ids(store.claim(100, look=True)) == own
+
+
+def test_nobody_routes_past_a_living_worker(store: Store, other: Store) -> None:
+    """It claims such a task, and passes it on by itself; nor is a tier looked at that nobody here serves."""
+    plain(store, "realtime", "ocr")
+    assert Router(other).pass_on() == 0
+    assert Router(store).pass_on() == 0
+    forget_workers(store)
+    other.serve(["batch"])
+    assert Router(other).pass_on() == 0
+    assert store.client.llen("realtime") == 1
+
+
+def test_a_long_backlog_is_looked_through_in_parts(
+    store: Store, other: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind tasks of the default model, too; and what comes later is found again and again."""
+    monkeypatch.setattr(router, "WINDOW", 7)
+    forget_workers(store)
+    looks, own = Router(other), 0
+    for _ in range(3):
+        sent = [plain(store, "realtime", "ocr" if number % 5 == 0 else None) for number in range(30)]
+        own += 24
+        passed = [looks.pass_on() for _ in range(2 * (own + 6) // 7 + 1)]
+        assert max(passed) <= 7
+        assert sum(passed) == 6
+        assert ids(other.claim(100)) == sent[::5]
+        assert store.client.llen("realtime") == own
+
+
+def test_what_names_no_model_is_not_passed_on(store: Store, other: Store) -> None:
+    """Garbage waits for a worker of the default model, which says what is wrong with it."""
+    for payload in (b"\xff", b"{}", message("no model/at all")):
+        store.client.lpush("realtime", payload)
+    forget_workers(store)
+    assert Router(other).pass_on() == 0
+    assert store.client.llen("realtime") == 3
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_model_that_nobody_knows(broker: BrokerSettings, client: Client, *, known: bool) -> None:
+    """It is refused with the names there are, and nothing is written; a fleet that never was accepts all."""
+    if not known:
+        assert client.submit([1], model="nobody")
+        return
+    store = store_of(broker, models=("digits", "ocr"))
+    before = sorted(store.client.keys())
+    for submit in (client.submit, client.submit_batch, client.submit_many):
+        with pytest.raises(UnknownModel, match="known: digits, ocr"):
+            submit([[1]], model="nobody")
+    with pytest.raises(UnknownModel):
+        client.submit([1], model="nobody", idempotency_key="k")
+    assert sorted(store.client.keys()) == before
+    assert store.unknown(["digits", "nobody"]) == ("nobody",)
