@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gpuinfer import Client
@@ -34,8 +36,9 @@ def plain(store: Store, key: str, model: str | None) -> str:
 
 def forget_workers(store: Store) -> None:
     """Let so much time pass that no worker counts as alive."""
-    for name in store.client.keys(keys.GROUPS_PREFIX + "*"):
-        store.client.zadd(name, {group: 1 for group in store.client.zrange(name, 0, -1)})
+    raw: Any = store.client
+    for name in raw.keys(keys.GROUPS_PREFIX + "*"):
+        raw.zadd(name, dict.fromkeys(raw.zrange(name, 0, -1), 1))
 
 
 def test_the_default_models_lists_have_no_name(store: Store, other: Store, client: Client) -> None:
@@ -76,7 +79,7 @@ def test_another_default_model(store: Store, other: Store, client: Client) -> No
 
 
 def test_a_worker_passes_on_what_it_claims(store: Store, other: Store, client: Client) -> None:
-    """A plain producer's tasks for another model keep their order, claim for claim; no delivery is counted."""
+    """A plain producer's tasks for another model keep their order, claim for claim; no delivery counts."""
     first = client.submit([1], model="ocr", priority=9)
     tasks = [plain(store, URGENT, "digits" if number % 3 == 2 else "ocr") for number in range(12)]
     own = []
@@ -92,7 +95,8 @@ def test_a_worker_passes_on_what_it_claims(store: Store, other: Store, client: C
     assert ids(found) == [first, *(task for number, task in enumerate(tasks) if number % 3 != 2)]
     assert {task.list_key for task in found} == {keys.list_key("realtime.ocr", 9)}
     assert {decode(task.payload).deliveries for task in found} == {0}
-    counts = {key.decode(): int(count) for key, count in store.client.hgetall(keys.CLAIMED).items()}
+    raw: Any = store.client
+    counts = {key.decode(): int(count) for key, count in raw.hgetall(keys.CLAIMED).items()}
     assert counts == {URGENT: 4, keys.list_key("realtime.ocr", 9): 9}
 
 
