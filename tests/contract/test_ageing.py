@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is passed over for long goes first now and then: in a fifth of the claims at most, but each list does."""
+"""What is passed over for long goes first now and then: each list does, in a fifth of the claims at most."""
 
 from __future__ import annotations
 

@@ -5,6 +5,11 @@
 -- ARGV: result ttl in seconds, '1' when nothing runs now, then for each task: seq, task id, meta, '1' to keep
 --       the state, reply channel, label; an empty seq is not in flight; an empty id leaves all states as they are
 -- Returns how many final states were written, then (id, why) of those whose key is not ours to write.
+-- Of an end that is not kept nothing tells, when it comes again, that it was told, but that the task is not in
+-- flight any more.
+for i = 3, #ARGV, 6 do
+  if ARGV[i + 3] ~= '1' and ARGV[i] ~= '' and redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then ARGV[i + 1] = '' end
+end
 local written, refused = finish(ARGV, 4, 6, ARGV[1])
 if not written then return refused end
 local gone, n = {}, 0
