@@ -331,10 +331,13 @@ class Store:
         )
 
     def rejoin(self) -> None:
-        """Begin a new epoch after a reaper has put back what was held here."""
+        """Begin a new epoch after a reaper has put back what was held here.
+
+        It may have been cut off, or be refused from now on: whether it has is found out before the next claim.
+        """
+        self._uncertain = True
         self._epoch = int(self.client.hget(keys.epoch(self.worker), "number") or 0)
         self._begin_epoch()
-        self._uncertain = False
 
     def end_wait(self, client_id: int) -> bool:
         """End the wait of the connection of that id, as if its time were over. False: Redis refuses."""

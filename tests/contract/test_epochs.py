@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's epochs: no sequence id comes twice, and who was taken for dead goes on with what is its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpuinfer import Client
+from gpuinfer.errors import FormatMismatch, TakenBack, WorkerRunning
+from gpuinfer.queue import keys
+from gpuinfer.queue.store import SEQS_OF_AN_EPOCH, Store
+from gpuinfer.settings import BrokerSettings
+from tests.contract.conftest import done, ids, store_of
+
+pytestmark = pytest.mark.integration
+
+
+def reaper_of(store: Store) -> Store:
+    """Return a store that stands for a watcher's reaper."""
+    by = "reaper of there"
+    return Store(store.client, store.worker, store.queues, store._settings, models=store.models, by=by)
+
+
+def test_an_epoch_ends_in_mid_flow(store: Store, client: Client) -> None:
+    """After 2^24 sequence ids another one begins; none comes twice, and what is held stays valid."""
+    wanted = client.submit_many([[1]] * 40)
+    held = store.claim(2)
+    store._seq = (store._epoch + 1) * SEQS_OF_AN_EPOCH - 9
+    epoch = store._epoch
+    while claimed := store.claim(4):
+        held += claimed
+    assert ids(held) == wanted
+    assert len({task.seq for task in held}) == 40
+    assert store._epoch == epoch + 1
+    assert store.settle([done(task) for task in held]) == {}
+    assert not store.client.exists(store.inflight)
+    assert {client.status(task_id).state for task_id in wanted} == {"completed"}
+
+
+def test_an_epoch_that_is_too_short_is_not_ordered(store: Store) -> None:
+    """A claim that waits cannot begin one; the next call does."""
+    store.claim(1)
+    store._seq = (store._epoch + 1) * SEQS_OF_AN_EPOCH - 9
+    assert store.order(store.wants(9)) is None
+    assert store.order(store.wants(8)) is not None
+    store.claim(9)
+    assert store.order(store.wants(9)) is not None
+
+
+def test_who_was_taken_for_dead_goes_on(store: Store, client: Client) -> None:
+    """After a reaper it holds nothing, begins an epoch, and works; after another process it does not."""
+    wanted = client.submit_many([[1]] * 4)
+    old = store.claim(2)
+    assert reaper_of(store).restore().returned == 2
+    with pytest.raises(TakenBack, match="reaper of there"):
+        store.claim(1)
+    store.rejoin()
+    new = store.claim(4)
+    assert ids(new) == wanted
+    assert not {task.seq for task in old} & {task.seq for task in new}
+    store.release([task.seq for task in old])
+    store.settle([done(task) for task in new])
+    assert {client.status(task_id).state for task_id in wanted} == {"completed"}
+    store_of_same_name(store).claim(1)
+    with pytest.raises(WorkerRunning, match="taken over"):
+        store.claim(1)
+
+
+def store_of_same_name(store: Store) -> Store:
+    return Store(store.client, store.worker, store.queues, store._settings, models=store.models)
+
+
+def test_a_reaper_that_is_cut_off(store: Store, client: Client) -> None:
+    """It has begun an epoch and put nothing back: the worker, which has dropped what it held, does so."""
+    wanted = client.submit_many([[1]] * 4)
+    store.claim(3)
+    reaper_of(store)._begin_epoch()
+    with pytest.raises(TakenBack):
+        store.claim(1)
+    store.rejoin()
+    assert store.reconcile(()) == 3
+    assert ids(store.claim(4)) == wanted
+
+
+@pytest.mark.parametrize("found", ["1", "3", "x"])
+def test_another_format(store: Store, client: Client, broker: BrokerSettings, found: str) -> None:
+    """Who meets another layout in Redis says which, and touches nothing."""
+    store.claim(1)
+    store.client.set(keys.FORMAT_KEY, found)
+    before = sorted(store.client.keys())
+    with pytest.raises(FormatMismatch, match=f"format {found}") as refused:
+        store_of(broker).claim(1)
+    assert refused.value.exit_code == 78
+    with pytest.raises(FormatMismatch, match=f"format {found}"):
+        client.submit([1])
+    assert sorted(store.client.keys()) == before
+
+
+def test_the_first_one_writes_the_format(store: Store) -> None:
+    """Redis knows its layout once a worker has begun."""
+    store.claim(1)
+    assert store.client.get(keys.FORMAT_KEY) == str(keys.FORMAT).encode()
