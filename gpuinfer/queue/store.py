@@ -333,7 +333,7 @@ class Store:
     def rejoin(self) -> None:
         """Begin a new epoch after a reaper has put back what was held here.
 
-        It may have been cut off, or be refused from now on: whether it has is found out before the next claim.
+        It may have been cut off, or be refused from now on: whether it has, the next claim finds out.
         """
         self._uncertain = True
         self._epoch = int(self.client.hget(keys.epoch(self.worker), "number") or 0)
