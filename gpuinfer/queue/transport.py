@@ -133,7 +133,10 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         if not self._enlisted:
             self.store.wake()  # the event loop has a turn, then the claim that waits runs at once
         self.store.serve(self.served)
-        return self.store.order(self.sink.wants(), begin=True)
+        order = self.store.order(self.sink.wants(), begin=True)
+        if order is None and not self.claim():  # an epoch had to begin
+            order = self.store.order(self.sink.wants(), begin=True)
+        return order
 
     def _on_connection_disconnect(self, connection: Any) -> None:
         """Forget the claim whose answer this connection would have brought: what it took is not known."""
