@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's channel without a worker: for tests of the claim that stands in Redis behind the bells."""
+"""A worker's channel without a worker: for tests of the claim that waits in Redis."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 
 from kombu import Connection, Queue
 
-from gpuinfer.errors import WorkerRunning
+from gpuinfer.errors import TakenBack, WorkerRunning
 from gpuinfer.queue import transport
+from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import decode
-from gpuinfer.queue.sink import Sink
-from gpuinfer.queue.store import Claimed, Store
+from gpuinfer.queue.sink import Sink, TaskChannel
+from gpuinfer.queue.store import Claimed, State, Store, Wants
 from gpuinfer.queue.transport import Channel
 from gpuinfer.settings import QUEUES, Settings
 
@@ -27,20 +28,21 @@ class Taker:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.space, self.idle = 10, True
+        self.space = 10
+        self.state: State = "idle"
         self.tasks: list[Claimed] = []
-        self.end: WorkerRunning | None = None
+        self.end: WorkerRunning | TakenBack | None = None
 
-    def room(self) -> tuple[int, int | None]:
-        return self.space, None
+    def wants(self) -> Wants:
+        return self.store.wants(self.space) if self.space else {}
 
-    def receive(self, channel: Channel, tasks: Sequence[Claimed]) -> None:
+    def receive(self, channel: TaskChannel, tasks: Sequence[Claimed]) -> None:
         self.tasks += tasks
 
     def held(self) -> set[int]:
         return {task.seq for task in self.tasks}
 
-    def fenced(self, error: WorkerRunning) -> None:
+    def fenced(self, error: WorkerRunning | TakenBack) -> None:
         self.end = error
 
     @property
@@ -48,9 +50,16 @@ class Taker:
         return [decode(task.payload).id for task in self.tasks]
 
 
+def store_of(settings: Settings) -> Store:
+    """Return the store of this worker, which serves the default model."""
+    made = Store(connect(settings.broker, retries=0), NAME, QUEUES, settings.queue, models=("digits",))
+    made.register(default="digits")
+    return made
+
+
 @contextmanager
 def consuming(path: Path, taker: Sink, settings: Settings) -> Iterator[Channel]:
-    """Make a worker's channel on all queues; its first claim, which begins the life, has been made."""
+    """Make a worker's channel on all queues; its first claim, which begins the epoch, has been made."""
     transport.register()
     options = {"worker": NAME, "queue_settings": settings.queue.model_dump()}
     with Connection(f"gpuinfer+socket://{path}", transport_options=options) as connection:
@@ -69,7 +78,7 @@ def turn(channel: Channel, timeout: float = 0.05) -> None:
 
 
 def stand(channel: Channel) -> None:
-    """Send bells and claim, and see that they stand."""
+    """Send wait and claim, and see that they stand."""
     turn(channel)
     assert channel.ordered
 

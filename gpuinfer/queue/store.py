@@ -176,7 +176,6 @@ class Store:
         model's if it serves that, or as long as it does not know which one that is."""
         models = ("", *self.models) if self.default in ("", *self.models) else self.models
         self.lists = keys.lists(self.queues, models)
-        self._looked_into = (*self.lists, *(keys.index(model) for model in models))
 
     def register(self, heartbeat: bytes = b"", default: str = "") -> int:
         """Say what this worker serves, and that it lives; return how many tasks wait for it.
@@ -194,8 +193,8 @@ class Store:
         self._leave(keys=[keys.heartbeat(self.worker), self.inflight], args=args)
 
     def waits(self) -> bool:
-        """Tell whether a claim may find something; a third of an empty claim's price."""
-        return self._uncertain or bool(self._direct.call("EXISTS", *self._looked_into))
+        """Tell whether a claim may find what nobody has told of; a third of an empty claim's price."""
+        return self._uncertain or bool(self._direct.call("EXISTS", *self.lists))
 
     def index_lists(self) -> int:
         """Tell the others of lists that plain producers have filled; return how many there are."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The claim that stands in Redis behind the bells: what it takes arrives once, or goes back."""
+"""The claim that waits in Redis: what it takes arrives once, or goes back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import pytest
 
 from gpuinfer import Client
 from gpuinfer.queue import keys
-from gpuinfer.queue.connection import connect
-from gpuinfer.queue.store import Store
+from gpuinfer.queue.store import SEQS_OF_AN_EPOCH, Store
 from gpuinfer.queue.transport import Channel
-from gpuinfer.settings import QUEUES, Settings
-from tests.claims import NAME, Taker, consuming, stand, taken, turn
+from gpuinfer.settings import Settings
+from tests.claims import Taker, consuming, stand, store_of, taken, turn
 from tests.services import RedisServer
 from tests.workers import wait_until
 
@@ -29,7 +28,7 @@ def settings(redis_server: RedisServer, settings_for: Callable[..., Settings]) -
 
 @pytest.fixture
 def taker(settings: Settings) -> Taker:
-    return Taker(Store(connect(settings.broker, retries=0), NAME, QUEUES, settings.queue))
+    return Taker(store_of(settings))
 
 
 @pytest.fixture
@@ -41,12 +40,18 @@ def channel(taker: Taker, redis_server: RedisServer, settings: Settings) -> Iter
 def test_a_task_comes_without_another_claim(
     channel: Channel, taker: Taker, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Redis has taken it before the worker knows; one after another, and no sequence id twice."""
+    """Redis has taken it before the worker knows; one after another, and no sequence id twice.
 
-    def refuse(*_: object, **__: object) -> Any:
-        raise AssertionError("claimed by a call")
+    The claim that puts this worker among the idle ones brings nothing.
+    """
+    called = []
+    claim = Store.claim
 
-    monkeypatch.setattr(Store, "claim", refuse)
+    def note(*args: Any, **options: Any) -> Any:
+        called.append(claim(*args, **options))
+        return called[-1]
+
+    monkeypatch.setattr(Store, "claim", note)
     submitted = []
     for _ in range(5):
         stand(channel)
@@ -54,6 +59,7 @@ def test_a_task_comes_without_another_claim(
         wait_until(lambda: taken(taker) == len(submitted))
         turn(channel)
         assert taker.ids == submitted
+    assert not any(called)
     assert len(taker.held()) == 5
     assert taker.tasks[0].noted_id == submitted[0]
 
@@ -78,7 +84,7 @@ def test_a_wait_ends_and_begins_again(channel: Channel, taker: Taker, client: Cl
     assert taker.ids == [task]
 
 
-def test_a_producer_that_does_not_ring(channel: Channel, taker: Taker, client: Client) -> None:
+def test_a_producer_that_tells_nobody(channel: Channel, taker: Taker, client: Client) -> None:
     """The timer finds its task and ends the wait; for some seconds it looks after each batch, too."""
     stand(channel)
     assert not channel.silent
@@ -99,7 +105,7 @@ def test_a_producer_that_does_not_ring(channel: Channel, taker: Taker, client: C
 def test_a_withdrawn_claim_takes_nothing(
     channel: Channel, taker: Taker, client: Client, *, late: bool
 ) -> None:
-    """Neither afterwards, nor what it had taken when it was withdrawn. The bell is passed on."""
+    """Neither afterwards, nor what it had taken when it was withdrawn."""
     stand(channel)
     if late:
         client.submit([1.0])
@@ -114,19 +120,32 @@ def test_a_withdrawn_claim_takes_nothing(
         keys.list_key("realtime", 0)
     )
     assert (taker.tasks, taken(taker), waiting) == ([], 0, 1)
-    assert sum(taker.store.client.llen(keys.bell(name)) for name in QUEUES) >= 1
     taker.space = 1
     turn(channel, 1)
     turn(channel, 1)
     assert len(taker.tasks) == 1
 
 
+def test_an_epoch_that_ends_meanwhile(channel: Channel, taker: Taker, client: Client) -> None:
+    """An idle worker whose sequence ids are used up begins another epoch, and waits on."""
+    taker.store._seq = (taker.store._epoch + 1) * SEQS_OF_AN_EPOCH - 5
+    stand(channel)
+    task = client.submit([1.0])
+    turn(channel, 1)
+    assert taker.ids == [task]
+
+
+def cancel(channel: Channel, name: str) -> None:
+    """Serve a queue no more."""
+    for tag, queue in list(channel._tag_to_queue.items()):
+        if queue == name:
+            channel.basic_cancel(tag)
+
+
 def test_a_queue_that_is_cancelled(channel: Channel, taker: Taker, client: Client) -> None:
     """Nothing is taken from it, not by a claim that stood before."""
     stand(channel)
-    for tag, queue in list(channel._tag_to_queue.items()):
-        if queue == "default":
-            channel.basic_cancel(tag)
+    cancel(channel, "default")
     task = client.submit([1.0], queue="default")
     turn(channel, 1.2)
     turn(channel, 0.2)
@@ -152,7 +171,7 @@ def test_another_worker_of_this_name(
 ) -> None:
     """It has begun to claim: this one ends, and has taken nothing."""
     stand(channel)
-    other = Store(connect(settings.broker, retries=0), NAME, QUEUES, settings.queue)
+    other = store_of(settings)
     assert other.claim(1) == []
     client.submit([1.0])
     turn(channel, 1)
@@ -175,13 +194,16 @@ def counted(taker: Taker, command: str) -> int:
     return int(taker.store.client.info("commandstats")[f"cmdstat_{command}"]["calls"])
 
 
-def test_a_bell_for_others_is_not_rung(channel: Channel, taker: Taker, client: Client) -> None:
-    """A task that nobody rang for ends its finder's own wait; a list that is not served brings none."""
+def test_a_finder_wakes_nobody_else(channel: Channel, taker: Taker, client: Client) -> None:
+    """A task that nobody told of ends its finder's own wait; a list that is not served does not."""
     client.submit([1.0])
     turn(channel, 1)
     payload = taker.tasks.pop().payload
+    cancel(channel, "batch")
     stand(channel)
-    taker.store.client.hset(keys.WAITING, "strange", 1)
+    client.submit([1.0], queue="batch")
+    turn(channel)
+    stand(channel)
     channel.look()
     assert not channel.silent
     before = counted(taker, "lpush")
@@ -196,7 +218,7 @@ def test_a_bell_for_others_is_not_rung(channel: Channel, taker: Taker, client: C
 def test_a_redis_that_ends_no_waits(
     channel: Channel, taker: Taker, client: Client, settings: Settings, how: str
 ) -> None:
-    """An access list of before, or a proxy: the worker rings for itself instead."""
+    """An access list of before, or a proxy: the worker wakes itself instead."""
     client.submit([1.0])
     turn(channel, 1)
     payload = taker.tasks.pop().payload
@@ -204,7 +226,7 @@ def test_a_redis_that_ends_no_waits(
     if how == "refused":
         taker.store.client.acl_setuser("default", commands=["-client|unblock"])
     else:
-        channel._waiting = channel._waiting[0], None
+        channel._wait._known = channel._wait._known[0], None
     for _ in range(2):
         stand(channel)
         began = time.monotonic()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The claim that stands in Redis behind the bells, when its answer does not come, or comes too late."""
+"""The claim that waits in Redis, when its answer does not come, or comes too late."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ import redis
 from kombu import Queue
 
 from gpuinfer import Client
-from gpuinfer.queue import keys, transport
-from gpuinfer.queue.connection import connect
+from gpuinfer.queue import keys, waiting
 from gpuinfer.queue.message import decode
-from gpuinfer.queue.store import Store
 from gpuinfer.queue.transport import Channel
-from gpuinfer.settings import QUEUES, Settings
-from tests.claims import NAME, Taker, Wire, consuming, stand, taken, turn
+from gpuinfer.settings import Settings
+from tests.claims import NAME, Taker, Wire, consuming, stand, store_of, taken, turn
 from tests.services import RedisServer
 from tests.workers import wait_until
 
@@ -34,7 +32,7 @@ def settings(redis_server: RedisServer, settings_for: Callable[..., Settings]) -
 
 @pytest.fixture
 def taker(settings: Settings) -> Taker:
-    return Taker(Store(connect(settings.broker, retries=0), NAME, QUEUES, settings.queue))
+    return Taker(store_of(settings))
 
 
 @pytest.fixture
@@ -63,7 +61,7 @@ def test_a_lost_answer(
     monkeypatch.setattr(channel.client.connection, "read_response", broken)
     with pytest.raises(redis.ConnectionError):
         turn(channel, 1)
-    assert taker.store.unsure
+    assert taker.store.uncertain
     assert not taker.tasks
     assert channel.claim() == 1
     assert (taker.ids, taken(taker)) == ([task], 1)
@@ -84,7 +82,7 @@ def test_a_connection_that_is_dropped_unread(channel: Channel, taker: Taker, cli
 
 
 def test_a_connection_that_goes_silent(wire: Wire, taker: Taker, client: Client, settings: Settings) -> None:
-    """The answer is not waited for much longer than the bells: what came in between comes by a call."""
+    """The answer is not waited for much longer than the wait itself: what came in between comes by a call."""
     with consuming(wire.path, taker, settings) as channel:
         stand(channel)
         wire.cut()
@@ -95,12 +93,12 @@ def test_a_connection_that_goes_silent(wire: Wire, taker: Taker, client: Client,
         channel.look()
         assert channel.ordered
         assert not taker.tasks
-        time.sleep(channel.brpop_timeout + transport.OVERDUE_S + 0.1)
-        life = int(taker.store.client.get(keys.life(NAME)) or 0)
+        time.sleep(channel.brpop_timeout + waiting.OVERDUE_S + 0.1)
+        epoch = int(taker.store.client.hget(keys.epoch(NAME), "number") or 0)
         for _ in range(5):
             channel.look()
         assert (taker.ids, taken(taker)) == (tasks, 2)
-        assert int(taker.store.client.get(keys.life(NAME)) or 0) == life + 1
+        assert int(taker.store.client.hget(keys.epoch(NAME), "number") or 0) == epoch + 1
         channel.client.connection.disconnect()
         tasks.append(client.submit([3.0]))
         turn(channel, 0.2)
@@ -112,7 +110,7 @@ def test_a_late_answer_of_a_busy_worker(channel: Channel, taker: Taker, client: 
     """It has come, and was not read for long: nothing is withdrawn."""
     stand(channel)
     task = client.submit([1.0])
-    time.sleep(channel.brpop_timeout + transport.OVERDUE_S + 0.1)
+    time.sleep(channel.brpop_timeout + waiting.OVERDUE_S + 0.1)
     channel.look()
     assert channel.ordered
     turn(channel)
@@ -129,7 +127,7 @@ def test_a_claim_that_outlives_its_worker(
     turn(channel, 1)
     stand(channel)
     dead, taker.tasks = taker.tasks, []
-    after = Store(connect(settings.broker, retries=0), NAME, QUEUES, settings.queue)
+    after = store_of(settings)
     assert after.restore().ids == (task,)
     time.sleep(channel.brpop_timeout + 0.2)
     assert taken(taker) == 0
@@ -139,16 +137,16 @@ def test_a_claim_that_outlives_its_worker(
 def test_a_doubt_whose_answer_is_lost(
     channel: Channel, taker: Taker, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Redis has counted the life that the worker does not know: its own claim is no other worker's."""
+    """Redis has begun the epoch that the worker does not know: its own claim is no other worker's."""
     stand(channel)
-    count = taker.store._count_life
+    count = taker.store._begin_script
 
     def lost(**arguments: Any) -> Any:
         count(**arguments)
         raise redis.ConnectionError("Connection closed by server.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(taker.store, "_count_life", lost)
+        patch.setattr(taker.store, "_begin_script", lost)
         channel.withdraw()
     task = client.submit([1.0])
     turn(channel, 1)
@@ -178,7 +176,7 @@ def test_a_message_beside_a_claim_that_fails(channel: Channel, taker: Taker) -> 
         time.sleep(channel.brpop_timeout + 0.1)  # the next wait is for this queue, too
         turn(channel)
         stand(channel)
-        taker.store.client.set("default", "no list")
+        taker.store.client.set(keys.index(), "no index")
         connection.Producer(channel).publish({"n": 1}, routing_key="other")
         with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
             turn(channel, 1)
