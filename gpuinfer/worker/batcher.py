@@ -423,7 +423,7 @@ class Batcher:
             self._drop_stale(list(self._buffer))
         self.pump()
         self.engine.probe()
-        if self._clock() - self._routed_at >= ROUTE_EVERY_S and self.engine.current is None:
+        if self._clock() - self._routed_at >= ROUTE_EVERY_S:
             self._routed_at = self._clock()
             try:
                 self._router.pass_on()

@@ -16,8 +16,9 @@ from gpuinfer import Client
 from gpuinfer.errors import DeviceError, DeviceOutOfMemory, GpuinferError, InferenceError
 from gpuinfer.models.loader import load
 from gpuinfer.models.repository import Repository
+from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
-from gpuinfer.queue.message import decode
+from gpuinfer.queue.message import PREDICT, Submission, decode
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.worker import batcher as batcher_module
@@ -42,7 +43,10 @@ class Line:
         self._batcher = batcher
 
     def claim(self) -> int:
-        tasks = self._batcher.store.claim(self._batcher.room()[0], begin=self._batcher.idle)
+        state = self._batcher.state
+        tasks = self._batcher.store.claim(
+            self._batcher.wants(), state=state, begin=state == "idle", look=True
+        )
         if tasks:
             self._batcher.receive(self, tasks)  # type: ignore[arg-type]  # all of a channel that is used
         return len(tasks)
@@ -72,10 +76,10 @@ def batcher(
     model: Small,
     lost: list[GpuinferError],
 ) -> Iterator[Batcher]:
-    settings = settings_for(
-        redis_server, queue={"retry_backoff_s": 0.05, "max_retries": 2}, models={"default": "picky"}
-    )
-    store = Store(connect(settings.broker, retries=0), "gpu0@here", QUEUES, settings.queue)
+    settings = settings_for(redis_server, queue={"retry_backoff_s": 0.05, "max_retries": 2})
+    client = connect(settings.broker, retries=0)
+    store = Store(client, "gpu0@here", QUEUES, settings.queue, models=("picky",))
+    store.register(default="picky")
     deadline = Deadline(lambda: None)
     engine = Engine({"picky": model}, {"picky": 64}, deadline, lambda: None)  # type: ignore[dict-item]
     made = Batcher(
@@ -187,7 +191,7 @@ def test_a_device_that_hangs_takes_no_task(batcher: Batcher, client: Client, mod
     batcher.tick()
     assert begun.wait(10)
     task = client.submit([1.0], model="picky")
-    assert batcher.room() == (0, None)
+    assert batcher.wants() == {}
     batcher.tick()
     assert not batcher.held()
     asked_for = batcher.store.claim(1, begin=True)
@@ -317,9 +321,9 @@ def test_a_batch_that_ends_while_redis_is_away_is_not_put_back(
         assert batcher.engine.current is not None
         running = {work.id for work in batcher.engine.current.works}
         assert 0 < len(running) < len(tasks)
-        assert batcher.room()[1] is not None
+        assert not batcher.wants(), "how long a first batch takes nobody knows"
         batcher.detach()
-        time.sleep(2 * batcher_module.URGENT_LOOK_S)
+        time.sleep(2 * batcher_module.LONG_BATCH_S)
         begun.set()
         wait_until(lambda: not batcher.engine.done.empty())
         batcher.store.doubt()
@@ -345,3 +349,68 @@ def test_an_end_in_doubt_leaves_nothing_in_flight(
         batcher.drain(1.0)
         assert not batcher.store.client.exists(batcher.store.inflight)
         assert batcher.store.client.llen("realtime") == 1
+
+
+def test_nothing_is_claimed_behind_a_long_batch(batcher: Batcher, client: Client, model: Small) -> None:
+    """Another worker may be idle before it ends. Behind one that is known to be short, the next is held."""
+    go_on = threading.Event()
+    assert batcher.channel is not None
+    client.submit([1.0], model="picky")
+    turn(batcher, lambda: len(model.sizes) == 1 and batcher.engine.current is None)
+    for seconds, claimed in ((0.001, 1), (2 * batcher_module.LONG_BATCH_S, 0)):
+        batcher._batch_s["picky"] = seconds
+        go_on.clear()
+        model.watch = lambda: go_on.wait(20)
+        batcher.engine.wake = lambda: None
+        client.submit([1.0], model="picky")
+        batcher.channel.claim()
+        assert batcher.state == "busy"
+        behind = client.submit([1.0], model="picky")
+        batcher.engine.moved_at = time.monotonic() + 5
+        assert batcher.channel.claim() == claimed
+        go_on.set()
+        turn(batcher, lambda behind=behind: client.status(behind).final)  # type: ignore[misc]
+
+
+def test_what_is_for_another_model_is_passed_on_while_a_batch_runs(
+    batcher: Batcher, client: Client, model: Small, redis_server: RedisServer
+) -> None:
+    """A worker that is never idle does so, too: nobody else may live who serves what plain producers want."""
+    raw = redis_server.client()
+    raw.set(keys.DEFAULT_MODEL, "gone")
+    go_on = threading.Event()
+    model.watch = lambda: go_on.wait(20)
+    client.submit([1.0], model="picky")
+    assert batcher.channel is not None
+    batcher.channel.claim()
+    assert batcher.engine.current is not None
+    raw.lpush("realtime", Submission(task=PREDICT, inputs=[2.0], queue="realtime", model="picky").encode())
+    batcher._routed_at -= batcher_module.ROUTE_EVERY_S
+    batcher.tick()
+    assert (raw.llen("realtime"), raw.llen("realtime.picky")) == (0, 1)
+    go_on.set()
+    turn(batcher, lambda: sum(model.sizes) == 2)
+
+
+def test_a_worker_that_was_taken_for_dead_goes_on(
+    batcher: Batcher, client: Client, model: Small, lost: list[GpuinferError], redis_server: RedisServer
+) -> None:
+    """What a reaper has put back is dropped, run again and ends once; the worker takes new tasks."""
+    tasks = client.submit_many([[float(number)] for number in range(100)], model="picky")
+    go_on = threading.Event()
+    model.watch = lambda: go_on.wait(20)
+    with consuming(redis_server.socket, batcher, batcher._settings) as channel:
+        channel.claim()
+        assert batcher.held()
+        store = batcher.store
+        reaper = Store(store.client, store.worker, QUEUES, store._settings, by="reaper of x")
+        assert reaper.restore().returned == 64
+        batcher._batch_s["picky"] = 0.001
+        batcher.engine.moved_at = time.monotonic() + 5
+        channel.claim()
+        assert not lost
+        go_on.set()
+        turn(batcher, lambda: all(client.status(task).final for task in tasks))
+        assert not store.client.exists(store.inflight)
+    ended = store.client.hget(keys.ENDED, "completed realtime picky")
+    assert ended == b"100"

@@ -32,10 +32,10 @@ def direct(client: redis.Redis) -> Direct:
 
 def test_a_forgotten_script_is_loaded_again(direct: Direct, client: redis.Redis) -> None:
     """Redis forgets scripts when it restarts."""
-    life = direct.bind("life")
-    assert life(keys=["life"], args=[0]) == 1
+    epoch = direct.bind("epoch")
+    assert epoch(keys=["epoch"], args=[0, "me"]) == 1
     client.script_flush()
-    assert life(keys=["life"], args=[0]) == 2
+    assert epoch(keys=["epoch"], args=[0, "me"]) == 2
 
 
 def test_a_closed_connection_is_opened_again(direct: Direct, client: redis.Redis) -> None:

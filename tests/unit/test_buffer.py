@@ -80,15 +80,15 @@ def test_a_retry_waits_for_its_time() -> None:
     assert seqs(filled(task(1, not_before=5.0)), now=1.0) == []
 
 
-def test_a_full_batch_of_any_model_is_enough() -> None:
-    """Inputs are counted, not tasks; the model whose batch is full first decides."""
+def test_what_fills_a_models_batch() -> None:
+    """Its inputs are counted, not its tasks, nor what waits for its time; one that runs alone fills it."""
     buffer = filled(limit=4)
-    assert buffer.spare() is None
+    assert buffer.spare("picky") == 4
     buffer.add_all([task(1), task(2, model="other", inputs=2), task(3, not_before=9.0, inputs=9)])
-    assert buffer.spare() == 2
+    assert (buffer.spare("picky"), buffer.spare("other")) == (3, 2)
     buffer.add(task(4, inputs=7))
-    assert (buffer.spare() or 0) <= 0
-    assert (filled(task(1, alone=True)).spare() or 0) <= 0
+    assert buffer.spare("picky") <= 0
+    assert filled(task(1, alone=True)).spare("picky") <= 0
 
 
 def test_surplus() -> None:

@@ -16,8 +16,9 @@ from structlog.testing import capture_logs
 from gpuinfer.api.server import Server
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QueueSettings
-from gpuinfer.worker import consumer, heartbeat
+from gpuinfer.worker import heartbeat
 from gpuinfer.worker.heartbeat import DRAIN_ALLOWANCE_S, REPORT_S, STUCK_GRACE_S, Pulse, keep_asking
+from gpuinfer.worker.process import DRAIN_TIMEOUT_S, Process
 
 pytestmark = pytest.mark.unit
 
@@ -224,10 +225,11 @@ def test_drain_tells_once(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None
 
     setup.batcher.drain = drain
     monkeypatch.setattr(setup.pulse, "gone", lambda: calls.append(-1))
-    process: Any = SimpleNamespace(batcher=setup.batcher, pulse=setup.pulse)
-    consumer.drain(process, crashed=False)
-    consumer.drain(process, crashed=False)
-    assert calls == [consumer.DRAIN_TIMEOUT_S, -1]
+    lock: Any = None
+    process = Process(setup.batcher, setup.pulse, lock, "here")
+    process.drain(crashed=False)
+    process.drain(crashed=False)
+    assert calls == [DRAIN_TIMEOUT_S, -1]
     assert setup.notes.take("STOPPING") == ["STOPPING=1"]
 
 
