@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.bench.measures import Line
+from tests.bench.lines import Line
 from tests.bench.report import Report, figure
 
 if TYPE_CHECKING:

@@ -26,10 +26,9 @@ from celery import Celery
 from torch import Tensor, nn
 
 from gpuinfer import Client
-from gpuinfer.errors import TaskNotFound
 from gpuinfer.queue import depth, keys
 from gpuinfer.queue.message import PREDICT
-from gpuinfer.queue.results import TaskStatus
+from gpuinfer.queue.results import TaskStatus, parse
 from gpuinfer.queue.store import REAPER, Store
 from gpuinfer.settings import QUEUES, QueueSettings
 from tests.faults.account import Account, Sent, rows
@@ -163,8 +162,9 @@ class Fleet:
         if dice.random() < 0.1:
             job = self._client.submit_batch([INPUTS[model]] * dice.randint(1, 30), model=model, **options)
             return [Sent(id=job, model=model, by="our client, list job")]
-        named = {} if model == DEFAULT and dice.random() < 0.5 else {"model": model}
-        ids = self._client.submit_many([INPUTS[model]] * dice.randint(1, 50), **named, **options)
+        if model != DEFAULT or dice.random() < 0.5:
+            options["model"] = model
+        ids = self._client.submit_many([INPUTS[model]] * dice.randint(1, 50), **options)
         return [Sent(id=task, model=model, by="our client") for task in ids]
 
     def send(self, dice: random.Random) -> list[Sent]:
@@ -172,7 +172,7 @@ class Fleet:
         model = self._hungry(dice)
         if model is None:
             return []
-        queue, priority = dice.choice(QUEUES), dice.choice((None, 3, 9))
+        queue, priority = str(dice.choice(QUEUES)), dice.choice((None, 3, 9))
         base = dice.random() < 0.6
         if model == DEFAULT:
             by, kwargs = "Celery, base queue, no model", {}
@@ -230,9 +230,10 @@ class Fleet:
 
     def account(self, sent: Sequence[Sent]) -> Account:
         """Look up every task, and count by the workers' logs how often each has run."""
-        statuses = {task.id: self._status(task.id) for task in sent}
+        statuses = self._statuses([task.id for task in sent])
         ran = self._ran()
-        dead = {letter.decode() for letter in self._raw.hkeys(keys.DEAD)}
+        letters: Any = self._raw.hkeys(keys.DEAD)
+        dead = {letter.decode() for letter in letters}
         poison = {task.id for task in sent if task.poison}
         failed = {task for task, s in statuses.items() if s is not None and s.final and s.error}
         completed = {task for task, s in statuses.items() if s is not None and s.state == "completed"}
@@ -255,11 +256,13 @@ class Fleet:
             rows=rows(sent, completed, lost, ran),
         )
 
-    def _status(self, task: str) -> TaskStatus | None:
-        try:
-            return self._client.status(task)
-        except TaskNotFound:
-            return None
+    def _statuses(self, ids: Sequence[str]) -> dict[str, TaskStatus | None]:
+        found: dict[str, TaskStatus | None] = {}
+        for start in range(0, len(ids), 1000):
+            some = ids[start : start + 1000]
+            metas: Any = self._raw.mget([keys.result(task) for task in some])
+            found |= {t: None if m is None else parse(t, m) for t, m in zip(some, metas, strict=True)}
+        return found
 
     def _ran(self) -> Counter[str]:
         """Count in how many processes each task has begun."""

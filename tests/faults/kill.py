@@ -35,6 +35,8 @@ from tests.services import RedisServer
 GONE = 0.35
 #: How often a worker is killed again while it starts, and puts back what lay under its name.
 KILLED_AGAIN = 0.15
+#: Seconds between two submissions while a worker starts, which takes all the cores it gets.
+PAUSE_S = 0.05
 #: Deaths at which a task is given up. Who is killed this often takes innocents to two; who is only stopped
 #: must not count any.
 MAX_DEATHS = {"KILL": 6, "TERM": 2}
@@ -95,7 +97,7 @@ class Storm:
         self._say = say
         self._dice = random.Random(plan.seed)  # noqa: S311  # moments to kill at, not secrets
         self._signal = signal.Signals[f"SIG{plan.signal}"]
-        self._over = threading.Event()
+        self._over, self._starting = threading.Event(), threading.Event()
         self._errors: list[BaseException] = []
         self.accepted: list[Sent] = []
         self.kills = 0
@@ -156,6 +158,7 @@ class Storm:
         early = dice.random() < 0.5
         if early:
             world.give_back()
+        self._starting.set()
         for slot in victims:
             world.spawn(slot)
         if self._plan.signal == "KILL" and dice.random() < KILLED_AGAIN:
@@ -165,6 +168,7 @@ class Storm:
             world.spawn(victims[0])
         for slot in victims:
             world.ready(slot)
+        self._starting.clear()
         if not early:
             world.give_back()
 
@@ -176,6 +180,8 @@ class Storm:
                     self.accepted += call(dice)
                 except BrokerUnavailable:
                     time.sleep(0.1)
+                if self._starting.is_set():
+                    self._over.wait(PAUSE_S)
         except BaseException as exc:
             self._errors.append(exc)
             raise
