@@ -13,8 +13,11 @@ from gpuinfer.queue.store import Claimed, State, Store, Wants
 class TaskChannel(Protocol):
     """What a sink uses of the channel."""
 
-    def claim(self) -> int:
-        """Claim what is wanted and hand it on; return how many tasks came."""
+    def claim(self, *, look: bool = False) -> int:
+        """Claim what is wanted and hand it on; return how many tasks came.
+
+        ``look``: first look into the lists that producers fill who tell nobody.
+        """
 
     def again(self) -> None:
         """Claim when a batch has ended."""

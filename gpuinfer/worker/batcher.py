@@ -336,13 +336,14 @@ class Batcher:
     def _overtake(self, done: Done) -> None:
         """After a long batch, behind which nothing was claimed, claim the next before the ends are written.
 
-        Also when a batch waits here: nobody tells of what is more urgent.
+        Also when a batch waits here: nobody tells of what is more urgent. The timer looks for what plain
+        producers have sent only when something may be claimed, and in a row of long batches that is now.
         """
         if done.seconds < LONG_BATCH_S or self.channel is None or self._closed:
             return
         self._finishing = done.batch
         try:
-            self.channel.claim()
+            self.channel.claim(look=True)
         except (redis.RedisError, OSError):
             pass  # the event loop finds out, and connects again
         finally:

@@ -6,15 +6,35 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 from rich.console import Console
 
+from tests.bench.lines import QUICK, Line, Sizes
 from tests.bench.machine import CLIENT_CORE, machine, pinned, versions
-from tests.bench.measures import MEASURES, QUICK, Line, Sizes
+from tests.bench.measures import idle, latency, redis_memory, steady, submission, throughput, worker_memory
 from tests.bench.models import write_models
 from tests.bench.report import Report, show, write_json
+from tests.bench.scripts import claim_cost
+from tests.bench.spread import speed_up, waits
+from tests.bench.tuned import tuned
+
+#: The measures by the names the command line takes, in their order.
+MEASURES: dict[str, Callable[[Path, Sizes], Iterator[Line]]] = {
+    "throughput": throughput,
+    "tuned": tuned,
+    "submission": submission,
+    "latency": latency,
+    "steady": steady,
+    "spread": speed_up,
+    "waits": waits,
+    "claim": claim_cost,
+    "redis-memory": redis_memory,
+    "worker-memory": worker_memory,
+    "idle": idle,
+}
 
 
 @click.command(epilog="Measures: " + ", ".join(MEASURES) + ". All of them without a name.")

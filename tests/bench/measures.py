@@ -10,99 +10,15 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from statistics import median, quantiles
-from typing import Literal
 
 from tests.bench import bare
+from tests.bench.lines import Line, Sizes, Target, compare
 from tests.bench.machine import cpu_seconds, resident_mib
 from tests.bench.models import STEADY_S_PER_ITEM, scalars, vectors
 from tests.bench.stacks import Ours, Stock, World
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
-    """The figure to reach: a ratio, or where nothing is compared the value itself."""
-
-    op: Literal[">=", "<="]
-    value: float
-
-    def met(self, figure: float) -> bool:
-        return figure >= self.value if self.op == ">=" else figure <= self.value
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
-    """One line of the table; figures are medians over the repeats."""
-
-    what: str
-    unit: str
-    ours: float
-    #: What ours is compared with, by name and figure.
-    beside: str | None = None
-    other: float | None = None
-    target: Target | None = None
-    #: All repeats of ours, and of the other.
-    repeats: tuple[Sequence[float], Sequence[float]] = ((), ())
-
-    @property
-    def ratio(self) -> float | None:
-        return self.ours / self.other if self.other else None
-
-    @property
-    def met(self) -> bool | None:
-        if self.target is None:
-            return None
-        return self.target.met(self.ours if self.ratio is None else self.ratio)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    """How much of everything."""
-
-    repeats: int = 3
-    backlog: int = 20_000
-    #: The baseline's backlog: its rate does not depend on the length, and it takes its time.
-    stock_backlog: int = 20_000
-    submits: int = 5_000
-    trips: int = 1_000
-    steady: int = 600
-    queued: int = 5_000
-    tasks_for_memory: int = 200_000
-    warm_up: int = 20_000
-    idle_s: float = 20.0
-
-
-QUICK = Sizes(
-    repeats=1,
-    backlog=5_000,
-    stock_backlog=500,
-    submits=1_000,
-    trips=200,
-    steady=200,
-    queued=1_000,
-    tasks_for_memory=20_000,
-    warm_up=5_000,
-    idle_s=5.0,
-)
-
-
-def compare(
-    what: str, unit: str, ours: Sequence[float], other: Sequence[float], beside: str, target: Target | None
-) -> Line:
-    """Return the line for two series of repeats."""
-    return Line(
-        what=what,
-        unit=unit,
-        ours=median(ours),
-        other=median(other),
-        beside=beside,
-        target=target,
-        repeats=(tuple(ours), tuple(other)),
-    )
-
 
 # -- throughput ---------------------------------------------------------------------------
 
@@ -112,8 +28,8 @@ def throughput(folder: Path, sizes: Sizes) -> Iterator[Line]:
     rates: dict[str, list[float]] = {"stock": [], "ours": [], "json": [], "orjson": [], "busy": []}
     model = folder / "models" / "perceptron" / "model.pt"
     for _ in range(sizes.repeats):
-        rates["stock"].append(_backlog(Stock(folder), vectors(sizes.stock_backlog))[0])
-        rate, busy = _backlog(Ours(folder), vectors(sizes.backlog))
+        rates["stock"].append(backlog(Stock(folder), vectors(sizes.stock_backlog))[0])
+        rate, busy = backlog(Ours(folder), vectors(sizes.backlog))
         rates["ours"].append(rate)
         rates["busy"].append(busy)
         for codec in ("json", "orjson"):
@@ -129,7 +45,7 @@ def throughput(folder: Path, sizes: Sizes) -> Iterator[Line]:
 _BARE = Target(op=">=", value=0.4)
 
 
-def _backlog(world: World, values: Sequence[object]) -> tuple[float, float]:
+def backlog(world: World, values: Sequence[object]) -> tuple[float, float]:
     """Submit everything, start the worker; return tasks a second, and the busy share by its own log."""
     with world:
         ids = world.submit_all(values)
@@ -145,7 +61,7 @@ def steady(folder: Path, sizes: Sizes) -> Iterator[Line]:
     for batch, target in ((32, Target(op=">=", value=0.97)), (1, None)):
         ours, loop, name = [], [], f"steady{batch}"
         for _ in range(sizes.repeats):
-            ours.append(_backlog(Ours(folder, name), scalars(sizes.steady))[0])
+            ours.append(backlog(Ours(folder, name), scalars(sizes.steady))[0])
             model = folder / "models" / name / "model.pt"
             loop.append(sizes.steady / bare.seconds(model, sizes.steady, batch))
         what = f"5 ms an item, batches of {batch}"
@@ -189,7 +105,7 @@ def _each(call: Callable[[object], object], values: Sequence[object]) -> float:
 
 
 #: The shortest and the longest pause before a round trip: they fit no timer, and the worker has settled.
-_PAUSES_S = (0.002, 0.012)
+PAUSES_S = (0.002, 0.012)
 
 
 def latency(folder: Path, sizes: Sizes) -> Iterator[Line]:
@@ -207,8 +123,8 @@ def latency(folder: Path, sizes: Sizes) -> Iterator[Line]:
                 running.start()
                 gc.collect()
                 gc.freeze()  # a full collection of this process, torch and all, takes 0.1 s
-                paused[world.name].append(_trips(running, sizes.trips, _PAUSES_S))
-                chained[world.name].append(_trips(running, sizes.trips, (0, 0)))
+                paused[world.name].append(trips(running, sizes.trips, PAUSES_S))
+                chained[world.name].append(trips(running, sizes.trips, (0, 0)))
     for found, kind in ((paused, ""), (chained, ", no pause")):
         for place, (name, limit) in enumerate((("p50", 0.5), ("p99", 0.3))):
             ours, other = ([pair[place] for pair in found[world.name]] for world in (Ours, Stock))
@@ -216,7 +132,7 @@ def latency(folder: Path, sizes: Sizes) -> Iterator[Line]:
             yield compare(f"idle round trip{kind}, {name}", "ms", ours, other, Stock.name, target)
 
 
-def _trips(world: World, count: int, pauses_s: tuple[float, float]) -> tuple[float, float]:
+def trips(world: World, count: int, pauses_s: tuple[float, float]) -> tuple[float, float]:
     """Return the median and the 99th percentile of round trips in ms."""
     random, took, warm_up = Random(2), [], 20  # noqa: S311  no secret
     for number, value in enumerate(vectors(count + warm_up)):
@@ -295,15 +211,3 @@ def idle(folder: Path, sizes: Sizes) -> Iterator[Line]:
     target = Target(op="<=", value=1.5)
     yield Line(what="idle worker", unit="% of a core", ours=shares[Ours.name], target=target)
     yield Line(what="  idle worker of stock Celery", unit="% of a core", ours=shares[Stock.name])
-
-
-#: The measures by the names the command line takes, in their order.
-MEASURES: dict[str, Callable[[Path, Sizes], Iterator[Line]]] = {
-    "throughput": throughput,
-    "submission": submission,
-    "latency": latency,
-    "steady": steady,
-    "redis-memory": redis_memory,
-    "worker-memory": worker_memory,
-    "idle": idle,
-}

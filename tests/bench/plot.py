@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.bench.measures import Line
+from tests.bench.lines import Line
 from tests.bench.report import Report, figure
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def draw(report: Report, file: Path) -> None:
     panels = [(rows, name) for rows, name in ((stock, "stock Celery"), (loops, "a bare loop")) if rows]
     if not panels:
         return
-    whole = Figure(figsize=(8.4, 0.9 + 0.42 * (len(compared) + len(panels))), layout="constrained", dpi=110)
+    bars = sum(len(rows) for rows, _ in panels)
+    whole = Figure(figsize=(8.4, 0.9 + 0.42 * (bars + len(panels))), layout="constrained", dpi=110)
     heights = [len(rows) + 0.8 for rows, _ in panels]
     axes = whole.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, (rows, name) in zip(axes, panels, strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.measures import Line
+from tests.bench.lines import Line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,8 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,8 +22,8 @@ from gpuinfer.queue import keys
 from gpuinfer.queue.client import Client
 from gpuinfer.settings import BrokerSettings, Settings
 from gpuinfer.worker.cli import node_name
-from tests.bench.baseline import create_app
-from tests.bench.machine import WORKER_CORE, pinned
+from tests.bench.baseline import Tuning, create_app
+from tests.bench.machine import WORKER_CORE, cpu_seconds, pinned, unpinned
 from tests.services import Process, RedisServer, ServiceError
 from tests.workers import Workers
 
@@ -155,7 +156,7 @@ class Ours(World):
         self.client = Client(Settings(broker=BrokerSettings(url=self.redis.url)))
 
     def _spawn(self) -> Process:
-        return self._workers.start(0, ready=False, models_default=self.model)
+        return self._workers.start(0, ready=False, worker_models=self.model)
 
     def _wait_ready(self, worker: Process) -> None:
         worker.wait_for_line('"worker_ready"')
@@ -176,23 +177,88 @@ class Ours(World):
         return int(self.raw.exists(self._inflight))
 
 
+class Fleet(Ours):
+    """Several workers of ours and their Redis on all cores, as the kernel likes; the client keeps its own.
+
+    ``sleep_s``: the model sleeps so long an item, and then runs.
+    """
+
+    def __init__(
+        self, folder: Path, model: str = "perceptron", *, workers: int, sleep_s: float | None = None
+    ) -> None:
+        with unpinned():
+            super().__init__(folder, model)
+        self._count = workers
+        self._sleep_s = sleep_s
+        self.workers: list[Process] = []
+
+    def _spawn(self) -> Process:
+        program, settings = "gpuinfer", {"worker_models": self.model}
+        if self._sleep_s is not None:
+            program = "tests.bench.sleeping"
+        sleeping = ["env", f"BENCH_SLEEP_S={self._sleep_s}"]
+        with unpinned():
+            self.workers = [
+                self._workers.spawn(
+                    *(*sleeping, sys.executable, "-m", program, "worker", str(number)),
+                    name=f"worker{number}",
+                    **settings,
+                )
+                for number in range(self._count)
+            ]
+        return self.workers[0]
+
+    def _wait_ready(self, worker: Process) -> None:
+        for each in self.workers:
+            each.wait_for_line('"worker_ready"')
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Return the processor time used so far by the workers together, and by Redis."""
+        return {
+            "workers": sum(cpu_seconds(worker.pid) for worker in self.workers),
+            "Redis": cpu_seconds(self.redis.pid),
+        }
+
+    def held(self) -> int:
+        return int(self.raw.exists(*(keys.inflight(node_name(n)) for n in range(self._count))))
+
+    @contextmanager
+    def behind_a_gate(self, values: Sequence[Any]) -> Iterator[list[str]]:
+        """Submit a backlog that no worker sees until the end of the block; all may start in it."""
+        ids = self.submit_all(values)
+        self.raw.rename(self.queue, "gate")
+        yield ids
+        self.raw.rename("gate", self.queue)
+        ids.append(self.submit(values[0]))  # tells the workers
+
+    def close(self) -> None:
+        self._workers.close()
+        super().close()
+
+
 class Stock(World):
     """Stock Celery: a ``celery worker`` process on ``baseline.py``, and ``delay()``."""
 
     name = "stock Celery"
     queue = "celery"
 
-    def __init__(self, folder: Path, model: str = "perceptron") -> None:
+    def __init__(self, folder: Path, model: str = "perceptron", tuning: Tuning | None = None) -> None:
         super().__init__(folder, model)
-        self.app = create_app(str(self.redis.socket))
+        self._tuning = tuning
+        self.app = create_app(str(self.redis.socket), tuning)
         self.task = self.app.tasks["predict"]
 
     def _spawn(self) -> Process:
         # As tutorials start it; ours logs at INFO, too.
-        options = ("--pool=solo", "--loglevel=INFO")
+        options: tuple[str, ...] = ("--pool=solo", "--loglevel=INFO")
+        tuning = self._tuning
+        if tuning is not None:
+            quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat")
+            options = (f"--pool={tuning.pool}", "--concurrency=1", "--loglevel=WARNING", *quiet)
         environment = os.environ | {
             "BENCH_REDIS": str(self.redis.socket),
             "BENCH_MODEL": str(self.folder / "models" / self.model / "model.pt"),
+            **({} if tuning is None else tuning.variables),
         }
         log = self.folder / "stock.log"
         log.unlink(missing_ok=True)

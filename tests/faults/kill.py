@@ -3,38 +3,43 @@
 
 By hand: ``python -m tests.faults.kill --minutes 10``.
 
-Two workers, each killed at a random moment and started again as a unit would be. In the end all
+Three workers that serve different models, each killed at a random moment, some two at once. Some start
+again under their names, as units would; of others the name never comes back, and what lay under it is put
+back for it. Our client and plain Celery send work into all queues and priorities meanwhile. In the end all
 must drain; then each accepted id is looked up, and the workers' logs tell which ran twice.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-import os
 import random
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from gpuinfer import Client
+from rich.console import Console
+
 from gpuinfer.errors import BrokerUnavailable
-from gpuinfer.queue import keys
-from tests.models_for_tests import perceptron
-from tests.services import Process, RedisServer
-from tests.workers import UNTRACED, Workers
+from tests.faults.account import Account, Sent, show
+from tests.faults.fleet import Fleet
+from tests.faults.stock_world import StockWorld
+from tests.services import RedisServer
 
-#: Producers hold their breath while this many tasks wait.
-BACKLOG = 400
-DRAIN_TIMEOUT_S = 120.0
+#: How often the name of a worker that is killed never comes back.
+GONE = 0.35
+#: How often a worker is killed again while it starts, and puts back what lay under its name.
+KILLED_AGAIN = 0.15
+#: Seconds between two submissions while a worker starts, which takes all the cores it gets.
+PAUSE_S = 0.05
+#: Deaths at which a task is given up. Who is killed this often takes innocents to two; who is only stopped
+#: must not count any.
+MAX_DEATHS = {"KILL": 6, "TERM": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,248 +49,142 @@ class Plan:
     signal: str = "KILL"
     kills: int | None = 26
     seconds: float | None = None
+    #: How long the default model's only worker is away, once: others pass on what is for them. 0: never.
+    absence_s: float = 0.0
+    #: Half way, submit a task that no worker survives.
+    poison: bool = False
     #: Kill stock Celery's workers instead, and stop at the first loss.
     stock: bool = False
     seed: int = field(default_factory=lambda: random.SystemRandom().randrange(10**6))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Account:
-    """Where every accepted task went."""
-
-    kills: int
-    accepted: int
-    completed: int
-    #: Accepted, and neither ended nor anywhere in Redis.
-    lost: tuple[str, ...]
-    #: Ended in another way than asked for.
-    unexpected: tuple[str, ...]
-    #: Executions beyond the first of an id.
-    duplicates: int
-    #: Ids that ran twice and whose result does not say so.
-    unflagged: tuple[str, ...]
-
-
 class World(Protocol):
-    """What is killed: ours or stock Celery."""
+    """What is killed: ours or stock Celery. Each slot has a worker."""
 
-    def start(self, number: int) -> Process: ...
-    def submit(self, count: int) -> list[str]: ...
-    def waiting(self) -> int: ...
-    def account(self, ids: list[str]) -> Account: ...
+    slots: int
 
-
-class Ours:
-    """gpuinfer workers with a small model and small batches, so that many claims are cut."""
-
-    def __init__(self, redis: RedisServer, folder: Path, max_deaths: int) -> None:
-        self._max_deaths = max_deaths
-        perceptron(folder / "models" / "mlp", max_batch_size=8)
-        self._redis = redis
-        self._client = Client(redis.url)
-        self._workers = Workers(redis, folder)
-        self._folder = folder
-        self._starts = itertools.count()
-
-    def start(self, number: int) -> Process:
-        name = f"run{next(self._starts)}-{number}"
-        process = self._workers.spawn(
-            *(*UNTRACED, sys.executable, "-m", "gpuinfer", "worker", str(number)),
-            name=name,
-            worker_models="mlp",
-            log_level="debug",
-            queue_max_deaths=self._max_deaths,
-        )
-        process.wait_for_line('"worker_ready"')
-        return process
-
-    def submit(self, count: int) -> list[str]:
-        return self._client.submit_many([[0.5] * 64] * count, model="mlp")
-
-    def waiting(self) -> int:
-        raw = self._redis.client()
-        claimed = sum(raw.hlen(key) for key in raw.scan_iter(keys.INFLIGHT_PREFIX + "*"))
-        return raw.llen("realtime") + claimed
-
-    def account(self, ids: list[str]) -> Account:
-        statuses = {task: _status(self._client, task) for task in ids}
-        ran = Counter(
-            task
-            for log in self._folder.glob("run*.log")
-            for task in {
-                task
-                for line in log.read_text().splitlines()
-                if '"batch_begun"' in line
-                for task in json.loads(line)["task_ids"]
-            }
-        )
-        return Account(
-            kills=0,
-            accepted=len(ids),
-            completed=sum(1 for s in statuses.values() if s is not None and s.state == "completed"),
-            lost=tuple(task for task, s in statuses.items() if s is None or not s.final),
-            unexpected=tuple(t for t, s in statuses.items() if s is not None and s.final and s.error),
-            duplicates=sum(count - 1 for count in ran.values()),
-            unflagged=tuple(
-                task
-                for task, count in ran.items()
-                if count > 1 and not getattr(statuses[task], "redelivered", 0)
-            ),
-        )
-
-    def close(self) -> None:
-        self._workers.close()
-        self._client.close()
-
-
-def _status(client: Client, task: str) -> Any:
-    from gpuinfer.errors import TaskNotFound
-
-    try:
-        return client.status(task)
-    except TaskNotFound:
-        return None
-
-
-class Stock:
-    """Stock Celery workers with a task that does nothing; the same questions, asked of its own keys."""
-
-    def __init__(self, redis: RedisServer, folder: Path) -> None:
-        os.environ["STOCK_SOCKET"] = str(redis.socket)
-        from tests.faults import stock
-
-        url = f"redis+socket://{redis.socket}"
-        self._app = stock.app
-        self._app.conf.update(broker_url=url, result_backend=url)
-        self._task = stock.double
-        self._redis = redis
-        self._folder = folder
-        self._started: list[Process] = []
-
-    def start(self, number: int) -> Process:
-        celery = Path(sys.executable).with_name("celery")
-        command = [
-            *UNTRACED,
-            str(celery),
-            "-A",
-            "tests.faults.stock",
-            "worker",
-            "--pool=solo",
-            "-n",
-            f"s{number}@%h",
-            "-l",
-            "INFO",
-        ]
-        log = self._folder / f"stock{len(self._started)}.log"
-        process = Process(command, log, env=os.environ | {"STOCK_SOCKET": str(self._redis.socket)})
-        self._started.append(process)
-        process.wait_for_line(r"ready\.")
-        return process
-
-    def submit(self, count: int) -> list[str]:
-        return [self._task.delay(1.0).id for _ in range(count)]
-
-    def waiting(self) -> int:
-        return self._redis.client().llen("celery")
-
-    def account(self, ids: list[str]) -> Account:
-        raw = self._redis.client()
-        unacked: Any = raw.hvals("unacked")
-        held = b" ".join(unacked)  # these would come back, after an hour
-        ended = {task for task in ids if b'"SUCCESS"' in (raw.get(keys.result(task)) or b"")}
-        lost = tuple(task for task in ids if task not in ended and task.encode() not in held)
-        return Account(
-            kills=0,
-            accepted=len(ids),
-            completed=len(ended),
-            lost=lost,
-            unexpected=(),
-            duplicates=0,
-            unflagged=(),
-        )
-
-    def close(self) -> None:
-        for process in self._started:
-            process.kill()
+    @property
+    def producers(self) -> Sequence[Callable[[random.Random], list[Sent]]]: ...
+    def spawn(self, slot: int) -> None: ...
+    def ready(self, slot: int) -> None: ...
+    def kill(self, slot: int, number: signal.Signals, *, returns: bool = True) -> None: ...
+    def give_back(self) -> None: ...
+    def poison(self) -> Sent | None: ...
+    def finish(self, sent: Sequence[Sent]) -> int: ...
+    def account(self, sent: Sequence[Sent]) -> Account: ...
+    def close(self) -> None: ...
 
 
 def run(plan: Plan, redis: RedisServer, folder: Path, say: Callable[[str], None] = print) -> Account:
     """Carry the plan out and return the account."""
-    dice = random.Random(plan.seed)  # noqa: S311  # moments to kill at, not secrets
     say(f"seed {plan.seed}")
-    # Who is killed this often takes innocents to two deaths; who is only stopped must not count any.
-    max_deaths = 10 if plan.signal == "KILL" else 2
-    world = Stock(redis, folder) if plan.stock else Ours(redis, folder, max_deaths)
+    world: World = StockWorld(redis, folder) if plan.stock else Fleet(redis, folder, MAX_DEATHS[plan.signal])
     try:
-        accepted, kills = _under_fire(plan, world, dice, say)
-        _drain(world)
-        return replace(world.account(accepted), kills=kills)
+        storm = Storm(plan, world, say)
+        storm.blow()
+        kills = storm.kills + world.finish(storm.accepted)
+        return replace(world.account(storm.accepted), kills=kills)
     finally:
         world.close()
 
 
-def _under_fire(
-    plan: Plan, world: Any, dice: random.Random, say: Callable[[str], None]
-) -> tuple[list[str], int]:
-    accepted: list[str] = []
-    over = threading.Event()
-    producer = threading.Thread(target=_produce, args=(world, accepted, over), daemon=True)
-    victims = [world.start(0), world.start(1)]
-    producer.start()
-    begun, kills = time.monotonic(), 0
-    try:
-        while not _enough(plan, kills, time.monotonic() - begun):
-            number = dice.randrange(2)
-            time.sleep(dice.uniform(0.02, 0.3))
-            victims[number].send(signal.Signals[f"SIG{plan.signal}"])
-            victims[number].wait()
-            kills += 1
-            if plan.stock and kills % 5 == 0 and _lost_some(world, accepted):
-                break
-            if kills % 10 == 0:
-                say(f"{kills} kills, {len(accepted)} tasks accepted")
-            victims[number] = world.start(number)
-    finally:
-        over.set()
-        producer.join(timeout=30)
-    for number in (0, 1):  # one may be dead just now
-        if not victims[number].running:
-            world.start(number)
-    return accepted, kills
+class Storm:
+    """Kills, one after another or two at once, while producers go on."""
 
+    def __init__(self, plan: Plan, world: World, say: Callable[[str], None]) -> None:
+        self._plan = plan
+        self._world = world
+        self._say = say
+        self._dice = random.Random(plan.seed)  # noqa: S311  # moments to kill at, not secrets
+        self._signal = signal.Signals[f"SIG{plan.signal}"]
+        self._over, self._starting = threading.Event(), threading.Event()
+        self._errors: list[BaseException] = []
+        self.accepted: list[Sent] = []
+        self.kills = 0
 
-def _lost_some(world: Any, accepted: list[str]) -> bool:
-    """Tell whether some of what is neither waiting nor held is gone already."""
-    until = time.monotonic() + 10
-    while world.waiting() and time.monotonic() < until:
-        time.sleep(0.05)
-    return bool(world.account(accepted[: max(0, len(accepted) - BACKLOG)]).lost)
-
-
-def _enough(plan: Plan, kills: int, seconds: float) -> bool:
-    if plan.kills is not None and kills >= plan.kills:
-        return True
-    return plan.seconds is not None and seconds >= plan.seconds
-
-
-def _produce(world: Any, accepted: list[str], over: threading.Event) -> None:
-    while not over.is_set():
-        if world.waiting() > BACKLOG:
-            time.sleep(0.01)
-            continue
+    def blow(self) -> None:
+        """Carry the plan out; in the end every worker runs, and nothing lies under a name that is gone."""
+        everyone = range(self._world.slots)
+        for slot in everyone:
+            self._world.spawn(slot)
+        for slot in everyone:
+            self._world.ready(slot)
+        producers = [threading.Thread(target=self._produce, args=(call,)) for call in self._world.producers]
+        for producer in producers:
+            producer.start()
         try:
-            accepted += world.submit(50)
-        except BrokerUnavailable:
-            time.sleep(0.1)
+            self._kill_on()
+        finally:
+            self._over.set()
+            for producer in producers:
+                producer.join(timeout=60)
+        self._world.give_back()
+        if self._errors:
+            raise self._errors[0]
 
+    def _kill_on(self) -> None:
+        plan, began, told, poisoned, away = self._plan, time.monotonic(), 0, not self._plan.poison, False
+        while not self._errors:
+            seconds = time.monotonic() - began
+            if self._done(self.kills, seconds):
+                return
+            if isinstance(self._world, StockWorld) and self._world.lost_some(self.accepted):
+                return
+            half_way = self._done(2 * self.kills, 2 * seconds)
+            if half_way and not poisoned:
+                poisoned = True
+                self.accepted += filter(None, [self._world.poison()])
+            absent = half_way and not away and plan.absence_s > 0
+            away = away or absent
+            self._kill_some(plan.absence_s if absent else 0.0)
+            if self.kills // 10 > told:
+                told = self.kills // 10
+                self._say(f"{self.kills} kills, {len(self.accepted):,} tasks accepted")
 
-def _drain(world: Any) -> None:
-    until = time.monotonic() + DRAIN_TIMEOUT_S
-    while world.waiting():
-        if time.monotonic() > until:
-            return  # the account will say what is left
-        time.sleep(0.1)
-    time.sleep(0.5)  # the last one's result
+    def _done(self, kills: int, seconds: float) -> bool:
+        if self._plan.kills is not None and kills >= self._plan.kills:
+            return True
+        return self._plan.seconds is not None and seconds >= self._plan.seconds
+
+    def _kill_some(self, absence_s: float) -> None:
+        """Kill one worker or two, and start others in their places; or the first, which stays away."""
+        dice, world = self._dice, self._world
+        victims = [0] if absence_s else dice.sample(range(world.slots), dice.choice((1, 1, 2)))
+        time.sleep(dice.uniform(0.02, 0.3))
+        for slot in victims:
+            world.kill(slot, self._signal, returns=dice.random() >= GONE)
+            self.kills += 1
+        time.sleep(absence_s)
+        early = dice.random() < 0.5
+        if early:
+            world.give_back()
+        self._starting.set()
+        for slot in victims:
+            world.spawn(slot)
+        if self._plan.signal == "KILL" and dice.random() < KILLED_AGAIN:
+            time.sleep(dice.uniform(0.5, 3.0))
+            world.kill(victims[0], self._signal)
+            self.kills += 1
+            world.spawn(victims[0])
+        for slot in victims:
+            world.ready(slot)
+        self._starting.clear()
+        if not early:
+            world.give_back()
+
+    def _produce(self, call: Callable[[random.Random], list[Sent]]) -> None:
+        dice = random.Random(f"{self._plan.seed} {call.__name__}")  # noqa: S311  # no secret
+        try:
+            while not self._over.is_set():
+                try:
+                    self.accepted += call(dice)
+                except BrokerUnavailable:
+                    time.sleep(0.1)
+                if self._starting.is_set():
+                    self._over.wait(PAUSE_S)
+        except BaseException as exc:
+            self._errors.append(exc)
+            raise
 
 
 def main() -> int:
@@ -301,7 +200,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int)
     options = parser.parse_args()
     seconds = options.minutes * 60 if options.minutes else None
-    plan = Plan(signal=options.signal, kills=None if seconds else 26, seconds=seconds, stock=options.stock)
+    plan = Plan(
+        signal=options.signal,
+        kills=None if seconds else 26,
+        seconds=seconds,
+        absence_s=0.0 if options.stock else 14.0,
+        poison=options.signal == "KILL" and not options.stock,
+        stock=options.stock,
+    )
     if options.seed is not None:
         plan = replace(plan, seed=options.seed)
     redis = RedisServer()
@@ -310,9 +216,8 @@ def main() -> int:
             account = run(plan, redis, Path(folder))
     finally:
         redis.close()
-    for name, value in vars(account).items():
-        print(f"{name:11} {len(value) if isinstance(value, tuple) else value}")
-    return 1 if account.lost or account.unexpected or account.unflagged else 0
+    show(account, Console(width=None if sys.stdout.isatty() else 110))
+    return 0 if account.good else 1
 
 
 if __name__ == "__main__":

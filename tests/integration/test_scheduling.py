@@ -42,6 +42,20 @@ def test_urgent_waits_for_one_batch_at_most(workers: Workers, client: Client) ->
     assert client.status(low[-1]).state == "queued"
 
 
+def test_urgent_from_a_plain_producer(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """An urgent task of a producer that tells nobody is found while long batches run one after another."""
+    sleeper(workers.folder / "models" / "slow", 0.1, max_batch_size=1)
+    low = client.submit_many([[1.0]] * 100, model="slow")
+    workers.start(worker_models="slow")
+    wait_until(lambda: client.status(low[0]).final)
+    url = f"redis+socket://{redis_server.socket}"
+    with Celery("stranger", broker=url, backend=url, set_as_current=False) as stranger:
+        kwargs = {"model": "slow"}
+        urgent = stranger.send_task("gpuinfer.predict", [[1.0]], kwargs, queue="realtime", priority=9)
+        urgent.get(timeout=30)
+    assert client.status(low[-1]).state == "queued"
+
+
 def test_urgent_between_slices(workers: Workers, client: Client) -> None:
     """A list job that does not fit is run in slices, and an urgent task gets in between them."""
     sleeper(workers.folder / "models" / "slow", 0.2, max_batch_size=2)

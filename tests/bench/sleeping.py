@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gpuinfer`` with models that sleep: ``BENCH_SLEEP_S=0.005 python -m tests.bench.sleeping worker 0``.
+
+Each forward pass sleeps so long an item, without the GIL and without a core, as a pass on a GPU does.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from gpuinfer.cli import main
+from gpuinfer.models.loader import LoadedModel
+
+_FORWARD = LoadedModel.forward
+
+
+def _forward(self: LoadedModel, items: Sequence[Any]) -> list[Any]:
+    time.sleep(float(os.environ["BENCH_SLEEP_S"]) * len(items))
+    return list(_FORWARD(self, items))
+
+
+if __name__ == "__main__":
+    LoadedModel.forward = _forward  # type: ignore[method-assign]  # the stub that this program is for
+    main()
