@@ -20,6 +20,8 @@ from pydantic import (
 QueueName = Literal["realtime", "default", "batch"]
 #: The queues, the most urgent first.
 QUEUES: tuple[QueueName, ...] = ("realtime", "default", "batch")
+#: A worker is not given up sooner: it sends a heartbeat every five or six seconds.
+LEAST_REAP_S = 10
 
 
 def _split(value: object) -> object:
@@ -204,6 +206,15 @@ class WatcherSettings(Section):
     quarantine_max_s: float = Field(default=3600.0, validate_default=True, ge=1, le=7 * 86400)
     #: A GPU on which other programs hold more memory than this is left alone.
     foreign_mb: int = Field(default=1024, ge=0, le=1024 * 1024)
+    #: What a worker holds is put back when it, and its host's watcher, were silent for this long; 0: never.
+    reap_after_s: float = Field(default=120.0, ge=0, le=7 * 86400)
+
+    @field_validator("reap_after_s")
+    @classmethod
+    def _longer_than_a_heartbeat(cls, value: float) -> float:
+        if 0 < value < LEAST_REAP_S:
+            raise ValueError(f"must be 0, or at least {LEAST_REAP_S}: workers send a heartbeat every 5 s")
+        return value
 
     @field_validator("ceiling", "calm_max_s", "quarantine_max_s")
     @classmethod

@@ -88,6 +88,7 @@ CHECKS: tuple[Check, ...] = (
     Check("models.digest", models.digests, models.LOAD_LIMIT_S),
     Check("models.load", models.loads, 4 * models.LOAD_LIMIT_S, slow=True),
     Check("work.dead", work.dead_letters),
+    Check("work.orphans", work.orphans),
     Check("work.workers", work.workers),
     Check("work.api", front.ready),
     Check("work.request", work.request, _LIMIT_S + work.REQUEST_S, slow=True),

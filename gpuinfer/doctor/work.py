@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from typing import Any
 
 from gpuinfer.doctor.broker import asked
-from gpuinfer.doctor.finding import Finding, Skipped, error, ok, warning
+from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.units import idle_watcher, instances, show
 from gpuinfer.errors import GpuinferError, WaitTimeout
+from gpuinfer.locks import is_free
 from gpuinfer.models.manifest import FREE, Manifest, TensorSpec
 from gpuinfer.models.repository import Repository
 from gpuinfer.queue import dead, keys
 from gpuinfer.queue.client import Client
 from gpuinfer.queue.depth import look
+from gpuinfer.queue.orphans import Holder, ago, command, holders
 
 #: How long workers are given to answer a ping, and a request to come back.
 PING_S, REQUEST_S = 2.0, 20.0
@@ -89,6 +92,30 @@ def dead_letters(host: Host) -> Finding:
     if age_s > STALE_S:
         text += f", the oldest of {age_s / 86400:.0f} days ago: nobody has looked at them"
     return warning(text, "gpuinfer dead list")
+
+
+def orphans(host: Host) -> Findings:
+    """No task lies at a worker that sends no heartbeat."""
+    with asked(host) as client:
+        found = holders(client)
+    silent = [one for one in found if one.silent]
+    return [_orphan(host, one) for one in silent] or ok(
+        f"{sum(one.tasks for one in found)} tasks in flight, all at workers that send heartbeats"
+    )
+
+
+def _orphan(host: Host, one: Holder) -> Finding:
+    """Return the finding for one silent worker: an error when no watcher will see to it any more."""
+    text = f"{one.tasks} tasks lie at {one.worker}, which was silent for {ago(one.silent_s)}"
+    here, settings = socket.gethostname(), host.settings
+    if one.host == here and not is_free(settings.worker.run_dir, one.worker):
+        number = one.worker.partition("@")[0].removeprefix("gpu")
+        return warning(f"{text}, though its process runs", f"journalctl -u gpuinfer-worker@{number} -n 20")
+    after_s = settings.watcher.reap_after_s
+    if after_s and one.silent_s < 2 * after_s:
+        text += f"; a watcher puts them back after {ago(after_s)}"
+        return warning(text, command(one.worker, here))
+    return error(f"{text}; no watcher has put them back", command(one.worker, here))
 
 
 def request(host: Host) -> Finding:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -167,14 +168,16 @@ def status(loaded: Loaded, as_json: bool, watch: float | None) -> None:
     """Show what waits in each queue, what each worker holds, and the dead letters."""
     from gpuinfer.queue.connection import connect, typed_errors
     from gpuinfer.queue.depth import look
+    from gpuinfer.queue.orphans import holders
 
     with typed_errors(), connect(loaded.settings.broker) as client:
         while True:
-            depth = look(client)
+            depth = look(client).to_dict()
+            depth["silent"] = {one.worker: round(one.silent_s, 1) for one in holders(client) if one.silent}
             if as_json:
-                click.echo(one_line(depth.to_dict())) if watch else print_json(depth.to_dict())
+                click.echo(one_line(depth)) if watch else print_json(depth)
             else:
-                _print_depth(depth.to_dict(), clear=watch is not None)
+                _print_depth(depth, clear=watch is not None)
             if watch is None:
                 return
             time.sleep(watch)
@@ -190,7 +193,16 @@ def _print_depth(depth: dict[str, Any], *, clear: bool) -> None:
     print_table(("queue", "waiting", "by priority"), rows)
     click.echo()
     for worker, held in depth["in_flight"].items():
-        click.echo(f"in flight at {worker}: {held}")
+        click.echo(f"in flight at {worker}: {held}{_silence(worker, depth['silent'].get(worker))}")
     if not depth["in_flight"]:
         click.echo("nothing in flight")
     click.echo(f"dead letters: {depth['dead_letters']}")
+
+
+def _silence(worker: str, seconds: float | None) -> str:
+    """Return what to say of a worker that holds tasks and sends no heartbeat."""
+    from gpuinfer.queue.orphans import ago, command
+
+    if seconds is None:
+        return ""
+    return f", silent for {ago(seconds)}; {command(worker, socket.gethostname())} puts them back"

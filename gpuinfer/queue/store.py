@@ -325,17 +325,31 @@ class Store:
         by = (found or b"").decode(errors="replace")
         if by.startswith(REAPER):
             return TakenBack(f"{self.worker} was taken for dead, and its tasks were put back by the {by}")
+        return self._taken_over()
+
+    def _taken_over(self) -> WorkerRunning:
         return WorkerRunning(
             f"another worker called {self.worker} has taken over; names must differ between hosts"
         )
 
+    @property
+    def begun(self) -> bool:
+        """True once this process has begun an epoch: what is kept under the worker's name is its own."""
+        return self._epoch > 0
+
     def rejoin(self) -> None:
         """Begin a new epoch after a reaper has put back what was held here.
 
-        It may have been cut off, or be refused from now on: whether it has, the next claim finds out.
+        The reaper may have been cut off before it put anything back, or be refused from now on: the next claim
+        finds that out. Raises WorkerRunning when another process has taken over since.
         """
         self._uncertain = True
-        self._epoch = int(self.client.hget(keys.epoch(self.worker), "number") or 0)
+        epoch = keys.epoch(self.worker)
+        number = int(self.client.hget(epoch, "number") or 0)
+        by: bytes = self.client.hget(epoch, "by") or b""  # type: ignore[assignment]
+        if not by.startswith((REAPER.encode(), self.by.encode())):
+            raise self._taken_over()
+        self._epoch = number
         self._begin_epoch()
 
     def end_wait(self, client_id: int) -> bool:
@@ -424,12 +438,29 @@ class Store:
         return int(self._route(keys=[list_key], args=args)) if args else 0
 
     def restore(self) -> Restored:
+        """Put everything in flight back, as ``take_back`` does, and log what was done."""
+        restored = self.take_back()
+        if restored.returned or restored.dead:
+            log.warning(
+                "restored",
+                worker=self.worker,
+                returned=restored.returned,
+                dead=len(restored.dead),
+                task_ids=restored.ids,
+            )
+        return restored
+
+    def take_back(self, *, after: int = 0) -> Restored:
         """Put everything in flight back; bury what has taken its workers down too often.
 
-        Only for a worker that is known not to run: a claim that it has left behind in Redis is refused from
-        now on. Safe to repeat after being cut off anywhere.
+        For a worker that does not run: a claim that it has left behind in Redis is refused from now on. One
+        that runs all the same drops what it held, and goes on if ``by`` begins with ``REAPER``. Safe to
+        repeat after being cut off anywhere.
+
+        With ``after``, an epoch's number, only if none has begun since. Raises TakenBack when another reaper
+        has begun one, WorkerRunning when a worker has.
         """
-        self._epoch = 0  # takes over, whoever has counted since
+        self._epoch = after  # 0: takes over, whoever has counted since
         self._begin_epoch()
         args = (self._epoch, self._settings.max_deaths, results.PENDING_META)
         try:
@@ -444,12 +475,7 @@ class Store:
             )
             dead.append(self.bury(int(seq), list_key.decode(), payload, error, deaths=int(deaths)))
         ids = tuple(task_id.decode("utf-8", "backslashreplace") for task_id in flat[1])
-        restored = Restored(int(flat[0]), tuple(dead), ids)
-        if restored.returned or dead:
-            log.warning(
-                "restored", worker=self.worker, returned=restored.returned, dead=len(dead), task_ids=ids
-            )
-        return restored
+        return Restored(int(flat[0]), tuple(dead), ids)
 
     def bury(self, seq: int, list_key: str, payload: bytes, error: GpuinferError, *, deaths: int = 0) -> str:
         """Move a task to the dead letters, with a failure result where its id can be read."""

@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import orjson
@@ -32,6 +33,7 @@ from gpuinfer.watcher.gpu_watch import GpuWatch
 from gpuinfer.watcher.memory import adopt, out, refused
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, with_busy
+from gpuinfer.watcher.reaper import Reaper
 from gpuinfer.watcher.state import HEALTHY, Action, GpuHealth, Instance, Key, Observation
 from gpuinfer.watcher.units import Units, UnitView
 
@@ -71,6 +73,7 @@ class Watcher:
         self._write = bind(self._client, "keep")
         interval_s = settings.watcher.probe_interval_s
         self._probe = Probe(self._client, self.host, interval_s=interval_s, tell=self._tell)
+        self._reaper = Reaper(self._client, self.host, settings)
         self._notifier = SystemdNotifier()
         self._gpus = GpuWatch(settings, numbers)
         self._health: Mapping[int, GpuHealth] = {}
@@ -125,6 +128,9 @@ class Watcher:
             await self._patiently(self._keep, decision, now, new)
         for action in decision.of(self.host) if self._act else ():
             await self._do(action)
+        if self._act:
+            away = seen.queues is None
+            await self._patiently(partial(self._reaper.step, away=away), views, seen.live_hosts)
         return decision
 
     async def _patiently(self, call: Callable[..., Answer], *arguments: object) -> Answer:

@@ -361,8 +361,9 @@ class Batcher:
             if not (again and shared):  # else it was perhaps another's time
                 work.ran_s += done.seconds
             final = self._advance(work, mine, None if shared else count, again=again)
-            if final is None and work.seq in self._taken_back:
+            if final is None and work.seq in self._taken_back:  # the rest of it runs where it is claimed next
                 self._buffer.remove([work])
+                self._books.finished(work, None)
             if final is not None:
                 finals.append(final)
         self._taken_back = set()
@@ -417,7 +418,11 @@ class Batcher:
         if not self.engine.done.empty():
             self.collect()
         running = self.engine.current
-        if running is not None and self._ledger.mark_started(running, self._wall()):
+        if (
+            running is not None
+            and self._taken_back.isdisjoint(work.seq for work in running.works)  # else it waits again
+            and self._ledger.mark_started(running, self._wall())
+        ):
             story.batch_running(running, self.device)
         if self._clock() - self._looked_at >= LATER_LOOK_S:
             self._looked_at = self._clock()
@@ -450,13 +455,15 @@ class Batcher:
             story.batch_done(done, self.device)
             self._ledger.release(self._buffer.clear())  # with slices left
         self.engine.close()
-        if not self._crashed:
+        # Before it has begun an epoch, what is kept under its name may be another one's.
+        orderly = self.store.begun and not self._crashed
+        if orderly:
             self._ledger.nothing_runs()
         deadline = self._clock() + timeout_s
         while self._ledger.unsettled and self._clock() < deadline:
             time.sleep(0.2)
             self._settle([])
-        if not self._crashed:
+        if orderly:
             self._ledger.reconcile(self.held())
         counts = {"released": len(works), "unsettled": len(self._ledger.unsettled)}
         log.info("drained", **counts, task_ids=[work.id for work in works])

@@ -24,13 +24,13 @@ from celery.worker import state
 
 from gpuinfer.errors import ConfigError, DeviceError, GpuinferError, TimeLimitExceeded
 from gpuinfer.gpus import Binding, visible_device
+from gpuinfer.locks import acquire
+from gpuinfer.locks import domain as lock_domain
 from gpuinfer.log import configure, get_logger, setup_celery_logging
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings, load_settings
 from gpuinfer.worker.heartbeat import Pulse, starting
-from gpuinfer.worker.lock import acquire
-from gpuinfer.worker.lock import domain as lock_domain
 from gpuinfer.worker.process import Process
 
 if TYPE_CHECKING:

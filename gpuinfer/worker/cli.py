@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 from typing import TYPE_CHECKING
 
 import click
+
+from gpuinfer.queue.show import as_json_option, print_json
 
 if TYPE_CHECKING:
     from gpuinfer.settings import Loaded
@@ -36,20 +39,49 @@ def worker(loaded: Loaded, number: int) -> None:
     sys.exit(process.exitcode or 0)
 
 
-@click.command(epilog="Example: gpuinfer restore 0")
-@click.argument("number", type=click.IntRange(0), metavar="N")
+@click.command(
+    epilog="Examples: gpuinfer restore 0; gpuinfer restore --name gpu3@old-host; "
+    "gpuinfer restore --name gpu3@old-host --force"
+)
+@click.argument("number", type=click.IntRange(0), metavar="[N]", required=False)
+@click.option("--name", metavar="gpuN@HOST", help="A worker of another host, or of a name this one had.")
+@click.option("--force", is_flag=True, help="Though it was heard of not long ago; if it runs, it goes on.")
+@as_json_option
 @click.pass_obj
-def restore(loaded: Loaded, number: int) -> None:
-    """Put back what a dead worker N left in flight. Refused while the worker runs."""
-    from gpuinfer.log import configure, target
-    from gpuinfer.queue.connection import connect, typed_errors
-    from gpuinfer.queue.store import Store
-    from gpuinfer.worker.lock import stopped
+def restore(loaded: Loaded, number: int | None, name: str | None, *, force: bool, as_json: bool) -> None:
+    """Put back what worker N of this host, which does not run, has left in flight.
 
+    With --name, what a worker of a host left that will not come back. Names are in gpuinfer queue status.
+    Exit code 73: it runs, or may run; nothing was changed.
+    """
+    from gpuinfer.log import configure, target
+    from gpuinfer.worker.restoring import put_back
+
+    if number is not None and name is None:
+        worker = node_name(number)
+    elif name is not None and number is None:
+        worker = _checked(name)
+    else:
+        raise click.UsageError("give one of N and --name")
     settings = loaded.settings
-    name = node_name(number)
-    configure(settings.log, program="gpuinfer-worker", worker=name, gpu=number)
-    with stopped(settings.worker.run_dir, name), typed_errors():
-        done = Store(connect(settings.broker), name, settings.worker.queues, settings.queue).restore()
-    if target(settings.log) != "journal":  # there the line that names the tasks says it
-        click.echo(f"{name}: {done.returned} tasks put back, {len(done.dead)} dead letters")
+    configure(settings.log, program="gpuinfer-worker", worker=worker, gpu=int(worker.partition("@")[0][3:]))
+    done = put_back(settings, worker, force=force)
+    if as_json:
+        print_json(
+            {"worker": worker, "returned": done.returned, "task_ids": list(done.ids), "dead": list(done.dead)}
+        )
+    elif target(settings.log) != "journal":  # there the line that names the tasks says it
+        click.echo(f"{worker}: {done.returned} tasks put back, {len(done.dead)} dead letters")
+        for task_id in done.ids:
+            click.echo(f"  put back     {task_id}")
+        for task_id in done.dead:
+            click.echo(f"  dead letter  {task_id}")
+
+
+def _checked(name: str) -> str:
+    """Return a worker's name. Raises click's UsageError for what is none."""
+    if not re.fullmatch(r"gpu\d+@[^\s@]+", name):
+        raise click.UsageError(
+            f"--name {name}: a worker is named after its GPU and host, such as gpu0@host-1"
+        )
+    return name

@@ -167,7 +167,7 @@ class Pulse:
 
     def gone(self) -> None:
         """Leave the fleet: the worker has drained."""
-        if self._away:
+        if self._away or not self._batcher.store.begun:
             return
         try:
             self._batcher.store.leave()
@@ -194,8 +194,13 @@ class Pulse:
             self._status = status
 
     def _write(self, state: str, rate: float) -> int | None:
-        """Write the heartbeat; return how many tasks wait, None when Redis does not answer."""
+        """Write the heartbeat; return how many tasks wait, None when Redis does not answer.
+
+        Not before this process has begun an epoch: until then the name may be another one's.
+        """
         store = self._batcher.store
+        if not store.begun:
+            return None
         try:
             return store.register(orjson.dumps(self._body(state, rate)), default=store.models[0])
         except (redis.RedisError, OSError):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpuinfer.errors import ConfigError, WorkerRunning
-from gpuinfer.worker.lock import acquire, stopped
+from gpuinfer.locks import acquire, stopped
 
 pytestmark = pytest.mark.unit
 

@@ -53,13 +53,14 @@ def domain(run_dir: Path) -> str:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
-            own = path.with_name(f".domain.{os.getpid()}")
-            own.write_text(secrets.token_hex(8), encoding="ascii")
+            own = path.with_name(f".domain.{secrets.token_hex(4)}")
+            _write_new(own, secrets.token_hex(8), run_dir.stat())
             try:
                 os.link(own, path)  # whole, or not at all
             finally:
                 own.unlink()
-        return path.read_text(encoding="ascii").strip()
+        with open(path, encoding="ascii", opener=_no_link) as file:
+            return file.read(64).strip()
     except (OSError, ValueError) as exc:
         raise ConfigError(f"cannot be written: {exc}", "worker.run_dir") from exc
 
@@ -90,6 +91,19 @@ def _take(file: IO[str]) -> None:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         time.sleep(pause_s)
     return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _write_new(path: Path, text: str, folder: os.stat_result) -> None:
+    """Write a file that is not there yet, and that the folder's owner can read, also when root writes it."""
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with os.fdopen(number, "w", encoding="ascii") as file:
+        file.write(text)
+        if os.geteuid() == 0:
+            os.fchown(number, folder.st_uid, folder.st_gid)
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 def _open(path: Path) -> IO[str]:

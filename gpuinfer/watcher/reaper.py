@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reaper: puts back what lies in flight at workers that are gone.
+
+A worker's tasks come back at its next start, or when systemd finds that it died. The reaper is for those of
+whom neither comes: a host that lost power or burned, a host or container with another name since, a unit that
+died while Redis was away, a plain process.
+
+A heartbeat's age is told by Redis's clock. That is not enough: after Redis was away, or its clock was set,
+all heartbeats are old, and all workers live. So the reaper must also have seen nothing new for a while, by
+its own clock. A worker that is reaped although it runs (a partition) drops what it held and goes on; its
+results count once. Two reapers at once do no harm: a restore is refused once an epoch has begun after the one
+that its reaper saw.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import redis
+
+from gpuinfer.errors import GpuinferError, TakenBack, WorkerRunning
+from gpuinfer.locks import is_free
+from gpuinfer.log import get_logger
+from gpuinfer.queue.connection import AWAY
+from gpuinfer.queue.heartbeats import FRESH_S
+from gpuinfer.queue.orphans import Holder, ago, holders
+from gpuinfer.queue.store import REAPER, Restored, Store
+from gpuinfer.settings import Settings
+from gpuinfer.watcher.state import UnitState
+from gpuinfer.watcher.units import UnitView
+
+log = get_logger(__name__)
+
+#: Seconds between two looks at who holds tasks.
+LOOK_EVERY_S = 2.0
+#: Seconds for which a reaper must itself have seen nothing of another host's worker. One that waited for a
+#: deaf Redis is back in less.
+WITNESS_S = 60.0
+#: Two looks that are further apart than this say nothing of what was between them.
+GAP_S = 30.0
+#: So many tasks are named in the log.
+MOST_IDS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of a worker that holds tasks."""
+
+    tasks: int
+    #: Seconds since it was last seen, by Redis's clock; and for how long this reaper has seen nothing new.
+    silent_s: float
+    watched_s: float
+    host: str
+    #: The state of the unit of its name on this host; None: there is none.
+    unit: UnitState | None = None
+    #: False: a process on this host holds the lock of its name.
+    lock_free: bool = True
+    #: The watcher of its host, not this one, is alive.
+    watcher_alive: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether to put back what a worker holds, and why."""
+
+    reap: bool
+    why: str
+
+
+def judge(facts: Facts, reap_after_s: float) -> Verdict:
+    """Decide about one worker. ``reap_after_s``: how long a host must be silent; 0: for ever."""
+    if facts.silent_s <= FRESH_S:
+        return Verdict(False, "its heartbeat is fresh")
+    if not facts.lock_free:
+        return Verdict(False, "its process runs: it holds its lock")
+    silence = f"nothing was heard of it for {ago(facts.silent_s)}"
+    if facts.unit is not None:
+        if facts.unit not in ("inactive", "failed"):
+            return Verdict(False, f"its unit is {facts.unit}")
+        if facts.watched_s < FRESH_S:
+            return Verdict(False, "its unit is down, and it is put back if no heartbeat comes")
+        return Verdict(True, f"its unit is {facts.unit}, its lock is free, and {silence}")
+    if facts.watcher_alive:
+        return Verdict(False, f"the watcher of {facts.host} is alive, and looks after it")
+    if reap_after_s <= 0:
+        return Verdict(False, "watcher.reap_after_s is 0")
+    if facts.silent_s < reap_after_s or facts.watched_s < min(reap_after_s, WITNESS_S):
+        return Verdict(False, f"it is put back when it is silent for {reap_after_s:g} s")
+    return Verdict(True, f"{silence}, nor of a watcher of {facts.host}")
+
+
+@dataclass(slots=True)
+class _Watched:
+    seen_at: float
+    epoch: int
+    since: float
+
+
+class Reaper:
+    """Looks after what lies at dead workers, for one watcher that acts. Blocking: call it in a thread."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        host: str,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client = client
+        self._host = host
+        self._settings = settings
+        self._clock = clock
+        self._looked_at = -LOOK_EVERY_S
+        self._watched: dict[str, _Watched] = {}
+        #: Worker -> what was last said of it: each reason is logged once.
+        self._said: dict[str, str] = {}
+
+    def step(
+        self, views: Mapping[int, UnitView], live_hosts: Iterable[str], *, away: bool = False
+    ) -> list[str]:
+        """Look, at most every two seconds, and put back; return whose tasks were.
+
+        ``views``: this host's units; ``live_hosts``: those whose watchers are alive; ``away``: Redis is.
+        """
+        now = self._clock()
+        if away:
+            self._watched.clear()  # nobody could send a heartbeat
+            return []
+        if now - self._looked_at < LOOK_EVERY_S:
+            return []
+        if now - self._looked_at > GAP_S:
+            self._watched.clear()
+        self._looked_at = now
+        try:
+            found = holders(self._client)
+            return self._judge_all(found, views, frozenset(live_hosts), now)
+        except AWAY:
+            self._watched.clear()
+        except redis.RedisError as exc:
+            self._say("", "reap_failed", str(exc), hint="tried again at the next look")
+        return []
+
+    def _judge_all(
+        self, found: list[Holder], views: Mapping[int, UnitView], live_hosts: frozenset[str], now: float
+    ) -> list[str]:
+        self._watch(found, now)
+        reaped = []
+        for holder in found:
+            facts = self._facts(holder, views, live_hosts, now)
+            verdict = judge(facts, self._settings.watcher.reap_after_s)
+            if verdict.reap:
+                reaped += self._reap(holder, verdict)
+            elif holder.silent:
+                self._say(
+                    holder.worker,
+                    "worker_silent",
+                    verdict.why,
+                    in_flight=holder.tasks,
+                    silent_s=round(holder.silent_s),
+                )
+        return reaped
+
+    def _watch(self, found: list[Holder], now: float) -> None:
+        """Note since when nothing new was seen of each."""
+        before = self._watched
+        self._watched = {}
+        for holder in found:
+            was = before.get(holder.worker)
+            if was is None or (was.seen_at, was.epoch) != (holder.seen_at, holder.epoch):
+                was = _Watched(holder.seen_at, holder.epoch, now)
+            self._watched[holder.worker] = was
+        silent = {holder.worker for holder in found if holder.silent}
+        self._said = {worker: said for worker, said in self._said.items() if worker in silent or not worker}
+
+    def _facts(
+        self, holder: Holder, views: Mapping[int, UnitView], live_hosts: frozenset[str], now: float
+    ) -> Facts:
+        ours = holder.host == self._host
+        unit = next(
+            (view.state for n, view in views.items() if f"gpu{n}@{self._host}" == holder.worker), None
+        )
+        return Facts(
+            tasks=holder.tasks,
+            silent_s=holder.silent_s,
+            watched_s=now - self._watched[holder.worker].since,
+            host=holder.host,
+            unit=unit,
+            lock_free=not ours or is_free(self._settings.worker.run_dir, holder.worker),
+            watcher_alive=not ours and holder.host in live_hosts,
+        )
+
+    def _reap(self, holder: Holder, verdict: Verdict) -> list[str]:
+        settings = self._settings
+        by = f"{REAPER} watcher@{self._host}"
+        store = Store(self._client, holder.worker, settings.worker.queues, settings.queue, by=by)
+        try:
+            done = store.take_back(after=holder.epoch)
+        except (TakenBack, WorkerRunning) as exc:  # another reaper, or the worker itself, was first
+            log.info("reap_overtaken", worker=holder.worker, reason=str(exc))
+            return []
+        except AWAY:
+            raise
+        except (redis.RedisError, GpuinferError) as exc:
+            self._say(holder.worker, "reap_failed", str(exc), hint="tried again at the next look")
+            return []
+        self._tell(holder, verdict, done)
+        return [holder.worker]
+
+    def _tell(self, holder: Holder, verdict: Verdict, done: Restored) -> None:
+        self._said.pop(holder.worker, None)
+        log.warning(
+            "reaped",
+            worker=holder.worker,
+            why=verdict.why,
+            in_flight=holder.tasks,
+            silent_s=round(holder.silent_s),
+            returned=done.returned,
+            dead=len(done.dead),
+            task_ids=(*done.ids, *done.dead)[:MOST_IDS],
+        )
+
+    def _say(self, worker: str, action: str, why: str, **fields: object) -> None:
+        """Log a reason once."""
+        if self._said.get(worker) == why:
+            return
+        self._said[worker] = why
+        failed = action == "reap_failed"
+        say = log.error if failed else log.info
+        named = {"worker": worker} if worker else {}
+        say(action, **named, **{"reason" if failed else "why": why}, **fields)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker that a reaper took for dead, and that lives: it drops what it held, and serves on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from gpuinfer import Client
+from tests.models_for_tests import sleeper
+from tests.orphans import check, elsewhere, ends, gpuinfer, held, submit, wait_for_batch, watch
+from tests.services import Process, RedisServer
+from tests.workers import NAME, Workers, wait_until
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def workers(redis_server: RedisServer, tmp_path: Path) -> Iterator[Workers]:
+    made = Workers(redis_server, tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def slow(workers: Workers, seconds: float) -> None:
+    sleeper(workers.folder / "models" / "slow", seconds, max_batch_size=4)
+
+
+def serves_on(worker: Process, client: Client, redis_server: RedisServer, tasks: int) -> None:
+    """The process is the same, has said once what happened, and serves what comes."""
+    wait_until(lambda: held(redis_server) == {}, 60)
+    assert ends(redis_server) == {"completed": tasks}
+    check(client, submit(client, 1))
+    assert worker.running
+    assert worker.text().count('"taken_back"') == 1
+    for trouble in ('"worker_ends"', '"batch_unfinished"', "Traceback"):
+        assert trouble not in worker.text()
+
+
+def test_by_force_in_mid_batch(workers: Workers, redis_server: RedisServer, client: Client) -> None:
+    """A batch that runs, a job with slices left, and a task that waits for its time: each ends once."""
+    slow(workers, 12.0)
+    worker = elsewhere(workers, "cut-off")
+    url = f"redis+socket://{redis_server.socket}"
+    stranger = Celery("stranger", broker=url, backend=url, set_as_current=False)
+    due = {"queue": "realtime", "countdown": 30}
+    later = stranger.send_task("gpuinfer.predict", [[0.0]], {"model": "slow"}, **due)
+    wait_until(lambda: held(redis_server) == {"gpu0@cut-off": 1}, 30)
+    job = client.submit_batch([[1.0], [0.0], [0.0], [0.0], [0.0], [0.0]], model="slow", queue="realtime")
+    wait_for_batch(redis_server, "gpu0@cut-off", 2)
+    code, body = gpuinfer(workers, "restore", "--name", "gpu0@cut-off", "--force")
+    assert (code, body["returned"], sorted(body["task_ids"])) == (0, 2, sorted([later.id, job]))
+    assert worker.wait_for_line('"taken_back"', 60)
+    answers = [answer["outputs"]["twice"] for answer in client.result(job, timeout_s=120)]
+    assert answers == [[2.0], [0.0], [0.0], [0.0], [0.0], [0.0]]
+    assert later.get(timeout=120)["outputs"]["twice"] == [0.0]
+    stranger.close()
+    serves_on(worker, client, redis_server, 2)
+
+
+def test_a_partition(workers: Workers, redis_server: RedisServer, client: Client) -> None:
+    """Cut off for longer than is set, in mid-batch: another worker serves its tasks, and it comes back."""
+    slow(workers, 3.0)
+    worker = elsewhere(workers, "cut-off")
+    ids = submit(client, 4)
+    wait_for_batch(redis_server, "gpu0@cut-off", 4)
+    worker.send(signal.SIGSTOP)
+    watcher = watch(workers)
+    watcher.wait_for_line('"reaped"', 60)
+    wait_until(lambda: held(redis_server).get(NAME), 60)
+    check(client, ids)
+    assert watcher.terminate(90) == 0
+    worker.send(signal.SIGCONT)
+    worker.wait_for_line('"taken_back"', 60)
+    serves_on(worker, client, redis_server, 4)
