@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from celery import Celery
 
 from gpuinfer import Client
+from gpuinfer.settings import Settings
+from gpuinfer.worker.restoring import put_back
 from tests.models_for_tests import sleeper
-from tests.orphans import check, elsewhere, ends, gpuinfer, held, submit, wait_for_batch, watch
+from tests.orphans import check, elsewhere, ends, held, submit, wait_for_batch, watch
 from tests.services import Process, RedisServer
 from tests.workers import NAME, Workers, wait_until
 
@@ -43,19 +45,21 @@ def serves_on(worker: Process, client: Client, redis_server: RedisServer, tasks:
         assert trouble not in worker.text()
 
 
-def test_by_force_in_mid_batch(workers: Workers, redis_server: RedisServer, client: Client) -> None:
+def test_by_force_in_mid_batch(
+    workers: Workers, redis_server: RedisServer, client: Client, settings_for: Callable[..., Settings]
+) -> None:
     """A batch that runs, a job with slices left, and a task that waits for its time: each ends once."""
-    slow(workers, 12.0)
+    slow(workers, 5.0)
     worker = elsewhere(workers, "cut-off")
     url = f"redis+socket://{redis_server.socket}"
     stranger = Celery("stranger", broker=url, backend=url, set_as_current=False)
-    due = {"queue": "realtime", "countdown": 30}
+    due = {"queue": "realtime", "countdown": 20}
     later = stranger.send_task("gpuinfer.predict", [[0.0]], {"model": "slow"}, **due)
     wait_until(lambda: held(redis_server) == {"gpu0@cut-off": 1}, 30)
     job = client.submit_batch([[1.0], [0.0], [0.0], [0.0], [0.0], [0.0]], model="slow", queue="realtime")
     wait_for_batch(redis_server, "gpu0@cut-off", 2)
-    code, body = gpuinfer(workers, "restore", "--name", "gpu0@cut-off", "--force")
-    assert (code, body["returned"], sorted(body["task_ids"])) == (0, 2, sorted([later.id, job]))
+    done = put_back(settings_for(redis_server), "gpu0@cut-off", force=True)  # what restore --name calls
+    assert sorted(done.ids) == sorted([later.id, job])
     assert worker.wait_for_line('"taken_back"', 60)
     answers = [answer["outputs"]["twice"] for answer in client.result(job, timeout_s=120)]
     assert answers == [[2.0], [0.0], [0.0], [0.0], [0.0], [0.0]]
@@ -66,7 +70,7 @@ def test_by_force_in_mid_batch(workers: Workers, redis_server: RedisServer, clie
 
 def test_a_partition(workers: Workers, redis_server: RedisServer, client: Client) -> None:
     """Cut off for longer than is set, in mid-batch: another worker serves its tasks, and it comes back."""
-    slow(workers, 3.0)
+    slow(workers, 5.0)
     worker = elsewhere(workers, "cut-off")
     ids = submit(client, 4)
     wait_for_batch(redis_server, "gpu0@cut-off", 4)
