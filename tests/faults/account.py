@@ -47,6 +47,8 @@ class Account:
     lost: tuple[str, ...]
     #: Ended in another way than was asked for; of poison: not among the dead letters.
     unexpected: tuple[str, ...]
+    #: What their errors say, each once, the most frequent first.
+    reasons: tuple[str, ...] = ()
     #: Dead letters that are no poison.
     stray: tuple[str, ...] = ()
     #: Executions beyond the first of an id.
@@ -110,3 +112,5 @@ def show(account: Account, console: Console) -> None:
     }
     for what, count in sums.items():
         console.print(f"{what:37} {count:>9,}", highlight=False)
+    for reason in account.reasons[:10]:
+        console.print(f"  {reason}", highlight=False)

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from tests.models_for_tests import perceptron, write_model
 from tests.services import Process, RedisServer
 from tests.workers import UNTRACED, Workers
 
-#: Slot -> the models its worker serves. The first one is the fleet's default model.
+#: Slot -> the models its worker serves.
 SLOTS = (("alpha", "beta"), ("beta",), ("gamma",))
 DEFAULT = "alpha"
 #: Producers pause while this many tasks of a model wait.
@@ -95,6 +95,7 @@ class Fleet:
         self._queue = QueueSettings(max_deaths=max_deaths)
         self._folder = folder
         self._raw = redis.client()
+        self._raw.set(keys.DEFAULT_MODEL, DEFAULT)  # else it is the first model of whoever is ready first
         self._client = Client(redis.url)
         url = f"redis+socket://{redis.socket}"
         self._stranger = Celery("stranger", broker=url, backend=url, set_as_current=False)
@@ -243,6 +244,7 @@ class Fleet:
             completed=len(completed),
             lost=lost,
             unexpected=tuple((failed - poison) | (poison - dead)),
+            reasons=_reasons(statuses[task] for task in failed - poison),
             stray=tuple(dead - poison),
             duplicates=sum(count - 1 for count in ran.values()),
             unflagged=tuple(
@@ -277,3 +279,9 @@ class Fleet:
         self._client.close()
         self._stranger.close()
         self._raw.close()
+
+
+def _reasons(statuses: Iterable[TaskStatus | None]) -> tuple[str, ...]:
+    """Return what errors say, with how often, the most frequent first."""
+    texts = Counter(f"{type(s.error).__name__}: {s.error}" for s in statuses if s is not None)
+    return tuple(f"{count:,} times {text}" for text, count in texts.most_common())

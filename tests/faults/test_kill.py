@@ -25,7 +25,7 @@ def test_nothing_is_lost(redis_factory: RedisFactory, tmp_path: Path, name: str,
     assert account.kills >= kills
     assert account.accepted >= 500
     assert account.lost == ()
-    assert account.unexpected == ()
+    assert account.unexpected == (), account.reasons
     assert account.stray == ()
     assert account.unflagged == ()
     if name == "TERM":
