@@ -180,7 +180,8 @@ class WatcherSettings(Section):
     probe_interval_s: float = Field(default=1.0, ge=0.1, le=60)
     #: Instances of this host; 0: one for each GPU, and one on a host without a GPU.
     instances: int = Field(default=0, ge=0, le=1024)
-    #: At least and at most so many workers run, on all hosts together; ceiling 0: all there are.
+    #: At least and at most so many workers run, on all hosts together; ceiling 0: all there are. Workers that
+    #: share no model and queue with others get their part of the floor: one to each kind in turn.
     floor: int = Field(default=0, ge=0, le=100_000)
     ceiling: int = Field(default=0, ge=0, le=100_000)
     #: A queue's backlog must drain in this time, counted from when a worker started now is ready.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
+from gpuinfer import instances as own
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, edit, error, ok
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.units import instances
@@ -19,7 +20,6 @@ from gpuinfer.errors import ConfigError, DeviceError
 from gpuinfer.gpus import VISIBLE, Inventory, chosen, visible_device
 from gpuinfer.settings import Settings, load
 
-FOLDER = "/etc/gpuinfer"
 _NUMBER = re.compile(r"worker@(\d+)\.")
 
 
@@ -33,26 +33,28 @@ def bindings(host: Host) -> Findings:
     return [_one(host, number, found) for number in numbers]
 
 
-def served(host: Host) -> list[Settings]:
-    """Return the settings of all and those of each worker; wrong ones are the business of ``bindings``."""
-    found = [host.settings]
+def served(host: Host) -> list[tuple[int, Settings]]:
+    """Return the settings of all, as worker 0's, and those of each worker.
+
+    Wrong ones are the business of ``bindings``.
+    """
+    found = [(0, host.settings)]
     for number in _numbers(host):
         with suppress(ValueError, ConfigError):
-            found.append(_settings(host, number))
+            found.append((number, _settings(host, number)))
     return found
 
 
 def _settings(host: Host, number: int) -> Settings:
-    return load(environ=_environment(host, f"{FOLDER}/worker@{number}.env", number)).settings
+    return load(environ=_environment(host, number)).settings
 
 
 def _numbers(host: Host) -> list[int]:
-    return sorted({*_with_file(host), *_enabled(host)})
+    return sorted({*own.with_file(_folder(host)), *_enabled(host)})
 
 
-def _with_file(host: Host) -> list[int]:
-    names = (path.name for path in host.path(FOLDER).glob("worker@*.env"))
-    return [int(match[1]) for name in names if (match := _NUMBER.match(name))]
+def _folder(host: Host) -> Path:
+    return host.path(own.FOLDER)
 
 
 def _enabled(host: Host) -> list[int]:
@@ -70,9 +72,9 @@ def _inventory(host: Host) -> Inventory:
 
 
 def _one(host: Host, number: int, found: Inventory) -> Finding:
-    file = f"{FOLDER}/worker@{number}.env"
+    file = own.file_of(number)
     try:
-        environ = _environment(host, file, number)
+        environ = _environment(host, number)
         worker = load(environ=environ).settings.worker
         device = visible_device(number, worker, environ, inventory=chosen(worker.gpus, found))
     except ValueError as exc:
@@ -84,23 +86,9 @@ def _one(host: Host, number: int, found: Inventory) -> Finding:
     return ok(f"worker {number} runs on {device.device} ({name})")
 
 
-def _environment(host: Host, file: str, number: int) -> Mapping[str, str]:
+def _environment(host: Host, number: int) -> Mapping[str, str]:
     """Return what the unit's process would see. Raises ValueError for a line that is no NAME=value."""
     named = os.environ.get("GPUINFER_CONFIG")
     environ = {"GPUINFER_CONFIG": named} if named else {}
     environ[VISIBLE] = str(number)
-    path = host.path(file)
-    return environ | (parse(path.read_text(encoding="utf-8")) if path.exists() else {})
-
-
-def parse(text: str) -> dict[str, str]:
-    """Read an EnvironmentFile= (systemd.exec(5)): NAME=value, quotes, # and ; comments."""
-    found: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.lstrip()[0] in "#;":
-            continue
-        name, equals, value = line.strip().partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"line {number} is no NAME=value, and systemd ignores it")
-        found[name] = " ".join(shlex.split(value)) if value[:1] in "\"'" else value.strip()
-    return found
+    return environ | own.read(number, _folder(host))

@@ -39,7 +39,7 @@ def loads(host: Host) -> Sequence[Finding]:
 def _each(host: Host, look: Callable[[ModelFolder], Finding]) -> list[Finding]:
     wanted = dict.fromkeys(
         (settings.models.folders, name)
-        for settings in bindings.served(host)
+        for _, settings in bindings.served(host)
         for name in settings.worker.models
     )
     return [_one(Repository(folders), name, look) for folders, name in wanted]

@@ -22,6 +22,7 @@ from gpuinfer.doctor import (
     nodes,
     redis_config,
     redis_tuning,
+    served,
     units,
     versions,
     work,
@@ -90,6 +91,7 @@ CHECKS: tuple[Check, ...] = (
     Check("work.dead", work.dead_letters),
     Check("work.orphans", work.orphans),
     Check("work.workers", work.workers),
+    Check("work.served", served.waiting),
     Check("work.api", front.ready),
     Check("work.request", work.request, _LIMIT_S + work.REQUEST_S, slow=True),
 )

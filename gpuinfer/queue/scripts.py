@@ -32,6 +32,7 @@ Name = Literal[
     "depth",
     "tell",
     "keep",
+    "know",
 ]
 
 #: What the scripts know by name. A list that has aged goes first in one of so many claims.

@@ -13,6 +13,7 @@ import math
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,19 +23,21 @@ import orjson
 import redis
 from sdnotify import SystemdNotifier
 
-from gpuinfer.errors import BrokerUnavailable, GpuinferError, UnitRefused, UnitsUnavailable
+from gpuinfer.errors import BrokerUnavailable, FormatMismatch, GpuinferError, UnitRefused, UnitsUnavailable
 from gpuinfer.gpus import list_gpus
 from gpuinfer.log import get_logger
 from gpuinfer.queue.connection import connect, explain, typed_errors
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
-from gpuinfer.watcher import health, notes
+from gpuinfer.watcher import health, notes, served
 from gpuinfer.watcher.gpu_watch import GpuWatch
 from gpuinfer.watcher.memory import adopt, out, refused
 from gpuinfer.watcher.policy import Decision, History, decide
-from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, with_busy
+from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, as_it_runs
 from gpuinfer.watcher.reaper import Reaper
-from gpuinfer.watcher.state import HEALTHY, Action, GpuHealth, Instance, Key, Observation
+from gpuinfer.watcher.served import Served
+from gpuinfer.watcher.state import HEALTHY, Action, GpuHealth, Instance, Key, Observation, Serves
+from gpuinfer.watcher.stranded import Reporter
 from gpuinfer.watcher.units import Units, UnitView
 
 log = get_logger(__name__)
@@ -47,6 +50,8 @@ DEAF_ANSWERS = 10
 FEED_S = 10.0
 #: The history is kept this often when no command has changed it.
 KEEP_EVERY_S = 30.0
+#: The fleet is told this often which models this host could serve.
+KNOW_EVERY_S = 60.0
 
 
 class Watcher:
@@ -61,8 +66,12 @@ class Watcher:
         act: bool,
         tell: bool = False,
         host: str | None = None,
+        environment: served.Environment | None = None,
     ) -> None:
-        """``tell``: take part in what watchers tell each other, and keep; who acts does in any case."""
+        """``tell``: take part in what watchers tell each other, and keep; who acts does in any case.
+
+        ``environment``: what an instance would be started with; without it, all have these settings.
+        """
         self._settings = settings
         self._units = units
         self._numbers = numbers
@@ -71,6 +80,10 @@ class Watcher:
         self.host = host or socket.gethostname()
         self._client = connect(settings.broker)
         self._write = bind(self._client, "keep")
+        self._know = bind(self._client, "know")
+        self._served = Served(settings, environment)
+        self._stranded = Reporter()
+        self._known_at = -math.inf
         interval_s = settings.watcher.probe_interval_s
         self._probe = Probe(self._client, self.host, interval_s=interval_s, tell=self._tell)
         self._reaper = Reaper(self._client, self.host, settings)
@@ -82,6 +95,7 @@ class Watcher:
         self._said: object = None
         self._refused: dict[Key, str] = {}
         self._rival = ""
+        self._unreadable = ""
         self._ready = False
         self.history: History | None = None
 
@@ -97,6 +111,8 @@ class Watcher:
         while not stop.is_set():
             try:
                 await self.step()
+            except FormatMismatch:
+                raise
             except Exception:  # a look that fails must not end the service; the next one may go well
                 log.exception("look_failed")
             self._notifier.notify("WATCHDOG=1")
@@ -124,6 +140,7 @@ class Watcher:
         self.history = decision.history
         self._xids = {}  # they are in the history now
         new = self._report(decision, seen)
+        self._stranded.report(decision.stranded)
         if self._tell and seen.queues is not None and (changed or new or now - self._kept_at > KEEP_EVERY_S):
             await self._patiently(self._keep, decision, now, new)
         for action in decision.of(self.host) if self._act else ():
@@ -154,21 +171,26 @@ class Watcher:
         try:
             if self.history is None or not self._tell:
                 self._recall(own)
-            figures = (self.history or History()).rates.figures
+            figures = (self.history or History()).figures
             seen = self._probe.look([self._published(one, now) for one in own], now, figures)
+            if self._tell and time.monotonic() - self._known_at >= KNOW_EVERY_S:
+                self._make_known(own)
+                self._known_at = time.monotonic()
         except BrokerUnavailable as exc:
             return Observation(queues=None, instances=tuple(own), host=self.host, trouble=str(exc))
         if seen.rival and seen.rival != self._rival:
             hint = "host names must differ, and each host has one watcher that acts"
             log.error("name_taken", host=self.host, reason="another watcher tells under our name", hint=hint)
         self._rival = seen.rival
-        marked = tuple(with_busy(one, seen.in_flight, seen.beating) for one in own)
+        marked = tuple(as_it_runs(one, seen.in_flight, seen.beating) for one in own)
         instances = (*marked, *seen.remote)
-        active = [str(one.key) for one in instances if one.state == "active"]
+        held: Counter[Serves] = Counter()
+        for one in instances:
+            held[one.serves] += seen.in_flight.get(str(one.key), 0) if one.state == "active" else 0
         return Observation(
             queues=seen.queues,
             instances=instances,
-            held=sum(seen.in_flight.get(name, 0) for name in active),
+            held=held,
             host=self.host,
             live_hosts=seen.live_hosts,
             dead_letters=seen.dead_letters,
@@ -178,13 +200,41 @@ class Watcher:
 
     def _recall(self, own: list[Instance]) -> None:
         """Take over what an earlier life has kept; beside the service, what it remembers at each look."""
-        with typed_errors():
-            kept: bytes | None = self._client.get(MEMORY_PREFIX + self.host)  # type: ignore[assignment]
-        history = notes.unpack(kept)
+        kept, history = self._kept()
         if self.history is None:
             self.history = replace(history, units=adopt(history.units, own))
         elif kept is not None:
             self.history = replace(self.history, units=history.units)
+
+    def _kept(self) -> tuple[bytes | None, History]:
+        """Return what is kept, and as a history; where it cannot be read, none and an empty one."""
+        try:
+            with typed_errors():
+                kept: bytes | None = self._client.get(MEMORY_PREFIX + self.host)  # type: ignore[assignment]
+            history = notes.unpack(kept)
+        except (notes.Unreadable, BrokerUnavailable) as exc:
+            if isinstance(exc, BrokerUnavailable) and not isinstance(exc.__cause__, redis.ResponseError):
+                raise
+            self._say_unreadable(str(exc))
+            return None, History()
+        self._unreadable = ""
+        return kept, history
+
+    def _say_unreadable(self, reason: str) -> None:
+        if reason != self._unreadable:
+            hint = "what was measured, and who was started or stopped by hand, is learned anew"
+            log.warning("memory_unreadable", key=MEMORY_PREFIX + self.host, reason=reason, hint=hint)
+        self._unreadable = reason
+
+    def _make_known(self, own: list[Instance]) -> None:
+        """Tell the fleet which models this host could serve: those of its instances that are installed."""
+        models = self._served.installed(one.key.number for one in own if not one.masked)
+        try:
+            if models:
+                self._know(keys=[], args=models)
+        except (redis.RedisError, OSError) as exc:  # workers tell, too; the look goes on
+            hint = "a model of which no worker has run yet is refused; gpuinfer doctor redis.users"
+            log.warning("models_not_made_known", reason=str(explain(exc)), hint=hint)
 
     def _instance(self, number: int, view: UnitView, now: float) -> Instance:
         gpu = self._health.get(number, HEALTHY)
@@ -199,6 +249,7 @@ class Watcher:
             queued=view.queued,
             restarts=view.restarts,
             gpu=gpu,
+            serves=self._served.serves(number),
         )
 
     def _published(self, instance: Instance, now: float) -> Instance:
@@ -281,7 +332,7 @@ def make_units(settings: Settings, numbers: tuple[int, ...]) -> Units:
     if settings.watcher.backend == "process":
         from gpuinfer.watcher.process_units import ProcessUnits
 
-        return ProcessUnits(numbers)
+        return ProcessUnits(numbers, special=served.beside_settings)
     from gpuinfer.watcher.systemd_units import SystemdUnits
 
     return SystemdUnits(numbers)
@@ -293,7 +344,8 @@ async def serve(settings: Settings, *, dry_run: bool) -> None:
     inventory = await asyncio.to_thread(list_gpus, settings.worker.gpus)
     numbers = health.instance_numbers(settings, inventory)
     units = make_units(settings, numbers)
-    watcher = Watcher(settings, units, numbers, act=act, tell=not dry_run)
+    environment = served.of_processes if settings.watcher.backend == "process" else served.of_units
+    watcher = Watcher(settings, units, numbers, act=act, tell=not dry_run, environment=environment)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.rates import MAX_GAP
-from gpuinfer.watcher.state import Action, Hold, Instance, Key, Observation, UnitState, Verb
+from gpuinfer.watcher.state import Action, Hold, Instance, Key, Observation, Serves, UnitState, Verb
 
 #: A start after which it is inactive at so many looks in a row had no effect.
 TRIES = 2
@@ -67,7 +67,8 @@ class Remembered:
     """The memory after a look, and what the look has shown."""
 
     units: Mapping[Key, UnitMemory]
-    startups: list[float]
+    #: What served after a start, and how many seconds that took.
+    startups: list[tuple[Serves, float]]
 
 
 def remember(
@@ -75,7 +76,7 @@ def remember(
 ) -> Remembered:
     """Take a look into the memory of our own instances; forget those that are gone."""
     changed: dict[Key, UnitMemory] = {}
-    startups: list[float] = []
+    startups: list[tuple[Serves, float]] = []
     ours = 0
     for instance in seen.instances:
         key = instance.key
@@ -94,7 +95,7 @@ def remember(
         ):
             changed[key] = _changed(before, instance, settings, now)
             if before.state == "activating" and instance.state == "active":
-                startups.append(max(0.0, instance.since - before.since))
+                startups.append((instance.serves, max(0.0, instance.since - before.since)))
     after = {**units, **changed} if changed else units
     if len(after) != ours:
         present = {instance.key for instance in seen.instances}

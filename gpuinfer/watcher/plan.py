@@ -6,86 +6,169 @@ A start goes to the first instances of a fixed order that do not run; a watcher 
 old asks the same instances as the others, and so nothing is started twice. What is too many are the last
 of the order, whether they are idle at that moment or not: a watcher that does not know yet that the last one
 was stopped, or takes it for busy, stops none of its own instead.
+
+Where groups share lanes, the demand with the fewest groups is met first: what is started for it counts for
+the wider ones, too. Of several groups that could help, the one that serves the least is started first: the
+others stay free for what they alone serve. None is started beyond what its own lanes could use. One is
+stopped when it is too many for every demand that it serves, or for all of its own lanes together.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from gpuinfer.watcher.state import Action, Instance, Key, Need
+from gpuinfer.watcher.fleet import Fleet
+from gpuinfer.watcher.load import Demand
+from gpuinfer.watcher.state import Action, Key, Need, Serves
 
 
-@dataclass(slots=True)
-class Fleet:
-    """The instances at one look, sorted by what may be done with them."""
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What one demand asks for, and how many of its workers were too many for long."""
 
-    active: int = 0
-    #: Since when -> how many have been starting since then.
-    starting: Counter[float] = field(default_factory=Counter)
-    #: How many of those that run are enabled.
-    enabled: int = 0
-    #: True while no active worker is known to be idle.
-    all_busy: bool = True
-    #: May be started; those that are enabled apart.
-    idle: list[Key] = field(default_factory=list)
-    enabled_idle: list[Key] = field(default_factory=list)
-    #: Failed, and rested for long enough; those that are enabled apart.
-    failed: list[Key] = field(default_factory=list)
-    enabled_failed: list[Key] = field(default_factory=list)
-    #: All that run, but for those that do not beat.
-    serving: list[Instance] = field(default_factory=list)
-    #: Running, and perhaps too many: neither enabled, nor started by hand, nor of a host that only logs.
-    spare: list[Key] = field(default_factory=list)
-    #: Of those, the ones that may be stopped now: active for more than a moment, and idle.
-    stoppable: set[Key] = field(default_factory=set)
-    #: How many others' instances are told to be active, and do not beat.
-    silent: int = 0
-    #: Starting, but not counted upon; ours to stop.
-    broken: list[Key] = field(default_factory=list)
-    #: Instances that are out, and why.
-    out: dict[Key, str] = field(default_factory=dict)
+    demand: Demand
+    need: Need
+    surplus: int
+
+
+class Plan:
+    """The plan for one part of the fleet."""
+
+    def __init__(
+        self,
+        fleets: Mapping[Serves, Fleet],
+        asks: Sequence[Ask],
+        *,
+        alone: Mapping[Serves, Ask],
+        least: int = 0,
+        room: int | None = None,
+    ) -> None:
+        """``asks``: the narrowest demand first, the whole part last.
+
+        ``alone``: where there are several groups, what each would be asked for without the others: more would
+        be of no use. ``least``: so many run whatever they are for. ``room``: how many may be started at most;
+        None: any number.
+        """
+        self._fleets = fleets
+        self._asks = asks
+        self._alone = alone
+        self._least = least
+        self._planned: Counter[Serves] = Counter()
+        self._narrow_first = sorted(fleets, key=lambda group: (_breadth(group, asks[-1].demand), group))
+        self.actions: list[Action] = [
+            *(Action("start", key, "is enabled") for key in self._of("enabled_idle")),
+            *(Action("reset", key, "is enabled") for key in self._of("enabled_failed")),
+        ]
+        for group, fleet in fleets.items():
+            self._planned[group] = len(fleet.enabled_idle) + len(fleet.enabled_failed)
+        self._room = None if room is None else max(0, room - len(self.actions))
+        #: What is left to start and to reset, sorted when it is first asked for.
+        self._idle: dict[Serves, list[Key]] = {}
+        self._failed: dict[Serves, list[Key]] = {}
+        self.short = False
+        for ask in asks:
+            self._fill(ask)
+        self.starts = bool(self.actions)
+
+    def _of(self, name: str) -> list[Key]:
+        return sorted(key for fleet in self._fleets.values() for key in getattr(fleet, name))
 
     @property
-    def running(self) -> int:
-        """Return how many serve or are about to."""
-        return self.active + self.starting.total()
+    def ends(self) -> list[Action]:
+        """Return the stops of starts that failed again when systemd tried them again: they rest."""
+        reasons = {key: fleet.out[key] for fleet in self._fleets.values() for key in fleet.broken}
+        return [Action("stop", key, reasons[key]) for key in sorted(reasons)]
 
-    @property
-    def possible(self) -> int:
-        """Return how many could run."""
-        waiting = (self.idle, self.enabled_idle, self.failed, self.enabled_failed)
-        return self.running + sum(map(len, waiting))
+    def _running(self, group: Serves) -> int:
+        return self._fleets[group].running + self._planned[group]
+
+    def _fill(self, ask: Ask) -> None:
+        """Start what is missing; make ready again, when nothing else is left, what has failed and rested."""
+        running = sum(map(self._running, ask.demand.groups))
+        missing = ask.need.up - running
+        if missing <= 0:
+            return
+        self.short = True
+        why = f"{ask.need.up} wanted, {running} run"
+        groups = [group for group in self._narrow_first if group in ask.demand.groups]
+        for group in groups:
+            self._idle.setdefault(group, sorted(self._fleets[group].idle))
+            self._failed.setdefault(group, sorted(self._fleets[group].failed))
+        missing -= self._take(missing, groups, why)
+        # What runs whatever for is best of use to as many lanes as there are.
+        floor = min(missing, self._least - sum(map(self._running, groups)))
+        if floor > 0:
+            self._take(floor, groups[::-1], why, any_use=True)
+
+    def _take(self, missing: int, groups: Sequence[Serves], why: str, *, any_use: bool = False) -> int:
+        taken = 0
+        for verb, pools, reason in (
+            ("start", self._idle, why),
+            ("reset", self._failed, f"has rested after its failure; {why}"),
+        ):
+            for group in groups:
+                number = min(missing - taken, missing if any_use else self._use(group, missing))
+                number = number if self._room is None else min(number, self._room)
+                keys, pools[group] = pools[group][: max(0, number)], pools[group][max(0, number) :]
+                self.actions += [Action(verb, key, reason) for key in keys]  # type: ignore[arg-type]
+                self._planned[group] += len(keys)
+                taken += len(keys)
+                if self._room is not None:
+                    self._room -= len(keys)
+        return taken
+
+    def _use(self, group: Serves, missing: int) -> int:
+        ask = self._alone.get(group)
+        return missing if ask is None else max(0, ask.need.up - self._running(group))
+
+    def stops(self) -> list[Action]:
+        """Stop the last of the order that are too many, each when it is idle."""
+        # Who does not beat may be gone already.
+        left = [ask.surplus - self._silent(ask.demand.groups) for ask in self._asks]
+        free = {group: self._too_many_alone(group) for group in self._alone}
+        if left[-1] <= 0 and not any(number > 0 for number in free.values()):
+            return []
+        running = sum(fleet.running for fleet in self._fleets.values())
+        stay = running - self._silent(self._fleets)
+        above = stay - self._least
+        why = f"{stay - max(left[-1], 0)} have been enough for long, {running} run"
+        spare = [(key, group) for group, fleet in self._fleets.items() for key in fleet.spare]
+        actions = []
+        for key, group in sorted(spare, reverse=True):
+            serving = [place for place, ask in enumerate(self._asks) if group in ask.demand.groups]
+            shared = not self.short and not self.starts and all(left[place] > 0 for place in serving)
+            alone = free.get(group, 0) > 0 and above > 0
+            if not shared and not alone:
+                continue
+            above -= 1
+            for place in serving:
+                left[place] -= 1
+            if group in free:
+                free[group] -= 1
+            if key in self._fleets[group].stoppable:
+                reason = why if shared else f"{group} has had more than it can use for long"
+                actions.append(Action("stop", key, reason))
+        return actions
+
+    def _too_many_alone(self, group: Serves) -> int:
+        """Return how many of a group are too many for all that it serves, if no other one served it."""
+        ask, running = self._alone[group], self._fleets[group].running
+        busy = self._planned[group] or ask.need.up > running
+        return 0 if busy else ask.surplus - self._silent([group])
+
+    def _silent(self, groups: Iterable[Serves]) -> int:
+        return sum(self._fleets[group].silent for group in groups)
 
 
-def plan(fleet: Fleet, need: Need, surplus: int) -> list[Action]:
-    """Return what to do: enabled instances first, then what is wanted, else one idle stop a host.
-
-    One that has failed is made ready again when nothing else is left; it starts at a later look. A start that
-    failed again when systemd tried it again is stopped, and so rests.
-    """
-    ends = [Action("stop", key, fleet.out[key]) for key in sorted(fleet.broken)]
-    actions = [Action("start", key, "is enabled") for key in sorted(fleet.enabled_idle)]
-    actions += [Action("reset", key, "is enabled") for key in sorted(fleet.enabled_failed)]
-    running = fleet.running + len(actions)
-    if need.up <= running:
-        return ends + (actions or _stops(fleet, surplus))
-    why = f"{need.up} wanted, {running} run"
-    first = sorted(fleet.idle)[: need.up - running]
-    actions += [Action("start", key, why) for key in first]
-    rested = sorted(fleet.failed)[: need.up - running - len(first)]
-    actions += [Action("reset", key, f"has rested after its failure; {why}") for key in rested]
-    return ends + actions
+def one_a_host(stops: Sequence[Action]) -> list[Action]:
+    """Return the first stop of each host."""
+    first: dict[str, Action] = {}
+    for action in stops:
+        first.setdefault(action.key.host, action)
+    return list(first.values())
 
 
-def _stops(fleet: Fleet, surplus: int) -> list[Action]:
-    """Stop the last of the order, one instance a host at a time, each when it is idle."""
-    surplus -= fleet.silent  # who does not beat may be gone already
-    if surplus <= 0:
-        return []
-    stops: dict[str, Key] = {}
-    for key in sorted(fleet.spare)[: -surplus - 1 : -1]:
-        if key in fleet.stoppable:
-            stops.setdefault(key.host, key)
-    why = f"{fleet.running - fleet.silent - surplus} have been enough for long, {fleet.running} run"
-    return [Action("stop", key, why) for key in stops.values()]
+def _breadth(group: Serves, whole: Demand) -> int:
+    return sum(group.covers(lane) for lane in whole.lanes)

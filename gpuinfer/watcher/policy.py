@@ -1,48 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many workers should run, and what to do about it: pure, the same for systemd and the simulator.
+"""What to do about what is seen: pure, the same for systemd and the simulator.
 
-Let n workers run at μ tasks a second each, let a start take S seconds, and let the target of a queue be
-T. A worker that is started now can only help after S, so the backlog Q that is there now and what
-keeps arriving (λ a second) is to be gone after H = S + T. What is missing then,
-``short = Q + λH - μ·(worker-seconds there will be until H)``, is the work of ``short / (μT)`` more workers,
-each of which has T seconds for it. For each queue Q counts the more urgent ones too, which go first.
-
-Steady load asks for λ / (μ·u) workers, u being the utilisation aimed at. More are started only when they
-would be busier than u + 0.1, and stopped only when one less would not be busier than u - 0.1: under a
-constant load there is a number with which neither holds.
+The instances are sorted by what they serve (``fleet``), and the lanes by who serves them (``load``). Each
+demand is measured (``rates``) and asks for workers (``need``), and keeps its own calm (``calm``); the plan
+for each part of the fleet meets all of its demands (``plan``). Where all instances serve the same, there
+is one part with one demand.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from gpuinfer.settings import QUEUES, QueueName, WatcherSettings
-from gpuinfer.watcher.calm import Calm
-from gpuinfer.watcher.memory import FAILED_STARTS, UnitMemory, commanded, out, remember
-from gpuinfer.watcher.plan import Fleet, plan
-from gpuinfer.watcher.rates import SURE_LOOKS, Rates, measure, with_startups
-from gpuinfer.watcher.state import Action, Instance, Key, Need, Observation, Verdict
+from gpuinfer.queue.depth import Lane
+from gpuinfer.settings import WatcherSettings
+from gpuinfer.watcher.fleet import Fleet, count
+from gpuinfer.watcher.load import parts_of
+from gpuinfer.watcher.memory import UnitMemory, commanded, remember
+from gpuinfer.watcher.need import Bounds
+from gpuinfer.watcher.part import Look, Measured, verdict_of
+from gpuinfer.watcher.plan import one_a_host
+from gpuinfer.watcher.rates import with_startups
+from gpuinfer.watcher.state import (
+    EVERYTHING,
+    Action,
+    Figures,
+    Key,
+    Observation,
+    QueueState,
+    Serves,
+    Verdict,
+)
+from gpuinfer.watcher.stranded import Stranded, remedy
 
-#: Between the utilisation that starts one more worker and the one aimed at; and likewise below.
-SLACK = 0.1
-#: So many of the instances that are out are named.
+#: Log at most this many excluded instances, and this many parts of the fleet.
 NAMED = 8
-#: Who has been ready for fewer looks has had no time to claim anything, and is not stopped.
-SETTLED_LOOKS = 2
-#: A start that takes so many times as long as usual is not counted upon.
-STUCK = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
     """What one decision hands on to the next."""
 
-    rates: Rates = field(default_factory=Rates)
-    calm: Calm = field(default_factory=Calm)
+    #: By the name of each part of the fleet.
+    parts: Mapping[str, Measured] = field(default_factory=dict)
+    #: By the name of each demand within a part.
+    within: Mapping[str, Measured] = field(default_factory=dict)
     units: Mapping[Key, UnitMemory] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> Mapping[str, Figures]:
+        """Return what the other hosts' watchers are told."""
+        return {name: measured.rates.figures for name, measured in self.parts.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +65,8 @@ class Decision:
     history: History
     #: Instances that are not to be started.
     out: frozenset[Key] = frozenset()
+    #: Lanes with tasks that no instance serves, or could be started to serve. None: Redis cannot be read.
+    stranded: Mapping[Lane, Stranded] | None = None
 
     def of(self, host: str) -> tuple[Action, ...]:
         """Return the actions that are this host's to carry out."""
@@ -66,278 +76,130 @@ class Decision:
 def decide(seen: Observation, history: History, settings: WatcherSettings, now: float) -> Decision:
     """Decide. Pure: the same arguments give the same decision."""
     remembered = remember(seen, history.units, settings, now)
-    rates = with_startups(history.rates, remembered.startups)
     if seen.queues is None:
-        kept = replace(history, rates=rates, units=remembered.units)
         why = f"Redis cannot be read, so nothing changes: {seen.trouble or 'no reason given'}"
+        kept = replace(history, parts=_started(seen, history, remembered.startups), units=remembered.units)
         return Decision(actions=(), verdict="hold", why=why, inputs={}, history=kept)
-    fleet = count(seen, remembered.units, settings, now)
-    rates = measure(rates, seen, fleet.active, fleet.all_busy, settings, now)
-    shared = rates.pooled(seen.figures.values())
-    need = _need(seen, fleet, shared, history.calm, settings, now)
-    calm, surplus = history.calm.look(fleet.running, need, settings, now)
-    surplus = min(surplus, fleet.running - need.keep)
-    if surplus > 0:
-        sort_spare(fleet, seen, remembered.units, settings, now)
-    actions = plan(fleet, need, surplus)
-    verdict = _verdict(actions, fleet)
-    calm = calm.after(verdict, settings, now)
-    units = commanded(remembered.units, actions, seen, now)
+    fleets = count(seen, remembered.units, settings, now) or {EVERYTHING: Fleet()}
+    before = {**history.parts, **history.within}
+    looks = [
+        Look(part, seen, before, fleets, remembered.startups, settings, now)
+        for part in parts_of(frozenset(fleets), frozenset(seen.queues))
+    ]
+    _plan(looks, settings)
+    stops = one_a_host([action for look in looks for action in look.stops(remembered.units)])
+    for look in looks:
+        look.settle(stops)
+    actions = [action for look in looks for action in look.actions] + stops
     return Decision(
         actions=tuple(actions),
-        verdict=verdict,
-        why=_why(fleet, need, calm, actions, settings),
-        inputs=_inputs(seen, fleet, shared, need, settings),
-        history=History(rates=rates, calm=calm, units=units),
-        out=frozenset(fleet.out),
+        verdict=verdict_of(actions, frozenset().union(*(look.broken for look in looks))),
+        why=_why(looks),
+        inputs=_inputs(seen, looks, settings),
+        history=History(
+            parts={look.name: look.measured for look in looks},
+            within={name: measured for look in looks for name, measured in look.finer.items()},
+            units=commanded(remembered.units, actions, seen, now),
+        ),
+        out=frozenset(key for look in looks for key in look.fleet.out),
+        stranded=_stranded(seen, seen.queues, fleets),
     )
 
 
-def count(seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherSettings, now: float) -> Fleet:
-    """Sort the instances by what may be done with them. There may be ten thousand, once a second."""
-    fleet = Fleet()
-    for instance in seen.instances:
-        state = instance.state
-        if state == "active":
-            fleet.active += 1
-            fleet.enabled += instance.enabled
-            if instance.busy is not True:
-                fleet.all_busy = False
-            if instance.busy is None and not seen.owns(instance.key):
-                fleet.silent += 1
-            else:
-                fleet.serving.append(instance)
-        elif state == "activating":
-            _count_starting(fleet, instance, units.get(instance.key), seen, now)
-        elif state != "deactivating":
-            unit = units.get(instance.key)
-            if unit is None or unit.notable or instance.notable:
-                _count_stopped(fleet, instance, unit, seen, settings, now)
-            else:
-                fleet.idle.append(instance.key)
-    return fleet
+def _plan(looks: Sequence[Look], settings: WatcherSettings) -> None:
+    """Plan the starts of all parts: floor and ceiling are those of the whole fleet."""
+    least = _floors(looks, settings.floor)
+    working = {look.name for look in looks if look.load.waiting or look.load.in_flight}
+    room = settings.ceiling - sum(look.fleet.running for look in looks) if settings.ceiling else None
+    # Where nothing runs yet, the first worker matters most.
+    for look in sorted(looks, key=lambda one: one.fleet.running > 0):
+        others = len(working - {look.name})  # one worker is left to each of them
+        most = max(1, settings.ceiling - others) if settings.ceiling else 0
+        started = look.plan(Bounds(least[look.name], most), room)
+        room = None if room is None else room - started
 
 
-def sort_spare(
-    fleet: Fleet, seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherSettings, now: float
-) -> None:
-    """Sort those that run by whether they may be stopped, and now; looked at only when there are too many."""
-    for instance in fleet.serving:
-        if _may_stop(instance, units.get(instance.key), now):
-            fleet.spare.append(instance.key)
-            settled = now - instance.since >= SETTLED_LOOKS * settings.probe_interval_s
-            ready = instance.state == "active" and settled
-            if ready and instance.busy is False and seen.alive(instance.key):
-                fleet.stoppable.add(instance.key)
+def _floors(looks: Sequence[Look], floor: int) -> dict[str, int]:
+    """Share the floor out: one to each part in turn, the largest part first, as far as it goes."""
+    least = dict.fromkeys((look.name for look in looks), 0)
+    if len(looks) == 1:
+        return dict.fromkeys(least, floor)
+    order = sorted(looks, key=lambda look: (-look.fleet.possible, look.name))
+    while floor > 0:
+        short = [look for look in order if least[look.name] < look.fleet.possible][:floor]
+        if not short:
+            break
+        for look in short:
+            least[look.name] += 1
+        floor -= len(short)
+    return least
 
 
-def _may_stop(instance: Instance, unit: UnitMemory | None, now: float) -> bool:
-    hold = instance.hold if unit is None else unit.held(now)
-    return not instance.enabled and hold != "started" and not instance.log_only
+def _started(
+    seen: Observation, history: History, startups: Sequence[tuple[Serves, float]]
+) -> Mapping[str, Measured]:
+    """Take in what starts have taken while Redis cannot be read."""
+    parts = dict(history.parts)
+    for part in parts_of(frozenset(one.serves for one in seen.instances), frozenset()) if startups else ():
+        times = [seconds for group, seconds in startups if group in part.whole.groups]
+        known = parts.get(part.name, Measured())
+        parts[part.name] = replace(known, rates=with_startups(known.rates, times))
+    return parts
 
 
-def _count_starting(
-    fleet: Fleet, instance: Instance, unit: UnitMemory | None, seen: Observation, now: float
-) -> None:
-    """Count what starts, but for one that has failed to: it would hold up those that could.
-
-    systemd may try once more, for what was wrong may pass within seconds; then it is stopped.
-    """
-    key = instance.key
-    reason = instance.out if unit is None else unit.resting(now)
-    if not reason:
-        fleet.enabled += instance.enabled
-        fleet.starting[instance.since] += 1
-        fleet.serving.append(instance)
-        return
-    fleet.out[key] = reason
-    hopeless = unit is not None and unit.failed_starts >= FAILED_STARTS
-    if hopeless and _may_stop(instance, unit, now):
-        fleet.broken.append(key)
+def _stranded(
+    seen: Observation, queues: Mapping[Lane, QueueState], fleets: Mapping[Serves, Fleet]
+) -> dict[Lane, Stranded]:
+    """Return the lanes whose tasks wait for nobody: none runs that serves them, nor could be started."""
+    able = [group for group, fleet in fleets.items() if fleet.possible or fleet.returning]
+    out = {key: reason for fleet in fleets.values() for key, reason in fleet.out.items()}
+    return {
+        lane: Stranded(queue.waiting, remedy(lane, seen.instances, out))
+        for lane, queue in sorted(queues.items())
+        if queue.waiting and not any(group.covers(lane) for group in able)
+    }
 
 
-def _count_stopped(
-    fleet: Fleet,
-    instance: Instance,
-    unit: UnitMemory | None,
-    seen: Observation,
-    settings: WatcherSettings,
-    now: float,
-) -> None:
-    key, enabled = instance.key, instance.enabled
-    reason = out(instance, unit, settings, now)
-    if not reason and not seen.alive(key):
-        reason = "its host's watcher is silent"
-    if not reason and instance.log_only:
-        reason = "its host's watcher only logs"
-    if reason:
-        fleet.out[key] = reason
-    elif instance.state == "failed":
-        (fleet.enabled_failed if enabled else fleet.failed).append(key)
-    else:
-        (fleet.enabled_idle if enabled else fleet.idle).append(key)
+def _why(looks: Sequence[Look]) -> str:
+    """Say why: of each part where something is done; else where something is asked for, or waits."""
+    if len(looks) == 1:
+        return looks[0].why()
+    acting = [look for look in looks if look.acts]
+    asking = [look for look in looks if look.load.waiting or look.fleet.running]
+    told = acting or asking or looks[:1]
+    return "; ".join([f"{look.name}: {look.why()}" for look in told[:NAMED]] + _more(len(told)))
 
 
-def _need(
-    seen: Observation, fleet: Fleet, rates: Rates, calm: Calm, settings: WatcherSettings, now: float
-) -> Need:
-    if settings.mode == "threshold":
-        need = by_threshold(seen, fleet, rates, calm, settings, now)
-    else:
-        need = by_target(seen, fleet, rates, settings, now)
-    wanted = max(settings.floor, min(need.up, settings.ceiling or need.up))
-    least = min(settings.floor, fleet.possible)
-    most = min(settings.ceiling or fleet.possible, fleet.possible)
-    up, enough = (max(least, min(number, most)) for number in (need.up, need.enough))
-    return replace(need, up=up, enough=enough, wanted=wanted)
+def _more(count: int) -> list[str]:
+    return [f"and {count - NAMED} more"] if count > NAMED else []
 
 
-def by_threshold(
-    seen: Observation, fleet: Fleet, rates: Rates, calm: Calm, settings: WatcherSettings, now: float
-) -> Need:
-    """Ask for one more worker while more than N tasks wait, not more often than every so many seconds.
-
-    Those that keep up with a steady load stay, though less than that waits: it would soon be more again.
-    """
-    waiting, running = seen.waiting, fleet.running
-    due = calm.last_up is None or now - calm.last_up >= settings.threshold_every_s
-    deep = waiting > settings.threshold_depth
-    up = min(running + 1, max(running, settings.threshold_workers)) if deep and due else running
-    busy = any(q.in_flight for q in (seen.queues or {}).values())
-    enough = running if deep else max(int(bool(waiting or busy)), _keep_up(fleet, rates, settings).enough)
-    formula = f"{waiting} waiting {'>' if deep else '<='} {settings.threshold_depth}"
-    return Need(up=up, enough=enough, formula=formula)
-
-
-def by_target(seen: Observation, fleet: Fleet, rates: Rates, settings: WatcherSettings, now: float) -> Need:
-    """Ask for as many workers as drain each queue within its target and keep up with what arrives."""
-    asked = [_keep_up(fleet, rates, settings)]
-    waiting, arriving, keep = 0, 0.0, 0
-    for name, arrival in zip(QUEUES, rates.recent, strict=True):
-        queue = (seen.queues or {})[name]
-        waiting += queue.waiting
-        arriving += arrival
-        if queue.waiting:
-            asked.append(_drain(name, waiting, arriving, fleet, rates, settings, now))
-            asked.append(_late(name, queue.oldest_s, fleet, rates, settings, now))
-            keep = max(keep, math.ceil(waiting / (rates.service(settings) * _target(name, settings))))
-    in_flight = any(q.in_flight for q in (seen.queues or {}).values())
-    top = max(asked, key=lambda need: need.up)
-    enough = max(int(in_flight), *(need.enough for need in asked))
-    return replace(top, enough=enough, keep=keep)
-
-
-def _target(queue: QueueName, settings: WatcherSettings) -> float:
-    return float(getattr(settings, f"{queue}_target_s"))
-
-
-def _drain(
-    queue: QueueName,
-    waiting: int,
-    arriving: float,
-    fleet: Fleet,
-    rates: Rates,
-    settings: WatcherSettings,
-    now: float,
-) -> Need:
-    """Ask what it takes to drain ``waiting`` tasks by S + T. See the module's docstring."""
-    rate, startup, target = rates.service(settings), rates.startup(settings), _target(queue, settings)
-    horizon = startup + target
-    if not rates.known and rates.saturated < SURE_LOOKS:
-        arriving = 0.0  # it is kept up with, by workers of whom nobody knows what more they could do
-    work = waiting + arriving * horizon
-    have = fleet.active * horizon + _from_starting(fleet.starting, startup, horizon, now)
-    short = work - rate * have
-    more = math.ceil(short / (rate * target)) if short > 0 else 0
-    formula = (
-        f"{queue}: {waiting} waiting + {arriving:.3g}/s x {horizon:.3g} s against {have:.4g} worker-seconds "
-        f"x {rate:.3g}/s: {'short ' + format(short, '.4g') if short > 0 else 'drains in time'}"
-    )
-    if more:
-        formula += f", / ({rate:.3g}/s x {target:g} s) = {more} more"
-    return Need(up=fleet.running + more, enough=max(1, math.ceil(work / (rate * horizon))), formula=formula)
-
-
-def _from_starting(starting: Counter[float], startup: float, horizon: float, now: float) -> float:
-    """Return the worker-seconds until ``horizon`` of those that start now."""
-    total = 0.0
-    for since, workers in starting.items():
-        if not _stuck(since, startup, now):
-            total += workers * (horizon - max(0.0, startup - (now - since)))
-    return total
-
-
-def _stuck(since: float, startup: float, now: float) -> bool:
-    return now - since > STUCK * startup + 10
-
-
-def _late(
-    queue: QueueName, oldest_s: float, fleet: Fleet, rates: Rates, settings: WatcherSettings, now: float
-) -> Need:
-    """Ask for one more when tasks wait much too long, whatever the rates say: they must be wrong."""
-    startup = rates.startup(settings)
-    limit = startup + 2 * _target(queue, settings)
-    coming = any(not _stuck(since, startup, now) for since in fleet.starting)
-    late = oldest_s > limit and not coming
-    formula = f"{queue}: the oldest waits {oldest_s:.4g} s, more than {limit:.4g} s" if late else ""
-    return Need(up=fleet.running + int(late), enough=0, formula=formula)
-
-
-def _keep_up(fleet: Fleet, rates: Rates, settings: WatcherSettings) -> Need:
-    """Ask for what a steady load needs."""
-    rate, steady, aim = rates.service(settings), rates.steady, settings.utilisation
-    if rates.arrived < 1:
-        return Need(up=fleet.running, enough=0, formula="nothing arrives")
-    enough = math.ceil(steady / (rate * (aim - SLACK)))
-    up = fleet.running
-    # Before the rate is known, only a backlog tells that there are too few.
-    if rates.known and steady > rate * (aim + SLACK) * up:
-        up = max(up, math.ceil(steady / (rate * aim)))
-    return Need(
-        up=up, enough=enough, formula=f"{steady:.3g}/s arrive, {rate:.3g}/s a worker: {enough} keep up"
-    )
-
-
-def _verdict(actions: list[Action], fleet: Fleet) -> Verdict:
-    verbs = {action.verb for action in actions if action.key not in fleet.broken}
-    if "start" in verbs:
-        return "scale_up"
-    if "stop" in verbs:
-        return "scale_down"
-    return "repair" if actions else "hold"
-
-
-def _why(fleet: Fleet, need: Need, calm: Calm, actions: list[Action], settings: WatcherSettings) -> str:
-    if actions:
-        return f"{actions[0].why}; {need.formula}" if actions[0].verb == "start" else actions[0].why
-    if need.wanted > max(fleet.running, need.enough):
-        return f"{need.wanted} wanted, but no instance is left to start; {need.formula}"
-    if need.enough < fleet.running:
-        return f"{need.enough} would do; waits until that has held for {calm.pause(settings):.0f} s"
-    return need.formula
-
-
-def _inputs(
-    seen: Observation, fleet: Fleet, rates: Rates, need: Need, settings: WatcherSettings
-) -> dict[str, object]:
+def _inputs(seen: Observation, looks: Sequence[Look], settings: WatcherSettings) -> dict[str, object]:
+    first, fleets, needs = looks[0], [look.fleet for look in looks], [look.need for look in looks]
+    active, running = sum(fleet.active for fleet in fleets), sum(fleet.running for fleet in fleets)
+    one: dict[str, object] = {
+        "rate_per_worker": round(first.rates.service(settings), 3),
+        "startup_s": round(first.rates.startup(settings), 1),
+    }
+    parts = {"parts": "; ".join([*map(str, looks[:NAMED]), *_more(len(looks))])}
+    wanted = sum(need.wanted for need in needs)
     inputs: dict[str, object] = {
         "waiting": seen.waiting,
         "oldest_s": round(max((q.oldest_s for q in (seen.queues or {}).values()), default=0.0), 1),
-        "arrivals_per_s": round(rates.steady, 3),
-        "rate_per_worker": round(rates.service(settings), 3),
-        "startup_s": round(rates.startup(settings), 1),
-        "active": fleet.active,
-        "starting": fleet.running - fleet.active,
-        "possible": fleet.possible,
-        "wanted": need.wanted,
-        "enough": need.enough,
+        "arrivals_per_s": round(sum(look.rates.steady for look in looks), 3),
+        **(one if len(looks) == 1 else parts),
+        "active": active,
+        "starting": running - active,
+        "possible": sum(fleet.possible for fleet in fleets),
+        "wanted": min(wanted, settings.ceiling or wanted),
+        "enough": sum(need.enough for need in needs),
         "dead_letters": seen.dead_letters,
     }
-    return {**inputs, "out": _outs(fleet)} if fleet.out else inputs
+    out = {key: reason for fleet in fleets for key, reason in fleet.out.items()}
+    return {**inputs, "out": _outs(out)} if out else inputs
 
 
-def _outs(fleet: Fleet) -> str:
+def _outs(out: Mapping[Key, str]) -> str:
     """Return who is out, and why: the first few of them."""
-    first = sorted(fleet.out)[:NAMED]
-    more = len(fleet.out) - len(first)
-    return "; ".join([f"{key}: {fleet.out[key]}" for key in first] + ([f"and {more} more"] if more else []))
+    first = sorted(out)[:NAMED]
+    return "; ".join([f"{key}: {out[key]}" for key in first] + _more(len(out)))

@@ -4,6 +4,9 @@
 What waits in a queue plus what was ever claimed from it is what ever arrived. The oldest task that waits
 is the one after all that were claimed; when it came, the watcher has seen itself: no payload is read.
 
+What a worker that runs serves, it says in its heartbeat; what one that does not run would serve, its host's
+watcher knows from its settings, and tells.
+
 Watchers tell each other about their instances in one hash. Whether another one lives is told by its
 count going on, on our own clock, and at first sight by its age on Redis's; two hosts' clocks need not agree.
 """
@@ -14,6 +17,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,13 +25,14 @@ import orjson
 import redis
 
 from gpuinfer.log import get_logger
-from gpuinfer.queue import beats, keys
-from gpuinfer.queue.connection import typed_errors
-from gpuinfer.queue.depth import Depth
+from gpuinfer.queue import heartbeats, keys
+from gpuinfer.queue.connection import format_mismatch, typed_errors
+from gpuinfer.queue.depth import Depth, Lane
 from gpuinfer.queue.depth import look as look_at_queues
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES
-from gpuinfer.watcher.state import Figures, Instance, Key, QueueState
+from gpuinfer.watcher.served import serves_of
+from gpuinfer.watcher.state import EVERYTHING, Figures, Instance, Key, QueueState, Serves
 
 log = get_logger(__name__)
 
@@ -39,22 +44,26 @@ MEMORY_PREFIX = "gpuinfer:watcher:memory:"
 SILENT_S = 10.0
 SILENT_LOOKS = 3.0
 FORGOTTEN_S = 3600.0
+#: For each lane, at most so many moments are remembered at which waiting tasks came. Then every second one is
+#: dropped, and its tasks are taken to have come at the one before: the oldest stay exact, and no age is too
+#: high by more than 1/512 of the time in which the backlog came.
+MOMENTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What one look at Redis has shown."""
 
-    queues: dict[str, QueueState]
+    queues: dict[Lane, QueueState]
     #: Worker (``gpu0@host``) -> tasks in flight.
     in_flight: Mapping[str, int]
-    #: Workers with a fresh heartbeat.
-    beating: frozenset[str]
+    #: Worker with a fresh heartbeat -> what it says it serves; None: it does not say.
+    beating: Mapping[str, Serves | None]
     remote: tuple[Instance, ...]
     live_hosts: frozenset[str]
     dead_letters: int
     #: What the other live hosts' watchers have measured.
-    figures: Mapping[str, Figures]
+    figures: Mapping[str, Mapping[str, Figures]]
     #: Which life of a watcher, not ours, tells of instances under our host's name; empty: none.
     rival: str = ""
 
@@ -87,32 +96,41 @@ class Probe:
         self._host = host
         self._clock = clock
         self._others: dict[str, _Other] = {}
-        self._arrived: dict[str, deque[tuple[float, int]]] = {name: deque() for name in QUEUES}
+        self._arrived: dict[Lane, deque[tuple[float, int]]] = {}
+        self._garbled: set[str] = set()
         self._beat = int(time.time() * 1000)
 
-    def look(self, own: list[Instance], now: float, figures: Figures | None = None) -> Seen:
-        """Tell the others of our instances and figures, and look at everything. Raises BrokerUnavailable."""
+    def look(self, own: list[Instance], now: float, figures: Mapping[str, Figures] | None = None) -> Seen:
+        """Tell the others of our instances and figures, and look at everything.
+
+        Raises BrokerUnavailable; FormatMismatch, before anything is written.
+        """
         with typed_errors():
             told, redis_now, rival = self._tell(own, now, figures)
             remote, live, theirs = self._hear(told, redis_now, now)
             names = [str(instance.key) for instance in (*own, *remote)]
             depth = look_at_queues(self._client, names)
-            claimed: Mapping[Any, Any] = self._client.hgetall(keys.CLAIMED)
-            beating = frozenset(beats.fresh(self._client, names))
-        queues = self._queues(depth, _by_queue(claimed))
+            beats = heartbeats.fresh(self._client, names)
+        beating = {name: _says(body) for name, body in beats.items()}
+        serving = {str(one.key): one.serves for one in (*own, *remote)}
+        serving |= {name: serves for name, serves in beating.items() if serves}
+        queues = self._queues(depth, _in_lanes(depth, serving))
         # Of a silent host, only what still beats is there.
         there = (one for one in remote if one.key.host in live or str(one.key) in beating)
-        marked = tuple(with_busy(one, depth.inflight, beating) for one in there)
+        marked = tuple(as_it_runs(one, depth.inflight, beating) for one in there)
         return Seen(queues, depth.inflight, beating, marked, live, depth.dead_letters, theirs, rival)
 
     def _tell(
-        self, own: list[Instance], now: float, figures: Figures | None
+        self, own: list[Instance], now: float, figures: Mapping[str, Figures] | None
     ) -> tuple[dict[bytes, bytes], float, str]:
         """Tell the others; return what all tell, Redis's time, and who else has our name."""
         with self._client.pipeline(transaction=False) as pipe:
             pipe.time()
+            pipe.get(keys.FORMAT_KEY)
             pipe.hgetall(HOSTS) if not self._tells else pipe.hget(HOSTS, self._host)
-            (seconds, microseconds), found = pipe.execute()
+            (seconds, microseconds), number, found = pipe.execute()
+        if number is not None and number != str(keys.FORMAT).encode():
+            raise format_mismatch(f"FORMAT {number.decode(errors='replace')}")
         redis_now = seconds + microseconds / 1e6
         if not self._tells:
             return found, redis_now, ""
@@ -124,7 +142,7 @@ class Probe:
             "beat": self._beat,
             "at": redis_now,
             "interval_s": self._interval_s,
-            "figures": asdict(figures) if figures else None,
+            "figures": {name: asdict(measured) for name, measured in (figures or {}).items()},
             "instances": [_told(instance, now) for instance in own],
         }
         flat: list[bytes] = self._share(keys=[HOSTS], args=[self._host, orjson.dumps(body)])
@@ -133,10 +151,10 @@ class Probe:
 
     def _hear(
         self, told: Mapping[bytes, bytes], redis_now: float, now: float
-    ) -> tuple[tuple[Instance, ...], frozenset[str], dict[str, Figures]]:
+    ) -> tuple[tuple[Instance, ...], frozenset[str], dict[str, Mapping[str, Figures]]]:
         instances: list[Instance] = []
         live = {self._host}
-        figures: dict[str, Figures] = {}
+        figures: dict[str, Mapping[str, Figures]] = {}
         for name, text in told.items():
             host = name.decode(errors="replace")
             if host == self._host:
@@ -144,13 +162,16 @@ class Probe:
             try:
                 body = orjson.loads(text)
                 theirs = [_heard(host, one, now) for one in body["instances"]]
-                measured = _figures(body.get("figures"))
+                measured = {name: _figures(one) for name, one in (body.get("figures") or {}).items()}
                 beat = body["beat"]
                 age_s = max(0.0, redis_now - float(body.get("at", redis_now)))
-                limit_s = max(SILENT_S, SILENT_LOOKS * float(body.get("interval_s", 0.0)))
-            except (ValueError, KeyError, TypeError) as exc:
-                log.warning("host_unreadable", host=host, reason=f"{type(exc).__name__}: {exc}")
+                limit_s = _silent_after(body)
+            except (ValueError, KeyError, TypeError, AttributeError) as exc:
+                if host not in self._garbled:
+                    log.warning("host_unreadable", host=host, reason=f"{type(exc).__name__}: {exc}")
+                self._garbled.add(host)
                 continue
+            self._garbled.discard(host)
             other = self._others.setdefault(host, _Other(beat, self._clock() - age_s))
             if other.beat != beat:
                 other.beat, other.moved_at = beat, self._clock()
@@ -166,47 +187,116 @@ class Probe:
             instances += theirs
         return tuple(instances), frozenset(live), figures
 
-    def _queues(self, depth: Depth, claimed: Mapping[str, int]) -> dict[str, QueueState]:
-        queues: dict[str, QueueState] = {}
-        for name in QUEUES:
-            waiting, done = sum(depth.waiting[name].values()), claimed.get(name, 0)
-            queues[name] = QueueState(waiting=waiting, done=done, oldest_s=self._oldest(name, waiting, done))
-        # Whose of the queues it is what is in flight, nobody knows; only the sum is asked for.
-        queues["default"] = QueueState(
-            waiting=queues["default"].waiting,
-            in_flight=depth.total_inflight,
-            done=queues["default"].done - depth.total_inflight,
-            oldest_s=queues["default"].oldest_s,
-        )
+    def _queues(self, depth: Depth, in_flight: Mapping[Lane, int]) -> dict[Lane, QueueState]:
+        known = {depth.default_model, *depth.catalogue}
+        lanes = {Lane(tier, model) for tier in QUEUES for model in known}
+        lanes |= {*depth.lanes, *depth.claimed, *in_flight}
+        queues: dict[Lane, QueueState] = {}
+        for lane in sorted(lane for lane in lanes if lane.tier in QUEUES):
+            waiting = sum(depth.lanes.get(lane, {}).values())
+            claimed, held = depth.claimed.get(lane, 0), in_flight.get(lane, 0)
+            queues[lane] = QueueState(
+                waiting=waiting,
+                in_flight=held,
+                done=claimed - held,
+                oldest_s=self._oldest(lane, waiting, claimed),
+            )
         return queues
 
-    def _oldest(self, queue: str, waiting: int, claimed: int) -> float:
+    def _oldest(self, lane: Lane, waiting: int, claimed: int) -> float:
         """Return since when the first task after those that were claimed has been there."""
-        arrived, now = self._arrived[queue], self._clock()
+        if not waiting:
+            self._arrived.pop(lane, None)
+            return 0.0
+        arrived, now = self._arrived.setdefault(lane, deque()), self._clock()
         while arrived and arrived[0][1] <= claimed:
             arrived.popleft()
-        if not waiting:
-            arrived.clear()
-            return 0.0
         if not arrived or arrived[-1][1] < waiting + claimed:
             arrived.append((now, waiting + claimed))
+        if len(arrived) > MOMENTS:
+            self._arrived[lane] = arrived = thinned(arrived)
         return now - arrived[0][0]
 
 
-def _by_queue(counts: Mapping[bytes, bytes]) -> dict[str, int]:
-    totals: dict[str, int] = {}
-    for name, count in counts.items():
-        queue = keys.split_list_key(name.decode(errors="replace"))[0]
-        totals[queue] = totals.get(queue, 0) + int(count)
-    return totals
+def thinned(arrived: deque[tuple[float, int]]) -> deque[tuple[float, int]]:
+    """Return half as many moments: of each two, the earlier moment with the later count."""
+    pairs = [*arrived]
+    early, late = pairs[::2], pairs[1::2]
+    kept = [(at, count) for (at, _), (_, count) in zip(early, late, strict=False)]
+    return deque([*kept, *early[len(late) :]])
 
 
-def with_busy(instance: Instance, in_flight: Mapping[str, int], beating: frozenset[str]) -> Instance:
-    """Return an instance with what Redis knows of it: it holds tasks, or it beats and holds none."""
+def _in_lanes(depth: Depth, serving: Mapping[str, Serves]) -> dict[Lane, int]:
+    """Return what is in flight by lane: all that a worker holds in one of its lanes.
+
+    Which of its lanes each task came from is not looked for; only sums over all that one serves are used.
+    """
+    found: dict[Lane, int] = {}
+    for worker, count in depth.inflight.items():
+        serves = serving.get(worker, EVERYTHING)
+        tier = "default" if "default" in serves.tiers else serves.tiers[0]
+        model = depth.default_model
+        if serves.models and model not in serves.models:
+            model = serves.models[0]
+        lane = Lane(tier, model)
+        found[lane] = found.get(lane, 0) + count
+    return found
+
+
+def _says(heartbeat: Mapping[str, Any]) -> Serves | None:
+    """Return what a worker says it serves; None when its heartbeat does not say."""
+    try:
+        serves = serves_of(heartbeat.get("queues", ()), heartbeat.get("models", ()))
+    except TypeError:
+        return None
+    return serves if serves.tiers and serves.models else None
+
+
+def as_it_runs(
+    instance: Instance, in_flight: Mapping[str, int], beating: Mapping[str, Serves | None]
+) -> Instance:
+    """Return an instance with what Redis knows of it, if it runs: what it serves, and whether it is busy."""
     name = str(instance.key)
-    if instance.state != "active":
+    if not instance.runs and instance.state != "deactivating":
         return instance
-    return replace(instance, busy=True if in_flight.get(name) else (False if name in beating else None))
+    serves = beating.get(name) or instance.serves
+    if instance.state != "active":
+        return instance if serves == instance.serves else replace(instance, serves=serves)
+    busy = True if in_flight.get(name) else (False if name in beating else None)
+    return replace(instance, busy=busy, serves=serves)
+
+
+def fleet(client: redis.Redis) -> list[Instance]:
+    """Return the instances of all hosts: those that beat, and those that a watcher which is alive tells of.
+
+    One look from outside, for commands; raises redis-py's errors.
+    """
+    beats, now = heartbeats.fresh(client), _time(client)
+    found: dict[Key, Instance] = {}
+    told: Mapping[Any, Any] = client.hgetall(HOSTS)
+    for name, text in told.items():
+        host = name.decode(errors="replace")
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # its watchers' logs say so
+            body = orjson.loads(text)
+            if now - body["at"] <= _silent_after(body):
+                found |= {one.key: one for one in (_heard(host, each, now) for each in body["instances"])}
+    for worker, body in beats.items():
+        number, _, host = worker.removeprefix("gpu").partition("@")
+        serves = _says(body)
+        if number.isdecimal() and serves:
+            key = Key(int(number), host)
+            found[key] = Instance(key=key, state="active", serves=serves)
+    return sorted(found.values(), key=lambda one: one.key)
+
+
+def _time(client: redis.Redis) -> float:
+    seconds, microseconds = client.time()
+    return float(seconds + microseconds / 1e6)
+
+
+def _silent_after(body: Mapping[str, Any]) -> float:
+    """Return after how many seconds a watcher that has not told anything new is taken to be silent."""
+    return max(SILENT_S, SILENT_LOOKS * float(body.get("interval_s", 0.0)))
 
 
 def _life(text: bytes | None) -> str:
@@ -217,10 +307,8 @@ def _life(text: bytes | None) -> str:
         return ""
 
 
-def _figures(told: Mapping[str, Any] | None) -> Figures | None:
-    """Return what another watcher has measured; None from one that tells nothing of it."""
-    if told is None:
-        return None
+def _figures(told: Mapping[str, Any]) -> Figures:
+    """Return what another watcher has measured."""
     served, startup_s = told["served"], told["startup_s"]
     return Figures(
         served=None if served is None else float(served),
@@ -240,17 +328,21 @@ def _told(instance: Instance, now: float) -> dict[str, object]:
         "hold": instance.hold,
         "out": instance.out,
         "log_only": instance.log_only,
+        "tiers": instance.serves.tiers,
+        "models": instance.serves.models,
     }
 
 
-def _heard(host: str, one: Mapping[str, object], now: float) -> Instance:
+def _heard(host: str, one: Mapping[str, Any], now: float) -> Instance:
+    serves = serves_of(one.get("tiers", QUEUES), one.get("models", ()))
     return Instance(
         key=Key(int(str(one["number"])), host),
-        state=one["state"],  # type: ignore[arg-type]  # a watcher wrote it
+        state=one["state"],
         since=now - float(str(one["age_s"])),
         enabled=bool(one["enabled"]),
         masked=bool(one["masked"]),
-        hold=one["hold"],  # type: ignore[arg-type]
+        hold=one["hold"],
         out=str(one["out"]),
         log_only=bool(one.get("log_only")),
+        serves=serves if serves.tiers else EVERYTHING,
     )

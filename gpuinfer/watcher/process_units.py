@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gpuinfer.errors import UnitsUnavailable
+from gpuinfer.errors import UnitRefused, UnitsUnavailable
 from gpuinfer.watcher.state import UnitState, Verb
 from gpuinfer.watcher.units import UnitView
 
@@ -25,6 +25,8 @@ _PR_SET_PDEATHSIG = 1
 #: What a batch may take to drain before its worker is killed.
 STOP_TIMEOUT_S = 90.0
 Command = Callable[[int], Sequence[str]]
+#: What is special about one instance: variables beside those that all have.
+Special = Callable[[int], Mapping[str, str]]
 
 
 def worker_command(number: int) -> list[str]:
@@ -47,6 +49,7 @@ class ProcessUnits:
         numbers: Iterable[int],
         command: Command = worker_command,
         environ: Mapping[str, str] | None = None,
+        special: Special | None = None,
         clock: Callable[[], float] = time.monotonic,
         stop_timeout_s: float = STOP_TIMEOUT_S,
     ) -> None:
@@ -56,6 +59,7 @@ class ProcessUnits:
         self._children: dict[int, _Child] = {}
         self._command = command
         self._environ = environ if environ is not None else os.environ
+        self._special = special
         self._clock = clock
         self._stop_timeout_s = stop_timeout_s
 
@@ -85,6 +89,10 @@ class ProcessUnits:
         self._states[number] = (state, self._clock())
 
     async def _start(self, number: int) -> None:
+        try:
+            special = self._special(number) if self._special else {}
+        except (ValueError, OSError) as exc:
+            raise UnitRefused(f"worker {number} cannot be started: its own file: {exc}") from exc
         ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         ready.setblocking(False)
         ready.bind("")  # the kernel picks an abstract name
@@ -93,7 +101,7 @@ class ProcessUnits:
             process = await asyncio.create_subprocess_exec(
                 *self._command(number),
                 stdin=asyncio.subprocess.DEVNULL,
-                env={**self._environ, "NOTIFY_SOCKET": name},
+                env={**self._environ, **special, "NOTIFY_SOCKET": name},
                 start_new_session=True,
                 preexec_fn=_die_with(os.getpid()),
             )

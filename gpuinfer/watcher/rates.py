@@ -10,13 +10,15 @@ seen, never lowered.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import fmean, median
 
+from gpuinfer.queue.depth import Lane
 from gpuinfer.settings import QUEUES, WatcherSettings
-from gpuinfer.watcher.state import Figures, Observation
+from gpuinfer.watcher.load import Load
+from gpuinfer.watcher.state import Figures
 
 #: The steady arrival rate is the mean over the calm period, within these bounds.
 WINDOW_MIN_S, WINDOW_MAX_S = 10.0, 60.0
@@ -67,8 +69,8 @@ class Rates:
     """What has been measured so far; every value may be None or empty before the first look."""
 
     at: float | None = None
-    #: waiting + in flight + done of each queue at the last look.
-    totals: tuple[float, ...] = ()
+    #: waiting + in flight + done of each lane at the last look.
+    totals: Mapping[Lane, float] = field(default_factory=dict)
     done: float = 0.0
     active: int = 0
     #: For how many looks in a row the workers have been saturated.
@@ -154,24 +156,21 @@ def _lasting(rates: tuple[float, ...], saturated: bool) -> float:
 
 
 def measure(
-    before: Rates, seen: Observation, active: int, all_busy: bool, settings: WatcherSettings, now: float
+    before: Rates, load: Load, active: int, all_busy: bool, settings: WatcherSettings, now: float
 ) -> Rates:
     """Add a look. ``active`` workers serve, and ``all_busy`` says whether none of them is idle."""
-    queues = [(seen.queues or {})[name] for name in QUEUES]
-    totals = tuple(float(q.waiting + q.in_flight + q.done) for q in queues)
-    done = float(sum(q.done for q in queues))
-    in_flight = sum(q.in_flight for q in queues)
-    held = (in_flight if seen.held is None else seen.held) / active if active else 0.0
-    full = all_busy and active > 0 and seen.waiting > in_flight and held >= FULL * max(before.peak, held)
+    done = float(load.done)
+    held = load.held / active if active else 0.0
+    full = all_busy and active > 0 and load.waiting > load.in_flight and held >= FULL * max(before.peak, held)
     saturated = before.saturated + 1 if full else 0
-    after = replace(before, at=now, totals=totals, done=done, active=active, saturated=saturated)
+    after = replace(before, at=now, totals=load.totals, done=done, active=active, saturated=saturated)
     seconds = now - before.at if before.at is not None else 0.0
     if not 0 < seconds <= MAX_GAP * settings.probe_interval_s:
         return after
     sample = Sample(
         at=now,
         seconds=seconds,
-        arrived=tuple(max(0.0, new - old) for new, old in zip(totals, before.totals, strict=True)),
+        arrived=_arrived(before.totals, load.totals),
         served=max(0.0, done - before.done),
         workers=active if active == before.active else 0,
         held=held,
@@ -182,6 +181,14 @@ def measure(
     if saturated > 1 and active == before.active:
         return _learn(after, sample, settings)
     return _raise(after, settings)
+
+
+def _arrived(before: Mapping[Lane, float], totals: Mapping[Lane, float]) -> tuple[float, ...]:
+    """Return what has arrived in each tier. Of a lane that is new here, it is not known since when it was."""
+    tiers: dict[str, float] = dict.fromkeys(QUEUES, 0.0)
+    for lane, total in totals.items():
+        tiers[lane.tier] += total - before.get(lane, total)
+    return tuple(max(0.0, count) for count in tiers.values())
 
 
 def _learn(rates: Rates, sample: Sample, settings: WatcherSettings) -> Rates:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from gpuinfer.queue.depth import Lane
 from gpuinfer.settings import QUEUES
 
 UnitState = Literal["inactive", "activating", "active", "deactivating", "failed"]
@@ -33,6 +34,34 @@ class Key(NamedTuple):
 
     def __str__(self) -> str:
         return f"gpu{self.number}@{self.host}"
+
+
+class Serves(NamedTuple):
+    """What a worker serves: each of its models in each of its tiers."""
+
+    #: In the order of QUEUES.
+    tiers: tuple[str, ...] = QUEUES
+    #: Sorted. Empty: any model, for where it is not known which.
+    models: tuple[str, ...] = ()
+
+    def covers(self, lane: Lane) -> bool:
+        """Tell whether it serves a lane.
+
+        Without a default model, its lanes name no model: the first worker to be ready sets it.
+        """
+        return lane.tier in self.tiers and (not self.models or not lane.model or lane.model in self.models)
+
+    def overlaps(self, other: Serves) -> bool:
+        """Tell whether there may be a lane that both serve."""
+        shared = not self.models or not other.models or not set(self.models).isdisjoint(other.models)
+        return shared and not set(self.tiers).isdisjoint(other.tiers)
+
+    def __str__(self) -> str:
+        return f"{','.join(self.tiers)}:{','.join(self.models) or '*'}"
+
+
+#: Every tier and any model: of one fleet in which all serve the same.
+EVERYTHING = Serves()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +96,8 @@ class Instance:
     #: None: not known, as without a fresh heartbeat; such a one is not stopped.
     busy: bool | None = None
     gpu: GpuHealth = HEALTHY
+    #: What it serves while it runs, else what it would serve.
+    serves: Serves = EVERYTHING
     #: For instances of other hosts, as their watchers publish it.
     hold: Hold = ""
     #: For instances of other hosts: why their watcher will not start it, or why what starts there is not
@@ -89,7 +120,7 @@ class Instance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueState:
-    """One queue at one moment."""
+    """One lane, or several together, at one moment."""
 
     waiting: int = 0
     in_flight: int = 0
@@ -116,7 +147,7 @@ class Observation:
     """Everything a decision is made from."""
 
     #: None: Redis cannot be read.
-    queues: Mapping[str, QueueState] | None
+    queues: Mapping[Lane, QueueState] | None
     #: All instances of all hosts that are known, in any order.
     instances: tuple[Instance, ...] = ()
     #: The host this watcher acts for; None: all of them, as in the simulator.
@@ -124,10 +155,10 @@ class Observation:
     #: Hosts whose watcher is alive; others' instances serve, and nobody would start them.
     live_hosts: frozenset[str] = frozenset()
     dead_letters: int = 0
-    #: What the watchers of other hosts that are alive have measured.
-    figures: Mapping[str, Figures] = field(default_factory=dict)
-    #: Tasks that active workers hold; None: all that are in flight.
-    held: int | None = None
+    #: Host -> part of the fleet -> what its watcher has measured there; only watchers that are alive.
+    figures: Mapping[str, Mapping[str, Figures]] = field(default_factory=dict)
+    #: Tasks that active workers hold, by what those serve; None: all that are in flight.
+    held: Mapping[Serves, int] | None = None
     #: Whether what is decided is done; else it is only logged.
     acts: bool = True
     #: Why Redis cannot be read.
@@ -143,7 +174,7 @@ class Observation:
 
     @property
     def waiting(self) -> int:
-        """Return how many tasks wait in all queues."""
+        """Return how many tasks wait in all lanes."""
         return sum(queue.waiting for queue in (self.queues or {}).values())
 
 
@@ -170,8 +201,3 @@ class Need:
     wanted: int = 0
     #: The formula with its numbers.
     formula: str
-
-
-def empty_queues() -> dict[str, QueueState]:
-    """Return all queues, empty."""
-    return {name: QueueState() for name in QUEUES}

@@ -301,3 +301,28 @@ def _lives(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+@pytest.mark.integration
+async def test_a_process_has_what_is_special_about_it(tmp_path: Path) -> None:
+    """Variables of its own beside those of all, read at each start; what cannot be read is refused."""
+    special = [{"SPECIAL": "yes"}]
+
+    def of(number: int) -> dict[str, str]:
+        if not special:
+            raise ValueError("line 1 is no NAME=value")
+        return special[number]
+
+    told = tmp_path / "told"
+    script = f"import os; open({str(told)!r}, 'w').write(os.environ['SPECIAL'] + os.environ['COMMON'])"
+    units = ProcessUnits(
+        [0], lambda _: [sys.executable, "-c", script], {**os.environ, "COMMON": "!"}, special=of
+    )
+    await units.act("start", 0)
+    await Place(units, lambda *_: None).becomes(0, "inactive")
+    assert told.read_text() == "yes!"
+    special.clear()
+    with pytest.raises(UnitRefused, match="line 1"):
+        await units.act("start", 0)
+    assert (await units.look())[0].state == "inactive"
+    await units.close()

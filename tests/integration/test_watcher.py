@@ -14,6 +14,7 @@ import orjson
 import pytest
 
 from gpuinfer import Client
+from gpuinfer.queue import heartbeats, keys
 from gpuinfer.queue.connection import connect
 from gpuinfer.settings import Settings
 from gpuinfer.watcher.probe import DECISIONS
@@ -33,7 +34,6 @@ WATCHER = {
     "watcher_assumed_rate": 1,
     "worker_device": "cpu",
     "worker_models": "slow",
-    "models_default": "slow",
 }
 
 
@@ -124,4 +124,38 @@ def test_dry_run_leaves_the_service_alone(
     watcher.wait_for_line('"scale_up"')
     time.sleep(1)
     assert client.keys("gpuinfer:watcher:*") == []
+    assert watcher.terminate() == 0
+
+
+def test_each_worker_is_started_for_what_it_serves(
+    workers: Workers, redis_server: RedisServer, settings_for: Build
+) -> None:
+    """Two real workers: one for realtime tasks of one model, one for another model. Each has its own backlog.
+
+    What is left over, batch tasks of the first model, waits for nobody, and is said once.
+    """
+    sleeper(workers.folder / "models" / "quick", 0.05, max_batch_size=1)
+    (workers.folder / "gpuinfer.toml").write_text("")
+    (workers.folder / "worker@0.env").write_text("GPUINFER_WORKER_QUEUES=realtime\n")
+    (workers.folder / "worker@1.env").write_text('# another model\nGPUINFER_WORKER_MODELS="quick"\n')
+    watcher = watch(workers, config=workers.folder / "gpuinfer.toml", watcher_floor=0)
+    watcher.wait_for_line('"watching"')
+    settings = settings_for(redis_server)
+    redis = connect(settings.broker)
+    wait_until(lambda: redis.zcard(keys.CATALOGUE) == 2, 60)
+    with Client(settings) as client:
+        lost = client.submit([1.0], model="slow", queue="batch")
+        ids = [client.submit([float(n)], model="quick", queue="batch") for n in range(5)]
+        assert len([client.result(one, timeout_s=60) for one in ids]) == 5
+        started = [str(entry["actions"]) for entry in lines(workers, "scale_up")]
+        assert started == [f"start {Key(1, os.uname().nodename)}"]
+        client.result(client.submit([1.0], model="slow", queue="realtime"), timeout_s=60)
+        beats = heartbeats.fresh(redis)
+        said = {name.partition("@")[0]: (body["queues"], body["models"]) for name, body in beats.items()}
+        assert said["gpu0"] == (["realtime"], ["slow"])
+        [warned] = lines(workers, "nothing_serves")
+        assert (warned["queue"], warned["model"], warned["waiting"]) == ("batch", "slow", 1)
+        client.cancel(lost)
+        redis.delete("batch.slow", "batch")
+        watcher.wait_for_line('"served_again"')
     assert watcher.terminate() == 0

@@ -3,25 +3,37 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import orjson
 import pytest
+import redis
 from redis.exceptions import OutOfMemoryError
 
 from gpuinfer import Client
 from gpuinfer.errors import BrokerUnavailable
-from gpuinfer.queue import beats
+from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
+from gpuinfer.queue.depth import Lane
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Settings
-from gpuinfer.watcher.probe import HOSTS, Probe, Seen
-from gpuinfer.watcher.state import Instance, Key
+from gpuinfer.watcher import probe
+from gpuinfer.watcher.probe import HOSTS, Probe, Seen, as_it_runs, fleet, thinned
+from gpuinfer.watcher.state import Instance, Key, Serves, UnitState
 from tests.services import RedisServer
 from tests.watchers import KNOWN
 
 pytestmark = pytest.mark.integration
 Build = Callable[..., Settings]
+BATCH = Lane("batch", "digits")
+
+
+def beat(client: redis.Redis, worker: str, **body: object) -> None:
+    """Let a worker say that it lives."""
+    Store(client, worker, QUEUES, Settings().queue, models=["digits"]).register(
+        orjson.dumps({"worker": worker, "state": "idle", **body})
+    )
 
 
 class Backlog:
@@ -32,13 +44,14 @@ class Backlog:
         self._client = client
         self._probe = Probe(redis, "a", clock=lambda: self.now)
         self._own = [Instance(key=Key(0, "a"), state="active")]
-        self.store = Store(redis, "gpu0@a", QUEUES, settings.queue)
+        self.store = Store(redis, "gpu0@a", QUEUES, settings.queue, models=["digits"])
+        self.store.register(default="digits")
         self.now = 0.0
         for _ in range(3):
             self.submit()
 
     def submit(self) -> None:
-        self._client.submit([1.0], queue="batch")
+        self._client.submit([1.0], model="digits", queue="batch")
 
     def look(self, now: float) -> Seen:
         return self._probe.look(self._own, now)
@@ -53,19 +66,16 @@ def backlog(redis_server: RedisServer, settings_for: Build) -> Iterator[Backlog]
 
 def test_the_probe_counts_what_waits_was_claimed_and_is_in_flight(backlog: Backlog) -> None:
     """Per queue, with the age of the oldest that waits."""
-    assert backlog.look(0.0).queues["batch"].waiting == 3
+    assert backlog.look(0.0).queues[BATCH].waiting == 3
     backlog.now = 7.0
     backlog.store.claim(2)
     backlog.submit()
     seen = backlog.look(5.0)
-    assert (seen.queues["batch"].waiting, seen.queues["batch"].done, seen.queues["batch"].oldest_s) == (
-        2,
-        2,
-        7.0,
-    )
+    batch = seen.queues[BATCH]
+    assert (batch.waiting, batch.done, batch.oldest_s) == (2, 2, 7.0)
     assert seen.in_flight == {"gpu0@a": 2}
     assert sum(q.in_flight + q.done for q in seen.queues.values()) == 2
-    assert seen.beating == frozenset()
+    assert seen.beating == {}
 
 
 def test_what_a_worker_hands_back_was_never_served(backlog: Backlog) -> None:
@@ -75,7 +85,7 @@ def test_what_a_worker_hands_back_was_never_served(backlog: Backlog) -> None:
     for look in range(3):
         queues = backlog.look(backlog.now).queues
         totals.append(sum(q.waiting + q.in_flight + q.done for q in queues.values()))
-        oldest.append(queues["batch"].oldest_s)
+        oldest.append(queues[BATCH].oldest_s)
         backlog.now += 5.0
         if look == 0:
             claimed = backlog.store.claim(2)
@@ -88,19 +98,19 @@ def test_a_silent_watcher_is_noticed_by_our_own_clock(redis_server: RedisServer,
     """Its instances are nobody's to start; what beats there still serves; after an hour it is forgotten."""
     client = connect(settings_for(redis_server).broker)
     now = [0.0]
-    other, probe = Probe(client, "b"), Probe(client, "a", clock=lambda: now[0])
+    other, ours = Probe(client, "b"), Probe(client, "a", clock=lambda: now[0])
     theirs = [Instance(key=Key(n, "b"), state="active") for n in (0, 1)]
     other.look(theirs, 1000.0)
-    seen = probe.look([], 5.0)
+    seen = ours.look([], 5.0)
     assert sorted(seen.live_hosts) == ["a", "b"]
     assert len(seen.remote) == 2
-    beats.writer(client)("gpu1@b", [], {"state": "idle"})
+    beat(client, "gpu1@b")
     now[0] = 11.0
-    seen = probe.look([], 16.0)
+    seen = ours.look([], 16.0)
     assert sorted(seen.live_hosts) == ["a"]
     assert [one.key for one in seen.remote] == [Key(1, "b")]
     now[0] = 3700.0
-    probe.look([], 3700.0)
+    ours.look([], 3700.0)
     assert client.hkeys(HOSTS) == [b"a"]
 
 
@@ -123,7 +133,7 @@ def test_a_full_redis_is_looked_at(redis_server: RedisServer, settings_for: Buil
     with pytest.raises(OutOfMemoryError):
         client.set("more", 1)
     seen = Probe(client, "a").look([Instance(key=Key(0, "a"))], 0.0)
-    assert seen.queues["realtime"].waiting == 3000
+    assert seen.queues[Lane("realtime", "")].waiting == 3000
 
 
 def test_garbage_of_another_host_is_passed_over(redis_server: RedisServer, settings_for: Build) -> None:
@@ -142,11 +152,77 @@ def test_no_redis_is_a_typed_error() -> None:
         Probe(connect(settings.broker), "a").look([], 0.0)
 
 
+def test_who_runs_says_what_he_serves(redis_server: RedisServer, settings_for: Build) -> None:
+    """A heartbeat goes before what the settings say, here and on other hosts."""
+    client = connect(settings_for(redis_server).broker)
+    planned, runs = Serves(QUEUES, ("ocr",)), Serves(("realtime",), ("digits",))
+    states: list[UnitState] = ["active", "inactive"]
+    theirs = [Instance(key=Key(n, "b"), state=state, serves=planned) for n, state in enumerate(states)]
+    Probe(client, "b").look(theirs, 1000.0)
+    for number in range(2):
+        beat(client, f"gpu{number}@b", queues=["realtime"], models=["digits"])
+    seen = Probe(client, "a").look([], 1000.0)
+    assert [one.serves for one in seen.remote] == [runs, planned]
+    own = as_it_runs(theirs[0], seen.in_flight, seen.beating)
+    assert (own.serves, own.busy) == (runs, False)
+    assert [(one.key, one.serves) for one in fleet(client)] == [(Key(0, "b"), runs), (Key(1, "b"), runs)]
+
+
+def test_lanes_of_known_models_are_seen_before_any_task_comes(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """The catalogue survives the workers; a lane's first burst is an arrival, not a discovery."""
+    client = connect(settings_for(redis_server).broker)
+    client.zadd(keys.CATALOGUE, {"digits": 1e10, "ocr": 1e10})
+    client.set(keys.DEFAULT_MODEL, "digits")
+    client.lpush("batch.ocr", "x")
+    queues = Probe(client, "a").look([], 0.0).queues
+    waiting = {lane: queue.waiting for lane, queue in queues.items()}
+    lanes = [Lane(tier, model) for tier in QUEUES for model in ("digits", "ocr")]
+    assert waiting == {**dict.fromkeys(lanes, 0), Lane("batch", "ocr"): 1}
+
+
+def test_what_is_in_flight_belongs_to_what_its_worker_serves(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """What a worker of one model holds is none of another model's."""
+    client = connect(settings_for(redis_server).broker)
+    client.set(keys.DEFAULT_MODEL, "digits")
+    client.hset(keys.inflight("gpu0@a"), mapping={"1": "x", "1:realtime.ocr": "x"})
+    own = [Instance(key=Key(0, "a"), state="active", serves=Serves(("realtime",), ("ocr",)))]
+    queues = Probe(client, "a").look(own, 0.0).queues
+    assert {lane: queue.in_flight for lane, queue in queues.items() if queue.in_flight} == {
+        Lane("realtime", "ocr"): 1
+    }
+
+
+def test_moments_of_arrival_are_bounded_and_the_oldest_stays_exact() -> None:
+    """Of each two the earlier moment stays, with all that came until the later one; no age is too low."""
+    arrived = deque((float(second), 10 * second + 10) for second in range(1001))
+    kept = thinned(arrived)
+    assert (len(kept), kept[0], kept[-1]) == (501, (0.0, 20), (1000.0, 10010))
+    for claimed in range(0, 10_000, 7):
+        exact = next(at for at, count in arrived if count > claimed)
+        assert exact - 1.0 <= next(at for at, count in kept if count > claimed) <= exact
+
+
+def test_a_backlog_that_grows_for_long_takes_no_more_memory(
+    backlog: Backlog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One task a look, and none is ever claimed."""
+    monkeypatch.setattr(probe, "MOMENTS", 8)
+    for second in range(50):
+        backlog.now = float(second)
+        backlog.submit()
+        assert backlog.look(backlog.now).queues[BATCH].oldest_s == second
+    assert all(len(moments) <= 8 for moments in backlog._probe._arrived.values())
+
+
 def test_what_a_watcher_has_measured_is_told(redis_server: RedisServer, settings_for: Build) -> None:
     """Of those that are alive; one of another version, which tells nothing of it, is no less there."""
     client = connect(settings_for(redis_server).broker)
-    Probe(client, "b").look([], 1000.0, KNOWN.figures)
+    Probe(client, "b").look([], 1000.0, {"all": KNOWN.figures})
     Probe(client, "c").look([], 1000.0)
     seen = Probe(client, "a").look([], 1000.0)
-    assert seen.figures == {"b": KNOWN.figures}
+    assert seen.figures == {"b": {"all": KNOWN.figures}}
     assert sorted(seen.live_hosts) == ["a", "b", "c"]

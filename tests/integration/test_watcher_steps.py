@@ -7,6 +7,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -14,7 +15,8 @@ from redis.exceptions import OutOfMemoryError
 from structlog.testing import capture_logs
 
 from gpuinfer import Client
-from gpuinfer.errors import UnitRefused
+from gpuinfer.errors import FormatMismatch, UnitRefused
+from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import main, notes
@@ -202,9 +204,164 @@ async def test_a_new_life_remembers_what_the_last_one_did(
     assert second.history is not None
     assert second.history.units[Key(0, "a")].verb == "start"
     assert not second.history.units[Key(0, "a")].hold
-    assert notes.unpack(b'{"units": [[1]]}').units == {}
+    with pytest.raises(notes.Unreadable, match=r"units\.0"):
+        notes.unpack(b'{"units": [[1]]}')
     assert first.history is not None
     assert notes.unpack(notes.pack(first.history)).units == first.history.units
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        (b"{", "it: Invalid JSON"),
+        (b'{"units": [[0, "a", {"state": "asleep", "since": 0}]]}', "units.0.2"),
+        (None, "WRONGTYPE"),
+    ],
+    ids=["garbage", "another version", "another type"],
+)
+async def test_memory_that_cannot_be_read_is_said_once(
+    redis_server: RedisServer, settings_for: Build, kept: bytes | None, words: str
+) -> None:
+    """The watcher says what it has lost, goes on without it, and keeps its own from then on."""
+    settings = cpu(redis_server, settings_for)
+    client = connect(settings.broker)
+    client.set(MEMORY_PREFIX + "a", kept) if kept else client.sadd(MEMORY_PREFIX + "a", "x")
+    with capture_logs() as logs:
+        dry = Watcher(settings, Told(1), (0,), act=False, host="a")
+        for _ in range(3):
+            await dry.step()
+        watcher = Watcher(settings, Told(1), (0,), act=True, host="a")
+        for _ in range(3):
+            decision = await watcher.step()
+    said = [entry for entry in logs if entry["event"] == "memory_unreadable"]
+    assert [words in entry["reason"] for entry in said] == [True, True]  # once each
+    assert decision is not None
+    assert decision.inputs
+    assert notes.unpack(client.get(MEMORY_PREFIX + "a")).units  # type: ignore[arg-type]
+
+
+def one_each(number: int) -> dict[str, str]:
+    """Return the environments of two instances: realtime for digits, and everything for ocr."""
+    special = [{"GPUINFER_WORKER_QUEUES": "realtime"}, {"GPUINFER_WORKER_MODELS": "ocr"}]
+    return special[number]
+
+
+async def test_a_backlog_starts_who_serves_it(redis_server: RedisServer, settings_for: Build) -> None:
+    """By each instance's own settings; a model that nothing runs for is known, and starts its worker."""
+    settings = cpu(redis_server, settings_for)
+    client = connect(settings.broker)
+    client.zadd(keys.CATALOGUE, {"digits": 1e10, "ocr": 1e10})
+    client.set(keys.DEFAULT_MODEL, "digits")
+    units = Told(2)
+    watcher = Watcher(settings, units, (0, 1), act=True, host="a", environment=one_each)
+    with Client(settings) as submitter:
+        submitter.submit([1.0], model="digits", queue="batch")
+        await watcher.step()
+        assert units.done == []
+        submitter.submit([1.0], model="ocr", queue="batch")
+    await watcher.step()
+    assert units.done == [("start", 1)]
+    told = orjson.loads(client.hget(HOSTS, "a") or b"")["instances"]
+    assert [(one["tiers"], one["models"]) for one in told] == [
+        (["realtime"], ["digits"]),
+        (["realtime", "default", "batch"], ["ocr"]),
+    ]
+
+
+async def test_what_waits_for_nobody_is_said_once(redis_server: RedisServer, settings_for: Build) -> None:
+    """A warning when it begins, a line when it has ended; not at each look."""
+    settings = cpu(redis_server, settings_for)
+    client = connect(settings.broker)
+    client.zadd(keys.CATALOGUE, {"digits": 1e10})
+    client.set(keys.DEFAULT_MODEL, "digits")
+    watcher = Watcher(settings, Told(2), (0, 1), act=True, host="a", environment=one_each)
+    with Client(settings) as submitter, capture_logs() as logs:
+        await watcher.step()
+        for _ in range(3):
+            submitter.submit([1.0], model="digits", queue="batch")
+            await watcher.step()
+        client.delete("batch")
+        for _ in range(2):
+            await watcher.step()
+    said = [entry for entry in logs if entry["event"] in ("nothing_serves", "served_again")]
+    assert [(entry["event"], entry["log_level"], entry["queue"], entry["model"]) for entry in said] == [
+        ("nothing_serves", "warning", "batch", "digits"),
+        ("served_again", "info", "batch", "digits"),
+    ]
+    assert said[0]["waiting"] == 1
+    assert "GPUINFER_WORKER_QUEUES=realtime,batch" in said[0]["hint"]
+
+
+async def test_models_that_could_be_served_are_made_known(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """Those that are installed, of instances that may run; also when Redis is full."""
+    settings = cpu(redis_server, settings_for)
+    client = connect(settings.broker)
+    client.lpush("realtime", *[b"x" * 1000] * 3000)
+    client.config_set("maxmemory", "2mb")
+    models = [{"GPUINFER_WORKER_MODELS": name} for name in ("digits,nowhere", "digits-export", "digits")]
+    units = Told(3)
+    units.views[1] = UnitView(masked=True)
+    watcher = Watcher(settings, units, (0, 1, 2), act=True, host="a", environment=lambda n: models[n])
+    await watcher.step()
+    assert client.zrange(keys.CATALOGUE, 0, -1) == [b"digits"]
+    seen: Any = client.zscore(keys.CATALOGUE, "digits")
+    assert abs(client.time()[0] - seen) < 60
+
+
+async def test_a_file_of_an_instance_that_cannot_be_read_is_said_once(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """It is taken to serve what all serve, until it can be read."""
+    settings = cpu(redis_server, settings_for)
+    texts = [{"GPUINFER_WORKER_QUEUES": "sometimes"}]
+    watcher = Watcher(settings, Told(1), (0,), act=True, host="a", environment=lambda _: texts[-1])
+    with capture_logs() as logs:
+        for _ in range(3):
+            await watcher.step()
+    assert len([entry for entry in logs if entry["event"] == "instance_settings_unreadable"]) == 1
+    assert told_tiers(settings) == ["realtime", "default", "batch"]
+    texts.append({"GPUINFER_WORKER_QUEUES": "batch"})
+    await watcher.step()
+    assert told_tiers(settings) == ["batch"]
+
+
+def told_tiers(settings: Settings) -> object:
+    """Return the queues of the only instance, as its watcher tells the others."""
+    return orjson.loads(connect(settings.broker).hget(HOSTS, "a") or b"")["instances"][0]["tiers"]
+
+
+async def test_another_format_ends_the_watcher_before_it_writes(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """What another edition has laid out is neither read nor changed."""
+    settings = cpu(redis_server, settings_for)
+    client = connect(settings.broker)
+    client.set(keys.FORMAT_KEY, 1)
+    watcher = Watcher(settings, Told(1), (0,), act=True, host="a")
+    with pytest.raises(FormatMismatch, match="format 1"):
+        await watcher.run(asyncio.Event())
+    assert client.keys("*") == [keys.FORMAT_KEY.encode()]
+
+
+async def test_the_explanation_has_a_line_for_each_part_of_the_fleet(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """What waits for whom, how many run, and what is wanted."""
+    settings = cpu(redis_server, settings_for)
+    client = connect(settings.broker)
+    client.set(keys.DEFAULT_MODEL, "ocr")
+    watcher = Watcher(settings, Told(2), (0, 1), act=True, host="a", environment=one_each)
+    client.lpush("batch", "x")
+    await watcher.step()
+    told = notes.told(orjson.loads(client.lrange(DECISIONS, 0, 0)[0]), "now").splitlines()
+    assert told[0].startswith("now  a  scale_up: realtime,default,batch:ocr: 1 wanted, 0 run; ")
+    assert told[2:] == [
+        "    realtime,default,batch:ocr: 1 waiting, 0 of 1 run, 1 wanted, 1/s a worker",
+        "    realtime:digits: 0 waiting, 0 of 1 run, 0 wanted, 1/s a worker",
+        "    start gpu1@a: 1 wanted, 0 run",
+    ]
 
 
 async def test_a_full_redis_keeps_what_was_decided(redis_server: RedisServer, settings_for: Build) -> None:

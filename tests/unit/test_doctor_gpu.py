@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gpuinfer import instances
 from gpuinfer.cli import _WhenNeeded
 from gpuinfer.doctor import bindings, cuda, gpu, nodes
 from gpuinfer.doctor.child import ChildHung
@@ -302,7 +303,7 @@ def test_a_wrong_settings_file_is_no_workers_fault(tmp_path: Path) -> None:
 def test_an_environment_file_is_read_as_systemd_does() -> None:
     """Comments, quotes, blanks around."""
     text = "# c\n; c\n\n A=1 \nB='x y'\nC=\"q\"\nD=\n"
-    assert bindings.parse(text) == {"A": "1", "B": "x y", "C": "q", "D": ""}
+    assert instances.parse(text) == {"A": "1", "B": "x y", "C": "q", "D": ""}
 
 
 def test_torch_is_known_without_importing_it() -> None:

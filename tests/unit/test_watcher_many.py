@@ -12,16 +12,22 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as some
 
+from gpuinfer.watcher.part import Measured
 from gpuinfer.watcher.policy import History
 from gpuinfer.watcher.rates import Rates
-from gpuinfer.watcher.state import Key
-from tests.watchers import KNOWN, Watcher, World, keys, observe, settings
+from gpuinfer.watcher.state import EVERYTHING, Key
+from tests.watchers import KNOWN, Watcher, World, keys, observe, remembering, settings
 
 pytestmark = pytest.mark.unit
 
 slow = hypothesis(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # -- interrupted plans, as in patroni's quorum ------------------------------------------------
+
+
+def forgotten(history: History) -> dict[str, Measured]:
+    """Return what was measured without what the calm remembers."""
+    return {name: Measured(rates=part.rates) for name, part in history.parts.items()}
 
 
 def settled(world: World, history: History, forget: bool) -> set[Key]:
@@ -42,7 +48,7 @@ def test_every_interrupted_plan_comes_to_the_same_fleet(waiting: int, forget: bo
     if not waiting:
         for key in list(world.instances)[1:]:
             world.set(key, state="active")
-    watcher = Watcher(world, settings(calm_s=20.0), history=History(rates=KNOWN))
+    watcher = Watcher(world, settings(calm_s=20.0), history=remembering(KNOWN))
     target = settled(copy.deepcopy(world), watcher.history, forget=False)
     plans = 0
     for _ in range(40):
@@ -53,7 +59,7 @@ def test_every_interrupted_plan_comes_to_the_same_fleet(waiting: int, forget: bo
             for saved in (history, decision.history):
                 cut = copy.deepcopy(before)
                 cut.do(decision.actions[:done])
-                restored = History(rates=saved.rates) if forget else saved
+                restored = replace(saved, units={}, within={}, parts=forgotten(saved)) if forget else saved
                 assert settled(cut, restored, forget=False) == target
         plans += bool(decision.actions)
     assert plans
@@ -70,8 +76,8 @@ def test_many_watchers_start_together_what_one_would(hosts: int, per_host: int, 
     alone = World.of(keys(per_host, names), rate=0.0)
     together = copy.deepcopy(alone)
     alone.waiting = together.waiting = waiting
-    one = Watcher(alone, settings(), history=History(rates=KNOWN))
-    many = [Watcher(together, settings(), name, frozenset(names), History(rates=KNOWN)) for name in names]
+    one = Watcher(alone, settings(), history=remembering(KNOWN))
+    many = [Watcher(together, settings(), name, frozenset(names), remembering(KNOWN)) for name in names]
     for _ in range(30):
         alone.pass_second(0)
         one.look()
@@ -104,11 +110,11 @@ def test_watchers_that_measured_different_things_start_what_one_would(theirs: Ra
     measured = {"a": KNOWN, "b": theirs}
     views = {host: world.see(host, names) for host in measured}  # all look before any acts
     for host, rates in measured.items():
-        told = {other: of.figures for other, of in measured.items() if other != host}
+        told = {other: {str(EVERYTHING): of.figures} for other, of in measured.items() if other != host}
         seen = replace(views[host], figures=told)
-        Watcher(world, settings(), host, names, History(rates=rates)).look(seen)
+        Watcher(world, settings(), host, names, remembering(rates)).look(seen)
     pooled = KNOWN.pooled([theirs.figures])
-    Watcher(alone, settings(), history=History(rates=pooled)).look()
+    Watcher(alone, settings(), history=remembering(pooled)).look()
     assert world.running == alone.running
     assert len(world.running) > active
 
@@ -118,8 +124,8 @@ def test_a_view_that_is_late_starts_nothing_twice() -> None:
     names = frozenset({"a", "b"})
     world = World.of(keys(4, names), rate=0.0)
     world.waiting = 150
-    a = Watcher(world, settings(), "a", names, History(rates=KNOWN))
-    b = Watcher(world, settings(), "b", names, History(rates=KNOWN))
+    a = Watcher(world, settings(), "a", names, remembering(KNOWN))
+    b = Watcher(world, settings(), "b", names, remembering(KNOWN))
     late = world.see("b", names)
     a.look()
     b.look(late)
@@ -200,7 +206,7 @@ def test_a_silent_host_is_not_counted_upon() -> None:
     """Nobody would start its instances, so the others take its part; its running workers still count."""
     world = World.of(keys(4, ("a", "b")), rate=0.0)
     world.waiting = 150
-    a = Watcher(world, settings(), "a", frozenset({"a"}), History(rates=KNOWN))
+    a = Watcher(world, settings(), "a", frozenset({"a"}), remembering(KNOWN))
     a.look()
     assert world.running == {Key(0, "a"), Key(1, "a"), Key(2, "a")}
 

@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 
 from gpuinfer.watcher.memory import UnitMemory, adopt, remember
-from gpuinfer.watcher.policy import History
 from gpuinfer.watcher.state import HEALTHY, GpuHealth, Instance, Key
-from tests.watchers import KNOWN, Watcher, World, keys, observe, settings
+from tests.watchers import KNOWN, Watcher, World, keys, observe, remembering, settings
 
 pytestmark = pytest.mark.unit
 
@@ -27,7 +26,7 @@ def busy_world(count: int) -> World:
 def test_a_failed_instance_rests_twice_as_long_each_time() -> None:
     """Quarantine of 30, 60, 120 s and so on, up to the maximum; then it is reset, and tried again."""
     world = busy_world(1)
-    watcher = Watcher(world, settings(quarantine_max_s=120.0), history=History(rates=KNOWN))
+    watcher = Watcher(world, settings(quarantine_max_s=120.0), history=remembering(KNOWN))
     rests = []
     for _ in range(5):
         watcher.run(1)
@@ -45,7 +44,7 @@ def test_a_start_that_systemd_tries_again_and_again_is_a_failure() -> None:
     world = World.of(keys(4), startup_s=30.0, rate=0.0)
     world.waiting = 3
     watcher = Watcher(
-        world, settings(quarantine_s=300.0), history=History(rates=replace(KNOWN, startup_s=30.0))
+        world, settings(quarantine_s=300.0), history=remembering(replace(KNOWN, startup_s=30.0))
     )
     crash_loop(world, watcher, 45)
     assert world.running == {A0, Key(1, "a")}
@@ -57,15 +56,15 @@ def test_a_start_that_systemd_tries_again_and_again_is_a_failure() -> None:
     assert [(action.verb, action.key.number) for _, action in world.log] == [
         *[("start", 0), ("start", 1), ("stop", 0)]
     ]
-    assert watcher.history.rates.startup_s == 30.0
-    assert watcher.history.calm.last_down is None  # nothing was too many
+    assert watcher.measured.rates.startup_s == 30.0
+    assert watcher.measured.calm.last_down is None  # nothing was too many
 
 
 def test_a_start_that_fails_once_may_be_tried_again_by_systemd() -> None:
     """What was wrong may have passed: it serves, and nobody has stopped it."""
     world = World.of(keys(1), startup_s=5.0, rate=0.0)
     world.waiting = 3
-    watcher = Watcher(world, settings(), history=History(rates=replace(KNOWN, startup_s=5.0)))
+    watcher = Watcher(world, settings(), history=remembering(replace(KNOWN, startup_s=5.0)))
     crash_loop(world, watcher, 8)
     assert watcher.history.units[A0].failures == 1
     watcher.run(10)
@@ -77,7 +76,7 @@ def test_what_is_enabled_and_does_not_come_up_is_not_counted_upon() -> None:
     world = World.of(keys(2), startup_s=10.0, rate=0.0)
     world.set(A0, enabled=True)
     world.waiting = 3
-    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    watcher = Watcher(world, settings(), history=remembering(KNOWN))
     crash_loop(world, watcher, 25)
     assert world.verbs() == ["start", "start"]
     assert world.instances[Key(1, "a")].state == "active"
@@ -86,7 +85,7 @@ def test_what_is_enabled_and_does_not_come_up_is_not_counted_upon() -> None:
 def test_a_restart_after_a_time_of_service_is_no_failed_start() -> None:
     """A worker that crashed comes back by itself, counted upon; its start-up time counts from then."""
     world = busy_world(1)
-    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    watcher = Watcher(world, settings(), history=remembering(KNOWN))
     watcher.run(100)
     for state, restarts in (("deactivating", 0), ("activating", 0), ("activating", 1)):
         world.set(A0, state=state, since=world.now, restarts=restarts)
@@ -94,7 +93,7 @@ def test_a_restart_after_a_time_of_service_is_no_failed_start() -> None:
     watcher.run(10)
     assert (world.instances[A0].state, world.verbs()) == ("active", ["start"])
     assert watcher.history.units[A0].failures == 0
-    assert watcher.history.rates.startup_s == pytest.approx(10, abs=1)
+    assert watcher.measured.rates.startup_s == pytest.approx(10, abs=1)
 
 
 def crash_loop(world: World, watcher: Watcher, seconds: int) -> None:
@@ -112,7 +111,7 @@ def test_a_start_without_effect_is_a_failure() -> None:
     """A condition that is not met leaves it inactive: two looks, and the next of the order is asked."""
     world = World.of(keys(3), rate=0.0)
     world.waiting = 1
-    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    watcher = Watcher(world, settings(), history=remembering(KNOWN))
     asked = []
     for _ in range(15):
         world.pass_second(0)
@@ -130,7 +129,7 @@ def test_a_start_that_waits_for_others_is_none_without_effect() -> None:
     world = World.of(keys(1), rate=0.0)
     world.waiting = 1
     world.set(A0, queued=True)
-    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    watcher = Watcher(world, settings(), history=remembering(KNOWN))
     for _ in range(50):
         world.pass_second(0)
         watcher.decide()
@@ -144,7 +143,7 @@ def test_who_only_logs_waits_for_no_effect() -> None:
     """What it would do nobody does: that is no failure, and no command of its own."""
     world = World.of(keys(1), rate=0.0)
     world.waiting = 1
-    watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+    watcher = Watcher(world, settings(), history=remembering(KNOWN))
     for _ in range(50):
         world.pass_second(0)
         assert watcher.decide(replace(world.see(), acts=False)).verdict == "scale_up"
@@ -176,7 +175,7 @@ def test_a_gpu_that_stays_sick_is_never_tried() -> None:
 def test_long_health_is_forgiveness() -> None:
     """After as long as the longest rest without a failure, the count begins at one again."""
     world = busy_world(1)
-    watcher = Watcher(world, settings(quarantine_max_s=60.0), history=History(rates=KNOWN))
+    watcher = Watcher(world, settings(quarantine_max_s=60.0), history=remembering(KNOWN))
     watcher.run(1)
     world.set(A0, state="failed")
     watcher.run(40)
@@ -188,7 +187,7 @@ def test_long_health_is_forgiveness() -> None:
 def test_an_xid_is_an_event_and_makes_the_rest_grow() -> None:
     """Told at one look each, also while it serves; each time its instance rests twice as long."""
     world = busy_world(1)
-    watcher = Watcher(world, settings(quarantine_max_s=600.0), history=History(rates=KNOWN))
+    watcher = Watcher(world, settings(quarantine_max_s=600.0), history=remembering(KNOWN))
     watcher.run(2000)
     rests = []
     for _ in range(3):
@@ -209,7 +208,7 @@ def test_an_xid_that_made_its_unit_fail_is_the_reason() -> None:
     """Whichever is seen first."""
     for first, second in (("failed", "Xid 79"), ("Xid 79", "failed")):
         world = busy_world(1)
-        watcher = Watcher(world, settings(), history=History(rates=KNOWN))
+        watcher = Watcher(world, settings(), history=remembering(KNOWN))
         watcher.run(20)
         for what in (first, second):
             if what == "failed":
@@ -371,7 +370,7 @@ def test_the_start_up_time_is_measured() -> None:
     world.startup_s = 7.0
     watcher = Watcher(world, settings())
     watcher.run(20)
-    assert watcher.history.rates.startup_s == 7.0
+    assert watcher.measured.rates.startup_s == 7.0
 
 
 def test_an_instance_that_is_not_ours_is_out_as_its_watcher_says() -> None:

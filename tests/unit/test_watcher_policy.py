@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as some
 
+from gpuinfer.queue.depth import Lane
 from gpuinfer.watcher.policy import History, decide
 from gpuinfer.watcher.rates import Rates
-from gpuinfer.watcher.state import GpuHealth, Instance, Key, Observation, UnitState
-from tests.watchers import KNOWN, Watcher, World, keys, observe, settings
+from gpuinfer.watcher.state import GpuHealth, Instance, Key, Observation, QueueState, UnitState
+from tests.watchers import KNOWN, Watcher, World, keys, observe, remembering, settings
 
 pytestmark = pytest.mark.unit
 
@@ -31,7 +32,7 @@ NOW = 1000.0
 
 
 def wanted(seen: Observation, history: History | None = None, **changes: object) -> int:
-    decision = decide(seen, history or History(rates=KNOWN), settings(**changes), NOW)
+    decision = decide(seen, history or remembering(KNOWN), settings(**changes), NOW)
     value = decision.inputs["wanted"]
     assert isinstance(value, int)
     return value
@@ -48,7 +49,7 @@ def test_a_backlog_asks_for_what_drains_it_in_time() -> None:
     """1,000 tasks at 10 a second each, target 5 s after a start: twenty workers, of which eight exist."""
     idle = [Instance(key=key) for key in keys(30)]
     assert wanted(observe(idle, waiting=1000)) == 20
-    few = decide(observe(idle[:8], waiting=1000), History(rates=KNOWN), settings(), NOW)
+    few = decide(observe(idle[:8], waiting=1000), remembering(KNOWN), settings(), NOW)
     assert (few.inputs["wanted"], few.inputs["possible"], len(few.actions)) == (20, 8, 8)
 
 
@@ -60,7 +61,7 @@ def test_a_decision_says_what_is_missing_and_why() -> None:
         Instance(key=Key(2, "a"), gpu=GpuHealth(fault="Xid 79")),
     ]
     seen = replace(observe(fleet, waiting=1000), dead_letters=3)
-    decision = decide(seen, History(rates=KNOWN), settings(), NOW)
+    decision = decide(seen, remembering(KNOWN), settings(), NOW)
     assert decision.why.startswith("18 wanted, but no instance is left to start; ")
     xid = "in quarantine for 30 s: its GPU is not well: Xid 79"
     assert decision.inputs["out"] == f"gpu1@a: masked; gpu2@a: {xid}"
@@ -117,7 +118,7 @@ def test_urgent_work_delays_what_comes_after_it() -> None:
     """A queue's backlog includes the more urgent ones."""
     idle = [Instance(key=key) for key in keys(30)]
     seen = observe(idle, waiting=600, queue="realtime")
-    queues = {**(seen.queues or {}), "default": observe(waiting=400).queues["default"]}  # type: ignore[index]
+    queues = {**(seen.queues or {}), Lane("default", ""): QueueState(waiting=400)}
     both = Observation(queues=queues, instances=seen.instances)
     assert wanted(both, realtime_target_s=60.0) == 20
 
@@ -134,7 +135,7 @@ def test_no_worker_is_stopped_while_its_tasks_wait(startup_s: int, calm_s: int) 
     """A glimpse of idleness, as between READY and the first claim, stops nobody who has work to do."""
     world = World.of(keys(20), startup_s=float(startup_s), glimpses=True)
     world.waiting = 1000
-    history = History(rates=replace(KNOWN, startup_s=float(startup_s)))
+    history = remembering(replace(KNOWN, startup_s=float(startup_s)))
     watcher = Watcher(world, settings(calm_s=calm_s, calm_max_s=calm_s), history=history)
     for _ in range(startup_s + 20):
         watcher.run(1)
@@ -294,7 +295,7 @@ def test_more_backlog_never_asks_for_fewer(
 ) -> None:
     """Monotone in the backlog, all else equal."""
     fleet = [*running(active), *(Instance(key=Key(number, "a")) for number in range(active, 500))]
-    history = History(rates=Rates(served=rate, worked=1.0, known=known))
+    history = remembering(Rates(served=rate, worked=1.0, known=known))
     asked = [
         wanted(observe(fleet, waiting=waiting, queue=queue), history) for waiting in (backlog, backlog + more)
     ]
@@ -349,7 +350,7 @@ def test_the_calm_period_is_short_again_when_nothing_needs_a_long_one() -> None:
     watcher = Watcher(world, settings(calm_s=20.0, calm_max_s=300.0))
 
     def pause() -> float:
-        return watcher.history.calm.pause(watcher.settings)
+        return watcher.measured.calm.pause(watcher.settings)
 
     for _ in range(40):
         world.waiting += 300

@@ -7,10 +7,17 @@ from dataclasses import replace
 
 import pytest
 
+from gpuinfer.watcher.load import Load, load_of
 from gpuinfer.watcher.rates import Rates, measure
+from gpuinfer.watcher.state import Observation
 from tests.watchers import observe, settings
 
 pytestmark = pytest.mark.unit
+
+
+def load(seen: Observation) -> Load:
+    """Return all that is seen as one demand."""
+    return load_of(seen.queues or (), seen.queues or {}, frozenset(), seen.held)
 
 
 def looked(
@@ -24,7 +31,7 @@ def looked(
     rates = before or Rates()
     for second, (waiting, in_flight, done) in enumerate(looks):
         seen = observe(waiting=waiting, in_flight=in_flight, done=done)
-        rates = measure(rates, seen, active, all_busy, settings(), begin + second)
+        rates = measure(rates, load(seen), active, all_busy, settings(), begin + second)
     return rates
 
 
@@ -59,7 +66,7 @@ def test_a_model_with_smaller_batches_is_learned_after_one_with_large_ones() -> 
 
 def test_what_a_worker_that_is_gone_still_holds_makes_no_full_batch() -> None:
     """A dead host's tasks stay in flight for a while; those who serve hold no more for that."""
-    seen = replace(observe(waiting=100, in_flight=60), held=4)
+    seen = replace(load(observe(waiting=100, in_flight=60)), held=4)
     rates = measure(Rates(), seen, 2, True, settings(), 1000.0)
     assert measure(rates, seen, 2, True, settings(), 1001.0).peak == 2
 
@@ -72,7 +79,7 @@ def test_a_throughput_that_was_not_held_is_not_believed() -> None:
     for second, (waiting, in_flight, done) in enumerate(burst):
         seen = observe(waiting=waiting, in_flight=in_flight, done=done)
         active = 1 if second < 2 else 2
-        rates = measure(rates, seen, active, False, settings(), 1008.0 + second)
+        rates = measure(rates, load(seen), active, False, settings(), 1008.0 + second)
     assert rates.service(settings()) == settings().assumed_rate
 
 
@@ -104,6 +111,6 @@ def test_a_crowd_is_a_rate_and_rises_as_much_again() -> None:
 def test_a_gap_measures_nothing() -> None:
     """After Redis was away, what happened meanwhile is nobody's rate."""
     rates = looked([(0, 0, second) for second in range(10)])
-    late = measure(rates, observe(done=100_000), 2, True, settings(), 5000.0)
+    late = measure(rates, load(observe(done=100_000)), 2, True, settings(), 5000.0)
     assert late.samples == rates.samples
     assert replace(late, at=rates.at, done=rates.done, totals=rates.totals) == rates

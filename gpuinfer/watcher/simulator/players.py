@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import replace
 from typing import Protocol
 
+from gpuinfer.queue.depth import Lane
 from gpuinfer.settings import QUEUES, WatcherSettings
 from gpuinfer.watcher.policy import History, decide
 from gpuinfer.watcher.simulator.cluster import Cluster
@@ -76,8 +77,8 @@ class Ours:
 
     def _observe(self, cluster: Cluster) -> Observation:
         self._mark(cluster)
-        queues: dict[str, QueueState] = {
-            name: QueueState(
+        queues = {
+            Lane(name, ""): QueueState(
                 waiting=cluster.waiting[place],
                 in_flight=cluster.in_flight[place],
                 done=cluster.done[place],

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which capacity a lane can ask for: the fleet in parts that share no work, and within each its demands.
+
+Instances that serve the same are a group. Groups that may serve a common lane, or are linked by others
+that do, are one part of the fleet: nothing outside a part can help it. Most fleets have a single one.
+
+Within a part, which workers may serve which lanes is a bipartite graph, and the workers are enough when
+they are for each set of lanes that the same groups serve (Hall's theorem, 1935, for what matters here: the
+sets of groups that serve some lane, and the whole part). Each such set is a demand: the lanes that no
+other group can serve, and the groups that share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from gpuinfer.queue.depth import Lane
+from gpuinfer.settings import QUEUES
+from gpuinfer.watcher.state import QueueState, Serves
+
+Groups = frozenset[Serves]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Lanes, and all the groups that serve any of them."""
+
+    #: The same in every watcher, and in every life of one.
+    name: str
+    groups: Groups
+    lanes: tuple[Lane, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Groups that share work with each other, and with no other one."""
+
+    whole: Demand
+    #: Demands of fewer groups than the whole part, the fewest groups first.
+    within: tuple[Demand, ...] = ()
+    #: Where there are several: each group, as if it were alone with the lanes that it serves.
+    alone: tuple[Demand, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Return the name of the whole."""
+        return self.whole.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """The lanes of a demand at one look, summed up by tier."""
+
+    tiers: Mapping[str, QueueState]
+    #: waiting + in flight + done of each lane.
+    totals: Mapping[Lane, float]
+    #: Tasks that active workers hold.
+    held: int
+
+    @property
+    def waiting(self) -> int:
+        """Return how many tasks wait."""
+        return sum(queue.waiting for queue in self.tiers.values())
+
+    @property
+    def in_flight(self) -> int:
+        """Return how many tasks are in flight."""
+        return sum(queue.in_flight for queue in self.tiers.values())
+
+    @property
+    def done(self) -> int:
+        """Return how many tasks have left these lanes settled."""
+        return sum(queue.done for queue in self.tiers.values())
+
+
+def load_of(
+    lanes: Iterable[Lane],
+    queues: Mapping[Lane, QueueState],
+    groups: Groups,
+    held: Mapping[Serves, int] | None,
+) -> Load:
+    """Sum up the lanes of a demand."""
+    tiers: dict[str, QueueState] = {tier: QueueState() for tier in QUEUES}
+    totals: dict[Lane, float] = {}
+    for lane in lanes:
+        queue, sofar = queues[lane], tiers[lane.tier]
+        totals[lane] = float(queue.waiting + queue.in_flight + queue.done)
+        tiers[lane.tier] = QueueState(
+            waiting=sofar.waiting + queue.waiting,
+            in_flight=sofar.in_flight + queue.in_flight,
+            done=sofar.done + queue.done,
+            oldest_s=max(sofar.oldest_s, queue.oldest_s),
+        )
+    if held is None:
+        return Load(tiers=tiers, totals=totals, held=sum(queue.in_flight for queue in tiers.values()))
+    return Load(tiers=tiers, totals=totals, held=sum(held.get(group, 0) for group in groups))
+
+
+@lru_cache(maxsize=8)
+def parts_of(groups: Groups, lanes: frozenset[Lane]) -> tuple[Part, ...]:
+    """Return the parts of a fleet in a fixed order. Asked once a look, with the same answer nearly always."""
+    found = sorted((_linked(groups)), key=_name)
+    homes: dict[Groups, list[Lane]] = {part: [] for part in found}
+    for lane in sorted(lanes):
+        home = next((part for part in found if any(one.covers(lane) for one in part)), None)
+        if home is not None:
+            homes[home].append(lane)
+    return tuple(_part(part, homes[part]) for part in found)
+
+
+def _linked(groups: Groups) -> list[Groups]:
+    """Return the groups in sets that share no lane with each other."""
+    found: list[set[Serves]] = []
+    for group in sorted(groups):
+        near = [part for part in found if any(group.overlaps(one) for one in part)]
+        found = [part for part in found if part not in near]
+        found.append({group}.union(*near))
+    return [frozenset(part) for part in found]
+
+
+def _part(groups: Groups, lanes: list[Lane]) -> Part:
+    whole = Demand(name=_name(groups), groups=groups, lanes=tuple(lanes))
+    if len(groups) == 1:
+        return Part(whole=whole)
+    servers = {lane: frozenset(group for group in groups if group.covers(lane)) for lane in lanes}
+    within = [
+        Demand(
+            name=f"{whole.name} / {_name(those)}",
+            groups=those,
+            lanes=tuple(lane for lane in lanes if servers[lane] <= those),
+        )
+        for those in {*servers.values()} - {groups}
+    ]
+    alone = tuple(
+        Demand(
+            name=f"{whole.name} / only {group}",
+            groups=frozenset([group]),
+            lanes=tuple(lane for lane in lanes if group in servers[lane]),
+        )
+        for group in sorted(groups)
+    )
+    within.sort(key=lambda demand: (len(demand.groups), demand.name))
+    return Part(whole=whole, within=tuple(within), alone=alone)
+
+
+def _name(groups: Groups) -> str:
+    return " + ".join(sorted(map(str, groups)))

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each instance of this host would serve: by its settings, read anew whenever they have changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpuinfer import instances
+from gpuinfer.errors import ConfigError, ModelError
+from gpuinfer.log import get_logger
+from gpuinfer.models.repository import Repository
+from gpuinfer.settings import DEFAULT_FILE, QUEUES, Settings, load
+from gpuinfer.watcher.state import Serves
+
+log = get_logger(__name__)
+
+Environment = Callable[[int], Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What an instance's settings were made of, and what they say."""
+
+    source: object
+    settings: Settings
+
+
+def settings_file(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the file that all programs read their settings from."""
+    return Path(environ.get("GPUINFER_CONFIG") or DEFAULT_FILE)
+
+
+def of_units(number: int) -> Mapping[str, str]:
+    """Return the environment in which systemd starts an instance, as far as settings go."""
+    named = os.environ.get("GPUINFER_CONFIG")
+    return {**({"GPUINFER_CONFIG": named} if named else {}), **instances.read(number)}
+
+
+def beside_settings(number: int) -> Mapping[str, str]:
+    """Return what is special about an instance that is a plain process: its file beside the settings file."""
+    return instances.read(number, settings_file().parent)
+
+
+def of_processes(number: int) -> Mapping[str, str]:
+    """Return the environment in which an instance is started as a plain process."""
+    return {**os.environ, **beside_settings(number)}
+
+
+class Served:
+    """The settings of each instance. Blocking: call it in a thread."""
+
+    def __init__(self, settings: Settings, environment: Environment | None = None) -> None:
+        """Without ``environment``, all instances have the same settings."""
+        self._settings = settings
+        self._environment = environment
+        self._read: dict[int, _Read] = {}
+        self._wrong: dict[int, str] = {}
+        self._no_models = ""
+
+    def serves(self, number: int) -> Serves:
+        """Return what an instance would serve if it were started now."""
+        worker = self._of(number).worker
+        return serves_of(worker.queues, worker.models)
+
+    def _of(self, number: int) -> Settings:
+        if self._environment is None:
+            return self._settings
+        try:
+            environ = self._environment(number)
+            source = (environ, _stamp(settings_file(environ)))
+            known = self._read.get(number)
+            if known is None or known.source != source:
+                known = _Read(source, load(environ=environ, only={"worker", "models"}).settings)
+                self._read[number] = known
+        except (ConfigError, ValueError, OSError) as exc:
+            self._say_wrong(number, str(exc))
+            return self._settings
+        self._wrong.pop(number, None)
+        return known.settings
+
+    def _say_wrong(self, number: int, reason: str) -> None:
+        if self._wrong.get(number) != reason:
+            hint = "it is taken to serve what all serve; gpuinfer doctor gpu.binding says what is wrong"
+            log.warning("instance_settings_unreadable", instance=number, reason=reason, hint=hint)
+        self._wrong[number] = reason
+
+    def installed(self, numbers: Iterable[int]) -> tuple[str, ...]:
+        """Return the models that these instances would serve and that are installed on this host."""
+        asked: dict[tuple[Path, ...], set[str]] = {}
+        for number in numbers:
+            settings = self._of(number)
+            asked.setdefault(tuple(settings.models.folders), set()).update(settings.worker.models)
+        try:
+            there = {folders: {*Repository(folders).names()} for folders in asked}
+        except ModelError as exc:
+            if self._no_models != str(exc):
+                hint = "let the watcher's user read models.folders; until then only workers make models known"
+                log.warning("models_not_listed", reason=str(exc), hint=hint)
+            self._no_models = str(exc)
+            return ()
+        self._no_models = ""
+        found = {name for folders, names in asked.items() for name in names & there[folders]}
+        return tuple(sorted(found))
+
+
+def serves_of(queues: Iterable[str], models: Iterable[str]) -> Serves:
+    """Return what a worker with these queues and models serves."""
+    asked = set(queues)
+    return Serves(tuple(name for name in QUEUES if name in asked), tuple(sorted(models)))
+
+
+def _stamp(path: Path) -> object:
+    """Return what changes when a file does."""
+    try:
+        status = path.stat()
+    except OSError as exc:
+        return exc.errno
+    return status.st_mtime_ns, status.st_size, status.st_ino

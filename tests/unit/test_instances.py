@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An instance's own file, and what an instance would serve by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpuinfer import instances
+from gpuinfer.settings import QUEUES, Settings
+from gpuinfer.watcher.served import Served
+from gpuinfer.watcher.state import Serves
+
+pytestmark = pytest.mark.unit
+
+
+def test_files_are_found_by_number(tmp_path: Path) -> None:
+    """Others that lie beside them are none; where there is no file, nothing is special."""
+    for name in ("worker@0.env", "worker@12.env", "worker@1.env.bak", "worker@x.env"):
+        (tmp_path / name).write_text("A=1\n")
+    assert instances.with_file(tmp_path) == [0, 12]
+    assert instances.read(12, tmp_path) == {"A": "1"}
+    assert instances.read(3, tmp_path) == {}
+
+
+def test_what_an_instance_would_serve_follows_its_files(tmp_path: Path) -> None:
+    """The settings of all, its own above them; each is read again when it has changed."""
+    common = tmp_path / "gpuinfer.toml"
+    common.write_text('[worker]\nmodels = ["ocr", "digits"]\n')
+    own = instances.file_of(0, tmp_path)
+
+    def environment(number: int) -> dict[str, str]:
+        return {"GPUINFER_CONFIG": str(common), **instances.read(number, tmp_path)}
+
+    served = Served(Settings(), environment)
+    assert served.serves(0) == Serves(QUEUES, ("digits", "ocr"))
+    own.write_text("GPUINFER_WORKER_QUEUES=batch,realtime\n")
+    assert served.serves(0) == Serves(("realtime", "batch"), ("digits", "ocr"))
+    assert served.serves(1) == Serves(QUEUES, ("digits", "ocr"))
+    common.write_text('[worker]\nmodels = ["a-longer-name"]\n')
+    assert served.serves(0) == Serves(("realtime", "batch"), ("a-longer-name",))
+    own.write_text("what is this\n")
+    assert served.serves(0) == Serves(QUEUES, ("digits",))
+
+
+def test_models_count_where_they_are_installed(tmp_path: Path) -> None:
+    """The shipped one is there; another name is nobody's model."""
+    served = Served(Settings(), lambda _: {"GPUINFER_WORKER_MODELS": "digits,nowhere"})
+    assert served.installed([0, 1]) == ("digits",)
+    assert served.installed([]) == ()
