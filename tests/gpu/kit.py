@@ -71,7 +71,9 @@ def check(kit: Path) -> Facts:
         raise KitError(f"there is no kit in {kit}; make one with tests/gpu/pack, where there is a network")
     here = "{}.{}".format(*sys.version_info)
     if facts.python != here:
-        raise KitError(f"the kit is for Python {facts.python} and this is {here}: tests/gpu/pack --python {here}")
+        raise KitError(
+            f"the kit is for Python {facts.python} and this is {here}: tests/gpu/pack --python {here}"
+        )
     if facts.sources != digest_of():
         raise KitError("gpuinfer has changed since the kit was packed: run tests/gpu/pack again")
     return facts

@@ -45,7 +45,8 @@ exec "$here/lib/{loader}" --library-path "$here/lib" "$here/lib/redis-server" "$
 
 def needed(python: str) -> set[str]:
     """Return the names of the packages that gpuinfer and the suite need under that Python, without ours."""
-    environment = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
+    environment: dict[str, str] = {str(name): str(value) for name, value in default_environment().items()}
+    environment |= {"python_version": python, "python_full_version": f"{python}.0"}
     found: dict[str, set[str]] = {}
     todo = [Requirement(name) for name in ("gpuinfer", *TOOLS)]
     while todo:
@@ -72,7 +73,15 @@ def locked() -> dict[str, str]:
 
 def pip(*arguments: str | Path) -> None:
     """Run pip quietly. Raises CalledProcessError, with pip's words on the terminal."""
-    command = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check", "--quiet", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--quiet",
+        *arguments,
+    ]
     subprocess.run(command, check=True, cwd=ROOT)
 
 
