@@ -3,6 +3,6 @@
 
     pack (here, with the package registries) ─► kit ─► run (there, without a network) ─► table, JSON, log
 
-What runs before the kit is unpacked (``running``, ``kit``, ``limited``, ``parts``, ``report``) needs the standard
-library alone.
+What runs before the kit is unpacked (``running``, ``kit``, ``limited``, ``parts``, ``report``) needs the
+standard library alone.
 """

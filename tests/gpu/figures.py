@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m tests.gpu.figures NETWORK``: a bare loop beside the worker, for each batch size.
 
-The worker works off a backlog. Its log says how long that took: from the start of the first batch to the end of
-the last. What overlaps follows from two times: all steps of a batch one after another, and a batch in the worker.
+The worker works off a backlog. Its log says how long that took: from the start of the first batch to the end
+of the last. What overlaps follows from two times: the steps of a batch one after another, and a batch in all.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def row(name: str, batch: int, bare_per_s: float, steps: dict[str, float], worke
 def overlaps(figures: dict[str, Any]) -> str:
     """Return in words what runs while the device works.
 
-    On one device copy, run and back cannot hide each other: what a batch saves, it saves of decode and render.
+    On one device copy, run and back cannot hide each other: what is saved is saved of decode and render.
     """
     alone_ms = sum(figures[f"{step}_ms"] for step in STEPS)
     words = []

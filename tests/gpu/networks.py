@@ -166,7 +166,7 @@ def _tokens(numbers: random.Random) -> list[int]:
 
 
 def _sizes(one: int, eight: int, all_64: int) -> dict[int, int]:
-    """Return how many items for batches of 1, 8 and 64; a dry run has one size, and so one start of a worker."""
+    """Return how many items for batches of 1, 8 and 64; a dry run has one size, so one worker starts."""
     return {8: 64} if dry_run() else {1: one, 8: eight, 64: all_64}
 
 

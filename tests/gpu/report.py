@@ -108,7 +108,7 @@ NOTES = (
     "worker: gpuinfer worker, with a backlog",
     "busy: the share of the worker's time in which the device copies or runs, from the bare loop's times",
     "decode to render: ms a batch on the host, one after another; thread: ms a batch in the inference thread",
-    "wall: ms a batch in all; hidden: by how much the steps together are longer; gap: by how much thread is shorter",
+    "wall: ms a batch in all; hidden: the sum of the steps less wall; gap: wall less thread",
     "overlaps: what goes on while the device works; queue: claim and settle, where the gap is under a tenth",
 )
 

@@ -80,27 +80,14 @@ class Place:
             "CI": "true",  # a service that is missing is a failure
         }
 
-    def steps(self, kit: Path) -> list[list[str | Path]]:
+    def steps(self, kit: Path) -> list[list[str]]:
         """Return the commands that make the environment."""
+        own = [sys.executable, "-m"]
+        make = ["venv", "--without-pip", "--system-site-packages", str(self._environment)]
+        pip = ["pip", "--disable-pip-version-check", "--python", str(self.python), "install"]
         options = ["--no-index", "--no-deps", "--no-compile", "--no-warn-script-location", "--quiet"]
-        pip: list[str | Path] = [
-            sys.executable,
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "--python",
-            self.python,
-        ]
-        wheels = sorted((kit / "wheels").glob("*.whl"))
-        venv: list[str | Path] = [
-            sys.executable,
-            "-m",
-            "venv",
-            "--without-pip",
-            "--system-site-packages",
-            self._environment,
-        ]
-        return [venv, [*pip, "install", *options, *wheels]]
+        wheels = sorted(map(str, (kit / "wheels").glob("*.whl")))
+        return [[*own, *make], [*own, *pip, *options, *wheels]]
 
 
 class Check:
@@ -139,7 +126,7 @@ class Check:
         began = time.monotonic()
         self._say(f"== {part.name}")
         records = self._place.folder / f"{part.name}.records"
-        command = [self._place.python, "-m", *part.arguments]
+        command = [str(self._place.python), "-m", *part.arguments]
         ended = self._run(command, min(part.limit_s, left), records)
         self._read(records, outcome)
         outcome.reason = ended.reason
@@ -147,7 +134,7 @@ class Check:
             outcome.reason = "it has checked nothing"
         self._close(outcome, began)
 
-    def _run(self, command: Sequence[str | Path], limit_s: float, records: Path) -> Ended:
+    def _run(self, command: Sequence[str], limit_s: float, records: Path) -> Ended:
         env = self._place.environment(self._kit, records, dry_run=self.report.dry_run)
         cwd = self._place.suite if self._place.suite.exists() else self._place.folder
         return run(command, self._log, limit_s=limit_s, env=env, cwd=cwd)

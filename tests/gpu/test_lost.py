@@ -32,7 +32,7 @@ def used() -> int:
 def test_a_lost_context_ends_the_worker_and_charges_the_task(
     workers: Workers, client: Client, tmp_path: Path
 ) -> None:
-    """A kernel asserts: the worker ends with 74, the task is dead after two deaths, its neighbour is served."""
+    """A kernel asserts: the worker ends with 74, the task is dead after two such ends, its neighbour not."""
     asserting(tmp_path / "models" / "asserting")
     good, bad = client.submit_many([[0.0], [1.0]], model="asserting")
     for start in (1, 2):
