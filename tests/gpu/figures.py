@@ -27,12 +27,14 @@ from tests.gpu.dry import dry_run
 from tests.gpu.loops import STEPS, Loop
 from tests.gpu.networks import NETWORKS, Network
 from tests.gpu.records import tell, tell_check
-from tests.services import Process, RedisServer
-from tests.workers import Workers, wait_until
+from tests.services import Process, RedisServer, ServiceError
+from tests.workers import Workers
 
 #: Different inputs; the backlog repeats them.
 DIFFERENT = 256
 LOOP_S, STEP_RUNS = (0.2, 5) if dry_run() else (1.0, 30)
+#: How long a backlog may take.
+WORK_LIMIT_S = 90.0
 #: A part of a batch that is hidden, or left over, counts from this share of it.
 COUNTS_FROM = 0.1
 
@@ -62,6 +64,17 @@ class Worked:
         )
 
 
+def _wait(worker: Process, count: int) -> None:
+    """Wait until a worker's log tells of so many items: whoever waits for results makes work of his own."""
+    until = time.monotonic() + WORK_LIMIT_S
+    while _items(worker) < count:
+        if not worker.running or time.monotonic() > until:
+            raise ServiceError(f"{_items(worker)} of {count} items are done\n{worker.tail()}")
+        time.sleep(0.1)
+    if failed := sum(entry["failed"] for entry in entries(worker, "batch_done")):
+        raise ServiceError(f"{failed} items failed\n{worker.tail()}")
+
+
 def _items(worker: Process) -> int:
     return sum(entry["batch_size"] for entry in entries(worker, "batch_done"))
 
@@ -76,9 +89,9 @@ def work_off(folder: Path, name: str, values: Sequence[Any], batch: int) -> Work
             tasks = client.submit_many(values, model=name)
             models = folder.parent / "models"
             worker = workers.start(0, models_folders=models, worker_models=name, worker_max_batch_size=batch)
-            client.results(tasks, timeout_s=120)
-        # The last line is written a moment after the last result.
-        wait_until(lambda: _items(worker) >= len(tasks), timeout=30)
+            _wait(worker, len(tasks))
+            for task in (tasks[0], tasks[-1]):
+                client.result(task, timeout_s=10)
         return Worked.of(worker)
     finally:
         workers.close()

@@ -37,6 +37,8 @@ class Loop:
     """A network on the device, called as torch's documentation says, without anything of ours around it."""
 
     def __init__(self, folder: ModelFolder) -> None:
+        if dry_run():
+            torch.set_num_threads(1)  # as the worker's setting in the tests
         self.manifest = folder.manifest
         self._module: Any = torch.jit.load(folder.artefact, map_location=DEVICE)  # type: ignore[no-untyped-call]
         self._module.eval()

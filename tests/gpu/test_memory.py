@@ -14,7 +14,7 @@ from gpuinfer.errors import DeviceOutOfMemory
 from gpuinfer.gpus import Gpu
 from tests.gpu.conftest import command, entries
 from tests.gpu.models import FITS, hungry, large
-from tests.workers import Workers
+from tests.workers import Workers, wait_until
 
 pytestmark = pytest.mark.gpu
 
@@ -41,9 +41,12 @@ def test_a_batch_that_does_not_fit_is_halved(
     assert (reduced["model"], reduced["max_batch_size"]) == ("hungry", FITS)
     second = client.submit_many([[value] for value in values], model="hungry")
     client.results(second, timeout_s=60)
-    batches = [e for e in entries(worker, "batch_done") if set(e["task_ids"]) <= set(second)]
-    assert batches and max(entry["batch_size"] for entry in batches) <= FITS
-    assert worker.terminate() == 0
+
+    def batches() -> list[int]:
+        return [e["batch_size"] for e in entries(worker, "batch_done") if set(e["task_ids"]) <= set(second)]
+
+    wait_until(lambda: sum(batches()) == len(second), timeout=30)  # the log follows the results
+    assert max(batches()) <= FITS
 
 
 def test_memory_of_another_process_is_told_apart(workers: Workers) -> None:
@@ -57,6 +60,4 @@ def test_memory_of_another_process_is_told_apart(workers: Workers) -> None:
     found = json.loads(command("doctor", "gpu.memory", "--json").stdout)["findings"]
     (finding,) = found
     assert finding["status"] == "warning", finding
-    assert f"used by processes {holder.pid}" in finding["message"]
-    holder.kill()
-    assert workers.start(0).terminate() == 0
+    assert str(holder.pid) in finding["message"].partition("used by processes ")[2].split(", ")

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from gpuinfer import Client
-from gpuinfer.gpus import VISIBLE, Gpu
 from gpuinfer.models.shipped import load_test_images
 from tests.gpu.conftest import command, entries
 from tests.workers import Workers
@@ -62,18 +61,8 @@ def test_ready_comes_after_the_warm_up_and_results_name_the_device(
     assert {result["device"] for result in results} == {"cuda:0"}
     right = sum(result["class"] == label for result, label in zip(results, labels, strict=False))
     assert right >= 62
+    worker.wait_for_line('"batch_done"')  # a moment after the results
     assert {entry["device"] for entry in entries(worker, "batch_done")} == {"cuda:0"}
-    assert worker.terminate() == 0
-
-
-def test_a_worker_bound_by_uuid_serves(
-    workers: Workers, client: Client, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A worker of any number serves on the GPU whose UUID its environment names."""
-    monkeypatch.setenv(VISIBLE, gpu.uuid)
-    worker = workers.start(7)
-    images, _ = load_test_images()
-    assert client.result(client.submit(images[0].tolist()), timeout_s=30)["device"] == "cuda:0"
     assert worker.terminate() == 0
 
 
