@@ -65,7 +65,8 @@ def command(*arguments: str, environ: dict[str, str] | None = None) -> subproces
 
 def entries(process: Process, action: str) -> list[dict[str, Any]]:
     """Return a process's log lines under an action."""
-    found = [json.loads(line) for line in process.text().splitlines() if line.startswith("{")]
+    whole = process.text().rpartition("\n")[0]  # the last line may be on its way
+    found = [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
     return [line for line in found if line.get("action") == action]
 
 
