@@ -78,31 +78,31 @@ def run(
         start_new_session=True,
         preexec_fn=_dies_with(os.getpid()),  # noqa: PLW1509  one prctl; this process has one thread
     ) as process:
+        status: int | None = None
         try:
-            status: int | None = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            status = None
+            with suppress(subprocess.TimeoutExpired):
+                status = process.wait(limit_s)
         finally:
             if process.returncode is None:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_KILL_WAIT_S)
-            left = end_children()
+            left = end_children(0.0 if status is None else _GRACE_S)
             if process.returncode is None:  # inside the driver: ``with`` would wait for ever
                 process.returncode = -signal.SIGKILL
     return Ended(time.monotonic() - begun, status, left if status is not None else ())
 
 
-def end_children() -> tuple[str, ...]:
+def end_children(grace_s: float = 0.0) -> tuple[str, ...]:
     """Wait a moment for all children to end, kill the others; return the commands that had to be killed."""
     left: dict[int, str] = {}
     begun = time.monotonic()
     while found := _children():
         waited = time.monotonic() - begun
-        if waited > _GRACE_S + _KILL_WAIT_S:
+        if waited > grace_s + _KILL_WAIT_S:
             break
-        if waited > _GRACE_S:
+        if waited >= grace_s:
             left |= found
             for pid in found:
                 with suppress(ProcessLookupError):

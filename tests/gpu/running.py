@@ -48,10 +48,11 @@ class Place:
         self.suite = folder / "suite"
         self.scratch = folder / "t"
         self.stub = folder / "stub"
+        self.caches = folder / "caches"
         self.redis = folder / "redis"
         self._environment = folder / "env"
         self.python = self._environment / "bin" / "python"
-        for each in (self.scratch, self.stub):
+        for each in (self.scratch, self.stub, self.caches):
             each.mkdir()
 
     def lay_out(self, kit: Path, *, dry_run: bool) -> None:
@@ -77,7 +78,10 @@ class Place:
         return kept | {
             "PATH": os.pathsep.join(path),
             "TMPDIR": str(self.scratch),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "inductor"),
+            # What CUDA and torch compile is kept from part to part, and gone in the end.
+            "XDG_CACHE_HOME": str(self.caches),
+            "CUDA_CACHE_PATH": str(self.caches / "cuda"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.caches / "inductor"),
             "GPU_CHECK_RECORDS": str(records),
             "GPU_CHECK_STUB": str(self.stub) if dry_run else "",
             "PYTHONUNBUFFERED": "1",

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from tests.gpu import kit
+from tests.gpu import kit, packing
 from tests.gpu.figures import Worked, row
 from tests.gpu.packing import THERE, locked, needed
 from tests.gpu.parts import BUDGET_S, PARTS
@@ -32,6 +33,25 @@ def test_what_is_packed_is_locked(python: str) -> None:
     assert names <= locked().keys()
     assert {"celery", "hiredis", "pytest", "sdnotify"} <= names
     assert not names & {*THERE, "sympy", "networkx", "mypy", "gpuinfer"}
+
+
+@pytest.mark.parametrize(("limit", "code"), [(1000, 0), (10, 1)])
+def test_a_kit_that_is_too_large_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, code: int
+) -> None:
+    """The sizes are printed in any case, to see what to leave out."""
+
+    def pack(kit: Path, python: str) -> None:
+        for name in ("wheels/some.whl", "redis/redis-server"):
+            (kit / name).parent.mkdir(parents=True)
+            (kit / name).write_bytes(bytes(100))
+
+    monkeypatch.setattr(packing, "pack", pack)
+    monkeypatch.setattr(packing, "LIMIT_BYTES", limit)
+    done = CliRunner().invoke(packing.main, ["--into", str(tmp_path / "kit")])
+    assert done.exit_code == code
+    assert "some.whl" in done.output and "in all" in done.output
+    assert ("too large" in done.output) == bool(code)
 
 
 def facts(**changes: str) -> kit.Facts:
