@@ -112,8 +112,7 @@ def prepare(settings: Settings, name: str) -> Process:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with starting(settings.worker.load_timeout_s, ", ".join(settings.worker.models)):
         loaded = _load_models(settings, binding)
-    device = "cpu" if binding.device == "cpu" else f"gpu{number_of(name)}"
-    batcher = _build(settings, name, loaded, device)
+    batcher = _build(settings, name, loaded, binding.device)
     pulse = Pulse(
         batcher, name, number_of(name), domain=domain, redis_timeout_s=settings.broker.connect_timeout_s
     )

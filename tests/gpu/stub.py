@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands for CUDA and NVML in a dry run; imported by every Python of its environment, at its start.
+
+NVML is the fake of the other tests, with one GPU. Models that are bound to ``cuda:0`` run on the CPU, and
+keep the name; a GPU that CUDA_VISIBLE_DEVICES hides, or that is full, refuses as CUDA does. What models do
+to a GPU (out of memory, an assertion on the device) they pretend themselves: see ``models``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from tests.fake_nvml import FakeNvml
+from tests.gpu.dry import TOTAL_BYTES, dry_run, full, use, users
+
+UUID = "GPU-00000000-0000"
+CARD = "NVIDIA L4"
+
+
+class StubNvml(FakeNvml):
+    """One GPU, whose memory is used by whoever has said so."""
+
+    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:
+        return SimpleNamespace(total=TOTAL_BYTES, used=min(TOTAL_BYTES, sum(users().values())))
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in users().items()]
+
+
+def visible() -> bool:
+    """Tell whether CUDA would see the GPU: by index or by the beginning of its UUID."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    return named == "0" or (named.startswith("GPU-") and UUID.startswith(named))
+
+
+def try_device(device: str) -> None:
+    """Refuse as CUDA does, in our errors."""
+    from gpuinfer.errors import DeviceError, DeviceOutOfMemory
+
+    if device != "cpu" and not visible():
+        raise DeviceError(f"{device} cannot be used: RuntimeError: No CUDA GPUs are available")
+    if device != "cpu" and os.getpid() not in users() and full():
+        raise DeviceOutOfMemory(f"{device} cannot be used: CUDA error: out of memory")
+
+
+def _patch_loader(loader: Any) -> None:
+    """Let models on ``cuda:0`` run on the CPU."""
+    load, to_tensor = loader.load, loader._to_tensor
+
+    def load_here(folder: Any, device: str, **options: Any) -> Any:
+        model = load(folder, "cpu", **options)
+        if device != "cpu":
+            use()
+            model.device = device
+        return model
+
+    def to_tensor_here(column: Any, spec: Any, device: str) -> Any:
+        return to_tensor(column, spec, "cpu")
+
+    loader.load, loader._to_tensor, loader.try_device = load_here, to_tensor_here, try_device
+
+
+def _patch_child(child: Any) -> None:
+    """Answer for the doctor's child that would compute on the GPU."""
+    ask = child.ask
+
+    def ask_here(what: str, *arguments: str, **options: Any) -> bytes:
+        if what != "cuda":
+            answer: bytes = ask(what, *arguments, **options)
+            return answer
+        device = f"cuda:0 ({CARD})"
+        failed = {"cuda:0": "CUDA error: out of memory"} if full() else {}
+        good = [] if failed else [device]
+        found = {"torch": "stub", "cuda": "13.0", "devices": good, "failed": failed, "why": "", "ms": 1}
+        return json.dumps(found).encode()
+
+    child.ask = ask_here
+
+
+def _patch_cuda(cuda: Any) -> None:
+    """Let the doctor take this torch for one that is built for CUDA."""
+    cuda.built = lambda: ("stub", "13.0")
+
+
+PATCHES: dict[str, Callable[[Any], None]] = {
+    "gpuinfer.models.loader": _patch_loader,
+    "gpuinfer.doctor.child": _patch_child,
+    "gpuinfer.doctor.cuda": _patch_cuda,
+}
+
+
+class _Patched(Loader):
+    """Loads a module as it is, then patches it."""
+
+    def __init__(self, loader: Any, patch: Callable[[Any], None]) -> None:
+        self._loader = loader
+        self._patch = patch
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        made: ModuleType | None = self._loader.create_module(spec)
+        return made
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._patch(module)
+
+
+class _Finder(MetaPathFinder):
+    """Finds the modules that are patched."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        patch = PATCHES.get(name)
+        spec = PathFinder.find_spec(name, path, target) if patch else None
+        if spec is not None and patch is not None:
+            spec.loader = _Patched(spec.loader, patch)
+        return spec
+
+
+if dry_run():
+    sys.modules["pynvml"] = StubNvml(count=1)  # type: ignore[assignment]  # its functions are methods
+    sys.meta_path.insert(0, _Finder())

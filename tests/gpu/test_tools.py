@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gpuinfer gpus`` and the doctor's checks of the GPU, against NVML itself."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from gpuinfer.gpus import Gpu
+from tests.gpu.conftest import command
+from tests.gpu.dry import GIB, dry_run
+
+pytestmark = pytest.mark.gpu
+
+#: These must be well on a machine that is. The others may warn of it, or have nothing to look at.
+SOUND = {"gpu.driver", "gpu.list", "gpu.memory", "gpu.cuda", "versions.torch"}
+#: The stub makes no device nodes.
+OF_REAL_ONES = {"gpu.nodes"}
+
+
+def test_gpus_lists_what_nvml_knows(gpu: Gpu) -> None:
+    """`gpuinfer gpus` lists worker 0's GPU with name, PCI address, memory and driver."""
+    done = command("gpus", "--json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert (found["source"], found["failed"], found["broken"]) == ("nvml", False, {})
+    first = found["gpus"][0]
+    assert (first["worker"], first["index"], first["uuid"]) == (0, gpu.index, gpu.uuid)
+    assert first["name"] and first["pci"] and found["driver"]
+    assert first["memory_bytes"] > GIB
+    assert 0 <= first["used_bytes"] <= first["memory_bytes"]
+    assert f"worker 0: GPU {gpu.index}  {gpu.name}" in command("gpus").stdout
+
+
+def test_the_doctor_finds_a_sound_gpu() -> None:
+    """`gpuinfer doctor gpu` finds driver, GPU, memory and CUDA in order, and no error."""
+    done = command("doctor", "gpu", "versions.torch", "--json")
+    found: list[dict[str, Any]] = json.loads(done.stdout)["findings"]
+    ignored = OF_REAL_ONES if dry_run() else set()
+    wrong = [entry for entry in found if entry["status"] == "error" and entry["check"] not in ignored]
+    assert wrong == []
+    assert {entry["check"] for entry in found if entry["status"] == "ok"} >= SOUND
