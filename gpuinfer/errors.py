@@ -101,6 +101,13 @@ class UnitRefused(GpuinferError):
     exit_code = 77  # EX_NOPERM
 
 
+class UnitStopping(GpuinferError):
+    """Raised when the start of a worker is dropped because it would undo a stop."""
+
+    code = "unit_stopping"
+    exit_code = 75  # EX_TEMPFAIL
+
+
 class MissingExtra(GpuinferError):
     """Raised when a command needs a library that is not installed, and says which extra brings it."""
 

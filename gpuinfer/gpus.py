@@ -19,8 +19,10 @@ from gpuinfer.errors import DeviceError
 from gpuinfer.settings import WorkerSettings
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-#: Values of CUDA_VISIBLE_DEVICES that hide every GPU.
-_HIDES_ALL = frozenset({"-1", "none", "void", "NoDevFiles"})
+#: Values of CUDA_VISIBLE_DEVICES that hide every GPU. Not set at all hides none.
+_HIDES_ALL = frozenset({"", "-1", "none", "void", "NoDevFiles"})
+#: An entry of CUDA_VISIBLE_DEVICES or worker.gpus: an index or a UUID, of a GPU its beginning, too.
+_ENTRY = re.compile(r"[0-9]+|GPU-[0-9A-Za-z-]+|MIG-[0-9A-Za-z/-]+")
 _NVIDIA_VENDOR = "0x10de"
 _DISPLAY_CLASS = "0x03"
 
@@ -80,6 +82,8 @@ class Inventory:
     failed: bool = False
     #: NVML index -> the driver's words, for GPUs that are counted and do not answer.
     broken: Mapping[int, str] = field(default_factory=dict)
+    #: What NVML lists, also where the settings leave some of it out; empty where NVML is absent.
+    listed: tuple[Gpu, ...] = ()
 
     def of_worker(self, number: int) -> Gpu | None:
         """Return worker N's GPU: the Nth of an explicit list, else the one with NVML's index N."""
@@ -185,7 +189,8 @@ def _read_all(nvml: Any, nodes: Callable[[], Sequence[str]]) -> Inventory:
         left = nodes()
         reason = f"NVML lists no GPU, yet there is {left[0]}" if left else "NVML lists no GPU"
         return Inventory(reason=reason, driver=driver, failed=bool(left))
-    return Inventory(tuple(gpus), "nvml", reason, driver, failed=not gpus, broken=broken)
+    all_ = tuple(gpus)
+    return Inventory(all_, "nvml", reason, driver, failed=not gpus, broken=broken, listed=all_)
 
 
 def _read_one(nvml: Any, index: int) -> Gpu:
@@ -257,25 +262,72 @@ def chosen(explicit: Sequence[str], found: Inventory) -> Inventory:
     if not explicit:
         return found
     gpus = tuple(_match(entry, place, found) for place, entry in enumerate(explicit))
-    return Inventory(gpus, "settings", found.reason, found.driver, broken=found.broken)
+    return Inventory(
+        gpus, "settings", found.reason, found.driver, broken=found.broken, listed=found.listed or found.gpus
+    )
 
 
 def _match(entry: str, place: int, found: Inventory) -> Gpu:
-    """Return NVML's GPU or MIG instance for an entry; one that NVML does not know is taken at its word."""
-    known = _known(entry, found)
-    if known is not None:
-        return known
+    """Return NVML's GPU or MIG instance for an entry. What names none is refused once a worker wants it."""
+    known = _known(entry, found.gpus)
+    if len(known) == 1:
+        return known[0]
     return Gpu(int(entry), "") if entry.isdecimal() else Gpu(place, entry)
 
 
-def _known(entry: str, found: Inventory) -> Gpu | None:
-    for gpu in found.gpus:
-        if entry == str(gpu.index) or (re.match("GPU-", entry) and gpu.uuid.startswith(entry)):
-            return gpu
-        instance = gpu.instance(entry)
-        if instance is not None:
-            return instance
-    return None
+def _known(entry: str, gpus: Sequence[Gpu]) -> list[Gpu]:
+    """Return the GPU or MIG instance that an entry names; several where it begins the UUID of several."""
+    if entry.isdecimal():
+        return [gpu for gpu in gpus if gpu.index == int(entry)]
+    exact = [gpu for gpu in gpus if gpu.uuid == entry]
+    exact += [instance for gpu in gpus if (instance := gpu.instance(entry))]
+    return exact or [gpu for gpu in gpus if entry.startswith("GPU-") and gpu.uuid.startswith(entry)]
+
+
+def named(entry: str, where: str, found: Inventory) -> Gpu | None:
+    """Return the GPU or MIG instance that an entry of a list names; None where NVML cannot tell.
+
+    ``where`` is the list, for the message. Raises DeviceError for an entry that names no device, or several.
+    """
+    if not _ENTRY.fullmatch(entry):
+        raise DeviceError(
+            f"{where}: {entry!r} names no device; an index, GPU-<uuid> or MIG-<uuid> does (gpuinfer gpus)"
+        )
+    if entry.isdecimal() and int(entry) in found.broken:
+        raise DeviceError(f"{where}: {_not_there(int(entry), found)}")
+    listed = found.listed or (found.gpus if found.source == "nvml" else ())
+    known = _known(entry, listed)
+    if len(known) > 1:
+        both = ", ".join(gpu.uuid for gpu in known)
+        raise DeviceError(f"{where}: {entry} names {len(known)} GPUs: {both}")
+    # The rights of this user may hide MIG instances from NVML.
+    hidden = entry.startswith("MIG-") and any(gpu.mig for gpu in listed)
+    if not known and listed and not hidden:
+        raise DeviceError(f"{where}: {_no_such(entry, listed, found)}")
+    return known[0] if known else None
+
+
+def visible(environ: Mapping[str, str]) -> tuple[str, ...] | None:
+    """Return the entries of CUDA_VISIBLE_DEVICES: none when it hides every GPU, None when it is not set."""
+    value = environ.get(VISIBLE)
+    if value is None:
+        return None
+    entries = tuple(entry.strip() for entry in value.split(","))
+    return () if len(entries) == 1 and entries[0] in _HIDES_ALL else entries
+
+
+def check_visible(environ: Mapping[str, str], *, inventory: Inventory | None = None) -> None:
+    """Raise DeviceError where CUDA_VISIBLE_DEVICES names what is no device of this host.
+
+    CUDA would stop reading there and hide the rest without a word, and the CPU would be taken. A host without
+    any GPU has nothing to hide.
+    """
+    entries = visible(environ)
+    if not entries:
+        return
+    found = list_gpus() if inventory is None else inventory
+    for entry in entries if found.source != "none" else ():
+        named(entry, f"{VISIBLE}={environ[VISIBLE]}", found)
 
 
 def visible_device(
@@ -287,27 +339,23 @@ def visible_device(
 ) -> Binding:
     """Decide what worker ``number`` runs on.
 
-    The unit sets CUDA_VISIBLE_DEVICES to the worker's own number, which says no more than the number
-    does: it counts as not set. Raises DeviceError when the GPU that is wanted is not there, or is
-    there and fails.
+    One device in CUDA_VISIBLE_DEVICES is the worker's, of several the one at its number; an empty value
+    hides all GPUs. The unit sets the variable to the worker's own number, which says no more than the number
+    does: it counts as not set. Raises DeviceError when the GPU that is wanted is not there, or fails.
     """
     if worker.device == "cpu":
         return Binding("cpu", "")
     found = list_gpus(worker.gpus) if inventory is None else inventory
-    preset = environ.get(VISIBLE, "").strip()
-    if preset == str(number):
-        preset = ""
-    if preset in _HIDES_ALL:
-        return _hidden(worker, preset)
-    if preset:
-        return _preset(worker, preset, found)
+    entries = visible(environ)
+    if entries is not None and entries != (str(number),):
+        return _preset(number, worker, environ[VISIBLE].strip(), entries, found)
     if found.source == "none":
         return _no_gpu(worker, found)
     gpu = found.of_worker(number)
     if gpu is None:
         raise DeviceError(_not_there(number, found))
-    if not gpu.uuid and gpu.index in found.broken:
-        raise DeviceError(_not_there(gpu.index, found))
+    if found.source == "settings":
+        named(gpu.selector, "worker.gpus", found)
     gpu = _whole_or_only(gpu, number) if gpu.mig else gpu
     return Binding("cuda:0", gpu.selector, gpu)
 
@@ -328,30 +376,32 @@ def _whole_or_only(gpu: Gpu, number: int) -> Gpu:
     return only
 
 
-def _hidden(worker: WorkerSettings, preset: str) -> Binding:
-    if worker.device == "cuda":
-        raise DeviceError(f"{VISIBLE}={preset} hides every GPU, and worker.device = 'cuda' wants one")
-    return Binding("cpu", preset)
-
-
-def _preset(worker: WorkerSettings, preset: str, found: Inventory) -> Binding:
-    """Keep what the unit or the administrator has set; the first device named becomes cuda:0."""
-    first = preset.partition(",")[0].strip()
+def _preset(
+    number: int, worker: WorkerSettings, preset: str, entries: tuple[str, ...], found: Inventory
+) -> Binding:
+    """Take what the unit or the administrator has set."""
+    if not entries:
+        if worker.device == "cuda":
+            raise DeviceError(f"{VISIBLE}={preset} hides every GPU, and worker.device = 'cuda' wants one")
+        return Binding("cpu", preset)
     if found.source == "none":
         raise DeviceError(f"{VISIBLE}={preset}, but this host has no usable GPU: {found.reason}")
-    if first.isdecimal() and int(first) in found.broken:
-        raise DeviceError(_not_there(int(first), found))
-    gpu = _known(first, found)
-    if gpu is None and first.startswith("GPU-") and found.source == "nvml":
-        raise DeviceError(f"{VISIBLE}={preset}: {_no_such(first, found)}")
-    return Binding("cuda:0", preset, gpu)
+    if len(entries) > 1 and number >= len(entries):
+        raise DeviceError(
+            f"worker {number} has no GPU: {VISIBLE}={preset} names {len(entries)}, for workers from 0 on"
+        )
+    entry = entries[number] if len(entries) > 1 else entries[0]
+    return Binding("cuda:0", entry, named(entry, f"{VISIBLE}={preset}", found))
 
 
-def _no_such(uuid: str, found: Inventory) -> str:
-    """Say that a GPU's UUID is not among NVML's. (MIG instances may be hidden from NVML by their rights.)"""
-    known = ", ".join(gpu.uuid for gpu in found.gpus)
+def _no_such(entry: str, listed: Sequence[Gpu], found: Inventory) -> str:
+    """Say that an entry names nothing that NVML lists."""
+    if entry.isdecimal():
+        return f"this host has no GPU {entry}; it has {spell([gpu.index for gpu in listed])}"
+    what = "MIG instance" if entry.startswith("MIG-") else "GPU"
+    known = ", ".join(gpu.uuid for gpu in listed)
     lost = f"; {found.reason}" if found.broken else ""
-    return f"this host has no GPU {uuid}; it has {known or 'none that answers'}{lost}"
+    return f"this host has no {what} {entry}; it has {known}{lost}"
 
 
 def _no_gpu(worker: WorkerSettings, found: Inventory) -> Binding:

@@ -28,7 +28,7 @@ import redis
 
 from gpuinfer.demo.processes import Child, ProcessEnded, stop
 from gpuinfer.errors import ConfigError
-from gpuinfer.gpus import VISIBLE, Inventory, list_gpus
+from gpuinfer.gpus import VISIBLE, Inventory, check_visible, list_gpus, visible
 
 #: How long everything together may take to come up; a cold disk makes importing torch slow.
 START_TIMEOUT_S = 180.0
@@ -74,23 +74,23 @@ def plan(
     environ: Mapping[str, str],
     list_gpus: Callable[[Sequence[str]], Inventory] = list_gpus,
 ) -> Plan:
-    """Give each worker a GPU while there are any, the CPU after that. Honours CUDA_VISIBLE_DEVICES."""
-    found, names = list_gpus(()), _visible(environ)
+    """Give each worker a GPU while there are any, the CPU after that. Honours CUDA_VISIBLE_DEVICES.
+
+    Raises DeviceError where that names no device.
+    """
+    found, names = list_gpus(()), visible(environ)
     if not found.gpus:
         note = f"the GPU cannot be used: {found.reason}" if found.failed else ""
         return Plan(dict.fromkeys(range(workers), "CPU"), note=note)
-    if names and not (names[0].isdecimal() or names[0].startswith(("GPU-", "MIG-"))):
-        return Plan(dict.fromkeys(range(workers), "CPU"), note=f"{VISIBLE}={names[0]} hides the GPUs")
+    if names == ():
+        return Plan(dict.fromkeys(range(workers), "CPU"), note=f"{VISIBLE}={environ[VISIBLE]} hides the GPUs")
+    check_visible(environ, inventory=found)
     if names:
         found = list_gpus(names)
     devices = {number: _device_name(found, number) for number in found.worker_numbers[:workers]}
     free = (number for number in itertools.count() if number not in devices)
     devices |= dict.fromkeys(itertools.islice(free, workers - len(devices)), "CPU")
-    return Plan(devices, names)
-
-
-def _visible(environ: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(part.strip() for part in environ.get(VISIBLE, "").split(",") if part.strip())
+    return Plan(devices, names or ())
 
 
 def _device_name(found: Inventory, number: int) -> str:

@@ -15,7 +15,6 @@ ALWAYS = (
     "gpuinfer-redis.service",
     "gpuinfer-api.socket",
     "gpuinfer-api.service",
-    "gpuinfer-front.service",
     "gpuinfer-watcher.service",
     "gpuinfer-workers.target",
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpuinfer.errors import GpuinferError, InputError, ModelError, UsageError
+from gpuinfer.gpus import check_visible
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.repository import Entry, ModelFolder, Repository, verify
 from gpuinfer.models.tensors import Encoding, Item, decode_batch
@@ -214,6 +216,8 @@ def _run(
     top_k: int | None,
     encoding: Encoding,
 ) -> dict[str, Any]:
+    if device != "cpu":
+        check_visible(os.environ)  # before torch is imported, which would take the CPU without a word
     # Here, not above: torch takes seconds to import, and only this command needs it.
     from gpuinfer.models.loader import load, pick_device
     from gpuinfer.models.outputs import render_batch

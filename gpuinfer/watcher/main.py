@@ -23,7 +23,14 @@ import orjson
 import redis
 from sdnotify import SystemdNotifier
 
-from gpuinfer.errors import BrokerUnavailable, FormatMismatch, GpuinferError, UnitRefused, UnitsUnavailable
+from gpuinfer.errors import (
+    BrokerUnavailable,
+    FormatMismatch,
+    GpuinferError,
+    UnitRefused,
+    UnitsUnavailable,
+    UnitStopping,
+)
 from gpuinfer.gpus import list_gpus
 from gpuinfer.log import get_logger
 from gpuinfer.queue.connection import connect, explain, typed_errors
@@ -97,10 +104,16 @@ class Watcher:
         self._rival = ""
         self._unreadable = ""
         self._ready = False
+        self._stop = asyncio.Event()
         self.history: History | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Look once in a while until ``stop`` is set. What goes wrong in a look is logged, and passes."""
+        """Look once in a while until ``stop`` is set. What goes wrong in a look is logged, and passes.
+
+        Once it is set nothing is started, stopped or noted any more: the workers may be stopping at the same
+        time, and that is no stop by hand.
+        """
+        self._stop = stop
         await asyncio.to_thread(self._gpus.start)
         try:
             await self._run(stop)
@@ -123,7 +136,7 @@ class Watcher:
         self._notifier.notify("STOPPING=1")
 
     async def step(self) -> Decision | None:
-        """Look, decide, act. Returns the decision; None when systemd cannot be asked."""
+        """Look, decide, act. Returns the decision; None when systemd cannot be asked, or it is to stop."""
         try:
             views = await self._units.look()
         except (UnitsUnavailable, UnitRefused) as exc:
@@ -132,6 +145,8 @@ class Watcher:
         self._look_at_gpus(views)
         now = time.time()
         seen = await self._patiently(self._observe, views, now)
+        if self._stop.is_set():
+            return None
         decision = decide(seen, self.history or History(), self._settings.watcher, now)
         if self.history is None and seen.queues is None:
             self._report(decision, seen)
@@ -144,6 +159,8 @@ class Watcher:
         if self._tell and seen.queues is not None and (changed or new or now - self._kept_at > KEEP_EVERY_S):
             await self._patiently(self._keep, decision, now, new)
         for action in decision.of(self.host) if self._act else ():
+            if self._stop.is_set():
+                break
             await self._do(action)
         if self._act:
             away = seen.queues is None
@@ -267,6 +284,8 @@ class Watcher:
         try:
             await self._units.act(action.verb, action.key.number)
             self._refused.pop(action.key, None)
+        except UnitStopping as exc:
+            log.info("start_dropped", worker=str(action.key), reason=str(exc))
         except (UnitRefused, UnitsUnavailable) as exc:
             if self._refused.get(action.key) != str(exc):
                 log.error("action_failed", verb=action.verb, worker=str(action.key), reason=str(exc))

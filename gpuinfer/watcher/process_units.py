@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gpuinfer.errors import UnitRefused, UnitsUnavailable
+from gpuinfer.errors import UnitRefused, UnitStopping, UnitsUnavailable
 from gpuinfer.watcher.state import UnitState, Verb
 from gpuinfer.watcher.units import UnitView
 
@@ -79,6 +79,8 @@ class ProcessUnits:
         state = self._states[number][0]
         if verb == "start" and state in ("inactive", "failed"):
             await self._start(number)
+        elif verb == "start" and state == "deactivating":
+            raise UnitStopping(f"worker {number} is being stopped", str(number))
         elif verb == "stop" and state in ("active", "activating"):
             self._enter(number, "deactivating")
             self._children[number].process.terminate()

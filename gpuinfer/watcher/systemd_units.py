@@ -16,7 +16,7 @@ from dbus_fast import BusType, Message, MessageType
 from dbus_fast.aio import MessageBus
 from dbus_fast.errors import DBusError
 
-from gpuinfer.errors import UnitRefused, UnitsUnavailable
+from gpuinfer.errors import UnitRefused, UnitStopping, UnitsUnavailable
 from gpuinfer.watcher.state import UnitState, Verb
 from gpuinfer.watcher.units import UnitView
 
@@ -29,11 +29,15 @@ ROOT = "/org/freedesktop/systemd1"
 #: Everything is asked for again this often, should a signal ever be missed.
 RESYNC_S = 60.0
 CALL_TIMEOUT_S = 10.0
-_METHODS: Mapping[Verb, tuple[str, str]] = {
-    "start": ("StartUnit", "ss"),
-    "stop": ("StopUnit", "ss"),
-    "reset": ("ResetFailedUnit", "s"),
+#: Method, signature, job mode. A start never undoes a stop of the worker that waits or is under way ("fail"):
+#: the administrator may have asked for it.
+_METHODS: Mapping[Verb, tuple[str, str, str]] = {
+    "start": ("StartUnit", "ss", "fail"),
+    "stop": ("StopUnit", "ss", "replace"),
+    "reset": ("ResetFailedUnit", "s", ""),
 }
+#: What systemd calls a start that would undo a stop.
+_STOPPING = "org.freedesktop.systemd1.TransactionIsDestructive"
 _STATES: Mapping[str, UnitState] = {
     "active": "active",
     "reloading": "active",
@@ -157,8 +161,8 @@ class SystemdUnits:
 
     async def act(self, verb: Verb, number: int) -> None:
         """Queue a job, or reset."""
-        member, signature = _METHODS[verb]
-        body = [unit_name(number), "replace"] if signature == "ss" else [unit_name(number)]
+        member, signature, mode = _METHODS[verb]
+        body = [unit_name(number), mode] if mode else [unit_name(number)]
         try:
             await self._call(member, signature, body)
         finally:
@@ -192,7 +196,8 @@ class SystemdUnits:
         if reply is None or reply.message_type is MessageType.ERROR:
             words = reply.body[0] if reply is not None and reply.body else "no reason given"
             name = reply.error_name if reply is not None else ""
-            raise UnitRefused(f"systemd refuses {member}: {words} ({name})", (body or [None])[0])
+            refused = UnitStopping if name == _STOPPING else UnitRefused
+            raise refused(f"systemd refuses {member}: {words} ({name})", (body or [None])[0])
         return reply
 
     async def close(self) -> None:

@@ -42,7 +42,10 @@ class Units(Protocol):
         """Return every instance's state."""
 
     async def act(self, verb: Verb, number: int) -> None:
-        """Start, stop or reset one instance. Raises UnitRefused when that is not allowed."""
+        """Start, stop or reset one instance.
+
+        Raises UnitRefused when that is not allowed, UnitStopping for the start of what is being stopped.
+        """
 
     async def close(self) -> None:
         """Disconnect; systemd's workers run on, plain processes drain and end."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuinfer.errors import UnitRefused, UnitsUnavailable
+from gpuinfer.errors import UnitRefused, UnitStopping, UnitsUnavailable
 from gpuinfer.watcher.process_units import ProcessUnits
 from gpuinfer.watcher.systemd_units import SystemdUnits, unit_path
 from gpuinfer.watcher.units import Units, UnitView
@@ -42,6 +42,7 @@ ExecStart=/bin/sh -c 'sleep 0.3; test -e /fail-%i && exit 3; systemd-notify --re
 [Install]
 WantedBy=multi-user.target
 """
+SLOW_STOP = "/etc/systemd/system/gpuinfer-worker@0.service.d/slow.conf"
 BACKENDS = [
     pytest.param("process", marks=pytest.mark.integration),
     pytest.param("systemd", marks=pytest.mark.host),
@@ -169,6 +170,26 @@ async def test_a_stop_while_it_starts_is_heard(place: Place) -> None:
     await place.becomes(0, "inactive")
     await asyncio.sleep(0.5)
     assert (await place.units.look())[0].state == "inactive"
+
+
+async def test_a_start_does_not_undo_a_stop(place: Place) -> None:
+    """What is being stopped stops, whoever told it to; the start is refused by an error of its own."""
+    if place.container:
+        waits = "/bin/sh -c 'until test -e /go; do sleep 0.1; done'"
+        place.container.put(SLOW_STOP, f"[Service]\nExecStop={waits}\n")
+        place.container.ok("systemctl daemon-reload")
+    try:
+        await place.units.act("start", 0)
+        await place.becomes(0, "active")
+        await place.units.act("stop", 0)
+        with pytest.raises(UnitStopping, match=r"stop|destructive"):
+            await place.units.act("start", 0)
+    finally:
+        if place.container:
+            place.container.ok("touch /go")
+    await place.becomes(0, "inactive")
+    if place.container:
+        place.container.ok(f"rm /go {SLOW_STOP}; systemctl daemon-reload")
 
 
 # -- systemd alone --------------------------------------------------------------------------

@@ -82,8 +82,8 @@ class Container:
         options = f"lowerdir={self._lower},upperdir={self.state}/upper,workdir={self.state}/work"
         run("mount", "-t", "overlay", "gpuinfer-test", "-o", options, self.folder)
 
-    def boot(self) -> None:
-        """Start systemd in it and wait until it has come up."""
+    def boot(self, up: str = "systemctl is-system-running | grep -qE '^(running|degraded)$'") -> None:
+        """Start systemd in it and wait until it has come up: until the script ``up`` succeeds in it."""
         zone = (f"--network-zone={self._zone}",) if self._zone else ("--private-network",)
         (self.folder / "etc/hostname").write_text(f"{self.name}\n")
         self._process = Process(
@@ -92,17 +92,13 @@ class Container:
             env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
         )
         self._leader = self._wait(self._find_leader, "a container", BOOT_TIMEOUT_S)
-        self._wait(self._is_up, "the container's boot", BOOT_TIMEOUT_S)
+        self._wait(lambda: self.sh(up).code == 0, "the container's boot", BOOT_TIMEOUT_S)
 
     def _find_leader(self) -> int:
         """Return the pid of the container's systemd: nspawn's child that is process 1 in there."""
         if self._process is None or not self._process.running:
             raise HostError(f"systemd-nspawn ended:\n{(self.state / 'console.log').read_text()[-4000:]}")
         return next((pid for pid in _children(self._process.pid) if _is_init(pid)), 0)
-
-    def _is_up(self) -> bool:
-        state = self.sh("systemctl is-system-running").output.strip()
-        return state in ("running", "degraded")
 
     def poweroff(self) -> None:
         """Shut down in order, as an administrator's ``poweroff`` does."""

@@ -12,7 +12,7 @@ from tests.host.container import Container
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
-SERVICES = ("redis", "api", "watcher", "worker@0", "restore@0", "flower", "front")
+SERVICES = ("redis", "api", "watcher", "worker@0", "restore@0", "flower")
 #: It loads a module and makes nodes in /dev, as root: what that takes is left to it.
 LOOSER = {"devices": 1.7}
 

@@ -177,15 +177,14 @@ def test_the_api_restarts_without_refusing_anybody(host: Container) -> None:
     assert said.split() == ["200", "200"], said
 
 
-def test_the_target_stops_the_api_first_and_redis_last(host: Container) -> None:
-    """`systemctl stop gpuinfer.target`: the API, then the workers, which drain, then Redis."""
+def test_the_target_stops_redis_last(host: Container) -> None:
+    """`systemctl stop gpuinfer.target`: API, watcher and workers, which drain; Redis after all of them."""
     host.ok("systemctl stop gpuinfer.target")
     units = ("gpuinfer-api", "gpuinfer-worker@0", "gpuinfer-worker@1", "gpuinfer-redis")
     # Not "is-active", which a unit that still drains is not either.
     host.until(" && ".join(f"[ $(systemctl show -P ActiveState {unit}) = inactive ]" for unit in units))
     order = [unit.removesuffix(".service") for unit in ended(host)][-12:]
     place = {unit: len(order) - order[::-1].index(unit) for unit in units}
-    assert place["gpuinfer-api"] < place["gpuinfer-worker@0"] < place["gpuinfer-redis"], order
-    assert place["gpuinfer-api"] < place["gpuinfer-worker@1"] < place["gpuinfer-redis"], order
+    assert max(place, key=place.__getitem__) == "gpuinfer-redis", order
     assert properties(host, "gpuinfer-worker@0", "Result")["Result"] == "success"
     host.ok("systemctl start gpuinfer.target")

@@ -15,7 +15,7 @@ from redis.exceptions import OutOfMemoryError
 from structlog.testing import capture_logs
 
 from gpuinfer import Client
-from gpuinfer.errors import FormatMismatch, UnitRefused
+from gpuinfer.errors import FormatMismatch, UnitRefused, UnitStopping
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
 from gpuinfer.settings import Settings
@@ -139,6 +139,49 @@ async def test_a_refused_start_is_a_failure(redis_server: RedisServer, settings_
     assert (unit.failures, unit.why) == (1, "systemd refuses StartUnit: bad unit file setting")
     told = orjson.loads(connect(settings.broker).hget(HOSTS, "a") or b"{}")
     assert "bad unit file setting" in told["instances"][0]["out"]
+
+
+async def test_told_to_stop_it_acts_no_more(redis_server: RedisServer, settings_for: Build) -> None:
+    """In the middle of a step, too: of two starts the second is left out, and the next look notes nothing."""
+
+    class Stopping(Told):
+        async def act(self, verb: str, number: int) -> None:
+            await super().act(verb, number)
+            stop.set()
+
+    class Late(Told):
+        async def look(self) -> dict[int, UnitView]:
+            stop.set()  # the workers stop together with us, and are seen to
+            return self.views
+
+    settings = cpu(redis_server, settings_for)
+    with Client(settings) as client:
+        for _ in range(12):
+            client.submit([1.0])
+    for units, done in ((Stopping(4), [("start", 0)]), (Late(4), [])):
+        stop = asyncio.Event()
+        watcher = Watcher(settings, units, (0, 1, 2, 3), act=True, host="a")
+        await asyncio.wait_for(watcher.run(stop), 30)
+        assert units.done == done
+    assert watcher.history is None or not any(unit.hold for unit in watcher.history.units.values())
+
+
+async def test_a_start_that_is_dropped_is_no_failure(redis_server: RedisServer, settings_for: Build) -> None:
+    """It would have undone a stop: the unit does not rest for that, and the next look decides again."""
+
+    class Dropping(Told):
+        async def act(self, verb: str, number: int) -> None:
+            raise UnitStopping("systemd refuses StartUnit: transaction is destructive")
+
+    settings = cpu(redis_server, settings_for)
+    watcher = Watcher(settings, Dropping(1), (0,), act=True, host="a")
+    with Client(settings) as client:
+        client.submit([1.0])
+    with capture_logs() as logs:
+        await watcher.step()
+    assert [entry["log_level"] for entry in logs if entry["event"] == "start_dropped"] == ["info"]
+    assert watcher.history is not None
+    assert watcher.history.units[Key(0, "a")].failures == 0
 
 
 async def test_an_unreadable_redis_holds_and_passes(redis_server: RedisServer, settings_for: Build) -> None:

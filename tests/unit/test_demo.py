@@ -11,6 +11,7 @@ import pytest
 from gpuinfer.demo.figures import Figures, figures, percentile
 from gpuinfer.demo.load import Answer, Tier
 from gpuinfer.demo.stack import plan
+from gpuinfer.errors import DeviceError
 from gpuinfer.gpus import Gpu, Inventory
 
 pytestmark = pytest.mark.unit
@@ -98,20 +99,30 @@ def host(count: int, failed: bool = False) -> Any:
 @pytest.mark.parametrize(
     ("gpus", "workers", "visible", "expected"),
     [
-        (0, 2, "", ["CPU", "CPU"]),
-        (1, 2, "", ["GPU 0 (H200)", "CPU"]),
-        (2, 2, "", ["GPU 0 (H200)", "GPU 1 (H200)"]),
-        (8, 2, "", ["GPU 0 (H200)", "GPU 1 (H200)"]),
+        (0, 2, None, ["CPU", "CPU"]),
+        (1, 2, None, ["GPU 0 (H200)", "CPU"]),
+        (2, 2, None, ["GPU 0 (H200)", "GPU 1 (H200)"]),
+        (8, 2, None, ["GPU 0 (H200)", "GPU 1 (H200)"]),
+        (8, 2, "", ["CPU", "CPU"]),
         (8, 2, "-1", ["CPU", "CPU"]),
         (8, 2, "6,3", ["GPU 3 (H200)", "GPU 6 (H200)"]),
         (0, 1, "0", ["CPU"]),
     ],
 )
-def test_workers_take_the_gpus_first(gpus: int, workers: int, visible: str, expected: list[str]) -> None:
+def test_workers_take_the_gpus_first(
+    gpus: int, workers: int, visible: str | None, expected: list[str]
+) -> None:
     """Two GPUs where there are two; the CPU where there are none, or none that one may use."""
-    found = plan(workers, {"CUDA_VISIBLE_DEVICES": visible}, host(gpus))
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    found = plan(workers, environ, host(gpus))
     assert list(found.devices.values()) == expected
     assert list(found.devices) == list(range(workers))
+
+
+def test_a_gpu_that_is_not_there_is_no_reason_for_the_cpu() -> None:
+    """A mistake in the variable is named, before anything is started."""
+    with pytest.raises(DeviceError, match="CUDA_VISIBLE_DEVICES=0,two: 'two' names no device"):
+        plan(2, {"CUDA_VISIBLE_DEVICES": "0,two"}, host(8))
 
 
 def test_a_gpu_that_fails_is_told() -> None:

@@ -77,7 +77,7 @@ def test_units_that_run(tmp_path: Path) -> None:
     shown = [unit(name) for name in units.ALWAYS]
     shown[1] = unit("gpuinfer-redis.service", ActiveState="inactive", Result="exec-condition")
     here = systemd(tmp_path, *shown)
-    assert one(units.services(here)).message == "7 units enabled and well"
+    assert one(units.services(here)).message == "6 units enabled and well"
 
 
 def test_units_that_do_not(tmp_path: Path) -> None:
@@ -88,7 +88,6 @@ def test_units_that_do_not(tmp_path: Path) -> None:
         unit("gpuinfer-api.socket", LoadState="masked", ActiveState="inactive"),
         unit("gpuinfer-api.service", UnitFileState="disabled"),
         unit("gpuinfer-watcher.service", LoadState="bad-setting", ActiveState="inactive"),
-        unit("gpuinfer-front.service", LoadState="masked", ActiveState="inactive"),
         unit("gpuinfer-workers.target", UnitFileState="disabled", ActiveState="inactive"),
     ]
     found = flat(units.services(systemd(tmp_path, *shown, journal="Starting\nFatal: no memory")))
@@ -98,7 +97,6 @@ def test_units_that_do_not(tmp_path: Path) -> None:
         "systemctl unmask gpuinfer-api.socket",
         "systemctl enable gpuinfer-api.service",
         "systemctl daemon-reload; systemd-analyze verify gpuinfer-watcher.service",
-        "systemctl unmask gpuinfer-front.service",
         "systemctl enable --now gpuinfer-workers.target",
     ]
     assert found[1].message == "gpuinfer-redis.service failed (exit-code): Fatal: no memory"

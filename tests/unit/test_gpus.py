@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpuinfer.errors import DeviceError
-from gpuinfer.gpus import Gpu, Inventory, MigInstance, list_gpus, spell, visible_device
+from gpuinfer.gpus import Gpu, Inventory, MigInstance, check_visible, list_gpus, spell, visible_device
 from gpuinfer.settings import WorkerSettings
 from tests.fake_nvml import GIB, FakeNvml
 
 pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
 
 
 def host(nvml: FakeNvml, *explicit: str, nodes: tuple[str, ...] = (), hardware: bool = False) -> Inventory:
@@ -157,6 +165,101 @@ def test_a_variable_that_hides_all_gpus() -> None:
     assert bind(0, found, CUDA_VISIBLE_DEVICES="-1").device == "cpu"
     with pytest.raises(DeviceError, match="hides every GPU"):
         bind(0, found, "cuda", CUDA_VISIBLE_DEVICES="-1")
+
+
+def test_an_empty_variable_hides_all_gpus() -> None:
+    """As CUDA has it; not set at all is another thing."""
+    found = host(FakeNvml(count=4))
+    assert bind(1, found, CUDA_VISIBLE_DEVICES="").cuda_visible_devices == ""
+    assert bind(1, found, CUDA_VISIBLE_DEVICES=" ").device == "cpu"
+    assert bind(1, found).device == "cuda:0"
+    with pytest.raises(DeviceError, match="CUDA_VISIBLE_DEVICES= hides every GPU"):
+        bind(1, found, "cuda", CUDA_VISIBLE_DEVICES="")
+
+
+def test_of_a_list_worker_n_takes_the_nth() -> None:
+    """Not all of them the first; a worker beyond the list has no GPU."""
+    found = host(FakeNvml(count=4))
+    listed = "3, GPU-00000001,0"
+    taken = [bind(number, found, CUDA_VISIBLE_DEVICES=listed) for number in range(3)]
+    assert [binding.gpu.index for binding in taken] == [3, 1, 0]
+    assert [binding.cuda_visible_devices for binding in taken] == ["3", "GPU-00000001", "0"]
+    with pytest.raises(DeviceError, match=r"worker 3 has no GPU: CUDA_VISIBLE_DEVICES=.* names 3, for"):
+        bind(3, found, CUDA_VISIBLE_DEVICES=listed)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("7", "CUDA_VISIBLE_DEVICES=7: this host has no GPU 7; it has GPUs 0-3"),
+        ("zero", "CUDA_VISIBLE_DEVICES=zero: 'zero' names no device"),
+        ("0,-1", "CUDA_VISIBLE_DEVICES=0,-1: '-1' names no device"),
+        ("0,", "CUDA_VISIBLE_DEVICES=0,: '' names no device"),
+        ("gpu-00000001", "'gpu-00000001' names no device"),
+        ("GPU-0000000", "GPU-0000000 names 4 GPUs: GPU-00000000-0000, "),
+        ("MIG-0-1", "this host has no MIG instance MIG-0-1; it has GPU-"),
+    ],
+)
+def test_what_names_no_device_is_refused_by_name(value: str, words: str) -> None:
+    """CUDA would hide all from there on, and say nothing. Of a variable, and of the settings."""
+    found = host(FakeNvml(count=4))
+    with pytest.raises(DeviceError) as refused:
+        bind(1 if "," in value else 9, found, CUDA_VISIBLE_DEVICES=value)
+    assert words in str(refused.value)
+    with pytest.raises(DeviceError) as refused:
+        check_visible({"CUDA_VISIBLE_DEVICES": value}, inventory=found)
+    assert words in str(refused.value)
+    # In the settings an empty entry is none at all.
+    last = value.split(",")[-1] or "x"
+    with pytest.raises(DeviceError, match=r"worker\.gpus: "):
+        bind(1, host(FakeNvml(count=4), "0", last))
+
+
+@pytest.mark.parametrize("command", [["worker", "0"], ["model", "run", "digits", "--input", "two.json"]])
+def test_it_is_refused_before_torch_is_imported(tmp_path: Path, command: list[str]) -> None:
+    """Whoever loads a model: exit 69, with the name, after a moment."""
+    (tmp_path / "two.json").write_text(json.dumps([[[0] * 8] * 8]))
+    script = """
+        import sys
+        from gpuinfer import gpus
+        from gpuinfer.cli import main
+        from tests.fake_nvml import FakeNvml
+        gpus._pynvml = lambda: FakeNvml(count=2)
+        try:
+            main(sys.argv[1:])
+        finally:
+            print("torch" in sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *command],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "zero",
+            "PYTHONPATH": str(ROOT),
+            "GPUINFER_LOG_FORMAT": "console",
+            "GPUINFER_WORKER_RUN_DIR": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (69, "False"), done.stderr
+    assert "CUDA_VISIBLE_DEVICES=zero: 'zero' names no device" in done.stderr
+
+
+def test_a_gpu_that_the_settings_leave_out_is_there_all_the_same() -> None:
+    """worker.gpus says which GPUs workers take by number; the variable may name another of the host's."""
+    found = host(FakeNvml(count=4), "1")
+    assert bind(0, found, CUDA_VISIBLE_DEVICES="3").gpu.index == 3
+    with pytest.raises(DeviceError, match="this host has no GPU 4; it has GPUs 0-3"):
+        bind(0, found, CUDA_VISIBLE_DEVICES="4")
+
+
+def test_a_host_without_gpus_has_nothing_to_hide() -> None:
+    """What is set for all hosts of a fleet does no harm where nothing can be meant."""
+    check_visible({"CUDA_VISIBLE_DEVICES": "zero"}, inventory=host(FakeNvml(init=12)))
+    check_visible({}, inventory=host(FakeNvml(count=1)))
 
 
 def test_mig_instances_are_listed() -> None:

@@ -21,6 +21,9 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
 PACKAGING = ROOT / "packaging"
+UNITS = {".service", ".socket", ".target"}
+#: A line of a maintainer script that only tells, or is a comment.
+SAYS = re.compile(r"\s*(#|echo |say )")
 
 
 def script(name: str) -> ModuleType:
@@ -177,6 +180,46 @@ def test_a_gpu_build_wants_its_libraries_beside_it(tmp_path: Path) -> None:
     )
     (tmp_path / "nvidia_cublas-13.1-py3-none-manylinux_2_27_x86_64.whl").touch()
     assert torch_wheel.missing(file) == ["triton"]
+
+
+# -- what the package does to a host ---------------------------------------------------------
+
+
+def maintainer_script(name: str) -> str:
+    return (PACKAGING / "debian" / f"gpuinfer.{name}").read_text()
+
+
+@pytest.mark.parametrize("name", ["prerm", "postrm"])
+def test_the_scripts_know_our_units_by_name(name: str) -> None:
+    """All of systemd/ and nothing else: a pattern like gpuinfer-* would take an administrator's unit, too."""
+    listed = re.search(r'(?m)^units="([^"]+)"', maintainer_script(name))
+    assert listed
+    files = [path.name for path in (ROOT / "systemd").glob("*.*") if path.suffix in UNITS]
+    assert sorted(listed[1].split()) == sorted(file.replace("@.", "@*.") for file in files)
+
+
+@pytest.mark.parametrize("name", ["preinst", "postinst", "prerm", "postrm"])
+def test_the_scripts_touch_no_unit_of_others(name: str) -> None:
+    """Every systemctl that changes something names units of ours; users are left to sysusers.d."""
+    verbs = "start|stop|restart|try-restart|reload|kill|reset-failed|enable|disable|mask|unmask"
+    script = "\n".join(line for line in maintainer_script(name).splitlines() if not SAYS.match(line))
+    for found in re.finditer(rf"(?:systemctl|deb-systemd-invoke) (?:--?\S+ )*(?:{verbs}) (.*)", script):
+        for word in re.findall(r"[^\s;|&'\")]+", re.split(r"\|\||&&|2>", found[1])[0]):
+            # A variable of the scripts holds a unit that systemctl has listed by a pattern of ours.
+            assert word.startswith(("gpuinfer.", "gpuinfer-", "--", "$unit")), found[0]
+            assert not re.fullmatch(r"gpuinfer-?\*.*", word), found[0]
+    assert not re.search(r"userdel|groupdel|useradd|adduser|sysctl|journald\.service", script)
+
+
+def test_the_licence_is_there_and_the_one_that_is_named() -> None:
+    """Apache-2.0: the text itself, in pyproject.toml, and in both packages."""
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License\n                           Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (project["license"], project["license-files"]) == ("Apache-2.0", ["LICENSE"])
+    for folder in ("debian", "debian-torch"):
+        assert "License: Apache-2.0" in (PACKAGING / folder / "copyright").read_text()
 
 
 # -- in step ------------------------------------------------------------------------------
