@@ -22,9 +22,10 @@ import orjson
 import redis
 from sdnotify import SystemdNotifier
 
-from gpuinfer.errors import BrokerUnavailable, GpuinferError, UnitRefused, UnitsUnavailable
+from gpuinfer.errors import BrokerUnavailable, FormatMismatch, GpuinferError, UnitRefused, UnitsUnavailable
 from gpuinfer.gpus import list_gpus
 from gpuinfer.log import get_logger
+from gpuinfer.queue import format as layout
 from gpuinfer.queue.connection import connect, explain, typed_errors
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
@@ -86,7 +87,10 @@ class Watcher:
         self.history: History | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Look once in a while until ``stop`` is set. What goes wrong in a look is logged, and passes."""
+        """Look once in a while until ``stop`` is set. What goes wrong in a look is logged, and passes.
+
+        Raises FormatMismatch as soon as Redis turns out to have another format.
+        """
         await asyncio.to_thread(self._gpus.start)
         try:
             await self._run(stop)
@@ -97,6 +101,8 @@ class Watcher:
         while not stop.is_set():
             try:
                 await self.step()
+            except FormatMismatch:
+                raise
             except Exception:  # a look that fails must not end the service; the next one may go well
                 log.exception("look_failed")
             self._notifier.notify("WATCHDOG=1")
@@ -152,6 +158,7 @@ class Watcher:
     def _observe(self, views: Mapping[int, UnitView], now: float) -> Observation:
         own = [self._instance(number, view, now) for number, view in sorted(views.items())]
         try:
+            self._establish_format()
             if self.history is None or not self._tell:
                 self._recall(own)
             figures = (self.history or History()).rates.figures
@@ -175,6 +182,12 @@ class Watcher:
             figures=seen.figures,
             acts=self._act,
         )
+
+    def _establish_format(self) -> None:
+        """Give an empty Redis our format number before anything is written there."""
+        if self._tell and self.history is None:
+            with typed_errors():
+                layout.establish(self._client)
 
     def _recall(self, own: list[Instance]) -> None:
         """Take over what an earlier life has kept; beside the service, what it remembers at each look."""
