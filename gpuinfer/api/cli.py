@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from gpuinfer.errors import UsageError
+from gpuinfer.errors import BrokerUnavailable, UsageError
 
 if TYPE_CHECKING:
     import socket
@@ -41,10 +42,11 @@ def api(loaded: Loaded, host: str | None, port: int | None, path: Path | None, f
 
 
 def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) -> None:
-    """Serve until a signal comes. Raises AddressUnavailable."""
+    """Serve until a signal comes. Raises AddressUnavailable, and FormatMismatch where Redis has another one."""
     from gpuinfer.log import configure
 
     configure(settings.log, program="gpuinfer-api")
+    _check_format(settings)
     listener = _listener(settings, path, fd)
 
     from gpuinfer.api.app import create_app
@@ -58,6 +60,14 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
         listener.close()
         if path is not None:
             path.unlink(missing_ok=True)
+
+
+def _check_format(settings: Settings) -> None:
+    """Raise FormatMismatch where Redis has another format. Without Redis the front starts, and answers 503."""
+    from gpuinfer.queue.connection import connect, typed_errors
+
+    with suppress(BrokerUnavailable), typed_errors(), connect(settings.broker, retries=0) as client:
+        client.ping()
 
 
 def _listener(settings: Settings, path: Path | None, fd: int | None) -> socket.socket:

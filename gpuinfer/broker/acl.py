@@ -4,8 +4,7 @@
 A user's rights are a root part and selectors, in parentheses; a command is allowed when one of them
 allows the command together with all its keys (Redis 7.0 ACL). A script needs its declared keys in
 the part that allows EVALSHA; what it then calls is checked command by command. So no user but
-admin could delete, overwrite or rename a queue, change the settings, or read all keys' names
-(the watcher may SCAN). To publish to Celery's pidbox is to be able to shut workers down: admin alone.
+admin could delete, overwrite or rename a queue, change the settings, or read all keys' names. To publish to Celery's pidbox is to be able to shut workers down: admin alone.
 
 Source: https://redis.io/docs/latest/operate/oss_and_stack/management/security/acl/
 """
@@ -14,22 +13,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from gpuinfer.queue import keys
 from gpuinfer.settings import QUEUES
+
+if TYPE_CHECKING:
+    import redis
 
 #: The users, each with a password file of its name.
 USERS = ("admin", "api", "worker", "watcher")
 
 _LISTS = tuple(f"~{queue}*" for queue in QUEUES)
-_BELLS = f"~{keys.BELL_PREFIX}*"
 _RESULTS = f"~{keys.RESULT_PREFIX}*"
-_RESULT_CHANNELS = f"&{keys.RESULT_PREFIX}*"
+#: Where ends are told: by a task's id, and to the client process that waits for it.
+_ENDS = (f"&{keys.RESULT_PREFIX}*", f"&{keys.REPLY_PREFIX}*")
 _KEYED = f"~{keys.IDEMPOTENCY_PREFIX}*"
 _INFLIGHT = f"~{keys.INFLIGHT_PREFIX}*"
 _HEARTBEATS = f"~{keys.HEARTBEAT_PREFIX}*"
-_LIVES = f"~{keys.LIFE_PREFIX}*"
-_DEAD, _WAITING, _CLAIMED = f"~{keys.DEAD}", f"~{keys.WAITING}", f"~{keys.CLAIMED}"
+_EPOCHS = f"~{keys.EPOCH_PREFIX}*"
+_WAKE = f"~{keys.WAKE_PREFIX}*"
+_IDLE = f"~{keys.IDLE_PREFIX}*"
+_GROUPS = f"~{keys.GROUPS_PREFIX}*"
+_INDEX, _INDEXED = f"~{keys.INDEX_PREFIX}*", f"~{keys.INDEXED}"
+_WORKERS, _CATALOGUE = f"~{keys.WORKERS}", f"~{keys.CATALOGUE}"
+_DEFAULT_MODEL, _FORMAT = f"~{keys.DEFAULT_MODEL}", f"~{keys.FORMAT_KEY}"
+_DEAD, _CLAIMED, _ENDED = f"~{keys.DEAD}", f"~{keys.CLAIMED}", f"~{keys.ENDED}"
+_AGEING, _TURNS = f"~{keys.AGEING}", f"~{keys.TURNS}"
 _PROBE = "~gpuinfer:probe"
 _OURS = "~gpuinfer:*"
 #: kombu's own: bindings of the control queues, their replies, and what it has delivered of them.
@@ -37,6 +47,7 @@ _KOMBU = ("~_kombu.*", "~*.celery.pidbox*", "~unacked*", "~celeryev*")
 _CONNECTION = ("+auth", "+hello", "+ping", "+select", "+quit", "+reset", "+client|setname", "+client|id")
 _SCRIPTS = ("+eval", "+evalsha", "+script|load", "+script|exists")
 _LISTENING = ("+subscribe", "+unsubscribe", "+psubscribe", "+punsubscribe")
+_TELLING = ("+publish", "+pubsub|numsub", *_ENDS)
 #: All that is done to a key by itself, of whatever kind; nothing that walks over keys or has none.
 _ANYTHING = (
     *("+@hash", "+@list", "+@set", "+@sortedset", "+@string", "-@dangerous"),
@@ -54,64 +65,119 @@ def _selector(*parts: str) -> str:
     return f"({' '.join(parts)})"
 
 
+#: To add a list to the index, and to wake the idle workers that serve it.
+_ANNOUNCING = (
+    _selector("+zadd", _INDEX),
+    _selector("+sadd", _INDEXED),
+    _selector("+get", _DEFAULT_MODEL),
+    _selector("+zrange", _GROUPS),
+    _selector("+zrevrange", "+zadd", _IDLE),
+    _selector("+lpush", "+ltrim", _WAKE),
+)
+#: To count what waits, what is in flight, and who serves it.
+_COUNTING = (
+    _selector("+llen", *_LISTS),
+    _selector("+zrange", _INDEX, _CATALOGUE, _WORKERS),
+    _selector("+smembers", _INDEXED),
+    _selector("+get", _DEFAULT_MODEL, _FORMAT),
+    _selector("+hgetall", _CLAIMED),
+    _selector("+hlen", _INFLIGHT, _DEAD),
+    _selector("+get", _HEARTBEATS),
+)
+#: To begin an epoch, and to write the first format number.
+_BEGINNING = (_selector("+get", "+set", _FORMAT), _selector("+hget", "+hset", _EPOCHS))
+
 #: User -> rules, the root part first.
 RULES: Mapping[str, Sequence[str]] = {
     "admin": ("~*", "&*", "+@all"),
     # Appends to queues and reads states; takes nothing out, and sees no payload.
     "api": (
-        *(*_CONNECTION, *_SCRIPTS, *_LISTENING, "+publish", "+time", "+info", _RESULT_CHANNELS),
-        *(*_LISTS, _BELLS, _RESULTS, _KEYED),
-        _selector("+lpush", "+llen", *_LISTS),
-        _selector("+lpush", "+ltrim", _BELLS),
-        _selector("+get", "+mget", "+set", "+exists", "+getrange", _RESULTS),
+        *(*_CONNECTION, *_SCRIPTS, *_LISTENING, *_TELLING, "+time", "+info"),
+        *(*_LISTS, _RESULTS),
+        _selector("+lpush", *_LISTS),
+        _selector("+mget", _DEFAULT_MODEL, _FORMAT),
+        _selector("+zscore", _CATALOGUE),
+        _selector("+get", "+mget", "+set", "+getrange", _RESULTS),
         _selector("+get", "+set", _KEYED),
-        _selector("+get", "+mget", "+exists", _HEARTBEATS),
-        _selector("+hlen", _INFLIGHT, _DEAD),
+        _selector("+hincrby", _ENDED),
+        *_ANNOUNCING,
+        *_COUNTING,
     ),
-    # Claims and settles; writes states, its in-flight hash and the dead letters, which it cannot drop.
+    # Claims and settles; writes states, its in-flight hash and the dead letters, which it cannot drop. Looks
+    # for tasks of other models in the default one's lists, and passes them on.
     "worker": (
-        *(*_CONNECTION, *_SCRIPTS, "+publish", "+multi", "+exec", "+discard", "+time", "+info"),
+        *(*_CONNECTION, *_SCRIPTS, *_TELLING, "+multi", "+exec", "+discard", "+time", "+info"),
         # Ends a wait of its own; Redis does not ask whose it is.
         "+client|unblock",
-        *(_RESULT_CHANNELS, "&/*.celeryev*", "&*.reply.celery.pidbox*"),
+        *("&/*.celeryev*", "&*.reply.celery.pidbox*"),
         # kombu binds its control queues by script, too.
         *(*_LISTS, _OURS, _RESULTS, *_KOMBU),
-        _selector("+exists", "+rpop", "+rpush", "+llen", *_LISTS),
-        _selector("+lpush", "+ltrim", "+brpop", "+llen", _BELLS),
-        _selector("+hset", "+hget", "+hdel", "+hkeys", _INFLIGHT),
-        _selector("+exists", "+hset", "+hdel", "+hgetall", _WAITING),
-        _selector("+hincrby", _CLAIMED),
-        _selector("+hset", _DEAD),
-        _selector("+get", "+set", _LIVES),
+        _selector("+rpop", "+rpush", "+lpush", "+lrem", "+lrange", *_LISTS),
+        _selector("+exists", *_LISTS, _INDEX),
+        _selector("+zunion", "+zrem", _INDEX),
+        _selector("+exists", "+zadd", "+zrem", "+zcount", _IDLE),
+        _selector("+zadd", "+zremrangebyscore", "+zcount", _GROUPS),
+        _selector("+brpop", "+del", _WAKE),
+        _selector("+exists", "+hset", "+hget", "+hmget", "+hdel", "+hkeys", "+hexists", _INFLIGHT),
+        _selector("+exists", "+hset", "+hmget", "+hdel", _AGEING, _TURNS),
+        _selector("+hincrby", _CLAIMED, _ENDED),
+        _selector("+hset", "+hexists", _DEAD),
+        _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
+        _selector("+zadd", "+zrem", _WORKERS),
+        _selector("+set", _DEFAULT_MODEL),
         _selector("+set", "+del", _HEARTBEATS),
         _selector("+expire", _PROBE),
         _selector("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", _RESULTS),
+        *_BEGINNING,
+        *_ANNOUNCING,
+        *_COUNTING,
         _selector(*_ANYTHING, *_KOMBU),
         # Hears the control channel; to speak there is the admin's.
         _selector(*_LISTENING, "&*"),
     ),
-    # Counts, and keeps notes of its own; puts back what a dead worker left, for which it may read that.
+    # Counts, and keeps notes of its own; says which models its host could serve; puts back what a dead worker
+    # left, for which it may read that.
     "watcher": (
-        *(*_CONNECTION, *_SCRIPTS, "+publish", "+scan", "+time", "+info", _RESULT_CHANNELS),
+        *(*_CONNECTION, *_SCRIPTS, *_TELLING, "+time", "+info"),
         *(*_LISTS, _OURS, _RESULTS),
-        _selector("+llen", "+exists", "+rpush", *_LISTS),
-        _selector("+lpush", "+ltrim", _BELLS),
-        _selector("+hlen", "+hget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
-        _selector("+get", "+set", _LIVES),
-        _selector("+hlen", "+hset", _DEAD),
-        _selector("+hget", "+hmget", "+hgetall", _WAITING, _CLAIMED),
-        _selector("+hincrby", _CLAIMED),
-        _selector("+get", "+mget", "+exists", _HEARTBEATS),
+        _selector("+rpush", *_LISTS),
+        _selector("+hget", "+hmget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
+        _selector("+hset", "+hexists", _DEAD),
+        _selector("+hincrby", _CLAIMED, _ENDED),
+        _selector("+zadd", "+zremrangebyscore", _CATALOGUE),
         _selector("+set", "+getrange", _RESULTS),
+        *_BEGINNING,
+        *_ANNOUNCING,
+        *_COUNTING,
         _selector(*_ANYTHING, "~gpuinfer:watcher:*"),
     ),
 }
 
 
-def render(passwords: Mapping[str, str]) -> str:
-    """Return the text of an ACL file. Only the hashes of ``passwords`` are written."""
-    lines = [DEFAULT]
+def rules(passwords: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return each user's rules as ``ACL SETUSER`` takes them after ``reset``; of passwords, their hashes."""
+    found = {"default": DEFAULT.split()[2:]}
     for user in USERS:
         digest = hashlib.sha256(passwords[user].encode()).hexdigest()
-        lines.append(f"user {user} on #{digest} resetchannels -@all {' '.join(RULES[user])}")
-    return "\n".join(lines) + "\n"
+        found[user] = ["on", f"#{digest}", "resetchannels", "-@all", *RULES[user]]
+    return found
+
+
+def render(passwords: Mapping[str, str]) -> str:
+    """Return the text of an ACL file. Only the hashes of ``passwords`` are written."""
+    return "".join(f"user {user} {' '.join(parts)}\n" for user, parts in rules(passwords).items())
+
+
+def apply(client: redis.Redis, passwords: Mapping[str, str]) -> list[str]:
+    """Give the users of a running Redis these rules; return whose rules were others. Raises redis-py's errors.
+
+    Each user is changed in one step, so that nobody's connection is closed or refused anything meanwhile.
+    Other users stay as they are.
+    """
+    changed = []
+    for user, parts in rules(passwords).items():
+        before = client.acl_getuser(user)
+        client.execute_command("ACL", "SETUSER", user, "reset", *parts)
+        if client.acl_getuser(user) != before:
+            changed.append(user)
+    return changed

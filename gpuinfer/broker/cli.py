@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer redis``: what gpuinfer-redis.service asks for before it starts Redis."""
+"""``gpuinfer redis``: what gpuinfer-redis.service asks for before it starts Redis, and what an upgrade asks for."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import click
 
 from gpuinfer.errors import ConfigError
 from gpuinfer.journal.sender import INFO, WARNING, say, say_error
+from gpuinfer.queue.show import as_json_option, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gpuinfer.settings import Loaded, Settings
+
 
 FOLDER = Path("/run/gpuinfer/redis")
 CREDENTIALS = Path("/etc/gpuinfer/credentials")
@@ -55,6 +57,55 @@ def prepare(loaded: Loaded, folder: Path) -> None:
     users = acl.render(passwords()) + more_users()
     _write(folder / "tuning.conf", tuning.render(settings.redis, tuning.host_memory_bytes()))
     _write(folder / "users.acl", users)
+
+
+@redis.command("apply-users", epilog="Example: gpuinfer redis apply-users")
+@as_json_option
+@click.pass_obj
+def apply_users(loaded: Loaded, as_json: bool) -> None:
+    """Give the users of the running Redis the rights that this version needs, without a restart.
+
+    Connections stay, and have the new rights at once; other users are not touched. An upgrade does this before
+    it restarts the workers. Passwords come from $CREDENTIALS_DIRECTORY, else from /etc/gpuinfer/credentials.
+    """
+    from gpuinfer.broker import acl
+    from gpuinfer.queue.connection import connect, typed_errors
+
+    found = passwords()
+    login = {"username": "admin", "password": found["admin"]}
+    broker = _ours(loaded).broker
+    broker = type(broker).model_validate(broker.model_dump() | login)
+    with typed_errors(), connect(broker, any_format=True) as client:
+        changed = acl.apply(client, found)
+    if as_json:
+        print_json({"users": list(acl.USERS), "changed": changed})
+    else:
+        click.echo(f"new rights for {', '.join(changed)}" if changed else "all users have their rights already")
+
+
+@redis.command(epilog="Examples: gpuinfer redis migrate; gpuinfer redis migrate --json")
+@as_json_option
+@click.pass_obj
+def migrate(loaded: Loaded, as_json: bool) -> None:
+    """Change what an older edition left in Redis to this edition's format.
+
+    Nothing of gpuinfer may run meanwhile. There is one format so far, so there is nothing to change; exit code
+    78: Redis has a format that this edition does not know. What waits in Celery's own format is never changed.
+    """
+    from gpuinfer.queue import format as layout
+    from gpuinfer.queue import keys
+    from gpuinfer.queue.connection import connect, typed_errors
+
+    with typed_errors(), connect(loaded.settings.broker, any_format=True) as client:
+        number: bytes | None = client.get(keys.FORMAT_KEY)  # type: ignore[assignment]  # not decoded
+    layout.check(number)  # where a later edition changes what it knows
+    found = int(number) if number else None
+    if as_json:
+        print_json({"format": keys.FORMAT, "found": found, "changed": False})
+    elif found is None:
+        click.echo(f"nothing to do: Redis has no format yet; the first worker or watcher makes it {keys.FORMAT}")
+    else:
+        click.echo(f"nothing to do: Redis has format {found}, which is this edition's")
 
 
 @redis.command()

@@ -14,6 +14,7 @@ from gpuinfer.doctor.finding import Finding, Skipped, error, ok
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.redis_errors import diagnose
 from gpuinfer.doctor.redis_place import Place, place_of
+from gpuinfer.errors import FormatMismatch
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
 
@@ -32,6 +33,8 @@ def reach(host: Host) -> Finding:
             client.ping()
             client.llen(keys.list_key("default", 0))
             _take_work(client)
+    except FormatMismatch as exc:
+        return error(exc.message, "gpuinfer redis migrate")
     except (RedisError, OSError) as exc:
         return diagnose(exc, where)
     as_user = f" as user {broker.username}" if broker.username else ""
@@ -48,7 +51,7 @@ def asked(host: Host) -> Iterator[redis.Redis]:
     try:
         with connect(host.settings.broker, retries=0) as client:
             yield client
-    except (RedisError, OSError) as exc:
+    except (RedisError, OSError, FormatMismatch) as exc:
         denied = "NOPERM" in str(exc) or "no permissions" in str(exc)
         raise Skipped(
             "this login may not ask" if denied else "Redis cannot be asked; see redis.reach"

@@ -116,11 +116,11 @@ def _read_only(failure: Failure) -> Finding | None:
 def _not_allowed(failure: Failure) -> Finding | None:
     if not (failure.is_a(NoPermissionError) or failure.says("NOPERM", "has no permissions")):
         return None
-    user = failure.place.user
-    return error(
-        f"Redis's user {user} may not do what is needed (NOPERM): {failure.text}",
-        f"{failure.place.cli(f'ACL GETUSER {user}')}; {failure.place.cli('ACL LOG 5')}",
-    )
+    user, place = failure.place.user, failure.place
+    remedy = f"{place.cli(f'ACL GETUSER {user}')}; {place.cli('ACL LOG 5')}"
+    if place.ours:
+        remedy = f"gpuinfer redis apply-users  # gives this version's rights; {remedy}"
+    return error(f"Redis's user {user} may not do what is needed (NOPERM): {failure.text}", remedy)
 
 
 def _wrong_password(failure: Failure) -> Finding | None:

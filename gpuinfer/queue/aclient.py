@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, Self, Unpack
 
 from gpuinfer.errors import BrokerUnavailable, InputError, TaskRevoked, WaitTimeout
+from gpuinfer.queue import format as layout
 from gpuinfer.queue import keys, results, submission
 from gpuinfer.queue.client import not_found, settings_for
 from gpuinfer.queue.connection import connect_async, typed_errors
@@ -63,9 +64,9 @@ class AsyncClient:
     # -- submitting -----------------------------------------------------------------------
 
     async def ping(self) -> None:
-        """Raises BrokerUnavailable when Redis does not answer."""
+        """Raises BrokerUnavailable when Redis does not answer, FormatMismatch where it has another format."""
         with typed_errors():
-            await self._redis.ping()
+            layout.check(await self._redis.get(keys.FORMAT_KEY))  # type: ignore[arg-type]  # not decoded
 
     async def submit(self, inputs: Any, **options: Unpack[Options]) -> str:
         """Submit one input and return its task id. Raises InputError, PayloadTooLarge, BrokerUnavailable."""

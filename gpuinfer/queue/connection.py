@@ -24,8 +24,8 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
-from gpuinfer.errors import BrokerUnavailable, FormatMismatch, GpuinferError, QueueFull, UnknownModel
-from gpuinfer.queue import keys
+from gpuinfer.errors import BrokerUnavailable, GpuinferError, QueueFull, UnknownModel
+from gpuinfer.queue import format as layout
 from gpuinfer.settings import BrokerSettings
 
 
@@ -90,10 +90,23 @@ def _options(broker: BrokerSettings) -> dict[str, Any]:
     return options
 
 
-def connect(broker: BrokerSettings, *, retries: int = 1) -> redis.Redis:
-    """Return a client that connects when first used; one lost connection is retried ``retries`` times."""
+def connect(
+    broker: BrokerSettings,
+    *,
+    retries: int = 1,
+    any_format: bool = False,
+    on_mismatch: layout.OnMismatch | None = None,
+) -> redis.Redis:
+    """Return a client that connects when first used; one lost connection is retried ``retries`` times.
+
+    A connection to a Redis of another format raises FormatMismatch, and tells ``on_mismatch`` before, unless
+    ``any_format`` is asked for.
+    """
     retry = Retry(ExponentialBackoff(cap=0.2, base=0.01), retries)
-    return redis.Redis.from_url(redis_url(broker), retry=retry, **_options(broker))
+    greeting = None if any_format else layout.greeting(on_mismatch)
+    return redis.Redis.from_url(
+        redis_url(broker), retry=retry, redis_connect_func=greeting, **_options(broker)
+    )
 
 
 def connect_async(broker: BrokerSettings, *, max_connections: int = 32) -> redis.asyncio.Redis:
@@ -109,6 +122,7 @@ def connect_async(broker: BrokerSettings, *, max_connections: int = 32) -> redis
         retry=retry,
         max_connections=max_connections,
         timeout=2 * broker.connect_timeout_s,
+        redis_connect_func=layout.async_greeting,
         **_options(broker),
     )
     return redis.asyncio.Redis.from_pool(pool)
@@ -127,7 +141,7 @@ def explain(exc: Exception) -> GpuinferError:
             f"no worker of this fleet has served a model of that name; known: {known}", "model"
         )
     if "FORMAT " in text:
-        return format_mismatch(text)
+        return layout.mismatch(text.rpartition("FORMAT ")[2])
     if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in text:
         return QueueFull("Redis has reached maxmemory and refuses new work; what was accepted goes on")
     if isinstance(exc, AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
@@ -139,16 +153,6 @@ def explain(exc: Exception) -> GpuinferError:
             f"this user may not open Redis's socket; as root it works: {text}", "broker.url"
         )
     return BrokerUnavailable(f"Redis does not answer: {text}", "broker.url")
-
-
-def format_mismatch(text: str) -> FormatMismatch:
-    """Return the error for a script's answer ``FORMAT n``."""
-    found = text.rpartition("FORMAT ")[2]
-    return FormatMismatch(
-        f"what lies in Redis has format {found}, and this program reads format {keys.FORMAT} alone; "
-        "gpuinfer redis migrate changes what an older edition left, once nothing of it runs",
-        "broker.url",
-    )
 
 
 @contextmanager

@@ -53,6 +53,7 @@ _CONSTANTS: dict[str, str | float] = {
     "INDEX_PREFIX": keys.INDEX_PREFIX,
     "MODEL_VOID": keys.MODEL_VOID_S,
     "PENDING_HEAD": '{"status": "PENDING", "result": ',
+    "REPLY_PREFIX": keys.REPLY_PREFIX,
     "RESULT_PREFIX": keys.RESULT_PREFIX,
     "TURNS": keys.TURNS,
     "WAKE_PREFIX": keys.WAKE_PREFIX,

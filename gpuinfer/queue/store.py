@@ -19,8 +19,8 @@ import redis
 from gpuinfer.errors import DeadLettered, GpuinferError, TakenBack, WorkerRunning
 from gpuinfer.log import get_logger
 from gpuinfer.queue import keys, results
-from gpuinfer.queue.connection import format_mismatch
 from gpuinfer.queue.direct import Argument, Direct
+from gpuinfer.queue.format import mismatch
 from gpuinfer.queue.message import Undecodable, decode
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES, QueueSettings
@@ -318,7 +318,7 @@ class Store:
     def _explain(self, error: redis.ResponseError) -> Exception:
         text = str(error)
         if "FORMAT " in text:
-            return format_mismatch(text)
+            return mismatch(text.rpartition("FORMAT ")[2])
         if "STALE" not in text:
             return error
         found: bytes | None = self.client.hget(keys.epoch(self.worker), "by")  # type: ignore[assignment]

@@ -18,7 +18,8 @@ from kombu.transport import redis as stock
 from kombu.utils.json import dumps, loads
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
-from gpuinfer.errors import DeadLettered, TakenBack, WorkerRunning
+from gpuinfer.errors import DeadLettered, FormatMismatch, TakenBack, WorkerRunning
+from gpuinfer.queue import format as layout
 from gpuinfer.queue import keys
 from gpuinfer.queue.qos import TAG, QoS, seq_of
 from gpuinfer.queue.scripts import bind, source
@@ -51,6 +52,11 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         self._enlisted = False
         self._silent_at = self._claimed_at = -math.inf
         super().__init__(*args, **kwargs)
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        """Return kombu's parameters, with a look at the format number in each connection's handshake."""
+        found: dict[str, Any] = super()._connparams(asynchronous=asynchronous)
+        return found | {"redis_connect_func": layout.greeting()}
 
     # -- producing ------------------------------------------------------------------------
 
@@ -187,7 +193,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             return self.claim()
         try:
             return self._hand_on(self.sink, self.store.take(order, claimed))
-        except (WorkerRunning, TakenBack) as exc:
+        except (WorkerRunning, TakenBack, FormatMismatch) as exc:
             self.sink.fenced(exc)
             return 0
 
@@ -207,9 +213,8 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         self._enlisted = False
         if self.sink is not None and self._wait.order is not None and (self.ordered or self.store.uncertain):
             self.store.doubt()
-            with suppress(
-                RedisError, OSError, WorkerRunning, TakenBack
-            ):  # the next claim, or the end, does it
+            # The next claim, or the end, does it.
+            with suppress(RedisError, OSError, WorkerRunning, TakenBack, FormatMismatch):
                 self._reconcile(self.sink)
 
     def _reconcile(self, sink: Sink) -> None:
@@ -272,7 +277,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
                 self._reconcile(sink)
             state = sink.state
             tasks = store.claim(wants, state=state, begin=state == "idle", look=look)
-        except (WorkerRunning, TakenBack) as exc:
+        except (WorkerRunning, TakenBack, FormatMismatch) as exc:
             sink.fenced(exc)
             return 0
         self._enlisted = state == "idle"

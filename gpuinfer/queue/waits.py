@@ -10,6 +10,7 @@ from typing import Any
 
 import redis.asyncio
 
+from gpuinfer.errors import FormatMismatch
 from gpuinfer.log import get_logger
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import AWAY, typed_errors
@@ -103,6 +104,10 @@ class Waits:
         while self._pubsub.subscribed:
             try:
                 event = await self._pubsub.get_message(timeout=5.0)
+            except FormatMismatch:  # whoever waits is told so when he looks
+                self._joined = self._listening = False
+                self._look_all()
+                return
             except AWAY as exc:
                 self._listening = False
                 if not away:
@@ -115,6 +120,11 @@ class Waits:
                 away = False
             if event is not None:
                 self._dispatch(event)
+
+    def _look_all(self) -> None:
+        for boxes in self._mailboxes.values():
+            for box in boxes:
+                box.put_nowait(None)
 
     def _dispatch(self, event: dict[str, Any]) -> None:
         channel = event["channel"].decode()

@@ -33,6 +33,7 @@ from gpuinfer.errors import (
 )
 from gpuinfer.gpus import list_gpus
 from gpuinfer.log import get_logger
+from gpuinfer.queue import format as layout
 from gpuinfer.queue.connection import connect, explain, typed_errors
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
@@ -111,7 +112,8 @@ class Watcher:
         """Look once in a while until ``stop`` is set. What goes wrong in a look is logged, and passes.
 
         Once it is set nothing is started, stopped or noted any more: the workers may be stopping at the same
-        time, and that is no stop by hand.
+        time, and that is no stop by hand. Raises FormatMismatch as soon as Redis turns out to have another
+        format.
         """
         self._stop = stop
         await asyncio.to_thread(self._gpus.start)
@@ -186,6 +188,7 @@ class Watcher:
     def _observe(self, views: Mapping[int, UnitView], now: float) -> Observation:
         own = [self._instance(number, view, now) for number, view in sorted(views.items())]
         try:
+            self._establish_format()
             if self.history is None or not self._tell:
                 self._recall(own)
             figures = (self.history or History()).figures
@@ -214,6 +217,12 @@ class Watcher:
             figures=seen.figures,
             acts=self._act,
         )
+
+    def _establish_format(self) -> None:
+        """Give an empty Redis our format number before anything is written there."""
+        if self._tell and self.history is None:
+            with typed_errors():
+                layout.establish(self._client)
 
     def _recall(self, own: list[Instance]) -> None:
         """Take over what an earlier life has kept; beside the service, what it remembers at each look."""

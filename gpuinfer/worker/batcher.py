@@ -19,6 +19,7 @@ from typing import Any
 import redis
 
 from gpuinfer.errors import (
+    FormatMismatch,
     GpuinferError,
     SoftTimeLimitExceeded,
     TakenBack,
@@ -176,9 +177,10 @@ class Batcher:
         """End the process at once, for a reason that is not its tasks'."""
         self._on_fatal(error)
 
-    def fenced(self, error: WorkerRunning | TakenBack) -> None:
-        """End the process when another one claims under this name; begin anew after a reaper."""
-        if isinstance(error, WorkerRunning):
+    def fenced(self, error: WorkerRunning | TakenBack | FormatMismatch) -> None:
+        """End the process when another one claims under this name, or Redis has another format; begin anew
+        after a reaper."""
+        if not isinstance(error, TakenBack):
             self._on_fatal(error)
             return
         works = self._buffer.clear()
@@ -191,7 +193,7 @@ class Batcher:
             self.store.rejoin()
         except (redis.RedisError, OSError, TakenBack) as exc:
             self._ledger.trouble("begin an epoch", exc)  # and again at the next claim
-        except WorkerRunning as exc:
+        except (WorkerRunning, FormatMismatch) as exc:
             self._on_fatal(exc)
 
     def receive(self, channel: TaskChannel, tasks: Sequence[Claimed]) -> None:

@@ -22,7 +22,7 @@ from celery import signals
 from celery.platforms import EX_FAILURE, SecurityWarning
 from celery.worker import state
 
-from gpuinfer.errors import ConfigError, DeviceError, GpuinferError, TimeLimitExceeded
+from gpuinfer.errors import ConfigError, DeviceError, FormatMismatch, GpuinferError, TimeLimitExceeded
 from gpuinfer.gpus import Binding, visible_device
 from gpuinfer.locks import acquire
 from gpuinfer.locks import domain as lock_domain
@@ -145,20 +145,22 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
     from gpuinfer.worker.deadline import Deadline
     from gpuinfer.worker.engine import Engine
 
-    # No retries by the library: a claim whose answer was lost must not be sent again as it was.
-    client = connect(settings.broker, retries=0)
-    store = Store(client, name, settings.worker.queues, settings.queue, models=tuple(loaded))
-
-    def on_hard() -> None:
-        _end_at_hard_limit(engine, store)
-
     def on_fatal(error: GpuinferError) -> None:
         hint = "its tasks are put back"
-        if isinstance(error, DeviceError):
+        if isinstance(error, FormatMismatch):
+            hint = "nothing was written there"
+        elif isinstance(error, DeviceError):
             hint += "; gpuinfer doctor says what is wrong with the GPU, and what to do"
         log.critical("worker_ends", worker=name, device=device, code=error.code, reason=str(error), hint=hint)
         # A GPU that fails at work is tried again; one that is not there at the next start ends that with 69.
         os._exit(EX_IOERR if isinstance(error, DeviceError) else error.exit_code)
+
+    # No retries by the library: a claim whose answer was lost must not be sent again as it was.
+    client = connect(settings.broker, retries=0, on_mismatch=on_fatal)
+    store = Store(client, name, settings.worker.queues, settings.queue, models=tuple(loaded))
+
+    def on_hard() -> None:
+        _end_at_hard_limit(engine, store)
 
     models = {key: model for key, (model, _) in loaded.items()}
     sizes = {key: fits for key, (_, fits) in loaded.items()}

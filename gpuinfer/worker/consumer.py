@@ -68,7 +68,7 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
             wait_for_namesake(store.client, store.worker, process.domain, pause=self._pause)
             with suppress(TakenBack):  # by a reaper, at the same moment
                 store.restore()
-        except (WorkerRunning, FormatMismatch) as exc:
+        except WorkerRunning as exc:
             self.batcher.end(exc)
         self._restored = True
 
@@ -118,6 +118,13 @@ class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
         """The process's signs of life: the worker waits for Redis, and says so."""
         pulse: Pulse = self.controller.gpuinfer.pulse
         return pulse
+
+    def start(self) -> None:
+        """Run until the worker ends. One that meets another format ends at once: it must write nothing."""
+        try:
+            super().start()
+        except FormatMismatch as exc:
+            self.controller.gpuinfer.batcher.end(exc)
 
     def _wait(self) -> None:
         self.pulse.beat()

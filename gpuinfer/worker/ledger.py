@@ -14,7 +14,7 @@ from typing import Any
 
 import redis
 
-from gpuinfer.errors import GpuinferError, TakenBack, TaskExpired, TaskRevoked, WorkerRunning
+from gpuinfer.errors import FormatMismatch, GpuinferError, TakenBack, TaskExpired, TaskRevoked, WorkerRunning
 from gpuinfer.log import get_logger
 from gpuinfer.queue import results
 from gpuinfer.queue.connection import AWAY
@@ -158,7 +158,7 @@ class Ledger:
         """At the end of a worker: put back what is in flight and, in doubt, not held."""
         try:
             self._store.reconcile(held)
-        except (redis.RedisError, OSError, WorkerRunning, TakenBack) as exc:
+        except (redis.RedisError, OSError, WorkerRunning, TakenBack, FormatMismatch) as exc:
             hint = "what is there is put back at this worker's next start"
             log.warning("in_flight_unknown", reason=str(exc), hint=hint)
 

@@ -85,8 +85,15 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
         ("HKEYS", keys.inflight(NAME)),
         ("HSET", keys.inflight(NAME), "1", "x"),
         ("SET", keys.heartbeat(NAME), "x"),
-        ("INCR", keys.life(NAME)),
+        ("HSET", keys.epoch(NAME), "number", "9"),
+        ("HSET", keys.DEAD, "letter", "{}"),
         ("DEL", keys.result("1")),
+        ("HDEL", keys.ENDED, "completed realtime digits"),
+        ("SET", keys.FORMAT_KEY, "9"),
+        ("SET", keys.DEFAULT_MODEL, "x"),
+        ("ZADD", keys.CATALOGUE, "1", "x"),
+        ("ZREM", keys.CATALOGUE, "digits"),
+        ("ZREM", keys.index(), "realtime"),
         ("SADD", "_kombu.binding.celery.pidbox", "x"),
         ("SUBSCRIBE", PIDBOX),
         ("PSUBSCRIBE", "*"),
@@ -94,11 +101,16 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
     ],
     "worker": [
         ("SCAN", "0"),
-        ("LPUSH", "realtime", TASK),
+        ("BRPOP", "realtime", "1"),
+        ("LMOVE", "realtime", "default", "LEFT", "RIGHT"),
+        ("LSET", "realtime", "0", "x"),
         ("RENAME", keys.DEAD, keys.inflight(NAME)),
         ("SET", keys.inflight(NAME), "x"),
-        ("DEL", keys.WAITING),
-        ("DEL", keys.life(NAME)),
+        ("DEL", keys.index()),
+        ("DEL", keys.epoch(NAME)),
+        ("DEL", keys.FORMAT_KEY),
+        ("DEL", keys.ENDED),
+        ("ZREM", keys.CATALOGUE, "digits"),
         ("HSET", "gpuinfer:watcher:hosts", "x", "1"),
         ("GET", keys.IDEMPOTENCY_PREFIX + "k"),
     ],
@@ -109,7 +121,11 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
         ("LINDEX", "realtime", "0"),
         ("SET", keys.heartbeat(NAME), "x"),
         ("DEL", keys.heartbeat(NAME)),
-        ("INCR", keys.life(NAME)),
+        ("DEL", keys.epoch(NAME)),
+        ("DEL", keys.FORMAT_KEY),
+        ("SET", keys.DEFAULT_MODEL, "x"),
+        ("SCAN", "0"),
+        ("LRANGE", "realtime", "0", "-1"),
         ("GET", keys.result("1")),
         ("DEL", keys.result("1")),
         ("SUBSCRIBE", PIDBOX),
@@ -157,7 +173,7 @@ def test_a_worker_ends_its_own_wait(redis_server: OurRedis) -> None:
     with redis_server.client("worker") as worker, redis_server.client("worker") as waiting:
         number = waiting.client_id()
         with ThreadPoolExecutor(1) as thread:
-            waited = thread.submit(waiting.brpop, [keys.bell("realtime")], 10)
+            waited = thread.submit(waiting.brpop, [keys.wake(NAME)], 10)
             wait_until(lambda: worker.execute_command("CLIENT", "UNBLOCK", number))
             assert waited.result() is None
 
@@ -171,8 +187,7 @@ def test_watchers_own_notes(redis_server: OurRedis) -> None:
         watcher.lpush("gpuinfer:watcher:list", 1)
         watcher.expire("gpuinfer:watcher:hosts", 60)
         assert watcher.hgetall("gpuinfer:watcher:hosts") == {b"one": b"{}"}
-        assert watcher.mget(keys.heartbeat("a"), keys.heartbeat("b")) == [None, None]
-        assert list(watcher.scan_iter(match=f"{keys.HEARTBEAT_PREFIX}*")) == []
+        assert watcher.get(keys.heartbeat("a")) is None
         assert watcher.delete("gpuinfer:watcher:a") == 1
 
 

@@ -10,6 +10,8 @@
 for i = 3, #ARGV, 6 do
   if ARGV[i + 3] ~= '1' and ARGV[i] ~= '' and redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then ARGV[i + 1] = '' end
 end
+-- Changes nothing, and fails as the call below would: a task must not end and stay in flight.
+redis.call('HDEL', KEYS[1], '')
 local written, refused = finish(ARGV, 4, 6, ARGV[1])
 if not written then return refused end
 local gone, n = {}, 0

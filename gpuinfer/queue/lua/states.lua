@@ -49,48 +49,87 @@ local function tell(channels, metas, replies)
   end
 end
 
+-- Return an error unless this user may run each of these commands: a script refused half way is not undone.
+local function may(...)
+  for _, command in ipairs({...}) do
+    if not redis.acl_check_cmd(unpack(command)) then
+      return redis.error_reply('NOPERM this user may not run: ' .. table.concat(command, ' '))
+    end
+  end
+end
+
+-- Count ends. The first call fails before anything is written where the counters are not ours to write.
+local function count_ends(counts, bytes)
+  local first = true
+  local function add(field, by)
+    local answer = redis.pcall('HINCRBY', ENDED, field, by)
+    if first and type(answer) == 'table' then return answer end
+    first = false
+  end
+  for label, count in pairs(counts) do
+    local err = add(label, count)
+    if err then return err end
+  end
+  for label, size in pairs(bytes) do add('bytes' .. string.match(label, '^%S*(.*)$'), size) end
+end
+
 -- Write final states. From `first` on, each `step` entries of `flat` begin with: id ('': none), meta, '1' to keep
 -- it, reply channel ('': none), label. A task that has ended already is left as it is. What is not kept is told
 -- to whoever waits, and what stood there is dropped.
--- Every foreign key is checked before the first write: a script that fails half way is not undone.
+-- The type of every key, and this user's right to each command, are checked before the first write: a script
+-- that fails half way is not undone.
 -- Returns how many were written, and {id, why, ...} of those whose key is not ours to write; or nil, and an error.
 local function finish(flat, first, step, ttl)
-  local open, n, refused, foreign, seen = {}, 0, {}, {}, {}
+  local open, n, refused, foreign, seen, drops, replied = {}, 0, {}, {}, {}, false, false
   for i = first, #flat, step do
     local id = flat[i]
     if id ~= '' and not seen[id] then
       seen[id] = true
       local state, err = state_of(id)
       if err then
+        if not string.find(err, 'WRONGTYPE', 1, true) then return nil, redis.error_reply(err) end
         refused[#refused + 1], refused[#refused + 2] = id, err
         foreign[i] = true
       end
       if not (state and FINAL[state]) then
         n = n + 1
         open[n] = i
+        drops = drops or flat[i + 2] ~= '1'
+        replied = replied or flat[i + 3] ~= ''
       end
     end
   end
   if n == 0 then return 0, refused end
-  -- Changes nothing, and fails as SET would where this user may not write.
-  local probed = redis.pcall('SETRANGE', RESULT_PREFIX .. 'probe', 0, '')
-  if type(probed) == 'table' then return nil, probed end
-  local written, counts, bytes, channels, metas, replies = 0, {}, {}, {}, {}, {}
+  local key = RESULT_PREFIX .. 'x'
+  local denied = may({'SET', key, '', 'EX', ttl}, {'PUBSUB', 'NUMSUB', key}, {'PUBLISH', key, ''})
+    or drops and may({'DEL', key})
+    or replied and may({'PUBLISH', REPLY_PREFIX .. 'x', ''})
+  if denied then return nil, denied end
+  local counts, bytes = {}, {}
   for k = 1, n do
     local i = open[k]
-    local key, meta, reply, label = RESULT_PREFIX .. flat[i], flat[i + 1], flat[i + 3], flat[i + 4]
-    channels[k], metas[k] = key, meta
+    local label = flat[i + 4]
     counts[label] = (counts[label] or 0) + 1
+    if flat[i + 2] == '1' and not foreign[i] then bytes[label] = (bytes[label] or 0) + #flat[i + 1] end
+  end
+  local uncounted = count_ends(counts, bytes)
+  if uncounted then return nil, uncounted end
+  local written, channels, metas, replies = 0, {}, {}, {}
+  for k = 1, n do
+    local i = open[k]
+    local meta, reply = flat[i + 1], flat[i + 3]
+    key = RESULT_PREFIX .. flat[i]
+    channels[k], metas[k] = key, meta
     if foreign[i] then
       -- Told and counted all the same.
     elseif flat[i + 2] == '1' then
       redis.call('SET', key, meta, 'EX', ttl)
       written = written + 1
-      bytes[label] = (bytes[label] or 0) + #meta
     else
       redis.call('DEL', key)
     end
-    if reply ~= '' then
+    -- Another channel than a client's is not ours to speak on.
+    if string.sub(reply, 1, #REPLY_PREFIX) == REPLY_PREFIX then
       local told = replies[reply]
       if told then
         told[#told + 1] = meta
@@ -99,10 +138,6 @@ local function finish(flat, first, step, ttl)
       end
     end
     -- Later: what a chain sends on, a job's count, the outbox of web hooks, history, a stream's end.
-  end
-  for label, count in pairs(counts) do redis.call('HINCRBY', ENDED, label, count) end
-  for label, size in pairs(bytes) do
-    redis.call('HINCRBY', ENDED, 'bytes' .. string.match(label, '^%S*(.*)$'), size)
   end
   tell(channels, metas, replies)
   return written, refused
