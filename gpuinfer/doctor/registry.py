@@ -15,6 +15,7 @@ from gpuinfer.doctor import (
     config,
     cuda,
     disk,
+    fleet,
     front,
     gpu,
     kernel,
@@ -90,6 +91,8 @@ CHECKS: tuple[Check, ...] = (
     Check("work.dead", work.dead_letters),
     Check("work.orphans", work.orphans),
     Check("work.workers", work.workers),
+    Check("work.default", fleet.default_model),
+    Check("work.served", fleet.unserved),
     Check("work.api", front.ready),
     Check("work.request", work.request, _LIMIT_S + work.REQUEST_S, slow=True),
 )
