@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import httpx
+import orjson
 import redis
 
 from gpuinfer.api import schemas
@@ -25,14 +26,28 @@ WORKER = "gpu0@test"
 
 
 class HandWorker:
-    """Claims, begins and settles over a Store, as a worker does, one step at a time."""
+    """Claims, begins and settles over a Store, as a worker does, one step at a time.
 
-    def __init__(self, client: redis.Redis) -> None:
-        self.store = Store(client, WORKER, QUEUES, QueueSettings())
+    Its first claim enters its models into the catalogue, and makes the first one the default.
+    """
+
+    def __init__(self, client: redis.Redis, *models: str) -> None:
+        models = models or ("digits",)
+        self.store = Store(client, WORKER, QUEUES, QueueSettings(), models=models)
+
+    def register(self) -> None:
+        """Say what it serves, as a worker that has stopped since: known, and not alive."""
+        self.store.register(default=self.store.models[0])
+
+    def beat(self) -> None:
+        """Say what it serves, and that it lives."""
+        body = {"worker": WORKER, "models": self.store.models, "queues": self.store.queues}
+        self.store.register(orjson.dumps(body), default=self.store.models[0])
 
     def claim(self, room: int = 1) -> list[Claimed]:
-        """Take tasks."""
-        return self.store.claim(room)
+        """Take tasks, also those of plain producers."""
+        self.register()
+        return self.store.claim(room, look=True)
 
     def begin(self, task: Claimed) -> str:
         """Mark a claimed task as running; return its id."""

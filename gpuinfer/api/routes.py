@@ -63,16 +63,16 @@ async def _submit(request: Request, *, many: bool) -> Response:
         request.scope,
         action="task_accepted",
         task_id=task_id,
-        **_described(asked.options, settings, many=many),
+        **_described(asked.options, client.default_model, many=many),
     )
     return answer({"task_id": task_id}, 202, {"location": f"/result/{task_id}"})
 
 
-def _described(options: Options, settings: Settings, *, many: bool) -> dict[str, str | int | None]:
+def _described(options: Options, default_model: str | None, *, many: bool) -> dict[str, str | int | None]:
     """Return what the log tells of a task."""
     return {
         "queue": options.get("queue") or ROUTES[BATCH_PREDICT if many else PREDICT],
-        "model": options.get("model") or settings.models.default,
+        "model": options.get("model") or default_model,
         "priority": options.get("priority", 0),
     }
 
@@ -161,6 +161,19 @@ async def cancel(request: Request, task_id: str) -> Response:
         note(request.scope, action="task_cancelled")
     status = await client.status(task_id)
     return answer({**status.to_dict(), "cancelled": cancelled or status.state == "revoked"})
+
+
+@router.get(
+    "/models",
+    tags=["models"],
+    summary="The models the fleet knows",
+    responses=schemas.MODELS_RESPONSES,
+)
+async def models(request: Request) -> Response:
+    """List them by name. A request for a model that is not listed is refused; one that no worker serves now
+    is queued until one does."""
+    fleet = await _client(request).fleet()
+    return answer([model.to_dict() for model in fleet.models.values()])
 
 
 @router.get("/health/live", tags=["health"], summary="This process answers")

@@ -44,7 +44,7 @@ _INPUT: JsonSchema = {
     "anyOf": [{"type": "array", "items": {}}, {"type": "number"}, {"type": "object"}],
 }
 _OPTIONS: dict[str, JsonSchema] = {
-    "model": {"type": "string", "description": "Default: the worker's default model."},
+    "model": {"type": "string", "description": "Default: the fleet's default model."},
     "queue": {"enum": list(QUEUES), "description": "Default: realtime; batch for /batch_predict."},
     "priority": {"type": "integer", "minimum": 0, "maximum": 9, "default": 0, "description": "9 runs first."},
     "top_k": {"type": "integer", "minimum": 1, "description": "How many classes a classification lists."},
@@ -170,6 +170,12 @@ SUBMIT_RESPONSES: dict[int | str, JsonSchema] = {
     400: _error(
         "Not JSON.", "malformed_json", "the body is not JSON: unexpected character at line 1, column 1"
     ),
+    404: _error(
+        "No worker of the fleet has served a model of that name.",
+        "unknown_model",
+        "no worker of this fleet has served a model of that name; known: digits, resnet",
+        "model",
+    ),
     413: _error(
         "Too large.",
         "payload_too_large",
@@ -223,5 +229,56 @@ CANCEL_RESPONSES: dict[int | str, JsonSchema] = {
     503: _AWAY,
     # Keeps FastAPI from documenting a 422 that cannot be: any text is a task id.
     "default": {"description": "Any other error.", "content": {"application/json": {"schema": ERROR}}},
+}
+_COUNT: JsonSchema = {"type": "integer", "minimum": 0}
+MODEL: JsonSchema = {
+    "type": "object",
+    "required": ["name", "default", "serving", "queues", "workers", "waiting", "last_seen"],
+    "properties": {
+        "name": {"type": "string"},
+        "default": {"type": "boolean", "description": "true: the model of requests that name none."},
+        "serving": {"type": "boolean", "description": "true: a worker that lives serves it."},
+        "queues": {"type": "array", "items": {"enum": list(QUEUES)}, "description": "Served for it now."},
+        "workers": {**_COUNT, "description": "Workers that live and serve it."},
+        "waiting": {
+            "type": "object",
+            "description": "Queue -> tasks that wait for it.",
+            "properties": dict.fromkeys(QUEUES, _COUNT),
+        },
+        "last_seen": {
+            "type": ["string", "null"],
+            "format": "date-time",
+            "description": "When somebody who could serve it was last seen; null: never, and tasks wait.",
+        },
+    },
+}
+MODELS_RESPONSES: dict[int | str, JsonSchema] = {
+    200: _answer(
+        "All models of the catalogue, by name, and any other that tasks wait for.",
+        {"type": "array", "items": MODEL},
+        {
+            "one serves, one waits for a worker": [
+                {
+                    "name": "digits",
+                    "default": True,
+                    "serving": True,
+                    "queues": ["realtime", "default", "batch"],
+                    "workers": 2,
+                    "waiting": {"realtime": 3, "default": 0, "batch": 120},
+                    "last_seen": "2026-11-28T16:31:35+00:00",
+                },
+                {
+                    "name": "resnet",
+                    "default": False,
+                    "serving": False,
+                    "queues": [],
+                    "workers": 0,
+                    "waiting": {"realtime": 12, "default": 0, "batch": 0},
+                    "last_seen": "2026-11-27T09:12:04+00:00",
+                },
+            ]
+        },
+    ),
+    503: _AWAY,
 }
 READY_RESPONSES: dict[int | str, JsonSchema] = {503: _AWAY}

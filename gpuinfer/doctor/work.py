@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 from gpuinfer.doctor.broker import asked
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.units import idle_watcher, instances, show
-from gpuinfer.errors import GpuinferError, WaitTimeout
+from gpuinfer.errors import GpuinferError, UnknownModel, WaitTimeout
 from gpuinfer.locks import is_free
 from gpuinfer.models.manifest import FREE, Manifest, TensorSpec
 from gpuinfer.models.repository import Repository
-from gpuinfer.queue import dead, keys
+from gpuinfer.queue import catalogue, dead, keys
 from gpuinfer.queue.client import Client
 from gpuinfer.queue.depth import look
 from gpuinfer.queue.orphans import Holder, ago, command, holders
@@ -119,18 +120,33 @@ def _orphan(host: Host, one: Holder) -> Finding:
 
 
 def request(host: Host) -> Finding:
-    """A request with zeros for the default model comes back, the whole way through queue and worker."""
+    """A request with zeros comes back, the whole way through queue and worker."""
     settings = host.settings
     with asked(host) as client:
         client.ping()
     if not alive(host):
         raise Skipped("no worker runs that could answer a request; see work.workers")
     try:
-        manifest = Repository(settings.models.folders).get(settings.worker.models[0]).manifest
-        with Client(settings) as client:
-            return _round_trip(client, manifest)
+        with asked(host) as client:
+            fleet = catalogue.read(client)
+        with Client(settings) as sender:
+            return _round_trip(sender, _served(fleet, Repository(settings.models.folders)))
     except GpuinferError as exc:
         return error(f"the request failed: {exc} ({exc.code})", _log(host))
+
+
+def _served(fleet: catalogue.Fleet, repository: Repository) -> Manifest:
+    """Return a model that a live worker serves in realtime and that is installed here, the default one first.
+
+    Raises Skipped.
+    """
+    for model in sorted(fleet.models.values(), key=lambda model: not model.default):
+        if "realtime" in model.queues:
+            with suppress(UnknownModel):
+                return repository.get(model.name).manifest
+    raise Skipped(
+        "no live worker serves a model of this host in the queue realtime; see gpuinfer queue status"
+    )
 
 
 def _round_trip(client: Client, manifest: Manifest) -> Finding:
@@ -143,9 +159,9 @@ def _round_trip(client: Client, manifest: Manifest) -> Finding:
     except WaitTimeout:
         client.cancel(task_id)
         return error(
-            f"the request {task_id} did not come back in {REQUEST_S:g} s, though a worker runs: "
-            "it is busy, or does not serve the queue realtime",
-            "gpuinfer queue status; gpuinfer config show | grep worker.queues",
+            f"the request {task_id} for {manifest.name} did not come back in {REQUEST_S:g} s, though a live "
+            "worker serves that: it is busy",
+            "gpuinfer queue status",
         )
     return ok(f"a request for {manifest.name} came back after {(time.monotonic() - started) * 1000:.0f} ms")
 

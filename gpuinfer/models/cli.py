@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer model``: add, list, show, verify, remove, and run without a queue."""
+"""``gpuinfer model``: add, list, show, verify, remove, set the default, and run without a queue."""
 
 from __future__ import annotations
 
@@ -158,12 +158,78 @@ def _verified(repository: Repository, name: str) -> str | ModelError:
         return exc
 
 
-@model.command(epilog="Example: gpuinfer model remove resnet")
+@model.command(
+    epilog="Examples: gpuinfer model remove resnet; gpuinfer model remove resnet --forget  # of another host"
+)
 @click.argument("name")
+@click.option("--forget", is_flag=True, help="Delete no files; only make the fleet forget the name.")
 @click.pass_obj
-def remove(loaded: Loaded, name: str) -> None:
-    """Delete the model NAME. Workers that have it loaded keep it until they reload."""
-    click.echo(f"removed {_repository(loaded).remove(name)}")
+def remove(loaded: Loaded, name: str, forget: bool) -> None:
+    """Delete the model NAME of this host, and drop it from the fleet's catalogue.
+
+    The fleet then refuses requests for it. Workers that have it loaded keep it until they are restarted; as
+    long as one of them lives, the name stays in the catalogue. Without Redis the files go all the same.
+    """
+    if not forget:
+        click.echo(f"removed {_repository(loaded).remove(name)}")
+    try:
+        said = _forgotten(loaded, name)
+    except GpuinferError as exc:
+        if forget:
+            raise
+        said = f"the catalogue is unchanged ({exc.message}); the name goes after seven unseen days"
+    click.echo(said)
+
+
+def _forgotten(loaded: Loaded, name: str) -> str:
+    """Drop a model from the catalogue unless it is in use; return what came of it."""
+    from gpuinfer.queue import catalogue
+    from gpuinfer.queue.connection import connect, typed_errors
+
+    with typed_errors(), connect(loaded.settings.broker) as client:
+        workers = catalogue.servers(client, name)
+        if workers:
+            return (
+                f"{name} is in use by {', '.join(workers)}: it stays in the catalogue while they serve it. "
+                f"Restart them without it, then run gpuinfer model remove {name} --forget"
+            )
+        there = catalogue.forget(client, name)
+        said = f"{name} is {'no longer' if there else 'not'} in the fleet's catalogue"
+        if catalogue.default_model(client) == name:
+            said += "; it is still the default model, see gpuinfer model default"
+        return said
+
+
+@model.command(epilog="Examples: gpuinfer model default; gpuinfer model default resnet")
+@click.argument("name", required=False)
+@click.option("--force", is_flag=True, help="Take a NAME that no worker of the fleet has served.")
+@_as_json
+@click.pass_obj
+def default(loaded: Loaded, name: str | None, force: bool, as_json: bool) -> None:
+    """Print the fleet's default model, or make NAME the default: the model of requests that name none.
+
+    It is one entry in Redis, for all hosts. Clients notice a change within five seconds. What waits is kept:
+    tasks that name a model go to that model's workers, also those that wait in the default model's queues;
+    tasks of plain Celery producers that name none are for the new default.
+    """
+    from gpuinfer.models.manifest import MODEL_NAME
+    from gpuinfer.queue import catalogue
+    from gpuinfer.queue.connection import connect, typed_errors
+
+    if name is not None and not MODEL_NAME.fullmatch(name):
+        raise UsageError(f"a model cannot be called {name!r}; use a-z 0-9 _ . -", "NAME")
+    with typed_errors(), connect(loaded.settings.broker) as client:
+        if name is None:
+            found = catalogue.default_model(client)
+            body, said = {"default": found}, found or "no default model is set; the first worker sets it"
+        else:
+            before = catalogue.set_default(client, name, force=force)
+            was = f", it was {before}" if before not in (None, name) else ""
+            body, said = {"default": name, "before": before}, f"the default model is {name}{was}"
+    if as_json:
+        _print_json(body)
+    else:
+        click.echo(said)
 
 
 @model.command(

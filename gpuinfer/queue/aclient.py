@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import Any, Self, Unpack
 
 from gpuinfer.errors import BrokerUnavailable, InputError, TaskRevoked, WaitTimeout
+from gpuinfer.queue import catalogue, keys, results, submission
 from gpuinfer.queue import format as layout
-from gpuinfer.queue import keys, results, submission
 from gpuinfer.queue.client import not_found, settings_for
 from gpuinfer.queue.connection import connect_async, typed_errors
 from gpuinfer.queue.results import TaskStatus
@@ -61,15 +61,33 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    # -- submitting -----------------------------------------------------------------------
+    # -- looking --------------------------------------------------------------------------
+
+    @property
+    def default_model(self) -> str | None:
+        """The model of requests that name none, as last heard; None: not known."""
+        return self._default.name
+
+    async def fleet(self) -> catalogue.Fleet:
+        """Return which models the fleet knows, who serves them, and what waits.
+
+        Raises BrokerUnavailable.
+        """
+        with typed_errors():
+            return await catalogue.aread(self._redis)
 
     async def ping(self) -> None:
         """Raises BrokerUnavailable when Redis does not answer, FormatMismatch where it has another format."""
         with typed_errors():
             layout.check(await self._redis.get(keys.FORMAT_KEY))  # type: ignore[arg-type]  # not decoded
 
+    # -- submitting -----------------------------------------------------------------------
+
     async def submit(self, inputs: Any, **options: Unpack[Options]) -> str:
-        """Submit one input and return its task id. Raises InputError, PayloadTooLarge, BrokerUnavailable."""
+        """Submit one input and return its task id.
+
+        Raises InputError, PayloadTooLarge, UnknownModel, BrokerUnavailable.
+        """
         return await self._one(inputs, many=False, options=options)
 
     async def submit_batch(self, inputs: list[Any], **options: Unpack[Options]) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,7 +29,7 @@ _seconds = click.FloatRange(min=0, min_open=True)
     "gpuinfer submit --batch --queue batch images.npy; cat three.json | gpuinfer submit -"
 )
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@click.option("--model", help="Default: the worker's default model.")
+@click.option("--model", help="Default: the fleet's default model.")
 @click.option("--queue", type=click.Choice(QUEUES), help="Default: realtime; batch with --batch.")
 @click.option("--priority", type=click.IntRange(0, 9), default=0, help="9 runs first. Default: 0.")
 @click.option("--batch", is_flag=True, help="Submit all inputs as one job; a single INPUT holds their list.")
@@ -165,38 +166,71 @@ def queue() -> None:
 )
 @click.pass_obj
 def status(loaded: Loaded, as_json: bool, watch: float | None) -> None:
-    """Show what waits in each queue, what each worker holds, and the dead letters."""
+    """Show what waits in each queue and for which model, who serves it, and what each worker holds.
+
+    What waits for a model or queue that no live worker serves is named.
+    """
+    from gpuinfer.queue import heartbeats
+    from gpuinfer.queue.catalogue import fleet
     from gpuinfer.queue.connection import connect, typed_errors
     from gpuinfer.queue.depth import look
     from gpuinfer.queue.orphans import holders
 
     with typed_errors(), connect(loaded.settings.broker) as client:
         while True:
-            depth = look(client).to_dict()
-            depth["silent"] = {one.worker: round(one.silent_s, 1) for one in holders(client) if one.silent}
+            depth, (beats, now) = look(client), heartbeats.read(client)
+            body = depth.to_dict() | fleet(depth, heartbeats.alive(beats, now)).to_dict()
+            body["silent"] = {one.worker: round(one.silent_s, 1) for one in holders(client) if one.silent}
             if as_json:
-                click.echo(one_line(depth)) if watch else print_json(depth)
+                click.echo(one_line(body)) if watch else print_json(body)
             else:
-                _print_depth(depth, clear=watch is not None)
+                _print_status(body, now, clear=watch is not None)
             if watch is None:
                 return
             time.sleep(watch)
 
 
-def _print_depth(depth: dict[str, Any], *, clear: bool) -> None:
+def _print_status(body: dict[str, Any], now: float, *, clear: bool) -> None:
     if clear:
         click.clear()
-    rows = [
-        (name, str(queue["waiting"]), ", ".join(f"{p}: {n}" for p, n in queue["by_priority"].items()))
-        for name, queue in depth["queues"].items()
-    ]
-    print_table(("queue", "waiting", "by priority"), rows)
+    print_table(("queue", "model", "waiting", "by priority"), _queue_rows(body["queues"]))
     click.echo()
-    for worker, held in depth["in_flight"].items():
-        click.echo(f"in flight at {worker}: {held}{_silence(worker, depth['silent'].get(worker))}")
-    if not depth["in_flight"]:
+    if body["models"]:
+        header = ("model", "default", "workers", "queues served", "last seen")
+        print_table(header, [_model_row(model, now) for model in body["models"]])
+    else:
+        click.echo("no model is known: no worker has run yet")
+    click.echo()
+    for unserved in body["unserved"]:
+        click.echo(unserved["message"])
+    for worker, held in body["in_flight"].items():
+        click.echo(f"in flight at {worker}: {held}{_silence(worker, body['silent'].get(worker))}")
+    if not body["in_flight"]:
         click.echo("nothing in flight")
-    click.echo(f"dead letters: {depth['dead_letters']}")
+    click.echo(f"dead letters: {body['dead_letters']}")
+
+
+def _queue_rows(queues: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return a row for each queue and model with tasks that wait, and one for each empty queue."""
+    rows: list[tuple[str, ...]] = []
+    for name, queue in queues.items():
+        for model, levels in (queue["by_model"] or {"": {}}).items():
+            by_priority = ", ".join(f"{priority}: {tasks}" for priority, tasks in levels.items())
+            rows.append((name, model, str(sum(levels.values())), by_priority))
+    return rows
+
+
+def _model_row(model: dict[str, Any], now: float) -> tuple[str, ...]:
+    from gpuinfer.queue.orphans import ago
+
+    seen = model["last_seen"]
+    return (
+        model["name"],
+        "yes" if model["default"] else "",
+        str(model["workers"]) if model["serving"] else "none",
+        ", ".join(model["queues"]),
+        "never" if seen is None else f"{ago(max(0.0, now - datetime.fromisoformat(seen).timestamp()))} ago",
+    )
 
 
 def _silence(worker: str, seconds: float | None) -> str:

@@ -96,7 +96,10 @@ class Client:
     # -- submitting -----------------------------------------------------------------------
 
     def submit(self, inputs: Any, **options: Unpack[Options]) -> str:
-        """Submit one input and return its task id. Raises InputError, PayloadTooLarge, BrokerUnavailable."""
+        """Submit one input and return its task id.
+
+        Raises InputError, PayloadTooLarge, UnknownModel, BrokerUnavailable.
+        """
         return self._one(inputs, many=False, options=options)
 
     def submit_batch(self, inputs: list[Any], **options: Unpack[Options]) -> str:

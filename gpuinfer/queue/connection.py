@@ -16,6 +16,7 @@ from redis.exceptions import (
     BusyLoadingError,
     ConnectionError,
     MaxConnectionsError,
+    NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
@@ -146,6 +147,11 @@ def explain(exc: Exception) -> GpuinferError:
         return QueueFull("Redis has reached maxmemory and refuses new work; what was accepted goes on")
     if isinstance(exc, AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
         return BrokerUnavailable(f"Redis refused the password or user: {text}", "broker.password")
+    if isinstance(exc, NoPermissionError) or "ACL failure" in text:
+        return BrokerUnavailable(
+            f"this Redis user may not do that; as root on Redis's own host it works: {text}",
+            "broker.username",
+        )
     if "MISCONF" in text:
         return BrokerUnavailable(f"Redis cannot write to its disk: {text}")
     if "Error 13 " in text:

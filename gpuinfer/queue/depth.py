@@ -60,13 +60,11 @@ class Depth:
         """Return it for JSON; priorities become text, as JSON's keys are."""
         queues: dict[str, Any] = {}
         for tier, levels in self.waiting.items():
-            models = {
-                lane.model: sum(found.values()) for lane, found in self.lanes.items() if lane.tier == tier
-            }
+            models = {lane.model: found for lane, found in sorted(self.lanes.items()) if lane.tier == tier}
             queues[tier] = {
                 "waiting": sum(levels.values()),
-                "by_priority": {str(priority): count for priority, count in levels.items()},
-                "by_model": models,
+                "by_priority": _by_priority(levels),
+                "by_model": {model: _by_priority(found) for model, found in models.items()},
             }
         return {
             "queues": queues,
@@ -77,21 +75,28 @@ class Depth:
         }
 
 
+def _by_priority(levels: Mapping[int, int]) -> dict[str, int]:
+    return {str(priority): levels[priority] for priority in sorted(levels, reverse=True)}
+
+
 def known_workers(client: redis.Redis) -> dict[str, float]:
     """Return all workers that were ever seen, and when last, by Redis's clock."""
     found: list[Any] = client.zrange(keys.WORKERS, 0, -1, withscores=True)
     return {name.decode(): float(seen) for name, seen in found}
 
 
-def look(client: redis.Redis, workers: Sequence[str] = ()) -> Depth:
-    """Count in two round trips. ``workers`` are looked at beside those that were ever seen."""
-    names = sorted({*workers, *known_workers(client)})
-    with client.pipeline(transaction=False) as pipe:
-        bind(client, "depth")(client=pipe)
-        for name in names:
-            pipe.hlen(keys.inflight(name))
-        pipe.hlen(keys.DEAD)
-        (default, catalogue, waiting, claimed), *counts = pipe.execute()
+class Counted(NamedTuple):
+    """What the script ``depth`` has counted."""
+
+    lanes: Mapping[Lane, Mapping[int, int]]
+    claimed: Mapping[Lane, int]
+    default_model: str
+    catalogue: Mapping[str, float]
+
+
+def parse(answer: Any) -> Counted:
+    """Read the answer of the script ``depth``."""
+    default, catalogue, waiting, claimed = answer
     default_model = default.decode()
     lanes: dict[Lane, dict[int, int]] = {}
     for key, count in zip(waiting[::2], waiting[1::2], strict=True):
@@ -102,17 +107,25 @@ def look(client: redis.Redis, workers: Sequence[str] = ()) -> Depth:
     for key, count in zip(claimed[::2], claimed[1::2], strict=True):
         lane, _ = _lane(key, default_model)
         totals[lane] = totals.get(lane, 0) + int(count)
+    seen = {name.decode(): float(at) for name, at in zip(catalogue[::2], catalogue[1::2], strict=True)}
+    return Counted(lanes, totals, default_model, seen)
+
+
+def look(client: redis.Redis, workers: Sequence[str] = ()) -> Depth:
+    """Count in two round trips. ``workers`` are looked at beside those that were ever seen."""
+    names = sorted({*workers, *known_workers(client)})
+    with client.pipeline(transaction=False) as pipe:
+        bind(client, "depth")(client=pipe)
+        for name in names:
+            pipe.hlen(keys.inflight(name))
+        pipe.hlen(keys.DEAD)
+        answer, *counts = pipe.execute()
     # Two fields a task, and perhaps one that notes what runs.
     held = {name: fields // 2 for name, fields in zip(names, counts[:-1], strict=True)}
     return Depth(
-        lanes=lanes,
-        claimed=totals,
+        **parse(answer)._asdict(),
         inflight={name: count for name, count in held.items() if count},
         dead_letters=counts[-1],
-        default_model=default_model,
-        catalogue={
-            name.decode(): float(seen) for name, seen in zip(catalogue[::2], catalogue[1::2], strict=True)
-        },
     )
 
 

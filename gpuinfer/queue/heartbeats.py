@@ -7,7 +7,7 @@ worker for dead. How old one is, Redis's own clock tells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -23,8 +23,12 @@ FRESH_S = 10.0
 def fresh(client: redis.Redis, workers: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Return the heartbeats of those of ``workers`` that live; without ``workers``, of all. Raises redis-py's
     errors."""
-    found, now = read(client, workers)
-    return {worker: body for worker, body in found.items() if now - body.get("at", 0.0) <= FRESH_S}
+    return alive(*read(client, workers))
+
+
+def alive(beats: Mapping[str, dict[str, Any]], now: float) -> dict[str, dict[str, Any]]:
+    """Return those heartbeats that are fresh at ``now``, by Redis's clock."""
+    return {worker: body for worker, body in beats.items() if now - body.get("at", 0.0) <= FRESH_S}
 
 
 def read(
@@ -38,7 +42,12 @@ def read(
         pipe.time()
         for worker in workers:
             pipe.get(keys.heartbeat(worker))
-        (seconds, microseconds), *texts = pipe.execute()
+        return parse(workers, pipe.execute())
+
+
+def parse(workers: Sequence[str], answers: Sequence[Any]) -> tuple[dict[str, dict[str, Any]], float]:
+    """Return heartbeats, and Redis's time, from the answers to TIME and a GET for each worker."""
+    (seconds, microseconds), *texts = answers
     found = {worker: orjson.loads(text) for worker, text in zip(workers, texts, strict=True) if text}
     return found, seconds + microseconds / 1e6
 

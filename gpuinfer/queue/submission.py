@@ -25,7 +25,7 @@ MAX_SECONDS, MAX_NAME = 10 * 365 * 86400, 200
 class Options(TypedDict, total=False):
     """What ``submit`` takes beside the inputs; every key may be left out."""
 
-    #: Name of the model; the worker's default without it.
+    #: Name of the model; without it, the fleet's default model.
     model: str | None
     #: realtime, default or batch; by default realtime for one input, batch for a list job.
     queue: QueueName | None
@@ -137,7 +137,7 @@ def build(
 ) -> Submission:
     """Check a caller's arguments. Raises InputError naming the field.
 
-    ``default_model`` is the model of a caller that names none; without it, the worker's default.
+    ``default_model`` is the model of a caller that names none; without it, the fleet's default then.
     """
     unknown = set(options) - set(Options.__annotations__)
     if unknown:

@@ -14,10 +14,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gpuinfer import Client
 from gpuinfer.api import schemas
 from gpuinfer.errors import ShapeMismatch
 from gpuinfer.queue import keys
 from gpuinfer.queue.message import decode
+from gpuinfer.queue.submission import reply_channel
 from tests.apis import Api, HandWorker, submit
 from tests.services import RedisServer
 
@@ -75,7 +77,7 @@ def test_options_reach_the_message(api: Api, worker: HandWorker) -> None:
     assert api.http.post("/batch_predict", json=body).status_code == 202
     (task,) = worker.claim()
     envelope = decode(task.payload)
-    assert keys.split_list_key(task.list_key) == ("default", 7)
+    assert keys.place_of(task.list_key) == ("default", "", "", 7)
     assert envelope.task == "gpuinfer.batch_predict"
     assert envelope.body()[1] == {"model": "digits", "top_k": 2, "encoding": "b64"}
     assert envelope.headers["timelimit"] == [4, 3]
@@ -154,9 +156,12 @@ def threads(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))  # noqa: PTH208  a count is all that is wanted
 
 
-def test_200_long_polls_take_no_threads(api: Api, worker: HandWorker) -> None:
-    """200 callers wait at once; the process has a handful of threads, and all are answered."""
-    ids = [submit(api) for _ in range(200)]
+def test_200_long_polls_take_no_threads(api: Api, worker: HandWorker, client: Client) -> None:
+    """200 callers wait at once; the process has a handful of threads, and all are answered.
+
+    The tasks are another client's: the API hears of its own on one channel, so that nothing counts waiters.
+    """
+    ids = client.submit_many([schemas.DIGIT] * 200)
     before = threads(api.process.pid)
 
     def ask(task_id: str) -> str:
@@ -179,9 +184,25 @@ def test_200_long_polls_take_no_threads(api: Api, worker: HandWorker) -> None:
     assert worker.store.client.pubsub_channels() == [], "nobody listens any more"
 
 
-def test_a_caller_that_leaves_is_forgotten(api: Api, worker: HandWorker) -> None:
+def test_long_polls_share_one_channel(api: Api, worker: HandWorker) -> None:
+    """The API hears of the ends of its own tasks on one channel; callers of all of them are answered."""
+    ids = [submit(api) for _ in range(20)]
+    with ThreadPoolExecutor(20) as pool:
+        answers = [
+            pool.submit(httpx.get, f"{api.address}/result/{task_id}", params={"wait": 30}, timeout=60)
+            for task_id in ids
+        ]
+        until = time.monotonic() + 30
+        while not worker.store.client.pubsub_channels() and time.monotonic() < until:
+            time.sleep(0.02)
+        assert worker.store.client.pubsub_channels() == [reply_channel(ids[0]).encode()]
+        assert worker.finish_all("done") == 20
+        assert {answer.result().json()["status"] for answer in answers} == {"completed"}
+
+
+def test_a_caller_that_leaves_is_forgotten(api: Api, worker: HandWorker, client: Client) -> None:
     """A long-poll whose client has gone does not wait on for a minute."""
-    task_id = submit(api)
+    task_id = client.submit(schemas.DIGIT)
     with pytest.raises(httpx.ReadTimeout):
         httpx.get(f"{api.address}/result/{task_id}", params={"wait": 60}, timeout=0.5)
     until = time.monotonic() + 10

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
+from gpuinfer import Client
+from gpuinfer.settings import Settings
 from tests.apis import Api, HandWorker, submit
 from tests.conftest import RedisFactory
 from tests.services import RedisServer
@@ -59,11 +62,15 @@ def test_it_starts_without_redis(redis_server: RedisServer, tmp_path: Path) -> N
         submit(api)
 
 
-def test_a_long_poll_spans_a_restart_of_redis(redis_factory: RedisFactory, tmp_path: Path) -> None:
+def test_a_long_poll_spans_a_restart_of_redis(
+    redis_factory: RedisFactory, settings_for: Callable[..., Settings], tmp_path: Path
+) -> None:
     """Callers that wait while Redis dies and comes back get their results, not errors."""
     server = redis_factory(appendonly="yes", appendfsync="always")
     with Api(server, tmp_path) as api, ThreadPoolExecutor(10) as pool:
-        ids = [submit(api) for _ in range(10)]
+        # Another client's, of whose ends the API hears one by one: their channels tell that it waits.
+        with Client(settings_for(server)) as other:
+            ids = other.submit_many([[1]] * 10)
         answers = [
             pool.submit(
                 lambda task_id: httpx.get(f"{api.address}/result/{task_id}?wait=40", timeout=60), task_id
@@ -71,8 +78,7 @@ def test_a_long_poll_spans_a_restart_of_redis(redis_factory: RedisFactory, tmp_p
             for task_id in ids
         ]
         with server.client() as client:
-            while len(client.pubsub_channels()) < 10:
-                time.sleep(0.02)
+            wait_until(lambda: len(client.pubsub_channels()) == 10, 30)
         server.kill()
         time.sleep(0.5)
         server.start()
@@ -111,8 +117,12 @@ def test_docs_have_real_examples(api: Api) -> None:
     assert "HTTPValidationError" not in str(spec)
 
 
-def test_every_request_is_logged_once_without_its_payload(api: Api) -> None:
-    """Method, path, status, duration and task id, and what was done; never what was sent."""
+def test_every_request_is_logged_once_without_its_payload(api: Api, worker: HandWorker) -> None:
+    """Method, path, status, duration and task id, and what was done; never what was sent.
+
+    A request that names no model is logged with the fleet's default model.
+    """
+    worker.register()
     task_id = submit(api, ["secret-payload"])
     api.http.get("/result/nobody")
     api.http.post("/predict", content=b'"secret-payload"')

@@ -20,6 +20,7 @@ from gpuinfer.errors import (
     TaskExpired,
     TaskNotFound,
     TaskRevoked,
+    UnknownModel,
     WaitTimeout,
 )
 from gpuinfer.queue import keys
@@ -27,7 +28,7 @@ from gpuinfer.queue.aclient import AsyncClient
 from gpuinfer.queue.client import Client
 from gpuinfer.queue.message import decode
 from gpuinfer.settings import Settings
-from tests.apis import HandWorker
+from tests.apis import WORKER, HandWorker
 from tests.conftest import RedisFactory
 from tests.services import RedisServer
 
@@ -335,14 +336,19 @@ async def test_two_waiters_of_one_task(settings: Settings, worker: HandWorker) -
 async def test_async_waits_span_a_restart_of_redis(
     redis_factory: RedisFactory, settings_for: Callable[..., Settings]
 ) -> None:
-    """Old waiters and those that come just after the restart all get their results."""
+    """Old waiters and those that come just after the restart all get their results.
+
+    Half of the tasks are another client's: each is heard of on a channel of its own.
+    """
     server = redis_factory(appendonly="yes", appendfsync="always")
-    async with AsyncClient(settings_for(server)) as client:
+    async with AsyncClient(settings_for(server)) as client, AsyncClient(settings_for(server)) as other:
         for _ in range(3):
-            ids = await client.submit_many(range(20))
+            own, others = await client.submit_many(range(10)), await other.submit_many(range(10))
+            ids = own[:5] + others[:5] + own[5:] + others[5:]
             waits = [asyncio.ensure_future(client.result(task_id, 30)) for task_id in ids[:10]]
             with server.client() as connection:
-                while len(connection.pubsub_channels()) < 10:  # later, they would be told that Redis is away
+                # Later, they would be told that Redis is away.
+                while len(connection.pubsub_channels()) < 6 or len(client._waits._mailboxes) < 10:
                     await asyncio.sleep(0.01)
             server.kill()
             with pytest.raises(BrokerUnavailable):
@@ -368,8 +374,55 @@ async def test_a_lost_queue_is_told(redis_server: RedisServer, settings: Setting
             await asyncio.wait_for(wait, 10)
 
 
-def test_bells_do_not_pile_up(client: Client, worker: HandWorker) -> None:
-    """Producers ring; with nobody to hear it the bell stays short."""
+def test_wake_ups_do_not_pile_up(client: Client, worker: HandWorker) -> None:
+    """An idle worker that does not come has one wake-up waiting, however much is submitted."""
+    worker.register()
+    assert worker.store.claim(1, state="idle") == []
     for _ in range(100):
         client.submit([1])
-    assert int(worker.store.client.llen(keys.bell("realtime"))) <= 64
+    assert worker.store.client.llen(keys.wake(WORKER)) == 1
+
+
+# -- models -------------------------------------------------------------------------------
+
+
+def test_unknown_models_are_refused(client: Client, worker: HandWorker) -> None:
+    """By name, with those that are known; one task, many, or a list job. Nothing is queued."""
+    worker.register()
+    submits: list[Callable[[], object]] = [
+        lambda: client.submit([1], model="resnet"),
+        lambda: client.submit_many([[1], [2]], model="resnet"),
+        lambda: client.submit_batch([[1], [2]], model="resnet"),
+        lambda: client.submit([1], model="resnet", idempotency_key="k"),
+    ]
+    for submit in submits:
+        with pytest.raises(UnknownModel, match="known: digits") as caught:
+            submit()
+        assert (caught.value.field, caught.value.http_status) == ("model", 404)
+    assert worker.claim(10) == []
+    assert client.submit([1], idempotency_key="k"), "a refused task holds no key"
+
+
+async def test_async_unknown_models_are_refused(settings: Settings, worker: HandWorker) -> None:
+    """As by the sync client."""
+    worker.register()
+    async with AsyncClient(settings) as client:
+        with pytest.raises(UnknownModel, match="known: digits"):
+            await client.submit([1], model="resnet")
+        with pytest.raises(UnknownModel, match="known: digits"):
+            await client.submit_many([[1], [2]], model="resnet")
+        with pytest.raises(UnknownModel, match="known: digits"):
+            await client.submit_batch([[1], [2]], model="resnet")
+    assert worker.claim(10) == []
+
+
+def test_known_models_wait_for_a_worker(client: Client, redis_server: RedisServer) -> None:
+    """A model that some worker has served is queued, though none lives; so is any name in a new fleet."""
+    early = client.submit([0], model="other")
+    with redis_server.client() as connection:
+        HandWorker(connection, "digits", "resnet").register()
+        later = client.submit([1], model="resnet")
+        assert (client.status(early).state, client.status(later).state) == ("queued", "queued")
+        worker = HandWorker(connection, "resnet", "other")
+        assert worker.finish_all("done") + worker.finish_all("done") == 2
+    assert client.results([early, later], 20) == ["done", "done"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpuinfer.errors import DeadLettered, InputError, ShapeMismatch, TaskNotFound
+from gpuinfer.errors import DeadLettered, InputError, ShapeMismatch, TaskNotFound, UnknownModel
 from gpuinfer.queue import dead, depth, keys
 from gpuinfer.queue.client import Client
 from gpuinfer.queue.message import decode
@@ -84,8 +85,9 @@ def test_every_way_to_give_an_input(cli: Cli, worker: HandWorker, tmp_path: Path
     assert sent(worker) == [[7], [[1, 2]], [[3.5, 4.5]], [9]]
 
 
-def test_options_of_submit(cli: Cli, worker: HandWorker, tmp_path: Path) -> None:
+def test_options_of_submit(cli: Cli, redis_server: RedisServer, tmp_path: Path) -> None:
     """They stand in the message; a batch job takes its list from one file."""
+    worker = HandWorker(redis_server.client(), "digits", "m")
     np.save(tmp_path / "many.npy", np.zeros((3, 2)))
     body = cli.json(
         *("submit", "--batch", "--model", "m", "--priority", "7", "--queue", "default"),
@@ -95,7 +97,7 @@ def test_options_of_submit(cli: Cli, worker: HandWorker, tmp_path: Path) -> None
     envelope = decode(task.payload)
     assert [envelope.id] == body["task_ids"]
     assert envelope.task == "gpuinfer.batch_predict"
-    assert keys.split_list_key(task.list_key) == ("default", 7)
+    assert keys.place_of(task.list_key) == ("default", "m", "", 7)
     assert envelope.body()[:2] == ([[[0.0, 0.0]] * 3], {"model": "m", "top_k": 2})
     assert envelope.headers["timelimit"] == [9.0, None]
 
@@ -195,30 +197,84 @@ def test_without_redis(cli: Cli, redis_server: RedisServer) -> None:
         assert "Traceback" not in done.stderr
 
 
+def test_a_model_that_the_fleet_does_not_know(cli: Cli, worker: HandWorker) -> None:
+    """Refused with 65 and the names it knows, one input or many or a batch; nothing is queued."""
+    worker.register()
+    for arguments in (("[1]",), ("[1]", "[2]"), ("--batch", "[[1], [2]]")):
+        done = cli("submit", "--model", "digit", *arguments)
+        assert done.returncode == UnknownModel.exit_code == 65
+        assert "no worker of this fleet has served a model of that name; known: digits" in done.stderr
+        assert done.stdout == ""
+    error = cli.json("submit", "--model", "digit", "[1]", code=65)["error"]
+    assert (error["code"], error["field"]) == ("unknown_model", "model")
+    assert worker.claim(10) == []
+
+
 # -- queue --------------------------------------------------------------------------------
 
 
 def test_queue_status(cli: Cli, client: Client, worker: HandWorker) -> None:
-    """Waiting by queue and priority, in flight by worker, dead letters."""
+    """Waiting by queue, model and priority, in flight by worker, dead letters, and who serves what."""
     client.submit_many(range(3))
     client.submit_many(range(2), queue="batch", priority=9)
-    client.submit([1], queue="batch")
+    client.submit([1], queue="batch", model="resnet")
     first, *_ = worker.claim(2)
     worker.begin(first)
+    worker.beat()
     found = cli.json("queue", "status")
+    digits, resnet = found.pop("models")
+    (unserved,) = found.pop("unserved")
     assert found == {
         "queues": {
-            "realtime": {"waiting": 1, "by_priority": {"0": 1}},
-            "default": {"waiting": 0, "by_priority": {}},
-            "batch": {"waiting": 3, "by_priority": {"9": 2, "0": 1}},
+            "realtime": {"waiting": 1, "by_priority": {"0": 1}, "by_model": {"digits": {"0": 1}}},
+            "default": {"waiting": 0, "by_priority": {}, "by_model": {}},
+            "batch": {
+                "waiting": 3,
+                "by_priority": {"9": 2, "0": 1},
+                "by_model": {"digits": {"9": 2}, "resnet": {"0": 1}},
+            },
         },
         "waiting": 4,
         "in_flight": {WORKER: 2},
         "dead_letters": 0,
+        "default_model": "digits",
     }
+    assert (digits["name"], digits["default"], digits["serving"], digits["workers"]) == (
+        "digits",
+        True,
+        True,
+        1,
+    )
+    assert (resnet["name"], resnet["serving"], resnet["last_seen"]) == ("resnet", False, None)
+    words = "1 task waits in batch for model resnet, which no live worker serves"
+    assert unserved == {"queue": "batch", "model": "resnet", "waiting": 1, "message": words}
     text = cli("queue", "status").stdout
     assert f"in flight at {WORKER}: 2" in text
-    assert "9: 2, 0: 1" in text
+    assert re.search(r"(?m)^batch +digits +2 +9: 2 *$", text), text
+    assert re.search(r"(?m)^default +0 *$", text), text
+    assert re.search(r"(?m)^digits +yes +1 +realtime, default, batch +\d+ s ago *$", text), text
+    assert re.search(r"(?m)^resnet +none +never *$", text), text
+    assert words in text
+
+
+def test_what_waits_where_nothing_serves(cli: Cli, redis_server: RedisServer, client: Client) -> None:
+    """A worker that serves the model but not the queue does not help, and neither does a heartbeat of old."""
+    with redis_server.client() as connection:
+        worker = HandWorker(connection, "digits", "resnet")
+        worker.store.serve(["realtime"])
+        worker.beat()
+        client.submit_many(range(12), queue="default", model="resnet")
+        client.submit([1], model="resnet")
+        said = "and no live worker of that model serves the queue default"
+        (unserved,) = cli.json("queue", "status")["unserved"]
+        assert unserved["message"] == f"12 tasks wait in default for model resnet, {said}"
+        body = connection.get(keys.heartbeat(WORKER)) or b""
+        connection.set(keys.heartbeat(WORKER), re.sub(rb'"at":\d+', b'"at":1000', body))
+        assert [it["queue"] for it in cli.json("queue", "status")["unserved"]] == ["realtime", "default"]
+        connection.delete(keys.DEFAULT_MODEL)
+        connection.lpush("realtime", "{}")
+        said = "1 task waits in realtime for the default model, and none is set"
+        assert said in cli("queue", "status").stdout
 
 
 def test_depth_of_known_workers(client: Client, worker: HandWorker) -> None:
@@ -271,19 +327,19 @@ def test_a_letter_is_listed_shown_and_sent_again(cli: Cli, client: Client, worke
     (task,) = worker.claim(10)
     envelope = decode(task.payload)
     assert (envelope.deliveries, envelope.deaths) == (0, 0)
-    assert keys.split_list_key(task.list_key) == ("realtime", 3)
+    assert keys.place_of(task.list_key) == ("realtime", "", "", 3)
     worker.finish(task, "done")
     assert client.result(task_id, 5) == "done"
     assert cli("dead", "retry", task_id).returncode == TaskNotFound.exit_code
 
 
 def test_retry_wakes_a_worker(client: Client, worker: HandWorker) -> None:
-    """The bell is rung, as for a new task."""
+    """An idle one, as for a new task."""
     client.submit([1])
     task_id = bury(worker)
-    worker.store.client.delete(keys.bell("realtime"))
+    assert worker.store.claim(1, state="idle") == []
     dead.retry(worker.store.client, task_id)
-    assert worker.store.client.llen(keys.bell("realtime")) == 1
+    assert worker.store.client.llen(keys.wake(WORKER)) == 1
 
 
 def test_garbage_is_not_sent_again(cli: Cli, client: Client, worker: HandWorker) -> None:
