@@ -80,7 +80,9 @@ def apply_users(loaded: Loaded, as_json: bool) -> None:
     if as_json:
         print_json({"users": list(acl.USERS), "changed": changed})
     else:
-        click.echo(f"new rights for {', '.join(changed)}" if changed else "all users have their rights already")
+        click.echo(
+            f"new rights for {', '.join(changed)}" if changed else "all users have their rights already"
+        )
 
 
 @redis.command(epilog="Examples: gpuinfer redis migrate; gpuinfer redis migrate --json")
@@ -103,7 +105,9 @@ def migrate(loaded: Loaded, as_json: bool) -> None:
     if as_json:
         print_json({"format": keys.FORMAT, "found": found, "changed": False})
     elif found is None:
-        click.echo(f"nothing to do: Redis has no format yet; the first worker or watcher makes it {keys.FORMAT}")
+        click.echo(
+            f"nothing to do: Redis has no format yet; the first worker or watcher makes it {keys.FORMAT}"
+        )
     else:
         click.echo(f"nothing to do: Redis has format {found}, which is this edition's")
 

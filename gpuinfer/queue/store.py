@@ -340,8 +340,8 @@ class Store:
     def rejoin(self) -> None:
         """Begin a new epoch after a reaper has put back what was held here.
 
-        The reaper may have been cut off before it put anything back, or be refused from now on: the next claim
-        finds that out. Raises WorkerRunning when another process has taken over since.
+        The reaper may have been cut off before it put anything back, or be refused from now on: the next
+        claim finds that out. Raises WorkerRunning when another process has taken over since.
         """
         self._uncertain = True
         epoch = keys.epoch(self.worker)

@@ -28,8 +28,8 @@ from gpuinfer.errors import (
     FormatMismatch,
     GpuinferError,
     UnitRefused,
-    UnitsUnavailable,
     UnitStopping,
+    UnitsUnavailable,
 )
 from gpuinfer.gpus import list_gpus
 from gpuinfer.log import get_logger

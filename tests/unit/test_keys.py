@@ -49,5 +49,7 @@ def test_the_default_models_lists_are_kombus() -> None:
 def test_groups_are_what_workers_serve() -> None:
     """Whoever serves the same is of one group, in whatever order its models were named."""
     assert keys.group_of(QUEUES, ["a", "b"]) == keys.group_of(QUEUES, ["b", "a"])
-    groups = {keys.group_of(tiers, models) for tiers in (["realtime"], QUEUES) for models in (["a"], ["a", "b"])}
+    groups = {
+        keys.group_of(tiers, models) for tiers in (["realtime"], QUEUES) for models in (["a"], ["a", "b"])
+    }
     assert len(groups) == 4
