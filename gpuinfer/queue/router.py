@@ -13,8 +13,8 @@ from gpuinfer.queue import heartbeats, keys
 from gpuinfer.queue.message import Undecodable, decode
 from gpuinfer.queue.store import Store
 
-#: Tasks of one list that one look reads: a long backlog is read in parts.
-WINDOW = 500
+#: Tasks of one list that one look reads, and about how many bytes: a long backlog is read in parts.
+WINDOW, WINDOW_BYTES = 500, 8 * 1024 * 1024
 
 
 class Router:
@@ -52,8 +52,10 @@ class Router:
     def _look_through(self, key: str, size: int, default: str) -> int:
         done = self._read.get(key, 0)
         done = done if done < size else 0
-        last = -done - 1 if done else -1
-        found: list[bytes] = self._store.client.lrange(key, -done - WINDOW, last)  # type: ignore[assignment]
+        client = self._store.client
+        next_one: bytes = client.lindex(key, -done - 1) or b""  # type: ignore[assignment]  # not decoded
+        window = max(1, min(WINDOW, WINDOW_BYTES // (len(next_one) + 1)))
+        found: list[bytes] = client.lrange(key, -done - window, -done - 1)  # type: ignore[assignment]
         tasks = [(payload, model) for payload in reversed(found) if (model := _model_of(payload, default))]
         self._read[key] = done + len(found) - len(tasks)
         return self._store.route(key, tasks)

@@ -142,6 +142,21 @@ def test_a_long_backlog_is_looked_through_in_parts(
         assert store.client.llen("realtime") == own
 
 
+def test_large_payloads_are_read_in_small_parts(
+    store: Store, other: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the size of the next one: a look does not read hundreds of megabytes."""
+    sent = [plain(store, "realtime", "ocr") for _ in range(10)]
+    monkeypatch.setattr(router, "WINDOW_BYTES", 4 * (len(message("ocr")) + 1))
+    forget_workers(store)
+    looks = Router(other)
+    assert [looks.pass_on() for _ in range(4)] == [4, 4, 2, 0]
+    monkeypatch.setattr(router, "WINDOW_BYTES", 1)
+    sent += [plain(store, "realtime", "ocr") for _ in range(2)]
+    assert [looks.pass_on() for _ in range(3)] == [1, 1, 0]
+    assert ids(other.claim(100)) == sent
+
+
 def test_what_names_no_model_is_not_passed_on(store: Store, other: Store) -> None:
     """Garbage waits for a worker of the default model, which says what is wrong with it."""
     for payload in (b"\xff", b"{}", message("no model/at all")):
