@@ -320,7 +320,7 @@ def test_a_model_others_may_change(tmp_path: Path, what: str, mode: int, remedy:
     folder = tmp_path / "here" / "models"
     Repository([folder]).add(SHIPPED / "digits", "open")
     (folder / what).chmod(mode)
-    here = host(tmp_path, models={"folders": [folder], "default": "open"})
+    here = host(tmp_path, models={"folders": [folder]}, worker={"models": ["open"]})
     found = one(models.digests(here))
     assert found.status == ("warning" if remedy else "ok")
     assert found.remedy == remedy.format(folder, folder)
