@@ -24,9 +24,10 @@ def about() -> dict[str, Any]:
     """Return card, driver, torch, CUDA, Python, versions."""
     import torch
 
-    found = list_gpus()
+    found, capability = list_gpus(), "none"
+    if torch.cuda.is_available():
+        capability = "{}.{}".format(*torch.cuda.get_device_capability())
     cards = [f"{gpu.name} ({gpu.memory_bytes / GIB:.0f} GiB)" for gpu in found.gpus]
-    capability = "stub" if dry_run() else "{}.{}".format(*torch.cuda.get_device_capability())
     return {
         "card": " + ".join(cards) or found.reason,
         "driver": found.driver,
