@@ -13,6 +13,7 @@ import json
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -29,7 +30,6 @@ from gpuinfer import Client
 from gpuinfer.queue import depth, keys
 from gpuinfer.queue.message import PREDICT
 from gpuinfer.queue.results import TaskStatus, parse
-from gpuinfer.queue.store import REAPER, Store
 from gpuinfer.settings import QUEUES, QueueSettings
 from tests.faults.account import Account, Sent, rows
 from tests.models_for_tests import perceptron, write_model
@@ -146,11 +146,17 @@ class Fleet:
             place.number = next(self._numbers)
 
     def give_back(self) -> None:
-        """Put back what lies under names that do not come back."""
+        """Put back what lies under names that do not come back, as an operator does."""
         while self._orphaned:
             name = self._orphaned.pop()
-            store = Store(self._raw, name, QUEUES, self._queue, by=f"{REAPER} of the kill test")
-            self._put_back += store.restore().returned
+            command = [sys.executable, "-m", "gpuinfer", "restore", "--name", name, "--force", "--json"]
+            environment = self._workers.environment(queue_max_deaths=self._queue.max_deaths)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(
+                    f"gpuinfer restore --name {name} ended with {done.returncode}: {done.stderr}"
+                )
+            self._put_back += json.loads(done.stdout)["returned"]
 
     # -- producers ------------------------------------------------------------------------
 

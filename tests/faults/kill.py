@@ -35,6 +35,8 @@ from tests.services import RedisServer
 GONE = 0.35
 #: How often a worker is killed again while it starts, and puts back what lay under its name.
 KILLED_AGAIN = 0.15
+#: Kills of stock Celery between two looks for a loss, which take ten seconds.
+LOOK_EVERY = 5
 #: Seconds between two submissions while a worker starts, which takes all the cores it gets.
 PAUSE_S = 0.05
 #: Deaths at which a task is given up. Who is killed this often takes innocents to two; who is only stopped
@@ -123,13 +125,16 @@ class Storm:
             raise self._errors[0]
 
     def _kill_on(self) -> None:
-        plan, began, told, poisoned, away = self._plan, time.monotonic(), 0, not self._plan.poison, False
+        plan, began, told, looked = self._plan, time.monotonic(), 0, 0
+        poisoned, away = not plan.poison, False
         while not self._errors:
             seconds = time.monotonic() - began
             if self._done(self.kills, seconds):
                 return
-            if isinstance(self._world, StockWorld) and self._world.lost_some(self.accepted):
-                return
+            if isinstance(self._world, StockWorld) and self.kills - looked >= LOOK_EVERY:
+                looked = self.kills
+                if self._world.lost_some(self.accepted):
+                    return
             half_way = self._done(2 * self.kills, 2 * seconds)
             if half_way and not poisoned:
                 poisoned = True
