@@ -25,8 +25,8 @@ import orjson
 import redis
 
 from gpuinfer.log import get_logger
-from gpuinfer.queue import heartbeats, keys
-from gpuinfer.queue.connection import format_mismatch, typed_errors
+from gpuinfer.queue import heartbeats
+from gpuinfer.queue.connection import typed_errors
 from gpuinfer.queue.depth import Depth, Lane
 from gpuinfer.queue.depth import look as look_at_queues
 from gpuinfer.queue.scripts import bind
@@ -101,10 +101,7 @@ class Probe:
         self._beat = int(time.time() * 1000)
 
     def look(self, own: list[Instance], now: float, figures: Mapping[str, Figures] | None = None) -> Seen:
-        """Tell the others of our instances and figures, and look at everything.
-
-        Raises BrokerUnavailable; FormatMismatch, before anything is written.
-        """
+        """Tell the others of our instances and figures, and look at everything. Raises BrokerUnavailable."""
         with typed_errors():
             told, redis_now, rival = self._tell(own, now, figures)
             remote, live, theirs = self._hear(told, redis_now, now)
@@ -126,11 +123,8 @@ class Probe:
         """Tell the others; return what all tell, Redis's time, and who else has our name."""
         with self._client.pipeline(transaction=False) as pipe:
             pipe.time()
-            pipe.get(keys.FORMAT_KEY)
             pipe.hgetall(HOSTS) if not self._tells else pipe.hget(HOSTS, self._host)
-            (seconds, microseconds), number, found = pipe.execute()
-        if number is not None and number != str(keys.FORMAT).encode():
-            raise format_mismatch(f"FORMAT {number.decode(errors='replace')}")
+            (seconds, microseconds), found = pipe.execute()
         redis_now = seconds + microseconds / 1e6
         if not self._tells:
             return found, redis_now, ""
