@@ -48,7 +48,8 @@ def greeting(on_mismatch: OnMismatch | None = None) -> Callable[[Any], None]:
 
 
 def _greet(connection: Any, on_mismatch: OnMismatch | None) -> None:
-    connection.on_connect()
+    # A health check would connect again from within, without end, to a Redis that does not answer.
+    connection.on_connect_check_health(check_health=False)
     connection.send_command("GET", keys.FORMAT_KEY, check_health=False)
     try:
         check(connection.read_response())
@@ -61,7 +62,7 @@ def _greet(connection: Any, on_mismatch: OnMismatch | None) -> None:
 
 async def async_greeting(connection: Any) -> None:
     """Do the same for an asyncio connection."""
-    await connection.on_connect()
+    await connection.on_connect_check_health(check_health=False)
     await connection.send_command("GET", keys.FORMAT_KEY, check_health=False)
     try:
         check(await connection.read_response())

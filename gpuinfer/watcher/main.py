@@ -15,6 +15,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -221,7 +222,8 @@ class Watcher:
     def _establish_format(self) -> None:
         """Give an empty Redis our format number before anything is written there."""
         if self._tell and self.history is None:
-            with typed_errors():
+            # A full Redis is not empty, and the watcher is needed: the number comes with the next epoch.
+            with typed_errors(), suppress(redis.exceptions.OutOfMemoryError):
                 layout.establish(self._client)
 
     def _recall(self, own: list[Instance]) -> None:

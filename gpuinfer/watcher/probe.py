@@ -101,10 +101,7 @@ class Probe:
         self._beat = int(time.time() * 1000)
 
     def look(self, own: list[Instance], now: float, figures: Mapping[str, Figures] | None = None) -> Seen:
-        """Tell the others of our instances and figures, and look at everything.
-
-        Raises BrokerUnavailable; FormatMismatch when the connection is made.
-        """
+        """Tell the others of our instances and figures, and look at everything. Raises BrokerUnavailable."""
         with typed_errors():
             told, redis_now, rival = self._tell(own, now, figures)
             remote, live, theirs = self._hear(told, redis_now, now)

@@ -291,7 +291,7 @@ def test_a_models_digest(tmp_path: Path) -> None:
     assert one(models.digests(host(tmp_path))).message == "digits has the digest its manifest names"
     artefact = Repository([tmp_path / "models"]).add(SHIPPED / "digits", "changed").artefact
     artefact.write_bytes(artefact.read_bytes() + b"x")
-    names = {"folders": [tmp_path / "models"], "default": "changed"}
+    names = {"folders": [tmp_path / "models"]}
     changed, gone = models.digests(host(tmp_path, models=names, worker={"models": ["changed", "gone"]}))
     assert (changed.status, gone.status) == ("error", "error")
     assert "it was not opened" in changed.message
