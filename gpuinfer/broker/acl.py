@@ -176,10 +176,14 @@ def apply(client: redis.Redis, passwords: Mapping[str, str]) -> list[str]:
     Each user is changed in one step, so that nobody's connection is closed or refused anything meanwhile.
     Other users stay as they are.
     """
-    changed = []
+    before = listed(client)
     for user, parts in rules(passwords).items():
-        before = client.acl_getuser(user)
         client.execute_command("ACL", "SETUSER", user, "reset", *parts)
-        if client.acl_getuser(user) != before:
-            changed.append(user)
-    return changed
+    after = listed(client)
+    return [user for user in rules(passwords) if after[user] != before.get(user)]
+
+
+def listed(client: redis.Redis) -> dict[str, str]:
+    """Return each user's rules as Redis lists them, but for one that ``reset`` sets, and that changes nothing."""
+    lines = (line.decode() if isinstance(line, bytes) else str(line) for line in client.acl_list())
+    return {line.split()[1]: line.replace(" sanitize-payload", "") for line in lines}

@@ -271,7 +271,8 @@ def test_a_watcher_sets_the_number(redis_server: RedisServer, workers: Workers) 
 
 def test_what_waits_for_the_first_worker(redis_server: RedisServer, workers: Workers) -> None:
     """What waits in kombu's lists before anything of gpuinfer has run is Celery's format: it runs."""
-    with Celery("plain", broker=redis_server.url, backend=redis_server.url, set_as_current=False) as app:
+    url = f"redis+socket://{redis_server.socket}"
+    with Celery("plain", broker=url, backend=url, set_as_current=False) as app:
         sent = [
             app.send_task("gpuinfer.predict", [IMAGE], queue=queue, priority=priority)
             for queue, priority in (("realtime", None), ("default", 4), ("batch", 9))
