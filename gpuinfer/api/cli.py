@@ -42,7 +42,7 @@ def api(loaded: Loaded, host: str | None, port: int | None, path: Path | None, f
 
 
 def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) -> None:
-    """Serve until a signal comes. Raises AddressUnavailable, and FormatMismatch where Redis has another one."""
+    """Serve until a signal comes. Raises AddressUnavailable and FormatMismatch."""
     from gpuinfer.log import configure
 
     configure(settings.log, program="gpuinfer-api")
@@ -63,7 +63,7 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
 
 
 def _check_format(settings: Settings) -> None:
-    """Raise FormatMismatch where Redis has another format. Without Redis the front starts, and answers 503."""
+    """Raise FormatMismatch where Redis has another format. Without Redis the front starts."""
     from gpuinfer.queue.connection import connect, typed_errors
 
     with suppress(BrokerUnavailable), typed_errors(), connect(settings.broker, retries=0) as client:

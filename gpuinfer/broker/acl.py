@@ -4,7 +4,8 @@
 A user's rights are a root part and selectors, in parentheses; a command is allowed when one of them
 allows the command together with all its keys (Redis 7.0 ACL). A script needs its declared keys in
 the part that allows EVALSHA; what it then calls is checked command by command. So no user but
-admin could delete, overwrite or rename a queue, change the settings, or read all keys' names. To publish to Celery's pidbox is to be able to shut workers down: admin alone.
+admin could delete, overwrite or rename a queue, change the settings, or read all keys' names. To
+publish to Celery's pidbox is to be able to shut workers down: admin alone.
 
 Source: https://redis.io/docs/latest/operate/oss_and_stack/management/security/acl/
 """
@@ -117,7 +118,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+zunion", "+zrem", _INDEX),
         _selector("+exists", "+zadd", "+zrem", "+zcount", _IDLE),
         _selector("+zadd", "+zremrangebyscore", "+zcount", _GROUPS),
-        _selector("+brpop", "+del", _WAKE),
+        _selector("+brpop", _WAKE),
         _selector("+exists", "+hset", "+hget", "+hmget", "+hdel", "+hkeys", "+hexists", _INFLIGHT),
         _selector("+exists", "+hset", "+hmget", "+hdel", _AGEING, _TURNS),
         _selector("+hincrby", _CLAIMED, _ENDED),
@@ -125,7 +126,8 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
         _selector("+zadd", "+zrem", _WORKERS),
         _selector("+set", _DEFAULT_MODEL),
-        _selector("+set", "+del", _HEARTBEATS),
+        _selector("+set", _HEARTBEATS),
+        _selector("+del", _HEARTBEATS, _WAKE),
         _selector("+expire", _PROBE),
         _selector("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", _RESULTS),
         *_BEGINNING,
@@ -141,7 +143,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *(*_CONNECTION, *_SCRIPTS, *_TELLING, "+time", "+info"),
         *(*_LISTS, _OURS, _RESULTS),
         _selector("+rpush", *_LISTS),
-        _selector("+hget", "+hmget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
+        _selector("+hget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
         _selector("+hset", "+hexists", _DEAD),
         _selector("+hincrby", _CLAIMED, _ENDED),
         _selector("+zadd", "+zremrangebyscore", _CATALOGUE),
@@ -169,15 +171,19 @@ def render(passwords: Mapping[str, str]) -> str:
 
 
 def apply(client: redis.Redis, passwords: Mapping[str, str]) -> list[str]:
-    """Give the users of a running Redis these rules; return whose rules were others. Raises redis-py's errors.
+    """Give the users of a running Redis these rules; return which users had others. Raises redis-py's errors.
 
     Each user is changed in one step, so that nobody's connection is closed or refused anything meanwhile.
     Other users stay as they are.
     """
-    changed = []
+    before = listed(client)
     for user, parts in rules(passwords).items():
-        before = client.acl_getuser(user)
         client.execute_command("ACL", "SETUSER", user, "reset", *parts)
-        if client.acl_getuser(user) != before:
-            changed.append(user)
-    return changed
+    after = listed(client)
+    return [user for user in rules(passwords) if after[user] != before.get(user)]
+
+
+def listed(client: redis.Redis) -> dict[str, str]:
+    """Return each user's rules as Redis lists them, but for one that ``reset`` sets, and that changes nothing."""
+    lines = (line.decode() if isinstance(line, bytes) else str(line) for line in client.acl_list())
+    return {line.split()[1]: line.replace(" sanitize-payload", "") for line in lines}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer redis``: what gpuinfer-redis.service asks for before it starts Redis, and what an upgrade asks for."""
+"""``gpuinfer redis``: what gpuinfer-redis.service needs before it starts Redis, and an upgrade."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ def prepare(loaded: Loaded, folder: Path) -> None:
 def apply_users(loaded: Loaded, as_json: bool) -> None:
     """Give the users of the running Redis the rights that this version needs, without a restart.
 
-    Connections stay, and have the new rights at once; other users are not touched. An upgrade does this before
-    it restarts the workers. Passwords come from $CREDENTIALS_DIRECTORY, else from /etc/gpuinfer/credentials.
+    Connections stay, and have the new rights at once; other users are not touched. An upgrade does this
+    before it restarts the workers. Passwords come from $CREDENTIALS_DIRECTORY, else from
+    /etc/gpuinfer/credentials.
     """
     from gpuinfer.broker import acl
     from gpuinfer.queue.connection import connect, typed_errors
@@ -91,8 +92,8 @@ def apply_users(loaded: Loaded, as_json: bool) -> None:
 def migrate(loaded: Loaded, as_json: bool) -> None:
     """Change what an older edition left in Redis to this edition's format.
 
-    Nothing of gpuinfer may run meanwhile. There is one format so far, so there is nothing to change; exit code
-    78: Redis has a format that this edition does not know. What waits in Celery's own format is never changed.
+    Nothing of gpuinfer may run meanwhile. There is one format so far, so there is nothing to change. Exit
+    code 78: Redis has a format that this edition does not know. Messages in Celery's own format stay.
     """
     from gpuinfer.queue import format as layout
     from gpuinfer.queue import keys

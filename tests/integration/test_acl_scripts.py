@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our Redis's users have all rights that their scripts and calls need: nothing here is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from typing import Any, get_args
+
+import pytest
+import redis
+
+from gpuinfer import Client
+from gpuinfer.errors import DeadLettered, TaskNotFound
+from gpuinfer.queue import dead, format, heartbeats, keys, results, scripts
+from gpuinfer.queue.aclient import AsyncClient
+from gpuinfer.queue.app import create_app
+from gpuinfer.queue.depth import look
+from gpuinfer.queue.message import Submission, decode
+from gpuinfer.queue.orphans import holder, holders
+from gpuinfer.queue.router import Router
+from gpuinfer.queue.store import REAPER, Claimed, Final, Store, Want
+from gpuinfer.settings import QUEUES, QueueSettings, Settings
+from tests.brokers import OurRedis, our_redis
+
+pytestmark = pytest.mark.integration
+
+WORKER = "gpu0@test"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[OurRedis]:
+    """One Redis for all tests here; each begins with an empty one. In the end nothing was refused."""
+    with our_redis() as started:
+        yield started
+
+
+@pytest.fixture
+def redis_server(server: OurRedis) -> OurRedis:
+    with server.client() as admin:
+        admin.flushall()
+    return server
+
+
+# -- what the scripts say -----------------------------------------------------------------
+
+LISTS = ["realtime", "default.resnet@alice\x06\x169", "batch.resnet"]
+#: Who runs each script.
+RUN_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("claim", "begin", "settle", "release", "route", "register", "leave", "index"), ("worker",)
+    ),
+    **dict.fromkeys(("epoch", "restore", "bury"), ("worker", "watcher")),
+    "submit": ("api",),
+    "cancel": ("api",),
+    "put": ("api", "worker"),
+    "depth": ("api", "worker", "watcher"),
+    "revive": ("admin",),
+    "tell": ("watcher",),
+    "keep": ("watcher",),
+    "know": ("watcher",),
+}
+#: The keys a script is given. What is not here is an in-flight hash, and an epoch as the second.
+GIVEN: dict[str, list[list[str]]] = {
+    "bury": [[keys.inflight(WORKER)], [keys.DEAD]],
+    "cancel": [[keys.result("1")]],
+    "depth": [],
+    "epoch": [[keys.epoch(WORKER)]],
+    "register": [[keys.heartbeat(WORKER)]],
+    "leave": [[keys.heartbeat(WORKER)], [keys.inflight(WORKER)]],
+    "index": [LISTS],
+    "put": [LISTS],
+    "route": [LISTS],
+    "submit": [],
+    "revive": [[keys.DEAD], LISTS],
+    "tell": [["gpuinfer:watcher:hosts"]],
+    "keep": [["gpuinfer:watcher:memory:test"], ["gpuinfer:watcher:decisions"]],
+}
+#: What a variable of the scripts names.
+VARIABLES = {
+    "key": [keys.result("1")],
+    "list": LISTS,
+    "list.key": LISTS,
+    "inflight": [keys.inflight(WORKER)],
+    "idle": [keys.IDLE_PREFIX + "group"],
+    "groups": [keys.GROUPS_PREFIX + "realtime.resnet"],
+    "indices[1]": [keys.index(), keys.index("resnet")],
+    "n": [keys.index(), keys.index("resnet")],
+    "channel": [keys.result("1"), keys.REPLY_PREFIX + "1"],
+    "'NUMSUB'": ["NUMSUB"],
+}
+IN_ONE_SCRIPT = {("claim", "ARGV[i]"): LISTS, ("submit", "ARGV[6]"): [keys.IDEMPOTENCY_PREFIX + "k"]}
+#: Command -> a call of it, around its key; what is not here takes the key alone.
+CALLS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("HDEL", "HGET", "HMGET", "HEXISTS", "LPUSH", "RPUSH", "SADD", "SET"), ("{}", "x")),
+    **dict.fromkeys(("PUBLISH", "RPOP", "ZREM", "ZSCORE"), ("{}", "1")),
+    **dict.fromkeys(("GETRANGE", "LTRIM", "ZRANGE", "ZREVRANGE"), ("{}", "0", "1")),
+    **dict.fromkeys(("ZCOUNT", "ZREMRANGEBYSCORE"), ("{}", "0", "1")),
+    **dict.fromkeys(("HSET", "HINCRBY"), ("{}", "x", "1")),
+    "LREM": ("{}", "-1", "x"),
+    "ZADD": ("{}", "1", "x"),
+    "ZUNION": ("2", "{}", "{}"),
+    "PUBSUB": ("{}", "channel"),
+}
+#: What they keep is always kept.
+NEVER = {("cancel", "DEL"), ("bury", "DEL")}
+_CALL = re.compile(r"redis\.p?call\('([A-Z]+)'(?=(?:, ([^,\n]*))?)")
+_FUNCTION = re.compile(r"^local function (\w+)\(.*?^end$|^local function (\w+)\(.* end$", re.M | re.S)
+
+
+def reached(script: str) -> str:
+    """Return a script's text with those functions of its libraries that it may call."""
+    body = scripts.text(script)
+    needs = re.search(r"^-- needs: (.+)$", body, re.M)
+    libraries = "".join(scripts.text(name) for name in needs.group(1).split()) if needs else ""
+    functions = {found[1] or found[2]: found[0] for found in _FUNCTION.finditer(libraries)}
+    whole, todo = body, list(functions)
+    while called := [name for name in todo if re.search(rf"\b{name}\(", whole)]:
+        todo = [name for name in todo if name not in called]
+        whole += "".join(functions[name] for name in called)
+    return whole
+
+
+def keys_of(script: str, expression: str) -> list[str]:
+    """Return samples of the keys that an expression of a script names."""
+    expression = expression.strip()
+    word = re.match(r"KEYS\[(\d)\]|[A-Z_]+(?=\W|$)|[\w.\[\]']+", expression)
+    assert word, f"{script}: which key is {expression!r}?"
+    if word[1]:
+        default = [[keys.inflight(WORKER)], [keys.epoch(WORKER)]]
+        return GIVEN.get(script, default)[int(word[1]) - 1]
+    name = re.match(r"[\w.\[\]']+", expression)
+    assert name
+    found = IN_ONE_SCRIPT.get((script, name[0])) or VARIABLES.get(name[0])
+    if found:
+        return found
+    constant = scripts._CONSTANTS.get(word[0])
+    assert isinstance(constant, str), f"{script}: which key is {expression!r}? Tell this test, and acl.py"
+    return [f"{constant}x" if constant.endswith((":", "-")) else constant]
+
+
+def calls_of(script: str) -> Iterator[list[str]]:
+    """Yield each call of Redis that a script may make, with samples of its keys."""
+    for command, expression in _CALL.findall(reached(script)):
+        if (script, command) in NEVER:
+            continue
+        if not expression:
+            yield [command]
+            continue
+        for key in keys_of(script, expression):
+            yield [command, *(part.format(key) for part in CALLS.get(command, ("{}",)))]
+
+
+def test_every_script_is_somebodys() -> None:
+    """A new script is run by a user, and this test says by whom."""
+    assert {name for name in get_args(scripts.Name) if name not in RUN_BY} == set()
+    files = {
+        file.name.removesuffix(".lua")
+        for file in resources.files(scripts.__package__).joinpath("lua").iterdir()
+    }
+    assert files - set(RUN_BY) == {"lists", "states"}
+
+
+@pytest.mark.parametrize("script", get_args(scripts.Name))
+def test_a_user_may_all_that_its_script_does(redis_server: OurRedis, script: str) -> None:
+    """Whichever way a script takes, no call in it is refused to the user who runs it."""
+    refused = []
+    with redis_server.client() as admin:
+        for user in RUN_BY[script]:
+            given = GIVEN.get(script, [[keys.inflight(WORKER)], [keys.epoch(WORKER)]])
+            calls = [["EVALSHA", "0" * 40, "1", key] for samples in given for key in samples]
+            for call in [*calls, *calls_of(script)]:
+                answer: Any = admin.execute_command("ACL", "DRYRUN", user, *call)
+                if answer != b"OK":
+                    refused.append((user, *call, answer))
+    assert refused == []
+
+
+# -- what the programs do -----------------------------------------------------------------
+
+
+def settings(server: OurRedis, user: str, **queue: object) -> Settings:
+    return Settings.model_validate({"broker": server.login(user), "queue": queue})
+
+
+def worker(client: redis.Redis, models: tuple[str, ...] = ("digits",), **queue: object) -> Store:
+    store = Store(client, WORKER, QUEUES, QueueSettings.model_validate(queue), models=models)
+    store.restore()
+    store.register(b'{"state":"idle"}', default="digits")
+    return store
+
+
+def final(task: Claimed, *, keep: bool = True) -> Final:
+    envelope = decode(task.payload)
+    meta = results.success(envelope.id, 1, worker=WORKER)
+    label = "completed realtime digits"
+    return Final(task.seq, envelope.id, meta, keep=keep, reply=envelope.reply_to, label=label)
+
+
+def plain(model: str | None = None) -> bytes:
+    """Return a task as a plain producer appends it."""
+    return Submission(task="gpuinfer.predict", inputs=[1], queue="realtime", model=model).encode()
+
+
+def test_api(redis_server: OurRedis) -> None:
+    """Submit, look, cancel, wait: by both clients and by Celery."""
+    with redis_server.client("worker") as own:
+        store = worker(own)
+        assert store.claim(1, state="idle") == []  # it is idle: a submission wakes it
+        with Client(settings(redis_server, "api")) as client:
+            ids = [client.submit([1]), *client.submit_many([[1]] * 3, priority=9, queue="batch")]
+            assert client.submit([1], idempotency_key="k") == client.submit([1], idempotency_key="k")
+            assert client.cancel(ids[0])
+            store.settle([final(task) for task in store.claim(100)])
+            assert len(client.results(ids[1:], timeout_s=30)) == 3
+            with pytest.raises(TaskNotFound):
+                client.status("nothing")
+    with redis_server.client("api") as client_of_api:
+        assert look(client_of_api).default_model == "digits"
+        assert heartbeats.fresh(client_of_api)
+    asyncio.run(asynchronously(settings(redis_server, "api")))
+    for user in ("api", "worker", "admin"):
+        with create_app(settings(redis_server, user)) as app:
+            app.send_task("gpuinfer.predict", [[1]], queue="realtime", priority=4)
+    with redis_server.client() as admin:
+        assert admin.llen(keys.list_key("realtime", 4)) == 3
+
+
+async def asynchronously(chosen: Settings) -> None:
+    async with AsyncClient(chosen) as client:
+        await client.ping()
+        task = await client.submit([1])
+        waiting = asyncio.ensure_future(client.wait(task, 30))
+        assert await client.cancel(task)
+        assert (await waiting).state == "revoked"
+
+
+def test_worker(redis_server: OurRedis) -> None:
+    """Claim, begin, settle, release, pass on, restore, bury, leave."""
+    with redis_server.client("worker") as own, Client(settings(redis_server, "api")) as client:
+        store = worker(own, ("digits", "resnet"), ageing_s=0.001, max_deaths=2)
+        for model, queue in (("digits", "realtime"), ("resnet", "realtime"), ("digits", "batch")) * 3:
+            client.submit([1], model=model, queue=queue)  # type: ignore[arg-type]
+        with redis_server.client() as admin:
+            admin.lpush("realtime", plain(), plain("resnet"), plain("unheard"))
+            admin.lpush("default", plain())
+        assert store.waits()
+        assert store.index_lists() >= 2
+        assert store.unknown(["digits", "nothing"]) == ("nothing",)
+        while tasks := store.claim(
+            {"digits": Want(2), "resnet": Want(1)}, begin=True, look=True, state="idle"
+        ):
+            store.begin([(task.seq, decode(task.payload).id, b"{}") for task in tasks])
+            first, *rest = tasks
+            store.settle([final(first, keep=first.seq % 2 == 0)], idle=True)
+            store.release([task.seq for task in rest[:1]], [task.seq for task in rest[:1]])
+            if rest:
+                break
+        store.wake()
+        assert store.end_wait(own.client_id()) in (True, False)
+        tasks = store.claim(1, state="busy") or store.claim(1)
+        store.release([task.seq for task in tasks], models={task.seq: "other" for task in tasks})
+        store.doubt()
+        assert store.reconcile(()) >= 0
+        store.claim(1, begin=True)
+        assert holder(own, WORKER).tasks
+        for task in store.claim(1):
+            store.bury(task.seq, task.list_key, task.payload, DeadLettered("cannot be read"))
+        restored = None
+        while restored is None or not restored.dead:
+            tasks = store.claim(1)
+            assert tasks
+            store.begin([(task.seq, decode(task.payload).id, b"") for task in tasks])
+            restored = store.restore()
+        assert restored.dead
+        store.rejoin()
+        assert format.establish(own) is None
+        store.leave()
+        with redis_server.client() as admin:
+            assert admin.hlen(keys.DEAD) >= 2
+
+
+def test_router(redis_server: OurRedis) -> None:
+    """A worker that does not serve the default model passes on what is for others."""
+    with redis_server.client("worker") as own, redis_server.client() as admin:
+        store = worker(own, ("resnet",))
+        admin.set(keys.DEFAULT_MODEL, "digits")
+        admin.lpush("realtime", plain("resnet"), plain())
+        assert Router(store).pass_on() == 1
+        assert len(store.claim(10)) == 1
+
+
+def test_watcher(redis_server: OurRedis) -> None:
+    """It sets the format number, counts, and puts back or buries what a dead worker left."""
+    with redis_server.client("watcher") as own, redis_server.client("worker") as theirs:
+        format.establish(own)
+        with Client(settings(redis_server, "api")) as client:
+            ids = client.submit_many([[1]] * 3)
+            for deaths in (1, 2):
+                tasks = worker(theirs).claim(3)
+                first = tasks[0]
+                store = Store(theirs, WORKER, QUEUES, QueueSettings())
+                store.begin([(first.seq, ids[0], results.started(ids[0], WORKER, 1))])
+                assert look(own).inflight == {WORKER: 3}
+                assert [one.worker for one in holders(own)] == [WORKER]
+                assert heartbeats.fresh(own)
+                reaper = Store(own, WORKER, QUEUES, QueueSettings(), by=f"{REAPER} watcher@test")
+                done = reaper.take_back()
+                assert (done.returned, done.dead) == ((3, ()) if deaths == 1 else (2, (ids[0],)))
+            assert client.status(ids[0]).state == "failed"
+
+
+def test_administrator(redis_server: OurRedis) -> None:
+    """Dead letters are the administrator's."""
+    with redis_server.client("worker") as own, redis_server.client() as admin:
+        store = worker(own)
+        admin.lpush("realtime", plain())
+        (task,) = store.claim(1, look=True)
+        letter = store.bury(task.seq, task.list_key, task.payload, DeadLettered("x"))
+        with pytest.raises(redis.ResponseError):
+            own.hdel(keys.DEAD, letter)
+        redis_server.denied()
+        dead.retry(admin, letter)
+        assert len(store.claim(1)) == 1
+
+
+def tables() -> Mapping[str, Any]:
+    """Return what is unused of this test's own tables: it names no script or variable that is gone."""
+    calls = [call for name in get_args(scripts.Name) for call in _CALL.findall(reached(name))]
+    used = {expression.strip() for _, expression in calls}
+    return {"variables": [name for name in VARIABLES if not any(part.startswith(name) for part in used)]}
+
+
+def test_the_tables_are_as_the_scripts() -> None:
+    """No table above names what is gone."""
+    assert tables() == {"variables": []}
+    assert set(GIVEN) <= set(RUN_BY)
