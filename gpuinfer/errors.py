@@ -108,6 +108,13 @@ class UnitStopping(GpuinferError):
     exit_code = 75  # EX_TEMPFAIL
 
 
+class RootKept(GpuinferError):
+    """Raised when root's process cannot become the worker's user, and so may not run a model."""
+
+    code = "root_kept"
+    exit_code = 77  # EX_NOPERM
+
+
 class MissingExtra(GpuinferError):
     """Raised when a command needs a library that is not installed, and says which extra brings it."""
 

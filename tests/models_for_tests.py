@@ -75,6 +75,30 @@ shape = [4]
     return write_model(folder, _AddScalar(), tables)
 
 
+class _Signer(nn.Module):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A file of this name, made by whoever runs the model.
+        return x + torch.from_file(self.path, shared=True, size=1)
+
+
+def signer(folder: Path, path: str) -> Path:
+    """One float; whoever runs it makes a file at ``path``, and so owns it."""
+    tables = """
+[[inputs]]
+name = "x"
+shape = []
+[[outputs]]
+name = "y"
+dtype = "float32"
+shape = []
+"""
+    return write_model(folder, _Signer(path), tables)
+
+
 class _Sleeper(nn.Module):
     def __init__(self, nanoseconds: int) -> None:
         super().__init__()

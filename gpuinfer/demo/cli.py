@@ -39,7 +39,8 @@ def demo(keep: bool, workers: int, rounds: int, as_json: bool) -> int:
     """Try the whole thing here: a private Redis, workers, the API, and real requests.
 
     All of it runs in a temporary folder and is gone in the end; this host's own gpuinfer, its
-    settings and its Redis are not touched. Workers run on the GPUs there are, else on the CPU.
+    settings and its Redis are not touched. Workers run on the GPUs there are, else on the CPU. Root
+    becomes the workers' user for it.
 
     Every test image of the shipped model is asked about over HTTP while batch jobs run. Exit code 0:
     every request was answered, and as the model answers when called directly; else 1. Ctrl-C cleans
@@ -47,7 +48,10 @@ def demo(keep: bool, workers: int, rounds: int, as_json: bool) -> int:
     """
     from gpuinfer.demo.screen import console_for, screen_for
     from gpuinfer.demo.stack import plan, started
+    from gpuinfer.journal.sender import say_warning
+    from gpuinfer.privileges import leave_root
 
+    leave_root(say_warning)
     _end_in_order()
     begun = time.monotonic()
     devices = plan(workers, os.environ)

@@ -13,7 +13,8 @@ import orjson
 
 from gpuinfer.doctor.child import ChildFailed, ChildHung, ask
 from gpuinfer.doctor.finding import Finding, Findings, error, ok, warning
-from gpuinfer.doctor.host import Host, worker_user
+from gpuinfer.doctor.host import Host
+from gpuinfer.privileges import worker_user
 
 PROBE_LIMIT_S = 60.0
 _LOG = "journalctl -k -b -g NVRM -n 20"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -18,7 +17,6 @@ from gpuinfer.doctor.nvml import Report, from_json
 from gpuinfer.errors import ConfigError
 from gpuinfer.settings import Loaded, Settings
 
-WORKER_USER = "gpuinfer-worker"
 COMMAND_LIMIT_S = 10.0
 NVML_LIMIT_S = 20.0
 
@@ -110,11 +108,3 @@ class Host:
         """Raise Skipped on a host that was not booted with systemd."""
         if not self.path("/run/systemd/system").is_dir():
             raise Skipped("this host does not run systemd")
-
-
-def worker_user() -> pwd.struct_passwd | None:
-    """Return the user the worker units run as, None where the package is not installed."""
-    try:
-        return pwd.getpwnam(WORKER_USER)
-    except KeyError:
-        return None

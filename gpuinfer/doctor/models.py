@@ -15,10 +15,11 @@ import orjson
 from gpuinfer.doctor import bindings
 from gpuinfer.doctor.child import ChildFailed, ChildHung, ask
 from gpuinfer.doctor.finding import Finding, error, ok, warning
-from gpuinfer.doctor.host import Host, worker_user
+from gpuinfer.doctor.host import Host
 from gpuinfer.errors import DigestMismatch, ModelError, UnknownModel
 from gpuinfer.models.manifest import MANIFEST_FILE
 from gpuinfer.models.repository import ModelFolder, Repository, verify
+from gpuinfer.privileges import worker_user
 
 LOAD_LIMIT_S = 120.0
 #: A model is loaded only where there is this many times its size of free memory.

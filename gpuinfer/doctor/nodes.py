@@ -10,7 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok
-from gpuinfer.doctor.host import WORKER_USER, Host, worker_user
+from gpuinfer.doctor.host import Host
+from gpuinfer.privileges import WORKER_USER, worker_user
 
 #: Made by nvidia-modprobe, not by the kernel: missing until somebody has run a CUDA program as root.
 NEEDED = ("/dev/nvidiactl", "/dev/nvidia-uvm")

@@ -60,6 +60,11 @@ def say_error(text: str) -> None:
     say(f"gpuinfer: error: {text}", ERROR)
 
 
+def say_warning(text: str) -> None:
+    """Write a line of warning to stderr."""
+    say(f"gpuinfer: warning: {text}", WARNING)
+
+
 def say(text: str, level: int) -> None:
     """Write a line to stderr; in the journal it is of this level (sd-daemon(3))."""
     prefix = f"<{level}>" if is_journal(sys.stderr, os.environ) else ""

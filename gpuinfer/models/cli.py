@@ -18,9 +18,11 @@ from rich.text import Text
 
 from gpuinfer.errors import GpuinferError, InputError, ModelError, UsageError
 from gpuinfer.gpus import check_visible
+from gpuinfer.journal.sender import say_warning
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.repository import Entry, ModelFolder, Repository, verify
 from gpuinfer.models.tensors import Encoding, Item, decode_batch
+from gpuinfer.privileges import leave_root
 from gpuinfer.settings import Loaded
 
 #: Width of tables where the output is no terminal, so that a pipe gets whole lines.
@@ -260,10 +262,12 @@ def run(
     encoding: Encoding,
     as_json: bool,
 ) -> None:
-    """Run the model NAME here, in this process, without a queue."""
+    """Run the model NAME here, in this process, without a queue. Root becomes the workers' user for it."""
     folder = _repository(loaded).get(name)
     items = _items(folder.manifest, sources)
-    report = _run(folder, items, device or loaded.settings.worker.device, loaded, top_k, encoding)
+    settings = loaded.settings  # read as root; as the worker's user the files may be closed to us
+    leave_root(say_warning)
+    report = _run(folder, items, device or settings.worker.device, loaded, top_k, encoding)
     if as_json:
         _print_json(report)
         return

@@ -27,6 +27,7 @@ from gpuinfer.gpus import Binding, visible_device
 from gpuinfer.locks import acquire
 from gpuinfer.locks import domain as lock_domain
 from gpuinfer.log import configure, get_logger, setup_celery_logging
+from gpuinfer.privileges import leave_root
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings, load_settings
@@ -69,7 +70,7 @@ def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]
     except GpuinferError as exc:
         log.critical("start_failed", worker=name, code=exc.code, reason=str(exc))
         raise SystemExit(exc.exit_code) from None
-    # Root is the administrator's choice; the shipped unit runs as a user of its own.
+    # We say it ourselves, where root remains root: see prepare.
     warnings.simplefilter("ignore", SecurityWarning)
     worker.queues_served = settings.worker.queues
     if not options.get("queues"):
@@ -103,7 +104,8 @@ def number_of(name: str) -> int:
 
 
 def prepare(settings: Settings, name: str) -> Process:
-    """Bind the device, take the lock, load and warm up the models, build the batcher."""
+    """Leave root, bind the device, take the lock, load and warm up the models, build the batcher."""
+    leave_root(lambda text: log.warning("runs_as_root", hint=text))
     binding = visible_device(number_of(name), settings.worker, os.environ)
     if binding.cuda_visible_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = binding.cuda_visible_devices

@@ -43,7 +43,7 @@ class Cli:
         if isinstance(result.exception, GpuinferError):
             raise result.exception
         assert result.exit_code == 0, result.output
-        return result.output
+        return result.stdout
 
     def result(self, *arguments: object, stdin: str | None = None) -> Result:
         return CliRunner().invoke(model, [str(a) for a in arguments], obj=self._loaded, input=stdin)

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "gpuinfer"
 PROGRAMS = ("api", "worker", "watcher")
 #: Whoever starts the programs may import them; nobody imports these.
 STARTERS = ("demo", "cli")
-SHARED = ("queue", "models", "settings", "errors", "locks", "log", "journal", "gpus")
+SHARED = ("queue", "models", "settings", "errors", "locks", "log", "journal", "gpus", "privileges")
 AT_THE_ROOT = {
     *("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"),
     *("gpuinfer", "systemd", "packaging", "tests", "etc"),

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the package does to a host beside its own folders: what README lists; nothing once it is purged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.host.admin import main_pid
+from tests.host.conftest import ROOT, install
+from tests.host.container import Container
+from tests.host.root import root, run
+
+pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
+
+#: An administrator's own unit whose name begins as ours do, and settings that sort before any package's.
+PROXY = "[Service]\nExecStart=/bin/sleep infinity\n[Install]\nWantedBy=multi-user.target\n"
+JOURNALD, SYSCTL = "/etc/systemd/journald.conf.d/10-mine.conf", "/etc/sysctl.d/10-mine.conf"
+#: What README calls the package's own folders.
+FOLDERS = (
+    *("/usr/lib/gpuinfer", "/usr/lib/gpuinfer-torch", "/usr/share/gpuinfer"),
+    *("/etc/gpuinfer", "/var/lib/gpuinfer", "/var/cache/gpuinfer", "/run/gpuinfer"),
+)
+#: What changes on a host by itself, or is apt's, dpkg's, or systemd's own account of what was installed.
+NOT_OURS = (
+    r"/(proc|sys|dev|run|tmp|packages)(/|$)|/var/(log|cache/apt|cache/debconf|cache/ldconfig|lib/apt|lib/dpkg)(/|$)"
+    r"|/var/lib/(systemd|redis|private|polkit-1)(/|$)|/var/cache/man(/|$)|/root(/|$)|/etc/(ld\.so\.cache|\.pwd\.lock)$"
+    r"|/etc/(passwd|group|shadow|gshadow)-?$|/var/tmp(/|$)|/usr/lib/python3(\.11)?/.*__pycache__"
+)
+
+
+@pytest.fixture(scope="module")
+def bare() -> Iterator[Container]:
+    """A Debian without the package, on which somebody has settings and a unit of his own."""
+    with Container(root()) as host:
+        host.put("/etc/systemd/system/gpuinfer-proxy.service", PROXY)
+        host.put(JOURNALD, "[Journal]\nSystemMaxUse=500M\n")
+        host.put(SYSCTL, "vm.overcommit_memory = 2\n")
+        host.ok("systemctl daemon-reload; systemctl enable --now gpuinfer-proxy")
+        host.ok("systemctl restart systemd-journald")
+        yield host
+
+
+def files(host: Container) -> dict[str, str]:
+    """Return path -> kind, mode, owner, link, and of a file its size and time of change."""
+    said = host.ok(r"find / -xdev -printf '%p\t%y %m %u:%g %l\t%s %T@\n'")
+    found = {}
+    for line in said.splitlines():
+        path, what, size = line.split("\t")
+        if not re.match(NOT_OURS, path):
+            found[path] = f"{what} {size}" if what.startswith("f") else what
+    return found
+
+
+def state(host: Container) -> dict[str, str]:
+    """Return what the host's own services read and are: journald's and sysctl's settings, processes."""
+    return {
+        "journald": host.ok("systemd-analyze cat-config systemd/journald.conf"),
+        "sysctl": host.ok("systemd-analyze cat-config sysctl.d | grep -v -e '^#' -e '^$' | cat"),
+        "kernel": host.ok("sysctl -a 2>/dev/null | grep -E '^(vm|net.core)\\.' | cat"),
+        "enabled": host.ok(
+            "systemctl list-unit-files --state=enabled --no-legend --plain | grep -v gpuinfer-proxy"
+        ),
+        "journald runs": str(main_pid(host, "systemd-journald")),
+        "proxy runs": str(main_pid(host, "gpuinfer-proxy")),
+        "redis runs": str(main_pid(host, "redis-server")),
+    }
+
+
+def promised() -> list[str]:
+    """Return the paths that README lists as outside of our own folders."""
+    section = (ROOT / "README.md").read_text().split("\n## On a host\n", 1)[1].split("\n## ", 1)[0]
+    table = section.split("| outside its own folders |", 1)[1].split("\n\n", 1)[0]
+    return [path for row in table.splitlines()[2:] for path in re.findall(r"`(/[^`]+)`", row.split("|")[1])]
+
+
+def known(path: str, listed: list[str]) -> bool:
+    """Tell whether README lists a path, with a * for a part of a name, or a folder above it."""
+    patterns = [re.escape(one).replace(r"\*", "[^/]*") for one in listed]
+    return any(re.fullmatch(rf"{pattern}(/.*)?", path) for pattern in patterns)
+
+
+def test_what_the_package_does_to_a_host(bare: Container, debs: list[Path]) -> None:
+    """Installed, used, removed, purged: what is new is listed in README, what was there stays as it was."""
+    before, was = files(bare), state(bare)
+    install(bare, debs)
+    bare.ok("systemctl enable --now gpuinfer-worker@0")
+    now, listed = files(bare), [*FOLDERS, *promised()]
+    assert {path for path in before if now.get(path) != before[path] and not is_folder(before[path])} == set()
+    assert {path for path in now if path not in before and not known(path, listed)} == set()
+    for name, value in was.items():
+        if name != "enabled":
+            assert state(bare)[name] == value, name
+    said = bare.ok("apt-get remove -y gpuinfer", timeout=300)
+    assert state(bare)["proxy runs"] == was["proxy runs"], said
+    bare.ok("apt-get purge -y gpuinfer gpuinfer-torch-cpu", timeout=300)
+    assert state(bare) == was
+    after = files(bare)
+    assert {path for path in after if path not in before} == set()
+    assert {path for path in before if after.get(path) != before[path]} == set()
+    # As sysusers.d has it: nobody else inherits what a number once owned.
+    assert (
+        bare.ok("getent passwd gpuinfer-worker gpuinfer-redis gpuinfer-api gpuinfer-watcher | wc -l").strip()
+        == "4"
+    )
+    assert bare.ok("getent group gpuinfer")
+
+
+def is_folder(what: str) -> bool:
+    return what.startswith("d ")
+
+
+@pytest.fixture(scope="module")
+def former(debs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as former versions were: with a unit and a journald drop-in that this one has not."""
+    tree = tmp_path_factory.mktemp("former") / "tree"
+    run("dpkg-deb", "-R", debs[0], tree)
+    control = tree / "DEBIAN/control"
+    control.write_text(re.sub(r"(?m)^Version: .*", "Version: 0.0.9", control.read_text()))
+    (tree / "lib/systemd/system/gpuinfer-front.service").write_text(
+        "[Unit]\nPartOf=gpuinfer.target\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n"
+        "ExecStop=-/bin/systemctl --job-mode=fail stop gpuinfer-watcher.service gpuinfer-api.service\n"
+        "[Install]\nWantedBy=gpuinfer.target\n"
+    )
+    drop_in = tree / "etc/systemd/journald.conf.d/50-gpuinfer.conf"
+    drop_in.parent.mkdir()
+    drop_in.write_text("[Journal]\nStorage=persistent\nSystemMaxUse=2G\n")
+    sysctl = tree / "usr/lib/sysctl.d/60-gpuinfer.conf"
+    sysctl.parent.mkdir(exist_ok=True)
+    sysctl.write_text("vm.overcommit_memory = 1\n")
+    conffiles = tree / "DEBIAN/conffiles"
+    conffiles.write_text(conffiles.read_text() + "/etc/systemd/journald.conf.d/50-gpuinfer.conf\n")
+    # Its own scripts enabled the unit: as debhelper's do.
+    postinst = tree / "DEBIAN/postinst"
+    postinst.write_text(
+        postinst.read_text().replace(
+            "#!/bin/sh\n", "#!/bin/sh\ndeb-systemd-helper enable gpuinfer-front.service\n", 1
+        )
+    )
+    package = tree.parent / "gpuinfer_former_amd64.deb"
+    run("dpkg-deb", "-Zzstd", "-z1", "-b", tree, package)
+    return package
+
+
+def test_an_upgrade_takes_back_what_former_versions_did(former: Path, debs: list[Path]) -> None:
+    """The front's unit, journald's drop-in, the sysctl file: gone; the API has answered all the time."""
+    with Container(root()) as host:
+        install(host, [former, debs[1]])
+        host.ok("systemctl start gpuinfer-front; systemctl is-enabled gpuinfer-front")
+        host.until("curl -sf http://127.0.0.1:8080/health/live", what="the API")
+        journald = main_pid(host, "systemd-journald")
+        ask = "curl -s -o /dev/null -w '%{http_code}\\n' $url || echo $?; sleep 0.02"
+        host.put("/tmp/ask", f"until test -e /tmp/enough; do {ask}; done")
+        url = "url=http://127.0.0.1:8080/health/live"
+        host.ok(
+            f"systemd-run -q --unit=ask -p StandardOutput=file:/tmp/codes -p Environment={url} bash /tmp/ask"
+        )
+        said = install(host, debs[:1])
+        host.ok("touch /tmp/enough; until ! systemctl -q is-active ask; do sleep 0.1; done")
+        assert set(host.ok("cat /tmp/codes").split()) == {"200"}
+        assert main_pid(host, "systemd-journald") == journald
+        assert "the size of the journal is the host's own setting again" in said
+        left = "find /etc /usr/lib/sysctl.d /lib/systemd /var/lib/systemd/deb-systemd-helper-enabled"
+        names = "\\( -name '*gpuinfer-front*' -o -name '50-gpuinfer.conf*' -o -name 60-gpuinfer.conf \\)"
+        assert host.ok(f"{left} {names}") == ""
+        assert host.ok("systemctl list-units --all --plain --no-legend gpuinfer-front.service | cat") == ""
+        host.ok("systemctl is-active gpuinfer-api gpuinfer-watcher gpuinfer-redis gpuinfer.target")

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Root's own commands on an installed host: what runs a model is not root, whoever has called it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.host.admin import predict, result
+from tests.host.container import Container
+from tests.models_for_tests import signer
+
+pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
+
+SIGNED = "/tmp/signed"
+#: Tell whether a process has a password in its memory.
+LOOK = """
+import sys
+process, user = sys.argv[1:]
+secret = open(f"/etc/gpuinfer/credentials/{user}", "rb").read().strip()
+found = False
+with open(f"/proc/{process}/mem", "rb", 0) as memory:
+    for line in open(f"/proc/{process}/maps"):
+        place, rights = line.split()[:2]
+        first, last = (int(part, 16) for part in place.split("-"))
+        if rights.startswith("rw"):
+            memory.seek(first)
+            found |= secret in memory.read(last - first)
+print(found)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(host: Container, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A model that leaves a file wherever it runs, installed as an administrator does."""
+    host.copy(signer(tmp_path_factory.mktemp("models") / "signer", SIGNED), "/root/")
+    host.ok("gpuinfer model add /root/signer")
+    host.ok("systemctl stop gpuinfer-watcher; echo 1.5 >/root/one.json; chmod 600 /root/one.json")
+
+
+def owner(host: Container) -> str:
+    """Return who has run the model, and forget it."""
+    return host.ok(f"stat -c %U {SIGNED}; rm {SIGNED}").strip()
+
+
+def test_model_run(host: Container) -> None:
+    """`gpuinfer model run` reads root's file, and runs the model as the worker's user."""
+    said = json.loads(host.ok("cd /root && gpuinfer model run signer --input one.json --json"))
+    assert said["results"][0]["outputs"]["y"]["data"] == pytest.approx([1.5], abs=1)
+    assert owner(host) == "gpuinfer-worker"
+
+
+def test_a_worker_by_hand(host: Container) -> None:
+    """`gpuinfer worker N` serves, as the worker's user and with the worker's password alone."""
+    unit = "-p Environment=GPUINFER_WORKER_MODELS=signer -p Environment=GPUINFER_WORKER_DEVICE=cpu"
+    host.ok(f"systemd-run -q --unit=by-hand {unit} gpuinfer worker 7")
+    done = result(host, predict(host, '{"inputs": 1.5, "model": "signer"}'))
+    assert done["status"] == "completed", done
+    assert owner(host) == "gpuinfer-worker"
+    pid = host.ok("systemctl show -P MainPID by-hand").strip()
+    host.put("/root/look.py", LOOK)
+    look = {name: host.ok(f"python3.11 /root/look.py {pid} {name}").strip() for name in ("worker", "admin")}
+    assert look == {"worker": "True", "admin": "False"}
+    host.ok("systemctl stop by-hand")
+
+
+def test_celerys_own_worker(host: Container) -> None:
+    """`gpuinfer celery worker` takes the same way in."""
+    unit = "-p Environment=GPUINFER_WORKER_MODELS=signer -p Environment=GPUINFER_WORKER_DEVICE=cpu"
+    host.ok(f"systemd-run -q --unit=by-celery {unit} gpuinfer celery worker -P solo -n gpu8@gpuhost")
+    host.until(f"test -e {SIGNED}", what="the warm-up")
+    assert owner(host) == "gpuinfer-worker"
+    host.ok("systemctl stop by-celery")
+
+
+def test_the_demo(host: Container) -> None:
+    """All of `gpuinfer demo` is the worker's user: its workers, and the model called directly."""
+    host.ok("systemd-run -q --unit=demo gpuinfer demo --keep --workers 1 --rounds 1")
+    host.until("journalctl -u demo -o cat | grep -q 'shipped model\\|realtime'", timeout=180, what="the demo")
+    users = host.ok(
+        "ps -o user:32= -p $(cat /sys/fs/cgroup/system.slice/demo.service/cgroup.procs | paste -sd,)"
+    )
+    assert set(users.split()) == {"gpuinfer-worker"}
+    host.ok("systemctl stop demo")
