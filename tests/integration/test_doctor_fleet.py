@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the doctor says of the default model, and of tasks that no worker would take, on a real Redis."""
+"""What the doctor says of the default model, and which one it tries, on a real Redis."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from gpuinfer import Client
 from gpuinfer.doctor import fleet, work
-from gpuinfer.doctor.finding import Finding, Skipped, error, ok, warning
+from gpuinfer.doctor.finding import Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host
 from gpuinfer.models.repository import Repository
 from gpuinfer.queue import catalogue, keys
@@ -45,33 +44,6 @@ def test_the_default_model(host: Host, worker: HandWorker) -> None:
     assert fleet.default_model(host) == warning(
         "no default model is set: requests must name their model", "gpuinfer model default digits"
     )
-
-
-def test_what_waits_for_nobody(host: Host, worker: HandWorker, client: Client, tmp_path: Path) -> None:
-    """A warning for each model and queue; none where no worker lives at all: that is another check's."""
-    with pytest.raises(Skipped, match="no worker lives"):
-        fleet.unserved(host)
-    worker.store.serve(["realtime"])
-    worker.beat()
-    assert fleet.unserved(host) == ok("all that waits has a live worker")
-    worker.store.client.zadd(keys.CATALOGUE, {"resnet": 1})
-    client.submit_many([[1]] * 12, model="resnet")
-    client.submit([1], queue="batch")
-    client.submit([1])
-    assert fleet.unserved(host) == [
-        warning(
-            "12 tasks wait in realtime for model resnet, which no live worker serves",
-            "GPUINFER_WORKER_MODELS=resnet GPUINFER_WORKER_QUEUES=realtime gpuinfer worker 1",
-        ),
-        warning(
-            "1 task waits in batch for model digits, and no live worker of that model serves the queue batch",
-            "GPUINFER_WORKER_MODELS=digits GPUINFER_WORKER_QUEUES=batch gpuinfer worker 1",
-        ),
-    ]
-    (tmp_path / "run/systemd/system").mkdir(parents=True)
-    found = fleet.unserved(host)
-    assert not isinstance(found, Finding)
-    assert {one.remedy for one in found} == {"gpuinfer watcher explain"}
 
 
 def test_which_model_is_tried(worker: HandWorker, redis_server: RedisServer) -> None:
