@@ -27,7 +27,7 @@ SHARED = ("queue", "models", "settings", "errors", "locks", "log", "journal", "g
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "sections"),
     ("settings", "journal"),
-    ("log", "gpus", "locks"),
+    ("log", "gpus", "locks", "instances"),
     ("models",),
     ("queue",),
     ("broker",),
@@ -123,7 +123,8 @@ def strings_of(file: Path) -> Iterator[str]:
 def level_of(module: str) -> int:
     """Return where a module stands."""
     parts = module.split(".")
-    level = next(number for number, rooms in enumerate(LEVELS) if parts[1] in rooms)
+    level = next((number for number, rooms in enumerate(LEVELS) if parts[1] in rooms), None)
+    assert level is not None, f"{module} stands on no level; enter {parts[1]} into LEVELS"
     return max(level, LEVELS.index(PROGRAMS)) if DOOR.fullmatch(parts[-1]) else level
 
 
