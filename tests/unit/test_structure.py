@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,26 @@ PROGRAMS = ("api", "worker", "watcher")
 #: Whoever starts the programs may import them; nobody imports these.
 STARTERS = ("demo", "cli")
 SHARED = ("queue", "models", "settings", "errors", "locks", "log", "journal", "gpus", "privileges")
+#: Rooms and single modules from the bottom up: each may use what stands below it. Those of one level do
+#: not use each other.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("errors", "sections"),
+    ("settings", "journal"),
+    ("log", "gpus", "locks", "instances", "privileges"),
+    ("models",),
+    ("queue",),
+    ("broker",),
+    PROGRAMS,
+    ("doctor",),
+    ("demo", "celery", "config_cli", "gpus_cli"),
+    ("celery_cli",),
+    ("cli",),
+    ("__main__",),
+)
+#: The commands of a room, which the command line alone calls: they may use all that the programs may.
+DOOR = re.compile(r"(.+_)?cli")
+#: A module that is named by a string: Celery's ``include`` and ``worker_consumer``, the table of commands.
+NAMED = re.compile(r"(gpuinfer(?:\.\w+)+)(?::\w+)?")
 AT_THE_ROOT = {
     *("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"),
     *("gpuinfer", "systemd", "packaging", "tests", "etc"),
@@ -68,6 +91,67 @@ def test_shared_rooms_do_not_know_the_programs(room: str) -> None:
     """What all use depends on none of them."""
     forbidden = {*PROGRAMS, *STARTERS}
     assert {name: file for name, file in rooms_used_by(room).items() if name in forbidden} == {}
+
+
+@cache
+def modules() -> dict[str, set[str]]:
+    """Return each module's name -> the modules of ours it uses: imported anywhere, or named by a string."""
+    files = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
+    files = {name.removesuffix(".__init__"): file for name, file in files.items()}
+    used: dict[str, set[str]] = {}
+    for module, file in files.items():
+        used[module] = set()
+        for full in (*imports_of(file), *strings_of(file)):
+            name = full
+            while name and name not in files:
+                name = name.rpartition(".")[0]
+            # Every import runs the package itself first, which imports nothing before it is asked to.
+            if name not in ("", "gpuinfer", module):
+                used[module].add(name)
+    return used
+
+
+def strings_of(file: Path) -> Iterator[str]:
+    """Yield what a file may import by name."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found = NAMED.fullmatch(node.value)
+            if found:
+                yield found[1]
+
+
+def level_of(module: str) -> int:
+    """Return where a module stands."""
+    parts = module.split(".")
+    level = next((number for number, rooms in enumerate(LEVELS) if parts[1] in rooms), None)
+    assert level is not None, f"{module} stands on no level; enter {parts[1]} into LEVELS"
+    return max(level, LEVELS.index(PROGRAMS)) if DOOR.fullmatch(parts[-1]) else level
+
+
+def test_no_arrow_points_upwards() -> None:
+    """A module uses what stands below it or in its own room, also by a string or for types alone."""
+    wrong = [
+        f"{module} uses {name}"
+        for module, used in modules().items()
+        if module != "gpuinfer"
+        for name in used
+        if level_of(name) > level_of(module)
+        or (level_of(name) == level_of(module) and name.split(".")[1] != module.split(".")[1])
+    ]
+    assert wrong == []
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Not even inside functions, by a string, or for types alone."""
+    graphlib.TopologicalSorter(modules()).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_rules_see_strings_and_types() -> None:
+    """What would be easy to miss is seen: a consumer named by a string, an import for types."""
+    assert "gpuinfer.worker.consumer" in modules()["gpuinfer.worker.app"]
+    assert "gpuinfer.worker.batcher" in modules()["gpuinfer.worker.heartbeat"]
+    assert "gpuinfer.queue.tasks" in modules()["gpuinfer.queue.app"]
+    assert level_of("gpuinfer.models.cli") == level_of("gpuinfer.worker.app") > level_of("gpuinfer.queue.app")
 
 
 def committed() -> list[str]:
