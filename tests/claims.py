@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kombu import Connection, Queue
 
-from gpuinfer.errors import TakenBack, WorkerRunning
+from gpuinfer.errors import FormatMismatch, TakenBack, WorkerRunning
 from gpuinfer.queue import transport
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import decode
@@ -31,7 +31,7 @@ class Taker:
         self.space = 10
         self.state: State = "idle"
         self.tasks: list[Claimed] = []
-        self.end: WorkerRunning | TakenBack | None = None
+        self.end: WorkerRunning | TakenBack | FormatMismatch | None = None
 
     def wants(self) -> Wants:
         return self.store.wants(self.space) if self.space else {}
@@ -42,7 +42,7 @@ class Taker:
     def held(self) -> set[int]:
         return {task.seq for task in self.tasks}
 
-    def fenced(self, error: WorkerRunning | TakenBack) -> None:
+    def fenced(self, error: WorkerRunning | TakenBack | FormatMismatch) -> None:
         self.end = error
 
     @property

@@ -379,7 +379,7 @@ class Store:
             raise self._explain(exc) from exc
         self._seq = self._epoch * SEQS_OF_AN_EPOCH
 
-    def doubt(self) -> None:
+    def mark_uncertain(self) -> None:
         """Compare what is held with what is in flight before the next claim, as after a reconnection."""
         self._uncertain = True
 

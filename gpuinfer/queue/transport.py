@@ -148,7 +148,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         """Forget the claim whose answer this connection would have brought: what it took is not known."""
         if self._wait.order is not None and self._in_poll is connection:
             self._wait.order = None
-            self.store.doubt()
+            self.store.mark_uncertain()
         super()._on_connection_disconnect(connection)
 
     def _brpop_read(self, **options: Any) -> Any:
@@ -212,7 +212,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         """Cancel the outstanding claim; release anything it took."""
         self._enlisted = False
         if self.sink is not None and self._wait.order is not None and (self.ordered or self.store.uncertain):
-            self.store.doubt()
+            self.store.mark_uncertain()
             # The next claim, or the end, does it.
             with suppress(RedisError, OSError, WorkerRunning, TakenBack, FormatMismatch):
                 self._reconcile(self.sink)

@@ -33,13 +33,13 @@ from gpuinfer.queue.router import Router
 from gpuinfer.queue.sink import TaskChannel
 from gpuinfer.queue.store import Claimed, Final, State, Store, Want, Wants
 from gpuinfer.settings import Settings
-from gpuinfer.worker import story
-from gpuinfer.worker.bookkeeping import Bookkeeping
+from gpuinfer.worker import task_log
 from gpuinfer.worker.buffer import Batch, Buffer
+from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.engine import Done, Engine, RunAlone
 from gpuinfer.worker.intake import Intake
-from gpuinfer.worker.ledger import Ledger
-from gpuinfer.worker.work import Work, conclude
+from gpuinfer.worker.outbox import Outbox
+from gpuinfer.worker.task import Task, conclude
 
 log = get_logger(__name__)
 
@@ -65,7 +65,7 @@ class Batcher:
         manifests: Mapping[str, Manifest],
         settings: Settings,
         device: str,
-        bookkeeping: Bookkeeping,
+        celery_state: CeleryState,
         on_fatal: Callable[[GpuinferError], None],
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -76,15 +76,15 @@ class Batcher:
         #: The manifests of the models served, by name.
         self.models = manifests
         self._settings = settings
-        self._books = bookkeeping
+        self._celery = celery_state
         self._on_fatal = on_fatal
         self._clock = clock
         self._wall = wall
         self._buffer = Buffer(engine.limit)
         #: How many tasks one claim takes at most: fewer while some of what came was handed back.
         self._stride = self._longest = max(engine.limit(name) for name in manifests)
-        self._ledger = Ledger(store)
-        self._intake = Intake(store, self._ledger, bookkeeping, manifests, settings, clock, wall)
+        self._outbox = Outbox(store)
+        self._intake = Intake(store, self._outbox, celery_state, manifests, settings, clock, wall)
         self._closed = self._crashed = False
         #: The batch that has ended, while what is more urgent than the next is looked for.
         self._finishing: Batch | None = None
@@ -102,13 +102,13 @@ class Batcher:
         """Return what runs here: nothing and nothing waits, nothing just now, or a batch."""
         if self.engine.current is not None:
             return "busy"
-        held = self._finishing is not None or self._buffer.ready or self._ledger.unsettled
+        held = self._finishing is not None or self._buffer.ready or self._outbox.unsettled
         return "free" if held else "idle"
 
     @property
     def done(self) -> int:
         """How many tasks have ended in this process."""
-        return self._books.done
+        return self._celery.done
 
     @property
     def closed(self) -> bool:
@@ -117,16 +117,16 @@ class Batcher:
 
     def attach(self, channel: TaskChannel, dispatcher: Any) -> None:
         """Serve a new connection."""
-        self.channel, self._books.dispatcher = channel, dispatcher
+        self.channel, self._celery.dispatcher = channel, dispatcher
 
     def show(self) -> None:
         """Let Celery see what is held now."""
-        self._books.show()
+        self._celery.show()
 
     def detach(self) -> None:
         """Go on without a connection: what runs is settled when there is one again."""
-        self.channel = self._books.dispatcher = None
-        self.store.doubt()  # what a claim takes whose answer is never read
+        self.channel = self._celery.dispatcher = None
+        self.store.mark_uncertain()  # what a claim takes whose answer is never read
 
     # -- the channel's side ---------------------------------------------------------------
 
@@ -146,11 +146,11 @@ class Batcher:
             count = min(self._stride, self.engine.limit(model), max(1, affordable))
             want = Want(count, least=manifest.min_batch_size)
             if batch is not None:
-                rank = batch.works[0].place[0]
+                rank = batch.tasks[0].place[0]
                 if model == batch.model:
                     spare = min(self._buffer.spare(model), affordable)
                     want = Want(min(count, spare), least=1)
-                    rank = batch.works[-1].place[0]
+                    rank = batch.tasks[-1].place[0]
                 if model != batch.model or want.count <= 0:
                     want = Want(count if rank > 0 else 0, better_than=rank)
             if want.count > 0:
@@ -166,8 +166,8 @@ class Batcher:
 
     def held(self) -> set[int]:
         """Return the seqs of everything claimed and not settled."""
-        works = chain(self._buffer, *(batch.works for batch in self._on_device()))
-        return {work.seq for work in works} | self._ledger.held()
+        tasks = chain(self._buffer, *(batch.tasks for batch in self._on_device()))
+        return {task.seq for task in tasks} | self._outbox.held()
 
     def _on_device(self) -> list[Batch]:
         """Return the batch that runs, and the one whose ends are not written yet."""
@@ -183,54 +183,54 @@ class Batcher:
         if not isinstance(error, TakenBack):
             self._on_fatal(error)
             return
-        works = self._buffer.clear()
-        for work in works:
-            self._books.finished(work, None)
-        running = [work for batch in self._on_device() for work in batch.works]
-        self._taken_back = {work.seq for work in running}
-        story.taken_back([*works, *running], error)
+        tasks = self._buffer.clear()
+        for task in tasks:
+            self._celery.finished(task, None)
+        running = [task for batch in self._on_device() for task in batch.tasks]
+        self._taken_back = {task.seq for task in running}
+        task_log.taken_back([*tasks, *running], error)
         try:
             self.store.rejoin()
         except (redis.RedisError, OSError, TakenBack) as exc:
-            self._ledger.trouble("begin an epoch", exc)  # and again at the next claim
+            self._outbox.trouble("begin an epoch", exc)  # and again at the next claim
         except (WorkerRunning, FormatMismatch) as exc:
             self._on_fatal(exc)
 
-    def receive(self, channel: TaskChannel, tasks: Sequence[Claimed]) -> None:
+    def receive(self, channel: TaskChannel, claims: Sequence[Claimed]) -> None:
         """Read claimed tasks into the buffer; what can never run ends here."""
         self.channel = channel
-        self._ledger.claimed(tasks)
-        works, finals = self._intake.read(channel, tasks)
-        self._buffer.add_all(works)
+        self._outbox.claimed(claims)
+        tasks, finals = self._intake.read(channel, claims)
+        self._buffer.add_all(tasks)
         if finals:
             self._settle(finals)
-        self._hand_back(len(tasks))
+        self._hand_back(len(claims))
         if self._finishing is not None:
             return
         self.pump()
         self._settle([])  # what is on record may not have begun
-        if len(tasks) < min(self._stride, self.engine.limit(tasks[0].model or next(iter(self.models)))):
-            self._stay()
+        if len(claims) < min(self._stride, self.engine.limit(claims[0].model or next(iter(self.models)))):
+            self._wait_briefly()
         else:
             self.engine.wake()  # there is more, perhaps: claim the next batch while this one runs
 
     def _hand_back(self, came: int) -> None:
         """Put back what is beyond the batches that come next; claim less from now on."""
-        works = self._buffer.surplus(BUFFER_BYTES)
-        if not works:
+        tasks = self._buffer.surplus(BUFFER_BYTES)
+        if not tasks:
             if came >= self._stride:
                 self._stride = min(self._longest, 2 * self._stride)
             return
-        self._stride = max(1, came - len(works))
-        self._put_back(works)
+        self._stride = max(1, came - len(tasks))
+        self._put_back(tasks)
 
-    def _put_back(self, works: Sequence[Work]) -> None:
+    def _put_back(self, tasks: Sequence[Task]) -> None:
         """Put tasks of the buffer back for other workers."""
-        self._buffer.remove(works)
-        for work in works:
-            self._books.finished(work, None)
-        self._ledger.release(works)
-        story.handed_back(works)
+        self._buffer.remove(tasks)
+        for task in tasks:
+            self._celery.finished(task, None)
+        self._outbox.release(tasks)
+        task_log.handed_back(tasks)
 
     # -- feeding --------------------------------------------------------------------------
 
@@ -245,46 +245,46 @@ class Batcher:
 
     def _start(self, batch: Batch) -> bool:
         """Begin a batch. Returns False when Redis is away: the batch stays in the buffer."""
-        ended = self._ledger.begin(batch)
+        ended = self._outbox.begin(batch)
         if ended is None:
             return False
         if ended:  # cancelled, or finished by an earlier delivery
-            works = [batch.works[i] for i in sorted(ended)]
-            self._buffer.remove(works)
-            for work in works:
-                self._books.finished(work, None)
-                story.task_skipped(work)
-            self._settle([Final(work.seq, "", b"") for work in works])
+            tasks = [batch.tasks[i] for i in sorted(ended)]
+            self._buffer.remove(tasks)
+            for task in tasks:
+                self._celery.finished(task, None)
+                task_log.task_skipped(task)
+            self._settle([Final(task.seq, "", b"") for task in tasks])
             return True
-        works = batch.works
-        self._buffer.remove(works)
-        self._buffer.settle_down(works)
+        tasks = batch.tasks
+        self._buffer.remove(tasks)
+        self._buffer.end_ageing(tasks)
         now = self._wall()
-        for work in works:
-            if work.time_start is None:
-                work.time_start = now
-                self._books.started(work)
+        for task in tasks:
+            if task.time_start is None:
+                task.time_start = now
+                self._celery.started(task)
         self.engine.submit(batch)
         if self._debug:
-            story.batch_begun(batch)
+            task_log.batch_begun(batch)
         return True
 
-    def _drop_stale(self, works: Iterable[Work]) -> None:
+    def _drop_stale(self, tasks: Iterable[Task]) -> None:
         """End what has expired or was revoked before it costs device time."""
         now, finals, dropped = self._wall(), [], []
-        for work in works:
+        for task in tasks:
             error: GpuinferError | None = None
-            if work.expires_at is not None and work.expires_at <= now and work.time_start is None:
+            if task.expires_at is not None and task.expires_at <= now and task.time_start is None:
                 error = TaskExpired("its deadline passed before a worker could begin it")
-            elif work.ran_s >= work.total_s:
-                error = work.out_of_time()
-            elif self._books.revoked(work.id):
+            elif task.ran_s >= task.total_s:
+                error = task.out_of_time()
+            elif self._celery.revoked(task.id):
                 error = TaskRevoked("it was revoked before a worker began it")
             if error is not None:
-                dropped.append(work)
-                finals.append(self._ledger.final(work.claimed, error, work.envelope))
-                self._books.finished(work, error)
-                story.task_dropped(work, error)
+                dropped.append(task)
+                finals.append(self._outbox.final(task.claimed, error, task.envelope))
+                self._celery.finished(task, error)
+                task_log.task_dropped(task, error)
         if dropped:
             self._buffer.remove(dropped)
             self._settle(finals)
@@ -298,7 +298,7 @@ class Batcher:
         if self.channel is not None:  # there is no room once it is closed
             self.channel.again()
 
-    def _stay(self) -> None:
+    def _wait_briefly(self) -> None:
         """Wait a moment for a batch when nothing else is held: the event loop's way round takes time, too."""
         if self.engine.current is None or self._buffer.ready:
             return
@@ -315,25 +315,25 @@ class Batcher:
         usual = self._batch_s.get(done.batch.model, done.seconds)
         self._batch_s[done.batch.model] = usual + (done.seconds - usual) / 4
         if done.fatal is not None:
-            story.batch_lost(done)
+            task_log.batch_lost(done)
             self._on_fatal(done.fatal)
             return
         try:
-            if done.smooth:  # before the results are written: the device need not wait for that
+            if done.complete:  # before the results are written: the device need not wait for that
                 self._overtake(done)
                 self.pump()
             finals = self._outcomes(done)
-            if not done.smooth:  # what comes back is served before what is claimed now, or overtaken by it
+            if not done.complete:  # what comes back is served before what is claimed now, or overtaken by it
                 self._overtake(done)
             self.pump()
             self._settle(finals)
         except Exception as exc:
-            log.exception("batch_unfinished", task_ids=[work.id for work in done.batch.works])
+            log.exception("batch_unfinished", task_ids=[task.id for task in done.batch.tasks])
             self._crashed = True
             reason = f"a batch could not be finished: {type(exc).__name__}: {exc}"
             self._on_fatal(GpuinferError(reason))
         else:
-            story.batch_done(done, self.device)
+            task_log.batch_done(done, self.device)
 
     def _overtake(self, done: Done) -> None:
         """After a long batch, behind which nothing was claimed, claim the next before the ends are written.
@@ -356,62 +356,62 @@ class Batcher:
         finals, position = [], 0
         shared = len(done.batch.parts) > 1
         for part in done.batch.parts:
-            work, count = part.work, part.stop - part.start
+            task, count = part.task, part.stop - part.start
             mine = done.outcomes[position : position + count]
             position += count
             again = any(isinstance(outcome, RunAlone) for outcome in mine)
             if not (again and shared):  # else it was perhaps another's time
-                work.ran_s += done.seconds
-            final = self._advance(work, mine, None if shared else count, again=again)
-            if final is None and work.seq in self._taken_back:  # the rest of it runs where it is claimed next
-                self._buffer.remove([work])
-                self._books.finished(work, None)
+                task.ran_s += done.seconds
+            final = self._advance(task, mine, None if shared else count, again=again)
+            if final is None and task.seq in self._taken_back:  # the rest of it runs where it is claimed next
+                self._buffer.remove([task])
+                self._celery.finished(task, None)
             if final is not None:
                 finals.append(final)
         self._taken_back = set()
         return finals
 
-    def _advance(self, work: Work, outcomes: list[Any], alone: int | None, *, again: bool) -> Final | None:
+    def _advance(self, task: Task, outcomes: list[Any], alone: int | None, *, again: bool) -> Final | None:
         """Add a task's outcomes. Returns its end, or None when it goes back to the buffer.
 
         ``alone`` is the size of a batch that it had to itself; ``again``: the batch was too slow as a whole.
         """
         if again:
-            work.alone = True
-            work.slice_limit = max(1, alone // 2) if alone else None
-            self._buffer.add(work)
+            task.alone = True
+            task.slice_limit = max(1, alone // 2) if alone else None
+            self._buffer.add(task)
             return None
         passing = next((o for o in outcomes if isinstance(o, GpuinferError) and o.transient), None)
-        if passing is not None and work.retries < self._settings.queue.max_retries:
-            pause = self._settings.queue.retry_backoff_s * 2**work.retries
-            work.retries += 1
-            work.not_before = self._clock() + pause
-            self._buffer.add(work)
-            story.task_retried(work, pause, passing)
+        if passing is not None and task.retries < self._settings.queue.max_retries:
+            pause = self._settings.queue.retry_backoff_s * 2**task.retries
+            task.retries += 1
+            task.not_before = self._clock() + pause
+            self._buffer.add(task)
+            task_log.task_retried(task, pause, passing)
             return None
-        work.outcomes += outcomes
-        if work.left:
-            self._buffer.add(work)
+        task.outcomes += outcomes
+        if task.left:
+            self._buffer.add(task)
             return None
-        end = conclude(work, self.device)
-        if isinstance(end, SoftTimeLimitExceeded) and work.ran_s >= work.total_s:
-            end = work.out_of_time()
+        end = conclude(task, self.device)
+        if isinstance(end, SoftTimeLimitExceeded) and task.ran_s >= task.total_s:
+            end = task.out_of_time()
         error = end if isinstance(end, GpuinferError) else None
-        self._books.finished(work, error, end)
+        self._celery.finished(task, error, end)
         if error is not None:
-            story.task_failed(work, error)
-        return self._ledger.final(work.claimed, end, work.envelope)
+            task_log.task_failed(task, error)
+        return self._outbox.final(task.claimed, end, task.envelope)
 
     def _settle(self, finals: list[Final]) -> None:
         """Write final states, and that nothing runs when that is so."""
-        self._ledger.settle(finals, idle=self.engine.current is None and not self._crashed)
+        self._outbox.settle(finals, idle=self.engine.current is None and not self._crashed)
 
     # -- life -----------------------------------------------------------------------------
 
     def tick(self) -> None:
         """Look after what waits for time, for Redis or for a probe. Called a few times a second."""
         if self.engine.failed is not None:
-            story.device_lost(self.engine.failed, self.device)
+            task_log.device_lost(self.engine.failed, self.device)
             self._on_fatal(self.engine.failed)
             return
         self._settle([])
@@ -422,10 +422,10 @@ class Batcher:
         running = self.engine.current
         if (
             running is not None
-            and self._taken_back.isdisjoint(work.seq for work in running.works)  # else it waits again
-            and self._ledger.mark_started(running, self._wall())
+            and self._taken_back.isdisjoint(task.seq for task in running.tasks)  # else it waits again
+            and self._outbox.mark_started(running, self._wall())
         ):
-            story.batch_running(running, self.device)
+            task_log.batch_running(running, self.device)
         if self._clock() - self._looked_at >= LATER_LOOK_S:
             self._looked_at = self._clock()
             self._drop_stale(list(self._buffer))
@@ -436,7 +436,7 @@ class Batcher:
             try:
                 self._router.pass_on()
             except (redis.RedisError, OSError) as exc:
-                self._ledger.trouble("pass on", exc)
+                self._outbox.trouble("pass on", exc)
 
     def drain(self, timeout_s: float, *, crashed: bool = False) -> None:
         """Hand back what has not begun, finish the running batch, settle it. A second call does nothing.
@@ -448,24 +448,24 @@ class Batcher:
         self._closed, self._crashed = True, self._crashed or crashed
         if self.channel is not None:
             self.channel.withdraw()
-        works = self._buffer.clear()
-        self._ledger.release(works)
+        tasks = self._buffer.clear()
+        self._outbox.release(tasks)
         if self.engine.current is not None:
             done = self.engine.done.get()
             self.engine.current = None
             self._settle(self._outcomes(done))
-            story.batch_done(done, self.device)
-            self._ledger.release(self._buffer.clear())  # with slices left
+            task_log.batch_done(done, self.device)
+            self._outbox.release(self._buffer.clear())  # with slices left
         self.engine.close()
         # Before it has begun an epoch, what is kept under its name may be another one's.
         orderly = self.store.begun and not self._crashed
         if orderly:
-            self._ledger.nothing_runs()
+            self._outbox.nothing_runs()
         deadline = self._clock() + timeout_s
-        while self._ledger.unsettled and self._clock() < deadline:
+        while self._outbox.unsettled and self._clock() < deadline:
             time.sleep(0.2)
             self._settle([])
         if orderly:
-            self._ledger.reconcile(self.held())
-        counts = {"released": len(works), "unsettled": len(self._ledger.unsettled)}
-        log.info("drained", **counts, task_ids=[work.id for work in works])
+            self._outbox.reconcile(self.held())
+        counts = {"released": len(tasks), "unsettled": len(self._outbox.unsettled)}
+        log.info("drained", **counts, task_ids=[task.id for task in tasks])

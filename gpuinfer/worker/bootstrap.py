@@ -143,7 +143,7 @@ def _load_models(settings: Settings, binding: Binding) -> dict[str, tuple[Loaded
 
 def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, int]], device: str) -> Batcher:
     from gpuinfer.worker.batcher import Batcher
-    from gpuinfer.worker.bookkeeping import Bookkeeping
+    from gpuinfer.worker.celery_state import CeleryState
     from gpuinfer.worker.deadline import Deadline
     from gpuinfer.worker.engine import Engine
 
@@ -168,7 +168,7 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
     sizes = {key: fits for key, (_, fits) in loaded.items()}
     engine = Engine(models, sizes, Deadline(on_hard), wake=lambda: None)
     manifests = {key: model.manifest for key, model in models.items()}
-    return Batcher(store, engine, manifests, settings, device, Bookkeeping(name), on_fatal)
+    return Batcher(store, engine, manifests, settings, device, CeleryState(name), on_fatal)
 
 
 def _end_at_hard_limit(engine: Engine, store: Store) -> NoReturn:
@@ -177,16 +177,16 @@ def _end_at_hard_limit(engine: Engine, store: Store) -> NoReturn:
     Of several, none is: they come back, one death on the record of each, and run alone.
     """
     batch = engine.current
-    from gpuinfer.worker.ledger import Ledger
+    from gpuinfer.worker.outbox import Outbox
 
-    works = batch.works if batch is not None else []
-    log.critical("hard_time_limit", worker=store.worker, task_ids=[work.id for work in works])
-    if batch is not None and len(works) == 1:
+    tasks = batch.tasks if batch is not None else []
+    log.critical("hard_time_limit", worker=store.worker, task_ids=[task.id for task in tasks])
+    if batch is not None and len(tasks) == 1:
         error = TimeLimitExceeded(f"ran longer than its hard limit of {batch.hard_limit_s:g} s", None)
         try:
-            store.settle([Ledger(store).final(works[0].claimed, error, works[0].envelope)])
+            store.settle([Outbox(store).final(tasks[0].claimed, error, tasks[0].envelope)])
         except Exception as exc:
-            log.error("settle_failed", task_id=works[0].id, model=batch.model, reason=str(exc))
+            log.error("settle_failed", task_id=tasks[0].id, model=batch.model, reason=str(exc))
     os._exit(TimeLimitExceeded.exit_code)
 
 

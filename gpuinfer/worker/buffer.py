@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
 
-from gpuinfer.worker.work import Work
+from gpuinfer.worker.task import Task
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """The inputs ``start`` to ``stop`` of one task, in a batch."""
 
-    work: Work
+    task: Task
     start: int
     stop: int
 
@@ -36,8 +36,8 @@ class Batch:
         return sum(part.stop - part.start for part in self.parts)
 
     @property
-    def works(self) -> list[Work]:
-        return [part.work for part in self.parts]
+    def tasks(self) -> list[Task]:
+        return [part.task for part in self.parts]
 
 
 _PLACE, _TIME = attrgetter("place"), attrgetter("not_before")
@@ -55,122 +55,122 @@ class Buffer:
 
     def __init__(self, limit: Callable[[str], int]) -> None:
         #: Those that could run now, in their order; and those that wait for a time, the first due first.
-        self._works: list[Work] = []
-        self._later: list[Work] = []
+        self._tasks: list[Task] = []
+        self._later: list[Task] = []
         self._limit = limit
         self._arrivals = 0
         self._aged = False
 
     def __len__(self) -> int:
-        return len(self._works) + len(self._later)
+        return len(self._tasks) + len(self._later)
 
-    def __iter__(self) -> Iterator[Work]:
-        return chain(self._works, self._later)
+    def __iter__(self) -> Iterator[Task]:
+        return chain(self._tasks, self._later)
 
     @property
-    def ready(self) -> Sequence[Work]:
+    def ready(self) -> Sequence[Task]:
         """Those that wait for nothing but the device, in their order."""
-        return self._works
+        return self._tasks
 
-    def add(self, work: Work) -> None:
+    def add(self, task: Task) -> None:
         """Put a task at its place: after its equals when new, before them when it comes back."""
-        self._number(work)
-        if work.not_before:
-            insort(self._later, work, key=_TIME)
+        self._number(task)
+        if task.not_before:
+            insort(self._later, task, key=_TIME)
         else:
-            insort(self._works, work, key=_PLACE)
+            insort(self._tasks, task, key=_PLACE)
 
-    def add_all(self, works: Iterable[Work]) -> None:
+    def add_all(self, tasks: Iterable[Task]) -> None:
         """Put new tasks at their places; much cheaper than one by one."""
-        for work in works:
-            self._number(work)
-            (self._later if work.not_before else self._works).append(work)
-        self._works.sort(key=_PLACE)
+        for task in tasks:
+            self._number(task)
+            (self._later if task.not_before else self._tasks).append(task)
+        self._tasks.sort(key=_PLACE)
         self._later.sort(key=_TIME)
 
-    def _number(self, work: Work) -> None:
-        if not work.place[1]:
+    def _number(self, task: Task) -> None:
+        if not task.place[1]:
             self._arrivals += 1
-            work.place = AGED if work.claimed.aged else work.claimed.rank, self._arrivals
-            self._aged |= work.claimed.aged
+            task.place = AGED if task.claimed.aged else task.claimed.rank, self._arrivals
+            self._aged |= task.claimed.aged
 
     def wake(self, now: float) -> None:
         """Let those run whose time has come; ``now`` is monotonic."""
         while self._later and self._later[0].not_before <= now:
-            work = self._later.pop(0)
-            work.not_before = 0.0
-            insort(self._works, work, key=_PLACE)
+            task = self._later.pop(0)
+            task.not_before = 0.0
+            insort(self._tasks, task, key=_PLACE)
 
-    def settle_down(self, begun: Iterable[Work]) -> None:
+    def end_ageing(self, begun: Iterable[Task]) -> None:
         """A batch has begun: what had aged was first once, and goes on where its list stands."""
         if self._aged:
-            for work in chain(begun, self._works):
-                work.place = work.claimed.rank, work.place[1]
-            self._works.sort(key=_PLACE)
+            for task in chain(begun, self._tasks):
+                task.place = task.claimed.rank, task.place[1]
+            self._tasks.sort(key=_PLACE)
             self._aged = False
 
-    def remove(self, works: Iterable[Work]) -> None:
-        gone = {id(work) for work in works}
-        self._works = [work for work in self._works if id(work) not in gone]
+    def remove(self, tasks: Iterable[Task]) -> None:
+        gone = {id(task) for task in tasks}
+        self._tasks = [task for task in self._tasks if id(task) not in gone]
         if self._later:
-            self._later = [work for work in self._later if id(work) not in gone]
+            self._later = [task for task in self._later if id(task) not in gone]
 
-    def clear(self) -> list[Work]:
+    def clear(self) -> list[Task]:
         """Empty the buffer and return what it held, in order."""
-        works, self._works, self._later = sorted(self, key=_PLACE), [], []
-        return works
+        tasks, self._tasks, self._later = sorted(self, key=_PLACE), [], []
+        return tasks
 
     def spare(self, model: str) -> int:
         """Return how many more inputs fit before the model's next batch is full; 0 or less when it is."""
-        return self._limit(model) - sum(self._weight(work) for work in self._works if work.model == model)
+        return self._limit(model) - sum(self._weight(task) for task in self._tasks if task.model == model)
 
-    def surplus(self, max_bytes: int) -> list[Work]:
+    def surplus(self, max_bytes: int) -> list[Task]:
         """Return the tasks that come after the full batches of their model that are kept, none begun.
 
         And those beyond ``max_bytes`` of payload, but for the first.
         """
         left: dict[str, int] = {}
-        beyond: list[Work] = []
-        for work in self._works:
-            room = left.setdefault(work.model, KEPT_BATCHES * self._limit(work.model))
-            over = room <= 0 or (max_bytes <= 0 and work is not self._works[0])
-            if over and not work.begun:
-                beyond.append(work)
+        beyond: list[Task] = []
+        for task in self._tasks:
+            room = left.setdefault(task.model, KEPT_BATCHES * self._limit(task.model))
+            over = room <= 0 or (max_bytes <= 0 and task is not self._tasks[0])
+            if over and not task.begun:
+                beyond.append(task)
                 continue
-            left[work.model] = room - self._weight(work)
-            max_bytes -= len(work.claimed.payload)
+            left[task.model] = room - self._weight(task)
+            max_bytes -= len(task.claimed.payload)
         return beyond
 
-    def _weight(self, work: Work) -> int:
-        return self._limit(work.model) if work.alone else len(work.inputs) - len(work.outcomes)
+    def _weight(self, task: Task) -> int:
+        return self._limit(task.model) if task.alone else len(task.inputs) - len(task.outcomes)
 
     def next_batch(self) -> Batch | None:
         """Return the next batch without removing it: the most urgent task and its fellows, in order.
 
         Fellows share its model and its time limits. A task that must run alone gets a batch to itself.
         """
-        if not self._works:
+        if not self._tasks:
             return None
-        first = self._works[0]
+        first = self._tasks[0]
         room = self._limit(first.model)
         parts: list[Part] = []
-        for work in self._works:
+        for task in self._tasks:
             if room <= 0:
                 break
-            if work is not first and (first.alone or not _fellows(first, work)):
+            if task is not first and (first.alone or not _fellows(first, task)):
                 continue
-            start = len(work.outcomes)
-            count = min(len(work.inputs) - start, room, work.slice_limit or room)
-            parts.append(Part(work, start, start + count))
+            start = len(task.outcomes)
+            count = min(len(task.inputs) - start, room, task.slice_limit or room)
+            parts.append(Part(task, start, start + count))
             room -= count
         soft_s, hard_s = first.soft_limit_s, first.hard_limit_s
         for part in parts:
-            if part.work.total_s < math.inf:
-                soft_s = min(soft_s, part.work.total_s - part.work.ran_s)
+            if part.task.total_s < math.inf:
+                soft_s = min(soft_s, part.task.total_s - part.task.ran_s)
         return Batch(first.model, tuple(parts), soft_s, hard_s)
 
 
-def _fellows(first: Work, other: Work) -> bool:
+def _fellows(first: Task, other: Task) -> bool:
     return (
         other.model == first.model
         and not other.alone

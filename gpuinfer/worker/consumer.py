@@ -49,7 +49,7 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
 
     def start(self, consumer: Any) -> None:
         if self._restored:
-            self.batcher.store.doubt()  # what was on Celery's own path is nobody's now
+            self.batcher.store.mark_uncertain()  # what was on Celery's own path is nobody's now
         else:
             self._restore()
         channel = consumer.task_consumer.channel

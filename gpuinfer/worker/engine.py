@@ -65,9 +65,9 @@ class Done:
     fatal: GpuinferError | None = None
 
     @property
-    def smooth(self) -> bool:
+    def complete(self) -> bool:
         """True when no task of the batch has to come back: each has all its results."""
-        ended = all(part.stop == len(part.work.inputs) for part in self.batch.parts)
+        ended = all(part.stop == len(part.task.inputs) for part in self.batch.parts)
         return ended and not any(isinstance(outcome, Exception) for outcome in self.outcomes)
 
 
@@ -200,7 +200,7 @@ class Engine:
         except GpuinferError as exc:  # the device itself failed
             outcomes, fatal = [], exc
         except Exception as exc:
-            ids = [work.id for work in batch.works]
+            ids = [task.id for task in batch.tasks]
             log.exception("batch_failed", model=batch.model, batch_size=batch.size, task_ids=ids)
             outcomes = [InferenceError(f"{type(exc).__name__}: {exc}")] * batch.size
         seconds = time.monotonic() - started
@@ -211,8 +211,8 @@ class Engine:
     def _outcomes(self, batch: Batch) -> list[Any]:
         """Decode, run and render a batch. Raises DeviceError when the device cannot go on."""
         model = self._models[batch.model]
-        works = [part.work for part in batch.parts for _ in range(part.start, part.stop)]
-        inputs = [value for part in batch.parts for value in part.work.inputs[part.start : part.stop]]
+        tasks = [part.task for part in batch.parts for _ in range(part.start, part.stop)]
+        inputs = [value for part in batch.parts for value in part.task.inputs[part.start : part.stop]]
         outcomes: list[Any] = _each(lambda values: decode_batch(model.manifest, values), inputs)
         good = [i for i, item in enumerate(outcomes) if not isinstance(item, Exception)]
         ran = self._forward(model, batch, [outcomes[i] for i in good])
@@ -224,8 +224,8 @@ class Engine:
             return render_batch(
                 model.manifest,
                 [outcomes[i] for i in some],
-                top_k=[works[i].top_k for i in some],
-                encoding=[works[i].encoding for i in some],
+                top_k=[tasks[i].top_k for i in some],
+                encoding=[tasks[i].encoding for i in some],
             )
 
         for i, value in zip(answered, _each(render, answered), strict=True):

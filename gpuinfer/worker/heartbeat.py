@@ -220,7 +220,7 @@ class Pulse:
             "queues": list(self._batcher.store.queues),
             "done": self._batcher.done,
             "rate": round(rate, 3),
-            "running": 0 if batch is None else len(batch.works),
+            "running": 0 if batch is None else len(batch.tasks),
             "since": self._since,
             "version": __version__,
         }

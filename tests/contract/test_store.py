@@ -149,7 +149,7 @@ def test_an_epoch_never_comes_twice(store: Store, client: Client) -> None:
     client.submit([1])
     (task,) = store.claim(1)
     store.client.delete(keys.epoch(store.worker))
-    store.doubt()
+    store.mark_uncertain()
     store.reconcile([task.seq])
     client.submit([1])
     (other,) = store.claim(1)
@@ -211,7 +211,7 @@ def test_a_claim_held_up_on_its_way_is_refused(store: Store, client: Client) -> 
     late = store.order(store.wants(1))
     assert late is not None
     client.submit([1])
-    store.doubt()
+    store.mark_uncertain()
     assert store.reconcile({task.seq for task in first}) == 0
     assert not store.current(late)
     with pytest.raises(redis.ResponseError, match="STALE"):
@@ -232,7 +232,7 @@ def test_an_epoch_held_up_on_its_way_does_not_begin(
         late.update(call)
         raise redis.TimeoutError("cut off")
 
-    store.doubt()
+    store.mark_uncertain()
     with monkeypatch.context() as patch:
         patch.setattr(store, "_begin_script", cut)
         with pytest.raises(redis.TimeoutError):
@@ -249,7 +249,7 @@ def test_a_worker_in_doubt_does_not_take_its_name_back(store: Store) -> None:
     store.claim(1)
     twin = Store(store.client, store.worker, store.queues, store._settings, models=store.models)
     twin.claim(1)
-    store.doubt()
+    store.mark_uncertain()
     with pytest.raises(WorkerRunning, match="taken over"):
         store.reconcile(set())
     assert twin.claim(1) == []

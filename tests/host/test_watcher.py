@@ -18,7 +18,9 @@ import orjson
 import pytest
 import redis
 
-from gpuinfer.queue import beats, keys
+from gpuinfer.queue import keys
+from gpuinfer.queue.store import Store
+from gpuinfer.settings import QUEUES, QueueSettings
 from gpuinfer.watcher.probe import DECISIONS
 from tests.conftest import need
 from tests.host.container import Container
@@ -91,7 +93,10 @@ class Site:
         """Let all workers beat, and some hold a task."""
         for number in range(4):
             name = f"gpu{number}@{socket.gethostname()}"
-            beats.writer(self.redis)(name, [], {"state": "idle"})
+            store = Store(self.redis, name, QUEUES, QueueSettings(), models=("digits",))
+            store.register(
+                orjson.dumps({"state": "idle", "queues": QUEUES, "models": ["digits"]}), default="digits"
+            )
             self.redis.delete(keys.inflight(name))
             if number in busy:
                 self.redis.hset(keys.inflight(name), mapping={"1": "{}", "1:list": "default"})

@@ -262,7 +262,7 @@ def test_worker(redis_server: OurRedis) -> None:
         assert store.end_wait(own.client_id()) in (True, False)
         tasks = store.claim(1, state="busy") or store.claim(1)
         store.release([task.seq for task in tasks], models={task.seq: "other" for task in tasks})
-        store.doubt()
+        store.mark_uncertain()
         assert store.reconcile(()) >= 0
         store.claim(1, begin=True)
         assert holder(own, WORKER).tasks

@@ -24,7 +24,7 @@ from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.worker import batcher as batcher_module
 from gpuinfer.worker import engine as engine_module
 from gpuinfer.worker.batcher import Batcher
-from gpuinfer.worker.bookkeeping import Bookkeeping
+from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.engine import PROBE_EVERY_S, STALLED_AFTER_S, Engine
 from tests.claims import consuming, stand
@@ -83,7 +83,7 @@ def batcher(
     deadline = Deadline(lambda: None)
     engine = Engine({"picky": model}, {"picky": 64}, deadline, lambda: None)  # type: ignore[dict-item]
     made = Batcher(
-        store, engine, {"picky": model.manifest}, settings, "cpu", Bookkeeping("gpu0@here"), lost.append
+        store, engine, {"picky": model.manifest}, settings, "cpu", CeleryState("gpu0@here"), lost.append
     )
     made.channel = Line(made)  # type: ignore[assignment]  # all of a channel that is used
     yield made
@@ -319,14 +319,14 @@ def test_a_batch_that_ends_while_redis_is_away_is_not_put_back(
     with consuming(redis_server.socket, batcher, batcher._settings) as channel:
         channel.claim()
         assert batcher.engine.current is not None
-        running = {work.id for work in batcher.engine.current.works}
+        running = {held.id for held in batcher.engine.current.tasks}
         assert 0 < len(running) < len(tasks)
         assert not batcher.wants(), "how long a first batch takes nobody knows"
         batcher.detach()
         time.sleep(2 * batcher_module.LONG_BATCH_S)
         begun.set()
         wait_until(lambda: not batcher.engine.done.empty())
-        batcher.store.doubt()
+        batcher.store.mark_uncertain()
         batcher.attach(channel, None)
         with capture_logs() as lines:
             batcher.collect()

@@ -19,7 +19,7 @@ from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Claimed, Final, Store
 from gpuinfer.queue.submission import Origin, one
 from gpuinfer.settings import QUEUES, QueueSettings
-from gpuinfer.worker.ledger import Ledger
+from gpuinfer.worker.outbox import Outbox
 from tests.brokers import OurRedis, our_redis
 
 pytestmark = pytest.mark.integration
@@ -181,15 +181,15 @@ def test_a_result_that_is_none(server: OurRedis, admin: redis.Redis) -> None:
         admin.delete(keys.result(foreign))
         admin.rpush(keys.result(foreign), "mine")
         heard = listen(listener, origin.channel, keys.result(foreign))
-        ledger = Ledger(store)
+        outbox = Outbox(store)
         with capture_logs() as logs:
-            ledger.settle([final(task) for task in tasks], idle=True)
+            outbox.settle([final(task) for task in tasks], idle=True)
         messages = [message for _ in range(2) if (message := heard.get_message(timeout=30))]
         heard.close()
     told = {message["channel"].decode(): orjson.loads(message["data"]) for message in messages}
     assert [meta["task_id"] for meta in told[origin.channel]] == [decode(task.payload).id for task in tasks]
     assert told[keys.result(foreign)]["result"] == tasks[1].seq
-    assert ledger.unsettled == []
+    assert outbox.unsettled == []
     (line,) = [line for line in logs if line["log_level"] == "error"]
     assert (line["event"], line["task_id"]) == ("result_not_kept", foreign)
     assert "WRONGTYPE" in line["reason"]

@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import redis
 
 from gpuinfer import Client, __version__
-from gpuinfer.queue import beats, keys
+from gpuinfer.queue import heartbeats, keys
+from gpuinfer.queue.store import Store
+from gpuinfer.settings import QUEUES, QueueSettings
 from tests.apis import Api
 from tests.conftest import RedisFactory
 from tests.integration.conftest import Systemd
@@ -26,7 +29,7 @@ pytestmark = pytest.mark.integration
 
 def heartbeat(client: redis.Redis) -> dict[str, Any]:
     """Return worker 0's, empty when it has none."""
-    return beats.fresh(client, [NAME]).get(NAME, {})
+    return heartbeats.fresh(client, [NAME]).get(NAME, {})
 
 
 def test_a_workers_life(
@@ -44,6 +47,7 @@ def test_a_workers_life(
     assert beat.pop("pid") == worker.pid
     at, since = float(beat.pop("at")), float(beat.pop("since"))
     assert since <= at <= time.time()
+    assert beat.pop("domain")
     assert beat == {
         "worker": NAME,
         "host": socket.gethostname(),
@@ -132,13 +136,13 @@ def test_api(systemd: Systemd, redis_server: RedisServer, tmp_path: Path) -> Non
 
 
 def test_only_fresh_ones_count(redis_server: RedisServer) -> None:
-    """A heartbeat is one for half a minute, by Redis's clock; what never beat has none."""
+    """A heartbeat is one for ten seconds, by Redis's clock; what never beat has none."""
     with redis_server.client() as raw:
-        beats.writer(raw)("gpu0@a", [], {"state": "idle"})
-        beats.writer(raw)("gpu1@a", ["realtime"], {"state": "busy"})
+        for worker, state in (("gpu0@a", "idle"), ("gpu1@a", "busy")):
+            Store(raw, worker, QUEUES, QueueSettings()).register(orjson.dumps({"state": state}))
         seconds = raw.time()[0]
-        raw.set(keys.heartbeat("gpu2@a"), f'{{"at": {seconds - beats.FRESH_S - 1}}}')
+        raw.set(keys.heartbeat("gpu2@a"), f'{{"at": {seconds - heartbeats.FRESH_S - 1}}}')
         raw.set(keys.heartbeat("gpu3@a"), "{}")
-        found = beats.fresh(raw, [f"gpu{number}@a" for number in range(5)])
+        found = heartbeats.fresh(raw, [f"gpu{number}@a" for number in range(5)])
         assert {name: body["state"] for name, body in found.items()} == {"gpu0@a": "idle", "gpu1@a": "busy"}
-        assert beats.fresh(raw, []) == {}
+        assert heartbeats.fresh(raw, []) == {}

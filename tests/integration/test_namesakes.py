@@ -18,7 +18,7 @@ from gpuinfer.queue.orphans import holder
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.worker.batcher import Batcher
-from gpuinfer.worker.bookkeeping import Bookkeeping
+from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.engine import Engine
 from gpuinfer.worker.heartbeat import Pulse
@@ -101,7 +101,7 @@ def test_one_that_waits_changes_nothing(
     deadline = Deadline(lambda: None)
     engine = Engine({}, {"slow": 4}, deadline, lambda: None)
     nothing: dict[str, Any] = {"slow": None}  # is never asked
-    second = Batcher(store, engine, nothing, settings, "cpu", Bookkeeping(NAME), lambda error: None)
+    second = Batcher(store, engine, nothing, settings, "cpu", CeleryState(NAME), lambda error: None)
     pulse = Pulse(second, NAME, 0, domain="second", clock=lambda: 1e6)
     second.detach()
     pulse.lost()

@@ -158,7 +158,7 @@ def test_a_doubt_whose_answer_is_lost(
 def test_a_claim_withdrawn_in_doubt(channel: Channel, taker: Taker, client: Client) -> None:
     """A worker that drains while it does not know what it holds withdraws its claim all the same."""
     stand(channel)
-    taker.store.doubt()
+    taker.store.mark_uncertain()
     taker.space = 0
     channel.withdraw()
     client.submit([1.0])

@@ -12,22 +12,22 @@ from hypothesis import strategies as st
 
 from gpuinfer.queue.store import Claimed
 from gpuinfer.worker.buffer import Buffer
-from gpuinfer.worker.work import Work
+from gpuinfer.worker.task import Task
 from tests.unit.test_engine import work
 
 pytestmark = pytest.mark.unit
 
 
-def task(number: int, rank: int = 5, inputs: int = 1, **changes: Any) -> Work:
+def task(number: int, rank: int = 5, inputs: int = 1, **changes: Any) -> Task:
     made = replace(work([1.0], number), claimed=Claimed(number, "x", rank, b"{}"), inputs=[[1.0]] * inputs)
     for name, value in changes.items():
         setattr(made, name, value)
     return made
 
 
-def filled(*works: Work, limit: int = 4) -> Buffer:
+def filled(*tasks: Task, limit: int = 4) -> Buffer:
     buffer = Buffer(lambda _: limit)
-    for one in works:
+    for one in tasks:
         buffer.add(one)
     return buffer
 
@@ -35,7 +35,7 @@ def filled(*works: Work, limit: int = 4) -> Buffer:
 def seqs(buffer: Buffer, now: float = 0.0) -> list[int]:
     buffer.wake(now)
     batch = buffer.next_batch()
-    return [] if batch is None else [one.seq for one in batch.works]
+    return [] if batch is None else [one.seq for one in batch.tasks]
 
 
 def test_urgent_first_then_as_they_came() -> None:
@@ -65,8 +65,8 @@ def test_slices() -> None:
     assert batch is not None
     assert [(part.start, part.stop) for part in batch.parts] == [(0, 1), (0, 3)]
     assert batch.size == 4
-    batch.works[1].outcomes += [{}] * 3
-    buffer.remove(batch.works[:1])
+    batch.tasks[1].outcomes += [{}] * 3
+    buffer.remove(batch.tasks[:1])
     again = buffer.next_batch()
     assert again is not None
     assert [(part.start, part.stop) for part in again.parts] == [(3, 7)]
@@ -94,16 +94,16 @@ def test_what_fills_a_models_batch() -> None:
 def test_surplus() -> None:
     """Two full batches of a model stay; what comes after them goes back, but for what has begun."""
     buffer = filled(task(1, inputs=7), task(2), task(3, model="other"), task(4), task(5), limit=4)
-    assert [work.seq for work in buffer.surplus(10**9)] == [4, 5]
+    assert [held.seq for held in buffer.surplus(10**9)] == [4, 5]
     begun = filled(task(1, inputs=9), task(2, time_start=1.0), task(3), limit=4)
-    assert [work.seq for work in begun.surplus(10**9)] == [3]
+    assert [held.seq for held in begun.surplus(10**9)] == [3]
 
 
 def test_surplus_of_bytes() -> None:
     """Payloads beyond the bytes go back, but never the first: it must run somewhere."""
     buffer = filled(*(task(number) for number in range(1, 6)))  # of two bytes each
-    assert [work.seq for work in buffer.surplus(4)] == [3, 4, 5]
-    assert [work.seq for work in buffer.surplus(0)] == [2, 3, 4, 5]
+    assert [held.seq for held in buffer.surplus(4)] == [3, 4, 5]
+    assert [held.seq for held in buffer.surplus(0)] == [2, 3, 4, 5]
 
 
 def test_aged_once() -> None:
@@ -114,11 +114,11 @@ def test_aged_once() -> None:
     buffer = filled(task(3, 0), *old)
     batch = buffer.next_batch()
     assert batch is not None
-    assert [work.seq for work in batch.works] == [1]
-    buffer.remove(batch.works)
-    buffer.settle_down(batch.works)
-    batch.works[0].outcomes += [{}] * 4
-    buffer.add(batch.works[0])
+    assert [held.seq for held in batch.tasks] == [1]
+    buffer.remove(batch.tasks)
+    buffer.end_ageing(batch.tasks)
+    batch.tasks[0].outcomes += [{}] * 4
+    buffer.add(batch.tasks[0])
     assert seqs(buffer) == [3, 1]
 
 
@@ -127,7 +127,7 @@ def test_slices_get_smaller() -> None:
     buffer = filled(task(1, inputs=10, alone=True, slice_limit=2), task(2))
     batch = buffer.next_batch()
     assert batch is not None
-    assert [(part.work.seq, part.start, part.stop) for part in batch.parts] == [(1, 0, 2)]
+    assert [(part.task.seq, part.start, part.stop) for part in batch.parts] == [(1, 0, 2)]
 
 
 def test_what_is_left_of_a_requests_time() -> None:
@@ -150,10 +150,10 @@ def test_every_input_runs_once(jobs: list[tuple[int, int]], limit: int) -> None:
     while (batch := buffer.next_batch()) is not None:
         assert 1 <= batch.size <= limit
         ran += batch.size
-        buffer.remove(batch.works)
+        buffer.remove(batch.tasks)
         for part in batch.parts:
-            part.work.outcomes += [{}] * (part.stop - part.start)
-            if part.work.left:
-                buffer.add(part.work)
+            part.task.outcomes += [{}] * (part.stop - part.start)
+            if part.task.left:
+                buffer.add(part.task)
     assert ran == sum(count for _, count in jobs)
     assert len(buffer) == 0

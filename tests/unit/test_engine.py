@@ -25,7 +25,7 @@ from gpuinfer.worker import engine as engine_module
 from gpuinfer.worker.buffer import Batch, Part
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.engine import Done, Engine
-from gpuinfer.worker.work import Work
+from gpuinfer.worker.task import Task
 from tests.models_for_tests import picky
 
 pytestmark = pytest.mark.unit
@@ -83,8 +83,8 @@ def engine(model: Small) -> Iterator[Engine]:
     deadline.close()
 
 
-def work(value: object, number: int = 1) -> Work:
-    return Work(
+def work(value: object, number: int = 1) -> Task:
+    return Task(
         claimed=Claimed(number, "realtime", 9, json.dumps(value).encode()),
         envelope=Envelope({}, {}, {}, "gpuinfer.predict", f"task-{number}", 0, 0),
         model="picky",

@@ -72,7 +72,7 @@ class Setup:
 
     def run(self, hard_limit_s: float, size: int = 3) -> None:
         """Begin a batch now."""
-        self.engine.current = SimpleNamespace(hard_limit_s=hard_limit_s, size=size, works=[None] * size)
+        self.engine.current = SimpleNamespace(hard_limit_s=hard_limit_s, size=size, tasks=[None] * size)
         self.engine.moved_at = self.clock.now
 
     def beat_for(self, seconds: float) -> list[str]:

@@ -16,25 +16,25 @@ from gpuinfer.queue.keys import place_of
 from gpuinfer.queue.store import Claimed
 from gpuinfer.worker.buffer import Batch
 from gpuinfer.worker.engine import Done, RunAlone
-from gpuinfer.worker.work import Work
+from gpuinfer.worker.task import Task
 
 log = get_logger(__name__)
 
 
 def _batch(batch: Batch) -> dict[str, Any]:
-    works = batch.works
-    lists = {work.claimed.list_key for work in works}
+    tasks = batch.tasks
+    lists = {task.claimed.list_key for task in tasks}
     return {
         "model": batch.model,
         "batch_size": batch.size,
-        "tasks": len(works),
+        "tasks": len(tasks),
         "queues": sorted({place_of(key).tier for key in lists}),
-        "task_ids": [work.envelope.id for work in works],
+        "task_ids": [task.envelope.id for task in tasks],
     }
 
 
-def _task(work: Work) -> dict[str, Any]:
-    return {"task_id": work.id, "queue": place_of(work.claimed.list_key).tier, "model": work.model}
+def _task(task: Task) -> dict[str, Any]:
+    return {"task_id": task.id, "queue": place_of(task.claimed.list_key).tier, "model": task.model}
 
 
 def batch_begun(batch: Batch) -> None:
@@ -69,41 +69,41 @@ def device_lost(error: GpuinferError, device: str) -> None:
     log.error("device_lost", device=device, reason=str(error))
 
 
-def handed_back(works: Sequence[Work]) -> None:
+def handed_back(tasks: Sequence[Task]) -> None:
     """Tasks go back to their lists: other models' batches come first here, and other workers may be free."""
-    log.debug("handed_back", tasks=len(works), task_ids=[work.id for work in works])
+    log.debug("handed_back", tasks=len(tasks), task_ids=[task.id for task in tasks])
 
 
-def taken_back(works: Sequence[Work], error: GpuinferError) -> None:
+def taken_back(tasks: Sequence[Task], error: GpuinferError) -> None:
     """A reaper took this worker for dead while it was cut off: it drops what it held, and goes on."""
-    log.warning("taken_back", tasks=len(works), task_ids=[work.id for work in works], reason=str(error))
+    log.warning("taken_back", tasks=len(tasks), task_ids=[task.id for task in tasks], reason=str(error))
 
 
-def task_refused(task: Claimed, task_id: str, error: GpuinferError) -> None:
+def task_refused(claimed: Claimed, task_id: str, error: GpuinferError) -> None:
     """A message cannot be run as it is."""
-    queue = place_of(task.list_key).tier
+    queue = place_of(claimed.list_key).tier
     _say(error)("task_refused", task_id=task_id, queue=queue, code=error.code, reason=str(error))
 
 
-def task_skipped(work: Work) -> None:
+def task_skipped(task: Task) -> None:
     """A task was ended by somebody else: cancelled, or finished by an earlier delivery."""
-    log.info("task_skipped", **_task(work), reason="its final state is written already")
+    log.info("task_skipped", **_task(task), reason="its final state is written already")
 
 
-def task_dropped(work: Work, error: GpuinferError) -> None:
+def task_dropped(task: Task, error: GpuinferError) -> None:
     """A task has expired, was revoked, or has used up its time, before its next batch."""
     say = log.warning if isinstance(error, SoftTimeLimitExceeded) else log.info
-    say("task_dropped", **_task(work), code=error.code, reason=str(error))
+    say("task_dropped", **_task(task), code=error.code, reason=str(error))
 
 
-def task_retried(work: Work, pause_s: float, error: GpuinferError) -> None:
+def task_retried(task: Task, pause_s: float, error: GpuinferError) -> None:
     """A task goes back to the buffer after a failure that may pass."""
-    log.warning("task_retried", **_task(work), retry=work.retries, pause_s=pause_s, reason=str(error))
+    log.warning("task_retried", **_task(task), retry=task.retries, pause_s=pause_s, reason=str(error))
 
 
-def task_failed(work: Work, error: GpuinferError) -> None:
+def task_failed(task: Task, error: GpuinferError) -> None:
     """A task has ended with an error."""
-    _say(error)("task_failed", **_task(work), code=error.code, reason=str(error))
+    _say(error)("task_failed", **_task(task), code=error.code, reason=str(error))
 
 
 def _say(error: GpuinferError) -> Any:

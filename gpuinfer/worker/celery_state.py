@@ -13,7 +13,7 @@ from celery import signals
 from celery.worker import state
 
 from gpuinfer.errors import GpuinferError, TaskExpired, TaskRevoked
-from gpuinfer.worker.work import Work
+from gpuinfer.worker.task import Task
 
 
 class View:
@@ -22,27 +22,27 @@ class View:
     Without slots: Celery sets its event dispatcher on it at each reconnection.
     """
 
-    def __init__(self, work: Work, hostname: str) -> None:
-        self._work = work
+    def __init__(self, task: Task, hostname: str) -> None:
+        self._task = task
         self._hostname = hostname
-        self.id = work.id
-        self.name = work.envelope.task
-        self.begun = work.begun
+        self.id = task.id
+        self.name = task.envelope.task
+        self.begun = task.begun
 
     def info(self, safe: bool = False) -> dict[str, Any]:
         """Return what ``celery inspect active`` prints; inputs are not shown."""
-        work = self._work
+        task = self._task
         return {
             "id": self.id,
             "name": self.name,
-            "args": [f"<{len(work.inputs)} inputs>"],
-            "kwargs": {"model": work.model},
+            "args": [f"<{len(task.inputs)} inputs>"],
+            "kwargs": {"model": task.model},
             "type": self.name,
             "hostname": self._hostname,
-            "time_start": work.time_start,
+            "time_start": task.time_start,
             "acknowledged": False,
-            "delivery_info": work.envelope.properties.get("delivery_info", {})
-            | {"redelivered": work.redelivered},
+            "delivery_info": task.envelope.properties.get("delivery_info", {})
+            | {"redelivered": task.redelivered},
             "worker_pid": None,
         }
 
@@ -50,13 +50,13 @@ class View:
         """Do nothing: a batch that runs on the device cannot be interrupted for one of its tasks."""
 
 
-class Bookkeeping:
+class CeleryState:
     """Fills Celery's tables, sends its events and signals. Cheap where nobody listens."""
 
     def __init__(self, hostname: str) -> None:
         self._hostname = hostname
         #: What this worker holds, by id.
-        self._works: dict[str, Work] = {}
+        self._tasks: dict[str, Task] = {}
         #: What stands in Celery's tables, which hold no more than weak references.
         self._views: list[View] = []
         #: Celery's event dispatcher; set at each connection.
@@ -77,72 +77,72 @@ class Bookkeeping:
         """Fill Celery's tables with what is held now: before a control command, and before a heartbeat."""
         for view in self._views:
             state.task_ready(view)
-        self._views = [View(work, self._hostname) for work in self._works.values()]
+        self._views = [View(task, self._hostname) for task in self._tasks.values()]
         for view in self._views:
             state.task_reserved(view)
             if view.begun:
                 state.active_requests.add(view)
 
-    def _event(self, kind: str, work: Work, **fields: Any) -> None:
-        self.dispatcher.send(kind, uuid=work.id, **fields)
+    def _event(self, kind: str, task: Task, **fields: Any) -> None:
+        self.dispatcher.send(kind, uuid=task.id, **fields)
 
-    def received(self, work: Work) -> None:
+    def received(self, task: Task) -> None:
         """A task has been claimed."""
-        self._works[work.id] = work
+        self._tasks[task.id] = task
         if self.watched:
-            headers = work.envelope.headers
+            headers = task.envelope.headers
             self._event(
                 "task-received",
-                work,
-                name=work.envelope.task,
-                args=f"<{len(work.inputs)} inputs>",
-                kwargs=f"model={work.model}",
+                task,
+                name=task.envelope.task,
+                args=f"<{len(task.inputs)} inputs>",
+                kwargs=f"model={task.model}",
                 root_id=headers.get("root_id"),
                 parent_id=headers.get("parent_id"),
-                retries=work.retries,
+                retries=task.retries,
                 eta=None,
                 expires=headers.get("expires"),
             )
         if signals.task_received.receivers:
-            signals.task_received.send(sender=self._hostname, request=View(work, self._hostname))
+            signals.task_received.send(sender=self._hostname, request=View(task, self._hostname))
 
-    def started(self, work: Work) -> None:
+    def started(self, task: Task) -> None:
         """A task's first batch begins."""
         # What state.task_accepted counts, less a Counter's update for a single task.
-        state.total_count[work.envelope.task] += 1
+        state.total_count[task.envelope.task] += 1
         state.all_total_count[0] += 1
         if self.watched:
-            self._event("task-started", work)
+            self._event("task-started", task)
         if signals.task_prerun.receivers:
             signals.task_prerun.send(
-                sender=work.envelope.task, task_id=work.id, task=None, args=(), kwargs={}
+                sender=task.envelope.task, task_id=task.id, task=None, args=(), kwargs={}
             )
 
-    def finished(self, work: Work, error: GpuinferError | None, result: Any = None) -> None:
+    def finished(self, task: Task, error: GpuinferError | None, result: Any = None) -> None:
         """A task has ended, or left this worker without running (error and result None)."""
         self.done += error is not None or result is not None
-        self._works.pop(work.id, None)
+        self._tasks.pop(task.id, None)
         if self.watched:
-            self._ended(work, error, result)
-        self._signal(work, error, result)
+            self._ended(task, error, result)
+        self._signal(task, error, result)
 
-    def _ended(self, work: Work, error: GpuinferError | None, result: Any) -> None:
+    def _ended(self, task: Task, error: GpuinferError | None, result: Any) -> None:
         if isinstance(error, (TaskRevoked, TaskExpired)):
             self._event(
-                "task-revoked", work, terminated=False, signum=None, expired=isinstance(error, TaskExpired)
+                "task-revoked", task, terminated=False, signum=None, expired=isinstance(error, TaskExpired)
             )
         elif error is not None:
-            self._event("task-failed", work, exception=repr(error), traceback="")
+            self._event("task-failed", task, exception=repr(error), traceback="")
         elif result is not None:
-            self._event("task-succeeded", work, result="<not shown>", runtime=work.ran_s)
+            self._event("task-succeeded", task, result="<not shown>", runtime=task.ran_s)
 
-    def _signal(self, work: Work, error: GpuinferError | None, result: Any) -> None:
+    def _signal(self, task: Task, error: GpuinferError | None, result: Any) -> None:
         if error is not None and signals.task_failure.receivers:
-            signals.task_failure.send(sender=work.envelope.task, task_id=work.id, exception=error)
+            signals.task_failure.send(sender=task.envelope.task, task_id=task.id, exception=error)
         elif result is not None and signals.task_success.receivers:
-            signals.task_success.send(sender=work.envelope.task, result=result)
+            signals.task_success.send(sender=task.envelope.task, result=result)
         if signals.task_postrun.receivers:
-            signals.task_postrun.send(sender=work.envelope.task, task_id=work.id, retval=result)
+            signals.task_postrun.send(sender=task.envelope.task, task_id=task.id, retval=result)
 
     def revoked(self, task_id: str) -> bool:
         """Tell whether ``celery control revoke`` named the task."""

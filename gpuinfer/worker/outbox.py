@@ -22,7 +22,7 @@ from gpuinfer.queue.keys import RESULT_PREFIX, place_of
 from gpuinfer.queue.message import Envelope
 from gpuinfer.queue.store import Claimed, Final, Store, label
 from gpuinfer.worker.buffer import Batch
-from gpuinfer.worker.work import Work
+from gpuinfer.worker.task import Task
 
 log = get_logger(__name__)
 
@@ -30,12 +30,12 @@ log = get_logger(__name__)
 STARTED_AFTER_S = 0.1
 
 
-class Ledger:
+class Outbox:
     """Writes through the store; final states wait here while Redis is away."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._outbox: list[Final] = []
+        self._waiting: list[Final] = []
         #: What the last claim has put on record, as long as nothing else was written there.
         self._noted: Claimed | None = None
         self._noted_idle = True
@@ -44,15 +44,15 @@ class Ledger:
     @property
     def unsettled(self) -> Sequence[Final]:
         """Final states that Redis has not taken yet."""
-        return self._outbox
+        return self._waiting
 
     def held(self) -> set[int]:
         """Return their places in flight."""
-        return {final.seq for final in self._outbox if final.seq is not None}
+        return {final.seq for final in self._waiting if final.seq is not None}
 
-    def claimed(self, tasks: Sequence[Claimed]) -> None:
+    def claimed(self, claims: Sequence[Claimed]) -> None:
         """Remember what the claim has put on record."""
-        self._noted = next((task for task in tasks if task.noted_id is not None), None)
+        self._noted = next((one for one in claims if one.noted_id is not None), None)
         if self._noted is not None:
             self._noted_idle = False
 
@@ -62,11 +62,11 @@ class Ledger:
         None when Redis is away: the batch must not begin.
         """
         noted, self._noted = self._noted, None
-        works = batch.works
-        if noted is None or [(work.seq, work.id) for work in works] != [(noted.seq, noted.noted_id)]:
+        tasks = batch.tasks
+        if noted is None or [(task.seq, task.id) for task in tasks] != [(noted.seq, noted.noted_id)]:
             self._noted_idle = False  # written, even if the answer should be lost
             try:
-                ended = self._store.begin([(work.seq, work.id, b"") for work in works])
+                ended = self._store.begin([(task.seq, task.id, b"") for task in tasks])
             except (redis.RedisError, OSError) as exc:
                 self.trouble("begin", exc)
                 return None
@@ -80,11 +80,11 @@ class Ledger:
 
         ``now`` is the wall clock. A job of many short slices has begun with its first.
         """
-        works = batch.works
+        tasks = batch.tasks
         late = {
-            work.seq
-            for work in works
-            if not work.marked and now - (work.time_start or now) >= STARTED_AFTER_S
+            task.seq
+            for task in tasks
+            if not task.marked and now - (task.time_start or now) >= STARTED_AFTER_S
         }
         if not late:
             return False
@@ -92,15 +92,15 @@ class Ledger:
         try:
             self._store.begin(
                 [
-                    (work.seq, work.id, results.started(work.id, worker, pid) if work.seq in late else b"")
-                    for work in works
+                    (task.seq, task.id, results.started(task.id, worker, pid) if task.seq in late else b"")
+                    for task in tasks
                 ]
             )
         except (redis.RedisError, OSError) as exc:
             self.trouble("begin", exc)
             return False
-        for work in works:
-            work.marked |= work.seq in late
+        for task in tasks:
+            task.marked |= task.seq in late
         return True
 
     def final(self, claimed: Claimed, end: Any, envelope: Envelope) -> Final:
@@ -123,17 +123,17 @@ class Ledger:
 
         ``idle``: nothing runs, so a death is on nobody's account.
         """
-        self._outbox += finals
-        if not self._outbox and (self._noted_idle or not idle):
+        self._waiting += finals
+        if not self._waiting and (self._noted_idle or not idle):
             return
         if idle:
             self._noted = None  # wiped, even if the answer should be lost
         try:
-            refused = self._store.settle(self._outbox, idle=idle)
+            refused = self._store.settle(self._waiting, idle=idle)
         except (redis.RedisError, OSError) as exc:
             self.trouble("settle", exc)
             return
-        self._outbox, self._noted_idle, self._refused = [], idle, False
+        self._waiting, self._noted_idle, self._refused = [], idle, False
         for task_id, reason in refused.items():
             hint = (
                 f"something else stands under {RESULT_PREFIX}{task_id}; its caller was told, nothing is kept"
@@ -145,14 +145,14 @@ class Ledger:
         self._noted_idle = False
         self.settle([], idle=True)
 
-    def release(self, works: Sequence[Work]) -> None:
+    def release(self, tasks: Sequence[Task]) -> None:
         """Put tasks back; of what has run in part, the rest is a repeat."""
         try:
-            self._store.release([work.seq for work in works], {work.seq for work in works if work.begun})
+            self._store.release([task.seq for task in tasks], {task.seq for task in tasks if task.begun})
         except (redis.RedisError, OSError) as exc:
-            self._store.doubt()  # what is not held is put back before the next claim, or at the end
+            self._store.mark_uncertain()  # what is not held is put back before the next claim, or at the end
             hint = "put back when Redis answers"
-            log.warning("release_failed", tasks=len(works), reason=str(exc), hint=hint)
+            log.warning("release_failed", tasks=len(tasks), reason=str(exc), hint=hint)
 
     def reconcile(self, held: set[int]) -> None:
         """At the end of a worker: put back what is in flight and, in doubt, not held."""

@@ -34,7 +34,7 @@ _ENCODINGS: tuple[Literal["list", "b64"], ...] = ("list", "b64")
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
-class Work:
+class Task:
     """One task from claim to settle. Mutable: it collects its outcomes and its retries."""
 
     claimed: Claimed
@@ -164,7 +164,7 @@ def read(
     envelope: Envelope,
     manifests: Mapping[str, Manifest],
     max_payload_bytes: int,
-) -> Work:
+) -> Task:
     """Turn a message into work.
 
     Raises Undecodable for a body that is no arguments, and InputError, PayloadTooLarge or UnknownModel for
@@ -199,7 +199,7 @@ def read(
     hard_limit_s = _limit(hard, manifest.hard_time_limit_s, manifest.max_time_limit_s, "time_limit")
     soft_limit_s = _limit(soft, manifest.soft_time_limit_s, manifest.max_time_limit_s, "soft_time_limit")
     soft_limit_s = min(soft_limit_s, hard_limit_s)
-    return Work(
+    return Task(
         claimed=claimed,
         envelope=envelope,
         model=str(model),
@@ -223,16 +223,16 @@ def is_inference(task: str) -> bool:
     return task in (PREDICT, BATCH_PREDICT)
 
 
-def conclude(work: Work, device: str) -> dict[str, Any] | list[Any] | GpuinferError:
+def conclude(task: Task, device: str) -> dict[str, Any] | list[Any] | GpuinferError:
     """Return what a finished task's result is: one value, or for ``batch_predict`` one entry an input.
 
     An input of a batch that failed has ``{"error": {...}}`` in its place.
     """
-    extra = {"model": work.model, "device": device}
-    if not work.many:
-        outcome = work.outcomes[0]
+    extra = {"model": task.model, "device": device}
+    if not task.many:
+        outcome = task.outcomes[0]
         return outcome if isinstance(outcome, GpuinferError) else {**outcome, **extra}
     return [
         {"error": outcome.to_dict()} if isinstance(outcome, GpuinferError) else {**outcome, **extra}
-        for outcome in work.outcomes
+        for outcome in task.outcomes
     ]
