@@ -10,30 +10,27 @@ from gpuinfer.doctor.broker import asked
 from gpuinfer.doctor.finding import Findings, error, ok
 from gpuinfer.doctor.host import Host
 from gpuinfer.queue.depth import Lane, look
-from gpuinfer.watcher.probe import fleet
-from gpuinfer.watcher.served import serves_of
-from gpuinfer.watcher.state import Instance, Key
-from gpuinfer.watcher.stranded import remedy
+from gpuinfer.queue.fleet import Server, remedy, servers, serves_of
 
 
 def waiting(host: Host) -> Findings:
     """Every task that waits is for a model and a queue that some worker serves, or would serve."""
     with asked(host) as client:
-        depth, instances = look(client), [*fleet(client), *_here(host)]
+        depth, workers = look(client), [*servers(client), *_here(host)]
     counts = {lane: sum(levels.values()) for lane, levels in depth.lanes.items()}
-    able = {one.serves for one in instances if not one.masked}
+    able = {one.serves for one in workers if not one.masked}
     return [
-        error(f"{count} tasks wait in {_name(lane)}, which no worker serves", remedy(lane, instances))
+        error(f"{count} tasks wait in {_name(lane)}, which no worker serves", remedy(lane, workers))
         for lane, count in sorted(counts.items())
         if not any(serves.covers(lane) for serves in able)
     ] or ok(f"workers serve all that waits: {sum(counts.values())} tasks in {len(counts)} queues")
 
 
-def _here(host: Host) -> list[Instance]:
+def _here(host: Host) -> list[Server]:
     """Return what this host's workers would serve by their settings."""
     name = socket.gethostname()
     return [
-        Instance(key=Key(number, name), serves=serves_of(settings.worker.queues, settings.worker.models))
+        Server(number, name, serves_of(settings.worker.queues, settings.worker.models))
         for number, settings in served(host)
     ]
 
