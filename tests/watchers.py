@@ -8,19 +8,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from gpuinfer.queue.depth import Lane
+from gpuinfer.queue.fleet import EVERYTHING, Serves
 from gpuinfer.settings import QUEUES, WatcherSettings
 from gpuinfer.watcher.memory import UnitMemory
 from gpuinfer.watcher.part import Measured
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.rates import Rates
 from gpuinfer.watcher.state import (
-    EVERYTHING,
     Action,
     Instance,
     Key,
     Observation,
     QueueState,
-    Serves,
     UnitState,
 )
 

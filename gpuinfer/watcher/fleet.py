@@ -7,9 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gpuinfer.queue.fleet import Serves
 from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.memory import FAILED_STARTS, UnitMemory, out
-from gpuinfer.watcher.state import Instance, Key, Observation, Serves
+from gpuinfer.watcher.state import (
+    Instance,
+    Key,
+    Observation,
+)
 
 #: A worker that has been ready for fewer probes has had no time to claim anything, and is not stopped.
 SETTLED_LOOKS = 2

@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from gpuinfer.queue.depth import Lane
+from gpuinfer.queue.fleet import Serves
 from gpuinfer.settings import QUEUES
-from gpuinfer.watcher.state import QueueState, Serves
+from gpuinfer.watcher.state import (
+    QueueState,
+)
 
 Groups = frozenset[Serves]
 

@@ -36,6 +36,7 @@ from gpuinfer.gpus import list_gpus
 from gpuinfer.log import get_logger
 from gpuinfer.queue import format as layout
 from gpuinfer.queue.connection import connect, explain, typed_errors
+from gpuinfer.queue.fleet import Serves
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import health, notes, served
@@ -45,7 +46,14 @@ from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, as_it_runs
 from gpuinfer.watcher.reaper import Reaper
 from gpuinfer.watcher.served import Served
-from gpuinfer.watcher.state import HEALTHY, Action, GpuHealth, Instance, Key, Observation, Serves
+from gpuinfer.watcher.state import (
+    HEALTHY,
+    Action,
+    GpuHealth,
+    Instance,
+    Key,
+    Observation,
+)
 from gpuinfer.watcher.stranded import Reporter
 from gpuinfer.watcher.units import Units, UnitView
 

@@ -10,9 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from gpuinfer.queue.fleet import Serves
 from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.rates import MAX_GAP
-from gpuinfer.watcher.state import Action, Hold, Instance, Key, Observation, Serves, UnitState, Verb
+from gpuinfer.watcher.state import (
+    Action,
+    Hold,
+    Instance,
+    Key,
+    Observation,
+    UnitState,
+    Verb,
+)
 
 #: A start after which it is inactive at so many looks in a row had no effect.
 TRIES = 2

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from gpuinfer.queue.fleet import Serves
 from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.calm import Calm
 from gpuinfer.watcher.fleet import Fleet, joined, sort_spare
@@ -14,7 +15,13 @@ from gpuinfer.watcher.memory import UnitMemory
 from gpuinfer.watcher.need import Bounds, need_of
 from gpuinfer.watcher.plan import Ask, Plan
 from gpuinfer.watcher.rates import Rates, measure, with_startups
-from gpuinfer.watcher.state import Action, Key, Need, Observation, Serves, Verdict
+from gpuinfer.watcher.state import (
+    Action,
+    Key,
+    Need,
+    Observation,
+    Verdict,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,9 +19,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from gpuinfer.queue.fleet import Serves
 from gpuinfer.watcher.fleet import Fleet
 from gpuinfer.watcher.load import Demand
-from gpuinfer.watcher.state import Action, Key, Need, Serves
+from gpuinfer.watcher.state import (
+    Action,
+    Key,
+    Need,
+)
 
 
 @dataclass(frozen=True, slots=True)

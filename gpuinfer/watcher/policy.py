@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from gpuinfer.queue.depth import Lane
+from gpuinfer.queue.fleet import EVERYTHING, Server, Serves, remedy
 from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.fleet import Fleet, count
 from gpuinfer.watcher.load import parts_of
@@ -22,16 +23,14 @@ from gpuinfer.watcher.part import Look, Measured, verdict_of
 from gpuinfer.watcher.plan import one_a_host
 from gpuinfer.watcher.rates import with_startups
 from gpuinfer.watcher.state import (
-    EVERYTHING,
     Action,
     Figures,
     Key,
     Observation,
     QueueState,
-    Serves,
     Verdict,
 )
-from gpuinfer.watcher.stranded import Stranded, remedy
+from gpuinfer.watcher.stranded import Stranded
 
 #: Log at most this many excluded instances, and this many parts of the fleet.
 NAMED = 8
@@ -154,10 +153,17 @@ def _stranded(
     able = [group for group, fleet in fleets.items() if fleet.possible or fleet.returning]
     out = {key: reason for fleet in fleets.values() for key, reason in fleet.out.items()}
     return {
-        lane: Stranded(queue.waiting, remedy(lane, seen.instances, out))
+        lane: Stranded(queue.waiting, remedy(lane, _servers(seen, out)))
         for lane, queue in sorted(queues.items())
         if queue.waiting and not any(group.covers(lane) for group in able)
     }
+
+
+def _servers(seen: Observation, out: Mapping[Key, str]) -> list[Server]:
+    return [
+        Server(one.key.number, one.key.host, one.serves, one.masked, out.get(one.key, one.out))
+        for one in seen.instances
+    ]
 
 
 def _why(looks: Sequence[Look]) -> str:

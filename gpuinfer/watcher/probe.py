@@ -17,7 +17,6 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,20 +28,21 @@ from gpuinfer.queue import heartbeats
 from gpuinfer.queue.connection import typed_errors
 from gpuinfer.queue.depth import Depth, Lane
 from gpuinfer.queue.depth import look as look_at_queues
+from gpuinfer.queue.fleet import EVERYTHING, HOSTS, Serves, said, silent_after, told
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES
-from gpuinfer.watcher.served import serves_of
-from gpuinfer.watcher.state import EVERYTHING, Figures, Instance, Key, QueueState, Serves
+from gpuinfer.watcher.state import (
+    Figures,
+    Instance,
+    Key,
+    QueueState,
+)
 
 log = get_logger(__name__)
 
-HOSTS = "gpuinfer:watcher:hosts"
 DECISIONS = "gpuinfer:watcher:decisions"
 MEMORY_PREFIX = "gpuinfer:watcher:memory:"
-#: A watcher is silent when its count has stood still for so long, or for so many of its own looks; after an
-#: hour it is forgotten.
-SILENT_S = 10.0
-SILENT_LOOKS = 3.0
+#: A watcher that has been silent for so long is forgotten.
 FORGOTTEN_S = 3600.0
 #: For each lane, at most so many moments are remembered at which waiting tasks came. Then every second one is
 #: dropped, and its tasks are taken to have come at the one before: the oldest stay exact, and no age is too
@@ -108,7 +108,7 @@ class Probe:
             names = [str(instance.key) for instance in (*own, *remote)]
             depth = look_at_queues(self._client, names)
             beats = heartbeats.fresh(self._client, names)
-        beating = {name: _says(body) for name, body in beats.items()}
+        beating = {name: said(body) for name, body in beats.items()}
         serving = {str(one.key): one.serves for one in (*own, *remote)}
         serving |= {name: serves for name, serves in beating.items() if serves}
         queues = self._queues(depth, _in_lanes(depth, serving))
@@ -159,7 +159,7 @@ class Probe:
                 measured = {name: _figures(one) for name, one in (body.get("figures") or {}).items()}
                 beat = body["beat"]
                 age_s = max(0.0, redis_now - float(body.get("at", redis_now)))
-                limit_s = _silent_after(body)
+                limit_s = silent_after(body)
             except (ValueError, KeyError, TypeError, AttributeError) as exc:
                 if host not in self._garbled:
                     log.warning("host_unreadable", host=host, reason=f"{type(exc).__name__}: {exc}")
@@ -237,15 +237,6 @@ def _in_lanes(depth: Depth, serving: Mapping[str, Serves]) -> dict[Lane, int]:
     return found
 
 
-def _says(heartbeat: Mapping[str, Any]) -> Serves | None:
-    """Return what a worker says it serves; None when its heartbeat does not say."""
-    try:
-        serves = serves_of(heartbeat.get("queues", ()), heartbeat.get("models", ()))
-    except TypeError:
-        return None
-    return serves if serves.tiers and serves.models else None
-
-
 def as_it_runs(
     instance: Instance, in_flight: Mapping[str, int], beating: Mapping[str, Serves | None]
 ) -> Instance:
@@ -258,39 +249,6 @@ def as_it_runs(
         return instance if serves == instance.serves else replace(instance, serves=serves)
     busy = True if in_flight.get(name) else (False if name in beating else None)
     return replace(instance, busy=busy, serves=serves)
-
-
-def fleet(client: redis.Redis) -> list[Instance]:
-    """Return the instances of all hosts: those that beat, and those that a watcher which is alive tells of.
-
-    One look from outside, for commands; raises redis-py's errors.
-    """
-    beats, now = heartbeats.fresh(client), _time(client)
-    found: dict[Key, Instance] = {}
-    told: Mapping[Any, Any] = client.hgetall(HOSTS)
-    for name, text in told.items():
-        host = name.decode(errors="replace")
-        with suppress(ValueError, KeyError, TypeError, AttributeError):  # its watchers' logs say so
-            body = orjson.loads(text)
-            if now - body["at"] <= _silent_after(body):
-                found |= {one.key: one for one in (_heard(host, each, now) for each in body["instances"])}
-    for worker, body in beats.items():
-        number, _, host = worker.removeprefix("gpu").partition("@")
-        serves = _says(body)
-        if number.isdecimal() and serves:
-            key = Key(int(number), host)
-            found[key] = Instance(key=key, state="active", serves=serves)
-    return sorted(found.values(), key=lambda one: one.key)
-
-
-def _time(client: redis.Redis) -> float:
-    seconds, microseconds = client.time()
-    return float(seconds + microseconds / 1e6)
-
-
-def _silent_after(body: Mapping[str, Any]) -> float:
-    """Return after how many seconds a watcher that has not told anything new is taken to be silent."""
-    return max(SILENT_S, SILENT_LOOKS * float(body.get("interval_s", 0.0)))
 
 
 def _life(text: bytes | None) -> str:
@@ -328,7 +286,6 @@ def _told(instance: Instance, now: float) -> dict[str, object]:
 
 
 def _heard(host: str, one: Mapping[str, Any], now: float) -> Instance:
-    serves = serves_of(one.get("tiers", QUEUES), one.get("models", ()))
     return Instance(
         key=Key(int(str(one["number"])), host),
         state=one["state"],
@@ -338,5 +295,5 @@ def _heard(host: str, one: Mapping[str, Any], now: float) -> Instance:
         hold=one["hold"],
         out=str(one["out"]),
         log_only=bool(one.get("log_only")),
-        serves=serves if serves.tiers else EVERYTHING,
+        serves=told(one),
     )

@@ -12,8 +12,8 @@ from gpuinfer import instances
 from gpuinfer.errors import ConfigError, ModelError
 from gpuinfer.log import get_logger
 from gpuinfer.models.repository import Repository
-from gpuinfer.settings import DEFAULT_FILE, QUEUES, Settings, load
-from gpuinfer.watcher.state import Serves
+from gpuinfer.queue.fleet import Serves, serves_of
+from gpuinfer.settings import DEFAULT_FILE, Settings, load
 
 log = get_logger(__name__)
 
@@ -104,12 +104,6 @@ class Served:
         self._no_models = ""
         found = {name for folders, names in asked.items() for name in names & there[folders]}
         return tuple(sorted(found))
-
-
-def serves_of(queues: Iterable[str], models: Iterable[str]) -> Serves:
-    """Return what a worker with these queues and models serves."""
-    asked = set(queues)
-    return Serves(tuple(name for name in QUEUES if name in asked), tuple(sorted(models)))
 
 
 def _stamp(path: Path) -> object:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from gpuinfer.queue.depth import Lane
-from gpuinfer.settings import QUEUES
+from gpuinfer.queue.fleet import EVERYTHING, Serves
 
 UnitState = Literal["inactive", "activating", "active", "deactivating", "failed"]
 #: What an administrator did by hand, and what is therefore left alone for a while.
@@ -34,34 +34,6 @@ class Key(NamedTuple):
 
     def __str__(self) -> str:
         return f"gpu{self.number}@{self.host}"
-
-
-class Serves(NamedTuple):
-    """What a worker serves: each of its models in each of its tiers."""
-
-    #: In the order of QUEUES.
-    tiers: tuple[str, ...] = QUEUES
-    #: Sorted. Empty: any model, for where it is not known which.
-    models: tuple[str, ...] = ()
-
-    def covers(self, lane: Lane) -> bool:
-        """Tell whether it serves a lane.
-
-        Without a default model, its lanes name no model: the first worker to be ready sets it.
-        """
-        return lane.tier in self.tiers and (not self.models or not lane.model or lane.model in self.models)
-
-    def overlaps(self, other: Serves) -> bool:
-        """Tell whether there may be a lane that both serve."""
-        shared = not self.models or not other.models or not set(self.models).isdisjoint(other.models)
-        return shared and not set(self.tiers).isdisjoint(other.tiers)
-
-    def __str__(self) -> str:
-        return f"{','.join(self.tiers)}:{','.join(self.models) or '*'}"
-
-
-#: Every tier and any model: of one fleet in which all serve the same.
-EVERYTHING = Serves()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

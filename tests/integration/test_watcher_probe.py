@@ -16,11 +16,16 @@ from gpuinfer.errors import BrokerUnavailable
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.depth import Lane
+from gpuinfer.queue.fleet import HOSTS, Serves, servers
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.watcher import probe
-from gpuinfer.watcher.probe import HOSTS, Probe, Seen, as_it_runs, fleet, thinned
-from gpuinfer.watcher.state import Instance, Key, Serves, UnitState
+from gpuinfer.watcher.probe import Probe, Seen, as_it_runs, thinned
+from gpuinfer.watcher.state import (
+    Instance,
+    Key,
+    UnitState,
+)
 from tests.services import RedisServer
 from tests.watchers import KNOWN
 
@@ -165,7 +170,7 @@ def test_who_runs_says_what_he_serves(redis_server: RedisServer, settings_for: B
     assert [one.serves for one in seen.remote] == [runs, planned]
     own = as_it_runs(theirs[0], seen.in_flight, seen.beating)
     assert (own.serves, own.busy) == (runs, False)
-    assert [(one.key, one.serves) for one in fleet(client)] == [(Key(0, "b"), runs), (Key(1, "b"), runs)]
+    assert [(one.number, one.host, one.serves) for one in servers(client)] == [(0, "b", runs), (1, "b", runs)]
 
 
 def test_lanes_of_known_models_are_seen_before_any_task_comes(

@@ -18,10 +18,11 @@ from gpuinfer import Client
 from gpuinfer.errors import FormatMismatch, UnitRefused, UnitStopping
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
+from gpuinfer.queue.fleet import HOSTS
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import main, notes
 from gpuinfer.watcher.main import Watcher
-from gpuinfer.watcher.probe import DECISIONS, HOSTS, MEMORY_PREFIX
+from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX
 from gpuinfer.watcher.state import Key
 from gpuinfer.watcher.units import UnitView
 from tests.services import RedisServer

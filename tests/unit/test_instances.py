@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from gpuinfer import instances
+from gpuinfer.queue.fleet import Serves
 from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.watcher.served import Served
-from gpuinfer.watcher.state import Serves
 
 pytestmark = pytest.mark.unit
 

@@ -12,11 +12,14 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as some
 
 from gpuinfer.queue.depth import Lane
+from gpuinfer.queue.fleet import Serves
 from gpuinfer.settings import QUEUES
 from gpuinfer.watcher.load import parts_of
 from gpuinfer.watcher.part import Measured
 from gpuinfer.watcher.policy import Decision, History
-from gpuinfer.watcher.state import Key, Serves
+from gpuinfer.watcher.state import (
+    Key,
+)
 from tests.watchers import KNOWN, Mixed, Watcher, settings
 
 pytestmark = pytest.mark.unit

@@ -12,10 +12,13 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as some
 
+from gpuinfer.queue.fleet import EVERYTHING
 from gpuinfer.watcher.part import Measured
 from gpuinfer.watcher.policy import History
 from gpuinfer.watcher.rates import Rates
-from gpuinfer.watcher.state import EVERYTHING, Key
+from gpuinfer.watcher.state import (
+    Key,
+)
 from tests.watchers import KNOWN, Watcher, World, keys, observe, remembering, settings
 
 pytestmark = pytest.mark.unit

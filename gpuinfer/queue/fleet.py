@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who serves what, over all hosts: by what workers say in their heartbeats, and what watchers tell.
+
+A worker that runs says what it serves. What one that does not run would serve, its host's watcher knows and
+tells in one hash, beside how old that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import orjson
+import redis
+
+from gpuinfer.queue import heartbeats
+from gpuinfer.queue.depth import Lane
+from gpuinfer.settings import QUEUES
+
+#: Host -> what its watcher tells of its instances.
+HOSTS = "gpuinfer:watcher:hosts"
+#: A watcher is silent when it has told nothing new for so long, or for so many of its own looks.
+SILENT_S = 10.0
+SILENT_LOOKS = 3.0
+
+
+class Serves(NamedTuple):
+    """What a worker serves: each of its models in each of its tiers."""
+
+    #: In the order of QUEUES.
+    tiers: tuple[str, ...] = QUEUES
+    #: Sorted. Empty: any model, for where it is not known which.
+    models: tuple[str, ...] = ()
+
+    def covers(self, lane: Lane) -> bool:
+        """Tell whether it serves a lane.
+
+        Without a default model, its lanes name no model: the first worker to be ready sets it.
+        """
+        return lane.tier in self.tiers and (not self.models or not lane.model or lane.model in self.models)
+
+    def overlaps(self, other: Serves) -> bool:
+        """Tell whether there may be a lane that both serve."""
+        shared = not self.models or not other.models or not set(self.models).isdisjoint(other.models)
+        return shared and not set(self.tiers).isdisjoint(other.tiers)
+
+    def __str__(self) -> str:
+        return f"{','.join(self.tiers)}:{','.join(self.models) or '*'}"
+
+
+#: Every tier and any model: of one fleet in which all serve the same.
+EVERYTHING = Serves()
+
+
+def serves_of(queues: Iterable[str], models: Iterable[str]) -> Serves:
+    """Return what a worker with these queues and models serves."""
+    asked = set(queues)
+    return Serves(tuple(name for name in QUEUES if name in asked), tuple(sorted(models)))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Server:
+    """One worker, running or not, and what it serves or would serve."""
+
+    number: int
+    host: str
+    serves: Serves
+    masked: bool = False
+    #: Why it is not started.
+    out: str = ""
+
+
+def said(heartbeat: Mapping[str, Any]) -> Serves | None:
+    """Return what a worker says it serves; None when its heartbeat does not say."""
+    try:
+        serves = serves_of(heartbeat.get("queues", ()), heartbeat.get("models", ()))
+    except TypeError:
+        return None
+    return serves if serves.tiers and serves.models else None
+
+
+def told(instance: Mapping[str, Any]) -> Serves:
+    """Return what a watcher tells that an instance would serve. Raises TypeError where it is no list."""
+    serves = serves_of(instance.get("tiers", QUEUES), instance.get("models", ()))
+    return serves if serves.tiers else EVERYTHING
+
+
+def silent_after(body: Mapping[str, Any]) -> float:
+    """Return after how many seconds a watcher that has not told anything new is taken to be silent."""
+    return max(SILENT_S, SILENT_LOOKS * float(body.get("interval_s", 0.0)))
+
+
+def servers(client: redis.Redis) -> list[Server]:
+    """Return the workers of all hosts: those that beat, and those that a watcher which is alive tells of.
+
+    Raises redis-py's errors.
+    """
+    beats = heartbeats.fresh(client)
+    seconds, microseconds = client.time()
+    now = float(seconds + microseconds / 1e6)
+    found: dict[tuple[int, str], Server] = {}
+    hosts: Mapping[Any, Any] = client.hgetall(HOSTS)
+    for name, text in hosts.items():
+        host = name.decode(errors="replace")
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # the watchers' logs say so
+            body = orjson.loads(text)
+            for one in body["instances"] if now - body["at"] <= silent_after(body) else ():
+                number = int(one["number"])
+                found[number, host] = Server(
+                    number, host, told(one), bool(one.get("masked")), str(one.get("out", ""))
+                )
+    for worker, body in beats.items():
+        gpu, _, host = worker.removeprefix("gpu").partition("@")
+        serves = said(body)
+        if gpu.isdecimal() and serves:
+            found[int(gpu), host] = Server(int(gpu), host, serves)
+    return sorted(found.values())
+
+
+def remedy(lane: Lane, workers: Sequence[Server]) -> str:
+    """Return the command by which the tasks of a lane that nothing serves get a worker."""
+    known = sorted(workers)
+    for one in known:
+        if one.serves.covers(lane):
+            return f"{_start(one)}  # on {one.host}"
+    same_model = [one for one in known if lane.model in one.serves.models]
+    chosen = next(iter(same_model or known), None)
+    number, where = (chosen.number, f" on {chosen.host}") if chosen else (0, "")
+    serves = chosen.serves if chosen else EVERYTHING
+    if same_model:
+        setting = f"GPUINFER_WORKER_QUEUES={','.join((*serves.tiers, lane.tier))}"
+    else:
+        setting = f"GPUINFER_WORKER_MODELS={','.join((*serves.models, lane.model))}"
+    file = f"/etc/gpuinfer/worker@{number}.env"
+    return f"echo {setting} >> {file} && systemctl try-restart gpuinfer-worker@{number}  # for example{where}"
+
+
+def _start(one: Server) -> str:
+    """Return what starts a worker that serves it, and is kept from that."""
+    unit = f"gpuinfer-worker@{one.number}"
+    if one.masked:
+        return f"systemctl unmask {unit} && systemctl start {unit}"
+    if "watcher is silent" in one.out:
+        return "systemctl restart gpuinfer-watcher"
+    return f"systemctl start {unit}"

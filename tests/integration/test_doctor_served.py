@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""doctor's check of whether somebody serves what waits, on a real Redis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpuinfer.doctor import served
+from gpuinfer.doctor.finding import Finding
+from gpuinfer.doctor.host import Host
+from gpuinfer.queue import keys
+from gpuinfer.queue.store import Store
+from gpuinfer.settings import Loaded, Settings
+from tests.services import RedisServer
+
+pytestmark = pytest.mark.integration
+
+
+def test_what_waits_for_nobody_is_an_error(redis_server: RedisServer, tmp_path: Path) -> None:
+    """Served neither here nor elsewhere; a worker elsewhere, or a file of one here, mends it."""
+    settings = Settings.model_validate({"broker": {"url": redis_server.url}})
+    here = Host(Loaded(settings, {}), root=tmp_path)
+    assert served.waiting(here) == Finding("ok", "workers serve all that waits: 0 tasks in 0 queues")
+    with redis_server.client() as client:
+        client.set(keys.DEFAULT_MODEL, "digits")
+        client.zadd(keys.CATALOGUE, {"digits": 1e10, "ocr": 1e10})
+        client.lpush("realtime", "x")
+        client.lpush("batch.ocr", "x", "y")
+        found = served.waiting(here)
+        assert isinstance(found, list)
+        assert [(one.status, one.message) for one in found] == [
+            ("error", "2 tasks wait in batch for ocr, which no worker serves")
+        ]
+        assert "GPUINFER_WORKER_MODELS=digits,ocr >> /etc/gpuinfer/worker@0.env" in found[0].remedy
+        store = Store(client, "gpu0@elsewhere", ("batch",), settings.queue, models=["ocr"])
+        store.register(b'{"queues": ["batch"], "models": ["ocr"]}')
+        sound = Finding("ok", "workers serve all that waits: 3 tasks in 2 queues")
+        assert served.waiting(here) == sound
+        client.delete(keys.heartbeat("gpu0@elsewhere"))
+    assert isinstance(served.waiting(here), list)
+    (tmp_path / "etc/gpuinfer").mkdir(parents=True)
+    (tmp_path / "etc/gpuinfer/worker@0.env").write_text("GPUINFER_WORKER_MODELS=ocr\n")
+    assert served.waiting(here) == sound
