@@ -23,6 +23,7 @@ from gpuinfer.doctor import (
     nodes,
     redis_config,
     redis_tuning,
+    served,
     units,
     versions,
     work,
