@@ -126,10 +126,10 @@ def former(debs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
         "[Install]\nWantedBy=gpuinfer.target\n"
     )
     drop_in = tree / "etc/systemd/journald.conf.d/50-gpuinfer.conf"
-    drop_in.parent.mkdir()
+    drop_in.parent.mkdir(parents=True)
     drop_in.write_text("[Journal]\nStorage=persistent\nSystemMaxUse=2G\n")
     sysctl = tree / "usr/lib/sysctl.d/60-gpuinfer.conf"
-    sysctl.parent.mkdir(exist_ok=True)
+    sysctl.parent.mkdir(parents=True, exist_ok=True)
     sysctl.write_text("vm.overcommit_memory = 1\n")
     conffiles = tree / "DEBIAN/conffiles"
     conffiles.write_text(conffiles.read_text() + "/etc/systemd/journald.conf.d/50-gpuinfer.conf\n")
