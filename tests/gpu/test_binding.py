@@ -43,13 +43,14 @@ FORMS = (
     Form(NINE, "0", FIRST),
     Form(NINE, "{uuid}", FIRST),
     Form(NINE, "{short}", FIRST),
-    Form(NINE, "0,-1", FIRST),
+    Form(1, "0,{uuid}", FIRST),
     Form(0, "-1", CPU),
     Form(0, "none", CPU),
     Form(0, "NoDevFiles", CPU),
-    Form(NINE, "", "this host has no GPU"),
+    Form(0, "", CPU),
+    Form(1, "0,-1", "'-1' names no device"),
     Form(NINE, "GPU-ffffffff", "this host has no GPU GPU-ffffffff"),
-    Form(NINE, "99", "cannot be used"),
+    Form(NINE, "99", "this host has no GPU 99"),
 )
 
 
@@ -78,7 +79,7 @@ def of(wanted: str) -> Iterator[Form]:
 
 
 def test_index_and_uuid_are_one_gpu(answers: dict[Form, dict[str, str]], gpu: Gpu) -> None:
-    """By index, UUID, its beginning, or a list, CUDA has NVML's first GPU as cuda:0."""
+    """By index, UUID, its beginning, or its place in a list, CUDA has NVML's first GPU as cuda:0."""
     for form in of(FIRST):
         assert answers[form] == {"device": "cuda:0", "uuid": gpu.uuid, "error": ""}, form.title
 
