@@ -44,7 +44,15 @@ def _serve(kind: str, folder: Path) -> tuple[RedisServer, BrokerSettings]:
     return made, BrokerSettings(url=f"rediss://127.0.0.1:{port}/0", tls_ca=certificate)
 
 
-@pytest.fixture(params=["redis-socket", "redis-tcp", "redis-tls", "valkey-socket", "valkey-tls"])
+KINDS = ("redis-socket", "redis-tcp", "redis-tls", "valkey-socket", "valkey-tls")
+
+
+def on(*kinds: str) -> pytest.MarkDecorator:
+    """Run a module's tests on these servers alone: what scripts decide does not depend on the connection."""
+    return pytest.mark.parametrize("broker", kinds, indirect=True)
+
+
+@pytest.fixture(params=KINDS)
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BrokerSettings]:
     """The settings of a server of each kind."""
     server, settings = _serve(request.param, tmp_path)

@@ -11,9 +11,9 @@ from gpuinfer import Client
 from gpuinfer.queue import keys
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, BrokerSettings
-from tests.contract.conftest import store_of
+from tests.contract.conftest import on, store_of
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]
 
 MODELS = ("digits", "ocr")
 #: What is passed over once has waited for long enough: longer than this, between two claims.

@@ -10,9 +10,9 @@ from gpuinfer.errors import FormatMismatch, TakenBack, WorkerRunning
 from gpuinfer.queue import keys
 from gpuinfer.queue.store import SEQS_OF_AN_EPOCH, Store
 from gpuinfer.settings import BrokerSettings
-from tests.contract.conftest import done, ids, store_of
+from tests.contract.conftest import done, ids, on, store_of
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]
 
 
 def reaper_of(store: Store) -> Store:

@@ -11,10 +11,10 @@ from gpuinfer.queue import keys
 from gpuinfer.queue.keys import Place
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings
-from tests.contract.conftest import commands, ids, message, send, store_of
+from tests.contract.conftest import commands, ids, message, on, send, store_of
 from tests.unit.test_keys import PLACES
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

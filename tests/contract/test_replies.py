@@ -22,11 +22,11 @@ from gpuinfer.queue.connection import celery_urls, tls_options
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings
-from tests.contract.conftest import commands, done
+from tests.contract.conftest import commands, done, on
 from tests.services import Process
 from tests.workers import wait_until
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from gpuinfer.queue.message import decode
 from gpuinfer.queue.router import Router
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings
-from tests.contract.conftest import ids, message, store_of
+from tests.contract.conftest import ids, message, on, store_of
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]
 
 URGENT = keys.list_key("realtime", 9)
 

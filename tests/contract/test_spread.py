@@ -13,9 +13,9 @@ from gpuinfer import Client
 from gpuinfer.queue import keys
 from gpuinfer.queue.store import Store, Want
 from gpuinfer.settings import BrokerSettings
-from tests.contract.conftest import ids, store_of
+from tests.contract.conftest import ids, on, store_of
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]
 
 BATCH = 16
 Fleet = Callable[[int], list[Store]]

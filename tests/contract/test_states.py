@@ -16,9 +16,9 @@ from gpuinfer.errors import DeadLettered, TaskFailed
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.store import Claimed, Final, Store
-from tests.contract.conftest import begin, done, ids
+from tests.contract.conftest import begin, done, ids, on
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]
 
 TASKS = 3
 STEPS = st.lists(

@@ -10,9 +10,9 @@ import pytest
 from gpuinfer.queue import keys
 from gpuinfer.queue.store import Claimed, Store
 from gpuinfer.settings import BrokerSettings
-from tests.contract.conftest import commands, ids, send, store_of
+from tests.contract.conftest import commands, ids, on, send, store_of
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]
 
 
 @pytest.fixture
