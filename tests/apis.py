@@ -17,8 +17,9 @@ import redis
 
 from gpuinfer.api import schemas
 from gpuinfer.queue import results
+from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.message import decode
-from gpuinfer.queue.store import Claimed, Final, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, QueueSettings
 from tests.services import Process, RedisServer
 

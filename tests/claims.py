@@ -13,10 +13,11 @@ from kombu import Connection, Queue
 
 from gpuinfer.errors import FormatMismatch, TakenBack, WorkerRunning
 from gpuinfer.queue import transport
+from gpuinfer.queue.claims import Claimed, State, Wants
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.sink import Sink, TaskChannel
-from gpuinfer.queue.store import Claimed, State, Store, Wants
+from gpuinfer.queue.store import Store
 from gpuinfer.queue.transport import Channel
 from gpuinfer.settings import QUEUES, Settings
 

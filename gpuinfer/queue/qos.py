@@ -8,7 +8,7 @@ from typing import Any
 from kombu.transport import redis as stock
 from kombu.transport.virtual import base as virtual
 
-from gpuinfer.queue.store import Final
+from gpuinfer.queue.claims import Final
 
 #: Delivery tags of claimed messages begin with it; the sequence id follows.
 TAG = "gpuinfer-"

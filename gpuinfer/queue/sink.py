@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from gpuinfer.errors import FormatMismatch, TakenBack, WorkerRunning
-from gpuinfer.queue.store import Claimed, State, Store, Wants
+from gpuinfer.queue.claims import Claimed, State, Wants
+from gpuinfer.queue.store import Store
 
 
 class TaskChannel(Protocol):

@@ -21,10 +21,11 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, Respon
 from gpuinfer.errors import DeadLettered, FormatMismatch, TakenBack, WorkerRunning
 from gpuinfer.queue import format as layout
 from gpuinfer.queue import keys
+from gpuinfer.queue.claims import Claimed, Order
 from gpuinfer.queue.qos import TAG, QoS, seq_of
 from gpuinfer.queue.scripts import bind, source
 from gpuinfer.queue.sink import Sink
-from gpuinfer.queue.store import Claimed, Order, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.queue.waiting import WaitingClaim, answer
 from gpuinfer.settings import QUEUES, QueueSettings
 

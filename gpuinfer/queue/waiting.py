@@ -14,7 +14,8 @@ from hiredis import pack_command
 from kombu.transport import redis as stock
 from redis.exceptions import ResponseError
 
-from gpuinfer.queue.store import Order, Store
+from gpuinfer.queue.claims import Order
+from gpuinfer.queue.store import Store
 
 #: Seconds beyond the end of a wait after which its answer is given up: the connection is dead, perhaps.
 OVERDUE_S = 0.5

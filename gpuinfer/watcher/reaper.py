@@ -23,10 +23,11 @@ import redis
 from gpuinfer.errors import GpuinferError, TakenBack, WorkerRunning
 from gpuinfer.locks import is_free
 from gpuinfer.log import get_logger
+from gpuinfer.queue.claims import Restored
 from gpuinfer.queue.connection import AWAY
 from gpuinfer.queue.heartbeats import FRESH_S
 from gpuinfer.queue.orphans import Holder, ago, holders
-from gpuinfer.queue.store import REAPER, Restored, Store
+from gpuinfer.queue.store import REAPER, Store
 from gpuinfer.settings import Settings
 from gpuinfer.watcher.state import UnitState
 from gpuinfer.watcher.units import UnitView

@@ -29,9 +29,10 @@ from gpuinfer.errors import (
 )
 from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
+from gpuinfer.queue.claims import Claimed, Final, State, Want, Wants
 from gpuinfer.queue.router import Router
 from gpuinfer.queue.sink import TaskChannel
-from gpuinfer.queue.store import Claimed, Final, State, Store, Want, Wants
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings
 from gpuinfer.worker import task_log
 from gpuinfer.worker.buffer import Batch, Buffer

@@ -11,10 +11,11 @@ import redis
 from gpuinfer.errors import DeadLettered, GpuinferError, UnknownModel
 from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
+from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.keys import place_of
 from gpuinfer.queue.message import Envelope, Undecodable, decode
 from gpuinfer.queue.sink import TaskChannel
-from gpuinfer.queue.store import Claimed, Final, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings
 from gpuinfer.worker import task_log
 from gpuinfer.worker.celery_state import CeleryState

@@ -17,10 +17,11 @@ import redis
 from gpuinfer.errors import FormatMismatch, GpuinferError, TakenBack, TaskExpired, TaskRevoked, WorkerRunning
 from gpuinfer.log import get_logger
 from gpuinfer.queue import results
+from gpuinfer.queue.claims import Claimed, Final, label
 from gpuinfer.queue.connection import AWAY
 from gpuinfer.queue.keys import RESULT_PREFIX, place_of
 from gpuinfer.queue.message import Envelope
-from gpuinfer.queue.store import Claimed, Final, Store, label
+from gpuinfer.queue.store import Store
 from gpuinfer.worker.buffer import Batch
 from gpuinfer.worker.task import Task
 

@@ -17,8 +17,8 @@ from gpuinfer.errors import (
     UnknownModel,
 )
 from gpuinfer.models.manifest import MODEL_NAME, Manifest
+from gpuinfer.queue.claims import Claimed
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Envelope, moment_of
-from gpuinfer.queue.store import Claimed
 
 
 class Elsewhere(Exception):

@@ -12,8 +12,8 @@ from typing import Any
 
 from gpuinfer.errors import GpuinferError, InputError, SoftTimeLimitExceeded
 from gpuinfer.log import get_logger
+from gpuinfer.queue.claims import Claimed
 from gpuinfer.queue.keys import place_of
-from gpuinfer.queue.store import Claimed
 from gpuinfer.worker.buffer import Batch
 from gpuinfer.worker.engine import Done, RunAlone
 from gpuinfer.worker.task import Task

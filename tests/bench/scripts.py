@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from gpuinfer.queue import submission
+from gpuinfer.queue.claims import State
 from gpuinfer.queue.scripts import bind
-from gpuinfer.queue.store import State, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, QueueSettings
 from tests.bench.lines import Line, Sizes, Target, compare
 from tests.services import RedisServer

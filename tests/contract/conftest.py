@@ -12,10 +12,11 @@ from pydantic import SecretStr
 
 from gpuinfer import Client
 from gpuinfer.queue import results, submission
+from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import PREDICT, Submission, decode
 from gpuinfer.queue.scripts import bind
-from gpuinfer.queue.store import Claimed, Final, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings, Settings
 from tests.conftest import need
 from tests.services import RedisServer, free_port, make_certificate, redis_binary, valkey_binary

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from gpuinfer import Client
 from gpuinfer.queue import keys
-from gpuinfer.queue.store import Store, Want
+from gpuinfer.queue.claims import Want
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings
 from tests.contract.conftest import ids, on, store_of
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from gpuinfer import Client
 from gpuinfer.errors import DeadLettered, TaskFailed
 from gpuinfer.queue import keys, results
+from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.message import decode
-from gpuinfer.queue.store import Claimed, Final, Store
+from gpuinfer.queue.store import Store
 from tests.contract.conftest import begin, done, ids, on
 
 pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]

@@ -13,9 +13,10 @@ import redis
 from gpuinfer import Client
 from gpuinfer.errors import TaskFailed, WorkerRunning
 from gpuinfer.queue import keys, results
+from gpuinfer.queue.claims import Final
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.scripts import source
-from gpuinfer.queue.store import SEQS_OF_AN_EPOCH, Final, Store
+from gpuinfer.queue.store import SEQS_OF_AN_EPOCH, Store
 from gpuinfer.settings import QUEUES, BrokerSettings
 from tests.contract.conftest import begin, done, ids, store_of
 

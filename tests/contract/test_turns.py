@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 
 from gpuinfer.queue import keys
-from gpuinfer.queue.store import Claimed, Store
+from gpuinfer.queue.claims import Claimed
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings
 from tests.contract.conftest import commands, ids, on, send, store_of
 

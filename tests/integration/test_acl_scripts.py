@@ -17,11 +17,12 @@ from gpuinfer.errors import DeadLettered, TaskNotFound
 from gpuinfer.queue import dead, format, heartbeats, keys, results, scripts
 from gpuinfer.queue.aclient import AsyncClient
 from gpuinfer.queue.app import create_app
+from gpuinfer.queue.claims import Claimed, Final, Want
 from gpuinfer.queue.depth import look
 from gpuinfer.queue.message import Submission, decode
 from gpuinfer.queue.orphans import holder, holders
 from gpuinfer.queue.router import Router
-from gpuinfer.queue.store import REAPER, Claimed, Final, Store, Want
+from gpuinfer.queue.store import REAPER, Store
 from gpuinfer.settings import QUEUES, QueueSettings, Settings
 from tests.brokers import OurRedis, our_redis
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuinfer.queue.store import Claimed
+from gpuinfer.queue.claims import Claimed
 from gpuinfer.worker.buffer import Buffer
 from gpuinfer.worker.task import Task
 from tests.unit.test_engine import work

@@ -19,8 +19,8 @@ from gpuinfer.models.loader import LoadedModel, load
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.repository import Repository
 from gpuinfer.models.tensors import Item, decode_batch
+from gpuinfer.queue.claims import Claimed
 from gpuinfer.queue.message import Envelope
-from gpuinfer.queue.store import Claimed
 from gpuinfer.worker import engine as engine_module
 from gpuinfer.worker.buffer import Batch, Part
 from gpuinfer.worker.deadline import Deadline

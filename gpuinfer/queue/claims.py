@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What passes between a worker and its store: what it wants, what it has claimed, and how tasks end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gpuinfer.queue.direct import Argument
+
+#: A bound that every rank is better than.
+ANY_RANK = 1000
+
+#: What runs at the claimer: nothing, and it waits for work; nothing just now; a batch.
+State = Literal["idle", "free", "busy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A task this worker owns until it settles or releases it."""
+
+    #: Its field in the in-flight hash; ``seq:list`` names the list it came from.
+    seq: int
+    list_key: str
+    #: Its list's place in the order of serving, 0 the most urgent.
+    rank: int
+    payload: bytes
+    #: True when its list was passed over for too long: its first batch goes before all.
+    aged: bool = False
+    #: The id under which the claim has noted that it runs; None where it has not.
+    noted_id: str | None = None
+    #: The model whose list it was in: a message that names none is for that.
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """How many tasks of a model to claim."""
+
+    count: int
+    #: Only from lists before this rank.
+    better_than: int = ANY_RANK
+    #: A share that is smaller is not worth a batch.
+    least: int = 1
+
+
+#: Model -> what to claim of it.
+Wants = Mapping[str, Want]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A claim as it is sent to Redis. One at a time: the next one's sequence ids depend on its answer."""
+
+    keys: Sequence[str]
+    args: Sequence[Argument]
+    #: The epoch it belongs to. Redis refuses it in a later one.
+    epoch: int
+    sha: str
+
+    @property
+    def command(self) -> tuple[Argument, ...]:
+        """The whole command. Redis may have forgotten the script; ``Store.claim`` loads it."""
+        return ("EVALSHA", self.sha, len(self.keys), *self.keys, *self.args)
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """The end of one task: its place in flight, its id (empty: no state is written), and its final meta."""
+
+    seq: int | None
+    task_id: str
+    meta: bytes
+    #: False: the caller who waits is told, and nothing is kept.
+    keep: bool = True
+    #: The channel on which its client hears of ends; empty: none.
+    reply: str = ""
+    #: ``outcome tier model``: what it is counted under.
+    label: str = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restore did."""
+
+    returned: int
+    dead: tuple[str, ...]
+    #: Of those put back; the first thousand of them that can be read.
+    ids: tuple[str, ...] = ()
+
+
+def label(outcome: str, tier: str, model: str) -> str:
+    """Return what an end is counted under."""
+    return f"{outcome} {tier} {model}".rstrip()
