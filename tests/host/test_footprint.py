@@ -12,7 +12,7 @@ import pytest
 from tests.host.admin import main_pid
 from tests.host.conftest import ROOT, install
 from tests.host.container import Container
-from tests.host.root import root, run
+from tests.host.root import root
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
@@ -111,60 +111,3 @@ def test_what_the_package_does_to_a_host(bare: Container, debs: list[Path]) -> N
 
 def is_folder(what: str) -> bool:
     return what.startswith("d ")
-
-
-@pytest.fixture(scope="module")
-def former(debs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as former versions were: with a unit and a journald drop-in that this one has not."""
-    tree = tmp_path_factory.mktemp("former") / "tree"
-    run("dpkg-deb", "-R", debs[0], tree)
-    control = tree / "DEBIAN/control"
-    control.write_text(re.sub(r"(?m)^Version: .*", "Version: 0.0.9", control.read_text()))
-    (tree / "lib/systemd/system/gpuinfer-front.service").write_text(
-        "[Unit]\nPartOf=gpuinfer.target\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n"
-        "ExecStop=-/bin/systemctl --job-mode=fail stop gpuinfer-watcher.service gpuinfer-api.service\n"
-        "[Install]\nWantedBy=gpuinfer.target\n"
-    )
-    drop_in = tree / "etc/systemd/journald.conf.d/50-gpuinfer.conf"
-    drop_in.parent.mkdir(parents=True)
-    drop_in.write_text("[Journal]\nStorage=persistent\nSystemMaxUse=2G\n")
-    sysctl = tree / "usr/lib/sysctl.d/60-gpuinfer.conf"
-    sysctl.parent.mkdir(parents=True, exist_ok=True)
-    sysctl.write_text("vm.overcommit_memory = 1\n")
-    conffiles = tree / "DEBIAN/conffiles"
-    conffiles.write_text(conffiles.read_text() + "/etc/systemd/journald.conf.d/50-gpuinfer.conf\n")
-    # Its own scripts enabled the unit: as debhelper's do.
-    postinst = tree / "DEBIAN/postinst"
-    postinst.write_text(
-        postinst.read_text().replace(
-            "#!/bin/sh\n", "#!/bin/sh\ndeb-systemd-helper enable gpuinfer-front.service\n", 1
-        )
-    )
-    package = tree.parent / "gpuinfer_former_amd64.deb"
-    run("dpkg-deb", "-Zzstd", "-z1", "-b", tree, package)
-    return package
-
-
-def test_an_upgrade_takes_back_what_former_versions_did(former: Path, debs: list[Path]) -> None:
-    """The front's unit, journald's drop-in, the sysctl file: gone; the API has answered all the time."""
-    with Container(root()) as host:
-        install(host, [former, debs[1]])
-        host.ok("systemctl start gpuinfer-front; systemctl is-enabled gpuinfer-front")
-        host.until("curl -sf http://127.0.0.1:8080/health/live", what="the API")
-        journald = main_pid(host, "systemd-journald")
-        ask = "curl -s -o /dev/null -w '%{http_code}\\n' $url || echo $?; sleep 0.02"
-        host.put("/tmp/ask", f"until test -e /tmp/enough; do {ask}; done")
-        url = "url=http://127.0.0.1:8080/health/live"
-        host.ok(
-            f"systemd-run -q --unit=ask -p StandardOutput=file:/tmp/codes -p Environment={url} bash /tmp/ask"
-        )
-        said = install(host, debs[:1])
-        host.ok("touch /tmp/enough; until ! systemctl -q is-active ask; do sleep 0.1; done")
-        assert set(host.ok("cat /tmp/codes").split()) == {"200"}
-        assert main_pid(host, "systemd-journald") == journald
-        assert "the size of the journal is the host's own setting again" in said
-        left = "find /etc /usr/lib/sysctl.d /lib/systemd /var/lib/systemd/deb-systemd-helper-enabled"
-        names = "\\( -name '*gpuinfer-front*' -o -name '50-gpuinfer.conf*' -o -name 60-gpuinfer.conf \\)"
-        assert host.ok(f"{left} {names}") == ""
-        assert host.ok("systemctl list-units --all --plain --no-legend gpuinfer-front.service | cat") == ""
-        host.ok("systemctl is-active gpuinfer-api gpuinfer-watcher gpuinfer-redis gpuinfer.target")
