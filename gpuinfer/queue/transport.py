@@ -325,7 +325,7 @@ class Transport(stock.Transport):  # type: ignore[misc]  # kombu is not annotate
         loop.call_repeatedly(poll_ms / 1000, self.claim_all)
 
     def claim_all(self) -> None:
-        """Look into the lists, for producers that do not ring."""
+        """Look into the lists, for producers that wake nobody."""
         for channel in list(self.channels):
             if not channel.fresh:
                 channel.look()

@@ -407,7 +407,7 @@ class Batcher:
         """Write final states, and that nothing runs when that is so."""
         self._outbox.settle(finals, idle=self.engine.current is None and not self._crashed)
 
-    # -- life -----------------------------------------------------------------------------
+    # -- from start to end ----------------------------------------------------------------
 
     def tick(self) -> None:
         """Look after what waits for time, for Redis or for a probe. Called a few times a second."""

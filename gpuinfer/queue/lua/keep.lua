@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Keep what a watcher is to know in its next life, and its newest decision, also when Redis is full: what
+-- Keep what a watcher is to know after a restart, and its newest decision, also when Redis is full: what
 -- it has commanded must not be taken for somebody else's wish then. Both are small, and bounded.
 -- KEYS: its memory, list of decisions
 -- ARGV: memory (JSON), decision (JSON; empty: none), decisions kept
