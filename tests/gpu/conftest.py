@@ -66,7 +66,7 @@ def command(*arguments: str, environ: dict[str, str] | None = None) -> subproces
 def findings(*checks: str) -> list[dict[str, Any]]:
     """Return what the doctor finds."""
     done = command("doctor", *checks, "--json")
-    assert done.stdout, done.stderr[-2000:]
+    assert done.stdout, done.stderr.strip().splitlines()[-1:]
     found: list[dict[str, Any]] = json.loads(done.stdout)["findings"]
     return found
 
