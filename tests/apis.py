@@ -57,9 +57,10 @@ class HandWorker:
 
     def finish(self, task: Claimed, result: Any) -> None:
         """Write a claimed task's result, or its error."""
-        task_id = decode(task.payload).id
+        envelope = decode(task.payload)
         make: Callable[..., bytes] = results.failure if isinstance(result, Exception) else results.success
-        self.store.settle([Final(task.seq, task_id, make(task_id, result, worker=WORKER))])
+        meta = make(envelope.id, result, worker=WORKER)
+        self.store.settle([Final(task.seq, envelope.id, meta, reply=envelope.reply_to)])
 
     def finish_all(self, result: Any, room: int = 1000) -> int:
         """Claim, begin and finish all there is up to ``room``; return how many."""

@@ -13,6 +13,7 @@ Source: https://redis.io/docs/latest/operate/oss_and_stack/management/security/a
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -113,7 +114,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *("&/*.celeryev*", "&*.reply.celery.pidbox*"),
         # kombu binds its control queues by script, too.
         *(*_LISTS, _OURS, _RESULTS, *_KOMBU),
-        _selector("+rpop", "+rpush", "+lpush", "+lrem", "+lrange", *_LISTS),
+        _selector("+rpop", "+rpush", "+lpush", "+lrem", "+lindex", "+lrange", *_LISTS),
         _selector("+exists", *_LISTS, _INDEX),
         _selector("+zunion", "+zrem", _INDEX),
         _selector("+exists", "+zadd", "+zrem", "+zcount", _IDLE),
@@ -178,12 +179,18 @@ def apply(client: redis.Redis, passwords: Mapping[str, str]) -> list[str]:
     """
     before = listed(client)
     for user, parts in rules(passwords).items():
-        client.execute_command("ACL", "SETUSER", user, "reset", *parts)
+        client.execute_command("ACL", "SETUSER", user, "reset", *parts)  # type: ignore[no-untyped-call]
     after = listed(client)
     return [user for user in rules(passwords) if after[user] != before.get(user)]
 
 
-def listed(client: redis.Redis) -> dict[str, str]:
-    """Return each user's rules as Redis lists them, but for one that ``reset`` sets, and that changes nothing."""
-    lines = (line.decode() if isinstance(line, bytes) else str(line) for line in client.acl_list())
-    return {line.split()[1]: line.replace(" sanitize-payload", "") for line in lines}
+def listed(client: redis.Redis) -> dict[str, list[list[str]]]:
+    """Return each user's rules, part by part, in an order of their own: Redis's differs with their origin.
+
+    One of them is left out, which ``reset`` sets, and which changes nothing here.
+    """
+    lines = [line.decode() if isinstance(line, bytes) else str(line) for line in client.acl_list()]
+    return {
+        line.split()[1]: [sorted(set(part.split()) - {"sanitize-payload"}) for part in re.split("[()]", line)]
+        for line in lines
+    }

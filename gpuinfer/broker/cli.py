@@ -100,7 +100,7 @@ def migrate(loaded: Loaded, as_json: bool) -> None:
     from gpuinfer.queue.connection import connect, typed_errors
 
     with typed_errors(), connect(loaded.settings.broker, any_format=True) as client:
-        number: bytes | None = client.get(keys.FORMAT_KEY)  # type: ignore[assignment]  # not decoded
+        number: bytes | None = client.get(keys.FORMAT_KEY)
     layout.check(number)  # where a later edition changes what it knows
     found = int(number) if number else None
     if as_json:

@@ -23,6 +23,7 @@ from gpuinfer.doctor import (
     nodes,
     redis_config,
     redis_tuning,
+    served,
     units,
     versions,
     work,
@@ -92,7 +93,7 @@ CHECKS: tuple[Check, ...] = (
     Check("work.orphans", work.orphans),
     Check("work.workers", work.workers),
     Check("work.default", fleet.default_model),
-    Check("work.served", fleet.unserved),
+    Check("work.served", served.waiting),
     Check("work.api", front.ready),
     Check("work.request", work.request, _LIMIT_S + work.REQUEST_S, slow=True),
 )

@@ -79,7 +79,7 @@ class AsyncClient:
     async def ping(self) -> None:
         """Raises BrokerUnavailable when Redis does not answer, FormatMismatch where it has another format."""
         with typed_errors():
-            layout.check(await self._redis.get(keys.FORMAT_KEY))  # type: ignore[arg-type]  # not decoded
+            layout.check(await self._redis.get(keys.FORMAT_KEY))
 
     # -- submitting -----------------------------------------------------------------------
 

@@ -48,8 +48,19 @@ def read(
 def parse(workers: Sequence[str], answers: Sequence[Any]) -> tuple[dict[str, dict[str, Any]], float]:
     """Return heartbeats, and Redis's time, from the answers to TIME and a GET for each worker."""
     (seconds, microseconds), *texts = answers
-    found = {worker: orjson.loads(text) for worker, text in zip(workers, texts, strict=True) if text}
+    found = {
+        worker: body for worker, text in zip(workers, texts, strict=True) if (body := _body(text)) is not None
+    }
     return found, seconds + microseconds / 1e6
+
+
+def _body(text: bytes | None) -> dict[str, Any] | None:
+    """Return what a heartbeat says; None for none, and for what no worker has written."""
+    try:
+        body = orjson.loads(text or b"")
+    except orjson.JSONDecodeError:
+        return None
+    return body if isinstance(body, dict) and isinstance(body.get("at", 0.0), int | float) else None
 
 
 def wait_for_namesake(

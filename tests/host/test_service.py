@@ -131,9 +131,9 @@ def test_no_payload_and_no_password_is_logged(host: Container) -> None:
 
 
 def test_the_journal_is_kept(host: Container) -> None:
-    """The journal lies on the disk, within bounds."""
+    """The journal lies on the disk; how large it grows is the host's own setting."""
     assert host.ok("ls /var/log/journal/*/system.journal")
-    assert "SystemMaxUse=2G" in host.ok("systemd-analyze cat-config systemd/journald.conf")
+    assert "gpuinfer" not in host.ok("systemd-analyze cat-config systemd/journald.conf")
 
 
 def test_celery_and_its_tools_work(host: Container) -> None:

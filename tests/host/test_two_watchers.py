@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuinfer.watcher.probe import SILENT_S
+from gpuinfer.queue.fleet import SILENT_S
 from tests.host.admin import redis_cli
 from tests.host.container import Container
 from tests.host.pair import paired

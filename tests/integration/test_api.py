@@ -77,7 +77,7 @@ def test_options_reach_the_message(api: Api, worker: HandWorker) -> None:
     assert api.http.post("/batch_predict", json=body).status_code == 202
     (task,) = worker.claim()
     envelope = decode(task.payload)
-    assert keys.place_of(task.list_key) == ("default", "", "", 7)
+    assert keys.place_of(task.list_key) == ("default", "digits", "", 7)
     assert envelope.task == "gpuinfer.batch_predict"
     assert envelope.body()[1] == {"model": "digits", "top_k": 2, "encoding": "b64"}
     assert envelope.headers["timelimit"] == [4, 3]
@@ -165,12 +165,12 @@ def test_200_long_polls_take_no_threads(api: Api, worker: HandWorker, client: Cl
     before = threads(api.process.pid)
 
     def ask(task_id: str) -> str:
-        response = httpx.get(f"{api.address}/result/{task_id}", params={"wait": 30}, timeout=60)
+        response = httpx.get(f"{api.address}/result/{task_id}", params={"wait": 60}, timeout=90)
         return str(response.json()["status"])
 
     with ThreadPoolExecutor(200) as pool:
         answers = [pool.submit(ask, task_id) for task_id in ids]
-        until = time.monotonic() + 30
+        until = time.monotonic() + 50
         while len(worker.store.client.pubsub_channels()) < 200 and time.monotonic() < until:
             time.sleep(0.05)
         assert threads(api.process.pid) <= before + 2

@@ -294,9 +294,9 @@ async def test_async_submit_many_and_results(settings: Settings, worker: HandWor
 
 
 async def test_async_as_completed(settings: Settings, worker: HandWorker) -> None:
-    """The first to end comes first; leaving early leaves no listener behind."""
-    async with AsyncClient(settings) as client:
-        ids = await client.submit_many([0, 1, 2])
+    """The first to end comes first; leaving early leaves no listener of another client's tasks behind."""
+    async with AsyncClient(settings) as client, AsyncClient(settings) as other:
+        ids = await other.submit_many([0, 1, 2])
         tasks = worker.claim(3)
         worker.finish(tasks[1], "second")
         ended = client.as_completed(ids, 20)

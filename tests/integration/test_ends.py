@@ -70,7 +70,7 @@ def final(task: Claimed, *, keep: bool = True) -> Final:
 
 def state(admin: redis.Redis) -> dict[bytes, Any]:
     """Return all that there is."""
-    read: dict[bytes, Any] = {
+    read: dict[Any, Any] = {
         b"string": admin.get,
         b"hash": admin.hgetall,
         b"list": lambda key: admin.lrange(key, 0, -1),
@@ -80,9 +80,9 @@ def state(admin: redis.Redis) -> dict[bytes, Any]:
     return {key: read[admin.type(key)](key) for key in admin.scan_iter()}
 
 
-def listen(client: redis.Redis, *channels: str) -> redis.client.PubSub:
+def listen(client: redis.Redis, *channels: str) -> Any:
     """Return subscriptions that stand."""
-    heard = client.pubsub()
+    heard = client.pubsub()  # type: ignore[no-untyped-call]
     heard.subscribe(*channels)
     for _ in channels:
         message = heard.get_message(timeout=30)
@@ -127,7 +127,7 @@ def lacking(server: OurRedis, admin: redis.Redis, request: pytest.FixtureRequest
     given = "reset on >secret -@all +eval +evalsha +script|load +auth +hello +time +publish +pubsub|numsub ~*"
     given += f" &{keys.RESULT_PREFIX}* &{keys.REPLY_PREFIX}*"
     rules = [*given.split(), "(+@all -pubsub ~*)", *LACKING[request.param]]
-    admin.execute_command("ACL", "SETUSER", "lacking", *rules)
+    admin.execute_command("ACL", "SETUSER", "lacking", *rules)  # type: ignore[no-untyped-call]
     client = redis.Redis(unix_socket_path=str(server.socket), username="lacking", password="secret")
     yield client
     client.close()

@@ -143,6 +143,7 @@ def test_only_fresh_ones_count(redis_server: RedisServer) -> None:
         seconds = raw.time()[0]
         raw.set(keys.heartbeat("gpu2@a"), f'{{"at": {seconds - heartbeats.FRESH_S - 1}}}')
         raw.set(keys.heartbeat("gpu3@a"), "{}")
-        found = heartbeats.fresh(raw, [f"gpu{number}@a" for number in range(5)])
+        raw.set(keys.heartbeat("gpu4@a"), "what no worker has written")
+        found = heartbeats.fresh(raw, [f"gpu{number}@a" for number in range(6)])
         assert {name: body["state"] for name, body in found.items()} == {"gpu0@a": "idle", "gpu1@a": "busy"}
         assert heartbeats.fresh(raw, []) == {}

@@ -206,7 +206,8 @@ def test_plain_producer(
             app.send_task("gpuinfer.predict", [IMAGE], queue=queue, priority=priority)
             for queue, priority in zip(QUEUES, (None, 3, 9), strict=True)
         ]
-        assert [task.get(timeout=30)["label"] for task in sent] == [str(LABEL)] * 3
+        sent.append(app.send_task("gpuinfer.predict", [IMAGE], queue="realtime.digits", priority=5))
+        assert [task.get(timeout=30)["label"] for task in sent] == [str(LABEL)] * 4
         assert sent[0].state == "SUCCESS"
         assert redis_server.denied() == []
         with pytest.raises(NoPermissionError):
@@ -261,7 +262,7 @@ def test_death_and_return(workers: Workers, redis_server: OurRedis, client: Clie
         worker.kill()
         assert store.restore().dead == (killer,)
         assert look(watcher).dead_letters == 1
-        assert watcher.hgetall(keys.CLAIMED) == {b"realtime": b"1"}  # what was put back counts once
+        assert watcher.hgetall(keys.CLAIMED) == {b"realtime.slow": b"1"}  # what was put back counts once
     assert client.status(killer).state == "failed"
     listed = json.loads(as_admin(workers, redis_server, "dead", "list", "--json"))
     assert killer in json.dumps(listed)

@@ -236,6 +236,7 @@ def test_queue_status(cli: Cli, client: Client, worker: HandWorker) -> None:
         },
         "waiting": 4,
         "in_flight": {WORKER: 2},
+        "silent": {},
         "dead_letters": 0,
         "default_model": "digits",
     }
@@ -250,10 +251,10 @@ def test_queue_status(cli: Cli, client: Client, worker: HandWorker) -> None:
     assert unserved == {"queue": "batch", "model": "resnet", "waiting": 1, "message": words}
     text = cli("queue", "status").stdout
     assert f"in flight at {WORKER}: 2" in text
-    assert re.search(r"(?m)^batch +digits +2 +9: 2 *$", text), text
-    assert re.search(r"(?m)^default +0 *$", text), text
-    assert re.search(r"(?m)^digits +yes +1 +realtime, default, batch +\d+ s ago *$", text), text
-    assert re.search(r"(?m)^resnet +none +never *$", text), text
+    assert re.search(r"(?m)^ *batch +digits +2 +9: 2 *$", text), text
+    assert re.search(r"(?m)^ *default +0 *$", text), text
+    assert re.search(r"(?m)^ *digits +yes +1 +realtime, default, batch +\d+ s ago *$", text), text
+    assert re.search(r"(?m)^ *resnet +none +never *$", text), text
     assert words in text
 
 

@@ -27,6 +27,8 @@ from gpuinfer.queue.store import REAPER, Store
 from gpuinfer.settings import QUEUES, Loaded, Settings
 from gpuinfer.watcher.reaper import LOOK_EVERY_S, WITNESS_S, Reaper
 from gpuinfer.watcher.units import UnitView
+from gpuinfer.worker.restoring import put_back
+from tests.brokers import our_redis
 from tests.services import RedisServer
 
 pytestmark = pytest.mark.integration
@@ -281,3 +283,35 @@ def test_words() -> None:
     ]
     assert command("gpu3@a", "a") == "gpuinfer restore 3"
     assert command("gpu3@b", "a") == "gpuinfer restore --name gpu3@b"
+
+
+@pytest.mark.parametrize("deaths", [0, 1])
+def test_with_our_users(tmp_path: Path, deaths: int) -> None:
+    """What the watcher's login may do is enough for a restore and a burial; the worker's, for one by hand."""
+    with our_redis() as server:
+        logins = {
+            user: Settings.model_validate(
+                {"broker": server.login(user), "worker": {"run_dir": tmp_path / "run"}, "queue": {}}
+            )
+            for user in ("admin", "api", "worker", "watcher")
+        }
+        with Client(logins["api"]) as client:
+            task_id = client.submit([1.0], model="m")
+        now = 1000.0
+        reaper = Reaper(connect(logins["watcher"].broker), HOST, logins["watcher"], clock=lambda: now)
+        for death in range(deaths + 1):
+            store = Store(
+                connect(logins["worker"].broker), "gpu0@old", QUEUES, logins["worker"].queue, models=("m",)
+            )
+            (task,) = store.claim(1)
+            store.begin([(task.seq, task_id, b"")])
+            with server.client() as admin:
+                admin.zadd(keys.WORKERS, {"gpu0@old": 1})
+            reaped: list[str] = []
+            for _ in range(round(WITNESS_S / LOOK_EVERY_S) + 2):
+                now += LOOK_EVERY_S
+                reaped += reaper.step({}, {HOST})
+            assert reaped == ["gpu0@old"], death
+        with server.client() as admin:
+            assert admin.hlen(keys.DEAD) == deaths
+        assert put_back(logins["worker"], "gpu0@old").returned == 0
