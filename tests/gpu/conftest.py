@@ -63,6 +63,14 @@ def command(*arguments: str, environ: dict[str, str] | None = None) -> subproces
     )
 
 
+def findings(*checks: str) -> list[dict[str, Any]]:
+    """Return what the doctor finds."""
+    done = command("doctor", *checks, "--json")
+    assert done.stdout, done.stderr.strip().splitlines()[-1:]
+    found: list[dict[str, Any]] = json.loads(done.stdout)["findings"]
+    return found
+
+
 def entries(process: Process, action: str) -> list[dict[str, Any]]:
     """Return a process's log lines under an action."""
     whole = process.text().rpartition("\n")[0]  # the last line may be on its way

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from gpuinfer import Client
 from gpuinfer.errors import DeviceOutOfMemory
 from gpuinfer.gpus import Gpu
-from tests.gpu.conftest import command, entries
+from tests.gpu.conftest import entries, findings
 from tests.gpu.models import FITS, hungry, large
 from tests.workers import Workers, wait_until
 
@@ -57,7 +56,6 @@ def test_memory_of_another_process_is_told_apart(workers: Workers) -> None:
     assert worker.wait(60) == DeviceOutOfMemory.exit_code
     (failed,) = entries(worker, "start_failed")
     assert failed["code"] == DeviceOutOfMemory.code
-    found = json.loads(command("doctor", "gpu.memory", "--json").stdout)["findings"]
-    (finding,) = found
+    (finding,) = findings("gpu.memory")
     assert finding["status"] == "warning", finding
     assert str(holder.pid) in finding["message"].partition("used by processes ")[2].split(", ")

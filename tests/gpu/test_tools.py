@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gpuinfer.gpus import Gpu
-from tests.gpu.conftest import command
+from tests.gpu.conftest import command, findings
 from tests.gpu.dry import GIB, dry_run
 
 pytestmark = pytest.mark.gpu
@@ -36,8 +36,7 @@ def test_gpus_lists_what_nvml_knows(gpu: Gpu) -> None:
 
 def test_the_doctor_finds_a_sound_gpu() -> None:
     """`gpuinfer doctor gpu` finds driver, GPU, memory and CUDA in order, and no error."""
-    done = command("doctor", "gpu", "versions.torch", "--json")
-    found: list[dict[str, Any]] = json.loads(done.stdout)["findings"]
+    found = findings("gpu", "versions.torch")
     ignored = OF_REAL_ONES if dry_run() else set()
     wrong = [entry for entry in found if entry["status"] == "error" and entry["check"] not in ignored]
     assert wrong == []
