@@ -55,6 +55,7 @@ def test_a_worker_by_hand(host: Container) -> None:
     """`gpuinfer worker N` serves, as the worker's user and with the worker's password alone."""
     unit = "-p Environment=GPUINFER_WORKER_MODELS=signer -p Environment=GPUINFER_WORKER_DEVICE=cpu"
     host.ok(f"systemd-run -q --unit=by-hand {unit} gpuinfer worker 7")
+    host.until("gpuinfer queue status --json | grep -q '\"signer\"'", what="a worker that serves the model")
     done = result(host, predict(host, '{"inputs": 1.5, "model": "signer"}'))
     assert done["status"] == "completed", done
     assert owner(host) == "gpuinfer-worker"

@@ -24,8 +24,6 @@ UP, DOWN = "active", "inactive"
 #: How long a manual stop or start is respected, and how long a fleet may take to come or go.
 HOLD_S, FLEET_S = 5.0, 40.0
 SETTINGS = f"""
-[models]
-default = "slow"
 [worker]
 device = "cpu"
 models = ["slow"]

@@ -26,8 +26,6 @@ NOTES = " ".join(
 #: before: nothing is remembered.
 FOR_TWO = 32
 SETTINGS = """
-[models]
-default = "slow"
 [worker]
 device = "cpu"
 models = ["slow"]
