@@ -71,6 +71,8 @@ class Site:
         self.container, self.server, self.folder = container, server, folder
         self.redis = redis.Redis.from_url(server.url)
         self.watcher: Process | None = None
+        #: True once the workers send heartbeats.
+        self.speaks = False
 
     def watch(self, **more: object) -> Process:
         """Start the watcher."""
@@ -90,16 +92,22 @@ class Site:
             self.redis.lpush("default", *["{}"] * tasks)
 
     def workers_say(self, *, busy: tuple[int, ...] = ()) -> None:
-        """Let all workers beat, and some hold a task."""
+        """Let all workers beat from now on, and some hold a task."""
+        self.speaks = True
+        self.beat()
+        for number in range(4):
+            name = keys.inflight(f"gpu{number}@{socket.gethostname()}")
+            self.redis.delete(name)
+            if number in busy:
+                self.redis.hset(name, mapping={"1": "{}", "1:list": "default"})
+
+    def beat(self) -> None:
+        """Write all workers' heartbeats."""
+        body = orjson.dumps({"state": "idle", "queues": QUEUES, "models": ["digits"]})
         for number in range(4):
             name = f"gpu{number}@{socket.gethostname()}"
             store = Store(self.redis, name, QUEUES, QueueSettings(), models=("digits",))
-            store.register(
-                orjson.dumps({"state": "idle", "queues": QUEUES, "models": ["digits"]}), default="digits"
-            )
-            self.redis.delete(keys.inflight(name))
-            if number in busy:
-                self.redis.hset(keys.inflight(name), mapping={"1": "{}", "1:list": "default"})
+            store.register(body, default="digits")
 
     def states(self) -> list[str]:
         """Return the state of each unit, as systemd has it."""
@@ -111,6 +119,8 @@ class Site:
         deadline = time.monotonic() + timeout_s
         while (found := self.states()) != wanted:
             assert time.monotonic() < deadline, f"waited for {wanted}, is {found}\n{self.tail()}"
+            if self.speaks:
+                self.beat()
             time.sleep(0.1)
 
     def tail(self) -> str:

@@ -42,10 +42,10 @@ class Line:
     def __init__(self, batcher: Batcher) -> None:
         self._batcher = batcher
 
-    def claim(self) -> int:
+    def claim(self, *, look: bool = True) -> int:
         state = self._batcher.state
         tasks = self._batcher.store.claim(
-            self._batcher.wants(), state=state, begin=state == "idle", look=True
+            self._batcher.wants(), state=state, begin=state == "idle", look=look
         )
         if tasks:
             self._batcher.receive(self, tasks)  # type: ignore[arg-type]  # all of a channel that is used
