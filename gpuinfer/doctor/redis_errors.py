@@ -139,7 +139,7 @@ def _wrong_password(failure: Failure) -> Finding | None:
 
 
 def _no_password(failure: Failure) -> Finding | None:
-    if not failure.says("NOAUTH", "Authentication required"):
+    if not failure.says("NOAUTH", "Authentication required", "HELLO must be called"):
         return None
     if failure.place.ours:
         return error(f"Redis wants a login, and {me()} has none of its own", "sudo gpuinfer doctor")

@@ -145,6 +145,8 @@ def explain(exc: Exception) -> GpuinferError:
         return layout.mismatch(text.rpartition("FORMAT ")[2])
     if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in text:
         return QueueFull("Redis has reached maxmemory and refuses new work; what was accepted goes on")
+    if "HELLO must be called" in text or "Authentication required" in text:
+        return BrokerUnavailable("Redis wants a password, and none is set", "broker.password")
     if isinstance(exc, AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
         return BrokerUnavailable(f"Redis refused the password or user: {text}", "broker.password")
     if isinstance(exc, NoPermissionError) or "ACL failure" in text:
