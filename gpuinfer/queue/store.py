@@ -432,7 +432,8 @@ class Store:
         log.error(
             "task_dead_lettered",
             task_id=letter_id,
-            queue=keys.queue_name(place.tier, place.model),
+            queue=place.tier,
+            **({"model": place.model} if place.model else {}),
             deaths=deaths,
             reason=error.message,
         )

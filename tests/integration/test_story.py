@@ -14,6 +14,7 @@ from celery import Celery
 from gpuinfer import Client
 from gpuinfer.api import schemas
 from gpuinfer.errors import InputError
+from gpuinfer.queue import keys
 from tests.apis import Api, submit
 from tests.models_for_tests import sleeper
 from tests.services import RedisServer
@@ -108,17 +109,23 @@ def test_restore_by_hand(workers: Workers, client: Client) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout == f"{NAME}: 1 tasks put back, 0 dead letters\n"
+    summed_up, named = done.stdout.splitlines()
+    assert summed_up == f"{NAME}: 1 tasks put back, 0 dead letters"
+    assert named.split() == ["put", "back", task_id]
     (restored,) = story(task_id, done.stderr)
     assert (restored["action"], restored["worker"], restored["gpu"]) == ("restored", NAME, 0)
 
 
-def test_what_is_handed_back(workers: Workers, client: Client) -> None:
+def test_what_is_handed_back(workers: Workers, client: Client, redis_server: RedisServer) -> None:
     """A worker that stops names the tasks it gives back, and those of its last batch."""
     sleeper(workers.folder / "models" / "slow", 1.0, max_batch_size=1)
-    first, second = client.submit_many([[1.0]] * 2, model="slow")
+    app = Celery("stranger", broker=f"redis+socket://{redis_server.socket}", set_as_current=False)
+    later = app.send_task("gpuinfer.predict", [[1.0], "slow"], queue="realtime", countdown=600)
     worker = workers.start(worker_models="slow")
-    wait_until(lambda: client.status(first).state == "running")
+    wait_until(lambda: redis_server.client().hlen(keys.inflight(NAME)), timeout=60)
+    first, second = client.submit_many([[1.0]] * 2, model="slow")
+    wait_until(lambda: client.status(first).state == "running", timeout=60)
     worker.terminate()
     assert actions(story(first, worker.text())) == ["batch_running", "batch_done"]
-    assert actions(story(second, worker.text())) == ["drained"]
+    assert actions(story(second, worker.text())) == [], "nothing is held behind a long batch"
+    assert actions(story(later.id, worker.text())) == ["drained"]
