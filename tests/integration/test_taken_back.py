@@ -36,7 +36,7 @@ def slow(workers: Workers, seconds: float) -> None:
 
 def serves_on(worker: Process, client: Client, redis_server: RedisServer, tasks: int) -> None:
     """The process is the same, has said once what happened, and serves what comes."""
-    wait_until(lambda: held(redis_server) == {}, 60)
+    wait_until(lambda: held(redis_server) == {}, 180)
     assert ends(redis_server) == {"completed": tasks}
     check(client, submit(client, 1))
     assert worker.running
@@ -60,7 +60,7 @@ def test_by_force_in_mid_batch(
     wait_for_batch(redis_server, "gpu0@cut-off", 2)
     done = put_back(settings_for(redis_server), "gpu0@cut-off", force=True)  # what restore --name calls
     assert sorted(done.ids) == sorted([later.id, job])
-    assert worker.wait_for_line('"taken_back"', 60)
+    assert worker.wait_for_line('"taken_back"', 180)
     answers = [answer["outputs"]["twice"] for answer in client.result(job, timeout_s=120)]
     assert answers == [[2.0], [0.0], [0.0], [0.0], [0.0], [0.0]]
     assert later.get(timeout=120)["outputs"]["twice"] == [0.0]
@@ -76,10 +76,10 @@ def test_a_partition(workers: Workers, redis_server: RedisServer, client: Client
     wait_for_batch(redis_server, "gpu0@cut-off", 4)
     worker.send(signal.SIGSTOP)
     watcher = watch(workers)
-    watcher.wait_for_line('"reaped"', 60)
-    wait_until(lambda: held(redis_server).get(NAME), 60)
+    watcher.wait_for_line('"reaped"', 180)
+    wait_until(lambda: held(redis_server).get(NAME), 180)
     check(client, ids)
     assert watcher.terminate(90) == 0
     worker.send(signal.SIGCONT)
-    worker.wait_for_line('"taken_back"', 60)
+    worker.wait_for_line('"taken_back"', 180)
     serves_on(worker, client, redis_server, 4)
