@@ -21,7 +21,7 @@ from gpuinfer.settings import QUEUES
 
 #: Host -> what its watcher tells of its instances.
 HOSTS = "gpuinfer:watcher:hosts"
-#: A watcher is silent when it has told nothing new for so long, or for so many of its own looks.
+#: A watcher is silent when it has told nothing new for this long, or for this many of its own looks.
 SILENT_S = 10.0
 SILENT_LOOKS = 3.0
 

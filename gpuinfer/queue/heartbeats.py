@@ -69,7 +69,7 @@ def wait_for_namesake(
     """Return when no process of another host beats under this worker's name.
 
     One that has just died is waited out. Raises WorkerRunning for one that goes on beating, and redis-py's
-    errors. ``domain`` is the caller's own: whoever shares it cannot run, as the caller has the lock.
+    errors. ``domain`` is the caller's own: who shares it cannot run, as the caller has the lock.
     """
     first_at: float | None = None
     while True:

@@ -35,7 +35,7 @@ Name = Literal[
     "know",
 ]
 
-#: What the scripts know by name. A list that has aged goes first in one of so many claims.
+#: What the scripts know by name. A list that has aged goes first in one of this many claims.
 _CONSTANTS: dict[str, str | float] = {
     "AGED_EVERY": 5,
     "AGEING": keys.AGEING,

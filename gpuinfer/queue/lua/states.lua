@@ -1,5 +1,5 @@
 -- Library: the states of tasks. No other script writes under a result key, so that a final state is
--- written once, told to whoever waits, and counted, whatever has ended the task.
+-- written once, told to the callers who wait, and counted, whatever has ended the task.
 local FINAL = {SUCCESS = true, FAILURE = true, REVOKED = true}
 
 -- Return what stands under a task's result key, as far as its status; an error when it is no text.
@@ -75,7 +75,7 @@ end
 
 -- Write final states. From `first` on, each `step` entries of `flat` begin with: id ('': none), meta, '1' to keep
 -- it, reply channel ('': none), label. A task that has ended already is left as it is. What is not kept is told
--- to whoever waits, and what stood there is dropped.
+-- to the callers who wait, and what stood there is dropped.
 -- The type of every key, and this user's right to each command, are checked before the first write: a script
 -- that fails half way is not undone.
 -- Returns how many were written, and {id, why, ...} of those whose key is not ours to write; or nil, and an error.
