@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpuinfer.queue.aclient import AsyncClient
-    from gpuinfer.queue.client import Client
+    from gpuinfer.client import AsyncClient, Client
 
 __version__ = "0.1.0"
 __all__ = ["AsyncClient", "Client", "__version__"]
@@ -16,11 +15,11 @@ __all__ = ["AsyncClient", "Client", "__version__"]
 def __getattr__(name: str) -> Any:
     """Import the clients when first used, so that ``import gpuinfer`` stays light."""
     if name == "Client":
-        from gpuinfer.queue.client import Client
+        from gpuinfer.client import Client
 
         return Client
     if name == "AsyncClient":
-        from gpuinfer.queue.aclient import AsyncClient
+        from gpuinfer.client import AsyncClient
 
         return AsyncClient
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

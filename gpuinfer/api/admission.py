@@ -2,7 +2,7 @@
 """From a request's body to what is submitted: pure functions, no input, no output.
 
 A list is the inputs themselves; an object names them, ``{"inputs": ..., "model": ..., ...}``, with
-the options of ``gpuinfer.queue.submission.Options`` beside them.
+the options of ``gpuinfer.client.Options`` beside them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import orjson
 
+from gpuinfer.client import Options
 from gpuinfer.errors import InputError, MalformedJson, PayloadTooLarge
-from gpuinfer.queue.submission import Options
 
 #: Fields of an object body, in the order they are told to a caller.
 FIELDS: tuple[str, ...] = ("inputs", *Options.__annotations__)

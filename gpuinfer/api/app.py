@@ -17,8 +17,8 @@ from starlette.requests import ClientDisconnect
 from gpuinfer import __version__
 from gpuinfer.api.middleware import Around, note
 from gpuinfer.api.routes import answer, router
+from gpuinfer.client import AsyncClient
 from gpuinfer.errors import GpuinferError, InputError
-from gpuinfer.queue.aclient import AsyncClient
 from gpuinfer.settings import Settings
 
 _DESCRIPTION = """Submit work, then ask for its result. `POST /predict` answers 202 with a task id at once;

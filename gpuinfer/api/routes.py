@@ -12,11 +12,10 @@ from fastapi import APIRouter, Query, Request, Response
 
 from gpuinfer.api import admission, schemas
 from gpuinfer.api.middleware import note
+from gpuinfer.client import AsyncClient, Options
 from gpuinfer.errors import MalformedJson
-from gpuinfer.queue.aclient import AsyncClient
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES
 from gpuinfer.queue.results import TaskStatus
-from gpuinfer.queue.submission import Options
 from gpuinfer.settings import Settings
 
 router = APIRouter()

@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from gpuinfer.client import Client
 from gpuinfer.doctor.broker import asked
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host
@@ -17,7 +18,6 @@ from gpuinfer.locks import is_free
 from gpuinfer.models.manifest import FREE, Manifest, TensorSpec
 from gpuinfer.models.repository import Repository
 from gpuinfer.queue import catalogue, dead, keys
-from gpuinfer.queue.client import Client
 from gpuinfer.queue.depth import look
 from gpuinfer.queue.orphans import Holder, ago, command, holders
 

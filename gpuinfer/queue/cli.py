@@ -1,157 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer submit``, ``result``, ``cancel`` and ``queue``."""
+"""``gpuinfer queue``."""
 
 from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpuinfer.errors import TaskRevoked, WaitTimeout
 from gpuinfer.queue.show import as_json_option, one_line, print_json, print_table
-from gpuinfer.settings import QUEUES
 
 if TYPE_CHECKING:
-    from gpuinfer.queue.client import Client
-    from gpuinfer.queue.results import TaskStatus
     from gpuinfer.settings import Loaded
 
-_ID = "6b1f3d0e-2c55-4c39-9f0a-8f4f5a1c7d21"
 _seconds = click.FloatRange(min=0, min_open=True)
-
-
-@click.command(
-    epilog="Examples: gpuinfer submit --wait '[[[0, 5, 13, 9, 1, 0, 0, 0], ...]]'; "
-    "gpuinfer submit --batch --queue batch images.npy; cat three.json | gpuinfer submit -"
-)
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@click.option("--model", help="Default: the fleet's default model.")
-@click.option("--queue", type=click.Choice(QUEUES), help="Default: realtime; batch with --batch.")
-@click.option("--priority", type=click.IntRange(0, 9), default=0, help="9 runs first. Default: 0.")
-@click.option("--batch", is_flag=True, help="Submit all inputs as one job; a single INPUT holds their list.")
-@click.option("--top-k", type=click.IntRange(1), help="How many classes to name.")
-@click.option("--encoding", type=click.Choice(["list", "b64"]), help="How raw outputs are returned.")
-@click.option("--expires", "expires_s", type=_seconds, help="Seconds after which it must not begin any more.")
-@click.option("--soft-time-limit", "soft_time_limit_s", type=_seconds, help="Seconds. Default: the model's.")
-@click.option("--time-limit", "time_limit_s", type=_seconds, help="Seconds. Default: the model's.")
-@click.option("--ignore-result", is_flag=True, help="Run it and keep nothing.")
-@click.option("--idempotency-key", metavar="KEY", help="The same key gives the same task.")
-@click.option("--wait/--no-wait", help="Wait for the results and print them. Default: print the task ids.")
-@click.option("--timeout", type=_seconds, default=60.0, help="Longest wait in seconds. Default: 60.")
-@as_json_option
-@click.pass_obj
-def submit(
-    loaded: Loaded,
-    /,
-    inputs: tuple[str, ...],
-    batch: bool,
-    wait: bool,
-    timeout: float,
-    as_json: bool,
-    **given: Any,
-) -> int:
-    """Submit each INPUT as a task: JSON text, a .json or .npy file, or - for JSON on standard input.
-
-    With --wait, ends with the exit code of the first task that failed, or 75 when the time is over.
-    """
-    from gpuinfer.queue.client import Client
-    from gpuinfer.queue.inputs import read_batch, read_input
-    from gpuinfer.queue.submission import Options
-
-    options: Options = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]  # click's names are theirs
-    with Client(loaded.settings) as client:
-        if batch:
-            ids = [client.submit_batch(read_batch(inputs), **options)]
-        elif len(inputs) == 1:
-            ids = [client.submit(read_input(inputs[0]), **options)]
-        else:
-            ids = client.submit_many([read_input(argument) for argument in inputs], **options)
-        if wait and not options.get("ignore_result"):
-            return _show(_ended(client, ids, timeout), as_json)
-    if as_json:
-        print_json({"task_ids": ids})
-    else:
-        click.echo("\n".join(ids))
-    return 0
-
-
-def _ended(client: Client, ids: Sequence[str], timeout_s: float) -> list[TaskStatus]:
-    """Wait for tasks; return their states in order, those that have not ended in time too."""
-    found = {}
-    try:
-        for status in client.as_completed(ids, timeout_s):
-            found[status.id] = status
-    except WaitTimeout:
-        pass
-    return [found.get(task_id) or client.status(task_id) for task_id in ids]
-
-
-def _show(statuses: Sequence[TaskStatus], as_json: bool) -> int:
-    """Print waited-for tasks; return the exit code."""
-    if as_json:
-        print_json([status.to_dict() for status in statuses])
-    else:
-        for status in statuses:
-            click.echo(f"{status.id}  {_words(status)}")
-    return next((code for status in statuses if (code := _exit_code(status, waited=True))), 0)
-
-
-def _words(status: TaskStatus) -> str:
-    if status.state == "completed":
-        return one_line(status.result)
-    return f"{status.state}: {status.error} ({status.error.code})" if status.error else status.state
-
-
-def _exit_code(status: TaskStatus, *, waited: bool) -> int:
-    if status.error is not None:
-        return status.error.exit_code
-    return WaitTimeout.exit_code if waited and not status.final else 0
-
-
-@click.command(epilog=f"Example: gpuinfer result {_ID} --wait 10")
-@click.argument("task_id")
-@click.option("--wait", "wait_s", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait for its end.")
-@as_json_option
-@click.pass_obj
-def result(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) -> int:
-    """Print the result of a task, or its state while it waits or runs.
-
-    A failed task's error goes to standard error and gives the exit code; 66: no such task.
-    """
-    from gpuinfer.queue.client import Client
-
-    with Client(loaded.settings) as client:
-        status = _ended(client, [task_id], wait_s)[0] if wait_s else client.status(task_id)
-    if as_json:
-        print_json(status.to_dict())
-    else:
-        click.echo(_words(status), err=status.error is not None)
-    return _exit_code(status, waited=wait_s is not None)
-
-
-@click.command(epilog=f"Example: gpuinfer cancel {_ID}")
-@click.argument("task_ids", nargs=-1, required=True, metavar="TASK_ID...")
-@as_json_option
-@click.pass_obj
-def cancel(loaded: Loaded, task_ids: tuple[str, ...], as_json: bool) -> int:
-    """Cancel tasks that no worker has begun. Exit code 1 when one had begun or ended already."""
-    from gpuinfer.queue.client import Client
-
-    states: dict[str, str] = {}
-    with Client(loaded.settings) as client:
-        for task_id in task_ids:
-            client.cancel(task_id)
-            states[task_id] = client.status(task_id).state
-    if as_json:
-        print_json([{"task_id": task_id, "status": state} for task_id, state in states.items()])
-    else:
-        for task_id, state in states.items():
-            click.echo(f"{task_id}: {'cancelled' if state == 'revoked' else f'not cancelled, it is {state}'}")
-    return 0 if set(states.values()) == {"revoked"} else TaskRevoked.exit_code
 
 
 @click.group("queue")

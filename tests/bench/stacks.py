@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Self
 
 import orjson
 
+from gpuinfer.client.sync import Client
 from gpuinfer.queue import keys
-from gpuinfer.queue.client import Client
 from gpuinfer.settings import BrokerSettings, Settings
 from gpuinfer.worker.cli import node_name
 from tests.bench.baseline import Tuning, create_app

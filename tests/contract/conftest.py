@@ -11,7 +11,8 @@ import pytest
 from pydantic import SecretStr
 
 from gpuinfer import Client
-from gpuinfer.queue import results, submission
+from gpuinfer.client import core
+from gpuinfer.queue import results
 from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import PREDICT, Submission, decode
@@ -115,7 +116,7 @@ def send(
     tasks = [
         Submission(task=PREDICT, inputs=[1], queue=queue, model=model, caller=caller) for _ in range(count)
     ]
-    for call in submission.bulk(tasks, QueueSettings()):
+    for call in core.bulk(tasks, QueueSettings()):
         bind(store.client, "submit")(args=call.args)
     return [task.id for task in tasks]
 

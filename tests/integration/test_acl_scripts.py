@@ -13,9 +13,9 @@ import pytest
 import redis
 
 from gpuinfer import Client
+from gpuinfer.client.aio import AsyncClient
 from gpuinfer.errors import DeadLettered, TaskNotFound
 from gpuinfer.queue import dead, format, heartbeats, keys, results, scripts
-from gpuinfer.queue.aclient import AsyncClient
 from gpuinfer.queue.app import create_app
 from gpuinfer.queue.claims import Claimed, Final, Want
 from gpuinfer.queue.depth import look

@@ -16,10 +16,10 @@ import pytest
 
 from gpuinfer import Client
 from gpuinfer.api import schemas
+from gpuinfer.client.core import reply_channel
 from gpuinfer.errors import ShapeMismatch
 from gpuinfer.queue import keys
 from gpuinfer.queue.message import decode
-from gpuinfer.queue.submission import reply_channel
 from tests.apis import Api, HandWorker, submit
 from tests.services import RedisServer
 

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from gpuinfer.client.aio import AsyncClient
+from gpuinfer.client.sync import Client
 from gpuinfer.errors import (
     BrokerUnavailable,
     InputError,
@@ -24,8 +26,6 @@ from gpuinfer.errors import (
     WaitTimeout,
 )
 from gpuinfer.queue import keys
-from gpuinfer.queue.aclient import AsyncClient
-from gpuinfer.queue.client import Client
 from gpuinfer.queue.message import decode
 from gpuinfer.settings import Settings
 from tests.apis import WORKER, HandWorker

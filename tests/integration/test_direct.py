@@ -10,10 +10,10 @@ import pytest
 import redis
 
 from gpuinfer import Client
+from gpuinfer.client.listener import KEPT, Listener
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.direct import Direct
-from gpuinfer.queue.listener import KEPT, Listener
 from gpuinfer.settings import BrokerSettings
 from tests.services import RedisServer
 
@@ -113,8 +113,8 @@ def test_what_has_ended_stays_subscribed_until_the_next_wait(client: redis.Redis
 
 def test_a_silent_redis_is_asked(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Silence is told from a connection that is lost: Redis is asked, and its answer counts."""
-    monkeypatch.setattr("gpuinfer.queue.listener.ASK_AFTER_S", 0.0)
-    monkeypatch.setattr("gpuinfer.queue.listener.LOST_AFTER_S", 0.3)
+    monkeypatch.setattr("gpuinfer.client.listener.ASK_AFTER_S", 0.0)
+    monkeypatch.setattr("gpuinfer.client.listener.LOST_AFTER_S", 0.3)
     listener = Listener(client.connection_pool)
     listener.subscribe(["channel"])
     assert listener.next(5) == ("", None)

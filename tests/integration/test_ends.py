@@ -12,13 +12,13 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
+from gpuinfer.client.core import Origin, one
 from gpuinfer.errors import DeadLettered
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.message import Submission, decode
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
-from gpuinfer.queue.submission import Origin, one
 from gpuinfer.settings import QUEUES, QueueSettings
 from gpuinfer.worker.outbox import Outbox
 from tests.brokers import OurRedis, our_redis

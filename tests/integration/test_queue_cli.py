@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpuinfer.client.sync import Client
 from gpuinfer.errors import DeadLettered, InputError, ShapeMismatch, TaskNotFound, UnknownModel
 from gpuinfer.queue import dead, depth, keys
-from gpuinfer.queue.client import Client
 from gpuinfer.queue.message import decode
 from gpuinfer.settings import Settings
 from tests.apis import WORKER, HandWorker

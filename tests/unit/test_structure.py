@@ -21,7 +21,7 @@ PACKAGE = ROOT / "gpuinfer"
 PROGRAMS = ("api", "worker", "watcher")
 #: Whoever starts the programs may import them; nobody imports these.
 STARTERS = ("demo", "cli")
-SHARED = ("queue", "models", "settings", "errors", "locks", "log", "journal", "gpus", "privileges")
+SHARED = ("client", "queue", "models", "settings", "errors", "locks", "log", "journal", "gpus", "privileges")
 #: Rooms and single modules from the bottom up: each may use what stands below it. Those of one level do
 #: not use each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
@@ -30,7 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("log", "gpus", "locks", "instances", "privileges"),
     ("models",),
     ("queue",),
-    ("broker",),
+    ("client", "broker"),
     PROGRAMS,
     ("doctor",),
     ("demo", "celery", "config_cli", "gpus_cli"),

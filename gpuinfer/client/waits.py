@@ -10,12 +10,12 @@ from typing import Any
 
 import redis.asyncio
 
+from gpuinfer.client.core import Origin
 from gpuinfer.errors import FormatMismatch
 from gpuinfer.log import get_logger
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import AWAY, typed_errors
 from gpuinfer.queue.results import TaskStatus
-from gpuinfer.queue.submission import Origin
 
 log = get_logger(__name__)
 

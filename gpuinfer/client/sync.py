@@ -18,14 +18,15 @@ from typing import Any, Self, Unpack
 
 from redis.exceptions import AuthenticationError, RedisError
 
+from gpuinfer.client import core
+from gpuinfer.client.core import Call, DefaultModel, Options, Origin, reply_channel
+from gpuinfer.client.listener import Listener
 from gpuinfer.errors import BrokerUnavailable, InputError, TaskNotFound, TaskRevoked, WaitTimeout
-from gpuinfer.queue import keys, results, submission
+from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors
 from gpuinfer.queue.direct import Direct
-from gpuinfer.queue.listener import Listener
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
-from gpuinfer.queue.submission import Call, DefaultModel, Options, Origin, reply_channel
 from gpuinfer.settings import Settings, load_settings
 
 MAX_IDLE_LISTENERS = 8
@@ -116,13 +117,12 @@ class Client:
             raise InputError("stands for one task; use submit or submit_batch", "idempotency_key")
         origin, default = self._origin, self._default_model(options)
         tasks = [
-            submission.build(value, many=False, origin=origin, default_model=default, **options)
-            for value in inputs
+            core.build(value, many=False, origin=origin, default_model=default, **options) for value in inputs
         ]
         if len(tasks) > UNHEARD:  # nobody may ever read what a kept subscription hears of them
             self._drop_listeners()
         accepted: list[str] = []
-        calls = submission.bulk(tasks, self._settings.queue)
+        calls = core.bulk(tasks, self._settings.queue)
         try:
             with typed_errors():
                 while some := list(islice(calls, CALLS_A_TRIP)):
@@ -148,8 +148,8 @@ class Client:
     def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         key = options.get("idempotency_key")
         default = self._default_model(options)
-        task = submission.build(inputs, many=many, origin=self._origin, default_model=default, **options)
-        call = submission.one(task, self._settings.queue, key)
+        task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
+        call = core.one(task, self._settings.queue, key)
         with typed_errors():
             holder: bytes = self._submit(keys=(), args=call.args)
         return holder.decode()

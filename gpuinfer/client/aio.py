@@ -8,15 +8,16 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Self, Unpack
 
+from gpuinfer.client import core
+from gpuinfer.client.core import DefaultModel, Options, Origin, reply_channel
+from gpuinfer.client.sync import not_found, settings_for
+from gpuinfer.client.waits import Waits
 from gpuinfer.errors import BrokerUnavailable, InputError, TaskRevoked, WaitTimeout
-from gpuinfer.queue import catalogue, keys, results, submission
+from gpuinfer.queue import catalogue, keys, results
 from gpuinfer.queue import format as layout
-from gpuinfer.queue.client import not_found, settings_for
 from gpuinfer.queue.connection import connect_async, typed_errors
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
-from gpuinfer.queue.submission import DefaultModel, Options, Origin, reply_channel
-from gpuinfer.queue.waits import Waits
 from gpuinfer.settings import Settings
 
 
@@ -104,13 +105,13 @@ class AsyncClient:
             raise InputError("stands for one task; use submit or submit_batch", "idempotency_key")
         default = await self._default_model(options)
         tasks = [
-            submission.build(value, many=False, origin=self._origin, default_model=default, **options)
+            core.build(value, many=False, origin=self._origin, default_model=default, **options)
             for value in inputs
         ]
         accepted: list[str] = []
         try:
             with typed_errors():
-                for call in submission.bulk(tasks, self._settings.queue):
+                for call in core.bulk(tasks, self._settings.queue):
                     await self._submit(args=call.args)
                     accepted += call.ids
         except BrokerUnavailable as exc:
@@ -121,8 +122,8 @@ class AsyncClient:
     async def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         key = options.get("idempotency_key")
         default = await self._default_model(options)
-        task = submission.build(inputs, many=many, origin=self._origin, default_model=default, **options)
-        call = submission.one(task, self._settings.queue, key)
+        task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
+        call = core.one(task, self._settings.queue, key)
         with typed_errors():
             holder: bytes = await self._submit(args=call.args)
         return holder.decode()
