@@ -18,13 +18,22 @@ import click
 from click.shell_completion import CompletionItem
 
 from gpuinfer import __version__
-from gpuinfer.errors import GpuinferError
+from gpuinfer.errors import GpuinferError, MissingExtra
 from gpuinfer.settings import Loaded, Settings, load
 
 EX_USAGE = 64
 EX_NOINPUT = 66
 EXIT_INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 EXIT_BROKEN_PIPE = 128 + 13  # as a shell reports SIGPIPE
+
+
+#: What comes with the extra ``host``, by the names it is imported by: a client does without.
+HOST_MODULES = frozenset(
+    {
+        *("celery", "kombu", "torch", "numpy", "sdnotify", "dbus_fast", "structlog", "fastapi", "uvicorn"),
+        *("uvloop", "httptools", "pynvml", "PIL", "rich"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -160,9 +169,23 @@ def _run(arguments: list[str]) -> int:
     except click.ClickException as exc:
         exc.show()
         return _click_code(exc)
+    except ModuleNotFoundError as exc:
+        missing = _missing_extra(exc)
+        if missing is None:
+            raise
+        _report(missing, as_json=_wants_json(arguments))
+        return missing.exit_code
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+def _missing_extra(exc: ModuleNotFoundError) -> MissingExtra | None:
+    """Return the error for a library that a client's installation lacks; None: another one is missing."""
+    library = (exc.name or "").partition(".")[0]
+    if library not in HOST_MODULES:
+        return None
+    return MissingExtra(f"needs {library}, which comes with: pip install 'gpuinfer[host]'", "this command")
 
 
 def _click_code(exc: click.ClickException) -> int:

@@ -250,9 +250,13 @@ def _timestamp(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
 
 
 def _name_action(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
-    event = line.pop("event", "")
+    event, record = line.pop("event", ""), line.get("_record")
     if line.get("_from_structlog"):
         line["action"] = event
+    elif record is not None and str(record.name).startswith(f"{_ROOM}.") and hasattr(record, "action"):
+        # The client's, which do without structlog: ``extra={"action": ..., "fields": {...}}``.
+        line["action"] = record.action
+        line.update(getattr(record, "fields", {}))
     else:
         line["action"] = line.get("logger", "root")
         line["message"] = event

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -12,12 +13,11 @@ import redis.asyncio
 
 from gpuinfer.client.core import Origin
 from gpuinfer.errors import FormatMismatch
-from gpuinfer.log import get_logger
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import AWAY, typed_errors
 from gpuinfer.queue.results import TaskStatus
 
-log = get_logger(__name__)
+log = logging.getLogger(__name__)
 
 #: Seconds between attempts to reach Redis again.
 RETRY_S = 0.2
@@ -111,12 +111,13 @@ class Waits:
             except AWAY as exc:
                 self._listening = False
                 if not away:
-                    log.warning("redis_away", reason=str(exc), waiting=len(self._mailboxes))
+                    fields = {"reason": str(exc), "waiting": len(self._mailboxes)}
+                    log.warning("Redis is away: %s", exc, extra={"action": "redis_away", "fields": fields})
                 away = True
                 await asyncio.sleep(RETRY_S)
                 continue
             if away:
-                log.info("redis_back")
+                log.info("Redis is back", extra={"action": "redis_back"})
                 away = False
             if event is not None:
                 self._dispatch(event)

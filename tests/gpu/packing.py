@@ -48,7 +48,7 @@ def needed(python: str) -> set[str]:
     environment: dict[str, str] = {str(name): str(value) for name, value in default_environment().items()}
     environment |= {"python_version": python, "python_full_version": f"{python}.0"}
     found: dict[str, set[str]] = {}
-    todo = [Requirement(name) for name in ("gpuinfer", *TOOLS)]
+    todo = [Requirement(name) for name in ("gpuinfer[host]", *TOOLS)]
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
