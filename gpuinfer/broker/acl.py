@@ -144,7 +144,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *(*_CONNECTION, *_SCRIPTS, *_TELLING, "+time", "+info"),
         *(*_LISTS, _OURS, _RESULTS),
         _selector("+rpush", *_LISTS),
-        _selector("+hget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
+        _selector("+hget", "+hmget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
         _selector("+hset", "+hexists", _DEAD),
         _selector("+hincrby", _CLAIMED, _ENDED),
         _selector("+zadd", "+zremrangebyscore", _CATALOGUE),

@@ -17,7 +17,7 @@ import redis
 
 from gpuinfer.errors import DeadLettered, GpuinferError, TakenBack, WorkerRunning
 from gpuinfer.log import get_logger
-from gpuinfer.queue import keys, results
+from gpuinfer.queue import keys, results, returns
 from gpuinfer.queue.claims import ANY_RANK, Claimed, Final, Order, Restored, State, Want, Wants, label
 from gpuinfer.queue.direct import Argument, Direct
 from gpuinfer.queue.format import mismatch
@@ -310,12 +310,14 @@ class Store:
             return 0
         self._begin_epoch()  # a claim that is still on its way is refused from now on
         held = set(known)
-        fields = self.client.hkeys(self.inflight)
-        lost = sorted(int(f) for f in fields if f.isdigit() and int(f) not in held)
-        if lost:
-            self.release(lost)
+        lost = [seq for seq in self._seqs_in_flight() if seq not in held]
+        self.release(lost)
         self._uncertain = False
         return len(lost)
+
+    def _seqs_in_flight(self) -> list[int]:
+        fields: list[bytes] = self.client.hkeys(self.inflight)  # type: ignore[assignment]  # not decoded
+        return [int(field) for field in fields if field.isdigit()]
 
     def begin(self, tasks: Sequence[tuple[int, str, bytes]]) -> set[int]:
         """Note that (seq, id, started meta) run; an empty meta leaves the state as it is.
@@ -349,9 +351,7 @@ class Store:
         Of those among ``ran`` a part has run: what comes of them later is a repeat, and says so. Those in
         ``models`` go to the lists of that model instead, behind what waits there.
         """
-        models = models or {}
-        parts = [part for seq in sorted(seqs) for part in (seq, int(seq in ran), models.get(seq, ""))]
-        return int(self._release(keys=[self.inflight], args=parts)) if parts else 0
+        return returns.release(self._release, self.inflight, seqs, ran, models or {})
 
     def route(self, list_key: str, tasks: Sequence[tuple[bytes, str]]) -> int:
         """Pass (payload, model) on that wait in a list, but are for another model; return how many were."""
@@ -385,18 +385,19 @@ class Store:
         self._begin_epoch()
         args = (self._epoch, self._settings.max_deaths, results.PENDING_META)
         try:
-            flat = self._restore(keys=[self.inflight, keys.epoch(self.worker)], args=args)
+            back, names, given_up = returns.restore(
+                self._restore, (self.inflight, keys.epoch(self.worker)), self._seqs_in_flight(), args
+            )
         except redis.ResponseError as exc:
             raise self._explain(exc) from exc
         dead = []
-        for i in range(2, len(flat), 4):
-            seq, list_key, payload, deaths = flat[i : i + 4]
+        for seq, list_key, payload, deaths in given_up:
             error = DeadLettered(
                 f"its worker died {int(deaths)} times while it ran; see gpuinfer dead list", None
             )
             dead.append(self.bury(int(seq), list_key.decode(), payload, error, deaths=int(deaths)))
-        ids = tuple(task_id.decode("utf-8", "backslashreplace") for task_id in flat[1])
-        return Restored(int(flat[0]), tuple(dead), ids)
+        ids = tuple(task_id.decode("utf-8", "backslashreplace") for task_id in names)
+        return Restored(back, tuple(dead), ids)
 
     def bury(self, seq: int, list_key: str, payload: bytes, error: GpuinferError, *, deaths: int = 0) -> str:
         """Move a task to the dead letters, with a failure result where its id can be read."""

@@ -1,41 +1,33 @@
 #!lua flags=allow-oom
--- needs: lists
--- Put claimed tasks back at the head of their lists, in their order, and wake who may take them. Or pass them
--- on to the lists of the model that they are for, behind what was passed on before them.
+-- needs: lists payload
+-- Put claimed tasks back at the head of their lists, and wake who may take them. Or pass them on to the lists of
+-- the model that they are for, behind what was passed on before them.
 -- KEYS: in-flight hash
--- ARGV: (seq, '1' when it has run, in part at least: that was a delivery, the model to pass it on to or '')
---       in the order they were claimed
--- Returns how many were put back.
-local back, wakes = 0, {}
-local function note(tier, model)
-  local key = tier .. '.' .. model
-  wakes[key] = wakes[key] or {tier, model, 0}
-  wakes[key][3] = wakes[key][3] + 1
-  back = back + 1
-end
-local function held(seq) return unpack(redis.call('HMGET', KEYS[1], seq, seq .. ':list')) end
-for i = #ARGV - 2, 1, -3 do
-  local seq = ARGV[i]
-  local payload, list = held(seq)
-  if payload and list and ARGV[i + 2] == '' then
-    if ARGV[i + 1] == '1' and string.sub(payload, 1, 1) == '{' then
-      -- As restore.lua counts it.
-      local head, deliveries, deaths = string.match(payload, '^({"gpuinfer": %[(%d+), (%d+)%], )')
-      local rest = head and string.sub(payload, #head + 1) or string.sub(payload, 2)
-      payload = string.format('{"gpuinfer": [%d, %d], ', (deliveries or 0) + 1, deaths or 0) .. rest
+-- ARGV: bytes of payload after which to stop, then (seq, '1' when it has run, in part at least: that was a
+--       delivery, the model to pass it on to or ''), in the order in which they are put
+-- Returns {how many of the seqs were dealt with, how many were put back}. The caller calls again for the rest.
+local bytes, done, back, wakes = tonumber(ARGV[1]), 0, 0, {}
+for i = 2, #ARGV, 3 do
+  if bytes <= 0 then break end
+  local seq, ran, other = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  local payload, list = unpack(redis.call('HMGET', KEYS[1], seq, seq .. ':list'))
+  if payload and list then
+    bytes = bytes - #payload
+    local tier, model
+    if other ~= '' then
+      tier, model = pass_on(list_of(list, other), payload)
+      redis.call('HINCRBY', CLAIMED, list, -1)
+    else
+      if ran == '1' then payload = counted(payload, 0) end
+      tier, model = put_back(list, payload)
     end
-    note(put_back(list, payload))
     redis.call('HDEL', KEYS[1], seq, seq .. ':list')
+    local key = tier .. '.' .. model
+    wakes[key] = wakes[key] or {tier, model, 0}
+    wakes[key][3] = wakes[key][3] + 1
+    back = back + 1
   end
-end
-for i = 1, #ARGV, 3 do
-  local seq = ARGV[i]
-  local payload, list = held(seq)
-  if payload and list and ARGV[i + 2] ~= '' then
-    note(pass_on(list_of(list, ARGV[i + 2]), payload))
-    redis.call('HINCRBY', CLAIMED, list, -1)
-    redis.call('HDEL', KEYS[1], seq, seq .. ':list')
-  end
+  done = done + 1
 end
 for _, one in pairs(wakes) do wake_for(unpack(one)) end
-return back
+return {done, back}

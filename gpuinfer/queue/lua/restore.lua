@@ -1,52 +1,42 @@
 #!lua flags=allow-oom
--- needs: lists states
--- Put a dead worker's tasks back at the head of their lists and count the death against those that ran.
+-- needs: lists states payload
+-- Put tasks of a dead worker back at the head of their lists and count the death against those that ran.
 -- A task whose deaths reach the limit stays in flight and is reported: the caller settles it as dead.
 -- KEYS: in-flight hash, epoch hash
 -- ARGV: the epoch that the caller has begun for this (in a later one there is another worker), deaths at which
---       a task is given up, pending meta
--- Returns {put back, {ids of the first thousand put back}, then (seq, list, payload, deaths) of each
--- task to give up}.
--- The counts travel in front of the payload, as text, so that no payload is parsed:
---   {"gpuinfer": [deliveries, deaths], <the rest as the producer wrote it>
-local epoch, counted = tonumber(ARGV[1]), tonumber(redis.call('HGET', KEYS[2], 'number') or 0)
-if counted > epoch then return redis.error_reply('STALE restore of epoch ' .. epoch .. ', now is ' .. counted) end
-local inflight, limit = KEYS[1], tonumber(ARGV[2])
+--       a task is given up, pending meta, bytes of payload after which to stop, '1' when nothing else is in
+--       flight, then seqs, the last claimed first
+-- Returns {how many of the seqs were dealt with, put back, {ids put back}, then (seq, list, payload, deaths) of
+-- each task to give up}. The caller calls again for the rest; cut off between two calls, the next restore goes
+-- on: a task leaves the record of what ran together with its place in flight.
+local epoch, now_counted = tonumber(ARGV[1]), tonumber(redis.call('HGET', KEYS[2], 'number') or 0)
+if now_counted > epoch then
+  return redis.error_reply('STALE restore of epoch ' .. epoch .. ', now is ' .. now_counted)
+end
+local inflight, limit, bytes, last = KEYS[1], tonumber(ARGV[2]), tonumber(ARGV[4]), ARGV[5] == '1'
 
--- What had begun waits again, and says so. The id is the header of that name; in the body, JSON in
--- JSON, its quotes would be escaped.
+-- What had begun waits again, and says so.
 local ids = {}
 local function wait_again(payload)
-  local id = string.match(payload, '"id": ?"([^"]+)"')
-  if id and #ids < 1000 then ids[#ids + 1] = id end
-  if id and state_of(id) == 'STARTED' then write_passing(id, ARGV[3]) end
+  local id = id_of(payload)
+  if not id then return end
+  ids[#ids + 1] = id
+  if state_of(id) == 'STARTED' then write_passing(id, ARGV[3]) end
 end
-local fields = redis.call('HKEYS', inflight)
-local seqs = {}
-for _, field in ipairs(fields) do
-  local seq = tonumber(field)
-  if seq then seqs[#seqs + 1] = seq end
-end
-table.sort(seqs, function(a, b) return a > b end)
-
 local ran = {}
-for seq in string.gmatch(redis.call('HGET', inflight, 'running') or '', '%d+') do ran[tonumber(seq)] = true end
-redis.call('HDEL', inflight, 'running')
+for seq in string.gmatch(redis.call('HGET', inflight, 'running') or '', '%d+') do ran[seq] = true end
 
-local answer, back, wakes = {0, ids}, 0, {}
-for _, number in ipairs(seqs) do
-  local seq = string.format('%.0f', number)
-  local payload = redis.call('HGET', inflight, seq)
-  local list = redis.call('HGET', inflight, seq .. ':list')
+local answer, done, back, wakes = {0, 0, ids}, 0, 0, {}
+for i = 6, #ARGV do
+  if bytes <= 0 then break end
+  local seq = ARGV[i]
+  local payload, list = unpack(redis.call('HMGET', inflight, seq, seq .. ':list'))
   if not list then
     redis.call('HDEL', inflight, seq)
-  else
-    local head, deliveries, deaths = string.match(payload, '^({"gpuinfer": %[(%d+), (%d+)%], )')
-    local rest = head and string.sub(payload, #head + 1) or string.sub(payload, 2)
-    deliveries, deaths = (deliveries or 0) + 1, (deaths or 0) + (ran[number] and 1 or 0)
-    if string.sub(payload, 1, 1) == '{' then
-      payload = string.format('{"gpuinfer": [%d, %d], ', deliveries, deaths) .. rest
-    end
+  elseif payload then
+    bytes = bytes - #payload
+    local deaths
+    payload, deaths = counted(payload, ran[seq] and 1 or 0)
     if deaths >= limit then
       -- Kept, with its count, until the caller has written its end.
       redis.call('HSET', inflight, seq, payload)
@@ -63,7 +53,16 @@ for _, number in ipairs(seqs) do
       back = back + 1
     end
   end
+  ran[seq] = nil
+  done = done + 1
+end
+local still = {}
+for seq in pairs(ran) do still[#still + 1] = seq end
+if #still == 0 or last and done == #ARGV - 5 then
+  redis.call('HDEL', inflight, 'running')
+else
+  redis.call('HSET', inflight, 'running', table.concat(still, ' '))
 end
 for _, one in pairs(wakes) do wake_for(unpack(one)) end
-answer[1] = back
+answer[1], answer[2] = done, back
 return answer

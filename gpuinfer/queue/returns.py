@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Putting tasks back in many small calls, so that Redis serves others in between.
+
+Each call is atomic: a task is in flight or in its list. Cut off between two, the rest is still in flight, and
+is put back by the next restore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from gpuinfer.queue.direct import Argument
+
+#: What one call takes: together, it keeps Redis for less than 10 ms.
+CALL_TASKS, CALL_BYTES = 250, 1024 * 1024
+#: So many of the ids that a restore has put back are kept.
+MOST_IDS = 1000
+
+Script = Callable[..., Any]
+
+
+def release(
+    script: Script, inflight: str, seqs: Iterable[int], ran: Collection[int], models: Mapping[int, str]
+) -> int:
+    """Put claimed tasks back, the last claimed first: each goes to the head of its list.
+
+    Those in ``models`` are passed on to another model's list, the first claimed first. Returns how many were
+    still in flight. Raises redis-py's errors.
+    """
+    ordered = sorted(seqs)
+    entries = [(seq, int(seq in ran), "") for seq in reversed(ordered) if seq not in models]
+    entries += [(seq, 0, models[seq]) for seq in ordered if seq in models]
+    back = 0
+    while entries:
+        parts = [part for entry in entries[:CALL_TASKS] for part in entry]
+        done, count = script(keys=[inflight], args=[CALL_BYTES, *parts])
+        del entries[:done]
+        back += count
+    return back
+
+
+def restore(
+    script: Script, keys: Sequence[str], seqs: Iterable[int], args: tuple[Argument, Argument, Argument]
+) -> tuple[int, list[bytes], list[tuple[bytes, bytes, bytes, int]]]:
+    """Put back what a dead worker has in flight, the last claimed first.
+
+    ``keys``: its in-flight hash and epoch; ``args``: the epoch begun for this, deaths at which a task is
+    given up, pending meta. Returns how many were put back, the ids of the first thousand of them, and (seq,
+    list, payload, deaths) of each task to give up. Raises redis-py's errors, one that says STALE in a later
+    epoch.
+    """
+    left = sorted(seqs, reverse=True)
+    back = 0
+    ids: list[bytes] = []
+    dead: list[tuple[bytes, bytes, bytes, int]] = []
+    while True:
+        part = left[:CALL_TASKS]
+        last = int(len(part) == len(left))
+        done, count, names, *flat = script(keys=keys, args=[*args, CALL_BYTES, last, *part])
+        del left[:done]
+        back += count
+        ids += names[: MOST_IDS - len(ids)]
+        dead += zip(*(flat[i::4] for i in range(4)), strict=True)
+        if not left:
+            return back, ids, dead

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Putting back in small calls: no call keeps Redis for long, and a kill between two of them loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import pytest
+import redis
+
+from gpuinfer import Client
+from gpuinfer.queue import keys, returns
+from gpuinfer.queue.claims import Claimed
+from gpuinfer.queue.message import PREDICT, Submission, decode
+from gpuinfer.queue.store import Store
+from gpuinfer.settings import BrokerSettings
+from tests.contract.conftest import begin, ids, message, on, send, store_of
+
+pytestmark = [pytest.mark.integration, on("redis-socket")]
+
+
+def usual(store: Store) -> float:
+    """Return the milliseconds that a call of a script took since ``watch``: the median.
+
+    By the wall clock, as Redis tells it: what a busy machine adds to single calls is not ours.
+    """
+    found = [entry["duration"] for entry in store.client.slowlog_get(128) if b"EVALSHA" in entry["command"]]
+    return float(median(found)) / 1000
+
+
+def watch(store: Store) -> None:
+    store.client.config_set("slowlog-log-slower-than", 300)
+    store.client.slowlog_reset()
+
+
+def cut_after(calls: int, script: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a script that is killed before one of its calls."""
+    left = [calls]
+
+    def call(**given: Any) -> Any:
+        if not left[0]:
+            raise redis.ConnectionError("killed")
+        left[0] -= 1
+        return script(**given)
+
+    return call
+
+
+@pytest.mark.parametrize("size", [1000, 200_000], ids=["many", "large"])
+def test_no_call_takes_long(store: Store, size: int) -> None:
+    """A restore, and a release, of much that is in flight: each call takes at most 10 ms of Redis."""
+    count = 20_000_000 // (size + 500)
+    text = Submission(task=PREDICT, inputs=["x" * size], queue="realtime", model="digits").encode()
+    for _ in range(count):
+        store.client.lpush("realtime", text)
+    held: list[Claimed] = []
+    while len(held) < count:
+        held += store.claim(500, look=True)
+    watch(store)
+    assert store.restore().returned == count
+    assert usual(store) <= 10
+    held = []
+    while len(held) < count:
+        held += store.claim(500)
+    watch(store)
+    assert store.release([task.seq for task in held], ran={task.seq for task in held[::2]}) == count
+    assert usual(store) <= 10
+    assert store.client.llen("realtime") == count
+
+
+def test_a_restore_cut_off_between_two_calls(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ran has one death on its account, whichever call it came in, and the order stands."""
+    monkeypatch.setattr(returns, "CALL_TASKS", 3)
+    wanted = send(store, 10)
+    held = store.claim(10)
+    begin(store, [held[1], held[8]])
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_restore", cut_after(2, store._restore))
+        with pytest.raises(redis.ConnectionError):
+            store.restore()
+    assert store.client.hlen(store.inflight) == 2 * 4 + 1
+    assert store.restore().returned == 4
+    again = store.claim(10)
+    assert ids(again) == wanted
+    assert [decode(task.payload).deaths for task in again] == [0, 1, 0, 0, 0, 0, 0, 0, 1, 0]
+
+
+def test_a_restore_stops_when_another_one_begins(
+    broker: BrokerSettings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each call the epoch is compared: what a new process claims meanwhile stays with it."""
+    monkeypatch.setattr(returns, "CALL_TASKS", 2)
+    wanted = send(store, 6)
+    store.claim(6)
+    after, real = store_of(broker), store._restore
+    taken: list[Any] = []
+
+    def late(**given: Any) -> Any:
+        if not taken:
+            after.restore()
+            taken.extend(after.claim(6))
+        return real(**given)
+
+    monkeypatch.setattr(store, "_restore", late)
+    with pytest.raises(Exception, match="taken over"):
+        store.restore()
+    assert ids(taken) == wanted
+    assert store.client.hlen(store.inflight) == 12
+
+
+def test_a_release_cut_off_between_two_calls(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is in flight still; released again, all stand in their order, those passed on too."""
+    monkeypatch.setattr(returns, "CALL_TASKS", 3)
+    wanted = send(store, 8)
+    held = store.claim(8)
+    models = {task.seq: "other" for task in held[::2]}
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_release", cut_after(2, store._release))
+        with pytest.raises(redis.ConnectionError):
+            store.release([task.seq for task in held], models=models)
+    assert store.release([task.seq for task in held], models=models) == 2
+    assert ids(store.claim(8)) == wanted[1::2]
+    raw: Any = store.client
+    other = [decode(text).id for text in reversed(raw.lrange("realtime.other", 0, -1))]
+    assert other == wanted[::2]
+    claimed = {key.decode(): int(count) for key, count in raw.hgetall(keys.CLAIMED).items()}
+    assert claimed == {"realtime": 4}
+
+
+def test_what_is_no_message_is_put_back_too(store: Store, client: Client) -> None:
+    """Bytes that are no object, and a payload without an id, stay as they are."""
+    for text in (b"not json", b'{"headers": {}}', message()):
+        store.client.lpush("realtime", text)
+    held = store.claim(3, look=True)
+    restored = store.restore()
+    assert restored.returned == 3
+    assert len(restored.ids) == 1
+    assert store.claim(3)[0].payload == held[0].payload
