@@ -16,7 +16,7 @@ ANY_RANK = 1000
 State = Literal["idle", "free", "busy"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Claimed:
     """A task this worker owns until it settles or releases it."""
 
@@ -25,6 +25,7 @@ class Claimed:
     list_key: str
     #: Its list's place in the order of serving, 0 the most urgent.
     rank: int
+    #: Its message; empty once the worker has read it: Redis keeps it in flight.
     payload: bytes
     #: True when its list was passed over for too long: its first batch goes before all.
     aged: bool = False

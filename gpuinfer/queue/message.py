@@ -144,6 +144,8 @@ class Envelope:
     #: Deliveries before this one, and those among them that ended in the worker's death.
     deliveries: int
     deaths: int
+    #: Bytes of its arguments as text, unpacked; 0 before they are read.
+    size: int = 0
 
     @property
     def reply_to(self) -> str:
@@ -159,12 +161,17 @@ class Envelope:
                 raw = b64decode(raw)
             if self.headers.get("compression"):
                 raw = _unpack(raw, self.headers["compression"], max_bytes)
+            self.size = len(raw)
             args, kwargs, embed = _loads(raw)
         except (ValueError, TypeError, zlib.error) as exc:
             raise Undecodable(f"the body is not a task's arguments: {exc}", self.id) from None
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise Undecodable("the body is not [args, kwargs, embed]", self.id)
         return args, kwargs, embed if isinstance(embed, dict) else {}
+
+    def forget(self) -> None:
+        """Drop the text. Redis has it as long as the task is in flight."""
+        self.raw = {}
 
 
 def _unpack(raw: bytes, compression: object, max_bytes: int) -> bytes:

@@ -64,7 +64,7 @@ class Router:
 def _model_of(payload: bytes, default: str) -> str | None:
     """Return the model that a message names, None for the default one or what cannot be told."""
     try:
-        args, kwargs, _ = decode(payload).body()
+        args, kwargs, _ = decode(payload).body(WINDOW_BYTES)  # nobody would be charged with a larger one
     except (Undecodable, PayloadTooLarge):  # the worker that claims it says what is wrong
         return None
     model = kwargs.get("model") or (args[1] if len(args) > 1 else None)

@@ -329,6 +329,13 @@ class Store:
             args += (task_id, meta)
         return {int(position) - 1 for position in self._begin(keys=[self.inflight], args=args)}
 
+    def note(self, seqs: Sequence[int]) -> None:
+        """Note what a death from now on is charged to: what runs, and what is being read; empty: nothing."""
+        if seqs:
+            self._direct.call("HSET", self.inflight, "running", " ".join(map(str, seqs)))
+        else:
+            self._direct.call("HDEL", self.inflight, "running")
+
     def settle(self, finals: Sequence[Final], *, idle: bool = False) -> dict[str, str]:
         """Write final states and drop the tasks from flight. Safe to repeat.
 
@@ -393,7 +400,7 @@ class Store:
         dead = []
         for seq, list_key, payload, deaths in given_up:
             error = DeadLettered(
-                f"its worker died {int(deaths)} times while it ran; see gpuinfer dead list", None
+                f"its worker died {int(deaths)} times while it ran or was read; see gpuinfer dead list", None
             )
             dead.append(self.bury(int(seq), list_key.decode(), payload, error, deaths=int(deaths)))
         ids = tuple(task_id.decode("utf-8", "backslashreplace") for task_id in names)

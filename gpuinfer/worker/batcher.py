@@ -44,7 +44,7 @@ from gpuinfer.worker.task import Task, conclude
 
 log = get_logger(__name__)
 
-#: Payload bytes a worker holds at most, beside the batch that runs.
+#: Bytes of arguments, as text and unpacked, that a worker holds at most, beside the batch that runs.
 BUFFER_BYTES = 64 * 1024 * 1024
 #: Seconds the event loop may stand still for a batch that nothing waits behind.
 PATIENCE_S = 0.002
@@ -103,7 +103,12 @@ class Batcher:
         """Return what runs here: nothing and nothing waits, nothing just now, or a batch."""
         if self.engine.current is not None:
             return "busy"
-        held = self._finishing is not None or self._buffer.ready or self._outbox.unsettled
+        held = (
+            self._finishing is not None
+            or self._buffer.ready
+            or self._intake.waiting
+            or self._outbox.unsettled
+        )
         return "free" if held else "idle"
 
     @property
@@ -134,13 +139,13 @@ class Batcher:
     def wants(self) -> Wants:
         """Return what to claim: up to a batch of any model; to what waits here, what fills or overtakes it.
 
-        What a worker holds no other one can run. So nothing is claimed while a long batch runs, nor while a
-        probe tells whether this GPU still works.
+        What a worker holds no other one can run. So nothing is claimed while a long batch runs, while what
+        was claimed waits to be read, nor while a probe tells whether this GPU still works.
         """
-        if self._closed or self.engine.probing or self._long(self.engine.current):
+        if self._closed or self.engine.probing or self._intake.waiting or self._long(self.engine.current):
             return {}
         self._buffer.wake(self._clock())
-        affordable = max(1, int(BUFFER_BYTES / self._intake.payload_bytes)) - len(self._buffer.ready)
+        affordable = int((BUFFER_BYTES - self._buffer.size) / self._intake.task_bytes)
         batch = self._buffer.next_batch()
         wants: dict[str, Want] = {}
         for model, manifest in self.models.items():
@@ -168,7 +173,8 @@ class Batcher:
     def held(self) -> set[int]:
         """Return the seqs of everything claimed and not settled."""
         tasks = chain(self._buffer, *(batch.tasks for batch in self._on_device()))
-        return {task.seq for task in tasks} | self._outbox.held()
+        unread = {claimed.seq for claimed in self._intake.waiting}
+        return {task.seq for task in tasks} | unread | self._outbox.held()
 
     def _on_device(self) -> list[Batch]:
         """Return the batch that runs, and the one whose ends are not written yet."""
@@ -185,6 +191,7 @@ class Batcher:
             self._on_fatal(error)
             return
         tasks = self._buffer.clear()
+        self._intake.waiting = []
         for task in tasks:
             self._celery.finished(task, None)
         running = [task for batch in self._on_device() for task in batch.tasks]
@@ -201,11 +208,7 @@ class Batcher:
         """Read claimed tasks into the buffer; what can never run ends here."""
         self.channel = channel
         self._outbox.claimed(claims)
-        tasks, finals = self._intake.read(channel, claims)
-        self._buffer.add_all(tasks)
-        if finals:
-            self._settle(finals)
-        self._hand_back(len(claims))
+        self._read(claims)
         if self._finishing is not None:
             return
         self.pump()
@@ -215,29 +218,43 @@ class Batcher:
         else:
             self.engine.wake()  # there is more, perhaps: claim the next batch while this one runs
 
-    def _hand_back(self, came: int) -> None:
+    def _read(self, claims: Sequence[Claimed] = ()) -> None:
+        """Read claimed tasks, and those that waited to be read, into the buffer."""
+        if self.channel is None:  # what waits does so until there is one
+            return
+        came = len(claims) + len(self._intake.waiting)
+        room = BUFFER_BYTES - self._buffer.size
+        tasks, finals, unread = self._intake.read(self.channel, claims, self.engine.current, room)
+        self._buffer.add_all(tasks)
+        if finals:
+            self._settle(finals)
+        self._hand_back(came, unread)
+
+    def _hand_back(self, came: int, unread: Sequence[Claimed]) -> None:
         """Put back what is beyond the batches that come next; claim less from now on."""
         tasks = self._buffer.surplus(BUFFER_BYTES)
-        if not tasks:
+        if not tasks and not unread:
             if came >= self._stride:
                 self._stride = min(self._longest, 2 * self._stride)
             return
-        self._stride = max(1, came - len(tasks))
-        self._put_back(tasks)
+        self._stride = max(1, came - len(tasks) - len(unread))
+        self._put_back(tasks, unread)
 
-    def _put_back(self, tasks: Sequence[Task]) -> None:
-        """Put tasks of the buffer back for other workers."""
+    def _put_back(self, tasks: Sequence[Task], unread: Sequence[Claimed]) -> None:
+        """Put tasks of the buffer back for other workers, and those that were not read."""
         self._buffer.remove(tasks)
         for task in tasks:
             self._celery.finished(task, None)
-        self._outbox.release(tasks)
-        task_log.handed_back(tasks)
+        self._outbox.release([*tasks, *unread])
+        task_log.handed_back(tasks, len(unread))
 
     # -- feeding --------------------------------------------------------------------------
 
     def pump(self) -> None:
         """Start the next batch when the inference thread is idle."""
         while self.engine.current is None and not self.engine.probing and not self._closed:
+            if self._intake.waiting:
+                self._read()
             self._buffer.wake(self._clock())
             self._drop_stale(self._buffer.ready)
             batch = self._buffer.next_batch()
@@ -416,8 +433,9 @@ class Batcher:
             self._on_fatal(self.engine.failed)
             return
         self._settle([])
-        if self.engine.stalled and len(self._buffer):
-            self._put_back(list(self._buffer))
+        if self.engine.stalled and (len(self._buffer) or self._intake.waiting):
+            unread, self._intake.waiting = self._intake.waiting, []
+            self._put_back(list(self._buffer), unread)
         if not self.engine.done.empty():
             self.collect()
         running = self.engine.current
@@ -450,7 +468,8 @@ class Batcher:
         if self.channel is not None:
             self.channel.withdraw()
         tasks = self._buffer.clear()
-        self._outbox.release(tasks)
+        self._outbox.release([*tasks, *self._intake.waiting])
+        self._intake.waiting = []
         if self.engine.current is not None:
             done = self.engine.done.get()
             self.engine.current = None

@@ -68,6 +68,11 @@ class Buffer:
         return chain(self._tasks, self._later)
 
     @property
+    def size(self) -> int:
+        """Bytes of arguments that they hold, as text."""
+        return sum(task.size for task in self)
+
+    @property
     def ready(self) -> Sequence[Task]:
         """Those that wait for nothing but the device, in their order."""
         return self._tasks
@@ -127,7 +132,7 @@ class Buffer:
     def surplus(self, max_bytes: int) -> list[Task]:
         """Return the tasks that come after the full batches of their model that are kept, none begun.
 
-        And those beyond ``max_bytes`` of payload, but for the first.
+        And those beyond ``max_bytes`` of arguments, but for the first.
         """
         left: dict[str, int] = {}
         beyond: list[Task] = []
@@ -138,7 +143,7 @@ class Buffer:
                 beyond.append(task)
                 continue
             left[task.model] = room - self._weight(task)
-            max_bytes -= len(task.claimed.payload)
+            max_bytes -= task.size
         return beyond
 
     def _weight(self, task: Task) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import redis
 
@@ -18,6 +19,7 @@ from gpuinfer.queue.sink import TaskChannel
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings
 from gpuinfer.worker import task_log
+from gpuinfer.worker.buffer import Batch
 from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.outbox import Outbox
 from gpuinfer.worker.task import Elsewhere, Task, is_inference, read
@@ -25,8 +27,65 @@ from gpuinfer.worker.task import Elsewhere, Task, is_inference, read
 log = get_logger(__name__)
 
 
+#: A message that is larger is put on record before it is read.
+LARGE_BYTES = 1024 * 1024
+#: How restore.lua begins a message that was in flight at a death.
+_MARK = b'{"gpuinfer": ['
+
+
+class _Later(Exception):
+    """Raised for what must not be read while this batch runs."""
+
+
+@dataclass(slots=True)
+class _Taken:
+    """What has come of some messages."""
+
+    tasks: list[Task] = field(default_factory=list)
+    finals: list[Final] = field(default_factory=list)
+    #: Those of models that are not served here.
+    elsewhere: list[tuple[Claimed, Envelope, str]] = field(default_factory=list)
+    unread: list[Claimed] = field(default_factory=list)
+    #: Bytes of arguments.
+    size: int = 0
+
+
+class _Record:
+    """The record of which task is being read, beside the batch that runs."""
+
+    def __init__(self, outbox: Outbox, running: Batch | None) -> None:
+        self._outbox = outbox
+        self._running = running
+        self._stands = False
+
+    def put(self, claimed: Claimed, *, suspect: bool) -> bool:
+        """Put a task on record. False when Redis is away.
+
+        Raises _Later while a batch runs beside which it must not be read, as a death is charged to both: a
+        suspect, and whatever comes while a task runs that has a death on its account, waits.
+        """
+        if claimed.noted_id is not None:  # the claim has done it
+            return True
+        running = self._running
+        if running is not None and (suspect or any(task.envelope.deaths for task in running.tasks)):
+            raise _Later
+        self._stands = self._outbox.note_reading(running, claimed.seq)
+        return self._stands
+
+    def clear(self) -> None:
+        """Nothing is being read that is on record."""
+        if self._stands:
+            self._outbox.note_reading(self._running)
+            self._stands = False
+
+
 class Intake:
-    """Reads messages for one worker."""
+    """Reads messages for one worker.
+
+    To read a message may end the process: a few kilobytes unpack to gigabytes. Whatever is compressed or
+    large, and whatever was in flight when a worker died (a suspect), is put on record first and read alone: a
+    death is on its account, and not on that of its neighbours.
+    """
 
     def __init__(
         self,
@@ -45,33 +104,66 @@ class Intake:
         self._settings = settings
         self._clock = clock
         self._wall = wall
-        #: Bytes of one payload, a moving average.
-        self.payload_bytes = 4096.0
+        #: Claimed, and not read before the batch that runs has ended.
+        self.waiting: list[Claimed] = []
+        #: Bytes of one task's arguments as text, a moving average.
+        self.task_bytes = 4096.0
 
-    def read(self, channel: TaskChannel, claims: Sequence[Claimed]) -> tuple[list[Task], list[Final]]:
-        """Return what can run, and the ends of what cannot. What is none of ours goes Celery's own way."""
-        tasks: list[Task] = []
-        finals: list[Final] = []
-        elsewhere: list[tuple[Claimed, Envelope, str]] = []
-        for claimed in claims:
-            self.payload_bytes += (len(claimed.payload) - self.payload_bytes) / 16
+    def read(
+        self, channel: TaskChannel, claims: Sequence[Claimed], running: Batch | None, room: int
+    ) -> tuple[list[Task], list[Final], list[Claimed]]:
+        """Return what can run, the ends of what cannot, and what was not read: the first takes up all room.
+
+        What waited is read first. ``running`` is the batch that runs meanwhile, ``room`` the bytes of
+        arguments that may be held, exceeded by one task at most. What is none of ours goes Celery's own way.
+        """
+        taken = _Taken()
+        record = _Record(self._outbox, running)
+        claims = [*self.waiting, *claims]
+        self.waiting = []
+        for position, claimed in enumerate(claims):
+            if taken.size > 0 and taken.size >= room:
+                taken.unread = claims[position:]
+                break
             try:
-                envelope = decode(claimed.payload)
-                if not is_inference(envelope.task):
-                    channel.deliver(claimed)
-                    continue
-                self._admit(claimed, envelope, tasks, finals)
-            except Elsewhere as exc:
-                elsewhere.append((claimed, envelope, exc.model))
+                self._read(channel, claimed, record, taken)
+            except _Later:
+                self.waiting.append(claimed)
             except Undecodable as exc:
                 self._bury(claimed, str(exc))
             except (ValueError, TypeError, ArithmeticError, RecursionError) as exc:
                 # Whatever a stranger's message may do to us, it must not take its neighbours along.
                 log.exception("message_unreadable", queue=place_of(claimed.list_key).tier)
                 self._bury(claimed, f"{type(exc).__name__}: {exc}")
-        if elsewhere:
-            self._pass_on(elsewhere, finals)
-        return tasks, finals
+        record.clear()
+        if taken.elsewhere:
+            self._pass_on(taken.elsewhere, taken.finals)
+        return taken.tasks, taken.finals, taken.unread
+
+    def _read(self, channel: TaskChannel, claimed: Claimed, record: _Record, taken: _Taken) -> None:
+        """Read one message. Raises _Later, Undecodable, and what a message of nonsense may cause."""
+        suspect = claimed.payload.startswith(_MARK)
+        envelope = None
+        if not suspect and len(claimed.payload) <= LARGE_BYTES:
+            envelope = decode(claimed.payload)
+        if envelope is None or envelope.headers.get("compression"):
+            if not record.put(claimed, suspect=suspect):
+                self._store.mark_uncertain()  # it is put back at the next claim, and comes again
+                return
+        else:
+            record.clear()
+        envelope = envelope or decode(claimed.payload)
+        if not is_inference(envelope.task):
+            channel.deliver(claimed)
+            return
+        try:
+            self._admit(claimed, envelope, taken)
+        except Elsewhere as exc:
+            taken.elsewhere.append((claimed, envelope, exc.model))
+        claimed.payload = b""
+        envelope.forget()
+        taken.size += envelope.size
+        self.task_bytes += (max(envelope.size, 1) - self.task_bytes) / 16
 
     def _pass_on(self, claims: Sequence[tuple[Claimed, Envelope, str]], finals: list[Final]) -> None:
         """Pass tasks on to the lists of their model; those of a model that the fleet does not know end."""
@@ -90,19 +182,19 @@ class Intake:
                 finals.append(self._outbox.final(claimed, error, envelope))
                 task_log.task_refused(claimed, envelope.id, error)
 
-    def _admit(self, claimed: Claimed, envelope: Envelope, tasks: list[Task], finals: list[Final]) -> None:
+    def _admit(self, claimed: Claimed, envelope: Envelope, taken: _Taken) -> None:
         try:
             task = read(claimed, envelope, self._manifests, self._settings.queue.max_payload_bytes)
         except Undecodable:
             raise
         except GpuinferError as exc:
-            finals.append(self._outbox.final(claimed, exc, envelope))
+            taken.finals.append(self._outbox.final(claimed, exc, envelope))
             task_log.task_refused(claimed, envelope.id, exc)
             return
         if task.eta is not None and task.eta > self._wall():
             task.not_before = self._clock() + task.eta - self._wall()
         self._celery.received(task)
-        tasks.append(task)
+        taken.tasks.append(task)
 
     def _bury(self, claimed: Claimed, reason: str) -> None:
         error = DeadLettered(f"cannot be decoded: {reason}")

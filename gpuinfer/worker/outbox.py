@@ -76,6 +76,21 @@ class Outbox:
         self._noted_idle = False
         return set()
 
+    def note_reading(self, running: Batch | None, seq: int | None = None) -> bool:
+        """Put the task on record that is read next, beside the batch that runs; None: none is any more.
+
+        False when Redis is away: nothing must be read that may end the process.
+        """
+        seqs = [task.seq for task in running.tasks] if running is not None else []
+        self._noted, self._noted_idle = None, False  # written, even if the answer should be lost
+        try:
+            self._store.note(seqs if seq is None else [*seqs, seq])
+        except (redis.RedisError, OSError) as exc:
+            self.trouble("note what is read", exc)
+            return False
+        self._noted_idle = not seqs and seq is None
+        return True
+
     def mark_started(self, batch: Batch, now: float) -> bool:
         """Write the state of tasks that take their time: running, and where; once. True when it was.
 
@@ -146,10 +161,11 @@ class Outbox:
         self._noted_idle = False
         self.settle([], idle=True)
 
-    def release(self, tasks: Sequence[Task]) -> None:
-        """Put tasks back; of what has run in part, the rest is a repeat."""
+    def release(self, tasks: Sequence[Task | Claimed]) -> None:
+        """Put tasks back, read or not; of what has run in part, the rest is a repeat."""
+        begun = {task.seq for task in tasks if isinstance(task, Task) and task.begun}
         try:
-            self._store.release([task.seq for task in tasks], {task.seq for task in tasks if task.begun})
+            self._store.release([task.seq for task in tasks], begun)
         except (redis.RedisError, OSError) as exc:
             self._store.mark_uncertain()  # what is not held is put back before the next claim, or at the end
             hint = "put back when Redis answers"

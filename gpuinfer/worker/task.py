@@ -80,6 +80,11 @@ class Task:
         return self.claimed.seq
 
     @property
+    def size(self) -> int:
+        """Bytes that its arguments have as text."""
+        return self.envelope.size
+
+    @property
     def begun(self) -> bool:
         """Whether a batch with it has run: what has come of that is known here alone."""
         return self.time_start is not None

@@ -69,9 +69,9 @@ def device_lost(error: GpuinferError, device: str) -> None:
     log.error("device_lost", device=device, reason=str(error))
 
 
-def handed_back(tasks: Sequence[Task]) -> None:
+def handed_back(tasks: Sequence[Task], unread: int = 0) -> None:
     """Tasks go back to their lists: other models' batches come first here, and other workers may be free."""
-    log.debug("handed_back", tasks=len(tasks), task_ids=[task.id for task in tasks])
+    log.debug("handed_back", tasks=len(tasks) + unread, task_ids=[task.id for task in tasks])
 
 
 def taken_back(tasks: Sequence[Task], error: GpuinferError) -> None:

@@ -88,3 +88,19 @@ def test_no_death_on_the_account_of_what_does_not_run(store: Store, client: Clie
     store.settle([], idle=True)
     store.restore()
     assert [decode(task.payload).deaths for task in store.claim(1)] == [0]
+
+
+def test_a_death_while_a_task_is_read(store: Store, client: Client) -> None:
+    """It counts against what runs and what is read, as long as that is on record; and for nobody else."""
+    for _ in range(4):
+        client.submit([1])
+    claimed = store.claim(4)
+    begin(store, claimed[:1])
+    store.note([claimed[0].seq, claimed[2].seq])
+    store.restore()
+    again = store.claim(4)
+    assert [decode(task.payload).deaths for task in again] == [1, 0, 1, 0]
+    store.note([again[1].seq])
+    store.note([])
+    store.restore()
+    assert [decode(task.payload).deaths for task in store.claim(4)] == [1, 0, 1, 0]

@@ -100,8 +100,11 @@ def test_surplus() -> None:
 
 
 def test_surplus_of_bytes() -> None:
-    """Payloads beyond the bytes go back, but never the first: it must run somewhere."""
-    buffer = filled(*(task(number) for number in range(1, 6)))  # of two bytes each
+    """Arguments beyond the bytes go back, but never the first: it must run somewhere."""
+    buffer = filled(*(task(number) for number in range(1, 6)))
+    for one in buffer:
+        one.envelope.size = 2
+    assert buffer.size == 10
     assert [held.seq for held in buffer.surplus(4)] == [3, 4, 5]
     assert [held.seq for held in buffer.surplus(0)] == [2, 3, 4, 5]
 
