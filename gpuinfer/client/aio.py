@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, Self, Unpack
 
 from gpuinfer.client import core
 from gpuinfer.client.core import DefaultModel, Options, Origin, reply_channel
 from gpuinfer.client.sync import not_found, settings_for
-from gpuinfer.client.waits import Waits
+from gpuinfer.client.waits import RETRY_S, Waits
 from gpuinfer.errors import BrokerUnavailable, InputError, TaskRevoked, WaitTimeout
 from gpuinfer.queue import catalogue, keys, results
 from gpuinfer.queue import format as layout
@@ -170,12 +169,19 @@ class AsyncClient:
                     news = await mailbox.get()
                     if news is not None:
                         return news
-                    with suppress(BrokerUnavailable):  # then another confirmation comes
-                        status = await self.status(task_id)
-                        if status.final:
-                            return status
+                    status = await self._look(task_id)
+                    if status.final:
+                        return status
         except TimeoutError:
             return await self.status(task_id)
+
+    async def _look(self, task_id: str) -> TaskStatus:
+        """Return a task's state, once Redis answers: a subscription that stands is not confirmed again."""
+        while True:
+            try:
+                return await self.status(task_id)
+            except BrokerUnavailable:
+                await asyncio.sleep(RETRY_S)
 
     async def result(self, task_id: str, timeout_s: float | None = None) -> Any:
         """Wait for a task and return its result; raise its error. Raises TaskNotFound, WaitTimeout."""
