@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -16,6 +15,11 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+
+from gpuinfer import redis_url
+
+if TYPE_CHECKING:
+    from pydantic._internal._repr import ReprArgs
 
 QueueName = Literal["realtime", "default", "batch"]
 #: The queues, the most urgent first.
@@ -59,7 +63,8 @@ class Section(BaseModel):
 class BrokerSettings(Section):
     """Where Redis is."""
 
-    #: redis://host:port/db, rediss://host:port/db (TLS), or unix:///path/to.sock?db=0
+    #: redis://host:port/db, rediss://host:port/db (TLS), or unix:///path/to.sock?db=0. Its options may be
+    #: health_check_interval, socket_timeout, protocol and client_name.
     url: str = "unix:///run/gpuinfer/redis/redis.sock?db=0"
     username: str | None = None
     password: SecretStr | None = None
@@ -75,13 +80,13 @@ class BrokerSettings(Section):
     @field_validator("url")
     @classmethod
     def _usable(cls, value: str) -> str:
-        scheme, _, rest = value.partition("://")
-        if scheme not in ("redis", "rediss", "unix", "redis+socket"):
-            raise ValueError("must begin with redis://, rediss:// or unix://")
-        if scheme in ("unix", "redis+socket") and not urlsplit(f"redis://{rest}").path.strip("/"):
-            raise ValueError("must name a socket, as unix:///run/gpuinfer/redis/redis.sock does")
-        _ = urlsplit(value).port  # raises ValueError for what is no port
+        redis_url.parse(value)
         return value
+
+    def __repr_args__(self) -> ReprArgs:
+        """A password inside the URL is as secret as one beside it."""
+        for name, value in super().__repr_args__():
+            yield name, redis_url.masked(str(value)) if name == "url" else value
 
 
 class RedisSettings(Section):

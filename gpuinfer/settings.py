@@ -26,6 +26,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from gpuinfer.errors import ConfigError
+from gpuinfer.redis_url import masked
 from gpuinfer.sections import (
     QUEUES,
     ApiSettings,
@@ -273,7 +274,7 @@ def _log_in(merged: dict[str, dict[str, Any]], origins: dict[str, str], password
     """Give root the first of these logins, unless another one, or another Redis, is named."""
     broker = merged.get("broker", {})
     url = broker.get("url", "")
-    named_elsewhere = origins.get("broker.url", "").startswith(ENV_PREFIX) or "@" in url
+    named_elsewhere = origins.get("broker.url", "").startswith(ENV_PREFIX) or "@" in url or "password=" in url
     in_clear = url.startswith("redis://")  # a password must not cross a network that way unasked
     if broker.get("username") or broker.get("password") or named_elsewhere or in_clear:
         return
@@ -301,9 +302,7 @@ def shown(name: str, value: object) -> str:
         text = ",".join(str(item) for item in value)
     else:
         text = "" if value is None else str(value)
-    # Up to the last @: a password may hold an @ or a slash of its own.
-    text = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", text)
-    text = re.sub(r"([?&]password=)[^&]*", r"\1***", text)
+    text = masked(text)
     return text if len(text) <= 200 else text[:200] + "..."
 
 

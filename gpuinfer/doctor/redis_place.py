@@ -9,9 +9,9 @@ import socket
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from gpuinfer.doctor.finding import edit
+from gpuinfer.redis_url import parse
 from gpuinfer.settings import ADMIN_PASSWORD, BrokerSettings
 
 OUR_SOCKET = "/run/gpuinfer/redis/redis.sock"
@@ -120,15 +120,15 @@ class Place:
 
 def place_of(broker: BrokerSettings) -> Place:
     """Read a broker's URL."""
-    parts = urlsplit(broker.url)
-    is_socket = parts.scheme in ("unix", "redis+socket")
+    url = parse(broker.url)
+    is_socket = url.scheme == "unix"
     return Place(
-        socket=parts.path if is_socket else "",
-        host=parts.hostname or "localhost",
-        port=0 if is_socket else parts.port or 6379,
-        tls=parts.scheme == "rediss",
-        username=broker.username or parts.username or "",
-        has_password=bool(broker.password or parts.password),
+        socket=url.path if is_socket else "",
+        host=url.host,
+        port=0 if is_socket else url.port,
+        tls=url.scheme == "rediss",
+        username=broker.username or url.user,
+        has_password=bool(broker.password or url.password),
         tls_ca=broker.tls_ca,
         timeout_s=broker.connect_timeout_s,
     )

@@ -12,7 +12,7 @@ from celery import Celery
 from kombu import Exchange, Queue
 
 from gpuinfer.queue import transport
-from gpuinfer.queue.connection import celery_urls, tls_options
+from gpuinfer.queue.connection import celery_options, celery_urls, tls_options
 from gpuinfer.queue.message import ROUTES
 from gpuinfer.settings import QUEUES, Settings, load_settings
 
@@ -21,6 +21,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
     """Return Celery's configuration for our settings."""
     broker_url, backend_url = celery_urls(settings.broker)
     tls = tls_options(settings.broker)
+    transport_options, of_results = celery_options(settings.broker)
     return {
         "broker_url": broker_url,
         "result_backend": backend_url,
@@ -28,8 +29,9 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "redis_backend_use_ssl": tls,
         "broker_transport_options": {
             "queue_settings": settings.queue.model_dump(),
-            "socket_timeout": settings.broker.connect_timeout_s,
+            **transport_options,
         },
+        **of_results,
         # The default exchange: a task goes to the queue its routing key names, and no binding is stored.
         "task_queues": [Queue(name, Exchange(""), routing_key=name) for name in QUEUES],
         "task_default_queue": "default",

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import parse_qs, quote, urlsplit
 
 import redis
 import redis.asyncio
@@ -27,46 +26,59 @@ from redis.retry import Retry
 
 from gpuinfer.errors import BrokerUnavailable, GpuinferError, QueueFull, UnknownModel
 from gpuinfer.queue import format as layout
+from gpuinfer.redis_url import parse
 from gpuinfer.settings import BrokerSettings
 
 
-def _socket(url: str) -> tuple[str, str, str] | None:
-    """Return (user:password@ or '', path, db) of a Unix socket URL, else None."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("unix", "redis+socket"):
-        return None
-    query = parse_qs(parts.query)
-    db = (query.get("db") or query.get("virtual_host") or ["0"])[0]
-    return parts.netloc, parts.path, db
-
-
-def _credentials(broker: BrokerSettings) -> str:
-    if broker.password is None:
-        return ""
-    return f"{quote(broker.username or '', safe='')}:{quote(broker.password.get_secret_value(), safe='')}@"
-
-
-def _with_credentials(broker: BrokerSettings, scheme: str) -> str:
-    rest = broker.url.partition("://")[2]
-    own = _credentials(broker)
-    if own and "@" in rest:
-        rest = rest.rpartition("@")[2]
-    return f"{scheme}://{own}{rest}"
-
-
 def redis_url(broker: BrokerSettings) -> str:
-    """Return the URL that redis-py understands, without credentials of the settings."""
-    found = _socket(broker.url)
-    return f"unix://{found[0]}{found[1]}?db={found[2]}" if found else broker.url
+    """Return the URL that redis-py understands, without credentials and options."""
+    place = parse(broker.url)
+    if place.scheme == "unix":
+        return f"unix://{place.path}?db={place.db}"
+    return f"{place.scheme}://{place.netloc}/{place.db}"
+
+
+def user_of(broker: BrokerSettings) -> str:
+    """Return whom a connection logs in as."""
+    return broker.username or parse(broker.url).user or "default"
+
+
+def _credentials(broker: BrokerSettings) -> tuple[str | None, str | None]:
+    """Return (user, password): those of the settings before the URL's own."""
+    if broker.password is not None:
+        return broker.username, broker.password.get_secret_value()
+    place = parse(broker.url)
+    return broker.username or place.user or None, place.password or None
 
 
 def celery_urls(broker: BrokerSettings) -> tuple[str, str]:
     """Return (broker URL on our transport, result back-end URL) for Celery."""
-    found = _socket(broker.url)
-    if found:
-        tail = f"://{_credentials(broker) or found[0]}{found[1]}?virtual_host={found[2]}"
+    place = parse(broker.url)
+    user, password = _credentials(broker)
+    credentials = place.credentials(user, password)
+    if place.scheme == "unix":
+        tail = f"://{credentials}{place.path}?virtual_host={place.db}"
         return "gpuinfer+socket" + tail, "redis+socket" + tail
-    return _with_credentials(broker, "gpuinfer"), _with_credentials(broker, urlsplit(broker.url).scheme)
+    tail = f"://{credentials}{place.netloc}/{place.db}"
+    return "gpuinfer" + tail, place.scheme + tail
+
+
+#: The URL's options as Celery's result back end calls them.
+_OF_RESULTS = {
+    "health_check_interval": "redis_backend_health_check_interval",
+    "client_name": "redis_client_name",
+    "socket_timeout": "redis_socket_timeout",
+}
+
+
+def celery_options(broker: BrokerSettings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the URL's options are as transport options, and as Celery's settings for its results.
+
+    Which protocol they speak is kombu's and Celery's own affair.
+    """
+    asked = {name: value for name, value in parse(broker.url).options.items() if name != "protocol"}
+    of_results = {_OF_RESULTS[name]: value for name, value in asked.items()}
+    return {"socket_timeout": broker.connect_timeout_s, **asked}, of_results
 
 
 def tls_options(broker: BrokerSettings) -> dict[str, Any] | None:
@@ -80,15 +92,17 @@ def tls_options(broker: BrokerSettings) -> dict[str, Any] | None:
 
 
 def _options(broker: BrokerSettings) -> dict[str, Any]:
+    place = parse(broker.url)
     options: dict[str, Any] = {"health_check_interval": 15, "socket_timeout": broker.connect_timeout_s}
-    if broker.password is not None:
-        options |= {"username": broker.username, "password": broker.password.get_secret_value()}
-    if not redis_url(broker).startswith("unix://"):
+    user, password = _credentials(broker)
+    if password is not None:
+        options |= {"username": user, "password": password}
+    if place.scheme != "unix":
         options["socket_connect_timeout"] = broker.connect_timeout_s
         options["socket_keepalive"] = True
-    if broker.tls_ca and broker.url.startswith("rediss://"):
+    if broker.tls_ca and place.scheme == "rediss":
         options["ssl_ca_certs"] = str(broker.tls_ca)
-    return options
+    return options | dict(place.options)
 
 
 def connect(

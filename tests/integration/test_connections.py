@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from pydantic import SecretStr
 
 from gpuinfer import Client
 from gpuinfer.models.shipped import load_test_images
+from gpuinfer.queue.connection import connect
 from gpuinfer.settings import BrokerSettings, Settings
 from tests.services import RedisServer, free_port, make_certificate
 from tests.workers import Workers
@@ -71,3 +74,22 @@ def test_worker_and_client(broker: tuple[RedisServer, BrokerSettings], tmp_path:
         assert "word" not in worker.text()
     finally:
         workers.close()
+
+
+@pytest.mark.parametrize("scheme", ["redis", "unix"])
+def test_a_worker_works_by_a_url_with_options(scheme: str, tmp_path: Path) -> None:
+    """What redis-py takes in a URL, kombu and Celery take too, or a worker would end in a traceback."""
+    images, _ = load_test_images()
+    with closing(RedisServer(port=(port := free_port()), requirepass=PASSWORD)) as server:
+        place = f"redis://127.0.0.1:{port}/" if scheme == "redis" else server.url.partition("?")[0]
+        url = f"{place}?db=3&health_check_interval=30&socket_timeout=5&protocol=3&client_name=x"
+        url += f"&password={quote(PASSWORD, safe='')}"
+        with closing(Workers(server, tmp_path)) as workers:
+            worker = workers.start(broker_url=url, log_level="debug")
+            with Client(url) as client:
+                assert client.result(client.submit(images[0]), 60)
+                with connect(BrokerSettings(url=url)) as plain:
+                    names = [str(one["name"]) for one in plain.client_list()]
+            assert names.count("x") >= 3
+            assert worker.terminate() == 0
+            assert PASSWORD not in worker.text()

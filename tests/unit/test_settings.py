@@ -121,8 +121,8 @@ def test_gpu_indices_may_be_numbers(tmp_path: Path) -> None:
         ('[broker]\nurl = ["redis://a"]', "broker.url = 'redis://a': must be text in quotes"),
         ('[broker]\nurl = "http://a"', "must begin with redis://, rediss:// or unix://"),
         ('[broker]\nurl = "unix://"', "must name a socket"),
-        ('[broker]\nurl = "redis://a:port/0"', "Port could not be cast"),
-        ('[broker]\nurl = "redis://a:99999/0"', "Port out of range"),
+        ('[broker]\nurl = "redis://a:port/0"', "must name a port from 1 to 65535"),
+        ('[broker]\nurl = "redis://a:99999/0"', "must name a port from 1 to 65535"),
         ("[broker.url]\na = 1", "broker.url = "),
         ("[api]\nport = true", "must not be true or false"),
         ("[api]\nport = 80.5", "api.port = '80.5': must be a whole number"),
@@ -192,6 +192,9 @@ def test_settings_never_print_a_secret() -> None:
     """repr, as a traceback or a debugger shows it, hides the password."""
     settings = load_settings(None, {"GPUINFER_BROKER_PASSWORD": SECRET})
     assert SECRET not in repr(settings)
+    settings = load_settings(None, {"GPUINFER_BROKER_URL": f"redis://me:{SECRET}@h/0"})
+    assert "redis://me:***@h/0" in repr(settings)
+    assert SECRET not in repr(settings) + str(settings)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +206,12 @@ def test_settings_never_print_a_secret() -> None:
         ("redis://h/0", "redis://h/0"),
         ("redis://me@h/0", "redis://me@h/0"),
         ("redis://h/0?password=pw", "redis://h/0?password=***"),
+        ("redis://h/0?password=pw&tail&db=3", "redis://h/0?password=***"),
+        ("redis://:pw#tail", "redis://:***"),
+        ("redis://:pw/tail", "redis://:***"),
+        ("redis://[::1]:6379/0", "redis://[::1]:6379/0"),
+        ("redis://h:6379", "redis://h:6379"),
+        ("redis://h:6379?db=3", "redis://h:6379?db=3"),
     ],
 )
 def test_a_password_in_a_url_is_hidden(url: str, safe: str) -> None:

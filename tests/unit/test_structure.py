@@ -25,7 +25,8 @@ SHARED = ("client", "queue", "models", "settings", "errors", "locks", "log", "jo
 #: Rooms and single modules from the bottom up: each may use what stands below it. Those of one level do
 #: not use each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sections"),
+    ("errors", "redis_url"),
+    ("sections",),
     ("settings", "journal"),
     ("log", "gpus", "locks", "instances", "privileges"),
     ("models",),
