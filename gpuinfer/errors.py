@@ -237,6 +237,12 @@ class DeviceOutOfMemory(TransientError):
     code = "device_out_of_memory"
 
 
+class TaskNotServed(InputError):
+    """Raised for a task that a GPU worker does not run: one of Celery's own, such as ``celery.map``."""
+
+    code = "task_not_served"
+
+
 # -- queue ----------------------------------------------------------------------------------
 
 

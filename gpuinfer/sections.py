@@ -119,6 +119,9 @@ class QueueSettings(Section):
     ageing_s: float = Field(default=10.0, ge=0, le=86400)
     #: How often a worker looks for tasks of plain Celery producers, which wake nobody.
     poll_ms: int = Field(default=50, ge=5, le=1000)
+    #: Other names under which producers send gpuinfer.predict and gpuinfer.batch_predict.
+    predict_aliases: Names = ("celery_app.predict", "tasks.predict")
+    batch_predict_aliases: Names = ("celery_app.batch_predict", "tasks.batch_predict")
 
 
 class ModelsSettings(Section):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Celery's task message, protocol 2, as kombu's Redis transport lays it on the list.
+"""Celery's task message as kombu's Redis transport lays it on the list: written in protocol 2, read in any.
 
 Source: https://docs.celeryq.dev/en/stable/internals/protocol.html. The body is plain JSON text
 (``body_encoding`` utf-8), a quarter smaller than kombu's base64. Any Celery producer's message
-decodes here too.
+decodes here too: protocol 1, kombu's own JSON types, and what producers in other languages write.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ from typing import Any, TypeGuard
 import orjson
 
 from gpuinfer.errors import InputError, PayloadTooLarge
+from gpuinfer.queue import json_types
 from gpuinfer.queue.keys import REPLY_PREFIX
+from gpuinfer.settings import QueueSettings
 
 PREDICT = "gpuinfer.predict"
 BATCH_PREDICT = "gpuinfer.batch_predict"
 #: Where a task goes when the caller does not say.
 ROUTES = {PREDICT: "realtime", BATCH_PREDICT: "batch"}
+#: What the names of Celery's own tasks begin with: celery.map, celery.chord_unlock, celery.backend_cleanup.
+BUILT_IN_PREFIX = "celery."
 
 _ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
 #: What a compressed body may unpack to, unless told otherwise.
@@ -132,6 +136,12 @@ def _numpy_as_list(value: Any) -> Any:
 _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
+#: What stands in the body of protocol 1, and in the headers of protocol 2.
+_MOVED = ("task", "id", "group", "retries", "eta", "expires", "timelimit", "root_id", "parent_id")
+#: The charsets that JSON may say it has.
+_CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
+
+
 @dataclass(slots=True)
 class Envelope:
     """A message as far as it is read without opening its body."""
@@ -146,6 +156,8 @@ class Envelope:
     deaths: int
     #: Bytes of its arguments as text, unpacked; 0 before they are read.
     size: int = 0
+    #: The body where it is open already: in protocol 1 the task's name and id are in there.
+    opened: Any = None
 
     @property
     def reply_to(self) -> str:
@@ -154,24 +166,67 @@ class Envelope:
         return channel if isinstance(channel, str) and channel.startswith(REPLY_PREFIX) else ""
 
     def body(self, max_bytes: int = MAX_BODY_BYTES) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
-        """Return (args, kwargs, embed). Raises Undecodable, and PayloadTooLarge for what unpacks to more."""
-        raw: Any = self.raw.get("body")
+        """Return (args, kwargs, embed). Raises Undecodable, and PayloadTooLarge for what unpacks to more.
+
+        kombu's JSON types are plain values in args and kwargs, and as they came in embed.
+        """
         try:
-            if self.properties.get("body_encoding") == "base64":
-                raw = b64decode(raw)
-            if self.headers.get("compression"):
-                raw = _unpack(raw, self.headers["compression"], max_bytes)
-            self.size = len(raw)
-            args, kwargs, embed = _loads(raw)
-        except (ValueError, TypeError, zlib.error) as exc:
+            body = self.opened
+            if body is None:
+                body, self.size = _open(self.raw, self.headers, self.properties, max_bytes)
+            if isinstance(body, dict):
+                args, kwargs, embed = body.get("args"), body.get("kwargs"), body
+                _move(body, self.headers)
+            else:
+                args, kwargs, embed = body if len(body) == 3 else (*body, None)
+        except (ValueError, TypeError, zlib.error, RecursionError) as exc:
             raise Undecodable(f"the body is not a task's arguments: {exc}", self.id) from None
+        # What PHP and others write for no arguments.
+        args, kwargs = [] if args is None else args, kwargs or {}
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise Undecodable("the body is not [args, kwargs, embed]", self.id)
         return args, kwargs, embed if isinstance(embed, dict) else {}
 
     def forget(self) -> None:
         """Drop the text. Redis has it as long as the task is in flight."""
-        self.raw = {}
+        self.raw, self.opened = {}, None
+
+
+def _open(
+    raw: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any], max_bytes: int
+) -> tuple[Any, int]:
+    """Return the body as JSON has it, and the bytes of its text.
+
+    Raises ValueError, TypeError, zlib.error, RecursionError, PayloadTooLarge.
+    """
+    text: Any = raw.get("body")
+    if properties.get("body_encoding") == "base64":
+        text = b64decode(text)
+    if headers.get("compression"):
+        text = _unpack(text, headers["compression"], max_bytes)
+    body = _loads(text)
+    if (b"__type__" if isinstance(text, bytes) else "__type__") in text:
+        _simplify(body)
+    return body, len(text)
+
+
+def _simplify(body: Any) -> None:
+    """Put plain values in place of kombu's types, but for what another task's message is made of."""
+    if isinstance(body, dict):
+        body.update(
+            {name: json_types.plain(body[name]) for name in ("args", "kwargs", *_MOVED) if name in body}
+        )
+    elif isinstance(body, list):
+        body[:2] = json_types.plain(body[:2])
+
+
+def _move(body: dict[str, Any], headers: dict[str, Any]) -> None:
+    """Put what protocol 1 has in its body where protocol 2 has it; what the headers say already stands."""
+    for name in _MOVED:
+        if name in body:
+            headers.setdefault(name, body[name])
+    if "taskset" in body:
+        headers.setdefault("group", body["taskset"])
 
 
 def _unpack(raw: bytes, compression: object, max_bytes: int) -> bytes:
@@ -201,6 +256,19 @@ def _loads(raw: bytes | str) -> Any:
 
 def decode(payload: bytes) -> Envelope:
     """Read a list entry. Raises Undecodable saying why it can never run."""
+    return _envelope(*_parts(payload))
+
+
+def peek(payload: bytes) -> Envelope | None:
+    """Read a list entry, as ``decode`` does, unless its body had to be unpacked for that: then None."""
+    raw, headers, properties = _parts(payload)
+    if "task" not in headers and headers.get("compression"):
+        return None
+    return _envelope(raw, headers, properties)
+
+
+def _parts(payload: bytes) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return a message, its headers and its properties. Raises Undecodable."""
     try:
         raw = _loads(payload)
     except (ValueError, TypeError) as exc:
@@ -208,17 +276,69 @@ def decode(payload: bytes) -> Envelope:
     if not isinstance(raw, dict):
         raise Undecodable("not a JSON object")
     headers, properties = raw.get("headers"), raw.get("properties")
+    headers = {} if headers is None else headers
     if not isinstance(headers, dict) or not isinstance(properties, dict):
         raise Undecodable("no headers or properties: not a message of kombu")
+    return raw, headers, properties
+
+
+def _envelope(raw: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any]) -> Envelope:
+    opened, size = None, 0
+    if "task" not in headers:
+        opened, size = _first_protocol(raw, headers, properties)
     task, task_id = headers.get("task"), headers.get("id")
+    if isinstance(task_id, dict):
+        task_id = headers["id"] = _uuid(task_id)
     if not _is_text(task) or not _is_text(task_id):
-        raise Undecodable("no task name or id in the headers: not Celery's protocol 2")
-    if raw.get("content-type") != "application/json":
-        raise Undecodable(f"content type {raw.get('content-type')!r}; only application/json is read", task_id)
+        raise Undecodable("no task name or id: neither Celery's protocol 1 nor 2")
+    _check_type(raw.get("content-type"), task_id)
     counts = raw.get("gpuinfer", [0, 0])
     if not isinstance(counts, list) or len(counts) != 2 or not all(type(count) is int for count in counts):
         raise Undecodable("its counts of deliveries and deaths are no counts", task_id)
-    return Envelope(raw, headers, properties, task, task_id, *counts)
+    return Envelope(raw, headers, properties, task, task_id, counts[0], counts[1], size, opened)
+
+
+def _first_protocol(
+    raw: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any]
+) -> tuple[Any, int]:
+    """Open a body of protocol 1, and put what it says of the task into ``headers``. Raises Undecodable."""
+    task_id = properties.get("correlation_id")  # Celery's producers write the id there, too
+    task_id = task_id if _is_text(task_id) else None
+    _check_type(raw.get("content-type"), task_id)
+    try:
+        body, size = _open(raw, headers, properties, MAX_BODY_BYTES)
+    except (ValueError, TypeError, zlib.error, RecursionError, PayloadTooLarge) as exc:
+        raise Undecodable(f"no task in its headers, and its body cannot be read: {exc}", task_id) from None
+    if not isinstance(body, dict):
+        raise Undecodable("no task name or id: neither Celery's protocol 1 nor 2", task_id)
+    _move(body, headers)
+    return body, size
+
+
+def _uuid(task_id: dict[str, Any]) -> Any:
+    """Return the id that somebody has given as a UUID object; None where it is none."""
+    try:
+        return json_types.plain(task_id)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _check_type(content_type: object, task_id: str | None) -> None:
+    """Raise Undecodable for anything but JSON in UTF-8."""
+    if content_type == "application/json":
+        return
+    kind, *parameters = str(content_type).lower().split(";")
+    named = [text.partition("=")[2].strip().strip('"') for text in parameters if "charset" in text]
+    if kind.strip() != "application/json" or any(charset not in _CHARSETS for charset in named):
+        reason = f"content type {content_type!r:.80}; only application/json in UTF-8 is read"
+        raise Undecodable(reason, task_id)
+
+
+def tasks_by_name(settings: QueueSettings) -> dict[str, str]:
+    """Return which of our tasks a name stands for: its own, or an alias."""
+    aliases = dict.fromkeys(settings.predict_aliases, PREDICT)
+    aliases |= dict.fromkeys(settings.batch_predict_aliases, BATCH_PREDICT)
+    return aliases | {PREDICT: PREDICT, BATCH_PREDICT: BATCH_PREDICT}
 
 
 def _is_text(value: object) -> TypeGuard[str]:

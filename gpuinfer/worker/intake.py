@@ -9,12 +9,20 @@ from dataclasses import dataclass, field
 
 import redis
 
-from gpuinfer.errors import DeadLettered, GpuinferError, UnknownModel
+from gpuinfer.errors import DeadLettered, GpuinferError, TaskNotServed, UnknownModel
 from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.keys import place_of
-from gpuinfer.queue.message import Envelope, Undecodable, decode
+from gpuinfer.queue.message import (
+    BATCH_PREDICT,
+    BUILT_IN_PREFIX,
+    Envelope,
+    Undecodable,
+    decode,
+    peek,
+    tasks_by_name,
+)
 from gpuinfer.queue.sink import TaskChannel
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings
@@ -22,7 +30,7 @@ from gpuinfer.worker import task_log
 from gpuinfer.worker.buffer import Batch
 from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.outbox import Outbox
-from gpuinfer.worker.task import Elsewhere, Task, is_inference, read
+from gpuinfer.worker.task import Elsewhere, Task, read
 
 log = get_logger(__name__)
 
@@ -102,6 +110,7 @@ class Intake:
         self._celery = celery_state
         self._manifests = manifests
         self._settings = settings
+        self._names = tasks_by_name(settings.queue)
         self._clock = clock
         self._wall = wall
         #: Claimed, and not read before the batch that runs has ended.
@@ -115,7 +124,8 @@ class Intake:
         """Return what can run, the ends of what cannot, and what was not read: the first takes up all room.
 
         What waited is read first. ``running`` is the batch that runs meanwhile, ``room`` the bytes of
-        arguments that may be held, exceeded by one task at most. What is none of ours goes Celery's own way.
+        arguments that may be held, exceeded by one task at most. Tasks of other names go through
+        Celery's own strategy.
         """
         taken = _Taken()
         record = _Record(self._outbox, running)
@@ -145,7 +155,7 @@ class Intake:
         suspect = claimed.payload.startswith(_MARK)
         envelope = None
         if not suspect and len(claimed.payload) <= LARGE_BYTES:
-            envelope = decode(claimed.payload)
+            envelope = peek(claimed.payload)
         if envelope is None or envelope.headers.get("compression"):
             if not record.put(claimed, suspect=suspect):
                 self._store.mark_uncertain()  # it is put back at the next claim, and comes again
@@ -153,7 +163,7 @@ class Intake:
         else:
             record.clear()
         envelope = envelope or decode(claimed.payload)
-        if not is_inference(envelope.task):
+        if envelope.task not in self._names and not envelope.task.startswith(BUILT_IN_PREFIX):
             channel.deliver(claimed)
             return
         try:
@@ -184,7 +194,7 @@ class Intake:
 
     def _admit(self, claimed: Claimed, envelope: Envelope, taken: _Taken) -> None:
         try:
-            task = read(claimed, envelope, self._manifests, self._settings.queue.max_payload_bytes)
+            task = self._task(claimed, envelope)
         except Undecodable:
             raise
         except GpuinferError as exc:
@@ -195,6 +205,17 @@ class Intake:
             task.not_before = self._clock() + task.eta - self._wall()
         self._celery.received(task)
         taken.tasks.append(task)
+
+    def _task(self, claimed: Claimed, envelope: Envelope) -> Task:
+        name = self._names.get(envelope.task)
+        if name is None:
+            raise TaskNotServed(
+                f"{envelope.task} is a task of Celery's own, which a GPU worker does not run; send it to "
+                "workers of your own",
+                "task",
+            )
+        max_bytes = self._settings.queue.max_payload_bytes
+        return read(claimed, envelope, self._manifests, max_bytes, many=name == BATCH_PREDICT)
 
     def _bury(self, claimed: Claimed, reason: str) -> None:
         error = DeadLettered(f"cannot be decoded: {reason}")

@@ -18,7 +18,7 @@ from gpuinfer.errors import (
 )
 from gpuinfer.models.manifest import MODEL_NAME, Manifest
 from gpuinfer.queue.claims import Claimed
-from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Envelope, moment_of
+from gpuinfer.queue.message import Envelope, moment_of
 
 
 class Elsewhere(Exception):
@@ -48,6 +48,8 @@ class Task:
     soft_limit_s: float
     hard_limit_s: float
     expires_at: float | None
+    #: ``batch_predict``: its result is a list.
+    many: bool = False
     #: Wall clock before which it must not begin.
     eta: float | None = None
     #: For all its slices together: the request's; a model's limits are for a pass.
@@ -88,10 +90,6 @@ class Task:
     def begun(self) -> bool:
         """Whether a batch with it has run: what has come of that is known here alone."""
         return self.time_start is not None
-
-    @property
-    def many(self) -> bool:
-        return self.envelope.task == BATCH_PREDICT
 
     @property
     def redelivered(self) -> bool:
@@ -169,8 +167,10 @@ def read(
     envelope: Envelope,
     manifests: Mapping[str, Manifest],
     max_payload_bytes: int,
+    *,
+    many: bool,
 ) -> Task:
-    """Turn a message into work.
+    """Turn a message into work; ``many`` says that it is for ``batch_predict``.
 
     Raises Undecodable for a body that is no arguments, and InputError, PayloadTooLarge or UnknownModel for
     arguments that cannot work; all of them are final. Raises Elsewhere for another worker's task.
@@ -191,7 +191,6 @@ def read(
     manifest = manifests.get(model)
     if manifest is None:
         raise Elsewhere(model)
-    many = envelope.task == BATCH_PREDICT
     inputs = bound["inputs"]
     if many and not isinstance(inputs, list):
         raise InputError(f"batch_predict takes a list of inputs, got {type(inputs).__name__}", "inputs")
@@ -216,16 +215,12 @@ def read(
         # to end before the model's own soft limit.
         hard_limit_s=max(hard_limit_s, min(manifest.soft_time_limit_s, manifest.hard_time_limit_s)),
         expires_at=moment_of(envelope.headers, "expires"),
+        many=many,
         eta=moment_of(envelope.headers, "eta"),
         soft_total_s=math.inf if soft is None else soft_limit_s,
         hard_total_s=math.inf if hard is None else hard_limit_s,
         alone=envelope.deaths > 0,
     )
-
-
-def is_inference(task: str) -> bool:
-    """Tell the tasks the batcher runs from those it leaves to Celery."""
-    return task in (PREDICT, BATCH_PREDICT)
 
 
 def conclude(task: Task, device: str) -> dict[str, Any] | list[Any] | GpuinferError:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from gpuinfer import Client
@@ -78,6 +80,24 @@ def test_restored_tasks_wait_again(store: Store, client: Client) -> None:
     store.restore()
     assert client.status(task_id).state == "queued"
     assert client.cancel(task_id)
+
+
+@pytest.mark.parametrize(
+    ("headers", "correlation_id", "task_id"),
+    [({}, "in the body", "in the body"), ({"id": "a/\u00e4"}, "", "a/\u00e4")],
+    ids=["protocol 1", "written by PHP"],
+)
+def test_restore_finds_the_id_of_any_producer(
+    store: Store, client: Client, headers: dict[str, str], correlation_id: str, task_id: str
+) -> None:
+    """The state of what had begun is found also where the id is the correlation id, or escaped."""
+    text = json.dumps({"headers": headers, "properties": {"correlation_id": correlation_id}})
+    store.client.lpush("realtime", text.replace("/", "\\/"))
+    (task,) = store.claim(1, look=True)
+    store.begin([(task.seq, task_id, results.started(task_id, "w", 1))])
+    assert client.status(task_id).state == "running"
+    store.restore()
+    assert client.status(task_id).state == "queued"
 
 
 def test_no_death_on_the_account_of_what_does_not_run(store: Store, client: Client) -> None:

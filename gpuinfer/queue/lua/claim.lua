@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: lists states
+-- needs: lists states payload
 -- Pop up to N tasks of one model, the most urgent first, and record them as in flight, in one step.
 -- KEYS: in-flight hash, epoch hash
 -- ARGV: 1 epoch, 2 first sequence id to use, 3 how many bytes of payload to take at most (one task is taken
@@ -232,10 +232,10 @@ if taken == 0 then
   if state == 'idle' then redis.call('ZADD', IDLE_PREFIX .. group, now(), worker) end
   return answer
 end
--- The id is the header of that name, as in restore.lua; the worker compares it with what it reads. A payload
--- too long to search through, or a task that has its final state, is left to begin.lua.
+-- The worker compares the id with what it reads. A payload too long to search
+-- through, or a task that has its final state, is left to begin.lua.
 if ARGV[5] == '1' and taken == 1 and #answer[6] <= 16384 then
-  local id = string.match(answer[6], '"id": ?"([^"]+)"')
+  local id = id_of(answer[6])
   if id and not FINAL[state_of(id) or ''] then
     redis.call('HSET', inflight, 'running', ARGV[2])
     answer[1] = id
