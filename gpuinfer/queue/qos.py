@@ -55,7 +55,8 @@ class QoS(stock.QoS):  # type: ignore[misc]  # kombu is not annotated
         """Give back what was delivered through kombu and not acknowledged, when the channel closes."""
         self._flush()
         seqs = [seq for tag in self._delivered if (seq := seq_of(tag)) is not None]
-        self.channel.store.release(seqs)
+        if seqs:
+            self.channel.store.release(seqs)
         for tag in [tag for tag in self._delivered if seq_of(tag) is not None]:
             del self._delivered[tag]
         super().restore_unacked(client)

@@ -18,7 +18,7 @@ from kombu.transport import redis as stock
 from kombu.utils.json import dumps, loads
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
-from gpuinfer.errors import DeadLettered, FormatMismatch, TakenBack, WorkerRunning
+from gpuinfer.errors import DeadLettered, FormatMismatch, TakenBack, UsageError, WorkerRunning
 from gpuinfer.queue import format as layout
 from gpuinfer.queue import keys
 from gpuinfer.queue.claims import Claimed, Order
@@ -83,6 +83,16 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         except OutOfMemoryError:
             if queue not in self._fanout_queues:
                 raise
+
+    def _get(self, queue: str, timeout: float | None = None) -> Any:
+        """Pop one message, for AMQP's basic.get. Refused for our queues: it would be lost with its reader."""
+        if keys.tier_of(queue) is None:
+            return super()._get(queue)
+        raise UsageError(
+            "its tasks are claimed by gpuinfer's workers, and cannot be fetched one by one (basic.get); "
+            "`gpuinfer queue status` shows what waits",
+            queue,
+        )
 
     def _size(self, queue: str) -> int:
         """Count a queue's messages, as kombu does but without MULTI, which a full Redis refuses."""
