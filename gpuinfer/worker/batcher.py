@@ -372,7 +372,7 @@ class Batcher:
     def _outcomes(self, done: Done) -> list[Final]:
         """Distribute a batch's outcomes over its tasks; return the ends of those that are complete."""
         finals, position = [], 0
-        shared = len(done.batch.parts) > 1
+        shared = done.batch.shared
         for part in done.batch.parts:
             task, count = part.task, part.stop - part.start
             mine = done.outcomes[position : position + count]

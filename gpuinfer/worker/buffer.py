@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import math
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import frexp
 from operator import attrgetter
 
 from gpuinfer.worker.task import Task
@@ -24,7 +24,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward pass takes: parts of one model, under one pair of time limits."""
+    """What one forward pass takes: parts of one model, under the smallest of their time limits."""
 
     model: str
     parts: tuple[Part, ...]
@@ -34,6 +34,11 @@ class Batch:
     @property
     def size(self) -> int:
         return sum(part.stop - part.start for part in self.parts)
+
+    @property
+    def shared(self) -> bool:
+        """True when several tasks run together."""
+        return len(self.parts) > 1
 
     @property
     def tasks(self) -> list[Task]:
@@ -79,7 +84,7 @@ class Buffer:
 
     def add(self, task: Task) -> None:
         """Put a task at its place: after its equals when new, before them when it comes back."""
-        self._number(task)
+        self._enter(task)
         if task.not_before:
             insort(self._later, task, key=_TIME)
         else:
@@ -88,12 +93,14 @@ class Buffer:
     def add_all(self, tasks: Iterable[Task]) -> None:
         """Put new tasks at their places; much cheaper than one by one."""
         for task in tasks:
-            self._number(task)
+            self._enter(task)
             (self._later if task.not_before else self._tasks).append(task)
         self._tasks.sort(key=_PLACE)
         self._later.sort(key=_TIME)
 
-    def _number(self, task: Task) -> None:
+    def _enter(self, task: Task) -> None:
+        task.soft_left_s = min(task.soft_limit_s, task.total_s - task.ran_s)
+        task.kind = task.model, frexp(task.soft_left_s)[1], frexp(task.hard_limit_s)[1]
         if not task.place[1]:
             self._arrivals += 1
             task.place = AGED if task.claimed.aged else task.claimed.rank, self._arrivals
@@ -152,7 +159,9 @@ class Buffer:
     def next_batch(self) -> Batch | None:
         """Return the next batch without removing it: the most urgent task and its fellows, in order.
 
-        Fellows share its model and its time limits. A task that must run alone gets a batch to itself.
+        Fellows share its model, and have about its time limits: between two powers of two. The pass takes the
+        smallest, so that nobody gets more than it asked for; a pass that is too slow fails nobody but a task
+        that had it to itself. A task that must run alone gets a batch to itself.
         """
         if not self._tasks:
             return None
@@ -162,23 +171,12 @@ class Buffer:
         for task in self._tasks:
             if room <= 0:
                 break
-            if task is not first and (first.alone or not _fellows(first, task)):
+            if task is not first and (first.alone or task.alone or task.kind != first.kind):
                 continue
             start = len(task.outcomes)
             count = min(len(task.inputs) - start, room, task.slice_limit or room)
             parts.append(Part(task, start, start + count))
             room -= count
-        soft_s, hard_s = first.soft_limit_s, first.hard_limit_s
-        for part in parts:
-            if part.task.total_s < math.inf:
-                soft_s = min(soft_s, part.task.total_s - part.task.ran_s)
+        soft_s = min(part.task.soft_left_s for part in parts)
+        hard_s = min(part.task.hard_limit_s for part in parts)
         return Batch(first.model, tuple(parts), soft_s, hard_s)
-
-
-def _fellows(first: Task, other: Task) -> bool:
-    return (
-        other.model == first.model
-        and not other.alone
-        and other.soft_limit_s == first.soft_limit_s
-        and other.hard_limit_s == first.hard_limit_s
-    )

@@ -36,7 +36,7 @@ PROBE_PATIENCE_S = 5.0
 
 
 class RunAlone(Exception):
-    """The outcome of an input whose batch passed its soft limit as a whole: it must run by itself.
+    """The outcome of an input whose batch passed its soft limit as a whole: its task must run by itself.
 
     Not here and now: what is urgent goes in between.
     """
@@ -77,12 +77,14 @@ class Limits:
 
     soft_at: float
     hard_at: float
+    #: True when it is the time of several tasks.
+    shared: bool
 
     @classmethod
     def of(cls, batch: Batch) -> Limits:
         """Start the batch's limits now."""
         now = time.monotonic()
-        return cls(now + batch.soft_limit_s, now + batch.hard_limit_s)
+        return cls(now + batch.soft_limit_s, now + batch.hard_limit_s, batch.shared)
 
     def left(self) -> tuple[float, float]:
         """Return the seconds left until the soft and the hard limit; a thousandth at least."""
@@ -251,7 +253,8 @@ class Engine:
         try:
             return _Ran(self._deadline.run(*until.left(), lambda: list(model.forward(items))))
         except SoftTimeLimitExceeded as exc:
-            return _Ran([exc] if len(items) == 1 else [RunAlone()] * len(items))
+            alone = len(items) == 1 and not until.shared  # else it was perhaps another's time, or limit
+            return _Ran([exc] if alone else [RunAlone()] * len(items))
         except DeviceOutOfMemory as exc:
             model.release_cache()
             memory = True

@@ -57,6 +57,10 @@ class Task:
     hard_total_s: float = math.inf
     #: Its place in the order of serving: its rank, then its arrival in this process.
     place: tuple[int, int] = (0, 0)
+    #: Seconds that its next pass may take: the soft limit, or what is left of the request's time. The buffer
+    #: sets it when the task enters, and what those share that may run together.
+    soft_left_s: float = 0.0
+    kind: tuple[str, int, int] = ("", 0, 0)
     #: Inputs that one batch takes of it at most: larger slices passed their soft limit.
     slice_limit: int | None = None
     #: True once its state says that it runs.

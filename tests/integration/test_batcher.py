@@ -7,13 +7,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import Celery
 from structlog.testing import capture_logs
 
 from gpuinfer import Client
-from gpuinfer.errors import DeviceError, DeviceOutOfMemory, GpuinferError, InferenceError
+from gpuinfer.errors import (
+    DeviceError,
+    DeviceOutOfMemory,
+    GpuinferError,
+    InferenceError,
+    SoftTimeLimitExceeded,
+)
 from gpuinfer.models.loader import load
 from gpuinfer.models.repository import Repository
 from gpuinfer.queue import keys
@@ -414,3 +421,36 @@ def test_a_worker_that_was_taken_for_dead_goes_on(
         assert not store.client.exists(store.inflight)
     ended = store.client.hget(keys.ENDED, "completed realtime picky")
     assert ended == b"100"
+
+
+class Watch:
+    """A deadline on a device where each pass takes ``seconds``."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def run(self, soft_s: float, hard_s: float, call: Callable[[], Any]) -> Any:
+        if soft_s < self._seconds:
+            raise SoftTimeLimitExceeded(f"ran longer than its soft limit of {soft_s:g} s")
+        return call()
+
+
+def test_requests_with_their_own_limits_run_together(batcher: Batcher, client: Client, model: Small) -> None:
+    """64 of them, no two alike, are one pass."""
+    tasks = [client.submit([1.0], model="picky", soft_time_limit_s=8 + n / 10) for n in range(64)]
+    turn(batcher, lambda: all(client.status(task).final for task in tasks))
+    assert model.sizes == [64]
+
+
+def test_a_neighbours_smaller_limit_fails_nobody(batcher: Batcher, client: Client, model: Small) -> None:
+    """A pass that was too slow for the smallest limit is run again, each task alone and under its own: also
+    those that the device had no memory for at once."""
+    batcher.engine._deadline = Watch(12.0)  # type: ignore[assignment]
+    model.fits = 2
+    limits = [8.5, 15.0, 14.0, 9.0, 13.0]
+    tasks = [client.submit([1.0], model="picky", soft_time_limit_s=limit) for limit in limits]
+    turn(batcher, lambda: all(client.status(task).final for task in tasks))
+    assert [client.status(task).state for task in tasks] == [
+        "completed" if limit > 12 else "failed" for limit in limits
+    ]
+    assert model.sizes == [1, 1, 1]

@@ -45,9 +45,28 @@ def test_urgent_first_then_as_they_came() -> None:
 
 
 def test_fellows_share_model_and_limits() -> None:
-    """Another model, or other limits, wait for a batch of their own."""
+    """Another model, or quite other limits, wait for a batch of their own."""
     buffer = filled(task(1), task(2, model="other"), task(3, hard_limit_s=5.0), task(4))
     assert seqs(buffer) == [1, 4]
+
+
+def test_limits_between_two_powers_of_two_share_a_pass() -> None:
+    """It takes the smallest, so that nobody gets more than it asked for, and at least half of it."""
+    limits = [8.0, 15.9, 16.0, 7.9, 9.5]
+    buffer = filled(*(task(n, soft_limit_s=limit, hard_limit_s=20.0 + n) for n, limit in enumerate(limits)))
+    batch = buffer.next_batch()
+    assert batch is not None
+    assert [one.seq for one in batch.tasks] == [0, 1, 4]
+    assert (batch.soft_limit_s, batch.hard_limit_s) == (8.0, 20.0)
+    buffer.remove(batch.tasks)
+    assert seqs(buffer) == [2]
+
+
+def test_what_is_left_of_a_jobs_time_is_its_limit() -> None:
+    """A job at the end of its time shares a pass with nobody who has more."""
+    old = task(1, inputs=9, soft_total_s=10.0)
+    old.ran_s = 9.0
+    assert seqs(filled(old, task(2))) == [1]
 
 
 def test_alone() -> None:

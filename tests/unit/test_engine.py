@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gpuinfer.errors import DeviceError, DeviceOutOfMemory, InferenceError, ShapeMismatch
+from gpuinfer.errors import (
+    DeviceError,
+    DeviceOutOfMemory,
+    InferenceError,
+    ShapeMismatch,
+    SoftTimeLimitExceeded,
+)
 from gpuinfer.models.loader import LoadedModel, load
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.repository import Repository
@@ -24,7 +31,7 @@ from gpuinfer.queue.message import Envelope
 from gpuinfer.worker import engine as engine_module
 from gpuinfer.worker.buffer import Batch, Part
 from gpuinfer.worker.deadline import Deadline
-from gpuinfer.worker.engine import Done, Engine
+from gpuinfer.worker.engine import Done, Engine, RunAlone
 from gpuinfer.worker.task import Task
 from tests.models_for_tests import picky
 
@@ -197,3 +204,14 @@ def test_who_waits_is_not_woken(engine: Engine, model: Small) -> None:
     go_on.set()
     assert woken.wait(20)
     assert not engine.done.empty()
+
+
+def test_a_shared_pass_fails_nobody_for_its_time(engine: Engine, model: Small) -> None:
+    """Halves of a batch share its time, and tasks the smallest limit: what is left over runs again, alone."""
+    model.fits = 1
+    model.watch = lambda: time.sleep(0.01)
+    parts = tuple(Part(work([1.0], i), 0, 1) for i in range(2))
+    engine.submit(Batch("picky", parts, 0.001, 20))
+    assert [type(outcome) for outcome in engine.done.get(timeout=20).outcomes] == [RunAlone, RunAlone]
+    engine.submit(Batch("picky", parts[:1], 0.001, 20))
+    assert isinstance(engine.done.get(timeout=20).outcomes[0], SoftTimeLimitExceeded)
