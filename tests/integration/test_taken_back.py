@@ -31,7 +31,10 @@ def workers(redis_server: RedisServer, tmp_path: Path) -> Iterator[Workers]:
 
 
 def slow(workers: Workers, seconds: float) -> None:
-    sleeper(workers.folder / "models" / "slow", seconds, max_batch_size=4)
+    """Make the model, with limits that no pause reaches: the kernel's timer runs on in a process that stands
+    still, and would end one that was stopped for longer than its batch's hard limit as it is continued."""
+    limits = {"soft_time_limit_s": 1800.0, "hard_time_limit_s": 3600.0}
+    sleeper(workers.folder / "models" / "slow", seconds, max_batch_size=4, **limits)
 
 
 def serves_on(worker: Process, client: Client, redis_server: RedisServer, tasks: int) -> None:
