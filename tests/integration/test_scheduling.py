@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 
@@ -13,7 +14,7 @@ from gpuinfer import Client
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import keys
 from tests.models_for_tests import sleeper
-from tests.services import RedisServer
+from tests.services import Process, RedisServer
 from tests.workers import NAME, Workers, wait_until
 
 pytestmark = pytest.mark.integration
@@ -107,21 +108,33 @@ def test_urgent_before_aged_jobs(workers: Workers, client: Client) -> None:
     assert not any(client.status(job).final for job in jobs)
 
 
+def begun(worker: Process) -> list[list[str]]:
+    """Return the tasks of each batch that has begun, in order."""
+    lines = [line for line in worker.text().splitlines() if '"batch_begun"' in line]
+    return [json.loads(line)["task_ids"] for line in lines]
+
+
 def test_large_jobs_leave_room_for_urgent_ones(
     workers: Workers, client: Client, redis_server: RedisServer
 ) -> None:
-    """However large what waits is, a worker holds so many bytes of it, and urgent work overtakes it."""
-    sleeper(workers.folder / "models" / "slow", 0.2, max_batch_size=256)
+    """However large what waits is, a worker holds so many bytes of it, and urgent work overtakes it.
+
+    One batch may begin after the urgent task is acknowledged: it was claimed before.
+    """
+    sleeper(workers.folder / "models" / "slow", 0.3, max_batch_size=256)
     large = [{"b64": "A" * 2_000_000, "dtype": "float32", "shape": [1]}]
     jobs = [client.submit_batch([[1.0], *large], model="slow") for _ in range(150)]
-    workers.start(worker_models="slow")
-    wait_until(lambda: any(client.status(job).final for job in jobs))
+    worker = workers.start(worker_models="slow", log_level="debug")
+    wait_until(lambda: any(client.status(job).final for job in jobs), 60)
     assert redis_server.client().hlen(keys.inflight(NAME)) / 2 < 75  # 33 that run, and 33 that are next
-    client.result(client.submit([1.0], model="slow", priority=9), timeout_s=60)
-    states = redis_server.client().mget([keys.result(job) for job in jobs])
-    ended = sum(b'"SUCCESS"' in bytes(state or b"")[:24] for state in states)  # type: ignore[arg-type]
-    assert ended < 150, "it waited for the batch that ran, and went with the next"
+    urgent = client.submit([1.0], model="slow", priority=9)
+    before = len(begun(worker))
+    client.result(urgent, timeout_s=60)
+    after = begun(worker)
+    place = next(n for n, ids in enumerate(after) if urgent in ids)
+    assert place <= before + 1, [len(ids) for ids in after]
     client.results(jobs, timeout_s=120)
+    assert place < len(begun(worker)) - 1, "all had begun before it was submitted"
 
 
 def test_a_flood_of_later_tasks(workers: Workers, client: Client, redis_server: RedisServer) -> None:
