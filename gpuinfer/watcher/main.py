@@ -69,6 +69,9 @@ FEED_S = 10.0
 KEEP_EVERY_S = 30.0
 #: The fleet is told this often which models this host could serve.
 KNOW_EVERY_S = 60.0
+#: What was started this many seconds before the watcher is told to stop is stopped again: all workers may
+#: have been told to stop just before, and that does not hold for one that did not run.
+UNDO_S = 2.0
 
 
 class Watcher:
@@ -114,20 +117,23 @@ class Watcher:
         self._rival = ""
         self._unreadable = ""
         self._ready = False
+        #: Instance -> when it was told to start, on the monotonic clock; it came to something, or may yet.
+        self._started: dict[int, float] = {}
         self._stop = asyncio.Event()
         self.history: History | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Look once in a while until ``stop`` is set. What goes wrong in a look is logged, and passes.
 
-        Once it is set nothing is started, stopped or noted any more: the workers may be stopping at the same
-        time, and that is no stop by hand. Raises FormatMismatch as soon as Redis turns out to have another
-        format.
+        Once it is set nothing is started or noted any more: the workers may be stopping at the same time, and
+        that is no stop by hand. What was started a moment before is stopped. Raises FormatMismatch as soon as
+        Redis turns out to have another format.
         """
         self._stop = stop
         await asyncio.to_thread(self._gpus.start)
         try:
             await self._run(stop)
+            await self._undo_starts()
         finally:
             await asyncio.to_thread(self._gpus.stop)
 
@@ -299,12 +305,25 @@ class Watcher:
             reason = out(instance, unit, self._settings.watcher, now)
         return replace(instance, hold=hold, out=reason, log_only=not self._act)
 
+    async def _undo_starts(self) -> None:
+        """Stop what was started a moment ago. The next watcher takes it for nobody's wish (see ``adopt``)."""
+        since = time.monotonic() - UNDO_S
+        for number in [number for number, at in self._started.items() if at >= since]:
+            worker = str(Key(number, self.host))
+            try:
+                await self._units.act("stop", number)
+                log.info("start_undone", worker=worker, why="the watcher was told to stop right after it")
+            except (UnitRefused, UnitsUnavailable) as exc:
+                log.warning("start_not_undone", worker=worker, reason=str(exc))
+
     async def _do(self, action: Action) -> None:
+        number = action.key.number
         try:
-            await self._units.act(action.verb, action.key.number)
+            await self._units.act(action.verb, number)
             self._refused.pop(action.key, None)
         except UnitStopping as exc:
             log.info("start_dropped", worker=str(action.key), reason=str(exc))
+            return
         except (UnitRefused, UnitsUnavailable) as exc:
             if self._refused.get(action.key) != str(exc):
                 log.error("action_failed", verb=action.verb, worker=str(action.key), reason=str(exc))
@@ -313,6 +332,12 @@ class Watcher:
                 units = refused(self.history.units, action.key, str(exc), self._settings.watcher, time.time())
                 self.history = replace(self.history, units=units)
                 self._kept_at = 0.0
+            if isinstance(exc, UnitRefused):
+                return
+        if action.verb == "start":
+            self._started[number] = time.monotonic()
+        else:
+            self._started.pop(number, None)
 
     # -- telling --------------------------------------------------------------------------
 

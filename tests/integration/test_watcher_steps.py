@@ -15,7 +15,7 @@ from redis.exceptions import OutOfMemoryError
 from structlog.testing import capture_logs
 
 from gpuinfer import Client
-from gpuinfer.errors import FormatMismatch, UnitRefused, UnitStopping
+from gpuinfer.errors import FormatMismatch, UnitRefused, UnitStopping, UnitsUnavailable
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.fleet import HOSTS
@@ -143,7 +143,10 @@ async def test_a_refused_start_is_a_failure(redis_server: RedisServer, settings_
 
 
 async def test_told_to_stop_it_acts_no_more(redis_server: RedisServer, settings_for: Build) -> None:
-    """In the middle of a step, too: of two starts the second is left out, and the next look notes nothing."""
+    """In the middle of a step, too: of two starts the second is left out, and the next look notes nothing.
+
+    The first is undone: the order to stop all workers may have come before it, and does not hold for it.
+    """
 
     class Stopping(Told):
         async def act(self, verb: str, number: int) -> None:
@@ -159,12 +162,44 @@ async def test_told_to_stop_it_acts_no_more(redis_server: RedisServer, settings_
     with Client(settings) as client:
         for _ in range(12):
             client.submit([1.0])
-    for units, done in ((Stopping(4), [("start", 0)]), (Late(4), [])):
+    for units, done in ((Stopping(4), [("start", 0), ("stop", 0)]), (Late(4), [])):
         stop = asyncio.Event()
         watcher = Watcher(settings, units, (0, 1, 2, 3), act=True, host="a")
         await asyncio.wait_for(watcher.run(stop), 30)
         assert units.done == done
     assert watcher.history is None or not any(unit.hold for unit in watcher.history.units.values())
+
+
+async def test_told_to_stop_it_undoes_starts_that_may_come(
+    redis_server: RedisServer, settings_for: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that systemd has not answered may still come; an older one runs on; a refused one never ran."""
+
+    class Unsure(Told):
+        def __init__(self, error: Exception | None) -> None:
+            super().__init__(1)
+            self.error = error
+
+        async def act(self, verb: str, number: int) -> None:
+            await super().act(verb, number)
+            stop.set()
+            if verb == "start" and self.error is not None:
+                raise self.error
+
+    settings = cpu(redis_server, settings_for)
+    with Client(settings) as client:
+        client.submit([1.0])
+    for undo_s, error, undone in (
+        (60.0, UnitsUnavailable("systemd does not answer StartUnit: timeout"), True),
+        (0.0, None, False),
+        (60.0, UnitStopping("systemd refuses StartUnit: transaction is destructive"), False),
+        (60.0, UnitRefused("systemd refuses StartUnit: no such unit"), False),
+    ):
+        connect(settings.broker).delete(MEMORY_PREFIX + "a")
+        monkeypatch.setattr(main, "UNDO_S", undo_s)
+        units, stop = Unsure(error), asyncio.Event()
+        await asyncio.wait_for(Watcher(settings, units, (0,), act=True, host="a").run(stop), 30)
+        assert units.done == [("start", 0), *([("stop", 0)] if undone else [])]
 
 
 async def test_a_start_that_is_dropped_is_no_failure(redis_server: RedisServer, settings_for: Build) -> None:
