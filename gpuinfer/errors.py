@@ -287,7 +287,7 @@ class TaskExpired(GpuinferError):
 
 
 class TaskRevoked(GpuinferError):
-    """Raised when a task was cancelled before a worker began it."""
+    """Raised when a task was cancelled before it had ended."""
 
     code = "revoked"
     http_status = 410

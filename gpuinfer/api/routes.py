@@ -148,11 +148,11 @@ async def _disconnected(request: Request) -> None:
 @router.post(
     "/cancel/{task_id}",
     tags=["result"],
-    summary="Cancel a task that no worker has begun",
+    summary="Cancel a task that waits or runs",
     responses=schemas.CANCEL_RESPONSES,
 )
 async def cancel(request: Request, task_id: str) -> Response:
-    """Cancel a task, and answer its state; `cancelled` is false when it had begun or ended already."""
+    """Cancel a task that waits or runs, and answer its state; `cancelled` is false when it had ended."""
     note(request.scope, task_id=task_id)
     client = _client(request)
     cancelled = await client.cancel(task_id)

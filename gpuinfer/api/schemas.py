@@ -219,10 +219,10 @@ CANCEL_RESPONSES: dict[int | str, JsonSchema] = {
             "cancelled": {
                 "task_id": TASK_ID,
                 "status": "revoked",
-                "error": {"code": "revoked", "message": "it was cancelled before a worker began it"},
+                "error": {"code": "revoked", "message": "it was cancelled"},
                 "cancelled": True,
             },
-            "too late": {"task_id": TASK_ID, "status": "running", "cancelled": False},
+            "too late": {"task_id": TASK_ID, "status": "completed", "result": {}, "cancelled": False},
         },
     ),
     404: _NOT_FOUND,

@@ -162,8 +162,11 @@ class Client:
         return self._default.name
 
     def cancel(self, task_id: str) -> bool:
-        """Cancel a task that no worker has begun; return whether it was cancelled."""
-        error = TaskRevoked("it was cancelled before a worker began it", None)
+        """Cancel a task that has not ended; return whether it was cancelled.
+
+        What runs on the device just now runs on; nothing else of the task does, and its result is dropped.
+        """
+        error = TaskRevoked("it was cancelled", None)
         meta = results.failure(task_id, error, worker="")
         with typed_errors():
             return bool(

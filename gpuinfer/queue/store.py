@@ -336,6 +336,13 @@ class Store:
         else:
             self._direct.call("HDEL", self.inflight, "running")
 
+    def ended(self, task_ids: Sequence[str]) -> set[int]:
+        """Return the positions of tasks whose final state is written: by a cancellation, or elsewhere."""
+        args: list[Argument] = [""]
+        for task_id in task_ids:
+            args += (task_id, "")
+        return {int(position) - 1 for position in self._begin(keys=[self.inflight], args=args)}
+
     def settle(self, finals: Sequence[Final], *, idle: bool = False) -> dict[str, str]:
         """Write final states and drop the tasks from flight. Safe to repeat.
 

@@ -52,6 +52,8 @@ PATIENCE_S = 0.002
 LONG_BATCH_S = 0.02
 #: Seconds between two looks for tasks that wait in the default model's lists and are for another one.
 ROUTE_EVERY_S = 1.0
+#: Seconds between two looks whether what runs was cancelled.
+CANCELLED_LOOK_S = 0.5
 #: Seconds between two looks whether what waits for its time has expired.
 LATER_LOOK_S = 1.0
 
@@ -89,7 +91,7 @@ class Batcher:
         self._closed = self._crashed = False
         #: The batch that has ended, while what is more urgent than the next is looked for.
         self._finishing: Batch | None = None
-        self._looked_at = self._routed_at = clock()
+        self._looked_at = self._routed_at = self._asked_at = clock()
         #: Model -> seconds that its batches take, a moving average.
         self._batch_s: dict[str, float] = {}
         #: Tasks that a reaper has put back while they ran here.
@@ -270,7 +272,7 @@ class Batcher:
             tasks = [batch.tasks[i] for i in sorted(ended)]
             self._buffer.remove(tasks)
             for task in tasks:
-                self._celery.finished(task, None)
+                self._celery.finished(task, TaskRevoked("it was cancelled") if task.begun else None)
                 task_log.task_skipped(task)
             self._settle([Final(task.seq, "", b"") for task in tasks])
             return True
@@ -394,6 +396,9 @@ class Batcher:
 
         ``alone`` is the size of a batch that it had to itself; ``again``: the batch was too slow as a whole.
         """
+        if task.ended:
+            self._celery.finished(task, TaskRevoked("it was cancelled"))
+            return Final(task.seq, "", b"")
         if again:
             task.alone = True
             task.slice_limit = max(1, alone // 2) if alone else None
@@ -445,6 +450,8 @@ class Batcher:
             and self._outbox.mark_started(running, self._wall())
         ):
             task_log.batch_running(running, self.device)
+        if running is not None:
+            self._heed_cancellations(running)
         if self._clock() - self._looked_at >= LATER_LOOK_S:
             self._looked_at = self._clock()
             self._drop_stale(list(self._buffer))
@@ -456,6 +463,15 @@ class Batcher:
                 self._router.pass_on()
             except (redis.RedisError, OSError) as exc:
                 self._outbox.trouble("pass on", exc)
+
+    def _heed_cancellations(self, running: Batch) -> None:
+        """Note which tasks of a batch that takes its time were cancelled: no other part of them begins."""
+        if min(self.engine.running_s, self._clock() - self._asked_at) < CANCELLED_LOOK_S:
+            return
+        self._asked_at = self._clock()
+        for task in self._outbox.ended(running):
+            task.ended = True
+            task_log.task_cancelled(task)
 
     def drain(self, timeout_s: float, *, crashed: bool = False) -> None:
         """Hand back what has not begun, finish the running batch, settle it. A second call does nothing.

@@ -119,6 +119,16 @@ class Outbox:
             task.marked |= task.seq in late
         return True
 
+    def ended(self, batch: Batch) -> list[Task]:
+        """Return the tasks of a batch that have ended while it runs: it is for nothing that they run."""
+        tasks = [task for task in batch.tasks if not task.ended]
+        try:
+            positions = self._store.ended([task.id for task in tasks]) if tasks else ()
+        except (redis.RedisError, OSError) as exc:
+            self.trouble("look", exc)
+            return []
+        return [tasks[position] for position in sorted(positions)]
+
     def final(self, claimed: Claimed, end: Any, envelope: Envelope) -> Final:
         """Return the end of a task: a result, or an error."""
         worker, again = self._store.worker, envelope.deliveries > 0

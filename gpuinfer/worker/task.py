@@ -65,6 +65,8 @@ class Task:
     slice_limit: int | None = None
     #: True once its state says that it runs.
     marked: bool = False
+    #: True once its final state was found written while it ran: cancelled, most likely.
+    ended: bool = False
     #: Must not share a batch: it was there when a worker died, or a batch of it failed as a whole.
     alone: bool = False
     retries: int = 0

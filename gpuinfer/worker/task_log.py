@@ -90,6 +90,11 @@ def task_skipped(task: Task) -> None:
     log.info("task_skipped", **_task(task), reason="its final state is written already")
 
 
+def task_cancelled(task: Task) -> None:
+    """A task was ended by somebody else while it ran."""
+    log.info("task_cancelled", **_task(task), reason="cancelled while it ran: what comes of it is dropped")
+
+
 def task_dropped(task: Task, error: GpuinferError) -> None:
     """A task has expired, was revoked, or has used up its time, before its next batch."""
     say = log.warning if isinstance(error, SoftTimeLimitExceeded) else log.info

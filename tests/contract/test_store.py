@@ -177,13 +177,18 @@ def test_a_claim_of_many_is_whole(store: Store, client: Client) -> None:
 
 
 def test_cancelled_is_not_begun(store: Store, client: Client) -> None:
-    """A cancelled task is reported by begin; one that runs cannot be cancelled."""
+    """A cancelled task is reported by begin; one that runs by a look, which leaves the record as it is."""
     client.submit([1])
     second = client.submit([1])
     claimed = store.claim(2)
     assert client.cancel(second)
     assert begin(store, claimed) == {1}
+    record = store.client.hget(store.inflight, "running")
+    assert store.ended(ids(claimed)) == {1}
+    assert client.cancel(ids(claimed)[0])
     assert not client.cancel(ids(claimed)[0])
+    assert store.ended(ids(claimed)) == {0, 1}
+    assert store.client.hget(store.inflight, "running") == record
 
 
 def test_a_lost_answer_loses_nothing(store: Store, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,10 +94,11 @@ def test_the_same_key_gives_the_same_task(api: Api, worker: HandWorker) -> None:
 
 
 def test_cancelling(api: Api, worker: HandWorker) -> None:
-    """What has not begun is revoked, once and for all; what runs is left alone."""
-    waiting, running = submit(api), submit(api)
-    first, second = worker.claim(2)
+    """What waits or runs is revoked, once and for all; what has ended is left alone."""
+    waiting, running, ended = submit(api), submit(api), submit(api)
+    first, second, third = worker.claim(3)
     worker.begin(second)
+    worker.finish(third, "done")
     cancelled = api.http.post(f"/cancel/{waiting}").json()
     assert cancelled["cancelled"] is True
     assert cancelled["status"] == "revoked"
@@ -105,7 +106,10 @@ def test_cancelling(api: Api, worker: HandWorker) -> None:
     assert api.http.post(f"/cancel/{waiting}").json() == cancelled
     worker.finish(first, "too late")
     assert api.http.get(f"/result/{waiting}").json()["status"] == "revoked"
-    assert api.http.post(f"/cancel/{running}").json()["cancelled"] is False
+    assert api.http.post(f"/cancel/{running}").json() == {**cancelled, "task_id": running}
+    worker.finish(second, "too late")
+    assert api.http.get(f"/result/{running}").json()["status"] == "revoked"
+    assert api.http.post(f"/cancel/{ended}").json()["cancelled"] is False
     assert api.http.post("/cancel/nobody").status_code == 404
 
 

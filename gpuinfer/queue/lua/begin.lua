@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
 -- needs: states
--- Note which tasks a worker runs, and mark them as started.
+-- Note which tasks a worker runs, and mark them as started. Or only tell which of them have ended.
 -- KEYS: in-flight hash
--- ARGV: the record of what runs (seqs, space separated), then (task id, started meta) pairs; an empty meta
---       marks nothing
+-- ARGV: the record of what runs (seqs, space separated; '': it stays as it is), then (task id, started meta)
+--       pairs; an empty meta marks nothing
 -- Returns the 1-based positions of tasks whose final state is already written: they must not run.
-redis.call('HSET', KEYS[1], 'running', ARGV[1])
+if ARGV[1] ~= '' then redis.call('HSET', KEYS[1], 'running', ARGV[1]) end
 local done = {}
 for i = 2, #ARGV, 2 do
   local state, err = state_of(ARGV[i])
