@@ -115,6 +115,8 @@ class QueueSettings(Section):
     retry_backoff_s: float = Field(default=0.5, gt=0, le=600)
     #: A task whose worker died under it this often goes to the dead-letter list.
     max_deaths: int = Field(default=2, ge=2, le=10)
+    #: So many tasks may wait for their ETA at most; one more is refused, or fails.
+    max_later: int = Field(default=100_000, ge=1, le=100_000_000)
     #: A list that has waited this long unserved may go first, in at most a fifth of the claims; 0: never.
     ageing_s: float = Field(default=10.0, ge=0, le=86400)
     #: How often a worker looks for tasks of plain Celery producers, which wake nobody.

@@ -42,6 +42,8 @@ _WORKERS, _CATALOGUE = f"~{keys.WORKERS}", f"~{keys.CATALOGUE}"
 _DEFAULT_MODEL, _FORMAT = f"~{keys.DEFAULT_MODEL}", f"~{keys.FORMAT_KEY}"
 _DEAD, _CLAIMED, _ENDED = f"~{keys.DEAD}", f"~{keys.CLAIMED}", f"~{keys.ENDED}"
 _AGEING, _TURNS = f"~{keys.AGEING}", f"~{keys.TURNS}"
+_LATER, _LATER_SETS, _DUE = f"~{keys.LATER}", f"~{keys.LATER_PREFIX}*", f"~{keys.DUE}"
+_PAUSED = f"~{keys.PAUSED}"
 _PROBE = "~gpuinfer:probe"
 _OURS = "~gpuinfer:*"
 #: kombu's own: bindings of the control queues, their replies, and what it has delivered of them.
@@ -81,13 +83,22 @@ _COUNTING = (
     _selector("+llen", *_LISTS),
     _selector("+zrange", _INDEX, _CATALOGUE, _WORKERS),
     _selector("+smembers", _INDEXED),
-    _selector("+get", _DEFAULT_MODEL, _FORMAT),
+    _selector("+get", "+mget", _DEFAULT_MODEL, _FORMAT, _PAUSED),
+    _selector("+zrange", "+zcard", "+zcount", _LATER, _LATER_SETS),
+    _selector("+type", *_LISTS, _INDEX, _LATER_SETS),
     _selector("+hgetall", _CLAIMED),
     _selector("+hlen", _INFLIGHT, _DEAD),
     _selector("+get", _HEARTBEATS),
 )
 #: To begin an epoch, and to write the first format number.
 _BEGINNING = (_selector("+get", "+set", _FORMAT), _selector("+hget", "+hset", _EPOCHS))
+
+#: To put tasks whose ETA has come into their lists.
+_MOVING = (
+    _selector("+lpush", *_LISTS),
+    _selector("+zrange", "+zadd", "+zrem", "+zremrangebyrank", _LATER, _LATER_SETS),
+    _selector("+get", "+set", "+del", _DUE),
+)
 
 #: User -> rules, the root part first.
 RULES: Mapping[str, Sequence[str]] = {
@@ -97,7 +108,6 @@ RULES: Mapping[str, Sequence[str]] = {
         *(*_CONNECTION, *_SCRIPTS, *_LISTENING, *_TELLING, "+time", "+info"),
         *(*_LISTS, _RESULTS),
         _selector("+lpush", *_LISTS),
-        _selector("+mget", _DEFAULT_MODEL, _FORMAT),
         _selector("+zscore", _CATALOGUE),
         _selector("+get", "+mget", "+set", "+getrange", _RESULTS),
         _selector("+get", "+set", _KEYED),
@@ -134,6 +144,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *_BEGINNING,
         *_ANNOUNCING,
         *_COUNTING,
+        *_MOVING,
         _selector(*_ANYTHING, *_KOMBU),
         # Hears the control channel; to speak there is the admin's.
         _selector(*_LISTENING, "&*"),
@@ -152,6 +163,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *_BEGINNING,
         *_ANNOUNCING,
         *_COUNTING,
+        *_MOVING,
         _selector(*_ANYTHING, "~gpuinfer:watcher:*"),
     ),
 }

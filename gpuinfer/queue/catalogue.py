@@ -144,7 +144,7 @@ def _unserved(counted: Counted | Depth, models: Mapping[str, ModelState]) -> Ite
 def read(client: redis.Redis) -> Fleet:
     """Look in two round trips. Raises redis-py's errors."""
     with client.pipeline(transaction=False) as pipe:
-        bind(client, "depth")(client=pipe)
+        bind(client, "depth")(args=[0], client=pipe)
         pipe.zrange(keys.WORKERS, 0, -1)
         answer, workers = pipe.execute()
     beats, now = heartbeats.read(client, _texts(workers))
@@ -154,7 +154,7 @@ def read(client: redis.Redis) -> Fleet:
 async def aread(client: redis.asyncio.Redis) -> Fleet:
     """Look as ``read`` does, from an event loop."""
     async with client.pipeline(transaction=False) as pipe:
-        await bind(client, "depth")(client=pipe)
+        await bind(client, "depth")(args=[0], client=pipe)
         pipe.zrange(keys.WORKERS, 0, -1)
         answer, workers = await pipe.execute()
     names = _texts(workers)

@@ -32,6 +32,13 @@ class Depth:
     #: Worker (``gpu0@host``) -> tasks it has claimed and not settled.
     inflight: Mapping[str, int]
     dead_letters: int
+    #: Lane -> tasks that wait for their ETA, and how many of them are due within the time asked for.
+    later: Mapping[Lane, int] = field(default_factory=dict)
+    due: Mapping[Lane, int] = field(default_factory=dict)
+    #: Queues from which nothing is claimed: a tier, or ``tier.model``.
+    paused: tuple[str, ...] = ()
+    #: Key -> its type, where something that is not ours stands under a name of ours.
+    foreign: Mapping[str, str] = field(default_factory=dict)
     #: The model of a request that names none; empty where none is set.
     default_model: str = ""
     #: Models that the fleet knows -> when somebody who could serve them was last seen (Redis's clock).
@@ -52,6 +59,15 @@ class Depth:
         return sum(sum(levels.values()) for levels in self.lanes.values())
 
     @property
+    def total_later(self) -> int:
+        """How many tasks wait for their ETA."""
+        return sum(self.later.values())
+
+    def is_paused(self, lane: Lane) -> bool:
+        """Tell whether nothing is claimed from a lane."""
+        return is_paused(lane, self.paused)
+
+    @property
     def total_inflight(self) -> int:
         """How many tasks all workers hold."""
         return sum(self.inflight.values())
@@ -65,10 +81,14 @@ class Depth:
                 "waiting": sum(levels.values()),
                 "by_priority": _by_priority(levels),
                 "by_model": {model: _by_priority(found) for model, found in models.items()},
+                "later": {lane.model: count for lane, count in self.later.items() if lane.tier == tier},
             }
         return {
             "queues": queues,
             "waiting": self.total_waiting,
+            "later": self.total_later,
+            "paused": list(self.paused),
+            "foreign_keys": dict(self.foreign),
             "in_flight": dict(self.inflight),
             "dead_letters": self.dead_letters,
             "default_model": self.default_model or None,
@@ -92,11 +112,20 @@ class Counted(NamedTuple):
     claimed: Mapping[Lane, int]
     default_model: str
     catalogue: Mapping[str, float]
+    later: Mapping[Lane, int]
+    due: Mapping[Lane, int]
+    paused: tuple[str, ...]
+    foreign: Mapping[str, str]
+
+
+def is_paused(lane: Lane, paused: Sequence[str]) -> bool:
+    """Tell whether a lane is among the paused queues, by its tier or its own name."""
+    return lane.tier in paused or f"{lane.tier}.{lane.model}" in paused
 
 
 def parse(answer: Any) -> Counted:
     """Read the answer of the script ``depth``."""
-    default, catalogue, waiting, claimed = answer
+    default, catalogue, waiting, claimed, sets, paused, foreign = answer
     default_model = default.decode()
     lanes: dict[Lane, dict[int, int]] = {}
     for key, count in zip(waiting[::2], waiting[1::2], strict=True):
@@ -107,15 +136,29 @@ def parse(answer: Any) -> Counted:
     for key, count in zip(claimed[::2], claimed[1::2], strict=True):
         lane, _ = _lane(key, default_model)
         totals[lane] = totals.get(lane, 0) + int(count)
+    later: dict[Lane, int] = {}
+    soon: dict[Lane, int] = {}
+    for key, count, due in zip(sets[::3], sets[1::3], sets[2::3], strict=True):
+        lane, _ = _lane(key, default_model)
+        later[lane] = later.get(lane, 0) + int(count)
+        soon[lane] = soon.get(lane, 0) + int(due)
+    others = {
+        key.decode(errors="backslashreplace"): kind.decode()
+        for key, kind in zip(foreign[::2], foreign[1::2], strict=True)
+    }
     seen = {name.decode(): float(at) for name, at in zip(catalogue[::2], catalogue[1::2], strict=True)}
-    return Counted(lanes, totals, default_model, seen)
+    queues = tuple(paused.decode(errors="replace").split())
+    return Counted(lanes, totals, default_model, seen, later, soon, queues, others)
 
 
-def look(client: redis.Redis, workers: Sequence[str] = ()) -> Depth:
-    """Count in two round trips. ``workers`` are looked at beside those that were ever seen."""
+def look(client: redis.Redis, workers: Sequence[str] = (), *, ahead_s: float = 0.0) -> Depth:
+    """Count in two round trips. ``workers`` are looked at beside those that were ever seen.
+
+    ``ahead_s``: tasks whose ETA comes within that time count as ``due``.
+    """
     names = sorted({*workers, *known_workers(client)})
     with client.pipeline(transaction=False) as pipe:
-        bind(client, "depth")(client=pipe)
+        bind(client, "depth")(args=[ahead_s], client=pipe)
         for name in names:
             pipe.hlen(keys.inflight(name))
         pipe.hlen(keys.DEAD)

@@ -52,6 +52,19 @@ class Direct:
         finally:
             self._idle.append(connection)
 
+    def call_all(self, *commands: Sequence[Argument]) -> list[Any]:
+        """Send commands that change nothing in one packet; return their answers. Raises redis-py's errors."""
+        wholes: list[tuple[Any, ...]] = [tuple(command) for command in commands]
+        packed = b"".join(map(pack_command, wholes))
+        connection = self._take()
+        try:
+            answers: list[Any] = connection.retry.call_with_retry(
+                lambda: _exchange_all(connection, packed, len(commands)), lambda _: connection.disconnect()
+            )
+            return answers
+        finally:
+            self._idle.append(connection)
+
     def _take(self) -> Any:
         if self._pid != os.getpid():  # the parent goes on with these
             self._pid, self._idle = os.getpid(), []
@@ -76,10 +89,17 @@ class Direct:
 
 
 def _exchange(connection: Any, packed: bytes) -> Any:
+    (answer,) = _exchange_all(connection, packed, 1)
+    return answer
+
+
+def _exchange_all(connection: Any, packed: bytes, count: int) -> list[Any]:
     try:
         connection.send_packed_command([packed])
-        return connection.read_response()
+        return [connection.read_response() for _ in range(count)]
     except ResponseError:
+        if count > 1:
+            connection.disconnect()  # the other answers are nobody's
         raise
     except BaseException:
         connection.disconnect()  # its answer may still come, and is nobody's

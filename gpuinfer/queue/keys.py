@@ -40,6 +40,11 @@ INDEXED = "gpuinfer:indexed"
 IDLE_PREFIX = "gpuinfer:idle:"
 #: ``tier.model`` -> the groups of workers that serve it, scored by when one of them was last seen.
 GROUPS_PREFIX = "gpuinfer:groups:"
+#: List with tasks that wait for their ETA -> when the first of them is due; when the first of all is.
+LATER = "gpuinfer:later"
+DUE = "gpuinfer:due"
+#: A list's tasks that wait for their ETA, scored by when they are due, by Redis's clock.
+LATER_PREFIX = "gpuinfer:later:"
 INFLIGHT_PREFIX = "gpuinfer:inflight:"
 EPOCH_PREFIX = "gpuinfer:epoch:"
 IDEMPOTENCY_PREFIX = "gpuinfer:key:"
@@ -49,6 +54,9 @@ WORKERS = "gpuinfer:workers"
 #: Models the fleet knows, scored by when somebody who could serve them was last seen.
 CATALOGUE = "gpuinfer:catalogue"
 DEFAULT_MODEL = "gpuinfer:default-model"
+#: The queues from which nothing is claimed, as one text: ``batch realtime.resnet``; a tier stands for all its
+#: models.
+PAUSED = "gpuinfer:paused"
 DEAD = "gpuinfer:dead"
 #: List -> since when it has been passed over (ms); the empty field: claims since the last aged one.
 AGEING = "gpuinfer:ageing"
@@ -65,6 +73,8 @@ CALLER = "@"
 IDLE_VOID_S = 2.5
 #: Seconds that a woken worker is expected to take until it claims.
 WOKEN_VOID_S = 0.5
+#: Seconds until a task that is due, and cannot be put into its list, is tried again.
+LATER_RETRY_S = 10
 #: Seconds after which a group that no worker has renewed is forgotten.
 GROUP_VOID_S = 60
 #: Seconds after which a model that nobody could serve is forgotten.
@@ -148,6 +158,11 @@ def epoch(worker: str) -> str:
     Each process begins one, and so does each restore, and each claim with an uncertain outcome.
     """
     return EPOCH_PREFIX + worker
+
+
+def later(list_key: str) -> str:
+    """Return the sorted set of a list's tasks that wait for their ETA."""
+    return LATER_PREFIX + list_key
 
 
 def heartbeat(worker: str) -> str:

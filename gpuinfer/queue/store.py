@@ -21,6 +21,7 @@ from gpuinfer.queue import keys, results, returns
 from gpuinfer.queue.claims import ANY_RANK, Claimed, Final, Order, Restored, State, Want, Wants, label
 from gpuinfer.queue.direct import Argument, Direct
 from gpuinfer.queue.format import mismatch
+from gpuinfer.queue.later import Later, Postponed
 from gpuinfer.queue.message import Undecodable, decode
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES, QueueSettings
@@ -79,6 +80,7 @@ class Store:
         self._release = bind(client, "release")
         self._route = bind(client, "route")
         self._restore = bind(client, "restore")
+        self._later = Later(client, direct, self.inflight, settings)
         self._bury = bind(client, "bury")
         self._begin_script = bind(client, "epoch")
         self._register = bind(client, "register")
@@ -114,8 +116,18 @@ class Store:
         self._leave(keys=[keys.heartbeat(self.worker), self.inflight], args=args)
 
     def waits(self) -> bool:
-        """Tell whether a claim may find what nobody has told of; a third of an empty claim's price."""
-        return self._uncertain or bool(self._direct.call("EXISTS", *self.lists))
+        """Tell whether a claim may find what nobody has told of; a third of an empty claim's price.
+
+        What is due by now is put into its list on the way, and wakes whoever may take it.
+        """
+        found, due = self._direct.call_all(("EXISTS", *self.lists), ("GET", keys.DUE))
+        if due is not None:
+            self._later.look(due)
+        return self._uncertain or bool(found)
+
+    def postpone(self, tasks: Sequence[tuple[int, float]]) -> Postponed:
+        """Let (seq, due) wait in Redis until then, with nothing delivered. Raises redis-py's errors."""
+        return self._later.postpone(tasks)
 
     def index_lists(self) -> int:
         """Tell the others of lists that plain producers have filled; return how many there are."""

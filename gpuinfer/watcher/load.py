@@ -68,6 +68,11 @@ class Load:
         return sum(queue.waiting for queue in self.tiers.values())
 
     @property
+    def due(self) -> int:
+        """Return how many tasks fall due before a worker that is started now could serve them."""
+        return sum(queue.due for queue in self.tiers.values())
+
+    @property
     def in_flight(self) -> int:
         """Return how many tasks are in flight."""
         return sum(queue.in_flight for queue in self.tiers.values())
@@ -89,12 +94,16 @@ def load_of(
     totals: dict[Lane, float] = {}
     for lane in lanes:
         queue, sofar = queues[lane], tiers[lane.tier]
-        totals[lane] = float(queue.waiting + queue.in_flight + queue.done)
+        if queue.paused:  # what waits there, and what comes, asks for nobody
+            queue = QueueState(in_flight=queue.in_flight, done=queue.done, paused=True)
+        else:
+            totals[lane] = float(queue.waiting + queue.in_flight + queue.done)
         tiers[lane.tier] = QueueState(
             waiting=sofar.waiting + queue.waiting,
             in_flight=sofar.in_flight + queue.in_flight,
             done=sofar.done + queue.done,
             oldest_s=max(sofar.oldest_s, queue.oldest_s),
+            due=sofar.due + queue.due,
         )
     if held is None:
         return Load(tiers=tiers, totals=totals, held=sum(queue.in_flight for queue in tiers.values()))

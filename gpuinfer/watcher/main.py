@@ -104,8 +104,13 @@ class Watcher:
         self._served = Served(settings, environment)
         self._stranded = Reporter()
         self._known_at = -math.inf
-        interval_s = settings.watcher.probe_interval_s
-        self._probe = Probe(self._client, self.host, interval_s=interval_s, tell=self._tell)
+        self._probe = Probe(
+            self._client,
+            self.host,
+            interval_s=settings.watcher.probe_interval_s,
+            startup_s=settings.watcher.assumed_startup_s,
+            tell=self._tell,
+        )
         self._reaper = Reaper(self._client, self.host, settings)
         self._notifier = SystemdNotifier()
         self._gpus = GpuWatch(settings, numbers)

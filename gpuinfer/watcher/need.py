@@ -5,7 +5,8 @@ Let n workers run at μ tasks a second each, let a start take S seconds, and let
 T. A worker that is started now can only help after S, so the backlog Q that is there now and what
 keeps arriving (λ a second) is to be gone after H = S + T. What is missing then,
 ``short = Q + λH - μ·(worker-seconds there will be until H)``, is the work of ``short / (μT)`` more workers,
-each of which has T seconds for it. For each queue Q counts the more urgent ones too, which go first.
+each of which has T seconds for it. For each queue Q counts the more urgent ones too, which go first, and what
+falls due within S.
 
 Steady load asks for λ / (μ·u) workers, u being the utilisation aimed at. More are started only when they
 would be busier than u + 0.1, and stopped only when one less would not be busier than u - 0.1: under a
@@ -61,7 +62,7 @@ def by_threshold(
 
     Those that keep up with a steady load stay, though less than that waits: it would soon be more again.
     """
-    waiting, running = load.waiting, fleet.running
+    waiting, running = load.waiting + load.due, fleet.running
     due = calm.last_up is None or now - calm.last_up >= settings.threshold_every_s
     deep = waiting > settings.threshold_depth
     up = min(running + 1, max(running, settings.threshold_workers)) if deep and due else running
@@ -77,9 +78,9 @@ def by_target(load: Load, fleet: Fleet, rates: Rates, settings: WatcherSettings,
     waiting, arriving, keep = 0, 0.0, 0
     for name, arrival in zip(QUEUES, rates.recent, strict=True):
         queue = load.tiers[name]
-        waiting += queue.waiting
+        waiting += queue.waiting + queue.due
         arriving += arrival
-        if queue.waiting:
+        if queue.waiting or queue.due:
             asked.append(_drain(name, waiting, arriving, fleet, rates, settings, now))
             asked.append(_late(name, queue.oldest_s, fleet, rates, settings, now))
             keep = max(keep, math.ceil(waiting / (rates.service(settings) * _target(name, settings))))

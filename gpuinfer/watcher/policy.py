@@ -108,7 +108,7 @@ def decide(seen: Observation, history: History, settings: WatcherSettings, now: 
 def _plan(looks: Sequence[Look], settings: WatcherSettings) -> None:
     """Plan the starts of all parts: floor and ceiling are those of the whole fleet."""
     least = _floors(looks, settings.floor)
-    working = {look.name for look in looks if look.load.waiting or look.load.in_flight}
+    working = {look.name for look in looks if look.load.waiting or look.load.due or look.load.in_flight}
     room = settings.ceiling - sum(look.fleet.running for look in looks) if settings.ceiling else None
     # Where nothing runs yet, the first worker matters most.
     for look in sorted(looks, key=lambda one: one.fleet.running > 0):
@@ -155,7 +155,7 @@ def _stranded(
     return {
         lane: Stranded(queue.waiting, remedy(lane, _servers(seen, out)))
         for lane, queue in sorted(queues.items())
-        if queue.waiting and not any(group.covers(lane) for group in able)
+        if queue.waiting and not queue.paused and not any(group.covers(lane) for group in able)
     }
 
 
@@ -171,7 +171,7 @@ def _why(looks: Sequence[Look]) -> str:
     if len(looks) == 1:
         return looks[0].why()
     acting = [look for look in looks if look.acts]
-    asking = [look for look in looks if look.load.waiting or look.fleet.running]
+    asking = [look for look in looks if look.load.waiting or look.load.due or look.fleet.running]
     told = acting or asking or looks[:1]
     return "; ".join([f"{look.name}: {look.why()}" for look in told[:NAMED]] + _more(len(told)))
 

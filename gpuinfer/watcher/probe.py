@@ -29,6 +29,7 @@ from gpuinfer.queue.connection import typed_errors
 from gpuinfer.queue.depth import Depth, Lane
 from gpuinfer.queue.depth import look as look_at_queues
 from gpuinfer.queue.fleet import EVERYTHING, HOSTS, Serves, said, silent_after, told
+from gpuinfer.queue.later import move_due
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES
 from gpuinfer.watcher.state import (
@@ -84,11 +85,14 @@ class Probe:
         clock: Callable[[], float] = time.monotonic,
         *,
         interval_s: float = 1.0,
+        startup_s: float = 15.0,
         tell: bool = True,
     ) -> None:
-        """``interval_s``: how often ``look`` is called. Without ``tell`` it listens, and writes nothing."""
+        """``interval_s``: how often ``look`` is called; ``startup_s``: how long a start takes, until that was
+        measured. Without ``tell`` it listens, and writes nothing."""
         self._client = client
         self._interval_s = interval_s
+        self._startup_s = startup_s
         self._tells = tell
         self._life = secrets.token_hex(8)
         self._has_told = False
@@ -106,7 +110,9 @@ class Probe:
             told, redis_now, rival = self._tell(own, now, figures)
             remote, live, theirs = self._hear(told, redis_now, now)
             names = [str(instance.key) for instance in (*own, *remote)]
-            depth = look_at_queues(self._client, names)
+            if self._tells:
+                move_due(self._client)
+            depth = look_at_queues(self._client, names, ahead_s=self._startup(figures or {}))
             beats = heartbeats.fresh(self._client, names)
         beating = {name: said(body) for name, body in beats.items()}
         serving = {str(one.key): one.serves for one in (*own, *remote)}
@@ -116,6 +122,10 @@ class Probe:
         there = (one for one in remote if one.key.host in live or str(one.key) in beating)
         marked = tuple(as_it_runs(one, depth.inflight, beating) for one in there)
         return Seen(queues, depth.inflight, beating, marked, live, depth.dead_letters, theirs, rival)
+
+    def _startup(self, figures: Mapping[str, Figures]) -> float:
+        measured = [one.startup_s for one in figures.values() if one.startup_s is not None]
+        return max(measured, default=self._startup_s)
 
     def _tell(
         self, own: list[Instance], now: float, figures: Mapping[str, Figures] | None
@@ -184,7 +194,7 @@ class Probe:
     def _queues(self, depth: Depth, in_flight: Mapping[Lane, int]) -> dict[Lane, QueueState]:
         known = {depth.default_model, *depth.catalogue}
         lanes = {Lane(tier, model) for tier in QUEUES for model in known}
-        lanes |= {*depth.lanes, *depth.claimed, *in_flight}
+        lanes |= {*depth.lanes, *depth.claimed, *depth.due, *in_flight}
         queues: dict[Lane, QueueState] = {}
         for lane in sorted(lane for lane in lanes if lane.tier in QUEUES):
             waiting = sum(depth.lanes.get(lane, {}).values())
@@ -194,6 +204,8 @@ class Probe:
                 in_flight=held,
                 done=claimed - held,
                 oldest_s=self._oldest(lane, waiting, claimed),
+                due=depth.due.get(lane, 0),
+                paused=depth.is_paused(lane),
             )
         return queues
 

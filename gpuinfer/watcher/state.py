@@ -100,6 +100,10 @@ class QueueState:
     done: int = 0
     #: How long the longest-waiting task has waited; 0 when none does.
     oldest_s: float = 0.0
+    #: Tasks whose ETA comes before a worker that is started now could serve them.
+    due: int = 0
+    #: True: nothing is claimed from it until it is resumed.
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

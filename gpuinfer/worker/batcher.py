@@ -87,7 +87,7 @@ class Batcher:
         #: How many tasks one claim takes at most: fewer while some of what came was handed back.
         self._stride = self._longest = max(engine.limit(name) for name in manifests)
         self._outbox = Outbox(store)
-        self._intake = Intake(store, self._outbox, celery_state, manifests, settings, clock, wall)
+        self._intake = Intake(store, self._outbox, celery_state, manifests, settings)
         self._closed = self._crashed = False
         #: The batch that has ended, while what is more urgent than the next is looked for.
         self._finishing: Batch | None = None

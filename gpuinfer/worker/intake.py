@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import redis
 
-from gpuinfer.errors import DeadLettered, GpuinferError, TaskNotServed, UnknownModel
+from gpuinfer.errors import (
+    DeadLettered,
+    GpuinferError,
+    QueueFull,
+    TaskExpired,
+    TaskNotServed,
+    UnknownModel,
+)
 from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.queue.claims import Claimed, Final
@@ -102,8 +108,6 @@ class Intake:
         celery_state: CeleryState,
         manifests: Mapping[str, Manifest],
         settings: Settings,
-        clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._outbox = outbox
@@ -111,8 +115,6 @@ class Intake:
         self._manifests = manifests
         self._settings = settings
         self._names = tasks_by_name(settings.queue)
-        self._clock = clock
-        self._wall = wall
         #: Claimed, and not read before the batch that runs has ended.
         self.waiting: list[Claimed] = []
         #: Bytes of one task's arguments as text, a moving average.
@@ -148,7 +150,10 @@ class Intake:
         record.clear()
         if taken.elsewhere:
             self._pass_on(taken.elsewhere, taken.finals)
-        return taken.tasks, taken.finals, taken.unread
+        tasks = self._due(taken.tasks, taken.finals)
+        for task in tasks:
+            self._celery.received(task)
+        return tasks, taken.finals, taken.unread
 
     def _read(self, channel: TaskChannel, claimed: Claimed, record: _Record, taken: _Taken) -> None:
         """Read one message. Raises _Later, Undecodable, and what a message of nonsense may cause."""
@@ -175,6 +180,26 @@ class Intake:
         taken.size += envelope.size
         self.task_bytes += (max(envelope.size, 1) - self.task_bytes) / 16
 
+    def _due(self, tasks: list[Task], finals: list[Final]) -> list[Task]:
+        """Return the tasks that are due; those with an ETA ahead wait in Redis, whose clock decides."""
+        later = {i: task.eta for i, task in enumerate(tasks) if task.eta is not None}
+        if not later:
+            return tasks
+        try:
+            answer = self._store.postpone([(tasks[i].seq, eta) for i, eta in later.items()])
+        except (redis.RedisError, OSError) as exc:
+            self._store.mark_uncertain()  # they are put back at the next claim, and come again
+            self._outbox.trouble("postpone", exc)
+            return [task for i, task in enumerate(tasks) if i not in later]
+        places = list(later)
+        for place in answer.refused:
+            task = tasks[places[place]]
+            error = QueueFull(answer.why, "eta")
+            finals.append(self._outbox.final(task.claimed, error, task.envelope))
+            task_log.task_refused(task.claimed, task.id, error)
+        gone = later.keys() - {places[place] for place in answer.due}
+        return [task for i, task in enumerate(tasks) if i not in gone]
+
     def _pass_on(self, claims: Sequence[tuple[Claimed, Envelope, str]], finals: list[Final]) -> None:
         """Pass tasks on to the lists of their model; those of a model that the fleet does not know end."""
         models = {claimed.seq: model for claimed, _, model in claims}
@@ -195,15 +220,14 @@ class Intake:
     def _admit(self, claimed: Claimed, envelope: Envelope, taken: _Taken) -> None:
         try:
             task = self._task(claimed, envelope)
+            if task.eta is not None and task.expires_at is not None and task.expires_at <= task.eta:
+                raise TaskExpired("its deadline comes before its ETA: it can never begin", "expires")
         except Undecodable:
             raise
         except GpuinferError as exc:
             taken.finals.append(self._outbox.final(claimed, exc, envelope))
             task_log.task_refused(claimed, envelope.id, exc)
             return
-        if task.eta is not None and task.eta > self._wall():
-            task.not_before = self._clock() + task.eta - self._wall()
-        self._celery.received(task)
         taken.tasks.append(task)
 
     def _task(self, claimed: Claimed, envelope: Envelope) -> Task:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any, get_args
+from unittest.mock import ANY
 
 import pytest
 import redis
@@ -19,6 +20,7 @@ from gpuinfer.queue import dead, format, heartbeats, keys, results, scripts
 from gpuinfer.queue.app import create_app
 from gpuinfer.queue.claims import Claimed, Final, Want
 from gpuinfer.queue.depth import look
+from gpuinfer.queue.later import Postponed
 from gpuinfer.queue.message import Submission, decode
 from gpuinfer.queue.orphans import holder, holders
 from gpuinfer.queue.router import Router
@@ -53,7 +55,8 @@ RUN_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("claim", "begin", "settle", "release", "route", "register", "leave", "index"), ("worker",)
     ),
-    **dict.fromkeys(("epoch", "restore", "bury"), ("worker", "watcher")),
+    **dict.fromkeys(("epoch", "restore", "bury", "due"), ("worker", "watcher")),
+    "postpone": ("worker",),
     "submit": ("api",),
     "cancel": ("api",),
     "put": ("api", "worker"),
@@ -68,6 +71,7 @@ GIVEN: dict[str, list[list[str]]] = {
     "bury": [[keys.inflight(WORKER)], [keys.DEAD]],
     "cancel": [[keys.result("1")]],
     "depth": [],
+    "due": [],
     "epoch": [[keys.epoch(WORKER)]],
     "register": [[keys.heartbeat(WORKER)]],
     "leave": [[keys.heartbeat(WORKER)], [keys.inflight(WORKER)]],
@@ -85,6 +89,9 @@ VARIABLES = {
     "list": LISTS,
     "list.key": LISTS,
     "inflight": [keys.inflight(WORKER)],
+    "set": [keys.later("realtime")],
+    "index": [keys.index(), keys.index("resnet")],
+    "name": [*LISTS, keys.index(), keys.later("realtime")],
     "idle": [keys.IDLE_PREFIX + "group"],
     "groups": [keys.GROUPS_PREFIX + "realtime.resnet"],
     "indices[1]": [keys.index(), keys.index("resnet")],
@@ -102,7 +109,9 @@ CALLS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("HSET", "HINCRBY"), ("{}", "x", "1")),
     "LREM": ("{}", "-1", "x"),
     "ZADD": ("{}", "1", "x"),
+    **dict.fromkeys(("ZREMRANGEBYRANK",), ("{}", "0", "1")),
     "ZUNION": ("2", "{}", "{}"),
+    "ZCOUNT": ("{}", "0", "1"),
     "PUBSUB": ("{}", "channel"),
 }
 #: What they keep is always kept.
@@ -161,7 +170,7 @@ def test_every_script_is_somebodys() -> None:
         file.name.removesuffix(".lua")
         for file in resources.files(scripts.__package__).joinpath("lua").iterdir()
     }
-    assert files - set(RUN_BY) == {"lists", "payload", "states"}
+    assert files - set(RUN_BY) == {"later", "lists", "payload", "states"}
 
 
 @pytest.mark.parametrize("script", get_args(scripts.Name))
@@ -247,7 +256,17 @@ def test_worker(redis_server: OurRedis) -> None:
         with redis_server.client() as admin:
             admin.lpush("realtime", plain(), plain("resnet"), plain("unheard"))
             admin.lpush("default", plain())
+        own_seq = store.claim(1)[0].seq
+        assert store.postpone([(own_seq, 4e9)]) == Postponed(frozenset(), frozenset(), ANY)
+        with redis_server.client() as admin:
+            (list_key,) = admin.zrange(keys.LATER, 0, -1)
+            admin.zadd(
+                keys.later(list_key.decode()), {admin.zrange(keys.later(list_key.decode()), 0, 0)[0]: 1}
+            )
+            admin.zadd(keys.LATER, {list_key: 1})
+            admin.set(keys.DUE, 1)
         assert store.waits()
+        assert own.get(keys.DUE) is None
         assert store.index_lists() >= 2
         assert store.unknown(["digits", "nothing"]) == ("nothing",)
         while tasks := store.claim(

@@ -283,8 +283,9 @@ def test_what_does_not_begin_is_not_on_record(
     bare = Celery("bare", broker=f"redis+socket://{redis_server.socket}", set_as_current=False)
     bare.send_task("gpuinfer.predict", [[1.0]], {"model": "picky"}, queue="realtime", countdown=60)
     wait_until(batcher.channel.claim)
-    assert batcher.held()
-    assert not batcher.store.client.hexists(batcher.store.inflight, "running")
+    assert not batcher.held()
+    assert not batcher.store.client.exists(batcher.store.inflight)
+    assert batcher.store.client.exists(keys.later("realtime"))
     assert model.sizes == []
 
 

@@ -226,15 +226,24 @@ def test_queue_status(cli: Cli, client: Client, worker: HandWorker) -> None:
     (unserved,) = found.pop("unserved")
     assert found == {
         "queues": {
-            "realtime": {"waiting": 1, "by_priority": {"0": 1}, "by_model": {"digits": {"0": 1}}},
-            "default": {"waiting": 0, "by_priority": {}, "by_model": {}},
+            "realtime": {
+                "waiting": 1,
+                "by_priority": {"0": 1},
+                "by_model": {"digits": {"0": 1}},
+                "later": {},
+            },
+            "default": {"waiting": 0, "by_priority": {}, "by_model": {}, "later": {}},
             "batch": {
                 "waiting": 3,
                 "by_priority": {"9": 2, "0": 1},
                 "by_model": {"digits": {"9": 2}, "resnet": {"0": 1}},
+                "later": {},
             },
         },
         "waiting": 4,
+        "later": 0,
+        "paused": [],
+        "foreign_keys": {},
         "in_flight": {WORKER: 2},
         "silent": {},
         "dead_letters": 0,

@@ -1,18 +1,28 @@
 #!lua flags=no-writes,allow-oom
 -- needs: lists
--- Count what waits in each list: those of the index, and those that a plain producer may have filled.
+-- Count what waits in each list: those of the index, those that a plain producer may have filled, and what waits
+-- for its ETA.
+-- ARGV: how many seconds to look ahead
 -- Returns {default model or '', {model, last seen, ...} of the catalogue, {list, tasks, ...} where some wait,
--- {list, tasks ever claimed, ...}}.
+-- {list, tasks ever claimed, ...}, {list, tasks that wait for their ETA, how many of them are due by then, ...},
+-- the paused queues or '', {key, its type, ...} where something else stands under a name of ours}.
 local known = redis.call('ZRANGE', CATALOGUE, 0, -1, 'WITHSCORES')
-local seen, found = {}, {}
+local seen, found, later, foreign = {}, {}, {}, {}
+-- Return an answer, or nothing where a key is of another type, which is noted.
+local function ours(name, answer)
+  if type(answer) ~= 'table' or not answer.err then return answer end
+  if not string.find(answer.err, 'WRONGTYPE', 1, true) then error(answer) end
+  foreign[#foreign + 1], foreign[#foreign + 2] = name, redis.call('TYPE', name).ok
+end
 local function count(list)
   if seen[list] then return end
   seen[list] = true
-  local size = redis.call('LLEN', list)
+  local size = ours(list, redis.pcall('LLEN', list)) or 0
   if size > 0 then found[#found + 1], found[#found + 2] = list, size end
 end
 local function count_all(model)
-  for _, list in ipairs(redis.call('ZRANGE', INDEX_PREFIX .. model, 0, -1)) do count(list) end
+  local index = INDEX_PREFIX .. model
+  for _, list in ipairs(ours(index, redis.pcall('ZRANGE', index, 0, -1)) or {}) do count(list) end
   for tier in pairs(BASE) do
     for priority = 0, 9 do count(list_of(priority == 0 and tier or tier .. SEP .. priority, model)) end
   end
@@ -21,4 +31,13 @@ local models = {[''] = true}
 for i = 1, #known, 2 do models[known[i]] = true end
 for _, model in ipairs(redis.call('SMEMBERS', INDEXED)) do models[model] = true end
 for model in pairs(models) do count_all(model) end
-return {redis.call('GET', DEFAULT_MODEL) or '', known, found, redis.call('HGETALL', CLAIMED)}
+for _, list in ipairs(redis.call('ZRANGE', LATER, 0, -1)) do
+  local set = LATER_PREFIX .. list
+  local size = ours(set, redis.pcall('ZCARD', set)) or 0
+  if size > 0 then
+    later[#later + 1], later[#later + 2] = list, size
+    later[#later + 1] = redis.call('ZCOUNT', set, '-inf', now() + tonumber(ARGV[1]))
+  end
+end
+local default, paused = unpack(redis.call('MGET', DEFAULT_MODEL, PAUSED))
+return {default or '', known, found, redis.call('HGETALL', CLAIMED), later, paused or '', foreign}
