@@ -11,9 +11,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from gpuinfer.errors import ConfigError, WorkerRunning
+
+LockState = Literal["free", "held", "unknown"]
+
+#: Of a lock, whatever the umask is. The worker's group, which the watcher is in, may look at it; nobody else:
+#: who can open it can take it, and keep the worker from starting.
+_LOCK_MODE = 0o640
 
 
 def acquire(run_dir: Path, worker: str) -> IO[str]:
@@ -65,27 +71,30 @@ def domain(run_dir: Path) -> str:
         raise ConfigError(f"cannot be written: {exc}", "worker.run_dir") from exc
 
 
-def is_free(run_dir: Path, worker: str) -> bool:
-    """Tell whether no process holds the lock of ``worker``. Leaves no trace; held for a moment alone."""
+def state(run_dir: Path, worker: str) -> LockState:
+    """Tell whether a process holds the lock of ``worker``; ``unknown`` where this user may not look.
+
+    Leaves no trace. A lock that is free is held for a moment.
+    """
     try:
         number = os.open(
             run_dir / f"{worker}.lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         )
     except FileNotFoundError:
-        return True
+        return "free"
     except OSError:
-        return False
+        return "unknown"
     try:
         fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return "held"
     finally:
         os.close(number)
-    return True
+    return "free"
 
 
 def _take(file: IO[str]) -> None:
-    """Lock a file. Somebody may look at it just now (``is_free``): that is over at once."""
+    """Lock a file. Somebody may look at it just now (``state``): that is over at once."""
     for pause_s in (0.01, 0.05, 0.2):
         with suppress(BlockingIOError):
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,9 +103,10 @@ def _take(file: IO[str]) -> None:
 
 
 def _write_new(path: Path, text: str, folder: os.stat_result) -> None:
-    """Write a file that is not there yet, and that the folder's owner can read, also when root writes it."""
+    """Write a file that is not there yet, and that everybody can read, whatever the umask is."""
     number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     with os.fdopen(number, "w", encoding="ascii") as file:
+        os.fchmod(number, 0o644)
         file.write(text)
         if os.geteuid() == 0:
             os.fchown(number, folder.st_uid, folder.st_gid)
@@ -111,11 +121,13 @@ def _open(path: Path) -> IO[str]:
 
     Not through a link: the folder is the worker's, whose model is a program, and we may be root.
     """
-    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     found = os.fstat(number)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
         os.close(number)
         raise OSError(f"{path} is no plain file of its own")
+    if stat.S_IMODE(found.st_mode) != _LOCK_MODE:
+        os.fchmod(number, _LOCK_MODE)
     return os.fdopen(number, "r+", encoding="ascii")
 
 

@@ -8,13 +8,13 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from gpuinfer import locks
 from gpuinfer.client import Client
 from gpuinfer.doctor.broker import asked
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.units import idle_watcher, instances, show
 from gpuinfer.errors import GpuinferError, UnknownModel, WaitTimeout
-from gpuinfer.locks import is_free
 from gpuinfer.models.manifest import FREE, Manifest, TensorSpec
 from gpuinfer.models.repository import Repository
 from gpuinfer.queue import catalogue, dead, keys
@@ -109,9 +109,12 @@ def _orphan(host: Host, one: Holder) -> Finding:
     """Return the finding for one silent worker: an error when no watcher will see to it any more."""
     text = f"{one.tasks} tasks lie at {one.worker}, which was silent for {ago(one.silent_s)}"
     here, settings = socket.gethostname(), host.settings
-    if one.host == here and not is_free(settings.worker.run_dir, one.worker):
+    lock = locks.state(settings.worker.run_dir, one.worker) if one.host == here else "free"
+    if lock == "held":
         number = one.worker.partition("@")[0].removeprefix("gpu")
         return warning(f"{text}, though its process runs", f"journalctl -u gpuinfer-worker@{number} -n 20")
+    if lock == "unknown":
+        return warning(f"{text}; whether its process runs cannot be told", "sudo gpuinfer doctor work")
     after_s = settings.watcher.reap_after_s
     if after_s and one.silent_s < 2 * after_s:
         text += f"; a watcher puts them back after {ago(after_s)}"

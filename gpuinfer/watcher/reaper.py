@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 import redis
 
+from gpuinfer import locks
 from gpuinfer.errors import GpuinferError, TakenBack, WorkerRunning
-from gpuinfer.locks import is_free
+from gpuinfer.locks import LockState
 from gpuinfer.log import get_logger
 from gpuinfer.queue.claims import Restored
 from gpuinfer.queue.connection import AWAY
@@ -56,8 +57,8 @@ class Facts:
     host: str
     #: The state of the unit of its name on this host; None: there is none.
     unit: UnitState | None = None
-    #: False: a process on this host holds the lock of its name.
-    lock_free: bool = True
+    #: Whether a process on this host holds the lock of its name.
+    lock: LockState = "free"
     #: The watcher of its host, not this one, is alive.
     watcher_alive: bool = False
 
@@ -74,8 +75,10 @@ def judge(facts: Facts, reap_after_s: float) -> Verdict:
     """Decide about one worker. ``reap_after_s``: how long a host must be silent; 0: for ever."""
     if facts.silent_s <= FRESH_S:
         return Verdict(False, "its heartbeat is fresh")
-    if not facts.lock_free:
+    if facts.lock == "held":
         return Verdict(False, "its process runs: it holds its lock")
+    if facts.lock == "unknown":
+        return Verdict(False, "whether its process runs is not known: its lock cannot be read")
     silence = f"nothing was heard of it for {ago(facts.silent_s)}"
     if facts.unit is not None:
         if facts.unit not in ("inactive", "failed"):
@@ -188,7 +191,7 @@ class Reaper:
             watched_s=now - self._watched[holder.worker].since,
             host=holder.host,
             unit=unit,
-            lock_free=not ours or is_free(self._settings.worker.run_dir, holder.worker),
+            lock=locks.state(self._settings.worker.run_dir, holder.worker) if ours else "free",
             watcher_alive=not ours and holder.host in live_hosts,
         )
 

@@ -116,6 +116,11 @@ def test_a_request_is_served_though_no_worker_runs(host: Container) -> None:
     assert states(host) == [DOWN] * 4
     all_completed(host, [predict(host, '{"inputs": [1.0]}')])
     assert states(host) == [UP, DOWN, DOWN, DOWN]
+    # As the watcher's process, with its groups: the lock can be opened, and is held (1, not 66).
+    groups = f"$(sed -n 's/^Groups://p' /proc/{main_pid(host, WATCHER)}/status | xargs | tr ' ' ,)"
+    who = f"setpriv --reuid {WATCHER} --regid {WATCHER} --groups {groups}"
+    looked = host.sh(f"{who} flock -n -s /run/gpuinfer/worker/gpu0@gpuhost.lock true")
+    assert looked.code == 1, looked.output
     host.ok("kill -9 $(systemctl show -P MainPID gpuinfer-worker@0)")
     all_completed(host, [predict(host, '{"inputs": [1.0]}')])
     assert holds(host) == []

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from gpuinfer.errors import ConfigError, WorkerRunning
-from gpuinfer.locks import acquire, stopped
+from gpuinfer.locks import LockState, acquire, domain, state, stopped
 
 pytestmark = pytest.mark.unit
 
@@ -47,6 +48,42 @@ def test_root_keeps_nobody_out(folder: Path) -> None:
     os.chown(folder / f"{NAME}.lock", 0, 0)
     acquire(folder, NAME).close()  # one that was root's before
     assert (folder / f"{NAME}.lock").stat().st_uid == NOBODY
+
+
+def seen_by(user: int, groups: list[int], folder: Path) -> LockState:
+    """Return what a process of another user sees of the lock."""
+    kinds: tuple[LockState, ...] = ("free", "held", "unknown")
+    if (pid := os.fork()) == 0:
+        found = 99
+        try:
+            os.setgroups(groups)
+            os.setgid(user)
+            os.setuid(user)
+            found = kinds.index(state(folder, NAME))
+        finally:
+            os._exit(found)
+    return kinds[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]
+
+
+@as_root
+def test_the_watcher_sees_who_runs() -> None:
+    """It is another user, in the worker's group; the worker's umask hides its files. Nobody else may look."""
+    worker, watcher = NOBODY, 65533
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        os.chown(folder, worker, worker)
+        before = os.umask(0o077)
+        try:
+            lock = acquire(folder, NAME)
+            domain(folder)
+        finally:
+            os.umask(before)
+        with lock:
+            assert seen_by(watcher, [worker], folder) == "held"
+            assert seen_by(watcher, [], folder) == "unknown"
+        assert seen_by(watcher, [worker], folder) == "free"
+        assert (folder / "domain").stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("kind", ["symlink", "hard link", "fifo"])

@@ -28,7 +28,8 @@ def test_a_unit_that_is_down(unit: str) -> None:
     "but",
     [
         {"silent_s": 9},
-        {"lock_free": False},
+        {"lock": "held"},
+        {"lock": "unknown"},
         {"watched_s": 9},
         {"unit": "active"},
         {"unit": "activating"},
@@ -49,7 +50,7 @@ def test_a_host_that_is_gone() -> None:
 
 @pytest.mark.parametrize(
     "but",
-    [{"silent_s": 119}, {"watched_s": WITNESS_S - 1}, {"watcher_alive": True}, {"lock_free": False}],
+    [{"silent_s": 119}, {"watched_s": WITNESS_S - 1}, {"watcher_alive": True}, {"lock": "held"}],
 )
 def test_a_host_that_may_live(but: dict[str, object]) -> None:
     """Not silent for long enough; only just seen, as after Redis was away; looked after by a watcher."""
