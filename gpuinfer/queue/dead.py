@@ -16,7 +16,7 @@ import redis
 
 from gpuinfer.errors import InputError, TaskNotFound
 from gpuinfer.queue import keys, results
-from gpuinfer.queue.message import Undecodable, decode
+from gpuinfer.queue.message import Undecodable, peek
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES
 
@@ -54,9 +54,10 @@ class Letter:
     def task(self) -> str | None:
         """Return the name of the task, None where it cannot be read."""
         try:
-            return decode(self.payload.encode()).task
+            found = peek(self.payload.encode())
         except Undecodable:
             return None
+        return found.task if found is not None else None
 
     def to_dict(self, *, payload: bool) -> dict[str, Any]:
         """Return it for JSON, with or without what was sent."""
@@ -128,7 +129,7 @@ def retry(client: redis.Redis, letter_id: str) -> None:
     letter = get(client, letter_id)
     payload = _MARK.sub("{", letter.payload)
     try:
-        decode(payload.encode())
+        peek(payload.encode())
     except Undecodable as exc:
         raise InputError(f"cannot be sent again: {exc}; gpuinfer dead drop removes it", letter_id) from None
     if letter.queue not in QUEUES:

@@ -162,8 +162,7 @@ class Envelope:
     @property
     def reply_to(self) -> str:
         """Return the channel on which one of our clients hears of the task's end; empty for others."""
-        channel = self.properties.get("reply_to")
-        return channel if isinstance(channel, str) and channel.startswith(REPLY_PREFIX) else ""
+        return _reply_to(self.properties)
 
     def body(self, max_bytes: int = MAX_BODY_BYTES) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
         """Return (args, kwargs, embed). Raises Undecodable, and PayloadTooLarge for what unpacks to more.
@@ -190,6 +189,11 @@ class Envelope:
     def forget(self) -> None:
         """Drop the text. Redis has it as long as the task is in flight."""
         self.raw, self.opened = {}, None
+
+
+def _reply_to(properties: dict[str, Any]) -> str:
+    channel = properties.get("reply_to")
+    return channel if isinstance(channel, str) and channel.startswith(REPLY_PREFIX) else ""
 
 
 def _open(
@@ -265,6 +269,21 @@ def peek(payload: bytes) -> Envelope | None:
     if "task" not in headers and headers.get("compression"):
         return None
     return _envelope(raw, headers, properties)
+
+
+def identify(payload: bytes) -> tuple[str | None, str]:
+    """Return a task's id, None where it cannot be told, and its client's reply channel, or ''.
+
+    Never opens the body, which may have ended the processes that did.
+    """
+    try:
+        _, headers, properties = _parts(payload)
+    except Undecodable:
+        return None, ""
+    task_id = headers.get("id")
+    task_id = _uuid(task_id) if isinstance(task_id, dict) else task_id
+    task_id = task_id or properties.get("correlation_id")
+    return task_id if _is_text(task_id) else None, _reply_to(properties)
 
 
 def _parts(payload: bytes) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

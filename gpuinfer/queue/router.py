@@ -10,7 +10,7 @@ from __future__ import annotations
 from gpuinfer.errors import PayloadTooLarge
 from gpuinfer.models.manifest import MODEL_NAME
 from gpuinfer.queue import heartbeats, keys
-from gpuinfer.queue.message import Undecodable, decode
+from gpuinfer.queue.message import Undecodable, peek
 from gpuinfer.queue.store import Store
 
 #: Tasks of one list that one look reads, and about how many bytes: a long backlog is read in parts.
@@ -64,7 +64,10 @@ class Router:
 def _model_of(payload: bytes, default: str) -> str | None:
     """Return the model that a message names, None for the default one or what cannot be told."""
     try:
-        args, kwargs, _ = decode(payload).body(WINDOW_BYTES)  # nobody would be charged with a larger one
+        found = peek(payload)
+        if found is None:
+            return None
+        args, kwargs, _ = found.body(WINDOW_BYTES)  # nobody would be charged with a larger one
     except (Undecodable, PayloadTooLarge):  # the worker that claims it says what is wrong
         return None
     model = kwargs.get("model") or (args[1] if len(args) > 1 else None)

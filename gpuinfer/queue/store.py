@@ -22,7 +22,7 @@ from gpuinfer.queue.claims import ANY_RANK, Claimed, Final, Order, Restored, Sta
 from gpuinfer.queue.direct import Argument, Direct
 from gpuinfer.queue.format import mismatch
 from gpuinfer.queue.later import Later, Postponed
-from gpuinfer.queue.message import Undecodable, decode
+from gpuinfer.queue.message import identify
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES, QueueSettings
 
@@ -427,13 +427,7 @@ class Store:
 
     def bury(self, seq: int, list_key: str, payload: bytes, error: GpuinferError, *, deaths: int = 0) -> str:
         """Move a task to the dead letters, with a failure result where its id can be read."""
-        reply = ""
-        try:
-            envelope = decode(payload)
-            task_id: str | None = envelope.id
-            reply = envelope.reply_to
-        except Undecodable as exc:
-            task_id = exc.task_id
+        task_id, reply = identify(payload)
         place = keys.place_of(list_key)
         letter_id = task_id or f"undecodable-{self.worker}-{int(self._clock() * 1000)}-{seq}"
         letter = orjson.dumps(

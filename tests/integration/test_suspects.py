@@ -20,7 +20,7 @@ import pytest
 from gpuinfer import Client
 from gpuinfer.models.loader import load
 from gpuinfer.models.repository import Repository
-from gpuinfer.queue import keys
+from gpuinfer.queue import keys, message
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import PREDICT, Envelope, Submission, decode
 from gpuinfer.queue.store import Store
@@ -106,38 +106,34 @@ def worker(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Worker]:
-    body = Envelope.body
+    open_body = message._open
 
-    def read(envelope: Envelope, *args: Any) -> Any:
-        found = body(envelope, *args)
+    def read(*args: Any) -> Any:
+        found = open_body(*args)
         if KILLS_ITS_READER in str(found[0]):
             raise Died
         return found
 
-    monkeypatch.setattr(Envelope, "body", read)
+    monkeypatch.setattr(message, "_open", read)
     picky(tmp_path / "picky")
     made = Worker(Small(load(Repository([tmp_path]).get("picky"), "cpu")), settings_for(redis_server))
     yield made
     made.close()
 
 
-def packed(inputs: Any) -> Submission:
-    """Return a submission whose message is compressed, as Celery's ``compression="gzip"`` does it."""
-
-    class Packed(Submission):
-        def encode(self) -> bytes:
-            message = json.loads(Submission.encode(self))
-            message["body"] = b64encode(gzip.compress(message["body"].encode())).decode()
-            message["properties"]["body_encoding"] = "base64"
-            message["headers"]["compression"] = "application/x-gzip"
-            return json.dumps(message).encode()
-
-    return Packed(task=PREDICT, inputs=inputs, queue="realtime", model="picky")
-
-
-def send(worker: Worker, task: Submission) -> str:
-    """Append a message as a plain producer does."""
-    worker.client.lpush("realtime", task.encode())
+def send(worker: Worker, inputs: Any, *, compressed: bool = True, protocol: int = 2) -> str:
+    """Append a message as a plain producer does; compressed as with Celery's ``compression="gzip"``."""
+    task = Submission(task=PREDICT, inputs=inputs, queue="realtime", model="picky")
+    raw = json.loads(task.encode())
+    body, headers, properties = raw["body"], raw["headers"], raw["properties"]
+    if protocol == 1:
+        args, kwargs, _ = json.loads(body)
+        body = json.dumps({"task": PREDICT, "id": task.id, "args": args, "kwargs": kwargs})
+        raw["headers"] = headers = {}
+    if compressed:
+        body = b64encode(gzip.compress(body.encode())).decode()
+        properties["body_encoding"], headers["compression"] = "base64", "application/x-gzip"
+    worker.client.lpush("realtime", json.dumps(raw | {"body": body}))
     return task.id
 
 
@@ -146,16 +142,15 @@ def letters(worker: Worker) -> set[str]:
     return {letter.decode() for letter in found}
 
 
-@pytest.mark.parametrize(("compressed", "lives"), [(True, 2), (False, 3)])
+@pytest.mark.parametrize(("compressed", "protocol", "lives"), [(True, 2, 2), (True, 1, 2), (False, 2, 3)])
 def test_a_message_that_kills_its_reader(
-    worker: Worker, client: Client, *, compressed: bool, lives: int
+    worker: Worker, client: Client, *, compressed: bool, protocol: int, lives: int
 ) -> None:
     """It is the only dead letter. What is compressed is on record when it is first read; what is not is
     suspected after the first death. Its neighbours have no death on their account."""
     worker.store.claim(1)  # begins the epoch
     few = [client.submit([float(n)], model="picky") for n in range(20)]
-    plain = Submission(task=PREDICT, inputs=KILLS_ITS_READER, queue="realtime", model="picky")
-    bomb = send(worker, packed(KILLS_ITS_READER) if compressed else plain)
+    bomb = send(worker, KILLS_ITS_READER, compressed=compressed, protocol=protocol)
     rest = [client.submit([float(n)], model="picky") for n in range(20)]
     worker.work(lambda: all(client.status(task).final for task in (*few, *rest)) and letters(worker))
     assert letters(worker) == {bomb}
@@ -170,7 +165,7 @@ def test_bombs_of_both_kinds_and_innocents(worker: Worker, client: Client) -> No
     for n in range(120):
         innocents.append(client.submit([float(n)], model="picky"))
         if n % 40 == 13:
-            bombs.append(send(worker, packed(KILLS_ITS_READER)))
+            bombs.append(send(worker, KILLS_ITS_READER))
         if n % 40 == 33:
             bombs.append(client.submit([KILLS_ITS_RUNNER], model="picky"))
     worker.work(lambda: all(client.status(task).final for task in innocents) and len(letters(worker)) == 6)
@@ -247,7 +242,7 @@ def test_unpacked_arguments_are_bounded(worker: Worker, monkeypatch: pytest.Monk
     batcher = worker.batcher
     batcher.engine.probing = True  # nothing begins
     for _ in range(64):
-        send(worker, packed([1.0] * 250_000))  # 1,000,000 bytes, and 1.5 KB in the list
+        send(worker, [1.0] * 250_000)  # 1,000,000 bytes, and 1.5 KB in the list
     claims = worker.store.claim(64, look=True)
     assert len(claims) == 64
     batcher.receive(worker.line, claims)  # type: ignore[arg-type]
