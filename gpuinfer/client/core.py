@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, Unpack
 
 from gpuinfer.errors import InputError, PayloadTooLarge
+from gpuinfer.models.manifest import MODEL_NAME
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Submission
 from gpuinfer.settings import QUEUES, QueueName, QueueSettings
@@ -63,10 +64,15 @@ def _positive(value: float | None, name: str) -> float | None:
 
 def _check_types(options: Options) -> None:
     """Refuse what a worker could not use. Raises InputError naming the field."""
-    for name in ("model", "idempotency_key"):
-        text = options.get(name)
-        if text is not None and (not isinstance(text, str) or not 0 < len(text) <= MAX_NAME):
-            raise InputError(f"must be a text of 1 to {MAX_NAME} characters, got {text!r:.80}", name)
+    model, key = options.get("model"), options.get("idempotency_key")
+    if model is not None and (not isinstance(model, str) or not MODEL_NAME.fullmatch(model)):
+        raise InputError(
+            "must be a model's name, of at most 64 characters a to z, 0 to 9, '_', '.' and '-', "
+            f"got {model!r:.80}",
+            "model",
+        )
+    if key is not None and (not isinstance(key, str) or not 0 < len(key) <= MAX_NAME):
+        raise InputError(f"must be a text of 1 to {MAX_NAME} characters, got {key!r:.80}", "idempotency_key")
     top_k = options.get("top_k")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise InputError(f"must be an integer of 1 or more, got {top_k!r:.80}", "top_k")

@@ -124,28 +124,36 @@ def is_paused(lane: Lane, paused: Sequence[str]) -> bool:
 
 
 def parse(answer: Any) -> Counted:
-    """Read the answer of the script ``depth``."""
+    """Read the answer of the script ``depth``. A list whose name is not ours counts for nothing."""
     default, catalogue, waiting, claimed, sets, paused, foreign = answer
     default_model = default.decode()
-    lanes: dict[Lane, dict[int, int]] = {}
-    for key, count in zip(waiting[::2], waiting[1::2], strict=True):
-        lane, priority = _lane(key, default_model)
-        levels = lanes.setdefault(lane, {})
-        levels[priority] = levels.get(priority, 0) + int(count)
-    totals: dict[Lane, int] = {}
-    for key, count in zip(claimed[::2], claimed[1::2], strict=True):
-        lane, _ = _lane(key, default_model)
-        totals[lane] = totals.get(lane, 0) + int(count)
-    later: dict[Lane, int] = {}
-    soon: dict[Lane, int] = {}
-    for key, count, due in zip(sets[::3], sets[1::3], sets[2::3], strict=True):
-        lane, _ = _lane(key, default_model)
-        later[lane] = later.get(lane, 0) + int(count)
-        soon[lane] = soon.get(lane, 0) + int(due)
     others = {
         key.decode(errors="backslashreplace"): kind.decode()
         for key, kind in zip(foreign[::2], foreign[1::2], strict=True)
     }
+    lanes: dict[Lane, dict[int, int]] = {}
+    for name, count in zip(waiting[::2], waiting[1::2], strict=True):
+        if not keys.ours(key := name.decode(errors="backslashreplace")):
+            others[key] = "list"
+            continue
+        lane, priority = _lane(key, default_model)
+        levels = lanes.setdefault(lane, {})
+        levels[priority] = levels.get(priority, 0) + int(count)
+    totals: dict[Lane, int] = {}
+    for name, count in zip(claimed[::2], claimed[1::2], strict=True):
+        if not keys.ours(key := name.decode(errors="backslashreplace")):
+            continue
+        lane, _ = _lane(key, default_model)
+        totals[lane] = totals.get(lane, 0) + int(count)
+    later: dict[Lane, int] = {}
+    soon: dict[Lane, int] = {}
+    for name, count, due in zip(sets[::3], sets[1::3], sets[2::3], strict=True):
+        if not keys.ours(key := name.decode(errors="backslashreplace")):
+            others[key] = "list"
+            continue
+        lane, _ = _lane(key, default_model)
+        later[lane] = later.get(lane, 0) + int(count)
+        soon[lane] = soon.get(lane, 0) + int(due)
     seen = {name.decode(): float(at) for name, at in zip(catalogue[::2], catalogue[1::2], strict=True)}
     queues = tuple(paused.decode(errors="replace").split())
     return Counted(lanes, totals, default_model, seen, later, soon, queues, others)
@@ -172,6 +180,6 @@ def look(client: redis.Redis, workers: Sequence[str] = (), *, ahead_s: float = 0
     )
 
 
-def _lane(key: bytes, default_model: str) -> tuple[Lane, int]:
-    place = keys.place_of(key.decode(errors="replace"))
+def _lane(key: str, default_model: str) -> tuple[Lane, int]:
+    place = keys.place_of(key)
     return Lane(place.tier, place.model or default_model), place.priority

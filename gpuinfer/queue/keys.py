@@ -15,9 +15,11 @@ Tasks are pushed on the left and taken from the right.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from gpuinfer.models.manifest import MODEL_NAME
 from gpuinfer.settings import QUEUES
 
 #: kombu's separator between a queue's name and a priority.
@@ -80,6 +82,10 @@ GROUP_VOID_S = 60
 #: Seconds after which a model that nobody could serve is forgotten.
 MODEL_VOID_S = 7 * 86400
 
+_LIST = re.compile(
+    rf"(?:{'|'.join(QUEUES)})(?:\.{MODEL_NAME.pattern})?(?:{CALLER}[^{CALLER}\x06\x16]+)?(?:{SEP}[0-9])?"
+)
+
 
 class Place(NamedTuple):
     """A list's coordinates."""
@@ -103,11 +109,16 @@ def list_key(queue: str, priority: int) -> str:
 
 
 def place_of(key: str) -> Place:
-    """Return the coordinates of a list."""
+    """Return the coordinates of a list, as far as it has any: see ``ours``."""
     queue, _, priority = key.partition(SEP)
     name, _, caller = queue.partition(CALLER)
     tier, _, model = name.partition(".")
-    return Place(tier, model, caller, int(priority or 0))
+    return Place(tier, model, caller, int(priority) if priority.isdecimal() else 0)
+
+
+def ours(key: str) -> bool:
+    """Tell whether this is the name of a list of ours, with a model's and a caller's name as they may be."""
+    return _LIST.fullmatch(key) is not None
 
 
 def rank_of(tier: str, priority: int) -> int:
@@ -117,8 +128,7 @@ def rank_of(tier: str, priority: int) -> int:
 
 def tier_of(queue: str) -> str | None:
     """Return the tier that a queue belongs to, None for a queue that is not ours."""
-    tier = queue.partition(CALLER)[0].partition(".")[0]
-    return tier if tier in QUEUES else None
+    return place_of(queue).tier if ours(queue) and SEP not in queue else None
 
 
 def lists(tiers: Iterable[str], models: Sequence[str] = ("",)) -> list[str]:

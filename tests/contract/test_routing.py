@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 
 from gpuinfer import Client
-from gpuinfer.errors import UnknownModel
+from gpuinfer.errors import InputError, UnknownModel
 from gpuinfer.queue import keys, router
+from gpuinfer.queue.depth import Lane, look
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.router import Router
+from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings
-from tests.contract.conftest import ids, message, on, store_of
+from tests.contract.conftest import ids, message, on, send, store_of
+from tests.unit.test_keys import STRANGE
 
 pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]
 
@@ -164,6 +167,28 @@ def test_what_names_no_model_is_not_passed_on(store: Store, other: Store) -> Non
     forget_workers(store)
     assert Router(other).pass_on() == 0
     assert store.client.llen("realtime") == 3
+
+
+@pytest.mark.parametrize("name", ["", "x\x06\x16zz", "a@b", "A", "a b", "x" * 65, 7])
+def test_a_name_that_no_model_can_have(store: Store, client: Client, name: Any) -> None:
+    """It is refused also while the catalogue is empty: it would be read as another list's coordinates."""
+    store.client.delete(keys.CATALOGUE)
+    for submit in (client.submit, client.submit_batch, client.submit_many):
+        with pytest.raises(InputError, match="model: must be a model's name"):
+            submit([[1]], model=name)
+
+
+@pytest.mark.parametrize("key", STRANGE)
+def test_a_strange_list_is_not_indexed(store: Store, key: str) -> None:
+    """And one that is counts for nothing, and is told of; the lists that are ours are counted."""
+    bind(store.client, "put")(keys=[key], args=[b"x"])
+    assert not store.client.exists(keys.INDEXED)
+    raw: Any = store.client
+    raw.zadd(keys.index("digits"), {key: 3})
+    raw.hset(keys.CLAIMED, key, 3)
+    send(store, 2)
+    depth = look(raw)
+    assert (depth.lanes, depth.foreign) == ({Lane("realtime", "digits"): {0: 2}}, {key: "list"})
 
 
 @pytest.mark.parametrize("known", [False, True])

@@ -29,6 +29,7 @@ def test_coordinates_come_back(place: Place) -> None:
     """Whatever dots and dashes a model or a caller has."""
     key = list_key(queue_name(place.tier, place.model, place.caller), place.priority)
     assert place_of(key) == place
+    assert keys.ours(key)
     assert keys.tier_of(key.partition(keys.SEP)[0]) == place.tier
 
 
@@ -44,6 +45,22 @@ def test_the_default_models_lists_are_kombus() -> None:
     kombu = Channel.__new__(Channel)
     kombu.priority_steps, kombu.sep = list(keys.PRIORITIES), keys.SEP
     assert keys.lists(["realtime"]) == [kombu._q_for_pri("realtime", n) for n in reversed(range(10))]
+
+
+#: Names that look like a list of ours and are none.
+STRANGE = (
+    *("realtimes", "realtime.", "realtime.A", "realtime.a b", "realtime.-a", "realtime1", "realtime@"),
+    *("realtime@a@b", "realtime.x\x06\x16zz", "realtime\x06\x1610", "realtime\x06", "realtime\x06\x16"),
+    *("realtime\x16", "realtime.a\n", "x.realtime", ""),
+)
+
+
+@pytest.mark.parametrize("key", STRANGE)
+def test_a_strange_name_is_not_ours(key: str) -> None:
+    """Nor is there anything that reading it could raise."""
+    assert not keys.ours(key)
+    assert keys.tier_of(key) is None
+    place_of(key)
 
 
 def test_groups_are_what_workers_serve() -> None:

@@ -2,14 +2,14 @@
 local SEP = '\6\22'
 local BASE = {realtime = 0, default = 10, batch = 20}
 
--- Return a list's tier, model ('' for the default one) and rank; nil when it is none of ours.
+-- Return a list's tier, model ('' for the default one) and rank; nil when its name is not ours.
 local function place_of(list)
-  local at = string.find(list, SEP, 1, true)
-  local priority = at and tonumber(string.sub(list, at + 2)) or 0
-  local queue = string.match(at and string.sub(list, 1, at - 1) or list, '^([^@]*)')
-  local tier, model = string.match(queue, '^(%a+)%.?(.*)$')
+  local tier, model, caller, priority = string.match(list, '^(%a+)([^@\6]*)([^\6]*)(.*)$')
   local base = BASE[tier or '']
-  if base then return tier, model, base + 9 - priority end
+  if not base or model ~= '' and not string.find(model, '^%.[a-z0-9][a-z0-9_.-]*$') then return end
+  if caller ~= '' and not string.find(caller, '^@[^@\22]+$') then return end
+  if priority ~= '' then priority = string.match(priority, '^\6\22(%d)$') end
+  if priority then return tier, string.sub(model, 2), base + 9 - (tonumber(priority) or 0) end
 end
 
 -- Return the list of another model with the same tier, caller and priority; the default model has the lists
