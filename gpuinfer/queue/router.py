@@ -15,6 +15,8 @@ from gpuinfer.queue.store import Store
 
 #: Tasks of one list that one look reads, and about how many bytes: a long backlog is read in parts.
 WINDOW, WINDOW_BYTES = 500, 8 * 1024 * 1024
+#: What unpacks to more is read by the worker that claims it, and is charged with what it does there.
+UNPACKED_BYTES = 1024 * 1024
 
 
 class Router:
@@ -67,7 +69,7 @@ def _model_of(payload: bytes, default: str) -> str | None:
         found = peek(payload)
         if found is None:
             return None
-        args, kwargs, _ = found.body(WINDOW_BYTES)  # nobody would be charged with a larger one
+        args, kwargs, _ = found.body(UNPACKED_BYTES)
     except (Undecodable, PayloadTooLarge):  # the worker that claims it says what is wrong
         return None
     model = kwargs.get("model") or (args[1] if len(args) > 1 else None)

@@ -338,6 +338,8 @@ class Batcher:
             task_log.batch_lost(done)
             self._on_fatal(done.fatal)
             return
+        if any(task.envelope.deaths for task in done.batch.tasks):
+            self._outbox.note_reading(None)  # the next death is not its own doing any more
         try:
             if done.complete:  # before the results are written: the device need not wait for that
                 self._overtake(done)

@@ -48,7 +48,7 @@ _MARK = b'{"gpuinfer": ['
 
 
 class _Later(Exception):
-    """Raised for what must not be read while this batch runs."""
+    """Raised for what must not be read beside the batch that runs."""
 
 
 @dataclass(slots=True)
@@ -71,19 +71,19 @@ class _Record:
         self._outbox = outbox
         self._running = running
         self._stands = False
+        #: True while a task runs that has a death on its account: the next must be its own doing.
+        self.closed = running is not None and any(task.envelope.deaths for task in running.tasks)
 
     def put(self, claimed: Claimed, *, suspect: bool) -> bool:
         """Put a task on record. False when Redis is away.
 
-        Raises _Later while a batch runs beside which it must not be read, as a death is charged to both: a
-        suspect, and whatever comes while a task runs that has a death on its account, waits.
+        Raises _Later for a suspect while a batch runs: a death is charged to both.
         """
         if claimed.noted_id is not None:  # the claim has done it
             return True
-        running = self._running
-        if running is not None and (suspect or any(task.envelope.deaths for task in running.tasks)):
+        if suspect and self._running is not None:
             raise _Later
-        self._stands = self._outbox.note_reading(running, claimed.seq)
+        self._stands = self._outbox.note_reading(self._running, claimed.seq)
         return self._stands
 
     def clear(self) -> None:
@@ -157,6 +157,8 @@ class Intake:
 
     def _read(self, channel: TaskChannel, claimed: Claimed, record: _Record, taken: _Taken) -> None:
         """Read one message. Raises _Later, Undecodable, and what a message of nonsense may cause."""
+        if record.closed:
+            raise _Later
         suspect = claimed.payload.startswith(_MARK)
         envelope = None
         if not suspect and len(claimed.payload) <= LARGE_BYTES:

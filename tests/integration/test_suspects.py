@@ -211,6 +211,29 @@ def test_a_suspect_is_read_while_nothing_runs(worker: Worker, client: Client) ->
     assert not worker.client.exists(worker.store.inflight)
 
 
+def test_nothing_is_read_beside_a_task_with_a_death(worker: Worker, client: Client) -> None:
+    """Its second death is its last one, and must be its own doing; when it has run, it is off the record
+    before anything else is read."""
+    task = client.submit([1.0], model="picky")
+    (claimed,) = worker.store.claim(1)
+    worker.store.note([claimed.seq])
+    worker.start()
+    go_on = threading.Event()
+    worker.model.watch = lambda: go_on.wait(60)
+    worker.line.claim()
+    batcher = worker.batcher
+    assert batcher.engine.current is not None
+    assert batcher.engine.current.tasks[0].envelope.deaths == 1
+    bomb = send(worker, KILLS_ITS_READER, compressed=False)
+    unread = worker.store.claim(1, look=True)
+    assert len(unread) == 1
+    batcher.receive(worker.line, unread)  # type: ignore[arg-type]  # on its way when the batch began
+    go_on.set()
+    worker.work(lambda: letters(worker) and client.status(task).final)
+    assert letters(worker) == {bomb}
+    assert client.status(task).state == "completed"
+
+
 def test_what_is_read_is_on_record_alone(
     worker: Worker, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
