@@ -294,6 +294,13 @@ class TaskRevoked(GpuinferError):
     exit_code = 1
 
 
+class ChainRefused(GpuinferError):
+    """Raised for the next task of a chain when it cannot be sent on; the one before it has succeeded."""
+
+    code = "chain_refused"
+    exit_code = 1
+
+
 class DeadLettered(GpuinferError):
     """Raised when a task was set aside: its worker died under it too often, or it could not be decoded."""
 

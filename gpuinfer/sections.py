@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -45,6 +46,21 @@ def _number_as_text(item: object) -> object:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
+#: What Redis keeps under other names than queues.
+_KEPT = ("gpuinfer:", "celery-task-meta-", "_kombu", "unacked")
+
+
+def _foreign(name: str) -> str:
+    if name.partition("@")[0].partition(".")[0] in QUEUES or name.startswith(_KEPT):
+        raise ValueError("must be a queue of another application's workers")
+    return name
+
+
+#: It becomes a part of the workers' rights in Redis: no character there that stands for others.
+ForeignQueue = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:@/-]*$", max_length=200), AfterValidator(_foreign)
+]
+PriorityStep = Annotated[int, Field(ge=0, le=9)]
 
 
 class Section(BaseModel):
@@ -102,7 +118,7 @@ class RedisSettings(Section):
 
 
 class QueueSettings(Section):
-    """What is kept in Redis, how much and for how long."""
+    """What is kept in Redis, how much and for how long, and what passes between us and other applications."""
 
     #: Results are dropped this long after the task ended.
     result_ttl_s: int = Field(default=3600, ge=1, le=30 * 86400)
@@ -121,9 +137,22 @@ class QueueSettings(Section):
     ageing_s: float = Field(default=10.0, ge=0, le=86400)
     #: How often a worker looks for tasks of plain Celery producers, which wake nobody.
     poll_ms: int = Field(default=50, ge=5, le=1000)
+    #: Where the next task of a chain goes that names no queue and is none of ours; and the other queues of
+    #: other applications that chains may go on in.
+    chain_queue: ForeignQueue = "celery"
+    chain_queues: Annotated[tuple[ForeignQueue, ...], BeforeValidator(_split)] = ()
+    #: The priority steps of the workers that consume those queues (kombu's ``priority_steps``).
+    chain_priority_steps: Annotated[
+        tuple[PriorityStep, ...], BeforeValidator(_split), Field(min_length=1)
+    ] = (0, 3, 6, 9)
     #: Other names under which producers send gpuinfer.predict and gpuinfer.batch_predict.
     predict_aliases: Names = ("celery_app.predict", "tasks.predict")
     batch_predict_aliases: Names = ("celery_app.batch_predict", "tasks.batch_predict")
+
+    @property
+    def foreign_queues(self) -> tuple[str, ...]:
+        """All queues of other applications that chains may go on in."""
+        return tuple(dict.fromkeys((self.chain_queue, *self.chain_queues)))
 
 
 class ModelsSettings(Section):

@@ -100,6 +100,13 @@ _MOVING = (
     _selector("+get", "+set", "+del", _DUE),
 )
 
+
+def _chaining(queues: Sequence[str]) -> str:
+    """Return the right to send on what follows a task in these queues of other applications, and in ours."""
+    foreign = [f"~{queue}{end}" for queue in queues for end in ("", f"{keys.SEP}*")]
+    return _selector("+lpush", *_LISTS, *foreign)
+
+
 #: User -> rules, the root part first.
 RULES: Mapping[str, Sequence[str]] = {
     "admin": ("~*", "&*", "+@all"),
@@ -155,10 +162,10 @@ RULES: Mapping[str, Sequence[str]] = {
         *(*_CONNECTION, *_SCRIPTS, *_TELLING, "+time", "+info"),
         *(*_LISTS, _OURS, _RESULTS),
         _selector("+rpush", *_LISTS),
-        _selector("+hget", "+hmget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
+        _selector("+hget", "+hexists", "+hmget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
         _selector("+hset", "+hexists", _DEAD),
         _selector("+hincrby", _CLAIMED, _ENDED),
-        _selector("+zadd", "+zremrangebyscore", _CATALOGUE),
+        _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
         _selector("+set", "+getrange", _RESULTS),
         *_BEGINNING,
         *_ANNOUNCING,
@@ -169,31 +176,45 @@ RULES: Mapping[str, Sequence[str]] = {
 }
 
 
-def rules(passwords: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return each user's rules as ``ACL SETUSER`` takes them after ``reset``; of passwords, their hashes."""
+#: Who ends tasks, and sends on what follows them.
+_ENDING = ("worker", "watcher")
+
+
+def rules(passwords: Mapping[str, str], chain_queues: Sequence[str] = ("celery",)) -> dict[str, list[str]]:
+    """Return each user's rules as ``ACL SETUSER`` takes them after ``reset``; of passwords, their hashes.
+
+    ``chain_queues`` are those of other applications that chains may go on in.
+    """
     found = {"default": DEFAULT.split()[2:]}
     for user in USERS:
         digest = hashlib.sha256(passwords[user].encode()).hexdigest()
         found[user] = ["on", f"#{digest}", "resetchannels", "-@all", *RULES[user]]
+        if user in _ENDING:
+            found[user].append(_chaining(chain_queues))
     return found
 
 
-def render(passwords: Mapping[str, str]) -> str:
+def render(passwords: Mapping[str, str], chain_queues: Sequence[str] = ("celery",)) -> str:
     """Return the text of an ACL file. Only the hashes of ``passwords`` are written."""
-    return "".join(f"user {user} {' '.join(parts)}\n" for user, parts in rules(passwords).items())
+    return "".join(
+        f"user {user} {' '.join(parts)}\n" for user, parts in rules(passwords, chain_queues).items()
+    )
 
 
-def apply(client: redis.Redis, passwords: Mapping[str, str]) -> list[str]:
+def apply(
+    client: redis.Redis, passwords: Mapping[str, str], chain_queues: Sequence[str] = ("celery",)
+) -> list[str]:
     """Give the users of a running Redis these rules; return which users had others. Raises redis-py's errors.
 
     Each user is changed in one step, so that nobody's connection is closed or refused anything meanwhile.
     Other users stay as they are.
     """
     before = listed(client)
-    for user, parts in rules(passwords).items():
+    wanted = rules(passwords, chain_queues)
+    for user, parts in wanted.items():
         client.execute_command("ACL", "SETUSER", user, "reset", *parts)  # type: ignore[no-untyped-call]
     after = listed(client)
-    return [user for user in rules(passwords) if after[user] != before.get(user)]
+    return [user for user in wanted if after[user] != before.get(user)]
 
 
 def listed(client: redis.Redis) -> dict[str, list[list[str]]]:

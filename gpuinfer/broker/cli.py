@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ def prepare(loaded: Loaded, folder: Path) -> None:
 
     settings = _ours(loaded)
     _tell_of_the_rest(loaded)
-    users = acl.render(passwords()) + more_users()
+    users = acl.render(passwords(), _chain_queues(loaded)) + more_users()
     _write(folder / "tuning.conf", tuning.render(settings.redis, tuning.host_memory_bytes()))
     _write(folder / "users.acl", users)
 
@@ -77,7 +78,7 @@ def apply_users(loaded: Loaded, as_json: bool) -> None:
     broker = _ours(loaded).broker
     broker = type(broker).model_validate(broker.model_dump() | login)
     with typed_errors(), connect(broker, any_format=True) as client:
-        changed = acl.apply(client, found)
+        changed = acl.apply(client, found, loaded.only("queue").queue.foreign_queues)
     if as_json:
         print_json({"users": list(acl.USERS), "changed": changed})
     else:
@@ -135,6 +136,16 @@ def local(ctx: click.Context) -> None:
 def _ours(loaded: Loaded) -> Settings:
     """Return the settings that Redis starts by: a typo elsewhere in the file must not take the queue down."""
     return loaded.only("broker", "redis")
+
+
+def _chain_queues(loaded: Loaded) -> Sequence[str]:
+    """Return where chains may go on; with a mistake in that section, where they may by default."""
+    from gpuinfer.settings import QueueSettings
+
+    try:
+        return loaded.only("queue").queue.foreign_queues
+    except ConfigError:  # _tell_of_the_rest says what is wrong
+        return QueueSettings().foreign_queues
 
 
 def _tell_of_the_rest(loaded: Loaded) -> None:

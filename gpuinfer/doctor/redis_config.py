@@ -45,7 +45,8 @@ def users(host: Host) -> Finding:
     """The running instance knows the users that its files name, with their rights and passwords."""
     _need_ours(host)
     try:
-        wanted = _users(f"{acl.render(passwords())}{more_users()}".splitlines())
+        ours = acl.render(passwords(), host.settings.queue.foreign_queues)
+        wanted = _users(f"{ours}{more_users()}".splitlines())
     except ConfigError as exc:
         raise Skipped(f"the users cannot be read: {exc}") from None
     with asked(host) as client:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +67,32 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
+class Follow:
+    """What follows the end of a task: a message that is sent on, or ends of tasks that will never begin."""
+
+    #: Whether it follows a success, or anything else.
+    success: bool
+    #: The list it goes to; empty: nothing is sent.
+    list_key: str = ""
+    message: bytes = b""
+    #: The id of the task that is sent.
+    id: str = ""
+    #: True for a list of ours: it is waited for, and wakes a worker.
+    ours: bool = False
+    #: The model of a task of ours; empty: the default one.
+    model: str = ""
+    #: (id, final meta) of what ends when nothing is sent, or that is refused.
+    ends: tuple[tuple[str, bytes], ...] = ()
+
+    def flat(self) -> Iterator[Argument]:
+        """Yield it as ``chain.lua`` reads it."""
+        yield from (int(self.success), self.list_key, self.message, int(self.ours), self.id, self.model)
+        yield len(self.ends)
+        for task_id, meta in self.ends:
+            yield from (task_id, meta)
+
+
+@dataclass(frozen=True, slots=True)
 class Final:
     """The end of one task: its place in flight, its id (empty: no state is written), and its final meta."""
 
@@ -79,6 +105,25 @@ class Final:
     reply: str = ""
     #: ``outcome tier model``: what it is counted under.
     label: str = "unknown"
+    #: What follows it, and the id of the task where ``task_id`` is empty. It is done by the call that takes
+    #: the task out of flight; without that, the end itself is not written either.
+    follows: tuple[Follow, ...] = ()
+    parent: str = ""
+
+
+def following(finals: Sequence[Final]) -> Iterator[Argument]:
+    """Yield what follows some ends, as scripts take it behind them (``chain.lua``)."""
+    for number, final in enumerate(finals, start=1):
+        if final.follows:
+            _, _, place = final.label.partition(" ")
+            yield from (
+                number,
+                final.task_id or final.parent,
+                f"not_run {place}".rstrip(),
+                len(final.follows),
+            )
+            for follow in final.follows:
+                yield from follow.flat()
 
 
 @dataclass(frozen=True, slots=True)

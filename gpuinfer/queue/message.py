@@ -136,6 +136,7 @@ def _numpy_as_list(value: Any) -> Any:
 _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
+_CANVAS = ("chain", "chord", "callbacks", "errbacks")
 #: What stands in the body of protocol 1, and in the headers of protocol 2.
 _MOVED = ("task", "id", "group", "retries", "eta", "expires", "timelimit", "root_id", "parent_id")
 #: The charsets that JSON may say it has.
@@ -158,6 +159,8 @@ class Envelope:
     size: int = 0
     #: The body where it is open already: in protocol 1 the task's name and id are in there.
     opened: Any = None
+    #: What is to follow its end: ``chain``, ``chord``, ``callbacks``, ``errbacks``; empty before it is read.
+    embed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def reply_to(self) -> str:
@@ -184,7 +187,14 @@ class Envelope:
         args, kwargs = [] if args is None else args, kwargs or {}
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise Undecodable("the body is not [args, kwargs, embed]", self.id)
-        return args, kwargs, embed if isinstance(embed, dict) else {}
+        embed = embed if isinstance(embed, dict) else {}
+        self.keep(embed)
+        return args, kwargs, embed
+
+    def keep(self, embed: dict[str, Any] | None) -> None:
+        """Keep what is to follow the task's end, where there is anything."""
+        if embed and any(embed.get(name) for name in _CANVAS):
+            self.embed = {name: embed.get(name) for name in _CANVAS}
 
     def forget(self) -> None:
         """Drop the text. Redis has it as long as the task is in flight."""
@@ -269,6 +279,26 @@ def peek(payload: bytes) -> Envelope | None:
     if "task" not in headers and headers.get("compression"):
         return None
     return _envelope(raw, headers, properties)
+
+
+def peek_at_end(payload: bytes) -> Envelope | None:
+    """Read a list entry with what is to follow its end, and without its arguments, which stand before that.
+
+    None where that cannot be told: in protocol 1, in a body that is compressed, and where nothing follows.
+    """
+    try:
+        raw, headers, properties = _parts(payload)
+        if "task" not in headers or headers.get("compression"):
+            return None
+        envelope = _envelope(raw, headers, properties)
+        text: Any = raw.get("body")
+        text = b64decode(text) if properties.get("body_encoding") == "base64" else text.encode()
+        at = text.rfind(b'{"callbacks"')  # as Celery's producers begin it
+        embed = orjson.loads(text[at:].rstrip().removesuffix(b"]")) if at >= 0 else None
+    except (ValueError, TypeError, AttributeError):
+        return None
+    envelope.keep(embed)
+    return envelope if envelope.embed else None
 
 
 def identify(payload: bytes) -> tuple[str | None, str]:

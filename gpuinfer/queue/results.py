@@ -72,7 +72,7 @@ class TaskStatus:
 
 
 def _meta(status: str, task_id: str, result: Any, extra: dict[str, Any]) -> bytes:
-    return _dump(
+    return dump(
         {
             "status": status,
             "result": result,
@@ -85,7 +85,7 @@ def _meta(status: str, task_id: str, result: Any, extra: dict[str, Any]) -> byte
     )
 
 
-def _dump(body: dict[str, Any]) -> bytes:
+def dump(body: Any) -> bytes:
     """Return JSON for whatever has come of a task: an end that could not be written would be none."""
     try:
         return orjson.dumps(body)  # no space after a colon; the scripts accept both
@@ -108,7 +108,7 @@ def _clean(value: Any) -> Any:
 
 def started(task_id: str, worker: str, pid: int) -> bytes:
     """Return the meta of a task that has begun."""
-    return _dump({"status": "STARTED", "result": {"pid": pid, "hostname": worker}, "task_id": task_id})
+    return dump({"status": "STARTED", "result": {"pid": pid, "hostname": worker}, "task_id": task_id})
 
 
 def success(task_id: str, result: Any, *, worker: str, redelivered: bool = False) -> bytes:

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from gpuinfer.queue import keys
+from gpuinfer.queue.results import PENDING_META
 
 Name = Literal[
     "claim",
@@ -59,6 +60,7 @@ _CONSTANTS: dict[str, str | float] = {
     "LATER_RETRY": keys.LATER_RETRY_S,
     "MODEL_VOID": keys.MODEL_VOID_S,
     "PAUSED": keys.PAUSED,
+    "PENDING_META": PENDING_META.decode(),
     "PENDING_HEAD": '{"status": "PENDING", "result": ',
     "REPLY_PREFIX": keys.REPLY_PREFIX,
     "RESULT_PREFIX": keys.RESULT_PREFIX,

@@ -18,7 +18,19 @@ import redis
 from gpuinfer.errors import DeadLettered, GpuinferError, TakenBack, WorkerRunning
 from gpuinfer.log import get_logger
 from gpuinfer.queue import keys, results, returns
-from gpuinfer.queue.claims import ANY_RANK, Claimed, Final, Order, Restored, State, Want, Wants, label
+from gpuinfer.queue.chains import Chains
+from gpuinfer.queue.claims import (
+    ANY_RANK,
+    Claimed,
+    Final,
+    Order,
+    Restored,
+    State,
+    Want,
+    Wants,
+    following,
+    label,
+)
 from gpuinfer.queue.direct import Argument, Direct
 from gpuinfer.queue.format import mismatch
 from gpuinfer.queue.later import Later, Postponed
@@ -57,6 +69,8 @@ class Store:
         self.client = client
         self.worker = worker
         self.by = by or f"process {secrets.token_hex(8)}"
+        #: What follows the ends of tasks.
+        self.chains = Chains(settings, worker)
         #: The models claimed for, in the order they were named.
         self.models = tuple(models)
         #: The default model, as the last claim has found it; empty: not known.
@@ -356,18 +370,19 @@ class Store:
         return {int(position) - 1 for position in self._begin(keys=[self.inflight], args=args)}
 
     def settle(self, finals: Sequence[Final], *, idle: bool = False) -> dict[str, str]:
-        """Write final states and drop the tasks from flight. Safe to repeat.
+        """Write final states, drop the tasks from flight, and send on what follows. Safe to repeat.
 
         ``idle`` says that nothing runs now: a crash is charged to nobody. Returns the ids under whose result
         key something else stands, and what Redis said of it: their end is told and counted, and not kept.
         """
-        args: list[Argument] = [self._settings.result_ttl_s, int(idle)]
+        args: list[Argument] = [self._settings.result_ttl_s, int(idle), len(finals)]
         for final in finals:
             seq = "" if final.seq is None else final.seq
             args += (seq, final.task_id, final.meta, int(final.keep), final.reply, final.label)
-        _, *refused = self._settle(keys=[self.inflight], args=args)
-        texts = [text.decode(errors="replace") for text in refused]
-        return dict(zip(texts[::2], texts[1::2], strict=True))
+        args += following(finals)
+        _, not_kept, not_sent = self._settle(keys=[self.inflight], args=args)
+        _tell_of_refused(not_sent)
+        return _pairs(not_kept)
 
     def release(
         self, seqs: Iterable[int], ran: Collection[int] = (), models: Mapping[int, str] | None = None
@@ -428,6 +443,7 @@ class Store:
     def bury(self, seq: int, list_key: str, payload: bytes, error: GpuinferError, *, deaths: int = 0) -> str:
         """Move a task to the dead letters, with a failure result where its id can be read."""
         task_id, reply = identify(payload)
+        follows = self.chains.buried(payload, error, list_key)
         place = keys.place_of(list_key)
         letter_id = task_id or f"undecodable-{self.worker}-{int(self._clock() * 1000)}-{seq}"
         letter = orjson.dumps(
@@ -443,13 +459,17 @@ class Store:
             }
         )
         meta = results.failure(task_id, error, worker=self.worker) if task_id else b""
-        self._bury(
+        end = Final(
+            seq, letter_id, meta, reply=reply, label=label("dead", place.tier, place.model), follows=follows
+        )
+        not_sent = self._bury(
             keys=[self.inflight, keys.DEAD],
             args=[
-                *(seq, letter_id, letter, self._settings.result_ttl_s, meta, reply),
-                label("dead", place.tier, place.model),
+                *(seq, letter_id, letter, self._settings.result_ttl_s, meta, reply, end.label),
+                *following([end]),
             ],
         )
+        _tell_of_refused(not_sent)
         log.error(
             "task_dead_lettered",
             task_id=letter_id,
@@ -459,3 +479,17 @@ class Store:
             reason=error.message,
         )
         return letter_id
+
+
+def _tell_of_refused(not_sent: Sequence[bytes]) -> None:
+    """Log the tasks that Redis did not let follow, and that have ended so."""
+    for task_id, reason in _pairs(not_sent).items():
+        hint = (
+            "queue.chain_queues names where chains may go on; gpuinfer redis apply-users gives the right to"
+        )
+        log.error("chain_refused", task_id=task_id, reason=reason, hint=hint)
+
+
+def _pairs(flat: Sequence[bytes]) -> dict[str, str]:
+    texts = [text.decode(errors="replace") for text in flat]
+    return dict(zip(texts[::2], texts[1::2], strict=True))

@@ -274,7 +274,7 @@ class Batcher:
             for task in tasks:
                 self._celery.finished(task, TaskRevoked("it was cancelled") if task.begun else None)
                 task_log.task_skipped(task)
-            self._settle([Final(task.seq, "", b"") for task in tasks])
+            self._settle([self._outbox.skipped(task) for task in tasks])
             return True
         tasks = batch.tasks
         self._buffer.remove(tasks)
@@ -400,7 +400,7 @@ class Batcher:
         """
         if task.ended:
             self._celery.finished(task, TaskRevoked("it was cancelled"))
-            return Final(task.seq, "", b"")
+            return self._outbox.skipped(task)
         if again:
             task.alone = True
             task.slice_limit = max(1, alone // 2) if alone else None

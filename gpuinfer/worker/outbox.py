@@ -142,7 +142,17 @@ class Outbox:
             keep=not envelope.headers.get("ignore_result"),
             reply=envelope.reply_to,
             label=label(_outcome(end), place.tier, claimed.model),
+            follows=self._store.chains.after(envelope, end, claimed.list_key) if envelope.embed else (),
         )
+
+    def skipped(self, task: Task) -> Final:
+        """Return the end of a task that has its final state already: it leaves flight."""
+        follows = (
+            self._store.chains.skipped(task.envelope, task.claimed.list_key) if task.envelope.embed else ()
+        )
+        place = place_of(task.claimed.list_key)
+        counted = label("skipped", place.tier, task.claimed.model)
+        return Final(task.seq, "", b"", label=counted, follows=follows, parent=task.id)
 
     def settle(self, finals: Sequence[Final], *, idle: bool) -> None:
         """Write final states; while Redis is away they wait here and are written when it is back.

@@ -156,18 +156,6 @@ def _asked_limits(value: object) -> tuple[object, object]:
     return value[0], value[1]
 
 
-def _refuse_canvas(embed: dict[str, Any]) -> None:
-    """Refuse what would be dropped in silence: work that Celery starts when a task ends."""
-    if not any(embed.values()):
-        return
-    for name in ("callbacks", "errbacks", "chain", "chord"):
-        if embed.get(name):
-            raise InputError(
-                "a gpuinfer task starts no other (link, link_error, chain, chord): submit on its result",
-                name,
-            )
-
-
 def read(
     claimed: Claimed,
     envelope: Envelope,
@@ -189,7 +177,11 @@ def read(
             "inputs",
         )
     args, kwargs, embed = envelope.body(2 * max_payload_bytes)
-    _refuse_canvas(embed)
+    if embed.get("chord"):
+        raise InputError(
+            "a task of gpuinfer cannot be part of a chord: send a group, and wait for its results",
+            "chord",
+        )
     bound = _bind(args, kwargs)
     model = bound.get("model") or claimed.model
     if not isinstance(model, str) or not MODEL_NAME.fullmatch(model):

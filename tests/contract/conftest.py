@@ -82,9 +82,11 @@ def store_of(
     *,
     default: str = "digits",
     ageing_s: float = 0,
+    settings: QueueSettings | None = None,
 ) -> Store:
     """Return the store of a worker that has said what it serves; its claims are sent once."""
-    made = Store(connect(broker, retries=0), worker, QUEUES, QueueSettings(ageing_s=ageing_s), models=models)
+    settings = settings or QueueSettings(ageing_s=ageing_s)
+    made = Store(connect(broker, retries=0), worker, QUEUES, settings, models=models)
     made.register(default=default)
     return made
 

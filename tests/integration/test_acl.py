@@ -100,6 +100,7 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
         ("CLIENT", "UNBLOCK", "1"),
     ],
     "worker": [
+        ("LPUSH", "bank", TASK),
         ("SCAN", "0"),
         ("BRPOP", "realtime", "1"),
         ("LMOVE", "realtime", "default", "LEFT", "RIGHT"),
@@ -115,7 +116,7 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
         ("GET", keys.IDEMPOTENCY_PREFIX + "k"),
     ],
     "watcher": [
-        ("LPUSH", "realtime", TASK),
+        ("LPUSH", "bank", TASK),
         ("RPOP", "realtime"),
         ("BRPOP", "realtime", "1"),
         ("LINDEX", "realtime", "0"),

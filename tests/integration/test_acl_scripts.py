@@ -170,7 +170,7 @@ def test_every_script_is_somebodys() -> None:
         file.name.removesuffix(".lua")
         for file in resources.files(scripts.__package__).joinpath("lua").iterdir()
     }
-    assert files - set(RUN_BY) == {"later", "lists", "payload", "states"}
+    assert files - set(RUN_BY) == {"chain", "later", "lists", "payload", "states"}
 
 
 @pytest.mark.parametrize("script", get_args(scripts.Name))

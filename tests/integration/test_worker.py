@@ -317,7 +317,7 @@ def test_unknown_task_and_garbage(workers: Workers, client: Client, redis_server
 
 
 def test_eta_and_canvas(workers: Workers, redis_server: RedisServer) -> None:
-    """A countdown is waited for; what Celery would start on a task's end is refused, not dropped."""
+    """A countdown is waited for; what no worker of ours could go on with is refused, not dropped."""
     images, labels = load_test_images()
     workers.start()
     with plain_celery(redis_server) as stranger:
@@ -325,11 +325,12 @@ def test_eta_and_canvas(workers: Workers, redis_server: RedisServer) -> None:
         task = stranger.send_task("gpuinfer.predict", [images[0].tolist()], queue="realtime", countdown=2)
         assert task.get(timeout=10)["class"] == labels[0]
         assert time.monotonic() - begun >= 1.9
-        linked = stranger.send_task(
-            "gpuinfer.predict", [[1]], queue="realtime", link=stranger.signature("some.task")
+        counted = stranger.send_task(
+            "gpuinfer.predict", [[1]], queue="realtime", chord=stranger.signature("some.task", task_id="body")
         )
-        with pytest.raises(InputError, match="starts no other"):
-            linked.get(timeout=10)
+        for task_id in (counted.id, "body"):
+            with pytest.raises(InputError, match="part of a chord"):
+                stranger.AsyncResult(task_id).get(timeout=60)
 
 
 def test_stop_signal_twice(workers: Workers, client: Client) -> None:

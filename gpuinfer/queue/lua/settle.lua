@@ -1,21 +1,35 @@
 #!lua flags=allow-oom
--- needs: states
--- Write the final states of tasks, tell them, and drop the tasks from flight, in one step.
+-- needs: lists states chain
+-- Write the final states of tasks, tell them, drop the tasks from flight, and send on what follows, in one step.
 -- KEYS: in-flight hash
--- ARGV: result ttl in seconds, '1' when nothing runs now, then for each task: seq, task id, meta, '1' to keep
---       the state, reply channel, label; an empty seq is not in flight; an empty id leaves all states as they are
--- Returns how many final states were written, then (id, why) of those whose key is not ours to write.
+-- ARGV: result ttl in seconds, '1' when nothing runs now, number of tasks, then for each task: seq, task id, meta,
+--       '1' to keep the state, reply channel, label; an empty seq is not in flight; an empty id leaves all states
+--       as they are; then what follows (chain.lua)
+-- Returns how many final states were written, {id, why, ...} of those whose key is not ours to write, and
+-- {id, why, ...} of what follows and was refused.
+local last = 3 + 6 * ARGV[3]
+local following = read_following(ARGV, last + 1)
 -- Of an end that is not kept nothing tells, when it comes again, that it was told, but that the task is not in
 -- flight any more.
-for i = 3, #ARGV, 6 do
+for i = 4, last, 6 do
   if ARGV[i + 3] ~= '1' and ARGV[i] ~= '' and redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then ARGV[i + 1] = '' end
+end
+-- An end that something follows counts from whoever holds the task alone: both are written by one call, or neither.
+for _, one in ipairs(following) do
+  local i = 6 * one.which - 2
+  if redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then
+    ARGV[i + 1] = ''
+  else
+    one.success = outcome_of(one.id, ARGV[i + 2])
+  end
 end
 -- Changes nothing, and fails as the call below would: a task must not end and stay in flight.
 redis.call('HDEL', KEYS[1], '')
-local written, refused = finish(ARGV, 4, 6, ARGV[1])
+local written, refused = finish(ARGV, 5, 6, ARGV[1], last)
 if not written then return refused end
+local unsent = follow(following, ARGV[1])
 local gone, n = {}, 0
-for i = 3, #ARGV, 6 do
+for i = 4, last, 6 do
   local seq = ARGV[i]
   if seq ~= '' then
     gone[n + 1], gone[n + 2] = seq, seq .. ':list'
@@ -27,5 +41,4 @@ for first = 1, #gone, 1000 do
 end
 -- A crash after this point is not charged to the last batch.
 if ARGV[2] == '1' then redis.call('HDEL', KEYS[1], 'running') end
-table.insert(refused, 1, written)
-return refused
+return {written, refused, unsent}

@@ -73,15 +73,15 @@ local function count_ends(counts, bytes)
   for label, size in pairs(bytes) do add('bytes' .. string.match(label, '^%S*(.*)$'), size) end
 end
 
--- Write final states. From `first` on, each `step` entries of `flat` begin with: id ('': none), meta, '1' to keep
+-- Write final states. From `first` to `last` (the end of `flat` if nil), each `step` entries of `flat` begin with: id ('': none), meta, '1' to keep
 -- it, reply channel ('': none), label. A task that has ended already is left as it is. What is not kept is told
 -- to the callers who wait, and what stood there is dropped.
 -- The type of every key, and this user's right to each command, are checked before the first write: a script
 -- that fails half way is not undone.
 -- Returns how many were written, and {id, why, ...} of those whose key is not ours to write; or nil, and an error.
-local function finish(flat, first, step, ttl)
+local function finish(flat, first, step, ttl, last)
   local open, n, refused, foreign, seen, drops, replied = {}, 0, {}, {}, {}, false, false
-  for i = first, #flat, step do
+  for i = first, last or #flat, step do
     local id = flat[i]
     if id ~= '' and not seen[id] then
       seen[id] = true

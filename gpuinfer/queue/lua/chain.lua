@@ -1,0 +1,81 @@
+-- Library: what follows the end of a task: messages that are sent on, and ends of tasks that will never begin.
+-- A script is given it behind the ends, for each task that has any:
+--   which of the ends it is (from 1), the task's id, the label of what ends unbegun, how many parts, then each:
+--   '1' after a success or '0' after a failure, list ('': nothing is sent), message, '1' for a task of ours, its
+--   id, its model ('': the default one), how many ends, and those: (id, meta). The ends are written where nothing
+--   is sent, or where that is refused.
+
+-- Return it as tables; `at` is where it begins.
+local function read_following(flat, at)
+  local all = {}
+  while at <= #flat do
+    local one = {which = tonumber(flat[at]), id = flat[at + 1], label = flat[at + 2]}
+    local count = tonumber(flat[at + 3])
+    at = at + 4
+    for k = 1, count do
+      local part = {
+        success = flat[at] == '1',
+        list = flat[at + 1],
+        message = flat[at + 2],
+        ours = flat[at + 3] == '1',
+        id = flat[at + 4],
+        model = flat[at + 5],
+      }
+      local ends = 2 * flat[at + 6]
+      for e = 1, ends do part[e] = flat[at + 6 + e] end
+      at = at + 7 + ends
+      one[k] = part
+    end
+    all[#all + 1] = one
+  end
+  return all
+end
+
+-- Tell what follows a task that leaves flight with this meta ('': it did not run): true what follows a success,
+-- false what follows a failure, nil nothing. A cancellation that came first counts. Another end that stands there
+-- already was written together with what followed it.
+local function outcome_of(id, meta)
+  local found = state_of(id)
+  if found == 'REVOKED' then return false end
+  if FINAL[found or ''] then return nil end
+  local own = string.match(meta, '^{"status": ?"(%u+)"')
+  if own then return own == 'SUCCESS' end
+end
+
+-- Send a message; return why it cannot be sent.
+local function send(part, wakes)
+  local list, model = part.list, part.model
+  if part.ours and model ~= '' and (redis.call('ZSCORE', CATALOGUE, model) or redis.call('ZCARD', CATALOGUE) == 0) then
+    list = list_of(list, model)
+  end
+  local answer = may({'LPUSH', list, ''}) or redis.pcall('LPUSH', list, part.message)
+  if type(answer) == 'table' then return answer.err end
+  if part.ours then
+    write_passing(part.id, PENDING_META, 'NX')
+    local tier, indexed = index_list(list)
+    local key = tier .. '.' .. indexed
+    wakes[key] = wakes[key] or {tier, indexed, 0}
+    wakes[key][3] = wakes[key][3] + 1
+  end
+end
+
+-- Do what follows each task by its `success`. Returns (id, why) of the messages that were refused.
+local function follow(all, ttl)
+  local ends, unsent, wakes, met = {}, {}, {}, {}
+  for _, one in ipairs(all) do
+    for _, part in ipairs(met[one.id] and {} or one) do
+      if part.success == one.success then
+        local why = part.list ~= '' and send(part, wakes)
+        if why then unsent[#unsent + 1], unsent[#unsent + 2] = part.id, why end
+        for e = 1, (why or part.list == '') and #part or 0, 2 do
+          local n = #ends
+          ends[n + 1], ends[n + 2], ends[n + 3], ends[n + 4], ends[n + 5] = part[e], part[e + 1], '1', '', one.label
+        end
+      end
+    end
+    met[one.id] = true
+  end
+  if #ends > 0 then finish(ends, 1, 5, ttl) end
+  for _, group in pairs(wakes) do wake_for(unpack(group)) end
+  return unsent
+end
