@@ -4,7 +4,7 @@
 Where each family is raised, along the way of a request::
 
     settings ─ ConfigError
-    client ── api ── InputError, PayloadTooLarge, UnknownModel ── BrokerUnavailable, QueueFull
+    client ── api ── InputError, PayloadTooLarge, UnknownModel ── BrokerError, QueueFull
                        queue ── TaskNotFound, TaskExpired, TaskRevoked, DeadLettered
                                   worker ── DeviceError, ModelError, TimeLimitExceeded, TransientError
 
@@ -58,11 +58,23 @@ class ConfigError(GpuinferError):
     exit_code = 78  # EX_CONFIG
 
 
-class FormatMismatch(ConfigError):
+class UnusableRedis(ConfigError):
+    """Raised when a Redis cannot be worked with as it is: it is another one that is wanted."""
+
+    code = "unusable_redis"
+    http_status = 503
+
+
+class FormatMismatch(UnusableRedis):
     """Raised when what lies in Redis is laid out as another edition of gpuinfer does it."""
 
     code = "format_mismatch"
-    http_status = 503
+
+
+class ClusterUnsupported(UnusableRedis):
+    """Raised when the Redis that is named is part of a Redis Cluster."""
+
+    code = "cluster_unsupported"
 
 
 class UsageError(GpuinferError):
@@ -246,15 +258,29 @@ class TaskNotServed(InputError):
 # -- queue ----------------------------------------------------------------------------------
 
 
-class BrokerUnavailable(GpuinferError):
+class BrokerError(GpuinferError):
+    """Raised when Redis answers with an error that no attempt will change: a key of another type, say."""
+
+    code = "broker_error"
+    exit_code = 76  # EX_PROTOCOL
+    #: Of many that were submitted at once, the ids of those that were accepted all the same.
+    accepted: tuple[str, ...] = ()
+
+
+class BrokerRefused(BrokerError):
+    """Raised when the Redis user lacks a right that is needed."""
+
+    code = "broker_refused"
+    exit_code = 77  # EX_NOPERM
+
+
+class BrokerUnavailable(BrokerError):
     """Raised when Redis cannot be reached or does not answer."""
 
     code = "broker_unavailable"
     http_status = 503
     exit_code = 69
     transient = True
-    #: Of many that were submitted at once, the ids of those that were accepted all the same.
-    accepted: tuple[str, ...] = ()
 
 
 class QueueFull(BrokerUnavailable):

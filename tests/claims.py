@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kombu import Connection, Queue
 
-from gpuinfer.errors import FormatMismatch, TakenBack, WorkerRunning
+from gpuinfer.errors import TakenBack, UnusableRedis, WorkerRunning
 from gpuinfer.queue import transport
 from gpuinfer.queue.claims import Claimed, State, Wants
 from gpuinfer.queue.connection import connect
@@ -32,7 +32,7 @@ class Taker:
         self.space = 10
         self.state: State = "idle"
         self.tasks: list[Claimed] = []
-        self.end: WorkerRunning | TakenBack | FormatMismatch | None = None
+        self.end: WorkerRunning | TakenBack | UnusableRedis | None = None
 
     def wants(self) -> Wants:
         return self.store.wants(self.space) if self.space else {}
@@ -43,7 +43,7 @@ class Taker:
     def held(self) -> set[int]:
         return {task.seq for task in self.tasks}
 
-    def fenced(self, error: WorkerRunning | TakenBack | FormatMismatch) -> None:
+    def fenced(self, error: WorkerRunning | TakenBack | UnusableRedis) -> None:
         self.end = error
 
     @property

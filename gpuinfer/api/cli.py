@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpuinfer.errors import BrokerUnavailable, UsageError
+from gpuinfer.errors import BrokerError, UsageError
 
 if TYPE_CHECKING:
     import socket
@@ -42,7 +42,7 @@ def api(loaded: Loaded, host: str | None, port: int | None, path: Path | None, f
 
 
 def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) -> None:
-    """Serve until a signal comes. Raises AddressUnavailable and FormatMismatch."""
+    """Serve until a signal comes. Raises AddressUnavailable and UnusableRedis."""
     from gpuinfer.log import configure
 
     configure(settings.log, program="gpuinfer-api")
@@ -63,10 +63,10 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
 
 
 def _check_format(settings: Settings) -> None:
-    """Raise FormatMismatch where Redis has another format. Without Redis the front starts."""
+    """Raise UnusableRedis where Redis has another format. Without Redis the front starts."""
     from gpuinfer.queue.connection import connect, typed_errors
 
-    with suppress(BrokerUnavailable), typed_errors(), connect(settings.broker, retries=0) as client:
+    with suppress(BrokerError), typed_errors(), connect(settings.broker, retries=0) as client:
         client.ping()
 
 

@@ -11,10 +11,10 @@ from gpuinfer.client import core
 from gpuinfer.client.core import DefaultModel, Options, Origin, reply_channel
 from gpuinfer.client.sync import not_found, settings_for
 from gpuinfer.client.waits import RETRY_S, Waits
-from gpuinfer.errors import BrokerUnavailable, InputError, TaskRevoked, WaitTimeout
+from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, TaskRevoked, WaitTimeout
 from gpuinfer.queue import catalogue, keys, results
 from gpuinfer.queue import format as layout
-from gpuinfer.queue.connection import connect_async, typed_errors
+from gpuinfer.queue.connection import connect_async, typed_errors, user_of
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
@@ -44,6 +44,7 @@ class AsyncClient:
     def __init__(self, source: Settings | str | None = None) -> None:
         self._settings = settings_for(source)
         self._redis = connect_async(self._settings.broker)
+        self._user = user_of(self._settings.broker)
         self._submit = bind(self._redis, "submit")
         self._cancel = bind(self._redis, "cancel")
         self._origin = Origin()
@@ -73,12 +74,12 @@ class AsyncClient:
 
         Raises BrokerUnavailable.
         """
-        with typed_errors():
+        with typed_errors(self._user):
             return await catalogue.aread(self._redis)
 
     async def ping(self) -> None:
-        """Raises BrokerUnavailable when Redis does not answer, FormatMismatch where it has another format."""
-        with typed_errors():
+        """Raises BrokerUnavailable when Redis does not answer, UnusableRedis where it has another format."""
+        with typed_errors(self._user):
             layout.check(await self._redis.get(keys.FORMAT_KEY))
 
     # -- submitting -----------------------------------------------------------------------
@@ -109,11 +110,11 @@ class AsyncClient:
         ]
         accepted: list[str] = []
         try:
-            with typed_errors():
+            with typed_errors(self._user):
                 for call in core.bulk(tasks, self._settings.queue):
                     await self._submit(args=call.args)
                     accepted += call.ids
-        except BrokerUnavailable as exc:
+        except BrokerError as exc:
             exc.accepted = tuple(accepted)
             raise
         return accepted
@@ -123,14 +124,14 @@ class AsyncClient:
         default = await self._default_model(options)
         task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
         call = core.one(task, self._settings.queue, key)
-        with typed_errors():
+        with typed_errors(self._user):
             holder: bytes = await self._submit(args=call.args)
         return holder.decode()
 
     async def _default_model(self, options: Options) -> str | None:
         """Return the fleet's default model, for a caller that names none."""
         if options.get("model") is None and self._default.stale:
-            with typed_errors():
+            with typed_errors(self._user):
                 found: bytes | None = await self._redis.get(keys.DEFAULT_MODEL)  # type: ignore[assignment]
             self._default.found(found)
         return self._default.name
@@ -143,14 +144,14 @@ class AsyncClient:
         error = TaskRevoked("it was cancelled", None)
         meta = results.failure(task_id, error, worker="")
         args = [task_id, meta, self._settings.queue.result_ttl_s, reply_channel(task_id)]
-        with typed_errors():
+        with typed_errors(self._user):
             return bool(await self._cancel(keys=[keys.result(task_id)], args=args))
 
     # -- waiting --------------------------------------------------------------------------
 
     async def status(self, task_id: str) -> TaskStatus:
         """Return a task's state now. Raises TaskNotFound."""
-        with typed_errors():
+        with typed_errors(self._user):
             meta = await self._redis.get(keys.result(task_id))
         if meta is None:
             raise not_found(task_id)

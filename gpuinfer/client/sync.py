@@ -21,9 +21,9 @@ from redis.exceptions import AuthenticationError, RedisError
 from gpuinfer.client import core
 from gpuinfer.client.core import Call, DefaultModel, Options, Origin, reply_channel
 from gpuinfer.client.listener import Listener
-from gpuinfer.errors import BrokerUnavailable, InputError, TaskNotFound, TaskRevoked, WaitTimeout
+from gpuinfer.errors import BrokerError, InputError, TaskNotFound, TaskRevoked, WaitTimeout
 from gpuinfer.queue import keys, results
-from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors
+from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors, user_of
 from gpuinfer.queue.direct import Direct
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
@@ -63,6 +63,7 @@ class Client:
     def __init__(self, source: Settings | str | None = None) -> None:
         self._settings = settings_for(source)
         self._redis = connect(self._settings.broker)
+        self._user = user_of(self._settings.broker)
         self._direct = Direct(self._redis)
         self._submit = self._direct.bind("submit")
         self._submit_bulk = bind(self._redis, "submit")
@@ -124,10 +125,10 @@ class Client:
         accepted: list[str] = []
         calls = core.bulk(tasks, self._settings.queue)
         try:
-            with typed_errors():
+            with typed_errors(self._user):
                 while some := list(islice(calls, CALLS_A_TRIP)):
                     self._send(some, accepted)
-        except BrokerUnavailable as exc:
+        except BrokerError as exc:
             exc.accepted = tuple(accepted)
             raise
         return accepted
@@ -150,14 +151,14 @@ class Client:
         default = self._default_model(options)
         task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
         call = core.one(task, self._settings.queue, key)
-        with typed_errors():
+        with typed_errors(self._user):
             holder: bytes = self._submit(keys=(), args=call.args)
         return holder.decode()
 
     def _default_model(self, options: Options) -> str | None:
         """Return the fleet's default model, for a caller that names none."""
         if options.get("model") is None and self._default.stale:
-            with typed_errors():
+            with typed_errors(self._user):
                 self._default.found(self._direct.call("GET", keys.DEFAULT_MODEL))
         return self._default.name
 
@@ -168,7 +169,7 @@ class Client:
         """
         error = TaskRevoked("it was cancelled", None)
         meta = results.failure(task_id, error, worker="")
-        with typed_errors():
+        with typed_errors(self._user):
             return bool(
                 self._cancel(
                     keys=[keys.result(task_id)],
@@ -180,7 +181,7 @@ class Client:
 
     def status(self, task_id: str) -> TaskStatus:
         """Return a task's state now. Raises TaskNotFound."""
-        with typed_errors():
+        with typed_errors(self._user):
             meta = self._redis.get(keys.result(task_id))
         if meta is None:
             raise not_found(task_id)
@@ -218,7 +219,7 @@ class Client:
                 yield from self._listen(waiting, deadline)
             except AWAY as exc:
                 if isinstance(exc, AuthenticationError):
-                    raise explain(exc) from exc
+                    raise explain(exc, self._user) from exc
                 if not cut_off:  # perhaps no more than a kept subscription: at once again, with a new one
                     cut_off = True
                     self._drop_listeners()

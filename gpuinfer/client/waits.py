@@ -12,7 +12,7 @@ from typing import Any
 import redis.asyncio
 
 from gpuinfer.client.core import Origin
-from gpuinfer.errors import FormatMismatch
+from gpuinfer.errors import UnusableRedis
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import AWAY, typed_errors
 from gpuinfer.queue.results import TaskStatus
@@ -104,7 +104,7 @@ class Waits:
         while self._pubsub.subscribed:
             try:
                 event = await self._pubsub.get_message(timeout=5.0)
-            except FormatMismatch:  # whoever waits is told so when he looks
+            except UnusableRedis:  # whoever waits is told so when he looks
                 self._joined = self._listening = False
                 self._look_all()
                 return

@@ -10,11 +10,11 @@ from typing import Any
 import redis
 from redis.exceptions import RedisError
 
-from gpuinfer.doctor.finding import Finding, Skipped, error, ok
+from gpuinfer.doctor.finding import Finding, Skipped, edit, error, ok
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.redis_errors import diagnose
 from gpuinfer.doctor.redis_place import Place, place_of
-from gpuinfer.errors import FormatMismatch
+from gpuinfer.errors import FormatMismatch, UnusableRedis
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
 
@@ -22,6 +22,7 @@ from gpuinfer.queue.connection import connect
 #: no key, so that any login that may submit may run it.
 _WOULD_WRITE = "#!lua\nreturn 1"
 _OLDEST = (7, 0)
+_EDIT = f"{edit('/etc/gpuinfer/gpuinfer.toml')}  # broker.url"
 
 
 def reach(host: Host) -> Finding:
@@ -33,8 +34,8 @@ def reach(host: Host) -> Finding:
             client.ping()
             client.llen(keys.list_key("default", 0))
             _take_work(client)
-    except FormatMismatch as exc:
-        return error(exc.message, "gpuinfer redis migrate")
+    except UnusableRedis as exc:
+        return error(exc.message, "gpuinfer redis migrate" if isinstance(exc, FormatMismatch) else _EDIT)
     except (RedisError, OSError) as exc:
         return diagnose(exc, where)
     as_user = f" as user {broker.username}" if broker.username else ""
@@ -51,7 +52,7 @@ def asked(host: Host) -> Iterator[redis.Redis]:
     try:
         with connect(host.settings.broker, retries=0) as client:
             yield client
-    except (RedisError, OSError, FormatMismatch) as exc:
+    except (RedisError, OSError, UnusableRedis) as exc:
         denied = "NOPERM" in str(exc) or "no permissions" in str(exc)
         raise Skipped(
             "this login may not ask" if denied else "Redis cannot be asked; see redis.reach"

@@ -14,6 +14,7 @@ from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
     ConnectionError,
+    MasterDownError,
     MaxConnectionsError,
     NoPermissionError,
     OutOfMemoryError,
@@ -24,7 +25,14 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
-from gpuinfer.errors import BrokerUnavailable, GpuinferError, QueueFull, UnknownModel
+from gpuinfer.errors import (
+    BrokerError,
+    BrokerRefused,
+    BrokerUnavailable,
+    GpuinferError,
+    QueueFull,
+    UnknownModel,
+)
 from gpuinfer.queue import format as layout
 from gpuinfer.redis_url import parse
 from gpuinfer.settings import BrokerSettings
@@ -114,7 +122,7 @@ def connect(
 ) -> redis.Redis:
     """Return a client that connects when first used; one lost connection is retried ``retries`` times.
 
-    A connection to a Redis of another format raises FormatMismatch, and tells ``on_mismatch`` before, unless
+    A connection to a Redis of another format raises UnusableRedis, and tells ``on_mismatch`` before, unless
     ``any_format`` is asked for.
     """
     retry = Retry(ExponentialBackoff(cap=0.2, base=0.01), retries)
@@ -147,8 +155,12 @@ def connect_async(broker: BrokerSettings, *, max_connections: int = 32) -> redis
 AWAY = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, MaxConnectionsError, OSError)
 
 
-def explain(exc: Exception) -> GpuinferError:
-    """Return the typed error for what redis-py raised, or a script answered."""
+#: Answers of a Redis that may take the same call in a moment.
+_PASSING = ("LOADING ", "READONLY ", "BUSY ", "MASTERDOWN ", "NOREPLICAS ", "max number of clients")
+
+
+def explain(exc: Exception, user: str = "") -> GpuinferError:
+    """Return the typed error for what redis-py raised, or a script answered, to this Redis user."""
     text = str(exc)
     if "UNKNOWN_MODEL " in text:
         known = text.rpartition("UNKNOWN_MODEL ")[2]
@@ -157,43 +169,74 @@ def explain(exc: Exception) -> GpuinferError:
         )
     if "FORMAT " in text:
         return layout.mismatch(text.rpartition("FORMAT ")[2])
+    if layout.is_of_a_cluster(exc):
+        return layout.clustered()
     if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in text:
         return QueueFull("Redis has reached maxmemory and refuses new work; what was accepted goes on")
+    return _of_a_login(exc, text, user) or _of_the_server(exc, text)
+
+
+def _of_a_login(exc: Exception, text: str, user: str) -> BrokerError | None:
+    """Return the error where it is a matter of who asks."""
     if "HELLO must be called" in text or "Authentication required" in text:
         return BrokerUnavailable("Redis wants a password, and none is set", "broker.password")
     if isinstance(exc, AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
         return BrokerUnavailable(f"Redis refused the password or user: {text}", "broker.password")
-    if isinstance(exc, NoPermissionError) or "ACL failure" in text:
-        return BrokerUnavailable(
-            f"this Redis user may not do that; as root on Redis's own host it works: {text}",
+    if isinstance(exc, NoPermissionError) or "ACL failure" in text or "NOPERM" in text:
+        return BrokerRefused(
+            f"the Redis user {user or 'of this login'} lacks a right that this needs: {text}; gpuinfer redis "
+            "apply-users gives our users their rights, and as root on Redis's own host it works",
             "broker.username",
         )
-    if "MISCONF" in text:
-        return BrokerUnavailable(f"Redis cannot write to its disk: {text}")
     if "Error 13 " in text:
         return BrokerUnavailable(
             f"this user may not open Redis's socket; as root it works: {text}", "broker.url"
         )
+    return None
+
+
+def _of_the_server(exc: Exception, text: str) -> BrokerError:
+    if "MISCONF" in text:
+        return BrokerUnavailable(f"Redis cannot write to its disk: {text}")
+    if refuses(exc):
+        what = "Redis refuses this, and would again"
+        if "WRONGTYPE" in text:
+            what = "a key in Redis has another type than ours: another program uses its name"
+        return BrokerError(f"{what}: {text}")
+    if isinstance(exc, ResponseError):
+        return BrokerUnavailable(f"Redis cannot take this now: {text}")
     return BrokerUnavailable(f"Redis does not answer: {text}", "broker.url")
 
 
+def refuses(exc: BaseException) -> bool:
+    """Tell an answer that will be the same again from a Redis that is away, or will take it in a moment."""
+    if isinstance(exc, (ReadOnlyError, OutOfMemoryError, MasterDownError)) or not isinstance(
+        exc, ResponseError
+    ):
+        return False
+    return "MISCONF" not in str(exc) and not any(words in str(exc) for words in _PASSING)
+
+
 @contextmanager
-def typed_errors() -> Iterator[None]:
+def typed_errors(user: str = "") -> Iterator[None]:
     """Turn what redis-py raises, and what a script answers, into our errors (see ``explain``)."""
     try:
         yield
     except (RedisError, OSError) as exc:
-        raise explain(exc) from exc
+        raise explain(exc, user) from exc
 
 
 __all__ = [
     "AWAY",
     "ResponseError",
+    "celery_options",
     "celery_urls",
     "connect",
     "connect_async",
     "explain",
     "redis_url",
+    "refuses",
     "tls_options",
     "typed_errors",
+    "user_of",
 ]

@@ -105,7 +105,7 @@ def retry(loaded: Loaded, task_ids: tuple[str, ...], everything: bool, as_json: 
 
     A letter that cannot be read is refused and stays; the others go.
     """
-    from gpuinfer.errors import BrokerUnavailable
+    from gpuinfer.errors import BrokerError
     from gpuinfer.queue.dead import retry as send_again
 
     outcome: dict[str, GpuinferError | None] = {}
@@ -113,7 +113,7 @@ def retry(loaded: Loaded, task_ids: tuple[str, ...], everything: bool, as_json: 
         for task_id in _chosen(client, task_ids, everything):
             try:
                 send_again(client, task_id)
-            except BrokerUnavailable:
+            except BrokerError:
                 raise
             except GpuinferError as exc:
                 outcome[task_id] = exc

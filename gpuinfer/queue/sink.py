@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from gpuinfer.errors import FormatMismatch, TakenBack, WorkerRunning
+from gpuinfer.errors import TakenBack, UnusableRedis, WorkerRunning
 from gpuinfer.queue.claims import Claimed, State, Wants
 from gpuinfer.queue.store import Store
 
@@ -54,6 +54,6 @@ class Sink(Protocol):
     def held(self) -> set[int]:
         """Return the seqs of all tasks held."""
 
-    def fenced(self, error: WorkerRunning | TakenBack | FormatMismatch) -> None:
+    def fenced(self, error: WorkerRunning | TakenBack | UnusableRedis) -> None:
         """Another process claims under this worker's name, or Redis has another format, and this one ends; or
         a reaper has taken this worker for dead, and it begins anew."""

@@ -18,7 +18,7 @@ from kombu.transport import redis as stock
 from kombu.utils.json import dumps, loads
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
-from gpuinfer.errors import DeadLettered, FormatMismatch, TakenBack, UsageError, WorkerRunning
+from gpuinfer.errors import DeadLettered, TakenBack, UnusableRedis, UsageError, WorkerRunning
 from gpuinfer.queue import format as layout
 from gpuinfer.queue import keys
 from gpuinfer.queue.claims import Claimed, Order
@@ -204,7 +204,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             return self.claim()
         try:
             return self._hand_on(self.sink, self.store.take(order, claimed))
-        except (WorkerRunning, TakenBack, FormatMismatch) as exc:
+        except (WorkerRunning, TakenBack, UnusableRedis) as exc:
             self.sink.fenced(exc)
             return 0
 
@@ -225,7 +225,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         if self.sink is not None and self._wait.order is not None and (self.ordered or self.store.uncertain):
             self.store.mark_uncertain()
             # The next claim, or the end, does it.
-            with suppress(RedisError, OSError, WorkerRunning, TakenBack, FormatMismatch):
+            with suppress(RedisError, OSError, WorkerRunning, TakenBack, UnusableRedis):
                 self._reconcile(self.sink)
 
     def _reconcile(self, sink: Sink) -> None:
@@ -288,7 +288,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
                 self._reconcile(sink)
             state = sink.state
             tasks = store.claim(wants, state=state, begin=state == "idle", look=look)
-        except (WorkerRunning, TakenBack, FormatMismatch) as exc:
+        except (WorkerRunning, TakenBack, UnusableRedis) as exc:
             sink.fenced(exc)
             return 0
         self._enlisted = state == "idle"

@@ -25,12 +25,12 @@ import redis
 from sdnotify import SystemdNotifier
 
 from gpuinfer.errors import (
-    BrokerUnavailable,
-    FormatMismatch,
+    BrokerError,
     GpuinferError,
     UnitRefused,
     UnitStopping,
     UnitsUnavailable,
+    UnusableRedis,
 )
 from gpuinfer.gpus import list_gpus
 from gpuinfer.log import get_logger
@@ -131,7 +131,7 @@ class Watcher:
         """Look once in a while until ``stop`` is set. What goes wrong in a look is logged, and passes.
 
         Once it is set nothing is started or noted any more: the workers may be stopping at the same time, and
-        that is no stop by hand. What was started a moment before is stopped. Raises FormatMismatch as soon as
+        that is no stop by hand. What was started a moment before is stopped. Raises UnusableRedis as soon as
         Redis turns out to have another format.
         """
         self._stop = stop
@@ -146,7 +146,7 @@ class Watcher:
         while not stop.is_set():
             try:
                 await self.step()
-            except FormatMismatch:
+            except UnusableRedis:
                 raise
             except Exception:  # a look that fails must not end the service; the next one may go well
                 log.exception("look_failed")
@@ -216,7 +216,7 @@ class Watcher:
             if self._tell and time.monotonic() - self._known_at >= KNOW_EVERY_S:
                 self._make_known(own)
                 self._known_at = time.monotonic()
-        except BrokerUnavailable as exc:
+        except BrokerError as exc:
             return Observation(queues=None, instances=tuple(own), host=self.host, trouble=str(exc))
         if seen.rival and seen.rival != self._rival:
             hint = "host names must differ, and each host has one watcher that acts"
@@ -259,8 +259,8 @@ class Watcher:
             with typed_errors():
                 kept: bytes | None = self._client.get(MEMORY_PREFIX + self.host)  # type: ignore[assignment]
             history = notes.unpack(kept)
-        except (notes.Unreadable, BrokerUnavailable) as exc:
-            if isinstance(exc, BrokerUnavailable) and not isinstance(exc.__cause__, redis.ResponseError):
+        except (notes.Unreadable, BrokerError) as exc:
+            if isinstance(exc, BrokerError) and not isinstance(exc.__cause__, redis.ResponseError):
                 raise
             self._say_unreadable(str(exc))
             return None, History()

@@ -19,12 +19,12 @@ from typing import Any
 import redis
 
 from gpuinfer.errors import (
-    FormatMismatch,
     GpuinferError,
     SoftTimeLimitExceeded,
     TakenBack,
     TaskExpired,
     TaskRevoked,
+    UnusableRedis,
     WorkerRunning,
 )
 from gpuinfer.log import get_logger
@@ -186,7 +186,7 @@ class Batcher:
         """End the process at once, for a reason that is not its tasks'."""
         self._on_fatal(error)
 
-    def fenced(self, error: WorkerRunning | TakenBack | FormatMismatch) -> None:
+    def fenced(self, error: WorkerRunning | TakenBack | UnusableRedis) -> None:
         """End the process when another one claims under this name, or Redis has another format; begin anew
         after a reaper."""
         if not isinstance(error, TakenBack):
@@ -203,7 +203,7 @@ class Batcher:
             self.store.rejoin()
         except (redis.RedisError, OSError, TakenBack) as exc:
             self._outbox.trouble("begin an epoch", exc)  # and again at the next claim
-        except (WorkerRunning, FormatMismatch) as exc:
+        except (WorkerRunning, UnusableRedis) as exc:
             self._on_fatal(exc)
 
     def receive(self, channel: TaskChannel, claims: Sequence[Claimed]) -> None:

@@ -22,7 +22,7 @@ from celery import signals
 from celery.platforms import EX_FAILURE, SecurityWarning
 from celery.worker import state
 
-from gpuinfer.errors import ConfigError, DeviceError, FormatMismatch, GpuinferError, TimeLimitExceeded
+from gpuinfer.errors import ConfigError, DeviceError, GpuinferError, TimeLimitExceeded, UnusableRedis
 from gpuinfer.gpus import Binding, visible_device
 from gpuinfer.locks import acquire
 from gpuinfer.locks import domain as lock_domain
@@ -149,7 +149,7 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
 
     def on_fatal(error: GpuinferError) -> None:
         hint = "its tasks are put back"
-        if isinstance(error, FormatMismatch):
+        if isinstance(error, UnusableRedis):
             hint = "nothing was written there"
         elif isinstance(error, DeviceError):
             hint += "; gpuinfer doctor says what is wrong with the GPU, and what to do"

@@ -15,8 +15,9 @@ from celery.worker.pidbox import Pidbox
 from celery.worker.state import maybe_shutdown
 from redis.exceptions import ResponseError
 
-from gpuinfer.errors import FormatMismatch, TakenBack, WorkerRunning
+from gpuinfer.errors import TakenBack, UnusableRedis, WorkerRunning
 from gpuinfer.log import get_logger
+from gpuinfer.queue.connection import refuses
 from gpuinfer.queue.heartbeats import wait_for_namesake
 from gpuinfer.worker.batcher import Batcher
 from gpuinfer.worker.heartbeat import BEAT_S, Pulse
@@ -123,7 +124,7 @@ class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
         """Run until the worker ends. One that meets another format ends at once: it must write nothing."""
         try:
             super().start()
-        except FormatMismatch as exc:
+        except UnusableRedis as exc:
             self.controller.gpuinfer.batcher.end(exc)
 
     def _wait(self) -> None:
@@ -133,7 +134,8 @@ class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
     def _lost(self, exc: Exception) -> None:
         self.pulse.lost()
         if not self.away:
-            log.error("redis_away", reason=str(exc), hint="trying again every second or two")
+            action = "redis_refuses" if refuses(exc) else "redis_away"
+            log.error(action, reason=str(exc), hint="trying again every second or two")
         self.away = True
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:

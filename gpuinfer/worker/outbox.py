@@ -14,7 +14,7 @@ from typing import Any
 
 import redis
 
-from gpuinfer.errors import FormatMismatch, GpuinferError, TakenBack, TaskExpired, TaskRevoked, WorkerRunning
+from gpuinfer.errors import GpuinferError, TakenBack, TaskExpired, TaskRevoked, UnusableRedis, WorkerRunning
 from gpuinfer.log import get_logger
 from gpuinfer.queue import results
 from gpuinfer.queue.claims import Claimed, Final, label
@@ -195,7 +195,7 @@ class Outbox:
         """At the end of a worker: put back what is in flight and, in doubt, not held."""
         try:
             self._store.reconcile(held)
-        except (redis.RedisError, OSError, WorkerRunning, TakenBack, FormatMismatch) as exc:
+        except (redis.RedisError, OSError, WorkerRunning, TakenBack, UnusableRedis) as exc:
             hint = "what is there is put back at this worker's next start"
             log.warning("in_flight_unknown", reason=str(exc), hint=hint)
 
