@@ -125,7 +125,7 @@ class QueueSettings(Section):
     #: The same idempotency key gives the same task for this long.
     idempotency_ttl_s: int = Field(default=86400, ge=1, le=365 * 86400)
     #: A request larger than this is refused, before it reaches Redis.
-    max_payload_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
+    max_payload_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
     #: Retries of a transient failure, and the first pause; each later pause is twice as long.
     max_retries: int = Field(default=3, ge=0, le=20)
     retry_backoff_s: float = Field(default=0.5, gt=0, le=600)

@@ -17,6 +17,7 @@ import orjson
 
 from gpuinfer.client import Options
 from gpuinfer.errors import InputError, MalformedJson, PayloadTooLarge
+from gpuinfer.queue.message import check_values
 
 #: Fields of an object body, in the order they are told to a caller.
 FIELDS: tuple[str, ...] = ("inputs", *Options.__annotations__)
@@ -50,9 +51,13 @@ def check_size(size: int, max_payload_bytes: int) -> None:
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse a body. NaN and infinity are let through. Raises MalformedJson with the place."""
+    """Parse a body. NaN and infinity are let through.
+
+    Raises MalformedJson with the place, PayloadTooLarge for millions of values.
+    """
     if not body.strip():
         raise MalformedJson("the body is empty; it must be a JSON list, or an object with inputs")
+    check_values(body)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as exc:

@@ -179,7 +179,7 @@ SUBMIT_RESPONSES: dict[int | str, JsonSchema] = {
     413: _error(
         "Too large.",
         "payload_too_large",
-        "the body is larger than 4210688 bytes; queue.max_payload_bytes is ...",
+        "the body is larger than 33570816 bytes; queue.max_payload_bytes is ...",
     ),
     422: _error("A bad field.", "bad_input", "must be an integer from 0 to 9, got 11", "priority"),
     503: _AWAY,

@@ -40,6 +40,7 @@ _GROUPS = f"~{keys.GROUPS_PREFIX}*"
 _INDEX, _INDEXED = f"~{keys.INDEX_PREFIX}*", f"~{keys.INDEXED}"
 _WORKERS, _CATALOGUE = f"~{keys.WORKERS}", f"~{keys.CATALOGUE}"
 _DEFAULT_MODEL, _FORMAT = f"~{keys.DEFAULT_MODEL}", f"~{keys.FORMAT_KEY}"
+_BODY, _BODIES, _BODY_BYTES = f"~{keys.BODY_PREFIX}*", f"~{keys.BODIES}", f"~{keys.BODY_BYTES}"
 _DEAD, _CLAIMED, _ENDED = f"~{keys.DEAD}", f"~{keys.CLAIMED}", f"~{keys.ENDED}"
 _AGEING, _TURNS = f"~{keys.AGEING}", f"~{keys.TURNS}"
 _LATER, _LATER_SETS, _DUE = f"~{keys.LATER}", f"~{keys.LATER_PREFIX}*", f"~{keys.DUE}"
@@ -90,6 +91,12 @@ _COUNTING = (
     _selector("+hlen", _INFLIGHT, _DEAD),
     _selector("+get", _HEARTBEATS),
 )
+#: To take a task's large body off the account when it ends, and to drop it.
+_DROPPING = (
+    _selector("+exists", "+hmget", "+hdel", _BODIES),
+    _selector("+hincrby", _BODY_BYTES),
+    _selector("+unlink", _BODY),
+)
 #: To begin an epoch, and to write the first format number.
 _BEGINNING = (_selector("+get", "+set", _FORMAT), _selector("+hget", "+hset", _EPOCHS))
 
@@ -113,12 +120,16 @@ RULES: Mapping[str, Sequence[str]] = {
     # Appends to queues and reads states; takes nothing out, and sees no payload.
     "api": (
         *(*_CONNECTION, *_SCRIPTS, *_LISTENING, *_TELLING, "+time", "+info"),
-        *(*_LISTS, _RESULTS),
+        *(*_LISTS, _RESULTS, _BODY),
         _selector("+lpush", *_LISTS),
+        # Sets bodies, and does not see them.
+        _selector("+set", "+exists", "+persist", "+strlen", _BODY),
+        _selector("+hsetnx", _BODIES),
         _selector("+zscore", _CATALOGUE),
         _selector("+get", "+mget", "+set", "+getrange", _RESULTS),
         _selector("+get", "+set", _KEYED),
         _selector("+hincrby", _ENDED),
+        *_DROPPING,
         *_ANNOUNCING,
         *_COUNTING,
     ),
@@ -148,6 +159,8 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+del", _HEARTBEATS, _WAKE),
         _selector("+expire", _PROBE),
         _selector("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", _RESULTS),
+        _selector("+get", _BODY),
+        *_DROPPING,
         *_BEGINNING,
         *_ANNOUNCING,
         *_COUNTING,
@@ -167,6 +180,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+hincrby", _CLAIMED, _ENDED),
         _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
         _selector("+set", "+getrange", _RESULTS),
+        *_DROPPING,
         *_BEGINNING,
         *_ANNOUNCING,
         *_COUNTING,

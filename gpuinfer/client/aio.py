@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Self, Unpack
 
 from gpuinfer.client import core
-from gpuinfer.client.core import DefaultModel, Options, Origin, reply_channel
+from gpuinfer.client.core import Call, DefaultModel, Options, Origin, reply_channel
 from gpuinfer.client.sync import not_found, settings_for
 from gpuinfer.client.waits import RETRY_S, Waits
 from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, TaskRevoked, WaitTimeout
@@ -91,8 +91,8 @@ class AsyncClient:
         """
         return await self._one(inputs, many=False, options=options)
 
-    async def submit_batch(self, inputs: list[Any], **options: Unpack[Options]) -> str:
-        """Submit a list of inputs as one job (``gpuinfer.batch_predict``) and return its task id."""
+    async def submit_batch(self, inputs: Any, **options: Unpack[Options]) -> str:
+        """Submit a list, tuple or array of inputs as one job (``gpuinfer.batch_predict``); return its id."""
         return await self._one(inputs, many=True, options=options)
 
     async def submit_many(self, inputs: Iterable[Any], **options: Unpack[Options]) -> list[str]:
@@ -112,7 +112,7 @@ class AsyncClient:
         try:
             with typed_errors(self._user):
                 for call in core.bulk(tasks, self._settings.queue):
-                    await self._submit(args=call.args)
+                    await self._call(call)
                     accepted += call.ids
         except BrokerError as exc:
             exc.accepted = tuple(accepted)
@@ -125,8 +125,21 @@ class AsyncClient:
         task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
         call = core.one(task, self._settings.queue, key)
         with typed_errors(self._user):
-            holder: bytes = await self._submit(args=call.args)
+            holder = await self._call(call)
         return holder.decode()
+
+    async def _call(self, call: Call) -> bytes:
+        """Send bodies, then the call of the script, in one packet; return its answer."""
+        if not call.bodies:
+            return await self._submit(args=call.args)  # type: ignore[no-any-return]
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for command in call.commands():
+                pipe.execute_command(*command)
+            await self._submit(keys=list(call.bodies), args=call.args, client=pipe)
+            *_, answer = await pipe.execute(raise_on_error=False)
+        if isinstance(answer, Exception):
+            raise answer
+        return bytes(answer)
 
     async def _default_model(self, options: Options) -> str | None:
         """Return the fleet's default model, for a caller that names none."""

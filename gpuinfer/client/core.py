@@ -8,13 +8,14 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, Unpack
 
 from gpuinfer.errors import InputError, PayloadTooLarge
 from gpuinfer.models.manifest import MODEL_NAME
 from gpuinfer.queue import keys, results
-from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Submission
+from gpuinfer.queue.direct import Argument
+from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Packed, Submission
 from gpuinfer.settings import QUEUES, QueueName, QueueSettings
 
 #: One call of the script carries at most this many tasks, or about this many bytes.
@@ -48,10 +49,20 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of the submit script, which takes no keys: the model's place is looked up there."""
+    """One call of the submit script, and the large bodies that are set before it."""
 
     ids: tuple[str, ...]
     args: list[bytes | str | int]
+    #: Key -> body. The keys are the script's.
+    bodies: dict[str, bytes] = field(default_factory=dict)
+
+    def commands(self) -> Iterator[tuple[Argument, ...]]:
+        """Yield the commands to send before the script, in the same packet.
+
+        Repeated because an answer was lost, they do no harm: a body that is there stays as it is.
+        """
+        for key, body in self.bodies.items():
+            yield ("SET", key, body, "EX", keys.BODY_VOID_S, "NX")
 
 
 def _positive(value: float | None, name: str) -> float | None:
@@ -150,8 +161,6 @@ def build(
         raise InputError(f"unknown option; known: {', '.join(Options.__annotations__)}", sorted(unknown)[0])
     _check_types(options)
     task = BATCH_PREDICT if many else PREDICT
-    if many and not isinstance(inputs, list):
-        raise InputError(f"must be a list of inputs, got {type(inputs).__name__}", "inputs")
     queue = options.get("queue") or ROUTES[task]
     if queue not in QUEUES:
         raise InputError(f"must be one of {', '.join(QUEUES)}, got {queue!r}", "queue")
@@ -179,18 +188,18 @@ def build(
     )
 
 
-def _encode(submission: Submission, settings: QueueSettings) -> bytes:
-    payload = submission.encode()
-    if len(payload) > settings.max_payload_bytes:
+def _pack(submission: Submission, settings: QueueSettings) -> Packed:
+    packed = submission.pack()
+    if packed.size > settings.max_payload_bytes:
         raise PayloadTooLarge(
-            f"the message has {len(payload)} bytes; queue.max_payload_bytes is {settings.max_payload_bytes}",
+            f"the message has {packed.size} bytes; queue.max_payload_bytes is {settings.max_payload_bytes}",
             "inputs",
         )
-    return payload
+    return packed
 
 
 def _call(
-    submission: Submission, pairs: Sequence[tuple[str, bytes]], settings: QueueSettings, key: str | None
+    submission: Submission, tasks: Sequence[tuple[str, Packed]], settings: QueueSettings, key: str | None
 ) -> Call:
     args: list[bytes | str | int] = [
         submission.queue,
@@ -201,26 +210,27 @@ def _call(
         keys.IDEMPOTENCY_PREFIX + key if key else "",
         settings.idempotency_ttl_s,
     ]
-    for task_id, payload in pairs:
-        args += (task_id, payload)
-    return Call(tuple(task_id for task_id, _ in pairs), args)
+    for task_id, packed in tasks:
+        args += (task_id, packed.payload)
+    bodies = {keys.body(task_id): packed.beside for task_id, packed in tasks if packed.beside is not None}
+    return Call(tuple(task_id for task_id, _ in tasks), args, bodies)
 
 
 def one(submission: Submission, settings: QueueSettings, idempotency_key: str | None = None) -> Call:
-    """Return the call that submits one task. Raises PayloadTooLarge."""
-    return _call(submission, [(submission.id, _encode(submission, settings))], settings, idempotency_key)
+    """Return the call that submits one task. Raises InputError, PayloadTooLarge."""
+    return _call(submission, [(submission.id, _pack(submission, settings))], settings, idempotency_key)
 
 
 def bulk(submissions: Sequence[Submission], settings: QueueSettings) -> Iterator[Call]:
-    """Yield the calls that submit tasks of one queue and priority. Raises PayloadTooLarge."""
-    pairs: list[tuple[str, bytes]] = []
+    """Yield the calls that submit tasks of one queue and priority. Raises InputError, PayloadTooLarge."""
+    tasks: list[tuple[str, Packed]] = []
     size = 0
     for submission in submissions:
-        payload = _encode(submission, settings)
-        pairs.append((submission.id, payload))
-        size += len(payload)
-        if len(pairs) >= CHUNK_TASKS or size >= CHUNK_BYTES:
-            yield _call(submission, pairs, settings, None)
-            pairs, size = [], 0
-    if pairs:
-        yield _call(submissions[-1], pairs, settings, None)
+        packed = _pack(submission, settings)
+        tasks.append((submission.id, packed))
+        size += packed.size
+        if len(tasks) >= CHUNK_TASKS or size >= CHUNK_BYTES:
+            yield _call(submission, tasks, settings, None)
+            tasks, size = [], 0
+    if tasks:
+        yield _call(submissions[-1], tasks, settings, None)

@@ -23,12 +23,12 @@ def read_input(argument: str) -> Any:
     return _parse(argument.encode(), "INPUT")
 
 
-def read_batch(arguments: Sequence[str]) -> list[Any]:
-    """Return the inputs of one job: what a single argument holds must be their list."""
+def read_batch(arguments: Sequence[str]) -> Any:
+    """Return the inputs of one job: what a single argument holds must be their list, or an array of them."""
     if len(arguments) > 1:
         return [read_input(argument) for argument in arguments]
     value = read_input(arguments[0])
-    if not isinstance(value, list):
+    if not isinstance(value, list) and not getattr(value, "shape", ()):
         raise InputError("with --batch, a single INPUT must hold the list of inputs", arguments[0][:80])
     return value
 
@@ -51,7 +51,7 @@ def _read(path: Path) -> bytes:
 
 
 def _read_npy(path: Path) -> Any:
-    """Return an array as nested lists. Nothing pickled is opened."""
+    """Return an array. Nothing pickled is opened."""
     import numpy as np
 
     try:
@@ -62,4 +62,4 @@ def _read_npy(path: Path) -> Any:
         raise InputError(f"is no .npy file: {exc}", str(path)) from None
     if not isinstance(array, np.ndarray):
         raise InputError("is no .npy file but an archive of them", str(path))
-    return array.tolist()
+    return array

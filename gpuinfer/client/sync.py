@@ -104,8 +104,8 @@ class Client:
         """
         return self._one(inputs, many=False, options=options)
 
-    def submit_batch(self, inputs: list[Any], **options: Unpack[Options]) -> str:
-        """Submit a list of inputs as one job (``gpuinfer.batch_predict``) and return its task id."""
+    def submit_batch(self, inputs: Any, **options: Unpack[Options]) -> str:
+        """Submit a list, tuple or array of inputs as one job (``gpuinfer.batch_predict``); return its id."""
         return self._one(inputs, many=True, options=options)
 
     def submit_many(self, inputs: Iterable[Any], **options: Unpack[Options]) -> list[str]:
@@ -135,10 +135,7 @@ class Client:
 
     def _send(self, calls: Sequence[Call], accepted: list[str]) -> None:
         """Call the script in one round trip; note what was accepted. Raises the first error."""
-        with self._redis.pipeline(transaction=False) as pipe:
-            for call in calls:
-                self._submit_bulk(args=call.args, client=pipe)
-            answers = pipe.execute(raise_on_error=False)
+        answers = self._call(calls)
         for call, answer in zip(calls, answers, strict=True):
             if not isinstance(answer, Exception):
                 accepted += call.ids
@@ -146,14 +143,31 @@ class Client:
             if isinstance(answer, Exception):
                 raise answer
 
+    def _call(self, calls: Sequence[Call]) -> list[Any]:
+        """Send bodies, then the calls of the script; return the answers to these, errors among them."""
+        at = []
+        with self._redis.pipeline(transaction=False) as pipe:
+            for call in calls:
+                for command in call.commands():
+                    pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+                at.append(len(pipe))
+                self._submit_bulk(keys=list(call.bodies), args=call.args, client=pipe)
+            answers = pipe.execute(raise_on_error=False)
+        return [answers[i] for i in at]
+
     def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         key = options.get("idempotency_key")
         default = self._default_model(options)
         task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
         call = core.one(task, self._settings.queue, key)
         with typed_errors(self._user):
-            holder: bytes = self._submit(keys=(), args=call.args)
-        return holder.decode()
+            if not call.bodies:
+                holder: Any = self._submit(keys=(), args=call.args)
+            else:
+                (holder,) = self._call([call])
+                if isinstance(holder, Exception):
+                    raise holder
+        return str(holder.decode())
 
     def _default_model(self, options: Options) -> str | None:
         """Return the fleet's default model, for a caller that names none."""

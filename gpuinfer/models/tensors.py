@@ -2,7 +2,8 @@
 """Inputs from JSON to arrays, and arrays back to JSON. The front and the worker both come through here.
 
 A value is a nested list (or a bare number for shape ``()``), or raw little-endian bytes in C order as
-``{"b64": "...", "dtype": "float32", "shape": [1, 8, 8]}``, or, from our own code, a numpy array.
+``{"b64": "...", "dtype": "float32", "shape": [1, 8, 8]}``, or, from our own code, a numpy array. Bytes and
+arrays may be of another dtype than the manifest's, as long as each number is one of its dtype, too.
 
 Lists are checked without numpy's own discovery, which would take ``"1.5"``, ``true`` and ``null`` for
 numbers: one level after another is chained flat, and the set of lengths at each level and the set of
@@ -46,6 +47,8 @@ _WORDS: dict[type, str] = {
     int: "a number",
     dict: "an object",
 }
+#: The dtypes of bytes: the manifest's, and what else an array of a caller's may be.
+_BYTES_OF = frozenset((*DTYPES, "uint16", "uint32", "uint64"))
 _ENCODED_KEYS = frozenset({"b64", "dtype", "shape"})
 #: Of a shape no more is told.
 _SHOWN_DIMENSIONS = 16
@@ -185,19 +188,20 @@ def _from_bytes(value: Mapping[Any, object], spec: TensorSpec, field: str) -> Ar
     """Decode ``{"b64", "dtype", "shape"}``; the result is read-only."""
     if value.keys() != _ENCODED_KEYS:
         raise InputError(f"an encoded tensor has the keys b64, dtype and shape; {_keys_of(value)}", field)
-    if value["dtype"] != spec.dtype:
-        raise DtypeMismatch(f"is {_dtype_word(value['dtype'])}, the manifest wants {spec.dtype}", field)
+    name = value["dtype"]
+    if not isinstance(name, str) or name not in _BYTES_OF or _kind_of(name) not in _ALLOWED[_kind(spec)][1]:
+        raise DtypeMismatch(f"is {_dtype_word(name)}, the manifest wants {spec.dtype}", field)
     shape = _encoded_shape(value["shape"], spec, field)
     raw = _base64(value["b64"], field)
-    dtype = storage_dtype(spec)
+    dtype = np.dtype(np.uint16 if name == _BFLOAT16 else name)
     needed = prod(shape) * dtype.itemsize
     if len(raw) != needed:
-        raise InputError(
-            f"b64 holds {len(raw)} bytes; shape {list(shape)} of {spec.dtype} takes {needed}", field
-        )
+        raise InputError(f"b64 holds {len(raw)} bytes; shape {list(shape)} of {name} takes {needed}", field)
     if dtype.kind == "b" and raw.strip(b"\0\1"):
         raise DtypeMismatch("a bool is a byte of 0 or 1", field)
     array = np.frombuffer(raw, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+    if name != spec.dtype:
+        return _from_array(_from_bfloat16(array) if name == _BFLOAT16 else array, spec, field)
     if _kind(spec) == "f" and not spec.allow_nan:
         wide = _from_bfloat16(array) if spec.dtype == _BFLOAT16 else array
         if not np.isfinite(wide).all():
@@ -229,12 +233,12 @@ def _from_array(array: Array, spec: TensorSpec, field: str) -> Array:
     if array.dtype.kind not in _ALLOWED[_kind(spec)][1]:
         raise DtypeMismatch(f"is {array.dtype.name}, the manifest wants {spec.dtype}", field)
     dtype: np.dtype[Any] = np.dtype(np.float32 if spec.dtype == _BFLOAT16 else spec.dtype)
-    if dtype.kind in "iu":
+    if dtype.kind in "iu" and array.size:
         info = np.iinfo(dtype)
         if int(array.min()) < info.min or int(array.max()) > info.max:
             raise DtypeMismatch(f"holds a number out of the range of {spec.dtype}", field)
     with np.errstate(over="ignore"):
-        narrow = array.astype(dtype)
+        narrow = array.astype(dtype, copy=False)
     if dtype.kind == "f" and not np.isfinite(narrow).all():
         _check_finite(array, narrow, spec, field)
     return _to_bfloat16(narrow, spec, field) if spec.dtype == _BFLOAT16 else narrow
@@ -259,7 +263,11 @@ def _from_bfloat16(bits: Array) -> Array:
 
 
 def _kind(spec: TensorSpec) -> str:
-    return "f" if spec.dtype == _BFLOAT16 else np.dtype(spec.dtype).kind
+    return _kind_of(spec.dtype)
+
+
+def _kind_of(dtype: str) -> str:
+    return "f" if dtype == _BFLOAT16 else np.dtype(dtype).kind
 
 
 def _wants(spec: TensorSpec) -> str:
@@ -277,7 +285,7 @@ def _keys_of(value: Mapping[Any, object]) -> str:
 
 
 def _dtype_word(dtype: object) -> str:
-    known = isinstance(dtype, str) and dtype in DTYPES
+    known = isinstance(dtype, str) and dtype in _BYTES_OF
     return str(dtype) if known else f"{_word(dtype)} that names no dtype"
 
 

@@ -171,6 +171,8 @@ def explain(exc: Exception, user: str = "") -> GpuinferError:
         return layout.mismatch(text.rpartition("FORMAT ")[2])
     if layout.is_of_a_cluster(exc):
         return layout.clustered()
+    if "BODY_GONE" in text:
+        return QueueFull("Redis is full, and has dropped what was to be submitted; what was accepted goes on")
     if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in text:
         return QueueFull("Redis has reached maxmemory and refuses new work; what was accepted goes on")
     return _of_a_login(exc, text, user) or _of_the_server(exc, text)

@@ -143,9 +143,18 @@ def retry(client: redis.Redis, letter_id: str) -> None:
 
 
 def drop(client: redis.Redis, letter_ids: Iterable[str]) -> int:
-    """Delete letters; return how many there were. Their failure results stay until they expire."""
+    """Delete letters and their bodies; return how many there were.
+
+    Their failure results stay until they expire.
+    """
     wanted = list(letter_ids)
-    return int(client.hdel(keys.DEAD, *wanted)) if wanted else 0
+    with client.pipeline(transaction=False) as pipe:
+        for letter_id in wanted:
+            pipe.hdel(keys.DEAD, letter_id)
+        dropped = [letter_id for letter_id, there in zip(wanted, pipe.execute(), strict=True) if there]
+        if dropped:
+            client.unlink(*map(keys.body, dropped))
+    return len(dropped)
 
 
 def _missing(letter_id: str) -> TaskNotFound:

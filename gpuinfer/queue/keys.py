@@ -50,6 +50,12 @@ LATER_PREFIX = "gpuinfer:later:"
 INFLIGHT_PREFIX = "gpuinfer:inflight:"
 EPOCH_PREFIX = "gpuinfer:epoch:"
 IDEMPOTENCY_PREFIX = "gpuinfer:key:"
+#: Large bodies, each beside the list that holds its task's id. Without a TTL from its submission to its end.
+BODY_PREFIX = "gpuinfer:body:"
+#: Id -> ``tier bytes`` of the body beside the list, of tasks that have not ended.
+BODIES = "gpuinfer:bodies"
+#: Tier -> bytes of all of these.
+BODY_BYTES = "gpuinfer:body-bytes"
 HEARTBEAT_PREFIX = "gpuinfer:heartbeat:"
 #: Workers, scored by when they were last seen, by Redis's clock.
 WORKERS = "gpuinfer:workers"
@@ -71,6 +77,8 @@ ENDED = "gpuinfer:ended"
 
 #: Separates a caller from the rest of a queue's name; no model's name has it.
 CALLER = "@"
+#: Seconds that a body may lie beside a list before its task is submitted.
+BODY_VOID_S = 60
 #: Seconds after which an idle worker that has not renewed its entry is taken for gone: two waits and a bit.
 IDLE_VOID_S = 2.5
 #: Seconds that a woken worker is expected to take until it claims.
@@ -178,6 +186,11 @@ def later(list_key: str) -> str:
 def heartbeat(worker: str) -> str:
     """Return the key of ``worker``'s last heartbeat (see ``gpuinfer.queue.heartbeats``)."""
     return HEARTBEAT_PREFIX + worker
+
+
+def body(task_id: str) -> str:
+    """Return the key of a task's body, where that lies beside the list."""
+    return BODY_PREFIX + task_id
 
 
 def result(task_id: str) -> str:

@@ -17,12 +17,12 @@ import zlib
 from base64 import b64decode
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import orjson
 
 from gpuinfer.errors import InputError, PayloadTooLarge
-from gpuinfer.queue import json_types
+from gpuinfer.queue import arrays, json_types
 from gpuinfer.queue.keys import REPLY_PREFIX
 from gpuinfer.settings import QueueSettings
 
@@ -36,6 +36,12 @@ BUILT_IN_PREFIX = "celery."
 _ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
 #: What a compressed body may unpack to, unless told otherwise.
 MAX_BODY_BYTES = 64 * 1024 * 1024
+#: A message of more bytes is not read: its body belongs beside the list.
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+#: JSON of more bytes than the first may hold this many values: each takes up to 90 bytes once it is read.
+_FREE_JSON_BYTES, _MAX_JSON_VALUES = 4 * 1024 * 1024, 2_000_000
+#: The header that says how many bytes lie beside the list.
+_BESIDE = "gpuinfer_body"
 #: What Celery calls ``compression="gzip"``; kombu's is zlib's format in truth.
 _COMPRESSIONS = ("application/x-gzip",)
 
@@ -46,6 +52,22 @@ class Undecodable(ValueError):
     def __init__(self, reason: str, task_id: str | None = None) -> None:
         super().__init__(reason)
         self.task_id = task_id
+
+
+class Packed(NamedTuple):
+    """A task as it is sent."""
+
+    #: The list entry.
+    payload: bytes
+    #: What the arguments are, as JSON: without the inputs where those lie beside the list.
+    body: bytes
+    #: What lies beside the list; None where all is in the message.
+    beside: bytes | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of both."""
+        return len(self.payload) + len(self.beside or b"")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,21 +93,41 @@ class Submission:
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def encode(self) -> bytes:
-        """Return the list entry.
+        """Return the list entry with its whole body in it, however large, as a plain producer sends it.
 
-        Raises InputError where the inputs are not JSON (an array of numpy, say).
+        Raises InputError.
         """
+        return self.pack(MAX_BODY_BYTES).payload
+
+    def pack(self, most: int = arrays.BESIDE_BYTES) -> Packed:
+        """Return the list entry, and what lies beside the list: inputs that have more than ``most`` bytes.
+
+        Raises InputError where the inputs are neither arrays nor JSON, or no list where there must be one;
+        PayloadTooLarge for too many values.
+        """
+        many = self.task == BATCH_PREDICT
+        rest, placed = arrays.split(self.inputs, many=many)
+        text = _dump_inputs(rest)
         kwargs: dict[str, Any] = dict(self.options)
         if self.model is not None:
             kwargs["model"] = self.model
-        rest = orjson.dumps((kwargs, _EMBED))
-        body = b"[[%b],%b" % (_dump_inputs(self.inputs), rest[1:])
+        options = orjson.dumps((kwargs, _EMBED))[1:]
+        if len(text) + sum(len(raw.data) * 4 // 3 for _, raw in placed) > most:
+            beside = arrays.pack(text, placed)
+            body = b"[[],%b" % options
+            return Packed(self._message(body, {_BESIDE: len(beside)}), body, beside)
+        if placed:
+            text = _dump_inputs(arrays.inline(rest, placed, many=many))
+        body = b"[[%b],%b" % (text, options)
+        return Packed(self._message(body, {}), body)
+
+    def _message(self, body: bytes, extra: dict[str, int]) -> bytes:
         return orjson.dumps(
             {
                 "body": body.decode(),
                 "content-encoding": "utf-8",
                 "content-type": "application/json",
-                "headers": self._headers(),
+                "headers": self._headers() | extra,
                 "properties": {
                     "correlation_id": self.id,
                     "reply_to": self.reply_to,
@@ -119,15 +161,23 @@ class Submission:
 def _dump_inputs(inputs: Any) -> bytes:
     """Return inputs as JSON. orjson turns NaN and infinity into null; the worker must see what they were."""
     try:
-        text = orjson.dumps(inputs, option=orjson.OPT_SERIALIZE_NUMPY)
+        text = orjson.dumps(inputs, _as_list, orjson.OPT_SERIALIZE_NUMPY)
         if b"null" in text:
-            text = json.dumps(inputs, default=_numpy_as_list, separators=(",", ":")).encode()
+            text = json.dumps(inputs, default=_as_list, separators=(",", ":")).encode()
     except (TypeError, ValueError, RecursionError) as exc:
-        raise InputError(f"must be JSON: {exc}", "inputs") from None
+        raise InputError(f"must be JSON, or arrays: {exc}", "inputs") from None
+    check_values(text)
     return text
 
 
-def _numpy_as_list(value: Any) -> Any:
+def check_values(text: bytes) -> None:
+    """Raises PayloadTooLarge for long JSON with so many values that to read it takes up the memory."""
+    if len(text) > _FREE_JSON_BYTES and sum(map(text.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
+        raise PayloadTooLarge(f"holds more than {_MAX_JSON_VALUES} values as JSON; send an array", "inputs")
+
+
+def _as_list(value: Any) -> Any:
+    """Return what JSON can hold of an array among other things."""
     if not hasattr(value, "tolist"):
         raise TypeError(f"Type is not JSON serializable: {type(value).__name__}")
     return value.tolist()
@@ -166,6 +216,23 @@ class Envelope:
     def reply_to(self) -> str:
         """Return the channel on which one of our clients hears of the task's end; empty for others."""
         return _reply_to(self.properties)
+
+    @property
+    def beside(self) -> int:
+        """Return how many bytes of it lie beside the list; 0: none."""
+        size = self.headers.get(_BESIDE)
+        return size if type(size) is int and size > 0 else 0
+
+    def unpack(self, body: bytes, *, many: bool) -> Any:
+        """Return the inputs that lie beside the list, of one or of ``many``.
+
+        Raises Undecodable, and PayloadTooLarge for JSON of too many values.
+        """
+        try:
+            return arrays.unpack(body, _load_head, many=many)
+        except (ValueError, TypeError, LookupError) as exc:
+            reason = f"what lies beside the list is no body of gpuinfer: {type(exc).__name__}"
+            raise Undecodable(reason, self.id) from None
 
     def body(self, max_bytes: int = MAX_BODY_BYTES) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
         """Return (args, kwargs, embed). Raises Undecodable, and PayloadTooLarge for what unpacks to more.
@@ -266,6 +333,11 @@ def _loads(raw: bytes | str) -> Any:
             return json.loads(raw)
         except RecursionError:
             raise ValueError("nested too deeply") from None
+
+
+def _load_head(head: bytes) -> Any:
+    check_values(head)
+    return _loads(head)
 
 
 def decode(payload: bytes) -> Envelope:

@@ -42,6 +42,9 @@ Name = Literal[
 _CONSTANTS: dict[str, str | float] = {
     "AGED_EVERY": 5,
     "AGEING": keys.AGEING,
+    "BODIES": keys.BODIES,
+    "BODY_BYTES": keys.BODY_BYTES,
+    "BODY_PREFIX": keys.BODY_PREFIX,
     "CATALOGUE": keys.CATALOGUE,
     "CLAIMED": keys.CLAIMED,
     "DEFAULT_MODEL": keys.DEFAULT_MODEL,

@@ -326,6 +326,11 @@ class Store:
             raise self._explain(exc) from exc
         self._seq = self._epoch * SEQS_OF_AN_EPOCH
 
+    def body(self, task_id: str) -> bytes | None:
+        """Return the body of a task that lies beside the lists; None where it is gone."""
+        found: bytes | None = self._direct.call("GET", keys.body(task_id))
+        return found
+
     def mark_uncertain(self) -> None:
         """Compare what is held with what is in flight before the next claim, as after a reconnection."""
         self._uncertain = True

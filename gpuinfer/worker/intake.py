@@ -11,6 +11,7 @@ import redis
 from gpuinfer.errors import (
     DeadLettered,
     GpuinferError,
+    InputError,
     QueueFull,
     TaskExpired,
     TaskNotServed,
@@ -163,7 +164,7 @@ class Intake:
         envelope = None
         if not suspect and len(claimed.payload) <= LARGE_BYTES:
             envelope = peek(claimed.payload)
-        if envelope is None or envelope.headers.get("compression"):
+        if envelope is None or envelope.headers.get("compression") or envelope.beside > LARGE_BYTES:
             if not record.put(claimed, suspect=suspect):
                 self._store.mark_uncertain()  # it is put back at the next claim, and comes again
                 return
@@ -173,8 +174,19 @@ class Intake:
         if envelope.task not in self._names and not envelope.task.startswith(BUILT_IN_PREFIX):
             channel.deliver(claimed)
             return
+        body = None
+        if envelope.beside:
+            try:
+                body = self._store.body(envelope.id)
+                if body is None:
+                    self._end_without_body(claimed, envelope, taken)
+                    return
+            except (redis.RedisError, OSError) as exc:
+                self._store.mark_uncertain()  # it is put back at the next claim, and comes again
+                self._outbox.trouble("fetch", exc)
+                return
         try:
-            self._admit(claimed, envelope, taken)
+            self._admit(claimed, envelope, body, taken)
         except Elsewhere as exc:
             taken.elsewhere.append((claimed, envelope, exc.model))
         claimed.payload = b""
@@ -202,6 +214,15 @@ class Intake:
         gone = later.keys() - {places[place] for place in answer.due}
         return [task for i, task in enumerate(tasks) if i not in gone]
 
+    def _end_without_body(self, claimed: Claimed, envelope: Envelope, taken: _Taken) -> None:
+        """End a task whose body is gone: with its own end, most likely."""
+        if envelope.headers.get("ignore_result") or self._store.ended([envelope.id]):
+            taken.finals.append(Final(claimed.seq, "", b""))
+            return
+        error = InputError("its body is not in Redis any more: somebody has deleted it", "inputs")
+        taken.finals.append(self._outbox.final(claimed, error, envelope))
+        task_log.task_refused(claimed, envelope.id, error)
+
     def _pass_on(self, claims: Sequence[tuple[Claimed, Envelope, str]], finals: list[Final]) -> None:
         """Pass tasks on to the lists of their model; those of a model that the fleet does not know end."""
         models = {claimed.seq: model for claimed, _, model in claims}
@@ -219,9 +240,9 @@ class Intake:
                 finals.append(self._outbox.final(claimed, error, envelope))
                 task_log.task_refused(claimed, envelope.id, error)
 
-    def _admit(self, claimed: Claimed, envelope: Envelope, taken: _Taken) -> None:
+    def _admit(self, claimed: Claimed, envelope: Envelope, body: bytes | None, taken: _Taken) -> None:
         try:
-            task = self._task(claimed, envelope)
+            task = self._task(claimed, envelope, body)
             if task.eta is not None and task.expires_at is not None and task.expires_at <= task.eta:
                 raise TaskExpired("its deadline comes before its ETA: it can never begin", "expires")
         except Undecodable:
@@ -232,7 +253,7 @@ class Intake:
             return
         taken.tasks.append(task)
 
-    def _task(self, claimed: Claimed, envelope: Envelope) -> Task:
+    def _task(self, claimed: Claimed, envelope: Envelope, body: bytes | None) -> Task:
         name = self._names.get(envelope.task)
         if name is None:
             raise TaskNotServed(
@@ -241,7 +262,8 @@ class Intake:
                 "task",
             )
         max_bytes = self._settings.queue.max_payload_bytes
-        return read(claimed, envelope, self._manifests, max_bytes, many=name == BATCH_PREDICT)
+        many = name == BATCH_PREDICT
+        return read(claimed, envelope, self._manifests, max_bytes, many=many, beside=body)
 
     def _bury(self, claimed: Claimed, reason: str) -> None:
         error = DeadLettered(f"cannot be decoded: {reason}")

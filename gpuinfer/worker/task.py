@@ -18,7 +18,7 @@ from gpuinfer.errors import (
 )
 from gpuinfer.models.manifest import MODEL_NAME, Manifest
 from gpuinfer.queue.claims import Claimed
-from gpuinfer.queue.message import Envelope, moment_of
+from gpuinfer.queue.message import MAX_MESSAGE_BYTES, Envelope, moment_of
 
 
 class Elsewhere(Exception):
@@ -163,25 +163,24 @@ def read(
     max_payload_bytes: int,
     *,
     many: bool,
+    beside: bytes | None = None,
 ) -> Task:
-    """Turn a message into work; ``many`` says that it is for ``batch_predict``.
+    """Turn a message into work; ``many`` says that it is for ``batch_predict``, ``beside`` is its body where
+    that lay beside the list.
 
     Raises Undecodable for a body that is no arguments, and InputError, PayloadTooLarge or UnknownModel for
     arguments that cannot work; all of them are final. Raises Elsewhere for another worker's task.
     """
-    if (
-        len(claimed.payload) > 2 * max_payload_bytes
-    ):  # base64 and the envelope add to what was measured at submission
-        raise PayloadTooLarge(
-            f"the message has {len(claimed.payload)} bytes; queue.max_payload_bytes is {max_payload_bytes}",
-            "inputs",
-        )
-    args, kwargs, embed = envelope.body(2 * max_payload_bytes)
+    _check_size(claimed, max_payload_bytes, beside)
+    args, kwargs, embed = envelope.body(min(2 * max_payload_bytes, MAX_MESSAGE_BYTES))
     if embed.get("chord"):
         raise InputError(
             "a task of gpuinfer cannot be part of a chord: send a group, and wait for its results",
             "chord",
         )
+    if beside is not None:
+        kwargs = {**kwargs, "inputs": envelope.unpack(beside, many=many)}
+        envelope.size += len(beside)
     bound = _bind(args, kwargs)
     model = bound.get("model") or claimed.model
     if not isinstance(model, str) or not MODEL_NAME.fullmatch(model):
@@ -219,6 +218,17 @@ def read(
         hard_total_s=math.inf if hard is None else hard_limit_s,
         alone=envelope.deaths > 0,
     )
+
+
+def _check_size(claimed: Claimed, max_payload_bytes: int, beside: bytes | None) -> None:
+    if beside is not None and len(beside) > max_payload_bytes:
+        reason = f"its body has {len(beside)} bytes; queue.max_payload_bytes is {max_payload_bytes}"
+        raise PayloadTooLarge(reason, "inputs")
+    # base64 and the envelope add to what was measured at submission
+    most = min(2 * max_payload_bytes, MAX_MESSAGE_BYTES)
+    if len(claimed.payload) > most:
+        reason = f"the message has {len(claimed.payload)} bytes, at most {most} are read"
+        raise PayloadTooLarge(f"{reason} (twice queue.max_payload_bytes, or 8 MiB)", "inputs")
 
 
 def conclude(task: Task, device: str) -> dict[str, Any] | list[Any] | GpuinferError:

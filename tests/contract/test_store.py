@@ -91,9 +91,9 @@ def test_what_was_emptied_does_not_age(broker: BrokerSettings, client: Client) -
 def test_a_claim_takes_so_many_bytes(store: Store, client: Client) -> None:
     """Large payloads are left for others once a claim has its bytes; one task is taken whatever its size."""
     for _ in range(10):
-        client.submit("x" * 100_000)
+        client.submit("x" * 50_000)
     assert len(store.claim(10, max_bytes=1)) == 1
-    assert len(store.claim(10, max_bytes=250_000)) == 3
+    assert len(store.claim(10, max_bytes=125_000)) == 3
     assert len(store.claim(10)) == 6
 
 

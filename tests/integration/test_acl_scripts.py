@@ -78,13 +78,14 @@ GIVEN: dict[str, list[list[str]]] = {
     "index": [LISTS],
     "put": [LISTS],
     "route": [LISTS],
-    "submit": [],
+    "submit": [[keys.body("1")]],
     "revive": [[keys.DEAD], LISTS],
     "tell": [["gpuinfer:watcher:hosts"]],
     "keep": [["gpuinfer:watcher:memory:test"], ["gpuinfer:watcher:decisions"]],
 }
 #: What a variable of the scripts names.
 VARIABLES = {
+    "body": [keys.body("1")],
     "key": [keys.result("1")],
     "list": LISTS,
     "list.key": LISTS,
@@ -106,7 +107,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("PUBLISH", "RPOP", "ZREM", "ZSCORE"), ("{}", "1")),
     **dict.fromkeys(("GETRANGE", "LTRIM", "ZRANGE", "ZREVRANGE"), ("{}", "0", "1")),
     **dict.fromkeys(("ZCOUNT", "ZREMRANGEBYSCORE"), ("{}", "0", "1")),
-    **dict.fromkeys(("HSET", "HINCRBY"), ("{}", "x", "1")),
+    **dict.fromkeys(("HSET", "HSETNX", "HINCRBY"), ("{}", "x", "1")),
     "LREM": ("{}", "-1", "x"),
     "ZADD": ("{}", "1", "x"),
     **dict.fromkeys(("ZREMRANGEBYRANK",), ("{}", "0", "1")),

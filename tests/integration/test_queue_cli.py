@@ -19,6 +19,7 @@ import pytest
 
 from gpuinfer.client.sync import Client
 from gpuinfer.errors import DeadLettered, InputError, ShapeMismatch, TaskNotFound, UnknownModel
+from gpuinfer.models.tensors import encode_array
 from gpuinfer.queue import dead, depth, keys
 from gpuinfer.queue.message import decode
 from gpuinfer.settings import Settings
@@ -82,7 +83,8 @@ def test_every_way_to_give_an_input(cli: Cli, worker: HandWorker, tmp_path: Path
     done = cli("submit", "[7]", str(tmp_path / "a.json"), str(tmp_path / "b.npy"), "-", text="[9]")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 4
-    assert sent(worker) == [[7], [[1, 2]], [[3.5, 4.5]], [9]]
+    array = encode_array(np.array([[3.5, 4.5]], np.float32), "b64")
+    assert sent(worker) == [[7], [[1, 2]], array, [9]]
 
 
 def test_options_of_submit(cli: Cli, redis_server: RedisServer, tmp_path: Path) -> None:
@@ -98,7 +100,8 @@ def test_options_of_submit(cli: Cli, redis_server: RedisServer, tmp_path: Path) 
     assert [envelope.id] == body["task_ids"]
     assert envelope.task == "gpuinfer.batch_predict"
     assert keys.place_of(task.list_key) == ("default", "m", "", 7)
-    assert envelope.body()[:2] == ([[[0.0, 0.0]] * 3], {"model": "m", "top_k": 2})
+    zeros = encode_array(np.zeros(2), "b64")
+    assert envelope.body()[:2] == ([[zeros] * 3], {"model": "m", "top_k": 2})
     assert envelope.headers["timelimit"] == [9.0, None]
 
 

@@ -68,6 +68,31 @@ def test_every_digit_as_directly(workers: Workers, client: Client) -> None:
     assert {answer["device"] for answer in answers} == {"cpu"}
 
 
+def test_arrays_and_large_bodies(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """Arrays, alone and as a batch, small and large; a body that is gone, and one that its end took along."""
+    images, labels = load_test_images()
+    raw = redis_server.client()
+    small = client.submit_many(images[:5].transpose(0, 1, 3, 2)[..., ::-1].swapaxes(2, 3)[..., ::-1, :])
+    large = client.submit_batch(images.astype(">f8"), top_k=1)
+    listed = client.submit_batch([image.tolist() for image in images] * 4)
+    cancelled, robbed = client.submit_batch(images), client.submit_batch(tuple(images))
+    assert raw.exists(*map(keys.body, (large, listed, cancelled, robbed))) == 4
+    assert client.cancel(cancelled)
+    assert raw.delete(keys.body(robbed)) == 1
+    workers.start()
+    assert [answer["class"] for answer in client.results(small, timeout_s=30)] == list(labels[:5])
+    for task_id, times in ((large, 1), (listed, 4)):
+        found = [answer["class"] for answer in client.result(task_id, timeout_s=60)]
+        assert sum(int(a == b) for a, b in zip(found, list(labels) * times, strict=True)) / len(found) >= 0.98
+    with pytest.raises(InputError, match="somebody has deleted it"):
+        client.result(robbed, timeout_s=30)
+    with pytest.raises(TaskRevoked):
+        client.result(cancelled, timeout_s=30)
+    wait_until(lambda: not list(raw.scan_iter("gpuinfer:inflight:*")))
+    assert not raw.exists(keys.BODIES, *map(keys.body, (large, listed, cancelled)))
+    assert raw.hlen(keys.DEAD) == 0
+
+
 def test_plain_celery_producer(workers: Workers, redis_server: RedisServer) -> None:
     """A producer that knows the URL and the task's name submits, waits, and reads errors as exceptions."""
     images, labels = load_test_images()

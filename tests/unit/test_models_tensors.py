@@ -227,7 +227,8 @@ def test_any_json_decodes_or_is_refused(value: object, dtype: str, shape: list[i
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"dtype": "float64"}, DtypeMismatch, "is float64, the manifest wants float32"),
+        ({"dtype": "float64"}, InputError, "b64 holds 8 bytes; shape [2] of float64 takes 16"),
+        ({"dtype": "bool"}, DtypeMismatch, "is bool, the manifest wants float32"),
         ({"shape": [3]}, ShapeMismatch, "has shape [3]"),
         ({"shape": [2, 1]}, ShapeMismatch, "has shape [2, 1]"),
         ({"shape": "2"}, InputError, "shape must be a list of whole numbers"),
@@ -316,3 +317,30 @@ def test_non_finite_outputs_are_null() -> None:
     """JSON has no NaN: a list gets null in its place, and the bytes stay exact."""
     assert encode_array(np.array([[1.5, np.nan], [np.inf, -2.0]])) == [[1.5, None], [None, -2.0]]
     assert encode_array(np.array(np.nan)) is None
+
+
+@pytest.mark.parametrize(
+    ("sent", "dtype", "wanted"),
+    [
+        (np.array([1, 255], np.uint8), "uint8", "float32"),
+        (np.array([0.5, 2], np.float64), "float64", "float32"),
+        (np.array([1, 255], np.uint16), "uint16", "uint8"),
+        (np.array([1, -1], np.int64), "int64", "int8"),
+    ],
+)
+def test_bytes_of_another_dtype(sent: np.ndarray[Any, Any], dtype: str, wanted: str) -> None:
+    """Bytes that are told by their own dtype become the model's, where their numbers are numbers of it."""
+    (found,) = decode(_one([2], wanted), encode_array(sent, "b64"))
+    assert found.dtype == wanted
+    assert found.tolist() == sent.tolist()
+
+
+def test_bytes_that_do_not_fit_another_dtype() -> None:
+    """Fractions are no whole numbers, 300 is no uint8, and 1e300 no float32."""
+    for sent, wanted in (
+        (np.array([0.5]), "int64"),
+        (np.array([300]), "uint8"),
+        (np.array([1e300]), "float32"),
+    ):
+        with pytest.raises(DtypeMismatch):
+            decode(_one([1], wanted), encode_array(sent, "b64"))

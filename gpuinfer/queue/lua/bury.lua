@@ -16,7 +16,7 @@ for _, one in ipairs(following) do
   if redis.call('HEXISTS', KEYS[1], seq) == 1 then one.success = outcome_of(one.id, ARGV[5]) end
 end
 if ARGV[5] ~= '' then
-  local written, err = finish({id, ARGV[5], '1', ARGV[6], ARGV[7]}, 1, 5, ARGV[4])
+  local written, err = finish({id, ARGV[5], '1', ARGV[6], ARGV[7]}, 1, 5, ARGV[4], nil, true)
   if not written then return err end
 end
 local unsent = follow(following, ARGV[4])

@@ -9,5 +9,8 @@ if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
 write_passing(ARGV[1], ARGV[3])
 redis.call('LPUSH', KEYS[2], ARGV[2])
 local tier, model = index_list(KEYS[2])
-if tier then wake_for(tier, model, 1) end
+if tier then
+  count_body(tier, ARGV[1])
+  wake_for(tier, model, 1)
+end
 return 1

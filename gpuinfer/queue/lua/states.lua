@@ -73,13 +73,38 @@ local function count_ends(counts, bytes)
   for label, size in pairs(bytes) do add('bytes' .. string.match(label, '^%S*(.*)$'), size) end
 end
 
--- Write final states. From `first` to `last` (the end of `flat` if nil), each `step` entries of `flat` begin with: id ('': none), meta, '1' to keep
--- it, reply channel ('': none), label. A task that has ended already is left as it is. What is not kept is told
--- to the callers who wait, and what stood there is dropped.
+-- A large body lies beside its list, and is on account, by tier, until its task has ended.
+local function count_body(tier, id)
+  local size = redis.call('STRLEN', BODY_PREFIX .. id)
+  if size > 0 and redis.call('HSETNX', BODIES, id, tier .. ' ' .. size) == 1 then
+    redis.call('HINCRBY', BODY_BYTES, tier, size)
+  end
+end
+
+-- Take the bodies of these tasks, where they have some, off the account, and drop them unless they are kept.
+local function drop_bodies(ids, kept)
+  for first = 1, #ids, 1000 do
+    local last = math.min(first + 999, #ids)
+    for i, counted in ipairs(redis.call('HMGET', BODIES, unpack(ids, first, last))) do
+      if counted then
+        local id = ids[first + i - 1]
+        local tier, size = string.match(counted, '^(%a+) (%d+)$')
+        redis.call('HDEL', BODIES, id)
+        redis.call('HINCRBY', BODY_BYTES, tier, '-' .. size)
+        if not kept then redis.call('UNLINK', BODY_PREFIX .. id) end
+      end
+    end
+  end
+end
+
+-- Write final states. From `first` to `last` (the end of `flat` if nil), each `step` entries of `flat` begin with:
+-- id ('': none), meta, '1' to keep it, reply channel ('': none), label. A task that has ended already is left as it
+-- is. What is not kept is told to the callers who wait, and what stood there is dropped. So are large bodies, unless
+-- they are kept.
 -- The type of every key, and this user's right to each command, are checked before the first write: a script
 -- that fails half way is not undone.
 -- Returns how many were written, and {id, why, ...} of those whose key is not ours to write; or nil, and an error.
-local function finish(flat, first, step, ttl, last)
+local function finish(flat, first, step, ttl, last, keep_bodies)
   local open, n, refused, foreign, seen, drops, replied = {}, 0, {}, {}, {}, false, false
   for i = first, last or #flat, step do
     local id = flat[i]
@@ -101,9 +126,11 @@ local function finish(flat, first, step, ttl, last)
   end
   if n == 0 then return 0, refused end
   local key = RESULT_PREFIX .. 'x'
+  local bodies = redis.call('EXISTS', BODIES) == 1
   local denied = may({'SET', key, '', 'EX', ttl}, {'PUBSUB', 'NUMSUB', key}, {'PUBLISH', key, ''})
     or drops and may({'DEL', key})
     or replied and may({'PUBLISH', REPLY_PREFIX .. 'x', ''})
+    or bodies and may({'HDEL', BODIES, ''}, {'HINCRBY', BODY_BYTES, '', 0}, {'UNLINK', BODY_PREFIX})
   if denied then return nil, denied end
   local counts, bytes = {}, {}
   for k = 1, n do
@@ -114,9 +141,10 @@ local function finish(flat, first, step, ttl, last)
   end
   local uncounted = count_ends(counts, bytes)
   if uncounted then return nil, uncounted end
-  local written, channels, metas, replies = 0, {}, {}, {}
+  local written, channels, metas, replies, ids = 0, {}, {}, {}, {}
   for k = 1, n do
     local i = open[k]
+    ids[k] = flat[i]
     local meta, reply = flat[i + 1], flat[i + 3]
     key = RESULT_PREFIX .. flat[i]
     channels[k], metas[k] = key, meta
@@ -139,6 +167,7 @@ local function finish(flat, first, step, ttl, last)
     end
     -- Later: what a chain sends on, a job's count, the outbox of web hooks, history, a stream's end.
   end
+  if bodies then drop_bodies(ids, keep_bodies) end
   tell(channels, metas, replies)
   return written, refused
 end

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays on their way from a caller to a worker: as bytes, never as lists of numbers.
+
+A small one stands in the message, as ``{"b64", "dtype", "shape"}``. A large body lies beside its list::
+
+    4 bytes   length of the head, little-endian
+    head      JSON: {"inputs": ..., "arrays": [[path, dtype, shape], ...]}, then spaces
+    arrays    the bytes of each, little-endian, in C order, then zeros
+
+Head and arrays begin at multiples of 16 bytes (the head at 4), so that numpy can use them where they lie. A
+path leads from the inputs to where an array belongs; a 0 stands there.
+
+Arrays are numpy's, torch's, and whatever else has ``__array__``, ``shape`` and ``dtype``. Neither numpy nor
+torch is imported before somebody has given one.
+"""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import orjson
+
+from gpuinfer.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+#: A body of more bytes lies beside the list: scripts do not see it.
+BESIDE_BYTES = 64 * 1024
+#: The dtypes of arrays that travel as bytes.
+DTYPES = frozenset(
+    {
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "float32", "float64"),
+    }
+)
+_ALIGNED = 16
+#: What the first leaf of a list is that holds no arrays.
+_PLAIN: frozenset[type] = frozenset({int, float, str, bool, type(None), dict})
+
+
+class Raw(NamedTuple):
+    """An array's bytes, and what they are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+
+class Placed(NamedTuple):
+    """An array, and the keys that lead to its place in the inputs."""
+
+    path: tuple[int | str, ...]
+    raw: Raw
+
+
+def split(inputs: Any, *, many: bool) -> tuple[Any, list[Placed]]:
+    """Take the arrays out of inputs. Returns what is left, with a 0 in the place of each, and the arrays.
+
+    ``many``: the inputs of a list job, which may be one array of them. A list of arrays of one shape is one
+    array. Raises InputError where an array cannot be read.
+    """
+    found: list[Placed] = []
+    if many and isinstance(inputs, list | tuple):
+        return [_without(value, (i,), found) for i, value in enumerate(inputs)], found
+    rest = _without(inputs, (), found)
+    if many and not (found and found[0].path == () and found[0].raw.shape):
+        raise InputError(f"must be a list or an array of inputs, got {type(inputs).__name__}", "inputs")
+    return rest, found
+
+
+def _without(value: Any, path: tuple[int | str, ...], found: list[Placed]) -> Any:
+    if type(value) is dict:
+        return {name: _leaf(item, (*path, name), found) for name, item in value.items()}
+    return _leaf(value, path, found)
+
+
+def _leaf(value: Any, path: tuple[int | str, ...], found: list[Placed]) -> Any:
+    array = _array_of(value)
+    if array is None:
+        return value
+    raw = _raw(array)
+    if raw is None:
+        return array.tolist()
+    found.append(Placed(path, raw))
+    return 0
+
+
+def _array_of(value: Any) -> Array | None:
+    """Return a numpy array for what is one, or a list of some; None for everything else."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return None
+    try:
+        if kind is list or kind is tuple:
+            return _stacked(value)
+        if hasattr(value, "detach") and hasattr(value, "cpu"):
+            return _from_torch(value)
+        if hasattr(value, "__array__") and hasattr(value, "shape") and hasattr(value, "dtype"):
+            import numpy as np
+
+            return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, BufferError) as exc:
+        raise InputError(
+            f"holds a {kind.__name__} that cannot be read as an array: {exc}", "inputs"
+        ) from None
+    return None
+
+
+def _stacked(values: Sequence[Any]) -> Array | None:
+    """Return the arrays of a list as one, or None: it holds something else, or they differ in shape."""
+    first: Any = values
+    while type(first) is list or type(first) is tuple:
+        if not first:
+            return None
+        first = first[0]
+    if type(first) in _PLAIN or not hasattr(first, "shape"):
+        return None
+    arrays = [_array_of(value) for value in values]
+    shapes = {None if array is None else array.shape for array in arrays}
+    if None in shapes or len(shapes) > 1:
+        return None
+    import numpy as np
+
+    return np.stack(arrays)  # type: ignore[arg-type]  # none is None
+
+
+def _from_torch(tensor: Any) -> Array:
+    tensor = tensor.detach().cpu()
+    try:
+        return tensor.numpy()  # type: ignore[no-any-return]  # torch is not imported here
+    except TypeError:  # bfloat16, which numpy has not; float32 holds all its numbers
+        return tensor.float().numpy()  # type: ignore[no-any-return]
+
+
+def _raw(array: Array) -> Raw | None:
+    """Return an array's bytes; None for one that holds no plain numbers (text, objects, complex numbers)."""
+    import numpy as np
+
+    if array.dtype.name not in DTYPES:
+        if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+            return None
+        array = array.astype(np.float64 if array.dtype.kind == "f" else np.float32)
+    flat = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1)
+    return Raw(array.dtype.name, array.shape, flat.view(np.uint8).data if flat.size else b"")
+
+
+def inline(rest: Any, arrays: Sequence[Placed], *, many: bool) -> Any:
+    """Return inputs as JSON may hold them: the arrays are put back, in base64. Changes ``rest``.
+
+    One array of ``many`` inputs becomes their list.
+    """
+    for path, raw in arrays:
+        rest = _put(rest, path, _encoded(raw) if path or not many else [_encoded(one) for one in _items(raw)])
+    return rest
+
+
+def _encoded(raw: Raw) -> dict[str, Any]:
+    text = binascii.b2a_base64(raw.data, newline=False).decode("ascii")
+    return {"b64": text, "dtype": raw.dtype, "shape": raw.shape}
+
+
+def _items(raw: Raw) -> list[Raw]:
+    """Return the items of an array of inputs."""
+    count, *shape = raw.shape
+    size = len(raw.data) // count if count else 0
+    return [Raw(raw.dtype, tuple(shape), raw.data[i * size : (i + 1) * size]) for i in range(count)]
+
+
+def pack(inputs: bytes, arrays: Sequence[Placed]) -> bytes:
+    """Return a body to lie beside the list. ``inputs`` are JSON, without the arrays."""
+    table = orjson.dumps([(path, raw.dtype, raw.shape) for path, raw in arrays])
+    head = b'{"inputs":%b,"arrays":%b}' % (inputs, table)
+    head += b" " * (-(4 + len(head)) % _ALIGNED)
+    parts: list[bytes | memoryview] = [len(head).to_bytes(4, "little"), head]
+    for _, raw in arrays:
+        parts += (raw.data, bytes(-len(raw.data) % _ALIGNED))
+    return b"".join(parts)
+
+
+def unpack(body: bytes, loads: Callable[[bytes], Any], *, many: bool) -> Any:
+    """Return the inputs that a body beside the list holds; its arrays are read-only, and lie in it.
+
+    One array of ``many`` inputs becomes their list.
+
+    Raises ValueError, or TypeError, LookupError, for what ``pack`` has not made.
+    """
+    at = 4 + int.from_bytes(body[:4], "little")
+    head = loads(body[4:at])
+    inputs, arrays = head["inputs"], head["arrays"]
+    if not arrays:
+        return inputs
+    import numpy as np
+
+    for path, dtype, shape in arrays:
+        if dtype not in DTYPES or min(shape, default=0) < 0:
+            raise ValueError("no dtype or shape of an array")
+        array = np.frombuffer(body, np.dtype(dtype).newbyteorder("<"), prod(shape), at).reshape(shape)
+        at += -(-array.nbytes // _ALIGNED) * _ALIGNED
+        inputs = _put(inputs, path, array)
+    return [inputs[i, ...] for i in range(len(inputs))] if many and isinstance(inputs, np.ndarray) else inputs
+
+
+def _put(inputs: Any, path: Sequence[int | str], value: Any) -> Any:
+    """Return inputs with a value in its place."""
+    if not path:
+        return value
+    *way, last = path
+    place = inputs
+    for key in way:
+        place = place[key]
+    place[last] = value
+    return inputs
