@@ -21,7 +21,9 @@ class Sent:
     #: Who sent it, and into which queue.
     by: str
     #: True: its worker does not survive it.
-    poison: bool = False
+    bomb: bool = False
+    #: The wall clock before which it must not begin.
+    eta: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,28 +47,32 @@ class Account:
     completed: int
     #: Accepted, and neither ended nor anywhere in Redis.
     lost: tuple[str, ...]
-    #: Ended in another way than was asked for; of poison: not among the dead letters.
+    #: Ended in another way than was asked for; of bombs: not among the dead letters.
     unexpected: tuple[str, ...]
     #: What their errors say, each once, the most frequent first.
     reasons: tuple[str, ...] = ()
-    #: Dead letters that are no poison.
+    #: Dead letters that are no bombs.
     stray: tuple[str, ...] = ()
     #: Executions beyond the first of an id.
     duplicates: int = 0
     #: Ids that ran more than once and whose result does not say so.
     unflagged: tuple[str, ...] = ()
+    #: Ids that began before their ETA.
+    early: tuple[str, ...] = ()
+    #: Workers that were killed, and those that died of bombs.
     kills: int = 0
+    bombed: int = 0
     #: Worker names that were killed and never came back.
     gone: tuple[str, ...] = ()
     #: Tasks that were in flight under those names, and were put back.
     put_back: int = 0
-    poison: int = 0
+    bombs: int = 0
     rows: tuple[Row, ...] = ()
 
     @property
     def good(self) -> bool:
         """True when nothing is lost, nothing ended wrongly, and every repeat says so."""
-        return not (self.lost or self.unexpected or self.stray or self.unflagged)
+        return not (self.lost or self.unexpected or self.stray or self.unflagged or self.early)
 
 
 def rows(
@@ -99,14 +105,16 @@ def show(account: Account, console: Console) -> None:
     console.print(table)
     sums = {
         "kills": account.kills,
+        "workers that died of bombs": account.bombed,
         "names that never came back": len(account.gone),
         "tasks put back for them": account.put_back,
         "accepted": account.accepted,
         "completed": account.completed,
-        "poison, all in the dead letters": account.poison,
+        "bombs in the dead letters": account.bombs,
         "lost": len(account.lost),
         "ended unexpectedly": len(account.unexpected),
-        "dead letters that are no poison": len(account.stray),
+        "dead letters that are no bombs": len(account.stray),
+        "began before their ETA": len(account.early),
         "executions beyond the first": account.duplicates,
         "repeats whose result does not say so": len(account.unflagged),
     }

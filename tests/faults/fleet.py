@@ -3,7 +3,8 @@
 
     slot 0: alpha, beta     slot 1: beta     slot 2: gamma
 
-A slot's worker that is killed comes back under its own name, or never; then a new name takes its slot.
+A slot's worker that is killed comes back under its own name, or never; then a new name takes its slot. One
+that dies of a bomb comes back at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +20,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +34,12 @@ from gpuinfer import Client
 from gpuinfer.queue import depth, keys
 from gpuinfer.queue.message import PREDICT
 from gpuinfer.queue.results import TaskStatus, parse
-from gpuinfer.settings import QUEUES, QueueSettings
+from gpuinfer.settings import QUEUES
 from tests.faults.account import Account, Sent, rows
+from tests.faults.fragile import FATAL_BYTES, KILLS_ITS_READER, KILLS_ITS_RUNNER
 from tests.models_for_tests import perceptron, write_model
-from tests.services import Process, RedisServer
-from tests.workers import UNTRACED, Workers
+from tests.services import Process, RedisServer, ServiceError
+from tests.workers import UNTRACED, Workers, wait_until
 
 #: Slot -> the models its worker serves.
 SLOTS = (("alpha", "beta"), ("beta",), ("gamma",))
@@ -42,19 +47,25 @@ DEFAULT = "alpha"
 #: Producers pause while this many tasks of a model wait.
 BACKLOG = {"alpha": 300, "beta": 300, "gamma": 80}
 INPUTS: dict[str, list[float]] = {"alpha": [0.5] * 64, "beta": [0.5] * 64, "gamma": [1.0]}
-#: Runs for longer than any test: whoever runs it is killed.
-POISON = [-1.0]
+#: What ends its worker: to unpack it, to run it, to read it.
+BOMBS = ("gzip", "run", "read")
+#: How many workers it may take along. One that is not compressed is read for the first time as any other
+#: message is; that death is on nobody's account.
+LIVES = {"gzip": 2, "run": 2, "read": 3}
 DRAIN_TIMEOUT_S = 120.0
+#: Shares of what plain Celery sends.
+COMPRESSED, LATER = 0.1, 0.2
+#: Begun, as restore.lua counts it.
+_DEATHS = re.compile(rb'{"gpuinfer": \[\d+, (\d+)\]')
 
 
 class _Gamma(nn.Module):
-    """30 ms a batch: longer than what a worker claims behind. Negative: stuck."""
+    """30 ms a batch: longer than what a worker claims behind."""
 
     def forward(self, x: Tensor) -> Tensor:
         if bool((x != 0).any()):
-            last_ns = 600_000_000_000 if bool((x < 0).any()) else 30_000_000
             begin = torch.ops.prim.TimePoint()
-            while torch.ops.prim.TimePoint() - begin < last_ns:
+            while torch.ops.prim.TimePoint() - begin < 30_000_000:
                 x = x + 0.0
         return x * 2
 
@@ -90,9 +101,8 @@ class Fleet:
 
     slots = len(SLOTS)
 
-    def __init__(self, redis: RedisServer, folder: Path, max_deaths: int) -> None:
+    def __init__(self, redis: RedisServer, folder: Path) -> None:
         _write_models(folder / "models")
-        self._queue = QueueSettings(max_deaths=max_deaths)
         self._folder = folder
         self._raw = redis.client()
         self._raw.set(keys.DEFAULT_MODEL, DEFAULT)  # else it is the first model of whoever is ready first
@@ -105,7 +115,8 @@ class Fleet:
         #: Names that are gone for good, and those among them whose tasks lie where they are.
         self._gone: list[str] = []
         self._orphaned: list[str] = []
-        self._put_back = 0
+        self._put_back = self._bombed = 0
+        self._bombs: dict[str, str] = {}
 
     @property
     def producers(self) -> Sequence[Callable[[random.Random], list[Sent]]]:
@@ -118,16 +129,24 @@ class Fleet:
         """Start the worker of a slot."""
         place = self._slots[slot]
         place.process = self._workers.spawn(
-            *(*UNTRACED, sys.executable, "-m", "gpuinfer", "worker", str(place.number)),
+            *(*UNTRACED, sys.executable, "-m", "tests.faults.fragile", "worker", str(place.number)),
             name=f"run{next(self._starts)}-{place.number}",
             worker_models=",".join(SLOTS[slot]),
             log_level="debug",
-            queue_max_deaths=self._queue.max_deaths,
         )
 
     def ready(self, slot: int) -> None:
-        """Wait until the worker of a slot serves."""
-        self._process(slot).wait_for_line('"worker_ready"', timeout=90)
+        """Wait until the worker of a slot serves; it may die of a bomb before it says so."""
+        while True:
+            process = self._process(slot)
+            try:
+                process.wait_for_line('"worker_ready"', timeout=90)
+            except ServiceError:
+                if process.returncode != -signal.SIGKILL:
+                    raise
+                self.tend()
+            else:
+                return
 
     def _process(self, slot: int) -> Process:
         process = self._slots[slot].process
@@ -135,22 +154,65 @@ class Fleet:
             raise RuntimeError(f"slot {slot} has never been started")
         return process
 
-    def kill(self, slot: int, number: signal.Signals, *, returns: bool = True) -> None:
-        """End the worker of a slot. ``returns=False``: its name never comes back."""
+    def tend(self) -> None:
+        """Start again whoever has died of a bomb, as systemd does."""
+        for slot in range(self.slots):
+            process = self._process(slot)
+            if process.running:
+                continue
+            if process.returncode != -signal.SIGKILL:
+                raise RuntimeError(f"a worker ended with {process.returncode}\n{process.tail()}")
+            self._bombed += 1
+            self.spawn(slot)
+
+    def kill(self, slot: int, number: signal.Signals, *, returns: bool = True) -> bool:
+        """End the worker of a slot. ``returns=False``: its name never comes back.
+
+        Returns False when it had died of a bomb already.
+        """
         process, place = self._process(slot), self._slots[slot]
+        if number == signal.SIGKILL:
+            self._stop(process, place.name)
+        died = not process.running
+        self._bombed += died
         process.send(number)
         process.wait(60)
         if not returns:
             self._gone.append(place.name)
             self._orphaned.append(place.name)
             place.number = next(self._numbers)
+        return not died
+
+    def _stop(self, process: Process, name: str) -> None:
+        """Stop it at a moment at which a kill charges no innocent a second time."""
+        while process.running:
+            process.send(signal.SIGSTOP)
+            wait_until(lambda: not process.running or _stopped(process.pid), 60)
+            for _ in range(2):  # with the second answer Redis has read all that the worker had sent
+                self._raw.ping()
+            if not self._charged(name):
+                return
+            process.send(signal.SIGCONT)
+            time.sleep(0.02)
+
+    def _charged(self, name: str) -> bool:
+        """Tell whether an innocent with a death on its account is on a worker's record."""
+        inflight = keys.inflight(name)
+        running: Any = self._raw.hget(inflight, "running") or b""
+        for seq in running.split():
+            payload: Any = self._raw.hget(inflight, seq.decode()) or b""
+            deaths = _DEATHS.match(payload)
+            bomb = any(task.encode() in payload for task in self._bombs)
+            if deaths and int(deaths.group(1)) and not bomb:
+                return True
+        return False
 
     def give_back(self) -> None:
         """Put back what lies under names that do not come back, as an operator does."""
         while self._orphaned:
             name = self._orphaned.pop()
             command = [sys.executable, "-m", "gpuinfer", "restore", "--name", name, "--force", "--json"]
-            environment = self._workers.environment(queue_max_deaths=self._queue.max_deaths)
+            environment = self._workers.environment()
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(
@@ -187,22 +249,31 @@ class Fleet:
             by, kwargs = "Celery, base queue, model named", {"model": model}
         else:
             by, kwargs, queue = "Celery, queue of the model", {"model": model}, keys.queue_name(queue, model)
+        options: dict[str, Any] = {"queue": queue, "priority": priority}
+        eta: float | None = None
+        kind = dice.random()
+        if kind < LATER:
+            eta = time.time() + dice.uniform(0.1, 4.0)
+            options["eta"], by = datetime.fromtimestamp(eta, UTC), "Celery, with an ETA"
+        elif kind < LATER + COMPRESSED:
+            options["compression"], by = "gzip", "Celery, compressed"
         count = dice.randint(1, 20)
-        return [
-            Sent(
-                id=self._stranger.send_task(
-                    PREDICT, [INPUTS[model]], kwargs, queue=queue, priority=priority
-                ).id,
-                model=model,
-                by=by,
-            )
-            for _ in range(count)
-        ]
+        ids = [self._send(INPUTS[model], kwargs, options) for _ in range(count)]
+        return [Sent(id=task, model=model, by=by, eta=eta) for task in ids]
 
-    def poison(self) -> Sent:
-        """Submit a task that its worker does not survive."""
-        task = self._client.submit(POISON, model="gamma")
-        return Sent(id=task, model="gamma", by="our client, poison", poison=True)
+    def _send(self, inputs: Any, kwargs: dict[str, Any], options: dict[str, Any]) -> str:
+        return str(self._stranger.send_task(PREDICT, [inputs], kwargs, **options).id)
+
+    def bomb(self, kind: str) -> Sent:
+        """Send a task that its workers do not survive: who unpacks it, reads it, or runs it."""
+        model = "beta"
+        options: dict[str, Any] = {"queue": keys.queue_name("realtime", model)}
+        inputs: Any = {"read": KILLS_ITS_READER, "run": [KILLS_ITS_RUNNER] * 64}.get(kind)
+        if kind == "gzip":  # 7 KB on the way
+            inputs, options["compression"] = [0] * (FATAL_BYTES // 2), "gzip"
+        task = self._send(inputs, {"model": model}, options)
+        self._bombs[task] = kind
+        return Sent(id=task, model=model, by=f"Celery, a bomb ({kind})", bomb=True)
 
     def _hungry(self, dice: random.Random) -> str | None:
         """Choose a model of which there is not enough waiting."""
@@ -217,31 +288,24 @@ class Fleet:
 
     # -- the end --------------------------------------------------------------------------
 
-    def finish(self, sent: Sequence[Sent]) -> int:
-        """Drain; kill whoever runs poison until it is given up. Returns how many had to be killed."""
-        kills, until = 0, time.monotonic() + DRAIN_TIMEOUT_S
-        poison = [task.id for task in sent if task.poison]
+    def finish(self) -> None:
+        """Drain; the bombs that are left take their last workers along."""
+        until = time.monotonic() + DRAIN_TIMEOUT_S
         while self._left() and time.monotonic() < until:  # the account says what is left
-            if any(self._client.status(task).state == "running" for task in poison):
-                slot = next(i for i, models in enumerate(SLOTS) if "gamma" in models)
-                self.kill(slot, signal.SIGKILL)
-                self.spawn(slot)
-                self.ready(slot)
-                kills, until = kills + 1, time.monotonic() + DRAIN_TIMEOUT_S
+            self.tend()
             time.sleep(0.05)
-        return kills
 
     def _left(self) -> int:
         found = depth.look(self._raw)
-        return found.total_waiting + found.total_inflight
+        return found.total_waiting + found.total_later + found.total_inflight
 
     def account(self, sent: Sequence[Sent]) -> Account:
         """Look up every task, and count by the workers' logs how often each has run."""
         statuses = self._statuses([task.id for task in sent])
-        ran = self._ran()
+        ran, first = self._ran()
         letters: Any = self._raw.hkeys(keys.DEAD)
         dead = {letter.decode() for letter in letters}
-        poison = {task.id for task in sent if task.poison}
+        bombs = {task.id for task in sent if task.bomb}
         failed = {task for task, s in statuses.items() if s is not None and s.final and s.error}
         completed = {task for task, s in statuses.items() if s is not None and s.state == "completed"}
         lost = tuple(task for task, s in statuses.items() if s is None or not s.final)
@@ -249,18 +313,20 @@ class Fleet:
             accepted=len(sent),
             completed=len(completed),
             lost=lost,
-            unexpected=tuple((failed - poison) | (poison - dead)),
-            reasons=_reasons(statuses[task] for task in failed - poison),
-            stray=tuple(dead - poison),
+            unexpected=tuple((failed - bombs) | (bombs - dead)),
+            reasons=_reasons(statuses[task] for task in failed - bombs),
+            stray=tuple(dead - bombs),
             duplicates=sum(count - 1 for count in ran.values()),
             unflagged=tuple(
                 task
                 for task, count in ran.items()
-                if count > 1 and task not in poison and not getattr(statuses[task], "redelivered", False)
+                if count > 1 and task not in bombs and not getattr(statuses[task], "redelivered", False)
             ),
+            early=tuple(task.id for task in sent if task.eta and first.get(task.id, task.eta) < task.eta),
+            bombed=self._bombed,
             gone=tuple(self._gone),
             put_back=self._put_back,
-            poison=len(poison & dead),
+            bombs=len(bombs & dead),
             rows=rows(sent, completed, lost, ran),
         )
 
@@ -272,13 +338,17 @@ class Fleet:
             found |= {t: None if m is None else parse(t, m) for t, m in zip(some, metas, strict=True)}
         return found
 
-    def _ran(self) -> Counter[str]:
-        """Count in how many processes each task has begun."""
+    def _ran(self) -> tuple[Counter[str], dict[str, float]]:
+        """Count in how many processes each task has begun, and say when it began first."""
         ran: Counter[str] = Counter()
+        first: dict[str, float] = {}
         for log in self._folder.glob("run*.log"):
-            begun = [line for line in log.read_text().splitlines() if '"batch_begun"' in line]
-            ran.update({task for line in begun for task in json.loads(line)["task_ids"]})
-        return ran
+            begun = [json.loads(line) for line in log.read_text().splitlines() if '"batch_begun"' in line]
+            ran.update({task for line in begun for task in line["task_ids"]})
+            for line in begun:
+                at = datetime.fromisoformat(line["timestamp"]).timestamp()
+                first |= {task: min(at, first.get(task, at)) for task in line["task_ids"]}
+        return ran, first
 
     def close(self) -> None:
         self._workers.close()
@@ -291,3 +361,10 @@ def _reasons(statuses: Iterable[TaskStatus | None]) -> tuple[str, ...]:
     """Return what errors say, with how often, the most frequent first."""
     texts = Counter(f"{type(s.error).__name__}: {s.error}" for s in statuses if s is not None)
     return tuple(f"{count:,} times {text}" for text, count in texts.most_common())
+
+
+def _stopped(pid: int) -> bool:
+    """Tell whether a process is stopped; one that is gone is not."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False

@@ -5,8 +5,12 @@ By hand: ``python -m tests.faults.kill --minutes 10``.
 
 Three workers that serve different models, each killed at a random moment, some two at once. Some start
 again under their names, as units would; of others the name never comes back, and what lay under it is put
-back for it. Our client and plain Celery send work into all queues and priorities meanwhile. In the end all
-must drain; then each accepted id is looked up, and the workers' logs tell which ran twice.
+back for it. Our client and plain Celery send work into all queues and priorities meanwhile, some of it with
+an ETA, some compressed; and bombs: no worker survives reading or running one. In the end all must drain;
+then each accepted id is looked up, and the workers' logs tell which ran twice.
+
+Two deaths give a task up, as by default. A worker is never killed here while a task runs, or is read, that
+has a death on its account already: it would be given up, as nobody can tell that it had no share in it.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from rich.console import Console
 
 from gpuinfer.errors import BrokerUnavailable
 from tests.faults.account import Account, Sent, show
-from tests.faults.fleet import Fleet
+from tests.faults.fleet import BOMBS, Fleet
 from tests.faults.stock_world import StockWorld
 from tests.services import RedisServer
 
@@ -39,9 +43,6 @@ KILLED_AGAIN = 0.15
 LOOK_EVERY = 5
 #: Seconds between two submissions while a worker starts, which takes all the cores it gets.
 PAUSE_S = 0.05
-#: Deaths at which a task is given up. Who is killed this often takes innocents to two; who is only stopped
-#: must not count any.
-MAX_DEATHS = {"KILL": 6, "TERM": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,8 @@ class Plan:
     seconds: float | None = None
     #: How long the default model's only worker is away, once: others pass on what is for them. 0: never.
     absence_s: float = 0.0
-    #: Half way, submit a task that no worker survives.
-    poison: bool = False
+    #: The kinds of bombs that are sent, evenly over the kills.
+    bombs: Sequence[str] = ()
     #: Kill stock Celery's workers instead, and stop at the first loss.
     stock: bool = False
     seed: int = field(default_factory=lambda: random.SystemRandom().randrange(10**6))
@@ -69,10 +70,11 @@ class World(Protocol):
     def producers(self) -> Sequence[Callable[[random.Random], list[Sent]]]: ...
     def spawn(self, slot: int) -> None: ...
     def ready(self, slot: int) -> None: ...
-    def kill(self, slot: int, number: signal.Signals, *, returns: bool = True) -> None: ...
+    def kill(self, slot: int, number: signal.Signals, *, returns: bool = True) -> bool: ...
+    def tend(self) -> None: ...
     def give_back(self) -> None: ...
-    def poison(self) -> Sent | None: ...
-    def finish(self, sent: Sequence[Sent]) -> int: ...
+    def bomb(self, kind: str) -> Sent | None: ...
+    def finish(self) -> None: ...
     def account(self, sent: Sequence[Sent]) -> Account: ...
     def close(self) -> None: ...
 
@@ -80,12 +82,12 @@ class World(Protocol):
 def run(plan: Plan, redis: RedisServer, folder: Path, say: Callable[[str], None] = print) -> Account:
     """Carry the plan out and return the account."""
     say(f"seed {plan.seed}")
-    world: World = StockWorld(redis, folder) if plan.stock else Fleet(redis, folder, MAX_DEATHS[plan.signal])
+    world: World = StockWorld(redis, folder) if plan.stock else Fleet(redis, folder)
     try:
         storm = Storm(plan, world, say)
         storm.blow()
-        kills = storm.kills + world.finish(storm.accepted)
-        return replace(world.account(storm.accepted), kills=kills)
+        world.finish()
+        return replace(world.account(storm.accepted), kills=storm.kills)
     finally:
         world.close()
 
@@ -126,39 +128,39 @@ class Storm:
 
     def _kill_on(self) -> None:
         plan, began, told, looked = self._plan, time.monotonic(), 0, 0
-        poisoned, away = not plan.poison, False
+        sent, away = 0, False
         while not self._errors:
-            seconds = time.monotonic() - began
-            if self._done(self.kills, seconds):
+            progress = self._progress(time.monotonic() - began)
+            if progress >= 1:
                 return
             if isinstance(self._world, StockWorld) and self.kills - looked >= LOOK_EVERY:
                 looked = self.kills
                 if self._world.lost_some(self.accepted):
                     return
-            half_way = self._done(2 * self.kills, 2 * seconds)
-            if half_way and not poisoned:
-                poisoned = True
-                self.accepted += filter(None, [self._world.poison()])
-            absent = half_way and not away and plan.absence_s > 0
+            for kind in plan.bombs[sent : 1 + int(progress * len(plan.bombs))]:
+                self.accepted += filter(None, [self._world.bomb(kind)])
+                sent += 1
+            absent = progress >= 0.5 and not away and plan.absence_s > 0
             away = away or absent
             self._kill_some(plan.absence_s if absent else 0.0)
             if self.kills // 10 > told:
                 told = self.kills // 10
                 self._say(f"{self.kills} kills, {len(self.accepted):,} tasks accepted")
 
-    def _done(self, kills: int, seconds: float) -> bool:
-        if self._plan.kills is not None and kills >= self._plan.kills:
-            return True
-        return self._plan.seconds is not None and seconds >= self._plan.seconds
+    def _progress(self, seconds: float) -> float:
+        """Return which part of the plan is done: 1 for all of it."""
+        plan = self._plan
+        by_kills = 0.0 if plan.kills is None else self.kills / plan.kills
+        return max(by_kills, 0.0 if plan.seconds is None else seconds / plan.seconds)
 
     def _kill_some(self, absence_s: float) -> None:
         """Kill one worker or two, and start others in their places; or the first, which stays away."""
         dice, world = self._dice, self._world
+        world.tend()
         victims = [0] if absence_s else dice.sample(range(world.slots), dice.choice((1, 1, 2)))
         time.sleep(dice.uniform(0.02, 0.3))
         for slot in victims:
-            world.kill(slot, self._signal, returns=dice.random() >= GONE)
-            self.kills += 1
+            self.kills += world.kill(slot, self._signal, returns=dice.random() >= GONE)
         time.sleep(absence_s)
         early = dice.random() < 0.5
         if early:
@@ -168,8 +170,7 @@ class Storm:
             world.spawn(slot)
         if self._plan.signal == "KILL" and dice.random() < KILLED_AGAIN:
             time.sleep(dice.uniform(0.5, 3.0))
-            world.kill(victims[0], self._signal)
-            self.kills += 1
+            self.kills += world.kill(victims[0], self._signal)
             world.spawn(victims[0])
         for slot in victims:
             world.ready(slot)
@@ -210,7 +211,7 @@ def main() -> int:
         kills=None if seconds else 26,
         seconds=seconds,
         absence_s=0.0 if options.stock else 14.0,
-        poison=options.signal == "KILL" and not options.stock,
+        bombs=BOMBS * 2 if options.signal == "KILL" and not options.stock else (),
         stock=options.stock,
     )
     if options.seed is not None:

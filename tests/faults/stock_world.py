@@ -59,17 +59,22 @@ class StockWorld:
         """Wait until the worker of a slot serves."""
         self._processes[slot].wait_for_line(r"ready\.", timeout=90)
 
-    def kill(self, slot: int, number: signal.Signals, *, returns: bool = True) -> None:
+    def kill(self, slot: int, number: signal.Signals, *, returns: bool = True) -> bool:
         """End the worker of a slot."""
         del returns  # its names say nothing of where its tasks lie
         self._processes[slot].send(number)
         self._processes[slot].wait(60)
+        return True
 
     def give_back(self) -> None:
         """Nothing lies under a name; stock Celery itself puts back what is old, after an hour."""
 
-    def poison(self) -> Sent | None:
+    def tend(self) -> None:
+        """None of them dies by itself."""
+
+    def bomb(self, kind: str) -> Sent | None:
         """There is none: stock Celery has no dead letters."""
+        del kind
         return None
 
     def _produce(self, dice: random.Random) -> list[Sent]:
@@ -89,13 +94,12 @@ class StockWorld:
             time.sleep(0.05)
         return bool(self.account(sent[: max(0, len(sent) - BACKLOG)]).lost)
 
-    def finish(self, sent: Sequence[Sent]) -> int:
+    def finish(self) -> None:
         """Drain."""
         until = time.monotonic() + DRAIN_TIMEOUT_S
         while self._waiting() and time.monotonic() < until:
             time.sleep(0.1)
         time.sleep(0.5)  # the last one's result
-        return 0
 
     def account(self, sent: Sequence[Sent]) -> Account:
         """Look up every task. What a dead worker holds would come back after an hour: it is not lost."""

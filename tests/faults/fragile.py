@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gpuinfer whose workers die of bombs: ``python -m tests.faults.fragile worker 0``.
+
+The kernel kills a process that takes too much memory; here a SIGKILL stands for it, so that it comes at once
+and always.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+from gpuinfer.models.loader import LoadedModel
+from gpuinfer.queue import message
+
+#: Arguments that unpack to more bytes are fatal.
+FATAL_BYTES = 5_000_000
+#: An input that is fatal to whoever reads it, and one whose first number is fatal to whoever runs it.
+KILLS_ITS_READER = "kills its reader"
+KILLS_ITS_RUNNER = -7.0
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    """Run the command line."""
+    from gpuinfer.cli import main as command
+
+    open_body, forward = message._open, LoadedModel.forward
+
+    def fatal_open(*args: Any) -> Any:
+        body, size = open_body(*args)
+        if size > FATAL_BYTES or (isinstance(body, list) and body[0] == [KILLS_ITS_READER]):
+            _die()
+        return body, size
+
+    def fatal_forward(self: LoadedModel, items: Sequence[Any]) -> Any:
+        if any(item[0].flat[0] == KILLS_ITS_RUNNER for item in items):
+            _die()
+        return forward(self, items)
+
+    message._open = fatal_open  # type: ignore[assignment]
+    LoadedModel.forward = fatal_forward  # type: ignore[method-assign]
+    command()
+
+
+if __name__ == "__main__":
+    main()
