@@ -59,7 +59,7 @@ COMMANDS: dict[str, Entry] = {
     "submit": Entry("gpuinfer.client.cli:submit", "Put a task into a queue."),
     "result": Entry("gpuinfer.client.cli:result", "Show what became of a task."),
     "cancel": Entry("gpuinfer.client.cli:cancel", "Cancel tasks that wait or run."),
-    "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues.", "watcher"),
+    "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues; purge, pause, resume.", "watcher"),
     "dead": Entry("gpuinfer.queue.dead_cli:dead", "Look at tasks set aside; retry or drop them."),
     "logs": Entry("gpuinfer.journal.cli:logs", "Show the journal: of a task, of a GPU, of all."),
     "model": Entry("gpuinfer.models.cli:model", "List, check, install and remove models.", "worker"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from gpuinfer.queue import control_cli
 from gpuinfer.queue.show import as_json_option, one_line, print_json, print_table
 
 if TYPE_CHECKING:
@@ -20,7 +22,11 @@ _seconds = click.FloatRange(min=0, min_open=True)
 
 @click.group("queue")
 def queue() -> None:
-    """Look at the queues."""
+    """Look at the queues; empty, pause and resume them."""
+
+
+for _command in (control_cli.purge, control_cli.pause, control_cli.resume):
+    queue.add_command(_command)
 
 
 @queue.command(epilog="Examples: gpuinfer queue status --json; gpuinfer queue status --watch 2")
@@ -57,14 +63,17 @@ def status(loaded: Loaded, as_json: bool, watch: float | None) -> None:
 def _print_status(body: dict[str, Any], now: float, *, clear: bool) -> None:
     if clear:
         click.clear()
-    print_table(("queue", "model", "waiting", "by priority"), _queue_rows(body["queues"]))
+    header = ("queue", "model", "waiting", "later", "by priority", "")
+    print_table(header, _queue_rows(body["queues"], body["paused"]))
     click.echo()
     if body["models"]:
-        header = ("model", "default", "workers", "queues served", "last seen")
-        print_table(header, [_model_row(model, now) for model in body["models"]])
+        columns = ("model", "default", "workers", "queues served", "last seen")
+        print_table(columns, [_model_row(model, now) for model in body["models"]])
     else:
         click.echo("no model is known: no worker has run yet")
     click.echo()
+    for key, kind in body["foreign_keys"].items():
+        click.echo(f"{key!r} is a {kind}, not ours: what should be there is not served until it is gone")
     for unserved in body["unserved"]:
         click.echo(unserved["message"])
     for worker, held in body["in_flight"].items():
@@ -74,13 +83,17 @@ def _print_status(body: dict[str, Any], now: float, *, clear: bool) -> None:
     click.echo(f"dead letters: {body['dead_letters']}")
 
 
-def _queue_rows(queues: dict[str, Any]) -> list[tuple[str, ...]]:
+def _queue_rows(queues: dict[str, Any], paused: Sequence[str]) -> list[tuple[str, ...]]:
     """Return a row for each queue and model with tasks that wait, and one for each empty queue."""
     rows: list[tuple[str, ...]] = []
     for name, queue in queues.items():
-        for model, levels in (queue["by_model"] or {"": {}}).items():
+        halted = {one.partition(".")[2] for one in paused if one.startswith(f"{name}.")}
+        models = sorted({*queue["by_model"], *queue["later"], *halted}) or [""]
+        for model in models:
+            levels, later = queue["by_model"].get(model, {}), queue["later"].get(model, 0)
             by_priority = ", ".join(f"{priority}: {tasks}" for priority, tasks in levels.items())
-            rows.append((name, model, str(sum(levels.values())), by_priority))
+            state = "paused" if name in paused or model in halted else ""
+            rows.append((name, model, str(sum(levels.values())), str(later), by_priority, state))
     return rows
 
 

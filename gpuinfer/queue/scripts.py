@@ -22,6 +22,8 @@ Name = Literal[
     "route",
     "restore",
     "postpone",
+    "purge",
+    "pause",
     "due",
     "bury",
     "submit",

@@ -22,6 +22,7 @@ from gpuinfer.errors import DeadLettered, TakenBack, UnusableRedis, UsageError, 
 from gpuinfer.queue import format as layout
 from gpuinfer.queue import keys
 from gpuinfer.queue.claims import Claimed, Order
+from gpuinfer.queue.purge import lines, purge
 from gpuinfer.queue.qos import TAG, QoS, seq_of
 from gpuinfer.queue.scripts import bind, source
 from gpuinfer.queue.sink import Sink
@@ -100,6 +101,14 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             for priority in self.priority_steps:
                 pipe.llen(self._q_for_pri(queue, priority))
             return sum(pipe.execute())
+
+    def _purge(self, queue: str) -> int:
+        """End all that waits in a queue of ours, of all its models, as revoked; return how many tasks."""
+        if keys.tier_of(queue) is None:
+            return int(super()._purge(queue))
+        settings = QueueSettings.model_validate(self.queue_settings)
+        with self.conn_or_acquire() as client:
+            return purge(client, lines(client, queue.partition(keys.CALLER)[0]), settings)
 
     # -- consuming ------------------------------------------------------------------------
 

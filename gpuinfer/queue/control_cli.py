@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gpuinfer queue purge``, ``pause`` and ``resume``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from gpuinfer.errors import UsageError
+from gpuinfer.queue.show import as_json_option, print_json
+
+if TYPE_CHECKING:
+    import redis
+
+    from gpuinfer.settings import Loaded
+
+
+@contextmanager
+def _connected(loaded: Loaded) -> Iterator[redis.Redis]:
+    from gpuinfer.queue.connection import connect, typed_errors
+
+    with typed_errors(), connect(loaded.settings.broker) as client:
+        yield client
+
+
+@click.command(
+    epilog="Examples: gpuinfer queue purge batch; gpuinfer queue purge realtime.resnet --yes --json"
+)
+@click.argument("name", metavar="[QUEUE]", required=False)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@as_json_option
+@click.pass_obj
+def purge(loaded: Loaded, name: str | None, yes: bool, as_json: bool) -> int:
+    """End all tasks that wait in QUEUE as revoked, those with an ETA, too. Default: all queues.
+
+    QUEUE is realtime, default or batch, for all models, or one model's: batch.resnet. What a worker has
+    claimed goes on. Whoever waits for one of them is told; idempotency keys are free again.
+    """
+    from gpuinfer.queue.purge import check, lines
+    from gpuinfer.queue.purge import purge as end
+
+    queue = None if name is None else check(name)
+    with _connected(loaded) as client:
+        found = lines(client, queue)
+        count = sum(line.tasks for line in found)
+        if count and not yes:
+            if as_json:
+                raise UsageError(f"{count} tasks would end as revoked; with --json, --yes must say so")
+            what = "1 task waits" if count == 1 else f"{count} tasks wait"
+            if not click.confirm(f"{what} in {queue or 'all queues'}. End all as revoked?", err=True):
+                return 1
+        ended = end(client, found, loaded.settings.queue)
+    if as_json:
+        print_json({"queue": queue, "purged": ended})
+    else:
+        click.echo(f"{ended} purged")
+    return 0
+
+
+@click.command(epilog="Examples: gpuinfer queue pause batch; gpuinfer queue pause realtime.resnet")
+@click.argument("name", metavar="QUEUE")
+@as_json_option
+@click.pass_obj
+def pause(loaded: Loaded, name: str, as_json: bool) -> None:
+    """Let workers claim nothing from QUEUE until it is resumed; tasks are accepted, and wait.
+
+    QUEUE is realtime, default or batch, for all models, or one model's: batch.resnet. What a worker has
+    claimed goes on.
+    """
+    _set(loaded, name, as_json, paused=True)
+
+
+@click.command(epilog="Example: gpuinfer queue resume batch")
+@click.argument("name", metavar="QUEUE")
+@as_json_option
+@click.pass_obj
+def resume(loaded: Loaded, name: str, as_json: bool) -> None:
+    """Let workers claim from QUEUE again. A tier and one of its models are paused and resumed apart."""
+    _set(loaded, name, as_json, paused=False)
+
+
+def _set(loaded: Loaded, name: str, as_json: bool, *, paused: bool) -> None:
+    from gpuinfer.queue.purge import check, set_paused
+
+    queue = check(name)
+    with _connected(loaded) as client:
+        changed = set_paused(client, queue, paused)
+    if as_json:
+        print_json({"queue": queue, "paused": paused, "changed": changed})
+    else:
+        click.echo(f"{queue}: {'' if changed else 'already '}{'paused' if paused else 'not paused'}")

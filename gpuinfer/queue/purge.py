@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ending all that waits in a queue, as if each task were cancelled.
+
+Each call takes a few tasks out and writes their ends, in one step: a purge that is cut off leaves each task
+waiting or revoked, and the next one goes on. What a worker has claimed is not touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import redis
+
+from gpuinfer.errors import TaskRevoked, UsageError
+from gpuinfer.queue import keys, results
+from gpuinfer.queue.chains import Chains
+from gpuinfer.queue.claims import Final, following, label
+from gpuinfer.queue.depth import Lane
+from gpuinfer.queue.direct import Argument
+from gpuinfer.queue.message import Undecodable, decode
+from gpuinfer.queue.scripts import bind
+from gpuinfer.settings import QUEUES, QueueSettings
+
+#: What one call ends at most: it keeps Redis for less than 10 ms.
+CALL_TASKS, CALL_BYTES = 250, 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Tasks that wait in one list, or for their ETA."""
+
+    list_key: str
+    lane: Lane
+    kind: Literal["list", "later"]
+    tasks: int
+
+    @property
+    def key(self) -> str:
+        """Return the key of the list or sorted set."""
+        return self.list_key if self.kind == "list" else keys.later(self.list_key)
+
+
+def check(queue: str) -> str:
+    """Return a queue's name as given: ``tier`` or ``tier.model``. Raises UsageError."""
+    tier, dot, model = queue.partition(".")
+    if tier not in QUEUES or bool(dot) != bool(model):
+        named = ", ".join(QUEUES)
+        raise UsageError(f"must be one of {named}, or one of them with a model: batch.resnet; got {queue!r}")
+    return queue
+
+
+def lines(client: redis.Redis, queue: str | None = None) -> list[Line]:
+    """Return what waits in a queue (``tier``: all its models; ``tier.model``), or in all of them.
+
+    Raises redis-py's errors.
+    """
+    default, _, lists, _, sets, *_ = bind(client, "depth")(args=[0])
+    found = [
+        *_lines("list", lists[::2], lists[1::2], default),
+        *_lines("later", sets[::3], sets[1::3], default),
+    ]
+    return [one for one in found if queue in (None, one.lane.tier, f"{one.lane.tier}.{one.lane.model}")]
+
+
+def _lines(
+    kind: Literal["list", "later"], names: Sequence[bytes], counts: Sequence[int], default: bytes
+) -> Iterator[Line]:
+    for name, count in zip(names, counts, strict=True):
+        key = name.decode(errors="replace")
+        place = keys.place_of(key)
+        yield Line(key, Lane(place.tier, place.model or default.decode()), kind, count)
+
+
+def purge(client: redis.Redis, found: Sequence[Line], settings: QueueSettings) -> int:
+    """End all that waited when ``lines`` was called; return how many tasks. Raises redis-py's errors."""
+    chains = Chains(settings, worker="")
+    return sum(_purge(client, line, settings.result_ttl_s, chains) for line in found)
+
+
+def _purge(client: redis.Redis, line: Line, result_ttl_s: int, chains: Chains) -> int:
+    script, ended, missed, few = bind(client, "purge"), 0, 0, 1
+    while ended + missed < line.tasks:
+        payloads = _head(client, line, min(few, CALL_TASKS, line.tasks - ended))
+        if not payloads:
+            break
+        ends = [_end(payload, line, chains) for payload in payloads]
+        args: list[Argument] = [result_ttl_s, line.kind, len(ends)]
+        for payload, end in zip(payloads, ends, strict=True):
+            digest = hashlib.sha1(payload, usedforsecurity=False).hexdigest()
+            args += (digest, end.task_id, end.meta, int(end.keep), end.reply, end.label)
+        taken = int(script(keys=[line.key], args=[*args, *following(ends)]))
+        ended += taken
+        missed += 0 if taken else len(payloads)  # workers were faster
+        few = max(1, CALL_BYTES * len(payloads) // max(1, sum(map(len, payloads))))
+    return ended
+
+
+def _head(client: redis.Redis, line: Line, count: int) -> list[bytes]:
+    """Return the payloads that come next, in their order."""
+    raw: Any = client
+    if line.kind == "later":
+        return list(raw.zrange(line.key, 0, count - 1))
+    return list(reversed(raw.lrange(line.key, -count, -1)))
+
+
+def _end(payload: bytes, line: Line, chains: Chains) -> Final:
+    """Return the end of one task; of one whose id cannot be read, none."""
+    error = TaskRevoked("it was purged from its queue before a worker began it")
+    named = label("cancelled", line.lane.tier, line.lane.model)
+    try:
+        envelope = decode(payload)
+    except Undecodable as exc:
+        if not exc.task_id:
+            return Final(None, "", b"", label=named)
+        return Final(None, exc.task_id, results.failure(exc.task_id, error, worker=""), label=named)
+    return Final(
+        None,
+        envelope.id,
+        results.failure(envelope.id, error, worker=""),
+        keep=not envelope.headers.get("ignore_result"),
+        reply=envelope.reply_to,
+        label=named,
+        follows=chains.buried(payload, error, line.list_key),
+    )
+
+
+def set_paused(client: redis.Redis, queue: str, paused: bool) -> bool:
+    """Pause a queue, or resume it; return whether that changed anything. Raises redis-py's errors."""
+    return bool(bind(client, "pause")(args=[queue, int(paused)]))
