@@ -103,7 +103,7 @@ async def batch_predict(request: Request) -> Response:
 
 
 @router.get(
-    "/result/{task_id}",
+    "/result/{task_id:path}",
     tags=["result"],
     summary="The state of a task, and its result",
     responses=schemas.RESULT_RESPONSES,
@@ -115,7 +115,10 @@ async def result(
         str | None, Query(description="Seconds to wait for the task to end, cut to api.max_wait_s.")
     ] = None,
 ) -> Response:
-    """Answer at once, or with `wait` as soon as the task has ended. A failed task is a 200, too."""
+    """Answer at once, or with `wait` as soon as the task has ended. A failed task is a 200, too.
+
+    An id that nothing is known of is a 404; with `wait`, when it has not ended by then.
+    """
     note(request.scope, task_id=task_id)
     seconds = admission.waiting_time(wait, _settings(request).api.max_wait_s)
     return answer((await _wait(request, task_id, seconds)).to_dict())
@@ -146,13 +149,17 @@ async def _disconnected(request: Request) -> None:
 
 
 @router.post(
-    "/cancel/{task_id}",
+    "/cancel/{task_id:path}",
     tags=["result"],
     summary="Cancel a task that waits or runs",
     responses=schemas.CANCEL_RESPONSES,
 )
 async def cancel(request: Request, task_id: str) -> Response:
-    """Cancel a task that waits or runs, and answer its state; `cancelled` is false when it had ended."""
+    """Cancel a task that waits or runs, and answer its state; `cancelled` is false when it had ended.
+
+    Of a task that a plain Celery producer has sent nothing is known while it waits: so an id that nothing is
+    known of is cancelled, too, as the error's message says.
+    """
     note(request.scope, task_id=task_id)
     client = _client(request)
     cancelled = await client.cancel(task_id)

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Self, Unpack
 
 from gpuinfer.client import core
-from gpuinfer.client.core import Call, DefaultModel, Options, Origin, reply_channel
+from gpuinfer.client.core import Call, DefaultModel, Options, Origin
 from gpuinfer.client.sync import not_found, settings_for
 from gpuinfer.client.waits import RETRY_S, Waits
-from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, TaskRevoked, WaitTimeout
+from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, WaitTimeout
 from gpuinfer.queue import catalogue, keys, results
 from gpuinfer.queue import format as layout
 from gpuinfer.queue.connection import connect_async, typed_errors, user_of
@@ -152,11 +152,10 @@ class AsyncClient:
     async def cancel(self, task_id: str) -> bool:
         """Cancel a task that has not ended; return whether it was cancelled.
 
-        What runs on the device just now runs on; nothing else of the task does, and its result is dropped.
+        What runs on the device just now runs on; nothing else of the task does, and its result is dropped. An
+        id that nothing is known of may be a plain Celery producer's task, which waits: it is cancelled too.
         """
-        error = TaskRevoked("it was cancelled", None)
-        meta = results.failure(task_id, error, worker="")
-        args = [task_id, meta, self._settings.queue.result_ttl_s, reply_channel(task_id)]
+        args = core.cancellation(task_id, self._origin, self._settings.queue.result_ttl_s)
         with typed_errors(self._user):
             return bool(await self._cancel(keys=[keys.result(task_id)], args=args))
 
@@ -164,20 +163,29 @@ class AsyncClient:
 
     async def status(self, task_id: str) -> TaskStatus:
         """Return a task's state now. Raises TaskNotFound."""
+        status = await self._known(task_id)
+        if status is None:
+            raise not_found(task_id)
+        return status
+
+    async def _known(self, task_id: str) -> TaskStatus | None:
+        """Return a task's state now; None: nothing is known of it."""
         with typed_errors(self._user):
             meta = await self._redis.get(keys.result(task_id))
-        if meta is None:
-            raise not_found(task_id)
-        return results.parse(task_id, meta)
+        return None if meta is None else results.parse(task_id, meta)
 
     async def wait(self, task_id: str, timeout_s: float | None = None) -> TaskStatus:
         """Wait until a task has ended, at most ``timeout_s``; return its state then.
 
-        Raises TaskNotFound, BrokerUnavailable.
+        An id that nothing is known of may be a plain Celery producer's task, which waits: with a timeout it
+        is waited for until then. Raises TaskNotFound, BrokerUnavailable.
         """
         heed_cancellation = _watch_cancellation()
-        status = await self.status(task_id)
-        if status.final or (timeout_s is not None and timeout_s <= 0):
+        patient = timeout_s is not None and timeout_s > 0 and not self._origin.made(task_id)
+        status = await self._known(task_id)
+        if status is None and not patient:
+            raise not_found(task_id)
+        if status is not None and (status.final or (timeout_s is not None and timeout_s <= 0)):
             return status
         try:
             async with asyncio.timeout(timeout_s), self._waits.watch(task_id) as mailbox:
@@ -186,17 +194,22 @@ class AsyncClient:
                     news = await mailbox.get()
                     if news is not None:
                         return news
-                    status = await self._look(task_id)
-                    if status.final:
+                    before, status = status, await self._look(task_id)
+                    if status is None and (before is not None or not patient):
+                        raise not_found(task_id)
+                    if status is not None and status.final:
                         return status
         except TimeoutError:
             return await self.status(task_id)
 
-    async def _look(self, task_id: str) -> TaskStatus:
-        """Return a task's state, once Redis answers: a subscription that stands is not confirmed again."""
+    async def _look(self, task_id: str) -> TaskStatus | None:
+        """Return a task's state, if any is known, once Redis answers.
+
+        A subscription that stands is not confirmed again.
+        """
         while True:
             try:
-                return await self.status(task_id)
+                return await self._known(task_id)
             except BrokerUnavailable:
                 await asyncio.sleep(RETRY_S)
 

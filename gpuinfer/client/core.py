@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, Unpack
 
-from gpuinfer.errors import InputError, PayloadTooLarge
+from gpuinfer.errors import InputError, PayloadTooLarge, TaskRevoked
 from gpuinfer.models.manifest import MODEL_NAME
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.direct import Argument
@@ -22,6 +22,8 @@ from gpuinfer.settings import QUEUES, QueueName, QueueSettings
 CHUNK_TASKS, CHUNK_BYTES = 500, 4 * 1024 * 1024
 #: Bounds of what a caller may give: ten years, and the characters of a name or key.
 MAX_SECONDS, MAX_NAME = 10 * 365 * 86400, 200
+#: Characters of an id up to which it is noted that it was cancelled before anything was known of it.
+MAX_NOTED_ID = 1000
 
 
 class Options(TypedDict, total=False):
@@ -117,6 +119,19 @@ class Origin:
 def reply_channel(task_id: str) -> str:
     """Return the reply channel of the client process that made an id; nobody listens there for another's."""
     return keys.REPLY_PREFIX + task_id[:8] + task_id[9:13]
+
+
+def cancellation(task_id: str, origin: Origin, ttl_s: int) -> list[str | bytes | int]:
+    """Return the arguments of ``cancel.lua``.
+
+    Of a plain producer's task nothing is known while it waits: its end is written in advance, and whoever
+    claims it skips it. A task of one's own that nothing is known of has ended, and its result is gone.
+    """
+    known = results.failure(task_id, TaskRevoked("it was cancelled"), worker="")
+    words = f"nothing was known of it when it was cancelled; should it come within {ttl_s} s, it does not run"
+    unknown = results.failure(task_id, TaskRevoked(words), worker="")
+    noted = not origin.made(task_id) and len(task_id) <= MAX_NOTED_ID
+    return [task_id, known, ttl_s, reply_channel(task_id), unknown if noted else b""]
 
 
 class DefaultModel:

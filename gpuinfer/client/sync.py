@@ -19,9 +19,9 @@ from typing import Any, Self, Unpack
 from redis.exceptions import AuthenticationError, RedisError
 
 from gpuinfer.client import core
-from gpuinfer.client.core import Call, DefaultModel, Options, Origin, reply_channel
+from gpuinfer.client.core import Call, DefaultModel, Options, Origin
 from gpuinfer.client.listener import Listener
-from gpuinfer.errors import BrokerError, InputError, TaskNotFound, TaskRevoked, WaitTimeout
+from gpuinfer.errors import BrokerError, InputError, TaskNotFound, WaitTimeout
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors, user_of
 from gpuinfer.queue.direct import Direct
@@ -50,7 +50,9 @@ def settings_for(source: Settings | str | None) -> Settings:
 def not_found(task_id: str) -> TaskNotFound:
     """Return the error for an id Redis knows nothing of."""
     return TaskNotFound(
-        f"no task {task_id}: it was never submitted here, or its result has expired", "task_id"
+        f"no task {task_id}: it was never submitted here, or its result has expired (what a plain Celery "
+        "producer has sent is known once it runs)",
+        "task_id",
     )
 
 
@@ -179,17 +181,12 @@ class Client:
     def cancel(self, task_id: str) -> bool:
         """Cancel a task that has not ended; return whether it was cancelled.
 
-        What runs on the device just now runs on; nothing else of the task does, and its result is dropped.
+        What runs on the device just now runs on; nothing else of the task does, and its result is dropped. An
+        id that nothing is known of may be a plain Celery producer's task, which waits: it is cancelled too.
         """
-        error = TaskRevoked("it was cancelled", None)
-        meta = results.failure(task_id, error, worker="")
+        args = core.cancellation(task_id, self._origin, self._settings.queue.result_ttl_s)
         with typed_errors(self._user):
-            return bool(
-                self._cancel(
-                    keys=[keys.result(task_id)],
-                    args=[task_id, meta, self._settings.queue.result_ttl_s, reply_channel(task_id)],
-                )
-            )
+            return bool(self._cancel(keys=[keys.result(task_id)], args=args))
 
     # -- waiting --------------------------------------------------------------------------
 
@@ -202,7 +199,11 @@ class Client:
         return results.parse(task_id, meta)
 
     def result(self, task_id: str, timeout_s: float | None = None) -> Any:
-        """Wait for a task and return its result; raise its error. Raises TaskNotFound, WaitTimeout."""
+        """Wait for a task and return its result; raise its error. Raises TaskNotFound, WaitTimeout.
+
+        An id that nothing is known of may be a plain Celery producer's task, which waits: with a timeout it
+        is waited for until then.
+        """
         for status in self.as_completed([task_id], timeout_s):
             return status.unwrap()
         raise AssertionError("unreachable: as_completed yields or raises")  # pragma: no cover
@@ -223,9 +224,11 @@ class Client:
     def as_completed(self, task_ids: Iterable[str], timeout_s: float | None = None) -> Iterator[TaskStatus]:
         """Yield the final status of each task as it ends. Raises TaskNotFound, WaitTimeout.
 
-        Goes on through a restart of Redis; BrokerUnavailable is raised where Redis refuses the password.
+        With a timeout, an id that nothing is known of is waited for, as ``result`` does. Goes on through a
+        restart of Redis; BrokerUnavailable is raised where Redis refuses the password.
         """
-        waiting = dict.fromkeys(task_ids)
+        #: Id -> whether Redis has known it.
+        waiting = dict.fromkeys(task_ids, False)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         cut_off = False
         while waiting:
@@ -244,7 +247,7 @@ class Client:
                     ) from exc
                 time.sleep(0.2)
 
-    def _listen(self, waiting: dict[str, None], deadline: float | None) -> Iterator[TaskStatus]:
+    def _listen(self, waiting: dict[str, bool], deadline: float | None) -> Iterator[TaskStatus]:
         """Subscribe, look once, then yield what is published; drop ended tasks from ``waiting``.
 
         The look comes when the subscriptions stand, so that nothing can fall between the two.
@@ -265,7 +268,7 @@ class Client:
                     continue
                 channel, told = event
                 if told is None:
-                    yield from self._look(waiting)
+                    yield from self._look(waiting, patient=deadline is not None and left > 0)
                     continue
                 if channel == origin.channel:
                     statuses = results.parse_many(told)
@@ -277,7 +280,7 @@ class Client:
                         yield status
 
     @contextmanager
-    def _listener(self, waiting: dict[str, None]) -> Iterator[Listener]:
+    def _listener(self, waiting: dict[str, bool]) -> Iterator[Listener]:
         """Lend a subscription; it is kept for the next wait unless an exception passed through it."""
         try:
             listener = self._listeners.pop()
@@ -296,7 +299,7 @@ class Client:
             raise
         self._keep(listener, waiting)
 
-    def _keep(self, listener: Listener, waiting: dict[str, None]) -> None:
+    def _keep(self, listener: Listener, waiting: dict[str, bool]) -> None:
         if len(self._listeners) >= MAX_IDLE_LISTENERS:
             listener.close()
             return
@@ -307,14 +310,18 @@ class Client:
         else:
             self._listeners.append(listener)
 
-    def _look(self, waiting: dict[str, None]) -> Iterator[TaskStatus]:
+    def _look(self, waiting: dict[str, bool], *, patient: bool = False) -> Iterator[TaskStatus]:
+        """Yield what has ended. Raises TaskNotFound for what is gone; without patience, for the unknown."""
         ids = list(waiting)
         for start in range(0, len(ids), 1000):
             some = ids[start : start + 1000]
             metas = self._direct.call("MGET", *(keys.result(task_id) for task_id in some))
             for task_id, meta in zip(some, metas, strict=True):
                 if meta is None:
+                    if patient and not waiting[task_id] and not self._origin.made(task_id):
+                        continue
                     raise not_found(task_id)
+                waiting[task_id] = True
                 status = results.parse(task_id, meta)
                 if status.final:
                     del waiting[task_id]

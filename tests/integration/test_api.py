@@ -110,7 +110,11 @@ def test_cancelling(api: Api, worker: HandWorker) -> None:
     worker.finish(second, "too late")
     assert api.http.get(f"/result/{running}").json()["status"] == "revoked"
     assert api.http.post(f"/cancel/{ended}").json()["cancelled"] is False
-    assert api.http.post("/cancel/nobody").status_code == 404
+    unknown = api.http.post("/cancel/nobody/known").json()
+    assert unknown["task_id"] == "nobody/known"
+    assert unknown["cancelled"] is True
+    assert "nothing was known of it" in unknown["error"]["message"]
+    assert api.http.post("/cancel/" + "x" * 5000).status_code == 404
 
 
 def test_results_that_are_not_finite(api: Api, worker: HandWorker) -> None:
@@ -246,7 +250,7 @@ PATHS = (
     ("/result/6b1f3d0e-2c55-4c39-9f0a-8f4f5a1c7d21", 404, "task_not_found"),
     ("/result/%00%ff..", 404, "task_not_found"),
     ("/result/" + "x" * 5000, 404, "task_not_found"),
-    ("/result/x?wait=5", 404, "task_not_found"),
+    ("/result/x?wait=0.2", 404, "task_not_found"),
     ("/result/x?wait=nan", 422, "bad_input"),
     ("/result/x?wait=-1", 422, "bad_input"),
     ("/nothing", 404, "not_found"),

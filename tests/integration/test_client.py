@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -26,11 +27,12 @@ from gpuinfer.errors import (
     WaitTimeout,
 )
 from gpuinfer.queue import keys
-from gpuinfer.queue.message import decode
+from gpuinfer.queue.message import Submission, decode
 from gpuinfer.settings import Settings
 from tests.apis import WORKER, HandWorker
 from tests.conftest import RedisFactory
 from tests.services import RedisServer
+from tests.workers import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -144,18 +146,69 @@ def test_idempotency(client: Client, worker: HandWorker) -> None:
         client.submit_many([1, 2], idempotency_key="k")
 
 
-def test_unknown_ids(client: Client) -> None:
-    """Known at once, however long one was ready to wait."""
-    for call in (
-        client.status,
-        client.result,
-        lambda it: client.result(it, 0),
-        lambda it: client.result(it, 60),
-    ):
-        began = time.monotonic()
+def test_unknown_ids(client: Client, redis_server: RedisServer) -> None:
+    """An id of one's own is told at once, another one's as well unless one is ready to wait so long."""
+    gone = client.submit([1])
+    redis_server.client().delete(keys.result(gone))
+    began = time.monotonic()
+    for call in (client.status, client.result, lambda it: client.result(it, 60)):
+        with pytest.raises(TaskNotFound):
+            call(gone)
+    for call in (client.status, client.result, lambda it: client.result(it, 0)):
         with pytest.raises(TaskNotFound):
             call("nobody")
-        assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
+    with pytest.raises(TaskNotFound):
+        client.result("nobody", 0.2)
+    assert client.cancel(gone) is False
+
+
+def plain(redis_server: RedisServer) -> str:
+    """Append a task as a plain Celery producer does; return its id."""
+    task = Submission(task="gpuinfer.predict", inputs=[1], queue="realtime")
+    redis_server.client().lpush("realtime", task.encode())
+    return task.id
+
+
+def listened(redis_server: RedisServer, task_id: str) -> bool:
+    """Tell whether somebody waits for a task by its id."""
+    found: Any = redis_server.client().pubsub_numsub(keys.result(task_id))
+    return bool(found[0][1])
+
+
+def test_a_plain_producers_task(client: Client, worker: HandWorker, redis_server: RedisServer) -> None:
+    """Nothing is known of it while it waits: it is waited for, and it can be cancelled."""
+    awaited, cancelled = plain(redis_server), plain(redis_server)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.result, awaited, 60)
+        wait_until(lambda: listened(redis_server, awaited), 60)
+        assert client.cancel(cancelled) is True
+        assert client.cancel(cancelled) is False
+        with pytest.raises(TaskRevoked, match="nothing was known of it"):
+            client.result(cancelled)
+        tasks = worker.claim(9)
+        assert worker.store.begin([(task.seq, decode(task.payload).id, b"") for task in tasks]) == {1}
+        worker.finish(tasks[0], "done")
+        assert waiting.result(60) == "done"
+
+
+async def test_async_plain_producers_task(
+    settings: Settings, worker: HandWorker, redis_server: RedisServer
+) -> None:
+    """As the sync client."""
+    async with AsyncClient(settings) as client:
+        awaited, cancelled = plain(redis_server), plain(redis_server)
+        waiting = asyncio.ensure_future(client.result(awaited, 60))
+        await asyncio.to_thread(wait_until, lambda: listened(redis_server, awaited), 60)
+        assert await client.cancel(cancelled) is True
+        with pytest.raises(TaskRevoked, match="nothing was known of it"):
+            await client.result(cancelled)
+        await asyncio.to_thread(worker.finish_all, "done")
+        assert await waiting == "done"
+        with pytest.raises(TaskNotFound):
+            await client.result("nobody", 0.2)
+        with pytest.raises(TaskNotFound):
+            await client.result("nobody")
 
 
 def test_the_time_to_wait(client: Client, worker: HandWorker) -> None:
@@ -261,8 +314,6 @@ async def test_async_submit_and_result(settings: Settings, worker: HandWorker) -
         timer = later(0.2, lambda: worker.finish_all("done"))
         assert await client.result(task_id, 20) == "done"
         timer.join()
-        with pytest.raises(TaskNotFound):
-            await client.result("nobody", 20)
         task_id = await client.submit([3])
         with pytest.raises(WaitTimeout):
             await client.result(task_id, 0.2)

@@ -174,14 +174,15 @@ def test_result_of_a_task(cli: Cli, client: Client, worker: HandWorker) -> None:
 
 
 def test_cancel(cli: Cli, client: Client, worker: HandWorker) -> None:
-    """What has not begun is cancelled; 1 when something had."""
-    waiting, running = client.submit([1]), client.submit([2])
-    _, second = worker.claim(2)
+    """What waits or runs is cancelled; 1 when something had ended."""
+    waiting, running, ended = (client.submit([number]) for number in range(3))
+    _, second, third = worker.claim(3)
     worker.begin(second)
-    assert cli("cancel", waiting).returncode == 0
-    done = cli("cancel", waiting, running)
+    worker.finish(third, 1)
+    assert cli("cancel", waiting, running).returncode == 0
+    done = cli("cancel", running, ended)
     assert done.returncode == 1
-    assert f"{running}: not cancelled, it is running" in done.stdout
+    assert f"{ended}: not cancelled, it is completed" in done.stdout
 
 
 def test_without_redis(cli: Cli, redis_server: RedisServer) -> None:

@@ -165,7 +165,7 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
         replies[reply] = {meta}
       end
     end
-    -- Later: what a chain sends on, a job's count, the outbox of web hooks, history, a stream's end.
+    -- Later: a job's count, the outbox of web hooks, history, a stream's end.
   end
   if bodies then drop_bodies(ids, keep_bodies) end
   tell(channels, metas, replies)
