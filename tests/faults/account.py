@@ -24,6 +24,8 @@ class Sent:
     bomb: bool = False
     #: The wall clock before which it must not begin.
     eta: float | None = None
+    #: The id of the task that its end must send on into the queue of another application.
+    follower: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,11 @@ class Account:
     unflagged: tuple[str, ...] = ()
     #: Ids that began before their ETA.
     early: tuple[str, ...] = ()
+    #: What chains have sent on into the queue of another application; and what they should have sent but did
+    #: not, or sent twice.
+    followers: int = 0
+    not_followed: tuple[str, ...] = ()
+    followed_twice: tuple[str, ...] = ()
     #: Workers that were killed, and those that died of bombs.
     kills: int = 0
     bombed: int = 0
@@ -72,7 +79,8 @@ class Account:
     @property
     def good(self) -> bool:
         """True when nothing is lost, nothing ended wrongly, and every repeat says so."""
-        return not (self.lost or self.unexpected or self.stray or self.unflagged or self.early)
+        wrong = (self.lost, self.unexpected, self.stray, self.unflagged, self.early)
+        return not any((*wrong, self.not_followed, self.followed_twice))
 
 
 def rows(
@@ -115,6 +123,8 @@ def show(account: Account, console: Console) -> None:
         "ended unexpectedly": len(account.unexpected),
         "dead letters that are no bombs": len(account.stray),
         "began before their ETA": len(account.early),
+        "sent on by chains": account.followers,
+        "not sent on, or twice": len(account.not_followed) + len(account.followed_twice),
         "executions beyond the first": account.duplicates,
         "repeats whose result does not say so": len(account.unflagged),
     }

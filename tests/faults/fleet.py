@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from celery import Celery
+from celery import Celery, chain
 from torch import Tensor, nn
 
 from gpuinfer import Client
 from gpuinfer.queue import depth, keys
-from gpuinfer.queue.message import PREDICT
+from gpuinfer.queue.message import PREDICT, decode
 from gpuinfer.queue.results import TaskStatus, parse
 from gpuinfer.settings import QUEUES
 from tests.faults.account import Account, Sent, rows
@@ -54,7 +54,9 @@ BOMBS = ("gzip", "run", "read")
 LIVES = {"gzip": 2, "run": 2, "read": 3}
 DRAIN_TIMEOUT_S = 120.0
 #: Shares of what plain Celery sends.
-COMPRESSED, LATER = 0.1, 0.2
+COMPRESSED, LATER, CHAINED = 0.1, 0.2, 0.1
+#: Where chains go on; nobody works there.
+FOREIGN = "celery"
 #: Begun, as restore.lua counts it.
 _DEATHS = re.compile(rb'{"gpuinfer": \[\d+, (\d+)\]')
 
@@ -252,6 +254,8 @@ class Fleet:
         options: dict[str, Any] = {"queue": queue, "priority": priority}
         eta: float | None = None
         kind = dice.random()
+        if kind > 1 - CHAINED:
+            return self._chain(model, kwargs, options)
         if kind < LATER:
             eta = time.time() + dice.uniform(0.1, 4.0)
             options["eta"], by = datetime.fromtimestamp(eta, UTC), "Celery, with an ETA"
@@ -260,6 +264,20 @@ class Fleet:
         count = dice.randint(1, 20)
         ids = [self._send(INPUTS[model], kwargs, options) for _ in range(count)]
         return [Sent(id=task, model=model, by=by, eta=eta) for task in ids]
+
+    def _chain(self, model: str, kwargs: dict[str, Any], options: dict[str, Any]) -> list[Sent]:
+        """Send a prediction, which another one follows, of another model, and a task of somebody else's."""
+        then = "beta" if model != "beta" else DEFAULT
+        predict = self._stranger.signature(PREDICT, args=(INPUTS[model],), kwargs=kwargs, options=options)
+        again = self._stranger.signature(
+            PREDICT, args=(INPUTS[then],), kwargs={"model": then}, queue="default", immutable=True
+        )
+        store = self._stranger.signature("shop.store", queue=FOREIGN)
+        last = chain(predict, again, store, app=self._stranger).apply_async()
+        return [
+            Sent(id=last.parent.parent.id, model=model, by="Celery, first of a chain"),
+            Sent(id=last.parent.id, model=then, by="Celery, second of a chain", follower=last.id),
+        ]
 
     def _send(self, inputs: Any, kwargs: dict[str, Any], options: dict[str, Any]) -> str:
         return str(self._stranger.send_task(PREDICT, [inputs], kwargs, **options).id)
@@ -305,6 +323,9 @@ class Fleet:
         ran, first = self._ran()
         letters: Any = self._raw.hkeys(keys.DEAD)
         dead = {letter.decode() for letter in letters}
+        waiting: Any = self._raw.lrange(FOREIGN, 0, -1)
+        followed = Counter(decode(payload).id for payload in waiting)
+        followers = {task.follower for task in sent if task.follower}
         bombs = {task.id for task in sent if task.bomb}
         failed = {task for task, s in statuses.items() if s is not None and s.final and s.error}
         completed = {task for task, s in statuses.items() if s is not None and s.state == "completed"}
@@ -322,6 +343,9 @@ class Fleet:
                 for task, count in ran.items()
                 if count > 1 and task not in bombs and not getattr(statuses[task], "redelivered", False)
             ),
+            followers=len(followed),
+            not_followed=tuple(followers - set(followed)),
+            followed_twice=tuple(task for task, count in followed.items() if count > 1),
             early=tuple(task.id for task in sent if task.eta and first.get(task.id, task.eta) < task.eta),
             bombed=self._bombed,
             gone=tuple(self._gone),

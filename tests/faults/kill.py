@@ -6,8 +6,8 @@ By hand: ``python -m tests.faults.kill --minutes 10``.
 Three workers that serve different models, each killed at a random moment, some two at once. Some start
 again under their names, as units would; of others the name never comes back, and what lay under it is put
 back for it. Our client and plain Celery send work into all queues and priorities meanwhile, some of it with
-an ETA, some compressed; and bombs: no worker survives reading or running one. In the end all must drain;
-then each accepted id is looked up, and the workers' logs tell which ran twice.
+an ETA, some compressed, some in chains; and bombs: no worker survives reading or running one. In the end all
+must drain; then each accepted id is looked up, and the workers' logs tell which ran twice.
 
 Two deaths give a task up, as by default. A worker is never killed here while a task runs, or is read, that
 has a death on its account already: it would be given up, as nobody can tell that it had no share in it.

@@ -35,6 +35,7 @@ def test_nothing_is_lost(
     assert account.stray == ()
     assert account.unflagged == ()
     assert account.early == ()
+    assert account.not_followed == account.followed_twice == ()
     if name == "TERM":
         assert account.put_back == 0
         # A job that is stopped between two slices is run again as a whole.
