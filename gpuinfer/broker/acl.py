@@ -35,14 +35,15 @@ _INFLIGHT = f"~{keys.INFLIGHT_PREFIX}*"
 _HEARTBEATS = f"~{keys.HEARTBEAT_PREFIX}*"
 _EPOCHS = f"~{keys.EPOCH_PREFIX}*"
 _WAKE = f"~{keys.WAKE_PREFIX}*"
-_IDLE = f"~{keys.IDLE_PREFIX}*"
+_IDLE, _ANY_IDLE = f"~{keys.IDLE_PREFIX}*", f"~{keys.IDLE}"
 _GROUPS = f"~{keys.GROUPS_PREFIX}*"
 _INDEX, _INDEXED = f"~{keys.INDEX_PREFIX}*", f"~{keys.INDEXED}"
 _WORKERS, _CATALOGUE = f"~{keys.WORKERS}", f"~{keys.CATALOGUE}"
 _DEFAULT_MODEL, _FORMAT = f"~{keys.DEFAULT_MODEL}", f"~{keys.FORMAT_KEY}"
 _BODY, _BODIES, _BODY_BYTES = f"~{keys.BODY_PREFIX}*", f"~{keys.BODIES}", f"~{keys.BODY_BYTES}"
 _DEAD, _CLAIMED, _ENDED = f"~{keys.DEAD}", f"~{keys.CLAIMED}", f"~{keys.ENDED}"
-_AGEING, _TURNS = f"~{keys.AGEING}", f"~{keys.TURNS}"
+_ORDER, _TURNS = f"~{keys.ORDER_PREFIX}*", f"~{keys.TURNS}"
+_AGEING, _AGED = f"~{keys.AGEING_PREFIX}*", f"~{keys.AGED_PREFIX}*"
 _LATER, _LATER_SETS, _DUE = f"~{keys.LATER}", f"~{keys.LATER_PREFIX}*", f"~{keys.DUE}"
 _PAUSED = f"~{keys.PAUSED}"
 _PROBE = "~gpuinfer:probe"
@@ -74,8 +75,10 @@ def _selector(*parts: str) -> str:
 _ANNOUNCING = (
     _selector("+zadd", _INDEX),
     _selector("+sadd", _INDEXED),
+    _selector("+zrevrangebyscore", "+zadd", _ORDER),
     _selector("+get", _DEFAULT_MODEL),
     _selector("+zrange", _GROUPS),
+    _selector("+exists", _ANY_IDLE),
     _selector("+zrevrange", "+zadd", _IDLE),
     _selector("+lpush", "+ltrim", _WAKE),
 )
@@ -145,16 +148,19 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+rpop", "+rpush", "+lpush", "+lrem", "+lindex", "+lrange", *_LISTS),
         _selector("+exists", *_LISTS, _INDEX),
         _selector("+zunion", "+zrem", _INDEX),
-        _selector("+exists", "+zadd", "+zrem", "+zcount", _IDLE),
-        _selector("+zadd", "+zremrangebyscore", "+zcount", _GROUPS),
+        _selector("+zadd", "+zrem", "+zcount", "+zremrangebyscore", _IDLE, _ANY_IDLE),
+        _selector("+zadd", "+zrem", "+zrangebyscore", "+zcount", "+zscore", _GROUPS),
         _selector("+brpop", _WAKE),
         _selector("+exists", "+hset", "+hget", "+hmget", "+hdel", "+hkeys", "+hexists", _INFLIGHT),
-        _selector("+exists", "+hset", "+hmget", "+hdel", _AGEING, _TURNS),
-        _selector("+hincrby", _CLAIMED, _ENDED),
+        _selector("+hset", "+hmget", "+hdel", _TURNS),
+        _selector("+zrange", "+zrem", "+zadd", "+del", _ORDER),
+        _selector("+hget", "+hgetall", "+hset", "+hincrby", "+hdel", "+del", _AGEING),
+        _selector("+set", "+mget", _AGED, _DEFAULT_MODEL),
+        _selector("+hincrby", "+hmget", _CLAIMED),
+        _selector("+hincrby", _ENDED),
         _selector("+hset", "+hexists", _DEAD),
         _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
         _selector("+zadd", "+zrem", _WORKERS),
-        _selector("+set", _DEFAULT_MODEL),
         _selector("+set", _HEARTBEATS),
         _selector("+del", _HEARTBEATS, _WAKE),
         _selector("+expire", _PROBE),

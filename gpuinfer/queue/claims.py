@@ -46,6 +46,7 @@ class Want:
     least: int = 1
 
 
+NOTHING = Want(0)
 #: Model -> what to claim of it.
 Wants = Mapping[str, Want]
 

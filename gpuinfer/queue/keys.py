@@ -38,6 +38,8 @@ WAKE_PREFIX = "gpuinfer:wake:"
 INDEX_PREFIX = "gpuinfer:index:"
 #: The models that have an index.
 INDEXED = "gpuinfer:indexed"
+#: Idle workers of all groups, scored by when they last began to wait.
+IDLE = "gpuinfer:idle"
 #: Idle workers that serve the same, scored by when they were last seen; negative: woken, and about to claim.
 IDLE_PREFIX = "gpuinfer:idle:"
 #: ``tier.model`` -> the groups of workers that serve it, scored by when one of them was last seen.
@@ -66,15 +68,22 @@ DEFAULT_MODEL = "gpuinfer:default-model"
 #: models.
 PAUSED = "gpuinfer:paused"
 DEAD = "gpuinfer:dead"
-#: List -> since when it has been passed over (ms); the empty field: claims since the last aged one.
-AGEING = "gpuinfer:ageing"
-#: List, or ``rank model`` -> how much it has been served, among those that take turns.
+#: A group of several models -> their indices that hold work, in the order of serving.
+ORDER_PREFIX = "gpuinfer:order:"
+#: Group -> for each of its lists since when it has been passed over (ms), and what was claimed from it until
+#: then; the empty field: claims since the last aged one.
+AGEING_PREFIX = "gpuinfer:ageing:"
+#: Group -> its lists that the last look has found to be passed over for too long; gone when the next is due.
+AGED_PREFIX = "gpuinfer:aged:"
+#: List -> how much it has been served, among the callers that take turns.
 TURNS = "gpuinfer:turns"
 #: List -> how many tasks were ever claimed from it, less those that were put back.
 CLAIMED = "gpuinfer:claimed"
 #: ``outcome tier model`` -> how many tasks ended so; ``bytes tier model`` -> bytes of their results.
 ENDED = "gpuinfer:ended"
 
+#: What the name of a group begins with that serves one model: it needs no order.
+ONE_MODEL = "one-"
 #: Separates a caller from the rest of a queue's name; no model's name has it.
 CALLER = "@"
 #: Seconds that a body may lie beside a list before its task is submitted.
@@ -151,8 +160,9 @@ def lists(tiers: Iterable[str], models: Sequence[str] = ("",)) -> list[str]:
 
 def group_of(tiers: Iterable[str], models: Iterable[str]) -> str:
     """Return the name of the group of workers that serve these tiers and models."""
-    text = f"{' '.join(tiers)}|{' '.join(sorted(models))}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    names = sorted(models)
+    text = f"{' '.join(tiers)}|{' '.join(names)}"
+    return (ONE_MODEL if len(names) == 1 else "") + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def index(model: str = "") -> str:

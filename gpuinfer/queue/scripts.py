@@ -43,7 +43,8 @@ Name = Literal[
 #: What the scripts know by name. A list that has aged goes first in one of this many claims.
 _CONSTANTS: dict[str, str | float] = {
     "AGED_EVERY": 5,
-    "AGEING": keys.AGEING,
+    "AGED_PREFIX": keys.AGED_PREFIX,
+    "AGEING_PREFIX": keys.AGEING_PREFIX,
     "BODIES": keys.BODIES,
     "BODY_BYTES": keys.BODY_BYTES,
     "BODY_PREFIX": keys.BODY_PREFIX,
@@ -56,6 +57,7 @@ _CONSTANTS: dict[str, str | float] = {
     "FORMAT_KEY": keys.FORMAT_KEY,
     "GROUPS_PREFIX": keys.GROUPS_PREFIX,
     "GROUP_VOID": keys.GROUP_VOID_S,
+    "IDLE": keys.IDLE,
     "IDLE_PREFIX": keys.IDLE_PREFIX,
     "IDLE_VOID": keys.IDLE_VOID_S,
     "INDEXED": keys.INDEXED,
@@ -64,6 +66,8 @@ _CONSTANTS: dict[str, str | float] = {
     "LATER_PREFIX": keys.LATER_PREFIX,
     "LATER_RETRY": keys.LATER_RETRY_S,
     "MODEL_VOID": keys.MODEL_VOID_S,
+    "ONE_MODEL": keys.ONE_MODEL,
+    "ORDER_PREFIX": keys.ORDER_PREFIX,
     "PAUSED": keys.PAUSED,
     "PENDING_META": PENDING_META.decode(),
     "PENDING_HEAD": '{"status": "PENDING", "result": ',
@@ -74,6 +78,7 @@ _CONSTANTS: dict[str, str | float] = {
     "WOKEN_VOID": keys.WOKEN_VOID_S,
     "WORKERS": keys.WORKERS,
 }
+_FUNCTION = re.compile(r"^local function (\w+)\([^\n]* end\n|^local function (\w+)\(.*?^end\n", re.M | re.S)
 _NEEDS = re.compile(r"^-- needs: (.+)\n", re.MULTILINE)
 
 
@@ -87,14 +92,26 @@ def source(name: Name) -> str:
     """Return a script's text, whole."""
     head, _, body = text(name).partition("\n")
     needs = _NEEDS.search(body)
-    parts = [text(library) for library in needs.group(1).split()] if needs else []
-    code = "".join((*parts, body))
+    libraries = "".join(text(library) for library in needs.group(1).split()) if needs else ""
+    code = _without_unused(libraries, body) + body
     constants = "".join(
         f"local {constant} = {_lua(value)}\n"
         for constant, value in _CONSTANTS.items()
         if re.search(rf"\b{constant}\b", code)
     )
     return f"{head}\n{constants}{code}"
+
+
+def _without_unused(libraries: str, body: str) -> str:
+    """Return the text of libraries but for the functions that a script never calls: each costs it time."""
+    functions = {found[1] or found[2]: found[0] for found in _FUNCTION.finditer(libraries)}
+    todo, whole = set(functions), body
+    while called := {name for name in todo if re.search(rf"\b{name}\b", whole)}:
+        todo -= called
+        whole += "".join(functions[name] for name in called)
+    for name in todo:
+        libraries = libraries.replace(functions[name], "")
+    return libraries
 
 
 def _lua(value: str | float) -> str:

@@ -21,6 +21,7 @@ from gpuinfer.queue import keys, results, returns
 from gpuinfer.queue.chains import Chains
 from gpuinfer.queue.claims import (
     ANY_RANK,
+    NOTHING,
     Claimed,
     Final,
     Order,
@@ -206,6 +207,8 @@ class Store:
         """
         if not self._can_claim(wants) or self._uncertain or self._out_of_seqs(wants):
             return None
+        if self._registered != self.group:
+            return None
         return self._order(wants, MAX_BYTES, state, begin=begin, look=False)
 
     def _can_claim(self, wants: Wants) -> bool:
@@ -223,15 +226,24 @@ class Store:
             self.group,
             self._tiers,
         ]
-        models: dict[Want, list[str]] = {}
-        for model, want in wants.items():
-            models.setdefault(want, []).append(model)
-        args.append(len(models))
-        for want, names in models.items():
-            args += (want.count, want.better_than, want.least, len(names), *names)
-        if look:
-            args += self.lists
+        lists = self.lists if look else []
+        args += (self.default if self.default in self.models else "", len(lists), *lists)
+        args += self._wanted(wants)
         return Order((self.inflight, keys.epoch(self.worker)), args, self._epoch, self._claim_sha)
+
+    def _wanted(self, wants: Wants) -> list[Argument]:
+        """Return what is wanted as the script takes it. Those of several models that want what most want come
+        last, without their names: a claim costs no more for them."""
+        models: dict[Want, list[str]] = {}
+        for model in self.models:
+            models.setdefault(wants.get(model, NOTHING), []).append(model)
+        args: list[Argument] = []
+        usual = max(models, key=lambda want: len(models[want]))
+        for want, names in models.items():
+            if want is not usual:
+                args += (want.count, want.better_than, want.least, len(names), *names)
+        named = self.models if len(self.models) == 1 else ()
+        return [*args, usual.count, usual.better_than, usual.least, len(named), *named]
 
     def take(self, order: Order, answer: Any) -> list[Claimed]:
         """Return the tasks that the answer to a claim brings. Raises the error that it is."""

@@ -74,7 +74,7 @@ def test_one_that_has_aged_goes_first_in_the_next_claim(broker: BrokerSettings, 
     store = store_of(broker, models=MODELS, ageing_s=AGEING_S)
     (name,) = starve(store, client, 1, tasks=5)
     assert [aged for _, aged in serve(store, client, 7)] == [False, True, False, False, False, False, True]
-    assert store.client.hexists(keys.AGEING, name)
+    assert store.client.hexists(keys.AGEING_PREFIX + store.group, name)
 
 
 def test_off(broker: BrokerSettings, client: Client) -> None:
@@ -82,4 +82,4 @@ def test_off(broker: BrokerSettings, client: Client) -> None:
     store = store_of(broker, models=MODELS, ageing_s=0)
     starve(store, client, 6, tasks=1)
     assert {name for name, _ in serve(store, client, 50)} == {keys.list_key("realtime", 9)}
-    assert not store.client.exists(keys.AGEING)
+    assert not store.client.exists(keys.AGEING_PREFIX + store.group)

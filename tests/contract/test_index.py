@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -36,7 +38,9 @@ def test_a_list_is_indexed_while_it_holds_work(store: Store, client: Client) -> 
     assert store.client.zcard(keys.index()) == 3
     while store.claim(2):
         pass
-    assert not store.client.exists(keys.index(), keys.AGEING, keys.TURNS)
+    raw: Any = store.client
+    left = {key.decode() for key in raw.keys("gpuinfer:*")}
+    assert not {key for key in left if key.startswith((keys.INDEX_PREFIX, keys.ORDER_PREFIX, keys.TURNS))}
 
 
 def test_a_plain_producers_list_enters_by_a_look(store: Store) -> None:

@@ -44,6 +44,7 @@ def now(store: Store) -> float:
 def seen(store: Store, ago_s: float, *, woken: bool = False) -> None:
     """Let an idle worker have been seen, or woken, so long ago."""
     at = now(store) - ago_s
+    store.client.zadd(keys.IDLE, {store.worker: at})
     store.client.zadd(keys.IDLE_PREFIX + store.group, {store.worker: -at if woken else at})
 
 

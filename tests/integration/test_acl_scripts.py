@@ -99,7 +99,9 @@ VARIABLES = {
     "name": [*LISTS, keys.index(), keys.later("realtime")],
     "idle": [keys.IDLE_PREFIX + "group"],
     "groups": [keys.GROUPS_PREFIX + "realtime.resnet"],
-    "indices[1]": [keys.index(), keys.index("resnet")],
+    "order": [keys.ORDER_PREFIX + "group"],
+    "since": [keys.AGEING_PREFIX + "group"],
+    "2": [keys.index(), keys.index("resnet")],
     "n": [keys.index(), keys.index("resnet")],
     "channel": [keys.result("1"), keys.REPLY_PREFIX + "1"],
     "'NUMSUB'": ["NUMSUB"],
@@ -110,7 +112,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("HDEL", "HGET", "HMGET", "HEXISTS", "LPUSH", "RPUSH", "SADD", "SET"), ("{}", "x")),
     **dict.fromkeys(("PUBLISH", "RPOP", "ZREM", "ZSCORE"), ("{}", "1")),
     **dict.fromkeys(("GETRANGE", "LTRIM", "ZRANGE", "ZREVRANGE"), ("{}", "0", "1")),
-    **dict.fromkeys(("ZCOUNT", "ZREMRANGEBYSCORE"), ("{}", "0", "1")),
+    **dict.fromkeys(("ZCOUNT", "ZREMRANGEBYSCORE", "ZRANGEBYSCORE", "ZREVRANGEBYSCORE"), ("{}", "0", "1")),
     **dict.fromkeys(("HSET", "HSETNX", "HINCRBY"), ("{}", "x", "1")),
     "LREM": ("{}", "-1", "x"),
     "ZADD": ("{}", "1", "x"),
@@ -122,20 +124,6 @@ CALLS: dict[str, tuple[str, ...]] = {
 #: What they keep is always kept.
 NEVER = {("cancel", "DEL"), ("bury", "DEL")}
 _CALL = re.compile(r"redis\.p?call\('([A-Z]+)'(?=(?:, ([^,\n]*))?)")
-_FUNCTION = re.compile(r"^local function (\w+)\(.*?^end$|^local function (\w+)\(.* end$", re.M | re.S)
-
-
-def reached(script: str) -> str:
-    """Return a script's text with those functions of its libraries that it may call."""
-    body = scripts.text(script)
-    needs = re.search(r"^-- needs: (.+)$", body, re.M)
-    libraries = "".join(scripts.text(name) for name in needs.group(1).split()) if needs else ""
-    functions = {found[1] or found[2]: found[0] for found in _FUNCTION.finditer(libraries)}
-    whole, todo = body, list(functions)
-    while called := [name for name in todo if re.search(rf"\b{name}\(", whole)]:
-        todo = [name for name in todo if name not in called]
-        whole += "".join(functions[name] for name in called)
-    return whole
 
 
 def keys_of(script: str, expression: str) -> list[str]:
@@ -158,7 +146,7 @@ def keys_of(script: str, expression: str) -> list[str]:
 
 def calls_of(script: str) -> Iterator[list[str]]:
     """Yield each call of Redis that a script may make, with samples of its keys."""
-    for command, expression in _CALL.findall(reached(script)):
+    for command, expression in _CALL.findall(scripts.source(script)):
         if (script, command) in NEVER:
             continue
         if not expression:
@@ -175,7 +163,7 @@ def test_every_script_is_somebodys() -> None:
         file.name.removesuffix(".lua")
         for file in resources.files(scripts.__package__).joinpath("lua").iterdir()
     }
-    assert files - set(RUN_BY) == {"chain", "later", "lists", "payload", "states"}
+    assert files - set(RUN_BY) == {"ageing", "chain", "later", "lists", "payload", "states"}
 
 
 @pytest.mark.parametrize("script", get_args(scripts.Name))
@@ -353,7 +341,7 @@ def test_administrator(redis_server: OurRedis) -> None:
 
 def tables() -> Mapping[str, Any]:
     """Return what is unused of this test's own tables: it names no script or variable that is gone."""
-    calls = [call for name in get_args(scripts.Name) for call in _CALL.findall(reached(name))]
+    calls = [call for name in get_args(scripts.Name) for call in _CALL.findall(scripts.source(name))]
     used = {expression.strip() for _, expression in calls}
     return {"variables": [name for name in VARIABLES if not any(part.startswith(name) for part in used)]}
 

@@ -1,14 +1,14 @@
 #!lua flags=allow-oom
--- needs: lists states payload
+-- needs: lists ageing states payload
 -- Pop up to N tasks of one model, the most urgent first, and record them as in flight, in one step.
 -- KEYS: in-flight hash, epoch hash
 -- ARGV: 1 epoch, 2 first sequence id to use, 3 how many bytes of payload to take at most (one task is taken
 --       whatever its size), 4 ageing in milliseconds (0: off), 5 '1': a task that comes alone runs at once, and
 --       is noted as begin.lua does, 6 the claimer's state: 'idle' (enters the idle workers when nothing comes),
 --       'free' (nothing runs), 'busy' (leaves their part to idle workers), 7 worker, 8 group, 9 tiers (space
---       separated), 10 number of wants, then for each: how many tasks, the rank they must be better than, least
---       batch, number of models, the models; then lists that may have been filled by plain producers, to be
---       looked into
+--       separated), 10 the default model if the worker knows that it serves it, 11 number of lists that may have
+--       been filled by plain producers, to be looked into, and these; then what is wanted of whom: how many
+--       tasks, the rank they must be better than, least batch, number of models (0: all the others), the models
 -- Returns {id of the task noted as running or '', the default model, then for each list: list, rank
 -- (-1 - rank: it has aged and goes first), number of payloads, the payloads}. Sequence ids count up from the
 -- first. Payloads are not parsed.
@@ -22,46 +22,73 @@ local counted = tonumber(redis.call('HGET', KEYS[2], 'number') or 0)
 if counted > epoch then return redis.error_reply('STALE claim of epoch ' .. epoch .. ', now is ' .. counted) end
 if counted < epoch then redis.call('HSET', KEYS[2], 'number', epoch) end
 
--- Which lists of these models hold work, in the order of serving.
-local default = redis.call('GET', DEFAULT_MODEL) or ''
+local found = redis.call('MGET', DEFAULT_MODEL, AGED_PREFIX .. group)
+default = found[1] or ''
+local packed = found[2]
 local tiers = {}
 for tier in string.gmatch(ARGV[9], '%a+') do tiers[BASE[tier]] = true end
-local wanted, indices, at = {}, {}, 11
-for _ = 1, tonumber(ARGV[10]) do
-  local want = {tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])}
-  local first = at + 4
-  at = first + tonumber(ARGV[at + 3])
-  for i = first, at - 1 do
-    local model = ARGV[i]
-    wanted[model] = want
-    indices[#indices + 1] = INDEX_PREFIX .. model
-    if model == default then indices[#indices + 1] = INDEX_PREFIX end
-  end
+local wants_at = 12 + ARGV[11]
+for i = 12, wants_at - 1 do
+  if redis.call('LLEN', ARGV[i]) > 0 then index_list(ARGV[i], true) end
 end
-for i = at, #ARGV do
-  if redis.call('LLEN', ARGV[i]) > 0 then index_list(ARGV[i]) end
+
+-- Return the model of an index; nil when the group does not serve it.
+local function model_of(index)
+  if index ~= '' then return index end
+  if default == ARGV[10] then return default end
+  local tier = string.match(ARGV[9], '^%a+')
+  return redis.call('ZSCORE', GROUPS_PREFIX .. tier .. '.' .. default, group) and default or nil
 end
-local flat
-if #indices == 1 then
-  flat = redis.call('ZRANGE', indices[1], 0, -1, 'WITHSCORES')
-else
-  local n = #indices
-  indices[n + 1] = 'WITHSCORES'
-  flat = redis.call('ZUNION', n, unpack(indices))
-end
-local lists = {}
-for i = 1, #flat, 2 do
-  local list, rank = flat[i], tonumber(flat[i + 1])
-  local tier, indexed = string.match(list, '^(%a+)%.?([^@\6]*)')
-  local model = indexed == '' and default or indexed
-  local want = wanted[model]
-  if want and tiers[rank - rank % 10] and rank < want[2] and want[1] > 0 then
-    lists[#lists + 1] = {key = list, rank = rank, tier = tier, model = model, indexed = indexed}
+
+-- Return what is wanted of an index's model: how many tasks, of a better rank than which, the least batch; and
+-- the model. Nil: nothing.
+local function want_of(index)
+  local model, at = model_of(index), wants_at
+  while model do
+    local last = at + 3 + ARGV[at + 3]
+    local meant = last == at + 3
+    for i = at + 4, last do
+      if ARGV[i] == model then
+        meant = true
+        break
+      end
+    end
+    if meant then
+      local count = tonumber(ARGV[at])
+      if count == 0 then return nil end
+      return {count = count, bound = tonumber(ARGV[at + 1]), least = tonumber(ARGV[at + 2])}, model
+    end
+    at = last + 1
   end
 end
 
--- Models take turns, and so do the callers of a model: who was served least goes first. Who comes anew stands
--- behind those who wait, and keeps that place: nobody is passed over because his list was empty, or was not.
+-- Return the lists with work of a model (its name), in the order of serving.
+local function lists_of(model)
+  local flat
+  if model == default then
+    flat = redis.call('ZUNION', 2, INDEX_PREFIX, INDEX_PREFIX .. model, 'WITHSCORES')
+  else
+    flat = redis.call('ZRANGE', INDEX_PREFIX .. model, 0, -1, 'WITHSCORES')
+  end
+  local lists = {}
+  for i = 1, #flat, 2 do
+    local key, rank = flat[i], tonumber(flat[i + 1])
+    if tiers[rank - rank % 10] then
+      local index = model == default and string.match(key, '^%a+%.?([^@\6]*)') or model
+      lists[#lists + 1] = {key = key, rank = rank, index = index}
+    end
+  end
+  return lists
+end
+
+-- Return the rank of the first list of an index that is not known to be empty; nil without one.
+local function rank_of(lists, index)
+  for _, list in ipairs(lists) do
+    if list.index == index and (not list.size or list.size > 0) then return list.rank end
+  end
+end
+
+-- Callers of a model take turns as models do.
 local function take_turns(rivals)
   local names, most, new = {}, 0, {}
   for i, one in ipairs(rivals) do names[i] = one.key end
@@ -83,155 +110,207 @@ local function take_turns(rivals)
     return a.key < b.key
   end)
 end
--- The models that hold the most urgent work, each with its first list.
-local top, met = {}, {}
-for _, list in ipairs(lists) do
-  if list.rank ~= lists[1].rank then break end
-  if not met[list.model] then
-    met[list.model] = true
-    top[#top + 1] = {key = turn_of(list.rank, list.model), list = list}
+
+-- Nothing was taken.
+local function nothing()
+  if state == 'idle' then
+    redis.call('ZADD', IDLE, now(), worker)
+    redis.call('ZADD', IDLE_PREFIX .. group, now(), worker)
+  end
+  return {'', default}
+end
+
+-- The model that goes first, with its lists: the first of the group's order that is wanted. The only one of a
+-- group of one model.
+local model, want, lists, index, rank, heads, rivals = nil, nil, {}, nil, nil, {}, nil
+if string.sub(group, 1, #ONE_MODEL) == ONE_MODEL then
+  model = ARGV[wants_at + 4]
+  want = want_of(model)
+  if want then lists = lists_of(model) end
+else
+  local function head(last) return redis.call('ZRANGE', ORDER_PREFIX .. group, 0, last, 'WITHSCORES') end
+  local last, i = 1, 1
+  heads = head(last)
+  while heads[i] and not model do
+    local name
+    index, rank = heads[i], rank_at(heads[i + 1])
+    want, name = want_of(index)
+    if want and rank < want.bound then
+      lists = lists_of(name)
+      local best = rank_of(lists, index)
+      if best == rank then
+        model = name
+        rivals = (i > 1 or heads[4] and rank_at(heads[4]) == rank) and tonumber(heads[i + 1])
+      else
+        move_in_order(group, index, best)
+        i, heads = 1, head(last)
+      end
+    else
+      i = i + 2
+      if i == 5 and last == 1 then
+        last = -1
+        heads = head(last)
+      end
+    end
   end
 end
-if #top > 1 then take_turns(top) end
-local urgent = top[1] and top[1].list
+local urgent = lists[1]
+if not model or not urgent or urgent.rank >= want.bound then return nothing() end
 
 -- Ageing: a list that was passed over for long enough goes first, once; at most in every fifth claim.
-local aged, since, waits = nil, nil, false
-if ageing > 0 and #lists > 0 and (#lists > 1 or redis.call('EXISTS', AGEING) == 1) then
-  waits = true
-  local fields = {''}
-  for i, list in ipairs(lists) do fields[i + 1] = list.key end
-  since = redis.call('HMGET', AGEING, unpack(fields))
-  local credit, oldest = tonumber(since[1] or AGED_EVERY - 1), now() * 1000 - ageing
-  for i, list in ipairs(lists) do
-    list.since = tonumber(since[i + 1])
-    if list.since and list.since <= oldest then aged, oldest = list, list.since end
+local aged
+if ageing > 0 and (#lists > 1 or heads[3]) then
+  if not packed then
+    local keys = {}
+    if heads[1] then
+      local indices = redis.call('ZRANGE', ORDER_PREFIX .. group, 0, -1)
+      local n = #indices
+      for i, name in ipairs(indices) do indices[i] = INDEX_PREFIX .. name end
+      for _, key in ipairs(redis.call('ZUNION', n, unpack(indices))) do
+        if tiers[BASE[string.match(key, '^%a+')]] then keys[#keys + 1] = key end
+      end
+    else
+      for i, list in ipairs(lists) do keys[i] = list.key end
+    end
+    packed = look_for_aged(group, keys, ageing)
   end
-  if aged == urgent then aged = nil end
-  if aged and credit < AGED_EVERY - 1 then aged = nil end
+  local since = AGEING_PREFIX .. group
+  local credit = packed ~= '' and redis.call('HGET', since, '')
+  if packed ~= '' and tonumber(credit or AGED_EVERY - 1) >= AGED_EVERY - 1 then
+    local waiting = cmsgpack.unpack(packed)
+    for i, key in ipairs(waiting) do
+      local _, of, place = place_of(key)
+      local wanted, name = want_of(of)
+      if key ~= urgent.key and wanted and place < wanted.bound then
+        local theirs = name == model and lists or lists_of(name)
+        for _, list in ipairs(theirs) do
+          if list.key == key then aged, lists, model, want = list, theirs, name, wanted end
+        end
+        if aged then
+          table.remove(waiting, i)
+          packed = #waiting > 0 and cmsgpack.pack(waiting) or ''
+          redis.call('SET', AGED_PREFIX .. group, packed, 'XX', 'KEEPTTL')
+          break
+        end
+      end
+    end
+  end
   if aged then
-    redis.call('HSET', AGEING, '', 0)
-  elseif credit < AGED_EVERY - 2 then
-    redis.call('HSET', AGEING, '', credit + 1)
-  elseif since[1] then
-    redis.call('HDEL', AGEING, '')
+    redis.call('HSET', since, '', 0)
+  elseif credit then
+    if tonumber(credit) < AGED_EVERY - 2 then
+      redis.call('HINCRBY', since, '', 1)
+    else
+      redis.call('HDEL', since, '')
+    end
   end
 end
 
 -- One claim is one model's batch. Idle workers share what waits; who is busy leaves their part to them.
-local answer, n, taken, left = {'', default}, 2, 0, nil
-local first = aged or urgent
-if first then
-  local model = first.model
-  local room, least = wanted[model][1], wanted[model][3]
-  local mine, waiting = {}, 0
-  for _, list in ipairs(lists) do
-    if list.model == model then
-      list.size = redis.call('LLEN', list.key)
-      waiting = waiting + list.size
-      mine[#mine + 1] = list
+local answer, n, taken = {'', default}, 2, 0
+local room, waiting, mine = want.count, 0, {}
+for _, list in ipairs(lists) do
+  if list.rank < want.bound then
+    list.size = redis.call('LLEN', list.key)
+    waiting = waiting + list.size
+    mine[#mine + 1] = list
+  end
+end
+if state == 'busy' then
+  room = math.min(room, waiting - count_idle(group) * room)
+else
+  if is_anybody_idle() and redis.call('ZREM', IDLE, worker) == 1 then
+    redis.call('ZREM', IDLE_PREFIX .. group, worker)
+    idle = nil
+  end
+  local others = count_idle(group)
+  if others > 0 then room = math.min(room, math.max(want.least, math.ceil(waiting / (others + 1)))) end
+end
+
+-- One payload tells how many of its size fit. What is popped is recorded by one command: a call costs
+-- more than the field it sets.
+local function take(list, most)
+  local few, before, stop, head = 1, room, math.max(0, room - most), n
+  while room > stop and bytes > 0 do
+    local popped = redis.call('RPOP', list.key, math.min(room - stop, few))
+    if not popped then break end
+    if n == head then
+      answer[n + 1], answer[n + 2] = list.key, list == aged and -1 - list.rank or list.rank
+      n = n + 3
+    end
+    local fields, k = {}, 0
+    for i = 1, #popped do
+      local payload, field = popped[i], string.format('%.0f', seq)
+      fields[k + 1], fields[k + 2], fields[k + 3], fields[k + 4] = field, payload, field .. ':list', list.key
+      answer[n + i] = payload
+      k, seq, bytes = k + 4, seq + 1, bytes - #payload
+    end
+    for i = 1, k, 1000 do redis.call('HSET', inflight, unpack(fields, i, math.min(i + 999, k))) end
+    n, room = n + #popped, room - #popped
+    answer[head + 3] = before - room
+    few = math.max(1, math.floor(bytes / (#popped[#popped] + 1)))
+  end
+  local count = before - room
+  if count > 0 then
+    redis.call('HINCRBY', CLAIMED, list.key, count)
+    if list.turn then
+      list.turn = list.turn + count
+      redis.call('HSET', TURNS, list.key, list.turn)
     end
   end
-  local others = 0
-  if state == 'busy' then
-    others = count_idle(group)
-    room = math.min(room, waiting - others * room)
+  list.size = list.size - count
+  list.served = list.served or count > 0
+  return count
+end
+
+if aged then taken = take(aged, room) end
+local at = 1
+while at <= #mine and room > 0 do
+  -- Those of one rank share what room there is, in parts; what one leaves is the next one's.
+  local callers = {mine[at]}
+  while at < #mine and mine[at + 1].rank == callers[1].rank do
+    at = at + 1
+    callers[#callers + 1] = mine[at]
+  end
+  if #callers > 1 then
+    take_turns(callers)
+    local part = math.ceil(room / #callers)
+    for _, list in ipairs(callers) do taken = taken + take(list, part) end
+  end
+  for _, list in ipairs(callers) do
+    if list.size > 0 then taken = taken + take(list, room) end
+  end
+  at = at + 1
+end
+
+-- What is left is another worker's, of this model or of the next.
+local before, left = {}, nil
+for _, list in ipairs(lists) do before[list.index] = before[list.index] or list.rank end
+for _, list in ipairs(mine) do
+  if list.size <= 0 then
+    unindex_list(list.key, list.index)
   else
-    local idle = IDLE_PREFIX .. group
-    redis.call('ZREM', idle, worker)
-    others = count_idle(group)
-    if others > 0 then room = math.min(room, math.max(least, math.ceil(waiting / (others + 1)))) end
+    left = left or list.rank
   end
-
-  -- One payload tells how many of its size fit. What is popped is recorded by one command: a call costs
-  -- more than the field it sets.
-  local function take(list, most)
-    local few, before, stop, head = 1, room, math.max(0, room - most), n
-    while room > stop and bytes > 0 do
-      local popped = redis.call('RPOP', list.key, math.min(room - stop, few))
-      if not popped then break end
-      if n == head then
-        answer[n + 1], answer[n + 2] = list.key, list == aged and -1 - list.rank or list.rank
-        n = n + 3
-      end
-      local fields, k = {}, 0
-      for i = 1, #popped do
-        local payload, field = popped[i], string.format('%.0f', seq)
-        fields[k + 1], fields[k + 2], fields[k + 3], fields[k + 4] = field, payload, field .. ':list', list.key
-        answer[n + i] = payload
-        k, seq, bytes = k + 4, seq + 1, bytes - #payload
-      end
-      for i = 1, k, 1000 do redis.call('HSET', inflight, unpack(fields, i, math.min(i + 999, k))) end
-      n, room = n + #popped, room - #popped
-      answer[head + 3] = before - room
-      few = math.max(1, math.floor(bytes / (#popped[#popped] + 1)))
-    end
-    local count = before - room
-    if count > 0 then
-      redis.call('HINCRBY', CLAIMED, list.key, count)
-      if list.turn then
-        list.turn = list.turn + count
-        redis.call('HSET', TURNS, list.key, list.turn)
-      end
-    end
-    list.size = list.size - count
-    list.served = list.served or count > 0
-    return count
+end
+for name, first in pairs(before) do
+  local best = rank_of(lists, name)
+  if best ~= first then
+    if heads[1] then move_in_order(group, name, best) end
+  elseif rivals and name == index and taken > 0 then
+    redis.call('ZADD', ORDER_PREFIX .. group, rivals + taken * TASK, name)
   end
-
-  if aged then taken = take(aged, room) end
-  local i = 1
-  while i <= #mine and room > 0 do
-    -- Those of one rank share what room there is, in parts; what one leaves is the next one's.
-    local rivals = {mine[i]}
-    while i < #mine and mine[i + 1].rank == rivals[1].rank do
-      i = i + 1
-      rivals[#rivals + 1] = mine[i]
-    end
-    if #rivals > 1 then
-      take_turns(rivals)
-      local part = math.ceil(room / #rivals)
-      for _, list in ipairs(rivals) do taken = taken + take(list, part) end
-    end
-    for _, list in ipairs(rivals) do
-      if list.size > 0 then taken = taken + take(list, room) end
-    end
-    i = i + 1
-  end
-  if top[1].turn and model == urgent.model and taken > 0 then
-    redis.call('HSET', TURNS, top[1].key, top[1].turn + taken)
-  end
-  for _, list in ipairs(mine) do
-    if list.size <= 0 then
-      unindex_list(list.key, list.indexed, turn_of(list.rank, model))
-    else
-      left = left or list.tier
-    end
-  end
-  if waits then
-    for _, list in ipairs(lists) do
-      if list.size and list.size <= 0 then
-        -- Nothing waits there any more.
-      elseif list.served or not list.since then
-        redis.call('HSET', AGEING, list.key, string.format('%.0f', now() * 1000))
-      end
-    end
-  end
-
-  -- What is left is another worker's.
-  if left then wake(left, model, 1) end
-  for _, list in ipairs(lists) do
-    if list.model ~= model then
-      wake(list.tier, list.model, 1)
-      break
-    end
+end
+if left then wake(tier_at(left), model, 1) end
+for i = 1, #heads, 2 do
+  local name = heads[i] == '' and default or heads[i]
+  if name ~= model then
+    wake(tier_at(rank_at(heads[i + 1])), name, 1)
+    break
   end
 end
 
-if taken == 0 then
-  if state == 'idle' then redis.call('ZADD', IDLE_PREFIX .. group, now(), worker) end
-  return answer
-end
+if taken == 0 then return nothing() end
 -- The worker compares the id with what it reads. A payload too long to search
 -- through, or a task that has its final state, is left to begin.lua.
 if ARGV[5] == '1' and taken == 1 and #answer[6] <= 16384 then

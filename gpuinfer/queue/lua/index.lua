@@ -6,7 +6,7 @@
 local found = 0
 for _, list in ipairs(KEYS) do
   if redis.call('LLEN', list) > 0 then
-    index_list(list)
+    index_list(list, true)
     found = found + 1
   end
 end

@@ -1,6 +1,22 @@
--- Library: lists and their index, and waking idle workers.
+-- Library: lists, their index, the order in which models are served, and waking idle workers.
 local SEP = '\6\22'
 local BASE = {realtime = 0, default = 10, batch = 20}
+local TIERS = {[0] = 'realtime', 'default', 'batch'}
+
+-- Return the name of the default model; '' when there is none. A script that has read it may set it.
+local default
+local function default_model()
+  default = default or redis.call('GET', DEFAULT_MODEL) or ''
+  return default
+end
+
+-- Return the groups of workers that serve a model (its name) in a tier.
+local read = {}
+local function groups_of(tier, model)
+  local groups = GROUPS_PREFIX .. tier .. '.' .. model
+  read[groups] = read[groups] or redis.call('ZRANGE', groups, 0, -1)
+  return read[groups]
+end
 
 -- Return a list's tier, model ('' for the default one) and rank; nil when its name is not ours.
 local function place_of(list)
@@ -16,28 +32,52 @@ end
 -- without a name.
 local function list_of(list, model)
   local tier, _, rest = string.match(list, '^(%a+)%.?([^@\6]*)(.*)$')
-  if model == '' or model == redis.call('GET', DEFAULT_MODEL) then return tier .. rest end
+  if model == '' or model == default_model() then return tier .. rest end
   return tier .. '.' .. model .. rest
 end
 
--- Add a list that holds work to its model's index.
-local function index_list(list)
-  local tier, model, rank = place_of(list)
-  if tier and redis.call('ZADD', INDEX_PREFIX .. model, rank, list) == 1 then
-    redis.call('SADD', INDEXED, model)
-  end
-  return tier, model
+-- A group of several models keeps their indices that hold work in the order of serving, so that a claim reads
+-- its head alone. An index is scored by the rank of its most urgent list, and within a rank by its turn: who was
+-- served least goes first. Of the indices of a group, one that another group has emptied may still be there, or
+-- too far in front: the claim that finds it puts it right.
+local RANK, TASK = 2 ^ 46, 64
+local function rank_at(score) return math.floor(score / RANK) end
+local function tier_at(rank) return TIERS[math.floor(rank / 10)] end
+
+-- Put an index in its place in a group's order, unless it stands there, or further in front. Who comes anew
+-- stands behind those who wait, and keeps that place: nobody is passed over because his list was empty, or
+-- was not.
+local function enter_order(group, index, rank)
+  if string.sub(group, 1, #ONE_MODEL) == ONE_MODEL then return end
+  local order = ORDER_PREFIX .. group
+  local first = rank * RANK
+  local last = redis.call('ZREVRANGEBYSCORE', order, '(' .. string.format('%.0f', first + RANK), first,
+    'WITHSCORES', 'LIMIT', 0, 1)
+  redis.call('ZADD', order, 'LT', (last[2] or first) + 1, index)
 end
 
--- Return what a model's turn among those with work of one rank is kept under; no list has such a name.
-local function turn_of(rank, model) return rank .. ' ' .. model end
+-- Put an index in another place of a group's order; without a rank it has no work.
+local function move_in_order(group, index, rank)
+  redis.call('ZREM', ORDER_PREFIX .. group, index)
+  if rank then enter_order(group, index, rank) end
+end
 
--- Drop a list that holds nothing from its model's index. It has waited for nothing, and neither it nor its model,
--- whose turn is given, has one.
-local function unindex_list(list, model, turn)
-  redis.call('ZREM', INDEX_PREFIX .. model, list)
-  redis.call('HDEL', AGEING, list)
-  redis.call('HDEL', TURNS, list, turn)
+-- Add a list that holds work to its model's index, and that to the orders; `check`: to these in any case.
+local function index_list(list, check)
+  local tier, index, rank = place_of(list)
+  if tier and (redis.call('ZADD', INDEX_PREFIX .. index, rank, list) == 1 or check) then
+    redis.call('SADD', INDEXED, index)
+    for _, group in ipairs(groups_of(tier, index == '' and default_model() or index)) do
+      enter_order(group, index, rank)
+    end
+  end
+  return tier, index
+end
+
+-- Drop a list that holds nothing from its model's index, and its caller's turn.
+local function unindex_list(list, index)
+  redis.call('ZREM', INDEX_PREFIX .. index, list)
+  redis.call('HDEL', TURNS, list)
 end
 
 local clock
@@ -49,12 +89,22 @@ local function now()
   return clock
 end
 
+-- Tell whether anybody is idle, of whatever group: while nobody is, nobody is counted or looked for.
+local idle
+local function is_anybody_idle()
+  if idle == nil then idle = redis.call('EXISTS', IDLE) == 1 end
+  return idle
+end
+
 -- Wake up to `wanted` idle workers that serve a model (its name) in a tier, the one seen last first. One that is
 -- woken counts as idle until it claims, but is not woken again.
+local nobody = {}
 local function wake(tier, model, wanted)
-  for _, group in ipairs(redis.call('ZRANGE', GROUPS_PREFIX .. tier .. '.' .. model, 0, -1)) do
+  if not is_anybody_idle() then return end
+  for _, group in ipairs(groups_of(tier, model)) do
     local idle = IDLE_PREFIX .. group
-    local workers = redis.call('ZREVRANGE', idle, 0, wanted - 1, 'WITHSCORES')
+    local workers = nobody[group] and {} or redis.call('ZREVRANGE', idle, 0, wanted - 1, 'WITHSCORES')
+    nobody[group] = #workers == 0
     for i = 1, #workers, 2 do
       local worker, at = workers[i], tonumber(workers[i + 1])
       if at < 0 or at < now() - IDLE_VOID then break end
@@ -69,13 +119,13 @@ end
 
 -- Wake as many for the model of a list's index: '' is the default one.
 local function wake_for(tier, indexed, wanted)
-  wake(tier, indexed == '' and redis.call('GET', DEFAULT_MODEL) or indexed, wanted)
+  wake(tier, indexed == '' and default_model() or indexed, wanted)
 end
 
 -- Count the workers of a group that are idle: those that wait, and those that were woken and will claim.
 local function count_idle(group)
+  if not is_anybody_idle() then return 0 end
   local idle = IDLE_PREFIX .. group
-  if redis.call('EXISTS', idle) == 0 then return 0 end
   return redis.call('ZCOUNT', idle, now() - IDLE_VOID, '+inf')
     + redis.call('ZCOUNT', idle, -now(), -now() + WOKEN_VOID)
 end

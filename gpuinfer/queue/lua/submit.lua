@@ -14,7 +14,9 @@ local function refuse(why)
   drop_these()
   return redis.error_reply(why)
 end
-local format, default = unpack(redis.call('MGET', FORMAT_KEY, DEFAULT_MODEL))
+local format
+format, default = unpack(redis.call('MGET', FORMAT_KEY, DEFAULT_MODEL))
+default = default or ''
 if format and format ~= FORMAT then return refuse('FORMAT ' .. format) end
 local tier, model, caller, priority = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 if model ~= '' and not redis.call('ZSCORE', CATALOGUE, model) then

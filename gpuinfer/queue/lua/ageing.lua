@@ -1,0 +1,36 @@
+-- Library: which lists have been passed over for so long that one of them goes first in the next claim.
+--
+-- The lists of a group are looked through now and then alone, a claim between two looks finds what the last one
+-- has found. A list that was claimed from since the last look, by whomever, was not passed over.
+local LOOKS, LONGEST_LOOK_MS = 10, 1000
+
+-- Look through the lists of a group; return those that were passed over for `ageing` milliseconds, the one that
+-- was longest first, packed; '' for none. `since` says of each since when, and how much was claimed from it then.
+local function look_for_aged(group, lists, ageing)
+  local since, before = AGEING_PREFIX .. group, {}
+  local flat = redis.call('HGETALL', since)
+  for i = 1, #flat, 2 do before[flat[i]] = flat[i + 1] end
+  before[''] = nil
+  local time, new, aged = math.floor(now() * 1000), {}, {}
+  for first = 1, #lists, 1000 do
+    local last = math.min(first + 999, #lists)
+    local claimed = redis.call('HMGET', CLAIMED, unpack(lists, first, last))
+    for i = first, last do
+      local list, count = lists[i], claimed[i - first + 1] or '0'
+      local at, counted = string.match(before[list] or '', '^(%d+) (.*)$')
+      before[list] = nil
+      if counted ~= count then
+        redis.call('HSET', since, list, string.format('%d %s', time, count))
+      elseif tonumber(at) <= time - ageing then
+        aged[#aged + 1] = {list, tonumber(at)}
+      end
+    end
+  end
+  for list in pairs(before) do redis.call('HDEL', since, list) end
+  table.sort(aged, function(a, b) return a[2] < b[2] end)
+  for i, one in ipairs(aged) do aged[i] = one[1] end
+  local packed = #aged > 0 and cmsgpack.pack(aged) or ''
+  local rest = math.floor(math.min(LONGEST_LOOK_MS, ageing / LOOKS))
+  if rest > 0 then redis.call('SET', AGED_PREFIX .. group, packed, 'PX', rest) end
+  return packed
+end
