@@ -388,6 +388,7 @@ class Batcher:
             if final is None and task.seq in self._taken_back:  # the rest of it runs where it is claimed next
                 self._buffer.remove([task])
                 self._celery.finished(task, None)
+                self.store.mark_uncertain()  # a reaper that was cut off has not put it back
             if final is not None:
                 finals.append(final)
         self._taken_back = set()

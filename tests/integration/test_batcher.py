@@ -424,6 +424,29 @@ def test_a_worker_that_was_taken_for_dead_goes_on(
     assert ended == b"100"
 
 
+def test_a_reaper_that_is_cut_off_leaves_no_task_behind(
+    batcher: Batcher, client: Client, model: Small, redis_server: RedisServer
+) -> None:
+    """It has taken the name over, and put nothing back: a job between two slices is claimed again, as what it
+    holds here may be another's by now, and does not stay in flight."""
+    job = client.submit_batch([[float(number)] for number in range(100)], model="picky")
+    go_on = threading.Event()
+    model.watch = lambda: go_on.wait(20)
+    with consuming(redis_server.socket, batcher, batcher._settings) as channel:
+        channel.claim()
+        assert batcher.engine.current is not None
+        store = batcher.store
+        reaper = Store(store.client, store.worker, QUEUES, store._settings, by="reaper of x")
+        reaper._begin_epoch()
+        batcher._batch_s["picky"] = 0.001
+        batcher.engine.moved_at = time.monotonic() + 5
+        channel.claim()
+        go_on.set()
+        turn(batcher, lambda: client.status(job).final, 60)
+        assert len(client.result(job)) == 100
+        turn(batcher, lambda: not store.client.exists(store.inflight))
+
+
 class Watch:
     """A deadline on a device where each pass takes ``seconds``."""
 
