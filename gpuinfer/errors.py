@@ -304,6 +304,14 @@ class TaskFailed(GpuinferError):
     exit_code = 1
 
 
+class ResultTooLarge(GpuinferError):
+    """Raised when a task's result has more bytes than ``queue.max_result_bytes``, or than Redis takes."""
+
+    code = "result_too_large"
+    http_status = 422
+    exit_code = 65  # EX_DATAERR
+
+
 class TaskExpired(GpuinferError):
     """Raised when a task's deadline passed before a worker began it."""
 

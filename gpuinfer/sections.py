@@ -126,6 +126,8 @@ class QueueSettings(Section):
     idempotency_ttl_s: int = Field(default=86400, ge=1, le=365 * 86400)
     #: A request larger than this is refused, before it reaches Redis.
     max_payload_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
+    #: A result larger than this is none: its task fails.
+    max_result_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
     #: Retries of a transient failure, and the first pause; each later pause is twice as long.
     max_retries: int = Field(default=3, ge=0, le=20)
     retry_backoff_s: float = Field(default=0.5, gt=0, le=600)

@@ -30,6 +30,7 @@ _LISTS = tuple(f"~{queue}*" for queue in QUEUES)
 _RESULTS = f"~{keys.RESULT_PREFIX}*"
 #: Where ends are told: by a task's id, and to the client process that waits for it.
 _ENDS = (f"&{keys.RESULT_PREFIX}*", f"&{keys.REPLY_PREFIX}*")
+_BESIDE = f"~{keys.BESIDE_PREFIX}*"
 _KEYED = f"~{keys.IDEMPOTENCY_PREFIX}*"
 _INFLIGHT = f"~{keys.INFLIGHT_PREFIX}*"
 _HEARTBEATS = f"~{keys.HEARTBEAT_PREFIX}*"
@@ -167,6 +168,8 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", _RESULTS),
         _selector("+get", _BODY),
         *_DROPPING,
+        # A large result is set beside, and renamed when its task has ended.
+        _selector("+set", "+strlen", "+rename", _BESIDE, _RESULTS),
         *_BEGINNING,
         *_ANNOUNCING,
         *_COUNTING,

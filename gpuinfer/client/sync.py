@@ -278,6 +278,8 @@ class Client:
                     if status.final and status.id in waiting:
                         del waiting[status.id]
                         yield status
+                    elif status.id in waiting:
+                        yield from self._look(waiting, [status.id])
 
     @contextmanager
     def _listener(self, waiting: dict[str, bool]) -> Iterator[Listener]:
@@ -310,9 +312,14 @@ class Client:
         else:
             self._listeners.append(listener)
 
-    def _look(self, waiting: dict[str, bool], *, patient: bool = False) -> Iterator[TaskStatus]:
-        """Yield what has ended. Raises TaskNotFound for what is gone; without patience, for the unknown."""
-        ids = list(waiting)
+    def _look(
+        self, waiting: dict[str, bool], ids: Sequence[str] = (), *, patient: bool = False
+    ) -> Iterator[TaskStatus]:
+        """Yield what has ended, of all or of these. Raises TaskNotFound for what is gone.
+
+        Without patience also for what was never known.
+        """
+        ids = ids or list(waiting)
         for start in range(0, len(ids), 1000):
             some = ids[start : start + 1000]
             metas = self._direct.call("MGET", *(keys.result(task_id) for task_id in some))

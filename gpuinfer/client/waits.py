@@ -143,9 +143,8 @@ class Waits:
             data = event["data"]
             told = results.parse_many(data) if own else [results.parse(_id_of(channel), data)]
             for status in told:
-                if status.final:
-                    for box in self._mailboxes.get(status.id, ()):
-                        box.put_nowait(status)
+                for box in self._mailboxes.get(status.id, ()):
+                    box.put_nowait(status if status.final else None)
 
 
 def _id_of(channel: str) -> str:

@@ -100,7 +100,7 @@ class Final:
     seq: int | None
     task_id: str
     meta: bytes
-    #: False: the caller who waits is told, and nothing is kept.
+    #: False: the callers who wait are told, and nothing is kept.
     keep: bool = True
     #: The channel on which its client hears of ends; empty: none.
     reply: str = ""
@@ -110,6 +110,11 @@ class Final:
     #: the task out of flight; without that, the end itself is not written either.
     follows: tuple[Follow, ...] = ()
     parent: str = ""
+
+
+def size_of(final: Final) -> int:
+    """Return how many bytes an end has, with what follows it."""
+    return len(final.meta) + sum(len(follow.message) for follow in final.follows)
 
 
 def following(finals: Sequence[Final]) -> Iterator[Argument]:

@@ -30,6 +30,8 @@ FORMAT = 2
 FORMAT_KEY = "gpuinfer:format"
 #: Celery's result key prefix; also the channel a result is published on.
 RESULT_PREFIX = "celery-task-meta-"
+#: A large result, until its task's end is written: then it is renamed, and has not passed through Lua.
+BESIDE_PREFIX = "gpuinfer:beside:"
 #: The channel on which one client process hears of its tasks' ends.
 REPLY_PREFIX = "gpuinfer:reply:"
 #: A worker waits on its own wake-up list while it is idle.
@@ -201,6 +203,11 @@ def heartbeat(worker: str) -> str:
 def body(task_id: str) -> str:
     """Return the key of a task's body, where that lies beside the list."""
     return BODY_PREFIX + task_id
+
+
+def beside(task_id: str) -> str:
+    """Return the key under which a task's large result stands until its end is written."""
+    return BESIDE_PREFIX + task_id
 
 
 def result(task_id: str) -> str:

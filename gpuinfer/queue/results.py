@@ -137,6 +137,11 @@ def failure(task_id: str, error: BaseException, *, worker: str, redelivered: boo
     return _meta(status, task_id, result, extra)
 
 
+def notice(task_id: str, size: int) -> bytes:
+    """Return what reply channels are told of an end whose meta, of so many bytes, is too large for them."""
+    return dump({"status": "SUCCESS", "beside": size, "task_id": task_id})
+
+
 def parse(task_id: str, meta: bytes | str) -> TaskStatus:
     """Read a result key's value."""
     try:
@@ -149,7 +154,10 @@ def parse(task_id: str, meta: bytes | str) -> TaskStatus:
 
 
 def parse_many(metas: bytes) -> list[TaskStatus]:
-    """Read what is published on a reply channel: the metas of a batch, in a list."""
+    """Read what is published on a reply channel: the metas of a batch, in a list.
+
+    A status that is not final is a notice: look under the task's key, where its end stands.
+    """
     try:
         bodies = orjson.loads(metas)
     except orjson.JSONDecodeError:
@@ -162,6 +170,8 @@ def parse_many(metas: bytes) -> list[TaskStatus]:
 def from_body(task_id: str, body: dict[str, Any]) -> TaskStatus:
     """Return the state that a meta tells."""
     state = _STATES.get(str(body.get("status")), "queued")
+    if "beside" in body:
+        state = "running"
     result, error = body.get("result"), None
     worker = body.get("worker")
     if state == "running" and isinstance(result, dict):

@@ -45,6 +45,7 @@ _CONSTANTS: dict[str, str | float] = {
     "AGED_EVERY": 5,
     "AGED_PREFIX": keys.AGED_PREFIX,
     "AGEING_PREFIX": keys.AGEING_PREFIX,
+    "BESIDE_PREFIX": keys.BESIDE_PREFIX,
     "BODIES": keys.BODIES,
     "BODY_BYTES": keys.BODY_BYTES,
     "BODY_PREFIX": keys.BODY_PREFIX,

@@ -37,6 +37,7 @@ from gpuinfer.queue.format import mismatch
 from gpuinfer.queue.later import Later, Postponed
 from gpuinfer.queue.message import identify
 from gpuinfer.queue.scripts import bind
+from gpuinfer.queue.settling import Settling
 from gpuinfer.settings import QUEUES, QueueSettings
 
 log = get_logger(__name__)
@@ -78,6 +79,7 @@ class Store:
         self.default = ""
         self.queues: tuple[str, ...] = ()
         self._settings = settings
+        self.max_result_bytes = settings.max_result_bytes
         self._clock = clock
         self._epoch = 0
         self._seq = 0
@@ -91,7 +93,7 @@ class Store:
         self._claim_sha: str = bind(client, "claim").sha
         self._index = direct.bind("index")
         self._begin = direct.bind("begin")
-        self._settle = direct.bind("settle")
+        self._settling = Settling(client, direct, self.inflight, settings.result_ttl_s)
         self._release = bind(client, "release")
         self._route = bind(client, "route")
         self._restore = bind(client, "restore")
@@ -392,12 +394,7 @@ class Store:
         ``idle`` says that nothing runs now: a crash is charged to nobody. Returns the ids under whose result
         key something else stands, and what Redis said of it: their end is told and counted, and not kept.
         """
-        args: list[Argument] = [self._settings.result_ttl_s, int(idle), len(finals)]
-        for final in finals:
-            seq = "" if final.seq is None else final.seq
-            args += (seq, final.task_id, final.meta, int(final.keep), final.reply, final.label)
-        args += following(finals)
-        _, not_kept, not_sent = self._settle(keys=[self.inflight], args=args)
+        not_kept, not_sent = self._settling.settle(finals, idle=idle)
         _tell_of_refused(not_sent)
         return _pairs(not_kept)
 

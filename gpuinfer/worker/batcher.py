@@ -20,6 +20,7 @@ import redis
 
 from gpuinfer.errors import (
     GpuinferError,
+    ResultTooLarge,
     SoftTimeLimitExceeded,
     TakenBack,
     TaskExpired,
@@ -422,11 +423,15 @@ class Batcher:
         end = conclude(task, self.device)
         if isinstance(end, SoftTimeLimitExceeded) and task.ran_s >= task.total_s:
             end = task.out_of_time()
+        try:
+            final = self._outbox.final(task.claimed, end, task.envelope)
+        except ResultTooLarge as exc:
+            end, final = exc, self._outbox.final(task.claimed, exc, task.envelope)
         error = end if isinstance(end, GpuinferError) else None
         self._celery.finished(task, error, end)
         if error is not None:
             task_log.task_failed(task, error)
-        return self._outbox.final(task.claimed, end, task.envelope)
+        return final
 
     def _settle(self, finals: list[Final]) -> None:
         """Write final states, and that nothing runs when that is so."""

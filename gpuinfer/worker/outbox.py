@@ -9,15 +9,24 @@ any other batch is written before it begins.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import redis
 
-from gpuinfer.errors import GpuinferError, TakenBack, TaskExpired, TaskRevoked, UnusableRedis, WorkerRunning
+from gpuinfer.errors import (
+    GpuinferError,
+    ResultTooLarge,
+    TakenBack,
+    TaskExpired,
+    TaskRevoked,
+    UnusableRedis,
+    WorkerRunning,
+)
 from gpuinfer.log import get_logger
 from gpuinfer.queue import results
-from gpuinfer.queue.claims import Claimed, Final, label
+from gpuinfer.queue.claims import Claimed, Final, label, size_of
 from gpuinfer.queue.connection import AWAY
 from gpuinfer.queue.keys import RESULT_PREFIX, place_of
 from gpuinfer.queue.message import Envelope
@@ -29,6 +38,12 @@ log = get_logger(__name__)
 
 #: A task that runs for this long is marked as started; a shorter one has ended before anybody looks.
 STARTED_AFTER_S = 0.1
+#: Ends are written in calls of so many at most, and so many bytes: Redis does nothing else meanwhile.
+CHUNK_TASKS, CHUNK_BYTES = 1000, 4 * 1024 * 1024
+#: An end that Redis has not taken alone, so many times in a row while it answered otherwise, is never taken.
+CULPRIT_TRIES = 3
+#: What is smaller than this is not too large for any Redis: proto-max-bulk-len is 1 MiB at least.
+SMALL_BYTES = 64 * 1024
 
 
 class Outbox:
@@ -36,6 +51,9 @@ class Outbox:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._max_bytes = store.max_result_bytes
+        #: How many ends the next chunk has at most, and how often one was tried alone in a row.
+        self._most, self._alone = CHUNK_TASKS, 0
         self._waiting: list[Final] = []
         #: What the last claim has put on record, as long as nothing else was written there.
         self._noted: Claimed | None = None
@@ -130,10 +148,15 @@ class Outbox:
         return [tasks[position] for position in sorted(positions)]
 
     def final(self, claimed: Claimed, end: Any, envelope: Envelope) -> Final:
-        """Return the end of a task: a result, or an error."""
+        """Return the end of a task: a result, or an error. Raises ResultTooLarge for a result."""
         worker, again = self._store.worker, envelope.deliveries > 0
-        write = results.failure if isinstance(end, GpuinferError) else results.success
+        failed = isinstance(end, GpuinferError)
+        write = results.failure if failed else results.success
         meta = write(envelope.id, end, worker=worker, redelivered=again)
+        if len(meta) > self._max_bytes and not failed:
+            raise ResultTooLarge(
+                f"the result has {len(meta)} bytes; queue.max_result_bytes is {self._max_bytes}"
+            )
         place = place_of(claimed.list_key)
         return Final(
             claimed.seq,
@@ -155,7 +178,7 @@ class Outbox:
         return Final(task.seq, "", b"", label=counted, follows=follows, parent=task.id)
 
     def settle(self, finals: Sequence[Final], *, idle: bool) -> None:
-        """Write final states; while Redis is away they wait here and are written when it is back.
+        """Write final states, in chunks; while Redis is away they wait here and are written when it is back.
 
         ``idle``: nothing runs, so a death is on nobody's account.
         """
@@ -164,12 +187,66 @@ class Outbox:
             return
         if idle:
             self._noted = None  # wiped, even if the answer should be lost
+        while True:
+            chunk = self._chunk()
+            last = len(chunk) == len(self._waiting)
+            try:
+                refused = self._store.settle(chunk, idle=idle and last)
+            except (redis.RedisError, OSError) as exc:
+                if self._split(chunk, exc):
+                    continue
+                self.trouble("settle", exc)
+                return
+            self._most, self._alone = min(CHUNK_TASKS, 2 * self._most), 0
+            del self._waiting[: len(chunk)]
+            self._say_refused(refused)
+            if last:
+                break
+        self._noted_idle, self._refused = idle, False
+
+    def _chunk(self) -> list[Final]:
+        """Return the ends to write next: so many, and so many bytes of them."""
+        left = CHUNK_BYTES
+        chunk: list[Final] = []
+        for final in self._waiting[: self._most]:
+            left -= size_of(final)
+            if chunk and left < 0:
+                break
+            chunk.append(final)
+        return chunk
+
+    def _split(self, chunk: Sequence[Final], exc: Exception) -> bool:
+        """After a chunk that was not written although Redis answers, choose a smaller one; True: write it.
+
+        An end that is not written alone, again and again, is the culprit: larger than Redis takes, most
+        likely, which then closes the connection. Its task ends as a failure.
+        """
+        if not _closes(exc) or all(size_of(final) <= SMALL_BYTES for final in chunk):
+            return False
         try:
-            refused = self._store.settle(self._waiting, idle=idle)
-        except (redis.RedisError, OSError) as exc:
-            self.trouble("settle", exc)
-            return
-        self._waiting, self._noted_idle, self._refused = [], idle, False
+            self._store.client.ping()
+        except (redis.RedisError, OSError):
+            return False
+        if len(chunk) > 1:
+            self._most = len(chunk) // 2
+            return True
+        self._alone += 1
+        if self._alone < CULPRIT_TRIES:
+            return True
+        self._alone = 0
+        culprit = chunk[0]
+        error = ResultTooLarge(
+            f"the result has {size_of(culprit)} bytes, and Redis does not take it ({exc}); lower "
+            f"queue.max_result_bytes, now {self._max_bytes}, to refuse the like at once"
+        )
+        meta = results.failure(culprit.task_id, error, worker=self._store.worker)
+        counted = f"failed {culprit.label.partition(' ')[2]}"
+        follows = tuple(follow for follow in culprit.follows if not follow.success)
+        self._waiting[0] = replace(culprit, meta=meta, label=counted, follows=follows)
+        log.error("task_failed", task_id=culprit.task_id, code=error.code, reason=str(error))
+        return True
+
+    def _say_refused(self, refused: Mapping[str, str]) -> None:
         for task_id, reason in refused.items():
             hint = (
                 f"something else stands under {RESULT_PREFIX}{task_id}; its caller was told, nothing is kept"
@@ -204,6 +281,13 @@ class Outbox:
         if not isinstance(exc, AWAY) and not self._refused:
             log.error("redis_refused", operation=what, reason=str(exc), hint="tried again until it works")
             self._refused = True
+
+
+def _closes(exc: Exception) -> bool:
+    """Tell whether Redis has closed the connection, as it does when what is sent is too large for it."""
+    if isinstance(exc, redis.ResponseError):
+        return "Protocol error" in str(exc)
+    return not isinstance(exc, (redis.exceptions.BusyLoadingError, redis.AuthenticationError))
 
 
 def _outcome(end: Any) -> str:

@@ -114,6 +114,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("GETRANGE", "LTRIM", "ZRANGE", "ZREVRANGE"), ("{}", "0", "1")),
     **dict.fromkeys(("ZCOUNT", "ZREMRANGEBYSCORE", "ZRANGEBYSCORE", "ZREVRANGEBYSCORE"), ("{}", "0", "1")),
     **dict.fromkeys(("HSET", "HSETNX", "HINCRBY"), ("{}", "x", "1")),
+    "RENAME": ("{}", keys.result("1")),
     "LREM": ("{}", "-1", "x"),
     "ZADD": ("{}", "1", "x"),
     **dict.fromkeys(("ZREMRANGEBYRANK", "LRANGE"), ("{}", "0", "1")),
@@ -122,7 +123,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "PUBSUB": ("{}", "channel"),
 }
 #: What they keep is always kept.
-NEVER = {("cancel", "DEL"), ("bury", "DEL")}
+NEVER = {(script, call) for script in ("cancel", "bury") for call in ("DEL", "STRLEN", "RENAME", "GET")}
 _CALL = re.compile(r"redis\.p?call\('([A-Z]+)'(?=(?:, ([^,\n]*))?)")
 
 

@@ -3,8 +3,8 @@
 -- Write the final states of tasks, tell them, drop the tasks from flight, and send on what follows, in one step.
 -- KEYS: in-flight hash
 -- ARGV: result ttl in seconds, '1' when nothing runs now, number of tasks, then for each task: seq, task id, meta,
---       '1' to keep the state, reply channel, label; an empty seq is not in flight; an empty id leaves all states
---       as they are; then what follows (chain.lua)
+--       '1' to keep the state ('2': it stands beside), reply channel, label; an empty seq is not in flight; an
+--       empty id leaves all states as they are; then what follows (chain.lua)
 -- Returns how many final states were written, {id, why, ...} of those whose key is not ours to write, and
 -- {id, why, ...} of what follows and was refused.
 local last = 3 + 6 * ARGV[3]
@@ -12,7 +12,7 @@ local following = read_following(ARGV, last + 1)
 -- Of an end that is not kept nothing tells, when it comes again, that it was told, but that the task is not in
 -- flight any more.
 for i = 4, last, 6 do
-  if ARGV[i + 3] ~= '1' and ARGV[i] ~= '' and redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then ARGV[i + 1] = '' end
+  if ARGV[i + 3] == '0' and ARGV[i] ~= '' and redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then ARGV[i + 1] = '' end
 end
 -- An end that something follows counts from whoever holds the task alone: both are written by one call, or neither.
 for _, one in ipairs(following) do

@@ -28,6 +28,7 @@ end
 
 -- Tell the ends of tasks to those who listen: by their ids, and on the reply channels of clients, once a channel.
 -- One look tells who listens at all. `channels` are those of the tasks, `metas` what is told.
+-- A meta of false stands under its task's key, which is its channel.
 local function tell(channels, metas, replies)
   local tasks, n = #channels, #channels
   for reply in pairs(replies) do
@@ -40,7 +41,8 @@ local function tell(channels, metas, replies)
       if found[i] > 0 then
         local at, channel = first + i / 2 - 1, found[i - 1]
         if at <= tasks then
-          redis.call('PUBLISH', channel, metas[at])
+          local key = channel
+          redis.call('PUBLISH', channel, metas[at] or redis.call('GET', key))
         else
           reply_with(channel, replies[channel])
         end
@@ -99,13 +101,15 @@ end
 
 -- Write final states. From `first` to `last` (the end of `flat` if nil), each `step` entries of `flat` begin with:
 -- id ('': none), meta, '1' to keep it, reply channel ('': none), label. A task that has ended already is left as it
--- is. What is not kept is told to the callers who wait, and what stood there is dropped. So are large bodies, unless
--- they are kept.
+-- is. What is not kept ('0') is told to the callers who wait, and what stood there is dropped. So are large bodies,
+-- unless they are kept. A large meta ('2') stands beside, with a time to live, and does not pass through here: it is
+-- renamed, and what is given is a notice for reply channels.
 -- The type of every key, and this user's right to each command, are checked before the first write: a script
 -- that fails half way is not undone.
 -- Returns how many were written, and {id, why, ...} of those whose key is not ours to write; or nil, and an error.
 local function finish(flat, first, step, ttl, last, keep_bodies)
   local open, n, refused, foreign, seen, drops, replied = {}, 0, {}, {}, {}, false, false
+  local sizes, beside = {}, false
   for i = first, last or #flat, step do
     local id = flat[i]
     if id ~= '' and not seen[id] then
@@ -119,7 +123,11 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
       if not (state and FINAL[state]) then
         n = n + 1
         open[n] = i
-        drops = drops or flat[i + 2] ~= '1'
+        drops = drops or flat[i + 2] == '0'
+        if flat[i + 2] == '2' then
+          beside, sizes[i] = true, redis.call('STRLEN', BESIDE_PREFIX .. id)
+          if sizes[i] == 0 then return nil, redis.error_reply('BESIDE nothing of ' .. id) end
+        end
         replied = replied or flat[i + 3] ~= ''
       end
     end
@@ -129,6 +137,7 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
   local bodies = redis.call('EXISTS', BODIES) == 1
   local denied = may({'SET', key, '', 'EX', ttl}, {'PUBSUB', 'NUMSUB', key}, {'PUBLISH', key, ''})
     or drops and may({'DEL', key})
+    or beside and may({'RENAME', BESIDE_PREFIX .. 'x', key}, {'GET', key})
     or replied and may({'PUBLISH', REPLY_PREFIX .. 'x', ''})
     or bodies and may({'HDEL', BODIES, ''}, {'HINCRBY', BODY_BYTES, '', 0}, {'UNLINK', BODY_PREFIX})
   if denied then return nil, denied end
@@ -137,7 +146,7 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
     local i = open[k]
     local label = flat[i + 4]
     counts[label] = (counts[label] or 0) + 1
-    if flat[i + 2] == '1' and not foreign[i] then bytes[label] = (bytes[label] or 0) + #flat[i + 1] end
+    if flat[i + 2] ~= '0' and not foreign[i] then bytes[label] = (bytes[label] or 0) + (sizes[i] or #flat[i + 1]) end
   end
   local uncounted = count_ends(counts, bytes)
   if uncounted then return nil, uncounted end
@@ -153,6 +162,9 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
     elseif flat[i + 2] == '1' then
       redis.call('SET', key, meta, 'EX', ttl)
       written = written + 1
+    elseif flat[i + 2] == '2' then
+      redis.call('RENAME', BESIDE_PREFIX .. flat[i], key)
+      metas[k], written = false, written + 1
     else
       redis.call('DEL', key)
     end

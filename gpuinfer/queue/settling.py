@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a worker writes the ends of its tasks: the script ``settle``, and large results beside it.
+
+What passes through Lua is copied and hashed there. A large result is set under a key of its own before the
+call, by a plain SET, and the script renames that key. Until then nobody reads it; what is not used expires.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import redis
+
+from gpuinfer.queue import keys, results
+from gpuinfer.queue.claims import Final, following
+from gpuinfer.queue.direct import Argument, Direct
+
+#: A result with more bytes is set beside.
+BESIDE_BYTES = 64 * 1024
+
+
+class Settling:
+    """Settles what one worker has in flight."""
+
+    def __init__(self, client: redis.Redis, direct: Direct, inflight: str, ttl_s: int) -> None:
+        self._client = client
+        self._settle = direct.bind("settle")
+        self._inflight = inflight
+        self._ttl_s = ttl_s
+
+    def settle(self, finals: Sequence[Final], *, idle: bool) -> tuple[list[bytes], list[bytes]]:
+        """Write final states (see ``Store.settle``). Raises redis-py's errors.
+
+        Returns two lists of id, reason, id, reason, …: what was not kept, and what follows and was not sent.
+        """
+        beside = self._set_beside(
+            [final for final in finals if final.keep and len(final.meta) > BESIDE_BYTES]
+        )
+        try:
+            return self._call(finals, beside, idle=idle)
+        except redis.ResponseError as exc:
+            if "BESIDE" not in str(exc):  # else one was evicted in between
+                raise
+            return self._call(finals, (), idle=idle)
+
+    def _call(
+        self, finals: Sequence[Final], beside: Collection[str], *, idle: bool
+    ) -> tuple[list[bytes], list[bytes]]:
+        args: list[Argument] = [self._ttl_s, int(idle), len(finals)]
+        for final in finals:
+            seq = "" if final.seq is None else final.seq
+            meta, keep = final.meta, int(final.keep)
+            if final.task_id in beside:
+                meta, keep = results.notice(final.task_id, len(meta)), 2
+            args += (seq, final.task_id, meta, keep, final.reply, final.label)
+        args += following(finals)
+        _, not_kept, not_sent = self._settle(keys=[self._inflight], args=args)
+        return not_kept, not_sent
+
+    def _set_beside(self, finals: Sequence[Final]) -> set[str]:
+        """Set large results beside; return the ids of those that Redis has taken. A full one takes them by
+        script alone."""
+        if not finals:
+            return set()
+        with self._client.pipeline(transaction=False) as pipe:
+            for final in finals:
+                pipe.set(keys.beside(final.task_id), final.meta, ex=self._ttl_s)
+            answers = pipe.execute(raise_on_error=False)
+        taken = set()
+        for final, answer in zip(finals, answers, strict=True):
+            if isinstance(answer, Exception) and not isinstance(answer, redis.exceptions.OutOfMemoryError):
+                raise answer
+            if not isinstance(answer, Exception):
+                taken.add(final.task_id)
+        return taken
