@@ -9,7 +9,8 @@ The way of a line::
 
 Every line carries ``timestamp`` (UTC), ``level``, ``logger`` and ``action``: for our lines a stable
 snake_case name, for foreign lines the logger's name, with their text in ``message``. A line about
-one task has its ``task_id``, a line about several their ``task_ids``. What users sent (inputs,
+one task has its ``task_id``, a line about several their ``task_ids``; about more than a hundred it is several
+lines, numbered by their ``part``. What users sent (inputs,
 results) is never logged; a value that is not plain is logged as its type, and a long text is cut.
 """
 
@@ -32,7 +33,7 @@ import structlog
 from structlog.stdlib import BoundLogger, ProcessorFormatter
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from gpuinfer.journal.entry import Entries, shortened
+from gpuinfer.journal.entry import Entries, parts, shortened
 from gpuinfer.journal.sender import Sender, is_journal
 from gpuinfer.settings import LogSettings
 
@@ -214,7 +215,8 @@ def _handler(to: Target, program: str, stream: TextIO) -> logging.Handler:
     if to == "console":
         handler.setFormatter(_formatter(*_for_reading(stream.isatty())))
     else:
-        handler.setFormatter(_formatter(structlog.processors.format_exc_info, _cut, _order, _to_json))
+        json_lines = _in_parts(_to_json)
+        handler.setFormatter(_formatter(structlog.processors.format_exc_info, _cut, _order, json_lines))
     if to == "journal":
         hidden = frozenset(_always) & {"worker"}
         handler = _JournalHandler(Entries(program, hidden, _as_text), otherwise=handler)
@@ -234,7 +236,16 @@ def _for_reading(colours: bool) -> list[Processor]:
     console = structlog.dev.ConsoleRenderer(
         colors=colours, event_key="action", exception_formatter=structlog.dev.plain_traceback
     )
-    return [_foreign_text_first, _cut, console]
+    return [_foreign_text_first, _cut, _in_parts(console)]
+
+
+def _in_parts(render: Processor) -> Processor:
+    """Render a line that names many tasks as several lines."""
+
+    def lines(logger: WrappedLogger, name: str, line: EventDict) -> str:
+        return "\n".join(str(render(logger, name, part)) for part in parts(line))
+
+    return lines
 
 
 def _add_always(_: WrappedLogger, __: str, line: EventDict) -> EventDict:

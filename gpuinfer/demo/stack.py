@@ -137,9 +137,10 @@ class Stack:
             child.check()
 
     def batches(self) -> Iterator[dict[str, Any]]:
-        """Yield the workers' ``batch_done`` log lines that have not been yielded before."""
+        """Yield the workers' ``batch_done`` log lines that have not been yielded before, one a batch."""
         for worker in self.workers:
-            yield from (entry for entry in worker.news() if entry.get("action") == "batch_done")
+            found = (entry for entry in worker.news() if entry.get("action") == "batch_done")
+            yield from (entry for entry in found if entry.get("part", "1 ").startswith("1 "))
 
     def close(self) -> None:
         """End all processes: the workers while Redis is still there to take back what they hold."""

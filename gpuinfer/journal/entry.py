@@ -25,14 +25,15 @@ from gpuinfer.journal.sender import field
 
 #: syslog's numbers; ``journalctl -p`` takes their names.
 _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
-#: journald drops an entry of more than 1024 fields whole.
-MAX_IDS = 900
+#: Tasks that one line names; of more it is several lines. (journald drops an entry of more than 1024 fields.)
+MAX_IDS = 100
 #: Keys whose field has another name: PRIORITY is the level's.
 _NAMES = {"priority": "TASK_PRIORITY", "exception": "TRACEBACK"}
 _REPEATED = {"task_ids": "TASK_ID", "queues": "QUEUE", "models": "MODEL"}
 #: What the sentence begins with, or has no place in it.
 _NOT_IN_BRACKETS = frozenset(
-    {"timestamp", "level", "logger", "action", "reason", "message", "hint", "exception", "stack", "task_ids"}
+    {"timestamp", "level", "logger", "action", "reason", "message", "hint", "exception", "stack"}
+    | {"task_ids", "part"}
 )
 #: What journald notes by itself, or PRIORITY says.
 _NO_FIELDS = frozenset({"timestamp", "level", "message", "task_ids"})
@@ -41,6 +42,18 @@ _SHOWN = 200
 #: Characters of a field, and of a trace-back, whose end tells most.
 MAX_VALUE, MAX_TRACEBACK = 2048, 16 * 1024
 _TRACEBACKS = frozenset({"exception", "stack"})
+
+
+def parts(line: EventDict) -> list[EventDict]:
+    """Return a line that names many tasks as several, each with a ``part`` such as ``2 of 3``."""
+    ids: Sequence[str] = line.get("task_ids") or ()
+    if len(ids) <= MAX_IDS:
+        return [line]
+    groups = [ids[start : start + MAX_IDS] for start in range(0, len(ids), MAX_IDS)]
+    return [
+        {**line, "task_ids": group, "part": f"{number} of {len(groups)}"}
+        for number, group in enumerate(groups, 1)
+    ]
 
 
 class Entries:
@@ -56,16 +69,12 @@ class Entries:
         self._plain = plain
 
     def of(self, line: EventDict) -> list[bytes]:
-        """Return a line's entries: one, but for more tasks than an entry can name."""
-        ids: Sequence[str] = line.get("task_ids") or ()
-        fields = self._fields(line)
-        message = self._message(line)
-        if len(ids) <= MAX_IDS:
-            return [field("MESSAGE", message) + fields + _repeated("TASK_ID", ids)]
-        groups = [ids[start : start + MAX_IDS] for start in range(0, len(ids), MAX_IDS)]
+        """Return a line's entries: one, but for more tasks than an entry names."""
         return [
-            field("MESSAGE", f"{message} [{number} of {len(groups)}]") + fields + _repeated("TASK_ID", group)
-            for number, group in enumerate(groups, 1)
+            field("MESSAGE", self._message(part))
+            + self._fields(part)
+            + _repeated("TASK_ID", part.get("task_ids") or ())
+            for part in parts(line)
         ]
 
     def dropped(self, count: int) -> bytes:
@@ -112,7 +121,8 @@ class Entries:
             if key not in self._unsaid and value is not None
         ]
         said = shortened("message", said)
-        return " ".join((f"{said} ({', '.join(rest)})" if rest else said).split())
+        part = f" [{line['part']}]" if "part" in line else ""
+        return " ".join((f"{said} ({', '.join(rest)})" if rest else said).split()) + part
 
     def _text(self, value: Any) -> str:
         if isinstance(value, str):

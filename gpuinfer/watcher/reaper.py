@@ -42,8 +42,6 @@ LOOK_EVERY_S = 2.0
 WITNESS_S = 60.0
 #: Two looks that are further apart than this say nothing of what was between them.
 GAP_S = 30.0
-#: So many tasks are named in the log.
-MOST_IDS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +220,7 @@ class Reaper:
             silent_s=round(holder.silent_s),
             returned=done.returned,
             dead=len(done.dead),
-            task_ids=(*done.ids, *done.dead)[:MOST_IDS],
+            task_ids=(*done.ids, *done.dead),
         )
 
     def _say(self, worker: str, action: str, why: str, **fields: object) -> None:

@@ -72,10 +72,18 @@ def findings(*checks: str) -> list[dict[str, Any]]:
 
 
 def entries(process: Process, action: str) -> list[dict[str, Any]]:
-    """Return a process's log lines under an action."""
+    """Return a process's log lines under an action; of one in parts, whole."""
     whole = process.text().rpartition("\n")[0]  # the last line may be on its way
     found = [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
-    return [line for line in found if line.get("action") == action]
+    lines: list[dict[str, Any]] = []
+    for line in found:
+        if line.get("action") != action:
+            continue
+        if line.get("part", "1 ").startswith("1 "):
+            lines.append(line)
+        else:
+            lines[-1]["task_ids"] += line["task_ids"]
+    return lines
 
 
 @pytest.hookimpl(wrapper=True)

@@ -49,6 +49,24 @@ def test_a_line_of_ours() -> None:
     )
 
 
+def test_many_tasks_are_several_lines() -> None:
+    """A line names a hundred tasks at most; all are named, and each line says which part it is."""
+    lines = lines_of("""
+        configure(LogSettings())
+        log.info("batch_done", batch_size=250, task_ids=[f"id{n}" for n in range(250)])
+        log.info("batch_done", batch_size=100, task_ids=[f"id{n}" for n in range(100)])
+    """)
+    assert [line.get("part") for line in lines] == ["1 of 3", "2 of 3", "3 of 3", None]
+    assert [len(line["task_ids"]) for line in lines] == [100, 100, 50, 100]
+    assert [task for line in lines[:3] for task in line["task_ids"]] == [f"id{n}" for n in range(250)]
+    assert {line["action"] for line in lines} == {"batch_done"}
+    text = stderr_of("""
+        configure(LogSettings(format="console"))
+        log.info("batch_done", task_ids=[f"id{n}" for n in range(150)])
+    """)
+    assert [line.count("id") - line.count("task_ids") for line in text.splitlines()] == [100, 50]
+
+
 def test_foreign_lines_come_once_through_the_same_renderer() -> None:
     """celery, kombu, uvicorn and warnings; also those whose loggers brought handlers of their own."""
     lines = lines_of("""
