@@ -135,6 +135,10 @@ class QueueSettings(Section):
     max_deaths: int = Field(default=2, ge=2, le=10)
     #: So many tasks may wait for their ETA at most; one more is refused, or fails.
     max_later: int = Field(default=100_000, ge=1, le=100_000_000)
+    #: Dead letters are kept up to these bounds; of more, the oldest go.
+    max_dead: int = Field(default=10_000, ge=1, le=1_000_000)
+    max_dead_bytes: int = Field(default=256 * 1024 * 1024, ge=1024, le=64 * 1024**3)
+    dead_ttl_s: int = Field(default=30 * 86400, ge=60, le=10 * 365 * 86400)
     #: A list that has waited this long unserved may go first, in at most a fifth of the claims; 0: never.
     ageing_s: float = Field(default=10.0, ge=0, le=86400)
     #: How often a worker looks for tasks of plain Celery producers, which wake nobody.

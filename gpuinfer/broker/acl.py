@@ -45,6 +45,7 @@ _BODY, _BODIES, _BODY_BYTES = f"~{keys.BODY_PREFIX}*", f"~{keys.BODIES}", f"~{ke
 _DEAD, _CLAIMED, _ENDED = f"~{keys.DEAD}", f"~{keys.CLAIMED}", f"~{keys.ENDED}"
 _ORDER, _TURNS = f"~{keys.ORDER_PREFIX}*", f"~{keys.TURNS}"
 _AGEING, _AGED = f"~{keys.AGEING_PREFIX}*", f"~{keys.AGED_PREFIX}*"
+_DEAD_AGES, _DEAD_BYTES = f"~{keys.DEAD_AGES}", f"~{keys.DEAD_BYTES}"
 _LATER, _LATER_SETS, _DUE = f"~{keys.LATER}", f"~{keys.LATER_PREFIX}*", f"~{keys.DUE}"
 _PAUSED = f"~{keys.PAUSED}"
 _PROBE = "~gpuinfer:probe"
@@ -101,6 +102,13 @@ _DROPPING = (
     _selector("+hincrby", _BODY_BYTES),
     _selector("+unlink", _BODY),
 )
+#: To set a task aside, and to drop the oldest dead letters when there are too many.
+_BURYING = (
+    _selector("+hset", "+hexists", "+hdel", "+hstrlen", "+hlen", _DEAD),
+    _selector("+zadd", "+zscore", "+zrem", "+zrange", _DEAD_AGES),
+    _selector("+get", "+set", _DEAD_BYTES),
+    _selector("+strlen", "+unlink", _BODY),
+)
 #: To begin an epoch, and to write the first format number.
 _BEGINNING = (_selector("+get", "+set", _FORMAT), _selector("+hget", "+hset", _EPOCHS))
 
@@ -137,7 +145,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *_ANNOUNCING,
         *_COUNTING,
     ),
-    # Claims and settles; writes states, its in-flight hash and the dead letters, which it cannot drop. Looks
+    # Claims and settles; writes states, its in-flight hash and the dead letters, which it cannot read. Looks
     # for tasks of other models in the default one's lists, and passes them on.
     "worker": (
         *(*_CONNECTION, *_SCRIPTS, *_TELLING, "+multi", "+exec", "+discard", "+time", "+info"),
@@ -159,7 +167,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+set", "+mget", _AGED, _DEFAULT_MODEL),
         _selector("+hincrby", "+hmget", _CLAIMED),
         _selector("+hincrby", _ENDED),
-        _selector("+hset", "+hexists", _DEAD),
+        *_BURYING,
         _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
         _selector("+zadd", "+zrem", _WORKERS),
         _selector("+set", _HEARTBEATS),
@@ -185,7 +193,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *(*_LISTS, _OURS, _RESULTS),
         _selector("+rpush", *_LISTS),
         _selector("+hget", "+hexists", "+hmget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
-        _selector("+hset", "+hexists", _DEAD),
+        *_BURYING,
         _selector("+hincrby", _CLAIMED, _ENDED),
         _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
         _selector("+set", "+getrange", _RESULTS),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dead letters: tasks that were set aside because they killed workers or could not be read.
 
-They stay until somebody retries or drops them.
+They stay until somebody retries or drops them, within bounds (``queue.max_dead``, ``max_dead_bytes``,
+``dead_ttl_s``): the oldest go first.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def retry(client: redis.Redis, letter_id: str) -> None:
     if letter.queue not in QUEUES:
         raise InputError(f"cannot be sent again: no queue {letter.queue!r}", letter_id)
     args = [letter_id, payload, results.PENDING_META]
-    revived = bind(client, "revive")(keys=[keys.DEAD, letter.list_key], args=args)
+    revived = bind(client, "revive")(keys=[letter.list_key], args=args)
     if revived < 0:
         raise InputError("has its result by now; gpuinfer dead drop removes the letter", letter_id)
     if not revived:
@@ -148,13 +149,7 @@ def drop(client: redis.Redis, letter_ids: Iterable[str]) -> int:
     Their failure results stay until they expire.
     """
     wanted = list(letter_ids)
-    with client.pipeline(transaction=False) as pipe:
-        for letter_id in wanted:
-            pipe.hdel(keys.DEAD, letter_id)
-        dropped = [letter_id for letter_id, there in zip(wanted, pipe.execute(), strict=True) if there]
-        if dropped:
-            client.unlink(*map(keys.body, dropped))
-    return len(dropped)
+    return int(bind(client, "drop")(args=wanted)) if wanted else 0
 
 
 def _missing(letter_id: str) -> TaskNotFound:

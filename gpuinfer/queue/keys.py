@@ -70,6 +70,9 @@ DEFAULT_MODEL = "gpuinfer:default-model"
 #: models.
 PAUSED = "gpuinfer:paused"
 DEAD = "gpuinfer:dead"
+#: Dead letters, scored by when they came; and how many bytes they have together.
+DEAD_AGES = "gpuinfer:dead:ages"
+DEAD_BYTES = "gpuinfer:dead:bytes"
 #: A group of several models -> their indices that hold work, in the order of serving.
 ORDER_PREFIX = "gpuinfer:order:"
 #: Group -> for each of its lists since when it has been passed over (ms), and what was claimed from it until

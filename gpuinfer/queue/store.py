@@ -99,6 +99,7 @@ class Store:
         self._restore = bind(client, "restore")
         self._later = Later(client, direct, self.inflight, settings)
         self._bury = bind(client, "bury")
+        self._trim = bind(client, "trim")
         self._begin_script = bind(client, "epoch")
         self._register = bind(client, "register")
         self._leave = bind(client, "leave")
@@ -477,7 +478,7 @@ class Store:
             seq, letter_id, meta, reply=reply, label=label("dead", place.tier, place.model), follows=follows
         )
         not_sent = self._bury(
-            keys=[self.inflight, keys.DEAD],
+            keys=[self.inflight],
             args=[
                 *(seq, letter_id, letter, self._settings.result_ttl_s, meta, reply, end.label),
                 *following([end]),
@@ -492,7 +493,21 @@ class Store:
             deaths=deaths,
             reason=error.message,
         )
+        self.trim_letters()
         return letter_id
+
+    def trim_letters(self) -> None:
+        """Drop the dead letters that are over a bound, and log their ids. Raises redis-py's errors."""
+        settings = self._settings
+        bounds = settings.max_dead, settings.max_dead_bytes, settings.dead_ttl_s
+        while dropped := self._trim(args=bounds):
+            log.warning(
+                "dead_letters_dropped",
+                count=len(dropped),
+                reason=f"kept are {bounds[0]} at most, {bounds[1]} bytes of them, for {bounds[2]} s",
+                hint="the oldest go first; queue.max_dead, max_dead_bytes and dead_ttl_s are the bounds",
+                task_ids=[letter_id.decode("utf-8", "backslashreplace") for letter_id in dropped],
+            )
 
 
 def _tell_of_refused(not_sent: Sequence[bytes]) -> None:

@@ -11,6 +11,7 @@ A batch never waits for company when the device is idle; while one runs, the nex
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -53,6 +54,8 @@ PATIENCE_S = 0.002
 LONG_BATCH_S = 0.02
 #: Seconds between two looks for tasks that wait in the default model's lists and are for another one.
 ROUTE_EVERY_S = 1.0
+#: Seconds between two looks for dead letters that have grown too old.
+TRIM_EVERY_S = 60.0
 #: Seconds between two looks whether what runs was cancelled.
 CANCELLED_LOOK_S = 0.5
 #: Seconds between two looks whether what waits for its time has expired.
@@ -93,6 +96,7 @@ class Batcher:
         #: The batch that has ended, while what is more urgent than the next is looked for.
         self._finishing: Batch | None = None
         self._looked_at = self._routed_at = self._asked_at = clock()
+        self._trimmed_at = -math.inf
         #: Model -> seconds that its batches take, a moving average.
         self._batch_s: dict[str, float] = {}
         #: Tasks that a reaper has put back while they ran here.
@@ -471,6 +475,12 @@ class Batcher:
                 self._router.pass_on()
             except (redis.RedisError, OSError) as exc:
                 self._outbox.trouble("pass on", exc)
+        if self._clock() - self._trimmed_at >= TRIM_EVERY_S:
+            self._trimmed_at = self._clock()
+            try:
+                self.store.trim_letters()
+            except (redis.RedisError, OSError) as exc:
+                self._outbox.trouble("drop old dead letters", exc)
 
     def _heed_cancellations(self, running: Batch) -> None:
         """Note which tasks of a batch that takes its time were cancelled: no other part of them begins."""

@@ -55,21 +55,23 @@ RUN_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("claim", "begin", "settle", "release", "route", "register", "leave", "index"), ("worker",)
     ),
-    **dict.fromkeys(("epoch", "restore", "bury", "due"), ("worker", "watcher")),
+    **dict.fromkeys(("epoch", "restore", "bury", "due", "trim"), ("worker", "watcher")),
     "postpone": ("worker",),
     "submit": ("api",),
     "cancel": ("api",),
     "put": ("api", "worker"),
     "depth": ("api", "worker", "watcher"),
     "revive": ("admin",),
-    **dict.fromkeys(("purge", "pause"), ("admin",)),
+    **dict.fromkeys(("purge", "pause", "drop"), ("admin",)),
     "tell": ("watcher",),
     "keep": ("watcher",),
     "know": ("watcher",),
 }
 #: The keys a script is given. What is not here is an in-flight hash, and an epoch as the second.
 GIVEN: dict[str, list[list[str]]] = {
-    "bury": [[keys.inflight(WORKER)], [keys.DEAD]],
+    "bury": [[keys.inflight(WORKER)]],
+    "trim": [],
+    "drop": [],
     "cancel": [[keys.result("1")]],
     "depth": [],
     "due": [],
@@ -82,7 +84,7 @@ GIVEN: dict[str, list[list[str]]] = {
     "put": [LISTS],
     "route": [LISTS],
     "submit": [[keys.body("1")]],
-    "revive": [[keys.DEAD], LISTS],
+    "revive": [LISTS],
     "tell": [["gpuinfer:watcher:hosts"]],
     "keep": [["gpuinfer:watcher:memory:test"], ["gpuinfer:watcher:decisions"]],
 }
@@ -109,7 +111,9 @@ VARIABLES = {
 IN_ONE_SCRIPT = {("claim", "ARGV[i]"): LISTS, ("submit", "ARGV[6]"): [keys.IDEMPOTENCY_PREFIX + "k"]}
 #: Command -> a call of it, around its key; what is not here takes the key alone.
 CALLS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("HDEL", "HGET", "HMGET", "HEXISTS", "LPUSH", "RPUSH", "SADD", "SET"), ("{}", "x")),
+    **dict.fromkeys(
+        ("HDEL", "HGET", "HMGET", "HEXISTS", "HSTRLEN", "LPUSH", "RPUSH", "SADD", "SET"), ("{}", "x")
+    ),
     **dict.fromkeys(("PUBLISH", "RPOP", "ZREM", "ZSCORE"), ("{}", "1")),
     **dict.fromkeys(("GETRANGE", "LTRIM", "ZRANGE", "ZREVRANGE"), ("{}", "0", "1")),
     **dict.fromkeys(("ZCOUNT", "ZREMRANGEBYSCORE", "ZRANGEBYSCORE", "ZREVRANGEBYSCORE"), ("{}", "0", "1")),
@@ -164,7 +168,7 @@ def test_every_script_is_somebodys() -> None:
         file.name.removesuffix(".lua")
         for file in resources.files(scripts.__package__).joinpath("lua").iterdir()
     }
-    assert files - set(RUN_BY) == {"ageing", "chain", "later", "lists", "payload", "states"}
+    assert files - set(RUN_BY) == {"ageing", "chain", "dead", "later", "lists", "payload", "states"}
 
 
 @pytest.mark.parametrize("script", get_args(scripts.Name))
@@ -327,14 +331,14 @@ def test_watcher(redis_server: OurRedis) -> None:
 
 
 def test_administrator(redis_server: OurRedis) -> None:
-    """Dead letters are the administrator's."""
+    """Dead letters are the administrator's to read; a worker can drop some, when there are too many."""
     with redis_server.client("worker") as own, redis_server.client() as admin:
         store = worker(own)
         admin.lpush("realtime", plain())
         (task,) = store.claim(1, look=True)
         letter = store.bury(task.seq, task.list_key, task.payload, DeadLettered("x"))
         with pytest.raises(redis.ResponseError):
-            own.hdel(keys.DEAD, letter)
+            own.hget(keys.DEAD, letter)
         redis_server.denied()
         dead.retry(admin, letter)
         assert len(store.claim(1)) == 1

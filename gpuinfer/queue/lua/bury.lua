@@ -1,15 +1,18 @@
 #!lua flags=allow-oom
--- needs: lists states chain
+-- needs: lists states chain dead
 -- Move a task from flight to the dead letters, with its failure result, in one step.
--- KEYS: in-flight hash, dead-letter hash
+-- KEYS: in-flight hash
 -- ARGV: seq, task id, dead letter (JSON), result ttl in seconds, meta ('' for none), reply channel, label,
 --       then what follows (chain.lua)
 -- Returns {id, why, ...} of what follows and was refused.
 local seq, id = ARGV[1], ARGV[2]
 -- Changes nothing, and fails as the calls below would: a task must not end and stay in flight.
 redis.call('HDEL', KEYS[1], '')
-redis.call('HEXISTS', KEYS[2], id)
-local denied = may({'HSET', KEYS[2], id, ''})
+redis.call('HEXISTS', DEAD, id)
+redis.call('ZSCORE', DEAD_AGES, id)
+redis.call('GET', DEAD_BYTES)
+local denied = may({'HSET', DEAD, id, ''}, {'HDEL', DEAD, id}, {'ZADD', DEAD_AGES, '1', id}, {'ZREM', DEAD_AGES, id},
+  {'SET', DEAD_BYTES, '1'})
 if denied then return denied end
 local following = read_following(ARGV, 8)
 for _, one in ipairs(following) do
@@ -20,6 +23,6 @@ if ARGV[5] ~= '' then
   if not written then return err end
 end
 local unsent = follow(following, ARGV[4])
-redis.call('HSET', KEYS[2], id, ARGV[3])
+add_letter(id, ARGV[3])
 redis.call('HDEL', KEYS[1], seq, seq .. ':list')
 return unsent
