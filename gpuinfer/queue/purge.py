@@ -20,7 +20,7 @@ from gpuinfer.queue.chains import Chains
 from gpuinfer.queue.claims import Final, following, label
 from gpuinfer.queue.depth import Lane
 from gpuinfer.queue.direct import Argument
-from gpuinfer.queue.message import Undecodable, decode
+from gpuinfer.queue.message import Undecodable, identify, peek
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES, QueueSettings
 
@@ -111,11 +111,13 @@ def _end(payload: bytes, line: Line, chains: Chains) -> Final:
     error = TaskRevoked("it was purged from its queue before a worker began it")
     named = label("cancelled", line.lane.tier, line.lane.model)
     try:
-        envelope = decode(payload)
-    except Undecodable as exc:
-        if not exc.task_id:
-            return Final(None, "", b"", label=named)
-        return Final(None, exc.task_id, results.failure(exc.task_id, error, worker=""), label=named)
+        envelope = peek(payload)
+    except Undecodable:
+        envelope = None
+    if envelope is None:  # it cannot be read, or would have to be unpacked for that
+        task_id, reply = identify(payload)
+        meta = results.failure(task_id, error, worker="") if task_id else b""
+        return Final(None, task_id or "", meta, reply=reply, label=named)
     return Final(
         None,
         envelope.id,

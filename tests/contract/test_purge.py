@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from typing import Any
@@ -13,6 +14,7 @@ import redis
 from gpuinfer import Client
 from gpuinfer.errors import UsageError
 from gpuinfer.queue import keys, purge
+from gpuinfer.queue import message as protocol
 from gpuinfer.queue.purge import check, lines
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
@@ -58,6 +60,20 @@ def test_one_model_of_a_tier(store: Store, client: Client) -> None:
     assert empty(store, "realtime.ocr") == 1
     assert [client.status(task_id).state for task_id in (ours, theirs)] == ["queued", "revoked"]
     assert empty(store, "realtime.digits") == 1
+
+
+def test_nothing_is_unpacked(store: Store, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Celery's first protocol the id stands in the body, perhaps a bomb; the correlation id will do."""
+    monkeypatch.setattr(protocol, "_unpack", lambda *_: pytest.fail("unpacked"))
+    bomb = {
+        "body": "",
+        "headers": {"compression": "application/x-gzip"},
+        "properties": {"correlation_id": "bomb", "body_encoding": "base64"},
+        "content-type": "application/json",
+    }
+    store.client.lpush("realtime", json.dumps(bomb))
+    assert empty(store, "realtime") == 1
+    assert client.status("bomb").state == "revoked"
 
 
 def test_what_is_no_queue(store: Store) -> None:
