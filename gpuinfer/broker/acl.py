@@ -154,9 +154,10 @@ RULES: Mapping[str, Sequence[str]] = {
         *("&/*.celeryev*", "&*.reply.celery.pidbox*"),
         # kombu binds its control queues by script, too.
         *(*_LISTS, _OURS, _RESULTS, *_KOMBU),
-        _selector("+rpop", "+rpush", "+lpush", "+lrem", "+lindex", "+lrange", *_LISTS),
+        _selector("+rpop", "+rpush", "+lpush", "+lrem", "+lset", "+lindex", "+lrange", *_LISTS),
         _selector("+exists", *_LISTS, _INDEX),
         _selector("+zunion", "+zrem", _INDEX),
+        _selector("+srem", _INDEXED),
         _selector("+zadd", "+zrem", "+zcount", "+zremrangebyscore", _IDLE, _ANY_IDLE),
         _selector("+zadd", "+zrem", "+zrangebyscore", "+zcount", "+zscore", _GROUPS),
         _selector("+brpop", _WAKE),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gpuinfer.queue.direct import Argument
 
@@ -110,6 +110,22 @@ class Final:
     #: the task out of flight; without that, the end itself is not written either.
     follows: tuple[Follow, ...] = ()
     parent: str = ""
+
+    @property
+    def fields(self) -> tuple[Argument, ...]:
+        """What the scripts write: id, meta, whether to keep it, reply channel, label."""
+        return self.task_id, self.meta, int(self.keep), self.reply, self.label
+
+
+class Stray(NamedTuple):
+    """A task that waits in the default model's list, and is for another model."""
+
+    #: How many of those that were read with it are served before it.
+    place: int
+    payload: bytes
+    model: str
+    #: Its end, where nobody knows its model.
+    final: Final | None = None
 
 
 def size_of(final: Final) -> int:

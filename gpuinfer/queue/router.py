@@ -2,28 +2,43 @@
 """Passes on what plain Celery producers put into the default model's lists for another model.
 
 A worker of the default model does that when it claims such a task. While none lives, any worker of the tier
-looks through those lists and passes on what is for others; the default model's own tasks wait.
+looks through those lists and passes on what is for others, or ends it where nobody in the fleet knows its
+model; the default model's own tasks wait.
+
+Nothing is claimed for that, so a death on the way is charged to no task: what may take a process down to read
+is left to a worker of the default model. So is what stands behind ``MOST_READ`` others: Redis passes over all
+that is before a task to drop it from a list.
 """
 
 from __future__ import annotations
 
-from gpuinfer.errors import PayloadTooLarge
+from collections.abc import Collection
+
+from gpuinfer.errors import PayloadTooLarge, UnknownModel
+from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import MODEL_NAME
-from gpuinfer.queue import heartbeats, keys
-from gpuinfer.queue.message import Undecodable, peek
+from gpuinfer.queue import heartbeats, keys, results
+from gpuinfer.queue.claims import Final, Stray, label
+from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Envelope, Undecodable, peek
 from gpuinfer.queue.store import Store
 
+log = get_logger(__name__)
+
 #: Tasks of one list that one look reads, and about how many bytes: a long backlog is read in parts.
-WINDOW, WINDOW_BYTES = 500, 8 * 1024 * 1024
-#: What unpacks to more is read by the worker that claims it, and is charged with what it does there.
+WINDOW, WINDOW_BYTES = 500, 1024 * 1024
+#: A message, or its arguments, of more bytes is not read.
 UNPACKED_BYTES = 1024 * 1024
+#: How many tasks of a list are looked through, from the next to be served.
+MOST_READ = 20_000
 
 
 class Router:
     """Looks through the default model's lists, a part at a time."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, names: Collection[str] = (PREDICT, BATCH_PREDICT)) -> None:
+        """``names``: what our tasks are called; those of others are Celery's."""
         self._store = store
+        self._names = names
         #: List -> how many of its tasks, from the next to be served, were read already.
         self._read: dict[str, int] = {}
 
@@ -52,26 +67,67 @@ class Router:
             return [int(size) for size in pipe.execute()]
 
     def _look_through(self, key: str, size: int, default: str) -> int:
-        done = self._read.get(key, 0)
-        done = done if done < size else 0
+        read = self._read.get(key, 0)
+        read = read if read < min(size, MOST_READ) else 0
         client = self._store.client
-        next_one: bytes = client.lindex(key, -done - 1) or b""  # type: ignore[assignment]  # not decoded
+        next_one: bytes = client.lindex(key, -read - 1) or b""  # type: ignore[assignment]  # not decoded
         window = max(1, min(WINDOW, WINDOW_BYTES // (len(next_one) + 1)))
-        found: list[bytes] = client.lrange(key, -done - window, -done - 1)  # type: ignore[assignment]
-        tasks = [(payload, model) for payload in reversed(found) if (model := _model_of(payload, default))]
-        self._read[key] = done + len(found) - len(tasks)
-        return self._store.route(key, tasks)
+        found: list[bytes] = client.lrange(key, -read - window, -read - 1)  # type: ignore[assignment]
+        strays = self._strays(key, found[::-1], default)
+        self._read[key] = read + len(found) - len(strays)
+        passed = self._store.route(key, read, strays)
+        for stray in strays if passed else ():
+            if stray.final is not None:
+                task_id, tier = stray.final.task_id, keys.place_of(key).tier
+                log.info("task_refused", task_id=task_id, queue=tier, reason=_unknown(stray.model))
+        return passed
+
+    def _strays(self, key: str, found: list[bytes], default: str) -> list[Stray]:
+        """Return those that are for another model, and how those end whose model nobody knows.
+
+        But not those that something follows, which the worker that claims them sends on.
+        """
+        named = [(place, payload, *self._named(payload)) for place, payload in enumerate(found)]
+        strays = [
+            (place, payload, envelope, model)
+            for place, payload, envelope, model in named
+            if envelope and model and model != default
+        ]
+        models = dict.fromkeys(model for *_, model in strays)
+        unknown = self._store.unknown(models) if models else ()
+        return [
+            Stray(place, payload, model, self._end(key, envelope, model) if model in unknown else None)
+            for place, payload, envelope, model in strays
+            if model not in unknown or not envelope.embed
+        ]
+
+    def _named(self, payload: bytes) -> tuple[Envelope | None, str]:
+        """Return a message of ours and the model that it names, if it names one and may be read here."""
+        if len(payload) > UNPACKED_BYTES:
+            return None, ""
+        try:
+            envelope = peek(payload)
+            if envelope is None or envelope.deaths or envelope.task not in self._names:
+                return None, ""
+            args, kwargs, _ = envelope.body(UNPACKED_BYTES)
+        except (Undecodable, PayloadTooLarge):  # the worker that claims it says what is wrong
+            return None, ""
+        model = kwargs.get("model") or (args[1] if len(args) > 1 else None)
+        if not isinstance(model, str) or not MODEL_NAME.fullmatch(model):
+            return None, ""
+        return envelope, model
+
+    def _end(self, key: str, envelope: Envelope, model: str) -> Final:
+        error = UnknownModel(_unknown(model), "model")
+        return Final(
+            None,
+            envelope.id,
+            results.failure(envelope.id, error, worker=self._store.worker),
+            keep=not envelope.headers.get("ignore_result"),
+            reply=envelope.reply_to,
+            label=label("failed", keys.place_of(key).tier, model),
+        )
 
 
-def _model_of(payload: bytes, default: str) -> str | None:
-    """Return the model that a message names, None for the default one or what cannot be told."""
-    try:
-        found = peek(payload)
-        if found is None:
-            return None
-        args, kwargs, _ = found.body(UNPACKED_BYTES)
-    except (Undecodable, PayloadTooLarge):  # the worker that claims it says what is wrong
-        return None
-    model = kwargs.get("model") or (args[1] if len(args) > 1 else None)
-    named = isinstance(model, str) and MODEL_NAME.fullmatch(model) is not None
-    return model if named and model != default else None
+def _unknown(model: str) -> str:
+    return f"no worker or watcher of this fleet knows a model {model!r}"

@@ -27,6 +27,7 @@ from gpuinfer.queue.claims import (
     Order,
     Restored,
     State,
+    Stray,
     Want,
     Wants,
     following,
@@ -409,10 +410,16 @@ class Store:
         """
         return returns.release(self._release, self.inflight, seqs, ran, models or {})
 
-    def route(self, list_key: str, tasks: Sequence[tuple[bytes, str]]) -> int:
-        """Pass (payload, model) on that wait in a list, but are for another model; return how many were."""
-        args = [part for task in tasks for part in task]
-        return int(self._route(keys=[list_key], args=args)) if args else 0
+    def route(self, list_key: str, read: int, strays: Sequence[Stray]) -> int:
+        """Pass on, or end, what waits in a list but is for another model; return how many tasks were.
+
+        ``read``: how many tasks are served before those that were read with the strays.
+        """
+        args: list[Argument] = [self._settings.result_ttl_s, read]
+        for place, payload, model, final in strays:
+            args += (place, payload, model)
+            args += final.fields if final else ("", "", "", "", "")
+        return int(self._route(keys=[list_key], args=args)) if strays else 0
 
     def restore(self) -> Restored:
         """Put everything in flight back, as ``take_back`` does, and log what was done."""

@@ -32,6 +32,7 @@ from gpuinfer.errors import (
 from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.queue.claims import Claimed, Final, State, Want, Wants
+from gpuinfer.queue.message import tasks_by_name
 from gpuinfer.queue.router import Router
 from gpuinfer.queue.sink import TaskChannel
 from gpuinfer.queue.store import Store
@@ -101,7 +102,7 @@ class Batcher:
         self._batch_s: dict[str, float] = {}
         #: Tasks that a reaper has put back while they ran here.
         self._taken_back: set[int] = set()
-        self._router = Router(store)
+        self._router = Router(store, tasks_by_name(settings.queue))
         self._debug = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
         self.channel: TaskChannel | None = None
 

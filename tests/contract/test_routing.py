@@ -10,13 +10,14 @@ import pytest
 from gpuinfer import Client
 from gpuinfer.errors import InputError, UnknownModel
 from gpuinfer.queue import keys, router
+from gpuinfer.queue.claims import Stray
 from gpuinfer.queue.depth import Lane, look
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.router import Router
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings
-from tests.contract.conftest import ids, message, on, send, store_of
+from tests.contract.conftest import commands, ids, message, on, send, store_of
 from tests.unit.test_keys import STRANGE
 
 pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]
@@ -143,6 +144,80 @@ def test_a_long_backlog_is_looked_through_in_parts(
         assert sum(passed) == 6
         assert ids(other.claim(100)) == sent[::5]
         assert store.client.llen("realtime") == own
+
+
+def test_a_look_costs_redis_little(store: Store, other: Store) -> None:
+    """However much is before what it passes on: 20,000 tasks, and it looks no further."""
+    own = message()
+    for _ in range(20):
+        store.client.lpush("realtime", *[own] * 1000)
+    sent = [plain(store, "realtime", "ocr") for _ in range(100)]
+    forget_workers(store)
+    looks = Router(other)
+    looks._read["realtime"] = router.MOST_READ - 100
+    commands(store)
+    assert looks.pass_on() == 100
+    info: Any = store.client.info("commandstats")
+    assert info["cmdstat_lrem"]["calls"] == 1
+    assert info["cmdstat_evalsha"]["usec"] < 50_000  # 3 ms by itself; one search for each took 0.5 s
+    assert ids(other.claim(100)) == sent
+    plain(store, "realtime", "ocr")
+    looks._read["realtime"] = 20_000
+    assert looks.pass_on() == 0
+    assert store.client.llen("realtime") == 20_001
+
+
+def test_what_has_lost_its_place_waits(store: Store, other: Store) -> None:
+    """Somebody has put a task back since the list was read: nothing is passed on twice, or lost."""
+    sent = [plain(store, "realtime", "ocr") for _ in range(3)]
+    forget_workers(store)
+    raw: Any = store.client
+    read = [Stray(n, payload, "ocr") for n, payload in enumerate(raw.lrange("realtime", 0, -1)[::-1])]
+    back = message()
+    store.client.rpush("realtime", back)
+    assert other.route("realtime", 0, read) == 0
+    assert other.route("realtime", 1, [read[0], read[2]]) == 2
+    assert ids(other.claim(10)) == [sent[0], sent[2]]
+    assert store.client.lrange("realtime", 0, -1) == [read[1].payload, back]
+    assert other.route("realtime", 5, read) == 0
+
+
+def test_a_router_ends_what_nobody_knows(store: Store, other: Store, client: Client) -> None:
+    """As a worker of the default model does when it claims it; whoever waits is told, and no list is made."""
+    lost = plain(store, "realtime", "nosuch")
+    found, own = plain(store, "realtime", "ocr"), plain(store, "realtime", None)
+    forget_workers(store)
+    assert Router(other).pass_on() == 2
+    with pytest.raises(UnknownModel, match="knows a model 'nosuch'"):
+        client.result(lost, timeout_s=30)
+    assert store.client.hget(keys.ENDED, "failed realtime nosuch") == b"1"
+    assert ids(other.claim(10)) == [found]
+    assert ids(store.claim(10, look=True)) == [own]
+    assert not store.client.exists(keys.index("nosuch"), "realtime.nosuch")
+
+
+def test_a_router_reads_nothing_that_may_end_it(store: Store, other: Store) -> None:
+    """No death could be charged to what was not claimed: what died once, what is large, another's task."""
+    died = message("ocr").replace(b"{", b'{"gpuinfer": [1, 1], ', 1)
+    large = message("ocr").replace(b"[[1]", b"[[" + b"1," * router.UNPACKED_BYTES + b"1]")
+    strange = message("ocr").replace(b"gpuinfer.predict", b"somebody.elses")
+    for payload in (died, large, strange):
+        store.client.lpush("realtime", payload)
+    forget_workers(store)
+    looks = Router(other)
+    assert [looks.pass_on() for _ in range(3)] == [0, 0, 0]
+    assert store.client.llen("realtime") == 3
+
+
+def test_a_model_without_work_leaves_no_trace(broker: BrokerSettings, store: Store, client: Client) -> None:
+    """However many names come and go."""
+    for number in range(3):
+        store.client.delete(keys.CATALOGUE)
+        client.submit([1], model=f"m{number}")
+        worker = store_of(broker, f"gpu{number}@m", (f"m{number}",))
+        assert len(worker.claim(5)) == 1
+    store.register()
+    assert not store.client.smembers(keys.INDEXED)
 
 
 def test_large_payloads_are_read_in_small_parts(

@@ -112,10 +112,11 @@ IN_ONE_SCRIPT = {("claim", "ARGV[i]"): LISTS, ("submit", "ARGV[6]"): [keys.IDEMP
 #: Command -> a call of it, around its key; what is not here takes the key alone.
 CALLS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("HDEL", "HGET", "HMGET", "HEXISTS", "HSTRLEN", "LPUSH", "RPUSH", "SADD", "SET"), ("{}", "x")
+        ("HDEL", "HGET", "HMGET", "HEXISTS", "HSTRLEN", "LPUSH", "RPUSH", "SADD", "SREM", "SET"),
+        ("{}", "x"),
     ),
     **dict.fromkeys(("PUBLISH", "RPOP", "ZREM", "ZSCORE"), ("{}", "1")),
-    **dict.fromkeys(("GETRANGE", "LTRIM", "ZRANGE", "ZREVRANGE"), ("{}", "0", "1")),
+    **dict.fromkeys(("GETRANGE", "LSET", "LTRIM", "ZRANGE", "ZREVRANGE"), ("{}", "0", "1")),
     **dict.fromkeys(("ZCOUNT", "ZREMRANGEBYSCORE", "ZRANGEBYSCORE", "ZREVRANGEBYSCORE"), ("{}", "0", "1")),
     **dict.fromkeys(("HSET", "HSETNX", "HINCRBY"), ("{}", "x", "1")),
     "RENAME": ("{}", keys.result("1")),
@@ -301,12 +302,12 @@ def test_worker(redis_server: OurRedis) -> None:
 
 
 def test_router(redis_server: OurRedis) -> None:
-    """A worker that does not serve the default model passes on what is for others."""
+    """A worker that does not serve the default model passes on what is for others, or for none."""
     with redis_server.client("worker") as own, redis_server.client() as admin:
         store = worker(own, ("resnet",))
         admin.set(keys.DEFAULT_MODEL, "digits")
-        admin.lpush("realtime", plain("resnet"), plain())
-        assert Router(store).pass_on() == 1
+        admin.lpush("realtime", plain("nosuch"), plain("resnet"), plain())
+        assert Router(store).pass_on() == 2
         assert len(store.claim(10)) == 1
 
 

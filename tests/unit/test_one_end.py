@@ -50,7 +50,7 @@ def test_final_states_go_through_one_function() -> None:
     calling = {name for name in writing if re.search(r"redis\.call\('(SET|DEL)'", functions[name])}
     assert calling == {"write_passing", "finish"}
     final = [file.stem for file in LUA if re.search(r"\bfinish\(", code(file))]
-    assert final == ["bury", "cancel", "chain", "purge", "settle", "states"]
+    assert final == ["bury", "cancel", "chain", "purge", "route", "settle", "states"]
 
 
 @pytest.mark.parametrize(

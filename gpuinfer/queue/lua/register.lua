@@ -42,6 +42,10 @@ for i = 6, #ARGV do
     end
   end
 end
+-- An index that is empty needs no look.
+for _, index in ipairs(redis.call('SMEMBERS', INDEXED)) do
+  if redis.call('EXISTS', INDEX_PREFIX .. index) == 0 then redis.call('SREM', INDEXED, index) end
+end
 redis.call('ZREMRANGEBYSCORE', CATALOGUE, '-inf', seconds - MODEL_VOID)
 redis.call('ZREMRANGEBYSCORE', IDLE, '-inf', seconds - GROUP_VOID)
 
