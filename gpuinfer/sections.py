@@ -218,7 +218,7 @@ class WatcherSettings(Section):
 
     #: target: as many as drain the queues in time; threshold: one more while more than N tasks wait.
     mode: Literal["target", "threshold"] = "target"
-    #: act: carry decisions out; log: only write them down.
+    #: act: carry decisions out; log: only write them down, and put back what dead workers hold.
     decisions: Literal["act", "log"] = "act"
     #: systemd: units over D-Bus; process: plain child processes.
     backend: Literal["systemd", "process"] = "systemd"

@@ -101,7 +101,7 @@ class _Watched:
 
 
 class Reaper:
-    """Looks after what lies at dead workers, for one watcher that acts. Blocking: call it in a thread."""
+    """Looks after what lies at dead workers, for the watcher of one host. Blocking: call it in a thread."""
 
     def __init__(
         self,
