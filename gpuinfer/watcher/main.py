@@ -35,6 +35,7 @@ from gpuinfer.errors import (
 from gpuinfer.gpus import list_gpus
 from gpuinfer.log import get_logger
 from gpuinfer.queue import format as layout
+from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect, explain, typed_errors
 from gpuinfer.queue.fleet import Serves
 from gpuinfer.queue.scripts import bind
@@ -103,6 +104,7 @@ class Watcher:
         self._know = bind(self._client, "know")
         self._served = Served(settings, environment)
         self._stranded = Reporter()
+        self._not_known = ""
         self._known_at = -math.inf
         self._probe = Probe(
             self._client,
@@ -184,7 +186,7 @@ class Watcher:
             if self._stop.is_set():
                 break
             await self._do(action)
-        if self._act:
+        if self._tell:  # also where nothing is started or stopped: nobody else looks after this host's tasks
             away = seen.queues is None
             await self._patiently(partial(self._reaper.step, away=away), views, seen.live_hosts)
         return decision
@@ -213,8 +215,7 @@ class Watcher:
                 self._recall(own)
             figures = (self.history or History()).figures
             seen = self._probe.look([self._published(one, now) for one in own], now, figures)
-            if self._tell and time.monotonic() - self._known_at >= KNOW_EVERY_S:
-                self._make_known(own)
+            if self._tell and time.monotonic() - self._known_at >= KNOW_EVERY_S and self._make_known(own):
                 self._known_at = time.monotonic()
         except BrokerError as exc:
             return Observation(queues=None, instances=tuple(own), host=self.host, trouble=str(exc))
@@ -239,10 +240,17 @@ class Watcher:
         )
 
     def _establish_format(self) -> None:
-        """Give an empty Redis our format number before anything is written there."""
-        if self._tell and self.history is None:
+        """Give an empty Redis our format number before anything is written there.
+
+        One that was emptied, or came back empty, knows no model either.
+        """
+        with typed_errors():
+            found: bytes | None = self._client.get(keys.FORMAT_KEY) if self._tell else b""  # type: ignore[assignment]
+            if found is not None:
+                return
+            self._known_at = -math.inf
             # A full Redis is not empty, and the watcher is needed: the number comes with the next epoch.
-            with typed_errors(), suppress(redis.exceptions.OutOfMemoryError):
+            with suppress(redis.exceptions.OutOfMemoryError):
                 layout.establish(self._client)
 
     def _recall(self, own: list[Instance]) -> None:
@@ -273,7 +281,7 @@ class Watcher:
             log.warning("memory_unreadable", key=MEMORY_PREFIX + self.host, reason=reason, hint=hint)
         self._unreadable = reason
 
-    def _make_known(self, own: list[Instance]) -> None:
+    def _make_known(self, own: list[Instance]) -> bool:
         """Tell the fleet which models this host could serve: those of its instances that are installed."""
         models = self._served.installed(one.key.number for one in own if not one.masked)
         try:
@@ -281,7 +289,12 @@ class Watcher:
                 self._know(keys=[], args=models)
         except (redis.RedisError, OSError) as exc:  # workers tell, too; the look goes on
             hint = "a model of which no worker has run yet is refused; gpuinfer doctor redis.users"
-            log.warning("models_not_made_known", reason=str(explain(exc)), hint=hint)
+            if str(exc) != self._not_known:
+                log.warning("models_not_made_known", reason=str(explain(exc)), hint=hint)
+            self._not_known = str(exc)
+            return False
+        self._not_known = ""
+        return True
 
     def _instance(self, number: int, view: UnitView, now: float) -> Instance:
         gpu = self._health.get(number, HEALTHY)

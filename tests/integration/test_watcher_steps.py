@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,13 @@ from gpuinfer.errors import FormatMismatch, UnitRefused, UnitStopping, UnitsUnav
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.fleet import HOSTS
-from gpuinfer.settings import Settings
+from gpuinfer.queue.message import decode
+from gpuinfer.queue.store import Store
+from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.watcher import main, notes
 from gpuinfer.watcher.main import Watcher
 from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX
+from gpuinfer.watcher.reaper import LOOK_EVERY_S
 from gpuinfer.watcher.state import Key
 from gpuinfer.watcher.units import UnitView
 from tests.services import RedisServer
@@ -317,6 +321,63 @@ async def test_memory_that_cannot_be_read_is_said_once(
     assert decision is not None
     assert decision.inputs
     assert notes.unpack(client.get(MEMORY_PREFIX + "a")).units  # type: ignore[arg-type]
+
+
+async def test_an_emptied_redis_is_told_at_the_next_look(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """Which format it has, and which models this host could serve: else they are refused for a minute."""
+    settings = cpu(redis_server, settings_for)
+    client = connect(settings.broker)
+    watcher = Watcher(settings, Told(1), (0,), act=True, host="a")
+    await watcher.step()
+    client.flushall()
+    client.zadd(keys.CATALOGUE, {"another": 1e10})
+    await watcher.step()
+    assert client.get(keys.FORMAT_KEY) == str(keys.FORMAT).encode()
+    with Client(settings) as submitter:
+        assert submitter.submit([1.0], model="digits")
+
+
+async def test_models_that_could_not_be_made_known(redis_server: RedisServer, settings_for: Build) -> None:
+    """They are at the next look, and why not is said once."""
+    settings = cpu(redis_server, settings_for)
+    client = connect(settings.broker)
+    client.set(keys.CATALOGUE, "no set")
+    watcher = Watcher(settings, Told(1), (0,), act=True, host="a")
+    models = [watcher._instance(0, UnitView(), 0.0)]
+    with capture_logs() as logs:
+        assert [watcher._make_known(models) for _ in range(2)] == [False, False]
+        client.delete(keys.CATALOGUE)
+        await watcher.step()
+    assert client.zrange(keys.CATALOGUE, 0, -1) == [b"digits"]
+    assert [entry["event"] for entry in logs].count("models_not_made_known") == 1
+
+
+async def test_a_watcher_that_only_logs_looks_after_its_tasks(
+    redis_server: RedisServer, settings_for: Build, tmp_path: Path
+) -> None:
+    """Nobody else does, as it says that it lives. A dry run touches nothing."""
+    settings = settings_for(
+        redis_server, worker={"device": "cpu", "run_dir": tmp_path}, watcher={"assumed_rate": 1.0}
+    )
+    client = connect(settings.broker)
+    host = socket.gethostname()
+    with Client(settings) as submitter:
+        task_id = submitter.submit([1.0], model="digits")
+    store = Store(client, f"gpu0@{host}", QUEUES, settings.queue, models=("digits",))
+    store.register(default="digits")
+    (task,) = store.claim(1)
+    client.zadd(keys.WORKERS, {store.worker: 1})
+    clock = itertools.count(1000.0, LOOK_EVERY_S)
+    for tell in (False, True):
+        watcher = Watcher(settings, Told(1), (0,), act=False, tell=tell, host=host)
+        watcher._reaper._clock = clock.__next__
+        for _ in range(8):
+            await watcher.step()
+        assert client.hexists(store.inflight, str(task.seq)) is not tell
+    found: Any = client.rpop("realtime.digits")
+    assert decode(found).id == task_id
 
 
 def one_each(number: int) -> dict[str, str]:
