@@ -101,6 +101,8 @@ WOKEN_VOID_S = 0.5
 LATER_RETRY_S = 10
 #: Seconds after which a group that no worker has renewed is forgotten.
 GROUP_VOID_S = 60
+#: Seconds after which a worker that holds nothing is forgotten: its name may never come back.
+WORKER_VOID_S = 86400
 #: Seconds after which a model that nobody could serve is forgotten.
 MODEL_VOID_S = 7 * 86400
 

@@ -59,15 +59,18 @@ _CONSTANTS: dict[str, str | float] = {
     "DEFAULT_MODEL": keys.DEFAULT_MODEL,
     "DUE": keys.DUE,
     "ENDED": keys.ENDED,
+    "EPOCH_PREFIX": keys.EPOCH_PREFIX,
     "FORMAT": str(keys.FORMAT),
     "FORMAT_KEY": keys.FORMAT_KEY,
     "GROUPS_PREFIX": keys.GROUPS_PREFIX,
     "GROUP_VOID": keys.GROUP_VOID_S,
+    "HEARTBEAT_PREFIX": keys.HEARTBEAT_PREFIX,
     "IDLE": keys.IDLE,
     "IDLE_PREFIX": keys.IDLE_PREFIX,
     "IDLE_VOID": keys.IDLE_VOID_S,
     "INDEXED": keys.INDEXED,
     "INDEX_PREFIX": keys.INDEX_PREFIX,
+    "INFLIGHT_PREFIX": keys.INFLIGHT_PREFIX,
     "LATER": keys.LATER,
     "LATER_PREFIX": keys.LATER_PREFIX,
     "LATER_RETRY": keys.LATER_RETRY_S,
@@ -83,6 +86,7 @@ _CONSTANTS: dict[str, str | float] = {
     "WAKE_PREFIX": keys.WAKE_PREFIX,
     "WOKEN_VOID": keys.WOKEN_VOID_S,
     "WORKERS": keys.WORKERS,
+    "WORKER_VOID": keys.WORKER_VOID_S,
 }
 _FUNCTION = re.compile(r"^local function (\w+)\([^\n]* end\n|^local function (\w+)\(.*?^end\n", re.M | re.S)
 _NEEDS = re.compile(r"^-- needs: (.+)\n", re.MULTILINE)

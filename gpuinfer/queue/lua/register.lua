@@ -15,11 +15,22 @@ end
 redis.call('ZADD', WORKERS, seconds, worker)
 if default_if_none ~= '' then redis.call('SET', DEFAULT_MODEL, default_if_none, 'NX') end
 
--- Forget groups that nobody has renewed for long.
-local function forget(groups)
-  for _, void in ipairs(redis.call('ZRANGEBYSCORE', groups, '-inf', seconds - GROUP_VOID)) do
+-- Names that do not come back are forgotten: workers, a few at a time, once nothing of theirs is in flight; who is
+-- idle no more; groups that nobody has renewed for long.
+for _, void in ipairs(redis.call('ZRANGEBYSCORE', WORKERS, '-inf', seconds - WORKER_VOID, 'LIMIT', 0, 10)) do
+  if redis.call('EXISTS', INFLIGHT_PREFIX .. void) == 0 then
+    redis.call('ZREM', WORKERS, void)
+    redis.call('DEL', HEARTBEAT_PREFIX .. void)
+    redis.call('DEL', EPOCH_PREFIX .. void)
+    redis.call('DEL', WAKE_PREFIX .. void)
+  end
+end
+redis.call('ZREMRANGEBYSCORE', IDLE_PREFIX .. group, GROUP_VOID - seconds, seconds - GROUP_VOID)
+local function forget(groups, since)
+  for _, void in ipairs(redis.call('ZRANGEBYSCORE', groups, '-inf', since)) do
     redis.call('ZREM', groups, void)
     redis.call('DEL', ORDER_PREFIX .. void, AGEING_PREFIX .. void)
+    redis.call('DEL', IDLE_PREFIX .. void)
   end
 end
 
@@ -30,7 +41,7 @@ for i = 6, #ARGV do
   for tier in string.gmatch(ARGV[4], '%a+') do
     local groups = GROUPS_PREFIX .. tier .. '.' .. model
     redis.call('ZADD', groups, seconds, group)
-    forget(groups)
+    forget(groups, seconds - GROUP_VOID)
   end
   for _, index in ipairs(model == default_model() and {model, ''} or {model}) do
     for _, list in ipairs(redis.call('ZRANGE', INDEX_PREFIX .. index, 0, -1)) do
@@ -46,7 +57,10 @@ end
 for _, index in ipairs(redis.call('SMEMBERS', INDEXED)) do
   if redis.call('EXISTS', INDEX_PREFIX .. index) == 0 then redis.call('SREM', INDEXED, index) end
 end
-redis.call('ZREMRANGEBYSCORE', CATALOGUE, '-inf', seconds - MODEL_VOID)
+for _, void in ipairs(redis.call('ZRANGEBYSCORE', CATALOGUE, '-inf', seconds - MODEL_VOID)) do
+  redis.call('ZREM', CATALOGUE, void)
+  for _, tier in pairs(TIERS) do forget(GROUPS_PREFIX .. tier .. '.' .. void, '+inf') end
+end
 redis.call('ZREMRANGEBYSCORE', IDLE, '-inf', seconds - GROUP_VOID)
 
 -- The group's order: begun with its first worker, and put right where the default model has changed.
