@@ -332,7 +332,11 @@ class Store:
         return not self._epoch or self._seq % SEQS_OF_AN_EPOCH + most >= SEQS_OF_AN_EPOCH
 
     def _begin_epoch(self) -> None:
-        """Begin an epoch. Its number is part of each sequence id, so that none comes twice."""
+        """Begin an epoch. Its number is part of each sequence id, so that none comes twice.
+
+        The next claim says again what this worker serves: Redis may have come back empty.
+        """
+        self._registered = ""
         try:
             self._epoch = int(self._begin_script(keys=[keys.epoch(self.worker)], args=[self._epoch, self.by]))
         except (redis.ConnectionError, redis.TimeoutError):

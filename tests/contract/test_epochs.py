@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gpuinfer import Client
 from gpuinfer.errors import FormatMismatch, TakenBack, WorkerRunning
 from gpuinfer.queue import keys
+from gpuinfer.queue.orphans import holders
 from gpuinfer.queue.store import SEQS_OF_AN_EPOCH, Store
 from gpuinfer.settings import BrokerSettings
 from tests.contract.conftest import done, ids, on, store_of
@@ -64,6 +67,41 @@ def test_who_was_taken_for_dead_goes_on(store: Store, client: Client) -> None:
     store_of_same_name(store).claim(1)
     with pytest.raises(WorkerRunning, match="taken over"):
         store.claim(1)
+
+
+def test_a_redis_that_came_back_empty(store: Store, client: Client) -> None:
+    """What a worker holds is found there: it says again that it lives, before the next claim."""
+    store.claim(1)
+    store.client.flushall()
+    store.mark_uncertain()
+    store.reconcile(())
+    store.client.set(keys.DEFAULT_MODEL, "digits")
+    client.submit([1])
+    assert len(store.claim(1)) == 1
+    assert [(one.worker, one.tasks) for one in holders(store.client)] == [(store.worker, 1)]
+
+
+def test_names_that_do_not_come_back(broker: BrokerSettings, store: Store, client: Client) -> None:
+    """What is left of workers unseen for a day without tasks, of their groups, of who was idle: nothing."""
+    gone, holds = store_of(broker, "gpu0@gone", ("old",)), store_of(broker, "gpu0@holds", ("old",))
+    client.submit([1], model="old")
+    assert len(holds.claim(1)) == 1
+    assert gone.claim(1, state="idle") == []
+    gone.register(b'{"models": ["old"]}')
+    raw: Any = store.client
+    raw.lpush(keys.wake(gone.worker), 1)
+    now = raw.time()[0]
+    for name in (gone.worker, holds.worker):
+        raw.zadd(keys.WORKERS, {name: now - keys.WORKER_VOID_S - 1})
+    raw.zadd(keys.IDLE_PREFIX + store.group, {"x": now - 99, "y": 99 - now, "here": now, "woken": -now})
+    raw.zadd(keys.CATALOGUE, {"old": now - keys.MODEL_VOID_S - 1})
+    store.register()
+    assert raw.zrange(keys.WORKERS, 0, -1) == [holds.worker.encode(), store.worker.encode()]
+    assert not raw.exists(keys.heartbeat(gone.worker), keys.epoch(gone.worker), keys.wake(gone.worker))
+    assert raw.exists(keys.epoch(holds.worker), holds.inflight) == 2
+    assert set(raw.zrange(keys.IDLE_PREFIX + store.group, 0, -1)) == {b"here", b"woken"}
+    assert not raw.exists(keys.IDLE_PREFIX + gone.group, f"{keys.GROUPS_PREFIX}realtime.old")
+    assert raw.zrange(keys.CATALOGUE, 0, -1) == [b"digits"]
 
 
 def store_of_same_name(store: Store) -> Store:
