@@ -171,9 +171,9 @@ SUBMIT_RESPONSES: dict[int | str, JsonSchema] = {
         "Not JSON.", "malformed_json", "the body is not JSON: unexpected character at line 1, column 1"
     ),
     404: _error(
-        "No worker of the fleet has served a model of that name.",
+        "The fleet knows no model of that name.",
         "unknown_model",
-        "no worker of this fleet has served a model of that name; known: digits, resnet",
+        "the fleet knows no model 'resnets'; known: digits, resnet",
         "model",
     ),
     413: _error(

@@ -15,7 +15,7 @@ def default_model(host: Host) -> Finding:
         fleet = catalogue.read(client)
     name, known = fleet.default_model, fleet.known
     if not known:
-        return ok("no worker has served a model yet; the first one sets the default model")
+        return ok("the fleet knows no model yet; the first worker sets the default model")
     choose = f"gpuinfer model default {known[0]}"
     if not name:
         return warning("no default model is set: requests must name their model", choose)

@@ -187,7 +187,7 @@ def set_default(client: redis.Redis, model: str, *, force: bool = False) -> str 
     known = _texts(client.zrange(keys.CATALOGUE, 0, -1))  # type: ignore[arg-type]  # not decoded
     if known and model not in known and not force:
         raise UnknownModel(
-            f"no worker of this fleet has served a model {model!r}; known: {', '.join(sorted(known))}; "
+            f"the fleet knows no model {model!r}; known: {', '.join(sorted(known))}; "
             "--force sets it all the same",
             "model",
         )

@@ -162,11 +162,16 @@ _PASSING = ("LOADING ", "READONLY ", "BUSY ", "MASTERDOWN ", "NOREPLICAS ", "max
 def explain(exc: Exception, user: str = "") -> GpuinferError:
     """Return the typed error for what redis-py raised, or a script answered, to this Redis user."""
     text = str(exc)
-    if "UNKNOWN_MODEL " in text:
-        known = text.rpartition("UNKNOWN_MODEL ")[2]
+    if "UNKNOWN_DEFAULT " in text:
+        model, _, known = text.rpartition("UNKNOWN_DEFAULT ")[2].partition(" ")
         return UnknownModel(
-            f"no worker of this fleet has served a model of that name; known: {known}", "model"
+            f"the fleet does not know its own default model {model!r}; known: {known}; "
+            "gpuinfer model default NAME sets another",
+            "model",
         )
+    if "UNKNOWN_MODEL " in text:
+        model, _, known = text.rpartition("UNKNOWN_MODEL ")[2].partition(" ")
+        return UnknownModel(f"the fleet knows no model {model!r}; known: {known}", "model")
     if "FORMAT " in text:
         return layout.mismatch(text.rpartition("FORMAT ")[2])
     if layout.is_of_a_cluster(exc):

@@ -130,4 +130,4 @@ class Router:
 
 
 def _unknown(model: str) -> str:
-    return f"no worker or watcher of this fleet knows a model {model!r}"
+    return f"the fleet knows no model {model!r}"

@@ -236,7 +236,7 @@ class Intake:
             return
         for claimed, envelope, model in claims:
             if model in unknown:
-                error = UnknownModel(f"no worker of this fleet has served a model {model!r}", "model")
+                error = UnknownModel(f"the fleet knows no model {model!r}", "model")
                 finals.append(self._outbox.final(claimed, error, envelope))
                 task_log.task_refused(claimed, envelope.id, error)
 

@@ -188,7 +188,7 @@ def test_a_router_ends_what_nobody_knows(store: Store, other: Store, client: Cli
     found, own = plain(store, "realtime", "ocr"), plain(store, "realtime", None)
     forget_workers(store)
     assert Router(other).pass_on() == 2
-    with pytest.raises(UnknownModel, match="knows a model 'nosuch'"):
+    with pytest.raises(UnknownModel, match="knows no model 'nosuch'"):
         client.result(lost, timeout_s=30)
     assert store.client.hget(keys.ENDED, "failed realtime nosuch") == b"1"
     assert ids(other.claim(10)) == [found]
@@ -275,9 +275,18 @@ def test_a_model_that_nobody_knows(broker: BrokerSettings, client: Client, *, kn
     store = store_of(broker, models=("digits", "ocr"))
     before = sorted(store.client.keys())
     for submit in (client.submit, client.submit_batch, client.submit_many):
-        with pytest.raises(UnknownModel, match="known: digits, ocr"):
+        with pytest.raises(UnknownModel, match="the fleet knows no model 'nobody'; known: digits, ocr"):
             submit([[1]], model="nobody")
     with pytest.raises(UnknownModel):
         client.submit([1], model="nobody", idempotency_key="k")
     assert sorted(store.client.keys()) == before
     assert store.unknown(["digits", "nobody"]) == ("nobody",)
+
+
+def test_a_default_model_that_nobody_knows(store: Store, client: Client) -> None:
+    """A caller who names no model is told which one it is that is not known, and what sets another."""
+    store.client.set(keys.DEFAULT_MODEL, "gone")
+    with pytest.raises(
+        UnknownModel, match="default model 'gone'; known: digits; gpuinfer model default"
+    ):
+        client.submit([1])

@@ -30,7 +30,7 @@ def host(redis_server: RedisServer, settings_for: Callable[..., Settings], tmp_p
 def test_the_default_model(host: Host, worker: HandWorker) -> None:
     """It is set, and the fleet knows it; where not, a command says which could be."""
     assert fleet.default_model(host) == ok(
-        "no worker has served a model yet; the first one sets the default model"
+        "the fleet knows no model yet; the first worker sets the default model"
     )
     worker.register()
     assert fleet.default_model(host) == ok("the default model is digits, of 1 that the fleet knows")

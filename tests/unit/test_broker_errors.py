@@ -45,7 +45,8 @@ pytestmark = pytest.mark.unit
             503,
         ),
         (said.ResponseError("FORMAT 7"), FormatMismatch, 503),
-        (said.ResponseError("UNKNOWN_MODEL a, b"), UnknownModel, 404),
+        (said.ResponseError("UNKNOWN_MODEL x a, b"), UnknownModel, 404),
+        (said.ResponseError("UNKNOWN_DEFAULT x a, b"), UnknownModel, 404),
     ],
 )
 def test_each_answer_has_its_error(exc: Exception, kind: type[GpuinferError], status: int | None) -> None:

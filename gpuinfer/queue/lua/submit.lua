@@ -21,7 +21,8 @@ if format and format ~= FORMAT then return refuse('FORMAT ' .. format) end
 local tier, model, caller, priority = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 if model ~= '' and not redis.call('ZSCORE', CATALOGUE, model) then
   local known = redis.call('ZRANGE', CATALOGUE, 0, -1)
-  if #known > 0 then return refuse('UNKNOWN_MODEL ' .. table.concat(known, ', ')) end
+  local what = model == default and 'UNKNOWN_DEFAULT ' or 'UNKNOWN_MODEL '
+  if #known > 0 then return refuse(what .. model .. ' ' .. table.concat(known, ', ')) end
 end
 for _, body in ipairs(KEYS) do
   if redis.call('EXISTS', body) == 0 then return refuse('BODY_GONE') end
