@@ -185,7 +185,7 @@ def remove(loaded: Loaded, name: str, forget: bool) -> None:
 
 def _forgotten(loaded: Loaded, name: str) -> str:
     """Drop a model from the catalogue unless it is in use; return what came of it."""
-    from gpuinfer.queue import catalogue
+    from gpuinfer.queue import catalogue, keys
     from gpuinfer.queue.connection import connect, typed_errors
 
     with typed_errors(), connect(loaded.settings.broker) as client:
@@ -199,12 +199,16 @@ def _forgotten(loaded: Loaded, name: str) -> str:
         said = f"{name} is {'no longer' if there else 'not'} in the fleet's catalogue"
         if catalogue.default_model(client) == name:
             said += "; it is still the default model, see gpuinfer model default"
+        state = catalogue.read(client).models.get(name)
+        for queue, count in state.waiting.items() if state else ():
+            tasks = "1 task waits" if count == 1 else f"{count:,} tasks wait"
+            said += f"; {tasks} for it, see gpuinfer queue purge {keys.queue_name(queue, name)}"
         return said
 
 
 @model.command(epilog="Examples: gpuinfer model default; gpuinfer model default resnet")
 @click.argument("name", required=False)
-@click.option("--force", is_flag=True, help="Take a NAME that no worker of the fleet has served.")
+@click.option("--force", is_flag=True, help="Take a NAME that the fleet does not know.")
 @_as_json
 @click.pass_obj
 def default(loaded: Loaded, name: str | None, force: bool, as_json: bool) -> None:

@@ -180,7 +180,7 @@ def test_the_command(redis_server: RedisServer) -> None:
     with redis_server.client() as connection:
         HandWorker(connection, "digits", "resnet").register()
     assert default(redis_server, "resnet") == "the default model is resnet, it was early"
-    with pytest.raises(UnknownModel, match="served a model 'resnt'; known: digits, resnet"):
+    with pytest.raises(UnknownModel, match="the fleet knows no model 'resnt'; known: digits, resnet"):
         raise command(redis_server, "default", "resnt").exception or AssertionError
     assert default(redis_server) == "resnet"
     assert json.loads(default(redis_server, "resnt", "--force", "--json")) == {
@@ -216,10 +216,14 @@ def test_removing_a_model(workers: Workers, redis_server: RedisServer) -> None:
         assert not (folder / ROOT).exists()
         assert connection.zscore(keys.CATALOGUE, ROOT) is not None
         connection.delete(keys.heartbeat(WORKER))
+        connection.lpush(f"batch.{ROOT}", "x", "y")
+        connection.sadd(keys.INDEXED, ROOT)
         # Of the package, or of another host: no files are deleted.
         for name in (ROOT, "digits"):
             done = command(redis_server, "remove", name, "--forget", folder=folder)
             assert f"{name} is no longer in the fleet's catalogue" in done.output
+            waits = f"2 tasks wait for it, see gpuinfer queue purge batch.{ROOT}"
+            assert (waits in done.output) == (name == ROOT)
         assert "it is still the default model" in done.output
         assert connection.zrange(keys.CATALOGUE, 0, -1) == [DOUBLE.encode()], "entered again by the heartbeat"
     models(workers)
