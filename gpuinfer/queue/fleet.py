@@ -129,7 +129,7 @@ def remedy(lane: Lane, workers: Sequence[Server]) -> str:
     chosen = next(iter(same_model or known), None)
     number, where = (chosen.number, f" on {chosen.host}") if chosen else (0, "")
     serves = chosen.serves if chosen else EVERYTHING
-    if same_model:
+    if same_model or not lane.model:  # without a default model, any model will do: the queue is not served
         setting = f"GPUINFER_WORKER_QUEUES={','.join((*serves.tiers, lane.tier))}"
     else:
         setting = f"GPUINFER_WORKER_MODELS={','.join((*serves.models, lane.model))}"

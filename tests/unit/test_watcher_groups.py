@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as some
 
 from gpuinfer.queue.depth import Lane
-from gpuinfer.queue.fleet import Serves
+from gpuinfer.queue.fleet import Server, Serves, remedy
 from gpuinfer.settings import QUEUES
 from gpuinfer.watcher.load import parts_of
 from gpuinfer.watcher.part import Measured
@@ -298,6 +298,12 @@ def test_what_waits_for_nobody_is_named_with_the_command_that_helps() -> None:
     world.lanes[REALTIME_A] = 1
     found = (look(world).stranded or {})[REALTIME_A]
     assert "systemctl unmask" in found.remedy
+
+
+def test_what_waits_under_no_name_gets_a_queue() -> None:
+    """Without a default model any model will do; what no worker serves is the queue."""
+    worker = Server(0, "a", Serves(("realtime",), ("digits",)))
+    assert remedy(Lane("batch", ""), [worker]).startswith("echo GPUINFER_WORKER_QUEUES=realtime,batch >> ")
 
 
 @pytest.mark.parametrize("state", ["failed", "deactivating", "activating", "active"])
