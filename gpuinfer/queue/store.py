@@ -466,11 +466,19 @@ class Store:
         ids = tuple(task_id.decode("utf-8", "backslashreplace") for task_id in names)
         return Restored(back, tuple(dead), ids)
 
+    def _default_model(self) -> str:
+        """Return the default model, as the last claim has found it, or as it is now."""
+        if self.default:
+            return self.default
+        found: bytes | None = self.client.get(keys.DEFAULT_MODEL)  # type: ignore[assignment]  # not decoded
+        return (found or b"").decode()
+
     def bury(self, seq: int, list_key: str, payload: bytes, error: GpuinferError, *, deaths: int = 0) -> str:
         """Move a task to the dead letters, with a failure result where its id can be read."""
         task_id, reply = identify(payload)
         follows = self.chains.buried(payload, error, list_key)
         place = keys.place_of(list_key)
+        model = place.model or self._default_model()
         letter_id = task_id or f"undecodable-{self.worker}-{int(self._clock() * 1000)}-{seq}"
         letter = orjson.dumps(
             {
@@ -486,7 +494,7 @@ class Store:
         )
         meta = results.failure(task_id, error, worker=self.worker) if task_id else b""
         end = Final(
-            seq, letter_id, meta, reply=reply, label=label("dead", place.tier, place.model), follows=follows
+            seq, letter_id, meta, reply=reply, label=label("dead", place.tier, model), follows=follows
         )
         not_sent = self._bury(
             keys=[self.inflight],
@@ -500,7 +508,7 @@ class Store:
             "task_dead_lettered",
             task_id=letter_id,
             queue=place.tier,
-            **({"model": place.model} if place.model else {}),
+            **({"model": model} if model else {}),
             deaths=deaths,
             reason=error.message,
         )

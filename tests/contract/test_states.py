@@ -97,7 +97,7 @@ class Model:
             self.end(task_id, finals[0].label)
         elif what == "bury":
             self.store.bury(claim.seq, claim.list_key, claim.payload, DeadLettered("no"))
-            self.end(task_id, "dead realtime")
+            self.end(task_id, "dead realtime digits")
         elif task_id not in self.held:
             pass
         elif what == "release":
@@ -117,7 +117,7 @@ class Model:
                 dead.add(task_id)
         assert set(self.store.restore().dead) == dead
         for task_id in dead:
-            self.end(task_id, "dead realtime")
+            self.end(task_id, "dead realtime digits")
         self.started -= self.held - dead
         self.held, self.running = set(), set()
 
