@@ -103,7 +103,7 @@ class Pulse:
         self._fed_at = self._told_at = clock()
         self._told_done = 0
         self._since = time.time()
-        self._status = ""
+        self._status = self._refused = ""
         self._ready = self._away = self._stuck = False
 
     # -- what happens ---------------------------------------------------------------------
@@ -202,9 +202,17 @@ class Pulse:
         if not store.begun:
             return None
         try:
-            return store.register(orjson.dumps(self._body(state, rate)), default=store.models[0])
+            waiting = store.register(orjson.dumps(self._body(state, rate)), default=store.models[0])
+        except redis.ResponseError as exc:  # of no connection: this worker works on, and is taken for dead
+            if str(exc) != self._refused:
+                hint = "the fleet takes this worker for dead; see gpuinfer doctor redis"
+                log.error("heartbeat_refused", worker=self._name, reason=str(exc), hint=hint)
+            self._refused = str(exc)
+            return None
         except (redis.RedisError, OSError):
             return None  # the connection says so, once
+        self._refused = ""
+        return waiting
 
     def _body(self, state: str, rate: float) -> dict[str, Any]:
         batch = self._batcher.engine.current

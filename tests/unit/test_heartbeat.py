@@ -83,6 +83,34 @@ class Setup:
         return self.notes.take()
 
 
+def test_a_heartbeat_that_is_refused_is_said_once() -> None:
+    """Its worker works on and is taken for dead; where Redis is away, its connection says so."""
+    made = Setup()
+    del made.pulse._write  # type: ignore[method-assign]
+    store = made.batcher.store = SimpleNamespace(begun=True, models=("a",), queues=("realtime",))
+    answers: list[Any] = [
+        *[redis.exceptions.NoPermissionError("no set")] * 2,
+        redis.ConnectionError("gone"),
+        3,
+        redis.ResponseError("WRONGTYPE"),
+    ]
+
+    def register(heartbeat: bytes, default: str) -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return int(answer)
+
+    store.register = register
+    with capture_logs() as logs:
+        found = [made.pulse._write("idle", 0.0) for _ in range(5)]
+    assert found == [None, None, None, 3, None]
+    assert [(one["event"], one["reason"]) for one in logs] == [
+        ("heartbeat_refused", "no set"),
+        ("heartbeat_refused", "WRONGTYPE"),
+    ]
+
+
 @pytest.fixture
 def setup() -> Setup:
     """Watched by systemd, which allows 60 s."""
