@@ -71,6 +71,15 @@ def domain(run_dir: Path) -> str:
         raise ConfigError(f"cannot be written: {exc}", "worker.run_dir") from exc
 
 
+def known_domain(run_dir: Path) -> str:
+    """Return the same without making it; empty where there is none yet, or this user may not read it."""
+    try:
+        with open(run_dir / "domain", encoding="ascii", opener=_no_link) as file:
+            return file.read(64).strip()
+    except (OSError, ValueError):
+        return ""
+
+
 def state(run_dir: Path, worker: str) -> LockState:
     """Tell whether a process holds the lock of ``worker``; ``unknown`` where this user may not look.
 

@@ -55,6 +55,9 @@ class Facts:
     host: str
     #: The state of the unit of its name on this host; None: there is none.
     unit: UnitState | None = None
+    #: Its heartbeats came from this very host, as far as is known: not from another one of its name, nor from
+    #: before this one's boot.
+    own: bool = True
     #: Whether a process on this host holds the lock of its name.
     lock: LockState = "free"
     #: The watcher of its host, not this one, is alive.
@@ -81,7 +84,8 @@ def judge(facts: Facts, reap_after_s: float) -> Verdict:
     if facts.unit is not None:
         if facts.unit not in ("inactive", "failed"):
             return Verdict(False, f"its unit is {facts.unit}")
-        if facts.watched_s < FRESH_S:
+        patience_s = FRESH_S if facts.own else max(reap_after_s, WITNESS_S)
+        if facts.silent_s < patience_s or facts.watched_s < min(patience_s, WITNESS_S):
             return Verdict(False, "its unit is down, and it is put back if no heartbeat comes")
         return Verdict(True, f"its unit is {facts.unit}, its lock is free, and {silence}")
     if facts.watcher_alive:
@@ -180,6 +184,7 @@ class Reaper:
         self, holder: Holder, views: Mapping[int, UnitView], live_hosts: frozenset[str], now: float
     ) -> Facts:
         ours = holder.host == self._host
+        own = locks.known_domain(self._settings.worker.run_dir)
         unit = next(
             (view.state for n, view in views.items() if f"gpu{n}@{self._host}" == holder.worker), None
         )
@@ -188,6 +193,7 @@ class Reaper:
             silent_s=holder.silent_s,
             watched_s=now - self._watched[holder.worker].since,
             host=holder.host,
+            own=not own or holder.domain in ("", own),
             unit=unit,
             lock=locks.state(self._settings.worker.run_dir, holder.worker) if ours else "free",
             watcher_alive=not ours and holder.host in live_hosts,

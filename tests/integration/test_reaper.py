@@ -18,7 +18,7 @@ from gpuinfer.doctor.finding import Finding
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.work import orphans
 from gpuinfer.errors import TakenBack, WorkerRunning
-from gpuinfer.locks import acquire
+from gpuinfer.locks import acquire, domain
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import decode
@@ -184,6 +184,17 @@ def test_a_unit_of_this_host(place: Place) -> None:
     with acquire(place.settings.worker.run_dir, "gpu0@here"):
         assert place.look(20) == []
     assert place.look() == ["gpu0@here"]
+
+
+def test_another_host_of_this_name(place: Place) -> None:
+    """Whose worker could not be here: its unit's being down tells nothing, and it is given its time."""
+    place.holds("gpu0@here", 2, silent_s=11)
+    place.views = {0: UnitView(state="failed")}
+    domain(place.settings.worker.run_dir)  # another one than in its heartbeat
+    assert place.look(WITNESS_S) == []
+    place.silence("gpu0@here", 130)
+    assert place.look(WITNESS_S) == []
+    assert place.look(2 * LOOK_EVERY_S) == ["gpu0@here"]
 
 
 def test_two_reapers(place: Place) -> None:

@@ -41,6 +41,16 @@ def test_a_unit_that_may_live(but: dict[str, object]) -> None:
     assert not judge(replace(DOWN, **but), 120).reap  # type: ignore[arg-type]
 
 
+def test_another_host_of_its_name() -> None:
+    """Or this one before its boot: its unit here tells nothing of it, and it has the time of any host."""
+    twin = replace(DOWN, own=False)
+    assert judge(DOWN, 120).reap
+    assert not judge(replace(twin, silent_s=119, watched_s=119), 120).reap
+    assert not judge(replace(twin, silent_s=121, watched_s=WITNESS_S - 1), 120).reap
+    assert judge(replace(twin, silent_s=121, watched_s=WITNESS_S), 120).reap
+    assert judge(replace(twin, silent_s=WITNESS_S, watched_s=WITNESS_S), 0).reap
+
+
 def test_a_host_that_is_gone() -> None:
     """Silent for as long as is set, by Redis's clock, and for a while as this reaper itself has seen it."""
     verdict = judge(GONE, 120)
