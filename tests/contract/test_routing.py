@@ -286,7 +286,5 @@ def test_a_model_that_nobody_knows(broker: BrokerSettings, client: Client, *, kn
 def test_a_default_model_that_nobody_knows(store: Store, client: Client) -> None:
     """A caller who names no model is told which one it is that is not known, and what sets another."""
     store.client.set(keys.DEFAULT_MODEL, "gone")
-    with pytest.raises(
-        UnknownModel, match="default model 'gone'; known: digits; gpuinfer model default"
-    ):
+    with pytest.raises(UnknownModel, match="default model 'gone'; known: digits; gpuinfer model default"):
         client.submit([1])

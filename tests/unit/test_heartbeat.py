@@ -86,7 +86,7 @@ class Setup:
 def test_a_heartbeat_that_is_refused_is_said_once() -> None:
     """Its worker works on and is taken for dead; where Redis is away, its connection says so."""
     made = Setup()
-    del made.pulse._write  # type: ignore[method-assign]
+    del made.pulse._write
     store = made.batcher.store = SimpleNamespace(begun=True, models=("a",), queues=("realtime",))
     answers: list[Any] = [
         *[redis.exceptions.NoPermissionError("no set")] * 2,
