@@ -141,9 +141,10 @@ def parse(answer: Any) -> Counted:
         levels[priority] = levels.get(priority, 0) + int(count)
     totals: dict[Lane, int] = {}
     for name, count in zip(claimed[::2], claimed[1::2], strict=True):
-        if not keys.ours(key := name.decode(errors="backslashreplace")):
+        key, _, model = name.decode(errors="backslashreplace").partition(" ")
+        if not keys.ours(key):
             continue
-        lane, _ = _lane(key, default_model)
+        lane, _ = _lane(key, model or default_model)
         totals[lane] = totals.get(lane, 0) + int(count)
     later: dict[Lane, int] = {}
     soon: dict[Lane, int] = {}

@@ -82,7 +82,8 @@ AGEING_PREFIX = "gpuinfer:ageing:"
 AGED_PREFIX = "gpuinfer:aged:"
 #: List -> how much it has been served, among the callers that take turns.
 TURNS = "gpuinfer:turns"
-#: List -> how many tasks were ever claimed from it, less those that were put back.
+#: List -> how many tasks were ever claimed from it, less those that were put back. The default model's
+#: lists have its name behind a space.
 CLAIMED = "gpuinfer:claimed"
 #: ``outcome tier model`` -> how many tasks ended so; ``bytes tier model`` -> bytes of their results.
 ENDED = "gpuinfer:ended"

@@ -63,7 +63,7 @@ def test_a_task_waits_in_redis_until_it_is_due(store: Store) -> None:
     assert {decode(task.payload).deliveries for task in again} == {0}
     assert traces(store) == []
     counts: Any = store.client.hgetall(keys.CLAIMED)
-    assert counts == {b"realtime": b"3"}
+    assert counts == {b"realtime digits": b"3"}
 
 
 def test_the_clock_is_redis(store: Store) -> None:

@@ -126,7 +126,7 @@ def test_a_release_cut_off_between_two_calls(store: Store, monkeypatch: pytest.M
     other = [decode(text).id for text in reversed(raw.lrange("realtime.other", 0, -1))]
     assert other == wanted[::2]
     claimed = {key.decode(): int(count) for key, count in raw.hgetall(keys.CLAIMED).items()}
-    assert claimed == {"realtime": 4}
+    assert claimed == {"realtime digits": 4}
 
 
 def test_what_is_no_message_is_put_back_too(store: Store, client: Client) -> None:

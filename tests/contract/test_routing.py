@@ -101,7 +101,7 @@ def test_a_worker_passes_on_what_it_claims(store: Store, other: Store, client: C
     assert {decode(task.payload).deliveries for task in found} == {0}
     raw: Any = store.client
     counts = {key.decode(): int(count) for key, count in raw.hgetall(keys.CLAIMED).items()}
-    assert counts == {URGENT: 4, keys.list_key("realtime.ocr", 9): 9}
+    assert counts == {f"{URGENT} digits": 4, keys.list_key("realtime.ocr", 9): 9}
 
 
 def test_a_worker_of_another_model_routes(store: Store, other: Store) -> None:

@@ -103,6 +103,17 @@ def test_a_share_is_worth_a_batch(fleet: Fleet, client: Client) -> None:
     assert got == [8, 8, 4, 0]
 
 
+def test_an_empty_index_hides_nothing(broker: BrokerSettings, client: Client) -> None:
+    """Of two models whose lists were indexed, one was emptied by hand: the other's work is found."""
+    both = store_of(broker, models=("a", "b"), default="a")
+    client.submit([1], model="a", priority=9)
+    task = client.submit([1], model="b")
+    both.client.delete(keys.list_key("realtime", 9))
+    assert both.claim(BATCH, state="idle") == []
+    assert rung([both]) == [1]
+    assert ids(both.claim(BATCH, state="idle")) == [task]
+
+
 def test_the_busy_leave_the_idle_their_part(fleet: Fleet, client: Client) -> None:
     """Who runs a batch claims what the idle could not take in a batch each."""
     first, *others = fleet(3)

@@ -14,10 +14,11 @@ from gpuinfer import Client
 from gpuinfer.errors import TaskFailed, WorkerRunning
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Final
+from gpuinfer.queue.depth import Lane, look
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.scripts import source
 from gpuinfer.queue.store import SEQS_OF_AN_EPOCH, Store
-from gpuinfer.settings import QUEUES, BrokerSettings
+from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings
 from tests.contract.conftest import begin, done, ids, store_of
 
 pytestmark = pytest.mark.integration
@@ -337,4 +338,18 @@ def test_claims_are_counted_for_the_watcher(store: Store, client: Client) -> Non
     store.claim(2)
     store.claim(5)
     counts = store.client.hgetall(keys.CLAIMED)
-    assert counts == {b"realtime": b"2", keys.list_key("realtime", 9).encode(): b"1"}
+    urgent = keys.list_key("realtime", 9).encode()
+    assert counts == {b"realtime digits": b"2", urgent + b" digits": b"1"}
+
+
+def test_what_was_claimed_of_a_default_model_stays_its_own(store: Store, client: Client) -> None:
+    """Should another one be the default: rates and ages are told by model, and a count never falls."""
+    client.submit_many([[1]] * 3)
+    assert len(store.claim(3)) == 3
+    store.client.zadd(keys.CATALOGUE, {"ocr": 1e10})
+    store.client.set(keys.DEFAULT_MODEL, "ocr")
+    assert look(store.client).claimed == {Lane("realtime", "digits"): 3}
+    client.submit([1], model="ocr")
+    other = Store(store.client, "gpu1@here", QUEUES, QueueSettings(), models=("ocr",))
+    assert len(other.claim(3)) == 1
+    assert look(store.client).claimed == {Lane("realtime", "digits"): 3, Lane("realtime", "ocr"): 1}

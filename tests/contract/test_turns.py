@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from gpuinfer.queue import keys
 from gpuinfer.queue.claims import Claimed
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings
-from tests.contract.conftest import commands, ids, on, send, store_of
+from tests.contract.conftest import commands, ids, message, on, send, store_of
 
 pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]
 
@@ -103,3 +104,15 @@ def test_a_model_of_many_callers_is_one_model(both: Store, crowd: str, single: s
     send(both, 400, model=single)
     served = Counter(both.claim(10)[0].model for _ in range(20))
     assert served == {crowd: 10, single: 10}
+
+
+def test_many_callers(store: Store) -> None:
+    """However many wait at once: Lua passes eight thousand values to a command, and no more."""
+    raw: Any = store.client
+    with raw.pipeline(transaction=False) as pipe:
+        for number in range(9000):
+            pipe.lpush(f"realtime.digits@c{number}", message())
+            pipe.zadd(keys.index("digits"), {f"realtime.digits@c{number}": 9})
+        pipe.execute()
+    assert len(store.claim(5)) == 5
+    assert len(store.claim(5)) == 5

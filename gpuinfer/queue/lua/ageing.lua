@@ -14,7 +14,12 @@ local function look_for_aged(group, lists, ageing)
   local time, new, aged = math.floor(now() * 1000), {}, {}
   for first = 1, #lists, 1000 do
     local last = math.min(first + 999, #lists)
-    local claimed = redis.call('HMGET', CLAIMED, unpack(lists, first, last))
+    local counters = {}
+    for i = first, last do
+      local _, index = place_of(lists[i])
+      counters[i] = counter_of(lists[i], index)
+    end
+    local claimed = redis.call('HMGET', CLAIMED, unpack(counters, first, last))
     for i = first, last do
       local list, count = lists[i], claimed[i - first + 1] or '0'
       local at, counted = string.match(before[list] or '', '^(%d+) (.*)$')

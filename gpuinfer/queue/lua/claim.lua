@@ -92,10 +92,14 @@ end
 local function take_turns(rivals)
   local names, most, new = {}, 0, {}
   for i, one in ipairs(rivals) do names[i] = one.key end
-  local turns = redis.call('HMGET', TURNS, unpack(names))
-  for i, one in ipairs(rivals) do
-    one.turn = tonumber(turns[i])
-    if one.turn and one.turn > most then most = one.turn end
+  for first = 1, #names, 1000 do
+    local last = math.min(first + 999, #names)
+    local turns = redis.call('HMGET', TURNS, unpack(names, first, last))
+    for i = first, last do
+      local turn = tonumber(turns[i - first + 1])
+      rivals[i].turn = turn
+      if turn and turn > most then most = turn end
+    end
   end
   for _, one in ipairs(rivals) do
     one.new = one.turn and 0 or 1
@@ -103,7 +107,7 @@ local function take_turns(rivals)
       one.turn, new[#new + 1], new[#new + 2] = most, one.key, most
     end
   end
-  if #new > 0 then redis.call('HSET', TURNS, unpack(new)) end
+  for first = 1, #new, 1000 do redis.call('HSET', TURNS, unpack(new, first, math.min(first + 999, #new))) end
   table.sort(rivals, function(a, b)
     if a.turn ~= b.turn then return a.turn < b.turn end
     if a.new ~= b.new then return a.new < b.new end
@@ -116,6 +120,7 @@ local function nothing()
   if state == 'idle' then
     redis.call('ZADD', IDLE, now(), worker)
     redis.call('ZADD', IDLE_PREFIX .. group, now(), worker)
+    idle = true
   end
   return {'', default}
 end
@@ -163,7 +168,7 @@ if ageing > 0 and (#lists > 1 or heads[3]) then
   if not packed then
     local keys = {}
     if heads[1] then
-      local indices = redis.call('ZRANGE', ORDER_PREFIX .. group, 0, -1)
+      local indices = redis.call('ZRANGE', ORDER_PREFIX .. group, 0, 999)
       local n = #indices
       for i, name in ipairs(indices) do indices[i] = INDEX_PREFIX .. name end
       for _, key in ipairs(redis.call('ZUNION', n, unpack(indices))) do
@@ -252,7 +257,7 @@ local function take(list, most)
   end
   local count = before - room
   if count > 0 then
-    redis.call('HINCRBY', CLAIMED, list.key, count)
+    redis.call('HINCRBY', CLAIMED, counter_of(list.key, list.index), count)
     if list.turn then
       list.turn = list.turn + count
       redis.call('HSET', TURNS, list.key, list.turn)
@@ -301,6 +306,8 @@ for name, first in pairs(before) do
     redis.call('ZADD', ORDER_PREFIX .. group, rivals + taken * TASK, name)
   end
 end
+-- The claimer is woken, too: an index that had nothing left may have hidden another model's work from it.
+local none = taken == 0 and nothing()
 if left then wake(tier_at(left), model, 1) end
 for i = 1, #heads, 2 do
   local name = heads[i] == '' and default or heads[i]
@@ -310,7 +317,7 @@ for i = 1, #heads, 2 do
   end
 end
 
-if taken == 0 then return nothing() end
+if none then return none end
 -- The worker compares the id with what it reads. A payload too long to search
 -- through, or a task that has its final state, is left to begin.lua.
 if ARGV[5] == '1' and taken == 1 and #answer[6] <= 16384 then

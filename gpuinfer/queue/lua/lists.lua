@@ -28,6 +28,13 @@ local function place_of(list)
   if priority then return tier, string.sub(model, 2), base + 9 - (tonumber(priority) or 0) end
 end
 
+-- Return what is counted under in CLAIMED what is claimed from a list of an index. The default model is named: should
+-- another one be, what was claimed stays its own.
+local function counter_of(list, index)
+  if index == '' and default_model() ~= '' then return list .. ' ' .. default_model() end
+  return list
+end
+
 -- Return the list of another model with the same tier, caller and priority; the default model has the lists
 -- without a name.
 local function list_of(list, model)
@@ -133,7 +140,8 @@ end
 -- Put a task back at the head of its list.
 local function put_back(list, payload)
   redis.call('RPUSH', list, payload)
-  redis.call('HINCRBY', CLAIMED, list, -1)
+  local _, index = place_of(list)
+  redis.call('HINCRBY', CLAIMED, counter_of(list, index), -1)
   return index_list(list)
 end
 

@@ -35,7 +35,8 @@ for list, set in pairs(sets) do
     for first = 1, #set.seqs, 1000 do
       redis.call('HDEL', KEYS[1], unpack(set.seqs, first, math.min(first + 999, #set.seqs)))
     end
-    redis.call('HINCRBY', CLAIMED, list, -#set.places)
+    local _, index = place_of(list)
+    redis.call('HINCRBY', CLAIMED, counter_of(list, index), -#set.places)
   end
 end
 return {due, refused, why}

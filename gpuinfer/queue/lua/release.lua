@@ -16,7 +16,8 @@ for i = 2, #ARGV, 3 do
     local tier, model
     if other ~= '' then
       tier, model = pass_on(list_of(list, other), payload)
-      redis.call('HINCRBY', CLAIMED, list, -1)
+      local _, index = place_of(list)
+      redis.call('HINCRBY', CLAIMED, counter_of(list, index), -1)
     else
       if ran == '1' then payload = counted(payload, 0) end
       tier, model = put_back(list, payload)
