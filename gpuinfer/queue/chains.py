@@ -113,7 +113,7 @@ class Chains:
     def _send(self, signature: Any, call: _Call, *, success: bool) -> Iterator[Follow]:
         try:
             yield from [*self._follows(signature, call, success=success)]
-        except (Refused, ValueError, TypeError, ArithmeticError, RecursionError) as exc:
+        except (Refused, ValueError, TypeError, ArithmeticError, OSError, RecursionError) as exc:
             waiting = [signature, *_listed(call.options.get("chain"))]
             ends = self._ends(waiting, ChainRefused(str(exc), "chain"))
             refused = [task_id for task_id, _ in ends]
@@ -122,13 +122,12 @@ class Chains:
 
     def _follows(self, signature: Any, call: _Call, *, success: bool) -> Iterator[Follow]:
         """Yield the messages of a signature. Raises Refused, and what odd values raise."""
-        if not isinstance(signature, Mapping) or not isinstance(signature.get("task"), str):
-            raise Refused("it is no signature of a task")
+        _check(signature)
         if call.depth > _DEPTH:
             raise Refused(f"it is nested more than {_DEPTH} deep")
         kind = signature.get("subtask_type") or signature["task"].removeprefix("celery.")
         if kind in ("group", "chain"):
-            tasks = (signature.get("kwargs") or {}).get("tasks") or []
+            tasks = _listed((signature.get("kwargs") or {}).get("tasks"))
             split = self._group if kind == "group" else _first_of
             for part, its_call in split(signature, tasks, call):
                 yield from self._follows(part, its_call, success=success)
@@ -153,7 +152,7 @@ class Chains:
         name = signature["task"]
         options = {**(signature.get("options") or {}), **call.options}
         task_id = json_types.plain(options.get("task_id")) or str(uuid.uuid4())
-        if not isinstance(task_id, str):
+        if not _is_text(task_id):
             raise Refused(f"its id must be text, not {task_id!r:.60}")
         args, kwargs = signature.get("args") or [], signature.get("kwargs") or {}
         first = b"" if signature.get("immutable") else call.first
@@ -223,6 +222,23 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def _check(signature: Any) -> None:
+    """Raise Refused for what is no signature."""
+    if not isinstance(signature, Mapping) or not isinstance(signature.get("task"), str):
+        raise Refused("it is no signature of a task")
+    for name, kind in (("args", list), ("kwargs", dict), ("options", dict)):
+        if signature.get(name) and not isinstance(signature[name], kind):  # [] for no kwargs is PHP's
+            raise Refused(f"{name} of its signature must be a {kind.__name__}")
+
+
+def _is_text(value: object) -> bool:
+    """Tell a string that Redis can be given: a lone surrogate cannot be written."""
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _ids(signature: Any, depth: int = 0) -> Iterator[str]:
     """Yield the ids under which the ends of a signature's tasks are waited for."""
     if not isinstance(signature, Mapping) or depth > _DEPTH:
@@ -234,7 +250,7 @@ def _ids(signature: Any, depth: int = 0) -> Iterator[str]:
     if inner:
         for part in inner:
             yield from _ids(part, depth + 1)
-    elif isinstance(options, Mapping) and isinstance(options.get("task_id"), str):
+    elif isinstance(options, Mapping) and _is_text(options.get("task_id")):
         yield options["task_id"]
 
 

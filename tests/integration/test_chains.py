@@ -65,5 +65,5 @@ def test_resize_predict_store(
         with pytest.raises(ChainRefused, match="bank"):
             refused.get(timeout=60)
         assert refused.parent.get(timeout=60)["class"] == labels[0]
-    assert '"chain_refused"' in ours.text()
+    ours.wait_for_line('"chain_refused"', 60)
     assert stock.running

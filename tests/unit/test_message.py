@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kombu.utils.json import dumps
 
@@ -82,7 +82,7 @@ def rewritten(message: dict[str, Any], how: str) -> dict[str, Any]:
     return message | {"body": b64encode(text.encode()).decode() if coded else text}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     protocol=st.sampled_from([1, 2]),
     values=VALUES,
