@@ -40,6 +40,8 @@ from gpuinfer.settings import LogSettings
 #: What each line begins with, in this order.
 _FIRST = ("timestamp", "level", "logger", "action")
 _ROOM = "gpuinfer"
+#: Characters of a task's id that a line has at most.
+MAX_ID = 200
 #: These log what a task was given or has returned, at the levels named here and below.
 _QUIETED = {
     "celery.app.trace": logging.WARNING,
@@ -175,6 +177,7 @@ def _common() -> list[Processor]:
         structlog.stdlib.PositionalArgumentsFormatter(),
         structlog.processors.StackInfoRenderer(),
         _add_always,
+        _cut_ids,
         _timestamp,
     ]
 
@@ -251,6 +254,16 @@ def _in_parts(render: Processor) -> Processor:
 def _add_always(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
     for key, value in _always.items():
         line.setdefault(key, value)
+    return line
+
+
+def _cut_ids(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
+    """Cut ids that plain Celery producers have chosen: ours are never that long."""
+    task_id, task_ids = line.get("task_id"), line.get("task_ids")
+    if isinstance(task_id, str) and len(task_id) > MAX_ID:
+        line["task_id"] = task_id[:MAX_ID]
+    if isinstance(task_ids, list | tuple) and any(len(str(one)) > MAX_ID for one in task_ids):
+        line["task_ids"] = [str(one)[:MAX_ID] for one in task_ids]
     return line
 
 

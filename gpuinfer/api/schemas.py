@@ -226,8 +226,8 @@ CANCEL_RESPONSES: dict[int | str, JsonSchema] = {
         },
     ),
     404: _NOT_FOUND,
+    422: _error("No task id.", "bad_input", "must be a text of 1 to 200 characters, got ...", "task_id"),
     503: _AWAY,
-    # Keeps FastAPI from documenting a 422 that cannot be: any text is a task id.
     "default": {"description": "Any other error.", "content": {"application/json": {"schema": ERROR}}},
 }
 _COUNT: JsonSchema = {"type": "integer", "minimum": 0}

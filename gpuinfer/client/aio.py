@@ -4,20 +4,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from itertools import islice
 from typing import Any, Self, Unpack
 
 from gpuinfer.client import core
-from gpuinfer.client.core import Call, DefaultModel, Options, Origin
-from gpuinfer.client.sync import not_found, settings_for
+from gpuinfer.client.core import (
+    CALLS_A_TRIP,
+    LOOK,
+    Call,
+    DefaultModel,
+    Options,
+    Origin,
+    Waiting,
+    not_found,
+    settings_for,
+)
+from gpuinfer.client.outgoing import Outgoing
+from gpuinfer.client.pipe import Pipe
 from gpuinfer.client.waits import RETRY_S, Waits
 from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, WaitTimeout
 from gpuinfer.queue import catalogue, keys, results
 from gpuinfer.queue import format as layout
 from gpuinfer.queue.connection import connect_async, typed_errors, user_of
 from gpuinfer.queue.results import TaskStatus
-from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
+
+Ends = Callable[[], Awaitable[list[TaskStatus]]]
 
 
 def _watch_cancellation() -> Callable[[], None]:
@@ -35,6 +49,12 @@ def _watch_cancellation() -> Callable[[], None]:
     return heed
 
 
+def _retrieve(answer: asyncio.Future[Any]) -> None:
+    """Take note of a failure that nobody waits for."""
+    if not answer.cancelled():
+        answer.exception()
+
+
 class AsyncClient:
     """Talks to the queue from an event loop. Use it in the loop it was first used in.
 
@@ -45,15 +65,19 @@ class AsyncClient:
         self._settings = settings_for(source)
         self._redis = connect_async(self._settings.broker)
         self._user = user_of(self._settings.broker)
-        self._submit = bind(self._redis, "submit")
-        self._cancel = bind(self._redis, "cancel")
+        options = self._redis.connection_pool.connection_kwargs
+        self._pipe = Pipe(self._redis, options["socket_timeout"])
+        self._submit = self._pipe.script("submit")
+        self._cancel = self._pipe.script("cancel")
+        self._outgoing = Outgoing(self._call, self._settings.queue)
         self._origin = Origin()
-        self._waits = Waits(self._redis, self._origin)
+        self._waits = Waits(self._redis, self._origin, self._user)
         self._default = DefaultModel()
 
     async def aclose(self) -> None:
         """Stop listening and close all connections."""
         await self._waits.aclose()
+        await self._pipe.aclose()
         await self._redis.aclose()
 
     async def __aenter__(self) -> Self:
@@ -80,7 +104,7 @@ class AsyncClient:
     async def ping(self) -> None:
         """Raises BrokerUnavailable when Redis does not answer, UnusableRedis where it has another format."""
         with typed_errors(self._user):
-            layout.check(await self._redis.get(keys.FORMAT_KEY))
+            layout.check(await self._pipe.call("GET", keys.FORMAT_KEY))
 
     # -- submitting -----------------------------------------------------------------------
 
@@ -109,44 +133,49 @@ class AsyncClient:
             for value in inputs
         ]
         accepted: list[str] = []
+        calls = core.bulk(tasks, self._settings.queue)
         try:
             with typed_errors(self._user):
-                for call in core.bulk(tasks, self._settings.queue):
-                    await self._call(call)
-                    accepted += call.ids
+                while some := list(islice(calls, CALLS_A_TRIP)):
+                    await self._send(some, accepted)
         except BrokerError as exc:
             exc.accepted = tuple(accepted)
             raise
         return accepted
 
+    async def _send(self, calls: Sequence[Call], accepted: list[str]) -> None:
+        """Call the script in one round trip; note what was accepted. Raises the first error."""
+        answers = await asyncio.gather(*(self._call(call) for call in calls), return_exceptions=True)
+        for call, answer in zip(calls, answers, strict=True):
+            if not isinstance(answer, BaseException):
+                accepted += call.ids
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+
     async def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         key = options.get("idempotency_key")
         default = await self._default_model(options)
         task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
-        call = core.one(task, self._settings.queue, key)
         with typed_errors(self._user):
-            holder = await self._call(call)
+            if key is None:
+                await self._outgoing.put(core.pack(task, self._settings.queue))
+                return task.id
+            holder = await self._call(core.one(task, self._settings.queue, key))
         return holder.decode()
 
     async def _call(self, call: Call) -> bytes:
         """Send bodies, then the call of the script, in one packet; return its answer."""
-        if not call.bodies:
-            return await self._submit(args=call.args)  # type: ignore[no-any-return]
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for command in call.commands():
-                pipe.execute_command(*command)
-            await self._submit(keys=list(call.bodies), args=call.args, client=pipe)
-            *_, answer = await pipe.execute(raise_on_error=False)
-        if isinstance(answer, Exception):
-            raise answer
-        return bytes(answer)
+        for command in call.commands():
+            # That one was not taken the script finds out by itself.
+            self._pipe.call(*command).add_done_callback(_retrieve)
+        return bytes(await self._submit(list(call.bodies), call.args))
 
     async def _default_model(self, options: Options) -> str | None:
         """Return the fleet's default model, for a caller that names none."""
         if options.get("model") is None and self._default.stale:
             with typed_errors(self._user):
-                found: bytes | None = await self._redis.get(keys.DEFAULT_MODEL)  # type: ignore[assignment]
-            self._default.found(found)
+                self._default.found(await self._pipe.call("GET", keys.DEFAULT_MODEL))
         return self._default.name
 
     async def cancel(self, task_id: str) -> bool:
@@ -154,67 +183,44 @@ class AsyncClient:
 
         What runs on the device just now runs on; nothing else of the task does, and its result is dropped. An
         id that nothing is known of may be a plain Celery producer's task, which waits: it is cancelled too.
+        Raises InputError, BrokerError.
         """
-        args = core.cancellation(task_id, self._origin, self._settings.queue.result_ttl_s)
         with typed_errors(self._user):
-            return bool(await self._cancel(keys=[keys.result(task_id)], args=args))
+            return bool(await self._cancel(*core.cancel_call(task_id, self._origin, self._settings.queue)))
 
     # -- waiting --------------------------------------------------------------------------
 
     async def status(self, task_id: str) -> TaskStatus:
-        """Return a task's state now. Raises TaskNotFound."""
-        status = await self._known(task_id)
-        if status is None:
-            raise not_found(task_id)
-        return status
-
-    async def _known(self, task_id: str) -> TaskStatus | None:
-        """Return a task's state now; None: nothing is known of it."""
+        """Return a task's state now. Raises InputError, TaskNotFound."""
+        key = core.result_key(task_id)
         with typed_errors(self._user):
-            meta = await self._redis.get(keys.result(task_id))
-        return None if meta is None else results.parse(task_id, meta)
+            meta = await self._pipe.call("GET", key)
+        if meta is None:
+            raise not_found(task_id)
+        return results.parse(task_id, meta)
 
     async def wait(self, task_id: str, timeout_s: float | None = None) -> TaskStatus:
         """Wait until a task has ended, at most ``timeout_s``; return its state then.
 
         An id that nothing is known of may be a plain Celery producer's task, which waits: with a timeout it
-        is waited for until then. Raises TaskNotFound, BrokerUnavailable.
+        is waited for until then. Raises InputError, TaskNotFound, BrokerError.
         """
-        heed_cancellation = _watch_cancellation()
-        patient = timeout_s is not None and timeout_s > 0 and not self._origin.made(task_id)
-        status = await self._known(task_id)
-        if status is None and not patient:
-            raise not_found(task_id)
-        if status is not None and (status.final or (timeout_s is not None and timeout_s <= 0)):
-            return status
+        if timeout_s is not None and timeout_s <= 0:
+            return await self.status(task_id)
+        waiting = Waiting([task_id], self._origin)
         try:
-            async with asyncio.timeout(timeout_s), self._waits.watch(task_id) as mailbox:
-                while True:
-                    heed_cancellation()
-                    news = await mailbox.get()
-                    if news is not None:
-                        return news
-                    before, status = status, await self._look(task_id)
-                    if status is None and (before is not None or not patient):
-                        raise not_found(task_id)
-                    if status is not None and status.final:
-                        return status
+            async with asyncio.timeout(timeout_s), self._ends(waiting, patient=timeout_s is not None) as ends:
+                while not (ended := await ends()):
+                    continue
+                return ended[0]
         except TimeoutError:
             return await self.status(task_id)
 
-    async def _look(self, task_id: str) -> TaskStatus | None:
-        """Return a task's state, if any is known, once Redis answers.
-
-        A subscription that stands is not confirmed again.
-        """
-        while True:
-            try:
-                return await self._known(task_id)
-            except BrokerUnavailable:
-                await asyncio.sleep(RETRY_S)
-
     async def result(self, task_id: str, timeout_s: float | None = None) -> Any:
-        """Wait for a task and return its result; raise its error. Raises TaskNotFound, WaitTimeout."""
+        """Wait for a task, as ``wait`` does, and return its result; raise its error.
+
+        Raises TaskNotFound, WaitTimeout.
+        """
         status = await self.wait(task_id, timeout_s)
         if not status.final:
             raise WaitTimeout(f"task {task_id} has not ended in {timeout_s:g} s; it goes on")
@@ -223,18 +229,60 @@ class AsyncClient:
     async def as_completed(
         self, task_ids: Iterable[str], timeout_s: float | None = None
     ) -> AsyncIterator[TaskStatus]:
-        """Yield the final status of each task as it ends. Raises TaskNotFound, WaitTimeout."""
-        waits = [asyncio.ensure_future(self.wait(task_id, timeout_s)) for task_id in dict.fromkeys(task_ids)]
-        try:
-            for done in asyncio.as_completed(waits):
-                status = await done
-                if not status.final:
-                    raise WaitTimeout("not all tasks have ended in time; they go on")
-                yield status
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+        """Yield the final status of each task as it ends. Raises TaskNotFound, WaitTimeout.
+
+        With a timeout, an id that nothing is known of is waited for, as ``wait`` does. Goes on through a
+        restart of Redis; BrokerUnavailable is raised where it is away at the beginning.
+        """
+        waiting = Waiting(task_ids, self._origin)
+        deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        async with self._ends(waiting, patient=deadline is not None) as ends:
+            while waiting:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        ended = await ends()
+                except TimeoutError:
+                    ended = await self._look(waiting, patient=False)
+                    if waiting and not ended:
+                        raise WaitTimeout(
+                            f"{len(waiting)} tasks have not ended in time; they go on"
+                        ) from None
+                for status in ended:
+                    yield status
+
+    @asynccontextmanager
+    async def _ends(self, waiting: Waiting, *, patient: bool) -> AsyncIterator[Ends]:
+        """Give a function that waits for the next news, and returns which tasks have ended by it."""
+        heed_cancellation = _watch_cancellation()
+        async with self._waits.watch(waiting.ids) as mailbox:
+            heed_cancellation()
+            began = False
+
+            async def ends() -> list[TaskStatus]:
+                nonlocal began
+                if not began:  # a Redis that is away now is told, later it is waited for
+                    began = True
+                    return await self._look(waiting, patient=patient)
+                news = await mailbox.get()
+                if news is not None:
+                    return [news] if waiting.told(news) else []
+                while True:
+                    try:
+                        return await self._look(waiting, patient=patient)
+                    except BrokerUnavailable:
+                        await asyncio.sleep(RETRY_S)
+
+            yield ends
+
+    async def _look(self, waiting: Waiting, *, patient: bool) -> list[TaskStatus]:
+        """Return which tasks have ended. Raises TaskNotFound, BrokerError."""
+        ids, ended = waiting.ids, []
+        for start in range(0, len(ids), LOOK):
+            some = ids[start : start + LOOK]
+            with typed_errors(self._user):
+                metas = await self._pipe.call("MGET", *map(keys.result, some))
+            ended += waiting.looked(some, metas, patient=patient)
+        return ended
 
     async def results(
         self, task_ids: Sequence[str], timeout_s: float | None = None, *, return_errors: bool = False

@@ -1,29 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a caller's arguments to calls of the submit script. Shared by both clients; no input, no output."""
+"""What both drivers share: calls of the scripts from a caller's arguments, and what a publication says.
+
+No input, no output.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
-from gpuinfer.errors import InputError, PayloadTooLarge, TaskRevoked
+from gpuinfer.errors import InputError, PayloadTooLarge, TaskNotFound, TaskRevoked
 from gpuinfer.models.manifest import MODEL_NAME
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.direct import Argument
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Packed, Submission
-from gpuinfer.settings import QUEUES, QueueName, QueueSettings
+from gpuinfer.queue.results import TaskStatus
+from gpuinfer.settings import QUEUES, QueueName, QueueSettings, Settings, load_settings
+
+log = logging.getLogger(__name__)
 
 #: One call of the script carries at most this many tasks, or about this many bytes.
 CHUNK_TASKS, CHUNK_BYTES = 500, 4 * 1024 * 1024
+#: Calls of the script that go in one round trip, and states that one MGET reads.
+CALLS_A_TRIP, LOOK = 8, 1000
 #: Bounds of what a caller may give: ten years, and the characters of a name or key.
 MAX_SECONDS, MAX_NAME = 10 * 365 * 86400, 200
-#: Characters of an id up to which it is noted that it was cancelled before anything was known of it.
-MAX_NOTED_ID = 1000
 
 
 class Options(TypedDict, total=False):
@@ -119,19 +126,6 @@ class Origin:
 def reply_channel(task_id: str) -> str:
     """Return the reply channel of the client process that made an id; nobody listens there for another's."""
     return keys.REPLY_PREFIX + task_id[:8] + task_id[9:13]
-
-
-def cancellation(task_id: str, origin: Origin, ttl_s: int) -> list[str | bytes | int]:
-    """Return the arguments of ``cancel.lua``.
-
-    Of a plain producer's task nothing is known while it waits: its end is written in advance, and whoever
-    claims it skips it. A task of one's own that nothing is known of has ended, and its result is gone.
-    """
-    known = results.failure(task_id, TaskRevoked("it was cancelled"), worker="")
-    words = f"nothing was known of it when it was cancelled; should it come within {ttl_s} s, it does not run"
-    unknown = results.failure(task_id, TaskRevoked(words), worker="")
-    noted = not origin.made(task_id) and len(task_id) <= MAX_NOTED_ID
-    return [task_id, known, ttl_s, reply_channel(task_id), unknown if noted else b""]
 
 
 class DefaultModel:
@@ -236,16 +230,165 @@ def one(submission: Submission, settings: QueueSettings, idempotency_key: str | 
     return _call(submission, [(submission.id, _pack(submission, settings))], settings, idempotency_key)
 
 
-def bulk(submissions: Sequence[Submission], settings: QueueSettings) -> Iterator[Call]:
+class Ready(NamedTuple):
+    """A checked task, and its message."""
+
+    submission: Submission
+    packed: Packed
+
+    @property
+    def place(self) -> tuple[str, str | None, str, int]:
+        """Which list it goes to: tasks of one list can go in one call."""
+        task = self.submission
+        return task.queue, task.model, task.caller, task.priority
+
+
+def pack(submission: Submission, settings: QueueSettings) -> Ready:
+    """Write a task's message. Raises InputError, PayloadTooLarge."""
+    return Ready(submission, _pack(submission, settings))
+
+
+def bulk(submissions: Iterable[Submission], settings: QueueSettings) -> Iterator[Call]:
     """Yield the calls that submit tasks of one queue and priority. Raises InputError, PayloadTooLarge."""
+    return _chunks((pack(submission, settings) for submission in submissions), settings)
+
+
+def joined(tasks: Iterable[Ready], settings: QueueSettings) -> Iterator[Call]:
+    """Yield the calls that submit tasks of any lists, in order: one for each list, unless it is too large."""
+    places: dict[tuple[str, str | None, str, int], list[Ready]] = {}
+    for task in tasks:
+        places.setdefault(task.place, []).append(task)
+    for together in places.values():
+        yield from _chunks(together, settings)
+
+
+def _chunks(ready: Iterable[Ready], settings: QueueSettings) -> Iterator[Call]:
     tasks: list[tuple[str, Packed]] = []
     size = 0
-    for submission in submissions:
-        packed = _pack(submission, settings)
+    submission: Submission | None = None
+    for submission, packed in ready:
         tasks.append((submission.id, packed))
         size += packed.size
         if len(tasks) >= CHUNK_TASKS or size >= CHUNK_BYTES:
             yield _call(submission, tasks, settings, None)
             tasks, size = [], 0
-    if tasks:
-        yield _call(submissions[-1], tasks, settings, None)
+    if submission is not None and tasks:
+        yield _call(submission, tasks, settings, None)
+
+
+# -- what both drivers wait for ---------------------------------------------------------------
+
+
+def settings_for(source: Settings | str | None) -> Settings:
+    """Return settings: as given, with another broker URL, or as loaded from this host."""
+    if isinstance(source, Settings):
+        return source
+    loaded = load_settings()
+    if source is None:
+        return loaded
+    broker = type(loaded.broker).model_validate(loaded.broker.model_dump() | {"url": source})
+    return loaded.model_copy(update={"broker": broker})
+
+
+def not_found(task_id: str) -> TaskNotFound:
+    """Return the error for an id Redis knows nothing of."""
+    return TaskNotFound(
+        f"no task {task_id}: it was never submitted here, or its result has expired (what a plain Celery "
+        "producer has sent is known once it runs)",
+        "task_id",
+    )
+
+
+def result_key(task_id: object) -> str:
+    """Return where a task's state stands. Raises InputError for what is no id."""
+    if not isinstance(task_id, str) or not 0 < len(task_id) <= MAX_NAME:
+        said = f"a text of {len(task_id)} characters" if isinstance(task_id, str) else repr(task_id)[:80]
+        raise InputError(f"must be a text of 1 to {MAX_NAME} characters, got {said}", "task_id")
+    return keys.result(task_id)
+
+
+def cancel_call(
+    task_id: str, origin: Origin, settings: QueueSettings
+) -> tuple[list[str], list[bytes | str | int]]:
+    """Return keys and arguments of the script that cancels. Raises InputError.
+
+    Of a plain producer's task nothing is known while it waits: its end is written in advance, and whoever
+    claims it skips it. A task of one's own that nothing is known of has ended, and its result is gone.
+    """
+    key, ttl_s = result_key(task_id), settings.result_ttl_s
+    known = results.failure(task_id, TaskRevoked("it was cancelled"), worker="")
+    words = f"nothing was known of it when it was cancelled; should it come within {ttl_s} s, it does not run"
+    unknown = b"" if origin.made(task_id) else results.failure(task_id, TaskRevoked(words), worker="")
+    return [key], [task_id, known, ttl_s, reply_channel(task_id), unknown]
+
+
+class Waiting:
+    """The tasks that one wait is for, and what is known of them. No input, no output."""
+
+    def __init__(self, task_ids: Iterable[str], origin: Origin) -> None:
+        self._origin = origin
+        #: Id -> whether Redis has known it. Raises InputError for what is no id.
+        self._known: dict[str, bool] = {}
+        for task_id in task_ids:
+            result_key(task_id)
+            self._known[task_id] = False
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def ids(self) -> list[str]:
+        """Those that have not ended."""
+        return list(self._known)
+
+    def channels(self) -> list[str]:
+        """Return where their ends are told: on our reply channel, and others' by their ids."""
+        others = [result_key(task_id) for task_id in self._known if not self._origin.made(task_id)]
+        return [self._origin.channel, *others] if len(others) < len(self._known) else others
+
+    def told(self, status: TaskStatus) -> bool:
+        """Tell whether this ends one of them; it is waited for no more then."""
+        return status.final and self._known.pop(status.id, None) is not None
+
+    def __contains__(self, task_id: str) -> bool:
+        return task_id in self._known
+
+    def looked(
+        self, task_ids: Sequence[str], metas: Sequence[bytes | None], *, patient: bool
+    ) -> list[TaskStatus]:
+        """Return which of these have ended, by what stands under their keys. Raises TaskNotFound.
+
+        With patience, an id that was never known may be a plain Celery producer's task, which waits.
+        """
+        ended = []
+        for task_id, meta in zip(task_ids, metas, strict=True):
+            if task_id not in self._known:
+                continue
+            if meta is None:
+                if patient and not self._known[task_id] and not self._origin.made(task_id):
+                    continue
+                raise not_found(task_id)
+            self._known[task_id] = True
+            status = results.parse(task_id, meta)
+            if self.told(status):
+                ended.append(status)
+        return ended
+
+
+def heard(channel: str, data: bytes, origin: Origin) -> list[TaskStatus] | None:
+    """Read what was published on a channel; None: it cannot be read, so look at what is waited for.
+
+    Anybody may publish there; nobody else's wait ends with what somebody cannot write.
+    """
+    try:
+        if channel == origin.channel:
+            return results.parse_many(data)
+        return [results.parse(channel.removeprefix(keys.RESULT_PREFIX), data)]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+        fields = {"channel": channel, "reason": type(exc).__name__, "bytes": len(data)}
+        log.warning(
+            "Unreadable publication on %s: %s",
+            *(channel, type(exc).__name__),
+            extra={"action": "unreadable_publication", "fields": fields},
+        )
+        return None

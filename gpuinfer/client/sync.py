@@ -12,48 +12,36 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any, Self, Unpack
 
-from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from gpuinfer.client import core
-from gpuinfer.client.core import Call, DefaultModel, Options, Origin
+from gpuinfer.client.core import (
+    CALLS_A_TRIP,
+    LOOK,
+    Call,
+    DefaultModel,
+    Options,
+    Origin,
+    Waiting,
+    not_found,
+    settings_for,
+)
 from gpuinfer.client.listener import Listener
-from gpuinfer.errors import BrokerError, InputError, TaskNotFound, WaitTimeout
+from gpuinfer.errors import BrokerError, InputError, WaitTimeout
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors, user_of
 from gpuinfer.queue.direct import Direct
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
-from gpuinfer.settings import Settings, load_settings
+from gpuinfer.settings import Settings
 
 MAX_IDLE_LISTENERS = 8
 #: Results that may be published to a kept subscription while nobody waits.
 UNHEARD = 1000
-#: Calls of the script that ``submit_many`` sends at once.
-CALLS_A_TRIP = 8
-
-
-def settings_for(source: Settings | str | None) -> Settings:
-    """Return settings: as given, with another broker URL, or as loaded from this host."""
-    if isinstance(source, Settings):
-        return source
-    loaded = load_settings()
-    if source is None:
-        return loaded
-    broker = type(loaded.broker).model_validate(loaded.broker.model_dump() | {"url": source})
-    return loaded.model_copy(update={"broker": broker})
-
-
-def not_found(task_id: str) -> TaskNotFound:
-    """Return the error for an id Redis knows nothing of."""
-    return TaskNotFound(
-        f"no task {task_id}: it was never submitted here, or its result has expired (what a plain Celery "
-        "producer has sent is known once it runs)",
-        "task_id",
-    )
 
 
 class Client:
@@ -183,26 +171,39 @@ class Client:
 
         What runs on the device just now runs on; nothing else of the task does, and its result is dropped. An
         id that nothing is known of may be a plain Celery producer's task, which waits: it is cancelled too.
+        Raises InputError, BrokerError.
         """
-        args = core.cancellation(task_id, self._origin, self._settings.queue.result_ttl_s)
+        names, args = core.cancel_call(task_id, self._origin, self._settings.queue)
         with typed_errors(self._user):
-            return bool(self._cancel(keys=[keys.result(task_id)], args=args))
+            return bool(self._cancel(keys=names, args=args))
 
     # -- waiting --------------------------------------------------------------------------
 
     def status(self, task_id: str) -> TaskStatus:
-        """Return a task's state now. Raises TaskNotFound."""
+        """Return a task's state now. Raises InputError, TaskNotFound."""
+        key = core.result_key(task_id)
         with typed_errors(self._user):
-            meta = self._redis.get(keys.result(task_id))
+            meta = self._direct.call("GET", key)
         if meta is None:
             raise not_found(task_id)
         return results.parse(task_id, meta)
 
-    def result(self, task_id: str, timeout_s: float | None = None) -> Any:
-        """Wait for a task and return its result; raise its error. Raises TaskNotFound, WaitTimeout.
+    def wait(self, task_id: str, timeout_s: float | None = None) -> TaskStatus:
+        """Wait until a task has ended, at most ``timeout_s``; return its state then.
 
         An id that nothing is known of may be a plain Celery producer's task, which waits: with a timeout it
-        is waited for until then.
+        is waited for until then. Raises InputError, TaskNotFound, BrokerError.
+        """
+        if timeout_s is None or timeout_s > 0:
+            with suppress(WaitTimeout):
+                for status in self.as_completed([task_id], timeout_s):
+                    return status
+        return self.status(task_id)
+
+    def result(self, task_id: str, timeout_s: float | None = None) -> Any:
+        """Wait for a task, as ``wait`` does, and return its result; raise its error.
+
+        Raises TaskNotFound, WaitTimeout.
         """
         for status in self.as_completed([task_id], timeout_s):
             return status.unwrap()
@@ -224,11 +225,10 @@ class Client:
     def as_completed(self, task_ids: Iterable[str], timeout_s: float | None = None) -> Iterator[TaskStatus]:
         """Yield the final status of each task as it ends. Raises TaskNotFound, WaitTimeout.
 
-        With a timeout, an id that nothing is known of is waited for, as ``result`` does. Goes on through a
+        With a timeout, an id that nothing is known of is waited for, as ``wait`` does. Goes on through a
         restart of Redis; BrokerUnavailable is raised where Redis refuses the password.
         """
-        #: Id -> whether Redis has known it.
-        waiting = dict.fromkeys(task_ids, False)
+        waiting = Waiting(task_ids, self._origin)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         cut_off = False
         while waiting:
@@ -246,17 +246,17 @@ class Client:
                         f"Redis is away and {len(waiting)} tasks have not ended: {exc}"
                     ) from exc
                 time.sleep(0.2)
+            except ResponseError as exc:
+                raise explain(exc, self._user) from exc
 
-    def _listen(self, waiting: dict[str, bool], deadline: float | None) -> Iterator[TaskStatus]:
+    def _listen(self, waiting: Waiting, deadline: float | None) -> Iterator[TaskStatus]:
         """Subscribe, look once, then yield what is published; drop ended tasks from ``waiting``.
 
         The look comes when the subscriptions stand, so that nothing can fall between the two.
         """
         origin = self._origin
-        own = any(origin.made(task_id) for task_id in waiting)
-        others = [keys.result(task_id) for task_id in waiting if not origin.made(task_id)]
         with self._listener(waiting) as listener:
-            listener.subscribe([origin.channel, *others] if own else others)
+            listener.subscribe(waiting.channels())
             while waiting:
                 left = 5.0 if deadline is None else max(0.0, deadline - time.monotonic())
                 event = listener.next(min(left, 5.0))
@@ -267,22 +267,18 @@ class Client:
                             raise WaitTimeout(f"{len(waiting)} tasks have not ended in time; they go on")
                     continue
                 channel, told = event
-                if told is None:
+                statuses = None if told is None else core.heard(channel, told, origin)
+                if statuses is None:
                     yield from self._look(waiting, patient=deadline is not None and left > 0)
                     continue
-                if channel == origin.channel:
-                    statuses = results.parse_many(told)
-                else:
-                    statuses = [results.parse(channel.removeprefix(keys.RESULT_PREFIX), told)]
                 for status in statuses:
-                    if status.final and status.id in waiting:
-                        del waiting[status.id]
+                    if waiting.told(status):
                         yield status
-                    elif status.id in waiting:
+                    elif status.id in waiting:  # a notice of an end that stands under its key
                         yield from self._look(waiting, [status.id])
 
     @contextmanager
-    def _listener(self, waiting: dict[str, bool]) -> Iterator[Listener]:
+    def _listener(self, waiting: Waiting) -> Iterator[Listener]:
         """Lend a subscription; it is kept for the next wait unless an exception passed through it."""
         try:
             listener = self._listeners.pop()
@@ -294,14 +290,14 @@ class Client:
         try:
             yield listener
         except GeneratorExit:
-            self._keep(listener, waiting)  # whoever waited has what he wanted
+            self._keep(listener, waiting)  # the caller has its result
             raise
         except BaseException:
             listener.close()
             raise
         self._keep(listener, waiting)
 
-    def _keep(self, listener: Listener, waiting: dict[str, bool]) -> None:
+    def _keep(self, listener: Listener, waiting: Waiting) -> None:
         if len(self._listeners) >= MAX_IDLE_LISTENERS:
             listener.close()
             return
@@ -313,23 +309,11 @@ class Client:
             self._listeners.append(listener)
 
     def _look(
-        self, waiting: dict[str, bool], ids: Sequence[str] = (), *, patient: bool = False
+        self, waiting: Waiting, ids: Sequence[str] = (), *, patient: bool = False
     ) -> Iterator[TaskStatus]:
-        """Yield what has ended, of all or of these. Raises TaskNotFound for what is gone.
-
-        Without patience also for what was never known.
-        """
-        ids = ids or list(waiting)
-        for start in range(0, len(ids), 1000):
-            some = ids[start : start + 1000]
-            metas = self._direct.call("MGET", *(keys.result(task_id) for task_id in some))
-            for task_id, meta in zip(some, metas, strict=True):
-                if meta is None:
-                    if patient and not waiting[task_id] and not self._origin.made(task_id):
-                        continue
-                    raise not_found(task_id)
-                waiting[task_id] = True
-                status = results.parse(task_id, meta)
-                if status.final:
-                    del waiting[task_id]
-                    yield status
+        """Yield what has ended, of all or of these. Raises TaskNotFound."""
+        ids = ids or waiting.ids
+        for start in range(0, len(ids), LOOK):
+            some = ids[start : start + LOOK]
+            metas = self._direct.call("MGET", *map(keys.result, some))
+            yield from waiting.looked(some, metas, patient=patient)

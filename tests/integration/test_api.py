@@ -114,7 +114,7 @@ def test_cancelling(api: Api, worker: HandWorker) -> None:
     assert unknown["task_id"] == "nobody/known"
     assert unknown["cancelled"] is True
     assert "nothing was known of it" in unknown["error"]["message"]
-    assert api.http.post("/cancel/" + "x" * 5000).status_code == 404
+    assert api.http.post("/cancel/" + "x" * 5000).status_code == 422
 
 
 def test_results_that_are_not_finite(api: Api, worker: HandWorker) -> None:
@@ -249,7 +249,9 @@ def test_bad_bodies(api: Api) -> None:
 PATHS = (
     ("/result/6b1f3d0e-2c55-4c39-9f0a-8f4f5a1c7d21", 404, "task_not_found"),
     ("/result/%00%ff..", 404, "task_not_found"),
-    ("/result/" + "x" * 5000, 404, "task_not_found"),
+    ("/result/" + "x" * 200, 404, "task_not_found"),
+    ("/result/" + "x" * 201, 422, "bad_input"),
+    ("/result/" + "x" * 5000, 422, "bad_input"),
     ("/result/x?wait=0.2", 404, "task_not_found"),
     ("/result/x?wait=nan", 422, "bad_input"),
     ("/result/x?wait=-1", 422, "bad_input"),

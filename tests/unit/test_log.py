@@ -67,6 +67,31 @@ def test_many_tasks_are_several_lines() -> None:
     assert [line.count("id") - line.count("task_ids") for line in text.splitlines()] == [100, 50]
 
 
+def test_a_stranger_s_id_is_cut() -> None:
+    """A plain Celery producer may choose an id of a megabyte; it runs, and a line has 200 characters."""
+    lines = lines_of("""
+        configure(LogSettings())
+        log.info("one", task_id="x" * 5000)
+        log.info("several", task_ids=["y" * 5000, "short"])
+        log.info("plain", task_id="z" * 200)
+    """)
+    assert [line.get("task_id") for line in lines] == ["x" * 200, None, "z" * 200]
+    assert lines[1]["task_ids"] == ["y" * 200, "short"]
+
+
+def test_a_client_s_lines_have_their_action() -> None:
+    """The clients log by the standard library; in the front their lines look like all others."""
+    (line,) = lines_of("""
+        configure(LogSettings())
+        fields = {"reason": "gone", "waiting": 3}
+        logging.getLogger("gpuinfer.client.waits").warning(
+            "Redis is away: %s", "gone", extra={"action": "redis_away", "fields": fields}
+        )
+    """)
+    assert (line["action"], line["reason"], line["waiting"]) == ("redis_away", "gone", 3)
+    assert "message" not in line
+
+
 def test_foreign_lines_come_once_through_the_same_renderer() -> None:
     """celery, kombu, uvicorn and warnings; also those whose loggers brought handlers of their own."""
     lines = lines_of("""
