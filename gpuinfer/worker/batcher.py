@@ -102,6 +102,8 @@ class Batcher:
         self._batch_s: dict[str, float] = {}
         #: Tasks that a reaper has put back while they ran here.
         self._taken_back: set[int] = set()
+        #: Those among them that go on where they are claimed next, as long as their batch is being finished.
+        self._dropped: set[int] = set()
         self._router = Router(store, tasks_by_name(settings.queue))
         self._debug = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
         self.channel: TaskChannel | None = None
@@ -182,7 +184,7 @@ class Batcher:
         """Return the seqs of everything claimed and not settled."""
         tasks = chain(self._buffer, *(batch.tasks for batch in self._on_device()))
         unread = {claimed.seq for claimed in self._intake.waiting}
-        return {task.seq for task in tasks} | unread | self._outbox.held()
+        return ({task.seq for task in tasks} - self._dropped) | unread | self._outbox.held()
 
     def _on_device(self) -> list[Batch]:
         """Return the batch that runs, and the one whose ends are not written yet."""
@@ -353,6 +355,7 @@ class Batcher:
             finals = self._outcomes(done)
             if not done.complete:  # what comes back is served before what is claimed now, or overtaken by it
                 self._overtake(done)
+            self._dropped.clear()
             self.pump()
             self._settle(finals)
         except Exception as exc:
@@ -394,6 +397,7 @@ class Batcher:
             if final is None and task.seq in self._taken_back:  # the rest of it runs where it is claimed next
                 self._buffer.remove([task])
                 self._celery.finished(task, None)
+                self._dropped.add(task.seq)
                 self.store.mark_uncertain()  # a reaper that was cut off has not put it back
             if final is not None:
                 finals.append(final)

@@ -30,7 +30,7 @@ from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.worker import batcher as batcher_module
 from gpuinfer.worker import engine as engine_module
-from gpuinfer.worker.batcher import Batcher
+from gpuinfer.worker.batcher import LONG_BATCH_S, Batcher
 from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.engine import PROBE_EVERY_S, STALLED_AFTER_S, Engine
@@ -424,11 +424,13 @@ def test_a_worker_that_was_taken_for_dead_goes_on(
     assert ended == b"100"
 
 
+@pytest.mark.parametrize("runs_s", [0.0, 2 * LONG_BATCH_S])
 def test_a_reaper_that_is_cut_off_leaves_no_task_behind(
-    batcher: Batcher, client: Client, model: Small, redis_server: RedisServer
+    batcher: Batcher, client: Client, model: Small, redis_server: RedisServer, runs_s: float
 ) -> None:
     """It has taken the name over, and put nothing back: a job between two slices is claimed again, as what it
-    holds here may be another's by now, and does not stay in flight."""
+    holds here may be another's by now, and does not stay in flight. After a long batch the next claim comes
+    before the ends are written."""
     job = client.submit_batch([[float(number)] for number in range(100)], model="picky")
     go_on = threading.Event()
     model.watch = lambda: go_on.wait(20)
@@ -441,6 +443,7 @@ def test_a_reaper_that_is_cut_off_leaves_no_task_behind(
         batcher._batch_s["picky"] = 0.001
         batcher.engine.moved_at = time.monotonic() + 5
         channel.claim()
+        time.sleep(runs_s)
         go_on.set()
         turn(batcher, lambda: client.status(job).final, 60)
         assert len(client.result(job)) == 100
