@@ -2,7 +2,7 @@
 """Which GPUs this host has, and which of them a worker runs on.
 
 NVML counts GPUs in PCI order; CUDA may count them otherwise ("fastest first"), and a driver may
-number them anew after a reboot. So a worker is bound by UUID wherever one is known.
+number them differently after a reboot. So a worker is bound by UUID wherever one is known.
 A GPU that is there and fails is an error with the driver's words, never a silent CPU.
 """
 

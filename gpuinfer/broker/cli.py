@@ -24,7 +24,7 @@ FOLDER = Path("/run/gpuinfer/redis")
 CREDENTIALS = Path("/etc/gpuinfer/credentials")
 #: The administrator's own users, one line each as Redis's ACL files have them.
 MORE_USERS = Path("/etc/gpuinfer/redis-users.acl")
-_MEND = "`dpkg-reconfigure gpuinfer` makes missing passwords"
+_FIX = "`dpkg-reconfigure gpuinfer` makes missing passwords"
 #: Redis refuses to start with a user that is named twice.
 _TAKEN = ("default", "admin", "api", "worker", "watcher")
 
@@ -161,10 +161,10 @@ def passwords() -> Mapping[str, str]:
     from gpuinfer.broker.acl import USERS
 
     folder = Path(os.environ.get("CREDENTIALS_DIRECTORY", CREDENTIALS))
-    found = {user: _read(folder / user, f"; {_MEND}").strip() for user in USERS}
+    found = {user: _read(folder / user, f"; {_FIX}").strip() for user in USERS}
     for user, password in found.items():
         if not password:
-            raise ConfigError(f"is empty; {_MEND}", str(folder / user))
+            raise ConfigError(f"is empty; {_FIX}", str(folder / user))
     return found
 
 

@@ -3,7 +3,7 @@
 
 redis-py's PubSub takes 30 us for each event, and for each that is none. This one does without its
 subscriptions by pattern and its reconnections: when the connection is lost, so is the wait, and
-whoever waits begins again.
+the waiting call begins again.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class Waits:
         while self._pubsub.subscribed:
             try:
                 event = await self._pubsub.get_message(timeout=5.0)
-            except UnusableRedis:  # whoever waits is told so when he looks
+            except UnusableRedis:  # each waiter meets the error at its next read
                 self._joined = self._listening = False
                 self._look_all()
                 return

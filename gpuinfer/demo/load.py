@@ -151,7 +151,7 @@ class Load:
             result = connection.infer(path, body)
             results = list(_one_each(result, len(images)))
         except (Refused, OSError, http.client.HTTPException, ValueError, KeyError) as exc:
-            connection.close()  # the next request opens it anew
+            connection.close()  # the next request opens another one
             error = f"{type(exc).__name__}: {exc}"
         answer = Answer(
             tier=tier, images=images, begun=begun, ended=time.monotonic(), results=results, error=error

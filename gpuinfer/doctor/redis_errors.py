@@ -130,7 +130,7 @@ def _wrong_password(failure: Failure) -> Finding | None:
     if place.ours:
         return error(
             f"Redis does not know this password of user {user}: it was changed, or Redis has not read it yet",
-            "systemctl restart gpuinfer-redis  # reads /etc/gpuinfer/credentials anew",
+            "systemctl restart gpuinfer-redis  # reads /etc/gpuinfer/credentials again",
         )
     return error(
         f"Redis does not know this password of user {user}: broker.username or broker.password is wrong",

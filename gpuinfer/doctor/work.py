@@ -25,7 +25,7 @@ from gpuinfer.queue.orphans import Holder, ago, command, holders
 PING_S, REQUEST_S = 2.0, 20.0
 #: A dead letter older than this has been forgotten by whoever should look at it.
 STALE_S = 7 * 86400
-#: ActiveState of a unit -> why it does not answer: to start it once more would mend nothing.
+#: ActiveState of a unit -> why it does not answer: starting it again would not help.
 _STATES = {
     "active": "runs, and cannot reach Redis or hangs",
     "activating": "is starting",

@@ -8,7 +8,7 @@
 
 A list of ``task_ids`` becomes the field TASK_ID many times over, so that ``journalctl TASK_ID=…``
 finds a batch by each task in it; ``_REPEATED`` names such lists. Another field has its key in
-capitals, but for those in ``_NAMES``. A value is cut at ``MAX_VALUE``: what a stranger or a model's
+capitals, except those in ``_NAMES``. A value is cut at ``MAX_VALUE``: what a stranger or a model's
 exception put into it is in the result, whole.
 """
 
@@ -69,7 +69,7 @@ class Entries:
         self._plain = plain
 
     def of(self, line: EventDict) -> list[bytes]:
-        """Return a line's entries: one, but for more tasks than an entry names."""
+        """Return a line's entries: one, or several when it names too many tasks for one."""
         return [
             field("MESSAGE", self._message(part))
             + self._fields(part)

@@ -108,7 +108,7 @@ class Sender:
         return True
 
     def _try(self, entry: bytes) -> int:
-        """Send an entry; return 0 or the error's number. The path is looked up anew: it may come back."""
+        """Send an entry; return 0 or the error's number. The path is looked up again: it may be back."""
         try:
             if len(entry) > DATAGRAM_BYTES:
                 self._send_file(entry)

@@ -87,7 +87,7 @@ def verify(folder: ModelFolder) -> str:
 
 
 class Repository:
-    """The models of some folders, then the shipped ones. Reads the disk anew at each call."""
+    """The models of some folders, then the shipped ones. Reads the disk at each call."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = tuple(folders)

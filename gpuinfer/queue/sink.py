@@ -56,4 +56,4 @@ class Sink(Protocol):
 
     def fenced(self, error: WorkerRunning | TakenBack | UnusableRedis) -> None:
         """Another process claims under this worker's name, or Redis has another format, and this one ends; or
-        a reaper has taken this worker for dead, and it begins anew."""
+        a reaper has taken this worker for dead, and it begins a new epoch."""

@@ -448,7 +448,7 @@ class Store:
         With ``after``, an epoch's number, only if none has begun since. Raises TakenBack when another reaper
         has begun one, WorkerRunning when a worker has.
         """
-        self._epoch = after  # 0: takes over, whoever has counted since
+        self._epoch = after  # 0: takes over, whatever has been counted since
         self._begin_epoch()
         args = (self._epoch, self._settings.max_deaths, results.PENDING_META)
         try:

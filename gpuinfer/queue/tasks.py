@@ -27,7 +27,7 @@ def _load(name: str) -> Any:
 def _here(inputs: list[Any], model: str | None, top_k: int | None, encoding: Encoding) -> list[Any]:
     """Run inputs in this process on the CPU; the entry of a bad one is its error.
 
-    For direct and eager calls. A worker gets here only by a queue that is none of ours: it must not
+    For direct and eager calls. A worker gets here only by a queue that is not ours: it must not
     fall back to the CPU in silence.
     """
     request = current_task.request if current_task else None

@@ -37,7 +37,7 @@ class Fleet:
     #: Failed, and rested for long enough; those that are enabled apart.
     failed: list[Key] = field(default_factory=list)
     enabled_failed: list[Key] = field(default_factory=list)
-    #: All that run, but for those that do not beat.
+    #: All that run, except those that send no heartbeat.
     serving: list[Instance] = field(default_factory=list)
     #: Running, and perhaps too many: neither enabled, nor started by hand, nor of a host that only logs.
     spare: list[Key] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Fleet:
     silent: int = 0
     #: Starting, but not counted upon; ours to stop.
     broken: list[Key] = field(default_factory=list)
-    #: Instances that are out, and why.
+    #: Excluded instances, and why.
     out: dict[Key, str] = field(default_factory=dict)
     #: How many cannot be started now, and will be without anybody's help: they drain or cool down.
     returning: int = 0
@@ -137,7 +137,7 @@ def _may_stop(instance: Instance, unit: UnitMemory | None, now: float) -> bool:
 def _count_starting(
     fleet: Fleet, instance: Instance, unit: UnitMemory | None, seen: Observation, now: float
 ) -> None:
-    """Count what starts, but for one that has failed to: it would hold up those that could.
+    """Count what starts, except one that has failed to: it would hold up those that could.
 
     systemd may try once more, for what was wrong may pass within seconds; then it is stopped.
     """
@@ -179,7 +179,7 @@ def _count_stopped(
 
 
 def _returns(instance: Instance, unit: UnitMemory | None, seen: Observation, now: float) -> bool:
-    """Tell whether an instance that is out comes back by itself: after its rest, or with its GPU."""
+    """Tell whether an excluded instance comes back by itself: after its cooldown, or with its GPU."""
     hold = instance.hold if unit is None else unit.held(now)
     left_alone = instance.masked or instance.log_only or hold == "stopped"
     return seen.alive(instance.key) and not left_alone

@@ -30,7 +30,7 @@ Groups = frozenset[Serves]
 class Demand:
     """Lanes, and all the groups that serve any of them."""
 
-    #: The same in every watcher, and in every life of one.
+    #: The same in every watcher, also after a restart.
     name: str
     groups: Groups
     lanes: tuple[Lane, ...]

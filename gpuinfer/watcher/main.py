@@ -174,7 +174,7 @@ class Watcher:
         decision = decide(seen, self.history or History(), self._settings.watcher, now)
         if self.history is None and seen.queues is None:
             self._report(decision, seen)
-            return decision  # what an earlier life has done is not known yet
+            return decision  # what the process before this one did is not known yet
         changed = self.history is None or decision.history.units is not self.history.units
         self.history = decision.history
         self._xids = {}  # they are in the history now
@@ -254,7 +254,7 @@ class Watcher:
                 layout.establish(self._client)
 
     def _recall(self, own: list[Instance]) -> None:
-        """Take over what an earlier life has kept; beside the service, what it remembers at each look."""
+        """Take over what the process before this one kept; beside the service, what it remembers now."""
         kept, history = self._kept()
         if self.history is None:
             self.history = replace(history, units=adopt(history.units, own))
@@ -277,7 +277,7 @@ class Watcher:
 
     def _say_unreadable(self, reason: str) -> None:
         if reason != self._unreadable:
-            hint = "what was measured, and who was started or stopped by hand, is learned anew"
+            hint = "what was measured, and who was started or stopped by hand, is learned again"
             log.warning("memory_unreadable", key=MEMORY_PREFIX + self.host, reason=reason, hint=hint)
         self._unreadable = reason
 
@@ -313,7 +313,7 @@ class Watcher:
         )
 
     def _published(self, instance: Instance, now: float) -> Instance:
-        """Return an instance as the other watchers are told of it, with why it is out."""
+        """Return an instance as the other watchers are told of it, with why it is excluded."""
         unit = (self.history or History()).units.get(instance.key)
         hold = unit.held(now) if unit else ""
         reason = ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is remembered of each of our instances: who started it, how often it failed, how long it is out.
+"""What is remembered of each of our instances: who started it, how often it failed, how long it is excluded.
 
 Manual starts and stops are told from ours by our own commands: a change of state that follows no
 command of ours was somebody's wish, and is respected for ``manual_hold_s``.
@@ -25,7 +25,7 @@ from gpuinfer.watcher.state import (
 
 #: A start after which it is inactive at so many looks in a row had no effect.
 TRIES = 2
-#: After so many failed starts in a row systemd is stopped from trying again: the instance rests.
+#: After so many failed starts in a row systemd is stopped from trying again: the instance cools down.
 FAILED_STARTS = 2
 #: A change of state is the answer to our command for this long after it.
 COMMAND_S = 30.0
@@ -63,11 +63,11 @@ class UnitMemory:
         return self.hold if loads or now < self.hold_until else ""
 
     def resting(self, now: float) -> str:
-        """Say why it rests, empty when it does not."""
+        """Say why it cools down, empty when it does not."""
         return self.why if self.quarantined(now) else ""
 
     def quarantined(self, now: float) -> bool:
-        """Tell whether it still rests after a failure."""
+        """Tell whether it still cools down after a failure."""
         return now < self.quarantined_until
 
 
@@ -160,7 +160,7 @@ def _restarted(unit: UnitMemory, instance: Instance, settings: WatcherSettings, 
     """Count it as a failure when systemd had to try again what has never been ready.
 
     systemd tries ten times before it calls a unit failed; all that time it would count as one that starts.
-    The first restart after a time of service is no failed start. While it rests, one failure is enough.
+    The first restart after a time of service is no failed start. While it cools down, one failure is enough.
     """
     tried = instance.restarts - unit.restarts
     more = max(0, tried - (1 if unit.served else 0))
@@ -192,7 +192,7 @@ def _wish(before: UnitMemory, instance: Instance, now: float) -> Hold:
 
 
 def adopt(units: Mapping[Key, UnitMemory], instances: Iterable[Instance]) -> Mapping[Key, UnitMemory]:
-    """Return what an earlier life remembered, with the states there are now.
+    """Return what the process before this one remembered, with the states there are now.
 
     What came and went while no watcher looked is nobody's wish: the host was booted, everything was restarted
     or upgraded. A failure still counts, and what root did before that is respected to its end.
@@ -240,7 +240,7 @@ def _told(unit: UnitMemory, verb: Verb, now: float) -> UnitMemory:
 def refused(
     units: Mapping[Key, UnitMemory], key: Key, why: str, settings: WatcherSettings, now: float
 ) -> Mapping[Key, UnitMemory]:
-    """Note that an instance cannot be started: it rests, and others are asked."""
+    """Note that an instance cannot be started: it cools down, and others are started."""
     return {**units, key: replace(_rest(units[key], why, settings, now), tries=0)}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a watcher keeps in Redis for its next life, and its last decisions for whoever asks.
+"""What a watcher keeps in Redis for its next process, and its last decisions for its readers.
 
 Decisions are kept in Redis rather than read from the journal: one list has those of all hosts, and to
 read it no rights on the journal are needed. The journal has them too, for longer.

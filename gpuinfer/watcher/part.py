@@ -126,7 +126,7 @@ class Look:
 
     @property
     def actions(self) -> list[Action]:
-        """Return what is done but for the stops of what is too many."""
+        """Return the actions, without the stops of surplus instances."""
         return [*self._planned.ends, *self._planned.actions]
 
     def settle(self, stops: Sequence[Action]) -> None:

@@ -65,7 +65,7 @@ class Seen:
     dead_letters: int
     #: What the other live hosts' watchers have measured.
     figures: Mapping[str, Mapping[str, Figures]]
-    #: Which life of a watcher, not ours, tells of instances under our host's name; empty: none.
+    #: The process token of another watcher that tells of instances under our host's name; empty: none.
     rival: str = ""
 
 
@@ -264,7 +264,7 @@ def as_it_runs(
 
 
 def _life(text: bytes | None) -> str:
-    """Return which life of a watcher has written an entry; of another version's it is not known."""
+    """Return the token of the watcher process that wrote an entry; empty where it has none."""
     try:
         return str(orjson.loads(text or b"{}").get("life", ""))
     except (ValueError, AttributeError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each instance of this host would serve: by its settings, read anew whenever they have changed."""
+"""What each instance of this host would serve: by its settings, read again whenever they have changed."""
 
 from __future__ import annotations
 

@@ -195,8 +195,8 @@ class Batcher:
         self._on_fatal(error)
 
     def fenced(self, error: WorkerRunning | TakenBack | UnusableRedis) -> None:
-        """End the process when another one claims under this name, or Redis has another format; begin anew
-        after a reaper."""
+        """End the process when another one claims under this name, or Redis has another format; begin a
+        new epoch after a reaper."""
         if not isinstance(error, TakenBack):
             self._on_fatal(error)
             return

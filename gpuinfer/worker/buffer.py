@@ -139,7 +139,7 @@ class Buffer:
     def surplus(self, max_bytes: int) -> list[Task]:
         """Return the tasks that come after the full batches of their model that are kept, none begun.
 
-        And those beyond ``max_bytes`` of arguments, but for the first.
+        And those beyond ``max_bytes`` of arguments, except the first.
         """
         left: dict[str, int] = {}
         beyond: list[Task] = []

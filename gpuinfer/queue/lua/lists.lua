@@ -51,7 +51,7 @@ local RANK, TASK = 2 ^ 46, 64
 local function rank_at(score) return math.floor(score / RANK) end
 local function tier_at(rank) return TIERS[math.floor(rank / 10)] end
 
--- Put an index in its place in a group's order, unless it stands there, or further in front. Who comes anew
+-- Put an index in its place in a group's order, unless it stands there, or further in front. A newcomer
 -- stands behind those who wait, and keeps that place: nobody is passed over because his list was empty, or
 -- was not.
 local function enter_order(group, index, rank)

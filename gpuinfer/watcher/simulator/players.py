@@ -89,7 +89,7 @@ class Ours:
         return Observation(queues=queues, instances=tuple(self._instances))
 
     def _mark(self, cluster: Cluster) -> None:
-        """Bring the instances up to date; only those that have changed are made anew."""
+        """Bring the instances up to date; only those that have changed are rebuilt."""
         version = (cluster.log.starts, cluster.log.stops, len(cluster.active))
         if version != self._version:
             self._order = list(cluster.active)

@@ -64,7 +64,7 @@ class _Given(TypedDict):
 
 
 def suite(settings: WatcherSettings | None = None, seed: int = SEEDS[0]) -> list[Scenario]:
-    """Return the fixed set. Made anew each time, from fixed seeds: the same traces on every machine."""
+    """Return the fixed set. Made again each time, from fixed seeds: the same traces on every machine."""
     given: _Given = {"settings": settings, "seed": seed}
     return [
         scenario("burst", name="burst from zero", floor=0, **given),

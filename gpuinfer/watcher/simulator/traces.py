@@ -93,7 +93,7 @@ def _flash(
 def _burst(
     times: NDArray[np.float64], seconds: float, load: float, random: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Nothing, but for bursts of two seconds at moments nobody can foresee."""
+    """Nothing, except bursts of two seconds at moments nobody can foresee."""
     rate = np.zeros(times.shape)
     gaps = random.exponential(1.0, size=_bursts(seconds)) + 0.25
     at = 30.0 + (seconds - 90.0) * np.cumsum(gaps) / (gaps.sum() + 1.0)
