@@ -233,7 +233,7 @@ CANCEL_RESPONSES: dict[int | str, JsonSchema] = {
 _COUNT: JsonSchema = {"type": "integer", "minimum": 0}
 MODEL: JsonSchema = {
     "type": "object",
-    "required": ["name", "default", "serving", "queues", "workers", "waiting", "last_seen"],
+    "required": ["name", "default", "serving", "queues", "workers", "waiting", "paused", "last_seen"],
     "properties": {
         "name": {"type": "string"},
         "default": {"type": "boolean", "description": "true: the model of requests that name none."},
@@ -244,6 +244,11 @@ MODEL: JsonSchema = {
             "type": "object",
             "description": "Queue -> tasks that wait for it.",
             "properties": dict.fromkeys(QUEUES, _COUNT),
+        },
+        "paused": {
+            "type": "array",
+            "items": {"enum": list(QUEUES)},
+            "description": "Queues from which workers take nothing for it, until they are resumed.",
         },
         "last_seen": {
             "type": ["string", "null"],
@@ -265,6 +270,7 @@ MODELS_RESPONSES: dict[int | str, JsonSchema] = {
                     "queues": ["realtime", "default", "batch"],
                     "workers": 2,
                     "waiting": {"realtime": 3, "default": 0, "batch": 120},
+                    "paused": ["batch"],
                     "last_seen": "2026-11-28T16:31:35+00:00",
                 },
                 {
@@ -274,6 +280,7 @@ MODELS_RESPONSES: dict[int | str, JsonSchema] = {
                     "queues": [],
                     "workers": 0,
                     "waiting": {"realtime": 12, "default": 0, "batch": 0},
+                    "paused": [],
                     "last_seen": "2026-11-27T09:12:04+00:00",
                 },
             ]

@@ -94,6 +94,8 @@ CHECKS: tuple[Check, ...] = (
     Check("work.workers", work.workers),
     Check("work.default", fleet.default_model),
     Check("work.served", served.waiting),
+    Check("work.paused", served.paused),
+    Check("work.foreign", served.foreign),
     Check("work.api", front.ready),
     Check("work.request", work.request, _LIMIT_S + work.REQUEST_S, slow=True),
 )

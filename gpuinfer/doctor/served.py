@@ -7,9 +7,10 @@ import socket
 
 from gpuinfer.doctor.bindings import served
 from gpuinfer.doctor.broker import asked
-from gpuinfer.doctor.finding import Findings, error, ok
+from gpuinfer.doctor.finding import Findings, error, ok, warning
 from gpuinfer.doctor.host import Host
-from gpuinfer.queue.depth import Lane, look
+from gpuinfer.doctor.redis_place import place_of
+from gpuinfer.queue.depth import Depth, Lane, is_paused, look
 from gpuinfer.queue.fleet import Server, remedy, servers, serves_of
 
 
@@ -24,6 +25,45 @@ def waiting(host: Host) -> Findings:
         for lane, count in sorted(counts.items())
         if not any(serves.covers(lane) for serves in able)
     ] or ok(f"workers serve all that waits: {sum(counts.values())} tasks in {len(counts)} queues")
+
+
+def paused(host: Host) -> Findings:
+    """No queue is paused, which somebody may have forgotten."""
+    with asked(host) as client:
+        depth = look(client)
+    return [
+        warning(
+            f"{name} is paused: {_count(depth, name)} wait there, and no worker takes them", _resume(name)
+        )
+        for name in depth.paused
+    ] or ok("no queue is paused")
+
+
+def _count(depth: Depth, name: str) -> str:
+    lanes = [sum(levels.values()) for lane, levels in depth.lanes.items() if is_paused(lane, (name,))]
+    return f"{sum(lanes)} tasks"
+
+
+def _resume(name: str) -> str:
+    return f"gpuinfer queue resume {name}"
+
+
+def foreign(host: Host) -> Findings:
+    """What has the name of a queue, or of an index of queues, is one."""
+    with asked(host) as client:
+        found = look(client).foreign
+    return [
+        error(
+            f"{name!r} in Redis is a {kind}, not ours: what should be there is not served",
+            place_of(host.settings.broker).cli(f"DEL $'{_escaped(name)}'"),
+        )
+        for name, kind in found.items()
+    ] or ok("no key in Redis stands in the way of a queue")
+
+
+def _escaped(name: str) -> str:
+    r"""Return a key as the shell's $'...' takes it, which knows \x06."""
+    return name.encode("unicode_escape").decode().replace("'", "\\'")
 
 
 def _here(host: Host) -> list[Server]:

@@ -13,7 +13,7 @@ import redis.asyncio
 
 from gpuinfer.errors import UnknownModel
 from gpuinfer.queue import heartbeats, keys
-from gpuinfer.queue.depth import Counted, Depth, parse
+from gpuinfer.queue.depth import Counted, Depth, Lane, is_paused, parse
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES
 
@@ -50,6 +50,8 @@ class ModelState:
     workers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     #: Queue -> tasks that wait for it.
     waiting: Mapping[str, int] = field(default_factory=dict)
+    #: Queues from which nothing is claimed for it until they are resumed.
+    paused: Sequence[str] = ()
 
     @property
     def serving(self) -> bool:
@@ -72,6 +74,7 @@ class ModelState:
             "queues": self.queues,
             "workers": len(self.workers),
             "waiting": {tier: self.waiting.get(tier, 0) for tier in QUEUES},
+            "paused": list(self.paused),
             "last_seen": seen,
         }
 
@@ -127,6 +130,7 @@ def _model(name: str, counted: Counted | Depth, beats: Mapping[str, Mapping[str,
         waiting={
             lane.tier: sum(levels.values()) for lane, levels in counted.lanes.items() if lane.model == name
         },
+        paused=tuple(tier for tier in QUEUES if is_paused(Lane(tier, name), counted.paused)),
     )
 
 

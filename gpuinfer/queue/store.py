@@ -33,6 +33,7 @@ from gpuinfer.queue.claims import (
     following,
     label,
 )
+from gpuinfer.queue.depth import Lane, is_paused
 from gpuinfer.queue.direct import Argument, Direct
 from gpuinfer.queue.format import mismatch
 from gpuinfer.queue.later import Later, Postponed
@@ -87,6 +88,9 @@ class Store:
         #: True after a claim whose answer was lost: what it took is not known here.
         self._uncertain = False
         self._registered = ""
+        #: The paused queues, as Redis has them; and what is no list, although it has the name of one.
+        self._paused = b""
+        self._foreign: set[str] = set()
         self.serve(queues)
         self.inflight = keys.inflight(worker)
         self._direct = direct = Direct(client)
@@ -117,7 +121,13 @@ class Store:
         """Choose what plain Celery producers may fill for this worker: its models' lists, and the default
         model's if it serves that, or as long as it does not know which one that is."""
         models = ("", *self.models) if self.default in ("", *self.models) else self.models
-        self.lists = keys.lists(self.queues, models)
+        self.lists = [name for name in keys.lists(self.queues, models) if self._open(name)]
+
+    def _open(self, name: str) -> bool:
+        """Tell whether a list is to be looked into: nobody has paused it, and it is one."""
+        place = keys.place_of(name)
+        lane = Lane(place.tier, place.model or self.default)
+        return name not in self._foreign and not is_paused(lane, self._paused.decode().split())
 
     def register(self, heartbeat: bytes = b"", default: str = "") -> int:
         """Say what this worker serves, and that it lives; return how many tasks wait for it.
@@ -139,10 +149,33 @@ class Store:
 
         What is due by now is put into its list on the way, and wakes whoever may take it.
         """
-        found, due = self._direct.call_all(("EXISTS", *self.lists), ("GET", keys.DUE))
+        exist = ("EXISTS", *self.lists) if self.lists else ("PING",)
+        found, (due, paused) = self._direct.call_all(exist, ("MGET", keys.DUE, keys.PAUSED))
         if due is not None:
             self._later.look(due)
-        return self._uncertain or bool(found)
+        if (paused or b"") != self._paused:
+            self._paused = paused or b""
+            self._choose_lists()
+            return self.waits()
+        return self._uncertain or bool(self.lists and found)
+
+    def foreign(self) -> dict[str, str]:
+        """Return the names of lists under which something else stands, and its type, each once.
+
+        They are not looked into any more.
+
+        Raises redis-py's errors.
+        """
+        with self.client.pipeline(transaction=False) as pipe:
+            for name in self.lists:
+                pipe.type(name)
+            kinds = [kind.decode() for kind in pipe.execute()]
+        found = {
+            name: kind for name, kind in zip(self.lists, kinds, strict=True) if kind not in ("list", "none")
+        }
+        self._foreign |= found.keys()
+        self._choose_lists()
+        return found
 
     def postpone(self, tasks: Sequence[tuple[int, float]]) -> Postponed:
         """Let (seq, due) wait in Redis until then, with nothing delivered. Raises redis-py's errors."""

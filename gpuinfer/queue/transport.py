@@ -19,6 +19,7 @@ from kombu.utils.json import dumps, loads
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 
 from gpuinfer.errors import DeadLettered, TakenBack, UnusableRedis, UsageError, WorkerRunning
+from gpuinfer.log import get_logger
 from gpuinfer.queue import format as layout
 from gpuinfer.queue import keys
 from gpuinfer.queue.claims import Claimed, Order
@@ -29,6 +30,8 @@ from gpuinfer.queue.sink import Sink
 from gpuinfer.queue.store import Store
 from gpuinfer.queue.waiting import WaitingClaim, answer
 from gpuinfer.settings import QUEUES, QueueSettings
+
+log = get_logger(__name__)
 
 #: Seconds for which a producer that wakes nobody is expected to go on.
 SILENT_S = 5.0
@@ -247,15 +250,24 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             self.withdraw()
         if not self.listening or not self.store.waits():
             return
-        if self.ordered:
+        if not self.ordered:
+            self.claim(look=True)
+        elif self.store.index_lists():
             self._silent_at = stock.monotonic()
             self._end_wait()
         else:
-            self.claim(look=True)
+            self._skip_foreign()
+
+    def _skip_foreign(self) -> None:
+        """Name once what stands under a list's name and is no list; no claim looks into it any more."""
+        for name, kind in self.store.foreign().items():
+            hint = (
+                "no task can be sent there; find out who has made it, and delete it; then restart the workers"
+            )
+            log.error("foreign_key", key=name, type=kind, hint=hint)
 
     def _end_wait(self) -> None:
         """Let the claim that waits run now. Where Redis does not allow it, wake this worker."""
-        self.store.index_lists()
         if not self._wait.end(self.store):
             with suppress(OutOfMemoryError):  # found when the wait is over
                 self.store.wake()

@@ -93,7 +93,7 @@ def decide(seen: Observation, history: History, settings: WatcherSettings, now: 
     return Decision(
         actions=tuple(actions),
         verdict=verdict_of(actions, frozenset().union(*(look.broken for look in looks))),
-        why=_why(looks),
+        why=_why(looks) + _paused(seen.queues),
         inputs=_inputs(seen, looks, settings),
         history=History(
             parts={look.name: look.measured for look in looks},
@@ -174,6 +174,13 @@ def _why(looks: Sequence[Look]) -> str:
     asking = [look for look in looks if look.load.waiting or look.load.due or look.fleet.running]
     told = acting or asking or looks[:1]
     return "; ".join([f"{look.name}: {look.why()}" for look in told[:NAMED]] + _more(len(told)))
+
+
+def _paused(queues: Mapping[Lane, QueueState]) -> str:
+    """Name the paused queues with tasks that wait: no worker is started for them."""
+    found = [lane for lane, queue in sorted(queues.items()) if queue.paused and queue.waiting]
+    named = [f"{lane.tier}.{lane.model}".rstrip(".") for lane in found[:NAMED]] + _more(len(found))
+    return f"; paused, and so not counted: {', '.join(named)}" if found else ""
 
 
 def _more(count: int) -> list[str]:

@@ -192,3 +192,13 @@ def test_a_foreign_set_is_not_written_to(store: Store, what: str) -> None:
         with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
             postpone(store, held)
     assert store._seqs_in_flight() == [held[0].seq]
+
+
+def test_a_claim_brings_what_is_due(store: Store) -> None:
+    """A worker that is never idle has no other look: what is due comes in the same call."""
+    wanted = send(store, 2)
+    postpone(store, store.claim(2))
+    assert store.claim(2) == []
+    let_come(store)
+    assert ids(store.claim(2, state="busy")) == wanted
+    assert traces(store) == []

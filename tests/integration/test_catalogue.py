@@ -257,6 +257,7 @@ def test_models_over_http(api: Api, worker: HandWorker, redis_server: RedisServe
         "queues": ["realtime", "default", "batch"],
         "workers": 1,
         "waiting": {"realtime": 1, "default": 0, "batch": 0},
+        "paused": [],
     }
     assert catalogue.ModelState(name="digits", last_seen=seen).to_dict()["last_seen"] == at
     assert (early["name"], early["last_seen"], early["waiting"]["realtime"]) == ("early", None, 1)

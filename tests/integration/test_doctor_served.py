@@ -11,6 +11,7 @@ from gpuinfer.doctor import served
 from gpuinfer.doctor.finding import Finding
 from gpuinfer.doctor.host import Host
 from gpuinfer.queue import keys
+from gpuinfer.queue.purge import set_paused
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Loaded, Settings
 from tests.services import RedisServer
@@ -43,3 +44,24 @@ def test_what_waits_for_nobody_is_an_error(redis_server: RedisServer, tmp_path: 
     (tmp_path / "etc/gpuinfer").mkdir(parents=True)
     (tmp_path / "etc/gpuinfer/worker@0.env").write_text("GPUINFER_WORKER_MODELS=ocr\n")
     assert served.waiting(here) == sound
+
+
+def test_what_is_paused_and_what_is_foreign(redis_server: RedisServer, tmp_path: Path) -> None:
+    """Each is named, with the command that undoes it."""
+    here = Host(Loaded(Settings.model_validate({"broker": {"url": redis_server.url}}), {}), root=tmp_path)
+    assert served.paused(here) == Finding("ok", "no queue is paused")
+    assert served.foreign(here) == Finding("ok", "no key in Redis stands in the way of a queue")
+    with redis_server.client() as client:
+        client.lpush("batch", "x")
+        client.set("realtime\x06\x169", "a stranger's")
+        set_paused(client, "batch", paused=True)
+    assert served.paused(here) == [
+        Finding(
+            "warning",
+            "batch is paused: 1 tasks wait there, and no worker takes them",
+            "gpuinfer queue resume batch",
+        )
+    ]
+    (found,) = served.foreign(here)  # type: ignore[misc]  # a list
+    assert "is a string" in found.message
+    assert found.remedy.endswith(r"DEL $'realtime\x06\x169'")

@@ -9,6 +9,7 @@ import pytest
 
 from gpuinfer import Client
 from gpuinfer.settings import Settings
+from tests.apis import HandWorker
 from tests.integration.test_queue_cli import Cli
 from tests.services import RedisServer
 
@@ -48,3 +49,19 @@ def test_celery_purge(cli: Cli, client: Client) -> None:
     assert done.returncode == 0, done.stderr
     assert "Purged 3 messages" in done.stdout
     assert {client.status(task_id).state for task_id in ids} == {"revoked"}
+
+
+def test_pause_and_resume(cli: Cli, client: Client, redis_server: RedisServer) -> None:
+    """Tasks are accepted all the while; status names what is paused."""
+    with redis_server.client() as connection:
+        worker = HandWorker(connection)
+        worker.beat()
+        assert cli.json("queue", "pause", "batch") == {"queue": "batch", "paused": True, "changed": True}
+        assert cli("queue", "pause", "batch").stdout == "batch: already paused\n"
+        client.submit([1], queue="batch")
+        assert worker.claim() == []
+        assert cli.json("queue", "status")["paused"] == ["batch"]
+        rows = [line.split() for line in cli("queue", "status").stdout.splitlines()]
+        assert ["batch", "digits", "1", "0", "0:", "1", "paused"] in rows
+        assert cli("queue", "resume", "batch").stdout == "batch: not paused\n"
+        assert len(worker.claim()) == 1

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -17,6 +18,7 @@ from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.depth import Lane
 from gpuinfer.queue.fleet import HOSTS, Serves, servers
+from gpuinfer.queue.purge import set_paused
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.watcher import probe
@@ -24,10 +26,12 @@ from gpuinfer.watcher.probe import Probe, Seen, as_it_runs, thinned
 from gpuinfer.watcher.state import (
     Instance,
     Key,
+    QueueState,
     UnitState,
 )
 from tests.services import RedisServer
 from tests.watchers import KNOWN
+from tests.workers import wait_until
 
 pytestmark = pytest.mark.integration
 Build = Callable[..., Settings]
@@ -81,6 +85,22 @@ def test_the_probe_counts_what_waits_was_claimed_and_is_in_flight(backlog: Backl
     assert seen.in_flight == {"gpu0@a": 2}
     assert sum(q.in_flight + q.done for q in seen.queues.values()) == 2
     assert seen.beating == {}
+
+
+def test_the_probe_sees_what_falls_due_and_what_is_paused(backlog: Backlog) -> None:
+    """Within the time that a start takes; what is due by now it puts into its list itself."""
+    first, second, third = backlog.store.claim(3)
+    now = time.time()
+    backlog.store.postpone([(first.seq, now + 0.05), (second.seq, now + 10), (third.seq, now + 3600)])
+    set_paused(backlog.store.client, "batch.digits", paused=True)
+    found: list[QueueState] = []
+
+    def moved() -> bool:
+        found.append(backlog.look(0.0).queues[BATCH])
+        return found[-1].waiting == 1
+
+    wait_until(moved)
+    assert (found[-1].due, found[-1].paused) == (1, True)
 
 
 def test_what_a_worker_hands_back_was_never_served(backlog: Backlog) -> None:

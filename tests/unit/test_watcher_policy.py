@@ -105,6 +105,25 @@ def test_a_backlog_that_drains_in_time_asks_for_nothing() -> None:
     assert wanted(observe(fleet, waiting=301)) == 3
 
 
+def test_what_falls_due_before_a_start_is_over_counts() -> None:
+    """Tasks with an ETA ask for as many workers as if they waited, and from zero, too."""
+    idle = [Instance(key=key) for key in keys(30)]
+    due = observe(idle, waiting=0)
+    due = replace(due, queues={Lane("default", ""): QueueState(due=1000)})
+    assert wanted(due) == 20
+    assert wanted(due, mode="threshold") == 1
+
+
+def test_nobody_is_started_for_a_paused_queue() -> None:
+    """Whatever waits there, however long; the decision says so."""
+    seen = observe([Instance(key=key) for key in keys(30)], waiting=1000, oldest_s=500.0)
+    paused = {lane: replace(queue, paused=True) for lane, queue in (seen.queues or {}).items()}
+    decision = decide(replace(seen, queues=paused), remembering(KNOWN), settings(), NOW)
+    assert decision.actions == ()
+    assert "; paused, and so not counted: default" in decision.why
+    assert decision.stranded == {}
+
+
 def test_each_queue_has_its_target() -> None:
     """What is no hurry for batch work is one for realtime work."""
     idle = [Instance(key=key) for key in keys(200)]

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: lists ageing states payload
+-- needs: lists later ageing states payload
 -- Pop up to N tasks of one model, the most urgent first, and record them as in flight, in one step.
 -- KEYS: in-flight hash, epoch hash
 -- ARGV: 1 epoch, 2 first sequence id to use, 3 how many bytes of payload to take at most (one task is taken
@@ -22,14 +22,20 @@ local counted = tonumber(redis.call('HGET', KEYS[2], 'number') or 0)
 if counted > epoch then return redis.error_reply('STALE claim of epoch ' .. epoch .. ', now is ' .. counted) end
 if counted < epoch then redis.call('HSET', KEYS[2], 'number', epoch) end
 
-local found = redis.call('MGET', DEFAULT_MODEL, AGED_PREFIX .. group)
+local found = redis.call('MGET', DEFAULT_MODEL, AGED_PREFIX .. group, PAUSED, DUE)
 default = found[1] or ''
-local packed = found[2]
+local packed, paused, due = found[2], nil, found[4]
+for name in string.gmatch(found[3] or '', '%S+') do
+  paused = paused or {}
+  paused[name] = true
+end
+if due and tonumber(due) <= now() then move_due(100, 262144) end
 local tiers = {}
 for tier in string.gmatch(ARGV[9], '%a+') do tiers[BASE[tier]] = true end
 local wants_at = 12 + ARGV[11]
 for i = 12, wants_at - 1 do
-  if redis.call('LLEN', ARGV[i]) > 0 then index_list(ARGV[i], true) end
+  local size = redis.pcall('LLEN', ARGV[i])
+  if type(size) == 'number' and size > 0 then index_list(ARGV[i], true) end
 end
 
 -- Return the model of an index; nil when the group does not serve it.
@@ -62,18 +68,20 @@ local function want_of(index)
   end
 end
 
--- Return the lists with work of a model (its name), in the order of serving.
+-- Return the lists with work of a model (its name), in the order of serving. A paused list is as if it were empty,
+-- and so is what is no index, though it has the name of one.
 local function lists_of(model)
   local flat
   if model == default then
-    flat = redis.call('ZUNION', 2, INDEX_PREFIX, INDEX_PREFIX .. model, 'WITHSCORES')
-  else
-    flat = redis.call('ZRANGE', INDEX_PREFIX .. model, 0, -1, 'WITHSCORES')
+    flat = redis.pcall('ZUNION', 2, INDEX_PREFIX, INDEX_PREFIX .. model, 'WITHSCORES')
+    if flat.err then flat = redis.pcall('ZRANGE', INDEX_PREFIX, 0, -1, 'WITHSCORES') end
   end
+  if not flat or flat.err then flat = redis.pcall('ZRANGE', INDEX_PREFIX .. model, 0, -1, 'WITHSCORES') end
   local lists = {}
   for i = 1, #flat, 2 do
     local key, rank = flat[i], tonumber(flat[i + 1])
-    if tiers[rank - rank % 10] then
+    local tier = tier_at(rank)
+    if tiers[BASE[tier]] and not (paused and (paused[tier] or paused[tier .. '.' .. model])) then
       local index = model == default and string.match(key, '^%a+%.?([^@\6]*)') or model
       lists[#lists + 1] = {key = key, rank = rank, index = index}
     end
@@ -216,7 +224,8 @@ local answer, n, taken = {'', default}, 2, 0
 local room, waiting, mine = want.count, 0, {}
 for _, list in ipairs(lists) do
   if list.rank < want.bound then
-    list.size = redis.call('LLEN', list.key)
+    local size = redis.pcall('LLEN', list.key)
+    list.size = type(size) == 'number' and size or 0
     waiting = waiting + list.size
     mine[#mine + 1] = list
   end
@@ -237,8 +246,8 @@ end
 local function take(list, most)
   local few, before, stop, head = 1, room, math.max(0, room - most), n
   while room > stop and bytes > 0 do
-    local popped = redis.call('RPOP', list.key, math.min(room - stop, few))
-    if not popped then break end
+    local popped = redis.pcall('RPOP', list.key, math.min(room - stop, few))
+    if not popped or popped.err then break end
     if n == head then
       answer[n + 1], answer[n + 2] = list.key, list == aged and -1 - list.rank or list.rank
       n = n + 3

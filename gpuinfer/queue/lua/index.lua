@@ -5,7 +5,8 @@
 -- Returns how many hold work.
 local found = 0
 for _, list in ipairs(KEYS) do
-  if redis.call('LLEN', list) > 0 then
+  local size = redis.pcall('LLEN', list)
+  if type(size) == 'number' and size > 0 then
     index_list(list, true)
     found = found + 1
   end

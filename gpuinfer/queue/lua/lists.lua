@@ -72,7 +72,7 @@ end
 -- Add a list that holds work to its model's index, and that to the orders; `check`: to these in any case.
 local function index_list(list, check)
   local tier, index, rank = place_of(list)
-  if tier and (redis.call('ZADD', INDEX_PREFIX .. index, rank, list) == 1 or check) then
+  if tier and (redis.pcall('ZADD', INDEX_PREFIX .. index, rank, list) == 1 or check) then
     redis.call('SADD', INDEXED, index)
     for _, group in ipairs(groups_of(tier, index == '' and default_model() or index)) do
       enter_order(group, index, rank)

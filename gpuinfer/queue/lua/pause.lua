@@ -17,12 +17,11 @@ else
   redis.call('DEL', PAUSED)
 end
 if pause then return 1 end
--- What has come meanwhile has woken nobody.
+-- What waits there has left the orders, and what has come meanwhile has woken nobody.
 local tier, model = string.match(queue, '^(%a+)%.?(.*)$')
-local models = {model}
-if model == '' then
-  models = redis.call('SMEMBERS', INDEXED)
-  models[#models + 1] = redis.call('GET', DEFAULT_MODEL) or nil
+local models = model == '' and redis.call('SMEMBERS', INDEXED) or model == default_model() and {model, ''} or {model}
+for _, name in ipairs(models) do
+  for _, list in ipairs(redis.call('ZRANGE', INDEX_PREFIX .. name, 0, -1)) do index_list(list, true) end
+  wake_for(tier, name, 1)
 end
-for _, name in ipairs(models) do wake_for(tier, name, 1) end
 return 1

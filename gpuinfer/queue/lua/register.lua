@@ -44,10 +44,10 @@ for i = 6, #ARGV do
     forget(groups, seconds - GROUP_VOID)
   end
   for _, index in ipairs(model == default_model() and {model, ''} or {model}) do
-    for _, list in ipairs(redis.call('ZRANGE', INDEX_PREFIX .. index, 0, -1)) do
+    for _, list in ipairs(redis.pcall('ZRANGE', INDEX_PREFIX .. index, 0, -1)) do
       local tier, _, rank = place_of(list)
       if tier and string.find(ARGV[4], tier, 1, true) then
-        waiting = waiting + redis.call('LLEN', list)
+        waiting = waiting + (tonumber(redis.pcall('LLEN', list)) or 0)
         best[index] = best[index] or rank
       end
     end
