@@ -49,6 +49,7 @@ _OPTIONS: dict[str, JsonSchema] = {
     "priority": {"type": "integer", "minimum": 0, "maximum": 9, "default": 0, "description": "9 runs first."},
     "top_k": {"type": "integer", "minimum": 1, "description": "How many classes a classification lists."},
     "encoding": {"enum": ["list", "b64"], "description": "How raw outputs are returned. Default: list."},
+    "countdown_s": {"type": "number", "description": "Seconds until a worker may begin the task."},
     "expires_s": {"type": "number", "description": "Seconds after which the task must not begin any more."},
     "soft_time_limit_s": {"type": "number", "description": "Default: the model's."},
     "time_limit_s": {"type": "number", "description": "Default: the model's."},

@@ -138,6 +138,8 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+set", "+exists", "+persist", "+strlen", _BODY),
         _selector("+hsetnx", _BODIES),
         _selector("+zscore", _CATALOGUE),
+        _selector("+zrange", "+zadd", _LATER, _LATER_SETS),
+        _selector("+set", "+del", _DUE),
         _selector("+get", "+mget", "+set", "+getrange", _RESULTS),
         _selector("+get", "+set", _KEYED),
         _selector("+hincrby", _ENDED),

@@ -48,6 +48,8 @@ class Options(TypedDict, total=False):
     encoding: Literal["list", "b64"] | None
     #: Seconds from now after which the task must not begin.
     expires_s: float | None
+    #: Seconds from now until which the task waits, by Redis's clock, before a worker may begin it.
+    countdown_s: float | None
     soft_time_limit_s: float | None
     time_limit_s: float | None
     #: True: run it and keep nothing.
@@ -180,6 +182,9 @@ def build(
     if encoding is not None and encoding not in ("list", "b64"):
         raise InputError(f"must be list or b64, got {encoding!r}", "encoding")
     expires_s = _positive(options.get("expires_s"), "expires_s")
+    countdown_s = _positive(options.get("countdown_s"), "countdown_s")
+    if expires_s is not None and countdown_s is not None and expires_s <= countdown_s:
+        raise InputError(f"must be less than expires_s ({expires_s:g}), got {countdown_s:g}", "countdown_s")
     extra = {name: value for name in ("top_k", "encoding") if (value := options.get(name)) is not None}
     return Submission(
         task=task,
@@ -189,6 +194,7 @@ def build(
         model=options.get("model") or default_model,
         options=extra,
         expires_at=None if expires_s is None else clock() + expires_s,
+        countdown_s=countdown_s,
         soft_time_limit_s=_positive(options.get("soft_time_limit_s"), "soft_time_limit_s"),
         time_limit_s=_positive(options.get("time_limit_s"), "time_limit_s"),
         ignore_result=options.get("ignore_result", False),
@@ -218,6 +224,8 @@ def _call(
         results.PENDING_META,
         keys.IDEMPOTENCY_PREFIX + key if key else "",
         settings.idempotency_ttl_s,
+        "" if submission.countdown_s is None else repr(float(submission.countdown_s)),
+        settings.max_later,
     ]
     for task_id, packed in tasks:
         args += (task_id, packed.payload)
@@ -237,10 +245,10 @@ class Ready(NamedTuple):
     packed: Packed
 
     @property
-    def place(self) -> tuple[str, str | None, str, int]:
-        """Which list it goes to: tasks of one list can go in one call."""
+    def place(self) -> tuple[str, str | None, str, int, float | None]:
+        """Which list it goes to, and when: tasks of one list and time can go in one call."""
         task = self.submission
-        return task.queue, task.model, task.caller, task.priority
+        return task.queue, task.model, task.caller, task.priority, task.countdown_s
 
 
 def pack(submission: Submission, settings: QueueSettings) -> Ready:
@@ -255,7 +263,7 @@ def bulk(submissions: Iterable[Submission], settings: QueueSettings) -> Iterator
 
 def joined(tasks: Iterable[Ready], settings: QueueSettings) -> Iterator[Call]:
     """Yield the calls that submit tasks of any lists, in order: one for each list, unless it is too large."""
-    places: dict[tuple[str, str | None, str, int], list[Ready]] = {}
+    places: dict[tuple[str, str | None, str, int, float | None], list[Ready]] = {}
     for task in tasks:
         places.setdefault(task.place, []).append(task)
     for together in places.values():

@@ -172,6 +172,9 @@ def explain(exc: Exception, user: str = "") -> GpuinferError:
     if "UNKNOWN_MODEL " in text:
         model, _, known = text.rpartition("UNKNOWN_MODEL ")[2].partition(" ")
         return UnknownModel(f"the fleet knows no model {model!r}; known: {known}", "model")
+    if "LATER_FULL " in text:
+        most = text.rpartition("LATER_FULL ")[2]
+        return QueueFull(f"too many tasks wait for their time; queue.max_later is {most}", "countdown_s")
     if "FORMAT " in text:
         return layout.mismatch(text.rpartition("FORMAT ")[2])
     if layout.is_of_a_cluster(exc):

@@ -83,6 +83,8 @@ class Submission:
     options: dict[str, Any] = field(default_factory=dict)
     #: Seconds since the epoch after which the task must not begin.
     expires_at: float | None = None
+    #: Seconds, by Redis's clock, until a worker may begin it; None: at once.
+    countdown_s: float | None = None
     soft_time_limit_s: float | None = None
     time_limit_s: float | None = None
     ignore_result: bool = False

@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
 import pytest
 import redis
 
+from gpuinfer import Client
+from gpuinfer.client.aio import AsyncClient
+from gpuinfer.errors import InputError, QueueFull
 from gpuinfer.queue import keys
 from gpuinfer.queue.claims import Claimed
 from gpuinfer.queue.depth import Lane, look
 from gpuinfer.queue.later import move_due
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.store import Store
-from gpuinfer.settings import BrokerSettings, QueueSettings
+from gpuinfer.settings import BrokerSettings, QueueSettings, Settings
 from tests.contract.conftest import begin, ids, on, send, store_of
 
 pytestmark = [pytest.mark.integration, on("redis-socket")]
@@ -202,3 +206,41 @@ def test_a_claim_brings_what_is_due(store: Store) -> None:
     let_come(store)
     assert ids(store.claim(2, state="busy")) == wanted
     assert traces(store) == []
+
+
+def test_a_client_s_countdown(store: Store, client: Client) -> None:
+    """It goes where it waits at once, in the order of submission; no worker has it meanwhile."""
+    wanted = client.submit_many([[1]] * 3, countdown_s=AHEAD_S)
+    assert store.claim(9) == []
+    assert look(store.client).later == {Lane("realtime", "digits"): 3}
+    let_come(store)
+    assert ids(store.claim(9)) == wanted
+    task_id = client.submit([1], countdown_s=AHEAD_S, priority=9, idempotency_key="k")
+    assert client.submit([1], countdown_s=AHEAD_S, priority=9, idempotency_key="k") == task_id
+    assert client.cancel(task_id)
+    assert client.submit([1], idempotency_key="k") != task_id  # a cancelled one holds its key no more
+    with pytest.raises(InputError, match="countdown_s: must be less than expires_s"):
+        client.submit([1], countdown_s=9.0, expires_s=9.0)
+
+
+def test_a_client_hears_of_the_bound(broker: BrokerSettings, store: Store) -> None:
+    """Of more than queue.max_later nothing is left behind."""
+    settings = Settings(broker=broker, queue=QueueSettings(max_later=2))
+    with Client(settings) as client:
+        client.submit([1], countdown_s=AHEAD_S)
+        with pytest.raises(QueueFull, match="max_later is 2"):
+            client.submit_many([[1]] * 2, countdown_s=AHEAD_S)
+    assert len(store.client.keys(keys.RESULT_PREFIX + "*")) == 1
+
+
+def test_what_waits_and_what_does_not_are_not_joined(store: Store, broker: BrokerSettings) -> None:
+    """Submitted in one turn of an event loop, each task waits for its own time."""
+
+    async def submit() -> list[str]:
+        async with AsyncClient(Settings(broker=broker)) as client:
+            return list(await asyncio.gather(client.submit([1]), client.submit([2], countdown_s=AHEAD_S)))
+
+    at_once, later = asyncio.run(submit())
+    assert ids(store.claim(9)) == [at_once]
+    let_come(store)
+    assert ids(store.claim(9)) == [later]

@@ -1,10 +1,11 @@
 #!lua
--- needs: lists states
+-- needs: lists later states
 -- Append tasks to their list, remember their ids, and wake idle workers. Without allow-oom: a full Redis
 -- refuses the whole call before anything is written.
 -- KEYS: large bodies of some of these tasks, which lie there for a minute; from now on, until they have ended
 -- ARGV: tier, model ('' for the default one), caller ('' for none), priority, pending meta, idempotency key or
---       '', its ttl in seconds, then (id, payload) pairs
+--       '', its ttl in seconds, seconds until they may begin or '', how many tasks may wait for their time in all,
+--       then (id, payload) pairs
 -- Returns the id that holds: the given one, or the one an idempotency key already stands for.
 -- What is refused leaves nothing behind.
 local function drop_these()
@@ -27,21 +28,23 @@ end
 for _, body in ipairs(KEYS) do
   if redis.call('EXISTS', body) == 0 then return refuse('BODY_GONE') end
 end
+if ARGV[8] ~= '' and count_later() + (#ARGV - 9) / 2 > tonumber(ARGV[9]) then return refuse('LATER_FULL ' .. ARGV[9]) end
 if ARGV[6] ~= '' then
   local holder = redis.call('GET', ARGV[6])
-  -- A holder whose result has expired holds no more.
-  if holder and holder ~= ARGV[8] and state_of(holder) then
+  -- A holder whose result has expired holds no more, nor does one that was cancelled, purged, or too late.
+  local state = holder and state_of(holder)
+  if state and state ~= 'REVOKED' and holder ~= ARGV[10] then
     drop_these()
     return holder
   end
-  redis.call('SET', ARGV[6], ARGV[8], 'EX', ARGV[7])
+  redis.call('SET', ARGV[6], ARGV[10], 'EX', ARGV[7])
 end
 local queue = tier
 if model ~= '' and model ~= default then queue = queue .. '.' .. model end
 if caller ~= '' then queue = queue .. '@' .. caller end
 local list = priority == '0' and queue or queue .. SEP .. priority
 local payloads = {}
-for i = 8, #ARGV, 2 do
+for i = 10, #ARGV, 2 do
   -- NX: a call repeated because its answer was lost appends nothing twice.
   -- Without a TTL: what waits is never evicted, and so never forgotten.
   if write_passing(ARGV[i], ARGV[5], 'NX') then payloads[#payloads + 1] = ARGV[i + 1] end
@@ -53,9 +56,18 @@ for _, body in ipairs(KEYS) do
     count_body(tier, id)
   end
 end
+if ARGV[8] ~= '' then
+  -- In the order in which they were given. Nobody is woken: who is idle looks when the first is due.
+  local entries, at = {}, now() + tonumber(ARGV[8])
+  for i, payload in ipairs(payloads) do
+    entries[2 * i - 1], entries[2 * i] = string.format('%.6f', at + i / 1000000), payload
+  end
+  local err = #payloads > 0 and put_later(list, entries)
+  return err or ARGV[10]
+end
 for first = 1, #payloads, 1000 do
   redis.call('LPUSH', list, unpack(payloads, first, math.min(first + 999, #payloads)))
 end
 if #payloads > 0 then index_list(list) end
 wake(tier, model == '' and default or model, math.max(1, #payloads))
-return ARGV[8]
+return ARGV[10]
