@@ -25,7 +25,7 @@ from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES, QueueSettings
 
 #: What one call ends at most: it keeps Redis for less than 10 ms.
-CALL_TASKS, CALL_BYTES = 250, 1024 * 1024
+CALL_TASKS, CALL_BYTES = 250, 512 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 from gpuinfer.queue.direct import Argument
 
 #: What one call takes: together, it keeps Redis for less than 10 ms.
-CALL_TASKS, CALL_BYTES = 250, 1024 * 1024
+CALL_TASKS, CALL_BYTES = 250, 512 * 1024
 #: So many of the ids that a restore has put back are kept.
 MOST_IDS = 1000
 

@@ -48,6 +48,8 @@ log = get_logger(__name__)
 MAX_BYTES = 64 * 1024 * 1024
 #: How many sequence ids an epoch has: 2^29 epochs of them stay exact in Lua's numbers.
 SEQS_OF_AN_EPOCH = 2**24
+#: Seconds for which what is no list, though it has the name of one, is not looked into.
+FOREIGN_S = 10.0
 #: Who began an epoch: a reaper's restore says so, and the worker it took for dead may go on.
 REAPER = "reaper"
 
@@ -91,6 +93,8 @@ class Store:
         #: The paused queues, as Redis has them; and what is no list, although it has the name of one.
         self._paused = b""
         self._foreign: set[str] = set()
+        self._named: set[str] = set()
+        self._foreign_at = 0.0
         self.serve(queues)
         self.inflight = keys.inflight(worker)
         self._direct = direct = Direct(client)
@@ -153,6 +157,9 @@ class Store:
         found, (due, paused) = self._direct.call_all(exist, ("MGET", keys.DUE, keys.PAUSED))
         if due is not None:
             self._later.look(due)
+        if self._foreign and self._clock() - self._foreign_at > FOREIGN_S:
+            self._foreign = set()
+            self._choose_lists()
         if (paused or b"") != self._paused:
             self._paused = paused or b""
             self._choose_lists()
@@ -160,11 +167,9 @@ class Store:
         return self._uncertain or bool(self.lists and found)
 
     def foreign(self) -> dict[str, str]:
-        """Return the names of lists under which something else stands, and its type, each once.
+        """Return the names of lists under which something else stands, and its type; those that are new.
 
-        They are not looked into any more.
-
-        Raises redis-py's errors.
+        For a while they are not looked into. Raises redis-py's errors.
         """
         with self.client.pipeline(transaction=False) as pipe:
             for name in self.lists:
@@ -173,9 +178,12 @@ class Store:
         found = {
             name: kind for name, kind in zip(self.lists, kinds, strict=True) if kind not in ("list", "none")
         }
+        new = {name: kind for name, kind in found.items() if name not in self._named}
         self._foreign |= found.keys()
+        self._named |= found.keys()
+        self._foreign_at = self._clock()
         self._choose_lists()
-        return found
+        return new
 
     def postpone(self, tasks: Sequence[tuple[int, float]]) -> Postponed:
         """Let (seq, due) wait in Redis until then, with nothing delivered. Raises redis-py's errors."""

@@ -259,7 +259,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             self._skip_foreign()
 
     def _skip_foreign(self) -> None:
-        """Name once what stands under a list's name and is no list; no claim looks into it any more."""
+        """Name once what stands under a list's name and is no list."""
         for name, kind in self.store.foreign().items():
             hint = (
                 "no task can be sent there; find out who has made it, and delete it; then restart the workers"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import pytest
@@ -16,23 +15,9 @@ from gpuinfer.queue.claims import Claimed
 from gpuinfer.queue.message import PREDICT, Submission, decode
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings
-from tests.contract.conftest import begin, ids, message, on, send, store_of
+from tests.contract.conftest import begin, ids, message, ms_a_call, on, send, store_of
 
 pytestmark = [pytest.mark.integration, on("redis-socket")]
-
-
-def usual(store: Store) -> float:
-    """Return the milliseconds that a call of a script took since ``watch``: the median.
-
-    By the wall clock, as Redis tells it: what a busy machine adds to single calls is not ours.
-    """
-    found = [entry["duration"] for entry in store.client.slowlog_get(128) if b"EVALSHA" in entry["command"]]
-    return float(median(found)) / 1000
-
-
-def watch(store: Store) -> None:
-    store.client.config_set("slowlog-log-slower-than", 300)
-    store.client.slowlog_reset()
 
 
 def cut_after(calls: int, script: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,15 +43,12 @@ def test_no_call_takes_long(store: Store, size: int) -> None:
     held: list[Claimed] = []
     while len(held) < count:
         held += store.claim(500, look=True)
-    watch(store)
-    assert store.restore().returned == count
-    assert usual(store) <= 10
+    assert ms_a_call(store, store.take_back) <= 10
     held = []
     while len(held) < count:
         held += store.claim(500)
-    watch(store)
-    assert store.release([task.seq for task in held], ran={task.seq for task in held[::2]}) == count
-    assert usual(store) <= 10
+    seqs = [task.seq for task in held]
+    assert ms_a_call(store, lambda: store.release(seqs, ran=set(seqs[::2]))) <= 10
     assert store.client.llen("realtime") == count
 
 
