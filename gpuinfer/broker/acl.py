@@ -200,7 +200,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *_BURYING,
         _selector("+hincrby", _CLAIMED, _ENDED),
         _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
-        _selector("+set", "+getrange", _RESULTS),
+        _selector("+set", "+mget", "+getrange", _RESULTS),
         *_DROPPING,
         *_BEGINNING,
         *_ANNOUNCING,

@@ -89,7 +89,7 @@ def test_what_is_not_wanted_now(broker: BrokerSettings) -> None:
 
 
 def test_the_default_models_lists(broker: BrokerSettings) -> None:
-    """They are those of another model once the default is another one, from the next heartbeat at the latest."""
+    """They are the new default model's from the next heartbeat at the latest."""
     store = store_of(broker, models=("ant", "bee"), default="ant")
     other = store_of(broker, "gpu1@here", ("cat", "dog"), default="ant")
     store.client.lpush("realtime", message())

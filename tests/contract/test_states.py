@@ -180,3 +180,25 @@ def test_a_key_that_is_not_ours(store: Store, client: Client) -> None:
     assert raw.lrange(key, 0, -1) == [b"something else"]
     assert [client.status(final.task_id).state for final in (finals[0], finals[2])] == ["completed"] * 2
     assert not store.client.exists(store.inflight)
+
+
+@pytest.mark.parametrize("others", [(0, 1), (70, 130)])
+def test_a_large_batch_with_a_few_that_have_ended(
+    store: Store, client: Client, others: tuple[int, int]
+) -> None:
+    """States are read many at a time; what has ended, or is no state, is told from what waits."""
+    client.submit_many([[number] for number in range(200)])
+    tasks = store.claim(200)
+    sent = ids(tasks)
+    cancelled, foreign = others
+    assert client.cancel(sent[cancelled])
+    raw: Any = store.client
+    raw.delete(keys.result(sent[foreign]))
+    raw.lpush(keys.result(sent[foreign]), "another's")
+    assert store.begin([(task.seq, task_id, b"") for task, task_id in zip(tasks, sent, strict=True)]) == {
+        cancelled
+    }
+    refused = store.settle([completed(task) for task in tasks])
+    assert "WRONGTYPE" in refused[sent[foreign]]
+    states = Counter(client.status(task_id).state for task_id in sent if task_id != sent[foreign])
+    assert states == {"completed": 198, "revoked": 1}

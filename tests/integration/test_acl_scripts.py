@@ -105,6 +105,7 @@ VARIABLES = {
     "since": [keys.AGEING_PREFIX + "group"],
     "2": [keys.index(), keys.index("resnet")],
     "n": [keys.index(), keys.index("resnet")],
+    "unpack": [keys.result("1")],
     "channel": [keys.result("1"), keys.REPLY_PREFIX + "1"],
     "'NUMSUB'": ["NUMSUB"],
 }

@@ -7,8 +7,10 @@
 -- Returns the 1-based positions of tasks whose final state is already written: they must not run.
 if ARGV[1] ~= '' then redis.call('HSET', KEYS[1], 'running', ARGV[1]) end
 local done = {}
+local waiting = waiting_among(ARGV, 2, 2, #ARGV)
 for i = 2, #ARGV, 2 do
-  local state, err = state_of(ARGV[i])
+  local state, err
+  if not waiting[ARGV[i]] then state, err = state_of(ARGV[i]) end
   if FINAL[state or ''] then
     done[#done + 1] = i / 2
   elseif ARGV[i + 1] ~= '' and not err then

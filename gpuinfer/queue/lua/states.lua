@@ -11,6 +11,33 @@ local function state_of(id)
   return string.match(text, '^{"status": ?"(%u+)"')
 end
 
+-- Return which ids among every `step`-th of `flat`, from `first` to `last`, still have the state that a producer of
+-- ours has written: a set. One MGET for 64 ids costs less than 64 calls, but reads whole results where tasks have
+-- ended. So it stops at the first that has another state; `state_of` tells that of the rest.
+local function waiting_among(flat, first, step, last)
+  local waiting, width = {}, 64 * step
+  for from = first, last, width do
+    local ids, keys, n = {}, {}, 0
+    for i = from, math.min(from + width - 1, last), step do
+      if flat[i] ~= '' then
+        n = n + 1
+        ids[n], keys[n] = flat[i], RESULT_PREFIX .. flat[i]
+      end
+    end
+    if n < 2 then break end
+    local texts, others = redis.call('MGET', unpack(keys)), false
+    for k = 1, n do
+      if texts[k] == PENDING_META then
+        waiting[ids[k]] = true
+      else
+        others = true
+      end
+    end
+    if others then break end
+  end
+  return waiting
+end
+
 -- Write a state that passes: waiting, or started. Without a TTL: it is never evicted.
 local function write_passing(id, meta, ...) return redis.call('SET', RESULT_PREFIX .. id, meta, ...) end
 
@@ -110,11 +137,14 @@ end
 local function finish(flat, first, step, ttl, last, keep_bodies)
   local open, n, refused, foreign, seen, drops, replied = {}, 0, {}, {}, {}, false, false
   local sizes, beside = {}, false
-  for i = first, last or #flat, step do
+  last = last or #flat
+  local waiting = waiting_among(flat, first, step, last)
+  for i = first, last, step do
     local id = flat[i]
     if id ~= '' and not seen[id] then
       seen[id] = true
-      local state, err = state_of(id)
+      local state, err
+      if not waiting[id] then state, err = state_of(id) end
       if err then
         if not string.find(err, 'WRONGTYPE', 1, true) then return nil, redis.error_reply(err) end
         refused[#refused + 1], refused[#refused + 2] = id, err
