@@ -169,6 +169,12 @@ class MissingInput(InputError):
     code = "missing_input"
 
 
+class IdempotencyConflict(InputError):
+    """Raised when an idempotency key stands for another request already."""
+
+    code = "idempotency_conflict"
+
+
 class MalformedJson(InputError):
     """Raised when a request's body is not JSON."""
 
@@ -284,9 +290,10 @@ class BrokerUnavailable(BrokerError):
 
 
 class QueueFull(BrokerUnavailable):
-    """Raised when Redis refuses new work because its memory limit is reached."""
+    """Raised when new work is refused: a bound of what may wait is reached, or Redis's memory is full."""
 
     code = "queue_full"
+    http_status = 429
 
 
 class TaskNotFound(GpuinferError):

@@ -124,6 +124,11 @@ class QueueSettings(Section):
     result_ttl_s: int = Field(default=3600, ge=1, le=30 * 86400)
     #: The same idempotency key gives the same task for this long.
     idempotency_ttl_s: int = Field(default=86400, ge=1, le=365 * 86400)
+    #: Tasks that may wait, and their bytes (0: half of Redis's maxmemory), of which batch may have half.
+    max_waiting: int = Field(default=1_000_000, ge=1, le=1_000_000_000)
+    max_waiting_bytes: int = Field(default=0, ge=0, le=2**50)
+    #: Idempotency keys that may be new within idempotency_ttl_s; a sixteenth of maxmemory bounds them, too.
+    max_keys: int = Field(default=1_000_000, ge=1, le=1_000_000_000)
     #: A request larger than this is refused, before it reaches Redis.
     max_payload_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
     #: A result larger than this is none: its task fails.

@@ -52,7 +52,7 @@ def _handle_errors(app: FastAPI, retry_after_s: int) -> None:
     async def ours(request: Request, exc: Exception) -> Response:
         error = exc if isinstance(exc, GpuinferError) else GpuinferError("this is a bug; see the API's log")
         note(request.scope, code=error.code)
-        headers = {"retry-after": str(retry_after_s)} if error.http_status == 503 else None
+        headers = {"retry-after": str(retry_after_s)} if error.http_status in (429, 503) else None
         return answer({"error": error.to_dict()}, error.http_status, headers)
 
     async def http(_: Request, exc: Exception) -> Response:

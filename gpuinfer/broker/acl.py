@@ -31,7 +31,7 @@ _RESULTS = f"~{keys.RESULT_PREFIX}*"
 #: Where ends are told: by a task's id, and to the client process that waits for it.
 _ENDS = (f"&{keys.RESULT_PREFIX}*", f"&{keys.REPLY_PREFIX}*")
 _BESIDE = f"~{keys.BESIDE_PREFIX}*"
-_KEYED = f"~{keys.IDEMPOTENCY_PREFIX}*"
+_KEYED, _ROOM = f"~{keys.KEYED}*", f"~{keys.ROOM}"
 _INFLIGHT = f"~{keys.INFLIGHT_PREFIX}*"
 _HEARTBEATS = f"~{keys.HEARTBEAT_PREFIX}*"
 _EPOCHS = f"~{keys.EPOCH_PREFIX}*"
@@ -141,7 +141,10 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+zrange", "+zadd", _LATER, _LATER_SETS),
         _selector("+set", "+del", _DUE),
         _selector("+get", "+mget", "+set", "+getrange", _RESULTS),
-        _selector("+get", "+set", _KEYED),
+        _selector("+hget", "+hset", "+hlen", "+unlink", "+rename", _KEYED),
+        _selector("+hincrby", "+hset", _ROOM),
+        _selector("+memory|usage", *_LISTS),
+        _selector("+hgetall", _BODY_BYTES),
         _selector("+hincrby", _ENDED),
         *_DROPPING,
         *_ANNOUNCING,

@@ -154,14 +154,13 @@ class AsyncClient:
                 raise answer
 
     async def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
-        key = options.get("idempotency_key")
         default = await self._default_model(options)
         task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
         with typed_errors(self._user):
-            if key is None:
+            if not task.key:
                 await self._outgoing.put(core.pack(task, self._settings.queue))
                 return task.id
-            holder = await self._call(core.one(task, self._settings.queue, key))
+            holder = await self._call(core.one(task, self._settings.queue))
         return holder.decode()
 
     async def _call(self, call: Call) -> bytes:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
+import orjson
+
 from gpuinfer.errors import InputError, PayloadTooLarge, TaskNotFound, TaskRevoked
 from gpuinfer.models.manifest import MODEL_NAME
 from gpuinfer.queue import keys, results
@@ -54,7 +56,7 @@ class Options(TypedDict, total=False):
     time_limit_s: float | None
     #: True: run it and keep nothing.
     ignore_result: bool
-    #: The same key gives the same task id, for queue.idempotency_ttl_s, as long as its result is kept.
+    #: The same key gives the same task id for queue.idempotency_ttl_s; with another request it is refused.
     idempotency_key: str | None
 
 
@@ -199,8 +201,18 @@ def build(
         time_limit_s=_positive(options.get("time_limit_s"), "time_limit_s"),
         ignore_result=options.get("ignore_result", False),
         reply_to="" if origin is None else origin.channel,
+        asked=_asked(task, options) if options.get("idempotency_key") else b"",
+        key=options.get("idempotency_key") or "",
         **({} if origin is None else {"id": origin.new_id()}),
     )
+
+
+def _asked(task: str, options: Options) -> bytes:
+    """Return what is asked, beside the inputs, for comparison: what is left out is as what is None."""
+    given = {
+        name: value for name, value in options.items() if value is not None and name != "idempotency_key"
+    }
+    return orjson.dumps([task, given], option=orjson.OPT_SORT_KEYS)
 
 
 def _pack(submission: Submission, settings: QueueSettings) -> Packed:
@@ -214,7 +226,7 @@ def _pack(submission: Submission, settings: QueueSettings) -> Packed:
 
 
 def _call(
-    submission: Submission, tasks: Sequence[tuple[str, Packed]], settings: QueueSettings, key: str | None
+    submission: Submission, tasks: Sequence[tuple[str, Packed]], settings: QueueSettings, key: str = ""
 ) -> Call:
     args: list[bytes | str | int] = [
         submission.queue,
@@ -222,8 +234,10 @@ def _call(
         submission.caller,
         submission.priority,
         results.PENDING_META,
-        keys.IDEMPOTENCY_PREFIX + key if key else "",
+        f"{settings.max_waiting} {settings.max_waiting_bytes}",
+        key,
         settings.idempotency_ttl_s,
+        settings.max_keys,
         "" if submission.countdown_s is None else repr(float(submission.countdown_s)),
         settings.max_later,
     ]
@@ -233,9 +247,11 @@ def _call(
     return Call(tuple(task_id for task_id, _ in tasks), args, bodies)
 
 
-def one(submission: Submission, settings: QueueSettings, idempotency_key: str | None = None) -> Call:
+def one(submission: Submission, settings: QueueSettings) -> Call:
     """Return the call that submits one task. Raises InputError, PayloadTooLarge."""
-    return _call(submission, [(submission.id, _pack(submission, settings))], settings, idempotency_key)
+    packed = _pack(submission, settings)
+    key = submission.keyed + submission.digest(packed) if submission.key else ""
+    return _call(submission, [(submission.id, packed)], settings, key)
 
 
 class Ready(NamedTuple):
@@ -278,10 +294,10 @@ def _chunks(ready: Iterable[Ready], settings: QueueSettings) -> Iterator[Call]:
         tasks.append((submission.id, packed))
         size += packed.size
         if len(tasks) >= CHUNK_TASKS or size >= CHUNK_BYTES:
-            yield _call(submission, tasks, settings, None)
+            yield _call(submission, tasks, settings)
             tasks, size = [], 0
     if submission is not None and tasks:
-        yield _call(submission, tasks, settings, None)
+        yield _call(submission, tasks, settings)
 
 
 # -- what both drivers wait for ---------------------------------------------------------------

@@ -146,10 +146,9 @@ class Client:
         return [answers[i] for i in at]
 
     def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
-        key = options.get("idempotency_key")
         default = self._default_model(options)
         task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
-        call = core.one(task, self._settings.queue, key)
+        call = core.one(task, self._settings.queue)
         with typed_errors(self._user):
             if not call.bodies:
                 holder: Any = self._submit(keys=(), args=call.args)

@@ -30,6 +30,7 @@ from gpuinfer.errors import (
     BrokerRefused,
     BrokerUnavailable,
     GpuinferError,
+    IdempotencyConflict,
     QueueFull,
     UnknownModel,
 )
@@ -179,11 +180,32 @@ def explain(exc: Exception, user: str = "") -> GpuinferError:
         return layout.mismatch(text.rpartition("FORMAT ")[2])
     if layout.is_of_a_cluster(exc):
         return layout.clustered()
+    if "IDEMPOTENCY_CONFLICT" in text:
+        return IdempotencyConflict("stands for a request with other inputs or options", "idempotency_key")
+    return _of_room(exc, text) or _of_a_login(exc, text, user) or _of_the_server(exc, text)
+
+
+#: What submit.lua says is full.
+_FULL = {
+    "tasks": "as many tasks wait as may: queue.max_waiting is {}",
+    "bytes": "as many bytes wait as may: {} (queue.max_waiting_bytes, or half of Redis's memory)",
+    "bytes-of-batch": "as many bytes wait in batch as may: half of {} (queue.max_waiting_bytes, or half of "
+    "Redis's memory)",
+    "keys": "as many idempotency keys stand as may: queue.max_keys is {}, and they take a sixteenth of "
+    "Redis's memory at most",
+}
+
+
+def _of_room(exc: Exception, text: str) -> QueueFull | None:
+    """Return the error where there is no room for new work."""
+    if "QUEUE_FULL " in text:
+        what, _, bound = text.rpartition("QUEUE_FULL ")[2].partition(" ")
+        return QueueFull(f"{_FULL[what].format(bound)}; what was accepted goes on")
     if "BODY_GONE" in text:
         return QueueFull("Redis is full, and has dropped what was to be submitted; what was accepted goes on")
     if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in text:
         return QueueFull("Redis has reached maxmemory and refuses new work; what was accepted goes on")
-    return _of_a_login(exc, text, user) or _of_the_server(exc, text)
+    return None
 
 
 def _of_a_login(exc: Exception, text: str, user: str) -> BrokerError | None:

@@ -53,7 +53,11 @@ DUE = "gpuinfer:due"
 LATER_PREFIX = "gpuinfer:later:"
 INFLIGHT_PREFIX = "gpuinfer:inflight:"
 EPOCH_PREFIX = "gpuinfer:epoch:"
-IDEMPOTENCY_PREFIX = "gpuinfer:key:"
+#: Idempotency keys of the current period, and of the one before.
+KEYED = "gpuinfer:keyed"
+KEYED_BEFORE = "gpuinfer:keyed:before"
+#: How much may come before what waits is counted again.
+ROOM = "gpuinfer:room"
 #: Large bodies, each beside the list that holds its task's id. Without a TTL from its submission to its end.
 BODY_PREFIX = "gpuinfer:body:"
 #: Id -> ``tier bytes`` of the body beside the list, of tasks that have not ended.
@@ -92,6 +96,10 @@ ENDED = "gpuinfer:ended"
 ONE_MODEL = "one-"
 #: Separates a caller from the rest of a queue's name; no model's name has it.
 CALLER = "@"
+#: Bytes that an idempotency key takes in Redis, about.
+KEYED_BYTES = 200
+#: Bytes of a task that count as one, when what waits is bounded: more than a message with its body in it has.
+GRANT_BYTES = 68 * 1024
 #: Seconds that a body may lie beside a list before its task is submitted.
 BODY_VOID_S = 60
 #: Seconds after which an idle worker that has not renewed its entry is taken for gone: two waits and a bit.

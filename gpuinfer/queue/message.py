@@ -17,6 +17,7 @@ import zlib
 from base64 import b64decode
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from hashlib import blake2b
 from typing import Any, NamedTuple, TypeGuard
 
 import orjson
@@ -42,6 +43,8 @@ MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 _FREE_JSON_BYTES, _MAX_JSON_VALUES = 4 * 1024 * 1024, 2_000_000
 #: The header that says how many bytes lie beside the list.
 _BESIDE = "gpuinfer_body"
+#: The header that says what stands for its idempotency key.
+_KEY = "gpuinfer_key"
 #: What Celery calls ``compression="gzip"``; kombu's is zlib's format in truth.
 _COMPRESSIONS = ("application/x-gzip",)
 
@@ -59,8 +62,8 @@ class Packed(NamedTuple):
 
     #: The list entry.
     payload: bytes
-    #: What the arguments are, as JSON: without the inputs where those lie beside the list.
-    body: bytes
+    #: The inputs as they are in there, or beside the list.
+    inputs: bytes
     #: What lies beside the list; None where all is in the message.
     beside: bytes | None = None
 
@@ -92,6 +95,11 @@ class Submission:
     caller: str = ""
     #: The channel on which the client hears of its end; empty: by its id alone.
     reply_to: str = ""
+    #: What the caller has asked for beside the inputs, in the caller's own words: two requests that differ
+    #: there are not the same. In the message, as ``model``, may stand what was the default then.
+    asked: bytes = b""
+    #: The caller's idempotency key; empty: none.
+    key: str = ""
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def encode(self) -> bytes:
@@ -117,13 +125,15 @@ class Submission:
         if len(text) + sum(len(raw.data) * 4 // 3 for _, raw in placed) > most:
             beside = arrays.pack(text, placed)
             body = b"[[],%b" % options
-            return Packed(self._message(body, {_BESIDE: len(beside)}), body, beside)
+            return Packed(self._message(body, {_BESIDE: len(beside)}), beside, beside)
         if placed:
             text = _dump_inputs(arrays.inline(rest, placed, many=many))
         body = b"[[%b],%b" % (text, options)
-        return Packed(self._message(body, {}), body)
+        return Packed(self._message(body, {}), text)
 
-    def _message(self, body: bytes, extra: dict[str, int]) -> bytes:
+    def _message(self, body: bytes, extra: dict[str, Any]) -> bytes:
+        if self.key:  # for who ends the task and frees the key
+            extra = {**extra, _KEY: self.keyed}
         return orjson.dumps(
             {
                 "body": body.decode(),
@@ -141,6 +151,19 @@ class Submission:
                 },
             }
         )
+
+    @property
+    def keyed(self) -> str:
+        """What stands for the key of this caller: 32 characters; empty without a key."""
+        if not self.key:
+            return ""
+        return blake2b(f"{self.caller}\0{self.key}".encode(), digest_size=16).hexdigest()
+
+    def digest(self, packed: Packed) -> str:
+        """Return 32 characters that stand for the request; ``packed`` is what ``pack`` has made of it."""
+        asked = blake2b(self.asked, digest_size=16)
+        asked.update(packed.inputs)
+        return asked.hexdigest()
 
     def _headers(self) -> dict[str, Any]:
         expires = self.expires_at

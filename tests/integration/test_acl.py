@@ -113,7 +113,7 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
         ("DEL", keys.ENDED),
         ("ZREM", keys.CATALOGUE, "digits"),
         ("HSET", "gpuinfer:watcher:hosts", "x", "1"),
-        ("GET", keys.IDEMPOTENCY_PREFIX + "k"),
+        ("HGETALL", keys.KEYED),
     ],
     "watcher": [
         ("LPUSH", "bank", TASK),

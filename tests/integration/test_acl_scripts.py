@@ -90,6 +90,7 @@ GIVEN: dict[str, list[list[str]]] = {
 }
 #: What a variable of the scripts names.
 VARIABLES = {
+    "keyed": [keys.KEYED],
     "body": [keys.body("1")],
     "key": [keys.result("1")],
     "list": LISTS,
@@ -108,8 +109,10 @@ VARIABLES = {
     "unpack": [keys.result("1")],
     "channel": [keys.result("1"), keys.REPLY_PREFIX + "1"],
     "'NUMSUB'": ["NUMSUB"],
+    "'USAGE'": ["USAGE"],
+    "'memory'": ["memory"],
 }
-IN_ONE_SCRIPT = {("claim", "ARGV[i]"): LISTS, ("submit", "ARGV[6]"): [keys.IDEMPOTENCY_PREFIX + "k"]}
+IN_ONE_SCRIPT = {("claim", "ARGV[i]"): LISTS}
 #: Command -> a call of it, around its key; what is not here takes the key alone.
 CALLS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
@@ -127,7 +130,10 @@ CALLS: dict[str, tuple[str, ...]] = {
     "ZUNION": ("2", "{}", "{}"),
     "ZCOUNT": ("{}", "0", "1"),
     "PUBSUB": ("{}", "channel"),
+    "MEMORY": ("{}", "realtime"),
 }
+#: The same, in one script.
+IN_THIS = {("submit", "RENAME"): ("{}", keys.KEYED_BEFORE)}
 #: What they keep is always kept.
 NEVER = {(script, call) for script in ("cancel", "bury") for call in ("DEL", "STRLEN", "RENAME", "GET")}
 _CALL = re.compile(r"redis\.p?call\('([A-Z]+)'(?=(?:, ([^,\n]*))?)")
@@ -160,7 +166,10 @@ def calls_of(script: str) -> Iterator[list[str]]:
             yield [command]
             continue
         for key in keys_of(script, expression):
-            yield [command, *(part.format(key) for part in CALLS.get(command, ("{}",)))]
+            yield [
+                command,
+                *(part.format(key) for part in IN_THIS.get((script, command)) or CALLS.get(command, ("{}",))),
+            ]
 
 
 def test_every_script_is_somebodys() -> None:
@@ -170,7 +179,8 @@ def test_every_script_is_somebodys() -> None:
         file.name.removesuffix(".lua")
         for file in resources.files(scripts.__package__).joinpath("lua").iterdir()
     }
-    assert files - set(RUN_BY) == {"ageing", "chain", "dead", "later", "lists", "payload", "states"}
+    libraries = {"ageing", "chain", "dead", "keyed", "later", "lists", "payload", "room", "states"}
+    assert files - set(RUN_BY) == libraries
 
 
 @pytest.mark.parametrize("script", get_args(scripts.Name))

@@ -90,6 +90,8 @@ def test_the_same_key_gives_the_same_task(api: Api, worker: HandWorker) -> None:
     first = api.http.post("/predict", json=[1], headers=headers).json()
     again = api.http.post("/predict", json={"inputs": [1], "idempotency_key": "order-66"}).json()
     assert first == again
+    other = api.http.post("/predict", json=[2], headers=headers)
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_conflict")
     assert len(worker.claim(10)) == 1
 
 

@@ -89,13 +89,13 @@ def test_a_long_poll_spans_a_restart_of_redis(
 
 
 def test_a_full_redis_refuses_and_workers_go_on(redis_factory: RedisFactory, tmp_path: Path) -> None:
-    """503 queue_full with Retry-After; what was accepted is still ended, and then there is room."""
+    """429 queue_full with Retry-After; what was accepted is still ended, and then there is room."""
     server = redis_factory(maxmemory="4mb", maxmemory_policy="volatile-ttl")
     with Api(server, tmp_path) as api, server.client() as client:
         worker, accepted, inputs = HandWorker(client), [], ["x" * 100_000]
         while (response := api.http.post("/predict", json=inputs)).status_code == 202:
             accepted.append(response.json()["task_id"])
-        assert response.status_code == 503
+        assert response.status_code == 429
         assert response.json()["error"]["code"] == "queue_full"
         assert int(response.headers["retry-after"]) > 0
         assert worker.finish_all("done") == len(accepted)

@@ -16,6 +16,7 @@ from gpuinfer.client.aio import AsyncClient
 from gpuinfer.client.sync import Client
 from gpuinfer.errors import (
     BrokerUnavailable,
+    IdempotencyConflict,
     InputError,
     PayloadTooLarge,
     QueueFull,
@@ -139,8 +140,10 @@ def test_a_cancelled_task_does_not_begin(client: Client, worker: HandWorker) -> 
 
 
 def test_idempotency(client: Client, worker: HandWorker) -> None:
-    """One key, one task; for many tasks a key makes no sense and is refused."""
-    assert client.submit([1], idempotency_key="k") == client.submit([2], idempotency_key="k")
+    """One key, one task; another request under it, or many tasks, are refused."""
+    assert client.submit([1], idempotency_key="k") == client.submit([1], idempotency_key="k")
+    with pytest.raises(IdempotencyConflict):
+        client.submit([2], idempotency_key="k")
     assert len(worker.claim(10)) == 1
     with pytest.raises(InputError, match="one task"):
         client.submit_many([1, 2], idempotency_key="k")

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: lists states chain
+-- needs: lists states chain keyed
 -- Take tasks out of a list, or out of the set of those that wait for their ETA, and end them.
 -- KEYS: list or sorted set
 -- ARGV: result ttl in seconds, 'list' or 'later', number of tasks, then for each: SHA-1 of its payload, task id
@@ -38,6 +38,7 @@ end
 local written, err = finish(flat, 1, 5, ARGV[1])
 if not written then return err end
 follow(following, ARGV[1])
+for i = 1, taken do free_key(waiting[i], flat[5 * i - 4]) end
 if ARGV[2] == 'list' then
   redis.call('RPOP', queue, taken)
 else

@@ -1,11 +1,13 @@
 #!lua
--- needs: lists later states
+-- needs: lists later states keyed room
 -- Append tasks to their list, remember their ids, and wake idle workers. Without allow-oom: a full Redis
 -- refuses the whole call before anything is written.
 -- KEYS: large bodies of some of these tasks, which lie there for a minute; from now on, until they have ended
--- ARGV: tier, model ('' for the default one), caller ('' for none), priority, pending meta, idempotency key or
---       '', its ttl in seconds, seconds until they may begin or '', how many tasks may wait for their time in all,
---       then (id, payload) pairs
+-- ARGV: 1 tier, 2 model ('' for the default one), 3 caller ('' for none), 4 priority, 5 pending meta, 6 how many
+--       tasks and bytes may wait, as room.lua has it, 7 an idempotency key and a digest of the request (32
+--       characters each) or '', 8 seconds that the key holds, 9 how many keys there may be in a period, 10
+--       seconds until they may begin or '', 11 how many tasks may wait for their time in all, then (id, payload)
+--       pairs
 -- Returns the id that holds: the given one, or the one an idempotency key already stands for.
 -- What is refused leaves nothing behind.
 local function drop_these()
@@ -28,23 +30,32 @@ end
 for _, body in ipairs(KEYS) do
   if redis.call('EXISTS', body) == 0 then return refuse('BODY_GONE') end
 end
-if ARGV[8] ~= '' and count_later() + (#ARGV - 9) / 2 > tonumber(ARGV[9]) then return refuse('LATER_FULL ' .. ARGV[9]) end
-if ARGV[6] ~= '' then
-  local holder = redis.call('GET', ARGV[6])
-  -- A holder whose result has expired holds no more, nor does one that was cancelled, purged, or too late.
-  local state = holder and state_of(holder)
-  if state and state ~= 'REVOKED' and holder ~= ARGV[10] then
+local count = (#ARGV - 11) / 2
+if ARGV[10] ~= '' and count_later() + count > tonumber(ARGV[11]) then return refuse('LATER_FULL ' .. ARGV[11]) end
+local key, request, ttl = string.sub(ARGV[7], 1, 32), string.sub(ARGV[7], 33), tonumber(ARGV[8])
+if key ~= '' then
+  local holder, same = holder_of(key, request)
+  -- One that was cancelled, purged, or too late holds no more.
+  if holder and state_of(holder) == 'REVOKED' then holder = nil end
+  if holder and not same then return refuse('IDEMPOTENCY_CONFLICT') end
+  if holder and holder ~= ARGV[12] then
     drop_these()
     return holder
   end
-  redis.call('SET', ARGV[6], ARGV[10], 'EX', ARGV[7])
+  if not holder and not has_room(ttl) then return refuse('QUEUE_FULL keys ' .. ARGV[9]) end
 end
+local size = 0
+for i = 13, #ARGV, 2 do size = size + #ARGV[i] end
+for _, body in ipairs(KEYS) do size = size + redis.call('STRLEN', body) end
+local full = take_room(tier, count, size, ARGV[6])
+if full then return refuse('QUEUE_FULL ' .. full) end
+if key ~= '' then hold(key, request, ARGV[12], ttl, tonumber(ARGV[9])) end
 local queue = tier
 if model ~= '' and model ~= default then queue = queue .. '.' .. model end
 if caller ~= '' then queue = queue .. '@' .. caller end
 local list = priority == '0' and queue or queue .. SEP .. priority
 local payloads = {}
-for i = 10, #ARGV, 2 do
+for i = 12, #ARGV, 2 do
   -- NX: a call repeated because its answer was lost appends nothing twice.
   -- Without a TTL: what waits is never evicted, and so never forgotten.
   if write_passing(ARGV[i], ARGV[5], 'NX') then payloads[#payloads + 1] = ARGV[i + 1] end
@@ -56,18 +67,18 @@ for _, body in ipairs(KEYS) do
     count_body(tier, id)
   end
 end
-if ARGV[8] ~= '' then
+if ARGV[10] ~= '' then
   -- In the order in which they were given. Nobody is woken: who is idle looks when the first is due.
-  local entries, at = {}, now() + tonumber(ARGV[8])
+  local entries, at = {}, now() + tonumber(ARGV[10])
   for i, payload in ipairs(payloads) do
     entries[2 * i - 1], entries[2 * i] = string.format('%.6f', at + i / 1000000), payload
   end
   local err = #payloads > 0 and put_later(list, entries)
-  return err or ARGV[10]
+  return err or ARGV[12]
 end
 for first = 1, #payloads, 1000 do
   redis.call('LPUSH', list, unpack(payloads, first, math.min(first + 999, #payloads)))
 end
 if #payloads > 0 then index_list(list) end
 wake(tier, model == '' and default or model, math.max(1, #payloads))
-return ARGV[10]
+return ARGV[12]

@@ -1,0 +1,49 @@
+-- Library: idempotency keys, each with its task and a digest of what was asked. They stand in the hash of the
+-- current period and in that of the period before, which goes when the next one begins. Neither has a TTL: under
+-- volatile policies no key is evicted. A period is at least as long as its keys hold.
+-- A value is: digest of the request (32 characters), until when it holds (10 digits), task id. The empty field of
+-- the current hash has: when the period began, its length, and how many keys it may have.
+
+-- Return the task that a key stands for, and whether the request is the same; nothing where it stands for none.
+local function holder_of(key, request)
+  for _, value in ipairs({redis.call('HGET', KEYED, key) or '', redis.call('HGET', KEYED_BEFORE, key) or ''}) do
+    if (tonumber(string.sub(value, 33, 42)) or 0) > now() then
+      return string.sub(value, 43), string.sub(value, 1, 32) == request
+    end
+  end
+end
+
+-- Let the key of a task's message stand for nothing: the task was taken out of its queue. Our clients write the
+-- headers behind the body, in less than a kilobyte.
+local function free_key(payload, id)
+  local key = string.match(string.sub(payload, -2048), '"gpuinfer_key": ?"(%x+)"')
+  if not key then return end
+  for _, keyed in ipairs({KEYED, KEYED_BEFORE}) do
+    if string.sub(redis.call('HGET', keyed, key) or '', 43) == id then redis.call('HDEL', keyed, key) end
+  end
+end
+
+local function period()
+  local begun, length, most = string.match(redis.call('HGET', KEYED, '') or '', '^(%d+) (%d+) (%d+)$')
+  return tonumber(begun or 0), tonumber(length or 0), tonumber(most or 0)
+end
+
+-- Tell whether there is room for one more key. Its period may have to begin.
+local function has_room(ttl)
+  local begun, length, most = period()
+  return begun + math.max(length, ttl) <= now() or redis.call('HLEN', KEYED) <= most
+end
+
+-- Let a key stand for a task. `most` keys at most in a period, and no more than a sixteenth of the memory holds.
+local function hold(key, request, id, ttl, most)
+  local begun, length, cap = period()
+  if begun + math.max(length, ttl) <= now() then
+    redis.call('UNLINK', KEYED_BEFORE)
+    if begun > 0 then redis.call('RENAME', KEYED, KEYED_BEFORE) end
+    local memory = tonumber(string.match(redis.call('INFO', 'memory'), 'maxmemory:(%d+)'))
+    cap = memory > 0 and math.min(most, math.floor(memory / 16 / KEYED_BYTES)) or most
+    begun, length = math.floor(now()), 0
+  end
+  if ttl > length then redis.call('HSET', KEYED, '', string.format('%d %d %d', begun, ttl, cap)) end
+  redis.call('HSET', KEYED, key, request .. string.format('%010d', math.ceil(now() + ttl)) .. id)
+end

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Idempotency keys: one key, one request, one task; for their time, and however full Redis gets."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from gpuinfer import Client
+from gpuinfer.client import core
+from gpuinfer.errors import IdempotencyConflict, QueueFull
+from gpuinfer.queue import keys
+from gpuinfer.queue.purge import lines, purge
+from gpuinfer.queue.scripts import bind
+from gpuinfer.queue.store import Store
+from gpuinfer.settings import BrokerSettings, QueueSettings, Settings
+from tests.contract.conftest import done, ids, on
+
+pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-socket")]
+
+IMAGE = np.zeros((3, 100, 100), np.float32)
+
+
+def test_another_request(client: Client, store: Store) -> None:
+    """Other inputs, or other options, under a key that stands: refused, and nothing is left."""
+    first = client.submit([1], idempotency_key="k")
+    large = client.submit(IMAGE, idempotency_key="large")
+    for inputs, options in (
+        ([2], {}),
+        (IMAGE, {}),
+        ([1], {"top_k": 2}),
+        ([1], {"queue": "batch"}),
+        ([1], {"priority": 1}),
+        ([1], {"expires_s": 5}),
+        ([1], {"model": "digits"}),
+    ):
+        with pytest.raises(IdempotencyConflict) as caught:
+            client.submit(inputs, idempotency_key="k", **options)
+        assert (caught.value.code, caught.value.http_status) == ("idempotency_conflict", 422)
+        assert caught.value.field == "idempotency_key"
+    with pytest.raises(IdempotencyConflict):
+        client.submit(IMAGE + 1, idempotency_key="large")
+    with pytest.raises(IdempotencyConflict):
+        client.submit_batch([1], idempotency_key="k")
+    assert client.submit([1], idempotency_key="k", top_k=None) == first
+    assert client.submit(IMAGE, idempotency_key="large") == large
+    assert ids(store.claim(10)) == [first, large]
+    assert list(store.client.scan_iter(f"{keys.BODY_PREFIX}*")) == [keys.body(large).encode()]
+
+
+def test_another_default_model_is_no_other_request(client: Client, store: Store) -> None:
+    """A repeated request that names no model is the same one, whatever the default has become."""
+    first = client.submit([1], idempotency_key="k")
+    store.client.zadd(keys.CATALOGUE, {"another": time.time()})
+    store.client.set(keys.DEFAULT_MODEL, "another")
+    with Client(client._settings) as again:
+        assert again.submit([1], idempotency_key="k") == first
+
+
+def test_it_outlives_the_task(client: Client, store: Store) -> None:
+    """It holds when nothing is kept of the task, and when the result was evicted."""
+    first = client.submit([1], idempotency_key="k", ignore_result=True)
+    second = client.submit([1], idempotency_key="k2")
+    store.settle([done(task) for task in store.claim(2)])
+    store.client.delete(keys.result(first), keys.result(second))
+    assert client.submit([1], idempotency_key="k", ignore_result=True) == first
+    assert client.submit([1], idempotency_key="k2") == second
+    assert store.claim(1) == []
+
+
+def test_it_is_never_evicted(broker: BrokerSettings, store: Store) -> None:
+    """Redis fills up with results that expire, and drops some; no key goes."""
+    store.client.config_set("maxmemory", 8_000_000)
+    store.client.config_set("maxmemory-policy", "volatile-ttl")
+    with Client(Settings(broker=broker)) as client:
+        first = client.submit([1], idempotency_key="k")
+        for number in range(400):
+            store.client.set(f"{keys.RESULT_PREFIX}{number}", "x" * 50_000, ex=3600)
+        assert store.client.info("stats")["evicted_keys"] > 0
+        assert client.submit([1], idempotency_key="k") == first
+
+
+def test_each_caller_has_his_own(store: Store) -> None:
+    """The same key of two callers stands for two requests."""
+    submit = bind(store.client, "submit")
+    holders = []
+    for caller, value in (("alice", 1), ("bob", 2), ("alice", 1)):
+        task = core.build([value], many=False, idempotency_key="k")
+        task = type(task)(**{name: getattr(task, name) for name in task.__slots__} | {"caller": caller})
+        call = core.one(task, QueueSettings())
+        holders.append(submit(args=call.args))
+    assert holders[0] == holders[2] != holders[1]
+
+
+def test_it_expires(broker: BrokerSettings, store: Store) -> None:
+    """After its time, not before; what has expired goes with its period."""
+    with Client(Settings(broker=broker, queue=QueueSettings(idempotency_ttl_s=1))) as client:
+        first = client.submit([1], idempotency_key="k")
+        assert client.submit([1], idempotency_key="k") == first
+        until = time.monotonic() + 60
+        while client.submit([1], idempotency_key="k") == first:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        for key in ("a", "b", "c"):
+            begun = store.client.hget(keys.KEYED, "")
+            client.submit([1], idempotency_key=key)
+            while store.client.hget(keys.KEYED, "") == begun:
+                assert time.monotonic() < until
+                client.submit([1], idempotency_key=f"{key}{time.monotonic()}")
+                time.sleep(0.05)
+        fields = store.client.hkeys(keys.KEYED) + store.client.hkeys(keys.KEYED_BEFORE)
+        assert call_key("k") not in fields
+    assert store.client.ttl(keys.KEYED) == -1
+
+
+def call_key(key: str) -> bytes:
+    """Return the field of a caller's key."""
+    return core.build([1], many=False, idempotency_key=key).keyed.encode()
+
+
+def test_there_is_a_bound(broker: BrokerSettings, store: Store) -> None:
+    """So many new keys in a period; those that stand go on standing, and requests without a key are taken."""
+    with Client(Settings(broker=broker, queue=QueueSettings(max_keys=3))) as client:
+        held = [client.submit([1], idempotency_key=str(number)) for number in range(3)]
+        with pytest.raises(QueueFull, match="max_keys is 3"):
+            client.submit([1], idempotency_key="another")
+        assert [client.submit([1], idempotency_key=str(number)) for number in range(3)] == held
+        last = client.submit([1])
+    assert ids(store.claim(10)) == [*held, last]
+
+
+def test_they_take_a_part_of_the_memory(broker: BrokerSettings, store: Store) -> None:
+    """A small Redis has room for fewer: what keys take is never what fills it."""
+    store.client.config_set("maxmemory", 10_000_000)
+    with Client(Settings(broker=broker)) as client:
+        client.submit([1], idempotency_key="k")
+    most = int(str(store.client.hget(keys.KEYED, "").decode()).split()[2])  # type: ignore[union-attr]
+    assert most == 10_000_000 // 16 // keys.KEYED_BYTES
+
+
+def test_who_did_not_run_frees_them(client: Client, store: Store) -> None:
+    """What was purged or cancelled may be asked for again, however long ago that was."""
+    for ignore in (False, True):
+        purged = client.submit([1], idempotency_key="k", ignore_result=ignore)
+        cancelled = client.submit([1], idempotency_key="k2", ignore_result=ignore)
+        assert client.cancel(cancelled)
+        assert client.submit([1], idempotency_key="k2", ignore_result=ignore) != cancelled
+        assert purge(store.client, lines(store.client), QueueSettings()) == 3
+        store.client.delete(keys.result(purged))
+        again = client.submit([1], idempotency_key="k", ignore_result=ignore)
+        assert again != purged
+        assert ids(store.claim(10)) == [again]
+        store.client.delete(keys.KEYED)

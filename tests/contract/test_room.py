@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may wait is bounded: by number and by bytes, for our clients at once, and without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from gpuinfer import Client
+from gpuinfer.errors import QueueFull
+from gpuinfer.queue import keys
+from gpuinfer.queue.store import Store
+from gpuinfer.settings import BrokerSettings, QueueSettings, Settings
+from tests.contract.conftest import done, ids, message, on
+
+pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-socket")]
+
+Make = Callable[..., Client]
+
+
+@pytest.fixture
+def limited(broker: BrokerSettings, store: Store) -> Iterator[Make]:
+    """Make clients with bounds of their own; there is a worker that serves."""
+    opened: list[Client] = []
+
+    def make(**queue: object) -> Client:
+        opened.append(Client(Settings(broker=broker, queue=QueueSettings.model_validate(queue))))
+        return opened[-1]
+
+    yield make
+    for client in opened:
+        client.close()
+
+
+def everything(store: Store) -> dict[bytes, int]:
+    """Return the keys there are, but for the account of what may come, and their sizes."""
+    names = set(store.client.scan_iter("*")) - {keys.ROOM.encode()}
+    return {name: int(store.client.memory_usage(name) or 0) for name in names}
+
+
+def fill(client: Client, inputs: object = 1, **options: object) -> int:
+    """Submit until it is refused; return how many tasks were accepted."""
+    for accepted in range(10_000):
+        try:
+            client.submit(inputs, **options)  # type: ignore[arg-type]
+        except QueueFull as exc:
+            assert exc.http_status == 429
+            return accepted
+    raise AssertionError("it was never full")
+
+
+def test_so_many_tasks(store: Store, limited: Make) -> None:
+    """Exactly as many as are set, over all tiers and models; one leaves, and one may come."""
+    client = limited(max_waiting=50)
+    store.register()
+    client.submit_many([1] * 20, queue="batch", priority=3)
+    assert fill(client) == 30
+    before = everything(store)
+    for submit in (
+        lambda: client.submit(1, idempotency_key="k"),
+        lambda: client.submit_many([1, 2], queue="default"),
+        lambda: client.submit("x" * 100_000),
+    ):
+        with pytest.raises(QueueFull, match="max_waiting is 50"):
+            submit()
+    assert everything(store) == before
+    (task,) = store.claim(1)
+    assert fill(client) == 1
+    store.release([task.seq])
+    assert fill(client) == 0
+
+
+def test_many_at_once(store: Store, limited: Make) -> None:
+    """Calls of a bulk are accepted one by one: what was accepted before is told."""
+    client = limited(max_waiting=700)
+    with pytest.raises(QueueFull) as caught:
+        client.submit_many(range(2000))
+    assert len(caught.value.accepted) == 500
+    assert ids(store.claim(1000)) == list(caught.value.accepted)
+
+
+def test_plain_producers_count(store: Store, limited: Make) -> None:
+    """They are never refused, and they count, told or untold."""
+    store.client.lpush("default", *[message()] * 8)
+    store.client.lpush("realtime.digits\x06\x163", *[message()] * 8)
+    assert fill(limited(max_waiting=20)) == 4
+    store.client.lpush("realtime", *[message()] * 8)
+    assert len(store.claim(100, look=True)) == 28
+
+
+def test_what_has_left_makes_room(store: Store, limited: Make) -> None:
+    """Whatever has happened to the lists meanwhile: claimed, deleted, pushed."""
+    client = limited(max_waiting=100)
+    for _ in range(5):
+        assert fill(client) == 100
+        store.settle([done(task) for task in store.claim(100)])
+    assert fill(client) == 100
+    store.client.delete("realtime")
+    assert fill(client) == 100
+
+
+def test_so_many_bytes(store: Store, limited: Make) -> None:
+    """Messages and bodies beside the lists, until they have ended; the tier batch has half of it."""
+    client = limited(max_waiting_bytes=8_000_000)
+    large = "x" * 400_000
+    in_batch = fill(client, large, queue="batch")
+    assert 8 <= in_batch <= 10
+    fill(client, "x" * 40_000, queue="batch")
+    fill(client, "x" * 4000, queue="batch")
+    with pytest.raises(QueueFull, match="batch"):
+        client.submit("x" * 50_000, queue="batch")
+    rest = fill(client, "x" * 40_000) + fill(client, "x" * 4000) + fill(client, large)
+    assert rest >= 90
+    waiting = sum(everything(store)[key] for key in (b"realtime", b"batch"))
+    bodies = sum(map(int, store.client.hvals(keys.BODY_BYTES)))
+    assert 7_900_000 < waiting + bodies <= 8_000_000
+    while tasks := store.claim(20):
+        store.settle([done(task) for task in tasks])
+    assert fill(client, large, queue="batch") == in_batch
+
+
+def test_half_of_the_memory(store: Store, limited: Make) -> None:
+    """Unless bytes are set: a full queue leaves room for what workers write."""
+    store.client.config_set("maxmemory", 16_000_000)
+    store.client.config_set("maxmemory-policy", "volatile-ttl")
+    accepted = fill(limited(), "x" * 100_000)
+    assert 70 <= accepted <= 80
+    assert store.client.info("stats")["evicted_keys"] == 0
+
+
+def test_other_bounds_count_at_once(store: Store, limited: Make) -> None:
+    """A client with lower bounds does not live on what another one was granted."""
+    limited(max_waiting=1000).submit_many([1] * 10)
+    assert fill(limited(max_waiting=12)) == 2
