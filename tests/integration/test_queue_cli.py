@@ -264,8 +264,8 @@ def test_queue_status(cli: Cli, client: Client, worker: HandWorker) -> None:
     assert unserved == {"queue": "batch", "model": "resnet", "waiting": 1, "message": words}
     text = cli("queue", "status").stdout
     assert f"in flight at {WORKER}: 2" in text
-    assert re.search(r"(?m)^ *batch +digits +2 +9: 2 *$", text), text
-    assert re.search(r"(?m)^ *default +0 *$", text), text
+    assert re.search(r"(?m)^ *batch +digits +2 +0 +9: 2 *$", text), text
+    assert re.search(r"(?m)^ *default +0 +0 *$", text), text
     assert re.search(r"(?m)^ *digits +yes +1 +realtime, default, batch +\d+ s ago *$", text), text
     assert re.search(r"(?m)^ *resnet +none +never *$", text), text
     assert words in text
