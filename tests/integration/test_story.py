@@ -42,7 +42,8 @@ def test_from_request_to_result(workers: Workers, api: Api, client: Client) -> N
     bad, gone = submit(api, [1, 2, 3]), submit(api)
     api.http.post(f"/cancel/{gone}")
     worker = workers.start()
-    client.results([*good, bad], timeout_s=10, return_errors=True)
+    client.results([*good, bad], timeout_s=60, return_errors=True)
+    worker.wait_for_line('"batch_done"')  # its line comes after the results were told
     api.http.get(f"/result/{good[0]}")
     worker.terminate()
     logs = api.process.text(), worker.text()
