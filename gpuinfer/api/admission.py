@@ -18,9 +18,10 @@ import orjson
 from gpuinfer.client import Options
 from gpuinfer.errors import InputError, MalformedJson, PayloadTooLarge
 from gpuinfer.queue.message import check_values
+from gpuinfer.queue.options import OPTIONS
 
 #: Fields of an object body, in the order they are told to a caller.
-FIELDS: tuple[str, ...] = ("inputs", *Options.__annotations__)
+FIELDS: tuple[str, ...] = ("inputs", *OPTIONS)
 #: What a request's body may have beside the message: the braces, the options, white space.
 SLACK_BYTES = 16 * 1024
 #: JSON has no such numbers, but Python's writer emits them; it is the worker that refuses them.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpuinfer.queue.options import OPTIONS
 from gpuinfer.settings import QUEUES
 
 JsonSchema = dict[str, Any]
@@ -43,22 +44,8 @@ _INPUT: JsonSchema = {
     "description": "A nested list; raw bytes as {b64, dtype, shape}; or an object of these by input name.",
     "anyOf": [{"type": "array", "items": {}}, {"type": "number"}, {"type": "object"}],
 }
-_OPTIONS: dict[str, JsonSchema] = {
-    "model": {"type": "string", "description": "Default: the fleet's default model."},
-    "queue": {"enum": list(QUEUES), "description": "Default: realtime; batch for /batch_predict."},
-    "priority": {"type": "integer", "minimum": 0, "maximum": 9, "default": 0, "description": "9 runs first."},
-    "top_k": {"type": "integer", "minimum": 1, "description": "How many classes a classification lists."},
-    "encoding": {"enum": ["list", "b64"], "description": "How raw outputs are returned. Default: list."},
-    "countdown_s": {"type": "number", "description": "Seconds until a worker may begin the task."},
-    "expires_s": {"type": "number", "description": "Seconds after which the task must not begin any more."},
-    "soft_time_limit_s": {"type": "number", "description": "Default: the model's."},
-    "time_limit_s": {"type": "number", "description": "Default: the model's."},
-    "ignore_result": {"type": "boolean", "description": "true: run it, and keep nothing."},
-    "idempotency_key": {
-        "type": "string",
-        "description": "The same key answers with the same task id. Also as the header Idempotency-Key.",
-    },
-}
+_OPTIONS: dict[str, JsonSchema] = {name: option.schema() for name, option in OPTIONS.items()}
+_OPTIONS["idempotency_key"]["description"] += " Also as the header Idempotency-Key."
 
 
 def _body(inputs: JsonSchema, bare: JsonSchema, examples: JsonSchema) -> JsonSchema:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from gpuinfer.client.aio import AsyncClient
-from gpuinfer.client.core import Options
 from gpuinfer.client.sync import Client
+from gpuinfer.queue.options import Options
 
 __all__ = ["AsyncClient", "Client", "Options"]

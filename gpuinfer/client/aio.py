@@ -15,7 +15,6 @@ from gpuinfer.client.core import (
     LOOK,
     Call,
     DefaultModel,
-    Options,
     Origin,
     Waiting,
     not_found,
@@ -28,6 +27,7 @@ from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, WaitTime
 from gpuinfer.queue import catalogue, keys, results
 from gpuinfer.queue import format as layout
 from gpuinfer.queue.connection import connect_async, typed_errors, user_of
+from gpuinfer.queue.options import Options, documented
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import Settings
 
@@ -108,6 +108,7 @@ class AsyncClient:
 
     # -- submitting -----------------------------------------------------------------------
 
+    @documented
     async def submit(self, inputs: Any, **options: Unpack[Options]) -> str:
         """Submit one input and return its task id.
 
@@ -115,10 +116,12 @@ class AsyncClient:
         """
         return await self._one(inputs, many=False, options=options)
 
+    @documented
     async def submit_batch(self, inputs: Any, **options: Unpack[Options]) -> str:
         """Submit a list, tuple or array of inputs as one job (``gpuinfer.batch_predict``); return its id."""
         return await self._one(inputs, many=True, options=options)
 
+    @documented
     async def submit_many(self, inputs: Iterable[Any], **options: Unpack[Options]) -> list[str]:
         """Submit many inputs, each as a task of its own, in few round trips; return their ids in order.
 

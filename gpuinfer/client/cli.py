@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from gpuinfer.errors import TaskRevoked, WaitTimeout
+from gpuinfer.queue.options import OPTIONS
 from gpuinfer.queue.show import as_json_option, one_line, print_json
-from gpuinfer.settings import QUEUES
 
 if TYPE_CHECKING:
     from gpuinfer.client import Client
@@ -18,7 +18,28 @@ if TYPE_CHECKING:
     from gpuinfer.settings import Loaded
 
 _ID = "6b1f3d0e-2c55-4c39-9f0a-8f4f5a1c7d21"
+Command = Callable[..., Any]
 _seconds = click.FloatRange(min=0, min_open=True)
+
+
+def _options(command: Command) -> Command:
+    """Give a command a flag for each option of a task."""
+    for name, option in reversed(list(OPTIONS.items())):
+        flag = f"--{name.removesuffix(option.flag_without).replace('_', '-')}"
+        if option.kind == "boolean":
+            command = click.option(flag, name, is_flag=True, help=option.help.removeprefix("true: "))(command)
+            continue
+        kind: Any = str
+        if option.choices:
+            kind = click.Choice(option.choices)
+        elif option.kind == "integer":
+            kind = click.IntRange(option.least, option.most)
+        elif option.kind == "number":
+            kind = _seconds
+        default = f" Default: {option.default}." if option.default is not None else ""
+        add = click.option(flag, name, type=kind, default=option.default, help=option.help + default)
+        command = add(command)
+    return command
 
 
 @click.command(
@@ -26,18 +47,8 @@ _seconds = click.FloatRange(min=0, min_open=True)
     "gpuinfer submit --batch --queue batch images.npy; cat three.json | gpuinfer submit -"
 )
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@click.option("--model", help="Default: the fleet's default model.")
-@click.option("--queue", type=click.Choice(QUEUES), help="Default: realtime; batch with --batch.")
-@click.option("--priority", type=click.IntRange(0, 9), default=0, help="9 runs first. Default: 0.")
+@_options
 @click.option("--batch", is_flag=True, help="Submit all inputs as one job; a single INPUT holds their list.")
-@click.option("--top-k", type=click.IntRange(1), help="How many classes to name.")
-@click.option("--encoding", type=click.Choice(["list", "b64"]), help="How raw outputs are returned.")
-@click.option("--countdown", "countdown_s", type=_seconds, help="Seconds until a worker may begin it.")
-@click.option("--expires", "expires_s", type=_seconds, help="Seconds after which it must not begin any more.")
-@click.option("--soft-time-limit", "soft_time_limit_s", type=_seconds, help="Seconds. Default: the model's.")
-@click.option("--time-limit", "time_limit_s", type=_seconds, help="Seconds. Default: the model's.")
-@click.option("--ignore-result", is_flag=True, help="Run it and keep nothing.")
-@click.option("--idempotency-key", metavar="KEY", help="The same key gives the same task.")
 @click.option("--wait/--no-wait", help="Wait for the results and print them. Default: print the task ids.")
 @click.option("--timeout", type=_seconds, default=60.0, help="Longest wait in seconds. Default: 60.")
 @as_json_option

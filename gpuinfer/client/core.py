@@ -13,17 +13,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import orjson
 
 from gpuinfer.errors import InputError, PayloadTooLarge, TaskNotFound, TaskRevoked
-from gpuinfer.models.manifest import MODEL_NAME
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.direct import Argument
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Packed, Submission
+from gpuinfer.queue.options import MAX_NAME, Options, check
 from gpuinfer.queue.results import TaskStatus
-from gpuinfer.settings import QUEUES, QueueName, QueueSettings, Settings, load_settings
+from gpuinfer.settings import QueueSettings, Settings, load_settings
 
 log = logging.getLogger(__name__)
 
@@ -31,33 +31,6 @@ log = logging.getLogger(__name__)
 CHUNK_TASKS, CHUNK_BYTES = 500, 4 * 1024 * 1024
 #: Calls of the script that go in one round trip, and states that one MGET reads.
 CALLS_A_TRIP, LOOK = 8, 1000
-#: Bounds of what a caller may give: ten years, and the characters of a name or key.
-MAX_SECONDS, MAX_NAME = 10 * 365 * 86400, 200
-
-
-class Options(TypedDict, total=False):
-    """What ``submit`` takes beside the inputs; every key may be left out."""
-
-    #: Name of the model; without it, the fleet's default model.
-    model: str | None
-    #: realtime, default or batch; by default realtime for one input, batch for a list job.
-    queue: QueueName | None
-    #: 0 to 9, 9 the most urgent.
-    priority: int
-    #: How many classes a classification lists.
-    top_k: int | None
-    #: How tensors are returned: nested lists, or raw bytes in base64.
-    encoding: Literal["list", "b64"] | None
-    #: Seconds from now after which the task must not begin.
-    expires_s: float | None
-    #: Seconds from now until which the task waits, by Redis's clock, before a worker may begin it.
-    countdown_s: float | None
-    soft_time_limit_s: float | None
-    time_limit_s: float | None
-    #: True: run it and keep nothing.
-    ignore_result: bool
-    #: The same key gives the same task id for queue.idempotency_ttl_s; with another request it is refused.
-    idempotency_key: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,33 +49,6 @@ class Call:
         """
         for key, body in self.bodies.items():
             yield ("SET", key, body, "EX", keys.BODY_VOID_S, "NX")
-
-
-def _positive(value: float | None, name: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_SECONDS:
-        raise InputError(f"must be a number of seconds above 0, at most {MAX_SECONDS}, got {value!r}", name)
-    return value
-
-
-def _check_types(options: Options) -> None:
-    """Refuse what a worker could not use. Raises InputError naming the field."""
-    model, key = options.get("model"), options.get("idempotency_key")
-    if model is not None and (not isinstance(model, str) or not MODEL_NAME.fullmatch(model)):
-        raise InputError(
-            "must be a model's name, of at most 64 characters a to z, 0 to 9, '_', '.' and '-', "
-            f"got {model!r:.80}",
-            "model",
-        )
-    if key is not None and (not isinstance(key, str) or not 0 < len(key) <= MAX_NAME):
-        raise InputError(f"must be a text of 1 to {MAX_NAME} characters, got {key!r:.80}", "idempotency_key")
-    top_k = options.get("top_k")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise InputError(f"must be an integer of 1 or more, got {top_k!r:.80}", "top_k")
-    ignore = options.get("ignore_result", False)
-    if not isinstance(ignore, bool):
-        raise InputError(f"must be true or false, got {ignore!r:.80}", "ignore_result")
 
 
 class Origin:
@@ -169,36 +115,23 @@ def build(
 
     ``default_model`` is the model of a caller that names none; without it, the fleet's default then.
     """
-    unknown = set(options) - set(Options.__annotations__)
-    if unknown:
-        raise InputError(f"unknown option; known: {', '.join(Options.__annotations__)}", sorted(unknown)[0])
-    _check_types(options)
+    check(options)
     task = BATCH_PREDICT if many else PREDICT
-    queue = options.get("queue") or ROUTES[task]
-    if queue not in QUEUES:
-        raise InputError(f"must be one of {', '.join(QUEUES)}, got {queue!r}", "queue")
-    priority = options.get("priority", 0)
-    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 9:
-        raise InputError(f"must be an integer from 0 to 9, got {priority!r}", "priority")
-    encoding = options.get("encoding")
-    if encoding is not None and encoding not in ("list", "b64"):
-        raise InputError(f"must be list or b64, got {encoding!r}", "encoding")
-    expires_s = _positive(options.get("expires_s"), "expires_s")
-    countdown_s = _positive(options.get("countdown_s"), "countdown_s")
+    expires_s, countdown_s = options.get("expires_s"), options.get("countdown_s")
     if expires_s is not None and countdown_s is not None and expires_s <= countdown_s:
         raise InputError(f"must be less than expires_s ({expires_s:g}), got {countdown_s:g}", "countdown_s")
     extra = {name: value for name in ("top_k", "encoding") if (value := options.get(name)) is not None}
     return Submission(
         task=task,
         inputs=inputs,
-        queue=queue,
-        priority=priority,
+        queue=options.get("queue") or ROUTES[task],
+        priority=options.get("priority", 0),
         model=options.get("model") or default_model,
         options=extra,
         expires_at=None if expires_s is None else clock() + expires_s,
         countdown_s=countdown_s,
-        soft_time_limit_s=_positive(options.get("soft_time_limit_s"), "soft_time_limit_s"),
-        time_limit_s=_positive(options.get("time_limit_s"), "time_limit_s"),
+        soft_time_limit_s=options.get("soft_time_limit_s"),
+        time_limit_s=options.get("time_limit_s"),
         ignore_result=options.get("ignore_result", False),
         reply_to="" if origin is None else origin.channel,
         asked=_asked(task, options) if options.get("idempotency_key") else b"",

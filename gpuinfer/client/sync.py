@@ -24,7 +24,6 @@ from gpuinfer.client.core import (
     LOOK,
     Call,
     DefaultModel,
-    Options,
     Origin,
     Waiting,
     not_found,
@@ -35,6 +34,7 @@ from gpuinfer.errors import BrokerError, InputError, WaitTimeout
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors, user_of
 from gpuinfer.queue.direct import Direct
+from gpuinfer.queue.options import Options, documented
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
@@ -87,6 +87,7 @@ class Client:
 
     # -- submitting -----------------------------------------------------------------------
 
+    @documented
     def submit(self, inputs: Any, **options: Unpack[Options]) -> str:
         """Submit one input and return its task id.
 
@@ -94,10 +95,12 @@ class Client:
         """
         return self._one(inputs, many=False, options=options)
 
+    @documented
     def submit_batch(self, inputs: Any, **options: Unpack[Options]) -> str:
         """Submit a list, tuple or array of inputs as one job (``gpuinfer.batch_predict``); return its id."""
         return self._one(inputs, many=True, options=options)
 
+    @documented
     def submit_many(self, inputs: Iterable[Any], **options: Unpack[Options]) -> list[str]:
         """Submit many inputs, each as a task of its own, in few round trips; return their ids in order.
 

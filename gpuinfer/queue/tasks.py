@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from celery import current_task, shared_task
 
 from gpuinfer.errors import GpuinferError, InputError
 from gpuinfer.models.tensors import Item
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT
+from gpuinfer.queue.options import Encoding
 from gpuinfer.settings import QUEUES, load_settings
-
-Encoding = Literal["list", "b64"]
 
 
 @cache

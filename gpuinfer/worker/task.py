@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from gpuinfer.errors import (
     GpuinferError,
@@ -19,6 +19,7 @@ from gpuinfer.errors import (
 from gpuinfer.models.manifest import MODEL_NAME, Manifest
 from gpuinfer.queue.claims import Claimed
 from gpuinfer.queue.message import MAX_MESSAGE_BYTES, Envelope, moment_of
+from gpuinfer.queue.options import ARGUMENTS, ENCODINGS, Encoding, check
 
 
 class Elsewhere(Exception):
@@ -27,10 +28,6 @@ class Elsewhere(Exception):
     def __init__(self, model: str) -> None:
         super().__init__(model)
         self.model = model
-
-
-_ARGUMENTS = ("inputs", "model", "top_k", "encoding")
-_ENCODINGS: tuple[Literal["list", "b64"], ...] = ("list", "b64")
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -43,7 +40,7 @@ class Task:
     #: One element for ``predict``, all elements for ``batch_predict``.
     inputs: list[Any]
     top_k: int | None
-    encoding: Literal["list", "b64"]
+    encoding: Encoding
     #: For one forward pass: the request's, or the model's. The hard one ends the process.
     soft_limit_s: float
     hard_limit_s: float
@@ -120,12 +117,12 @@ class Task:
 
 def _bind(args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Bind a message's arguments to the signature ``(inputs, model=None, top_k=None, encoding="list")``."""
-    if len(args) > len(_ARGUMENTS):
-        raise InputError(f"takes at most {len(_ARGUMENTS)} positional arguments, got {len(args)}", "args")
-    bound = dict(zip(_ARGUMENTS, args, strict=False))
+    if len(args) > len(ARGUMENTS):
+        raise InputError(f"takes at most {len(ARGUMENTS)} positional arguments, got {len(args)}", "args")
+    bound = dict(zip(ARGUMENTS, args, strict=False))
     for name, value in kwargs.items():
-        if name not in _ARGUMENTS:
-            raise InputError(f"unknown argument; known: {', '.join(_ARGUMENTS)}", name)
+        if name not in ARGUMENTS:
+            raise InputError(f"unknown argument; known: {', '.join(ARGUMENTS)}", name)
         if name in bound:
             raise InputError("given twice, by position and by name", name)
         bound[name] = value
@@ -191,11 +188,8 @@ def read(
     inputs = bound["inputs"]
     if many and not isinstance(inputs, list):
         raise InputError(f"batch_predict takes a list of inputs, got {type(inputs).__name__}", "inputs")
-    top_k, encoding = bound.get("top_k"), bound.get("encoding") or _ENCODINGS[0]
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise InputError(f"must be an integer from 1, got {_said(top_k)}", "top_k")
-    if encoding not in _ENCODINGS:
-        raise InputError(f"must be one of {', '.join(_ENCODINGS)}, got {_said(encoding)}", "encoding")
+    top_k, encoding = bound.get("top_k"), bound.get("encoding")
+    check({"top_k": top_k, "encoding": encoding}, _said)
     hard, soft = _asked_limits(envelope.headers.get("timelimit"))
     hard_limit_s = _limit(hard, manifest.hard_time_limit_s, manifest.max_time_limit_s, "time_limit")
     soft_limit_s = _limit(soft, manifest.soft_time_limit_s, manifest.max_time_limit_s, "soft_time_limit")
@@ -206,7 +200,7 @@ def read(
         model=str(model),
         inputs=inputs if many else [inputs],
         top_k=top_k,
-        encoding=_ENCODINGS[_ENCODINGS.index(encoding)],
+        encoding=encoding or ENCODINGS[0],
         soft_limit_s=soft_limit_s,
         # A request for less ends its task softly; a process takes its model along, and is not a request's
         # to end before the model's own soft limit.

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from gpuinfer.api import schemas
 from gpuinfer.api.admission import FIELDS, SLACK_BYTES, admit, check_size, parse_json, waiting_time
-from gpuinfer.client.core import Options, build
+from gpuinfer.client import Options
+from gpuinfer.client.core import build
 from gpuinfer.errors import GpuinferError, InputError, MalformedJson, PayloadTooLarge
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import message

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a task can be submitted with, declared once: for clients, HTTP schema, command line and worker.
+
+``Options`` is what type checkers see; the note beside each type is what people read, and what is checked.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
+
+from gpuinfer.errors import InputError
+from gpuinfer.models.manifest import MODEL_NAME
+from gpuinfer.settings import QUEUES, QueueName
+
+#: Bounds of what a caller may give: ten years, and the characters of a key or an id.
+MAX_SECONDS, MAX_NAME = 10 * 365 * 86400, 200
+
+Encoding = Literal["list", "b64"]
+ENCODINGS: tuple[Encoding, ...] = ("list", "b64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option: what it is, and what it may be."""
+
+    help: str
+    kind: Literal["integer", "number", "string", "boolean"] = "string"
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+    most: int | None = None
+    #: What a text must match, and what that is in words.
+    pattern: re.Pattern[str] | None = None
+    words: str = ""
+    #: Value of one that is left out; None: somebody else decides.
+    default: int | bool | None = None
+    #: True: an argument of the task, which plain Celery producers may give, too.
+    argument: bool = False
+    #: The end of its name that its flag on the command line does without.
+    flag_without: str = ""
+
+    def schema(self) -> dict[str, Any]:
+        """Return its JSON schema."""
+        body: dict[str, Any] = {"enum": list(self.choices)} if self.choices else {"type": self.kind}
+        if self.kind == "string" and not self.choices:
+            pattern = None if self.pattern is None else f"^{self.pattern.pattern}$"
+            body |= {"minLength": self.least, "maxLength": self.most, "pattern": pattern}
+        elif self.kind == "number":
+            body |= {"exclusiveMinimum": 0, "maximum": self.most}
+        else:
+            body |= {"minimum": self.least, "maximum": self.most}
+        body |= {"default": self.default, "description": self.help}
+        return {name: value for name, value in body.items() if value is not None}
+
+    def wrong(self, value: Any) -> str:
+        """Return what a value would have to be, '' for a right one."""
+        if self.choices:
+            return (
+                ""
+                if isinstance(value, str) and value in self.choices
+                else f"one of {', '.join(self.choices)}"
+            )
+        check: Callable[[Any], str] = getattr(self, f"_wrong_{self.kind}")
+        return check(value)
+
+    def _wrong_integer(self, value: Any) -> str:
+        right = isinstance(value, int) and not isinstance(value, bool) and value >= (self.least or 0)
+        if right and (self.most is None or value <= self.most):
+            return ""
+        return f"an integer from {self.least}" + ("" if self.most is None else f" to {self.most}")
+
+    def _wrong_number(self, value: Any) -> str:
+        right = (
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= (self.most or 0)
+        )
+        return "" if right else f"a number of seconds above 0, at most {self.most}"
+
+    def _wrong_string(self, value: Any) -> str:
+        if self.pattern is not None:
+            return "" if isinstance(value, str) and self.pattern.fullmatch(value) else self.words
+        if isinstance(value, str) and (self.least or 0) <= len(value) <= (self.most or 0):
+            return ""
+        return f"a text of {self.least} to {self.most} characters"
+
+    def _wrong_boolean(self, value: Any) -> str:
+        return "" if isinstance(value, bool) else "true or false"
+
+
+def _seconds(help: str) -> Option:
+    return Option(help=help, kind="number", most=MAX_SECONDS, flag_without="_s")
+
+
+class Options(TypedDict, total=False):
+    """What ``submit`` takes beside the inputs; every key may be left out."""
+
+    model: Annotated[
+        str | None,
+        Option(
+            help="Name of the model. Default: the fleet's default model.",
+            pattern=MODEL_NAME,
+            words="a model's name, of at most 64 characters a to z, 0 to 9, '_', '.' and '-'",
+            argument=True,
+        ),
+    ]
+    queue: Annotated[
+        QueueName | None,
+        Option(help="Default: realtime; batch for a list of inputs as one job.", choices=QUEUES),
+    ]
+    priority: Annotated[int, Option(help="9 runs first.", kind="integer", least=0, most=9, default=0)]
+    top_k: Annotated[
+        int | None,
+        Option(
+            help="How many classes a classification lists.",
+            kind="integer",
+            least=1,
+            most=2**31 - 1,
+            argument=True,
+        ),
+    ]
+    encoding: Annotated[
+        Encoding | None,
+        Option(help="How raw outputs are returned. Default: list.", choices=ENCODINGS, argument=True),
+    ]
+    expires_s: Annotated[float | None, _seconds("Seconds after which the task must not begin any more.")]
+    countdown_s: Annotated[
+        float | None, _seconds("Seconds until a worker may begin the task, by Redis's clock.")
+    ]
+    soft_time_limit_s: Annotated[
+        float | None, _seconds("Seconds it may run before it is interrupted. Default: the model's.")
+    ]
+    time_limit_s: Annotated[
+        float | None, _seconds("Seconds it may run before its process is ended. Default: the model's.")
+    ]
+    ignore_result: Annotated[
+        bool, Option(help="true: run it and keep nothing.", kind="boolean", default=False)
+    ]
+    idempotency_key: Annotated[
+        str | None,
+        Option(
+            help="The same key answers with the same task id; with another request it is refused.",
+            least=1,
+            most=MAX_NAME,
+        ),
+    ]
+
+
+_HINTS = get_type_hints(Options, include_extras=True)
+#: Name -> option.
+OPTIONS: Mapping[str, Option] = {name: hint.__metadata__[0] for name, hint in _HINTS.items()}
+#: The arguments of our tasks by position, the inputs first.
+ARGUMENTS: tuple[str, ...] = ("inputs", *(name for name, option in OPTIONS.items() if option.argument))
+
+
+def check(options: Mapping[str, Any], said: Callable[[object], str] = lambda value: f"{value!r:.80}") -> None:
+    """Refuse what cannot work; None counts as left out. Raises InputError naming the field.
+
+    ``said`` tells a wrong value in the error's text.
+    """
+    for name, value in options.items():
+        option = OPTIONS.get(name)
+        if option is None:
+            raise InputError(f"unknown option; known: {', '.join(OPTIONS)}", name)
+        may_be_none = option.default is None
+        if (value is None and may_be_none) or not (wrong := option.wrong(value)):
+            continue
+        raise InputError(f"must be {wrong}, got {said(value)}", name)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def documented(function: F) -> F:
+    """Let ``help()`` and editors see the options of a function that takes ``**options: Unpack[Options]``."""
+    signature = inspect.signature(function)
+    parameters = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    plain = get_type_hints(Options)
+    parameters += [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=plain[name]
+        )
+        for name, option in OPTIONS.items()
+    ]
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    lines = "\n".join(f"    {name}: {option.help}" for name, option in OPTIONS.items())
+    function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n{lines}\n"
+    return function
