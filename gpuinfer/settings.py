@@ -187,13 +187,29 @@ def variable(section: str, key: str) -> str:
     return f"{ENV_PREFIX}{section}_{key}".upper()
 
 
-def _read_env(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+#: What Kubernetes sets for a service whose name begins with gpuinfer, in every container beside it.
+_OF_KUBERNETES = re.compile(
+    r"GPUINFER_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
+)
+_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+
+
+def _is_setting(name: str, value: str) -> bool:
+    """Tell a variable that means us from others that begin as ours do."""
+    if not name.startswith(ENV_PREFIX) or name in ENV_NOT_SETTINGS or _OF_KUBERNETES.fullmatch(name):
+        return False
+    return not (name.endswith("_PORT") and _ADDRESS.match(value))
+
+
+def _read_env(environ: Mapping[str, str], only: Collection[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     known = {variable(s, k): (s, k) for s, model in _SECTIONS.items() for k in model.model_fields}
     for name, value in environ.items():
-        if not name.startswith(ENV_PREFIX) or name in ENV_NOT_SETTINGS:
+        if not _is_setting(name, value):
             continue
         if name not in known:
+            if len(only) < len(_SECTIONS) and not any(name.startswith(variable(s, "")) for s in only):
+                continue
             raise ConfigError(_unknown_variable(name, list(known)), name)
         if value:
             section, key = known[name]
@@ -253,7 +269,7 @@ def load(
     for source, values in (
         (str(path), from_file),
         ("credential", _read_credentials(environ)),
-        ("environment", _read_env(environ)),
+        ("environment", _read_env(environ, only)),
     ):
         for section, keys in values.items():
             for key, value in keys.items() if section in only else ():

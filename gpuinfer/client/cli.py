@@ -71,7 +71,7 @@ def submit(
     from gpuinfer.client.inputs import read_batch, read_input
 
     options: Options = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]  # click's names are theirs
-    with Client(loaded.settings) as client:
+    with Client(loaded.only("broker", "queue")) as client:
         if batch:
             ids = [client.submit_batch(read_batch(inputs), **options)]
         elif len(inputs) == 1:
@@ -132,7 +132,7 @@ def result(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) ->
     """
     from gpuinfer.client import Client
 
-    with Client(loaded.settings) as client:
+    with Client(loaded.only("broker", "queue")) as client:
         status = _ended(client, [task_id], wait_s)[0] if wait_s else client.status(task_id)
     if as_json:
         print_json(status.to_dict())
@@ -150,7 +150,7 @@ def cancel(loaded: Loaded, task_ids: tuple[str, ...], as_json: bool) -> int:
     from gpuinfer.client import Client
 
     states: dict[str, str] = {}
-    with Client(loaded.settings) as client:
+    with Client(loaded.only("broker", "queue")) as client:
         for task_id in task_ids:
             client.cancel(task_id)
             states[task_id] = client.status(task_id).state

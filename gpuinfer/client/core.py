@@ -23,7 +23,7 @@ from gpuinfer.queue.direct import Argument
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Packed, Submission
 from gpuinfer.queue.options import MAX_NAME, Options, check
 from gpuinfer.queue.results import TaskStatus
-from gpuinfer.settings import QueueSettings, Settings, load_settings
+from gpuinfer.settings import QueueSettings, Settings, load
 
 log = logging.getLogger(__name__)
 
@@ -237,10 +237,13 @@ def _chunks(ready: Iterable[Ready], settings: QueueSettings) -> Iterator[Call]:
 
 
 def settings_for(source: Settings | str | None) -> Settings:
-    """Return settings: as given, with another broker URL, or as loaded from this host."""
+    """Return settings: as given, with another broker URL, or as loaded from this host.
+
+    Of a file and of variables those are read that a client needs, whatever else stands there.
+    """
     if isinstance(source, Settings):
         return source
-    loaded = load_settings()
+    loaded = load(only=("broker", "queue")).settings
     if source is None:
         return loaded
     broker = type(loaded.broker).model_validate(loaded.broker.model_dump() | {"url": source})

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from gpuinfer.client.core import settings_for
 from gpuinfer.errors import ConfigError
 from gpuinfer.settings import Settings, load, load_settings, shown
 
@@ -248,3 +249,36 @@ def test_root_logs_in_nowhere(
     assert loaded.settings.broker.username == name
     password = loaded.settings.broker.password
     assert (password.get_secret_value() if password else None) == (f"of {name}" if name else None)
+
+
+def test_kubernetes_variables_are_nobody_s_settings() -> None:
+    """A service called gpuinfer, or gpuinfer-api, puts these into every container beside it."""
+    found = load_settings(
+        None,
+        {
+            "GPUINFER_SERVICE_HOST": "10.0.0.1",
+            "GPUINFER_SERVICE_PORT": "80",
+            "GPUINFER_SERVICE_PORT_HTTP": "80",
+            "GPUINFER_PORT": "tcp://10.0.0.1:80",
+            "GPUINFER_PORT_80_TCP": "tcp://10.0.0.1:80",
+            "GPUINFER_PORT_80_TCP_ADDR": "10.0.0.1",
+            "GPUINFER_API_SERVICE_HOST": "10.0.0.1",
+            "GPUINFER_API_PORT": "tcp://10.0.0.1:80",
+            "GPUINFER_REDIS_PORT": "tcp://10.0.0.1:6379",
+        },
+    )
+    assert found.api.port == Settings().api.port
+
+
+def test_a_client_reads_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An application's own [api], or a variable of another section, does not stop its client."""
+    file = tmp_path / "app.toml"
+    file.write_text('[broker]\nurl = "redis://h/3"\n[api]\nkey = "abc"\n[application]\nname = "shop"\n')
+    monkeypatch.setenv("GPUINFER_CONFIG", str(file))
+    monkeypatch.setenv("GPUINFER_API_KEY", "abc")
+    monkeypatch.setenv("GPUINFER_TRACING", "on")
+    assert settings_for(None).broker.url == "redis://h/3"
+    assert settings_for("redis://other").broker.url == "redis://other"
+    monkeypatch.setenv("GPUINFER_BROKER_URLL", "redis://typo")
+    with pytest.raises(ConfigError, match="did you mean GPUINFER_BROKER_URL"):
+        settings_for(None)
