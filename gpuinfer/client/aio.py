@@ -6,12 +6,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from itertools import islice
 from typing import Any, Self, Unpack
 
 from gpuinfer.client import core
 from gpuinfer.client.core import (
-    CALLS_A_TRIP,
     LOOK,
     Call,
     DefaultModel,
@@ -139,7 +137,7 @@ class AsyncClient:
         calls = core.bulk(tasks, self._settings.queue)
         try:
             with typed_errors(self._user):
-                while some := list(islice(calls, CALLS_A_TRIP)):
+                while some := core.trip(calls):
                     await self._send(some, accepted)
         except BrokerError as exc:
             exc.accepted = tuple(accepted)

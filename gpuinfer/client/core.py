@@ -28,7 +28,7 @@ from gpuinfer.settings import QueueSettings, Settings, load
 log = logging.getLogger(__name__)
 
 #: One call of the script carries at most this many tasks, or about this many bytes.
-CHUNK_TASKS, CHUNK_BYTES = 500, 4 * 1024 * 1024
+CHUNK_TASKS, CHUNK_BYTES = 500, 1024 * 1024
 #: Calls of the script that go in one round trip, and states that one MGET reads.
 CALLS_A_TRIP, LOOK = 8, 1000
 
@@ -208,6 +208,19 @@ def pack(submission: Submission, settings: QueueSettings) -> Ready:
 def bulk(submissions: Iterable[Submission], settings: QueueSettings) -> Iterator[Call]:
     """Yield the calls that submit tasks of one queue and priority. Raises InputError, PayloadTooLarge."""
     return _chunks((pack(submission, settings) for submission in submissions), settings)
+
+
+def trip(calls: Iterator[Call]) -> list[Call]:
+    """Return the next calls that go in one round trip: several small ones, or one with large bodies.
+
+    A packet of many megabytes takes twice as long to copy as several of one.
+    """
+    some: list[Call] = []
+    for call in calls:
+        some.append(call)
+        if call.bodies or len(some) >= CALLS_A_TRIP:
+            break
+    return some
 
 
 def joined(tasks: Iterable[Ready], settings: QueueSettings) -> Iterator[Call]:

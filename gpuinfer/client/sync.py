@@ -13,14 +13,12 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
 from typing import Any, Self, Unpack
 
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from gpuinfer.client import core
 from gpuinfer.client.core import (
-    CALLS_A_TRIP,
     LOOK,
     Call,
     DefaultModel,
@@ -119,7 +117,7 @@ class Client:
         calls = core.bulk(tasks, self._settings.queue)
         try:
             with typed_errors(self._user):
-                while some := list(islice(calls, CALLS_A_TRIP)):
+                while some := core.trip(calls):
                     self._send(some, accepted)
         except BrokerError as exc:
             exc.accepted = tuple(accepted)
