@@ -137,9 +137,10 @@ def failure(task_id: str, error: BaseException, *, worker: str, redelivered: boo
     return _meta(status, task_id, result, extra)
 
 
-def notice(task_id: str, size: int) -> bytes:
-    """Return what reply channels are told of an end whose meta, of so many bytes, is too large for them."""
-    return dump({"status": "SUCCESS", "beside": size, "task_id": task_id})
+def notice(task_id: str, meta: bytes) -> bytes:
+    """Return what stands for an end whose meta is too large: its status, and its size in bytes."""
+    status = meta.split(b'"', 4)[3].decode()  # the first of its fields
+    return dump({"status": status, "beside": len(meta), "task_id": task_id})
 
 
 def parse(task_id: str, meta: bytes | str) -> TaskStatus:

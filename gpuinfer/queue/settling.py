@@ -51,7 +51,7 @@ class Settling:
             seq = "" if final.seq is None else final.seq
             meta, keep = final.meta, int(final.keep)
             if final.task_id in beside:
-                meta, keep = results.notice(final.task_id, len(meta)), 2
+                meta, keep = results.notice(final.task_id, meta), 2
             args += (seq, final.task_id, meta, keep, final.reply, final.label)
         args += following(finals)
         _, not_kept, not_sent = self._settle(keys=[self._inflight], args=args)

@@ -135,8 +135,12 @@ def test_a_successor_of_ours(broker: BrokerSettings, store: Store, client: Clien
     assert following.list_key == "batch"
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["failed", "cancelled while it ran"])
-def test_what_follows_a_failure(store: Store, client: Client, shop: Celery, late: bool) -> None:
+@pytest.mark.parametrize(
+    ("late", "words"),
+    [(False, 1), (False, 20_000), (True, 1)],
+    ids=["failed", "failed with many words", "cancelled while it ran"],
+)
+def test_what_follows_a_failure(store: Store, client: Client, shop: Celery, late: bool, words: int) -> None:
     """Successors do not run, and whoever waits for them hears so; errbacks get the id of what has failed."""
     first = predict(shop)
     first.link_error(shop.signature("shop.sorry", args=[1], queue="shop"))
@@ -146,7 +150,7 @@ def test_what_follows_a_failure(store: Store, client: Client, shop: Celery, late
     failed = decode(task.payload).id
     if late:
         store.settle([Final(None, failed, _revoked(failed))])
-    final = end(store, task, 3 if late else InferenceError("broken"))
+    final = end(store, task, 3 if late else InferenceError("broken" * words))
     for _ in range(2):
         store.settle([final])
     ((headers, (args, _, _)),) = waiting(store)

@@ -19,7 +19,7 @@ from gpuinfer.queue.purge import check, lines
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QueueSettings
-from tests.contract.conftest import ids, message, ms_a_call, on, send
+from tests.contract.conftest import calls, ids, message, on, send
 
 pytestmark = [pytest.mark.integration, on("redis-socket")]
 
@@ -165,9 +165,11 @@ def test_what_would_have_followed_ends_too(store: Store, client: Client) -> None
     assert not store.client.exists("realtime")
 
 
-def test_no_call_takes_long(store: Store, client: Client) -> None:
+def test_no_call_takes_much(store: Store, client: Client) -> None:
     """A purge of many, and of large ones: no call takes more than its part."""
     client.submit_many([[1]] * 3000)
-    client.submit_many(["x" * 100_000] * 60, queue="batch")
-    assert ms_a_call(store, lambda: empty(store)) <= 10
+    client.submit_many(["x" * 60_000] * 100, queue="batch")
+    large = purge.CALL_BYTES // 60_000 + 1  # as many of them as fit into a call
+    least = 3000 // purge.CALL_TASKS + 100 // large
+    assert calls(store, lambda: empty(store)) >= least
     assert not store.client.exists("realtime", "batch")
