@@ -136,14 +136,17 @@ def _error(words: str, code: str, message: str, field: str | None = None) -> Jso
 _BAD_WAIT = _error(
     "A bad parameter.", "bad_input", "must be a number of seconds, 0 or more, got '-1'", "wait"
 )
-_AWAY = {
-    **_error(
-        "Redis is away (broker_unavailable) or full (queue_full); see Retry-After.",
-        "queue_full",
-        "Redis has reached maxmemory and refuses new work; what was accepted goes on",
-    ),
-    "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
+_RETRY_AFTER: JsonSchema = {
+    "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 }
+_AWAY = _RETRY_AFTER | _error(
+    "Redis is away; see Retry-After.", "broker_unavailable", "Redis does not answer"
+)
+_FULL = _RETRY_AFTER | _error(
+    "As much waits as may, or Redis is full; see Retry-After.",
+    "queue_full",
+    "as many tasks wait as may: queue.max_waiting is 1000000; what was accepted goes on",
+)
 _NOT_FOUND = _error(
     "Never submitted, or expired.",
     "task_not_found",
@@ -170,6 +173,7 @@ SUBMIT_RESPONSES: dict[int | str, JsonSchema] = {
         "the body is larger than 33570816 bytes; queue.max_payload_bytes is ...",
     ),
     422: _error("A bad field.", "bad_input", "must be an integer from 0 to 9, got 11", "priority"),
+    429: _FULL,
     503: _AWAY,
 }
 RESULT_RESPONSES: dict[int | str, JsonSchema] = {
