@@ -58,9 +58,9 @@ for _, index in ipairs(redis.call('SMEMBERS', INDEXED)) do
   if redis.call('EXISTS', INDEX_PREFIX .. index) == 0 then redis.call('SREM', INDEXED, index) end
 end
 for _, void in ipairs(redis.call('ZRANGEBYSCORE', CATALOGUE, '-inf', seconds - MODEL_VOID)) do
-  redis.call('ZREM', CATALOGUE, void)
   for _, tier in pairs(TIERS) do forget(GROUPS_PREFIX .. tier .. '.' .. void, '+inf') end
 end
+redis.call('ZREMRANGEBYSCORE', CATALOGUE, '-inf', seconds - MODEL_VOID)
 redis.call('ZREMRANGEBYSCORE', IDLE, '-inf', seconds - GROUP_VOID)
 
 -- The group's order: begun with its first worker, and put right where the default model has changed.
