@@ -19,7 +19,7 @@ local function count_waiting()
   for _, model in ipairs(redis.call('ZRANGE', CATALOGUE, 0, -1)) do models[model] = true end
   for _, model in ipairs(redis.call('SMEMBERS', INDEXED)) do models[model] = true end
   for model in pairs(models) do
-    for _, list in ipairs(redis.call('ZRANGE', INDEX_PREFIX .. model, 0, -1)) do count(list) end
+    for _, list in ipairs(redis.pcall('ZRANGE', INDEX_PREFIX .. model, 0, -1)) do count(list) end
     for tier in pairs(BASE) do
       -- What plain producers may have filled.
       local queue = model == '' and tier or tier .. '.' .. model
