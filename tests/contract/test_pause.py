@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from gpuinfer import Client
+from gpuinfer.errors import BrokerError
 from gpuinfer.queue import keys
 from gpuinfer.queue.depth import Lane, look
 from gpuinfer.queue.purge import set_paused
@@ -70,3 +71,14 @@ def test_a_foreign_key_stops_its_own_list_alone(store: Store, name: str) -> None
         assert store.foreign() == {name: "set" if name == "realtime" else "string"}
         assert store.foreign() == {}
         assert not store.waits()
+
+
+def test_what_cannot_be_queued_leaves_nothing_behind(store: Store, client: Client) -> None:
+    """A submission to a list whose name a foreign key has: an error, and no state that waits for ever."""
+    raw: Any = store.client
+    raw.set("realtime", "a stranger's")
+    before = set(raw.keys())
+    for value in ([1], "x" * 100_000):  # the second with a body beside the list
+        with pytest.raises(BrokerError, match="WRONGTYPE"):
+            client.submit(value, idempotency_key="k")
+    assert set(raw.keys()) - before <= {keys.ROOM.encode()}

@@ -44,16 +44,18 @@ if key ~= '' then
   end
   if not holder and not has_room(ttl) then return refuse('QUEUE_FULL keys ' .. ARGV[9]) end
 end
+local queue = tier
+if model ~= '' and model ~= default then queue = queue .. '.' .. model end
+if caller ~= '' then queue = queue .. '@' .. caller end
+local list = priority == '0' and queue or queue .. SEP .. priority
+local length = redis.pcall('LLEN', list)
+if type(length) == 'table' then return refuse(length.err) end
 local size = 0
 for i = 13, #ARGV, 2 do size = size + #ARGV[i] end
 for _, body in ipairs(KEYS) do size = size + redis.call('STRLEN', body) end
 local full = take_room(tier, count, size, ARGV[6])
 if full then return refuse('QUEUE_FULL ' .. full) end
 if key ~= '' then hold(key, request, ARGV[12], ttl, tonumber(ARGV[9])) end
-local queue = tier
-if model ~= '' and model ~= default then queue = queue .. '.' .. model end
-if caller ~= '' then queue = queue .. '@' .. caller end
-local list = priority == '0' and queue or queue .. SEP .. priority
 local payloads = {}
 for i = 12, #ARGV, 2 do
   -- NX: a call repeated because its answer was lost appends nothing twice.
