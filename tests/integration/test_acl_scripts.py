@@ -312,6 +312,20 @@ def test_worker(redis_server: OurRedis) -> None:
             assert admin.hlen(keys.DEAD) >= 2
 
 
+def test_a_group_that_is_gone(redis_server: OurRedis) -> None:
+    """The next heartbeat forgets a group that nobody has renewed, and what was kept for it."""
+    kept = [prefix + "gone" for prefix in (keys.ORDER_PREFIX, keys.AGEING_PREFIX, keys.IDLE_PREFIX)]
+    groups = keys.GROUPS_PREFIX + "realtime.digits"
+    with redis_server.client("worker") as own, redis_server.client() as admin:
+        store = worker(own)
+        admin.zadd(groups, {"gone": 1})
+        for key in kept:
+            admin.zadd(key, {"x": 1})
+        store.register()
+        assert admin.zrange(groups, 0, -1) == [store.group.encode()]
+        assert admin.exists(*kept) == 0
+
+
 def test_router(redis_server: OurRedis) -> None:
     """A worker that does not serve the default model passes on what is for others, or for none."""
     with redis_server.client("worker") as own, redis_server.client() as admin:

@@ -29,7 +29,9 @@ redis.call('ZREMRANGEBYSCORE', IDLE_PREFIX .. group, GROUP_VOID - seconds, secon
 local function forget(groups, since)
   for _, void in ipairs(redis.call('ZRANGEBYSCORE', groups, '-inf', since)) do
     redis.call('ZREM', groups, void)
-    redis.call('DEL', ORDER_PREFIX .. void, AGEING_PREFIX .. void)
+    -- One call each: a user's right to a call is asked for all its keys at once.
+    redis.call('DEL', ORDER_PREFIX .. void)
+    redis.call('DEL', AGEING_PREFIX .. void)
     redis.call('DEL', IDLE_PREFIX .. void)
   end
 end
