@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from gpuinfer import Client
 from gpuinfer.errors import QueueFull
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import keys, results
+from gpuinfer.settings import Settings
 from tests.conftest import RedisFactory
 from tests.models_for_tests import sleeper
 from tests.services import RedisServer
@@ -103,11 +105,14 @@ def _cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
-def test_full_redis(workers: Workers, redis_factory: RedisFactory) -> None:
+def test_full_redis(
+    workers: Workers, redis_factory: RedisFactory, settings_for: Callable[..., Settings]
+) -> None:
     """A full Redis refuses new work clearly; a worker, even one that starts then, finishes what it took."""
     server = redis_factory(maxmemory="12mb", maxmemory_policy="volatile-ttl")
     small = Workers(server, workers.folder)
-    with Client(server.url) as mine:
+    unbounded = settings_for(server, queue={"max_waiting_bytes": 2**30})  # else it is refused before that
+    with Client(unbounded) as mine:
         accepted: list[str] = []
         with pytest.raises(QueueFull):
             while True:

@@ -154,14 +154,14 @@ def test_a_worker_that_cannot_stay_up_ends_in_failed(host: Container) -> None:
 
 
 def test_a_full_redis_refuses_and_recovers(host: Container) -> None:
-    """maxmemory reached: 503 with Retry-After for new work; when there is room, all goes on."""
+    """maxmemory reached: 429 with Retry-After for new work; when there is room, all goes on."""
     cli = (
         "REDISCLI_AUTH=$(cat /etc/gpuinfer/credentials/admin)"
         " redis-cli -s /run/gpuinfer/redis/redis.sock --user admin --no-auth-warning"
     )
     host.ok(f"{cli} config set maxmemory 1mb")
     said = host.ok(f"curl -s -i -d '{TWO}' http://127.0.0.1:8080/predict")
-    assert " 503 " in said.splitlines()[0]
+    assert " 429 " in said.splitlines()[0]
     assert "retry-after:" in said.lower()
     assert "error   redis.reach" in host.sh("gpuinfer doctor redis").output
     host.ok(f"{cli} config set maxmemory 1gb")
