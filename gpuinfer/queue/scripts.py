@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The queue's Lua scripts, as redis-py script objects.
 
-A script may name libraries (``-- needs: lists states``); they, and the names of ``keys``, go in front of it.
+A script may name libraries (``-- needs: lists states``); they, and the names of ``keys``, go in front of
+it. Those that only some of its calls need are named where these begin, indented, and stand there: a function
+costs each call that passes it some time.
 """
 
 from __future__ import annotations
@@ -93,8 +95,14 @@ _CONSTANTS: dict[str, str | float] = {
     "WORKERS": keys.WORKERS,
     "WORKER_VOID": keys.WORKER_VOID_S,
 }
-_FUNCTION = re.compile(r"^local function (\w+)\([^\n]* end\n|^local function (\w+)\(.*?^end\n", re.M | re.S)
+#: A function of a library, or its variables of one line.
+_LOCAL = re.compile(
+    r"^local function (\w+)\((?:[^\n]* end\n|.*?^end\n)|^local (?!function)(\w+(?:, \w+)*)(?: =[^\n]*)?\n",
+    re.MULTILINE | re.DOTALL,
+)
+_COMMENT = re.compile(r"^ *--[^\n]*\n", re.MULTILINE)
 _NEEDS = re.compile(r"^-- needs: (.+)\n", re.MULTILINE)
+_NEEDS_HERE = re.compile(r"^ +-- needs: (.+)\n", re.MULTILINE)
 
 
 def text(name: str) -> str:
@@ -106,9 +114,9 @@ def text(name: str) -> str:
 def source(name: Name) -> str:
     """Return a script's text, whole."""
     head, _, body = text(name).partition("\n")
+    body = _NEEDS_HERE.sub(lambda here: _libraries(here[1], body), body)
     needs = _NEEDS.search(body)
-    libraries = "".join(text(library) for library in needs.group(1).split()) if needs else ""
-    code = _without_unused(libraries, body) + body
+    code = (_libraries(needs[1], body) if needs else "") + body
     constants = "".join(
         f"local {constant} = {_lua(value)}\n"
         for constant, value in _CONSTANTS.items()
@@ -117,15 +125,16 @@ def source(name: Name) -> str:
     return f"{head}\n{constants}{code}"
 
 
-def _without_unused(libraries: str, body: str) -> str:
-    """Return the text of libraries but for the functions that a script never calls: each costs it time."""
-    functions = {found[1] or found[2]: found[0] for found in _FUNCTION.finditer(libraries)}
-    todo, whole = set(functions), body
-    while called := {name for name in todo if re.search(rf"\b{name}\b", whole)}:
-        todo -= called
-        whole += "".join(functions[name] for name in called)
-    for name in todo:
-        libraries = libraries.replace(functions[name], "")
+def _libraries(names: str, body: str) -> str:
+    """Return the text of libraries without the functions and variables that a script never uses."""
+    libraries = "".join(map(text, names.split()))
+    found = {part[1] or part[2]: part[0] for part in _LOCAL.finditer(libraries)}
+    unused, whole = set(found), _COMMENT.sub("", body)
+    while used := {one for one in unused if re.search(rf"\b(?:{one.replace(', ', '|')})\b", whole)}:
+        unused -= used
+        whole += _COMMENT.sub("", "".join(found[one] for one in used))
+    for one in unused:
+        libraries = libraries.replace(found[one], "")
     return libraries
 
 

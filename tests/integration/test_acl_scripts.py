@@ -99,6 +99,7 @@ VARIABLES = {
     "queue": LISTS,
     "set": [keys.later("realtime")],
     "index": [keys.index(), keys.index("resnet")],
+    "named": [keys.index("resnet")],
     "name": [*LISTS, keys.index(), keys.later("realtime")],
     "idle": [keys.IDLE_PREFIX + "group"],
     "groups": [keys.GROUPS_PREFIX + "realtime.resnet"],
@@ -179,7 +180,19 @@ def test_every_script_is_somebodys() -> None:
         file.name.removesuffix(".lua")
         for file in resources.files(scripts.__package__).joinpath("lua").iterdir()
     }
-    libraries = {"ageing", "chain", "dead", "keyed", "later", "lists", "payload", "room", "states"}
+    libraries = {
+        "ageing",
+        "chain",
+        "clock",
+        "dead",
+        "keyed",
+        "later",
+        "lists",
+        "payload",
+        "places",
+        "room",
+        "states",
+    }
     assert files - set(RUN_BY) == libraries
 
 

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: lists states chain dead
+-- needs: clock places lists states chain dead
 -- Move a task from flight to the dead letters, with its failure result, in one step.
 -- KEYS: in-flight hash
 -- ARGV: seq, task id, dead letter (JSON), result ttl in seconds, meta ('' for none), reply channel, label,
@@ -11,8 +11,8 @@ redis.call('HDEL', KEYS[1], '')
 redis.call('HEXISTS', DEAD, id)
 redis.call('ZSCORE', DEAD_AGES, id)
 redis.call('GET', DEAD_BYTES)
-local denied = may({'HSET', DEAD, id, ''}, {'HDEL', DEAD, id}, {'ZADD', DEAD_AGES, '1', id}, {'ZREM', DEAD_AGES, id},
-  {'SET', DEAD_BYTES, '1'})
+local denied = may('HSET', DEAD, id, '') or may('HDEL', DEAD, id) or may('ZADD', DEAD_AGES, '1', id)
+  or may('ZREM', DEAD_AGES, id) or may('SET', DEAD_BYTES, '1')
 if denied then return denied end
 local following = read_following(ARGV, 8)
 for _, one in ipairs(following) do

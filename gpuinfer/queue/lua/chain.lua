@@ -48,7 +48,7 @@ local function send(part, wakes)
   if part.ours and model ~= '' and (redis.call('ZSCORE', CATALOGUE, model) or redis.call('ZCARD', CATALOGUE) == 0) then
     list = list_of(list, model)
   end
-  local answer = may({'LPUSH', list, ''}) or redis.pcall('LPUSH', list, part.message)
+  local answer = may('LPUSH', list, '') or redis.pcall('LPUSH', list, part.message)
   if type(answer) == 'table' then return answer.err end
   if part.ours then
     write_passing(part.id, PENDING_META, 'NX')

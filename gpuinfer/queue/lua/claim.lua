@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: lists later ageing states payload
+-- needs: clock places lists
 -- Pop up to N tasks of one model, the most urgent first, and record them as in flight, in one step.
 -- KEYS: in-flight hash, epoch hash
 -- ARGV: 1 epoch, 2 first sequence id to use, 3 how many bytes of payload to take at most (one task is taken
@@ -25,13 +25,15 @@ if counted < epoch then redis.call('HSET', KEYS[2], 'number', epoch) end
 local found = redis.call('MGET', DEFAULT_MODEL, AGED_PREFIX .. group, PAUSED, DUE)
 default = found[1] or ''
 local packed, paused, due = found[2], nil, found[4]
-for name in string.gmatch(found[3] or '', '%S+') do
-  paused = paused or {}
-  paused[name] = true
+if found[3] then
+  paused = {}
+  for name in string.gmatch(found[3], '%S+') do paused[name] = true end
 end
-if due and tonumber(due) <= now() then move_due(100, 262144) end
-local tiers = {}
-for tier in string.gmatch(ARGV[9], '%a+') do tiers[BASE[tier]] = true end
+if due and tonumber(due) <= now() then
+  -- needs: later
+  move_due(100, 262144)
+end
+local function is_served(tier) return tier and string.find(ARGV[9], tier, 1, true) end
 local wants_at = 12 + ARGV[11]
 for i = 12, wants_at - 1 do
   local size = redis.pcall('LLEN', ARGV[i])
@@ -71,17 +73,17 @@ end
 -- Return the lists with work of a model (its name), in the order of serving. A paused list is as if it were empty,
 -- and so is what is no index, though it has the name of one.
 local function lists_of(model)
-  local flat
+  local named, flat = INDEX_PREFIX .. model, nil
   if model == default then
-    flat = redis.pcall('ZUNION', 2, INDEX_PREFIX, INDEX_PREFIX .. model, 'WITHSCORES')
-    if flat.err then flat = redis.pcall('ZRANGE', INDEX_PREFIX, 0, -1, 'WITHSCORES') end
+    flat = redis.call('EXISTS', named) == 1 and redis.pcall('ZUNION', 2, INDEX_PREFIX, named, 'WITHSCORES')
+    if not flat or flat.err then flat = redis.pcall('ZRANGE', INDEX_PREFIX, 0, -1, 'WITHSCORES') end
   end
-  if not flat or flat.err then flat = redis.pcall('ZRANGE', INDEX_PREFIX .. model, 0, -1, 'WITHSCORES') end
+  if not flat or flat.err then flat = redis.pcall('ZRANGE', named, 0, -1, 'WITHSCORES') end
   local lists = {}
   for i = 1, #flat, 2 do
     local key, rank = flat[i], tonumber(flat[i + 1])
     local tier = tier_at(rank)
-    if tiers[BASE[tier]] and not (paused and (paused[tier] or paused[tier .. '.' .. model])) then
+    if is_served(tier) and not (paused and (paused[tier] or paused[tier .. '.' .. model])) then
       local index = model == default and string.match(key, '^%a+%.?([^@\6]*)') or model
       lists[#lists + 1] = {key = key, rank = rank, index = index}
     end
@@ -174,13 +176,14 @@ if not model or not urgent or urgent.rank >= want.bound then return nothing() en
 local aged
 if ageing > 0 and (#lists > 1 or heads[3]) then
   if not packed then
+    -- needs: ageing
     local keys = {}
     if heads[1] then
       local indices = redis.call('ZRANGE', ORDER_PREFIX .. group, 0, 999)
       local n = #indices
       for i, name in ipairs(indices) do indices[i] = INDEX_PREFIX .. name end
       for _, key in ipairs(redis.call('ZUNION', n, unpack(indices))) do
-        if tiers[BASE[string.match(key, '^%a+')]] then keys[#keys + 1] = key end
+        if is_served(string.match(key, '^%a+')) then keys[#keys + 1] = key end
       end
     else
       for i, list in ipairs(lists) do keys[i] = list.key end
@@ -330,6 +333,7 @@ if none then return none end
 -- The worker compares the id with what it reads. A payload too long to search
 -- through, or a task that has its final state, is left to begin.lua.
 if ARGV[5] == '1' and taken == 1 and #answer[6] <= 16384 then
+  -- needs: states payload
   local id = id_of(answer[6])
   if id and not FINAL[state_of(id) or ''] then
     redis.call('HSET', inflight, 'running', ARGV[2])

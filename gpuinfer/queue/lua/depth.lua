@@ -1,5 +1,5 @@
 #!lua flags=no-writes,allow-oom
--- needs: lists
+-- needs: clock places lists
 -- Count what waits in each list: those of the index, those that a plain producer may have filled, and what waits
 -- for its ETA.
 -- ARGV: how many seconds to look ahead

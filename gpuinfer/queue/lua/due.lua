@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: lists later
+-- needs: clock places lists later
 -- Append tasks whose ETA has come to their lists, and wake who may take them.
 -- ARGV: how many tasks, and bytes of payload, to move at most
 -- Returns {how many were moved, milliseconds until the next one is due or -1}.

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: lists
+-- needs: clock places lists
 -- Add lists to the index that hold work nobody has told of: plain producers only append.
 -- KEYS: lists
 -- Returns how many hold work.

@@ -1,7 +1,5 @@
--- Library: lists, their index, the order in which models are served, and waking idle workers.
-local SEP = '\6\22'
-local BASE = {realtime = 0, default = 10, batch = 20}
-local TIERS = {[0] = 'realtime', 'default', 'batch'}
+-- Library: lists, their index, the order in which models are served, and waking idle workers. Needs
+-- clock and places.
 
 -- Return the name of the default model; '' when there is none. A script that has read it may set it.
 local default
@@ -16,16 +14,6 @@ local function groups_of(tier, model)
   local groups = GROUPS_PREFIX .. tier .. '.' .. model
   read[groups] = read[groups] or redis.call('ZRANGE', groups, 0, -1)
   return read[groups]
-end
-
--- Return a list's tier, model ('' for the default one) and rank; nil when its name is not ours.
-local function place_of(list)
-  local tier, model, caller, priority = string.match(list, '^(%a+)([^@\6]*)([^\6]*)(.*)$')
-  local base = BASE[tier or '']
-  if not base or model ~= '' and not string.find(model, '^%.[a-z0-9][a-z0-9_.-]*$') then return end
-  if caller ~= '' and not string.find(caller, '^@[^@\22]+$') then return end
-  if priority ~= '' then priority = string.match(priority, '^\6\22(%d)$') end
-  if priority then return tier, string.sub(model, 2), base + 9 - (tonumber(priority) or 0) end
 end
 
 -- Return what is counted under in CLAIMED what is claimed from a list of an index. The default model is named: should
@@ -69,14 +57,19 @@ local function move_in_order(group, index, rank)
   if rank then enter_order(group, index, rank) end
 end
 
+-- Add an index to the orders of those who serve it: a list of this rank in it holds work.
+local function enter_orders(tier, index, rank)
+  redis.call('SADD', INDEXED, index)
+  for _, group in ipairs(groups_of(tier, index == '' and default_model() or index)) do
+    enter_order(group, index, rank)
+  end
+end
+
 -- Add a list that holds work to its model's index, and that to the orders; `check`: to these in any case.
 local function index_list(list, check)
   local tier, index, rank = place_of(list)
   if tier and (redis.pcall('ZADD', INDEX_PREFIX .. index, rank, list) == 1 or check) then
-    redis.call('SADD', INDEXED, index)
-    for _, group in ipairs(groups_of(tier, index == '' and default_model() or index)) do
-      enter_order(group, index, rank)
-    end
+    enter_orders(tier, index, rank)
   end
   return tier, index
 end
@@ -87,16 +80,6 @@ local function unindex_list(list, index)
   redis.call('HDEL', TURNS, list)
 end
 
-local clock
-local function now()
-  if not clock then
-    local time = redis.call('TIME')
-    clock = time[1] + time[2] / 1000000
-  end
-  return clock
-end
-
--- Tell whether anybody is idle, of whatever group: while nobody is, nobody is counted or looked for.
 local idle
 local function is_anybody_idle()
   if idle == nil then idle = redis.call('EXISTS', IDLE) == 1 end

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: lists
+-- needs: clock places lists
 -- Pause a queue, or resume it: from a paused one nothing is claimed.
 -- ARGV: a tier, or tier.model; '1' to pause it
 -- Returns 1 when that has changed something.

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: lists later
+-- needs: clock places lists later
 -- Move claimed tasks from flight to the tasks that wait for their ETA. Nothing was delivered.
 -- KEYS: in-flight hash
 -- ARGV: most tasks that may wait so in all, then (seq, due in seconds since the epoch)

@@ -1,5 +1,5 @@
 #!lua
--- needs: lists
+-- needs: clock places lists
 -- Append a message of a Celery producer to its list, and wake an idle worker.
 -- KEYS: list
 -- ARGV: message

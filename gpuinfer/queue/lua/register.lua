@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: lists
+-- needs: clock places lists
 -- Say what a worker serves, also when Redis is full, and that it lives; count what waits for it.
 -- KEYS: heartbeat
 -- ARGV: worker, group, heartbeat (a JSON object that is not empty, or '': none is written), tiers (space

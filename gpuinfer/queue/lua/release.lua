@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: lists payload
+-- needs: clock places lists payload
 -- Put claimed tasks back at the head of their lists, and wake who may take them. Or pass them on to the lists of
 -- the model that they are for, behind what was passed on before them.
 -- KEYS: in-flight hash

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: lists states payload
+-- needs: clock places lists states payload
 -- Put tasks of a dead worker back at the head of their lists and count the death against those that ran.
 -- A task whose deaths reach the limit stays in flight and is reported: the caller settles it as dead.
 -- KEYS: in-flight hash, epoch hash

@@ -1,5 +1,5 @@
 #!lua
--- needs: lists states dead
+-- needs: clock places lists states dead
 -- Send a dead letter to its list again as if newly submitted.
 -- KEYS: list
 -- ARGV: task id, payload, pending meta

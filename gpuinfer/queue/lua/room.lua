@@ -1,4 +1,4 @@
--- Library: how much may wait. Needs lists.
+-- Library: how much may wait. Needs places.
 -- What waits is counted exactly, which takes some time, and half of the room that is found is granted: so much may
 -- come before the next count. Nothing is counted up and down, so that nothing drifts, whoever fills the lists.
 -- A grant is a number of tasks, of GRANT_BYTES each at most: a larger one takes several.
@@ -34,11 +34,9 @@ local function count_waiting()
   return tasks, batch, all
 end
 
--- Take room for `count` tasks of `size` bytes. `limits`: how many tasks may wait, and how many bytes (0: half of
--- the memory), of which batch has half. Returns why there is none.
-local function take_room(tier, count, size, limits)
-  local field = (tier == 'batch' and 'batch ' or 'others ') .. limits
-  if redis.call('HINCRBY', ROOM, field, -(count + math.floor(size / GRANT_BYTES))) >= 0 then return end
+-- Take room for `count` tasks of `size` bytes where the last grant is used up, and grant more. `limits`: how many
+-- tasks may wait, and how many bytes (0: half of the memory), of which batch has half. Returns why there is none.
+local function grant_room(tier, count, size, limits, field)
   local most, most_bytes = string.match(limits, '^(%d+) (%d+)$')
   most, most_bytes = tonumber(most), tonumber(most_bytes)
   if most_bytes == 0 then

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: lists states chain
+-- needs: states
 -- Write the final states of tasks, tell them, drop the tasks from flight, and send on what follows, in one step.
 -- KEYS: in-flight hash
 -- ARGV: result ttl in seconds, '1' when nothing runs now, number of tasks, then for each task: seq, task id, meta,
@@ -8,26 +8,31 @@
 -- Returns how many final states were written, {id, why, ...} of those whose key is not ours to write, and
 -- {id, why, ...} of what follows and was refused.
 local last = 3 + 6 * ARGV[3]
-local following = read_following(ARGV, last + 1)
 -- Of an end that is not kept nothing tells, when it comes again, that it was told, but that the task is not in
 -- flight any more.
 for i = 4, last, 6 do
   if ARGV[i + 3] == '0' and ARGV[i] ~= '' and redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then ARGV[i + 1] = '' end
 end
--- An end that something follows counts from whoever holds the task alone: both are written by one call, or neither.
-for _, one in ipairs(following) do
-  local i = 6 * one.which - 2
-  if redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then
-    ARGV[i + 1] = ''
-  else
-    one.success = outcome_of(one.id, ARGV[i + 2])
+local follow_ends
+if last < #ARGV then
+  -- needs: clock places lists chain
+  local following = read_following(ARGV, last + 1)
+  -- An end that something follows counts from whoever holds the task alone: both are written by one call, or neither.
+  for _, one in ipairs(following) do
+    local i = 6 * one.which - 2
+    if redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then
+      ARGV[i + 1] = ''
+    else
+      one.success = outcome_of(one.id, ARGV[i + 2])
+    end
   end
+  follow_ends = function() return follow(following, ARGV[1]) end
 end
 -- Changes nothing, and fails as the call below would: a task must not end and stay in flight.
 redis.call('HDEL', KEYS[1], '')
 local written, refused = finish(ARGV, 5, 6, ARGV[1], last)
 if not written then return refused end
-local unsent = follow(following, ARGV[1])
+local unsent = follow_ends and follow_ends() or {}
 local gone, n = {}, 0
 for i = 4, last, 6 do
   local seq = ARGV[i]
@@ -36,9 +41,9 @@ for i = 4, last, 6 do
     n = n + 2
   end
 end
+-- A crash after this point is not charged to the last batch.
+if ARGV[2] == '1' then gone[n + 1] = 'running' end
 for first = 1, #gone, 1000 do
   redis.call('HDEL', KEYS[1], unpack(gone, first, math.min(first + 999, #gone)))
 end
--- A crash after this point is not charged to the last batch.
-if ARGV[2] == '1' then redis.call('HDEL', KEYS[1], 'running') end
 return {written, refused, unsent}

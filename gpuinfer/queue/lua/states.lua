@@ -15,6 +15,7 @@ end
 -- ours has written: a set. One MGET for 64 ids costs less than 64 calls, but reads whole results where tasks have
 -- ended. So it stops at the first that has another state; `state_of` tells that of the rest.
 local function waiting_among(flat, first, step, last)
+  if first + step > last then return {} end
   local waiting, width = {}, 64 * step
   for from = first, last, width do
     local ids, keys, n = {}, {}, 0
@@ -54,10 +55,17 @@ local function reply_with(channel, metas)
 end
 
 -- Tell the ends of tasks to those who listen: by their ids, and on the reply channels of clients, once a channel.
--- One look tells who listens at all. `channels` are those of the tasks, `metas` what is told.
+-- One look tells who listens at all; for a single small end it costs more than it saves. `channels` are those of the
+-- tasks, `metas` what is told.
 -- A meta of false stands under its task's key, which is its channel.
 local function tell(channels, metas, replies)
   local tasks, n = #channels, #channels
+  if n == 1 and metas[1] and #metas[1] <= 4096 then
+    local channel = channels[1]
+    redis.call('PUBLISH', channel, metas[1])
+    for reply, told in pairs(replies) do reply_with(reply, told) end
+    return
+  end
   for reply in pairs(replies) do
     n = n + 1
     channels[n] = reply
@@ -78,28 +86,24 @@ local function tell(channels, metas, replies)
   end
 end
 
--- Return an error unless this user may run each of these commands: a script refused half way is not undone.
+-- Return an error unless this user may run a command: a script refused half way is not undone.
 local function may(...)
-  for _, command in ipairs({...}) do
-    if not redis.acl_check_cmd(unpack(command)) then
-      return redis.error_reply('NOPERM this user may not run: ' .. table.concat(command, ' '))
-    end
+  if not redis.acl_check_cmd(...) then
+    return redis.error_reply('NOPERM this user may not run: ' .. table.concat({...}, ' '))
   end
 end
 
 -- Count ends. The first call fails before anything is written where the counters are not ours to write.
 local function count_ends(counts, bytes)
-  local first = true
-  local function add(field, by)
-    local answer = redis.pcall('HINCRBY', ENDED, field, by)
-    if first and type(answer) == 'table' then return answer end
-    first = false
-  end
+  local counted = false
   for label, count in pairs(counts) do
-    local err = add(label, count)
-    if err then return err end
+    local answer = redis.pcall('HINCRBY', ENDED, label, count)
+    if not counted and type(answer) == 'table' then return answer end
+    counted = true
   end
-  for label, size in pairs(bytes) do add('bytes' .. string.match(label, '^%S*(.*)$'), size) end
+  for label, size in pairs(bytes) do
+    redis.pcall('HINCRBY', ENDED, 'bytes' .. string.sub(label, string.find(label, ' ', 1, true) or #label + 1), size)
+  end
 end
 
 -- A large body lies beside its list, and is on account, by tier, until its task has ended.
@@ -165,11 +169,14 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
   if n == 0 then return 0, refused end
   local key = RESULT_PREFIX .. 'x'
   local bodies = redis.call('EXISTS', BODIES) == 1
-  local denied = may({'SET', key, '', 'EX', ttl}, {'PUBSUB', 'NUMSUB', key}, {'PUBLISH', key, ''})
-    or drops and may({'DEL', key})
-    or beside and may({'RENAME', BESIDE_PREFIX .. 'x', key}, {'GET', key})
-    or replied and may({'PUBLISH', REPLY_PREFIX .. 'x', ''})
-    or bodies and may({'HDEL', BODIES, ''}, {'HINCRBY', BODY_BYTES, '', 0}, {'UNLINK', BODY_PREFIX})
+  local denied = may('SET', key, '', 'EX', ttl)
+    or may('PUBLISH', key, '')
+    or may('PUBSUB', 'NUMSUB', key)
+    or drops and may('DEL', key)
+    or beside and (may('RENAME', BESIDE_PREFIX .. 'x', key) or may('GET', key))
+    or replied and may('PUBLISH', REPLY_PREFIX .. 'x', '')
+    or bodies
+      and (may('HDEL', BODIES, '') or may('HINCRBY', BODY_BYTES, '', 0) or may('UNLINK', BODY_PREFIX))
   if denied then return nil, denied end
   local counts, bytes = {}, {}
   for k = 1, n do

@@ -1,5 +1,5 @@
 #!lua
--- needs: lists later states keyed room
+-- needs: clock places states
 -- Append tasks to their list, remember their ids, and wake idle workers. Without allow-oom: a full Redis
 -- refuses the whole call before anything is written.
 -- KEYS: large bodies of some of these tasks, which lie there for a minute; from now on, until they have ended
@@ -17,23 +17,27 @@ local function refuse(why)
   drop_these()
   return redis.error_reply(why)
 end
-local format
-format, default = unpack(redis.call('MGET', FORMAT_KEY, DEFAULT_MODEL))
-default = default or ''
+local format, usual = unpack(redis.call('MGET', FORMAT_KEY, DEFAULT_MODEL))
+usual = usual or ''
 if format and format ~= FORMAT then return refuse('FORMAT ' .. format) end
 local tier, model, caller, priority = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 if model ~= '' and not redis.call('ZSCORE', CATALOGUE, model) then
   local known = redis.call('ZRANGE', CATALOGUE, 0, -1)
-  local what = model == default and 'UNKNOWN_DEFAULT ' or 'UNKNOWN_MODEL '
+  local what = model == usual and 'UNKNOWN_DEFAULT ' or 'UNKNOWN_MODEL '
   if #known > 0 then return refuse(what .. model .. ' ' .. table.concat(known, ', ')) end
 end
 for _, body in ipairs(KEYS) do
   if redis.call('EXISTS', body) == 0 then return refuse('BODY_GONE') end
 end
 local count = (#ARGV - 11) / 2
-if ARGV[10] ~= '' and count_later() + count > tonumber(ARGV[11]) then return refuse('LATER_FULL ' .. ARGV[11]) end
-local key, request, ttl = string.sub(ARGV[7], 1, 32), string.sub(ARGV[7], 33), tonumber(ARGV[8])
-if key ~= '' then
+if ARGV[10] ~= '' then
+  -- needs: later
+  if count_later() + count > tonumber(ARGV[11]) then return refuse('LATER_FULL ' .. ARGV[11]) end
+end
+local hold_key
+if ARGV[7] ~= '' then
+  -- needs: keyed
+  local key, request, ttl = string.sub(ARGV[7], 1, 32), string.sub(ARGV[7], 33), tonumber(ARGV[8])
   local holder, same = holder_of(key, request)
   -- One that was cancelled, purged, or too late holds no more.
   if holder and state_of(holder) == 'REVOKED' then holder = nil end
@@ -43,19 +47,25 @@ if key ~= '' then
     return holder
   end
   if not holder and not has_room(ttl) then return refuse('QUEUE_FULL keys ' .. ARGV[9]) end
+  hold_key = function() hold(key, request, ARGV[12], ttl, tonumber(ARGV[9])) end
 end
-local queue = tier
-if model ~= '' and model ~= default then queue = queue .. '.' .. model end
+local queue, index = tier, ''
+if model ~= '' and model ~= usual then queue, index = queue .. '.' .. model, model end
 if caller ~= '' then queue = queue .. '@' .. caller end
+local rank = BASE[tier] + 9 - priority
 local list = priority == '0' and queue or queue .. SEP .. priority
 local length = redis.pcall('LLEN', list)
 if type(length) == 'table' then return refuse(length.err) end
 local size = 0
 for i = 13, #ARGV, 2 do size = size + #ARGV[i] end
 for _, body in ipairs(KEYS) do size = size + redis.call('STRLEN', body) end
-local full = take_room(tier, count, size, ARGV[6])
-if full then return refuse('QUEUE_FULL ' .. full) end
-if key ~= '' then hold(key, request, ARGV[12], ttl, tonumber(ARGV[9])) end
+local room = (tier == 'batch' and 'batch ' or 'others ') .. ARGV[6]
+if redis.call('HINCRBY', ROOM, room, -(count + math.floor(size / GRANT_BYTES))) < 0 then
+  -- needs: room
+  local full = grant_room(tier, count, size, ARGV[6], room)
+  if full then return refuse('QUEUE_FULL ' .. full) end
+end
+if hold_key then hold_key() end
 local payloads = {}
 for i = 12, #ARGV, 2 do
   -- NX: a call repeated because its answer was lost appends nothing twice.
@@ -71,6 +81,7 @@ for _, body in ipairs(KEYS) do
 end
 if ARGV[10] ~= '' then
   -- In the order in which they were given. Nobody is woken: who is idle looks when the first is due.
+  -- needs: later
   local entries, at = {}, now() + tonumber(ARGV[10])
   for i, payload in ipairs(payloads) do
     entries[2 * i - 1], entries[2 * i] = string.format('%.6f', at + i / 1000000), payload
@@ -81,6 +92,11 @@ end
 for first = 1, #payloads, 1000 do
   redis.call('LPUSH', list, unpack(payloads, first, math.min(first + 999, #payloads)))
 end
-if #payloads > 0 then index_list(list) end
-wake(tier, model == '' and default or model, math.max(1, #payloads))
+local new = #payloads > 0 and redis.pcall('ZADD', INDEX_PREFIX .. index, rank, list) == 1
+if new or redis.call('EXISTS', IDLE) == 1 then
+  -- needs: lists
+  default = usual
+  if new then enter_orders(tier, index, rank) end
+  wake(tier, model == '' and usual or model, math.max(1, #payloads))
+end
 return ARGV[12]
