@@ -180,7 +180,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+set", _HEARTBEATS),
         _selector("+del", _HEARTBEATS, _EPOCHS, _WAKE),
         _selector("+expire", _PROBE),
-        _selector("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", _RESULTS),
+        _selector("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", "+expire", _RESULTS),
         _selector("+get", _BODY),
         *_DROPPING,
         # A large result is set beside, and renamed when its task has ended.
@@ -203,7 +203,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *_BURYING,
         _selector("+hincrby", _CLAIMED, _ENDED),
         _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
-        _selector("+set", "+mget", "+getrange", _RESULTS),
+        _selector("+set", "+mget", "+getrange", "+expire", _RESULTS),
         *_DROPPING,
         *_BEGINNING,
         *_ANNOUNCING,

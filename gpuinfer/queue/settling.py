@@ -49,10 +49,12 @@ class Settling:
         args: list[Argument] = [self._ttl_s, int(idle), len(finals)]
         for final in finals:
             seq = "" if final.seq is None else final.seq
-            meta, keep = final.meta, int(final.keep)
-            if final.task_id in beside:
-                meta, keep = results.notice(final.task_id, meta), 2
-            args += (seq, final.task_id, meta, keep, final.reply, final.label)
+            task_id, meta, keep = final.task_id, final.meta, str(int(final.keep))
+            if not task_id:
+                task_id, keep = final.parent, "" if final.parent else keep
+            elif task_id in beside:
+                meta, keep = results.notice(task_id, meta), "2"
+            args += (seq, task_id, meta, keep, final.reply, final.label)
         args += following(finals)
         _, not_kept, not_sent = self._settle(keys=[self._inflight], args=args)
         return not_kept, not_sent

@@ -16,7 +16,9 @@ from gpuinfer.errors import DeadLettered, TaskFailed
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.message import decode
+from gpuinfer.queue.purge import lines, purge
 from gpuinfer.queue.store import Store
+from gpuinfer.settings import QueueSettings
 from tests.contract.conftest import begin, done, ids, on
 
 pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]
@@ -155,6 +157,27 @@ def test_what_is_not_kept_is_counted_once(store: Store, client: Client) -> None:
         assert store.settle([final]) == {}
     assert ended(store) == {"completed realtime digits": 1}
     assert not store.client.exists(keys.result(final.task_id))
+
+
+def test_cancelled_is_cancelled_as_long_as_its_message_waits(store: Store, client: Client) -> None:
+    """However late it comes, it does not run; once its message is dropped, its state expires."""
+
+    def ttl(task_id: str) -> Any:
+        return store.client.ttl(keys.result(task_id))
+
+    skipped, late, expired, buried, purged = tasks = [client.submit([n]) for n in range(5)]
+    held = store.claim(4)
+    begin(store, held[1:2])
+    for task_id in tasks:
+        assert client.cancel(task_id)
+        assert ttl(task_id) == -1
+    assert begin(store, held) == {0, 1, 2, 3}
+    store.settle([Final(held[0].seq, "", b"", parent=skipped), completed(held[1]), failed(held[2])])
+    store.bury(held[3].seq, held[3].list_key, held[3].payload, DeadLettered("no"))
+    assert purge(store.client, lines(store.client), QueueSettings()) == 1
+    assert min(map(ttl, (skipped, late, expired, buried, purged))) > 3000
+    assert {client.status(task_id).state for task_id in tasks} == {"revoked"}
+    assert ended(store) == {"cancelled": 5}
 
 
 def test_bytes_are_counted_by_lane(store: Store, client: Client) -> None:

@@ -125,6 +125,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("ZCOUNT", "ZREMRANGEBYSCORE", "ZRANGEBYSCORE", "ZREVRANGEBYSCORE"), ("{}", "0", "1")),
     **dict.fromkeys(("HSET", "HSETNX", "HINCRBY"), ("{}", "x", "1")),
     "RENAME": ("{}", keys.result("1")),
+    "EXPIRE": ("{}", "1"),
     "LREM": ("{}", "-1", "x"),
     "ZADD": ("{}", "1", "x"),
     **dict.fromkeys(("ZREMRANGEBYRANK", "LRANGE"), ("{}", "0", "1")),
@@ -137,6 +138,8 @@ CALLS: dict[str, tuple[str, ...]] = {
 IN_THIS = {("submit", "RENAME"): ("{}", keys.KEYED_BEFORE)}
 #: What they keep is always kept.
 NEVER = {(script, call) for script in ("cancel", "bury") for call in ("DEL", "STRLEN", "RENAME", "GET")}
+#: It leaves what has ended as it is.
+NEVER.add(("cancel", "EXPIRE"))
 _CALL = re.compile(r"redis\.p?call\('([A-Z]+)'(?=(?:, ([^,\n]*))?)")
 
 

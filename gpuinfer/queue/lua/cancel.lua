@@ -8,8 +8,9 @@
 -- Returns 1 when the state was written.
 local state, foreign = state_of(ARGV[1])
 if foreign or FINAL[state or ''] then return 0 end
-local meta, label = ARGV[2], 'cancelled'
-if not state then meta, label = ARGV[5], 'cancelled_unknown' end
+-- Without a TTL while a message waits: it may for long, in a paused queue or for its ETA.
+local meta, label, ttl = ARGV[2], 'cancelled', nil
+if not state then meta, label, ttl = ARGV[5], 'cancelled_unknown', ARGV[3] end
 if meta == '' then return 0 end
-local written, err = finish({ARGV[1], meta, '1', ARGV[4], label}, 1, 5, ARGV[3])
+local written, err = finish({ARGV[1], meta, '1', ARGV[4], label}, 1, 5, ttl)
 return written or err

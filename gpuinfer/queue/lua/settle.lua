@@ -3,15 +3,21 @@
 -- Write the final states of tasks, tell them, drop the tasks from flight, and send on what follows, in one step.
 -- KEYS: in-flight hash
 -- ARGV: result ttl in seconds, '1' when nothing runs now, number of tasks, then for each task: seq, task id, meta,
---       '1' to keep the state ('2': it stands beside), reply channel, label; an empty seq is not in flight; an
---       empty id leaves all states as they are; then what follows (chain.lua)
+--       '1' to keep the state ('2': it stands beside; '': it stands there already), reply channel, label; an empty
+--       seq is not in flight; an empty id leaves all states as they are; then what follows (chain.lua)
 -- Returns how many final states were written, {id, why, ...} of those whose key is not ours to write, and
 -- {id, why, ...} of what follows and was refused.
 local last = 3 + 6 * ARGV[3]
 -- Of an end that is not kept nothing tells, when it comes again, that it was told, but that the task is not in
 -- flight any more.
+local skipped
 for i = 4, last, 6 do
-  if ARGV[i + 3] == '0' and ARGV[i] ~= '' and redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then ARGV[i + 1] = '' end
+  if ARGV[i + 3] == '' then
+    skipped = skipped or {}
+    skipped[#skipped + 1], ARGV[i + 1] = ARGV[i + 1], ''
+  elseif ARGV[i + 3] == '0' and ARGV[i] ~= '' and redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then
+    ARGV[i + 1] = ''
+  end
 end
 local follow_ends
 if last < #ARGV then
@@ -32,6 +38,9 @@ end
 redis.call('HDEL', KEYS[1], '')
 local written, refused = finish(ARGV, 5, 6, ARGV[1], last)
 if not written then return refused end
+for _, id in ipairs(skipped or {}) do
+  if state_of(id) == 'REVOKED' then redis.call('EXPIRE', RESULT_PREFIX .. id, ARGV[1], 'NX') end
+end
 local unsent = follow_ends and follow_ends() or {}
 local gone, n = {}, 0
 for i = 4, last, 6 do

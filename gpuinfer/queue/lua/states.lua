@@ -134,7 +134,8 @@ end
 -- id ('': none), meta, '1' to keep it, reply channel ('': none), label. A task that has ended already is left as it
 -- is. What is not kept ('0') is told to the callers who wait, and what stood there is dropped. So are large bodies,
 -- unless they are kept. A large meta ('2') stands beside, with a time to live, and does not pass through here: it is
--- renamed, and what is given is a notice for reply channels.
+-- renamed, and what is given is a notice for reply channels. Without `ttl` a state stands until the task's message
+-- is dropped, which who calls with a `ttl` does: a cancelled task is not to run, however late its message comes.
 -- The type of every key, and this user's right to each command, are checked before the first write: a script
 -- that fails half way is not undone.
 -- Returns how many were written, and {id, why, ...} of those whose key is not ours to write; or nil, and an error.
@@ -154,6 +155,8 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
         refused[#refused + 1], refused[#refused + 2] = id, err
         foreign[i] = true
       end
+      -- Its message is dropped now.
+      if state == 'REVOKED' and ttl then redis.call('EXPIRE', RESULT_PREFIX .. id, ttl, 'NX') end
       if not (state and FINAL[state]) then
         n = n + 1
         open[n] = i
@@ -169,7 +172,7 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
   if n == 0 then return 0, refused end
   local key = RESULT_PREFIX .. 'x'
   local bodies = redis.call('EXISTS', BODIES) == 1
-  local denied = may('SET', key, '', 'EX', ttl)
+  local denied = may('SET', key, '')
     or may('PUBLISH', key, '')
     or may('PUBSUB', 'NUMSUB', key)
     or drops and may('DEL', key)
@@ -197,7 +200,11 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
     if foreign[i] then
       -- Told and counted all the same.
     elseif flat[i + 2] == '1' then
-      redis.call('SET', key, meta, 'EX', ttl)
+      if ttl then
+        redis.call('SET', key, meta, 'EX', ttl)
+      else
+        redis.call('SET', key, meta)
+      end
       written = written + 1
     elseif flat[i + 2] == '2' then
       redis.call('RENAME', BESIDE_PREFIX .. flat[i], key)
