@@ -133,7 +133,7 @@ RULES: Mapping[str, Sequence[str]] = {
     "api": (
         *(*_CONNECTION, *_SCRIPTS, *_LISTENING, *_TELLING, "+time", "+info"),
         *(*_LISTS, _RESULTS, _BODY),
-        _selector("+lpush", *_LISTS),
+        _selector("+lpush", "+exists", *_LISTS),
         # Sets bodies, and does not see them.
         _selector("+set", "+exists", "+persist", "+strlen", _BODY),
         _selector("+hsetnx", _BODIES),
@@ -142,8 +142,8 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+set", "+del", _DUE),
         _selector("+get", "+mget", "+set", "+getrange", _RESULTS),
         _selector("+hget", "+hset", "+hlen", "+unlink", "+rename", _KEYED),
-        _selector("+hincrby", "+hset", _ROOM),
-        _selector("+memory|usage", *_LISTS),
+        _selector("+hincrby", "+hget", "+hset", _ROOM),
+        _selector("+memory|usage", *_LISTS, _LATER_SETS),
         _selector("+hgetall", _BODY_BYTES),
         _selector("+hincrby", _ENDED),
         *_DROPPING,

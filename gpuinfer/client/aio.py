@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import asynccontextmanager
 from typing import Any, Self, Unpack
 
+from redis.exceptions import RedisError
+
 from gpuinfer.client import core
 from gpuinfer.client.core import (
     LOOK,
@@ -166,10 +168,14 @@ class AsyncClient:
 
     async def _call(self, call: Call) -> bytes:
         """Send bodies, then the call of the script, in one packet; return its answer."""
-        for command in call.commands():
-            # That one was not taken the script finds out by itself.
-            self._pipe.call(*command).add_done_callback(_retrieve)
-        return bytes(await self._submit(list(call.bodies), call.args))
+        bodies = [self._pipe.call(*command) for command in call.commands()]
+        for body in bodies:
+            body.add_done_callback(_retrieve)
+        try:
+            return bytes(await self._submit(list(call.bodies), call.args))
+        except RedisError as exc:
+            found = core.answer_of(*await asyncio.gather(*bodies, return_exceptions=True), exc)
+            raise found from None
 
     async def _default_model(self, options: Options) -> str | None:
         """Return the fleet's default model, for a caller that names none."""

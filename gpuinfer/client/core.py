@@ -51,6 +51,13 @@ class Call:
             yield ("SET", key, body, "EX", keys.BODY_VOID_S, "NX")
 
 
+def answer_of(*answers: Any) -> Any:
+    """Return the answer to a call: the last, or why a body was not taken that the script did not find."""
+    if isinstance(answers[-1], Exception) and "BODY_GONE" in str(answers[-1]):
+        return next((answer for answer in answers if isinstance(answer, Exception)), answers[-1])
+    return answers[-1]
+
+
 class Origin:
     """What one client process puts into its messages: where it hears of their ends, and ids of its own.
 

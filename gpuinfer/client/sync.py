@@ -136,15 +136,16 @@ class Client:
 
     def _call(self, calls: Sequence[Call]) -> list[Any]:
         """Send bodies, then the calls of the script; return the answers to these, errors among them."""
-        at = []
+        parts = []
         with self._redis.pipeline(transaction=False) as pipe:
             for call in calls:
+                first = len(pipe)
                 for command in call.commands():
                     pipe.execute_command(*command)  # type: ignore[no-untyped-call]
-                at.append(len(pipe))
+                parts.append(slice(first, len(pipe) + 1))
                 self._submit_bulk(keys=list(call.bodies), args=call.args, client=pipe)
             answers = pipe.execute(raise_on_error=False)
-        return [answers[i] for i in at]
+        return [core.answer_of(*answers[part]) for part in parts]
 
     def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         default = self._default_model(options)

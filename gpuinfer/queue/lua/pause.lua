@@ -11,17 +11,20 @@ end
 if pause == there then return 0 end
 if pause then kept[#kept + 1] = queue end
 table.sort(kept)
-if #kept > 0 then
-  redis.call('SET', PAUSED, table.concat(kept, ' '))
-else
-  redis.call('DEL', PAUSED)
+local function write()
+  if #kept > 0 then
+    redis.call('SET', PAUSED, table.concat(kept, ' '))
+  else
+    redis.call('DEL', PAUSED)
+  end
+  return 1
 end
-if pause then return 1 end
+if pause then return write() end
 -- What waits there has left the orders, and what has come meanwhile has woken nobody.
 local tier, model = string.match(queue, '^(%a+)%.?(.*)$')
 local models = model == '' and redis.call('SMEMBERS', INDEXED) or model == default_model() and {model, ''} or {model}
 for _, name in ipairs(models) do
-  for _, list in ipairs(redis.call('ZRANGE', INDEX_PREFIX .. name, 0, -1)) do index_list(list, true) end
+  for _, list in ipairs(redis.pcall('ZRANGE', INDEX_PREFIX .. name, 0, -1)) do index_list(list, true) end
   wake_for(tier, name, 1)
 end
-return 1
+return write()

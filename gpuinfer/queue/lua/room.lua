@@ -2,54 +2,80 @@
 -- What waits is counted exactly, which takes some time, and half of the room that is found is granted: so much may
 -- come before the next count. Nothing is counted up and down, so that nothing drifts, whoever fills the lists.
 -- A grant is a number of tasks, of GRANT_BYTES each at most: a larger one takes several.
+-- To count more than so many bytes takes longer than a submission.
+local MANY_BYTES = 16000000
 
--- Return how many tasks wait, the bytes of those of the tier batch, and those of all.
+-- Return how many tasks wait, the bytes of those of the tier batch, those of all, and how many lists there are.
 local function count_waiting()
-  local seen, tasks, batch, all = {}, 0, 0, 0
+  local seen, tasks, batch, all, lists = {}, 0, 0, 0, 0
+  local function weigh(list, key)
+    -- Node by node, up to some 160 MB of small tasks; of what is more than that, the rest is taken for alike.
+    local bytes = redis.pcall('MEMORY', 'USAGE', key, 'SAMPLES', 20000)
+    if type(bytes) ~= 'number' then return end
+    all = all + bytes
+    if string.sub(list, 1, 5) == 'batch' then batch = batch + bytes end
+  end
   local function count(list)
     if seen[list] then return end
     seen[list] = true
     local size = redis.pcall('LLEN', list)
     if type(size) == 'table' or size == 0 then return end
-    local bytes = redis.call('MEMORY', 'USAGE', list)
-    tasks, all = tasks + size, all + bytes
-    if string.sub(list, 1, 5) == 'batch' then batch = batch + bytes end
+    tasks, lists = tasks + size, lists + 1
+    weigh(list, list)
   end
   local models = {[''] = true}
   for _, model in ipairs(redis.call('ZRANGE', CATALOGUE, 0, -1)) do models[model] = true end
   for _, model in ipairs(redis.call('SMEMBERS', INDEXED)) do models[model] = true end
   for model in pairs(models) do
     for _, list in ipairs(redis.pcall('ZRANGE', INDEX_PREFIX .. model, 0, -1)) do count(list) end
+    -- What plain producers may have filled.
     for tier in pairs(BASE) do
-      -- What plain producers may have filled.
       local queue = model == '' and tier or tier .. '.' .. model
-      for priority = 0, 9 do count(priority == 0 and queue or queue .. SEP .. priority) end
+      local urgent = {}
+      for priority = 1, 9 do urgent[priority] = queue .. SEP .. priority end
+      if redis.call('EXISTS', queue, unpack(urgent)) > 0 then
+        count(queue)
+        for _, list in ipairs(urgent) do count(list) end
+      end
     end
   end
+  for _, list in ipairs(redis.call('ZRANGE', LATER, 0, -1)) do weigh(list, LATER_PREFIX .. list) end
   local bodies = redis.call('HGETALL', BODY_BYTES)
   for i = 1, #bodies, 2 do
     all = all + bodies[i + 1]
     if bodies[i] == 'batch' then batch = batch + bodies[i + 1] end
   end
-  return tasks, batch, all
+  return tasks, batch, all, lists
 end
 
 -- Take room for `count` tasks of `size` bytes where the last grant is used up, and grant more. `limits`: how many
 -- tasks may wait, and how many bytes (0: half of the memory), of which batch has half. Returns why there is none.
 local function grant_room(tier, count, size, limits, field)
+  local told = redis.call('HGET', ROOM, 'full ' .. field)
+  if told then
+    local at, why = string.match(told, '^(%S+) (.*)$')
+    if math.abs(now() - at) < 0.1 then return why end
+  end
   local most, most_bytes = string.match(limits, '^(%d+) (%d+)$')
   most, most_bytes = tonumber(most), tonumber(most_bytes)
   if most_bytes == 0 then
     local memory = tonumber(string.match(redis.call('INFO', 'memory'), 'maxmemory:(%d+)'))
     most_bytes = memory > 0 and memory / 2 or math.huge
   end
-  local tasks, batch, all = count_waiting()
+  local tasks, batch, all, lists = count_waiting()
   local left = most_bytes - all
   if tier == 'batch' then left = math.min(left, most_bytes / 2 - batch) end
-  if count > most - tasks then return 'tasks ' .. most end
-  if size > left then
-    return string.format('%s %.0f', tier == 'batch' and 'bytes-of-batch' or 'bytes', most_bytes)
+  local why
+  if count > most - tasks then
+    why = 'tasks ' .. most
+  elseif size > left then
+    why = string.format('%s %.0f', tier == 'batch' and 'bytes-of-batch' or 'bytes', most_bytes)
   end
+  -- Where a count takes long and there is no room for anybody, the next are told so without one, for a moment.
+  if why and (all > MANY_BYTES or lists > 100) and (tasks >= most or left < GRANT_BYTES) then
+    redis.call('HSET', ROOM, 'full ' .. field, string.format('%.6f %s', now(), why))
+  end
+  if why then return why end
   local granted = math.min(most - tasks - count, (left - size) / GRANT_BYTES, 1e9) / 2
   redis.call('HSET', ROOM, field, string.format('%.0f', math.floor(granted)))
 end
