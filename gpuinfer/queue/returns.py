@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from gpuinfer.log import get_logger
 from gpuinfer.queue.direct import Argument
+
+log = get_logger(__name__)
 
 #: What one call takes: together, it keeps Redis for less than 10 ms.
 CALL_TASKS, CALL_BYTES = 250, 512 * 1024
@@ -19,25 +22,30 @@ MOST_IDS = 1000
 
 Script = Callable[..., Any]
 
+#: The lists of which was said that something else stands under their names.
+_named: set[bytes] = set()
+
 
 def release(
     script: Script, inflight: str, seqs: Iterable[int], ran: Collection[int], models: Mapping[int, str]
-) -> int:
+) -> tuple[int, int]:
     """Put claimed tasks back, the last claimed first: each goes to the head of its list.
 
     Those in ``models`` are passed on to another model's list, the first claimed first. Returns how many were
-    still in flight. Raises redis-py's errors.
+    still in flight, and how many stay there, because something else stands under their list's name: that is
+    logged. Raises redis-py's errors.
     """
     ordered = sorted(seqs)
     entries = [(seq, int(seq in ran), "") for seq in reversed(ordered) if seq not in models]
     entries += [(seq, 0, models[seq]) for seq in ordered if seq in models]
-    back = 0
+    back = stay = 0
     while entries:
         parts = [part for entry in entries[:CALL_TASKS] for part in entry]
-        done, count = script(keys=[inflight], args=[CALL_BYTES, *parts])
+        done, count, stuck = script(keys=[inflight], args=[CALL_BYTES, *parts])
         del entries[:done]
         back += count
-    return back
+        stay += _tell_of_stuck(stuck)
+    return back, stay
 
 
 def restore(
@@ -47,8 +55,8 @@ def restore(
 
     ``keys``: its in-flight hash and epoch; ``args``: the epoch begun for this, deaths at which a task is
     given up, pending meta. Returns how many were put back, the ids of the first thousand of them, and (seq,
-    list, payload, deaths) of each task to give up. Raises redis-py's errors, one that says STALE in a later
-    epoch.
+    list, payload, deaths) of each task to give up. One whose list is none stays in flight: that is logged.
+    Raises redis-py's errors, one that says STALE in a later epoch.
     """
     left = sorted(seqs, reverse=True)
     back = 0
@@ -57,10 +65,21 @@ def restore(
     while True:
         part = left[:CALL_TASKS]
         last = int(len(part) == len(left))
-        done, count, names, *flat = script(keys=keys, args=[*args, CALL_BYTES, last, *part])
+        done, count, names, stuck, *flat = script(keys=keys, args=[*args, CALL_BYTES, last, *part])
         del left[:done]
         back += count
+        _tell_of_stuck(stuck)
         ids += names[: MOST_IDS - len(ids)]
         dead += zip(*(flat[i::4] for i in range(4)), strict=True)
         if not left:
             return back, ids, dead
+
+
+def _tell_of_stuck(stuck: Sequence[bytes]) -> int:
+    """Log which lists cannot take their tasks back, each once; return how many tasks there are."""
+    for name, reason in zip(stuck[::2], stuck[1::2], strict=True):
+        if name not in _named:
+            _named.add(name)
+            hint = "delete or rename that key; until then they stay in flight, and other lists are served"
+            log.error("not_put_back", key=name.decode(), reason=reason.decode(), hint=hint)
+    return len(stuck) // 2

@@ -95,6 +95,8 @@ class Store:
         self._foreign: set[str] = set()
         self._named: set[str] = set()
         self._foreign_at = 0.0
+        #: When tasks could not be put back; 0: not since the last try.
+        self._stuck_at = 0.0
         self.serve(queues)
         self.inflight = keys.inflight(worker)
         self._direct = direct = Direct(client)
@@ -160,6 +162,8 @@ class Store:
         if self._foreign and self._clock() - self._foreign_at > FOREIGN_S:
             self._foreign = set()
             self._choose_lists()
+        if self._stuck_at and self._clock() - self._stuck_at > FOREIGN_S:
+            self._stuck_at, self._uncertain = 0.0, True
         if (paused or b"") != self._paused:
             self._paused = paused or b""
             self._choose_lists()
@@ -450,10 +454,16 @@ class Store:
     ) -> int:
         """Put claimed tasks back at the head of their lists. Safe to repeat.
 
+        Those whose list is none, because something else stands under its name, stay in flight, and are tried
+        again after a while.
+
         Of those among ``ran`` a part has run: what comes of them later is a repeat, and says so. Those in
         ``models`` go to the lists of that model instead, behind what waits there.
         """
-        return returns.release(self._release, self.inflight, seqs, ran, models or {})
+        back, stay = returns.release(self._release, self.inflight, seqs, ran, models or {})
+        if stay:
+            self._stuck_at = self._clock()
+        return back
 
     def route(self, list_key: str, read: int, strays: Sequence[Stray]) -> int:
         """Pass on, or end, what waits in a list but is for another model; return how many tasks were.

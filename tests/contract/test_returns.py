@@ -11,7 +11,7 @@ import redis
 
 from gpuinfer import Client
 from gpuinfer.queue import keys, returns
-from gpuinfer.queue.claims import Claimed
+from gpuinfer.queue.claims import Claimed, Stray
 from gpuinfer.queue.message import PREDICT, Submission, decode
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings
@@ -92,6 +92,47 @@ def test_a_restore_stops_when_another_one_begins(
         store.restore()
     assert ids(taken) == wanted
     assert store.client.hlen(store.inflight) == 12
+
+
+def test_a_foreign_key_holds_its_own_tasks_alone(store: Store) -> None:
+    """What stands under a list's name keeps that list's tasks in flight: others are put back, and claims go
+    on. With the key gone, those come back, and a death is on the account of what ran."""
+    raw: Any = store.client
+    first, *rest = send(store, 3)
+    held = store.claim(3)
+    others = send(store, 2, queue="batch")
+    held += store.claim(2)
+    raw.set("realtime", "a stranger's")
+    assert store.release([held[1].seq, held[3].seq]) == 1
+    store.mark_uncertain()
+    known = {task.seq for task in held if task not in (held[1], held[3])}
+    assert store.reconcile(known) == 1
+    assert not store.uncertain
+    assert ids(store.claim(9)) == others[:1]
+    begin(store, held[:1])
+    assert store.restore().returned == 2
+    assert store.restore().returned == 0
+    assert ids(store.claim(9)) == others[::-1]  # the first one was claimed again, and so last
+    assert store.client.hlen(store.inflight) == 2 * 5
+    assert raw.get("realtime") == b"a stranger's"
+    raw.delete("realtime")
+    assert store.restore().returned == 5
+    again = store.claim(9)
+    assert ids(again) == [first, *rest, *others[::-1]]
+    assert [decode(task.payload).deaths for task in again] == [1, 0, 0, 0, 0]
+
+
+def test_what_cannot_be_passed_on_stays(store: Store) -> None:
+    """A foreign key under the list of the model that a task is for."""
+    raw: Any = store.client
+    (task_id,) = send(store, 1)
+    (task,) = store.claim(1)
+    raw.set("realtime.other", "a stranger's")
+    assert store.release([task.seq], models={task.seq: "other"}) == 0
+    assert store.release([task.seq]) == 1
+    stray = Stray(0, task.payload, "other")
+    assert store.route("realtime", 0, [stray]) == 0
+    assert ids(store.claim(1)) == [task_id]
 
 
 def test_a_release_cut_off_between_two_calls(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

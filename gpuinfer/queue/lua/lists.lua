@@ -120,17 +120,27 @@ local function count_idle(group)
     + redis.call('ZCOUNT', idle, -now(), -now() + WOKEN_VOID)
 end
 
--- Put a task back at the head of its list.
+-- Return why nothing can be appended to a list: something else stands under its name. An error of another kind is
+-- raised.
+local function refusal(answer)
+  if type(answer) ~= 'table' then return end
+  if not string.find(answer.err, 'WRONGTYPE', 1, true) then error(answer) end
+  return answer.err
+end
+
+-- Put a task back at the head of its list. Returns its tier and index; and why it was not put back.
 local function put_back(list, payload)
-  redis.call('RPUSH', list, payload)
+  local why = refusal(redis.pcall('RPUSH', list, payload))
+  if why then return nil, nil, why end
   local _, index = place_of(list)
   redis.call('HINCRBY', CLAIMED, counter_of(list, index), -1)
   return index_list(list)
 end
 
 -- Pass a task on to the list of the model that it is for. Behind what waits there: else those that are passed on
--- in several steps would be served the last first.
+-- in several steps would be served the last first. Returns the list's tier and index; and why it was not passed on.
 local function pass_on(list, payload)
-  redis.call('LPUSH', list, payload)
+  local why = refusal(redis.pcall('LPUSH', list, payload))
+  if why then return nil, nil, why end
   return index_list(list)
 end

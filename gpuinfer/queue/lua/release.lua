@@ -5,30 +5,38 @@
 -- KEYS: in-flight hash
 -- ARGV: bytes of payload after which to stop, then (seq, '1' when it has run, in part at least: that was a
 --       delivery, the model to pass it on to or ''), in the order in which they are put
--- Returns {how many of the seqs were dealt with, how many were put back}. The caller calls again for the rest.
-local bytes, done, back, wakes = tonumber(ARGV[1]), 0, 0, {}
+-- Returns {how many of the seqs were dealt with, how many were put back, {list, why, ...} of those that stay in
+-- flight}. The caller calls again for the rest.
+local bytes, done, back, wakes, stuck = tonumber(ARGV[1]), 0, 0, {}, {}
 for i = 2, #ARGV, 3 do
   if bytes <= 0 then break end
   local seq, ran, other = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   local payload, list = unpack(redis.call('HMGET', KEYS[1], seq, seq .. ':list'))
   if payload and list then
     bytes = bytes - #payload
-    local tier, model
+    local to, tier, model, why = list, nil, nil, nil
     if other ~= '' then
-      tier, model = pass_on(list_of(list, other), payload)
-      local _, index = place_of(list)
-      redis.call('HINCRBY', CLAIMED, counter_of(list, index), -1)
+      to = list_of(list, other)
+      tier, model, why = pass_on(to, payload)
+      if not why then
+        local _, index = place_of(list)
+        redis.call('HINCRBY', CLAIMED, counter_of(list, index), -1)
+      end
     else
       if ran == '1' then payload = counted(payload, 0) end
-      tier, model = put_back(list, payload)
+      tier, model, why = put_back(list, payload)
     end
-    redis.call('HDEL', KEYS[1], seq, seq .. ':list')
-    local key = tier .. '.' .. model
-    wakes[key] = wakes[key] or {tier, model, 0}
-    wakes[key][3] = wakes[key][3] + 1
-    back = back + 1
+    if why then
+      stuck[#stuck + 1], stuck[#stuck + 2] = to, why
+    else
+      redis.call('HDEL', KEYS[1], seq, seq .. ':list')
+      local key = tier .. '.' .. model
+      wakes[key] = wakes[key] or {tier, model, 0}
+      wakes[key][3] = wakes[key][3] + 1
+      back = back + 1
+    end
   end
   done = done + 1
 end
 for _, one in pairs(wakes) do wake_for(unpack(one)) end
-return {done, back}
+return {done, back, stuck}

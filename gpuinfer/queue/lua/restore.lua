@@ -6,8 +6,8 @@
 -- ARGV: the epoch that the caller has begun for this (in a later one there is another worker), deaths at which
 --       a task is given up, pending meta, bytes of payload after which to stop, '1' when nothing else is in
 --       flight, then seqs, the last claimed first
--- Returns {how many of the seqs were dealt with, put back, {ids put back}, then (seq, list, payload, deaths) of
--- each task to give up}. The caller calls again for the rest; cut off between two calls, the next restore goes
+-- Returns {how many of the seqs were dealt with, put back, {ids put back}, {list, why, ...} of those that stay in flight,
+-- then (seq, list, payload, deaths) of each task to give up}. The caller calls again for the rest; cut off between two calls, the next restore goes
 -- on: a task leaves the record of what ran together with its place in flight.
 local epoch, now_counted = tonumber(ARGV[1]), tonumber(redis.call('HGET', KEYS[2], 'number') or 0)
 if now_counted > epoch then
@@ -26,7 +26,8 @@ end
 local ran = {}
 for seq in string.gmatch(redis.call('HGET', inflight, 'running') or '', '%d+') do ran[seq] = true end
 
-local answer, done, back, wakes = {0, 0, ids}, 0, 0, {}
+local stuck = {}
+local answer, done, back, wakes = {0, 0, ids, stuck}, 0, 0, {}
 for i = 6, #ARGV do
   if bytes <= 0 then break end
   local seq = ARGV[i]
@@ -42,15 +43,20 @@ for i = 6, #ARGV do
       redis.call('HSET', inflight, seq, payload)
       for _, part in ipairs({seq, list, payload, deaths}) do answer[#answer + 1] = part end
     else
-      wait_again(payload)
-      local tier, model = put_back(list, payload)
-      redis.call('HDEL', inflight, seq, seq .. ':list')
+      local tier, model, why = put_back(list, payload)
+      if why then
+        stuck[#stuck + 1], stuck[#stuck + 2] = list, why
+        if ran[seq] then redis.call('HSET', inflight, seq, payload) end
+      else
+        wait_again(payload)
+        redis.call('HDEL', inflight, seq, seq .. ':list')
+        back = back + 1
+      end
       if tier then
         local key = tier .. '.' .. model
         wakes[key] = wakes[key] or {tier, model, 0}
         wakes[key][3] = wakes[key][3] + 1
       end
-      back = back + 1
     end
   end
   ran[seq] = nil

@@ -25,16 +25,24 @@ for _, i in ipairs(moved) do ends[i] = ARGV[i + 3] ~= '' end
 local written, refused = finish(ARGV, 6, step, ARGV[1])
 if not written then return refused end
 local lists, wakes = {}, {}
+local gone = 0
 for _, i in ipairs(moved) do
-  redis.call('LSET', KEYS[1], -read - ARGV[i] - 1, mark)
+  local why
   if not ends[i] then
-    local model = ARGV[i + 2]
+    local model, tier, indexed = ARGV[i + 2], nil, nil
     lists[model] = lists[model] or list_of(KEYS[1], model)
-    local tier, indexed = pass_on(lists[model], ARGV[i + 1])
-    wakes[model] = wakes[model] or {tier, indexed, 0}
-    wakes[model][3] = wakes[model][3] + 1
+    tier, indexed, why = pass_on(lists[model], ARGV[i + 1])
+    if not why then
+      wakes[model] = wakes[model] or {tier, indexed, 0}
+      wakes[model][3] = wakes[model][3] + 1
+    end
+  end
+  -- What cannot be passed on stays where it is.
+  if not why then
+    redis.call('LSET', KEYS[1], -read - ARGV[i] - 1, mark)
+    gone = gone + 1
   end
 end
-redis.call('LREM', KEYS[1], -#moved, mark)
+if gone > 0 then redis.call('LREM', KEYS[1], -gone, mark) end
 for _, one in pairs(wakes) do wake_for(unpack(one)) end
-return #moved
+return gone
