@@ -24,6 +24,13 @@ from gpuinfer.settings import QUEUES
 #: What restore.lua puts in front of a payload: deliveries and deaths.
 _MARK = re.compile(r'^\{"gpuinfer": \[\d+, \d+\], ')
 
+#: What revive.lua answers where it has done nothing.
+_REFUSED = {
+    -1: "has its result by now; gpuinfer dead drop removes the letter",
+    -2: "cannot be sent again: its inputs, which lay beside it, are gone; gpuinfer dead drop removes it",
+    -3: "cannot be sent again: what stands under {key!r} is no list; delete or rename that key",
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Letter:
@@ -125,20 +132,21 @@ def get(client: redis.Redis, letter_id: str) -> Letter:
 def retry(client: redis.Redis, letter_id: str) -> None:
     """Send a letter to its list again, under its id, its deaths forgotten.
 
-    Raises TaskNotFound, and InputError where it can never run, or has run: another delivery of it succeeded.
+    Raises TaskNotFound, and InputError where it can never run, or has run (another delivery of it succeeded),
+    or where something else stands under its list's name. What is refused stays as it is.
     """
     letter = get(client, letter_id)
     payload = _MARK.sub("{", letter.payload)
     try:
-        peek(payload.encode())
+        envelope = peek(payload.encode())
     except Undecodable as exc:
         raise InputError(f"cannot be sent again: {exc}; gpuinfer dead drop removes it", letter_id) from None
     if letter.queue not in QUEUES:
         raise InputError(f"cannot be sent again: no queue {letter.queue!r}", letter_id)
-    args = [letter_id, payload, results.PENDING_META]
+    args = [letter_id, payload, results.PENDING_META, int(bool(envelope and envelope.beside))]
     revived = bind(client, "revive")(keys=[letter.list_key], args=args)
     if revived < 0:
-        raise InputError("has its result by now; gpuinfer dead drop removes the letter", letter_id)
+        raise InputError(_REFUSED[revived].format(key=letter.list_key), letter_id)
     if not revived:
         raise _missing(letter_id)
 

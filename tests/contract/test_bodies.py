@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import redis
 
 from gpuinfer import Client
 from gpuinfer.client import core
-from gpuinfer.errors import DeadLettered, QueueFull, UnknownModel
+from gpuinfer.errors import DeadLettered, InputError, QueueFull, UnknownModel
 from gpuinfer.queue import dead, keys
 from gpuinfer.queue.claims import Final
 from gpuinfer.queue.connection import explain
@@ -100,6 +102,27 @@ def test_a_dead_letter_keeps_it(store: Store, client: Client) -> None:
     assert store.client.ttl(keys.body(task_id)) == -1
     assert dead.drop(store.client, [task_id, "another"]) == 1
     assert left(store) == NOTHING
+
+
+def test_a_letter_that_cannot_be_sent_again_stays(store: Store, client: Client) -> None:
+    """Something else stands under its list's name, or its body is gone: refused, and nothing is lost."""
+    raw: Any = store.client
+    task_id = client.submit(IMAGE)
+    (task,) = store.claim(1)
+    store.bury(task.seq, task.list_key, task.payload, DeadLettered("no"))
+    meta = raw.get(keys.result(task_id))
+    raw.set("realtime", "a stranger's")
+    with pytest.raises(InputError, match="'realtime' is no list"):
+        dead.retry(raw, task_id)
+    raw.delete("realtime")
+    body = raw.getdel(keys.body(task_id))
+    with pytest.raises(InputError, match="beside it, are gone"):
+        dead.retry(raw, task_id)
+    assert dead.ids(raw) == [task_id]
+    assert raw.get(keys.result(task_id)) == meta
+    raw.set(keys.body(task_id), body)
+    dead.retry(raw, task_id)
+    assert ids(store.claim(1)) == [task_id]
 
 
 def test_what_is_never_submitted_goes_by_itself(store: Store) -> None:

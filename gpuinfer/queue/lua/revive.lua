@@ -2,10 +2,14 @@
 -- needs: clock places lists states dead
 -- Send a dead letter to its list again as if newly submitted.
 -- KEYS: list
--- ARGV: task id, payload, pending meta
--- Returns 1, 0 when the letter is gone, or -1 when the task has its result by now: that stands.
+-- ARGV: task id, payload, pending meta, '1' when its body lies beside the list
+-- Returns 1, 0 when the letter is gone, or why nothing was done: -1, the task has its result by now, which stands; -2,
+-- its body is gone; -3, something else stands under the list's name.
 if state_of(ARGV[1]) == 'SUCCESS' then return -1 end
-if drop_letter(ARGV[1], true) == 0 then return 0 end
+if redis.call('HEXISTS', DEAD, ARGV[1]) == 0 then return 0 end
+if ARGV[4] == '1' and redis.call('EXISTS', BODY_PREFIX .. ARGV[1]) == 0 then return -2 end
+if type(redis.pcall('LLEN', KEYS[1])) == 'table' then return -3 end
+drop_letter(ARGV[1], true)
 write_passing(ARGV[1], ARGV[3])
 redis.call('LPUSH', KEYS[1], ARGV[2])
 local tier, model = index_list(KEYS[1])
