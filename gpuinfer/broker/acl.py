@@ -102,6 +102,8 @@ _DROPPING = (
     _selector("+hincrby", _BODY_BYTES),
     _selector("+unlink", _BODY),
 )
+#: To free the idempotency key of a task that did not run.
+_FREEING = (_selector("+hget", "+hdel", _KEYED),)
 #: To set a task aside, and to drop the oldest dead letters when there are too many.
 _BURYING = (
     _selector("+hset", "+hexists", "+hdel", "+hstrlen", "+hlen", _DEAD),
@@ -183,6 +185,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", "+expire", _RESULTS),
         _selector("+get", _BODY),
         *_DROPPING,
+        *_FREEING,
         # A large result is set beside, and renamed when its task has ended.
         _selector("+set", "+strlen", "+rename", _BESIDE, _RESULTS),
         *_BEGINNING,
@@ -205,6 +208,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
         _selector("+set", "+mget", "+getrange", "+expire", _RESULTS),
         *_DROPPING,
+        *_FREEING,
         *_BEGINNING,
         *_ANNOUNCING,
         *_COUNTING,

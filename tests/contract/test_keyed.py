@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from gpuinfer import Client
 from gpuinfer.client import core
-from gpuinfer.errors import IdempotencyConflict, QueueFull
-from gpuinfer.queue import keys
+from gpuinfer.errors import DeadLettered, IdempotencyConflict, QueueFull, TaskExpired
+from gpuinfer.queue import keys, results
+from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.purge import lines, purge
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
@@ -138,6 +140,34 @@ def test_they_take_a_part_of_the_memory(broker: BrokerSettings, store: Store) ->
         client.submit([1], idempotency_key="k")
     most = int(str(store.client.hget(keys.KEYED, "").decode()).split()[2])  # type: ignore[union-attr]
     assert most == 10_000_000 // 16 // keys.KEYED_BYTES
+
+
+def test_who_did_not_run_frees_them_for_good(client: Client, store: Store) -> None:
+    """Cancelled, or too late: as long as its state stands, and when that has expired before the key."""
+
+    def submit(key: str) -> str:
+        return client.submit([1], idempotency_key=key)
+
+    names = ["skipped", "late", "expired", "not kept", "buried"]
+    sent = [submit(name) for name in names]
+    ran = submit("ran")
+    skipped, late, expired, unkept, buried, other = store.claim(6)
+    for task_id in (sent[0], sent[1], sent[4]):
+        assert client.cancel(task_id)
+    again = submit("late")
+    assert again != sent[1]
+
+    def too_late(task: Claimed) -> Final:
+        task_id = ids([task])[0]
+        return Final(task.seq, task_id, results.failure(task_id, TaskExpired("late"), worker="w"))
+
+    ends = [Final(skipped.seq, "", b"", parent=sent[0]), done(late), too_late(expired)]
+    store.settle([*ends, replace(too_late(unkept), keep=False), done(other)])
+    store.bury(buried.seq, buried.list_key, buried.payload, DeadLettered("x"))
+    store.client.delete(*map(keys.result, (*sent, ran)))
+    assert submit("late") == again
+    assert submit("ran") == ran
+    assert [name for name, task_id in zip(names, sent, strict=True) if submit(name) == task_id] == []
 
 
 def test_who_did_not_run_frees_them(client: Client, store: Store) -> None:

@@ -22,6 +22,10 @@ if ARGV[5] ~= '' then
   local written, err = finish({id, ARGV[5], '1', ARGV[6], ARGV[7]}, 1, 5, ARGV[4], nil, true)
   if not written then return err end
 end
+if revoked then
+  -- needs: keyed
+  free_key(redis.call('HGET', KEYS[1], seq) or '', id)
+end
 local unsent = follow(following, ARGV[4])
 add_letter(id, ARGV[3])
 redis.call('HDEL', KEYS[1], seq, seq .. ':list')

@@ -13,13 +13,15 @@ local function holder_of(key, request)
   end
 end
 
--- Let the key of a task's message stand for nothing: the task was taken out of its queue. Our clients write the
+-- Let the key of a task's message stand for nothing: it did not run. Our clients write the
 -- headers behind the body, in less than a kilobyte.
 local function free_key(payload, id)
   local key = string.match(string.sub(payload, -2048), '"gpuinfer_key": ?"(%x+)"')
   if not key then return end
   for _, keyed in ipairs({KEYED, KEYED_BEFORE}) do
-    if string.sub(redis.call('HGET', keyed, key) or '', 43) == id then redis.call('HDEL', keyed, key) end
+    -- What is no hash, or not ours to read, keeps no task from its end.
+    local value = redis.pcall('HGET', keyed, key)
+    if type(value) == 'string' and string.sub(value, 43) == id then redis.call('HDEL', keyed, key) end
   end
 end
 

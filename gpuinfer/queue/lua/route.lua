@@ -41,6 +41,10 @@ for _, i in ipairs(moved) do
   if not why then
     redis.call('LSET', KEYS[1], -read - ARGV[i] - 1, mark)
     gone = gone + 1
+    if ends[i] and revoked then
+      -- needs: keyed
+      if revoked[ARGV[i + 3]] then free_key(ARGV[i + 1], ARGV[i + 3]) end
+    end
   end
 end
 if gone > 0 then redis.call('LREM', KEYS[1], -gone, mark) end

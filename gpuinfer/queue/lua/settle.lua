@@ -14,7 +14,7 @@ local skipped
 for i = 4, last, 6 do
   if ARGV[i + 3] == '' then
     skipped = skipped or {}
-    skipped[#skipped + 1], ARGV[i + 1] = ARGV[i + 1], ''
+    skipped[i], ARGV[i + 1] = ARGV[i + 1], ''
   elseif ARGV[i + 3] == '0' and ARGV[i] ~= '' and redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then
     ARGV[i + 1] = ''
   end
@@ -38,8 +38,21 @@ end
 redis.call('HDEL', KEYS[1], '')
 local written, refused = finish(ARGV, 5, 6, ARGV[1], last)
 if not written then return refused end
-for _, id in ipairs(skipped or {}) do
-  if state_of(id) == 'REVOKED' then redis.call('EXPIRE', RESULT_PREFIX .. id, ARGV[1], 'NX') end
+if skipped then
+  for _, id in pairs(skipped) do
+    if state_of(id) == 'REVOKED' then
+      redis.call('EXPIRE', RESULT_PREFIX .. id, ARGV[1], 'NX')
+      revoked = revoked or {}
+      revoked[id] = true
+    end
+  end
+end
+if revoked then
+  -- needs: keyed
+  for i = 4, last, 6 do
+    local id = skipped and skipped[i] or ARGV[i + 1]
+    if revoked[id] then free_key(redis.call('HGET', KEYS[1], ARGV[i]) or '', id) end
+  end
 end
 local unsent = follow_ends and follow_ends() or {}
 local gone, n = {}, 0

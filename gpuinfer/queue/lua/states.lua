@@ -130,6 +130,9 @@ local function drop_bodies(ids, kept)
   end
 end
 
+-- The ids that `finish` has found, or made, REVOKED: a set, or nil. Their idempotency keys stand for nothing.
+local revoked
+
 -- Write final states. From `first` to `last` (the end of `flat` if nil), each `step` entries of `flat` begin with:
 -- id ('': none), meta, '1' to keep it, reply channel ('': none), label. A task that has ended already is left as it
 -- is. What is not kept ('0') is told to the callers who wait, and what stood there is dropped. So are large bodies,
@@ -156,7 +159,11 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
         foreign[i] = true
       end
       -- Its message is dropped now.
-      if state == 'REVOKED' and ttl then redis.call('EXPIRE', RESULT_PREFIX .. id, ttl, 'NX') end
+      if state == 'REVOKED' and ttl then
+        redis.call('EXPIRE', RESULT_PREFIX .. id, ttl, 'NX')
+        revoked = revoked or {}
+        revoked[id] = true
+      end
       if not (state and FINAL[state]) then
         n = n + 1
         open[n] = i
@@ -197,6 +204,10 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
     local meta, reply = flat[i + 1], flat[i + 3]
     key = RESULT_PREFIX .. flat[i]
     channels[k], metas[k] = key, meta
+    if string.find(meta, '^{"status": ?"REVOKED"') then
+      revoked = revoked or {}
+      revoked[ids[k]] = true
+    end
     if foreign[i] then
       -- Told and counted all the same.
     elseif flat[i + 2] == '1' then
