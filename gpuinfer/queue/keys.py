@@ -102,6 +102,8 @@ KEYED_BYTES = 200
 GRANT_BYTES = 68 * 1024
 #: Seconds that a body may lie beside a list before its task is submitted.
 BODY_VOID_S = 60
+#: Seconds that a large result may lie beside before its task's end is written.
+BESIDE_VOID_S = 60
 #: Seconds after which an idle worker that has not renewed its entry is taken for gone: two waits and a bit.
 IDLE_VOID_S = 2.5
 #: Seconds that a woken worker is expected to take until it claims.

@@ -2,7 +2,8 @@
 """How a worker writes the ends of its tasks: the script ``settle``, and large results beside it.
 
 What passes through Lua is copied and hashed there. A large result is set under a key of its own before the
-call, by a plain SET, and the script renames that key. Until then nobody reads it; what is not used expires.
+call, by a plain SET, and the script renames that key. Until then nobody reads it; what is not used expires
+within a minute, and what has expired before the call is sent whole.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Settling:
             return set()
         with self._client.pipeline(transaction=False) as pipe:
             for final in finals:
-                pipe.set(keys.beside(final.task_id), final.meta, ex=self._ttl_s)
+                pipe.set(keys.beside(final.task_id), final.meta, ex=keys.BESIDE_VOID_S)
             answers = pipe.execute(raise_on_error=False)
         taken = set()
         for final, answer in zip(finals, answers, strict=True):

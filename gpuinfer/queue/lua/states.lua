@@ -136,7 +136,7 @@ local revoked
 -- Write final states. From `first` to `last` (the end of `flat` if nil), each `step` entries of `flat` begin with:
 -- id ('': none), meta, '1' to keep it, reply channel ('': none), label. A task that has ended already is left as it
 -- is. What is not kept ('0') is told to the callers who wait, and what stood there is dropped. So are large bodies,
--- unless they are kept. A large meta ('2') stands beside, with a time to live, and does not pass through here: it is
+-- unless they are kept. A large meta ('2') stands beside, for a minute, and does not pass through here: it is
 -- renamed, and what is given is a notice for reply channels. Without `ttl` a state stands until the task's message
 -- is dropped, which who calls with a `ttl` does: a cancelled task is not to run, however late its message comes.
 -- The type of every key, and this user's right to each command, are checked before the first write: a script
@@ -183,7 +183,7 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
     or may('PUBLISH', key, '')
     or may('PUBSUB', 'NUMSUB', key)
     or drops and may('DEL', key)
-    or beside and (may('RENAME', BESIDE_PREFIX .. 'x', key) or may('GET', key))
+    or beside and (may('RENAME', BESIDE_PREFIX .. 'x', key) or may('EXPIRE', key, ttl) or may('GET', key))
     or replied and may('PUBLISH', REPLY_PREFIX .. 'x', '')
     or bodies
       and (may('HDEL', BODIES, '') or may('HINCRBY', BODY_BYTES, '', 0) or may('UNLINK', BODY_PREFIX))
@@ -219,6 +219,7 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
       written = written + 1
     elseif flat[i + 2] == '2' then
       redis.call('RENAME', BESIDE_PREFIX .. flat[i], key)
+      redis.call('EXPIRE', key, ttl)
       metas[k], written = false, written + 1
     else
       redis.call('DEL', key)
