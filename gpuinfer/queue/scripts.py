@@ -44,7 +44,7 @@ Name = Literal[
     "know",
 ]
 
-#: What the scripts know by name. A list that has aged goes first in one of this many claims.
+#: What the scripts name, and have written out. A list that has aged goes first in one of this many claims.
 _CONSTANTS: dict[str, str | float] = {
     "AGED_EVERY": 5,
     "AGED_PREFIX": keys.AGED_PREFIX,
@@ -101,6 +101,8 @@ _LOCAL = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _COMMENT = re.compile(r"^ *--[^\n]*\n", re.MULTILINE)
+#: The name of a constant, or a string, in which there is none.
+_WORD = re.compile(rf"'[^'\n]*'|\b({'|'.join(_CONSTANTS)})\b")
 _NEEDS = re.compile(r"^-- needs: (.+)\n", re.MULTILINE)
 _NEEDS_HERE = re.compile(r"^ +-- needs: (.+)\n", re.MULTILINE)
 
@@ -113,16 +115,16 @@ def text(name: str) -> str:
 @cache
 def source(name: Name) -> str:
     """Return a script's text, whole."""
+    return _WORD.sub(lambda word: _lua(_CONSTANTS[word[1]]) if word[1] else word[0], code(name))
+
+
+def code(name: Name) -> str:
+    """Return a script's text with its libraries, and the names of ``keys`` as names."""
     head, _, body = text(name).partition("\n")
     body = _NEEDS_HERE.sub(lambda here: _libraries(here[1], body), body)
     needs = _NEEDS.search(body)
-    code = (_libraries(needs[1], body) if needs else "") + body
-    constants = "".join(
-        f"local {constant} = {_lua(value)}\n"
-        for constant, value in _CONSTANTS.items()
-        if re.search(rf"\b{constant}\b", code)
-    )
-    return f"{head}\n{constants}{code}"
+    libraries = _libraries(needs[1], body) if needs else ""
+    return f"{head}\n" + _COMMENT.sub("", libraries + body)
 
 
 def _libraries(names: str, body: str) -> str:

@@ -161,7 +161,7 @@ def test_an_epoch_never_comes_twice(store: Store, client: Client) -> None:
 
 def test_the_scripts_know_a_waiting_task() -> None:
     """They compare a state with what producers write, by its beginning; another word would only be slower."""
-    assert f"PENDING_HEAD = '{results.PENDING_META[:32].decode()}'" in source("submit")
+    assert f"text == '{results.PENDING_META[:32].decode()}'" in source("submit")
 
 
 def test_a_claim_of_many_is_whole(store: Store, client: Client) -> None:

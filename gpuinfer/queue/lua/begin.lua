@@ -7,7 +7,11 @@
 -- Returns the 1-based positions of tasks whose final state is already written: they must not run.
 if ARGV[1] ~= '' then redis.call('HSET', KEYS[1], 'running', ARGV[1]) end
 local done = {}
-local waiting = waiting_among(ARGV, 2, 2, #ARGV)
+local waiting = {}
+if #ARGV > 3 then
+  -- needs: ends
+  waiting = waiting_among(ARGV, 2, 2, #ARGV)
+end
 for i = 2, #ARGV, 2 do
   local state, err
   if not waiting[ARGV[i]] then state, err = state_of(ARGV[i]) end

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: states
+-- needs: states ends
 -- Write the final state of a task that waits or runs; one that has ended is left alone. Its worker finds out: it
 -- begins no other part of it, and what comes of the part that runs is dropped.
 -- KEYS: result key

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: clock places lists states
+-- needs: clock places lists states ends
 -- Pass tasks on that wait in one list, but are for another model, and end those that are for none. Nothing was
 -- claimed; they keep their order. Each is marked by its place, which costs no search, and one pass drops all
 -- that are marked: 2 ms behind 20,000 tasks, where a search for each takes 3 ms a task.

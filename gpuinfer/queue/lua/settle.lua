@@ -21,7 +21,7 @@ for i = 4, last, 6 do
 end
 local follow_ends
 if last < #ARGV then
-  -- needs: clock places lists chain
+  -- needs: ends clock places lists chain
   local following = read_following(ARGV, last + 1)
   -- An end that something follows counts from whoever holds the task alone: both are written by one call, or neither.
   for _, one in ipairs(following) do
@@ -36,7 +36,14 @@ if last < #ARGV then
 end
 -- Changes nothing, and fails as the call below would: a task must not end and stay in flight.
 redis.call('HDEL', KEYS[1], '')
-local written, refused = finish(ARGV, 5, 6, ARGV[1], last)
+local written, refused
+if last == 9 and not follow_ends and ARGV[5] ~= '' and ARGV[7] == '1' and #ARGV[6] <= 4096 then
+  written, refused = finish_one(ARGV[5], ARGV[6], ARGV[8], ARGV[9], ARGV[1])
+end
+if not written and not refused then
+  -- needs: ends
+  written, refused = finish(ARGV, 5, 6, ARGV[1], last)
+end
 if not written then return refused end
 if skipped then
   for _, id in pairs(skipped) do
