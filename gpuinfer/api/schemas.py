@@ -219,6 +219,7 @@ CANCEL_RESPONSES: dict[int | str, JsonSchema] = {
     ),
     404: _NOT_FOUND,
     422: _error("No task id.", "bad_input", "must be a text of 1 to 200 characters, got ...", "task_id"),
+    429: _FULL,
     503: _AWAY,
     "default": {"description": "Any other error.", "content": {"application/json": {"schema": ERROR}}},
 }

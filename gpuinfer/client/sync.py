@@ -171,8 +171,8 @@ class Client:
         """Cancel a task that has not ended; return whether it was cancelled.
 
         What runs on the device just now runs on; nothing else of the task does, and its result is dropped. An
-        id that nothing is known of may be a plain Celery producer's task, which waits: it is cancelled too.
-        Raises InputError, BrokerError.
+        id that nothing is known of may be a plain Celery producer's task, which waits: it is cancelled too,
+        but refused with QueueFull by a full Redis. Raises InputError, BrokerError.
         """
         names, args = core.cancel_call(task_id, self._origin, self._settings.queue)
         with typed_errors(self._user):

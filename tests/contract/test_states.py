@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpuinfer import Client
-from gpuinfer.errors import DeadLettered, TaskFailed
+from gpuinfer.errors import DeadLettered, QueueFull, TaskFailed
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.message import decode
@@ -178,6 +178,19 @@ def test_cancelled_is_cancelled_as_long_as_its_message_waits(store: Store, clien
     assert min(map(ttl, (skipped, late, expired, buried, purged))) > 3000
     assert {client.status(task_id).state for task_id in tasks} == {"revoked"}
     assert ended(store) == {"cancelled": 5}
+
+
+def test_a_full_redis_takes_no_end_of_a_task_that_nothing_is_known_of(store: Store, client: Client) -> None:
+    """What waits is cancelled however full it is; an id that anybody may have made up takes no room then."""
+    known = client.submit([1])
+    assert client.cancel("a plain producer's")
+    store.client.config_set("maxmemory", 1)
+    assert client.cancel(known)
+    before = store.client.dbsize()
+    with pytest.raises(QueueFull):
+        client.cancel("made up")
+    assert store.client.dbsize() == before
+    assert ended(store) == {"cancelled": 1, "cancelled_unknown": 1}
 
 
 def test_bytes_are_counted_by_lane(store: Store, client: Client) -> None:

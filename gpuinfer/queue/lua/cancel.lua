@@ -12,5 +12,14 @@ if foreign or FINAL[state or ''] then return 0 end
 local meta, label, ttl = ARGV[2], 'cancelled', nil
 if not state then meta, label, ttl = ARGV[5], 'cancelled_unknown', ARGV[3] end
 if meta == '' then return 0 end
+-- With the flag above a full Redis refuses nothing by itself; but for an id that anybody may have made up.
+if not state then
+  local memory = redis.call('INFO', 'memory')
+  local function value(name) return tonumber(string.match(memory, '\n' .. name .. ':(%d+)') or 0) end
+  local most = value('maxmemory')
+  if most > 0 and value('used_memory') - value('mem_not_counted_for_evict') > most then
+    return redis.error_reply("OOM command not allowed when used memory > 'maxmemory'.")
+  end
+end
 local written, err = finish({ARGV[1], meta, '1', ARGV[4], label}, 1, 5, ttl)
 return written or err
