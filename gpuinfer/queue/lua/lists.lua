@@ -99,8 +99,8 @@ local function wake(tier, model, wanted)
       local worker, at = workers[i], tonumber(workers[i + 1])
       if at < 0 or at < now() - IDLE_VOID then break end
       redis.call('ZADD', idle, -now(), worker)
-      redis.call('LPUSH', WAKE_PREFIX .. worker, 1)
-      redis.call('LTRIM', WAKE_PREFIX .. worker, 0, 0)
+      -- One that is not waiting just now keeps a single one of these.
+      if redis.call('LPUSH', WAKE_PREFIX .. worker, 1) > 1 then redis.call('LTRIM', WAKE_PREFIX .. worker, 0, 0) end
       wanted = wanted - 1
     end
     if wanted <= 0 then break end
