@@ -120,6 +120,23 @@ def test_what_may_pass_is_tried_again(batcher: Batcher, client: Client, model: S
     assert not client.status(task).redelivered
 
 
+def test_what_a_stop_gives_back_is_named(
+    batcher: Batcher, client: Client, model: Small, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A task that waits for its next try goes back to its list, and the log says so."""
+    model.fits = 0
+    task = client.submit([1.0], model="picky")
+    batcher._settings = batcher._settings.model_copy(
+        update={"queue": batcher._settings.queue.model_copy(update={"retry_backoff_s": 600.0})}
+    )
+    turn(batcher, lambda: model.sizes and batcher.engine.current is None, 60)
+    assert len(batcher.held()) == 1
+    batcher.drain(60)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "drained" in line]
+    assert task in line
+    assert batcher.store.client.llen("realtime") == 1
+
+
 def test_retries_are_bounded(batcher: Batcher, client: Client, model: Small) -> None:
     """After max_retries it fails with the last error; an error of the input is not tried twice."""
     model.fits = 0

@@ -176,7 +176,7 @@ def test_a_message_beside_a_claim_that_fails(channel: Channel, taker: Taker) -> 
         time.sleep(channel.brpop_timeout + 0.1)  # the next wait is for this queue, too
         turn(channel)
         stand(channel)
-        taker.store.client.set(keys.index(), "no index")
+        taker.store.client.set(keys.epoch(taker.store.worker), "no epoch")
         connection.Producer(channel).publish({"n": 1}, routing_key="other")
         with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
             turn(channel, 1)

@@ -117,16 +117,17 @@ def test_restore_by_hand(workers: Workers, client: Client) -> None:
     assert (restored["action"], restored["worker"], restored["gpu"]) == ("restored", NAME, 0)
 
 
-def test_what_is_handed_back(workers: Workers, client: Client, redis_server: RedisServer) -> None:
-    """A worker that stops names the tasks it gives back, and those of its last batch."""
+def test_what_a_stop_leaves(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """A worker that stops names the tasks of its last batch; what waits stays where it is."""
     sleeper(workers.folder / "models" / "slow", 1.0, max_batch_size=1)
     app = Celery("stranger", broker=f"redis+socket://{redis_server.socket}", set_as_current=False)
     later = app.send_task("gpuinfer.predict", [[1.0], "slow"], queue="realtime", countdown=600)
     worker = workers.start(worker_models="slow")
-    wait_until(lambda: redis_server.client().hlen(keys.inflight(NAME)), timeout=60)
+    wait_until(lambda: redis_server.client().zcard(keys.later("realtime")), timeout=60)
     first, second = client.submit_many([[1.0]] * 2, model="slow")
     wait_until(lambda: client.status(first).state == "running", timeout=60)
     worker.terminate()
     assert actions(story(first, worker.text())) == ["batch_running", "batch_done"]
     assert actions(story(second, worker.text())) == [], "nothing is held behind a long batch"
-    assert actions(story(later.id, worker.text())) == ["drained"]
+    assert actions(story(later.id, worker.text())) == []
+    assert redis_server.client().zcard(keys.later("realtime")) == 1

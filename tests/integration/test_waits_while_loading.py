@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from redis.exceptions import BusyLoadingError
@@ -81,18 +82,21 @@ async def test_a_look_that_fails_is_repeated(
     """The subscription stands, so no second confirmation comes: the look must be tried until it works."""
     async with AsyncClient(settings_for(redis_server)) as client:
         task_id = await client.submit([1])
-        get, calls = client._redis.get, 0
+        call, looks = client._pipe.call, 0
 
-        async def refuse_some(name: str) -> object:
-            nonlocal calls
-            calls += 1
-            if 1 < calls < 5:  # the first look is the one before the subscription
-                raise BusyLoadingError("Redis is loading the dataset in memory")
-            if calls == 5:
+        def refuse_some(*command: Any) -> asyncio.Future[Any]:
+            nonlocal looks
+            looks += 1
+            if looks == 5:
                 with redis_server.client() as connection:
                     meta = results.success(task_id, "done", worker="gpu0@test")
                     connection.set(keys.result(task_id), meta)
-            return await get(name)
+            if 1 < looks < 5:  # the first is the one before anything is waited for
+                refused = asyncio.get_running_loop().create_future()
+                refused.set_exception(BusyLoadingError("Redis is loading the dataset in memory"))
+                return refused
+            return call(*command)
 
-        monkeypatch.setattr(client._redis, "get", refuse_some)
+        monkeypatch.setattr(client._pipe, "call", refuse_some)
         assert await asyncio.wait_for(client.result(task_id), 120) == "done"
+        assert looks == 5
