@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from tests.bench.images import images
 from tests.bench.lines import QUICK, Line, Sizes
 from tests.bench.machine import CLIENT_CORE, machine, pinned, versions
 from tests.bench.measures import idle, latency, redis_memory, steady, submission, throughput, worker_memory
@@ -31,6 +32,7 @@ MEASURES: dict[str, Callable[[Path, Sizes], Iterator[Line]]] = {
     "spread": speed_up,
     "waits": waits,
     "claim": claim_cost,
+    "images": images,
     "redis-memory": redis_memory,
     "worker-memory": worker_memory,
     "idle": idle,

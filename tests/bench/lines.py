@@ -68,6 +68,7 @@ class Sizes:
     claims: int = 1_000
     #: How often each kind of claim is measured, in turns: a difference of 3 % has to show.
     claim_rounds: int = 15
+    images: int = 1_280
 
 
 QUICK = Sizes(
@@ -86,6 +87,7 @@ QUICK = Sizes(
     arrivals=60,
     claims=300,
     claim_rounds=3,
+    images=256,
 )
 
 

@@ -43,11 +43,29 @@ name = "twice"
     return write_model(folder, _Steady(int(STEADY_S_PER_ITEM * 1e9)), tables)
 
 
+class _Means(nn.Module):
+    """Nothing but the mean of an image: what is measured is its way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((1, 2, 3)).unsqueeze(1)
+
+
+_IMAGES = """
+max_batch_size = 32
+[[inputs]]
+name = "x"
+shape = [3, 224, 224]
+[[outputs]]
+name = "mean"
+"""
+
+
 def write_models(folder: Path) -> None:
     """Write all models of the bench into ``folder``; the number is the largest batch."""
     perceptron(folder / "perceptron", max_batch_size=256)
     for size in (1, 32):
         steady(folder / f"steady{size}", max_batch_size=size)
+    write_model(folder / "means", _Means(), _IMAGES)
 
 
 def vectors(count: int) -> list[list[float]]:
