@@ -131,14 +131,14 @@ class QueueSettings(Section):
     max_keys: int = Field(default=1_000_000, ge=1, le=1_000_000_000)
     #: A request larger than this is refused, before it reaches Redis.
     max_payload_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
-    #: A result larger than this is none: its task fails.
+    #: A task whose result is larger than this fails.
     max_result_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
     #: Retries of a transient failure, and the first pause; each later pause is twice as long.
     max_retries: int = Field(default=3, ge=0, le=20)
     retry_backoff_s: float = Field(default=0.5, gt=0, le=600)
     #: A task whose worker died under it this often goes to the dead-letter list.
     max_deaths: int = Field(default=2, ge=2, le=10)
-    #: So many tasks may wait for their ETA at most; one more is refused, or fails.
+    #: At most this many tasks may wait for their ETA; one more is refused, or fails.
     max_later: int = Field(default=100_000, ge=1, le=100_000_000)
     #: Dead letters are kept up to these bounds; of more, the oldest go.
     max_dead: int = Field(default=10_000, ge=1, le=1_000_000)

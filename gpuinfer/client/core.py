@@ -292,8 +292,9 @@ def cancel_call(
 ) -> tuple[list[str], list[bytes | str | int]]:
     """Return keys and arguments of the script that cancels. Raises InputError.
 
-    Of a plain producer's task nothing is known while it waits: its end is written in advance, and whoever
-    claims it skips it. A task of one's own that nothing is known of has ended, and its result is gone.
+    Of a plain producer's task nothing is known while it waits: its end is written in advance, and the
+    worker that claims it skips it. A task of one's own that nothing is known of has ended, and its result is
+    gone.
     """
     key, ttl_s = result_key(task_id), settings.result_ttl_s
     known = results.failure(task_id, TaskRevoked("it was cancelled"), worker="")

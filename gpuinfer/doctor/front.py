@@ -54,7 +54,7 @@ def _get(name: str, port: int, path: str) -> tuple[int, bytes]:
 
 
 def _is_a_strangers(host: Host) -> bool:
-    """Tell whether our socket could not listen, so that whoever answers there is not ours."""
+    """Tell whether our socket could not listen, so that another program answers there."""
     try:
         socket = show(host, [SOCKET], "ActiveState,Result")[0]
     except Skipped:

@@ -75,7 +75,7 @@ class Host:
             raise Skipped(f"{absolute} cannot be read: {exc.strerror or exc}") from None
 
     def gpus(self) -> Report:
-        """Return what NVML says, asked once. Raises ChildFailed, ChildHung to whoever wants to know."""
+        """Return what NVML says, asked once. Raises ChildFailed, ChildHung to each caller."""
         with self._lock:
             if self._report is None:
                 try:

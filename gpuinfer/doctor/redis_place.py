@@ -88,7 +88,7 @@ class Place:
         return f"ssh {self.host} systemctl start gpuinfer-redis"
 
     def greeting(self) -> str:
-        """Return what Redis says to whoever it turns away at once: too many clients, protected mode."""
+        """Return what Redis says to a client that it turns away at once: too many clients, protected mode."""
         try:
             with socket.socket(socket.AF_UNIX if self.socket else socket.AF_INET) as plain:
                 plain.settimeout(_PROBE_LIMIT_S)

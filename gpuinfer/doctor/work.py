@@ -23,7 +23,7 @@ from gpuinfer.queue.orphans import Holder, ago, command, holders
 
 #: How long workers are given to answer a ping, and a request to come back.
 PING_S, REQUEST_S = 2.0, 20.0
-#: A dead letter older than this has been forgotten by whoever should look at it.
+#: A dead letter older than this (seconds) has been forgotten by its administrator.
 STALE_S = 7 * 86400
 #: ActiveState of a unit -> why it does not answer: starting it again would not help.
 _STATES = {
@@ -49,7 +49,7 @@ def workers(host: Host) -> Finding:
 
 
 def nobody(host: Host, waiting: int) -> Finding:
-    """Return the finding for a host on which no worker answers while so many tasks wait."""
+    """Return the finding for a host on which no worker answers while tasks wait."""
     text = f"no worker answers, and {waiting} tasks wait"
     grave = error if waiting else warning
     try:

@@ -37,7 +37,7 @@ def purge(loaded: Loaded, name: str | None, yes: bool, as_json: bool) -> int:
     """End all tasks that wait in QUEUE as revoked, those with an ETA, too. Default: all queues.
 
     QUEUE is realtime, default or batch, for all models, or one model's: batch.resnet. What a worker has
-    claimed goes on. Whoever waits for one of them is told; idempotency keys are free again.
+    claimed goes on. Waiting clients are told; idempotency keys are free again.
     """
     from gpuinfer.queue.purge import check, lines
     from gpuinfer.queue.purge import purge as end

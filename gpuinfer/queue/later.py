@@ -76,6 +76,6 @@ class Later:
         reason = why.decode(errors="replace")
         if not reason:
             reason = (
-                f"so many tasks wait for their ETA already; queue.max_later is {self._settings.max_later}"
+                f"too many tasks wait for their ETA already; queue.max_later is {self._settings.max_later}"
             )
         return Postponed(frozenset(at - 1 for at in due), frozenset(at - 1 for at in refused), reason)

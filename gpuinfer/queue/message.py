@@ -196,7 +196,7 @@ def _dump_inputs(inputs: Any) -> bytes:
 
 
 def check_values(text: bytes) -> None:
-    """Raises PayloadTooLarge for long JSON with so many values that to read it takes up the memory."""
+    """Raises PayloadTooLarge for long JSON with so many values that reading it would take all memory."""
     if len(text) > _FREE_JSON_BYTES and sum(map(text.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
         raise PayloadTooLarge(f"holds more than {_MAX_JSON_VALUES} values as JSON; send an array", "inputs")
 

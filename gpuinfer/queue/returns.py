@@ -17,7 +17,7 @@ log = get_logger(__name__)
 
 #: What one call takes: together, it keeps Redis for less than 10 ms.
 CALL_TASKS, CALL_BYTES = 250, 512 * 1024
-#: So many of the ids that a restore has put back are kept.
+#: How many of the ids that a restore has put back are kept.
 MOST_IDS = 1000
 
 Script = Callable[..., Any]

@@ -153,7 +153,7 @@ class Store:
     def waits(self) -> bool:
         """Tell whether a claim may find what nobody has told of; a third of an empty claim's price.
 
-        What is due by now is put into its list on the way, and wakes whoever may take it.
+        What is due by now is put into its list on the way, and wakes a worker that may take it.
         """
         exist = ("EXISTS", *self.lists) if self.lists else ("PING",)
         found, (due, paused) = self._direct.call_all(exist, ("MGET", keys.DUE, keys.PAUSED))
@@ -227,7 +227,7 @@ class Store:
     ) -> list[Claimed]:
         """Take tasks of one model, the most urgent first, whose payloads have about ``max_bytes``.
 
-        A number stands for so many of each model. Idle workers of this group get their share. With
+        A number is a count for each model. Idle workers of this group get their share. With
         ``begin``, a task that comes alone is noted as running, which saves the call of ``begin``. With
         ``look``, lists that plain producers may have filled are looked into first.
         """

@@ -44,7 +44,7 @@ _EXTEND_EVERY_S = 10.0
 
 
 def extend(notifier: SystemdNotifier, seconds: float) -> None:
-    """Ask systemd for so many more seconds, for a start or a stop that goes on."""
+    """Ask systemd for more seconds, for a start or a stop that goes on."""
     notifier.notify(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
 

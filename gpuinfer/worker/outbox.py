@@ -38,9 +38,9 @@ log = get_logger(__name__)
 
 #: A task that runs for this long is marked as started; a shorter one has ended before anybody looks.
 STARTED_AFTER_S = 0.1
-#: Ends are written in calls of so many at most, and so many bytes: Redis does nothing else meanwhile.
+#: One call writes at most this many ends, and bytes: Redis does nothing else meanwhile.
 CHUNK_TASKS, CHUNK_BYTES = 1000, 4 * 1024 * 1024
-#: An end that Redis has not taken alone, so many times in a row while it answered otherwise, is never taken.
+#: An end that Redis refuses this often in a row, alone and while it answers otherwise, is given up.
 CULPRIT_TRIES = 3
 #: What is smaller than this is not too large for any Redis: proto-max-bulk-len is 1 MiB at least.
 SMALL_BYTES = 64 * 1024
@@ -205,7 +205,7 @@ class Outbox:
         self._noted_idle, self._refused = idle, False
 
     def _chunk(self) -> list[Final]:
-        """Return the ends to write next: so many, and so many bytes of them."""
+        """Return the ends to write next, within the bounds of one call."""
         left = CHUNK_BYTES
         chunk: list[Final] = []
         for final in self._waiting[: self._most]:

@@ -12,7 +12,7 @@ if foreign or FINAL[state or ''] then return 0 end
 local meta, label, ttl = ARGV[2], 'cancelled', nil
 if not state then meta, label, ttl = ARGV[5], 'cancelled_unknown', ARGV[3] end
 if meta == '' then return 0 end
--- With the flag above a full Redis refuses nothing by itself; but for an id that anybody may have made up.
+-- The flag above lets a full Redis take anything; an id that anybody may have made up is refused there.
 if not state then
   local memory = redis.call('INFO', 'memory')
   local function value(name) return tonumber(string.match(memory, '\n' .. name .. ':(%d+)') or 0) end

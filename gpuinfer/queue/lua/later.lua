@@ -44,7 +44,7 @@ local function note_list(list)
   end
 end
 
--- Append what is due to its list, the first due first, up to so many tasks and bytes in all. What cannot be
+-- Append what is due to its list, the first due first, up to a number of tasks and bytes in all. What cannot be
 -- appended, because something else stands under the list's name, stays, and is tried again after a while.
 -- Returns how many were moved.
 local function move_due(tasks, bytes)

@@ -23,7 +23,7 @@ local function id_of(payload)
   return read and value[1] or nil
 end
 
--- Return a payload with so many more deaths, and one delivery more, in front of it; and its deaths. What is no
+-- Return a payload with one delivery and the given deaths more in front of it; and its deaths. What is no
 -- object stays as it is.
 local function counted(payload, died)
   local head, deliveries, deaths = string.match(payload, '^({"gpuinfer": %[(%d+), (%d+)%], )')

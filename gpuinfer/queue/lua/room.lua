@@ -1,8 +1,8 @@
 -- Library: how much may wait. Needs places.
 -- What waits is counted exactly, which takes some time, and half of the room that is found is granted: so much may
--- come before the next count. Nothing is counted up and down, so that nothing drifts, whoever fills the lists.
+-- come before the next count. No counter goes up and down, so none can drift when plain producers fill the lists.
 -- A grant is a number of tasks, of GRANT_BYTES each at most: a larger one takes several.
--- To count more than so many bytes takes longer than a submission.
+-- Counting more bytes than this takes longer than a submission.
 local MANY_BYTES = 16000000
 
 -- Return how many tasks wait, the bytes of those of the tier batch, those of all, and how many lists there are.

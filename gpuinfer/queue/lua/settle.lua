@@ -23,7 +23,7 @@ local follow_ends
 if last < #ARGV then
   -- needs: ends clock places lists chain
   local following = read_following(ARGV, last + 1)
-  -- An end that something follows counts from whoever holds the task alone: both are written by one call, or neither.
+  -- An end that something follows is only taken from the task's holder: one call writes both, or neither.
   for _, one in ipairs(following) do
     local i = 6 * one.which - 2
     if redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then
