@@ -65,7 +65,7 @@ COMMANDS: dict[str, Entry] = {
     "model": Entry("gpuinfer.models.cli:model", "List, check, install and remove models.", "worker"),
     "redis": Entry("gpuinfer.broker.cli:redis", "Prepare this host's own Redis."),
     "gpus": Entry("gpuinfer.gpus_cli:gpus", "List this host's GPUs."),
-    "doctor": Entry("gpuinfer.doctor.cli:doctor", "Look this host over, and name what mends it."),
+    "doctor": Entry("gpuinfer.doctor.cli:doctor", "Check this host and print a fix for each problem."),
     "config": Entry("gpuinfer.config_cli:config", "Check and show the settings."),
     "worker": Entry("gpuinfer.worker.cli:worker", "Run the worker of one GPU.", "worker"),
     "restore": Entry("gpuinfer.worker.cli:restore", "Put back what a dead worker left in flight.", "worker"),

@@ -33,7 +33,7 @@ def _complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> 
 @click.option("--list", "as_list", is_flag=True, help="List the checks and what each one holds.")
 @click.pass_obj
 def doctor(loaded: Loaded, checks: tuple[str, ...], as_json: bool, quick: bool, as_list: bool) -> int:
-    """Look this host over, and name for what is wrong the command that mends it.
+    """Check this host and print a fix for each problem.
 
     A CHECK is a check's name or its topic (redis, gpu, units ...). The exit code is 0 when all is well,
     warnings allowed, and 1 when there is an error. Run it as root, or some checks are skipped.
