@@ -89,7 +89,7 @@ class Api:
 
     def log(self, action: str) -> list[dict[str, Any]]:
         """Return the lines of that action."""
-        lines = [json.loads(line) for line in self.process.text().splitlines() if line.startswith("{")]
+        lines = [json.loads(line) for line in self.process.lines() if line.startswith("{")]
         return [line for line in lines if line["action"] == action]
 
     def __enter__(self) -> Api:

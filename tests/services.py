@@ -33,6 +33,11 @@ class ServiceError(AssertionError):
     """Raised when a service does not do what the test waits for; carries the end of its log."""
 
 
+def whole_lines(text: str) -> list[str]:
+    """Return the lines of a log that is still written to, without the one that has no end yet."""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
 class Process:
     """A command in a process group of its own, with its output in a file; always reaped.
 
@@ -82,6 +87,10 @@ class Process:
     def text(self) -> str:
         """Return what it has written so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def lines(self) -> list[str]:
+        """Return the whole lines it has written so far: it may be writing the next one."""
+        return whole_lines(self.text())
 
     def wait_for_line(self, pattern: str, timeout: float = START_TIMEOUT_S) -> str:
         """Wait until a line matches the pattern (searched); return that line.

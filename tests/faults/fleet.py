@@ -38,7 +38,7 @@ from gpuinfer.settings import QUEUES
 from tests.faults.account import Account, Sent, rows
 from tests.faults.fragile import FATAL_BYTES, KILLS_ITS_READER, KILLS_ITS_RUNNER
 from tests.models_for_tests import perceptron, write_model
-from tests.services import Process, RedisServer, ServiceError
+from tests.services import Process, RedisServer, ServiceError, whole_lines
 from tests.workers import UNTRACED, Workers, wait_until
 
 #: Slot -> the models its worker serves.
@@ -367,7 +367,7 @@ class Fleet:
         ran: Counter[str] = Counter()
         first: dict[str, float] = {}
         for log in self._folder.glob("run*.log"):
-            begun = [json.loads(line) for line in log.read_text().splitlines() if '"batch_begun"' in line]
+            begun = [json.loads(line) for line in whole_lines(log.read_text()) if '"batch_begun"' in line]
             ran.update({task for line in begun for task in line["task_ids"]})
             for line in begun:
                 at = datetime.fromisoformat(line["timestamp"]).timestamp()

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 def batches(worker: Process, action: str, task_id: str) -> int:
     """Count the lines of an action that name a task."""
-    lines = [line for line in worker.text().splitlines() if f'"{action}"' in line]
+    lines = [line for line in worker.lines() if f'"{action}"' in line]
     return sum(task_id in json.loads(line).get("task_ids", ()) for line in lines)
 
 

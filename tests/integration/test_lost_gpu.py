@@ -40,7 +40,7 @@ HANG = "LoadedModel.probe = lambda _: time.sleep(600)\n"
 
 def lines(worker: Process, action: str) -> list[dict[str, object]]:
     """Return what a worker's log says under an action."""
-    found = [json.loads(line) for line in worker.text().splitlines() if line.startswith("{")]
+    found = [json.loads(line) for line in worker.lines() if line.startswith("{")]
     return [line for line in found if line["action"] == action]
 
 

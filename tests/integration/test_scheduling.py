@@ -110,7 +110,7 @@ def test_urgent_before_aged_jobs(workers: Workers, client: Client) -> None:
 
 def begun(worker: Process) -> list[list[str]]:
     """Return the tasks of each batch that has begun, in order."""
-    lines = [line for line in worker.text().splitlines() if '"batch_begun"' in line]
+    lines = [line for line in worker.lines() if '"batch_begun"' in line]
     return [json.loads(line)["task_ids"] for line in lines]
 
 

@@ -17,7 +17,7 @@ from gpuinfer.errors import InputError
 from gpuinfer.queue import keys
 from tests.apis import Api, submit
 from tests.models_for_tests import sleeper
-from tests.services import RedisServer
+from tests.services import RedisServer, whole_lines
 from tests.workers import NAME, Workers, wait_until
 
 pytestmark = pytest.mark.integration
@@ -27,7 +27,7 @@ Line = dict[str, Any]
 
 def story(task_id: str, *texts: str) -> list[Line]:
     """Return the lines that name a task, as ``journalctl TASK_ID=...`` would: alone, or among others."""
-    lines = [json.loads(line) for text in texts for line in text.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for text in texts for line in whole_lines(text) if line.startswith("{")]
     told = [line for line in lines if line.get("task_id") == task_id or task_id in line.get("task_ids", ())]
     return sorted(told, key=lambda line: line["timestamp"])
 

@@ -20,7 +20,7 @@ from gpuinfer.settings import Settings
 from gpuinfer.watcher.probe import DECISIONS
 from gpuinfer.watcher.state import Key
 from tests.models_for_tests import sleeper
-from tests.services import Process, RedisServer
+from tests.services import Process, RedisServer, whole_lines
 from tests.workers import Workers, wait_until
 
 pytestmark = pytest.mark.integration
@@ -54,7 +54,7 @@ def watch(workers: Workers, *more: str, **settings: object) -> Process:
 def lines(workers: Workers, action: str) -> list[dict[str, object]]:
     """Return the watcher's log lines of an action."""
     text = (workers.folder / "watcher.log").read_text()
-    entries = [orjson.loads(line) for line in text.splitlines() if line.startswith("{")]
+    entries = [orjson.loads(line) for line in whole_lines(text) if line.startswith("{")]
     return [entry for entry in entries if entry.get("action") == action]
 
 
