@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One way to end: ``states.lua`` alone writes under a result's key, from whatever script it is called."""
+"""One way to end: ``states.lua`` and ``ends.lua`` alone write under a result's key, for all scripts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ pytestmark = pytest.mark.unit
 
 PACKAGE = Path(__file__).parents[2] / "gpuinfer"
 LUA = sorted((PACKAGE / "queue" / "lua").glob("*.lua"))
+#: The state of one task, and the ends of many.
+LIBRARIES = ("states", "ends")
 #: Commands of redis-py, and of Redis, that read a key. Who listens to its channel writes nothing.
 READING = {"get", "mget", "exists", "ttl", "strlen", "getrange", "subscribe", "unsubscribe", "GET", "MGET"}
 #: What Python does with a result's name beside: takes it apart, or passes it on.
@@ -27,7 +29,9 @@ def code(file: Path) -> str:
     return re.sub(r"--.*", "", file.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("file", [file for file in LUA if file.stem != "states"], ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", [file for file in LUA if file.stem not in LIBRARIES], ids=lambda one: one.stem
+)
 def test_no_other_script_sets_a_result(file: Path) -> None:
     """Another script does not even know how a result's key begins."""
     assert "RESULT_PREFIX" not in code(file)
@@ -39,18 +43,19 @@ def test_a_script_that_is_given_a_result_writes_nothing_itself() -> None:
     """``cancel`` names the key for Redis's sake; what is written there, ``finish`` writes."""
     given = [file.stem for file in LUA if re.search(r"^-- KEYS:.*result", file.read_text(), re.M)]
     assert given == ["cancel"]
-    assert "redis." not in code(PACKAGE / "queue" / "lua" / "cancel.lua")
+    called = re.findall(r"redis\.p?call\('(\w+)'", code(PACKAGE / "queue" / "lua" / "cancel.lua"))
+    assert called == ["INFO"]  # whether Redis is full
 
 
 def test_final_states_go_through_one_function() -> None:
-    """Within the library, two functions write: what passes, and what is final."""
-    text = code(PACKAGE / "queue" / "lua" / "states.lua")
+    """In the libraries, one function writes what passes, two what is final: of one task, and of many."""
+    text = "".join(code(PACKAGE / "queue" / "lua" / f"{name}.lua") for name in LIBRARIES)
     functions = dict(re.findall(r"^local function (\w+)\((.*?)(?=^local function|\Z)", text, re.M | re.S))
     writing = {name for name, body in functions.items() if re.search(r"'(SET|DEL|SETEX|APPEND)', ", body)}
     calling = {name for name in writing if re.search(r"redis\.call\('(SET|DEL)'", functions[name])}
-    assert calling == {"write_passing", "finish"}
+    assert calling == {"write_passing", "finish_one", "finish"}
     final = [file.stem for file in LUA if re.search(r"\bfinish\(", code(file))]
-    assert final == ["bury", "cancel", "chain", "purge", "route", "settle", "states"]
+    assert final == ["bury", "cancel", "chain", "ends", "purge", "route", "settle"]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ if not written then return refused end
 if skipped then
   for _, id in pairs(skipped) do
     if state_of(id) == 'REVOKED' then
-      redis.call('EXPIRE', RESULT_PREFIX .. id, ARGV[1], 'NX')
+      expire_state(id, ARGV[1])
       revoked = revoked or {}
       revoked[id] = true
     end

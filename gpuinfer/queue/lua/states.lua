@@ -11,6 +11,9 @@ local function state_of(id)
   return string.match(text, '^{"status": ?"(%u+)"')
 end
 
+-- Let a final state that stands without a time to live have one: its message was dropped.
+local function expire_state(id, ttl) return redis.call('EXPIRE', RESULT_PREFIX .. id, ttl, 'NX') end
+
 -- Write a state that passes: waiting, or started. Without a TTL: it is never evicted.
 local function write_passing(id, meta, ...) return redis.call('SET', RESULT_PREFIX .. id, meta, ...) end
 
