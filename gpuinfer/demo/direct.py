@@ -13,10 +13,8 @@ from typing import Any
 import orjson
 
 from gpuinfer.models.loader import load
-from gpuinfer.models.outputs import render_batch
 from gpuinfer.models.repository import Repository
 from gpuinfer.models.shipped import load_test_images
-from gpuinfer.models.tensors import decode_batch
 from gpuinfer.settings import load_settings
 
 
@@ -26,10 +24,10 @@ def classify(name: str) -> list[dict[str, Any]]:
     model = load(Repository(()).get(name), "cpu", threads=1)
     model.warm_up(1)
     rendered: list[dict[str, Any]] = []
-    for item in decode_batch(model.manifest, list(images)):
+    for item in model.prepare(list(images)):
         if isinstance(item, Exception):
             raise item
-        rendered += render_batch(model.manifest, model.forward([item]))
+        rendered += model.finish(model.forward([item]))
     return rendered
 
 

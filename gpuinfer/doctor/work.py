@@ -15,8 +15,9 @@ from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warni
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.units import idle_watcher, instances, show
 from gpuinfer.errors import GpuinferError, UnknownModel, WaitTimeout
-from gpuinfer.models.manifest import FREE, Manifest, TensorSpec
+from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.repository import Repository
+from gpuinfer.models.specs import FREE, InputSpec
 from gpuinfer.queue import catalogue, dead, keys
 from gpuinfer.queue.depth import look
 from gpuinfer.queue.orphans import Holder, ago, command, holders
@@ -176,7 +177,7 @@ def sample(manifest: Manifest) -> Any:
     return {spec.name: _zeros(spec) for spec in manifest.inputs}
 
 
-def _zeros(spec: TensorSpec) -> Any:
+def _zeros(spec: InputSpec) -> Any:
     value: Any = False if spec.dtype == "bool" else 0.0 if "float" in spec.dtype else 0
     for length in reversed(spec.shape):
         value = [value] * (_FREE_LENGTH if length == FREE else length)

@@ -116,7 +116,7 @@ def show(loaded: Loaded, name: str, as_json: bool) -> None:
     """Show everything the manifest of NAME says, defaults included."""
     folder = _repository(loaded).get(name)
     body = {
-        **folder.manifest.model_dump(mode="json"),
+        **folder.manifest.model_dump(mode="json", by_alias=True),
         "format": folder.manifest.format,
         "path": str(folder.path),
         "shipped": folder.shipped,
@@ -293,7 +293,8 @@ def _run(
     if device != "cpu":
         check_visible(os.environ)  # before torch is imported, which would take the CPU without a word
     # Here, not above: torch takes seconds to import, and only this command needs it.
-    from gpuinfer.models.loader import load, pick_device
+    from gpuinfer.models.device import pick_device
+    from gpuinfer.models.loader import load
     from gpuinfer.models.outputs import render_batch
 
     begin = time.perf_counter()

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from gpuinfer.errors import InputError
-from gpuinfer.models.manifest import ImageSpec, TensorSpec
+from gpuinfer.models.specs import ImageSpec, InputSpec
 from gpuinfer.models.tensors import Array
 
 
-def image_to_array(source: Path | str | bytes, spec: TensorSpec) -> Array:
+def image_to_array(source: Path | str | bytes, spec: InputSpec) -> Array:
     """Read an image (any format Pillow knows) into an array of ``spec``'s dtype and image shape.
 
     Turned upright by its EXIF tag, set on the ground that becomes dark where it is transparent, resized
@@ -61,7 +61,7 @@ def _laid_out(values: Array, image: ImageSpec) -> Array:
     return values[..., 0] if image.layout == "HW" else values
 
 
-def _converted(values: Array, spec: TensorSpec) -> Array:
+def _converted(values: Array, spec: InputSpec) -> Array:
     dtype: np.dtype[Any] = np.dtype(np.float32 if spec.dtype == "bfloat16" else spec.dtype)
     if dtype.kind in "iu":
         info = np.iinfo(dtype)

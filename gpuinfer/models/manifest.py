@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manifest: what ``model.toml`` may say, checked once, frozen.
 
-Shapes are per item, without the batch dimension; the loader stacks items along a new dimension 0.
-With ``batchable = false`` a shape is the full shape the model is called with, one item at a time.
+The loader stacks items along a new dimension 0. With ``batchable = false`` a shape is the full shape the
+model is called with, one item at a time.
 """
 
 from __future__ import annotations
@@ -11,161 +11,49 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from gpuinfer.errors import ManifestError
+from gpuinfer.models.specs import AudioSpec, Frozen, ImageSpec, InputSpec, OutputSpec, plain_file
 
 MANIFEST_FILE = "model.toml"
 #: What a model may be called; it is the name of its folder too.
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+#: How an artefact is loaded.
+Format = Literal["python", "torchscript", "export"]
 #: Suffix of the artefact -> how it is loaded.
-FORMATS: dict[str, Literal["torchscript", "export"]] = {".pt": "torchscript", ".pt2": "export"}
-
-Dtype = Literal[
-    "bool", "int8", "int16", "int32", "int64", "uint8", "float16", "bfloat16", "float32", "float64"
-]
-DTYPES: tuple[str, ...] = get_args(Dtype)
-
-#: A free dimension in a shape.
-FREE = -1
-_Dimension = Annotated[int, Field(strict=True, ge=FREE)]
-#: ``b64`` would be taken for an encoded tensor where a request maps names to values.
-_TensorName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
+FORMATS: dict[str, Format] = {
+    ".py": "python",
+    **dict.fromkeys((".pt", ".jit", ".ts", ".pth", ".torchscript"), "torchscript"),
+    ".pt2": "export",
+}
 _Seconds = Annotated[float, Field(gt=0, le=86400)]
-_PerChannel = tuple[float, ...]
+_Identifier = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+_ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$")]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _no_empty_dimension(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    if shape is not None and 0 in shape:
-        raise ValueError("a dimension must be at least 1, or -1 for a free one")
-    return shape
-
-
-def shape_fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Tell whether ``shape`` is ``wanted``, where -1 stands for any length of at least 1."""
-    if len(shape) != len(wanted):
-        return False
-    return all(have == want or (want == FREE and have > 0) for have, want in zip(shape, wanted, strict=True))
-
-
-class ImageSpec(_Frozen):
-    """How an image file becomes a tensor: resize, invert, times ``scale``, minus ``mean``, over ``std``."""
-
-    #: L is grey, one channel; RGB is three.
-    mode: Literal["L", "RGB"] = "L"
-    #: Width and height in pixels.
-    size: tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
-    #: The order of the tensor's dimensions; HW has no channel dimension and needs mode L.
-    layout: Literal["CHW", "HWC", "HW"] = "CHW"
-    #: Pixels are 0..255 before this factor.
-    scale: float = 1.0
-    #: One value for all channels, or one a channel.
-    mean: _PerChannel = (0.0,)
-    std: _PerChannel = (1.0,)
-    #: For models that expect bright strokes on a dark ground and get ink on paper.
-    invert: bool = False
-
-    @property
-    def channels(self) -> int:
-        return 1 if self.mode == "L" else 3
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the tensor this makes."""
-        width, height = self.size
-        if self.layout == "HW":
-            return (height, width)
-        return (self.channels, height, width) if self.layout == "CHW" else (height, width, self.channels)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ImageSpec:
-        if self.layout == "HW" and self.mode != "L":
-            raise ValueError('layout "HW" has no place for colour: use mode "L", or layout "CHW" or "HWC"')
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, self.channels):
-                raise ValueError(f"{name} must have 1 or {self.channels} values, not {len(values)}")
-        if 0 in self.std:
-            raise ValueError("std must not hold 0, it is divided by")
-        return self
-
-
-class TensorSpec(_Frozen):
-    """One input of a model."""
-
-    name: _TensorName
-    dtype: Dtype = "float32"
-    #: Per item; -1 is free, () is a scalar.
-    shape: tuple[_Dimension, ...]
-    #: Whether NaN and infinity may pass.
-    allow_nan: bool = False
-    #: Where it is given, ``gpuinfer model run`` takes an image file for this input.
-    image: ImageSpec | None = None
-
-    _shape = field_validator("shape")(_no_empty_dimension)
-
-    @field_validator("name")
-    @classmethod
-    def _not_reserved(cls, name: str) -> str:
-        if name == "b64":
-            raise ValueError('must not be "b64", the key of an encoded tensor')
-        return name
-
-    @model_validator(mode="after")
-    def _image_fits(self) -> TensorSpec:
-        if self.image and not shape_fits(self.image.shape, self.shape):
-            raise ValueError(f"image makes shape {list(self.image.shape)}, not {list(self.shape)}")
-        if self.image and self.dtype == "bool":
-            raise ValueError("image makes numbers: dtype must be a float or an integer type")
-        return self
-
-    @property
-    def fixed(self) -> bool:
-        """True when no dimension is free."""
-        return FREE not in self.shape
-
-
-class OutputSpec(_Frozen):
-    """One output of a model."""
-
-    name: _TensorName
-    #: classification: a vector of scores becomes class, label, confidence; raw: the tensor itself.
-    kind: Literal["raw", "classification"] = "raw"
-    #: What warm-up must find; without them it does not look. Shape is per item.
-    dtype: Dtype | None = None
-    shape: tuple[_Dimension, ...] | None = None
-    #: One a class, in order; a class without a label is called by its number.
-    labels: tuple[str, ...] = ()
-    #: How many of the best classes a result names, unless the request says otherwise.
-    top_k: int = Field(3, ge=1, le=1000)
-    #: softmax: the model gives logits; none: its scores are confidences already.
-    activation: Literal["none", "softmax"] = "none"
-
-    _shape = field_validator("shape")(_no_empty_dimension)
-
-    @model_validator(mode="after")
-    def _kind_fits(self) -> OutputSpec:
-        if self.kind == "raw" and (self.labels or self.activation != "none"):
-            raise ValueError('labels and activation are for kind = "classification"')
-        return self
-
-
-class Manifest(_Frozen):
+class Manifest(Frozen):
     """What ``model.toml`` says."""
 
     name: str
     description: str = ""
-    #: A plain file name in the model's folder.
+    #: A plain file name in the model's folder; its suffix says how it is loaded.
     artefact: str
     #: Of the artefact, in hexadecimal.
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
-    outputs: tuple[OutputSpec, ...] = Field(min_length=1)
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    #: The class of a Python model; needed where the file holds several with a method predict.
+    class_name: _Identifier | None = Field(None, alias="class")
+    #: What a Python model finds as ``ctx.parameters``.
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    #: Imported before the artefact is opened: libraries that register operators, such as torchvision.
+    imports: tuple[_ModuleName, ...] = ()
+    #: A method of the loaded model that is called before each pass, such as one that resets its state.
+    before_each: _Identifier | None = None
+    #: A Python model may leave them to its annotations.
+    inputs: tuple[InputSpec, ...] = ()
+    outputs: tuple[OutputSpec, ...] = ()
     #: False: the model knows no batch dimension and is called with one item at a time.
     batchable: bool = True
     max_batch_size: int = Field(32, ge=1, le=65536)
@@ -180,7 +68,7 @@ class Manifest(_Frozen):
     max_time_limit_s: _Seconds = Field(default_factory=lambda data: data.get("hard_time_limit_s", 60.0))
 
     @property
-    def format(self) -> Literal["torchscript", "export"]:
+    def format(self) -> Format:
         return FORMATS[Path(self.artefact).suffix]
 
     @field_validator("name")
@@ -193,10 +81,11 @@ class Manifest(_Frozen):
     @field_validator("artefact")
     @classmethod
     def _plain_file(cls, artefact: str) -> str:
-        if not artefact or artefact.startswith(".") or re.search(r"[/\\\x00-\x1f]", artefact):
+        if not plain_file(artefact):
             raise ValueError("must be the plain name of a file in the model's folder")
         if Path(artefact).suffix not in FORMATS:
-            raise ValueError("must end in .pt (TorchScript) or .pt2 (torch.export)")
+            scripts = " ".join(suffix for suffix, name in FORMATS.items() if name == "torchscript")
+            raise ValueError(f"must end in .py (Python), .pt2 (torch.export) or {scripts} (TorchScript)")
         return artefact
 
     @field_validator("inputs", "outputs")
@@ -206,6 +95,25 @@ class Manifest(_Frozen):
         if len(set(names)) < len(names):
             raise ValueError(f"names must differ, got {', '.join(names)}")
         return specs
+
+    @model_validator(mode="after")
+    def _keys_fit_the_format(self) -> Manifest:
+        if self.format == "python":
+            return self
+        for key, specs in (("inputs", self.inputs), ("outputs", self.outputs)):
+            if not specs:
+                raise ValueError(f"{key} is missing: a table [[{key}]] for each of the model's {key}")
+        for spec in self.inputs:
+            if spec.kind != "tensor":
+                raise ValueError(
+                    f"inputs.{spec.name}.kind = {spec.kind!r}: {self.artefact} takes tensors alone"
+                )
+        for key, value in (("class", self.class_name), ("parameters", self.parameters)):
+            if value:
+                raise ValueError(f"{key} is for a Python model, and {self.artefact} is none")
+        if self.before_each and self.format == "export":
+            raise ValueError(f"before_each = {self.before_each!r}: a .pt2 file has no methods to call")
+        return self
 
     @model_validator(mode="after")
     def _sizes_in_order(self) -> Manifest:
@@ -220,7 +128,7 @@ class Manifest(_Frozen):
     def _limits_in_order(self) -> Manifest:
         if not self.soft_time_limit_s < self.hard_time_limit_s <= self.max_time_limit_s:
             raise ValueError(
-                "must be soft_time_limit_s < hard_time_limit_s <= max_time_limit_s, got "
+                "limits: must be soft_time_limit_s < hard_time_limit_s <= max_time_limit_s, got "
                 f"{self.soft_time_limit_s:g}, {self.hard_time_limit_s:g}, {self.max_time_limit_s:g}"
             )
         return self
@@ -245,14 +153,18 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 _KNOWN_KEYS = sorted(
-    {key for cls in (Manifest, TensorSpec, OutputSpec, ImageSpec) for key in cls.model_fields}
+    {
+        field.alias or key
+        for cls in (Manifest, InputSpec, OutputSpec, ImageSpec, AudioSpec)
+        for key, field in cls.model_fields.items()
+    }
 )
 
 
 def _explain(exc: ValidationError, data: dict[str, Any]) -> list[str]:
     lines = []
     for error in exc.errors(include_url=False):
-        key = ".".join(str(part) for part in error["loc"]) or "limits"
+        key = ".".join(str(part) for part in error["loc"])
         if error["type"] == "missing":
             lines.append(f"{key} is missing")
         elif error["type"] == "extra_forbidden":
@@ -262,7 +174,8 @@ def _explain(exc: ValidationError, data: dict[str, Any]) -> list[str]:
         elif error["type"] != "default_factory_not_called":
             # A rule over several keys names their values itself; the whole table would say less.
             value = "" if isinstance(error["input"], dict) else f" = {_short(error['input'])}"
-            lines.append(f"{key}{value}: {error['msg'].removeprefix('Value error, ')}")
+            said = error["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}{value}: {said}" if key else said)
     return lines
 
 

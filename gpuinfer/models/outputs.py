@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gpuinfer.models.manifest import Manifest, OutputSpec
+from gpuinfer.models.manifest import Manifest
+from gpuinfer.models.specs import OutputSpec
 from gpuinfer.models.tensors import Array, Encoding, encode_array
 
 #: Digits behind the point that a confidence keeps.

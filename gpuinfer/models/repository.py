@@ -55,6 +55,8 @@ class Entry:
 def open_verified(folder: ModelFolder) -> Iterator[BinaryIO]:
     """Open the artefact once its SHA-256 is the manifest's; the open file is the one that was checked.
 
+    Where the manifest names none, there is nothing to check.
+
     Raises DigestMismatch; ModelError when the file cannot be read.
     """
     try:
@@ -63,7 +65,7 @@ def open_verified(folder: ModelFolder) -> Iterator[BinaryIO]:
         raise ModelError(f"artefact cannot be read: {exc}", folder.manifest.name) from exc
     with file:
         found = _digest(file)
-        if found != folder.manifest.sha256:
+        if folder.manifest.sha256 not in (None, found):
             raise DigestMismatch(
                 f"{folder.artefact} has sha256 {found}, its manifest says {folder.manifest.sha256}; "
                 "it was not opened",
@@ -82,8 +84,8 @@ def _digest(file: BinaryIO) -> str:
 
 def verify(folder: ModelFolder) -> str:
     """Check the artefact's SHA-256 and return it. Raises DigestMismatch, or ModelError where it is gone."""
-    with open_verified(folder):
-        return folder.manifest.sha256
+    with open_verified(folder) as file:
+        return _digest(file)
 
 
 class Repository:

@@ -24,7 +24,8 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from gpuinfer.errors import DtypeMismatch, InputError, MissingInput, NonFiniteInput, ShapeMismatch
-from gpuinfer.models.manifest import DTYPES, Manifest, TensorSpec, shape_fits
+from gpuinfer.models.manifest import Manifest
+from gpuinfer.models.specs import DTYPES, InputSpec, shape_fits
 
 Array = np.ndarray[Any, np.dtype[Any]]
 #: One array per input of the manifest, in its order.
@@ -96,7 +97,7 @@ def encode_array(array: Array, encoding: Encoding = "list") -> object:
     return array.tolist()
 
 
-def storage_dtype(spec: TensorSpec) -> np.dtype[Any]:
+def storage_dtype(spec: InputSpec) -> np.dtype[Any]:
     """Return the dtype of an input's array: its own, but uint16 for the bits of bfloat16."""
     return np.dtype(np.uint16 if spec.dtype == _BFLOAT16 else spec.dtype)
 
@@ -125,7 +126,7 @@ def _by_name(manifest: Manifest, value: object) -> Mapping[str, object] | None:
     return value
 
 
-def _array(value: object, spec: TensorSpec, field: str) -> Array:
+def _array(value: object, spec: InputSpec, field: str) -> Array:
     if isinstance(value, Mapping):
         return _from_bytes(value, spec, field)
     if isinstance(value, np.ndarray):
@@ -137,7 +138,7 @@ def _array(value: object, spec: TensorSpec, field: str) -> Array:
 # -- nested lists ---------------------------------------------------------------------------
 
 
-def _from_lists(values: Sequence[object], spec: TensorSpec, field: str) -> Array:
+def _from_lists(values: Sequence[object], spec: InputSpec, field: str) -> Array:
     """Stack nested lists into one array of shape (len(values), *item). Raises InputError on any misfit."""
     level: Sequence[Any] = values
     lengths: list[int] = []
@@ -157,7 +158,7 @@ def _from_lists(values: Sequence[object], spec: TensorSpec, field: str) -> Array
     return _from_numbers(level, spec, field).reshape(len(values), *lengths)
 
 
-def _from_numbers(numbers: Sequence[Any], spec: TensorSpec, field: str) -> Array:
+def _from_numbers(numbers: Sequence[Any], spec: InputSpec, field: str) -> Array:
     dtype: np.dtype[Any] = np.dtype(np.float32 if spec.dtype == _BFLOAT16 else spec.dtype)
     try:
         with np.errstate(over="ignore"):
@@ -169,7 +170,7 @@ def _from_numbers(numbers: Sequence[Any], spec: TensorSpec, field: str) -> Array
     return _to_bfloat16(array, spec, field) if spec.dtype == _BFLOAT16 else array
 
 
-def _check_finite(wide: Array, narrow: Array, spec: TensorSpec, field: str) -> None:
+def _check_finite(wide: Array, narrow: Array, spec: InputSpec, field: str) -> None:
     """Refuse NaN and infinity unless the manifest allows them, and finite numbers that became infinite."""
     finite = np.isfinite(wide)
     if (finite & ~np.isfinite(narrow)).any():
@@ -184,7 +185,7 @@ def _check_finite(wide: Array, narrow: Array, spec: TensorSpec, field: str) -> N
 # -- bytes and arrays -----------------------------------------------------------------------
 
 
-def _from_bytes(value: Mapping[Any, object], spec: TensorSpec, field: str) -> Array:
+def _from_bytes(value: Mapping[Any, object], spec: InputSpec, field: str) -> Array:
     """Decode ``{"b64", "dtype", "shape"}``; the result is read-only."""
     if value.keys() != _ENCODED_KEYS:
         raise InputError(f"an encoded tensor has the keys b64, dtype and shape; {_keys_of(value)}", field)
@@ -209,7 +210,7 @@ def _from_bytes(value: Mapping[Any, object], spec: TensorSpec, field: str) -> Ar
     return array
 
 
-def _encoded_shape(shape: object, spec: TensorSpec, field: str) -> tuple[int, ...]:
+def _encoded_shape(shape: object, spec: InputSpec, field: str) -> tuple[int, ...]:
     if not isinstance(shape, list) or not {int}.issuperset(map(type, shape)):
         raise InputError(f"shape must be a list of whole numbers, got {_word(shape)}", field)
     if not shape_fits(tuple(shape), spec.shape):
@@ -226,7 +227,7 @@ def _base64(text: object, field: str) -> bytes:
         raise InputError(f"b64 is not valid base64: {exc}", field) from None
 
 
-def _from_array(array: Array, spec: TensorSpec, field: str) -> Array:
+def _from_array(array: Array, spec: InputSpec, field: str) -> Array:
     """Convert an array whose numbers all fit the wanted dtype."""
     if not shape_fits(array.shape, spec.shape):
         raise ShapeMismatch(f"has shape {list(array.shape)}, {_wants(spec)}", field)
@@ -244,7 +245,7 @@ def _from_array(array: Array, spec: TensorSpec, field: str) -> Array:
     return _to_bfloat16(narrow, spec, field) if spec.dtype == _BFLOAT16 else narrow
 
 
-def _to_bfloat16(array: Array, spec: TensorSpec, field: str) -> Array:
+def _to_bfloat16(array: Array, spec: InputSpec, field: str) -> Array:
     """Round float32 to the nearest bfloat16, ties to even, and return its bits."""
     bits = np.ascontiguousarray(array).view(np.uint32).reshape(array.shape)
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -262,7 +263,7 @@ def _from_bfloat16(bits: Array) -> Array:
 # They are logged: of what was sent they hold kinds, counts and shapes, never a name or a value.
 
 
-def _kind(spec: TensorSpec) -> str:
+def _kind(spec: InputSpec) -> str:
     return _kind_of(spec.dtype)
 
 
@@ -270,7 +271,7 @@ def _kind_of(dtype: str) -> str:
     return "f" if dtype == _BFLOAT16 else np.dtype(dtype).kind
 
 
-def _wants(spec: TensorSpec) -> str:
+def _wants(spec: InputSpec) -> str:
     return f"the manifest wants {list(spec.shape)}" + ("" if spec.fixed else " (-1: any length)")
 
 
@@ -303,12 +304,12 @@ def _shape_of(value: object) -> list[int]:
     return shape
 
 
-def _refuse_shape(value: object, spec: TensorSpec, field: str) -> NoReturn:
+def _refuse_shape(value: object, spec: InputSpec, field: str) -> NoReturn:
     got = f"has shape {_shape_of(value)}" if isinstance(value, list) else f"is {_word(value)}"
     raise ShapeMismatch(f"{got}, {_wants(spec)}", field)
 
 
-def _refuse_types(value: object, strange: set[type], spec: TensorSpec, field: str) -> NoReturn:
+def _refuse_types(value: object, strange: set[type], spec: InputSpec, field: str) -> NoReturn:
     if list in strange:
         _refuse_shape(value, spec, field)
     words = " and ".join(sorted(_WORDS.get(kind, f"a {kind.__name__}") for kind in strange))

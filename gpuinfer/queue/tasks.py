@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import current_task, shared_task
 
 from gpuinfer.errors import GpuinferError, InputError
-from gpuinfer.models.tensors import Item
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT
 from gpuinfer.queue.options import Encoding
 from gpuinfer.settings import QUEUES, load_settings
 
+if TYPE_CHECKING:
+    from gpuinfer.models.loaded import LoadedModel
+
 
 @cache
-def _load(name: str) -> Any:
+def _load(name: str) -> LoadedModel:
     from gpuinfer.models.loader import load
     from gpuinfer.models.repository import Repository
 
@@ -32,22 +34,21 @@ def _here(inputs: list[Any], model: str | None, top_k: int | None, encoding: Enc
     request = current_task.request if current_task else None
     if request is not None and not request.called_directly and not request.is_eager:
         raise InputError(f"predictions run from the queues {', '.join(QUEUES)} alone", "queue")
-    from gpuinfer.models.outputs import render_batch
-    from gpuinfer.models.tensors import decode_batch
-
     loaded = _load(model or load_settings().worker.models[0])
-    outcomes: list[Any] = []
-    for item in decode_batch(loaded.manifest, inputs):
-        if isinstance(item, GpuinferError):
-            outcomes.append(item)
-        else:
-            outcomes.append(_one(loaded, item, top_k, encoding, render_batch))
-    return outcomes
+    return [_one(loaded, item, top_k, encoding) for item in loaded.prepare(inputs)]
 
 
-def _one(loaded: Any, item: Item, top_k: int | None, encoding: Encoding, render: Any) -> Any:
-    rendered = render(loaded.manifest, loaded.forward([item]), top_k=[top_k], encoding=[encoding])
-    return {**rendered[0], "model": loaded.name, "device": loaded.device}
+def _one(loaded: LoadedModel, item: Any, top_k: int | None, encoding: Encoding) -> Any:
+    """Return what became of one prepared item: its result, or its error."""
+    if isinstance(item, GpuinferError):
+        return item
+    (output,) = loaded.forward([item])
+    if isinstance(output, GpuinferError):
+        return output
+    (result,) = loaded.finish([output], top_k=[top_k], encoding=[encoding])
+    if isinstance(result, GpuinferError):
+        return result
+    return {**result, "model": loaded.name, "device": loaded.device}
 
 
 @shared_task(name=PREDICT)  # type: ignore[untyped-decorator]  # celery is not annotated

@@ -35,7 +35,7 @@ from gpuinfer.worker.heartbeat import Pulse, starting
 from gpuinfer.worker.process import Process
 
 if TYPE_CHECKING:
-    from gpuinfer.models.loader import LoadedModel
+    from gpuinfer.models.loaded import LoadedModel
     from gpuinfer.worker.batcher import Batcher
     from gpuinfer.worker.engine import Engine
 
@@ -123,7 +123,8 @@ def prepare(settings: Settings, name: str) -> Process:
 
 def _load_models(settings: Settings, binding: Binding) -> dict[str, tuple[LoadedModel, int]]:
     """Load the models to serve, each with the largest batch that fits the device."""
-    from gpuinfer.models.loader import load, try_device  # torch is imported here, after the binding
+    from gpuinfer.models.device import try_device
+    from gpuinfer.models.loader import load  # torch is imported here, after the binding
     from gpuinfer.models.repository import Repository
 
     if binding.device != "cpu":

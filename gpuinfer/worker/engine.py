@@ -19,7 +19,7 @@ from gpuinfer.errors import (
     SoftTimeLimitExceeded,
 )
 from gpuinfer.log import get_logger
-from gpuinfer.models.loader import LoadedModel
+from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.models.outputs import render_batch
 from gpuinfer.models.tensors import Item, decode_batch
 from gpuinfer.worker.buffer import Batch

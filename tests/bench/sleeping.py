@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpuinfer.cli import main
-from gpuinfer.models.loader import LoadedModel
+from gpuinfer.models.tensor_model import TensorModel
 
-_FORWARD = LoadedModel.forward
+_FORWARD = TensorModel.forward
 
 
-def _forward(self: LoadedModel, items: Sequence[Any]) -> list[Any]:
+def _forward(self: TensorModel, items: Sequence[Any]) -> list[Any]:
     time.sleep(float(os.environ["BENCH_SLEEP_S"]) * len(items))
     return list(_FORWARD(self, items))
 
 
 if __name__ == "__main__":
-    LoadedModel.forward = _forward  # type: ignore[method-assign]  # the stub that this program is for
+    TensorModel.forward = _forward  # type: ignore[method-assign]  # the stub that this program is for
     main()

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from gpuinfer.models.loader import LoadedModel
+from gpuinfer.models.tensor_model import TensorModel
 from gpuinfer.queue import message
 
 #: Arguments that unpack to more bytes are fatal.
@@ -30,7 +30,7 @@ def main() -> None:
     """Run the command line."""
     from gpuinfer.cli import main as command
 
-    open_body, forward = message._open, LoadedModel.forward
+    open_body, forward = message._open, TensorModel.forward
 
     def fatal_open(*args: Any) -> Any:
         body, size = open_body(*args)
@@ -38,13 +38,13 @@ def main() -> None:
             _die()
         return body, size
 
-    def fatal_forward(self: LoadedModel, items: Sequence[Any]) -> Any:
+    def fatal_forward(self: TensorModel, items: Sequence[Any]) -> Any:
         if any(item[0].flat[0] == KILLS_ITS_RUNNER for item in items):
             _die()
         return forward(self, items)
 
     message._open = fatal_open  # type: ignore[assignment]
-    LoadedModel.forward = fatal_forward  # type: ignore[method-assign]
+    TensorModel.forward = fatal_forward  # type: ignore[method-assign]
     command()
 
 

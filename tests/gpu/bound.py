@@ -9,7 +9,7 @@ import sys
 
 from gpuinfer.errors import GpuinferError
 from gpuinfer.gpus import VISIBLE, visible_device
-from gpuinfer.models.loader import try_device
+from gpuinfer.models.device import try_device
 from gpuinfer.settings import WorkerSettings
 from tests.gpu.dry import dry_run
 

@@ -52,7 +52,7 @@ def try_device(device: str) -> None:
 
 def _patch_loader(loader: Any) -> None:
     """Let models on ``cuda:0`` run on the CPU."""
-    load, to_tensor = loader.load, loader._to_tensor
+    load = loader.load
 
     def load_here(folder: Any, device: str, **options: Any) -> Any:
         model = load(folder, "cpu", **options)
@@ -61,10 +61,22 @@ def _patch_loader(loader: Any) -> None:
             model.device = device
         return model
 
+    loader.load = load_here
+
+
+def _patch_tensor_model(tensor_model: Any) -> None:
+    """Leave the tensors of models on ``cuda:0`` on the CPU."""
+    to_tensor = tensor_model.to_tensor
+
     def to_tensor_here(column: Any, spec: Any, device: str) -> Any:
         return to_tensor(column, spec, "cpu")
 
-    loader.load, loader._to_tensor, loader.try_device = load_here, to_tensor_here, try_device
+    tensor_model.to_tensor = to_tensor_here
+
+
+def _patch_device(device: Any) -> None:
+    """Answer for the GPU when it is tried."""
+    device.try_device = try_device
 
 
 def _patch_child(child: Any) -> None:
@@ -91,6 +103,8 @@ def _patch_cuda(cuda: Any) -> None:
 
 PATCHES: dict[str, Callable[[Any], None]] = {
     "gpuinfer.models.loader": _patch_loader,
+    "gpuinfer.models.tensor_model": _patch_tensor_model,
+    "gpuinfer.models.device": _patch_device,
     "gpuinfer.doctor.child": _patch_child,
     "gpuinfer.doctor.cuda": _patch_cuda,
 }

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 #: Runs ``gpuinfer ARGUMENTS`` with models that are on another GPU once they are warm, and tries that soon.
 ELSEWHERE = """
 import runpy, time
-from gpuinfer.models.loader import LoadedModel
+from gpuinfer.models.tensor_model import TensorModel
 from gpuinfer.worker import bootstrap, engine, heartbeat
 engine.PROBE_EVERY_S = engine.PROBE_PATIENCE_S = heartbeat.STUCK_GRACE_S = 0.5
 load = bootstrap._load_models
@@ -35,7 +35,7 @@ def elsewhere(*arguments):
 bootstrap._load_models = elsewhere
 """
 RUN = 'runpy.run_module("gpuinfer", run_name="__main__")\n'
-HANG = "LoadedModel.probe = lambda _: time.sleep(600)\n"
+HANG = "TensorModel.probe = lambda _: time.sleep(600)\n"
 
 
 def lines(worker: Process, action: str) -> list[dict[str, object]]:

@@ -22,7 +22,8 @@ from gpuinfer.errors import (
     ShapeMismatch,
     SoftTimeLimitExceeded,
 )
-from gpuinfer.models.loader import LoadedModel, load
+from gpuinfer.models.loaded import LoadedModel
+from gpuinfer.models.loader import load
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.repository import Repository
 from gpuinfer.models.tensors import Item, decode_batch

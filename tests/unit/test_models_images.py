@@ -13,15 +13,15 @@ from PIL import Image
 
 from gpuinfer.errors import InputError
 from gpuinfer.models.images import image_to_array
-from gpuinfer.models.manifest import TensorSpec
 from gpuinfer.models.repository import Repository
 from gpuinfer.models.shipped import load_test_images
+from gpuinfer.models.specs import InputSpec
 
 pytestmark = pytest.mark.unit
 
 
-def _spec(shape: list[int], dtype: str = "float32", **image: Any) -> TensorSpec:
-    return TensorSpec.model_validate({"name": "x", "shape": shape, "dtype": dtype, "image": image})
+def _spec(shape: list[int], dtype: str = "float32", **image: Any) -> InputSpec:
+    return InputSpec.model_validate({"name": "x", "shape": shape, "dtype": dtype, "image": image})
 
 
 def _png(pixels: object, mode: str | None = None) -> bytes:
@@ -93,7 +93,7 @@ def test_no_image_is_an_input_error(content: bytes) -> None:
 def test_a_manifest_without_image() -> None:
     """A model that takes no image says so."""
     with pytest.raises(InputError, match=r"no \[inputs\.image\]"):
-        image_to_array(GREY, TensorSpec(name="x", shape=(2,)))
+        image_to_array(GREY, InputSpec(name="x", shape=(2,)))
 
 
 def test_digits_survive_a_png() -> None:

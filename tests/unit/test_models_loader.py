@@ -22,10 +22,12 @@ from gpuinfer.errors import (
     ModelError,
     ModelLoadError,
 )
-from gpuinfer.models import loader
-from gpuinfer.models.loader import LoadedModel, load, pick_device, try_device
+from gpuinfer.models.device import pick_device, translate, try_device
+from gpuinfer.models.loaded import LoadedModel
+from gpuinfer.models.loader import load
 from gpuinfer.models.manifest import load_manifest
 from gpuinfer.models.repository import ModelFolder
+from gpuinfer.models.tensor_model import TensorModel
 from gpuinfer.models.tensors import Item, decode_batch
 from tests import models_for_tests as build
 
@@ -76,7 +78,7 @@ def test_a_wrong_digest_is_never_opened(tmp_path: Path) -> None:
     path = build.write_model(tmp_path / "m", _WritesOnLoad(str(trace)), ONE_TO_ONE)
     manifest = path / "model.toml"
     good = manifest.read_text()
-    sound = _folder(path).manifest.sha256
+    sound = _folder(path).manifest.sha256 or ""
     manifest.write_text(good.replace(sound, "0" * 64))
     with pytest.raises(DigestMismatch, match="not opened"):
         _load(path)
@@ -267,7 +269,7 @@ def test_torch_errors_become_ours(tmp_path: Path, raised: Exception, error: type
     def failing(*_: Any) -> Any:
         raise raised
 
-    model = LoadedModel(load_manifest(build.perceptron(tmp_path / "m")), "cpu", failing)
+    model = TensorModel(load_manifest(build.perceptron(tmp_path / "m")), "cpu", failing)
     with pytest.raises(error) as caught:
         model.forward([(np.zeros(64, np.float32),)])
     assert type(caught.value) is error
@@ -284,7 +286,7 @@ def test_the_telling_line_of_an_error() -> None:
             "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
         ]
     )
-    error = loader._translate(RuntimeError(told), InferenceError, "m")
+    error = translate(RuntimeError(told), InferenceError, "m")
     assert error.message == "m: RuntimeError: CUDA error: an illegal memory access was encountered"
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from gpuinfer.errors import ManifestError
-from gpuinfer.models.manifest import Manifest, load_manifest, shape_fits
+from gpuinfer.models.manifest import Manifest, load_manifest
+from gpuinfer.models.specs import shape_fits
 
 pytestmark = pytest.mark.unit
 
@@ -75,6 +76,19 @@ def test_defaults(tmp_path: Path) -> None:
             ["image makes shape [1, 8, 8], not [64]"],
         ),
         ("[[outputs]]", "[[outputs", ["is not valid TOML"]),
+        ('[[outputs]]\nname = "y"\n', "", ["outputs is missing", "[[outputs]]"]),
+        ("shape = [64]", "", ["inputs.0", "shape is missing"]),
+        ("shape = [64]", 'kind = "text"', ["inputs.x.kind = 'text'", "model.pt takes tensors alone"]),
+        ("shape = [64]", "shape = [64]\nwarm_up_length = 8", ["warm_up_length", "the shape has none"]),
+        ("shape = [64]", 'shape = [64]\nexample = 1\nexample_file = "x.json"', ["both given"]),
+        ("shape = [64]", 'shape = [64]\nexample_file = "../x.json"', ["inputs.0.example_file", ".json"]),
+        ("shape = [64]", 'shape = [64]\nexample_file = "x.pdf"', ["inputs.0.example_file", ".json"]),
+        ("shape = [64]", "shape = [64]\nschema = {}", ["schema is for kind = 'json', not 'tensor'"]),
+        ("shape = [64]", "shape = [2, -1]\naudio = {}", ["audio makes shape [1, samples], not [2, -1]"]),
+        ("[[inputs]]", 'class = "Model"\n[[inputs]]', ["class is for a Python model"]),
+        ("[[inputs]]", 'imports = ["torch vision"]\n[[inputs]]', ["imports.0 = 'torch vision'"]),
+        ("[[inputs]]", "before_eech = 3\n[[inputs]]", ["did you mean 'before_each'"]),
+        ('model.pt"', 'model.pt2"\nbefore_each = "reset"', ["before_each = 'reset'", "no methods"]),
     ],
 )
 def test_errors_name_file_key_value_and_what_is_right(
@@ -112,3 +126,53 @@ def test_shape_fits() -> None:
     assert not shape_fits((3, 0), (3, -1))
     assert not shape_fits((3,), (3, -1))
     assert not shape_fits((4,), (3,))
+
+
+@pytest.mark.parametrize(
+    ("artefact", "format_"),
+    [
+        ("model.py", "python"),
+        ("model.pt2", "export"),
+        *((f"model{suffix}", "torchscript") for suffix in (".pt", ".jit", ".ts", ".pth", ".torchscript")),
+    ],
+)
+def test_the_suffix_decides_the_format(tmp_path: Path, artefact: str, format_: str) -> None:
+    """People call TorchScript files by many names."""
+    assert _load(tmp_path, GOOD.replace("model.pt", artefact)).format == format_
+
+
+def test_a_python_model_needs_no_more_than_a_name(tmp_path: Path) -> None:
+    """Inputs of other kinds than tensors are its own; its signature may come from annotations."""
+    bare = _load(tmp_path, 'name = "m"\nartefact = "model.py"\n')
+    assert (bare.inputs, bare.outputs, bare.class_name, bare.before_each) == ((), (), None, None)
+    tables = """
+    class = "Ocr"
+    before_each = "reset_states"
+    imports = ["torchvision.ops"]
+    parameters = { beam = 4 }
+    [[inputs]]
+    name = "scan"
+    kind = "image"
+    example_file = "scan.JPG"
+    [[inputs]]
+    name = "options"
+    kind = "json"
+    schema = { type = "object" }
+    example = { language = "en" }
+    [[inputs]]
+    name = "speech"
+    shape = [1, -1]
+    audio = { rate = 8000 }
+    warm_up_length = 256
+    """
+    manifest = _load(tmp_path, 'name = "m"\nartefact = "model.py"\n' + tables)
+    assert (manifest.class_name, manifest.parameters) == ("Ocr", {"beam": 4})
+    scan, options, speech = manifest.inputs
+    assert (scan.kind, options.json_schema, options.example) == (
+        "image",
+        {"type": "object"},
+        {"language": "en"},
+    )
+    assert speech.audio is not None
+    assert (speech.audio.rate, speech.audio.channels, speech.warm_up_length) == (8000, 1, 256)
+    assert manifest.model_dump(by_alias=True)["class"] == "Ocr"

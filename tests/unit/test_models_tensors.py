@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gpuinfer.errors import DtypeMismatch, InputError, MissingInput, NonFiniteInput, ShapeMismatch
-from gpuinfer.models.manifest import DTYPES, Manifest
+from gpuinfer.models.manifest import Manifest
+from gpuinfer.models.specs import DTYPES
 from gpuinfer.models.tensors import decode, decode_batch, encode_array
 
 pytestmark = pytest.mark.unit

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device a model runs on: which one, whether it works, and what an error of torch's says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpuinfer.errors import DeviceError, DeviceOutOfMemory, GpuinferError
+
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
+_DEVICE_FAILURE = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL")
+
+
+def pick_device(wanted: str = "auto") -> str:
+    """Return ``cuda`` or ``cpu``; ``auto`` is the CPU only where there is no GPU at all."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def try_device(device: str) -> None:
+    """Let a device count to one and give the number back: enough to learn that it works, and nothing more.
+
+    Raises DeviceError with the driver's words; DeviceOutOfMemory when it has not even room for that. One that
+    hangs does not return.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device).add_(1).cpu()
+    except Exception as exc:
+        raise translate(exc, DeviceError, f"{device} cannot be used") from exc
+
+
+def translate(exc: Exception, otherwise: type[GpuinferError], what: str) -> GpuinferError:
+    """Return our error for one of torch's: out of memory, a failed device, and ``otherwise`` for the rest."""
+    import torch
+
+    if isinstance(exc, GpuinferError):
+        return exc
+    if isinstance(exc, (torch.OutOfMemoryError, MemoryError)):
+        return DeviceOutOfMemory(f"{what}: {_first_line(exc)}")
+    text = str(exc)
+    if any(mark in text for mark in _OUT_OF_MEMORY):
+        return DeviceOutOfMemory(f"{what}: {_last_line(text, _OUT_OF_MEMORY)}")
+    if any(mark in text for mark in _DEVICE_FAILURE):
+        return DeviceError(f"{what}: {_last_line(text, _DEVICE_FAILURE)}")
+    return otherwise(f"{what}: {type(exc).__name__}: {_last_line(text)}")
+
+
+def _first_line(exc: BaseException) -> str:
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0][:500]
+
+
+def _last_line(text: str, marks: Sequence[str] = ("",)) -> str:
+    """Return the telling line: TorchScript puts its trace-back first, and the cause last.
+
+    Behind an error of CUDA's follows advice on how to debug it: only lines with one of ``marks`` count.
+    """
+    lines = [line.strip() for line in text.splitlines() if any(mark in line for mark in marks)]
+    lines = [line for line in lines if line]
+    return (lines[-1] if lines else "no message")[:500]

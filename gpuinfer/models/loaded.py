@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a loaded model is to whoever runs it, whatever its format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from gpuinfer.models.device import try_device
+from gpuinfer.models.manifest import Manifest
+from gpuinfer.models.tensors import Encoding
+
+
+class LoadedModel(ABC):
+    """A model on its device. An item is what ``prepare`` makes of one request's ``inputs`` value.
+
+    ``prepare`` and ``finish`` may be called from several threads at once; ``forward``, ``warm_up``,
+    ``probe`` and ``release_cache`` from one thread at a time, the device's.
+    """
+
+    def __init__(self, manifest: Manifest, device: str) -> None:
+        self.manifest = manifest
+        self.device = device
+        self.name = manifest.name
+
+    @abstractmethod
+    def prepare(self, values: Sequence[object]) -> list[Any]:
+        """Turn one ``inputs`` value per request into items; an error stands in the place of a bad one."""
+
+    @abstractmethod
+    def forward(self, items: Sequence[Any]) -> list[Any]:
+        """Run the items and return, for each in the same order, its output or an error of its own.
+
+        Raises DeviceOutOfMemory, DeviceError, and InferenceError for whatever else the model does; no item
+        has a result then.
+        """
+
+    @abstractmethod
+    def finish(
+        self,
+        outputs: Sequence[Any],
+        *,
+        top_k: Sequence[int | None] | None = None,
+        encoding: Sequence[Encoding] | None = None,
+    ) -> list[Any]:
+        """Turn outputs into the JSON of results, one a request; an error stands in the place of a bad one.
+
+        ``top_k`` (None: the manifest's) and ``encoding`` (default ``list``) are per output.
+        """
+
+    @abstractmethod
+    def warm_up(self, max_batch_size: int | None = None) -> int:
+        """Run the model before it serves, and return the largest batch that fits its device.
+
+        That is the one asked for (default: the manifest's), or less. Raises ModelLoadError;
+        DeviceOutOfMemory when not even one item fits.
+        """
+
+    def probe(self) -> None:
+        """Try the model's device with next to no work. Raises as ``try_device`` does."""
+        try_device(self.device)
+
+    def release_cache(self) -> None:
+        """Give memory that torch holds but no tensor uses back to the device."""
+        import torch
+
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:  # noqa: B027  # most models hold nothing that must be given back
+        """Let go of what the model holds beside memory. Nothing is called after it."""
