@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,19 +84,31 @@ class Inventory:
     broken: Mapping[int, str] = field(default_factory=dict)
     #: What NVML lists, also where the settings leave some of it out; empty where NVML is absent.
     listed: tuple[Gpu, ...] = ()
+    #: Workers that share a GPU (``worker.per_gpu``): worker N runs on the GPU at place N // per_gpu.
+    per_gpu: int = 1
 
     def of_worker(self, number: int) -> Gpu | None:
-        """Return worker N's GPU: the Nth of an explicit list, else the one with NVML's index N."""
+        """Return worker N's GPU: the one at its place in an explicit list, else with that index in NVML."""
+        place = number // self.per_gpu
         if self.source == "settings":
-            return self.gpus[number] if 0 <= number < len(self.gpus) else None
-        return next((gpu for gpu in self.gpus if gpu.index == number), None)
+            return self.gpus[place] if 0 <= place < len(self.gpus) else None
+        return next((gpu for gpu in self.gpus if gpu.index == place), None)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Return the places of the GPUs: in an explicit list, else NVML's indices."""
+        if self.source == "settings":
+            return tuple(range(len(self.gpus)))
+        return tuple(gpu.index for gpu in self.gpus)
+
+    def workers_at(self, place: int) -> range:
+        """Return the numbers of the workers that share the GPU at a place."""
+        return range(place * self.per_gpu, (place + 1) * self.per_gpu)
 
     @property
     def worker_numbers(self) -> tuple[int, ...]:
         """Return the numbers of the workers this host has a GPU for."""
-        if self.source == "settings":
-            return tuple(range(len(self.gpus)))
-        return tuple(gpu.index for gpu in self.gpus)
+        return tuple(number for place in self.places for number in self.workers_at(place))
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,7 @@ class Binding:
 def list_gpus(
     explicit: Sequence[str] = (),
     *,
+    per_gpu: int = 1,
     nvml: Any = None,
     nodes: Callable[[], Sequence[str]] | None = None,
     hardware: Callable[[], bool] | None = None,
@@ -119,11 +132,11 @@ def list_gpus(
     """List this host's GPUs by NVML; never raises.
 
     ``explicit`` (indices or UUIDs, from ``worker.gpus``) restricts and orders what NVML lists,
-    and stands in for it where NVML is absent. ``nvml`` is the pynvml module, ``nodes`` tells which
-    /dev/nvidia<N> exist and ``hardware`` whether an NVIDIA GPU is on the PCI bus.
+    and stands in for it where NVML is absent; ``per_gpu`` workers share each. ``nvml`` is the pynvml
+    module, ``nodes`` tells which /dev/nvidia<N> exist, ``hardware`` whether an NVIDIA GPU is on the PCI bus.
     """
     found = _ask_nvml(nvml or _pynvml(), nodes or device_nodes, hardware or on_pci_bus)
-    return chosen(explicit, found)
+    return chosen(explicit, found, per_gpu)
 
 
 def _pynvml() -> Any:
@@ -257,13 +270,19 @@ def _text(value: str | bytes) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def chosen(explicit: Sequence[str], found: Inventory) -> Inventory:
-    """Restrict and order what was found by a list of indices and UUIDs; an empty one changes nothing."""
+def chosen(explicit: Sequence[str], found: Inventory, per_gpu: int = 1) -> Inventory:
+    """Restrict and order what was found by a list of indices and UUIDs; an empty one restricts nothing."""
     if not explicit:
-        return found
+        return replace(found, per_gpu=per_gpu)
     gpus = tuple(_match(entry, place, found) for place, entry in enumerate(explicit))
     return Inventory(
-        gpus, "settings", found.reason, found.driver, broken=found.broken, listed=found.listed or found.gpus
+        gpus,
+        "settings",
+        found.reason,
+        found.driver,
+        broken=found.broken,
+        listed=found.listed or found.gpus,
+        per_gpu=per_gpu,
     )
 
 
@@ -294,7 +313,7 @@ def named(entry: str, where: str, found: Inventory) -> Gpu | None:
             f"{where}: {entry!r} names no device; an index, GPU-<uuid> or MIG-<uuid> does (gpuinfer gpus)"
         )
     if entry.isdecimal() and int(entry) in found.broken:
-        raise DeviceError(f"{where}: {_not_there(int(entry), found)}")
+        raise DeviceError(f"{where}: {_silent(int(entry), found)}")
     listed = found.listed or (found.gpus if found.source == "nvml" else ())
     known = _known(entry, listed)
     if len(known) > 1:
@@ -339,13 +358,13 @@ def visible_device(
 ) -> Binding:
     """Decide what worker ``number`` runs on.
 
-    One device in CUDA_VISIBLE_DEVICES is the worker's, of several the one at its number; an empty value
+    One device in CUDA_VISIBLE_DEVICES is the worker's, of several the one at N // per_gpu; an empty value
     hides all GPUs. The unit sets the variable to the worker's own number, which says no more than the number
     does: it counts as not set. Raises DeviceError when the GPU that is wanted is not there, or fails.
     """
     if worker.device == "cpu":
         return Binding("cpu", "")
-    found = list_gpus(worker.gpus) if inventory is None else inventory
+    found = list_gpus(worker.gpus, per_gpu=worker.per_gpu) if inventory is None else inventory
     entries = visible(environ)
     if entries is not None and entries != (str(number),):
         return _preset(number, worker, environ[VISIBLE].strip(), entries, found)
@@ -353,7 +372,7 @@ def visible_device(
         return _no_gpu(worker, found)
     gpu = found.of_worker(number)
     if gpu is None:
-        raise DeviceError(_not_there(number, found))
+        raise DeviceError(_no_gpu_of(number, worker, found))
     if found.source == "settings":
         named(gpu.selector, "worker.gpus", found)
     gpu = _whole_or_only(gpu, number) if gpu.mig else gpu
@@ -386,11 +405,12 @@ def _preset(
         return Binding("cpu", preset)
     if found.source == "none":
         raise DeviceError(f"{VISIBLE}={preset}, but this host has no usable GPU: {found.reason}")
-    if len(entries) > 1 and number >= len(entries):
+    place = number // worker.per_gpu
+    if len(entries) > 1 and place >= len(entries):
         raise DeviceError(
-            f"worker {number} has no GPU: {VISIBLE}={preset} names {len(entries)}, for workers from 0 on"
+            f"worker {number} has no GPU: {VISIBLE}={preset} {_for_workers(len(entries), worker)}"
         )
-    entry = entries[number] if len(entries) > 1 else entries[0]
+    entry = entries[place] if len(entries) > 1 else entries[0]
     return Binding("cuda:0", entry, named(entry, f"{VISIBLE}={preset}", found))
 
 
@@ -415,12 +435,24 @@ def _no_gpu(worker: WorkerSettings, found: Inventory) -> Binding:
     return Binding("cpu", "")
 
 
-def _not_there(number: int, found: Inventory) -> str:
-    if number in found.broken:
-        return f"GPU {number} does not answer: {found.broken[number]}"
+def _silent(index: int, found: Inventory) -> str:
+    return f"GPU {index} does not answer: {found.broken[index]}"
+
+
+def _no_gpu_of(number: int, worker: WorkerSettings, found: Inventory) -> str:
+    """Say why there is no GPU at a worker's place."""
+    place = number // found.per_gpu
     if found.source == "settings":
-        return f"worker {number} has no GPU: worker.gpus names {len(found.gpus)}, for workers from 0 on"
-    return f"this host has no GPU {number}; it has {spell(found.worker_numbers)}"
+        return f"worker {number} has no GPU: worker.gpus {_for_workers(len(found.gpus), worker)}"
+    if place in found.broken:
+        return _silent(place, found)
+    of = f" for worker {number} (worker.per_gpu = {found.per_gpu})" if found.per_gpu > 1 else ""
+    return f"this host has no GPU {place}{of}; it has {spell(found.places)}"
+
+
+def _for_workers(count: int, worker: WorkerSettings) -> str:
+    each = f", each for worker.per_gpu = {worker.per_gpu} of them" if worker.per_gpu > 1 else ""
+    return f"names {count}, for workers from 0 on{each}"
 
 
 def spell(numbers: Sequence[int]) -> str:

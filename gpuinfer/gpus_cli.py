@@ -18,7 +18,7 @@ _MIB = 1024 * 1024
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def gpus(loaded: Loaded, as_json: bool) -> None:
-    """List this host's GPUs, each with the worker number it belongs to, and their MIG instances.
+    """List this host's GPUs, each with the workers that run on it, and their MIG instances.
 
     A host without one is no error: the reason is printed, and the exit code is 0.
 
@@ -27,14 +27,13 @@ def gpus(loaded: Loaded, as_json: bool) -> None:
       gpuinfer gpus --json | jq -r '.gpus[].instances[].uuid'
       echo CUDA_VISIBLE_DEVICES=MIG-... >> /etc/gpuinfer/worker@0.env
     """
-    found = list_gpus(loaded.settings.worker.gpus)
+    worker = loaded.settings.worker
+    found = list_gpus(worker.gpus, per_gpu=worker.per_gpu)
     if as_json:
         click.echo(json.dumps(_as_dict(found), indent=2))
         return
-    for number in found.worker_numbers:
-        gpu = found.of_worker(number)
-        if gpu is not None:
-            _show(number, gpu)
+    for workers, gpu in _rows(found):
+        _show(workers, gpu)
     if not found.gpus:
         click.echo(f"no GPU: {found.reason}")
     elif found.reason:
@@ -42,19 +41,26 @@ def gpus(loaded: Loaded, as_json: bool) -> None:
 
 
 def _as_dict(found: Inventory) -> dict[str, object]:
-    workers = [(number, found.of_worker(number)) for number in found.worker_numbers]
     return {
         "source": found.source,
         "reason": found.reason,
         "driver": found.driver,
         "failed": found.failed,
-        "gpus": [{"worker": number, **asdict(gpu)} for number, gpu in workers if gpu is not None],
+        "per_gpu": found.per_gpu,
+        "gpus": [{"workers": list(workers), **asdict(gpu)} for workers, gpu in _rows(found)],
         "broken": {str(index): words for index, words in found.broken.items()},
     }
 
 
-def _show(number: int, gpu: Gpu) -> None:
-    click.echo(f"worker {number}: {_join(f'GPU {gpu.index}', gpu.name, _memory(gpu), gpu.pci, gpu.uuid)}")
+def _rows(found: Inventory) -> list[tuple[range, Gpu]]:
+    """Return each GPU with the numbers of the workers that share it."""
+    numbers = [found.workers_at(place) for place in found.places]
+    return [(workers, gpu) for workers in numbers if (gpu := found.of_worker(workers[0])) is not None]
+
+
+def _show(workers: range, gpu: Gpu) -> None:
+    who = f"worker {workers[0]}" if len(workers) == 1 else f"workers {workers[0]}-{workers[-1]}"
+    click.echo(f"{who}: {_join(f'GPU {gpu.index}', gpu.name, _memory(gpu), gpu.pci, gpu.uuid)}")
     for instance in gpu.instances:
         click.echo("    " + _join(f"MIG {instance.profile}".strip(), _memory(instance), instance.uuid))
     if gpu.mig and not gpu.instances:

@@ -180,6 +180,10 @@ class WorkerSettings(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     #: GPUs by index or UUID where NVML cannot list them; worker N takes the Nth.
     gpus: Names = ()
+    #: Workers that share a GPU: worker N runs on the GPU at place N // per_gpu. One value for a whole host.
+    per_gpu: int = Field(default=1, ge=1, le=64)
+    #: A worker that holds more MiB of the host's memory finishes its batch and is started anew; 0: never.
+    max_memory_mb: int = Field(default=0, ge=0, le=16 * 1024 * 1024)
     #: Models to load and serve. Where the fleet has no default model yet, the first one becomes it.
     models: Names = ("digits",)
     queues: Annotated[tuple[QueueName, ...], BeforeValidator(_split)] = QUEUES
@@ -228,7 +232,7 @@ class WatcherSettings(Section):
     #: systemd: units over D-Bus; process: plain child processes.
     backend: Literal["systemd", "process"] = "systemd"
     probe_interval_s: float = Field(default=1.0, ge=0.1, le=60)
-    #: Instances of this host; 0: one for each GPU, and one on a host without a GPU.
+    #: Instances of this host; 0: worker.per_gpu for each GPU, and one on a host without a GPU.
     instances: int = Field(default=0, ge=0, le=1024)
     #: At least and at most so many workers run, on all hosts together; ceiling 0: all there are. Workers that
     #: share no model and queue with others get their part of the floor: one to each kind in turn.

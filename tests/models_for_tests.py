@@ -201,3 +201,28 @@ shape = [1]
 name = "root"
 """
     return write_model(folder, _Picky(), tables)
+
+
+class _Leaker(nn.Module):
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers = numbers
+        self.kept = [torch.zeros(1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x > 0).any()):
+            self.kept.append(torch.ones(self.numbers))
+        return x * 2
+
+
+def leaker(folder: Path, mib: int) -> Path:
+    """One float to its double; each batch with a positive value keeps ``mib`` MiB for ever."""
+    tables = """
+max_batch_size = 1
+[[inputs]]
+name = "x"
+shape = [1]
+[[outputs]]
+name = "twice"
+"""
+    return write_model(folder, _Leaker(mib * 2**18), tables)

@@ -76,7 +76,11 @@ def _one(host: Host, number: int, found: Inventory) -> Finding:
     try:
         environ = _environment(host, number)
         worker = load(environ=environ).settings.worker
-        device = visible_device(number, worker, environ, inventory=chosen(worker.gpus, found))
+        if worker.per_gpu != host.settings.worker.per_gpu:
+            both = f"worker.per_gpu is {worker.per_gpu} here, and {host.settings.worker.per_gpu} for the host"
+            return error(f"{file}: {both}; it must be the same for all its workers", edit(file))
+        inventory = chosen(worker.gpus, found, worker.per_gpu)
+        device = visible_device(number, worker, environ, inventory=inventory)
     except ValueError as exc:
         return error(f"{file}: {exc}", edit(file))
     except (ConfigError, DeviceError) as exc:

@@ -10,7 +10,7 @@ from gpuinfer.doctor.child import ChildFailed, ChildHung
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.nvml import Health
-from gpuinfer.gpus import Gpu, Inventory
+from gpuinfer.gpus import Gpu, Inventory, chosen
 
 _GIB = 1024**3
 #: Less free memory than this on a GPU, and a worker can hardly load anything.
@@ -113,13 +113,15 @@ def persistence(host: Host) -> Findings:
 
 def health(host: Host) -> Findings:
     """No uncorrected memory errors, no memory that waits for a repair, no closed compute mode, no heat."""
-    report = host.some_gpus()
-    found = [finding for index, state in report.health.items() for finding in _ailments(index, state)]
+    health = host.some_gpus().health
+    found = [finding for index, state in health.items() for finding in _ailments(host, index, state)]
     return found or ok("no memory errors, nothing to repair")
 
 
-def _ailments(index: int, state: Health) -> Iterator[Finding]:
-    reset = f"systemctl stop gpuinfer-worker@{index} && nvidia-smi -i {index} --gpu-reset"
+def _ailments(host: Host, index: int, state: Health) -> Iterator[Finding]:
+    numbers = _workers_on(host, index)
+    units = " ".join(f"gpuinfer-worker@{number}" for number in numbers)
+    reset = f"systemctl stop {units} && nvidia-smi -i {index} --gpu-reset"
     if state.remap_failed:
         yield error(
             f"GPU {index} has memory that could not be replaced: exchange it", f"nvidia-smi -i {index} -q"
@@ -136,10 +138,24 @@ def _ailments(index: int, state: Health) -> Iterator[Finding]:
         )
     if state.compute_mode == _COMPUTE_EXCLUSIVE and len(state.processes) > 1:
         yield warning(f"GPU {index} takes one process alone and has several", _SMI)
+    elif state.compute_mode == _COMPUTE_EXCLUSIVE and len(numbers) > 1:
+        text = f"GPU {index} takes one process alone, and {len(numbers)} workers share it (worker.per_gpu)"
+        yield error(text, f"nvidia-smi -i {index} -c DEFAULT")
     if state.temperature_c is not None and state.temperature_c >= _HOT_C:
         yield warning(
             f"GPU {index} is at {state.temperature_c} °C", f"nvidia-smi -i {index} -q -d TEMPERATURE"
         )
+
+
+def _workers_on(host: Host, index: int) -> list[int]:
+    """Return the numbers of the workers on a GPU, by the settings; by its index where those are wrong."""
+    try:
+        worker = host.settings.worker
+    except Skipped:
+        return [index]
+    found = chosen(worker.gpus, host.some_gpus().inventory, worker.per_gpu)
+    numbers = [n for n in found.worker_numbers if (gpu := found.of_worker(n)) and gpu.index == index]
+    return numbers or [index]
 
 
 def memory(host: Host) -> Findings:

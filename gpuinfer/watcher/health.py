@@ -20,9 +20,10 @@ def instance_numbers(settings: Settings, inventory: Inventory) -> tuple[int, ...
         return tuple(range(settings.watcher.instances))
     if settings.worker.device == "cpu":
         return (0,)
-    # A GPU that does not answer has its number, too; a list in the settings names them all.
+    # A GPU that does not answer has its workers, too; a list in the settings names them all.
     broken = inventory.broken if inventory.source != "settings" else {}
-    return tuple(sorted({*inventory.worker_numbers, *broken})) or (0,)
+    places = sorted({*inventory.places, *broken})
+    return tuple(number for place in places for number in inventory.workers_at(place)) or (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +44,22 @@ def look(settings: Settings, ours: Container[int] = (), nvml: Any = None) -> dic
 def survey(settings: Settings, ours: Container[int] = (), nvml: Any = None) -> Survey:
     """Look at all GPUs. May take a while.
 
-    ``ours`` are the instances that have a process: there, the memory in use is our own.
+    ``ours`` are the instances that have a process: the memory in use on their GPUs is our own.
     """
     if settings.worker.device == "cpu":
         return Survey({}, {})
     nvml = nvml or pynvml()
-    found = list_gpus(settings.worker.gpus, nvml=nvml)
+    found = list_gpus(settings.worker.gpus, per_gpu=settings.worker.per_gpu, nvml=nvml)
     faults, hot = _ask_each(nvml, found)
     faults = {**found.broken, **faults}
     health: dict[int, GpuHealth] = {}
     indices: dict[int, int] = {}
     for number in instance_numbers(settings, found):
         gpu = found.of_worker(number)
-        index = indices[number] = gpu.index if gpu is not None else number
-        foreign = 0 if gpu is None or number in ours else gpu.used_bytes
+        place = number // found.per_gpu
+        index = indices[number] = gpu.index if gpu is not None else place
+        shared = any(other in ours for other in found.workers_at(place))
+        foreign = 0 if gpu is None or shared else gpu.used_bytes
         one = GpuHealth(foreign_bytes=foreign, fault=faults.get(index, ""), hot=hot.get(index, ""))
         if one != HEALTHY:
             health[number] = one

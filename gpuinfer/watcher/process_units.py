@@ -22,6 +22,8 @@ from gpuinfer.watcher.state import UnitState, Verb
 from gpuinfer.watcher.units import UnitView
 
 _PR_SET_PDEATHSIG = 1
+#: How a worker ends that has grown past worker.max_memory_mb: as its unit does, we start it anew.
+EX_GROWN = 80
 #: What a batch may take to drain before its worker is killed.
 STOP_TIMEOUT_S = 90.0
 Command = Callable[[int], Sequence[str]]
@@ -133,7 +135,9 @@ class ProcessUnits:
         asyncio.get_running_loop().remove_reader(child.ready_from)
         child.ready_from.close()
         wanted = self._states[number][0] == "deactivating"
-        self._enter(number, "inactive" if wanted or process.returncode == 0 else "failed")
+        self._enter(number, "inactive" if wanted or process.returncode in (0, EX_GROWN) else "failed")
+        if process.returncode == EX_GROWN and not wanted:
+            await self._start(number)
 
     async def close(self) -> None:
         """Ask all to end, and wait until they have."""

@@ -31,6 +31,7 @@ from gpuinfer.privileges import leave_root
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings, load_settings
+from gpuinfer.worker.ceiling import Ceiling
 from gpuinfer.worker.heartbeat import Pulse, starting
 from gpuinfer.worker.process import Process
 
@@ -62,7 +63,7 @@ def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]
     try:
         settings = getattr(worker.app, "gpuinfer_settings", None) or load_settings()
         configure(settings.log, program=PROGRAM)
-        gpu = number_of(name)
+        gpu = number_of(name) // settings.worker.per_gpu
         configure(settings.log, program=PROGRAM, worker=name, gpu=gpu)
         setup_celery_logging(settings.log, program=PROGRAM, worker=name, gpu=gpu)
         _only_solo(conf, options)
@@ -96,10 +97,10 @@ def _only_solo(conf: Any, options: Mapping[str, Any]) -> None:
 
 
 def number_of(name: str) -> int:
-    """Return the GPU number in a node name ``gpuN@host``. Raises ConfigError for another name."""
+    """Return the worker's number in a node name ``gpuN@host``. Raises ConfigError for another name."""
     found = re.match(r"gpu(\d+)@", name)
     if found is None:
-        raise ConfigError(f"a worker is named after its GPU, such as gpu0@{name.partition('@')[2]}", "-n")
+        raise ConfigError(f"a worker is named after its number, such as gpu0@{name.partition('@')[2]}", "-n")
     return int(found.group(1))
 
 
@@ -114,11 +115,12 @@ def prepare(settings: Settings, name: str) -> Process:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with starting(settings.worker.load_timeout_s, ", ".join(settings.worker.models)):
         loaded = _load_models(settings, binding)
+    ceiling = Ceiling(settings.worker.max_memory_mb, name)
+    ceiling.check_loaded()
     batcher = _build(settings, name, loaded, binding.device)
-    pulse = Pulse(
-        batcher, name, number_of(name), domain=domain, redis_timeout_s=settings.broker.connect_timeout_s
-    )
-    return Process(batcher, pulse, lock, domain)
+    gpu, timeout_s = number_of(name) // settings.worker.per_gpu, settings.broker.connect_timeout_s
+    pulse = Pulse(batcher, name, gpu, domain=domain, redis_timeout_s=timeout_s)
+    return Process(batcher, pulse, lock, domain, ceiling)
 
 
 def _load_models(settings: Settings, binding: Binding) -> dict[str, tuple[LoadedModel, int]]:

@@ -25,10 +25,11 @@ def node_name(number: int) -> str:
 @click.argument("number", type=click.IntRange(0), metavar="N")
 @click.pass_obj
 def worker(loaded: Loaded, number: int) -> None:
-    """Serve the queue with GPU N: load the model, warm it up, then run until SIGTERM.
+    """Serve the queue with GPU N // worker.per_gpu: load the models, warm them up, run until SIGTERM.
 
     SIGTERM finishes the running batch, hands back the rest and exits 0. A GPU that fails, under a batch
-    or while there is none, ends it with 74; one that cannot be used at the start with 69.
+    or while there is none, ends it with 74; one that cannot be used at the start with 69. One that has grown
+    past worker.max_memory_mb drains and ends with 80: start it again.
     """
     from gpuinfer.worker.app import create_worker_app
 
@@ -64,7 +65,9 @@ def restore(loaded: Loaded, number: int | None, name: str | None, *, force: bool
     else:
         raise click.UsageError("give one of N and --name")
     settings = loaded.settings
-    configure(settings.log, program="gpuinfer-worker", worker=worker, gpu=int(worker.partition("@")[0][3:]))
+    configure(
+        settings.log, program="gpuinfer-worker", worker=worker, gpu=_gpu_of(worker, settings.worker.per_gpu)
+    )
     done = put_back(settings, worker, force=force)
     if as_json:
         print_json(
@@ -78,10 +81,14 @@ def restore(loaded: Loaded, number: int | None, name: str | None, *, force: bool
             click.echo(f"  dead letter  {task_id}")
 
 
+def _gpu_of(worker: str, per_gpu: int) -> int:
+    return int(worker.partition("@")[0].removeprefix("gpu")) // per_gpu
+
+
 def _checked(name: str) -> str:
     """Return a worker's name. Raises click's UsageError for what is none."""
     if not re.fullmatch(r"gpu\d+@[^\s@]+", name):
         raise click.UsageError(
-            f"--name {name}: a worker is named after its GPU and host, such as gpu0@host-1"
+            f"--name {name}: a worker is named after its number and host, such as gpu0@host-1"
         )
     return name

@@ -10,6 +10,7 @@ from typing import Any
 from celery import bootsteps
 from celery.platforms import EX_FAILURE
 from celery.worker import consumer as stock
+from celery.worker import state
 from celery.worker.consumer.control import Control
 from celery.worker.pidbox import Pidbox
 from celery.worker.state import maybe_shutdown
@@ -20,6 +21,7 @@ from gpuinfer.log import get_logger
 from gpuinfer.queue.connection import refuses
 from gpuinfer.queue.heartbeats import wait_for_namesake
 from gpuinfer.worker.batcher import Batcher
+from gpuinfer.worker.ceiling import EX_GROWN
 from gpuinfer.worker.heartbeat import BEAT_S, Pulse
 from gpuinfer.worker.process import Process
 
@@ -61,6 +63,13 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
         consumer.timer.call_repeatedly(TICK_S, self.batcher.tick)
         consumer.timer.call_repeatedly(BEAT_S, self.process.pulse.beat)
         consumer.timer.call_repeatedly(SHOW_S, self.batcher.show)
+        if self.process.ceiling.limit_mb:
+            consumer.timer.call_repeatedly(BEAT_S, self._keep_below)
+
+    def _keep_below(self) -> None:
+        """Stop as SIGTERM would where the process has grown too large; whoever started it starts it anew."""
+        if state.should_stop is None and self.process.ceiling.passed():
+            state.should_stop = EX_GROWN
 
     def _restore(self) -> None:
         """Put back what the previous process of this name left in flight. One elsewhere goes on: we end."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
 from gpuinfer.log import get_logger
+from gpuinfer.worker.ceiling import Ceiling
 from gpuinfer.worker.heartbeat import Pulse
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Process:
     lock: IO[str]
     #: Which processes could not run beside this one: they take their locks in the same folder.
     domain: str
+    ceiling: Ceiling
 
     def drain(self, *, crashed: bool) -> None:
         """Drain the batcher and tell systemd. The second call does nothing."""

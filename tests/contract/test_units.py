@@ -30,8 +30,10 @@ if os.path.exists(sys.argv[1]):
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # an exception could strike in a finaliser, and be lost
 name = os.environ["NOTIFY_SOCKET"].replace("@", "\\0", 1)
 socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"READY=1\\nSTATUS=x", name)
-while True:
-    time.sleep(1)
+while not os.path.exists(sys.argv[1] + "-grown"):
+    time.sleep(0.05)
+os.unlink(sys.argv[1] + "-grown")
+sys.exit(80)
 """
 UNIT = """
 [Unit]
@@ -39,7 +41,10 @@ StartLimitIntervalSec=0
 [Service]
 Type=notify
 NotifyAccess=all
-ExecStart=/bin/sh -c 'sleep 0.3; test -e /fail-%i && exit 3; systemd-notify --ready; exec sleep infinity'
+ExecStart=/bin/sh -c 'sleep 0.3; test -e /fail-%i && exit 3; systemd-notify --ready; \
+  until rm /fail-%i-grown 2>/dev/null; do sleep 0.1; done; exit 80'
+SuccessExitStatus=80
+RestartForceExitStatus=80
 [Install]
 WantedBy=multi-user.target
 """
@@ -54,10 +59,15 @@ class Place:
     """A back end with three instances, and a way to make one fail."""
 
     def __init__(
-        self, units: Units, fail: Callable[[int, bool], None], container: Container | None = None
+        self,
+        units: Units,
+        fail: Callable[[int, bool], None],
+        grow: Callable[[int], None],
+        container: Container | None = None,
     ) -> None:
         self.units = units
         self.fail = fail
+        self.grow = grow
         self.container = container
 
     async def until(self, number: int, test: Callable[[UnitView], bool], what: str) -> UnitView:
@@ -113,14 +123,20 @@ def _processes(folder: Path) -> Place:
     def command(number: int) -> list[str]:
         return [sys.executable, "-c", WORKER, str(folder / f"fail-{number}")]
 
-    return Place(ProcessUnits(range(3), command), fail)
+    def grow(number: int) -> None:
+        (folder / f"fail-{number}-grown").touch()
+
+    return Place(ProcessUnits(range(3), command), fail, grow)
 
 
 def _systemd(container: Container) -> Place:
     def fail(number: int, on: bool) -> None:
         container.ok(f"touch /fail-{number}" if on else f"rm /fail-{number}")
 
-    return Place(SystemdUnits(range(3), address=address(container)), fail, container)
+    def grow(number: int) -> None:
+        container.ok(f"touch /fail-{number}-grown")
+
+    return Place(SystemdUnits(range(3), address=address(container)), fail, grow, container)
 
 
 def address(container: Container) -> str:
@@ -171,6 +187,22 @@ async def test_a_failure_stays_until_it_is_reset(place: Place) -> None:
     place.fail(0, False)
     await place.units.act("start", 0)
     await place.becomes(0, "active")
+
+
+async def test_what_has_grown_too_large_is_started_anew(place: Place) -> None:
+    """A worker past worker.max_memory_mb ends by itself: a new one comes up, and nothing has failed."""
+    await place.units.act("start", 0)
+    await place.becomes(0, "active")
+    place.grow(0)
+    states: set[str] = set()
+
+    def starts_again(view: UnitView) -> bool:
+        states.add(view.state)
+        return view.state == "activating"
+
+    await place.until(0, starts_again, "a new start")
+    await place.becomes(0, "active")
+    assert "failed" not in states
 
 
 async def test_a_stop_while_it_starts_is_heard(place: Place) -> None:
@@ -351,7 +383,7 @@ async def test_a_process_has_what_is_special_about_it(tmp_path: Path) -> None:
         [0], lambda _: [sys.executable, "-c", script], {**os.environ, "COMMON": "!"}, special=of
     )
     await units.act("start", 0)
-    await Place(units, lambda *_: None).becomes(0, "inactive")
+    await Place(units, lambda *_: None, lambda _: None).becomes(0, "inactive")
     assert told.read_text() == "yes!"
     special.clear()
     with pytest.raises(UnitRefused, match="line 1"):

@@ -27,7 +27,7 @@ def test_gpus_lists_what_nvml_knows(gpu: Gpu) -> None:
     found: dict[str, Any] = json.loads(done.stdout)
     assert (found["source"], found["failed"], found["broken"]) == ("nvml", False, {})
     first = found["gpus"][0]
-    assert (first["worker"], first["index"], first["uuid"]) == (0, gpu.index, gpu.uuid)
+    assert (first["workers"], first["index"], first["uuid"]) == ([0], gpu.index, gpu.uuid)
     assert first["name"] and first["pci"] and found["driver"]
     assert first["memory_bytes"] > GIB
     assert 0 <= first["used_bytes"] <= first["memory_bytes"]

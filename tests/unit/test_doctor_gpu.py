@@ -24,10 +24,10 @@ from tests.fake_nvml import GIB, FakeNvml
 pytestmark = pytest.mark.unit
 
 
-def host(nvml: FakeNvml | Report, root: Path = Path("/nowhere"), *, gpus: tuple[str, ...] = ()) -> Host:
+def host(nvml: FakeNvml | Report, root: Path = Path("/nowhere"), **worker: object) -> Host:
     """Return a host with these GPUs; the report has passed through its JSON, as it does in life."""
     found = nvml if isinstance(nvml, Report) else from_json(to_json(read(nvml)))
-    settings = Settings.model_validate({"worker": {"gpus": gpus}})
+    settings = Settings.model_validate({"worker": worker})
     return Host(Loaded(settings, {}), root=root, nvml=lambda: found)
 
 
@@ -142,6 +142,16 @@ def test_ill_health() -> None:
     assert found[1].remedy.endswith("nvidia-smi -i 0 --gpu-reset")
     assert "3 uncorrected" in found[2].message
     assert found[3].remedy == "nvidia-smi -i 0 -c DEFAULT"
+
+
+def test_the_ill_health_of_a_shared_gpu() -> None:
+    """A reset needs all of its workers stopped; a GPU for one process alone cannot be shared."""
+    nvml = FakeNvml(count=2, remapped={1: (1, 0)}, compute_mode=3)
+    found = flat(gpu.health(host(nvml, per_gpu=2)))
+    assert found[1].remedy.startswith("systemctl stop gpuinfer-worker@2 gpuinfer-worker@3 && ")
+    assert [finding.message for finding in found if finding.status == "error"] == [
+        f"GPU {index} takes one process alone, and 2 workers share it (worker.per_gpu)" for index in (0, 1)
+    ]
 
 
 def test_a_full_gpu(tmp_path: Path) -> None:
@@ -271,6 +281,19 @@ def test_what_each_worker_would_run_on(tmp_path: Path) -> None:
         "worker 1 runs on cuda:0 (NVIDIA L4)",
         "worker 2 runs on cpu (no GPU)",
     ]
+
+
+def test_workers_of_a_shared_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is told with its GPU; a file that counts otherwise than the host is an error."""
+    (tmp_path / "all.toml").write_text("[worker]\nper_gpu = 2\n")
+    monkeypatch.setenv("GPUINFER_CONFIG", str(tmp_path / "all.toml"))
+    with_file(tmp_path, 3, "")
+    shared = host(FakeNvml(count=2), tmp_path, per_gpu=2)
+    assert one(bindings.bindings(shared)).message == "worker 3 runs on cuda:0 (NVIDIA L4)"
+    with_file(tmp_path, 3, "GPUINFER_WORKER_PER_GPU=4\n")
+    found = one(bindings.bindings(shared))
+    assert "worker.per_gpu is 4 here, and 2 for the host" in found.message
+    assert found.remedy.startswith("editor /etc/gpuinfer/worker@3.env")
 
 
 @pytest.mark.parametrize(

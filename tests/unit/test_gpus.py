@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from gpuinfer.errors import DeviceError
 from gpuinfer.gpus import Gpu, Inventory, MigInstance, check_visible, list_gpus, spell, visible_device
-from gpuinfer.settings import WorkerSettings
+from gpuinfer.gpus_cli import gpus as gpus_command
+from gpuinfer.settings import Loaded, Settings, WorkerSettings
 from tests.fake_nvml import GIB, FakeNvml
 
 pytestmark = pytest.mark.unit
@@ -311,3 +313,60 @@ def test_a_worker_is_bound_by_uuid() -> None:
 def test_numbers_are_spelled(numbers: tuple[int, ...], text: str) -> None:
     """As in an error message."""
     assert spell(numbers) == text
+
+
+# -- several workers on one GPU -----------------------------------------------------------
+
+
+def bind_shared(number: int, found: Inventory, **environ: str) -> Any:
+    return visible_device(number, WorkerSettings(per_gpu=found.per_gpu), environ, inventory=found)
+
+
+def test_workers_share_gpus_in_order() -> None:
+    """Instance N is on GPU N // per_gpu, which NVML's numbers or a list in the settings order."""
+    found = list_gpus((), per_gpu=2, nvml=FakeNvml(count=3, lost=frozenset({1})), nodes=list)
+    assert found.worker_numbers == (0, 1, 4, 5)
+    assert [bind_shared(number, found).gpu.index for number in (0, 1, 4, 5)] == [0, 0, 2, 2]
+    # What the unit sets by itself is the worker's number, and no GPU's.
+    assert bind_shared(1, found, CUDA_VISIBLE_DEVICES="1").gpu.index == 0
+    assert bind_shared(2, found, CUDA_VISIBLE_DEVICES="0,2").gpu.index == 2
+    listed = list_gpus(("2", "0"), per_gpu=3, nvml=FakeNvml(count=3), nodes=list)
+    assert [bind_shared(number, listed).gpu.index for number in range(6)] == [2, 2, 2, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("number", "explicit", "environ", "words"),
+    [
+        (3, (), {}, "GPU 1 does not answer"),
+        (6, (), {}, r"no GPU 3 for worker 6 \(worker.per_gpu = 2\); it has GPUs 0, 2"),
+        (
+            4,
+            ("0", "2"),
+            {},
+            "worker.gpus names 2, for workers from 0 on, each for worker.per_gpu = 2 of them",
+        ),
+        (
+            5,
+            (),
+            {"CUDA_VISIBLE_DEVICES": "0,2"},
+            "CUDA_VISIBLE_DEVICES=0,2 names 2, .* each for worker.per_gpu",
+        ),
+    ],
+)
+def test_a_shared_gpu_that_is_not_there(
+    number: int, explicit: tuple[str, ...], environ: dict[str, str], words: str
+) -> None:
+    """The message gives the GPU's number and the worker's."""
+    found = list_gpus(explicit, per_gpu=2, nvml=FakeNvml(count=3, lost=frozenset({1})), nodes=list)
+    with pytest.raises(DeviceError, match=words):
+        bind_shared(number, found, **environ)
+
+
+def test_gpus_tells_who_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``gpuinfer gpus`` has a line for each GPU, with the numbers of its workers."""
+    monkeypatch.setattr("gpuinfer.gpus._pynvml", lambda: FakeNvml(count=2))
+    loaded = Loaded(Settings(worker=WorkerSettings(per_gpu=2)), {})
+    said = CliRunner().invoke(gpus_command, [], obj=loaded).output.splitlines()
+    assert [line.partition("  ")[0] for line in said] == ["workers 0-1: GPU 0", "workers 2-3: GPU 1"]
+    told = json.loads(CliRunner().invoke(gpus_command, ["--json"], obj=loaded).output)
+    assert (told["per_gpu"], [one["workers"] for one in told["gpus"]]) == (2, [[0, 1], [2, 3]])

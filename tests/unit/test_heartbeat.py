@@ -17,6 +17,7 @@ from gpuinfer.api.server import Server
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QueueSettings
 from gpuinfer.worker import heartbeat
+from gpuinfer.worker.ceiling import Ceiling
 from gpuinfer.worker.heartbeat import DRAIN_ALLOWANCE_S, REPORT_S, STUCK_GRACE_S, Pulse, keep_asking
 from gpuinfer.worker.process import DRAIN_TIMEOUT_S, Process
 
@@ -254,7 +255,7 @@ def test_drain_tells_once(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None
     setup.batcher.drain = drain
     monkeypatch.setattr(setup.pulse, "gone", lambda: calls.append(-1))
     lock: Any = None
-    process = Process(setup.batcher, setup.pulse, lock, "here")
+    process = Process(setup.batcher, setup.pulse, lock, "here", Ceiling(0, "gpu0@here"))
     process.drain(crashed=False)
     process.drain(crashed=False)
     assert calls == [DRAIN_TIMEOUT_S, -1]

@@ -73,6 +73,8 @@ def test_a_host_told_to_use_the_cpu_is_not_asked() -> None:
         ({}, FakeNvml(init=12), (0,)),
         ({"worker": {"device": "cpu"}}, FakeNvml(count=4), (0,)),
         ({"watcher": {"instances": 3}}, FakeNvml(init=12), (0, 1, 2)),
+        ({"worker": {"per_gpu": 2}}, FakeNvml(count=3, lost=frozenset({1})), (0, 1, 2, 3, 4, 5)),
+        ({"worker": {"per_gpu": 2}}, FakeNvml(init=12), (0,)),
     ],
 )
 def test_there_are_as_many_instances_as_gpus(
@@ -80,5 +82,16 @@ def test_there_are_as_many_instances_as_gpus(
 ) -> None:
     """One on a host without any, and as many as the settings say."""
     chosen = settings(**sections)
-    found = list_gpus((), nvml=nvml, nodes=list, hardware=lambda: False)
+    per_gpu = chosen.worker.per_gpu
+    found = list_gpus((), per_gpu=per_gpu, nvml=nvml, nodes=list, hardware=lambda: False)
     assert health.instance_numbers(chosen, found) == numbers
+
+
+def test_workers_that_share_a_gpu_share_its_health() -> None:
+    """What one of them holds is not foreign to the others; a fault is each one's."""
+    shared = settings(worker={"per_gpu": 2})
+    seen = health.survey(shared, {1}, FakeNvml(count=3, used_bytes=GIB, lost=frozenset({2})))
+    foreign = GpuHealth(foreign_bytes=GIB)
+    assert {number: one for number, one in seen.health.items() if not one.fault} == {2: foreign, 3: foreign}
+    assert [number for number, one in seen.health.items() if one.fault] == [4, 5]
+    assert seen.indices == {0: 0, 1: 0, 2: 1, 3: 1, 4: 2, 5: 2}
