@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from tests.bench.images import images
 from tests.bench.lines import QUICK, Line, Sizes
-from tests.bench.machine import CLIENT_CORE, machine, pinned, versions
+from tests.bench.machine import CLIENT_CORE, machine, pinned, stolen_seconds, versions
 from tests.bench.measures import idle, latency, redis_memory, steady, submission, throughput, worker_memory
 from tests.bench.models import write_models
 from tests.bench.report import Report, show, write_json
@@ -51,11 +52,14 @@ def main(names: tuple[str, ...], json_file: Path | None, plot_file: Path | None,
     console, progress = Console(width=None if sys.stdout.isatty() else 140), Console(stderr=True)
     lines: list[Line] = []
     about = machine()
+    began, stolen = time.monotonic(), stolen_seconds()
     with tempfile.TemporaryDirectory(prefix="gi-bench-") as folder, pinned(CLIENT_CORE):
         write_models(Path(folder) / "models")
         for name in names or MEASURES:
             with progress.status(name):
                 lines += MEASURES[name](Path(folder), QUICK if quick else Sizes())
+    cores_s = (os.cpu_count() or 1) * (time.monotonic() - began)
+    about["stolen_percent"] = round(100 * (stolen_seconds() - stolen) / cores_s, 1)
     report = Report(versions=versions(), machine=about, lines=lines, quick=quick)
     show(report, console)
     if json_file is not None:

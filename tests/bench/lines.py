@@ -56,6 +56,8 @@ class Sizes:
     submits: int = 5_000
     trips: int = 1_000
     steady: int = 600
+    #: Tasks of 5 ms for two workers: four seconds' worth.
+    sleeps: int = 1_200
     queued: int = 5_000
     tasks_for_memory: int = 200_000
     warm_up: int = 20_000
@@ -78,6 +80,7 @@ QUICK = Sizes(
     submits=1_000,
     trips=200,
     steady=200,
+    sleeps=200,
     queued=1_000,
     tasks_for_memory=20_000,
     warm_up=5_000,

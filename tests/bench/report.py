@@ -69,6 +69,8 @@ def show(report: Report, console: Console) -> None:
     machine = report.machine
     console.print(", ".join(f"{name} {version}" for name, version in report.versions.items()))
     console.print(f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}")
+    stolen = machine["stolen_percent"]
+    console.print(f"{stolen} % of the processor time meanwhile went to others on the machine under this one")
     if report.quick:
         console.print("--quick: small sizes, one repeat; the figures are rough")
     table = Table(box=None, pad_edge=False, show_edge=False)

@@ -48,7 +48,7 @@ def speed_up(folder: Path, sizes: Sizes) -> Iterator[Line]:
     for _ in range(sizes.repeats):
         for count, series in sleepy.items():
             fleet = Fleet(folder, "steady1", workers=count, sleep_s=SHORT_S)
-            series.append(_drain(fleet, [[0.0]] * sizes.steady)[0])
+            series.append(_drain(fleet, [[0.0]] * sizes.sleeps)[0])
     what = "sleeps 5 ms an item, two workers"
     yield compare(what, "tasks/s", sleepy[WORKERS], sleepy[1], "one worker", Target(op=">=", value=1.9))
 

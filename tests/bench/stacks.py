@@ -197,15 +197,13 @@ class Fleet(Ours):
         if self._sleep_s is not None:
             program = "tests.bench.sleeping"
         sleeping = ["env", f"BENCH_SLEEP_S={self._sleep_s}"]
+        self.workers = []
         with unpinned():
-            self.workers = [
-                self._workers.spawn(
-                    *(*sleeping, sys.executable, "-m", program, "worker", str(number)),
-                    name=f"worker{number}",
-                    **settings,
-                )
-                for number in range(self._count)
-            ]
+            for number in range(self._count):
+                name = f"worker{number}"
+                (self.folder / f"{name}.log").unlink(missing_ok=True)  # an older one says "ready"
+                command = (*sleeping, sys.executable, "-m", program, "worker", str(number))
+                self.workers.append(self._workers.spawn(*command, name=name, **settings))
         return self.workers[0]
 
     def _wait_ready(self, worker: Process) -> None:
