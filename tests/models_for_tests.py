@@ -7,6 +7,7 @@ The folder's name is the model's name, so ``perceptron(tmp_path / "models" / "ml
 from __future__ import annotations
 
 import hashlib
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -226,3 +227,11 @@ shape = [1]
 name = "twice"
 """
     return write_model(folder, _Leaker(mib * 2**18), tables)
+
+
+def python_model(folder: Path, code: str, tables: str = "") -> Path:
+    """Write ``code`` as the model's file, beside a manifest made of ``tables``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.py").write_text(textwrap.dedent(code), encoding="utf-8")
+    write_manifest(folder, "model.py", tables)
+    return folder

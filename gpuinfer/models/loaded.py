@@ -9,6 +9,7 @@ from typing import Any
 
 from gpuinfer.models.device import try_device
 from gpuinfer.models.manifest import Manifest
+from gpuinfer.models.signature import Signature, from_manifest
 from gpuinfer.models.tensors import Encoding
 
 
@@ -23,6 +24,18 @@ class LoadedModel(ABC):
         self.manifest = manifest
         self.device = device
         self.name = manifest.name
+        #: What it takes, without its code. A Python model's may come from its annotations.
+        self.signature = from_manifest(manifest) or Signature(inputs=(), batchable=manifest.batchable)
+
+    @property
+    def prepares(self) -> bool:
+        """True when ``prepare`` takes a model's own code or a decoder of files, and so time and care."""
+        return False
+
+    @property
+    def finishes(self) -> bool:
+        """True when ``finish`` runs a model's own code."""
+        return False
 
     @abstractmethod
     def prepare(self, values: Sequence[object]) -> list[Any]:

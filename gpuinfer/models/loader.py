@@ -45,11 +45,13 @@ def load(folder: ModelFolder, device: str, *, threads: int = 0) -> LoadedModel:
 
 def _reader(name: Format) -> _Reader:
     # Here, not above: whoever lists models need not import what one format wants.
-    from gpuinfer.models.formats import export, torchscript
+    from gpuinfer.models.formats import export, python, torchscript
 
-    readers: dict[str, _Reader] = {"torchscript": torchscript.read, "export": export.read}
-    if name not in readers:
-        raise ModelLoadError(f"its format, {name}, cannot be loaded yet")
+    readers: dict[str, _Reader] = {
+        "torchscript": torchscript.read,
+        "export": export.read,
+        "python": python.read,
+    }
     return readers[name]
 
 

@@ -80,8 +80,8 @@ def decode(manifest: Manifest, value: object) -> Item:
     """Turn one ``inputs`` value into arrays. Raises what ``decode_batch`` would put in its place."""
     named = _by_name(manifest, value)
     if named is None:
-        return (_array(value, manifest.inputs[0], "inputs"),)
-    return tuple(_array(named[spec.name], spec, f"inputs.{spec.name}") for spec in manifest.inputs)
+        return (decode_value(value, manifest.inputs[0], "inputs"),)
+    return tuple(decode_value(named[spec.name], spec, f"inputs.{spec.name}") for spec in manifest.inputs)
 
 
 def encode_array(array: Array, encoding: Encoding = "list") -> object:
@@ -126,7 +126,8 @@ def _by_name(manifest: Manifest, value: object) -> Mapping[str, object] | None:
     return value
 
 
-def _array(value: object, spec: InputSpec, field: str) -> Array:
+def decode_value(value: object, spec: InputSpec, field: str) -> Array:
+    """Turn the value of one input into an array; ``field`` names it in the InputError that is raised."""
     if isinstance(value, Mapping):
         return _from_bytes(value, spec, field)
     if isinstance(value, np.ndarray):

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Python model is told: ``ctx``, and for whom its code runs at the moment.
+
+``working`` surrounds each call into a model. Inside it, what the model prints or logs has the model's name
+and the tasks' ids, and ``ctx.cancelled`` and ``ctx.progress`` mean those tasks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpuinfer.log import bound
+
+
+def _never() -> bool:
+    return False
+
+
+def _nowhere(_: float) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """For whom a model's code runs."""
+
+    model: str
+    task_ids: Sequence[str] = ()
+    #: Whether all of these tasks were cancelled.
+    cancelled: Callable[[], bool] = _never
+    #: Takes a fraction of 0 to 1.
+    progress: Callable[[float], None] = _nowhere
+
+
+_current: ContextVar[Work | None] = ContextVar("gpuinfer_work", default=None)
+
+
+def current() -> Work | None:
+    """Return for whom this thread runs a model's code; None outside of it."""
+    return _current.get()
+
+
+@contextmanager
+def working(work: Work) -> Iterator[None]:
+    """Run a model's code for ``work``."""
+    ids = list(dict.fromkeys(work.task_ids))
+    tasks: dict[str, object] = {"task_id": ids[0]} if len(ids) == 1 else {"task_ids": ids} if ids else {}
+    token = _current.set(work)
+    try:
+        with bound(model=work.model, **tasks):
+            yield
+    finally:
+        _current.reset(token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """The ``ctx`` of ``load(self, ctx)``. A model may keep it."""
+
+    #: ``cpu``, ``cuda``, ``cuda:0``: what torch calls it.
+    device: str
+    #: The model's own folder: weights and labels lie there. Nothing may be written to it.
+    folder: Path
+    #: The manifest's ``[parameters]``.
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    #: Python's own logger; its lines are in the journal, with the model's name and the task's id.
+    log: logging.Logger
+
+    @property
+    def cancelled(self) -> bool:
+        """True once nobody wants any more what is being worked on: to return early saves time."""
+        work = _current.get()
+        return work is not None and work.cancelled()
+
+    def progress(self, fraction: float) -> None:
+        """Tell how much of the work at hand is done, 0 to 1. Raises ValueError for another number."""
+        value = float(fraction)
+        if not math.isfinite(value) or not 0 <= value <= 1:
+            raise ValueError(f"progress is a fraction of 0 to 1, got {fraction!r}")
+        work = _current.get()
+        if work is not None:
+            work.progress(value)
+
+
+def logger_of(model: str) -> logging.Logger:
+    """Return the logger that a model's words come from."""
+    return logging.getLogger(f"model.{model}")

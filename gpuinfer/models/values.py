@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of a Python model's inputs: from what a request carries to what the model's code is given.
+
+=======  ======================================================  ====================================
+kind     a request carries                                       the model is given
+=======  ======================================================  ====================================
+tensor   what ``tensors`` takes                                  a numpy array; a torch tensor if annotated
+json     any JSON                                                the same, validated by its annotation
+text     a string                                                ``str``
+bytes    bytes, or ``{"b64": "..."}``                            ``bytes``
+image    the bytes of an image file, or an array of pixels       ``PIL.Image.Image``, upright
+audio    an array of samples                                     numpy float32, (channels, samples)
+file     bytes, or ``{"b64": "..."}``                            ``pathlib.Path`` of a temporary file
+=======  ======================================================  ====================================
+"""
+
+from __future__ import annotations
+
+import binascii
+import io
+import os
+import tempfile
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from gpuinfer.errors import DtypeMismatch, InputError, ShapeMismatch
+from gpuinfer.models.signature import Typed
+from gpuinfer.models.specs import FREE, InputSpec
+from gpuinfer.models.tensors import Array, decode_value
+
+#: Takes a request's value and the field to name in an error. Raises InputError.
+Reader = Callable[[object, str], Any]
+#: Of a temporary file's name only a plain suffix is taken from the request: many libraries go by it.
+_MAX_SUFFIX = 10
+
+
+class TemporaryFile:
+    """A file that is there as long as this object is."""
+
+    def __init__(self, data: bytes, suffix: str) -> None:
+        handle, name = tempfile.mkstemp(prefix="gpuinfer-", suffix=suffix)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        self.path = Path(name)
+        weakref.finalize(self, partial(self.path.unlink, missing_ok=True))
+
+
+def reader_of(typed: Typed, spec: InputSpec | None) -> Reader:
+    """Return what reads one input's values: by its annotation, or by the manifest's ``spec``."""
+    kind = typed.input.kind
+    if kind == "tensor":
+        return _tensor_reader(typed, spec)
+    if kind in ("json", "text"):
+        return _json_reader(typed)
+    return {"bytes": as_bytes, "image": as_image, "audio": as_audio, "file": as_file}[kind]
+
+
+def as_bytes(value: object, field: str) -> bytes:
+    """Return the bytes that a value is."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 1:
+        return value.tobytes()
+    if isinstance(value, Mapping) and isinstance(value.get("b64"), str):
+        try:
+            return binascii.a2b_base64(value["b64"], strict_mode=True)
+        except ValueError as exc:
+            raise InputError(f"b64 is not valid base64: {exc}", field) from None
+    raise InputError(f'must be bytes, or {{"b64": "..."}}, got {_word(value)}', field)
+
+
+def as_image(value: object, field: str) -> Any:
+    """Return a PIL image, decoded and upright. An array of bytes is one, too: (height, width[, 3 or 4])."""
+    from PIL import Image, ImageOps
+
+    if isinstance(value, np.ndarray) and value.ndim > 1:
+        if value.dtype != np.uint8:
+            raise DtypeMismatch(f"an image's pixels are uint8, these are {value.dtype.name}", field)
+        if value.ndim > 3 or (value.ndim == 3 and value.shape[2] not in (3, 4)):
+            raise ShapeMismatch(f"an image is (height, width[, 3 or 4]), got {list(value.shape)}", field)
+        return Image.fromarray(value)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(as_bytes(value, field)))
+            picture.load()
+            return ImageOps.exif_transpose(picture)
+    except InputError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Warning) as exc:
+        raise InputError(f"cannot be read as an image: {exc}", field) from exc
+
+
+def as_audio(value: object, field: str) -> Array:
+    """Return float32 samples, (channels, samples)."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim not in (1, 2):
+        raise InputError(f"must be an array of samples, (channels, samples), got {_word(value)}", field)
+    return np.atleast_2d(value).astype(np.float32, copy=False)
+
+
+def as_file(value: object, field: str) -> TemporaryFile:
+    """Write a value's bytes to a temporary file; it is gone once nobody holds it any more."""
+    suffix = ""
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        suffix = Path(value["name"]).suffix
+        suffix = suffix if len(suffix) <= _MAX_SUFFIX and suffix[1:].isalnum() else ""
+    return TemporaryFile(as_bytes(value, field), suffix)
+
+
+def _json_reader(typed: Typed) -> Reader:
+    """Validate by the annotation, with pydantic's own rules; a plain ``str`` needs none."""
+    if typed.type is None:
+        return _as_text if typed.input.kind == "text" else lambda value, _: value
+    if typed.type is str:
+        return _as_text
+    import pydantic
+
+    adapter = pydantic.TypeAdapter(typed.type)
+
+    def read(value: object, field: str) -> Any:
+        try:
+            return adapter.validate_json(orjson.dumps(value))
+        except pydantic.ValidationError as exc:
+            raise _invalid(exc, field) from None
+        except (TypeError, ValueError) as exc:
+            raise InputError(f"is no JSON: {exc}", field) from None
+
+    return read
+
+
+def _invalid(exc: Any, field: str) -> InputError:
+    """Say what a validator found, where, without the value: it is logged."""
+    errors = exc.errors(include_url=False, include_input=False, include_context=False)
+    first = errors[0]
+    where = ".".join(str(part) for part in (field, *first["loc"]))
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return InputError(f"{first['msg'].removeprefix('Value error, ')}{more}", where)
+
+
+def _as_text(value: object, field: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"must be a string, got {_word(value)}", field)
+    return value
+
+
+def _tensor_reader(typed: Typed, spec: InputSpec | None) -> Reader:
+    """Read arrays by the manifest; or, where only an annotation names them, of any shape."""
+    if spec is not None:
+        return lambda value, field: decode_value(value, spec, field)
+    wanted = typed.input.dtype
+    origin = getattr(typed.type, "__origin__", typed.type)
+    as_torch = getattr(origin, "__module__", "") == "torch"
+
+    def read(value: object, field: str) -> Any:
+        array = _any_array(value, wanted, field)
+        if not as_torch:
+            return array
+        import torch
+
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+    return read
+
+
+def _any_array(value: object, dtype: str | None, field: str) -> Array:
+    """Return an array of any shape, of the dtype wanted; fractions in lists are float32 without one."""
+    if not isinstance(value, np.ndarray) and not isinstance(value, Mapping):
+        try:
+            found = np.asarray(value)
+        except ValueError:
+            raise ShapeMismatch("lists differ in length", field) from None
+        if found.dtype.kind not in "biuf":
+            raise DtypeMismatch(f"must be numbers, got {_word(value)}", field)
+        return found.astype(dtype or (np.float32 if found.dtype.kind == "f" else found.dtype))
+    if isinstance(value, Mapping):
+        shape, name = value.get("shape"), value.get("dtype")
+        if not isinstance(shape, list) or not isinstance(name, str):
+            raise InputError("an encoded tensor has the keys b64, dtype and shape", field)
+        free = InputSpec.model_construct(
+            name="x", dtype=name, shape=(FREE,) * len(shape), allow_nan=True, kind="tensor"
+        )
+        array = decode_value(value, free, field)
+    else:
+        array = value
+    if dtype is not None and array.dtype.name != dtype:
+        if not np.can_cast(array.dtype, dtype, "same_kind"):
+            raise DtypeMismatch(f"is {array.dtype.name}, the model wants {dtype}", field)
+        return array.astype(dtype)
+    return array
+
+
+def _word(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
