@@ -182,6 +182,13 @@ class MalformedJson(InputError):
     http_status = 400
 
 
+class MalformedForm(InputError):
+    """Raised when a request's body is not the form that its Content-Type says."""
+
+    code = "malformed_form"
+    http_status = 400
+
+
 class PayloadTooLarge(InputError):
     """Raised when a request is larger than ``queue.max_payload_bytes``."""
 

@@ -87,7 +87,7 @@ def admit(body: bytes, *, header_key: str | None = None) -> Admission:
     """
     value = parse_json(body)
     if isinstance(value, list):
-        return Admission(inputs=value, options=_with_key({}, header_key))
+        return Admission(inputs=value, options=with_key({}, header_key))
     if not isinstance(value, dict):
         raise InputError(f"must be a JSON list, or an object with inputs; got {_word(value)}", "body")
     unknown = [name for name in value if name not in FIELDS]
@@ -97,14 +97,15 @@ def admit(body: bytes, *, header_key: str | None = None) -> Admission:
         raise InputError('is missing; send {"inputs": ...}, or the bare list', "inputs")
     inputs = value.pop("inputs")
     given = {name: option for name, option in value.items() if option is not None}
-    return Admission(inputs=inputs, options=_with_key(cast(Options, given), header_key))
+    return Admission(inputs=inputs, options=with_key(cast(Options, given), header_key))
 
 
 def _word(value: object) -> str:
     return {str: "a string", bool: "true or false", type(None): "null"}.get(type(value), "a number")
 
 
-def _with_key(options: Options, header_key: str | None) -> Options:
+def with_key(options: Options, header_key: str | None) -> Options:
+    """Return options with the key of the ``Idempotency-Key`` header. Raises InputError where two differ."""
     if not header_key:
         return options
     if options.get("idempotency_key", header_key) != header_key:

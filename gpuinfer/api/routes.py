@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import orjson
 from fastapi import APIRouter, Query, Request, Response
 
-from gpuinfer.api import admission, schemas
+from gpuinfer.api import admission, schemas, uploads
 from gpuinfer.api.middleware import note
 from gpuinfer.client import AsyncClient, Options
-from gpuinfer.errors import MalformedJson
+from gpuinfer.errors import InputError, MalformedJson
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import Settings
@@ -54,7 +54,7 @@ async def read_body(request: Request, max_payload_bytes: int) -> bytes:
 async def _submit(request: Request, *, many: bool) -> Response:
     settings = _settings(request)
     body = await read_body(request, settings.queue.max_payload_bytes)
-    asked = admission.admit(body, header_key=request.headers.get("idempotency-key"))
+    asked = _understood(request, body, many=many)
     client = _client(request)
     submit = client.submit_batch if many else client.submit
     task_id = await submit(asked.inputs, **asked.options)
@@ -65,6 +65,20 @@ async def _submit(request: Request, *, many: bool) -> Response:
         **_described(asked.options, client.default_model, many=many),
     )
     return answer({"task_id": task_id}, 202, {"location": f"/result/{task_id}"})
+
+
+def _understood(request: Request, body: bytes, *, many: bool) -> admission.Admission:
+    """Understand a body by its Content-Type: JSON, a form, or a file."""
+    content_type = request.headers.get("content-type", "")
+    key = request.headers.get("idempotency-key")
+    if uploads.holds_json(body, content_type):
+        return admission.admit(body, header_key=key)
+    if many:
+        raise InputError(
+            f"a job is a list in JSON, and the body is {content_type[:80]}; files go to /predict one by one",
+            "body",
+        )
+    return uploads.admit_upload(body, content_type, request.query_params, header_key=key)
 
 
 def _described(options: Options, default_model: str | None, *, many: bool) -> dict[str, str | int | None]:
@@ -85,7 +99,10 @@ def _described(options: Options, default_model: str | None, *, many: bool) -> di
     openapi_extra=schemas.PREDICT_BODY,
 )
 async def predict(request: Request) -> Response:
-    """Put one input into a queue. The body is the input, or an object with it and options beside it."""
+    """Put one input into a queue. The body is the input, or an object with it and options beside it.
+
+    A file is sent as it is, with options in the URL, or in a form, with options beside it.
+    """
     return await _submit(request, many=False)
 
 

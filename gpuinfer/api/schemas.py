@@ -41,8 +41,8 @@ _ANSWER: JsonSchema = {
 }
 
 _INPUT: JsonSchema = {
-    "description": "A nested list; raw bytes as {b64, dtype, shape}; or an object of these by input name.",
-    "anyOf": [{"type": "array", "items": {}}, {"type": "number"}, {"type": "object"}],
+    "description": "What the model takes: a nested list, or raw bytes as {b64, dtype, shape}; a file as "
+    "{b64, name}; text; any JSON; or an object of these by input name.",
 }
 _OPTIONS: dict[str, JsonSchema] = {name: option.schema() for name, option in OPTIONS.items()}
 _OPTIONS["idempotency_key"]["description"] += " Also as the header Idempotency-Key."
@@ -77,6 +77,21 @@ PREDICT_BODY = _body(
         },
     },
 )
+_FILE: JsonSchema = {"type": "string", "format": "binary"}
+PREDICT_BODY["requestBody"]["content"] |= {
+    "multipart/form-data": {
+        "schema": {
+            "type": "object",
+            "description": "The only input as file, or a part for each input, with options beside them.",
+            "properties": {"file": _FILE, **_OPTIONS},
+            "additionalProperties": True,
+        }
+    },
+    **{
+        kind: {"schema": _FILE | {"description": "The only input; options are in the URL, as ?model=resnet."}}
+        for kind in ("application/octet-stream", "image/*", "audio/*")
+    },
+}
 BATCH_BODY = _body(
     {"type": "array", "items": _INPUT},
     {"type": "array", "items": _INPUT, "description": "The bare list of inputs."},
@@ -159,7 +174,9 @@ SUBMIT_RESPONSES: dict[int | str, JsonSchema] = {
         "headers": {"Location": {"description": "Where its result is.", "schema": {"type": "string"}}},
     },
     400: _error(
-        "Not JSON.", "malformed_json", "the body is not JSON: unexpected character at line 1, column 1"
+        "Not JSON, or not the form it is said to be.",
+        "malformed_json",
+        "the body is not JSON: unexpected character at line 1, column 1",
     ),
     404: _error(
         "The fleet knows no model of that name.",

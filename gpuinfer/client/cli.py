@@ -44,10 +44,19 @@ def _options(command: Command) -> Command:
 
 @click.command(
     epilog="Examples: gpuinfer submit --wait '[[[0, 5, 13, 9, 1, 0, 0, 0], ...]]'; "
+    "gpuinfer submit --model resnet cat.jpg; gpuinfer submit --model vqa -F image=@cat.jpg -F text=What?; "
     "gpuinfer submit --batch --queue batch images.npy; cat three.json | gpuinfer submit -"
 )
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.argument("inputs", nargs=-1, metavar="INPUT...")
 @_options
+@click.option(
+    "-F",
+    "--field",
+    "fields",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="One input of one task, in place of INPUT: JSON, text, or the file of NAME=@FILE.",
+)
 @click.option("--batch", is_flag=True, help="Submit all inputs as one job; a single INPUT holds their list.")
 @click.option("--wait/--no-wait", help="Wait for the results and print them. Default: print the task ids.")
 @click.option("--timeout", type=_seconds, default=60.0, help="Longest wait in seconds. Default: 60.")
@@ -57,22 +66,30 @@ def submit(
     loaded: Loaded,
     /,
     inputs: tuple[str, ...],
+    fields: tuple[str, ...],
     batch: bool,
     wait: bool,
     timeout: float,
     as_json: bool,
     **given: Any,
 ) -> int:
-    """Submit each INPUT as a task: JSON text, a .json or .npy file, or - for JSON on standard input.
+    """Submit each INPUT as a task: a file, JSON text, or - for JSON on standard input.
+
+    Of a file named .json the value is sent, of .npy the array, of .txt the text; of any other (an image, a
+    sound) the file itself. A model of several inputs takes them by name, each with -F.
 
     With --wait, ends with the exit code of the first task that failed, or 75 when the time is over.
     """
     from gpuinfer.client import Client, Options
-    from gpuinfer.client.inputs import read_batch, read_input
+    from gpuinfer.client.inputs import read_batch, read_field, read_input
 
+    if bool(inputs) == bool(fields) or (fields and batch):
+        raise click.UsageError("give INPUT, or -F NAME=VALUE for each input of one task")
     options: Options = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]  # click's names are theirs
     with Client(loaded.only("broker", "queue")) as client:
-        if batch:
+        if fields:
+            ids = [client.submit(dict(read_field(field) for field in fields), **options)]
+        elif batch:
             ids = [client.submit_batch(read_batch(inputs), **options)]
         elif len(inputs) == 1:
             ids = [client.submit(read_input(inputs[0]), **options)]

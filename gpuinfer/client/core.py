@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Unpack
 
 import orjson
 
+from gpuinfer.client.inputs import opened
 from gpuinfer.errors import InputError, PayloadTooLarge, TaskNotFound, TaskRevoked
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.direct import Argument
@@ -118,7 +119,7 @@ def build(
     clock: Callable[[], float] = time.time,
     **options: Unpack[Options],
 ) -> Submission:
-    """Check a caller's arguments. Raises InputError naming the field.
+    """Check a caller's arguments, and read the files among the inputs. Raises InputError naming the field.
 
     ``default_model`` is the model of a caller that names none; without it, the fleet's default then.
     """
@@ -130,7 +131,7 @@ def build(
     extra = {name: value for name in ("top_k", "encoding") if (value := options.get(name)) is not None}
     return Submission(
         task=task,
-        inputs=inputs,
+        inputs=opened(inputs, many=many),
         queue=options.get("queue") or ROUTES[task],
         priority=options.get("priority", 0),
         model=options.get("model") or default_model,

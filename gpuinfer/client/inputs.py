@@ -1,45 +1,131 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INPUT arguments of ``gpuinfer submit``: JSON text, a .json or .npy file, or ``-``."""
+"""Inputs that are files: paths given to a client, and the INPUT arguments of ``gpuinfer submit``.
+
+What a file is sent as goes by the kind of the input, where that is known, else by its suffix: ``.npy`` is an
+array, ``.json`` its value, ``.txt`` text in UTF-8. Every other file is sent as it is, with its name.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpuinfer.errors import InputError
 
+#: Kind of an input -> how a file is sent for it, whatever its suffix.
+_SENT_AS = {
+    "json": ".json",
+    "text": ".txt",
+    **dict.fromkeys(("bytes", "image", "audio", "file"), ""),
+}
+
+
+def opened(inputs: Any, *, many: bool, kinds: Mapping[str, str] | None = None) -> Any:
+    """Return inputs with the content of a file in the place of each path. Raises InputError.
+
+    A path may be the inputs themselves, the value of a name, or, with ``many``, either for each item.
+    ``kinds``: of the model's inputs by name, where they are known; of an only input, under any name.
+    """
+    if many and isinstance(inputs, list | tuple):
+        return [_opened(value, kinds or {}) for value in inputs]
+    return _opened(inputs, kinds or {})
+
+
+def _opened(value: Any, kinds: Mapping[str, str]) -> Any:
+    if isinstance(value, os.PathLike):
+        return from_path(Path(value), next(iter(kinds.values())) if len(kinds) == 1 else None)
+    if type(value) is dict and any(isinstance(one, os.PathLike) for one in value.values()):
+        return {
+            name: from_path(Path(one), kinds.get(name)) if isinstance(one, os.PathLike) else one
+            for name, one in value.items()
+        }
+    return value
+
+
+def from_path(path: Path, kind: str | None = None) -> Any:
+    """Return what is sent for a file. Raises InputError naming the path."""
+    suffix = path.suffix.lower() if kind in (None, "tensor") else _SENT_AS.get(kind, "")
+    data = _read(path)
+    if suffix == ".npy":
+        return _array(data, str(path))
+    if suffix == ".json":
+        return _parse(data, str(path))
+    if suffix == ".txt":
+        try:
+            return data.decode()
+        except UnicodeDecodeError as exc:
+            raise InputError(f"is no UTF-8 text: {exc}", str(path)) from None
+    return {"b64": data, "name": path.name}
+
 
 def read_input(argument: str) -> Any:
-    """Return the value an argument stands for. Raises InputError naming the argument."""
+    """Return the value an argument stands for, a path for a file's. Raises InputError naming the argument."""
     if argument == "-":
-        return _parse(sys.stdin.buffer.read(), "standard input")
-    if argument.endswith(".npy"):
-        return _read_npy(Path(argument))
-    if argument.endswith(".json"):
-        return _parse(_read(Path(argument)), argument)
-    return _parse(argument.encode(), "INPUT")
+        return _from_stdin(sys.stdin.buffer.read())
+    if argument.startswith("@"):
+        return _path(argument[1:])
+    try:
+        return json.loads(argument)
+    except (json.JSONDecodeError, RecursionError) as exc:
+        if argument[:1] in '[{"' or not argument:
+            raise InputError(f"is not JSON: {exc}", argument[:80]) from None
+    return _path(argument)
+
+
+def read_field(argument: str) -> tuple[str, Any]:
+    """Return the name and value of ``NAME=VALUE``: JSON, text, or a file with ``@``. Raises InputError."""
+    name, equals, text = argument.partition("=")
+    if not equals or not name:
+        raise InputError("must be NAME=VALUE, or NAME=@FILE", argument[:80])
+    if text.startswith("@"):
+        return name, _path(text[1:])
+    try:
+        return name, json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return name, text
 
 
 def read_batch(arguments: Sequence[str]) -> Any:
     """Return the inputs of one job: what a single argument holds must be their list, or an array of them."""
     if len(arguments) > 1:
         return [read_input(argument) for argument in arguments]
-    value = read_input(arguments[0])
+    value = opened(read_input(arguments[0]), many=False)
     if not isinstance(value, list) and not getattr(value, "shape", ()):
         raise InputError("with --batch, a single INPUT must hold the list of inputs", arguments[0][:80])
     return value
 
 
+def _from_stdin(data: bytes) -> Any:
+    """Return JSON's value; what is no text at all is a file."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return {"b64": data, "name": ""}
+    return _parse(data, "standard input")
+
+
+def _path(name: str) -> Path:
+    path = Path(name)
+    try:
+        if path.is_file():
+            return path
+        said = (
+            "is a folder; name a file in it" if path.is_dir() else "there is no such file, and it is not JSON"
+        )
+    except (OSError, ValueError) as exc:  # too long a name, or a zero byte in it
+        said = f"is neither JSON nor the name of a file: {exc}"
+    raise InputError(said, name[:80])
+
+
 def _parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as exc:
-        hint = "; a file must end in .json or .npy" if where == "INPUT" else ""
-        raise InputError(f"is not JSON: {exc}{hint}", where) from None
-    except (UnicodeDecodeError, RecursionError) as exc:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise InputError(f"is not JSON: {exc}", where) from None
 
 
@@ -50,16 +136,14 @@ def _read(path: Path) -> bytes:
         raise InputError(f"cannot be read: {exc.strerror or exc}", str(path)) from None
 
 
-def _read_npy(path: Path) -> Any:
+def _array(data: bytes, where: str) -> Any:
     """Return an array. Nothing pickled is opened."""
     import numpy as np
 
     try:
-        array = np.load(path, allow_pickle=False)
-    except OSError as exc:
-        raise InputError(f"cannot be read: {exc.strerror or exc}", str(path)) from None
-    except (ValueError, EOFError) as exc:
-        raise InputError(f"is no .npy file: {exc}", str(path)) from None
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as exc:
+        raise InputError(f"is no .npy file: {exc}", where) from None
     if not isinstance(array, np.ndarray):
-        raise InputError("is no .npy file but an archive of them", str(path))
+        raise InputError("is no .npy file but an archive of them", where)
     return array

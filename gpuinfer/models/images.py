@@ -4,20 +4,68 @@
 from __future__ import annotations
 
 import io
-import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gpuinfer.errors import InputError
 from gpuinfer.models.specs import ImageSpec, InputSpec
-from gpuinfer.models.tensors import Array
+
+#: What is read. Pillow knows more, among them formats that it hands to other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+#: A picture of more pixels is refused before it is unpacked, whatever its file takes: it is a trap, mostly.
+MAX_PIXELS = 64 * 1024 * 1024
 
 
-def image_to_array(source: Path | str | bytes, spec: InputSpec) -> Array:
-    """Read an image (any format Pillow knows) into an array of ``spec``'s dtype and image shape.
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return those of ``FORMATS`` that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def open_image(source: Path | str | bytes | memoryview, field: str) -> Image.Image:
+    """Return a picture, unpacked and turned upright by its EXIF tag.
+
+    Raises InputError for what is no picture, is cut off, or has more than ``MAX_PIXELS``.
+    """
+    return _open(source, field, None)
+
+
+def picture_of(pixels: NDArray[np.uint8]) -> Image.Image:
+    """Return the picture of pixels that are (height, width) or (height, width, 3 or 4)."""
+    return Image.fromarray(pixels)
+
+
+def _open(source: Path | str | bytes | memoryview, field: str, wanted: ImageSpec | None) -> Image.Image:
+    file = source if isinstance(source, Path | str) else io.BytesIO(source)
+    try:
+        with Image.open(file, formats=_formats()) as opened:
+            width, height = opened.size
+            if width * height > MAX_PIXELS:
+                raise InputError(f"has {width} x {height} pixels; at most {MAX_PIXELS} are read", field)
+            if wanted is not None:  # a JPEG is unpacked smaller where that is enough: a half to an eighth
+                enough = 2 * max(wanted.size)
+                opened.draft(wanted.mode, (enough, enough))
+            opened.load()
+            return ImageOps.exif_transpose(opened)
+    except InputError:
+        raise
+    except Exception as exc:  # of a damaged file, Pillow's readers raise whatever comes
+        raise InputError(f"cannot be read as an image: {_plain(exc)}", field) from exc
+
+
+def _plain(exc: Exception) -> str:
+    """Return Pillow's words, without those that only a program understands."""
+    return "it is no picture of a known format" if isinstance(exc, UnidentifiedImageError) else str(exc)
+
+
+def image_to_array(source: Path | str | bytes | memoryview, spec: InputSpec, field: str = "") -> NDArray[Any]:
+    """Read an image (of one of ``FORMATS``) into an array of ``spec``'s dtype and image shape.
 
     Turned upright by its EXIF tag, set on the ground that becomes dark where it is transparent, resized
     by area to ``size``, inverted if asked, then ``(pixel * scale - mean) / std``; integers are rounded.
@@ -27,41 +75,39 @@ def image_to_array(source: Path | str | bytes, spec: InputSpec) -> Array:
         raise InputError(
             "is no image for the model: its manifest has no [inputs.image]", f"inputs.{spec.name}"
         )
+    field = field or f"inputs.{spec.name}"
+    picture = _open(source, field, spec.image)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            pixels = _pixels(io.BytesIO(source) if isinstance(source, bytes) else source, spec.image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Warning) as exc:
-        raise InputError(f"cannot be read as an image: {exc}", f"inputs.{spec.name}") from exc
+        pixels = _pixels(picture, spec.image)
+    except (OSError, ValueError) as exc:
+        raise InputError(f"cannot be read as an image: {exc}", field) from exc
     return _converted(_laid_out(pixels, spec.image), spec)
 
 
-def _pixels(source: Path | str | io.BytesIO, image: ImageSpec) -> Array:
+def _pixels(picture: Image.Image, image: ImageSpec) -> NDArray[Any]:
     """Return float64 values of 0..255, (height, width, channels)."""
-    with Image.open(source) as opened:
-        picture = ImageOps.exif_transpose(opened)
-        if picture.has_transparency_data:
-            ground = Image.new("RGBA", picture.size, "white" if image.invert else "black")
-            picture = Image.alpha_composite(ground, picture.convert("RGBA"))
-        elif picture.mode.startswith("I;16"):
-            # Pillow would cut 16 bits off at 255 instead of scaling them.
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        picture = picture.convert(image.mode)
-        if picture.size != image.size:
-            picture = picture.resize(image.size, Image.Resampling.BOX)
-        values = np.asarray(picture, dtype=np.float64)
+    if picture.has_transparency_data:
+        ground = Image.new("RGBA", picture.size, "white" if image.invert else "black")
+        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
+    elif picture.mode.startswith("I;16"):
+        # Pillow would cut 16 bits off at 255 instead of scaling them.
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    picture = picture.convert(image.mode)
+    if picture.size != image.size:
+        picture = picture.resize(image.size, Image.Resampling.BOX)
+    values = np.asarray(picture, dtype=np.float64)
     values = 255.0 - values if image.invert else values
     return values.reshape(image.size[1], image.size[0], image.channels)
 
 
-def _laid_out(values: Array, image: ImageSpec) -> Array:
+def _laid_out(values: NDArray[Any], image: ImageSpec) -> NDArray[Any]:
     values = (values * image.scale - np.array(image.mean)) / np.array(image.std)
     if image.layout == "CHW":
         return values.transpose(2, 0, 1)
     return values[..., 0] if image.layout == "HW" else values
 
 
-def _converted(values: Array, spec: InputSpec) -> Array:
+def _converted(values: NDArray[Any], spec: InputSpec) -> NDArray[Any]:
     dtype: np.dtype[Any] = np.dtype(np.float32 if spec.dtype == "bfloat16" else spec.dtype)
     if dtype.kind in "iu":
         info = np.iinfo(dtype)

@@ -39,6 +39,11 @@ class TensorModel(LoadedModel):
         self._module = module
         self._variable = not all(spec.fixed for spec in manifest.inputs)
 
+    @property
+    def prepares(self) -> bool:
+        """True when a file may come in the place of a tensor, and be decoded."""
+        return any(spec.image or spec.audio for spec in self.manifest.inputs)
+
     def prepare(self, values: Sequence[object]) -> list[Item | InputError]:
         """Decode as ``tensors.decode_batch`` does."""
         return decode_batch(self.manifest, values)

@@ -3,7 +3,8 @@
 
 A value is a nested list (or a bare number for shape ``()``), or raw little-endian bytes in C order as
 ``{"b64": "...", "dtype": "float32", "shape": [1, 8, 8]}``, or, from our own code, a numpy array. Bytes and
-arrays may be of another dtype than the manifest's, as long as each number is one of its dtype, too.
+arrays may be of another dtype than the manifest's, as long as each number is one of its dtype, too. Where the
+manifest has an ``image`` or ``audio`` table, the bytes of such a file stand for the tensor that it becomes.
 
 Lists are checked without numpy's own discovery, which would take ``"1.5"``, ``true`` and ``null`` for
 numbers: one level after another is chained flat, and the set of lengths at each level and the set of
@@ -24,6 +25,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from gpuinfer.errors import DtypeMismatch, InputError, MissingInput, NonFiniteInput, ShapeMismatch
+from gpuinfer.models.files import bytes_of, is_file
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.specs import DTYPES, InputSpec, shape_fits
 
@@ -128,12 +130,30 @@ def _by_name(manifest: Manifest, value: object) -> Mapping[str, object] | None:
 
 def decode_value(value: object, spec: InputSpec, field: str) -> Array:
     """Turn the value of one input into an array; ``field`` names it in the InputError that is raised."""
-    if isinstance(value, Mapping):
-        return _from_bytes(value, spec, field)
     if isinstance(value, np.ndarray):
         return _from_array(value, spec, field)
+    if is_file(value):
+        return _from_array(_from_file(value, spec, field), spec, field)
+    if isinstance(value, Mapping):
+        return _from_bytes(value, spec, field)
     item: Array = _from_lists([value], spec, field)[0, ...]
     return item
+
+
+def _from_file(value: object, spec: InputSpec, field: str) -> Array:
+    """Turn a file into the tensor that the manifest's ``image`` or ``audio`` table describes."""
+    if spec.image is not None:
+        from gpuinfer.models.images import image_to_array
+
+        return image_to_array(bytes_of(value, field), spec, field)
+    if spec.audio is not None:
+        from gpuinfer.models.sounds import wav_to_array
+
+        samples = wav_to_array(bytes_of(value, field), spec.audio, field)
+        return samples[0] if len(spec.shape) == 1 else samples
+    raise InputError(
+        "is a file, and the model takes numbers: its manifest has no image or audio table here", field
+    )
 
 
 # -- nested lists ---------------------------------------------------------------------------

@@ -7,20 +7,17 @@ kind     a request carries                                       the model is gi
 tensor   what ``tensors`` takes                                  a numpy array; a torch tensor if annotated
 json     any JSON                                                the same, validated by its annotation
 text     a string                                                ``str``
-bytes    bytes, or ``{"b64": "..."}``                            ``bytes``
+bytes    bytes, or ``{"b64": "...", "name": "..."}``             ``bytes``
 image    the bytes of an image file, or an array of pixels       ``PIL.Image.Image``, upright
-audio    an array of samples                                     numpy float32, (channels, samples)
-file     bytes, or ``{"b64": "..."}``                            ``pathlib.Path`` of a temporary file
+audio    the bytes of a WAV file, or an array of samples         numpy float32, (channels, samples)
+file     bytes, or ``{"b64": "...", "name": "..."}``             ``pathlib.Path`` of a temporary file
 =======  ======================================================  ====================================
 """
 
 from __future__ import annotations
 
-import binascii
-import io
 import os
 import tempfile
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -31,8 +28,10 @@ import numpy as np
 import orjson
 
 from gpuinfer.errors import DtypeMismatch, InputError, ShapeMismatch
+from gpuinfer.models.files import bytes_of, name_of
 from gpuinfer.models.signature import Typed
-from gpuinfer.models.specs import FREE, InputSpec
+from gpuinfer.models.sounds import wav_to_array
+from gpuinfer.models.specs import FREE, AudioSpec, InputSpec
 from gpuinfer.models.tensors import Array, decode_value
 
 #: Takes a request's value and the field to name in an error. Raises InputError.
@@ -59,58 +58,47 @@ def reader_of(typed: Typed, spec: InputSpec | None) -> Reader:
         return _tensor_reader(typed, spec)
     if kind in ("json", "text"):
         return _json_reader(typed)
-    return {"bytes": as_bytes, "image": as_image, "audio": as_audio, "file": as_file}[kind]
+    if kind == "audio":
+        return partial(as_audio, audio=(spec and spec.audio) or AudioSpec.model_validate({}))
+    return {"bytes": as_bytes, "image": as_image, "file": as_file}[kind]
 
 
 def as_bytes(value: object, field: str) -> bytes:
     """Return the bytes that a value is."""
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value)
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 1:
         return value.tobytes()
-    if isinstance(value, Mapping) and isinstance(value.get("b64"), str):
-        try:
-            return binascii.a2b_base64(value["b64"], strict_mode=True)
-        except ValueError as exc:
-            raise InputError(f"b64 is not valid base64: {exc}", field) from None
-    raise InputError(f'must be bytes, or {{"b64": "..."}}, got {_word(value)}', field)
+    return bytes(bytes_of(value, field))
 
 
 def as_image(value: object, field: str) -> Any:
     """Return a PIL image, decoded and upright. An array of bytes is one, too: (height, width[, 3 or 4])."""
-    from PIL import Image, ImageOps
+    from gpuinfer.models.images import open_image, picture_of
 
     if isinstance(value, np.ndarray) and value.ndim > 1:
         if value.dtype != np.uint8:
             raise DtypeMismatch(f"an image's pixels are uint8, these are {value.dtype.name}", field)
         if value.ndim > 3 or (value.ndim == 3 and value.shape[2] not in (3, 4)):
             raise ShapeMismatch(f"an image is (height, width[, 3 or 4]), got {list(value.shape)}", field)
-        return Image.fromarray(value)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(as_bytes(value, field)))
-            picture.load()
-            return ImageOps.exif_transpose(picture)
-    except InputError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Warning) as exc:
-        raise InputError(f"cannot be read as an image: {exc}", field) from exc
+        return picture_of(value)
+    return open_image(as_bytes(value, field), field)
 
 
-def as_audio(value: object, field: str) -> Array:
-    """Return float32 samples, (channels, samples)."""
-    if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim not in (1, 2):
-        raise InputError(f"must be an array of samples, (channels, samples), got {_word(value)}", field)
-    return np.atleast_2d(value).astype(np.float32, copy=False)
+def as_audio(value: object, field: str, *, audio: AudioSpec) -> Array:
+    """Return float32 samples, (channels, samples): of a WAV file, at the rate and for the channels wanted.
+
+    An array of fractions is samples already.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        if value.ndim not in (1, 2):
+            raise ShapeMismatch(f"samples are (channels, samples), got {list(value.shape)}", field)
+        return np.atleast_2d(value).astype(np.float32, copy=False)
+    return wav_to_array(as_bytes(value, field), audio, field)
 
 
 def as_file(value: object, field: str) -> TemporaryFile:
     """Write a value's bytes to a temporary file; it is gone once nobody holds it any more."""
-    suffix = ""
-    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-        suffix = Path(value["name"]).suffix
-        suffix = suffix if len(suffix) <= _MAX_SUFFIX and suffix[1:].isalnum() else ""
+    suffix = Path(name_of(value)).suffix
+    suffix = suffix if len(suffix) <= _MAX_SUFFIX and suffix[1:].isalnum() else ""
     return TemporaryFile(as_bytes(value, field), suffix)
 
 

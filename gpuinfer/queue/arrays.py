@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays on their way from a caller to a worker: as bytes, never as lists of numbers.
+"""Arrays and files on their way from a caller to a worker: as bytes, never as lists of numbers.
 
-A small one stands in the message, as ``{"b64", "dtype", "shape"}``. A large body lies beside its list::
+A small array stands in the message, as ``{"b64", "dtype", "shape"}``, and bytes as ``{"b64"}``. A large body
+lies beside its list::
 
     4 bytes   length of the head, little-endian
     head      JSON: {"inputs": ..., "arrays": [[path, dtype, shape], ...]}, then spaces
     arrays    the bytes of each, little-endian, in C order, then zeros
 
 Head and arrays begin at multiples of 16 bytes (the head at 4), so that numpy can use them where they lie. A
-path leads from the inputs to where an array belongs; a 0 stands there.
+path leads from the inputs to where an array belongs; a 0 stands there. Bytes are an array of dtype "bytes".
 
 Arrays are numpy's, torch's, and whatever else has ``__array__``, ``shape`` and ``dtype``. Neither numpy nor
 torch is imported before somebody has given one.
@@ -39,7 +40,11 @@ DTYPES = frozenset(
         *("float16", "float32", "float64"),
     }
 )
+#: What stands for a dtype where bytes are no array: those of a file.
+BYTES = "bytes"
 _ALIGNED = 16
+#: What holds bytes.
+_BYTES_TYPES: frozenset[type] = frozenset({bytes, bytearray, memoryview})
 #: What the first leaf of a list is that holds no arrays.
 _PLAIN: frozenset[type] = frozenset({int, float, str, bool, type(None), dict})
 
@@ -75,12 +80,17 @@ def split(inputs: Any, *, many: bool) -> tuple[Any, list[Placed]]:
 
 
 def _without(value: Any, path: tuple[int | str, ...], found: list[Placed]) -> Any:
-    if type(value) is dict:
+    if type(value) is dict and "b64" not in value:
         return {name: _leaf(item, (*path, name), found) for name, item in value.items()}
     return _leaf(value, path, found)
 
 
 def _leaf(value: Any, path: tuple[int | str, ...], found: list[Placed]) -> Any:
+    if type(value) in _BYTES_TYPES:
+        found.append(Placed(path, Raw(BYTES, (), memoryview(value).cast("B"))))
+        return 0
+    if type(value) is dict and type(value.get("b64")) in _BYTES_TYPES:  # a file and its name
+        return {**value, "b64": _leaf(value["b64"], (*path, "b64"), found)}
     array = _array_of(value)
     if array is None:
         return value
@@ -156,12 +166,21 @@ def inline(rest: Any, arrays: Sequence[Placed], *, many: bool) -> Any:
     One array of ``many`` inputs becomes their list.
     """
     for path, raw in arrays:
+        if path and path[-1] == "b64":
+            rest = _put(rest, path, _base64(raw))
+            continue
         rest = _put(rest, path, _encoded(raw) if path or not many else [_encoded(one) for one in _items(raw)])
     return rest
 
 
+def _base64(raw: Raw) -> str:
+    return binascii.b2a_base64(raw.data, newline=False).decode("ascii")
+
+
 def _encoded(raw: Raw) -> dict[str, Any]:
-    text = binascii.b2a_base64(raw.data, newline=False).decode("ascii")
+    text = _base64(raw)
+    if raw.dtype == BYTES:
+        return {"b64": text}
     return {"b64": text, "dtype": raw.dtype, "shape": raw.shape}
 
 
@@ -174,7 +193,7 @@ def _items(raw: Raw) -> list[Raw]:
 
 def pack(inputs: bytes, arrays: Sequence[Placed]) -> bytes:
     """Return a body to lie beside the list. ``inputs`` are JSON, without the arrays."""
-    table = orjson.dumps([(path, raw.dtype, raw.shape) for path, raw in arrays])
+    table = orjson.dumps([(path, raw.dtype, _shape(raw)) for path, raw in arrays])
     head = b'{"inputs":%b,"arrays":%b}' % (inputs, table)
     head += b" " * (-(4 + len(head)) % _ALIGNED)
     parts: list[bytes | memoryview] = [len(head).to_bytes(4, "little"), head]
@@ -183,8 +202,12 @@ def pack(inputs: bytes, arrays: Sequence[Placed]) -> bytes:
     return b"".join(parts)
 
 
+def _shape(raw: Raw) -> tuple[int, ...]:
+    return (len(raw.data),) if raw.dtype == BYTES else raw.shape
+
+
 def unpack(body: bytes, loads: Callable[[bytes], Any], *, many: bool) -> Any:
-    """Return the inputs that a body beside the list holds; its arrays are read-only, and lie in it.
+    """Return the inputs that a body beside the list holds; its arrays and bytes are read-only, and lie in it.
 
     One array of ``many`` inputs becomes their list.
 
@@ -195,15 +218,22 @@ def unpack(body: bytes, loads: Callable[[bytes], Any], *, many: bool) -> Any:
     inputs, arrays = head["inputs"], head["arrays"]
     if not arrays:
         return inputs
-    import numpy as np
-
     for path, dtype, shape in arrays:
+        if dtype == BYTES:
+            (length,) = shape
+            if not 0 <= length <= len(body) - at:
+                raise ValueError("no length of bytes")
+            inputs = _put(inputs, path, memoryview(body)[at : at + length])
+            at += -(-length // _ALIGNED) * _ALIGNED
+            continue
         if dtype not in DTYPES or min(shape, default=0) < 0:
             raise ValueError("no dtype or shape of an array")
+        import numpy as np
+
         array = np.frombuffer(body, np.dtype(dtype).newbyteorder("<"), prod(shape), at).reshape(shape)
         at += -(-array.nbytes // _ALIGNED) * _ALIGNED
         inputs = _put(inputs, path, array)
-    return [inputs[i, ...] for i in range(len(inputs))] if many and isinstance(inputs, np.ndarray) else inputs
+    return [inputs[i, ...] for i in range(len(inputs))] if many and hasattr(inputs, "shape") else inputs
 
 
 def _put(inputs: Any, path: Sequence[int | str], value: Any) -> Any:

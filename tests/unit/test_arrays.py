@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gpuinfer.errors import InputError, PayloadTooLarge
+from gpuinfer.models.files import bytes_of, is_file, name_of
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.tensors import decode as to_tensors
 from gpuinfer.queue import arrays
@@ -170,3 +172,45 @@ def test_millions_of_values_are_no_json() -> None:
     check_values(b'"%b"' % (b"x" * 20_000_000))
     with pytest.raises(PayloadTooLarge, match="send an array"):
         check_values(b"[%b]" % (b"{}," * 2_000_000))
+
+
+# -- files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"\0\xff cat",
+        bytearray(b"cat"),
+        memoryview(b"a cat and a dog")[2:5],
+        b"",
+        {"b64": b"cat", "name": "cat.jpg"},
+        {"image": {"b64": b"cat", "name": "cat.jpg"}, "x": IMAGE, "mask": b"\1\2", "text": "what?"},
+    ],
+)
+def test_bytes_arrive_as_they_were(value: Any) -> None:
+    """In base64 in the message, as bytes beside it, also in a job; their names stay with them."""
+    for sent in (both_ways(value), [one[0] for one in both_ways([value], BATCH_PREDICT)]):
+        for found in sent:
+            names = value if isinstance(value, dict) and "b64" not in value else {"": value}
+            for name, one in names.items():
+                got = found[name] if name else found
+                if isinstance(one, str | np.ndarray):
+                    continue
+                assert is_file(got)
+                assert bytes(bytes_of(got, "x")) == bytes(one["b64"] if isinstance(one, dict) else one)
+                assert name_of(got) == (one["name"] if isinstance(one, dict) else "")
+
+
+def test_bytes_are_no_list_of_inputs() -> None:
+    """A job of one file's bytes would be a job of numbers."""
+    with pytest.raises(InputError, match="must be a list or an array of inputs, got bytes"):
+        Submission(task=BATCH_PREDICT, inputs=b"cat", queue="batch").pack()
+
+
+def test_a_length_that_is_not_there() -> None:
+    """A body whose head says more bytes than it holds is refused."""
+    body = arrays.pack(b"0", [arrays.Placed((), arrays.Raw(arrays.BYTES, (), b"cat"))])
+    longer = body.replace(b"[3]", b"[9" + b"9" * 8 + b"]")
+    with pytest.raises((ValueError, TypeError)):
+        arrays.unpack(longer, orjson.loads, many=False)

@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 
 from gpuinfer.errors import InputError
-from gpuinfer.models.images import image_to_array
+from gpuinfer.models.images import image_to_array, open_image
+from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.repository import Repository
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.models.specs import InputSpec
+from gpuinfer.models.tensors import decode_batch
 
 pytestmark = pytest.mark.unit
 
@@ -102,3 +104,51 @@ def test_digits_survive_a_png() -> None:
     pixels = (images[0, 0] * 255 / 16).round()
     array = image_to_array(_png(pixels), Repository([]).get("digits").manifest.inputs[0])
     np.testing.assert_allclose(array, images[0], atol=0.04)
+
+
+def _bomb(side: int) -> bytes:
+    """Return a picture of side x side black pixels, a thousandth of its size."""
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (_bomb(9000), "has 9000 x 9000 pixels; at most"),
+        (_bomb(14000), "pixels"),
+        (GREY[:-30], "cannot be read as an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture of a known format"),
+        (b"", "no picture of a known format"),
+    ],
+)
+def test_a_hostile_image_is_its_own_error(data: bytes, words: str) -> None:
+    """Too many pixels, cut off, a format that another program would unpack: the others of the batch go on."""
+    image = {"size": [2, 2], "scale": 1 / 255}
+    manifest = Manifest.model_validate(
+        {
+            "name": "m",
+            "artefact": "m.pt",
+            "inputs": [{"name": "x", "shape": [1, 2, 2], "image": image}],
+            "outputs": [{"name": "y"}],
+        }
+    )
+    first, bad, last = decode_batch(manifest, [GREY, data, [[[0, 1], [0, 1]]]])
+    assert isinstance(first, tuple)
+    assert isinstance(last, tuple)
+    assert isinstance(bad, InputError)
+    assert words in bad.message
+    assert bad.field == "inputs"
+    with pytest.raises(InputError, match=r"pixels|image"):
+        open_image(data, "inputs")
+
+
+def test_a_large_photo_is_unpacked_small() -> None:
+    """A JPEG that is much larger than what is wanted gives the same picture, to a grey level or two."""
+    slope = np.add.outer(np.arange(1600), np.arange(1200)) * 255 // 2800
+    buffer = io.BytesIO()
+    Image.fromarray(slope.astype(np.uint8)).save(buffer, "JPEG", quality=95)
+    array = image_to_array(buffer.getvalue(), _spec([8, 6], size=[6, 8], layout="HW"))
+    wanted = slope.reshape(8, 200, 6, 200).mean(axis=(1, 3))
+    assert np.abs(array - wanted).max() < 3

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files over HTTP: a body that is the file itself, or a form with a part for each input.
+
+::
+
+    curl --data-binary @cat.jpg -H 'Content-Type: image/jpeg' 'http://HOST/predict?model=resnet'
+    curl -F file=@cat.jpg -F model=resnet http://HOST/predict
+    curl -F image=@cat.jpg -F question='What is it?' -F model=vqa http://HOST/predict
+
+In a form, parts that are named as an option is are that option; a single part named ``file`` or ``inputs`` is
+the only input. A part with a file name is a file; another one is JSON, or else text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from email.message import Message
+from mimetypes import guess_extension
+from typing import Any, NamedTuple, cast
+
+import orjson
+
+from gpuinfer.api.admission import Admission, with_key
+from gpuinfer.client import Options
+from gpuinfer.errors import InputError, MalformedForm
+from gpuinfer.queue.options import OPTIONS
+
+#: Types that are read as JSON: its own, and what curl says of ``-d``.
+_JSON = frozenset({"", "application/json", "application/x-www-form-urlencoded", "text/json"})
+_FORM = "multipart/form-data"
+#: What a form's only input may be called.
+ONLY = ("file", "inputs")
+_MAX_PARTS = 64
+_TRUE_FALSE = {"true": True, "false": False, "1": True, "0": False}
+
+
+class Part(NamedTuple):
+    """One part of a form."""
+
+    name: str
+    content: bytes
+    #: None: it is no file.
+    filename: str | None
+    content_type: str
+
+
+def holds_json(body: bytes, content_type: str) -> bool:
+    """Tell whether a body is JSON: by its type, or where a browser calls a list or an object text."""
+    if _is_text(content_type):
+        return body.lstrip()[:1] in (b"[", b"{")
+    return is_json(content_type)
+
+
+def is_json(content_type: str) -> bool:
+    """Tell whether a body of this type is JSON, as one without a type is taken for."""
+    kind = _kind(content_type)
+    return kind in _JSON or kind.endswith("+json")
+
+
+def _is_text(content_type: str) -> bool:
+    return _kind(content_type) == "text/plain"
+
+
+def admit_upload(
+    body: bytes, content_type: str, query: Mapping[str, str], *, header_key: str | None = None
+) -> Admission:
+    """Understand a request that carries files. ``query`` has options of the URL.
+
+    Raises MalformedForm, InputError.
+    """
+    given: dict[str, Any] = {name: _option(name, text) for name, text in query.items()}
+    if _kind(content_type) == _FORM:
+        inputs = _from_form(body, content_type, given)
+    elif not body:
+        raise InputError("the body is empty; it must be the file", "body")
+    elif _is_text(content_type):
+        inputs = _decoded(body, "body")
+    else:
+        inputs = {"b64": body, "name": "upload" + (guess_extension(_kind(content_type)) or "")}
+    return Admission(inputs=inputs, options=with_key(cast(Options, given), header_key))
+
+
+def _from_form(body: bytes, content_type: str, given: dict[str, Any]) -> Any:
+    """Return the inputs of a form; its options are entered into ``given``."""
+    named: dict[str, Any] = {}
+    for part in parts_of(body, content_type):
+        if part.name in OPTIONS and part.filename is None:
+            given[part.name] = _option(part.name, _text(part))
+        elif part.name in named:
+            raise InputError("is there twice in the form", part.name[:80])
+        else:
+            named[part.name] = _value(part)
+    if not named:
+        raise InputError("is missing; send the form with a part named file, or one for each input", "inputs")
+    if len(named) == 1 and (only := next(iter(named))) in ONLY:
+        return named[only]
+    return named
+
+
+def _value(part: Part) -> Any:
+    if part.filename is not None:
+        return {"b64": part.content, "name": part.filename}
+    text = _text(part)
+    if _is_text(part.content_type):
+        return text
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        if part.content_type and is_json(part.content_type):
+            raise InputError("is not JSON, as its Content-Type says", part.name[:80]) from None
+        return text
+
+
+def _text(part: Part) -> str:
+    return _decoded(part.content, part.name[:80])
+
+
+def _decoded(content: bytes, field: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise InputError(
+            "is no UTF-8 text; a part of a form is a file when it has a file name", field
+        ) from None
+
+
+def _option(name: str, text: str) -> Any:
+    """Return an option's value from text; the client checks it. Raises InputError for an unknown name."""
+    option = OPTIONS.get(name)
+    if option is None:
+        raise InputError(f"unknown option; known: {', '.join(OPTIONS)}", name[:80])
+    try:
+        if option.kind == "integer":
+            return int(text)
+        if option.kind == "number":
+            return float(text)
+    except ValueError:
+        return text  # the check says what it would have to be
+    return _TRUE_FALSE.get(text.lower(), text) if option.kind == "boolean" else text
+
+
+# -- forms: RFC 7578 and 2046 ---------------------------------------------------------------
+
+
+def parts_of(body: bytes, content_type: str) -> Iterator[Part]:
+    """Yield the parts of a form in their order. Raises MalformedForm."""
+    boundary = _parameter(content_type, "boundary")
+    if not boundary or len(boundary) > 70:
+        raise MalformedForm("the form's Content-Type names no boundary of 1 to 70 characters")
+    pieces = (b"\r\n" + body).split(b"\r\n--" + boundary.encode())
+    if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
+        raise MalformedForm("the form is cut off: its last boundary is missing")
+    if len(pieces) > _MAX_PARTS + 2:
+        raise MalformedForm(f"the form has more than {_MAX_PARTS} parts")
+    for piece in pieces[1:-1]:
+        head, found, content = piece.partition(b"\r\n\r\n")
+        if not found:
+            raise MalformedForm("a part of the form has no empty line after its headers")
+        yield _part(head, content)
+
+
+def _part(head: bytes, content: bytes) -> Part:
+    headers = dict(
+        re.findall(r"(?im)^(content-[a-z-]+):[ \t]*(.*?)[ \t]*\r?$", head.decode("utf-8", "replace"))
+    )
+    headers = {name.lower(): value for name, value in headers.items()}
+    place = headers.get("content-disposition", "")
+    name = _parameter(place, "name")
+    if not place.lower().startswith("form-data") or not name:
+        raise MalformedForm("a part of the form has no name: Content-Disposition: form-data; name=...")
+    if headers.get("content-transfer-encoding", "binary").lower() not in ("binary", "8bit", "7bit"):
+        raise MalformedForm("a part of the form is encoded; send it as it is")
+    return Part(name, content, _parameter(place, "filename"), headers.get("content-type", ""))
+
+
+def _parameter(header: str, name: str) -> str | None:
+    """Return a parameter of a header, as in ``form-data; name="x"``."""
+    message = Message()
+    message["x"] = re.sub(r"[\r\n]", " ", header)
+    found = message.get_param(name, header="x")
+    return found[2] if isinstance(found, tuple) else found
+
+
+def _kind(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files from a caller's folder to the model, by every way in: client, command line, raw body, form."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gpuinfer import Client
+from gpuinfer.errors import InputError
+from gpuinfer.models.shipped import load_test_images
+from tests.apis import Api
+from tests.workers import Workers
+
+pytestmark = pytest.mark.integration
+
+
+def picture(number: int, size: int = 8, kind: str = "PNG") -> bytes:
+    """Return a digit of the test set as an image file: bright strokes on a dark ground."""
+    pixels = np.round(load_test_images()[0][number, 0] * 255 / 16).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_a_file_by_every_way_in(workers: Workers, api: Api, client: Client, tmp_path: Path) -> None:
+    """A small one in the message, a large one beside the queue; a hostile one takes no neighbour along."""
+    labels = load_test_images()[1].tolist()
+    small, large = tmp_path / "two.png", tmp_path / "large.bmp"
+    small.write_bytes(picture(0))
+    large.write_bytes(picture(1, 400, "BMP"))
+    assert large.stat().st_size > 2 * 64 * 1024
+    workers.start()
+
+    ids = [client.submit(small), client.submit(large), client.submit(small.read_bytes())]
+    upload = api.http.post(
+        "/predict?priority=3", content=large.read_bytes(), headers={"content-type": "image/bmp"}
+    )
+    form = api.http.post(
+        "/predict", files={"file": ("two.png", small.read_bytes())}, data={"model": "digits"}
+    )
+    named = api.http.post("/predict", files={"image": ("large.bmp", large.read_bytes())})
+    for response in (upload, form, named):
+        assert response.status_code == 202, response.text
+        ids.append(response.json()["task_id"])
+    found = [result["class"] for result in client.results(ids, timeout_s=60)]
+    assert found == [labels[0], labels[1], labels[0], labels[1], labels[0], labels[1]]
+
+    command = [sys.executable, "-m", "gpuinfer", "submit", "--wait", "--json"]
+    done = subprocess.run(
+        [*command, str(small), str(large)],
+        env=workers.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [one["result"]["class"] for one in json.loads(done.stdout)] == labels[:2]
+
+    bomb = io.BytesIO()
+    Image.new("1", (12000, 12000)).save(bomb, "PNG")
+    job = client.submit_batch([small, bomb.getvalue(), small.read_bytes()[:-30], large])
+    first, *bad, last = client.result(job, timeout_s=60)
+    assert (first["class"], last["class"]) == (labels[0], labels[1])
+    assert [one["error"]["code"] for one in bad] == [InputError.code] * 2
+    assert "12000 x 12000 pixels" in bad[0]["error"]["message"]
