@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from gpuinfer.errors import DeviceError, DeviceOutOfMemory, GpuinferError
 
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
+#: A line that is an exception's, and how TorchScript marks a place in the code.
+_CAUSE = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt): ")
+_MARK = "<--- HERE"
 _DEVICE_FAILURE = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL")
 
 
@@ -44,21 +48,32 @@ def translate(exc: Exception, otherwise: type[GpuinferError], what: str) -> Gpui
         return DeviceOutOfMemory(f"{what}: {_first_line(exc)}")
     text = str(exc)
     if any(mark in text for mark in _OUT_OF_MEMORY):
-        return DeviceOutOfMemory(f"{what}: {_last_line(text, _OUT_OF_MEMORY)}")
+        return DeviceOutOfMemory(f"{what}: {_line_with(text, _OUT_OF_MEMORY)}")
     if any(mark in text for mark in _DEVICE_FAILURE):
-        return DeviceError(f"{what}: {_last_line(text, _DEVICE_FAILURE)}")
-    return otherwise(f"{what}: {type(exc).__name__}: {_last_line(text)}")
+        return DeviceError(f"{what}: {_line_with(text, _DEVICE_FAILURE)}")
+    said = telling_line(text)
+    return otherwise(f"{what}: {said if _CAUSE.match(said) else f'{type(exc).__name__}: {said}'}")
 
 
 def _first_line(exc: BaseException) -> str:
     return (str(exc).strip() or type(exc).__name__).splitlines()[0][:500]
 
 
-def _last_line(text: str, marks: Sequence[str] = ("",)) -> str:
-    """Return the telling line: TorchScript puts its trace-back first, and the cause last.
-
-    Behind an error of CUDA's follows advice on how to debug it: only lines with one of ``marks`` count.
-    """
+def _line_with(text: str, marks: Sequence[str]) -> str:
+    """Return the last line with one of ``marks``: behind an error of CUDA's follows advice on debugging."""
     lines = [line.strip() for line in text.splitlines() if any(mark in line for mark in marks)]
-    lines = [line for line in lines if line]
-    return (lines[-1] if lines else "no message")[:500]
+    return lines[-1][:500]
+
+
+def telling_line(text: str) -> str:
+    """Return the line of an error's text that names the cause.
+
+    TorchScript puts its trace-back first and the cause last, as ``RuntimeError: ...``; where it compiles, the
+    cause stands first, and behind it the code, with a mark under the place.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    causes = [line for line in lines if _CAUSE.match(line)]
+    if causes:
+        return causes[-1][:500]
+    marked = any(_MARK in line for line in lines)
+    return (lines[0 if marked else -1] if lines else "no message")[:500]

@@ -26,6 +26,10 @@ class LoadedModel(ABC):
         self.name = manifest.name
         #: What it takes, without its code. A Python model's may come from its annotations.
         self.signature = from_manifest(manifest) or Signature(inputs=(), batchable=manifest.batchable)
+        #: What warm-up could not find out, and what to do about it; to be logged once.
+        self.warnings: list[str] = []
+        #: Why the model took none of warm-up's inputs: its batches begin at 1 then, and grow.
+        self.refused = ""
 
     @property
     def prepares(self) -> bool:
@@ -66,9 +70,14 @@ class LoadedModel(ABC):
     def warm_up(self, max_batch_size: int | None = None) -> int:
         """Run the model before it serves, and return the largest batch that fits its device.
 
-        That is the one asked for (default: the manifest's), or less. Raises ModelLoadError;
-        DeviceOutOfMemory when not even one item fits.
+        That is the one asked for (default: the manifest's), or less; 1 where there is nothing that the model
+        could be tried with (``refused``). Raises ModelLoadError; DeviceOutOfMemory when not even one item
+        fits.
         """
+
+    def example(self) -> Any | None:
+        """Return one ``inputs`` value that the model is known to take; None where none is known."""
+        return None
 
     def probe(self) -> None:
         """Try the model's device with next to no work. Raises as ``try_device`` does."""

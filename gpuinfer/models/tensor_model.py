@@ -11,33 +11,45 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpuinfer.errors import DeviceOutOfMemory, InferenceError, InputError, ModelLoadError
+from gpuinfer.errors import InferenceError, InputError
+from gpuinfer.models import examples
 from gpuinfer.models.device import translate
 from gpuinfer.models.loaded import LoadedModel
-from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.outputs import render_batch
-from gpuinfer.models.specs import FREE, InputSpec, OutputSpec, shape_fits
-from gpuinfer.models.tensors import Array, Encoding, Item, decode_batch, storage_dtype
+from gpuinfer.models.repository import ModelFolder
+from gpuinfer.models.specs import InputSpec, OutputSpec, shape_fits
+from gpuinfer.models.tensors import Array, Encoding, Item, decode_batch
+from gpuinfer.models.warm_up import OutputMismatch, warm_up
 
 if TYPE_CHECKING:
     import torch
 
-#: What a free dimension is in a warm-up batch.
-WARM_UP_LENGTH = 8
-#: TorchScript profiles its first run and compiles in its second; the third is the first at full speed.
-WARM_UP_RUNS = 3
-
 
 class TensorModel(LoadedModel):
-    """A module of torch that is called with one tensor an input. An item is one array an input.
+    """A module of torch that is called with one value an input. An item is one array an input.
 
-    ``module`` takes tensors on ``device``, in the manifest's order.
+    ``module`` takes tensors on ``device``, in the manifest's order, and plain numbers where ``numbers`` says
+    so: items whose numbers differ run apart. ``before_each`` is called before each pass.
     """
 
-    def __init__(self, manifest: Manifest, device: str, module: Callable[..., Any]) -> None:
-        super().__init__(manifest, device)
+    def __init__(
+        self,
+        folder: ModelFolder,
+        device: str,
+        module: Callable[..., Any],
+        *,
+        numbers: Sequence[bool] = (),
+        before_each: Callable[[], object] | None = None,
+    ) -> None:
+        super().__init__(folder.manifest, device)
+        self._folder = folder
         self._module = module
-        self._variable = not all(spec.fixed for spec in manifest.inputs)
+        self._before_each = before_each
+        #: The places of inputs that are plain numbers.
+        self._numbers = tuple(place for place, number in enumerate(numbers) if number)
+        self._by_shape = folder.manifest.variable == "group" and not all(
+            s.fixed for s in self.manifest.inputs
+        )
 
     @property
     def prepares(self) -> bool:
@@ -58,33 +70,24 @@ class TensorModel(LoadedModel):
         """Render as ``outputs.render_batch`` does."""
         return render_batch(self.manifest, outputs, top_k=top_k, encoding=encoding)
 
+    def example(self) -> Any | None:
+        """Return the manifest's example."""
+        return examples.example(self._folder)
+
     def warm_up(self, max_batch_size: int | None = None) -> int:
-        """Run batches of zeros, of one and of the largest size, and check the outputs against the manifest.
-
-        Returns the largest size that fits the device's memory: the one asked for (default: the
-        manifest's), or a half, a quarter ... of it. Raises ModelLoadError; DeviceOutOfMemory when not
-        even one item fits.
-        """
+        """Run batches of the manifest's example, or of what is invented where it gives none."""
         largest = max(1, max_batch_size or self.manifest.max_batch_size) if self.manifest.batchable else 1
-        item = tuple(_zeros(spec) for spec in self.manifest.inputs)
-        self._warm(item, 1)
-        while largest > 1:
-            try:
-                self._warm(item, largest)
-                break
-            except DeviceOutOfMemory:
-                largest //= 2
-                self.release_cache()
-        return largest
+        size, _ = warm_up(self, examples.candidates(self._folder), largest, self._check)
+        if self.refused:
+            self.warnings.append(
+                f"it refuses invented inputs ({self.refused}): it was not warmed up, and batches start at "
+                f"1 and grow; set {examples.keys_to_set(self.manifest)} in model.toml"
+            )
+        return size
 
-    def _warm(self, item: Item, size: int) -> None:
-        try:
-            for _ in range(WARM_UP_RUNS):
-                outputs = self.forward([item] * size)
-            for spec, array in zip(self.manifest.outputs, outputs[0], strict=True):
-                _check_output(spec, array)
-        except InferenceError as exc:
-            raise ModelLoadError(f"warm-up with {size} of zeros failed: {exc.message}", self.name) from exc
+    def _check(self, output: tuple[Array, ...]) -> None:
+        for spec, array in zip(self.manifest.outputs, output, strict=True):
+            _check_output(spec, array)
 
     def forward(self, items: Sequence[Item]) -> list[tuple[Array, ...]]:
         """Run the items and return, for each in the same order, one array per output.
@@ -110,11 +113,13 @@ class TensorModel(LoadedModel):
             return []
         if not self.manifest.batchable:
             return [(place,) for place in range(len(items))]
-        if not self._variable or self.manifest.variable == "pad":
+        if not self._by_shape and not self._numbers:
             return [range(len(items))]
-        groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+        groups: dict[object, list[int]] = {}
         for place, item in enumerate(items):
-            groups.setdefault(tuple(array.shape for array in item), []).append(place)
+            shapes = tuple(array.shape for array in item) if self._by_shape else ()
+            numbers = tuple(item[number].item() for number in self._numbers)
+            groups.setdefault((shapes, numbers), []).append(place)
         return list(groups.values())
 
     def _run(self, group: Sequence[Item]) -> list[tuple[Array, ...]]:
@@ -124,16 +129,20 @@ class TensorModel(LoadedModel):
         if not self.manifest.batchable:
             columns = [column[0, ...] for column in columns]
         with torch.inference_mode():
-            tensors = [
-                to_tensor(column, spec, self.device)
-                for column, spec in zip(columns, self.manifest.inputs, strict=True)
+            if self._before_each is not None:
+                self._before_each()
+            values = [
+                group[0][place].item() if place in self._numbers else to_tensor(column, spec, self.device)
+                for place, (column, spec) in enumerate(zip(columns, self.manifest.inputs, strict=True))
             ]
-            outputs = [_to_array(value) for value in self._in_order(self._module(*tensors))]
+            found = self._in_order(self._module(*values))
+            named = zip(self.manifest.outputs, found, strict=True)
+            outputs = [_to_array(value, spec.name) for spec, value in named]
         if not self.manifest.batchable:
             return [tuple(outputs)]
         for spec, array in zip(self.manifest.outputs, outputs, strict=True):
             if array.ndim == 0 or len(array) != len(group):
-                raise InferenceError(
+                raise OutputMismatch(
                     f"output {spec.name} has shape {list(array.shape)} for a batch of {len(group)}; "
                     "its first dimension must be the batch (batchable = false is for models without one)"
                 )
@@ -145,17 +154,12 @@ class TensorModel(LoadedModel):
         if isinstance(output, dict):
             missing = [name for name in names if name not in output]
             if missing:
-                raise InferenceError(f"gave no output {missing[0]!r}; it gave {', '.join(map(str, output))}")
+                raise OutputMismatch(f"gave no output {missing[0]!r}; it gave {', '.join(map(str, output))}")
             return [output[name] for name in names]
         values = list(output) if isinstance(output, tuple | list) else [output]
         if len(values) != len(names):
-            raise InferenceError(f"gave {len(values)} outputs, its manifest names {len(names)}")
+            raise OutputMismatch(f"gave {len(values)} outputs, its manifest names {len(names)}")
         return values
-
-
-def _zeros(spec: InputSpec) -> Array:
-    shape = tuple(WARM_UP_LENGTH if length == FREE else length for length in spec.shape)
-    return np.zeros(shape, storage_dtype(spec))
 
 
 def _stack(arrays: Sequence[Array]) -> Array:
@@ -186,29 +190,37 @@ def to_tensor(column: Array, spec: InputSpec, device: str) -> torch.Tensor:
     return torch.from_numpy(column).to(device)
 
 
-def _to_array(value: Any) -> Array:
+def _to_array(value: Any, name: str) -> Array:
+    """Copy an output to the host. Raises OutputMismatch for one that is no array of numbers."""
     import torch
 
     if not isinstance(value, torch.Tensor):
-        return np.asarray(value)
+        array: Array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise OutputMismatch(f"output {name} is a {type(value).__name__}; an output must be a tensor")
+        return array
+    if value.is_complex():
+        raise OutputMismatch(
+            f"output {name} is {str(value.dtype).removeprefix('torch.')}, and JSON has no complex numbers: "
+            "return torch.view_as_real(y), whose last dimension is real and imaginary"
+        )
     if value.dtype == torch.bfloat16:
         value = value.float()
-    array: Array = value.detach().cpu().numpy()
-    return array
+    return value.detach().cpu().numpy()  # type: ignore[no-any-return]
 
 
 def _check_output(spec: OutputSpec, array: Array) -> None:
     """Hold one item's output against what the manifest states about it."""
     if spec.shape is not None and not shape_fits(array.shape, spec.shape):
-        raise InferenceError(
+        raise OutputMismatch(
             f"output {spec.name} has shape {list(array.shape)}, its manifest says {list(spec.shape)}"
         )
     dtype = "float32" if spec.dtype == "bfloat16" else spec.dtype
     if dtype is not None and array.dtype.name != dtype:
-        raise InferenceError(f"output {spec.name} is {array.dtype.name}, its manifest says {dtype}")
+        raise OutputMismatch(f"output {spec.name} is {array.dtype.name}, its manifest says {dtype}")
     if spec.kind == "classification" and (array.ndim == 0 or array.size != array.shape[-1]):
-        raise InferenceError(
+        raise OutputMismatch(
             f"output {spec.name} has shape {list(array.shape)}; a classification needs one vector of scores"
         )
     if spec.labels and array.size != len(spec.labels):
-        raise InferenceError(f"output {spec.name} has {array.size} classes, {len(spec.labels)} labels")
+        raise OutputMismatch(f"output {spec.name} has {array.size} classes, {len(spec.labels)} labels")

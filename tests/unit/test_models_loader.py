@@ -269,7 +269,7 @@ def test_torch_errors_become_ours(tmp_path: Path, raised: Exception, error: type
     def failing(*_: Any) -> Any:
         raise raised
 
-    model = TensorModel(load_manifest(build.perceptron(tmp_path / "m")), "cpu", failing)
+    model = TensorModel(_folder(build.perceptron(tmp_path / "m")), "cpu", failing)
     with pytest.raises(error) as caught:
         model.forward([(np.zeros(64, np.float32),)])
     assert type(caught.value) is error

@@ -220,7 +220,7 @@ def test_the_example_warms_up(tmp_path: Path) -> None:
     )
     assert model(tmp_path, code.format(2), "max_batch_size = 8").warm_up() == 8
     assert model(tmp_path, code.format(None)).warm_up() == 1
-    with pytest.raises(ModelLoadError, match=r"example failed in a batch of 1: .*ZeroDivisionError"):
+    with pytest.raises(ModelLoadError, match=r"its example fails: .*ZeroDivisionError"):
         model(tmp_path, code.format(0)).warm_up()
 
 

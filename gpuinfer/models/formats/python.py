@@ -16,25 +16,26 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from gpuinfer.errors import (
-    DeviceOutOfMemory,
     GpuinferError,
     InferenceError,
     InputError,
     MissingInput,
     ModelLoadError,
 )
+from gpuinfer.models import examples
 from gpuinfer.models import signature as signatures
 from gpuinfer.models.answers import as_array, to_json
 from gpuinfer.models.blame import FAILURES, blame, without_trace
 from gpuinfer.models.code import class_of, importing, run_file
 from gpuinfer.models.context import Context, Work, logger_of, working
+from gpuinfer.models.examples import Candidate
 from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.outputs import render_batch
@@ -43,6 +44,7 @@ from gpuinfer.models.signature import Signature, Typed
 from gpuinfer.models.specs import OutputSpec
 from gpuinfer.models.tensors import Array, Encoding, decode_batch
 from gpuinfer.models.values import Reader, TemporaryFile, reader_of
+from gpuinfer.models.warm_up import OutputMismatch, warm_up
 from gpuinfer.models.words import end_lines
 
 
@@ -117,6 +119,7 @@ class PythonModel(LoadedModel):
         self.signature = signature
         self.instance = instance
         self._folder = folder.path
+        self._model_folder = folder
         self._prepare: Callable[[Any], Any] | None = getattr(instance, "prepare", None)
         self._finish: Callable[[Any], Any] | None = getattr(instance, "finish", None)
         self._before: Callable[[], object] | None = None
@@ -214,35 +217,38 @@ class PythonModel(LoadedModel):
 
     # -- on the device --------------------------------------------------------------------
 
-    def warm_up(self, max_batch_size: int | None = None) -> int:
-        """Run the example alone, then in a batch of the largest size; 1 where there is no example.
+    def example(self) -> Any | None:
+        """Return the manifest's example, else the class's."""
+        given = examples.example(self._model_folder)
+        return getattr(self.instance, "example", None) if given is None else given
 
-        Batches then begin at 1 and grow. Raises ModelLoadError where the model fails on its own example.
+    def warm_up(self, max_batch_size: int | None = None) -> int:
+        """Run the example alone and in a batch; without one, what is invented for tensors of the manifest's.
+
+        Raises ModelLoadError where the model fails on its own example.
         """
         largest = max(1, max_batch_size or self.manifest.max_batch_size) if self.manifest.batchable else 1
-        example = getattr(self.instance, "example", None)
-        if example is None:
-            return 1
+        example = self.example()
+        tried: Iterable[Candidate] = ()
+        if example is not None:
+            tried = [Candidate("its example", example, given=True)]
+        elif self._plain:
+            tried = examples.candidates(self._model_folder)
         with working(Work(model=self.name)):
-            self._warm(example, 1)
-            while largest > 1:
-                try:
-                    self._warm(example, largest)
-                    break
-                except DeviceOutOfMemory:
-                    largest //= 2
-                    self.release_cache()
-        return largest
+            size, item = warm_up(self, tried, largest, self._check, runs=1)
+        if item is None:
+            why = f"it refuses invented inputs ({self.refused})" if self.refused else "it has no example"
+            self.refused = self.refused or why
+            self.warnings.append(
+                f"{why}: it was not warmed up, and batches start at 1 and grow; set example in its class, or "
+                "inputs.NAME.example in model.toml"
+            )
+        return size
 
-    def _warm(self, example: object, size: int) -> None:
-        try:
-            (item,) = self.prepare([example])
-            outputs = self.forward([item] * size) if not isinstance(item, Exception) else [item]
-            (result,) = self.finish(outputs[:1]) if not isinstance(outputs[0], Exception) else outputs[:1]
-            if isinstance(result, Exception):
-                raise result
-        except (InferenceError, InputError) as exc:
-            raise ModelLoadError(f"its example failed in a batch of {size}: {exc}", self.name) from exc
+    def _check(self, output: Any) -> None:
+        (result,) = self.finish([output])
+        if isinstance(result, Exception):
+            raise OutputMismatch(str(result))
 
     def forward(self, items: Sequence[Any]) -> list[Any]:
         """Call ``predict`` with all items, or with one after another where it takes no batch.

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why a file of torch's cannot be loaded, in words that say what to do. Nothing in the file is run."""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import zipfile
+from pathlib import PurePath
+from typing import BinaryIO
+
+_SCRIPT_IT = (
+    "export the program where its class is defined, with torch.jit.save(torch.jit.script(model.eval()), "
+    '"model.pt") or torch.export.save(torch.export.export(model.eval(), (x,)), "model.pt2"), or write a '
+    "model.py that builds the model and loads this file"
+)
+#: What a pickled state dict may name; anything else is a class of the model's.
+_WEIGHTS = re.compile(
+    r"collections OrderedDict|torch\._utils \S+|torch\S* \w*(Storage|Tensor|Size|device|dtype|Parameter)"
+    r"|torch \w+|torch\.serialization \S+|numpy\S* \S+|_codecs encode"
+)
+#: The first of these is the operator that is missing.
+_OPERATORS = (
+    re.compile(r"Unknown builtin op: (\w+::\w+)"),
+    re.compile(r"failed to resolve torch\.ops\.(\w+\.\w+)"),
+    re.compile(r"(?:Could not find schema for|no such operator|Didn't find operator:?) (\w+::\w+)"),
+)
+_CLASS = re.compile(r"Unknown type name '__torch__\.torch\.classes\.(\w+)\.\w+'")
+#: Namespace of operators -> the module that registers them, where that is called otherwise.
+_MODULES = {"image": "torchvision", "quantized_decomposed": "torch.ao.quantization.fx._decomposed"}
+
+
+def explain(file: BinaryIO, artefact: str, said: str, *, script: bool) -> str | None:
+    """Return the cause and what to do; None when neither the file nor torch's words tell.
+
+    ``said`` is all that torch said; ``script`` is true where TorchScript was expected, and torch.export's
+    file elsewhere.
+    """
+    operator = _missing_operator(said)
+    if operator:
+        module = _MODULES.get(operator.partition("::")[0], operator.partition("::")[0])
+        return (
+            f"it needs {operator}, which no library that is imported here registers; set imports = "
+            f"[{module!r}] in model.toml, if that is the library's name, and install it"
+        )
+    kind = _kind_of(file)
+    wanted = "script" if script else "export"
+    if kind in (wanted, None):
+        return None
+    return _words(kind, PurePath(artefact).name)
+
+
+def _missing_operator(said: str) -> str | None:
+    for pattern in _OPERATORS:
+        found = pattern.search(said)
+        if found:
+            return found[1].replace(".", "::")
+    found = _CLASS.search(said)
+    return f"{found[1]}::(a class)" if found else None
+
+
+def _words(kind: str, name: str) -> str:
+    stem = PurePath(name).stem
+    if kind == "script":
+        return f"it is TorchScript, and {name} is taken for torch.export's: call it {stem}.pt"
+    if kind == "export":
+        return f"it is a file of torch.export's, and {name} is taken for TorchScript: call it {stem}.pt2"
+    if kind == "compiled":
+        return "it is a package that AOTInductor compiled for one machine; save the exported program itself"
+    if kind == "weights":
+        return f"it is a state dict: weights without a program, as torch.save writes them; {_SCRIPT_IT}"
+    if kind == "none":
+        return (
+            "it is neither TorchScript nor a file of torch.export's (both are zip archives): it is another "
+            "format, or its download is broken"
+        )
+    return f"it is a pickled object of {kind}, as torch.save writes it, and needs its code; {_SCRIPT_IT}"
+
+
+def _kind_of(file: BinaryIO) -> str | None:
+    """Return script, export, compiled, weights, none, or the class of what was pickled; None: damaged."""
+    file.seek(0)
+    head = file.read(2)
+    file.seek(0)
+    if head == b"\x80\x02":  # torch.save before 1.6 wrote a bare pickle
+        return "weights"
+    if not zipfile.is_zipfile(file):
+        return "none"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return _kind_of_archive(archive)
+    except (zipfile.BadZipFile, OSError, ValueError, KeyError):
+        return None
+
+
+def _kind_of_archive(archive: zipfile.ZipFile) -> str | None:
+    # All but the oldest of torch.export's keep everything in one folder.
+    names = {name.partition("/")[2] for name in archive.namelist()} | set(archive.namelist())
+    if "serialized_exported_program.json" in names or any(re.match(r"models/.*\.json$", n) for n in names):
+        return "export"
+    if "archive_format" in names:
+        return "compiled"
+    if "constants.pkl" in names:
+        return "script"
+    pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+    return _pickled(archive.read(pickled)) if pickled else "none"
+
+
+def _pickled(data: bytes) -> str:
+    """Tell a state dict from a pickled object by the classes that the pickle names. It is not unpickled."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "GLOBAL" and not _WEIGHTS.fullmatch(str(argument)):
+            return str(argument).replace(" ", ".")
+    return "weights"
