@@ -66,7 +66,7 @@ COMMANDS: dict[str, Entry] = {
     "redis": Entry("gpuinfer.broker.cli:redis", "Prepare this host's own Redis."),
     "gpus": Entry("gpuinfer.gpus_cli:gpus", "List this host's GPUs."),
     "doctor": Entry("gpuinfer.doctor.cli:doctor", "Check this host and print a fix for each problem."),
-    "config": Entry("gpuinfer.config_cli:config", "Check and show the settings."),
+    "config": Entry("gpuinfer.config.cli:config", "Check and show the settings."),
     "worker": Entry("gpuinfer.worker.cli:worker", "Run the worker of one GPU.", "worker"),
     "restore": Entry("gpuinfer.worker.cli:restore", "Put back what a dead worker left in flight.", "worker"),
     "watcher": Entry("gpuinfer.watcher.cli:watcher", "Scale workers with the load; simulate it.", "watcher"),

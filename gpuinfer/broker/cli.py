@@ -51,11 +51,14 @@ def prepare(loaded: Loaded, folder: Path) -> None:
 
     Passwords come from $CREDENTIALS_DIRECTORY, else from /etc/gpuinfer/credentials.
     """
-    from gpuinfer.broker import acl, tuning
+    from gpuinfer.broker import acl, last_good, tuning
 
-    settings = _ours(loaded)
-    _tell_of_the_rest(loaded)
-    users = acl.render(passwords(), _chain_queues(loaded)) + more_users()
+    settings, fault = last_good.settings(loaded)
+    if fault:
+        say(f"gpuinfer: warning: {fault}; Redis starts as it did last, until that is mended", WARNING)
+    else:
+        _tell_of_the_rest(loaded)
+    users = acl.render(passwords(), _chain_queues(loaded, settings)) + more_users()
     _write(folder / "tuning.conf", tuning.render(settings.redis, tuning.host_memory_bytes()))
     _write(folder / "users.acl", users)
 
@@ -70,15 +73,17 @@ def apply_users(loaded: Loaded, as_json: bool) -> None:
     before it restarts the workers. Passwords come from $CREDENTIALS_DIRECTORY, else from
     /etc/gpuinfer/credentials.
     """
-    from gpuinfer.broker import acl
+    from gpuinfer.broker import acl, last_good
     from gpuinfer.queue.connection import connect, typed_errors
 
     found = passwords()
     login = {"username": "admin", "password": found["admin"]}
-    broker = _ours(loaded).broker
-    broker = type(broker).model_validate(broker.model_dump() | login)
+    settings, fault = last_good.settings(loaded)
+    if fault:
+        say(f"gpuinfer: warning: {fault}; taken from Redis's last start", WARNING)
+    broker = type(settings.broker).model_validate(settings.broker.model_dump() | login)
     with typed_errors(), connect(broker, any_format=True) as client:
-        changed = acl.apply(client, found, loaded.only("queue").queue.foreign_queues)
+        changed = acl.apply(client, found, _chain_queues(loaded, settings))
     if as_json:
         print_json({"users": list(acl.USERS), "changed": changed})
     else:
@@ -121,11 +126,16 @@ def local(ctx: click.Context) -> None:
 
     systemd takes 1 to 254 from ExecCondition= for "not here", and 255 for a failure.
     """
+    from gpuinfer.broker import last_good
+
     try:
-        url = _ours(ctx.obj).broker.url
+        settings, fault = last_good.settings(ctx.obj)
     except ConfigError as exc:
         say_error(str(exc))
         ctx.exit(255)
+    if not fault:  # else `prepare` says so
+        _keep(ctx.obj)
+    url = settings.broker.url
     if not url.rpartition("@")[2].rpartition("://")[2].startswith(f"{FOLDER}/"):
         from gpuinfer.settings import shown
 
@@ -133,19 +143,21 @@ def local(ctx: click.Context) -> None:
         ctx.exit(1)
 
 
-def _ours(loaded: Loaded) -> Settings:
-    """Return the settings that Redis starts by: a typo elsewhere in the file must not take the queue down."""
-    return loaded.only("broker", "redis")
-
-
-def _chain_queues(loaded: Loaded) -> Sequence[str]:
-    """Return where chains may go on; with a mistake in that section, where they may by default."""
-    from gpuinfer.settings import QueueSettings
-
+def _chain_queues(loaded: Loaded, last: Settings) -> Sequence[str]:
+    """Return where chains may go on; with a mistake in that section, where they might at the last start."""
     try:
         return loaded.only("queue").queue.foreign_queues
     except ConfigError:  # _tell_of_the_rest says what is wrong
-        return QueueSettings().foreign_queues
+        return last.queue.foreign_queues
+
+
+def _keep(loaded: Loaded) -> None:
+    from gpuinfer.broker import last_good
+
+    try:
+        last_good.keep(loaded)
+    except OSError as exc:
+        say(f"gpuinfer: warning: {last_good.FILE} cannot be written: {exc.strerror or exc}", WARNING)
 
 
 def _tell_of_the_rest(loaded: Loaded) -> None:

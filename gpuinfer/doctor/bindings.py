@@ -40,7 +40,7 @@ def served(host: Host) -> list[tuple[int, Settings]]:
     """
     found = [(0, host.settings)]
     for number in _numbers(host):
-        with suppress(ValueError, ConfigError):
+        with suppress(OSError, ConfigError):
             found.append((number, _settings(host, number)))
     return found
 
@@ -74,6 +74,8 @@ def _inventory(host: Host) -> Inventory:
 def _one(host: Host, number: int, found: Inventory) -> Finding:
     file = own.file_of(number)
     try:
+        for remark in own.remarks(number, _folder(host)):
+            return error(f"{file}: {remark}", edit(file))
         environ = _environment(host, number)
         worker = load(environ=environ).settings.worker
         if worker.per_gpu != host.settings.worker.per_gpu:
@@ -81,8 +83,8 @@ def _one(host: Host, number: int, found: Inventory) -> Finding:
             return error(f"{file}: {both}; it must be the same for all its workers", edit(file))
         inventory = chosen(worker.gpus, found, worker.per_gpu)
         device = visible_device(number, worker, environ, inventory=inventory)
-    except ValueError as exc:
-        return error(f"{file}: {exc}", edit(file))
+    except OSError as exc:
+        raise Skipped(f"{file} cannot be read: {exc.strerror or exc}") from None
     except (ConfigError, DeviceError) as exc:
         mend = edit(file) if host.path(file).exists() else f"systemctl disable --now gpuinfer-worker@{number}"
         return error(f"worker {number}: {exc}", f"{mend}  # gpuinfer gpus lists what there is")
@@ -91,8 +93,8 @@ def _one(host: Host, number: int, found: Inventory) -> Finding:
 
 
 def _environment(host: Host, number: int) -> Mapping[str, str]:
-    """Return what the unit's process would see. Raises ValueError for a line that is no NAME=value."""
+    """Return what the unit's process would see."""
     named = os.environ.get("GPUINFER_CONFIG")
     environ = {"GPUINFER_CONFIG": named} if named else {}
     environ[VISIBLE] = str(number)
-    return environ | own.read(number, _folder(host))
+    return {**environ, **own.read(number, _folder(host))}

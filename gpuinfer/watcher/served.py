@@ -13,7 +13,7 @@ from gpuinfer.errors import ConfigError, ModelError
 from gpuinfer.log import get_logger
 from gpuinfer.models.repository import Repository
 from gpuinfer.queue.fleet import Serves, serves_of
-from gpuinfer.settings import DEFAULT_FILE, Settings, load
+from gpuinfer.settings import Settings, load, settings_file
 
 log = get_logger(__name__)
 
@@ -26,11 +26,6 @@ class _Read:
 
     source: object
     settings: Settings
-
-
-def settings_file(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the file that all programs read their settings from."""
-    return Path(environ.get("GPUINFER_CONFIG") or DEFAULT_FILE)
 
 
 def of_units(number: int) -> Mapping[str, str]:
@@ -70,12 +65,12 @@ class Served:
             return self._settings
         try:
             environ = self._environment(number)
-            source = (environ, _stamp(settings_file(environ)))
+            source = (environ, _stamp(settings_file(environ=environ)))
             known = self._read.get(number)
             if known is None or known.source != source:
                 known = _Read(source, load(environ=environ, only={"worker", "models"}).settings)
                 self._read[number] = known
-        except (ConfigError, ValueError, OSError) as exc:
+        except (ConfigError, OSError) as exc:
             self._say_wrong(number, str(exc))
             return self._settings
         self._wrong.pop(number, None)

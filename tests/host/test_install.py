@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from tests.env_files import TEXTS
 from tests.host.admin import journal, properties
 from tests.host.container import Container
 
@@ -111,6 +112,45 @@ def test_redis_is_tuned_and_answers_nobody_without_a_password(host: Container) -
         if line.startswith("maxmemory ")
     )
     assert int(host.ok(f"{admin} config get maxmemory").split()[1]) == int(wanted.removesuffix("mb")) * 2**20
+
+
+def test_an_environment_file_is_what_systemd_makes_of_it(host: Container) -> None:
+    """Our reader and systemd make the same of each text."""
+    names = sorted({name for found in TEXTS.values() for name in found})
+    script = ""
+    for number, text in enumerate(TEXTS):
+        host.put(f"/root/env/{number}.env", text)
+        script += f"systemd-run -q --wait --pipe -p EnvironmentFile=/root/env/{number}.env env -0; echo\n"
+    # An empty line ends what one of them said: no variable here has two line ends in a row.
+    told = host.ok(script).split("\0\n")[: len(TEXTS)]
+    for text, said in zip(TEXTS, told, strict=True):
+        every = dict(line.split("=", 1) for line in said.split("\0") if "=" in line)
+        assert {name: every[name] for name in names if name in every} == TEXTS[text], text
+
+
+def test_an_untouched_installation_has_changed_nothing(host: Container) -> None:
+    """Nor does anything do nothing, or wait for a restart; what is changed is told with its unit."""
+    check = json.loads(host.ok("gpuinfer config check --json"))
+    assert check == {"ok": True, "changed": 0, "workers": {}, "warnings": [], "restart": []}
+    named = host.ok("gpuinfer --config /etc/gpuinfer/gpuinfer.toml queue status")
+    assert "realtime" in named
+    host.ok("cp -p /etc/gpuinfer/gpuinfer.toml /root; echo 'api.max_wait_s = 30' >/root/first")
+    host.ok("cat /root/first /root/gpuinfer.toml >/etc/gpuinfer/gpuinfer.toml")
+    assert json.loads(host.ok("gpuinfer config check --json"))["restart"] == ["gpuinfer-api"]
+    host.ok("systemctl restart gpuinfer-api")
+    assert json.loads(host.ok("gpuinfer config check --json"))["restart"] == []
+
+
+def test_a_slip_in_the_settings_takes_no_queue_down(host: Container) -> None:
+    """Redis starts as it did last, and says why; a dotted key names another Redis, too."""
+    file = "/etc/gpuinfer/gpuinfer.toml"
+    host.ok(f"echo '[api' >>{file}; systemctl restart gpuinfer-redis")
+    told = host.ok("journalctl --sync; journalctl -u gpuinfer-redis -p warning -o cat")
+    assert f"gpuinfer: warning: {file}: is not valid TOML" in told
+    host.ok(f"echo 'broker.url = \"rediss://queue.example:6380/0\"' >{file}")
+    host.ok("systemctl restart gpuinfer-redis; ! systemctl is-active gpuinfer-redis")
+    host.ok(f"echo '[api' >>{file}; systemctl restart gpuinfer-redis; ! systemctl is-active gpuinfer-redis")
+    host.ok(f"cp -p /root/gpuinfer.toml {file}; systemctl restart gpuinfer-redis gpuinfer-api")
 
 
 def test_the_doctor_finds_nothing_wrong(host: Container) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gpuinfer.broker import acl, tuning
+from gpuinfer.broker import acl, last_good, tuning
 from gpuinfer.broker import cli as broker_cli
 from gpuinfer.cli import main
-from gpuinfer.settings import QUEUES, RedisSettings
+from gpuinfer.settings import QUEUES, RedisSettings, load
 
 pytestmark = pytest.mark.unit
 
@@ -268,8 +268,7 @@ def test_local(
         "[worker]\nqueues = ['batch', 'hurry']\n",
         "[wacher]\nmode = 'act'\n",
         "[api]\nprot = 1\n",
-        "[models]\nfolders = [\n",
-        "[log]\nlevel = info\n",
+        "[models]\nfolders = 1.5\n",
     ],
 )
 def test_a_typo_elsewhere_does_not_keep_redis_from_starting(
@@ -294,6 +293,58 @@ def test_a_typo_elsewhere_does_not_keep_redis_from_starting(
         file.write_text(broken)
         assert prepare(folder) == 78
         assert call("redis", "local") == 255
+
+
+@pytest.fixture
+def settings_of_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The settings file, and a folder where Redis keeps those of its last good start."""
+    (tmp_path / "state").mkdir()
+    monkeypatch.setattr(last_good, "FILE", tmp_path / "state" / "settings.json")
+    monkeypatch.setenv("GPUINFER_CONFIG", str(tmp_path / "gpuinfer.toml"))
+    return tmp_path / "gpuinfer.toml"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["[broker\n", "[models]\nfolders = [\n", "[redis]\nmaxmemory = 1\n", '[broker]\nurl = "x"\n', "\xff"],
+)
+def test_what_cannot_be_read_falls_back_to_the_last_good_start(
+    settings_of_redis: Path, credentials: Path, folder: Path, capfd: pytest.CaptureFixture[str], broken: str
+) -> None:
+    """A slip takes no queue down: Redis starts as it did last, and says why."""
+    settings_of_redis.write_text('broker.password = "hush"\n[redis]\nmaxmemory_mb = 300\n')
+    assert call("redis", "local") == 0
+    assert last_good.FILE.stat().st_mode & 0o777 == 0o600
+    assert "hush" not in last_good.FILE.read_text()
+    settings_of_redis.write_bytes(broken.encode("latin-1"))
+    capfd.readouterr()
+    assert call("redis", "local") == 0
+    assert prepare(folder) == 0
+    told = capfd.readouterr().err
+    assert f"gpuinfer: warning: {settings_of_redis}: " in told
+    assert "Redis starts as it did last" in told
+    assert "maxmemory 300mb" in (folder / "tuning.conf").read_text(encoding="utf-8")
+    settings_of_redis.write_text("[redis]\nmaxmemory_mb = 400\n")
+    assert (call("redis", "local"), prepare(folder)) == (0, 0)
+    assert "maxmemory 400mb" in (folder / "tuning.conf").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'broker.url = "rediss://queue.example:6380/0"\n',
+        '["broker"]\nurl = "rediss://queue.example:6380/0"\n',
+        'broker = { url = "rediss://queue.example:6380/0" }\n',
+        '[ broker ]\n"url" = "rediss://queue.example:6380/0"\n',
+    ],
+)
+def test_another_hosts_redis_however_it_is_written(settings_of_redis: Path, text: str) -> None:
+    """One reading of the file: no second Redis starts, not even when a slip comes later."""
+    settings_of_redis.write_text(text)
+    assert load(None).settings.broker.url.startswith("rediss://queue")
+    assert call("redis", "local") == 1
+    settings_of_redis.write_text(text + "[api\n")
+    assert call("redis", "local") == 1
 
 
 def test_local_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_config_show_hides_passwords() -> None:
     for done in (plain, as_json):
         assert done.returncode == 0
         assert "hunter2" not in done.stdout + done.stderr
-    shown = json.loads(as_json.stdout)
+    shown = json.loads(as_json.stdout)["settings"]
     assert shown["broker.url"]["value"] == "redis://me:***@h:1/0"
     assert shown["broker.url"]["origin"] == "GPUINFER_BROKER_URL"
     assert shown["api.port"] == {"value": 8080, "origin": "default", "variable": "GPUINFER_API_PORT"}

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from gpuinfer import instances
 from gpuinfer.cli import _WhenNeeded
 from gpuinfer.doctor import bindings, cuda, gpu, nodes
 from gpuinfer.doctor.child import ChildHung
@@ -302,7 +301,7 @@ def test_workers_of_a_shared_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("", "this host has no GPU 7; it has GPU 0"),
         ("CUDA_VISIBLE_DEVICES=GPU-ff", "this host has no GPU GPU-ff"),
         ("GPUINFER_WORKER_QUEUE=batch", "did you mean GPUINFER_WORKER_QUEUES"),
-        ("export A=1", "line 1 is no NAME=value"),
+        ("what is this", "line 1 is no NAME=value"),
     ],
 )
 def test_a_workers_file_that_cannot_work(tmp_path: Path, text: str, words: str) -> None:
@@ -321,12 +320,6 @@ def test_a_wrong_settings_file_is_no_workers_fault(tmp_path: Path) -> None:
     settings.write_text('[worker]\ndevise = "cpu"\n')
     with pytest.raises(Skipped, match=r"see config\.file"):
         bindings.bindings(Host(_WhenNeeded(settings), root=tmp_path))
-
-
-def test_an_environment_file_is_read_as_systemd_does() -> None:
-    """Comments, quotes, blanks around."""
-    text = "# c\n; c\n\n A=1 \nB='x y'\nC=\"q\"\nD=\n"
-    assert instances.parse(text) == {"A": "1", "B": "x y", "C": "q", "D": ""}
 
 
 def test_torch_is_known_without_importing_it() -> None:

@@ -40,7 +40,9 @@ def test_what_an_instance_would_serve_follows_its_files(tmp_path: Path) -> None:
     assert served.serves(1) == Serves(QUEUES, ("digits", "ocr"))
     common.write_text('[worker]\nmodels = ["a-longer-name"]\n')
     assert served.serves(0) == Serves(("realtime", "batch"), ("a-longer-name",))
-    own.write_text("what is this\n")
+    own.write_text("what is this\nGPUINFER_WORKER_QUEUES=batch\n")  # systemd drops the line alone
+    assert served.serves(0) == Serves(("batch",), ("a-longer-name",))
+    own.write_text("GPUINFER_WORKER_QUEUE=batch\n")
     assert served.serves(0) == Serves(QUEUES, ("digits",))
 
 

@@ -282,3 +282,24 @@ def test_a_client_reads_what_it_needs(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("GPUINFER_BROKER_URLL", "redis://typo")
     with pytest.raises(ConfigError, match="did you mean GPUINFER_BROKER_URL"):
         settings_for(None)
+
+
+def test_the_default_file_by_its_name_keeps_roots_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--config /etc/gpuinfer/gpuinfer.toml`, or a link to it, is the host's own file."""
+    file = tmp_path / "gpuinfer.toml"
+    file.write_text("[api]\nmax_wait_s = 5\n")
+    (tmp_path / "link.toml").symlink_to(file)
+    passwords = tmp_path / "credentials"
+    passwords.mkdir()
+    (passwords / "admin").write_text("secret\n")
+    monkeypatch.setattr("gpuinfer.settings.PASSWORDS", passwords)
+    monkeypatch.setattr("gpuinfer.settings.LOGINS", (passwords,))
+    monkeypatch.setattr("gpuinfer.settings.DEFAULT_FILE", file)
+    for loaded in (load(None, {}), load(file, {}), load(None, {"GPUINFER_CONFIG": f"{tmp_path}/link.toml"})):
+        assert loaded.settings.broker.username == "admin"
+        assert set(loaded.changed) == {"api.max_wait_s"}, "who logs in has changed nothing"
+    other = tmp_path / "other.toml"
+    other.write_text("")
+    assert load(other, {}).settings.broker.username is None

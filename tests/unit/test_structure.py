@@ -21,12 +21,25 @@ PACKAGE = ROOT / "gpuinfer"
 PROGRAMS = ("api", "worker", "watcher")
 #: Whoever starts the programs may import them; nobody imports these.
 STARTERS = ("demo", "cli")
-SHARED = ("client", "queue", "models", "settings", "errors", "locks", "log", "journal", "gpus", "privileges")
+SHARED = (
+    "client",
+    "queue",
+    "models",
+    "settings",
+    "sources",
+    "errors",
+    "locks",
+    "log",
+    "journal",
+    "gpus",
+    "privileges",
+)
 #: Rooms and single modules from the bottom up: each may use what stands below it. Those of one level do
 #: not use each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "redis_url"),
-    ("sections",),
+    ("sections", "env_file"),
+    ("sources",),
     ("settings", "journal"),
     ("log", "gpus", "locks", "instances", "privileges"),
     ("models",),
@@ -34,7 +47,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("client", "broker"),
     PROGRAMS,
     ("doctor",),
-    ("demo", "celery", "config_cli", "gpus_cli"),
+    ("demo", "celery", "config", "gpus_cli"),
     ("celery_cli",),
     ("cli",),
     ("__main__",),
