@@ -39,7 +39,7 @@ _WAKE = f"~{keys.WAKE_PREFIX}*"
 _IDLE, _ANY_IDLE = f"~{keys.IDLE_PREFIX}*", f"~{keys.IDLE}"
 _GROUPS = f"~{keys.GROUPS_PREFIX}*"
 _INDEX, _INDEXED = f"~{keys.INDEX_PREFIX}*", f"~{keys.INDEXED}"
-_WORKERS, _CATALOGUE = f"~{keys.WORKERS}", f"~{keys.CATALOGUE}"
+_WORKERS, _LEFT, _CATALOGUE = f"~{keys.WORKERS}", f"~{keys.LEFT}", f"~{keys.CATALOGUE}"
 _DEFAULT_MODEL, _FORMAT = f"~{keys.DEFAULT_MODEL}", f"~{keys.FORMAT_KEY}"
 _BODY, _BODIES, _BODY_BYTES = f"~{keys.BODY_PREFIX}*", f"~{keys.BODIES}", f"~{keys.BODY_BYTES}"
 _DEAD, _CLAIMED, _ENDED = f"~{keys.DEAD}", f"~{keys.CLAIMED}", f"~{keys.ENDED}"
@@ -179,8 +179,9 @@ RULES: Mapping[str, Sequence[str]] = {
         *_BURYING,
         _selector("+zadd", "+zscore", "+zcard", "+zrangebyscore", "+zremrangebyscore", _CATALOGUE),
         _selector("+zadd", "+zrem", "+zrangebyscore", _WORKERS),
+        _selector("+zadd", _LEFT),
         _selector("+set", _HEARTBEATS),
-        _selector("+del", _HEARTBEATS, _EPOCHS, _WAKE),
+        _selector("+del", _HEARTBEATS, _WAKE),
         _selector("+expire", _PROBE),
         _selector("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", "+expire", _RESULTS),
         _selector("+get", _BODY),
@@ -203,6 +204,10 @@ RULES: Mapping[str, Sequence[str]] = {
         *(*_LISTS, _OURS, _RESULTS),
         _selector("+rpush", *_LISTS),
         _selector("+hget", "+hexists", "+hmget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
+        # Forgets the epochs of names that do not come back.
+        _selector("+hdel", _EPOCHS),
+        _selector("+zscore", _WORKERS),
+        _selector("+zrange", "+zrem", _LEFT),
         *_BURYING,
         _selector("+hincrby", _CLAIMED, _ENDED),
         _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),

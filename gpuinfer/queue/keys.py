@@ -67,6 +67,8 @@ BODY_BYTES = "gpuinfer:body-bytes"
 HEARTBEAT_PREFIX = "gpuinfer:heartbeat:"
 #: Workers, scored by when they were last seen, by Redis's clock.
 WORKERS = "gpuinfer:workers"
+#: Workers that have left, scored by when: their epochs are forgotten later.
+LEFT = "gpuinfer:left"
 #: Models the fleet knows, scored by when somebody who could serve them was last seen.
 CATALOGUE = "gpuinfer:catalogue"
 DEFAULT_MODEL = "gpuinfer:default-model"
@@ -112,7 +114,7 @@ WOKEN_VOID_S = 0.5
 LATER_RETRY_S = 10
 #: Seconds after which a group that no worker has renewed is forgotten.
 GROUP_VOID_S = 60
-#: Seconds after which a worker that holds nothing is forgotten: its name may never come back.
+#: Seconds after which a worker that holds nothing is forgotten, and its epoch: its name may never come back.
 WORKER_VOID_S = 86400
 #: Seconds after which a model that nobody could serve is forgotten.
 MODEL_VOID_S = 7 * 86400

@@ -42,6 +42,7 @@ Name = Literal[
     "tell",
     "keep",
     "know",
+    "forget",
 ]
 
 #: What the scripts name, and have written out. A list that has aged goes first in one of this many claims.
@@ -78,6 +79,7 @@ _CONSTANTS: dict[str, str | float] = {
     "KEYED_BEFORE": keys.KEYED_BEFORE,
     "KEYED_BYTES": keys.KEYED_BYTES,
     "LATER": keys.LATER,
+    "LEFT": keys.LEFT,
     "LATER_PREFIX": keys.LATER_PREFIX,
     "LATER_RETRY": keys.LATER_RETRY_S,
     "MODEL_VOID": keys.MODEL_VOID_S,

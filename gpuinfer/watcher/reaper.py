@@ -28,6 +28,7 @@ from gpuinfer.queue.claims import Restored
 from gpuinfer.queue.connection import AWAY
 from gpuinfer.queue.heartbeats import FRESH_S
 from gpuinfer.queue.orphans import Holder, ago, holders
+from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import REAPER, Store
 from gpuinfer.settings import Settings
 from gpuinfer.watcher.state import UnitState
@@ -37,6 +38,8 @@ log = get_logger(__name__)
 
 #: Seconds between two looks at who holds tasks.
 LOOK_EVERY_S = 2.0
+#: Seconds between two looks at whose names do not come back.
+FORGET_EVERY_S = 60.0
 #: Seconds for which a reaper must itself have seen nothing of another host's worker. One that waited for a
 #: deaf Redis is back in less.
 WITNESS_S = 60.0
@@ -118,7 +121,9 @@ class Reaper:
         self._host = host
         self._settings = settings
         self._clock = clock
+        self._forget = bind(client, "forget")
         self._looked_at = -LOOK_EVERY_S
+        self._forgot_at = -FORGET_EVERY_S
         self._watched: dict[str, _Watched] = {}
         #: Worker -> what was last said of it: each reason is logged once.
         self._said: dict[str, str] = {}
@@ -139,6 +144,7 @@ class Reaper:
         if now - self._looked_at > GAP_S:
             self._watched.clear()
         self._looked_at = now
+        self._forget_names(now)
         try:
             found = holders(self._client)
             return self._judge_all(found, views, frozenset(live_hosts), now)
@@ -147,6 +153,18 @@ class Reaper:
         except redis.RedisError as exc:
             self._say("", "reap_failed", str(exc), hint="tried again at the next look")
         return []
+
+    def _forget_names(self, now: float) -> None:
+        """Forget the epochs of workers that were not seen for a day, and hold nothing."""
+        if now - self._forgot_at < FORGET_EVERY_S:
+            return
+        self._forgot_at = now
+        try:
+            self._forget()
+        except AWAY:
+            return  # the look finds that out
+        except redis.RedisError as exc:
+            log.warning("names_not_forgotten", reason=str(exc), hint="tried again in a minute")
 
     def _judge_all(
         self, found: list[Holder], views: Mapping[int, UnitView], live_hosts: frozenset[str], now: float

@@ -11,6 +11,7 @@ from gpuinfer import Client
 from gpuinfer.errors import FormatMismatch, TakenBack, WorkerRunning
 from gpuinfer.queue import keys
 from gpuinfer.queue.orphans import holders
+from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import SEQS_OF_AN_EPOCH, Store
 from gpuinfer.settings import BrokerSettings
 from tests.contract.conftest import done, ids, on, store_of
@@ -82,7 +83,10 @@ def test_a_redis_that_came_back_empty(store: Store, client: Client) -> None:
 
 
 def test_names_that_do_not_come_back(broker: BrokerSettings, store: Store, client: Client) -> None:
-    """What is left of workers unseen for a day without tasks, of their groups, of who was idle: nothing."""
+    """What is left of workers unseen for a day without tasks, of their groups, of who was idle: nothing.
+
+    The watcher forgets their epochs; without one, nothing but these stays.
+    """
     gone, holds = store_of(broker, "gpu0@gone", ("old",)), store_of(broker, "gpu0@holds", ("old",))
     client.submit([1], model="old")
     assert len(holds.claim(1)) == 1
@@ -96,12 +100,39 @@ def test_names_that_do_not_come_back(broker: BrokerSettings, store: Store, clien
     raw.zadd(keys.IDLE_PREFIX + store.group, {"x": now - 99, "y": 99 - now, "here": now, "woken": -now})
     raw.zadd(keys.CATALOGUE, {"old": now - keys.MODEL_VOID_S - 1})
     store.register()
+    assert raw.exists(keys.heartbeat(gone.worker), keys.epoch(gone.worker)) == 2
+    assert forget(store) == 1
+    store.register()
     assert raw.zrange(keys.WORKERS, 0, -1) == [holds.worker.encode(), store.worker.encode()]
     assert not raw.exists(keys.heartbeat(gone.worker), keys.epoch(gone.worker), keys.wake(gone.worker))
     assert raw.exists(keys.epoch(holds.worker), holds.inflight) == 2
     assert set(raw.zrange(keys.IDLE_PREFIX + store.group, 0, -1)) == {b"here", b"woken"}
     assert not raw.exists(keys.IDLE_PREFIX + gone.group, f"{keys.GROUPS_PREFIX}realtime.old")
     assert raw.zrange(keys.CATALOGUE, 0, -1) == [b"digits"]
+
+
+def test_names_that_have_left(broker: BrokerSettings, store: Store, client: Client) -> None:
+    """Nothing is left of a worker that stopped in order a day ago, unless it is back or holds tasks."""
+    raw: Any = store.client
+    left, back, holds = (store_of(broker, f"{name}@x") for name in ("left", "back", "holds"))
+    assert left.claim(1) == back.claim(1) == []
+    client.submit([1])
+    assert len(holds.claim(1)) == 1
+    for one in (left, back, holds):
+        one.leave()
+    back.register()
+    assert raw.zcard(keys.LEFT) == 2
+    assert forget(store) == 0
+    for name in ("left@x", "back@x", "holds@x"):
+        raw.zadd(keys.LEFT, {name: 1})
+    assert forget(store) == 1
+    assert [raw.exists(keys.epoch(one.worker)) for one in (left, back, holds)] == [0, 1, 1]
+    assert not raw.exists(keys.LEFT)
+
+
+def forget(store: Store) -> int:
+    """Forget the epochs of names that do not come back, as a watcher does; return how many."""
+    return int(bind(store.client, "forget")())
 
 
 def store_of_same_name(store: Store) -> Store:

@@ -85,6 +85,7 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
         ("HSET", keys.inflight(NAME), "1", "x"),
         ("SET", keys.heartbeat(NAME), "x"),
         ("HSET", keys.epoch(NAME), "number", "9"),
+        ("HDEL", keys.epoch(NAME), "number"),
         ("HSET", keys.DEAD, "letter", "{}"),
         ("HDEL", keys.DEAD, "letter"),
         ("DEL", keys.result("1")),
@@ -107,6 +108,8 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
         ("RENAME", keys.DEAD, keys.inflight(NAME)),
         ("SET", keys.inflight(NAME), "x"),
         ("DEL", keys.index()),
+        ("DEL", keys.epoch(NAME)),
+        ("HDEL", keys.epoch(NAME), "number"),
         ("DEL", keys.FORMAT_KEY),
         ("DEL", keys.ENDED),
         ("ZREM", keys.CATALOGUE, "digits"),
@@ -152,6 +155,7 @@ def test_refused(redis_server: OurRedis, user: str) -> None:
         admin.lpush("realtime", TASK)
         admin.hset(keys.inflight(NAME), mapping={"1": TASK, "1:list": "realtime"})
         admin.hset(keys.DEAD, "letter", "{}")
+        admin.hset(keys.epoch(NAME), "number", "3")
         before = contents(admin)
         allowed = []
         for command in ADMINS + REFUSED[user]:

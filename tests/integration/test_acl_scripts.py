@@ -66,12 +66,14 @@ RUN_BY: dict[str, tuple[str, ...]] = {
     "tell": ("watcher",),
     "keep": ("watcher",),
     "know": ("watcher",),
+    "forget": ("watcher",),
 }
 #: The keys a script is given. What is not here is an in-flight hash, and an epoch as the second.
 GIVEN: dict[str, list[list[str]]] = {
     "bury": [[keys.inflight(WORKER)]],
     "trim": [],
     "drop": [],
+    "forget": [],
     "cancel": [[keys.result("1")]],
     "depth": [],
     "due": [],

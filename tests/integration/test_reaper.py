@@ -25,7 +25,7 @@ from gpuinfer.queue.message import decode
 from gpuinfer.queue.orphans import ago, command, holder, holders
 from gpuinfer.queue.store import REAPER, Store
 from gpuinfer.settings import QUEUES, Loaded, Settings
-from gpuinfer.watcher.reaper import LOOK_EVERY_S, WITNESS_S, Reaper
+from gpuinfer.watcher.reaper import FORGET_EVERY_S, LOOK_EVERY_S, WITNESS_S, Reaper
 from gpuinfer.watcher.units import UnitView
 from gpuinfer.worker.restoring import put_back
 from tests.brokers import our_redis
@@ -326,3 +326,8 @@ def test_with_our_users(tmp_path: Path, deaths: int) -> None:
         with server.client() as admin:
             assert admin.hlen(keys.DEAD) == deaths
         assert put_back(logins["worker"], "gpu0@old").returned == 0
+        with server.client() as admin:  # that was an epoch more; a day later it is forgotten
+            assert admin.exists(keys.epoch("gpu0@old"))
+            now += FORGET_EVERY_S
+            reaper.step({}, {HOST})
+            assert not admin.exists(keys.epoch("gpu0@old"))

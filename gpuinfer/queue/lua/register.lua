@@ -15,13 +15,12 @@ end
 redis.call('ZADD', WORKERS, seconds, worker)
 if default_if_none ~= '' then redis.call('SET', DEFAULT_MODEL, default_if_none, 'NX') end
 
--- Names that do not come back are forgotten: workers, a few at a time, once nothing of theirs is in flight; who is
--- idle no more; groups that nobody has renewed for long.
-for _, void in ipairs(redis.call('ZRANGEBYSCORE', WORKERS, '-inf', seconds - WORKER_VOID, 'LIMIT', 0, 10)) do
-  if redis.call('EXISTS', INFLIGHT_PREFIX .. void) == 0 then
+-- Names that do not come back are forgotten: workers whose epochs are (forget.lua); who is idle no more; groups that
+-- nobody has renewed for long.
+for _, void in ipairs(redis.call('ZRANGEBYSCORE', WORKERS, '-inf', seconds - WORKER_VOID, 'LIMIT', 0, 100)) do
+  if redis.call('EXISTS', INFLIGHT_PREFIX .. void) == 0 and not redis.call('HGET', EPOCH_PREFIX .. void, 'number') then
     redis.call('ZREM', WORKERS, void)
     redis.call('DEL', HEARTBEAT_PREFIX .. void)
-    redis.call('DEL', EPOCH_PREFIX .. void)
     redis.call('DEL', WAKE_PREFIX .. void)
   end
 end
