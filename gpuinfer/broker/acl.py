@@ -161,7 +161,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *("&/*.celeryev*", "&*.reply.celery.pidbox*"),
         # kombu binds its control queues by script, too.
         *(*_LISTS, _OURS, _RESULTS, *_KOMBU),
-        _selector("+rpop", "+rpush", "+lpush", "+lrem", "+lset", "+lindex", "+lrange", *_LISTS),
+        _selector("+rpop", "+rpush", "+lpush", "+lrem", "+lindex", "+lrange", *_LISTS),
         _selector("+exists", *_LISTS, _INDEX),
         _selector("+zunion", "+zrem", _INDEX),
         _selector("+srem", _INDEXED),

@@ -7,7 +7,8 @@ model; the default model's own tasks wait.
 
 Nothing is claimed for that, so a death on the way is charged to no task: what may take a process down to read
 is left to a worker of the default model. So is what stands behind ``MOST_READ`` others: Redis passes over all
-that is before a task to drop it from a list.
+that is before a task to drop it from a list. Where that is much, few are passed on in one look, and fewer in
+one call.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ WINDOW, WINDOW_BYTES = 500, 1024 * 1024
 UNPACKED_BYTES = 1024 * 1024
 #: How many tasks of a list are looked through, from the next to be served.
 MOST_READ = 20_000
+#: Behind more tasks, or bytes, than this no window is popped and pushed again, which would block Redis for
+#: over 10 ms. Each task is searched for, which takes up to 3 ms: this many at most in a call, and in a look.
+MOST_MOVED, MOST_MOVED_BYTES = 5_000, 2 * 1024 * 1024
+FAR_CALL, FAR_LOOK = 3, 30
 
 
 class Router:
@@ -39,8 +44,8 @@ class Router:
         """``names``: what our tasks are called; those of others are Celery's."""
         self._store = store
         self._names = names
-        #: List -> how many of its tasks, from the next to be served, were read already.
-        self._read: dict[str, int] = {}
+        #: List -> how many of its tasks, from the next to be served, were read already, and their bytes.
+        self._read: dict[str, tuple[int, int]] = {}
 
     def pass_on(self) -> int:
         """Pass on what one look finds; return how many tasks. Raises redis-py's errors."""
@@ -67,15 +72,22 @@ class Router:
             return [int(size) for size in pipe.execute()]
 
     def _look_through(self, key: str, size: int, default: str) -> int:
-        read = self._read.get(key, 0)
-        read = read if read < min(size, MOST_READ) else 0
+        read, read_bytes = self._read.get(key, (0, 0))
+        if read >= min(size, MOST_READ):
+            read, read_bytes = 0, 0
         client = self._store.client
         next_one: bytes = client.lindex(key, -read - 1) or b""  # type: ignore[assignment]  # not decoded
         window = max(1, min(WINDOW, WINDOW_BYTES // (len(next_one) + 1)))
         found: list[bytes] = client.lrange(key, -read - window, -read - 1)  # type: ignore[assignment]
-        strays = self._strays(key, found[::-1], default)
-        self._read[key] = read + len(found) - len(strays)
-        passed = self._store.route(key, read, strays)
+        found.reverse()
+        strays = self._strays(key, found, default)
+        far = read + len(found) > MOST_MOVED or read_bytes + sum(map(len, found)) > MOST_MOVED_BYTES
+        if far and len(strays) > FAR_LOOK:
+            found = found[: strays[FAR_LOOK].place]
+            strays = strays[:FAR_LOOK]
+        stay_bytes = sum(map(len, found)) - sum(len(stray.payload) for stray in strays)
+        self._read[key] = read + len(found) - len(strays), read_bytes + stay_bytes
+        passed = self._store.route(key, read, strays, at_once=FAR_CALL if far else WINDOW)
         for stray in strays if passed else ():
             if stray.final is not None:
                 task_id, tier = stray.final.task_id, keys.place_of(key).tier

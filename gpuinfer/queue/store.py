@@ -465,16 +465,20 @@ class Store:
             self._stuck_at = self._clock()
         return back
 
-    def route(self, list_key: str, read: int, strays: Sequence[Stray]) -> int:
+    def route(self, list_key: str, read: int, strays: Sequence[Stray], *, at_once: int = 500) -> int:
         """Pass on, or end, what waits in a list but is for another model; return how many tasks were.
 
-        ``read``: how many tasks are served before those that were read with the strays.
+        ``read``: how many tasks are served before those that were read with the strays; ``at_once``: how many
+        one call deals with.
         """
-        args: list[Argument] = [self._settings.result_ttl_s, read]
-        for place, payload, model, final in strays:
-            args += (place, payload, model)
-            args += final.fields if final else ("", "", "", "", "")
-        return int(self._route(keys=[list_key], args=args)) if strays else 0
+        passed = 0
+        for first in range(0, len(strays), at_once):
+            args: list[Argument] = [self._settings.result_ttl_s, read]
+            for place, payload, model, final in strays[first : first + at_once]:
+                args += (place - passed, payload, model)
+                args += final.fields if final else ("", "", "", "", "")
+            passed += int(self._route(keys=[list_key], args=args))
+        return passed
 
     def restore(self) -> Restored:
         """Put everything in flight back, as ``take_back`` does, and log what was done."""

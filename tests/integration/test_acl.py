@@ -105,6 +105,7 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
         ("SCAN", "0"),
         ("BRPOP", "realtime", "1"),
         ("LMOVE", "realtime", "default", "LEFT", "RIGHT"),
+        ("LSET", "realtime", "0", "x"),
         ("RENAME", keys.DEAD, keys.inflight(NAME)),
         ("SET", keys.inflight(NAME), "x"),
         ("DEL", keys.index()),

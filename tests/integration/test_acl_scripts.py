@@ -123,7 +123,7 @@ CALLS: dict[str, tuple[str, ...]] = {
         ("{}", "x"),
     ),
     **dict.fromkeys(("PUBLISH", "RPOP", "ZREM", "ZSCORE"), ("{}", "1")),
-    **dict.fromkeys(("GETRANGE", "LSET", "LTRIM", "ZRANGE", "ZREVRANGE"), ("{}", "0", "1")),
+    **dict.fromkeys(("GETRANGE", "LTRIM", "ZRANGE", "ZREVRANGE"), ("{}", "0", "1")),
     **dict.fromkeys(("ZCOUNT", "ZREMRANGEBYSCORE", "ZRANGEBYSCORE", "ZREVRANGEBYSCORE"), ("{}", "0", "1")),
     **dict.fromkeys(("HSET", "HSETNX", "HINCRBY"), ("{}", "x", "1")),
     "RENAME": ("{}", keys.result("1")),

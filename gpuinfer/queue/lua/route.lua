@@ -1,15 +1,16 @@
 #!lua flags=allow-oom
 -- needs: clock places lists states ends
 -- Pass tasks on that wait in one list, but are for another model, and end those that are for none. Nothing was
--- claimed; they keep their order. Each is marked by its place, which costs no search, and one pass drops all
--- that are marked: 2 ms behind 20,000 tasks, where a search for each takes 3 ms a task.
+-- claimed; they keep their order, and so does what stays. Each of up to FEW is searched for from the end: 0.1 us
+-- for each task before it. For more, all that is served before the last is popped, and what stays is pushed again:
+-- 1.5 us for each task of 400 bytes.
 -- KEYS: list
 -- ARGV: result ttl in seconds, how many tasks, from the next to be served, stand before those that were read; then
 --       for each task, the one to be served first in front: how many of those that were read stand before it,
 --       payload, the model that it is for, task id ('' : it is passed on), meta, '1' to keep the state, reply
 --       channel, label
 -- Returns how many were passed on or ended: those that still have their place.
-local read, mark, step = tonumber(ARGV[2]), 'passed on at ' .. now(), 8
+local read, step, FEW = tonumber(ARGV[2]), 8, 3
 local found = redis.call('LRANGE', KEYS[1], -read - tonumber(ARGV[#ARGV - step + 1]) - 1, -read - 1)
 local moved = {}
 for i = 3, #ARGV, step do
@@ -25,7 +26,7 @@ for _, i in ipairs(moved) do ends[i] = ARGV[i + 3] ~= '' end
 local written, refused = finish(ARGV, 6, step, ARGV[1])
 if not written then return refused end
 local lists, wakes = {}, {}
-local gone = 0
+local gone, count, deepest = {}, 0, 0
 for _, i in ipairs(moved) do
   local why
   if not ends[i] then
@@ -39,14 +40,30 @@ for _, i in ipairs(moved) do
   end
   -- What cannot be passed on stays where it is.
   if not why then
-    redis.call('LSET', KEYS[1], -read - ARGV[i] - 1, mark)
-    gone = gone + 1
+    deepest, count = read + ARGV[i] + 1, count + 1
+    gone[deepest] = ARGV[i + 1]
     if ends[i] and revoked then
       -- needs: keyed
       if revoked[ARGV[i + 3]] then free_key(ARGV[i + 1], ARGV[i + 3]) end
     end
   end
 end
-if gone > 0 then redis.call('LREM', KEYS[1], -gone, mark) end
+if count <= FEW then
+  for _, payload in pairs(gone) do redis.call('LREM', KEYS[1], -1, payload) end
+else
+  local first, stays, n = {}, {}, 0
+  while #first < deepest do
+    for _, payload in ipairs(redis.call('RPOP', KEYS[1], math.min(1000, deepest - #first))) do
+      first[#first + 1] = payload
+    end
+  end
+  for place = deepest, 1, -1 do
+    if not gone[place] then
+      n = n + 1
+      stays[n] = first[place]
+    end
+  end
+  for i = 1, n, 1000 do redis.call('RPUSH', KEYS[1], unpack(stays, i, math.min(i + 999, n))) end
+end
 for _, one in pairs(wakes) do wake_for(unpack(one)) end
-return gone
+return count
