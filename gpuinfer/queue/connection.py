@@ -191,8 +191,8 @@ _FULL = {
     "bytes": "as many bytes wait as may: {} (queue.max_waiting_bytes, or half of Redis's memory)",
     "bytes-of-batch": "as many bytes wait in batch as may: half of {} (queue.max_waiting_bytes, or half of "
     "Redis's memory)",
-    "keys": "as many idempotency keys stand as may: queue.max_keys is {}, and they take a sixteenth of "
-    "Redis's memory at most",
+    "keys": "as many idempotency keys stand as may: {} (queue.max_keys, or what a sixteenth of Redis's "
+    "memory holds)",
 }
 
 

@@ -2,7 +2,7 @@
 -- current period and in that of the period before, which goes when the next one begins. Neither has a TTL: under
 -- volatile policies no key is evicted. A period is at least as long as its keys hold.
 -- A value is: digest of the request (32 characters), until when it holds (10 digits), task id. The empty field of
--- the current hash has: when the period began, its length, and how many keys it may have.
+-- the current hash has: when the period began, its length, and how many keys a sixteenth of the memory holds.
 
 -- Return the task that a key stands for, and whether the request is the same; nothing where it stands for none.
 local function holder_of(key, request)
@@ -30,22 +30,35 @@ local function period()
   return tonumber(begun or 0), tonumber(length or 0), tonumber(most or 0)
 end
 
--- Tell whether there is room for one more key. Its period may have to begin.
-local function has_room(ttl)
-  local begun, length, most = period()
-  return begun + math.max(length, ttl) <= now() or redis.call('HLEN', KEYED) <= most
+local function note_period(...) redis.call('HSET', KEYED, '', string.format('%d %d %.0f', ...)) end
+
+local function memory_holds()
+  local memory = tonumber(string.match(redis.call('INFO', 'memory'), 'maxmemory:(%d+)'))
+  return memory > 0 and math.floor(memory / 16 / KEYED_BYTES) or 1e15
 end
 
--- Let a key stand for a task. `most` keys at most in a period, and no more than a sixteenth of the memory holds.
-local function hold(key, request, id, ttl, most)
-  local begun, length, cap = period()
+-- Return how many keys there may be in a period where there is no room for one more: its period may have to begin.
+-- `most`: as this caller has it set. More memory, and more by another setting, count at once.
+local function refused_at(ttl, most)
+  local begun, length, holds = period()
+  if begun + math.max(length, ttl) <= now() then return end
+  local count = redis.call('HLEN', KEYED)
+  if count > most then return most end
+  if count > holds then
+    holds = memory_holds()
+    if count > holds then return holds end
+    note_period(begun, length, holds)
+  end
+end
+
+-- Let a key stand for a task.
+local function hold(key, request, id, ttl)
+  local begun, length, holds = period()
   if begun + math.max(length, ttl) <= now() then
     redis.call('UNLINK', KEYED_BEFORE)
     if begun > 0 then redis.call('RENAME', KEYED, KEYED_BEFORE) end
-    local memory = tonumber(string.match(redis.call('INFO', 'memory'), 'maxmemory:(%d+)'))
-    cap = memory > 0 and math.min(most, math.floor(memory / 16 / KEYED_BYTES)) or most
-    begun, length = math.floor(now()), 0
+    begun, length, holds = math.floor(now()), 0, memory_holds()
   end
-  if ttl > length then redis.call('HSET', KEYED, '', string.format('%d %d %d', begun, ttl, cap)) end
+  if ttl > length then note_period(begun, ttl, holds) end
   redis.call('HSET', KEYED, key, request .. string.format('%010d', math.ceil(now() + ttl)) .. id)
 end

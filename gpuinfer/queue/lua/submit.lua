@@ -48,8 +48,9 @@ if ARGV[7] ~= '' then
     drop_these()
     return holder
   end
-  if not holder and not has_room(ttl) then return refuse('QUEUE_FULL keys ' .. ARGV[9]) end
-  hold_key = function() hold(key, request, ARGV[12], ttl, tonumber(ARGV[9])) end
+  local full = not holder and refused_at(ttl, tonumber(ARGV[9]))
+  if full then return refuse(string.format('QUEUE_FULL keys %.0f', full)) end
+  hold_key = function() hold(key, request, ARGV[12], ttl) end
 end
 local queue, index = tier, ''
 if model ~= '' and model ~= usual then queue, index = queue .. '.' .. model, model end
