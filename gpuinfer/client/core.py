@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple, Unpack
 
 import orjson
 
@@ -50,6 +50,39 @@ class Call:
         """
         for key, body in self.bodies.items():
             yield ("SET", key, body, "EX", keys.BODY_VOID_S, "NX")
+
+    @property
+    def least(self) -> int:
+        """The bytes of its smallest task."""
+        payloads = self.args[_HEAD + 1 :: 2]
+        return min(
+            len(str(payload) if isinstance(payload, int) else payload)
+            + len(self.bodies.get(keys.body(one), b""))
+            for one, payload in zip(self.ids, payloads, strict=True)
+        )
+
+    def halves(self) -> tuple[Call, Call]:
+        """Return two calls that together submit the same tasks, in their order."""
+        middle = len(self.ids) // 2
+        return self._part(0, middle), self._part(middle, len(self.ids))
+
+    def _part(self, first: int, last: int) -> Call:
+        ids = self.ids[first:last]
+        args = self.args[:_HEAD] + self.args[_HEAD + 2 * first : _HEAD + 2 * last]
+        bodies = {key: self.bodies[key] for key in map(keys.body, ids) if key in self.bodies}
+        return Call(ids, args, bodies)
+
+
+#: The arguments of a call before those of its tasks.
+_HEAD = 11
+
+
+def full(exc: BaseException) -> Literal["", "any", "size"]:
+    """Tell whether a call was refused because there is no room: for any task, or for so many bytes."""
+    text = str(exc)
+    if "QUEUE_FULL bytes" in text:
+        return "size"
+    return "any" if "QUEUE_FULL " in text or "LATER_FULL " in text else ""
 
 
 def answer_of(*answers: Any) -> Any:

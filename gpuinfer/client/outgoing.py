@@ -39,18 +39,53 @@ class Outgoing:
             running.add_done_callback(self._running.discard)
 
     async def _call(self, call: Call, answers: Mapping[str, asyncio.Future[None]]) -> None:
-        failure: BaseException | None = None
+        """Submit tasks together. Where there is no room for all, those that fit go in."""
+        parts, refused = [call], _Refused()
+        while parts:
+            part = parts.pop()
+            failure = refused.failure_of(part)
+            if failure is None:
+                failure = await self._try(part)
+                if failure is not None and core.full(failure):
+                    if len(part.ids) > 1:
+                        parts += reversed(part.halves())
+                        continue
+                    refused.note(part, failure)
+            if isinstance(failure, asyncio.CancelledError):
+                part, parts = call, []
+            for task_id in part.ids:
+                _give(answers[task_id], failure)
+
+    async def _try(self, call: Call) -> BaseException | None:
         try:
             await self._submit(call)
         except BaseException as exc:  # each caller has its own
-            failure = exc
-        for task_id in call.ids:
-            answer = answers[task_id]
-            if answer.done():
-                continue
-            if failure is None:
-                answer.set_result(None)
-            elif isinstance(failure, asyncio.CancelledError):
-                answer.cancel()
-            else:
-                answer.set_exception(failure)
+            return exc
+        return None
+
+
+class _Refused:
+    """What has found no room by itself: then nothing does that is no smaller."""
+
+    def __init__(self) -> None:
+        self._failure: BaseException | None = None
+        self._size = 0
+
+    def note(self, call: Call, failure: BaseException) -> None:
+        room = core.full(failure)
+        if room and (self._failure is None or call.least < self._size):
+            self._failure, self._size = failure, call.least if room == "size" else 0
+
+    def failure_of(self, call: Call) -> BaseException | None:
+        return self._failure if self._failure is not None and call.least >= self._size else None
+
+
+def _give(answer: asyncio.Future[None], failure: BaseException | None) -> None:
+    if answer.done():
+        return
+    if failure is None:
+        answer.set_result(None)
+    elif isinstance(failure, asyncio.CancelledError):
+        answer.cancel()
+    else:
+        answer.set_exception(failure)

@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
-from gpuinfer import Client
+from gpuinfer import AsyncClient, Client
 from gpuinfer.client import core
 from gpuinfer.client.core import Origin
 from gpuinfer.errors import QueueFull
 from gpuinfer.queue import keys
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings, QueueSettings, Settings
-from tests.contract.conftest import done, ids, message, on
+from tests.contract.conftest import commands, done, ids, message, on
 from tests.workers import wait_until
 
 pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-socket")]
@@ -82,6 +83,55 @@ def test_many_at_once(store: Store, limited: Make) -> None:
         client.submit_many(range(2000))
     assert len(caught.value.accepted) == 500
     assert ids(store.claim(1000)) == list(caught.value.accepted)
+
+
+@pytest.mark.parametrize("countdown_s", [None, 60])
+def test_many_of_one_turn(
+    broker: BrokerSettings, store: Store, limited: Make, countdown_s: float | None
+) -> None:
+    """Of what asyncio submits in one call, as much goes in as fits, the first first; the rest is told so."""
+    limited(max_waiting=23).submit_many([1] * 3)
+    sent, calls_made = asyncio.run(
+        at_once(broker, store, [1] * 100, max_waiting=23, max_later=20, countdown_s=countdown_s)
+    )
+    accepted = [one for one in sent if isinstance(one, str)]
+    assert sent[:20] == accepted
+    assert all(isinstance(one, QueueFull) for one in sent[20:])
+    assert calls_made < 20
+    if countdown_s is None:
+        assert ids(store.claim(100))[3:] == accepted
+    else:
+        assert store.client.zcard(keys.later("realtime")) == 20
+
+
+def test_sizes_of_one_turn(broker: BrokerSettings, store: Store) -> None:
+    """What is too large for what is left keeps nothing out that fits."""
+    large, small = "x" * 30_000, 1
+    inputs = [small, large, small, *[large] * 9, small, small]
+    sent, _ = asyncio.run(at_once(broker, store, inputs, max_waiting_bytes=150_000))
+    assert [
+        one for one, value in zip(sent, inputs, strict=True) if value == small and not isinstance(one, str)
+    ] == []
+    assert sum(isinstance(one, str) for one in sent) in (7, 8)
+    assert ids(store.claim(100)) == [one for one in sent if isinstance(one, str)]
+    assert not list(store.client.scan_iter(f"{keys.BODY_PREFIX}*"))
+
+
+async def at_once(
+    broker: BrokerSettings,
+    store: Store,
+    inputs: Sequence[object],
+    countdown_s: float | None = None,
+    **queue: int,
+) -> tuple[list[object], int]:
+    """Submit in one turn of the event loop; return ids and errors, and how many calls that took."""
+    chosen = Settings(broker=broker, queue=QueueSettings.model_validate(queue))
+    async with AsyncClient(chosen) as client:
+        store.client.config_resetstat()
+        sent = await asyncio.gather(
+            *(client.submit(value, countdown_s=countdown_s) for value in inputs), return_exceptions=True
+        )
+        return list(sent), commands(store, "evalsha")
 
 
 def test_plain_producers_count(store: Store, limited: Make) -> None:
