@@ -243,13 +243,20 @@ CANCEL_RESPONSES: dict[int | str, JsonSchema] = {
 _COUNT: JsonSchema = {"type": "integer", "minimum": 0}
 MODEL: JsonSchema = {
     "type": "object",
-    "required": ["name", "default", "serving", "queues", "workers", "waiting", "paused", "last_seen"],
+    "required": [
+        *("name", "default", "serving", "queues", "workers", "missing", "waiting", "paused", "last_seen"),
+    ],
     "properties": {
         "name": {"type": "string"},
         "default": {"type": "boolean", "description": "true: the model of requests that name none."},
         "serving": {"type": "boolean", "description": "true: a worker that lives serves it."},
         "queues": {"type": "array", "items": {"enum": list(QUEUES)}, "description": "Served for it now."},
         "workers": {**_COUNT, "description": "Workers that live and serve it."},
+        "missing": {
+            "type": "object",
+            "description": "Worker that should serve it and could not load it -> why.",
+            "additionalProperties": {"type": "string"},
+        },
         "waiting": {
             "type": "object",
             "description": "Queue -> tasks that wait for it.",
@@ -279,6 +286,7 @@ MODELS_RESPONSES: dict[int | str, JsonSchema] = {
                     "serving": True,
                     "queues": ["realtime", "default", "batch"],
                     "workers": 2,
+                    "missing": {},
                     "waiting": {"realtime": 3, "default": 0, "batch": 120},
                     "paused": ["batch"],
                     "last_seen": "2026-11-28T16:31:35+00:00",
@@ -289,6 +297,9 @@ MODELS_RESPONSES: dict[int | str, JsonSchema] = {
                     "serving": False,
                     "queues": [],
                     "workers": 0,
+                    "missing": {
+                        "gpu1@host": "imports = [..., 'torchvision'] failed: ModuleNotFoundError: ..."
+                    },
                     "waiting": {"realtime": 12, "default": 0, "batch": 0},
                     "paused": [],
                     "last_seen": "2026-11-27T09:12:04+00:00",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -14,11 +15,10 @@ from gpuinfer.doctor.broker import asked
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.units import idle_watcher, instances, show
-from gpuinfer.errors import GpuinferError, UnknownModel, WaitTimeout
-from gpuinfer.models.manifest import Manifest
-from gpuinfer.models.repository import Repository
-from gpuinfer.models.specs import FREE, InputSpec
-from gpuinfer.queue import catalogue, dead, keys
+from gpuinfer.errors import GpuinferError, InferenceError, InputError, UnknownModel, WaitTimeout
+from gpuinfer.models.examples import example, keys_to_set, sample
+from gpuinfer.models.repository import ModelFolder, Repository
+from gpuinfer.queue import catalogue, dead, heartbeats, keys
 from gpuinfer.queue.depth import look
 from gpuinfer.queue.orphans import Holder, ago, command, holders
 
@@ -35,18 +35,28 @@ _STATES = {
 }
 #: Of more than this the age is not looked for: each holds what was sent.
 MOST_LETTERS = 1000
-#: What a free dimension is in the sample.
-_FREE_LENGTH = 8
 
 
-def workers(host: Host) -> Finding:
-    """At least one worker answers; without one, what waits is not worked off."""
+def workers(host: Host) -> Findings:
+    """At least one worker answers, and each has loaded all its models; what waits for one is worked off."""
     with asked(host) as client:
-        waiting = look(client).total_waiting
+        waiting, beats = look(client).total_waiting, heartbeats.fresh(client)
     names = alive(host)
-    if names:
-        return ok(f"{len(names)} workers answer: {', '.join(names)}")
-    return nobody(host, waiting)
+    if not names:
+        return nobody(host, waiting)
+    return [ok(f"{len(names)} workers answer: {', '.join(names)}"), *_without(host, beats)]
+
+
+def _without(host: Host, beats: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
+    """Yield a warning for each model that a live worker should serve and could not load."""
+    for worker, beat in sorted(beats.items()):
+        for name, why in beat.get("missing", {}).items():
+            number = worker.partition("@")[0].removeprefix("gpu")
+            systemd = host.path("/run/systemd/system").is_dir() and worker.endswith(
+                f"@{socket.gethostname()}"
+            )
+            restart = f"  # then: systemctl restart gpuinfer-worker@{number}" if systemd else ""
+            yield warning(f"{worker} serves without {name}: {why}", f"gpuinfer model show {name}{restart}")
 
 
 def nobody(host: Host, waiting: int) -> Finding:
@@ -124,7 +134,7 @@ def _orphan(host: Host, one: Holder) -> Finding:
 
 
 def request(host: Host) -> Finding:
-    """A request with zeros comes back, the whole way through queue and worker."""
+    """A request with a model's example, or zeros, comes back, the whole way through queue and worker."""
     settings = host.settings
     with asked(host) as client:
         client.ping()
@@ -139,7 +149,7 @@ def request(host: Host) -> Finding:
         return error(f"the request failed: {exc} ({exc.code})", _log(host))
 
 
-def _served(fleet: catalogue.Fleet, repository: Repository) -> Manifest:
+def _served(fleet: catalogue.Fleet, repository: Repository) -> ModelFolder:
     """Return a model that a live worker serves in realtime and that is installed here, the default one first.
 
     Raises Skipped.
@@ -147,41 +157,33 @@ def _served(fleet: catalogue.Fleet, repository: Repository) -> Manifest:
     for model in sorted(fleet.models.values(), key=lambda model: not model.default):
         if "realtime" in model.queues:
             with suppress(UnknownModel):
-                return repository.get(model.name).manifest
+                return repository.get(model.name)
     raise Skipped(
         "no live worker serves a model of this host in the queue realtime; see gpuinfer queue status"
     )
 
 
-def _round_trip(client: Client, manifest: Manifest) -> Finding:
-    started = time.monotonic()
-    task_id = client.submit(
-        sample(manifest), model=manifest.name, queue="realtime", priority=9, expires_s=REQUEST_S
-    )
+def _round_trip(client: Client, folder: ModelFolder) -> Finding:
+    started, name = time.monotonic(), folder.manifest.name
+    value, given = sample(folder), example(folder) is not None
+    if value is None:
+        raise Skipped(f"{name} has no example to send; set inputs.NAME.example in its model.toml")
+    task_id = client.submit(value, model=name, queue="realtime", priority=9, expires_s=REQUEST_S)
     try:
         client.result(task_id, REQUEST_S)
     except WaitTimeout:
         client.cancel(task_id)
         return error(
-            f"the request {task_id} for {manifest.name} did not come back in {REQUEST_S:g} s, though a live "
+            f"the request {task_id} for {name} did not come back in {REQUEST_S:g} s, though a live "
             "worker serves that: it is busy",
             "gpuinfer queue status",
         )
-    return ok(f"a request for {manifest.name} came back after {(time.monotonic() - started) * 1000:.0f} ms")
-
-
-def sample(manifest: Manifest) -> Any:
-    """Return one input of zeros, as a caller sends it: a list, or name -> list where there are several."""
-    if len(manifest.inputs) == 1:
-        return _zeros(manifest.inputs[0])
-    return {spec.name: _zeros(spec) for spec in manifest.inputs}
-
-
-def _zeros(spec: InputSpec) -> Any:
-    value: Any = False if spec.dtype == "bool" else 0.0 if "float" in spec.dtype else 0
-    for length in reversed(spec.shape):
-        value = [value] * (_FREE_LENGTH if length == FREE else length)
-    return value
+    except (InputError, InferenceError) as exc:
+        if given:
+            raise
+        text = f"{name} answers, and refuses a request of zeros: {exc.message}"
+        return warning(text, f"gpuinfer model show {name}  # and set {keys_to_set(folder.manifest)}")
+    return ok(f"a request for {name} came back after {(time.monotonic() - started) * 1000:.0f} ms")
 
 
 def _log(host: Host) -> str:

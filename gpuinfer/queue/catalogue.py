@@ -27,6 +27,8 @@ class Unserved(NamedTuple):
     tasks: int
     #: True when a live worker serves the model, but not this queue.
     elsewhere: bool
+    #: Why a live worker that should serve it does not.
+    why: str = ""
 
     def __str__(self) -> str:
         what = f"{self.tasks} {'task waits' if self.tasks == 1 else 'tasks wait'} in {self.tier} for"
@@ -35,7 +37,7 @@ class Unserved(NamedTuple):
         what = f"{what} model {self.model}"
         if self.elsewhere:
             return f"{what}, and no live worker of that model serves the queue {self.tier}"
-        return f"{what}, which no live worker serves"
+        return f"{what}, which no live worker serves" + (f": {self.why}" if self.why else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +50,8 @@ class ModelState:
     last_seen: float | None = None
     #: Live worker (``gpu0@host``) that serves it -> the queues that worker serves.
     workers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    #: Live worker that should serve it and could not load it -> why.
+    missing: Mapping[str, str] = field(default_factory=dict)
     #: Queue -> tasks that wait for it.
     waiting: Mapping[str, int] = field(default_factory=dict)
     #: Queues from which nothing is claimed for it until they are resumed.
@@ -73,6 +77,7 @@ class ModelState:
             "serving": self.serving,
             "queues": self.queues,
             "workers": len(self.workers),
+            "missing": dict(self.missing),
             "waiting": {tier: self.waiting.get(tier, 0) for tier in QUEUES},
             "paused": list(self.paused),
             "last_seen": seen,
@@ -109,12 +114,19 @@ class Fleet:
 def fleet(counted: Counted | Depth, beats: Mapping[str, Mapping[str, Any]]) -> Fleet:
     """Put together what was counted and the heartbeats of the workers that live."""
     names = {*counted.catalogue, *(lane.model for lane in counted.lanes), counted.default_model} - {""}
+    names |= {name for beat in beats.values() for name in _missing(beat)}
     models = {name: _model(name, counted, beats) for name in sorted(names)}
     return Fleet(
         default_model=counted.default_model,
         models=models,
         unserved=tuple(_unserved(counted, models)),
     )
+
+
+def _missing(beat: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the models that a worker should serve and could not load, and why."""
+    found = beat.get("missing")
+    return found if isinstance(found, dict) else {}
 
 
 def _model(name: str, counted: Counted | Depth, beats: Mapping[str, Mapping[str, Any]]) -> ModelState:
@@ -126,6 +138,11 @@ def _model(name: str, counted: Counted | Depth, beats: Mapping[str, Mapping[str,
             worker: tuple(beat.get("queues", ()))
             for worker, beat in sorted(beats.items())
             if name in beat.get("models", ())
+        },
+        missing={
+            worker: str(_missing(beat)[name])
+            for worker, beat in sorted(beats.items())
+            if name in _missing(beat)
         },
         waiting={
             lane.tier: sum(levels.values()) for lane, levels in counted.lanes.items() if lane.model == name
@@ -139,7 +156,8 @@ def _unserved(counted: Counted | Depth, models: Mapping[str, ModelState]) -> Ite
     for lane in sorted(counted.lanes, key=lambda lane: (tiers.index(lane.tier), lane.model)):
         model, tasks = models.get(lane.model), sum(counted.lanes[lane].values())
         if tasks and (model is None or lane.tier not in model.queues):
-            yield Unserved(lane.tier, lane.model, tasks, model is not None and model.serving)
+            why = next(iter(model.missing.values()), "") if model is not None else ""
+            yield Unserved(lane.tier, lane.model, tasks, model is not None and model.serving, why)
 
 
 # -- reading ------------------------------------------------------------------------------

@@ -74,6 +74,9 @@ def _print_status(body: dict[str, Any], now: float, *, clear: bool) -> None:
     click.echo()
     for key, kind in body["foreign_keys"].items():
         click.echo(f"{key!r} is a {kind}, not ours: what should be there is not served until it is gone")
+    for model in body["models"]:
+        for worker, why in model["missing"].items():
+            click.echo(f"{worker} serves without {model['name']}: {why}")
     for unserved in body["unserved"]:
         click.echo(unserved["message"])
     for worker, held in body["in_flight"].items():

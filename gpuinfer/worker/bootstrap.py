@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,7 +22,7 @@ from celery.platforms import EX_FAILURE, SecurityWarning
 from celery.worker import state
 
 from gpuinfer.errors import ConfigError, DeviceError, GpuinferError, TimeLimitExceeded, UnusableRedis
-from gpuinfer.gpus import Binding, visible_device
+from gpuinfer.gpus import visible_device
 from gpuinfer.locks import acquire
 from gpuinfer.locks import domain as lock_domain
 from gpuinfer.log import configure, get_logger, setup_celery_logging
@@ -33,6 +32,7 @@ from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings, load_settings
 from gpuinfer.worker.ceiling import Ceiling
 from gpuinfer.worker.heartbeat import Pulse, starting
+from gpuinfer.worker.loading import load_models
 from gpuinfer.worker.process import Process
 
 if TYPE_CHECKING:
@@ -114,34 +114,18 @@ def prepare(settings: Settings, name: str) -> Process:
     lock, domain = acquire(settings.worker.run_dir, name), lock_domain(settings.worker.run_dir)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with starting(settings.worker.load_timeout_s, ", ".join(settings.worker.models)):
-        loaded = _load_models(settings, binding)
+        served = load_models(settings, binding.device)
     ceiling = Ceiling(settings.worker.max_memory_mb, name)
     ceiling.check_loaded()
-    batcher = _build(settings, name, loaded, binding.device)
+    batcher = _build(settings, name, served.models, binding.device)
     gpu, timeout_s = number_of(name) // settings.worker.per_gpu, settings.broker.connect_timeout_s
-    pulse = Pulse(batcher, name, gpu, domain=domain, redis_timeout_s=timeout_s)
+    missing = {model: error.message for model, error in served.missing.items()}
+    # Another model must not become the default because the first one is missing.
+    default = "" if settings.worker.models[0] in missing else None
+    pulse = Pulse(
+        batcher, name, gpu, domain=domain, missing=missing, default=default, redis_timeout_s=timeout_s
+    )
     return Process(batcher, pulse, lock, domain, ceiling)
-
-
-def _load_models(settings: Settings, binding: Binding) -> dict[str, tuple[LoadedModel, int]]:
-    """Load the models to serve, each with the largest batch that fits the device."""
-    from gpuinfer.models.device import try_device
-    from gpuinfer.models.loader import load  # torch is imported here, after the binding
-    from gpuinfer.models.repository import Repository
-
-    if binding.device != "cpu":
-        try_device(binding.device)  # with the driver's words, before a model has any part in it
-    repository = Repository(settings.models.folders)
-    loaded: dict[str, tuple[LoadedModel, int]] = {}
-    for name in settings.worker.models:
-        started = time.monotonic()
-        model = load(repository.get(name), binding.device, threads=settings.worker.threads)
-        wanted = model.manifest.max_batch_size
-        fits = model.warm_up(min(wanted, settings.worker.max_batch_size or wanted))
-        loaded[name] = model, fits
-        took = round((time.monotonic() - started) * 1000)
-        log.info("model_loaded", model=name, device=binding.device, max_batch_size=fits, duration_ms=took)
-    return loaded
 
 
 def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, int]], device: str) -> Batcher:

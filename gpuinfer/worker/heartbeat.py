@@ -41,6 +41,8 @@ DRAIN_ALLOWANCE_S = 45.0
 #: that tells, and those that Celery's orderly end of a connection asks for (five were seen).
 DEAF_ANSWERS = 10
 _EXTEND_EVERY_S = 10.0
+#: Characters of the reason why a model is not loaded.
+MOST_REASON = 500
 
 
 def extend(notifier: SystemdNotifier, seconds: float) -> None:
@@ -84,6 +86,8 @@ class Pulse:
         gpu: int,
         *,
         domain: str = "",
+        missing: Mapping[str, str] | None = None,
+        default: str | None = None,
         notifier: SystemdNotifier | None = None,
         clock: Callable[[], float] = time.monotonic,
         environ: Mapping[str, str] = os.environ,
@@ -93,6 +97,10 @@ class Pulse:
         self._name = name
         self._gpu = gpu
         self._domain = domain
+        #: What becomes the default model where there is none; None: the first model, "": none does.
+        self._default = default
+        #: Models of its settings that are not loaded -> why.
+        self._missing = {name: reason[:MOST_REASON] for name, reason in (missing or {}).items()}
         self._notifier = notifier or SystemdNotifier()
         self._clock = clock
         watchdog_s = int(environ.get("WATCHDOG_USEC") or 0) / 1e6
@@ -186,7 +194,8 @@ class Pulse:
             self._say(f"{self._what()}: {done:,} done, {rate:,.0f}/s, {waiting:,} waiting")
 
     def _what(self) -> str:
-        return f"{', '.join(sorted(self._batcher.models))} on {self._batcher.device}"
+        without = f", without {', '.join(sorted(self._missing))}" if self._missing else ""
+        return f"{', '.join(sorted(self._batcher.models))} on {self._batcher.device}{without}"
 
     def _say(self, status: str) -> None:
         if status != self._status:
@@ -202,7 +211,8 @@ class Pulse:
         if not store.begun:
             return None
         try:
-            waiting = store.register(orjson.dumps(self._body(state, rate)), default=store.models[0])
+            default = store.models[0] if self._default is None else self._default
+            waiting = store.register(orjson.dumps(self._body(state, rate)), default=default)
         except redis.ResponseError as exc:  # of no connection: this worker works on, and is taken for dead
             if str(exc) != self._refused:
                 hint = "the fleet takes this worker for dead; see gpuinfer doctor redis"
@@ -225,6 +235,7 @@ class Pulse:
             "state": state,
             "device": self._batcher.device,
             "models": sorted(self._batcher.models),
+            "missing": self._missing,
             "queues": list(self._batcher.store.queues),
             "done": self._batcher.done,
             "rate": round(rate, 3),

@@ -256,6 +256,7 @@ def test_models_over_http(api: Api, worker: HandWorker, redis_server: RedisServe
         "serving": True,
         "queues": ["realtime", "default", "batch"],
         "workers": 1,
+        "missing": {},
         "waiting": {"realtime": 1, "default": 0, "batch": 0},
         "paused": [],
     }

@@ -52,9 +52,9 @@ def test_which_model_is_tried(worker: HandWorker, redis_server: RedisServer) -> 
         other = HandWorker(connection, "digits-export", "elsewhere", "digits")
         other.beat()
         found = catalogue.read(connection)
-        assert work._served(found, Repository([])).name == "digits-export"
+        assert work._served(found, Repository([])).manifest.name == "digits-export"
         catalogue.set_default(connection, "elsewhere")
-        assert work._served(catalogue.read(connection), Repository([])).name == "digits"
+        assert work._served(catalogue.read(connection), Repository([])).manifest.name == "digits"
         connection.delete(keys.heartbeat(other.store.worker))
         with pytest.raises(Skipped, match="no live worker serves a model of this host"):
             work._served(catalogue.read(connection), Repository([]))

@@ -328,12 +328,15 @@ def test_without_a_worker(redis_server: RedisServer, monkeypatch: pytest.MonkeyP
     """Nobody answers: a warning while nothing waits, an error once something does; no request is sent."""
     monkeypatch.setattr(work, "PING_S", 0.2)
     here = host(redis_server.url)
-    assert work.workers(here).status == "warning"
+    idle = work.workers(here)
+    assert isinstance(idle, Finding)
+    assert idle.status == "warning"
     with pytest.raises(Skipped, match="no worker runs"):
         work.request(here)
     with redis_server.client() as client:
         client.lpush(keys.list_key("default", 0), b"{}")
     found = work.workers(here)
+    assert isinstance(found, Finding)
     assert (found.status, "1 tasks wait" in found.message) == ("error", True)
     assert "gpuinfer-worker@0" in found.remedy or found.remedy == "gpuinfer worker 0"
 

@@ -26,13 +26,13 @@ import runpy, time
 from gpuinfer.models.tensor_model import TensorModel
 from gpuinfer.worker import bootstrap, engine, heartbeat
 engine.PROBE_EVERY_S = engine.PROBE_PATIENCE_S = heartbeat.STUCK_GRACE_S = 0.5
-load = bootstrap._load_models
+load = bootstrap.load_models
 def elsewhere(*arguments):
     loaded = load(*arguments)
-    for model, _ in loaded.values():
+    for model, _ in loaded.models.values():
         model.device = "cuda:99"
     return loaded
-bootstrap._load_models = elsewhere
+bootstrap.load_models = elsewhere
 """
 RUN = 'runpy.run_module("gpuinfer", run_name="__main__")\n'
 HANG = "TensorModel.probe = lambda _: time.sleep(600)\n"

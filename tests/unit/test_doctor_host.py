@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from gpuinfer.doctor import config, disk, kernel, models, redis_config, redis_tuning, versions, work
+from gpuinfer.doctor import config, disk, kernel, models, redis_config, redis_tuning, versions
 from gpuinfer.doctor.finding import Finding, Findings, Skipped
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.redis_place import OUR_SOCKET, place_of
+from gpuinfer.models.examples import sample
 from gpuinfer.models.repository import SHIPPED, Repository
+from gpuinfer.models.tensors import decode_batch
 from gpuinfer.settings import BrokerSettings, Loaded, Settings, load
 
 pytestmark = pytest.mark.unit
@@ -356,10 +358,8 @@ def test_versions(tmp_path: Path) -> None:
 
 def test_the_sample_fits_the_model() -> None:
     """Zeros of the shape and kind the manifest names."""
-    manifest = Repository([SHIPPED]).get("digits").manifest
-    value = work.sample(manifest)
-    shape = manifest.inputs[0].shape
-    for length in shape:
-        assert len(value) == length
-        value = value[0]
-    assert value == 0.0
+    folder = Repository([SHIPPED]).get("digits")
+    (item,) = decode_batch(folder.manifest, [sample(folder)])
+    assert isinstance(item, tuple)
+    assert item[0].shape == folder.manifest.inputs[0].shape
+    assert not item[0].any()

@@ -8,6 +8,7 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
 import redis
 from fastapi import FastAPI
@@ -18,7 +19,14 @@ from gpuinfer.queue.store import Store
 from gpuinfer.settings import QueueSettings
 from gpuinfer.worker import heartbeat
 from gpuinfer.worker.ceiling import Ceiling
-from gpuinfer.worker.heartbeat import DRAIN_ALLOWANCE_S, REPORT_S, STUCK_GRACE_S, Pulse, keep_asking
+from gpuinfer.worker.heartbeat import (
+    DRAIN_ALLOWANCE_S,
+    MOST_REASON,
+    REPORT_S,
+    STUCK_GRACE_S,
+    Pulse,
+    keep_asking,
+)
 from gpuinfer.worker.process import DRAIN_TIMEOUT_S, Process
 
 pytestmark = pytest.mark.unit
@@ -141,6 +149,26 @@ def test_status(setup: Setup) -> None:
     assert told == ["STATUS=a, b on gpu0: 12,345 done, 2,469/s, 1,000 waiting"]
     setup.beat_for(REPORT_S)
     assert [note for note in setup.beat_for(3 * REPORT_S) if note.startswith("STATUS")] == []
+
+
+def test_a_model_that_is_missing(setup: Setup) -> None:
+    """``systemctl status`` names it, the heartbeat says why; no other becomes the default instead."""
+    made = Pulse(
+        setup.batcher, "gpu0@test", 0, notifier=setup.notes, missing={"c": "x" * 1000}, default="", environ={}
+    )
+    asked: list[tuple[Any, str]] = []
+
+    def register(heartbeat: bytes, default: str) -> int:
+        asked.append((orjson.loads(heartbeat), default))
+        return 0
+
+    setup.batcher.store = SimpleNamespace(
+        begun=True, models=("a", "b"), queues=("realtime",), register=register
+    )
+    made.ready()
+    assert setup.notes.take("STATUS") == ["STATUS=a, b on gpu0, without c: 0 done, 0/s, 0 waiting"]
+    ((body, default),) = asked
+    assert (body["models"], body["missing"], default) == (["a", "b"], {"c": "x" * MOST_REASON}, "")
 
 
 def test_states(setup: Setup) -> None:

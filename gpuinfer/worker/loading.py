@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load the models that a worker serves. One that cannot be loaded does not stop the others."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gpuinfer.errors import DeviceError, GpuinferError, ModelLoadError
+from gpuinfer.log import get_logger
+from gpuinfer.models.repository import Repository
+from gpuinfer.settings import Settings
+
+if TYPE_CHECKING:
+    from gpuinfer.models.loaded import LoadedModel
+
+log = get_logger(__name__)
+
+_HINT = "tasks for it wait for another worker; fix it, then restart this worker"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a worker serves, and what it does not though its settings name it."""
+
+    #: Name -> the model, and its largest batch that fits the device.
+    models: dict[str, tuple[LoadedModel, int]]
+    #: Name -> why it is not served.
+    missing: dict[str, GpuinferError]
+
+
+def load_models(settings: Settings, device: str) -> Served:
+    """Load and warm up the models of ``worker.models``.
+
+    Raises DeviceError when the device itself fails, and the first model's error when none can be loaded.
+    """
+    from gpuinfer.models.device import try_device  # torch is imported here, once the device is bound
+
+    if device != "cpu":
+        try_device(device)  # with the driver's words, before a model has any part in it
+    served = Served({}, {})
+    for name in settings.worker.models:
+        try:
+            served.models[name] = _load(settings, name, device)
+        except DeviceError:
+            raise
+        except Exception as exc:
+            served.missing[name] = _plain(exc, name)
+            _free(device)
+    if not served.models:
+        raise next(iter(served.missing.values()))
+    for name, error in served.missing.items():
+        log.error("model_not_loaded", model=name, code=error.code, reason=error.message, hint=_HINT)
+    return served
+
+
+def _load(settings: Settings, name: str, device: str) -> tuple[LoadedModel, int]:
+    from gpuinfer.models.loader import load
+
+    started = time.monotonic()
+    folder = Repository(settings.models.folders).get(name)
+    model = load(folder, device, threads=settings.worker.threads)
+    wanted = model.manifest.max_batch_size
+    fits = model.warm_up(min(wanted, settings.worker.max_batch_size or wanted))
+    took = round((time.monotonic() - started) * 1000)
+    log.info("model_loaded", model=name, device=device, max_batch_size=fits, duration_ms=took)
+    for warning in model.warnings:
+        log.warning("model_warning", model=name, reason=warning)
+    return model, fits
+
+
+def _plain(exc: Exception, name: str) -> GpuinferError:
+    """Return an error as ours, without its trace-back: that holds what was loaded, and so its memory."""
+    error = exc if isinstance(exc, GpuinferError) else ModelLoadError(f"{type(exc).__name__}: {exc}", name)
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def _free(device: str) -> None:
+    """Give back the memory of a model that is not kept."""
+    gc.collect()
+    if device != "cpu":
+        import torch
+
+        torch.cuda.empty_cache()
