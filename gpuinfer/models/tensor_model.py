@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpuinfer.errors import InferenceError, InputError
-from gpuinfer.models import examples
+from gpuinfer.models import examples, padding
 from gpuinfer.models.device import translate
 from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.models.outputs import render_batch
@@ -47,6 +47,7 @@ class TensorModel(LoadedModel):
         self._before_each = before_each
         #: The places of inputs that are plain numbers.
         self._numbers = tuple(place for place, number in enumerate(numbers) if number)
+        self._cuts: padding.Cuts = {}
         self._by_shape = folder.manifest.variable == "group" and not all(
             s.fixed for s in self.manifest.inputs
         )
@@ -77,13 +78,29 @@ class TensorModel(LoadedModel):
     def warm_up(self, max_batch_size: int | None = None) -> int:
         """Run batches of the manifest's example, or of what is invented where it gives none."""
         largest = max(1, max_batch_size or self.manifest.max_batch_size) if self.manifest.batchable else 1
-        size, _ = warm_up(self, examples.candidates(self._folder), largest, self._check)
+        size, item = warm_up(self, examples.candidates(self._folder), largest, self._check)
+        self._learn_padding(item)
         if self.refused:
             self.warnings.append(
                 f"it refuses invented inputs ({self.refused}): it was not warmed up, and batches start at "
                 f"1 and grow; set {examples.keys_to_set(self.manifest)} in model.toml"
             )
         return size
+
+    def _learn_padding(self, item: Item | None) -> None:
+        """Find out what of a padded batch's outputs is padding, and warn of what cannot be cut off."""
+        manifest = self.manifest
+        if manifest.variable != "pad" or not manifest.batchable or all(s.fixed for s in manifest.inputs):
+            return
+        self._cuts = {}
+        kept = [spec.name for spec in manifest.outputs]
+        if item is not None:
+            self._cuts, kept = padding.learn(manifest, item, self.forward)
+        if kept:
+            self.warnings.append(
+                f"padding is not cut off its outputs {', '.join(kept)}: which part it is could not be "
+                'learned; variable = "group" pads nothing'
+            )
 
     def _check(self, output: tuple[Array, ...]) -> None:
         for spec, array in zip(self.manifest.outputs, output, strict=True):
@@ -92,8 +109,8 @@ class TensorModel(LoadedModel):
     def forward(self, items: Sequence[Item]) -> list[tuple[Array, ...]]:
         """Run the items and return, for each in the same order, one array per output.
 
-        Items with free dimensions are grouped by shape, or padded, as the manifest says; an output of a
-        padded run keeps its padding. bfloat16 outputs come as float32. Raises DeviceOutOfMemory,
+        Items with free dimensions are grouped by shape, or padded, as the manifest says; padding is cut off
+        the outputs where warm-up has learned how. bfloat16 outputs come as float32. Raises DeviceOutOfMemory,
         DeviceError, and InferenceError for whatever else the model does; no item has a result then.
         """
         results: list[tuple[Array, ...]] = [()] * len(items)
@@ -103,6 +120,9 @@ class TensorModel(LoadedModel):
                 outputs = self._run(group)
             except Exception as exc:
                 raise translate(exc, InferenceError, self.name) from exc
+            if self._cuts and len({tuple(array.shape for array in item) for item in group}) > 1:
+                pairs = zip(group, outputs, strict=True)
+                outputs = [padding.cut_back(self._cuts, item, output) for item, output in pairs]
             for place, output in zip(places, outputs, strict=True):
                 results[place] = output
         return results
