@@ -31,7 +31,7 @@ EXIT_BROKEN_PIPE = 128 + 13  # as a shell reports SIGPIPE
 HOST_MODULES = frozenset(
     {
         *("celery", "kombu", "torch", "numpy", "sdnotify", "dbus_fast", "structlog", "fastapi", "uvicorn"),
-        *("uvloop", "httptools", "pynvml", "PIL", "rich"),
+        *("uvloop", "httptools", "pynvml", "PIL", "rich", "jsonschema_rs"),
     }
 )
 

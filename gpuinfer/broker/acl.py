@@ -40,6 +40,7 @@ _IDLE, _ANY_IDLE = f"~{keys.IDLE_PREFIX}*", f"~{keys.IDLE}"
 _GROUPS = f"~{keys.GROUPS_PREFIX}*"
 _INDEX, _INDEXED = f"~{keys.INDEX_PREFIX}*", f"~{keys.INDEXED}"
 _WORKERS, _LEFT, _CATALOGUE = f"~{keys.WORKERS}", f"~{keys.LEFT}", f"~{keys.CATALOGUE}"
+_SIGNATURES = f"~{keys.SIGNATURES}"
 _DEFAULT_MODEL, _FORMAT = f"~{keys.DEFAULT_MODEL}", f"~{keys.FORMAT_KEY}"
 _BODY, _BODIES, _BODY_BYTES = f"~{keys.BODY_PREFIX}*", f"~{keys.BODIES}", f"~{keys.BODY_BYTES}"
 _DEAD, _CLAIMED, _ENDED = f"~{keys.DEAD}", f"~{keys.CLAIMED}", f"~{keys.ENDED}"
@@ -140,6 +141,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+set", "+exists", "+persist", "+strlen", _BODY),
         _selector("+hsetnx", _BODIES),
         _selector("+zscore", _CATALOGUE),
+        _selector("+hget", _SIGNATURES),
         _selector("+zrange", "+zadd", _LATER, _LATER_SETS),
         _selector("+set", "+del", _DUE),
         _selector("+get", "+mget", "+set", "+getrange", _RESULTS),
@@ -178,6 +180,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+hincrby", _ENDED),
         *_BURYING,
         _selector("+zadd", "+zscore", "+zcard", "+zrangebyscore", "+zremrangebyscore", _CATALOGUE),
+        _selector("+hset", "+hkeys", "+hdel", _SIGNATURES),
         _selector("+zadd", "+zrem", "+zrangebyscore", _WORKERS),
         _selector("+zadd", _LEFT),
         _selector("+set", _HEARTBEATS),

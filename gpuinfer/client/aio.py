@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import asynccontextmanager
 from typing import Any, Self, Unpack
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from gpuinfer.client import core
 from gpuinfer.client.core import (
@@ -22,6 +22,7 @@ from gpuinfer.client.core import (
 )
 from gpuinfer.client.outgoing import Outgoing
 from gpuinfer.client.pipe import Pipe
+from gpuinfer.client.signatures import Signatures
 from gpuinfer.client.waits import RETRY_S, Waits
 from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, WaitTimeout
 from gpuinfer.queue import catalogue, keys, results
@@ -73,6 +74,7 @@ class AsyncClient:
         self._origin = Origin()
         self._waits = Waits(self._redis, self._origin, self._user)
         self._default = DefaultModel()
+        self._signatures = Signatures()
 
     async def aclose(self) -> None:
         """Stop listening and close all connections."""
@@ -133,7 +135,7 @@ class AsyncClient:
         default = await self._default_model(options)
         tasks = [
             core.build(value, many=False, origin=self._origin, default_model=default, **options)
-            for value in inputs
+            for value in await self._ready(list(inputs), many=False, options=options)
         ]
         accepted: list[str] = []
         calls = core.bulk(tasks, self._settings.queue)
@@ -158,6 +160,7 @@ class AsyncClient:
 
     async def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         default = await self._default_model(options)
+        (inputs,) = await self._ready([inputs], many=many, options=options)
         task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
         with typed_errors(self._user):
             if not task.key:
@@ -183,6 +186,30 @@ class AsyncClient:
             with typed_errors(self._user):
                 self._default.found(await self._pipe.call("GET", keys.DEFAULT_MODEL))
         return self._default.name
+
+    async def _ready(self, values: list[Any], *, many: bool, options: Options) -> list[Any]:
+        """Return inputs as they are sent. Raises InputError for a file that cannot be read, and for what the
+        model cannot take.
+        """
+        model = core.model_of(options, self._default.name)
+        if model is not None and self._signatures.stale(model):
+            await self._ask(model)
+        try:
+            return self._signatures.all_ready(model, values, many=many)
+        except InputError:
+            if model is None or not self._signatures.doubts(model):
+                raise
+        await self._ask(model)
+        return self._signatures.all_ready(model, values, many=many)
+
+    async def _ask(self, model: str) -> None:
+        """Ask what a model takes. A user without the right to know is not told."""
+        with typed_errors(self._user):
+            try:
+                found = await self._pipe.call("HGET", keys.SIGNATURES, model)
+            except ResponseError:
+                found = None
+        self._signatures.found(model, found)
 
     async def cancel(self, task_id: str) -> bool:
         """Cancel a task that has not ended; return whether it was cancelled.

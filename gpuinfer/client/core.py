@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple, Unpack
 
 import orjson
 
-from gpuinfer.client.inputs import opened
 from gpuinfer.errors import InputError, PayloadTooLarge, TaskNotFound, TaskRevoked
+from gpuinfer.models.manifest import MODEL_NAME
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.direct import Argument
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Packed, Submission
@@ -143,6 +143,12 @@ class DefaultModel:
         self._read_at = self._clock() if value else -math.inf
 
 
+def model_of(options: Options, default: str | None) -> str | None:
+    """Return the model that a request is for; None: it is not known, or no name."""
+    model = options.get("model") or default
+    return model if isinstance(model, str) and MODEL_NAME.fullmatch(model) else None
+
+
 def build(
     inputs: Any,
     *,
@@ -152,7 +158,7 @@ def build(
     clock: Callable[[], float] = time.time,
     **options: Unpack[Options],
 ) -> Submission:
-    """Check a caller's arguments, and read the files among the inputs. Raises InputError naming the field.
+    """Check a caller's arguments. Raises InputError naming the field.
 
     ``default_model`` is the model of a caller that names none; without it, the fleet's default then.
     """
@@ -164,7 +170,7 @@ def build(
     extra = {name: value for name in ("top_k", "encoding") if (value := options.get(name)) is not None}
     return Submission(
         task=task,
-        inputs=opened(inputs, many=many),
+        inputs=inputs,
         queue=options.get("queue") or ROUTES[task],
         priority=options.get("priority", 0),
         model=options.get("model") or default_model,

@@ -28,6 +28,7 @@ from gpuinfer.client.core import (
     settings_for,
 )
 from gpuinfer.client.listener import Listener
+from gpuinfer.client.signatures import Signatures
 from gpuinfer.errors import BrokerError, InputError, WaitTimeout
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors, user_of
@@ -60,6 +61,7 @@ class Client:
         self._listeners: list[Listener] = []
         self._made_by = Origin()
         self._default = DefaultModel()
+        self._signatures = Signatures()
 
     @property
     def _origin(self) -> Origin:
@@ -109,7 +111,8 @@ class Client:
             raise InputError("stands for one task; use submit or submit_batch", "idempotency_key")
         origin, default = self._origin, self._default_model(options)
         tasks = [
-            core.build(value, many=False, origin=origin, default_model=default, **options) for value in inputs
+            core.build(value, many=False, origin=origin, default_model=default, **options)
+            for value in self._ready(list(inputs), many=False, options=options)
         ]
         if len(tasks) > UNHEARD:  # nobody may ever read what a kept subscription hears of them
             self._drop_listeners()
@@ -149,6 +152,7 @@ class Client:
 
     def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         default = self._default_model(options)
+        (inputs,) = self._ready([inputs], many=many, options=options)
         task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
         call = core.one(task, self._settings.queue)
         with typed_errors(self._user):
@@ -166,6 +170,30 @@ class Client:
             with typed_errors(self._user):
                 self._default.found(self._direct.call("GET", keys.DEFAULT_MODEL))
         return self._default.name
+
+    def _ready(self, values: list[Any], *, many: bool, options: Options) -> list[Any]:
+        """Return inputs as they are sent. Raises InputError for a file that cannot be read, and for what the
+        model cannot take.
+        """
+        model = core.model_of(options, self._default.name)
+        if model is not None and self._signatures.stale(model):
+            self._ask(model)
+        try:
+            return self._signatures.all_ready(model, values, many=many)
+        except InputError:
+            if model is None or not self._signatures.doubts(model):
+                raise
+        self._ask(model)
+        return self._signatures.all_ready(model, values, many=many)
+
+    def _ask(self, model: str) -> None:
+        """Ask what a model takes. A user without the right to know is not told."""
+        with typed_errors(self._user):
+            try:
+                found = self._direct.call("HGET", keys.SIGNATURES, model)
+            except ResponseError:
+                found = None
+        self._signatures.found(model, found)
 
     def cancel(self, task_id: str) -> bool:
         """Cancel a task that has not ended; return whether it was cancelled.

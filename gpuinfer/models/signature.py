@@ -56,6 +56,8 @@ class Input:
     shape: tuple[int, ...] | None = None
     #: JSON schema of a text or a JSON value; None: any.
     schema: Mapping[str, Any] | None = None
+    #: What file the worker makes the tensor from, where one is sent in its place; None: numbers alone.
+    file: Literal["image", "audio"] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON, without what is not known."""
@@ -66,6 +68,8 @@ class Input:
             entry["shape"] = list(self.shape)
         if self.schema is not None:
             entry["schema"] = dict(self.schema)
+        if self.file is not None:
+            entry["file"] = self.file
         return entry
 
     @classmethod
@@ -81,6 +85,7 @@ class Input:
             dtype=entry.get("dtype"),
             shape=None if shape is None else tuple(int(length) for length in shape),
             schema=None if schema is None else dict(schema),
+            file=entry.get("file"),
         )
 
 
@@ -133,6 +138,7 @@ def from_manifest(manifest: Manifest) -> Signature | None:
             dtype=spec.dtype if spec.kind == "tensor" else None,
             shape=spec.shape if spec.kind == "tensor" else None,
             schema=spec.json_schema,
+            file="image" if spec.image else "audio" if spec.audio and spec.kind == "tensor" else None,
         )
         for spec in manifest.inputs
     )

@@ -228,6 +228,7 @@ def forget(client: redis.Redis, model: str) -> bool:
 
     A worker that serves it enters it again with its next heartbeat.
     """
+    client.hdel(keys.SIGNATURES, model)
     return bool(client.zrem(keys.CATALOGUE, model))
 
 

@@ -72,6 +72,8 @@ LEFT = "gpuinfer:left"
 #: Models the fleet knows, scored by when somebody who could serve them was last seen.
 CATALOGUE = "gpuinfer:catalogue"
 DEFAULT_MODEL = "gpuinfer:default-model"
+#: Model -> what it takes, as JSON: ``models.signature.Signature``.
+SIGNATURES = "gpuinfer:signatures"
 #: The queues from which nothing is claimed, as one text: ``batch realtime.resnet``; a tier stands for all its
 #: models.
 PAUSED = "gpuinfer:paused"

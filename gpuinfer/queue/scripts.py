@@ -43,6 +43,7 @@ Name = Literal[
     "keep",
     "know",
     "forget",
+    "describe",
 ]
 
 #: What the scripts name, and have written out. A list that has aged goes first in one of this many claims.
@@ -91,6 +92,7 @@ _CONSTANTS: dict[str, str | float] = {
     "REPLY_PREFIX": keys.REPLY_PREFIX,
     "RESULT_PREFIX": keys.RESULT_PREFIX,
     "ROOM": keys.ROOM,
+    "SIGNATURES": keys.SIGNATURES,
     "TURNS": keys.TURNS,
     "WAKE_PREFIX": keys.WAKE_PREFIX,
     "WOKEN_VOID": keys.WOKEN_VOID_S,

@@ -50,6 +50,8 @@ MAX_BYTES = 64 * 1024 * 1024
 SEQS_OF_AN_EPOCH = 2**24
 #: Seconds for which what is no list, though it has the name of one, is not looked into.
 FOREIGN_S = 10.0
+#: Seconds after which what models take is written again, for a Redis that has lost it.
+DESCRIBE_EVERY_S = 30.0
 #: Who began an epoch: a reaper's restore says so, and the worker it took for dead may go on.
 REAPER = "reaper"
 
@@ -79,6 +81,9 @@ class Store:
         self.chains = Chains(settings, worker)
         #: The models claimed for, in the order they were named.
         self.models = tuple(models)
+        #: Model -> what it takes, as JSON, for those who submit.
+        self.signatures: Mapping[str, bytes] = {}
+        self._described_at = 0.0
         #: The default model, as the last claim has found it; empty: not known.
         self.default = ""
         self.queues: tuple[str, ...] = ()
@@ -113,6 +118,7 @@ class Store:
         self._trim = bind(client, "trim")
         self._begin_script = bind(client, "epoch")
         self._register = bind(client, "register")
+        self._describe_script = bind(client, "describe")
         self._leave = bind(client, "leave")
 
     def serve(self, queues: Sequence[str]) -> None:
@@ -142,8 +148,16 @@ class Store:
         """
         args = (self.worker, self.group, heartbeat, self._tiers, default, *self.models)
         waiting = int(self._register(keys=[keys.heartbeat(self.worker)], args=args))
+        if self._registered != self.group or self._clock() - self._described_at > DESCRIBE_EVERY_S:
+            self._describe()
         self._registered = self.group
         return waiting
+
+    def _describe(self) -> None:
+        """Say what this worker's models take."""
+        if self.signatures:
+            self._describe_script(args=[part for pair in self.signatures.items() for part in pair])
+        self._described_at = self._clock()
 
     def leave(self) -> None:
         """Leave the fleet: nobody wakes this worker any more, or takes it for alive."""

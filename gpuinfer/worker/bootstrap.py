@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import orjson
 from celery import signals
 from celery.platforms import EX_FAILURE, SecurityWarning
 from celery.worker import state
@@ -147,6 +148,7 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
     # No retries by the library: a claim whose answer was lost must not be sent again as it was.
     client = connect(settings.broker, retries=0, on_mismatch=on_fatal)
     store = Store(client, name, settings.worker.queues, settings.queue, models=tuple(loaded))
+    store.signatures = {key: orjson.dumps(model.signature.to_json()) for key, (model, _) in loaded.items()}
 
     def on_hard() -> None:
         _end_at_hard_limit(engine, store)

@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 
 from gpuinfer import Client
-from gpuinfer.errors import InputError
+from gpuinfer.errors import InputError, ShapeMismatch
 from gpuinfer.models.shipped import load_test_images
+from gpuinfer.queue import keys
 from tests.apis import Api
+from tests.services import RedisServer
 from tests.workers import Workers
 
 pytestmark = pytest.mark.integration
@@ -30,8 +32,13 @@ def picture(number: int, size: int = 8, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def test_a_file_by_every_way_in(workers: Workers, api: Api, client: Client, tmp_path: Path) -> None:
-    """A small one in the message, a large one beside the queue; a hostile one takes no neighbour along."""
+def test_a_file_by_every_way_in(
+    workers: Workers, api: Api, client: Client, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """A small one in the message, a large one beside the queue; a hostile one takes no neighbour along.
+
+    What the model cannot take is refused by the front and by the client, before it is queued.
+    """
     labels = load_test_images()[1].tolist()
     small, large = tmp_path / "two.png", tmp_path / "large.bmp"
     small.write_bytes(picture(0))
@@ -52,6 +59,21 @@ def test_a_file_by_every_way_in(workers: Workers, api: Api, client: Client, tmp_
         ids.append(response.json()["task_id"])
     found = [result["class"] for result in client.results(ids, timeout_s=60)]
     assert found == [labels[0], labels[1], labels[0], labels[1], labels[0], labels[1]]
+
+    waiting = redis_server.client().hget(keys.SIGNATURES, "digits")
+    assert waiting is not None, "the worker has said what its model takes"
+    for refused, code in (
+        (api.http.post("/predict", json=[1, 2, 3]), "shape_mismatch"),
+        (api.http.post("/predict", json=[[["x"] * 8] * 8]), "dtype_mismatch"),
+        (
+            api.http.post("/predict", data={"model": "digits"}, files={"voice": ("a.wav", b"RIFF")}),
+            "bad_input",
+        ),
+    ):
+        assert refused.status_code == 422, refused.text
+        assert refused.json()["error"]["code"] == code
+    with pytest.raises(ShapeMismatch):
+        client.submit(np.zeros((8, 8)))
 
     command = [sys.executable, "-m", "gpuinfer", "submit", "--wait", "--json"]
     done = subprocess.run(

@@ -12,6 +12,7 @@ import pytest
 
 from gpuinfer.client.core import build
 from gpuinfer.client.inputs import opened, read_batch, read_field, read_input
+from gpuinfer.client.signatures import Signatures
 from gpuinfer.errors import InputError
 
 pytestmark = pytest.mark.unit
@@ -48,7 +49,7 @@ def test_what_a_path_is_sent_as(folder: Path) -> None:
 
 def test_submit_takes_a_path(folder: Path) -> None:
     """``client.submit(Path("cat.jpg"))``: the message carries the bytes, small ones in base64."""
-    body = build(folder / "cat.jpg", many=False).pack()
+    body = build(Signatures().ready(None, folder / "cat.jpg", many=False), many=False).pack()
     assert body.inputs == b'{"b64":"/9ggYSBjYXQ=","name":"cat.jpg"}'
 
 

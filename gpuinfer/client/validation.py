@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is a request what the model takes? Asked before it is queued, by the model's signature alone.
+
+Cheap: of an array its shape and dtype are looked at, of nested lists the first elements, of JSON no more than
+``MAX_VALUES``. The worker still checks all of it. Neither numpy nor torch is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gpuinfer.errors import DtypeMismatch, InputError, MissingInput, ShapeMismatch
+from gpuinfer.models.files import is_file
+from gpuinfer.models.signature import Input, Signature
+from gpuinfer.models.specs import shape_fits
+
+#: JSON of more values is the worker's to validate.
+MAX_VALUES = 2000
+_ENCODED = frozenset({"b64", "dtype", "shape"})
+#: Wanted kind of dtype -> the kinds whose numbers may be of it, as the worker has it.
+_KINDS = {"bool": ("bool",), "int": ("int",), "float": ("int", "float")}
+#: Wanted kind of dtype -> what may stand for it in a list.
+_IN_LISTS: dict[str, frozenset[type]] = {
+    "bool": frozenset({bool}),
+    "int": frozenset({int}),
+    "float": frozenset({int, float}),
+}
+_WORDS: dict[type, str] = {
+    bool: "true or false",
+    str: "a string",
+    type(None): "null",
+    float: "a fractional number",
+    int: "a number",
+    dict: "an object",
+    list: "a list",
+}
+#: Takes a JSON value and the field to name in an error. Raises InputError.
+_Check = Callable[[Any, str], None]
+
+
+class Validator:
+    """What one model takes."""
+
+    def __init__(self, signature: Signature) -> None:
+        self._signature = signature
+        self._only = None if signature.named else signature.only
+        self._schemas = {
+            one.name: _by_schema(one.schema) for one in signature.inputs if one.schema is not None
+        }
+        #: Name -> kind of its inputs.
+        self.kinds: Mapping[str, str] = {one.name: one.kind for one in signature.inputs}
+
+    def bare(self, inputs: Any) -> Any:
+        """Return the value of an only input that was sent under its name, as a form or -F does."""
+        only = self._only
+        named = only is not None and type(inputs) is dict and inputs.keys() == {only.name}
+        return inputs[only.name] if named and only is not None and only.kind != "json" else inputs
+
+    def check(self, inputs: Any, *, many: bool = False) -> None:
+        """Raises InputError, with the field, for what the model cannot take.
+
+        Of a job in a list every item is its own affair, and the worker's; one array of items is looked at.
+        """
+        if many:
+            if self._only is not None and self._only.kind == "tensor" and _shape_of(inputs):
+                self._tensor(inputs, self._only, "inputs", first=1)
+            return
+        if self._only is not None:
+            self._one(inputs, self._only, "inputs")
+        elif self._signature.inputs:
+            self._named(inputs)
+
+    def _named(self, inputs: Any) -> None:
+        names = list(self.kinds)
+        wanted = f"the model's inputs are {', '.join(names)}"
+        if not isinstance(inputs, Mapping) or is_file(inputs):
+            raise InputError(f"must map names to values: {wanted}; got {_word(inputs)}", "inputs")
+        unknown = sum(key not in self.kinds for key in inputs)
+        if unknown:
+            raise InputError(f"has {unknown} unknown name{'s' * (unknown > 1)}; {wanted}", "inputs")
+        for one in self._signature.inputs:
+            if one.name not in inputs:
+                raise MissingInput(f"is missing; {wanted}", f"inputs.{one.name}")
+            self._one(inputs[one.name], one, f"inputs.{one.name}")
+
+    def _one(self, value: Any, wanted: Input, field: str) -> None:
+        if wanted.kind == "tensor":
+            self._tensor(value, wanted, field)
+        elif wanted.kind in ("json", "text"):
+            if wanted.kind == "text" and not isinstance(value, str):
+                raise InputError(f"must be a string, got {_word(value)}", field)
+            check = self._schemas.get(wanted.name)
+            if check is not None and _few_values(value):
+                check(value, field)
+        elif not is_file(value) and not _is_array(value):
+            raise InputError(
+                f'must be {_FILES[wanted.kind]}: its bytes, or {{"b64": "..."}}; got {_word(value)}', field
+            )
+
+    def _tensor(self, value: Any, wanted: Input, field: str, *, first: int = 0) -> None:
+        """Check shape and dtype; ``first`` dimensions are those of the job."""
+        if is_file(value):
+            if wanted.file is None:
+                raise InputError("is a file, and the model takes numbers here", field)
+            return
+        shape, found = _looked(value, field)
+        shape = None if shape is None else shape[first:]
+        if shape is not None and wanted.shape is not None and not shape_fits(shape, wanted.shape):
+            free = " (-1: any length)" if -1 in wanted.shape else ""
+            raise ShapeMismatch(
+                f"has shape {list(shape)[:16]}, the model wants {list(wanted.shape)}{free}"
+                if shape or _is_number(value) is None
+                else f"is {_word(value)}, the model wants shape {list(wanted.shape)}{free}",
+                field,
+            )
+        if wanted.dtype is None or found is None:
+            return
+        kind = _kind_of(wanted.dtype)
+        if isinstance(found, str):
+            if _kind_of(found) not in (*_KINDS.get(kind, ()), ""):
+                raise DtypeMismatch(f"is {found}, the model wants {wanted.dtype}", field)
+        elif found not in _IN_LISTS.get(kind, {found}):
+            raise DtypeMismatch(
+                f"holds {_WORDS.get(found, found.__name__)}, the model wants {wanted.dtype}", field
+            )
+
+
+_FILES = {"bytes": "bytes", "image": "an image file", "audio": "a sound file", "file": "a file"}
+
+
+def _looked(value: Any, field: str) -> tuple[tuple[int, ...] | None, str | type | None]:
+    """Return the shape of a tensor, and its dtype or the type of its first number; None: not to be told."""
+    if isinstance(value, Mapping):
+        if value.keys() != _ENCODED:
+            raise InputError("an encoded tensor has the keys b64, dtype and shape", field)
+        shape, dtype = value["shape"], value["dtype"]
+        right = isinstance(shape, list | tuple) and {int}.issuperset(map(type, shape[:64]))
+        return tuple(shape) if right else None, dtype if isinstance(dtype, str) else None
+    dims: list[int] = []
+    while type(value) is list or type(value) is tuple:
+        dims.append(len(value))
+        if not value or len(dims) > 64:
+            return tuple(dims), None
+        value = value[0]
+    if _is_array(value):
+        rest = _shape_of(value)
+        return (*dims, *rest), str(value.dtype).rpartition(".")[2]
+    return tuple(dims), type(value)
+
+
+def _is_array(value: Any) -> bool:
+    return (hasattr(value, "shape") and hasattr(value, "dtype")) or (
+        type(value) is dict and value.keys() == _ENCODED
+    )
+
+
+def _shape_of(value: Any) -> tuple[int, ...]:
+    """Return the shape of an array; empty for what is none."""
+    return tuple(int(length) for length in value.shape) if hasattr(value, "shape") else ()
+
+
+def _is_number(value: Any) -> type | None:
+    return type(value) if type(value) in _WORDS else None
+
+
+def _kind_of(dtype: str) -> str:
+    """Return bool, int or float for a dtype; empty for what only the worker knows."""
+    name = dtype.removeprefix("u").removeprefix("b") if dtype != "bool" else dtype
+    return next((kind for kind in ("bool", "int", "float") if name.startswith(kind)), "")
+
+
+def _word(value: object) -> str:
+    return _WORDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _few_values(value: Any) -> bool:
+    """Tell whether JSON has at most ``MAX_VALUES`` values; it looks at no more of them."""
+    left, stack = MAX_VALUES, [value]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, list | tuple | dict):
+            left -= len(one)
+            if left < 0:
+                return False
+            stack.extend(one.values() if isinstance(one, dict) else one)
+    return True
+
+
+def _by_schema(schema: Mapping[str, Any]) -> _Check | None:
+    """Return what validates by a JSON schema; None where that cannot be done here.
+
+    The schema comes from a worker: no code is made of it, nothing that it refers to is fetched, and its
+    patterns cannot take for ever.
+    """
+    try:
+        import jsonschema_rs
+    except ImportError:  # the extra "schema" has it; the front and the worker validate all the same
+        return None
+    try:
+        validator = jsonschema_rs.validator_for(
+            dict(schema), mask="it", offline=True, pattern_options=jsonschema_rs.RegexOptions()
+        )
+    except ValueError:  # a pattern or a reference that is not for us: the worker knows it
+        return None
+
+    def check(value: Any, field: str) -> None:
+        try:
+            error = next(iter(validator.iter_errors(value)), None)
+        except (ValueError, TypeError):  # no JSON: the message says so when it is packed
+            return
+        if error is not None:
+            where = ".".join((field, *(str(part)[:80] for part in error.instance_path)))
+            raise InputError(f"does not fit what the model takes: {error.message[:300]}", where)
+
+    return check
