@@ -157,6 +157,12 @@ def valkey_binary() -> str | None:
     return str(path) if path.exists() else None
 
 
+def wheel(name: str) -> Path | None:
+    """Return the wheel that ``tests/get-wheels`` fetched of a project, or None."""
+    folder = Path(__file__).resolve().parents[1] / ".cache" / "wheels"
+    return next(folder.glob(f"{name.replace('-', '_')}-*.whl"), None)
+
+
 def free_port() -> int:
     """Return a TCP port of 127.0.0.1 that nobody listens on just now."""
     with socket.socket() as probe:
