@@ -7,11 +7,13 @@ Cheap: of an array its shape and dtype are looked at, of nested lists the first 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from gpuinfer.errors import DtypeMismatch, InputError, MissingInput, ShapeMismatch
 from gpuinfer.models.files import is_file
+from gpuinfer.models.json_schema import Check, checker
 from gpuinfer.models.signature import Input, Signature
 from gpuinfer.models.specs import shape_fits
 
@@ -35,8 +37,6 @@ _WORDS: dict[type, str] = {
     dict: "an object",
     list: "a list",
 }
-#: Takes a JSON value and the field to name in an error. Raises InputError.
-_Check = Callable[[Any, str], None]
 
 
 class Validator:
@@ -92,7 +92,8 @@ class Validator:
                 raise InputError(f"must be a string, got {_word(value)}", field)
             check = self._schemas.get(wanted.name)
             if check is not None and _few_values(value):
-                check(value, field)
+                with suppress(ValueError):  # arrays among it: they are lists of numbers once it is packed
+                    check(value, field)
         elif not is_file(value) and not _is_array(value):
             raise InputError(
                 f'must be {_FILES[wanted.kind]}: its bytes, or {{"b64": "..."}}; got {_word(value)}', field
@@ -187,30 +188,9 @@ def _few_values(value: Any) -> bool:
     return True
 
 
-def _by_schema(schema: Mapping[str, Any]) -> _Check | None:
-    """Return what validates by a JSON schema; None where that cannot be done here.
-
-    The schema comes from a worker: no code is made of it, nothing that it refers to is fetched, and its
-    patterns cannot take for ever.
-    """
+def _by_schema(schema: Mapping[str, Any]) -> Check | None:
+    """Return what validates by a JSON schema; None where that cannot be done here: the worker does it."""
     try:
-        import jsonschema_rs
-    except ImportError:  # the extra "schema" has it; the front and the worker validate all the same
+        return checker(schema)
+    except (ImportError, ValueError):  # the extra "schema" is not installed, or the schema is not for us
         return None
-    try:
-        validator = jsonschema_rs.validator_for(
-            dict(schema), mask="it", offline=True, pattern_options=jsonschema_rs.RegexOptions()
-        )
-    except ValueError:  # a pattern or a reference that is not for us: the worker knows it
-        return None
-
-    def check(value: Any, field: str) -> None:
-        try:
-            error = next(iter(validator.iter_errors(value)), None)
-        except (ValueError, TypeError):  # no JSON: the message says so when it is packed
-            return
-        if error is not None:
-            where = ".".join((field, *(str(part)[:80] for part in error.instance_path)))
-            raise InputError(f"does not fit what the model takes: {error.message[:300]}", where)
-
-    return check

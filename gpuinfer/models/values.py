@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 import orjson
 
-from gpuinfer.errors import DtypeMismatch, InputError, ShapeMismatch
+from gpuinfer.errors import DtypeMismatch, InputError, ManifestError, ShapeMismatch
 from gpuinfer.models.files import bytes_of, name_of
+from gpuinfer.models.json_schema import checker
 from gpuinfer.models.signature import Typed
 from gpuinfer.models.sounds import wav_to_array
 from gpuinfer.models.specs import FREE, AudioSpec, InputSpec
@@ -57,7 +58,7 @@ def reader_of(typed: Typed, spec: InputSpec | None) -> Reader:
     if kind == "tensor":
         return _tensor_reader(typed, spec)
     if kind in ("json", "text"):
-        return _json_reader(typed)
+        return _json_reader(typed, spec)
     if kind == "audio":
         return partial(as_audio, audio=(spec and spec.audio) or AudioSpec.model_validate({}))
     return {"bytes": as_bytes, "image": as_image, "file": as_file}[kind]
@@ -74,6 +75,7 @@ def as_image(value: object, field: str) -> Any:
     """Return a PIL image, decoded and upright. An array of bytes is one, too: (height, width[, 3 or 4])."""
     from gpuinfer.models.images import open_image, picture_of
 
+    value = _decoded(value, field)
     if isinstance(value, np.ndarray) and value.ndim > 1:
         if value.dtype != np.uint8:
             raise DtypeMismatch(f"an image's pixels are uint8, these are {value.dtype.name}", field)
@@ -88,11 +90,17 @@ def as_audio(value: object, field: str, *, audio: AudioSpec) -> Array:
 
     An array of fractions is samples already.
     """
+    value = _decoded(value, field)
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         if value.ndim not in (1, 2):
             raise ShapeMismatch(f"samples are (channels, samples), got {list(value.shape)}", field)
         return np.atleast_2d(value).astype(np.float32, copy=False)
     return wav_to_array(as_bytes(value, field), audio, field)
+
+
+def _decoded(value: object, field: str) -> object:
+    """Return the array of what is one in base64, as a small one travels; anything else as it is."""
+    return _any_array(value, None, field) if isinstance(value, Mapping) and "dtype" in value else value
 
 
 def as_file(value: object, field: str) -> TemporaryFile:
@@ -102,8 +110,10 @@ def as_file(value: object, field: str) -> TemporaryFile:
     return TemporaryFile(as_bytes(value, field), suffix)
 
 
-def _json_reader(typed: Typed) -> Reader:
-    """Validate by the annotation, with pydantic's own rules; a plain ``str`` needs none."""
+def _json_reader(typed: Typed, spec: InputSpec | None) -> Reader:
+    """Validate by the manifest's schema, or by the annotation, with pydantic's rules."""
+    if spec is not None and spec.json_schema is not None:
+        return _schema_reader(spec.name, spec.json_schema)
     if typed.type is None:
         return _as_text if typed.input.kind == "text" else lambda value, _: value
     if typed.type is str:
@@ -119,6 +129,23 @@ def _json_reader(typed: Typed) -> Reader:
             raise _invalid(exc, field) from None
         except (TypeError, ValueError) as exc:
             raise InputError(f"is no JSON: {exc}", field) from None
+
+    return read
+
+
+def _schema_reader(name: str, schema: Mapping[str, Any]) -> Reader:
+    try:
+        check = checker(schema)
+    except ValueError as exc:
+        said = str(exc).partition("\n")[0]
+        raise ManifestError(f"is no JSON schema that can be used: {said}", f"inputs.{name}.schema") from None
+
+    def read(value: object, field: str) -> Any:
+        try:
+            check(value, field)
+        except ValueError as exc:
+            raise InputError(f"is no JSON: {exc}", field) from None
+        return value
 
     return read
 

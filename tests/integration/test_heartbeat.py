@@ -55,6 +55,7 @@ def test_a_workers_life(
         "state": "idle",
         "device": "cpu",
         "models": ["slow"],
+        "missing": {},
         "queues": ["realtime", "default", "batch"],
         "done": 0,
         "rate": 0.0,

@@ -109,9 +109,10 @@ def test_options_of_submit(cli: Cli, redis_server: RedisServer, tmp_path: Path) 
     ("argument", "words"),
     [
         ("[1,", "is not JSON"),
-        ("three.txt", "must end in .json or .npy"),
-        ("nobody.json", "No such file"),
-        ("nobody.npy", "No such file"),
+        ("three.txt", "there is no such file, and it is not JSON"),
+        ("nobody.json", "there is no such file"),
+        ("nobody.npy", "there is no such file"),
+        ("@[1]", "there is no such file"),
     ],
 )
 def test_what_is_no_input(cli: Cli, argument: str, words: str) -> None:

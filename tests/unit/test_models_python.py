@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import logging
 import sys
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +268,56 @@ def test_its_errors_are_ours(tmp_path: Path) -> None:
         with pytest.raises(GpuinferError) as caught:
             model(tmp_path, code.format(raised)).forward([1])
         assert caught.value.code == wanted
+
+
+def test_the_manifest_s_kinds(tmp_path: Path) -> None:
+    """An image and a sound as files or arrays in base64, JSON by its schema: each error names its input."""
+    tables = """
+        [[inputs]]
+        name = "scan"
+        kind = "image"
+        [[inputs]]
+        name = "voice"
+        kind = "audio"
+        audio = { rate = 8000, channels = 2 }
+        [[inputs]]
+        name = "options"
+        kind = "json"
+        schema = { type = "object", properties = { n = { type = "integer", minimum = 1 } } }
+        """
+    code = """
+        class Mine:
+            def predict(self, batch):
+                return [[*i["scan"].size, *i["voice"].shape, i["options"]["n"]] for i in batch]
+        """
+    one = model(tmp_path, code, tables)
+    picture = io.BytesIO()
+    PIL.Image.fromarray(np.zeros((2, 3), np.uint8)).save(picture, "PNG")
+    pixels = {"b64": base64.b64encode(bytes(6)).decode(), "dtype": "uint8", "shape": [2, 3]}
+    samples = {"b64": base64.b64encode(bytes(32)).decode(), "dtype": "float32", "shape": [2, 4]}
+    sound = io.BytesIO()
+    with wave.open(sound, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(4000)
+        file.writeframes(bytes(40))
+    good = {"scan": picture.getvalue(), "voice": sound.getvalue(), "options": {"n": 3}}
+    results = answers(
+        one,
+        [
+            good,
+            {**good, "scan": pixels, "voice": samples},
+            {**good, "options": {"n": 0}},
+            {**good, "voice": sound.getvalue()[:-4]},
+            {**good, "scan": b"GIF89a"},
+        ],
+    )
+    assert results[:2] == [{"output": [3, 2, 2, 40, 3]}, {"output": [3, 2, 2, 4, 3]}]
+    assert [error.field for error in results[2:]] == ["inputs.options.n", "inputs.voice", "inputs.scan"]
+
+
+def test_a_schema_that_cannot_be_used_is_told_at_once(tmp_path: Path) -> None:
+    """When the model is loaded, with the key's name."""
+    tables = '[[inputs]]\nname = "x"\nkind = "json"\nschema = { type = "strange" }\n'
+    with pytest.raises(GpuinferError, match=r"inputs\.x\.schema: is no JSON schema"):
+        model(tmp_path, "class Mine:\n    def predict(self, batch):\n        return batch\n", tables)

@@ -58,6 +58,7 @@ def validator(*inputs: Input) -> Validator:
         (Input(name="x", kind="tensor"), [["whatever"]]),
         (Input(name="x", kind="tensor", dtype="float32", shape=(2,)), [1.5, "the worker sees this"]),
         (DOC, {"text": "hello", "n": 1}),
+        (DOC, {"text": "hello", "more": np.zeros(2)}),
         (Input(name="x"), {"any": None}),
         (Input(name="x", kind="text", schema={"type": "string"}), "hello"),
         (Input(name="x", kind="image"), b"a picture"),
