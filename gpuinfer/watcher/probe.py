@@ -17,7 +17,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -65,6 +65,8 @@ class Seen:
     dead_letters: int
     #: What the other live hosts' watchers have measured.
     figures: Mapping[str, Mapping[str, Figures]]
+    #: Host -> models that a worker of it which lives could not load: another one could not either.
+    missing: Mapping[str, frozenset[str]] = field(default_factory=dict)
     #: The process token of another watcher that tells of instances under our host's name; empty: none.
     rival: str = ""
 
@@ -120,8 +122,11 @@ class Probe:
         queues = self._queues(depth, _in_lanes(depth, serving))
         # Of a silent host, only what still beats is there.
         there = (one for one in remote if one.key.host in live or str(one.key) in beating)
-        marked = tuple(as_it_runs(one, depth.inflight, beating) for one in there)
-        return Seen(queues, depth.inflight, beating, marked, live, depth.dead_letters, theirs, rival)
+        missing = _missing(beats)
+        marked = tuple(as_it_runs(one, depth.inflight, beating, missing) for one in there)
+        return Seen(
+            queues, depth.inflight, beating, marked, live, depth.dead_letters, theirs, missing, rival=rival
+        )
 
     def _startup(self, figures: Mapping[str, Figures]) -> float:
         measured = [one.startup_s for one in figures.values() if one.startup_s is not None]
@@ -250,17 +255,38 @@ def _in_lanes(depth: Depth, serving: Mapping[str, Serves]) -> dict[Lane, int]:
 
 
 def as_it_runs(
-    instance: Instance, in_flight: Mapping[str, int], beating: Mapping[str, Serves | None]
+    instance: Instance,
+    in_flight: Mapping[str, int],
+    beating: Mapping[str, Serves | None],
+    missing: Mapping[str, frozenset[str]],
 ) -> Instance:
-    """Return an instance with what Redis knows of it, if it runs: what it serves, and whether it is busy."""
+    """Return an instance with what Redis knows of it, if it runs: what it serves, and whether it is busy.
+
+    One that does not run would serve what its settings name, without what its host's workers cannot load:
+    to start it for that would be in vain.
+    """
     name = str(instance.key)
     if not instance.runs and instance.state != "deactivating":
-        return instance
+        left = tuple(m for m in instance.serves.models if m not in missing.get(instance.key.host, ()))
+        if not left or left == instance.serves.models:
+            return instance
+        return replace(instance, serves=instance.serves._replace(models=left))
     serves = beating.get(name) or instance.serves
     if instance.state != "active":
         return instance if serves == instance.serves else replace(instance, serves=serves)
     busy = True if in_flight.get(name) else (False if name in beating else None)
     return replace(instance, busy=busy, serves=serves)
+
+
+def _missing(beats: Mapping[str, Mapping[str, Any]]) -> dict[str, frozenset[str]]:
+    """Return what workers that live say they could not load, by host."""
+    found: dict[str, frozenset[str]] = {}
+    for worker, body in beats.items():
+        names = body.get("missing")
+        if isinstance(names, dict) and names:
+            host = worker.partition("@")[2]
+            found[host] = found.get(host, frozenset()) | frozenset(map(str, names))
+    return found
 
 
 def _life(text: bytes | None) -> str:

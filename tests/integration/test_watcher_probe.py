@@ -188,9 +188,28 @@ def test_who_runs_says_what_he_serves(redis_server: RedisServer, settings_for: B
         beat(client, f"gpu{number}@b", queues=["realtime"], models=["digits"])
     seen = Probe(client, "a").look([], 1000.0)
     assert [one.serves for one in seen.remote] == [runs, planned]
-    own = as_it_runs(theirs[0], seen.in_flight, seen.beating)
+    own = as_it_runs(theirs[0], seen.in_flight, seen.beating, seen.missing)
     assert (own.serves, own.busy) == (runs, False)
     assert [(one.number, one.host, one.serves) for one in servers(client)] == [(0, "b", runs), (1, "b", runs)]
+
+
+def test_a_model_that_a_hosts_worker_cannot_load(redis_server: RedisServer, settings_for: Build) -> None:
+    """No other worker of that host would be started for it; elsewhere, and of what else it serves, nothing
+    changes."""
+    client = connect(settings_for(redis_server).broker)
+    both, digits = Serves(QUEUES, ("digits", "ocr")), Serves(QUEUES, ("digits",))
+    states: list[UnitState] = ["active", "inactive"]
+    for host in ("b", "c"):
+        theirs = [Instance(key=Key(n, host), state=state, serves=both) for n, state in enumerate(states)]
+        Probe(client, host).look(theirs, 1000.0)
+    beat(client, "gpu0@b", queues=QUEUES, models=["digits"], missing={"ocr": "it is a state dict"})
+    beat(client, "gpu0@c", queues=QUEUES, models=["digits", "ocr"], missing={})
+    seen = Probe(client, "a").look([], 1000.0)
+    assert seen.missing == {"b": {"ocr"}}
+    assert {str(one.key): one.serves for one in seen.remote} == {
+        "gpu0@b": digits, "gpu1@b": digits,
+        "gpu0@c": both, "gpu1@c": both,
+    }
 
 
 def test_lanes_of_known_models_are_seen_before_any_task_comes(
