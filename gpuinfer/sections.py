@@ -22,6 +22,8 @@ from gpuinfer import redis_url
 if TYPE_CHECKING:
     from pydantic._internal._repr import ReprArgs
 
+#: How much a caller is told of an exception in a model.
+Errors = Literal["full", "none"]
 QueueName = Literal["realtime", "default", "batch"]
 #: The queues, the most urgent first.
 QUEUES: tuple[QueueName, ...] = ("realtime", "default", "batch")
@@ -171,6 +173,9 @@ class ModelsSettings(Section):
 
     #: Folders with one sub-folder a model; searched in this order, then the shipped models.
     folders: Paths = (Path("/var/lib/gpuinfer/models"),)
+    #: What the caller of a task is told of an exception in a model: its type, message, file and line; or that
+    #: the model failed. The journal has all of it.
+    errors: Errors = "full"
 
 
 class WorkerSettings(Section):
@@ -189,6 +194,8 @@ class WorkerSettings(Section):
     queues: Annotated[tuple[QueueName, ...], BeforeValidator(_split)] = QUEUES
     #: torch's threads for one operation on the CPU; 0 leaves it to torch.
     threads: int = Field(default=0, ge=0, le=1024)
+    #: Threads that prepare inputs for models with code of their own for that; 0: one for each core.
+    prepare_threads: int = Field(default=0, ge=0, le=1024)
     #: Loading and warming up may take this long before systemd gives the start up.
     load_timeout_s: int = Field(default=1800, ge=10, le=86400)
     #: An upper bound on every model's own max_batch_size; 0 means none.

@@ -41,6 +41,11 @@ class LoadedModel(ABC):
         """True when ``finish`` runs a model's own code."""
         return False
 
+    @property
+    def speaks(self) -> bool:
+        """True when the model runs code that may print, log, and ask whether its tasks were cancelled."""
+        return False
+
     @abstractmethod
     def prepare(self, values: Sequence[object]) -> list[Any]:
         """Turn one ``inputs`` value per request into items; an error stands in the place of a bad one."""
@@ -52,6 +57,10 @@ class LoadedModel(ABC):
         Raises DeviceOutOfMemory, DeviceError, and InferenceError for whatever else the model does; no item
         has a result then.
         """
+
+    def forward_staged(self, staged: Any) -> list[Any]:
+        """Do as ``forward`` with items that are on the device already."""
+        raise NotImplementedError
 
     @abstractmethod
     def finish(

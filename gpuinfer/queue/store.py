@@ -429,12 +429,14 @@ class Store:
         fields: list[bytes] = self.client.hkeys(self.inflight)  # type: ignore[assignment]  # not decoded
         return [int(field) for field in fields if field.isdigit()]
 
-    def begin(self, tasks: Sequence[tuple[int, str, bytes]]) -> set[int]:
+    def begin(self, tasks: Sequence[tuple[int, str, bytes]], beside: Sequence[int] = ()) -> set[int]:
         """Note that (seq, id, started meta) run; an empty meta leaves the state as it is.
 
-        Returns the positions of those whose final state is written already; they must not run.
+        ``beside`` are seqs that run already: a death is charged to all of them. Returns the positions of
+        those whose final state is written already; they must not run.
         """
-        args: list[Argument] = [" ".join(str(seq) for seq, _, _ in tasks)]
+        seqs = dict.fromkeys((*beside, *(seq for seq, _, _ in tasks)))
+        args: list[Argument] = [" ".join(map(str, seqs))]
         for _, task_id, meta in tasks:
             args += (task_id, meta)
         return {int(position) - 1 for position in self._begin(keys=[self.inflight], args=args)}

@@ -38,11 +38,13 @@ from gpuinfer.queue.sink import TaskChannel
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings
 from gpuinfer.worker import task_log
-from gpuinfer.worker.buffer import Batch, Buffer
+from gpuinfer.worker.buffer import AGED, Batch, Buffer
 from gpuinfer.worker.celery_state import CeleryState
-from gpuinfer.worker.engine import Done, Engine, RunAlone
+from gpuinfer.worker.engine import Done, Engine
 from gpuinfer.worker.intake import Intake
 from gpuinfer.worker.outbox import Outbox
+from gpuinfer.worker.pace import Pace
+from gpuinfer.worker.passes import RunAlone
 from gpuinfer.worker.task import Task, conclude
 
 log = get_logger(__name__)
@@ -90,7 +92,7 @@ class Batcher:
         self._wall = wall
         self._buffer = Buffer(engine.limit)
         #: How many tasks one claim takes at most: fewer while some of what came was handed back.
-        self._stride = self._longest = max(engine.limit(name) for name in manifests)
+        self._stride = self._longest
         self._outbox = Outbox(store)
         self._intake = Intake(store, self._outbox, celery_state, manifests, settings)
         self._closed = self._crashed = False
@@ -104,9 +106,17 @@ class Batcher:
         self._taken_back: set[int] = set()
         #: Those among them that go on where they are claimed next, as long as their batch is being finished.
         self._dropped: set[int] = set()
+        #: Whether what is ahead of the device goes first because its list was passed over for too long.
+        self._ahead_aged = False
+        self._pace = Pace(engine, self._batch_s)
         self._router = Router(store, tasks_by_name(settings.queue))
         self._debug = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
         self.channel: TaskChannel | None = None
+
+    @property
+    def _longest(self) -> int:
+        """The most tasks that fill a batch."""
+        return max(self.engine.limit(name) for name in self.models)
 
     @property
     def state(self) -> State:
@@ -152,11 +162,14 @@ class Batcher:
         What a worker holds no other one can run. So nothing is claimed while a long batch runs, while what
         was claimed waits to be read, nor while a probe tells whether this GPU still works.
         """
-        if self._closed or self.engine.probing or self._intake.waiting or self._long(self.engine.current):
+        if self._closed or self.engine.probing or self._intake.waiting:
+            return {}
+        if self._long(self.engine.current) and not self._pace.due():
             return {}
         self._buffer.wake(self._clock())
         affordable = int((BUFFER_BYTES - self._buffer.size) / self._intake.task_bytes)
-        batch = self._buffer.next_batch()
+        ahead = self.engine.ahead
+        batch = ahead or self._buffer.next_batch()
         wants: dict[str, Want] = {}
         for model, manifest in self.models.items():
             count = min(self._stride, self.engine.limit(model), max(1, affordable))
@@ -164,7 +177,7 @@ class Batcher:
             if batch is not None:
                 rank = batch.tasks[0].place[0]
                 if model == batch.model:
-                    spare = min(self._buffer.spare(model), affordable)
+                    spare = min(self._buffer.spare(model) - (ahead.size if ahead else 0), affordable)
                     want = Want(min(count, spare), least=1)
                     rank = batch.tasks[-1].place[0]
                 if model != batch.model or want.count <= 0:
@@ -187,8 +200,9 @@ class Batcher:
         return ({task.seq for task in tasks} - self._dropped) | unread | self._outbox.held()
 
     def _on_device(self) -> list[Batch]:
-        """Return the batch that runs, and the one whose ends are not written yet."""
-        return [batch for batch in (self.engine.current, self._finishing) if batch is not None]
+        """Return the batches that run, and the one whose ends are not written yet."""
+        finishing = () if self._finishing is None else (self._finishing,)
+        return [*self.engine.batches, *finishing]
 
     def end(self, error: GpuinferError) -> None:
         """End the process at once, for a reason that is not its tasks'."""
@@ -200,6 +214,7 @@ class Batcher:
         if not isinstance(error, TakenBack):
             self._on_fatal(error)
             return
+        self._withdraw()
         tasks = self._buffer.clear()
         self._intake.waiting = []
         for task in tasks:
@@ -234,7 +249,7 @@ class Batcher:
             return
         came = len(claims) + len(self._intake.waiting)
         room = BUFFER_BYTES - self._buffer.size
-        tasks, finals, unread = self._intake.read(self.channel, claims, self.engine.current, room)
+        tasks, finals, unread = self._intake.read(self.channel, claims, self.engine.batches, room)
         self._buffer.add_all(tasks)
         if finals:
             self._settle(finals)
@@ -261,19 +276,60 @@ class Batcher:
     # -- feeding --------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Start the next batch when the inference thread is idle."""
-        while self.engine.current is None and not self.engine.probing and not self._closed:
+        """Start the next batch when the inference thread is idle, or is handed it to be prepared."""
+        while not self.engine.probing and not self._closed:
+            if self.engine.current is not None and not self._room_ahead():
+                return
             if self._intake.waiting:
                 self._read()
             self._buffer.wake(self._clock())
             self._drop_stale(self._buffer.ready)
             batch = self._buffer.next_batch()
-            if batch is None or not self._start(batch):
+            if batch is None or not self._may_start(batch) or not self._start(batch):
                 return
+
+    def _room_ahead(self) -> bool:
+        """Tell whether a batch may be handed over behind the one that runs; make room for a better one.
+
+        The batch that is ahead goes back to the buffer where something more urgent has come, or where it can
+        grow: what is prepared of it is not lost.
+        """
+        ahead, first = self.engine.ahead, next(iter(self._buffer.ready), None)
+        if first is None or self._suspect(self.engine.batches):
+            return False
+        if ahead is None:
+            return self.engine.takes(first.model)
+        if self._ahead_aged:  # it goes first, once
+            return False
+        urgent = first.place < ahead.tasks[0].place
+        grows = first.model == ahead.model and ahead.size < self.engine.limit(ahead.model)
+        grows = grows and first.kind == ahead.tasks[0].kind and not (first.alone or ahead.tasks[0].alone)
+        return (urgent or grows) and self._withdraw()
+
+    def _may_start(self, batch: Batch) -> bool:
+        """Tell whether a batch may be handed over now. One with a death on its account runs by itself."""
+        if self.engine.current is None:
+            return True
+        return self.engine.takes(batch.model) and not self._suspect([batch])
+
+    @staticmethod
+    def _suspect(batches: Iterable[Batch]) -> bool:
+        return any(task.envelope.deaths for batch in batches for task in batch.tasks)
+
+    def _withdraw(self) -> bool:
+        """Put the batch that is ahead back into the buffer; False where the device has begun it."""
+        batch = self.engine.withdraw()
+        if batch is None:
+            return False
+        for task in batch.tasks:
+            if not task.outcomes and not task.retries and not task.ran_s:
+                task.time_start = None
+            self._buffer.add(task)
+        return True
 
     def _start(self, batch: Batch) -> bool:
         """Begin a batch. Returns False when Redis is away: the batch stays in the buffer."""
-        ended = self._outbox.begin(batch)
+        ended = self._outbox.begin(batch, self.engine.batches)
         if ended is None:
             return False
         if ended:  # cancelled, or finished by an earlier delivery
@@ -284,7 +340,10 @@ class Batcher:
                 task_log.task_skipped(task)
             self._settle([self._outbox.skipped(task) for task in tasks])
             return True
+        if self.engine.current is not None and not self.engine.takes(batch.model):
+            return False  # what ran has ended meanwhile
         tasks = batch.tasks
+        self._ahead_aged = tasks[0].place[0] == AGED
         self._buffer.remove(tasks)
         self._buffer.end_ageing(tasks)
         now = self._wall()
@@ -293,6 +352,7 @@ class Batcher:
                 task.time_start = now
                 self._celery.started(task)
         self.engine.submit(batch)
+        self._pace.watch()
         if self._debug:
             task_log.batch_begun(batch)
         return True
@@ -339,15 +399,16 @@ class Batcher:
     def _finish(self, done: Done) -> None:
         """Start the next batch, then write this one's ends. What goes wrong here ends the process: its
         tasks come back, and a death is on the account of what ran."""
-        self.engine.current = None
+        self.engine.collected(done)
         usual = self._batch_s.get(done.batch.model, done.seconds)
         self._batch_s[done.batch.model] = usual + (done.seconds - usual) / 4
+        self._pace.watch()
         if done.fatal is not None:
             task_log.batch_lost(done)
             self._on_fatal(done.fatal)
             return
         if any(task.envelope.deaths for task in done.batch.tasks):
-            self._outbox.note_reading(None)  # the next death is not its own doing any more
+            self._outbox.note_reading(self.engine.batches)  # the next death is not its own doing any more
         try:
             if done.complete:  # before the results are written: the device need not wait for that
                 self._overtake(done)
@@ -355,7 +416,7 @@ class Batcher:
             finals = self._outcomes(done)
             if not done.complete:  # what comes back is served before what is claimed now, or overtaken by it
                 self._overtake(done)
-            self._dropped.clear()
+            self._dropped -= {task.seq for task in done.batch.tasks}
             self.pump()
             self._settle(finals)
         except Exception as exc:
@@ -401,7 +462,7 @@ class Batcher:
                 self.store.mark_uncertain()  # a reaper that was cut off has not put it back
             if final is not None:
                 finals.append(final)
-        self._taken_back = set()
+        self._taken_back -= {task.seq for task in done.batch.tasks}
         return finals
 
     def _advance(self, task: Task, outcomes: list[Any], alone: int | None, *, again: bool) -> Final | None:
@@ -464,11 +525,13 @@ class Batcher:
         if (
             running is not None
             and self._taken_back.isdisjoint(task.seq for task in running.tasks)  # else it waits again
-            and self._outbox.mark_started(running, self._wall())
+            and self._outbox.mark_started(running, self._wall(), self.engine.batches)
         ):
             task_log.batch_running(running, self.device)
         if running is not None:
-            self._heed_cancellations(running)
+            self._heed_cancellations()
+        if self._pace.late() and self._withdraw():
+            self._put_back([task for task in self._buffer.ready if not task.begun], [])
         if self._clock() - self._looked_at >= LATER_LOOK_S:
             self._looked_at = self._clock()
             self._drop_stale(list(self._buffer))
@@ -487,14 +550,15 @@ class Batcher:
             except (redis.RedisError, OSError) as exc:
                 self._outbox.trouble("drop old dead letters", exc)
 
-    def _heed_cancellations(self, running: Batch) -> None:
-        """Note which tasks of a batch that takes its time were cancelled: no other part of them begins."""
+    def _heed_cancellations(self) -> None:
+        """Note which tasks were cancelled while a batch takes its time: no other part of them begins."""
         if min(self.engine.running_s, self._clock() - self._asked_at) < CANCELLED_LOOK_S:
             return
         self._asked_at = self._clock()
-        for task in self._outbox.ended(running):
-            task.ended = True
-            task_log.task_cancelled(task)
+        for batch in self.engine.batches:
+            for task in self._outbox.ended(batch):
+                task.ended = True
+                task_log.task_cancelled(task)
 
     def drain(self, timeout_s: float, *, crashed: bool = False) -> None:
         """Hand back what has not begun, finish the running batch, settle it. A second call does nothing.
@@ -504,14 +568,16 @@ class Batcher:
         if self._closed:
             return
         self._closed, self._crashed = True, self._crashed or crashed
+        self._pace.close()
         if self.channel is not None:
             self.channel.withdraw()
+        self._withdraw()
         tasks = self._buffer.clear()
         self._outbox.release([*tasks, *self._intake.waiting])
         self._intake.waiting = []
-        if self.engine.current is not None:
+        while self.engine.current is not None:
             done = self.engine.done.get()
-            self.engine.current = None
+            self.engine.collected(done)
             self._settle(self._outcomes(done))
             task_log.batch_done(done, self.device)
             self._outbox.release(self._buffer.clear())  # with slices left

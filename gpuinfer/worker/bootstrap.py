@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import orjson
@@ -39,7 +39,7 @@ from gpuinfer.worker.process import Process
 if TYPE_CHECKING:
     from gpuinfer.models.loaded import LoadedModel
     from gpuinfer.worker.batcher import Batcher
-    from gpuinfer.worker.engine import Engine
+    from gpuinfer.worker.task import Task
 
 log = get_logger(__name__)
 
@@ -134,6 +134,7 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
     from gpuinfer.worker.celery_state import CeleryState
     from gpuinfer.worker.deadline import Deadline
     from gpuinfer.worker.engine import Engine
+    from gpuinfer.worker.sizes import Sizes
 
     def on_fatal(error: GpuinferError) -> None:
         hint = "its tasks are put back"
@@ -151,31 +152,50 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
     store.signatures = {key: orjson.dumps(model.signature.to_json()) for key, (model, _) in loaded.items()}
 
     def on_hard() -> None:
-        _end_at_hard_limit(engine, store)
+        _end_at_hard_limit(deadline.expired, store)
 
     models = {key: model for key, (model, _) in loaded.items()}
-    sizes = {key: fits for key, (_, fits) in loaded.items()}
-    engine = Engine(models, sizes, Deadline(on_hard), wake=lambda: None)
+    deadline = Deadline(on_hard)
+    engine = Engine(
+        models,
+        Sizes({key: fits for key, (_, fits) in loaded.items()}, _most(settings, models)),
+        deadline,
+        wake=lambda: None,
+        threads=settings.worker.prepare_threads,
+        errors=settings.models.errors,
+    )
     manifests = {key: model.manifest for key, model in models.items()}
     return Batcher(store, engine, manifests, settings, device, CeleryState(name), on_fatal)
 
 
-def _end_at_hard_limit(engine: Engine, store: Store) -> NoReturn:
-    """End the process at a hard limit. A task that ran alone is the offender and ends here.
+def _most(settings: Settings, models: Mapping[str, LoadedModel]) -> dict[str, int]:
+    """Return the largest batch that each model may have, whatever fits."""
+    bound = settings.worker.max_batch_size
+    most = {
+        name: model.manifest.max_batch_size if model.manifest.batchable else 1
+        for name, model in models.items()
+    }
+    return {name: min(size, bound or size) for name, size in most.items()}
 
-    Of several, none is: they come back, one death on the record of each, and run alone.
+
+def _end_at_hard_limit(tasks: Sequence[Task], store: Store) -> NoReturn:
+    """End the process at the hard limit of what ran for ``tasks``: a pass, or a step of one of its inputs.
+
+    One task by itself is the offender and ends here. Of several, none is: they come back, one death on the
+    record of each, and run alone. What else was in the pipeline comes back without one.
     """
-    batch = engine.current
     from gpuinfer.worker.outbox import Outbox
 
-    tasks = batch.tasks if batch is not None else []
     log.critical("hard_time_limit", worker=store.worker, task_ids=[task.id for task in tasks])
-    if batch is not None and len(tasks) == 1:
-        error = TimeLimitExceeded(f"ran longer than its hard limit of {batch.hard_limit_s:g} s", None)
-        try:
-            store.settle([Outbox(store).final(tasks[0].claimed, error, tasks[0].envelope)])
-        except Exception as exc:
-            log.error("settle_failed", task_id=tasks[0].id, model=batch.model, reason=str(exc))
+    try:
+        if len(tasks) == 1:
+            (task,) = tasks
+            error = TimeLimitExceeded(f"ran longer than its hard limit of {task.hard_limit_s:g} s", None)
+            store.settle([Outbox(store).final(task.claimed, error, task.envelope)])
+        store.note([task.seq for task in tasks])
+    except Exception as exc:
+        ids = [task.id for task in tasks]
+        log.error("settle_failed", task_ids=ids, reason=str(exc))
     os._exit(TimeLimitExceeded.exit_code)
 
 

@@ -19,10 +19,10 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gpuinfer.errors import SoftTimeLimitExceeded
 
@@ -47,6 +47,8 @@ class _Watch:
     thread_id: int
     soft_at: float
     hard_at: float
+    #: Whose block it is: what ``expired`` says when its hard limit has passed.
+    about: Sequence[Any] = ()
     #: Taken once: by the block when it ends in time, or by the watcher when it interrupts it.
     gate: threading.Lock = field(default_factory=threading.Lock)
     sent: bool = False
@@ -64,16 +66,21 @@ class _Watch:
 
 
 class Deadline:
-    """Watches one forward pass at a time.
+    """Watches one block a thread: a forward pass, or what prepares and finishes inputs.
 
-    ``on_hard`` is called once, in the watching thread, when the hard limit has passed; it must end
-    the process.
+    ``on_hard`` is called once, in the watching thread, when the hard limit of a block has passed, whose
+    ``about`` is then in ``expired``; it must end the process.
     """
 
     def __init__(self, on_hard: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._on_hard = on_hard
-        self._clock = clock
-        self._watch: _Watch | None = None
+        #: Monotonic seconds.
+        self.clock = clock
+        #: Thread -> its block. Changed and copied in single operations, without a lock.
+        self._watches: dict[int, _Watch] = {}
+        self._ending = False
+        #: What the block is about whose hard limit has passed.
+        self.expired: Sequence[Any] = ()
         #: When the watching thread looks next if nobody wakes it: most blocks are over before that.
         self._looks_at = math.inf
         self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -81,20 +88,21 @@ class Deadline:
         self._thread = threading.Thread(target=self._run, name="deadline", daemon=True)
         self._thread.start()
 
-    def run(self, soft_s: float, hard_s: float, call: Callable[[], T]) -> T:
+    def run(self, soft_s: float, hard_s: float, call: Callable[[], T], about: Sequence[Any] = ()) -> T:
         """Call ``call`` under the limits; return its result. Raises SoftTimeLimitExceeded.
 
         Python code is interrupted; native code is found out when it returns. A function and no context
         manager: an interrupt could strike in the frames that enter and leave one, outside of any ``try``.
         """
-        now = self._clock()
-        watch = _Watch(threading.get_ident(), now + soft_s, now + hard_s)
+        now = self.clock()
+        thread = threading.get_ident()
+        watch = _Watch(thread, now + soft_s, now + hard_s, about)
         result: list[T] = []
         failure: BaseException | None = None
         in_time = False
         try:
-            signal.setitimer(signal.ITIMER_REAL, hard_s + KERNEL_GRACE_S)
-            self._watch = watch
+            self._watches[thread] = watch
+            self._arm(now)
             if watch.soft_at < self._looks_at:
                 self._calls.put(True)
             try:
@@ -111,12 +119,24 @@ class Deadline:
         except _Interrupt:
             in_time = False
         watch.over = True
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._watches.pop(thread, None)
+        self._arm(self.clock())
         if not in_time:
             raise SoftTimeLimitExceeded(f"ran longer than its soft limit of {soft_s:g} s")
         if failure is not None:
             raise failure
         return result[0]
+
+    def _arm(self, now: float) -> None:
+        """Let the kernel end the process a moment after the first of the hard limits.
+
+        Two threads may do this at once, and the second undo the first: the watching thread does it again.
+        """
+        if not self._ending:
+            watches = self._watches.copy().values()
+            ends_at = min((watch.hard_at for watch in watches if not watch.looked_at_hard), default=None)
+            rest = 0.0 if ends_at is None else max(0.001, ends_at + KERNEL_GRACE_S - now)
+            signal.setitimer(signal.ITIMER_REAL, rest)
 
     def close(self) -> None:
         """End the watching thread."""
@@ -127,17 +147,23 @@ class Deadline:
         goes_on = True
         while goes_on:
             # Said first, then looked: a block that begins in between either sees it and calls, or is seen.
-            self._looks_at = self._clock() + LOOK_S
+            self._looks_at = self.clock() + LOOK_S
             self._looks_at = min(self._looks_at, self._look())
             with suppress(queue.Empty):
-                goes_on = self._calls.get(timeout=max(0.0, self._looks_at - self._clock()))
+                goes_on = self._calls.get(timeout=max(0.0, self._looks_at - self.clock()))
 
     def _look(self) -> float:
-        """Hold the limits of the block that runs; return when to look at it again."""
-        watch = self._watch
-        if watch is None:
+        """Hold the limits of the blocks that run; return when to look at them again."""
+        watches = self._watches.copy().values()
+        if not watches:
             return math.inf
-        now = self._clock()
+        now = self.clock()
+        for watch in watches:
+            self._hold(watch, now)
+        self._arm(now)
+        return min(watch.next_at for watch in watches)
+
+    def _hold(self, watch: _Watch, now: float) -> None:
         if watch.next_at <= now and not watch.looked_at_soft:
             watch.looked_at_soft = True
             if watch.gate.acquire(blocking=False):
@@ -146,9 +172,11 @@ class Deadline:
         if watch.next_at <= now:
             watch.looked_at_hard = True
             # Ending in order may take a moment: Redis is told who the offender was.
+            self._ending = True
             signal.setitimer(signal.ITIMER_REAL, KERNEL_GRACE_AT_END_S)
+            self.expired = watch.about
             self._on_hard()
-        return watch.next_at
+            self._ending = False
 
 
 def _interrupt(thread_id: int) -> None:

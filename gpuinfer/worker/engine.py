@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from gpuinfer.errors import (
-    DeviceOutOfMemory,
-    GpuinferError,
-    InferenceError,
-    SoftTimeLimitExceeded,
-)
+from gpuinfer.errors import DeviceOutOfMemory, GpuinferError, InferenceError, TaskRevoked
 from gpuinfer.log import get_logger
 from gpuinfer.models.loaded import LoadedModel
-from gpuinfer.models.outputs import render_batch
-from gpuinfer.models.tensors import Item, decode_batch
+from gpuinfer.sections import Errors
+from gpuinfer.worker import failures
 from gpuinfer.worker.buffer import Batch
+from gpuinfer.worker.crew import cores
 from gpuinfer.worker.deadline import Deadline
+from gpuinfer.worker.passes import Passes
+from gpuinfer.worker.pipeline import Pipeline, Run
+from gpuinfer.worker.sizes import Sizes
+from gpuinfer.worker.task import Task
 
 log = get_logger(__name__)
 
@@ -33,24 +33,8 @@ PROBE_EVERY_S = 5.0
 STALLED_AFTER_S = 1.0
 #: Seconds that the thread's end is waited for while a probe runs: a GPU that hangs may never let go of it.
 PROBE_PATIENCE_S = 5.0
-
-
-class RunAlone(Exception):
-    """The outcome of an input whose batch passed its soft limit as a whole: its task must run by itself.
-
-    Not here and now: what is urgent goes in between.
-    """
-
-
-@dataclass(frozen=True, slots=True)
-class _Ran:
-    """What came of some items of a batch."""
-
-    outcomes: list[Any]
-    #: True when the device had too little memory for them at once.
-    memory: bool = False
-    #: The largest number that fits the device, where that has shown.
-    fits: int | None = None
+#: Batches that are in the engine at once: one being finished, one on the device, one being prepared.
+IN_ENGINE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,52 +55,36 @@ class Done:
         return ended and not any(isinstance(outcome, Exception) for outcome in self.outcomes)
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """When a batch must have ended, on the monotonic clock: halves of it share its time."""
-
-    soft_at: float
-    hard_at: float
-    #: True when it is the time of several tasks.
-    shared: bool
-
-    @classmethod
-    def of(cls, batch: Batch) -> Limits:
-        """Start the batch's limits now."""
-        now = time.monotonic()
-        return cls(now + batch.soft_limit_s, now + batch.hard_limit_s, batch.shared)
-
-    def left(self) -> tuple[float, float]:
-        """Return the seconds left until the soft and the hard limit; a thousandth at least."""
-        now = time.monotonic()
-        return max(0.001, self.soft_at - now), max(0.001, self.hard_at - now)
-
-
 class Engine:
     """Runs batches on a thread of its own, one after another; between them it tries its GPU once in a while.
 
-    ``sizes`` gives each model's largest batch that is known to fit its device; ``wake`` is called in
-    that thread whenever something was added to ``done``, unless somebody stands there and waits, and
-    ``probed`` after each probe.
+    ``wake`` is called in that thread, or one that finishes, whenever something was added to ``done``, unless
+    somebody stands there and waits; ``probed`` after each probe.
     """
 
     def __init__(
         self,
         models: Mapping[str, LoadedModel],
-        sizes: Mapping[str, int],
+        sizes: Sizes,
         deadline: Deadline,
         wake: Callable[[], None],
+        *,
+        threads: int = 0,
+        errors: Errors = "full",
     ) -> None:
         self._models = models
-        self._sizes = dict(sizes)
+        self._sizes = sizes
         self._deadline = deadline
+        self._errors: Errors = errors
         self.wake = self.probed = wake
         self.done: queue.SimpleQueue[Done] = queue.SimpleQueue()
-        self._jobs: queue.SimpleQueue[Batch | Callable[[], None] | None] = queue.SimpleQueue()
-        #: The batch that is running or about to; set by the main thread.
-        self.current: Batch | None = None
-        #: When a pass or a probe began last, on the monotonic clock: what the watchdog looks at.
-        self.moved_at = time.monotonic()
+        self._jobs: queue.SimpleQueue[Run | Callable[[], None] | None] = queue.SimpleQueue()
+        #: What was handed over and not collected, the oldest first; for the main thread.
+        self._runs: list[Run] = []
+        #: When a pass, a probe, or a step of an input ended or began last, on the monotonic clock: what the
+        #: watchdog looks at. And when the batch that runs began, or its last pass.
+        self.moved_at = self._began_at = time.monotonic()
+        self.pipeline = Pipeline(deadline, threads or cores(), self._moved)
         #: A model whose GPU is tried while the worker is idle; None on a CPU, which does not get lost.
         self._tried = next((model for model in models.values() if model.device != "cpu"), None)
         #: True while a probe runs, and for good after one that failed: nothing is claimed or begun.
@@ -129,23 +97,68 @@ class Engine:
         self._thread.start()
 
     def limit(self, model: str) -> int:
-        """Return the model's largest batch; one that did not fit has made it smaller for good."""
-        return self._sizes[model]
+        """Return the model's largest batch; one that did not fit has made it smaller for a while."""
+        return self._sizes.limit(model)
+
+    # -- for the main thread --------------------------------------------------------------
+
+    @property
+    def current(self) -> Batch | None:
+        """The batch that runs or is about to: the oldest that was handed over and not collected."""
+        return self._runs[0].batch if self._runs else None
+
+    @property
+    def batches(self) -> list[Batch]:
+        """All that were handed over and not collected, the oldest first."""
+        return [run.batch for run in self._runs]
+
+    @property
+    def ahead(self) -> Batch | None:
+        """The batch behind the one that runs, as long as the device has not begun it."""
+        run = self._runs[-1] if len(self._runs) > 1 else None
+        return run.batch if run is not None and not run.gate.locked() else None
+
+    def prepares(self, model: str) -> bool:
+        """Tell whether the model's inputs are prepared before the device takes them."""
+        return self._models[model].prepares
+
+    def takes(self, model: str) -> bool:
+        """Tell whether a batch of the model may be handed over now, to be prepared behind what runs."""
+        if not self._runs:
+            return True
+        return self._models[model].prepares and self.ahead is None and len(self._runs) < IN_ENGINE
 
     def submit(self, batch: Batch) -> None:
-        """Hand a batch over. The thread must be idle."""
-        self.current = batch
-        self.moved_at = time.monotonic()
-        self._jobs.put(batch)
+        """Hand a batch over, as ``takes`` allows."""
+        run = Run(batch, self._models[batch.model])
+        if not self._runs:
+            self._began()
+        self._runs.append(run)
+        if run.model.prepares:
+            self.pipeline.enter(run)
+        self._jobs.put(run)
+
+    def withdraw(self) -> Batch | None:
+        """Take back the batch that is ahead; None when there is none, or the device has begun it."""
+        run = self._runs[-1] if len(self._runs) > 1 else None
+        if run is None or not run.gate.acquire(blocking=False):
+            return None
+        self.pipeline.leave(run)
+        self._runs.remove(run)
+        return run.batch
+
+    def collected(self, done: Done) -> None:
+        """A batch is out of the engine: its outcomes are being distributed."""
+        self._runs = [run for run in self._runs if run.batch is not done.batch]
 
     @property
     def running_s(self) -> float:
         """Seconds since the batch that runs was handed over, or its last pass began; 0 when none runs."""
-        return time.monotonic() - self.moved_at if self.current is not None else 0.0
+        return time.monotonic() - self._began_at if self._runs else 0.0
 
     def probe(self) -> None:
         """Have the GPU tried when it has been idle for some seconds: else nobody would find out."""
-        if self._tried is None or self.current is not None or self.probing:
+        if self._tried is None or self._runs or self.probing:
             return
         now = time.monotonic()
         if now - self.moved_at >= PROBE_EVERY_S:
@@ -171,6 +184,7 @@ class Engine:
     def close(self) -> None:
         """End the thread after the batch that runs; one whose probe hangs is left behind."""
         self._tried = None
+        self.pipeline.close()
         self._jobs.put(None)
         self._thread.join(PROBE_PATIENCE_S if self.probing else None)
 
@@ -187,97 +201,97 @@ class Engine:
         self.probing = self.failed is not None
         self.probed()
 
+    # -- the device thread ----------------------------------------------------------------
+
+    def _moved(self) -> None:
+        self.moved_at = time.monotonic()
+
+    def _began(self) -> None:
+        self.moved_at = self._began_at = time.monotonic()
+
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if isinstance(job, Batch):
-                self._run_batch(job)
-            else:
+            if not isinstance(job, Run):
                 job()
+            elif job.gate.acquire(blocking=False):  # else it was withdrawn
+                self._run_batch(job)
+            del job
 
-    def _run_batch(self, batch: Batch) -> None:
-        started = time.monotonic()
-        fatal: GpuinferError | None = None
+    def _run_batch(self, run: Run) -> None:
+        self._began()
+        started = self._began_at
         try:
-            outcomes = self._outcomes(batch)
+            outcomes = self._forward(run)
+            behind = run.model.finishes or (run.slots is not None and not self._jobs.empty())
+            if behind:
+                seconds = time.monotonic() - started
+                self.pipeline.finish(run, outcomes, lambda ended: self._end(run, ended, seconds))
+                return
+            self._finish_here(run, outcomes)
         except GpuinferError as exc:  # the device itself failed
-            outcomes, fatal = [], exc
+            self._end(run, [], time.monotonic() - started, exc)
         except Exception as exc:
+            batch = run.batch
             ids = [task.id for task in batch.tasks]
             log.exception("batch_failed", model=batch.model, batch_size=batch.size, task_ids=ids)
             outcomes = [InferenceError(f"{type(exc).__name__}: {exc}")] * batch.size
-        seconds = time.monotonic() - started
-        self.done.put(Done(batch, outcomes, seconds, fatal))
+            self._end(run, outcomes, time.monotonic() - started)
+        else:
+            self._end(run, outcomes, time.monotonic() - started)
+
+    def _end(self, run: Run, outcomes: list[Any], seconds: float, fatal: GpuinferError | None = None) -> None:
+        """Put a batch's outcomes where the main thread finds them."""
+        if any(isinstance(outcome, Exception) for outcome in outcomes):
+            outcomes = failures.told(run.model.name, run.tasks, outcomes, self._errors)
+        self.done.put(Done(run.batch, outcomes, seconds, fatal))
         if not self._awaited:
             self.wake()
 
-    def _outcomes(self, batch: Batch) -> list[Any]:
-        """Decode, run and render a batch. Raises DeviceError when the device cannot go on."""
-        model = self._models[batch.model]
-        tasks = [part.task for part in batch.parts for _ in range(part.start, part.stop)]
-        inputs = [value for part in batch.parts for value in part.task.inputs[part.start : part.stop]]
-        outcomes: list[Any] = _each(lambda values: decode_batch(model.manifest, values), inputs)
-        good = [i for i, item in enumerate(outcomes) if not isinstance(item, Exception)]
-        ran = self._forward(model, batch, [outcomes[i] for i in good])
-        for i, out in zip(good, ran, strict=True):
-            outcomes[i] = out
-        answered = [i for i in good if not isinstance(outcomes[i], Exception)]
+    def _forward(self, run: Run) -> list[Any]:
+        """Return an output or an error for each input. Raises DeviceError when the device cannot go on."""
+        model, tasks = run.model, run.tasks
+        passes = Passes(model, run.batch, run.work, self._deadline, self._sizes, self._began)
+        if run.slots is None:
+            return self._answered(passes, _each(model.prepare, run.values), tasks)
+        outcomes: list[Any] = []
+        while len(outcomes) < len(tasks):
+            first = len(outcomes)
+            until = min(len(tasks), first + self.limit(model.name))
+            asked = time.monotonic()
+            items = self.pipeline.take(run, first, until)
+            passes.waited(time.monotonic() - asked)
+            outcomes += self._answered(passes, items, tasks[first : first + len(items)])
+        return outcomes
 
-        def render(some: Sequence[int]) -> Sequence[Any]:
-            return render_batch(
-                model.manifest,
+    @staticmethod
+    def _answered(passes: Passes, items: list[Any], tasks: Sequence[Task]) -> list[Any]:
+        """Run the items; an error among them, or a cancelled task's, never reaches the device."""
+        good = [i for i, item in enumerate(items) if not isinstance(item, Exception) and not tasks[i].ended]
+        if len(good) == len(items):
+            return passes.run(items, tasks)
+        ran = passes.run([items[i] for i in good], [tasks[i] for i in good])
+        outcomes = [
+            item if isinstance(item, Exception) else TaskRevoked("it was cancelled") for item in items
+        ]
+        for i, outcome in zip(good, ran, strict=True):
+            outcomes[i] = outcome
+        return outcomes
+
+    @staticmethod
+    def _finish_here(run: Run, outcomes: list[Any]) -> None:
+        """Render what has an output, in place and all at once."""
+        answered = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
+        tasks = run.tasks
+
+        def finish(some: Sequence[int]) -> Sequence[Any]:
+            return run.model.finish(
                 [outcomes[i] for i in some],
                 top_k=[tasks[i].top_k for i in some],
                 encoding=[tasks[i].encoding for i in some],
             )
 
-        for i, value in zip(answered, _each(render, answered), strict=True):
+        for i, value in zip(answered, _each(finish, answered), strict=True):
             outcomes[i] = value
-        return outcomes
-
-    def _forward(self, model: LoadedModel, batch: Batch, items: Sequence[Item]) -> list[Any]:
-        """Run items in as few passes as fit; one outcome for each."""
-        outcomes: list[Any] = []
-        until = Limits.of(batch)
-        while len(outcomes) < len(items):
-            some = items[len(outcomes) : len(outcomes) + self.limit(model.name)]
-            ran = self._halve(model, some, until)
-            outcomes += ran.outcomes
-            if ran.fits is not None and len(some) > 2:  # of two, one may be larger than any other
-                self._remember(model.name, ran.fits)
-        return outcomes
-
-    def _halve(self, model: LoadedModel, items: Sequence[Item], until: Limits) -> _Ran:
-        """Run items in one pass; one that fails is halved until the culprit stands alone."""
-        memory = False
-        self.moved_at = time.monotonic()
-        try:
-            return _Ran(self._deadline.run(*until.left(), lambda: list(model.forward(items))))
-        except SoftTimeLimitExceeded as exc:
-            alone = len(items) == 1 and not until.shared  # else it was perhaps another's time, or limit
-            return _Ran([exc] if alone else [RunAlone()] * len(items))
-        except DeviceOutOfMemory as exc:
-            model.release_cache()
-            memory = True
-            if len(items) == 1:
-                return _Ran([exc], memory=True)
-        except InferenceError as exc:
-            if len(items) == 1:
-                return _Ran([exc])
-        half = len(items) // 2
-        first = self._halve(model, items[:half], until)
-        second = self._halve(model, items[half:], until)
-        fits = min((ran.fits for ran in (first, second) if ran.fits is not None), default=None)
-        if memory and not first.memory and not second.memory:
-            fits = half
-        elif memory and not (first.fits and second.fits):  # it was one large item, not their number
-            fits = None
-        return _Ran(first.outcomes + second.outcomes, memory or first.memory or second.memory, fits)
-
-    def _remember(self, name: str, size: int) -> None:
-        """Make a model's batches smaller for good: halves fitted where the whole did not."""
-        if size < self._sizes[name]:
-            self._sizes[name] = size
-            log.warning("batch_size_reduced", model=name, max_batch_size=size)
 
 
 def _each(call: Callable[[Sequence[Any]], Sequence[Any]], values: Sequence[Any]) -> list[Any]:

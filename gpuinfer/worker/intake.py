@@ -66,14 +66,14 @@ class _Taken:
 
 
 class _Record:
-    """The record of which task is being read, beside the batch that runs."""
+    """The record of which task is being read, beside the batches that run."""
 
-    def __init__(self, outbox: Outbox, running: Batch | None) -> None:
+    def __init__(self, outbox: Outbox, running: Sequence[Batch]) -> None:
         self._outbox = outbox
         self._running = running
         self._stands = False
         #: True while a task runs that has a death on its account: the next must be its own doing.
-        self.closed = running is not None and any(task.envelope.deaths for task in running.tasks)
+        self.closed = any(task.envelope.deaths for batch in running for task in batch.tasks)
 
     def put(self, claimed: Claimed, *, suspect: bool) -> bool:
         """Put a task on record. False when Redis is away.
@@ -82,7 +82,7 @@ class _Record:
         """
         if claimed.noted_id is not None:  # the claim has done it
             return True
-        if suspect and self._running is not None:
+        if suspect and self._running:
             raise _Later
         self._stands = self._outbox.note_reading(self._running, claimed.seq)
         return self._stands
@@ -122,11 +122,11 @@ class Intake:
         self.task_bytes = 4096.0
 
     def read(
-        self, channel: TaskChannel, claims: Sequence[Claimed], running: Batch | None, room: int
+        self, channel: TaskChannel, claims: Sequence[Claimed], running: Sequence[Batch], room: int
     ) -> tuple[list[Task], list[Final], list[Claimed]]:
         """Return what can run, the ends of what cannot, and what was not read: the first takes up all room.
 
-        What waited is read first. ``running`` is the batch that runs meanwhile, ``room`` the bytes of
+        What waited is read first. ``running`` are the batches that run meanwhile, ``room`` the bytes of
         arguments that may be held, exceeded by one task at most. Tasks of other names go through
         Celery's own strategy.
         """

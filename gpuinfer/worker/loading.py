@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gpuinfer.errors import DeviceError, GpuinferError, ModelLoadError
 from gpuinfer.log import get_logger
+from gpuinfer.models import words
 from gpuinfer.models.repository import Repository
 from gpuinfer.settings import Settings
 
@@ -40,6 +41,7 @@ def load_models(settings: Settings, device: str) -> Served:
 
     if device != "cpu":
         try_device(device)  # with the driver's words, before a model has any part in it
+    words.adopt()  # what models print goes to the log, from their import on
     served = Served({}, {})
     for name in settings.worker.models:
         try:

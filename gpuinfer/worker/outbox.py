@@ -75,17 +75,22 @@ class Outbox:
         if self._noted is not None:
             self._noted_idle = False
 
-    def begin(self, batch: Batch) -> set[int] | None:
-        """Put a batch on record. Returns the positions of what must not run: it has ended already.
+    def begin(self, batch: Batch, beside: Sequence[Batch] = ()) -> set[int] | None:
+        """Put a batch on record, beside those that run.
 
-        None when Redis is away: the batch must not begin.
+        Returns the positions of what must not run: it has ended already. None when Redis is away: the batch
+        must not begin.
         """
         noted, self._noted = self._noted, None
         tasks = batch.tasks
-        if noted is None or [(task.seq, task.id) for task in tasks] != [(noted.seq, noted.noted_id)]:
+        if (
+            beside
+            or noted is None
+            or [(task.seq, task.id) for task in tasks] != [(noted.seq, noted.noted_id)]
+        ):
             self._noted_idle = False  # written, even if the answer should be lost
             try:
-                ended = self._store.begin([(task.seq, task.id, b"") for task in tasks])
+                ended = self._store.begin([(task.seq, task.id, b"") for task in tasks], _seqs(beside))
             except (redis.RedisError, OSError) as exc:
                 self.trouble("begin", exc)
                 return None
@@ -94,12 +99,12 @@ class Outbox:
         self._noted_idle = False
         return set()
 
-    def note_reading(self, running: Batch | None, seq: int | None = None) -> bool:
-        """Put the task on record that is read next, beside the batch that runs; None: none is any more.
+    def note_reading(self, running: Sequence[Batch] = (), seq: int | None = None) -> bool:
+        """Put the task on record that is read next, beside the batches that run; None: none is any more.
 
         False when Redis is away: nothing must be read that may end the process.
         """
-        seqs = [task.seq for task in running.tasks] if running is not None else []
+        seqs = _seqs(running)
         self._noted, self._noted_idle = None, False  # written, even if the answer should be lost
         try:
             self._store.note(seqs if seq is None else [*seqs, seq])
@@ -109,7 +114,7 @@ class Outbox:
         self._noted_idle = not seqs and seq is None
         return True
 
-    def mark_started(self, batch: Batch, now: float) -> bool:
+    def mark_started(self, batch: Batch, now: float, beside: Sequence[Batch] = ()) -> bool:
         """Write the state of tasks that take their time: running, and where; once. True when it was.
 
         ``now`` is the wall clock. A job of many short slices has begun with its first.
@@ -128,7 +133,8 @@ class Outbox:
                 [
                     (task.seq, task.id, results.started(task.id, worker, pid) if task.seq in late else b"")
                     for task in tasks
-                ]
+                ],
+                _seqs(beside),
             )
         except (redis.RedisError, OSError) as exc:
             self.trouble("begin", exc)
@@ -281,6 +287,10 @@ class Outbox:
         if not isinstance(exc, AWAY) and not self._refused:
             log.error("redis_refused", operation=what, reason=str(exc), hint="tried again until it works")
             self._refused = True
+
+
+def _seqs(batches: Sequence[Batch]) -> list[int]:
+    return [task.seq for batch in batches for task in batch.tasks]
 
 
 def _closes(exc: Exception) -> bool:

@@ -75,6 +75,10 @@ class Task:
     ran_s: float = 0.0
     #: Wall clock of its first batch, for ``inspect active``.
     time_start: float | None = None
+    #: Input -> its place in the pipeline, where it is prepared ahead of its batch.
+    prepared: dict[int, Any] | None = None
+    #: How much of it is done, 0 to 1, where its model tells.
+    progress: float | None = None
 
     @property
     def id(self) -> str:

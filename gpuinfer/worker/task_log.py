@@ -15,7 +15,8 @@ from gpuinfer.log import get_logger
 from gpuinfer.queue.claims import Claimed
 from gpuinfer.queue.keys import place_of
 from gpuinfer.worker.buffer import Batch
-from gpuinfer.worker.engine import Done, RunAlone
+from gpuinfer.worker.engine import Done
+from gpuinfer.worker.passes import RunAlone
 from gpuinfer.worker.task import Task
 
 log = get_logger(__name__)

@@ -34,6 +34,7 @@ from gpuinfer.worker.batcher import LONG_BATCH_S, Batcher
 from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.engine import PROBE_EVERY_S, STALLED_AFTER_S, Engine
+from gpuinfer.worker.sizes import Sizes
 from tests.claims import consuming, stand
 from tests.models_for_tests import picky
 from tests.services import RedisServer
@@ -88,7 +89,7 @@ def batcher(
     store = Store(client, "gpu0@here", QUEUES, settings.queue, models=("picky",))
     store.register(default="picky")
     deadline = Deadline(lambda: None)
-    engine = Engine({"picky": model}, {"picky": 64}, deadline, lambda: None)  # type: ignore[dict-item]
+    engine = Engine({"picky": model}, Sizes({"picky": 64}), deadline, lambda: None)  # type: ignore[dict-item]
     made = Batcher(
         store, engine, {"picky": model.manifest}, settings, "cpu", CeleryState("gpu0@here"), lost.append
     )
@@ -473,7 +474,7 @@ class Watch:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
 
-    def run(self, soft_s: float, hard_s: float, call: Callable[[], Any]) -> Any:
+    def run(self, soft_s: float, hard_s: float, call: Callable[[], Any], about: object = None) -> Any:
         if soft_s < self._seconds:
             raise SoftTimeLimitExceeded(f"ran longer than its soft limit of {soft_s:g} s")
         return call()

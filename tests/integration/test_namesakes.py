@@ -22,6 +22,7 @@ from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.engine import Engine
 from gpuinfer.worker.heartbeat import Pulse
+from gpuinfer.worker.sizes import Sizes
 from tests.models_for_tests import sleeper
 from tests.orphans import check, ends, gpuinfer, submit
 from tests.services import RedisServer
@@ -99,7 +100,7 @@ def test_one_that_waits_changes_nothing(
     epoch = broker.hgetall(keys.epoch(NAME))
     store = Store(broker, NAME, QUEUES, settings.queue, models=("slow",))
     deadline = Deadline(lambda: None)
-    engine = Engine({}, {"slow": 4}, deadline, lambda: None)
+    engine = Engine({}, Sizes({"slow": 4}), deadline, lambda: None)
     nothing: dict[str, Any] = {"slow": None}  # is never asked
     second = Batcher(store, engine, nothing, settings, "cpu", CeleryState(NAME), lambda error: None)
     pulse = Pulse(second, NAME, 0, domain="second", clock=lambda: 1e6)

@@ -30,6 +30,7 @@ from gpuinfer.worker.batcher import Batcher
 from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.engine import Engine
+from gpuinfer.worker.sizes import Sizes
 from tests.integration.test_batcher import Line
 from tests.models_for_tests import picky
 from tests.services import RedisServer
@@ -73,7 +74,7 @@ class Worker:
 
         self.model.too_much = run
         deadline = Deadline(lambda: None)
-        engine = Engine({"picky": self.model}, {"picky": 64}, deadline, lambda: None)  # type: ignore[dict-item]
+        engine = Engine({"picky": self.model}, Sizes({"picky": 64}), deadline, lambda: None)  # type: ignore[dict-item]
         self._ends += [ended.set, engine.close, deadline.close]
         manifests = {"picky": self.model.manifest}
         state = CeleryState("gpu0@here")

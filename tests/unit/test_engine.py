@@ -24,15 +24,15 @@ from gpuinfer.errors import (
 )
 from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.models.loader import load
-from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.repository import Repository
-from gpuinfer.models.tensors import Item, decode_batch
+from gpuinfer.models.tensors import Item
 from gpuinfer.queue.claims import Claimed
 from gpuinfer.queue.message import Envelope
-from gpuinfer.worker import engine as engine_module
 from gpuinfer.worker.buffer import Batch, Part
 from gpuinfer.worker.deadline import Deadline
-from gpuinfer.worker.engine import Done, Engine, RunAlone
+from gpuinfer.worker.engine import Done, Engine
+from gpuinfer.worker.passes import RunAlone
+from gpuinfer.worker.sizes import Sizes
 from gpuinfer.worker.task import Task
 from tests.models_for_tests import picky
 
@@ -47,6 +47,8 @@ class Small:
         self.manifest, self.name = model.manifest, model.name
         self.sizes: list[int] = []
         self.lost = False
+        self.prepares, self.finishes, self.speaks = model.prepares, model.finishes, model.speaks
+        self.prepare, self.finish = model.prepare, model.finish
         #: Tells items that are too much for the device together.
         self.too_much: Callable[[Sequence[Item]], bool] = lambda _: False
         #: Called in each pass, and in each probe.
@@ -85,7 +87,7 @@ def model(tmp_path: Path) -> Small:
 @pytest.fixture
 def engine(model: Small) -> Iterator[Engine]:
     deadline = Deadline(lambda: None)
-    made = Engine({"picky": model}, {"picky": 64}, deadline, lambda: None)  # type: ignore[dict-item]
+    made = Engine({"picky": model}, Sizes({"picky": 64}), deadline, lambda: None)  # type: ignore[dict-item]
     yield made
     made.close()
     deadline.close()
@@ -162,12 +164,14 @@ def test_what_cannot_even_be_read_fails_alone(
 ) -> None:
     """Whatever an input does to the code around the model, its neighbours are answered."""
 
-    def fragile(manifest: Manifest, values: Sequence[object]) -> Any:
+    decode = model.prepare
+
+    def fragile(values: Sequence[object]) -> Any:
         if [13.0] in values:
             raise ZeroDivisionError("13")
-        return decode_batch(manifest, values)
+        return decode(values)
 
-    monkeypatch.setattr(engine_module, "decode_batch", fragile)
+    monkeypatch.setattr(model, "prepare", fragile)
     outcomes = run(engine, [[1.0], [13.0], [2.0]]).outcomes
     assert [isinstance(outcome, InferenceError) for outcome in outcomes] == [False, True, False]
     assert model.sizes == [2]

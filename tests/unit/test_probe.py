@@ -21,6 +21,7 @@ from gpuinfer.worker import engine as engine_module
 from gpuinfer.worker.buffer import Batch, Part
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.engine import PROBE_EVERY_S, Engine
+from gpuinfer.worker.sizes import Sizes
 from tests.models_for_tests import picky
 from tests.unit.test_engine import Small, run, work
 from tests.workers import wait_until
@@ -42,7 +43,7 @@ def woken() -> threading.Event:
 @pytest.fixture
 def engine(model: Small, woken: threading.Event) -> Iterator[Engine]:
     deadline = Deadline(lambda: None)
-    made = Engine({"picky": model}, {"picky": 64}, deadline, lambda: None)  # type: ignore[dict-item]
+    made = Engine({"picky": model}, Sizes({"picky": 64}), deadline, lambda: None)  # type: ignore[dict-item]
     made.probed = woken.set
     yield made
     made.close()
@@ -84,7 +85,7 @@ def test_a_cpu_is_not_tried(tmp_path: Path) -> None:
     """It does not get lost: nothing is handed to the thread."""
     picky(tmp_path / "picky")
     model, deadline = Small(load(Repository([tmp_path]).get("picky"), "cpu")), Deadline(lambda: None)
-    engine = Engine({"picky": model}, {"picky": 64}, deadline, lambda: None)  # type: ignore[dict-item]
+    engine = Engine({"picky": model}, Sizes({"picky": 64}), deadline, lambda: None)  # type: ignore[dict-item]
     idle(engine, 600)
     assert not engine.probing
     engine.close()

@@ -129,7 +129,7 @@ def test_gpu_indices_may_be_numbers(tmp_path: Path) -> None:
         ("[api]\nport = 80.5", "api.port = '80.5': must be a whole number"),
         ("[api]\nport = 65536", "must be less than or equal to 65535"),
         ("[queue]\nretry_backoff_s = nan", "queue.retry_backoff_s = 'nan'"),
-        ('[models]\ndefault = "digits"', "unknown key models.default; known: folders"),
+        ('[models]\ndefault = "digits"', "unknown key models.default; known: errors, folders"),
         ("[worker]\nmodels = []", "must name at least one model"),
         ('[worker]\nqueues = ["slow"]', "worker.queues = 'slow': must be 'realtime', 'default' or 'batch'"),
         ("[worker]\nqueues = []", "must name at least one of realtime, default, batch"),

@@ -146,6 +146,10 @@ class PythonModel(LoadedModel):
         """True when the model has code that runs after the device."""
         return self._finish is not None
 
+    @property
+    def speaks(self) -> bool:
+        return True
+
     # -- before the device ----------------------------------------------------------------
 
     def prepare(self, values: Sequence[object]) -> list[Any]:

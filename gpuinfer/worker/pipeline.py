@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepare ► device ► finish: what a model's own code, or a decoder of files, does beside the device thread.
+
+::
+
+    hand over ─► prepare (a thread a core) ─► take: device thread ─► finish (a thread a core) ─► done
+
+Each input is prepared by itself, under its batch's time limits; one that fails there never reaches the
+device. What is prepared and waits for the device takes up to PREPARED_BYTES a batch; the rest is prepared
+as the device takes it. One batch is on the device, at most one is ahead of it, at most one is being finished.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+from gpuinfer.errors import GpuinferError, InferenceError, TaskRevoked
+from gpuinfer.models.context import Work, working
+from gpuinfer.models.loaded import LoadedModel
+from gpuinfer.worker.buffer import Batch
+from gpuinfer.worker.crew import Crew
+from gpuinfer.worker.deadline import Deadline
+from gpuinfer.worker.task import Task
+
+#: What the prepared inputs of one batch may take in memory, in bytes; one is prepared whatever its size.
+PREPARED_BYTES = 256 * 1024 * 1024
+#: How many values within a prepared input are counted.
+_COUNTED = 1000
+
+#: ``waiting``: nobody prepares it before its batch is handed over again.
+_Stage = Literal["waiting", "queued", "begun", "ready"]
+
+
+class Slot:
+    """One input on its way to the device."""
+
+    __slots__ = ("index", "item", "place", "run", "size", "stage", "task")
+
+    def __init__(self, task: Task, index: int) -> None:
+        self.task = task
+        self.index = index
+        self.stage: _Stage = "waiting"
+        #: The batch it is in at present, and its place there.
+        self.run: Run | None = None
+        self.place = 0
+        #: What ``prepare`` has made of it, or its error; and its bytes.
+        self.item: Any = None
+        self.size = 0
+
+
+class Run:
+    """One batch in the engine, from when it is handed over until it is collected."""
+
+    def __init__(self, batch: Batch, model: LoadedModel) -> None:
+        self.batch = batch
+        self.model = model
+        #: Taken once: by the device thread, or by who withdraws the batch.
+        self.gate = threading.Lock()
+        #: One an input where they are prepared ahead; None: the device thread does it.
+        self.slots: list[Slot] | None = None
+        #: Bytes of what is prepared and not taken.
+        self.bytes = 0
+        #: Which inputs the device wants next, and how many of them are not ready.
+        self.first = self.until = self.missing = 0
+
+    @property
+    def tasks(self) -> list[Task]:
+        """One an input."""
+        return [part.task for part in self.batch.parts for _ in range(part.start, part.stop)]
+
+    @property
+    def values(self) -> list[Any]:
+        """The inputs themselves."""
+        return [value for part in self.batch.parts for value in part.task.inputs[part.start : part.stop]]
+
+    def work(self, tasks: Sequence[Task]) -> Work:
+        """Return what a model's code is told when it runs for these tasks."""
+        return Work(
+            model=self.model.name,
+            task_ids=[task.id for task in tasks],
+            cancelled=lambda: all(task.ended for task in tasks),
+            progress=partial(_note_progress, tasks),
+        )
+
+
+def _note_progress(tasks: Sequence[Task], fraction: float) -> None:
+    for task in tasks:
+        task.progress = fraction
+
+
+class Pipeline:
+    """The threads before and behind the device. ``enter`` and ``leave`` are for the main thread."""
+
+    def __init__(self, deadline: Deadline, threads: int, moved: Callable[[], None]) -> None:
+        self._deadline = deadline
+        self._before = Crew("prepare", threads)
+        self._behind = Crew("finish", threads)
+        #: Called whenever an input has made a step.
+        self._moved = moved
+        self._changed = threading.Condition()
+        #: One batch is finished at a time: the device waits where that is slower.
+        self._finishing = threading.Semaphore(1)
+        #: Model -> seconds that preparing one input takes, a moving average.
+        self.prepare_s: dict[str, float] = {}
+
+    @property
+    def threads(self) -> int:
+        """How many inputs are prepared at once."""
+        return self._before.size
+
+    def enter(self, run: Run) -> None:
+        """Have a batch's inputs prepared, but for those that were when they were here before."""
+        slots = [
+            _slot(part.task, index) for part in run.batch.parts for index in range(part.start, part.stop)
+        ]
+        with self._changed:
+            run.slots = slots
+            for place, slot in enumerate(slots):
+                slot.run, slot.place = run, place
+                if slot.stage == "ready":
+                    run.bytes += slot.size
+                elif slot.stage == "waiting":
+                    slot.stage = "queued"
+                    self._before.put(partial(self._prepare, slot))
+
+    def leave(self, run: Run) -> None:
+        """Prepare nothing more of a batch that was withdrawn; what is prepared is kept with its task."""
+        with self._changed:
+            for slot in run.slots or ():
+                slot.run = None
+                if slot.stage == "queued":
+                    slot.stage = "waiting"
+            self._changed.notify_all()
+
+    def take(self, run: Run, first: int, until: int) -> list[Any]:
+        """Wait for the inputs ``first`` to ``until`` of the batch that runs; return their items or errors.
+
+        Fewer come where they would take too much memory together; one at least.
+        """
+        slots = run.slots or []
+        with self._changed:
+            run.first, run.until = first, until
+            run.missing = sum(slot.stage != "ready" for slot in slots[first:until])
+            while run.missing and not (run.bytes >= PREPARED_BYTES and slots[first].stage == "ready"):
+                self._changed.wait()
+            stop = next((i for i in range(first, until) if slots[i].stage != "ready"), until)
+            taken = slots[first:stop]
+            run.first = stop
+            for slot in taken:
+                run.bytes -= slot.size
+                if slot.task.prepared is not None:
+                    slot.task.prepared.pop(slot.index, None)
+            self._changed.notify_all()
+        items = [slot.item for slot in taken]
+        for slot in taken:
+            slot.item = None
+        return items
+
+    def _prepare(self, slot: Slot) -> None:
+        """Prepare one input, in a thread before the device."""
+        with self._changed:
+            while slot.stage == "queued" and slot.run is not None and self._full(slot, slot.run):
+                self._changed.wait()
+            run = slot.run
+            if slot.stage != "queued" or run is None:
+                return
+            slot.stage = "begun"
+        self._moved()
+        item = self._prepared(run, slot)
+        size = size_of(item)
+        with self._changed:
+            slot.item, slot.size, slot.stage = item, size, "ready"
+            run_now = slot.run
+            if run_now is not None:
+                run_now.bytes += size
+                run_now.missing -= run_now.first <= slot.place < run_now.until
+                if run_now.missing <= 0 or run_now.bytes >= PREPARED_BYTES:
+                    self._changed.notify_all()
+        self._moved()
+
+    @staticmethod
+    def _full(slot: Slot, run: Run) -> bool:
+        return run.bytes >= PREPARED_BYTES and slot.place != run.first
+
+    def _prepared(self, run: Run, slot: Slot) -> Any:
+        task, value, clock = slot.task, slot.task.inputs[slot.index], self._deadline.clock
+        if task.ended:
+            return TaskRevoked("it was cancelled")
+        begun = clock()
+        item = self._limited(run, task, lambda: run.model.prepare([value]))
+        name = run.model.name
+        took, usual = clock() - begun, self.prepare_s.get(name)
+        self.prepare_s[name] = took if usual is None else usual + (took - usual) / 16
+        return item
+
+    def _limited(self, run: Run, task: Task, call: Callable[[], Sequence[Any]]) -> Any:
+        """Run a model's code for one input, under the batch's limits; its only value, or its error."""
+        batch = run.batch
+        try:
+            with working(run.work([task])):
+                (made,) = self._deadline.run(batch.soft_limit_s, batch.hard_limit_s, call, about=[task])
+        except GpuinferError as exc:
+            return exc
+        except Exception as exc:
+            error = InferenceError(f"{type(exc).__name__}: {exc}")
+            error.__cause__ = exc
+            return error
+        return made
+
+    # -- behind the device ----------------------------------------------------------------
+
+    def finish(self, run: Run, outcomes: list[Any], done: Callable[[list[Any]], None]) -> None:
+        """Finish what has an output, each by itself, and then call ``done`` with the outcomes.
+
+        Called by the device thread, which waits here while an earlier batch is being finished.
+        """
+        self._finishing.acquire()
+        places = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
+        if not places:
+            self._finished(outcomes, done)
+            return
+        tasks, left = run.tasks, _Left(len(places))
+
+        def finish_one(place: int) -> None:
+            outcomes[place] = self._finish_one(run, tasks[place], outcomes[place])
+            self._moved()
+            if left.last():
+                self._finished(outcomes, done)
+
+        for place in places:
+            self._behind.put(partial(finish_one, place))
+
+    def _finish_one(self, run: Run, task: Task, output: Any) -> Any:
+        def call() -> Sequence[Any]:
+            return run.model.finish([output], top_k=[task.top_k], encoding=[task.encoding])
+
+        return self._limited(run, task, call)
+
+    def _finished(self, outcomes: list[Any], done: Callable[[list[Any]], None]) -> None:
+        self._finishing.release()
+        done(outcomes)
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._before.close()
+        self._behind.close()
+
+
+class _Left:
+    """Counts down, from any thread."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._lock = threading.Lock()
+
+    def last(self) -> bool:
+        """Count one; True for the last."""
+        with self._lock:
+            self._count -= 1
+            return self._count == 0
+
+
+def _slot(task: Task, index: int) -> Slot:
+    """Return a task's slot for one of its inputs: the same one for as long as it is not taken."""
+    if task.prepared is None:
+        task.prepared = {}
+    slot = task.prepared.get(index)
+    if slot is None:
+        slot = task.prepared[index] = Slot(task, index)
+    return slot
+
+
+def size_of(value: Any) -> int:
+    """Return about how many bytes a prepared input takes."""
+    total, left = 0, _COUNTED
+    stack = [value]
+    while stack and left:
+        one = stack.pop()
+        left -= 1
+        size = getattr(one, "nbytes", None)  # numpy, torch
+        if isinstance(size, int):
+            total += size
+        elif isinstance(one, dict):
+            stack += one.values()
+        elif isinstance(one, list | tuple | set | frozenset):
+            stack += one if len(one) <= left else list(one)[:left]
+        elif hasattr(one, "getbands") and hasattr(one, "size"):  # PIL
+            total += one.size[0] * one.size[1] * len(one.getbands())
+        else:
+            total += sys.getsizeof(one, 64)
+    return total
