@@ -33,8 +33,12 @@ class LoadedModel(ABC):
 
     @property
     def prepares(self) -> bool:
-        """True when ``prepare`` takes a model's own code or a decoder of files, and so time and care."""
+        """True when ``prepare`` may take a model's own code or a decoder of files, and so time and care."""
         return False
+
+    def prepares_these(self, values: Sequence[object]) -> bool:
+        """Tell whether it does so for these values."""
+        return self.prepares
 
     @property
     def finishes(self) -> bool:

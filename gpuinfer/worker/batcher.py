@@ -298,7 +298,7 @@ class Batcher:
         if first is None or self._suspect(self.engine.batches):
             return False
         if ahead is None:
-            return self.engine.takes(first.model)
+            return self.engine.room_for(first.model)
         if self._ahead_aged:  # it goes first, once
             return False
         urgent = first.place < ahead.tasks[0].place
@@ -310,7 +310,7 @@ class Batcher:
         """Tell whether a batch may be handed over now. One with a death on its account runs by itself."""
         if self.engine.current is None:
             return True
-        return self.engine.takes(batch.model) and not self._suspect([batch])
+        return self.engine.takes(batch) and not self._suspect([batch])
 
     @staticmethod
     def _suspect(batches: Iterable[Batch]) -> bool:
@@ -340,7 +340,7 @@ class Batcher:
                 task_log.task_skipped(task)
             self._settle([self._outbox.skipped(task) for task in tasks])
             return True
-        if self.engine.current is not None and not self.engine.takes(batch.model):
+        if self.engine.current is not None and not self.engine.takes(batch):
             return False  # what ran has ended meanwhile
         tasks = batch.tasks
         self._ahead_aged = tasks[0].place[0] == AGED

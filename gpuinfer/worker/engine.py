@@ -21,7 +21,7 @@ from gpuinfer.worker.buffer import Batch
 from gpuinfer.worker.crew import cores
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.passes import Passes
-from gpuinfer.worker.pipeline import Pipeline, Run
+from gpuinfer.worker.pipeline import Pipeline, Run, values_of
 from gpuinfer.worker.sizes import Sizes
 from gpuinfer.worker.task import Task
 
@@ -122,11 +122,17 @@ class Engine:
         """Tell whether the model's inputs are prepared before the device takes them."""
         return self._models[model].prepares
 
-    def takes(self, model: str) -> bool:
-        """Tell whether a batch of the model may be handed over now, to be prepared behind what runs."""
+    def room_for(self, model: str) -> bool:
+        """Tell whether a batch of the model might be handed over now, to be prepared behind what runs."""
+        return not self._runs or (
+            self._models[model].prepares and self.ahead is None and len(self._runs) < IN_ENGINE
+        )
+
+    def takes(self, batch: Batch) -> bool:
+        """Tell whether a batch may be handed over now."""
         if not self._runs:
             return True
-        return self._models[model].prepares and self.ahead is None and len(self._runs) < IN_ENGINE
+        return self.room_for(batch.model) and self._models[batch.model].prepares_these(values_of(batch))
 
     def submit(self, batch: Batch) -> None:
         """Hand a batch over, as ``takes`` allows."""
@@ -134,7 +140,7 @@ class Engine:
         if not self._runs:
             self._began()
         self._runs.append(run)
-        if run.model.prepares:
+        if run.model.prepares and run.model.prepares_these(run.values):
             self.pipeline.enter(run)
         self._jobs.put(run)
 

@@ -52,6 +52,11 @@ class Slot:
         self.size = 0
 
 
+def values_of(batch: Batch) -> list[Any]:
+    """Return the inputs of a batch."""
+    return [value for part in batch.parts for value in part.task.inputs[part.start : part.stop]]
+
+
 class Run:
     """One batch in the engine, from when it is handed over until it is collected."""
 
@@ -75,7 +80,7 @@ class Run:
     @property
     def values(self) -> list[Any]:
         """The inputs themselves."""
-        return [value for part in self.batch.parts for value in part.task.inputs[part.start : part.stop]]
+        return values_of(self.batch)
 
     def work(self, tasks: Sequence[Task]) -> Work:
         """Return what a model's code is told when it runs for these tasks."""

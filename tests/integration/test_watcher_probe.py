@@ -207,8 +207,10 @@ def test_a_model_that_a_hosts_worker_cannot_load(redis_server: RedisServer, sett
     seen = Probe(client, "a").look([], 1000.0)
     assert seen.missing == {"b": {"ocr"}}
     assert {str(one.key): one.serves for one in seen.remote} == {
-        "gpu0@b": digits, "gpu1@b": digits,
-        "gpu0@c": both, "gpu1@c": both,
+        "gpu0@b": digits,
+        "gpu1@b": digits,
+        "gpu0@c": both,
+        "gpu1@c": both,
     }
 
 

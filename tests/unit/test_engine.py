@@ -49,6 +49,7 @@ class Small:
         self.lost = False
         self.prepares, self.finishes, self.speaks = model.prepares, model.finishes, model.speaks
         self.prepare, self.finish = model.prepare, model.finish
+        self.prepares_these = model.prepares_these
         #: Tells items that are too much for the device together.
         self.too_much: Callable[[Sequence[Item]], bool] = lambda _: False
         #: Called in each pass, and in each probe.

@@ -113,10 +113,10 @@ def test_the_next_batch_is_ready_before_the_device_is_free(engine: Engine, model
     go_on = threading.Event()
     model.on_pass = lambda items: go_on.wait(LONG_S) and list(items)
     engine.submit(batch([1]))
-    assert engine.takes("steps")
+    assert engine.takes(batch([2, 3]))
     until(lambda: model.passes)
     engine.submit(batch([2, 3]))
-    assert not engine.takes("steps")
+    assert not engine.takes(batch([9]))
     until(lambda: len(model.prepared) == 3)
     assert model.passes == [[1]]
     go_on.set()
@@ -220,7 +220,7 @@ def test_the_device_goes_on_while_a_batch_is_finished(engine: Engine, model: Ste
     engine.submit(batch([1]))
     until(lambda: len(model.passes) == 2)
     engine.submit(batch([2]))
-    assert not engine.takes("steps")
+    assert not engine.takes(batch([9]))
     assert len(engine.batches) == 3
     go_on.set()
     assert [collect(engine).outcomes[0]["output"] for _ in range(3)] == [0, 1, 2]
