@@ -101,7 +101,7 @@ class Validator:
 
     def _tensor(self, value: Any, wanted: Input, field: str, *, first: int = 0) -> None:
         """Check shape and dtype; ``first`` dimensions are those of the job."""
-        if is_file(value):
+        if type(value) is not list and is_file(value):
             if wanted.file is None:
                 raise InputError("is a file, and the model takes numbers here", field)
             return
@@ -132,7 +132,7 @@ _FILES = {"bytes": "bytes", "image": "an image file", "audio": "a sound file", "
 
 def _looked(value: Any, field: str) -> tuple[tuple[int, ...] | None, str | type | None]:
     """Return the shape of a tensor, and its dtype or the type of its first number; None: not to be told."""
-    if isinstance(value, Mapping):
+    if type(value) is not list and isinstance(value, Mapping):
         if value.keys() != _ENCODED:
             raise InputError("an encoded tensor has the keys b64, dtype and shape", field)
         shape, dtype = value["shape"], value["dtype"]

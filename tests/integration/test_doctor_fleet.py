@@ -49,10 +49,10 @@ def test_the_default_model(host: Host, worker: HandWorker) -> None:
 def test_which_model_is_tried(worker: HandWorker, redis_server: RedisServer) -> None:
     """One that a live worker serves and that is installed here; the default one, if it may be."""
     with redis_server.client() as connection:
-        other = HandWorker(connection, "digits-export", "elsewhere", "digits")
+        other = HandWorker(connection, "digits-photo", "elsewhere", "digits")
         other.beat()
         found = catalogue.read(connection)
-        assert work._served(found, Repository([])).manifest.name == "digits-export"
+        assert work._served(found, Repository([])).manifest.name == "digits-photo"
         catalogue.set_default(connection, "elsewhere")
         assert work._served(catalogue.read(connection), Repository([])).manifest.name == "digits"
         connection.delete(keys.heartbeat(other.store.worker))

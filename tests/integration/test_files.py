@@ -44,7 +44,7 @@ def test_a_file_by_every_way_in(
     small.write_bytes(picture(0))
     large.write_bytes(picture(1, 400, "BMP"))
     assert large.stat().st_size > 2 * 64 * 1024
-    workers.start()
+    workers.start(worker_models="digits,digits-photo")
 
     ids = [client.submit(small), client.submit(large), client.submit(small.read_bytes())]
     upload = api.http.post(
@@ -86,6 +86,9 @@ def test_a_file_by_every_way_in(
     )
     assert done.returncode == 0, done.stderr
     assert [one["result"]["class"] for one in json.loads(done.stdout)] == labels[:2]
+
+    refused = api.http.post("/predict", json={"inputs": [1, 2], "model": "digits-photo"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "bad_input")
 
     bomb = io.BytesIO()
     Image.new("1", (12000, 12000)).save(bomb, "PNG")

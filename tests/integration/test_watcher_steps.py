@@ -440,7 +440,7 @@ async def test_models_that_could_be_served_are_made_known(
     client = connect(settings.broker)
     client.lpush("realtime", *[b"x" * 1000] * 3000)
     client.config_set("maxmemory", "2mb")
-    models = [{"GPUINFER_WORKER_MODELS": name} for name in ("digits,nowhere", "digits-export", "digits")]
+    models = [{"GPUINFER_WORKER_MODELS": name} for name in ("digits,nowhere", "digits-photo", "digits")]
     units = Told(3)
     units.views[1] = UnitView(masked=True)
     watcher = Watcher(settings, units, (0, 1, 2), act=True, host="a", environment=lambda n: models[n])

@@ -61,7 +61,7 @@ def test_the_life_of_a_model(cli: Cli, tmp_path: Path) -> None:
     """Add, list, show, verify, run, remove."""
     source = build.add_scalar(tmp_path / "adder")
     assert "added sum to" in cli("add", source, "--name", "sum")
-    assert {entry["name"] for entry in cli.json("list")} == {"sum", "digits", "digits-export"}
+    assert {entry["name"] for entry in cli.json("list")} == {"sum", "digits", "digits-photo"}
     listing = cli("list")
     assert "x float32[4], k float32[]" in listing
     assert "shipped" in listing
@@ -119,9 +119,9 @@ def test_run_an_image(cli: Cli, tmp_path: Path) -> None:
     assert len(report["results"][0]["top_k"]) == 2
     assert report["device"] == "cpu"
     assert report["timing_ms"]["inference"] > 0
-    printed = cli("run", "digits-export", *files[:2])
+    printed = cli("run", "digits", *files[:2])
     assert f"{labels[0]}" in printed
-    assert "digits-export on cpu, batch of 1" in printed
+    assert "digits on cpu, batch of 1" in printed
 
 
 def test_run_npy_items_and_batches(cli: Cli, tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 
 Data: the 1,797 handwritten digits of 8 x 8 pixels, 0..16, that scikit-learn ships (UCI Optical
 Recognition of Handwritten Digits). One fifth, stratified by class, is held out and never trained on.
-The same weights are written as TorchScript and as torch.export; the accuracy beside each is measured
-on the artefact as the appliance loads it. Seeded, on the CPU, on one thread: the weights come out the
-same each time, and with ``PYTHONHASHSEED=0`` so do the bytes of the artefacts.
+The same weights are written as TorchScript, ``digits``, and beside the Python model ``digits-photo``, which
+makes 8 x 8 pixels of any picture, with a picture of each digit. The accuracy beside each is measured on the
+model as the appliance loads it. Seeded, on the CPU, on one thread: the weights come out the same each time,
+and with ``PYTHONHASHSEED=0`` so do the bytes of the artefacts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -34,7 +38,9 @@ TEST_SHARE = 0.2
 EPOCHS = 80
 BATCH = 64
 #: Less than this on the test split is an error.
-LEAST_ACCURACY = 0.98
+LEAST_ACCURACY = {"digits": 0.98, "digits-photo": 0.97}
+#: The Python model, whose code and manifest are written by hand.
+PHOTO = Path(__file__).with_name("digits-photo")
 
 MANIFEST = """\
 # SPDX-License-Identifier: Apache-2.0
@@ -154,15 +160,34 @@ def torchscript_bytes(model: DigitNet) -> bytes:
     return stripped.getvalue()
 
 
-def export_bytes(model: DigitNet) -> bytes:
-    """Export the model with a free batch dimension, without stack traces for the same reason."""
-    batch = torch.export.Dim("batch", min=1, max=65536)
-    program = torch.export.export(model, (torch.zeros(2, 1, 8, 8),), dynamic_shapes={"image": {0: batch}})
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)
+def photo(digit: np.ndarray[Any, Any], random: np.random.Generator, *, chalk: bool = False) -> Image.Image:
+    """Return a picture of a digit (8, 8) of 0..16, of any size and place: ink on paper, chalk on a board."""
+    side = int(random.integers(60, 160))
+    drawn = Image.fromarray(np.round(digit / 16 * 255).astype(np.uint8)).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
+    page = np.zeros((side + int(random.integers(20, 120)), side + int(random.integers(20, 120))))
+    top, left = (int(random.integers(8, length - side - 7)) for length in page.shape)
+    page[top : top + side, left : left + side] = np.asarray(drawn) / 255
+    ground, ink = (30, 220) if chalk else (235, 40)
+    values = ground + (ink - ground) * page + random.normal(0, 3, page.shape)
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def as_file(picture: Image.Image) -> bytes:
+    """Return a picture as a JPEG file."""
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    picture.save(buffer, "JPEG", quality=75)
     return buffer.getvalue()
+
+
+def photos(split: Split) -> list[bytes]:
+    """Return a picture of every test image, by turns ink on paper and chalk on a board."""
+    random = np.random.default_rng(SEED)
+    return [
+        as_file(photo(image[0], random, chalk=place % 2 == 1))
+        for place, image in enumerate(split.test_images)
+    ]
 
 
 def write_model(folder: Path, artefact: str, content: bytes, split: Split) -> float:
@@ -172,45 +197,61 @@ def write_model(folder: Path, artefact: str, content: bytes, split: Split) -> fl
     digest = hashlib.sha256(content).hexdigest()
     manifest = MANIFEST.format(name=folder.name, artefact=artefact, sha256=digest)
     (folder / "model.toml").write_text(manifest, encoding="utf-8")
+    return measure(folder, [*split.test_images.astype(np.float32)], split)
+
+
+def write_photo_model(folder: Path, model: DigitNet, split: Split) -> float:
+    """Write weights and pictures beside the Python model, and measure it."""
+    if folder != PHOTO:
+        shutil.copytree(PHOTO, folder, dirs_exist_ok=True)
+    layers = nn.Sequential(*(layer for layer in model.layers if not isinstance(layer, nn.Dropout)))
+    weights: dict[str, Any] = {name: tensor.numpy() for name, tensor in layers.state_dict().items()}
+    np.savez(folder / "weights.npz", **weights)
+    pictures = photos(split)
+    for label in range(10):
+        place = int(np.flatnonzero(split.test_labels == label)[0])
+        (folder / f"photo-{label}.jpg").write_bytes(pictures[place])
+    return measure(folder, pictures, split)
+
+
+def measure(folder: Path, inputs: Sequence[object], split: Split) -> float:
+    """Run a model folder on what stands for the test images; write down how many classes are right."""
     loaded = load(ModelFolder(path=folder, manifest=load_manifest(folder)), "cpu")
-    outputs = loaded.forward([(image,) for image in split.test_images.astype(np.float32)])
-    found = np.array([scores.argmax() for (scores,) in outputs])
+    results = loaded.finish(loaded.forward(loaded.prepare(inputs)))
+    found = np.array([result["class"] for result in results])
     correct = int((found == split.test_labels).sum())
-    accuracy = correct / len(found)
-    record = {
-        "accuracy": round(accuracy, 4),
+    artefact = folder / loaded.manifest.artefact
+    measured = {
+        "accuracy": round(correct / len(found), 4),
         "correct": correct,
         "test_images": len(found),
         "train_images": len(split.train_images),
         "seed": SEED,
         "epochs": EPOCHS,
-        "sha256": digest,
-        "size_bytes": len(content),
+        "sha256": hashlib.sha256(artefact.read_bytes()).hexdigest(),
+        "size_bytes": artefact.stat().st_size,
         "torch": torch.__version__.partition("+")[0],
     }
-    (folder / "accuracy.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return accuracy
+    (folder / "accuracy.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    return correct / len(found)
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent, show_default=True)
 def main(out: Path) -> None:
-    """Train the digit classifier and write both model folders and the test images to OUT."""
+    """Train the digit classifier and write both models and the test images to OUT."""
     split = split_data()
     model = train(split)
     out.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out / "digits_test.npz", images=split.test_images, labels=split.test_labels)
-    formats = (
-        ("digits", "model.pt", torchscript_bytes(model)),
-        ("digits-export", "model.pt2", export_bytes(model)),
-    )
-    for name, artefact, content in formats:
-        accuracy = write_model(out / name, artefact, content, split)
-        click.echo(
-            f"{name}: {len(content)} bytes, accuracy {accuracy:.4f} on {len(split.test_labels)} images"
-        )
-        if accuracy < LEAST_ACCURACY:
-            raise click.ClickException(f"{name} misses the {LEAST_ACCURACY:.0%} it must reach")
+    accuracies = {
+        "digits": write_model(out / "digits", "model.pt", torchscript_bytes(model), split),
+        PHOTO.name: write_photo_model(out / PHOTO.name, model, split),
+    }
+    for name, accuracy in accuracies.items():
+        click.echo(f"{name}: accuracy {accuracy:.4f} on {len(split.test_labels)} images")
+        if accuracy < LEAST_ACCURACY[name]:
+            raise click.ClickException(f"{name} misses the {LEAST_ACCURACY[name]:.0%} it must reach")
 
 
 if __name__ == "__main__":
