@@ -15,6 +15,7 @@ from PIL import Image
 
 from gpuinfer import Client
 from gpuinfer.errors import InputError, ShapeMismatch
+from gpuinfer.models.repository import SHIPPED
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import keys
 from tests.apis import Api
@@ -87,6 +88,13 @@ def test_a_file_by_every_way_in(
     assert done.returncode == 0, done.stderr
     assert [one["result"]["class"] for one in json.loads(done.stdout)] == labels[:2]
 
+    photo = SHIPPED / "digits-photo" / "photo-7.jpg"
+    form = api.http.post(
+        "/predict", files={"photo": ("seven.jpg", photo.read_bytes())}, data={"model": "digits-photo"}
+    )
+    assert form.status_code == 202, form.text
+    for task_id in (client.submit(photo, model="digits-photo"), form.json()["task_id"]):
+        assert client.result(task_id, timeout_s=60)["label"] == "7"
     refused = api.http.post("/predict", json={"inputs": [1, 2], "model": "digits-photo"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (422, "bad_input")
 
