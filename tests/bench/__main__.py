@@ -18,6 +18,7 @@ from tests.bench.lines import QUICK, Line, Sizes
 from tests.bench.machine import CLIENT_CORE, machine, pinned, stolen_seconds, versions
 from tests.bench.measures import idle, latency, redis_memory, steady, submission, throughput, worker_memory
 from tests.bench.models import write_models
+from tests.bench.photos import photos
 from tests.bench.report import Report, show, write_json
 from tests.bench.scripts import claim_cost
 from tests.bench.spread import speed_up, waits
@@ -34,6 +35,7 @@ MEASURES: dict[str, Callable[[Path, Sizes], Iterator[Line]]] = {
     "waits": waits,
     "claim": claim_cost,
     "images": images,
+    "photos": photos,
     "redis-memory": redis_memory,
     "worker-memory": worker_memory,
     "idle": idle,
