@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gpuinfer import __version__
+from gpuinfer.api.docs import add_docs
 from gpuinfer.api.middleware import Around, note
 from gpuinfer.api.routes import answer, router
 from gpuinfer.client import AsyncClient
@@ -37,10 +38,13 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.client = client
             yield
 
-    app = FastAPI(title="gpuinfer", version=__version__, description=_DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="gpuinfer", version=__version__, description=_DESCRIPTION, lifespan=lifespan, openapi_url=None
+    )
     app.state.settings = settings
     app.state.stopping = stopping
     app.include_router(router)
+    add_docs(app)
     app.add_middleware(Around, stopping=stopping)
     _handle_errors(app, settings.api.retry_after_s)
     return app

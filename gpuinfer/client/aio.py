@@ -25,6 +25,7 @@ from gpuinfer.client.pipe import Pipe
 from gpuinfer.client.signatures import Signatures
 from gpuinfer.client.waits import RETRY_S, Waits
 from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, WaitTimeout
+from gpuinfer.models.signature import Signature
 from gpuinfer.queue import catalogue, keys, results
 from gpuinfer.queue import format as layout
 from gpuinfer.queue.connection import connect_async, typed_errors, user_of
@@ -102,6 +103,14 @@ class AsyncClient:
         """
         with typed_errors(self._user):
             return await catalogue.aread(self._redis)
+
+    async def takes(self, model: str) -> Signature | None:
+        """Return what a model takes, with an example where one is known; None where nobody has told.
+
+        Raises BrokerUnavailable.
+        """
+        await self._ask(model)
+        return self._signatures.of(model)
 
     async def ping(self) -> None:
         """Raises BrokerUnavailable when Redis does not answer, UnusableRedis where it has another format."""

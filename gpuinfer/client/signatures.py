@@ -58,6 +58,14 @@ class Signatures:
             self._known.clear()
         self._known[model] = _Known(text, _validator(text), self._clock())
 
+    def of(self, model: str) -> Signature | None:
+        """Return a model's signature, where it is known."""
+        known = self._known.get(model)
+        try:
+            return Signature.from_json(orjson.loads(known.text)) if known and known.text else None
+        except (ValueError, ManifestError):
+            return None
+
     def all_ready(self, model: str | None, values: Sequence[Any], *, many: bool) -> list[Any]:
         """Return the inputs of several tasks as ``ready`` does; an error says which one is meant."""
         found = []

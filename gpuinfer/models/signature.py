@@ -17,8 +17,10 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+import orjson
 
 from gpuinfer.errors import ManifestError, ModelLoadError
 
@@ -30,6 +32,8 @@ KINDS: tuple[str, ...] = get_args(Kind)
 #: Where a signature comes from; ``none``: the code does not tell, and any JSON value may pass.
 Source = Literal["manifest", "annotations", "none"]
 
+#: Bytes of JSON that an example may have.
+MAX_EXAMPLE_BYTES = 8192
 #: The name of the only input of a model whose annotations name none.
 ITEM = "input"
 #: Type, by its module and name, so that none of these libraries need be imported -> kind.
@@ -98,6 +102,8 @@ class Signature:
     source: Source = "manifest"
     #: True when a request's value is a mapping of input names to values; False: it is the only input's value.
     named: bool = False
+    #: An ``inputs`` value that the model takes, as JSON; None: none is known, or it is large.
+    example: Any = None
 
     @property
     def only(self) -> Input | None:
@@ -111,7 +117,16 @@ class Signature:
             "batchable": self.batchable,
             "source": self.source,
             "named": self.named,
+            **({} if self.example is None else {"example": self.example}),
         }
+
+    def with_example(self, value: Any) -> Signature:
+        """Return it with an example, where that is small and JSON can hold it: arrays become lists."""
+        try:
+            text = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+        except (TypeError, ValueError):  # a file's bytes, or what only a Python model takes
+            return self
+        return replace(self, example=orjson.loads(text)) if len(text) <= MAX_EXAMPLE_BYTES else self
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Signature:
@@ -122,6 +137,7 @@ class Signature:
                 batchable=bool(body["batchable"]),
                 source=body.get("source", "manifest"),
                 named=bool(body.get("named", False)),
+                example=body.get("example"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise ManifestError(f"is no signature: {type(exc).__name__}: {exc}", "signature") from exc

@@ -44,6 +44,7 @@ class TensorModel(LoadedModel):
     ) -> None:
         super().__init__(folder.manifest, device)
         self._folder = folder
+        self.signature = self.signature.with_example(self.example())
         self._module = module
         self._before_each = before_each
         #: The places of inputs that are plain numbers.

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import redis
 from click.testing import CliRunner, Result
@@ -17,6 +18,7 @@ from gpuinfer import Client
 from gpuinfer.api import schemas
 from gpuinfer.errors import BrokerUnavailable, UnknownModel, UsageError
 from gpuinfer.models.cli import model
+from gpuinfer.models.signature import Input, Signature
 from gpuinfer.queue import catalogue, depth, keys, results
 from gpuinfer.queue.message import PREDICT, Submission, decode
 from gpuinfer.settings import Loaded, Settings
@@ -274,6 +276,25 @@ def test_models_are_documented(api: Api) -> None:
     fields = list(catalogue.ModelState(name="x").to_dict())
     assert [list(model) for model in example["value"]] == [fields] * 2
     assert schemas.MODEL["required"] == fields
+
+
+def test_a_models_example_is_documented(api: Api, worker: HandWorker, redis_server: RedisServer) -> None:
+    """/docs has the example of each model that the fleet knows, and it can be sent as it stands."""
+    inputs = (Input(name="x", kind="tensor", dtype="float32", shape=(2,)),)
+    signature = Signature(inputs=inputs).with_example(np.array([1.5, 2.5]))
+    assert Signature.from_json(signature.to_json()) == signature
+    assert Signature(inputs=inputs).with_example(b"a file").example is None
+    worker.store.signatures = {"digits": json.dumps(signature.to_json()).encode()}
+    worker.register()
+    paths = api.http.get("/openapi.json").json()["paths"]
+    for path, value in (("/predict", [1.5, 2.5]), ("/batch_predict", [[1.5, 2.5]])):
+        body = paths[path]["post"]["requestBody"]["content"]["application/json"]
+        shown = body["examples"]["model digits"]["value"]
+        assert shown == {"inputs": value, "model": "digits"}
+        assert api.http.post(path, json=shown).status_code == 202
+    assert "/openapi.json" in api.http.get("/docs").text
+    redis_server.kill()
+    assert "model digits" not in api.http.get("/openapi.json").text
 
 
 def test_an_unknown_model_over_http(api: Api, worker: HandWorker) -> None:

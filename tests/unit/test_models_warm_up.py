@@ -119,7 +119,7 @@ def test_an_example(tmp_path: Path) -> None:
     model = _load(path)
     assert model.warm_up() == 32
     assert model.warnings == []
-    assert model.example() == [7, 7, 7]
+    assert model.example() == model.signature.example == [7, 7, 7]
     path = build.write_model(tmp_path / "n", _Choosy(), _tables("[-1]", "example = [7, 8]"))
     with pytest.raises(ModelLoadError, match=r"its example fails: .*sevens alone"):
         _load(path).warm_up()

@@ -116,10 +116,10 @@ class PythonModel(LoadedModel):
         typed: Sequence[Typed],
     ) -> None:
         super().__init__(folder.manifest, device)
-        self.signature = signature
         self.instance = instance
         self._folder = folder.path
         self._model_folder = folder
+        self.signature = signature.with_example(self.example())
         self._prepare: Callable[[Any], Any] | None = getattr(instance, "prepare", None)
         self._finish: Callable[[Any], Any] | None = getattr(instance, "finish", None)
         self._before: Callable[[], object] | None = None
