@@ -107,4 +107,7 @@ def _load(host: Host, folder: ModelFolder) -> Finding:
         return error(f"{name} cannot be loaded: {exc.message}", f"gpuinfer model show {name}")
     if answer["error"]:
         return error(f"{name} cannot be loaded: {answer['error']}", f"gpuinfer model show {name}")
+    if answer["warnings"]:
+        said = "; ".join(answer["warnings"])
+        return warning(f"{name} loads on the CPU, but {said}", f"gpuinfer model show {name}")
     return ok(f"{name} loads and runs on the CPU ({answer['ms']} ms)")

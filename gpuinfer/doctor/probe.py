@@ -59,7 +59,7 @@ def _first_line(exc: Exception) -> str:
 
 
 def model(folder: str, device: str) -> bytes:
-    """Load a model and run it once on one item of zeros."""
+    """Load a model and run its example, or what it takes of what can be invented; tell what it refused."""
     from gpuinfer.errors import GpuinferError
     from gpuinfer.models.loader import load
     from gpuinfer.models.manifest import load_manifest
@@ -67,10 +67,12 @@ def model(folder: str, device: str) -> bytes:
 
     path, started = Path(folder), time.monotonic()
     try:
-        load(ModelFolder(path=path, manifest=load_manifest(path)), device).warm_up(1)
+        ready = load(ModelFolder(path=path, manifest=load_manifest(path)), device)
+        ready.warm_up(1)
     except GpuinferError as exc:
         return orjson.dumps({"error": str(exc)})
-    return orjson.dumps({"error": "", "ms": round((time.monotonic() - started) * 1000)})
+    took = round((time.monotonic() - started) * 1000)
+    return orjson.dumps({"error": "", "warnings": ready.warnings, "ms": took})
 
 
 def main(arguments: list[str]) -> None:

@@ -8,15 +8,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
 
-from gpuinfer.doctor import config, disk, kernel, models, redis_config, redis_tuning, versions
+from gpuinfer.doctor import config, disk, kernel, models, probe, redis_config, redis_tuning, versions
 from gpuinfer.doctor.finding import Finding, Findings, Skipped
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.redis_place import OUR_SOCKET, place_of
 from gpuinfer.models.examples import sample
-from gpuinfer.models.repository import SHIPPED, Repository
+from gpuinfer.models.manifest import load_manifest
+from gpuinfer.models.repository import SHIPPED, ModelFolder, Repository
 from gpuinfer.models.tensors import decode_batch
 from gpuinfer.settings import BrokerSettings, Loaded, Settings, load
+from tests.models_for_tests import write_model
 
 pytestmark = pytest.mark.unit
 
@@ -298,6 +301,28 @@ def test_a_models_digest(tmp_path: Path) -> None:
     assert (changed.status, gone.status) == ("error", "error")
     assert "it was not opened" in changed.message
     assert gone.remedy.startswith("gpuinfer model add FOLDER --name gone")
+
+
+class _Sevens(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x != 7).any()):
+            raise ValueError("sevens alone")
+        return x
+
+
+def test_a_model_that_refuses_what_is_invented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads, and nobody has seen it run: the warning names the key to set; with an example all is well."""
+    monkeypatch.setattr(models, "ask", lambda what, *arguments, **_: probe.model(*arguments))
+    here = host(tmp_path, {"/proc/meminfo": "MemAvailable: 99999999 kB\n"})
+    tables = '[[inputs]]\nname = "x"\nshape = [1]\n%s\n[[outputs]]\nname = "y"\n'
+
+    def found(name: str, example: str) -> Finding:
+        path = write_model(tmp_path / name, _Sevens(), tables % example)
+        return models._load(here, ModelFolder(path=path, manifest=load_manifest(path)))
+
+    refused = found("bare", "")
+    assert (refused.status, "set inputs.x.example in model.toml" in refused.message) == ("warning", True)
+    assert found("helped", "example = [7]").status == "ok"
 
 
 def test_a_model_that_is_too_large_to_try(tmp_path: Path) -> None:
