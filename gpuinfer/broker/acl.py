@@ -214,6 +214,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *_BURYING,
         _selector("+hincrby", _CLAIMED, _ENDED),
         _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
+        _selector("+hset", "+hkeys", "+hdel", _SIGNATURES),
         _selector("+set", "+mget", "+getrange", "+expire", _RESULTS),
         *_DROPPING,
         *_FREEING,

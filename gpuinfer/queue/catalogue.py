@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+import orjson
 import redis
 import redis.asyncio
 
 from gpuinfer.errors import UnknownModel
+from gpuinfer.models.signature import Signature
 from gpuinfer.queue import heartbeats, keys
 from gpuinfer.queue.depth import Counted, Depth, Lane, is_paused, parse
 from gpuinfer.queue.scripts import bind
@@ -223,6 +225,11 @@ def servers(client: redis.Redis, model: str) -> list[str]:
     return sorted(worker for worker, beat in live.items() if model in beat.get("models", ()))
 
 
+def described_as(signatures: Mapping[str, Signature]) -> list[str | bytes]:
+    """Return the arguments of the script ``describe``: model, what it takes, and so on."""
+    return [part for name, one in signatures.items() for part in (name, orjson.dumps(one.to_json()))]
+
+
 def forget(client: redis.Redis, model: str) -> bool:
     """Drop a model from the catalogue; return whether it was there. Raises redis-py's errors.
 
@@ -238,6 +245,7 @@ __all__ = [
     "Unserved",
     "aread",
     "default_model",
+    "described_as",
     "fleet",
     "forget",
     "read",

@@ -36,6 +36,7 @@ from gpuinfer.gpus import list_gpus
 from gpuinfer.log import get_logger
 from gpuinfer.queue import format as layout
 from gpuinfer.queue import keys
+from gpuinfer.queue.catalogue import described_as
 from gpuinfer.queue.connection import connect, explain, typed_errors
 from gpuinfer.queue.fleet import Serves
 from gpuinfer.queue.scripts import bind
@@ -102,6 +103,7 @@ class Watcher:
         self._client = connect(settings.broker)
         self._write = bind(self._client, "keep")
         self._know = bind(self._client, "know")
+        self._describe = bind(self._client, "describe")
         self._served = Served(settings, environment)
         self._stranded = Reporter()
         self._not_known = ""
@@ -282,11 +284,15 @@ class Watcher:
         self._unreadable = reason
 
     def _make_known(self, own: list[Instance]) -> bool:
-        """Tell the fleet which models this host could serve: those of its instances that are installed."""
+        """Tell the fleet which models this host could serve, those of its instances that are installed, and
+        what they take: a request for one that no worker has loaded yet is checked, too."""
         models = self._served.installed(one.key.number for one in own if not one.masked)
         try:
             if models:
-                self._know(keys=[], args=models)
+                self._know(keys=[], args=[*models])
+            described = {name: one for name, one in models.items() if one is not None}
+            if described:
+                self._describe(keys=[], args=described_as(described))
         except (redis.RedisError, OSError) as exc:  # workers tell, too; the look goes on
             hint = "a model of which no worker has run yet is refused; gpuinfer doctor redis.users"
             if str(exc) != self._not_known:

@@ -12,6 +12,7 @@ from gpuinfer import instances
 from gpuinfer.errors import ConfigError, ModelError
 from gpuinfer.log import get_logger
 from gpuinfer.models.repository import Repository
+from gpuinfer.models.signature import Signature, from_manifest
 from gpuinfer.queue.fleet import Serves, serves_of
 from gpuinfer.settings import Settings, load, settings_file
 
@@ -82,23 +83,31 @@ class Served:
             log.warning("instance_settings_unreadable", instance=number, reason=reason, hint=hint)
         self._wrong[number] = reason
 
-    def installed(self, numbers: Iterable[int]) -> tuple[str, ...]:
-        """Return the models that these instances would serve and that are installed on this host."""
+    def installed(self, numbers: Iterable[int]) -> dict[str, Signature | None]:
+        """Return the models that these instances would serve and that are installed on this host, by name.
+
+        With what they take, where that is known without running their code.
+        """
         asked: dict[tuple[Path, ...], set[str]] = {}
         for number in numbers:
             settings = self._of(number)
             asked.setdefault(tuple(settings.models.folders), set()).update(settings.worker.models)
         try:
-            there = {folders: {*Repository(folders).names()} for folders in asked}
+            there = {folders: Repository(folders).entries() for folders in asked}
         except ModelError as exc:
             if self._no_models != str(exc):
                 hint = "let the watcher's user read models.folders; until then only workers make models known"
                 log.warning("models_not_listed", reason=str(exc), hint=hint)
             self._no_models = str(exc)
-            return ()
+            return {}
         self._no_models = ""
-        found = {name for folders, names in asked.items() for name in names & there[folders]}
-        return tuple(sorted(found))
+        found = {
+            entry.name: from_manifest(entry.folder.manifest)
+            for folders, names in asked.items()
+            for entry in there[folders]
+            if entry.folder is not None and entry.name in names
+        }
+        return dict(sorted(found.items()))
 
 
 def _stamp(path: Path) -> object:

@@ -57,7 +57,7 @@ RUN_BY: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(("epoch", "restore", "bury", "due", "trim"), ("worker", "watcher")),
     "postpone": ("worker",),
-    "describe": ("worker",),
+    "describe": ("worker", "watcher"),
     "submit": ("api",),
     "cancel": ("api",),
     "put": ("api", "worker"),

@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 
 from gpuinfer import Client
 from gpuinfer.errors import FormatMismatch, UnitRefused, UnitStopping, UnitsUnavailable
+from gpuinfer.models.signature import Signature
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.fleet import HOSTS
@@ -448,6 +449,9 @@ async def test_models_that_could_be_served_are_made_known(
     assert client.zrange(keys.CATALOGUE, 0, -1) == [b"digits"]
     seen: Any = client.zscore(keys.CATALOGUE, "digits")
     assert abs(client.time()[0] - seen) < 60
+    said: Any = client.hgetall(keys.SIGNATURES)
+    assert list(said) == [b"digits"]
+    assert Signature.from_json(orjson.loads(said[b"digits"])).inputs[0].shape == (1, 8, 8)
 
 
 async def test_a_file_of_an_instance_that_cannot_be_read_is_said_once(

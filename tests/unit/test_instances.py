@@ -49,5 +49,8 @@ def test_what_an_instance_would_serve_follows_its_files(tmp_path: Path) -> None:
 def test_models_count_where_they_are_installed(tmp_path: Path) -> None:
     """The shipped one is there; another name is nobody's model."""
     served = Served(Settings(), lambda _: {"GPUINFER_WORKER_MODELS": "digits,nowhere"})
-    assert served.installed([0, 1]) == ("digits",)
-    assert served.installed([]) == ()
+    (digits,) = served.installed([0, 1]).items()
+    assert digits[0] == "digits"
+    assert digits[1] is not None
+    assert digits[1].inputs[0].shape == (1, 8, 8)
+    assert served.installed([]) == {}
