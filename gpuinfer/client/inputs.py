@@ -49,8 +49,12 @@ def _opened(value: Any, kinds: Mapping[str, str]) -> Any:
 
 def from_path(path: Path, kind: str | None = None) -> Any:
     """Return what is sent for a file. Raises InputError naming the path."""
+    return from_bytes(_read(path), path, kind)
+
+
+def from_bytes(data: bytes, path: Path, kind: str | None = None) -> Any:
+    """Return what is sent for a file with this content. Raises InputError naming the path."""
     suffix = path.suffix.lower() if kind in (None, "tensor") else _SENT_AS.get(kind, "")
-    data = _read(path)
     if suffix == ".npy":
         return _array(data, str(path))
     if suffix == ".json":

@@ -88,7 +88,7 @@ class Signatures:
         if validator is None:
             return opened(inputs, many=many)
         inputs = opened(inputs, many=many, kinds=validator.kinds)
-        inputs = inputs if many else validator.bare(inputs)
+        inputs = inputs if many else validator.settled(inputs)
         validator.check(inputs, many=many)
         return inputs
 

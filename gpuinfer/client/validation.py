@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from gpuinfer.client.inputs import from_bytes
 from gpuinfer.errors import DtypeMismatch, InputError, MissingInput, ShapeMismatch
-from gpuinfer.models.files import is_file
+from gpuinfer.models.files import is_file, name_of
 from gpuinfer.models.json_schema import Check, checker
 from gpuinfer.models.signature import Input, Signature
 from gpuinfer.models.specs import shape_fits
@@ -50,12 +52,25 @@ class Validator:
         }
         #: Name -> kind of its inputs.
         self.kinds: Mapping[str, str] = {one.name: one.kind for one in signature.inputs}
+        self._inputs = {one.name: one for one in signature.inputs}
 
-    def bare(self, inputs: Any) -> Any:
-        """Return the value of an only input that was sent under its name, as a form or -F does."""
-        only = self._only
-        named = only is not None and type(inputs) is dict and inputs.keys() == {only.name}
-        return inputs[only.name] if named and only is not None and only.kind != "json" else inputs
+    def settled(self, inputs: Any) -> Any:
+        """Return inputs as the model takes them, where a form or -F says them otherwise.
+
+        An only input may stand under its name, or a file under any; a file of text, JSON or an array stands
+        for what it holds. Raises InputError for one that holds something else.
+        """
+        if type(inputs) is not dict and type(inputs) not in _BYTES:  # lists and arrays, mostly
+            return inputs
+        if self._only is None:
+            if type(inputs) is not dict or is_file(inputs):
+                return inputs
+            return {name: _content(value, self._inputs.get(name)) for name, value in inputs.items()}
+        if type(inputs) is dict and len(inputs) == 1 and not is_file(inputs):
+            ((name, value),) = inputs.items()
+            if is_file(value) or (name == self._only.name and self._only.kind != "json"):
+                inputs = value
+        return _content(inputs, self._only)
 
     def check(self, inputs: Any, *, many: bool = False) -> None:
         """Raises InputError, with the field, for what the model cannot take.
@@ -127,7 +142,25 @@ class Validator:
             )
 
 
+_BYTES: frozenset[type] = frozenset({bytes, bytearray, memoryview})
 _FILES = {"bytes": "bytes", "image": "an image file", "audio": "a sound file", "file": "a file"}
+
+
+def _content(value: Any, wanted: Input | None) -> Any:
+    """Return what a file holds where the input is no file; anything else as it is."""
+    if wanted is None or not is_file(value):
+        return value
+    content = value["b64"] if isinstance(value, Mapping) else value
+    if (
+        wanted.kind not in ("text", "json", "tensor")
+        or wanted.file is not None
+        or type(content) not in _BYTES
+    ):
+        return value
+    name = name_of(value)
+    if wanted.kind == "tensor" and not name.lower().endswith((".npy", ".json")):
+        return value
+    return from_bytes(bytes(content), Path(name), wanted.kind)
 
 
 def _looked(value: Any, field: str) -> tuple[tuple[int, ...] | None, str | type | None]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from typing import Any
@@ -138,9 +139,30 @@ def test_inputs_by_name() -> None:
 
 
 def test_an_only_input_may_be_named() -> None:
-    """As a form does it; an object of JSON stays what it is."""
-    assert validator(DIGIT).bare({"image": b"x"}) == b"x"
-    assert validator(DOC).bare({"doc": {"text": "a"}}) == {"doc": {"text": "a"}}
+    """As a form does it; a file may have any name; an object of JSON stays what it is."""
+    assert validator(DIGIT).settled({"image": b"x"}) == b"x"
+    assert validator(DIGIT).settled({"picture": {"b64": b"x", "name": "a.png"}}) == {
+        "b64": b"x",
+        "name": "a.png",
+    }
+    assert validator(DIGIT).settled({"image": [[[1]]]}) == [[[1]]]
+    assert validator(DIGIT).settled({"picture": [1]}) == {"picture": [1]}
+    assert validator(DOC).settled({"doc": {"text": "a"}}) == {"doc": {"text": "a"}}
+
+
+def test_a_file_may_stand_for_what_it_holds() -> None:
+    """A form's file of text, of JSON, of an array; one that is something else is refused."""
+    text = Input(name="letter", kind="text")
+    array = io.BytesIO()
+    np.save(array, np.arange(3))
+    assert validator(text).settled({"b64": b"Guten Tag", "name": "a.md"}) == "Guten Tag"
+    assert validator(DOC).settled({"b64": b'{"text": "a"}', "name": "a"}) == {"text": "a"}
+    assert validator(IDS).settled({"b64": array.getvalue(), "name": "a.npy"}).tolist() == [0, 1, 2]
+    both = validator(DIGIT, text).settled({"image": b"x", "letter": {"b64": b"hi", "name": "a.txt"}})
+    assert both == {"image": b"x", "letter": "hi"}
+    for wanted, content in ((text, b"\xff"), (DOC, b"{")):
+        with pytest.raises(InputError, match=r"a\.txt"):
+            validator(wanted).settled({"b64": content, "name": "a.txt"})
 
 
 def test_a_job() -> None:
