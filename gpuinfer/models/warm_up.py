@@ -47,7 +47,7 @@ def warm_up(
     item, why = _first_taken(model, tried, check)
     if item is None:
         if largest > 1 and tried:
-            _look_for_a_fixed_batch(model, tried[0])
+            _look_for_a_fixed_batch(model, tried[0], why)
         model.refused = why
         return 1, None
     _run(model, item, 1, check, runs - 1)
@@ -122,7 +122,7 @@ def _run(model: LoadedModel, item: Any, size: int, check: Callable[[Any], None],
         ) from exc
 
 
-def _look_for_a_fixed_batch(model: LoadedModel, candidate: Candidate) -> None:
+def _look_for_a_fixed_batch(model: LoadedModel, candidate: Candidate, why: str) -> None:
     """Raise ModelLoadError when the model takes batches of one size alone."""
     for size in _FIXED_BATCHES:
         try:
@@ -130,5 +130,5 @@ def _look_for_a_fixed_batch(model: LoadedModel, candidate: Candidate) -> None:
         except (_Refused, OutputMismatch, DeviceOutOfMemory):
             continue
         raise ModelLoadError(
-            f"it takes a batch of {size}, and fails with one item: {_FIXED_BATCH}", model.name
+            f"it takes a batch of {size}, and fails with one item ({why}): {_FIXED_BATCH}", model.name
         )

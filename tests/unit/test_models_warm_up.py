@@ -240,7 +240,10 @@ class _FixedBatch(nn.Module):
 
 @pytest.mark.parametrize(
     ("size", "said"),
-    [(1, "it takes one item, and fails with a batch of 32"), (4, "takes a batch of 4, and fails with one")],
+    [
+        (1, "it takes one item, and fails with a batch of 32"),
+        (4, "takes a batch of 4, and fails with one item .zeros: "),
+    ],
 )
 def test_a_batch_dimension_that_a_trace_fixed(tmp_path: Path, size: int, said: str) -> None:
     """A trace that turned the batch into a number is told from a model that dislikes zeros."""
@@ -379,6 +382,9 @@ def test_what_an_export_has_fixed(tmp_path: Path) -> None:
     assert "batchable = false and shape = [4, 2]" in told
     dynamic = {"dynamic_shapes": {"x": {0: torch.export.Dim("batch")}}}
     assert _warmed(_export(tmp_path / "b", _Linear(), (x,), _tables("[2]"), **dynamic)).refused == ""
+    few = {"dynamic_shapes": {"x": {0: torch.export.Dim("batch", max=16)}}}
+    told = _refused(_export(tmp_path / "f", _Linear(), (x,), _tables("[2]"), **few))
+    assert "max_batch_size = 32: the program was exported for batches of at most 16" in told
     told = _refused(_export(tmp_path / "c", _Linear(), (x,), _tables("[2]", dtype="int64"), **dynamic))
     assert "inputs.x.dtype = 'int64': the program was exported for float32" in told
     told = _refused(_export(tmp_path / "d", _Linear(), (x,), _tables("[4, 2]"), **dynamic))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -87,7 +87,7 @@ def _bound(program: Any, manifest: Manifest) -> tuple[Callable[..., Any], tuple[
     for argument, spec in zip(open_, manifest.inputs, strict=True):
         value = values.get(argument.name)
         if isinstance(value, torch.Tensor):
-            _check(value, argument.name, spec, manifest)
+            _check(value, argument.name, spec, manifest, program.range_constraints)
     module = program.module()
     numbers = tuple(isinstance(argument, SymIntArgument) for argument in open_)
     positional, named = program.call_spec.in_spec.children()
@@ -103,7 +103,7 @@ def _bound(program: Any, manifest: Manifest) -> tuple[Callable[..., Any], tuple[
     return call, numbers
 
 
-def _check(value: Any, name: str, spec: InputSpec, manifest: Manifest) -> None:
+def _check(value: Any, name: str, spec: InputSpec, manifest: Manifest, bounds: Mapping[Any, Any]) -> None:
     """Hold one input against what the program was exported with. Raises ModelLoadError."""
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype != spec.dtype:
@@ -119,7 +119,14 @@ def _check(value: Any, name: str, spec: InputSpec, manifest: Manifest) -> None:
         )
     if not manifest.batchable or manifest.max_batch_size == 1:
         return
-    if isinstance(lengths[0], int):
+    if not isinstance(lengths[0], int):
+        found = bounds.get(lengths[0].node.expr)
+        if found is not None and found.upper < manifest.max_batch_size:
+            raise ModelLoadError(
+                f"max_batch_size = {manifest.max_batch_size}: the program was exported for batches of "
+                f"at most {found.upper}"
+            )
+    else:
         raise ModelLoadError(
             f"its batch dimension was fixed at {lengths[0]} when it was exported: export it with "
             f"dynamic_shapes = {{{name!r}: {{0: torch.export.Dim('batch')}}}} and an example of two or more "
