@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.gpu.bound N``: bind as worker N does, and print which GPU CUDA then has."""
+"""``python -m tests.gpu.bound N PER_GPU``: bind as worker N does, and print which GPU CUDA then has."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def main() -> None:
     """Print ``device``, ``uuid`` and ``error`` as JSON."""
     answer = {"device": "", "uuid": "", "error": ""}
     try:
-        binding = visible_device(int(sys.argv[1]), WorkerSettings(), os.environ)
+        number, per_gpu = map(int, sys.argv[1:])
+        binding = visible_device(number, WorkerSettings(per_gpu=per_gpu), os.environ)
         answer["device"] = binding.device
         if binding.cuda_visible_devices is not None:  # as gpuinfer.worker.bootstrap does
             os.environ[VISIBLE] = binding.cuda_visible_devices

@@ -31,6 +31,8 @@ class Form:
     variable: str | None
     #: FIRST, CPU, or words of the error.
     wanted: str
+    #: Workers that share a GPU.
+    per_gpu: int = 1
 
     @property
     def title(self) -> str:
@@ -44,6 +46,8 @@ FORMS = (
     Form(NINE, "{uuid}", FIRST),
     Form(NINE, "{short}", FIRST),
     Form(1, "0,{uuid}", FIRST),
+    Form(1, None, FIRST, per_gpu=2),
+    Form(1, "1", FIRST, per_gpu=2),
     Form(0, "-1", CPU),
     Form(0, "none", CPU),
     Form(0, "NoDevFiles", CPU),
@@ -67,7 +71,7 @@ def bind(form: Form, gpu: Gpu) -> dict[str, str]:
     environ = {key: value for key, value in os.environ.items() if key != VISIBLE}
     if form.variable is not None:
         environ[VISIBLE] = form.variable.format(uuid=gpu.uuid, short=gpu.uuid[:12])
-    command = [sys.executable, "-m", "tests.gpu.bound", str(form.number)]
+    command = [sys.executable, "-m", "tests.gpu.bound", str(form.number), str(form.per_gpu)]
     done = subprocess.run(command, env=environ, check=False, capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr[-2000:]
     answer: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
