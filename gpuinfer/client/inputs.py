@@ -119,7 +119,9 @@ def _path(name: str) -> Path:
         if path.is_file():
             return path
         said = (
-            "is a folder; name a file in it" if path.is_dir() else "there is no such file, and it is not JSON"
+            "is a folder; name a file in it"
+            if path.is_dir()
+            else "there is no such file, and it is not JSON (a text is JSON in double quotes)"
         )
     except (OSError, ValueError) as exc:  # too long a name, or a zero byte in it
         said = f"is neither JSON nor the name of a file: {exc}"
