@@ -21,7 +21,7 @@ from gpuinfer.models.specs import FREE, InputSpec
 #: What a free dimension is where no length is given: 8 suits most models, wav2vec takes at least 400 samples,
 #: U-Nets want multiples of 32, and some speech models a second.
 LENGTHS = (8, 64, 512, 4096, 16000)
-#: An invented input has at most so many numbers.
+#: An invented input of more than the shortest length has at most so many numbers.
 MAX_INVENTED = 1 << 22
 
 
@@ -61,7 +61,7 @@ def candidates(folder: ModelFolder) -> Iterator[Candidate]:
         return
     free = any(not spec.fixed and spec.warm_up_length is None for spec in missing)
     for length in LENGTHS if free else LENGTHS[:1]:
-        if free and max(_size(spec, length) for spec in missing) > MAX_INVENTED:
+        if length > LENGTHS[0] and max(_size(spec, length) for spec in missing) > MAX_INVENTED:
             return
         for fill in (0, 1):
             invented = {spec.name: _filled(spec, fill, length) for spec in missing}

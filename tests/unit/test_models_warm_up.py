@@ -95,6 +95,13 @@ def test_a_warm_up_length(tmp_path: Path) -> None:
     assert _warmed(path).refused == ""
 
 
+def test_large_inputs_are_not_made_larger(tmp_path: Path) -> None:
+    """What is large at the shortest length is tried with that alone."""
+    path = build.write_model(tmp_path / "m", _Choosy(), _tables("[-1, 1024, 1024]"))
+    lengths = [candidate.value.shape[0] for candidate in examples.candidates(_folder(path))]
+    assert lengths == [8, 8]
+
+
 def _warmed(path: Path) -> LoadedModel:
     model = _load(path)
     model.warm_up()
