@@ -66,10 +66,7 @@ def test_a_file_by_every_way_in(
     for refused, code in (
         (api.http.post("/predict", json=[1, 2, 3]), "shape_mismatch"),
         (api.http.post("/predict", json=[[["x"] * 8] * 8]), "dtype_mismatch"),
-        (
-            api.http.post("/predict", data={"model": "digits"}, files={"voice": ("a.wav", b"RIFF")}),
-            "bad_input",
-        ),
+        (api.http.post("/predict", files={"image": ("a.png", b"x"), "voice": ("a.wav", b"y")}), "bad_input"),
     ):
         assert refused.status_code == 422, refused.text
         assert refused.json()["error"]["code"] == code
