@@ -3,8 +3,17 @@
 
 from __future__ import annotations
 
+import sys
+
+from gpuinfer.settings import Settings, load
 from gpuinfer.worker.app import create_worker_app
 
-app = create_worker_app()
+
+def _read() -> Settings:
+    """Read the settings; a worker runs model code, and root's must not have the administrator's password."""
+    return load(user="worker" if "worker" in sys.argv else "api").settings
+
+
+app = create_worker_app(read=_read)
 
 __all__ = ["app"]

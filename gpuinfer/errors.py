@@ -120,6 +120,13 @@ class UnitStopping(GpuinferError):
     exit_code = 75  # EX_TEMPFAIL
 
 
+class NotPermitted(GpuinferError):
+    """Raised when who calls a command may not do what it does."""
+
+    code = "not_permitted"
+    exit_code = 77  # EX_NOPERM
+
+
 class RootKept(GpuinferError):
     """Raised when root's process cannot become the worker's user, and so may not run a model."""
 

@@ -8,6 +8,7 @@ credentials (files in ``$CREDENTIALS_DIRECTORY``, for secrets only), ``/etc/gpui
 Root on an installed host needs to log in nowhere: where no user or password is set, the password
 the package made for Redis's ``admin`` is taken; on a host that works for another one's Redis, which
 has that one's passwords but the administrator's, the password of the program whose command it is.
+Members of the groups gpuinfer-operator and gpuinfer-viewer find a login of their own.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ DEFAULT_FILE = Path("/etc/gpuinfer/gpuinfer.toml")
 #: The passwords of the ACL users, readable by root alone.
 PASSWORDS = Path("/etc/gpuinfer/credentials")
 ADMIN_PASSWORD = PASSWORDS / "admin"
-#: Where passwords lie that commands find by themselves.
-LOGINS = (PASSWORDS,)
+#: Those of people who are not root, each for the members of a group: gpuinfer-operator, gpuinfer-viewer.
+PEOPLES = Path("/etc/gpuinfer/logins")
+PEOPLE = ("operator", "viewer")
 
 
 class Settings(BaseSettings):
@@ -133,7 +135,8 @@ class Loaded:
     @property
     def changed(self) -> Mapping[str, str]:
         """Return the origins of what somebody has set: a login that was found is none of it."""
-        return {name: origin for name, origin in self.origins.items() if Path(origin).parent not in LOGINS}
+        logins = (PASSWORDS, PEOPLES)
+        return {name: origin for name, origin in self.origins.items() if Path(origin).parent not in logins}
 
 
 def load(
@@ -213,7 +216,8 @@ def _login(
         return None
     # A worker runs model code, which may read what is in its memory.
     names = (user,) if user == "worker" else ("admin", user)
-    return next((path for path in (PASSWORDS / name for name in names) if os.access(path, os.R_OK)), None)
+    paths = (*(PASSWORDS / name for name in names), *(PEOPLES / name for name in PEOPLE))
+    return next((path for path in paths if os.access(path, os.R_OK)), None)
 
 
 def load_settings(file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:

@@ -64,9 +64,13 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
 
 def _check_format(settings: Settings) -> None:
     """Raise UnusableRedis where Redis has another format. Without Redis the front starts."""
-    from gpuinfer.queue.connection import connect, typed_errors
+    from gpuinfer.queue.connection import connect, typed_errors, user_of
 
-    with suppress(BrokerError), typed_errors(), connect(settings.broker, retries=0) as client:
+    with (
+        suppress(BrokerError),
+        typed_errors(user_of(settings.broker)),
+        connect(settings.broker, retries=0) as client,
+    ):
         client.ping()
 
 

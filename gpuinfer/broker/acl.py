@@ -23,8 +23,10 @@ from gpuinfer.settings import QUEUES
 if TYPE_CHECKING:
     import redis
 
-#: The users, each with a password file of its name.
-USERS = ("admin", "api", "worker", "watcher")
+#: The programs' users, and those of people who are not root; each has a password file of its name.
+PROGRAMS = ("admin", "api", "worker", "watcher")
+PEOPLE = ("operator", "viewer")
+USERS = (*PROGRAMS, *PEOPLE)
 
 _LISTS = tuple(f"~{queue}*" for queue in QUEUES)
 _RESULTS = f"~{keys.RESULT_PREFIX}*"
@@ -224,36 +226,68 @@ RULES: Mapping[str, Sequence[str]] = {
         *_MOVING,
         _selector(*_ANYTHING, "~gpuinfer:watcher:*"),
     ),
+    # Reads all that is ours, and acts on queues and tasks; no settings, no users, no other program's keys,
+    # and nothing to Celery's control channel.
+    "operator": (
+        *(*_CONNECTION, *_SCRIPTS, *_LISTENING, *_TELLING, *_ANYTHING, "+time", "+info"),
+        *("+rename", "+persist", "+type", "+memory|usage", *_LISTS, _RESULTS, _OURS),
+    ),
+    # Counts, and reads who is there and why; sees no payload and no result.
+    "viewer": (
+        *(*_CONNECTION, *_SCRIPTS, "+time", "+info", *_LISTS),
+        *_COUNTING,
+        _selector("+zscore", _CATALOGUE),
+        _selector("+get", "+lrange", "+hgetall", "+exists", "+zrange", "~gpuinfer:watcher:*"),
+    ),
 }
 
 
 #: Who ends tasks, and sends on what follows them.
-_ENDING = ("worker", "watcher")
+_ENDING = ("worker", "watcher", "operator")
 
 
-def rules(passwords: Mapping[str, str], chain_queues: Sequence[str] = ("celery",)) -> dict[str, list[str]]:
+def digest(password: str) -> str:
+    """Return what Redis keeps of a password."""
+    return hashlib.sha256(password.encode()).hexdigest()
+
+
+def rules(
+    passwords: Mapping[str, str],
+    chain_queues: Sequence[str] = ("celery",),
+    older: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, list[str]]:
     """Return each user's rules as ``ACL SETUSER`` takes them after ``reset``; of passwords, their hashes.
 
-    ``chain_queues`` are those of other applications that chains may go on in.
+    ``chain_queues`` are those of other applications that chains may go on in; ``older`` the hashes of
+    passwords that still count while a user's password is being changed.
     """
     found = {"default": DEFAULT.split()[2:]}
     for user in USERS:
-        digest = hashlib.sha256(passwords[user].encode()).hexdigest()
-        found[user] = ["on", f"#{digest}", "resetchannels", "-@all", *RULES[user]]
+        now = [digest(passwords[user])] if passwords[user] else []
+        hashes = dict.fromkeys((*now, *(older or {}).get(user, ())))
+        state = "on" if hashes else "off"
+        found[user] = [state, *(f"#{one}" for one in hashes), "resetchannels", "-@all", *RULES[user]]
         if user in _ENDING:
             found[user].append(_chaining(chain_queues))
     return found
 
 
-def render(passwords: Mapping[str, str], chain_queues: Sequence[str] = ("celery",)) -> str:
+def render(
+    passwords: Mapping[str, str],
+    chain_queues: Sequence[str] = ("celery",),
+    older: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """Return the text of an ACL file. Only the hashes of ``passwords`` are written."""
     return "".join(
-        f"user {user} {' '.join(parts)}\n" for user, parts in rules(passwords, chain_queues).items()
+        f"user {user} {' '.join(parts)}\n" for user, parts in rules(passwords, chain_queues, older).items()
     )
 
 
 def apply(
-    client: redis.Redis, passwords: Mapping[str, str], chain_queues: Sequence[str] = ("celery",)
+    client: redis.Redis,
+    passwords: Mapping[str, str],
+    chain_queues: Sequence[str] = ("celery",),
+    older: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
     """Give the users of a running Redis these rules; return which users had others. Raises redis-py's errors.
 
@@ -261,7 +295,7 @@ def apply(
     Other users stay as they are.
     """
     before = listed(client)
-    wanted = rules(passwords, chain_queues)
+    wanted = rules(passwords, chain_queues, older)
     for user, parts in wanted.items():
         client.execute_command("ACL", "SETUSER", user, "reset", *parts)  # type: ignore[no-untyped-call]
     after = listed(client)

@@ -4,29 +4,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from gpuinfer.errors import ConfigError
+from gpuinfer.errors import ConfigError, NotPermitted
 from gpuinfer.journal.sender import INFO, WARNING, say, say_error
 from gpuinfer.queue.show import as_json_option, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from redis import client
+
+    from gpuinfer.broker.more_users import Users
     from gpuinfer.settings import Loaded, Settings
 
 
+EX_TEMPFAIL = 75
 FOLDER = Path("/run/gpuinfer/redis")
-CREDENTIALS = Path("/etc/gpuinfer/credentials")
 #: The administrator's own users, one line each as Redis's ACL files have them.
 MORE_USERS = Path("/etc/gpuinfer/redis-users.acl")
-_FIX = "`dpkg-reconfigure gpuinfer` makes missing passwords"
-#: Redis refuses to start with a user that is named twice.
-_TAKEN = ("default", "admin", "api", "worker", "watcher")
 
 
 @click.group(epilog="Example: gpuinfer redis show")
@@ -51,14 +52,14 @@ def prepare(loaded: Loaded, folder: Path) -> None:
 
     Passwords come from $CREDENTIALS_DIRECTORY, else from /etc/gpuinfer/credentials.
     """
-    from gpuinfer.broker import acl, last_good, tuning
+    from gpuinfer.broker import acl, last_good, passwords, tuning
 
     settings, fault = last_good.settings(loaded)
     if fault:
         say(f"gpuinfer: warning: {fault}; Redis starts as it did last, until that is mended", WARNING)
     else:
         _tell_of_the_rest(loaded)
-    users = acl.render(passwords(), _chain_queues(loaded, settings)) + more_users()
+    users = acl.render(passwords.read(), _chain_queues(loaded, settings), passwords.older()) + _their_lines()
     _write(folder / "tuning.conf", tuning.render(settings.redis, tuning.host_memory_bytes()))
     _write(folder / "users.acl", users)
 
@@ -73,23 +74,46 @@ def apply_users(loaded: Loaded, as_json: bool) -> None:
     before it restarts the workers. Passwords come from $CREDENTIALS_DIRECTORY, else from
     /etc/gpuinfer/credentials.
     """
-    from gpuinfer.broker import acl, last_good
-    from gpuinfer.queue.connection import connect, typed_errors
+    from gpuinfer.broker import acl, passwords
 
-    found = passwords()
-    login = {"username": "admin", "password": found["admin"]}
-    settings, fault = last_good.settings(loaded)
-    if fault:
-        say(f"gpuinfer: warning: {fault}; taken from Redis's last start", WARNING)
-    broker = type(settings.broker).model_validate(settings.broker.model_dump() | login)
-    with typed_errors(), connect(broker, any_format=True) as client:
-        changed = acl.apply(client, found, _chain_queues(loaded, settings))
+    found = passwords.read()
+    with _as_admin(loaded, found) as (client, settings):
+        changed = acl.apply(client, found, _chain_queues(loaded, settings), passwords.older())
     if as_json:
         print_json({"users": list(acl.USERS), "changed": changed})
     else:
         click.echo(
             f"new rights for {', '.join(changed)}" if changed else "all users have their rights already"
         )
+
+
+@redis.command(
+    "rotate-password",
+    epilog="Examples: gpuinfer redis rotate-password worker; gpuinfer redis rotate-password api --drop-old",
+)
+@click.argument("user", type=click.Choice(["admin", "api", "worker", "watcher", "operator", "viewer"]))
+@click.option("--drop-old", is_flag=True, help="Make no new one: forget the old ones now.")
+@as_json_option
+@click.pass_obj
+def rotate_password(loaded: Loaded, user: str, drop_old: bool, as_json: bool) -> int:
+    """Give a Redis user a new password, as root on Redis's host, while all goes on.
+
+    Redis learns the new one beside the old; each unit that logs in with it is restarted, workers one after
+    the other; then Redis forgets the old. Exit code 75: a unit did not come back, or a connection from
+    another host still has the old one, which goes on to count: copy the file there, restart, and call
+    --drop-old.
+    """
+    from gpuinfer.broker import rotation
+
+    if os.geteuid() != 0:
+        raise NotPermitted(f"only root may change the password of Redis's user {user}", "rotate-password")
+    with _as_admin(loaded) as (client, _):
+        done = rotation.drop_old(client, user) if drop_old else rotation.rotate(client, user, click.echo)
+    if as_json:
+        print_json(done.to_dict())
+    else:
+        click.echo(done.told())
+    return 0 if done.complete else EX_TEMPFAIL
 
 
 @redis.command(epilog="Examples: gpuinfer redis migrate; gpuinfer redis migrate --json")
@@ -103,9 +127,12 @@ def migrate(loaded: Loaded, as_json: bool) -> None:
     """
     from gpuinfer.queue import format as layout
     from gpuinfer.queue import keys
-    from gpuinfer.queue.connection import connect, typed_errors
+    from gpuinfer.queue.connection import connect, typed_errors, user_of
 
-    with typed_errors(), connect(loaded.settings.broker, any_format=True) as client:
+    with (
+        typed_errors(user_of(loaded.settings.broker)),
+        connect(loaded.settings.broker, any_format=True) as client,
+    ):
         number: bytes | None = client.get(keys.FORMAT_KEY)
     layout.check(number)  # where a later edition changes what it knows
     found = int(number) if number else None
@@ -143,6 +170,23 @@ def local(ctx: click.Context) -> None:
         ctx.exit(1)
 
 
+@contextmanager
+def _as_admin(
+    loaded: Loaded, found: Mapping[str, str] | None = None
+) -> Iterator[tuple[client.Redis, Settings]]:
+    """Connect to Redis as its administrator, by what it was started with where the settings are wrong."""
+    from gpuinfer.broker import last_good, passwords
+    from gpuinfer.queue.connection import connect, typed_errors
+
+    login = {"username": "admin", "password": (found or passwords.read())["admin"]}
+    settings, fault = last_good.settings(loaded)
+    if fault:
+        say(f"gpuinfer: warning: {fault}; taken from Redis's last start", WARNING)
+    broker = type(settings.broker).model_validate(settings.broker.model_dump() | login)
+    with typed_errors("admin"), connect(broker, any_format=True) as connected:
+        yield connected, settings
+
+
 def _chain_queues(loaded: Loaded, last: Settings) -> Sequence[str]:
     """Return where chains may go on; with a mistake in that section, where they might at the last start."""
     try:
@@ -168,43 +212,30 @@ def _tell_of_the_rest(loaded: Loaded) -> None:
         say(f"gpuinfer: warning: {exc}", WARNING)
 
 
-def passwords() -> Mapping[str, str]:
-    """Read the users' passwords. Raises ConfigError naming the file that is missing or empty."""
-    from gpuinfer.broker.acl import USERS
+def more_users() -> Users:
+    """Return the administrator's own users, and which lines Redis would reject. Raises ConfigError."""
+    from gpuinfer.broker.more_users import read
 
-    folder = Path(os.environ.get("CREDENTIALS_DIRECTORY", CREDENTIALS))
-    found = {user: _read(folder / user, f"; {_FIX}").strip() for user in USERS}
-    for user, password in found.items():
-        if not password:
-            raise ConfigError(f"is empty; {_FIX}", str(folder / user))
-    return found
-
-
-def more_users() -> str:
-    """Return the administrator's own users, without comments, which Redis would refuse to start with.
-
-    Raises ConfigError naming the line that is no user of his own.
-    """
-    if not MORE_USERS.exists():
-        return ""
-    lines = []
-    for number, line in enumerate(_read(MORE_USERS).splitlines(), start=1):
-        words = line.split()
-        if not words or words[0].startswith("#"):
-            continue
-        if words[0] != "user" or len(words) < 2 or words[1] in _TAKEN:
-            wanted = f"must be `user NAME RULES...`, with another name than {', '.join(_TAKEN)}"
-            raise ConfigError(f"line {number} {wanted}", str(MORE_USERS))
-        lines.append(line.strip() + "\n")
-    return "".join(lines)
-
-
-def _read(path: Path, hint: str = "") -> str:
+    handed = Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent")) / MORE_USERS.name
+    path = handed if handed.exists() else MORE_USERS
     try:
-        return path.read_text(encoding="utf-8")
+        return read(path.read_text(encoding="utf-8")) if path.exists() else read("")
     except (OSError, UnicodeDecodeError) as exc:
-        reason = getattr(exc, "strerror", None) or exc
-        raise ConfigError(f"cannot be read: {reason}{hint}", str(path)) from exc
+        raise ConfigError(
+            f"cannot be read: {getattr(exc, 'strerror', None) or exc}", str(MORE_USERS)
+        ) from exc
+
+
+def _their_lines() -> str:
+    """Return the administrator's own users; a line that Redis rejects is named, and left out."""
+    try:
+        found = more_users()
+    except ConfigError as exc:
+        say(f"gpuinfer: warning: {exc}; its users are unknown", WARNING)
+        return ""
+    for fault in found.faults:
+        say(f"gpuinfer: warning: {MORE_USERS}: {fault}; this line is left out", WARNING)
+    return "".join(f"{line}\n" for line in found.lines)
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import redis
 
-from gpuinfer.broker import acl
-from gpuinfer.broker.cli import more_users, passwords
+from gpuinfer.broker import acl, passwords
+from gpuinfer.broker.cli import MORE_USERS, more_users
 from gpuinfer.broker.tuning import host_memory_bytes, render
 from gpuinfer.doctor.broker import asked
-from gpuinfer.doctor.finding import Finding, Findings, Skipped, ok, warning
+from gpuinfer.doctor.finding import Finding, Findings, Skipped, edit, ok, warning
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.redis_place import OUR_CONF, place_of
 from gpuinfer.doctor.redis_tuning import running, text_of
@@ -45,8 +45,9 @@ def users(host: Host) -> Finding:
     """The running instance knows the users that its files name, with their rights and passwords."""
     _need_ours(host)
     try:
-        ours = acl.render(passwords(), host.settings.queue.foreign_queues)
-        wanted = _users(f"{ours}{more_users()}".splitlines())
+        ours = acl.render(passwords.read(), host.settings.queue.foreign_queues, passwords.older())
+        theirs = more_users()
+        wanted = _users([*ours.splitlines(), *theirs.lines])
     except ConfigError as exc:
         raise Skipped(f"the users cannot be read: {exc}") from None
     with asked(host) as client:
@@ -56,6 +57,8 @@ def users(host: Host) -> Finding:
     # An administrator's own users may be written in ways that Redis gives back otherwise.
     both = [name for name in acl.USERS if name in found]
     off += [name for name in both if _rights(found[name], categories) != _rights(wanted[name], categories)]
+    if theirs.faults:
+        return warning(f"{MORE_USERS}: {theirs.faults[0]}", f"{edit(MORE_USERS)} && {RESTART}")
     if off:
         return warning(f"Redis runs with other users than its files name: {', '.join(off)} differ", RESTART)
     return ok(f"{len(found)} users as the files name them")

@@ -186,9 +186,9 @@ def remove(loaded: Loaded, name: str, forget: bool) -> None:
 def _forgotten(loaded: Loaded, name: str) -> str:
     """Drop a model from the catalogue unless it is in use; return what came of it."""
     from gpuinfer.queue import catalogue, keys
-    from gpuinfer.queue.connection import connect, typed_errors
+    from gpuinfer.queue.connection import connect, typed_errors, user_of
 
-    with typed_errors(), connect(loaded.settings.broker) as client:
+    with typed_errors(user_of(loaded.settings.broker)), connect(loaded.settings.broker) as client:
         workers = catalogue.servers(client, name)
         if workers:
             return (
@@ -220,11 +220,11 @@ def default(loaded: Loaded, name: str | None, force: bool, as_json: bool) -> Non
     """
     from gpuinfer.models.manifest import MODEL_NAME
     from gpuinfer.queue import catalogue
-    from gpuinfer.queue.connection import connect, typed_errors
+    from gpuinfer.queue.connection import connect, typed_errors, user_of
 
     if name is not None and not MODEL_NAME.fullmatch(name):
         raise UsageError(f"a model cannot be called {name!r}; use a-z 0-9 _ . -", "NAME")
-    with typed_errors(), connect(loaded.settings.broker) as client:
+    with typed_errors(user_of(loaded.settings.broker)), connect(loaded.settings.broker) as client:
         if name is None:
             found = catalogue.default_model(client)
             body, said = {"default": found}, found or "no default model is set; the first worker sets it"

@@ -6,6 +6,7 @@ Settings are read when Celery first asks for its configuration, not at import.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from celery import Celery
@@ -56,9 +57,9 @@ def celery_config(settings: Settings) -> dict[str, Any]:
     }
 
 
-def create_app(settings: Settings | None = None) -> Celery:
-    """Return the application; without settings, they are loaded when first needed."""
+def create_app(settings: Settings | None = None, read: Callable[[], Settings] = load_settings) -> Celery:
+    """Return the application; without settings, they are read when first needed."""
     transport.register()
     application = Celery("gpuinfer", include=["gpuinfer.queue.tasks"], set_as_current=False)
-    application.add_defaults(lambda: celery_config(settings or load_settings()))
+    application.add_defaults(lambda: celery_config(settings or read()))
     return application

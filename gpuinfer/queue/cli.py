@@ -42,11 +42,11 @@ def status(loaded: Loaded, as_json: bool, watch: float | None) -> None:
     """
     from gpuinfer.queue import heartbeats
     from gpuinfer.queue.catalogue import fleet
-    from gpuinfer.queue.connection import connect, typed_errors
+    from gpuinfer.queue.connection import connect, typed_errors, user_of
     from gpuinfer.queue.depth import look
     from gpuinfer.queue.orphans import holders
 
-    with typed_errors(), connect(loaded.settings.broker) as client:
+    with typed_errors(user_of(loaded.settings.broker)), connect(loaded.settings.broker) as client:
         while True:
             depth, (beats, now) = look(client), heartbeats.read(client)
             body = depth.to_dict() | fleet(depth, heartbeats.alive(beats, now)).to_dict()

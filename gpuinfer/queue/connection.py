@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import pwd
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -208,23 +211,65 @@ def _of_room(exc: Exception, text: str) -> QueueFull | None:
     return None
 
 
+#: Redis's words for a missing right; the last are of a script's (7.0), and do not name the command.
+_NO_RIGHT = ("ACL failure", "NOPERM", "The user executing the script can't")
+
+
 def _of_a_login(exc: Exception, text: str, user: str) -> BrokerError | None:
     """Return the error where it is a matter of who asks."""
     if "HELLO must be called" in text or "Authentication required" in text:
-        return BrokerUnavailable("Redis wants a password, and none is set", "broker.password")
+        return BrokerUnavailable(
+            f"Redis wants a login, and the user {_me()} has none; {_GROUPS}; elsewhere broker.username and "
+            "broker.password name one",
+            "broker.password",
+        )
     if isinstance(exc, AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
         return BrokerUnavailable(f"Redis refused the password or user: {text}", "broker.password")
-    if isinstance(exc, NoPermissionError) or "ACL failure" in text or "NOPERM" in text:
-        return BrokerRefused(
-            f"the Redis user {user or 'of this login'} lacks a right that this needs: {text}; gpuinfer redis "
-            "apply-users gives our users their rights, and as root on Redis's own host it works",
-            "broker.username",
-        )
+    if isinstance(exc, NoPermissionError) or any(words in text for words in _NO_RIGHT):
+        return BrokerRefused(_lacks(text, user), "broker.username")
     if "Error 13 " in text:
         return BrokerUnavailable(
-            f"this user may not open Redis's socket; as root it works: {text}", "broker.url"
+            f"the user {_me()} may not open Redis's socket; {_GROUPS}: {text}", "broker.url"
         )
     return None
+
+
+#: Who else may do what this user may not.
+_WHO_MAY = {
+    "viewer": "members of the group gpuinfer-operator may, and root",
+    "operator": "root on Redis's own host may",
+}
+_GROUPS = (
+    "on Redis's own host members of the groups gpuinfer-operator and gpuinfer-viewer have one (usermod -aG "
+    "GROUP USER, then log in again), and root"
+)
+
+
+def _me() -> str:
+    """Return the name of the user that this process is."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+def _lacks(text: str, user: str) -> str:
+    """Say which right a Redis user lacks, and who has it."""
+    user = user or "of this login"
+    command = re.search(r"'([\w|]+)' command", text)
+    what = (
+        f"the right to run {command[1].upper().replace('|', ' ')}"
+        if command
+        else "the right to run a command that this needs"
+    )
+    for kind in ("key", "channel"):
+        if not command and re.search(rf"\b{kind}s?\b", text):
+            what = f"the right to a {kind} that this needs"
+    who = _WHO_MAY.get(
+        user,
+        "gpuinfer redis apply-users gives our users their rights, and as root on Redis's own host it works",
+    )
+    return f"the Redis user {user} lacks {what}: {text}; {who}"
 
 
 def _of_the_server(exc: Exception, text: str) -> BrokerError:

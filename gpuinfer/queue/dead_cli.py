@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _connected(loaded: Loaded) -> Iterator[redis.Redis]:
-    from gpuinfer.queue.connection import connect, typed_errors
+    from gpuinfer.queue.connection import connect, typed_errors, user_of
 
-    with typed_errors(), connect(loaded.settings.broker) as client:
+    with typed_errors(user_of(loaded.settings.broker)), connect(loaded.settings.broker) as client:
         yield client
 
 

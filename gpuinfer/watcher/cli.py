@@ -48,11 +48,11 @@ def explain(loaded: Loaded, last: int, as_json: bool) -> None:
 
     import orjson
 
-    from gpuinfer.queue.connection import connect, typed_errors
+    from gpuinfer.queue.connection import connect, typed_errors, user_of
     from gpuinfer.watcher.notes import told
     from gpuinfer.watcher.probe import DECISIONS
 
-    with typed_errors():
+    with typed_errors(user_of(loaded.settings.broker)):
         texts: list[bytes] = connect(loaded.settings.broker).lrange(DECISIONS, 0, last - 1)  # type: ignore[assignment]
     entries = [orjson.loads(text) for text in texts]
     if as_json:

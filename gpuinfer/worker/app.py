@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from celery import Celery, signals
 
 from gpuinfer.queue.app import create_app
-from gpuinfer.settings import Settings
+from gpuinfer.settings import Settings, load_settings
 from gpuinfer.worker.bootstrap import on_worker_init
 
 
-def create_worker_app(settings: Settings | None = None) -> Celery:
-    """Return an application whose workers serve the queue; without settings, they are loaded when needed."""
-    application = create_app(settings)
+def create_worker_app(
+    settings: Settings | None = None, read: Callable[[], Settings] = load_settings
+) -> Celery:
+    """Return an application whose workers serve the queue; without settings, they are read when needed."""
+    read = cache(read)
+    application = create_app(settings, read)
     application.add_defaults({"worker_consumer": "gpuinfer.worker.consumer:Consumer"})
-    application.gpuinfer_settings = settings
+    application.gpuinfer_settings = (lambda: settings) if settings else read
     return application
 
 

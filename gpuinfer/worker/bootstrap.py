@@ -62,7 +62,7 @@ def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]
     # When systemd's watchdog ends us (SIGABRT), the journal shows where each thread stood.
     faulthandler.enable()
     try:
-        settings = getattr(worker.app, "gpuinfer_settings", None) or load_settings()
+        settings = getattr(worker.app, "gpuinfer_settings", load_settings)()
         configure(settings.log, program=PROGRAM)
         gpu = number_of(name) // settings.worker.per_gpu
         configure(settings.log, program=PROGRAM, worker=name, gpu=gpu)

@@ -11,7 +11,7 @@ import redis
 from gpuinfer.errors import WorkerRunning
 from gpuinfer.locks import domain, stopped
 from gpuinfer.queue.claims import Restored
-from gpuinfer.queue.connection import connect, typed_errors
+from gpuinfer.queue.connection import connect, typed_errors, user_of
 from gpuinfer.queue.heartbeats import wait_for_namesake
 from gpuinfer.queue.orphans import ago, holder
 from gpuinfer.queue.store import REAPER, Store
@@ -25,7 +25,7 @@ def put_back(settings: Settings, worker: str, *, force: bool = False) -> Restore
     BrokerUnavailable, ConfigError.
     """
     host = socket.gethostname()
-    with typed_errors(), connect(settings.broker) as client:
+    with typed_errors(user_of(settings.broker)), connect(settings.broker) as client:
         by = f"{REAPER} gpuinfer restore@{host}"
         store = Store(client, worker, settings.worker.queues, settings.queue, by=by)
         if worker.partition("@")[2] == host:

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from tests.env_files import TEXTS
-from tests.host.admin import journal, properties
-from tests.host.container import Container
+from tests.host.admin import journal, predict, properties, result
+from tests.host.container import Answer, Container
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
@@ -151,6 +151,76 @@ def test_a_slip_in_the_settings_takes_no_queue_down(host: Container) -> None:
     host.ok("systemctl restart gpuinfer-redis; ! systemctl is-active gpuinfer-redis")
     host.ok(f"echo '[api' >>{file}; systemctl restart gpuinfer-redis; ! systemctl is-active gpuinfer-redis")
     host.ok(f"cp -p /root/gpuinfer.toml {file}; systemctl restart gpuinfer-redis gpuinfer-api")
+
+
+def as_user(host: Container, user: str, command: str) -> Answer:
+    return host.sh(f"runuser -u {user} -- {command}")
+
+
+def test_who_is_not_root_has_a_way(host: Container) -> None:
+    """Members of two groups just call the commands; who has no right is told which, and who has it."""
+    host.ok("useradd -G gpuinfer-operator alice; useradd -G gpuinfer-viewer bob; useradd carol")
+    task_id = as_user(host, "alice", "gpuinfer submit '[1]'").output.strip()
+    for command in (
+        "queue status",
+        f"cancel {task_id}",
+        f"result {task_id}",
+        "queue pause batch",
+        "dead list",
+    ):
+        answer = as_user(host, "alice", f"gpuinfer {command}")
+        assert "lacks" not in answer.output, answer
+        assert answer.code == 0 or command.startswith("result"), answer
+    assert as_user(host, "alice", "gpuinfer queue resume batch").code == 0
+    assert as_user(host, "bob", "gpuinfer queue status").code == 0
+    refused = as_user(host, "bob", f"gpuinfer result {task_id}")
+    assert refused.code == 77
+    assert "the Redis user viewer lacks the right to" in refused.output
+    stranger = as_user(host, "carol", "gpuinfer queue status")
+    assert stranger.code == 69
+    assert "the user carol may not open Redis's socket; on Redis's own host members" in stranger.output
+    for user, file in (("carol", "/etc/gpuinfer/logins/viewer"), ("bob", "/etc/gpuinfer/logins/operator")):
+        assert as_user(host, user, f"cat {file}").code
+    for file in (
+        "/run/gpuinfer/redis/users.acl",
+        "/etc/gpuinfer/redis-users.acl",
+        "/etc/gpuinfer/credentials",
+    ):
+        assert as_user(host, "alice", f"cat {file}").code
+    assert host.ok("stat -c %a /etc/gpuinfer/redis-users.acl").strip() == "640"
+
+
+def test_passwords_are_changed_while_all_goes_on(host: Container) -> None:
+    """By the command, and by dpkg-reconfigure where one is missing: what runs knows the new one."""
+    before = host.ok("cat /etc/gpuinfer/credentials/api")
+    said = host.ok("gpuinfer redis rotate-password api")
+    assert said.splitlines()[0] == "restarting gpuinfer-api.service"
+    assert said.splitlines()[1] == "the password of api is new, 1 old one is forgotten"
+    assert host.ok("cat /etc/gpuinfer/credentials/api") != before
+    for user in ("admin", "operator"):
+        host.ok(f"gpuinfer redis rotate-password {user}")
+    assert as_user(host, "alice", "gpuinfer queue status").code == 0
+    host.ok("rm /etc/gpuinfer/credentials/api; dpkg-reconfigure gpuinfer")
+    host.until("curl -sf http://127.0.0.1:8080/health/live")
+    host.ok("systemctl restart gpuinfer-redis; gpuinfer queue status")
+    assert result(host, predict(host), wait=0)["status"] == "queued"
+    host.ok("gpuinfer queue purge realtime --yes")
+    assert host.ok("stat -c '%a %U' /etc/gpuinfer/credentials/* | sort -u").strip() == "600 root"
+
+
+def test_a_line_that_redis_rejects_keeps_nothing_from_starting(host: Container) -> None:
+    """In the administrator's own file: ours work, theirs is named."""
+    file = "/etc/gpuinfer/redis-users.acl"
+    host.ok(
+        f"cp -p {file} /root; echo 'user shop on nopass +nosuch' >>{file}; systemctl restart gpuinfer-redis"
+    )
+    host.ok("gpuinfer queue status")
+    told = host.ok("journalctl --sync; journalctl -u gpuinfer-redis -p warning -o cat")
+    assert f"{file}: line " in told
+    assert "(user shop): " in told
+    assert "(user shop): " in host.sh("gpuinfer doctor redis").output
+    host.ok(f"rm {file}; systemctl restart gpuinfer-redis; cp -p /root/redis-users.acl {file}")
+    host.ok("systemctl restart gpuinfer-redis")
 
 
 def test_the_doctor_finds_nothing_wrong(host: Container) -> None:

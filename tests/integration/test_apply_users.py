@@ -113,7 +113,10 @@ def test_it_gives_what_a_start_gives(server: OurRedis, credentials: Path) -> Non
         admin.acl_deluser("own")
         applied = acl.listed(admin)
     again = apply(server, credentials, "--json")
-    assert json.loads(again.stdout) == {"users": ["admin", "api", "worker", "watcher"], "changed": []}
+    assert json.loads(again.stdout) == {
+        "users": ["admin", "api", "worker", "watcher", "operator", "viewer"],
+        "changed": [],
+    }
     server.stop()
     server.start()
     with server.client() as admin:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpuinfer.broker import cli as broker_cli
+from gpuinfer.broker import passwords
 from gpuinfer.doctor import redis_config
 from gpuinfer.doctor.finding import Finding, Findings, Skipped
 from gpuinfer.doctor.host import Host
@@ -51,7 +52,8 @@ def ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[OurRedis]:
         (tmp_path / "credentials").mkdir()
         for user, password in PASSWORDS.items():
             (tmp_path / "credentials" / user).write_text(password)
-        monkeypatch.setattr(broker_cli, "CREDENTIALS", tmp_path / "credentials")
+        monkeypatch.setattr(passwords, "PROGRAMS", tmp_path / "credentials")
+        monkeypatch.setattr(passwords, "PEOPLES", tmp_path / "credentials")
         monkeypatch.setattr(broker_cli, "MORE_USERS", tmp_path / "redis-users.acl")
         yield server
 
@@ -84,16 +86,16 @@ def test_each_setting_of_our_redis_is_compared(ours: OurRedis) -> None:
 def test_the_users_of_our_redis_are_compared(ours: OurRedis) -> None:
     """A right given by hand, a password that was changed, a user that only one side knows."""
     here = sound_host(ours)
-    assert one(redis_config.users(here)).message == "5 users as the files name them"
+    assert one(redis_config.users(here)).message == "7 users as the files name them"
     with ours.client() as client:
         client.execute_command("ACL", "SETUSER", "api", "+flushall")
         client.execute_command("ACL", "SETUSER", "worker", "(+del ~realtime)")
         client.execute_command("ACL", "SETUSER", "stranger", "on", "nopass", "+@all", "~*")
-    (broker_cli.CREDENTIALS / "watcher").write_text("another")
+    (passwords.PROGRAMS / "watcher").write_text("another")
     broker_cli.MORE_USERS.write_text("user mine on nopass ~x +get\n")
     found = one(redis_config.users(here))
     assert found.message.endswith(": mine, stranger, api, worker, watcher differ")
     assert "another" not in found.message
-    (broker_cli.CREDENTIALS / "watcher").unlink()
+    (passwords.PROGRAMS / "watcher").unlink()
     with pytest.raises(Skipped, match="watcher: cannot be read"):
         redis_config.users(here)

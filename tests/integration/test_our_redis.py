@@ -196,7 +196,7 @@ def test_plain_producer(
     (tmp_path / "users.acl").write_text(shipped.replace("#user ", "user ").replace("0" * 64, digest))
     monkeypatch.setattr(broker_cli, "MORE_USERS", tmp_path / "users.acl")
     with (redis_server.folder / "users.acl").open("a", encoding="utf-8") as file:
-        file.write(broker_cli.more_users())
+        file.write("\n".join([*broker_cli.more_users().lines, ""]))
     redis_server.stop()
     redis_server.start()
     start(workers, redis_server)

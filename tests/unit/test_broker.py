@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gpuinfer.broker import acl, last_good, tuning
+from gpuinfer.broker import acl, last_good, more_users, passwords, tuning
 from gpuinfer.broker import cli as broker_cli
 from gpuinfer.cli import main
 from gpuinfer.settings import QUEUES, RedisSettings, load
+from tests.services import redis_binary
 
 pytestmark = pytest.mark.unit
 
@@ -112,7 +113,7 @@ def test_acl_text() -> None:
     assert text.endswith("\n")
     assert [line.split()[:3] for line in lines] == [
         ["user", "default", "off"],
-        *(["user", user, "on"] for user in ("admin", "api", "worker", "watcher")),
+        *(["user", user, "on"] for user in acl.USERS),
     ]
     for user, password in PASSWORDS.items():
         assert password not in text
@@ -126,7 +127,7 @@ def test_default_user_reads_the_file_back() -> None:
     assert acl.render(PASSWORDS).splitlines()[0] == "user default off resetpass ~* &* +@all"
 
 
-@pytest.mark.parametrize("user", ["api", "worker", "watcher"])
+@pytest.mark.parametrize("user", ["api", "worker", "watcher", "viewer"])
 def test_no_program_has_everything(user: str) -> None:
     """Least rights: no program may do all to all keys, or speak on all channels."""
     rules = [part for rule in acl.RULES[user] for part in rule.strip("()").split()]
@@ -224,14 +225,36 @@ def test_more_users(credentials: Path, folder: Path, tmp_path: Path) -> None:
     assert text == acl.render(PASSWORDS) + "user reader on #00 ~celery-task-meta-* +get\n"
 
 
-@pytest.mark.parametrize("line", ["user api on nopass", "user default on", "reader on", "user"])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("user api on nopass", "line 3 must be `user NAME RULES...`, with another name than default, admin"),
+        ("user viewer on nopass", "line 3 must be"),
+        ("reader on", "line 3 must be"),
+        ("user", "line 3 must be"),
+        ("user mine on ~x +get", "line 3 names the user mine a second time"),
+        ("user reader on +nosuch", "line 3 (user reader): "),
+        ("user reader on +client|nosuch", "line 3 (user reader): "),
+        ("user reader on (+get ~x", "line 3 (user reader): "),
+    ],
+)
 def test_more_users_that_redis_would_refuse(
-    credentials: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
+    credentials: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    words: str,
 ) -> None:
-    """A user named twice, or a line that is none, would keep Redis from starting: the line is named."""
-    (tmp_path / "redis-users.acl").write_text(f"# mine\n{line}\n", encoding="utf-8")
-    assert prepare(folder) == 78
-    assert "redis-users.acl: line 2 must be `user NAME RULES...`" in capsys.readouterr().err
+    """The line is named and left out; ours work, and so do his others."""
+    monkeypatch.setattr(more_users, "BINARY", redis_binary() or "")
+    mine = f"user mine on #{'0' * 64} ~x +get"
+    (tmp_path / "redis-users.acl").write_text(f"# mine\n{mine}\n{line}\n", encoding="utf-8")
+    assert prepare(folder) == 0
+    assert f"redis-users.acl: {words}" in capsys.readouterr().err
+    text = (folder / "users.acl").read_text(encoding="utf-8")
+    assert text == acl.render(PASSWORDS) + mine + "\n"
 
 
 # -- local --------------------------------------------------------------------------------
@@ -352,3 +375,30 @@ def test_local_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "gpuinfer.toml").touch()
     monkeypatch.setenv("GPUINFER_CONFIG", str(tmp_path / "gpuinfer.toml"))
     assert call("redis", "local") == 0
+
+
+@pytest.mark.parametrize("left", [None, "", "none\n"])
+def test_people_may_be_without_a_password(credentials: Path, folder: Path, left: str | None) -> None:
+    """Nobody logs in as a user without one; the programs' queue is not down for it."""
+    (credentials / "viewer").unlink()
+    if left is not None:
+        (credentials / "viewer").write_text(left)
+    assert prepare(folder) == 0
+    lines = (folder / "users.acl").read_text(encoding="utf-8").splitlines()
+    assert [line.split()[1:4] for line in lines][-1] == ["viewer", "off", "resetchannels"]
+    assert not any(line.startswith("user viewer on") for line in lines)
+
+
+def test_older_passwords_count_until_they_are_dropped(
+    credentials: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart of Redis while a password is changed knows both; what is no hash is no password."""
+    monkeypatch.setattr(passwords, "OLDER", tmp_path / "older.json")
+    passwords.keep_older("api", [acl.digest("old")])
+    passwords.keep_older("worker", ["nonsense"])
+    assert prepare(folder) == 0
+    api = (folder / "users.acl").read_text(encoding="utf-8").splitlines()[2]
+    assert f"#{acl.digest(PASSWORDS['api'])} #{acl.digest('old')} " in api
+    passwords.keep_older("worker", [])
+    passwords.keep_older("api", [])
+    assert not passwords.OLDER.exists()

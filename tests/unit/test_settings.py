@@ -295,7 +295,6 @@ def test_the_default_file_by_its_name_keeps_roots_login(
     passwords.mkdir()
     (passwords / "admin").write_text("secret\n")
     monkeypatch.setattr("gpuinfer.settings.PASSWORDS", passwords)
-    monkeypatch.setattr("gpuinfer.settings.LOGINS", (passwords,))
     monkeypatch.setattr("gpuinfer.settings.DEFAULT_FILE", file)
     for loaded in (load(None, {}), load(file, {}), load(None, {"GPUINFER_CONFIG": f"{tmp_path}/link.toml"})):
         assert loaded.settings.broker.username == "admin"
