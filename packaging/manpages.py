@@ -51,6 +51,10 @@ The settings of the appliance's own Redis.
 .I /etc/gpuinfer/redis\\-users.acl
 Redis users for programs of your own; it shows one for a plain Celery producer.
 .TP
+.I /etc/gpuinfer/logins
+Passwords of Redis's users operator and viewer, for the members of the groups gpuinfer\\-operator and
+gpuinfer\\-viewer: their commands log in by themselves.
+.TP
 .I /var/lib/gpuinfer/models
 Models, a folder each.
 .SH SEVERAL HOSTS
@@ -74,6 +78,9 @@ and
 remove
 .IR admin ,
 which stays with the first: it may do everything to the queue.
+Where people who are not root work on the second, it wants the first one's
+.I /etc/gpuinfer/logins
+too.
 Then set in
 .IR /etc/gpuinfer/gpuinfer.toml :
 .PP

@@ -13,7 +13,10 @@ from gpuinfer.doctor.redis_place import place_of
 from gpuinfer.errors import ConfigError
 
 CREDENTIALS = "/etc/gpuinfer/credentials"
+LOGINS = "/etc/gpuinfer/logins"
 USERS = ("admin", "api", "worker", "watcher")
+#: Each for the members of its group.
+PEOPLE = ("operator", "viewer")
 _MIN_PASSWORD_BYTES = 16
 
 
@@ -35,7 +38,7 @@ def credentials(host: Host) -> Findings:
         raise Skipped(f"{CREDENTIALS} is not there: the package is not installed")
     try:
         users = _users(host, folder)
-        found = [*_modes(folder, CREDENTIALS, 0o700), *_files(folder, users)]
+        found = [*_modes(folder, CREDENTIALS, 0o700), *_files(folder, users), *_logins(host)]
     except PermissionError:
         raise Skipped(f"only root may look into {CREDENTIALS}") from None
     return found or ok(f"{len(users)} passwords, readable by root alone")
@@ -62,6 +65,13 @@ def _files(folder: Path, users: Sequence[str]) -> Iterator[Finding]:
                 f"{shown} holds no password",
                 f"openssl rand -hex 32 > {shown} && systemctl restart gpuinfer-redis gpuinfer.target",
             )
+
+
+def _logins(host: Host) -> Iterator[Finding]:
+    for user in PEOPLE:
+        path = host.path(LOGINS) / user
+        if path.exists():
+            yield from _modes(path, f"{LOGINS}/{user}", 0o640)
 
 
 def _modes(path: Path, shown: str, wanted: int) -> Iterator[Finding]:

@@ -44,6 +44,13 @@ def owner(host: Container) -> str:
     return host.ok(f"stat -c %U {SIGNED}; rm {SIGNED}").strip()
 
 
+def passwords_in(host: Container, unit: str) -> dict[str, str]:
+    """Tell which passwords a unit's process has in its memory."""
+    pid = host.ok(f"systemctl show -P MainPID {unit}").strip()
+    host.put("/root/look.py", LOOK)
+    return {name: host.ok(f"python3.11 /root/look.py {pid} {name}").strip() for name in ("worker", "admin")}
+
+
 def test_model_run(host: Container) -> None:
     """`gpuinfer model run` reads root's file, and runs the model as the worker's user."""
     said = json.loads(host.ok("cd /root && gpuinfer model run signer --input one.json --json"))
@@ -59,19 +66,17 @@ def test_a_worker_by_hand(host: Container) -> None:
     done = result(host, predict(host, '{"inputs": 1.5, "model": "signer"}'))
     assert done["status"] == "completed", done
     assert owner(host) == "gpuinfer-worker"
-    pid = host.ok("systemctl show -P MainPID by-hand").strip()
-    host.put("/root/look.py", LOOK)
-    look = {name: host.ok(f"python3.11 /root/look.py {pid} {name}").strip() for name in ("worker", "admin")}
-    assert look == {"worker": "True", "admin": "False"}
+    assert passwords_in(host, "by-hand") == {"worker": "True", "admin": "False"}
     host.ok("systemctl stop by-hand")
 
 
 def test_celerys_own_worker(host: Container) -> None:
-    """`gpuinfer celery worker` takes the same way in."""
+    """`gpuinfer celery worker` takes the same way in, and has not the administrator's password either."""
     unit = "-p Environment=GPUINFER_WORKER_MODELS=signer -p Environment=GPUINFER_WORKER_DEVICE=cpu"
     host.ok(f"systemd-run -q --unit=by-celery {unit} gpuinfer celery worker -P solo -n gpu8@gpuhost")
     host.until(f"test -e {SIGNED}", what="the warm-up")
     assert owner(host) == "gpuinfer-worker"
+    assert passwords_in(host, "by-celery") == {"worker": "True", "admin": "False"}
     host.ok("systemctl stop by-celery")
 
 

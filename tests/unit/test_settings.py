@@ -302,3 +302,36 @@ def test_the_default_file_by_its_name_keeps_roots_login(
     other = tmp_path / "other.toml"
     other.write_text("")
     assert load(other, {}).settings.broker.username is None
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [(["gpuinfer", "celery", "worker", "-P", "solo"], "worker"), (["celery", "inspect", "ping"], "admin")],
+)
+def test_celerys_own_worker_is_no_administrator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], name: str
+) -> None:
+    """It runs model code; the other commands of Celery's are root's own."""
+    from gpuinfer import celery
+
+    monkeypatch.setattr("gpuinfer.settings.PASSWORDS", tmp_path)
+    monkeypatch.setattr("gpuinfer.settings.DEFAULT_FILE", tmp_path / "none.toml")
+    for user in ("admin", "worker"):
+        (tmp_path / user).write_text("secret\n")
+    monkeypatch.setattr("sys.argv", words)
+    assert celery._read().broker.username == name
+
+
+@pytest.mark.parametrize(("files", "name"), [(("operator", "viewer"), "operator"), (("viewer",), "viewer")])
+def test_who_is_not_root_finds_a_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], name: str
+) -> None:
+    """The one of the group: what may be read, the more first; a worker's own login is not taken for it."""
+    monkeypatch.setattr("gpuinfer.settings.PASSWORDS", tmp_path / "nobody's")
+    monkeypatch.setattr("gpuinfer.settings.PEOPLES", tmp_path)
+    monkeypatch.setattr("gpuinfer.settings.DEFAULT_FILE", tmp_path / "none.toml")
+    for user in files:
+        (tmp_path / user).write_text("secret\n")
+    loaded = load(None, {}, user="worker")
+    assert loaded.settings.broker.username == name
+    assert not loaded.changed
