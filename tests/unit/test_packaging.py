@@ -266,3 +266,16 @@ def test_a_wrong_call_is_refused_before_any_work(tmp_path: Path, arguments: list
     assert done.returncode == 1
     assert said in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_packages_name_their_maintainers() -> None:
+    """As the repository's authors are named: the same in both packages and their changelogs."""
+    named = set()
+    for package in ("debian", "debian-torch"):
+        control = (PACKAGING / package / "control").read_text()
+        named.add(re.findall(r"(?m)^Maintainer: (.+ <\S+@\S+>)$", control)[0])
+        named |= set(
+            re.findall(r"(?m)^ -- (.+ <\S+@\S+>)  ", (PACKAGING / package / "changelog").read_text())
+        )
+    (one,) = named
+    assert "packages.example.org" not in one
