@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,8 +108,9 @@ def rotate_password(loaded: Loaded, user: str, drop_old: bool, as_json: bool) ->
 
     if os.geteuid() != 0:
         raise NotPermitted(f"only root may change the password of Redis's user {user}", "rotate-password")
+    say_step = partial(click.echo, err=as_json)
     with _as_admin(loaded) as (client, _):
-        done = rotation.drop_old(client, user) if drop_old else rotation.rotate(client, user, click.echo)
+        done = rotation.drop_old(client, user) if drop_old else rotation.rotate(client, user, say_step)
     if as_json:
         print_json(done.to_dict())
     else:

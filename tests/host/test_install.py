@@ -134,8 +134,8 @@ def test_an_untouched_installation_has_changed_nothing(host: Container) -> None:
     assert check == {"ok": True, "changed": 0, "workers": {}, "warnings": [], "restart": []}
     named = host.ok("gpuinfer --config /etc/gpuinfer/gpuinfer.toml queue status")
     assert "realtime" in named
-    host.ok("cp -p /etc/gpuinfer/gpuinfer.toml /root; echo 'api.max_wait_s = 30' >/root/first")
-    host.ok("cat /root/first /root/gpuinfer.toml >/etc/gpuinfer/gpuinfer.toml")
+    host.ok("cp -p /etc/gpuinfer/gpuinfer.toml /root")
+    host.ok("sed -i 's/^#max_wait_s = .*/max_wait_s = 30/' /etc/gpuinfer/gpuinfer.toml")
     assert json.loads(host.ok("gpuinfer config check --json"))["restart"] == ["gpuinfer-api"]
     host.ok("systemctl restart gpuinfer-api")
     assert json.loads(host.ok("gpuinfer config check --json"))["restart"] == []
