@@ -142,7 +142,10 @@ def _no_password(failure: Failure) -> Finding | None:
     if not failure.says("NOAUTH", "Authentication required", "HELLO must be called"):
         return None
     if failure.place.ours:
-        return error(f"Redis wants a login, and {me()} has none of its own", "sudo gpuinfer doctor")
+        return error(
+            f"Redis wants a login, and {me()} has none of its own",
+            f"usermod -aG gpuinfer-operator {me()}  # or -viewer; then log in again; or sudo gpuinfer doctor",
+        )
     return error(
         "Redis wants a password, and none is set: broker.password, or a user with broker.username",
         f"{_EDIT} && gpuinfer doctor redis.reach",
@@ -198,9 +201,15 @@ def _closed_socket(failure: Failure) -> Finding | None:
     path = failure.place.socket
     if not path or not failure.errno(errno.EACCES, errno.EPERM):
         return None
+    text = f"user {me()} may not use the socket {path}"
+    if not failure.place.ours:
+        group = f"$(stat -c %G {path})"
+        return error(
+            f"{text}: it is for members of its group", f"usermod -aG {group} {me()}  # then log in again"
+        )
     return error(
-        f"user {me()} may not use the socket {path}: it is for members of its group",
-        f"usermod -aG gpuinfer {me()}  # then log in again; or: sudo gpuinfer doctor; ls -l {path}",
+        f"{text}: members of the groups gpuinfer-operator and gpuinfer-viewer may",
+        f"usermod -aG gpuinfer-operator {me()}  # or -viewer; then log in again; or: sudo gpuinfer doctor",
     )
 
 

@@ -101,7 +101,7 @@ def test_a_socket_closed_to_this_user(redis_factory: RedisFactory) -> None:
     finally:
         os.seteuid(0)
     assert "may not use the socket" in found.message
-    assert found.remedy.startswith("usermod -aG gpuinfer ")
+    assert found.remedy.startswith(f"usermod -aG $(stat -c %G {server.folder}")
 
 
 def test_a_password_is_wanted(redis_factory: RedisFactory) -> None:
@@ -121,7 +121,8 @@ def test_our_own_redis_with_another_password(
     server = redis_factory(requirepass="right")
     monkeypatch.setattr("gpuinfer.doctor.redis_place.OUR_SOCKET", str(server.socket))
     assert reach(server.url, password="wrong").remedy.startswith("systemctl restart gpuinfer-redis")
-    assert reach(server.url).remedy == "sudo gpuinfer doctor"
+    assert reach(server.url).remedy.startswith("usermod -aG gpuinfer-operator ")
+    assert reach(server.url).remedy.endswith("sudo gpuinfer doctor")
 
 
 def test_a_user_without_the_rights(redis_server: RedisServer) -> None:
