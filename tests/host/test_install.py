@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tests.env_files import TEXTS
-from tests.host.admin import journal, predict, properties, result
+from tests.host.admin import TWO, journal, predict, properties, result
 from tests.host.container import Answer, Container
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
@@ -160,7 +160,7 @@ def as_user(host: Container, user: str, command: str) -> Answer:
 def test_who_is_not_root_has_a_way(host: Container) -> None:
     """Members of two groups just call the commands; who has no right is told which, and who has it."""
     host.ok("useradd -G gpuinfer-operator alice; useradd -G gpuinfer-viewer bob; useradd carol")
-    task_id = as_user(host, "alice", "gpuinfer submit '[1]'").output.strip()
+    task_id = as_user(host, "alice", f"gpuinfer submit '{TWO}'").output.strip()
     for command in (
         "queue status",
         f"cancel {task_id}",

@@ -16,6 +16,7 @@ from redis.exceptions import OutOfMemoryError
 from structlog.testing import capture_logs
 
 from gpuinfer import Client
+from gpuinfer.api.schemas import DIGIT
 from gpuinfer.errors import FormatMismatch, UnitRefused, UnitStopping, UnitsUnavailable
 from gpuinfer.models.signature import Signature
 from gpuinfer.queue import keys
@@ -74,7 +75,7 @@ async def test_two_watchers_start_together_what_one_would(
         await watcher.step()
     with Client(settings) as client:
         for _ in range(12):
-            client.submit([1.0], queue="default")
+            client.submit(DIGIT, queue="default")
     for _ in range(3):
         for watcher in pair:
             await watcher.step()
@@ -94,7 +95,7 @@ async def test_a_dry_run_beside_the_service_knows_its_commands(
         await watcher.step()
     with Client(settings) as submitter:
         for _ in range(12):
-            submitter.submit([1.0])
+            submitter.submit(DIGIT)
     kept = client.get(MEMORY_PREFIX + "a")
     await dry.step()
     assert client.get(MEMORY_PREFIX + "a") == kept
@@ -134,7 +135,7 @@ async def test_a_refused_start_is_a_failure(redis_server: RedisServer, settings_
     units = Refusing(2)
     watcher = Watcher(settings, units, (0, 1), act=True, host="a")
     with Client(settings) as client:
-        client.submit([1.0])
+        client.submit(DIGIT)
     for _ in range(3):
         await watcher.step()
     assert units.done == [("start", 1)]
@@ -166,7 +167,7 @@ async def test_told_to_stop_it_acts_no_more(redis_server: RedisServer, settings_
     settings = cpu(redis_server, settings_for)
     with Client(settings) as client:
         for _ in range(12):
-            client.submit([1.0])
+            client.submit(DIGIT)
     for units, done in ((Stopping(4), [("start", 0), ("stop", 0)]), (Late(4), [])):
         stop = asyncio.Event()
         watcher = Watcher(settings, units, (0, 1, 2, 3), act=True, host="a")
@@ -193,7 +194,7 @@ async def test_told_to_stop_it_undoes_starts_that_may_come(
 
     settings = cpu(redis_server, settings_for)
     with Client(settings) as client:
-        client.submit([1.0])
+        client.submit(DIGIT)
     for undo_s, error, undone in (
         (60.0, UnitsUnavailable("systemd does not answer StartUnit: timeout"), True),
         (0.0, None, False),
@@ -217,7 +218,7 @@ async def test_a_start_that_is_dropped_is_no_failure(redis_server: RedisServer, 
     settings = cpu(redis_server, settings_for)
     watcher = Watcher(settings, Dropping(1), (0,), act=True, host="a")
     with Client(settings) as client:
-        client.submit([1.0])
+        client.submit(DIGIT)
     with capture_logs() as logs:
         await watcher.step()
     assert [entry["log_level"] for entry in logs if entry["event"] == "start_dropped"] == ["info"]
@@ -232,7 +233,7 @@ async def test_an_unreadable_redis_holds_and_passes(redis_server: RedisServer, s
     watcher = Watcher(settings, units, (0,), act=True, host="a")
     await watcher.step()
     with Client(settings) as client:
-        client.submit([1.0])
+        client.submit(DIGIT)
     redis_server.kill()
     decision = await watcher.step()
     assert decision is not None
@@ -240,7 +241,7 @@ async def test_an_unreadable_redis_holds_and_passes(redis_server: RedisServer, s
     assert "Redis cannot be read" in decision.why
     redis_server.start()
     with Client(settings) as client:
-        client.submit([1.0])
+        client.submit(DIGIT)
     await watcher.step()
     assert units.done == [("start", 0)]
 
@@ -281,7 +282,7 @@ async def test_a_new_life_remembers_what_the_last_one_did(
     units = Told(2)
     first = Watcher(settings, units, (0, 1), act=True, host="a")
     with Client(settings) as client:
-        client.submit([1.0])
+        client.submit(DIGIT)
     await first.step()
     second = Watcher(settings, units, (0, 1), act=True, host="a")
     await second.step()
@@ -337,7 +338,7 @@ async def test_an_emptied_redis_is_told_at_the_next_look(
     await watcher.step()
     assert client.get(keys.FORMAT_KEY) == str(keys.FORMAT).encode()
     with Client(settings) as submitter:
-        assert submitter.submit([1.0], model="digits")
+        assert submitter.submit(DIGIT, model="digits")
 
 
 async def test_models_that_could_not_be_made_known(redis_server: RedisServer, settings_for: Build) -> None:
@@ -365,7 +366,7 @@ async def test_a_watcher_that_only_logs_looks_after_its_tasks(
     client = connect(settings.broker)
     host = socket.gethostname()
     with Client(settings) as submitter:
-        task_id = submitter.submit([1.0], model="digits")
+        task_id = submitter.submit(DIGIT, model="digits")
     store = Store(client, f"gpu0@{host}", QUEUES, settings.queue, models=("digits",))
     store.register(default="digits")
     (task,) = store.claim(1)
@@ -396,7 +397,7 @@ async def test_a_backlog_starts_who_serves_it(redis_server: RedisServer, setting
     units = Told(2)
     watcher = Watcher(settings, units, (0, 1), act=True, host="a", environment=one_each)
     with Client(settings) as submitter:
-        submitter.submit([1.0], model="digits", queue="batch")
+        submitter.submit(DIGIT, model="digits", queue="batch")
         await watcher.step()
         assert units.done == []
         submitter.submit([1.0], model="ocr", queue="batch")
@@ -419,7 +420,7 @@ async def test_what_waits_for_nobody_is_said_once(redis_server: RedisServer, set
     with Client(settings) as submitter, capture_logs() as logs:
         await watcher.step()
         for _ in range(3):
-            submitter.submit([1.0], model="digits", queue="batch")
+            submitter.submit(DIGIT, model="digits", queue="batch")
             await watcher.step()
         client.delete("batch")
         for _ in range(2):
@@ -535,7 +536,7 @@ async def test_why_nothing_is_started_is_explained(redis_server: RedisServer, se
     watcher = Watcher(settings, units, (0, 1), act=True, host="a")
     with Client(settings) as client:
         for _ in range(30):
-            client.submit([1.0])
+            client.submit(DIGIT)
     for _ in range(3):
         await watcher.step()
     kept = [orjson.loads(text) for text in connect(settings.broker).lrange(DECISIONS, 0, -1)]
@@ -555,7 +556,7 @@ async def test_each_host_tells_what_it_has_done_itself(
         await watcher.step()
     with Client(settings) as client:
         for _ in range(30):
-            client.submit([1.0])
+            client.submit(DIGIT)
     for watcher in pair:
         await watcher.step()
     kept = [orjson.loads(text) for text in connect(settings.broker).lrange(DECISIONS, 0, -1)]
@@ -570,7 +571,7 @@ async def test_no_more_decisions_are_kept_than_anybody_reads(
     monkeypatch.setattr(notes, "KEPT", 2)
     settings = cpu(redis_server, settings_for)
     with Client(settings) as client:
-        client.submit([1.0])
+        client.submit(DIGIT)
     for host in "abc":
         await Watcher(settings, Told(1), (0,), act=True, host=host).step()
         connect(settings.broker).delete(HOSTS)
