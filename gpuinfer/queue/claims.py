@@ -93,8 +93,7 @@ class Follow:
             yield from (task_id, meta)
 
 
-@dataclass(frozen=True, slots=True)
-class Final:
+class Final(NamedTuple):
     """The end of one task: its place in flight, its id (empty: no state is written), and its final meta."""
 
     seq: int | None

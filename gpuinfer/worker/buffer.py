@@ -7,14 +7,14 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import frexp
+from math import frexp, inf
 from operator import attrgetter
+from typing import NamedTuple
 
 from gpuinfer.worker.task import Task
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """The inputs ``start`` to ``stop`` of one task, in a batch."""
 
     task: Task
@@ -99,8 +99,11 @@ class Buffer:
         self._later.sort(key=_TIME)
 
     def _enter(self, task: Task) -> None:
-        task.soft_left_s = min(task.soft_limit_s, task.total_s - task.ran_s)
-        task.kind = task.model, frexp(task.soft_left_s)[1], frexp(task.hard_limit_s)[1]
+        soft_s, hard_s, total_s = task.soft_limit_s, task.hard_limit_s, task.total_s
+        if total_s != inf:
+            soft_s = min(soft_s, total_s - task.ran_s)
+        task.soft_left_s = soft_s
+        task.kind = task.model, frexp(soft_s)[1], frexp(hard_s)[1]
         if not task.place[1]:
             self._arrivals += 1
             task.place = AGED if task.claimed.aged else task.claimed.rank, self._arrivals

@@ -51,8 +51,9 @@ class Done:
     @property
     def complete(self) -> bool:
         """True when no task of the batch has to come back: each has all its results."""
-        ended = all(part.stop == len(part.task.inputs) for part in self.batch.parts)
-        return ended and not any(isinstance(outcome, Exception) for outcome in self.outcomes)
+        if any(issubclass(kind, Exception) for kind in set(map(type, self.outcomes))):
+            return False
+        return all(part.stop == len(part.task.inputs) for part in self.batch.parts)
 
 
 class Engine:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import redis
@@ -248,7 +247,7 @@ class Outbox:
         meta = results.failure(culprit.task_id, error, worker=self._store.worker)
         counted = f"failed {culprit.label.partition(' ')[2]}"
         follows = tuple(follow for follow in culprit.follows if not follow.success)
-        self._waiting[0] = replace(culprit, meta=meta, label=counted, follows=follows)
+        self._waiting[0] = culprit._replace(meta=meta, label=counted, follows=follows)
         log.error("task_failed", task_id=culprit.task_id, code=error.code, reason=str(error))
         return True
 
@@ -302,8 +301,10 @@ def _closes(exc: Exception) -> bool:
 
 def _outcome(end: Any) -> str:
     """Return what an end is counted as."""
+    if not isinstance(end, GpuinferError):
+        return "completed"
     if isinstance(end, TaskExpired):
         return "expired"
     if isinstance(end, TaskRevoked):
         return "cancelled"
-    return "failed" if isinstance(end, GpuinferError) else "completed"
+    return "failed"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -187,7 +186,7 @@ def test_who_did_not_run_frees_them_for_good(client: Client, store: Store) -> No
         return Final(task.seq, task_id, results.failure(task_id, TaskExpired("late"), worker="w"))
 
     ends = [Final(skipped.seq, "", b"", parent=sent[0]), done(late), too_late(expired)]
-    store.settle([*ends, replace(too_late(unkept), keep=False), done(other)])
+    store.settle([*ends, too_late(unkept)._replace(keep=False), done(other)])
     store.bury(buried.seq, buried.list_key, buried.payload, DeadLettered("x"))
     store.client.delete(*map(keys.result, (*sent, ran)))
     assert submit("late") == again

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def ids_of(found: list[tuple[str, Any]]) -> list[tuple[str, list[str]]]:
 def finish(store: Store, count: int = 100, **changes: Any) -> list[str]:
     """Settle what waits as one batch, on the reply channels that the messages name."""
     finals = [
-        replace(done(task), reply=decode(task.payload).reply_to, **changes) for task in store.claim(count)
+        done(task)._replace(reply=decode(task.payload).reply_to, **changes) for task in store.claim(count)
     ]
     commands(store)
     assert store.settle(finals) == {}
@@ -115,7 +114,7 @@ def test_an_end_is_heard_once(store: Store, client: Client, listen: Any, *, keep
     """Whatever comes after it: the same again, another end, a cancellation."""
     client.submit([1], ignore_result=not keep)
     (task,) = store.claim(1)
-    final = replace(done(task), reply=client._origin.channel, keep=keep)
+    final = done(task)._replace(reply=client._origin.channel, keep=keep)
     since = listen(client._origin.channel, keys.result(final.task_id))
     for _ in range(3):
         store.settle([final, final])

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,7 +36,7 @@ def waiter() -> Iterator[ThreadPoolExecutor]:
 
 def told(task: Claimed, value: Any) -> Final:
     """Return an end of which the client that submitted the task hears."""
-    return replace(done(task, value), reply=decode(task.payload).reply_to)
+    return done(task, value)._replace(reply=decode(task.payload).reply_to)
 
 
 def listened(store: Store, channel: str) -> bool:
@@ -49,7 +48,7 @@ def test_it_does_not_pass_through_lua(store: Store, client: Client) -> None:
     """The script sees a notice alone; state, time to live and counters are as for any other."""
     large, small = client.submit_many([[1]] * 2)
     one, other = store.claim(2)
-    finals = [replace(done(one, LARGE), label="completed realtime digits"), done(other, 2)]
+    finals = [done(one, LARGE)._replace(label="completed realtime digits"), done(other, 2)]
     seen: list[int] = []
     script = store._settling._settle
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,7 +48,7 @@ def failed(task: Claimed) -> Final:
 
 
 def completed(task: Claimed) -> Final:
-    return replace(done(task, task.seq), label="completed realtime digits")
+    return done(task, task.seq)._replace(label="completed realtime digits")
 
 
 class Model:
@@ -152,7 +151,7 @@ def test_what_is_not_kept_is_counted_once(store: Store, client: Client) -> None:
     """Also when its end is written again because the answer was lost."""
     client.submit([1], ignore_result=True)
     (task,) = store.claim(1)
-    final = replace(completed(task), keep=False)
+    final = completed(task)._replace(keep=False)
     for _ in range(2):
         assert store.settle([final]) == {}
     assert ended(store) == {"completed realtime digits": 1}
@@ -197,7 +196,7 @@ def test_bytes_are_counted_by_lane(store: Store, client: Client) -> None:
     """Those of the results that are kept."""
     client.submit_many([[1]] * 3)
     finals = [completed(task) for task in store.claim(3)]
-    store.settle([*finals[:2], replace(finals[2], keep=False)])
+    store.settle([*finals[:2], finals[2]._replace(keep=False)])
     size = sum(len(final.meta) for final in finals[:2])
     assert store.client.hget(keys.ENDED, "bytes realtime digits") == str(size).encode()
 

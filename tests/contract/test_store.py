@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,7 +138,7 @@ def test_an_end_that_is_not_kept_is_told(store: Store, client: Client) -> None:
     heard.subscribe(keys.result(unkept))
     heard.get_message(timeout=1)
     finals = [done(task) for task in tasks]
-    store.settle([finals[0], replace(finals[1], keep=False)])
+    store.settle([finals[0], finals[1]._replace(keep=False)])
     assert (heard.get_message(timeout=1) or {})["data"] == finals[1].meta
     heard.close()
     assert client.status(kept).final
