@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from gpuinfer.models.manifest import MODEL_NAME
@@ -147,6 +148,7 @@ def list_key(queue: str, priority: int) -> str:
     return f"{queue}{SEP}{priority}" if priority else queue
 
 
+@lru_cache(maxsize=1024)
 def place_of(key: str) -> Place:
     """Return the coordinates of a list, as far as it has any: see ``ours``."""
     queue, _, priority = key.partition(SEP)

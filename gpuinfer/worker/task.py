@@ -184,16 +184,17 @@ def read(
         envelope.size += len(beside)
     bound = _bind(args, kwargs)
     model = bound.get("model") or claimed.model
-    if not isinstance(model, str) or not MODEL_NAME.fullmatch(model):
-        raise UnknownModel(f"{_said(model)} is no name of a model", "model")
-    manifest = manifests.get(model)
+    manifest = manifests.get(model) if isinstance(model, str) else None
     if manifest is None:
+        if not isinstance(model, str) or not MODEL_NAME.fullmatch(model):
+            raise UnknownModel(f"{_said(model)} is no name of a model", "model")
         raise Elsewhere(model)
     inputs = bound["inputs"]
     if many and not isinstance(inputs, list):
         raise InputError(f"batch_predict takes a list of inputs, got {type(inputs).__name__}", "inputs")
     top_k, encoding = bound.get("top_k"), bound.get("encoding")
-    check({"top_k": top_k, "encoding": encoding}, _said)
+    if top_k is not None or encoding is not None:
+        check({"top_k": top_k, "encoding": encoding}, _said)
     hard, soft = _asked_limits(envelope.headers.get("timelimit"))
     hard_limit_s = _limit(hard, manifest.hard_time_limit_s, manifest.max_time_limit_s, "time_limit")
     soft_limit_s = _limit(soft, manifest.soft_time_limit_s, manifest.max_time_limit_s, "soft_time_limit")
