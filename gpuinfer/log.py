@@ -97,7 +97,9 @@ def configure(
     for old in [handler for handler in root.handlers if getattr(handler, _MARK, False)]:
         root.removeHandler(old)
         old.close()
-    root.addHandler(_handler(target(settings, stream), program, stream or sys.stderr))
+    # Not to what may stand before it, and logs what a model prints (gpuinfer.models.words).
+    lines_to: TextIO = stream or getattr(sys.stderr, "behind", None) or sys.stderr
+    root.addHandler(_handler(target(settings, lines_to), program, lines_to))
     # At debug, libraries log messages whole, payloads included: that level is for our own lines.
     root.setLevel(max(level, logging.INFO))
     logging.getLogger(_ROOM).setLevel(level)

@@ -62,10 +62,6 @@ class LoadedModel(ABC):
         has a result then.
         """
 
-    def forward_staged(self, staged: Any) -> list[Any]:
-        """Do as ``forward`` with items that are on the device already."""
-        raise NotImplementedError
-
     @abstractmethod
     def finish(
         self,

@@ -27,7 +27,8 @@ class Words(io.TextIOBase):
     """Stands in for standard output or error: logs a model's lines, and passes on everything else."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        #: What it stands for: where log lines themselves go.
+        self.behind = self._stream = stream
         self._pending = _Pending()
 
     def write(self, text: str) -> int:

@@ -164,11 +164,13 @@ class Batcher:
         """
         if self._closed or self.engine.probing or self._intake.waiting:
             return {}
-        if self._long(self.engine.current) and not self._pace.due():
+        long = self._long(self.engine.current)
+        if long and not self._pace.due():
             return {}
         self._buffer.wake(self._clock())
         affordable = int((BUFFER_BYTES - self._buffer.size) / self._intake.task_bytes)
-        ahead = self.engine.ahead
+        # Behind a long batch no more is held than the one that is being prepared.
+        ahead = self.engine.ahead if long else None
         batch = ahead or self._buffer.next_batch()
         wants: dict[str, Want] = {}
         for model, manifest in self.models.items():

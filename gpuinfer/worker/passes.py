@@ -81,18 +81,17 @@ class Passes:
         self._until.soft_at += seconds
         self._until.hard_at += seconds
 
-    def run(self, items: Sequence[Any], tasks: Sequence[Task], staged: Any = None) -> list[Any]:
+    def run(self, items: Sequence[Any], tasks: Sequence[Task]) -> list[Any]:
         """Run items in as few passes as fit; one outcome for each. ``tasks`` has the task of each item.
 
-        ``staged``: the items lie on the device already. Raises DeviceError when the device cannot go on.
+        Raises DeviceError when the device cannot go on.
         """
         outcomes: list[Any] = []
         name = self._model.name
         while len(outcomes) < len(items):
             first, until = len(outcomes), len(outcomes) + self._sizes.limit(name)
             some = items[first:until]
-            ran = self._halve(some, tasks[first:until], staged if len(some) == len(items) else None)
-            staged = None
+            ran = self._halve(some, tasks[first:until])
             outcomes += ran.outcomes
             if ran.fits is not None and len(some) > 2:  # of two, one may be larger than any other
                 self._sizes.shrink(name, ran.fits)
@@ -100,19 +99,16 @@ class Passes:
                 self._sizes.passed(name, len(some))
         return outcomes
 
-    def _halve(self, items: Sequence[Any], tasks: Sequence[Task], staged: Any = None) -> _Ran:
+    def _halve(self, items: Sequence[Any], tasks: Sequence[Task]) -> _Ran:
         """Run items in one pass; one that fails is halved until the culprit stands alone."""
         memory = False
         self._began()
         try:
-            return _Ran(
-                self._deadline.run(*self._until.left(), self._pass(items, tasks, staged), self._tasks)
-            )
+            return _Ran(self._deadline.run(*self._until.left(), self._pass(items, tasks), self._tasks))
         except SoftTimeLimitExceeded as exc:
             alone = len(items) == 1 and not self._until.shared  # else it was perhaps another's time, or limit
             return _Ran([exc] if alone else [RunAlone()] * len(items))
         except DeviceOutOfMemory as exc:
-            staged = None
             self._model.release_cache()
             memory = True
             if len(items) == 1:
@@ -130,11 +126,11 @@ class Passes:
             fits = None
         return _Ran(first.outcomes + second.outcomes, memory or first.memory or second.memory, fits)
 
-    def _pass(self, items: Sequence[Any], tasks: Sequence[Task], staged: Any) -> Callable[[], list[Any]]:
+    def _pass(self, items: Sequence[Any], tasks: Sequence[Task]) -> Callable[[], list[Any]]:
         """Return the call of one pass. Only a model that has words of its own is told for whom it runs."""
         model = self._model
         if not model.speaks:
-            return lambda: list(model.forward(items) if staged is None else model.forward_staged(staged))
+            return lambda: list(model.forward(items))
 
         def call() -> list[Any]:
             with working(self._work(tasks)):

@@ -19,6 +19,7 @@ from tests.bench.machine import CLIENT_CORE, machine, pinned, stolen_seconds, ve
 from tests.bench.measures import idle, latency, redis_memory, steady, submission, throughput, worker_memory
 from tests.bench.models import write_models
 from tests.bench.photos import photos
+from tests.bench.python import python
 from tests.bench.report import Report, show, write_json
 from tests.bench.scripts import claim_cost
 from tests.bench.spread import speed_up, waits
@@ -36,6 +37,7 @@ MEASURES: dict[str, Callable[[Path, Sizes], Iterator[Line]]] = {
     "claim": claim_cost,
     "images": images,
     "photos": photos,
+    "python": python,
     "redis-memory": redis_memory,
     "worker-memory": worker_memory,
     "idle": idle,
