@@ -26,9 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from celery import Celery, chain
-from torch import Tensor, nn
 
 from gpuinfer import Client
 from gpuinfer.queue import depth, keys
@@ -37,7 +35,7 @@ from gpuinfer.queue.results import TaskStatus, parse
 from gpuinfer.settings import QUEUES
 from tests.faults.account import Account, Sent, rows
 from tests.faults.fragile import FATAL_BYTES, KILLS_ITS_READER, KILLS_ITS_RUNNER
-from tests.models_for_tests import perceptron, write_model
+from tests.models_for_tests import perceptron, python_model
 from tests.services import Process, RedisServer, ServiceError, whole_lines
 from tests.workers import UNTRACED, Workers, wait_until
 
@@ -61,31 +59,32 @@ FOREIGN = "celery"
 _DEATHS = re.compile(rb'{"gpuinfer": \[\d+, (\d+)\]')
 
 
-class _Gamma(nn.Module):
-    """30 ms a batch: longer than what a worker claims behind."""
+#: 30 ms a batch: longer than what a worker claims behind; and what is prepared and finished beside it.
+_GAMMA = """
+    import time
 
-    def forward(self, x: Tensor) -> Tensor:
-        if bool((x != 0).any()):
-            begin = torch.ops.prim.TimePoint()
-            while torch.ops.prim.TimePoint() - begin < 30_000_000:
-                x = x + 0.0
-        return x * 2
+
+    class Gamma:
+        example = [0.0]
+
+        def prepare(self, item: list):
+            time.sleep(0.003)
+            return item[0]
+
+        def predict(self, batch):
+            time.sleep(0.03)
+            return [2 * number for number in batch]
+
+        def finish(self, out):
+            return {"twice": out}
+"""
 
 
 def _write_models(folder: Path) -> None:
     perceptron(folder / "alpha", max_batch_size=8)
     perceptron(folder / "beta", max_batch_size=16)
-    tables = """
-max_batch_size = 4
-soft_time_limit_s = 500
-hard_time_limit_s = 600
-[[inputs]]
-name = "x"
-shape = [1]
-[[outputs]]
-name = "twice"
-"""
-    write_model(folder / "gamma", _Gamma(), tables)
+    tables = "max_batch_size = 4\nsoft_time_limit_s = 500\nhard_time_limit_s = 600\n"
+    python_model(folder / "gamma", _GAMMA, tables)
 
 
 @dataclass(slots=True)
