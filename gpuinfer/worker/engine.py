@@ -84,7 +84,7 @@ class Engine:
         self._runs: list[Run] = []
         #: When a pass, a probe, or a step of an input ended or began last, on the monotonic clock: what the
         #: watchdog looks at. And when the batch that runs began, or its last pass.
-        self.moved_at = self._began_at = time.monotonic()
+        self.moved_at = self.began_at = time.monotonic()
         self.pipeline = Pipeline(deadline, threads or cores(), self._moved)
         #: A model whose GPU is tried while the worker is idle; None on a CPU, which does not get lost.
         self._tried = next((model for model in models.values() if model.device != "cpu"), None)
@@ -161,7 +161,7 @@ class Engine:
     @property
     def running_s(self) -> float:
         """Seconds since the batch that runs was handed over, or its last pass began; 0 when none runs."""
-        return time.monotonic() - self._began_at if self._runs else 0.0
+        return time.monotonic() - self.began_at if self._runs else 0.0
 
     def probe(self) -> None:
         """Have the GPU tried when it has been idle for some seconds: else nobody would find out."""
@@ -214,7 +214,7 @@ class Engine:
         self.moved_at = time.monotonic()
 
     def _began(self) -> None:
-        self.moved_at = self._began_at = time.monotonic()
+        self.moved_at = self.began_at = time.monotonic()
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -226,7 +226,7 @@ class Engine:
 
     def _run_batch(self, run: Run) -> None:
         self._began()
-        started = self._began_at
+        started = self.began_at
         try:
             outcomes = self._forward(run)
             behind = run.model.finishes or (run.slots is not None and not self._jobs.empty())

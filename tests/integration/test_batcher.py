@@ -392,7 +392,7 @@ def test_nothing_is_claimed_behind_a_long_batch(batcher: Batcher, client: Client
         batcher.channel.claim()
         assert batcher.state == "busy"
         behind = client.submit([1.0], model="picky")
-        batcher.engine.moved_at = time.monotonic() + 5
+        batcher.engine.began_at = time.monotonic() + 5
         assert batcher.channel.claim() == claimed
         go_on.set()
         turn(batcher, lambda behind=behind: client.status(behind).final)  # type: ignore[misc]
@@ -432,7 +432,7 @@ def test_a_worker_that_was_taken_for_dead_goes_on(
         reaper = Store(store.client, store.worker, QUEUES, store._settings, by="reaper of x")
         assert reaper.restore().returned == 64
         batcher._batch_s["picky"] = 0.001
-        batcher.engine.moved_at = time.monotonic() + 5
+        batcher.engine.began_at = time.monotonic() + 5
         channel.claim()
         assert not lost
         go_on.set()
@@ -459,7 +459,7 @@ def test_a_reaper_that_is_cut_off_leaves_no_task_behind(
         reaper = Store(store.client, store.worker, QUEUES, store._settings, by="reaper of x")
         reaper._begin_epoch()
         batcher._batch_s["picky"] = 0.001
-        batcher.engine.moved_at = time.monotonic() + 5
+        batcher.engine.began_at = time.monotonic() + 5
         channel.claim()
         time.sleep(runs_s)
         go_on.set()
