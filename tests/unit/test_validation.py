@@ -180,10 +180,10 @@ def test_a_large_request_costs_no_more_than_a_small_one() -> None:
     for wanted, value in ((numbers, [0.5] * 1_000_000), (DOC, [0] * 1_000_000)):
         check = validator(wanted).check
         check(value)
-        began = time.perf_counter()
+        began = time.process_time()
         for _ in range(100):
             check(value)
-        assert (time.perf_counter() - began) / 100 < 0.001
+        assert (time.process_time() - began) / 100 < 0.001
     with pytest.raises(InputError):
         validator(DOC).check([0] * (MAX_VALUES - 1))
 
