@@ -241,7 +241,7 @@ class WatcherSettings(Section):
     probe_interval_s: float = Field(default=1.0, ge=0.1, le=60)
     #: Instances of this host; 0: worker.per_gpu for each GPU, and one on a host without a GPU.
     instances: int = Field(default=0, ge=0, le=1024)
-    #: At least and at most so many workers run, on all hosts together; ceiling 0: all there are. Workers that
+    #: The least and the most workers that run, on all hosts together; ceiling 0: all there are. Workers that
     #: share no model and queue with others get their part of the floor: one to each kind in turn.
     floor: int = Field(default=0, ge=0, le=100_000)
     ceiling: int = Field(default=0, ge=0, le=100_000)
@@ -257,7 +257,7 @@ class WatcherSettings(Section):
     #: A worker is stopped after it was not needed for this long; the pause grows when that was rash.
     calm_s: float = Field(default=60.0, ge=1, le=86400)
     calm_max_s: float = Field(default=180.0, validate_default=True, ge=1, le=7 * 86400)
-    #: threshold mode: more than so many waiting tasks start one more worker, at most so many, so often.
+    #: threshold mode: more waiting tasks than this start one more worker; the most it starts; how often.
     threshold_depth: int = Field(default=50, ge=0, le=10**9)
     threshold_workers: int = Field(default=4, ge=1, le=100_000)
     threshold_every_s: float = Field(default=10.0, ge=0.1, le=3600)

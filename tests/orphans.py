@@ -65,7 +65,7 @@ def held(server: RedisServer) -> dict[str, int]:
 
 
 def wait_for_batch(server: RedisServer, worker: str, tasks: int) -> None:
-    """Wait until a worker holds so many tasks, and runs some of them."""
+    """Wait until a worker holds this many tasks, and runs some of them."""
     with server.client() as client:
         wait_until(lambda: held(server).get(worker) == tasks, 60)
         wait_until(lambda: client.hexists(keys.inflight(worker), "running"), 60)

@@ -38,7 +38,7 @@ def remembering(rates: Rates, units: Mapping[Key, UnitMemory] | None = None) -> 
 
 
 def keys(count: int, hosts: Iterable[str] = ("a",)) -> list[Key]:
-    """Return so many keys on each host."""
+    """Return this many keys on each host."""
     return [Key(number, host) for host in hosts for number in range(count)]
 
 
@@ -112,7 +112,7 @@ class World:
         self._mark()
 
     def _mark(self) -> None:
-        """Tell who is busy: while tasks wait all are, but for who has just become ready and claims next."""
+        """Tell who is busy: while tasks wait all are, except who has just become ready and claims next."""
         active = [key for key, one in self.instances.items() if one.state == "active"]
         glimpsed = active[int(self.now) % len(active)] if self.glimpses and active else None
         for key, instance in self.instances.items():

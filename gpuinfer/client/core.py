@@ -78,7 +78,7 @@ _HEAD = 11
 
 
 def full(exc: BaseException) -> Literal["", "any", "size"]:
-    """Tell whether a call was refused because there is no room: for any task, or for so many bytes."""
+    """Tell whether a call was refused because there is no room: for any task, or for this many bytes."""
     text = str(exc)
     if "QUEUE_FULL bytes" in text:
         return "size"

@@ -68,7 +68,7 @@ def _notes(figures: Figures) -> list[str]:
         f"confidences differ by at most {figures.confidence_difference:.0e}",
         "latency: from before the POST until the result is there; a batch request is one job",
         f"the workers ran {figures.batches:,} batches on {', '.join(figures.devices)}, "
-        f"of {figures.mean_batch_size:.1f} images in the mean",
+        f"of {figures.mean_batch_size:.1f} images on average",
     ]
 
 

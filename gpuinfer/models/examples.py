@@ -21,7 +21,7 @@ from gpuinfer.models.specs import FREE, InputSpec
 #: What a free dimension is where no length is given: 8 suits most models, wav2vec takes at least 400 samples,
 #: U-Nets want multiples of 32, and some speech models a second.
 LENGTHS = (8, 64, 512, 4096, 16000)
-#: An invented input of more than the shortest length has at most so many numbers.
+#: An invented input of more than the shortest length has at most this many numbers.
 MAX_INVENTED = 1 << 22
 
 

@@ -69,7 +69,7 @@ class Server:
     serves: Serves
     masked: bool = False
     #: Why it is not started.
-    out: str = ""
+    excluded: str = ""
 
 
 def said(heartbeat: Mapping[str, Any]) -> Serves | None:
@@ -109,7 +109,7 @@ def servers(client: redis.Redis) -> list[Server]:
             for one in body["instances"] if now - body["at"] <= silent_after(body) else ():
                 number = int(one["number"])
                 found[number, host] = Server(
-                    number, host, told(one), bool(one.get("masked")), str(one.get("out", ""))
+                    number, host, told(one), bool(one.get("masked")), str(one.get("excluded", ""))
                 )
     for worker, body in beats.items():
         gpu, _, host = worker.removeprefix("gpu").partition("@")
@@ -142,6 +142,6 @@ def _start(one: Server) -> str:
     unit = f"gpuinfer-worker@{one.number}"
     if one.masked:
         return f"systemctl unmask {unit} && systemctl start {unit}"
-    if "watcher is silent" in one.out:
+    if "watcher is silent" in one.excluded:
         return "systemctl restart gpuinfer-watcher"
     return f"systemctl start {unit}"

@@ -196,7 +196,7 @@ def _dump_inputs(inputs: Any) -> bytes:
 
 
 def check_values(text: bytes) -> None:
-    """Raises PayloadTooLarge for long JSON with so many values that reading it would take all memory."""
+    """Raises PayloadTooLarge for long JSON whose many values would take all memory once read."""
     if len(text) > _FREE_JSON_BYTES and sum(map(text.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
         raise PayloadTooLarge(f"holds more than {_MAX_JSON_VALUES} values as JSON; send an array", "inputs")
 
@@ -317,7 +317,7 @@ def _open(
 
 
 def _simplify(body: Any) -> None:
-    """Put plain values in place of kombu's types, but for what another task's message is made of."""
+    """Put plain values in place of kombu's types, except in what another task's message is made of."""
     if isinstance(body, dict):
         body.update(
             {name: json_types.plain(body[name]) for name in ("args", "kwargs", *_MOVED) if name in body}

@@ -15,7 +15,7 @@ from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.rates import MAX_GAP
 from gpuinfer.watcher.state import Need, Verdict
 
-#: So many calm periods in which half of the period would have done, too, halve it.
+#: After this many calm periods in which half of the period would have been enough, it is halved.
 FORGIVE = 20.0
 
 

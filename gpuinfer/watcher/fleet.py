@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from gpuinfer.queue.fleet import Serves
 from gpuinfer.settings import WatcherSettings
-from gpuinfer.watcher.memory import FAILED_STARTS, UnitMemory, out
+from gpuinfer.watcher.memory import FAILED_STARTS, UnitMemory, why_excluded
 from gpuinfer.watcher.state import (
     Instance,
     Key,
@@ -48,7 +48,7 @@ class Fleet:
     #: Starting, but not counted upon; ours to stop.
     broken: list[Key] = field(default_factory=list)
     #: Excluded instances, and why.
-    out: dict[Key, str] = field(default_factory=dict)
+    excluded: dict[Key, str] = field(default_factory=dict)
     #: How many cannot be started now, and will be without anybody's help: they drain or cool down.
     returning: int = 0
 
@@ -78,7 +78,7 @@ def joined(fleets: Sequence[Fleet]) -> Fleet:
         whole.returning += one.returning
         for name in ("idle", "enabled_idle", "failed", "enabled_failed", "serving", "broken"):
             getattr(whole, name).extend(getattr(one, name))
-        whole.out |= one.out
+        whole.excluded |= one.excluded
     return whole
 
 
@@ -142,13 +142,13 @@ def _count_starting(
     systemd may try once more, for what was wrong may pass within seconds; then it is stopped.
     """
     key = instance.key
-    reason = instance.out if unit is None else unit.resting(now)
+    reason = instance.excluded if unit is None else unit.cooling_down(now)
     if not reason:
         fleet.enabled += instance.enabled
         fleet.starting[instance.since] += 1
         fleet.serving.append(instance)
         return
-    fleet.out[key] = reason
+    fleet.excluded[key] = reason
     fleet.returning += 1
     hopeless = unit is not None and unit.failed_starts >= FAILED_STARTS
     if hopeless and _may_stop(instance, unit, now):
@@ -164,13 +164,13 @@ def _count_stopped(
     now: float,
 ) -> None:
     key, enabled = instance.key, instance.enabled
-    reason = out(instance, unit, settings, now)
+    reason = why_excluded(instance, unit, settings, now)
     if not reason and not seen.alive(key):
         reason = "its host's watcher is silent"
     if not reason and instance.log_only:
         reason = "its host's watcher only logs"
     if reason:
-        fleet.out[key] = reason
+        fleet.excluded[key] = reason
         fleet.returning += _returns(instance, unit, seen, now)
     elif instance.state == "failed":
         (fleet.enabled_failed if enabled else fleet.failed).append(key)

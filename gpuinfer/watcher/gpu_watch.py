@@ -77,7 +77,7 @@ class GpuWatch:
             return self._health
 
     def take_xids(self) -> dict[int, str]:
-        """Return what has befallen workers' GPUs since the last call: instance -> reason."""
+        """Return what went wrong with workers' GPUs since the last call: instance -> reason."""
         with self._lock:
             taken, self._xids = self._xids, {}
         return taken

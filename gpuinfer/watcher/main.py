@@ -43,7 +43,7 @@ from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import health, notes, served
 from gpuinfer.watcher.gpu_watch import GpuWatch
-from gpuinfer.watcher.memory import adopt, out, refused
+from gpuinfer.watcher.memory import adopt, refused, why_excluded
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, as_it_runs
 from gpuinfer.watcher.reaper import Reaper
@@ -324,10 +324,10 @@ class Watcher:
         hold = unit.held(now) if unit else ""
         reason = ""
         if instance.state == "activating":
-            reason = unit.resting(now) if unit else ""
+            reason = unit.cooling_down(now) if unit else ""
         elif instance.state != "active":
-            reason = out(instance, unit, self._settings.watcher, now)
-        return replace(instance, hold=hold, out=reason, log_only=not self._act)
+            reason = why_excluded(instance, unit, self._settings.watcher, now)
+        return replace(instance, hold=hold, excluded=reason, log_only=not self._act)
 
     async def _undo_starts(self) -> None:
         """Stop what was started a moment ago. The next watcher takes it for nobody's wish (see ``adopt``)."""
@@ -385,7 +385,7 @@ class Watcher:
         names = ", ".join(f"{action.verb} {action.key}" for action in decision.of(self.host))
         running = sum(one.runs for one in seen.instances if seen.owns(one.key))
         verdict = decision.verdict if names else "hold"
-        topic = (verdict, names, running, _step(decision.inputs), decision.out, seen.queues is None)
+        topic = (verdict, names, running, _step(decision.inputs), decision.excluded, seen.queues is None)
         more = {"actions": names, "done": self._act} if names else {}
         new = self._say(topic, verdict, why=decision.why, **more, **decision.inputs)
         waiting = "Redis is away" if seen.queues is None else f"{seen.waiting:,} waiting"

@@ -23,9 +23,9 @@ from gpuinfer.watcher.state import (
     Verb,
 )
 
-#: A start after which it is inactive at so many looks in a row had no effect.
+#: A start after which it is inactive at this many looks in a row had no effect.
 TRIES = 2
-#: After so many failed starts in a row systemd is stopped from trying again: the instance cools down.
+#: After this many failed starts in a row we stop systemd from trying again: the instance cools down.
 FAILED_STARTS = 2
 #: A change of state is the answer to our command for this long after it.
 COMMAND_S = 30.0
@@ -62,7 +62,7 @@ class UnitMemory:
         loads = self.hold == "started" and self.state == "activating" and not self.failed_starts
         return self.hold if loads or now < self.hold_until else ""
 
-    def resting(self, now: float) -> str:
+    def cooling_down(self, now: float) -> str:
         """Say why it cools down, empty when it does not."""
         return self.why if self.quarantined(now) else ""
 
@@ -153,7 +153,7 @@ def _tried(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now:
         return replace(unit, tries=0)
     if unit.tries < TRIES or instance.queued:
         return unit
-    return _rest(replace(unit, tries=0), "it was told to start, and nothing came of it", settings, now)
+    return _cool_down(replace(unit, tries=0), "it was told to start, and nothing came of it", settings, now)
 
 
 def _restarted(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
@@ -171,7 +171,7 @@ def _restarted(unit: UnitMemory, instance: Instance, settings: WatcherSettings, 
     in_a_row = 0 if ended or instance.state == "active" else unit.failed_starts + more
     after = replace(unit, restarts=instance.restarts, served=served, since=since, failed_starts=in_a_row)
     why = "it does not come up, and systemd starts it again and again"
-    return _rest(after, why, settings, now) if failed else after
+    return _cool_down(after, why, settings, now) if failed else after
 
 
 def _wish(before: UnitMemory, instance: Instance, now: float) -> Hold:
@@ -205,13 +205,13 @@ def adopt(units: Mapping[Key, UnitMemory], instances: Iterable[Instance]) -> Map
 def _failed(
     unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float, was: UnitState | None = None
 ) -> UnitMemory:
-    """Count a failure and let it rest, longer each time; forgive after a spell of good health."""
+    """Count a failure and let it cool down, longer each time; forgive after a spell of good health."""
     sick = f"its GPU is not well: {instance.gpu.fault}" if instance.gpu.fault else ""
     if instance.state == "failed" and was != "failed":
         # A GPU that is not well a moment before, or after, is why.
-        return _rest(unit, sick or unit.resting(now) or "its unit failed", settings, now)
+        return _cool_down(unit, sick or unit.cooling_down(now) or "its unit failed", settings, now)
     if sick:
-        return replace(unit, why=sick) if unit.quarantined(now) else _rest(unit, sick, settings, now)
+        return replace(unit, why=sick) if unit.quarantined(now) else _cool_down(unit, sick, settings, now)
     well_since = max(instance.since, unit.quarantined_until)
     healthy = instance.state == "active" and now - well_since > settings.quarantine_max_s
     if unit.failures and healthy:
@@ -219,7 +219,7 @@ def _failed(
     return unit
 
 
-def _rest(unit: UnitMemory, why: str, settings: WatcherSettings, now: float) -> UnitMemory:
+def _cool_down(unit: UnitMemory, why: str, settings: WatcherSettings, now: float) -> UnitMemory:
     failures = unit.failures + 1
     pause = min(settings.quarantine_max_s, settings.quarantine_s * 2.0 ** min(failures - 1, 30))
     return replace(unit, failures=failures, quarantined_until=now + pause, why=why)
@@ -241,15 +241,15 @@ def refused(
     units: Mapping[Key, UnitMemory], key: Key, why: str, settings: WatcherSettings, now: float
 ) -> Mapping[Key, UnitMemory]:
     """Note that an instance cannot be started: it cools down, and others are started."""
-    return {**units, key: replace(_rest(units[key], why, settings, now), tries=0)}
+    return {**units, key: replace(_cool_down(units[key], why, settings, now), tries=0)}
 
 
-def out(instance: Instance, unit: UnitMemory | None, settings: WatcherSettings, now: float) -> str:
+def why_excluded(instance: Instance, unit: UnitMemory | None, settings: WatcherSettings, now: float) -> str:
     """Say why an instance must not be started; empty when it may be."""
     if instance.masked:
         return "masked"
     if unit is None:
-        return instance.out
+        return instance.excluded
     if unit.quarantined(now):
         return f"in quarantine for {unit.quarantined_until - now:.0f} s: {unit.why}"
     if instance.gpu.fault:

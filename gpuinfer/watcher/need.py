@@ -28,13 +28,13 @@ from gpuinfer.watcher.state import Need
 
 #: Between the utilisation that starts one more worker and the one aimed at; and likewise below.
 SLACK = 0.1
-#: A start that takes so many times as long as usual is not counted upon.
+#: A start that takes this many times as long as usual is not counted on.
 STUCK = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """At least and at most so many workers; most 0: all there are."""
+    """How many workers run at least and at most; most 0: all there are."""
 
     least: int = 0
     most: int = 0
@@ -58,7 +58,7 @@ def need_of(
 def by_threshold(
     load: Load, fleet: Fleet, rates: Rates, calm: Calm, settings: WatcherSettings, now: float
 ) -> Need:
-    """Ask for one more worker while more than N tasks wait, not more often than every so many seconds.
+    """Ask for one more worker while more than N tasks wait, at most once in a number of seconds.
 
     Those that keep up with a steady load stay, though less than that waits: it would soon be more again.
     """

@@ -102,7 +102,7 @@ class Look:
     # -- deciding -------------------------------------------------------------------------
 
     def plan(self, bounds: Bounds, room: int | None) -> int:
-        """Ask each demand, and plan the starts; return how many there are. ``room``: at most so many."""
+        """Ask each demand, and plan the starts; return how many there are. ``room``: how many at most."""
         most = Bounds(most=bounds.most)
         asks = [one.ask(most, self._settings, self._now) for one in self._within]
         asks.append(self._whole.ask(bounds, self._settings, self._now))

@@ -53,7 +53,7 @@ class Plan:
         """``asks``: the narrowest demand first, the whole part last.
 
         ``alone``: where there are several groups, what each would be asked for without the others: more would
-        be of no use. ``least``: so many run whatever they are for. ``room``: how many may be started at most;
+        be of no use. ``least``: how many run whatever they are for. ``room``: the most that may be started;
         None: any number.
         """
         self._fleets = fleets
@@ -82,8 +82,8 @@ class Plan:
 
     @property
     def ends(self) -> list[Action]:
-        """Return the stops of starts that failed again when systemd tried them again: they rest."""
-        reasons = {key: fleet.out[key] for fleet in self._fleets.values() for key in fleet.broken}
+        """Return the stops of starts that failed again when systemd tried them again: they cool down."""
+        reasons = {key: fleet.excluded[key] for fleet in self._fleets.values() for key in fleet.broken}
         return [Action("stop", key, reasons[key]) for key in sorted(reasons)]
 
     def _running(self, group: Serves) -> int:

@@ -63,7 +63,7 @@ class Decision:
     inputs: Mapping[str, object]
     history: History
     #: Instances that are not to be started.
-    out: frozenset[Key] = frozenset()
+    excluded: frozenset[Key] = frozenset()
     #: Lanes with tasks that no instance serves, or could be started to serve. None: Redis cannot be read.
     stranded: Mapping[Lane, Stranded] | None = None
 
@@ -100,7 +100,7 @@ def decide(seen: Observation, history: History, settings: WatcherSettings, now: 
             within={name: measured for look in looks for name, measured in look.finer.items()},
             units=commanded(remembered.units, actions, seen, now),
         ),
-        out=frozenset(key for look in looks for key in look.fleet.out),
+        excluded=frozenset(key for look in looks for key in look.fleet.excluded),
         stranded=_stranded(seen, seen.queues, fleets),
     )
 
@@ -151,17 +151,17 @@ def _stranded(
 ) -> dict[Lane, Stranded]:
     """Return the lanes whose tasks wait for nobody: none runs that serves them, nor could be started."""
     able = [group for group, fleet in fleets.items() if fleet.possible or fleet.returning]
-    out = {key: reason for fleet in fleets.values() for key, reason in fleet.out.items()}
+    excluded = {key: reason for fleet in fleets.values() for key, reason in fleet.excluded.items()}
     return {
-        lane: Stranded(queue.waiting, remedy(lane, _servers(seen, out)))
+        lane: Stranded(queue.waiting, remedy(lane, _servers(seen, excluded)))
         for lane, queue in sorted(queues.items())
         if queue.waiting and not queue.paused and not any(group.covers(lane) for group in able)
     }
 
 
-def _servers(seen: Observation, out: Mapping[Key, str]) -> list[Server]:
+def _servers(seen: Observation, excluded: Mapping[Key, str]) -> list[Server]:
     return [
-        Server(one.key.number, one.key.host, one.serves, one.masked, out.get(one.key, one.out))
+        Server(one.key.number, one.key.host, one.serves, one.masked, excluded.get(one.key, one.excluded))
         for one in seen.instances
     ]
 
@@ -208,11 +208,11 @@ def _inputs(seen: Observation, looks: Sequence[Look], settings: WatcherSettings)
         "enough": sum(need.enough for need in needs),
         "dead_letters": seen.dead_letters,
     }
-    out = {key: reason for fleet in fleets for key, reason in fleet.out.items()}
-    return {**inputs, "out": _outs(out)} if out else inputs
+    excluded = {key: reason for fleet in fleets for key, reason in fleet.excluded.items()}
+    return {**inputs, "excluded": _reasons(excluded)} if excluded else inputs
 
 
-def _outs(out: Mapping[Key, str]) -> str:
-    """Return who is out, and why: the first few of them."""
-    first = sorted(out)[:NAMED]
-    return "; ".join([f"{key}: {out[key]}" for key in first] + _more(len(out)))
+def _reasons(excluded: Mapping[Key, str]) -> str:
+    """Return who is excluded, and why: the first few of them."""
+    first = sorted(excluded)[:NAMED]
+    return "; ".join([f"{key}: {excluded[key]}" for key in first] + _more(len(excluded)))

@@ -45,7 +45,7 @@ DECISIONS = "gpuinfer:watcher:decisions"
 MEMORY_PREFIX = "gpuinfer:watcher:memory:"
 #: A watcher that has been silent for so long is forgotten.
 FORGOTTEN_S = 3600.0
-#: For each lane, at most so many moments are remembered at which waiting tasks came. Then every second one is
+#: For each lane, this many moments at most are remembered when waiting tasks came. Then every second one is
 #: dropped, and its tasks are taken to have come at the one before: the oldest stay exact, and no age is too
 #: high by more than 1/512 of the time in which the backlog came.
 MOMENTS = 1024
@@ -96,7 +96,7 @@ class Probe:
         self._interval_s = interval_s
         self._startup_s = startup_s
         self._tells = tell
-        self._life = secrets.token_hex(8)
+        self._token = secrets.token_hex(8)
         self._has_told = False
         self._share = bind(client, "tell")
         self._host = host
@@ -143,11 +143,11 @@ class Probe:
         redis_now = seconds + microseconds / 1e6
         if not self._tells:
             return found, redis_now, ""
-        life = _life(found)
-        rival = life if self._has_told and life != self._life else ""
+        token = _token_of(found)
+        rival = token if self._has_told and token != self._token else ""
         self._beat += 1
         body = {
-            "life": self._life,
+            "token": self._token,
             "beat": self._beat,
             "at": redis_now,
             "interval_s": self._interval_s,
@@ -289,10 +289,10 @@ def _missing(beats: Mapping[str, Mapping[str, Any]]) -> dict[str, frozenset[str]
     return found
 
 
-def _life(text: bytes | None) -> str:
+def _token_of(text: bytes | None) -> str:
     """Return the token of the watcher process that wrote an entry; empty where it has none."""
     try:
-        return str(orjson.loads(text or b"{}").get("life", ""))
+        return str(orjson.loads(text or b"{}").get("token", ""))
     except (ValueError, AttributeError):
         return ""
 
@@ -316,7 +316,7 @@ def _told(instance: Instance, now: float) -> dict[str, object]:
         "enabled": instance.enabled,
         "masked": instance.masked,
         "hold": instance.hold,
-        "out": instance.out,
+        "excluded": instance.excluded,
         "log_only": instance.log_only,
         "tiers": instance.serves.tiers,
         "models": instance.serves.models,
@@ -331,7 +331,7 @@ def _heard(host: str, one: Mapping[str, Any], now: float) -> Instance:
         enabled=bool(one["enabled"]),
         masked=bool(one["masked"]),
         hold=one["hold"],
-        out=str(one["out"]),
+        excluded=str(one["excluded"]),
         log_only=bool(one.get("log_only")),
         serves=told(one),
     )

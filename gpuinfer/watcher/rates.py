@@ -22,13 +22,13 @@ from gpuinfer.watcher.state import Figures
 
 #: The steady arrival rate is the mean over the calm period, within these bounds.
 WINDOW_MIN_S, WINDOW_MAX_S = 10.0, 60.0
-#: The recent rate is taken from so many looks; an odd number, for the median.
+#: The recent rate is taken from this many looks; an odd number, for the median.
 RECENT_LOOKS = 7
-#: A rate that rose so many looks in a row is a crowd; a burst is over before.
+#: A rate that rose this many looks in a row is a crowd; a burst is over before.
 RISING_LOOKS = 4
-#: Workers seen saturated for so many looks in a row do not keep up.
+#: Workers seen saturated for this many looks in a row do not keep up.
 SURE_LOOKS = 2
-#: A throughput is believed when it was held for so many looks.
+#: A throughput is believed when it was held for this many looks.
 SHOWN_LOOKS = 9
 #: What was measured in saturation fades with this time constant.
 FADE_S = 30.0

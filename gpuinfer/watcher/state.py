@@ -74,7 +74,7 @@ class Instance:
     hold: Hold = ""
     #: For instances of other hosts: why their watcher will not start it, or why what starts there is not
     #: counted upon; empty if it would, or is.
-    out: str = ""
+    excluded: str = ""
     #: For instances of other hosts: their watcher only logs, and neither starts nor stops any.
     log_only: bool = False
 
@@ -167,13 +167,13 @@ class Action:
 class Need:
     """How many workers a look at queues and rates asks for."""
 
-    #: Start until so many run; no more than there are.
+    #: Start until this many run; no more than there are.
     up: int
-    #: So many would do; those beyond may be stopped when it stays so.
+    #: Enough for what waits; those beyond may be stopped when it stays so.
     enough: int
     #: Fewer would not drain in time what waits now, and so are not left, however long fewer would have done.
     keep: int = 0
-    #: So many there would have to be, whether there are or not; within floor and ceiling.
+    #: What would be needed, whether there are as many or not; within floor and ceiling.
     wanted: int = 0
     #: The formula with its numbers.
     formula: str

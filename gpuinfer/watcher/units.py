@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the watcher needs of whoever runs the workers: systemd, or plain processes. One contract for both.
+"""What the watcher needs of what runs the workers: systemd, or plain processes. One contract for both.
 
 - ``look`` tells the state of every instance; it reflects a command that was accepted at once or soon.
 - ``act`` asks, and does not wait until it is done. To start what runs is no error, nor to stop what does not.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Xid errors as NVML tells them: an event set that every GPU is registered with.
 
-It works without privileges, unlike the kernel's log; of a GPU that is split by MIG only what befalls the
+It works without privileges, unlike the kernel's log; of a GPU that is split by MIG only what happens to the
 whole of it is told. What happened before is not told. While the set is open the driver is in use, as it
 is by any worker: to reset a GPU or to unload the driver, stop the watcher too.
 
@@ -33,7 +33,7 @@ PROGRAMS = {
 }
 #: After an error the event set is opened again, not more often than this.
 AGAIN_S = 30.0
-#: At most so many events are taken at once.
+#: At most this many events are taken at once.
 _MOST = 100
 
 

@@ -67,7 +67,7 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
             consumer.timer.call_repeatedly(BEAT_S, self._keep_below)
 
     def _keep_below(self) -> None:
-        """Stop as SIGTERM would where the process has grown too large; whoever started it starts it anew."""
+        """Stop as SIGTERM would where the process has grown too large; what started it starts it anew."""
         if state.should_stop is None and self.process.ceiling.passed():
             state.should_stop = EX_GROWN
 

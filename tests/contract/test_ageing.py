@@ -21,7 +21,7 @@ AGEING_S, BETWEEN_S = 0.001, 0.003
 
 
 def starve(store: Store, client: Client, lists: int, tasks: int) -> list[str]:
-    """Fill so many lists below the most urgent one; return their names."""
+    """Fill this many lists below the most urgent one; return their names."""
     places = [
         (queue, model, priority)
         for queue in reversed(QUEUES)

@@ -141,7 +141,7 @@ def test_a_successor_of_ours(broker: BrokerSettings, store: Store, client: Clien
     ids=["failed", "failed with many words", "cancelled while it ran"],
 )
 def test_what_follows_a_failure(store: Store, client: Client, shop: Celery, late: bool, words: int) -> None:
-    """Successors do not run, and whoever waits for them hears so; errbacks get the id of what has failed."""
+    """Successors do not run, and their callers hear so; errbacks get the id of what has failed."""
     first = predict(shop)
     first.link_error(shop.signature("shop.sorry", args=[1], queue="shop"))
     canvas = chain(first, shop.signature("shop.store"), shop.signature("shop.tell"), app=shop)
@@ -200,7 +200,7 @@ def test_buried(store: Store, client: Client, shop: Celery) -> None:
 
 
 def test_only_who_holds_a_task_ends_it(broker: BrokerSettings, client: Client, shop: Celery) -> None:
-    """Whoever was taken for dead writes neither the result nor the successor: the next worker does both."""
+    """A worker taken for dead writes neither the result nor the successor: the next worker does both."""
     first, second = store_of(broker), store_of(broker, "gpu1@here")
     task = send(shop, chain(predict(shop), shop.signature("shop.store"), app=shop), first)
     late = end(first, task, "late")

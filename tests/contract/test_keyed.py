@@ -122,7 +122,7 @@ def call_key(key: str) -> bytes:
 
 
 def test_there_is_a_bound(broker: BrokerSettings, store: Store) -> None:
-    """So many new keys in a period; those that stand go on standing, and requests without a key are taken."""
+    """Only max_keys new keys in a period; old ones still hold, and requests without a key are taken."""
     with Client(Settings(broker=broker, queue=QueueSettings(max_keys=3))) as client:
         held = [client.submit([1], idempotency_key=str(number)) for number in range(3)]
         with pytest.raises(QueueFull, match=r"stand as may: 3 \(queue.max_keys"):

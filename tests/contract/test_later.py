@@ -61,7 +61,7 @@ def test_a_task_waits_in_redis_until_it_is_due(store: Store) -> None:
     assert not store.waits()
     assert store.claim(9) == []
     let_come(store)
-    assert not store.waits()  # what is due was moved on the way, and whoever is idle was woken
+    assert not store.waits()  # what is due was moved on the way, and an idle worker was woken
     again = store.claim(9)
     assert ids(again) == wanted[1:]
     assert {decode(task.payload).deliveries for task in again} == {0}

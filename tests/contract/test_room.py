@@ -39,7 +39,7 @@ def limited(broker: BrokerSettings, store: Store) -> Iterator[Make]:
 
 
 def everything(store: Store) -> dict[bytes, int]:
-    """Return the keys there are, but for the account of what may come, and their sizes."""
+    """Return all keys except the account of what may come, and their sizes."""
     names = set(store.client.scan_iter("*")) - {keys.ROOM.encode()}
     return {name: int(store.client.memory_usage(name, samples=0) or 0) for name in names}
 

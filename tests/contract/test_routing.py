@@ -203,7 +203,7 @@ def test_what_has_lost_its_place_waits(store: Store, other: Store) -> None:
 
 
 def test_a_router_ends_what_nobody_knows(store: Store, other: Store, client: Client) -> None:
-    """As a worker of the default model does when it claims it; whoever waits is told, and no list is made."""
+    """As a worker of the default model does when it claims it; the caller is told, and no list is made."""
     lost = plain(store, "realtime", "nosuch")
     found, own = plain(store, "realtime", "ocr"), plain(store, "realtime", None)
     forget_workers(store)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of whoever runs the workers: plain processes, and systemd's units on a booted systemd."""
+"""The contract of what runs the workers: plain processes, and systemd's units on a booted systemd."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ async def test_a_stop_while_it_starts_is_heard(place: Place) -> None:
 
 
 async def test_a_start_does_not_undo_a_stop(place: Place) -> None:
-    """What is being stopped stops, whoever told it to; the start is refused by an error of its own."""
+    """What is being stopped stops, by anybody's order; the start is refused by an error of its own."""
     if place.container:
         waits = "/bin/sh -c 'until test -e /go; do sleep 0.1; done'"
         place.container.put(SLOW_STOP, f"[Service]\nExecStop={waits}\n")

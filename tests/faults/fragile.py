@@ -17,7 +17,7 @@ from gpuinfer.queue import message
 
 #: Arguments that unpack to more bytes are fatal.
 FATAL_BYTES = 5_000_000
-#: An input that is fatal to whoever reads it, and one whose first number is fatal to whoever runs it.
+#: An input that kills the process that reads it, and one whose first number kills the process that runs it.
 KILLS_ITS_READER = "kills its reader"
 KILLS_ITS_RUNNER = -7.0
 

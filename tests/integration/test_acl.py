@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our Redis with its users: what a program must not do is refused, whoever has taken it over."""
+"""Our Redis with its users: what a program must not do is refused, also when it was taken over."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def contents(client: redis.Redis) -> dict[bytes, bytes | None]:
 
 @pytest.mark.parametrize("user", REFUSED)
 def test_refused(redis_server: OurRedis, user: str) -> None:
-    """Whoever takes a program over takes no more than its own rights; every command has its refusal."""
+    """An intruder in a program has no more than its own rights; every command has its refusal."""
     with redis_server.client() as admin:
         admin.lpush("realtime", TASK)
         admin.hset(keys.inflight(NAME), mapping={"1": TASK, "1:list": "realtime"})

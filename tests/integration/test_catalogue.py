@@ -129,7 +129,7 @@ def test_the_old_default_goes_on_without_the_new(
 
 
 def test_switching_under_load(workers: Workers, client: Client, redis_server: RedisServer) -> None:
-    """Nothing is lost and every answer is right, whoever named what while the default went back and forth."""
+    """Nothing is lost and every answer is right, whatever was named while the default went back and forth."""
     models(workers)
     workers.start(0, worker_models=DOUBLE)
     workers.start(1, worker_models=ROOT)

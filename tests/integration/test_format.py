@@ -26,7 +26,7 @@ pytestmark = pytest.mark.integration
 
 IMAGE = load_test_images()[0][0].tolist()
 LABEL = str(load_test_images()[1][0])
-#: What is said, whoever says it.
+#: What every program says.
 SAID = (
     "what lies in Redis has format 3, and this program reads format 2 alone; a newer edition has written it"
 )

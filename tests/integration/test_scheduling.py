@@ -117,7 +117,7 @@ def begun(worker: Process) -> list[list[str]]:
 def test_large_jobs_leave_room_for_urgent_ones(
     workers: Workers, client: Client, redis_server: RedisServer
 ) -> None:
-    """However large what waits is, a worker holds so many bytes of it, and urgent work overtakes it.
+    """However large what waits is, a worker holds few bytes of it, and urgent work overtakes it.
 
     One batch may begin after the urgent task is acknowledged: it was claimed before.
     """

@@ -123,7 +123,7 @@ async def test_two_watchers_of_one_name_say_so(redis_server: RedisServer, settin
 
 
 async def test_a_refused_start_is_a_failure(redis_server: RedisServer, settings_for: Build) -> None:
-    """What systemd will not start rests, and why is kept and told; the next of the order is asked."""
+    """What systemd will not start cools down, and why is kept and told; the next of the order is asked."""
 
     class Refusing(Told):
         async def act(self, verb: str, number: int) -> None:
@@ -145,7 +145,7 @@ async def test_a_refused_start_is_a_failure(redis_server: RedisServer, settings_
     unit = second.history.units[Key(0, "a")]
     assert (unit.failures, unit.why) == (1, "systemd refuses StartUnit: bad unit file setting")
     told = orjson.loads(connect(settings.broker).hget(HOSTS, "a") or b"{}")
-    assert "bad unit file setting" in told["instances"][0]["out"]
+    assert "bad unit file setting" in told["instances"][0]["excluded"]
 
 
 async def test_told_to_stop_it_acts_no_more(redis_server: RedisServer, settings_for: Build) -> None:

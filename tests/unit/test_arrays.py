@@ -168,7 +168,7 @@ def test_what_is_no_body_is_undecodable(body: bytes) -> None:
 
 
 def test_millions_of_values_are_no_json() -> None:
-    """A long text is; so many empty objects would be a gigabyte once they are read."""
+    """A long text is; this many empty objects would be a gigabyte once they are read."""
     check_values(b'"%b"' % (b"x" * 20_000_000))
     with pytest.raises(PayloadTooLarge, match="send an array"):
         check_values(b"[%b]" % (b"{}," * 2_000_000))

@@ -111,7 +111,7 @@ def test_what_fills_a_models_batch() -> None:
 
 
 def test_surplus() -> None:
-    """Two full batches of a model stay; what comes after them goes back, but for what has begun."""
+    """Two full batches of a model stay; what comes after them goes back, except what has begun."""
     buffer = filled(task(1, inputs=7), task(2), task(3, model="other"), task(4), task(5), limit=4)
     assert [held.seq for held in buffer.surplus(10**9)] == [4, 5]
     begun = filled(task(1, inputs=9), task(2, time_start=1.0), task(3), limit=4)

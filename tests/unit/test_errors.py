@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors as they travel: from a worker through JSON to whoever asks."""
+"""Errors as they travel: from a worker through JSON to the caller."""
 
 from __future__ import annotations
 

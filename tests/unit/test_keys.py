@@ -64,7 +64,7 @@ def test_a_strange_name_is_not_ours(key: str) -> None:
 
 
 def test_groups_are_what_workers_serve() -> None:
-    """Whoever serves the same is of one group, in whatever order its models were named."""
+    """Workers that serve the same are of one group, in whatever order its models were named."""
     assert keys.group_of(QUEUES, ["a", "b"]) == keys.group_of(QUEUES, ["b", "a"])
     groups = {
         keys.group_of(tiers, models) for tiers in (["realtime"], QUEUES) for models in (["a"], ["a", "b"])

@@ -45,7 +45,7 @@ def known(*groups: Serves) -> History:
 
 
 def fleet(*groups: Serves, each: int = 4, **more: float) -> Mixed:
-    """Return a world with so many instances of each group."""
+    """Return a world with this many instances of each group."""
     many = {group: some_keys(place * each, each) for place, group in enumerate(groups)}
     return Mixed.of(many, LANES, **more)
 
@@ -223,7 +223,7 @@ groups = some.sets(some.sampled_from([URGENT, ALL_A, ALL_B, BOTH]), min_size=1, 
 def test_mixed_groups_come_to_rest_under_any_constant_load(
     mode: str, there: set[Serves], loads: list[float], floor: int, rate: float
 ) -> None:
-    """Whoever shares lanes with whom: in the end nothing is started or stopped any more."""
+    """However the groups share lanes: in the end nothing is started or stopped any more."""
     world = fleet(*sorted(there), rate=rate)
     served = {
         lane: load

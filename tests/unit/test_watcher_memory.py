@@ -151,7 +151,7 @@ def test_who_only_logs_waits_for_no_effect() -> None:
 
 
 def test_quarantine_says_why() -> None:
-    """The reason is there for whoever asks."""
+    """The reason is there for the caller who asks."""
     world = busy_world(1)
     world.set(A0, gpu=GpuHealth(fault="Xid 79, it has fallen off the bus"))
     watcher = Watcher(world, settings())
@@ -376,6 +376,6 @@ def test_the_start_up_time_is_measured() -> None:
 def test_an_instance_that_is_not_ours_is_out_as_its_watcher_says() -> None:
     """The other host's watcher knows better; its word is taken."""
     world = busy_world(0)
-    world.instances = {Key(0, "b"): Instance(key=Key(0, "b"), out="in quarantine")}
+    world.instances = {Key(0, "b"): Instance(key=Key(0, "b"), excluded="in quarantine")}
     seen = world.see("a", ["b"])
     assert Watcher(world, settings(), "a").decide(seen).actions == ()

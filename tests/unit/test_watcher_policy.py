@@ -64,14 +64,14 @@ def test_a_decision_says_what_is_missing_and_why() -> None:
     decision = decide(seen, remembering(KNOWN), settings(), NOW)
     assert decision.why.startswith("18 wanted, but no instance is left to start; ")
     xid = "in quarantine for 30 s: its GPU is not well: Xid 79"
-    assert decision.inputs["out"] == f"gpu1@a: masked; gpu2@a: {xid}"
+    assert decision.inputs["excluded"] == f"gpu1@a: masked; gpu2@a: {xid}"
     assert decision.inputs["dead_letters"] == 3
 
 
 def test_of_many_that_are_out_a_few_are_named() -> None:
     """A line of the log stays a line."""
     fleet = [Instance(key=key, masked=True) for key in keys(1000)]
-    text = str(decide(observe(fleet, waiting=9), History(), settings(), NOW).inputs["out"])
+    text = str(decide(observe(fleet, waiting=9), History(), settings(), NOW).inputs["excluded"])
     assert text.endswith("; and 992 more")
     assert len(text) < 200
 
@@ -271,7 +271,7 @@ def test_nothing_forbidden_is_ever_done(looks: list[tuple[list[Instance], int]],
             target = by_key[action.key]
             if action.verb == "stop":
                 assert not target.enabled
-                sick = target.state == "activating" and history.units[action.key].resting(now)
+                sick = target.state == "activating" and history.units[action.key].cooling_down(now)
                 assert sick or (target.state, target.busy) == ("active", False)
             elif action.verb == "start":
                 assert (target.state, target.masked) == ("inactive", False)

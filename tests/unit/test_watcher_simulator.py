@@ -200,7 +200,7 @@ def test_ten_thousand_gpus_are_simulated(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_bound_is_below_everybody() -> None:
-    """Whoever starts everything at once waits least."""
+    """Starting everything at once waits least."""
     made: Comparison = comparison(one := scenario("burst", seconds=900, model=QUICK), compare(one))
     assert all(made.bound.p99_s <= outcome.p99_s + 1.0 for outcome in made.outcomes)
 
@@ -242,7 +242,7 @@ def test_what_programs_write_before_the_first_line_is_fine(text: str, tasks: int
         ("1,2\nx,y\n", "line 2: 'x,y' is not second,tasks[,queue]"),
         ("5\n", "line 1: '5' is not"),
         ("1,2,urgent\n", "queue one of realtime, default, batch"),
-        ("1,-2\n", "tasks 0 to a milliard"),
+        ("1,-2\n", "tasks 0 to 1,000,000,000"),
         ("second,tasks\n0,1,default\nnan,2\n", "line 3"),
         ("nan,1\n", "line 1"),
     ],

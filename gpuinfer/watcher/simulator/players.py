@@ -229,7 +229,7 @@ class Hpa:
 class AllAtOnce:
     """No policy but a bound: starts everything when the first task waits, and never stops anything.
 
-    Whoever does not know the future cannot have shorter waiting times from the same floor.
+    A policy that does not know the future cannot have shorter waiting times from the same floor.
     """
 
     name = "bound"

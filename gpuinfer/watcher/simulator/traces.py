@@ -149,7 +149,7 @@ def _rows(file: Path, lines: Iterable[list[str]]) -> Iterable[tuple[float, int, 
         known = next((name for name in QUEUES if name == queue), None)
         if known is None or not 0 <= second <= 1e7 or not 0 <= tasks <= 10**9:
             raise InputError(
-                f"line {number}: second must be 0 to 10 million, tasks 0 to a milliard, "
+                f"line {number}: second must be 0 to 10 million, tasks 0 to 1,000,000,000, "
                 f"queue one of {', '.join(QUEUES)}",
                 str(file),
             )
