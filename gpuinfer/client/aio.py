@@ -14,21 +14,19 @@ from gpuinfer.client import core
 from gpuinfer.client.core import (
     LOOK,
     Call,
-    DefaultModel,
     Origin,
     Waiting,
     not_found,
-    settings_for,
 )
+from gpuinfer.client.driver import Driver, refuse_key
 from gpuinfer.client.outgoing import Outgoing
 from gpuinfer.client.pipe import Pipe
-from gpuinfer.client.signatures import Signatures
 from gpuinfer.client.waits import RETRY_S, Waits
 from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, WaitTimeout
 from gpuinfer.models.signature import Signature
 from gpuinfer.queue import catalogue, keys, results
 from gpuinfer.queue import format as layout
-from gpuinfer.queue.connection import connect_async, typed_errors, user_of
+from gpuinfer.queue.connection import connect_async, typed_errors
 from gpuinfer.queue.options import Options, documented
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import Settings
@@ -57,16 +55,15 @@ def _retrieve(answer: asyncio.Future[Any]) -> None:
         answer.exception()
 
 
-class AsyncClient:
+class AsyncClient(Driver):
     """Talks to the queue from an event loop. Use it in the loop it was first used in.
 
     ``source`` is a broker URL, a Settings object, or None for this host's settings.
     """
 
     def __init__(self, source: Settings | str | None = None) -> None:
-        self._settings = settings_for(source)
+        super().__init__(source)
         self._redis = connect_async(self._settings.broker)
-        self._user = user_of(self._settings.broker)
         options = self._redis.connection_pool.connection_kwargs
         self._pipe = Pipe(self._redis, options["socket_timeout"])
         self._submit = self._pipe.script("submit")
@@ -74,8 +71,6 @@ class AsyncClient:
         self._outgoing = Outgoing(self._call, self._settings.queue)
         self._origin = Origin()
         self._waits = Waits(self._redis, self._origin, self._user)
-        self._default = DefaultModel()
-        self._signatures = Signatures()
 
     async def aclose(self) -> None:
         """Stop listening and close all connections."""
@@ -90,11 +85,6 @@ class AsyncClient:
         await self.aclose()
 
     # -- looking --------------------------------------------------------------------------
-
-    @property
-    def default_model(self) -> str | None:
-        """The model of requests that name none, as last heard; None: not known."""
-        return self._default.name
 
     async def fleet(self) -> catalogue.Fleet:
         """Return which models the fleet knows, who serves them, and what waits.
@@ -139,13 +129,10 @@ class AsyncClient:
         Not all or nothing: when Redis fills up or goes away on the way, the error's ``accepted`` has the ids
         of those that it has confirmed.
         """
-        if options.pop("idempotency_key", None) is not None:
-            raise InputError("stands for one task; use submit or submit_batch", "idempotency_key")
-        default = await self._default_model(options)
-        tasks = [
-            core.build(value, many=False, origin=self._origin, default_model=default, **options)
-            for value in await self._ready(list(inputs), many=False, options=options)
-        ]
+        refuse_key(options)
+        await self._default_model(options)
+        ready = await self._ready(list(inputs), many=False, options=options)
+        tasks = self._build_many(ready, options, self._origin)
         accepted: list[str] = []
         calls = core.bulk(tasks, self._settings.queue)
         try:
@@ -200,7 +187,7 @@ class AsyncClient:
         """Return inputs as they are sent. Raises InputError for a file that cannot be read, and for what the
         model cannot take.
         """
-        model = core.model_of(options, self._default.name)
+        model = self._model_of(options)
         if model is not None and self._signatures.stale(model):
             await self._ask(model)
         try:

@@ -7,7 +7,6 @@ No input, no output.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 import uuid
@@ -18,13 +17,12 @@ from typing import Any, Literal, NamedTuple, Unpack
 import orjson
 
 from gpuinfer.errors import InputError, PayloadTooLarge, TaskNotFound, TaskRevoked
-from gpuinfer.models.manifest import MODEL_NAME
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.direct import Argument
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Packed, Submission
 from gpuinfer.queue.options import MAX_NAME, Options, check
 from gpuinfer.queue.results import TaskStatus
-from gpuinfer.settings import QueueSettings, Settings, load
+from gpuinfer.settings import QueueSettings
 
 log = logging.getLogger(__name__)
 
@@ -117,36 +115,6 @@ class Origin:
 def reply_channel(task_id: str) -> str:
     """Return the reply channel of the client process that made an id; nobody listens there for another's."""
     return keys.REPLY_PREFIX + task_id[:8] + task_id[9:13]
-
-
-class DefaultModel:
-    """The fleet's default model, as a client remembers it for a while.
-
-    Messages carry the model's name. Should the default change meanwhile, they go to the model they name.
-    """
-
-    FRESH_S = 5.0
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._read_at = -math.inf
-        self.name: str | None = None
-
-    @property
-    def stale(self) -> bool:
-        """Whether to ask Redis."""
-        return self._clock() - self._read_at > self.FRESH_S
-
-    def found(self, value: bytes | None) -> None:
-        """Remember what Redis answered."""
-        self.name = value.decode() if value else None
-        self._read_at = self._clock() if value else -math.inf
-
-
-def model_of(options: Options, default: str | None) -> str | None:
-    """Return the model that a request is for; None: it is not known, or no name."""
-    model = options.get("model") or default
-    return model if isinstance(model, str) and MODEL_NAME.fullmatch(model) else None
 
 
 def build(
@@ -294,20 +262,6 @@ def _chunks(ready: Iterable[Ready], settings: QueueSettings) -> Iterator[Call]:
 
 
 # -- what both drivers wait for ---------------------------------------------------------------
-
-
-def settings_for(source: Settings | str | None) -> Settings:
-    """Return settings: as given, with another broker URL, or as loaded from this host.
-
-    Of a file and of variables those are read that a client needs, whatever else stands there.
-    """
-    if isinstance(source, Settings):
-        return source
-    loaded = load(only=("broker", "queue")).settings
-    if source is None:
-        return loaded
-    broker = type(loaded.broker).model_validate(loaded.broker.model_dump() | {"url": source})
-    return loaded.model_copy(update={"broker": broker})
 
 
 def not_found(task_id: str) -> TaskNotFound:

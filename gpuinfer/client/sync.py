@@ -21,17 +21,15 @@ from gpuinfer.client import core
 from gpuinfer.client.core import (
     LOOK,
     Call,
-    DefaultModel,
     Origin,
     Waiting,
     not_found,
-    settings_for,
 )
+from gpuinfer.client.driver import Driver, refuse_key
 from gpuinfer.client.listener import Listener
-from gpuinfer.client.signatures import Signatures
 from gpuinfer.errors import BrokerError, InputError, WaitTimeout
 from gpuinfer.queue import keys, results
-from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors, user_of
+from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors
 from gpuinfer.queue.direct import Direct
 from gpuinfer.queue.options import Options, documented
 from gpuinfer.queue.results import TaskStatus
@@ -43,16 +41,15 @@ MAX_IDLE_LISTENERS = 8
 UNHEARD = 1000
 
 
-class Client:
+class Client(Driver):
     """Talks to the queue. Safe to share between threads.
 
     ``source`` is a broker URL, a Settings object, or None for this host's settings.
     """
 
     def __init__(self, source: Settings | str | None = None) -> None:
-        self._settings = settings_for(source)
+        super().__init__(source)
         self._redis = connect(self._settings.broker)
-        self._user = user_of(self._settings.broker)
         self._direct = Direct(self._redis)
         self._submit = self._direct.bind("submit")
         self._submit_bulk = bind(self._redis, "submit")
@@ -60,8 +57,6 @@ class Client:
         #: Subscriptions nobody waits on: a connection for each wait would be most of a wait's price.
         self._listeners: list[Listener] = []
         self._made_by = Origin()
-        self._default = DefaultModel()
-        self._signatures = Signatures()
 
     @property
     def _origin(self) -> Origin:
@@ -107,13 +102,10 @@ class Client:
         Not all or nothing: when Redis fills up or goes away on the way, the error's ``accepted`` has the ids
         of those that it has confirmed.
         """
-        if options.pop("idempotency_key", None) is not None:
-            raise InputError("stands for one task; use submit or submit_batch", "idempotency_key")
-        origin, default = self._origin, self._default_model(options)
-        tasks = [
-            core.build(value, many=False, origin=origin, default_model=default, **options)
-            for value in self._ready(list(inputs), many=False, options=options)
-        ]
+        refuse_key(options)
+        self._default_model(options)
+        ready = self._ready(list(inputs), many=False, options=options)
+        tasks = self._build_many(ready, options, self._origin)
         if len(tasks) > UNHEARD:  # nobody may ever read what a kept subscription hears of them
             self._drop_listeners()
         accepted: list[str] = []
@@ -175,7 +167,7 @@ class Client:
         """Return inputs as they are sent. Raises InputError for a file that cannot be read, and for what the
         model cannot take.
         """
-        model = core.model_of(options, self._default.name)
+        model = self._model_of(options)
         if model is not None and self._signatures.stale(model):
             self._ask(model)
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from gpuinfer.client.core import settings_for
+from gpuinfer.client.driver import settings_for
 from gpuinfer.errors import ConfigError
 from gpuinfer.settings import Settings, load, load_settings, shown
 

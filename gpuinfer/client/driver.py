@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the synchronous and the asyncio client are both made of."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+
+from gpuinfer.client import core
+from gpuinfer.client.core import Origin
+from gpuinfer.client.signatures import Signatures
+from gpuinfer.errors import InputError
+from gpuinfer.models.manifest import MODEL_NAME
+from gpuinfer.queue.connection import user_of
+from gpuinfer.queue.message import Submission
+from gpuinfer.queue.options import Options
+from gpuinfer.settings import Settings, load
+
+
+def settings_for(source: Settings | str | None) -> Settings:
+    """Return settings: as given, with another broker URL, or as loaded from this host.
+
+    Of a file and of variables those are read that a client needs, whatever else stands there.
+    """
+    if isinstance(source, Settings):
+        return source
+    loaded = load(only=("broker", "queue")).settings
+    if source is None:
+        return loaded
+    broker = type(loaded.broker).model_validate(loaded.broker.model_dump() | {"url": source})
+    return loaded.model_copy(update={"broker": broker})
+
+
+class DefaultModel:
+    """The fleet's default model, as a client remembers it for a while.
+
+    Messages carry the model's name. Should the default change meanwhile, they go to the model they name.
+    """
+
+    FRESH_S = 5.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._read_at = -math.inf
+        self.name: str | None = None
+
+    @property
+    def stale(self) -> bool:
+        """Whether to ask Redis."""
+        return self._clock() - self._read_at > self.FRESH_S
+
+    def found(self, value: bytes | None) -> None:
+        """Remember what Redis answered."""
+        self.name = value.decode() if value else None
+        self._read_at = self._clock() if value else -math.inf
+
+
+class Driver:
+    """A client's settings, and what it remembers of the fleet's models."""
+
+    def __init__(self, source: Settings | str | None = None) -> None:
+        """``source`` is a broker URL, a Settings object, or None for this host's settings."""
+        self._settings = settings_for(source)
+        self._user = user_of(self._settings.broker)
+        self._default = DefaultModel()
+        self._signatures = Signatures()
+
+    @property
+    def default_model(self) -> str | None:
+        """The model of requests that name none, as last heard; None: not known."""
+        return self._default.name
+
+    def _model_of(self, options: Options) -> str | None:
+        """Return the model that a request is for; None: it is not known, or no name."""
+        model = options.get("model") or self._default.name
+        return model if isinstance(model, str) and MODEL_NAME.fullmatch(model) else None
+
+    def _build_many(self, inputs: Iterable[object], options: Options, origin: Origin) -> list[Submission]:
+        """Return a task for each input. Raises InputError."""
+        default = self._default.name
+        return [
+            core.build(value, many=False, origin=origin, default_model=default, **options) for value in inputs
+        ]
+
+
+def refuse_key(options: Options) -> None:
+    """Raises InputError for an idempotency key, which stands for one task, with many."""
+    if options.pop("idempotency_key", None) is not None:
+        raise InputError("stands for one task; use submit or submit_batch", "idempotency_key")
