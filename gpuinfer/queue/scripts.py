@@ -4,6 +4,13 @@
 A script may name libraries (``-- needs: lists states``); they, and the names of ``keys``, go in front of
 it. Those that only some of its calls need are named where these begin, indented, and stand there: a function
 costs each call that passes it some time.
+
+Redis Functions, whose closures stay from call to call, were tried for submit, claim, begin and settle: 123
+us a task where scripts took 118, in turns, and 90 against 93 at best. Twenty closures cost 1 to 2 us a
+call. What bounds a lone task is elsewhere: a script that does nothing takes 3.9 us alone and 2.7 in a
+packet of many, with warm caches; a submission 19 and 13, and 42 after a pause of a millisecond. A command
+adds 0.3 us, a write or a PUBLISH 0.5 to 1. So fewer calls a task help (a lone task begins with its claim),
+and shorter ones hardly do.
 """
 
 from __future__ import annotations
