@@ -72,6 +72,12 @@ def workers(redis_server: RedisServer, tmp_path: Path) -> Iterator[Workers]:
 
 
 @pytest.fixture
+def settings(redis_server: RedisServer, settings_for: Callable[..., Settings]) -> Settings:
+    """Settings that point at this test's Redis."""
+    return settings_for(redis_server)
+
+
+@pytest.fixture
 def client(redis_server: RedisServer, settings_for: Callable[..., Settings]) -> Iterator[Client]:
     """A client on this test's Redis."""
     with Client(settings_for(redis_server)) as opened:
