@@ -39,21 +39,23 @@ class DefaultModel:
     """
 
     FRESH_S = 5.0
+    #: That there is none yet is remembered for a moment: who asked each time would make two trips a task.
+    NONE_S = 0.1
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._read_at = -math.inf
+        self._stale_at = -math.inf
         self.name: str | None = None
 
     @property
     def stale(self) -> bool:
         """Whether to ask Redis."""
-        return self._clock() - self._read_at > self.FRESH_S
+        return self._clock() > self._stale_at
 
     def found(self, value: bytes | None) -> None:
         """Remember what Redis answered."""
         self.name = value.decode() if value else None
-        self._read_at = self._clock() if value else -math.inf
+        self._stale_at = self._clock() + (self.FRESH_S if value else self.NONE_S)
 
 
 class Driver:
