@@ -17,7 +17,7 @@ import orjson
 
 from gpuinfer.client import Options
 from gpuinfer.errors import InputError, MalformedJson, PayloadTooLarge
-from gpuinfer.queue.message import check_values
+from gpuinfer.queue.bodies import check_values
 from gpuinfer.queue.options import OPTIONS
 
 #: Fields of an object body, in the order they are told to a caller.

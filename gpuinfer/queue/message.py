@@ -23,7 +23,8 @@ from typing import Any, NamedTuple, TypeGuard
 import orjson
 
 from gpuinfer.errors import InputError, PayloadTooLarge
-from gpuinfer.queue import arrays, json_types
+from gpuinfer.queue import arrays, bodies, json_types
+from gpuinfer.queue.bodies import check_values, load_head, loads, move
 from gpuinfer.queue.keys import REPLY_PREFIX
 from gpuinfer.settings import QueueSettings
 
@@ -39,14 +40,10 @@ _ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
 MAX_BODY_BYTES = 64 * 1024 * 1024
 #: A message of more bytes is not read: its body belongs beside the list.
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-#: JSON of more bytes than the first may hold this many values: each takes up to 90 bytes once it is read.
-_FREE_JSON_BYTES, _MAX_JSON_VALUES = 4 * 1024 * 1024, 2_000_000
 #: The header that says how many bytes lie beside the list.
 _BESIDE = "gpuinfer_body"
 #: The header that says what stands for its idempotency key.
 _KEY = "gpuinfer_key"
-#: What Celery calls ``compression="gzip"``; kombu's is zlib's format in truth.
-_COMPRESSIONS = ("application/x-gzip",)
 
 
 class Undecodable(ValueError):
@@ -195,12 +192,6 @@ def _dump_inputs(inputs: Any) -> bytes:
     return text
 
 
-def check_values(text: bytes) -> None:
-    """Raises PayloadTooLarge for long JSON whose many values would take all memory once read."""
-    if len(text) > _FREE_JSON_BYTES and sum(map(text.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
-        raise PayloadTooLarge(f"holds more than {_MAX_JSON_VALUES} values as JSON; send an array", "inputs")
-
-
 def _as_list(value: Any) -> Any:
     """Return what JSON can hold of an array among other things."""
     if not hasattr(value, "tolist"):
@@ -212,8 +203,6 @@ _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
 _CANVAS = ("chain", "chord", "callbacks", "errbacks")
-#: What stands in the body of protocol 1, and in the headers of protocol 2.
-_MOVED = ("task", "id", "group", "retries", "eta", "expires", "timelimit", "root_id", "parent_id")
 #: The charsets that JSON may say it has.
 _CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 
@@ -254,7 +243,7 @@ class Envelope:
         Raises Undecodable, and PayloadTooLarge for JSON of too many values.
         """
         try:
-            return arrays.unpack(body, _load_head, many=many)
+            return arrays.unpack(body, load_head, many=many)
         except (ValueError, TypeError, LookupError) as exc:
             reason = f"what lies beside the list is no body of gpuinfer: {type(exc).__name__}"
             raise Undecodable(reason, self.id) from None
@@ -267,10 +256,10 @@ class Envelope:
         try:
             body = self.opened
             if body is None:
-                body, self.size = _open(self.raw, self.headers, self.properties, max_bytes)
+                body, self.size = bodies.open_body(self.raw, self.headers, self.properties, max_bytes)
             if isinstance(body, dict):
                 args, kwargs, embed = body.get("args"), body.get("kwargs"), body
-                _move(body, self.headers)
+                move(body, self.headers)
             else:
                 args, kwargs, embed = body if len(body) == 3 else (*body, None)
         except (ValueError, TypeError, zlib.error, RecursionError) as exc:
@@ -296,73 +285,6 @@ class Envelope:
 def _reply_to(properties: dict[str, Any]) -> str:
     channel = properties.get("reply_to")
     return channel if isinstance(channel, str) and channel.startswith(REPLY_PREFIX) else ""
-
-
-def _open(
-    raw: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any], max_bytes: int
-) -> tuple[Any, int]:
-    """Return the body as JSON has it, and the bytes of its text.
-
-    Raises ValueError, TypeError, zlib.error, RecursionError, PayloadTooLarge.
-    """
-    text: Any = raw.get("body")
-    if properties.get("body_encoding") == "base64":
-        text = b64decode(text)
-    if headers.get("compression"):
-        text = _unpack(text, headers["compression"], max_bytes)
-    body = _loads(text)
-    if (b"__type__" if isinstance(text, bytes) else "__type__") in text:
-        _simplify(body)
-    return body, len(text)
-
-
-def _simplify(body: Any) -> None:
-    """Put plain values in place of kombu's types, except in what another task's message is made of."""
-    if isinstance(body, dict):
-        body.update(
-            {name: json_types.plain(body[name]) for name in ("args", "kwargs", *_MOVED) if name in body}
-        )
-    elif isinstance(body, list):
-        body[:2] = json_types.plain(body[:2])
-
-
-def _move(body: dict[str, Any], headers: dict[str, Any]) -> None:
-    """Put what protocol 1 has in its body where protocol 2 has it; what the headers say already stands."""
-    for name in _MOVED:
-        if name in body:
-            headers.setdefault(name, body[name])
-    if "taskset" in body:
-        headers.setdefault("group", body["taskset"])
-
-
-def _unpack(raw: bytes, compression: object, max_bytes: int) -> bytes:
-    """Decompress a body up to a size. Raises ValueError, PayloadTooLarge."""
-    if compression not in _COMPRESSIONS:
-        raise ValueError(f"compression {compression!r:.40} is not read; {' and '.join(_COMPRESSIONS)} are")
-    unpacker = zlib.decompressobj(wbits=47)  # with the header of gzip or of zlib
-    text = unpacker.decompress(raw, max_bytes)
-    if unpacker.unconsumed_tail:
-        raise PayloadTooLarge(f"unpacks to more than {max_bytes} bytes", "inputs")
-    return text
-
-
-def _loads(raw: bytes | str) -> Any:
-    """Parse JSON; NaN and Infinity, which Python's own writer emits, are let through to validation.
-
-    Raises ValueError or TypeError for whatever else can be wrong.
-    """
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        try:
-            return json.loads(raw)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-
-
-def _load_head(head: bytes) -> Any:
-    check_values(head)
-    return _loads(head)
 
 
 def decode(payload: bytes) -> Envelope:
@@ -416,7 +338,7 @@ def identify(payload: bytes) -> tuple[str | None, str]:
 def _parts(payload: bytes) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return a message, its headers and its properties. Raises Undecodable."""
     try:
-        raw = _loads(payload)
+        raw = loads(payload)
     except (ValueError, TypeError) as exc:
         raise Undecodable(f"not JSON: {exc}") from None
     if not isinstance(raw, dict):
@@ -452,12 +374,12 @@ def _first_protocol(
     task_id = task_id if _is_text(task_id) else None
     _check_type(raw.get("content-type"), task_id)
     try:
-        body, size = _open(raw, headers, properties, MAX_BODY_BYTES)
+        body, size = bodies.open_body(raw, headers, properties, MAX_BODY_BYTES)
     except (ValueError, TypeError, zlib.error, RecursionError, PayloadTooLarge) as exc:
         raise Undecodable(f"no task in its headers, and its body cannot be read: {exc}", task_id) from None
     if not isinstance(body, dict):
         raise Undecodable("no task name or id: neither Celery's protocol 1 nor 2", task_id)
-    _move(body, headers)
+    move(body, headers)
     return body, size
 
 

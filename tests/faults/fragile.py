@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpuinfer.models.tensor_model import TensorModel
-from gpuinfer.queue import message
+from gpuinfer.queue import bodies
 
 #: Arguments that unpack to more bytes are fatal.
 FATAL_BYTES = 5_000_000
@@ -30,7 +30,7 @@ def main() -> None:
     """Run the command line."""
     from gpuinfer.cli import main as command
 
-    open_body, forward = message._open, TensorModel.forward
+    open_body, forward = bodies.open_body, TensorModel.forward
 
     def fatal_open(*args: Any) -> Any:
         body, size = open_body(*args)
@@ -43,7 +43,7 @@ def main() -> None:
             _die()
         return forward(self, items)
 
-    message._open = fatal_open  # type: ignore[assignment]
+    bodies.open_body = fatal_open  # type: ignore[assignment]
     TensorModel.forward = fatal_forward  # type: ignore[method-assign]
     command()
 

@@ -20,7 +20,7 @@ import pytest
 from gpuinfer import Client
 from gpuinfer.models.loader import load
 from gpuinfer.models.repository import Repository
-from gpuinfer.queue import keys, message
+from gpuinfer.queue import bodies, keys
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import PREDICT, Envelope, Submission, decode
 from gpuinfer.queue.store import Store
@@ -107,7 +107,7 @@ def worker(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Worker]:
-    open_body = message._open
+    open_body = bodies.open_body
 
     def read(*args: Any) -> Any:
         found = open_body(*args)
@@ -115,7 +115,7 @@ def worker(
             raise Died
         return found
 
-    monkeypatch.setattr(message, "_open", read)
+    monkeypatch.setattr(bodies, "open_body", read)
     picky(tmp_path / "picky")
     made = Worker(Small(load(Repository([tmp_path]).get("picky"), "cpu")), settings_for(redis_server))
     yield made

@@ -18,7 +18,8 @@ from gpuinfer.models.files import bytes_of, is_file, name_of
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.tensors import decode as to_tensors
 from gpuinfer.queue import arrays
-from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Submission, Undecodable, check_values, decode
+from gpuinfer.queue.bodies import check_values
+from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Submission, Undecodable, decode
 
 pytestmark = pytest.mark.unit
 
