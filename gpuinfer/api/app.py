@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from gpuinfer import __version__
 from gpuinfer.api.docs import add_docs
 from gpuinfer.api.middleware import Around, note
+from gpuinfer.api.request_log import RequestLog
 from gpuinfer.api.routes import answer, router
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import GpuinferError, InputError
@@ -29,7 +30,8 @@ _CLIENT_CLOSED = 499  # nginx's number; nobody is left to read it
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Build the application. ``app.state.stopping``, an event, ends all long-polls when it is set."""
+    """Build the application. ``app.state.stopping``, an event, ends all long-polls when it is set;
+    ``app.state.requests`` is the request log, which wants to be ticked and closed."""
     stopping = asyncio.Event()
 
     @asynccontextmanager
@@ -43,9 +45,10 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.stopping = stopping
+    app.state.requests = RequestLog(settings.log.requests)
     app.include_router(router)
     add_docs(app)
-    app.add_middleware(Around, stopping=stopping)
+    app.add_middleware(Around, stopping=stopping, requests=app.state.requests)
     _handle_errors(app, settings.api.retry_after_s)
     return app
 
@@ -55,7 +58,7 @@ def _handle_errors(app: FastAPI, retry_after_s: int) -> None:
 
     async def ours(request: Request, exc: Exception) -> Response:
         error = exc if isinstance(exc, GpuinferError) else GpuinferError("this is a bug; see the API's log")
-        note(request.scope, code=error.code)
+        note(request.scope, code=error.code, **_cause(error))
         headers = {"retry-after": str(retry_after_s)} if error.http_status in (429, 503) else None
         return answer({"error": error.to_dict()}, error.http_status, headers)
 
@@ -78,6 +81,11 @@ def _handle_errors(app: FastAPI, retry_after_s: int) -> None:
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, ours)
+
+
+def _cause(error: GpuinferError) -> dict[str, str]:
+    """Return why a request could not be served. What a client did wrong is in its answer alone."""
+    return {"reason": str(error)} if error.http_status in (429, 503) else {}
 
 
 def _error(code: str, message: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens around every request: one log line, and ``Connection: close`` once we are stopping."""
+"""What happens around every request: the log hears of it, and ``Connection: close`` once we are stopping."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gpuinfer.api.request_log import RequestLog
 from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
@@ -16,7 +17,7 @@ _NOTES, _ACTION = "gpuinfer.notes", "gpuinfer.action"
 
 
 def note(scope: Scope, *, action: str | None = None, **fields: str | int | None) -> None:
-    """Have the request's log line say this, too; ``action`` names what has been done, for ``request``."""
+    """Have the request's log line, where it gets one, say this, too; ``action`` is what has been done."""
     known = {key: value[:200] if isinstance(value, str) else value for key, value in fields.items()}
     scope[_NOTES] = scope.get(_NOTES, {}) | known
     if action is not None:
@@ -24,14 +25,15 @@ def note(scope: Scope, *, action: str | None = None, **fields: str | int | None)
 
 
 class Around:
-    """Pure ASGI. Logs health probes at debug, our own failures as warnings, all else at info.
+    """Pure ASGI. Logs health probes at debug, and tells the request log of all else.
 
     What a body holds is never logged.
     """
 
-    def __init__(self, app: ASGIApp, stopping: asyncio.Event) -> None:
+    def __init__(self, app: ASGIApp, stopping: asyncio.Event, requests: RequestLog) -> None:
         self._app = app
         self._stopping = stopping
+        self._requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,11 +52,13 @@ class Around:
         try:
             await self._app(scope, receive, watched)
         finally:
-            _write(scope, status, time.perf_counter() - began)
+            self._note(scope, status, time.perf_counter() - began)
 
-
-def _write(scope: Scope, status: int, seconds: float) -> None:
-    path: str = scope["path"]
-    fields = {"method": scope["method"], "path": path[:200], "status": status, **scope.get(_NOTES, {})}
-    say = log.debug if path.startswith("/health/") else log.warning if status >= 500 else log.info
-    say(scope.get(_ACTION, "request"), **fields, duration_ms=round(seconds * 1000, 2))
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        path: str = scope["path"]
+        fields = {"method": scope["method"], "path": path[:200], "status": status, **scope.get(_NOTES, {})}
+        action = scope.get(_ACTION, "request")
+        if path.startswith("/health/"):
+            log.debug(action, **fields, duration_ms=round(seconds * 1000, 2))
+        else:
+            self._requests.add(action, status, seconds, fields)

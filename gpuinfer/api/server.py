@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 from sdnotify import SystemdNotifier
 
+from gpuinfer.api.request_log import RequestLog
 from gpuinfer.errors import AddressUnavailable
 from gpuinfer.log import get_logger
 
@@ -131,6 +132,7 @@ class Server(uvicorn.Server):
             )
         )
         self._stopping: asyncio.Event = app.state.stopping
+        self._requests: RequestLog = app.state.requests
         self._notifier = SystemdNotifier()
         #: Ticks between two signs of life: a quarter of what systemd allows; 0 where it does not watch.
         watchdog_us = int(os.environ.get("WATCHDOG_USEC") or 0)
@@ -143,7 +145,9 @@ class Server(uvicorn.Server):
         self._notifier.notify(f"READY=1\nSTATUS=listening on {', '.join(urls)}")
 
     async def on_tick(self, counter: int) -> bool:
-        """Feed systemd's watchdog from the event loop (called ten times a second)."""
+        """Feed systemd's watchdog from the event loop, and the request log (called ten times a second)."""
+        if counter % 10 == 0:
+            self._requests.tick()
         if self._feed_every and counter % self._feed_every == 0:
             self._notifier.notify("WATCHDOG=1")
         return await super().on_tick(counter)
@@ -157,6 +161,7 @@ class Server(uvicorn.Server):
         if self.server_state.connections:
             await asyncio.sleep(GOODBYE_S)
         await super().shutdown(sockets=sockets)
+        self._requests.close()
         log.info("stopped")
 
     @contextmanager

@@ -142,7 +142,14 @@ class Pulse:
         stuck = self.stuck(now)
         if stuck and not self._stuck:
             hint = "systemd's watchdog ends it, and its tasks are put back; run gpuinfer doctor"
-            log.critical("worker_stuck", device=self._batcher.device, reason=self._stands(now), hint=hint)
+            running = self._batcher.engine.current
+            log.critical(
+                "worker_stuck",
+                device=self._batcher.device,
+                task_ids=[task.id for task in running.tasks] if running is not None else [],
+                reason=self._stands(now),
+                hint=hint,
+            )
         self._stuck = stuck
         if self._feed_every_s and now - self._fed_at >= self._feed_every_s and not stuck:
             self._notifier.notify("WATCHDOG=1")
@@ -161,7 +168,9 @@ class Pulse:
 
     def _stands(self, now: float) -> str:
         engine = self._batcher.engine
-        what = "its GPU, tried while idle, has not answered" if engine.probing else "its batch has not moved"
+        what = "its GPU, tried while idle, has not answered"
+        if not engine.probing and (batch := engine.current) is not None:
+            what = f"a batch of {batch.model} (hard limit {batch.hard_limit_s:g} s) has not moved"
         return f"{what} for {now - engine.moved_at:.0f} s"
 
     def stopping(self) -> None:

@@ -117,12 +117,19 @@ def test_docs_have_real_examples(api: Api) -> None:
     assert "HTTPValidationError" not in str(spec)
 
 
-def test_every_request_is_logged_once_without_its_payload(api: Api, worker: HandWorker) -> None:
-    """Method, path, status, duration and task id, and what was done; never what was sent.
+def test_every_request_is_logged_once_without_its_payload(
+    redis_server: RedisServer, worker: HandWorker, tmp_path: Path
+) -> None:
+    """With log.requests = "all": method, path, status, duration, task id, what was done; not what was sent.
 
     A request that names no model is logged with the fleet's default model.
     """
     worker.register()
+    with Api(redis_server, tmp_path, log_requests="all") as api:
+        _every_request_is_logged(api)
+
+
+def _every_request_is_logged(api: Api) -> None:
     task_id = submit(api, ["secret-payload"])
     api.http.get("/result/nobody")
     api.http.post("/predict", content=b'"secret-payload"')
@@ -137,6 +144,22 @@ def test_every_request_is_logged_once_without_its_payload(api: Api, worker: Hand
     (line,) = api.log("task_cancelled")
     assert line["task_id"] == task_id
     assert "secret-payload" not in api.process.text()
+
+
+def test_requests_that_succeed_are_counted(api: Api, worker: HandWorker) -> None:
+    """By default they are a line a minute, or at the end; a client's mistake has a line, and no warning."""
+    worker.register()
+    task_id = submit(api)
+    submit(api)
+    api.http.get(f"/result/{task_id}")
+    api.http.post("/predict", content=b'"no tensor"')
+    api.process.send(signal.SIGTERM)
+    assert api.process.wait() == 0
+    assert api.log("task_accepted") == []
+    (line,) = api.log("request")
+    assert (line["status"], line["level"]) == (422, "info")
+    (line,) = api.log("requests")
+    assert (line["succeeded"], line["accepted"], line["mistakes"]) == (3, 2, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

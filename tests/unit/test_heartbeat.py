@@ -14,6 +14,7 @@ import redis
 from fastapi import FastAPI
 from structlog.testing import capture_logs
 
+from gpuinfer.api.request_log import RequestLog
 from gpuinfer.api.server import Server
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QueueSettings
@@ -81,7 +82,12 @@ class Setup:
 
     def run(self, hard_limit_s: float, size: int = 3) -> None:
         """Begin a batch now."""
-        self.engine.current = SimpleNamespace(hard_limit_s=hard_limit_s, size=size, tasks=[None] * size)
+        self.engine.current = SimpleNamespace(
+            model="a",
+            hard_limit_s=hard_limit_s,
+            size=size,
+            tasks=[SimpleNamespace(id=f"t{number}") for number in range(size)],
+        )
         self.engine.moved_at = self.clock.now
 
     def beat_for(self, seconds: float) -> list[str]:
@@ -207,7 +213,11 @@ def test_stuck_batch(setup: Setup) -> None:
     setup.run(hard_limit_s=30)
     fed = setup.beat_for(30 + STUCK_GRACE_S).count("WATCHDOG=1")
     assert fed == 3
-    assert setup.beat_for(600).count("WATCHDOG=1") == 0
+    with capture_logs() as logs:
+        assert setup.beat_for(600).count("WATCHDOG=1") == 0
+    (line,) = logs
+    assert line["task_ids"] == ["t0", "t1", "t2"]
+    assert "a batch of a (hard limit 30 s) has not moved" in line["reason"]
     setup.engine.moved_at = setup.clock.now  # its next pass
     assert setup.beat_for(15).count("WATCHDOG=1") == 1
 
@@ -320,7 +330,7 @@ def test_api_watchdog(monkeypatch: pytest.MonkeyPatch, watchdog_us: str, fed: in
     """The API's event loop feeds the watchdog at a quarter of its time: ten ticks a second."""
     monkeypatch.setenv("WATCHDOG_USEC", watchdog_us)
     app = FastAPI()
-    app.state.stopping = asyncio.Event()
+    app.state.stopping, app.state.requests = asyncio.Event(), RequestLog()
     server, notes = Server(app), Notes()
     server._notifier = notes
 
