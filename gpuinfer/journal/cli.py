@@ -7,10 +7,14 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from gpuinfer.errors import InputError, JournalUnavailable
+
+if TYPE_CHECKING:
+    from gpuinfer.settings import Loaded
 
 #: Option -> the units it means.
 UNITS = {
@@ -46,7 +50,10 @@ Examples:
 @click.option("-n", "--lines", type=click.IntRange(0), metavar="LINES", help="The last LINES alone.")
 @click.option("-p", "--priority", type=click.Choice(list(LEVELS)), help="This level, and what is worse.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
 def logs(
+    loaded: Loaded,
+    /,
     task: str | None,
     gpu: int | None,
     follow: bool,
@@ -58,7 +65,9 @@ def logs(
 ) -> None:
     """Show the journal of gpuinfer's units. Runs journalctl, whose exit code it ends with.
 
-    Reading it takes root, or membership of the group systemd-journal.
+    Reading it takes root, or membership of the group systemd-journal. --task ID, without a choice of units or
+    lines, adds what the task's result record tells: when it was submitted, began and ended, and how. Under
+    load the journal names just tasks with trouble (log.named_tasks), the record tells of all.
     """
     units = [UNITS[name] for name in UNITS if chosen[name]]
     if gpu is not None:
@@ -68,6 +77,11 @@ def logs(
     path = shutil.which("journalctl")
     if path is None:
         raise JournalUnavailable("there is no journalctl here: processes log to their standard error")
+    if task is not None and not units and since is None and lines is None and priority is None:
+        from gpuinfer.journal.story_cli import tell
+
+        tell(loaded, path, task, follow=follow, as_json=as_json)
+        return
     os.execv(path, ["journalctl", *options])  # noqa: S606  no shell is wanted; the options are checked
 
 

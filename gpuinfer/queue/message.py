@@ -12,6 +12,7 @@ import json
 import math
 import os
 import socket
+import time
 import uuid
 import zlib
 from base64 import b64decode
@@ -42,6 +43,8 @@ MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 #: The header that says how many bytes lie beside the list.
 _BESIDE = "gpuinfer_body"
+#: The header that says when it was submitted, in seconds since the epoch by the submitter's clock.
+_SENT = "gpuinfer_sent"
 #: The header that says what stands for its idempotency key.
 _KEY = "gpuinfer_key"
 
@@ -177,6 +180,7 @@ class Submission:
             "timelimit": [self.time_limit_s, self.soft_time_limit_s],
             "origin": _ORIGIN,
             "ignore_result": self.ignore_result,
+            _SENT: round(time.time(), 3),
         }
 
 
@@ -230,6 +234,12 @@ class Envelope:
     def reply_to(self) -> str:
         """Return the channel on which one of our clients hears of the task's end; empty for others."""
         return _reply_to(self.properties)
+
+    @property
+    def sent_at(self) -> float | None:
+        """Return when one of our clients submitted it, in seconds since the epoch; None for others."""
+        at = self.headers.get(_SENT)
+        return at if type(at) is float else None
 
     @property
     def beside(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -46,6 +47,10 @@ class TaskStatus:
     redelivered: bool = False
     #: Which worker began or ended it, where known.
     worker: str | None = None
+    #: When it was submitted, began and ended, as its meta has it: unchecked, see ``moment``.
+    sent_at: Any = None
+    began_at: Any = None
+    ended_at: Any = None
 
     @property
     def final(self) -> bool:
@@ -111,15 +116,35 @@ def started(task_id: str, worker: str, pid: int) -> bytes:
     return dump({"status": "STARTED", "result": {"pid": pid, "hostname": worker}, "task_id": task_id})
 
 
-def success(task_id: str, result: Any, *, worker: str, redelivered: bool = False) -> bytes:
-    """Return the meta of a task that completed."""
+#: When a task was submitted and began to run: ``sent_at`` and ``began_at``, in seconds since the epoch.
+Times = Mapping[str, float | None]
+
+
+def _extra(worker: str, redelivered: bool, times: Times | None) -> dict[str, Any]:
     extra: dict[str, Any] = {"worker": worker}
+    for name, at in (times or {}).items():
+        if at is not None:
+            extra[name] = at
     if redelivered:
         extra["redelivered"] = True
-    return _meta("SUCCESS", task_id, result, extra)
+    return extra
 
 
-def failure(task_id: str, error: BaseException, *, worker: str, redelivered: bool = False) -> bytes:
+def success(
+    task_id: str, result: Any, *, worker: str, redelivered: bool = False, times: Times | None = None
+) -> bytes:
+    """Return the meta of a task that completed."""
+    return _meta("SUCCESS", task_id, result, _extra(worker, redelivered, times))
+
+
+def failure(
+    task_id: str,
+    error: BaseException,
+    *,
+    worker: str,
+    redelivered: bool = False,
+    times: Times | None = None,
+) -> bytes:
     """Return the meta of a task that failed, expired or was revoked.
 
     ``exc_message`` holds the constructor's arguments, as Celery's own back ends write it.
@@ -131,10 +156,7 @@ def failure(task_id: str, error: BaseException, *, worker: str, redelivered: boo
         "exc_message": args,
         "exc_module": type(error).__module__,
     }
-    extra: dict[str, Any] = {"worker": worker}
-    if redelivered:
-        extra["redelivered"] = True
-    return _meta(status, task_id, result, extra)
+    return _meta(status, task_id, result, _extra(worker, redelivered, times))
 
 
 def notice(task_id: str, meta: bytes) -> bytes:
@@ -188,7 +210,21 @@ def from_body(task_id: str, body: dict[str, Any]) -> TaskStatus:
         error=error,
         redelivered=bool(body.get("redelivered")),
         worker=worker,
+        sent_at=body.get("sent_at"),
+        began_at=body.get("began_at"),
+        ended_at=body.get("date_done"),
     )
+
+
+def moment(value: object) -> datetime | None:
+    """Return a moment of a meta: seconds since the epoch, or text as Celery writes it."""
+    try:
+        if isinstance(value, str):
+            at = datetime.fromisoformat(value)
+            return at if at.tzinfo else at.replace(tzinfo=UTC)
+        return datetime.fromtimestamp(value, UTC) if isinstance(value, float) else None
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def _rebuild(result: Any) -> GpuinferError:

@@ -46,6 +46,7 @@ from gpuinfer.worker.outbox import Outbox
 from gpuinfer.worker.pace import Pace
 from gpuinfer.worker.passes import RunAlone
 from gpuinfer.worker.task import Task, conclude
+from gpuinfer.worker.task_log import TaskLog
 
 log = get_logger(__name__)
 
@@ -94,7 +95,8 @@ class Batcher:
         #: How many tasks one claim takes at most: fewer while some of what came was handed back.
         self._stride = self._longest
         self._outbox = Outbox(store)
-        self._intake = Intake(store, self._outbox, celery_state, manifests, settings)
+        self._lines = TaskLog(settings.log, clock)
+        self._intake = Intake(store, self._outbox, celery_state, manifests, settings, self._lines)
         self._closed = self._crashed = False
         #: The batch that has ended, while what is more urgent than the next is looked for.
         self._finishing: Batch | None = None
@@ -339,7 +341,8 @@ class Batcher:
             self._buffer.remove(tasks)
             for task in tasks:
                 self._celery.finished(task, TaskRevoked("it was cancelled") if task.begun else None)
-                task_log.task_skipped(task)
+                self._lines.task_skipped(task)
+            self._lines.tell()
             self._settle([self._outbox.skipped(task) for task in tasks])
             return True
         if self.engine.current is not None and not self.engine.takes(batch):
@@ -372,10 +375,11 @@ class Batcher:
                 error = TaskRevoked("it was revoked before a worker began it")
             if error is not None:
                 dropped.append(task)
-                finals.append(self._outbox.final(task.claimed, error, task.envelope))
+                finals.append(self._outbox.final(task.claimed, error, task.envelope, task.time_start))
                 self._celery.finished(task, error)
-                task_log.task_dropped(task, error)
+                self._lines.task_dropped(task, error)
         if dropped:
+            self._lines.tell()
             self._buffer.remove(dropped)
             self._settle(finals)
 
@@ -422,12 +426,13 @@ class Batcher:
             self.pump()
             self._settle(finals)
         except Exception as exc:
+            self._lines.tell()
             log.exception("batch_unfinished", task_ids=[task.id for task in done.batch.tasks])
             self._crashed = True
             reason = f"a batch could not be finished: {type(exc).__name__}: {exc}"
             self._on_fatal(GpuinferError(reason))
         else:
-            task_log.batch_done(done, self.device)
+            self._lines.batch_done(done, self.device)
 
     def _overtake(self, done: Done) -> None:
         """After a long batch, behind which nothing was claimed, claim the next before the ends are written.
@@ -486,7 +491,7 @@ class Batcher:
             task.retries += 1
             task.not_before = self._clock() + pause
             self._buffer.add(task)
-            task_log.task_retried(task, pause, passing)
+            self._lines.task_retried(task, pause, passing)
             return None
         task.outcomes += outcomes
         if task.left:
@@ -496,13 +501,13 @@ class Batcher:
         if isinstance(end, SoftTimeLimitExceeded) and task.ran_s >= task.total_s:
             end = task.out_of_time()
         try:
-            final = self._outbox.final(task.claimed, end, task.envelope)
+            final = self._outbox.final(task.claimed, end, task.envelope, task.time_start)
         except ResultTooLarge as exc:
-            end, final = exc, self._outbox.final(task.claimed, exc, task.envelope)
+            end, final = exc, self._outbox.final(task.claimed, exc, task.envelope, task.time_start)
         error = end if isinstance(end, GpuinferError) else None
         self._celery.finished(task, error, end)
         if error is not None:
-            task_log.task_failed(task, error)
+            self._lines.task_failed(task, error)
         return final
 
     def _settle(self, finals: list[Final]) -> None:
@@ -518,6 +523,7 @@ class Batcher:
             self._on_fatal(self.engine.failed)
             return
         self._settle([])
+        self._lines.tick(self.device)
         if self.engine.stalled and (len(self._buffer) or self._intake.waiting):
             unread, self._intake.waiting = self._intake.waiting, []
             self._put_back(list(self._buffer), unread)
@@ -529,7 +535,7 @@ class Batcher:
             and self._taken_back.isdisjoint(task.seq for task in running.tasks)  # else it waits again
             and self._outbox.mark_started(running, self._wall(), self.engine.batches)
         ):
-            task_log.batch_running(running, self.device)
+            self._lines.batch_running(running, self.device)
         if running is not None:
             self._heed_cancellations()
         if self._pace.late() and self._withdraw():
@@ -560,7 +566,8 @@ class Batcher:
         for batch in self.engine.batches:
             for task in self._outbox.ended(batch):
                 task.ended = True
-                task_log.task_cancelled(task)
+                self._lines.task_cancelled(task)
+        self._lines.tell()
 
     def drain(self, timeout_s: float, *, crashed: bool = False) -> None:
         """Hand back what has not begun, finish the running batch, settle it. A second call does nothing.
@@ -581,8 +588,9 @@ class Batcher:
             done = self.engine.done.get()
             self.engine.collected(done)
             self._settle(self._outcomes(done))
-            task_log.batch_done(done, self.device)
+            self._lines.batch_done(done, self.device)
             self._outbox.release(self._buffer.clear())  # with slices left
+        self._lines.tick(self.device, last=True)
         self.engine.close()
         # Before it has begun an epoch, what is kept under its name may be another one's.
         orderly = self.store.begun and not self._crashed

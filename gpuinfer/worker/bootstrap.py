@@ -186,7 +186,14 @@ def _end_at_hard_limit(tasks: Sequence[Task], store: Store) -> NoReturn:
     """
     from gpuinfer.worker.outbox import Outbox
 
-    log.critical("hard_time_limit", worker=store.worker, task_ids=[task.id for task in tasks])
+    log.critical(
+        "hard_time_limit",
+        worker=store.worker,
+        models=sorted({task.model for task in tasks}),
+        limit_s=min((task.hard_limit_s for task in tasks), default=None),
+        task_ids=[task.id for task in tasks],
+        reason="it ran longer than its hard limit; the process ends",
+    )
     try:
         if len(tasks) == 1:
             (task,) = tasks

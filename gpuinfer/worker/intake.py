@@ -33,11 +33,11 @@ from gpuinfer.queue.message import (
 from gpuinfer.queue.sink import TaskChannel
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings
-from gpuinfer.worker import task_log
 from gpuinfer.worker.buffer import Batch
 from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.outbox import Outbox
 from gpuinfer.worker.task import Elsewhere, Task, read
+from gpuinfer.worker.task_log import TaskLog
 
 log = get_logger(__name__)
 
@@ -109,8 +109,10 @@ class Intake:
         celery_state: CeleryState,
         manifests: Mapping[str, Manifest],
         settings: Settings,
+        lines: TaskLog,
     ) -> None:
         self._store = store
+        self._lines = lines
         self._outbox = outbox
         self._celery = celery_state
         self._manifests = manifests
@@ -152,6 +154,7 @@ class Intake:
         if taken.elsewhere:
             self._pass_on(taken.elsewhere, taken.finals)
         tasks = self._due(taken.tasks, taken.finals)
+        self._lines.tell()
         for task in tasks:
             self._celery.received(task)
         return tasks, taken.finals, taken.unread
@@ -210,7 +213,7 @@ class Intake:
             task = tasks[places[place]]
             error = QueueFull(answer.why, "eta")
             finals.append(self._outbox.final(task.claimed, error, task.envelope))
-            task_log.task_refused(task.claimed, task.id, error)
+            self._lines.task_refused(task.claimed, task.id, error)
         gone = later.keys() - {places[place] for place in answer.due}
         return [task for i, task in enumerate(tasks) if i not in gone]
 
@@ -221,7 +224,7 @@ class Intake:
             return
         error = InputError("its body is not in Redis any more: somebody has deleted it", "inputs")
         taken.finals.append(self._outbox.final(claimed, error, envelope))
-        task_log.task_refused(claimed, envelope.id, error)
+        self._lines.task_refused(claimed, envelope.id, error)
 
     def _pass_on(self, claims: Sequence[tuple[Claimed, Envelope, str]], finals: list[Final]) -> None:
         """Pass tasks on to the lists of their model; those of a model that the fleet does not know end."""
@@ -238,7 +241,7 @@ class Intake:
             if model in unknown:
                 error = UnknownModel(f"the fleet knows no model {model!r}", "model")
                 finals.append(self._outbox.final(claimed, error, envelope))
-                task_log.task_refused(claimed, envelope.id, error)
+                self._lines.task_refused(claimed, envelope.id, error)
 
     def _admit(self, claimed: Claimed, envelope: Envelope, body: bytes | None, taken: _Taken) -> None:
         try:
@@ -249,7 +252,7 @@ class Intake:
             raise
         except GpuinferError as exc:
             taken.finals.append(self._outbox.final(claimed, exc, envelope))
-            task_log.task_refused(claimed, envelope.id, exc)
+            self._lines.task_refused(claimed, envelope.id, exc)
             return
         taken.tasks.append(task)
 

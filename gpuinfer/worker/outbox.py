@@ -152,12 +152,16 @@ class Outbox:
             return []
         return [tasks[position] for position in sorted(positions)]
 
-    def final(self, claimed: Claimed, end: Any, envelope: Envelope) -> Final:
-        """Return the end of a task: a result, or an error. Raises ResultTooLarge for a result."""
+    def final(self, claimed: Claimed, end: Any, envelope: Envelope, began_at: float | None = None) -> Final:
+        """Return the end of a task: a result, or an error. ``began_at``: the wall clock at its first batch.
+
+        Raises ResultTooLarge for a result.
+        """
         worker, again = self._store.worker, envelope.deliveries > 0
         failed = isinstance(end, GpuinferError)
         write = results.failure if failed else results.success
-        meta = write(envelope.id, end, worker=worker, redelivered=again)
+        times = {"sent_at": envelope.sent_at, "began_at": began_at}
+        meta = write(envelope.id, end, worker=worker, redelivered=again, times=times)
         if len(meta) > self._max_bytes and not failed:
             raise ResultTooLarge(
                 f"the result has {len(meta)} bytes; queue.max_result_bytes is {self._max_bytes}"

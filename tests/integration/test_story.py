@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,8 +38,18 @@ def actions(lines: list[Line]) -> list[str]:
     return [line["action"] for line in lines]
 
 
-def test_from_request_to_result(workers: Workers, api: Api, client: Client) -> None:
-    """Accepted by the API, in one line of a batch, fetched; a bad one's failure, a cancelled one's end."""
+def test_from_request_to_result(
+    workers: Workers, redis_server: RedisServer, client: Client, tmp_path: Path
+) -> None:
+    """Accepted by the API, in one line of a batch, fetched; a bad one's failure, a cancelled one's end.
+
+    With log.requests = "all", and at a low rate.
+    """
+    with Api(redis_server, tmp_path, log_requests="all") as api:
+        _from_request_to_result(workers, api, client)
+
+
+def _from_request_to_result(workers: Workers, api: Api, client: Client) -> None:
     good = [submit(api, {"inputs": schemas.DIGIT, "queue": "default", "priority": 3}), submit(api)]
     bad, gone = submit(api, [1, 2, 3]), submit(api)
     api.http.post(f"/cancel/{gone}")
@@ -75,6 +87,60 @@ def test_what_was_sent_is_not_told(workers: Workers, redis_server: RedisServer, 
     assert actions(story(task_id, text)) == ["task_failed", "batch_done"]
     assert "PAYLOAD" not in text
     assert max(map(len, text.splitlines())) < 3000
+
+
+#: What the journal has of any task.
+OLD = {
+    "__REALTIME_TIMESTAMP": "1000000",
+    "SYSLOG_IDENTIFIER": "gpuinfer-worker",
+    "_PID": "7",
+    "MESSAGE": "an old line",
+}
+
+
+def logs_task(workers: Workers, task_id: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run ``gpuinfer logs --task`` where the journal has one line about it, of long ago."""
+    folder = workers.folder / "bin"
+    folder.mkdir(exist_ok=True)
+    script = f"#!/bin/sh\ncat <<'END'\n{json.dumps(OLD)}\nEND\n"
+    (folder / "journalctl").write_text(script, encoding="utf-8")
+    (folder / "journalctl").chmod(0o755)
+    return subprocess.run(
+        [sys.executable, "-m", "gpuinfer", "logs", "--task", task_id, *options],
+        env=workers.environment() | {"PATH": f"{folder}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_story_at_any_rate(workers: Workers, client: Client) -> None:
+    """Where no line names a task that went well, its result record tells when it was sent, began and ended.
+
+    One that failed is named all the same, with the reason; one that waits is told to wait.
+    """
+    good, bad = client.submit(schemas.DIGIT), client.submit([1.0, 2.0, 3.0])
+    waiting = logs_task(workers, good)
+    assert waiting.stdout.splitlines()[1].endswith("result record: waits in the queue")
+    worker = workers.start(log_named_tasks=0)
+    client.results([good, bad], timeout_s=60, return_errors=True)
+    worker.terminate()
+    assert story(good, worker.text()) == []
+    assert actions(story(bad, worker.text())) == ["task_failed"]
+    assert '"batches_done"' in worker.text()
+    told = [json.loads(line) for line in logs_task(workers, good, "--json").stdout.splitlines()]
+    assert [entry.get("ACTION") for entry in told] == [None, "submitted", "began", "completed"]
+    times = [int(entry["__REALTIME_TIMESTAMP"]) for entry in told]
+    assert times == sorted(times)
+    assert {entry["TASK_ID"] for entry in told[1:]} == {good}
+    lines = logs_task(workers, bad).stdout.splitlines()
+    assert lines[0].endswith("gpuinfer-worker[7]: an old line")
+    assert lines[1].endswith("result record: submitted")
+    assert f"result record: failed on {NAME}, " in lines[-1]
+    assert "shape_mismatch" in lines[-1]
+    unknown = logs_task(workers, "never-sent")
+    assert unknown.stdout.count("\n") == 1
+    assert "there is no result record" in unknown.stderr
 
 
 def test_deaths(workers: Workers, client: Client) -> None:

@@ -40,7 +40,11 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
                 "--unit=gpuinfer-redis.service",
             ],
         ),
-        (["--task", "a-b", "-f", "--json"], ["TASK_ID=a-b", "--follow", "--output=json"]),
+        (
+            ["--task", "a-b", "-f", "--json", "-n", "9"],
+            ["--lines=9", "TASK_ID=a-b", "--follow", "--output=json"],
+        ),
+        (["--task", "a-b", "--api"], ["--unit=gpuinfer-api.service", "TASK_ID=a-b"]),
         (
             ["--since", "1 hour ago", "-p", "error"],
             ["--unit=gpuinfer-*", "--since=1 hour ago", "--priority=err"],
