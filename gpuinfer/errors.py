@@ -134,6 +134,15 @@ class RootKept(GpuinferError):
     exit_code = 77  # EX_NOPERM
 
 
+class DiskFull(GpuinferError):
+    """Raised when Redis is not started because its disk has no room for what it must write."""
+
+    code = "disk_full"
+    http_status = 503
+    exit_code = 75  # EX_TEMPFAIL
+    transient = True
+
+
 class MissingExtra(GpuinferError):
     """Raised when a command needs a library that is not installed, and says which extra brings it."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import redis
 
 from gpuinfer.broker import acl, tuning
+from gpuinfer.broker.durability import Choice
 from gpuinfer.settings import RedisSettings
 from tests.conftest import need
 from tests.services import RedisServer, ServiceError, redis_binary
@@ -34,7 +35,8 @@ class OurRedis(RedisServer):
         (self.folder / "redis.conf").write_text(conf + more, encoding="utf-8")
         chosen = settings or RedisSettings(maxmemory_mb=256)
         host_bytes = tuning.host_memory_bytes()
-        (self.folder / "tuning.conf").write_text(tuning.render(chosen, host_bytes), encoding="utf-8")
+        choice = Choice("always" if chosen.appendfsync == "always" else "everysec", "for this test")
+        (self.folder / "tuning.conf").write_text(tuning.render(chosen, host_bytes, choice), encoding="utf-8")
         (self.folder / "users.acl").write_text(acl.render(PASSWORDS), encoding="utf-8")
         for user, password in PASSWORDS.items():
             self.credentials(user).mkdir(parents=True)
@@ -70,10 +72,10 @@ class OurRedis(RedisServer):
 
 
 @contextmanager
-def our_redis(more: str = "") -> Iterator[OurRedis]:
+def our_redis(more: str = "", settings: RedisSettings | None = None) -> Iterator[OurRedis]:
     """Start one; in the end, nothing must have been refused that the test has not taken from the log."""
     need(redis_binary() is not None, "redis-server")
-    server = OurRedis(more)
+    server = OurRedis(more, settings)
     try:
         yield server
         assert server.denied() == []

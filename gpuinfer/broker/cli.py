@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gpuinfer.errors import ConfigError, NotPermitted
-from gpuinfer.journal.sender import INFO, WARNING, say, say_error
+from gpuinfer.journal.sender import INFO, WARNING, say, say_error, say_warning
 from gpuinfer.queue.show import as_json_option, print_json
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from redis import client
 
+    from gpuinfer.broker.durability import Choice
     from gpuinfer.broker.more_users import Users
     from gpuinfer.settings import Loaded, Settings
 
@@ -40,18 +41,26 @@ def redis() -> None:
 @click.pass_obj
 def show(loaded: Loaded) -> None:
     """Show what the next start of gpuinfer-redis.service takes from the settings."""
+    from gpuinfer.broker import durability
     from gpuinfer.broker.tuning import host_memory_bytes, render
 
-    click.echo(render(loaded.settings.redis, host_memory_bytes()), nl=False)
+    settings = loaded.settings.redis
+    choice = durability.planned(settings, durability.folder_of())
+    click.echo(render(settings, host_memory_bytes(), choice), nl=False)
 
 
 @redis.command()
 @click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Where Redis keeps its file. Default: as redis.conf says."
+)
+@click.option("--measure", is_flag=True, help="Measure the disk's fsync again, for appendfsync = auto.")
 @click.pass_obj
-def prepare(loaded: Loaded, folder: Path) -> None:
+def prepare(loaded: Loaded, folder: Path, data: Path | None, measure: bool) -> None:
     """Write tuning.conf and users.acl, which /etc/gpuinfer/redis.conf includes.
 
-    Passwords come from $CREDENTIALS_DIRECTORY, else from /etc/gpuinfer/credentials.
+    Passwords come from $CREDENTIALS_DIRECTORY, else from /etc/gpuinfer/credentials. Where redis.appendfsync
+    is auto, the disk's fsync is measured once. Under always it waits until the disk has room (exit 75).
     """
     from gpuinfer.broker import acl, last_good, passwords, tuning
 
@@ -61,7 +70,8 @@ def prepare(loaded: Loaded, folder: Path) -> None:
     else:
         _tell_of_the_rest(loaded)
     users = acl.render(passwords.read(), _chain_queues(loaded, settings), passwords.older()) + _their_lines()
-    _write(folder / "tuning.conf", tuning.render(settings.redis, tuning.host_memory_bytes()))
+    choice = _durability(settings, folder, data, again=measure)
+    _write(folder / "tuning.conf", tuning.render(settings.redis, tuning.host_memory_bytes(), choice))
     _write(folder / "users.acl", users)
 
 
@@ -187,6 +197,21 @@ def _as_admin(
     broker = type(settings.broker).model_validate(settings.broker.model_dump() | login)
     with typed_errors("admin"), connect(broker, any_format=True) as connected:
         yield connected, settings
+
+
+def _durability(settings: Settings, folder: Path, data: Path | None, *, again: bool) -> Choice:
+    """Decide how Redis writes, say what that means, and wait for the room that it needs. Raises DiskFull."""
+    from gpuinfer.broker import durability, room
+
+    data = data or durability.folder_of()
+    choice, before = durability.decide(settings.redis, data, again=again)
+    if before:
+        say_warning(f"durability has changed: {choice}; it was {before}")
+    else:
+        say(f"gpuinfer: {choice}", INFO)
+    if choice.mode == "always":
+        room.wait_for_room(data, folder / room.NOTICE)
+    return choice
 
 
 def _chain_queues(loaded: Loaded, last: Settings) -> Sequence[str]:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory Redis may use: a share of the host's, within bounds."""
+"""What Redis is given at its start: a share of the host's memory, within bounds, and how it writes."""
 
 from __future__ import annotations
 
 import os
 
+from gpuinfer.broker.durability import Choice
 from gpuinfer.settings import RedisSettings
 
 MIB = 1024 * 1024
@@ -24,7 +25,7 @@ def maxmemory_bytes(settings: RedisSettings, host_bytes: int) -> int:
     return bounded // MIB * MIB
 
 
-def render(settings: RedisSettings, host_bytes: int) -> str:
+def render(settings: RedisSettings, host_bytes: int, choice: Choice) -> str:
     """Return the text of tuning.conf, which redis.conf includes."""
     limit = maxmemory_bytes(settings, host_bytes)
     reason = (
@@ -37,5 +38,6 @@ def render(settings: RedisSettings, host_bytes: int) -> str:
         "# Written by `gpuinfer redis prepare` at each start from [redis] in gpuinfer.toml; do not edit.\n"
         f"# {reason}\n"
         f"maxmemory {limit // MIB}mb\n"
-        f"appendfsync {settings.appendfsync}\n"
+        f"# {choice.why}: {choice.means}\n"
+        f"appendfsync {choice.mode}\n"
     )

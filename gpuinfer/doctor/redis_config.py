@@ -11,8 +11,10 @@ import redis
 
 from gpuinfer.broker import acl, passwords
 from gpuinfer.broker.cli import MORE_USERS, more_users
+from gpuinfer.broker.durability import planned
 from gpuinfer.broker.tuning import host_memory_bytes, render
 from gpuinfer.doctor.broker import asked
+from gpuinfer.doctor.disk import redis_folder
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, edit, ok, warning
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.redis_place import OUR_CONF, place_of
@@ -160,7 +162,8 @@ def _plain(word: str) -> str:
 
 def _tuned(host: Host) -> str:
     """Return tuning.conf as the next start would write it: the settings may have changed since the last."""
-    return render(host.settings.redis, host_memory_bytes())
+    choice = planned(host.settings.redis, host.path(redis_folder(host)), host.path(CONF))
+    return render(host.settings.redis, host_memory_bytes(), choice)
 
 
 def _included(host: Host, pattern: str) -> list[str]:

@@ -40,6 +40,7 @@ def status(loaded: Loaded, as_json: bool, watch: float | None) -> None:
 
     What waits for a model or queue that no live worker serves is named.
     """
+    from gpuinfer.broker import durability
     from gpuinfer.queue import heartbeats
     from gpuinfer.queue.catalogue import fleet
     from gpuinfer.queue.connection import connect, typed_errors, user_of
@@ -51,6 +52,7 @@ def status(loaded: Loaded, as_json: bool, watch: float | None) -> None:
             depth, (beats, now) = look(client), heartbeats.read(client)
             body = depth.to_dict() | fleet(depth, heartbeats.alive(beats, now)).to_dict()
             body["silent"] = {one.worker: round(one.silent_s, 1) for one in holders(client) if one.silent}
+            body["durability"] = durability.running(client)
             if as_json:
                 click.echo(one_line(body)) if watch else print_json(body)
             else:
@@ -84,6 +86,8 @@ def _print_status(body: dict[str, Any], now: float, *, clear: bool) -> None:
     if not body["in_flight"]:
         click.echo("nothing in flight")
     click.echo(f"dead letters: {body['dead_letters']}")
+    if body["durability"]:
+        click.echo(f"appendfsync {body['durability']['appendfsync']}: {body['durability']['means']}")
 
 
 def _queue_rows(queues: dict[str, Any], paused: Sequence[str]) -> list[tuple[str, ...]]:

@@ -8,6 +8,7 @@ import pwd
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -282,7 +283,19 @@ def _of_the_server(exc: Exception, text: str) -> BrokerError:
         return BrokerError(f"{what}: {text}")
     if isinstance(exc, ResponseError):
         return BrokerUnavailable(f"Redis cannot take this now: {text}")
-    return BrokerUnavailable(f"Redis does not answer: {text}", "broker.url")
+    return BrokerUnavailable(f"Redis does not answer: {_notice(text) or text}", "broker.url")
+
+
+def _notice(text: str) -> str:
+    """Return why Redis is not started, as ``gpuinfer redis prepare`` has left word by its socket."""
+    found = re.search(r"connecting to (?:unix:)?(/.+?/)[^/]+\. ", text)
+    if found is None:
+        return ""
+    try:
+        with Path(found[1], "notice").open(encoding="utf-8", errors="replace") as file:
+            return file.read(500).strip()
+    except OSError:
+        return ""
 
 
 def refuses(exc: BaseException) -> bool:

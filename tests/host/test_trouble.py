@@ -86,8 +86,8 @@ def test_a_stopped_process_is_restarted_by_the_watchdog(host: Container) -> None
     all_completed(host, ids)
 
 
-def test_redis_is_killed_and_nothing_accepted_is_lost(host: Container) -> None:
-    """SIGKILL of Redis: it comes back with what it had, and workers and API find it again by themselves."""
+def test_redis_is_killed_after_the_fsync_and_nothing_is_lost(host: Container) -> None:
+    """It comes back with what it had, and workers and API find it again by themselves."""
     host.ok(f"systemctl stop {WORKER}")
     ids = burst(host, 300)
     host.ok("sleep 1.2")  # everysec: what is older than a second is on the disk, whatever dies

@@ -114,8 +114,8 @@ def test_an_administrators_line_wins() -> None:
         assert admin.config_get("maxmemory")["maxmemory"] == str(300 * 1024 * 1024)
 
 
-def test_nothing_is_lost_by_a_restart(redis_server: OurRedis, client: Client) -> None:
-    """What was accepted is there after a SIGKILL of Redis a second later."""
+def test_a_kill_after_the_fsync_loses_nothing(redis_server: OurRedis, client: Client) -> None:
+    """What was accepted, and has reached the disk, is there after a SIGKILL of Redis."""
     task = client.submit([1.0])
     with redis_server.client() as admin:
         wait_until(lambda: admin.info("persistence")["aof_pending_bio_fsync"] == 0)
@@ -279,7 +279,7 @@ def test_death_and_return(workers: Workers, redis_server: OurRedis, client: Clie
         assert not admin.exists(keys.DEAD)
 
 
-def test_reconnection(workers: Workers, redis_server: OurRedis, client: Client) -> None:
+def test_reconnection_after_the_fsync(workers: Workers, redis_server: OurRedis, client: Client) -> None:
     """After a kill of Redis under a batch everybody logs in again, and settles and claims as before."""
     sleeper(workers.folder / "models" / "slow", 1.0, max_batch_size=2)
     worker = start(workers, redis_server, "slow")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuinfer.broker import acl, last_good, more_users, passwords, tuning
+from gpuinfer.broker import acl, durability, last_good, more_users, passwords, tuning
 from gpuinfer.broker import cli as broker_cli
 from gpuinfer.cli import main
 from gpuinfer.settings import QUEUES, RedisSettings, load
@@ -48,7 +48,7 @@ def call(*arguments: str | Path) -> int:
 
 
 def prepare(folder: Path) -> int:
-    return call("redis", "prepare", "--folder", folder)
+    return call("redis", "prepare", "--folder", folder, "--data", folder.parent)
 
 
 # -- memory -------------------------------------------------------------------------------
@@ -85,14 +85,18 @@ def test_maxmemory(host_gib: float, settings: dict[str, float], wanted_mib: int)
 
 def test_tuning_conf() -> None:
     """It says where its figure comes from, and has what Redis is to do with it."""
-    assert tuning.render(RedisSettings(), 8 * GIB).splitlines() == [
+    choice = durability.Choice("everysec", "auto: /x is on tmpfs", "tmpfs does not outlive a power cut")
+    assert tuning.render(RedisSettings(), 8 * GIB, choice).splitlines() == [
         "# Written by `gpuinfer redis prepare` at each start from [redis] in gpuinfer.toml; do not edit.",
         "# 0.25 of the host's 8192 MiB, 256 to 16384 MiB",
         "maxmemory 2048mb",
+        "# auto: /x is on tmpfs: nothing is promised about a power cut: tmpfs does not outlive a power cut",
         "appendfsync everysec",
     ]
-    text = tuning.render(RedisSettings(maxmemory_mb=300, appendfsync="always"), 8 * GIB)
-    assert text.splitlines()[1:] == ["# redis.maxmemory_mb", "maxmemory 300mb", "appendfsync always"]
+    choice = durability.Choice("always", "redis.appendfsync")
+    text = tuning.render(RedisSettings(maxmemory_mb=300), 8 * GIB, choice)
+    assert text.splitlines()[1:3] == ["# redis.maxmemory_mb", "maxmemory 300mb"]
+    assert text.splitlines()[4:] == ["appendfsync always"]
 
 
 def test_show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

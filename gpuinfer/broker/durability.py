@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an acknowledged task survives: how Redis writes its file (``appendfsync``), and what that is worth.
+
+``redis.appendfsync = "auto"`` takes ``always`` where the disk is fast enough for it: an idle round trip makes
+four fsyncs in series. So the time of an append with fdatasync in Redis's folder decides. It is measured once,
+and kept there with what identifies the file system. Memory, overlay and network file systems promise nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+import redis
+from redis.exceptions import ResponseError
+
+from gpuinfer.settings import RedisSettings
+
+Mode = Literal["always", "everysec"]
+
+#: One measurement: so many times, so many bytes; ``always`` where 99 of 100 take so many ms at most.
+TIMES, BYTES, FAST_MS = 256, 4096, 0.1
+#: The record, in Redis's folder.
+RECORD = "fsync.json"
+REDIS_CONF, REDIS_DATA = Path("/etc/gpuinfer/redis.conf"), Path("/var/lib/gpuinfer/redis")
+MOUNTS = Path("/proc/self/mountinfo")
+#: File systems that keep nothing over a power cut, or of which nothing here can tell.
+_IN_MEMORY = frozenset({"tmpfs", "ramfs", "overlay", "aufs", "squashfs"})
+_ON_NETWORK = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "ceph", "glusterfs", "lustre"}
+    | {"gpfs", "beegfs", "afs", "ocfs2", "gfs2", "fuse", "fuseblk"}
+)
+MEANING: dict[Mode, str] = {
+    "always": "a kill of Redis or a power cut loses nothing that was accepted",
+    "everysec": "a kill of Redis or a power cut may cost up to two seconds of accepted work",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FileSystem:
+    """Where a folder lies."""
+
+    kind: str
+    #: What identifies it: kind, source, and the number that the file system gives itself.
+    device: str
+
+    @property
+    def unsafe(self) -> str:
+        """Return why nothing is promised there; empty where something is."""
+        if self.kind in _IN_MEMORY:
+            return f"{self.kind} does not outlive a power cut"
+        if self.kind in _ON_NETWORK or self.kind.startswith("fuse."):
+            return f"{self.kind}: what its other end keeps over a power cut cannot be told here"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How Redis is to write, and why."""
+
+    mode: Mode
+    why: str
+    #: Why nothing is promised about a power cut; empty where ``MEANING`` holds.
+    unsafe: str = ""
+
+    @property
+    def means(self) -> str:
+        """Return what holds, in a sentence."""
+        if self.unsafe:
+            return f"nothing is promised about a power cut: {self.unsafe}"
+        return MEANING[self.mode]
+
+    def __str__(self) -> str:
+        return f"appendfsync {self.mode} ({self.why}): {self.means}"
+
+
+def file_system(folder: Path, mounts: Path = MOUNTS) -> FileSystem:
+    """Return the file system of a folder that exists. Raises OSError."""
+    path, found = folder.resolve(), ("", "unknown", "")
+    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+        left, _, right = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), left.split()[4])
+        if path.is_relative_to(point) and len(point) >= len(found[0]):
+            kind, source = right.split()[:2]
+            found = (point, kind, source)
+    _, kind, source = found
+    return FileSystem(kind, f"{kind} {source} {os.statvfs(folder).f_fsid:x}")
+
+
+def measure(folder: Path, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return what 99 of 100 appends with fdatasync take in a folder at most, in ms. Raises OSError."""
+    path = folder / f".fsync-{os.getpid()}"
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        took, block = [], bytes(BYTES)
+        for _ in range(TIMES):
+            began = clock()
+            os.write(number, block)
+            os.fdatasync(number)
+            took.append(clock() - began)
+    finally:
+        os.close(number)
+        path.unlink()
+    return sorted(took)[math.ceil(0.99 * TIMES) - 1] * 1000
+
+
+def folder_of(conf: Path = REDIS_CONF) -> Path:
+    """Return where our own Redis keeps its file, by its configuration."""
+    return Path(_stated(conf, "dir") or REDIS_DATA)
+
+
+def _stated(conf: Path, key: str) -> str:
+    """Return what redis.conf itself says last; empty where it does not."""
+    with suppress(OSError):
+        text = conf.read_text(encoding="utf-8", errors="replace")
+        found = re.findall(rf"(?mi)^[ \t]*{key}[ \t]+[\"']?([^\s\"']+)", text)
+        return found[-1] if found else ""
+    return ""
+
+
+def planned(settings: RedisSettings, folder: Path, conf: Path = REDIS_CONF) -> Choice:
+    """Return how the next start lets Redis write, as far as that can be told without a measurement."""
+    return _choose(settings, folder, conf, None)[0]
+
+
+def decide(
+    settings: RedisSettings,
+    folder: Path,
+    conf: Path = REDIS_CONF,
+    *,
+    again: bool = False,
+    measure: Callable[[Path], float] = measure,
+) -> tuple[Choice, str]:
+    """Return how Redis is to write from now on, and what it was before where that was something else.
+
+    Measures where ``auto`` needs it, or ``again``; keeps that in the folder.
+    """
+    before = recorded(folder)
+    choice, record = _choose(settings, folder, conf, measure, again=again)
+    if record != before:
+        with suppress(OSError):  # it is measured again at the next start
+            _keep(folder, record)
+    changed = before.get("means") if before.get("means") != choice.means else None
+    return choice, f"appendfsync {before['mode']}: {changed}" if changed else ""
+
+
+def _choose(
+    settings: RedisSettings,
+    folder: Path,
+    conf: Path,
+    measure: Callable[[Path], float] | None,
+    *,
+    again: bool = False,
+) -> tuple[Choice, dict[str, Any]]:
+    record = recorded(folder)
+    try:
+        where = file_system(folder)
+    except OSError as exc:
+        return Choice(
+            "everysec", f"{folder} cannot be looked at: {exc.strerror}", "its disk is unknown"
+        ), record
+    stated = _stated(conf, "appendfsync").lower()
+    asked = stated if stated in MEANING else settings.appendfsync
+    known = record.get("device") == where.device and isinstance(record.get("p99_ms"), float)
+    failed = ""
+    if measure is not None and (again or (asked == "auto" and not known and not where.unsafe)):
+        try:
+            taken = {"p99_ms": round(measure(folder), 4), "measured_at": datetime.now(UTC).isoformat()}
+            record, known = {**record, "device": where.device, **taken}, True
+        except OSError as exc:
+            failed = f"an fsync in {folder} failed: {exc.strerror}"
+    if asked == "always" or asked == "everysec":
+        choice = Choice(asked, str(conf) if stated in MEANING else "redis.appendfsync", where.unsafe)
+    elif where.unsafe:
+        choice = Choice("everysec", f"auto: {folder} is on {where.kind}", where.unsafe)
+    elif not known or failed:
+        choice = Choice("everysec", f"auto: {failed or 'not measured yet'}")
+    else:
+        p99 = record["p99_ms"]
+        mode: Mode = "always" if p99 <= FAST_MS else "everysec"
+        choice = Choice(mode, f"auto: an fsync takes {p99:.2g} ms at p99, {FAST_MS:g} at most for always")
+    return choice, {**record, "mode": choice.mode, "means": choice.means}
+
+
+def running(client: redis.Redis) -> dict[str, str] | None:
+    """Return how a Redis writes now, and what that means: ``appendfsync`` and ``means``.
+
+    None where this user may not ask. What the disk of another host keeps is that host's to say.
+    """
+    try:
+        answer: Any = client.config_get("appendonly", "appendfsync")
+    except ResponseError:  # NOPERM, or a hosted Redis without CONFIG
+        return None
+    found = {_text(key): _text(value) for key, value in answer.items()}
+    mode = found.get("appendfsync", "")
+    if found.get("appendonly") != "yes":
+        return {
+            "appendfsync": "off",
+            "means": "without an append-only file a restart of Redis loses the queue",
+        }
+    if mode not in MEANING:
+        return {"appendfsync": mode, "means": "a power cut may cost all that the kernel has not written yet"}
+    return {"appendfsync": mode, "means": MEANING[mode]}
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """Return what was kept in a folder: device, p99_ms, measured_at, mode, means; empty where nothing was."""
+    try:
+        found = orjson.loads((folder / RECORD).read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _keep(folder: Path, record: dict[str, Any]) -> None:
+    """Replace the record in one step; it belongs to the folder's owner, also where root has measured."""
+    new = folder / f"{RECORD}.new"
+    new.unlink(missing_ok=True)
+    number = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(number, "wb") as file:
+        file.write(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+        owner = folder.stat()
+        if os.geteuid() == 0:
+            os.fchown(number, owner.st_uid, owner.st_gid)
+    new.replace(folder / RECORD)
