@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,10 @@ from gpuinfer.errors import DeviceError
 from gpuinfer.settings import WorkerSettings
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+#: There while NVIDIA's driver is loaded.
+DRIVER = Path("/proc/driver/nvidia/version")
+#: What puts torch for GPUs in the place of the one for CPUs.
+CUDA_TORCH = "apt install gpuinfer-torch-cuda"
 #: Values of CUDA_VISIBLE_DEVICES that hide every GPU. Not set at all hides none.
 _HIDES_ALL = frozenset({"", "-1", "none", "void", "NoDevFiles"})
 #: An entry of CUDA_VISIBLE_DEVICES or worker.gpus: an index or a UUID, of a GPU its beginning, too.
@@ -150,6 +155,25 @@ def device_nodes() -> Sequence[str]:
     return sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))
 
 
+def torch_build() -> tuple[str, str] | None:
+    """Return torch's version and its CUDA, without the seconds that importing it takes."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    version = re.search(r"(?m)^__version__ = '([^']+)'", text)
+    cuda = re.search(r"(?m)^cuda\b.* = '([^']+)'", text)
+    return version[1] if version else "of unknown version", cuda[1] if cuda else ""
+
+
+def wrong_torch() -> str:
+    """Return what to do where torch, built for the CPU alone, is all that a host with NVIDIA's driver has."""
+    found = torch_build()
+    if found is None or found[1] or not DRIVER.exists():
+        return ""
+    return f"torch {found[0]} is built for the CPU alone: {CUDA_TORCH}"
+
+
 def on_pci_bus() -> bool:
     """Tell whether an NVIDIA display controller is on the PCI bus, driver or not."""
     for device in Path("/sys/bus/pci/devices").glob("*"):
@@ -178,7 +202,7 @@ def _is_failure(
     nvml: Any, exc: Any, nodes: Callable[[], Sequence[str]], hardware: Callable[[], bool]
 ) -> bool:
     """Tell a host whose driver fails from one that has no NVIDIA GPU."""
-    if nodes():
+    if nodes() or DRIVER.exists():
         return True
     if exc.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND:
         return False

@@ -49,6 +49,10 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
     _check_format(settings)
     listener = _listener(settings, path, fd)
 
+    from gpuinfer.queue.scripts import read_all
+
+    read_all()
+
     from gpuinfer.api.app import create_app
     from gpuinfer.api.server import Server
 

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -14,6 +11,7 @@ import orjson
 from gpuinfer.doctor.child import ChildFailed, ChildHung, ask
 from gpuinfer.doctor.finding import Finding, Findings, error, ok, warning
 from gpuinfer.doctor.host import Host
+from gpuinfer.gpus import CUDA_TORCH, torch_build
 from gpuinfer.privileges import worker_user
 
 PROBE_LIMIT_S = 60.0
@@ -54,7 +52,7 @@ def judge(answer: dict[str, Any], count: int, *, split: bool = False) -> Finding
 
 
 def _cpu_build(found: str) -> Finding:
-    return error(f"torch {found} is built for the CPU alone", "apt install gpuinfer-torch-cuda")
+    return error(f"torch {found} is built for the CPU alone", CUDA_TORCH)
 
 
 def _bad(name: str, words: str) -> Finding:
@@ -69,7 +67,7 @@ def _bad(name: str, words: str) -> Finding:
 
 def torch(host: Host) -> Finding:
     """torch is installed, and built for CUDA where there is a GPU."""
-    has_gpu, found = host.may_have_gpus(), built()
+    has_gpu, found = host.may_have_gpus(), torch_build()
     if found is None:
         kind = "cuda" if has_gpu else "cpu"
         return error("torch is not installed: no worker can start", f"apt install gpuinfer-torch-{kind}")
@@ -77,14 +75,3 @@ def torch(host: Host) -> Finding:
     if has_gpu and not cuda:
         return _cpu_build(version)
     return ok(f"torch {version}, built for {f'CUDA {cuda}' if cuda else 'the CPU'}")
-
-
-def built() -> tuple[str, str] | None:
-    """Return torch's version and its CUDA, without the seconds that importing it takes."""
-    spec = find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
-    version = re.search(r"(?m)^__version__ = '([^']+)'", text)
-    cuda = re.search(r"(?m)^cuda\b.* = '([^']+)'", text)
-    return version[1] if version else "of unknown version", cuda[1] if cuda else ""

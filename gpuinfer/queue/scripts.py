@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gpuinfer.queue import keys
 from gpuinfer.queue.results import PENDING_META
@@ -127,6 +127,12 @@ def text(name: str) -> str:
 def source(name: Name) -> str:
     """Return a script's text, whole."""
     return _WORD.sub(lambda word: _lua(_CONSTANTS[word[1]]) if word[1] else word[0], code(name))
+
+
+def read_all() -> None:
+    """Read every script now: an upgrade puts other files in their place while this process goes on."""
+    for name in get_args(Name):
+        source(name)
 
 
 def code(name: Name) -> str:

@@ -39,7 +39,7 @@ from gpuinfer.queue import keys
 from gpuinfer.queue.catalogue import described_as
 from gpuinfer.queue.connection import connect, explain, typed_errors
 from gpuinfer.queue.fleet import Serves
-from gpuinfer.queue.scripts import bind
+from gpuinfer.queue.scripts import bind, read_all
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import health, notes, served
 from gpuinfer.watcher.gpu_watch import GpuWatch
@@ -427,6 +427,7 @@ def make_units(settings: Settings, numbers: tuple[int, ...]) -> Units:
 
 async def serve(settings: Settings, *, dry_run: bool) -> None:
     """Run until SIGTERM or SIGINT. A dry run leaves no trace, and may run beside the service."""
+    read_all()
     act = not dry_run and settings.watcher.decisions == "act"
     inventory = await asyncio.to_thread(list_gpus, settings.worker.gpus)
     numbers = health.instance_numbers(settings, inventory)

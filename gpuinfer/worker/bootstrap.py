@@ -23,12 +23,13 @@ from celery.platforms import EX_FAILURE, SecurityWarning
 from celery.worker import state
 
 from gpuinfer.errors import ConfigError, DeviceError, GpuinferError, TimeLimitExceeded, UnusableRedis
-from gpuinfer.gpus import visible_device
+from gpuinfer.gpus import visible_device, wrong_torch
 from gpuinfer.locks import acquire
 from gpuinfer.locks import domain as lock_domain
 from gpuinfer.log import configure, get_logger, setup_celery_logging
 from gpuinfer.privileges import leave_root
 from gpuinfer.queue.connection import connect
+from gpuinfer.queue.scripts import read_all
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings, load_settings
 from gpuinfer.worker.ceiling import Ceiling
@@ -70,7 +71,9 @@ def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]
         _only_solo(conf, options)
         worker.gpuinfer = prepare(settings, name)
     except GpuinferError as exc:
-        log.critical("start_failed", worker=name, code=exc.code, reason=str(exc))
+        hint = wrong_torch() if isinstance(exc, DeviceError) else ""
+        say_hint = {"hint": hint} if hint else {}
+        log.critical("start_failed", worker=name, code=exc.code, reason=str(exc), **say_hint)
         raise SystemExit(exc.exit_code) from None
     # We say it ourselves, where root remains root: see prepare.
     warnings.simplefilter("ignore", SecurityWarning)
@@ -107,6 +110,7 @@ def number_of(name: str) -> int:
 
 def prepare(settings: Settings, name: str) -> Process:
     """Leave root, bind the device, take the lock, load and warm up the models, build the batcher."""
+    read_all()
     leave_root(lambda text: log.warning("runs_as_root", hint=text))
     binding = visible_device(number_of(name), settings.worker, os.environ)
     if binding.cuda_visible_devices is not None:

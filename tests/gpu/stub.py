@@ -98,7 +98,7 @@ def _patch_child(child: Any) -> None:
 
 def _patch_cuda(cuda: Any) -> None:
     """Let the doctor take this torch for one that is built for CUDA."""
-    cuda.built = lambda: ("stub", "13.0")
+    cuda.torch_build = lambda: ("stub", "13.0")
 
 
 PATCHES: dict[str, Callable[[Any], None]] = {

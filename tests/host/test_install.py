@@ -13,7 +13,7 @@ from tests.host.container import Answer, Container
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
-SERVICES = ("redis", "api", "watcher", "worker@0", "restore@0", "flower")
+SERVICES = ("redis", "api", "watcher", "worker@0", "restore@0", "flower", "roll")
 #: It loads a module and makes nodes in /dev, as root: what that takes is left to it.
 LOOSER = {"devices": 1.7}
 
@@ -49,9 +49,29 @@ def test_flower_sees_the_workers_on_loopback(host: Container) -> None:
 def test_the_gpus_nodes_are_made_at_boot(host: Container) -> None:
     """Its unit, in its sandbox, calls nvidia-modprobe for the control device and for unified memory apart."""
     host.put("/usr/bin/nvidia-modprobe", '#!/bin/sh\necho "$@" >>/dev/nvidia-calls\n', 0o755)
-    host.ok("systemctl restart gpuinfer-devices && systemctl is-active gpuinfer-devices")
+    host.ok("systemctl restart gpuinfer-devices")
     assert host.ok("cat /dev/nvidia-calls").splitlines() == ["-c 255", "-u -c 0"]
-    host.ok("rm /dev/nvidia-calls /usr/bin/nvidia-modprobe; systemctl stop gpuinfer-devices")
+    # Again at each start of a worker: the driver may have come, or failed, since.
+    for count in (4, 6):
+        host.ok("systemctl restart gpuinfer-worker@0")
+        assert len(host.ok("cat /dev/nvidia-calls").splitlines()) == count
+    host.ok("rm /dev/nvidia-calls /usr/bin/nvidia-modprobe; systemctl stop gpuinfer-worker@0")
+
+
+def test_torch_for_cpus_beside_nvidias_driver(host: Container) -> None:
+    """postinst, doctor and the worker's exit 69 name the one command that swaps torch."""
+    host.ok("mkdir -p /root/driver/nvidia && echo 570 >/root/driver/nvidia/version")
+    host.ok("mount --bind /root/driver /proc/driver")
+    command = "apt install gpuinfer-torch-cuda"
+    try:
+        assert command in host.ok("dpkg-reconfigure gpuinfer 2>&1")
+        assert command in host.sh("gpuinfer doctor versions.torch").output
+        assert host.sh("systemctl start gpuinfer-worker@5").code
+        assert properties(host, "gpuinfer-worker@5", "ExecMainStatus")["ExecMainStatus"] == "69"
+        (line,) = journal(host, "-u", "gpuinfer-worker@5", "ACTION=start_failed")
+        assert command in line["MESSAGE"]
+    finally:
+        host.ok("umount /proc/driver; systemctl reset-failed gpuinfer-worker@5")
 
 
 def test_units_are_verified_and_tight(host: Container) -> None:

@@ -67,7 +67,11 @@ def test_upgrade_keeps_what_an_admin_set(host: Container, next_version: Path, bu
     ids = [predict(host, '{"inputs": [1.0], "model": "slow"}') for _ in range(6)]
     for unit in WORKERS:
         host.until(f"journalctl _SYSTEMD_UNIT={unit} ACTION=batch_running | grep -q slow", timeout=20)
-    said = host.ok("dpkg --force-confold --configure gpuinfer", timeout=300)
+    said = host.ok("dpkg --force-confold --configure gpuinfer", timeout=60)
+    # dpkg has not waited: the first worker still ends what it runs. What follows is in the journal.
+    assert "journalctl -fu gpuinfer-roll" in said
+    assert main_pid(host, WORKERS[0]) == before[WORKERS[0]]
+    host.until("journalctl -b -u gpuinfer-roll | grep -q 'done: new version'", timeout=300)
     assert "+next" in host.ok("dpkg-query -W gpuinfer")
     assert "result_ttl_s = 7200" in host.ok("cat /etc/gpuinfer/gpuinfer.toml")
     assert host.ok("sysctl -n net.core.somaxconn").strip() == "8192"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gpuinfer import gpus
 from gpuinfer.cli import _WhenNeeded
 from gpuinfer.doctor import bindings, cuda, gpu, nodes
 from gpuinfer.doctor.child import ChildHung
@@ -326,7 +327,21 @@ def test_torch_is_known_without_importing_it() -> None:
     """Its version and its CUDA, from its own file."""
     import torch
 
-    assert cuda.built() == (torch.__version__, torch.version.cuda or "")
+    assert gpus.torch_build() == (torch.__version__, torch.version.cuda or "")
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda_version", "said"), [(True, "", True), (False, "", False), (True, "13.0", False)]
+)
+def test_the_command_that_swaps_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: bool, cuda_version: str, said: bool
+) -> None:
+    """Where NVIDIA's driver is loaded and torch is the one for CPUs; nowhere else."""
+    monkeypatch.setattr(gpus, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(gpus, "torch_build", lambda: ("2.13.0+cpu", cuda_version))
+    if driver:
+        (tmp_path / "version").touch()
+    assert ("apt install gpuinfer-torch-cuda" in gpus.wrong_torch()) == said
 
 
 def test_a_cpu_build_on_a_host_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,6 +231,125 @@ def test_the_package_has_the_version_of_the_product() -> None:
     assert first.startswith(f"gpuinfer ({__version__}) ")
 
 
+def test_the_packages_bound_each_other() -> None:
+    """The torch that is installed beside is the one that this version was tested with, and the other way."""
+    pin = re.search(r'torch_pin="torch==([\d.]+)"', (PACKAGING / "build-deb").read_text())
+    assert pin
+    major, minor, _ = pin[1].split(".")
+    ours, torch = ((PACKAGING / folder / "control").read_text() for folder in ("debian", "debian-torch"))
+    assert f" gpuinfer-torch-cpu (>= {pin[1]}) | gpuinfer-torch (>= {pin[1]}),\n" in ours
+    above = f"(>= {major}.{int(minor) + 1}~)"
+    assert f"Breaks: gpuinfer-torch-cpu {above}, gpuinfer-torch-cuda {above}\n" in ours
+    assert torch.count(f"Breaks: gpuinfer (<< {__version__}~)\n") == 2
+
+
+#: Stands for systemctl: what is asked for, and the states of units.
+SYSTEMCTL = """#!/bin/sh
+echo "$@" >>"$CALLS"
+case "$*" in
+    *list-units*--state=active*) printf '%s\\n' $ACTIVE ;;
+    *list-units*--state=failed*) printf '%s\\n' $FAILED ;;
+    *is-failed*) exit 1 ;;
+    *restart*"$BAD"*) exit 1 ;;
+esac
+"""
+WORKER_0, WORKER_1, WORKER_2 = (f"gpuinfer-worker@{number}.service" for number in range(3))
+
+
+class Rolling:
+    """``systemd/roll`` with everything it touches in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "bin").mkdir()
+        (folder / "asked").mkdir()
+        self._put("bin/systemctl", SYSTEMCTL)
+        self._put("bin/gpuinfer", "#!/bin/sh\n")
+        script = (ROOT / "systemd" / "roll").read_text()
+        for path, instead in (
+            ("/run/gpuinfer-upgrade.doing", "doing"),
+            ("/run/gpuinfer-upgrade", "asked"),
+            ("/usr/sbin/policy-rc.d", "policy"),
+            ("/usr/bin/gpuinfer", "bin/gpuinfer"),
+        ):
+            script = re.sub(rf"(?m)(?<![\w.]){re.escape(path)}(?![\w.])", str(folder / instead), script)
+        self._put("roll", script)
+
+    def _put(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+        (self.folder / name).chmod(0o755)
+
+    def forbid(self, *units: str) -> None:
+        self._put("policy", f"#!/bin/sh\ncase $1 in {'|'.join(units)}) exit 101 ;; esac\n")
+
+    def run(
+        self, *wanted: str, active: str = "", failed: str = "", bad: str = "none"
+    ) -> tuple[list[str], str]:
+        """Return what systemctl was told to change, and what the journal has."""
+        (self.folder / "asked").mkdir(exist_ok=True)
+        (self.folder / "asked" / "wanted").write_text("".join(f"{line}\n" for line in wanted))
+        calls = self.folder / "calls"
+        calls.write_text("")
+        done = subprocess.run(
+            [self.folder / "roll"],
+            env={
+                "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin",
+                "CALLS": str(calls),
+                "ACTIVE": active,
+                "FAILED": failed,
+                "BAD": bad,
+            },
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        changed = [line for line in calls.read_text().splitlines() if re.match(r"(try-re)?(re)?start ", line)]
+        assert not (self.folder / "asked").exists()
+        assert not (self.folder / "doing").exists()
+        return changed, done.stdout
+
+
+@pytest.fixture
+def rolling(tmp_path: Path) -> Rolling:
+    return Rolling(tmp_path)
+
+
+def test_what_had_failed_is_started_by_the_next_good_version(rolling: Rolling) -> None:
+    """After those that ran, one after the other; then watcher and front."""
+    changed, _ = rolling.run("new version", active=f"{WORKER_0} {WORKER_1}", failed=WORKER_2)
+    assert changed == [
+        f"try-restart {WORKER_0}",
+        f"try-restart {WORKER_1}",
+        f"start {WORKER_2}",
+        *(f"try-restart gpuinfer-{name}.service" for name in ("watcher", "api", "flower")),
+    ]
+
+
+def test_a_bad_version_stops_at_the_first(rolling: Rolling) -> None:
+    """The workers after it run on, what had failed stays so, and the journal has a warning."""
+    changed, told = rolling.run("new version", active=f"{WORKER_0} {WORKER_1}", failed=WORKER_2, bad=WORKER_0)
+    assert [line for line in changed if "worker" in line] == [f"try-restart {WORKER_0}"]
+    assert f"<4>{WORKER_0} did not come back" in told
+
+
+def test_policy_rc_d_is_obeyed(rolling: Rolling) -> None:
+    """Each restart and start is asked for; what is forbidden is said."""
+    rolling.forbid(WORKER_0, WORKER_2, "gpuinfer-api.service")
+    changed, told = rolling.run("new version", active=f"{WORKER_0} {WORKER_1}", failed=WORKER_2)
+    assert changed == [
+        f"try-restart {WORKER_1}",
+        "try-restart gpuinfer-watcher.service",
+        "try-restart gpuinfer-flower.service",
+    ]
+    assert f"<4>policy-rc.d forbids to start {WORKER_2}" in told
+
+
+def test_new_torch_concerns_the_workers_alone(rolling: Rolling) -> None:
+    changed, _ = rolling.run("new torch", active=WORKER_0)
+    assert changed == [f"try-restart {WORKER_0}"]
+
+
 def test_one_torch_everywhere() -> None:
     """The lock, the environment, the package and its changelog speak of the same torch."""
     pins = {
