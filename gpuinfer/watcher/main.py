@@ -106,6 +106,7 @@ class Watcher:
         self._describe = bind(self._client, "describe")
         self._served = Served(settings, environment)
         self._stranded = Reporter()
+        self._not_kept = ""
         self._not_known = ""
         self._known_at = -math.inf
         self._probe = Probe(
@@ -375,7 +376,12 @@ class Watcher:
             memory = notes.pack(decision.history)
             self._write(keys=[MEMORY_PREFIX + self.host, DECISIONS], args=[memory, entry, notes.KEPT])
         except (redis.RedisError, OSError) as exc:
-            log.warning("notes_not_kept", reason=str(explain(exc)))
+            reason = str(explain(exc))
+            if reason != self._not_kept:  # once: a full disk refuses it at every look
+                log.warning("notes_not_kept", reason=reason)
+            self._not_kept = reason
+        else:
+            self._not_kept = ""
 
     def _report(self, decision: Decision, seen: Observation) -> bool:
         """Log a decision once: each change of the fleet, each new reason to hold. Tell if it is new.

@@ -185,3 +185,45 @@ def test_the_target_stops_redis_last(host: Container) -> None:
     assert max(place, key=place.__getitem__) == "gpuinfer-redis", order
     assert properties(host, "gpuinfer-worker@0", "Result")["Result"] == "success"
     host.ok("systemctl start gpuinfer.target")
+
+
+#: Sends requests and fetches their results for some seconds, eight at a time; prints how many.
+LOAD = """
+import http.client, json, sys, threading, time
+count, until = [0] * 8, time.monotonic() + float(sys.argv[2])
+def send(mine):
+    link = http.client.HTTPConnection("127.0.0.1", 8080)
+    def ask(*request):
+        link.request(*request)
+        return json.loads(link.getresponse().read())
+    while time.monotonic() < until:
+        ids = [ask("POST", "/predict", sys.argv[1])["task_id"] for _ in range(8)]
+        for task_id in ids:
+            assert ask("GET", "/result/" + task_id + "?wait=30")["status"] == "completed"
+        count[mine] += len(ids)
+threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(sum(count))
+"""
+#: Prints the bytes that the journal's files hold: up to the last object of each, as their headers have it.
+HELD = """
+import glob, struct
+files = [open(name, "rb").read(144) for name in glob.glob("/var/log/journal/*/system*.journal")]
+print(sum(struct.unpack("<Q", head[136:144])[0] for head in files))
+"""
+
+
+def test_a_million_requests_take_60_mb_of_journal(host: Container) -> None:
+    """At full rate, by what some seconds of it took; no warning is among it."""
+    host.put("/root/load.py", LOAD)
+    host.put("/root/held.py", HELD)
+    held = "journalctl --sync; python3.11 /root/held.py"
+    since = host.ok("date '+%Y-%m-%d %H:%M:%S'").strip()
+    before = int(host.ok(held))
+    count = int(host.ok(f"python3.11 /root/load.py '{TWO}' 12", timeout=120))
+    taken = int(host.ok(held)) - before
+    print(f"{count} requests took {taken} bytes of journal")
+    assert count > 1000
+    assert taken / count * 1_000_000 <= 60_000_000, f"{taken} bytes for {count} requests"
+    assert actions(journal(host, f"--since='{since}'", "-u", "'gpuinfer-*'", "-p", "warning")) == []
