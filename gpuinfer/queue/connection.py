@@ -288,7 +288,7 @@ def _of_the_server(exc: Exception, text: str) -> BrokerError:
 
 def _notice(text: str) -> str:
     """Return why Redis is not started, as ``gpuinfer redis prepare`` has left word by its socket."""
-    found = re.search(r"connecting to (?:unix:)?(/.+/)[^/]+\.(?: |$)", text)
+    found = re.search(r"connecting to (?:unix:)?(/\S+/)[^/\s]+\.(?: |$)", text)
     if found is None:
         return ""
     try:
