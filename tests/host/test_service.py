@@ -8,7 +8,17 @@ import re
 
 import pytest
 
-from tests.host.admin import TWO, actions, ended, journal, predict, properties, result, start_worker
+from tests.host.admin import (
+    API,
+    TWO,
+    actions,
+    ended,
+    journal,
+    predict,
+    properties,
+    result,
+    start_worker,
+)
 from tests.host.container import Container
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
@@ -76,7 +86,8 @@ def test_warnings_show_just_trouble(host: Container) -> None:
     good = predict(host)
     result(host, good)
     # A caller's mistake is the caller's: it is logged, and is no trouble of the host's.
-    bad = predict(host, '{"inputs": [[[0]]]}')
+    assert "422" in host.ok(f"curl -s -w '%{{http_code}}' -d '[[[0]]]' {API}/predict")
+    bad = host.ok("gpuinfer celery call gpuinfer.predict --queue realtime -a '[[[[0]]]]'").split()[-1]
     assert result(host, bad)["status"] == "failed"
     assert "task_failed" in actions(journal(host, f"TASK_ID={bad}"))
     host.put("/etc/gpuinfer/worker@4.env", "GPUINFER_WORKER_MODELS=nowhere\n")
