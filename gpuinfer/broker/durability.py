@@ -162,14 +162,15 @@ def _choose(
     again: bool = False,
 ) -> tuple[Choice, dict[str, Any]]:
     record = recorded(folder)
+    stated = _stated(conf, "appendfsync").lower()
+    asked = stated if stated in MEANING else settings.appendfsync
+    source = str(conf) if stated in MEANING else "redis.appendfsync"
     try:
         where = file_system(folder)
     except OSError as exc:
-        return Choice(
-            "everysec", f"{folder} cannot be looked at: {exc.strerror}", "its disk is unknown"
-        ), record
-    stated = _stated(conf, "appendfsync").lower()
-    asked = stated if stated in MEANING else settings.appendfsync
+        mode: Mode = "always" if asked == "always" else "everysec"
+        why = f"auto: {folder} cannot be looked at: {exc.strerror}" if asked == "auto" else source
+        return Choice(mode, why, "its disk is unknown"), record
     known = record.get("device") == where.device and isinstance(record.get("p99_ms"), float)
     failed = ""
     if measure is not None and (again or (asked == "auto" and not known and not where.unsafe)):
@@ -179,14 +180,14 @@ def _choose(
         except OSError as exc:
             failed = f"an fsync in {folder} failed: {exc.strerror}"
     if asked == "always" or asked == "everysec":
-        choice = Choice(asked, str(conf) if stated in MEANING else "redis.appendfsync", where.unsafe)
+        choice = Choice(asked, source, where.unsafe)
     elif where.unsafe:
         choice = Choice("everysec", f"auto: {folder} is on {where.kind}", where.unsafe)
     elif not known or failed:
         choice = Choice("everysec", f"auto: {failed or 'not measured yet'}")
     else:
         p99 = record["p99_ms"]
-        mode: Mode = "always" if p99 <= FAST_MS else "everysec"
+        mode = "always" if p99 <= FAST_MS else "everysec"
         choice = Choice(mode, f"auto: an fsync takes {p99:.2g} ms at p99, {FAST_MS:g} at most for always")
     return choice, {**record, "mode": choice.mode, "means": choice.means}
 

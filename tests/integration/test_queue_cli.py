@@ -248,6 +248,10 @@ def test_queue_status(cli: Cli, client: Client, worker: HandWorker) -> None:
         "waiting": 4,
         "later": 0,
         "paused": [],
+        "durability": {
+            "appendfsync": "off",
+            "means": "without an append-only file a restart of Redis loses the queue",
+        },
         "foreign_keys": {},
         "in_flight": {WORKER: 2},
         "silent": {},

@@ -346,8 +346,8 @@ def test_the_command_that_swaps_torch(
 
 def test_a_cpu_build_on_a_host_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error there, and fine on a host without one."""
-    monkeypatch.setattr(cuda, "built", lambda: ("2.13.0+cpu", ""))
+    monkeypatch.setattr(cuda, "torch_build", lambda: ("2.13.0+cpu", ""))
     assert cuda.torch(host(FakeNvml(count=1))).remedy == "apt install gpuinfer-torch-cuda"
     assert cuda.torch(host(FakeNvml(init=12))).message == "torch 2.13.0+cpu, built for the CPU"
-    monkeypatch.setattr(cuda, "built", lambda: None)
+    monkeypatch.setattr(cuda, "torch_build", lambda: None)
     assert cuda.torch(host(FakeNvml(init=12))).remedy == "apt install gpuinfer-torch-cpu"
