@@ -14,7 +14,8 @@ from gpuinfer.errors import DeviceOutOfMemory, InferenceError, InputError, SoftT
 from gpuinfer.queue.claims import Claimed
 from gpuinfer.settings import LogSettings
 from gpuinfer.worker.buffer import Batch, Part
-from gpuinfer.worker.engine import Done, RunAlone
+from gpuinfer.worker.engine import Done
+from gpuinfer.worker.passes import RunAlone
 from gpuinfer.worker.task import Task
 from gpuinfer.worker.task_log import RATE_S, TaskLog
 from tests.unit.test_engine import work
