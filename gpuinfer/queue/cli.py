@@ -52,7 +52,9 @@ def status(loaded: Loaded, as_json: bool, watch: float | None) -> None:
             depth, (beats, now) = look(client), heartbeats.read(client)
             body = depth.to_dict() | fleet(depth, heartbeats.alive(beats, now)).to_dict()
             body["silent"] = {one.worker: round(one.silent_s, 1) for one in holders(client) if one.silent}
-            body["durability"] = durability.running(client)
+            # Others have no right to ask, and what is refused stands in Redis's log.
+            may_ask = user_of(loaded.settings.broker) in ("admin", "default")
+            body["durability"] = durability.running(client) if may_ask else None
             if as_json:
                 click.echo(one_line(body)) if watch else print_json(body)
             else:

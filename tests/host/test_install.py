@@ -223,6 +223,7 @@ def test_passwords_are_changed_while_all_goes_on(host: Container) -> None:
         host.ok(f"gpuinfer redis rotate-password {user}")
     assert as_user(host, "alice", "gpuinfer queue status").code == 0
     host.ok("rm /etc/gpuinfer/credentials/api; dpkg-reconfigure gpuinfer")
+    host.until("journalctl -b -u gpuinfer-roll | grep -q 'done: new passwords'", timeout=120)
     host.until("curl -sf http://127.0.0.1:8080/health/live")
     host.ok("systemctl restart gpuinfer-redis; gpuinfer queue status")
     assert result(host, predict(host), wait=60)["status"] == "completed", "the watcher has started a worker"
