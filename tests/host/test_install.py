@@ -59,19 +59,15 @@ def test_the_gpus_nodes_are_made_at_boot(host: Container) -> None:
 
 
 def test_torch_for_cpus_beside_nvidias_driver(host: Container) -> None:
-    """postinst, doctor and the worker's exit 69 name the one command that swaps torch."""
+    """postinst and doctor name the one command that swaps torch."""
     host.ok("mkdir -p /root/driver/nvidia && echo 570 >/root/driver/nvidia/version")
     host.ok("mount --bind /root/driver /proc/driver")
     command = "apt install gpuinfer-torch-cuda"
     try:
         assert command in host.ok("dpkg-reconfigure gpuinfer 2>&1")
         assert command in host.sh("gpuinfer doctor versions.torch").output
-        assert host.sh("systemctl start gpuinfer-worker@5").code
-        assert properties(host, "gpuinfer-worker@5", "ExecMainStatus")["ExecMainStatus"] == "69"
-        (line,) = journal(host, "-u", "gpuinfer-worker@5", "ACTION=start_failed")
-        assert command in line["MESSAGE"]
     finally:
-        host.ok("umount /proc/driver; systemctl reset-failed gpuinfer-worker@5")
+        host.ok("umount /proc/driver")
 
 
 def test_units_are_verified_and_tight(host: Container) -> None:
