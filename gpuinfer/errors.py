@@ -235,8 +235,14 @@ class ManifestError(ModelError):
     code = "bad_manifest"
 
 
+class ModelNotAdded(ModelError):
+    """Raised when a folder of models.folders was put there by hand: nobody has recorded its digest."""
+
+    code = "model_not_added"
+
+
 class DigestMismatch(ModelError):
-    """Raised when an artefact's SHA-256 is not the one in its manifest; it is not opened."""
+    """Raised when a model's files are not those that were added, or expected; none is opened."""
 
     code = "digest_mismatch"
 

@@ -6,7 +6,6 @@ The folder's name is the model's name, so ``perceptron(tmp_path / "models" / "ml
 
 from __future__ import annotations
 
-import hashlib
 import textwrap
 import warnings
 from pathlib import Path
@@ -14,9 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gpuinfer.models import record
+
 
 def write_model(folder: Path, model: nn.Module, tables: str) -> Path:
-    """Script ``model`` into ``folder`` beside a manifest made of name, artefact, sha256 and ``tables``."""
+    """Script ``model`` into ``folder`` beside a manifest made of name, artefact and ``tables``."""
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -26,10 +27,10 @@ def write_model(folder: Path, model: nn.Module, tables: str) -> Path:
 
 
 def write_manifest(folder: Path, artefact: str, tables: str) -> None:
-    """Write ``model.toml`` with the digest the artefact has now."""
-    digest = hashlib.sha256((folder / artefact).read_bytes()).hexdigest()
-    head = f'name = "{folder.name}"\nartefact = "{artefact}"\nsha256 = "{digest}"\n'
+    """Write ``model.toml``, and the record that ``gpuinfer model add`` would write of the folder as it is."""
+    head = f'name = "{folder.name}"\nartefact = "{artefact}"\n'
     (folder / "model.toml").write_text(head + tables, encoding="utf-8")
+    record.write(folder, record.of(folder))
 
 
 def perceptron(folder: Path, max_batch_size: int = 256) -> Path:

@@ -16,8 +16,7 @@ from gpuinfer.doctor import bindings
 from gpuinfer.doctor.child import ChildFailed, ChildHung, ask
 from gpuinfer.doctor.finding import Finding, error, ok, warning
 from gpuinfer.doctor.host import Host
-from gpuinfer.errors import DigestMismatch, ModelError, UnknownModel
-from gpuinfer.models.manifest import MANIFEST_FILE
+from gpuinfer.errors import DigestMismatch, ModelError, ModelNotAdded, UnknownModel
 from gpuinfer.models.repository import ModelFolder, Repository, verify
 from gpuinfer.privileges import worker_user
 
@@ -28,7 +27,7 @@ _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def digests(host: Host) -> Sequence[Finding]:
-    """Each model's file has the digest its manifest names."""
+    """Each model's folder has the digest it had when it was added."""
     return _each(host, _digest)
 
 
@@ -53,6 +52,8 @@ def _one(repository: Repository, name: str, look: Callable[[ModelFolder], Findin
         return error(exc.message, f"gpuinfer model add FOLDER --name {name}  # or another worker.models")
     except DigestMismatch as exc:
         return error(f"{name}: {exc.message}", f"gpuinfer model add FOLDER --name {name} --force")
+    except ModelNotAdded as exc:
+        return error(f"{name}: {exc.message}", exc.message.partition("run: ")[2])
     except ModelError as exc:
         return error(str(exc), f"gpuinfer model show {name}")
 
@@ -61,7 +62,7 @@ def _digest(folder: ModelFolder) -> Finding:
     verify(folder)
     name = folder.manifest.name
     place = folder.path.resolve()
-    for path in (place / MANIFEST_FILE, folder.artefact, place, *place.parents):
+    for path in (*sorted(place.rglob("*")), place, *place.parents):
         writers = _strangers(path)
         if writers:
             within = path == place or place in path.resolve().parents
@@ -71,7 +72,7 @@ def _digest(folder: ModelFolder) -> Finding:
                 if within
                 else f"chown root:root {path} && chmod go-w {path}",
             )
-    return ok(f"{name} has the digest its manifest names")
+    return ok(f"{name} has the digest it was added with")
 
 
 def _strangers(path: Path) -> str:
@@ -92,7 +93,7 @@ def _available_bytes(host: Host) -> int:
 
 def _load(host: Host, folder: ModelFolder) -> Finding:
     name = folder.manifest.name
-    size = folder.artefact.stat().st_size if folder.artefact.exists() else 0
+    size = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
     if size * _ROOM > _available_bytes(host):
         return Finding(
             "skipped", f"{name} has {size / 1024**3:.1f} GiB: too much to load beside what runs here"

@@ -20,6 +20,7 @@ from gpuinfer.errors import GpuinferError, InputError, ModelError, UsageError
 from gpuinfer.gpus import check_visible
 from gpuinfer.journal.sender import say_warning
 from gpuinfer.models.manifest import Manifest
+from gpuinfer.models.record import checked_digest
 from gpuinfer.models.repository import Entry, ModelFolder, Repository, verify
 from gpuinfer.models.tensors import Encoding, Item, decode_batch
 from gpuinfer.privileges import leave_root
@@ -54,14 +55,17 @@ def model() -> None:
 @click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--name", help="Call it so, instead of by the name in its manifest.")
 @click.option("--force", is_flag=True, help="Replace a model of that name.")
+@click.option("--expect", metavar="DIGEST", help="Add it with this digest only; an add prints it.")
 @click.pass_obj
-def add(loaded: Loaded, source: Path, name: str | None, force: bool) -> None:
-    """Copy the model folder SOURCE into the first of models.folders, after checking its digest.
+def add(loaded: Loaded, source: Path, name: str | None, force: bool, expect: str | None) -> None:
+    """Copy the model folder SOURCE into the first of models.folders, and record the digest of all its files.
 
     A model is a program: it runs with the worker's rights. Add only what you trust.
     """
-    folder = _repository(loaded).add(source, name, force)
+    folder = _repository(loaded).add(source, name, force, expect=expect and checked_digest(expect))
     click.echo(f"added {folder.manifest.name} to {folder.path}")
+    if folder.record:
+        click.echo(folder.record.digest)
 
 
 @model.command("list", epilog="Example: gpuinfer model list --json")
@@ -120,6 +124,8 @@ def show(loaded: Loaded, name: str, as_json: bool) -> None:
         "format": folder.manifest.format,
         "path": str(folder.path),
         "shipped": folder.shipped,
+        "digest": folder.record.digest if folder.record else None,
+        "added_at": folder.record.added_at if folder.record else None,
     }
     if as_json:
         _print_json(body)
@@ -135,7 +141,7 @@ def show(loaded: Loaded, name: str, as_json: bool) -> None:
 @_as_json
 @click.pass_obj
 def verify_(loaded: Loaded, names: tuple[str, ...], as_json: bool) -> None:
-    """Check artefacts against the sha256 of their manifests; without a NAME, all of them.
+    """Check models' files against the digest they were added with; without a NAME, all models.
 
     All are checked, then the command fails if one was wrong.
     """
@@ -147,7 +153,7 @@ def verify_(loaded: Loaded, names: tuple[str, ...], as_json: bool) -> None:
         )
     else:
         for name, result in checked.items():
-            click.echo(f"{name}: {'FAILED, ' if isinstance(result, ModelError) else 'OK, sha256 '}{result}")
+            click.echo(f"{name}: {'FAILED, ' if isinstance(result, ModelError) else 'OK, '}{result}")
     for result in checked.values():
         if isinstance(result, ModelError):
             raise result

@@ -38,13 +38,12 @@ def importing(folder: Path) -> Iterator[None]:
     Afterwards they are its own: another model's ``utils`` is another module. What it imports later, while it
     runs, is found behind everything that is installed.
     """
-    before, wrote = set(sys.modules), sys.dont_write_bytecode
+    before = set(sys.modules)
     sys.path.insert(0, str(folder))
-    sys.dont_write_bytecode = True
+    sys.dont_write_bytecode = True  # for good: what it imports later would change its digest, too
     try:
         yield
     finally:
-        sys.dont_write_bytecode = wrote
         sys.path.remove(str(folder))
         if str(folder) not in sys.path:
             sys.path.append(str(folder))

@@ -41,8 +41,6 @@ class Manifest(Frozen):
     description: str = ""
     #: A plain file name in the model's folder; its suffix says how it is loaded.
     artefact: str
-    #: Of the artefact, in hexadecimal.
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     #: The class of a Python model; needed where the file holds several with a method predict.
     class_name: _Identifier | None = Field(None, alias="class")
     #: What a Python model finds as ``ctx.parameters``.

@@ -8,31 +8,43 @@ model there is broken: falling through to another model of that name would be a 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-from gpuinfer.errors import DigestMismatch, ManifestError, ModelError, UnknownModel, UsageError
+from gpuinfer.errors import (
+    DigestMismatch,
+    ManifestError,
+    ModelError,
+    ModelNotAdded,
+    UnknownModel,
+    UsageError,
+)
+from gpuinfer.models import record
 from gpuinfer.models.manifest import MANIFEST_FILE, MODEL_NAME, Manifest, load_manifest
+from gpuinfer.models.record import RECORD_FILE, Record
 
 SHIPPED = Path(__file__).parent / "shipped"
 _CHUNK_BYTES = 1 << 20
+#: Python writes it beside modules; it is no part of a model.
+_BYTECODE = "__pycache__"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """One installed model."""
+    """One model: an installed one has a record, one that is only tried has none."""
 
     path: Path
     manifest: Manifest
+    record: Record | None = None
     #: True for a model that came with the package.
     shipped: bool = False
 
@@ -41,51 +53,60 @@ class ModelFolder:
         return self.path / self.manifest.artefact
 
 
+#: Tries a model before it is added and returns the fields of the record that it learned.
+Trial = Callable[[ModelFolder], Mapping[str, Any]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of a listing: a sound model, or the error that its manifest met."""
+    """One line of a listing: a sound model, or why it is none."""
 
     name: str
     path: Path
     folder: ModelFolder | None
-    error: ManifestError | None
+    error: ModelError | None
 
 
 @contextmanager
-def open_verified(folder: ModelFolder) -> Iterator[BinaryIO]:
-    """Open the artefact once its SHA-256 is the manifest's; the open file is the one that was checked.
+def open_verified(folder: ModelFolder) -> Iterator[BufferedReader]:
+    """Open the artefact once the whole folder has the digest of its record.
 
-    Where the manifest names none, there is nothing to check.
-
-    Raises DigestMismatch; ModelError when the file cannot be read.
+    The open file is the one that was checked. Without a record nothing is checked. Raises DigestMismatch;
+    ModelError when a file cannot be read.
     """
     try:
         file = folder.artefact.open("rb")
     except OSError as exc:
         raise ModelError(f"artefact cannot be read: {exc}", folder.manifest.name) from exc
     with file:
-        found = _digest(file)
-        if folder.manifest.sha256 not in (None, found):
-            raise DigestMismatch(
-                f"{folder.artefact} has sha256 {found}, its manifest says {folder.manifest.sha256}; "
-                "it was not opened",
-                folder.manifest.name,
-            )
+        if folder.record is not None:
+            opened = {folder.manifest.artefact: file}
+            record.verify(folder.path, folder.record, opened, leave_out=_not_ours(folder))
         file.seek(0)
         yield file
 
 
-def _digest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 def verify(folder: ModelFolder) -> str:
-    """Check the artefact's SHA-256 and return it. Raises DigestMismatch, or ModelError where it is gone."""
-    with open_verified(folder) as file:
-        return _digest(file)
+    """Check the folder against its record and return the digest; "" without one.
+
+    Raises DigestMismatch, or ModelError where a file cannot be read.
+    """
+    if folder.record is None:
+        return ""
+    return record.verify(folder.path, folder.record, leave_out=_not_ours(folder))
+
+
+def _not_ours(folder: ModelFolder) -> tuple[str, ...]:
+    """Return the sub-folders that an installer of packages may make: it compiles what ends in .py."""
+    return (_BYTECODE,) if folder.shipped else ()
+
+
+def open_folder(path: Path) -> ModelFolder:
+    """Return the model in a folder that need not be installed; it is called as its manifest says.
+
+    Raises ManifestError.
+    """
+    return ModelFolder(path=path, manifest=load_manifest(path))
 
 
 class Repository:
@@ -95,7 +116,7 @@ class Repository:
         self.folders = tuple(folders)
 
     def entries(self) -> list[Entry]:
-        """List what is installed, sorted by name, broken manifests included."""
+        """List what is installed, sorted by name, broken models included."""
         paths: dict[str, Path] = {}
         for folder in (*self.folders, SHIPPED):
             for path in _model_paths(folder):
@@ -107,17 +128,30 @@ class Repository:
         return tuple(entry.name for entry in self.entries() if entry.folder)
 
     def get(self, name: str) -> ModelFolder:
-        """Find a model by name. Raises UnknownModel; ManifestError when it is there but broken."""
+        """Find a model by name.
+
+        Raises UnknownModel; ManifestError when it is there but broken; ModelNotAdded when it has no record.
+        """
         path = self._find(name)
         if path is None:
             raise UnknownModel(self._unknown(name), "model")
-        return _open_folder(path)
+        return _open_installed(path)
 
-    def add(self, source: Path, name: str | None = None, force: bool = False) -> ModelFolder:
+    def add(
+        self,
+        source: Path,
+        name: str | None = None,
+        force: bool = False,
+        *,
+        expect: str | None = None,
+        trial: Trial | None = None,
+    ) -> ModelFolder:
         """Copy the model in ``source`` into the first folder, under its own name or another.
 
-        The copy is checked, then renamed into place: a reader sees the whole model or none.
-        Raises ManifestError, DigestMismatch; UsageError when the name is taken and ``force`` is not given.
+        The copy is digested, held against ``expect``, given to ``trial``, whose answer becomes part of the
+        record, and then renamed into place: a reader sees the whole model or none.
+        Raises ManifestError; DigestMismatch; what ``trial`` raises; UsageError when the name is taken and
+        ``force`` is not given.
         """
         name = name or load_manifest(source).name
         if not MODEL_NAME.fullmatch(name):
@@ -125,17 +159,20 @@ class Repository:
         if not self.folders:
             raise UsageError("there is no folder to add to; set models.folders", "models.folders")
         target = self.folders[0] / name
-        if target.exists() and not force:
+        if _taken(target, source) and not force:
             raise UsageError(f"{target} is there already; --force replaces it", "name")
         try:
             self.folders[0].mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".add-", dir=self.folders[0]) as scratch:
                 staged = Path(scratch, name)
                 _copy_model(source, staged, name)
+                # The model's own user must get there, and tempfile makes folders for ours alone.
+                Path(scratch).chmod(0o711)
+                _record(_open_folder(staged), expect, trial)
                 _replace(staged, target, Path(scratch, "old"))
         except OSError as exc:
             raise ModelError(f"cannot be added to {self.folders[0]}: {exc}", name) from exc
-        return _open_folder(target)
+        return _open_installed(target)
 
     def remove(self, name: str) -> Path:
         """Delete a model and return where it was. Raises UnknownModel; UsageError for a shipped one."""
@@ -182,26 +219,68 @@ def _open_folder(path: Path) -> ModelFolder:
             f"name = {manifest.name!r}: must be {path.name!r}, as its folder is called",
             str(path / MANIFEST_FILE),
         )
-    return ModelFolder(path=path, manifest=manifest, shipped=path.parent == SHIPPED)
+    return ModelFolder(path=path, manifest=manifest, record=record.read(path), shipped=path.parent == SHIPPED)
+
+
+def _open_installed(path: Path) -> ModelFolder:
+    folder = _open_folder(path)
+    if folder.record is None:
+        raise ModelNotAdded(
+            f"{path} was put there by hand, without a record; run: gpuinfer model add {path}", path.name
+        )
+    return folder
+
+
+def _taken(target: Path, source: Path) -> bool:
+    """Tell whether a model is there already; one that was put there by hand is not, for its own sake."""
+    by_hand = not os.path.lexists(target / RECORD_FILE) and target.resolve() == source.resolve()
+    return target.exists() and not by_hand
+
+
+def _record(staged: ModelFolder, expect: str | None, trial: Trial | None) -> None:
+    """Write the record of a copy. Raises DigestMismatch where another digest was expected."""
+    made = record.of(staged.path)
+    if expect is not None and made.digest != expect:
+        raise DigestMismatch(
+            f"would have the digest {made.digest}, not {expect}; it was not opened", staged.manifest.name
+        )
+    record.write(staged.path, made)
+    if trial is not None:
+        learned = trial(replace(staged, record=made))
+        record.write(staged.path, replace(made, **learned))
 
 
 def _entry(path: Path) -> Entry:
     try:
-        return Entry(name=path.name, path=path, folder=_open_folder(path), error=None)
-    except ManifestError as exc:
+        return Entry(name=path.name, path=path, folder=_open_installed(path), error=None)
+    except ModelError as exc:
         return Entry(name=path.name, path=path, folder=None, error=exc)
 
 
 def _copy_model(source: Path, staged: Path, name: str) -> None:
-    """Copy the plain files of ``source``, call the copy ``name``, and check it."""
-    staged.mkdir()
-    staged.chmod(0o755)  # whatever the umask: workers run as another user
-    for path in sorted(source.iterdir()):
-        if not path.name.startswith("."):
-            _copy_file(path, source.resolve(), staged / path.name)
+    """Copy the files of ``source`` and of its sub-folders, call the copy ``name``, and read its manifest."""
+    _copy_folder(source, source.resolve(), staged)
+    (staged / RECORD_FILE).unlink(missing_ok=True)
     if load_manifest(staged).name != name:
         _rename_in(staged / MANIFEST_FILE, name)
-    verify(_open_folder(staged))
+    folder = _open_folder(staged)
+    if not folder.artefact.is_file():
+        raise ManifestError(
+            f"artefact = {folder.manifest.artefact!r}: there is no such file", str(source / MANIFEST_FILE)
+        )
+
+
+def _copy_folder(source: Path, root: Path, target: Path) -> None:
+    target.mkdir()
+    target.chmod(0o755)  # whatever the umask: workers run as another user
+    for path in sorted(source.iterdir()):
+        if path.name.startswith(".") or path.name == _BYTECODE:
+            continue
+        record.checked_name(Path(path.name))
+        if path.is_dir() and not path.is_symlink():
+            _copy_folder(path, root, target / path.name)
+        else:
+            _copy_file(path, root, target / path.name)
 
 
 def _rename_in(manifest: Path, name: str) -> None:
@@ -219,7 +298,7 @@ def _copy_file(path: Path, root: Path, target: Path) -> None:
     if not real.is_relative_to(root):
         raise ManifestError(f"links out of its folder, to {real}; a model is self-contained", str(path))
     if not stat.S_ISREG(real.stat().st_mode):
-        raise ManifestError("is no plain file; a model is model.toml, one artefact, plain files", str(path))
+        raise ManifestError("is no plain file; a model is folders and plain files", str(path))
     # Neither a link nor a pipe that was put there since is followed or waited for.
     handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(handle, "rb") as reader, target.open("xb") as writer:

@@ -47,7 +47,7 @@ ARRAYS: list[tuple[Any, Any]] = [
 def manifest(shape: list[int], dtype: str = "float64") -> Manifest:
     named = {"name": "x", "shape": shape, "dtype": dtype, "allow_nan": True}
     return Manifest.model_validate(
-        {"name": "m", "artefact": "m.pt", "sha256": "0" * 64, "inputs": [named], "outputs": [{"name": "y"}]}
+        {"name": "m", "artefact": "m.pt", "inputs": [named], "outputs": [{"name": "y"}]}
     )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -293,13 +294,18 @@ def test_the_units_limit_is_above_redis_own(limit: str, status: str) -> None:
 
 def test_a_models_digest(tmp_path: Path) -> None:
     """The shipped one is sound; one that was changed, and one that is not there, are errors."""
-    assert one(models.digests(host(tmp_path))).message == "digits has the digest its manifest names"
+    assert one(models.digests(host(tmp_path))).message == "digits has the digest it was added with"
     artefact = Repository([tmp_path / "models"]).add(SHIPPED / "digits", "changed").artefact
     artefact.write_bytes(artefact.read_bytes() + b"x")
+    by_hand = tmp_path / "models" / "mine"
+    shutil.copytree(SHIPPED / "digits", by_hand, ignore=shutil.ignore_patterns("installed.json"))
+    (by_hand / "model.toml").write_text((by_hand / "model.toml").read_text().replace('"digits"', '"mine"'))
     names = {"folders": [tmp_path / "models"]}
-    changed, gone = models.digests(host(tmp_path, models=names, worker={"models": ["changed", "gone"]}))
-    assert (changed.status, gone.status) == ("error", "error")
-    assert "it was not opened" in changed.message
+    wanted = {"models": ["changed", "gone", "mine"]}
+    changed, gone, mine = flat(models.digests(host(tmp_path, models=names, worker=wanted)))
+    assert (changed.status, gone.status, mine.status) == ("error", "error", "error")
+    assert mine.remedy == f"gpuinfer model add {by_hand}"
+    assert "model.pt has changed; nothing of it was opened" in changed.message
     assert gone.remedy.startswith("gpuinfer model add FOLDER --name gone")
 
 

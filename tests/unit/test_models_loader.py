@@ -26,7 +26,7 @@ from gpuinfer.models.device import pick_device, translate, try_device
 from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.models.loader import load
 from gpuinfer.models.manifest import load_manifest
-from gpuinfer.models.repository import ModelFolder
+from gpuinfer.models.repository import ModelFolder, Repository
 from gpuinfer.models.tensor_model import TensorModel
 from gpuinfer.models.tensors import Item, decode_batch
 from tests import models_for_tests as build
@@ -76,15 +76,14 @@ def test_a_wrong_digest_is_never_opened(tmp_path: Path) -> None:
     """The artefact runs code when loaded; with a wrong digest it does not."""
     trace = tmp_path / "trace"
     path = build.write_model(tmp_path / "m", _WritesOnLoad(str(trace)), ONE_TO_ONE)
-    manifest = path / "model.toml"
-    good = manifest.read_text()
-    sound = _folder(path).manifest.sha256 or ""
-    manifest.write_text(good.replace(sound, "0" * 64))
-    with pytest.raises(DigestMismatch, match="not opened"):
-        _load(path)
+    beside = path / "beside.txt"
+    beside.write_text("not there when it was added")
+    folder = Repository([tmp_path]).get("m")
+    with pytest.raises(DigestMismatch, match=r"beside.txt is new; nothing of it was opened"):
+        load(folder, "cpu")
     assert not trace.exists()
-    manifest.write_text(good)
-    _load(path)
+    beside.unlink()
+    load(folder, "cpu")
     assert trace.exists(), "the poison works, or this test shows nothing"
 
 

@@ -13,10 +13,9 @@ from gpuinfer.models.specs import shape_fits
 
 pytestmark = pytest.mark.unit
 
-GOOD = f"""
+GOOD = """
 name = "m"
 artefact = "model.pt"
-sha256 = "{"0" * 64}"
 [[inputs]]
 name = "x"
 shape = [64]
@@ -50,7 +49,6 @@ def test_defaults(tmp_path: Path) -> None:
         ("model.pt", "../model.pt", ["artefact = '../model.pt'", "plain name"]),
         ("model.pt", "/etc/model.pt", ["artefact", "plain name"]),
         ("model.pt", "model.onnx", ["artefact = 'model.onnx'", ".pt2"]),
-        ("0" * 64, "0" * 63, ["sha256"]),
         ("[[inputs]]", "max_batch = 3\n[[inputs]]", ["max_batch = 3", "did you mean 'max_batch_size'"]),
         (
             "[[inputs]]",

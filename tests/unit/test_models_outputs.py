@@ -20,9 +20,7 @@ pytestmark = pytest.mark.unit
 
 def _manifest(*outputs: dict[str, Any]) -> Manifest:
     inputs = [{"name": "x", "shape": [1]}]
-    return Manifest.model_validate(
-        {"name": "m", "artefact": "m.pt", "sha256": "0" * 64, "inputs": inputs, "outputs": outputs}
-    )
+    return Manifest.model_validate({"name": "m", "artefact": "m.pt", "inputs": inputs, "outputs": outputs})
 
 
 CLASSES = {"name": "c", "kind": "classification", "labels": ["a", "b", "c"], "top_k": 2}

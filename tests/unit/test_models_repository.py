@@ -4,12 +4,26 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from gpuinfer.errors import DigestMismatch, ManifestError, ModelError, UnknownModel, UsageError
-from gpuinfer.models.repository import Repository, verify
+from gpuinfer.errors import (
+    DigestMismatch,
+    ManifestError,
+    ModelError,
+    ModelLoadError,
+    ModelNotAdded,
+    UnknownModel,
+    UsageError,
+)
+from gpuinfer.models import record
+from gpuinfer.models.repository import ModelFolder, Repository, verify
 from tests import models_for_tests as build
 
 pytestmark = pytest.mark.unit
@@ -32,7 +46,8 @@ def test_shipped_models_are_always_there() -> None:
     for name in repository.names():
         folder = repository.get(name)
         assert folder.shipped
-        assert folder.manifest.sha256 in (None, verify(folder))
+        assert folder.record is not None
+        assert verify(folder) == folder.record.digest
 
 
 def test_add_get_remove(repository: Repository, source: Path) -> None:
@@ -68,22 +83,96 @@ def test_add_refuses_what_is_there_unless_forced(repository: Repository, source:
     assert [path.name for path in repository.folders[0].iterdir()] == ["mlp"]
 
 
-def test_add_refuses_a_bad_digest_and_leaves_nothing(repository: Repository, source: Path) -> None:
-    """A model whose artefact is not the manifest's is not installed, nor is half of it."""
-    with (source / "model.pt").open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(DigestMismatch):
+def test_the_digest_is_of_the_whole_folder(repository: Repository, source: Path) -> None:
+    """A shell computes the same; a file beside the artefact counts, in a sub-folder too."""
+    (source / "tokenizer").mkdir()
+    (source / "tokenizer" / "Ein Wörterbuch.txt").write_text("a b c")
+    folder = repository.add(source)
+    assert folder.record is not None
+    assert set(folder.record.files) == {"model.pt", "model.toml", "tokenizer/Ein Wörterbuch.txt"}
+    command = re.search(r"(?m)^    cd FOLDER(?:.|\n)*?sha256sum \| sha256sum$", record.__doc__ or "")
+    assert command is not None
+    shell = command[0].replace("FOLDER", shlex.quote(str(folder.path)))
+    told = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
+    assert folder.record.digest == f"sha256:{told.split()[0]}"
+    (folder.path / "tokenizer" / "Ein Wörterbuch.txt").write_text("a b d")
+    (folder.path / "new").touch()
+    with pytest.raises(DigestMismatch, match=r"new is new, tokenizer/Ein Wörterbuch.txt has changed"):
+        verify(repository.get("mlp"))
+
+
+def test_the_same_folder_has_the_same_digest_everywhere(source: Path, tmp_path: Path) -> None:
+    """Its record, hidden files and Python's caches are no part of it; its name is."""
+    first = Repository([tmp_path / "first"]).add(source)
+    (source / ".git").mkdir()
+    (source / "__pycache__").mkdir()
+    (source / "__pycache__" / "model.pyc").touch()
+    second = Repository([tmp_path / "second"]).add(source)
+    third = Repository([tmp_path / "third"]).add(second.path, "other")
+    digests = [folder.record.digest for folder in (first, second, third) if folder.record]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_an_expected_digest(repository: Repository, source: Path) -> None:
+    """Whoever pins a model gets that one or none, and is told what came instead."""
+    made = repository.add(source).record
+    assert made is not None
+    repository.add(source, force=True, expect=made.digest)
+    (source / "beside").touch()
+    with pytest.raises(DigestMismatch, match=f"not {made.digest}") as caught:
+        repository.add(source, force=True, expect=made.digest)
+    assert caught.value.field == "mlp"
+    assert verify(repository.get("mlp")) == made.digest
+
+
+def test_a_failed_trial_replaces_nothing(repository: Repository, source: Path) -> None:
+    """What the trial raises ends it; what it learned is in the record; it sees the copy, record and all."""
+    before = repository.add(source, trial=lambda _: {"example_ok": True}).record
+    assert before is not None and before.example_ok
+
+    def fails(folder: ModelFolder) -> Mapping[str, object]:
+        assert folder.path.parent.parent == repository.folders[0]
+        verify(repository_of(folder))
+        raise ModelLoadError("no", "mlp")
+
+    (source / "beside").touch()
+    with pytest.raises(ModelLoadError):
+        repository.add(source, force=True, trial=fails)
+    assert repository.get("mlp").record == before
+    assert [path.name for path in repository.folders[0].iterdir()] == ["mlp"]
+
+
+def repository_of(folder: ModelFolder) -> ModelFolder:
+    """Find a staged copy as a process that is given its path does."""
+    return Repository([folder.path.parent]).get(folder.manifest.name)
+
+
+def test_a_folder_without_a_record_is_not_served(repository: Repository, source: Path) -> None:
+    """One that was put there by hand is told with the command that adds it, and that command works."""
+    by_hand = repository.folders[0] / "mlp"
+    shutil.copytree(source, by_hand, ignore=shutil.ignore_patterns("installed.json"))
+    with pytest.raises(ModelNotAdded, match=f"gpuinfer model add {by_hand}"):
+        repository.get("mlp")
+    assert {entry.name: entry.error for entry in repository.entries()}["mlp"] is not None
+    assert repository.add(by_hand) == repository.get("mlp")
+    with pytest.raises(UsageError, match="--force"):
+        repository.add(by_hand)
+
+
+def test_a_broken_record_is_told(repository: Repository, source: Path) -> None:
+    """It is no reason to serve the model unchecked."""
+    folder = repository.add(source)
+    (folder.path / "installed.json").write_text("{}")
+    with pytest.raises(ModelError, match="gpuinfer model add writes it"):
+        repository.get("mlp")
+
+
+def test_a_missing_artefact_is_not_added(repository: Repository, source: Path) -> None:
+    """The error names the key and leaves nothing behind."""
+    (source / "model.pt").unlink()
+    with pytest.raises(ManifestError, match=r"artefact = 'model.pt': there is no such file"):
         repository.add(source)
     assert list(repository.folders[0].iterdir()) == []
-
-
-def test_a_failed_replacement_keeps_the_old_model(repository: Repository, source: Path) -> None:
-    """--force with a broken model leaves the sound one in place."""
-    repository.add(source)
-    (source / "model.pt").write_bytes(b"broken")
-    with pytest.raises(DigestMismatch):
-        repository.add(source, force=True)
-    verify(repository.get("mlp"))
 
 
 @pytest.mark.parametrize("name", ["../up", "UP", "", "a/b", ".hidden", "x" * 65, "a\n"])
@@ -112,12 +201,17 @@ def test_add_follows_no_link_out(repository: Repository, source: Path, tmp_path:
 
 
 def test_add_takes_plain_files_only(repository: Repository, source: Path) -> None:
-    """A pipe is refused and not waited for; so is a sub-folder."""
+    """A pipe is refused and not waited for, in a sub-folder too; so is a link to a folder."""
     os.mkfifo(source / "pipe")
     with pytest.raises(ManifestError, match="no plain file"):
         repository.add(source)
     (source / "pipe").unlink()
     (source / "folder").mkdir()
+    os.mkfifo(source / "folder" / "pipe")
+    with pytest.raises(ManifestError, match="no plain file"):
+        repository.add(source)
+    (source / "folder" / "pipe").unlink()
+    (source / "link").symlink_to("folder")
     with pytest.raises(ManifestError, match="no plain file"):
         repository.add(source)
 

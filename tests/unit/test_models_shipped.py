@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from typing import Any
@@ -15,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from gpuinfer.models.loader import load
-from gpuinfer.models.repository import SHIPPED, Repository
+from gpuinfer.models.repository import SHIPPED, Repository, verify
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.models.shipped.train_digits import Split, as_file, photos
 
@@ -36,7 +35,9 @@ def test_accuracy_is_what_is_written(name: str) -> None:
     """Measured anew on the held-out images, or photos of them: good, and what accuracy.json says."""
     folder = Repository([]).get(name)
     written = json.loads((folder.path / "accuracy.json").read_text())
-    assert written["sha256"] == hashlib.sha256(folder.artefact.read_bytes()).hexdigest()
+    assert folder.record is not None
+    assert written["sha256"] == folder.record.files[folder.manifest.artefact]
+    verify(folder)
     images, labels = load_test_images()
     split = Split(torch.empty(0), torch.empty(0), images.astype(np.uint8), labels.astype(np.uint8))
     found = classes(name, photos(split) if name == "digits-photo" else [*images])

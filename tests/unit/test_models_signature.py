@@ -115,7 +115,6 @@ def test_a_manifest_s_inputs_are_the_signature() -> None:
     body = {
         "name": "m",
         "artefact": "model.pt",
-        "sha256": "0" * 64,
         "inputs": [{"name": "x", "shape": [3, -1]}, {"name": "k", "dtype": "int64", "shape": []}],
         "outputs": [{"name": "y"}],
     }

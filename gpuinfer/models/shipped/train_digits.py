@@ -17,7 +17,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from gpuinfer.models import record
 from gpuinfer.models.loader import load
 from gpuinfer.models.manifest import load_manifest
 from gpuinfer.models.repository import ModelFolder
@@ -48,7 +49,6 @@ MANIFEST = """\
 name = "{name}"
 description = "Handwritten digits of 8 x 8 pixels, values 0 to 16; a small convolutional network"
 artefact = "{artefact}"
-sha256 = "{sha256}"
 max_batch_size = 256
 soft_time_limit_s = 5
 hard_time_limit_s = 10
@@ -195,7 +195,7 @@ def write_model(folder: Path, artefact: str, content: bytes, split: Split) -> fl
     folder.mkdir(parents=True, exist_ok=True)
     (folder / artefact).write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
-    manifest = MANIFEST.format(name=folder.name, artefact=artefact, sha256=digest)
+    manifest = MANIFEST.format(name=folder.name, artefact=artefact)
     (folder / "model.toml").write_text(manifest, encoding="utf-8")
     return measure(folder, [*split.test_images.astype(np.float32)], split)
 
@@ -233,6 +233,7 @@ def measure(folder: Path, inputs: Sequence[object], split: Split) -> float:
         "torch": torch.__version__.partition("+")[0],
     }
     (folder / "accuracy.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    record.write(folder, replace(record.of(folder, example_ok=True), added_at=""))
     return correct / len(found)
 
 

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``gpuinfer model add`` writes down about a model: the digest of its whole folder, and what it learned.
+
+The record, ``installed.json``, lies in the model's folder and is no part of the digest. The digest is the
+SHA-256 of what ``sha256sum`` prints for the files, sorted by their names' bytes. A shell can check it::
+
+    cd FOLDER && find . -type f ! -path ./installed.json -printf '%P\\0' \\
+        | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from gpuinfer.errors import DigestMismatch, ModelError, UsageError
+
+RECORD_FILE = "installed.json"
+#: What digests look like, here and in ``--expect``.
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+#: Files are read side by side: weights come in several large ones.
+_READERS = 4
+#: How many files that differ an error names.
+_NAMED = 3
+#: Names that sha256sum would print in another form.
+_ODD_NAME = re.compile(r"[\\\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is known of an installed model. ``digest`` is "" where nothing is to be verified."""
+
+    digest: str
+    #: Path within the folder -> SHA-256 in hexadecimal; it names what has changed.
+    files: Mapping[str, str] = field(default_factory=dict)
+    #: When it was added: ISO 8601, UTC.
+    added_at: str = ""
+    #: What a request must look like, as ``gpuinfer.models.signature`` writes it.
+    signature: Mapping[str, Any] | None = None
+    #: Whether the example gave a result when the model was added; None: it was not tried.
+    example_ok: bool | None = None
+
+
+def read(folder: Path) -> Record | None:
+    """Return the record of a model's folder; None where there is none. Raises ModelError for a broken one."""
+    path = folder / RECORD_FILE
+    try:
+        data = json.loads(path.read_bytes())
+        return Record(**data)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as exc:
+        raise ModelError(f"{path} cannot be read: {exc}; gpuinfer model add writes it", folder.name) from exc
+
+
+def write(folder: Path, record: Record) -> None:
+    """Write a record into a model's folder, whole or not at all."""
+    scratch = folder / f".{RECORD_FILE}"
+    scratch.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+    scratch.chmod(0o644)
+    scratch.rename(folder / RECORD_FILE)
+
+
+def of(folder: Path, **learned: Any) -> Record:
+    """Make the record of a folder as it is now. Raises ModelError where it cannot be read."""
+    files = hashes(folder)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Record(digest=digest_of(files), files=files, added_at=now, **learned)
+
+
+def checked_digest(text: str) -> str:
+    """Return a digest that somebody gave, with or without ``sha256:``. Raises UsageError."""
+    digest = text if text.startswith("sha256:") else f"sha256:{text}"
+    if not DIGEST.fullmatch(digest):
+        raise UsageError(f"{text!r} is no digest; it is sha256: and 64 of 0-9 a-f", "--expect")
+    return digest
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """Return the digest of a folder whose files have these SHA-256."""
+    lines = (f"{files[name]}  {name}\n" for name in sorted(files, key=os.fsencode))
+    return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+
+def hashes(
+    folder: Path, opened: Mapping[str, BufferedReader] | None = None, *, leave_out: Collection[str] = ()
+) -> dict[str, str]:
+    """Return path -> SHA-256 of all files of a folder except its record, and sub-folders to ``leave_out``.
+
+    Files in ``opened`` (path -> open file) are read there. Raises ModelError for what is no plain file or
+    cannot be read.
+    """
+    already = opened or {}
+
+    def hashed(name: str) -> str:
+        if name in already:
+            already[name].seek(0)
+            return hashlib.file_digest(already[name], "sha256").hexdigest()
+        handle = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(handle, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    try:
+        names = sorted(_names(folder, folder, leave_out))
+        with ThreadPoolExecutor(_READERS) as readers:
+            return dict(zip(names, readers.map(hashed, names), strict=True))
+    except OSError as exc:
+        raise ModelError(f"cannot be read: {exc}", folder.name) from exc
+
+
+def _names(folder: Path, root: Path, leave_out: Collection[str]) -> Iterator[str]:
+    """Yield the paths of all files below ``folder``, from ``root``."""
+    for entry in os.scandir(folder):
+        path = Path(entry.path)
+        mode = entry.stat(follow_symlinks=False).st_mode
+        if stat.S_ISDIR(mode):
+            if entry.name not in leave_out:
+                yield from _names(path, root, leave_out)
+        elif not stat.S_ISREG(mode):
+            raise ModelError(f"{path} is no plain file", root.name)
+        elif path != root / RECORD_FILE:
+            yield checked_name(path.relative_to(root)).as_posix()
+
+
+def checked_name(path: Path) -> Path:
+    """Return a path that may be part of a model. Raises ModelError for a name with control characters."""
+    try:
+        odd = _ODD_NAME.search(path.as_posix().encode().decode())
+    except UnicodeEncodeError:
+        odd = True  # type: ignore[assignment]  # not UTF-8
+    if odd:
+        raise ModelError(f"{str(path)!r}: a file's name may hold no backslash, no control character", "name")
+    return path
+
+
+def verify(
+    folder: Path,
+    record: Record,
+    opened: Mapping[str, BufferedReader] | None = None,
+    *,
+    leave_out: Collection[str] = (),
+) -> str:
+    """Check a folder against its record and return the digest. Raises DigestMismatch; ModelError."""
+    if not record.digest:
+        return ""
+    found = hashes(folder, opened, leave_out=leave_out)
+    digest = digest_of(found)
+    if digest != record.digest:
+        raise DigestMismatch(
+            f"{folder} has the digest {digest}, {record.digest} was added{_changes(record.files, found)}; "
+            "nothing of it was opened",
+            folder.name,
+        )
+    return digest
+
+
+def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Name some files that were changed, added or removed."""
+    said = [f"{name} is gone" for name in sorted(before.keys() - now.keys())]
+    said += [f"{name} is new" for name in sorted(now.keys() - before.keys())]
+    said += [
+        f"{name} has changed" for name in sorted(before.keys() & now.keys()) if before[name] != now[name]
+    ]
+    more = f" and {len(said) - _NAMED} more" if len(said) > _NAMED else ""
+    return f": {', '.join(said[:_NAMED])}{more}" if said else ""
