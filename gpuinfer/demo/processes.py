@@ -21,7 +21,7 @@ _POLL_S = 0.02
 
 
 class ProcessEnded(GpuinferError):
-    """Raised when a process of the demo ends, or stays silent, though it should serve."""
+    """Raised when a process of a private appliance ends, or stays silent, though it should serve."""
 
     code = "process_ended"
     exit_code = 1

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A private appliance: its own Redis and other processes in a temporary folder, started and ended in order.
+
+Nothing of the host is read or changed: no settings file, no GPUINFER_* variable, no TCP port but the API's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import redis
+
+from gpuinfer.demo.processes import Child, ProcessEnded, stop
+from gpuinfer.errors import ConfigError
+from gpuinfer.gpus import VISIBLE
+
+#: How long everything together may take to come up; a cold disk makes importing torch slow.
+START_TIMEOUT_S = 180.0
+#: How long API and workers may take to end by themselves; Redis, which keeps nothing here, needs less.
+GRACE_S, REDIS_GRACE_S = 10.0, 2.0
+_POLL_S = 0.03
+#: Files in the folder.
+CONFIG, SOCKET = "gpuinfer.toml", "redis.sock"
+#: A socket's path may have 107 bytes; the folder's own name and the file's take up to 40.
+LONGEST_PARENT = 107 - 40
+#: Variables that would lead a child to somebody else's settings, broker, supervisor or credentials.
+_FOREIGN_PREFIXES = ("GPUINFER_", "CELERY_")
+_FOREIGN = frozenset({"CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", VISIBLE})
+#: How a child calls this very program.
+GPUINFER = (sys.executable, "-m", "gpuinfer")
+
+#: Called when a part begins to start (False) and when it is ready (True).
+Report = Callable[[str, str, bool], None]
+
+
+class Private:
+    """The processes of a private appliance and their folder."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Mapping[str, object]], report: Report) -> None:
+        self.folder = folder
+        #: Where the API is: ``http://127.0.0.1:PORT``.
+        self.url = ""
+        self._report = report
+        self._front: list[Child] = []
+        self._redis: Child | None = None
+        self._environment = _environment(folder)
+        (folder / CONFIG).write_text(_config(folder, settings), encoding="utf-8")
+
+    def check(self) -> None:
+        """Raises ProcessEnded when a process does not run any more."""
+        for child in [*self._front, *([self._redis] if self._redis else [])]:
+            child.check()
+
+    def failed(self) -> Child | None:
+        """Return the process that has ended by itself, if one has; its log says why."""
+        children = [*self._front, *([self._redis] if self._redis else [])]
+        return next((child for child in children if child.exit_code is not None), None)
+
+    def close(self) -> None:
+        """End all processes: the workers while Redis is still there to take back what they hold."""
+        stop(self._front, GRACE_S)
+        if self._redis is not None:
+            stop([self._redis], REDIS_GRACE_S)
+
+    # -- for subclasses -------------------------------------------------------------------
+
+    def _spawn(
+        self, name: str, command: list[str], own: Mapping[str, str] | None = None, what: str = ""
+    ) -> Child:
+        log = self.folder / f"{name.replace(' ', '-')}.log"
+        child = Child(name, command, log, self._environment | dict(own or {}))
+        self._front.append(child)
+        self._report(name, what, False)
+        return child
+
+    def _start_redis(self, until: float) -> None:
+        socket = self.folder / SOCKET
+        options = {"port": 0, "unixsocket": socket, "unixsocketperm": 700, "dir": self.folder}
+        options |= {"save": "", "appendonly": "no", "daemonize": "no"}
+        command = [_redis_binary(), *(str(part) for key, v in options.items() for part in (f"--{key}", v))]
+        self._redis = Child("redis", command, self.folder / "redis.log", self._environment)
+        self._report("redis", "on a Unix socket", False)
+        with redis.Redis(unix_socket_path=str(socket)) as client:
+            while not _answers(client):
+                self._pause([self._redis], until, "redis")
+        self._report("redis", "", True)
+
+    def _serves(self, child: Child, action: str) -> bool:
+        """Tell whether a child has logged that it serves."""
+        for entry in child.news():
+            if entry.get("action") == action:
+                self.url = str(entry.get("address", self.url))
+                return True
+        return False
+
+    def _pause(self, children: list[Child], until: float, waiting: str) -> None:
+        """Wait a moment. Raises ProcessEnded when a child has ended, or the time is over."""
+        for child in children:
+            if not self._may_end(child):
+                child.check()
+        if time.monotonic() > until:
+            raise ProcessEnded(f"not ready after {START_TIMEOUT_S:g} s: {waiting}; its log says more")
+        time.sleep(_POLL_S)
+
+    def _may_end(self, child: Child) -> bool:
+        """Tell whether the end of a child, as it ended, is as it should be."""
+        return False
+
+
+@contextmanager
+def cleaning_up(private: Private) -> Iterator[None]:
+    """In the end the processes and the folder are gone.
+
+    Signals that would end this process are ignored meanwhile: the end takes some seconds at most.
+    """
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        private.close()
+        shutil.rmtree(private.folder)
+
+
+def private_folder(prefix: str) -> Path:
+    """Make the temporary folder, mode 0700; in /tmp where $TMPDIR is too long for a socket's path."""
+    parent = tempfile.gettempdir()
+    if len(os.fsencode(parent)) > LONGEST_PARENT:
+        parent = "/tmp"  # noqa: S108  mkdtemp makes a folder of its own in it
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Return what the children see: the caller's variables without the foreign ones, and ours."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _FOREIGN and not name.startswith(_FOREIGN_PREFIXES)
+    }
+    return kept | {"GPUINFER_CONFIG": str(folder / CONFIG), "GPUINFER_LOG_FORMAT": "json"}
+
+
+def _config(folder: Path, settings: Mapping[str, Mapping[str, object]]) -> str:
+    """Return the settings file: everything in the folder. JSON's strings and lists are TOML's, too."""
+    own: dict[str, dict[str, object]] = {
+        "broker": {"url": f"unix://{folder / SOCKET}?db=0"},
+        "models": {"folders": [str(folder / "models")]},
+        "worker": {"run_dir": str(folder)},
+    }
+    for section, keys in settings.items():
+        own.setdefault(section, {}).update(keys)
+    return "\n".join(
+        f"[{section}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+        for section, keys in own.items()
+    )
+
+
+def _redis_binary() -> str:
+    """Find redis-server; a user's PATH may lack the sbin folders. Raises ConfigError."""
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    found = shutil.which("redis-server", path=path)
+    if found is None:
+        raise ConfigError("there is no redis-server; install it with: apt install redis-server")
+    return found
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except (redis.ConnectionError, redis.TimeoutError):
+        return False
