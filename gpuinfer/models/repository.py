@@ -53,6 +53,8 @@ class ModelFolder:
         return self.path / self.manifest.artefact
 
 
+#: Writes the manifest of a copy that has none.
+Init = Callable[[Path], object]
 #: Tries a model before it is added and returns the fields of the record that it learned.
 Trial = Callable[[ModelFolder], Mapping[str, Any]]
 
@@ -145,15 +147,19 @@ class Repository:
         *,
         expect: str | None = None,
         trial: Trial | None = None,
+        init: Init | None = None,
     ) -> ModelFolder:
-        """Copy the model in ``source`` into the first folder, under its own name or another.
+        """Copy the model in ``source``, a folder or a file, into the first folder, under a name of its own.
 
-        The copy is digested, held against ``expect``, given to ``trial``, whose answer becomes part of the
-        record, and then renamed into place: a reader sees the whole model or none.
+        Where the copy has no manifest, ``init`` writes it. The copy is digested, held against ``expect``,
+        given to ``trial``, whose answer becomes part of the record, and then renamed into place: a reader
+        sees the whole model or none.
         Raises ManifestError; DigestMismatch; what ``trial`` raises; UsageError when the name is taken and
         ``force`` is not given.
         """
-        name = name or load_manifest(source).name
+        if init is None or (source / MANIFEST_FILE).exists():
+            name = name or load_manifest(source).name
+        name = name or name_of(source)
         if not MODEL_NAME.fullmatch(name):
             raise UsageError(f"a model cannot be called {name!r}; use a-z 0-9 _ . -", "name")
         if not self.folders:
@@ -161,18 +167,40 @@ class Repository:
         target = self.folders[0] / name
         if _taken(target, source) and not force:
             raise UsageError(f"{target} is there already; --force replaces it", "name")
+        with self._staged(source, name, init) as staged:
+            _record(staged, expect, trial)
+            _replace(staged.path, target, staged.path.with_name(".old"))
+        return _open_installed(target)
+
+    @contextmanager
+    def _staged(
+        self, source: Path, name: str, init: Init | None, *, fresh: bool = False
+    ) -> Iterator[ModelFolder]:
+        """Yield a copy of a model beside the installed ones, where the workers' user can read it."""
         try:
             self.folders[0].mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".add-", dir=self.folders[0]) as scratch:
-                staged = Path(scratch, name)
-                _copy_model(source, staged, name)
-                # The model's own user must get there, and tempfile makes folders for ours alone.
+                # The workers' user must get there, and tempfile makes folders for ours alone.
                 Path(scratch).chmod(0o711)
-                _record(_open_folder(staged), expect, trial)
-                _replace(staged, target, Path(scratch, "old"))
+                staged = Path(scratch, name)
+                _copy_model(source, staged, name, init, fresh=fresh)
+                yield _open_folder(staged)
         except OSError as exc:
             raise ModelError(f"cannot be added to {self.folders[0]}: {exc}", name) from exc
-        return _open_installed(target)
+
+    @contextmanager
+    def copied(self, source: Path, init: Init, *, name: str | None = None) -> Iterator[Path]:
+        """Yield a copy of a model that is only tried, for as long as that takes. Raises as ``add`` does.
+
+        With a ``name``, it is called so, and ``init`` writes its manifest even where there is one.
+        """
+        if not self.folders:
+            raise UsageError("there is no folder to copy it to; set models.folders", "models.folders")
+        fresh = name is not None
+        if name is None:
+            name = load_manifest(source).name if (source / MANIFEST_FILE).exists() else name_of(source)
+        with self._staged(source, name, init, fresh=fresh) as staged:
+            yield staged.path
 
     def remove(self, name: str) -> Path:
         """Delete a model and return where it was. Raises UnknownModel; UsageError for a shipped one."""
@@ -231,6 +259,16 @@ def _open_installed(path: Path) -> ModelFolder:
     return folder
 
 
+def name_of(path: Path) -> str:
+    """Make a model's name of a file's or folder's: ``My Model.pt`` is ``my-model``."""
+    path = path.resolve()
+    stem = path.name if path.is_dir() else path.stem
+    if stem == "model" and path.parent.name:
+        stem = path.parent.name
+    name = re.sub(r"[^a-z0-9_.-]+", "-", stem.lower()).strip("-._")[:64]
+    return name if MODEL_NAME.fullmatch(name) else "model"
+
+
 def _taken(target: Path, source: Path) -> bool:
     """Tell whether a model is there already; one that was put there by hand is not, for its own sake."""
     by_hand = not os.path.lexists(target / RECORD_FILE) and target.resolve() == source.resolve()
@@ -257,10 +295,17 @@ def _entry(path: Path) -> Entry:
         return Entry(name=path.name, path=path, folder=None, error=exc)
 
 
-def _copy_model(source: Path, staged: Path, name: str) -> None:
-    """Copy the files of ``source`` and of its sub-folders, call the copy ``name``, and read its manifest."""
-    _copy_folder(source, source.resolve(), staged)
+def _copy_model(source: Path, staged: Path, name: str, init: Init | None, *, fresh: bool) -> None:
+    """Copy a file, or a folder with its sub-folders, call the copy ``name``, and read its manifest."""
+    if source.is_dir():
+        _copy_folder(source, source.resolve(), staged)
+    else:
+        staged.mkdir()
+        staged.chmod(0o755)
+        _copy_file(source, source.resolve().parent, staged / record.checked_name(Path(source.name)))
     (staged / RECORD_FILE).unlink(missing_ok=True)
+    if init is not None and (fresh or not (staged / MANIFEST_FILE).exists()):
+        init(staged)
     if load_manifest(staged).name != name:
         _rename_in(staged / MANIFEST_FILE, name)
     folder = _open_folder(staged)

@@ -18,6 +18,7 @@ from gpuinfer.errors import (
     DigestMismatch,
     GpuinferError,
     InputError,
+    ModelLoadError,
     ShapeMismatch,
     UnknownModel,
     UsageError,
@@ -28,6 +29,14 @@ from gpuinfer.settings import Loaded, Settings
 from tests import models_for_tests as build
 
 pytestmark = pytest.mark.unit
+
+
+UPPER = """class Upper:
+    example = "hello"
+
+    def predict(self, batch: list[str]) -> list[str]:
+        return [text.upper() for text in batch]
+"""
 
 
 class Cli:
@@ -188,7 +197,56 @@ def test_images_only_where_the_manifest_says_how(cli: Cli, tmp_path: Path) -> No
         cli("run", "adder", "--input", tmp_path / "a.npy")
 
 
-@pytest.mark.parametrize("command", ["add", "list", "show", "verify", "remove", "run"])
+def test_a_file_is_added_and_has_run(cli: Cli, tmp_path: Path) -> None:
+    """One command from a file to an installed model; a listing tells what it takes; `run` needs no input."""
+    file = tmp_path / "upper.py"
+    file.write_text(UPPER)
+    said = cli("add", file)
+    assert "its example ran on cpu" in said
+    assert f"added upper to {cli.folder / 'upper'}" in said
+    digest = said.split()[-1]
+    assert "input text" in cli("list")
+    record = json.loads((cli.folder / "upper" / "installed.json").read_text())
+    assert (record["digest"], record["example_ok"]) == (digest, True)
+    assert record["signature"]["inputs"][0]["kind"] == "text"
+    assert not list(tmp_path.glob("model.toml"))
+    assert cli("run", "upper").startswith('"HELLO"')
+    assert cli.json("run", file)["results"] == [{"output": "HELLO"}]
+    with pytest.raises(DigestMismatch):
+        cli("add", file, "--force", "--expect", "sha256:" + "0" * 64)
+    assert digest in cli("add", file, "--force", "--expect", digest)
+
+
+def test_what_fails_is_not_added(cli: Cli, tmp_path: Path) -> None:
+    """The model that is there stays, unless one says that it is not to be tried."""
+    file = tmp_path / "upper.py"
+    file.write_text(UPPER)
+    cli("add", file)
+    file.write_text(UPPER.replace("text.upper()", "text.uper()"))
+    with pytest.raises(ModelLoadError, match=r"has no attribute 'uper' \(upper.py, line 5\)"):
+        cli("add", file, "--force")
+    assert cli("run", "upper").startswith('"HELLO"')
+    assert "added" in cli("add", file, "--force", "--untried")
+    with pytest.raises(ModelLoadError):
+        cli("check", "upper")
+
+
+def test_init_then_check(cli: Cli, tmp_path: Path) -> None:
+    """`init` writes a manifest that can be edited; `check` tells what the model is, installed or not."""
+    folder = build.perceptron(tmp_path / "mlp")
+    (folder / "model.toml").unlink()
+    assert f"wrote {folder / 'model.toml'}" in cli("init", folder)
+    assert "shape = [64]" in (folder / "model.toml").read_text()
+    with pytest.raises(UsageError, match="--force"):
+        cli("init", folder / "model.pt")
+    assert "mlp on cpu: loaded in" in cli("check", folder)
+    assert cli.json("check", "digits")["result"]["model"] == "digits"
+    assert "items/s" in cli("bench", folder, "--seconds", "0.01")
+
+
+@pytest.mark.parametrize(
+    "command", ["init", "add", "list", "show", "verify", "remove", "run", "check", "bench"]
+)
 def test_every_command_has_help_and_an_example(cli: Cli, command: str) -> None:
     """--help explains, with an example."""
     assert "Example" in cli(command, "--help")

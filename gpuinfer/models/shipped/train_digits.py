@@ -194,7 +194,6 @@ def write_model(folder: Path, artefact: str, content: bytes, split: Split) -> fl
     """Write a model folder, measure the artefact as the appliance runs it, and write that down."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / artefact).write_bytes(content)
-    digest = hashlib.sha256(content).hexdigest()
     manifest = MANIFEST.format(name=folder.name, artefact=artefact)
     (folder / "model.toml").write_text(manifest, encoding="utf-8")
     return measure(folder, [*split.test_images.astype(np.float32)], split)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gpuinfer model init`` and ``add``: from a file to an installed model that has run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gpuinfer.errors import UsageError
+from gpuinfer.journal.sender import say_warning
+from gpuinfer.models import sandbox, scaffold, tables
+from gpuinfer.models.manifest import MANIFEST_FILE, load_manifest
+from gpuinfer.models.record import checked_digest
+from gpuinfer.models.repository import ModelFolder, name_of
+from gpuinfer.models.scaffold import Wanted
+from gpuinfer.models.try_cli import device_of, gpu_option, warn
+from gpuinfer.settings import Loaded
+
+_source = click.argument("source", metavar="FILE|FOLDER", type=click.Path(exists=True, path_type=Path))
+
+
+def _described(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say what a file does not tell."""
+    for option in (
+        click.option(
+            "--input",
+            "inputs",
+            multiple=True,
+            metavar="NAME:DTYPE:SHAPE",
+            help="An input, such as x:float32:3,224,224 (without the batch; -1 is free, nothing a number).",
+        ),
+        click.option(
+            "--output", "outputs", multiple=True, metavar="NAME", help="An output's name, in order."
+        ),
+        click.option("--class", "class_name", help="The class of a Python file that has several."),
+        click.option("--max-batch-size", type=click.IntRange(1, 65536), help="The largest batch it may get."),
+        click.option("--no-batch", is_flag=True, help="It is called with one item at a time."),
+        click.option("--name", help="What it is to be called; else by its file or folder."),
+    ):
+        function = option(function)
+    return function
+
+
+def _wanted(
+    name: str | None,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    class_name: str | None,
+    max_batch_size: int | None,
+    no_batch: bool,
+) -> Wanted:
+    return Wanted(
+        name=name,
+        inputs=inputs,
+        outputs=outputs,
+        class_name=class_name,
+        max_batch_size=max_batch_size,
+        batchable=False if no_batch else None,
+    )
+
+
+def _ask() -> scaffold.Ask | None:
+    """Return what asks the person at the terminal; None where nobody sits there."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+
+    def ask(question: str, default: str) -> str:
+        answer: str = click.prompt(question, default=default, show_default=bool(default), err=True)
+        return answer
+
+    return ask
+
+
+def _text(artefact: Path, wanted: Wanted, gpu: int | None = None) -> str:
+    """Return the manifest of an artefact that the workers' user can read."""
+    found = sandbox.ask("describe", gpu=gpu, path=str(artefact), class_name=wanted.class_name)
+    return scaffold.manifest_text(artefact, found, wanted, _ask())
+
+
+@click.command(
+    epilog="Examples: gpuinfer model init net.pt; gpuinfer model init ./ocr; "
+    "gpuinfer model init net.pt --input image:float32:3,224,224"
+)
+@_source
+@_described
+@click.option("--force", is_flag=True, help="Replace a model.toml that is there.")
+@click.pass_obj
+def init(loaded: Loaded, /, source: Path, force: bool, **options: Any) -> None:
+    """Write model.toml for a FILE, beside it, or for the model's file in a FOLDER.
+
+    It takes from the file what that tells: TorchScript's signature and first layer, torch.export's graph, a
+    Python class's annotations and example. What is missing it asks for; without a terminal, an error names
+    the option. The file is run for it, in the workers' sandbox.
+    """
+    artefact = scaffold.checked_artefact(source) if source.is_file() else scaffold.artefact_in(source)
+    target = artefact.parent / MANIFEST_FILE
+    if target.exists() and not force:
+        raise UsageError(f"{target} is there already; --force replaces it", "source")
+    wanted = _wanted(**options)
+    if wanted.name is None:
+        wanted.name = name_of(source)
+    text = ""
+
+    def write(copy: Path) -> None:
+        nonlocal text
+        text = _text(copy / artefact.name, wanted)
+        (copy / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+    if sandbox.confined():
+        with tables.repository(loaded).copied(source, write, name=wanted.name):
+            pass
+    else:
+        text = _text(artefact.resolve(), wanted)
+    target.write_text(text, encoding="utf-8")
+    load_manifest(target.parent)
+    click.echo(f"wrote {target}; next: gpuinfer serve {source}, or gpuinfer model add {source}")
+
+
+@click.command(
+    epilog="Examples: gpuinfer model add net.pt; gpuinfer model add ./resnet18 --name resnet; "
+    "gpuinfer model add ./resnet18 --expect sha256:8e1f…"
+)
+@_source
+@_described
+@click.option("--force", is_flag=True, help="Replace a model of that name.")
+@click.option("--expect", metavar="DIGEST", help="Add it with this digest only; an add prints it.")
+@gpu_option
+@click.option("--untried", is_flag=True, help="Add it without loading it and running its example.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def add(
+    loaded: Loaded,
+    /,
+    source: Path,
+    force: bool,
+    expect: str | None,
+    gpu: int | None,
+    untried: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Copy a model into the first of models.folders, once it has been loaded and its example has run.
+
+    SOURCE is a folder, or a file for which model.toml is written (see init). The digest of all files is
+    recorded. The model runs in the workers' sandbox, as their user, on the CPU or on --gpu N; one that fails
+    is not added, and replaces nothing. A model is a program: add only what you trust.
+    """
+    wanted = _wanted(**options)
+    if source.is_file():
+        scaffold.checked_artefact(source)
+    tried: dict[str, Any] = {}
+
+    def write(staged: Path) -> None:
+        artefact = staged / source.name if source.is_file() else scaffold.artefact_in(staged)
+        text = _text(artefact, _named(wanted, staged.name), gpu)
+        (staged / MANIFEST_FILE).write_text(text, encoding="utf-8")
+        (staged / MANIFEST_FILE).chmod(0o644)
+
+    def attempt(staged: ModelFolder) -> Mapping[str, Any]:
+        device, number = device_of(loaded, gpu)
+        threads = loaded.settings.worker.threads
+        tried.update(
+            sandbox.ask("attempt", gpu=number, folder=str(staged.path), device=device, threads=threads)
+        )
+        ran = None if tried["example"] is None else True
+        return {"signature": tried["signature"], "example_ok": ran}
+
+    folder = tables.repository(loaded).add(
+        source,
+        wanted.name,
+        force,
+        expect=expect and checked_digest(expect),
+        trial=None if untried else attempt,
+        init=write,
+    )
+    _tell(folder, tried, as_json=as_json)
+
+
+def _named(wanted: Wanted, name: str) -> Wanted:
+    return Wanted(**{**vars(wanted), "name": name})
+
+
+def _tell(folder: ModelFolder, tried: Mapping[str, Any], *, as_json: bool) -> None:
+    digest = folder.record.digest if folder.record else ""
+    if as_json:
+        body = {"name": folder.manifest.name, "path": str(folder.path), "digest": digest}
+        tables.print_json({**body, "tried": dict(tried) or None})
+        return
+    warn(tried)
+    if tried:
+        ran = "its example ran" if tried["example"] is not None else "no example could run"
+        click.echo(f"{ran} on {tried['device']}, loaded in {tried['load_ms']:.0f} ms")
+    else:
+        say_warning(f"{folder.manifest.name} was not tried")
+    click.echo(f"added {folder.manifest.name} to {folder.path}")
+    click.echo(digest)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ask a process that may do no more than a worker what a model says or does: see ``trial``.
+
+On an installed host root's question is asked in a transient unit with the worker unit's own user and sandbox.
+Elsewhere it is a child process, which is the worker's user where there is one and root asks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+import gpuinfer
+from gpuinfer import errors
+from gpuinfer.errors import GpuinferError, ModelError, ModelLoadError
+from gpuinfer.journal.sender import say_warning
+from gpuinfer.privileges import WORKER_USER, worker_user
+
+#: Large models take minutes from a cold disk.
+LIMIT_S = 900.0
+UNIT = "gpuinfer-worker@0.service"
+#: Secrets, and settings, of which a model is to know nothing.
+_NOT_KEPT = ("GPUINFER_", "CREDENTIALS", "NOTIFY_SOCKET", "WATCHDOG_")
+#: What a unit's [Service] says of its process beside its user and its sandbox.
+_NOT_TAKEN = (
+    *("Type", "Exec", "Environment", "LoadCredential", "Restart", "Timeout", "Watchdog", "KillMode"),
+    *("RuntimeDirectory", "LogRateLimit", "SuccessExitStatus", "OOMScoreAdjust", "NotifyAccess"),
+)
+
+
+def ask(what: str, *, gpu: int | None = None, limit_s: float = LIMIT_S, **arguments: Any) -> dict[str, Any]:
+    """Ask ``trial`` a question and return its answer. ``gpu`` is the one it sees; None: none at all.
+
+    Raises the model's error; ModelLoadError where the process ends or stays without an answer.
+    """
+    _warn_root()
+    question = orjson.dumps({"do": what, **arguments})
+    environment = _environment(gpu)
+    command = [*_wrapper(environment, limit_s), *_python(), "-m", "gpuinfer.models.trial"]
+    # Its standard error is ours: what the model prints is seen while it happens.
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd="/")
+    try:
+        out, _ = child.communicate(question, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise ModelLoadError(f"gave no answer in {limit_s:g} s", what) from None
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    return _answer(child.returncode, out)
+
+
+@cache
+def _warn_root() -> None:
+    """Say once that models run as root, where there is nobody else they could run as."""
+    if os.geteuid() == 0 and worker_user() is None:
+        say_warning(f"model code runs as root: this host has no user {WORKER_USER}")
+
+
+def _answer(status: int, out: bytes) -> dict[str, Any]:
+    lines = out.splitlines()
+    if status or not lines:
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        raise ModelLoadError(f"the process that ran the model {how}, without an answer")
+    answer: dict[str, Any] = orjson.loads(lines[-1])
+    if "error" in answer:
+        raise _error(answer["error"])
+    return answer
+
+
+def _error(told: Mapping[str, Any]) -> GpuinferError:
+    """Return the error that the process met: of the same class, as the exit code depends on it."""
+    known = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, GpuinferError)]
+    cls = next((cls for cls in known if cls.code == told["code"]), ModelError)
+    return cls(told["message"], told.get("field"))
+
+
+def _python() -> list[str]:
+    return [sys.executable, *(["-I"] if sys.flags.isolated else [])]
+
+
+def _environment(gpu: int | None) -> dict[str, str]:
+    """Return the environment without secrets, in which this very package is found, and one GPU or none."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_KEPT)}
+    here = str(Path(gpuinfer.__file__).parents[1])
+    path = os.pathsep.join(part for part in (here, kept.get("PYTHONPATH", "")) if part)
+    visible = "" if gpu is None else str(gpu)
+    return {
+        **kept,
+        "PYTHONPATH": path,
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": visible,
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def confined() -> bool:
+    """Tell whether a question is asked in a transient unit: as root, on a host with our units."""
+    if os.geteuid() != 0 or worker_user() is None or not Path("/run/systemd/system").is_dir():
+        return False
+    return bool(_unit())
+
+
+def _wrapper(environment: Mapping[str, str], limit_s: float) -> list[str]:
+    """Return what runs a command in the worker's sandbox; nothing where there is none."""
+    if not confined():
+        return []
+    names = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "PYTHONDONTWRITEBYTECODE", "LANG")
+    variables = [f"--setenv={name}={environment[name]}" for name in names if name in environment]
+    home = "--setenv=HOME=/var/cache/gpuinfer/worker"
+    properties = [f"--property={line}" for line in directives(_unit())]
+    return [
+        *("systemd-run", "--quiet", "--pipe", "--wait", "--collect", home, *variables, *properties),
+        f"--property=RuntimeMaxSec={limit_s:g}",
+    ]
+
+
+def _unit() -> str:
+    done = subprocess.run(["systemctl", "cat", UNIT], check=False, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def directives(unit: str) -> list[str]:
+    """Return the lines of a unit, drop-ins included, that are its user, its bounds and its sandbox."""
+    taken, section = [], ""
+    for line in unit.splitlines():
+        if line.startswith("["):
+            section = line.strip()
+        elif section == "[Service]" and line[:1].isupper() and not line.startswith(_NOT_TAKEN):
+            taken.append(line.strip().replace("%i", "0"))
+    return taken

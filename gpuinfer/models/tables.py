@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands of ``gpuinfer model`` share: the repository, tables and JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gpuinfer.models.repository import Repository
+from gpuinfer.settings import Loaded
+
+#: Width of tables where the output is no terminal, so that a pipe gets whole lines.
+_PIPE_WIDTH = 200
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def repository(loaded: Loaded) -> Repository:
+    """Return the repository of the settings' folders."""
+    return Repository(loaded.settings.models.folders)
+
+
+def console() -> Console:
+    """Return a console for tables; in a pipe it is wide."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """Print JSON with an indent."""
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Print one result: a table of the best classes, or the outputs as JSON."""
+    if "top_k" not in result:
+        click.echo(json.dumps(result.get("outputs", result.get("output", result)), allow_nan=False))
+        return
+    table = Table("class", "label", "confidence", box=None, header_style="bold")
+    for row in result["top_k"]:
+        confidence = "" if row["confidence"] is None else f"{row['confidence']:.6f}"
+        table.add_row(str(row["class"]), Text(row["label"]), confidence)
+    console().print(table)
