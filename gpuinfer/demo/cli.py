@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -46,13 +45,14 @@ def demo(keep: bool, workers: int, rounds: int, as_json: bool) -> int:
     every request was answered, and as the model answers when called directly; else 1. Ctrl-C cleans
     up, too (130); after --keep it is the way to end.
     """
+    from gpuinfer.demo.private import end_in_order
     from gpuinfer.demo.screen import console_for, screen_for
     from gpuinfer.demo.stack import plan, started
     from gpuinfer.journal.sender import say_warning
     from gpuinfer.privileges import leave_root
 
     leave_root(say_warning)
-    _end_in_order()
+    end_in_order()
     begun = time.monotonic()
     devices = plan(workers, os.environ)
     console = console_for(to_stderr=as_json)
@@ -75,18 +75,6 @@ def demo(keep: bool, workers: int, rounds: int, as_json: bool) -> int:
 
 def _count(workers: int) -> str:
     return "1 worker" if workers == 1 else f"{workers} workers"
-
-
-def _end_in_order() -> None:
-    """Let SIGTERM and SIGHUP clean up as Ctrl-C does; one that is ignored (nohup) stays so."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _end)
-
-
-def _end(number: int, _: object) -> NoReturn:
-    """End the process as the signal would, by way of all ``finally``."""
-    raise SystemExit(128 + number)
 
 
 def _run(stack: Stack, screen: Screen, console: Console, rounds: int) -> Figures:

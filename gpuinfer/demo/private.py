@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import redis
 
@@ -129,6 +130,18 @@ def cleaning_up(private: Private) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         private.close()
         shutil.rmtree(private.folder)
+
+
+def end_in_order() -> None:
+    """Let SIGTERM and SIGHUP clean up as Ctrl-C does; one that is ignored (nohup) stays so."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    """End the process as the signal would, by way of all ``finally``."""
+    raise SystemExit(128 + number)
 
 
 def private_folder(prefix: str) -> Path:

@@ -73,6 +73,10 @@ class Child:
 
     def news(self) -> Iterator[dict[str, Any]]:
         """Yield the JSON lines written since the last call; other lines are left to the log."""
+        yield from (line for line in self.lines() if isinstance(line, dict))
+
+    def lines(self) -> Iterator[dict[str, Any] | str]:
+        """Yield what was written since the last call, line by line: JSON objects read, others as text."""
         with self.log.open("rb") as file:
             file.seek(self._seen)
             for line in file:
@@ -80,8 +84,7 @@ class Child:
                     return
                 self._seen += len(line)
                 entry = _parsed(line)
-                if entry is not None:
-                    yield entry
+                yield line.decode(errors="replace").rstrip("\n") if entry is None else entry
 
     def tail(self, lines: int = 15) -> list[str]:
         """Return the last lines of its log."""

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class Place:
     def assert_clean(self) -> None:
         """Neither a process nor the temporary folder is left."""
         assert self.processes() == {}
-        assert list(self.folder.glob("gpuinfer-demo-*")) == []
+        assert list(self.folder.glob("gpuinfer-*")) == []
 
     def wait_until_no_processes(self, timeout_s: float = 5.0) -> None:
         until = time.monotonic() + timeout_s
@@ -76,14 +77,21 @@ class Place:
         assert left == {}
 
 
-@pytest.fixture
-def place() -> Iterator[Place]:
-    need(redis_binary() is not None, "redis-server")
+@contextmanager
+def new_place() -> Iterator[Place]:
+    """Make a place, and remove it in the end."""
     folder = Path(tempfile.mkdtemp(prefix="gi-demo-"))  # short: a socket's path may have 107 bytes
     try:
         yield Place(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    need(redis_binary() is not None, "redis-server")
+    with new_place() as made:
+        yield made
 
 
 def test_it_ends_by_itself_with_figures_and_leaves_nothing(place: Place) -> None:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "gpuinfer"
 #: Programs of their own: they share rooms, and never import each other.
 PROGRAMS = ("api", "worker", "watcher")
 #: Whoever starts the programs may import them; nobody imports these.
-STARTERS = ("demo", "cli")
+STARTERS = ("demo", "serve", "cli")
 SHARED = (
     "client",
     "queue",
@@ -48,7 +48,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     PROGRAMS,
     ("doctor",),
     ("demo", "celery", "config", "gpus_cli"),
-    ("celery_cli",),
+    ("celery_cli", "serve"),
     ("cli",),
     ("__main__",),
 )
