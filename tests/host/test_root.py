@@ -14,6 +14,22 @@ from tests.models_for_tests import signer
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
 SIGNED = "/tmp/signed"
+#: A model that tells who runs it, whether it may write to the system, and whether it sees the host's /tmp.
+WHO = """
+import os, pwd
+
+class Who:
+    example = 1
+
+    def predict(self, batch: list[int]) -> list[list]:
+        try:
+            open("/etc/who", "w").close()
+        except OSError:
+            wrote = False
+        else:
+            wrote = True
+        return [[pwd.getpwuid(os.getuid()).pw_name, wrote, os.path.exists("/tmp/outside")] for _ in batch]
+"""
 #: Tell whether a process has a password in its memory.
 LOOK = """
 import sys
@@ -49,6 +65,26 @@ def passwords_in(host: Container, unit: str) -> dict[str, str]:
     pid = host.ok(f"systemctl show -P MainPID {unit}").strip()
     host.put("/root/look.py", LOOK)
     return {name: host.ok(f"python3.11 /root/look.py {pid} {name}").strip() for name in ("worker", "admin")}
+
+
+def test_model_add_runs_it_as_a_worker_would(host: Container) -> None:
+    """In the worker unit's sandbox and as its user: a read-only system, a /tmp of its own.
+
+    One that fails is not added, and the error has file and line.
+    """
+    host.put("/root/who.py", WHO)
+    host.ok("touch /tmp/outside; chmod 600 /root/who.py")
+    said = json.loads(host.ok("gpuinfer model add /root/who.py --json"))
+    assert said["tried"]["result"]["output"] == ["gpuinfer-worker", False, False]
+    assert said["tried"]["device"] == "cpu"
+    listed = json.loads(host.ok("gpuinfer model list --json"))
+    assert "who" in {entry["name"] for entry in listed}
+    host.put("/root/bad.py", WHO.replace("example = 1", "example = 1 / 0"))
+    failed = host.sh("gpuinfer model add /root/bad.py")
+    assert failed.code == 65, failed
+    assert "division by zero (bad.py, line 5)" in failed.output
+    left = host.ok("ls -A /var/lib/gpuinfer/models").split()
+    assert "who" in left and not [name for name in left if name == "bad" or name.startswith(".")]
 
 
 def test_model_run(host: Container) -> None:
