@@ -61,13 +61,15 @@ def _first_line(exc: Exception) -> str:
 def model(folder: str, device: str) -> bytes:
     """Load a model and run its example, or what it takes of what can be invented; tell what it refused."""
     from gpuinfer.errors import GpuinferError
+    from gpuinfer.models import record
     from gpuinfer.models.loader import load
     from gpuinfer.models.manifest import load_manifest
     from gpuinfer.models.repository import ModelFolder
 
     path, started = Path(folder), time.monotonic()
     try:
-        ready = load(ModelFolder(path=path, manifest=load_manifest(path)), device)
+        known = ModelFolder(path=path, manifest=load_manifest(path), record=record.read(path))
+        ready = load(known, device)
         ready.warm_up(1)
     except GpuinferError as exc:
         return orjson.dumps({"error": str(exc)})

@@ -86,5 +86,5 @@ def test_a_model_that_was_changed(workers: Workers, tmp_path: Path) -> None:
     artefact.write_bytes(b"not a model")
     code, found = doctor(workers, "models", models_folders=tmp_path / "models")
     assert code == 1
-    assert "it was not opened" in found["models.digest"]["message"]
+    assert "nothing of it was opened" in found["models.digest"]["message"]
     assert "cannot be loaded" in found["models.load"]["message"]
