@@ -102,11 +102,28 @@ def _environment(gpu: int | None) -> dict[str, str]:
     }
 
 
+@cache
 def confined() -> bool:
-    """Tell whether a question is asked in a transient unit: as root, on a host with our units."""
+    """Tell whether a question is asked in a transient unit: as root, on a host with our units.
+
+    Where systemd refuses one with the unit's directives, that is said, and the question is asked in a child.
+    """
     if os.geteuid() != 0 or worker_user() is None or not Path("/run/systemd/system").is_dir():
         return False
-    return bool(_unit())
+    unit = _unit()
+    if not unit:
+        return False
+    done = subprocess.run([*_in_unit(unit), "/bin/true"], check=False, capture_output=True, text=True)
+    if done.returncode:
+        why = " ".join(done.stderr.split())[:300]
+        say_warning(f"the sandbox of {UNIT} cannot be used, the model runs as {WORKER_USER} alone: {why}")
+    return done.returncode == 0
+
+
+def _in_unit(unit: str) -> list[str]:
+    """Return what runs a command with a unit's user, bounds and sandbox."""
+    properties = (f"--property={line}" for line in directives(unit))
+    return ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", *properties]
 
 
 def _wrapper(environment: Mapping[str, str], limit_s: float) -> list[str]:
@@ -116,11 +133,7 @@ def _wrapper(environment: Mapping[str, str], limit_s: float) -> list[str]:
     names = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "PYTHONDONTWRITEBYTECODE", "LANG")
     variables = [f"--setenv={name}={environment[name]}" for name in names if name in environment]
     home = "--setenv=HOME=/var/cache/gpuinfer/worker"
-    properties = [f"--property={line}" for line in directives(_unit())]
-    return [
-        *("systemd-run", "--quiet", "--pipe", "--wait", "--collect", home, *variables, *properties),
-        f"--property=RuntimeMaxSec={limit_s:g}",
-    ]
+    return [*_in_unit(_unit()), home, *variables, f"--property=RuntimeMaxSec={limit_s:g}"]
 
 
 def _unit() -> str:
