@@ -13,8 +13,7 @@ import redis
 
 from gpuinfer import Client
 from gpuinfer.errors import UsageError
-from gpuinfer.queue import keys, purge
-from gpuinfer.queue import message as protocol
+from gpuinfer.queue import bodies, keys, purge
 from gpuinfer.queue.purge import check, lines
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
@@ -64,7 +63,7 @@ def test_one_model_of_a_tier(store: Store, client: Client) -> None:
 
 def test_nothing_is_unpacked(store: Store, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """In Celery's first protocol the id stands in the body, perhaps a bomb; the correlation id will do."""
-    monkeypatch.setattr(protocol, "_unpack", lambda *_: pytest.fail("unpacked"))
+    monkeypatch.setattr(bodies, "_unpack", lambda *_: pytest.fail("unpacked"))
     bomb = {
         "body": "",
         "headers": {"compression": "application/x-gzip"},
