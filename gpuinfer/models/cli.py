@@ -14,7 +14,6 @@ from gpuinfer.errors import GpuinferError, ModelError, UsageError
 from gpuinfer.models import tables
 from gpuinfer.models.add_cli import add, init
 from gpuinfer.models.repository import Entry, ModelFolder, Repository, verify
-from gpuinfer.models.signature import Signature, from_manifest
 from gpuinfer.models.try_cli import bench, check, run
 from gpuinfer.settings import Loaded
 
@@ -77,11 +76,8 @@ def _entry_row(entry: Entry) -> list[str]:
 
 
 def _inputs(folder: ModelFolder) -> list[str]:
-    """Name what a model takes; one without a manifest's inputs was asked when it was added."""
-    signature = from_manifest(folder.manifest)
-    if signature is None and folder.record is not None and folder.record.signature:
-        signature = Signature.from_json(folder.record.signature)
-    inputs = signature.inputs if signature else ()
+    """Name what a model takes."""
+    inputs = folder.signature.inputs if folder.signature else ()
     return [
         f"{one.name} {one.kind if one.shape is None else f'{one.dtype}{list(one.shape)}'}" for one in inputs
     ]

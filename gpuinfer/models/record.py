@@ -23,7 +23,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from gpuinfer.errors import DigestMismatch, ModelError, UsageError
+from gpuinfer.errors import DigestMismatch, ManifestError, ModelError, UsageError
+from gpuinfer.models.signature import Signature
 
 RECORD_FILE = "installed.json"
 #: What digests look like, here and in ``--expect``.
@@ -56,11 +57,22 @@ def read(folder: Path) -> Record | None:
     path = folder / RECORD_FILE
     try:
         data = json.loads(path.read_bytes())
-        return Record(**data)
+        return _checked(Record(**data))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as exc:
+    except (OSError, ValueError, TypeError, ManifestError) as exc:
         raise ModelError(f"{path} cannot be read: {exc}; gpuinfer model add writes it", folder.name) from exc
+
+
+def _checked(found: Record) -> Record:
+    """Raise ValueError, ManifestError where a record says what no ``write`` has written."""
+    if found.digest != "" and not (isinstance(found.digest, str) and DIGEST.fullmatch(found.digest)):
+        raise ValueError(f"digest = {found.digest!r}: must be sha256: and 64 of 0-9 a-f")
+    if not isinstance(found.files, Mapping):
+        raise TypeError("files must map names to SHA-256")
+    if found.signature is not None:
+        Signature.from_json(found.signature)
+    return found
 
 
 def write(folder: Path, record: Record) -> None:

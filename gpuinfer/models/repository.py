@@ -31,6 +31,7 @@ from gpuinfer.errors import (
 from gpuinfer.models import record
 from gpuinfer.models.manifest import MANIFEST_FILE, MODEL_NAME, Manifest, load_manifest
 from gpuinfer.models.record import RECORD_FILE, Record
+from gpuinfer.models.signature import Signature, from_manifest
 
 SHIPPED = Path(__file__).parent / "shipped"
 _CHUNK_BYTES = 1 << 20
@@ -51,6 +52,17 @@ class ModelFolder:
     @property
     def artefact(self) -> Path:
         return self.path / self.manifest.artefact
+
+    @property
+    def signature(self) -> Signature | None:
+        """What it takes, without running its code: its manifest says it, or what was found when it was added.
+
+        None where neither does.
+        """
+        stated = from_manifest(self.manifest)
+        if stated is None and self.record is not None and self.record.signature:
+            return Signature.from_json(self.record.signature)
+        return stated
 
 
 #: Writes the manifest of a copy that has none.

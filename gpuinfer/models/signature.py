@@ -83,13 +83,18 @@ class Input:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         shape, schema = entry.get("shape"), entry.get("schema")
+        dtype, file = entry.get("dtype"), entry.get("file")
+        if not isinstance(dtype, str | None):
+            raise TypeError(f"dtype must be a string, got {type(dtype).__name__}")
+        if file not in (None, "image", "audio"):
+            raise ValueError("file must be image or audio")
         return cls(
             name=str(entry["name"]),
             kind=kind,
-            dtype=entry.get("dtype"),
+            dtype=dtype,
             shape=None if shape is None else tuple(int(length) for length in shape),
             schema=None if schema is None else dict(schema),
-            file=entry.get("file"),
+            file=file,
         )
 
 

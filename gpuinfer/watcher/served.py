@@ -12,7 +12,7 @@ from gpuinfer import instances
 from gpuinfer.errors import ConfigError, ModelError
 from gpuinfer.log import get_logger
 from gpuinfer.models.repository import Repository
-from gpuinfer.models.signature import Signature, from_manifest
+from gpuinfer.models.signature import Signature
 from gpuinfer.queue.fleet import Serves, serves_of
 from gpuinfer.settings import Settings, load, settings_file
 
@@ -102,7 +102,7 @@ class Served:
             return {}
         self._no_models = ""
         found = {
-            entry.name: from_manifest(entry.folder.manifest)
+            entry.name: entry.folder.signature
             for folders, names in asked.items()
             for entry in there[folders]
             if entry.folder is not None and entry.name in names

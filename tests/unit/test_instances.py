@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpuinfer import instances
+from gpuinfer.models import record
 from gpuinfer.queue.fleet import Serves
 from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.watcher.served import Served
@@ -54,3 +55,20 @@ def test_models_count_where_they_are_installed(tmp_path: Path) -> None:
     assert digits[1] is not None
     assert digits[1].inputs[0].shape == (1, 8, 8)
     assert served.installed([]) == {}
+
+
+def test_an_annotated_model_is_described_as_it_was_when_added(tmp_path: Path) -> None:
+    """Its manifest names no inputs: what it takes is in its record, and no code of it is run for that."""
+    folder = tmp_path / "upper"
+    folder.mkdir()
+    (folder / "model.toml").write_text('name = "upper"\nartefact = "model.py"\n')
+    (folder / "model.py").write_text("raise SystemExit('nobody imports this here')\n")
+    signature = {"inputs": [{"name": "input", "kind": "text"}], "batchable": True, "source": "annotations"}
+    record.write(folder, record.of(folder, signature=signature))
+    environ = {"GPUINFER_WORKER_MODELS": "upper", "GPUINFER_MODELS_FOLDERS": str(tmp_path)}
+    served = Served(Settings(), lambda _: environ)
+    found = served.installed([0])["upper"]
+    assert found is not None
+    assert [(one.name, one.kind) for one in found.inputs] == [("input", "text")]
+    record.write(folder, record.of(folder, signature={"inputs": 5}))
+    assert served.installed([0]) == {}  # as a broken model, which no worker loads
