@@ -30,7 +30,8 @@ def blame(exc: BaseException, folder: Path, what: str, otherwise: type[GpuinferE
         if isinstance(error, DeviceError | DeviceOutOfMemory):
             error.__cause__ = exc
             return error
-    text = str(exc).strip()
+    # A syntax error's own text ends with the place, too.
+    text = str((exc.msg if isinstance(exc, SyntaxError) else None) or exc).strip()
     text = text if len(text) <= _MOST else f"{text[:_MOST]}…"
     said = f"{type(exc).__name__}: {text}" if text else type(exc).__name__
     place = location(exc, folder)

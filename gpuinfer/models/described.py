@@ -58,6 +58,8 @@ class Description:
 def describe(path: Path, class_name: str | None = None) -> dict[str, Any]:
     """Describe an artefact by its format. Raises ModelLoadError."""
     kind = FORMATS[path.suffix]
+    if not path.is_file():  # it may have been removed since somebody asked
+        raise ModelLoadError("there is no such file", str(path))
     if kind == "python":
         return asdict(_python(path, class_name))
     try:

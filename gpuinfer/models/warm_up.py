@@ -18,6 +18,9 @@ _FIXED_BATCH = (
     "its batch dimension seems to be fixed: export it with an open one (a trace must not turn x.shape[0] "
     "into a number; torch.export takes dynamic_shapes), or set batchable = false and give the full shapes"
 )
+_PYTHON_BATCH = (
+    "predict gets a list of items, and returns a list as long; batchable = false makes it one item"
+)
 
 
 class OutputMismatch(InferenceError):
@@ -118,8 +121,13 @@ def _run(model: LoadedModel, item: Any, size: int, check: Callable[[Any], None],
             check(_outputs(model, [item] * size)[0])
     except (OutputMismatch, _Refused) as exc:
         raise ModelLoadError(
-            f"it takes one item, and fails with a batch of {size}: {exc.args[0]}; {_FIXED_BATCH}", model.name
+            f"it takes one item, and fails with a batch of {size}: {exc.args[0]}; {_batch_hint(model)}",
+            model.name,
         ) from exc
+
+
+def _batch_hint(model: LoadedModel) -> str:
+    return _PYTHON_BATCH if model.manifest.format == "python" else _FIXED_BATCH
 
 
 def _look_for_a_fixed_batch(model: LoadedModel, candidate: Candidate, why: str) -> None:
@@ -130,5 +138,5 @@ def _look_for_a_fixed_batch(model: LoadedModel, candidate: Candidate, why: str) 
         except (_Refused, OutputMismatch, DeviceOutOfMemory):
             continue
         raise ModelLoadError(
-            f"it takes a batch of {size}, and fails with one item ({why}): {_FIXED_BATCH}", model.name
+            f"it takes a batch of {size}, and fails with one item ({why}): {_batch_hint(model)}", model.name
         )

@@ -202,7 +202,7 @@ def test_files_are_what_the_annotation_says(tmp_path: Path) -> None:
         ("class A:\n    def predict(self, b): ...\nclass B(A): ...", "A, B: name one of them as class"),
         ("class A:\n    async def predict(self, b): ...", "A.predict is async"),
         ("import torch_that_is_not_there", "model.py cannot be imported: ModuleNotFoundError: .*line 1"),
-        ("class A:\n    def predict(self, b) ...", "SyntaxError: .*line 2"),
+        ("class A:\n    def predict(self, b) ...", r"SyntaxError: [^(]*\(model.py, line 2\)$"),
         (
             "class A:\n    def load(self, c): c.nothing\n    def predict(self, b): ...",
             "A.load failed: Attr.*line 2",
@@ -321,3 +321,21 @@ def test_a_schema_that_cannot_be_used_is_told_at_once(tmp_path: Path) -> None:
     tables = '[[inputs]]\nname = "x"\nkind = "json"\nschema = { type = "strange" }\n'
     with pytest.raises(GpuinferError, match=r"inputs\.x\.schema: is no JSON schema"):
         model(tmp_path, "class Mine:\n    def predict(self, batch):\n        return batch\n", tables)
+
+
+def test_a_batch_of_another_length_is_told_in_python_s_words(tmp_path: Path) -> None:
+    """Nothing of it was exported: what predict returns is what is wrong."""
+    one = model(
+        tmp_path,
+        """
+        class A:
+            example = 1
+            def predict(self, batch):
+                return batch[:1]
+        """,
+    )
+    with pytest.raises(
+        ModelLoadError, match=r"returned 1 outputs for 32 items.*returns a list as long"
+    ) as caught:
+        one.warm_up()
+    assert "export" not in caught.value.message

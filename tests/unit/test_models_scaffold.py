@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpuinfer.errors import UsageError
+from gpuinfer.errors import ModelLoadError, UsageError
 from gpuinfer.models.described import describe
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.repository import name_of
@@ -146,3 +146,9 @@ def test_names_and_files_are_found(tmp_path: Path) -> None:
         artefact_in(tmp_path)
     (tmp_path / "model.py").touch()
     assert artefact_in(tmp_path).name == "model.py"
+
+
+def test_a_file_that_is_gone_is_told(tmp_path: Path) -> None:
+    """It may be removed between the question and the look, as an editor does that saves."""
+    with pytest.raises(ModelLoadError, match=r"model.py: there is no such file"):
+        describe(tmp_path / "model.py")
