@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self, Unpack
 
 from redis.exceptions import RedisError, ResponseError
@@ -21,7 +21,8 @@ from gpuinfer.client.core import (
 from gpuinfer.client.driver import Driver, refuse_key
 from gpuinfer.client.outgoing import Outgoing
 from gpuinfer.client.pipe import Pipe
-from gpuinfer.client.waits import RETRY_S, Waits
+from gpuinfer.client.subscription import RETRY_S
+from gpuinfer.client.waits import Waits
 from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, WaitTimeout
 from gpuinfer.models.signature import Signature
 from gpuinfer.queue import catalogue, keys, results
@@ -32,21 +33,6 @@ from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import Settings
 
 Ends = Callable[[], Awaitable[list[TaskStatus]]]
-
-
-def _watch_cancellation() -> Callable[[], None]:
-    """Return a function that raises a cancellation which came after this call and was lost.
-
-    Before Python 3.12 ``asyncio.wait_for``, which redis-py uses, swallows one that comes as it ends.
-    """
-    task = asyncio.current_task()
-    before = task.cancelling() if task else 0
-
-    def heed() -> None:
-        if task is not None and task.cancelling() > before:
-            raise asyncio.CancelledError
-
-    return heed
 
 
 def _retrieve(answer: asyncio.Future[Any]) -> None:
@@ -238,10 +224,11 @@ class AsyncClient(Driver):
             return await self.status(task_id)
         waiting = Waiting([task_id], self._origin)
         try:
-            async with asyncio.timeout(timeout_s), self._ends(waiting, patient=timeout_s is not None) as ends:
-                while not (ended := await ends()):
-                    continue
-                return ended[0]
+            with self._ends(waiting, patient=timeout_s is not None) as ends:
+                async with asyncio.timeout(timeout_s):
+                    while not (ended := await ends()):
+                        continue
+                    return ended[0]
         except TimeoutError:
             return await self.status(task_id)
 
@@ -265,7 +252,7 @@ class AsyncClient(Driver):
         """
         waiting = Waiting(task_ids, self._origin)
         deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
-        async with self._ends(waiting, patient=deadline is not None) as ends:
+        with self._ends(waiting, patient=deadline is not None) as ends:
             while waiting:
                 try:
                     async with asyncio.timeout_at(deadline):
@@ -279,12 +266,10 @@ class AsyncClient(Driver):
                 for status in ended:
                     yield status
 
-    @asynccontextmanager
-    async def _ends(self, waiting: Waiting, *, patient: bool) -> AsyncIterator[Ends]:
+    @contextmanager
+    def _ends(self, waiting: Waiting, *, patient: bool) -> Iterator[Ends]:
         """Give a function that waits for the next news, and returns which tasks have ended by it."""
-        heed_cancellation = _watch_cancellation()
-        async with self._waits.watch(waiting.ids) as mailbox:
-            heed_cancellation()
+        with self._waits.watch(waiting.ids) as mailbox:
             began = False
 
             async def ends() -> list[TaskStatus]:
@@ -293,6 +278,8 @@ class AsyncClient(Driver):
                     began = True
                     return await self._look(waiting, patient=patient)
                 news = await mailbox.get()
+                if isinstance(news, Exception):
+                    raise news
                 if news is not None:
                     return [news] if waiting.told(news) else []
                 while True:

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from gpuinfer import AsyncClient, Client
-from gpuinfer.errors import InputError, PayloadTooLarge, UnknownModel
+from gpuinfer.errors import BrokerRefused, InputError, PayloadTooLarge, UnknownModel
 from gpuinfer.queue import keys
 from gpuinfer.queue.message import decode
 from gpuinfer.settings import Settings
@@ -120,6 +120,43 @@ async def test_lost_connections_lose_and_double_nothing(settings: Settings, work
             await asyncio.to_thread(admin.client_kill_filter, _type="normal", skipme=True)
             assert len(set(await submitting)) == 20
     assert len(worker.claim(1000)) == 400
+
+
+async def test_lost_subscriptions_deafen_nobody(settings: Settings, worker: HandWorker) -> None:
+    """Redis closes them again and again, while waits for one's own and others' tasks begin and end."""
+    worker.register()
+    admin = worker.store.client
+    async with AsyncClient(settings) as client, AsyncClient(settings) as other:
+        for number in range(40):
+            ids = await client.submit_many(range(3)) + await other.submit_many(range(3))
+            waits = []
+            for task_id in ids:
+                waits.append(asyncio.ensure_future(client.result(task_id, 60)))
+                for _ in range(number % 8):
+                    await asyncio.sleep(0)
+                await asyncio.to_thread(admin.client_kill_filter, _type="pubsub")
+            await asyncio.to_thread(worker.finish_all, "done")
+            assert await asyncio.gather(*waits) == ["done"] * 6
+
+
+async def test_a_wait_without_the_right_to_listen(
+    redis_server: RedisServer, settings_for: Callable[..., Settings], worker: HandWorker
+) -> None:
+    """It is told which right is missing, and does not wait for ever; the next wait tries again."""
+    admin = worker.store.client
+    user = {"username": "deaf", "password": "secret"}
+    admin.acl_setuser("deaf", enabled=True, passwords=["+secret"], keys="*", commands=["+@all"])
+    async with AsyncClient(settings_for(redis_server, broker=user)) as client:
+        task_id = await client.submit([1])
+        for _ in range(2):
+            with pytest.raises(BrokerRefused, match="deaf lacks the right to a channel"):
+                await client.result(task_id, 60)
+        admin.acl_setuser("deaf", enabled=True, channels="*")
+        waiting = asyncio.ensure_future(client.result(task_id, 60))
+        while not admin.pubsub_channels():
+            await asyncio.sleep(0.01)
+        worker.finish_all("done")
+        assert await waiting == "done"
 
 
 async def test_garbage_deafens_no_asyncio_waiter(

@@ -84,7 +84,7 @@ def test_a_client_s_lines_have_their_action() -> None:
     (line,) = lines_of("""
         configure(LogSettings())
         fields = {"reason": "gone", "waiting": 3}
-        logging.getLogger("gpuinfer.client.waits").warning(
+        logging.getLogger("gpuinfer.client.subscription").warning(
             "Redis is away: %s", "gone", extra={"action": "redis_away", "fields": fields}
         )
     """)
