@@ -59,6 +59,11 @@ class Pipe:
         self._task: asyncio.Task[None] | None = None
         self._due = False
 
+    @property
+    def busy(self) -> bool:
+        """Whether any command is unanswered."""
+        return bool(self._unsent or self._sent)
+
     def call(self, *command: Argument) -> asyncio.Future[Any]:
         """Send a command with this turn's others; the future is answered as Redis gives it.
 

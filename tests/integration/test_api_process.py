@@ -79,6 +79,8 @@ def test_a_long_poll_spans_a_restart_of_redis(
         ]
         with server.client() as client:
             wait_until(lambda: len(client.pubsub_channels()) == 10, 30)
+            # Each looks when it comes, and when its channel stands; an unanswered first look is a 503.
+            wait_until(lambda: client.info("commandstats").get("cmdstat_mget", {}).get("calls", 0) >= 20, 30)
         server.kill()
         time.sleep(0.5)
         server.start()

@@ -125,8 +125,12 @@ async def test_async_waits_span_a_restart_of_redis(
             ids = own[:5] + others[:5] + own[5:] + others[5:]
             waits = [asyncio.ensure_future(client.result(task_id, 30)) for task_id in ids[:10]]
             with server.client() as connection:
-                # Later, they would be told that Redis is away.
-                while len(connection.pubsub_channels()) < 6 or len(client._waits._mailboxes) < 10:
+                # Those whose first look is not answered yet would be told that Redis is away.
+                while (
+                    len(connection.pubsub_channels()) < 6
+                    or len(client._waits._mailboxes) < 10
+                    or client._pipe.busy
+                ):
                     await asyncio.sleep(0.01)
             server.kill()
             with pytest.raises(BrokerUnavailable):
