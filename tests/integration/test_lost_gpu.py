@@ -63,7 +63,8 @@ def test_a_gpu_that_hangs_starves_the_watchdog(systemd: Systemd, workers: Worker
     hanging = workers.spawn(sys.executable, "-c", ELSEWHERE + HANG + RUN, "worker", "1", name="hanging")
     hanging.wait_for_line('"worker_stuck"')
     systemd.rest()
-    task = client.submit([0.0])
+    images, _ = load_test_images()
+    task = client.submit(images[0].tolist())
     time.sleep(3)
     assert "WATCHDOG=1" not in systemd.rest()
     assert client.status(task).state == "queued"
