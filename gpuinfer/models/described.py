@@ -109,9 +109,10 @@ def _python(path: Path, class_name: str | None) -> Description:
 
 
 def _export(path: Path) -> Description:
-    import torch
+    from gpuinfer.models.formats.export import open_program
 
-    program = torch.export.load(path)
+    with path.open("rb") as file:
+        program = open_program(file, path)
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     names = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]
     inputs = [_meta(name, values.get(name)) for name in names]
@@ -153,9 +154,10 @@ def _dtype(value: Any) -> str | None:
 
 
 def _torchscript(path: Path) -> Description:
-    import torch
+    from gpuinfer.models.formats.torchscript import open_module
 
-    module = torch.jit.load(path, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+    with path.open("rb") as file:
+        module = open_module(file, path, "cpu")
     schema = module.forward.schema
     inputs, scalars = [], False
     for argument in schema.arguments[1:]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,14 @@ def test_a_file_that_is_gone_is_told(tmp_path: Path) -> None:
     """It may be removed between the question and the look, as an editor does that saves."""
     with pytest.raises(ModelLoadError, match=r"model.py: there is no such file"):
         describe(tmp_path / "model.py")
+
+
+def test_a_file_without_a_program_says_what_it_is(tmp_path: Path) -> None:
+    """A bare file is the likeliest to be a state dict: the cause is told before it has a manifest."""
+    weights = tmp_path / "net.pt"
+    torch.save(nn.Linear(2, 2).state_dict(), weights)
+    with pytest.raises(ModelLoadError, match=r"it is a state dict.*torch.jit.script"):
+        describe(weights)
+    shutil.copy(weights, tmp_path / "net.pt2")
+    with pytest.raises(ModelLoadError, match="it is a state dict"):
+        describe(tmp_path / "net.pt2")

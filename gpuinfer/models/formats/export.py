@@ -7,6 +7,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpuinfer.errors import ModelLoadError
@@ -22,19 +23,29 @@ def read(folder: ModelFolder, file: BinaryIO, device: str) -> TensorModel:
     import torch
     from torch.export.passes import move_to_device_pass
 
-    with _overhearing() as said:
-        try:
-            program = torch.export.load(file)
-        except Exception as exc:
-            words = "\n".join([*said, str(exc)])
-            cause = explain(file, folder.manifest.artefact, words, script=False)
-            if cause is None:
-                raise
-            raise ModelLoadError(f"{folder.artefact} is not loaded: {cause}") from exc
+    program = open_program(file, folder.artefact)
     if any(value.device.type != torch.device(device).type for value in program.state_dict.values()):
         program = move_to_device_pass(program, device)
     call, numbers = _bound(program, folder.manifest)
     return TensorModel(folder, device, call, numbers=numbers)
+
+
+def open_program(file: BinaryIO, artefact: Path) -> Any:
+    """Return the program that a file holds.
+
+    Raises ModelLoadError where it can be told why there is none; whatever torch raises elsewhere.
+    """
+    import torch
+
+    with _overhearing() as said:
+        try:
+            return torch.export.load(file)
+        except Exception as exc:
+            words = "\n".join([*said, str(exc)])
+            cause = explain(file, artefact.name, words, script=False)
+            if cause is None:
+                raise
+            raise ModelLoadError(f"{artefact} is not loaded: {cause}") from exc
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpuinfer.errors import ModelLoadError
@@ -21,6 +22,16 @@ _TENSORS = ("TensorType", "AnyType")
 
 def read(folder: ModelFolder, file: BinaryIO, device: str) -> TensorModel:
     """Load a scripted or traced module onto ``device``, in evaluation mode. Raises ModelLoadError."""
+    module = open_module(file, folder.artefact, device)
+    numbers = _numbers(module, folder.manifest)
+    return TensorModel(folder, device, module, numbers=numbers, before_each=_before_each(module, folder))
+
+
+def open_module(file: BinaryIO, artefact: Path, device: str) -> Any:
+    """Return the module that a file holds, in evaluation mode.
+
+    Raises ModelLoadError where it can be told why there is none; whatever torch raises elsewhere.
+    """
     import torch
 
     try:
@@ -29,13 +40,11 @@ def read(folder: ModelFolder, file: BinaryIO, device: str) -> TensorModel:
             warnings.simplefilter("ignore", DeprecationWarning)
             module = torch.jit.load(file, map_location=device)  # type: ignore[no-untyped-call]
     except Exception as exc:
-        cause = explain(file, folder.manifest.artefact, str(exc), script=True)
+        cause = explain(file, artefact.name, str(exc), script=True)
         if cause is None:
             raise
-        raise ModelLoadError(f"{folder.artefact} is not loaded: {cause}") from exc
-    module.eval()
-    numbers = _numbers(module, folder.manifest)
-    return TensorModel(folder, device, module, numbers=numbers, before_each=_before_each(module, folder))
+        raise ModelLoadError(f"{artefact} is not loaded: {cause}") from exc
+    return module.eval()
 
 
 def _before_each(module: Any, folder: ModelFolder) -> Callable[[], object] | None:
