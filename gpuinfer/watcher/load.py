@@ -8,6 +8,11 @@ Within a part, which workers may serve which lanes is a bipartite graph, and the
 they are for each set of lanes that the same groups serve (Hall's theorem, 1935, for what matters here: the
 sets of groups that serve some lane, and the whole part). Each such set is a demand: the lanes that no
 other group can serve, and the groups that share them.
+
+The theorem supposes that somebody hands the tasks out. But workers claim them, the most urgent first: those
+that serve other lanes too may be busy with these, while workers that only serve these others idle. So before
+a worker is stopped, each demand must be certain to be served: its dedicated groups, which serve nothing else,
+keep up with it, or all its groups keep up with all that they may claim before it (``before``).
 """
 
 from __future__ import annotations
@@ -34,6 +39,8 @@ class Demand:
     name: str
     groups: Groups
     lanes: tuple[Lane, ...]
+    #: The groups that serve no other lanes.
+    dedicated: Groups = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +50,9 @@ class Part:
     whole: Demand
     #: Demands of fewer groups than the whole part, the fewest groups first.
     within: tuple[Demand, ...] = ()
+    #: For each of ``within``: its groups, with all lanes that they may claim from before the least urgent of
+    #: its own. The same demand where there are no others.
+    before: tuple[Demand, ...] = ()
     #: Where there are several: each group, as if it were alone with the lanes that it serves.
     alone: tuple[Demand, ...] = ()
 
@@ -137,14 +147,7 @@ def _part(groups: Groups, lanes: list[Lane]) -> Part:
     if len(groups) == 1:
         return Part(whole=whole)
     servers = {lane: frozenset(group for group in groups if group.covers(lane)) for lane in lanes}
-    within = [
-        Demand(
-            name=f"{whole.name} / {_name(those)}",
-            groups=those,
-            lanes=tuple(lane for lane in lanes if servers[lane] <= those),
-        )
-        for those in {*servers.values()} - {groups}
-    ]
+    within = [_within(whole.name, those, servers) for those in {*servers.values()} - {groups}]
     alone = tuple(
         Demand(
             name=f"{whole.name} / only {group}",
@@ -154,7 +157,30 @@ def _part(groups: Groups, lanes: list[Lane]) -> Part:
         for group in sorted(groups)
     )
     within.sort(key=lambda demand: (len(demand.groups), demand.name))
-    return Part(whole=whole, within=tuple(within), alone=alone)
+    before = tuple(_before(demand, servers) for demand in within)
+    return Part(whole=whole, within=tuple(within), before=before, alone=alone)
+
+
+def _within(part: str, groups: Groups, servers: Mapping[Lane, Groups]) -> Demand:
+    lanes = tuple(lane for lane, those in servers.items() if those <= groups)
+    dedicated = [
+        group for group in groups if not any(group in servers[lane] for lane in {*servers} - {*lanes})
+    ]
+    return Demand(
+        name=f"{part} / {_name(groups)}", groups=groups, lanes=lanes, dedicated=frozenset(dedicated)
+    )
+
+
+def _before(demand: Demand, servers: Mapping[Lane, Groups]) -> Demand:
+    """Return a demand's groups with all lanes that are as urgent as the least urgent that they all serve."""
+    last = max(QUEUES.index(lane.tier) for lane in demand.lanes if servers[lane] == demand.groups)
+    ahead = [
+        lane for lane, those in servers.items() if those & demand.groups and QUEUES.index(lane.tier) <= last
+    ]
+    lanes = tuple(sorted({*demand.lanes, *ahead}))
+    if len(lanes) == len(demand.lanes):
+        return demand
+    return Demand(name=f"{demand.name} / and before", groups=demand.groups, lanes=lanes)
 
 
 def _name(groups: Groups) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from gpuinfer.queue.fleet import Serves
-from gpuinfer.settings import WatcherSettings
+from gpuinfer.settings import QUEUES, WatcherSettings
 from gpuinfer.watcher.calm import Calm
 from gpuinfer.watcher.fleet import Fleet, joined, sort_spare
 from gpuinfer.watcher.load import Demand, Load, Part, load_of
@@ -22,6 +22,9 @@ from gpuinfer.watcher.state import (
     Observation,
     Verdict,
 )
+
+#: Log at most this many lanes that keep a worker.
+NAMED_LANES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,10 @@ class Look:
         self._whole = self._measure(part.whole, replace(known, rates=with_startups(known.rates, times)))
         self._whole.used = self._whole.own.pooled(told)
         self._within = [self._measure(one, before.get(one.name, Measured())) for one in part.within]
+        self._before = [
+            same if one is same.demand else self._measure(one, before.get(one.name, Measured()))
+            for one, same in zip(part.before, self._within, strict=True)
+        ]
         self._alone = [self._measure(one, before.get(one.name, Measured())) for one in part.alone]
         self._plan: Plan | None = None
         self._stops: list[Action] = []
@@ -105,6 +112,10 @@ class Look:
         """Ask each demand, and plan the starts; return how many there are. ``room``: how many at most."""
         most = Bounds(most=bounds.most)
         asks = [one.ask(most, self._settings, self._now) for one in self._within]
+        for place, (one, same) in enumerate(zip(self._before, self._within, strict=True)):
+            if one is not same:
+                surplus = one.ask(most, self._settings, self._now).surplus
+                asks[place] = replace(asks[place], certain=surplus)
         asks.append(self._whole.ask(bounds, self._settings, self._now))
         alone = [one.ask(most, self._settings, self._now) for one in self._alone]
         by_group = {group: ask for ask in alone for group in ask.demand.groups}
@@ -134,7 +145,7 @@ class Look:
         ours = {instance.key for instance in self.fleet.serving} if stops else ()
         self._stops = [action for action in stops if action.key in ours]
         verdict = verdict_of([*self.actions, *self._stops], self.broken)
-        for one in (self._whole, *self._within, *self._alone):
+        for one in (self._whole, *self._finer):
             one.calm = one.calm.after(verdict, self._settings, self._now)
 
     # -- telling --------------------------------------------------------------------------
@@ -184,9 +195,13 @@ class Look:
     @property
     def finer(self) -> dict[str, Measured]:
         """Return what to remember of the demands within."""
-        return {
-            one.demand.name: Measured(rates=one.own, calm=one.calm) for one in (*self._within, *self._alone)
-        }
+        return {one.demand.name: Measured(rates=one.own, calm=one.calm) for one in self._finer}
+
+    @property
+    def _finer(self) -> list[_Asking]:
+        """Return all but the whole, each once."""
+        own = [one for one, same in zip(self._before, self._within, strict=True) if one is not same]
+        return [*self._within, *own, *self._alone]
 
     def why(self) -> str:
         """Say why this is done, or nothing."""
@@ -198,6 +213,11 @@ class Look:
             return f"{done[0].why}; {need.formula}" if done[0].verb == "start" else done[0].why
         if need.wanted > max(fleet.running, need.enough):
             return f"{need.wanted} wanted, but no instance is left to start; {need.formula}"
+        if need.enough < fleet.running and self._planned.kept_for:
+            found = sorted(self._planned.kept_for.lanes, key=lambda lane: QUEUES.index(lane.tier))
+            lanes = [f"{lane.tier}.{lane.model}".rstrip(".") for lane in found]
+            some = ", ".join(lanes[:NAMED_LANES]) + (", ..." if len(lanes) > NAMED_LANES else "")
+            return f"{need.enough} would do, but {some} might then wait for workers busy with other tasks"
         if need.enough < fleet.running:
             pause_s = top.calm.pause(self._settings)
             return f"{need.enough} would do; waits until that has held for {pause_s:.0f} s"

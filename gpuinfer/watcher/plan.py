@@ -10,7 +10,8 @@ was stopped, or takes it for busy, stops none of its own instead.
 Where groups share lanes, the demand with the fewest groups is met first: what is started for it counts for
 the wider ones, too. Of several groups that could help, the one that serves the least is started first: the
 others stay free for what they alone serve. None is started beyond what its own lanes could use. One is
-stopped when it is too many for every demand that it serves, or for all of its own lanes together.
+stopped when it is too many for every demand that it serves, and each is certain to be served without it
+(``load``); or when it is too many for all of its own lanes together.
 """
 
 from __future__ import annotations
@@ -36,6 +37,30 @@ class Ask:
     demand: Demand
     need: Need
     surplus: int
+    #: How many are too many though the demand's workers took all other work first that they may take
+    #: first; None: there is none.
+    certain: int | None = None
+
+
+@dataclass(slots=True)
+class _Margin:
+    """How many of a demand's workers may be stopped so that it is still certain to be served."""
+
+    demand: Demand
+    #: Too many for all that they may take before it; None: nothing but what is its own.
+    before: int | None
+    #: Too many of its dedicated ones to keep up with it; below zero: they do not.
+    dedicated: int
+
+    def spares(self, group: Serves) -> bool:
+        """Tell whether one of a group may be stopped."""
+        return self.before is None or self.before > 0 or self.dedicated >= (group in self.demand.dedicated)
+
+    def stop(self, group: Serves) -> None:
+        """Count one that is stopped."""
+        if self.before is not None:
+            self.before -= 1
+        self.dedicated -= group in self.demand.dedicated
 
 
 class Plan:
@@ -73,6 +98,8 @@ class Plan:
         self._idle: dict[Serves, list[Key]] = {}
         self._failed: dict[Serves, list[Key]] = {}
         self.short = False
+        #: A demand that is served as it is, and might not be with fewer, though there are too many in all.
+        self.kept_for: Demand | None = None
         for ask in asks:
             self._fill(ask)
         self.starts = bool(self.actions)
@@ -132,6 +159,7 @@ class Plan:
         """Stop the last of the order that are too many, each when it is idle."""
         # Who does not beat may be gone already.
         left = [ask.surplus - self._silent(ask.demand.groups) for ask in self._asks]
+        sure = [self._margin(ask) for ask in self._asks]
         free = {group: self._too_many_alone(group) for group in self._alone}
         if left[-1] <= 0 and not any(number > 0 for number in free.values()):
             return []
@@ -143,19 +171,30 @@ class Plan:
         actions = []
         for key, group in sorted(spare, reverse=True):
             serving = [place for place, ask in enumerate(self._asks) if group in ask.demand.groups]
-            shared = not self.short and not self.starts and all(left[place] > 0 for place in serving)
+            surplus = not self.short and not self.starts and all(left[place] > 0 for place in serving)
+            unsure = [self._asks[place].demand for place in serving if not sure[place].spares(group)]
+            shared = surplus and not unsure
             alone = free.get(group, 0) > 0 and above > 0
+            if surplus and unsure and self.kept_for is None:
+                self.kept_for = unsure[0]
             if not shared and not alone:
                 continue
             above -= 1
             for place in serving:
                 left[place] -= 1
+                sure[place].stop(group)
             if group in free:
                 free[group] -= 1
             if key in self._fleets[group].stoppable:
                 reason = why if shared else f"{group} has had more than it can use for long"
                 actions.append(Action("stop", key, reason))
         return actions
+
+    def _margin(self, ask: Ask) -> _Margin:
+        silent = self._silent(ask.demand.groups)
+        others = sum(self._running(group) for group in ask.demand.groups - ask.demand.dedicated)
+        before = None if ask.certain is None else ask.certain - silent
+        return _Margin(ask.demand, before, ask.surplus - silent - others)
 
     def _too_many_alone(self, group: Serves) -> int:
         """Return how many of a group are too many for all that it serves, if no other one served it."""

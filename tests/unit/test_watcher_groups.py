@@ -173,6 +173,27 @@ def test_what_a_queue_needs_stays_though_the_rest_would_do() -> None:
         assert len(world.running(ALL_A)) >= 3
 
 
+def test_a_worker_stays_while_others_that_could_replace_it_may_be_busy() -> None:
+    """Two would do for 12/s, but the one for both models may be busy with b's urgent tasks."""
+    world = fleet(ALL_A, ALL_B, BOTH, each=1)
+    world.run_all()
+    watcher = Watcher(world, settings(calm_s=20.0), history=known(ALL_A, ALL_B, BOTH))
+    watcher.run(200, {Lane("realtime", "b"): 7.0, Lane("default", "a"): 4.0, Lane("batch", "b"): 1.0})
+    assert len(world.running()) == 3
+    assert watcher.look().why == (
+        "2 would do, but realtime.a, default.a, batch.a might then wait for workers busy with other tasks"
+    )
+
+
+def test_a_worker_goes_when_the_dedicated_ones_keep_up() -> None:
+    """Four of a and one of b keep up with their models, whatever those for both are busy with."""
+    world = fleet(ALL_A, ALL_B, BOTH)
+    world.run_all()
+    watcher = Watcher(world, settings(calm_s=20.0), history=known(ALL_A, ALL_B, BOTH))
+    watcher.run(300, {Lane("realtime", "b"): 5.0, Lane("default", "a"): 25.0})
+    assert (len(world.running(ALL_A)), len(world.running(ALL_B)), len(world.running(BOTH))) == (4, 1, 0)
+
+
 # -- floor and ceiling ----------------------------------------------------------------------
 
 
@@ -219,6 +240,20 @@ groups = some.sets(some.sampled_from([URGENT, ALL_A, ALL_B, BOTH]), min_size=1, 
 )
 @example(there={URGENT, ALL_A}, loads=[5.0, 0.0, 0.0, 0.0, 25.0, 0.0], floor=0, rate=10.0)
 @example(there={URGENT, ALL_A, ALL_B, BOTH}, loads=[9.0, 4.0, 3.0, 8.0, 7.0, 20.0], floor=1, rate=10.0)
+@example(there={ALL_A, ALL_B, BOTH}, loads=[0.0, 7.0, 4.0, 0.0, 0.0, 1.0], floor=0, rate=10.0)
+@example(there={URGENT, ALL_A, ALL_B, BOTH}, loads=[0.0, 7.0, 4.0, 0.0, 0.0, 1.0], floor=1, rate=10.0)
+@example(
+    there={URGENT, ALL_A, ALL_B, BOTH},
+    loads=[0.0, 25.92314659336229, 0.0, 22.936954147348917, 5.888115275793243, 0.0],
+    floor=0,
+    rate=12.5,
+)
+@example(
+    there={URGENT, ALL_A, ALL_B, BOTH},
+    loads=[0.0, 25.92314659336229, 0.0, 22.936954147348917, 5.888115275793243, 0.0],
+    floor=0,
+    rate=12.0,
+)
 @pytest.mark.parametrize("mode", ["target", "threshold"])
 def test_mixed_groups_come_to_rest_under_any_constant_load(
     mode: str, there: set[Serves], loads: list[float], floor: int, rate: float
