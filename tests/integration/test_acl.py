@@ -80,6 +80,7 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
         ("LRANGE", "realtime", "0", "-1"),
         ("LMOVE", "realtime", "default", "LEFT", "RIGHT"),
         ("COPY", "realtime", "default"),
+        ("ZRANGE", keys.later("realtime"), "0", "-1"),
         ("HGET", keys.inflight(NAME), "1"),
         ("HKEYS", keys.inflight(NAME)),
         ("HSET", keys.inflight(NAME), "1", "x"),

@@ -98,17 +98,27 @@ def test_a_viewer_sees_no_payload_and_no_result(server: OurRedis) -> None:
     login = BrokerSettings.model_validate(server.login("api"))
     with Client(Settings(broker=login)) as client:
         task_id = client.submit([1.0])
+        client.submit([1.0], countdown_s=3600)
     with server.client() as admin:
         admin.lpush("realtime", "x")
+        (postponed,) = (name.decode() for name in admin.zrange(keys.LATER, 0, -1))
+        assert admin.zcard(keys.later(postponed)) == 1
     calls: list[tuple[str, ...]] = [
         ("LRANGE", keys.list_key("realtime", 0), "0", "-1"),
         ("GET", keys.result(task_id)),
+        ("ZRANGE", keys.later(postponed), "0", "-1"),
+        ("EVAL", "return redis.call('ZRANGE', KEYS[1], 0, -1)", "1", keys.later(postponed)),
         ("HGETALL", keys.DEAD),
         ("HGETALL", keys.inflight("gpu0@h")),
         ("GET", keys.BODY_PREFIX + task_id),
         ("EVAL", "return redis.call('LRANGE', KEYS[1], 0, -1)", "1", keys.list_key("realtime", 0)),
         ("LPUSH", "realtime", "x"),
         ("SUBSCRIBE", keys.result(task_id)),
+        ("SUBSCRIBE", keys.REPLY_PREFIX + "somebody"),
+        ("PSUBSCRIBE", "*"),
+        ("MONITOR",),
+        ("SLOWLOG", "GET"),
+        ("CLIENT", "LIST"),
         ("PUBLISH", keys.result(task_id), "x"),
     ]
     with server.client("viewer") as viewer:

@@ -13,14 +13,18 @@ local function note_due()
 end
 
 -- Put tasks into the set of a list. `entries` is {due, payload, ...}. Returns an error where something else
--- stands under the set's name.
+-- stands under the set's name. LT: by the scores alone, as who submits must not read what waits there.
 local function put_later(list, entries)
+  local earliest = entries[1]
   for first = 1, #entries, 1000 do
     local part = {unpack(entries, first, math.min(first + 999, #entries))}
     local answer = redis.pcall('ZADD', LATER_PREFIX .. list, unpack(part))
     if type(answer) == 'table' then return answer end
   end
-  redis.call('ZADD', LATER, redis.call('ZRANGE', LATER_PREFIX .. list, 0, 0, 'WITHSCORES')[2], list)
+  for at = 1, #entries, 2 do
+    if tonumber(entries[at]) < tonumber(earliest) then earliest = entries[at] end
+  end
+  redis.call('ZADD', LATER, 'LT', earliest, list)
   note_due()
 end
 
