@@ -73,6 +73,14 @@ def read() -> dict[str, str]:
     return found
 
 
+def of(user: str) -> str:
+    """Return a user's password. Raises ConfigError naming its file where it has none."""
+    found = read()[user]
+    if not found:
+        raise ConfigError(f"holds no password; {_FIX}", str(file_of(user)))
+    return found
+
+
 def _of_people(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8").strip()

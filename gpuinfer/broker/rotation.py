@@ -75,12 +75,12 @@ def rotate(
     restart: Callable[[str], bool] = passwords.restart,
     wait_s: float = WAIT_S,
 ) -> Rotation:
-    """Change a user's password. Raises redis-py's errors, OSError.
+    """Change a user's password. Raises redis-py's errors, OSError; ConfigError where there is none to change.
 
     Whatever ends it in between, the old password and the new one count, also after a restart of Redis.
     """
     done = Rotation(user)
-    old, new = acl.digest(passwords.read()[user]), secrets.token_hex(32)
+    old, new = acl.digest(passwords.of(user)), secrets.token_hex(32)
     client.execute_command("ACL", "SETUSER", user, f"#{acl.digest(new)}")  # type: ignore[no-untyped-call]
     passwords.keep_older(user, dict.fromkeys((*passwords.older().get(user, ()), old)))
     passwords.write(user, new)
@@ -102,8 +102,8 @@ def rotate(
 
 
 def drop_old(client: redis.Redis, user: str) -> Rotation:
-    """Let Redis forget all passwords of a user but the one in its file. Raises redis-py's errors, OSError."""
-    new = acl.digest(passwords.read()[user])
+    """Let Redis forget all passwords of a user but the one in its file. Raises as ``rotate`` does."""
+    new = acl.digest(passwords.of(user))
     lines = [line.decode() if isinstance(line, bytes) else str(line) for line in client.acl_list()]
     mine = next((line for line in lines if line.split()[1] == user), "")
     hashes = set(re.findall(r" #([0-9a-f]{64})", mine)) - {new}

@@ -16,7 +16,7 @@ from redis.exceptions import NoPermissionError
 
 from gpuinfer.broker import passwords, rotation
 from gpuinfer.client import Client
-from gpuinfer.errors import BrokerRefused
+from gpuinfer.errors import BrokerRefused, ConfigError
 from gpuinfer.queue import keys
 from gpuinfer.settings import BrokerSettings, Settings
 from tests.brokers import PASSWORDS, OurRedis, our_redis
@@ -219,4 +219,24 @@ def test_what_still_has_the_old_password_keeps_it(server: OurRedis, files: Path)
         assert rotation.drop_old(admin, "api").forgotten == 2
     assert not logs_in(server, "api", old)
     assert logs_in(server, "api", (files / "api").read_text())
+    assert server.denied()
+
+
+@pytest.mark.parametrize("left", [None, "", "none"])
+def test_who_has_no_password_yet_gets_none_by_a_change(
+    server: OurRedis, files: Path, left: str | None
+) -> None:
+    """Else the hash of an empty one would count from then on; Redis and what it starts by stay the same."""
+    (files / "viewer").unlink()
+    if left is not None:
+        (files / "viewer").write_text(left)
+    with server.client() as admin:
+        before = admin.acl_list()
+        with pytest.raises(ConfigError, match="dpkg-reconfigure"):
+            rotation.rotate(admin, "viewer")
+        with pytest.raises(ConfigError, match="dpkg-reconfigure"):
+            rotation.drop_old(admin, "viewer")
+        assert admin.acl_list() == before
+    assert passwords.older() == {}
+    assert not logs_in(server, "viewer", "")
     assert server.denied()
