@@ -93,6 +93,22 @@ def test_an_administrator_s_word(disk: Disk, tmp_path: Path) -> None:
     assert disk.measured == 0
 
 
+@pytest.mark.parametrize("line", ["appendonly no", "appendfsync no"])
+def test_no_promise_where_redis_conf_takes_it_back(disk: Disk, tmp_path: Path, line: str) -> None:
+    """It wins over what we write, so the sentence is about what it does."""
+    for asked in ("auto", "always"):
+        choice, _ = disk.decide(tmp_path, conf=f"appendonly yes\n{line}\n", appendfsync=asked)
+        assert choice.mode == "everysec", "nothing waits for room on the disk, as it would under always"
+        assert "nothing is promised about a power cut" in str(choice)
+        assert line in str(choice)
+
+
+def test_a_record_that_somebody_has_changed(disk: Disk, tmp_path: Path) -> None:
+    """It keeps no Redis from starting."""
+    (tmp_path / durability.RECORD).write_text('{"means": "x"}', encoding="utf-8")
+    assert disk.decide(tmp_path)[0].mode == "always"
+
+
 def test_a_disk_that_cannot_be_measured(disk: Disk, tmp_path: Path) -> None:
     """It gets everysec, is tried again at the next start, and the reason is told."""
 
@@ -117,6 +133,20 @@ def test_a_measurement(tmp_path: Path) -> None:
 
     assert durability.measure(tmp_path, clock) == pytest.approx(1.0)
     assert len(steps) == 2 * durability.TIMES
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_takes_seconds_is_not_waited_for(tmp_path: Path) -> None:
+    """Redis's start would run into its time limit, and begin anew; what a killed try left is no matter."""
+    (tmp_path / ".fsync").touch()
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 2.0
+        return now[0]
+
+    assert durability.measure(tmp_path, clock) == pytest.approx(2000.0)
+    assert now[0] <= 2 * (durability.LIMIT_S + 2.0)
     assert list(tmp_path.iterdir()) == []
 
 
