@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from gpuinfer.errors import ConfigError
+from gpuinfer.redis_url import masked
 from gpuinfer.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,7 +32,11 @@ _NOT_KEPT = {"broker": {"username", "password"}}
 
 def given(settings: Settings) -> dict[str, dict[str, Any]]:
     """Return what was set, of each section, without secrets, as JSON has it."""
-    return settings.model_dump(mode="json", exclude_unset=True, exclude=_NOT_KEPT)
+    found: dict[str, dict[str, Any]] = settings.model_dump(mode="json", exclude_unset=True, exclude=_NOT_KEPT)
+    broker = found.get("broker", {})
+    if "url" in broker:  # where Redis is decides whether ours starts; a password there is of no use for that
+        broker["url"] = masked(broker["url"])
+    return found
 
 
 def keep(loaded: Loaded) -> None:

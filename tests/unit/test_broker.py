@@ -374,6 +374,18 @@ def test_another_hosts_redis_however_it_is_written(settings_of_redis: Path, text
     assert call("redis", "local") == 1
 
 
+@pytest.mark.parametrize(
+    "url", ["rediss://gpu:hush@queue.example:6380/0", "rediss://queue.example:6380/0?password=hush"]
+)
+def test_no_password_is_kept(settings_of_redis: Path, url: str) -> None:
+    """Where Redis is remains known while the file is wrong; how one logs in there is written nowhere else."""
+    settings_of_redis.write_text(f'broker.url = "{url}"\n')
+    assert call("redis", "local") == 1
+    assert "hush" not in last_good.FILE.read_text()
+    settings_of_redis.write_text("[api\n")
+    assert call("redis", "local") == 1
+
+
 def test_local_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host whose settings name no other broker runs its own Redis."""
     (tmp_path / "gpuinfer.toml").touch()
