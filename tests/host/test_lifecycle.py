@@ -153,7 +153,7 @@ def test_remove_stops_and_keeps(host: Container) -> None:
 
 def test_reinstall_finds_its_settings_again(host: Container, debs: list[Path]) -> None:
     """Installed again, it runs as before, also after an upgrade that came to nothing."""
-    host.ok("mkdir -p /run/gpuinfer-upgrade; touch /run/gpuinfer-upgrade/redis")
+    host.ok("mkdir -p /run/gpuinfer-upgrade; touch /run/gpuinfer-upgrade/redis /run/gpuinfer-upgrade.before")
     install(host, debs[:1])
     host.until("systemctl is-active gpuinfer-worker@0 gpuinfer-api", timeout=60)
     assert "result_ttl_s = 7200" in host.ok("cat /etc/gpuinfer/gpuinfer.toml")
@@ -163,7 +163,8 @@ def test_reinstall_finds_its_settings_again(host: Container, debs: list[Path]) -
 def test_purge_leaves_only_what_the_admin_made(host: Container) -> None:
     """`apt purge`: no file, unit, or process of ours is left, but the admin's own model and mounts are."""
     redis = "/var/lib/gpuinfer/redis"
-    host.ok(f"systemctl stop gpuinfer.target 'gpuinfer-worker@*'; rm -r {redis}/*")
+    # The target has stopped before Redis has, which is the last to go: by its name it is waited for.
+    host.ok(f"systemctl stop gpuinfer.target gpuinfer-redis 'gpuinfer-worker@*'; rm -r {redis}/*")
     host.ok(f"mount -t tmpfs none {redis} && systemctl start gpuinfer.target && ls {redis}/appendonlydir")
     said = host.ok("apt-get purge -y gpuinfer gpuinfer-torch-cpu", timeout=300)
     assert f"left in place, as it could not be removed: {redis}" in said
