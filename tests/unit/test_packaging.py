@@ -249,7 +249,8 @@ echo "$@" >>"$CALLS"
 case "$*" in
     *list-units*--state=active*) printf '%s\\n' $ACTIVE ;;
     *list-units*--state=failed*) printf '%s\\n' $FAILED ;;
-    *is-failed*) exit 1 ;;
+    *is-failed*) exit "${HEALTHY:-1}" ;;
+    *is-active*gpuinfer.target*) exit "${STOPPED:-0}" ;;
     *restart*"$BAD"*) exit 1 ;;
 esac
 """
@@ -283,7 +284,7 @@ class Rolling:
         self._put("policy", f"#!/bin/sh\ncase $1 in {'|'.join(units)}) exit 101 ;; esac\n")
 
     def run(
-        self, *wanted: str, active: str = "", failed: str = "", bad: str = "none"
+        self, *wanted: str, active: str = "", failed: str = "", bad: str = "none", stopped: bool = False
     ) -> tuple[list[str], str]:
         """Return what systemctl was told to change, and what the journal has."""
         (self.folder / "asked").mkdir(exist_ok=True)
@@ -298,6 +299,8 @@ class Rolling:
                 "ACTIVE": active,
                 "FAILED": failed,
                 "BAD": bad,
+                "STOPPED": "3" if stopped else "0",
+                "HEALTHY": "0" if stopped else "1",
             },
             check=True,
             capture_output=True,
@@ -343,6 +346,71 @@ def test_policy_rc_d_is_obeyed(rolling: Rolling) -> None:
         "try-restart gpuinfer-flower.service",
     ]
     assert f"<4>policy-rc.d forbids to start {WORKER_2}" in told
+
+
+def test_what_an_administrator_has_stopped_stays_so(rolling: Rolling) -> None:
+    """Of a target that is not up nothing is started: neither what had failed nor Redis for new passwords."""
+    (rolling.folder / "asked" / "passwords").touch()
+    changed, _ = rolling.run("new version", failed=WORKER_2, stopped=True)
+    assert changed == ["try-restart gpuinfer-redis.service"]
+
+
+class Dpkg:
+    """Runs the maintainer scripts as dpkg does, with everything they touch in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run_folder = folder, folder / "run"
+        for name in ("bin", "run/systemd/system", "etc/gpuinfer"):
+            (folder / name).mkdir(parents=True)
+        for name in ("systemctl", "gpuinfer", "deb-systemd-invoke", "chgrp"):
+            self._put(f"bin/{name}", '#!/bin/sh\necho "${0##*/} $*" >>"$CALLS"\n')
+        for name in ("preinst", "postinst"):
+            text = maintainer_script(name)
+            for path in ("/run/", "/etc/gpuinfer", "/usr/sbin/policy-rc.d"):
+                text = re.sub(rf"(?<![\w.]){re.escape(path)}", f"{folder}{path}", text)
+            self._put(name, text)
+
+    def _put(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+        (self.folder / name).chmod(0o755)
+
+    def __call__(self, script: str, *words: str) -> list[str]:
+        """Return what the script called."""
+        calls = self.folder / "calls"
+        calls.write_text("")
+        environ = {"PATH": f"{self.folder / 'bin'}:/usr/bin:/bin", "CALLS": str(calls)}
+        subprocess.run([self.folder / script, *words], env=environ, check=True, timeout=60)
+        return calls.read_text().splitlines()
+
+
+def test_an_upgrade_is_rolled_out_while_an_earlier_one_is(tmp_path: Path) -> None:
+    """What preinst notes is there for postinst, whatever gpuinfer-roll.service takes away in between."""
+    dpkg, asked = Dpkg(tmp_path), tmp_path / "run" / "gpuinfer-upgrade"
+    (tmp_path / "etc/gpuinfer/redis.conf").write_text("port 0\n")
+    dpkg("postinst", "triggered", "/usr/lib/gpuinfer-torch")
+    assert (asked / "wanted").read_text() == "new torch\n"
+    dpkg("preinst", "upgrade", "0.1")
+    shutil.rmtree(asked)
+    assert "systemctl start --no-block gpuinfer-roll.service" in dpkg("postinst", "configure", "0.1")
+    assert (asked / "wanted").read_text() == "new version\n"
+    first = (asked / "redis").read_text()
+    assert "redis.conf" in first
+    (tmp_path / "etc/gpuinfer/redis.conf").write_text("port 1\n")
+    dpkg("preinst", "upgrade", "0.2")
+    dpkg("postinst", "configure", "0.2")
+    assert (asked / "redis").read_text() == first, "what ran before both upgrades"
+    assert (asked / "wanted").read_text() == "new version\nnew version\n"
+
+
+def test_an_upgrade_that_came_to_nothing_leaves_no_note(tmp_path: Path) -> None:
+    """The next installation starts what is enabled, and restarts nothing."""
+    dpkg = Dpkg(tmp_path)
+    dpkg("preinst", "upgrade", "0.1")
+    dpkg("postinst", "abort-upgrade", "0.2")
+    assert not (tmp_path / "run/gpuinfer-upgrade.before").exists()
+    dpkg("preinst", "upgrade", "0.1")
+    dpkg("preinst", "install")
+    assert "deb-systemd-invoke start gpuinfer.target" in dpkg("postinst", "configure", "")
 
 
 def test_new_torch_concerns_the_workers_alone(rolling: Rolling) -> None:
