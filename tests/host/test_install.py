@@ -243,7 +243,7 @@ def test_a_line_that_redis_rejects_keeps_nothing_from_starting(host: Container) 
 
 def test_the_doctor_finds_nothing_wrong(host: Container) -> None:
     """On a sound host without a GPU ``gpuinfer doctor`` ends with 0 and says so to programs too."""
-    host.until("gpuinfer doctor", what="a clean bill of health", timeout=30)
+    host.until("gpuinfer doctor", what="a clean bill of health", timeout=180)
     found = json.loads(host.ok("gpuinfer doctor --json"))
     assert not [finding for finding in found["findings"] if finding["status"] == "error"]
 

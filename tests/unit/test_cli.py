@@ -16,6 +16,7 @@ import pytest
 
 from gpuinfer.cli import COMMANDS
 from tests.services import Process
+from tests.workers import wait_until
 
 pytestmark = pytest.mark.unit
 
@@ -152,7 +153,11 @@ def test_ctrl_c_is_130_without_a_traceback(tmp_path: Path) -> None:
     fifo = tmp_path / "never.toml"
     os.mkfifo(fifo)
     with Process([*GPUINFER, "--config", fifo, "config", "check"], tmp_path / "log") as process:
-        writer = os.open(fifo, os.O_WRONLY)  # returns once the command has opened it, and now it waits
+        writer = os.open(fifo, os.O_WRONLY)  # returns once the command is opening it
+        # It sleeps once it waits to read. Before, the interrupt might come while the collector calls back:
+        # Python prints it there, and goes on.
+        state = Path(f"/proc/{process.pid}/stat")
+        wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "S", timeout=60)
         process.send(signal.SIGINT)
         assert process.wait() == 130
         os.close(writer)
