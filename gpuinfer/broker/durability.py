@@ -214,7 +214,7 @@ def running(client: redis.Redis) -> dict[str, str] | None:
     None where this user may not ask. What the disk of another host keeps is that host's to say.
     """
     try:
-        answer: Any = client.config_get("appendonly", "appendfsync")
+        answer: Any = client.config_get("appendonly", "appendfsync", "dir")
     except ResponseError:  # NOPERM, or a hosted Redis without CONFIG
         return None
     found = {_text(key): _text(value) for key, value in answer.items()}
@@ -226,7 +226,19 @@ def running(client: redis.Redis) -> dict[str, str] | None:
         }
     if mode not in MEANING:
         return {"appendfsync": mode, "means": "a power cut may cost all that the kernel has not written yet"}
-    return {"appendfsync": mode, "means": MEANING[mode]}
+    unsafe = _unsafe_here(client, Path(found.get("dir", "")))
+    return {
+        "appendfsync": mode,
+        "means": f"nothing is promised about a power cut: {unsafe}" if unsafe else MEANING[mode],
+    }
+
+
+def _unsafe_here(client: redis.Redis, folder: Path) -> str:
+    """Return why the folder of a Redis on this host, behind a Unix socket, promises nothing; else empty."""
+    if "path" in client.connection_pool.connection_kwargs:
+        with suppress(OSError):
+            return file_system(folder).unsafe
+    return ""
 
 
 def _text(value: Any) -> str:

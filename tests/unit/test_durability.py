@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -191,6 +192,28 @@ def test_prepare_tells_what_holds(
     assert call(*command, "--measure") == 0
     assert "warning" not in capfd.readouterr().err
     assert durability.recorded(data)["p99_ms"] > 0
+
+
+class Running:
+    """A Redis that runs, and answers CONFIG GET."""
+
+    def __init__(self, **place: object) -> None:
+        self.connection_pool = SimpleNamespace(connection_kwargs=place)
+
+    def config_get(self, *names: str) -> dict[str, str]:
+        return {"appendonly": "yes", "appendfsync": "always", "dir": "/data"}
+
+
+def test_status_promises_no_more_than_the_disk_keeps(disk: Disk) -> None:
+    """What runs here, in memory, has no claim; what another host's disk keeps is that host's to say."""
+    disk.where = FileSystem("tmpfs", "tmpfs tmpfs 0")
+    here: Any = durability.running(cast("Any", Running(path="/run/redis.sock")))
+    assert here["means"] == "nothing is promised about a power cut: tmpfs does not outlive a power cut"
+    there: Any = durability.running(cast("Any", Running(host="queue.example")))
+    assert there["means"] == durability.MEANING["always"]
+    disk.where = DISK
+    here = durability.running(cast("Any", Running(path="/run/redis.sock")))
+    assert here["means"] == durability.MEANING["always"]
 
 
 # -- a full disk ----------------------------------------------------------------------------
