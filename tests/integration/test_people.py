@@ -14,7 +14,7 @@ import pytest
 import redis
 from redis.exceptions import NoPermissionError
 
-from gpuinfer.broker import passwords, rotation
+from gpuinfer.broker import acl, passwords, rotation
 from gpuinfer.client import Client
 from gpuinfer.errors import BrokerRefused, ConfigError
 from gpuinfer.queue import keys
@@ -239,4 +239,34 @@ def test_who_has_no_password_yet_gets_none_by_a_change(
         assert admin.acl_list() == before
     assert passwords.older() == {}
     assert not logs_in(server, "viewer", "")
+    assert server.denied()
+
+
+@pytest.mark.parametrize("step", ["keep_older", "write", "connections", "restart"])
+def test_a_change_that_is_cut_off_is_finished_by_the_next(
+    server: OurRedis, files: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Wherever it ends, Redis and its next start know the password of the file and the old one."""
+    old = PASSWORDS["worker"]
+
+    def cut(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    with server.client() as admin:
+        with monkeypatch.context() as cutting:
+            if step != "restart":
+                cutting.setattr(passwords, step, cut)
+            with pytest.raises(KeyboardInterrupt):
+                rotation.rotate(admin, "worker", running=lambda _: ["unit"], restart=cut)
+        now = (files / "worker").read_text()
+        starts_by = acl.rules(passwords.read(), older=passwords.older())["worker"]
+        for password in {old, now}:
+            assert logs_in(server, "worker", password)
+            assert f"#{acl.digest(password)}" in starts_by
+        done = rotation.rotate(admin, "worker", running=lambda _: [])
+    assert done.complete
+    for password in {old, now}:
+        assert not logs_in(server, "worker", password)
+    assert logs_in(server, "worker", (files / "worker").read_text())
+    assert passwords.older() == {}
     assert server.denied()
