@@ -48,7 +48,8 @@ def read(text: str, binary: Path | str | None = None) -> Users:
         elif words[1] in wanted:
             found.faults.append(f"line {number} names the user {words[1]} a second time")
         else:
-            wanted[words[1]] = (number, line.strip())
+            # By spaces, as it is tried below: in its file Redis takes a tab for a part of a word, and ends.
+            wanted[words[1]] = (number, " ".join(words))
     refused = _refused({name: line for name, (_, line) in wanted.items()}, binary or BINARY)
     for name, (number, line) in wanted.items():
         if name in refused:

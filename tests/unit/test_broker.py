@@ -261,6 +261,17 @@ def test_more_users_that_redis_would_refuse(
     assert text == acl.render(PASSWORDS) + mine + "\n"
 
 
+def test_more_users_by_tabs(
+    credentials: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis reads a file of users by spaces alone, and would not start with this one as it is written."""
+    monkeypatch.setattr(more_users, "BINARY", redis_binary() or "")
+    (tmp_path / "redis-users.acl").write_text("user\treader  on\t~x\xa0+get\x0c\n", encoding="utf-8")
+    assert prepare(folder) == 0
+    text = (folder / "users.acl").read_text(encoding="utf-8")
+    assert text.endswith("\nuser reader on ~x +get\n")
+
+
 # -- local --------------------------------------------------------------------------------
 
 
