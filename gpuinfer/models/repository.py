@@ -180,7 +180,7 @@ class Repository:
         if _taken(target, source) and not force:
             raise UsageError(f"{target} is there already; --force replaces it", "name")
         with self._staged(source, name, init) as staged:
-            _record(staged, expect, trial)
+            _record(staged, expect, trial, opened=init is not None and not (source / MANIFEST_FILE).exists())
             _replace(staged.path, target, staged.path.with_name(".old"))
         return _open_installed(target)
 
@@ -287,12 +287,16 @@ def _taken(target: Path, source: Path) -> bool:
     return target.exists() and not by_hand
 
 
-def _record(staged: ModelFolder, expect: str | None, trial: Trial | None) -> None:
-    """Write the record of a copy. Raises DigestMismatch where another digest was expected."""
+def _record(staged: ModelFolder, expect: str | None, trial: Trial | None, *, opened: bool) -> None:
+    """Write the record of a copy. Raises DigestMismatch where another digest was expected.
+
+    ``opened``: its code was run already, in the sandbox, for the manifest that it lacks.
+    """
     made = record.of(staged.path)
     if expect is not None and made.digest != expect:
+        done = "it was run to write model.toml, and not added" if opened else "it was not opened"
         raise DigestMismatch(
-            f"would have the digest {made.digest}, not {expect}; it was not opened", staged.manifest.name
+            f"would have the digest {made.digest}, not {expect}; {done}", staged.manifest.name
         )
     record.write(staged.path, made)
     if trial is not None:

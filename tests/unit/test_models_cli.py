@@ -212,7 +212,7 @@ def test_a_file_is_added_and_has_run(cli: Cli, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("model.toml"))
     assert cli("run", "upper").startswith('"HELLO"')
     assert cli.json("run", file)["results"] == [{"output": "HELLO"}]
-    with pytest.raises(DigestMismatch):
+    with pytest.raises(DigestMismatch, match=r"it was run to write model.toml, and not added"):
         cli("add", file, "--force", "--expect", "sha256:" + "0" * 64)
     assert digest in cli("add", file, "--force", "--expect", digest, "--untried")
 

@@ -119,7 +119,7 @@ def test_an_expected_digest(repository: Repository, source: Path) -> None:
     assert made is not None
     repository.add(source, force=True, expect=made.digest)
     (source / "beside").touch()
-    with pytest.raises(DigestMismatch, match=f"not {made.digest}") as caught:
+    with pytest.raises(DigestMismatch, match=f"not {made.digest}; it was not opened") as caught:
         repository.add(source, force=True, expect=made.digest)
     assert caught.value.field == "mlp"
     assert verify(repository.get("mlp")) == made.digest
