@@ -89,7 +89,7 @@ def test_model_add_runs_it_as_a_worker_would(host: Container) -> None:
 
 def test_model_run(host: Container) -> None:
     """`gpuinfer model run` reads root's file, and runs the model as the worker's user."""
-    said = json.loads(host.ok("cd /root && gpuinfer model run signer --input one.json --json"))
+    said = json.loads(host.ok("cd / && gpuinfer model run signer --input /root/one.json --json"))
     assert said["results"] == [{"outputs": {"y": 1.5}}]
     assert owner(host) == "gpuinfer-worker"
 
