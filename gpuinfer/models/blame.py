@@ -30,14 +30,22 @@ def blame(exc: BaseException, folder: Path, what: str, otherwise: type[GpuinferE
         if isinstance(error, DeviceError | DeviceOutOfMemory):
             error.__cause__ = exc
             return error
-    # A syntax error's own text ends with the place, too.
-    text = str((exc.msg if isinstance(exc, SyntaxError) else None) or exc).strip()
-    text = text if len(text) <= _MOST else f"{text[:_MOST]}…"
-    said = f"{type(exc).__name__}: {text}" if text else type(exc).__name__
+    said = described(exc)
     place = location(exc, folder)
     error = otherwise(f"{what}: {said} ({place})" if place else f"{what}: {said}")
     error.__cause__ = exc
     return error
+
+
+def described(exc: BaseException) -> str:
+    """Return ``type: message`` of any exception, also of one whose own code fails to say it."""
+    try:
+        # A syntax error's own text ends with the place, too.
+        text = str((exc.msg if isinstance(exc, SyntaxError) else None) or exc).strip()
+    except Exception as failure:
+        text = f"its message cannot be read ({type(failure).__name__})"
+    text = text if len(text) <= _MOST else f"{text[:_MOST]}…"
+    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
 
 
 def location(exc: BaseException, folder: Path) -> str:

@@ -18,11 +18,12 @@ def cores() -> int:
 
 
 class Crew:
-    """Runs jobs, which must not raise, on ``size`` threads."""
+    """Runs jobs on ``size`` threads. They must not raise: ``broken`` is called with what one raises."""
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, broken: Callable[[BaseException], None]) -> None:
         self.size = size
         self._name = name
+        self._broken = broken
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
@@ -42,5 +43,8 @@ class Crew:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except BaseException as exc:  # somebody waits for this job for ever
+                self._broken(exc)
             del job  # and what it holds, before the next one comes

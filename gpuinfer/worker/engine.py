@@ -14,6 +14,7 @@ from typing import Any
 
 from gpuinfer.errors import DeviceOutOfMemory, GpuinferError, InferenceError, TaskRevoked
 from gpuinfer.log import get_logger
+from gpuinfer.models.blame import described
 from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.sections import Errors
 from gpuinfer.worker import failures
@@ -85,12 +86,12 @@ class Engine:
         #: When a pass, a probe, or a step of an input ended or began last, on the monotonic clock: what the
         #: watchdog looks at. And when the batch that runs began, or its last pass.
         self.moved_at = self.began_at = time.monotonic()
-        self.pipeline = Pipeline(deadline, threads or cores(), self._moved)
+        self.pipeline = Pipeline(deadline, threads or cores(), self._moved, self._broke)
         #: A model whose GPU is tried while the worker is idle; None on a CPU, which does not get lost.
         self._tried = next((model for model in models.values() if model.device != "cpu"), None)
         #: True while a probe runs, and for good after one that failed: nothing is claimed or begun.
         self.probing = False
-        #: What a probe found, when the GPU cannot go on.
+        #: What a probe found, when the GPU cannot go on; or what has ended a thread: the process must end.
         self.failed: GpuinferError | None = None
         self._told_full = False
         self._awaited = False
@@ -112,6 +113,11 @@ class Engine:
     def batches(self) -> list[Batch]:
         """All that were handed over and not collected, the oldest first."""
         return [run.batch for run in self._runs]
+
+    @property
+    def on_account(self) -> list[Batch]:
+        """What a death is charged to: what was handed over, and what was withdrawn while it was prepared."""
+        return [*self.batches, *self.pipeline.strays()]
 
     @property
     def ahead(self) -> Batch | None:
@@ -186,14 +192,24 @@ class Engine:
         self._awaited = False
         if done is None and not self.done.empty():  # it came just now, and perhaps without a wake
             done = self.done.get()
+        if not self.done.empty():  # and so has the next
+            self.wake()
         return done
+
+    def next_done(self) -> Done | None:
+        """Wait for the batch that runs, and take it; None when a thread has failed and it never ends."""
+        while True:
+            with suppress(queue.Empty):
+                return self.done.get(timeout=1.0)
+            if self.failed is not None:
+                return None
 
     def close(self) -> None:
         """End the thread after the batch that runs; one whose probe hangs is left behind."""
         self._tried = None
-        self.pipeline.close()
         self._jobs.put(None)
-        self._thread.join(PROBE_PATIENCE_S if self.probing else None)
+        self._thread.join(PROBE_PATIENCE_S if self.probing or self.failed is not None else None)
+        self.pipeline.close()  # not before: the batch that runs needs it
 
     def _probe(self, model: LoadedModel) -> None:
         """Try the GPU. One that is full is not lost: another program holds its memory, and that may pass."""
@@ -208,6 +224,12 @@ class Engine:
         self.probing = self.failed is not None
         self.probed()
 
+    def _broke(self, exc: BaseException) -> None:
+        """A mistake of ours, or nonsense of a model's: what waits for this thread would do so for ever."""
+        log.critical("thread_failed", thread=threading.current_thread().name, exc_info=exc)
+        self.failed = GpuinferError(f"a thread of the worker has failed: {type(exc).__name__}")
+        self.probed()
+
     # -- the device thread ----------------------------------------------------------------
 
     def _moved(self) -> None:
@@ -218,10 +240,13 @@ class Engine:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if not isinstance(job, Run):
-                job()
-            elif job.gate.acquire(blocking=False):  # else it was withdrawn
-                self._run_batch(job)
+            try:
+                if not isinstance(job, Run):
+                    job()
+                elif job.gate.acquire(blocking=False):  # else it was withdrawn
+                    self._run_batch(job)
+            except BaseException as exc:
+                self._broke(exc)
             del job
 
     def _run_batch(self, run: Run) -> None:
@@ -237,11 +262,11 @@ class Engine:
             self._finish_here(run, outcomes)
         except GpuinferError as exc:  # the device itself failed
             self._end(run, [], time.monotonic() - started, exc)
-        except Exception as exc:
+        except BaseException as exc:
             batch = run.batch
             ids = [task.id for task in batch.tasks]
             log.exception("batch_failed", model=batch.model, batch_size=batch.size, task_ids=ids)
-            outcomes = [InferenceError(f"{type(exc).__name__}: {exc}")] * batch.size
+            outcomes = [InferenceError(described(exc))] * batch.size
             self._end(run, outcomes, time.monotonic() - started)
         else:
             self._end(run, outcomes, time.monotonic() - started)
@@ -307,5 +332,5 @@ def _each(call: Callable[[Sequence[Any]], Sequence[Any]], values: Sequence[Any])
         return list(call(values)) if values else []
     except Exception as exc:
         if len(values) == 1:
-            return [exc if isinstance(exc, GpuinferError) else InferenceError(f"{type(exc).__name__}: {exc}")]
+            return [exc if isinstance(exc, GpuinferError) else InferenceError(described(exc))]
         return [outcome for value in values for outcome in _each(call, [value])]

@@ -8,17 +8,22 @@
 Each input is prepared by itself, under its batch's time limits; one that fails there never reaches the
 device. What is prepared and waits for the device takes up to PREPARED_BYTES a batch; the rest is prepared
 as the device takes it. One batch is on the device, at most one is ahead of it, at most one is being finished.
+No thread of these ever waits for another input: one for which there is no room is put aside, and queued again
+when the device takes some.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakSet
 
 from gpuinfer.errors import GpuinferError, InferenceError, TaskRevoked
+from gpuinfer.models.blame import described
 from gpuinfer.models.context import Work, working
 from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.worker.buffer import Batch
@@ -31,8 +36,8 @@ PREPARED_BYTES = 256 * 1024 * 1024
 #: How many values within a prepared input are counted.
 _COUNTED = 1000
 
-#: ``waiting``: nobody prepares it before its batch is handed over again.
-_Stage = Literal["waiting", "queued", "begun", "ready"]
+#: ``waiting``: nobody prepares it before its batch is handed over again; ``aside``: before there is room.
+_Stage = Literal["waiting", "queued", "aside", "begun", "ready"]
 
 
 class Slot:
@@ -100,13 +105,22 @@ def _note_progress(tasks: Sequence[Task], fraction: float) -> None:
 class Pipeline:
     """The threads before and behind the device. ``enter`` and ``leave`` are for the main thread."""
 
-    def __init__(self, deadline: Deadline, threads: int, moved: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        deadline: Deadline,
+        threads: int,
+        moved: Callable[[], None],
+        broken: Callable[[BaseException], None],
+    ) -> None:
         self._deadline = deadline
-        self._before = Crew("prepare", threads)
-        self._behind = Crew("finish", threads)
+        self._before = Crew("prepare", threads, broken)
+        self._behind = Crew("finish", threads, broken)
         #: Called whenever an input has made a step.
         self._moved = moved
         self._changed = threading.Condition()
+        #: Withdrawn batches that a thread may still prepare an input of; tasks that keep what is prepared.
+        self._strays: list[Run] = []
+        self._keeping: WeakSet[Task] = WeakSet()
         #: One batch is finished at a time: the device waits where that is slower.
         self._finishing = threading.Semaphore(1)
         #: Model -> seconds that preparing one input takes, a moving average.
@@ -133,13 +147,33 @@ class Pipeline:
                     self._before.put(partial(self._prepare, slot))
 
     def leave(self, run: Run) -> None:
-        """Prepare nothing more of a batch that was withdrawn; what is prepared is kept with its task."""
+        """Prepare nothing more of a batch that was withdrawn; what is prepared is kept with its task.
+
+        All that is kept takes up to PREPARED_BYTES; the rest is prepared again.
+        """
         with self._changed:
             for slot in run.slots or ():
                 slot.run = None
-                if slot.stage == "queued":
+                if slot.stage in ("queued", "aside"):
                     slot.stage = "waiting"
-            self._changed.notify_all()
+            self._strays.append(run)
+            self._keeping.update(run.tasks)
+            self._drop_beyond(PREPARED_BYTES)
+
+    def _drop_beyond(self, most: int) -> None:
+        for task in self._keeping:
+            for slot in (task.prepared or {}).values():
+                if slot.run is None and slot.stage == "ready":
+                    most -= slot.size
+                    if most < 0:
+                        slot.item, slot.size, slot.stage = None, 0, "waiting"
+
+    def strays(self) -> list[Batch]:
+        """Return the withdrawn batches that a thread still prepares an input of: it may end the process."""
+        if self._strays:
+            with self._changed:
+                self._strays = [run for run in self._strays if _is_stray(run)]
+        return [run.batch for run in self._strays]
 
     def take(self, run: Run, first: int, until: int) -> list[Any]:
         """Wait for the inputs ``first`` to ``until`` of the batch that runs; return their items or errors.
@@ -149,6 +183,7 @@ class Pipeline:
         slots = run.slots or []
         with self._changed:
             run.first, run.until = first, until
+            self._resume(run)
             run.missing = sum(slot.stage != "ready" for slot in slots[first:until])
             while run.missing and not (run.bytes >= PREPARED_BYTES and slots[first].stage == "ready"):
                 self._changed.wait()
@@ -157,23 +192,31 @@ class Pipeline:
             run.first = stop
             for slot in taken:
                 run.bytes -= slot.size
+                slot.run = None  # no circle holds the batch and its inputs until Python looks for circles
                 if slot.task.prepared is not None:
                     slot.task.prepared.pop(slot.index, None)
-            self._changed.notify_all()
+            self._resume(run)
         items = [slot.item for slot in taken]
         for slot in taken:
             slot.item = None
         return items
 
+    def _resume(self, run: Run) -> None:
+        """Queue the inputs again that there was no room for, where there is now."""
+        for slot in (run.slots or ())[run.first :]:
+            if slot.stage == "aside" and not self._full(slot, run):
+                slot.stage = "queued"
+                self._before.put(partial(self._prepare, slot))
+
     def _prepare(self, slot: Slot) -> None:
         """Prepare one input, in a thread before the device."""
         with self._changed:
-            while slot.stage == "queued" and slot.run is not None and self._full(slot, slot.run):
-                self._changed.wait()
             run = slot.run
             if slot.stage != "queued" or run is None:
                 return
-            slot.stage = "begun"
+            slot.stage = "aside" if self._full(slot, run) else "begun"
+            if slot.stage == "aside":
+                return
         self._moved()
         item = self._prepared(run, slot)
         size = size_of(item)
@@ -203,15 +246,14 @@ class Pipeline:
         return item
 
     def _limited(self, run: Run, task: Task, call: Callable[[], Sequence[Any]]) -> Any:
-        """Run a model's code for one input, under the batch's limits; its only value, or its error."""
-        batch = run.batch
+        """Run a model's code for one input, under its task's own limits; its only value, or its error."""
         try:
             with working(run.work([task])):
-                (made,) = self._deadline.run(batch.soft_limit_s, batch.hard_limit_s, call, about=[task])
+                (made,) = self._deadline.run(task.soft_limit_s, task.hard_limit_s, call, about=[task])
         except GpuinferError as exc:
             return exc
-        except Exception as exc:
-            error = InferenceError(f"{type(exc).__name__}: {exc}")
+        except BaseException as exc:  # whatever a model raises is its own failure
+            error = InferenceError(described(exc))
             error.__cause__ = exc
             return error
         return made
@@ -269,6 +311,10 @@ class _Left:
             return self._count == 0
 
 
+def _is_stray(run: Run) -> bool:
+    return any(slot.stage == "begun" and slot.run is None for slot in run.slots or ())
+
+
 def _slot(task: Task, index: int) -> Slot:
     """Return a task's slot for one of its inputs: the same one for as long as it is not taken."""
     if task.prepared is None:
@@ -283,14 +329,20 @@ def size_of(value: Any) -> int:
     """Return about how many bytes a prepared input takes."""
     total, left = 0, _COUNTED
     stack = [value]
+    seen = set()
     while stack and left:
         one = stack.pop()
         left -= 1
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
         size = getattr(one, "nbytes", None)  # numpy, torch
         if isinstance(size, int):
             total += size
-        elif isinstance(one, dict):
+        elif isinstance(one, Mapping):
             stack += one.values()
+        elif is_dataclass(one) and not isinstance(one, type):
+            stack += (getattr(one, part.name, None) for part in fields(one))
         elif isinstance(one, list | tuple | set | frozenset):
             stack += one if len(one) <= left else list(one)[:left]
         elif hasattr(one, "getbands") and hasattr(one, "size"):  # PIL

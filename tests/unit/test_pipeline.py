@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gpuinfer.errors import InferenceError, InputError, SoftTimeLimitExceeded, TaskRevoked
@@ -84,14 +89,14 @@ def engine(model: Steps, hard: list[list[Task]]) -> Iterator[Engine]:
     deadline.close()
 
 
-def work(value: Any, number: int = 1) -> Task:
+def work(value: Any, number: int = 1, soft_s: float = 10, hard_s: float = 20) -> Task:
     envelope = Envelope({}, {}, {}, "gpuinfer.predict", f"task-{number}", 0, 0)
     claimed = Claimed(number, "realtime", 9, b"")
-    return Task(claimed, envelope, "steps", [value], None, "list", 10, 20, None)
+    return Task(claimed, envelope, "steps", [value], None, "list", soft_s, hard_s, None)
 
 
 def batch(values: Sequence[Any], soft_s: float = 10, hard_s: float = 20) -> Batch:
-    parts = tuple(Part(work(value, number), 0, 1) for number, value in enumerate(values))
+    parts = tuple(Part(work(value, number, soft_s, hard_s), 0, 1) for number, value in enumerate(values))
     return Batch("steps", parts, soft_s, hard_s)
 
 
@@ -322,3 +327,158 @@ def test_a_size_that_nobody_tried_is_doubled() -> None:
     for _ in range(TRIED_AFTER):
         sizes.passed("m", 8)
     assert sizes.limit("m") == 8
+
+
+def test_an_urgent_batch_is_prepared_when_memory_is_full(
+    engine: Engine, model: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is first in what it was joined to: no thread waits for the room that only it can make."""
+    monkeypatch.setattr(pipeline, "PREPARED_BYTES", 1000)
+    monkeypatch.setattr(pipeline, "size_of", lambda _: 600)
+    go_on = threading.Event()
+    model.on_pass = lambda items: go_on.wait(LONG_S) and list(items)
+    engine.submit(batch([0]))
+    until(lambda: model.passes)
+    first = batch(range(1, 21))
+    engine.submit(first)
+    until(lambda: len(model.prepared) >= 3)
+    for number in range(100, 150):
+        assert engine.withdraw() is not None
+        urgent = Batch("steps", (Part(work(number, number), 0, 1), *first.parts), 10, 20)
+        engine.submit(urgent)
+    go_on.set()
+    collect(engine)
+    assert [outcome["output"] for outcome in collect(engine).outcomes] == [149, *range(1, 21)]
+
+
+def test_what_withdrawn_batches_keep_is_bounded(
+    engine: Engine, model: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what was overtaken again and again no more is kept than one batch may have; the rest is repeated."""
+    monkeypatch.setattr(pipeline, "PREPARED_BYTES", 1000)
+    monkeypatch.setattr(pipeline, "size_of", lambda _: 400)
+    go_on = threading.Event()
+    model.on_pass = lambda items: go_on.wait(LONG_S) and list(items)
+    engine.submit(batch([0]))
+    until(lambda: model.passes)
+    overtaken = [batch([number, number + 1]) for number in range(1, 21, 2)]
+    for one in overtaken:
+        count = len(model.prepared)
+        engine.submit(one)
+        until(lambda count=count: len(model.prepared) == count + 2)  # type: ignore[misc]
+        until(lambda one=one: all(task.prepared[0].stage == "ready" for task in one.tasks))  # type: ignore[misc]
+        engine.withdraw()
+    slots = [slot for one in overtaken for task in one.tasks for slot in (task.prepared or {}).values()]
+    assert sum(slot.item is not None for slot in slots) == 2
+    engine.submit(overtaken[0])
+    go_on.set()
+    collect(engine)
+    assert [outcome["output"] for outcome in collect(engine).outcomes] == [1, 2]
+
+
+def test_what_a_withdrawn_batch_still_prepares_is_on_account(engine: Engine, model: Steps) -> None:
+    """A thread that is in there cannot be called back, and may end the process yet."""
+    go_on, slow = threading.Event(), threading.Event()
+    model.on_pass = lambda items: go_on.wait(LONG_S) and list(items)
+    model.on_prepare = lambda item: (slow.wait(LONG_S) if item else True) and item
+    engine.submit(batch([0]))
+    until(lambda: model.passes)
+    ahead = batch([1])
+    engine.submit(ahead)
+    until(lambda: ahead.tasks[0].prepared[0].stage == "begun")  # type: ignore[index]
+    engine.withdraw()
+    assert engine.on_account == [*engine.batches, ahead]
+    go_on.set()
+    collect(engine)
+    assert engine.on_account == [ahead]
+    slow.set()
+    until(lambda: not engine.on_account)
+
+
+def test_a_batch_that_has_ended_is_let_go(engine: Engine, model: Steps) -> None:
+    """Its inputs may be large: they do not wait for Python to look for circles."""
+    gc.collect()
+    gc.disable()
+    try:
+        submitted = batch([1, 2])
+        tasks = [weakref.ref(task) for task in submitted.tasks]
+        engine.submit(submitted)
+        collect(engine)
+        del submitted
+        until(lambda: not any(task() for task in tasks))
+    finally:
+        gc.enable()
+
+
+def test_a_neighbours_limit_is_not_held_against_an_input(engine: Engine, model: Steps) -> None:
+    """The batch has the smallest of its tasks' limits; a step of one input has its own task's."""
+    model.on_prepare = lambda item: threading.Event().wait(0.2 if item == 2 else 0) or item
+    parts = tuple(Part(work(value, value), 0, 1) for value in (1, 2))
+    engine.submit(Batch("steps", parts, 0.05, 20))
+    assert [type(outcome) for outcome in collect(engine).outcomes] == [dict, dict]
+
+
+@pytest.mark.parametrize("step", ["on_prepare", "on_pass", "on_finish"])
+def test_a_model_may_raise_whatever_it_likes(engine: Engine, model: Steps, step: str) -> None:
+    """Also what does not say what it is, and what is no Exception: the input fails, the threads go on."""
+
+    class Unsayable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    class Odd(BaseException):
+        pass
+
+    works = getattr(model, step)
+    for error in (Unsayable, Odd):
+
+        def fail(_: object, error: type[BaseException] = error) -> None:
+            raise error
+
+        setattr(model, step, fail)
+        engine.submit(batch([1]))
+        (outcome,) = collect(engine).outcomes
+        assert isinstance(outcome, InferenceError)
+        assert error.__name__ in str(outcome)
+    setattr(model, step, works)
+    engine.submit(batch([1]))
+    assert collect(engine).outcomes == [{"output": 1}]
+    assert engine.failed is None
+
+
+def test_a_thread_that_fails_ends_the_worker(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a mistake of ours: its batch would never end, and so the process does, with its tasks put back."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(engine, "_end", broken)
+    engine.submit(batch([1]))
+    assert engine.next_done() is None
+    assert "ZeroDivisionError" in str(engine.failed)
+
+
+def test_each_end_is_told(engine: Engine) -> None:
+    """Of two batches that end while somebody waits for the first, the second is told."""
+    woken: list[bool] = []
+    engine.wake = lambda: woken.append(True)
+    ends = [Done(batch([number]), [], 0.0) for number in range(2)]
+    for end in ends:
+        engine.done.put(end)
+    assert engine.wait(LONG_S) is ends[0]
+    assert woken == [True]
+    assert engine.wait(LONG_S) is ends[1]
+    assert woken == [True]
+
+
+def test_the_size_of_what_is_prepared_is_seen_in_whatever_holds_it() -> None:
+    """Arrays in dictionaries, data classes and lists count; what is there twice counts once."""
+
+    @dataclass
+    class Holder:
+        value: Any
+        files: tuple[str, ...] = ()
+
+    array = np.zeros(1_000_000, np.uint8)
+    for value in (array, [array, array], {"a": array}, UserDict(a=array), Holder(array), [Holder([array])]):
+        assert 1_000_000 <= pipeline.size_of(value) < 1_010_000

@@ -18,6 +18,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -83,13 +84,12 @@ def _signature(cls: type, manifest: Manifest) -> tuple[Signature, tuple[Typed, .
     return signatures.from_class(cls, batchable=manifest.batchable)
 
 
+@dataclass(slots=True)
 class _Held:
     """An item or output together with the temporary files that it may point to."""
 
-    __slots__ = ("files", "value")
-
-    def __init__(self, value: Any, files: tuple[TemporaryFile, ...]) -> None:
-        self.value, self.files = value, files
+    value: Any
+    files: tuple[TemporaryFile, ...]
 
 
 def _with_files(item: dict[str, Any]) -> Any:
