@@ -20,6 +20,7 @@ from typing import Any
 import redis
 
 from gpuinfer.errors import (
+    DeviceError,
     GpuinferError,
     ResultTooLarge,
     SoftTimeLimitExceeded,
@@ -130,6 +131,7 @@ class Batcher:
             or self._buffer.ready
             or self._intake.waiting
             or self._outbox.unsettled
+            or self.engine.on_account
         )
         return "free" if held else "idle"
 
@@ -253,7 +255,7 @@ class Batcher:
             return
         came = len(claims) + len(self._intake.waiting)
         room = BUFFER_BYTES - self._buffer.size
-        tasks, finals, unread = self._intake.read(self.channel, claims, self.engine.batches, room)
+        tasks, finals, unread = self._intake.read(self.channel, claims, self.engine.on_account, room)
         self._buffer.add_all(tasks)
         if finals:
             self._settle(finals)
@@ -270,12 +272,20 @@ class Batcher:
         self._put_back(tasks, unread)
 
     def _put_back(self, tasks: Sequence[Task], unread: Sequence[Claimed]) -> None:
-        """Put tasks of the buffer back for other workers, and those that were not read."""
+        """Put tasks of the buffer back for other workers, and those that were not read.
+
+        Not those that a thread still prepares: a death in there must be on their account.
+        """
+        strays = self._strays()
+        tasks = [task for task in tasks if task not in strays]
         self._buffer.remove(tasks)
         for task in tasks:
             self._celery.finished(task, None)
         self._outbox.release([*tasks, *unread])
         task_log.handed_back(tasks, len(unread))
+
+    def _strays(self) -> set[Task]:
+        return {task for batch in self.engine.pipeline.strays() for task in batch.tasks}
 
     # -- feeding --------------------------------------------------------------------------
 
@@ -312,9 +322,9 @@ class Batcher:
 
     def _may_start(self, batch: Batch) -> bool:
         """Tell whether a batch may be handed over now. One with a death on its account runs by itself."""
-        if self.engine.current is None:
-            return True
-        return self.engine.takes(batch) and not self._suspect([batch])
+        if self._suspect([batch]):
+            return not self.engine.on_account
+        return self.engine.takes(batch)
 
     @staticmethod
     def _suspect(batches: Iterable[Batch]) -> bool:
@@ -326,14 +336,14 @@ class Batcher:
         if batch is None:
             return False
         for task in batch.tasks:
-            if not task.outcomes and not task.retries and not task.ran_s:
+            if not task.outcomes and not task.retries and not task.ran_s and not task.alone:
                 task.time_start = None
             self._buffer.add(task)
         return True
 
     def _start(self, batch: Batch) -> bool:
         """Begin a batch. Returns False when Redis is away: the batch stays in the buffer."""
-        ended = self._outbox.begin(batch, self.engine.batches)
+        ended = self._outbox.begin(batch, self.engine.on_account)
         if ended is None:
             return False
         if ended:  # cancelled, or finished by an earlier delivery
@@ -414,7 +424,7 @@ class Batcher:
             self._on_fatal(done.fatal)
             return
         if any(task.envelope.deaths for task in done.batch.tasks):
-            self._outbox.note_reading(self.engine.batches)  # the next death is not its own doing any more
+            self._outbox.note_reading(self.engine.on_account)  # the next death is not its own doing any more
         try:
             if done.complete:  # before the results are written: the device need not wait for that
                 self._overtake(done)
@@ -512,14 +522,16 @@ class Batcher:
 
     def _settle(self, finals: list[Final]) -> None:
         """Write final states, and that nothing runs when that is so."""
-        self._outbox.settle(finals, idle=self.engine.current is None and not self._crashed)
+        idle = self.engine.current is None and not self._crashed
+        self._outbox.settle(finals, idle=idle and not self.engine.pipeline.strays())
 
     # -- from start to end ----------------------------------------------------------------
 
     def tick(self) -> None:
         """Look after what waits for time, for Redis or for a probe. Called a few times a second."""
         if self.engine.failed is not None:
-            task_log.device_lost(self.engine.failed, self.device)
+            if isinstance(self.engine.failed, DeviceError):
+                task_log.device_lost(self.engine.failed, self.device)
             self._on_fatal(self.engine.failed)
             return
         self._settle([])
@@ -533,7 +545,7 @@ class Batcher:
         if (
             running is not None
             and self._taken_back.isdisjoint(task.seq for task in running.tasks)  # else it waits again
-            and self._outbox.mark_started(running, self._wall(), self.engine.batches)
+            and self._outbox.mark_started(running, self._wall(), self.engine.on_account)
         ):
             self._lines.batch_running(running, self.device)
         if running is not None:
@@ -581,15 +593,19 @@ class Batcher:
         if self.channel is not None:
             self.channel.withdraw()
         self._withdraw()
-        tasks = self._buffer.clear()
-        self._outbox.release([*tasks, *self._intake.waiting])
+        tasks, strays = self._buffer.clear(), self._strays()
+        self._outbox.release([*(task for task in tasks if task not in strays), *self._intake.waiting])
         self._intake.waiting = []
         while self.engine.current is not None:
-            done = self.engine.done.get()
+            done = self.engine.next_done()
+            if done is None:
+                self._on_fatal(self.engine.failed or GpuinferError("the batch that runs does not end"))
+                return
             self.engine.collected(done)
             self._settle(self._outcomes(done))
             self._lines.batch_done(done, self.device)
             self._outbox.release(self._buffer.clear())  # with slices left
+        self._outbox.release([task for task in tasks if task in strays])
         self._lines.tick(self.device, last=True)
         self.engine.close()
         # Before it has begun an epoch, what is kept under its name may be another one's.

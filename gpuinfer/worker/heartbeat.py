@@ -163,7 +163,7 @@ class Pulse:
         batch = engine.current
         if batch is None and not engine.probing:
             return False
-        limit_s = batch.hard_limit_s if batch is not None else 0.0
+        limit_s = max((task.hard_limit_s for batch in engine.batches for task in batch.tasks), default=0.0)
         return now - engine.moved_at > limit_s + STUCK_GRACE_S
 
     def _stands(self, now: float) -> str:
@@ -178,7 +178,8 @@ class Pulse:
         batch = self._batcher.engine.current
         rest = f"finishing a batch of {batch.size}" if batch is not None else "handing tasks back"
         self._notifier.notify(f"STOPPING=1\nSTATUS={self._what()}: {rest}")
-        extend(self._notifier, (batch.hard_limit_s if batch is not None else 0.0) + DRAIN_ALLOWANCE_S)
+        left_s = sum(one.hard_limit_s for one in self._batcher.engine.batches)  # each takes its time
+        extend(self._notifier, left_s + DRAIN_ALLOWANCE_S)
         if not self._away:
             self._write("draining", 0.0)
 

@@ -499,3 +499,50 @@ def test_a_neighbours_smaller_limit_fails_nobody(batcher: Batcher, client: Clien
         "completed" if limit > 12 else "failed" for limit in limits
     ]
     assert model.sizes == [1, 1, 1]
+
+
+def test_what_is_still_prepared_is_not_given_away(batcher: Batcher, client: Client, model: Small) -> None:
+    """Withdrawn behind a batch that takes too long, and at a stop: while a thread is in there, a death would be
+    on its account. It goes back at the end, with no death on its record."""
+    go_on, begun, slow, plain = threading.Event(), threading.Event(), threading.Event(), model.prepare
+
+    def prepare(values: Any) -> Any:
+        if list(values) == [[7.0]]:
+            begun.set()
+            slow.wait(60)
+        return plain(values)
+
+    model.prepares, model.prepare = True, prepare
+    model.prepares_these = lambda values: True  # noqa: ARG005  # its name is part of the type
+    model.watch = lambda: go_on.wait(60)
+    assert batcher.channel is not None
+    batcher._batch_s["picky"] = 0.001
+    first = client.submit([1.0], model="picky")
+    batcher.channel.claim()
+    batcher.engine.began_at = time.monotonic() + 5
+    later = client.submit([7.0], model="picky")
+    assert batcher.channel.claim() == 1
+    assert begun.wait(60)
+    store = batcher.store
+    batcher.engine.began_at -= 30
+    batcher.tick()
+    assert store.client.llen("realtime") == 0
+    assert len(batcher.held()) == 2
+    record = store.client.hget(store.inflight, "running") or b""
+    assert len(record.split()) == 2
+    model.watch = lambda: None
+    waiting: list[int] = []
+    ended = batcher.engine.next_done
+
+    def next_done() -> Any:
+        waiting.append(store.client.llen("realtime"))
+        go_on.set()
+        return ended()
+
+    batcher.engine.next_done = next_done  # type: ignore[method-assign]
+    batcher.drain(1.0)
+    slow.set()
+    assert (waiting, client.status(first).state) == ([0], "completed")
+    assert store.client.llen("realtime") == 1
+    (again,) = store.claim(1)
+    assert (decode(again.payload).id, decode(again.payload).deaths) == (later, 0)

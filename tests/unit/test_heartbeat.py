@@ -66,7 +66,7 @@ class Setup:
     def __init__(self, **environ: str) -> None:
         self.notes, self.clock = Notes(), Clock()
         store = Store(redis.Redis(unix_socket_path=NOBODY), "gpu0@test", ["realtime"], QueueSettings())
-        self.engine: Any = SimpleNamespace(current=None, probing=False, moved_at=self.clock.now)
+        self.engine: Any = SimpleNamespace(current=None, batches=[], probing=False, moved_at=self.clock.now)
         batcher: Any = SimpleNamespace(
             store=store, engine=self.engine, models={"b": 1, "a": 2}, device="gpu0", done=0, closed=False
         )
@@ -86,8 +86,11 @@ class Setup:
             model="a",
             hard_limit_s=hard_limit_s,
             size=size,
-            tasks=[SimpleNamespace(id=f"t{number}") for number in range(size)],
+            tasks=[
+                SimpleNamespace(id=f"t{number}", hard_limit_s=hard_limit_s + number) for number in range(size)
+            ],
         )
+        self.engine.batches = [self.engine.current]
         self.engine.moved_at = self.clock.now
 
     def beat_for(self, seconds: float) -> list[str]:
@@ -279,6 +282,9 @@ def test_stopping(setup: Setup) -> None:
     setup.pulse.stopping()
     busy = ["STOPPING=1", "STATUS=a, b on gpu0: finishing a batch of 7"]
     assert setup.notes.take() == [*busy, f"EXTEND_TIMEOUT_USEC={int((300 + DRAIN_ALLOWANCE_S) * 1e6)}"]
+    setup.engine.batches *= 2
+    setup.pulse.stopping()
+    assert setup.notes.take() == [*busy, f"EXTEND_TIMEOUT_USEC={int((600 + DRAIN_ALLOWANCE_S) * 1e6)}"]
 
 
 def test_drain_tells_once(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
