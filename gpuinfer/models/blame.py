@@ -60,6 +60,13 @@ def location(exc: BaseException, folder: Path) -> str:
     return found
 
 
+def root(exc: BaseException) -> BaseException:
+    """Return the first of an exception's causes; itself without one."""
+    while exc.__cause__ is not None:
+        exc = exc.__cause__
+    return exc
+
+
 def without_trace(exc: GpuinferError) -> GpuinferError:
     """Let go of the frames that an error holds, and with them of inputs, files and tensors."""
     exc.__traceback__ = exc.__cause__ = exc.__context__ = None

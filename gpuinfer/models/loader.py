@@ -40,6 +40,8 @@ def load(folder: ModelFolder, device: str, *, threads: int = 0) -> LoadedModel:
         except Exception as exc:
             error = translate(exc, ModelLoadError, f"{folder.artefact} is not loaded")
             error = ModelLoadError(error.message, name) if isinstance(error, ModelLoadError) else error
+            if error is exc:  # with its own cause
+                raise
             raise error from exc
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gpuinfer.errors import DeviceError, GpuinferError, ModelLoadError
 from gpuinfer.log import get_logger
-from gpuinfer.models import words
+from gpuinfer.models import blame, words
 from gpuinfer.models.repository import Repository
 from gpuinfer.settings import Settings
 
@@ -63,9 +63,15 @@ def _load(settings: Settings, name: str, device: str) -> tuple[LoadedModel, int]
 
     started = time.monotonic()
     folder = Repository(settings.models.folders).get(name)
-    model = load(folder, device, threads=settings.worker.threads)
-    wanted = model.manifest.max_batch_size
-    fits = model.warm_up(min(wanted, settings.worker.max_batch_size or wanted))
+    try:
+        model = load(folder, device, threads=settings.worker.threads)
+        wanted = model.manifest.max_batch_size
+        fits = model.warm_up(min(wanted, settings.worker.max_batch_size or wanted))
+    except GpuinferError as exc:
+        own = blame.root(exc)
+        if own is not exc and blame.location(own, folder.path):
+            log.error("model_failed", model=name, reason=exc.message, exc_info=blame.told(own))
+        raise
     took = round((time.monotonic() - started) * 1000)
     log.info("model_loaded", model=name, device=device, max_batch_size=fits, duration_ms=took)
     for warning in model.warnings:
