@@ -128,6 +128,7 @@ STATUS: JsonSchema = {
         "result": {"description": "There when completed."},
         "error": {**ERROR["properties"]["error"], "description": "There when failed, expired or revoked."},
         "worker": {"type": "string", "description": "The worker that began or ended it, where known."},
+        "progress": {"type": "number", "description": "How much is done, 0 to 1, where its model tells."},
         "redelivered": {"type": "boolean", "description": "true when this was not its first execution."},
     },
 }

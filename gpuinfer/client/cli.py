@@ -128,7 +128,9 @@ def _show(statuses: Sequence[TaskStatus], as_json: bool) -> int:
 def _words(status: TaskStatus) -> str:
     if status.state == "completed":
         return one_line(status.result)
-    return f"{status.state}: {status.error} ({status.error.code})" if status.error else status.state
+    if status.error is not None:
+        return f"{status.state}: {status.error} ({status.error.code})"
+    return status.state if status.progress is None else f"{status.state}: {status.progress:.0%} done"
 
 
 def _exit_code(status: TaskStatus, *, waited: bool) -> int:

@@ -47,6 +47,8 @@ class TaskStatus:
     redelivered: bool = False
     #: Which worker began or ended it, where known.
     worker: str | None = None
+    #: How much of it is done, 0 to 1, while it runs and where its model tells.
+    progress: float | None = None
     #: When it was submitted, began and ended, as its meta has it: unchecked, see ``moment``.
     sent_at: Any = None
     began_at: Any = None
@@ -65,6 +67,8 @@ class TaskStatus:
             body["error"] = self.error.to_dict()
         if self.worker:
             body["worker"] = self.worker
+        if self.progress is not None:
+            body["progress"] = self.progress
         if self.redelivered:
             body["redelivered"] = True
         return body
@@ -111,9 +115,12 @@ def _clean(value: Any) -> Any:
     return str(value).encode(errors="backslashreplace").decode()
 
 
-def started(task_id: str, worker: str, pid: int) -> bytes:
-    """Return the meta of a task that has begun."""
-    return dump({"status": "STARTED", "result": {"pid": pid, "hostname": worker}, "task_id": task_id})
+def started(task_id: str, worker: str, pid: int, progress: float | None = None) -> bytes:
+    """Return the meta of a task that has begun; ``progress``: how much of it is done, 0 to 1, where known."""
+    about: dict[str, Any] = {"pid": pid, "hostname": worker}
+    if progress is not None:
+        about["progress"] = progress
+    return dump({"status": "STARTED", "result": about, "task_id": task_id})
 
 
 #: When a task was submitted and began to run: ``sent_at`` and ``began_at``, in seconds since the epoch.
@@ -196,9 +203,9 @@ def from_body(task_id: str, body: dict[str, Any]) -> TaskStatus:
     if "beside" in body:
         state = "running"
     result, error = body.get("result"), None
-    worker = body.get("worker")
+    worker, progress = body.get("worker"), None
     if state == "running" and isinstance(result, dict):
-        worker, result = result.get("hostname"), None
+        worker, progress, result = result.get("hostname"), result.get("progress"), None
     elif state in ("failed", "revoked"):
         error, result = _rebuild(result), None
         if isinstance(error, TaskExpired):
@@ -210,6 +217,7 @@ def from_body(task_id: str, body: dict[str, Any]) -> TaskStatus:
         error=error,
         redelivered=bool(body.get("redelivered")),
         worker=worker,
+        progress=progress if isinstance(progress, int | float) else None,
         sent_at=body.get("sent_at"),
         began_at=body.get("began_at"),
         ended_at=body.get("date_done"),

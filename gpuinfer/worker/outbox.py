@@ -37,6 +37,8 @@ log = get_logger(__name__)
 
 #: A task that runs for this long is marked as started; a shorter one has ended before anybody looks.
 STARTED_AFTER_S = 0.1
+#: Seconds between two writes of how far what runs is.
+PROGRESS_EVERY_S = 1.0
 #: One call writes at most this many ends, and bytes: Redis does nothing else meanwhile.
 CHUNK_TASKS, CHUNK_BYTES = 1000, 4 * 1024 * 1024
 #: An end that Redis refuses this often in a row, alone and while it answers otherwise, is given up.
@@ -58,6 +60,8 @@ class Outbox:
         self._noted: Claimed | None = None
         self._noted_idle = True
         self._refused = False
+        #: The wall clock when the state of what runs was written last.
+        self._progress_at = 0.0
 
     @property
     def unsettled(self) -> Sequence[Final]:
@@ -116,7 +120,8 @@ class Outbox:
     def mark_started(self, batch: Batch, now: float, beside: Sequence[Batch] = ()) -> bool:
         """Write the state of tasks that take their time: running, and where; once. True when it was.
 
-        ``now`` is the wall clock. A job of many short slices has begun with its first.
+        And how far they are, now and then, where their model tells. ``now`` is the wall clock. A job of many
+        short slices has begun with its first.
         """
         tasks = batch.tasks
         late = {
@@ -124,13 +129,22 @@ class Outbox:
             for task in tasks
             if not task.marked and now - (task.time_start or now) >= STARTED_AFTER_S
         }
-        if not late:
+        moved = set()
+        if not 0 <= now - self._progress_at < PROGRESS_EVERY_S:
+            moved = {task.seq for task in tasks if task.marked and task.progress != task.progress_told}
+        if not late and not moved:
             return False
         worker, pid = self._store.worker, os.getpid()
         try:
             self._store.begin(
                 [
-                    (task.seq, task.id, results.started(task.id, worker, pid) if task.seq in late else b"")
+                    (
+                        task.seq,
+                        task.id,
+                        results.started(task.id, worker, pid, task.progress)
+                        if task.seq in late or task.seq in moved
+                        else b"",
+                    )
                     for task in tasks
                 ],
                 _seqs(beside),
@@ -139,8 +153,10 @@ class Outbox:
             self.trouble("begin", exc)
             return False
         for task in tasks:
-            task.marked |= task.seq in late
-        return True
+            if task.seq in late or task.seq in moved:
+                task.marked, task.progress_told = True, task.progress
+        self._progress_at = now
+        return bool(late)
 
     def ended(self, batch: Batch) -> list[Task]:
         """Return the tasks of a batch that have ended while it runs: it is for nothing that they run."""

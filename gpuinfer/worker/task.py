@@ -79,6 +79,8 @@ class Task:
     prepared: dict[int, Any] | None = None
     #: How much of it is done, 0 to 1, where its model tells.
     progress: float | None = None
+    #: What of that its state says.
+    progress_told: float | None = None
 
     @property
     def id(self) -> str:

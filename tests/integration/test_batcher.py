@@ -502,8 +502,8 @@ def test_a_neighbours_smaller_limit_fails_nobody(batcher: Batcher, client: Clien
 
 
 def test_what_is_still_prepared_is_not_given_away(batcher: Batcher, client: Client, model: Small) -> None:
-    """Withdrawn behind a batch that takes too long, and at a stop: while a thread is in there, a death would be
-    on its account. It goes back at the end, with no death on its record."""
+    """Withdrawn behind a slow batch, and at a stop: while a thread is in there, a death is on its account.
+    It goes back at the end, with no death on its record."""
     go_on, begun, slow, plain = threading.Event(), threading.Event(), threading.Event(), model.prepare
 
     def prepare(values: Any) -> Any:
@@ -513,7 +513,7 @@ def test_what_is_still_prepared_is_not_given_away(batcher: Batcher, client: Clie
         return plain(values)
 
     model.prepares, model.prepare = True, prepare
-    model.prepares_these = lambda values: True  # noqa: ARG005  # its name is part of the type
+    model.prepares_these = lambda values: True
     model.watch = lambda: go_on.wait(60)
     assert batcher.channel is not None
     batcher._batch_s["picky"] = 0.001
@@ -546,3 +546,29 @@ def test_what_is_still_prepared_is_not_given_away(batcher: Batcher, client: Clie
     assert store.client.llen("realtime") == 1
     (again,) = store.claim(1)
     assert (decode(again.payload).id, decode(again.payload).deaths) == (later, 0)
+
+
+def test_how_far_a_task_is_is_in_its_state(batcher: Batcher, client: Client, model: Small) -> None:
+    """While it runs, where its model tells; written once a second at most."""
+    go_on = threading.Event()
+    model.watch = lambda: go_on.wait(60)
+    task = client.submit([1.0], model="picky")
+    assert batcher.channel is not None
+    batcher.channel.claim()
+    assert batcher.engine.current is not None
+    (running,) = batcher.engine.current.tasks
+    assert running.time_start is not None
+    running.time_start -= 1
+    batcher.tick()
+    assert client.status(task).to_dict().keys() == {"task_id", "status", "worker"}
+    running.progress = 0.25
+    batcher._outbox._progress_at = time.time() + 60  # as after a write just now, by any clock
+    batcher._wall = lambda: time.time() + 60
+    batcher.tick()
+    assert client.status(task).progress is None
+    batcher._outbox._progress_at -= 60
+    batcher.tick()
+    assert client.status(task).to_dict()["progress"] == 0.25
+    go_on.set()
+    turn(batcher, lambda: client.status(task).final, 60)
+    assert client.status(task).progress is None
