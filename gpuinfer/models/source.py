@@ -92,8 +92,20 @@ class Source:
 
 
 def find(name: str, repository: Callable[[], Repository], wanted: scaffold.Wanted) -> Source:
-    """Find what is to be served; a path goes before a name. Raises UnknownModel, UsageError."""
+    """Find what is to be served: a plain word is an installed model before a folder here, which is ``./word``.
+
+    Raises UnknownModel, UsageError; ManifestError for an installed model that is broken.
+    """
     path = Path(name)
+    plain = os.sep not in name and path.suffix not in FORMATS and name not in (".", "..")
+    if plain:
+        try:
+            folder = repository().get(name)
+        except UnknownModel:
+            if not path.exists():
+                raise
+        else:
+            return Source(path=folder.path.resolve(), wanted=wanted, installed=folder)
     if path.is_dir():
         return Source(path=path.resolve(), wanted=wanted)
     if path.is_file():
@@ -101,10 +113,7 @@ def find(name: str, repository: Callable[[], Repository], wanted: scaffold.Wante
         if path.name == MANIFEST_FILE or _is_artefact(path, beside):
             return Source(path=beside, wanted=wanted)
         return Source(path=scaffold.checked_artefact(path.resolve()), wanted=wanted)
-    if os.sep in name or path.suffix in FORMATS:
-        raise UnknownModel("there is no such folder or file", name)
-    folder = repository().get(name)
-    return Source(path=folder.path.resolve(), wanted=wanted, installed=folder)
+    raise UnknownModel("there is no such folder or file", name)
 
 
 def _is_artefact(path: Path, folder: Path) -> bool:

@@ -45,8 +45,9 @@ def serve(
     """Serve one model here: a private Redis, a worker and the HTTP front, until Ctrl-C.
 
     A FOLDER is a model, with model.toml or without; a FILE is a Python file with one class (.py), TorchScript
-    (.pt) or torch.export (.pt2); a NAME is an installed model. Nothing is installed: it runs in a temporary
-    folder that is gone in the end, and neither this host's gpuinfer nor its Redis is touched.
+    (.pt) or torch.export (.pt2); a NAME is an installed model, before a folder of that name here, which is
+    ./NAME. Nothing is installed: it runs in a temporary folder that is gone in the end, and neither this
+    host's gpuinfer nor its Redis is touched.
 
     It prints a curl command to try, what the model prints, and its errors with file and line. With --reload,
     requests wait while a changed model is loaded. Runs on the first GPU there is, else on the CPU. Root
