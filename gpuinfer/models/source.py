@@ -92,7 +92,7 @@ class Source:
 
 
 def find(name: str, repository: Callable[[], Repository], wanted: scaffold.Wanted) -> Source:
-    """Find what is to be served: a plain word is an installed model before a folder here, which is ``./word``.
+    """Find what to serve: a plain word is an installed model before a folder here, which is ``./word``.
 
     Raises UnknownModel, UsageError; ManifestError for an installed model that is broken.
     """
