@@ -59,13 +59,16 @@ def test_the_gpus_nodes_are_made_at_boot(host: Container) -> None:
 
 
 def test_torch_for_cpus_beside_nvidias_driver(host: Container) -> None:
-    """postinst and doctor name the one command that swaps torch."""
+    """postinst, doctor and a worker, which ends with 69, name the one command that swaps torch."""
     host.ok("mkdir -p /root/driver/nvidia && echo 570 >/root/driver/nvidia/version")
     host.ok("mount --bind /root/driver /proc/driver")
     command = "apt install gpuinfer-torch-cuda"
     try:
         assert command in host.ok("dpkg-reconfigure gpuinfer 2>&1")
         assert command in host.sh("gpuinfer doctor versions.torch").output
+        # Not as a unit: its own /proc has no file that was put there by a mount.
+        worker = host.sh("timeout 120 gpuinfer worker 5 2>&1")
+        assert (worker.code, command in worker.output) == (69, True), worker.output
     finally:
         host.ok("umount /proc/driver")
 
