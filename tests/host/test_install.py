@@ -55,7 +55,8 @@ def test_the_gpus_nodes_are_made_at_boot(host: Container) -> None:
     for count in (4, 6):
         host.ok("systemctl restart gpuinfer-worker@0")
         assert len(host.ok("cat /dev/nvidia-calls").splitlines()) == count
-    host.ok("rm /dev/nvidia-calls /usr/bin/nvidia-modprobe; systemctl stop gpuinfer-worker@0")
+    # Not stopped: for a while the watcher would start nothing that an administrator has stopped.
+    host.ok("rm /dev/nvidia-calls /usr/bin/nvidia-modprobe")
 
 
 def test_torch_for_cpus_beside_nvidias_driver(host: Container) -> None:
