@@ -202,17 +202,17 @@ def test_limits_hold_in_prepare_and_in_finish(engine: Engine, model: Steps, hard
         return item
 
     model.on_prepare = spin
-    engine.submit(batch([1, 2, 3], 0.1))
+    engine.submit(batch([1, 2, 3], 1.0))
     outcomes = collect(engine).outcomes
     assert [type(outcome) for outcome in outcomes] == [dict, SoftTimeLimitExceeded, dict]
     model.on_prepare = lambda item: item
     model.on_finish = spin
-    engine.submit(batch([1, 2, 3], 0.1))
+    engine.submit(batch([1, 2, 3], 1.0))
     outcomes = collect(engine).outcomes
     assert [type(outcome) for outcome in outcomes] == [int, SoftTimeLimitExceeded, int]
     assert not hard
-    model.on_finish = lambda output: threading.Event().wait(0.2 if output == 2 else 0) or output
-    engine.submit(batch([1, 2, 3], 0.05, 0.1))
+    model.on_finish = lambda output: threading.Event().wait(3.0 if output == 2 else 0) or output
+    engine.submit(batch([1, 2, 3], 1.0, 2.0))
     collect(engine)
     assert [[task.id for task in tasks] for tasks in hard] == [["task-1"]]
 
