@@ -297,7 +297,7 @@ class LogSettings(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     #: trouble: requests that succeed are counted, a line a minute; all: each has a line.
     requests: Literal["trouble", "all"] = "trouble"
-    #: Up to so many tasks a second of one worker, its batch lines name each; above, a summary a second.
+    #: The most tasks a second of one worker that its batch lines name; above it, a summary a second.
     named_tasks: float = Field(default=50.0, ge=0, le=1e6)
     #: A task that has run for longer than this is named at any rate.
     slow_s: float = Field(default=10.0, gt=0, le=86400)

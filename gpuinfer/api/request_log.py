@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 #: Seconds between two lines of counts, and between two warnings of one episode.
 EVERY_S = 60.0
-#: An episode has ended when it had no request for so many seconds.
+#: Seconds without a refused request after which an episode has ended.
 QUIET_S = 10.0
 #: Requests that a client got wrong, a minute, that have a line of their own.
 NAMED_MISTAKES = 20

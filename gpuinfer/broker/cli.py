@@ -66,7 +66,7 @@ def prepare(loaded: Loaded, folder: Path, data: Path | None, measure: bool) -> N
 
     settings, fault = last_good.settings(loaded)
     if fault:
-        say(f"gpuinfer: warning: {fault}; Redis starts as it did last, until that is mended", WARNING)
+        say(f"gpuinfer: warning: {fault}; Redis starts as it did last, until that is fixed", WARNING)
     else:
         _tell_of_the_rest(loaded)
     users = acl.render(passwords.read(), _chain_queues(loaded, settings), passwords.older()) + _their_lines()

@@ -27,7 +27,7 @@ from gpuinfer.settings import RedisSettings
 
 Mode = Literal["always", "everysec"]
 
-#: One measurement: so many times, so many bytes; ``always`` where 99 of 100 take so many ms at most.
+#: One measurement: how often, the bytes of each write, and the most milliseconds at p99 for ``always``.
 TIMES, BYTES, FAST_MS = 256, 4096, 0.1
 #: A disk on which that takes longer is slow: what was measured until then tells enough, and Redis waits.
 LIMIT_S = 10.0

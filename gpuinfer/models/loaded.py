@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a loaded model is to whoever runs it, whatever its format."""
+"""The interface of a loaded model, the same for every format."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def load(folder: ModelFolder, device: str, *, threads: int = 0) -> LoadedModel:
 
 
 def _reader(name: Format) -> _Reader:
-    # Here, not above: whoever lists models need not import what one format wants.
+    # Here, not above: a list of models does not import what one format needs.
     from gpuinfer.models.formats import export, python, torchscript
 
     readers: dict[str, _Reader] = {

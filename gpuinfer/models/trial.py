@@ -145,7 +145,7 @@ def main() -> None:
     answers = os.dup(1)
     os.dup2(2, 1)  # what a model prints is no part of the answer
     sys.stdin.close()
-    leave_root(lambda _: None)  # whoever asks has said so
+    leave_root(lambda _: None)  # the caller has warned already
     questions: dict[str, Callable[..., dict[str, Any]]]
     questions = {"attempt": attempt, "bench": bench, "describe": describe}
     try:

@@ -62,7 +62,7 @@ def serve(
     from gpuinfer.privileges import leave_root
     from gpuinfer.serve.loop import run
 
-    # A path needs no settings: whoever serves his own file may have none, or broken ones.
+    # A path needs no settings: a developer may have none, or broken ones.
     wanted = Wanted(inputs=inputs, class_name=class_name)
     found = find(source, lambda: Repository(loaded.settings.models.folders), wanted)
     leave_root(say_warning)

@@ -33,7 +33,7 @@ Level = Literal["info", "warning"]
 RATE_S = 10.0
 #: Seconds that one summary covers.
 SUMMARY_S = 1.0
-#: Up to so many tasks of one fate have a line each; more are one line, which names all.
+#: The most tasks with the same end that have a line each; more are one line, which names all.
 ONE_BY_ONE = 3
 
 
@@ -48,7 +48,7 @@ class Rate:
         return self._rate * math.exp(-(now - self._at) / RATE_S)
 
     def fits(self, tasks: int, now: float) -> bool:
-        """Tell whether so many tasks more stay within the limit. ``now`` is in seconds."""
+        """Tell whether ``tasks`` more stay within the limit. ``now`` is in seconds."""
         return self._decayed(now) + tasks / RATE_S <= self._limit
 
     def add(self, tasks: int, now: float) -> bool:
