@@ -18,6 +18,7 @@ from gpuinfer.models.files import is_file, name_of
 from gpuinfer.models.json_schema import Check, checker
 from gpuinfer.models.signature import Input, Signature
 from gpuinfer.models.specs import shape_fits
+from gpuinfer.models.type_words import WORDS, word
 
 #: JSON of more values is the worker's to validate.
 MAX_VALUES = 2000
@@ -29,15 +30,6 @@ _IN_LISTS: dict[str, frozenset[type]] = {
     "bool": frozenset({bool}),
     "int": frozenset({int}),
     "float": frozenset({int, float}),
-}
-_WORDS: dict[type, str] = {
-    bool: "true or false",
-    str: "a string",
-    type(None): "null",
-    float: "a fractional number",
-    int: "a number",
-    dict: "an object",
-    list: "a list",
 }
 
 
@@ -90,7 +82,7 @@ class Validator:
         names = list(self.kinds)
         wanted = f"the model's inputs are {', '.join(names)}"
         if not isinstance(inputs, Mapping) or is_file(inputs):
-            raise InputError(f"must map names to values: {wanted}; got {_word(inputs)}", "inputs")
+            raise InputError(f"must map names to values: {wanted}; got {word(inputs)}", "inputs")
         unknown = sum(key not in self.kinds for key in inputs)
         if unknown:
             raise InputError(f"has {unknown} unknown name{'s' * (unknown > 1)}; {wanted}", "inputs")
@@ -104,14 +96,14 @@ class Validator:
             self._tensor(value, wanted, field)
         elif wanted.kind in ("json", "text"):
             if wanted.kind == "text" and not isinstance(value, str):
-                raise InputError(f"must be a string, got {_word(value)}", field)
+                raise InputError(f"must be a string, got {word(value)}", field)
             check = self._schemas.get(wanted.name)
             if check is not None and _few_values(value):
                 with suppress(ValueError):  # arrays among it: they are lists of numbers once it is packed
                     check(value, field)
         elif not is_file(value) and not _is_array(value):
             raise InputError(
-                f'must be {_FILES[wanted.kind]}: its bytes, or {{"b64": "..."}}; got {_word(value)}', field
+                f'must be {_FILES[wanted.kind]}: its bytes, or {{"b64": "..."}}; got {word(value)}', field
             )
 
     def _tensor(self, value: Any, wanted: Input, field: str, *, first: int = 0) -> None:
@@ -126,8 +118,8 @@ class Validator:
             free = " (-1: any length)" if -1 in wanted.shape else ""
             raise ShapeMismatch(
                 f"has shape {list(shape)[:16]}, the model wants {list(wanted.shape)}{free}"
-                if shape or _is_number(value) is None
-                else f"is {_word(value)}, the model wants shape {list(wanted.shape)}{free}",
+                if shape or _json_type(value) is None
+                else f"is {word(value)}, the model wants shape {list(wanted.shape)}{free}",
                 field,
             )
         if wanted.dtype is None or found is None:
@@ -138,7 +130,7 @@ class Validator:
                 raise DtypeMismatch(f"is {found}, the model wants {wanted.dtype}", field)
         elif found not in _IN_LISTS.get(kind, {found}):
             raise DtypeMismatch(
-                f"holds {_WORDS.get(found, found.__name__)}, the model wants {wanted.dtype}", field
+                f"holds {WORDS.get(found, found.__name__)}, the model wants {wanted.dtype}", field
             )
 
 
@@ -194,18 +186,14 @@ def _shape_of(value: Any) -> tuple[int, ...]:
     return tuple(int(length) for length in value.shape) if hasattr(value, "shape") else ()
 
 
-def _is_number(value: Any) -> type | None:
-    return type(value) if type(value) in _WORDS else None
+def _json_type(value: Any) -> type | None:
+    return type(value) if type(value) in WORDS else None
 
 
 def _kind_of(dtype: str) -> str:
     """Return bool, int or float for a dtype; empty for what only the worker knows."""
     name = dtype.removeprefix("u").removeprefix("b") if dtype != "bool" else dtype
     return next((kind for kind in ("bool", "int", "float") if name.startswith(kind)), "")
-
-
-def _word(value: object) -> str:
-    return _WORDS.get(type(value), f"a {type(value).__name__}")
 
 
 def _few_values(value: Any) -> bool:

@@ -28,6 +28,7 @@ from gpuinfer.errors import DtypeMismatch, InputError, MissingInput, NonFiniteIn
 from gpuinfer.models.files import bytes_of, is_file
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.specs import DTYPES, InputSpec, shape_fits
+from gpuinfer.models.type_words import WORDS, word
 
 Array = np.ndarray[Any, np.dtype[Any]]
 #: One array per input of the manifest, in its order.
@@ -41,14 +42,6 @@ _ALLOWED: dict[str, tuple[frozenset[type], str]] = {
     "i": (frozenset({int}), "iu"),
     "u": (frozenset({int}), "iu"),
     "f": (frozenset({int, float}), "iuf"),
-}
-_WORDS: dict[type, str] = {
-    bool: "true or false",
-    str: "a string",
-    type(None): "null",
-    float: "a fractional number",
-    int: "a number",
-    dict: "an object",
 }
 #: The dtypes of bytes: the manifest's, and what else an array of a caller's may be.
 _BYTES_OF = frozenset((*DTYPES, "uint16", "uint32", "uint64"))
@@ -118,7 +111,7 @@ def _by_name(manifest: Manifest, value: object) -> Mapping[str, object] | None:
     if not isinstance(value, Mapping) or "b64" in value:
         if len(names) == 1:
             return None
-        raise InputError(f"must map names to values: {wanted}; got {_word(value)}", "inputs")
+        raise InputError(f"must map names to values: {wanted}; got {word(value)}", "inputs")
     unknown = sum(key not in names for key in value)
     if unknown:
         raise InputError(f"has {unknown} unknown name{'s' * (unknown > 1)}; {wanted}", "inputs")
@@ -233,7 +226,7 @@ def _from_bytes(value: Mapping[Any, object], spec: InputSpec, field: str) -> Arr
 
 def _encoded_shape(shape: object, spec: InputSpec, field: str) -> tuple[int, ...]:
     if not isinstance(shape, list) or not {int}.issuperset(map(type, shape)):
-        raise InputError(f"shape must be a list of whole numbers, got {_word(shape)}", field)
+        raise InputError(f"shape must be a list of whole numbers, got {word(shape)}", field)
     if not shape_fits(tuple(shape), spec.shape):
         raise ShapeMismatch(f"has shape {_shown(shape)}, {_wants(spec)}", field)
     return tuple(shape)
@@ -241,7 +234,7 @@ def _encoded_shape(shape: object, spec: InputSpec, field: str) -> tuple[int, ...
 
 def _base64(text: object, field: str) -> bytes:
     if not isinstance(text, str):
-        raise InputError(f"b64 must be a string, got {_word(text)}", field)
+        raise InputError(f"b64 must be a string, got {word(text)}", field)
     try:
         return binascii.a2b_base64(text, strict_mode=True)
     except ValueError as exc:
@@ -296,10 +289,6 @@ def _wants(spec: InputSpec) -> str:
     return f"the manifest wants {list(spec.shape)}" + ("" if spec.fixed else " (-1: any length)")
 
 
-def _word(value: object) -> str:
-    return _WORDS.get(type(value), f"a {type(value).__name__}")
-
-
 def _keys_of(value: Mapping[Any, object]) -> str:
     lacking = sorted(_ENCODED_KEYS - value.keys())
     others = len(value.keys() - _ENCODED_KEYS)
@@ -308,7 +297,7 @@ def _keys_of(value: Mapping[Any, object]) -> str:
 
 def _dtype_word(dtype: object) -> str:
     known = isinstance(dtype, str) and dtype in _BYTES_OF
-    return str(dtype) if known else f"{_word(dtype)} that names no dtype"
+    return str(dtype) if known else f"{word(dtype)} that names no dtype"
 
 
 def _shown(shape: list[int]) -> list[int | str]:
@@ -326,12 +315,12 @@ def _shape_of(value: object) -> list[int]:
 
 
 def _refuse_shape(value: object, spec: InputSpec, field: str) -> NoReturn:
-    got = f"has shape {_shape_of(value)}" if isinstance(value, list) else f"is {_word(value)}"
+    got = f"has shape {_shape_of(value)}" if isinstance(value, list) else f"is {word(value)}"
     raise ShapeMismatch(f"{got}, {_wants(spec)}", field)
 
 
 def _refuse_types(value: object, strange: set[type], spec: InputSpec, field: str) -> NoReturn:
     if list in strange:
         _refuse_shape(value, spec, field)
-    words = " and ".join(sorted(_WORDS.get(kind, f"a {kind.__name__}") for kind in strange))
+    words = " and ".join(sorted(WORDS.get(kind, f"a {kind.__name__}") for kind in strange))
     raise DtypeMismatch(f"holds {words} where the manifest wants {spec.dtype}", field)
