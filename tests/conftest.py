@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ RedisFactory = Callable[..., RedisServer]
 #: Name of a marker -> seconds spent in its tests, printed at the end.
 _spent: dict[str, float] = {}
 _MARKERS = ("unit", "integration", "faults", "host")
+_NOTED_CHARS = 3000
 
 
 def need(there: bool, what: str) -> None:
@@ -78,7 +80,15 @@ def pytest_runtest_makereport(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say where the time went."""
+    """Say where the time went; note what failed where tests/run asks for it, which prints it last of all."""
     if _spent:
         parts = [f"{name} {seconds:.1f} s" for name, seconds in _spent.items()]
         terminalreporter.write_line("time per marker: " + ", ".join(parts))
+    note = os.environ.get("FAILURES_NOTE")
+    if note:
+        with Path(note).open("a") as notes:
+            for report in (
+                *terminalreporter.stats.get("failed", ()),
+                *terminalreporter.stats.get("error", ()),
+            ):
+                notes.write(f"FAILED {report.nodeid}\n{report.longreprtext[-_NOTED_CHARS:]}\n")
