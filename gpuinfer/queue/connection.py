@@ -6,8 +6,6 @@ from __future__ import annotations
 import os
 import pwd
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -307,13 +305,23 @@ def refuses(exc: BaseException) -> bool:
     return "MISCONF" not in str(exc) and not any(words in str(exc) for words in _PASSING)
 
 
-@contextmanager
-def typed_errors(user: str = "") -> Iterator[None]:
-    """Turn what redis-py raises, and what a script answers, into our errors (see ``explain``)."""
-    try:
-        yield
-    except (RedisError, OSError) as exc:
-        raise explain(exc, user) from exc
+class typed_errors:
+    """Turn what redis-py raises, and what a script answers, into our errors (see ``explain``).
+
+    A class: a generator for each call would be a microsecond of it.
+    """
+
+    __slots__ = ("_user",)
+
+    def __init__(self, user: str = "") -> None:
+        self._user = user
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+        if isinstance(exc, (RedisError, OSError)):
+            raise explain(exc, self._user) from exc
 
 
 __all__ = [

@@ -56,7 +56,8 @@ def test_a_refusal_leaves_the_connection_whole(direct: Direct) -> None:
 def test_a_late_answer_is_nobodys(direct: Direct, client: redis.Redis) -> None:
     """After an answer that did not come in time, the connection is not used again."""
     direct.call("PING")
-    (connection,) = direct._idle
+    (kept,) = direct._idle
+    connection = kept.connection
     connection._sock.settimeout(0.05)
     connection._parser._socket_timeout = 0.05
     with pytest.raises(redis.TimeoutError):
