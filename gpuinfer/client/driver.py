@@ -46,6 +46,8 @@ class DefaultModel:
         self._clock = clock
         self._stale_at = -math.inf
         self.name: str | None = None
+        #: Whether that is one by which the catalogue can be asked.
+        self.named = False
 
     @property
     def stale(self) -> bool:
@@ -55,6 +57,7 @@ class DefaultModel:
     def found(self, value: bytes | None) -> None:
         """Remember what Redis answered."""
         self.name = value.decode() if value else None
+        self.named = self.name is not None and MODEL_NAME.fullmatch(self.name) is not None
         self._stale_at = self._clock() + (self.FRESH_S if value else self.NONE_S)
 
 
@@ -75,7 +78,9 @@ class Driver:
 
     def _model_of(self, options: Options) -> str | None:
         """Return the model that a request is for; None: it is not known, or no name."""
-        model = options.get("model") or self._default.name
+        model = options.get("model")
+        if not model:
+            return self._default.name if self._default.named else None
         return model if isinstance(model, str) and MODEL_NAME.fullmatch(model) else None
 
     def _build_many(self, inputs: Iterable[object], options: Options, origin: Origin) -> list[Submission]:

@@ -33,6 +33,8 @@ def opened(inputs: Any, *, many: bool, kinds: Mapping[str, str] | None = None) -
     """
     if many and isinstance(inputs, list | tuple):
         return [_opened(value, kinds or {}) for value in inputs]
+    if type(inputs) is list:  # holds no paths, mostly numbers
+        return inputs
     return _opened(inputs, kinds or {})
 
 

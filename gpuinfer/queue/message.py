@@ -18,6 +18,7 @@ import zlib
 from base64 import b64decode
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeGuard
 
@@ -73,9 +74,9 @@ class Packed(NamedTuple):
         return len(self.payload) + len(self.beside or b"")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Submission:
-    """What a caller wants done."""
+    """What a caller wants done. Never changed; to be frozen would cost as much as all else of its making."""
 
     task: str
     inputs: Any
@@ -122,34 +123,34 @@ class Submission:
         if self.model is not None:
             kwargs["model"] = self.model
         options = orjson.dumps((kwargs, _EMBED))[1:]
-        if len(text) + sum(len(raw.data) * 4 // 3 for _, raw in placed) > most:
+        size = len(text)
+        if placed:
+            size += sum(len(raw.data) * 4 // 3 for _, raw in placed)
+        if size > most:
             beside = arrays.pack(text, placed)
             body = b"[[],%b" % options
-            return Packed(self._message(body, {_BESIDE: len(beside)}), beside, beside)
+            extra = b',"%b":%d' % (_BESIDE.encode(), len(beside))
+            return Packed(self._message(body, extra), beside, beside)
         if placed:
             text = _dump_inputs(arrays.inline(rest, placed, many=many))
         body = b"[[%b],%b" % (text, options)
-        return Packed(self._message(body, {}), text)
+        return Packed(self._message(body), text)
 
-    def _message(self, body: bytes, extra: dict[str, Any]) -> bytes:
+    def _message(self, body: bytes, extra: bytes = b"") -> bytes:
+        """Return the list entry; ``extra`` are more headers, as JSON has them, each behind a comma."""
         if self.key:  # for who ends the task and frees the key
-            extra = {**extra, _KEY: self.keyed}
-        return orjson.dumps(
-            {
-                "body": body.decode(),
-                "content-encoding": "utf-8",
-                "content-type": "application/json",
-                "headers": self._headers() | extra,
-                "properties": {
-                    "correlation_id": self.id,
-                    "reply_to": self.reply_to,
-                    "delivery_mode": 2,
-                    "delivery_info": {"exchange": "", "routing_key": self.queue},
-                    "priority": self.priority,
-                    "body_encoding": "utf-8",
-                    "delivery_tag": self.id,
-                },
-            }
+            extra += b',"%b":"%b"' % (_KEY.encode(), self.keyed.encode())
+        limits = self.time_limit_s, self.soft_time_limit_s
+        a, b, c, d, e, f, g, h = _frame(
+            self.task, self.queue, self.priority, self.reply_to, limits, self.ignore_result
+        )
+        text, task_id = orjson.dumps(body.decode()), orjson.dumps(self.id)
+        expires = b"null"
+        if self.expires_at is not None:
+            expires = orjson.dumps(datetime.fromtimestamp(self.expires_at, UTC).isoformat())
+        sent = b"%.3f" % time.time()
+        return b"".join(
+            (a, text, b, task_id, c, task_id, d, expires, e, sent, extra, f, task_id, g, task_id, h)
         )
 
     @property
@@ -165,23 +166,56 @@ class Submission:
         asked.update(packed.inputs)
         return asked.hexdigest()
 
-    def _headers(self) -> dict[str, Any]:
-        expires = self.expires_at
-        return {
-            "lang": "py",
-            "task": self.task,
-            "id": self.id,
-            "root_id": self.id,
-            "parent_id": None,
-            "group": None,
-            "retries": 0,
-            "eta": None,
-            "expires": None if expires is None else datetime.fromtimestamp(expires, UTC).isoformat(),
-            "timelimit": [self.time_limit_s, self.soft_time_limit_s],
-            "origin": _ORIGIN,
-            "ignore_result": self.ignore_result,
-            _SENT: round(time.time(), 3),
+
+#: Stands in a frame where each task has something of its own.
+_GAP = uuid.uuid4().hex
+
+
+@lru_cache(maxsize=256)
+def _frame(
+    task: str,
+    queue: str,
+    priority: int,
+    reply_to: str,
+    limits: tuple[float | None, float | None],
+    ignore_result: bool,
+) -> list[bytes]:
+    """Return the text of a message as far as many tasks have it alike, in the pieces between its gaps.
+
+    Those are for body, id, id, expiry, time of submission (and other headers), id, id.
+    """
+    text = orjson.dumps(
+        {
+            "body": _GAP,
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {
+                "lang": "py",
+                "task": task,
+                "id": _GAP,
+                "root_id": _GAP,
+                "parent_id": None,
+                "group": None,
+                "retries": 0,
+                "eta": None,
+                "expires": _GAP,
+                "timelimit": limits,
+                "origin": _ORIGIN,
+                "ignore_result": ignore_result,
+                _SENT: _GAP,
+            },
+            "properties": {
+                "correlation_id": _GAP,
+                "reply_to": reply_to,
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": queue},
+                "priority": priority,
+                "body_encoding": "utf-8",
+                "delivery_tag": _GAP,
+            },
         }
+    )
+    return text.split(f'"{_GAP}"'.encode())
 
 
 def _dump_inputs(inputs: Any) -> bytes:

@@ -16,7 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kombu.utils.json import dumps
 
-from gpuinfer.queue.message import PREDICT, Envelope, Undecodable, decode, moment_of, tasks_by_name
+from gpuinfer.client.core import Origin
+from gpuinfer.queue.message import (
+    PREDICT,
+    Envelope,
+    Submission,
+    Undecodable,
+    decode,
+    moment_of,
+    tasks_by_name,
+)
 from gpuinfer.settings import QueueSettings
 
 pytestmark = pytest.mark.unit
@@ -166,6 +175,69 @@ def test_what_is_not_read_says_why() -> None:
     assert "'set' is not read" in str(refusal(body=b64encode(json.dumps(strange).encode()).decode()))
     broken = {"task": PREDICT, "id": "t", "args": [{"__type__": "uuid", "__value__": 7}]}
     assert "is no uuid" in str(refusal(body=b64encode(json.dumps(broken).encode()).decode()))
+
+
+ODD = 'a "word", \\ \u00e4\n\U0001f600'
+
+
+@given(
+    task_id=st.one_of(st.uuids().map(str), st.text(min_size=1)),
+    reply_to=st.text(),
+    priority=st.integers(0, 9),
+    limits=st.tuples(*2 * [st.one_of(st.none(), st.floats(0.001, 1e6))]),
+    expires_at=st.one_of(st.none(), st.integers(1, 2**32).map(float)),
+    key=st.sampled_from(["", ODD]),
+    most=st.sampled_from([0, 65536]),
+)
+def test_a_message_says_what_was_submitted(
+    task_id: str,
+    reply_to: str,
+    priority: int,
+    limits: tuple[float | None, float | None],
+    expires_at: float | None,
+    key: str,
+    most: int,
+) -> None:
+    """What is written into a message's gaps stands where it belongs, whatever it holds."""
+    task = Submission(
+        task=PREDICT,
+        inputs=ODD,
+        queue="realtime",
+        priority=priority,
+        id=task_id,
+        reply_to=reply_to,
+        time_limit_s=limits[0],
+        soft_time_limit_s=limits[1],
+        expires_at=expires_at,
+        ignore_result=priority > 5,
+        key=key,
+    )
+    packed = task.pack(most)
+    message = json.loads(packed.payload)
+    headers, properties = message["headers"], message["properties"]
+    assert {headers["id"], headers["root_id"], properties["correlation_id"]} == {task_id}
+    assert (properties["delivery_tag"], properties["reply_to"]) == (task_id, reply_to)
+    assert (properties["priority"], properties["delivery_info"]["routing_key"]) == (priority, "realtime")
+    assert headers["timelimit"] == list(limits)
+    assert headers["ignore_result"] is (priority > 5)
+    assert moment_of(headers, "expires") == expires_at
+    assert type(headers["gpuinfer_sent"]) is float
+    assert headers.get("gpuinfer_key", "") == task.keyed
+    assert headers.get("gpuinfer_body", 0) == len(packed.beside or b"")
+    args, _, _ = decode(packed.payload).body()
+    assert args == ([] if packed.beside else [ODD])
+
+
+def test_ids_are_uuids_of_their_origin() -> None:
+    """An id is a random UUID as everybody writes it, and its process knows it."""
+    ours, other = Origin(), Origin()
+    ids = {ours.new_id() for _ in range(500)}
+    assert len(ids) == 500
+    for task_id in ids:
+        parsed = uuid.UUID(task_id)
+        assert (str(parsed), parsed.version, parsed.variant) == (task_id, 4, uuid.RFC_4122)
+        assert ours.made(task_id)
+        assert not other.made(task_id)
 
 
 def test_aliases() -> None:
