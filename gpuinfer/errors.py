@@ -325,6 +325,15 @@ class QueueFull(BrokerUnavailable):
     http_status = 429
 
 
+class NotReady(GpuinferError):
+    """Raised when no live worker serves what is asked for, and no live watcher may start one."""
+
+    code = "not_ready"
+    http_status = 503
+    exit_code = 69
+    transient = True
+
+
 class TaskNotFound(GpuinferError):
     """Raised when a task id was never submitted, or its result has expired."""
 

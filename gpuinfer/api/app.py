@@ -15,10 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gpuinfer import __version__
+from gpuinfer.api import health
+from gpuinfer.api.answers import answer
 from gpuinfer.api.docs import add_docs
 from gpuinfer.api.middleware import Around, note
 from gpuinfer.api.request_log import RequestLog
-from gpuinfer.api.routes import answer, router
+from gpuinfer.api.routes import router
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import GpuinferError, InputError
 from gpuinfer.settings import Settings
@@ -47,6 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.stopping = stopping
     app.state.requests = RequestLog(settings.log.requests)
     app.include_router(router)
+    app.include_router(health.router)
     add_docs(app)
     app.add_middleware(Around, stopping=stopping, requests=app.state.requests)
     _handle_errors(app, settings.api.retry_after_s)

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 
-from gpuinfer.api.routes import answer
+from gpuinfer.api.answers import answer
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import GpuinferError
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated
 
-import orjson
 from fastapi import APIRouter, Query, Request, Response
 
 from gpuinfer.api import admission, schemas, uploads
+from gpuinfer.api.answers import answer
 from gpuinfer.api.middleware import note
 from gpuinfer.client import AsyncClient, Options
 from gpuinfer.errors import InputError, MalformedJson
@@ -19,12 +19,6 @@ from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import Settings
 
 router = APIRouter()
-
-
-def answer(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Return a JSON response; numbers that are not finite become null."""
-    content = orjson.dumps(body, option=orjson.OPT_NON_STR_KEYS)
-    return Response(content, status, headers, media_type="application/json")
 
 
 def _client(request: Request) -> AsyncClient:
@@ -197,18 +191,3 @@ async def models(request: Request) -> Response:
     is queued until one does."""
     fleet = await _client(request).fleet()
     return answer([model.to_dict() for model in fleet.models.values()])
-
-
-@router.get("/health/live", tags=["health"], summary="This process answers")
-async def live() -> Response:
-    """Answer 200 while the process runs."""
-    return answer({"status": "ok"})
-
-
-@router.get(
-    "/health/ready", tags=["health"], summary="Requests can be taken", responses=schemas.READY_RESPONSES
-)
-async def ready(request: Request) -> Response:
-    """Answer 200 when Redis answers, else 503."""
-    await _client(request).ping()
-    return answer({"status": "ok"})

@@ -310,4 +310,43 @@ MODELS_RESPONSES: dict[int | str, JsonSchema] = {
     ),
     503: _AWAY,
 }
-READY_RESPONSES: dict[int | str, JsonSchema] = {503: _AWAY}
+_LIVE: JsonSchema = {
+    "type": "object",
+    "required": ["status"],
+    "properties": {"status": {"enum": ["ok"]}},
+}
+LIVE_RESPONSES: dict[int | str, JsonSchema] = {
+    200: _answer("The process runs.", _LIVE, {"ok": {"status": "ok"}})
+}
+_READY: JsonSchema = {
+    "type": "object",
+    "required": ["status", "workers", "startable"],
+    "properties": {
+        "status": {"enum": ["ok", "starting"]},
+        "workers": {**_COUNT, "description": "Live workers that serve it."},
+        "startable": {**_COUNT, "description": "Instances that are starting, or that a watcher may start."},
+        "model": {"type": "string", "description": "There when a model was asked for."},
+    },
+}
+READY_RESPONSES: dict[int | str, JsonSchema] = {
+    200: _answer(
+        "A worker serves (`ok`), or one may be started (`starting`).",
+        _READY,
+        {
+            "ok": {"status": "ok", "workers": 2, "startable": 6},
+            "starting": {"status": "starting", "workers": 0, "startable": 8, "model": "digits"},
+        },
+    ),
+    404: _error(
+        "The fleet knows no model of that name.",
+        "unknown_model",
+        "the fleet knows no model 'resnets'; known: digits, resnet",
+        "model",
+    ),
+    503: _RETRY_AFTER
+    | _error(
+        "Nothing serves and nothing may be started, or Redis is away; see Retry-After.",
+        "not_ready",
+        "no live worker serves any model, and no live watcher may start one (gpu0@host1: masked)",
+    ),
+}

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gpuinfer.queue import keys
+from gpuinfer.queue.fleet import HOSTS
 from gpuinfer.settings import QUEUES
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ _ORDER, _TURNS = f"~{keys.ORDER_PREFIX}*", f"~{keys.TURNS}"
 _AGEING, _AGED = f"~{keys.AGEING_PREFIX}*", f"~{keys.AGED_PREFIX}*"
 _DEAD_AGES, _DEAD_BYTES = f"~{keys.DEAD_AGES}", f"~{keys.DEAD_BYTES}"
 _LATER, _LATER_SETS, _DUE = f"~{keys.LATER}", f"~{keys.LATER_PREFIX}*", f"~{keys.DUE}"
-_PAUSED = f"~{keys.PAUSED}"
+_PAUSED, _HOSTS = f"~{keys.PAUSED}", f"~{HOSTS}"
 _PROBE = "~gpuinfer:probe"
 _OURS = "~gpuinfer:*"
 #: kombu's own: bindings of the control queues, their replies, and what it has delivered of them.
@@ -152,7 +153,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+hget", "+hset", "+hlen", "+unlink", "+rename", _KEYED),
         _selector("+hincrby", "+hget", "+hset", _ROOM),
         _selector("+memory|usage", *_LISTS, _LATER_SETS),
-        _selector("+hgetall", _BODY_BYTES),
+        _selector("+hgetall", _BODY_BYTES, _HOSTS),
         _selector("+hincrby", _ENDED),
         *_DROPPING,
         *_ANNOUNCING,

@@ -25,7 +25,7 @@ from gpuinfer.client.subscription import RETRY_S
 from gpuinfer.client.waits import Waits
 from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, WaitTimeout
 from gpuinfer.models.signature import Signature
-from gpuinfer.queue import catalogue, keys, results
+from gpuinfer.queue import catalogue, keys, readiness, results
 from gpuinfer.queue import format as layout
 from gpuinfer.queue.connection import connect_async, typed_errors
 from gpuinfer.queue.options import Options, documented
@@ -92,6 +92,14 @@ class AsyncClient(Driver):
         """Raises BrokerUnavailable when Redis does not answer, UnusableRedis where it has another format."""
         with typed_errors(self._user):
             layout.check(await self._pipe.call("GET", keys.FORMAT_KEY))
+
+    async def capacity(self) -> readiness.Capacity:
+        """Return which workers serve now, and which instances a live watcher may start.
+
+        Raises BrokerUnavailable.
+        """
+        with typed_errors(self._user):
+            return await readiness.aread(self._redis)
 
     # -- submitting -----------------------------------------------------------------------
 

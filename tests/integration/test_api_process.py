@@ -50,7 +50,11 @@ def test_without_redis_503_and_back_by_itself(redis_server: RedisServer, tmp_pat
         redis_server.start()
         task_id = submit(api)
         assert api.http.get(f"/result/{task_id}").json()["status"] == "queued"
-        assert api.http.get("/health/ready").status_code == 200
+        nobody = api.http.get("/health/ready")
+        assert (nobody.status_code, nobody.json()["error"]["code"]) == (503, "not_ready")
+        with redis_server.client() as client:
+            HandWorker(client).beat()
+        assert api.http.get("/health/ready").json() == {"status": "ok", "workers": 1, "startable": 0}
 
 
 def test_it_starts_without_redis(redis_server: RedisServer, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_the_front_meets_another_format_later(
     """The front stays, and answers 503 with the code, also to who waits already; it is not ready."""
     first, second = on_one_port
     with Api(first, tmp_path) as api:
-        assert api.http.get("/health/ready").status_code == 200
+        assert api.http.get("/health/ready").json()["error"]["code"] == "not_ready"  # no worker
         task = api.http.post("/predict", json=[1]).json()["task_id"]
         before = contents(second)
         switch(first, second)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What serves now, and what may be started: by workers' heartbeats, and by what live watchers publish.
+
+A worker counts while its heartbeat is at most ``heartbeats.FRESH_S`` old and it does not drain. An instance
+that does not serve counts where its host's watcher is alive, and it is starting or may be started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+import redis.asyncio
+
+from gpuinfer.queue import heartbeats, keys
+from gpuinfer.queue.fleet import HOSTS, Serves, said, silent_after, told
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Who serves, at one moment."""
+
+    #: Live worker (``gpu0@host``) -> what it serves.
+    live: Mapping[str, Serves] = field(default_factory=dict)
+    #: Instance that is starting, or that a live watcher may start -> what it would serve.
+    startable: Mapping[str, Serves] = field(default_factory=dict)
+    #: Instance that is not started -> why.
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    #: The models of the catalogue, sorted.
+    catalogue: tuple[str, ...] = ()
+
+    def of(self, model: str) -> Capacity:
+        """Return those that serve, or would serve, one model."""
+        return Capacity(_of(self.live, model), _of(self.startable, model), self.excluded, self.catalogue)
+
+    def knows(self, model: str) -> bool:
+        """Tell whether a model is in the catalogue, or named by whoever serves it."""
+        return model in self.catalogue or any(model in one.models for one in self.live.values())
+
+
+def _of(found: Mapping[str, Serves], model: str) -> dict[str, Serves]:
+    return {name: one for name, one in found.items() if not one.models or model in one.models}
+
+
+def parse(
+    beats: Mapping[str, dict[str, Any]],
+    hosts: Mapping[str, bytes],
+    now: float,
+    catalogue: Sequence[str] = (),
+) -> Capacity:
+    """Read heartbeats and what watchers publish. ``now``: Redis's time, in seconds since the epoch.
+
+    What cannot be read counts for nothing; the watchers' logs say so.
+    """
+    live: dict[str, Serves] = {}
+    missing: dict[str, set[str]] = {}
+    for worker, body in heartbeats.alive(beats, now).items():
+        serves = said(body)
+        if serves is not None and body.get("state") != "draining":
+            live[worker] = serves
+        absent = body.get("missing")
+        missing.setdefault(worker.partition("@")[2], set()).update(absent if isinstance(absent, dict) else ())
+    startable: dict[str, Serves] = {}
+    excluded: dict[str, str] = {}
+    for host, text in hosts.items():
+        for name, (serves, reason) in _instances(host, text, now).items():
+            if name in live:
+                continue
+            left = tuple(model for model in serves.models if model not in missing.get(host, ()))
+            if reason:
+                excluded[name] = reason
+            elif left or not serves.models:
+                startable[name] = serves._replace(models=left)
+            else:
+                excluded[name] = "its models cannot be loaded on its host"
+    return Capacity(live, startable, excluded, tuple(sorted(catalogue)))
+
+
+def _instances(host: str, text: bytes, now: float) -> dict[str, tuple[Serves, str]]:
+    """Return a host's instances: what each would serve, and why it is not started; none if unreadable."""
+    try:
+        body = orjson.loads(text)
+        silent = now - body["at"] > silent_after(body)
+        return {
+            f"gpu{int(one['number'])}@{host}": (
+                told(one),
+                "its host's watcher is silent" if silent else _why_not(one),
+            )
+            for one in body["instances"]
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _why_not(one: Mapping[str, Any]) -> str:
+    """Return why an instance is not going to serve; empty where it is starting, or may be started."""
+    state = one.get("state")
+    if one.get("excluded"):
+        return str(one["excluded"])
+    if state == "activating":
+        return ""
+    if one.get("masked"):
+        return "masked"
+    if state == "active":
+        return "it runs, and sends no heartbeat"
+    return "its host's watcher only logs" if one.get("log_only") else ""
+
+
+async def aread(client: redis.asyncio.Redis) -> Capacity:
+    """Look in two round trips. Raises redis-py's errors, and UnusableRedis."""
+    async with client.pipeline(transaction=False) as pipe:
+        pipe.zrange(keys.WORKERS, 0, -1)
+        pipe.zrange(keys.CATALOGUE, 0, -1)
+        pipe.hgetall(HOSTS)
+        workers, catalogue, hosts = await pipe.execute()
+    names = [name.decode() for name in workers]
+    async with client.pipeline(transaction=False) as pipe:
+        pipe.time()
+        for name in names:
+            pipe.get(keys.heartbeat(name))
+        beats, now = heartbeats.parse(names, await pipe.execute())
+    told_by = {name.decode(errors="replace"): text for name, text in hosts.items()}
+    return parse(beats, told_by, now, [name.decode() for name in catalogue])
