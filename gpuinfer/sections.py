@@ -228,6 +228,8 @@ class ApiSettings(Section):
     max_wait_s: float = Field(default=60.0, ge=0, le=600)
     #: What Retry-After says when Redis is away or full.
     retry_after_s: int = Field(default=2, ge=1, le=3600)
+    #: An idle connection is closed after this long; longer than the idle time of a proxy in front.
+    keep_alive_s: int = Field(default=75, ge=1, le=86400)
 
 
 class WatcherSettings(Section):

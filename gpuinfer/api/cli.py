@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 @click.command(
     epilog="Examples: gpuinfer api --port 8080; curl -d '{\"inputs\": [[...]]}' http://127.0.0.1:8080/predict"
 )
-@click.option("--host", metavar="HOST", help="Name or address to listen on. Default: api.host.")
+@click.option(
+    "--host",
+    metavar="HOST",
+    help="Address, or name: all that it means. Default: api.host.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), help="0 takes a free one. Default: api.port.")
 @click.option("--socket", "path", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")
 @click.option("--fd", type=click.IntRange(0), help="Use this open listening socket (socket activation: 3).")
@@ -47,7 +51,7 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
 
     configure(settings.log, program="gpuinfer-api")
     _check_format(settings)
-    listener = _listener(settings, path, fd)
+    listeners = _listeners(settings, path, fd)
 
     from gpuinfer.queue.scripts import read_all
 
@@ -59,9 +63,10 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
     # uvicorn tells of its start and stop; so do we, with fields.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
-        Server(create_app(settings)).run(sockets=[listener])
+        Server(create_app(settings), keep_alive_s=settings.api.keep_alive_s).run(sockets=listeners)
     finally:
-        listener.close()
+        for listener in listeners:
+            listener.close()
         if path is not None:
             path.unlink(missing_ok=True)
 
@@ -78,9 +83,9 @@ def _check_format(settings: Settings) -> None:
         client.ping()
 
 
-def _listener(settings: Settings, path: Path | None, fd: int | None) -> socket.socket:
+def _listeners(settings: Settings, path: Path | None, fd: int | None) -> list[socket.socket]:
     from gpuinfer.api.server import inherited, listen, listen_unix
 
     if fd is not None:
-        return inherited(fd)
-    return listen_unix(path) if path is not None else listen(settings.api.host, settings.api.port)
+        return [inherited(fd)]
+    return [listen_unix(path)] if path is not None else listen(settings.api.host, settings.api.port)

@@ -8,13 +8,15 @@ task's state, answers say ``Connection: close`` for a moment, then idle connecti
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import SIGINT, SIGTERM, signal
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -27,30 +29,73 @@ from gpuinfer.log import get_logger
 log = get_logger(__name__)
 
 BACKLOG = 2048
+#: How often a port that is free at all addresses is looked for.
+_FREE_PORTS = 20
 #: Time for callers on kept-alive connections to see ``Connection: close`` before we close.
 GOODBYE_S = 0.3
 #: Requests that run longer than this after the signal are cut off.
 GRACE_S = 10
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening TCP socket. Raises AddressUnavailable."""
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Return listening TCP sockets, one for each address that the name means. Raises AddressUnavailable.
+
+    Port 0: one free port for all of them. An address that this machine does not have is left out, unless it
+    has none of them.
+    """
     where = f"{host}:{port}"
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        found = socket.socket(family, kind, proto)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            found.bind(address)
-            found.listen(BACKLOG)
-        except OSError:
-            found.close()
-            raise
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+        for _ in range(_FREE_PORTS):
+            with suppress(_PortTaken):
+                return [without_delay(one) for one in _bind_all(addresses)]
     except OSError as exc:
         raise AddressUnavailable(f"cannot listen on {where}: {_reason(exc)}", "api.port") from exc
-    return without_delay(found)
+    raise AddressUnavailable(f"cannot listen on {where}: no port is free at all its addresses", "api.port")
+
+
+class _PortTaken(Exception):
+    """Raised when the port that was free at one address is taken at another."""
+
+
+def _bind_all(addresses: Sequence[tuple[socket.AddressFamily, tuple[Any, ...]]]) -> list[socket.socket]:
+    """Listen on all of them. Raises OSError, and _PortTaken: try another free port."""
+    sockets: list[socket.socket] = []
+    absent: OSError | None = None
+    try:
+        for family, (name, port, *rest) in addresses:
+            given = sockets[0].getsockname()[1] if sockets else port
+            try:
+                sockets.append(_bind(family, (name, given, *rest), alone=len(addresses) == 1))
+            except OSError as exc:
+                if exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    absent = exc
+                elif exc.errno == errno.EADDRINUSE and given != port:
+                    raise _PortTaken from exc
+                else:
+                    raise
+        if not sockets and absent is not None:
+            raise absent
+    except BaseException:
+        for one in sockets:
+            one.close()
+        raise
+    return sockets
+
+
+def _bind(family: socket.AddressFamily, address: tuple[Any, ...], *, alone: bool) -> socket.socket:
+    found = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and not alone:  # else :: takes 0.0.0.0, which has a socket of its own
+            found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        found.bind(address)
+        found.listen(BACKLOG)
+    except BaseException:
+        found.close()
+        raise
+    return found
 
 
 def listen_unix(path: Path) -> socket.socket:
@@ -114,7 +159,7 @@ def address(listener: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn's server, which tells systemd and the log what it does and ends with status 0."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, *, keep_alive_s: int = 75) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -126,7 +171,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                timeout_keep_alive=30,
+                timeout_keep_alive=keep_alive_s,
                 timeout_graceful_shutdown=GRACE_S,
                 backlog=BACKLOG,
             )
