@@ -2,16 +2,18 @@
 """What the front's log tells of requests: trouble when it begins and ends, the rest in numbers.
 
 A request that succeeds is counted; a line a minute has the counts. What the host could not do (429 and
-5xx) is an episode a code: a warning when it begins, one a minute while it lasts, one when it has ended.
+5xx) is an episode a code: a warning when it begins, one a minute while it lasts, one when it has ended, and
+one for each further reason, up to ``NAMED_REASONS``.
 What a client did wrong (other 4xx) is a line at info, up to ``NAMED_MISTAKES`` a minute; the rest is counted.
 With ``log.requests = "all"`` each request that succeeds has its own line, too.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gpuinfer.log import get_logger
@@ -24,6 +26,8 @@ EVERY_S = 60.0
 QUIET_S = 10.0
 #: Requests that a client got wrong, a minute, that have a line of their own.
 NAMED_MISTAKES = 20
+#: Reasons of one episode that have a line of their own.
+NAMED_REASONS = 5
 
 
 @dataclass(slots=True)
@@ -37,6 +41,16 @@ class _Episode:
     untold: int = 0
     total: int = 1
     reason: str = ""
+    #: The reasons that have had a line.
+    named: set[str] = field(default_factory=set)
+
+    def is_news(self) -> bool:
+        """Note the reason; tell whether it has had no line yet. Other numbers make no other reason."""
+        kind = re.sub(r"\d+", "0", self.reason)
+        if not kind or kind in self.named or len(self.named) >= NAMED_REASONS:
+            return False
+        self.named.add(kind)
+        return True
 
 
 @dataclass(slots=True)
@@ -95,12 +109,15 @@ class RequestLog:
         reason = str(fields.get("reason") or "")
         episode = self._episodes.get(code)
         if episode is None:
-            self._episodes[code] = _Episode(now, now, now, reason=reason)
+            episode = self._episodes[code] = _Episode(now, now, now, reason=reason)
+            episode.is_news()
             log.warning("requests_refused", **fields)
             return
         episode.last, episode.reason = now, reason or episode.reason
         episode.untold += 1
         episode.total += 1
+        if reason and episode.is_news():
+            self._tell_again(code, episode)
 
     def tick(self) -> None:
         """Write the lines that are due."""
@@ -112,8 +129,7 @@ class RequestLog:
             if now - episode.last >= QUIET_S:
                 self._tell_end(code)
             elif episode.untold and now - episode.told >= EVERY_S:
-                log.warning("requests_still_refused", code=code, count=episode.untold, **_because(episode))
-                episode.told, episode.untold = now, 0
+                self._tell_again(code, episode)
 
     def close(self) -> None:
         """Write what has not been written."""
@@ -134,11 +150,12 @@ class RequestLog:
         )
         self._counts = _Counts(now)
 
+    def _tell_again(self, code: str, episode: _Episode) -> None:
+        because = {"reason": episode.reason} if episode.reason else {}
+        log.warning("requests_still_refused", code=code, count=episode.untold, **because)
+        episode.told, episode.untold = self._clock(), 0
+
     def _tell_end(self, code: str) -> None:
         episode = self._episodes.pop(code)
         lasted = round(episode.last - episode.began, 1)
         log.warning("requests_refused_no_more", code=code, count=episode.total, lasted_s=lasted)
-
-
-def _because(episode: _Episode) -> dict[str, str]:
-    return {"reason": episode.reason} if episode.reason else {}

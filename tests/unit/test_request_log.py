@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import structlog
 
-from gpuinfer.api.request_log import NAMED_MISTAKES, RequestLog
+from gpuinfer.api.request_log import NAMED_MISTAKES, NAMED_REASONS, RequestLog
 
 pytestmark = pytest.mark.unit
 
@@ -67,6 +67,22 @@ def test_two_reasons_are_two_episodes(lines: list[Any]) -> None:
     front.log.close()
     assert events(lines) == ["requests_refused"] * 2 + ["requests_refused_no_more"] * 2
     assert [line["code"] for line in lines] == ["broker_error", "queue_full"] * 2
+
+
+def test_a_further_reason_under_one_code_is_told_at_once(lines: list[Any]) -> None:
+    """Once each, whatever its numbers are, up to a number of reasons."""
+    front = Front()
+    full = "the disk is full (7 MiB free)"
+    for reason in ("no answer", full, "no answer", full.replace("7", "8")):
+        front.answer(503, 10, over_s=4, code="broker_unavailable", reason=reason)
+    assert [(line["event"], line["reason"]) for line in lines] == [
+        ("requests_refused", "no answer"),
+        ("requests_still_refused", full),
+    ]
+    assert lines[1]["count"] == 10
+    for number in range(100):
+        front.answer(503, code="broker_unavailable", reason=f"reason {chr(65 + number)}")
+    assert len(lines) == NAMED_REASONS
 
 
 def test_success_is_counted(lines: list[Any]) -> None:
