@@ -2,7 +2,8 @@
 """The administrator's own users of Redis, from /etc/gpuinfer/redis-users.acl.
 
 Redis ends at its start for one wrong line in its ACL file. Ours must work whatever theirs are: each line is
-tried in a Redis that is there for this alone, and one that it rejects is left out, and named.
+tried in a Redis that is there for this alone. One that it rejects is left out, and named; so are all where
+that Redis ends, or hangs.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from gpuinfer.broker import acl
 
@@ -60,46 +63,53 @@ def read(text: str, binary: Path | str | None = None) -> Users:
 
 
 def _refused(lines: dict[str, str], binary: Path | str) -> dict[str, str]:
-    """Return name -> Redis's words, of the users that it would not take."""
+    """Return name -> Redis's words, of the users that it would not take, or that could not be tried."""
     if not lines or not Path(binary).exists():
         return {}
-    refused = {}
     with tempfile.TemporaryDirectory(prefix="gpuinfer-users-") as folder:
         options = ("--port", "0", "--unixsocket", f"{folder}/redis.sock", "--unixsocketperm", "700")
         command = [str(binary), *options, "--save", "", "--appendonly", "no", "--dir", folder]
         process = subprocess.Popen([*command, "--logfile", "/dev/null"], stdin=subprocess.DEVNULL)
         try:
-            client = _connected(f"{folder}/redis.sock", process)
-            for name, line in lines.items() if client else ():
-                try:
-                    client.execute_command("ACL", "SETUSER", *line.split()[1:])  # type: ignore[union-attr]
-                except redis.ResponseError as exc:
-                    refused[name] = str(exc)
+            return _tried(lines, f"{folder}/redis.sock", process)
         finally:
             process.kill()
             process.wait()
+
+
+def _tried(lines: dict[str, str], path: str, process: subprocess.Popen[bytes]) -> dict[str, str]:
+    """Return name -> why not, from a Redis that is starting; once it fails to answer, no more is tried."""
+    refused: dict[str, str] = {}
+    once = Retry(NoBackoff(), 0)
+    with redis.Redis(unix_socket_path=path, socket_timeout=_LIMIT_S, retry=once) as client:
+        fault = _not_up(client, process)
+        for name, line in lines.items():
+            try:
+                if not fault:
+                    client.execute_command("ACL", "SETUSER", *line.split()[1:])
+            except redis.ResponseError as exc:
+                refused[name] = str(exc)
+            except redis.RedisError as exc:
+                fault = str(exc)
+            if fault:
+                refused[name] = f"it could not be tried, as a Redis started for that does not answer: {fault}"
     return refused
 
 
-def _connected(path: str, process: subprocess.Popen[bytes]) -> redis.Redis | None:
-    """Return a client of a Redis that is starting; None when it does not come up."""
-    client = redis.Redis(unix_socket_path=path, socket_timeout=_LIMIT_S)
-    for _ in _until(_LIMIT_S):
+def _not_up(client: redis.Redis, process: subprocess.Popen[bytes]) -> str:
+    """Wait until a Redis is up; return why it is not, or an empty string."""
+    fault, end = "", time.monotonic() + _LIMIT_S
+    while time.monotonic() < end:
         try:
             client.ping()
-        except redis.ConnectionError:
+        except redis.RedisError as exc:
             if process.poll() is not None:
-                return None
+                return f"it ended with {process.returncode}"
+            fault = str(exc)
         else:
-            return client
-    return None
-
-
-def _until(limit_s: float) -> Iterator[None]:
-    end = time.monotonic() + limit_s
-    while time.monotonic() < end:
-        yield
+            return ""
         time.sleep(0.01)
+    return fault
 
 
 __all__: Sequence[str] = ("BINARY", "TAKEN", "Users", "read")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -259,6 +260,39 @@ def test_more_users_that_redis_would_refuse(
     assert f"redis-users.acl: {words}" in capsys.readouterr().err
     text = (folder / "users.acl").read_text(encoding="utf-8")
     assert text == acl.render(PASSWORDS) + mine + "\n"
+
+
+#: A Redis that takes connections, and answers none.
+HANGS = """
+import socket, sys, time
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[sys.argv.index("--unixsocket") + 1])
+listener.listen()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("script", [HANGS, "sys.exit(3)"])
+def test_a_redis_that_cannot_try_more_users_keeps_nothing_from_starting(
+    credentials: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+) -> None:
+    """One that hangs, or ends: the lines are named and left out, and Redis starts with our users."""
+    binary = tmp_path / "redis-server"
+    binary.write_text(f"#!{sys.executable}\nimport sys\n{script}\n", encoding="utf-8")
+    binary.chmod(0o755)
+    monkeypatch.setattr(more_users, "BINARY", binary)
+    monkeypatch.setattr(more_users, "_LIMIT_S", 2.0)
+    (tmp_path / "redis-users.acl").write_text("user a on ~x +get\nuser b on ~x +get\n", encoding="utf-8")
+    assert prepare(folder) == 0
+    told = capsys.readouterr().err
+    for line in ("line 1 (user a)", "line 2 (user b)"):
+        assert f"redis-users.acl: {line}: it could not be tried, as a Redis started for that" in told
+    assert (folder / "users.acl").read_text(encoding="utf-8") == acl.render(PASSWORDS)
 
 
 def test_more_users_by_tabs(
