@@ -235,5 +235,5 @@ def test_a_redis_that_ends_no_waits(
         turn(channel, 1)
         assert len(taker.tasks) == 1
         taker.tasks.clear()
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 0.9  # a wait ends by itself after a second
     assert len(taker.store.client.acl_log()) == int(how == "refused"), "asked once"
