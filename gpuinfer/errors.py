@@ -191,6 +191,13 @@ class IdempotencyConflict(InputError):
     code = "idempotency_conflict"
 
 
+class UnknownParameter(InputError):
+    """Raised when a URL has a query parameter that its route does not know."""
+
+    code = "unknown_parameter"
+    http_status = 400
+
+
 class MalformedJson(InputError):
     """Raised when a request's body is not JSON."""
 

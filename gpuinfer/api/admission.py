@@ -8,7 +8,6 @@ the options of ``gpuinfer.client.Options`` beside them.
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass
 from typing import Any, cast
@@ -111,16 +110,3 @@ def with_key(options: Options, header_key: str | None) -> Options:
     if options.get("idempotency_key", header_key) != header_key:
         raise InputError("differs from the Idempotency-Key header; give one of them", "idempotency_key")
     return {**options, "idempotency_key": header_key}
-
-
-def waiting_time(text: str | None, longest_s: float) -> float:
-    """Return for how many seconds to wait, cut to ``longest_s``. Raises InputError."""
-    if text is None:
-        return 0.0
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not seconds >= 0:  # NaN is not, either
-        raise InputError(f"must be a number of seconds, 0 or more, got {text[:80]!r}", "wait")
-    return min(seconds, longest_s)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -18,12 +17,11 @@ from gpuinfer import __version__
 from gpuinfer.api import health
 from gpuinfer.api.answers import answer
 from gpuinfer.api.docs import add_docs
-from gpuinfer.api.middleware import Around, note
-from gpuinfer.api.request_log import RequestLog
+from gpuinfer.api.middleware import note
 from gpuinfer.api.routes import router
+from gpuinfer.api.shared import Shared
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import GpuinferError, InputError
-from gpuinfer.settings import Settings
 
 _DESCRIPTION = """Submit work, then ask for its result. `POST /predict` answers 202 with a task id at once;
 `GET /result/{task_id}?wait=10` answers as soon as the task has ended.
@@ -31,28 +29,23 @@ Every error has the body `{"error": {"code", "message", "field"?}}`."""
 _CLIENT_CLOSED = 499  # nginx's number; nobody is left to read it
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """Build the application. ``app.state.stopping``, an event, ends all long-polls when it is set;
-    ``app.state.requests`` is the request log, which wants to be ticked and closed."""
-    stopping = asyncio.Event()
+def create_app(shared: Shared) -> FastAPI:
+    """Build the application. It opens the client that all requests share, and closes it."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with AsyncClient(settings) as client:
-            app.state.client = client
+        async with AsyncClient(shared.settings) as client:
+            shared.client = app.state.client = client
             yield
 
     app = FastAPI(
         title="gpuinfer", version=__version__, description=_DESCRIPTION, lifespan=lifespan, openapi_url=None
     )
-    app.state.settings = settings
-    app.state.stopping = stopping
-    app.state.requests = RequestLog(settings.log.requests)
+    app.state.settings = shared.settings
     app.include_router(router)
     app.include_router(health.router)
     add_docs(app)
-    app.add_middleware(Around, stopping=stopping, requests=app.state.requests)
-    _handle_errors(app, settings.api.retry_after_s)
+    _handle_errors(app, shared.settings.api.retry_after_s)
     return app
 
 

@@ -57,13 +57,14 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
 
     read_all()
 
-    from gpuinfer.api.app import create_app
+    from gpuinfer.api.front import Front
     from gpuinfer.api.server import Server
 
     # uvicorn tells of its start and stop; so do we, with fields.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
-        Server(create_app(settings), keep_alive_s=settings.api.keep_alive_s).run(sockets=listeners)
+        front = Front(settings)
+        Server(front, front.shared).run(sockets=listeners)
     finally:
         for listener in listeners:
             listener.close()

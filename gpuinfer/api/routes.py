@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routes. Bodies are read by hand: counted while they come in, parsed once, never validated twice."""
+"""The routes that FastAPI serves, and the documentation of those in ``front.py``."""
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from gpuinfer.api import admission, schemas, uploads
+from gpuinfer.api import schemas
 from gpuinfer.api.answers import answer
 from gpuinfer.api.middleware import note
-from gpuinfer.client import AsyncClient, Options
-from gpuinfer.errors import InputError, MalformedJson
-from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES
-from gpuinfer.queue.results import TaskStatus
+from gpuinfer.api.waiting import until_ended, waiting_time
+from gpuinfer.client import AsyncClient
 from gpuinfer.settings import Settings
 
 router = APIRouter()
@@ -31,57 +27,8 @@ def _settings(request: Request) -> Settings:
     return settings
 
 
-async def read_body(request: Request, max_payload_bytes: int) -> bytes:
-    """Read a body, chunked or not. Raises PayloadTooLarge as soon as it is known to be too large."""
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        raise MalformedJson(f"the body is compressed ({encoding[:40]}); send plain JSON")
-    announced = request.headers.get("content-length", "")
-    admission.check_size(int(announced) if announced.isdecimal() else 0, max_payload_bytes)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        admission.check_size(len(body), max_payload_bytes)
-    return bytes(body)
-
-
-async def _submit(request: Request, *, many: bool) -> Response:
-    settings = _settings(request)
-    body = await read_body(request, settings.queue.max_payload_bytes)
-    asked = _understood(request, body, many=many)
-    client = _client(request)
-    submit = client.submit_batch if many else client.submit
-    task_id = await submit(asked.inputs, **asked.options)
-    note(
-        request.scope,
-        action="task_accepted",
-        task_id=task_id,
-        **_described(asked.options, client.default_model, many=many),
-    )
-    return answer({"task_id": task_id}, 202, {"location": f"/result/{task_id}"})
-
-
-def _understood(request: Request, body: bytes, *, many: bool) -> admission.Admission:
-    """Understand a body by its Content-Type: JSON, a form, or a file."""
-    content_type = request.headers.get("content-type", "")
-    key = request.headers.get("idempotency-key")
-    if uploads.holds_json(body, content_type):
-        return admission.admit(body, header_key=key)
-    if many:
-        raise InputError(
-            f"a job is a list in JSON, and the body is {content_type[:80]}; files go to /predict one by one",
-            "body",
-        )
-    return uploads.admit_upload(body, content_type, request.query_params, header_key=key)
-
-
-def _described(options: Options, default_model: str | None, *, many: bool) -> dict[str, str | int | None]:
-    """Return what the log tells of a task."""
-    return {
-        "queue": options.get("queue") or ROUTES[BATCH_PREDICT if many else PREDICT],
-        "model": options.get("model") or default_model,
-        "priority": options.get("priority", 0),
-    }
+class _Fast(Exception):
+    """Raised by routes that are here for their documentation alone: ``front.py`` serves them."""
 
 
 @router.post(
@@ -92,12 +39,26 @@ def _described(options: Options, default_model: str | None, *, many: bool) -> di
     responses=schemas.SUBMIT_RESPONSES,
     openapi_extra=schemas.PREDICT_BODY,
 )
-async def predict(request: Request) -> Response:
+async def predict() -> None:
     """Put one input into a queue. The body is the input, or an object with it and options beside it.
 
-    A file is sent as it is, with options in the URL, or in a form, with options beside it.
+    A file is sent as it is, with options in the URL, or in a form, with options beside it. With
+    `Prefer: wait=5` or `?wait=5` the answer is 200 and the task when it has ended in time, failed or not.
     """
-    return await _submit(request, many=False)
+    raise _Fast
+
+
+@router.post(
+    "/models/{model}/predict",
+    status_code=202,
+    tags=["predict"],
+    summary="Submit one input to a model",
+    responses=schemas.SUBMIT_RESPONSES,
+    openapi_extra=schemas.PREDICT_BODY,
+)
+async def predict_with(model: str) -> None:
+    """As `/predict`, for the model that the path names."""
+    raise _Fast
 
 
 @router.post(
@@ -108,9 +69,9 @@ async def predict(request: Request) -> Response:
     responses=schemas.SUBMIT_RESPONSES,
     openapi_extra=schemas.BATCH_BODY,
 )
-async def batch_predict(request: Request) -> Response:
+async def batch_predict() -> None:
     """Put a list of inputs into a queue as one task; its result is a list, an entry for each input."""
-    return await _submit(request, many=True)
+    raise _Fast
 
 
 @router.get(
@@ -131,32 +92,8 @@ async def result(
     An id that nothing is known of is a 404; with `wait`, when it has not ended by then.
     """
     note(request.scope, task_id=task_id)
-    seconds = admission.waiting_time(wait, _settings(request).api.max_wait_s)
-    return answer((await _wait(request, task_id, seconds)).to_dict())
-
-
-async def _wait(request: Request, task_id: str, seconds: float) -> TaskStatus:
-    """Wait for the end of a task, of the time, of the caller's patience, or of this process."""
-    client = _client(request)
-    if seconds <= 0:
-        return await client.status(task_id)
-    ending = asyncio.ensure_future(client.wait(task_id, seconds))
-    stopping = asyncio.ensure_future(request.app.state.stopping.wait())
-    leaving = asyncio.ensure_future(_disconnected(request))
-    others = (stopping, leaving)
-    try:
-        await asyncio.wait((ending, *others), return_when=asyncio.FIRST_COMPLETED)
-        return await ending if ending.done() else await client.status(task_id)
-    finally:
-        for task in (ending, *others):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    seconds = waiting_time(wait, _settings(request).api.max_wait_s)
+    return answer((await until_ended(request.scope, request.receive, task_id, seconds)).to_dict())
 
 
 @router.post(

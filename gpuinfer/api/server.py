@@ -19,10 +19,10 @@ from signal import SIGINT, SIGTERM, signal
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 from sdnotify import SystemdNotifier
+from starlette.types import ASGIApp
 
-from gpuinfer.api.request_log import RequestLog
+from gpuinfer.api.shared import Shared
 from gpuinfer.errors import AddressUnavailable
 from gpuinfer.log import get_logger
 
@@ -159,7 +159,7 @@ def address(listener: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn's server, which tells systemd and the log what it does and ends with status 0."""
 
-    def __init__(self, app: FastAPI, *, keep_alive_s: int = 75) -> None:
+    def __init__(self, app: ASGIApp, shared: Shared) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -171,13 +171,13 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                timeout_keep_alive=keep_alive_s,
+                timeout_keep_alive=shared.settings.api.keep_alive_s,
                 timeout_graceful_shutdown=GRACE_S,
                 backlog=BACKLOG,
             )
         )
-        self._stopping: asyncio.Event = app.state.stopping
-        self._requests: RequestLog = app.state.requests
+        self._stopping = shared.stopping
+        self._requests = shared.requests
         self._notifier = SystemdNotifier()
         #: Ticks between two signs of life: a quarter of what systemd allows; 0 where it does not watch.
         watchdog_us = int(os.environ.get("WATCHDOG_USEC") or 0)

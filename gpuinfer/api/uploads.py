@@ -69,7 +69,7 @@ def admit_upload(
 
     Raises MalformedForm, InputError.
     """
-    given: dict[str, Any] = {name: _option(name, text) for name, text in query.items()}
+    given: dict[str, Any] = {name: option(name, text) for name, text in query.items()}
     if _kind(content_type) == _FORM:
         inputs = _from_form(body, content_type, given)
     elif not body:
@@ -86,7 +86,7 @@ def _from_form(body: bytes, content_type: str, given: dict[str, Any]) -> Any:
     named: dict[str, Any] = {}
     for part in parts_of(body, content_type):
         if part.name in OPTIONS and part.filename is None:
-            given[part.name] = _option(part.name, _text(part))
+            given[part.name] = option(part.name, _text(part))
         elif part.name in named:
             raise InputError("is there twice in the form", part.name[:80])
         else:
@@ -125,7 +125,7 @@ def _decoded(content: bytes, field: str) -> str:
         ) from None
 
 
-def _option(name: str, text: str) -> Any:
+def option(name: str, text: str) -> Any:
     """Return an option's value from text; the client checks it. Raises InputError for an unknown name."""
     option = OPTIONS.get(name)
     if option is None:

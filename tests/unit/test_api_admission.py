@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuinfer.api import schemas
-from gpuinfer.api.admission import FIELDS, SLACK_BYTES, admit, check_size, parse_json, waiting_time
+from gpuinfer.api.admission import FIELDS, SLACK_BYTES, admit, check_size, parse_json
+from gpuinfer.api.waiting import waiting_time
 from gpuinfer.client import Options
 from gpuinfer.client.core import build
 from gpuinfer.errors import GpuinferError, InputError, MalformedJson, PayloadTooLarge

@@ -11,13 +11,12 @@ from typing import Any
 import orjson
 import pytest
 import redis
-from fastapi import FastAPI
 from structlog.testing import capture_logs
 
-from gpuinfer.api.request_log import RequestLog
+from gpuinfer.api.front import Front
 from gpuinfer.api.server import Server
 from gpuinfer.queue.store import Store
-from gpuinfer.settings import QueueSettings
+from gpuinfer.settings import QueueSettings, Settings
 from gpuinfer.worker import heartbeat
 from gpuinfer.worker.ceiling import Ceiling
 from gpuinfer.worker.heartbeat import (
@@ -335,9 +334,8 @@ def test_loading_says_what(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_api_watchdog(monkeypatch: pytest.MonkeyPatch, watchdog_us: str, fed: int) -> None:
     """The API's event loop feeds the watchdog at a quarter of its time: ten ticks a second."""
     monkeypatch.setenv("WATCHDOG_USEC", watchdog_us)
-    app = FastAPI()
-    app.state.stopping, app.state.requests = asyncio.Event(), RequestLog()
-    server, notes = Server(app), Notes()
+    front = Front(Settings())
+    server, notes = Server(front, front.shared), Notes()
     server._notifier = notes
 
     async def tick() -> None:

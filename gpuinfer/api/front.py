@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The outermost application: the routes that must be fast as plain ASGI, FastAPI for all else.
+
+FastAPI documents the fast routes, too, and answers for methods that they do not take.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+
+from fastapi import FastAPI
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from gpuinfer.api import submission
+from gpuinfer.api.app import create_app
+from gpuinfer.api.middleware import Around
+from gpuinfer.api.reply import send_error
+from gpuinfer.api.shared import Shared
+from gpuinfer.errors import GpuinferError
+from gpuinfer.log import get_logger
+from gpuinfer.settings import Settings
+
+log = get_logger(__name__)
+
+Route = Callable[[Scope, Receive, Send], Awaitable[None]]
+#: Takes what a path holds beside its fixed parts, too.
+RouteOf = Callable[..., Awaitable[None]]
+
+#: Fast routes by method and path.
+ROUTES: dict[tuple[str, str], Route] = {
+    ("POST", "/predict"): submission.predict,
+    ("POST", "/batch_predict"): submission.batch_predict,
+}
+#: Fast routes by method and a pattern of the path, whose groups are handed on.
+PATTERNS: tuple[tuple[str, re.Pattern[str], RouteOf], ...] = (
+    ("POST", re.compile(r"/models/([^/]+)/predict"), submission.predict_with),
+)
+
+
+class Front:
+    """What the server runs. ``shared`` is what all its requests share."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.shared = Shared(settings)
+        self._app: FastAPI = create_app(self.shared)
+        self._around = Around(self._route, self.shared.stopping, self.shared.requests)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        self.shared.enter(scope)
+        await self._around(scope, receive, send)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method, path = scope["method"], scope["path"]
+        found: tuple[str, ...] = ()
+        route: RouteOf | None = ROUTES.get((method, path))
+        if route is None:
+            route, found = _by_pattern(method, path)
+        if route is None:
+            await self._app(scope, receive, send)
+            return
+        try:
+            await route(scope, receive, send, *found)
+        except GpuinferError as exc:
+            await send_error(scope, send, exc)
+        except ClientDisconnect:
+            pass  # nobody is left to be answered
+        except Exception:
+            log.exception("request_failed", method=scope["method"], path=scope["path"][:200])
+            await send_error(scope, send, GpuinferError("this is a bug; see the API's log"))
+
+
+def _by_pattern(method: str, path: str) -> tuple[RouteOf | None, tuple[str, ...]]:
+    for verb, pattern, route in PATTERNS:
+        if verb == method and (found := pattern.fullmatch(path)):
+            return route, found.groups()
+    return None, ()

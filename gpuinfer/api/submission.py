@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a request's body to a task, and its answer: plain ASGI, for this is what a front does all day."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from gpuinfer.api import admission, query, uploads
+from gpuinfer.api.middleware import note
+from gpuinfer.api.reply import send_json
+from gpuinfer.api.shared import header, shared
+from gpuinfer.api.waiting import preferred_time, until_ended, waiting_time
+from gpuinfer.client import Options
+from gpuinfer.errors import InputError, MalformedJson
+from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES
+from gpuinfer.queue.options import OPTIONS
+
+#: What the URL of a submission may have.
+PARAMETERS = frozenset({"wait", *OPTIONS})
+
+
+class Asked(NamedTuple):
+    """A request to run something, understood."""
+
+    inputs: Any
+    options: Options
+    #: Whether the inputs are a list, and this a job.
+    many: bool
+    #: Seconds to wait for the end; 0: answer at once.
+    wait_s: float
+    #: Whether that is what a Prefer header says.
+    preferred: bool = False
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """Return a request's body, chunked or not.
+
+    Raises PayloadTooLarge as soon as it is known to have more bytes than ``limit``
+    (``queue.max_payload_bytes``) and a little, MalformedJson where it is compressed, ClientDisconnect.
+    """
+    encoding = header(scope, b"content-encoding")
+    if encoding and encoding.lower() != "identity":
+        raise MalformedJson(f"the body is compressed ({encoding[:40]}); send plain JSON")
+    announced = header(scope, b"content-length")
+    admission.check_size(int(announced) if announced.isdecimal() else 0, limit)
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body"):
+        body: bytes = message.get("body", b"")
+        admission.check_size(len(body), limit)
+        return body
+    parts = bytearray()
+    while True:
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts += message.get("body", b"")
+        admission.check_size(len(parts), limit)
+        if not message.get("more_body"):
+            return bytes(parts)
+        message = await receive()
+
+
+def understand(scope: Scope, body: bytes, *, model: str | None = None, many: bool = False) -> Asked:
+    """Understand a body by its Content-Type: JSON, a form, or a file. ``model`` is the one of the path.
+
+    Raises InputError and its kin, each naming its field.
+    """
+    given = query.parse(scope, PARAMETERS)
+    wait, preferred = given.pop("wait", None), None
+    if wait is None and (preferred := preferred_time(scope)) is not None:
+        wait = str(preferred)
+    wait_s = waiting_time(wait, shared(scope).settings.api.max_wait_s)
+    content_type, key = header(scope, b"content-type"), header(scope, b"idempotency-key") or None
+    if uploads.holds_json(body, content_type):
+        asked = admission.admit(body, header_key=key)
+        if given:
+            for name, text in given.items():
+                _add(asked.options, name, uploads.option(name, text))
+    elif many:
+        raise InputError(
+            f"a job is a list in JSON, and the body is {content_type[:80]}; files go to /predict one by one",
+            "body",
+        )
+    else:
+        asked = uploads.admit_upload(body, content_type, given, header_key=key)
+    if model is not None:
+        _add(asked.options, "model", model)
+    return Asked(asked.inputs, asked.options, many, wait_s, preferred is not None)
+
+
+def _add(options: Options, name: str, value: Any) -> None:
+    """Add an option that stands in the URL. Raises InputError where another value stands in the body."""
+    known = cast(dict[str, Any], options)
+    if known.setdefault(name, value) != value:
+        raise InputError("differs between the URL and the body; give one of them", name)
+
+
+async def submit_and_answer(scope: Scope, receive: Receive, send: Send, asked: Asked) -> None:
+    """Submit what is asked for, and answer 202 with its id, or 200 with the task when it ended in time."""
+    client = shared(scope).client
+    submit = client.submit_batch if asked.many else client.submit
+    task_id = await submit(asked.inputs, **asked.options)
+    options = asked.options
+    note(
+        scope,
+        action="task_accepted",
+        task_id=task_id,
+        queue=options.get("queue") or ROUTES[BATCH_PREDICT if asked.many else PREDICT],
+        model=options.get("model") or client.default_model,
+        priority=options.get("priority", 0),
+    )
+    place = (b"location", b"/result/" + task_id.encode())
+    if not asked.wait_s:
+        await send_json(scope, send, {"task_id": task_id}, 202, (place,))
+        return
+    status = await until_ended(scope, receive, task_id, asked.wait_s)
+    headers = [] if status.final else [place]
+    if asked.preferred:
+        headers.append((b"preference-applied", b"wait=%d" % asked.wait_s))
+    await send_json(scope, send, status.to_dict(), 200 if status.final else 202, headers)
+
+
+async def predict(scope: Scope, receive: Receive, send: Send) -> None:
+    """``POST /predict``: one input."""
+    await _predict(scope, receive, send, None, many=False)
+
+
+async def batch_predict(scope: Scope, receive: Receive, send: Send) -> None:
+    """``POST /batch_predict``: a list of inputs as one job."""
+    await _predict(scope, receive, send, None, many=True)
+
+
+async def predict_with(scope: Scope, receive: Receive, send: Send, model: str) -> None:
+    """``POST /models/{model}/predict``: one input for that model."""
+    await _predict(scope, receive, send, model, many=False)
+
+
+async def _predict(scope: Scope, receive: Receive, send: Send, model: str | None, *, many: bool) -> None:
+    body = await read_body(scope, receive, shared(scope).settings.queue.max_payload_bytes)
+    await submit_and_answer(scope, receive, send, understand(scope, body, model=model, many=many))

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call for a prediction: submit and wait at once, a model in the path, an id of the client's own."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from gpuinfer.api import schemas
+from gpuinfer.errors import ShapeMismatch
+from gpuinfer.queue import keys
+from tests.apis import Api, HandWorker
+from tests.workers import wait_until
+
+pytestmark = pytest.mark.integration
+
+
+def while_working(worker: HandWorker, result: Any, ask: Callable[[], httpx.Response]) -> httpx.Response:
+    """Ask, and end what is submitted by it while the request waits."""
+    worker.register()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask)
+        wait_until(lambda: worker.finish_all(result) == 1, 30)
+        return answer.result(60)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "applied"),
+    [
+        ("/predict", {"Prefer": "wait=30"}, "wait=30"),
+        ("/predict?wait=30", {}, None),
+        ("/models/digits/predict", {"Prefer": "respond-async, WAIT=30"}, "wait=30"),
+        ("/batch_predict", {"Prefer": 'wait="30"; x=y'}, "wait=30"),
+    ],
+)
+def test_one_call(
+    api: Api, worker: HandWorker, path: str, headers: dict[str, str], applied: str | None
+) -> None:
+    """200 with the task when it ended in time, and what was preferred is said to have been applied."""
+    body = [schemas.DIGIT] if "batch" in path else schemas.DIGIT
+    response = while_working(worker, "done", lambda: api.http.post(path, json=body, headers=headers))
+    assert (response.status_code, response.headers.get("preference-applied")) == (200, applied)
+    assert (response.json()["status"], response.json()["result"]) == ("completed", "done")
+
+
+def test_one_call_of_a_failed_task_is_a_200(api: Api, worker: HandWorker) -> None:
+    """The request succeeded; the task has failed, and says why."""
+    error = ShapeMismatch("must have shape [1, 8, 8]", "inputs")
+    response = while_working(worker, error, lambda: api.http.post("/predict?wait=30", json=[1]))
+    assert (response.status_code, response.json()["status"]) == (200, "failed")
+    assert response.json()["error"]["code"] == "shape_mismatch"
+
+
+def test_one_call_that_is_not_ended_in_time(api: Api, worker: HandWorker) -> None:
+    """202 with the task as it is, and where to look for it."""
+    worker.register()
+    response = api.http.post("/predict?wait=0.05", json=[1])
+    assert (response.status_code, response.json()["status"]) == (202, "queued")
+    assert worker.finish_all("done") == 1
+    assert api.http.get(response.headers["location"]).json()["result"] == "done"
+
+
+def test_the_model_of_the_path_or_the_url(api: Api, worker: HandWorker) -> None:
+    """It is the model that runs; one nobody knows is a 404, and two that differ are refused."""
+    worker.register()
+    assert api.http.post("/models/digits/predict", json=[1]).status_code == 202
+    assert api.http.post("/predict?model=digits", json=[1]).status_code == 202
+    assert {keys.place_of(task.list_key).model for task in worker.claim(2)} <= {"", "digits"}
+    for path in ("/models/nosuch/predict", "/predict?model=nosuch"):
+        unknown = api.http.post(path, json=[1])
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "unknown_model")
+    two = api.http.post("/models/digits/predict", json={"inputs": [1], "model": "other"})
+    assert (two.status_code, two.json()["error"]["field"]) == (422, "model")
+
+
+@pytest.mark.parametrize("path", ["/predict?modle=digits", "/models/digits/predict?Model=x", "/predict?x"])
+def test_an_unknown_query_parameter_is_named(api: Api, path: str) -> None:
+    """400, with its name and those that are known: a misspelt option is not left out silently."""
+    response = api.http.post(path, json=[1])
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "unknown_parameter")
+    assert error["field"] in ("modle", "Model", "x")
+    assert "model" in error["message"]
+    assert "wait" in error["message"]
+
+
+def test_waits_end_when_the_front_stops(api: Api, worker: HandWorker) -> None:
+    """A caller of one call is told its task's state and id when the process is told to stop."""
+    worker.register()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(api.http.post, "/predict?wait=60", json=[1])
+        wait_until(lambda: len(worker.claim()) == 1, 30)
+        api.process.send(signal.SIGTERM)
+        assert answer.result(60).status_code == 202
