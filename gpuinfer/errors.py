@@ -212,6 +212,20 @@ class MalformedForm(InputError):
     http_status = 400
 
 
+class MalformedEncoding(InputError):
+    """Raised when a request's body cannot be unpacked by the coding that its Content-Encoding names."""
+
+    code = "malformed_encoding"
+    http_status = 400
+
+
+class UnsupportedEncoding(InputError):
+    """Raised when a request's Content-Encoding is one that is not read."""
+
+    code = "unsupported_encoding"
+    http_status = 415
+
+
 class PayloadTooLarge(InputError):
     """Raised when a request is larger than ``queue.max_payload_bytes``."""
 

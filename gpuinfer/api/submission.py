@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, cast
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from gpuinfer.api import admission, query, uploads
+from gpuinfer.api import admission, encodings, query, uploads
 from gpuinfer.api.middleware import note
 from gpuinfer.api.reply import send_json
 from gpuinfer.api.shared import header, shared
 from gpuinfer.api.waiting import preferred_time, until_ended, waiting_time
 from gpuinfer.client import Options
-from gpuinfer.errors import InputError, MalformedJson
+from gpuinfer.errors import InputError
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES
 from gpuinfer.queue.options import OPTIONS
 
@@ -36,14 +36,18 @@ class Asked(NamedTuple):
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """Return a request's body, chunked or not.
+    """Return a request's body, chunked or not, and unpacked where it is compressed.
 
     Raises PayloadTooLarge as soon as it is known to have more bytes than ``limit``
-    (``queue.max_payload_bytes``) and a little, MalformedJson where it is compressed, ClientDisconnect.
+    (``queue.max_payload_bytes``) and a little, packed or unpacked; UnsupportedEncoding, MalformedEncoding,
+    ClientDisconnect.
     """
-    encoding = header(scope, b"content-encoding")
-    if encoding and encoding.lower() != "identity":
-        raise MalformedJson(f"the body is compressed ({encoding[:40]}); send plain JSON")
+    coding = encodings.coding_of(header(scope, b"content-encoding"))
+    body = await _received(scope, receive, limit)
+    return body if coding is None else await encodings.unpacked(body, coding, admission.body_limit(limit))
+
+
+async def _received(scope: Scope, receive: Receive, limit: int) -> bytes:
     announced = header(scope, b"content-length")
     admission.check_size(int(announced) if announced.isdecimal() else 0, limit)
     message = await receive()
