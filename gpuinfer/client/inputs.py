@@ -12,10 +12,11 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from gpuinfer.errors import InputError
+from gpuinfer.errors import InputError, ShapeMismatch
 
 #: Kind of an input -> how a file is sent for it, whatever its suffix.
 _SENT_AS = {
@@ -67,6 +68,30 @@ def from_bytes(data: bytes, path: Path, kind: str | None = None) -> Any:
         except UnicodeDecodeError as exc:
             raise InputError(f"is no UTF-8 text: {exc}", str(path)) from None
     return {"b64": data, "name": path.name}
+
+
+def from_raw(data: bytes, dtype: str, shape: Sequence[int]) -> Any:
+    """Return the array whose little-endian bytes, in C order, these are; one of its lengths may be free (-1).
+
+    bfloat16, which numpy has not, is widened to float32. Raises InputError for another number of bytes.
+    """
+    import numpy as np
+
+    stored = np.dtype(np.uint16 if dtype == "bfloat16" else dtype).newbyteorder("<")
+    fixed = prod(length for length in shape if length >= 0) * stored.itemsize
+    free = sum(length < 0 for length in shape)
+    fits = len(data) == fixed if not free else free == 1 and fixed and len(data) and len(data) % fixed == 0
+    if not fits:
+        takes = (
+            f"{'a multiple of ' if free == 1 else ''}{fixed} bytes" if free < 2 else "a .npy file, or JSON"
+        )
+        raise ShapeMismatch(
+            f"is a file of {len(data)} bytes; shape {list(shape)[:16]} of {dtype} takes {takes}", "inputs"
+        )
+    array = np.frombuffer(data, stored).reshape(shape)
+    if dtype != "bfloat16":
+        return array
+    return (array.astype(np.uint32) << 16).view(np.float32)
 
 
 def read_input(argument: str) -> Any:

@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gpuinfer.client.inputs import from_bytes
+from gpuinfer.client.inputs import from_bytes, from_raw
 from gpuinfer.errors import DtypeMismatch, InputError, MissingInput, ShapeMismatch
-from gpuinfer.models.files import is_file, name_of
+from gpuinfer.models.files import bytes_of, is_file, name_of
 from gpuinfer.models.json_schema import Check, checker
 from gpuinfer.models.signature import Input, Signature
 from gpuinfer.models.specs import shape_fits
@@ -50,7 +50,8 @@ class Validator:
         """Return inputs as the model takes them, where a form or -F says them otherwise.
 
         An only input may stand under its name, or a file under any; a file of text, JSON or an array stands
-        for what it holds. Raises InputError for one that holds something else.
+        for what it holds, and so do an array's bytes where dtype and shape are known. Raises InputError for
+        one that holds something else.
         """
         if type(inputs) is not dict and type(inputs) not in _BYTES:  # lists and arrays, mostly
             return inputs
@@ -128,13 +129,19 @@ class Validator:
         if isinstance(found, str):
             if _kind_of(found) not in (*_KINDS.get(kind, ()), ""):
                 raise DtypeMismatch(f"is {found}, the model wants {wanted.dtype}", field)
-        elif found not in _IN_LISTS.get(kind, {found}):
+        elif found not in _IN_LISTS.get(kind, {found}) and not (
+            found is type(None) and kind == "float" and wanted.allow_nan
+        ):
             raise DtypeMismatch(
                 f"holds {WORDS.get(found, found.__name__)}, the model wants {wanted.dtype}", field
             )
 
 
 _BYTES: frozenset[type] = frozenset({bytes, bytearray, memoryview})
+#: How a file of numpy's begins, and its base64.
+_NPY, _NPY_BASE64 = b"\x93NUMPY", "k05VTVBZ"
+#: Suffixes of files that may hold an array's bytes and nothing else.
+_RAW = frozenset({"", ".bin", ".raw"})
 _FILES = {"bytes": "bytes", "image": "an image file", "audio": "a sound file", "file": "a file"}
 
 
@@ -142,17 +149,33 @@ def _content(value: Any, wanted: Input | None) -> Any:
     """Return what a file holds where the input is no file; anything else as it is."""
     if wanted is None or not is_file(value):
         return value
+    if wanted.kind not in ("text", "json", "tensor"):
+        return value
+    path = Path(name_of(value))
+    if wanted.kind != "tensor":
+        return from_bytes(_bytes_of(value), path, wanted.kind)
+    suffix = path.suffix.lower()
+    if suffix == ".npy" or _is_npy(value):
+        return from_bytes(_bytes_of(value), path.with_suffix(".npy") if suffix else Path("x.npy"))
+    if wanted.file is not None:
+        return value
+    if suffix == ".json":
+        return from_bytes(_bytes_of(value), path)
+    if wanted.dtype is None or wanted.shape is None or suffix not in _RAW:
+        return value
+    return from_raw(_bytes_of(value), wanted.dtype, wanted.shape)
+
+
+def _bytes_of(value: Any) -> bytes:
+    return bytes(bytes_of(value, "inputs"))
+
+
+def _is_npy(value: Any) -> bool:
+    """Tell whether a file is one of numpy's, by how its bytes or their base64 begin."""
     content = value["b64"] if isinstance(value, Mapping) else value
-    if (
-        wanted.kind not in ("text", "json", "tensor")
-        or wanted.file is not None
-        or type(content) not in _BYTES
-    ):
-        return value
-    name = name_of(value)
-    if wanted.kind == "tensor" and not name.lower().endswith((".npy", ".json")):
-        return value
-    return from_bytes(bytes(content), Path(name), wanted.kind)
+    if isinstance(content, str):
+        return content.startswith(_NPY_BASE64)
+    return bytes(memoryview(content)[: len(_NPY)]) == _NPY
 
 
 def _looked(value: Any, field: str) -> tuple[tuple[int, ...] | None, str | type | None]:

@@ -62,6 +62,8 @@ class Input:
     schema: Mapping[str, Any] | None = None
     #: What file the worker makes the tensor from, where one is sent in its place; None: numbers alone.
     file: Literal["image", "audio"] | None = None
+    #: Whether a tensor may hold NaN and infinity; null in a list is NaN then.
+    allow_nan: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON, without what is not known."""
@@ -74,6 +76,8 @@ class Input:
             entry["schema"] = dict(self.schema)
         if self.file is not None:
             entry["file"] = self.file
+        if self.allow_nan:
+            entry["allow_nan"] = True
         return entry
 
     @classmethod
@@ -95,6 +99,7 @@ class Input:
             shape=None if shape is None else tuple(int(length) for length in shape),
             schema=None if schema is None else dict(schema),
             file=file,
+            allow_nan=bool(entry.get("allow_nan", False)),
         )
 
 
@@ -160,6 +165,7 @@ def from_manifest(manifest: Manifest) -> Signature | None:
             shape=spec.shape if spec.kind == "tensor" else None,
             schema=spec.json_schema,
             file="image" if spec.image else "audio" if spec.audio and spec.kind == "tensor" else None,
+            allow_nan=spec.allow_nan,
         )
         for spec in manifest.inputs
     )

@@ -17,6 +17,7 @@ numpy has no bfloat16: such an array holds the 16 bits of each value as uint16.
 from __future__ import annotations
 
 import binascii
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from math import prod
@@ -167,6 +168,9 @@ def _from_lists(values: Sequence[object], spec: InputSpec, field: str) -> Array:
             _refuse_shape(values[0], spec, field)
         level = list(chain.from_iterable(level))
     strange = set(map(type, level)) - _ALLOWED[_kind(spec)][0]
+    if type(None) in strange and spec.allow_nan and _kind(spec) == "f":
+        level = [math.nan if number is None else number for number in level]
+        strange.discard(type(None))
     if strange:
         _refuse_types(values[0], strange, spec, field)
     return _from_numbers(level, spec, field).reshape(len(values), *lengths)

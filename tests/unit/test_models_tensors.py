@@ -113,6 +113,19 @@ def test_misfits_alone_and_in_a_batch(dtype: str, value: object, error: type[Inp
         decode(manifest, {"x": value})
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_null_is_nan_where_nan_is_allowed(dtype: str) -> None:
+    """JSON has no other word for it; alone and in a batch, and never for a whole number."""
+    manifest = _one([2], dtype, allow_nan=True)
+    alone, _ = decode_batch(manifest, [[None, 1], [2, 3]])
+    for item in (alone, decode(manifest, [None, 1])):
+        assert not isinstance(item, InputError)
+        bits = item[0].tolist()[0]
+        assert bits == 0x7FC0 if dtype == "bfloat16" else math.isnan(bits)
+    with pytest.raises(DtypeMismatch, match="null"):
+        decode(_one([2], "int32", allow_nan=True), [None, 1])
+
+
 def test_ragged_lists() -> None:
     """Lists of different lengths within one item are told as such."""
     with pytest.raises(ShapeMismatch, match="differ in length at depth 1"):

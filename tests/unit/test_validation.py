@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import sys
 import timeit
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -108,6 +110,64 @@ def test_what_does_not_fit_is_refused(
     assert type(caught.value) is error
     assert words in str(caught.value)
     assert caught.value.field == "inputs"
+
+
+def _npy(array: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+FREE = Input(name="x", kind="tensor", dtype="bfloat16", shape=(-1, 2))
+PLAIN = Input(name="x", kind="tensor", dtype="float32", shape=(2,))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "file", "found"),
+    [
+        (PLAIN, _npy(np.array([1, 2])), [1, 2]),
+        (PLAIN, {"b64": _npy(np.array([1, 2])), "name": "any.thing"}, [1, 2]),
+        (DIGIT, {"b64": _npy(np.ones((1, 2, 2))), "name": "upload.bin"}, [[[1, 1], [1, 1]]]),
+        (DIGIT, {"b64": base64.b64encode(_npy(np.ones((1, 2, 2)))).decode()}, [[[1, 1], [1, 1]]]),
+        (PLAIN, np.array([1, 2], "<f4").tobytes(), [1, 2]),
+        (PLAIN, {"b64": np.array([1, 2], "<f4").tobytes(), "name": "upload.bin"}, [1, 2]),
+        (PLAIN, {"b64": base64.b64encode(np.array([1, 2], "<f4").tobytes()).decode()}, [1, 2]),
+        (FREE, bytes.fromhex("803f0040 00000000"), [[1, 2], [0, 0]]),
+    ],
+)
+def test_a_file_stands_for_an_array(wanted: Input, file: Any, found: list[Any]) -> None:
+    """One of numpy's by how it begins; an array's bytes where dtype and shape are known; in base64 or not."""
+    one = validator(wanted)
+    settled = one.settled(file)
+    one.check(settled)
+    assert settled.tolist() == found
+
+
+@pytest.mark.parametrize(
+    ("wanted", "file", "words"),
+    [
+        (PLAIN, b"1234567", "is a file of 7 bytes; shape [2] of float32 takes 8 bytes"),
+        (FREE, b"123456", "shape [-1, 2] of bfloat16 takes a multiple of 4 bytes"),
+        (FREE, b"", "takes a multiple of 4 bytes"),
+        (Input(name="x", kind="tensor", dtype="int8", shape=(-1, -1)), b"1", "takes a .npy file, or JSON"),
+        (PLAIN, {"b64": "A"}, "is not valid base64"),
+        (PLAIN, {"b64": b"x", "name": "x.npy"}, "is no .npy file"),
+    ],
+)
+def test_a_file_that_is_no_such_array(wanted: Input, file: Any, words: str) -> None:
+    """How many bytes it would have to have is said."""
+    with pytest.raises(InputError) as caught:
+        validator(wanted).settled(file)
+    assert words in str(caught.value)
+
+
+def test_null_for_a_model_that_allows_nan() -> None:
+    """It is a number there, and nowhere else."""
+    lenient = replace(PLAIN, allow_nan=True)
+    validator(lenient).check([None, 1.5])
+    for strict in (PLAIN, replace(lenient, dtype="int64")):
+        with pytest.raises(DtypeMismatch, match="holds null"):
+            validator(strict).check([None, 1])
 
 
 def test_json_is_checked_by_its_schema() -> None:
@@ -225,5 +285,5 @@ def test_what_is_remembered() -> None:
 
 def test_a_signature_is_read_as_it_was_written() -> None:
     """With the file that may stand for a tensor."""
-    one = Signature(inputs=(DIGIT, DOC), named=True)
+    one = Signature(inputs=(DIGIT, DOC, replace(PLAIN, allow_nan=True)), named=True)
     assert Signature.from_json(orjson.loads(orjson.dumps(one.to_json()))) == one
