@@ -21,6 +21,8 @@ from gpuinfer.queue.options import OPTIONS
 
 #: Fields of an object body, in the order they are told to a caller.
 FIELDS: tuple[str, ...] = ("inputs", *OPTIONS)
+#: Keys of a file or an array in base64, which may be a whole body.
+_ENCODED = frozenset({"b64", "name", "dtype", "shape"})
 #: What a request's body may have beside the message: the braces, the options, white space.
 SLACK_BYTES = 16 * 1024
 #: JSON has no such numbers, but Python's writer emits them; it is the worker that refuses them.
@@ -89,6 +91,8 @@ def admit(body: bytes, *, header_key: str | None = None) -> Admission:
         return Admission(inputs=value, options=with_key({}, header_key))
     if not isinstance(value, dict):
         raise InputError(f"must be a JSON list, or an object with inputs; got {_word(value)}", "body")
+    if "b64" in value and _ENCODED.issuperset(value):
+        return Admission(inputs=value, options=with_key({}, header_key))
     unknown = [name for name in value if name not in FIELDS]
     if unknown:
         raise InputError(f"unknown field; known: {', '.join(FIELDS)}", unknown[0][:80])

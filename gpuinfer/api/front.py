@@ -36,6 +36,8 @@ ROUTES: dict[tuple[str, str], Route] = {
 #: Fast routes by method and a pattern of the path, whose groups are handed on.
 PATTERNS: tuple[tuple[str, re.Pattern[str], RouteOf], ...] = (
     ("POST", re.compile(r"/models/([^/]+)/predict"), submission.predict_with),
+    # curl -T cat.jpg says PUT
+    ("PUT", re.compile(r"/models/([^/]+)/predict"), submission.predict_with),
 )
 
 

@@ -48,6 +48,7 @@ async def predict() -> None:
     raise _Fast
 
 
+@router.put("/models/{model}/predict", include_in_schema=False)  # what curl -T sends
 @router.post(
     "/models/{model}/predict",
     status_code=202,

@@ -3,7 +3,8 @@
 
 ::
 
-    curl --data-binary @cat.jpg -H 'Content-Type: image/jpeg' 'http://HOST/predict?model=resnet'
+    curl -T cat.jpg -H 'Content-Type: image/jpeg' http://HOST/models/resnet/predict
+    curl --data-binary @x.npy -H 'Content-Type: application/octet-stream' 'http://HOST/predict?model=resnet'
     curl -F file=@cat.jpg -F model=resnet http://HOST/predict
     curl -F image=@cat.jpg -F question='What is it?' -F model=vqa http://HOST/predict
 
@@ -29,6 +30,8 @@ from gpuinfer.queue.options import OPTIONS
 #: Types that are read as JSON: its own, and what curl says of ``-d``.
 _JSON = frozenset({"", "application/json", "application/x-www-form-urlencoded", "text/json"})
 _FORM = "multipart/form-data"
+#: Types that numpy's files go by; none is registered.
+_NPY = frozenset({"application/x-npy", "application/npy", "application/vnd.numpy.npy"})
 #: What a form's only input may be called.
 ONLY = ("file", "inputs")
 _MAX_PARTS = 64
@@ -77,8 +80,12 @@ def admit_upload(
     elif _is_text(content_type):
         inputs = _decoded(body, "body")
     else:
-        inputs = {"b64": body, "name": "upload" + (guess_extension(_kind(content_type)) or "")}
+        inputs = {"b64": body, "name": "upload" + _suffix(_kind(content_type))}
     return Admission(inputs=inputs, options=with_key(cast(Options, given), header_key))
+
+
+def _suffix(kind: str) -> str:
+    return ".npy" if kind in _NPY else guess_extension(kind) or ""
 
 
 def _from_form(body: bytes, content_type: str, given: dict[str, Any]) -> Any:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import io
 import json
 import subprocess
@@ -60,6 +62,32 @@ def test_a_file_by_every_way_in(
         ids.append(response.json()["task_id"])
     found = [result["class"] for result in client.results(ids, timeout_s=60)]
     assert found == [labels[0], labels[1], labels[0], labels[1], labels[0], labels[1]]
+
+    two = np.ascontiguousarray(load_test_images()[0][0], "<f4")
+    saved = io.BytesIO()
+    np.save(saved, two)
+    as_json = json.dumps(two.tolist()).encode()
+    binary = {"content-type": "application/octet-stream"}
+    place = "/models/digits/predict?wait=60"
+    for answered in (
+        api.http.put(place, content=small.read_bytes(), headers={"content-type": "image/png"}),  # curl -T
+        api.http.post(place, content=saved.getvalue(), headers=binary),
+        api.http.post(place, json={"b64": base64.b64encode(saved.getvalue()).decode()}),
+        api.http.post(place, content=gzip.compress(as_json), headers={"content-encoding": "gzip"}),
+        api.http.post(
+            place, content=gzip.compress(saved.getvalue()), headers=binary | {"content-encoding": "gzip"}
+        ),
+    ):
+        assert answered.status_code == 200, answered.text
+        assert answered.json()["result"]["class"] == labels[0]
+    packed_bomb = gzip.compress(bytes(64 * 1024 * 1024))
+    for refused, status in (
+        (api.http.post(place, content=packed_bomb, headers={"content-encoding": "gzip"}), 413),
+        (api.http.post(place, content=b"[]", headers={"content-encoding": "br"}), 415),
+        (api.http.post("/models/nosuch/predict", content=saved.getvalue(), headers=binary), 404),
+        (api.http.post("/models/digits/predict", content=b"\x93NUMPY and no more", headers=binary), 422),
+    ):
+        assert refused.status_code == status, refused.text
 
     waiting = redis_server.client().hget(keys.SIGNATURES, "digits")
     assert waiting is not None, "the worker has said what its model takes"

@@ -29,6 +29,16 @@ def test_a_list_is_the_inputs() -> None:
     assert asked.options == {}
 
 
+@pytest.mark.parametrize(
+    "body", [{"b64": "AAAA"}, {"b64": "AAAA", "name": "a.jpg"}, {"b64": "", "dtype": "uint8", "shape": [0]}]
+)
+def test_a_file_or_an_array_is_the_inputs(body: dict[str, object]) -> None:
+    """In base64, as a bare list is; what stands beside its keys is no option."""
+    assert admit(orjson.dumps(body)).inputs == body
+    with pytest.raises(InputError, match="unknown field"):
+        admit(orjson.dumps(body | {"model": "digits"}))
+
+
 def test_an_object_names_its_options() -> None:
     """Fields beside inputs are options; a null one counts as not given."""
     asked = admit(b'{"inputs": 5, "model": "digits", "priority": 9, "queue": null}')

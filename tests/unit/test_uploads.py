@@ -36,6 +36,12 @@ def test_a_body_that_is_the_file() -> None:
         "idempotency_key": "k",
     }
     assert admit_upload(b"hi", "text/plain; charset=utf-8", {}).inputs == "hi"
+    for kind, name in (
+        ("application/octet-stream", "upload.bin"),
+        ("application/x-npy", "upload.npy"),
+        ("application/x-unheard-of", "upload"),
+    ):
+        assert admit_upload(JPEG, kind, {}).inputs == {"b64": JPEG, "name": name}
 
 
 def test_a_form_with_one_file() -> None:
