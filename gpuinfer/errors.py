@@ -204,12 +204,18 @@ class MalformedJson(InputError):
     code = "malformed_json"
     http_status = 400
 
+    def __init__(self, message: str = "", field: str | None = "body") -> None:
+        super().__init__(message, field)
+
 
 class MalformedForm(InputError):
     """Raised when a request's body is not the form that its Content-Type says."""
 
     code = "malformed_form"
     http_status = 400
+
+    def __init__(self, message: str = "", field: str | None = "body") -> None:
+        super().__init__(message, field)
 
 
 class MalformedEncoding(InputError):
@@ -361,6 +367,14 @@ class TaskNotFound(GpuinferError):
     code = "task_not_found"
     http_status = 404
     exit_code = 66  # EX_NOINPUT
+
+
+class UnreadableResult(GpuinferError):
+    """Raised when what stands under a task's key in Redis is no state of a task: it is another program's."""
+
+    code = "unreadable_result"
+    http_status = 409
+    exit_code = 65  # EX_DATAERR
 
 
 class TaskFailed(GpuinferError):

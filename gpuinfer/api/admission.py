@@ -8,6 +8,7 @@ the options of ``gpuinfer.client.Options`` beside them.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +17,7 @@ import orjson
 
 from gpuinfer.client import Options
 from gpuinfer.errors import InputError, MalformedJson, PayloadTooLarge
-from gpuinfer.queue.bodies import check_values
+from gpuinfer.queue.bodies import check_depth, check_values
 from gpuinfer.queue.options import OPTIONS
 
 #: Fields of an object body, in the order they are told to a caller.
@@ -25,6 +26,9 @@ FIELDS: tuple[str, ...] = ("inputs", *OPTIONS)
 _ENCODED = frozenset({"b64", "name", "dtype", "shape"})
 #: What a request's body may have beside the message: the braces, the options, white space.
 SLACK_BYTES = 16 * 1024
+_BOM = b"\xef\xbb\xbf"
+#: An integer of more characters has more than 64 bits.
+_MOST_DIGITS = 20
 #: JSON has no such numbers, but Python's writer emits them; it is the worker that refuses them.
 _NON_FINITE = re.compile(rb"\bNaN\b|\bInfinity\b")
 
@@ -57,9 +61,11 @@ def parse_json(body: bytes) -> Any:
 
     Raises MalformedJson with the place, PayloadTooLarge for millions of values.
     """
+    body = body.removeprefix(_BOM)
     if not body.strip():
         raise MalformedJson("the body is empty; it must be a JSON list, or an object with inputs")
     check_values(body)
+    check_depth(body)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as exc:
@@ -70,11 +76,24 @@ def parse_json(body: bytes) -> Any:
 
 def _parse_python_json(body: bytes) -> Any:
     try:
-        return json.loads(body)
+        return json.loads(body, parse_int=_integer, parse_float=_finite)
     except json.JSONDecodeError as exc:
         raise MalformedJson(_place(exc)) from None
-    except (UnicodeDecodeError, RecursionError) as exc:
+    except (ValueError, RecursionError) as exc:
         raise MalformedJson(f"the body is not JSON: {exc}") from None
+
+
+def _integer(text: str) -> int | float:
+    """Return an integer of 64 bits, and a larger one as a double, as orjson reads it."""
+    number = int(text) if len(text) <= _MOST_DIGITS else 2**64
+    return number if -(2**63) <= number < 2**64 else _finite(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"a number of {len(text)} characters ({text[:20]}...) is beyond a double")
+    return number
 
 
 def _place(exc: json.JSONDecodeError) -> str:

@@ -8,10 +8,17 @@ from typing import Any
 import orjson
 from fastapi import Response
 
-#: A body ends with a newline, for whoever reads it on a terminal; numbers that are not finite become null.
+from gpuinfer.queue.results import dump
+
+#: A body ends with a newline, for whoever reads it on a terminal.
 _OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE
+
+
+def encode(body: Any) -> bytes:
+    """Return a body as JSON that ends with a newline; numbers that are not finite become null."""
+    return dump(body, _OPTIONS)
 
 
 def answer(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Return a JSON response."""
-    return Response(orjson.dumps(body, option=_OPTIONS), status, headers, media_type="application/json")
+    return Response(encode(body), status, headers, media_type="application/json")

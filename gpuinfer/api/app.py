@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 
@@ -16,7 +17,8 @@ from starlette.requests import ClientDisconnect
 from gpuinfer import __version__
 from gpuinfer.api import health
 from gpuinfer.api.answers import answer
-from gpuinfer.api.docs import add_docs
+from gpuinfer.api.docs import PAGES, add_docs
+from gpuinfer.api.manners import Methods, methods_of
 from gpuinfer.api.middleware import note
 from gpuinfer.api.routes import router
 from gpuinfer.api.shared import Shared
@@ -39,7 +41,12 @@ def create_app(shared: Shared) -> FastAPI:
             yield
 
     app = FastAPI(
-        title="gpuinfer", version=__version__, description=_DESCRIPTION, lifespan=lifespan, openapi_url=None
+        title="gpuinfer",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        openapi_url=None,
+        redirect_slashes=False,
     )
     app.state.settings = shared.settings
     app.include_router(router)
@@ -47,6 +54,19 @@ def create_app(shared: Shared) -> FastAPI:
     add_docs(app)
     _handle_errors(app, shared.settings.api.retry_after_s)
     return app
+
+
+def methods(app: FastAPI) -> Methods:
+    """Return what tells a path's methods; the description is made when it is first asked for."""
+
+    @cache
+    def known() -> Methods:
+        return methods_of(app.openapi()["paths"], PAGES)
+
+    def of(path: str) -> frozenset[str]:
+        return known()(path)
+
+    return of
 
 
 def _handle_errors(app: FastAPI, retry_after_s: int) -> None:

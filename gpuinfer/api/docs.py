@@ -1,51 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``/docs`` and ``/openapi.json``, with the examples of the models that the fleet knows now."""
+"""``/docs`` and ``/openapi.json``, with what the models that the fleet knows now take, and their examples."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 
+from gpuinfer.api import docs_page
 from gpuinfer.api.answers import answer
+from gpuinfer.api.model_schemas import inputs_schema
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import GpuinferError
+from gpuinfer.models.signature import Signature
 
 URL = "/openapi.json"
-#: Models whose examples are shown.
+#: Paths that the description does not have.
+PAGES = (URL, "/docs")
+#: Models that are shown.
 MOST = 50
 
 
 def add_docs(app: FastAPI) -> None:
     """Add the routes. The application must have been made with ``openapi_url=None``."""
 
-    async def openapi(request: Request) -> Response:
-        spec = copy.deepcopy(app.openapi())
+    async def described(request: Request) -> tuple[dict[str, Any], Mapping[str, Signature]]:
         try:
-            found = await _examples(request.app.state.client)
+            found = await _signatures(request.app.state.client)
         except GpuinferError:  # without Redis the rest is as true
             found = {}
-        for path, many in (("/predict", False), ("/batch_predict", True)):
-            body = spec["paths"][path]["post"]["requestBody"]["content"]["application/json"]
-            body["examples"] |= {
-                f"model {name}": {
-                    "summary": f"The example of {name}",
-                    "value": {"inputs": [value] if many else value, "model": name},
-                }
-                for name, value in found.items()
-            }
-        return answer(spec)
+        return with_models(app.openapi(), found), found
 
-    async def swagger(request: Request) -> Response:
-        return get_swagger_ui_html(openapi_url=_below(request), title=f"{app.title} - Swagger UI")
+    async def openapi(request: Request) -> Response:
+        return answer((await described(request))[0])
 
-    async def redoc(request: Request) -> Response:
-        return get_redoc_html(openapi_url=_below(request), title=f"{app.title} - ReDoc")
+    async def page(request: Request) -> Response:
+        spec, found = await described(request)
+        content = docs_page.render(spec, found, str(request.base_url).rstrip("/"), _below(request))
+        return Response(content, media_type="text/html")
 
-    for path, route in ((URL, openapi), ("/docs", swagger), ("/redoc", redoc)):
+    for path, route in ((URL, openapi), ("/docs", page)):
         app.add_api_route(path, route, include_in_schema=False)
+
+
+def with_models(spec: Mapping[str, Any], signatures: Mapping[str, Signature]) -> dict[str, Any]:
+    """Return a copy of the description with each model's schema, and its example where one is known."""
+    whole = copy.deepcopy(dict(spec))
+    schemas = whole.setdefault("components", {}).setdefault("schemas", {})
+    for name, one in signatures.items():
+        schemas[f"inputs.{name}"] = {"title": f"inputs of the model {name}", **inputs_schema(one)}
+    for path, many in (("/predict", False), ("/batch_predict", True)):
+        body = whole["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        body["examples"] |= {
+            f"model {name}": {"summary": f"The example of {name}", "value": example_of(name, one, many=many)}
+            for name, one in signatures.items()
+            if one.example is not None
+        }
+    return whole
+
+
+def example_of(name: str, signature: Signature, *, many: bool = False) -> dict[str, Any]:
+    """Return the body of a request with a model's example."""
+    return {"inputs": [signature.example] if many else signature.example, "model": name}
 
 
 def _below(request: Request) -> str:
@@ -53,11 +71,11 @@ def _below(request: Request) -> str:
     return str(request.scope.get("root_path", "")).rstrip("/") + URL
 
 
-async def _examples(client: AsyncClient) -> dict[str, Any]:
-    """Return model -> its example."""
-    found: dict[str, Any] = {}
+async def _signatures(client: AsyncClient) -> dict[str, Signature]:
+    """Return model -> what it takes, of those that tell."""
+    found: dict[str, Signature] = {}
     for name in (await client.fleet()).known[:MOST]:
         signature = await client.takes(name)
-        if signature is not None and signature.example is not None:
-            found[name] = signature.example
+        if signature is not None:
+            found[name] = signature
     return found

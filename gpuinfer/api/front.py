@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from gpuinfer.api import submission
-from gpuinfer.api.app import create_app
+from gpuinfer.api.app import create_app, methods
+from gpuinfer.api.manners import Manners
 from gpuinfer.api.middleware import Around
 from gpuinfer.api.reply import send_error
 from gpuinfer.api.shared import Shared
@@ -47,14 +48,15 @@ class Front:
     def __init__(self, settings: Settings) -> None:
         self.shared = Shared(settings)
         self._app: FastAPI = create_app(self.shared)
-        self._around = Around(self._route, self.shared.stopping, self.shared.requests)
+        around = Around(self._route, self.shared.stopping, self.shared.requests)
+        self._outermost = Manners(around, methods(self._app))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         self.shared.enter(scope)
-        await self._around(scope, receive, send)
+        await self._outermost(scope, receive, send)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]

@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from gpuinfer.api import schemas
+from gpuinfer.api import query, schemas
 from gpuinfer.api.answers import answer
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import NotReady, UnknownModel
 from gpuinfer.queue.readiness import Capacity
 
 router = APIRouter()
+_PARAMETERS = frozenset({"model"})
 #: Reasons that an error names.
 _MOST_REASONS = 3
 
@@ -49,8 +50,9 @@ def _reasons(capacity: Capacity) -> str:
 
 
 @router.get("/health/live", tags=["health"], summary="This process answers", responses=schemas.LIVE_RESPONSES)
-async def live() -> Response:
+async def live(request: Request) -> Response:
     """Answer 200 while the process runs."""
+    query.parse(request.scope, frozenset())
     return answer({"status": "ok"})
 
 
@@ -65,6 +67,7 @@ async def ready(
 
     A worker is alive while its heartbeat is at most 10 s old.
     """
+    query.parse(request.scope, _PARAMETERS)
     client: AsyncClient = request.app.state.client
     await client.ping()
     return answer(readiness(await client.capacity(), model))

@@ -6,16 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import orjson
 from starlette.types import Scope, Send
 
+from gpuinfer.api.answers import encode
 from gpuinfer.api.middleware import note
 from gpuinfer.api.shared import shared
 from gpuinfer.errors import GpuinferError
 
 Headers = Iterable[tuple[bytes, bytes]]
-#: Numbers that are not finite become null.
-_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE
 JSON = b"application/json"
 
 
@@ -30,7 +28,7 @@ async def send_bytes(
 
 async def send_json(scope: Scope, send: Send, body: Any, status: int = 200, headers: Headers = ()) -> None:
     """Answer with JSON."""
-    await send_bytes(scope, send, orjson.dumps(body, option=_OPTIONS), JSON, status, headers)
+    await send_bytes(scope, send, encode(body), JSON, status, headers)
 
 
 async def send_error(scope: Scope, send: Send, error: GpuinferError) -> None:

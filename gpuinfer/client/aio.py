@@ -214,10 +214,13 @@ class AsyncClient(Driver):
     # -- waiting --------------------------------------------------------------------------
 
     async def status(self, task_id: str) -> TaskStatus:
-        """Return a task's state now. Raises InputError, TaskNotFound."""
+        """Return a task's state now. Raises InputError, TaskNotFound, UnreadableResult."""
         key = core.result_key(task_id)
-        with typed_errors(self._user):
-            meta = await self._pipe.call("GET", key)
+        try:
+            with typed_errors(self._user):
+                meta = await self._pipe.call("GET", key)
+        except BrokerError as exc:
+            raise core.of_task(task_id, exc) from exc
         if meta is None:
             raise not_found(task_id)
         return results.parse(task_id, meta)

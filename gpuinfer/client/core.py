@@ -15,7 +15,15 @@ from typing import Any, Literal, NamedTuple, Unpack
 
 import orjson
 
-from gpuinfer.errors import InputError, PayloadTooLarge, TaskNotFound, TaskRevoked
+from gpuinfer.errors import (
+    BrokerError,
+    GpuinferError,
+    InputError,
+    PayloadTooLarge,
+    TaskNotFound,
+    TaskRevoked,
+    UnreadableResult,
+)
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.direct import Argument
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Packed, Submission
@@ -282,6 +290,11 @@ def not_found(task_id: str) -> TaskNotFound:
     )
 
 
+def of_task(task_id: str, exc: BrokerError) -> GpuinferError:
+    """Return the error for a task whose key has another type, any other error as it is."""
+    return results.unreadable(task_id, "no text") if "WRONGTYPE" in str(exc) else exc
+
+
 def result_key(task_id: object) -> str:
     """Return where a task's state stands. Raises InputError for what is no id."""
     if not isinstance(task_id, str) or not 0 < len(task_id) <= MAX_NAME:
@@ -368,7 +381,7 @@ def heard(channel: str, data: bytes, origin: Origin) -> list[TaskStatus] | None:
         if channel == origin.channel:
             return results.parse_many(data)
         return [results.parse(channel.removeprefix(keys.RESULT_PREFIX), data)]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+    except (UnreadableResult, ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
         fields = {"channel": channel, "reason": type(exc).__name__, "bytes": len(data)}
         log.warning(
             "Unreadable publication on %s: %s",

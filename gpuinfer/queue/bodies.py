@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import zlib
 from base64 import b64decode
+from itertools import chain
 from typing import Any
 
 import orjson
 
-from gpuinfer.errors import PayloadTooLarge
+from gpuinfer.errors import MalformedJson, PayloadTooLarge
 from gpuinfer.queue import json_types
 
 #: JSON of more bytes than the first may hold this many values: each takes up to 90 bytes once it is read.
@@ -81,6 +82,29 @@ def loads(raw: bytes | str) -> Any:
             return json.loads(raw)
         except RecursionError:
             raise ValueError("nested too deeply") from None
+
+
+#: How deep lists and objects of a request may be nested.
+MAX_DEPTH = 200
+_REST = bytes(set(range(256)) - set(b'[]{}"'))
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+
+
+def check_depth(text: bytes, most: int = MAX_DEPTH) -> None:
+    """Raises MalformedJson for JSON that is nested deeper than ``most``. It is not parsed."""
+    separators = sum(map(text.count, (b"[", b"{")))
+    if separators <= most:
+        return
+    if b"\\" in text:
+        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if text.count(b'"') > 4 * (separators + text.count(b",") + 1):  # a name and a value after each, at most
+        raise MalformedJson("the body is not JSON: it has more quotation marks than places for strings")
+    outside = text.translate(None, _REST).split(b'"')[::2]
+    depth = 0
+    for bracket in chain.from_iterable(outside):
+        depth += _STEP[bracket]
+        if depth > most:
+            raise MalformedJson(f"the body is nested deeper than {most} lists and objects", "body")
 
 
 def load_head(head: bytes) -> Any:

@@ -81,9 +81,13 @@ class Option:
     def _wrong_string(self, value: Any) -> str:
         if self.pattern is not None:
             return "" if isinstance(value, str) and self.pattern.fullmatch(value) else self.words
-        if isinstance(value, str) and (self.least or 0) <= len(value) <= (self.most or 0):
-            return ""
-        return f"a text of {self.least} to {self.most} characters"
+        if not isinstance(value, str) or not (self.least or 0) <= len(value) <= (self.most or 0):
+            return f"a text of {self.least} to {self.most} characters"
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return "text that is UTF-8 (it has half a surrogate pair)"
+        return ""
 
     def _wrong_boolean(self, value: Any) -> str:
         return "" if isinstance(value, bool) else "true or false"

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import orjson
 
 from gpuinfer import errors
-from gpuinfer.errors import GpuinferError, TaskExpired, TaskFailed, TaskRevoked
+from gpuinfer.errors import GpuinferError, TaskExpired, TaskFailed, TaskRevoked, UnreadableResult
+from gpuinfer.queue.keys import RESULT_PREFIX
 
 State = Literal["queued", "running", "completed", "failed", "expired", "revoked"]
 FINAL: frozenset[State] = frozenset({"completed", "failed", "expired", "revoked"})
@@ -94,12 +95,15 @@ def _meta(status: str, task_id: str, result: Any, extra: dict[str, Any]) -> byte
     )
 
 
-def dump(body: Any) -> bytes:
-    """Return JSON for whatever has come of a task: an end that could not be written would be none."""
+def dump(body: Any, option: int = 0) -> bytes:
+    """Return JSON for whatever has come of a task: an end that could not be written would be none.
+
+    ``option``: orjson's flags.
+    """
     try:
-        return orjson.dumps(body)  # no space after a colon; the scripts accept both
+        return orjson.dumps(body, option=option)  # no space after a colon; the scripts accept both
     except TypeError:
-        return orjson.dumps(_clean(body))
+        return orjson.dumps(_clean(body), option=option)
 
 
 def _clean(value: Any) -> Any:
@@ -173,14 +177,27 @@ def notice(task_id: str, meta: bytes) -> bytes:
 
 
 def parse(task_id: str, meta: bytes | str) -> TaskStatus:
-    """Read a result key's value."""
+    """Read a result key's value. Raises UnreadableResult for one that no worker of Celery's has written."""
     try:
         body = orjson.loads(meta)
     except orjson.JSONDecodeError:
         import json
 
-        body = json.loads(meta, parse_constant=lambda _: math.nan)
+        try:
+            body = json.loads(meta, parse_constant=lambda _: math.nan)
+        except (ValueError, RecursionError):
+            raise unreadable(task_id, "no JSON") from None
+    if not isinstance(body, dict):
+        raise unreadable(task_id, "JSON, but no object")
     return from_body(task_id, body)
+
+
+def unreadable(task_id: str, what: str) -> UnreadableResult:
+    """Return the error for what stands under a task's key and is no state of a task."""
+    return UnreadableResult(
+        f"what stands under {RESULT_PREFIX}{task_id[:200]} in Redis is {what}: another program uses that key",
+        "task_id",
+    )
 
 
 def parse_many(metas: bytes) -> list[TaskStatus]:

@@ -230,10 +230,15 @@ BODIES: tuple[tuple[bytes, int, str, str | None], ...] = (
     (b'{"inputs": [1], "queue": "fast"}', 422, "bad_input", "queue"),
     (b'{"inputs": [1], "expires_s": 1e300}', 422, "bad_input", "expires_s"),
     (b'{"model": "digits"}', 422, "bad_input", "inputs"),
-    (b"[1, 2", 400, "malformed_json", None),
-    (b"", 400, "malformed_json", None),
-    (b"[" * 50_000, 400, "malformed_json", None),
-    (b"[" + b"1" * 2000 + b"]", 400, "malformed_json", None),
+    (b"[1, 2", 400, "malformed_json", "body"),
+    (b"", 400, "malformed_json", "body"),
+    (b"[" * 50_000, 400, "malformed_json", "body"),
+    (b"[" + b"1" * 2000 + b"]", 400, "malformed_json", "body"),
+    (b"[NaN, 1" + b"0" * 5000 + b"]", 400, "malformed_json", "body"),
+    (b'{"inputs": [NaN], "top_k": 100000000000000000000000000}', 422, "bad_input", "top_k"),
+    (b'{"inputs": [NaN], "model": "\\ud83d"}', 422, "bad_input", "model"),
+    (b'{"inputs": [NaN], "idempotency_key": "\\ud83d"}', 422, "bad_input", "idempotency_key"),
+    (b'{"inputs": {"\\ud83d": NaN}}', 422, "bad_input", "inputs"),
 )
 
 
@@ -246,6 +251,55 @@ def test_bad_bodies(api: Api) -> None:
             :80
         ]
         assert error["message"]
+
+
+def test_a_foreign_value_under_a_results_key(api: Api, worker: HandWorker) -> None:
+    """What another program keeps there stays, and is a 409 that says so; half pairs are spelt out."""
+    redis = worker.store.client
+    redis.lpush(keys.result("list"), "x")
+    for name, value in (("text", b"hello"), ("number", b"5"), ("deep", b"[" * 100_000)):
+        redis.set(keys.result(name), value)
+    for task_id in ("list", "text", "number", "deep"):
+        for response in (
+            api.http.get(f"/result/{task_id}"),
+            api.http.get(f"/result/{task_id}?wait=0.2"),
+            api.http.post(f"/cancel/{task_id}"),
+        ):
+            error = response.json()["error"]
+            assert (response.status_code, error["code"], error["field"]) == (
+                409,
+                "unreadable_result",
+                "task_id",
+            )
+    redis.set(keys.result("half"), b'{"status": "SUCCESS", "result": "\\ud83d"}')
+    assert api.http.get("/result/half").json()["result"] == "\\ud83d"
+
+
+def test_manners(api: Api, worker: HandWorker) -> None:
+    """HEAD and OPTIONS where GET is; a closing slash is served, not redirected; bodies end with a newline."""
+    worker.beat()
+    assert api.http.post("/predict/", content=b"\xef\xbb\xbf[1]").status_code == 202
+    for path in (
+        "/health/ready",
+        "/health/live",
+        "/models",
+        "/docs",
+        "/openapi.json",
+        "/result/x",
+        "/nowhere",
+    ):
+        get, head = api.http.get(path), api.http.head(path)
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        assert head.headers["content-length"] == get.headers["content-length"]
+        assert get.content.endswith(b"\n")
+        assert api.http.get(path + "/").content == get.content
+        options = api.http.options(path)
+        if path == "/nowhere":
+            assert options.status_code == 404
+        else:
+            assert options.content == b""
+            assert (options.status_code, options.headers["allow"]) == (200, "GET, HEAD, OPTIONS")
+    assert api.http.options("/predict").headers["allow"] == "OPTIONS, POST"
 
 
 PATHS = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -292,8 +293,20 @@ def test_a_models_example_is_documented(api: Api, worker: HandWorker, redis_serv
         shown = body["examples"]["model digits"]["value"]
         assert shown == {"inputs": value, "model": "digits"}
         assert api.http.post(path, json=shown).status_code == 202
-    assert "/openapi.json" in api.http.get("/docs").text
+    schema = api.http.get("/openapi.json").json()["components"]["schemas"]["inputs.digits"]
+    assert schema["anyOf"][0]["minItems"] == 2
+    page = api.http.get("/docs").text
+    assert "curl -d" in page
+    assert '{"inputs": [1.5, 2.5], "model": "digits"}' in page
+    assert "Nested lists, shape [2], as float32." in page
+    assert "/openapi.json" in page
+    # A host without internet shows all of it.
+    assert {
+        url for url in re.findall(r"https?://[^\s\"'<]*", page) if not url.startswith(api.address)
+    } == set()
+    assert "src=" not in page
     redis_server.kill()
+    assert "No model is known now" in api.http.get("/docs").text
     assert "model digits" not in api.http.get("/openapi.json").text
 
 

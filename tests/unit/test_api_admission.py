@@ -83,8 +83,8 @@ def test_an_object_without_inputs() -> None:
         (b"[1,\n 2,,]", "line 2, column 4"),
         (b"[NaN,", "line 1, column 6"),
         (b"\xff\xfe", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
-        (b"[NaN," + b"[" * 100_000, "not JSON"),
+        (b"[" * 100_000, "nested deeper"),
+        (b"[NaN," + b"[" * 100_000, "nested deeper"),
         (b"[NaN, \xff]", "not JSON"),
     ],
 )
@@ -93,6 +93,49 @@ def test_no_json_is_told_with_its_place(body: bytes, words: str) -> None:
     with pytest.raises(MalformedJson, match=words) as caught:
         admit(body)
     assert caught.value.http_status == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'{"inputs": [NaN], "top_k": 100000000000000000000000000}', "top_k"),
+        (b'{"inputs": [NaN], "model": "\\ud83d"}', "model"),
+        (b'{"inputs": [NaN], "idempotency_key": "\\ud83d"}', "idempotency_key"),
+        (b'{"inputs": {"\\ud83d": NaN}}', "inputs"),
+    ],
+)
+def test_what_pythons_parser_lets_through_is_refused_by_name(body: bytes, field: str) -> None:
+    """Beside a NaN, huge integers and half surrogate pairs are no crash but a 422 with the field."""
+    asked = admit(body)
+    with pytest.raises(InputError) as caught:
+        build(asked.inputs, many=False, **asked.options).pack()
+    assert (caught.value.http_status, caught.value.field) == (422, field)
+
+
+@pytest.mark.parametrize("number", [b"1" + b"0" * 5000, b"1e400", b"-" + b"9" * 400])
+def test_numbers_beyond_a_double_are_no_json(number: bytes) -> None:
+    """With a NaN beside them or without, 400; 65 bits and more become a double, as they do without."""
+    for body in (b"[%b]" % number, b"[NaN, %b]" % number):
+        with pytest.raises(MalformedJson):
+            admit(body)
+    assert admit(b"[NaN, 100000000000000000000]").inputs[1] == 1e20
+    assert type(admit(b"[NaN, 18446744073709551615]").inputs[1]) is int
+
+
+def test_nesting_is_bounded() -> None:
+    """Deeper than 200 is a 400, wherever it is; brackets in texts do not count."""
+    admit(b"[" * 200 + b"]" * 200)
+    admit(orjson.dumps(["[" * 500, '"' + "{" * 500, "\\" * 3 + '"[[[' * 300]))
+    for body in (b"[" * 201 + b"]" * 201, b'{"a":' * 150 + b"[" * 60, b'["\\\\", ' * 201):
+        with pytest.raises(MalformedJson, match="nested deeper than 200"):
+            admit(body)
+    with pytest.raises(MalformedJson, match="more quotation marks"):
+        admit(b'"' * 10_000 + b"[" * 300)
+
+
+def test_a_byte_order_mark_is_taken() -> None:
+    """Windows tools write one before UTF-8."""
+    assert admit(b"\xef\xbb\xbf[1]").inputs == [1]
 
 
 def test_nan_reaches_the_worker_as_nan() -> None:

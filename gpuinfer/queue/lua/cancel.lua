@@ -8,6 +8,8 @@
 -- Returns 1 when the state was written.
 local state, foreign = state_of(ARGV[1])
 if foreign or FINAL[state or ''] then return 0 end
+-- Another program's text, which is no state.
+if not state and redis.call('GETRANGE', KEYS[1], 0, 0) ~= '' then return 0 end
 -- Without a TTL while a message waits: it may for long, in a paused queue or for its ETA.
 local meta, label, ttl = ARGV[2], 'cancelled', nil
 if not state then meta, label, ttl = ARGV[5], 'cancelled_unknown', ARGV[3] end
