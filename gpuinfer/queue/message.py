@@ -318,8 +318,11 @@ class Envelope:
 
     def keep(self, embed: dict[str, Any] | None) -> None:
         """Keep what is to follow the task's end, where there is anything."""
-        if embed and any(embed.get(name) for name in _CANVAS):
-            self.embed = {name: embed.get(name) for name in _CANVAS}
+        if not embed:
+            return
+        get = embed.get  # written out: every task passes here
+        if get("chain") or get("chord") or get("callbacks") or get("errbacks"):
+            self.embed = {name: get(name) for name in _CANVAS}
 
     def forget(self) -> None:
         """Drop the text. Redis has it as long as the task is in flight."""
@@ -404,7 +407,9 @@ def _envelope(raw: dict[str, Any], headers: dict[str, Any], properties: dict[str
     if not _is_text(task) or not _is_text(task_id):
         raise Undecodable("no task name or id: neither Celery's protocol 1 nor 2")
     _check_type(raw.get("content-type"), task_id)
-    counts = raw.get("gpuinfer", [0, 0])
+    if "gpuinfer" not in raw:
+        return Envelope(raw, headers, properties, task, task_id, 0, 0, size, opened)
+    counts = raw["gpuinfer"]
     if not isinstance(counts, list) or len(counts) != 2 or not all(type(count) is int for count in counts):
         raise Undecodable("its counts of deliveries and deaths are no counts", task_id)
     return Envelope(raw, headers, properties, task, task_id, counts[0], counts[1], size, opened)

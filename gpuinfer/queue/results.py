@@ -81,18 +81,25 @@ class TaskStatus:
         return self.result
 
 
-def _meta(status: str, task_id: str, result: Any, extra: dict[str, Any]) -> bytes:
-    return dump(
-        {
-            "status": status,
-            "result": result,
-            "traceback": None,
-            "children": [],
-            "date_done": datetime.now(UTC),
-            "task_id": task_id,
-            **extra,
-        }
-    )
+def _meta(
+    status: str, task_id: str, result: Any, worker: str, times: Times | None, *, redelivered: bool
+) -> bytes:
+    body = {
+        "status": status,
+        "result": result,
+        "traceback": None,
+        "children": [],
+        "date_done": datetime.now(UTC),
+        "task_id": task_id,
+        "worker": worker,
+    }
+    if times:
+        for name, at in times.items():
+            if at is not None:
+                body[name] = at
+    if redelivered:
+        body["redelivered"] = True
+    return dump(body)
 
 
 def dump(body: Any, option: int = 0) -> bytes:
@@ -131,21 +138,11 @@ def started(task_id: str, worker: str, pid: int, progress: float | None = None) 
 Times = Mapping[str, float | None]
 
 
-def _extra(worker: str, redelivered: bool, times: Times | None) -> dict[str, Any]:
-    extra: dict[str, Any] = {"worker": worker}
-    for name, at in (times or {}).items():
-        if at is not None:
-            extra[name] = at
-    if redelivered:
-        extra["redelivered"] = True
-    return extra
-
-
 def success(
     task_id: str, result: Any, *, worker: str, redelivered: bool = False, times: Times | None = None
 ) -> bytes:
     """Return the meta of a task that completed."""
-    return _meta("SUCCESS", task_id, result, _extra(worker, redelivered, times))
+    return _meta("SUCCESS", task_id, result, worker, times, redelivered=redelivered)
 
 
 def failure(
@@ -167,7 +164,7 @@ def failure(
         "exc_message": args,
         "exc_module": type(error).__module__,
     }
-    return _meta(status, task_id, result, _extra(worker, redelivered, times))
+    return _meta(status, task_id, result, worker, times, redelivered=redelivered)
 
 
 def notice(task_id: str, meta: bytes) -> bytes:

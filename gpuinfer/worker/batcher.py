@@ -464,11 +464,12 @@ class Batcher:
         """Distribute a batch's outcomes over its tasks; return the ends of those that are complete."""
         finals, position = [], 0
         shared = done.batch.shared
+        rerun = RunAlone in set(map(type, done.outcomes))
         for part in done.batch.parts:
             task, count = part.task, part.stop - part.start
             mine = done.outcomes[position : position + count]
             position += count
-            again = any(isinstance(outcome, RunAlone) for outcome in mine)
+            again = rerun and any(isinstance(outcome, RunAlone) for outcome in mine)
             if not (again and shared):  # else it was perhaps another's time
                 task.ran_s += done.seconds
             final = self._advance(task, mine, None if shared else count, again=again)
@@ -495,7 +496,11 @@ class Batcher:
             task.slice_limit = max(1, alone // 2) if alone else None
             self._buffer.add(task)
             return None
-        passing = next((o for o in outcomes if isinstance(o, GpuinferError) and o.transient), None)
+        passing = None
+        for outcome in outcomes:
+            if isinstance(outcome, GpuinferError) and outcome.transient:
+                passing = outcome
+                break
         if passing is not None and task.retries < self._settings.queue.max_retries:
             pause = self._settings.queue.retry_backoff_s * 2**task.retries
             task.retries += 1

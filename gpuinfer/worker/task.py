@@ -125,7 +125,7 @@ def _bind(args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Bind a message's arguments to the signature ``(inputs, model=None, top_k=None, encoding="list")``."""
     if len(args) > len(ARGUMENTS):
         raise InputError(f"takes at most {len(ARGUMENTS)} positional arguments, got {len(args)}", "args")
-    bound = dict(zip(ARGUMENTS, args, strict=False))
+    bound = {"inputs": args[0]} if len(args) == 1 else dict(zip(ARGUMENTS, args, strict=False))
     for name, value in kwargs.items():
         if name not in ARGUMENTS:
             raise InputError(f"unknown argument; known: {', '.join(ARGUMENTS)}", name)
@@ -142,9 +142,7 @@ def _said(value: object) -> str:
     return f"{value!r:.60}" if isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 
-def _limit(asked: object, default: float, most: float, name: str) -> float:
-    if asked is None:
-        return default
+def _limit(asked: object, most: float, name: str) -> float:
     if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not 0 < asked < math.inf:
         raise InputError(f"must be a number of seconds above 0, got {_said(asked)}", name)
     return min(float(asked), most)
@@ -197,9 +195,13 @@ def read(
     top_k, encoding = bound.get("top_k"), bound.get("encoding")
     if top_k is not None or encoding is not None:
         check({"top_k": top_k, "encoding": encoding}, _said)
-    hard, soft = _asked_limits(envelope.headers.get("timelimit"))
-    hard_limit_s = _limit(hard, manifest.hard_time_limit_s, manifest.max_time_limit_s, "time_limit")
-    soft_limit_s = _limit(soft, manifest.soft_time_limit_s, manifest.max_time_limit_s, "soft_time_limit")
+    headers = envelope.headers
+    hard, soft = _asked_limits(headers.get("timelimit"))
+    hard_limit_s, soft_limit_s = manifest.hard_time_limit_s, manifest.soft_time_limit_s
+    if hard is not None:
+        hard_limit_s = _limit(hard, manifest.max_time_limit_s, "time_limit")
+    if soft is not None:
+        soft_limit_s = _limit(soft, manifest.max_time_limit_s, "soft_time_limit")
     soft_limit_s = min(soft_limit_s, hard_limit_s)
     return Task(
         claimed=claimed,
@@ -212,9 +214,9 @@ def read(
         # A request for less ends its task softly; a process takes its model along, and is not a request's
         # to end before the model's own soft limit.
         hard_limit_s=max(hard_limit_s, min(manifest.soft_time_limit_s, manifest.hard_time_limit_s)),
-        expires_at=moment_of(envelope.headers, "expires"),
+        expires_at=moment_of(headers, "expires"),
         many=many,
-        eta=moment_of(envelope.headers, "eta"),
+        eta=moment_of(headers, "eta"),
         soft_total_s=math.inf if soft is None else soft_limit_s,
         hard_total_s=math.inf if hard is None else hard_limit_s,
         alone=envelope.deaths > 0,
