@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from tests.host import cgroups
 from tests.host.root import CACHE, HostError, run
 from tests.services import Process
 
@@ -87,7 +88,17 @@ class Container:
         zone = (f"--network-zone={self._zone}",) if self._zone else ("--private-network",)
         (self.folder / "etc/hostname").write_text(f"{self.name}\n")
         self._process = Process(
-            ["systemd-nspawn", "-q", "-D", self.folder, "-M", self.name, *_NSPAWN, *zone],
+            [
+                *cgroups.enter(self.state.name),
+                "systemd-nspawn",
+                "-q",
+                "-D",
+                self.folder,
+                "-M",
+                self.name,
+                *_NSPAWN,
+                *zone,
+            ],
             self.state / "console.log",
             env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
         )
@@ -121,6 +132,7 @@ class Container:
                 os.kill(leader, signal.SIGKILL)
             self._process.kill()
             self._process = None
+        cgroups.remove(self.state.name)
         while os.path.ismount(self.folder):
             subprocess.run(["umount", "-R", str(self.folder)], check=False, capture_output=True)
             time.sleep(0.05)
@@ -231,7 +243,8 @@ def sweep() -> None:
 
 
 def discard(state: Path) -> None:
-    """Remove what a container wrote."""
+    """Remove what a container wrote, and what still runs of it."""
+    cgroups.remove(state.name)
     while os.path.ismount(state / "root"):
         run("umount", "-R", state / "root")
     if os.path.ismount(state):

@@ -21,6 +21,13 @@ def hosts(installed: str) -> Iterator[tuple[Container, Container]]:
         yield pair
 
 
+def test_two_containers_share_no_control_group(hosts: tuple[Container, Container]) -> None:
+    """Of a process that belongs to another container, a container sees the number 0 in its unit's group."""
+    for host in hosts:
+        assert host.ok("cat /sys/fs/cgroup/gpuinfer.slice/gpuinfer-api.service/cgroup.procs").split()
+        assert not host.ok("find /sys/fs/cgroup -name cgroup.procs -exec grep -Hx 0 {} + | cat")
+
+
 def test_the_second_host_has_no_redis_of_its_own(hosts: tuple[Container, Container]) -> None:
     """Where broker.url names another host, gpuinfer-redis.service is skipped, which is no failure."""
     _, second = hosts
