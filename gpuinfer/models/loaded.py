@@ -16,8 +16,8 @@ from gpuinfer.models.tensors import Encoding
 class LoadedModel(ABC):
     """A model on its device. An item is what ``prepare`` makes of one request's ``inputs`` value.
 
-    ``prepare`` and ``finish`` may be called from several threads at once; ``forward``, ``warm_up``,
-    ``probe`` and ``release_cache`` from one thread at a time, the device's.
+    ``prepare``, ``stage``, ``land`` and ``finish`` may be called from several threads at once; ``forward``,
+    ``launch``, ``warm_up``, ``probe`` and ``release_cache`` from one thread at a time, the device's.
     """
 
     def __init__(self, manifest: Manifest, device: str) -> None:
@@ -61,6 +61,20 @@ class LoadedModel(ABC):
         Raises DeviceOutOfMemory, DeviceError, and InferenceError for whatever else the model does; no item
         has a result then.
         """
+
+    def stage(self, items: Sequence[Any]) -> Sequence[Any]:
+        """Bring items towards the device, while it may run others; return what ``launch`` takes instead.
+
+        Slices of that are plain items. Raises nothing: what cannot be staged is returned as it came.
+        """
+        return items
+
+    def launch(self, items: Sequence[Any]) -> list[Any]:
+        """Run the items as ``forward`` does; what the device gave may be read once ``land`` has returned."""
+        return self.forward(items)
+
+    def land(self, outputs: Sequence[Any]) -> None:  # noqa: B027  # most outputs are where they are read
+        """Wait until outputs of ``launch`` are in the host's memory. Raises DeviceError."""
 
     @abstractmethod
     def finish(

@@ -44,19 +44,17 @@ from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.engine import Done, Engine
 from gpuinfer.worker.intake import Intake
 from gpuinfer.worker.outbox import Outbox
-from gpuinfer.worker.pace import Pace
+from gpuinfer.worker.pace import LONG_BATCH_S, Pace
 from gpuinfer.worker.passes import RunAlone
 from gpuinfer.worker.task import Task, conclude
 from gpuinfer.worker.task_log import TaskLog
 
 log = get_logger(__name__)
 
-#: Bytes of arguments, as text and unpacked, that a worker holds at most, beside the batch that runs.
+#: Bytes of arguments, as text and unpacked, that a worker holds at most, beside the oldest of its batches.
 BUFFER_BYTES = 64 * 1024 * 1024
 #: Seconds the event loop may stand still for a batch that nothing waits behind.
 PATIENCE_S = 0.002
-#: While a batch runs that takes longer, nothing is claimed: another worker may be idle before it ends.
-LONG_BATCH_S = 0.02
 #: Seconds between two looks for tasks that wait in the default model's lists and are for another one.
 ROUTE_EVERY_S = 1.0
 #: Seconds between two looks for dead letters that have grown too old.
@@ -172,7 +170,7 @@ class Batcher:
         if long and not self._pace.due():
             return {}
         self._buffer.wake(self._clock())
-        affordable = int((BUFFER_BYTES - self._buffer.size) / self._intake.task_bytes)
+        affordable = int(self._room_bytes / self._intake.task_bytes)
         # Behind a long batch no more is held than the one that is being prepared.
         ahead = self.engine.ahead if long else None
         batch = ahead or self._buffer.next_batch()
@@ -191,6 +189,12 @@ class Batcher:
             if want.count > 0:
                 wants[model] = want
         return wants
+
+    @property
+    def _room_bytes(self) -> int:
+        """How many bytes of arguments may come yet: those of batches behind the oldest count."""
+        behind = (task.size for batch in self.engine.batches[1:] for task in batch.tasks)
+        return BUFFER_BYTES - self._buffer.size - sum(behind)
 
     def _long(self, batch: Batch | None) -> bool:
         """Tell whether a batch takes so long that nothing should be held behind it."""
@@ -254,7 +258,7 @@ class Batcher:
         if self.channel is None:  # what waits does so until there is one
             return
         came = len(claims) + len(self._intake.waiting)
-        room = BUFFER_BYTES - self._buffer.size
+        room = self._room_bytes
         tasks, finals, unread = self._intake.read(self.channel, claims, self.engine.on_account, room)
         self._buffer.add_all(tasks)
         if finals:
@@ -263,7 +267,7 @@ class Batcher:
 
     def _hand_back(self, came: int, unread: Sequence[Claimed]) -> None:
         """Put back what is beyond the batches that come next; claim less from now on."""
-        tasks = self._buffer.surplus(BUFFER_BYTES)
+        tasks = self._buffer.surplus(self._room_bytes + self._buffer.size)
         if not tasks and not unread:
             if came >= self._stride:
                 self._stride = min(self._longest, 2 * self._stride)
@@ -312,7 +316,7 @@ class Batcher:
         if first is None or self._suspect(self.engine.batches):
             return False
         if ahead is None:
-            return self.engine.room_for(first.model)
+            return self.engine.has_room
         if self._ahead_aged:  # it goes first, once
             return False
         urgent = first.place < ahead.tasks[0].place
@@ -399,6 +403,7 @@ class Batcher:
         """Take what the inference thread has finished, start the next batch, then settle."""
         while not self.engine.done.empty():
             self._finish(self.engine.done.get())
+        self._pace.watch()
         if self.channel is not None:  # there is no room once it is closed
             self.channel.again()
 
@@ -416,8 +421,9 @@ class Batcher:
         """Start the next batch, then write this one's ends. What goes wrong here ends the process: its
         tasks come back, and a death is on the account of what ran."""
         self.engine.collected(done)
-        usual = self._batch_s.get(done.batch.model, done.seconds)
-        self._batch_s[done.batch.model] = usual + (done.seconds - usual) / 4
+        took = done.seconds - done.waited_s
+        usual = self._batch_s.get(done.batch.model, took)
+        self._batch_s[done.batch.model] = usual + (took - usual) / 4
         self._pace.watch()
         if done.fatal is not None:
             task_log.batch_lost(done)

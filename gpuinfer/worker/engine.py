@@ -22,8 +22,9 @@ from gpuinfer.worker.buffer import Batch
 from gpuinfer.worker.crew import cores
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.passes import Passes
-from gpuinfer.worker.pipeline import Pipeline, Run, values_of
+from gpuinfer.worker.pipeline import Pipeline, Run
 from gpuinfer.worker.sizes import Sizes
+from gpuinfer.worker.staging import WORTH_A_THREAD_S, Usual, each, values_of
 from gpuinfer.worker.task import Task
 
 log = get_logger(__name__)
@@ -48,6 +49,8 @@ class Done:
     seconds: float
     #: What ended the thread, when it cannot go on (a lost GPU).
     fatal: GpuinferError | None = None
+    #: How many of the seconds the device waited for inputs.
+    waited_s: float = 0.0
 
     @property
     def complete(self) -> bool:
@@ -87,6 +90,8 @@ class Engine:
         #: watchdog looks at. And when the batch that runs began, or its last pass.
         self.moved_at = self.began_at = time.monotonic()
         self.pipeline = Pipeline(deadline, threads or cores(), self._moved, self._broke)
+        #: What rendering outputs takes that no code of a model finishes.
+        self._rendering = Usual()
         #: A model whose GPU is tried while the worker is idle; None on a CPU, which does not get lost.
         self._tried = next((model for model in models.values() if model.device != "cpu"), None)
         #: True while a probe runs, and for good after one that failed: nothing is claimed or begun.
@@ -129,17 +134,25 @@ class Engine:
         """Tell whether the model's inputs are prepared before the device takes them."""
         return self._models[model].prepares
 
-    def room_for(self, model: str) -> bool:
-        """Tell whether a batch of the model might be handed over now, to be prepared behind what runs."""
-        return not self._runs or (
-            self._models[model].prepares and self.ahead is None and len(self._runs) < IN_ENGINE
-        )
+    @property
+    def has_room(self) -> bool:
+        """True when a batch might be handed over now, to be prepared or staged behind what runs."""
+        return not self._runs or (self.ahead is None and len(self._runs) < IN_ENGINE)
 
     def takes(self, batch: Batch) -> bool:
-        """Tell whether a batch may be handed over now."""
+        """Tell whether a batch may be handed over now.
+
+        Behind another one it must be full, or have something to prepare: else it gathers until the device is
+        free.
+        """
         if not self._runs:
             return True
-        return self.room_for(batch.model) and self._models[batch.model].prepares_these(values_of(batch))
+        if not self.has_room:
+            return False
+        model = self._models[batch.model]
+        return batch.size >= self.limit(batch.model) or (
+            model.prepares and model.prepares_these(values_of(batch))
+        )
 
     def submit(self, batch: Batch) -> None:
         """Hand a batch over, as ``takes`` allows."""
@@ -149,6 +162,8 @@ class Engine:
         self._runs.append(run)
         if run.model.prepares and run.model.prepares_these(run.values):
             self.pipeline.enter(run)
+        elif len(self._runs) > 1:
+            self.pipeline.stage(run)
         self._jobs.put(run)
 
     def withdraw(self) -> Batch | None:
@@ -252,30 +267,49 @@ class Engine:
     def _run_batch(self, run: Run) -> None:
         self._began()
         started = self.began_at
+        outcomes = self._attempt(run, started, lambda: self._forward(run))
+        if outcomes is None:
+            return
+        seconds = time.monotonic() - started
+        if run.model.finishes:
+            self.pipeline.finish(run, outcomes, lambda ended: self._end(run, ended, seconds))
+            return
+        self.pipeline.begin_finishing()  # batches end in their order
+        if self._jobs.empty() or not self._worth_a_thread(run):
+            self._conclude(run, outcomes, started)
+        else:
+            self.pipeline.behind(lambda: self._conclude(run, outcomes, started, seconds))
+
+    def _worth_a_thread(self, run: Run) -> bool:
+        """Tell whether the device should not wait until a batch's outputs are rendered."""
+        return self._rendering.seconds(run.model.name, run.batch.size) >= WORTH_A_THREAD_S
+
+    def _conclude(self, run: Run, outcomes: list[Any], started: float, seconds: float | None = None) -> None:
+        """Render a batch's outputs, and end it. ``seconds``: those of the device, where it has gone on."""
+        rendered = self._attempt(run, started, lambda: self._rendered(run, outcomes))
+        if rendered is not None:
+            self._end(run, rendered, time.monotonic() - started if seconds is None else seconds)
+        self.pipeline.end_finishing()
+
+    def _attempt(self, run: Run, started: float, call: Callable[[], list[Any]]) -> list[Any] | None:
+        """Return what ``call`` does. None: it has failed, and the batch has ended with that."""
         try:
-            outcomes = self._forward(run)
-            behind = run.model.finishes or (run.slots is not None and not self._jobs.empty())
-            if behind:
-                seconds = time.monotonic() - started
-                self.pipeline.finish(run, outcomes, lambda ended: self._end(run, ended, seconds))
-                return
-            self._finish_here(run, outcomes)
+            return call()
         except GpuinferError as exc:  # the device itself failed
-            self._end(run, [], time.monotonic() - started, exc)
+            fatal, outcomes = exc, list[Any]()
         except BaseException as exc:
             batch = run.batch
             ids = [task.id for task in batch.tasks]
             log.exception("batch_failed", model=batch.model, batch_size=batch.size, task_ids=ids)
-            outcomes = [InferenceError(described(exc))] * batch.size
-            self._end(run, outcomes, time.monotonic() - started)
-        else:
-            self._end(run, outcomes, time.monotonic() - started)
+            fatal, outcomes = None, [InferenceError(described(exc))] * batch.size
+        self._end(run, outcomes, time.monotonic() - started, fatal)
+        return None
 
     def _end(self, run: Run, outcomes: list[Any], seconds: float, fatal: GpuinferError | None = None) -> None:
         """Put a batch's outcomes where the main thread finds them."""
         if any(isinstance(outcome, Exception) for outcome in outcomes):
             outcomes = failures.told(run.model.name, run.tasks, outcomes, self._errors)
-        self.done.put(Done(run.batch, outcomes, seconds, fatal))
+        self.done.put(Done(run.batch, outcomes, seconds, fatal, run.waited_s))
         if not self._awaited:
             self.wake()
 
@@ -284,19 +318,26 @@ class Engine:
         model, tasks = run.model, run.tasks
         passes = Passes(model, run.batch, run.work, self._deadline, self._sizes, self._began)
         if run.slots is None:
-            return self._answered(passes, _each(model.prepare, run.values), tasks)
+            asked, ahead = time.monotonic(), run.staging is not None
+            brought = self.pipeline.staged(run)
+            if ahead:
+                run.waited_s = time.monotonic() - asked
+                passes.waited(run.waited_s)
+            return self._answered(passes, brought, tasks)
         outcomes: list[Any] = []
         while len(outcomes) < len(tasks):
             first = len(outcomes)
             until = min(len(tasks), first + self.limit(model.name))
             asked = time.monotonic()
             items = self.pipeline.take(run, first, until)
-            passes.waited(time.monotonic() - asked)
+            waited = time.monotonic() - asked
+            passes.waited(waited)
+            run.waited_s += waited
             outcomes += self._answered(passes, items, tasks[first : first + len(items)])
         return outcomes
 
     @staticmethod
-    def _answered(passes: Passes, items: list[Any], tasks: Sequence[Task]) -> list[Any]:
+    def _answered(passes: Passes, items: Sequence[Any], tasks: Sequence[Task]) -> list[Any]:
         """Run the items; an error among them, or a cancelled task's, never reaches the device."""
         good = [i for i, item in enumerate(items) if not isinstance(item, Exception) and not tasks[i].ended]
         if len(good) == len(items):
@@ -309,11 +350,12 @@ class Engine:
             outcomes[i] = outcome
         return outcomes
 
-    @staticmethod
-    def _finish_here(run: Run, outcomes: list[Any]) -> None:
-        """Render what has an output, in place and all at once."""
+    def _rendered(self, run: Run, outcomes: list[Any]) -> list[Any]:
+        """Render what has an output, in place and all at once. Raises DeviceError."""
+        began = time.monotonic()
         answered = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
         tasks = run.tasks
+        run.model.land([outcomes[i] for i in answered])
 
         def finish(some: Sequence[int]) -> Sequence[Any]:
             return run.model.finish(
@@ -322,15 +364,7 @@ class Engine:
                 encoding=[tasks[i].encoding for i in some],
             )
 
-        for i, value in zip(answered, _each(finish, answered), strict=True):
+        for i, value in zip(answered, each(finish, answered), strict=True):
             outcomes[i] = value
-
-
-def _each(call: Callable[[Sequence[Any]], Sequence[Any]], values: Sequence[Any]) -> list[Any]:
-    """Call for all values at once; if that fails, for each by itself, so that only the culprit fails."""
-    try:
-        return list(call(values)) if values else []
-    except Exception as exc:
-        if len(values) == 1:
-            return [exc if isinstance(exc, GpuinferError) else InferenceError(described(exc))]
-        return [outcome for value in values for outcome in _each(call, [value])]
+        self._rendering.note(run.model.name, len(outcomes), time.monotonic() - began)
+        return outcomes

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When to claim behind a long batch: late enough for other workers, and early enough to be prepared.
+"""When to claim behind a long batch: late enough for other workers, and early enough to be ready.
 
-Only for models with something to prepare. What is claimed is held for AHEAD_MOST_S at most before the device
-should take it; where the batch that runs takes longer than usual, it is handed back.
+What is claimed is held for AHEAD_MOST_S at most before the device should take it; where the batch that runs
+takes longer than usual, what was handed over behind it is put back.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Mapping
 
 from gpuinfer.worker.engine import Engine
 
+#: While a batch runs that takes longer, nothing is claimed: another worker may be idle before it ends.
+LONG_BATCH_S = 0.02
 #: Seconds before the expected end of a batch at which the next is claimed at the earliest: what a worker
 #: holds another one that is idle cannot run.
 AHEAD_MOST_S = 0.05
@@ -20,7 +22,7 @@ CLAIM_S, SHARE = 0.005, 1.3
 
 
 class Pace:
-    """Watches the batch that runs. ``usual_s`` has the seconds that a model's batches take."""
+    """Watches the batch that runs. ``usual_s`` has the seconds that a model's batches run on the device."""
 
     def __init__(self, engine: Engine, usual_s: Mapping[str, float]) -> None:
         self._engine = engine
@@ -38,11 +40,16 @@ class Pace:
         return left is not None and left < -AHEAD_MOST_S
 
     def watch(self) -> None:
-        """Have the worker woken when the next batch is due."""
+        """Have the worker woken when the next batch is due. To be called again when it was woken too early.
+
+        That is so where the device has waited for the inputs of the batch that runs.
+        """
         self.close()
-        left = self._left()
-        wait = None if left is None else left - self._needed()
-        if wait is not None and wait > 0:
+        usual = self._usual()
+        if usual is None or usual <= LONG_BATCH_S:  # claims go on while a short one runs
+            return
+        wait = usual - self._engine.running_s - self._needed()
+        if wait > 0:
             self._alarm = threading.Timer(wait, self._engine.wake)
             self._alarm.daemon = True
             self._alarm.start()
@@ -55,17 +62,22 @@ class Pace:
 
     def _left(self) -> float | None:
         """Return the seconds until the batch that runs should end; None where that is not known."""
-        batch = self._engine.current
-        if batch is None or not self._engine.prepares(batch.model):
-            return None
-        usual = self._usual_s.get(batch.model)
+        usual = self._usual()
         return None if usual is None else usual - self._engine.running_s
+
+    def _usual(self) -> float | None:
+        """Return the seconds that the batch that runs should take; None where that is not known."""
+        batch = self._engine.current
+        return None if batch is None else self._usual_s.get(batch.model)
 
     def _needed(self) -> float:
         """Return the seconds from a claim until a full batch is prepared."""
         batch = self._engine.current
         if batch is None:
             return 0.0
-        pipeline = self._engine.pipeline
-        each = pipeline.prepare_s.get(batch.model, 0.0) * SHARE / pipeline.threads
-        return min(AHEAD_MOST_S, CLAIM_S + each * self._engine.limit(batch.model))
+        pipeline, size = self._engine.pipeline, self._engine.limit(batch.model)
+        if self._engine.prepares(batch.model):
+            ready_s = size * pipeline.prepare_s.get(batch.model, 0.0) * SHARE / pipeline.threads
+        else:
+            ready_s = pipeline.stager.usual.seconds(batch.model, size)
+        return min(AHEAD_MOST_S, CLAIM_S + ready_s)

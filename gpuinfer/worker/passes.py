@@ -77,7 +77,7 @@ class Passes:
         self._began = began
 
     def waited(self, seconds: float) -> None:
-        """Time in which nothing could run, as nothing was prepared, is not the batch's."""
+        """Take off the batch's time what was spent waiting for its inputs to be prepared."""
         self._until.soft_at += seconds
         self._until.hard_at += seconds
 
@@ -90,7 +90,8 @@ class Passes:
         name = self._model.name
         while len(outcomes) < len(items):
             first, until = len(outcomes), len(outcomes) + self._sizes.limit(name)
-            some = items[first:until]
+            whole = first == 0 and until >= len(items)
+            some = items if whole else items[first:until]  # what is staged is so as a whole
             ran = self._halve(some, tasks[first:until])
             outcomes += ran.outcomes
             if ran.fits is not None and len(some) > 2:  # of two, one may be larger than any other
@@ -130,10 +131,10 @@ class Passes:
         """Return the call of one pass. Only a model that has words of its own is told for whom it runs."""
         model = self._model
         if not model.speaks:
-            return lambda: list(model.forward(items))
+            return lambda: list(model.launch(items))
 
         def call() -> list[Any]:
             with working(self._work(tasks)):
-                return list(model.forward(items))
+                return list(model.launch(items))
 
         return call

@@ -6,10 +6,11 @@
     hand over ─► prepare (a thread a core) ─► take: device thread ─► finish (a thread a core) ─► done
 
 Each input is prepared by itself, under its batch's time limits; one that fails there never reaches the
-device. What is prepared and waits for the device takes up to PREPARED_BYTES a batch; the rest is prepared
-as the device takes it. One batch is on the device, at most one is ahead of it, at most one is being finished.
-No thread of these ever waits for another input: one for which there is no room is put aside, and queued again
-when the device takes some.
+device. Arrays and lists are not: a whole batch of them is staged at once (see ``staging``). What is prepared
+and waits for the device takes up to PREPARED_BYTES a batch; the rest is prepared as the device takes it. One
+batch is on the device, at most one is ahead of it, at most one is being finished. No thread of these ever
+waits for another input: one for which there is no room is put aside, and queued again when the device takes
+some.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.worker.buffer import Batch
 from gpuinfer.worker.crew import Crew
 from gpuinfer.worker.deadline import Deadline
+from gpuinfer.worker.staging import WORTH_A_THREAD_S, Stager, Staging, values_of
 from gpuinfer.worker.task import Task
 
 #: What the prepared inputs of one batch may take in memory, in bytes; one is prepared whatever its size.
@@ -57,11 +59,6 @@ class Slot:
         self.size = 0
 
 
-def values_of(batch: Batch) -> list[Any]:
-    """Return the inputs of a batch."""
-    return [value for part in batch.parts for value in part.task.inputs[part.start : part.stop]]
-
-
 class Run:
     """One batch in the engine, from when it is handed over until it is collected."""
 
@@ -72,6 +69,10 @@ class Run:
         self.gate = threading.Lock()
         #: One an input where they are prepared ahead; None: the device thread does it.
         self.slots: list[Slot] | None = None
+        #: Where it is staged as a whole.
+        self.staging: Staging | None = None
+        #: Seconds for which the device thread has waited for inputs.
+        self.waited_s = 0.0
         #: Bytes of what is prepared and not taken.
         self.bytes = 0
         #: Which inputs the device wants next, and how many of them are not ready.
@@ -123,6 +124,8 @@ class Pipeline:
         self._keeping: WeakSet[Task] = WeakSet()
         #: One batch is finished at a time: the device waits where that is slower.
         self._finishing = threading.Semaphore(1)
+        #: What decodes and stages whole batches.
+        self.stager = Stager()
         #: Model -> seconds that preparing one input takes, a moving average.
         self.prepare_s: dict[str, float] = {}
 
@@ -146,11 +149,32 @@ class Pipeline:
                     slot.stage = "queued"
                     self._before.put(partial(self._prepare, slot))
 
+    def stage(self, run: Run) -> None:
+        """Have a batch staged as a whole while another one runs, where that takes a while."""
+        model, batch = run.model, run.batch
+        if self.stager.usual.seconds(model.name, batch.size) >= WORTH_A_THREAD_S:
+            run.staging = Staging(partial(self._bring, model, batch))
+            self._before.put(run.staging.work)
+
+    def _bring(self, model: LoadedModel, batch: Batch) -> Sequence[Any]:
+        self._moved()
+        items = self.stager.bring(model, batch)
+        self._moved()
+        return items
+
+    def staged(self, run: Run) -> Sequence[Any]:
+        """Return an item or an error for each input of the batch that runs, in the device's thread."""
+        staging, run.staging = run.staging, None
+        items = None if staging is None else staging.take()
+        return self.stager.bring(run.model, run.batch) if items is None else items
+
     def leave(self, run: Run) -> None:
         """Prepare nothing more of a batch that was withdrawn; what is prepared is kept with its task.
 
-        All that is kept takes up to PREPARED_BYTES; the rest is prepared again.
+        All that is kept takes up to PREPARED_BYTES; the rest, and what was staged, is prepared again.
         """
+        if run.staging is not None:
+            run.staging.leave()
         with self._changed:
             for slot in run.slots or ():
                 slot.run = None
@@ -265,7 +289,7 @@ class Pipeline:
 
         Called by the device thread, which waits here while an earlier batch is being finished.
         """
-        self._finishing.acquire()
+        self.begin_finishing()
         places = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
         if not places:
             self._finished(outcomes, done)
@@ -288,8 +312,20 @@ class Pipeline:
         return self._limited(run, task, call)
 
     def _finished(self, outcomes: list[Any], done: Callable[[list[Any]], None]) -> None:
-        self._finishing.release()
         done(outcomes)
+        self.end_finishing()
+
+    def begin_finishing(self) -> None:
+        """Wait, in the device's thread, until no earlier batch is being finished."""
+        self._finishing.acquire()
+
+    def end_finishing(self) -> None:
+        """The batch that was being finished is."""
+        self._finishing.release()
+
+    def behind(self, job: Callable[[], object]) -> None:
+        """Have a batch finished as a whole, by one thread; the job calls ``end_finishing``."""
+        self._behind.put(job)
 
     def close(self) -> None:
         """Let the threads end."""
@@ -312,6 +348,8 @@ class _Left:
 
 
 def _is_stray(run: Run) -> bool:
+    if run.staging is not None and run.staging.busy:
+        return True
     return any(slot.stage == "begun" and slot.run is None for slot in run.slots or ())
 
 

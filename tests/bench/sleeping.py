@@ -14,14 +14,14 @@ from typing import Any
 from gpuinfer.cli import main
 from gpuinfer.models.tensor_model import TensorModel
 
-_FORWARD = TensorModel.forward
+_LAUNCH = TensorModel.launch
 
 
-def _forward(self: TensorModel, items: Sequence[Any]) -> list[Any]:
+def _launch(self: TensorModel, items: Sequence[Any]) -> list[Any]:
     time.sleep(float(os.environ["BENCH_SLEEP_S"]) * len(items))
-    return list(_FORWARD(self, items))
+    return list(_LAUNCH(self, items))
 
 
 if __name__ == "__main__":
-    TensorModel.forward = _forward  # type: ignore[method-assign]  # the stub that this program is for
+    TensorModel.launch = _launch  # type: ignore[method-assign]  # what this program is for
     main()

@@ -30,7 +30,7 @@ def main() -> None:
     """Run the command line."""
     from gpuinfer.cli import main as command
 
-    open_body, forward = bodies.open_body, TensorModel.forward
+    open_body, launch = bodies.open_body, TensorModel.launch
 
     def fatal_open(*args: Any) -> Any:
         body, size = open_body(*args)
@@ -38,13 +38,13 @@ def main() -> None:
             _die()
         return body, size
 
-    def fatal_forward(self: TensorModel, items: Sequence[Any]) -> Any:
+    def fatal_launch(self: TensorModel, items: Sequence[Any]) -> Any:
         if any(item[0].flat[0] == KILLS_ITS_RUNNER for item in items):
             _die()
-        return forward(self, items)
+        return launch(self, items)
 
     bodies.open_body = fatal_open  # type: ignore[assignment]
-    TensorModel.forward = fatal_forward  # type: ignore[method-assign]
+    TensorModel.launch = fatal_launch  # type: ignore[method-assign]
     command()
 
 

@@ -30,10 +30,11 @@ from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.worker import batcher as batcher_module
 from gpuinfer.worker import engine as engine_module
-from gpuinfer.worker.batcher import LONG_BATCH_S, Batcher
+from gpuinfer.worker.batcher import Batcher
 from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.engine import PROBE_EVERY_S, STALLED_AFTER_S, Engine
+from gpuinfer.worker.pace import LONG_BATCH_S
 from gpuinfer.worker.sizes import Sizes
 from tests.claims import consuming, stand
 from tests.models_for_tests import picky
@@ -349,7 +350,7 @@ def test_a_batch_that_ends_while_redis_is_away_is_not_put_back(
         assert 0 < len(running) < len(tasks)
         assert not batcher.wants(), "how long a first batch takes nobody knows"
         batcher.detach()
-        time.sleep(2 * batcher_module.LONG_BATCH_S)
+        time.sleep(2 * LONG_BATCH_S)
         begun.set()
         wait_until(lambda: not batcher.engine.done.empty())
         batcher.store.mark_uncertain()
@@ -383,7 +384,7 @@ def test_nothing_is_claimed_behind_a_long_batch(batcher: Batcher, client: Client
     assert batcher.channel is not None
     client.submit([1.0], model="picky")
     turn(batcher, lambda: len(model.sizes) == 1 and batcher.engine.current is None)
-    for seconds, claimed in ((0.001, 1), (2 * batcher_module.LONG_BATCH_S, 0)):
+    for seconds, claimed in ((0.001, 1), (2 * LONG_BATCH_S, 0)):
         batcher._batch_s["picky"] = seconds
         go_on.clear()
         model.watch = lambda: go_on.wait(20)

@@ -49,7 +49,7 @@ class Small:
         self.lost = False
         self.prepares, self.finishes, self.speaks = model.prepares, model.finishes, model.speaks
         self.prepare, self.finish = model.prepare, model.finish
-        self.prepares_these = model.prepares_these
+        self.prepares_these, self.stage, self.land = model.prepares_these, model.stage, model.land
         #: Tells items that are too much for the device together.
         self.too_much: Callable[[Sequence[Item]], bool] = lambda _: False
         #: Called in each pass, and in each probe.
@@ -67,13 +67,13 @@ class Small:
         if self.lost:
             raise DeviceError("CUDA error: an illegal memory access was encountered")
 
-    def forward(self, items: Sequence[Item]) -> Any:
+    def launch(self, items: Sequence[Item]) -> Any:
         self.watch()
         self.sizes.append(len(items))
         self._answer()
         if len(items) > self.fits or self.too_much(items):
             raise DeviceOutOfMemory("CUDA out of memory")
-        return self._model.forward(items)
+        return self._model.launch(items)
 
     def release_cache(self) -> None:
         self._model.release_cache()
