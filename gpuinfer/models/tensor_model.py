@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpuinfer.errors import InferenceError, InputError
+from gpuinfer.errors import DeviceError, InferenceError, InputError
 from gpuinfer.models import examples, padding
+from gpuinfer.models.copies import Copies, Cuda, Host
 from gpuinfer.models.device import translate
 from gpuinfer.models.files import is_file
 from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.models.outputs import render_batch
 from gpuinfer.models.repository import ModelFolder
 from gpuinfer.models.specs import InputSpec, OutputSpec, shape_fits
+from gpuinfer.models.staged import Brought, Coming, Staged
 from gpuinfer.models.tensors import Array, Encoding, Item, decode_batch
 from gpuinfer.models.warm_up import OutputMismatch, warm_up
 
@@ -30,7 +32,8 @@ class TensorModel(LoadedModel):
     """A module of torch that is called with one value an input. An item is one array an input.
 
     ``module`` takes tensors on ``device``, in the manifest's order, and plain numbers where ``numbers`` says
-    so: items whose numbers differ run apart. ``before_each`` is called before each pass.
+    so: items whose numbers differ run apart. ``before_each`` is called before each pass. ``copies`` are the
+    device's, unless a test has its own.
     """
 
     def __init__(
@@ -41,8 +44,13 @@ class TensorModel(LoadedModel):
         *,
         numbers: Sequence[bool] = (),
         before_each: Callable[[], object] | None = None,
+        copies: Copies | None = None,
     ) -> None:
         super().__init__(folder.manifest, device)
+        if copies is None and device.startswith("cuda"):
+            copies = Copies(Cuda(device))
+        #: Copies beside the device's work; None where its memory is the host's.
+        self._copies = copies
         self._folder = folder
         self.signature = self.signature.with_example(self.example())
         self._module = module
@@ -112,6 +120,14 @@ class TensorModel(LoadedModel):
         for spec, array in zip(self.manifest.outputs, output, strict=True):
             _check_output(spec, array)
 
+    def stage(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Stack the items, and begin to copy them to a GPU."""
+        try:
+            groups = [(places, self._bring([items[i] for i in places])) for places in self._groups(items)]
+        except Exception:  # it comes again when they run, and is told then
+            return items
+        return Staged(items, groups)
+
     def forward(self, items: Sequence[Item]) -> list[tuple[Array, ...]]:
         """Run the items and return, for each in the same order, one array per output.
 
@@ -119,19 +135,39 @@ class TensorModel(LoadedModel):
         the outputs where warm-up has learned how. bfloat16 outputs come as float32. Raises DeviceOutOfMemory,
         DeviceError, and InferenceError for whatever else the model does; no item has a result then.
         """
+        outputs = self.launch(items)
+        self.land(outputs)
+        return outputs
+
+    def launch(self, items: Sequence[Item]) -> list[tuple[Array, ...]]:
+        """Run items as ``forward`` does. From a GPU the outputs are still being copied when it returns."""
         results: list[tuple[Array, ...]] = [()] * len(items)
-        for places in self._groups(items):
+        staged = items.take() if isinstance(items, Staged) else []
+        for places, brought in staged or ((places, None) for places in self._groups(items)):
             group = [items[place] for place in places]
             try:
-                outputs = self._run(group)
+                outputs = self._run(group, brought or self._bring(group))
             except Exception as exc:
                 raise translate(exc, InferenceError, self.name) from exc
             if self._cuts and len({tuple(array.shape for array in item) for item in group}) > 1:
                 pairs = zip(group, outputs, strict=True)
-                outputs = [padding.cut_back(self._cuts, item, output) for item, output in pairs]
+                outputs = [
+                    _like(output, padding.cut_back(self._cuts, item, output)) for item, output in pairs
+                ]
             for place, output in zip(places, outputs, strict=True):
                 results[place] = output
         return results
+
+    def land(self, outputs: Sequence[tuple[Array, ...]]) -> None:
+        """Wait until outputs of ``launch`` may be read."""
+        events = {id(output.event): output.event for output in outputs if isinstance(output, Coming)}
+        if self._copies is None:
+            return
+        try:
+            for event in events.values():
+                self._copies.land(event)
+        except Exception as exc:
+            raise translate(exc, DeviceError, self.name) from exc
 
     def _groups(self, items: Sequence[Item]) -> list[Sequence[int]]:
         """Return the places of items that run together."""
@@ -148,31 +184,83 @@ class TensorModel(LoadedModel):
             groups.setdefault((shapes, numbers), []).append(place)
         return list(groups.values())
 
-    def _run(self, group: Sequence[Item]) -> list[tuple[Array, ...]]:
+    def _bring(self, group: Sequence[Item]) -> Brought:
+        """Stack the items of one call, and send them to the device; the host waits for no copy to a GPU."""
         import torch
 
-        columns = [_stack(column) for column in zip(*group, strict=True)]
-        if not self.manifest.batchable:
-            columns = [column[0, ...] for column in columns]
+        values: list[Any] = []
+        hosts: dict[int, Host] = {}
+        with torch.inference_mode():
+            for place, spec in enumerate(self.manifest.inputs):
+                arrays = [item[place] for item in group]
+                if place in self._numbers:
+                    values.append(arrays[0].item())
+                elif self._copies is None:
+                    values.append(to_tensor(self._shaped(_stack(arrays)), spec, self.device))
+                else:
+                    hosts[place] = self._stack_to_send(self._copies, arrays, spec)
+                    values.append(None)
+            if self._copies is None:
+                return Brought(values)
+            return Brought(values, tuple(hosts), self._copies.send(list(hosts.values())))
+
+    def _shaped(self, column: Array) -> Array:
+        """Return what one call takes of a column: all of it, or the only one where there is no batch."""
+        return column if self.manifest.batchable else column[0, ...]
+
+    def _stack_to_send(self, copies: Copies, arrays: Sequence[Array], spec: InputSpec) -> Host:
+        import torch
+
+        made: list[Host] = []
+
+        def empty(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
+            made.append(copies.host(shape, getattr(torch, spec.dtype), dtype))
+            return made[0].array
+
+        array = self._shaped(_stack(arrays, empty))
+        tensor = made[0].tensor
+        return Host(tensor if self.manifest.batchable else tensor[0], array)
+
+    def _run(self, group: Sequence[Item], brought: Brought) -> list[tuple[Array, ...]]:
+        import torch
+
         with torch.inference_mode():
             if self._before_each is not None:
                 self._before_each()
-            values = [
-                group[0][place].item() if place in self._numbers else to_tensor(column, spec, self.device)
-                for place, (column, spec) in enumerate(zip(columns, self.manifest.inputs, strict=True))
-            ]
+            values = list(brought.values)
+            if self._copies is not None and brought.arrival is not None:
+                for place, tensor in zip(brought.sent, self._copies.arrive(brought.arrival), strict=True):
+                    values[place] = tensor
             found = self._in_order(self._module(*values))
             named = zip(self.manifest.outputs, found, strict=True)
-            outputs = [_to_array(value, spec.name) for spec, value in named]
+            checked = [_checked(value, spec.name) for spec, value in named]
+            outputs, event = self._to_host(checked)
         if not self.manifest.batchable:
-            return [tuple(outputs)]
+            return [_coming(outputs, event)]
         for spec, array in zip(self.manifest.outputs, outputs, strict=True):
             if array.ndim == 0 or len(array) != len(group):
                 raise OutputMismatch(
                     f"output {spec.name} has shape {list(array.shape)} for a batch of {len(group)}; "
                     "its first dimension must be the batch (batchable = false is for models without one)"
                 )
-        return [tuple(array[place, ...] for array in outputs) for place in range(len(group))]
+        return [_coming([array[place, ...] for array in outputs], event) for place in range(len(group))]
+
+    def _to_host(self, values: Sequence[torch.Tensor | Array]) -> tuple[list[Array], Any]:
+        """Return outputs as arrays, and the event after which they may be read: None, at once."""
+        if self._copies is None:
+            return [value if isinstance(value, np.ndarray) else value.cpu().numpy() for value in values], None
+        computed = self._copies.computed()
+        away = {
+            place: value.contiguous()
+            for place, value in enumerate(values)
+            if not isinstance(value, np.ndarray) and self._copies.away(value)
+        }
+        fetched, event = self._copies.fetch(list(away.values()), computed)
+        arrays = dict(zip(away, fetched, strict=True))
+        return [
+            arrays[place] if place in arrays else value if isinstance(value, np.ndarray) else value.numpy()
+            for place, value in enumerate(values)
+        ], event
 
     def _in_order(self, output: Any) -> Sequence[Any]:
         """Return the outputs in the manifest's order; a dictionary is read by name."""
@@ -188,20 +276,35 @@ class TensorModel(LoadedModel):
         return values
 
 
-def _stack(arrays: Sequence[Array]) -> Array:
-    """Stack along a new dimension 0, padding with zeros at the end where shapes differ. A copy, always."""
-    shape = arrays[0].shape
+def _coming(arrays: Sequence[Array], event: Any) -> tuple[Array, ...]:
+    return tuple(arrays) if event is None else Coming.of(arrays, event)
+
+
+def _like(output: tuple[Array, ...], cut: tuple[Array, ...]) -> tuple[Array, ...]:
+    return Coming.of(cut, output.event) if isinstance(output, Coming) else cut
+
+
+def _stack(arrays: Sequence[Array], empty: Callable[..., Array] = np.empty) -> Array:
+    """Stack along a new dimension 0, padding with zeros at the end where shapes differ. A copy, always.
+
+    ``empty`` takes a shape and a dtype, and returns the memory for it, in C order.
+    """
+    shape, dtype = arrays[0].shape, arrays[0].dtype
     if any(array.shape != shape for array in arrays):
-        return _pad(arrays)
+        return _pad(arrays, empty)
+    batch = empty((len(arrays), *shape), dtype)
     if not shape:
-        return np.array(arrays)
-    # Joining along dimension 0 and reshaping is the same as np.stack, and some five times as fast.
-    return np.concatenate(arrays).reshape(len(arrays), *shape)
+        batch[:] = arrays
+        return batch
+    # Joining along dimension 0 is the same as np.stack, and some five times as fast.
+    np.concatenate(arrays, out=batch.reshape(len(arrays) * shape[0], *shape[1:]))
+    return batch
 
 
-def _pad(arrays: Sequence[Array]) -> Array:
+def _pad(arrays: Sequence[Array], empty: Callable[..., Array]) -> Array:
     lengths = np.array([array.shape for array in arrays]).max(axis=0)
-    batch = np.zeros((len(arrays), *lengths.tolist()), arrays[0].dtype)
+    batch = empty((len(arrays), *lengths.tolist()), arrays[0].dtype)
+    batch.fill(0)
     for place, array in enumerate(arrays):
         corner = tuple(slice(length) for length in array.shape)
         batch[place][corner] = array
@@ -216,8 +319,8 @@ def to_tensor(column: Array, spec: InputSpec, device: str) -> torch.Tensor:
     return torch.from_numpy(column).to(device)
 
 
-def _to_array(value: Any, name: str) -> Array:
-    """Copy an output to the host. Raises OutputMismatch for one that is no array of numbers."""
+def _checked(value: Any, name: str) -> torch.Tensor | Array:
+    """Return an output as a tensor or an array that numpy can hold. Raises OutputMismatch."""
     import torch
 
     if not isinstance(value, torch.Tensor):
@@ -232,7 +335,8 @@ def _to_array(value: Any, name: str) -> Array:
         )
     if value.dtype == torch.bfloat16:
         value = value.float()
-    return value.detach().cpu().numpy()  # type: ignore[no-any-return]
+    found: torch.Tensor = value.detach()
+    return found
 
 
 def _check_output(spec: OutputSpec, array: Array) -> None:

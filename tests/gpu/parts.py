@@ -34,6 +34,7 @@ PARTS = (
     _tests("tools", 60),
     _tests("worker", 75),
     _tests("dtypes", 60),
+    _tests("copies", 60),
     _tests("python_models", 60),
     _tests("memory", 75),
     _tests("lost", 90),
