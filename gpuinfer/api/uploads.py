@@ -142,6 +142,8 @@ def option(name: str, text: str) -> Any:
             return int(text)
         if option.kind == "number":
             return float(text)
+        if option.kind == "map":
+            return orjson.loads(text)
     except ValueError:
         return text  # the check says what it would have to be
     return _TRUE_FALSE.get(text.lower(), text) if option.kind == "boolean" else text

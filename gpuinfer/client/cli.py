@@ -22,12 +22,28 @@ Command = Callable[..., Any]
 _seconds = click.FloatRange(min=0, min_open=True)
 
 
+_MAP_HELP = "A text of your own, which comes back with the task; up to 16, each with this flag."
+
+
+def _map(_: click.Context, parameter: click.Parameter, texts: Sequence[str]) -> dict[str, str] | None:
+    """Read NAME=VALUE. Raises BadParameter."""
+    pairs = [text.partition("=") for text in texts]
+    for name, sign, _text in pairs:
+        if not name or not sign:
+            raise click.BadParameter(f"must be NAME=VALUE, got {name or '='}", param=parameter)
+    return {name: text for name, _sign, text in pairs} or None
+
+
 def _options(command: Command) -> Command:
     """Give a command a flag for each option of a task."""
     for name, option in reversed(list(OPTIONS.items())):
         flag = f"--{name.removesuffix(option.flag_without).replace('_', '-')}"
         if option.kind == "boolean":
             command = click.option(flag, name, is_flag=True, help=option.help.removeprefix("true: "))(command)
+            continue
+        if option.kind == "map":
+            add = click.option(flag, name, multiple=True, metavar="NAME=VALUE", callback=_map, help=_MAP_HELP)
+            command = add(command)
             continue
         kind: Any = str
         if option.choices:

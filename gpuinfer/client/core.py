@@ -166,6 +166,7 @@ def build(
         time_limit_s=options.get("time_limit_s"),
         ignore_result=options.get("ignore_result", False),
         reply_to="" if origin is None else origin.channel,
+        metadata=options.get("metadata"),
         asked=_asked(task, options) if options.get("idempotency_key") else b"",
         key=options.get("idempotency_key") or "",
         **({} if origin is None else {"id": origin.new_id()}),

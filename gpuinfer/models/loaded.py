@@ -24,6 +24,8 @@ class LoadedModel(ABC):
         self.manifest = manifest
         self.device = device
         self.name = manifest.name
+        #: The digest of its folder, ``sha256:`` and twelve digits of it; "" where nothing is verified.
+        self.version = ""
         #: What it takes, without its code. A Python model's may come from its annotations.
         self.signature = from_manifest(manifest) or Signature(inputs=(), batchable=manifest.batchable)
         #: What warm-up could not find out, and what to do about it; to be logged once.

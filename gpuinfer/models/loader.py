@@ -17,6 +17,9 @@ from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.models.manifest import Format
 from gpuinfer.models.repository import ModelFolder, open_verified
 
+#: How much of a digest names a version: ``sha256:`` and twelve digits.
+VERSION_LENGTH = 19
+
 _Reader = Callable[[ModelFolder, BinaryIO, str], LoadedModel]
 
 
@@ -36,13 +39,15 @@ def load(folder: ModelFolder, device: str, *, threads: int = 0) -> LoadedModel:
             torch.set_num_threads(threads)
         _import(folder)
         try:
-            return _reader(folder.manifest.format)(folder, file, device)
+            model = _reader(folder.manifest.format)(folder, file, device)
         except Exception as exc:
             error = translate(exc, ModelLoadError, f"{folder.artefact} is not loaded")
             error = ModelLoadError(error.message, name) if isinstance(error, ModelLoadError) else error
             if error is exc:  # with its own cause
                 raise
             raise error from exc
+        model.version = "" if folder.record is None else folder.record.digest[:VERSION_LENGTH]
+        return model
 
 
 def _reader(name: Format) -> _Reader:

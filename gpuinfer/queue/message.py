@@ -16,6 +16,7 @@ import time
 import uuid
 import zlib
 from base64 import b64decode
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -46,6 +47,8 @@ MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 _BESIDE = "gpuinfer_body"
 #: The header that says when it was submitted, in seconds since the epoch by the submitter's clock.
 _SENT = "gpuinfer_sent"
+#: The header with the caller's own map.
+_METADATA = "gpuinfer_metadata"
 #: The header that says what stands for its idempotency key.
 _KEY = "gpuinfer_key"
 
@@ -92,6 +95,8 @@ class Submission:
     soft_time_limit_s: float | None = None
     time_limit_s: float | None = None
     ignore_result: bool = False
+    #: The caller's own map, which comes back with the task.
+    metadata: Mapping[str, str] | None = None
     #: Whose sub-list it waits in; empty: the only caller.
     caller: str = ""
     #: The channel on which the client hears of its end; empty: by its id alone.
@@ -138,6 +143,8 @@ class Submission:
 
     def _message(self, body: bytes, extra: bytes = b"") -> bytes:
         """Return the list entry; ``extra`` are more headers, as JSON has them, each behind a comma."""
+        if self.metadata:  # before the key, which is looked for near the end
+            extra += b',"%b":%b' % (_METADATA.encode(), orjson.dumps(self.metadata))
         if self.key:  # for who ends the task and frees the key
             extra += b',"%b":"%b"' % (_KEY.encode(), self.keyed.encode())
         limits = self.time_limit_s, self.soft_time_limit_s
@@ -274,6 +281,12 @@ class Envelope:
         """Return when one of our clients submitted it, in seconds since the epoch; None for others."""
         at = self.headers.get(_SENT)
         return at if type(at) is float else None
+
+    @property
+    def metadata(self) -> dict[str, Any] | None:
+        """Return the caller's own map, None for none."""
+        found = self.headers.get(_METADATA)
+        return found if isinstance(found, dict) and found else None
 
     @property
     def beside(self) -> int:

@@ -18,6 +18,14 @@ from gpuinfer.settings import QUEUES, QueueName
 
 #: Bounds of what a caller may give: ten years, and the characters of a key or an id.
 MAX_SECONDS, MAX_NAME = 10 * 365 * 86400, 200
+#: Bounds of a caller's own map: its keys, and the characters of a key and of a value.
+MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_TEXT = 16, 64, 512
+_MAP_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "maxProperties": MAX_METADATA,
+    "propertyNames": {"minLength": 1, "maxLength": MAX_METADATA_NAME},
+    "additionalProperties": {"type": "string", "maxLength": MAX_METADATA_TEXT},
+}
 
 Encoding = Literal["list", "b64"]
 ENCODINGS: tuple[Encoding, ...] = ("list", "b64")
@@ -28,7 +36,7 @@ class Option:
     """One option: what it is, and what it may be."""
 
     help: str
-    kind: Literal["integer", "number", "string", "boolean"] = "string"
+    kind: Literal["integer", "number", "string", "boolean", "map"] = "string"
     choices: tuple[str, ...] = ()
     least: int | None = None
     most: int | None = None
@@ -45,6 +53,8 @@ class Option:
     def schema(self) -> dict[str, Any]:
         """Return its JSON schema."""
         body: dict[str, Any] = {"enum": list(self.choices)} if self.choices else {"type": self.kind}
+        if self.kind == "map":
+            return _MAP_SCHEMA | {"description": self.help}
         if self.kind == "string" and not self.choices:
             pattern = None if self.pattern is None else f"^{self.pattern.pattern}$"
             body |= {"minLength": self.least, "maxLength": self.most, "pattern": pattern}
@@ -89,8 +99,29 @@ class Option:
             return "text that is UTF-8 (it has half a surrogate pair)"
         return ""
 
+    def _wrong_map(self, value: Any) -> str:
+        right = isinstance(value, dict) and len(value) <= MAX_METADATA
+        for name, text in value.items() if right else ():
+            right = right and isinstance(name, str) and 0 < len(name) <= MAX_METADATA_NAME
+            right = right and isinstance(text, str) and len(text) <= MAX_METADATA_TEXT
+        if right and _encodable(value):
+            return ""
+        return (
+            f"an object of at most {MAX_METADATA} texts of up to {MAX_METADATA_TEXT} characters, with names "
+            f"of 1 to {MAX_METADATA_NAME}"
+        )
+
     def _wrong_boolean(self, value: Any) -> str:
         return "" if isinstance(value, bool) else "true or false"
+
+
+def _encodable(texts: Mapping[str, str]) -> bool:
+    """Tell whether texts can be sent: half a surrogate pair cannot."""
+    try:
+        "".join((*texts, *texts.values())).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _seconds(help: str) -> Option:
@@ -140,6 +171,10 @@ class Options(TypedDict, total=False):
     ]
     ignore_result: Annotated[
         bool, Option(help="true: run it and keep nothing.", kind="boolean", default=False)
+    ]
+    metadata: Annotated[
+        Mapping[str, str] | None,
+        Option(help="Texts of the caller's own, by name; at most 16. They come back with it.", kind="map"),
     ]
     idempotency_key: Annotated[
         str | None,

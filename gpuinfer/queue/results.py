@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -24,6 +24,9 @@ State = Literal["queued", "running", "completed", "failed", "expired", "revoked"
 FINAL: frozenset[State] = frozenset({"completed", "failed", "expired", "revoked"})
 #: What a producer writes when it submits, so that a waiting task can be told from an unknown one.
 PENDING_META = b'{"status": "PENDING", "result": null}'
+
+#: When a task was submitted and began to run: ``sent_at`` and ``began_at``, in seconds since the epoch.
+Times = Mapping[str, float | None]
 
 _STATES: dict[str, State] = {
     "PENDING": "queued",
@@ -54,6 +57,9 @@ class TaskStatus:
     sent_at: Any = None
     began_at: Any = None
     ended_at: Any = None
+    #: What else its meta tells, unchecked: queue, model, version, priority, expires (seconds since the
+    #: epoch), attempt, run_ms, batch_size, metadata; while it waits, ``list`` and ``nth`` (see ``waiting``).
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def final(self) -> bool:
@@ -82,7 +88,14 @@ class TaskStatus:
 
 
 def _meta(
-    status: str, task_id: str, result: Any, worker: str, times: Times | None, *, redelivered: bool
+    status: str,
+    task_id: str,
+    result: Any,
+    worker: str,
+    times: Times | None,
+    about: Mapping[str, Any] | None,
+    *,
+    redelivered: bool,
 ) -> bytes:
     body = {
         "status": status,
@@ -99,6 +112,8 @@ def _meta(
                 body[name] = at
     if redelivered:
         body["redelivered"] = True
+    if about:
+        body["about"] = about
     return dump(body)
 
 
@@ -126,23 +141,40 @@ def _clean(value: Any) -> Any:
     return str(value).encode(errors="backslashreplace").decode()
 
 
-def started(task_id: str, worker: str, pid: int, progress: float | None = None) -> bytes:
-    """Return the meta of a task that has begun; ``progress``: how much of it is done, 0 to 1, where known."""
-    about: dict[str, Any] = {"pid": pid, "hostname": worker}
+def started(
+    task_id: str,
+    worker: str,
+    pid: int,
+    progress: float | None = None,
+    *,
+    times: Times | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> bytes:
+    """Return the meta of a task that has begun; ``progress``: how much of it is done, 0 to 1, where known.
+
+    ``about`` comes last: the script that lets the task wait again keeps that part (``states.lua``).
+    """
+    where: dict[str, Any] = {"pid": pid, "hostname": worker}
     if progress is not None:
-        about["progress"] = progress
-    return dump({"status": "STARTED", "result": about, "task_id": task_id})
-
-
-#: When a task was submitted and began to run: ``sent_at`` and ``began_at``, in seconds since the epoch.
-Times = Mapping[str, float | None]
+        where["progress"] = progress
+    body: dict[str, Any] = {"status": "STARTED", "result": where, "task_id": task_id}
+    for name, at in (times or {}).items():
+        if at is not None:
+            body[name] = at
+    return dump(body | {"about": about} if about else body)
 
 
 def success(
-    task_id: str, result: Any, *, worker: str, redelivered: bool = False, times: Times | None = None
+    task_id: str,
+    result: Any,
+    *,
+    worker: str,
+    redelivered: bool = False,
+    times: Times | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Return the meta of a task that completed."""
-    return _meta("SUCCESS", task_id, result, worker, times, redelivered=redelivered)
+    return _meta("SUCCESS", task_id, result, worker, times, about, redelivered=redelivered)
 
 
 def failure(
@@ -152,6 +184,7 @@ def failure(
     worker: str,
     redelivered: bool = False,
     times: Times | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Return the meta of a task that failed, expired or was revoked.
 
@@ -164,7 +197,7 @@ def failure(
         "exc_message": args,
         "exc_module": type(error).__module__,
     }
-    return _meta(status, task_id, result, worker, times, redelivered=redelivered)
+    return _meta(status, task_id, result, worker, times, about, redelivered=redelivered)
 
 
 def notice(task_id: str, meta: bytes) -> bytes:
@@ -216,6 +249,8 @@ def from_body(task_id: str, body: dict[str, Any]) -> TaskStatus:
     state = _STATES.get(str(body.get("status")), "queued")
     if "beside" in body:
         state = "running"
+    about = body.get("about")
+    about = about if isinstance(about, dict) else {}
     result, error = body.get("result"), None
     worker, progress = body.get("worker"), None
     if state == "running" and isinstance(result, dict):
@@ -232,9 +267,10 @@ def from_body(task_id: str, body: dict[str, Any]) -> TaskStatus:
         redelivered=bool(body.get("redelivered")),
         worker=worker,
         progress=progress if isinstance(progress, int | float) else None,
-        sent_at=body.get("sent_at"),
+        sent_at=body.get("sent_at", about.get("created")),
         began_at=body.get("began_at"),
         ended_at=body.get("date_done"),
+        about=about,
     )
 
 

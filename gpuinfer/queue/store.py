@@ -83,6 +83,8 @@ class Store:
         self.models = tuple(models)
         #: Model -> what it takes, as JSON, for those who submit.
         self.signatures: Mapping[str, bytes] = {}
+        #: Model -> the digest of what runs here, shortened.
+        self.versions: Mapping[str, str] = {}
         self._described_at = 0.0
         #: The default model, as the last claim has found it; empty: not known.
         self.default = ""

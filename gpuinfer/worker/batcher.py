@@ -389,7 +389,7 @@ class Batcher:
                 error = TaskRevoked("it was revoked before a worker began it")
             if error is not None:
                 dropped.append(task)
-                finals.append(self._outbox.final(task.claimed, error, task.envelope, task.time_start))
+                finals.append(self._outbox.final(task.claimed, error, task.envelope, task))
                 self._celery.finished(task, error)
                 self._lines.task_dropped(task, error)
         if dropped:
@@ -469,7 +469,7 @@ class Batcher:
     def _outcomes(self, done: Done) -> list[Final]:
         """Distribute a batch's outcomes over its tasks; return the ends of those that are complete."""
         finals, position = [], 0
-        shared = done.batch.shared
+        shared, size = done.batch.shared, done.batch.size
         rerun = RunAlone in set(map(type, done.outcomes))
         for part in done.batch.parts:
             task, count = part.task, part.stop - part.start
@@ -478,6 +478,7 @@ class Batcher:
             again = rerun and any(isinstance(outcome, RunAlone) for outcome in mine)
             if not (again and shared):  # else it was perhaps another's time
                 task.ran_s += done.seconds
+            task.batch_size = max(task.batch_size, size)
             final = self._advance(task, mine, None if shared else count, again=again)
             if final is None and task.seq in self._taken_back:  # the rest of it runs where it is claimed next
                 self._buffer.remove([task])
@@ -522,9 +523,9 @@ class Batcher:
         if isinstance(end, SoftTimeLimitExceeded) and task.ran_s >= task.total_s:
             end = task.out_of_time()
         try:
-            final = self._outbox.final(task.claimed, end, task.envelope, task.time_start)
+            final = self._outbox.final(task.claimed, end, task.envelope, task)
         except ResultTooLarge as exc:
-            end, final = exc, self._outbox.final(task.claimed, exc, task.envelope, task.time_start)
+            end, final = exc, self._outbox.final(task.claimed, exc, task.envelope, task)
         error = end if isinstance(end, GpuinferError) else None
         self._celery.finished(task, error, end)
         if error is not None:

@@ -155,6 +155,8 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
     store = Store(client, name, settings.worker.queues, settings.queue, models=tuple(loaded))
     store.signatures = {key: orjson.dumps(model.signature.to_json()) for key, (model, _) in loaded.items()}
 
+    store.versions = {key: model.version for key, (model, _) in loaded.items()}
+
     def on_hard() -> None:
         _end_at_hard_limit(deadline.expired, store)
 
@@ -202,7 +204,7 @@ def _end_at_hard_limit(tasks: Sequence[Task], store: Store) -> NoReturn:
         if len(tasks) == 1:
             (task,) = tasks
             error = TimeLimitExceeded(f"ran longer than its hard limit of {task.hard_limit_s:g} s", None)
-            store.settle([Outbox(store).final(task.claimed, error, task.envelope)])
+            store.settle([Outbox(store).final(task.claimed, error, task.envelope, task)])
         store.note([task.seq for task in tasks])
     except Exception as exc:
         ids = [task.id for task in tasks]

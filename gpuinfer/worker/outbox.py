@@ -30,6 +30,7 @@ from gpuinfer.queue.connection import AWAY
 from gpuinfer.queue.keys import RESULT_PREFIX, place_of
 from gpuinfer.queue.message import Envelope
 from gpuinfer.queue.store import Store
+from gpuinfer.worker.about import about
 from gpuinfer.worker.buffer import Batch
 from gpuinfer.worker.task import Task
 
@@ -134,16 +135,14 @@ class Outbox:
             moved = {task.seq for task in tasks if task.marked and task.progress != task.progress_told}
         if not late and not moved:
             return False
-        worker, pid = self._store.worker, os.getpid()
+        pid = os.getpid()
         try:
             self._store.begin(
                 [
                     (
                         task.seq,
                         task.id,
-                        results.started(task.id, worker, pid, task.progress)
-                        if task.seq in late or task.seq in moved
-                        else b"",
+                        self._started(task, pid) if task.seq in late or task.seq in moved else b"",
                     )
                     for task in tasks
                 ],
@@ -158,6 +157,12 @@ class Outbox:
         self._progress_at = now
         return bool(late)
 
+    def _started(self, task: Task, pid: int) -> bytes:
+        """Return the state of a task that runs."""
+        times = {"sent_at": task.envelope.sent_at, "began_at": task.time_start}
+        tells = about(task.claimed, task.envelope, self._store.versions, task.model)
+        return results.started(task.id, self._store.worker, pid, task.progress, times=times, about=tells)
+
     def ended(self, batch: Batch) -> list[Task]:
         """Return the tasks of a batch that have ended while it runs: it is for nothing that they run."""
         tasks = [task for task in batch.tasks if not task.ended]
@@ -168,16 +173,18 @@ class Outbox:
             return []
         return [tasks[position] for position in sorted(positions)]
 
-    def final(self, claimed: Claimed, end: Any, envelope: Envelope, began_at: float | None = None) -> Final:
-        """Return the end of a task: a result, or an error. ``began_at``: the wall clock at its first batch.
+    def final(self, claimed: Claimed, end: Any, envelope: Envelope, task: Task | None = None) -> Final:
+        """Return the end of a task: a result, or an error. ``task``: as it was read, where it could be.
 
         Raises ResultTooLarge for a result.
         """
         worker, again = self._store.worker, envelope.deliveries > 0
         failed = isinstance(end, GpuinferError)
         write = results.failure if failed else results.success
-        times = {"sent_at": envelope.sent_at, "began_at": began_at}
-        meta = write(envelope.id, end, worker=worker, redelivered=again, times=times)
+        times = {"sent_at": envelope.sent_at, "began_at": None if task is None else task.time_start}
+        ran = () if task is None else (task.model, task.ran_s, task.batch_size)
+        tells = about(claimed, envelope, self._store.versions, *ran)
+        meta = write(envelope.id, end, worker=worker, redelivered=again, times=times, about=tells)
         if len(meta) > self._max_bytes and not failed:
             raise ResultTooLarge(
                 f"the result has {len(meta)} bytes; queue.max_result_bytes is {self._max_bytes}"

@@ -73,6 +73,8 @@ class Task:
     outcomes: list[Any] = field(default_factory=list)
     #: Seconds its slices have run so far.
     ran_s: float = 0.0
+    #: How many inputs the largest batch had that it ran in.
+    batch_size: int = 0
     #: Wall clock of its first batch, for ``inspect active``.
     time_start: float | None = None
     #: Input -> its place in the pipeline, where it is prepared ahead of its batch.

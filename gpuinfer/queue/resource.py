@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A task as ``/tasks/{id}`` shows it, made of its state: one function for all who answer with a task.
+
+Times are ISO 8601 in UTC. What is not known is left out, but for the fields that every task has.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from gpuinfer.queue.results import TaskStatus, moment
+
+#: What a task's state is called here, where that differs.
+_WORDS = {"revoked": "cancelled"}
+
+
+class Place(NamedTuple):
+    """Where a task stands that waits."""
+
+    #: How many are served before it, and itself; None where that cannot be told.
+    position: int | None = None
+    #: When it begins if the queue goes on as it does now, in seconds since the epoch; None: not known.
+    starts_at: float | None = None
+
+
+def to_resource(status: TaskStatus, place: Place | None = None) -> dict[str, Any]:
+    """Return a task for JSON: ``id``, ``status``, ``model``, ``version``, ``queue``, ``priority``, times,
+    ``attempt``, ``redelivered``, ``result`` or ``error``, ``metrics``, ``worker``, ``metadata``, ``urls``.
+
+    ``place``: of a task that waits, ``position`` and ``estimated_start_at``.
+    """
+    about, state = status.about, status.state
+    body: dict[str, Any] = {
+        "id": status.id,
+        "status": _WORDS.get(state, state),
+        "model": _text(about.get("model")),
+        "version": _text(about.get("version")),
+        "queue": _text(about.get("queue")),
+        "priority": about.get("priority", 0 if about else None),
+        "created_at": written(status.sent_at),
+        "started_at": written(status.began_at),
+        "completed_at": written(status.ended_at),
+        "expires_at": written(about.get("expires")),
+        "attempt": about.get("attempt", 1),
+        "redelivered": status.redelivered,
+    }
+    if state == "queued":
+        body["position"] = None if place is None else place.position
+        body["estimated_start_at"] = None if place is None else written(place.starts_at)
+    if status.progress is not None:
+        body["progress"] = status.progress
+    if state == "completed":
+        body["result"] = status.result
+    if status.error is not None:
+        body["error"] = status.error.to_dict()
+    if status.final:
+        body["metrics"] = metrics(status)
+    body["worker"] = status.worker or None
+    metadata = about.get("metadata")
+    body["metadata"] = metadata if isinstance(metadata, dict) else {}
+    body["urls"] = urls(status.id)
+    return body
+
+
+def metrics(status: TaskStatus) -> dict[str, float | int | None]:
+    """Return how long a task has waited and run, in milliseconds, and with how many inputs at once.
+
+    ``queue_ms`` is from its submission to its first batch, by two hosts' clocks where these differ;
+    ``run_ms`` is the time of its batches.
+    """
+    sent, began = status.sent_at, status.began_at
+    queue_ms = None
+    if isinstance(sent, float) and isinstance(began, float):
+        queue_ms = round(max(0.0, began - sent) * 1000, 3)
+    about = status.about
+    return {"queue_ms": queue_ms, "run_ms": about.get("run_ms"), "batch_size": about.get("batch_size")}
+
+
+def urls(task_id: str) -> dict[str, str]:
+    """Return where a task is, and what can be done to it."""
+    url = f"/tasks/{quote(task_id, safe='')}"
+    return {"self": url, "result": f"{url}/result", "cancel": f"{url}/cancel", "retry": f"{url}/retry"}
+
+
+def written(at: Any) -> str | None:
+    """Return a moment as ISO 8601 in UTC; None for none, and for what is none."""
+    if type(at) is float:
+        try:
+            return datetime.fromtimestamp(at, UTC).isoformat()
+        except (ValueError, OverflowError, OSError):
+            return None
+    found = moment(at)
+    return None if found is None else found.astimezone(UTC).isoformat()
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
