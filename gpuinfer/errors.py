@@ -239,6 +239,13 @@ class PayloadTooLarge(InputError):
     http_status = 413
 
 
+class SlowBody(InputError):
+    """Raised when the body of a request does not go on arriving."""
+
+    code = "slow_body"
+    http_status = 408
+
+
 # -- models ---------------------------------------------------------------------------------
 
 
@@ -358,6 +365,15 @@ class NotReady(GpuinferError):
     code = "not_ready"
     http_status = 503
     exit_code = 69
+    transient = True
+
+
+class FrontBusy(GpuinferError):
+    """Raised when a front has as many requests, or holds as many bytes of them, as it may."""
+
+    code = "front_busy"
+    http_status = 503
+    exit_code = 75  # EX_TEMPFAIL
     transient = True
 
 

@@ -228,6 +228,11 @@ class ApiSettings(Section):
     max_wait_s: float = Field(default=60.0, ge=0, le=600)
     #: What Retry-After says when Redis is away or full.
     retry_after_s: int = Field(default=2, ge=1, le=3600)
+    #: The most requests that one process has in progress, and the most MiB of bodies that it holds at once.
+    max_requests: int = Field(default=10_000, ge=1, le=1_000_000)
+    max_held_mb: int = Field(default=256, ge=1, le=1024 * 1024)
+    #: A body of which nothing (64 KiB, or its end) has come for this long is given up.
+    body_stall_s: float = Field(default=10.0, ge=0.1, le=3600)
     #: An idle connection is closed after this long; longer than the idle time of a proxy in front.
     keep_alive_s: int = Field(default=75, ge=1, le=86400)
 

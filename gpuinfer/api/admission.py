@@ -16,7 +16,7 @@ from typing import Any, cast
 import orjson
 
 from gpuinfer.client import Options
-from gpuinfer.errors import InputError, MalformedJson, PayloadTooLarge
+from gpuinfer.errors import InputError, MalformedJson
 from gpuinfer.queue.bodies import check_depth, check_values
 from gpuinfer.queue.options import OPTIONS
 
@@ -44,16 +44,6 @@ class Admission:
 def body_limit(max_payload_bytes: int) -> int:
     """Return how many bytes a request's body may have."""
     return max_payload_bytes + SLACK_BYTES
-
-
-def check_size(size: int, max_payload_bytes: int) -> None:
-    """Raises PayloadTooLarge when a body of ``size`` bytes, or more, is not read any further."""
-    if size > body_limit(max_payload_bytes):
-        raise PayloadTooLarge(
-            f"the body is larger than {body_limit(max_payload_bytes)} bytes; "
-            f"queue.max_payload_bytes is {max_payload_bytes}",
-            "inputs",
-        )
 
 
 def parse_json(body: bytes) -> Any:

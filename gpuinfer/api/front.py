@@ -19,7 +19,7 @@ from gpuinfer.api.manners import Manners
 from gpuinfer.api.middleware import Around
 from gpuinfer.api.reply import send_error
 from gpuinfer.api.shared import Shared
-from gpuinfer.errors import GpuinferError
+from gpuinfer.errors import FrontBusy, GpuinferError
 from gpuinfer.log import get_logger
 from gpuinfer.settings import Settings
 
@@ -48,6 +48,7 @@ class Front:
     def __init__(self, settings: Settings) -> None:
         self.shared = Shared(settings)
         self._app: FastAPI = create_app(self.shared)
+        self._most = settings.api.max_requests
         around = Around(self._route, self.shared.stopping, self.shared.requests)
         self._outermost = Manners(around, methods(self._app))
 
@@ -59,6 +60,20 @@ class Front:
         await self._outermost(scope, receive, send)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, unless as many requests are in progress as may. Health is always answered."""
+        shared = self.shared
+        if shared.requests_now >= self._most and not scope["path"].startswith("/health/"):
+            busy = f"this front has as many requests in progress as it may; api.max_requests is {self._most}"
+            await send_error(scope, send, FrontBusy(busy))
+            return
+        shared.requests_now += 1
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            shared.requests_now -= 1
+            shared.receiver.release(scope)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
         found: tuple[str, ...] = ()
         route: RouteOf | None = ROUTES.get((method, path))

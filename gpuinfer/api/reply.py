@@ -41,4 +41,6 @@ async def send_error(scope: Scope, send: Send, error: GpuinferError) -> None:
     note(scope, code=error.code, **reason)
     if reason:
         headers.append((b"retry-after", b"%d" % shared(scope).settings.api.retry_after_s))
+    if status == 408:  # the rest of its body is not read
+        headers.append((b"connection", b"close"))
     await send_json(scope, send, {"error": error.to_dict()}, status, headers)

@@ -185,6 +185,12 @@ SUBMIT_RESPONSES: dict[int | str, JsonSchema] = {
         "the fleet knows no model 'resnets'; known: digits, resnet",
         "model",
     ),
+    408: _error(
+        "The body did not go on arriving; the connection is closed.",
+        "slow_body",
+        "the body did not go on for 10 s, or for 1 s while others waited; 65536 bytes had come",
+        "body",
+    ),
     413: _error(
         "Too large.",
         "payload_too_large",

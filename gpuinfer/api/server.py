@@ -22,6 +22,7 @@ import uvicorn
 from sdnotify import SystemdNotifier
 from starlette.types import ASGIApp
 
+from gpuinfer.api.protocol import Protocol
 from gpuinfer.api.shared import Shared
 from gpuinfer.errors import AddressUnavailable
 from gpuinfer.log import get_logger
@@ -164,7 +165,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http="httptools",
+                http=Protocol,
                 ws="none",
                 lifespan="on",
                 log_config=None,

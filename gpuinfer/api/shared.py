@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from starlette.types import Scope
 
+from gpuinfer.api.holding import Holding
+from gpuinfer.api.receiving import PERMITS, Receiver
 from gpuinfer.api.request_log import RequestLog
 from gpuinfer.client import AsyncClient
 from gpuinfer.settings import Settings
@@ -24,12 +27,17 @@ class Shared:
         self.settings = settings
         #: To be ticked once a second, and closed at the end.
         self.requests = RequestLog(settings.log.requests)
+        most_bytes = settings.api.max_held_mb * 2**20
+        self.receiver = Receiver(Holding(most_bytes, settings.api.body_stall_s, time.monotonic))
+        #: Requests that are in progress.
+        self.requests_now = 0
         #: Set once the process stops: no answer is waited for then.
         self.stopping = asyncio.Event()
 
     def enter(self, scope: Scope) -> None:
         """Let a request find this."""
         scope[_SHARED] = self
+        scope[PERMITS] = []
 
 
 def shared(scope: Scope) -> Shared:

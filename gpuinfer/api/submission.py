@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from gpuinfer.api import admission, encodings, query, uploads
@@ -39,8 +38,8 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """Return a request's body, chunked or not, and unpacked where it is compressed.
 
     Raises PayloadTooLarge as soon as it is known to have more bytes than ``limit``
-    (``queue.max_payload_bytes``) and a little, packed or unpacked; UnsupportedEncoding, MalformedEncoding,
-    ClientDisconnect.
+    (``queue.max_payload_bytes``) and a little, packed or unpacked; SlowBody, FrontBusy, UnsupportedEncoding,
+    MalformedEncoding, ClientDisconnect.
     """
     coding = encodings.coding_of(header(scope, b"content-encoding"))
     body = await _received(scope, receive, limit)
@@ -48,22 +47,9 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 
 async def _received(scope: Scope, receive: Receive, limit: int) -> bytes:
-    announced = header(scope, b"content-length")
-    admission.check_size(int(announced) if announced.isdecimal() else 0, limit)
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body"):
-        body: bytes = message.get("body", b"")
-        admission.check_size(len(body), limit)
-        return body
-    parts = bytearray()
-    while True:
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        parts += message.get("body", b"")
-        admission.check_size(len(parts), limit)
-        if not message.get("more_body"):
-            return bytes(parts)
-        message = await receive()
+    text = header(scope, b"content-length")
+    announced = int(text) if text.isdecimal() else 0
+    return await shared(scope).receiver.read(scope, receive, announced, admission.body_limit(limit))
 
 
 def understand(scope: Scope, body: bytes, *, model: str | None = None, many: bool = False) -> Asked:
@@ -106,7 +92,8 @@ async def submit_and_answer(scope: Scope, receive: Receive, send: Send, asked: A
     client = shared(scope).client
     submit = client.submit_batch if asked.many else client.submit
     task_id = await submit(asked.inputs, **asked.options)
-    options = asked.options
+    shared(scope).receiver.release(scope)
+    options, asked = asked.options, asked._replace(inputs=None)  # who waits holds no inputs
     note(
         scope,
         action="task_accepted",
@@ -143,4 +130,6 @@ async def predict_with(scope: Scope, receive: Receive, send: Send, model: str) -
 
 async def _predict(scope: Scope, receive: Receive, send: Send, model: str | None, *, many: bool) -> None:
     body = await read_body(scope, receive, shared(scope).settings.queue.max_payload_bytes)
-    await submit_and_answer(scope, receive, send, understand(scope, body, model=model, many=many))
+    asked = understand(scope, body, model=model, many=many)
+    del body
+    await submit_and_answer(scope, receive, send, asked)

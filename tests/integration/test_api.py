@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -22,6 +24,7 @@ from gpuinfer.queue import keys
 from gpuinfer.queue.message import decode
 from tests.apis import Api, HandWorker, submit
 from tests.services import RedisServer
+from tests.workers import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -343,6 +346,71 @@ def test_too_large_in_chunks(api: Api) -> None:
     assert response.status_code == 413
     assert resident_kib(api.process.pid) - before < 60_000
     assert api.http.get("/health/live").status_code == 200
+
+
+def test_bodies_that_stall_neither_starve_nor_grow_the_front(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """200 clients announce 4 MiB, send most of it and stall: small and large requests of others get in, and
+    no more is held than may be; each that stalls is refused in the end."""
+    with Api(redis_server, tmp_path, api_max_held_mb=32, api_body_stall_s=4) as api, ExitStack() as stack:
+        before = resident_kib(api.process.pid)
+        host, port = api.address.removeprefix("http://").split(":")
+        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {4 * 2**20}\r\n\r\n["
+        clients = [stack.enter_context(socket.create_connection((host, int(port)), 60)) for _ in range(200)]
+        for client in clients:
+            client.sendall(head.encode())
+            client.setblocking(False)
+            with suppress(BlockingIOError):
+                client.send(b"1," * 1_900_000)
+        assert submit(api)
+        large = api.http.post("/predict", content=b"[" + b"1," * 2_000_000 + b"1]")
+        assert large.status_code == 202, large.text
+        assert resident_kib(api.process.pid) - before < 150_000
+        for client in clients:
+            client.settimeout(60)
+            answer = client.recv(4096)
+            assert answer.startswith((b"HTTP/1.1 408 ", b"HTTP/1.1 503 ")), answer
+        assert api.http.get("/health/live").status_code == 200
+
+
+def test_heads_are_bounded(api: Api) -> None:
+    """One that does not end is refused once it is too large; what is no HTTP is a 400 in the usual form."""
+    host, port = api.address.removeprefix("http://").split(":")
+    for sent, status, code in (
+        (b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 100_000, b"431", b"head_too_large"),
+        (b"hello\r\n\r\n", b"400", b"malformed_request"),
+    ):
+        with socket.create_connection((host, int(port)), 60) as client:
+            client.sendall(sent)
+            answer = b"".join(iter(lambda: client.recv(4096), b""))
+            assert answer.startswith(b"HTTP/1.1 " + status)
+            assert code in answer
+
+
+def test_as_many_requests_as_may_be(redis_server: RedisServer, tmp_path: Path) -> None:
+    """One more is a 503 with Retry-After; health is answered all the same."""
+    with Api(redis_server, tmp_path, api_max_requests=1) as api:
+        task_id = submit(api)
+
+        def wait() -> httpx.Response:
+            """Ask until it is the request below that comes too late."""
+            while (
+                answer := httpx.get(f"{api.address}/result/{task_id}?wait=50", timeout=60)
+            ).status_code == 503:
+                pass
+            return answer
+
+        with ThreadPoolExecutor(1) as pool, redis_server.client() as client:
+            waiting = pool.submit(wait)
+            wait_until(lambda: api.http.get("/models").status_code == 503)
+            busy = api.http.get("/models")
+            assert busy.status_code == 503
+            assert busy.json()["error"]["code"] == "front_busy"
+            assert int(busy.headers["retry-after"]) >= 1
+            assert api.http.get("/health/live").status_code == 200
+            HandWorker(client).finish_all("done")
+            assert waiting.result().json()["result"] == "done"
 
 
 def resident_kib(pid: int) -> int:

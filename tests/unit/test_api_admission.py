@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuinfer.api import schemas
-from gpuinfer.api.admission import FIELDS, SLACK_BYTES, admit, check_size, parse_json
+from gpuinfer.api.admission import FIELDS, admit, parse_json
 from gpuinfer.api.waiting import waiting_time
 from gpuinfer.client import Options
 from gpuinfer.client.core import build
-from gpuinfer.errors import GpuinferError, InputError, MalformedJson, PayloadTooLarge
+from gpuinfer.errors import GpuinferError, InputError, MalformedJson
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import message
 
@@ -198,13 +198,6 @@ def test_no_waiting_time(text: str) -> None:
     with pytest.raises(InputError) as caught:
         waiting_time(text, 60)
     assert caught.value.field == "wait"
-
-
-def test_size_is_checked_with_a_little_slack() -> None:
-    """The limit is on the message; the body may have that and a little more."""
-    check_size(1024 + SLACK_BYTES, 1024)
-    with pytest.raises(PayloadTooLarge, match="max_payload_bytes is 1024"):
-        check_size(1024 + SLACK_BYTES + 1, 1024)
 
 
 @given(st.binary(max_size=200))

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a request's body, within the room that the process has for bodies.
+
+A body is not read before there is room for it: what its client sends waits in the sockets' buffers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope
+
+from gpuinfer.api.admission import SLACK_BYTES
+from gpuinfer.api.holding import PRESSED_S, SMALL_BYTES, Holding, Permit
+from gpuinfer.errors import FrontBusy, PayloadTooLarge, SlowBody
+
+#: Where a request's scope, and each copy of it, has the permits of its bodies: a list.
+PERMITS = "gpuinfer.permits"
+#: A body waits for room at most this long.
+WAIT_S = 5.0
+
+
+class Receiver:
+    """Reads the bodies of one process."""
+
+    def __init__(self, holding: Holding) -> None:
+        self._holding = holding
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    async def read(self, scope: Scope, receive: Receive, announced: int, limit: int) -> bytes:
+        """Return a body of at most ``limit`` bytes; its room is taken until ``release``.
+
+        ``announced``: its length as its header has it; 0: unknown. Raises PayloadTooLarge, SlowBody,
+        FrontBusy, ClientDisconnect.
+        """
+        if announced > limit:
+            raise too_large(limit)
+        if announced <= SMALL_BYTES and _is_here(receive):
+            # Most requests: one packet, which is held already, and which api.max_requests bounds.
+            message = await receive()
+            whole: bytes = message.get("body", b"")
+            if message["type"] == "http.request" and len(whole) <= min(SMALL_BYTES, limit):
+                return whole
+            return await self._bounded(scope, _again(message, receive), announced, limit)
+        return await self._bounded(scope, receive, announced, limit)
+
+    async def _bounded(self, scope: Scope, receive: Receive, announced: int, limit: int) -> bytes:
+        permit = self._holding.begin()
+        scope[PERMITS].append(permit)
+        if not self._holding.take(permit, announced or SMALL_BYTES):
+            await self._wait_for_room(permit, announced or SMALL_BYTES)
+        try:
+            body = await self._read(permit, receive, limit)
+        except TimeoutError:
+            raise SlowBody(
+                f"the body did not go on for {self._holding.stall_s:g} s, or for {PRESSED_S:g} s while "
+                f"others waited; {permit.received} bytes had come",
+                "body",
+            ) from None
+        permit.reading = False
+        return body
+
+    async def _read(self, permit: Permit, receive: Receive, limit: int) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._next(permit, receive)
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            part: bytes = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                raise too_large(limit)
+            if size > permit.taken and not self._holding.take(
+                permit, min(limit, max(size, 2 * permit.taken))
+            ):
+                raise self._busy()
+            parts.append(part)
+            if not message.get("more_body"):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+            self._holding.came(permit, size)
+
+    async def _next(self, permit: Permit, receive: Receive) -> Message:
+        async with asyncio.timeout(self._holding.patience(permit)) as limit:
+            now = asyncio.get_running_loop().time
+            permit.give_up = lambda: limit.reschedule(now())
+            return await receive()
+
+    async def _wait_for_room(self, permit: Permit, size: int) -> None:
+        """Wait until there is room, and make stalled bodies give theirs up. Raises FrontBusy."""
+        permit.reading = False
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + WAIT_S
+        while not self._holding.take(permit, size):
+            self._holding.press(size)
+            if loop.time() >= deadline:
+                raise self._busy()
+            room = loop.create_future()
+            self._waiting.add(room)
+            await asyncio.wait((room,), timeout=min(PRESSED_S, max(0.0, deadline - loop.time())))
+            self._waiting.discard(room)
+        permit.reading = True
+        self._holding.resume(permit)
+
+    def _busy(self) -> FrontBusy:
+        most = self._holding.most_bytes // 2**20
+        return FrontBusy(f"this front holds as many bytes of requests as it may; api.max_held_mb is {most}")
+
+    def release(self, scope: Scope) -> None:
+        """Give the room of a request's body back, where it has any."""
+        permits: list[Permit] = scope[PERMITS]
+        while permits:
+            self._holding.leave(permits.pop())
+        for room in self._waiting:
+            if not room.done():
+                room.set_result(None)
+        self._waiting.clear()
+
+
+def _is_here(receive: Receive) -> bool:
+    """Tell whether a body has come whole: uvicorn's requests know. False where that cannot be told."""
+    return getattr(getattr(receive, "__self__", None), "more_body", True) is False
+
+
+def _again(message: Message, receive: Receive) -> Receive:
+    """Return a receive that gives this message first."""
+    given = [message]
+
+    async def first() -> Message:
+        return given.pop() if given else await receive()
+
+    return first
+
+
+def too_large(limit: int) -> PayloadTooLarge:
+    """Return the error for a body of more than ``limit`` bytes."""
+    return PayloadTooLarge(
+        f"the body is larger than {limit} bytes; queue.max_payload_bytes is {limit - SLACK_BYTES}", "inputs"
+    )
