@@ -8,6 +8,7 @@ the waiting call begins again.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ class Listener:
         self._stands = False
         self._heard_at = time.monotonic()
         self._asked = False
+        #: Since when it listens to the same channels, and nobody has read what it hears; inf: it does not.
+        self.unread_since = math.inf
 
     @property
     def alive(self) -> bool:
@@ -56,6 +59,8 @@ class Listener:
         stale = set(self._channels) - set(channels)
         new = sorted(set(channels) - set(self._channels))
         self._channels = list(channels)
+        if stale or new:
+            self.unread_since = math.inf
         self._heard_at, self._asked = time.monotonic(), False
         commands = [("SUBSCRIBE", *new[at : at + CHUNK]) for at in range(0, len(new), CHUNK)]
         self._send([("UNSUBSCRIBE", *stale), *commands] if stale else commands)
@@ -106,6 +111,7 @@ class Listener:
         if self._channels and not (ended and len(self._channels) <= KEPT):
             self._send([("UNSUBSCRIBE", *self._channels)])
             self._channels = []
+        self.unread_since = time.monotonic()
 
     def close(self) -> None:
         """Close the connection."""

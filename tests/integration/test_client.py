@@ -54,6 +54,39 @@ def test_submit_and_result(client: Client, worker: HandWorker) -> None:
     timer.join()
 
 
+def test_a_wait_that_has_heard_all_asks_nothing(
+    client: Client, worker: HandWorker, redis_server: RedisServer
+) -> None:
+    """Who listened before a task was submitted need not look for its end, unless another wait has read it."""
+
+    def looks() -> int:
+        with redis_server.client() as admin:
+            found: Any = admin.info("commandstats")
+        return int(found.get("cmdstat_mget", {}).get("calls", 0))
+
+    with redis_server.client() as admin:
+        task_id = client.submit(1)
+        worker.finish_all("first")
+        assert client.result(task_id, 20) == "first"  # subscribes, then looks
+        task_id = client.submit(2)
+        worker.finish_all("second")
+        before = looks()
+        assert client.result(task_id, 20) == "second"
+        assert looks() == before
+        other = client.submit(3)
+        task_id = client.submit(4)
+        worker.finish_all("both")
+        assert client.result(other, 20) == "both"  # has read the end of the fourth, and has dropped it
+        assert client.result(task_id, 20) == "both"
+        task_id = client.submit(5)
+        worker.finish_all("cut off")
+        admin.client_kill_filter(_type="pubsub")
+        assert client.result(task_id, 20) == "cut off"
+        task_id = client.submit(6)
+        worker.finish_all("x" * 1_000_000)  # only a notice is told
+        assert client.result(task_id, 20) == "x" * 1_000_000
+
+
 def test_a_burst_keeps_its_order(client: Client, worker: HandWorker) -> None:
     """2,000 tasks in few round trips; ids in the order of inputs, and so are the results."""
     ids = client.submit_many(range(2000))
