@@ -11,6 +11,11 @@ call. What bounds a lone task is elsewhere: a script that does nothing takes 3.9
 packet of many, with warm caches; a submission 19 and 13, and 42 after a pause of a millisecond. A command
 adds 0.3 us, a write or a PUBLISH 0.5 to 1. So fewer calls a task help (a lone task begins with its claim),
 and shorter ones hardly do.
+
+In batches of 256 a task costs 4.1 us to submit, 3.8 to claim, 0.7 to begin and 4.3 to settle. Also tried:
+one MSETNX for the states of a bulk (submit 4.4: the table for it costs what the calls save), and a place in
+flight without ``seq:list`` (claim and settle up to 0.9 us less together). Most of the rest is the payload's
+way: into Lua, into the list, back into Lua, into the in-flight hash, and out.
 """
 
 from __future__ import annotations

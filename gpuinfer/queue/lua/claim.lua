@@ -247,7 +247,7 @@ end
 -- One payload tells how many of its size fit. What is popped is recorded by one command: a call costs
 -- more than the field it sets.
 local function take(list, most)
-  local few, before, stop, head = 1, room, math.max(0, room - most), n
+  local few, before, stop, head = 1, room, math.max(0, room - math.min(most, list.size)), n
   while room > stop and bytes > 0 do
     local popped = redis.pcall('RPOP', list.key, math.min(room - stop, few))
     if not popped or popped.err then break end

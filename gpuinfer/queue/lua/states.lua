@@ -52,7 +52,6 @@ local function finish_one(id, meta, reply, label, ttl)
   if err or FINAL[state or ''] or redis.call('EXISTS', BODIES) == 1 then return end
   local key, ours = RESULT_PREFIX .. id, string.sub(reply, 1, #REPLY_PREFIX) == REPLY_PREFIX
   local denied = may('SET', key, '', 'EX', ttl)
-    or may('PUBSUB', 'NUMSUB', key)
     or may('PUBLISH', key, '')
     or ours and may('PUBLISH', reply, '')
     or count_ends(label, 1, #meta)
