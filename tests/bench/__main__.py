@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.bench [NAMES...] [--json FILE] [--plot FILE.png] [--quick]``."""
+"""``python -m tests.bench [NAMES...] [--json FILE] [--plot FILE.png] [--quick] [--repeats N] [--aof]``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -23,6 +24,7 @@ from tests.bench.python import python
 from tests.bench.report import Report, show, write_json
 from tests.bench.scripts import claim_cost
 from tests.bench.spread import speed_up, waits
+from tests.bench.stacks import REDIS
 from tests.bench.tuned import tuned
 
 #: The measures by the names the command line takes, in their order.
@@ -49,19 +51,32 @@ MEASURES: dict[str, Callable[[Path, Sizes], Iterator[Line]]] = {
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything to a file.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the ratios into a PNG.")
 @click.option("--quick", is_flag=True, help="Small sizes and one repeat: to see that it works.")
-def main(names: tuple[str, ...], json_file: Path | None, plot_file: Path | None, quick: bool) -> None:
+@click.option("--repeats", type=click.IntRange(1), help="How often each measure is taken; the median counts.")
+@click.option("--aof", is_flag=True, help="Let each Redis keep an append-only file, with fsync everysec.")
+def main(
+    names: tuple[str, ...],
+    json_file: Path | None,
+    plot_file: Path | None,
+    quick: bool,
+    repeats: int | None,
+    aof: bool,
+) -> None:
     """Measure gpuinfer beside stock Celery, on a Redis of its own each, and print the table."""
     for name in [name for name in os.environ if name.startswith("GPUINFER_")]:
         del os.environ[name]  # the settings of whoever calls are none of the bench's
     console, progress = Console(width=None if sys.stdout.isatty() else 140), Console(stderr=True)
     lines: list[Line] = []
-    about = machine()
+    sizes = QUICK if quick else Sizes()
+    sizes = replace(sizes, repeats=repeats or sizes.repeats)
+    if aof:
+        REDIS.update(appendonly="yes", appendfsync="everysec")
+    about = machine() | {"redis": "AOF everysec" if aof else "no disk"}
     began, stolen = time.monotonic(), stolen_seconds()
     with tempfile.TemporaryDirectory(prefix="gi-bench-") as folder, pinned(CLIENT_CORE):
         write_models(Path(folder) / "models")
         for name in names or MEASURES:
             with progress.status(name):
-                lines += MEASURES[name](Path(folder), QUICK if quick else Sizes())
+                lines += MEASURES[name](Path(folder), sizes)
     cores_s = (os.cpu_count() or 1) * (time.monotonic() - began)
     about["stolen_percent"] = round(100 * (stolen_seconds() - stolen) / cores_s, 1)
     report = Report(versions=versions(), machine=about, lines=lines, quick=quick)

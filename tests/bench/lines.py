@@ -52,7 +52,7 @@ class Sizes:
     repeats: int = 3
     backlog: int = 20_000
     #: The baseline's backlog: its rate does not depend on the length, and it takes its time.
-    stock_backlog: int = 20_000
+    stock_backlog: int = 5_000
     submits: int = 5_000
     trips: int = 1_000
     steady: int = 600

@@ -68,7 +68,10 @@ def show(report: Report, console: Console) -> None:
     """Print versions, the machine and the table."""
     machine = report.machine
     console.print(", ".join(f"{name} {version}" for name, version in report.versions.items()))
-    console.print(f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}")
+    about = (
+        f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}, Redis: {machine['redis']}"
+    )
+    console.print(about)
     stolen = machine["stolen_percent"]
     console.print(f"{stolen} % of the processor time meanwhile went to others on the machine under this one")
     if report.quick:

@@ -30,6 +30,8 @@ from tests.workers import Workers
 _ROOT = Path(__file__).resolve().parents[2]
 #: How long a backlog may stand still before the run is given up.
 STALL_S = 60.0
+#: What each Redis is started with, beside what tests have: nothing is kept on disk, unless this says so.
+REDIS: dict[str, str | int] = {}
 
 
 class World(ABC):
@@ -43,7 +45,7 @@ class World(ABC):
         """``folder/models`` holds the models; logs go to ``folder``."""
         self.folder = folder
         self.model = model
-        self.redis = RedisServer()
+        self.redis = RedisServer(None, **REDIS)
         self.raw = self.redis.client()
         self._worker: Process | None = None
 
