@@ -58,7 +58,7 @@ def test_both_drivers_have_the_same_verbs() -> None:
         {name for name, _ in inspect.getmembers(cls, inspect.isfunction) if not name.startswith("_")}
         for cls in (Client, AsyncClient)
     ]
-    assert public[0] - {"close"} == public[1] - {"aclose", "ping", "fleet", "takes"} == set(VERBS)
+    assert public[0] - {"close"} == public[1] - {"aclose", "ping", "fleet", "takes", "capacity"} == set(VERBS)
 
 
 async def test_a_turn_of_the_loop_is_one_call(settings: Settings, worker: HandWorker) -> None:
