@@ -226,7 +226,7 @@ class ApiSettings(Section):
     port: int = Field(default=8080, ge=0, le=65535)
     #: The longest ?wait= that GET /result honours.
     max_wait_s: float = Field(default=60.0, ge=0, le=600)
-    #: What Retry-After says when Redis is away or full.
+    #: What Retry-After says when Redis is away, and at least when as many tasks wait as may.
     retry_after_s: int = Field(default=2, ge=1, le=3600)
     #: The most requests that one process has in progress, and the most MiB of bodies that it holds at once.
     max_requests: int = Field(default=10_000, ge=1, le=1_000_000)

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cache
 from http import HTTPStatus
 from typing import Any
@@ -18,6 +19,7 @@ from gpuinfer import __version__
 from gpuinfer.api import health
 from gpuinfer.api.answers import answer
 from gpuinfer.api.docs import PAGES, add_docs
+from gpuinfer.api.drain import EVERY_S
 from gpuinfer.api.manners import Methods, methods_of
 from gpuinfer.api.middleware import note
 from gpuinfer.api.routes import router
@@ -38,7 +40,11 @@ def create_app(shared: Shared) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncClient(shared.settings) as client:
             shared.client = app.state.client = client
-            yield
+            sampling = asyncio.create_task(_sample(shared), name="drain")
+            try:
+                yield
+            finally:
+                sampling.cancel()
 
     app = FastAPI(
         title="gpuinfer",
@@ -52,8 +58,16 @@ def create_app(shared: Shared) -> FastAPI:
     app.include_router(router)
     app.include_router(health.router)
     add_docs(app)
-    _handle_errors(app, shared.settings.api.retry_after_s)
+    _handle_errors(app, shared)
     return app
+
+
+async def _sample(shared: Shared) -> None:
+    """Keep what is known of the queues' rate up to date."""
+    while True:
+        with suppress(GpuinferError):  # requests say so
+            shared.drain.sample(await shared.client.claimed())
+        await asyncio.sleep(EVERY_S)
 
 
 def methods(app: FastAPI) -> Methods:
@@ -69,13 +83,14 @@ def methods(app: FastAPI) -> Methods:
     return of
 
 
-def _handle_errors(app: FastAPI, retry_after_s: int) -> None:
+def _handle_errors(app: FastAPI, shared: Shared) -> None:
     """Give every error one body; nothing of an unforeseen one but its being one is told."""
 
     async def ours(request: Request, exc: Exception) -> Response:
         error = exc if isinstance(exc, GpuinferError) else GpuinferError("this is a bug; see the API's log")
         note(request.scope, code=error.code, **_cause(error))
-        headers = {"retry-after": str(retry_after_s)} if error.http_status in (429, 503) else None
+        seconds = shared.retry_after(error)
+        headers = None if seconds is None else {"retry-after": str(seconds)}
         return answer({"error": error.to_dict()}, error.http_status, headers)
 
     async def http(_: Request, exc: Exception) -> Response:

@@ -40,7 +40,7 @@ async def send_error(scope: Scope, send: Send, error: GpuinferError) -> None:
     reason = {"reason": str(error)} if status in (429, 503) else {}
     note(scope, code=error.code, **reason)
     if reason:
-        headers.append((b"retry-after", b"%d" % shared(scope).settings.api.retry_after_s))
+        headers.append((b"retry-after", b"%d" % (shared(scope).retry_after(error) or 1)))
     if status == 408:  # the rest of its body is not read
         headers.append((b"connection", b"close"))
     await send_json(scope, send, {"error": error.to_dict()}, status, headers)

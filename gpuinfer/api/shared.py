@@ -8,10 +8,12 @@ import time
 
 from starlette.types import Scope
 
+from gpuinfer.api.drain import Drain
 from gpuinfer.api.holding import Holding
 from gpuinfer.api.receiving import PERMITS, Receiver
 from gpuinfer.api.request_log import RequestLog
 from gpuinfer.client import AsyncClient
+from gpuinfer.errors import GpuinferError, QueueFull
 from gpuinfer.settings import Settings
 
 _SHARED = "gpuinfer.shared"
@@ -29,6 +31,7 @@ class Shared:
         self.requests = RequestLog(settings.log.requests)
         most_bytes = settings.api.max_held_mb * 2**20
         self.receiver = Receiver(Holding(most_bytes, settings.api.body_stall_s, time.monotonic))
+        self.drain = Drain(settings.api.retry_after_s, time.monotonic)
         #: Requests that are in progress.
         self.requests_now = 0
         #: Set once the process stops: no answer is waited for then.
@@ -38,6 +41,12 @@ class Shared:
         """Let a request find this."""
         scope[_SHARED] = self
         scope[PERMITS] = []
+
+    def retry_after(self, error: GpuinferError) -> int | None:
+        """Return what Retry-After says with an error, in seconds; None: no such header."""
+        if isinstance(error, QueueFull):
+            return self.drain.refuse()
+        return self.settings.api.retry_after_s if error.http_status in (429, 503) else None
 
 
 def shared(scope: Scope) -> Shared:

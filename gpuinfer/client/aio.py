@@ -101,6 +101,13 @@ class AsyncClient(Driver):
         with typed_errors(self._user):
             return await readiness.aread(self._redis)
 
+    async def claimed(self) -> int:
+        """Return how many tasks were ever claimed from the queues. Raises BrokerUnavailable."""
+        with typed_errors(self._user):
+            counts: Any = await self._pipe.call("HGETALL", keys.CLAIMED)
+        values = counts.values() if isinstance(counts, dict) else counts[1::2]  # by Redis's protocol
+        return sum(map(int, values))
+
     # -- submitting -----------------------------------------------------------------------
 
     @documented
