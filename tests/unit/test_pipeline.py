@@ -76,14 +76,25 @@ def model() -> Steps:
     return Steps()
 
 
-@pytest.fixture
-def hard() -> list[list[Task]]:
+class Expired(list[list[Task]]):
     """For whom a hard limit has passed."""
-    return []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.some = threading.Event()
+
+    def append(self, tasks: list[Task]) -> None:
+        super().append(tasks)
+        self.some.set()
 
 
 @pytest.fixture
-def engine(model: Steps, hard: list[list[Task]]) -> Iterator[Engine]:
+def hard() -> Expired:
+    return Expired()
+
+
+@pytest.fixture
+def engine(model: Steps, hard: Expired) -> Iterator[Engine]:
     deadline = Deadline(lambda: hard.append(list(deadline.expired)))
     made = Engine({"steps": model}, Sizes({"steps": 64}), deadline, lambda: None, threads=2)
     yield made
@@ -195,7 +206,7 @@ def test_a_batch_that_is_withdrawn_keeps_what_is_prepared(engine: Engine, model:
     assert sorted(model.prepared) == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_limits_hold_in_prepare_and_in_finish(engine: Engine, model: Steps, hard: list[list[Task]]) -> None:
+def test_limits_hold_in_prepare_and_in_finish(engine: Engine, model: Steps, hard: Expired) -> None:
     """The soft one fails the input alone; the hard one names the task whose step it was."""
 
     def spin(item: int) -> int:
@@ -204,17 +215,17 @@ def test_limits_hold_in_prepare_and_in_finish(engine: Engine, model: Steps, hard
         return item
 
     model.on_prepare = spin
-    engine.submit(batch([1, 2, 3], 1.0))
+    engine.submit(batch([1, 2, 3], 3.0))
     outcomes = collect(engine).outcomes
     assert [type(outcome) for outcome in outcomes] == [dict, SoftTimeLimitExceeded, dict]
     model.on_prepare = lambda item: item
     model.on_finish = spin
-    engine.submit(batch([1, 2, 3], 1.0))
+    engine.submit(batch([1, 2, 3], 3.0))
     outcomes = collect(engine).outcomes
     assert [type(outcome) for outcome in outcomes] == [int, SoftTimeLimitExceeded, int]
     assert not hard
-    model.on_finish = lambda output: threading.Event().wait(3.0 if output == 2 else 0) or output
-    engine.submit(batch([1, 2, 3], 1.0, 2.0))
+    model.on_finish = lambda output: (output != 2 or hard.some.wait(LONG_S)) and output
+    engine.submit(batch([1, 2, 3], 3.0, 3.2))
     collect(engine)
     assert [[task.id for task in tasks] for tasks in hard] == [["task-1"]]
 
