@@ -9,7 +9,7 @@ from typing import Any
 
 from gpuinfer.models.device import try_device
 from gpuinfer.models.manifest import Manifest
-from gpuinfer.models.signature import Signature, from_manifest
+from gpuinfer.models.signature import Signature, from_manifest, outputs_of
 from gpuinfer.models.tensors import Encoding
 
 
@@ -27,7 +27,9 @@ class LoadedModel(ABC):
         #: The digest of its folder, ``sha256:`` and twelve digits of it; "" where nothing is verified.
         self.version = ""
         #: What it takes, without its code. A Python model's may come from its annotations.
-        self.signature = from_manifest(manifest) or Signature(inputs=(), batchable=manifest.batchable)
+        self.signature = from_manifest(manifest) or Signature(
+            inputs=(), outputs=outputs_of(manifest), batchable=manifest.batchable
+        )
         #: What warm-up could not find out, and what to do about it; to be logged once.
         self.warnings: list[str] = []
         #: Why the model took none of warm-up's inputs: its batches begin at 1 then, and grow.

@@ -34,22 +34,40 @@ def render_batch(
     A model whose one output is a classification gives ``{"class", "label", "confidence", "top_k"}``;
     any other gives ``{"outputs": {name: ...}}``, where a classification is that same dictionary and a
     raw output is ``encode_array``'s. ``top_k`` (None: the manifest's; at least 1, at most all classes)
-    and ``encoding`` (default ``list``) are per item.
+    and ``encoding`` (default ``list``; ``raw``: scores are a raw output, too) are per item.
     """
     if not outputs:
         return []
     wanted = top_k or [None] * len(outputs)
     encodings: Sequence[Encoding] = encoding or ["list"] * len(outputs)
     columns: list[list[Any]] = [
-        _classified(spec, column, wanted)
-        if spec.kind == "classification"
-        else [encode_array(array, how) for array, how in zip(column, encodings, strict=True)]
+        _column(spec, column, wanted, encodings)
         for spec, column in zip(manifest.outputs, zip(*outputs, strict=True), strict=True)
     ]
-    if len(columns) == 1 and manifest.outputs[0].kind == "classification":
-        return columns[0]
     names = [spec.name for spec in manifest.outputs]
-    return [{"outputs": dict(zip(names, row, strict=True))} for row in zip(*columns, strict=True)]
+    rows = zip(*columns, strict=True)
+    if len(columns) == 1 and manifest.outputs[0].kind == "classification":
+        if "raw" not in encodings:
+            return columns[0]
+        return [
+            {"outputs": {names[0]: row[0]}} if how == "raw" else row[0]
+            for row, how in zip(rows, encodings, strict=True)
+        ]
+    return [{"outputs": dict(zip(names, row, strict=True))} for row in rows]
+
+
+def _column(
+    spec: OutputSpec, column: Sequence[Array], top_k: Sequence[int | None], encodings: Sequence[Encoding]
+) -> list[Any]:
+    """Render one output of all items."""
+    if spec.kind == "classification" and "raw" not in encodings:
+        return _classified(spec, column, top_k)
+    return [
+        _classified(spec, [array], [k])[0]
+        if spec.kind == "classification" and how != "raw"
+        else encode_array(array, how)
+        for array, k, how in zip(column, top_k, encodings, strict=True)
+    ]
 
 
 def _classified(

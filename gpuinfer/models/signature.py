@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model takes, as plain data: read by fronts and clients that never see the model's code.
+"""What a model takes and gives, as plain data: read by fronts and clients that never see the model's code.
 
 It comes from the manifest's ``[[inputs]]``, or, for a Python model without them, from the annotation of one
 item: the parameter of ``prepare``, or the element type of ``predict``'s list::
@@ -104,10 +104,47 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One output of a model, as the model itself gives it."""
+
+    name: str
+    #: classification: a vector of scores, of which a result tells the best unless it is asked for raw.
+    kind: Literal["raw", "classification"] = "raw"
+    #: None: any.
+    dtype: str | None = None
+    #: Per item, -1 for a free dimension; None: any.
+    shape: tuple[int, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON, without what is not known."""
+        entry: dict[str, Any] = {"name": self.name, "kind": self.kind}
+        if self.dtype is not None:
+            entry["dtype"] = self.dtype
+        if self.shape is not None:
+            entry["shape"] = list(self.shape)
+        return entry
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Output:
+        """Read what ``to_json`` wrote. Raises KeyError, TypeError, ValueError for anything else."""
+        shape, kind, dtype = entry.get("shape"), entry["kind"], entry.get("dtype")
+        if kind not in ("raw", "classification") or not isinstance(dtype, str | None):
+            raise ValueError("an output's kind is raw or classification, its dtype a string")
+        return cls(
+            name=str(entry["name"]),
+            kind=kind,
+            dtype=dtype,
+            shape=None if shape is None else tuple(int(length) for length in shape),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
     """The inputs of a model, in order."""
 
     inputs: tuple[Input, ...]
+    #: Its outputs, in order; empty: a Python model's answers are what it returns, and its code does not tell.
+    outputs: tuple[Output, ...] = ()
     batchable: bool = True
     source: Source = "manifest"
     #: True when a request's value is a mapping of input names to values; False: it is the only input's value.
@@ -124,6 +161,7 @@ class Signature:
         """Return it as plain JSON."""
         return {
             "inputs": [one.to_json() for one in self.inputs],
+            "outputs": [one.to_json() for one in self.outputs],
             "batchable": self.batchable,
             "source": self.source,
             "named": self.named,
@@ -144,6 +182,7 @@ class Signature:
         try:
             return cls(
                 inputs=tuple(Input.from_json(entry) for entry in body["inputs"]),
+                outputs=tuple(Output.from_json(entry) for entry in body.get("outputs", ())),
                 batchable=bool(body["batchable"]),
                 source=body.get("source", "manifest"),
                 named=bool(body.get("named", False)),
@@ -169,7 +208,22 @@ def from_manifest(manifest: Manifest) -> Signature | None:
         )
         for spec in manifest.inputs
     )
-    return Signature(inputs=inputs, batchable=manifest.batchable, named=len(inputs) > 1)
+    return Signature(
+        inputs=inputs, outputs=outputs_of(manifest), batchable=manifest.batchable, named=len(inputs) > 1
+    )
+
+
+def outputs_of(manifest: Manifest) -> tuple[Output, ...]:
+    """Return what the manifest's ``[[outputs]]`` say. bfloat16 comes as float32."""
+    return tuple(
+        Output(
+            name=spec.name,
+            kind=spec.kind,
+            dtype="float32" if spec.dtype == "bfloat16" else spec.dtype,
+            shape=spec.shape,
+        )
+        for spec in manifest.outputs
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

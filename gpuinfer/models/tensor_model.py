@@ -7,6 +7,7 @@ Splitting and retrying batches is the worker's business.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from gpuinfer.models.files import is_file
 from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.models.outputs import render_batch
 from gpuinfer.models.repository import ModelFolder
-from gpuinfer.models.specs import InputSpec, OutputSpec, shape_fits
+from gpuinfer.models.specs import FREE, InputSpec, OutputSpec, shape_fits
 from gpuinfer.models.staged import Brought, Coming, Staged
 from gpuinfer.models.tensors import Array, Encoding, Item, decode_batch
 from gpuinfer.models.warm_up import OutputMismatch, warm_up
@@ -93,6 +94,8 @@ class TensorModel(LoadedModel):
         """Run batches of the manifest's example, or of what is invented where it gives none."""
         largest = max(1, max_batch_size or self.manifest.max_batch_size) if self.manifest.batchable else 1
         size, item = warm_up(self, examples.candidates(self._folder), largest, self._check)
+        if item is not None:
+            self._learn_outputs(item)
         self._learn_padding(item)
         if self.refused:
             self.warnings.append(
@@ -115,6 +118,29 @@ class TensorModel(LoadedModel):
                 f"padding is not cut off its outputs {', '.join(kept)}: which part it is could not be "
                 'learned; variable = "group" pads nothing'
             )
+
+    def _learn_outputs(self, item: Item) -> None:
+        """Find out what the manifest leaves open of the outputs: dtype, and shape, of which inputs that have
+        free dimensions tell no more than the number of its own.
+        """
+        if all(one.dtype is not None and one.shape is not None for one in self.signature.outputs):
+            return
+        fixed = all(spec.fixed for spec in self.manifest.inputs)
+        self.signature = replace(
+            self.signature,
+            outputs=tuple(
+                replace(
+                    one,
+                    dtype=one.dtype or array.dtype.name,
+                    shape=one.shape
+                    if one.shape is not None
+                    else array.shape
+                    if fixed
+                    else (FREE,) * array.ndim,
+                )
+                for one, array in zip(self.signature.outputs, self.forward([item])[0], strict=True)
+            ),
+        )
 
     def _check(self, output: tuple[Array, ...]) -> None:
         for spec, array in zip(self.manifest.outputs, output, strict=True):

@@ -34,7 +34,8 @@ from gpuinfer.models.type_words import WORDS, word
 Array = np.ndarray[Any, np.dtype[Any]]
 #: One array per input of the manifest, in its order.
 Item = tuple[Array, ...]
-Encoding = Literal["list", "b64"]
+#: How arrays are written; raw: as b64, and scores of a classification as the model gives them.
+Encoding = Literal["list", "b64", "raw"]
 
 _BFLOAT16 = "bfloat16"
 #: kind of the dtype -> what JSON values may stand for it, and which kinds of numpy array.
@@ -82,7 +83,7 @@ def decode(manifest: Manifest, value: object) -> Item:
 
 def encode_array(array: Array, encoding: Encoding = "list") -> object:
     """Turn an output into JSON: nested lists, where NaN and infinity become null, or exact bytes."""
-    if encoding == "b64":
+    if encoding != "list":
         raw = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
         text = binascii.b2a_base64(raw, newline=False).decode("ascii")
         return {"b64": text, "dtype": array.dtype.name, "shape": list(array.shape)}

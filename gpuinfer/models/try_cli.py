@@ -159,7 +159,7 @@ def bench(loaded: Loaded, target: str, gpu: int | None, seconds: float, as_json:
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: worker.device.")
 @click.option("--top-k", type=click.IntRange(min=1), help="How many classes to name.")
-@click.option("--encoding", type=click.Choice(["list", "b64"]), default="list", show_default=True)
+@click.option("--encoding", type=click.Choice(["list", "b64", "raw"]), default="list", show_default=True)
 @tables.as_json_option
 @click.pass_obj
 def run(

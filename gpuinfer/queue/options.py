@@ -27,8 +27,8 @@ _MAP_SCHEMA: dict[str, Any] = {
     "additionalProperties": {"type": "string", "maxLength": MAX_METADATA_TEXT},
 }
 
-Encoding = Literal["list", "b64"]
-ENCODINGS: tuple[Encoding, ...] = ("list", "b64")
+Encoding = Literal["list", "b64", "raw"]
+ENCODINGS: tuple[Encoding, ...] = ("list", "b64", "raw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,11 @@ class Options(TypedDict, total=False):
     ]
     encoding: Annotated[
         Encoding | None,
-        Option(help="How raw outputs are returned. Default: list.", choices=ENCODINGS, argument=True),
+        Option(
+            help="How raw outputs are returned; raw: as b64, and so are scores. Default: list.",
+            choices=ENCODINGS,
+            argument=True,
+        ),
     ]
     expires_s: Annotated[float | None, _seconds("Seconds after which the task must not begin any more.")]
     countdown_s: Annotated[

@@ -73,6 +73,15 @@ def test_raw_and_several_outputs() -> None:
     assert as_bytes["outputs"]["features"] == {"b64": "AADAPwAAwH8=", "dtype": "float32", "shape": [2]}
 
 
+def test_raw_scores() -> None:
+    """As the model gives them, in bytes, beside requests that want classes."""
+    manifest = _manifest({**CLASSES, "activation": "softmax"})
+    row = (np.array([1.5, -2.0], np.float32),)
+    classes, raw = render_batch(manifest, [row, row], encoding=["b64", "raw"])
+    assert classes["class"] == 0
+    assert raw == {"outputs": {"c": {"b64": "AADAPwAAAMA=", "dtype": "float32", "shape": [2]}}}
+
+
 def test_nan_scores_are_null_and_never_the_best() -> None:
     """NaN does not win, and is null in JSON."""
     (result,) = render_batch(_manifest({**CLASSES, "top_k": 3}), [(np.array([np.nan, 0.1, 0.9]),)])

@@ -121,6 +121,7 @@ def test_a_manifest_s_inputs_are_the_signature() -> None:
     signature = from_manifest(Manifest.model_validate(body))
     assert signature is not None
     assert signature.named
+    assert Signature.from_json(json.loads(json.dumps(signature.to_json()))) == signature
     assert [one.to_json() for one in signature.inputs] == [
         {"name": "x", "kind": "tensor", "dtype": "float32", "shape": [3, -1]},
         {"name": "k", "kind": "tensor", "dtype": "int64", "shape": []},

@@ -54,7 +54,7 @@ def test_help_shows_them(cls: type) -> None:
         ("priority", None, "an integer from 0 to 9"),
         ("top_k", 0, "an integer from 1"),
         ("top_k", 10**30, "an integer from 1"),
-        ("encoding", "hex", "one of list, b64"),
+        ("encoding", "hex", "one of list, b64, raw"),
         ("expires_s", 0, "a number of seconds above 0"),
         ("time_limit_s", float("nan"), "a number of seconds above 0"),
         ("soft_time_limit_s", "5", "a number of seconds above 0"),

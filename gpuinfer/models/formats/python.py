@@ -18,7 +18,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -41,7 +41,7 @@ from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.outputs import render_batch
 from gpuinfer.models.repository import ModelFolder
-from gpuinfer.models.signature import Signature, Typed
+from gpuinfer.models.signature import Signature, Typed, outputs_of
 from gpuinfer.models.specs import OutputSpec
 from gpuinfer.models.tensors import Array, Encoding, decode_batch
 from gpuinfer.models.values import Reader, TemporaryFile, reader_of
@@ -119,7 +119,7 @@ class PythonModel(LoadedModel):
         self.instance = instance
         self._folder = folder.path
         self._model_folder = folder
-        self.signature = signature.with_example(self.example())
+        self.signature = replace(signature, outputs=outputs_of(folder.manifest)).with_example(self.example())
         self._prepare: Callable[[Any], Any] | None = getattr(instance, "prepare", None)
         self._finish: Callable[[Any], Any] | None = getattr(instance, "finish", None)
         self._before: Callable[[], object] | None = None
