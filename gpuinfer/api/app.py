@@ -22,6 +22,7 @@ from gpuinfer.api.docs import PAGES, add_docs
 from gpuinfer.api.drain import EVERY_S
 from gpuinfer.api.manners import Methods, methods_of
 from gpuinfer.api.middleware import note
+from gpuinfer.api.oip import documented
 from gpuinfer.api.routes import router
 from gpuinfer.api.shared import Shared
 from gpuinfer.client import AsyncClient
@@ -57,6 +58,7 @@ def create_app(shared: Shared) -> FastAPI:
     app.state.settings = shared.settings
     app.include_router(router)
     app.include_router(health.router)
+    app.include_router(documented.router)
     add_docs(app)
     _handle_errors(app, shared)
     return app

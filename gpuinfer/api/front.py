@@ -17,6 +17,7 @@ from gpuinfer.api import submission
 from gpuinfer.api.app import create_app, methods
 from gpuinfer.api.manners import Manners
 from gpuinfer.api.middleware import Around
+from gpuinfer.api.oip import routes
 from gpuinfer.api.reply import send_error
 from gpuinfer.api.shared import Shared
 from gpuinfer.errors import FrontBusy, GpuinferError
@@ -80,7 +81,8 @@ class Front:
         if route is None:
             route, found = _by_pattern(method, path)
         if route is None:
-            await self._app(scope, receive, send)
+            oip = path.startswith(routes.PREFIX) and path[len(routes.PREFIX) :][:1] in ("", "/")
+            await (routes.serve if oip else self._app)(scope, receive, send)
             return
         try:
             await route(scope, receive, send, *found)

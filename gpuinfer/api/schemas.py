@@ -196,6 +196,12 @@ SUBMIT_RESPONSES: dict[int | str, JsonSchema] = {
         "payload_too_large",
         "the body is larger than 33570816 bytes; queue.max_payload_bytes is ...",
     ),
+    415: _error(
+        "Compressed in a way that is not read.",
+        "unsupported_encoding",
+        "'br' is not read; send the body plain, or as gzip or deflate",
+        "Content-Encoding",
+    ),
     422: _error("A bad field.", "bad_input", "must be an integer from 0 to 9, got 11", "priority"),
     429: _FULL,
     503: _AWAY,

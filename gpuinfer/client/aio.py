@@ -80,12 +80,14 @@ class AsyncClient(Driver):
         with typed_errors(self._user):
             return await catalogue.aread(self._redis)
 
-    async def takes(self, model: str) -> Signature | None:
+    async def takes(self, model: str, *, fresh: bool = True) -> Signature | None:
         """Return what a model takes, with an example where one is known; None where nobody has told.
 
-        Raises BrokerUnavailable.
+        With ``fresh=False`` it may be what this client was told in the last half minute. Raises
+        BrokerUnavailable.
         """
-        await self._ask(model)
+        if fresh or self._signatures.stale(model) or self._signatures.of(model) is None:
+            await self._ask(model)
         return self._signatures.of(model)
 
     async def ping(self) -> None:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the tensors of a request to the inputs of a task, by what the model takes.
+
+A model that is batchable has a batch as the first dimension of each input: one item is one input, several are
+a list job. What is no tensor is BYTES, an element an item: a text, a file's bytes, or the text of JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import orjson
+
+from gpuinfer.api.oip.requests import BF16, BYTES, DTYPES, Tensor
+from gpuinfer.errors import DtypeMismatch, InputError, MissingInput, ShapeMismatch
+from gpuinfer.models.signature import Input, Signature
+from gpuinfer.models.specs import FREE, shape_fits
+
+#: Items that one request may have.
+MOST_ITEMS = 10_000
+#: Name of a dtype -> datatype.
+DATATYPES = {dtype: datatype for datatype, dtype in DTYPES.items()} | {"bfloat16": BF16}
+#: Kind of the wanted dtype -> kinds of datatypes whose numbers may be of it, as the worker has it.
+_KINDS = {"bool": ("BOOL",), "int": ("INT", "UINT"), "float": ("INT", "UINT", "FP", "BF")}
+
+
+class Inputs(NamedTuple):
+    """What is submitted."""
+
+    #: One input, or with ``many`` a list of them, or one array of them.
+    value: Any
+    many: bool
+    #: Items of the batch; None: the model takes none.
+    items: int | None
+
+
+def inputs_of(tensors: Sequence[Tensor], signature: Signature) -> Inputs:
+    """Return a task's inputs. Raises InputError, ShapeMismatch, DtypeMismatch, MissingInput."""
+    wanted = {one.name: one for one in signature.inputs}
+    given = {one.name: one for one in tensors}
+    names = f"the model's inputs are {', '.join(wanted)}"
+    for name in given:
+        if name not in wanted:
+            raise InputError(f"is no input; {names}", f"inputs.{name[:80]}")
+    for name in wanted:
+        if name not in given:
+            raise MissingInput(f"is missing; {names}", f"inputs.{name}")
+    items = _items(tensors) if signature.batchable else None
+    columns = {name: _column(given[name], one, items, f"inputs.{name}") for name, one in wanted.items()}
+    if not signature.named:
+        (only,) = columns.values()
+        if items is None or items == 1:
+            return Inputs(only[0] if isinstance(only, list) else only[0, ...], False, items)
+        return Inputs(only, True, items)
+    rows = [
+        {name: column[i] if isinstance(column, list) else column[i, ...] for name, column in columns.items()}
+        for i in range(items or 1)
+    ]
+    return Inputs(rows[0], False, items) if len(rows) == 1 else Inputs(rows, True, items)
+
+
+def _items(tensors: Sequence[Tensor]) -> int:
+    """Return the length of the batch."""
+    for one in tensors:
+        if not one.shape:
+            raise ShapeMismatch("has shape []; its first dimension must be the batch", f"inputs.{one.name}")
+    lengths = {one.shape[0] for one in tensors}
+    if len(lengths) > 1:
+        said = ", ".join(f"{one.name}: {one.shape[0]}" for one in tensors)
+        raise ShapeMismatch(f"differ in their batch, the first dimension ({said[:200]})", "inputs")
+    (items,) = lengths
+    if not 1 <= items <= MOST_ITEMS:
+        raise ShapeMismatch(f"a batch has 1 to {MOST_ITEMS} items, this one {items}", "inputs")
+    return items
+
+
+def _column(tensor: Tensor, wanted: Input, items: int | None, field: str) -> Any:
+    """Return an input's values: a list, or an array whose first dimension is the batch, of 1 without one."""
+    if isinstance(tensor.data, list):
+        return _elements(tensor, wanted, items, field)
+    if wanted.kind in ("text", "bytes", "file"):
+        raise DtypeMismatch(f"is {tensor.datatype}, the model wants BYTES", f"{field}.datatype")
+    array = tensor.data if items is not None else tensor.data[None, ...]
+    if wanted.kind == "json":
+        return array.tolist()
+    if wanted.kind == "tensor":
+        _check(tensor, wanted, items, field)
+    return array
+
+
+def _check(tensor: Tensor, wanted: Input, items: int | None, field: str) -> None:
+    """Raises ShapeMismatch, DtypeMismatch: of a list job nobody else looks before it is queued."""
+    shape = tensor.shape if items is None else tensor.shape[1:]
+    if wanted.shape is not None and not shape_fits(shape, wanted.shape):
+        whole = list(wanted.shape) if items is None else [FREE, *wanted.shape]
+        batch = "" if items is None else "; the first is the batch"
+        raise ShapeMismatch(
+            f"has shape {list(tensor.shape)}, the model wants {whole} (-1: any length{batch})",
+            f"{field}.shape",
+        )
+    if wanted.dtype is None:
+        return
+    kind = next((kind for kind in _KINDS if kind in wanted.dtype), "")
+    if kind and not tensor.datatype.startswith(_KINDS[kind]):
+        raise DtypeMismatch(
+            f"is {tensor.datatype}, the model wants {DATATYPES[wanted.dtype]}", f"{field}.datatype"
+        )
+
+
+def _elements(tensor: Tensor, wanted: Input, items: int | None, field: str) -> list[Any]:
+    """Return what the elements of BYTES are, one for each item."""
+    assert isinstance(tensor.data, list)  # noqa: S101  the caller has looked
+    if wanted.kind == "tensor" and wanted.file is None:
+        dtype = DATATYPES.get(wanted.dtype or "", "numbers")
+        raise DtypeMismatch(f"is {BYTES}, the model wants {dtype}", f"{field}.datatype")
+    if len(tensor.data) != (items or 1) or len(tensor.shape) > 2:
+        shape = "[] or [1]" if items is None else f"[{items}] or [{items}, 1]"
+        raise ShapeMismatch(
+            f"has shape {list(tensor.shape)}; the model takes one element an item: {shape}", f"{field}.shape"
+        )
+    if wanted.kind == "text":
+        return [_text(one, field) for one in tensor.data]
+    if wanted.kind == "json":
+        return [_json(one, field) for one in tensor.data]
+    return [{"b64": one, "name": ""} for one in tensor.data]
+
+
+def _text(element: bytes, field: str) -> str:
+    try:
+        return element.decode()
+    except UnicodeDecodeError as exc:
+        raise InputError(f"is no UTF-8 text: {exc.reason} at byte {exc.start}", field) from None
+
+
+def _json(element: bytes, field: str) -> Any:
+    try:
+        return orjson.loads(element)
+    except orjson.JSONDecodeError as exc:
+        raise InputError(f"an element must be the text of JSON: {exc.msg}", field) from None

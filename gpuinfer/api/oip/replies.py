@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An answer to infer: JSON, and behind it the bytes of the outputs that are wanted so."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import orjson
+
+from gpuinfer.api.oip.requests import Array, Tensor
+from gpuinfer.errors import InferenceError
+
+_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+
+
+def write(
+    head: dict[str, Any], tensors: Sequence[Tensor], binary: Collection[str]
+) -> tuple[bytes, int | None]:
+    """Return an answer's body, and the bytes of JSON that it begins with; None: all of it is JSON.
+
+    ``binary``: names of the outputs that are sent as bytes. Raises InferenceError for bytes that JSON cannot
+    hold.
+    """
+    entries, parts = [], []
+    for one in tensors:
+        entry: dict[str, Any] = {"name": one.name, "datatype": one.datatype, "shape": one.shape}
+        if one.name in binary:
+            data = _as_bytes(one.data)
+            entry["parameters"] = {"binary_data_size": len(data)}
+            parts.append(data)
+        else:
+            entry["data"] = _as_list(one)
+        entries.append(entry)
+    text = orjson.dumps(head | {"outputs": entries}, option=_OPTIONS)
+    return (b"".join((text, *parts)), len(text)) if parts else (text, None)
+
+
+def _as_bytes(data: Array | list[bytes]) -> bytes:
+    if isinstance(data, list):
+        return b"".join(part for one in data for part in (len(one).to_bytes(4, "little"), one))
+    return data.astype(data.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _as_list(tensor: Tensor) -> Any:
+    """Return the elements row by row; NaN and infinity become null."""
+    data = tensor.data
+    if not isinstance(data, list):
+        flat = data.reshape(-1)
+        return flat.tolist() if data.dtype.name == "float16" or not data.dtype.isnative else flat
+    try:
+        return [one.decode() for one in data]
+    except UnicodeDecodeError:
+        raise InferenceError(
+            f"output {tensor.name[:80]} holds bytes that are no text: ask for it with binary_data"
+        ) from None

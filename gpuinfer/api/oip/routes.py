@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paths below ``/v2``. Plain ASGI, for infer is a hot path, and for errors have a form of their own.
+
+Each model has one version here, "1". Load and unload change nothing: a worker loads the models of its setting
+``worker.models`` before it is ready, and that is for its host's administrator to say. Load is a 200 where a
+live worker serves the model, unload where none does; else they say what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from gpuinfer import __version__
+from gpuinfer.api.admission import parse_json
+from gpuinfer.api.health import readiness
+from gpuinfer.api.oip.errors import NotInProtocol, NotSupported, WrongMethod, send_error
+from gpuinfer.api.reply import send_json
+from gpuinfer.api.shared import shared
+from gpuinfer.api.submission import read_body
+from gpuinfer.errors import GpuinferError, InputError, NotReady, UnknownModel
+from gpuinfer.log import get_logger
+from gpuinfer.models.signature import Input, Output, Signature
+from gpuinfer.queue.readiness import Capacity
+
+log = get_logger(__name__)
+
+PREFIX = "/v2"
+#: The only version of every model.
+VERSION = "1"
+EXTENSIONS = ("binary_tensor_data", "classification", "model_repository")
+_MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?"
+_READY, _NOT_READY = "READY", "UNAVAILABLE"
+
+Route = Callable[[Scope, Receive, Send, Mapping[str, str]], Awaitable[None]]
+
+
+async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request for a path below ``/v2``."""
+    method, path = scope["method"], scope["path"]
+    try:
+        for verb, pattern, route in ROUTES:
+            if found := pattern.fullmatch(path):
+                if method != verb:
+                    raise WrongMethod(f"{path[:200]} takes {verb}, not {method[:20]}")
+                await route(scope, receive, send, _checked(found.groupdict()))
+                return
+        raise NotInProtocol(f"there is no {path[:200]}; see the Open Inference Protocol, version 2")
+    except GpuinferError as exc:
+        await send_error(scope, send, exc)
+    except ClientDisconnect:
+        pass  # nobody is left to be answered
+    except Exception:
+        log.exception("request_failed", method=method, path=path[:200])
+        await send_error(scope, send, GpuinferError("this is a bug; see the API's log"))
+
+
+def _checked(found: dict[str, Any]) -> dict[str, str]:
+    """Return what a path holds. Raises UnknownModel for a version that no model has."""
+    version = found.get("version") or VERSION
+    if version != VERSION:
+        raise UnknownModel(
+            f"there is no version {version[:40]!r}: each model has one, {VERSION!r}", "version"
+        )
+    return found | {"version": version}
+
+
+# -- the server -----------------------------------------------------------------------------
+
+
+async def _live(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
+    await send_json(scope, send, {"live": True})
+
+
+async def _ready(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
+    """Say what ``/health/ready`` says."""
+    await shared(scope).client.ping()
+    readiness(await shared(scope).client.capacity())
+    await send_json(scope, send, {"ready": True})
+
+
+async def _server(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
+    about = {"name": "gpuinfer", "version": __version__, "extensions": EXTENSIONS}
+    await send_json(scope, send, about)
+
+
+# -- a model --------------------------------------------------------------------------------
+
+
+async def _model(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
+    from gpuinfer.api.oip.infer import signature_of  # numpy; a front that is not asked does without
+
+    model = found["model"]
+    signature = await signature_of(scope, model)
+    about = {
+        "name": model,
+        "versions": [VERSION],
+        "platform": "gpuinfer",
+        "inputs": [_input(one, signature) for one in signature.inputs],
+        "outputs": [_output(one, signature) for one in signature.outputs],
+    }
+    await send_json(scope, send, about)
+
+
+def _input(one: Input, signature: Signature) -> dict[str, Any]:
+    if one.kind != "tensor":
+        return _described(one.name, None, (), signature)
+    return _described(one.name, one.dtype or "float32", one.shape, signature)
+
+
+def _output(one: Output, signature: Signature) -> dict[str, Any]:
+    return _described(one.name, one.dtype or "float32", one.shape, signature)
+
+
+def _described(
+    name: str, dtype: str | None, shape: tuple[int, ...] | None, signature: Signature
+) -> dict[str, Any]:
+    """Return the metadata of a tensor: its batch is its first dimension; what is not known is -1."""
+    from gpuinfer.api.oip.inputs import DATATYPES
+
+    batch = [-1] if signature.batchable else []
+    return {
+        "name": name,
+        "datatype": "BYTES" if dtype is None else DATATYPES[dtype],
+        "shape": [*batch, *((-1,) if shape is None else shape)],
+    }
+
+
+async def _model_ready(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
+    """Answer 200 while a live worker serves the model."""
+    capacity = await shared(scope).client.capacity()
+    _serving(capacity, found["model"])
+    await send_json(scope, send, {"name": found["model"], "ready": True})
+
+
+def _serving(capacity: Capacity, model: str) -> bool:
+    """Return True. Raises UnknownModel, NotReady where no live worker serves the model."""
+    _known(capacity, model)
+    if not capacity.of(model).live:
+        raise NotReady(
+            f"no live worker serves model {model}; a worker loads what its setting worker.models names",
+            "model",
+        )
+    return True
+
+
+def _known(capacity: Capacity, model: str) -> None:
+    if not capacity.knows(model):
+        known = ", ".join(capacity.catalogue) or "none"
+        raise UnknownModel(f"the fleet knows no model {model[:80]!r}; known: {known}", "model")
+
+
+async def _infer(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
+    from gpuinfer.api.oip.infer import infer  # numpy; a front that is not asked does without
+
+    await infer(scope, receive, send, found["model"], found["version"])
+
+
+# -- the repository -------------------------------------------------------------------------
+
+
+async def _index(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
+    """List the models of the fleet, with ``{"ready": true}`` those that a live worker serves."""
+    body = await read_body(scope, receive, shared(scope).settings.queue.max_payload_bytes)
+    asked = parse_json(body) if body.strip() else {}
+    only = asked.get("ready", False) if isinstance(asked, dict) else None
+    if not isinstance(only, bool):
+        raise InputError('must be an object, as {"ready": true}', "body")
+    capacity = await shared(scope).client.capacity()
+    await send_json(scope, send, [one for one in _states(capacity) if not only or one["state"] == _READY])
+
+
+def _states(capacity: Capacity) -> list[dict[str, str]]:
+    served = {model for one in capacity.live.values() for model in one.models}
+    return [
+        {
+            "name": name,
+            "version": VERSION,
+            "state": _READY if name in served else _NOT_READY,
+            "reason": "" if name in served else "no live worker serves it",
+        }
+        for name in sorted({*capacity.catalogue, *served})
+    ]
+
+
+async def _load(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
+    """Answer 200 where a live worker serves the model: there is nothing to be loaded then."""
+    _serving(await shared(scope).client.capacity(), found["model"])
+    await send_json(scope, send, {})
+
+
+async def _unload(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
+    """Answer 200 where no live worker serves the model; no request takes a model from a worker."""
+    model, capacity = found["model"], await shared(scope).client.capacity()
+    _known(capacity, model)
+    if live := capacity.of(model).live:
+        raise NotSupported(
+            f"model {model} is served by {', '.join(sorted(live)[:3])}: take it out of worker.models "
+            "there, and restart the worker",
+            "model",
+        )
+    await send_json(scope, send, {})
+
+
+ROUTES: tuple[tuple[str, re.Pattern[str], Route], ...] = tuple(
+    (verb, re.compile(pattern), route)
+    for verb, pattern, route in (
+        ("POST", rf"{_MODEL}/infer", _infer),
+        ("GET", r"/v2/health/live", _live),
+        ("GET", r"/v2/health/ready", _ready),
+        ("GET", r"/v2", _server),
+        ("GET", _MODEL, _model),
+        ("GET", rf"{_MODEL}/ready", _model_ready),
+        ("POST", r"/v2/repository/index", _index),
+        ("POST", r"/v2/repository/models/(?P<model>[^/]+)/load", _load),
+        ("POST", r"/v2/repository/models/(?P<model>[^/]+)/unload", _unload),
+    )
+)
