@@ -115,7 +115,8 @@ def _outputs(model: LoadedModel, items: Sequence[Any]) -> list[Any]:
 
 
 def _run(model: LoadedModel, item: Any, size: int, check: Callable[[Any], None], runs: int) -> None:
-    """Run a batch several times. Raises ModelLoadError."""
+    """Run a batch several times, with another one staged behind it. Raises ModelLoadError."""
+    behind = model.stage([item] * size)
     try:
         for _ in range(runs):
             check(_outputs(model, [item] * size)[0])
@@ -124,6 +125,7 @@ def _run(model: LoadedModel, item: Any, size: int, check: Callable[[Any], None],
             f"it takes one item, and fails with a batch of {size}: {exc.args[0]}; {_batch_hint(model)}",
             model.name,
         ) from exc
+    del behind  # its memory was taken until here
 
 
 def _batch_hint(model: LoadedModel) -> str:

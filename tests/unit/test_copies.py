@@ -202,3 +202,25 @@ def test_a_system_that_locks_no_memory(tmp_path: Path, surface: FakeCuda) -> Non
     model = model_of(tmp_path, surface)
     assert values_of(model.forward(items(model, [1, 2, 3]))) == [[2, 4, 6]]
     assert surface.calls.count("refused") == 1
+
+
+def test_a_warm_up_leaves_room_for_the_batch_behind(tmp_path: Path, surface: FakeCuda) -> None:
+    """The largest batch is one that fits beside the inputs of the next."""
+    model = model_of(tmp_path, surface)
+    behind: list[Staged] = []
+    stage, works = model.stage, model._module
+
+    def watched(items: Any) -> Any:
+        staged = stage(items)
+        assert isinstance(staged, Staged)
+        behind.append(staged)
+        return staged
+
+    def double(x: torch.Tensor) -> Any:
+        if len(x) > 1:
+            assert [len(staged) for staged in behind if staged.groups][-1] == len(x)
+        return works(x)
+
+    model.stage, model._module = watched, double  # type: ignore[method-assign]
+    assert model.warm_up() == 8
+    assert len(behind[-1]) == 8
