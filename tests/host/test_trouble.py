@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,43 @@ def test_a_full_redis_refuses_and_recovers(host: Container) -> None:
     assert "error   redis.reach" in host.sh("gpuinfer doctor redis").output
     host.ok(f"{cli} config set maxmemory 1gb")
     all_completed(host, [predict(host)])
+
+
+def test_a_full_disk_under_always_is_told_and_waited_for(host: Container) -> None:
+    """Redis ends; the front answers 503 with the reason; with room again all goes on by itself."""
+    data = "/var/lib/gpuinfer/redis"
+    since = host.ok("date '+%Y-%m-%d %H:%M:%S'").strip()
+    host.ok(f"systemctl stop gpuinfer-redis && mount -t tmpfs -o size=100m none {data}")
+    host.ok(
+        "cp /etc/gpuinfer/gpuinfer.toml /root/; sed -i 's/^#appendfsync.*/appendfsync = \"always\"/' "
+        "/etc/gpuinfer/gpuinfer.toml"
+    )
+    try:
+        host.ok("systemctl start gpuinfer-redis")
+        before = [predict(host)]
+        told = journal(host, "-b", "_SYSTEMD_UNIT=gpuinfer-redis.service")
+        assert any("nothing is promised about a power cut: tmpfs" in str(line["MESSAGE"]) for line in told)
+        host.sh(f"dd if=/dev/zero of={data}/fill bs=64k 2>/dev/null")
+        host.until(
+            f"curl -s -d '{TWO}' http://127.0.0.1:8080/predict | grep 'the disk of {data} is full'",
+            timeout=60,
+        )
+        head, _, body = host.ok(f"curl -s -i -d '{TWO}' http://127.0.0.1:8080/predict").partition("\n\n")
+        assert " 503 " in head.splitlines()[0]
+        code = json.loads(body)["error"]["code"]
+        host.until("systemctl show -P StatusText gpuinfer-redis | grep 'is full'", timeout=60)
+        host.ok(f"for i in $(seq 100); do curl -s -d '{TWO}' http://127.0.0.1:8080/predict; done")
+        told = journal(host, f"--since='{since}'", "_SYSTEMD_UNIT=gpuinfer-api.service", "-p", "warning")
+        # Others began in the same second, or before: an earlier test's refusals end by the way.
+        told = [line for line in told if line.get("CODE") == code]
+        assert any("is full" in str(line.get("REASON")) for line in told), told
+        said_so = actions(told)
+        assert said_so.count("requests_refused") - said_so.count("requests_refused_no_more") == 1, said_so
+        assert len(said_so) < 10, said_so
+        host.ok(f"rm {data}/fill")
+        host.until(f"curl -s -d '{TWO}' http://127.0.0.1:8080/predict | grep task_id", timeout=60)
+        all_completed(host, [*before, predict(host)])
+        assert "there is room again" in host.ok("journalctl -b -u gpuinfer-redis -p warning --no-pager")
+    finally:
+        host.ok(f"rm -f {data}/fill; cp /root/gpuinfer.toml /etc/gpuinfer/; systemctl stop gpuinfer-redis")
+        host.ok(f"umount {data}; systemctl start gpuinfer-redis")
