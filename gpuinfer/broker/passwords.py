@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,15 +27,6 @@ PROGRAMS = Path("/etc/gpuinfer/credentials")
 PEOPLES = Path("/etc/gpuinfer/logins")
 #: User -> hashes of the passwords that still count. A hash of 32 random bytes is no secret.
 OLDER = Path("/var/lib/gpuinfer/redis/older-passwords.json")
-#: The units that log in as a user; those of one pattern are restarted one after the other.
-UNITS: Mapping[str, Sequence[str]] = {
-    "admin": ("gpuinfer-flower.service",),
-    "api": ("gpuinfer-api.service",),
-    "watcher": ("gpuinfer-watcher.service",),
-    "worker": ("gpuinfer-worker@*.service",),
-    "operator": (),
-    "viewer": (),
-}
 #: What systemd hands over for a password that is not there (SetCredential=).
 _NONE = "none"
 _FIX = "`dpkg-reconfigure gpuinfer` makes missing passwords"
@@ -130,21 +119,6 @@ def _replace(path: Path, text: str, like: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
-
-
-def running(user: str) -> list[str]:
-    """Return the running units that log in as a user."""
-    if not UNITS[user] or shutil.which("systemctl") is None:
-        return []
-    command = ["systemctl", "list-units", "--plain", "--no-legend", "--state=active,activating,reloading"]
-    said = subprocess.run([*command, *UNITS[user]], check=False, capture_output=True, text=True).stdout
-    return [words[0] for words in map(str.split, said.splitlines()) if words]
-
-
-def restart(unit: str) -> bool:
-    """Restart a unit that still runs, and wait until it is ready; return whether it came back."""
-    subprocess.run(["systemctl", "reset-failed", unit], check=False, capture_output=True)
-    return subprocess.run(["systemctl", "try-restart", unit], check=False).returncode == 0
 
 
 def still_in(client: redis.Redis, user: str, known: Iterable[int]) -> list[str]:

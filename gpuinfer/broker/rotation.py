@@ -6,15 +6,17 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gpuinfer.broker import acl, passwords
+from gpuinfer.broker import acl, login_units, passwords
 
 if TYPE_CHECKING:
     import redis
 
+#: Restarts units, says so, and gives each and whether it came back: see ``login_units.restart``.
+Restart = Callable[[Sequence[str], Callable[[str], object]], Iterator[tuple[str, bool]]]
 #: Connections of a unit that was restarted are gone within this time.
 WAIT_S = 10.0
 
@@ -25,7 +27,7 @@ class Rotation:
 
     user: str
     restarted: list[str] = field(default_factory=list)
-    #: Units that did not come back.
+    #: Units that did not come back; of workers, those behind the first of them run on as they are.
     failed: list[str] = field(default_factory=list)
     #: Addresses of connections that still have an old password.
     left: list[str] = field(default_factory=list)
@@ -53,8 +55,9 @@ class Rotation:
         if self.failed:
             unit = self.failed[0]
             return (
-                f"the old password of {self.user} still counts: {unit} did not come back (journalctl -u "
-                f"{unit}); once it runs: gpuinfer redis rotate-password {self.user} --drop-old"
+                f"the old password of {self.user} still counts: {unit} did not come back with the new one "
+                f"(journalctl -u gpuinfer-roll -u {unit}); once all that runs has been restarted: gpuinfer "
+                f"redis rotate-password {self.user} --drop-old"
             )
         if self.left:
             return (
@@ -71,8 +74,8 @@ def rotate(
     user: str,
     say: Callable[[str], object] = lambda _: None,
     *,
-    running: Callable[[str], list[str]] = passwords.running,
-    restart: Callable[[str], bool] = passwords.restart,
+    running: Callable[[str], list[str]] = login_units.running,
+    restart: Restart = login_units.restart,
     wait_s: float = WAIT_S,
 ) -> Rotation:
     """Change a user's password. Raises redis-py's errors, OSError; ConfigError where there is none to change.
@@ -85,12 +88,10 @@ def rotate(
     passwords.keep_older(user, dict.fromkeys((*passwords.older().get(user, ()), old)))
     passwords.write(user, new)
     before = {int(one["id"]) for one in passwords.connections(client, user)}
-    for unit in running(user):
-        say(f"restarting {unit}")
-        if not restart(unit):
-            done.failed.append(unit)
-            return done
-        done.restarted.append(unit)
+    for unit, came_back in restart(running(user), say):
+        (done.restarted if came_back else done.failed).append(unit)
+    if done.failed:
+        return done
     # Who works by hand as one of these may stay.
     end = time.monotonic() + (wait_s if user not in acl.PEOPLE else 0)
     while (left := passwords.still_in(client, user, before)) and time.monotonic() < end:

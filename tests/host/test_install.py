@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tests.env_files import TEXTS
-from tests.host.admin import TWO, journal, predict, properties, result, start_worker
+from tests.host.admin import TWO, journal, main_pid, predict, properties, result, start_worker
 from tests.host.container import Answer, Container
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
@@ -221,14 +221,32 @@ def test_passwords_are_changed_while_all_goes_on(host: Container) -> None:
     for user in ("admin", "operator"):
         host.ok(f"gpuinfer redis rotate-password {user}")
     assert as_user(host, "alice", "gpuinfer queue status").code == 0
+    _rotate_workers(host)
     host.ok("rm /etc/gpuinfer/credentials/api; dpkg-reconfigure gpuinfer")
     host.until("journalctl -b -u gpuinfer-roll | grep -q 'done: new passwords'", timeout=120)
     host.until("curl -sf http://127.0.0.1:8080/health/live")
     host.ok("systemctl restart gpuinfer-redis; gpuinfer queue status")
-    # What an earlier test has stopped by hand the watcher leaves alone.
-    start_worker(host)
     assert result(host, predict(host), wait=60)["status"] == "completed"
     assert host.ok("stat -c '%a %U' /etc/gpuinfer/credentials/* | sort -u").strip() == "600 root"
+
+
+def _rotate_workers(host: Container) -> None:
+    """Two workers get a new password by the roll's unit, one after the other."""
+    units = ("gpuinfer-worker@0.service", "gpuinfer-worker@1.service")
+    for number in (0, 1):
+        start_worker(host, number)
+    before = {unit: main_pid(host, unit) for unit in units}
+    said = host.ok("gpuinfer redis rotate-password worker --json 2>/dev/null", timeout=300)
+    done = json.loads(said)
+    assert (done["complete"], done["restarted"], done["forgotten"]) == (True, list(units), 1)
+    told = host.ok("journalctl --sync; journalctl -b -u gpuinfer-roll -o cat")
+    assert [line for line in told.splitlines() if "new password of worker" in line] == [
+        *(f"restarting {unit} (new password of worker)" for unit in units),
+        "done: new password of worker",
+    ]
+    assert all(main_pid(host, unit) not in (0, before[unit]) for unit in units)
+    host.ok("! test -e /run/gpuinfer-upgrade")
+    assert result(host, predict(host), wait=60)["status"] == "completed"
 
 
 def test_a_line_that_redis_rejects_keeps_nothing_from_starting(host: Container) -> None:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -185,11 +185,12 @@ def test_a_password_is_changed_while_all_goes_on(server: OurRedis, files: Path) 
     """Both count until each unit has the new one; then the old goes, and nothing is left to remember."""
     old, seen = PASSWORDS["worker"], []
 
-    def restart(unit: str) -> bool:
+    def restart(units: Sequence[str], _: object) -> Iterator[tuple[str, bool]]:
         new = (files / "worker").read_text()
-        seen.append((unit, new != old, logs_in(server, "worker", old), logs_in(server, "worker", new)))
-        assert passwords.older()["worker"], "a restart of Redis meanwhile must know both"
-        return True
+        for unit in units:
+            seen.append((unit, new != old, logs_in(server, "worker", old), logs_in(server, "worker", new)))
+            assert passwords.older()["worker"], "a restart of Redis meanwhile must know both"
+            yield unit, True
 
     units = ["gpuinfer-worker@0.service", "gpuinfer-worker@1.service"]
     with server.client() as admin:
@@ -207,7 +208,8 @@ def test_what_still_has_the_old_password_keeps_it(server: OurRedis, files: Path)
     old = PASSWORDS["api"]
     with server.client() as admin:
         units = ["gpuinfer-api.service"]
-        done = rotation.rotate(admin, "api", running=lambda _: units, restart=lambda _: False)
+        fails = [(units[0], False)]
+        done = rotation.rotate(admin, "api", running=lambda _: units, restart=lambda *_: iter(fails))
         assert (done.complete, done.failed) == (False, ["gpuinfer-api.service"])
         assert "--drop-old" in done.told()
         with server.client("api") as elsewhere:
@@ -249,7 +251,7 @@ def test_a_change_that_is_cut_off_is_finished_by_the_next(
     """Wherever it ends, Redis and its next start know the password of the file and the old one."""
     old = PASSWORDS["worker"]
 
-    def cut(*_: object) -> bool:
+    def cut(*_: object) -> Iterator[tuple[str, bool]]:
         raise KeyboardInterrupt
 
     with server.client() as admin:
