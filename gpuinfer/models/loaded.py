@@ -34,6 +34,8 @@ class LoadedModel(ABC):
         self.warnings: list[str] = []
         #: Why the model took none of warm-up's inputs: its batches begin at 1 then, and grow.
         self.refused = ""
+        #: The ``inputs`` value that warm-up has run: the example, or one that was invented; None: none yet.
+        self.taken: Any | None = None
 
     @property
     def prepares(self) -> bool:

@@ -33,7 +33,7 @@ def attempt(folder: str, device: str, threads: int = 0) -> dict[str, Any]:
     loaded = time.perf_counter()
     fits = model.warm_up()
     warm = time.perf_counter()
-    value = _example(model, Path(folder))
+    value = model.taken
     report: dict[str, Any] = {
         "model": model.name,
         "device": device,
@@ -58,14 +58,6 @@ def _load(path: Path, device: str, threads: int) -> LoadedModel:
 
     manifest = load_manifest(path)
     return load(ModelFolder(path=path, manifest=manifest, record=record.read(path)), device, threads=threads)
-
-
-def _example(model: LoadedModel, path: Path) -> Any | None:
-    """Return what a model can be tried with; None where nothing is known that it takes."""
-    given = model.example()
-    if given is not None or model.refused:
-        return given
-    return examples.sample(ModelFolder(path=path, manifest=model.manifest))
 
 
 def results(model: LoadedModel, values: Sequence[Any]) -> list[Any]:
@@ -96,7 +88,7 @@ def bench(folder: str, device: str, threads: int = 0, seconds: float = 1.0) -> d
     """Measure batches of 1, 2, 4 ... up to the largest: the whole way of an item without a queue."""
     model = _load(Path(folder), device, threads)
     fits = model.warm_up()
-    value = _example(model, Path(folder))
+    value = model.taken
     if value is None:
         raise ModelLoadError(
             f"it has no example to measure with; set {examples.keys_to_set(model.manifest)}", model.name

@@ -155,7 +155,8 @@ def bench(loaded: Loaded, target: str, gpu: int | None, seconds: float, as_json:
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
     help="A file: .json (one `inputs` value, as the API takes it), .npy (one item, or a batch of them), "
-    ".txt, an image, a sound; - is JSON from standard input. Several make one batch. Default: its example.",
+    ".txt, an image, a sound; - is JSON from standard input. Several make one batch. Default: its example, "
+    "or what is invented for its warm-up.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: worker.device.")
 @click.option("--top-k", type=click.IntRange(min=1), help="How many classes to name.")
@@ -233,12 +234,11 @@ def _run(
 
 
 def _prepared(model: LoadedModel, values: Sequence[tuple[Any, Path]]) -> list[Any]:
-    """Return the items of values, or of the model's example. Raises the first error, naming its file."""
+    """Return the items of values, or of what warm-up has run. Raises the first error, naming its file."""
     if not values:
-        example = model.example()
-        if example is None:
-            raise UsageError(f"{model.name} has no example; give it --input FILE", "--input")
-        values = [(example, Path("its example"))]
+        if model.taken is None:
+            raise UsageError(f"{model.name} has no example that it takes; give it --input FILE", "--input")
+        values = [(model.taken, Path("its example"))]
     items = model.prepare([value for value, _ in values])
     for item, (_, path) in zip(items, values, strict=True):
         if isinstance(item, GpuinferError):

@@ -75,6 +75,7 @@ def _first_taken(
         try:
             item = _item(model, candidate)
             check(_outputs(model, [item])[0])
+            model.taken = candidate.value
             return item, ""
         except OutputMismatch as exc:
             mismatch = mismatch or exc

@@ -217,6 +217,19 @@ def test_a_file_is_added_and_has_run(cli: Cli, tmp_path: Path) -> None:
     assert digest in cli("add", file, "--force", "--expect", digest, "--untried")
 
 
+def test_run_takes_what_warm_up_has_found(cli: Cli, tmp_path: Path) -> None:
+    """Without an example: zeros, or ones where it refuses zeros; where it refuses all, that is said."""
+    assert len(cli.json("run", build.perceptron(tmp_path / "mlp"))["results"]) == 1
+    tables = '[[inputs]]\nname = "x"\nshape = [2]\n'
+    code = "class Mean:\n    def predict(self, batch):\n        return [3 // int(x.sum()) for x in batch]\n"
+    ones = build.python_model(tmp_path / "ones", code, tables)
+    assert cli.json("run", ones)["results"] == [{"output": 1}]
+    assert cli.json("check", ones)["example"] == [1.0, 1.0]
+    none = build.python_model(tmp_path / "none", code.replace("3 //", "3 // 0 +"), tables)
+    with pytest.raises(UsageError, match="none has no example that it takes; give it --input FILE"):
+        cli("run", none)
+
+
 def test_what_fails_is_not_added(cli: Cli, tmp_path: Path) -> None:
     """The model that is there stays, unless one says that it is not to be tried."""
     file = tmp_path / "upper.py"
