@@ -14,6 +14,7 @@ import platform
 import pwd
 import struct
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from gpuinfer.errors import RootKept
@@ -48,11 +49,17 @@ def leave_root(warn: Callable[[str], object]) -> None:
     """
     if os.geteuid() != 0:
         return
+    warn_root(warn)
     user = worker_user()
-    if user is None:
+    if user is not None:
+        _become(user)
+
+
+@cache
+def warn_root(warn: Callable[[str], object]) -> None:
+    """Tell ``warn`` once that model code runs as root, where there is nobody else it could run as."""
+    if os.geteuid() == 0 and worker_user() is None:
         warn(f"model code runs as root: this host has no user {WORKER_USER}, the package would bring it")
-        return
-    _become(user)
 
 
 def _become(user: pwd.struct_passwd) -> None:

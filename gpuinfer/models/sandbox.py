@@ -22,7 +22,7 @@ import gpuinfer
 from gpuinfer import errors
 from gpuinfer.errors import GpuinferError, ModelError, ModelLoadError
 from gpuinfer.journal.sender import say_warning
-from gpuinfer.privileges import WORKER_USER, worker_user
+from gpuinfer.privileges import WORKER_USER, warn_root, worker_user
 
 #: Large models take minutes from a cold disk.
 LIMIT_S = 900.0
@@ -41,7 +41,7 @@ def ask(what: str, *, gpu: int | None = None, limit_s: float = LIMIT_S, **argume
 
     Raises the model's error; ModelLoadError where the process ends or stays without an answer.
     """
-    _warn_root()
+    warn_root(say_warning)
     question = orjson.dumps({"do": what, **arguments})
     environment = _environment(gpu)
     command = [*_wrapper(environment, limit_s), *_python(), "-m", "gpuinfer.models.trial"]
@@ -56,13 +56,6 @@ def ask(what: str, *, gpu: int | None = None, limit_s: float = LIMIT_S, **argume
             child.kill()
             child.wait()
     return _answer(child.returncode, out)
-
-
-@cache
-def _warn_root() -> None:
-    """Say once that models run as root, where there is nobody else they could run as."""
-    if os.geteuid() == 0 and worker_user() is None:
-        say_warning(f"model code runs as root: this host has no user {WORKER_USER}")
 
 
 def _answer(status: int, out: bytes) -> dict[str, Any]:

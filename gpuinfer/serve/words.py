@@ -14,8 +14,10 @@ EVERY_S = 1.0
 _LOUD = ("warning", "error", "critical")
 #: Told already, by the process that the user has started.
 _TOLD = ("runs_as_root",)
-#: These say again what another line has said.
-_REPEATED = ("start_failed",)
+#: These say again what another line has said, mostly.
+_REPEATED = ("start_failed", "task_failed")
+#: Of these the reason says enough.
+_UNNAMED = ("start_failed",)
 _ERROR, _QUIET = "red", "dim"
 
 
@@ -28,6 +30,8 @@ class Words:
         self._done = self._failed = self._batches = 0
         self._ms = 0.0
         self._last = 0.0
+        #: What a model's last failure was.
+        self._failure = ""
 
     def __call__(self, name: str, entry: dict[str, Any] | str) -> None:
         """Print an entry, or a line that is none; or count it."""
@@ -77,8 +81,13 @@ class Words:
             self.say(str(entry["exception"]), _ERROR)
         said = next((str(entry[key]) for key in ("reason", "message") if entry.get(key)), "")
         hint = f"; {entry['hint']}" if entry.get("hint") else ""
-        action = "" if entry.get("action") in _REPEATED else f"{entry.get('action', 'error')}: "
-        self.say(f"{action}{said}{hint}", _style(entry))
+        action = entry.get("action", "error")
+        if action in _REPEATED and self._failure and not hint and said.endswith(self._failure):
+            return
+        if action == "model_failed":
+            self._failure = said
+        named = "" if action in _UNNAMED else f"{action}: "
+        self.say(f"{named}{said}{hint}", _style(entry))
 
 
 def _style(entry: dict[str, Any]) -> str:

@@ -163,9 +163,12 @@ def test_without_that_user_it_goes_on_with_a_warning(monkeypatch: pytest.MonkeyP
     assert told == [
         "model code runs as root: this host has no user gpuinfer-worker, the package would bring it"
     ]
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     privileges.leave_root(told.append)
-    assert len(told) == 1
+    assert len(told) == 1, "once, whoever asks"
+    other: list[str] = []
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    privileges.leave_root(other.append)
+    assert other == []
 
 
 def test_the_user_is_the_one_of_the_units() -> None:
