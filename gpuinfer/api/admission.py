@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import orjson
 
+from gpuinfer.api.slicing import inputs_text
 from gpuinfer.client import Options
 from gpuinfer.errors import InputError, MalformedJson
 from gpuinfer.queue.bodies import check_depth, check_values
+from gpuinfer.queue.message import Json
 from gpuinfer.queue.options import OPTIONS
 
 #: Fields of an object body, in the order they are told to a caller.
@@ -96,6 +98,18 @@ def admit(body: bytes, *, header_key: str | None = None) -> Admission:
     Options are checked where they are used, by the client. Raises MalformedJson, InputError.
     """
     value = parse_json(body)
+    names = list(value) if isinstance(value, dict) else None
+    asked = admit_value(value, header_key=header_key)
+    if asked.inputs is value:
+        names = None
+    if asked.options.get("idempotency_key"):  # two requests are the same whatever their white space
+        return asked
+    text = inputs_text(body, names)
+    return asked if text is None else replace(asked, inputs=Json(text, asked.inputs))
+
+
+def admit_value(value: Any, *, header_key: str | None = None) -> Admission:
+    """Understand what a body says, as ``admit`` does. Changes it. Raises InputError."""
     if isinstance(value, list):
         return Admission(inputs=value, options=with_key({}, header_key))
     if not isinstance(value, dict):

@@ -40,6 +40,7 @@ PATTERNS: tuple[tuple[str, re.Pattern[str], RouteOf], ...] = (
     ("POST", re.compile(r"/models/([^/]+)/predict"), submission.predict_with),
     # curl -T cat.jpg says PUT
     ("PUT", re.compile(r"/models/([^/]+)/predict"), submission.predict_with),
+    ("GET", re.compile(r"/result/(.+)", re.DOTALL), submission.result),
 )
 
 

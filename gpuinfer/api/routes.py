@@ -10,7 +10,6 @@ from fastapi import APIRouter, Query, Request, Response
 from gpuinfer.api import schemas
 from gpuinfer.api.answers import answer
 from gpuinfer.api.middleware import note
-from gpuinfer.api.waiting import until_ended, waiting_time
 from gpuinfer.client import AsyncClient
 from gpuinfer.settings import Settings
 
@@ -82,19 +81,16 @@ async def batch_predict() -> None:
     responses=schemas.RESULT_RESPONSES,
 )
 async def result(
-    request: Request,
     task_id: str,
     wait: Annotated[
         str | None, Query(description="Seconds to wait for the task to end, cut to api.max_wait_s.")
     ] = None,
-) -> Response:
+) -> None:
     """Answer at once, or with `wait` as soon as the task has ended. A failed task is a 200, too.
 
     An id that nothing is known of is a 404; with `wait`, when it has not ended by then.
     """
-    note(request.scope, task_id=task_id)
-    seconds = waiting_time(wait, _settings(request).api.max_wait_s)
-    return answer((await until_ended(request.scope, request.receive, task_id, seconds)).to_dict())
+    raise _Fast
 
 
 @router.post(

@@ -177,7 +177,7 @@ class Server(uvicorn.Server):
                 backlog=BACKLOG,
             )
         )
-        self._stopping = shared.stopping
+        self._shared = shared
         self._requests = shared.requests
         self._notifier = SystemdNotifier()
         #: Ticks between two signs of life: a quarter of what systemd allows; 0 where it does not watch.
@@ -203,7 +203,7 @@ class Server(uvicorn.Server):
         log.info("stopping", connections=len(self.server_state.connections))
         for server in self.servers:
             server.close()
-        self._stopping.set()
+        self._shared.stop()
         if self.server_state.connections:
             await asyncio.sleep(GOODBYE_S)
         await super().shutdown(sockets=sockets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Protocol
 
 from starlette.types import Scope
 
@@ -17,6 +18,13 @@ from gpuinfer.errors import GpuinferError, QueueFull
 from gpuinfer.settings import Settings
 
 _SHARED = "gpuinfer.shared"
+
+
+class Wait(Protocol):
+    """A caller that waits."""
+
+    def end(self) -> None:
+        """Let it wait no longer."""
 
 
 class Shared:
@@ -36,6 +44,14 @@ class Shared:
         self.requests_now = 0
         #: Set once the process stops: no answer is waited for then.
         self.stopping = asyncio.Event()
+        #: What waits for the end of a task.
+        self.waits: set[Wait] = set()
+
+    def stop(self) -> None:
+        """End all waits: each caller is told how its task stands."""
+        self.stopping.set()
+        for wait in list(self.waits):
+            wait.end()
 
     def enter(self, scope: Scope) -> None:
         """Let a request find this."""

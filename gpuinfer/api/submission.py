@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
 from starlette.types import Receive, Scope, Send
@@ -11,14 +12,16 @@ from gpuinfer.api import admission, encodings, query, uploads
 from gpuinfer.api.middleware import note
 from gpuinfer.api.reply import send_json
 from gpuinfer.api.shared import header, shared
-from gpuinfer.api.waiting import preferred_time, until_ended, waiting_time
+from gpuinfer.api.waiting import bounded, preferred_time, until_ended, waiting_time
 from gpuinfer.client import Options
 from gpuinfer.errors import InputError
-from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES
+from gpuinfer.queue.message import Submission
 from gpuinfer.queue.options import OPTIONS
+from gpuinfer.queue.results import TaskStatus
 
 #: What the URL of a submission may have.
 PARAMETERS = frozenset({"wait", *OPTIONS})
+_WAIT = frozenset({"wait"})
 
 
 class Asked(NamedTuple):
@@ -90,27 +93,48 @@ def _add(options: Options, name: str, value: Any) -> None:
 async def submit_and_answer(scope: Scope, receive: Receive, send: Send, asked: Asked) -> None:
     """Submit what is asked for, and answer 202 with its id, or 200 with the task when it ended in time."""
     client = shared(scope).client
-    submit = client.submit_batch if asked.many else client.submit
-    task_id = await submit(asked.inputs, **asked.options)
-    shared(scope).receiver.release(scope)
-    options, asked = asked.options, asked._replace(inputs=None)  # who waits holds no inputs
+    task = await client.prepare(asked.inputs, many=asked.many, options=asked.options)
+    asked = asked._replace(inputs=None)
+    if not asked.wait_s:
+        task_id = await _sent(scope, task)
+        place = (b"location", b"/result/" + task_id.encode())
+        await send_json(scope, send, {"task_id": task_id}, 202, (place,))
+        return
+    status = await _sent_and_ended(scope, receive, task, asked.wait_s)
+    headers = [] if status.final else [(b"location", b"/result/" + status.id.encode())]
+    if asked.preferred:
+        headers.append((b"preference-applied", b"wait=%d" % asked.wait_s))
+    await send_json(scope, send, status.to_dict(), 200 if status.final else 202, headers)
+
+
+async def _sent_and_ended(scope: Scope, receive: Receive, task: Submission, seconds: float) -> TaskStatus:
+    """Submit a task and wait for its end; it is heard of on the reply channel, without a look."""
+    client = shared(scope).client
+    with client.watch(task.id) as watch:
+        task_id = await _sent(scope, task)
+        if task_id == task.id:
+            with suppress(TimeoutError):
+                async with bounded(scope, receive, seconds):
+                    return await client.ended(task_id, watch, submitted=True)
+            return await client.status(task_id)
+    return await until_ended(scope, receive, task_id, seconds)
+
+
+async def _sent(scope: Scope, task: Submission) -> str:
+    """Submit a task and return the id that holds. Who waits from now on holds no inputs."""
+    ours = shared(scope)
+    task_id = await ours.client.send(task)
+    ours.receiver.release(scope)
+    task.inputs = None
     note(
         scope,
         action="task_accepted",
         task_id=task_id,
-        queue=options.get("queue") or ROUTES[BATCH_PREDICT if asked.many else PREDICT],
-        model=options.get("model") or client.default_model,
-        priority=options.get("priority", 0),
+        queue=task.queue,
+        model=task.model,
+        priority=task.priority,
     )
-    place = (b"location", b"/result/" + task_id.encode())
-    if not asked.wait_s:
-        await send_json(scope, send, {"task_id": task_id}, 202, (place,))
-        return
-    status = await until_ended(scope, receive, task_id, asked.wait_s)
-    headers = [] if status.final else [place]
-    if asked.preferred:
-        headers.append((b"preference-applied", b"wait=%d" % asked.wait_s))
-    await send_json(scope, send, status.to_dict(), 200 if status.final else 202, headers)
+    return task_id
 
 
 async def predict(scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,3 +157,11 @@ async def _predict(scope: Scope, receive: Receive, send: Send, model: str | None
     asked = understand(scope, body, model=model, many=many)
     del body
     await submit_and_answer(scope, receive, send, asked)
+
+
+async def result(scope: Scope, receive: Receive, send: Send, task_id: str) -> None:
+    """``GET /result/{task_id}?wait=``: how a task stands, once it has ended or the time is over."""
+    note(scope, task_id=task_id)
+    given = query.parse(scope, _WAIT)
+    seconds = waiting_time(given.get("wait"), shared(scope).settings.api.max_wait_s)
+    await send_json(scope, send, (await until_ended(scope, receive, task_id, seconds)).to_dict())

@@ -7,6 +7,7 @@ import asyncio
 import math
 import re
 from contextlib import suppress
+from types import TracebackType
 
 from starlette.types import Receive, Scope
 
@@ -14,6 +15,8 @@ from gpuinfer.api.shared import header, shared
 from gpuinfer.errors import InputError
 from gpuinfer.queue.results import TaskStatus
 
+#: Seconds of a wait after which it ends with its caller's connection.
+_ASK_AFTER_S = 0.05
 _PREFERRED = re.compile(r'(?:^|,)\s*wait\s*=\s*"?(\d{1,9})"?\s*(?=$|[,;])', re.IGNORECASE)
 
 
@@ -42,24 +45,53 @@ async def until_ended(scope: Scope, receive: Receive, task_id: str, seconds: flo
 
     Return the task's state then. Raises InputError, TaskNotFound, BrokerError.
     """
-    ours = shared(scope)
-    client = ours.client
-    if seconds <= 0:
-        return await client.status(task_id)
-    ending = asyncio.ensure_future(client.wait(task_id, seconds))
-    stopping = asyncio.ensure_future(ours.stopping.wait())
-    leaving = asyncio.ensure_future(_disconnected(receive))
-    others = (stopping, leaving)
-    try:
-        await asyncio.wait((ending, *others), return_when=asyncio.FIRST_COMPLETED)
-        return await ending if ending.done() else await client.status(task_id)
-    finally:
-        for task in (ending, *others):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+    client = shared(scope).client
+    if seconds > 0:
+        with client.watch(task_id) as watch, suppress(TimeoutError):
+            async with bounded(scope, receive, seconds):
+                return await client.ended(task_id, watch, patient=True)
+    return await client.status(task_id)
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class bounded:
+    """Raise TimeoutError in what runs within once the time is over, the caller has gone, or we stop.
+
+    A timer is all that a short wait costs: whether the caller is there is asked after ``_ASK_AFTER_S``.
+    """
+
+    __slots__ = ("_asking", "_leaving", "_receive", "_shared", "_timeout")
+
+    def __init__(self, scope: Scope, receive: Receive, seconds: float) -> None:
+        self._shared = shared(scope)
+        self._receive = receive
+        self._timeout = asyncio.timeout(0 if self._shared.stopping.is_set() else seconds)
+        self._asking: asyncio.TimerHandle | None = None
+        self._leaving: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+        self._shared.waits.add(self)
+        self._asking = asyncio.get_running_loop().call_later(_ASK_AFTER_S, self._ask)
+
+    def end(self) -> None:
+        """End the wait now."""
+        if not self._timeout.expired():
+            self._timeout.reschedule(0)
+
+    def _ask(self) -> None:
+        self._leaving = asyncio.get_running_loop().create_task(self._left(), name="caller")
+
+    async def _left(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            continue
+        self.end()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._shared.waits.discard(self)
+        if self._asking is not None:
+            self._asking.cancel()
+        if self._leaving is not None:
+            self._leaving.cancel()
+        await self._timeout.__aexit__(kind, value, trace)

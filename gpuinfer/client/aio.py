@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Self, Unpack
 
 from redis.exceptions import RedisError, ResponseError
@@ -22,17 +21,16 @@ from gpuinfer.client.driver import Driver, refuse_key
 from gpuinfer.client.outgoing import Outgoing
 from gpuinfer.client.pipe import Pipe
 from gpuinfer.client.subscription import RETRY_S
-from gpuinfer.client.waits import Waits
+from gpuinfer.client.waits import Waits, Watch
 from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, WaitTimeout
 from gpuinfer.models.signature import Signature
 from gpuinfer.queue import catalogue, keys, readiness, results
 from gpuinfer.queue import format as layout
 from gpuinfer.queue.connection import connect_async, typed_errors
+from gpuinfer.queue.message import Submission
 from gpuinfer.queue.options import Options, documented
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import Settings
-
-Ends = Callable[[], Awaitable[list[TaskStatus]]]
 
 
 def _retrieve(answer: asyncio.Future[Any]) -> None:
@@ -158,9 +156,22 @@ class AsyncClient(Driver):
                 raise answer
 
     async def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
+        return await self.send(await self.prepare(inputs, many=many, options=options))
+
+    async def prepare(self, inputs: Any, *, many: bool, options: Options) -> Submission:
+        """Return a checked task, to be sent: its id is known, so that its end can be watched before.
+
+        Inputs may be ``Json``. Raises InputError, BrokerError.
+        """
         default = await self._default_model(options)
         (inputs,) = await self._ready([inputs], many=many, options=options)
-        task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
+        return core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
+
+    async def send(self, task: Submission) -> str:
+        """Submit a task with this turn's others; return its id, or that of the one its key stands for.
+
+        Raises InputError, PayloadTooLarge, UnknownModel, BrokerError.
+        """
         with typed_errors(self._user):
             if not task.key:
                 await self._outgoing.put(core.pack(task, self._settings.queue))
@@ -242,15 +253,31 @@ class AsyncClient(Driver):
         """
         if timeout_s is not None and timeout_s <= 0:
             return await self.status(task_id)
-        waiting = Waiting([task_id], self._origin)
         try:
-            with self._ends(waiting, patient=timeout_s is not None) as ends:
+            with self.watch(task_id) as watch:
                 async with asyncio.timeout(timeout_s):
-                    while not (ended := await ends()):
-                        continue
-                    return ended[0]
+                    return await self.ended(task_id, watch, patient=timeout_s is not None)
         except TimeoutError:
             return await self.status(task_id)
+
+    def watch(self, task_id: str) -> Watch:
+        """Return what hears of a task's end from now on, for ``ended``. Raises InputError."""
+        core.result_key(task_id)
+        return self._waits.watch((task_id,))
+
+    async def ended(
+        self, task_id: str, watch: Watch, *, patient: bool = False, submitted: bool = False
+    ) -> TaskStatus:
+        """Wait for a task's end, however long.
+
+        ``patient``: an id that nothing is known of is waited for, too. ``submitted``: it was watched before
+        it was sent, so that there is no need to look whether it has ended. Raises TaskNotFound, BrokerError.
+        """
+        waiting = Waiting((task_id,), self._origin)
+        ended = [] if submitted else await self._look(waiting, patient=patient)
+        while not ended:
+            ended = await self._next(watch, waiting, patient=patient)
+        return ended[0]
 
     async def result(self, task_id: str, timeout_s: float | None = None) -> Any:
         """Wait for a task, as ``wait`` does, and return its result; raise its error.
@@ -272,11 +299,16 @@ class AsyncClient(Driver):
         """
         waiting = Waiting(task_ids, self._origin)
         deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
-        with self._ends(waiting, patient=deadline is not None) as ends:
+        patient, began = deadline is not None, False
+        with self._waits.watch(waiting.ids) as watch:
             while waiting:
                 try:
                     async with asyncio.timeout_at(deadline):
-                        ended = await ends()
+                        if began:
+                            ended = await self._next(watch, waiting, patient=patient)
+                        else:  # a Redis that is away now is told, later it is waited for
+                            began = True
+                            ended = await self._look(waiting, patient=patient)
                 except TimeoutError:
                     ended = await self._look(waiting, patient=False)
                     if waiting and not ended:
@@ -286,29 +318,18 @@ class AsyncClient(Driver):
                 for status in ended:
                     yield status
 
-    @contextmanager
-    def _ends(self, waiting: Waiting, *, patient: bool) -> Iterator[Ends]:
-        """Give a function that waits for the next news, and returns which tasks have ended by it."""
-        with self._waits.watch(waiting.ids) as mailbox:
-            began = False
-
-            async def ends() -> list[TaskStatus]:
-                nonlocal began
-                if not began:  # a Redis that is away now is told, later it is waited for
-                    began = True
-                    return await self._look(waiting, patient=patient)
-                news = await mailbox.get()
-                if isinstance(news, Exception):
-                    raise news
-                if news is not None:
-                    return [news] if waiting.told(news) else []
-                while True:
-                    try:
-                        return await self._look(waiting, patient=patient)
-                    except BrokerUnavailable:
-                        await asyncio.sleep(RETRY_S)
-
-            yield ends
+    async def _next(self, watch: Watch, waiting: Waiting, *, patient: bool) -> list[TaskStatus]:
+        """Wait for the next news; return which tasks have ended by it. Raises TaskNotFound, BrokerError."""
+        news = await watch.next()
+        if isinstance(news, Exception):
+            raise news
+        if news is not None:
+            return [news] if waiting.told(news) else []
+        while True:
+            try:
+                return await self._look(waiting, patient=patient)
+            except BrokerUnavailable:
+                await asyncio.sleep(RETRY_S)
 
     async def _look(self, waiting: Waiting, *, patient: bool) -> list[TaskStatus]:
         """Return which tasks have ended. Raises TaskNotFound, BrokerError."""

@@ -16,6 +16,7 @@ from gpuinfer.client.inputs import opened
 from gpuinfer.client.validation import Validator
 from gpuinfer.errors import InputError, ManifestError
 from gpuinfer.models.signature import Signature
+from gpuinfer.queue.message import Json
 
 #: What is remembered is asked for again after this long, in seconds.
 FRESH_S = 30.0
@@ -81,10 +82,16 @@ class Signatures:
     def ready(self, model: str | None, inputs: Any, *, many: bool) -> Any:
         """Return inputs as they are sent: files are read, and what the model cannot take is refused.
 
-        Raises InputError.
+        ``Json`` stays what it is where the model takes its value as it is. Raises InputError.
         """
         known = self._known.get(model) if model is not None else None
         validator = None if known is None else known.validator
+        if type(inputs) is Json:
+            if validator is None:
+                return inputs
+            value = inputs.value if many else validator.settled(inputs.value)
+            validator.check(value, many=many)
+            return inputs if value is inputs.value else value
         if validator is None:
             return opened(inputs, many=many)
         inputs = opened(inputs, many=many, kinds=validator.kinds)

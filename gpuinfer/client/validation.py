@@ -58,7 +58,8 @@ class Validator:
         if self._only is None:
             if type(inputs) is not dict or is_file(inputs):
                 return inputs
-            return {name: _content(value, self._inputs.get(name)) for name, value in inputs.items()}
+            held = {name: _content(value, self._inputs.get(name)) for name, value in inputs.items()}
+            return held if any(held[name] is not value for name, value in inputs.items()) else inputs
         if type(inputs) is dict and len(inputs) == 1 and not is_file(inputs):
             ((name, value),) = inputs.items()
             if is_file(value) or (name == self._only.name and self._only.kind != "json"):

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All waits of an asyncio client on one subscription, one mailbox for each waiter."""
+"""All waits of an asyncio client on one subscription."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Collection, Iterable
+from typing import Self
 
 import redis.asyncio
 from redis.exceptions import RedisError
@@ -18,7 +19,43 @@ from gpuinfer.queue.connection import explain
 from gpuinfer.queue.results import TaskStatus
 
 #: A final status; None: the subscription stands (again), so look at the result key now; or why it cannot.
-Mailbox = asyncio.Queue[TaskStatus | Exception | None]
+News = TaskStatus | Exception | None
+
+
+class Watch:
+    """What one waiter hears of its tasks, from when this is made. Use it as a context manager.
+
+    It tells when to look and, once for each task, the final status. Where the subscription stands already it
+    does not tell to look: who watches tasks that are there already looks by itself, once.
+    """
+
+    __slots__ = ("_news", "_task_ids", "_waiter", "_waits")
+
+    def __init__(self, waits: Waits, task_ids: Collection[str]) -> None:
+        self._waits = waits
+        self._task_ids = task_ids
+        self._news: deque[News] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        waits.join(task_ids, self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._waits.part(self._task_ids, self)
+
+    def put(self, news: News) -> None:
+        """Take news."""
+        self._news.append(news)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def next(self) -> News:
+        """Wait for news. For one waiter."""
+        if not self._news:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._news.popleft()
 
 
 class Waits:
@@ -28,41 +65,32 @@ class Waits:
         self._user = user
         self._origin = origin
         self._subscription = Subscription(client, self)
-        self._mailboxes: dict[str, set[Mailbox]] = {}
+        self._watches: dict[str, set[Watch]] = {}
 
-    @contextmanager
-    def watch(self, task_ids: Collection[str]) -> Iterator[Mailbox]:
-        """Give a mailbox that tells when to look and, once for each task, the final status.
-
-        Where the subscription stands already it does not tell to look: who watches looks by itself, once.
-        That look raises BrokerError when Redis is away at the beginning; later it is waited for.
-        """
-        mailbox: Mailbox = asyncio.Queue()
-        self._join(task_ids, mailbox)
-        try:
-            yield mailbox
-        finally:
-            self._part(task_ids, mailbox)
+    def watch(self, task_ids: Collection[str]) -> Watch:
+        """Return what tells of these tasks from now on."""
+        return Watch(self, task_ids)
 
     async def aclose(self) -> None:
         """Stop listening."""
         await self._subscription.aclose()
 
-    def _join(self, task_ids: Iterable[str], mailbox: Mailbox) -> None:
+    def join(self, task_ids: Iterable[str], watch: Watch) -> None:
+        """Tell a watch of these tasks; ``part`` ends it."""
         channels = set()
         for task_id in task_ids:
-            self._mailboxes.setdefault(task_id, set()).add(mailbox)
+            self._watches.setdefault(task_id, set()).add(watch)
             channels.add(self._origin.channel if self._origin.made(task_id) else keys.result(task_id))
         self._subscription.listen(channels)
 
-    def _part(self, task_ids: Iterable[str], mailbox: Mailbox) -> None:
-        """Take a mailbox away, and leave the channels of others' tasks that nobody waits for any more."""
+    def part(self, task_ids: Iterable[str], watch: Watch) -> None:
+        """Tell it no more, and leave the channels of others' tasks that nobody waits for any more."""
         left = []
         for task_id in task_ids:
-            boxes = self._mailboxes[task_id]
-            boxes.discard(mailbox)
-            if not boxes:
-                del self._mailboxes[task_id]
+            watches = self._watches[task_id]
+            watches.discard(watch)
+            if not watches:
+                del self._watches[task_id]
                 if not self._origin.made(task_id):
                     left.append(keys.result(task_id))
         if left:
@@ -72,7 +100,7 @@ class Waits:
 
     def waiting(self) -> int:
         """Return how many tasks are waited for."""
-        return len(self._mailboxes)
+        return len(self._watches)
 
     def heard(self, channel: str, data: bytes | None) -> None:
         """Hand a publication to those who wait for what it tells; have them look where it tells nothing."""
@@ -81,19 +109,19 @@ class Waits:
             self._wake(channel)
             return
         for status in told:  # one that is not final is a notice of an end that stands under its key
-            for box in self._mailboxes.get(status.id, ()):
-                box.put_nowait(status if status.final else None)
+            for watch in self._watches.get(status.id, ()):
+                watch.put(status if status.final else None)
 
     def failed(self, exc: Exception) -> None:
         """Raise this in all who wait."""
         error = explain(exc, self._user) if isinstance(exc, RedisError | OSError) else exc
-        for box in {box for boxes in self._mailboxes.values() for box in boxes}:
-            box.put_nowait(error)
+        for watch in {one for watches in self._watches.values() for one in watches}:
+            watch.put(error)
 
     def _wake(self, channel: str) -> None:
         """Tell those to look who listen to a channel."""
         ids: Iterable[str] = [channel.removeprefix(keys.RESULT_PREFIX)]
         if channel == self._origin.channel:
-            ids = filter(self._origin.made, self._mailboxes)
-        for box in {box for task_id in ids for box in self._mailboxes.get(task_id, ())}:
-            box.put_nowait(None)
+            ids = filter(self._origin.made, self._watches)
+        for watch in {one for task_id in ids for one in self._watches.get(task_id, ())}:
+            watch.put(None)

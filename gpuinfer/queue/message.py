@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TypeGuard
 import orjson
 
 from gpuinfer.errors import InputError, PayloadTooLarge
+from gpuinfer.models.type_words import word
 from gpuinfer.queue import arrays, bodies, json_types
 from gpuinfer.queue.bodies import check_values, load_head, loads, move
 from gpuinfer.queue.keys import REPLY_PREFIX
@@ -77,6 +78,15 @@ class Packed(NamedTuple):
         return len(self.payload) + len(self.beside or b"")
 
 
+class Json(NamedTuple):
+    """Inputs that are JSON already: their text is sent as it is."""
+
+    #: Checked: one value, in UTF-8, that whoever reads it can hold.
+    text: bytes
+    #: What it says.
+    value: Any
+
+
 @dataclass(kw_only=True, slots=True)
 class Submission:
     """What a caller wants done. Never changed; to be frozen would cost as much as all else of its making."""
@@ -122,8 +132,14 @@ class Submission:
         PayloadTooLarge for too many values.
         """
         many = self.task == BATCH_PREDICT
-        rest, placed = arrays.split(self.inputs, many=many)
-        text = _dump_inputs(rest)
+        placed: list[arrays.Placed] = []
+        if type(self.inputs) is Json:
+            text, rest = self.inputs
+            if many and type(rest) is not list:
+                raise InputError(f"must be a list of inputs, got {word(rest)}", "inputs")
+        else:
+            rest, placed = arrays.split(self.inputs, many=many)
+            text = _dump_inputs(rest)
         kwargs: dict[str, Any] = dict(self.options)
         if self.model is not None:
             kwargs["model"] = self.model

@@ -128,7 +128,7 @@ async def test_async_waits_span_a_restart_of_redis(
                 # Those whose first look is not answered yet would be told that Redis is away.
                 while (
                     len(connection.pubsub_channels()) < 6
-                    or len(client._waits._mailboxes) < 10
+                    or len(client._waits._watches) < 10
                     or client._pipe.busy
                 ):
                     await asyncio.sleep(0.01)

@@ -66,7 +66,7 @@ async def test_waits_end_after_a_restart_that_loads(
                     while (
                         len(connection.pubsub_channels()) < 1 + WAITERS
                         or min(count for _, count in connection.pubsub_numsub(*twice)) < 2
-                        or len(client._waits._mailboxes) < WAITERS + WAITERS // 2
+                        or len(client._waits._watches) < WAITERS + WAITERS // 2
                         or client._pipe.busy
                     ):
                         await asyncio.sleep(0.01)

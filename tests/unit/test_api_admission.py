@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import orjson
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.unit
 def test_a_list_is_the_inputs() -> None:
     """A bare list has no options."""
     asked = admit(b"[[1, 2], [3, 4]]")
-    assert asked.inputs == [[1, 2], [3, 4]]
+    assert asked.inputs == message.Json(b"[[1, 2], [3, 4]]", [[1, 2], [3, 4]])
     assert asked.options == {}
 
 
@@ -42,8 +43,52 @@ def test_a_file_or_an_array_is_the_inputs(body: dict[str, object]) -> None:
 def test_an_object_names_its_options() -> None:
     """Fields beside inputs are options; a null one counts as not given."""
     asked = admit(b'{"inputs": 5, "model": "digits", "priority": 9, "queue": null}')
-    assert asked.inputs == 5
+    assert asked.inputs == message.Json(b"5", 5)
     assert asked.options == {"model": "digits", "priority": 9}
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b" [1e2, 1.50]\n", b"[1e2, 1.50]"),
+        (b'{"inputs": [1e2]}', b"[1e2]"),
+        (b'{ "inputs" :\t[1e2]\n, "model" : "m"}', b"[1e2]"),
+        (b'{"model": "m", "inputs": {"a": "}", "b": [1]} }', b'{"a": "}", "b": [1]}'),
+        (b'{"priority": 1, "inputs": "a, b" , "model": "m"}', b'"a, b"'),
+        # Not plain to see: a name twice, a backslash, no JSON numbers, a key to compare by.
+        (b'{"inputs": 1, "inputs": 2}', None),
+        (b'{"inputs": 1, "model": "a", "model": "b"}', None),
+        (b'{"inputs": {"model": 1}, "model": "m"}', None),
+        (b'{"inputs": 1, "\\u0069nputs": 2}', None),
+        (b'{"inputs": "\\n"}', None),
+        (b"[NaN]", None),
+        (b'{"inputs": [1], "idempotency_key": "k"}', None),
+    ],
+)
+def test_the_text_of_the_inputs_is_passed_on(body: bytes, text: bytes | None) -> None:
+    """As the caller wrote it, where it is plain to see where it stands; else it is written anew."""
+    inputs = admit(body).inputs
+    assert (inputs.text if isinstance(inputs, message.Json) else None) == text
+
+
+KEYS = st.sampled_from(["inputs", "model", "priority", "queue", "a", 'b"', "}", ","])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(0, 9) | KEYS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=4), st.booleans())
+def test_the_text_says_what_the_inputs_are(value: dict[str, object], spaced: bool) -> None:
+    """Wherever a text is found, it is valid JSON and has the value of the inputs."""
+    body = json.dumps(value, separators=(" , ", " : ") if spaced else (",", ":")).encode()
+    try:
+        inputs = admit(body).inputs
+    except InputError:
+        return
+    if isinstance(inputs, message.Json):
+        assert orjson.loads(inputs.text) == inputs.value == value["inputs"]
 
 
 def test_every_option_of_the_client_is_a_field() -> None:
@@ -207,6 +252,16 @@ def test_no_bytes_crash_it(body: bytes) -> None:
         admit(body)
     except GpuinferError as exc:
         assert exc.http_status in (400, 422)
+
+
+def test_json_passes_through_the_message() -> None:
+    """What the worker reads is the caller's text; a job's must be a list."""
+    asked = admit(b'{"inputs": [1.50, 2e0], "model": "m"}')
+    task = build(asked.inputs, many=False, **asked.options)
+    assert b"[1.50, 2e0]" in task.encode()
+    assert message.decode(task.encode()).body()[0] == [[1.5, 2.0]]
+    with pytest.raises(InputError, match="must be a list of inputs, got an object"):
+        build(admit(b'{"inputs": {}}').inputs, many=True).encode()
 
 
 @given(
