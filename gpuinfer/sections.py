@@ -224,6 +224,8 @@ class ApiSettings(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
+    #: Processes that serve, on one socket. One takes some thousand requests a second on one core.
+    processes: int = Field(default=1, ge=1, le=64)
     #: The longest ?wait= that GET /result honours.
     max_wait_s: float = Field(default=60.0, ge=0, le=600)
     #: What Retry-After says when Redis is away, and at least when as many tasks wait as may.

@@ -58,13 +58,17 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
     read_all()
 
     from gpuinfer.api.front import Front
+    from gpuinfer.api.processes import supervise
     from gpuinfer.api.server import Server
 
     # uvicorn tells of its start and stop; so do we, with fields.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
-        front = Front(settings)
-        Server(front, front.shared).run(sockets=listeners)
+        if settings.api.processes > 1:
+            supervise(settings, listeners)
+        else:
+            front = Front(settings)
+            Server(front, front.shared).run(sockets=listeners)
     finally:
         for listener in listeners:
             listener.close()

@@ -8,7 +8,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gpuinfer.api.request_log import RequestLog
+from gpuinfer.api.shared import Requests
 from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
@@ -30,7 +30,7 @@ class Around:
     What a body holds is never logged.
     """
 
-    def __init__(self, app: ASGIApp, stopping: asyncio.Event, requests: RequestLog) -> None:
+    def __init__(self, app: ASGIApp, stopping: asyncio.Event, requests: Requests) -> None:
         self._app = app
         self._stopping = stopping
         self._requests = requests

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,11 @@ QUIET_S = 10.0
 NAMED_MISTAKES = 20
 #: Reasons of one episode that have a line of their own.
 NAMED_REASONS = 5
+
+
+def tell_one(action: str, seconds: float, fields: Mapping[str, Any]) -> None:
+    """Write one request's line."""
+    log.info(action, **fields, duration_ms=round(seconds * 1000, 2))
 
 
 @dataclass(slots=True)
@@ -65,7 +70,7 @@ class _Counts:
 
 
 class RequestLog:
-    """Writes what one process of the front has to say of its requests.
+    """Writes what the front has to say of its requests: those of this process, and of others it is told of.
 
     ``said`` is ``log.requests``; ``tick`` is to be called at least once a second, ``close`` at the end.
     """
@@ -93,7 +98,7 @@ class RequestLog:
             counts.accepted += status == 202
             counts.longest_s = max(counts.longest_s, seconds)
             if self._all:
-                log.info(action, **fields, duration_ms=round(seconds * 1000, 2))
+                tell_one(action, seconds, fields)
 
     def _mistake(self, action: str, seconds: float, fields: dict[str, Any]) -> None:
         self._counts.mistakes += 1
@@ -102,7 +107,7 @@ class RequestLog:
             self._mistakes_since, self._mistakes = now, 0
         self._mistakes += 1
         if self._all or self._mistakes <= NAMED_MISTAKES:
-            log.info(action, **fields, duration_ms=round(seconds * 1000, 2))
+            tell_one(action, seconds, fields)
 
     def _trouble(self, status: int, fields: dict[str, Any]) -> None:
         now, code = self._clock(), str(fields.get("code") or status)
@@ -118,6 +123,24 @@ class RequestLog:
         episode.total += 1
         if reason and episode.is_news():
             self._tell_again(code, episode)
+
+    def add_told(self, told: Mapping[str, Any]) -> None:
+        """Note what another process has told of its requests, as ``relay.Told`` has it.
+
+        With "all" the lines of single requests are written there.
+        """
+        counts = self._counts
+        if not (counts.succeeded or counts.mistakes):
+            counts.since = self._clock()
+        counts.succeeded += told["succeeded"]
+        counts.accepted += told["accepted"]
+        counts.mistakes += told["mistakes"] - len(told["named"])
+        counts.longest_s = max(counts.longest_s, told["longest_s"])
+        for action, seconds, fields in told["named"]:
+            self._mistake(action, seconds, fields)
+        for status, fields, count in told["troubles"]:
+            for _ in range(count):
+                self._trouble(status, fields)
 
     def tick(self) -> None:
         """Write the lines that are due."""

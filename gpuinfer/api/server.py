@@ -23,6 +23,7 @@ from sdnotify import SystemdNotifier
 from starlette.types import ASGIApp
 
 from gpuinfer.api.protocol import Protocol
+from gpuinfer.api.relay import Link
 from gpuinfer.api.shared import Shared
 from gpuinfer.errors import AddressUnavailable
 from gpuinfer.log import get_logger
@@ -160,7 +161,7 @@ def address(listener: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn's server, which tells systemd and the log what it does and ends with status 0."""
 
-    def __init__(self, app: ASGIApp, shared: Shared) -> None:
+    def __init__(self, app: ASGIApp, shared: Shared, parent: Link | None = None) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -179,7 +180,9 @@ class Server(uvicorn.Server):
         )
         self._shared = shared
         self._requests = shared.requests
-        self._notifier = SystemdNotifier()
+        self._parent = parent
+        #: Who is told how it goes: systemd, or the parent of several processes.
+        self._notifier: SystemdNotifier | Link = SystemdNotifier() if parent is None else parent
         #: Ticks between two signs of life: a quarter of what systemd allows; 0 where it does not watch.
         watchdog_us = int(os.environ.get("WATCHDOG_USEC") or 0)
         self._feed_every = max(1, watchdog_us // 400_000) if watchdog_us else 0
@@ -187,8 +190,17 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         urls = [address(found) for found in sockets or []]
-        log.info("listening", address=", ".join(urls), pid=os.getpid())
+        if self._parent is None:
+            log.info("listening", address=", ".join(urls), pid=os.getpid())
+        else:
+            asyncio.get_running_loop().add_reader(self._parent.fileno(), self._orphaned)
         self._notifier.notify(f"READY=1\nSTATUS=listening on {', '.join(urls)}")
+
+    def _orphaned(self) -> None:
+        """The parent has gone, or it would say nothing: end in order."""
+        if self._parent is not None:
+            asyncio.get_running_loop().remove_reader(self._parent.fileno())
+        self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         """Feed systemd's watchdog from the event loop, and the request log (called ten times a second)."""
@@ -208,7 +220,8 @@ class Server(uvicorn.Server):
             await asyncio.sleep(GOODBYE_S)
         await super().shutdown(sockets=sockets)
         self._requests.close()
-        log.info("stopped")
+        if self._parent is None:
+            log.info("stopped")
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

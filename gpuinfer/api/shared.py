@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.types import Scope
 
@@ -27,16 +27,29 @@ class Wait(Protocol):
         """Let it wait no longer."""
 
 
+class Requests(Protocol):
+    """Who hears of requests: the log, or the process that writes it."""
+
+    def add(self, action: str, status: int, seconds: float, fields: dict[str, Any]) -> None:
+        """Note a request that has been answered."""
+
+    def tick(self) -> None:
+        """Pass on what is due."""
+
+    def close(self) -> None:
+        """Pass on the rest."""
+
+
 class Shared:
     """The settings, the client and the request log of one process. It is in the scope of every request."""
 
     #: Set while the application runs, between its start and its end.
     client: AsyncClient
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, requests: Requests | None = None) -> None:
         self.settings = settings
         #: To be ticked once a second, and closed at the end.
-        self.requests = RequestLog(settings.log.requests)
+        self.requests = requests or RequestLog(settings.log.requests)
         most_bytes = settings.api.max_held_mb * 2**20
         self.receiver = Receiver(Holding(most_bytes, settings.api.body_stall_s, time.monotonic))
         self.drain = Drain(settings.api.retry_after_s, time.monotonic)

@@ -35,7 +35,7 @@ def test_a_list_is_the_inputs() -> None:
 )
 def test_a_file_or_an_array_is_the_inputs(body: dict[str, object]) -> None:
     """In base64, as a bare list is; what stands beside its keys is no option."""
-    assert admit(orjson.dumps(body)).inputs == body
+    assert admit(orjson.dumps(body)).inputs == message.Json(orjson.dumps(body), body)
     with pytest.raises(InputError, match="unknown field"):
         admit(orjson.dumps(body | {"model": "digits"}))
 
