@@ -92,6 +92,12 @@ class AddressUnavailable(GpuinferError):
     exit_code = 69  # EX_UNAVAILABLE
 
 
+class ProcessesFailed(GpuinferError):
+    """Raised when a process of the front ends before it has served at all."""
+
+    code = "processes_failed"
+
+
 class JournalUnavailable(GpuinferError):
     """Raised when the journal is asked for where there is none."""
 
@@ -189,6 +195,13 @@ class IdempotencyConflict(InputError):
     """Raised when an idempotency key stands for another request already."""
 
     code = "idempotency_conflict"
+
+
+class TaskExists(InputError):
+    """Raised when an id of a client's own stands for another request already."""
+
+    code = "task_exists"
+    http_status = 409
 
 
 class UnknownParameter(InputError):

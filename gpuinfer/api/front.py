@@ -19,7 +19,7 @@ from gpuinfer.api.manners import Manners
 from gpuinfer.api.middleware import Around
 from gpuinfer.api.oip import routes
 from gpuinfer.api.reply import send_error
-from gpuinfer.api.shared import Shared
+from gpuinfer.api.shared import Requests, Shared
 from gpuinfer.errors import FrontBusy, GpuinferError
 from gpuinfer.log import get_logger
 from gpuinfer.settings import Settings
@@ -40,6 +40,7 @@ PATTERNS: tuple[tuple[str, re.Pattern[str], RouteOf], ...] = (
     ("POST", re.compile(r"/models/([^/]+)/predict"), submission.predict_with),
     # curl -T cat.jpg says PUT
     ("PUT", re.compile(r"/models/([^/]+)/predict"), submission.predict_with),
+    ("PUT", re.compile(r"/tasks/([^/]+)"), submission.put_task),
     ("GET", re.compile(r"/result/(.+)", re.DOTALL), submission.result),
 )
 
@@ -47,8 +48,8 @@ PATTERNS: tuple[tuple[str, re.Pattern[str], RouteOf], ...] = (
 class Front:
     """What the server runs. ``shared`` is what all its requests share."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.shared = Shared(settings)
+    def __init__(self, settings: Settings, requests: Requests | None = None) -> None:
+        self.shared = Shared(settings, requests)
         self._app: FastAPI = create_app(self.shared)
         self._most = settings.api.max_requests
         around = Around(self._route, self.shared.stopping, self.shared.requests)

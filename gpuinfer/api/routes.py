@@ -74,6 +74,22 @@ async def batch_predict() -> None:
     raise _Fast
 
 
+@router.put(
+    "/tasks/{task_id}",
+    status_code=202,
+    tags=["predict"],
+    summary="Submit one input under an id of your own",
+    responses=schemas.PUT_RESPONSES,
+    openapi_extra=schemas.PREDICT_BODY,
+)
+async def put_task(task_id: str) -> None:
+    """As `/predict`, and safe to repeat: the same request finds the task that is there, another one is a 409.
+
+    An id has 1 to 200 letters, digits, `_`, `.`, `:` and `-`.
+    """
+    raise _Fast
+
+
 @router.get(
     "/result/{task_id:path}",
     tags=["result"],

@@ -132,6 +132,17 @@ STATUS: JsonSchema = {
         "redelivered": {"type": "boolean", "description": "true when this was not its first execution."},
     },
 }
+#: What ``to_resource`` makes, as far as a caller must know it.
+TASK: JsonSchema = {
+    "type": "object",
+    "required": ["id", "status"],
+    "properties": {
+        "id": {"type": "string"},
+        "status": {"enum": ["queued", "running", "completed", "failed", "expired", "cancelled"]},
+        "result": {"description": "There when completed."},
+        "error": {**ERROR["properties"]["error"], "description": "There when it ended without a result."},
+    },
+}
 _ACCEPTED: JsonSchema = {
     "type": "object",
     "required": ["task_id"],
@@ -169,7 +180,13 @@ _NOT_FOUND = _error(
     f"no task {TASK_ID}: it was never submitted here, or its result has expired",
     "task_id",
 )
+_TASK = _answer(
+    "The task, which has ended while the request waited: failed ones, too.",
+    TASK,
+    {"completed": {"id": TASK_ID, "status": "completed", "result": _ANSWER, "worker": "gpu0@host"}},
+)
 SUBMIT_RESPONSES: dict[int | str, JsonSchema] = {
+    200: _TASK,
     202: {
         **_answer("Accepted: it will end as a result or an error.", _ACCEPTED, {"id": {"task_id": TASK_ID}}),
         "headers": {"Location": {"description": "Where its result is.", "schema": {"type": "string"}}},
@@ -205,6 +222,16 @@ SUBMIT_RESPONSES: dict[int | str, JsonSchema] = {
     422: _error("A bad field.", "bad_input", "must be an integer from 0 to 9, got 11", "priority"),
     429: _FULL,
     503: _AWAY,
+}
+PUT_RESPONSES: dict[int | str, JsonSchema] = {
+    **SUBMIT_RESPONSES,
+    202: _answer("Accepted, or there already.", TASK, {"queued": {"id": "my-1", "status": "queued"}}),
+    409: _error(
+        "The id stands for another request.",
+        "task_exists",
+        "stands for another request already; take another id",
+        "task_id",
+    ),
 }
 RESULT_RESPONSES: dict[int | str, JsonSchema] = {
     200: _answer(

@@ -14,9 +14,10 @@ from gpuinfer.api.reply import send_json
 from gpuinfer.api.shared import header, shared
 from gpuinfer.api.waiting import bounded, preferred_time, until_ended, waiting_time
 from gpuinfer.client import Options
-from gpuinfer.errors import InputError
-from gpuinfer.queue.message import Submission
+from gpuinfer.errors import IdempotencyConflict, InputError, TaskExists
+from gpuinfer.queue.message import Json, Submission
 from gpuinfer.queue.options import OPTIONS
+from gpuinfer.queue.resource import to_resource
 from gpuinfer.queue.results import TaskStatus
 
 #: What the URL of a submission may have.
@@ -100,11 +101,15 @@ async def submit_and_answer(scope: Scope, receive: Receive, send: Send, asked: A
         place = (b"location", b"/result/" + task_id.encode())
         await send_json(scope, send, {"task_id": task_id}, 202, (place,))
         return
-    status = await _sent_and_ended(scope, receive, task, asked.wait_s)
+    await _answer(scope, send, asked, await _sent_and_ended(scope, receive, task, asked.wait_s))
+
+
+async def _answer(scope: Scope, send: Send, asked: Asked, status: TaskStatus) -> None:
+    """Answer with a task: 200 when it has ended, failed or not, else 202 and where to look for it."""
     headers = [] if status.final else [(b"location", b"/result/" + status.id.encode())]
-    if asked.preferred:
+    if asked.preferred:  # RFC 7240
         headers.append((b"preference-applied", b"wait=%d" % asked.wait_s))
-    await send_json(scope, send, status.to_dict(), 200 if status.final else 202, headers)
+    await send_json(scope, send, to_resource(status), 200 if status.final else 202, headers)
 
 
 async def _sent_and_ended(scope: Scope, receive: Receive, task: Submission, seconds: float) -> TaskStatus:
@@ -165,3 +170,22 @@ async def result(scope: Scope, receive: Receive, send: Send, task_id: str) -> No
     given = query.parse(scope, _WAIT)
     seconds = waiting_time(given.get("wait"), shared(scope).settings.api.max_wait_s)
     await send_json(scope, send, (await until_ended(scope, receive, task_id, seconds)).to_dict())
+
+
+async def put_task(scope: Scope, receive: Receive, send: Send, task_id: str) -> None:
+    """``PUT /tasks/{task_id}``: one input under an id of the client's own.
+
+    A repeated request finds the task that is there; another one under the same id is a 409.
+    """
+    body = await read_body(scope, receive, shared(scope).settings.queue.max_payload_bytes)
+    asked = understand(scope, body)
+    del body
+    # Requests are compared by what they say, not by their white space.
+    inputs = asked.inputs.value if isinstance(asked.inputs, Json) else asked.inputs
+    task = await shared(scope).client.prepare(inputs, many=False, options=asked.options, task_id=task_id)
+    asked, inputs = asked._replace(inputs=None), None
+    try:
+        await _sent(scope, task)
+    except IdempotencyConflict:
+        raise TaskExists("stands for another request already; take another id", "task_id") from None
+    await _answer(scope, send, asked, await until_ended(scope, receive, task_id, asked.wait_s))

@@ -158,14 +158,18 @@ class AsyncClient(Driver):
     async def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         return await self.send(await self.prepare(inputs, many=many, options=options))
 
-    async def prepare(self, inputs: Any, *, many: bool, options: Options) -> Submission:
+    async def prepare(
+        self, inputs: Any, *, many: bool, options: Options, task_id: str | None = None
+    ) -> Submission:
         """Return a checked task, to be sent: its id is known, so that its end can be watched before.
 
-        Inputs may be ``Json``. Raises InputError, BrokerError.
+        Inputs may be ``Json``. ``task_id`` is an id of the caller's own. Raises InputError, BrokerError.
         """
         default = await self._default_model(options)
         (inputs,) = await self._ready([inputs], many=many, options=options)
-        return core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
+        return core.build(
+            inputs, many=many, origin=self._origin, default_model=default, task_id=task_id, **options
+        )
 
     async def send(self, task: Submission) -> str:
         """Submit a task with this turn's others; return its id, or that of the one its key stands for.

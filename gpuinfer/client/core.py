@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -136,14 +137,25 @@ def build(
     origin: Origin | None = None,
     default_model: str | None = None,
     clock: Callable[[], float] = time.time,
+    task_id: str | None = None,
     **options: Unpack[Options],
 ) -> Submission:
     """Check a caller's arguments. Raises InputError naming the field.
 
     ``default_model`` is the model of a caller that names none; without it, the fleet's default then.
+    ``task_id`` is an id of the caller's own, under which there is one request.
     """
     if options:
         check(options)
+    key = options.get("idempotency_key") or ""
+    if task_id is not None:
+        if key:
+            raise InputError("the task's id stands for the request; leave the key out", "idempotency_key")
+        if not _OWN_ID.fullmatch(task_id):
+            raise InputError(
+                f"must be 1 to {MAX_NAME} of A to Z, a to z, 0 to 9, '_', '.', ':' and '-'", "task_id"
+            )
+        key = f"PUT {task_id}"
     task = BATCH_PREDICT if many else PREDICT
     expires_s, countdown_s = options.get("expires_s"), options.get("countdown_s")
     if expires_s is not None and countdown_s is not None and expires_s <= countdown_s:
@@ -165,12 +177,15 @@ def build(
         soft_time_limit_s=options.get("soft_time_limit_s"),
         time_limit_s=options.get("time_limit_s"),
         ignore_result=options.get("ignore_result", False),
-        reply_to="" if origin is None else origin.channel,
+        reply_to="" if origin is None or not (task_id is None or origin.made(task_id)) else origin.channel,
         metadata=options.get("metadata"),
-        asked=_asked(task, options) if options.get("idempotency_key") else b"",
-        key=options.get("idempotency_key") or "",
-        **({} if origin is None else {"id": origin.new_id()}),
+        asked=_asked(task, options) if key else b"",
+        key=key,
+        **({"id": task_id} if task_id is not None else {} if origin is None else {"id": origin.new_id()}),
     )
+
+
+_OWN_ID = re.compile(rf"[A-Za-z0-9_.:-]{{1,{MAX_NAME}}}")
 
 
 def _asked(task: str, options: Options) -> bytes:

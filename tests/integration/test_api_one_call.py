@@ -25,7 +25,7 @@ def while_working(worker: HandWorker, result: Any, ask: Callable[[], httpx.Respo
     worker.register()
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask)
-        wait_until(lambda: worker.finish_all(result) == 1, 30)
+        wait_until(lambda: worker.finish_all(result) > 0, 30)
         return answer.result(60)
 
 
@@ -97,3 +97,38 @@ def test_waits_end_when_the_front_stops(api: Api, worker: HandWorker) -> None:
         wait_until(lambda: len(worker.claim()) == 1, 30)
         api.process.send(signal.SIGTERM)
         assert answer.result(60).status_code == 202
+
+
+def test_an_id_of_the_clients_own(api: Api, worker: HandWorker) -> None:
+    """PUT is safe to repeat, whatever the white space, also once it has ended; another body is a 409."""
+    worker.register()
+    first = api.http.put("/tasks/order:1", json=[1, 2])
+    assert (first.status_code, first.json()["id"], first.json()["status"]) == (202, "order:1", "queued")
+    assert api.http.put("/tasks/order:1", content=b'{"inputs": [1,2 ]}').status_code == 202
+    for body in ({"inputs": [1, 3]}, {"inputs": [1, 2], "top_k": 2}):
+        other = api.http.put("/tasks/order:1", json=body)
+        assert (other.status_code, other.json()["error"]["code"]) == (409, "task_exists")
+    large = ["x" * 100_000]
+    assert api.http.put("/tasks/large", json=large).status_code == 202
+    assert api.http.put("/tasks/large", json=["y" * 100_000]).status_code == 409
+    assert api.http.put("/tasks/large", json=large).status_code == 202
+    order, second = worker.claim(10)
+    assert worker.store.body("large") is not None
+    worker.finish(order, "done")
+    worker.finish(second, "done")
+    again = api.http.put("/tasks/order:1", json=[1, 2])
+    assert (again.status_code, again.json()["result"]) == (200, "done")
+    assert api.http.put("/tasks/order:1", json=[1, 3]).status_code == 409
+    assert worker.claim(10) == []
+    # An id that a POST was given, one that was cancelled, one that nobody may take.
+    posted = api.http.post("/predict", json=[1]).json()["task_id"]
+    assert api.http.put(f"/tasks/{posted}", json=[1]).status_code == 409
+    assert api.http.put("/tasks/gone", json=[1]).status_code == 202
+    assert api.http.post("/cancel/gone").json()["cancelled"] is True
+    assert api.http.put("/tasks/gone", json=[1]).json()["status"] == "cancelled"
+    bad = api.http.put("/tasks/a%20b", json=[1])
+    assert (bad.status_code, bad.json()["error"]["field"]) == (422, "task_id")
+    keyed = api.http.put("/tasks/k", json=[1], headers={"Idempotency-Key": "k"})
+    assert (keyed.status_code, keyed.json()["error"]["field"]) == (422, "idempotency_key")
+    waited = while_working(worker, "soon", lambda: api.http.put("/tasks/w?wait=30", json=[1]))
+    assert (waited.status_code, waited.json()["result"]) == (200, "soon")

@@ -8,7 +8,8 @@
 --       characters each) or '', 8 seconds that the key holds, 9 how many keys there may be in a period, 10
 --       seconds until they may begin or '', 11 how many tasks may wait for their time in all, then (id, payload)
 --       pairs
--- Returns the id that holds: the given one, or the one an idempotency key already stands for.
+-- Returns the id that holds: the given one, or the one an idempotency key already stands for. A client's own id is
+-- given with a key made of it: once the key or the id is known, nothing is written.
 -- What is refused leaves nothing behind.
 local function drop_these()
   for _, body in ipairs(KEYS) do redis.call('UNLINK', body) end
@@ -41,14 +42,15 @@ if ARGV[7] ~= '' then
   -- needs: keyed
   local key, request, ttl = string.sub(ARGV[7], 1, 32), string.sub(ARGV[7], 33), tonumber(ARGV[8])
   local holder, same = holder_of(key, request)
-  -- One that was cancelled, purged, or too late holds no more.
-  if holder and state_of(holder) == 'REVOKED' then holder = nil end
-  if holder and not same then return refuse('IDEMPOTENCY_CONFLICT') end
-  if holder and holder ~= ARGV[12] then
-    drop_these()
-    return holder
+  local own = state_of(ARGV[12])
+  -- One that was cancelled, purged, or too late holds no more, except under its own id.
+  if holder and holder ~= ARGV[12] and state_of(holder) == 'REVOKED' then holder = nil end
+  local conflict = holder and not same or own and not holder and own ~= 'REVOKED'
+  if conflict or holder or own then
+    if not own or FINAL[own] then drop_these() end
+    return conflict and redis.error_reply('IDEMPOTENCY_CONFLICT') or holder or ARGV[12]
   end
-  local full = not holder and refused_at(ttl, tonumber(ARGV[9]))
+  local full = refused_at(ttl, tonumber(ARGV[9]))
   if full then return refuse(string.format('QUEUE_FULL keys %.0f', full)) end
   hold_key = function() hold(key, request, ARGV[12], ttl) end
 end
