@@ -130,5 +130,6 @@ def test_an_id_of_the_clients_own(api: Api, worker: HandWorker) -> None:
     assert (bad.status_code, bad.json()["error"]["field"]) == (422, "task_id")
     keyed = api.http.put("/tasks/k", json=[1], headers={"Idempotency-Key": "k"})
     assert (keyed.status_code, keyed.json()["error"]["field"]) == (422, "idempotency_key")
+    worker.finish_all("those that wait")
     waited = while_working(worker, "soon", lambda: api.http.put("/tasks/w?wait=30", json=[1]))
     assert (waited.status_code, waited.json()["result"]) == (200, "soon")
