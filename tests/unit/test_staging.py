@@ -103,7 +103,7 @@ def test_a_full_batch_is_staged_while_another_runs(
     assert not engine.takes(batch([3, 4]))
     until(lambda: len(model.stagers) == 2)
     assert model.passes == [[0]]
-    assert model.stagers == ["inference", "prepare-0"]
+    assert [name.partition("-")[0] for name in model.stagers] == ["inference", "prepare"]
     go_on.set()
     assert [len(collect(engine).outcomes), len(collect(engine).outcomes)] == [1, 2]
     assert model.launched == [True, True]
