@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from gpuinfer.api import docs_page
+from gpuinfer.api import docs_page, schemas
 from gpuinfer.api.answers import answer
 from gpuinfer.api.model_schemas import inputs_schema
 from gpuinfer.client import AsyncClient
@@ -41,16 +41,39 @@ def add_docs(app: FastAPI) -> None:
         content = docs_page.render(spec, found, str(request.base_url).rstrip("/"), _below(request))
         return Response(content, media_type="text/html")
 
+    describe = app.openapi
+
+    def complete() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = with_errors(describe())
+        return app.openapi_schema
+
+    app.openapi = complete  # type: ignore[method-assign]  # as FastAPI's own manual says
     for path, route in ((URL, openapi), ("/docs", page)):
         app.add_api_route(path, route, include_in_schema=False)
+
+
+def with_errors(spec: dict[str, Any]) -> dict[str, Any]:
+    """Complete a description: each operation has what any may answer, in the one form that errors have."""
+    for methods in spec["paths"].values():
+        for about in methods.values():
+            responses = about["responses"]
+            if "HTTPValidationError" in str(responses.get("422")):  # FastAPI's form, which ours replaces
+                del responses["422"]
+            for status, common in schemas.COMMON.items():
+                responses.setdefault(str(status), copy.deepcopy(common))
+    known = spec.get("components", {}).get("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        known.pop(name, None)
+    return spec
 
 
 def with_models(spec: Mapping[str, Any], signatures: Mapping[str, Signature]) -> dict[str, Any]:
     """Return a copy of the description with each model's schema, and its example where one is known."""
     whole = copy.deepcopy(dict(spec))
-    schemas = whole.setdefault("components", {}).setdefault("schemas", {})
+    known = whole.setdefault("components", {}).setdefault("schemas", {})
     for name, one in signatures.items():
-        schemas[f"inputs.{name}"] = {"title": f"inputs of the model {name}", **inputs_schema(one)}
+        known[f"inputs.{name}"] = {"title": f"inputs of the model {name}", **inputs_schema(one)}
     for path, many in (("/predict", False), ("/batch_predict", True)):
         body = whole["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         body["examples"] |= {

@@ -389,3 +389,16 @@ READY_RESPONSES: dict[int | str, JsonSchema] = {
         "no live worker serves any model, and no live watcher may start one (gpu0@host1: masked)",
     ),
 }
+#: What any operation may answer, in its own words or in these.
+COMMON: dict[int, JsonSchema] = {
+    400: _error(
+        "A bad URL, or no HTTP.", "unknown_parameter", "unknown query parameter; none is known here", "waits"
+    ),
+    422: _error("A bad parameter.", "bad_input", "is given twice in the URL", "wait"),
+    503: _RETRY_AFTER
+    | _error(
+        "Redis is away, or this front is busy; see Retry-After.",
+        "front_busy",
+        "this front has as many requests in progress as it may; api.max_requests is 10000",
+    ),
+}
