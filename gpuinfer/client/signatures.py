@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What models take, as a client remembers it for a while. No input, no output: the drivers ask Redis.
 
-A request is refused by what Redis says now, never by what was remembered: see ``Signatures.doubts``.
+A request is refused by what Redis says now, never by what was remembered: see ``Signatures.doubts``. Where
+hosts have different versions of a model, it is refused when none of them takes it.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,8 +29,9 @@ _MOST = 1000
 
 
 class _Known(NamedTuple):
-    text: bytes | None
-    validator: Validator | None
+    #: One for each version of the model that some host has, the most frequent first.
+    texts: tuple[str, ...]
+    validators: tuple[Validator, ...]
     at: float
 
 
@@ -51,19 +54,20 @@ class Signatures:
 
     def found(self, model: str, text: bytes | None) -> None:
         """Remember what Redis answered. What is no signature is none."""
+        texts = versions(text)
         known = self._known.get(model)
-        if known is not None and known.text == text:
+        if known is not None and known.texts == texts:
             self._known[model] = known._replace(at=self._clock())
             return
         if len(self._known) >= _MOST:
             self._known.clear()
-        self._known[model] = _Known(text, _validator(text), self._clock())
+        self._known[model] = _Known(texts, _validators(texts), self._clock())
 
     def of(self, model: str) -> Signature | None:
-        """Return a model's signature, where it is known."""
+        """Return a model's signature, where it is known: of several, the one that most have."""
         known = self._known.get(model)
         try:
-            return Signature.from_json(orjson.loads(known.text)) if known and known.text else None
+            return Signature.from_json(orjson.loads(known.texts[0])) if known and known.texts else None
         except (ValueError, ManifestError):
             return None
 
@@ -85,25 +89,48 @@ class Signatures:
         ``Json`` stays what it is where the model takes its value as it is. Raises InputError.
         """
         known = self._known.get(model) if model is not None else None
-        validator = None if known is None else known.validator
-        if type(inputs) is Json:
-            if validator is None:
-                return inputs
-            value = inputs.value if many else validator.settled(inputs.value)
-            validator.check(value, many=many)
-            return inputs if value is inputs.value else value
-        if validator is None:
-            return opened(inputs, many=many)
-        inputs = opened(inputs, many=many, kinds=validator.kinds)
-        inputs = inputs if many else validator.settled(inputs)
-        validator.check(inputs, many=many)
-        return inputs
+        if known is None or not known.validators:
+            return inputs if type(inputs) is Json else opened(inputs, many=many)
+        first: InputError | None = None
+        for validator in known.validators:
+            try:
+                return _ready(validator, inputs, many=many)
+            except InputError as exc:
+                first = first or exc
+        assert first is not None  # noqa: S101  there was a validator
+        raise first
 
 
-def _validator(text: bytes | None) -> Validator | None:
-    if not text:
-        return None
+def _ready(validator: Validator, inputs: Any, *, many: bool) -> Any:
+    if type(inputs) is Json:
+        value = inputs.value if many else validator.settled(inputs.value)
+        validator.check(value, many=many)
+        return inputs if value is inputs.value else value
+    inputs = opened(inputs, many=many, kinds=validator.kinds)
+    inputs = inputs if many else validator.settled(inputs)
+    validator.check(inputs, many=many)
+    return inputs
+
+
+def versions(said: bytes | None) -> tuple[str, ...]:
+    """Return the signatures in what the script ``describe`` keeps of a model, the most frequent first.
+
+    Of what is none of its, nothing.
+    """
+    if not said:
+        return ()
     try:
-        return Validator(Signature.from_json(orjson.loads(text)))
+        body = orjson.loads(said)
+        counts = Counter(digest for _, digest in body["said"].values())
+        order = sorted(counts, key=lambda digest: (-counts[digest], digest))
+        return tuple(str(body["texts"][digest]) for digest in order)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return ()
+
+
+def _validators(texts: Sequence[str]) -> tuple[Validator, ...]:
+    """Return what validates by each; nothing where one cannot be read: what its version takes is unknown."""
+    try:
+        return tuple(Validator(Signature.from_json(orjson.loads(text))) for text in texts)
     except (ManifestError, ValueError, TypeError, AttributeError):
-        return None
+        return ()

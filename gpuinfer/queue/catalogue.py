@@ -225,9 +225,9 @@ def servers(client: redis.Redis, model: str) -> list[str]:
     return sorted(worker for worker, beat in live.items() if model in beat.get("models", ()))
 
 
-def described_as(signatures: Mapping[str, Signature]) -> list[str | bytes]:
-    """Return the arguments of the script ``describe``: model, what it takes, and so on."""
-    return [part for name, one in signatures.items() for part in (name, orjson.dumps(one.to_json()))]
+def described_as(who: str, signatures: Mapping[str, Signature]) -> list[str | bytes]:
+    """Return the arguments of the script ``describe``: who says it; model, what it takes, and so on."""
+    return [who, *(part for name, one in signatures.items() for part in (name, orjson.dumps(one.to_json())))]
 
 
 def forget(client: redis.Redis, model: str) -> bool:

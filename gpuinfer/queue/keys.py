@@ -73,8 +73,11 @@ LEFT = "gpuinfer:left"
 #: Models the fleet knows, scored by when somebody who could serve them was last seen.
 CATALOGUE = "gpuinfer:catalogue"
 DEFAULT_MODEL = "gpuinfer:default-model"
-#: Model -> what it takes, as JSON: ``models.signature.Signature``.
+#: Model -> what it takes, as JSON: ``texts``, digest -> ``models.signature.Signature`` in JSON, one for each
+#: version that hosts have; ``said``, who says so -> when and its digest.
 SIGNATURES = "gpuinfer:signatures"
+#: Seconds after which what one worker or watcher has said a model takes, and has not repeated, is dropped.
+SIGNATURE_VOID_S = 100
 #: The queues from which nothing is claimed, as one text: ``batch realtime.resnet``; a tier stands for all its
 #: models.
 PAUSED = "gpuinfer:paused"

@@ -105,6 +105,7 @@ _CONSTANTS: dict[str, str | float] = {
     "RESULT_PREFIX": keys.RESULT_PREFIX,
     "ROOM": keys.ROOM,
     "SIGNATURES": keys.SIGNATURES,
+    "SIGNATURE_VOID": keys.SIGNATURE_VOID_S,
     "TURNS": keys.TURNS,
     "WAKE_PREFIX": keys.WAKE_PREFIX,
     "WOKEN_VOID": keys.WOKEN_VOID_S,

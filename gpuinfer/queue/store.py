@@ -50,7 +50,7 @@ MAX_BYTES = 64 * 1024 * 1024
 SEQS_OF_AN_EPOCH = 2**24
 #: Seconds for which what is no list, though it has the name of one, is not looked into.
 FOREIGN_S = 10.0
-#: Seconds after which what models take is written again, for a Redis that has lost it.
+#: Seconds after which what models take is said again, well within ``keys.SIGNATURE_VOID_S``.
 DESCRIBE_EVERY_S = 30.0
 #: Who began an epoch: a reaper's restore says so, and the worker it took for dead may go on.
 REAPER = "reaper"
@@ -158,7 +158,8 @@ class Store:
     def _describe(self) -> None:
         """Say what this worker's models take."""
         if self.signatures:
-            self._describe_script(args=[part for pair in self.signatures.items() for part in pair])
+            said = [part for pair in self.signatures.items() for part in pair]
+            self._describe_script(args=[self.worker, *said])
         self._described_at = self._clock()
 
     def leave(self) -> None:

@@ -293,7 +293,7 @@ class Watcher:
                 self._know(keys=[], args=[*models])
             described = {name: one for name, one in models.items() if one is not None}
             if described:
-                self._describe(keys=[], args=described_as(described))
+                self._describe(keys=[], args=described_as(f"watcher@{self.host}", described))
         except (redis.RedisError, OSError) as exc:  # workers tell, too; the look goes on
             hint = "a model of which no worker has run yet is refused; gpuinfer doctor redis.users"
             if str(exc) != self._not_known:

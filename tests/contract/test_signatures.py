@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from gpuinfer import AsyncClient, Client
+from gpuinfer.client.signatures import versions
 from gpuinfer.errors import ShapeMismatch
 from gpuinfer.models.signature import Input, Signature
 from gpuinfer.queue import catalogue, keys
@@ -72,6 +73,27 @@ def test_it_is_written_again_and_forgotten_with_the_model(store: Store, broker: 
     assert raw.hkeys(keys.SIGNATURES) == [b"old"]
     store._described_at -= DESCRIBE_EVERY_S
     store.register()
-    assert raw.hgetall(keys.SIGNATURES) == {b"digits": takes(2)}
+    assert raw.hkeys(keys.SIGNATURES) == [b"digits"]
+    assert versions(raw.hget(keys.SIGNATURES, "digits")) == (takes(2).decode(),)
     assert catalogue.forget(raw, "digits")
     assert not raw.exists(keys.SIGNATURES)
+
+
+def test_hosts_may_have_different_versions(store: Store, client: Client, broker: BrokerSettings) -> None:
+    """What one of them takes is taken, whoever spoke last; a version that nobody has is forgotten."""
+    raw: Any = store.client
+    other = store_of(broker, "gpu0@other", ("digits",))
+    says(other, digits=takes(3))
+    says(store, digits=takes(2))
+    for inputs in ([1, 2], [1, 2, 3]):
+        client.submit(inputs)
+    with pytest.raises(ShapeMismatch):
+        client.submit([1])
+    says(other, digits=takes(2))
+    assert versions(raw.hget(keys.SIGNATURES, "digits")) == (takes(2).decode(),)
+    says(other, digits=takes(4))
+    body = orjson.loads(raw.hget(keys.SIGNATURES, "digits"))
+    body["said"]["gpu0@other"][0] -= keys.SIGNATURE_VOID_S
+    raw.hset(keys.SIGNATURES, "digits", orjson.dumps(body))
+    says(store, digits=takes(2))
+    assert versions(raw.hget(keys.SIGNATURES, "digits")) == (takes(2).decode(),)

@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from gpuinfer import Client
 from gpuinfer.api.schemas import DIGIT
+from gpuinfer.client.signatures import versions
 from gpuinfer.models.signature import Signature
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
@@ -111,7 +112,8 @@ async def test_models_that_could_be_served_are_made_known(
     assert abs(client.time()[0] - seen) < 60
     said: Any = client.hgetall(keys.SIGNATURES)
     assert list(said) == [b"digits"]
-    assert Signature.from_json(orjson.loads(said[b"digits"])).inputs[0].shape == (1, 8, 8)
+    (text,) = versions(said[b"digits"])
+    assert Signature.from_json(orjson.loads(text)).inputs[0].shape == (1, 8, 8)
 
 
 async def test_a_file_of_an_instance_that_cannot_be_read_is_said_once(

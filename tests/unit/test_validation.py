@@ -263,12 +263,36 @@ def test_without_the_library_kinds_are_checked(monkeypatch: pytest.MonkeyPatch) 
         validator(Input(name="x", kind="text")).check(7)
 
 
+def said(*signatures: Signature) -> bytes:
+    """Return what Redis has of a model where workers, one each, have said these."""
+    texts = [orjson.dumps(one.to_json()).decode() for one in signatures]
+    digests = {text: str(number) for number, text in enumerate(dict.fromkeys(texts))}
+    who = {f"gpu0@h{number}": [1, digests[text]] for number, text in enumerate(texts)}
+    return orjson.dumps({"said": who, "texts": {digest: text for text, digest in digests.items()}})
+
+
+def test_what_one_of_several_versions_takes_is_taken() -> None:
+    """By hosts that have different versions of a model; the error is by the one that most have."""
+    known = Signatures()
+    old, new = (Signature(inputs=(Input(name="x", kind="tensor", shape=(size,)),)) for size in (2, 3))
+    known.found("m", said(old, new, new))
+    assert known.ready("m", [1, 2], many=False) == [1, 2]
+    assert known.ready("m", [1, 2, 3], many=False) == [1, 2, 3]
+    with pytest.raises(ShapeMismatch, match=r"the model wants \[3\]"):
+        known.ready("m", [1], many=False)
+    assert known.of("m") == new
+    body = orjson.loads(said(old, new))
+    body["texts"]["1"] = "of another edition"
+    known.found("m", orjson.dumps(body))
+    assert known.ready("m", [1], many=False) == [1], "what that version takes is not known"
+
+
 def test_what_is_remembered() -> None:
     """For a while; a refusal by what is not quite new is doubted; nonsense is no signature."""
     now = [100.0]
     known = Signatures(lambda: now[0])
     assert known.stale("digits")
-    known.found("digits", orjson.dumps(Signature(inputs=(DIGIT,)).to_json()))
+    known.found("digits", said(Signature(inputs=(DIGIT,))))
     assert not known.stale("digits")
     assert not known.doubts("digits")
     with pytest.raises(ShapeMismatch, match="input 2 of 2 has shape"):
@@ -277,7 +301,8 @@ def test_what_is_remembered() -> None:
     assert known.doubts("digits")
     now[0] += FRESH_S
     assert known.stale("digits")
-    for nonsense in (None, b"", b"{", b"[]", b'{"inputs": [{"name": "x", "kind": "smell"}]}'):
+    smell = b'{"said": {"w": [1, "d"]}, "texts": {"d": "{\\"inputs\\": [{\\"kind\\": \\"smell\\"}]}"}}'
+    for nonsense in (None, b"", b"{", b"[]", b"{}", b'{"said": {"w": [1, "d"]}, "texts": {}}', smell):
         known.found("digits", nonsense)
         assert known.ready("digits", "anything", many=False) == "anything"
         assert known.ready(None, "anything", many=False) == "anything"

@@ -1,8 +1,23 @@
 #!lua flags=allow-oom
 -- Say what models take, also when Redis is full: who submits a request checks it by that.
--- ARGV: a model and its signature (JSON), and so on
--- What is said of models that are in the catalogue no more is dropped.
-for i = 1, #ARGV, 2 do redis.call('HSET', SIGNATURES, ARGV[i], ARGV[i + 1]) end
+-- ARGV: who says it (a worker, or a host's watcher), then a model and its signature (JSON), and so on
+-- Hosts may have different versions of a model, so each signature stands once, beside who says it, and when (by Redis's
+-- clock). What somebody has not repeated for long is dropped; so are models that are in the catalogue no more.
+local now = tonumber(redis.call('TIME')[1])
+for i = 2, #ARGV, 2 do
+  local model, text = ARGV[i], ARGV[i + 1]
+  local digest = redis.sha1hex(text)
+  local read, before = pcall(cjson.decode, redis.call('HGET', SIGNATURES, model) or '')
+  local said, texts = {[ARGV[1]] = {now, digest}}, {[digest] = text}
+  if read and type(before) == 'table' and before.said and before.texts then
+    for who, what in pairs(before.said) do
+      if who ~= ARGV[1] and what[1] > now - SIGNATURE_VOID then
+        said[who], texts[what[2]] = what, before.texts[what[2]]
+      end
+    end
+  end
+  redis.call('HSET', SIGNATURES, model, cjson.encode({said = said, texts = texts}))
+end
 for _, model in ipairs(redis.call('HKEYS', SIGNATURES)) do
   if not redis.call('ZSCORE', CATALOGUE, model) then redis.call('HDEL', SIGNATURES, model) end
 end
