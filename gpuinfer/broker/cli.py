@@ -110,9 +110,9 @@ def rotate_password(loaded: Loaded, user: str, drop_old: bool, as_json: bool) ->
     """Give a Redis user a new password, as root on Redis's host, while all goes on.
 
     Redis learns the new one beside the old; each unit that logs in with it is restarted, workers one after
-    the other by gpuinfer-roll.service; then Redis forgets the old. Exit code 75: a unit did not come back, or a connection from
-    another host still has the old one, which goes on to count: copy the file there, restart, and call
-    --drop-old.
+    the other by gpuinfer-roll.service; then Redis forgets the old. Exit code 75: a unit did not come back, or
+    a connection from another host still has the old one, which goes on to count: copy the file there,
+    restart, and call --drop-old.
     """
     from gpuinfer.broker import rotation
 
