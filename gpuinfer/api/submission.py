@@ -16,7 +16,7 @@ from gpuinfer.api.waiting import bounded, preferred_time, until_ended, waiting_t
 from gpuinfer.client import Options
 from gpuinfer.errors import IdempotencyConflict, InputError, TaskExists
 from gpuinfer.queue.message import Json, Submission
-from gpuinfer.queue.options import OPTIONS
+from gpuinfer.queue.options import OPTIONS, TRACEPARENT
 from gpuinfer.queue.resource import to_resource
 from gpuinfer.queue.results import TaskStatus
 
@@ -81,6 +81,10 @@ def understand(scope: Scope, body: bytes, *, model: str | None = None, many: boo
         asked = uploads.admit_upload(body, content_type, given, header_key=key)
     if model is not None:
         _add(asked.options, "model", model)
+    if (trace := header(scope, b"traceparent")) and TRACEPARENT.fullmatch(
+        trace
+    ):  # else as if there were none
+        asked.options.setdefault("traceparent", trace)
     return Asked(asked.inputs, asked.options, many, wait_s, preferred is not None)
 
 
@@ -138,6 +142,7 @@ async def _sent(scope: Scope, task: Submission) -> str:
         queue=task.queue,
         model=task.model,
         priority=task.priority,
+        **({"traceparent": task.traceparent} if task.traceparent else {}),
     )
     return task_id
 

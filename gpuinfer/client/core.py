@@ -179,6 +179,7 @@ def build(
         ignore_result=options.get("ignore_result", False),
         reply_to="" if origin is None or not (task_id is None or origin.made(task_id)) else origin.channel,
         metadata=options.get("metadata"),
+        traceparent=options.get("traceparent") or "",
         asked=_asked(task, options) if key else b"",
         key=key,
         **({"id": task_id} if task_id is not None else {} if origin is None else {"id": origin.new_id()}),
@@ -191,7 +192,9 @@ _OWN_ID = re.compile(rf"[A-Za-z0-9_.:-]{{1,{MAX_NAME}}}")
 def _asked(task: str, options: Options) -> bytes:
     """Return what is asked, beside the inputs, for comparison: what is left out is as what is None."""
     given = {
-        name: value for name, value in options.items() if value is not None and name != "idempotency_key"
+        name: value
+        for name, value in options.items()
+        if value is not None and name not in ("idempotency_key", "traceparent")
     }
     return orjson.dumps([task, given], option=orjson.OPT_SORT_KEYS)
 

@@ -29,11 +29,11 @@ _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
 MAX_IDS = 100
 #: Keys whose field has another name: PRIORITY is the level's.
 _NAMES = {"priority": "TASK_PRIORITY", "exception": "TRACEBACK"}
-_REPEATED = {"task_ids": "TASK_ID", "queues": "QUEUE", "models": "MODEL"}
+_REPEATED = {"task_ids": "TASK_ID", "queues": "QUEUE", "models": "MODEL", "traceparents": "TRACEPARENT"}
 #: What the sentence begins with, or has no place in it.
 _NOT_IN_BRACKETS = frozenset(
     {"timestamp", "level", "logger", "action", "reason", "message", "hint", "exception", "stack"}
-    | {"task_ids", "part"}
+    | {"task_ids", "part", "traceparent", "traceparents"}
 )
 #: What journald notes by itself, or PRIORITY says.
 _NO_FIELDS = frozenset({"timestamp", "level", "message", "task_ids"})

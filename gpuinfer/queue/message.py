@@ -50,8 +50,14 @@ _BESIDE = "gpuinfer_body"
 _SENT = "gpuinfer_sent"
 #: The header with the caller's own map.
 _METADATA = "gpuinfer_metadata"
+#: The header that OpenTelemetry's instrumentation of Celery writes and reads, too.
+_TRACEPARENT = "traceparent"
 #: The header that says what stands for its idempotency key.
 _KEY = "gpuinfer_key"
+
+
+#: A later version of the standard may have longer ones.
+_MOST_TRACEPARENT = 200
 
 
 class Undecodable(ValueError):
@@ -107,6 +113,8 @@ class Submission:
     ignore_result: bool = False
     #: The caller's own map, which comes back with the task.
     metadata: Mapping[str, str] | None = None
+    #: The caller's place in a trace, as W3C Trace Context writes it; empty: none.
+    traceparent: str = ""
     #: Whose sub-list it waits in; empty: the only caller.
     caller: str = ""
     #: The channel on which the client hears of its end; empty: by its id alone.
@@ -161,6 +169,8 @@ class Submission:
         """Return the list entry; ``extra`` are more headers, as JSON has them, each behind a comma."""
         if self.metadata:  # before the key, which is looked for near the end
             extra += b',"%b":%b' % (_METADATA.encode(), orjson.dumps(self.metadata))
+        if self.traceparent:
+            extra += b',"%b":"%b"' % (_TRACEPARENT.encode(), self.traceparent.encode())
         if self.key:  # for who ends the task and frees the key
             extra += b',"%b":"%b"' % (_KEY.encode(), self.keyed.encode())
         limits = self.time_limit_s, self.soft_time_limit_s
@@ -303,6 +313,12 @@ class Envelope:
         """Return the caller's own map, None for none."""
         found = self.headers.get(_METADATA)
         return found if isinstance(found, dict) and found else None
+
+    @property
+    def traceparent(self) -> str:
+        """Return the caller's place in a trace, where it has given one."""
+        found = self.headers.get(_TRACEPARENT)
+        return found if isinstance(found, str) and len(found) <= _MOST_TRACEPARENT else ""
 
     @property
     def beside(self) -> int:

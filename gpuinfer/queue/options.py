@@ -27,6 +27,9 @@ _MAP_SCHEMA: dict[str, Any] = {
     "additionalProperties": {"type": "string", "maxLength": MAX_METADATA_TEXT},
 }
 
+#: https://www.w3.org/TR/trace-context/#traceparent-header: version 00, and no id of zeros alone.
+TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
 Encoding = Literal["list", "b64", "raw"]
 ENCODINGS: tuple[Encoding, ...] = ("list", "b64", "raw")
 
@@ -179,6 +182,14 @@ class Options(TypedDict, total=False):
     metadata: Annotated[
         Mapping[str, str] | None,
         Option(help="Texts of the caller's own, by name; at most 16. They come back with it.", kind="map"),
+    ]
+    traceparent: Annotated[
+        str | None,
+        Option(
+            help="The caller's place in a trace (W3C Trace Context); it is in the journal and in the result.",
+            pattern=TRACEPARENT,
+            words="a traceparent of W3C Trace Context: 00-<32 hex digits>-<16 hex digits>-<2 hex digits>",
+        ),
     ]
     idempotency_key: Annotated[
         str | None,

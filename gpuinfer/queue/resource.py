@@ -27,7 +27,8 @@ class Place(NamedTuple):
 
 def to_resource(status: TaskStatus, place: Place | None = None) -> dict[str, Any]:
     """Return a task for JSON: ``id``, ``status``, ``model``, ``version``, ``queue``, ``priority``, times,
-    ``attempt``, ``redelivered``, ``result`` or ``error``, ``metrics``, ``worker``, ``metadata``, ``urls``.
+    ``attempt``, ``redelivered``, ``result`` or ``error``, ``metrics``, ``worker``, ``metadata``, ``urls``,
+    and ``traceparent`` where one was given.
 
     ``place``: of a task that waits, ``position`` and ``estimated_start_at``.
     """
@@ -60,6 +61,8 @@ def to_resource(status: TaskStatus, place: Place | None = None) -> dict[str, Any
     body["worker"] = status.worker or None
     metadata = about.get("metadata")
     body["metadata"] = metadata if isinstance(metadata, dict) else {}
+    if traceparent := _text(about.get("traceparent")):
+        body["traceparent"] = traceparent
     body["urls"] = urls(status.id)
     return body
 

@@ -40,6 +40,8 @@ def about(
         found["expires"] = at
     if (metadata := envelope.metadata) is not None:
         found["metadata"] = metadata
+    if traceparent := envelope.traceparent:
+        found["traceparent"] = traceparent
     return found
 
 

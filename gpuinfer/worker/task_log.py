@@ -218,12 +218,18 @@ class TaskLog:
             say(action, tasks=len(ids), task_ids=ids, **fields, reason=reason)
 
 
+#: Traces that one line about a batch names.
+_MOST_TRACES = 100
+
+
 def _batch(batch: Batch) -> dict[str, Any]:
     tasks = batch.tasks
     lists = {task.claimed.list_key for task in tasks}
+    traces = sorted({found for task in tasks if (found := task.envelope.traceparent)})
     return {
         "model": batch.model,
         "batch_size": batch.size,
+        **({"traceparents": traces[:_MOST_TRACES]} if traces else {}),
         "tasks": len(tasks),
         "queues": sorted({place_of(key).tier for key in lists}),
         "task_ids": [task.envelope.id for task in tasks],
@@ -231,7 +237,8 @@ def _batch(batch: Batch) -> dict[str, Any]:
 
 
 def _task(task: Task) -> dict[str, Any]:
-    return {"queue": place_of(task.claimed.list_key).tier, "model": task.model}
+    found = {"queue": place_of(task.claimed.list_key).tier, "model": task.model}
+    return found | {"traceparent": trace} if (trace := task.envelope.traceparent) else found
 
 
 def _level(error: GpuinferError) -> Level:

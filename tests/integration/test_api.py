@@ -87,6 +87,18 @@ def test_options_reach_the_message(api: Api, worker: HandWorker) -> None:
     assert envelope.headers["expires"]
 
 
+def test_a_trace_is_passed_on(api: Api, worker: HandWorker) -> None:
+    """A W3C traceparent is in the message, where OpenTelemetry looks; what is none counts as absent."""
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    for sent, found in ((trace, trace), ("00-" + "0" * 32 + "-00f067aa0ba902b7-01", None), ("x", None)):
+        response = api.http.post("/predict", json=[1], headers={"traceparent": sent, "idempotency-key": sent})
+        assert response.status_code == 202
+        (task,) = worker.claim()
+        assert decode(task.payload).headers.get("traceparent") == found
+        again = api.http.post("/predict", json={"inputs": [1], "idempotency_key": sent})
+        assert again.json() == response.json(), "another trace is no other request"
+
+
 def test_the_same_key_gives_the_same_task(api: Api, worker: HandWorker) -> None:
     """A client that lost the answer may ask again: one task, by header or by field."""
     headers = {"Idempotency-Key": "order-66"}

@@ -18,6 +18,7 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import NoPermissionError
 
 from gpuinfer import Client
+from gpuinfer.api import schemas
 from gpuinfer.broker import cli as broker_cli
 from gpuinfer.errors import TaskRevoked
 from gpuinfer.models.shipped import load_test_images
@@ -152,6 +153,10 @@ def test_requests(workers: Workers, redis_server: OurRedis, client: Client) -> N
         task = submit(api)
         assert api.http.get(f"/result/{task}", params={"wait": 20}).json()["status"] == "completed"
         assert api.http.get("/health/ready").status_code == 200
+        trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+        traced = api.http.post("/predict?wait=20", json=schemas.DIGIT, headers={"traceparent": trace})
+        assert (traced.status_code, traced.json()["traceparent"]) == (200, trace)
+        worker.wait_for_line(trace)
         assert api.http.post(f"/cancel/{gone}").status_code < 500
     assert worker.running
 
