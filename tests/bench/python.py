@@ -91,8 +91,8 @@ def python(folder: Path, sizes: Sizes) -> Iterator[Line]:
     write_python_models(folder / "models")
     ours, script = [], []
     for _ in range(sizes.repeats):
-        ours.append(backlog(Ours(folder, "pyceptron"), vectors(sizes.backlog))[0])
-        script.append(backlog(Ours(folder), vectors(sizes.backlog))[0])
+        ours.append(backlog(Ours(folder, "pyceptron"), vectors(sizes.backlog)))
+        script.append(backlog(Ours(folder), vectors(sizes.backlog)))
     what = f"Python model, backlog of {sizes.backlog:,}"
     yield compare(what, "tasks/s", ours, script, "TorchScript", Target(op=">=", value=0.9))
     for size in (1, 32):
@@ -100,7 +100,7 @@ def python(folder: Path, sizes: Sizes) -> Iterator[Line]:
             rates = []
             for _ in range(sizes.repeats):
                 world = Fleet(folder, f"{kind}{size}", workers=1)
-                rates.append(backlog(world, scalars(sizes.steady))[0])
+                rates.append(backlog(world, scalars(sizes.steady)))
             idle = 100 * (1 - median(rates) * STEADY_S_PER_ITEM)
             what = f"device idle, {said}, batches of {size}"
             yield Line(what=what, unit="%", ours=idle, target=target)

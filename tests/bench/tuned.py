@@ -25,7 +25,7 @@ SEARCHED = tuple(
 def best(folder: Path, sizes: Sizes) -> tuple[Tuning, float]:
     """Return the settings that work off a backlog the fastest, and the rate in tasks a second."""
     values = vectors(sizes.search)
-    rates = {tuning: backlog(Stock(folder, tuning=tuning), values)[0] for tuning in SEARCHED}
+    rates = {tuning: backlog(Stock(folder, tuning=tuning), values) for tuning in SEARCHED}
     tuning = max(rates, key=rates.__getitem__)
     return tuning, rates[tuning]
 
@@ -38,8 +38,8 @@ def tuned(folder: Path, sizes: Sizes) -> Iterator[Line]:
     rates: tuple[list[float], list[float]] = ([], [])
     taken: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
     for _ in range(sizes.repeats):
-        rates[1].append(backlog(Stock(folder, tuning=tuning), vectors(sizes.stock_backlog))[0])
-        rates[0].append(backlog(Ours(folder), vectors(sizes.backlog))[0])
+        rates[1].append(backlog(Stock(folder, tuning=tuning), vectors(sizes.stock_backlog)))
+        rates[0].append(backlog(Ours(folder), vectors(sizes.backlog)))
         taken[1].append(_trips(Stock(folder, tuning=tuning), sizes.trips))
         taken[0].append(_trips(Ours(folder), sizes.trips))
     yield compare(f"backlog of {sizes.backlog:,}", "tasks/s", *rates, beside, None)
