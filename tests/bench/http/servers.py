@@ -101,7 +101,7 @@ class Peer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.terminate(30)
+        self._process.kill()  # with its group: LitServe's children outlive a parent that ends by SIGTERM
 
     def url(self, *, wait: bool) -> str | None:
         path = "/inference" if self.name == "mosec" else "/predict"
