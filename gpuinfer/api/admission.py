@@ -22,7 +22,7 @@ from gpuinfer.queue.bodies import check_depth, check_values
 from gpuinfer.queue.message import Json
 from gpuinfer.queue.options import OPTIONS
 
-#: Fields of an object body, in the order they are told to a caller.
+#: Fields of an object body, in the order in which errors list them.
 FIELDS: tuple[str, ...] = ("inputs", *OPTIONS)
 #: Keys of a file or an array in base64, which may be a whole body.
 _ENCODED = frozenset({"b64", "name", "dtype", "shape"})

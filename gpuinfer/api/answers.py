@@ -10,7 +10,7 @@ from fastapi import Response
 
 from gpuinfer.queue.results import dump
 
-#: A body ends with a newline, for whoever reads it on a terminal.
+#: A body ends with a newline, for people who read it in a terminal.
 _OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE
 
 

@@ -86,7 +86,7 @@ def methods(app: FastAPI) -> Methods:
 
 
 def _handle_errors(app: FastAPI, shared: Shared) -> None:
-    """Give every error one body; nothing of an unforeseen one but its being one is told."""
+    """Give every error the same body. An unexpected one becomes internal_error, without details."""
 
     async def ours(request: Request, exc: Exception) -> Response:
         error = exc if isinstance(exc, GpuinferError) else GpuinferError("this is a bug; see the API's log")

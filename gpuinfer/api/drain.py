@@ -10,7 +10,7 @@ from collections.abc import Callable
 #: Seconds between two samples, and seconds over which the rate is measured and refusals are counted.
 EVERY_S = 2.0
 WINDOW_S = 10.0
-#: The longest time that is told, also where nothing drains.
+#: The longest Retry-After, also while nothing drains.
 LONGEST_S = 60
 
 
@@ -22,7 +22,7 @@ class Drain:
     """
 
     def __init__(self, least_s: int, clock: Callable[[], float]) -> None:
-        """``least_s``: the shortest time that is told, and what is told while no rate is known."""
+        """``least_s``: the shortest Retry-After, and the one while the rate is unknown."""
         self._least_s = least_s
         self._clock = clock
         #: When, and how many tasks had ever left.

@@ -63,10 +63,12 @@ class Front:
         await self._outermost(scope, receive, send)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, unless as many requests are in progress as may. Health is always answered."""
+        """Answer, unless too many requests are in progress. Health is always answered."""
         shared = self.shared
         if shared.requests_now >= self._most and not scope["path"].startswith("/health/"):
-            busy = f"this front has as many requests in progress as it may; api.max_requests is {self._most}"
+            busy = (
+                f"this front has reached its limit of requests in progress; api.max_requests is {self._most}"
+            )
             await send_error(scope, send, FrontBusy(busy))
             return
         shared.requests_now += 1

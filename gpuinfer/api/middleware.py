@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens around every request: the log hears of it, and ``Connection: close`` once we are stopping."""
+"""Around every request: logging, and ``Connection: close`` while the process stops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NOTES, _ACTION = "gpuinfer.notes", "gpuinfer.action"
 
 
 def note(scope: Scope, *, action: str | None = None, **fields: str | int | None) -> None:
-    """Have the request's log line, where it gets one, say this, too; ``action`` is what has been done."""
+    """Add fields to the request's log line, if it gets one. ``action`` names what was done."""
     known = {key: value[:200] if isinstance(value, str) else value for key, value in fields.items()}
     scope[_NOTES] = scope.get(_NOTES, {}) | known
     if action is not None:
@@ -25,9 +25,9 @@ def note(scope: Scope, *, action: str | None = None, **fields: str | int | None)
 
 
 class Around:
-    """Pure ASGI. Logs health probes at debug, and tells the request log of all else.
+    """Pure ASGI. Logs health probes at debug, and passes all other requests to the request log.
 
-    What a body holds is never logged.
+    Bodies are never logged.
     """
 
     def __init__(self, app: ASGIApp, stopping: asyncio.Event, requests: Requests) -> None:

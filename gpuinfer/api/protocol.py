@@ -30,7 +30,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._late = self.loop.call_later(
-            HEAD_S, self._refuse, 408, "slow_head", "the request's head is late"
+            HEAD_S, self._refuse, 408, "slow_head", "the request's headers did not arrive in time"
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -57,7 +57,7 @@ class Protocol(HttpToolsProtocol):
             self._refuse(431, "head_too_large", words)
         elif self._late is None:
             self._late = self.loop.call_later(
-                HEAD_S, self._refuse, 408, "slow_head", "the request's head is late"
+                HEAD_S, self._refuse, 408, "slow_head", "the request's headers did not arrive in time"
             )
 
     def _disarm(self) -> None:

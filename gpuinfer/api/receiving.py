@@ -54,8 +54,8 @@ class Receiver:
             body = await self._read(permit, receive, limit)
         except TimeoutError:
             raise SlowBody(
-                f"the body did not go on for {self._holding.stall_s:g} s, or for {PRESSED_S:g} s while "
-                f"others waited; {permit.received} bytes had come",
+                f"the body stalled: less than 64 KiB came within {self._holding.stall_s:g} s, or "
+                f"{PRESSED_S:g} s while others wait; {permit.received} bytes had come",
                 "body",
             ) from None
         permit.reading = False
@@ -105,7 +105,7 @@ class Receiver:
 
     def _busy(self) -> FrontBusy:
         most = self._holding.most_bytes // 2**20
-        return FrontBusy(f"this front holds as many bytes of requests as it may; api.max_held_mb is {most}")
+        return FrontBusy(f"this front has no room for another body; api.max_held_mb is {most}")
 
     def release(self, scope: Scope) -> None:
         """Give the room of a request's body back, where it has any."""
@@ -119,7 +119,7 @@ class Receiver:
 
 
 def _is_here(receive: Receive) -> bool:
-    """Tell whether a body has come whole: uvicorn's requests know. False where that cannot be told."""
+    """Return whether the whole body has arrived, as uvicorn knows; False under another server."""
     return getattr(getattr(receive, "__self__", None), "more_body", True) is False
 
 

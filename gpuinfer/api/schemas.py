@@ -66,7 +66,7 @@ PREDICT_BODY = _body(
     {
         "bare list": {"summary": "One 8x8 digit, for the default model", "value": DIGIT},
         "with options": {
-            "summary": "The same, named, urgent, and pointless after ten seconds",
+            "summary": "The same with options: most urgent, expires after ten seconds",
             "value": {
                 "inputs": DIGIT,
                 "model": "digits",
@@ -128,7 +128,7 @@ STATUS: JsonSchema = {
         "result": {"description": "There when completed."},
         "error": {**ERROR["properties"]["error"], "description": "There when failed, expired or revoked."},
         "worker": {"type": "string", "description": "The worker that began or ended it, where known."},
-        "progress": {"type": "number", "description": "How much is done, 0 to 1, where its model tells."},
+        "progress": {"type": "number", "description": "Progress from 0 to 1, if the model reports it."},
         "redelivered": {"type": "boolean", "description": "true when this was not its first execution."},
     },
 }
@@ -170,7 +170,7 @@ _AWAY = _RETRY_AFTER | _error(
     "Redis is away; see Retry-After.", "broker_unavailable", "Redis does not answer"
 )
 _FULL = _RETRY_AFTER | _error(
-    "As much waits as may, or Redis is full; see Retry-After.",
+    "The queue or Redis is full; see Retry-After.",
     "queue_full",
     "as many tasks wait as may: queue.max_waiting is 1000000; what was accepted goes on",
 )
@@ -203,9 +203,9 @@ SUBMIT_RESPONSES: dict[int | str, JsonSchema] = {
         "model",
     ),
     408: _error(
-        "The body did not go on arriving; the connection is closed.",
+        "The body stalled; the connection is closed.",
         "slow_body",
-        "the body did not go on for 10 s, or for 1 s while others waited; 65536 bytes had come",
+        "the body stalled: less than 64 KiB came within 10 s, or 1 s while others wait; 65536 bytes had come",
         "body",
     ),
     413: _error(
@@ -399,6 +399,6 @@ COMMON: dict[int, JsonSchema] = {
     | _error(
         "Redis is away, or this front is busy; see Retry-After.",
         "front_busy",
-        "this front has as many requests in progress as it may; api.max_requests is 10000",
+        "this front has reached its limit of requests in progress; api.max_requests is 10000",
     ),
 }
