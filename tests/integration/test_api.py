@@ -401,8 +401,8 @@ def test_heads_are_bounded(api: Api) -> None:
 
 
 def test_as_many_requests_as_may_be(redis_server: RedisServer, tmp_path: Path) -> None:
-    """One more is a 503 with Retry-After; health is answered all the same."""
-    with Api(redis_server, tmp_path, api_max_requests=1) as api:
+    """One more is a 503 with Retry-After; health is answered all the same. An idle connection is closed."""
+    with Api(redis_server, tmp_path, api_max_requests=1, api_keep_alive_s=1) as api:
         task_id = submit(api)
 
         def wait() -> httpx.Response:
@@ -423,6 +423,11 @@ def test_as_many_requests_as_may_be(redis_server: RedisServer, tmp_path: Path) -
             assert api.http.get("/health/live").status_code == 200
             HandWorker(client).finish_all("done")
             assert waiting.result().json()["result"] == "done"
+        host, port = api.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 60) as idle:
+            idle.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = b"".join(iter(lambda: idle.recv(4096), b""))  # until api.keep_alive_s is over
+            assert answer.startswith(b"HTTP/1.1 200")
 
 
 def resident_kib(pid: int) -> int:
