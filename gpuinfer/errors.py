@@ -398,6 +398,21 @@ class TaskNotFound(GpuinferError):
     exit_code = 66  # EX_NOINPUT
 
 
+class ResultGone(TaskNotFound):
+    """Raised when a task was known once, and its result has expired or was deleted."""
+
+    code = "result_gone"
+    http_status = 410
+
+
+class WrongState(GpuinferError):
+    """Raised when a task's state does not allow what is asked for: it has, or has not, ended."""
+
+    code = "wrong_state"
+    http_status = 409
+    exit_code = 65  # EX_DATAERR
+
+
 class UnreadableResult(GpuinferError):
     """Raised when what stands under a task's key in Redis is no state of a task: it is another program's."""
 

@@ -17,7 +17,7 @@ import redis
 
 from gpuinfer.api import schemas
 from gpuinfer.queue import results
-from gpuinfer.queue.claims import Claimed, Final
+from gpuinfer.queue.claims import Claimed, Final, label
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, QueueSettings
@@ -61,7 +61,8 @@ class HandWorker:
         envelope = decode(task.payload)
         make: Callable[..., bytes] = results.failure if isinstance(result, Exception) else results.success
         meta = make(envelope.id, result, worker=WORKER)
-        self.store.settle([Final(task.seq, envelope.id, meta, reply=envelope.reply_to)])
+        named = label("failed" if isinstance(result, Exception) else "completed", "realtime", task.model)
+        self.store.settle([Final(task.seq, envelope.id, meta, reply=envelope.reply_to, label=named)])
 
     def finish_all(self, result: Any, room: int = 1000) -> int:
         """Claim, begin and finish all there is up to ``room``; return how many."""

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gpuinfer import __version__
-from gpuinfer.api import health
+from gpuinfer.api import health, tasks
 from gpuinfer.api.answers import answer
 from gpuinfer.api.docs import PAGES, add_docs
 from gpuinfer.api.drain import EVERY_S
@@ -57,6 +57,7 @@ def create_app(shared: Shared) -> FastAPI:
     )
     app.state.settings = shared.settings
     app.include_router(router)
+    app.include_router(tasks.router)
     app.include_router(health.router)
     app.include_router(documented.router)
     add_docs(app)

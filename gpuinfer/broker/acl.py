@@ -47,6 +47,7 @@ _SIGNATURES = f"~{keys.SIGNATURES}"
 _DEFAULT_MODEL, _FORMAT = f"~{keys.DEFAULT_MODEL}", f"~{keys.FORMAT_KEY}"
 _BODY, _BODIES, _BODY_BYTES = f"~{keys.BODY_PREFIX}*", f"~{keys.BODIES}", f"~{keys.BODY_BYTES}"
 _DEAD, _CLAIMED, _ENDED = f"~{keys.DEAD}", f"~{keys.CLAIMED}", f"~{keys.ENDED}"
+_HISTORY = (f"~{keys.HISTORY}", f"~{keys.FAILURES}")
 _ORDER, _TURNS = f"~{keys.ORDER_PREFIX}*", f"~{keys.TURNS}"
 _AGEING, _AGED = f"~{keys.AGEING_PREFIX}*", f"~{keys.AGED_PREFIX}*"
 _DEAD_AGES, _DEAD_BYTES = f"~{keys.DEAD_AGES}", f"~{keys.DEAD_BYTES}"
@@ -108,6 +109,8 @@ _DROPPING = (
     _selector("+hincrby", _BODY_BYTES),
     _selector("+unlink", _BODY),
 )
+#: To note which tasks have ended; not to see which others have.
+_NOTING = (_selector("+lpush", "+ltrim", *_HISTORY),)
 #: To free the idempotency key of a task that did not run.
 _FREEING = (_selector("+hget", "+hdel", _KEYED),)
 #: To set a task aside, and to drop the oldest dead letters when there are too many.
@@ -116,6 +119,12 @@ _BURYING = (
     _selector("+zadd", "+zscore", "+zrem", "+zrange", _DEAD_AGES),
     _selector("+get", "+set", _DEAD_BYTES),
     _selector("+strlen", "+unlink", _BODY),
+)
+#: To send a dead letter again, or to drop it.
+_REVIVING = (
+    _selector("+hget", "+hexists", "+hdel", "+hstrlen", _DEAD),
+    _selector("+zrem", _DEAD_AGES),
+    _selector("+get", "+set", _DEAD_BYTES),
 )
 #: To begin an epoch, and to write the first format number.
 _BEGINNING = (_selector("+get", "+set", _FORMAT), _selector("+hget", "+hset", _EPOCHS))
@@ -137,7 +146,8 @@ def _chaining(queues: Sequence[str]) -> str:
 #: User -> rules, the root part first.
 RULES: Mapping[str, Sequence[str]] = {
     "admin": ("~*", "&*", "+@all"),
-    # Appends to queues and reads states; takes nothing out, and sees no payload.
+    # Appends to queues, and reads and forgets states; takes nothing out, and sees no payload but a dead
+    # letter's, which it may send again.
     "api": (
         *(*_CONNECTION, *_SCRIPTS, *_LISTENING, *_TELLING, "+time", "+info"),
         *(*_LISTS, _RESULTS, _BODY),
@@ -156,6 +166,10 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+hgetall", _BODY_BYTES, _HOSTS),
         _selector("+hincrby", _ENDED),
         *_DROPPING,
+        *_NOTING,
+        _selector("+llen", "+lindex", "+lrange", *_HISTORY),
+        _selector("+ttl", "+unlink", _RESULTS),
+        *_REVIVING,
         *_ANNOUNCING,
         *_COUNTING,
     ),
@@ -194,6 +208,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", "+expire", _RESULTS),
         _selector("+get", _BODY),
         *_DROPPING,
+        *_NOTING,
         *_FREEING,
         # A large result is set beside, and renamed when its task has ended.
         _selector("+set", "+strlen", "+rename", _BESIDE, _RESULTS),
@@ -222,6 +237,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+hget", "+hset", "+hkeys", "+hdel", _SIGNATURES),
         _selector("+set", "+mget", "+getrange", "+expire", _RESULTS),
         *_DROPPING,
+        *_NOTING,
         *_FREEING,
         *_BEGINNING,
         *_ANNOUNCING,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Self, Unpack
 
@@ -15,7 +16,6 @@ from gpuinfer.client.core import (
     Call,
     Origin,
     Waiting,
-    not_found,
 )
 from gpuinfer.client.driver import Driver, refuse_key
 from gpuinfer.client.outgoing import Outgoing
@@ -24,7 +24,7 @@ from gpuinfer.client.subscription import RETRY_S
 from gpuinfer.client.waits import Waits, Watch
 from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, WaitTimeout
 from gpuinfer.models.signature import Signature
-from gpuinfer.queue import catalogue, keys, readiness, results
+from gpuinfer.queue import catalogue, dead, depth, heartbeats, history, keys, readiness, results
 from gpuinfer.queue import format as layout
 from gpuinfer.queue.connection import connect_async, typed_errors
 from gpuinfer.queue.message import Submission
@@ -52,6 +52,9 @@ class AsyncClient(Driver):
         self._pipe = Pipe(self._redis, options["socket_timeout"])
         self._submit = self._pipe.script("submit")
         self._cancel = self._pipe.script("cancel")
+        self._history = self._pipe.script("history")
+        self._forget = self._pipe.script("erase")
+        self._revive = self._pipe.script("revive")
         self._outgoing = Outgoing(self._call, self._settings.queue)
         self._origin = Origin()
         self._waits = Waits(self._redis, self._origin, self._user)
@@ -93,6 +96,16 @@ class AsyncClient(Driver):
         with typed_errors(self._user):
             layout.check(await self._pipe.call("GET", keys.FORMAT_KEY))
 
+    async def queues(self) -> depth.Depth:
+        """Return what waits, what is in flight, and which queues are paused. Raises BrokerUnavailable."""
+        with typed_errors(self._user):
+            return await depth.alook(self._redis)
+
+    async def workers(self) -> list[dict[str, Any]]:
+        """Return what each worker's last heartbeat says. Raises BrokerUnavailable."""
+        with typed_errors(self._user):
+            return heartbeats.shown(*await heartbeats.aread(self._redis))
+
     async def capacity(self) -> readiness.Capacity:
         """Return which workers serve now, and which instances a live watcher may start.
 
@@ -107,6 +120,25 @@ class AsyncClient(Driver):
             counts: Any = await self._pipe.call("HGETALL", keys.CLAIMED)
         values = counts.values() if isinstance(counts, dict) else counts[1::2]  # by Redis's protocol
         return sum(map(int, values))
+
+    async def tasks(
+        self,
+        *,
+        status: str | None = None,
+        model: str | None = None,
+        before: str | float | None = None,
+        limit: int = history.USUAL,
+    ) -> history.Page:
+        """Return tasks that have ended, the newest first: of the last 10,000, and with ``status="failed"`` of
+        up to 100,000 of a day. ``before`` is the last page's, or a time.
+
+        Raises InputError, BrokerUnavailable.
+        """
+        search = history.Search(status=status, model=model, before=before, limit=limit)
+        with typed_errors(self._user):
+            while not search.done:
+                search.take(await self._history([], search.args), time.time())
+        return search.page
 
     # -- submitting -----------------------------------------------------------------------
 
@@ -235,6 +267,32 @@ class AsyncClient(Driver):
         with typed_errors(self._user):
             return bool(await self._cancel(*core.cancel_call(task_id, self._origin, self._settings.queue)))
 
+    async def retry(self, task_id: str) -> None:
+        """Send a dead letter to its queue again, under its id.
+
+        Raises WrongState for a task that is none, TaskNotFound, InputError where it can never run,
+        BrokerError.
+        """
+        core.result_key(task_id)
+        with typed_errors(self._user):
+            letter = await self._pipe.call("HGET", keys.DEAD, task_id)
+            if letter is not None:
+                list_key, args = dead.revival(task_id, letter)
+                dead.revived(task_id, list_key, await self._revive([list_key], args))
+                return
+        raise core.no_retry(await self.status(task_id))
+
+    async def forget(self, task_id: str) -> None:
+        """Delete a task that has ended: its result, and the dead letter that it may be.
+
+        Raises WrongState for one that has not, TaskNotFound, InputError, BrokerError.
+        """
+        key = core.result_key(task_id)
+        with typed_errors(self._user):
+            answer = int(await self._forget([key], [task_id]))
+        if error := core.refused_erasure(answer, task_id, self._origin):
+            raise error
+
     # -- waiting --------------------------------------------------------------------------
 
     async def status(self, task_id: str) -> TaskStatus:
@@ -246,7 +304,7 @@ class AsyncClient(Driver):
         except BrokerError as exc:
             raise core.of_task(task_id, exc) from exc
         if meta is None:
-            raise not_found(task_id)
+            raise core.gone(task_id, self._origin)
         return results.parse(task_id, meta)
 
     async def wait(self, task_id: str, timeout_s: float | None = None) -> TaskStatus:

@@ -21,9 +21,11 @@ from gpuinfer.errors import (
     GpuinferError,
     InputError,
     PayloadTooLarge,
+    ResultGone,
     TaskNotFound,
     TaskRevoked,
     UnreadableResult,
+    WrongState,
 )
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.direct import Argument
@@ -312,6 +314,34 @@ def not_found(task_id: str) -> TaskNotFound:
 def of_task(task_id: str, exc: BrokerError) -> GpuinferError:
     """Return the error for a task whose key has another type, any other error as it is."""
     return results.unreadable(task_id, "no text") if "WRONGTYPE" in str(exc) else exc
+
+
+def gone(task_id: str, origin: Origin) -> TaskNotFound:
+    """Return the error for an id that Redis knows nothing of, which ``origin`` may have made itself."""
+    if not origin.made(task_id):
+        return not_found(task_id)
+    return ResultGone(f"task {task_id} is known, but its result has expired or was deleted", "task_id")
+
+
+def refused_erasure(answer: int, task_id: str, origin: Origin) -> GpuinferError | None:
+    """Return why a task cannot be forgotten, by the answer of the script; None where it was."""
+    if answer > 0:
+        return None
+    if answer == 0:
+        return gone(task_id, origin)
+    why = "has not ended; cancel it first" if answer == -1 else "was cancelled, and its message still waits"
+    return WrongState(f"task {task_id} {why}", "task_id")
+
+
+def no_retry(status: TaskStatus) -> WrongState:
+    """Return the error for a task that is no dead letter."""
+    if not status.final:
+        return WrongState(f"task {status.id} has not ended: there is nothing to retry", "task_id")
+    return WrongState(
+        f"task {status.id} is {status.state}, and its inputs are not kept: submit it again. Those of "
+        "dead letters are",
+        "task_id",
+    )
 
 
 def result_key(task_id: object) -> str:

@@ -25,12 +25,11 @@ from gpuinfer.client.core import (
     Call,
     Origin,
     Waiting,
-    not_found,
 )
 from gpuinfer.client.driver import Driver, refuse_key
 from gpuinfer.client.listener import Listener
 from gpuinfer.errors import BrokerError, InputError, WaitTimeout
-from gpuinfer.queue import keys, results
+from gpuinfer.queue import dead, history, keys, results
 from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors
 from gpuinfer.queue.direct import Direct
 from gpuinfer.queue.options import Options, documented
@@ -56,6 +55,8 @@ class Client(Driver):
         self._submit = self._direct.bind("submit")
         self._submit_bulk = bind(self._redis, "submit")
         self._cancel = bind(self._redis, "cancel")
+        self._history = bind(self._redis, "history")
+        self._forget = bind(self._redis, "erase")
         #: Subscriptions nobody waits on: a connection for each wait would be most of a wait's price.
         self._listeners: list[Listener] = []
         self._made_by = Origin()
@@ -213,6 +214,51 @@ class Client(Driver):
         with typed_errors(self._user):
             return bool(self._cancel(keys=names, args=args))
 
+    def retry(self, task_id: str) -> None:
+        """Send a dead letter to its queue again, under its id.
+
+        Raises WrongState for a task that is none, TaskNotFound, InputError where it can never run,
+        BrokerError.
+        """
+        core.result_key(task_id)
+        with typed_errors(self._user):
+            if self._direct.call("HEXISTS", keys.DEAD, task_id):
+                dead.retry(self._redis, task_id)
+                return
+        raise core.no_retry(self.status(task_id))
+
+    def forget(self, task_id: str) -> None:
+        """Delete a task that has ended: its result, and the dead letter that it may be.
+
+        Raises WrongState for one that has not, TaskNotFound, InputError, BrokerError.
+        """
+        key = core.result_key(task_id)
+        with typed_errors(self._user):
+            answer = int(self._forget(keys=[key], args=[task_id]))
+        if error := core.refused_erasure(answer, task_id, self._origin):
+            raise error
+
+    # -- looking --------------------------------------------------------------------------
+
+    def tasks(
+        self,
+        *,
+        status: str | None = None,
+        model: str | None = None,
+        before: str | float | None = None,
+        limit: int = history.USUAL,
+    ) -> history.Page:
+        """Return tasks that have ended, the newest first: of the last 10,000, and with ``status="failed"`` of
+        up to 100,000 of a day. ``before`` is the last page's, or a time.
+
+        Raises InputError, BrokerUnavailable.
+        """
+        search = history.Search(status=status, model=model, before=before, limit=limit)
+        with typed_errors(self._user):
+            while not search.done:
+                search.take(self._history(args=search.args), time.time())
+        return search.page
+
     # -- waiting --------------------------------------------------------------------------
 
     def status(self, task_id: str) -> TaskStatus:
@@ -224,7 +270,7 @@ class Client(Driver):
         except BrokerError as exc:
             raise core.of_task(task_id, exc) from exc
         if meta is None:
-            raise not_found(task_id)
+            raise core.gone(task_id, self._origin)
         return results.parse(task_id, meta)
 
     def wait(self, task_id: str, timeout_s: float | None = None) -> TaskStatus:

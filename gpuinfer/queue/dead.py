@@ -135,7 +135,16 @@ def retry(client: redis.Redis, letter_id: str) -> None:
     Raises TaskNotFound, and InputError where it can never run, or has run (another delivery of it succeeded),
     or where something else stands under its list's name. What is refused stays as it is.
     """
-    letter = get(client, letter_id)
+    raw: bytes | None = client.hget(keys.DEAD, letter_id)  # type: ignore[assignment]  # no decode_responses
+    list_key, args = revival(letter_id, raw)
+    revived(letter_id, list_key, bind(client, "revive")(keys=[list_key], args=args))
+
+
+def revival(letter_id: str, raw: bytes | None) -> tuple[str, list[str | bytes | int]]:
+    """Return the key and the arguments of the script that sends a letter again. Raises as ``retry`` does."""
+    if raw is None:
+        raise _missing(letter_id)
+    letter = _parse(letter_id, raw)
     payload = _MARK.sub("{", letter.payload)
     try:
         envelope = peek(payload.encode())
@@ -143,11 +152,15 @@ def retry(client: redis.Redis, letter_id: str) -> None:
         raise InputError(f"cannot be sent again: {exc}; gpuinfer dead drop removes it", letter_id) from None
     if letter.queue not in QUEUES:
         raise InputError(f"cannot be sent again: no queue {letter.queue!r}", letter_id)
-    args = [letter_id, payload, results.PENDING_META, int(bool(envelope and envelope.beside))]
-    revived = bind(client, "revive")(keys=[letter.list_key], args=args)
-    if revived < 0:
-        raise InputError(_REFUSED[revived].format(key=letter.list_key), letter_id)
-    if not revived:
+    beside = int(bool(envelope and envelope.beside))
+    return letter.list_key, [letter_id, payload, results.PENDING_META, beside]
+
+
+def revived(letter_id: str, list_key: str, answer: int) -> None:
+    """Read the answer of the script. Raises as ``retry`` does."""
+    if answer < 0:
+        raise InputError(_REFUSED[answer].format(key=list_key), letter_id)
+    if not answer:
         raise _missing(letter_id)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import redis
+import redis.asyncio
 
 from gpuinfer.queue import keys
 from gpuinfer.queue.scripts import bind
@@ -171,7 +171,23 @@ def look(client: redis.Redis, workers: Sequence[str] = (), *, ahead_s: float = 0
         for name in names:
             pipe.hlen(keys.inflight(name))
         pipe.hlen(keys.DEAD)
-        answer, *counts = pipe.execute()
+        return _depth(names, pipe.execute())
+
+
+async def alook(client: redis.asyncio.Redis) -> Depth:
+    """Count, as ``look`` does."""
+    found: list[bytes] = await client.zrange(keys.WORKERS, 0, -1)  # type: ignore[assignment]  # not decoded
+    names = sorted(name.decode() for name in found)
+    async with client.pipeline(transaction=False) as pipe:
+        await bind(client, "depth")(args=[0], client=pipe)
+        for name in names:
+            pipe.hlen(keys.inflight(name))
+        pipe.hlen(keys.DEAD)
+        return _depth(names, await pipe.execute())
+
+
+def _depth(names: Sequence[str], answers: Sequence[Any]) -> Depth:
+    answer, *counts = answers
     # Two fields a task, and perhaps one that notes what runs.
     held = {name: fields // 2 for name, fields in zip(names, counts[:-1], strict=True)}
     return Depth(

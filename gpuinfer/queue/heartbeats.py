@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
-import redis
+import redis.asyncio
 
 from gpuinfer.errors import WorkerRunning
 from gpuinfer.queue import keys
@@ -61,6 +61,34 @@ def _body(text: bytes | None) -> dict[str, Any] | None:
     except orjson.JSONDecodeError:
         return None
     return body if isinstance(body, dict) and isinstance(body.get("at", 0.0), int | float) else None
+
+
+async def aread(client: redis.asyncio.Redis) -> tuple[dict[str, dict[str, Any]], float]:
+    """Return the last heartbeats of all workers, and Redis's time, as ``read`` does."""
+    found: list[bytes] = await client.zrange(keys.WORKERS, 0, -1)  # type: ignore[assignment]  # not decoded
+    names = [name.decode() for name in found]
+    async with client.pipeline(transaction=False) as pipe:
+        pipe.time()
+        for name in names:
+            pipe.get(keys.heartbeat(name))
+        return parse(names, await pipe.execute())
+
+
+#: What of a heartbeat is shown, where it is there.
+_SHOWN = (
+    *("host", "gpu", "pid", "state", "device", "models", "missing", "queues"),
+    *("done", "rate", "running", "version"),
+)
+
+
+def shown(beats: Mapping[str, dict[str, Any]], now: float) -> list[dict[str, Any]]:
+    """Return heartbeats for JSON, by the workers' names; ``alive`` and ``seen_s`` by Redis's time."""
+    return [
+        {"worker": worker}
+        | {name: body[name] for name in _SHOWN if name in body}
+        | {"alive": now - (at := body.get("at", 0.0)) <= FRESH_S, "seen_s": round(max(0.0, now - at), 1)}
+        for worker, body in sorted(beats.items())
+    ]
 
 
 def wait_for_namesake(

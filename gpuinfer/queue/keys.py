@@ -99,9 +99,14 @@ TURNS = "gpuinfer:turns"
 CLAIMED = "gpuinfer:claimed"
 #: ``outcome tier model`` -> how many tasks ended so; ``bytes tier model`` -> bytes of their results.
 ENDED = "gpuinfer:ended"
+#: The tasks that ended last, the newest first; and those that failed (see ``history``).
+HISTORY = "gpuinfer:history"
+FAILURES = "gpuinfer:history:failed"
 
 #: What the name of a group begins with that serves one model: it needs no order.
 ONE_MODEL = "one-"
+#: How many tasks that ended are remembered, and how many that failed; as many as this more at times.
+HISTORY_MOST, FAILURES_MOST, HISTORY_SLACK = 10_000, 100_000, 1000
 #: Separates a caller from the rest of a queue's name; no model's name has it.
 CALLER = "@"
 #: Bytes that an idempotency key takes in Redis, about.

@@ -58,7 +58,7 @@ class TaskStatus:
     began_at: Any = None
     ended_at: Any = None
     #: What else its meta tells, unchecked: queue, model, version, priority, expires (seconds since the
-    #: epoch), attempt, run_ms, batch_size, metadata; while it waits, ``list`` and ``nth`` (see ``waiting``).
+    #: epoch), attempt, run_ms, batch_size, metadata.
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -150,10 +150,7 @@ def started(
     times: Times | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """Return the meta of a task that has begun; ``progress``: how much of it is done, 0 to 1, where known.
-
-    ``about`` comes last: the script that lets the task wait again keeps that part (``states.lua``).
-    """
+    """Return the meta of a task that has begun; ``progress``: how much of it is done, 0 to 1, where known."""
     where: dict[str, Any] = {"pid": pid, "hostname": worker}
     if progress is not None:
         where["progress"] = progress
@@ -267,7 +264,7 @@ def from_body(task_id: str, body: dict[str, Any]) -> TaskStatus:
         redelivered=bool(body.get("redelivered")),
         worker=worker,
         progress=progress if isinstance(progress, int | float) else None,
-        sent_at=body.get("sent_at", about.get("created")),
+        sent_at=body.get("sent_at"),
         began_at=body.get("began_at"),
         ended_at=body.get("date_done"),
         about=about,

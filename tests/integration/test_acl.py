@@ -88,7 +88,7 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
         ("HSET", keys.epoch(NAME), "number", "9"),
         ("HDEL", keys.epoch(NAME), "number"),
         ("HSET", keys.DEAD, "letter", "{}"),
-        ("HDEL", keys.DEAD, "letter"),
+        ("HGETALL", keys.DEAD),
         ("DEL", keys.result("1")),
         ("HDEL", keys.ENDED, "completed realtime digits"),
         ("SET", keys.FORMAT_KEY, "9"),

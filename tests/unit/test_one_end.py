@@ -21,7 +21,17 @@ LIBRARIES = ("states", "ends")
 #: Commands of redis-py, and of Redis, that read a key. Who listens to its channel writes nothing.
 READING = {"get", "mget", "exists", "ttl", "strlen", "getrange", "subscribe", "unsubscribe", "GET", "MGET"}
 #: What Python does with a result's name beside: takes it apart, or passes it on.
-BESIDE = {"removeprefix", "result", "_cancel", "append", "add", "bool", "parse", "UnreadableResult"}
+BESIDE = {
+    "removeprefix",
+    "result",
+    "_cancel",
+    "_forget",
+    "append",
+    "add",
+    "bool",
+    "parse",
+    "UnreadableResult",
+}
 
 
 def code(file: Path) -> str:
@@ -42,7 +52,9 @@ def test_no_other_script_sets_a_result(file: Path) -> None:
 def test_a_script_that_is_given_a_result_writes_nothing_itself() -> None:
     """``cancel`` names the key for Redis's sake; what is written there, ``finish`` writes."""
     given = [file.stem for file in LUA if re.search(r"^-- KEYS:.*result", file.read_text(), re.M)]
-    assert given == ["cancel"]
+    assert given == ["cancel", "erase"]
+    called = re.findall(r"redis\.p?call\('(\w+)'", code(PACKAGE / "queue" / "lua" / "erase.lua"))
+    assert set(called) == {"TTL"}
     called = re.findall(r"redis\.p?call\('(\w+)'", code(PACKAGE / "queue" / "lua" / "cancel.lua"))
     assert set(called) == {"GETRANGE", "INFO"}  # reads: whether it has ended, and whether Redis is full
 

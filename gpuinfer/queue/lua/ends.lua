@@ -149,7 +149,7 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
     if uncounted and not counted then return nil, uncounted end
     counted = true
   end
-  local written, channels, metas, replies, ids = 0, {}, {}, {}, {}
+  local written, channels, metas, replies, ids, ended = 0, {}, {}, {}, {}, {}
   for k = 1, n do
     local i = open[k]
     ids[k] = flat[i]
@@ -185,8 +185,10 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
         replies[reply] = {meta}
       end
     end
-    -- Later: a job's count, the outbox of web hooks, history, a stream's end.
+    ended[3 * k - 2], ended[3 * k - 1], ended[3 * k] = flat[i + 4], flat[i], meta
+    -- Later: a job's count, the outbox of web hooks, a stream's end.
   end
+  note_ends(ended)
   if bodies then drop_bodies(ids, keep_bodies) end
   tell(channels, metas, replies)
   return written, refused

@@ -17,6 +17,9 @@ local function expire_state(id, ttl) return redis.call('EXPIRE', RESULT_PREFIX .
 -- Write a state that passes: waiting, or started. Without a TTL: it is never evicted.
 local function write_passing(id, meta, ...) return redis.call('SET', RESULT_PREFIX .. id, meta, ...) end
 
+-- Drop what stands under a task's result key; return how many keys that were.
+local function drop_state(id) return redis.call('UNLINK', RESULT_PREFIX .. id) end
+
 -- Return an error unless this user may run a command: a script refused half way is not undone.
 local function may(...)
   if not redis.acl_check_cmd(...) then
@@ -38,6 +41,36 @@ local function count_ends(label, count, bytes)
   local answer = redis.pcall('HINCRBY', ENDED, label, count)
   if type(answer) == 'table' then return answer end
   if bytes then redis.pcall('HINCRBY', ENDED, 'bytes' .. string.match(label, '^%S*(.*)$'), bytes) end
+end
+
+-- Add entries to a list of the history, and drop the oldest now and then. What Redis refuses here keeps no task from its
+-- end.
+local function remember(past, entries, most)
+  for first = 1, #entries, 1000 do
+    local length = redis.pcall('LPUSH', past, unpack(entries, first, math.min(first + 999, #entries)))
+    if type(length) == 'number' and length > most + HISTORY_SLACK then redis.pcall('LTRIM', past, 0, most - 1) end
+  end
+end
+
+-- Note ends in the history: {label, id, meta, ...}. An entry is 'microseconds label\nid\nerror', and no two have one
+-- time: a call takes longer than a microsecond a task. An id that somebody has made up is not noted.
+local function note_ends(ends)
+  local time = redis.call('TIME')
+  local at, entries, failures = time[1] * 1000000 + time[2], {}, {}
+  for i = 1, #ends, 3 do
+    local label, id = ends[i], ends[i + 1]
+    if #id <= 200 and label ~= 'cancelled_unknown' and not string.find(id, '\n', 1, true) then
+      local entry = string.format('%.0f %s\n%s\n', at, label, id)
+      if string.find(label, '^[fdn]') then -- failed, dead, not_run
+        entry = entry .. (string.match(string.sub(ends[i + 2], 1, 200), '"exc_type": ?"(%w+)"') or '')
+        failures[#failures + 1] = entry
+      end
+      entries[#entries + 1] = entry
+      at = at + 1
+    end
+  end
+  remember(HISTORY, entries, HISTORY_MOST)
+  remember(FAILURES, failures, FAILURES_MOST)
 end
 
 -- The ids that `finish` has found, or made, REVOKED: a set, or nil. Their idempotency keys stand for nothing.
@@ -63,5 +96,6 @@ local function finish_one(id, meta, reply, label, ttl)
     local channel = reply
     redis.call('PUBLISH', channel, '[' .. meta .. ']')
   end
+  note_ends({label, id, meta})
   return 1, {}
 end

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A task as a resource: look at it, wait for it, cancel, retry, delete; and what has ended."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from gpuinfer.api import query, task_schemas
+from gpuinfer.api.answers import answer
+from gpuinfer.api.middleware import note
+from gpuinfer.api.shared import shared
+from gpuinfer.api.waiting import until_ended, waiting_time
+from gpuinfer.errors import WrongState
+from gpuinfer.queue.history import USUAL
+from gpuinfer.queue.resource import to_resource
+from gpuinfer.queue.results import TaskStatus
+
+router = APIRouter()
+
+_WAIT = frozenset({"wait"})
+_LISTED = frozenset({"status", "model", "before", "limit"})
+_NONE: frozenset[str] = frozenset()
+
+
+@router.get(
+    "/tasks",
+    tags=["tasks"],
+    summary="Tasks that have ended",
+    responses=task_schemas.LIST_RESPONSES,
+    openapi_extra=task_schemas.LIST_PARAMETERS,
+)
+async def tasks(request: Request) -> Response:
+    """The newest first: of the last 10,000, and with `status=failed` of up to 100,000 of a day. `next` is the
+    URL of the next page, null at the end."""
+    given = query.parse(request.scope, _LISTED)
+    limit = given.get("limit", str(USUAL))
+    page = await shared(request.scope).client.tasks(
+        status=given.get("status"),
+        model=given.get("model"),
+        before=given.get("before"),
+        limit=int(limit) if limit.isascii() and limit.isdecimal() and len(limit) < 10 else -1,
+    )
+    url = None
+    if page.before is not None:
+        url = str(request.url.include_query_params(before=page.before).replace(scheme="", netloc=""))
+    return answer({"tasks": [task.to_dict() for task in page.tasks], "next": url})
+
+
+@router.get(
+    "/tasks/{task_id:path}/result",
+    tags=["tasks"],
+    summary="The result of a task by itself",
+    responses=task_schemas.BARE_RESPONSES,
+    openapi_extra=task_schemas.WAIT_PARAMETER,
+)
+async def bare_result(request: Request, task_id: str) -> Response:
+    """The result in its own content type: JSON, or plain text where it is a text. A task that failed has its
+    error's status; one that has not ended is a 202 with the task."""
+    status = await _ended(request, task_id)
+    if not status.final:
+        return answer(to_resource(status), 202)
+    if status.error is not None:
+        raise status.error
+    if isinstance(status.result, str):
+        return Response(status.result.encode(errors="replace"), media_type="text/plain; charset=utf-8")
+    return answer(status.result)
+
+
+@router.get(
+    "/tasks/{task_id:path}",
+    tags=["tasks"],
+    summary="A task",
+    responses=task_schemas.TASK_RESPONSES,
+    openapi_extra=task_schemas.WAIT_PARAMETER,
+)
+async def task(request: Request, task_id: str) -> Response:
+    """Answer at once, or with `wait` as soon as the task has ended. A failed task is a 200, too."""
+    return answer(to_resource(await _ended(request, task_id)))
+
+
+async def _ended(request: Request, task_id: str) -> TaskStatus:
+    note(request.scope, task_id=task_id)
+    given = query.parse(request.scope, _WAIT)
+    seconds = waiting_time(given.get("wait"), shared(request.scope).settings.api.max_wait_s)
+    return await until_ended(request.scope, request.receive, task_id, seconds)
+
+
+@router.post(
+    "/tasks/{task_id:path}/cancel",
+    tags=["tasks"],
+    summary="Cancel a task that waits or runs",
+    responses=task_schemas.CANCEL_RESPONSES,
+)
+async def cancel(request: Request, task_id: str) -> Response:
+    """Answer the task as it is then; 409 when it has ended otherwise. To cancel twice is no error."""
+    query.parse(request.scope, _NONE)
+    note(request.scope, task_id=task_id)
+    client = shared(request.scope).client
+    status = await client.status(task_id)
+    if await client.cancel(task_id):
+        note(request.scope, action="task_cancelled")
+    status = await client.status(task_id)
+    if status.state != "revoked":
+        raise WrongState(f"task {task_id} has ended before: it is {status.state}", "task_id")
+    return answer(to_resource(status))
+
+
+@router.post(
+    "/tasks/{task_id:path}/retry",
+    tags=["tasks"],
+    summary="Send a dead letter to its queue again",
+    responses=task_schemas.RETRY_RESPONSES,
+)
+async def retry(request: Request, task_id: str) -> Response:
+    """A task that killed its workers is a dead letter: it waits again, under its id. 409 for any other: its
+    inputs are not kept."""
+    query.parse(request.scope, _NONE)
+    note(request.scope, task_id=task_id)
+    client = shared(request.scope).client
+    await client.retry(task_id)
+    note(request.scope, action="task_retried")
+    return answer(to_resource(await client.status(task_id)), 202)
+
+
+@router.delete(
+    "/tasks/{task_id:path}",
+    status_code=204,
+    tags=["tasks"],
+    summary="Delete a task that has ended",
+    responses=task_schemas.DELETE_RESPONSES,
+)
+async def delete(request: Request, task_id: str) -> Response:
+    """Its result goes, and the dead letter that it may be; 409 while it waits or runs."""
+    query.parse(request.scope, _NONE)
+    note(request.scope, task_id=task_id)
+    await shared(request.scope).client.forget(task_id)
+    note(request.scope, action="task_deleted")
+    return Response(status_code=204)
+
+
+@router.get("/queues", tags=["fleet"], summary="What waits", responses=task_schemas.QUEUES_RESPONSES)
+async def queues(request: Request) -> Response:
+    """By queue, priority and model; what is in flight, by worker; and how many dead letters there are."""
+    query.parse(request.scope, _NONE)
+    return answer((await shared(request.scope).client.queues()).to_dict())
+
+
+@router.get("/workers", tags=["fleet"], summary="Who serves", responses=task_schemas.WORKERS_RESPONSES)
+async def workers(request: Request) -> Response:
+    """What each worker's last heartbeat says; `alive` is false when it is older than 10 seconds."""
+    query.parse(request.scope, _NONE)
+    return answer(await shared(request.scope).client.workers())

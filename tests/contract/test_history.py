@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scripts note of tasks that have ended, and what is forgotten on request."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpuinfer import Client
+from gpuinfer.errors import ResultGone, TaskFailed, TaskNotFound, WrongState
+from gpuinfer.queue import keys, results
+from gpuinfer.queue.claims import Final
+from gpuinfer.queue.message import decode
+from gpuinfer.queue.store import Store
+from tests.contract.conftest import done
+
+pytestmark = pytest.mark.integration
+
+
+def labelled(final: Final, label: str = "completed realtime digits") -> Final:
+    return final._replace(label=label)
+
+
+def test_the_newest_first_page_by_page(store: Store, client: Client) -> None:
+    """Each end once, in its order, whether it came alone or with others; by model, state and page."""
+    ids = client.submit_many([[1]] * 5)
+    claimed = store.claim(10)
+    store.settle([labelled(done(claimed[0]))])
+    store.settle([labelled(done(task)) for task in claimed[1:4]])
+    meta = results.failure(ids[4], TaskFailed("it failed"), worker="w")
+    last = Final(claimed[4].seq, ids[4], meta, label="failed realtime digits")
+    store.settle([last], idle=True)
+    store.settle([last], idle=True)  # an answer was lost
+    waits = client.submit([1])
+    client.cancel(waits)
+    page = client.tasks(limit=4)
+    assert [task.id for task in page.tasks] == [waits, *reversed(ids[2:])]
+    assert page.before is not None
+    rest = client.tasks(before=page.before)
+    assert ([task.id for task in rest.tasks], rest.before) == (ids[1::-1], None)
+    (failed,) = client.tasks(status="failed", model="digits").tasks
+    assert (failed.id, failed.error, failed.queue) == (ids[4], "task_failed", "realtime")
+    assert client.tasks(model="other").tasks == []
+    assert [task.id for task in client.tasks(status="cancelled").tasks] == [waits]
+
+
+def test_it_is_bounded(store: Store, client: Client) -> None:
+    """The oldest go, a thousand at a time; no long id is noted; what is no list harms nothing."""
+    store.client.rpush(keys.HISTORY, *["1 completed\nold\n"] * (keys.HISTORY_MOST + keys.HISTORY_SLACK))
+    client.submit([1])
+    (task,) = store.claim(1)
+    store.settle([done(task)])
+    assert store.client.llen(keys.HISTORY) == keys.HISTORY_MOST
+    store.settle([Final(None, "i" * 201, results.success("i", 1, worker="w"))])
+    assert store.client.llen(keys.HISTORY) == keys.HISTORY_MOST
+    store.client.set(keys.HISTORY, "text")
+    client.submit([1])
+    (task,) = store.claim(1)
+    store.settle([done(task)])
+    assert client.status(decode(task.payload).id).state == "completed"
+
+
+def test_forget(store: Store, client: Client) -> None:
+    """What has ended is deleted; what has not, or whose message still waits, is not."""
+    with pytest.raises(TaskNotFound):
+        client.forget("nobody")
+    task_id = client.submit([1])
+    with pytest.raises(WrongState, match="cancel it first"):
+        client.forget(task_id)
+    client.cancel(task_id)
+    with pytest.raises(WrongState, match="message still waits"):
+        client.forget(task_id)
+    other = client.submit([1])
+    task = store.claim(2)[-1]
+    store.settle([done(task)])
+    client.forget(other)
+    assert store.client.exists(keys.result(other)) == 0
+    with pytest.raises(ResultGone):
+        client.status(other)
+    with pytest.raises(ResultGone):
+        client.forget(other)
+
+
+def test_retry(store: Store, client: Client) -> None:
+    """A dead letter waits again, under its id; nothing else has inputs to be sent again."""
+    task_id = client.submit([1])
+    (task,) = store.claim(1)
+    store.bury(task.seq, task.list_key, task.payload, TaskFailed("it killed two workers"))
+    assert [one.status for one in client.tasks(status="failed").tasks] == ["failed"]
+    client.retry(task_id)
+    assert client.status(task_id).state == "queued"
+    with pytest.raises(WrongState, match="nothing to retry"):
+        client.retry(task_id)
+    (task,) = store.claim(1)
+    store.settle([done(task)])
+    with pytest.raises(WrongState, match="inputs are not kept"):
+        client.retry(task_id)
+    task_id = client.submit([1])
+    (task,) = store.claim(1)
+    store.bury(task.seq, task.list_key, task.payload, TaskFailed("it killed two workers"))
+    client.forget(task_id)
+    assert store.client.hlen(keys.DEAD) == 0
