@@ -12,12 +12,12 @@ from gpuinfer.api import admission, encodings, query, uploads
 from gpuinfer.api.middleware import note
 from gpuinfer.api.reply import send_json
 from gpuinfer.api.shared import header, shared
+from gpuinfer.api.showing import shown
 from gpuinfer.api.waiting import bounded, preferred_time, until_ended, waiting_time
 from gpuinfer.client import Options
 from gpuinfer.errors import IdempotencyConflict, InputError, TaskExists
 from gpuinfer.queue.message import Json, Submission
 from gpuinfer.queue.options import OPTIONS, TRACEPARENT
-from gpuinfer.queue.resource import to_resource
 from gpuinfer.queue.results import TaskStatus
 
 #: What the URL of a submission may have.
@@ -113,7 +113,7 @@ async def _answer(scope: Scope, send: Send, asked: Asked, status: TaskStatus) ->
     headers = [] if status.final else [(b"location", b"/result/" + status.id.encode())]
     if asked.preferred:  # RFC 7240
         headers.append((b"preference-applied", b"wait=%d" % asked.wait_s))
-    await send_json(scope, send, to_resource(status), 200 if status.final else 202, headers)
+    await send_json(scope, send, await shown(scope, status), 200 if status.final else 202, headers)
 
 
 async def _sent_and_ended(scope: Scope, receive: Receive, task: Submission, seconds: float) -> TaskStatus:

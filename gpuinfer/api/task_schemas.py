@@ -30,9 +30,13 @@ TASK: JsonSchema = {
         "redelivered": {"type": "boolean"},
         "position": {
             "type": ["integer", "null"],
-            "description": "1 is the next; null: not known.",
+            "description": "While it waits, by counters: 1 is the next of its queue and priority, and 0 with "
+            "a worker already, as 1 may be. Tasks of a higher priority go before it; null: not known.",
         },
-        "estimated_start_at": {**_TIME, "description": "While it waits; null: not known."},
+        "estimated_start_at": {
+            **_TIME,
+            "description": "While it waits, by how fast its queue was served since it came; null: not known.",
+        },
         "progress": {"type": "number", "description": "0 to 1, while it runs, where its model tells."},
         "result": {"description": "There when completed."},
         "error": {**schemas.ERROR["properties"]["error"], "description": "There when it has none."},

@@ -9,10 +9,10 @@ from gpuinfer.api import query, task_schemas
 from gpuinfer.api.answers import answer
 from gpuinfer.api.middleware import note
 from gpuinfer.api.shared import shared
+from gpuinfer.api.showing import shown
 from gpuinfer.api.waiting import until_ended, waiting_time
 from gpuinfer.errors import WrongState
 from gpuinfer.queue.history import USUAL
-from gpuinfer.queue.resource import to_resource
 from gpuinfer.queue.results import TaskStatus
 
 router = APIRouter()
@@ -58,7 +58,7 @@ async def bare_result(request: Request, task_id: str) -> Response:
     error's status; one that has not ended is a 202 with the task."""
     status = await _ended(request, task_id)
     if not status.final:
-        return answer(to_resource(status), 202)
+        return answer(await shown(request.scope, status), 202)
     if status.error is not None:
         raise status.error
     if isinstance(status.result, str):
@@ -75,7 +75,7 @@ async def bare_result(request: Request, task_id: str) -> Response:
 )
 async def task(request: Request, task_id: str) -> Response:
     """Answer at once, or with `wait` as soon as the task has ended. A failed task is a 200, too."""
-    return answer(to_resource(await _ended(request, task_id)))
+    return answer(await shown(request.scope, await _ended(request, task_id)))
 
 
 async def _ended(request: Request, task_id: str) -> TaskStatus:
@@ -102,7 +102,7 @@ async def cancel(request: Request, task_id: str) -> Response:
     status = await client.status(task_id)
     if status.state != "revoked":
         raise WrongState(f"task {task_id} has ended before: it is {status.state}", "task_id")
-    return answer(to_resource(status))
+    return answer(await shown(request.scope, status))
 
 
 @router.post(
@@ -119,7 +119,7 @@ async def retry(request: Request, task_id: str) -> Response:
     client = shared(request.scope).client
     await client.retry(task_id)
     note(request.scope, action="task_retried")
-    return answer(to_resource(await client.status(task_id)), 202)
+    return answer(await shown(request.scope, await client.status(task_id)), 202)
 
 
 @router.delete(

@@ -164,6 +164,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+hincrby", "+hget", "+hset", _ROOM),
         _selector("+memory|usage", *_LISTS, _LATER_SETS),
         _selector("+hgetall", _BODY_BYTES, _HOSTS),
+        _selector("+hget", _CLAIMED),
         _selector("+hincrby", _ENDED),
         *_DROPPING,
         *_NOTING,

@@ -29,6 +29,8 @@ from gpuinfer.queue import format as layout
 from gpuinfer.queue.connection import connect_async, typed_errors
 from gpuinfer.queue.message import Submission
 from gpuinfer.queue.options import Options, documented
+from gpuinfer.queue.position import spot_of
+from gpuinfer.queue.resource import Place
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import Settings
 
@@ -306,6 +308,20 @@ class AsyncClient(Driver):
         if meta is None:
             raise core.gone(task_id, self._origin)
         return results.parse(task_id, meta)
+
+    async def place(self, status: TaskStatus) -> Place | None:
+        """Return where a task stands that waits: an estimate. None where that cannot be told.
+
+        Raises BrokerError.
+        """
+        spot = spot_of(status)
+        if spot is None:
+            return None
+        with typed_errors(self._user):
+            length, claimed = await asyncio.gather(
+                self._pipe.call("LLEN", spot.list), self._pipe.call("HGET", keys.CLAIMED, spot.counter)
+            )
+        return spot.place(int(length), int(claimed or 0), time.time())
 
     async def wait(self, task_id: str, timeout_s: float | None = None) -> TaskStatus:
         """Wait until a task has ended, at most ``timeout_s``; return its state then.

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple, Unpack, cast
 
 import orjson
 
@@ -61,7 +61,7 @@ class Call(NamedTuple):
     @property
     def least(self) -> int:
         """The bytes of its smallest task."""
-        payloads = self.args[_HEAD + 1 :: 2]
+        payloads = self.args[_HEAD + 1 :: 3]
         return min(
             len(str(payload) if isinstance(payload, int) else payload)
             + len(self.bodies.get(keys.body(one), b""))
@@ -75,13 +75,17 @@ class Call(NamedTuple):
 
     def _part(self, first: int, last: int) -> Call:
         ids = self.ids[first:last]
-        args = self.args[:_HEAD] + self.args[_HEAD + 2 * first : _HEAD + 2 * last]
+        tasks = self.args[_HEAD + 3 * first : _HEAD + 3 * last]
+        for at in range(2, len(tasks), 3):
+            number, end, rest = cast("bytes", tasks[at]).partition(b"]")
+            tasks[at] = b"%d%b%b" % (int(number) and at // 3 + 1, end, rest)
+        args = self.args[:_HEAD] + tasks
         bodies = {key: self.bodies[key] for key in map(keys.body, ids) if key in self.bodies}
         return Call(ids, args, bodies)
 
 
 #: The arguments of a call before those of its tasks.
-_HEAD = 11
+_HEAD = 10
 
 
 def full(exc: BaseException) -> Literal["", "any", "size"]:
@@ -219,7 +223,6 @@ def _call(
         submission.model or "",
         submission.caller,
         submission.priority,
-        results.PENDING_META,
         f"{settings.max_waiting} {settings.max_waiting_bytes}",
         key,
         settings.idempotency_ttl_s,
@@ -227,8 +230,9 @@ def _call(
         "" if submission.countdown_s is None else repr(float(submission.countdown_s)),
         settings.max_later,
     ]
-    for task_id, packed in tasks:
-        args += (task_id, packed.payload)
+    waits = submission.countdown_s is None
+    for number, (task_id, packed) in enumerate(tasks, 1):
+        args += (task_id, packed.payload, b"%d%b" % (number if waits else 0, packed.told))
     bodies = {keys.body(task_id): packed.beside for task_id, packed in tasks if packed.beside is not None}
     return Call(tuple(task_id for task_id, _ in tasks), args, bodies)
 

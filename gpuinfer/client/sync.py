@@ -33,6 +33,8 @@ from gpuinfer.queue import dead, history, keys, results
 from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors
 from gpuinfer.queue.direct import Direct
 from gpuinfer.queue.options import Options, documented
+from gpuinfer.queue.position import spot_of
+from gpuinfer.queue.resource import Place
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
@@ -272,6 +274,19 @@ class Client(Driver):
         if meta is None:
             raise core.gone(task_id, self._origin)
         return results.parse(task_id, meta)
+
+    def place(self, status: TaskStatus) -> Place | None:
+        """Return where a task stands that waits: an estimate. None where that cannot be told.
+
+        Raises BrokerError.
+        """
+        spot = spot_of(status)
+        if spot is None:
+            return None
+        with typed_errors(self._user):
+            length = int(self._direct.call("LLEN", spot.list))
+            claimed = int(self._direct.call("HGET", keys.CLAIMED, spot.counter) or 0)
+        return spot.place(length, claimed, time.time())
 
     def wait(self, task_id: str, timeout_s: float | None = None) -> TaskStatus:
         """Wait until a task has ended, at most ``timeout_s``; return its state then.

@@ -77,6 +77,8 @@ class Packed(NamedTuple):
     inputs: bytes
     #: What lies beside the list; None where all is in the message.
     beside: bytes | None = None
+    #: What its state tells of it while it waits, as the script ``submit`` ends the state's JSON.
+    told: bytes = b"]}}"
 
     @property
     def size(self) -> int:
@@ -152,6 +154,8 @@ class Submission:
         if self.model is not None:
             kwargs["model"] = self.model
         options = orjson.dumps((kwargs, _EMBED))[1:]
+        sent = b"%.3f" % time.time()
+        told = self._told(sent)
         size = len(text)
         if placed:
             size += sum(len(raw.data) * 4 // 3 for _, raw in placed)
@@ -159,14 +163,31 @@ class Submission:
             beside = arrays.pack(text, placed)
             body = b"[[],%b" % options
             extra = b',"%b":%d' % (_BESIDE.encode(), len(beside))
-            return Packed(self._message(body, extra), beside, beside)
+            return Packed(self._message(body, sent, extra), beside, beside, told)
         if placed:
             text = _dump_inputs(arrays.inline(rest, placed, many=many))
         body = b"[[%b],%b" % (text, options)
-        return Packed(self._message(body), text)
+        return Packed(self._message(body, sent), text, told=told)
 
-    def _message(self, body: bytes, extra: bytes = b"") -> bytes:
-        """Return the list entry; ``extra`` are more headers, as JSON has them, each behind a comma."""
+    def _told(self, sent: bytes) -> bytes:
+        """Return the rest of a waiting task's state, from the end of its ``place`` on: see submit.lua."""
+        about = b"]"
+        if self.priority:
+            about += b',"priority":%d' % self.priority
+        if self.expires_at is not None:
+            about += b',"expires":%b' % orjson.dumps(float(self.expires_at))
+        if self.caller:
+            about += b',"caller":%b' % orjson.dumps(self.caller)
+        if self.metadata:
+            about += b',"metadata":%b' % orjson.dumps(self.metadata)
+        if self.traceparent:
+            about += b',"traceparent":"%b"' % self.traceparent.encode()
+        return b'%b},"sent_at":%b}' % (about, sent)
+
+    def _message(self, body: bytes, sent: bytes, extra: bytes = b"") -> bytes:
+        """Return the list entry. ``sent``: when it is submitted, in seconds since the epoch; ``extra``: more
+        headers, as JSON has them, each behind a comma.
+        """
         if self.metadata:  # before the key, which is looked for near the end
             extra += b',"%b":%b' % (_METADATA.encode(), orjson.dumps(self.metadata))
         if self.traceparent:
@@ -181,7 +202,6 @@ class Submission:
         expires = b"null"
         if self.expires_at is not None:
             expires = orjson.dumps(datetime.fromtimestamp(self.expires_at, UTC).isoformat())
-        sent = b"%.3f" % time.time()
         return b"".join(
             (a, text, b, task_id, c, task_id, d, expires, e, sent, extra, f, task_id, g, task_id, h)
         )

@@ -19,7 +19,8 @@ _WORDS = {"revoked": "cancelled"}
 class Place(NamedTuple):
     """Where a task stands that waits."""
 
-    #: How many are served before it, and itself; None where that cannot be told.
+    #: How many of its list are served before it, and itself; 0: it was claimed, as it may be at 1. None: not
+    #: known.
     position: int | None = None
     #: When it begins if the queue goes on as it does now, in seconds since the epoch; None: not known.
     starts_at: float | None = None

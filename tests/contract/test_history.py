@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from gpuinfer import Client
@@ -10,6 +12,7 @@ from gpuinfer.errors import ResultGone, TaskFailed, TaskNotFound, WrongState
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Final
 from gpuinfer.queue.message import decode
+from gpuinfer.queue.resource import Place
 from gpuinfer.queue.store import Store
 from tests.contract.conftest import done
 
@@ -99,3 +102,56 @@ def test_retry(store: Store, client: Client) -> None:
     store.bury(task.seq, task.list_key, task.payload, TaskFailed("it killed two workers"))
     client.forget(task_id)
     assert store.client.hlen(keys.DEAD) == 0
+
+
+def place(client: Client, task_id: str) -> Place | None:
+    return client.place(client.status(task_id))
+
+
+def test_what_waits_tells_of_itself(store: Store, client: Client) -> None:
+    """Its queue, model, priority, metadata and times while it waits, as its message has them."""
+    store.register(default="digits")
+    before = time.time()
+    task_id = client.submit([1], priority=3, expires_s=60, metadata={"user": "é\n"}, queue="batch")
+    status = client.status(task_id)
+    expires = status.about.pop("expires")  # type: ignore[attr-defined]
+    assert 59 < expires - before < 120
+    assert status.about == {
+        "queue": "batch",
+        "model": "digits",
+        "priority": 3,
+        "metadata": {"user": "é\n"},
+        "place": [1, -1, 0, 1],
+    }
+    (task,) = store.claim(1)
+    assert decode(task.payload).sent_at == status.sent_at
+
+
+def test_positions(store: Store, client: Client) -> None:
+    """Each in its list, by what is claimed and put back; a model's own list has its own; many in one call."""
+    store.register(default="digits")
+    ids = client.submit_many([[1]] * 3)
+    last = client.submit([1])
+    other = client.submit([1], priority=1)
+    assert [place(client, one) for one in (*ids, last, other)] == [Place(n) for n in (1, 2, 3, 4, 1)]
+    claimed = store.claim(3)  # the other one first, for its priority
+    assert [task.list_key for task in claimed] == ["realtime\x06\x161", "realtime", "realtime"]
+    found = [place(client, one) for one in (*ids, last, other)]
+    assert [one.position for one in found if one] == [0, 0, 1, 2, 0]
+    assert all(one and one.starts_at for one in found[:4])
+    store.release([task.seq for task in claimed])
+    assert [place(client, one) for one in (*ids, last, other)] == [Place(n) for n in (1, 2, 3, 4, 1)]
+    store.claim(3)
+    again = client.submit([1])
+    assert place(client, again) == Place(3)
+
+
+def test_no_position(store: Store, client: Client) -> None:
+    """What waits for its time has none, nor what has ended."""
+    later = client.submit([1], countdown_s=60)
+    assert client.status(later).about["queue"] == "realtime"
+    assert place(client, later) is None
+    task_id = client.submit([1])
+    (task,) = store.claim(1)
+    store.settle([done(task)])
+    assert place(client, task_id) is None

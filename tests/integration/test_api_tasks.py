@@ -14,16 +14,27 @@ pytestmark = pytest.mark.integration
 
 def test_from_queued_to_deleted(api: Api, worker: HandWorker) -> None:
     """Each state of one task; its bare result; its place in the list; and that it is gone at the end."""
+    worker.register()
     body = {"inputs": [1], "metadata": {"user": "7"}}
     task_id = api.http.post("/predict", json=body).json()["task_id"]
     url = f"/tasks/{task_id}"
     found = api.http.get(url).json()
     assert (found["id"], found["status"], found["urls"]["self"]) == (task_id, "queued", url)
+    assert (found["queue"], found["model"], found["metadata"]) == ("realtime", "digits", {"user": "7"})
+    assert (found["position"], found["estimated_start_at"]) == (1, None)
+    assert (created := found["created_at"])
+    behind = f"/tasks/{submit(api)}"
+    assert api.http.get(behind).json()["position"] == 2
     assert api.http.get(f"{url}/result").status_code == 202
     refused = api.http.delete(url)
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "wrong_state")
     (task,) = worker.claim()
     assert decode(task.payload).metadata == {"user": "7"}
+    found = api.http.get(url).json()
+    assert (found["status"], found["position"], found["created_at"]) == ("queued", 1, created)
+    found = api.http.get(behind).json()
+    assert found["position"] == 1
+    assert found["estimated_start_at"] > found["created_at"]
     worker.begin(task)
     assert api.http.get(url).json()["status"] == "running"
     worker.finish(task, {"label": "2"})

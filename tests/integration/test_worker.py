@@ -66,6 +66,12 @@ def test_every_digit_as_directly(workers: Workers, client: Client) -> None:
     assert [answer["class"] for answer in answers] == direct
     assert sum(int(a == b) for a, b in zip(direct, labels, strict=True)) / len(labels) >= 0.98
     assert {answer["device"] for answer in answers} == {"cpu"}
+    # What it tells of a task beside its result.
+    status = client.wait(client.submit(images[0].tolist(), metadata={"user": "7"}), 30)
+    about = dict(status.about)
+    assert about.pop("run_ms") > 0
+    assert about.pop("version") == model.version
+    assert about == {"queue": "realtime", "model": "digits", "batch_size": 1, "metadata": {"user": "7"}}
 
 
 def test_arrays_and_large_bodies(workers: Workers, client: Client, redis_server: RedisServer) -> None:

@@ -16,7 +16,7 @@ local function waiting_among(flat, first, step, last)
     if n < 2 then break end
     local texts, others = redis.call('MGET', unpack(keys)), false
     for k = 1, n do
-      if texts[k] == PENDING_META then
+      if texts[k] and string.sub(texts[k], 1, 32) == PENDING_HEAD then
         waiting[ids[k]] = true
       else
         others = true

@@ -1,6 +1,7 @@
 -- Library: what the name of a list says.
 local SEP = '\6\22'
 local BASE = {realtime = 0, default = 10, batch = 20}
+local LAST_RANK = {realtime = '9', default = '19', batch = '29'}
 local TIERS = {[0] = 'realtime', 'default', 'batch'}
 
 -- Return a list's tier, model ('' for the default one) and rank; nil when its name is not ours.

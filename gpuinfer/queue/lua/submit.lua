@@ -3,11 +3,11 @@
 -- Append tasks to their list, remember their ids, and wake idle workers. Without allow-oom: a full Redis
 -- refuses the whole call before anything is written.
 -- KEYS: large bodies of some of these tasks, which lie there for a minute; from now on, until they have ended
--- ARGV: 1 tier, 2 model ('' for the default one), 3 caller ('' for none), 4 priority, 5 pending meta, 6 how many
---       tasks and bytes may wait, as room.lua has it, 7 an idempotency key and a digest of the request (32
---       characters each) or '', 8 seconds that the key holds, 9 how many keys there may be in a period, 10
---       seconds until they may begin or '', 11 how many tasks may wait for their time in all, then (id, payload)
---       pairs
+-- ARGV: 1 tier, 2 model ('' for the default one), 3 caller ('' for none), 4 priority, 5 how many tasks and bytes
+--       may wait, as room.lua has it, 6 an idempotency key and a digest of the request (32 characters each) or '',
+--       7 seconds that the key holds, 8 how many keys there may be in a period, 9 seconds until they may begin or
+--       '', 10 how many tasks may wait for their time in all, then for each task: id, payload, and the end of its meta,
+--       from its number in this call on
 -- Returns the id that holds: the given one, or the one an idempotency key already stands for. A client's own id is
 -- given with a key made of it: once the key or the id is known, nothing is written.
 -- What is refused leaves nothing behind.
@@ -16,7 +16,7 @@ local function drop_these()
 end
 local function refuse(why)
   -- A call repeated because its answer was lost: all of it was accepted.
-  if state_of(ARGV[12]) then return ARGV[12] end
+  if state_of(ARGV[11]) then return ARGV[11] end
   drop_these()
   return redis.error_reply(why)
 end
@@ -29,70 +29,88 @@ if model ~= '' and not redis.call('ZSCORE', CATALOGUE, model) then
   local what = model == usual and 'UNKNOWN_DEFAULT ' or 'UNKNOWN_MODEL '
   if #known > 0 then return refuse(what .. model .. ' ' .. table.concat(known, ', ')) end
 end
-for _, body in ipairs(KEYS) do
+for i = 1, #KEYS do
+  local body = KEYS[i]
   if redis.call('EXISTS', body) == 0 then return refuse('BODY_GONE') end
 end
-local count = (#ARGV - 11) / 2
-if ARGV[10] ~= '' then
+local count = (#ARGV - 10) / 3
+if ARGV[9] ~= '' then
   -- needs: later
-  if count_later() + count > tonumber(ARGV[11]) then return refuse('LATER_FULL ' .. ARGV[11]) end
+  if count_later() + count > tonumber(ARGV[10]) then return refuse('LATER_FULL ' .. ARGV[10]) end
 end
 local hold_key
-if ARGV[7] ~= '' then
+if ARGV[6] ~= '' then
   -- needs: keyed
-  local key, request, ttl = string.sub(ARGV[7], 1, 32), string.sub(ARGV[7], 33), tonumber(ARGV[8])
+  local key, request, ttl = string.sub(ARGV[6], 1, 32), string.sub(ARGV[6], 33), tonumber(ARGV[7])
   local holder, same = holder_of(key, request)
-  local own = state_of(ARGV[12])
+  local own = state_of(ARGV[11])
   -- One that was cancelled, purged, or too late holds no more, except under its own id.
-  if holder and holder ~= ARGV[12] and state_of(holder) == 'REVOKED' then holder = nil end
+  if holder and holder ~= ARGV[11] and state_of(holder) == 'REVOKED' then holder = nil end
   local conflict = holder and not same or own and not holder and own ~= 'REVOKED'
   if conflict or holder or own then
     if not own or FINAL[own] then drop_these() end
-    return conflict and redis.error_reply('IDEMPOTENCY_CONFLICT') or holder or ARGV[12]
+    return conflict and redis.error_reply('IDEMPOTENCY_CONFLICT') or holder or ARGV[11]
   end
-  local full = refused_at(ttl, tonumber(ARGV[9]))
+  local full = refused_at(ttl, tonumber(ARGV[8]))
   if full then return refuse(string.format('QUEUE_FULL keys %.0f', full)) end
-  hold_key = function() hold(key, request, ARGV[12], ttl) end
+  hold_key = function() hold(key, request, ARGV[11], ttl) end
 end
 local queue, index = tier, ''
 if model ~= '' and model ~= usual then queue, index = queue .. '.' .. model, model end
 if caller ~= '' then queue = queue .. '@' .. caller end
-local rank = BASE[tier] + 9 - priority
+-- Numbers that are often the same are given as texts: to write one out takes half a microsecond.
+local rank = priority == '0' and LAST_RANK[tier] or BASE[tier] + 9 - priority
 local list = priority == '0' and queue or queue .. SEP .. priority
 local length = redis.pcall('LLEN', list)
 if type(length) == 'table' then return refuse(length.err) end
 local size = 0
-for i = 13, #ARGV, 2 do size = size + #ARGV[i] end
-for _, body in ipairs(KEYS) do size = size + redis.call('STRLEN', body) end
-local room = (tier == 'batch' and 'batch ' or 'others ') .. ARGV[6]
-if redis.call('HINCRBY', ROOM, room, -(count + math.floor(size / GRANT_BYTES))) < 0 then
+for i = 12, #ARGV, 3 do size = size + #ARGV[i] end
+for i = 1, #KEYS do
+  local body = KEYS[i]
+  size = size + redis.call('STRLEN', body)
+end
+local room = (tier == 'batch' and 'batch ' or 'others ') .. ARGV[5]
+local taken = count == 1 and size < GRANT_BYTES and '-1' or -(count + math.floor(size / GRANT_BYTES))
+if redis.call('HINCRBY', ROOM, room, taken) < 0 then
   -- needs: room
-  local full = grant_room(tier, count, size, ARGV[6], room)
+  local full = grant_room(tier, count, size, ARGV[5], room)
   if full then return refuse('QUEUE_FULL ' .. full) end
 end
 if hold_key then hold_key() end
+-- A task's place is told by counters: 1 for the default model's lists and 0 for its own, how many were claimed from the
+-- list until now (-1: not looked up), how many wait there, and, from the caller, which of this call's tasks it is. For
+-- one that comes into an empty list the last is enough.
+local is_default = index == ''
+local claimed, ahead = '-1', length == 0 and '0' or string.format('%d', length) -- in half the time of ..
+if length > 0 or count > 1 then
+  local counter = is_default and usual ~= '' and list .. ' ' .. usual or list
+  claimed = redis.call('HGET', CLAIMED, counter) or '0'
+end
+local meta = PENDING_HEAD .. 'null,"about":{"queue":"' .. tier .. '","model":"' .. (is_default and usual or model)
+  .. (is_default and '","place":[1,' or '","place":[0,') .. claimed .. ',' .. ahead .. ','
 local payloads = {}
-for i = 12, #ARGV, 2 do
+for i = 11, #ARGV, 3 do
   -- NX: a call repeated because its answer was lost appends nothing twice.
   -- Without a TTL: what waits is never evicted, and so never forgotten.
-  if write_passing(ARGV[i], ARGV[5], 'NX') then payloads[#payloads + 1] = ARGV[i + 1] end
+  if write_passing(ARGV[i], meta .. ARGV[i + 2], 'NX') then payloads[#payloads + 1] = ARGV[i + 1] end
 end
-for _, body in ipairs(KEYS) do
+for i = 1, #KEYS do
+  local body = KEYS[i]
   local id = string.sub(body, #BODY_PREFIX + 1)
   if not FINAL[state_of(id) or ''] then
     redis.call('PERSIST', body)
     count_body(tier, id)
   end
 end
-if ARGV[10] ~= '' then
+if ARGV[9] ~= '' then
   -- In the order in which they were given. Nobody is woken: who is idle looks when the first is due.
   -- needs: later
-  local entries, at = {}, now() + tonumber(ARGV[10])
+  local entries, at = {}, now() + tonumber(ARGV[9])
   for i, payload in ipairs(payloads) do
     entries[2 * i - 1], entries[2 * i] = string.format('%.6f', at + i / 1000000), payload
   end
   local err = #payloads > 0 and put_later(list, entries)
-  return err or ARGV[12]
+  return err or ARGV[11]
 end
 for first = 1, #payloads, 1000 do
   redis.call('LPUSH', list, unpack(payloads, first, math.min(first + 999, #payloads)))
@@ -104,4 +122,4 @@ if new or redis.call('EXISTS', IDLE) == 1 then
   if new then enter_orders(tier, index, rank) end
   wake(tier, model == '' and usual or model, math.max(1, #payloads))
 end
-return ARGV[12]
+return ARGV[11]
