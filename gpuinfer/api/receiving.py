@@ -26,7 +26,8 @@ class Receiver:
 
     def __init__(self, holding: Holding) -> None:
         self._holding = holding
-        self._waiting: set[asyncio.Future[None]] = set()
+        #: Who waits for room, in the order in which they came.
+        self._waiting: dict[Permit, asyncio.Future[None]] = {}
 
     async def read(self, scope: Scope, receive: Receive, announced: int, limit: int) -> bytes:
         """Return a body of at most ``limit`` bytes; its room is taken until ``release``.
@@ -92,14 +93,15 @@ class Receiver:
         permit.reading = False
         loop = asyncio.get_running_loop()
         deadline = loop.time() + WAIT_S
-        while not self._holding.take(permit, size):
-            self._holding.press(size)
-            if loop.time() >= deadline:
-                raise self._busy()
-            room = loop.create_future()
-            self._waiting.add(room)
-            await asyncio.wait((room,), timeout=min(PRESSED_S, max(0.0, deadline - loop.time())))
-            self._waiting.discard(room)
+        try:
+            while not self._holding.take(permit, size):
+                self._holding.press(size)
+                if loop.time() >= deadline:
+                    raise self._busy()
+                room = self._waiting[permit] = loop.create_future()
+                await asyncio.wait((room,), timeout=min(PRESSED_S, max(0.0, deadline - loop.time())))
+        finally:
+            self._waiting.pop(permit, None)
         permit.reading = True
         self._holding.resume(permit)
 
@@ -108,14 +110,19 @@ class Receiver:
         return FrontBusy(f"this front has no room for another body; api.max_held_mb is {most}")
 
     def release(self, scope: Scope) -> None:
-        """Give the room of a request's body back, where it has any."""
+        """Give the room of a request's body back, where it has any.
+
+        Who came last gets it: where more wait than there is room for, the first have waited in vain already,
+        and one of them that stalls would be the next to hold it.
+        """
         permits: list[Permit] = scope[PERMITS]
+        if not permits:
+            return
         while permits:
             self._holding.leave(permits.pop())
-        for room in self._waiting:
+        for room in reversed(self._waiting.values()):
             if not room.done():
                 room.set_result(None)
-        self._waiting.clear()
 
 
 def _is_here(receive: Receive) -> bool:
