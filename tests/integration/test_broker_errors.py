@@ -58,7 +58,7 @@ async def test_a_missing_right_is_named_to_clients(redis_server: RedisServer) ->
 
 
 def test_http_callers_are_not_told_to_try_again(redis_server: RedisServer, tmp_path: Path) -> None:
-    """A right, and a foreign key under a name of ours: 500 with its code, and no Retry-After."""
+    """A right that lacks: 500 with its code, and no Retry-After; a foreign key under a name of ours: 409."""
     with redis_server.client() as admin:
         admin.execute_command(*("ACL", "SETUSER", "weak", "on", ">pw", "~*", "&*", "+@all", "-evalsha"))
         with Api(redis_server, tmp_path, broker_url=url_of(redis_server, "weak")) as api:
@@ -69,8 +69,8 @@ def test_http_callers_are_not_told_to_try_again(redis_server: RedisServer, tmp_p
             admin.set("gpuinfer:default-model", "digits")
             admin.sadd("celery-task-meta-x", 1)
             answer = api.http.get("/result/x")
-            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "broker_error")
-            assert "another type than ours" in answer.json()["error"]["message"]
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "unreadable_result")
+            assert "another program uses that key" in answer.json()["error"]["message"]
 
 
 async def test_clients_refuse_a_cluster(cluster: RedisServer) -> None:
