@@ -51,8 +51,13 @@ def test_a_sound_checkout(workers: Workers) -> None:
 
 
 def test_the_api_is_asked(workers: Workers, api: Api) -> None:
-    """It says itself that it is ready; a port nobody listens on is never ok."""
-    _, found = doctor(workers, "work.api", api_port=api.address.rpartition(":")[2])
+    """It says itself that it is ready, or what lacks; a port nobody listens on is never ok."""
+    port = api.address.rpartition(":")[2]
+    _, found = doctor(workers, "work.api", api_port=port)
+    assert found["work.api"]["status"] == "warning"
+    assert "not ready: no live worker" in found["work.api"]["message"]
+    workers.start()
+    _, found = doctor(workers, "work.api", api_port=port)
     assert found["work.api"]["status"] == "ok"
     _, found = doctor(workers, "work.api", api_port=free_port())
     assert found["work.api"]["status"] != "ok"
