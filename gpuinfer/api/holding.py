@@ -42,13 +42,14 @@ class Holding:
         self.most_bytes = most_bytes
         self.stall_s = stall_s
         self._clock = clock
-        self._permits: set[Permit] = set()
+        #: In the order in which they began.
+        self._permits: dict[Permit, None] = {}
         self.used = 0
 
     def begin(self) -> Permit:
         """Return the permit of a body that has taken nothing yet."""
         permit = Permit(moved_at=self._clock())
-        self._permits.add(permit)
+        self._permits[permit] = None
         return permit
 
     def take(self, permit: Permit, size: int) -> bool:
@@ -95,6 +96,6 @@ class Holding:
     def leave(self, permit: Permit) -> None:
         """Take a body's room back; a second time, nothing happens."""
         if permit in self._permits:
-            self._permits.remove(permit)
+            del self._permits[permit]
             self.used -= permit.taken
             permit.taken = 0
