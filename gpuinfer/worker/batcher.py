@@ -339,10 +339,14 @@ class Batcher:
         batch = self.engine.withdraw()
         if batch is None:
             return False
-        for task in batch.tasks:
-            if not task.outcomes and not task.retries and not task.ran_s and not task.alone:
-                task.time_start = None
-            self._buffer.add(task)
+        unbegun = [
+            task for task in batch.tasks if not (task.outcomes or task.retries or task.ran_s or task.alone)
+        ]
+        for task in unbegun:
+            task.time_start = None
+        self._buffer.add_all(batch.tasks)
+        if self._debug:
+            task_log.batch_withdrawn(batch, unbegun)
         return True
 
     def _start(self, batch: Batch) -> bool:

@@ -251,6 +251,11 @@ def batch_begun(batch: Batch) -> None:
     log.debug("batch_begun", **_batch(batch))
 
 
+def batch_withdrawn(batch: Batch, tasks: Sequence[Task]) -> None:
+    """A batch goes back behind a better one; ``tasks``: those of it of which nothing has run."""
+    log.debug("batch_withdrawn", model=batch.model, task_ids=[task.id for task in tasks])
+
+
 def batch_lost(done: Done) -> None:
     """The device failed under a batch: the process ends, and its tasks are put back."""
     log.error("batch_lost", **_batch(done.batch), reason=str(done.fatal))

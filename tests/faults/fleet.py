@@ -345,7 +345,10 @@ class Fleet:
             followers=len(followed),
             not_followed=tuple(followers - set(followed)),
             followed_twice=tuple(task for task, count in followed.items() if count > 1),
-            early=tuple(task.id for task in sent if task.eta and first.get(task.id, task.eta) < task.eta),
+            # The log's times are cut to milliseconds.
+            early=tuple(
+                task.id for task in sent if task.eta and first.get(task.id, task.eta) + 0.001 < task.eta
+            ),
             bombed=self._bombed,
             gone=tuple(self._gone),
             put_back=self._put_back,
@@ -366,8 +369,14 @@ class Fleet:
         ran: Counter[str] = Counter()
         first: dict[str, float] = {}
         for log in self._folder.glob("run*.log"):
-            begun = [json.loads(line) for line in whole_lines(log.read_text()) if '"batch_begun"' in line]
-            ran.update({task for line in begun for task in line["task_ids"]})
+            begun, here = [], set[str]()
+            for text in whole_lines(log.read_text()):
+                if '"batch_begun"' in text:
+                    begun.append(json.loads(text))
+                    here.update(begun[-1]["task_ids"])
+                elif '"batch_withdrawn"' in text:
+                    here.difference_update(json.loads(text)["task_ids"])
+            ran.update(here)
             for line in begun:
                 at = datetime.fromisoformat(line["timestamp"]).timestamp()
                 first |= {task: min(at, first.get(task, at)) for task in line["task_ids"]}
