@@ -121,8 +121,8 @@ def test_a_story_at_any_rate(workers: Workers, client: Client) -> None:
     """
     good, bad = client.submit(schemas.DIGIT), client.submit([1.0, 2.0, 3.0])
     waiting = logs_task(workers, good)
-    told = [line.rpartition("result record: ")[2] for line in waiting.stdout.splitlines()[1:]]
-    assert told[:2] == ["submitted", "waits in the queue"]
+    words = [line.rpartition("result record: ")[2] for line in waiting.stdout.splitlines()[1:]]
+    assert words[:2] == ["submitted", "waits in the queue"]
     worker = workers.start(log_named_tasks=0)
     client.results([good, bad], timeout_s=60, return_errors=True)
     worker.terminate()
