@@ -92,7 +92,7 @@ def _handle_errors(app: FastAPI, shared: Shared) -> None:
     async def ours(request: Request, exc: Exception) -> Response:
         error = exc if isinstance(exc, GpuinferError) else GpuinferError("this is a bug; see the API's log")
         note(request.scope, code=error.code, **_cause(error))
-        seconds = shared.retry_after(error)
+        seconds = shared.retry_after(error, error.http_status)
         headers = None if seconds is None else {"retry-after": str(seconds)}
         return answer({"error": error.to_dict()}, error.http_status, headers)
 

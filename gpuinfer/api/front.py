@@ -10,7 +10,6 @@ import re
 from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from gpuinfer.api import submission
@@ -18,9 +17,9 @@ from gpuinfer.api.app import create_app, methods
 from gpuinfer.api.manners import Manners
 from gpuinfer.api.middleware import Around
 from gpuinfer.api.oip import routes
-from gpuinfer.api.reply import send_error
+from gpuinfer.api.reply import answered, send_error
 from gpuinfer.api.shared import Requests, Shared
-from gpuinfer.errors import FrontBusy, GpuinferError
+from gpuinfer.errors import FrontBusy
 from gpuinfer.log import get_logger
 from gpuinfer.settings import Settings
 
@@ -88,15 +87,7 @@ class Front:
             oip = path.startswith(routes.PREFIX) and path[len(routes.PREFIX) :][:1] in ("", "/")
             await (routes.serve if oip else self._app)(scope, receive, send)
             return
-        try:
-            await route(scope, receive, send, *found)
-        except GpuinferError as exc:
-            await send_error(scope, send, exc)
-        except ClientDisconnect:
-            pass  # nobody is left to be answered
-        except Exception:
-            log.exception("request_failed", method=scope["method"], path=scope["path"][:200])
-            await send_error(scope, send, GpuinferError("this is a bug; see the API's log"))
+        await answered(scope, send, route(scope, receive, send, *found))
 
 
 def _by_pattern(method: str, path: str) -> tuple[RouteOf | None, tuple[str, ...]]:

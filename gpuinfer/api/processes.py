@@ -42,7 +42,7 @@ Serve = Callable[[Link], None]
 
 
 def pause_after(crashes: int) -> float:
-    """Return the seconds to wait after so many crashes in a row, 1 or more."""
+    """Return the seconds to wait after a number of crashes in a row, 1 or more."""
     return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(crashes - 1, 30))
 
 

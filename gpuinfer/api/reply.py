@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import Scope, Send
 
 from gpuinfer.api.answers import encode
 from gpuinfer.api.middleware import note
 from gpuinfer.api.shared import shared
 from gpuinfer.errors import GpuinferError
+from gpuinfer.log import get_logger
+
+log = get_logger(__name__)
 
 Headers = Iterable[tuple[bytes, bytes]]
+#: Answers with an error, as a protocol has it.
+Fail = Callable[[Scope, Send, GpuinferError], Awaitable[None]]
 JSON = b"application/json"
 
 
@@ -32,15 +38,36 @@ async def send_json(scope: Scope, send: Send, body: Any, status: int = 200, head
 
 
 async def send_error(scope: Scope, send: Send, error: GpuinferError) -> None:
-    """Answer ``{"error": {"code", "message", "field"?}}`` with the error's status, and note its code.
+    """Answer ``{"error": {"code", "message", "field"?}}`` with the error's status, and note its code."""
+    status = error.http_status
+    await send_json(scope, send, {"error": error.to_dict()}, status, noted(scope, error, status))
 
-    What could not be served has ``Retry-After``. What a client did wrong is in its answer alone.
+
+def noted(scope: Scope, error: GpuinferError, status: int) -> Headers:
+    """Note an error's code, and return the headers of the answer that has it.
+
+    What could not be served has ``Retry-After``, and its reason is noted. What a client did wrong is in its
+    answer alone.
     """
-    status, headers = error.http_status, []
-    reason = {"reason": str(error)} if status in (429, 503) else {}
+    headers = []
+    seconds = shared(scope).retry_after(error, status)
+    reason = {} if seconds is None else {"reason": str(error)}
     note(scope, code=error.code, **reason)
-    if reason:
-        headers.append((b"retry-after", b"%d" % (shared(scope).retry_after(error) or 1)))
+    if seconds is not None:
+        headers.append((b"retry-after", b"%d" % seconds))
     if status == 408:  # the rest of its body is not read
         headers.append((b"connection", b"close"))
-    await send_json(scope, send, {"error": error.to_dict()}, status, headers)
+    return headers
+
+
+async def answered(scope: Scope, send: Send, route: Awaitable[None], fail: Fail = send_error) -> None:
+    """Let a route answer, and where it fails, answer with its error. Who has left is told nothing."""
+    try:
+        await route
+    except GpuinferError as exc:
+        await fail(scope, send, exc)
+    except ClientDisconnect:
+        pass
+    except Exception:
+        log.exception("request_failed", method=scope["method"], path=scope["path"][:200])
+        await fail(scope, send, GpuinferError("this is a bug; see the API's log"))

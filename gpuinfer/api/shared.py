@@ -71,11 +71,11 @@ class Shared:
         scope[_SHARED] = self
         scope[PERMITS] = []
 
-    def retry_after(self, error: GpuinferError) -> int | None:
-        """Return what Retry-After says with an error, in seconds; None: no such header."""
+    def retry_after(self, error: GpuinferError, status: int) -> int | None:
+        """Return what Retry-After says with an error and its status, in seconds; None: no header."""
         if isinstance(error, QueueFull):
             return self.drain.refuse()
-        return self.settings.api.retry_after_s if error.http_status in (429, 503) else None
+        return self.settings.api.retry_after_s if status in (429, 503) else None
 
 
 def shared(scope: Scope) -> Shared:

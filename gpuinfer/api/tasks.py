@@ -96,7 +96,7 @@ async def cancel(request: Request, task_id: str) -> Response:
     query.parse(request.scope, _NONE)
     note(request.scope, task_id=task_id)
     client = shared(request.scope).client
-    status = await client.status(task_id)
+    await client.status(task_id)  # 404 for an id that nothing is known of: client.cancel would take it
     if await client.cancel(task_id):
         note(request.scope, action="task_cancelled")
     status = await client.status(task_id)

@@ -54,7 +54,7 @@ class Surface(Protocol):
         """Let the host wait for an event. Raises RuntimeError for what has failed on the GPU."""
 
     def page_locked(self, count: int) -> torch.Tensor:
-        """Return so many bytes of the host's memory, page-locked."""
+        """Return this many bytes of the host's memory, page-locked."""
 
     def empty_like(self, source: torch.Tensor) -> torch.Tensor:
         """Return memory on the GPU, for the stream that this thread uses."""

@@ -89,7 +89,7 @@ class Packed(NamedTuple):
 class Json(NamedTuple):
     """Inputs that are JSON already: their text is sent as it is."""
 
-    #: Checked: one value, in UTF-8, that whoever reads it can hold.
+    #: Checked: one value, in UTF-8, whose numbers and depth every reader can hold.
     text: bytes
     #: What it says.
     value: Any

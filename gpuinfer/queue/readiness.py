@@ -36,7 +36,7 @@ class Capacity:
         return Capacity(_of(self.live, model), _of(self.startable, model), self.excluded, self.catalogue)
 
     def knows(self, model: str) -> bool:
-        """Tell whether a model is in the catalogue, or named by whoever serves it."""
+        """Tell whether a model is in the catalogue, or named by what serves it."""
         return model in self.catalogue or any(model in one.models for one in self.live.values())
 
 

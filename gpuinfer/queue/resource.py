@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A task as ``/tasks/{id}`` shows it, made of its state: one function for all who answer with a task.
 
-Times are ISO 8601 in UTC. What is not known is left out, but for the fields that every task has.
+Times are ISO 8601 in UTC. Fields that every task has are null where they are not known; others are left out.
 """
 
 from __future__ import annotations

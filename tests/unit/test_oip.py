@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from starlette.types import Message, Scope
 
-from gpuinfer.api.oip.errors import status_of
+from gpuinfer.api.drain import Drain
+from gpuinfer.api.oip.errors import send_error, status_of
 from gpuinfer.api.oip.inputs import MOST_ITEMS, inputs_of
 from gpuinfer.api.oip.outputs import outputs_of
 from gpuinfer.api.oip.replies import write
 from gpuinfer.api.oip.requests import Tensor, Wanted, read
+from gpuinfer.api.shared import Shared
 from gpuinfer.errors import (
     DtypeMismatch,
     GpuinferError,
@@ -30,6 +33,7 @@ from gpuinfer.errors import (
     UnknownModel,
 )
 from gpuinfer.models.signature import Input, Output, Signature
+from gpuinfer.settings import Settings
 
 pytestmark = pytest.mark.unit
 
@@ -259,3 +263,26 @@ def test_an_answer_in_json_and_in_bytes() -> None:
 def test_the_status_of_an_error(error: type[GpuinferError], status: int) -> None:
     """The protocol has no 422, and no 410."""
     assert status_of(error("x")) == status
+
+
+async def test_who_is_refused_is_told_when_to_come_back() -> None:
+    """By how fast the queues drain, as everywhere: the third within ten seconds of one task a second."""
+    now = [0.0]
+    shared = Shared(Settings())
+    shared.drain = Drain(1, lambda: now[0])
+    shared.drain.sample(0)
+    now[0] = 10.0
+    shared.drain.sample(10)
+    scope: Scope = {"type": "http"}
+    shared.enter(scope)
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    for _ in range(3):
+        await send_error(scope, send, QueueFull("as much waits as may"))
+    head, body = sent[-2:]
+    assert head["status"] == 429
+    assert dict(head["headers"])[b"retry-after"] == b"3"
+    assert set(orjson.loads(body["body"])) == {"error"}

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from starlette.types import Scope, Send
 
-from gpuinfer.api.middleware import note
-from gpuinfer.api.reply import send_json
-from gpuinfer.api.shared import shared
+from gpuinfer.api.reply import noted, send_json
 from gpuinfer.errors import GpuinferError, InputError
 
 #: Status of ours -> the protocol's: a request that cannot work is 400, one that came too late is 504, and one
@@ -45,9 +43,4 @@ def status_of(error: GpuinferError) -> int:
 async def send_error(scope: Scope, send: Send, error: GpuinferError) -> None:
     """Answer with an error. What may succeed later has ``Retry-After``."""
     status = status_of(error)
-    headers = []
-    if status in (429, 503):
-        headers.append((b"retry-after", b"%d" % shared(scope).settings.api.retry_after_s))
-        note(scope, reason=str(error))
-    note(scope, code=error.code)
-    await send_json(scope, send, {"error": str(error)}, status, headers)
+    await send_json(scope, send, {"error": str(error)}, status, noted(scope, error, status))

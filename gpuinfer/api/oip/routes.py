@@ -12,17 +12,16 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from gpuinfer import __version__
 from gpuinfer.api.admission import parse_json
 from gpuinfer.api.health import readiness
 from gpuinfer.api.oip.errors import NotInProtocol, NotSupported, WrongMethod, send_error
-from gpuinfer.api.reply import send_json
+from gpuinfer.api.reply import answered, send_json
 from gpuinfer.api.shared import shared
 from gpuinfer.api.submission import read_body
-from gpuinfer.errors import GpuinferError, InputError, NotReady, UnknownModel
+from gpuinfer.errors import InputError, NotReady, UnknownModel
 from gpuinfer.log import get_logger
 from gpuinfer.models.signature import Input, Output, Signature
 from gpuinfer.queue.readiness import Capacity
@@ -41,22 +40,18 @@ Route = Callable[[Scope, Receive, Send, Mapping[str, str]], Awaitable[None]]
 
 async def serve(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request for a path below ``/v2``."""
+    await answered(scope, send, _serve(scope, receive, send), send_error)
+
+
+async def _serve(scope: Scope, receive: Receive, send: Send) -> None:
     method, path = scope["method"], scope["path"]
-    try:
-        for verb, pattern, route in ROUTES:
-            if found := pattern.fullmatch(path):
-                if method != verb:
-                    raise WrongMethod(f"{path[:200]} takes {verb}, not {method[:20]}")
-                await route(scope, receive, send, _checked(found.groupdict()))
-                return
-        raise NotInProtocol(f"there is no {path[:200]}; see the Open Inference Protocol, version 2")
-    except GpuinferError as exc:
-        await send_error(scope, send, exc)
-    except ClientDisconnect:
-        pass  # nobody is left to be answered
-    except Exception:
-        log.exception("request_failed", method=method, path=path[:200])
-        await send_error(scope, send, GpuinferError("this is a bug; see the API's log"))
+    for verb, pattern, route in ROUTES:
+        if found := pattern.fullmatch(path):
+            if method != verb:
+                raise WrongMethod(f"{path[:200]} takes {verb}, not {method[:20]}")
+            await route(scope, receive, send, _checked(found.groupdict()))
+            return
+    raise NotInProtocol(f"there is no {path[:200]}; see the Open Inference Protocol, version 2")
 
 
 def _checked(found: dict[str, Any]) -> dict[str, str]:
