@@ -7,6 +7,7 @@ import os
 
 import click
 
+from gpuinfer.cli_help import examples
 from gpuinfer.settings import Loaded
 
 _APP = "gpuinfer.celery"
@@ -14,7 +15,7 @@ _APP = "gpuinfer.celery"
 
 @click.command(
     context_settings={"ignore_unknown_options": True, "help_option_names": []},
-    epilog="Examples: gpuinfer celery inspect ping; gpuinfer celery status; gpuinfer celery --help",
+    epilog=examples("gpuinfer celery inspect ping", "gpuinfer celery status", "gpuinfer celery --help"),
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENT]...")
 @click.pass_context

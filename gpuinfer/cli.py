@@ -18,6 +18,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from gpuinfer import __version__
+from gpuinfer.cli_help import plain
 from gpuinfer.errors import GpuinferError, MissingExtra
 from gpuinfer.settings import Loaded, Settings, load
 
@@ -93,7 +94,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the command that is called."""
         entry = COMMANDS.get(cmd_name)
-        return entry.load() if entry else None
+        return plain(entry.load()) if entry else None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command; a reader that has gone away ends it with its own exit code, not click's 1."""

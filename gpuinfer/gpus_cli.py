@@ -8,13 +8,14 @@ from dataclasses import asdict
 
 import click
 
+from gpuinfer.cli_help import examples
 from gpuinfer.gpus import Gpu, Inventory, MigInstance, list_gpus
 from gpuinfer.settings import Loaded
 
 _MIB = 1024 * 1024
 
 
-@click.command()
+@click.command(epilog=examples("gpuinfer gpus", "gpuinfer gpus --json"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def gpus(loaded: Loaded, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gpuinfer.cli_help import examples
 from gpuinfer.errors import BrokerError, UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog="Examples: gpuinfer api --port 8080; curl -d '{\"inputs\": [[...]]}' http://127.0.0.1:8080/predict"
+    epilog=examples(
+        "gpuinfer api --port 8080", "curl -d '{\"inputs\": [[...]]}' http://127.0.0.1:8080/predict"
+    )
 )
 @click.option(
     "--host",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gpuinfer.cli_help import examples
 from gpuinfer.errors import ConfigError, NotPermitted
 from gpuinfer.journal.sender import INFO, WARNING, say, say_error, say_warning
 from gpuinfer.queue.show import as_json_option, print_json
@@ -32,12 +33,12 @@ FOLDER = Path("/run/gpuinfer/redis")
 MORE_USERS = Path("/etc/gpuinfer/redis-users.acl")
 
 
-@click.group(epilog="Example: gpuinfer redis show")
+@click.group()
 def redis() -> None:
     """Prepare this host's own Redis, and show what it is given."""
 
 
-@redis.command()
+@redis.command(epilog=examples("gpuinfer redis show"))
 @click.pass_obj
 def show(loaded: Loaded) -> None:
     """Show what the next start of gpuinfer-redis.service takes from the settings."""
@@ -49,7 +50,7 @@ def show(loaded: Loaded) -> None:
     click.echo(render(settings, host_memory_bytes(), choice), nl=False)
 
 
-@redis.command()
+@redis.command(epilog=examples("gpuinfer redis prepare", "gpuinfer redis prepare --measure"))
 @click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Where Redis keeps its file. Default: as redis.conf says."
@@ -75,7 +76,7 @@ def prepare(loaded: Loaded, folder: Path, data: Path | None, measure: bool) -> N
     _write(folder / "users.acl", users)
 
 
-@redis.command("apply-users", epilog="Example: gpuinfer redis apply-users")
+@redis.command("apply-users", epilog=examples("gpuinfer redis apply-users"))
 @as_json_option
 @click.pass_obj
 def apply_users(loaded: Loaded, as_json: bool) -> None:
@@ -100,7 +101,7 @@ def apply_users(loaded: Loaded, as_json: bool) -> None:
 
 @redis.command(
     "rotate-password",
-    epilog="Examples: gpuinfer redis rotate-password worker; gpuinfer redis rotate-password api --drop-old",
+    epilog=examples("gpuinfer redis rotate-password worker", "gpuinfer redis rotate-password api --drop-old"),
 )
 @click.argument("user", type=click.Choice(["admin", "api", "worker", "watcher", "operator", "viewer"]))
 @click.option("--drop-old", is_flag=True, help="Make no new one: forget the old ones now.")
@@ -128,7 +129,7 @@ def rotate_password(loaded: Loaded, user: str, drop_old: bool, as_json: bool) ->
     return 0 if done.complete else EX_TEMPFAIL
 
 
-@redis.command(epilog="Examples: gpuinfer redis migrate; gpuinfer redis migrate --json")
+@redis.command(epilog=examples("gpuinfer redis migrate", "gpuinfer redis migrate --json"))
 @as_json_option
 @click.pass_obj
 def migrate(loaded: Loaded, as_json: bool) -> None:
@@ -158,7 +159,7 @@ def migrate(loaded: Loaded, as_json: bool) -> None:
         click.echo(f"nothing to do: Redis has format {found}, which is this edition's")
 
 
-@redis.command()
+@redis.command(epilog=examples("gpuinfer redis local && systemctl status gpuinfer-redis"))
 @click.pass_context
 def local(ctx: click.Context) -> None:
     """Tell by the exit code whether broker.url is this host's own Redis: 0 yes, 1 no, 255 when unknown.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gpuinfer.cli_help import examples
 from gpuinfer.errors import TaskRevoked, WaitTimeout
 from gpuinfer.queue.options import OPTIONS
 from gpuinfer.queue.show import as_json_option, one_line, print_json
@@ -39,7 +40,7 @@ def _options(command: Command) -> Command:
     for name, option in reversed(list(OPTIONS.items())):
         flag = f"--{name.removesuffix(option.flag_without).replace('_', '-')}"
         if option.kind == "boolean":
-            command = click.option(flag, name, is_flag=True, help=option.help.removeprefix("true: "))(command)
+            command = click.option(flag, name, is_flag=True, help=_without_value(option.help))(command)
             continue
         if option.kind == "map":
             add = click.option(flag, name, multiple=True, metavar="NAME=VALUE", callback=_map, help=_MAP_HELP)
@@ -58,10 +59,20 @@ def _options(command: Command) -> Command:
     return command
 
 
+def _without_value(help: str) -> str:
+    """Return a flag's help: it has no value to speak of."""
+    text = help.removeprefix("true: ")
+    return text[0].upper() + text[1:]
+
+
 @click.command(
-    epilog="Examples: gpuinfer submit --wait '[[[0, 5, 13, 9, 1, 0, 0, 0], ...]]'; "
-    "gpuinfer submit --model resnet cat.jpg; gpuinfer submit --model vqa -F image=@cat.jpg -F text=What?; "
-    "gpuinfer submit --batch --queue batch images.npy; cat three.json | gpuinfer submit -"
+    epilog=examples(
+        "gpuinfer submit --wait '[[[0, 5, 13, 9, 1, 0, 0, 0], ...]]'",
+        "gpuinfer submit --model resnet cat.jpg",
+        "gpuinfer submit --model vqa -F image=@cat.jpg -F text=What?",
+        "gpuinfer submit --batch --queue batch images.npy",
+        "cat three.json | gpuinfer submit -",
+    )
 )
 @click.argument("inputs", nargs=-1, metavar="INPUT...")
 @_options
@@ -155,7 +166,7 @@ def _exit_code(status: TaskStatus, *, waited: bool) -> int:
     return WaitTimeout.exit_code if waited and not status.final else 0
 
 
-@click.command(epilog=f"Example: gpuinfer result {_ID} --wait 10")
+@click.command(epilog=examples(f"gpuinfer result {_ID} --wait 10"))
 @click.argument("task_id")
 @click.option("--wait", "wait_s", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait for its end.")
 @as_json_option
@@ -176,7 +187,7 @@ def result(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) ->
     return _exit_code(status, waited=wait_s is not None)
 
 
-@click.command(epilog=f"Example: gpuinfer cancel {_ID}")
+@click.command(epilog=examples(f"gpuinfer cancel {_ID}"))
 @click.argument("task_ids", nargs=-1, required=True, metavar="TASK_ID...")
 @as_json_option
 @click.pass_obj

@@ -13,6 +13,7 @@ import click
 
 from gpuinfer import instances
 from gpuinfer.broker import last_good
+from gpuinfer.cli_help import examples
 from gpuinfer.config import restarts, useless
 from gpuinfer.errors import ConfigError
 from gpuinfer.settings import Loaded, Settings, is_secret, load, settings_file, shown, variable
@@ -24,7 +25,7 @@ def config() -> None:
     """Check and show the settings."""
 
 
-@config.command(epilog="Examples: gpuinfer config check; gpuinfer --config new.toml config check --json")
+@config.command(epilog=examples("gpuinfer config check", "gpuinfer --config new.toml config check --json"))
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 @click.pass_context
 def check(ctx: click.Context, as_json: bool) -> None:
@@ -55,7 +56,7 @@ def check(ctx: click.Context, as_json: bool) -> None:
         click.echo(f"to take what was changed: systemctl restart {' '.join(restart)}")
 
 
-@config.command(epilog="Examples: gpuinfer config show; gpuinfer config show --json")
+@config.command(epilog=examples("gpuinfer config show", "gpuinfer config show --json"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def show(ctx: click.Context, as_json: bool) -> None:

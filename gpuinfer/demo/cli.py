@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gpuinfer.cli_help import examples
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,7 +25,7 @@ IN_FLIGHT, JOBS = 32, 2
 _REFRESH_S = 0.1
 
 
-@click.command(epilog="Example: gpuinfer demo --keep")
+@click.command(epilog=examples("gpuinfer demo --keep"))
 @click.option("--keep", is_flag=True, help="Leave it up in the end, until Ctrl-C.")
 @click.option("--workers", type=click.IntRange(1, 16), default=2, show_default=True, help="How many workers.")
 @click.option(

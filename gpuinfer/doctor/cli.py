@@ -10,6 +10,7 @@ import click
 import orjson
 from click.shell_completion import CompletionItem
 
+from gpuinfer.cli_help import examples
 from gpuinfer.doctor import report
 from gpuinfer.doctor.finding import Finding
 from gpuinfer.doctor.host import Host
@@ -25,7 +26,7 @@ def _complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> 
 
 
 @click.command(
-    epilog="Examples: gpuinfer doctor; gpuinfer doctor redis gpu.cuda; gpuinfer doctor --quick --json"
+    epilog=examples("gpuinfer doctor", "gpuinfer doctor redis gpu.cuda", "gpuinfer doctor --quick --json")
 )
 @click.argument("checks", nargs=-1, metavar="[CHECK]...", shell_complete=_complete)
 @click.option("--json", "as_json", is_flag=True, help="Print all findings as JSON.")

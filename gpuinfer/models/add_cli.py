@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from gpuinfer.cli_help import examples
 from gpuinfer.errors import UsageError
 from gpuinfer.journal.sender import say_warning
 from gpuinfer.models import sandbox, scaffold, tables
@@ -82,8 +83,11 @@ def _text(artefact: Path, wanted: Wanted, gpu: int | None = None) -> str:
 
 
 @click.command(
-    epilog="Examples: gpuinfer model init net.pt; gpuinfer model init ./ocr; "
-    "gpuinfer model init net.pt --input image:float32:3,224,224"
+    epilog=examples(
+        "gpuinfer model init net.pt",
+        "gpuinfer model init ./ocr",
+        "gpuinfer model init net.pt --input image:float32:3,224,224",
+    )
 )
 @_source
 @_described
@@ -121,8 +125,11 @@ def init(loaded: Loaded, /, source: Path, force: bool, **options: Any) -> None:
 
 
 @click.command(
-    epilog="Examples: gpuinfer model add net.pt; gpuinfer model add ./resnet18 --name resnet; "
-    "gpuinfer model add ./resnet18 --expect sha256:8e1f…"
+    epilog=examples(
+        "gpuinfer model add net.pt",
+        "gpuinfer model add ./resnet18 --name resnet",
+        "gpuinfer model add ./resnet18 --expect sha256:8e1f…",
+    )
 )
 @_source
 @_described

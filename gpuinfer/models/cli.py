@@ -10,6 +10,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from gpuinfer.cli_help import examples
 from gpuinfer.errors import GpuinferError, ModelError, UsageError
 from gpuinfer.models import tables
 from gpuinfer.models.add_cli import add, init
@@ -31,7 +32,7 @@ for _command in (init, add, check, run, bench):
     model.add_command(_command)
 
 
-@model.command("list", epilog="Example: gpuinfer model list --json")
+@model.command("list", epilog=examples("gpuinfer model list --json"))
 @tables.as_json_option
 @click.pass_obj
 def list_(loaded: Loaded, as_json: bool) -> None:
@@ -83,7 +84,7 @@ def _inputs(folder: ModelFolder) -> list[str]:
     ]
 
 
-@model.command(epilog="Example: gpuinfer model show digits")
+@model.command(epilog=examples("gpuinfer model show digits"))
 @click.argument("name")
 @tables.as_json_option
 @click.pass_obj
@@ -107,7 +108,7 @@ def show(loaded: Loaded, name: str, as_json: bool) -> None:
     tables.console().print(table)
 
 
-@model.command("verify", epilog="Example: gpuinfer model verify digits")
+@model.command("verify", epilog=examples("gpuinfer model verify digits"))
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @tables.as_json_option
 @click.pass_obj
@@ -138,7 +139,9 @@ def _verified(repository: Repository, name: str) -> str | ModelError:
 
 
 @model.command(
-    epilog="Examples: gpuinfer model remove resnet; gpuinfer model remove resnet --forget  # of another host"
+    epilog=examples(
+        "gpuinfer model remove resnet", "gpuinfer model remove resnet --forget  # of another host"
+    )
 )
 @click.argument("name")
 @click.option("--forget", is_flag=True, help="Delete no files; only make the fleet forget the name.")
@@ -183,7 +186,7 @@ def _forgotten(loaded: Loaded, name: str) -> str:
         return said
 
 
-@model.command(epilog="Examples: gpuinfer model default; gpuinfer model default resnet")
+@model.command(epilog=examples("gpuinfer model default", "gpuinfer model default resnet"))
 @click.argument("name", required=False)
 @click.option("--force", is_flag=True, help="Take a NAME that the fleet does not know.")
 @tables.as_json_option

@@ -17,6 +17,7 @@ import click
 from rich.table import Table
 
 from gpuinfer import locks
+from gpuinfer.cli_help import examples
 from gpuinfer.errors import GpuinferError, UsageError
 from gpuinfer.gpus import check_visible
 from gpuinfer.journal.sender import say_warning
@@ -74,8 +75,11 @@ def placed(loaded: Loaded, target: str) -> Iterator[Path]:
 
 
 @click.command(
-    epilog="Examples: gpuinfer model check digits; gpuinfer model check ./ocr --gpu 0; "
-    "gpuinfer model check model.py --json"
+    epilog=examples(
+        "gpuinfer model check digits",
+        "gpuinfer model check ./ocr --gpu 0",
+        "gpuinfer model check model.py --json",
+    )
 )
 @_target
 @gpu_option
@@ -113,7 +117,9 @@ def _short(value: object) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
-@click.command(epilog="Examples: gpuinfer model bench digits; gpuinfer model bench ./ocr --gpu 0 --seconds 5")
+@click.command(
+    epilog=examples("gpuinfer model bench digits", "gpuinfer model bench ./ocr --gpu 0 --seconds 5")
+)
 @_target
 @gpu_option
 @click.option(
@@ -145,8 +151,11 @@ def bench(loaded: Loaded, target: str, gpu: int | None, seconds: float, as_json:
 
 
 @click.command(
-    epilog="Examples: gpuinfer model run digits --input three.png; gpuinfer model run model.py; "
-    "echo '[[[0, 5, 13, 9, 1, 0, 0, 0], ...]]' | gpuinfer model run digits --input - --json"
+    epilog=examples(
+        "gpuinfer model run digits --input three.png",
+        "gpuinfer model run model.py",
+        "echo '[[[0, 5, 13, 9, 1, 0, 0, 0], ...]]' | gpuinfer model run digits --input - --json",
+    )
 )
 @_target
 @click.option(

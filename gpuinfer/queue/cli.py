@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gpuinfer.cli_help import examples
 from gpuinfer.queue import control_cli
 from gpuinfer.queue.show import as_json_option, one_line, print_json, print_table
 
@@ -29,7 +30,7 @@ for _command in (control_cli.purge, control_cli.pause, control_cli.resume):
     queue.add_command(_command)
 
 
-@queue.command(epilog="Examples: gpuinfer queue status --json; gpuinfer queue status --watch 2")
+@queue.command(epilog=examples("gpuinfer queue status --json", "gpuinfer queue status --watch 2"))
 @as_json_option
 @click.option(
     "--watch", type=_seconds, metavar="SECONDS", help="Look again and again, at this interval, until Ctrl-C."

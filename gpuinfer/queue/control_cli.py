@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gpuinfer.cli_help import examples
 from gpuinfer.errors import UsageError
 from gpuinfer.queue.show import as_json_option, print_json
 
@@ -27,7 +28,7 @@ def _connected(loaded: Loaded) -> Iterator[redis.Redis]:
 
 
 @click.command(
-    epilog="Examples: gpuinfer queue purge batch; gpuinfer queue purge realtime.resnet --yes --json"
+    epilog=examples("gpuinfer queue purge batch", "gpuinfer queue purge realtime.resnet --yes --json")
 )
 @click.argument("name", metavar="[QUEUE]", required=False)
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -60,7 +61,7 @@ def purge(loaded: Loaded, name: str | None, yes: bool, as_json: bool) -> int:
     return 0
 
 
-@click.command(epilog="Examples: gpuinfer queue pause batch; gpuinfer queue pause realtime.resnet")
+@click.command(epilog=examples("gpuinfer queue pause batch", "gpuinfer queue pause realtime.resnet"))
 @click.argument("name", metavar="QUEUE")
 @as_json_option
 @click.pass_obj
@@ -73,7 +74,7 @@ def pause(loaded: Loaded, name: str, as_json: bool) -> None:
     _set(loaded, name, as_json, paused=True)
 
 
-@click.command(epilog="Example: gpuinfer queue resume batch")
+@click.command(epilog=examples("gpuinfer queue resume batch"))
 @click.argument("name", metavar="QUEUE")
 @as_json_option
 @click.pass_obj

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 import orjson
 
+from gpuinfer.cli_help import examples
 from gpuinfer.errors import GpuinferError, UsageError
 from gpuinfer.queue.show import as_json_option, print_json, print_table
 
@@ -37,7 +38,7 @@ def dead() -> None:
     """
 
 
-@dead.command("list", epilog="Example: gpuinfer dead list --json")
+@dead.command("list", epilog=examples("gpuinfer dead list --json"))
 @as_json_option
 @click.pass_obj
 def list_(loaded: Loaded, as_json: bool) -> None:
@@ -65,7 +66,7 @@ def _row(letter: Letter) -> tuple[str, ...]:
     return (letter.id, _since(letter), task, letter.queue, str(letter.deaths), letter.worker, letter.reason)
 
 
-@dead.command(epilog="Example: gpuinfer dead show 6b1f3d0e-2c55-4c39-9f0a-8f4f5a1c7d21")
+@dead.command(epilog=examples("gpuinfer dead show 6b1f3d0e-2c55-4c39-9f0a-8f4f5a1c7d21"))
 @click.argument("task_id")
 @as_json_option
 @click.pass_obj
@@ -95,7 +96,7 @@ _ids = click.argument("task_ids", nargs=-1, metavar="[TASK_ID]...")
 _all = click.option("--all", "everything", is_flag=True, help="All letters there are now.")
 
 
-@dead.command(epilog="Examples: gpuinfer dead retry 6b1f3d0e-...; gpuinfer dead retry --all")
+@dead.command(epilog=examples("gpuinfer dead retry 6b1f3d0e-...", "gpuinfer dead retry --all"))
 @_ids
 @_all
 @as_json_option
@@ -138,7 +139,7 @@ def _report(outcome: dict[str, GpuinferError | None], as_json: bool) -> None:
         click.echo("no dead letters")
 
 
-@dead.command(epilog="Examples: gpuinfer dead drop 6b1f3d0e-...; gpuinfer dead drop --all")
+@dead.command(epilog=examples("gpuinfer dead drop 6b1f3d0e-...", "gpuinfer dead drop --all"))
 @_ids
 @_all
 @as_json_option

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gpuinfer.cli_help import examples
 from gpuinfer.demo.private import end_in_order
 
 if TYPE_CHECKING:
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog="Examples: gpuinfer serve model.py --reload; gpuinfer serve net.pt --input x:float32:3,224,224; "
-    "gpuinfer serve digits --port 9000"
+    epilog=examples(
+        "gpuinfer serve model.py --reload",
+        "gpuinfer serve net.pt --input x:float32:3,224,224",
+        "gpuinfer serve digits --port 9000",
+    )
 )
 @click.argument("source", metavar="FOLDER|FILE|NAME")
 @click.option(

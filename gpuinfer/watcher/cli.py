@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gpuinfer.cli_help import examples
+
 if TYPE_CHECKING:
     from gpuinfer.settings import Loaded
     from gpuinfer.watcher.simulator.cluster import Model
@@ -20,7 +22,7 @@ def watcher() -> None:
     """Keep as many workers running as the queues need."""
 
 
-@watcher.command(epilog="Example: gpuinfer watcher run --dry-run")
+@watcher.command(epilog=examples("gpuinfer watcher run --dry-run"))
 @click.option("--dry-run", is_flag=True, help="Only log what would be done. The service may run beside it.")
 @click.pass_obj
 def run(loaded: Loaded, dry_run: bool) -> None:
@@ -35,7 +37,7 @@ def run(loaded: Loaded, dry_run: bool) -> None:
     asyncio.run(serve(settings, dry_run=dry_run))
 
 
-@watcher.command(epilog="Example: gpuinfer watcher explain --last 5")
+@watcher.command(epilog=examples("gpuinfer watcher explain --last 5"))
 @click.option("--last", type=click.IntRange(1, 500), default=10, show_default=True, help="How many.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
@@ -66,7 +68,7 @@ def explain(loaded: Loaded, last: int, as_json: bool) -> None:
 
 
 @watcher.command(
-    epilog="Example: gpuinfer watcher simulate --pattern flash --gpus 8 --plot flash.png",
+    epilog=examples("gpuinfer watcher simulate --pattern flash --gpus 8 --plot flash.png"),
 )
 @click.option(
     "--trace", type=click.Path(path_type=Path), metavar="FILE", help="CSV lines second,tasks[,queue]."

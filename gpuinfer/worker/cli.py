@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gpuinfer.cli_help import examples
 from gpuinfer.queue.show import as_json_option, print_json
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def node_name(number: int) -> str:
     return f"gpu{number}@{socket.gethostname()}"
 
 
-@click.command(epilog="Example: gpuinfer worker 0")
+@click.command(epilog=examples("gpuinfer worker 0"))
 @click.argument("number", type=click.IntRange(0), metavar="N")
 @click.pass_obj
 def worker(loaded: Loaded, number: int) -> None:
@@ -41,8 +42,11 @@ def worker(loaded: Loaded, number: int) -> None:
 
 
 @click.command(
-    epilog="Examples: gpuinfer restore 0; gpuinfer restore --name gpu3@old-host; "
-    "gpuinfer restore --name gpu3@old-host --force"
+    epilog=examples(
+        "gpuinfer restore 0",
+        "gpuinfer restore --name gpu3@old-host",
+        "gpuinfer restore --name gpu3@old-host --force",
+    )
 )
 @click.argument("number", type=click.IntRange(0), metavar="[N]", required=False)
 @click.option("--name", metavar="gpuN@HOST", help="A worker of another host, or of a name this one had.")

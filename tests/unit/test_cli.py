@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import click
 import pytest
 
-from gpuinfer.cli import COMMANDS
+from gpuinfer.cli import COMMANDS, cli
+from gpuinfer.cli_help import in_words
 from tests.services import Process
 from tests.workers import wait_until
 
@@ -65,6 +68,45 @@ def test_each_entry_is_a_command_of_that_name(name: str) -> None:
     done = run("--config", "/nonexistent.toml", name, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"Usage: gpuinfer {name}")
+
+
+def commands(group: click.Group, above: click.Context) -> Iterator[tuple[click.Context, click.Command]]:
+    """Yield every command, with its context, below a group."""
+    for name in group.list_commands(above):
+        command = group.get_command(above, name)
+        assert command is not None
+        ctx = click.Context(command, info_name=name, parent=above)
+        yield ctx, command
+        if isinstance(command, click.Group):
+            yield from commands(command, ctx)
+
+
+def test_help_is_for_people() -> None:
+    """Each command has an example on a line of its own; numbers are named by their unit."""
+    for ctx, command in commands(cli, click.Context(cli, info_name="gpuinfer")):
+        text = command.get_help(ctx)
+        assert "RANGE" not in text, ctx.command_path
+        assert "<x" not in text and "<=x" not in text and "[x>" not in text, ctx.command_path
+        if isinstance(command, click.Group):
+            continue
+        assert re.search(r"^  Examples?:\n    \S", text, re.M), f"{ctx.command_path} shows no example"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (click.IntRange(1, 16), "1 to 16"),
+        (click.IntRange(0), "0 or more"),
+        (click.IntRange(1, 2**31 - 1), "1 or more"),
+        (click.FloatRange(0, min_open=True), "more than 0"),
+        (click.FloatRange(0, 1, min_open=True), "more than 0, at most 1"),
+        (click.FloatRange(max=5), "at most 5"),
+        (click.FloatRange(max=5, max_open=True), "less than 5"),
+    ],
+)
+def test_a_range_is_told_in_words(kind: click.ParamType, words: str) -> None:
+    """Of each form of a range."""
+    assert in_words(kind) == words
 
 
 def test_an_error_is_one_line_and_its_exit_code() -> None:
