@@ -104,7 +104,7 @@ def test_help_is_for_people() -> None:
         (click.FloatRange(max=5, max_open=True), "less than 5"),
     ],
 )
-def test_a_range_is_told_in_words(kind: click.ParamType, words: str) -> None:
+def test_a_range_is_told_in_words(kind: click.IntRange | click.FloatRange, words: str) -> None:
     """Of each form of a range."""
     assert in_words(kind) == words
 
