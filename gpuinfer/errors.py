@@ -133,6 +133,26 @@ class NotPermitted(GpuinferError):
     exit_code = 77  # EX_NOPERM
 
 
+class BadKey(ConfigError):
+    """Raised when a key's file, or what a key is to be made of, is wrong."""
+
+    code = "bad_key"
+
+
+class UnknownKey(GpuinferError):
+    """Raised when a key is named that this host does not have."""
+
+    code = "unknown_key"
+    exit_code = 66  # EX_NOINPUT
+
+
+class KeyExists(GpuinferError):
+    """Raised when a key is to be made whose name is taken."""
+
+    code = "key_exists"
+    exit_code = 73  # EX_CANTCREAT
+
+
 class RootKept(GpuinferError):
     """Raised when root's process cannot become the worker's user, and so may not run a model."""
 
@@ -154,6 +174,27 @@ class MissingExtra(GpuinferError):
 
     code = "missing_extra"
     exit_code = 69  # EX_UNAVAILABLE
+
+
+# -- who may ask ----------------------------------------------------------------------------
+
+
+class Unauthorized(GpuinferError):
+    """Raised when a request needs a key and has none that counts."""
+
+    code = "unauthorized"
+    http_status = 401
+    exit_code = 77  # EX_NOPERM
+    #: True: a token was given, and it is of no key.
+    refused_token = False
+
+
+class Forbidden(GpuinferError):
+    """Raised when a key does not allow what is asked for. ``field`` names what it does not allow."""
+
+    code = "forbidden"
+    http_status = 403
+    exit_code = 77  # EX_NOPERM
 
 
 # -- what a caller sent ---------------------------------------------------------------------

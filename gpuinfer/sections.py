@@ -237,6 +237,8 @@ class ApiSettings(Section):
     body_stall_s: float = Field(default=10.0, ge=0.1, le=3600)
     #: An idle connection is closed after this long; longer than the idle time of a proxy in front.
     keep_alive_s: int = Field(default=75, ge=1, le=86400)
+    #: The keys of those who may connect: a file each, which ``gpuinfer key`` writes.
+    keys_dir: Path = Path("/etc/gpuinfer/keys.d")
 
 
 class WatcherSettings(Section):

@@ -15,6 +15,7 @@ from gpuinfer.api.receiving import PERMITS, Receiver
 from gpuinfer.api.request_log import RequestLog
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import GpuinferError, QueueFull
+from gpuinfer.keys.folder import KeyFolder
 from gpuinfer.settings import Settings
 
 _SHARED = "gpuinfer.shared"
@@ -48,6 +49,9 @@ class Shared:
 
     def __init__(self, settings: Settings, requests: Requests | None = None) -> None:
         self.settings = settings
+        #: To be looked at twice a second.
+        self.keys = KeyFolder(settings.api.keys_dir)
+        self.keys.look()
         #: To be ticked once a second, and closed at the end.
         self.requests = requests or RequestLog(settings.log.requests)
         most_bytes = settings.api.max_held_mb * 2**20

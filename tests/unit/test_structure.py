@@ -24,6 +24,7 @@ STARTERS = ("demo", "serve", "cli")
 SHARED = (
     "client",
     "queue",
+    "keys",
     "models",
     "settings",
     "sources",
@@ -44,7 +45,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("log", "gpus", "locks", "instances", "privileges"),
     ("models",),
     ("queue",),
-    ("client", "broker"),
+    ("client", "broker", "keys"),
     PROGRAMS,
     ("doctor",),
     ("demo", "celery", "config", "gpus_cli"),

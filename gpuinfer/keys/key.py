@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A key: a name, what it may do, and the SHA-256 of its token, as one TOML file has it.
+
+The token is 256 random bits, so that a hash without a salt or many rounds is enough. It is kept nowhere.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+import tomllib
+from base64 import urlsafe_b64encode
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from datetime import UTC, date, datetime
+from hashlib import sha256
+from typing import Any, Literal
+
+from gpuinfer.errors import BadKey
+from gpuinfer.models.manifest import MODEL_NAME
+from gpuinfer.settings import QUEUES
+
+Role = Literal["predict", "read", "admin"]
+ROLES: tuple[Role, ...] = ("predict", "read", "admin")
+#: A key's name is the caller of its tasks, and so a part of lists' names in Redis.
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+NAME_WORDS = "1 to 32 of a-z 0-9 _ - and begin with a letter or a digit"
+TOKEN_PREFIX = "gpi_"  # noqa: S105  what all tokens begin with is no secret
+#: A key's file is NAME and this.
+SUFFIX = ".toml"
+#: Characters of a token that its file has, so that people can tell which one it is.
+_SHOWN = 10
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_RATE = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*/\s*(s|min|h)")
+#: Unit of a rate -> seconds.
+_UNITS = {"s": 1, "min": 60, "h": 3600}
+_MOST_RATE = 1e6
+_MOST = 2**50
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Key:
+    """One key. Empty tuples and zeros: no limit of that kind."""
+
+    name: str
+    role: Role = "predict"
+    #: SHA-256 of the token: 64 hex digits.
+    sha256: str
+    #: The models and queues that its tasks may name.
+    models: tuple[str, ...] = ()
+    queues: tuple[str, ...] = ()
+    #: Tasks a second, and how many may come at once; burst 0: what the rate gives in a second, at least 1.
+    rate: float = 0.0
+    burst: int = 0
+    #: Tasks of its own that may wait, and their bytes.
+    max_waiting: int = 0
+    max_waiting_bytes: int = 0
+    #: Its share of the workers' time beside other keys whose tasks wait.
+    weight: int = 1
+    #: Seconds since the epoch from which it does not count any more; None: never.
+    expires: float | None = None
+    created: float | None = None
+    #: How its token begins.
+    prefix: str = ""
+    #: The token that a rotation has replaced, and until when it counts.
+    old_sha256: str = ""
+    old_expires: float | None = None
+
+
+def make_token() -> str:
+    """Return a new token: ``gpi_`` and 43 characters for 32 random bytes."""
+    return TOKEN_PREFIX + urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("=")
+
+
+def digest(token: str | bytes) -> str:
+    """Return what stands for a token in its file: SHA-256 in 64 hex digits."""
+    return sha256(token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def shown(token: str) -> str:
+    """Return the beginning of a token, by which people recognise it."""
+    return token[:_SHOWN]
+
+
+def checked_name(name: str) -> str:
+    """Return a key's name. Raises BadKey."""
+    if not NAME.fullmatch(name):
+        raise BadKey(f"must be {NAME_WORDS}, got {name[:80]!r}", "name")
+    return name
+
+
+# -- the fields of a file ---------------------------------------------------------------------
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be text in quotes")  # noqa: TRY004  all that is wrong is reported alike
+    return value
+
+
+def _role(value: object) -> Role:
+    if value not in ROLES:
+        raise ValueError(f"must be one of {', '.join(ROLES)}")
+    return value
+
+
+def _hash(value: object) -> str:
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ValueError("must be the token's SHA-256: 64 hex digits in lower case")
+    return value
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+        raise ValueError('must be a list of texts, as ["a", "b"]')
+    return tuple(dict.fromkeys(value))
+
+
+def _models(value: object) -> tuple[str, ...]:
+    found = _names(value)
+    for name in found:
+        if not MODEL_NAME.fullmatch(name):
+            raise ValueError(f"{name[:80]!r} is no model's name: 1 to 64 of a-z 0-9 _ . -")
+    return found
+
+
+def _queues(value: object) -> tuple[str, ...]:
+    found = _names(value)
+    for name in found:
+        if name not in QUEUES:
+            raise ValueError(f"{name[:80]!r} is no queue; must be some of {', '.join(QUEUES)}")
+    return found
+
+
+def rate_of(value: object) -> float:
+    """Return tasks a second of ``50/s``, ``100/min`` or ``1000/h``. Raises ValueError."""
+    found = _RATE.fullmatch(value.strip()) if isinstance(value, str) else None
+    rate = float(found[1]) / _UNITS[found[2]] if found else 0.0
+    if not 0 < rate <= _MOST_RATE:
+        raise ValueError("must be a number above 0 and its unit, as 50/s, 100/min or 1000/h")
+    return rate
+
+
+def rate_text(rate: float) -> str:
+    """Return a rate as a file has it, in the first unit that makes it a whole number."""
+    for unit, seconds in _UNITS.items():
+        number = rate * seconds
+        if number >= 1 and math.isclose(number, round(number), rel_tol=1e-9):
+            return f"{round(number)}/{unit}"
+    return f"{rate:.6f}/s" if rate >= 1 else f"{rate * 3600:.6f}/h"
+
+
+def _whole(least: int, most: int) -> Callable[[object], int]:
+    def checked(value: object) -> int:
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"must be a whole number from {least} to {most}")
+        return value
+
+    return checked
+
+
+def _moment(value: object) -> float:
+    if isinstance(value, datetime):
+        if value.tzinfo is not None:
+            return value.timestamp()
+    elif isinstance(value, date):
+        return datetime(value.year, value.month, value.day, tzinfo=UTC).timestamp()
+    raise ValueError("must be a time with its zone, as 2027-01-31T00:00:00Z, without quotes")
+
+
+#: Field -> what reads its value; each raises ValueError with what would be right.
+_READ: Mapping[str, Callable[[object], Any]] = {
+    "role": _role,
+    "sha256": _hash,
+    "prefix": _text,
+    "models": _models,
+    "queues": _queues,
+    "rate": rate_of,
+    "burst": _whole(0, 10**9),
+    "max_waiting": _whole(0, 10**9),
+    "max_waiting_bytes": _whole(0, _MOST),
+    "weight": _whole(1, 1000),
+    "created": _moment,
+    "expires": _moment,
+    "old_sha256": _hash,
+    "old_expires": _moment,
+}
+_NEEDED = ("role", "sha256")
+
+
+def read_fields(given: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of a key's fields, and what is wrong with others, each by its field."""
+    found, wrong = {}, []
+    for field, value in given.items():
+        read = _READ.get(field)
+        if read is None:
+            wrong.append(f"{field[:80]} is no field of a key; known: {', '.join(_READ)}")
+            continue
+        try:
+            found[field] = read(value)
+        except ValueError as exc:
+            said = f" = {value!r:.80}" if "sha256" not in field else ""
+            wrong.append(f"{field}{said}: {exc}")
+    return found, wrong
+
+
+def parse(name: str, text: str) -> Key:
+    """Read a key's file. Raises BadKey, which names every field that is wrong."""
+    checked_name(name)
+    try:
+        given = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
+        raise BadKey(f"is not valid TOML: {exc}", name + SUFFIX) from None
+    found, wrong = read_fields(given)
+    wrong += [f"{field} is missing" for field in _NEEDED if field not in given]
+    if ("old_sha256" in given) != ("old_expires" in given):
+        wrong.append("old_sha256 and old_expires must stand together")
+    if wrong:
+        raise BadKey("; ".join(wrong), name + SUFFIX)
+    return Key(name=name, **found)
+
+
+def serialise(key: Key) -> str:
+    """Return the text of a key's file, without what is as it is by default."""
+    lines = [
+        f"# The key {key.name} of gpuinfer's HTTP front, which reads a change within a second.",
+        f"# The token itself is kept nowhere: `gpuinfer key rotate {key.name}` makes another one.",
+    ]
+    for field in fields(Key):
+        value = getattr(key, field.name)
+        if field.name == "name" or (field.name not in _NEEDED and value == field.default):
+            continue
+        lines.append(f"{field.name} = {_written(field.name, value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _written(field: str, value: Any) -> str:
+    if field == "rate":
+        return f'"{rate_text(value)}"'
+    if isinstance(value, float):
+        return datetime.fromtimestamp(int(value), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_quoted, value))}]"
+    return _quoted(value) if isinstance(value, str) else str(value)
+
+
+def _quoted(text: str) -> str:
+    """Return a text of names, hex digits or base64url as TOML has it."""
+    return f'"{text}"'
