@@ -175,9 +175,15 @@ _FULL = _RETRY_AFTER | _error(
     "as many tasks wait as may: queue.max_waiting is 1000000; what was accepted goes on",
 )
 _NOT_FOUND = _error(
-    "Never submitted, or expired.",
+    "Never submitted, as far as is known.",
     "task_not_found",
     f"no task {TASK_ID}: it was never submitted here, or its result has expired",
+    "task_id",
+)
+_GONE = _error(
+    "It was known, and its result has expired or was deleted.",
+    "result_gone",
+    f"task {TASK_ID} is known, but its result has expired or was deleted",
     "task_id",
 )
 _TASK = _answer(
@@ -257,6 +263,7 @@ RESULT_RESPONSES: dict[int | str, JsonSchema] = {
         },
     ),
     404: _NOT_FOUND,
+    410: _GONE,
     422: _BAD_WAIT,
     503: _AWAY,
 }
@@ -275,6 +282,7 @@ CANCEL_RESPONSES: dict[int | str, JsonSchema] = {
         },
     ),
     404: _NOT_FOUND,
+    410: _GONE,
     422: _error("No task id.", "bad_input", "must be a text of 1 to 200 characters, got ...", "task_id"),
     429: _FULL,
     503: _AWAY,

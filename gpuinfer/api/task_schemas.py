@@ -97,12 +97,6 @@ LIST_PARAMETERS: JsonSchema = {
 _UNKNOWN = schemas._error(
     "An unknown parameter.", "unknown_parameter", "unknown query parameter; known here: wait", "wiat"
 )
-_GONE = schemas._error(
-    "It was known, and its result has expired or was deleted.",
-    "result_gone",
-    f"task {TASK_ID} is known, but its result has expired or was deleted",
-    "task_id",
-)
 _STATE = schemas._error(
     "Its state does not allow that.",
     "wrong_state",
@@ -116,7 +110,7 @@ _OTHER: JsonSchema = {
 _ERRORS: dict[int | str, JsonSchema] = {
     400: _UNKNOWN,
     404: schemas._NOT_FOUND,
-    410: _GONE,
+    410: schemas._GONE,
     422: schemas._BAD_WAIT,
     503: schemas._AWAY,
     "default": _OTHER,

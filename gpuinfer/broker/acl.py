@@ -48,6 +48,7 @@ _DEFAULT_MODEL, _FORMAT = f"~{keys.DEFAULT_MODEL}", f"~{keys.FORMAT_KEY}"
 _BODY, _BODIES, _BODY_BYTES = f"~{keys.BODY_PREFIX}*", f"~{keys.BODIES}", f"~{keys.BODY_BYTES}"
 _DEAD, _CLAIMED, _ENDED = f"~{keys.DEAD}", f"~{keys.CLAIMED}", f"~{keys.ENDED}"
 _HISTORY = (f"~{keys.HISTORY}", f"~{keys.FAILURES}")
+_ORIGINS = f"~{keys.ORIGINS}"
 _ORDER, _TURNS = f"~{keys.ORDER_PREFIX}*", f"~{keys.TURNS}"
 _AGEING, _AGED = f"~{keys.AGEING_PREFIX}*", f"~{keys.AGED_PREFIX}*"
 _DEAD_AGES, _DEAD_BYTES = f"~{keys.DEAD_AGES}", f"~{keys.DEAD_BYTES}"
@@ -169,6 +170,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *_DROPPING,
         *_NOTING,
         _selector("+llen", "+lindex", "+lrange", *_HISTORY),
+        _selector("+zadd", "+zscore", "+zremrangebyrank", _ORIGINS),
         _selector("+ttl", "+unlink", _RESULTS),
         *_REVIVING,
         *_ANNOUNCING,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Self, Unpack
 
 from redis.exceptions import RedisError, ResponseError
@@ -22,7 +23,7 @@ from gpuinfer.client.outgoing import Outgoing
 from gpuinfer.client.pipe import Pipe
 from gpuinfer.client.subscription import RETRY_S
 from gpuinfer.client.waits import Waits, Watch
-from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, WaitTimeout
+from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, TaskNotFound, WaitTimeout
 from gpuinfer.models.signature import Signature
 from gpuinfer.queue import catalogue, dead, depth, heartbeats, history, keys, readiness, results
 from gpuinfer.queue import format as layout
@@ -56,6 +57,8 @@ class AsyncClient(Driver):
         self._cancel = self._pipe.script("cancel")
         self._history = self._pipe.script("history")
         self._forget = self._pipe.script("erase")
+        self._tell = self._pipe.script("origin")
+        self._was_known = self._pipe.script("known")
         self._revive = self._pipe.script("revive")
         self._outgoing = Outgoing(self._call, self._settings.queue)
         self._origin = Origin()
@@ -172,12 +175,24 @@ class AsyncClient(Driver):
         calls = core.bulk(tasks, self._settings.queue)
         try:
             with typed_errors(self._user):
+                if self._origin.to_tell():
+                    await self._introduce()
                 while some := core.trip(calls):
                     await self._send(some, accepted)
         except BrokerError as exc:
             exc.accepted = tuple(accepted)
             raise
         return accepted
+
+    async def _introduce(self) -> None:
+        """Let Redis know whose ids these are, so that whoever asks later learns that a task has expired."""
+        try:
+            await self._tell([], [self._origin.prefix])
+        except ResponseError:
+            pass  # without the right to, nobody learns that
+        except BaseException:
+            self._origin.tell_again()
+            raise
 
     async def _send(self, calls: Sequence[Call], accepted: list[str]) -> None:
         """Call the script in one round trip; note what was accepted. Raises the first error."""
@@ -211,6 +226,8 @@ class AsyncClient(Driver):
         Raises InputError, PayloadTooLarge, UnknownModel, BrokerError.
         """
         with typed_errors(self._user):
+            if self._origin.to_tell():
+                await self._introduce()
             if not task.key:
                 await self._outgoing.put(core.pack(task, self._settings.queue))
                 return task.id
@@ -292,8 +309,10 @@ class AsyncClient(Driver):
         key = core.result_key(task_id)
         with typed_errors(self._user):
             answer = int(await self._forget([key], [task_id]))
-        if error := core.refused_erasure(answer, task_id, self._origin):
-            raise error
+        if answer == 0:
+            raise await self._gone(task_id)
+        if answer < 0:
+            raise core.refused_erasure(answer, task_id)
 
     # -- waiting --------------------------------------------------------------------------
 
@@ -306,8 +325,20 @@ class AsyncClient(Driver):
         except BrokerError as exc:
             raise core.of_task(task_id, exc) from exc
         if meta is None:
-            raise core.gone(task_id, self._origin)
+            raise await self._gone(task_id)
         return results.parse(task_id, meta)
+
+    async def _gone(self, task_id: str) -> TaskNotFound:
+        """Return the error for an id that Redis knows nothing of: it may have known its task once."""
+        with typed_errors(self._user):
+            known = self._origin.made(task_id) or await self._known([task_id]) == [1]
+        return core.gone(task_id) if known else core.not_found(task_id)
+
+    async def _known(self, task_ids: Sequence[str]) -> list[int]:
+        """Return 1 for each id that was submitted once. A user without the right to know is not told."""
+        with suppress(ResponseError):
+            return list(await self._was_known([], core.known_args(task_ids)))
+        return []
 
     async def place(self, status: TaskStatus) -> Place | None:
         """Return where a task stands that waits: an estimate. None where that cannot be told.
@@ -416,6 +447,8 @@ class AsyncClient(Driver):
             some = ids[start : start + LOOK]
             with typed_errors(self._user):
                 metas = await self._pipe.call("MGET", *map(keys.result, some))
+                if missing := waiting.missing(some, metas):
+                    waiting.expired(missing, await self._known(missing))
             ended += waiting.looked(some, metas, patient=patient)
         return ended
 

@@ -7,6 +7,7 @@ No input, no output.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import time
@@ -29,7 +30,7 @@ from gpuinfer.errors import (
 )
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.direct import Argument
-from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Packed, Submission
+from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Packed, Submission, keyed
 from gpuinfer.queue.options import MAX_NAME, Options, check
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import QueueSettings
@@ -84,6 +85,8 @@ class Call(NamedTuple):
         return Call(ids, args, bodies)
 
 
+#: Seconds after which a process that submits says again whose ids it makes.
+TELL_EVERY_S = 3600
 #: The arguments of a call before those of its tasks.
 _HEAD = 10
 
@@ -114,26 +117,48 @@ class Origin:
         self._random = random
         self.pid = os.getpid()
         prefix = random(6).hex()
-        self._prefix = f"{prefix[:8]}-{prefix[8:]}-4"
+        self.prefix = prefix
+        self._start = f"{prefix[:8]}-{prefix[8:]}-4"
         self.channel = keys.REPLY_PREFIX + prefix
+        self._told_at = -math.inf
 
     def new_id(self) -> str:
         """Return the id of a new task."""
         digits = self._random(10).hex()  # uuid.UUID takes three times as long
-        return f"{self._prefix}{digits[:3]}-{_VARIANT[digits[3]]}{digits[4:7]}-{digits[7:19]}"
+        return f"{self._start}{digits[:3]}-{_VARIANT[digits[3]]}{digits[4:7]}-{digits[7:19]}"
 
     def made(self, task_id: str) -> bool:
         """Tell whether a task came from this process: its end is told on the reply channel."""
-        return self.channel == reply_channel(task_id)
+        return self.prefix == prefix_of(task_id)
+
+    def to_tell(self) -> bool:
+        """Tell whether Redis is to be told of this process now, before a submission: at first, and each hour.
+
+        With that any other process knows a task of this one's that has expired. It is taken for told then.
+        """
+        now = time.monotonic()
+        if now - self._told_at < TELL_EVERY_S:
+            return False
+        self._told_at = now
+        return True
+
+    def tell_again(self) -> None:
+        """It could not be told."""
+        self._told_at = -math.inf
 
 
 #: A random hex digit -> one with the variant of a UUID in its two highest bits.
 _VARIANT = {f"{digit:x}": "89ab"[digit & 3] for digit in range(16)}
 
 
+def prefix_of(task_id: str) -> str:
+    """Return the prefix of the client process that made an id; for another's it is nobody's."""
+    return task_id[:8] + task_id[9:13]
+
+
 def reply_channel(task_id: str) -> str:
     """Return the reply channel of the client process that made an id; nobody listens there for another's."""
-    return keys.REPLY_PREFIX + task_id[:8] + task_id[9:13]
+    return keys.REPLY_PREFIX + prefix_of(task_id)
 
 
 def build(
@@ -161,7 +186,7 @@ def build(
             raise InputError(
                 f"must be 1 to {MAX_NAME} of A to Z, a to z, 0 to 9, '_', '.', ':' and '-'", "task_id"
             )
-        key = f"PUT {task_id}"
+        key = _own_key(task_id)
     task = BATCH_PREDICT if many else PREDICT
     expires_s, countdown_s = options.get("expires_s"), options.get("countdown_s")
     if expires_s is not None and countdown_s is not None and expires_s <= countdown_s:
@@ -190,6 +215,10 @@ def build(
         key=key,
         **({"id": task_id} if task_id is not None else {} if origin is None else {"id": origin.new_id()}),
     )
+
+
+def _own_key(task_id: str) -> str:
+    return f"PUT {task_id}"
 
 
 _OWN_ID = re.compile(rf"[A-Za-z0-9_.:-]{{1,{MAX_NAME}}}")
@@ -320,19 +349,20 @@ def of_task(task_id: str, exc: BrokerError) -> GpuinferError:
     return results.unreadable(task_id, "no text") if "WRONGTYPE" in str(exc) else exc
 
 
-def gone(task_id: str, origin: Origin) -> TaskNotFound:
-    """Return the error for an id that Redis knows nothing of, which ``origin`` may have made itself."""
-    if not origin.made(task_id):
-        return not_found(task_id)
+def gone(task_id: str) -> ResultGone:
+    """Return the error for an id that was submitted, and of which Redis knows nothing any more."""
     return ResultGone(f"task {task_id} is known, but its result has expired or was deleted", "task_id")
 
 
-def refused_erasure(answer: int, task_id: str, origin: Origin) -> GpuinferError | None:
-    """Return why a task cannot be forgotten, by the answer of the script; None where it was."""
-    if answer > 0:
-        return None
-    if answer == 0:
-        return gone(task_id, origin)
+def known_args(task_ids: Iterable[str]) -> list[str]:
+    """Return the arguments of the script that tells which ids were submitted once."""
+    return [
+        part for task_id in task_ids for part in (task_id, prefix_of(task_id), keyed("", _own_key(task_id)))
+    ]
+
+
+def refused_erasure(answer: int, task_id: str) -> WrongState:
+    """Return why a task cannot be forgotten of which something is known, by the answer of the script."""
     why = "has not ended; cancel it first" if answer == -1 else "was cancelled, and its message still waits"
     return WrongState(f"task {task_id} {why}", "task_id")
 
@@ -369,7 +399,7 @@ def cancel_call(
     known = results.failure(task_id, TaskRevoked("it was cancelled"), worker="")
     words = f"nothing was known of it when it was cancelled; should it come within {ttl_s} s, it does not run"
     unknown = b"" if origin.made(task_id) else results.failure(task_id, TaskRevoked(words), worker="")
-    return [key], [task_id, known, ttl_s, reply_channel(task_id), unknown]
+    return [key], [task_id, known, ttl_s, reply_channel(task_id), unknown, prefix_of(task_id)]
 
 
 class Waiting:
@@ -382,6 +412,8 @@ class Waiting:
         for task_id in task_ids:
             result_key(task_id)
             self._known[task_id] = False
+        #: Of which Redis was asked whether they were submitted once.
+        self._asked: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -403,6 +435,22 @@ class Waiting:
     def __contains__(self, task_id: str) -> bool:
         return task_id in self._known
 
+    def missing(self, task_ids: Sequence[str], metas: Sequence[bytes | None]) -> list[str]:
+        """Return those of which nothing is there, and of which Redis is to be asked whether it ever was."""
+        found = [
+            task_id
+            for task_id, meta in zip(task_ids, metas, strict=True)
+            if meta is None and self._known.get(task_id) is False and task_id not in self._asked
+            if not self._origin.made(task_id)
+        ]
+        self._asked.update(found)
+        return found
+
+    def expired(self, task_ids: Sequence[str], known: Sequence[int]) -> None:
+        """Take the answer to that: those that were have been known. Nothing: nobody could tell."""
+        for task_id, is_known in zip(task_ids, known, strict=False):
+            self._known[task_id] = bool(is_known)
+
     def looked(
         self, task_ids: Sequence[str], metas: Sequence[bytes | None], *, patient: bool
     ) -> list[TaskStatus]:
@@ -415,7 +463,9 @@ class Waiting:
             if task_id not in self._known:
                 continue
             if meta is None:
-                if patient and not self._known[task_id] and not self._origin.made(task_id):
+                if self._known[task_id] or self._origin.made(task_id):
+                    raise gone(task_id)
+                if patient:
                     continue
                 raise not_found(task_id)
             self._known[task_id] = True

@@ -28,7 +28,7 @@ from gpuinfer.client.core import (
 )
 from gpuinfer.client.driver import Driver, refuse_key
 from gpuinfer.client.listener import Listener
-from gpuinfer.errors import BrokerError, InputError, WaitTimeout
+from gpuinfer.errors import BrokerError, InputError, TaskNotFound, WaitTimeout
 from gpuinfer.queue import dead, history, keys, results
 from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors
 from gpuinfer.queue.direct import Direct
@@ -59,6 +59,8 @@ class Client(Driver):
         self._cancel = bind(self._redis, "cancel")
         self._history = bind(self._redis, "history")
         self._forget = bind(self._redis, "erase")
+        self._tell = self._direct.bind("origin")
+        self._was_known = self._direct.bind("known")
         #: Subscriptions nobody waits on: a connection for each wait would be most of a wait's price.
         self._listeners: list[Listener] = []
         self._made_by = Origin()
@@ -119,12 +121,24 @@ class Client(Driver):
         calls = core.bulk(tasks, self._settings.queue)
         try:
             with typed_errors(self._user):
+                if self._origin.to_tell():
+                    self._introduce()
                 while some := core.trip(calls):
                     self._send(some, accepted)
         except BrokerError as exc:
             exc.accepted = tuple(accepted)
             raise
         return accepted
+
+    def _introduce(self) -> None:
+        """Let Redis know whose ids these are, so that whoever asks later learns that a task has expired."""
+        try:
+            self._tell(keys=(), args=[self._origin.prefix])
+        except ResponseError:
+            pass  # without the right to, nobody learns that
+        except BaseException:
+            self._origin.tell_again()
+            raise
 
     def _send(self, calls: Sequence[Call], accepted: list[str]) -> None:
         """Call the script in one round trip; note what was accepted. Raises the first error."""
@@ -156,6 +170,8 @@ class Client(Driver):
         task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
         call = core.one(task, self._settings.queue)
         with typed_errors(self._user):
+            if self._origin.to_tell():
+                self._introduce()
             if not call.bodies:
                 holder: Any = self._submit(keys=(), args=call.args)
             else:
@@ -237,8 +253,10 @@ class Client(Driver):
         key = core.result_key(task_id)
         with typed_errors(self._user):
             answer = int(self._forget(keys=[key], args=[task_id]))
-        if error := core.refused_erasure(answer, task_id, self._origin):
-            raise error
+        if answer == 0:
+            raise self._gone(task_id)
+        if answer < 0:
+            raise core.refused_erasure(answer, task_id)
 
     # -- looking --------------------------------------------------------------------------
 
@@ -272,8 +290,20 @@ class Client(Driver):
         except BrokerError as exc:
             raise core.of_task(task_id, exc) from exc
         if meta is None:
-            raise core.gone(task_id, self._origin)
+            raise self._gone(task_id)
         return results.parse(task_id, meta)
+
+    def _gone(self, task_id: str) -> TaskNotFound:
+        """Return the error for an id that Redis knows nothing of: it may have known its task once."""
+        with typed_errors(self._user):
+            known = self._origin.made(task_id) or self._known([task_id]) == [1]
+        return core.gone(task_id) if known else core.not_found(task_id)
+
+    def _known(self, task_ids: Sequence[str]) -> list[int]:
+        """Return 1 for each id that was submitted once. A user without the right to know is not told."""
+        with suppress(ResponseError):
+            return list(self._was_known(keys=(), args=core.known_args(task_ids)))
+        return []
 
     def place(self, status: TaskStatus) -> Place | None:
         """Return where a task stands that waits: an estimate. None where that cannot be told.
@@ -419,4 +449,6 @@ class Client(Driver):
         for start in range(0, len(ids), LOOK):
             some = ids[start : start + LOOK]
             metas = self._direct.call("MGET", *map(keys.result, some))
+            if missing := waiting.missing(some, metas):
+                waiting.expired(missing, self._known(missing))
             yield from waiting.looked(some, metas, patient=patient)

@@ -103,6 +103,10 @@ ENDED = "gpuinfer:ended"
 HISTORY = "gpuinfer:history"
 FAILURES = "gpuinfer:history:failed"
 
+#: Prefixes of the ids that client processes make, scored by when each has said so, by Redis's clock: the
+#: newest ``ORIGINS_MOST``. A task of one of these that nothing is kept of has expired.
+ORIGINS, ORIGINS_MOST = "gpuinfer:origins", 10_000
+
 #: What the name of a group begins with that serves one model: it needs no order.
 ONE_MODEL = "one-"
 #: How many tasks that ended are remembered, and how many that failed; as many as this more at times.

@@ -211,13 +211,18 @@ class Submission:
         """What stands for the key of this caller: 32 characters; empty without a key."""
         if not self.key:
             return ""
-        return blake2b(f"{self.caller}\0{self.key}".encode(), digest_size=16).hexdigest()
+        return keyed(self.caller, self.key)
 
     def digest(self, packed: Packed) -> str:
         """Return 32 characters that stand for the request; ``packed`` is what ``pack`` has made of it."""
         asked = blake2b(self.asked, digest_size=16)
         asked.update(packed.inputs)
         return asked.hexdigest()
+
+
+def keyed(caller: str, key: str) -> str:
+    """Return what stands for a caller's key: 32 characters."""
+    return blake2b(f"{caller}\0{key}".encode(), digest_size=16).hexdigest()
 
 
 #: Stands in a frame where each task has something of its own.

@@ -58,6 +58,8 @@ Name = Literal[
     "history",
     "erase",
     "describe",
+    "origin",
+    "known",
 ]
 
 #: What the scripts name, and have written out. A list that has aged goes first in one of this many claims.
@@ -105,6 +107,8 @@ _CONSTANTS: dict[str, str | float] = {
     "MODEL_VOID": keys.MODEL_VOID_S,
     "ONE_MODEL": keys.ONE_MODEL,
     "ORDER_PREFIX": keys.ORDER_PREFIX,
+    "ORIGINS": keys.ORIGINS,
+    "ORIGINS_MOST": keys.ORIGINS_MOST,
     "PAUSED": keys.PAUSED,
     "PENDING_META": PENDING_META.decode(),
     "PENDING_HEAD": '{"status": "PENDING", "result": ',

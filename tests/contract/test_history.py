@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import time
+import uuid
 
 import pytest
 
 from gpuinfer import Client
-from gpuinfer.errors import ResultGone, TaskFailed, TaskNotFound, WrongState
+from gpuinfer.errors import QueueFull, ResultGone, TaskFailed, TaskNotFound, WrongState
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Final
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.resource import Place
 from gpuinfer.queue.store import Store
+from gpuinfer.settings import BrokerSettings, Settings
 from tests.contract.conftest import done
 
 pytestmark = pytest.mark.integration
@@ -81,6 +83,40 @@ def test_forget(store: Store, client: Client) -> None:
         client.status(other)
     with pytest.raises(ResultGone):
         client.forget(other)
+
+
+def test_expired_or_unknown(store: Store, client: Client, broker: BrokerSettings) -> None:
+    """A task of another client process that is gone is told from one that never was, and not waited for."""
+    with Client(Settings(broker=broker)) as first:
+        task_id = first.submit([1])
+    (task,) = store.claim(1)
+    store.settle([done(task)])
+    store.client.delete(keys.result(task_id))
+    for look in (client.status, client.forget, client.retry):
+        with pytest.raises(ResultGone):
+            look(task_id)
+    with pytest.raises(ResultGone):
+        client.wait(task_id, timeout_s=60)
+    assert client.cancel(task_id) is False
+    assert store.client.exists(keys.result(task_id)) == 0
+    with pytest.raises(TaskNotFound) as unknown:
+        client.status(str(uuid.uuid4()))
+    assert type(unknown.value) is TaskNotFound
+
+
+def test_known_processes_are_bounded(store: Store, broker: BrokerSettings) -> None:
+    """The newest are remembered, also by a Redis that is full; a process says it once."""
+    store.client.zadd(keys.ORIGINS, {f"{number:012x}": number for number in range(keys.ORIGINS_MOST)})
+    store.client.config_set("maxmemory", "1")
+    with Client(Settings(broker=broker)) as other:
+        for _ in range(2):
+            with pytest.raises(QueueFull):
+                other.submit([1])
+        assert other._origin.to_tell() is False
+        newest = store.client.zrange(keys.ORIGINS, -1, -1)
+        assert newest == [other._origin.prefix.encode()]
+    store.client.config_set("maxmemory", "0")
+    assert store.client.zcard(keys.ORIGINS) == keys.ORIGINS_MOST
 
 
 def test_retry(store: Store, client: Client) -> None:

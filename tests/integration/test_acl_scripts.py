@@ -69,7 +69,7 @@ RUN_BY: dict[str, tuple[str, ...]] = {
     "keep": ("watcher",),
     "know": ("watcher",),
     "forget": ("watcher",),
-    "history": ("api",),
+    **dict.fromkeys(("history", "origin", "known"), ("api",)),
 }
 #: The keys a script is given. What is not here is an in-flight hash, and an epoch as the second.
 GIVEN: dict[str, list[list[str]]] = {
@@ -78,6 +78,8 @@ GIVEN: dict[str, list[list[str]]] = {
     "drop": [],
     "forget": [],
     "history": [],
+    "origin": [],
+    "known": [],
     "erase": [[keys.result("1")]],
     "cancel": [[keys.result("1")]],
     "depth": [],

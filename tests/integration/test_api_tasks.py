@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import uuid
+from pathlib import Path
+
 import pytest
 
 from gpuinfer.errors import ShapeMismatch
+from gpuinfer.queue import keys
 from gpuinfer.queue.message import decode
 from tests.apis import Api, HandWorker, submit
+from tests.services import RedisServer
 
 pytestmark = pytest.mark.integration
 
@@ -50,6 +55,27 @@ def test_from_queued_to_deleted(api: Api, worker: HandWorker) -> None:
     gone = api.http.get(url)
     assert (gone.status_code, gone.json()["error"]["code"]) == (410, "result_gone")
     assert api.http.get("/tasks/nobody").status_code == 404
+
+
+def test_a_restart_forgets_no_task(
+    redis_server: RedisServer, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What has expired is a 410 after a restart of the front, too: by our ids, and by a client's own."""
+    with redis_server.client() as client:
+        HandWorker(client).register()
+        with Api(redis_server, tmp_path) as first:
+            ids = [submit(first), "own-1"]
+            assert first.http.put("/tasks/own-1", json=[1]).status_code == 202
+        client.delete(*map(keys.result, ids))
+        with Api(redis_server, tmp_path_factory.mktemp("second")) as second:
+            for task_id in ids:
+                for path in (f"/tasks/{task_id}", f"/tasks/{task_id}?wait=60", f"/result/{task_id}?wait=60"):
+                    gone = second.http.get(path)
+                    assert (gone.status_code, gone.json()["error"]["code"]) == (410, "result_gone"), path
+                assert second.http.delete(f"/tasks/{task_id}").status_code == 410
+                assert second.http.post(f"/tasks/{task_id}/cancel").status_code == 410
+            assert second.http.get("/tasks/own-2").status_code == 404
+            assert second.http.get(f"/tasks/{uuid.uuid4()}").status_code == 404
 
 
 def test_a_failure_and_a_text(api: Api, worker: HandWorker) -> None:

@@ -4,7 +4,8 @@
 -- begins no other part of it, and what comes of the part that runs is dropped.
 -- KEYS: result key
 -- ARGV: task id, meta, result ttl in seconds, reply channel of its client, meta of a task that nothing is known of
---       ('': none is written): a plain producer's, whose id stands in its message alone
+--       ('': none is written): a plain producer's, whose id stands in its message alone, prefix of the process that
+--       would have made the id
 -- Returns 1 when the state was written.
 local state, foreign = state_of(ARGV[1])
 if foreign or FINAL[state or ''] then return 0 end
@@ -14,6 +15,8 @@ if not state and redis.call('GETRANGE', KEYS[1], 0, 0) ~= '' then return 0 end
 local meta, label, ttl = ARGV[2], 'cancelled', nil
 if not state then meta, label, ttl = ARGV[5], 'cancelled_unknown', ARGV[3] end
 if meta == '' then return 0 end
+-- A task of a client process that is known has its state from its submission on: this one's is gone.
+if not state and redis.call('ZSCORE', ORIGINS, ARGV[6]) then return 0 end
 -- The flag above lets a full Redis take anything; an id that anybody may have made up is refused there.
 if not state then
   local memory = redis.call('INFO', 'memory')
