@@ -197,6 +197,21 @@ class Forbidden(GpuinferError):
     exit_code = 77  # EX_NOPERM
 
 
+class ForeignHost(Forbidden):
+    """Raised when who needs no key asks under a name that is not this host's.
+
+    A web page could have made its own name mean this host (DNS rebinding).
+    """
+
+    code = "foreign_host"
+
+
+class ForeignOrigin(Forbidden):
+    """Raised when a web page asks whose origin is neither this host nor one of ``api.cors_origins``."""
+
+    code = "foreign_origin"
+
+
 # -- what a caller sent ---------------------------------------------------------------------
 
 

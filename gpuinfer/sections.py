@@ -17,7 +17,7 @@ from pydantic import (
     field_validator,
 )
 
-from gpuinfer import redis_url
+from gpuinfer import addresses, redis_url
 
 if TYPE_CHECKING:
     from pydantic._internal._repr import ReprArgs
@@ -48,6 +48,9 @@ def _number_as_text(item: object) -> object:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
+Networks = Annotated[tuple[Annotated[str, AfterValidator(addresses.network)], ...], BeforeValidator(_split)]
+Origins = Annotated[tuple[Annotated[str, AfterValidator(addresses.origin)], ...], BeforeValidator(_split)]
+Hosts = Annotated[tuple[Annotated[str, AfterValidator(addresses.host_name)], ...], BeforeValidator(_split)]
 #: What Redis keeps under other names than queues.
 _KEPT = ("gpuinfer:", "celery-task-meta-", "_kombu", "unacked")
 
@@ -239,6 +242,28 @@ class ApiSettings(Section):
     keep_alive_s: int = Field(default=75, ge=1, le=86400)
     #: The keys of those who may connect: a file each, which ``gpuinfer key`` writes.
     keys_dir: Path = Path("/etc/gpuinfer/keys.d")
+    #: Networks whose requests need no key: they may predict. Loopback and the Unix socket are none of them.
+    anonymous: Networks = ()
+    #: Names, besides its own, under which this host is asked by those who need no key.
+    hosts: Hosts = ()
+    #: Web origins whose pages may ask; "*" for all of them.
+    cors_origins: Origins = ()
+    #: Certificate (with its chain) and private key, in PEM, for TLS on TCP sockets; without a file for the
+    #: key it is in the certificate's. Both are read again when they change.
+    tls_cert: Path | None = None
+    tls_key: Path | None = Field(default=None, validate_default=True)
+
+    @field_validator("tls_cert", "tls_key", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("tls_key")
+    @classmethod
+    def _with_a_certificate(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and info.data.get("tls_cert") is None and "tls_cert" in info.data:
+            raise ValueError("must be given with api.tls_cert")
+        return value
 
 
 class WatcherSettings(Section):

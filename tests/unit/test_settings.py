@@ -128,6 +128,12 @@ def test_gpu_indices_may_be_numbers(tmp_path: Path) -> None:
         ("[api]\nport = true", "must not be true or false"),
         ("[api]\nport = 80.5", "api.port = '80.5': must be a whole number"),
         ("[api]\nport = 65536", "must be less than or equal to 65535"),
+        ('[api]\nanonymous = ["10.0.0.1/8"]', "has bits beyond its length, its network is 10.0.0.0/8"),
+        ('[api]\nanonymous = ["lan"]', "must be networks such as 10.0.0.0/8 or fd00::/8, not 'lan'"),
+        ('[api]\nhosts = ["gpu1:8080"]', "must be host names without a port, such as gpu1.example.org"),
+        ('[api]\ncors_origins = ["app.example"]', "must be origins such as https://app.example"),
+        ('[api]\ncors_origins = ["https://app.example/x"]', "must be origins such as https://app.example"),
+        ('[api]\ntls_key = "/etc/key.pem"', "api.tls_key = '/etc/key.pem': must be given with api.tls_cert"),
         ("[queue]\nretry_backoff_s = nan", "queue.retry_backoff_s = 'nan'"),
         ('[models]\ndefault = "digits"', "unknown key models.default; known: errors, folders"),
         ("[worker]\nmodels = []", "must name at least one model"),
@@ -149,6 +155,20 @@ def test_a_wrong_file_is_refused_by_name(toml: str | bytes, words: str, tmp_path
     message = refused(toml, tmp_path)
     assert message.startswith(str(tmp_path / "gpuinfer.toml"))
     assert words in message
+
+
+def test_networks_and_names_have_one_form(tmp_path: Path) -> None:
+    """An IPv4-mapped network is the IPv4 one, an origin has no usual port, a host's name is in lower case."""
+    api = accepted(
+        '[api]\nanonymous = ["::ffff:10.0.0.0/104", "192.0.2.7"]\nhosts = ["GPU1.Example.org.", "[::2]"]\n'
+        'cors_origins = ["https://app.example:443/", "http://[::1]:3000"]\ntls_cert = ""',
+        tmp_path,
+        {"GPUINFER_API_CORS_ORIGINS": "*"},
+    ).api
+    assert api.anonymous == ("10.0.0.0/8", "192.0.2.7/32")
+    assert api.hosts == ("gpu1.example.org", "::2")
+    assert api.cors_origins == ("*",)
+    assert (api.tls_cert, api.tls_key) == (None, None)
 
 
 @pytest.mark.parametrize(
