@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a request comes from, and whether its Host and Origin may be believed. Pure.
+
+Who need no key are let in by their place alone, so another site's page in their browser must not borrow it:
+the name they ask under must be this host's (DNS rebinding), and the page's origin must be ours or allowed.
+What a proxy passed on came from a network, by whatever connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ipaddress import ip_network
+from typing import Literal
+
+from starlette.types import Scope
+
+from gpuinfer.addresses import address, contains, origin, split_host, split_origin
+from gpuinfer.errors import ForeignHost, ForeignOrigin
+from gpuinfer.settings import ApiSettings
+
+#: ``unix``, ``loopback``: this host itself. ``anonymous``: ``api.anonymous`` has it. ``network``: the rest.
+Arrival = Literal["unix", "loopback", "anonymous", "network"]
+
+#: Headers by which proxies tell for whom they ask: those that name addresses, and those that do not.
+_NAMING = frozenset(
+    (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"cf-connecting-ip")
+)
+_FORWARDED = _NAMING | {b"x-forwarded-host", b"x-forwarded-proto", b"x-forwarded-server", b"via"}
+#: Callers' addresses whose place is remembered.
+_KNOWN = 4096
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def key_needed(*, keys: bool) -> str:
+    """Return what a caller without a key is told: how one is made while there is none."""
+    if keys:
+        return "this needs a key: Authorization: Bearer gpi_..., or X-API-Key: gpi_..."
+    return (
+        "this needs a key, and there is none yet; on this host, as root: gpuinfer key add NAME; "
+        "then: Authorization: Bearer gpi_..."
+    )
+
+
+class Network:
+    """What the settings say of callers. ``this_host``: this host's own name."""
+
+    def __init__(self, api: ApiSettings, this_host: str) -> None:
+        self._anonymous = tuple(map(ip_network, api.anonymous))
+        self._names = frozenset((this_host.lower(), "localhost", *api.hosts)) - {""}
+        self._origins = frozenset(api.cors_origins)
+        self._known: dict[str, tuple[bool, bool]] = {}
+
+    def arrival(self, scope: Scope, *, keys: bool = True) -> Arrival:
+        """Return where a request comes from. ``keys``: there is a key.
+
+        With keys, ``api.anonymous`` goes before loopback, which needs one then; without, after it. A proxy's
+        header never gives a better place: who is named there must be in ``api.anonymous``, too.
+        """
+        client = scope.get("client")
+        if client is None:
+            server = scope.get("server")
+            local = server is not None and server[1] is None
+            return "unix" if local and not _is_forwarded(scope) else "network"
+        loopback, anonymous = self._place(client[0])
+        if not (loopback or anonymous):
+            return "network"
+        if loopback and not (keys and anonymous) and not _is_forwarded(scope):
+            return "loopback"
+        return "anonymous" if anonymous and self._all_anonymous(scope) else "network"
+
+    def _place(self, text: str) -> tuple[bool, bool]:
+        """Return whether an address is loopback, and whether it is in ``api.anonymous``."""
+        known = self._known.get(text)
+        if known is None:
+            found = address(text)
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            known = (False, False)
+            if found is not None:
+                known = (found.is_loopback, contains(self._anonymous, found))
+            self._known[text] = known
+        return known
+
+    def _all_anonymous(self, scope: Scope) -> bool:
+        return all(self._place(text)[1] for text in _forwarded_for(scope))
+
+    def check(self, scope: Scope, arrival: Arrival) -> None:
+        """Raise ForeignOrigin for a page that may not ask, ForeignHost for a name that is not this host's.
+
+        The name is looked at where no key is asked for: call it with "network" for who has shown one.
+        """
+        host = page = None
+        for name, value in scope["headers"]:
+            if name == b"host":
+                host = value.decode("latin-1")
+            elif name == b"origin":
+                page = value.decode("latin-1")
+            else:
+                continue
+            if host and arrival in ("loopback", "anonymous"):
+                self._check_host(host, arrival)
+        if page is not None and not self.allows(page) and not _same(page, host or ""):
+            text = f"pages of {page[:200]!r} may not ask here; api.cors_origins names those that may"
+            raise ForeignOrigin(text, "Origin")
+
+    def _check_host(self, host: str, arrival: Arrival) -> None:
+        name, _ = split_host(host)
+        if name in self._names:
+            return
+        found = address(name)
+        if found is not None and (found.is_loopback or arrival == "anonymous"):
+            return
+        text = f"{host[:200]!r} is no name of this host; without a key, ask under its own or one of api.hosts"
+        raise ForeignHost(text, "Host")
+
+    def allows(self, page: str) -> bool:
+        """Tell whether ``api.cors_origins`` names a page's origin."""
+        if not self._origins:
+            return False
+        return page in self._origins or "*" in self._origins or _usual(page) in self._origins
+
+
+def _is_forwarded(scope: Scope) -> bool:
+    return any(name in _FORWARDED for name, _ in scope["headers"])
+
+
+def _forwarded_for(scope: Scope) -> Iterator[str]:
+    """Yield whom proxies asked for: addresses without ports, or whatever stands there instead."""
+    for name, value in scope["headers"]:
+        if name not in _NAMING:
+            continue
+        for part in value.decode("latin-1").split(","):
+            if name != b"forwarded":
+                yield _bare(part)
+                continue
+            for pair in part.split(";"):
+                key, _, given = pair.strip().partition("=")
+                if key.strip().lower() == "for":
+                    yield _bare(given.strip().strip('"'))
+
+
+def _bare(text: str) -> str:
+    """Return an address without brackets and port: ``[::1]:80`` and ``10.0.0.1:80`` have them."""
+    text = text.strip()
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0] if text.count(":") == 1 else text
+
+
+def _same(page: str, host: str) -> bool:
+    """Tell whether a page is of this very host. The scheme is not compared: a proxy may have ended TLS."""
+    found = split_origin(page)
+    if found is None:
+        return False
+    scheme, name, port = found
+    known = address(name)
+    named, given = split_host(host)
+    return named == (name if known is None else str(known)) and port == (given or _DEFAULT_PORTS[scheme])
+
+
+def _usual(page: str) -> str:
+    """Return an origin as the settings have it; the text itself where it is none."""
+    try:
+        return origin(page)
+    except ValueError:
+        return page
