@@ -301,6 +301,13 @@ class UnsupportedEncoding(InputError):
     http_status = 415
 
 
+class NotAcceptable(InputError):
+    """Raised when a result has none of the content types that a request accepts."""
+
+    code = "not_acceptable"
+    http_status = 406
+
+
 class PayloadTooLarge(InputError):
     """Raised when a request is larger than ``queue.max_payload_bytes``."""
 

@@ -125,9 +125,23 @@ TASK_RESPONSES: dict[int | str, JsonSchema] = {200: _task("The task, whatever it
 BARE_RESPONSES: dict[int | str, JsonSchema] = {
     200: {
         "description": "The result.",
-        "content": {"application/json": {"schema": {}}, "text/plain": {"schema": {"type": "string"}}},
+        "content": {
+            "application/json": {"schema": {}},
+            "text/plain": {"schema": {"type": "string"}},
+            **{
+                kind: {"schema": {"type": "string", "format": "binary"}}
+                for kind in ("application/octet-stream", "application/x-npy", "image/png")
+            },
+        },
     },
     202: _task("It has not ended."),
+    406: schemas._error(
+        "It is not of a type that is accepted.",
+        "not_acceptable",
+        "the result can be had as application/json, not as 'application/x-npy'; it is no array of numbers of "
+        "one shape",
+        "Accept",
+    ),
     **_ERRORS,
 }
 CANCEL_RESPONSES: dict[int | str, JsonSchema] = {200: _task("It is cancelled."), 409: _STATE, **_ERRORS}

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request, Response
 
 from gpuinfer.api import query, task_schemas
 from gpuinfer.api.answers import answer
+from gpuinfer.api.bare import bare
 from gpuinfer.api.middleware import note
 from gpuinfer.api.shared import shared
 from gpuinfer.api.showing import shown
@@ -54,16 +57,28 @@ async def tasks(request: Request) -> Response:
     openapi_extra=task_schemas.WAIT_PARAMETER,
 )
 async def bare_result(request: Request, task_id: str) -> Response:
-    """The result in its own content type: JSON, or plain text where it is a text. A task that failed has its
-    error's status; one that has not ended is a 202 with the task."""
+    """The result in its own content type: what a Python model answers as an image, as bytes or as text is
+    that; anything else is JSON. `Accept: application/json` asks for JSON, `application/x-npy` for an array as
+    a .npy file; 406 where it is none. A task that failed has its error's status; one that has not ended is a
+    202 with the task."""
     status = await _ended(request, task_id)
     if not status.final:
         return answer(await shown(request.scope, status), 202)
     if status.error is not None:
         raise status.error
-    if isinstance(status.result, str):
-        return Response(status.result.encode(errors="replace"), media_type="text/plain; charset=utf-8")
-    return answer(status.result)
+    accept = ",".join(request.headers.getlist("accept"))
+    dtypes = await _dtypes(request, status) if "npy" in accept else None
+    # Decoding base64 of many megabytes takes a while, in which others are served.
+    found = await asyncio.to_thread(bare, status.result, accept, dtypes)
+    headers = {"vary": "accept", "x-content-type-options": "nosniff"}
+    return Response(found.content, media_type=found.media_type, headers=headers)
+
+
+async def _dtypes(request: Request, status: TaskStatus) -> dict[str, str]:
+    """Return the dtypes of the model's outputs by their names, as far as they are known."""
+    model = status.about.get("model")
+    signature = await shared(request.scope).client.takes(model, fresh=False) if model else None
+    return {one.name: one.dtype for one in (signature.outputs if signature else ()) if one.dtype}
 
 
 @router.get(

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import io
 import uuid
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from gpuinfer.errors import ShapeMismatch
+from gpuinfer.models.answers import to_json
 from gpuinfer.queue import keys
 from gpuinfer.queue.message import decode
 from tests.apis import Api, HandWorker, submit
@@ -95,6 +99,35 @@ def test_a_failure_and_a_text(api: Api, worker: HandWorker) -> None:
     assert [one["id"] for one in page["tasks"]] == [second]
     assert page["next"].startswith("/tasks?limit=1&before=")
     assert api.http.get(page["next"]).json()["tasks"][0]["id"] == first
+
+
+def test_a_result_has_a_type_of_its_own(api: Api, worker: HandWorker) -> None:
+    """A Python model's image, bytes and text are that; an array is a .npy file on request; JSON always."""
+    picture, array = Image.new("RGB", (3, 2), "red"), np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    def ended(answer: object) -> str:
+        task_id = submit(api)
+        (task,) = worker.claim()
+        worker.finish(task, {"output": to_json(answer), "model": "digits", "device": "cpu"})
+        return f"/tasks/{task_id}/result"
+
+    image = ended(picture)
+    found = api.http.get(image)
+    assert found.headers["content-type"] == "image/png"
+    assert Image.open(io.BytesIO(found.content)).getpixel((2, 1)) == (255, 0, 0)
+    as_json = api.http.get(image, headers={"accept": "application/json"}).json()
+    assert as_json["output"]["type"] == "image/png"
+    for answer, content_type, content in (
+        (b"\0\1", "application/octet-stream", b"\0\1"),
+        ("\u00e4", "text/plain; charset=utf-8", "\u00e4".encode()),
+    ):
+        found = api.http.get(ended(answer))
+        assert (found.headers["content-type"], found.content) == (content_type, content)
+    npy = api.http.get(ended(array), headers={"accept": "application/x-npy"})
+    assert npy.headers["content-type"] == "application/x-npy"
+    assert np.load(io.BytesIO(npy.content)).tolist() == array.tolist()
+    refused = api.http.get(image, headers={"accept": "application/x-npy"})
+    assert (refused.status_code, refused.json()["error"]["field"]) == (406, "Accept")
 
 
 def test_cancel(api: Api) -> None:
