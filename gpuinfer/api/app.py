@@ -41,11 +41,16 @@ def create_app(shared: Shared) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncClient(shared.settings) as client:
             shared.client = app.state.client = client
+            accounts = shared.accounts
             sampling = asyncio.create_task(_sample(shared), name="drain")
+            flushing = asyncio.create_task(accounts.keep_flushing(client.account), name="accounts")
             try:
                 yield
             finally:
                 sampling.cancel()
+                flushing.cancel()
+                with suppress(GpuinferError):
+                    await accounts.flush(client.account)
 
     app = FastAPI(
         title="gpuinfer",

@@ -51,7 +51,7 @@ class Front:
         self.shared = Shared(settings, requests)
         self._app: FastAPI = create_app(self.shared)
         self._most = settings.api.max_requests
-        around = Around(self._route, self.shared.stopping, self.shared.requests)
+        around = Around(self._route, self.shared.stopping, self.shared.requests, self.shared.accounts)
         self._outermost = Manners(around, methods(self._app))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

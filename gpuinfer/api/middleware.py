@@ -8,6 +8,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gpuinfer.api.accounting import Accounts
 from gpuinfer.api.shared import Requests
 from gpuinfer.log import get_logger
 
@@ -25,25 +26,28 @@ def note(scope: Scope, *, action: str | None = None, **fields: str | int | None)
 
 
 class Around:
-    """Pure ASGI. Logs health probes at debug, and passes all other requests to the request log.
+    """Pure ASGI. Logs health probes at debug, and passes all other requests to the request log and accounts.
 
     Bodies are never logged.
     """
 
-    def __init__(self, app: ASGIApp, stopping: asyncio.Event, requests: Requests) -> None:
+    def __init__(self, app: ASGIApp, stopping: asyncio.Event, requests: Requests, accounts: Accounts) -> None:
         self._app = app
         self._stopping = stopping
         self._requests = requests
+        self._accounts = accounts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status, sent = time.perf_counter(), 500, 0
 
         async def watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
+            nonlocal status, sent
+            if message["type"] == "http.response.body":
+                sent += len(message.get("body", b""))
+            elif message["type"] == "http.response.start":
                 status = message["status"]
                 if self._stopping.is_set():
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
@@ -52,13 +56,15 @@ class Around:
         try:
             await self._app(scope, receive, watched)
         finally:
-            self._note(scope, status, time.perf_counter() - began)
+            self._note(scope, status, sent, time.perf_counter() - began)
 
-    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+    def _note(self, scope: Scope, status: int, sent: int, seconds: float) -> None:
         path: str = scope["path"]
-        fields = {"method": scope["method"], "path": path[:200], "status": status, **scope.get(_NOTES, {})}
+        notes = scope.get(_NOTES, {})
+        fields = {"method": scope["method"], "path": path[:200], "status": status, **notes}
         action = scope.get(_ACTION, "request")
         if path.startswith("/health/"):
             log.debug(action, **fields, duration_ms=round(seconds * 1000, 2))
         else:
             self._requests.add(action, status, seconds, fields)
+            self._accounts.add(scope, status, sent, notes.get("code"))

@@ -7,13 +7,16 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from gpuinfer.api import schemas
+from gpuinfer.api import query, schemas
 from gpuinfer.api.answers import answer
 from gpuinfer.api.middleware import note
 from gpuinfer.client import AsyncClient
+from gpuinfer.errors import InputError
+from gpuinfer.queue.usage import USUAL_S, By, since_of
 from gpuinfer.settings import Settings
 
 router = APIRouter()
+_OF_USAGE = frozenset({"by", "since"})
 
 
 def _client(request: Request) -> AsyncClient:
@@ -141,3 +144,22 @@ async def models(request: Request) -> Response:
     is queued until one does."""
     fleet = await _client(request).fleet()
     return answer([model.to_dict() for model in fleet.models.values()])
+
+
+@router.get("/usage", tags=["fleet"], summary="Who has used how much", responses=schemas.USAGE_RESPONSES)
+async def usage(
+    request: Request,
+    by: Annotated[str | None, Query(description="Sum up: key or model.")] = None,
+    since: Annotated[str | None, Query(description="A span: 90m, 24h (usual), 7d, at most 35d.")] = None,
+) -> Response:
+    """Requests, bytes and device time by key and model, in whole hours; "-" stands for none. Counts are a
+    second old at most."""
+    given = query.parse(request.scope, _OF_USAGE)
+    seconds = since_of(given["since"]) if "since" in given else USUAL_S
+    return answer((await _client(request).usage(seconds)).by(_by(given.get("by"))).to_dict())
+
+
+def _by(text: str | None) -> By | None:
+    if text not in (None, "key", "model"):
+        raise InputError(f"must be key or model: {text[:40]!r}", "by")
+    return "key" if text == "key" else "model" if text == "model" else None

@@ -357,6 +357,54 @@ MODELS_RESPONSES: dict[int | str, JsonSchema] = {
     ),
     503: _AWAY,
 }
+_ACCOUNT: JsonSchema = {
+    "type": "object",
+    "required": ["requests", "errors", "refused", "bytes_in", "bytes_out", "device_s"],
+    "properties": {
+        "key": {"type": "string", "description": "There unless summed by model."},
+        "model": {"type": "string", "description": "There unless summed by key."},
+        "requests": _COUNT,
+        "errors": {**_COUNT, "description": "Those that failed, or that the client got wrong."},
+        "refused": {**_COUNT, "description": "Those for which there was no room: 429 and 503."},
+        "bytes_in": _COUNT,
+        "bytes_out": _COUNT,
+        "device_s": {"type": "number", "description": "A batch's time, divided among its inputs."},
+    },
+}
+USAGE_RESPONSES: dict[int | str, JsonSchema] = {
+    200: _answer(
+        "What has used most device time comes first.",
+        {
+            "type": "object",
+            "required": ["since", "until", "usage"],
+            "properties": {
+                "since": {"type": "string", "format": "date-time"},
+                "until": {"type": "string", "format": "date-time"},
+                "usage": {"type": "array", "items": _ACCOUNT},
+            },
+        },
+        {
+            "one key": {
+                "since": "2026-11-28T16:00:00+00:00",
+                "until": "2026-11-29T16:31:35+00:00",
+                "usage": [
+                    {
+                        "key": "alice",
+                        "model": "resnet",
+                        "requests": 1200,
+                        "errors": 3,
+                        "refused": 17,
+                        "bytes_in": 52428800,
+                        "bytes_out": 98304,
+                        "device_s": 61.8,
+                    }
+                ],
+            }
+        },
+    ),
+    422: _error("A bad parameter.", "bad_input", "must be key or model: 'user'", "by"),
+    503: _AWAY,
+}
 _LIVE: JsonSchema = {
     "type": "object",
     "required": ["status"],

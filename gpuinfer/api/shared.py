@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from starlette.types import Scope
 
+from gpuinfer.api.accounting import Accounts
 from gpuinfer.api.drain import Drain
 from gpuinfer.api.holding import Holding
 from gpuinfer.api.receiving import PERMITS, Receiver
@@ -54,6 +55,8 @@ class Shared:
         self.keys.look()
         #: To be ticked once a second, and closed at the end.
         self.requests = requests or RequestLog(settings.log.requests)
+        #: Told to Redis once a second, and at the end.
+        self.accounts = Accounts()
         most_bytes = settings.api.max_held_mb * 2**20
         self.receiver = Receiver(Holding(most_bytes, settings.api.body_stall_s, time.monotonic))
         self.drain = Drain(settings.api.retry_after_s, time.monotonic)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 from starlette.types import Receive, Scope, Send
 
 from gpuinfer.api import admission, encodings, query, uploads
+from gpuinfer.api.accounting import MODEL, RECEIVED
 from gpuinfer.api.middleware import note
 from gpuinfer.api.reply import send_json
 from gpuinfer.api.shared import header, shared
@@ -53,7 +54,9 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 async def _received(scope: Scope, receive: Receive, limit: int) -> bytes:
     text = header(scope, b"content-length")
     announced = int(text) if text.isdecimal() else 0
-    return await shared(scope).receiver.read(scope, receive, announced, admission.body_limit(limit))
+    body = await shared(scope).receiver.read(scope, receive, announced, admission.body_limit(limit))
+    scope[RECEIVED] = len(body)
+    return body
 
 
 def understand(scope: Scope, body: bytes, *, model: str | None = None, many: bool = False) -> Asked:
@@ -132,6 +135,7 @@ async def _sent_and_ended(scope: Scope, receive: Receive, task: Submission, seco
 async def _sent(scope: Scope, task: Submission) -> str:
     """Submit a task and return the id that holds. Who waits from now on holds no inputs."""
     ours = shared(scope)
+    scope[MODEL] = task.model
     task_id = await ours.client.send(task)
     ours.receiver.release(scope)
     task.inputs = None

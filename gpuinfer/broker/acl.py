@@ -54,6 +54,8 @@ _AGEING, _AGED = f"~{keys.AGEING_PREFIX}*", f"~{keys.AGED_PREFIX}*"
 _DEAD_AGES, _DEAD_BYTES = f"~{keys.DEAD_AGES}", f"~{keys.DEAD_BYTES}"
 _LATER, _LATER_SETS, _DUE = f"~{keys.LATER}", f"~{keys.LATER_PREFIX}*", f"~{keys.DUE}"
 _PAUSED, _HOSTS = f"~{keys.PAUSED}", f"~{HOSTS}"
+_USAGE, _COUNTS, _KEY_USED = f"~{keys.USAGE_PREFIX}*", f"~{keys.COUNTS}", f"~{keys.KEY_USED}"
+_FLUSHED = f"~{keys.FLUSHED_PREFIX}*"
 _PROBE = "~gpuinfer:probe"
 _OURS = "~gpuinfer:*"
 #: kombu's own: bindings of the control queues, their replies, and what it has delivered of them.
@@ -137,6 +139,16 @@ _MOVING = (
     _selector("+get", "+set", "+del", _DUE),
 )
 
+#: To add to the accounts and the counts; not to see them.
+_ACCOUNTING = (
+    _selector("+hincrby", "+hlen", "+hexists", _USAGE, _COUNTS),
+    _selector("+expire", _USAGE),
+    _selector("+get", "+set", _FLUSHED),
+    _selector("+hset", _KEY_USED),
+)
+#: To see them.
+_AUDITING = (_selector("+hgetall", _USAGE, _COUNTS, _KEY_USED, _ENDED, _BODY_BYTES),)
+
 
 def _chaining(queues: Sequence[str]) -> str:
     """Return the right to send on what follows a task in these queues of other applications, and in ours."""
@@ -172,6 +184,8 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+llen", "+lindex", "+lrange", *_HISTORY),
         _selector("+zadd", "+zscore", "+zremrangebyrank", _ORIGINS),
         _selector("+ttl", "+unlink", _RESULTS),
+        *_ACCOUNTING,
+        *_AUDITING,
         *_REVIVING,
         *_ANNOUNCING,
         *_COUNTING,
@@ -213,6 +227,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *_DROPPING,
         *_NOTING,
         *_FREEING,
+        *_ACCOUNTING,
         # A large result is set beside, and renamed when its task has ended.
         _selector("+set", "+strlen", "+rename", _BESIDE, _RESULTS),
         *_BEGINNING,
@@ -242,6 +257,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *_DROPPING,
         *_NOTING,
         *_FREEING,
+        *_AUDITING,
         *_BEGINNING,
         *_ANNOUNCING,
         *_COUNTING,
@@ -258,6 +274,7 @@ RULES: Mapping[str, Sequence[str]] = {
     "viewer": (
         *(*_CONNECTION, *_SCRIPTS, "+time", "+info", *_LISTS),
         *_COUNTING,
+        *_AUDITING,
         _selector("+zscore", _CATALOGUE),
         _selector("+get", "+lrange", "+hgetall", "+exists", "+zrange", "~gpuinfer:watcher:*"),
     ),

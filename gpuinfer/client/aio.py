@@ -25,9 +25,10 @@ from gpuinfer.client.subscription import RETRY_S
 from gpuinfer.client.waits import Waits, Watch
 from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, TaskNotFound, WaitTimeout
 from gpuinfer.models.signature import Signature
-from gpuinfer.queue import catalogue, dead, depth, heartbeats, history, keys, readiness, results
+from gpuinfer.queue import catalogue, dead, depth, heartbeats, history, keys, readiness, results, usage
 from gpuinfer.queue import format as layout
 from gpuinfer.queue.connection import connect_async, typed_errors
+from gpuinfer.queue.direct import Argument
 from gpuinfer.queue.message import Submission
 from gpuinfer.queue.options import Options, documented
 from gpuinfer.queue.position import spot_of
@@ -60,6 +61,7 @@ class AsyncClient(Driver):
         self._tell = self._pipe.script("origin")
         self._was_known = self._pipe.script("known")
         self._revive = self._pipe.script("revive")
+        self._account = self._pipe.script("account")
         self._outgoing = Outgoing(self._call, self._settings.queue)
         self._origin = Origin()
         self._waits = Waits(self._redis, self._origin, self._user)
@@ -144,6 +146,19 @@ class AsyncClient(Driver):
             while not search.done:
                 search.take(await self._history([], search.args), time.time())
         return search.page
+
+    async def usage(self, since_s: float = usage.USUAL_S) -> usage.Usage:
+        """Return who has used how much, in the hours that the last ``since_s`` seconds touch.
+
+        Raises BrokerUnavailable.
+        """
+        with typed_errors(self._user):
+            return await usage.aread(self._redis, since_s)
+
+    async def account(self, counts: list[Argument]) -> None:
+        """Add what a process has counted (``tally.Tally.args``). Raises BrokerError."""
+        with typed_errors(self._user):
+            await self._account([], counts)
 
     # -- submitting -----------------------------------------------------------------------
 

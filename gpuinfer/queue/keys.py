@@ -99,6 +99,15 @@ TURNS = "gpuinfer:turns"
 CLAIMED = "gpuinfer:claimed"
 #: ``outcome tier model`` -> how many tasks ended so; ``bytes tier model`` -> bytes of their results.
 ENDED = "gpuinfer:ended"
+#: By UTC hour: ``requests|errors|refused|bytes_in|bytes_out key model`` and ``device_us caller model``, sums.
+#: "-" stands for no key, and for no model.
+USAGE_PREFIX = "gpuinfer:usage:"
+#: ``kind name name`` -> how much of it there has been since this Redis began (see ``tally``).
+COUNTS = "gpuinfer:counts"
+#: Key -> when it was used last, in seconds by Redis's clock.
+KEY_USED = "gpuinfer:key-used"
+#: A process -> the number of the last flush of its counts: one that is repeated adds nothing.
+FLUSHED_PREFIX = "gpuinfer:flushed:"
 #: The tasks that ended last, the newest first; and those that failed (see ``history``).
 HISTORY = "gpuinfer:history"
 FAILURES = "gpuinfer:history:failed"
@@ -131,6 +140,11 @@ LATER_RETRY_S = 10
 GROUP_VOID_S = 60
 #: Seconds after which a worker that holds nothing is forgotten, and its epoch: its name may never come back.
 WORKER_VOID_S = 86400
+#: Seconds that an hour of usage is kept; and for which a process may try a flush again.
+USAGE_KEPT_S = 35 * 86400
+FLUSHED_VOID_S = 3600
+#: Fields that an hour of usage, and all counts, have at most. What is beyond them counts for "other".
+MOST_COUNTS = 20_000
 #: Seconds after which a model that nobody could serve is forgotten.
 MODEL_VOID_S = 7 * 86400
 

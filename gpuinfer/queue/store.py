@@ -122,6 +122,7 @@ class Store:
         self._register = bind(client, "register")
         self._describe_script = bind(client, "describe")
         self._leave = bind(client, "leave")
+        self._account = bind(client, "account")
 
     def serve(self, queues: Sequence[str]) -> None:
         """Claim from these tiers from now on."""
@@ -384,6 +385,10 @@ class Store:
         except redis.ResponseError:
             return False
         return True
+
+    def account(self, counts: Sequence[Argument]) -> None:
+        """Add what this worker has counted (``tally.Tally.args``). Raises redis-py's errors."""
+        self._account(keys=[], args=counts)
 
     def wake(self) -> None:
         """Wake this worker where it waits."""

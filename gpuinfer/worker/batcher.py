@@ -39,6 +39,7 @@ from gpuinfer.queue.sink import TaskChannel
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings
 from gpuinfer.worker import task_log
+from gpuinfer.worker.accounting import Accounts
 from gpuinfer.worker.buffer import AGED, Batch, Buffer
 from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.engine import Done, Engine
@@ -95,6 +96,7 @@ class Batcher:
         self._stride = self._longest
         self._outbox = Outbox(store)
         self._lines = TaskLog(settings.log, clock)
+        self.accounts = Accounts(store)
         self._intake = Intake(store, self._outbox, celery_state, manifests, settings, self._lines)
         self._closed = self._crashed = False
         #: The batch that has ended, while what is more urgent than the next is looked for.
@@ -428,6 +430,7 @@ class Batcher:
         took = done.seconds - done.waited_s
         usual = self._batch_s.get(done.batch.model, took)
         self._batch_s[done.batch.model] = usual + (took - usual) / 4
+        self.accounts.ran(done.batch, took)
         self._pace.watch()
         if done.fatal is not None:
             task_log.batch_lost(done)
@@ -473,7 +476,7 @@ class Batcher:
     def _outcomes(self, done: Done) -> list[Final]:
         """Distribute a batch's outcomes over its tasks; return the ends of those that are complete."""
         finals, position = [], 0
-        shared, size = done.batch.shared, done.batch.size
+        shared, size, now = done.batch.shared, done.batch.size, self._wall()
         rerun = RunAlone in set(map(type, done.outcomes))
         for part in done.batch.parts:
             task, count = part.task, part.stop - part.start
@@ -491,6 +494,7 @@ class Batcher:
                 self.store.mark_uncertain()  # a reaper that was cut off has not put it back
             if final is not None:
                 finals.append(final)
+                self.accounts.ended(task, now)
         self._taken_back -= {task.seq for task in done.batch.tasks}
         return finals
 
@@ -551,6 +555,7 @@ class Batcher:
             self._on_fatal(self.engine.failed)
             return
         self._settle([])
+        self._flush()
         self._lines.tick(self.device)
         if self.engine.stalled and (len(self._buffer) or self._intake.waiting):
             unread, self._intake.waiting = self._intake.waiting, []
@@ -586,6 +591,13 @@ class Batcher:
             except (redis.RedisError, OSError) as exc:
                 self._outbox.trouble("drop old dead letters", exc)
 
+    def _flush(self, *, last: bool = False) -> None:
+        """Tell Redis what was counted. What it does not take now is told later."""
+        try:
+            self.accounts.flush(last=last)
+        except (redis.RedisError, OSError) as exc:
+            self._outbox.trouble("account", exc)
+
     def _heed_cancellations(self) -> None:
         """Note which tasks were cancelled while a batch takes its time: no other part of them begins."""
         if min(self.engine.running_s, self._clock() - self._asked_at) < CANCELLED_LOOK_S:
@@ -618,6 +630,7 @@ class Batcher:
                 self._on_fatal(self.engine.failed or GpuinferError("the batch that runs does not end"))
                 return
             self.engine.collected(done)
+            self.accounts.ran(done.batch, done.seconds - done.waited_s)
             self._settle(self._outcomes(done))
             self._lines.batch_done(done, self.device)
             self._outbox.release(self._buffer.clear())  # with slices left
@@ -632,6 +645,7 @@ class Batcher:
         while self._outbox.unsettled and self._clock() < deadline:
             time.sleep(0.2)
             self._settle([])
+        self._flush(last=True)
         if orderly:
             self._outbox.reconcile(self.held())
         counts = {"released": len(tasks), "unsettled": len(self._outbox.unsettled)}

@@ -70,6 +70,7 @@ RUN_BY: dict[str, tuple[str, ...]] = {
     "know": ("watcher",),
     "forget": ("watcher",),
     **dict.fromkeys(("history", "origin", "known"), ("api",)),
+    "account": ("api", "worker"),
 }
 #: The keys a script is given. What is not here is an in-flight hash, and an epoch as the second.
 GIVEN: dict[str, list[list[str]]] = {
@@ -80,6 +81,7 @@ GIVEN: dict[str, list[list[str]]] = {
     "history": [],
     "origin": [],
     "known": [],
+    "account": [],
     "erase": [[keys.result("1")]],
     "cancel": [[keys.result("1")]],
     "depth": [],
@@ -119,6 +121,9 @@ VARIABLES = {
     "2": [keys.index(), keys.index("resnet")],
     "n": [keys.index(), keys.index("resnet")],
     "unpack": [keys.result("1")],
+    "mark": [keys.FLUSHED_PREFIX + "1"],
+    "hash": [keys.USAGE_PREFIX + "1", keys.COUNTS],
+    "usage": [keys.USAGE_PREFIX + "1"],
     "channel": [keys.result("1"), keys.REPLY_PREFIX + "1"],
     "'NUMSUB'": ["NUMSUB"],
     "'USAGE'": ["USAGE"],

@@ -12,6 +12,7 @@ from typing import Any, cast
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from gpuinfer.api.accounting import MODEL
 from gpuinfer.api.middleware import note
 from gpuinfer.api.oip.inputs import inputs_of
 from gpuinfer.api.oip.outputs import outputs_of
@@ -41,6 +42,7 @@ async def infer(scope: Scope, receive: Receive, send: Send, model: str, version:
     signature = await signature_of(scope, model)
     inputs = inputs_of(asked.inputs, signature)
     options, seconds = _options(asked, model, ours.settings.api.max_wait_s)
+    scope[MODEL] = model
     submit = ours.client.submit_batch if inputs.many else ours.client.submit
     task_id = await submit(inputs.value, **options)
     note(

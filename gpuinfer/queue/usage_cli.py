@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gpuinfer usage``."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from gpuinfer.queue.show import as_json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from gpuinfer.queue.usage import Account
+    from gpuinfer.settings import Loaded
+
+
+@click.command(epilog="Examples: gpuinfer usage --by key; gpuinfer usage --by model --since 7d --json")
+@click.option("--by", type=click.Choice(["key", "model"]), help="Sum up. Default: by key and model.")
+@click.option(
+    "--since",
+    metavar="SPAN",
+    default="24h",
+    show_default=True,
+    help="90m, 24h, 7d; at most 35d. Whole hours (UTC) are shown.",
+)
+@as_json_option
+@click.pass_obj
+def usage(loaded: Loaded, by: Literal["key", "model"] | None, since: str, as_json: bool) -> None:
+    """Show who has used how much: requests, bytes and device time, by key and model.
+
+    The front counts requests: errors are those that the client got wrong or that failed, refused those for
+    which there was no room (429, 503). Device time is a batch's, divided among its inputs; it counts for the
+    key that submitted them when the batch ends. "-" stands for no key, and for requests that name no model.
+    Each process writes its counts once a second.
+    """
+    from gpuinfer.queue.connection import connect, typed_errors, user_of
+    from gpuinfer.queue.usage import read, since_of
+
+    seconds = since_of(since, "--since")
+    with typed_errors(user_of(loaded.settings.broker)), connect(loaded.settings.broker) as client:
+        found = read(client, seconds).by(by)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    names: list[str] = [by] if by else ["key", "model"]
+    rows = [_row(one, names) for one in found.accounts]
+    began = datetime.fromtimestamp(found.since, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    if not rows:
+        click.echo(f"nothing was used since {began}")
+        return
+    click.echo(f"since {began}")
+    print_table((*names, "requests", "errors", "refused", "received", "sent", "device seconds"), rows)
+
+
+def _row(one: Account, names: list[str]) -> tuple[str, ...]:
+    return (
+        *(str(getattr(one, name)) for name in names),
+        f"{one.requests:,}",
+        f"{one.errors:,}",
+        f"{one.refused:,}",
+        _bytes(one.bytes_in),
+        _bytes(one.bytes_out),
+        f"{one.device_us / 1e6:,.3f}",
+    )
+
+
+def _bytes(count: int) -> str:
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
