@@ -272,9 +272,17 @@ def test_the_doctor_finds_nothing_wrong(host: Container) -> None:
 
 
 def test_the_man_pages_and_the_completion_are_there(host: Container) -> None:
-    """`man gpuinfer`, `man gpuinfer.toml` and TAB work."""
-    assert "gpuinfer" in host.ok("zcat -f /usr/share/man/man1/gpuinfer.1*")
-    assert "maxmemory_mb" in host.ok("zcat -f /usr/share/man/man5/gpuinfer.toml.5*")
+    """`man gpuinfer` and its like, the documents, and TAB work."""
+    for page, word in (
+        ("1 gpuinfer", "submit"),
+        ("5 gpuinfer.toml", "maxmemory_mb"),
+        ("5 gpuinfer-model", "hard_time_limit_s"),
+        ("7 gpuinfer", "gpuinfer-restore@"),
+    ):
+        assert word in host.ok(f"man {page}"), page
+    assert "unmask" in host.ok("zcat -f /usr/share/doc/gpuinfer/runbook.md*")
+    assert "digits" in host.ok("zcat -f /usr/share/doc/gpuinfer/README.md*")
+    host.ok("test -e /usr/share/doc/gpuinfer/examples/text-encoder/model.toml")
     said = host.ok(
         "source /usr/share/bash-completion/bash_completion; _completion_loader gpuinfer; complete -p gpuinfer"
     )

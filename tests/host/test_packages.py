@@ -100,6 +100,9 @@ def test_a_host_installs_from_the_repository(fleet_host: Container, debs: list[P
     fleet_host.ok("apt-get update -o APT::Update::Error-Mode=any")
     said = fleet_host.ok("apt-get install -y gpuinfer", timeout=300)
     assert not re.search(r"(?m)^[WE]: ", said), said
+    # The last words of the package are what to do next.
+    told = [line for line in said.splitlines() if line.startswith("gpuinfer: ")]
+    assert [line.split()[1] for line in told] == ["next:", "gpuinfer", "man"], told
     for deb in debs:
         name, version, _ = deb.stem.split("_")
         assert fleet_host.ok(f"dpkg-query -W -f '${{Version}}' {name}") == version

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -12,10 +13,13 @@ import zipfile
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 
-from gpuinfer import __version__
-from gpuinfer.cli import COMMANDS
+from gpuinfer import __version__, errors
+from gpuinfer.cli import COMMANDS, EX_NOINPUT, EX_USAGE, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, cli
+from gpuinfer.models.manifest import Manifest
+from gpuinfer.models.specs import AudioSpec, ImageSpec, InputSpec, OutputSpec
 
 pytestmark = pytest.mark.unit
 
@@ -52,68 +56,122 @@ def wheel(folder: Path, cuda: str, *requires: str) -> Path:
 # -- manual pages -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "roff"),
-    [
-        ("--json", r"\-\-json"),
-        (".toml is\n.the end", "\\&.toml is\n\\&.the end"),
-        ('it\'s a \\ and "so"', r"it\(aqs a \e and \(dqso\(dq"),
-    ],
-)
-def test_text_is_never_taken_for_a_request_of_roff(text: str, roff: str) -> None:
-    """Whatever a help text holds, it is printed as it stands."""
-    assert manpages.escape(text) == roff
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The pages as a reader sees them, in lines of 100 columns, without a complaint of roff's."""
+    if shutil.which("scdoc") is None and not os.environ.get("CI"):
+        pytest.skip("scdoc is not installed")
+    read = {}
+    for name, source in manpages.sources(ROOT).items():
+        file = tmp_path_factory.mktemp("man") / name
+        file.write_text(manpages.roff(source))
+        done = subprocess.run(
+            ["groff", "-man", "-t", "-Tutf8", "-Kutf8", "-P-cbou", "-rHY=0", "-rLL=100n", "-ww", str(file)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stderr == "", name
+        read[name] = done.stdout
+    return read
 
 
-def test_paragraphs_are_joined_but_for_those_that_keep_their_lines() -> None:
-    """A docstring's line breaks are not the page's, except after click's own mark."""
-    assert list(manpages.paragraphs("One\n  two.\n\n\b\na\nb\n")) == ["One two.", ".nf\na\nb\n.fi"]
+def words(text: str) -> str:
+    """Return a text as its words: no line breaks, and one form of what roff draws in its own way."""
+    text = text.translate({ord("\b"): " ", 0x2010: "-", 0x2212: "-", 0x2018: "'", 0x2019: "'"})
+    return " ".join(text.split())
 
 
-def test_the_page_of_the_command_names_every_subcommand() -> None:
-    """gpuinfer(1) is made from the same table as --help."""
-    page = manpages.command_page()
+def test_the_page_of_the_command_has_every_word_of_its_help(pages: dict[str, str]) -> None:
+    """gpuinfer(1) is made from the same table as --help; what the help says is read there as it stands."""
+    page = words(pages["gpuinfer.1"])
+    top = click.Context(cli, info_name="gpuinfer")
+
+    def check(command: click.Command, ctx: click.Context) -> None:
+        assert f"{ctx.command_path} [OPTIONS]" in page
+        for block in re.split(r"\n\s*\n", f"{command.help or ''}\n\n{command.epilog or ''}"):
+            assert words(block) in page, ctx.command_path
+        for parameter in command.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record and "--help" not in record[0]:
+                assert words(f"{record[0]} {record[1]}") in page, ctx.command_path
+        if isinstance(command, click.Group):
+            for name in command.list_commands(ctx):
+                below = command.get_command(ctx, name)
+                assert below
+                check(below, click.Context(below, info_name=name, parent=ctx))
+
     for name in COMMANDS:
-        assert f'.SS "gpuinfer {name.replace("-", chr(92) + "-")} ' in page
-    assert f'"gpuinfer {__version__}"' in page
+        command = cli.get_command(top, name)
+        assert command
+        check(command, click.Context(command, info_name=name, parent=top))
 
 
-def test_the_page_of_the_settings_names_every_setting_of_the_file() -> None:
+def test_examples_keep_their_lines(pages: dict[str, str]) -> None:
+    """Each can be copied from the page."""
+    lines = [line.strip() for line in pages["gpuinfer.1"].splitlines()]
+    assert "gpuinfer submit --wait '[[[0, 5, 13, 9, 1, 0, 0, 0], ...]]'" in lines
+    assert "cat three.json | gpuinfer submit -" in lines
+
+
+def test_the_page_of_the_settings_names_every_setting_of_the_file(pages: dict[str, str]) -> None:
     """gpuinfer.toml(5) holds each setting with its default, and none without words."""
-    file = ROOT / "etc" / "gpuinfer.toml"
-    uncommented = re.sub(r"(?m)^#(?=\w+ = )", "", file.read_text())
-    page = manpages.settings_page(file)
+    uncommented = re.sub(r"(?m)^#(?=\w+ = )", "", (ROOT / "etc" / "gpuinfer.toml").read_text())
     for section, settings in tomllib.loads(uncommented).items():
-        part = page.split(f".SH [{section}]\n", 1)[1].split("\n.SH ", 1)[0]
+        part = pages["gpuinfer.toml.5"].split(f"\n[{section}]\n", 1)[1]
         for name in settings:
-            assert re.search(rf"(?m)^\.B {name} = .*\n.+$", part), (section, name)
+            assert re.search(rf"(?m)^ +{name} = .*\n +\S", part), (section, name)
+
+
+def test_the_page_of_a_model_names_every_key(pages: dict[str, str]) -> None:
+    """gpuinfer-model(5) has what model.toml takes, and nothing else."""
+    known = {
+        field.alias or key
+        for table in (Manifest, InputSpec, OutputSpec, ImageSpec, AudioSpec)
+        for key, field in table.model_fields.items()
+    }
+    source = (ROOT / "packaging" / "man" / "gpuinfer-model.5.scd").read_text()
+    keys = {
+        key
+        for line in re.findall(r"(?m)^(\*[a-z_]+\*(?:, \*[a-z_]+\*)*)$", source)
+        for key in re.findall(r"\w+", line)
+    }
+    assert keys == known - {"inputs", "outputs", "image", "audio"}
+    assert {"inputs", "outputs", "image", "audio"} <= set(re.findall(r"\[+(?:inputs\.)?(\w+)\]+", source))
+
+
+def test_every_exit_code_is_documented() -> None:
+    """gpuinfer(1) has the code of each error, and of the endings that are none."""
+    ending = (ROOT / "packaging" / "man" / "gpuinfer.1.end").read_text().split("# ENVIRONMENT")[0]
+    told = {int(code) for code in re.findall(r"\*(\d+)\*", ending)}
+    codes = {
+        error.exit_code
+        for error in vars(errors).values()
+        if isinstance(error, type) and issubclass(error, errors.GpuinferError)
+    }
+    assert codes <= told
+    assert {EX_USAGE, EX_NOINPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE} <= told
+
+
+def test_every_unit_is_documented(pages: dict[str, str]) -> None:
+    """gpuinfer(7) names all of them."""
+    for unit in (ROOT / "systemd").iterdir():
+        if unit.suffix in UNITS:
+            assert unit.name.replace("@", "@N") in pages["gpuinfer.7"], unit.name
 
 
 def test_a_line_that_cannot_be_read_stops_the_build() -> None:
     """A settings file that has outgrown the script is an error, not a page with a hole."""
     with pytest.raises(ValueError, match="line 2 is no comment"):
         list(manpages.settings_text(["[api]", '  "b"]']))
+    with pytest.raises(ValueError, match="Error at 1:4"):
+        manpages.roff("no title\n")
 
 
 def test_the_date_is_that_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two builds of one commit write the same bytes."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
-    assert '"1970-01-02"' in manpages.header("x", 1, "y")
-
-
-@pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
-def test_roff_has_no_complaint(tmp_path: Path) -> None:
-    """Both pages are formatted without a warning."""
-    pages = {"a.1": manpages.command_page(), "b.5": manpages.settings_page(ROOT / "etc" / "gpuinfer.toml")}
-    for name, text in pages.items():
-        (tmp_path / name).write_text(text)
-        done = subprocess.run(
-            ["groff", "-man", "-Tutf8", "-Kutf8", "-ww", "-z", str(tmp_path / name)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.stderr == ""
+    assert '"1970-01-02"' in manpages.roff(manpages.header("x", 1, "y") + "# NAME\n")
 
 
 # -- device nodes -------------------------------------------------------------------------
