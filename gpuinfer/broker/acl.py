@@ -56,6 +56,7 @@ _LATER, _LATER_SETS, _DUE = f"~{keys.LATER}", f"~{keys.LATER_PREFIX}*", f"~{keys
 _PAUSED, _HOSTS = f"~{keys.PAUSED}", f"~{HOSTS}"
 _USAGE, _COUNTS, _KEY_USED = f"~{keys.USAGE_PREFIX}*", f"~{keys.COUNTS}", f"~{keys.KEY_USED}"
 _FLUSHED = f"~{keys.FLUSHED_PREFIX}*"
+_SERIES, _CHUNKS = f"~{keys.SERIES}", f"~{keys.SERIES_PREFIX}*"
 _PROBE = "~gpuinfer:probe"
 _OURS = "~gpuinfer:*"
 #: kombu's own: bindings of the control queues, their replies, and what it has delivered of them.
@@ -146,8 +147,16 @@ _ACCOUNTING = (
     _selector("+get", "+set", _FLUSHED),
     _selector("+hset", _KEY_USED),
 )
-#: To see them.
-_AUDITING = (_selector("+hgetall", _USAGE, _COUNTS, _KEY_USED, _ENDED, _BODY_BYTES),)
+#: To see them, and the history of the main ones.
+_AUDITING = (
+    _selector("+hgetall", _USAGE, _COUNTS, _KEY_USED, _ENDED, _BODY_BYTES, _SERIES),
+    _selector("+getrange", _CHUNKS),
+)
+#: To write that history.
+_RECORDING = (
+    _selector("+hlen", "+hexists", "+hset", "+hdel", _SERIES),
+    _selector("+exists", "+setrange", "+expire", _CHUNKS),
+)
 
 
 def _chaining(queues: Sequence[str]) -> str:
@@ -258,6 +267,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *_NOTING,
         *_FREEING,
         *_AUDITING,
+        *_RECORDING,
         *_BEGINNING,
         *_ANNOUNCING,
         *_COUNTING,

@@ -108,6 +108,9 @@ COUNTS = "gpuinfer:counts"
 KEY_USED = "gpuinfer:key-used"
 #: A process -> the number of the last flush of its counts: one that is repeated adds nothing.
 FLUSHED_PREFIX = "gpuinfer:flushed:"
+#: Series of numbers -> when each was written last; and the chunks they lie in (see ``series``).
+SERIES = "gpuinfer:series"
+SERIES_PREFIX = "gpuinfer:series:"
 #: The tasks that ended last, the newest first; and those that failed (see ``history``).
 HISTORY = "gpuinfer:history"
 FAILURES = "gpuinfer:history:failed"

@@ -61,6 +61,7 @@ Name = Literal[
     "origin",
     "known",
     "account",
+    "record",
 ]
 
 #: What the scripts name, and have written out. A list that has aged goes first in one of this many claims.
@@ -121,6 +122,7 @@ _CONSTANTS: dict[str, str | float] = {
     "REPLY_PREFIX": keys.REPLY_PREFIX,
     "RESULT_PREFIX": keys.RESULT_PREFIX,
     "ROOM": keys.ROOM,
+    "SERIES": keys.SERIES,
     "SIGNATURES": keys.SIGNATURES,
     "SIGNATURE_VOID": keys.SIGNATURE_VOID_S,
     "TURNS": keys.TURNS,

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -36,6 +37,7 @@ from gpuinfer.worker.ceiling import Ceiling
 from gpuinfer.worker.heartbeat import Pulse, starting
 from gpuinfer.worker.loading import load_models
 from gpuinfer.worker.process import Process
+from gpuinfer.worker.vitals import Vitals
 
 if TYPE_CHECKING:
     from gpuinfer.models.loaded import LoadedModel
@@ -118,17 +120,26 @@ def prepare(settings: Settings, name: str) -> Process:
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     lock, domain = acquire(settings.worker.run_dir, name), lock_domain(settings.worker.run_dir)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    began = time.monotonic()
     with starting(settings.worker.load_timeout_s, ", ".join(settings.worker.models)):
         served = load_models(settings, binding.device)
     ceiling = Ceiling(settings.worker.max_memory_mb, name)
     ceiling.check_loaded()
+    load_s = time.monotonic() - began
     batcher = _build(settings, name, served.models, binding.device)
     gpu, timeout_s = number_of(name) // settings.worker.per_gpu, settings.broker.connect_timeout_s
     missing = {model: error.message for model, error in served.missing.items()}
     # Another model must not become the default because the first one is missing.
     default = "" if settings.worker.models[0] in missing else None
     pulse = Pulse(
-        batcher, name, gpu, domain=domain, missing=missing, default=default, redis_timeout_s=timeout_s
+        batcher,
+        name,
+        gpu,
+        domain=domain,
+        missing=missing,
+        default=default,
+        vitals=Vitals(batcher, load_s).read,
+        redis_timeout_s=timeout_s,
     )
     return Process(batcher, pulse, lock, domain, ceiling)
 

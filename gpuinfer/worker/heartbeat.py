@@ -88,6 +88,7 @@ class Pulse:
         domain: str = "",
         missing: Mapping[str, str] | None = None,
         default: str | None = None,
+        vitals: Callable[[], Mapping[str, Any]] = dict,
         notifier: SystemdNotifier | None = None,
         clock: Callable[[], float] = time.monotonic,
         environ: Mapping[str, str] = os.environ,
@@ -99,6 +100,8 @@ class Pulse:
         self._domain = domain
         #: What becomes the default model where there is none; None: the first model, "": none does.
         self._default = default
+        #: What else a heartbeat tells (``vitals.Vitals``).
+        self._vitals = vitals
         #: Models of its settings that are not loaded -> why.
         self._missing = {name: reason[:MOST_REASON] for name, reason in (missing or {}).items()}
         self._notifier = notifier or SystemdNotifier()
@@ -252,4 +255,5 @@ class Pulse:
             "running": 0 if batch is None else len(batch.tasks),
             "since": self._since,
             "version": __version__,
+            **self._vitals(),
         }

@@ -71,6 +71,7 @@ RUN_BY: dict[str, tuple[str, ...]] = {
     "forget": ("watcher",),
     **dict.fromkeys(("history", "origin", "known"), ("api",)),
     "account": ("api", "worker"),
+    "record": ("watcher",),
 }
 #: The keys a script is given. What is not here is an in-flight hash, and an epoch as the second.
 GIVEN: dict[str, list[list[str]]] = {
@@ -82,6 +83,7 @@ GIVEN: dict[str, list[list[str]]] = {
     "origin": [],
     "known": [],
     "account": [],
+    "record": [],
     "erase": [[keys.result("1")]],
     "cancel": [[keys.result("1")]],
     "depth": [],
@@ -121,6 +123,7 @@ VARIABLES = {
     "2": [keys.index(), keys.index("resnet")],
     "n": [keys.index(), keys.index("resnet")],
     "unpack": [keys.result("1")],
+    "chunk": [keys.SERIES_PREFIX + "10:1:waiting"],
     "mark": [keys.FLUSHED_PREFIX + "1"],
     "hash": [keys.USAGE_PREFIX + "1", keys.COUNTS],
     "usage": [keys.USAGE_PREFIX + "1"],
@@ -139,6 +142,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("PUBLISH", "RPOP", "ZREM", "ZSCORE"), ("{}", "1")),
     **dict.fromkeys(("GETRANGE", "LTRIM", "ZRANGE", "ZREVRANGE"), ("{}", "0", "1")),
     **dict.fromkeys(("ZCOUNT", "ZREMRANGEBYSCORE", "ZRANGEBYSCORE", "ZREVRANGEBYSCORE"), ("{}", "0", "1")),
+    "SETRANGE": ("{}", "0", "x"),
     **dict.fromkeys(("HSET", "HSETNX", "HINCRBY"), ("{}", "x", "1")),
     "RENAME": ("{}", keys.result("1")),
     "EXPIRE": ("{}", "1"),

@@ -28,6 +28,7 @@ from gpuinfer.worker.heartbeat import (
     keep_asking,
 )
 from gpuinfer.worker.process import DRAIN_TIMEOUT_S, Process
+from gpuinfer.worker.vitals import Vitals
 
 pytestmark = pytest.mark.unit
 
@@ -344,3 +345,23 @@ def test_api_watchdog(monkeypatch: pytest.MonkeyPatch, watchdog_us: str, fed: in
 
     asyncio.run(tick())
     assert notes.take() == ["WATCHDOG=1"] * fed
+
+
+def test_a_heartbeat_tells_how_busy_the_device_was() -> None:
+    """Since the last one, with the batch that runs; never more than the whole time."""
+    clock = Clock()
+    engine: Any = SimpleNamespace(current=None, running_s=9.0)
+    batcher: Any = SimpleNamespace(engine=engine, accounts=SimpleNamespace(busy_s=0.0), device="cpu")
+    vitals = Vitals(batcher, 2.5, clock)
+    clock.now += 5
+    batcher.accounts.busy_s = 1.0
+    found = vitals.read()
+    assert (found["busy"], found["load_s"]) == (0.2, 2.5)
+    assert found["memory_bytes"] > 2**20
+    clock.now += 5
+    engine.current = object()
+    engine.running_s = 4.0
+    assert vitals.read()["busy"] == 0.8
+    clock.now += 5
+    batcher.accounts.busy_s, engine.current = 30.0, None
+    assert vitals.read()["busy"] == 1.0
