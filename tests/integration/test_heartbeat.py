@@ -40,7 +40,9 @@ def test_a_workers_life(
     raw = redis_server.client()
     worker = workers.start(worker_models="slow")
     assert systemd.until("READY") == "READY=1"
-    assert systemd.notes == ["STATUS=loading slow", "EXTEND_TIMEOUT_USEC=30000000", "READY=1"]
+    # More time is asked for again where loading takes more than ten seconds.
+    told = list(dict.fromkeys(systemd.notes))
+    assert told == ["STATUS=loading slow", "EXTEND_TIMEOUT_USEC=30000000", "READY=1"]
     assert systemd.until("WATCHDOG_USEC") == "WATCHDOG_USEC=50000000", "a deaf Redis is no hang"
     assert systemd.until("STATUS") == "STATUS=slow on cpu: 0 done, 0/s, 0 waiting"
     beat = heartbeat(raw)
