@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from gpuinfer.settings import Settings
 from gpuinfer.watcher.units import UnitView
@@ -21,7 +21,7 @@ class Told:
 
     async def open(self) -> None: ...
 
-    async def look(self) -> dict[int, UnitView]:
+    async def look(self, numbers: Collection[int] = ()) -> dict[int, UnitView]:
         return self.views
 
     async def act(self, verb: str, number: int) -> None:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A thread of its own for NVML, which may block for as long as a driver hangs: the watcher never waits.
+"""A thread for NVML, which blocks for as long as a driver hangs: the watcher never waits for it.
 
-It looks at all GPUs every few seconds and listens for Xid errors meanwhile. When it has not come back for
-half a minute, the driver hangs, and so would a worker: then no GPU is well.
+It surveys all GPUs every few seconds, which also finds those of a driver that is loaded later, and listens
+for Xid errors meanwhile. Until NVML has answered for the first time, nothing is known of any GPU. When it has
+not answered for half a minute after that, the driver hangs, and a worker would hang too: no GPU is healthy.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from gpuinfer.log import get_logger
@@ -22,10 +23,10 @@ log = get_logger(__name__)
 
 #: GPUs are asked less often than queues: NVML may take its time.
 EVERY_S = 5.0
-#: The thread sees within this time that it is to end.
+#: The thread ends within this time after it is told to.
 _SLICE_S = 1.0
 SILENT_S = 30.0
-#: At the beginning, the first look is waited for, but no longer.
+#: At the start, wait this long at most for the first answer.
 FIRST_S = 10.0
 
 
@@ -35,12 +36,21 @@ class GpuWatch:
     def __init__(
         self,
         settings: Settings,
-        numbers: tuple[int, ...],
+        numbers: tuple[int, ...] = (),
         nvml: Any = None,
         clock: Callable[[], float] = time.monotonic,
+        bound: Callable[[], Mapping[int, str]] = dict,
     ) -> None:
+        """``numbers``: the instances there are until NVML has answered.
+
+        ``bound``: the devices that instances' own files name.
+        """
         self._settings = settings
-        self._numbers = numbers
+        #: The instances that this host has GPUs for, as far as is known.
+        self.numbers = numbers
+        #: How many surveys have come back.
+        self.surveys = 0
+        self._bound = bound
         self._nvml = nvml
         self._clock = clock
         self._ours: Container[int] = ()
@@ -54,30 +64,32 @@ class GpuWatch:
         self._thread = threading.Thread(target=self._run, name="nvml", daemon=True)
 
     def start(self) -> None:
-        """Begin to look, unless no GPU is to be used."""
+        """Start the thread, unless no GPU is to be used."""
         if self._settings.worker.device != "cpu":
             self._answered_at = self._clock()
             self._thread.start()
             self._first.wait(FIRST_S)
 
     def stop(self) -> None:
-        """End, soon."""
+        """End the thread, soon."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(2 * _SLICE_S)
 
-    def health(self, ours: Container[int]) -> Mapping[int, GpuHealth]:
-        """Return the health of workers' GPUs that are not well. ``ours``: instances that have a process."""
+    def health(self, ours: Container[int], numbers: Iterable[int]) -> Mapping[int, GpuHealth]:
+        """Return the health of these workers' GPUs, except healthy ones. ``ours``: those with a process."""
         self._ours = ours
         with self._lock:
-            silent = not self._first.is_set() or self._clock() - self._answered_at > SILENT_S
-            if silent and self._thread.is_alive():
-                fault = GpuHealth(fault="its driver does not answer NVML")
-                return dict.fromkeys(self._numbers, fault)
+            if not self._thread.is_alive():
+                return self._health
+            if not self._first.is_set():
+                return dict.fromkeys(numbers, GpuHealth(unknown="its GPU's driver has not answered NVML yet"))
+            if self._clock() - self._answered_at > SILENT_S:
+                return dict.fromkeys(numbers, GpuHealth(fault="its driver does not answer NVML"))
             return self._health
 
     def take_xids(self) -> dict[int, str]:
-        """Return what went wrong with workers' GPUs since the last call: instance -> reason."""
+        """Return the Xid errors of workers' GPUs since the last call: instance -> reason."""
         with self._lock:
             taken, self._xids = self._xids, {}
         return taken
@@ -88,28 +100,33 @@ class GpuWatch:
             try:
                 xids = xids or Xids(self._nvml or health.pynvml(), self._clock)
                 self._round(xids)
-            except Exception:  # a look that fails must not end the thread; the next one may go well
-                log.exception("gpu_look_failed")
+            except Exception:  # one survey that fails must not end the thread
+                log.exception("gpu_survey_failed")
                 self._stop.wait(EVERY_S)
         if xids is not None:
             xids.close()
 
     def _round(self, xids: Xids) -> None:
-        look = health.survey(self._settings, self._ours, self._nvml)
+        look = health.survey(self._settings, self._ours, self._nvml, self._bound())
+        # A driver that fails for a moment takes no GPU away.
+        numbers = tuple(sorted({*self.numbers, *look.numbers})) if look.failed else look.numbers
         with self._lock:
             self._health, self._answered_at = look.health, self._clock()
+            if numbers != self.numbers:
+                log.info("instances", numbers=list(numbers))
+            self.numbers, self.surveys = numbers, self.surveys + 1
         self._first.set()
         until = self._clock() + EVERY_S
         while not self._stop.is_set() and (left := until - self._clock()) > 0:
             begun = self._clock()
             for index, xid in xids.wait(min(left, _SLICE_S)):
                 self._note(look.indices, index, xid)
-            if self._clock() - begun < _SLICE_S / 10:  # nothing to wait for, or a flood of it
+            if self._clock() - begun < _SLICE_S / 10:  # no events to wait for, or too many
                 self._stop.wait(_SLICE_S / 2)
 
     def _note(self, indices: Mapping[int, int], index: int, xid: int) -> None:
         if xid in PROGRAMS:
-            log.info("gpu_xid", gpu=index, xid=xid, reason=f"{PROGRAMS[xid]}: the program's own fault")
+            log.info("gpu_xid", gpu=index, xid=xid, reason=f"{PROGRAMS[xid]}: a fault of the program")
             return
         log.warning("gpu_xid", gpu=index, xid=xid, hint="https://docs.nvidia.com/deploy/xid-errors")
         with self._lock:

@@ -18,12 +18,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import orjson
 import redis
 from sdnotify import SystemdNotifier
 
+from gpuinfer import instances
 from gpuinfer.errors import (
     BrokerError,
     GpuinferError,
@@ -32,7 +34,7 @@ from gpuinfer.errors import (
     UnitsUnavailable,
     UnusableRedis,
 )
-from gpuinfer.gpus import list_gpus
+from gpuinfer.gpus import Inventory
 from gpuinfer.log import get_logger
 from gpuinfer.queue import format as layout
 from gpuinfer.queue import keys
@@ -40,7 +42,7 @@ from gpuinfer.queue.catalogue import described_as
 from gpuinfer.queue.connection import connect, explain, typed_errors
 from gpuinfer.queue.fleet import Serves
 from gpuinfer.queue.scripts import bind, read_all
-from gpuinfer.settings import Settings
+from gpuinfer.settings import Settings, settings_file
 from gpuinfer.watcher import health, notes, served
 from gpuinfer.watcher.gpu_watch import GpuWatch
 from gpuinfer.watcher.memory import adopt, refused, why_excluded
@@ -83,20 +85,23 @@ class Watcher:
         self,
         settings: Settings,
         units: Units,
-        numbers: tuple[int, ...],
+        numbers: tuple[int, ...] = (),
         *,
         act: bool,
         tell: bool = False,
         host: str | None = None,
         environment: served.Environment | None = None,
+        folder: Path = instances.FOLDER,
     ) -> None:
-        """``tell``: take part in what watchers tell each other, and keep; who acts does in any case.
+        """``numbers``: the instances that this host is known to have, until its GPUs have been listed.
+
+        ``tell``: take part in what watchers tell each other, and keep; who acts does in any case.
 
         ``environment``: what an instance would be started with; without it, all have these settings.
+        ``folder``: where instances' own files are.
         """
         self._settings = settings
         self._units = units
-        self._numbers = numbers
         self._act = act
         self._tell = act or bool(tell)
         self.host = host or socket.gethostname()
@@ -118,7 +123,7 @@ class Watcher:
         )
         self._reaper = Reaper(self._client, self.host, settings)
         self._notifier = SystemdNotifier()
-        self._gpus = GpuWatch(settings, numbers)
+        self._gpus = GpuWatch(settings, numbers, bound=partial(health.bound_by_files, folder))
         self._health: Mapping[int, GpuHealth] = {}
         self._xids: dict[int, str] = {}
         self._kept_at = 0.0
@@ -165,7 +170,7 @@ class Watcher:
     async def step(self) -> Decision | None:
         """Look, decide, act. Returns the decision; None when systemd cannot be asked, or it is to stop."""
         try:
-            views = await self._units.look()
+            views = await self._units.look(self._gpus.numbers)
         except (UnitsUnavailable, UnitRefused) as exc:
             self._say(("units", str(exc)), "units_away", reason=str(exc))
             return None
@@ -207,7 +212,7 @@ class Watcher:
 
     def _look_at_gpus(self, views: Mapping[int, UnitView]) -> None:
         ours = {number for number, view in views.items() if view.state not in ("inactive", "failed")}
-        self._health = self._gpus.health(ours)
+        self._health = self._gpus.health(ours, views)
         self._xids |= self._gpus.take_xids()
 
     def _observe(self, views: Mapping[int, UnitView], now: float) -> Observation:
@@ -227,13 +232,13 @@ class Watcher:
             log.error("name_taken", host=self.host, reason="another watcher tells under our name", hint=hint)
         self._rival = seen.rival
         marked = tuple(as_it_runs(one, seen.in_flight, seen.beating, seen.missing) for one in own)
-        instances = (*marked, *seen.remote)
+        everywhere = (*marked, *seen.remote)
         held: Counter[Serves] = Counter()
-        for one in instances:
+        for one in everywhere:
             held[one.serves] += seen.in_flight.get(str(one.key), 0) if one.state == "active" else 0
         return Observation(
             queues=seen.queues,
-            instances=instances,
+            instances=everywhere,
             held=held,
             host=self.host,
             live_hosts=seen.live_hosts,
@@ -397,7 +402,7 @@ class Watcher:
         waiting = "Redis is away" if seen.queues is None else f"{seen.waiting:,} waiting"
         if self._rival:
             waiting = f"another watcher is called {self.host}, too; {waiting}"
-        count = f"{running} of {len(self._numbers)} workers run"
+        count = f"{running} of {sum(map(seen.owns, (one.key for one in seen.instances)))} workers run"
         self._notifier.notify(f"STATUS={waiting}, {count}: {decision.why}")
         if not self._ready:
             self._notifier.notify("READY=1")
@@ -420,35 +425,39 @@ def _step(inputs: Mapping[str, object]) -> object:
     return min(wanted, possible), wanted > possible
 
 
-def make_units(settings: Settings, numbers: tuple[int, ...]) -> Units:
-    """Return the back end that the settings name."""
+def make_units(settings: Settings, *, act: bool) -> Units:
+    """Return the back end that the settings name. ``act``: False for one that only looks."""
     if settings.watcher.backend == "process":
         from gpuinfer.watcher.process_units import ProcessUnits
 
-        return ProcessUnits(numbers, special=served.beside_settings)
+        return ProcessUnits(special=served.beside_settings)
     from gpuinfer.watcher.systemd_units import SystemdUnits
 
-    return SystemdUnits(numbers)
+    return SystemdUnits(acts=act)
 
 
 async def serve(settings: Settings, *, dry_run: bool) -> None:
     """Run until SIGTERM or SIGINT. A dry run leaves no trace, and may run beside the service."""
     read_all()
     act = not dry_run and settings.watcher.decisions == "act"
-    inventory = await asyncio.to_thread(list_gpus, settings.worker.gpus)
-    numbers = health.instance_numbers(settings, inventory)
-    units = make_units(settings, numbers)
-    environment = served.of_processes if settings.watcher.backend == "process" else served.of_units
-    watcher = Watcher(settings, units, numbers, act=act, tell=not dry_run, environment=environment)
+    units = make_units(settings, act=act)
+    process = settings.watcher.backend == "process"
+    environment = served.of_processes if process else served.of_units
+    folder = settings_file().parent if process else instances.FOLDER
+    # Which GPUs there are is not known until NVML has answered, which may take long.
+    fixed = settings.watcher.instances or settings.worker.device == "cpu"
+    numbers = health.instance_numbers(settings, Inventory()) if fixed else ()
+    watcher = Watcher(
+        settings, units, numbers, act=act, tell=not dry_run, environment=environment, folder=folder
+    )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    mode = settings.watcher.mode
-    log.info("watching", host=watcher.host, instances=list(numbers), mode=mode, acts=act)
+    log.info("watching", host=watcher.host, mode=settings.watcher.mode, acts=act)
     try:
         await units.open()
     except GpuinferError as exc:
-        log.error("units_away", reason=str(exc), hint="trying again at every look")
+        log.error("units_away", reason=str(exc), hint="trying again at each probe")
     try:
         await watcher.run(stop)
     finally:

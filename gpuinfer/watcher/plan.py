@@ -89,12 +89,12 @@ class Plan:
         self._narrow_first = sorted(fleets, key=lambda group: (_breadth(group, asks[-1].demand), group))
         self.actions: list[Action] = [
             *(Action("start", key, "is enabled") for key in self._of("enabled_idle")),
-            *(Action("reset", key, "is enabled") for key in self._of("enabled_failed")),
+            *(Action("start", key, "is enabled") for key in self._of("enabled_failed")),
         ]
         for group, fleet in fleets.items():
             self._planned[group] = len(fleet.enabled_idle) + len(fleet.enabled_failed)
         self._room = None if room is None else max(0, room - len(self.actions))
-        #: What is left to start and to reset, sorted when it is first asked for.
+        #: What is left to start, sorted when it is first asked for; what has failed apart.
         self._idle: dict[Serves, list[Key]] = {}
         self._failed: dict[Serves, list[Key]] = {}
         self.short = False
@@ -117,7 +117,7 @@ class Plan:
         return self._fleets[group].running + self._planned[group]
 
     def _fill(self, ask: Ask) -> None:
-        """Start what is missing; make ready again, when nothing else is left, what has failed and rested."""
+        """Start what is missing; instances that have failed come last, after their cooldown."""
         running = sum(map(self._running, ask.demand.groups))
         missing = ask.need.up - running
         if missing <= 0:
@@ -136,15 +136,15 @@ class Plan:
 
     def _take(self, missing: int, groups: Sequence[Serves], why: str, *, any_use: bool = False) -> int:
         taken = 0
-        for verb, pools, reason in (
-            ("start", self._idle, why),
-            ("reset", self._failed, f"has rested after its failure; {why}"),
+        for pools, reason in (
+            (self._idle, why),
+            (self._failed, f"has cooled down after its failure; {why}"),
         ):
             for group in groups:
                 number = min(missing - taken, missing if any_use else self._use(group, missing))
                 number = number if self._room is None else min(number, self._room)
                 keys, pools[group] = pools[group][: max(0, number)], pools[group][max(0, number) :]
-                self.actions += [Action(verb, key, reason) for key in keys]  # type: ignore[arg-type]
+                self.actions += [Action("start", key, reason) for key in keys]
                 self._planned[group] += len(keys)
                 taken += len(keys)
                 if self._room is not None:

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpuinfer.errors import UnitRefused, UnitStopping, UnitsUnavailable
@@ -22,8 +22,9 @@ from gpuinfer.watcher.state import UnitState, Verb
 from gpuinfer.watcher.units import UnitView
 
 _PR_SET_PDEATHSIG = 1
-#: How a worker ends that has grown past worker.max_memory_mb: as its unit does, we start it anew.
-EX_GROWN = 80
+#: Exit statuses after which a worker is started again at once, as its unit does: it has grown past
+#: worker.max_memory_mb; a task ran past its hard time limit.
+RESTARTED = (80, 81)
 #: What a batch may take to drain before its worker is killed.
 STOP_TIMEOUT_S = 90.0
 Command = Callable[[int], Sequence[str]]
@@ -48,16 +49,13 @@ class ProcessUnits:
 
     def __init__(
         self,
-        numbers: Iterable[int],
         command: Command = worker_command,
         environ: Mapping[str, str] | None = None,
         special: Special | None = None,
         clock: Callable[[], float] = time.monotonic,
         stop_timeout_s: float = STOP_TIMEOUT_S,
     ) -> None:
-        self._states: dict[int, tuple[UnitState, float]] = {
-            number: ("inactive", clock()) for number in numbers
-        }
+        self._states: dict[int, tuple[UnitState, float]] = {}
         self._children: dict[int, _Child] = {}
         self._command = command
         self._environ = environ if environ is not None else os.environ
@@ -68,17 +66,16 @@ class ProcessUnits:
     async def open(self) -> None:
         """Do nothing: there is nobody to connect to."""
 
-    async def look(self) -> Mapping[int, UnitView]:
-        """Return all states."""
+    async def look(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
+        """Return the state of these instances, and of any other that is not inactive."""
         now = self._clock()
-        return {
-            number: UnitView(state=state, age_s=now - since)
-            for number, (state, since) in self._states.items()
-        }
+        known = {number: self._states.get(number, ("inactive", now)) for number in numbers}
+        self._states = known | {n: state for n, state in self._states.items() if state[0] != "inactive"}
+        return {n: UnitView(state=state, age_s=now - since) for n, (state, since) in self._states.items()}
 
     async def act(self, verb: Verb, number: int) -> None:
-        """Start a process, ask one to end, or forget a failure."""
-        state = self._states[number][0]
+        """Start a process, or ask one to end."""
+        state = self._states[number][0] if number in self._states else "inactive"
         if verb == "start" and state in ("inactive", "failed"):
             await self._start(number)
         elif verb == "start" and state == "deactivating":
@@ -86,8 +83,6 @@ class ProcessUnits:
         elif verb == "stop" and state in ("active", "activating"):
             self._enter(number, "deactivating")
             self._children[number].process.terminate()
-        elif verb == "reset" and state == "failed":
-            self._enter(number, "inactive")
 
     def _enter(self, number: int, state: UnitState) -> None:
         self._states[number] = (state, self._clock())
@@ -135,8 +130,8 @@ class ProcessUnits:
         asyncio.get_running_loop().remove_reader(child.ready_from)
         child.ready_from.close()
         wanted = self._states[number][0] == "deactivating"
-        self._enter(number, "inactive" if wanted or process.returncode in (0, EX_GROWN) else "failed")
-        if process.returncode == EX_GROWN and not wanted:
+        self._enter(number, "inactive" if wanted or process.returncode in (0, *RESTARTED) else "failed")
+        if process.returncode in RESTARTED and not wanted:
             await self._start(number)
 
     async def close(self) -> None:

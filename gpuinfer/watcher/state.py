@@ -18,8 +18,8 @@ from gpuinfer.queue.fleet import EVERYTHING, Serves
 UnitState = Literal["inactive", "activating", "active", "deactivating", "failed"]
 #: What an administrator did by hand, and what is therefore left alone for a while.
 Hold = Literal["", "started", "stopped"]
-Verb = Literal["start", "stop", "reset"]
-#: "repair": what fails is reset or stopped, and the count stays.
+Verb = Literal["start", "stop"]
+#: "repair": starts that keep failing are stopped.
 Verdict = Literal["scale_up", "scale_down", "hold", "repair"]
 
 
@@ -40,12 +40,14 @@ class Key(NamedTuple):
 class GpuHealth:
     """What NVML says of an instance's GPU, beyond our own worker."""
 
-    #: Memory that programs which are not ours hold.
+    #: Memory that other programs hold.
     foreign_bytes: int = 0
-    #: Why it cannot be trusted (an Xid, ECC errors, no answer); empty when it is well.
+    #: Why it cannot be used (an Xid, ECC errors, no answer); empty when it is healthy.
     fault: str = ""
     #: How hot it is, when that is too hot to start anything on it; it cools down by itself.
     hot: str = ""
+    #: Why nothing is known of it yet: no failure, but nothing is started on it either.
+    unknown: str = ""
 
 
 HEALTHY = GpuHealth()

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker units over D-Bus. systemd tells by signals what has changed; only that is asked for again.
+"""Worker units over D-Bus. systemd signals what has changed, and only that is asked for again.
 
-Interface: org.freedesktop.systemd1(5). What an unprivileged watcher may do, polkit decides; see
+Interface: org.freedesktop.systemd1(5). polkit decides what an unprivileged watcher may do; see
 systemd/50-gpuinfer-watcher.rules.
+
+systemd counts every start of a unit against its StartLimitBurst=, ours and an administrator's too, and
+refuses the next one ("attempted too often"). That limit is meant for crash loops, so the count is reset
+before each start of ours, and once a worker is ready after a start that was no automatic restart.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from dbus_fast import BusType, Message, MessageType
@@ -17,8 +22,11 @@ from dbus_fast.aio import MessageBus
 from dbus_fast.errors import DBusError
 
 from gpuinfer.errors import UnitRefused, UnitStopping, UnitsUnavailable
+from gpuinfer.log import get_logger
 from gpuinfer.watcher.state import UnitState, Verb
 from gpuinfer.watcher.units import UnitView
+
+log = get_logger(__name__)
 
 SYSTEMD = "org.freedesktop.systemd1"
 MANAGER = "org.freedesktop.systemd1.Manager"
@@ -26,17 +34,13 @@ UNIT = "org.freedesktop.systemd1.Unit"
 SERVICE = "org.freedesktop.systemd1.Service"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 ROOT = "/org/freedesktop/systemd1"
-#: Everything is asked for again this often, should a signal ever be missed.
+#: Everything is asked for again this often, in case a signal was missed.
 RESYNC_S = 60.0
 CALL_TIMEOUT_S = 10.0
-#: Method, signature, job mode. A start never undoes a stop of the worker that waits or is under way ("fail"):
-#: the administrator may have asked for it.
-_METHODS: Mapping[Verb, tuple[str, str, str]] = {
-    "start": ("StartUnit", "ss", "fail"),
-    "stop": ("StopUnit", "ss", "replace"),
-    "reset": ("ResetFailedUnit", "s", ""),
-}
-#: What systemd calls a start that would undo a stop.
+#: Method and job mode. A start never cancels a stop that is queued or under way ("fail"): an administrator
+#: may have asked for it.
+_METHODS: Mapping[Verb, tuple[str, str]] = {"start": ("StartUnit", "fail"), "stop": ("StopUnit", "replace")}
+#: systemd's error for a start that would cancel a stop.
 _STOPPING = "org.freedesktop.systemd1.TransactionIsDestructive"
 _STATES: Mapping[str, UnitState] = {
     "active": "active",
@@ -47,7 +51,17 @@ _STATES: Mapping[str, UnitState] = {
     "deactivating": "deactivating",
     "maintenance": "inactive",
 }
-#: The property that says since when a state lasts, in microseconds of CLOCK_MONOTONIC.
+#: One match rule for all units: the bus allows a connection 512 of them, and a host may have 1,024 workers.
+_RULES = (
+    f"type='signal',sender='{SYSTEMD}',interface='{PROPERTIES}',arg0='{UNIT}',path_namespace='{ROOT}/unit'",
+    *(
+        f"type='signal',sender='{SYSTEMD}',interface='{MANAGER}',path='{ROOT}',member='{member}'"
+        for member in ("JobRemoved", "UnitFilesChanged", "Reloading")
+    ),
+)
+_NAME = re.compile(r"gpuinfer-worker@(0|[1-9][0-9]{0,4})\.service")
+_PATH = re.compile(rf"{ROOT}/unit/gpuinfer_2dworker_40(0|[1-9][0-9]{{0,4}})_2eservice")
+#: The property with the time a state was entered, in microseconds of CLOCK_MONOTONIC.
 _SINCE: Mapping[UnitState, str] = {
     "active": "ActiveEnterTimestampMonotonic",
     "activating": "InactiveExitTimestampMonotonic",
@@ -57,13 +71,13 @@ _SINCE: Mapping[UnitState, str] = {
 }
 
 
-def unit_name(number: int) -> str:
-    """Return the unit of worker ``number``."""
+def unit_name(number: int | str) -> str:
+    """Return the unit of worker ``number``, or a pattern for several."""
     return f"gpuinfer-worker@{number}.service"
 
 
 def unit_path(number: int) -> str:
-    """Return its object path: every byte that is no letter or digit as _xx, as sd_bus_path_encode(3) does."""
+    """Return its object path, with each byte that is no letter or digit as _xx (sd_bus_path_encode(3))."""
     escaped = "".join(c if c.isalnum() else f"_{ord(c):02x}" for c in unit_name(number))
     return f"{ROOT}/unit/{escaped}"
 
@@ -73,79 +87,132 @@ class SystemdUnits:
 
     def __init__(
         self,
-        numbers: Iterable[int],
         *,
         address: str | None = None,
         clock: Callable[[], float] = time.monotonic,
+        acts: bool = True,
     ) -> None:
-        """``address`` is the bus's, the system's own unless given."""
+        """``address`` is the bus's, the system's own unless given. ``acts``: False for a dry run."""
         self._address = address
-        self._numbers = tuple(numbers)
         self._clock = clock
-        self._paths = {unit_path(number): number for number in self._numbers}
+        self._acts = acts
         self._bus: MessageBus | None = None
+        #: False: the bus refuses us signals, and everything is asked for at each look.
+        self._hears = True
         self._properties: dict[int, dict[str, Any]] = {}
         self._dirty: set[int] = set()
-        self._synced_at = 0.0
+        #: Instances that systemd has loaded, whether the caller asks for them or not.
+        self._loaded: frozenset[int] = frozenset()
+        self._synced_at: float | None = None
+        #: Instance -> the start after which its count of starts was reset.
+        self._counted: dict[int, int] = {}
 
     async def open(self) -> None:
         """Connect to the system bus and ask for signals."""
+        await self.close()
         try:
-            self._bus = await MessageBus(self._address, bus_type=BusType.SYSTEM).connect()
-        except (OSError, DBusError, EOFError) as exc:
-            raise UnitsUnavailable(f"the system's D-Bus cannot be reached: {exc}") from exc
+            bus = MessageBus(self._address, bus_type=BusType.SYSTEM)
+            self._bus = await asyncio.wait_for(bus.connect(), CALL_TIMEOUT_S)
+        except (OSError, DBusError, EOFError, TimeoutError) as exc:
+            raise UnitsUnavailable(f"the system's D-Bus cannot be reached: {exc or 'timeout'}") from exc
         self._bus.add_message_handler(self._hear)
-        for rule in self._rules():
-            await self._call(
-                "AddMatch",
-                "s",
-                [rule],
-                destination="org.freedesktop.DBus",
-                path="/org/freedesktop/DBus",
-                interface="org.freedesktop.DBus",
-            )
-        await self._call("Subscribe")
-        self._dirty = set(self._numbers)
-        self._synced_at = self._clock()
+        try:
+            hears = await self._match()
+            await self._call("Subscribe")
+        except UnitRefused:  # systemd is not back on a bus that was restarted
+            await self.close()
+            raise
+        self._hears, self._synced_at = hears, None
 
-    def _rules(self) -> list[str]:
-        changed = f"type='signal',sender='{SYSTEMD}',interface='{PROPERTIES}',path='{{}}'"
-        of_manager = f"type='signal',sender='{SYSTEMD}',interface='{MANAGER}',path='{ROOT}',member='{{}}'"
-        members = ("JobRemoved", "UnitFilesChanged", "Reloading")
-        return [*map(changed.format, self._paths), *map(of_manager.format, members)]
+    async def _match(self) -> bool:
+        """Ask the bus for systemd's signals; tell whether it sends them."""
+        bus = {"destination": "org.freedesktop.DBus", "interface": "org.freedesktop.DBus"}
+        try:
+            for rule in _RULES:
+                await self._call("AddMatch", "s", [rule], path="/org/freedesktop/DBus", **bus)
+        except UnitRefused as exc:
+            if self._hears:
+                log.warning(
+                    "signals_refused", reason=str(exc), hint="each probe asks systemd for all workers"
+                )
+            return False
+        return True
 
     def _hear(self, message: Message) -> None:
         if message.message_type is not MessageType.SIGNAL:
             return
-        if message.path in self._paths:
-            self._dirty.add(self._paths[message.path])
+        if message.interface == PROPERTIES:
+            self._changed(_PATH.fullmatch(message.path or ""))
         elif message.interface == MANAGER and message.member == "JobRemoved":
-            self._dirty.update(n for n in self._numbers if unit_name(n) == message.body[2])
+            self._changed(_NAME.fullmatch(message.body[2]))
         elif message.interface == MANAGER:
-            self._dirty.update(self._numbers)
+            self._synced_at = None
 
-    async def look(self) -> Mapping[int, UnitView]:
-        """Return all states; only what has changed is asked for."""
+    def _changed(self, match: re.Match[str] | None) -> None:
+        """Ask again for one instance. For one that nobody has asked for yet, see what else is loaded."""
+        number = int(match[1]) if match else None
+        if number in self._properties:
+            self._dirty.add(number)
+        elif number is not None:
+            self._synced_at = None
+
+    async def look(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
+        """Return the state of these instances, and of any other that is enabled or not inactive.
+
+        Only what has changed is asked for.
+        """
         if self._bus is None or not self._bus.connected:
             await self.open()
-        if self._clock() - self._synced_at > RESYNC_S:
-            self._dirty.update(self._numbers)
-            self._synced_at = self._clock()
+        synced = self._synced_at is not None and self._clock() - self._synced_at <= RESYNC_S
+        if not synced or not self._hears:
+            self._synced_at = self._clock()  # a signal that comes meanwhile clears it again
+            try:
+                self._loaded = frozenset(await self._list())
+            except (UnitRefused, UnitsUnavailable):
+                self._synced_at = None
+                raise
+            self._dirty.update(self._properties)
+        asked = self._loaded.union(numbers)
+        self._properties = {number: known for number, known in self._properties.items() if number in asked}
+        self._dirty = (self._dirty & asked) | (asked - self._properties.keys())
         while self._dirty:
             number = self._dirty.pop()  # a signal that comes meanwhile marks it again
             try:
                 self._properties[number] = await self._ask(unit_path(number))
+                await self._forgive(number)
             except (UnitRefused, UnitsUnavailable):
                 self._dirty.add(number)
                 raise
-        return {number: self._view(self._properties[number]) for number in self._numbers}
+        views = {number: self._view(known) for number, known in sorted(self._properties.items())}
+        own = {*numbers}
+        return {n: view for n, view in views.items() if n in own or view.enabled or view.state != "inactive"}
+
+    async def _list(self) -> list[int]:
+        """Return the instances that systemd has loaded: those that run, and those that a target wants."""
+        reply = await self._call("ListUnitsByPatterns", "asas", [[], [unit_name("*")]])
+        return [int(match[1]) for unit in reply.body[0] if (match := _NAME.fullmatch(unit[0]))]
 
     async def _ask(self, path: str) -> dict[str, Any]:
-        """Return a unit's properties, and of a service's own its restarts."""
+        """Return a unit's properties, and its restarts, which are a service's."""
         unit = await self._call("GetAll", "s", [UNIT], path=path, interface=PROPERTIES)
         restarts = await self._call("Get", "ss", [SERVICE, "NRestarts"], path=path, interface=PROPERTIES)
         values = {name: variant.value for name, variant in unit.body[0].items()}
         return {**values, "NRestarts": restarts.body[0].value}
+
+    async def _forgive(self, number: int) -> None:
+        """Reset the count of starts of a worker that became ready without an automatic restart."""
+        known = self._properties[number]
+        began = int(known.get("ActiveEnterTimestampMonotonic") or 0)
+        ready = known.get("ActiveState") == "active" and not known["NRestarts"]
+        if self._acts and ready and self._counted.get(number) != began:
+            self._counted[number] = began
+            await self._reset(number)
+
+    async def _reset(self, number: int) -> None:
+        try:
+            await self._call("ResetFailedUnit", "s", [unit_name(number)])
+        except UnitRefused as exc:  # not loaded: systemd counts nothing of it
+            log.debug("not_reset", instance=number, reason=str(exc))
 
     def _view(self, properties: Mapping[str, Any]) -> UnitView:
         state = _STATES.get(str(properties.get("ActiveState")), "inactive")
@@ -160,13 +227,15 @@ class SystemdUnits:
         )
 
     async def act(self, verb: Verb, number: int) -> None:
-        """Queue a job, or reset."""
-        member, signature, mode = _METHODS[verb]
-        body = [unit_name(number), mode] if mode else [unit_name(number)]
+        """Queue a job; the count of starts is reset before a start."""
+        member, mode = _METHODS[verb]
         try:
-            await self._call(member, signature, body)
+            if verb == "start":
+                await self._reset(number)
+            await self._call(member, "ss", [unit_name(number), mode])
         finally:
-            self._dirty.add(number)
+            if number in self._properties:
+                self._dirty.add(number)
 
     async def _call(
         self,

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the watcher needs of what runs the workers: systemd, or plain processes. One contract for both.
+"""What runs the workers: systemd, or plain processes. One contract for both.
 
-- ``look`` tells the state of every instance; it reflects a command that was accepted at once or soon.
-- ``act`` asks, and does not wait until it is done. To start what runs is no error, nor to stop what does not.
-- a stop drains: the worker finishes its batch and hands the rest back.
-- what fails on its own is ``failed`` until it is reset or started; what is tried again before that is
-  ``activating`` meanwhile, and ``restarts`` counts how often.
+- ``look`` returns the state of every instance; it shows a command that was accepted at once or soon.
+- ``act`` asks and does not wait for the result. Starting a worker that runs is no error, nor is stopping one
+  that does not.
+- A stop drains: the worker finishes its batch and hands the rest back.
+- An instance that fails is ``failed`` until it is started again; while systemd retries it by itself it is
+  ``activating``, and ``restarts`` counts the retries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,13 +23,13 @@ class UnitView:
     """One instance, as it is now."""
 
     state: UnitState = "inactive"
-    #: For how long it has been in that state.
+    #: How long it has been in that state.
     age_s: float = 0.0
     enabled: bool = False
     masked: bool = False
-    #: Something is to be done with it, and waits for its turn.
+    #: systemd has a job for it that waits for its turn.
     queued: bool = False
-    #: How often it was restarted by itself since somebody has started it.
+    #: How often it was restarted automatically since it was last started.
     restarts: int = 0
 
 
@@ -38,13 +39,13 @@ class Units(Protocol):
     async def open(self) -> None:
         """Connect."""
 
-    async def look(self) -> Mapping[int, UnitView]:
-        """Return every instance's state."""
+    async def look(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
+        """Return the state of these instances, and of any other that is enabled or not inactive."""
 
     async def act(self, verb: Verb, number: int) -> None:
-        """Start, stop or reset one instance.
+        """Start or stop one instance; a start clears a failure first.
 
-        Raises UnitRefused when that is not allowed, UnitStopping for the start of what is being stopped.
+        Raises UnitRefused when that is not allowed, UnitStopping for the start of one that is being stopped.
         """
 
     async def close(self) -> None:

@@ -33,7 +33,7 @@ from gpuinfer.queue.connection import connect
 from gpuinfer.queue.scripts import read_all
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings, load_settings
-from gpuinfer.worker.ceiling import Ceiling
+from gpuinfer.worker.ceiling import EX_HARD_LIMIT, Ceiling
 from gpuinfer.worker.heartbeat import Pulse, starting
 from gpuinfer.worker.loading import load_models
 from gpuinfer.worker.process import Process
@@ -220,7 +220,7 @@ def _end_at_hard_limit(tasks: Sequence[Task], store: Store) -> NoReturn:
     except Exception as exc:
         ids = [task.id for task in tasks]
         log.error("settle_failed", task_ids=ids, reason=str(exc))
-    os._exit(TimeLimitExceeded.exit_code)
+    os._exit(EX_HARD_LIMIT)
 
 
 def _ready(sender: Any, **_: object) -> None:

@@ -17,6 +17,8 @@ log = get_logger(__name__)
 
 #: A worker that has grown past ``worker.max_memory_mb`` ends with it. No failure, and none of sysexits.h.
 EX_GROWN = 80
+#: A worker ends with it when a task ran past its hard time limit.
+EX_HARD_LIMIT = 81
 _MIB = 1024 * 1024
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,14 +38,15 @@ sys.exit(80)
 """
 UNIT = """
 [Unit]
-StartLimitIntervalSec=0
+StartLimitIntervalSec=1h
+StartLimitBurst=4
 [Service]
 Type=notify
 NotifyAccess=all
 ExecStart=/bin/sh -c 'sleep 0.3; test -e /fail-%i && exit 3; systemd-notify --ready; \
-  until rm /fail-%i-grown 2>/dev/null; do sleep 0.1; done; exit 80'
-SuccessExitStatus=80
-RestartForceExitStatus=80
+  until test -e /fail-%i-grown; do sleep 0.1; done; end=$(cat /fail-%i-grown); rm /fail-%i-grown; \
+  exit $${end:-80}'
+@SHIPPED@
 [Install]
 WantedBy=multi-user.target
 """
@@ -74,7 +76,7 @@ class Place:
         """Look until an instance is as wanted."""
         deadline = time.monotonic() + 20
         while True:
-            view = (await self.units.look())[number]
+            view = (await self.units.look(range(3)))[number]
             if test(view):
                 return view
             assert time.monotonic() < deadline, f"waited for {what}, is {view}"
@@ -99,7 +101,11 @@ class Place:
 def container() -> Iterator[Container]:
     need(not missing(), missing())
     with Container(root(), name="units") as booted:
-        booted.put("/etc/systemd/system/gpuinfer-worker@.service", UNIT)
+        kept = ("ExecStopPost=", "SuccessExitStatus=", "RestartForceExitStatus=")
+        shipped = (Path(__file__).parents[2] / "systemd/gpuinfer-worker@.service").read_text(encoding="utf-8")
+        lines = [line for line in shipped.splitlines() if line.startswith(kept)]
+        unit = UNIT.replace("@SHIPPED@", "\n".join(lines))
+        booted.put("/etc/systemd/system/gpuinfer-worker@.service", unit)
         booted.ok("systemctl daemon-reload")
         yield booted
 
@@ -126,7 +132,7 @@ def _processes(folder: Path) -> Place:
     def grow(number: int) -> None:
         (folder / f"fail-{number}-grown").touch()
 
-    return Place(ProcessUnits(range(3), command), fail, grow)
+    return Place(ProcessUnits(command), fail, grow)
 
 
 def _systemd(container: Container) -> Place:
@@ -136,7 +142,7 @@ def _systemd(container: Container) -> Place:
     def grow(number: int) -> None:
         container.ok(f"touch /fail-{number}-grown")
 
-    return Place(SystemdUnits(range(3), address=address(container)), fail, grow, container)
+    return Place(SystemdUnits(address=address(container)), fail, grow, container)
 
 
 def address(container: Container) -> str:
@@ -146,7 +152,7 @@ def address(container: Container) -> str:
 
 async def test_all_instances_are_told_though_none_was_ever_started(place: Place) -> None:
     """An instance that systemd has not loaded is inactive, and no less there."""
-    views = await place.units.look()
+    views = await place.units.look(range(3))
     assert {number: view.state for number, view in views.items()} == dict.fromkeys(range(3), "inactive")
 
 
@@ -156,7 +162,7 @@ async def test_a_start_goes_through_activating_to_active(place: Place) -> None:
     await place.becomes(1, "activating")
     view = await place.becomes(1, "active")
     assert view.age_s < 5
-    assert (await place.units.look())[0].state == "inactive"
+    assert (await place.units.look(range(3)))[0].state == "inactive"
 
 
 async def test_a_stop_ends_it_without_a_failure(place: Place) -> None:
@@ -174,16 +180,14 @@ async def test_commands_that_change_nothing_are_no_errors(place: Place) -> None:
     await place.units.act("start", 2)
     await place.becomes(2, "active")
     await place.units.act("start", 2)
-    assert (await place.units.look())[2].state == "active"
+    assert (await place.units.look(range(3)))[2].state == "active"
 
 
-async def test_a_failure_stays_until_it_is_reset(place: Place) -> None:
-    """failed, then inactive; then it can be started again."""
+async def test_a_failure_stays_until_it_is_started_again(place: Place) -> None:
+    """A start clears it first."""
     place.fail(0, True)
     await place.units.act("start", 0)
     await place.becomes(0, "failed")
-    await place.units.act("reset", 0)
-    await place.becomes(0, "inactive")
     place.fail(0, False)
     await place.units.act("start", 0)
     await place.becomes(0, "active")
@@ -212,7 +216,7 @@ async def test_a_stop_while_it_starts_is_heard(place: Place) -> None:
     await place.units.act("stop", 0)
     await place.becomes(0, "inactive")
     await asyncio.sleep(0.5)
-    assert (await place.units.look())[0].state == "inactive"
+    assert (await place.units.look(range(3)))[0].state == "inactive"
 
 
 async def test_a_start_does_not_undo_a_stop(place: Place) -> None:
@@ -244,7 +248,7 @@ async def test_what_an_administrator_does_is_heard(container: Container) -> None
     place = _systemd(container)
     await place.units.open()
     try:
-        await place.units.look()
+        await place.units.look(range(3))
         container.ok("systemctl enable --now gpuinfer-worker@2")
         await place.until(2, lambda view: view.state == "active" and view.enabled, "an enabled, active unit")
         container.ok("systemctl disable --now gpuinfer-worker@2 && systemctl mask gpuinfer-worker@2")
@@ -285,10 +289,10 @@ async def test_only_what_has_changed_is_asked_for(
     container: Container, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A quiet host costs no call at all."""
-    units = SystemdUnits(range(3), address=address(container))
+    units = SystemdUnits(address=address(container))
     await units.open()
     try:
-        await units.look()
+        await units.look(range(3))
         calls: list[object] = []
         real = units._call
 
@@ -298,7 +302,7 @@ async def test_only_what_has_changed_is_asked_for(
 
         monkeypatch.setattr(units, "_call", counted)
         for _ in range(10):
-            await units.look()
+            await units.look(range(3))
         assert calls == []
     finally:
         await units.close()
@@ -307,21 +311,65 @@ async def test_only_what_has_changed_is_asked_for(
 @pytest.mark.host
 async def test_the_bus_may_go_and_come_back(container: Container) -> None:
     """A lost connection is an error once, and mended at the next look."""
-    units = SystemdUnits(range(3), address=address(container))
+    units = SystemdUnits(address=address(container))
     await units.open()
     assert units._bus is not None
     units._bus.disconnect()
     await asyncio.sleep(0.1)
-    assert len(await units.look()) == 3
+    assert len(await units.look(range(3))) == 3
+    container.ok("systemctl restart dbus")
+    for _ in range(600):  # systemd may be back on the bus later than we are
+        with suppress(UnitsUnavailable, UnitRefused):
+            if len(await units.look(range(3))) == 3:
+                break
+        await asyncio.sleep(0.1)
+    container.ok("systemctl start gpuinfer-worker@1")
+    await Place(units, lambda *_: None, lambda _: None).becomes(1, "active")
     await units.close()
+
+
+@pytest.mark.host
+async def test_more_instances_than_a_connection_may_have_rules(container: Container) -> None:
+    """And one beyond all that were asked for, which somebody has started."""
+    units = SystemdUnits(address=address(container))
+    container.ok("systemctl start gpuinfer-worker@777")
+    try:
+        views = await units.look(range(600))
+        assert (len(views), views[777].state, views[599].state) == (601, "active", "inactive")
+    finally:
+        await units.close()
+
+
+@pytest.mark.host
+async def test_no_start_is_attempted_too_often(container: Container) -> None:
+    """More than the unit allows of ours, by hand, and after the end at a limit of time or memory."""
+    place = _systemd(container)
+    await place.units.open()
+    for _ in range(5):
+        await place.units.act("start", 0)
+        await place.becomes(0, "active")
+        await place.units.act("stop", 0)
+        await place.becomes(0, "inactive")
+    for _ in range(5):
+        container.ok("systemctl restart gpuinfer-worker@0")
+        since = container.ok("systemctl show -P ActiveEnterTimestampMonotonic gpuinfer-worker@0")
+        while abs(time.monotonic() - (await place.becomes(0, "active")).age_s - int(since) / 1e6) > 0.1:
+            await asyncio.sleep(0.02)
+    await place.units.close()
+    container.ok("systemctl restart gpuinfer-worker@0")
+    for end in [80, 81] * 3:
+        before = container.ok("systemctl show -P MainPID gpuinfer-worker@0").strip()
+        container.ok(f"echo {end} >/fail-0-grown")
+        again = f"[ $(systemctl show -P MainPID gpuinfer-worker@0) != {before} ]"
+        container.until(f"{again} && systemctl -q is-active gpuinfer-worker@0", timeout=60)
 
 
 @pytest.mark.integration
 async def test_no_bus_is_a_typed_error(tmp_path: Path) -> None:
     """The message says what cannot be reached."""
-    units = SystemdUnits([0], address=f"unix:path={tmp_path}/none")
+    units = SystemdUnits(address=f"unix:path={tmp_path}/none")
     with pytest.raises(UnitsUnavailable, match="D-Bus cannot be reached"):
-        await units.look()
+        await units.look(range(3))
 
 
 @pytest.mark.unit
@@ -337,9 +385,9 @@ async def test_children_end_with_their_watcher(tmp_path: Path) -> None:
 import asyncio, sys
 from gpuinfer.watcher.process_units import ProcessUnits
 async def main():
-    units = ProcessUnits([0], lambda n: [sys.executable, "-c", {WORKER!r}, "/none"])
+    units = ProcessUnits(lambda n: [sys.executable, "-c", {WORKER!r}, "/none"])
     await units.act("start", 0)
-    while (await units.look())[0].state != "active":
+    while (await units.look([0]))[0].state != "active":
         await asyncio.sleep(0.05)
     print(units._children[0].process.pid, flush=True)
     await asyncio.sleep(60)
@@ -379,14 +427,12 @@ async def test_a_process_has_what_is_special_about_it(tmp_path: Path) -> None:
 
     told = tmp_path / "told"
     script = f"import os; open({str(told)!r}, 'w').write(os.environ['SPECIAL'] + os.environ['COMMON'])"
-    units = ProcessUnits(
-        [0], lambda _: [sys.executable, "-c", script], {**os.environ, "COMMON": "!"}, special=of
-    )
+    units = ProcessUnits(lambda _: [sys.executable, "-c", script], {**os.environ, "COMMON": "!"}, special=of)
     await units.act("start", 0)
     await Place(units, lambda *_: None, lambda _: None).becomes(0, "inactive")
     assert told.read_text() == "yes!"
     special.clear()
     with pytest.raises(UnitRefused, match="line 1"):
         await units.act("start", 0)
-    assert (await units.look())[0].state == "inactive"
+    assert (await units.look(range(3)))[0].state == "inactive"
     await units.close()

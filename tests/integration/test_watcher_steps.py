@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ async def test_told_to_stop_it_acts_no_more(redis_server: RedisServer, settings_
             stop.set()
 
     class Late(Told):
-        async def look(self) -> dict[int, UnitView]:
+        async def look(self, numbers: Collection[int] = ()) -> dict[int, UnitView]:
             stop.set()  # the workers stop together with us, and are seen to
             return self.views
 
@@ -310,7 +311,7 @@ async def test_a_look_that_fails_does_not_end_the_service(
     class Bad(Told):
         looks = 0
 
-        async def look(self) -> dict[int, UnitView]:
+        async def look(self, numbers: Collection[int] = ()) -> dict[int, UnitView]:
             self.looks += 1
             if self.looks == 1:
                 raise RuntimeError("a bug")

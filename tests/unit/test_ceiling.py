@@ -10,7 +10,7 @@ import pytest
 
 from gpuinfer.errors import ConfigError
 from gpuinfer.watcher import process_units
-from gpuinfer.worker.ceiling import EX_GROWN, Ceiling, resident_bytes
+from gpuinfer.worker.ceiling import EX_GROWN, EX_HARD_LIMIT, Ceiling, resident_bytes
 
 pytestmark = pytest.mark.unit
 
@@ -47,5 +47,6 @@ def test_growth_is_told(caplog: pytest.LogCaptureFixture) -> None:
 def test_its_unit_starts_it_anew_and_calls_it_no_failure() -> None:
     """By the same number everywhere: the worker, its unit, and the watcher's own processes."""
     unit = (Path(__file__).parents[2] / "systemd/gpuinfer-worker@.service").read_text(encoding="utf-8")
-    assert f"\nSuccessExitStatus={EX_GROWN}\nRestartForceExitStatus={EX_GROWN}\n" in unit
-    assert process_units.EX_GROWN == EX_GROWN
+    assert f"\nSuccessExitStatus={EX_GROWN}\nRestartForceExitStatus={EX_GROWN} {EX_HARD_LIMIT}\n" in unit
+    assert f"in {EX_GROWN}|{EX_HARD_LIMIT}) systemctl reset-failed %n;;" in unit
+    assert process_units.RESTARTED == (EX_GROWN, EX_HARD_LIMIT)

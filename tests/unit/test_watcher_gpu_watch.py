@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from gpuinfer.settings import Settings
-from gpuinfer.watcher import gpu_watch
+from gpuinfer.watcher import gpu_watch, health
 from gpuinfer.watcher.gpu_watch import GpuWatch
 from gpuinfer.watcher.xids import AGAIN_S, PROGRAMS, Xids
 from tests.fake_nvml import GIB, FakeNvml
@@ -142,14 +143,44 @@ def test_instances_on_slices_of_a_gpu_share_its_xids() -> None:
 def test_the_first_look_is_waited_for() -> None:
     """No worker is started on a GPU that nobody has looked at."""
     with watching(FakeNvml(count=2, used_bytes=3 * GIB)) as watch:
-        assert {gpu.foreign_bytes for gpu in watch.health(()).values()} == {3 * GIB}
+        assert {gpu.foreign_bytes for gpu in watch.health((), (0, 1)).values()} == {3 * GIB}
+
+
+def test_gpus_of_a_driver_that_comes_later_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inventory is taken at each survey; a driver that fails for a moment takes none away."""
+    monkeypatch.setattr(gpu_watch, "EVERY_S", 0.0)
+    nvml = FakeNvml(init=FakeNvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+    with watching(nvml, ()) as watch:
+        assert [*watch.numbers] == [0]
+        nvml.count, nvml.used_bytes, nvml.init = 4, 0, None
+        until(lambda: watch.numbers == (0, 1, 2, 3))
+        nvml.init = FakeNvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
+        begun = watch.surveys
+        until(lambda: watch.surveys > begun + 1)
+        assert watch.numbers == (0, 1, 2, 3)
+        nvml.count, nvml.init = 2, None
+        until(lambda: watch.numbers == (0, 1))
+
+
+def test_an_instance_whose_file_names_a_slice_is_there(tmp_path: Path) -> None:
+    """MIG instances are bound by the instances' own files; each has the health of its GPU."""
+    (tmp_path / "worker@7.env").write_text("CUDA_VISIBLE_DEVICES=MIG-1-1\n")
+    (tmp_path / "worker@0.env").write_text("CUDA_VISIBLE_DEVICES=0\nGPUINFER_WORKER_QUEUES=batch\n")
+    (tmp_path / "worker@9.env").write_text("GPUINFER_WORKER_QUEUES=batch\n")
+    bound = health.bound_by_files(tmp_path)
+    assert bound == {7: "MIG-1-1"}
+    nvml = FakeNvml(count=2, used_bytes=0, mig={1: ["1g.10gb", "1g.10gb"]}, remapped={1: (1, 0)})
+    seen = health.survey(Settings(), (), nvml, bound)
+    assert (seen.numbers, sorted(seen.health), seen.indices[7]) == ((0, 1, 7), [1, 7], 1)
+    gone = health.survey(Settings(), (), FakeNvml(count=2, used_bytes=0), bound)
+    assert (gone.numbers, gone.health, gone.indices[7]) == ((0, 1, 7), {}, health.UNLISTED)
 
 
 def test_a_host_told_to_use_the_cpu_asks_no_driver() -> None:
     """Not even once."""
     nvml = FakeNvml(count=2)
     with watching(nvml, device="cpu") as watch:
-        assert watch.health(()) == {}
+        assert watch.health((), (0, 1)) == {}
     assert nvml.opened == 0
 
 
@@ -169,14 +200,14 @@ def test_a_driver_that_hangs_is_nobodys_delay(monkeypatch: pytest.MonkeyPatch) -
     watch = GpuWatch(Settings(), (0, 1), Hanging(count=2, used_bytes=0), clock)
     watch.start()
     assert hanging.wait(60)
-    assert watch.health(()) == {}
+    assert watch.health((), (0, 1)) == {}
     clock.now += gpu_watch.SILENT_S + 1
-    assert {number: gpu.fault for number, gpu in watch.health(()).items()} == {
+    assert {number: gpu.fault for number, gpu in watch.health((), (0, 1)).items()} == {
         0: "its driver does not answer NVML",
         1: "its driver does not answer NVML",
     }
     free.set()
-    until(lambda: watch.health(()) == {})
+    until(lambda: watch.health((), (0, 1)) == {})
     watch.stop()
 
 
@@ -191,6 +222,7 @@ def test_a_driver_that_hangs_from_the_beginning_starts_nothing(monkeypatch: pyte
             super().nvmlInit()
 
     with watching(Hanging(count=1, used_bytes=0), (0,)) as watch:
-        assert "does not answer" in watch.health(())[0].fault
+        (one,) = watch.health((), (0,)).values()
+        assert (one.fault, one.unknown) == ("", "its GPU's driver has not answered NVML yet")
         free.set()
-        until(lambda: watch.health(()) == {})
+        until(lambda: watch.health((), (0, 1)) == {})

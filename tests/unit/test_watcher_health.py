@@ -20,36 +20,38 @@ def settings(**sections: dict[str, object]) -> Settings:
 
 def test_memory_in_use_is_foreign_where_no_worker_of_ours_runs() -> None:
     """A GPU that somebody else works on is told; our own worker's memory is nobody else's."""
-    seen = health.look(settings(), {1}, FakeNvml(count=2, used_bytes=3 * GIB))
+    seen = health.survey(settings(), {1}, FakeNvml(count=2, used_bytes=3 * GIB)).health
     assert seen == {0: GpuHealth(foreign_bytes=3 * GIB)}
 
 
 def test_a_gpu_that_is_lost_is_a_fault() -> None:
     """With the driver's words; its instance is there, and out."""
-    seen = health.look(settings(), (), FakeNvml(count=2, used_bytes=0, lost=frozenset({1})))
+    seen = health.survey(settings(), (), FakeNvml(count=2, used_bytes=0, lost=frozenset({1}))).health
     assert list(seen) == [1]
     assert "lost" in seen[1].fault
 
 
 def test_memory_errors_are_a_fault() -> None:
-    """Rows that could not be mapped out, or that wait for a reset."""
-    seen = health.look(settings(), (), FakeNvml(count=3, used_bytes=0, remapped={0: (1, 0), 2: (0, 1)}))
+    """Rows that could not be remapped, or that wait for a reset."""
+    seen = health.survey(
+        settings(), (), FakeNvml(count=3, used_bytes=0, remapped={0: (1, 0), 2: (0, 1)})
+    ).health
     assert sorted(seen) == [0, 2]
     assert "a reset of the GPU" in seen[0].fault
-    assert "could not be mapped out" in seen[2].fault
+    assert "could not be remapped" in seen[2].fault
 
 
 @pytest.mark.parametrize(
     ("nvml", "words"),
     [
-        (FakeNvml(count=1, used_bytes=0, temperature_c=92), "92 degrees hot, and slows down at 92"),
-        (FakeNvml(count=1, used_bytes=0, temperature_c=99), "99 degrees hot, and shuts down at 97"),
-        (FakeNvml(count=1, used_bytes=0, slows_down_c=None, slowed_down=True), "slowed down by its heat"),
+        (FakeNvml(count=1, used_bytes=0, temperature_c=92), "92 degrees C and slows down at 92"),
+        (FakeNvml(count=1, used_bytes=0, temperature_c=99), "99 degrees C and shuts down at 97"),
+        (FakeNvml(count=1, used_bytes=0, slows_down_c=None, slowed_down=True), "heat slows it down"),
     ],
 )
 def test_a_gpu_that_is_too_hot_says_so(nvml: FakeNvml, words: str) -> None:
     """By its own limits, or, where it does not tell them, by slowing down. It is hot, and has no fault."""
-    seen = health.look(settings(), (), nvml)[0]
+    seen = health.survey(settings(), (), nvml).health[0]
     assert words in seen.hot
     assert not seen.fault
 
@@ -58,12 +60,7 @@ def test_a_gpu_that_is_too_hot_says_so(nvml: FakeNvml, words: str) -> None:
 def test_a_gpu_below_its_limits_is_well(limit: int | None) -> None:
     """A degree less is fine; clocks that rest for another reason are no heat."""
     nvml = FakeNvml(count=1, used_bytes=0, temperature_c=91, slows_down_c=limit, shuts_down_c=limit)
-    assert health.look(settings(), (), nvml) == {}
-
-
-def test_a_host_told_to_use_the_cpu_is_not_asked() -> None:
-    """No driver is needed, nor missed."""
-    assert health.look(settings(worker={"device": "cpu"}), (), FakeNvml(init=9)) == {}
+    assert health.survey(settings(), (), nvml).health == {}
 
 
 @pytest.mark.parametrize(
