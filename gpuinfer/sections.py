@@ -300,7 +300,8 @@ class WatcherSettings(Section):
     threshold_every_s: float = Field(default=10.0, ge=0.1, le=3600)
     #: What an administrator started or stopped by hand is left alone for this long.
     manual_hold_s: float = Field(default=900.0, ge=0, le=7 * 86400)
-    #: A failed instance rests this long, twice as long after each further failure, up to the maximum.
+    #: A failed instance is not started for this long, twice as long after each further failure, up to the
+    #: maximum; without a failure for as long as that, all are forgotten.
     quarantine_s: float = Field(default=30.0, ge=1, le=86400)
     quarantine_max_s: float = Field(default=3600.0, validate_default=True, ge=1, le=7 * 86400)
     #: A GPU on which other programs hold more memory than this is left alone.

@@ -83,7 +83,8 @@ class Remembered:
 def remember(
     seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherSettings, now: float
 ) -> Remembered:
-    """Take a look into the memory of our own instances; forget those that are gone."""
+    """Take a look into the memory of our own instances; forget those that are gone, except what
+    matters when they come back."""
     changed: dict[Key, UnitMemory] = {}
     startups: list[tuple[Serves, float]] = []
     ours = 0
@@ -106,9 +107,11 @@ def remember(
             if before.state == "activating" and instance.state == "active":
                 startups.append((instance.serves, max(0.0, instance.since - before.since)))
     after = {**units, **changed} if changed else units
-    if len(after) != ours:
+    if (
+        len(after) != ours
+    ):  # a GPU may come back with its driver: what was done by hand, and failures, are kept
         present = {instance.key for instance in seen.instances}
-        after = {key: unit for key, unit in after.items() if key in present}
+        after = {key: unit for key, unit in after.items() if key in present or unit.notable}
     return Remembered(after, startups)
 
 
@@ -205,18 +208,15 @@ def adopt(units: Mapping[Key, UnitMemory], instances: Iterable[Instance]) -> Map
 def _failed(
     unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float, was: UnitState | None = None
 ) -> UnitMemory:
-    """Count a failure and let it cool down, longer each time; forgive after a spell of good health."""
+    """Count a failure and let it cool down, longer each time; forget all after long enough without one."""
     sick = f"its GPU is not well: {instance.gpu.fault}" if instance.gpu.fault else ""
     if instance.state == "failed" and was != "failed":
         # A GPU that is not well a moment before, or after, is why.
         return _cool_down(unit, sick or unit.cooling_down(now) or "its unit failed", settings, now)
     if sick:
         return replace(unit, why=sick) if unit.quarantined(now) else _cool_down(unit, sick, settings, now)
-    well_since = max(instance.since, unit.quarantined_until)
-    healthy = instance.state == "active" and now - well_since > settings.quarantine_max_s
-    if unit.failures and healthy:
-        return replace(unit, failures=0, why="")
-    return unit
+    forgotten = now - unit.quarantined_until > settings.quarantine_max_s
+    return replace(unit, failures=0, why="") if unit.failures and forgotten else unit
 
 
 def _cool_down(unit: UnitMemory, why: str, settings: WatcherSettings, now: float) -> UnitMemory:
@@ -250,6 +250,8 @@ def why_excluded(instance: Instance, unit: UnitMemory | None, settings: WatcherS
         return "masked"
     if unit is None:
         return instance.excluded
+    if instance.gpu.unknown:
+        return instance.gpu.unknown
     if unit.quarantined(now):
         return f"in quarantine for {unit.quarantined_until - now:.0f} s: {unit.why}"
     if instance.gpu.fault:

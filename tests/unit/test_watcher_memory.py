@@ -184,6 +184,31 @@ def test_long_health_is_forgiveness() -> None:
     assert watcher.history.units[A0].failures == 0
 
 
+@pytest.mark.parametrize(("every_s", "failures"), [(24 * 3600, 1), (3 * 3600, 1), (600, 7)])
+def test_failures_that_are_far_apart_do_not_add_up(every_s: int, failures: int) -> None:
+    """Served in between or not: one that crashes once a day never rests longer than the first time."""
+    unit, now, counted = UnitMemory(state="inactive", since=0.0), 0.0, []
+    for _ in range(7):
+        for state in ("failed", "inactive"):
+            seen = observe([Instance(key=A0, state=state, since=now)])
+            unit = remember(seen, {A0: unit}, settings(quarantine_s=1.0), now).units[A0]
+            counted.append(unit.failures)
+            now += every_s / 2
+    assert counted[-2] == failures
+
+
+def test_a_gpu_of_which_nothing_is_known_yet_is_no_failure() -> None:
+    """It is not started, and as soon as it has answered it is: there is nothing to forgive."""
+    world = busy_world(1)
+    world.set(A0, gpu=GpuHealth(unknown="its GPU's driver has not answered NVML yet"))
+    watcher = Watcher(world, settings())
+    watcher.run(100)
+    assert (world.running, watcher.history.units[A0].failures) == (set(), 0)
+    world.set(A0, gpu=HEALTHY)
+    watcher.run(1)
+    assert world.running == {A0}
+
+
 def test_an_xid_is_an_event_and_makes_the_rest_grow() -> None:
     """Told at one look each, also while it serves; each time its instance rests twice as long."""
     world = busy_world(1)
@@ -362,6 +387,20 @@ def test_instances_that_are_gone_are_forgotten() -> None:
     del world.instances[A0]
     watcher.run(1)
     assert set(watcher.history.units) == set(world.instances)
+
+
+def test_a_driver_that_fails_for_a_moment_takes_no_memory_away() -> None:
+    """What was stopped by hand is still stopped by hand when its GPU is listed again."""
+    world = busy_world(2)
+    watcher = Watcher(world, settings())
+    watcher.run(30)
+    world.set(A0, state="inactive", since=world.now)
+    watcher.run(1)
+    gone = world.instances.pop(A0)
+    watcher.run(5)
+    world.instances[A0] = gone
+    watcher.run(5)
+    assert A0 not in world.running
 
 
 def test_the_start_up_time_is_measured() -> None:
