@@ -76,7 +76,14 @@ class HandWorker:
 class Api:
     """``gpuinfer api`` on a free port, with an HTTP client for it. Use it as a context manager."""
 
-    def __init__(self, server: RedisServer, folder: Path, *arguments: str, **settings: object) -> None:
+    def __init__(
+        self,
+        server: RedisServer,
+        folder: Path,
+        *arguments: str,
+        verify: Any = True,  # as httpx takes it
+        **settings: object,
+    ) -> None:
         chosen = {"broker_url": server.url, "log_format": "json", **settings}
         environment = os.environ | {f"GPUINFER_{key.upper()}": str(value) for key, value in chosen.items()}
         command = [sys.executable, "-m", "gpuinfer", "api", *(arguments or ("--port", "0"))]
@@ -85,7 +92,7 @@ class Api:
         unix = self.address.startswith("unix:")
         transport = httpx.HTTPTransport(uds=self.address.removeprefix("unix:")) if unix else None
         self.http = httpx.Client(
-            base_url="http://api" if unix else self.address, transport=transport, timeout=30
+            base_url="http://api" if unix else self.address, transport=transport, timeout=30, verify=verify
         )
 
     def log(self, action: str) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from gpuinfer.errors import BrokerError, UsageError
 if TYPE_CHECKING:
     import socket
 
+    from gpuinfer.api.tls import Certificate
     from gpuinfer.settings import Loaded, Settings
 
 
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
 )
 @click.option("--port", type=click.IntRange(0, 65535), help="0 takes a free one. Default: api.port.")
 @click.option("--socket", "path", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")
-@click.option("--fd", type=click.IntRange(0), help="Use this open listening socket (socket activation: 3).")
+@click.option(
+    "--fd",
+    type=click.IntRange(0),
+    help="Use this open listening socket, and all that systemd hands over with it (socket activation: 3).",
+)
 @click.pass_obj
 def api(loaded: Loaded, host: str | None, port: int | None, path: Path | None, fd: int | None) -> None:
     """Serve HTTP: take requests in, hand results out. /docs describes all routes.
@@ -54,6 +59,7 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
 
     configure(settings.log, program="gpuinfer-api")
     _check_format(settings)
+    certificate = _certificate(settings)
     listeners = _listeners(settings, path, fd)
 
     from gpuinfer.queue.scripts import read_all
@@ -68,10 +74,10 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
         if settings.api.processes > 1:
-            supervise(settings, listeners)
+            supervise(settings, listeners, certificate)
         else:
             front = Front(settings)
-            Server(front, front.shared).run(sockets=listeners)
+            Server(front, front.shared, certificate=certificate).run(sockets=listeners)
     finally:
         for listener in listeners:
             listener.close()
@@ -91,9 +97,17 @@ def _check_format(settings: Settings) -> None:
         client.ping()
 
 
+def _certificate(settings: Settings) -> Certificate | None:
+    """Return the certificate of api.tls_cert. Raises ConfigError."""
+    from gpuinfer.api.tls import Certificate
+
+    cert = settings.api.tls_cert
+    return None if cert is None else Certificate(cert, settings.api.tls_key)
+
+
 def _listeners(settings: Settings, path: Path | None, fd: int | None) -> list[socket.socket]:
     from gpuinfer.api.server import inherited, listen, listen_unix
 
     if fd is not None:
-        return [inherited(fd)]
+        return inherited(fd)
     return [listen_unix(path)] if path is not None else listen(settings.api.host, settings.api.port)

@@ -25,6 +25,7 @@ from gpuinfer.api.front import Front
 from gpuinfer.api.relay import MESSAGE_BYTES, Link, Relay
 from gpuinfer.api.request_log import RequestLog
 from gpuinfer.api.server import Server, address
+from gpuinfer.api.tls import Certificate
 from gpuinfer.errors import ProcessesFailed
 from gpuinfer.log import get_logger
 from gpuinfer.settings import Settings
@@ -68,11 +69,14 @@ class Supervisor:
         serve: Serve,
         listeners: Sequence[socket.socket],
         requests: RequestLog,
+        certificate: Certificate | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._serve = serve
         self._listeners = listeners
         self._requests = requests
+        #: Kept up to date here, too: a process that is started later has the last one that was good.
+        self._certificate = certificate
         self._clock = clock
         self._places = [_Place() for _ in range(count)]
         self._selector = selectors.DefaultSelector()
@@ -114,6 +118,8 @@ class Supervisor:
         self._hear(wake)
         self._reap()
         self._requests.tick()
+        if self._certificate is not None:
+            self._certificate.tick()
         self._notifier.notify("WATCHDOG=1")
         now = self._clock()
         for place in self._places:
@@ -183,6 +189,8 @@ class Supervisor:
                 if place.link is not None:
                     place.link.close()
             ours.close()
+            if self._certificate is not None:
+                self._certificate.tell = False
             self._serve(Link(link))
             status = 0
         except BaseException:
@@ -230,13 +238,15 @@ class Supervisor:
         log.info("stopped", killed=sum(bool(place.pid) for place in self._places))
 
 
-def supervise(settings: Settings, listeners: Sequence[socket.socket]) -> None:
+def supervise(
+    settings: Settings, listeners: Sequence[socket.socket], certificate: Certificate | None = None
+) -> None:
     """Serve with ``api.processes`` processes until SIGTERM or SIGINT. Raises ProcessesFailed."""
 
     def serve(link: Link) -> None:
         front = Front(settings, Relay(link, settings.log.requests))
-        Server(front, front.shared, link).run(sockets=list(listeners))
+        Server(front, front.shared, link, certificate).run(sockets=list(listeners))
 
     requests = RequestLog(settings.log.requests)
-    keeper = Supervisor(settings.api.processes, serve, listeners, requests)
-    keeper.run(", ".join(map(address, listeners)))
+    keeper = Supervisor(settings.api.processes, serve, listeners, requests, certificate)
+    keeper.run(", ".join(address(one, certificate) for one in listeners))

@@ -25,12 +25,16 @@ from starlette.types import ASGIApp
 from gpuinfer.api.protocol import Protocol
 from gpuinfer.api.relay import Link
 from gpuinfer.api.shared import Shared
+from gpuinfer.api.tls import Certificate
+from gpuinfer.api.tls_server import TlsServer
 from gpuinfer.errors import AddressUnavailable
 from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
 
 BACKLOG = 2048
+#: systemd's first socket.
+_FIRST_FD = 3
 #: How often a port that is free at all addresses is looked for.
 _FREE_PORTS = 20
 #: Time for callers on kept-alive connections to see ``Connection: close`` before we close.
@@ -126,8 +130,26 @@ def _remove_dead(path: Path) -> None:
                 path.unlink()
 
 
-def inherited(fd: int) -> socket.socket:
-    """Return the listening socket a parent (systemd) opened. Raises AddressUnavailable."""
+def inherited(fd: int) -> list[socket.socket]:
+    """Return the listening sockets a parent opened: all that systemd hands over, or the one.
+
+    Raises AddressUnavailable.
+    """
+    count = 1
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):  # sd_listen_fds(3): from 3 on
+        count = max(1, _FIRST_FD + int(os.environ.get("LISTEN_FDS") or 0) - fd)
+    found: list[socket.socket] = []
+    try:
+        for number in range(fd, fd + count):
+            found.append(_inherited(number))
+    except AddressUnavailable:
+        for one in found:
+            one.close()
+        raise
+    return found
+
+
+def _inherited(fd: int) -> socket.socket:
     try:
         found = socket.socket(fileno=fd)
         if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -149,19 +171,31 @@ def without_delay(listener: socket.socket) -> socket.socket:
     return listener
 
 
-def address(listener: socket.socket) -> str:
+def speaks_tls(listener: socket.socket, certificate: Certificate | None) -> bool:
+    """Tell whether a socket's connections are TLS: those of TCP, where there is a certificate."""
+    return certificate is not None and listener.family in (socket.AF_INET, socket.AF_INET6)
+
+
+def address(listener: socket.socket, certificate: Certificate | None = None) -> str:
     """Return where a socket listens, as a URL."""
     name = listener.getsockname()
     if listener.family == socket.AF_UNIX:
         return f"unix:{name}"
     host = f"[{name[0]}]" if listener.family == socket.AF_INET6 else name[0]
-    return f"http://{host}:{name[1]}"
+    scheme = "https" if speaks_tls(listener, certificate) else "http"
+    return f"{scheme}://{host}:{name[1]}"
 
 
 class Server(uvicorn.Server):
     """uvicorn's server, which tells systemd and the log what it does and ends with status 0."""
 
-    def __init__(self, app: ASGIApp, shared: Shared, parent: Link | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        shared: Shared,
+        parent: Link | None = None,
+        certificate: Certificate | None = None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -181,6 +215,8 @@ class Server(uvicorn.Server):
         self._shared = shared
         self._requests = shared.requests
         self._parent = parent
+        self._certificate = certificate
+        self._tls: list[TlsServer] = []
         #: Who is told how it goes: systemd, or the parent of several processes.
         self._notifier: SystemdNotifier | Link = SystemdNotifier() if parent is None else parent
         #: Ticks between two signs of life: a quarter of what systemd allows; 0 where it does not watch.
@@ -188,13 +224,28 @@ class Server(uvicorn.Server):
         self._feed_every = max(1, watchdog_us // 400_000) if watchdog_us else 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        urls = [address(found) for found in sockets or []]
+        found = sockets or []
+        await super().startup(sockets=[one for one in found if not speaks_tls(one, self._certificate)])
+        if self._certificate is not None:
+            self._tls = [
+                TlsServer(one, self._certificate.context, self._connection, self._plain)
+                for one in found
+                if speaks_tls(one, self._certificate)
+            ]
+        urls = [address(one, self._certificate) for one in found]
         if self._parent is None:
             log.info("listening", address=", ".join(urls), pid=os.getpid())
         else:
             asyncio.get_running_loop().add_reader(self._parent.fileno(), self._orphaned)
         self._notifier.notify(f"READY=1\nSTATUS=listening on {', '.join(urls)}")
+
+    def _connection(self) -> asyncio.Protocol:
+        """Make the protocol of a TLS connection, as uvicorn makes the others'."""
+        return Protocol(self.config, self.server_state, self.lifespan.state)
+
+    def _plain(self) -> None:
+        """Note a request in plain HTTP at a socket that speaks TLS."""
+        self._requests.add("request", 400, 0.0, {"status": 400, "code": "tls_required"})
 
     def _orphaned(self) -> None:
         """The parent has gone, or it would say nothing: end in order."""
@@ -211,6 +262,8 @@ class Server(uvicorn.Server):
             self._shared.keys.look()
         if counter % 10 == 0:
             self._requests.tick()
+            if self._certificate is not None:
+                self._certificate.tick()
         if self._feed_every and counter % self._feed_every == 0:
             self._notifier.notify("WATCHDOG=1")
         return await super().on_tick(counter)
@@ -220,9 +273,13 @@ class Server(uvicorn.Server):
         log.info("stopping", connections=len(self.server_state.connections))
         for server in self.servers:
             server.close()
+        for secured in self._tls:
+            secured.close()
         self._shared.stop()
-        if self.server_state.connections:
+        if self.server_state.connections or any(secured.busy for secured in self._tls):
             await asyncio.sleep(GOODBYE_S)
+        for secured in self._tls:
+            await secured.wait_closed()
         await super().shutdown(sockets=sockets)
         self._requests.close()
         if self._parent is None:
