@@ -10,10 +10,11 @@ import re
 from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gpuinfer.api import submission
 from gpuinfer.api.app import create_app, methods
+from gpuinfer.api.cors import Cors
 from gpuinfer.api.manners import Manners
 from gpuinfer.api.middleware import Around
 from gpuinfer.api.oip import routes
@@ -52,7 +53,9 @@ class Front:
         self._app: FastAPI = create_app(self.shared)
         self._most = settings.api.max_requests
         around = Around(self._route, self.shared.stopping, self.shared.requests, self.shared.accounts)
-        self._outermost = Manners(around, methods(self._app))
+        self._outermost: ASGIApp = Manners(around, methods(self._app))
+        if settings.api.cors_origins:
+            self._outermost = Cors(self._outermost, self.shared.network)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from starlette.types import Scope
 from gpuinfer.api.accounting import Accounts
 from gpuinfer.api.drain import Drain
 from gpuinfer.api.holding import Holding
+from gpuinfer.api.network import Network
 from gpuinfer.api.receiving import PERMITS, Receiver
 from gpuinfer.api.request_log import RequestLog
 from gpuinfer.client import AsyncClient
@@ -53,6 +55,7 @@ class Shared:
         #: To be looked at twice a second.
         self.keys = KeyFolder(settings.api.keys_dir)
         self.keys.look()
+        self.network = Network(settings.api, socket.gethostname())
         #: To be ticked once a second, and closed at the end.
         self.requests = requests or RequestLog(settings.log.requests)
         #: Told to Redis once a second, and at the end.
