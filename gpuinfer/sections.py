@@ -137,6 +137,8 @@ class QueueSettings(Section):
     max_keys: int = Field(default=1_000_000, ge=1, le=1_000_000_000)
     #: A request larger than this is refused, before it reaches Redis.
     max_payload_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
+    #: A list job of more inputs than this is refused.
+    max_items: int = Field(default=10_000, ge=1, le=10_000_000)
     #: A task whose result is larger than this fails.
     max_result_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
     #: Retries of a transient failure, and the first pause; each later pause is twice as long.

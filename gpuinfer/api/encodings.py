@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from collections.abc import Awaitable, Callable
 
+from gpuinfer.api.holding import SMALL_BYTES
 from gpuinfer.errors import MalformedEncoding, PayloadTooLarge, UnsupportedEncoding
 
 #: Content-Encoding -> zlib's window bits for it.
@@ -28,39 +30,82 @@ def coding_of(text: str) -> str | None:
     return coding
 
 
-async def unpacked(body: bytes, coding: str, limit: int) -> bytes:
+async def unpacked(body: bytes, coding: str, limit: int, take: Callable[[int], Awaitable[None]]) -> bytes:
     """Return the plain body. ``limit``: its most bytes; nothing beyond them is unpacked.
 
-    Raises PayloadTooLarge, MalformedEncoding.
+    ``take`` gets room for so many bytes of it in all, before they are there; not for a small one, as for a
+    small plain one. Raises PayloadTooLarge, MalformedEncoding, and what ``take`` raises.
     """
-    if len(body) <= _IN_A_THREAD:
-        return unpack(body, coding, limit)
-    return await asyncio.to_thread(unpack, body, coding, limit)
+    work = Unpacking(body, coding, limit)
+    room = max(SMALL_BYTES, work.announced) + 1  # one more: so it comes to the end
+    if room == SMALL_BYTES + 1:
+        if len(body) <= _IN_A_THREAD:
+            work.go_on(min(room, limit + 1))
+        else:
+            await asyncio.to_thread(work.go_on, min(room, limit + 1))
+        room *= 2
+    while not work.done:
+        await take(min(room, limit + 1))
+        await asyncio.to_thread(work.go_on, min(room, limit + 1))
+        room *= 2
+    return work.body()
 
 
-def unpack(body: bytes, coding: str, limit: int) -> bytes:
-    """Do as ``unpacked`` does, here and now."""
-    bits = _FORMATS[coding]
-    if coding == "deflate" and not _has_zlib_header(body):
-        bits = -15  # what some clients send by that name
-    found = bytearray()
-    left = body
-    for _ in range(_MAX_MEMBERS):
-        unpacker = zlib.decompressobj(bits)
-        try:
-            found += unpacker.decompress(left, limit - len(found) + 1)
-        except zlib.error as exc:
-            raise MalformedEncoding(f"the body is not {coding}: {exc}", "Content-Encoding") from None
-        if len(found) > limit:
-            raise PayloadTooLarge(f"the body unpacks to more than {limit} bytes", "inputs")
-        if not unpacker.eof:
-            raise MalformedEncoding(f"the body is cut off: its {coding} has no end", "Content-Encoding")
-        left = unpacker.unused_data
-        if not left:
-            return bytes(found)
-    raise MalformedEncoding(
-        f"the body is more than {_MAX_MEMBERS} {coding} files in a row", "Content-Encoding"
-    )
+class Unpacking:
+    """A body that is being unpacked, step by step. ``limit``: the most bytes that it may come to."""
+
+    def __init__(self, body: bytes, coding: str, limit: int) -> None:
+        self._coding, self._limit = coding, limit
+        self._bits = _FORMATS[coding]
+        if coding == "deflate" and not _has_zlib_header(body):
+            self._bits = -15  # what some clients send by that name
+        #: The bytes that the end of a gzip file says it has.
+        self.announced = int.from_bytes(body[-4:], "little") if self._bits == _FORMATS["gzip"] else 0
+        self._left = body
+        self._unpacker = zlib.decompressobj(self._bits)
+        self._members = 1
+        self._parts: list[bytes] = []
+        self._size = 0
+        self.done = False
+
+    def go_on(self, most: int) -> None:
+        """Unpack until there are ``most`` bytes, or the end. Raises PayloadTooLarge, MalformedEncoding."""
+        while not self.done and self._size < most:
+            try:
+                part = self._unpacker.decompress(self._left, most - self._size)
+            except zlib.error as exc:
+                raise MalformedEncoding(
+                    f"the body is not {self._coding}: {exc}", "Content-Encoding"
+                ) from None
+            if part:
+                self._parts.append(part)
+            self._size += len(part)
+            if self._size > self._limit:
+                raise PayloadTooLarge(f"the body unpacks to more than {self._limit} bytes", "inputs")
+            if self._unpacker.eof:
+                self._next_member()
+                continue
+            self._left = self._unpacker.unconsumed_tail
+            if not self._left and not part:
+                raise MalformedEncoding(
+                    f"the body is cut off: its {self._coding} has no end", "Content-Encoding"
+                )
+
+    def _next_member(self) -> None:
+        self._left = self._unpacker.unused_data
+        self.done = not self._left
+        if self.done:
+            return
+        if self._members == _MAX_MEMBERS:
+            raise MalformedEncoding(
+                f"the body is more than {_MAX_MEMBERS} {self._coding} files in a row", "Content-Encoding"
+            )
+        self._members += 1
+        self._unpacker = zlib.decompressobj(self._bits)
+
+    def body(self) -> bytes:
+        """Return what there is, once it is done."""
+        return b"".join(self._parts)
 
 
 def _has_zlib_header(body: bytes) -> bool:

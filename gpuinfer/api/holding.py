@@ -63,6 +63,12 @@ class Holding:
         permit.taken += max(0, more)
         return True
 
+    def keep(self, permit: Permit, size: int) -> None:
+        """Take back what a body has beyond ``size`` bytes."""
+        surplus = max(0, permit.taken - size)
+        self.used -= surplus
+        permit.taken -= surplus
+
     def came(self, permit: Permit, received: int) -> None:
         """Note how much of a body has come."""
         permit.received = received

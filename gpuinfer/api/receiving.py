@@ -105,6 +105,32 @@ class Receiver:
         permit.reading = True
         self._holding.resume(permit)
 
+    def unpacking(self, scope: Scope) -> Room:
+        """Return the room of what a body unpacks to, beside that of the packed one."""
+        return Room(self, scope)
+
+    async def take(self, scope: Scope, permit: Permit | None, size: int) -> Permit:
+        """Give a body that is unpacked room for ``size`` bytes in all. Raises FrontBusy after a while.
+
+        ``permit``: what it has already.
+        """
+        if permit is None:
+            permit = self._holding.begin()
+            scope[PERMITS].append(permit)
+        if not self._holding.take(permit, size):
+            await self._wait_for_room(permit, size)
+        permit.reading = False
+        return permit
+
+    def keep(self, scope: Scope, permit: Permit, size: int) -> None:
+        """Give back room beyond ``size`` bytes of what was unpacked, and the packed body's."""
+        self._holding.keep(permit, size)
+        for other in scope[PERMITS]:
+            if other is not permit:
+                self._holding.leave(other)
+        scope[PERMITS][:] = [permit]
+        self._wake()
+
     def _busy(self) -> FrontBusy:
         most = self._holding.most_bytes // 2**20
         return FrontBusy(f"this front has no room for another body; api.max_held_mb is {most}")
@@ -120,9 +146,29 @@ class Receiver:
             return
         while permits:
             self._holding.leave(permits.pop())
+        self._wake()
+
+    def _wake(self) -> None:
         for room in reversed(self._waiting.values()):
             if not room.done():
                 room.set_result(None)
+
+
+class Room:
+    """The room of what one body unpacks to."""
+
+    def __init__(self, receiver: Receiver, scope: Scope) -> None:
+        self._receiver, self._scope = receiver, scope
+        self._permit: Permit | None = None
+
+    async def take(self, size: int) -> None:
+        """Get room for ``size`` bytes in all. Raises FrontBusy where there is none for a while."""
+        self._permit = await self._receiver.take(self._scope, self._permit, size)
+
+    def keep(self, size: int) -> None:
+        """It is unpacked, and has ``size`` bytes; nobody holds the packed body any more."""
+        if self._permit is not None:
+            self._receiver.keep(self._scope, self._permit, size)
 
 
 def _is_here(receive: Receive) -> bool:

@@ -48,7 +48,12 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """
     coding = encodings.coding_of(header(scope, b"content-encoding"))
     body = await _received(scope, receive, limit)
-    return body if coding is None else await encodings.unpacked(body, coding, admission.body_limit(limit))
+    if coding is None:
+        return body
+    room = shared(scope).receiver.unpacking(scope)
+    plain = await encodings.unpacked(body, coding, admission.body_limit(limit), room.take)
+    room.keep(len(plain))
+    return plain
 
 
 async def _received(scope: Scope, receive: Receive, limit: int) -> bytes:

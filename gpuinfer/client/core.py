@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Unpack, cast
 
@@ -29,8 +30,9 @@ from gpuinfer.errors import (
     WrongState,
 )
 from gpuinfer.queue import keys, results
+from gpuinfer.queue.bodies import check_items
 from gpuinfer.queue.direct import Argument
-from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Packed, Submission, keyed
+from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Json, Packed, Submission, keyed
 from gpuinfer.queue.options import MAX_NAME, Options, check
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import QueueSettings
@@ -235,6 +237,10 @@ def _asked(task: str, options: Options) -> bytes:
 
 
 def _pack(submission: Submission, settings: QueueSettings) -> Packed:
+    if submission.task == BATCH_PREDICT:
+        inputs = submission.inputs.value if isinstance(submission.inputs, Json) else submission.inputs
+        with suppress(TypeError):  # what has no length is no list, as is said below
+            check_items(len(inputs), settings.max_items)
     packed = submission.pack()
     if packed.size > settings.max_payload_bytes:
         raise PayloadTooLarge(

@@ -107,6 +107,15 @@ def check_depth(text: bytes, most: int = MAX_DEPTH) -> None:
             raise MalformedJson(f"the body is nested deeper than {most} lists and objects", "body")
 
 
+def check_items(count: int, most: int) -> None:
+    """Raises PayloadTooLarge for a list job of more than ``most`` inputs."""
+    if count > most:
+        raise PayloadTooLarge(
+            f"the job has {count} items; queue.max_items is {most}: send several jobs, or each as a task",
+            "inputs",
+        )
+
+
 def load_head(head: bytes) -> Any:
     check_values(head)
     return loads(head)

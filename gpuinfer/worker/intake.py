@@ -19,6 +19,7 @@ from gpuinfer.errors import (
 )
 from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
+from gpuinfer.queue.bodies import check_items
 from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.keys import place_of
 from gpuinfer.queue.message import (
@@ -266,7 +267,9 @@ class Intake:
             )
         max_bytes = self._settings.queue.max_payload_bytes
         many = name == BATCH_PREDICT
-        return read(claimed, envelope, self._manifests, max_bytes, many=many, beside=body)
+        task = read(claimed, envelope, self._manifests, max_bytes, many=many, beside=body)
+        check_items(len(task.inputs), self._settings.queue.max_items)
+        return task
 
     def _bury(self, claimed: Claimed, reason: str) -> None:
         error = DeadLettered(f"cannot be decoded: {reason}")

@@ -87,6 +87,16 @@ def test_options_reach_the_message(api: Api, worker: HandWorker) -> None:
     assert envelope.headers["expires"]
 
 
+def test_a_job_is_bounded_in_items(api: Api, worker: HandWorker) -> None:
+    """413 that names the setting; nothing is queued."""
+    worker.register()
+    refused = api.http.post("/batch_predict", json={"inputs": [1] * 10_001})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["field"]) == (413, "payload_too_large", "inputs")
+    assert "has 10001 items; queue.max_items is 10000" in error["message"]
+    assert worker.claim() == []
+
+
 def test_a_trace_is_passed_on(api: Api, worker: HandWorker) -> None:
     """A W3C traceparent is in the message, where OpenTelemetry looks; what is none counts as absent."""
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"

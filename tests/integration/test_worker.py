@@ -28,6 +28,7 @@ from gpuinfer.errors import (
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import keys
 from gpuinfer.queue.message import Submission, decode
+from gpuinfer.settings import QueueSettings
 from tests.models_for_tests import add_scalar, perceptron, sleeper
 from tests.services import RedisServer
 from tests.workers import NAME, Workers, wait_until
@@ -114,6 +115,9 @@ def test_plain_celery_producer(workers: Workers, redis_server: RedisServer) -> N
         bad = stranger.send_task("gpuinfer.predict", [[1, 2]], {"model": "digits"}, queue="realtime")
         with pytest.raises(ShapeMismatch):
             bad.get(timeout=10)
+        most = QueueSettings().max_items
+        with pytest.raises(PayloadTooLarge, match=f"max_items is {most}"):
+            stranger.send_task("gpuinfer.batch_predict", [[0] * (most + 1)], queue="batch").get(timeout=10)
 
 
 def test_several_inputs(workers: Workers, client: Client) -> None:

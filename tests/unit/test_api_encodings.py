@@ -6,12 +6,32 @@ from __future__ import annotations
 import gzip
 import zlib
 
+import numpy as np
 import pytest
 
-from gpuinfer.api.encodings import coding_of, unpack, unpacked
+from gpuinfer.api.encodings import Unpacking, coding_of, unpacked
+from gpuinfer.api.holding import SMALL_BYTES
 from gpuinfer.errors import MalformedEncoding, PayloadTooLarge, UnsupportedEncoding
 
 pytestmark = pytest.mark.unit
+
+
+def unpack(body: bytes, coding: str, limit: int) -> bytes:
+    work = Unpacking(body, coding, limit)
+    work.go_on(limit + 1)
+    assert work.done
+    return work.body()
+
+
+class Room:
+    """Notes what room was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    async def take(self, size: int) -> None:
+        self.asked.append(size)
+
 
 TEXT = b'{"inputs": [1, 2, 3]}' * 100
 
@@ -57,8 +77,32 @@ def test_what_is_packed_comes_out(body: bytes, coding: str) -> None:
 async def test_a_bomb_is_not_unpacked() -> None:
     """64 MiB in 64 KiB: in a thread, and no more of it than a body may have."""
     bomb = gzip.compress(bytes(64 * 1024 * 1024))
+    room = Room()
     with pytest.raises(PayloadTooLarge):
-        await unpacked(bomb, "gzip", 1024 * 1024)
+        await unpacked(bomb, "gzip", 1024 * 1024, room.take)
+    assert room.asked == [1024 * 1024 + 1]
+
+
+@pytest.mark.parametrize("size", [10, SMALL_BYTES, SMALL_BYTES + 2, 1_000_000])
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "two"])
+async def test_room_is_taken_before_it_is_used(size: int, coding: str) -> None:
+    """Of a gzip file as much as its end says, at once; of others more and more; of a small body none."""
+    text = np.random.default_rng(1).bytes(size // 2) + bytes(size - size // 2)
+    packed = {
+        "gzip": gzip.compress(text),
+        "deflate": zlib.compress(text),
+        "two": gzip.compress(text[:-7]) + gzip.compress(text[-7:]),
+    }[coding]
+    room = Room()
+    body = await unpacked(packed, coding.replace("two", "gzip"), 1_000_000, room.take)
+    assert body == text
+    if size <= SMALL_BYTES:
+        assert room.asked == []
+    elif coding == "gzip":
+        assert room.asked == [size + 1]
+    else:
+        assert room.asked[0] == 2 * (SMALL_BYTES + 1)
+        assert size <= room.asked[-1] <= 2 * size
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuinfer.api import receiving
+from gpuinfer.api import encodings, receiving
 from gpuinfer.api.holding import PRESSED_S, SMALL_BYTES, STEP_BYTES, Holding
 from gpuinfer.api.receiving import PERMITS, Receiver
 from gpuinfer.errors import FrontBusy, PayloadTooLarge, SlowBody
@@ -192,3 +193,33 @@ async def test_without_room_for_long_it_is_busy(monkeypatch: pytest.MonkeyPatch)
     reads.release(second.scope)
     reads.release(first.scope)
     assert await reads.read(second.scope, second.receive, MIB, MIB)
+
+
+async def test_what_a_body_unpacks_to_takes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one of 3 MiB waits for the first one's room of 4, and is refused after a while: 503."""
+    monkeypatch.setattr(receiving, "WAIT_S", 0.05)
+    reads = receiver()
+    packed, limit = gzip.compress(bytes(3 * MIB)), 4 * MIB
+
+    async def read(client: Client) -> bytes:
+        body = await reads.read(client.scope, client.receive, 0, limit)
+        room = reads.unpacking(client.scope)
+        plain = await encodings.unpacked(body, "gzip", limit, room.take)
+        room.keep(len(plain))
+        return plain
+
+    first, second = Client(packed), Client(packed)
+    assert len(await read(first)) == 3 * MIB
+    assert reads._holding.used == 3 * MIB
+    with pytest.raises(FrontBusy, match="max_held_mb is 4"):
+        await read(second)
+    reads.release(second.scope)
+    monkeypatch.setattr(receiving, "WAIT_S", 60)
+    again = Client(packed)
+    waits = asyncio.create_task(read(again))
+    while not reads._waiting:
+        await asyncio.sleep(0)
+    reads.release(first.scope)
+    assert len(await waits) == 3 * MIB
+    reads.release(again.scope)
+    assert reads._holding.used == 0

@@ -3,9 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
+from gpuinfer.client import core
 from gpuinfer.client.driver import DefaultModel
+from gpuinfer.errors import PayloadTooLarge
+from gpuinfer.queue.message import Json
+from gpuinfer.settings import QueueSettings
 
 pytestmark = pytest.mark.unit
 
@@ -24,3 +31,14 @@ def test_the_default_model_is_asked_for_now_and_then() -> None:
     assert (remembered.name, remembered.stale) == ("digits", False)
     now += 0.2
     assert remembered.stale
+
+
+@pytest.mark.parametrize("inputs", [[1, 2, 3], (1, 2, 3), np.zeros((3, 2)), Json(b"[1,2,3]", [1, 2, 3])])
+def test_a_job_is_bounded_in_items(inputs: Any) -> None:
+    """In whatever form its inputs come; one input may be as long as it likes."""
+    settings = QueueSettings(max_items=2)
+    with pytest.raises(PayloadTooLarge, match=r"the job has 3 items; queue\.max_items is 2") as caught:
+        core.one(core.build(inputs, many=True), settings)
+    assert caught.value.field == "inputs"
+    core.one(core.build(inputs, many=True), QueueSettings(max_items=3))
+    core.one(core.build(inputs, many=False), settings)

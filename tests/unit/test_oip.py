@@ -12,8 +12,9 @@ import pytest
 from starlette.types import Message, Scope
 
 from gpuinfer.api.drain import Drain
+from gpuinfer.api.oip import inputs as taking
 from gpuinfer.api.oip.errors import send_error, status_of
-from gpuinfer.api.oip.inputs import MOST_ITEMS, inputs_of
+from gpuinfer.api.oip.inputs import Inputs
 from gpuinfer.api.oip.outputs import outputs_of
 from gpuinfer.api.oip.replies import write
 from gpuinfer.api.oip.requests import Tensor, Wanted, read
@@ -40,6 +41,10 @@ pytestmark = pytest.mark.unit
 X = Input(name="x", kind="tensor", dtype="float32", shape=(2,))
 TEXT = Input(name="t", kind="text")
 SCORES = Output(name="c", kind="classification", dtype="float32", shape=(2,))
+
+
+def inputs_of(tensors: list[Tensor], signature: Signature) -> Inputs:
+    return taking.inputs_of(tensors, signature, 10)
 
 
 def body(*inputs: dict[str, Any], rest: bytes = b"", **more: Any) -> tuple[bytes, str]:
@@ -175,7 +180,8 @@ def test_a_batch_is_one_input_or_a_job() -> None:
         ([], MissingInput, "inputs.x: is missing"),
         ([Tensor("y", "FP32", (1, 2), np.ones((1, 2)))], InputError, "inputs.y: is no input"),
         ([Tensor("x", "FP32", (), np.ones(()))], ShapeMismatch, "first dimension must be the batch"),
-        ([Tensor("x", "FP32", (0, 2), np.ones((0, 2)))], ShapeMismatch, f"1 to {MOST_ITEMS} items"),
+        ([Tensor("x", "FP32", (0, 2), np.ones((0, 2)))], ShapeMismatch, "1 item or more"),
+        ([Tensor("x", "FP32", (11, 2), np.ones((11, 2)))], PayloadTooLarge, "queue.max_items is 10"),
         ([Tensor("x", "FP32", (2, 3), np.ones((2, 3)))], ShapeMismatch, "the model wants [-1, 2]"),
         (
             [Tensor("x", "BOOL", (2, 2), np.ones((2, 2), bool))],

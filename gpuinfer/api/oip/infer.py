@@ -40,7 +40,7 @@ async def infer(scope: Scope, receive: Receive, send: Send, model: str, version:
     ours = shared(scope)
     asked = read(await read_body(scope, receive, ours.settings.queue.max_payload_bytes), _length(scope))
     signature = await signature_of(scope, model)
-    inputs = inputs_of(asked.inputs, signature)
+    inputs = inputs_of(asked.inputs, signature, ours.settings.queue.max_items)
     options, seconds = _options(asked, model, ours.settings.api.max_wait_s)
     scope[MODEL] = model
     submit = ours.client.submit_batch if inputs.many else ours.client.submit

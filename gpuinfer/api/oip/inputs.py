@@ -16,9 +16,8 @@ from gpuinfer.api.oip.requests import BF16, BYTES, DTYPES, Tensor
 from gpuinfer.errors import DtypeMismatch, InputError, MissingInput, ShapeMismatch
 from gpuinfer.models.signature import Input, Signature
 from gpuinfer.models.specs import FREE, shape_fits
+from gpuinfer.queue.bodies import check_items
 
-#: Items that one request may have.
-MOST_ITEMS = 10_000
 #: Name of a dtype -> datatype.
 DATATYPES = {dtype: datatype for datatype, dtype in DTYPES.items()} | {"bfloat16": BF16}
 #: Kind of the wanted dtype -> kinds of datatypes whose numbers may be of it, as the worker has it.
@@ -35,8 +34,11 @@ class Inputs(NamedTuple):
     items: int | None
 
 
-def inputs_of(tensors: Sequence[Tensor], signature: Signature) -> Inputs:
-    """Return a task's inputs. Raises InputError, ShapeMismatch, DtypeMismatch, MissingInput."""
+def inputs_of(tensors: Sequence[Tensor], signature: Signature, max_items: int) -> Inputs:
+    """Return a task's inputs. ``max_items``: what one request may have.
+
+    Raises InputError, ShapeMismatch, DtypeMismatch, MissingInput, PayloadTooLarge.
+    """
     wanted = {one.name: one for one in signature.inputs}
     given = {one.name: one for one in tensors}
     names = f"the model's inputs are {', '.join(wanted)}"
@@ -46,7 +48,7 @@ def inputs_of(tensors: Sequence[Tensor], signature: Signature) -> Inputs:
     for name in wanted:
         if name not in given:
             raise MissingInput(f"is missing; {names}", f"inputs.{name}")
-    items = _items(tensors) if signature.batchable else None
+    items = _items(tensors, max_items) if signature.batchable else None
     columns = {name: _column(given[name], one, items, f"inputs.{name}") for name, one in wanted.items()}
     if not signature.named:
         (only,) = columns.values()
@@ -60,7 +62,7 @@ def inputs_of(tensors: Sequence[Tensor], signature: Signature) -> Inputs:
     return Inputs(rows[0], False, items) if len(rows) == 1 else Inputs(rows, True, items)
 
 
-def _items(tensors: Sequence[Tensor]) -> int:
+def _items(tensors: Sequence[Tensor], max_items: int) -> int:
     """Return the length of the batch."""
     for one in tensors:
         if not one.shape:
@@ -70,8 +72,9 @@ def _items(tensors: Sequence[Tensor]) -> int:
         said = ", ".join(f"{one.name}: {one.shape[0]}" for one in tensors)
         raise ShapeMismatch(f"differ in their batch, the first dimension ({said[:200]})", "inputs")
     (items,) = lengths
-    if not 1 <= items <= MOST_ITEMS:
-        raise ShapeMismatch(f"a batch has 1 to {MOST_ITEMS} items, this one {items}", "inputs")
+    if items < 1:
+        raise ShapeMismatch("a batch has 1 item or more, this one has none", "inputs")
+    check_items(items, max_items)
     return items
 
 
