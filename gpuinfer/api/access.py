@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who asks, and what the one may do. Each request is looked at once, before it is routed.
+"""Who asks. Each request is looked at once, before it is routed; ``rights`` says who may do what.
 
-Roles, by what a request does::
-
-              look at the fleet   look at tasks   submit   change tasks   change the fleet
-    read             yes           nobody's (1)     -           -               -
-    predict          yes           nobody's, own   yes         own              -
-    admin            yes           all             yes         all             yes
-
-(1) Tasks that no key has submitted: those of plain Celery producers, of the Unix socket, of loopback.
-Another key's task is answered as if there were none: ids are not confirmed.
+Whose tasks one may look at: ``read`` those that no key has submitted (of plain Celery producers, of the Unix
+socket, of loopback), ``predict`` its own, too, ``admin`` all. Whose one may change: ``predict`` its own,
+``admin`` all. Another key's task is answered as if there were none: ids are not confirmed.
 """
 
 from __future__ import annotations
@@ -18,17 +12,15 @@ from typing import NamedTuple
 
 from starlette.types import Scope
 
-from gpuinfer.api.shared import shared
-from gpuinfer.errors import Unauthorized
+from gpuinfer.api.network import key_needed
+from gpuinfer.api.rights import Verb, may, needed, verb_of
+from gpuinfer.api.shared import Shared, shared
+from gpuinfer.errors import Forbidden, Unauthorized
 from gpuinfer.keys.folder import KeyFolder
 from gpuinfer.keys.key import Key, Role
 
 _CALLER = "gpuinfer.caller"
 _BEARER = b"bearer "
-#: What a request is told that needs a key and has none.
-_MAKE_ONE = (
-    "a key is needed, as `Authorization: Bearer gpi_...`; on this host `gpuinfer key add NAME` makes one"
-)
 
 
 class Caller(NamedTuple):
@@ -52,7 +44,7 @@ class Caller(NamedTuple):
         return None if self.role == "admin" else self.name
 
 
-#: A request that needs no key has none.
+#: Has sent a request that needs no key, or one that was refused.
 NOBODY = Caller("", "read")
 _LOCAL = Caller("", "admin", local=True)
 _ANONYMOUS = Caller("", "predict")
@@ -64,47 +56,74 @@ def caller(scope: Scope) -> Caller:
     return found
 
 
+def sees_hosts(scope: Scope) -> bool:
+    """Tell whether the answer to a request may hold what is of the hosts: paths, processes, traces."""
+    found: Caller | None = scope.get(_CALLER)
+    return found is not None and found.role == "admin"
+
+
 def admit(scope: Scope) -> Caller:
     """Find out who has sent a request, and note it in the scope.
 
-    Raises Unauthorized.
+    Raises Unauthorized; Forbidden where the caller's role may not do what the request does; ForeignHost and
+    ForeignOrigin for a place that is borrowed.
     """
-    found = scope[_CALLER] = _found(scope, shared(scope).keys)
+    verb = verb_of(scope["method"], scope["path"])
+    try:
+        found = _found(scope, shared(scope))
+    except (Unauthorized, Forbidden):
+        scope[_CALLER] = NOBODY
+        if verb != "health":
+            raise
+        return NOBODY
+    scope[_CALLER] = found
+    if not may(found.role, verb):
+        raise _forbidden(scope, found, verb)
     return found
 
 
-def _found(scope: Scope, keys: KeyFolder) -> Caller:
-    token = token_of(scope)
+def _forbidden(scope: Scope, found: Caller, verb: Verb) -> Forbidden:
+    who = f"the key {found.name} has the role {found.role}" if found.key else "no key was given"
+    what = f"{scope['method']} {scope['path'][:200]}"
+    return Forbidden(f"{what} needs a key with the role {needed(verb)}, and {who}")
+
+
+def _found(scope: Scope, ours: Shared) -> Caller:
+    """Raises Unauthorized, ForeignHost, ForeignOrigin."""
+    keys = ours.keys
+    token, page = _shown(scope)
     if token is not None:
+        if page:
+            ours.network.check(scope, "network")
         key = keys.find(token)
         if key is None:
             raise _refused(keys, token)
         return Caller(key.name, key.role, key)
-    came = arrival(scope)
-    if came == "unix" or (came == "loopback" and not keys):
+    in_use = bool(keys)
+    came = ours.network.arrival(scope, keys=in_use)
+    ours.network.check(scope, came)
+    if came == "unix" or (came == "loopback" and not in_use):
         return _LOCAL
     if came == "anonymous":
         return _ANONYMOUS
-    raise Unauthorized(_words(keys))
+    if keys.unreadable:
+        raise Unauthorized("this needs a key, and this server cannot read its keys: its log says why")
+    raise Unauthorized(key_needed(keys=in_use))
 
 
-def arrival(scope: Scope) -> str:
-    """Return how a request came: ``unix``, ``loopback``, ``anonymous`` or ``network``."""
-    client = scope.get("client")
-    if client is None:
-        return "unix"
-    return "loopback" if client[0] in ("127.0.0.1", "::1") else "network"
-
-
-def token_of(scope: Scope) -> bytes | None:
-    """Return the token of ``Authorization: Bearer`` or ``X-API-Key``; None: the request has none."""
+def _shown(scope: Scope) -> tuple[bytes | None, bool]:
+    """Return the token of ``Authorization: Bearer``, or else of ``X-API-Key``, and whether a page asks."""
+    token = other = None
+    page = False
     for name, value in scope["headers"]:
         if name == b"authorization":
             if value[:7].lower() == _BEARER:
-                return bytes(value[7:].strip())
+                token = value[7:].strip()
         elif name == b"x-api-key":
-            return bytes(value.strip())
-    return None
+            other = value.strip()
+        elif name == b"origin":
+            page = True
+    return (other if token is None else token), page
 
 
 def _refused(keys: KeyFolder, token: bytes) -> Unauthorized:
@@ -114,10 +133,4 @@ def _refused(keys: KeyFolder, token: bytes) -> Unauthorized:
     return error
 
 
-def _words(keys: KeyFolder) -> str:
-    if keys.unreadable:
-        return "a key is needed, and this front cannot read its keys: see its log"
-    return _MAKE_ONE
-
-
-__all__ = ["NOBODY", "Caller", "admit", "caller", "token_of"]
+__all__ = ["NOBODY", "Caller", "admit", "caller", "sees_hosts"]

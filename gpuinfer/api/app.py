@@ -23,6 +23,7 @@ from gpuinfer.api.drain import EVERY_S
 from gpuinfer.api.manners import Methods, methods_of
 from gpuinfer.api.middleware import note
 from gpuinfer.api.oip import documented
+from gpuinfer.api.reply import error_for
 from gpuinfer.api.routes import router
 from gpuinfer.api.shared import Shared
 from gpuinfer.client import AsyncClient
@@ -99,7 +100,7 @@ def _handle_errors(app: FastAPI, shared: Shared) -> None:
         note(request.scope, code=error.code, **_cause(error))
         seconds = shared.retry_after(error, error.http_status)
         headers = None if seconds is None else {"retry-after": str(seconds)}
-        return answer({"error": error.to_dict()}, error.http_status, headers)
+        return answer({"error": error_for(request.scope, error)}, error.http_status, headers)
 
     async def http(_: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)  # noqa: S101  the table below says so

@@ -12,15 +12,16 @@ from collections.abc import Awaitable, Callable
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gpuinfer.api import submission
+from gpuinfer.api import access, submission
 from gpuinfer.api.app import create_app, methods
 from gpuinfer.api.cors import Cors
-from gpuinfer.api.manners import Manners
+from gpuinfer.api.manners import Manners, methods_told
 from gpuinfer.api.middleware import Around
+from gpuinfer.api.oip import errors as oip_errors
 from gpuinfer.api.oip import routes
 from gpuinfer.api.reply import answered, send_error
 from gpuinfer.api.shared import Requests, Shared
-from gpuinfer.errors import FrontBusy
+from gpuinfer.errors import FrontBusy, GpuinferError
 from gpuinfer.log import get_logger
 from gpuinfer.settings import Settings
 
@@ -65,8 +66,13 @@ class Front:
         await self._outermost(scope, receive, send)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, unless too many requests are in progress. Health is always answered."""
+        """Answer who may ask, unless too many requests are in progress. Health is always answered."""
         shared = self.shared
+        try:
+            access.admit(scope)
+        except GpuinferError as exc:
+            await (oip_errors.send_error if _is_oip(scope["path"]) else send_error)(scope, send, exc)
+            return
         if shared.requests_now >= self._most and not scope["path"].startswith("/health/"):
             busy = (
                 f"this front has reached its limit of requests in progress; api.max_requests is {self._most}"
@@ -82,15 +88,21 @@ class Front:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
+        if method == "OPTIONS" and await methods_told(scope, send):
+            return
         found: tuple[str, ...] = ()
         route: RouteOf | None = ROUTES.get((method, path))
         if route is None:
             route, found = _by_pattern(method, path)
         if route is None:
-            oip = path.startswith(routes.PREFIX) and path[len(routes.PREFIX) :][:1] in ("", "/")
-            await (routes.serve if oip else self._app)(scope, receive, send)
+            await (routes.serve if _is_oip(path) else self._app)(scope, receive, send)
             return
         await answered(scope, send, route(scope, receive, send, *found))
+
+
+def _is_oip(path: str) -> bool:
+    """Tell whether a path is one of the Open Inference Protocol, which has errors of its own form."""
+    return path.startswith(routes.PREFIX) and path[len(routes.PREFIX) :][:1] in ("", "/")
 
 
 def _by_pattern(method: str, path: str) -> tuple[RouteOf | None, tuple[str, ...]]:

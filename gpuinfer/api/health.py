@@ -6,8 +6,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from starlette.types import Scope
 
 from gpuinfer.api import query, schemas
+from gpuinfer.api.access import NOBODY, caller
 from gpuinfer.api.answers import answer
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import NotReady, UnknownModel
@@ -17,6 +19,16 @@ router = APIRouter()
 _PARAMETERS = frozenset({"model"})
 #: Reasons that an error names.
 _MOST_REASONS = 3
+
+
+def readiness_for(scope: Scope, capacity: Capacity, model: str | None = None) -> dict[str, Any]:
+    """Return ``readiness``. Who has no key is told the status alone, and of no model whether it is known."""
+    if caller(scope) is not NOBODY:
+        return readiness(capacity, model)
+    found = capacity if model is None else capacity.of(model)
+    if found.live or found.startable:
+        return {"status": "ok" if found.live else "starting"}
+    raise NotReady("no live worker serves, and none may be started")
 
 
 def readiness(capacity: Capacity, model: str | None = None) -> dict[str, Any]:
@@ -70,4 +82,4 @@ async def ready(
     query.parse(request.scope, _PARAMETERS)
     client: AsyncClient = request.app.state.client
     await client.ping()
-    return answer(readiness(await client.capacity(), model))
+    return answer(readiness_for(request.scope, await client.capacity(), model))

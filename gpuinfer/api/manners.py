@@ -11,12 +11,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 #: Of these, OPTIONS has the status of GET: that is how some load balancers ask.
 _HEALTH = "/health/"
 
+#: Where a scope has the answer to OPTIONS.
+_ALLOW = "gpuinfer.allow"
 #: Path -> the methods that it has.
 Methods = Callable[[str], frozenset[str]]
 
 
 class Manners:
-    """Pure ASGI, the outermost layer: what is inside sees GET, POST, PUT and DELETE, and no closing slash."""
+    """Pure ASGI: what is inside sees GET, POST, PUT and DELETE, and no closing slash; and OPTIONS, to which
+    ``methods_told`` is the answer for who may ask."""
 
     def __init__(self, app: ASGIApp, methods: Methods) -> None:
         self._app = app
@@ -38,11 +41,20 @@ class Manners:
             if path.startswith(_HEALTH):
                 await self._app({**scope, "method": "GET"}, receive, _Headless(send, allow))
                 return
-            headers = [(b"allow", allow), (b"content-length", b"0")]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": b""})
+            await self._app({**scope, _ALLOW: allow}, receive, send)
         else:
             await self._app(scope, receive, send)
+
+
+async def methods_told(scope: Scope, send: Send) -> bool:
+    """Answer a question for a path's methods; False: the request is none, or the path is not known."""
+    allow: bytes | None = scope.get(_ALLOW)
+    if allow is None:
+        return False
+    headers = [(b"allow", allow), (b"content-length", b"0")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
+    return True
 
 
 class _Headless:

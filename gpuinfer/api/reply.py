@@ -9,10 +9,12 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope, Send
 
+from gpuinfer.api import public
+from gpuinfer.api.access import sees_hosts
 from gpuinfer.api.answers import encode
 from gpuinfer.api.middleware import note
 from gpuinfer.api.shared import shared
-from gpuinfer.errors import GpuinferError
+from gpuinfer.errors import GpuinferError, Unauthorized
 from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
@@ -21,6 +23,8 @@ Headers = Iterable[tuple[bytes, bytes]]
 #: Answers with an error, as a protocol has it.
 Fail = Callable[[Scope, Send, GpuinferError], Awaitable[None]]
 JSON = b"application/json"
+#: By whether a token was given that does not count.
+_CHALLENGES = (b'Bearer realm="gpuinfer"', b'Bearer realm="gpuinfer", error="invalid_token"')
 
 
 async def send_bytes(
@@ -40,16 +44,24 @@ async def send_json(scope: Scope, send: Send, body: Any, status: int = 200, head
 async def send_error(scope: Scope, send: Send, error: GpuinferError) -> None:
     """Answer ``{"error": {"code", "message", "field"?}}`` with the error's status, and note its code."""
     status = error.http_status
-    await send_json(scope, send, {"error": error.to_dict()}, status, noted(scope, error, status))
+    body = {"error": error_for(scope, error)}
+    await send_json(scope, send, body, status, noted(scope, error, status))
+
+
+def error_for(scope: Scope, error: GpuinferError) -> dict[str, Any]:
+    """Return an error for JSON, as this request's caller may see it."""
+    return error.to_dict() if sees_hosts(scope) else public.told(error, scope["path"])
 
 
 def noted(scope: Scope, error: GpuinferError, status: int) -> Headers:
     """Note an error's code, and return the headers of the answer that has it.
 
-    What could not be served has ``Retry-After``, and its reason is noted. What a client did wrong is in its
-    answer alone.
+    Who needs a key is asked for one. What could not be served has ``Retry-After``, and its reason is noted.
+    What a client did wrong is in its answer alone.
     """
     headers = []
+    if isinstance(error, Unauthorized):  # RFC 6750
+        headers.append((b"www-authenticate", _CHALLENGES[error.refused_token]))
     seconds = shared(scope).retry_after(error, status)
     reason = {} if seconds is None else {"reason": str(error)}
     note(scope, code=error.code, **reason)

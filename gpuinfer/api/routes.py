@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from gpuinfer.api import query, schemas
 from gpuinfer.api.answers import answer
 from gpuinfer.api.middleware import note
+from gpuinfer.api.showing import state
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import InputError
 from gpuinfer.queue.usage import USUAL_S, By, since_of
@@ -130,7 +131,7 @@ async def cancel(request: Request, task_id: str) -> Response:
     if cancelled:
         note(request.scope, action="task_cancelled")
     status = await client.status(task_id)
-    return answer({**status.to_dict(), "cancelled": cancelled or status.state == "revoked"})
+    return answer({**state(request.scope, status), "cancelled": cancelled or status.state == "revoked"})
 
 
 @router.get(

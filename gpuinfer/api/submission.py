@@ -13,7 +13,7 @@ from gpuinfer.api.accounting import MODEL, RECEIVED
 from gpuinfer.api.middleware import note
 from gpuinfer.api.reply import send_json
 from gpuinfer.api.shared import header, shared
-from gpuinfer.api.showing import shown
+from gpuinfer.api.showing import shown, state
 from gpuinfer.api.waiting import bounded, preferred_time, until_ended, waiting_time
 from gpuinfer.client import Options
 from gpuinfer.errors import IdempotencyConflict, InputError, TaskExists
@@ -183,7 +183,7 @@ async def result(scope: Scope, receive: Receive, send: Send, task_id: str) -> No
     note(scope, task_id=task_id)
     given = query.parse(scope, _WAIT)
     seconds = waiting_time(given.get("wait"), shared(scope).settings.api.max_wait_s)
-    await send_json(scope, send, (await until_ended(scope, receive, task_id, seconds)).to_dict())
+    await send_json(scope, send, state(scope, await until_ended(scope, receive, task_id, seconds)))
 
 
 async def put_task(scope: Scope, receive: Receive, send: Send, task_id: str) -> None:

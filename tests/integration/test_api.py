@@ -378,7 +378,7 @@ def test_bodies_that_stall_neither_starve_nor_grow_the_front(
     with Api(redis_server, tmp_path, api_max_held_mb=32, api_body_stall_s=4) as api, ExitStack() as stack:
         before = resident_kib(api.process.pid)
         host, port = api.address.removeprefix("http://").split(":")
-        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {4 * 2**20}\r\n\r\n["
+        head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {4 * 2**20}\r\n\r\n["
         clients = [stack.enter_context(socket.create_connection((host, int(port)), 60)) for _ in range(200)]
         for client in clients:
             client.sendall(head.encode())
@@ -435,7 +435,7 @@ def test_as_many_requests_as_may_be(redis_server: RedisServer, tmp_path: Path) -
             assert waiting.result().json()["result"] == "done"
         host, port = api.address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), 60) as idle:
-            idle.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            idle.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
             answer = b"".join(iter(lambda: idle.recv(4096), b""))  # until api.keep_alive_s is over
             assert answer.startswith(b"HTTP/1.1 200")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from gpuinfer.api.manners import Manners, methods_of
+from gpuinfer.api.manners import Manners, methods_of, methods_told
 
 pytestmark = pytest.mark.unit
 
@@ -25,6 +25,8 @@ METHODS = methods_of(
 
 async def _inner(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer with method and path."""
+    if await methods_told(scope, send):
+        return
     body = f"{scope['method']} {scope['path']}".encode()
     headers = [(b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 203, "headers": headers})

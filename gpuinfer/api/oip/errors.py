@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from starlette.types import Scope, Send
 
-from gpuinfer.api.reply import noted, send_json
+from gpuinfer.api.reply import error_for, noted, send_json
 from gpuinfer.errors import GpuinferError, InputError
 
 #: Status of ours -> the protocol's: a request that cannot work is 400, one that came too late is 504, and one
@@ -43,4 +43,7 @@ def status_of(error: GpuinferError) -> int:
 async def send_error(scope: Scope, send: Send, error: GpuinferError) -> None:
     """Answer with an error. What may succeed later has ``Retry-After``."""
     status = status_of(error)
-    await send_json(scope, send, {"error": str(error)}, status, noted(scope, error, status))
+    body = error_for(scope, error)
+    field = f"{body['field']}: " if "field" in body else ""
+    said = {"error": f"{field}{body['message']}"}
+    await send_json(scope, send, said, status, noted(scope, error, status))

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from gpuinfer import __version__
 from gpuinfer.api.admission import parse_json
-from gpuinfer.api.health import readiness
+from gpuinfer.api.health import readiness_for
 from gpuinfer.api.oip.errors import NotInProtocol, NotSupported, WrongMethod, send_error
 from gpuinfer.api.reply import answered, send_json
 from gpuinfer.api.shared import shared
@@ -74,7 +74,7 @@ async def _live(scope: Scope, receive: Receive, send: Send, found: Mapping[str, 
 async def _ready(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
     """Say what ``/health/ready`` says."""
     await shared(scope).client.ping()
-    readiness(await shared(scope).client.capacity())
+    readiness_for(scope, await shared(scope).client.capacity())
     await send_json(scope, send, {"ready": True})
 
 
