@@ -4,7 +4,7 @@
 Where each family is raised, along the way of a request::
 
     settings ─ ConfigError
-    client ── api ── InputError, PayloadTooLarge, UnknownModel ── BrokerError, QueueFull
+    client ── api ── InputError, PayloadTooLarge, UnknownModel ── BrokerError, QueueFull, RateLimited
                        queue ── TaskNotFound, TaskExpired, TaskRevoked, DeadLettered
                                   worker ── DeviceError, ModelError, TimeLimitExceeded, TransientError
 
@@ -433,6 +433,28 @@ class QueueFull(BrokerUnavailable):
 
     code = "queue_full"
     http_status = 429
+
+
+class KeyQuota(QueueFull):
+    """Raised when a key has as many tasks, or bytes of them, waiting as it may."""
+
+    code = "key_quota"
+
+
+class RateLimited(GpuinferError):
+    """Raised when a key submits faster than it may."""
+
+    code = "rate_limited"
+    http_status = 429
+    exit_code = 75  # EX_TEMPFAIL
+    transient = True
+
+    def __init__(
+        self, message: str = "", field: str | None = None, *, retry_after_s: float = 0.0, reset_s: float = 0.0
+    ) -> None:
+        super().__init__(message, field)
+        #: Seconds until one more task would be accepted, and until the whole burst would be.
+        self.retry_after_s, self.reset_s = retry_after_s, reset_s
 
 
 class NotReady(GpuinferError):

@@ -49,6 +49,7 @@ _BODY, _BODIES, _BODY_BYTES = f"~{keys.BODY_PREFIX}*", f"~{keys.BODIES}", f"~{ke
 _DEAD, _CLAIMED, _ENDED = f"~{keys.DEAD}", f"~{keys.CLAIMED}", f"~{keys.ENDED}"
 _HISTORY = (f"~{keys.HISTORY}", f"~{keys.FAILURES}")
 _ORIGINS = f"~{keys.ORIGINS}"
+_RATES, _WEIGHTS = f"~{keys.RATES}", f"~{keys.WEIGHTS}"
 _ORDER, _TURNS = f"~{keys.ORDER_PREFIX}*", f"~{keys.TURNS}"
 _AGEING, _AGED = f"~{keys.AGEING_PREFIX}*", f"~{keys.AGED_PREFIX}*"
 _DEAD_AGES, _DEAD_BYTES = f"~{keys.DEAD_AGES}", f"~{keys.DEAD_BYTES}"
@@ -110,7 +111,7 @@ _COUNTING = (
 #: To take a task's large body off the account when it ends, and to drop it.
 _DROPPING = (
     _selector("+exists", "+hmget", "+hdel", _BODIES),
-    _selector("+hincrby", _BODY_BYTES),
+    _selector("+hincrby", "+hdel", _BODY_BYTES),
     _selector("+unlink", _BODY),
 )
 #: To note which tasks have ended; not to see which others have.
@@ -175,7 +176,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *(*_LISTS, _RESULTS, _BODY),
         _selector("+lpush", "+exists", *_LISTS),
         # Sets bodies, and does not see them.
-        _selector("+set", "+exists", "+persist", "+strlen", _BODY),
+        _selector("+set", "+exists", "+persist", "+strlen", "+ttl", _BODY),
         _selector("+hsetnx", _BODIES),
         _selector("+zscore", _CATALOGUE),
         _selector("+hget", _SIGNATURES),
@@ -186,6 +187,10 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+hincrby", "+hget", "+hset", _ROOM),
         _selector("+memory|usage", *_LISTS, _LATER_SETS),
         _selector("+hgetall", _BODY_BYTES, _HOSTS),
+        _selector("+hget", _BODY_BYTES),
+        # Holds callers to their rates, and says how much each weighs.
+        _selector("+hget", "+hset", _RATES),
+        _selector("+hkeys", "+hset", "+hdel", _WEIGHTS),
         _selector("+hget", _CLAIMED),
         _selector("+hincrby", _ENDED),
         *_DROPPING,
@@ -217,11 +222,12 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+brpop", _WAKE),
         _selector("+exists", "+hset", "+hget", "+hmget", "+hdel", "+hkeys", "+hexists", _INFLIGHT),
         _selector("+hset", "+hmget", "+hdel", _TURNS),
+        _selector("+hmget", _WEIGHTS),
         _selector("+zrange", "+zrem", "+zadd", "+del", _ORDER),
         _selector("+hget", "+hgetall", "+hset", "+hincrby", "+hdel", "+del", _AGEING),
         _selector("+mget", _AGED, _DEFAULT_MODEL, _PAUSED, _DUE),
         _selector("+set", _AGED, _DEFAULT_MODEL),
-        _selector("+hincrby", "+hmget", _CLAIMED),
+        _selector("+hincrby", "+hget", "+hmget", _CLAIMED),
         _selector("+hincrby", _ENDED),
         *_BURYING,
         _selector("+zadd", "+zscore", "+zcard", "+zrangebyscore", "+zremrangebyscore", _CATALOGUE),
@@ -260,6 +266,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+zrange", "+zrem", _LEFT),
         *_BURYING,
         _selector("+hincrby", _CLAIMED, _ENDED),
+        _selector("+hget", _CLAIMED),
         _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
         _selector("+hget", "+hset", "+hkeys", "+hdel", _SIGNATURES),
         _selector("+set", "+mget", "+getrange", "+expire", _RESULTS),

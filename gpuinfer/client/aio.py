@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self, Unpack
 
@@ -14,6 +14,7 @@ from redis.exceptions import RedisError, ResponseError
 from gpuinfer.client import core
 from gpuinfer.client.core import (
     LOOK,
+    Accepted,
     Call,
     Origin,
     Waiting,
@@ -23,15 +24,25 @@ from gpuinfer.client.outgoing import Outgoing
 from gpuinfer.client.pipe import Pipe
 from gpuinfer.client.subscription import RETRY_S
 from gpuinfer.client.waits import Waits, Watch
-from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, TaskNotFound, WaitTimeout
+from gpuinfer.errors import (
+    BrokerError,
+    BrokerUnavailable,
+    InputError,
+    KeyQuota,
+    RateLimited,
+    TaskNotFound,
+    WaitTimeout,
+)
 from gpuinfer.models.signature import Signature
 from gpuinfer.queue import catalogue, dead, depth, heartbeats, history, keys, readiness, results, usage
 from gpuinfer.queue import format as layout
+from gpuinfer.queue import quota as quotas
 from gpuinfer.queue.connection import connect_async, typed_errors
 from gpuinfer.queue.direct import Argument
 from gpuinfer.queue.message import Submission
 from gpuinfer.queue.options import Options, documented
 from gpuinfer.queue.position import spot_of
+from gpuinfer.queue.quota import Quota
 from gpuinfer.queue.resource import Place
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import Settings
@@ -63,6 +74,8 @@ class AsyncClient(Driver):
         self._revive = self._pipe.script("revive")
         self._account = self._pipe.script("account")
         self._outgoing = Outgoing(self._call, self._settings.queue)
+        #: What callers were refused by their quotas.
+        self.refusals = quotas.Refusals()
         self._origin = Origin()
         self._waits = Waits(self._redis, self._origin, self._user)
 
@@ -135,13 +148,15 @@ class AsyncClient(Driver):
         model: str | None = None,
         before: str | float | None = None,
         limit: int = history.USUAL,
+        only: str | None = None,
     ) -> history.Page:
         """Return tasks that have ended, the newest first: of the last 10,000, and with ``status="failed"`` of
-        up to 100,000 of a day. ``before`` is the last page's, or a time.
+        up to 100,000 of a day. ``before`` is the last page's, or a time; ``only``: those of this caller, and
+        nobody's in particular.
 
         Raises InputError, BrokerUnavailable.
         """
-        search = history.Search(status=status, model=model, before=before, limit=limit)
+        search = history.Search(status=status, model=model, before=before, limit=limit, only=only)
         with typed_errors(self._user):
             while not search.done:
                 search.take(await self._history([], search.args), time.time())
@@ -223,39 +238,69 @@ class AsyncClient(Driver):
         return await self.send(await self.prepare(inputs, many=many, options=options))
 
     async def prepare(
-        self, inputs: Any, *, many: bool, options: Options, task_id: str | None = None
+        self,
+        inputs: Any,
+        *,
+        many: bool,
+        options: Options,
+        task_id: str | None = None,
+        caller: str = "",
+        quota: Quota | None = None,
     ) -> Submission:
         """Return a checked task, to be sent: its id is known, so that its end can be watched before.
 
-        Inputs may be ``Json``. ``task_id`` is an id of the caller's own. Raises InputError, BrokerError.
+        Inputs may be ``Json``. ``task_id`` is an id of the caller's own. ``caller``: whose task it is, by the
+        name of a key; ``quota``: what that one may submit. Raises InputError, BrokerError.
         """
         default = await self._default_model(options)
         (inputs,) = await self._ready([inputs], many=many, options=options)
         return core.build(
-            inputs, many=many, origin=self._origin, default_model=default, task_id=task_id, **options
+            inputs,
+            many=many,
+            origin=self._origin,
+            default_model=default,
+            task_id=task_id,
+            caller=caller,
+            quota=quota,
+            **options,
         )
 
     async def send(self, task: Submission) -> str:
         """Submit a task with this turn's others; return its id, or that of the one its key stands for.
 
-        Raises InputError, PayloadTooLarge, UnknownModel, BrokerError.
+        ``task.rate`` tells then how a caller with a quota stands. Raises InputError, PayloadTooLarge,
+        UnknownModel, RateLimited, KeyQuota, BrokerError.
+        """
+        try:
+            with typed_errors(self._user):
+                if self._origin.to_tell():
+                    await self._introduce()
+                if not task.key:
+                    task.rate = await self._outgoing.put(core.pack(task, self._settings.queue))
+                    return task.id
+                holder, task.rate = await self._call(core.one(task, self._settings.queue))
+        except (RateLimited, KeyQuota) as exc:
+            self.refusals.note(task.caller, exc)
+            raise
+        return holder
+
+    async def weigh(self, weights: Mapping[str, float]) -> None:
+        """Set the weights of callers that take turns (1 where there is none); those of others are dropped.
+
+        Raises BrokerError.
         """
         with typed_errors(self._user):
-            if self._origin.to_tell():
-                await self._introduce()
-            if not task.key:
-                await self._outgoing.put(core.pack(task, self._settings.queue))
-                return task.id
-            holder = await self._call(core.one(task, self._settings.queue))
-        return holder.decode()
+            found = await self._pipe.call("HKEYS", keys.WEIGHTS)
+            for command in quotas.weighing(weights, found):
+                await self._pipe.call(*command)
 
-    async def _call(self, call: Call) -> bytes:
+    async def _call(self, call: Call) -> Accepted:
         """Send bodies, then the call of the script, in one packet; return its answer."""
         bodies = [self._pipe.call(*command) for command in call.commands()]
         for body in bodies:
             body.add_done_callback(_retrieve)
         try:
-            return bytes(await self._submit(list(call.bodies), call.args))
+            return core.accepted(await self._submit(list(call.bodies), call.args))
         except RedisError as exc:
             found = core.answer_of(*await asyncio.gather(*bodies, return_exceptions=True), exc)
             raise found from None
@@ -291,18 +336,25 @@ class AsyncClient(Driver):
                 found = None
         self._signatures.found(model, found)
 
-    async def cancel(self, task_id: str) -> bool:
+    async def cancel(self, task_id: str, *, only: str | None = None) -> bool:
         """Cancel a task that has not ended; return whether it was cancelled.
+
+        ``only``: the caller whose task it must be; None: anybody's. Another's is as if it were unknown.
 
         What runs on the device just now runs on; nothing else of the task does, and its result is dropped. An
         id that nothing is known of may be a plain Celery producer's task, which waits: it is cancelled too,
-        but refused with QueueFull by a full Redis. Raises InputError, BrokerError.
+        but refused with QueueFull by a full Redis. Raises InputError, TaskNotFound where it is another's,
+        BrokerError.
         """
+        names, args = core.cancel_call(task_id, self._origin, self._settings.queue, only)
         with typed_errors(self._user):
-            return bool(await self._cancel(*core.cancel_call(task_id, self._origin, self._settings.queue)))
+            answer = int(await self._cancel(names, args))
+        if answer < 0:
+            raise await self._gone(task_id, only)
+        return answer > 0
 
-    async def retry(self, task_id: str) -> None:
-        """Send a dead letter to its queue again, under its id.
+    async def retry(self, task_id: str, *, only: str | None = None) -> None:
+        """Send a dead letter to its queue again, under its id. ``only``: as for ``cancel``.
 
         Raises WrongState for a task that is none, TaskNotFound, InputError where it can never run,
         BrokerError.
@@ -311,28 +363,34 @@ class AsyncClient(Driver):
         with typed_errors(self._user):
             letter = await self._pipe.call("HGET", keys.DEAD, task_id)
             if letter is not None:
+                if not dead.owned(letter, only):
+                    raise await self._gone(task_id, only)
                 list_key, args = dead.revival(task_id, letter)
                 dead.revived(task_id, list_key, await self._revive([list_key], args))
                 return
-        raise core.no_retry(await self.status(task_id))
+        raise core.no_retry(await self.status(task_id, only=only))
 
-    async def forget(self, task_id: str) -> None:
-        """Delete a task that has ended: its result, and the dead letter that it may be.
+    async def forget(self, task_id: str, *, only: str | None = None) -> None:
+        """Delete a task that has ended: its result, and the dead letter that it may be. ``only``: as for
+        ``cancel``.
 
         Raises WrongState for one that has not, TaskNotFound, InputError, BrokerError.
         """
         key = core.result_key(task_id)
         with typed_errors(self._user):
-            answer = int(await self._forget([key], [task_id]))
+            answer = int(await self._forget([key], [task_id, *core.only_args(only)]))
         if answer == 0:
-            raise await self._gone(task_id)
+            raise await self._gone(task_id, only)
         if answer < 0:
             raise core.refused_erasure(answer, task_id)
 
     # -- waiting --------------------------------------------------------------------------
 
-    async def status(self, task_id: str) -> TaskStatus:
-        """Return a task's state now. Raises InputError, TaskNotFound, UnreadableResult."""
+    async def status(self, task_id: str, *, only: str | None = None) -> TaskStatus:
+        """Return a task's state now. ``only``: of this caller's tasks, or nobody's in particular.
+
+        Raises InputError, TaskNotFound, UnreadableResult.
+        """
         key = core.result_key(task_id)
         try:
             with typed_errors(self._user):
@@ -340,19 +398,25 @@ class AsyncClient(Driver):
         except BrokerError as exc:
             raise core.of_task(task_id, exc) from exc
         if meta is None:
-            raise await self._gone(task_id)
-        return results.parse(task_id, meta)
+            raise await self._gone(task_id, only)
+        status = results.parse(task_id, meta)
+        if not core.owned(status, only):
+            raise await self._gone(task_id, only)
+        return status
 
-    async def _gone(self, task_id: str) -> TaskNotFound:
-        """Return the error for an id that Redis knows nothing of: it may have known its task once."""
+    async def _gone(self, task_id: str, only: str | None = None) -> TaskNotFound:
+        """Return the error for an id that Redis knows nothing of: it may have known its task once.
+
+        So it is for a task that is not ``only``'s.
+        """
         with typed_errors(self._user):
-            known = self._origin.made(task_id) or await self._known([task_id]) == [1]
+            known = self._origin.made(task_id) or await self._known([task_id], only) == [1]
         return core.gone(task_id) if known else core.not_found(task_id)
 
-    async def _known(self, task_ids: Sequence[str]) -> list[int]:
+    async def _known(self, task_ids: Sequence[str], only: str | None = None) -> list[int]:
         """Return 1 for each id that was submitted once. A user without the right to know is not told."""
         with suppress(ResponseError):
-            return list(await self._was_known([], core.known_args(task_ids)))
+            return list(await self._was_known([], core.known_args(task_ids, only)))
         return []
 
     async def place(self, status: TaskStatus) -> Place | None:
@@ -369,20 +433,23 @@ class AsyncClient(Driver):
             )
         return spot.place(int(length), int(claimed or 0), time.time())
 
-    async def wait(self, task_id: str, timeout_s: float | None = None) -> TaskStatus:
-        """Wait until a task has ended, at most ``timeout_s``; return its state then.
+    async def wait(
+        self, task_id: str, timeout_s: float | None = None, *, only: str | None = None
+    ) -> TaskStatus:
+        """Wait until a task has ended, at most ``timeout_s``; return its state then. ``only``: as for
+        ``status``.
 
         An id that nothing is known of may be a plain Celery producer's task, which waits: with a timeout it
         is waited for until then. Raises InputError, TaskNotFound, BrokerError.
         """
         if timeout_s is not None and timeout_s <= 0:
-            return await self.status(task_id)
+            return await self.status(task_id, only=only)
         try:
             with self.watch(task_id) as watch:
                 async with asyncio.timeout(timeout_s):
-                    return await self.ended(task_id, watch, patient=timeout_s is not None)
+                    return await self.ended(task_id, watch, patient=timeout_s is not None, only=only)
         except TimeoutError:
-            return await self.status(task_id)
+            return await self.status(task_id, only=only)
 
     def watch(self, task_id: str) -> Watch:
         """Return what hears of a task's end from now on, for ``ended``. Raises InputError."""
@@ -390,14 +457,21 @@ class AsyncClient(Driver):
         return self._waits.watch((task_id,))
 
     async def ended(
-        self, task_id: str, watch: Watch, *, patient: bool = False, submitted: bool = False
+        self,
+        task_id: str,
+        watch: Watch,
+        *,
+        patient: bool = False,
+        submitted: bool = False,
+        only: str | None = None,
     ) -> TaskStatus:
         """Wait for a task's end, however long.
 
         ``patient``: an id that nothing is known of is waited for, too. ``submitted``: it was watched before
-        it was sent, so that there is no need to look whether it has ended. Raises TaskNotFound, BrokerError.
+        it was sent, so that there is no need to look whether it has ended. ``only``: as for ``status``.
+        Raises TaskNotFound, BrokerError.
         """
-        waiting = Waiting((task_id,), self._origin)
+        waiting = Waiting((task_id,), self._origin, only)
         ended = [] if submitted else await self._look(waiting, patient=patient)
         while not ended:
             ended = await self._next(watch, waiting, patient=patient)
@@ -461,9 +535,9 @@ class AsyncClient(Driver):
         for start in range(0, len(ids), LOOK):
             some = ids[start : start + LOOK]
             with typed_errors(self._user):
-                metas = await self._pipe.call("MGET", *map(keys.result, some))
+                metas = waiting.visible(some, await self._pipe.call("MGET", *map(keys.result, some)))
                 if missing := waiting.missing(some, metas):
-                    waiting.expired(missing, await self._known(missing))
+                    waiting.expired(missing, await self._known(missing, waiting.only))
             ended += waiting.looked(some, metas, patient=patient)
         return ended
 

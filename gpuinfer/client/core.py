@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
@@ -34,6 +35,7 @@ from gpuinfer.queue.bodies import check_items
 from gpuinfer.queue.direct import Argument
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Json, Packed, Submission, keyed
 from gpuinfer.queue.options import MAX_NAME, Options, check
+from gpuinfer.queue.quota import Quota, Rate
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import QueueSettings
 
@@ -76,6 +78,14 @@ class Call(NamedTuple):
         middle = len(self.ids) // 2
         return self._part(0, middle), self._part(middle, len(self.ids))
 
+    def first(self, count: int) -> Call:
+        """Return a call that submits the first tasks alone."""
+        return self._part(0, count)
+
+    def without(self, count: int) -> Call:
+        """Return a call that submits the tasks behind the first ones."""
+        return self._part(count, len(self.ids))
+
     def _part(self, first: int, last: int) -> Call:
         ids = self.ids[first:last]
         tasks = self.args[_HEAD + 3 * first : _HEAD + 3 * last]
@@ -90,13 +100,24 @@ class Call(NamedTuple):
 #: Seconds after which a process that submits says again whose ids it makes.
 TELL_EVERY_S = 3600
 #: The arguments of a call before those of its tasks.
-_HEAD = 10
+_HEAD = 11
+
+
+def fitting(exc: BaseException) -> int | None:
+    """Return how many tasks of a call, the first ones, its caller's quota has room for; None: that is not why
+    the call was refused, or it depends on their sizes.
+    """
+    found = _FITTING.search(str(exc))
+    return int(found[1]) if found else None
+
+
+_FITTING = re.compile(r"(?:RATE_LIMITED|KEY_FULL tasks) (\d+) ")
 
 
 def full(exc: BaseException) -> Literal["", "any", "size"]:
     """Tell whether a call was refused because there is no room: for any task, or for this many bytes."""
     text = str(exc)
-    if "QUEUE_FULL bytes" in text:
+    if "QUEUE_FULL bytes" in text or "KEY_FULL bytes" in text:
         return "size"
     return "any" if "QUEUE_FULL " in text or "LATER_FULL " in text else ""
 
@@ -171,13 +192,18 @@ def build(
     default_model: str | None = None,
     clock: Callable[[], float] = time.time,
     task_id: str | None = None,
+    caller: str = "",
+    quota: Quota | None = None,
     **options: Unpack[Options],
 ) -> Submission:
     """Check a caller's arguments. Raises InputError naming the field.
 
     ``default_model`` is the model of a caller that names none; without it, the fleet's default then.
-    ``task_id`` is an id of the caller's own, under which there is one request.
+    ``task_id`` is an id of the caller's own, under which there is one request. ``caller`` is whose task it
+    is, ``quota`` what that one may submit.
     """
+    if caller and not keys.CALLER_NAME.fullmatch(caller):
+        raise InputError(f"must be {keys.CALLER_WORDS}, got {caller!r:.80}", "caller")
     if options:
         check(options)
     key = options.get("idempotency_key") or ""
@@ -215,7 +241,9 @@ def build(
         traceparent=options.get("traceparent") or "",
         asked=_asked(task, options) if key else b"",
         key=key,
-        **({"id": task_id} if task_id is not None else {} if origin is None else {"id": origin.new_id()}),
+        caller=caller,
+        quota=quota,
+        id=task_id or (str(uuid.uuid4()) if origin is None else origin.new_id()),
     )
 
 
@@ -264,6 +292,7 @@ def _call(
         settings.max_keys,
         "" if submission.countdown_s is None else repr(float(submission.countdown_s)),
         settings.max_later,
+        "" if submission.quota is None else submission.quota.text,
     ]
     waits = submission.countdown_s is None
     for number, (task_id, packed) in enumerate(tasks, 1):
@@ -360,10 +389,12 @@ def gone(task_id: str) -> ResultGone:
     return ResultGone(f"task {task_id} is known, but its result has expired or was deleted", "task_id")
 
 
-def known_args(task_ids: Iterable[str]) -> list[str]:
-    """Return the arguments of the script that tells which ids were submitted once."""
+def known_args(task_ids: Iterable[str], only: str | None = None) -> list[str]:
+    """Return the arguments of the script that tells which ids were submitted once. ``only``: who asks."""
     return [
-        part for task_id in task_ids for part in (task_id, prefix_of(task_id), keyed("", _own_key(task_id)))
+        part
+        for task_id in task_ids
+        for part in (task_id, prefix_of(task_id), keyed(only or "", _own_key(task_id)))
     ]
 
 
@@ -371,6 +402,28 @@ def refused_erasure(answer: int, task_id: str) -> WrongState:
     """Return why a task cannot be forgotten of which something is known, by the answer of the script."""
     why = "has not ended; cancel it first" if answer == -1 else "was cancelled, and its message still waits"
     return WrongState(f"task {task_id} {why}", "task_id")
+
+
+def owned(status: TaskStatus, only: str | None) -> bool:
+    """Tell whether a task may be seen by ``only`` (None: by all): it is its own, or nobody's."""
+    return only is None or status.caller in ("", only)
+
+
+class Accepted(NamedTuple):
+    """The answer to a call of the submit script."""
+
+    #: The id that holds: that of the first task, or the one that its key stands for.
+    id: str
+    #: How a caller with a quota stands then.
+    rate: Rate | None = None
+
+
+def accepted(answer: Any) -> Accepted:
+    """Read the answer to a call of the submit script."""
+    if isinstance(answer, list):
+        holder, remaining, reset_s = answer
+        return Accepted(holder.decode(), Rate(int(remaining), float(reset_s)))
+    return Accepted(answer.decode())
 
 
 def no_retry(status: TaskStatus) -> WrongState:
@@ -393,9 +446,11 @@ def result_key(task_id: object) -> str:
 
 
 def cancel_call(
-    task_id: str, origin: Origin, settings: QueueSettings
+    task_id: str, origin: Origin, settings: QueueSettings, only: str | None = None
 ) -> tuple[list[str], list[bytes | str | int]]:
     """Return keys and arguments of the script that cancels. Raises InputError.
+
+    ``only``: the caller whose task it must be; None: anybody's.
 
     Of a plain producer's task nothing is known while it waits: its end is written in advance, and the
     worker that claims it skips it. A task of one's own that nothing is known of has ended, and its result is
@@ -404,15 +459,24 @@ def cancel_call(
     key, ttl_s = result_key(task_id), settings.result_ttl_s
     known = results.failure(task_id, TaskRevoked("it was cancelled"), worker="")
     words = f"nothing was known of it when it was cancelled; should it come within {ttl_s} s, it does not run"
-    unknown = b"" if origin.made(task_id) else results.failure(task_id, TaskRevoked(words), worker="")
-    return [key], [task_id, known, ttl_s, reply_channel(task_id), unknown, prefix_of(task_id)]
+    unknown = results.failure(task_id, TaskRevoked(words), worker="")
+    if only or origin.made(task_id):
+        unknown = b""
+    channel, prefix = reply_channel(task_id), prefix_of(task_id)
+    return [key], [task_id, known, ttl_s, channel, unknown, prefix, *only_args(only)]
+
+
+def only_args(only: str | None) -> list[str]:
+    """Return whose task it must be as the scripts take it: nothing for anybody's."""
+    return [] if only is None else [only]
 
 
 class Waiting:
     """The tasks that one wait is for, and what is known of them. No input, no output."""
 
-    def __init__(self, task_ids: Iterable[str], origin: Origin) -> None:
-        self._origin = origin
+    def __init__(self, task_ids: Iterable[str], origin: Origin, only: str | None = None) -> None:
+        """``only``: another caller's tasks are as if they were unknown."""
+        self._origin, self.only = origin, only
         #: Id -> whether Redis has known it. Raises InputError for what is no id.
         self._known: dict[str, bool] = {}
         for task_id in task_ids:
@@ -436,7 +500,8 @@ class Waiting:
 
     def told(self, status: TaskStatus) -> bool:
         """Tell whether this ends one of them; it is waited for no more then."""
-        return status.final and self._known.pop(status.id, None) is not None
+        ends = status.final and owned(status, self.only)
+        return ends and self._known.pop(status.id, None) is not None
 
     def __contains__(self, task_id: str) -> bool:
         return task_id in self._known
@@ -451,6 +516,15 @@ class Waiting:
         ]
         self._asked.update(found)
         return found
+
+    def visible(self, task_ids: Sequence[str], metas: Sequence[bytes | None]) -> Sequence[bytes | None]:
+        """Return what stands under some keys, without what is another caller's. Raises UnreadableResult."""
+        if self.only is None:
+            return metas
+        return [
+            meta if meta is not None and owned(results.parse(task_id, meta), self.only) else None
+            for task_id, meta in zip(task_ids, metas, strict=True)
+        ]
 
     def expired(self, task_ids: Sequence[str], known: Sequence[int]) -> None:
         """Take the answer to that: those that were have been known. Nothing: nobody could tell."""

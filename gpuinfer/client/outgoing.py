@@ -7,22 +7,26 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
 from gpuinfer.client import core
-from gpuinfer.client.core import Call, Ready
+from gpuinfer.client.core import Accepted, Call, Ready
+from gpuinfer.queue.quota import Rate
 from gpuinfer.settings import QueueSettings
 
 
 class Outgoing:
     """Collects tasks until the event loop's next turn."""
 
-    def __init__(self, submit: Callable[[Call], Awaitable[bytes]], settings: QueueSettings) -> None:
+    def __init__(self, submit: Callable[[Call], Awaitable[Accepted]], settings: QueueSettings) -> None:
         self._submit = submit
         self._settings = settings
         self._tasks: list[Ready] = []
-        self._answers: dict[str, asyncio.Future[None]] = {}
+        self._answers: dict[str, asyncio.Future[Rate | None]] = {}
         self._running: set[asyncio.Task[None]] = set()
 
-    def put(self, task: Ready) -> asyncio.Future[None]:
-        """Submit a task with this turn's others; the future ends when Redis has it, or with its error."""
+    def put(self, task: Ready) -> asyncio.Future[Rate | None]:
+        """Submit a task with this turn's others; the future ends when Redis has it, or with its error.
+
+        Its result: how a caller with a rate stands.
+        """
         loop = asyncio.get_running_loop()
         if not self._tasks:
             loop.call_soon(self._send)
@@ -38,15 +42,20 @@ class Outgoing:
             self._running.add(running)
             running.add_done_callback(self._running.discard)
 
-    async def _call(self, call: Call, answers: Mapping[str, asyncio.Future[None]]) -> None:
-        """Submit tasks together. Where there is no room for all, those that fit go in."""
+    async def _call(self, call: Call, answers: Mapping[str, asyncio.Future[Rate | None]]) -> None:
+        """Submit tasks together. Where there is no room for all, or the caller's quota has none, those that
+        fit go in.
+        """
         parts, refused = [call], _Refused()
         while parts:
             part = parts.pop()
-            failure = refused.failure_of(part)
+            failure, rate = refused.failure_of(part), None
             if failure is None:
-                failure = await self._try(part)
-                if failure is not None and core.full(failure):
+                failure, rate = await self._try(part)
+                if failure is not None and (fits := core.fitting(failure)):
+                    parts.append(part.first(fits))
+                    part = part.without(fits)
+                elif failure is not None and core.full(failure):
                     if len(part.ids) > 1:
                         parts += reversed(part.halves())
                         continue
@@ -54,14 +63,13 @@ class Outgoing:
             if isinstance(failure, asyncio.CancelledError):
                 part, parts = call, []
             for task_id in part.ids:
-                _give(answers[task_id], failure)
+                _give(answers[task_id], failure, rate)
 
-    async def _try(self, call: Call) -> BaseException | None:
+    async def _try(self, call: Call) -> tuple[BaseException | None, Rate | None]:
         try:
-            await self._submit(call)
+            return None, (await self._submit(call)).rate
         except BaseException as exc:  # each caller has its own
-            return exc
-        return None
+            return exc, None
 
 
 class _Refused:
@@ -80,11 +88,11 @@ class _Refused:
         return self._failure if self._failure is not None and call.least >= self._size else None
 
 
-def _give(answer: asyncio.Future[None], failure: BaseException | None) -> None:
+def _give(answer: asyncio.Future[Rate | None], failure: BaseException | None, rate: Rate | None) -> None:
     if answer.done():
         return
     if failure is None:
-        answer.set_result(None)
+        answer.set_result(rate)
     elif isinstance(failure, asyncio.CancelledError):
         answer.cancel()
     else:

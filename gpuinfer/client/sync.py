@@ -61,6 +61,7 @@ class Client(Driver):
         self._forget = bind(self._redis, "erase")
         self._tell = self._direct.bind("origin")
         self._was_known = self._direct.bind("known")
+        self._revive = bind(self._redis, "revive")
         #: Subscriptions nobody waits on: a connection for each wait would be most of a wait's price.
         self._listeners: list[Listener] = []
         self._made_by = Origin()
@@ -221,40 +222,51 @@ class Client(Driver):
                 found = None
         self._signatures.found(model, found)
 
-    def cancel(self, task_id: str) -> bool:
+    def cancel(self, task_id: str, *, only: str | None = None) -> bool:
         """Cancel a task that has not ended; return whether it was cancelled.
+
+        ``only``: the caller whose task it must be; None: anybody's. Another's is as if it were unknown.
 
         What runs on the device just now runs on; nothing else of the task does, and its result is dropped. An
         id that nothing is known of may be a plain Celery producer's task, which waits: it is cancelled too,
-        but refused with QueueFull by a full Redis. Raises InputError, BrokerError.
+        but refused with QueueFull by a full Redis. Raises InputError, TaskNotFound where it is another's,
+        BrokerError.
         """
-        names, args = core.cancel_call(task_id, self._origin, self._settings.queue)
+        names, args = core.cancel_call(task_id, self._origin, self._settings.queue, only)
         with typed_errors(self._user):
-            return bool(self._cancel(keys=names, args=args))
+            answer = int(self._cancel(keys=names, args=args))
+        if answer < 0:
+            raise self._gone(task_id, only)
+        return answer > 0
 
-    def retry(self, task_id: str) -> None:
-        """Send a dead letter to its queue again, under its id.
+    def retry(self, task_id: str, *, only: str | None = None) -> None:
+        """Send a dead letter to its queue again, under its id. ``only``: as for ``cancel``.
 
         Raises WrongState for a task that is none, TaskNotFound, InputError where it can never run,
         BrokerError.
         """
         core.result_key(task_id)
         with typed_errors(self._user):
-            if self._direct.call("HEXISTS", keys.DEAD, task_id):
-                dead.retry(self._redis, task_id)
+            letter = self._direct.call("HGET", keys.DEAD, task_id)
+            if letter is not None:
+                if not dead.owned(letter, only):
+                    raise self._gone(task_id, only)
+                list_key, args = dead.revival(task_id, letter)
+                dead.revived(task_id, list_key, self._revive(keys=[list_key], args=args))
                 return
-        raise core.no_retry(self.status(task_id))
+        raise core.no_retry(self.status(task_id, only=only))
 
-    def forget(self, task_id: str) -> None:
-        """Delete a task that has ended: its result, and the dead letter that it may be.
+    def forget(self, task_id: str, *, only: str | None = None) -> None:
+        """Delete a task that has ended: its result, and the dead letter that it may be. ``only``: as for
+        ``cancel``.
 
         Raises WrongState for one that has not, TaskNotFound, InputError, BrokerError.
         """
         key = core.result_key(task_id)
         with typed_errors(self._user):
-            answer = int(self._forget(keys=[key], args=[task_id]))
+            answer = int(self._forget(keys=[key], args=[task_id, *core.only_args(only)]))
         if answer == 0:
-            raise self._gone(task_id)
+            raise self._gone(task_id, only)
         if answer < 0:
             raise core.refused_erasure(answer, task_id)
 
@@ -267,13 +279,15 @@ class Client(Driver):
         model: str | None = None,
         before: str | float | None = None,
         limit: int = history.USUAL,
+        only: str | None = None,
     ) -> history.Page:
         """Return tasks that have ended, the newest first: of the last 10,000, and with ``status="failed"`` of
-        up to 100,000 of a day. ``before`` is the last page's, or a time.
+        up to 100,000 of a day. ``before`` is the last page's, or a time; ``only``: those of this caller, and
+        nobody's in particular.
 
         Raises InputError, BrokerUnavailable.
         """
-        search = history.Search(status=status, model=model, before=before, limit=limit)
+        search = history.Search(status=status, model=model, before=before, limit=limit, only=only)
         with typed_errors(self._user):
             while not search.done:
                 search.take(self._history(args=search.args), time.time())
@@ -281,8 +295,11 @@ class Client(Driver):
 
     # -- waiting --------------------------------------------------------------------------
 
-    def status(self, task_id: str) -> TaskStatus:
-        """Return a task's state now. Raises InputError, TaskNotFound, UnreadableResult."""
+    def status(self, task_id: str, *, only: str | None = None) -> TaskStatus:
+        """Return a task's state now. ``only``: of this caller's tasks, or nobody's in particular.
+
+        Raises InputError, TaskNotFound, UnreadableResult.
+        """
         key = core.result_key(task_id)
         try:
             with typed_errors(self._user):
@@ -290,19 +307,25 @@ class Client(Driver):
         except BrokerError as exc:
             raise core.of_task(task_id, exc) from exc
         if meta is None:
-            raise self._gone(task_id)
-        return results.parse(task_id, meta)
+            raise self._gone(task_id, only)
+        status = results.parse(task_id, meta)
+        if not core.owned(status, only):
+            raise self._gone(task_id, only)
+        return status
 
-    def _gone(self, task_id: str) -> TaskNotFound:
-        """Return the error for an id that Redis knows nothing of: it may have known its task once."""
+    def _gone(self, task_id: str, only: str | None = None) -> TaskNotFound:
+        """Return the error for an id that Redis knows nothing of: it may have known its task once.
+
+        So it is for a task that is not ``only``'s.
+        """
         with typed_errors(self._user):
-            known = self._origin.made(task_id) or self._known([task_id]) == [1]
+            known = self._origin.made(task_id) or self._known([task_id], only) == [1]
         return core.gone(task_id) if known else core.not_found(task_id)
 
-    def _known(self, task_ids: Sequence[str]) -> list[int]:
+    def _known(self, task_ids: Sequence[str], only: str | None = None) -> list[int]:
         """Return 1 for each id that was submitted once. A user without the right to know is not told."""
         with suppress(ResponseError):
-            return list(self._was_known(keys=(), args=core.known_args(task_ids)))
+            return list(self._was_known(keys=(), args=core.known_args(task_ids, only)))
         return []
 
     def place(self, status: TaskStatus) -> Place | None:

@@ -102,20 +102,24 @@ class Chains:
         for errback in _listed(parent.embed.get("errbacks")):
             yield from self._send(errback, call, success=False)
         waiting = [*_listed(parent.embed.get("chain")), *_listed(parent.embed.get("chord"))]
-        ends = self._ends(waiting, cause)
+        ends = self._ends(waiting, cause, call.caller)
         if ends:
             yield Follow(success=False, ends=ends)
 
-    def _ends(self, signatures: Sequence[Any], error: GpuinferError) -> tuple[tuple[str, bytes], ...]:
+    def _ends(
+        self, signatures: Sequence[Any], error: GpuinferError, caller: str
+    ) -> tuple[tuple[str, bytes], ...]:
         ids = [task_id for signature in signatures for task_id in _ids(signature)]
-        return tuple((task_id, results.failure(task_id, error, worker=self._worker)) for task_id in ids)
+        return tuple(
+            (task_id, results.failure(task_id, error, worker=self._worker, caller=caller)) for task_id in ids
+        )
 
     def _send(self, signature: Any, call: _Call, *, success: bool) -> Iterator[Follow]:
         try:
             yield from [*self._follows(signature, call, success=success)]
         except (Refused, ValueError, TypeError, ArithmeticError, OSError, RecursionError) as exc:
             waiting = [signature, *_listed(call.options.get("chain"))]
-            ends = self._ends(waiting, ChainRefused(str(exc), "chain"))
+            ends = self._ends(waiting, ChainRefused(str(exc), "chain"), call.caller)
             refused = [task_id for task_id, _ in ends]
             log.error("chain_refused", task_id=call.parent.id, successors=refused, reason=str(exc))
             yield Follow(success=success, ends=ends)
@@ -195,7 +199,7 @@ class Chains:
             id=task_id,
             ours=ours,
             model=model,
-            ends=self._ends([signature, *_listed(options.get("chain"))], refused),
+            ends=self._ends([signature, *_listed(options.get("chain"))], refused, call.caller),
         )
 
     def _queue(self, name: str, options: Mapping[str, Any]) -> str:

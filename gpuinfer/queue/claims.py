@@ -82,12 +82,22 @@ class Follow:
     ours: bool = False
     #: The model of a task of ours; empty: the default one.
     model: str = ""
+    #: What its state tells of it while it waits, besides its place.
+    told: bytes = b"}}"
     #: (id, final meta) of what ends when nothing is sent, or that is refused.
     ends: tuple[tuple[str, bytes], ...] = ()
 
     def flat(self) -> Iterator[Argument]:
         """Yield it as ``chain.lua`` reads it."""
-        yield from (int(self.success), self.list_key, self.message, int(self.ours), self.id, self.model)
+        yield from (
+            int(self.success),
+            self.list_key,
+            self.message,
+            int(self.ours),
+            self.id,
+            self.model,
+            self.told,
+        )
         yield len(self.ends)
         for task_id, meta in self.ends:
             yield from (task_id, meta)

@@ -33,7 +33,9 @@ from gpuinfer.errors import (
     BrokerUnavailable,
     GpuinferError,
     IdempotencyConflict,
+    KeyQuota,
     QueueFull,
+    RateLimited,
     UnknownModel,
 )
 from gpuinfer.queue import format as layout
@@ -175,6 +177,17 @@ def explain(exc: Exception, user: str = "") -> GpuinferError:
     if "UNKNOWN_MODEL " in text:
         model, _, known = text.rpartition("UNKNOWN_MODEL ")[2].partition(" ")
         return UnknownModel(f"the fleet knows no model {model!r}; known: {known}", "model")
+    if "RATE_LIMITED " in text:
+        _, wait_s, reset_s, rate, burst = text.rpartition("RATE_LIMITED ")[2].split()
+        return RateLimited(
+            f"this key may submit {rate} tasks a second, {burst} at once; try again in {float(wait_s):.3f} s",
+            retry_after_s=float(wait_s),
+            reset_s=float(reset_s),
+        )
+    if "KEY_FULL " in text:
+        what, *_, most = text.rpartition("KEY_FULL ")[2].split()
+        what = "tasks" if what == "tasks" else "bytes of tasks"
+        return KeyQuota(f"this key may have {most} {what} waiting; what was accepted goes on")
     if "LATER_FULL " in text:
         most = text.rpartition("LATER_FULL ")[2]
         return QueueFull(f"too many tasks wait for their time; queue.max_later is {most}", "countdown_s")

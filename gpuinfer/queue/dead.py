@@ -16,7 +16,7 @@ import orjson
 import redis
 
 from gpuinfer.errors import InputError, TaskNotFound
-from gpuinfer.queue import keys, results
+from gpuinfer.queue import keys
 from gpuinfer.queue.message import Undecodable, peek
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES
@@ -129,6 +129,11 @@ def get(client: redis.Redis, letter_id: str) -> Letter:
     return _parse(letter_id, raw)
 
 
+def owned(raw: bytes, only: str | None) -> bool:
+    """Tell whether a letter is of ``only``'s task; None: whosever."""
+    return only is None or keys.place_of(_parse("", raw).list_key).caller == only
+
+
 def retry(client: redis.Redis, letter_id: str) -> None:
     """Send a letter to its list again, under its id, its deaths forgotten.
 
@@ -153,7 +158,8 @@ def revival(letter_id: str, raw: bytes | None) -> tuple[str, list[str | bytes | 
     if letter.queue not in QUEUES:
         raise InputError(f"cannot be sent again: no queue {letter.queue!r}", letter_id)
     beside = int(bool(envelope and envelope.beside))
-    return letter.list_key, [letter_id, payload, results.PENDING_META, beside]
+    told = envelope.told if envelope is not None else b"}}"
+    return letter.list_key, [letter_id, payload, told, beside]
 
 
 def revived(letter_id: str, list_key: str, answer: int) -> None:

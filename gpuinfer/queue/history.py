@@ -2,8 +2,8 @@
 """Which tasks have ended: the last 10,000, and up to 100,000 that failed within a day.
 
 The script that writes ends notes them in two lists, the newest first, once a batch: id, outcome, queue and
-model, when, and the kind of the error. Results are not kept there: they stand under their own keys, and
-expire before or after that.
+model, when, the kind of the error, and whose it was. Results are not kept there: they stand under their own
+keys, and expire before or after that.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Ended(NamedTuple):
     at: int
     #: The code of a failed task's error; empty for others.
     error: str
+    #: Whose it was; empty: nobody's in particular.
+    caller: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -85,8 +87,11 @@ class Search:
         model: str | None = None,
         before: str | float | None = None,
         limit: int = USUAL,
+        only: str | None = None,
     ) -> None:
-        """``before``: seconds since the epoch, or ISO 8601. Raises InputError naming the field."""
+        """``before``: seconds since the epoch, or ISO 8601; ``only``: the caller who may see them, beside
+        those that are nobody's in particular. Raises InputError naming the field.
+        """
         if status is not None and status not in STATUSES:
             raise InputError(f"must be one of {', '.join(STATUSES)}, got {status!r:.80}", "status")
         if model is not None and (wrong := OPTIONS["model"].wrong(model)):
@@ -94,6 +99,7 @@ class Search:
         if type(limit) is not int or not 1 <= limit <= MOST:
             raise InputError(f"must be an integer from 1 to {MOST}, got {limit!r:.80}", "limit")
         self._status, self._model, self._limit = status, model, limit
+        self._callers = None if only is None else ("", only)
         self._before = None if before is None else _microseconds(before)
         self._searched = 0
         self.done = False
@@ -117,6 +123,8 @@ class Search:
                 self.done, self._more = True, False
                 return
             self._before = ended.at
+            if self._callers is not None and ended.caller not in self._callers:
+                continue
             if self._status in (None, ended.status) and self._model in (None, ended.model):
                 self._found.append(ended)
                 if len(self._found) == self._limit:
@@ -149,12 +157,12 @@ def _microseconds(before: str | float) -> int:
 def _parse(entry: bytes) -> Ended | None:
     """Read an entry of the script; None for what somebody else has put there."""
     head, _, rest = entry.decode(errors="backslashreplace").partition("\n")
-    task_id, _, error = rest.partition("\n")
+    task_id, error, caller = (*rest.split("\n", 2), "", "")[:3]
     at, outcome, queue, model = (*head.split(" ", 3), "", "", "", "")[:4]
     status = _OUTCOMES.get(outcome)
     if not at.isdecimal() or status is None or not task_id:
         return None
-    return Ended(task_id, status, queue, model, int(at), _code(error))
+    return Ended(task_id, status, queue, model, int(at), _code(error), caller)
 
 
 def _code(name: str) -> str:

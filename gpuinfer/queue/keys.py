@@ -57,13 +57,17 @@ EPOCH_PREFIX = "gpuinfer:epoch:"
 #: Idempotency keys of the current period, and of the one before.
 KEYED = "gpuinfer:keyed"
 KEYED_BEFORE = "gpuinfer:keyed:before"
-#: How much may come before what waits is counted again.
+#: How much may come before what waits is counted again: in all, and of each caller with a quota.
 ROOM = "gpuinfer:room"
+#: Caller with a quota -> when its next task would be due if all came at its rate, by Redis's clock.
+RATES = "gpuinfer:rates"
+#: Caller -> its weight among the callers that take turns, where that is not 1.
+WEIGHTS = "gpuinfer:weights"
 #: Large bodies, each beside the list that holds its task's id. Without a TTL from its submission to its end.
 BODY_PREFIX = "gpuinfer:body:"
-#: Id -> ``tier bytes`` of the body beside the list, of tasks that have not ended.
+#: Id -> ``tier bytes caller`` of the body beside the list, of tasks that have not ended.
 BODIES = "gpuinfer:bodies"
-#: Tier -> bytes of all of these.
+#: Tier, and ``@caller`` -> bytes of all of these.
 BODY_BYTES = "gpuinfer:body-bytes"
 HEARTBEAT_PREFIX = "gpuinfer:heartbeat:"
 #: Workers, scored by when they were last seen, by Redis's clock.
@@ -150,6 +154,10 @@ FLUSHED_VOID_S = 3600
 MOST_COUNTS = 20_000
 #: Seconds after which a model that nobody could serve is forgotten.
 MODEL_VOID_S = 7 * 86400
+
+#: What a caller is called: the name of a key.
+CALLER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+CALLER_WORDS = "a key's name, of at most 32 characters a to z, 0 to 9, '_' and '-'"
 
 _LIST = re.compile(
     rf"(?:{'|'.join(QUEUES)})(?:\.{MODEL_NAME.pattern})?(?:{CALLER}[^{CALLER}\x06\x16]+)?(?:{SEP}[0-9])?"

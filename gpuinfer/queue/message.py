@@ -30,6 +30,7 @@ from gpuinfer.models.type_words import word
 from gpuinfer.queue import arrays, bodies, json_types
 from gpuinfer.queue.bodies import check_values, load_head, loads, move
 from gpuinfer.queue.keys import REPLY_PREFIX
+from gpuinfer.queue.quota import Quota, Rate
 from gpuinfer.settings import QueueSettings
 
 PREDICT = "gpuinfer.predict"
@@ -97,7 +98,9 @@ class Json(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class Submission:
-    """What a caller wants done. Never changed; to be frozen would cost as much as all else of its making."""
+    """What a caller wants done. To be frozen would cost as much as all else of its making; ``rate`` alone is
+    written later.
+    """
 
     task: str
     inputs: Any
@@ -117,8 +120,12 @@ class Submission:
     metadata: Mapping[str, str] | None = None
     #: The caller's place in a trace, as W3C Trace Context writes it; empty: none.
     traceparent: str = ""
-    #: Whose sub-list it waits in; empty: the only caller.
+    #: Whose task it is, and whose sub-list it waits in; empty: nobody's in particular.
     caller: str = ""
+    #: What its caller may submit; None: anything.
+    quota: Quota | None = None
+    #: How its caller stands with a quota: written when it is accepted.
+    rate: Rate | None = None
     #: The channel on which the client hears of its end; empty: by its id alone.
     reply_to: str = ""
     #: What the caller has asked for beside the inputs, in the caller's own words: two requests that differ
@@ -171,18 +178,8 @@ class Submission:
 
     def _told(self, sent: bytes) -> bytes:
         """Return the rest of a waiting task's state, from the end of its ``place`` on: see submit.lua."""
-        about = b"]"
-        if self.priority:
-            about += b',"priority":%d' % self.priority
-        if self.expires_at is not None:
-            about += b',"expires":%b' % orjson.dumps(float(self.expires_at))
-        if self.caller:
-            about += b',"caller":%b' % orjson.dumps(self.caller)
-        if self.metadata:
-            about += b',"metadata":%b' % orjson.dumps(self.metadata)
-        if self.traceparent:
-            about += b',"traceparent":"%b"' % self.traceparent.encode()
-        return b'%b},"sent_at":%b}' % (about, sent)
+        about = b',"priority":%d' % self.priority if self.priority else b""
+        return b"]%b%b" % (about, _told(self.expires_at, self.metadata, self.traceparent, sent))
 
     def _message(self, body: bytes, sent: bytes, extra: bytes = b"") -> bytes:
         """Return the list entry. ``sent``: when it is submitted, in seconds since the epoch; ``extra``: more
@@ -223,6 +220,22 @@ class Submission:
 def keyed(caller: str, key: str) -> str:
     """Return what stands for a caller's key: 32 characters."""
     return blake2b(f"{caller}\0{key}".encode(), digest_size=16).hexdigest()
+
+
+def _told(
+    expires_at: float | None, metadata: Mapping[str, Any] | None, traceparent: str, sent: bytes
+) -> bytes:
+    """Return the end of a waiting task's state, from behind its priority. ``sent``: when it was; empty: not
+    known.
+    """
+    about = b""
+    if expires_at is not None:
+        about += b',"expires":%b' % orjson.dumps(float(expires_at))
+    if metadata:
+        about += b',"metadata":%b' % orjson.dumps(metadata)
+    if traceparent:
+        about += b',"traceparent":%b' % orjson.dumps(traceparent)
+    return b'%b},"sent_at":%b}' % (about, sent) if sent else b"%b}}" % about
 
 
 #: Stands in a frame where each task has something of its own.
@@ -344,6 +357,16 @@ class Envelope:
         """Return the caller's place in a trace, where it has given one."""
         found = self.headers.get(_TRACEPARENT)
         return found if isinstance(found, str) and len(found) <= _MOST_TRACEPARENT else ""
+
+    @property
+    def told(self) -> bytes:
+        """Return what its state tells of it while it waits again: its end, from behind the priority."""
+        try:
+            expires_at = moment_of(self.headers, "expires")
+        except InputError:
+            expires_at = None
+        sent = b"" if self.sent_at is None else b"%.3f" % self.sent_at
+        return _told(expires_at, self.metadata, self.traceparent, sent)
 
     @property
     def beside(self) -> int:

@@ -46,11 +46,11 @@ def spot_of(status: TaskStatus) -> Spot | None:
     if status.state != "queued" or not isinstance(place, list) or [type(one) for one in place] != [int] * 4:
         return None
     default, claimed, length, number = place
-    tier, model, caller = (str(about.get(name, "")) for name in ("queue", "model", "caller"))
+    tier, model = (str(about.get(name, "")) for name in ("queue", "model"))
     priority = about.get("priority", 0)
     if not number or type(priority) is not int or not 0 <= priority <= 9:
         return None
-    name = list_key(queue_name(tier, "" if default else model, caller), priority)
+    name = list_key(queue_name(tier, "" if default else model, status.caller), priority)
     if not ours(name):
         return None
     sent = status.sent_at if isinstance(status.sent_at, float) else None

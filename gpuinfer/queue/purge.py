@@ -109,19 +109,19 @@ def _head(client: redis.Redis, line: Line, count: int) -> list[bytes]:
 def _end(payload: bytes, line: Line, chains: Chains) -> Final:
     """Return the end of one task; of one whose id cannot be read, none."""
     error = TaskRevoked("it was purged from its queue before a worker began it")
-    named = label("cancelled", line.lane.tier, line.lane.model)
+    named, caller = label("cancelled", line.lane.tier, line.lane.model), keys.place_of(line.list_key).caller
     try:
         envelope = peek(payload)
     except Undecodable:
         envelope = None
     if envelope is None:  # it cannot be read, or would have to be unpacked for that
         task_id, reply = identify(payload)
-        meta = results.failure(task_id, error, worker="") if task_id else b""
+        meta = results.failure(task_id, error, worker="", caller=caller) if task_id else b""
         return Final(None, task_id or "", meta, reply=reply, label=named)
     return Final(
         None,
         envelope.id,
-        results.failure(envelope.id, error, worker=""),
+        results.failure(envelope.id, error, worker="", caller=caller),
         keep=not envelope.headers.get("ignore_result"),
         reply=envelope.reply_to,
         label=named,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ PENDING_META = b'{"status": "PENDING", "result": null}'
 #: When a task was submitted and began to run: ``sent_at`` and ``began_at``, in seconds since the epoch.
 Times = Mapping[str, float | None]
 
+_OWNED = re.compile(rb'\{"status":"[A-Z]+","caller":"([^"\\]+)"')
 _STATES: dict[str, State] = {
     "PENDING": "queued",
     "RECEIVED": "queued",
@@ -51,6 +53,8 @@ class TaskStatus:
     redelivered: bool = False
     #: Which worker began or ended it, where known.
     worker: str | None = None
+    #: Whose it is; empty: nobody's in particular.
+    caller: str = ""
     #: How much of it is done, 0 to 1, while it runs and where its model tells.
     progress: float | None = None
     #: When it was submitted, began and ended, as its meta has it: unchecked, see ``moment``.
@@ -96,9 +100,9 @@ def _meta(
     about: Mapping[str, Any] | None,
     *,
     redelivered: bool,
+    caller: str,
 ) -> bytes:
-    body = {
-        "status": status,
+    body = _owned(status, caller) | {
         "result": result,
         "traceback": None,
         "children": [],
@@ -115,6 +119,13 @@ def _meta(
     if about:
         body["about"] = about
     return dump(body)
+
+
+def _owned(status: str, caller: str) -> dict[str, Any]:
+    """Return the beginning of a meta. The scripts read there whose task it is: nothing that a client or a
+    model has written stands before it.
+    """
+    return {"status": status, "caller": caller} if caller else {"status": status}
 
 
 def dump(body: Any, option: int = 0) -> bytes:
@@ -149,12 +160,13 @@ def started(
     *,
     times: Times | None = None,
     about: Mapping[str, Any] | None = None,
+    caller: str = "",
 ) -> bytes:
     """Return the meta of a task that has begun; ``progress``: how much of it is done, 0 to 1, where known."""
     where: dict[str, Any] = {"pid": pid, "hostname": worker}
     if progress is not None:
         where["progress"] = progress
-    body: dict[str, Any] = {"status": "STARTED", "result": where, "task_id": task_id}
+    body = _owned("STARTED", caller) | {"result": where, "task_id": task_id}
     for name, at in (times or {}).items():
         if at is not None:
             body[name] = at
@@ -169,9 +181,10 @@ def success(
     redelivered: bool = False,
     times: Times | None = None,
     about: Mapping[str, Any] | None = None,
+    caller: str = "",
 ) -> bytes:
     """Return the meta of a task that completed."""
-    return _meta("SUCCESS", task_id, result, worker, times, about, redelivered=redelivered)
+    return _meta("SUCCESS", task_id, result, worker, times, about, redelivered=redelivered, caller=caller)
 
 
 def failure(
@@ -182,6 +195,7 @@ def failure(
     redelivered: bool = False,
     times: Times | None = None,
     about: Mapping[str, Any] | None = None,
+    caller: str = "",
 ) -> bytes:
     """Return the meta of a task that failed, expired or was revoked.
 
@@ -194,13 +208,19 @@ def failure(
         "exc_message": args,
         "exc_module": type(error).__module__,
     }
-    return _meta(status, task_id, result, worker, times, about, redelivered=redelivered)
+    return _meta(status, task_id, result, worker, times, about, redelivered=redelivered, caller=caller)
 
 
 def notice(task_id: str, meta: bytes) -> bytes:
     """Return what stands for an end whose meta is too large: its status, and its size in bytes."""
     status = meta.split(b'"', 4)[3].decode()  # the first of its fields
-    return dump({"status": status, "beside": len(meta), "task_id": task_id})
+    return dump(_owned(status, caller_of(meta)) | {"beside": len(meta), "task_id": task_id})
+
+
+def caller_of(meta: bytes) -> str:
+    """Return whose task a meta of ours is, by its beginning."""
+    found = _OWNED.match(meta)
+    return found[1].decode() if found else ""
 
 
 def parse(task_id: str, meta: bytes | str) -> TaskStatus:
@@ -248,6 +268,7 @@ def from_body(task_id: str, body: dict[str, Any]) -> TaskStatus:
         state = "running"
     about = body.get("about")
     about = about if isinstance(about, dict) else {}
+    caller = body.get("caller") or about.get("caller")  # while it waits, there
     result, error = body.get("result"), None
     worker, progress = body.get("worker"), None
     if state == "running" and isinstance(result, dict):
@@ -263,6 +284,7 @@ def from_body(task_id: str, body: dict[str, Any]) -> TaskStatus:
         error=error,
         redelivered=bool(body.get("redelivered")),
         worker=worker,
+        caller=caller if isinstance(caller, str) else "",
         progress=progress if isinstance(progress, int | float) else None,
         sent_at=body.get("sent_at"),
         began_at=body.get("began_at"),

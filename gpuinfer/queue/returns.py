@@ -49,12 +49,12 @@ def release(
 
 
 def restore(
-    script: Script, keys: Sequence[str], seqs: Iterable[int], args: tuple[Argument, Argument, Argument]
+    script: Script, keys: Sequence[str], seqs: Iterable[int], args: tuple[Argument, Argument]
 ) -> tuple[int, list[bytes], list[tuple[bytes, bytes, bytes, int]]]:
     """Put back what a dead worker has in flight, the last claimed first.
 
     ``keys``: its in-flight hash and epoch; ``args``: the epoch begun for this, deaths at which a task is
-    given up, pending meta. Returns how many were put back, the ids of the first thousand of them, and (seq,
+    given up. Returns how many were put back, the ids of the first thousand of them, and (seq,
     list, payload, deaths) of each task to give up. One whose list is none stays in flight: that is logged.
     Raises redis-py's errors, one that says STALE in a later epoch.
     """

@@ -130,11 +130,11 @@ class Router:
         return envelope, model
 
     def _end(self, key: str, envelope: Envelope, model: str) -> Final:
-        error = UnknownModel(_unknown(model), "model")
+        error, caller = UnknownModel(_unknown(model), "model"), keys.place_of(key).caller
         return Final(
             None,
             envelope.id,
-            results.failure(envelope.id, error, worker=self._store.worker),
+            results.failure(envelope.id, error, worker=self._store.worker, caller=caller),
             keep=not envelope.headers.get("ignore_result"),
             reply=envelope.reply_to,
             label=label("failed", keys.place_of(key).tier, model),

@@ -529,7 +529,7 @@ class Store:
         """
         self._epoch = after  # 0: takes over, whatever has been counted since
         self._begin_epoch()
-        args = (self._epoch, self._settings.max_deaths, results.PENDING_META)
+        args = (self._epoch, self._settings.max_deaths)
         try:
             back, names, given_up = returns.restore(
                 self._restore, (self.inflight, keys.epoch(self.worker)), self._seqs_in_flight(), args
@@ -557,6 +557,7 @@ class Store:
         task_id, reply = identify(payload)
         follows = self.chains.buried(payload, error, list_key)
         place = keys.place_of(list_key)
+        caller = place.caller
         model = place.model or self._default_model()
         letter_id = task_id or f"undecodable-{self.worker}-{int(self._clock() * 1000)}-{seq}"
         letter = orjson.dumps(
@@ -571,7 +572,7 @@ class Store:
                 "payload": payload.decode("utf-8", "backslashreplace"),
             }
         )
-        meta = results.failure(task_id, error, worker=self.worker) if task_id else b""
+        meta = results.failure(task_id, error, worker=self.worker, caller=caller) if task_id else b""
         end = Final(
             seq, letter_id, meta, reply=reply, label=label("dead", place.tier, model), follows=follows
         )

@@ -161,7 +161,10 @@ class Outbox:
         """Return the state of a task that runs."""
         times = {"sent_at": task.envelope.sent_at, "began_at": task.time_start}
         tells = about(task.claimed, task.envelope, self._store.versions, task.model)
-        return results.started(task.id, self._store.worker, pid, task.progress, times=times, about=tells)
+        caller = place_of(task.claimed.list_key).caller
+        return results.started(
+            task.id, self._store.worker, pid, task.progress, times=times, about=tells, caller=caller
+        )
 
     def ended(self, batch: Batch) -> list[Task]:
         """Return the tasks of a batch that have ended while it runs: it is for nothing that they run."""
@@ -184,12 +187,14 @@ class Outbox:
         times = {"sent_at": envelope.sent_at, "began_at": None if task is None else task.time_start}
         ran = () if task is None else (task.model, task.ran_s, task.batch_size)
         tells = about(claimed, envelope, self._store.versions, *ran)
-        meta = write(envelope.id, end, worker=worker, redelivered=again, times=times, about=tells)
+        place = place_of(claimed.list_key)
+        meta = write(
+            envelope.id, end, worker=worker, redelivered=again, times=times, about=tells, caller=place.caller
+        )
         if len(meta) > self._max_bytes and not failed:
             raise ResultTooLarge(
                 f"the result has {len(meta)} bytes; queue.max_result_bytes is {self._max_bytes}"
             )
-        place = place_of(claimed.list_key)
         return Final(
             claimed.seq,
             envelope.id,
@@ -271,7 +276,8 @@ class Outbox:
             f"the result has {size_of(culprit)} bytes, and Redis does not take it ({exc}); lower "
             f"queue.max_result_bytes, now {self._max_bytes}, to refuse the like at once"
         )
-        meta = results.failure(culprit.task_id, error, worker=self._store.worker)
+        caller = results.caller_of(culprit.meta)
+        meta = results.failure(culprit.task_id, error, worker=self._store.worker, caller=caller)
         counted = f"failed {culprit.label.partition(' ')[2]}"
         follows = tuple(follow for follow in culprit.follows if not follow.success)
         self._waiting[0] = culprit._replace(meta=meta, label=counted, follows=follows)

@@ -205,6 +205,7 @@ def test_every_script_is_somebodys() -> None:
         for file in resources.files(scripts.__package__).joinpath("lua").iterdir()
     }
     libraries = {
+        "again",
         "ageing",
         "chain",
         "clock",
@@ -215,6 +216,7 @@ def test_every_script_is_somebodys() -> None:
         "lists",
         "payload",
         "places",
+        "quota",
         "room",
         "states",
     }

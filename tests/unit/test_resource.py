@@ -133,7 +133,7 @@ def test_the_halves_of_a_call_are_numbered_anew() -> None:
         tasks = [build([1], many=False, countdown_s=countdown_s) for _ in range(6)]
         (call,) = bulk(tasks, QueueSettings())
         for half in call.halves():
-            assert [int(str(end).split("]")[0].strip("b'")) for end in half.args[12::3]] == numbers
+            assert [int(str(end).split("]")[0].strip("b'")) for end in half.args[13::3]] == numbers
 
 
 @pytest.mark.parametrize(

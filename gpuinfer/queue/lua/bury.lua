@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: clock places lists states ends chain dead
+-- needs: clock places lists states ends again chain dead
 -- Move a task from flight to the dead letters, with its failure result, in one step.
 -- KEYS: in-flight hash
 -- ARGV: seq, task id, dead letter (JSON), result ttl in seconds, meta ('' for none), reply channel, label,

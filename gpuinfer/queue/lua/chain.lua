@@ -2,7 +2,7 @@
 -- A script is given it behind the ends, for each task that has any:
 --   which of the ends it is (from 1), the task's id, the label of what ends unbegun, how many parts, then each:
 --   '1' after a success or '0' after a failure, list ('': nothing is sent), message, '1' for a task of ours, its
---   id, its model ('': the default one), how many ends, and those: (id, meta). The ends are written where nothing
+--   id, its model ('': the default one), the end of its state (write_waiting), how many ends, and those: (id, meta). The ends are written where nothing
 --   is sent, or where that is refused.
 
 -- Return it as tables; `at` is where it begins.
@@ -20,10 +20,11 @@ local function read_following(flat, at)
         ours = flat[at + 3] == '1',
         id = flat[at + 4],
         model = flat[at + 5],
+        told = flat[at + 6],
       }
-      local ends = 2 * flat[at + 6]
-      for e = 1, ends do part[e] = flat[at + 6 + e] end
-      at = at + 7 + ends
+      local ends = 2 * flat[at + 7]
+      for e = 1, ends do part[e] = flat[at + 7 + e] end
+      at = at + 8 + ends
       one[k] = part
     end
     all[#all + 1] = one
@@ -51,7 +52,7 @@ local function send(part, wakes)
   local answer = may('LPUSH', list, '') or redis.pcall('LPUSH', list, part.message)
   if type(answer) == 'table' then return answer.err end
   if part.ours then
-    write_passing(part.id, PENDING_META, 'NX')
+    write_waiting(part.id, list, answer - 1, 1, part.told, 'NX')
     local tier, indexed = index_list(list)
     local key = tier .. '.' .. indexed
     wakes[key] = wakes[key] or {tier, indexed, 0}

@@ -13,6 +13,13 @@ local function drop_letter(id, kept)
   return 1
 end
 
+-- Return whose task a letter is, by the list that it came from: it begins with its id, and that list.
+local function owner_of_letter(id)
+  local letter = redis.call('HGET', DEAD, id) or ''
+  local list = string.match(letter, '^{"id":"[^"]*","list":"([^"]*)"')
+  return string.match(list or '', '@([^@\\]+)') or ''
+end
+
 local function add_letter(id, letter)
   drop_letter(id, true)
   redis.call('HSET', DEAD, id, letter)

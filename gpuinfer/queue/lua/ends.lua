@@ -71,9 +71,12 @@ local function drop_bodies(ids, kept)
     for i, counted in ipairs(redis.call('HMGET', BODIES, unpack(ids, first, last))) do
       if counted then
         local id = ids[first + i - 1]
-        local tier, size = string.match(counted, '^(%a+) (%d+)$')
+        local tier, size, caller = string.match(counted, '^(%a+) (%d+) ?(.*)$')
         redis.call('HDEL', BODIES, id)
         redis.call('HINCRBY', BODY_BYTES, tier, '-' .. size)
+        if caller ~= '' and redis.call('HINCRBY', BODY_BYTES, '@' .. caller, '-' .. size) <= 0 then
+          redis.call('HDEL', BODY_BYTES, '@' .. caller)
+        end
         if not kept then redis.call('UNLINK', BODY_PREFIX .. id) end
       end
     end
@@ -133,7 +136,8 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
     or beside and (may('RENAME', BESIDE_PREFIX .. 'x', key) or may('EXPIRE', key, ttl) or may('GET', key))
     or replied and may('PUBLISH', REPLY_PREFIX .. 'x', '')
     or bodies
-      and (may('HDEL', BODIES, '') or may('HINCRBY', BODY_BYTES, '', 0) or may('UNLINK', BODY_PREFIX))
+      and (may('HDEL', BODIES, '') or may('HINCRBY', BODY_BYTES, '', 0) or may('HDEL', BODY_BYTES, '')
+        or may('UNLINK', BODY_PREFIX))
   if denied then return nil, denied end
   local counts, bytes = {}, {}
   for k = 1, n do

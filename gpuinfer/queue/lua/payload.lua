@@ -23,12 +23,12 @@ local function id_of(payload)
   return read and value[1] or nil
 end
 
--- Return a payload with one delivery and the given deaths more in front of it; and its deaths. What is no
--- object stays as it is.
+-- Return a payload with one delivery and the given deaths more in front of it; its deaths, and its deliveries. What is
+-- no object stays as it is.
 local function counted(payload, died)
   local head, deliveries, deaths = string.match(payload, '^({"gpuinfer": %[(%d+), (%d+)%], )')
   deliveries, deaths = (deliveries or 0) + 1, (deaths or 0) + died
-  if string.sub(payload, 1, 1) ~= '{' then return payload, deaths end
+  if string.sub(payload, 1, 1) ~= '{' then return payload, deaths, deliveries end
   local rest = string.sub(payload, head and #head + 1 or 2)
-  return string.format('{"gpuinfer": [%d, %d], ', deliveries, deaths) .. rest, deaths
+  return string.format('{"gpuinfer": [%d, %d], ', deliveries, deaths) .. rest, deaths, deliveries
 end

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- needs: clock places lists states ends chain keyed
+-- needs: clock places lists states ends again chain keyed
 -- Take tasks out of a list, or out of the set of those that wait for their ETA, and end them.
 -- KEYS: list or sorted set
 -- ARGV: result ttl in seconds, 'list' or 'later', number of tasks, then for each: SHA-1 of its payload, task id

@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
--- needs: clock places lists states payload
+-- needs: clock places lists states again payload
 -- Put tasks of a dead worker back at the head of their lists and count the death against those that ran.
 -- A task whose deaths reach the limit stays in flight and is reported: the caller settles it as dead.
 -- KEYS: in-flight hash, epoch hash
 -- ARGV: the epoch that the caller has begun for this (in a later one there is another worker), deaths at which
---       a task is given up, pending meta, bytes of payload after which to stop, '1' when nothing else is in
+--       a task is given up, bytes of payload after which to stop, '1' when nothing else is in
 --       flight, then seqs, the last claimed first
 -- Returns {how many of the seqs were dealt with, put back, {ids put back}, {list, why, ...} of those that stay in flight,
 -- then (seq, list, payload, deaths) of each task to give up}. The caller calls again for the rest; cut off between two calls, the next restore goes
@@ -13,22 +13,22 @@ local epoch, now_counted = tonumber(ARGV[1]), tonumber(redis.call('HGET', KEYS[2
 if now_counted > epoch then
   return redis.error_reply('STALE restore of epoch ' .. epoch .. ', now is ' .. now_counted)
 end
-local inflight, limit, bytes, last = KEYS[1], tonumber(ARGV[2]), tonumber(ARGV[4]), ARGV[5] == '1'
+local inflight, limit, bytes, last = KEYS[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
 
 -- What had begun waits again, and says so.
 local ids = {}
-local function wait_again(payload)
+local function wait_again(payload, list, deliveries)
   local id = id_of(payload)
   if not id then return end
   ids[#ids + 1] = id
-  if state_of(id) == 'STARTED' then write_passing(id, ARGV[3]) end
+  if state_of(id) == 'STARTED' then write_waiting(id, list, 0, deliveries + 1, told_before(id)) end
 end
 local ran = {}
 for seq in string.gmatch(redis.call('HGET', inflight, 'running') or '', '%d+') do ran[seq] = true end
 
 local stuck = {}
 local answer, done, back, wakes = {0, 0, ids, stuck}, 0, 0, {}
-for i = 6, #ARGV do
+for i = 5, #ARGV do
   if bytes <= 0 then break end
   local seq = ARGV[i]
   local payload, list = unpack(redis.call('HMGET', inflight, seq, seq .. ':list'))
@@ -36,8 +36,8 @@ for i = 6, #ARGV do
     redis.call('HDEL', inflight, seq)
   elseif payload then
     bytes = bytes - #payload
-    local deaths
-    payload, deaths = counted(payload, ran[seq] and 1 or 0)
+    local deaths, deliveries
+    payload, deaths, deliveries = counted(payload, ran[seq] and 1 or 0)
     if deaths >= limit then
       -- Kept, with its count, until the caller has written its end.
       redis.call('HSET', inflight, seq, payload)
@@ -48,7 +48,7 @@ for i = 6, #ARGV do
         stuck[#stuck + 1], stuck[#stuck + 2] = list, why
         if ran[seq] then redis.call('HSET', inflight, seq, payload) end
       else
-        wait_again(payload)
+        wait_again(payload, list, deliveries)
         redis.call('HDEL', inflight, seq, seq .. ':list')
         back = back + 1
       end
@@ -64,7 +64,7 @@ for i = 6, #ARGV do
 end
 local still = {}
 for seq in pairs(ran) do still[#still + 1] = seq end
-if #still == 0 or last and done == #ARGV - 5 then
+if #still == 0 or last and done == #ARGV - 4 then
   redis.call('HDEL', inflight, 'running')
 else
   redis.call('HSET', inflight, 'running', table.concat(still, ' '))

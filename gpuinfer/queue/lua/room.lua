@@ -42,7 +42,7 @@ local function count_waiting()
   for _, list in ipairs(redis.call('ZRANGE', LATER, 0, -1)) do weigh(list, LATER_PREFIX .. list) end
   local bodies = redis.call('HGETALL', BODY_BYTES)
   for i = 1, #bodies, 2 do
-    all = all + bodies[i + 1]
+    if BASE[bodies[i]] then all = all + bodies[i + 1] end -- the others are callers'
     if bodies[i] == 'batch' then batch = batch + bodies[i + 1] end
   end
   return tasks, batch, all, lists

@@ -21,7 +21,7 @@ for i = 4, last, 6 do
 end
 local follow_ends
 if last < #ARGV then
-  -- needs: ends clock places lists chain
+  -- needs: ends clock places lists again chain
   local following = read_following(ARGV, last + 1)
   -- An end that something follows is only taken from the task's holder: one call writes both, or neither.
   for _, one in ipairs(following) do

@@ -11,6 +11,22 @@ local function state_of(id)
   return string.match(text, '^{"status": ?"(%u+)"')
 end
 
+-- Return whose task it is, by its state; '' for nobody's in particular, and for one that nothing is known of. The name
+-- stands where nothing can be that a client or a model has written (results.py, submit.lua).
+local function owner_of(id)
+  local text = redis.pcall('GETRANGE', RESULT_PREFIX .. id, 0, 127)
+  if type(text) == 'table' then return '' end
+  return string.match(text, '^{"status":"%u+","caller":"([^"\\]+)"')
+    or string.match(text, '^{"status": "PENDING", "result": null,"about":{"caller":"([^"\\]+)"')
+    or ''
+end
+
+-- Return all that stands under a task's result key; '' for what is no text.
+local function text_of(id)
+  local text = redis.pcall('GETRANGE', RESULT_PREFIX .. id, 0, -1)
+  return type(text) == 'string' and text or ''
+end
+
 -- Let a final state that stands without a time to live have one: its message was dropped.
 local function expire_state(id, ttl) return redis.call('EXPIRE', RESULT_PREFIX .. id, ttl, 'NX') end
 
@@ -27,11 +43,13 @@ local function may(...)
   end
 end
 
--- A large body lies beside its list, and is on account, by tier, until its task has ended.
-local function count_body(tier, id)
+-- A large body lies beside its list, and is on account, by tier and by caller, until its task has ended.
+local function count_body(tier, caller, id)
   local size = redis.call('STRLEN', BODY_PREFIX .. id)
-  if size > 0 and redis.call('HSETNX', BODIES, id, tier .. ' ' .. size) == 1 then
+  local account = tier .. ' ' .. size .. (caller == '' and '' or ' ' .. caller)
+  if size > 0 and redis.call('HSETNX', BODIES, id, account) == 1 then
     redis.call('HINCRBY', BODY_BYTES, tier, size)
+    if caller ~= '' then redis.call('HINCRBY', BODY_BYTES, '@' .. caller, size) end
   end
 end
 
@@ -53,7 +71,8 @@ local function remember(past, entries, most)
 end
 
 -- Note ends in the history: {label, id, meta, ...}. An entry is 'microseconds label\nid\nerror', and no two have one
--- time: a call takes longer than a microsecond a task. An id that somebody has made up is not noted.
+-- time: a call takes longer than a microsecond a task. Of a caller's task, its name is the last line. An id that somebody
+-- has made up is not noted.
 local function note_ends(ends)
   local time = redis.call('TIME')
   local at, entries, failures = time[1] * 1000000 + time[2], {}, {}
@@ -61,10 +80,13 @@ local function note_ends(ends)
     local label, id = ends[i], ends[i + 1]
     if #id <= 200 and label ~= 'cancelled_unknown' and not string.find(id, '\n', 1, true) then
       local entry = string.format('%.0f %s\n%s\n', at, label, id)
-      if string.find(label, '^[fdn]') then -- failed, dead, not_run
+      local caller = string.match(ends[i + 2], '^{"status":"%u+","caller":"([^"\\]+)"')
+      local failed = string.find(label, '^[fdn]') -- failed, dead, not_run
+      if failed then
         entry = entry .. (string.match(string.sub(ends[i + 2], 1, 200), '"exc_type": ?"(%w+)"') or '')
-        failures[#failures + 1] = entry
       end
+      if caller then entry = entry .. '\n' .. caller end
+      if failed then failures[#failures + 1] = entry end
       entries[#entries + 1] = entry
       at = at + 1
     end

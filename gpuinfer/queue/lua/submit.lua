@@ -6,17 +6,23 @@
 -- ARGV: 1 tier, 2 model ('' for the default one), 3 caller ('' for none), 4 priority, 5 how many tasks and bytes
 --       may wait, as room.lua has it, 6 an idempotency key and a digest of the request (32 characters each) or '',
 --       7 seconds that the key holds, 8 how many keys there may be in a period, 9 seconds until they may begin or
---       '', 10 how many tasks may wait for their time in all, then for each task: id, payload, and the end of its meta,
---       from its number in this call on
+--       '', 10 how many tasks may wait for their time in all, 11 what the caller may submit, as quota.lua has it, or
+--       '', then for each task: id, payload, and the end of its meta, from its number in this call on
 -- Returns the id that holds: the given one, or the one an idempotency key already stands for. A client's own id is
--- given with a key made of it: once the key or the id is known, nothing is written.
+-- given with a key made of it: once the key or the id is known, nothing is written. With a rate, {that id, how many
+-- tasks would be accepted now, seconds until the whole burst would be}.
 -- What is refused leaves nothing behind.
+local charge, key_room
+local function accept(id) return charge and charge(id) or id end
 local function drop_these()
-  for _, body in ipairs(KEYS) do redis.call('UNLINK', body) end
+  for _, body in ipairs(KEYS) do
+    -- One that is kept, of a task of this id that was there before, has no time to live.
+    if redis.call('TTL', body) >= 0 then redis.call('UNLINK', body) end
+  end
 end
 local function refuse(why)
   -- A call repeated because its answer was lost: all of it was accepted.
-  if state_of(ARGV[11]) then return ARGV[11] end
+  if state_of(ARGV[12]) then return ARGV[12] end
   drop_these()
   return redis.error_reply(why)
 end
@@ -33,7 +39,14 @@ for i = 1, #KEYS do
   local body = KEYS[i]
   if redis.call('EXISTS', body) == 0 then return refuse('BODY_GONE') end
 end
-local count = (#ARGV - 10) / 3
+local count = (#ARGV - 11) / 3
+if ARGV[11] ~= '' then
+  -- needs: quota
+  local why
+  why, charge = meter(caller, ARGV[11], count)
+  if why then return refuse(why) end
+  key_room = function(size) return grant_key_room(caller, ARGV[11], count, size) end
+end
 if ARGV[9] ~= '' then
   -- needs: later
   if count_later() + count > tonumber(ARGV[10]) then return refuse('LATER_FULL ' .. ARGV[10]) end
@@ -43,17 +56,18 @@ if ARGV[6] ~= '' then
   -- needs: keyed
   local key, request, ttl = string.sub(ARGV[6], 1, 32), string.sub(ARGV[6], 33), tonumber(ARGV[7])
   local holder, same = holder_of(key, request)
-  local own = state_of(ARGV[11])
+  local own = state_of(ARGV[12])
   -- One that was cancelled, purged, or too late holds no more, except under its own id.
-  if holder and holder ~= ARGV[11] and state_of(holder) == 'REVOKED' then holder = nil end
-  local conflict = holder and not same or own and not holder and own ~= 'REVOKED'
+  if holder and holder ~= ARGV[12] and state_of(holder) == 'REVOKED' then holder = nil end
+  local conflict = holder and not same
+    or own and (not holder and own ~= 'REVOKED' or owner_of(ARGV[12]) ~= caller)
   if conflict or holder or own then
     if not own or FINAL[own] then drop_these() end
-    return conflict and redis.error_reply('IDEMPOTENCY_CONFLICT') or holder or ARGV[11]
+    return conflict and redis.error_reply('IDEMPOTENCY_CONFLICT') or accept(holder or ARGV[12])
   end
   local full = refused_at(ttl, tonumber(ARGV[8]))
   if full then return refuse(string.format('QUEUE_FULL keys %.0f', full)) end
-  hold_key = function() hold(key, request, ARGV[11], ttl) end
+  hold_key = function() hold(key, request, ARGV[12], ttl) end
 end
 local queue, index = tier, ''
 if model ~= '' and model ~= usual then queue, index = queue .. '.' .. model, model end
@@ -64,10 +78,14 @@ local list = priority == '0' and queue or queue .. SEP .. priority
 local length = redis.pcall('LLEN', list)
 if type(length) == 'table' then return refuse(length.err) end
 local size = 0
-for i = 12, #ARGV, 3 do size = size + #ARGV[i] end
+for i = 13, #ARGV, 3 do size = size + #ARGV[i] end
 for i = 1, #KEYS do
   local body = KEYS[i]
   size = size + redis.call('STRLEN', body)
+end
+if key_room then
+  local full = key_room(size)
+  if full then return refuse(full) end
 end
 local room = (tier == 'batch' and 'batch ' or 'others ') .. ARGV[5]
 local taken = count == 1 and size < GRANT_BYTES and '-1' or -(count + math.floor(size / GRANT_BYTES))
@@ -86,10 +104,11 @@ if length > 0 or count > 1 then
   local counter = is_default and usual ~= '' and list .. ' ' .. usual or list
   claimed = redis.call('HGET', CLAIMED, counter) or '0'
 end
-local meta = PENDING_HEAD .. 'null,"about":{"queue":"' .. tier .. '","model":"' .. (is_default and usual or model)
+local owner = caller == '' and '' or '"caller":"' .. caller .. '",'
+local meta = PENDING_HEAD .. 'null,"about":{' .. owner .. '"queue":"' .. tier .. '","model":"' .. (is_default and usual or model)
   .. (is_default and '","place":[1,' or '","place":[0,') .. claimed .. ',' .. ahead .. ','
 local payloads = {}
-for i = 11, #ARGV, 3 do
+for i = 12, #ARGV, 3 do
   -- NX: a call repeated because its answer was lost appends nothing twice.
   -- Without a TTL: what waits is never evicted, and so never forgotten.
   if write_passing(ARGV[i], meta .. ARGV[i + 2], 'NX') then payloads[#payloads + 1] = ARGV[i + 1] end
@@ -99,7 +118,7 @@ for i = 1, #KEYS do
   local id = string.sub(body, #BODY_PREFIX + 1)
   if not FINAL[state_of(id) or ''] then
     redis.call('PERSIST', body)
-    count_body(tier, id)
+    count_body(tier, caller, id)
   end
 end
 if ARGV[9] ~= '' then
@@ -110,7 +129,7 @@ if ARGV[9] ~= '' then
     entries[2 * i - 1], entries[2 * i] = string.format('%.6f', at + i / 1000000), payload
   end
   local err = #payloads > 0 and put_later(list, entries)
-  return err or ARGV[11]
+  return err or accept(ARGV[12])
 end
 for first = 1, #payloads, 1000 do
   redis.call('LPUSH', list, unpack(payloads, first, math.min(first + 999, #payloads)))
@@ -122,4 +141,4 @@ if new or redis.call('EXISTS', IDLE) == 1 then
   if new then enter_orders(tier, index, rank) end
   wake(tier, model == '' and usual or model, math.max(1, #payloads))
 end
-return ARGV[11]
+return accept(ARGV[12])

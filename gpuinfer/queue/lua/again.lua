@@ -1,0 +1,37 @@
+-- Library: the state of a task that waits in a list other than as it was submitted: put back, sent again, or sent on.
+-- Needs places, lists and states.
+
+-- Return what is told of a task besides its place, as the end of its state: from what its last state has told.
+local function told_before(id)
+  local read, body = pcall(cjson.decode, text_of(id))
+  body = read and type(body) == 'table' and body or {}
+  local about, told = type(body.about) == 'table' and body.about or {}, ''
+  for _, name in ipairs({'expires', 'metadata', 'traceparent'}) do
+    if about[name] ~= nil then told = told .. ',"' .. name .. '":' .. cjson.encode(about[name]) end
+  end
+  told = told .. '}'
+  if type(body.sent_at) == 'number' then told = told .. ',"sent_at":' .. string.format('%.3f', body.sent_at) end
+  return told .. '}'
+end
+
+-- Write the state of a task that waits in a list, behind `ahead` others. `attempt`: which one its next is, if not the
+-- first; `told`: the end of its state.
+local function write_waiting(id, list, ahead, attempt, told, ...)
+  local tier, index = place_of(list)
+  if not tier then return write_passing(id, PENDING_META, ...) end
+  local caller = string.match(list, '^[^@\6]*@([^\6]*)')
+  local priority = string.match(list, '\6\22([1-9])$')
+  local is_default = index == ''
+  local claimed = redis.call('HGET', CLAIMED, counter_of(list, index)) or '0'
+  return write_passing(
+    id,
+    PENDING_HEAD .. 'null,"about":{'
+      .. (caller and '"caller":' .. cjson.encode(caller) .. ',' or '')
+      .. '"queue":"' .. tier .. '","model":' .. cjson.encode(is_default and default_model() or index)
+      .. ',"place":[' .. (is_default and 1 or 0) .. ',' .. claimed .. ',' .. ahead .. ',1]'
+      .. (priority and ',"priority":' .. priority or '')
+      .. (attempt and attempt > 1 and ',"attempt":' .. attempt or '')
+      .. told,
+    ...
+  )
+end

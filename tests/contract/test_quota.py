@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one caller may submit: how fast, and how much of it may wait, over all processes."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from gpuinfer.client import core
+from gpuinfer.client.aio import AsyncClient
+from gpuinfer.errors import KeyQuota, RateLimited
+from gpuinfer.queue import keys
+from gpuinfer.queue.connection import connect
+from gpuinfer.queue.options import Options
+from gpuinfer.queue.quota import Quota
+from gpuinfer.queue.scripts import bind
+from gpuinfer.queue.store import Store
+from gpuinfer.settings import BrokerSettings, QueueSettings, Settings
+from tests.contract.conftest import done, ids, on
+
+pytestmark = [pytest.mark.integration, on("redis-socket")]
+
+IMAGE = np.zeros((3, 100, 100), np.float32)
+
+
+async def send_all(
+    client: AsyncClient, count: int, quota: Quota, caller: str = "alice", inputs: Any = 1, **options: Any
+) -> list[Any]:
+    """Submit tasks in one turn of the event loop; return each one's id, or error."""
+    tasks = [
+        await client.prepare(inputs, many=False, options=cast(Options, options), caller=caller, quota=quota)
+        for _ in range(count)
+    ]
+    return list(await asyncio.gather(*map(client.send, tasks), return_exceptions=True))
+
+
+def accepted(answers: list[Any]) -> list[str]:
+    wrong = [one for one in answers if not isinstance(one, str | RateLimited | KeyQuota)]
+    assert wrong == []
+    return [one for one in answers if isinstance(one, str)]
+
+
+async def test_a_burst_and_no_more(broker: BrokerSettings, store: Store) -> None:
+    """Of one turn's tasks the first are taken, as many as there is room for; the others wait."""
+    quota = Quota(rate=0.01, burst=5)
+    async with AsyncClient(Settings(broker=broker)) as client:
+        await send_all(client, 1, Quota())  # the first of a process makes another call before
+        answers = await send_all(client, 12, quota)
+        assert accepted(answers) == answers[:5]
+        for error in answers[5:]:
+            assert (error.code, error.http_status) == ("rate_limited", 429)
+            assert 99 < error.retry_after_s <= 100
+            assert 499 < error.reset_s <= 500
+        assert len(accepted(await send_all(client, 1, Quota()))) == 1, "none is asked for"
+        assert len(accepted(await send_all(client, 6, quota, "bob"))) == 5, "each has his own"
+        assert client.refusals.counts == {("alice", "rate_limited"): 7, ("bob", "rate_limited"): 1}
+    assert ids(store.claim(20))[1:6] == answers[:5]
+
+
+async def test_what_is_left(broker: BrokerSettings, store: Store) -> None:
+    """An accepted task tells how many more would be taken, and when the whole burst would."""
+    async with AsyncClient(Settings(broker=broker)) as client:
+        task = await client.prepare(1, many=False, options={}, caller="alice", quota=Quota(rate=1, burst=10))
+        await client.send(task)
+        assert task.rate is not None
+        assert task.rate.remaining == 9
+        assert 0 < task.rate.reset_s <= 1
+        keyed: Options = {"idempotency_key": "k"}
+        for _ in range(2):  # one that is there already counts, too
+            task = await client.prepare(
+                1, many=False, options=keyed, caller="alice", quota=Quota(rate=1, burst=10)
+            )
+            await client.send(task)
+        assert task.rate is not None
+        assert task.rate.remaining in (7, 8)
+        free = await client.prepare(1, many=False, options={}, caller="alice")
+        await client.send(free)
+        assert free.rate is None
+
+
+async def test_it_comes_back_at_its_rate(broker: BrokerSettings, store: Store) -> None:
+    """When the time that was told is over, and not before: by Redis's own note, without a wait."""
+    quota = Quota(rate=0.1, burst=2)
+    async with AsyncClient(Settings(broker=broker)) as client:
+        assert len(accepted(await send_all(client, 3, quota))) == 2
+
+        def pass_time(seconds: float) -> None:
+            due = float(store.client.hget(keys.RATES, "alice") or 0)
+            store.client.hset(keys.RATES, "alice", repr(due - seconds))
+
+        (error,) = await send_all(client, 1, quota)
+        pass_time(error.retry_after_s - 1)
+        (error,) = await send_all(client, 1, quota)
+        assert isinstance(error, RateLimited)
+        pass_time(error.retry_after_s)
+        assert len(accepted(await send_all(client, 2, quota))) == 1
+        pass_time(-1e6)  # a clock that was set back locks nobody out for longer than a burst
+        (error,) = await send_all(client, 1, quota)
+        assert error.retry_after_s <= 10
+
+
+async def test_a_refused_body_is_dropped(broker: BrokerSettings, store: Store) -> None:
+    """What is refused leaves nothing behind, and what is accepted runs."""
+    async with AsyncClient(Settings(broker=broker)) as client:
+        answers = await send_all(client, 4, Quota(rate=0.01, burst=2), inputs=IMAGE)
+        there = sorted(keys.body(one).encode() for one in accepted(answers))
+        assert len(there) == 2
+        assert sorted(store.client.scan_iter(f"{keys.BODY_PREFIX}*")) == there
+        size = int(store.client.hget(keys.BODY_BYTES, "realtime") or 0)
+        assert int(store.client.hget(keys.BODY_BYTES, "@alice") or 0) == size > 200_000
+    tasks = store.claim(4)
+    store.settle([done(task) for task in tasks])
+    assert store.client.hget(keys.BODY_BYTES, "@alice") is None
+    assert store.client.hlen(keys.BODIES) == 0
+
+
+async def test_so_many_may_wait(broker: BrokerSettings, store: Store) -> None:
+    """Of one caller, in whatever lists and for whatever time; what is claimed makes room."""
+    quota = Quota(max_waiting=10)
+    async with AsyncClient(Settings(broker=broker)) as client:
+        for options in ({}, {"priority": 9}, {"queue": "batch"}, {"countdown_s": 1000}):
+            assert len(accepted(await send_all(client, 2, quota, **options))) == 2
+        answers = await send_all(client, 5, quota)
+        assert accepted(answers) == answers[:2]
+        assert (answers[2].code, answers[2].http_status) == ("key_quota", 429)
+        assert "10 tasks" in str(answers[2])
+        assert len(accepted(await send_all(client, 20, quota, "bob"))) == 10
+        assert len(accepted(await send_all(client, 20, Quota(), "carol"))) == 20
+        mine = [task for task in store.claim(60) if keys.place_of(task.list_key).caller == "alice"]
+        assert len(mine) == 8
+        assert len(accepted(await send_all(client, 30, quota))) == 8
+        assert len(accepted(await send_all(client, 1, quota))) == 0
+
+
+async def test_so_many_bytes_may_wait(broker: BrokerSettings, store: Store) -> None:
+    """With the large bodies of what waits and runs."""
+    quota = Quota(max_waiting_bytes=400_000)
+    async with AsyncClient(Settings(broker=broker)) as client:
+        answers = await send_all(client, 5, quota, inputs=IMAGE)  # 120 kB each
+        assert len(accepted(answers)) == 3
+        assert "400000 bytes" in str(answers[-1])
+        assert len(accepted(await send_all(client, 5, quota, "bob", inputs=IMAGE))) == 3
+        store.settle([done(task) for task in store.claim(6)])
+        assert len(accepted(await send_all(client, 5, quota, inputs=IMAGE))) == 3
+
+
+async def test_nothing_counts_that_is_not_there(broker: BrokerSettings, store: Store) -> None:
+    """No counter goes up and down: when a list was emptied behind our backs, there is room."""
+    quota = Quota(max_waiting=4)
+    async with AsyncClient(Settings(broker=broker)) as client:
+        for _ in range(3):
+            assert len(accepted(await send_all(client, 9, quota))) == 4
+            store.client.delete("realtime@alice")
+
+
+def flood(broker: BrokerSettings, quota: Quota, begin: Any, results: Any) -> None:
+    """Submit for ten seconds of Redis's as fast as it goes; put how many were accepted."""
+    client = connect(broker)
+    script, settings = bind(client, "submit"), QueueSettings(max_waiting=10**7)
+    begin.wait()
+    first = now(client)
+    count = 0
+    while now(client) - first < 10:
+        tasks = [
+            core.build(1, many=False, caller="alice", quota=quota, default_model="digits") for _ in range(3)
+        ]
+        (call,) = core.bulk(tasks, settings)
+        while True:
+            try:
+                script(args=call.args)
+            except Exception as exc:
+                fits = core.fitting(exc)
+                if fits:
+                    call = call.first(fits)
+                    continue
+            else:
+                count += len(call.ids)
+            break
+    results.put((first, now(client), count))
+
+
+def now(client: Any) -> float:
+    seconds, micros = client.time()
+    return float(seconds + micros / 1e6)
+
+
+def test_a_rate_over_processes(broker: BrokerSettings, store: Store) -> None:
+    """Three processes that submit as fast as they can get one caller's rate together, within 5 %."""
+    quota = Quota(rate=200)
+    context = multiprocessing.get_context("spawn")
+    begin, results = context.Event(), context.Queue()
+    floods = [context.Process(target=flood, args=(broker, quota, begin, results)) for _ in range(3)]
+    for process in floods:
+        process.start()
+    begin.set()
+    found = [results.get(timeout=120) for _ in floods]
+    for process in floods:
+        process.join(60)
+    took = max(last for _, last, _ in found) - min(first for first, _, _ in found)
+    total = sum(count for *_, count in found)
+    assert 0.95 * quota.rate * took <= total <= 1.05 * quota.rate * took
+    assert store.client.llen("realtime@alice") == total
