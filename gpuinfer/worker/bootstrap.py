@@ -36,6 +36,7 @@ from gpuinfer.settings import Settings, load_settings
 from gpuinfer.worker.ceiling import EX_HARD_LIMIT, Ceiling
 from gpuinfer.worker.heartbeat import Pulse, starting
 from gpuinfer.worker.loading import load_models
+from gpuinfer.worker.openmp import bind_threads
 from gpuinfer.worker.process import Process
 from gpuinfer.worker.vitals import Vitals
 
@@ -118,6 +119,7 @@ def prepare(settings: Settings, name: str) -> Process:
     if binding.cuda_visible_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = binding.cuda_visible_devices
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    bind_threads(settings.worker.threads, os.environ)
     lock, domain = acquire(settings.worker.run_dir, name), lock_domain(settings.worker.run_dir)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     began = time.monotonic()
