@@ -63,6 +63,7 @@ COMMANDS: dict[str, Entry] = {
     "cancel": Entry("gpuinfer.client.cli:cancel", "Cancel tasks that wait or run."),
     "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues; purge, pause, resume.", "watcher"),
     "dead": Entry("gpuinfer.queue.dead_cli:dead", "Look at tasks set aside; retry or drop them."),
+    "key": Entry("gpuinfer.keys.cli:key", "Let applications in from a network: make and revoke keys."),
     "usage": Entry("gpuinfer.queue.usage_cli:usage", "Show who has used how much, by key and model."),
     "logs": Entry("gpuinfer.journal.cli:logs", "Show the journal: of a task, of a GPU, of all."),
     "model": Entry("gpuinfer.models.cli:model", "List, check, install and remove models.", "worker"),

@@ -167,6 +167,7 @@ def _config(folder: Path, settings: Mapping[str, Mapping[str, object]]) -> str:
     own: dict[str, dict[str, object]] = {
         "broker": {"url": f"unix://{folder / SOCKET}?db=0"},
         "models": {"folders": [str(folder / "models")]},
+        "api": {"keys_dir": str(folder / "keys.d")},
         "worker": {"run_dir": str(folder)},
     }
     for section, keys in settings.items():
