@@ -107,6 +107,8 @@ _COUNTING = (
     _selector("+hgetall", _CLAIMED),
     _selector("+hlen", _INFLIGHT, _DEAD),
     _selector("+get", _HEARTBEATS),
+    # Since when the dead letters are there, and not what they are.
+    _selector("+zrange", _DEAD_AGES),
 )
 #: To take a task's large body off the account when it ends, and to drop it.
 _DROPPING = (
@@ -267,6 +269,7 @@ RULES: Mapping[str, Sequence[str]] = {
         *_BURYING,
         _selector("+hincrby", _CLAIMED, _ENDED),
         _selector("+hget", _CLAIMED),
+        _selector("+hgetall", _ENDED),
         _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
         _selector("+hget", "+hset", "+hkeys", "+hdel", _SIGNATURES),
         _selector("+set", "+mget", "+getrange", "+expire", _RESULTS),
@@ -293,6 +296,8 @@ RULES: Mapping[str, Sequence[str]] = {
         *_COUNTING,
         *_AUDITING,
         _selector("+zscore", _CATALOGUE),
+        _selector("+hget", _EPOCHS),
+        _selector("+hgetall", _ENDED),
         _selector("+get", "+lrange", "+hgetall", "+exists", "+zrange", "~gpuinfer:watcher:*"),
     ),
 }

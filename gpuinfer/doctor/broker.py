@@ -50,6 +50,9 @@ def _take_work(client: redis.Redis) -> None:
 def asked(host: Host) -> Iterator[redis.Redis]:
     """Lend a connection. What goes wrong with it is the business of ``reach``: here it is a Skipped."""
     try:
+        if host.client is not None:
+            yield host.client
+            return
         with connect(host.settings.broker, retries=0) as client:
             yield client
     except (RedisError, OSError, UnusableRedis) as exc:

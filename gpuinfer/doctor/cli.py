@@ -12,9 +12,10 @@ from click.shell_completion import CompletionItem
 
 from gpuinfer.cli_help import examples
 from gpuinfer.doctor import report
+from gpuinfer.doctor.check import Check
 from gpuinfer.doctor.finding import Finding
 from gpuinfer.doctor.host import Host
-from gpuinfer.doctor.registry import CHECKS, NAMES, TOPICS, Check, choose
+from gpuinfer.doctor.registry import CHECKS, NAMES, TOPICS, choose
 from gpuinfer.doctor.runner import look_over
 from gpuinfer.settings import Loaded
 

@@ -10,7 +10,7 @@ import orjson
 
 from gpuinfer.doctor.finding import Finding, Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host
-from gpuinfer.doctor.units import SOCKET, listens, show, who_listens
+from gpuinfer.doctor.units import SOCKET, address, show, who_listens
 
 _LIMIT_S = 10.0
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -31,16 +31,6 @@ def ready(host: Host) -> Finding:
     if status == http.client.OK:
         return ok(f"the API at {where} is ready")
     return warning(f"the API at {where} is not ready: {_reason(body)}", "gpuinfer doctor redis work")
-
-
-def address(host: Host) -> tuple[str, int]:
-    """Return where the API listens: where systemd does it, its socket says; elsewhere the settings do."""
-    api = host.settings.api
-    try:
-        found = listens(show(host, [SOCKET], "Listen")[0])
-    except Skipped:
-        found = None
-    return found or (api.host, api.port)
 
 
 def _get(name: str, port: int, path: str) -> tuple[int, bytes]:

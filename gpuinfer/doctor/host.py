@@ -10,12 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from gpuinfer.doctor.child import ask
 from gpuinfer.doctor.finding import Skipped
 from gpuinfer.doctor.nvml import Report, from_json
 from gpuinfer.errors import ConfigError
 from gpuinfer.settings import Loaded, Settings
+
+if TYPE_CHECKING:
+    import redis
 
 COMMAND_LIMIT_S = 10.0
 NVML_LIMIT_S = 20.0
@@ -52,6 +56,8 @@ class Host:
     root: Path = Path("/")
     run: Callable[[Sequence[str]], subprocess.CompletedProcess[str]] = run_command
     nvml: Callable[[], Report] = ask_nvml
+    #: A connection to Redis that is open already; else each check opens its own.
+    client: redis.Redis | None = None
     _report: Report | Exception | None = field(default=None, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
 

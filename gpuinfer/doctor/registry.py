@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from gpuinfer.doctor import (
     bindings,
@@ -20,6 +18,7 @@ from gpuinfer.doctor import (
     front,
     gpu,
     kernel,
+    lost,
     models,
     nodes,
     redis_config,
@@ -29,29 +28,12 @@ from gpuinfer.doctor import (
     versions,
     work,
 )
-from gpuinfer.doctor.finding import Findings
-from gpuinfer.doctor.host import NVML_LIMIT_S, Host
+from gpuinfer.doctor.check import LIMIT_S, Check
+from gpuinfer.doctor.host import NVML_LIMIT_S
 from gpuinfer.errors import UsageError
 
-_LIMIT_S = 20.0
 #: Those that ask NVML wait for its child process as well.
 _GPU_LIMIT_S = NVML_LIMIT_S + 5.0
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing to look at. Its first docstring line says what holds on a sound host."""
-
-    #: topic.name; the topic alone chooses all of its checks.
-    name: str
-    run: Callable[[Host], Findings]
-    limit_s: float = _LIMIT_S
-    #: Takes seconds: left out by --quick.
-    slow: bool = False
-
-    @property
-    def help(self) -> str:
-        return (inspect.getdoc(self.run) or "").partition("\n")[0]
 
 
 CHECKS: tuple[Check, ...] = (
@@ -91,15 +73,15 @@ CHECKS: tuple[Check, ...] = (
     Check("units.workers", units.workers),
     Check("models.digest", models.digests, models.LOAD_LIMIT_S),
     Check("models.load", models.loads, 4 * models.LOAD_LIMIT_S, slow=True),
-    Check("work.dead", work.dead_letters),
-    Check("work.orphans", work.orphans),
+    Check("work.dead", lost.dead_letters),
+    Check("work.orphans", lost.orphans),
     Check("work.workers", work.workers),
     Check("work.default", fleet.default_model),
     Check("work.served", served.waiting),
     Check("work.paused", served.paused),
     Check("work.foreign", served.foreign),
     Check("work.api", front.ready),
-    Check("work.request", work.request, _LIMIT_S + work.REQUEST_S, slow=True),
+    Check("work.request", work.request, LIMIT_S + work.REQUEST_S, slow=True),
 )
 NAMES = tuple(check.name for check in CHECKS)
 TOPICS = tuple(dict.fromkeys(name.partition(".")[0] for name in NAMES))

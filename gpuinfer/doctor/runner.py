@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Thread
 
+from gpuinfer.doctor.check import Check
 from gpuinfer.doctor.finding import Finding, Skipped, error
 from gpuinfer.doctor.host import Host
-from gpuinfer.doctor.registry import Check
 
 
 def look_over(checks: Sequence[Check], host: Host) -> Iterator[list[Finding]]:
@@ -36,7 +36,7 @@ class _Run:
         self.thread = Thread(target=self._work, name=self.check.name, daemon=True)
 
     def _work(self) -> None:
-        self.findings = [replace(found, check=self.check.name) for found in _call(self.check, self.host)]
+        self.findings = look(self.check, self.host)
 
     def result(self) -> list[Finding]:
         """Wait until the check has ended or its limit is over."""
@@ -45,6 +45,11 @@ class _Run:
             return self.findings
         late = error(f"gave no answer in {self.check.limit_s:g} s", f"gpuinfer doctor {self.check.name}")
         return [replace(late, check=self.check.name)]
+
+
+def look(check: Check, host: Host) -> list[Finding]:
+    """Run one check here and now; whatever it does, it ends as findings."""
+    return [replace(found, check=check.name) for found in _call(check, host)]
 
 
 def _call(check: Check, host: Host) -> Sequence[Finding]:

@@ -169,6 +169,16 @@ def listens(unit: Unit) -> tuple[str, int] | None:
     return (found[1], int(found[2])) if found else None
 
 
+def address(host: Host) -> tuple[str, int]:
+    """Return where the API listens: where systemd does it, its socket says; elsewhere the settings do."""
+    api = host.settings.api
+    try:
+        found = listens(show(host, [SOCKET], "Listen")[0])
+    except Skipped:
+        found = None
+    return found or (api.host, api.port)
+
+
 def who_listens(port: int) -> str:
     """Return what names the program that has our port, and what is to be done about it."""
     return (

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from gpuinfer import Client
 from gpuinfer.doctor.finding import Finding
 from gpuinfer.doctor.host import Host
-from gpuinfer.doctor.work import orphans
+from gpuinfer.doctor.lost import orphans
 from gpuinfer.errors import TakenBack, WorkerRunning
 from gpuinfer.locks import acquire, domain
 from gpuinfer.queue import keys

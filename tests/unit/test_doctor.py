@@ -16,12 +16,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gpuinfer.doctor import report
+from gpuinfer.doctor.check import Check
 from gpuinfer.doctor.child import ChildFailed, ChildHung, ask
 from gpuinfer.doctor.cli import doctor
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host, run_command
 from gpuinfer.doctor.nvml import from_json
-from gpuinfer.doctor.registry import CHECKS, TOPICS, Check, choose
+from gpuinfer.doctor.registry import CHECKS, TOPICS, choose
 from gpuinfer.doctor.runner import look_over
 from gpuinfer.errors import ConfigError, UsageError
 from gpuinfer.settings import Loaded, Settings

@@ -11,7 +11,7 @@ from threading import Thread
 
 import pytest
 
-from gpuinfer.doctor import front, units, work
+from gpuinfer.doctor import front, lost, units
 from gpuinfer.doctor.finding import Finding, Skipped
 from gpuinfer.doctor.host import Host
 from gpuinfer.settings import Loaded, Settings
@@ -179,7 +179,7 @@ def test_the_api_is_asked_where_its_socket_listens(
     tmp_path: Path, listens: str, address: tuple[str, int]
 ) -> None:
     """An administrator's drop-in moves the socket; the settings are for an API without one."""
-    assert front.address(systemd(tmp_path, f"Listen={listens}")) == address
+    assert units.address(systemd(tmp_path, f"Listen={listens}")) == address
 
 
 def test_workers(tmp_path: Path) -> None:
@@ -210,16 +210,16 @@ def test_without_a_worker(tmp_path: Path, watcher: str, decisions: str, why: str
     """A watcher that acts starts one on demand: only without it nothing is ever computed."""
     here = systemd(tmp_path, watcher, files=TEMPLATE, watcher={"decisions": decisions})
     start = "systemctl enable --now gpuinfer-worker@0"
-    found, answer = one(units.workers(here)), work.nobody(here, 0)
+    found, answer = one(units.workers(here)), lost.nobody(here, 0)
     if why:
         text = f"no worker is enabled, and {why}: nothing will be computed"
         assert found == Finding("warning", text, start)
         assert answer == Finding("warning", f"no worker answers, and 0 tasks wait; {why}", start)
-        assert work.nobody(here, 3).status == "error"
+        assert lost.nobody(here, 3).status == "error"
     else:
         assert found == Finding("ok", "no worker is enabled; the watcher starts them when work comes")
         assert answer.status == "ok"
-        assert work.nobody(here, 3).remedy == "gpuinfer watcher explain"
+        assert lost.nobody(here, 3).remedy == "gpuinfer watcher explain"
 
 
 def test_a_worker_that_was_stopped(tmp_path: Path) -> None:
@@ -250,13 +250,13 @@ def test_a_worker_that_does_not_answer(tmp_path: Path, state: str, says: str) ->
     """Its journal tells why; to enable it once more would not."""
     name = "gpuinfer-worker@0.service"
     here = systemd(tmp_path, WATCHES, unit(name, ActiveState=state), files=TEMPLATE, loaded=name)
-    found = work.nobody(here, 2)
+    found = lost.nobody(here, 2)
     assert found.message == f"no worker answers, and 2 tasks wait; {name} {says}"
     assert (found.status, found.remedy) == ("error", "journalctl -u gpuinfer-worker@0 -n 20")
 
 
 def test_no_worker_without_systemd(tmp_path: Path) -> None:
     """In a checkout a worker is a command."""
-    assert work.nobody(host(tmp_path), 0) == Finding(
+    assert lost.nobody(host(tmp_path), 0) == Finding(
         "warning", "no worker answers, and 0 tasks wait", "gpuinfer worker 0"
     )
