@@ -29,6 +29,7 @@ class FakeNvml:
     #: GPU -> its MIG instances by slot, None for an empty one; a GPU that is not named cannot be split.
     mig: dict[int, list[str | None]] = field(default_factory=dict)
     temperature_c: int = 40
+    busy_percent: int = 25
     #: None: the GPU does not tell them, as from Ada on.
     slows_down_c: int | None = 92
     shuts_down_c: int | None = 97
@@ -137,6 +138,9 @@ class FakeNvml:
 
     def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> int:
         return self.temperature_c
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:
+        return SimpleNamespace(gpu=self.busy_percent, memory=0)
 
     def nvmlDeviceGetTemperatureThreshold(self, handle: int, which: int) -> int:
         limit = (self.shuts_down_c, self.slows_down_c)[which]

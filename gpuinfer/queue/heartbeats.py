@@ -76,7 +76,7 @@ async def aread(client: redis.asyncio.Redis) -> tuple[dict[str, dict[str, Any]],
 
 #: What of a heartbeat is shown, where it is there.
 _SHOWN = (
-    *("host", "gpu", "pid", "state", "device", "models", "missing", "queues"),
+    *("host", "gpu", "pid", "state", "device", "models", "versions", "missing", "queues"),
     *("done", "rate", "running", "version", "busy", "memory_bytes", "device_memory_bytes", "load_s"),
 )
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
+from gpuinfer.gpu_readings import Reading
 from gpuinfer.log import get_logger
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import health
@@ -28,6 +29,28 @@ _SLICE_S = 1.0
 SILENT_S = 30.0
 #: At the start, wait this long at most for the first answer.
 FIRST_S = 10.0
+
+
+class Gpus(Protocol):
+    """What the watcher asks of whoever looks at the GPUs; no call takes long, but for ``start``."""
+
+    #: The instances that this host has GPUs for, as far as is known.
+    numbers: tuple[int, ...]
+
+    def start(self) -> None:
+        """Begin to look."""
+
+    def stop(self) -> None:
+        """End, soon."""
+
+    def health(self, ours: Container[int], numbers: Iterable[int]) -> Mapping[int, GpuHealth]:
+        """Return the health of these workers' GPUs, except healthy ones. ``ours``: those with a process."""
+
+    def take_xids(self) -> dict[int, str]:
+        """Return what went wrong with workers' GPUs since the last call: instance -> reason."""
+
+    def readings(self) -> Sequence[Reading]:
+        """Return what each GPU did at the last look."""
 
 
 class GpuWatch:
@@ -56,6 +79,7 @@ class GpuWatch:
         self._ours: Container[int] = ()
         self._lock = threading.Lock()
         self._health: Mapping[int, GpuHealth] = {}
+        self._readings: Sequence[Reading] = ()
         self._xids: dict[int, str] = {}
         self._answered_at = clock()
         self._first = threading.Event()
@@ -88,6 +112,11 @@ class GpuWatch:
                 return dict.fromkeys(numbers, GpuHealth(fault="its driver does not answer NVML"))
             return self._health
 
+    def readings(self) -> Sequence[Reading]:
+        """Return what each GPU did at the last look; nothing while the driver does not answer."""
+        with self._lock:
+            return self._readings if self._clock() - self._answered_at <= SILENT_S else ()
+
     def take_xids(self) -> dict[int, str]:
         """Return the Xid errors of workers' GPUs since the last call: instance -> reason."""
         with self._lock:
@@ -115,6 +144,7 @@ class GpuWatch:
             if numbers != self.numbers:
                 log.info("instances", numbers=list(numbers))
             self.numbers, self.surveys = numbers, self.surveys + 1
+            self._readings = look.readings
         self._first.set()
         until = self._clock() + EVERY_S
         while not self._stop.is_set() and (left := until - self._clock()) > 0:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gpuinfer import instances
-from gpuinfer.gpus import Inventory, chosen, list_gpus, visible
+from gpuinfer.gpu_readings import Reading, readings
+from gpuinfer.gpus import Gpu, Inventory, chosen, list_gpus, visible
 from gpuinfer.settings import Settings
 from gpuinfer.watcher.state import HEALTHY, GpuHealth
 
@@ -59,6 +60,8 @@ class Survey:
     indices: Mapping[int, int]
     #: The driver failed to list the GPUs: there may be more.
     failed: bool = False
+    #: What each GPU does just now.
+    readings: Sequence[Reading] = ()
 
 
 def survey(
@@ -75,6 +78,7 @@ def survey(
     faults = {**found.broken, **faults}
     health: dict[int, GpuHealth] = {}
     indices: dict[int, int] = {}
+    known: dict[int, Gpu] = {}
     numbers = instance_numbers(settings, found, bound)
     for number in numbers:
         place = number // found.per_gpu
@@ -84,13 +88,15 @@ def survey(
             gpu = named if named.name else None  # NVML lists no such device, or hides it from this user
             place = UNLISTED
             sharing = {other for other, device in bound.items() if device == bound[number]}
+        if gpu is not None and gpu.name:
+            known[number] = gpu
         index = indices[number] = gpu.index if gpu is not None else place
         shared = any(other in ours for other in sharing)
         foreign = 0 if gpu is None or shared else gpu.used_bytes
         one = GpuHealth(foreign_bytes=foreign, fault=faults.get(index, ""), hot=hot.get(index, ""))
         if one != HEALTHY:
             health[number] = one
-    return Survey(numbers, health, indices, failed=found.failed)
+    return Survey(numbers, health, indices, failed=found.failed, readings=readings(nvml, known))
 
 
 def pynvml() -> Any:

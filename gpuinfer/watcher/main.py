@@ -44,7 +44,7 @@ from gpuinfer.queue.fleet import Serves
 from gpuinfer.queue.scripts import bind, read_all
 from gpuinfer.settings import Settings, settings_file
 from gpuinfer.watcher import health, notes, served
-from gpuinfer.watcher.gpu_watch import GpuWatch
+from gpuinfer.watcher.gpu_watch import Gpus, GpuWatch
 from gpuinfer.watcher.memory import adopt, refused, why_excluded
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, as_it_runs
@@ -92,6 +92,7 @@ class Watcher:
         host: str | None = None,
         environment: served.Environment | None = None,
         folder: Path = instances.FOLDER,
+        gpus: Gpus | None = None,
     ) -> None:
         """``numbers``: the instances that this host is known to have, until its GPUs have been listed.
 
@@ -99,6 +100,7 @@ class Watcher:
 
         ``environment``: what an instance would be started with; without it, all have these settings.
         ``folder``: where instances' own files are.
+        ``gpus``: who tells of the GPUs; without it, NVML does.
         """
         self._settings = settings
         self._units = units
@@ -123,7 +125,7 @@ class Watcher:
         )
         self._reaper = Reaper(self._client, self.host, settings)
         self._notifier = SystemdNotifier()
-        self._gpus = GpuWatch(settings, numbers, bound=partial(health.bound_by_files, folder))
+        self._gpus = gpus or GpuWatch(settings, numbers, bound=partial(health.bound_by_files, folder))
         self._health: Mapping[int, GpuHealth] = {}
         self._xids: dict[int, str] = {}
         self._kept_at = 0.0
@@ -222,7 +224,8 @@ class Watcher:
             if self.history is None or not self._tell:
                 self._recall(own)
             figures = (self.history or History()).figures
-            seen = self._probe.look([self._published(one, now) for one in own], now, figures)
+            told = [self._published(one, now) for one in own]
+            seen = self._probe.look(told, now, figures, self._gpus.readings())
             if self._tell and time.monotonic() - self._known_at >= KNOW_EVERY_S and self._make_known(own):
                 self._known_at = time.monotonic()
         except BrokerError as exc:

@@ -16,13 +16,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import orjson
 import redis
 
+from gpuinfer.gpu_readings import Reading
 from gpuinfer.log import get_logger
 from gpuinfer.queue import heartbeats
 from gpuinfer.queue.connection import typed_errors
@@ -45,6 +46,8 @@ DECISIONS = "gpuinfer:watcher:decisions"
 MEMORY_PREFIX = "gpuinfer:watcher:memory:"
 #: A watcher that has been silent for so long is forgotten.
 FORGOTTEN_S = 3600.0
+#: The rates that people are shown are those of this last while.
+RATE_S = 10.0
 #: For each lane, this many moments at most are remembered when waiting tasks came. Then every second one is
 #: dropped, and its tasks are taken to have come at the one before: the oldest stay exact, and no age is too
 #: high by more than 1/512 of the time in which the backlog came.
@@ -105,11 +108,25 @@ class Probe:
         self._arrived: dict[Lane, deque[tuple[float, int]]] = {}
         self._garbled: set[str] = set()
         self._beat = int(time.time() * 1000)
+        #: Lane -> when how much had been claimed from it, over the last while.
+        self._claimed: dict[Lane, deque[tuple[float, int]]] = {}
+        #: What people are shown of the queues, as the last look has found it: ``tier.model`` -> ``oldest_s``
+        #: and ``rate``, the tasks a second that workers take.
+        self._told_queues: dict[str, dict[str, float]] = {}
 
-    def look(self, own: list[Instance], now: float, figures: Mapping[str, Figures] | None = None) -> Seen:
-        """Tell the others of our instances and figures, and look at everything. Raises BrokerUnavailable."""
+    def look(
+        self,
+        own: list[Instance],
+        now: float,
+        figures: Mapping[str, Figures] | None = None,
+        gpus: Sequence[Reading] = (),
+    ) -> Seen:
+        """Tell the others of our instances, figures and GPUs, and look at everything.
+
+        Raises BrokerUnavailable.
+        """
         with typed_errors():
-            told, redis_now, rival = self._tell(own, now, figures)
+            told, redis_now, rival = self._tell(own, now, figures, gpus)
             remote, live, theirs = self._hear(told, redis_now, now)
             names = [str(instance.key) for instance in (*own, *remote)]
             if self._tells:
@@ -120,6 +137,14 @@ class Probe:
         serving = {str(one.key): one.serves for one in (*own, *remote)}
         serving |= {name: serves for name, serves in beating.items() if serves}
         queues = self._queues(depth, _in_lanes(depth, serving))
+        self._told_queues = {
+            f"{lane.tier}.{lane.model}": {
+                "oldest_s": round(queue.oldest_s, 1),
+                "rate": round(self._rate(lane, depth.claimed.get(lane, 0)), 3),
+            }
+            for lane, queue in queues.items()
+            if queue.waiting or depth.claimed.get(lane)
+        }
         # Of a silent host, only what still beats is there.
         there = (one for one in remote if one.key.host in live or str(one.key) in beating)
         missing = _missing(beats)
@@ -133,7 +158,11 @@ class Probe:
         return max(measured, default=self._startup_s)
 
     def _tell(
-        self, own: list[Instance], now: float, figures: Mapping[str, Figures] | None
+        self,
+        own: list[Instance],
+        now: float,
+        figures: Mapping[str, Figures] | None,
+        gpus: Sequence[Reading],
     ) -> tuple[dict[bytes, bytes], float, str]:
         """Tell the others; return what all tell, Redis's time, and who else has our name."""
         with self._client.pipeline(transaction=False) as pipe:
@@ -153,6 +182,8 @@ class Probe:
             "interval_s": self._interval_s,
             "figures": {name: asdict(measured) for name, measured in (figures or {}).items()},
             "instances": [_told(instance, now) for instance in own],
+            "gpus": [*gpus],
+            "queues": self._told_queues,
         }
         flat: list[bytes] = self._share(keys=[HOSTS], args=[self._host, orjson.dumps(body)])
         self._has_told = True
@@ -227,6 +258,18 @@ class Probe:
         if len(arrived) > MOMENTS:
             self._arrived[lane] = arrived = thinned(arrived)
         return now - arrived[0][0]
+
+    def _rate(self, lane: Lane, claimed: int) -> float:
+        """Return how many tasks a second workers have taken from a lane over the last while."""
+        now = self._clock()
+        known = self._claimed.setdefault(lane, deque())
+        if known and claimed < known[-1][1]:  # put back, or Redis has come back empty
+            known.clear()
+        known.append((now, claimed))
+        while len(known) > 2 and now - known[1][0] >= RATE_S:
+            known.popleft()
+        (since, before), (until, after) = known[0], known[-1]
+        return (after - before) / (until - since) if until > since else 0.0
 
 
 def thinned(arrived: deque[tuple[float, int]]) -> deque[tuple[float, int]]:

@@ -248,6 +248,7 @@ class Pulse:
             "state": state,
             "device": self._batcher.device,
             "models": sorted(self._batcher.models),
+            "versions": dict(self._batcher.store.versions),
             "missing": self._missing,
             "queues": list(self._batcher.store.queues),
             "done": self._batcher.done,

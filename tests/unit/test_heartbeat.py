@@ -105,7 +105,7 @@ def test_a_heartbeat_that_is_refused_is_said_once() -> None:
     """Its worker works on and is taken for dead; where Redis is away, its connection says so."""
     made = Setup()
     del made.pulse._write
-    store = made.batcher.store = SimpleNamespace(begun=True, models=("a",), queues=("realtime",))
+    store = made.batcher.store = SimpleNamespace(begun=True, models=("a",), queues=("realtime",), versions={})
     answers: list[Any] = [
         *[redis.exceptions.NoPermissionError("no set")] * 2,
         redis.ConnectionError("gone"),
@@ -172,7 +172,7 @@ def test_a_model_that_is_missing(setup: Setup) -> None:
         return 0
 
     setup.batcher.store = SimpleNamespace(
-        begun=True, models=("a", "b"), queues=("realtime",), register=register
+        versions={"a": "1"}, begun=True, models=("a", "b"), queues=("realtime",), register=register
     )
     made.ready()
     assert setup.notes.take("STATUS") == ["STATUS=a, b on gpu0, without c: 0 done, 0/s, 0 waiting"]
