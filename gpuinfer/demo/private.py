@@ -46,6 +46,9 @@ Report = Callable[[str, str, bool], None]
 class Private:
     """The processes of a private appliance and their folder."""
 
+    #: Options of its Redis: it keeps nothing.
+    redis_options: Mapping[str, str] = {"save": "", "appendonly": "no", "daemonize": "no"}
+
     def __init__(self, folder: Path, settings: Mapping[str, Mapping[str, object]], report: Report) -> None:
         self.folder = folder
         #: Where the API is: ``http://127.0.0.1:PORT``.
@@ -86,7 +89,7 @@ class Private:
     def _start_redis(self, until: float) -> None:
         socket = self.folder / SOCKET
         options = {"port": 0, "unixsocket": socket, "unixsocketperm": 700, "dir": self.folder}
-        options |= {"save": "", "appendonly": "no", "daemonize": "no"}
+        options |= self.redis_options
         command = [_redis_binary(), *(str(part) for key, v in options.items() for part in (f"--{key}", v))]
         self._redis = Child("redis", command, self.folder / "redis.log", self._environment)
         self._report("redis", "on a Unix socket", False)

@@ -74,7 +74,7 @@ def _notes(figures: Figures) -> list[str]:
 
 def show_how_to_go_on(console: Console) -> None:
     """Print what to try next, when nothing was left running."""
-    _commands(
+    show_commands(
         console,
         "How to go on",
         [
@@ -92,7 +92,7 @@ def show_how_to_go_on(console: Console) -> None:
 
 def show_kept(console: Console, url: str, folder: Path, digit: Path) -> None:
     """Print how to use what was left up."""
-    _commands(
+    show_commands(
         console,
         "It is up. From another terminal:",
         [
@@ -130,7 +130,7 @@ def _from_here(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _commands(console: Console, title: str, lines: list[tuple[str, str]]) -> None:
+def show_commands(console: Console, title: str, lines: list[tuple[str, str]]) -> None:
     """Print commands with what they are for: beside them where there is room, else without aligning."""
     console.print(f"\n{title}", style="bold")
     width = max(len(command) for command, _ in lines)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mixed load of a pretended fleet, with its account: what was submitted, and how it must end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from gpuinfer.client import Client
+from gpuinfer.demo.fleet_workers import FAULT
+from gpuinfer.errors import BrokerError
+from gpuinfer.settings import Settings
+
+#: Seconds between two looks at what is due.
+_STEP_S = 0.05
+#: Of so many tasks one fails.
+_FAILS = 200
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One kind of work."""
+
+    tier: str
+    model: str
+    #: Tasks a second on average, and how many come together.
+    rate: float
+    burst: int = 1
+
+
+#: What fits eight workers with some room, and makes a backlog now and then.
+STREAMS = (
+    Stream("realtime", "resnet", 120.0),
+    Stream("default", "embed", 60.0, 4),
+    Stream("batch", "whisper", 12.0, 60),
+    Stream("batch", "resnet", 40.0, 200),
+)
+
+
+class FleetLoad:
+    """Submits until it is stopped. ``submitted`` is exact once it has."""
+
+    def __init__(self, settings: Settings, *, seed: int = 1, scale: float = 1.0) -> None:
+        self._settings = settings
+        self._random = Random(seed)  # noqa: S311  a load, no secret
+        self._scale = scale
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        #: (tier, model, outcome) -> tasks that Redis has accepted, and that must end so.
+        self.submitted: Counter[tuple[str, str, str]] = Counter()
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End; every submission is accounted for."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def send(self, tier: str, model: str, count: int = 1, *, fault: str = "") -> list[str]:
+        """Submit tasks and note them; return their ids. Raises BrokerError."""
+        options: dict[str, Any] = {"model": model, "queue": tier}
+        if fault:
+            options["metadata"] = {FAULT: fault}
+        outcome = {"fail": "failed", "kill": "dead"}.get(fault, "completed")
+        with Client(self._settings) as client:
+            try:
+                ids = client.submit_many([[1.0]] * count, **options)
+            except BrokerError as exc:
+                self._note(tier, model, outcome, len(getattr(exc, "accepted", ())))
+                raise
+        self._note(tier, model, outcome, len(ids))
+        return ids
+
+    def _note(self, tier: str, model: str, outcome: str, count: int) -> None:
+        with self._lock:
+            self.submitted[tier, model, outcome] += count
+
+    def _run(self) -> None:
+        due = dict.fromkeys(STREAMS, 0.0)
+        before = time.monotonic()
+        while not self._stop.wait(_STEP_S):
+            now = time.monotonic()
+            for stream in STREAMS:
+                due[stream] += stream.rate * self._scale * (now - before) * self._random.uniform(0.5, 1.5)
+                while due[stream] >= stream.burst and not self._stop.is_set():
+                    due[stream] -= stream.burst
+                    self._burst(stream)
+            before = now
+
+    def _burst(self, stream: Stream) -> None:
+        ill = sum(self._random.randrange(_FAILS) == 0 for _ in range(stream.burst))
+        try:
+            if stream.burst > ill:
+                self.send(stream.tier, stream.model, stream.burst - ill)
+            if ill:
+                self.send(stream.tier, stream.model, ill, fault="fail")
+        except BrokerError:
+            self._stop.wait(1.0)  # Redis is away: the status says so
+
+    def to_dict(self) -> Mapping[str, Mapping[str, int]]:
+        """Return ``tier.model`` -> outcome -> tasks."""
+        found: dict[str, dict[str, int]] = {}
+        with self._lock:
+            for (tier, model, outcome), count in sorted(self.submitted.items()):
+                found.setdefault(f"{tier}.{model}", {})[outcome] = count
+        return found
