@@ -58,6 +58,7 @@ class Entry:
 COMMANDS: dict[str, Entry] = {
     "demo": Entry("gpuinfer.demo.cli:demo", "Try the whole thing here: Redis, worker, API and requests."),
     "serve": Entry("gpuinfer.serve.cli:serve", "Serve one model from its file or folder.", "worker"),
+    "status": Entry("gpuinfer.view.cli:status", "Show how the fleet is, trouble first.", "watcher"),
     "submit": Entry("gpuinfer.client.cli:submit", "Put a task into a queue."),
     "result": Entry("gpuinfer.client.cli:result", "Show what became of a task."),
     "cancel": Entry("gpuinfer.client.cli:cancel", "Cancel tasks that wait or run."),

@@ -29,7 +29,9 @@ def readings(nvml: Any, gpus: Mapping[int, Gpu]) -> Sequence[Reading]:
         return []  # the inventory says why
     try:
         return [
-            one for numbers in shared.values() if (one := _reading(nvml, gpus[numbers[0]], numbers)) is not None
+            one
+            for numbers in shared.values()
+            if (one := _reading(nvml, gpus[numbers[0]], numbers)) is not None
         ]
     finally:
         with suppress(nvml.NVMLError):

@@ -269,7 +269,6 @@ RULES: Mapping[str, Sequence[str]] = {
         *_BURYING,
         _selector("+hincrby", _CLAIMED, _ENDED),
         _selector("+hget", _CLAIMED),
-        _selector("+hgetall", _ENDED),
         _selector("+zadd", "+zscore", "+zcard", "+zremrangebyscore", _CATALOGUE),
         _selector("+hget", "+hset", "+hkeys", "+hdel", _SIGNATURES),
         _selector("+set", "+mget", "+getrange", "+expire", _RESULTS),
@@ -297,7 +296,6 @@ RULES: Mapping[str, Sequence[str]] = {
         *_AUDITING,
         _selector("+zscore", _CATALOGUE),
         _selector("+hget", _EPOCHS),
-        _selector("+hgetall", _ENDED),
         _selector("+get", "+lrange", "+hgetall", "+exists", "+zrange", "~gpuinfer:watcher:*"),
     ),
 }

@@ -25,7 +25,7 @@ IN_FLIGHT, JOBS = 32, 2
 _REFRESH_S = 0.1
 
 
-@click.command(epilog=examples("gpuinfer demo --keep"))
+@click.command(epilog=examples("gpuinfer demo --keep", "gpuinfer demo --fleet"))
 @click.option("--keep", is_flag=True, help="Leave it up in the end, until Ctrl-C.")
 @click.option("--workers", type=click.IntRange(1, 16), default=2, show_default=True, help="How many workers.")
 @click.option(
@@ -35,8 +35,14 @@ _REFRESH_S = 0.1
     show_default=True,
     help="How often each test image is asked about.",
 )
+@click.option("--fleet", is_flag=True, help="Pretend two hosts with eight GPUs instead, and faults.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=1, max=86400),
+    help="How long the fleet's load lasts. Default: until Ctrl-C; without a terminal, 30.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, all else on stderr.")
-def demo(keep: bool, workers: int, rounds: int, as_json: bool) -> int:
+def demo(keep: bool, workers: int, rounds: int, fleet: bool, seconds: float | None, as_json: bool) -> int:
     """Try the whole thing here: a private Redis, workers, the API, and real requests.
 
     All of it runs in a temporary folder and is gone in the end; this host's own gpuinfer, its
@@ -46,6 +52,10 @@ def demo(keep: bool, workers: int, rounds: int, as_json: bool) -> int:
     Every test image of the shipped model is asked about over HTTP while batch jobs run. Exit code 0:
     every request was answered, and as the model answers when called directly; else 1. Ctrl-C cleans
     up, too (130); after --keep it is the way to end.
+
+    --fleet needs no GPU and loads no model: workers are threads that sleep, with real queues, watchers and
+    ends around them. A task kills its workers, a GPU is lost, a queue stays paused. It shows gpuinfer status
+    meanwhile; in the end, what was submitted is held against what has ended (exit code 0: equal).
     """
     from gpuinfer.demo.private import end_in_order
     from gpuinfer.demo.screen import console_for, screen_for
@@ -55,6 +65,10 @@ def demo(keep: bool, workers: int, rounds: int, as_json: bool) -> int:
 
     leave_root(say_warning)
     end_in_order()
+    if fleet:
+        from gpuinfer.demo import fleet_run
+
+        return fleet_run.run(seconds, as_json=as_json)
     begun = time.monotonic()
     devices = plan(workers, os.environ)
     console = console_for(to_stderr=as_json)

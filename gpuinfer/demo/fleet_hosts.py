@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from gpuinfer.demo.fleet_workers import FleetUnits, FleetWorker
 from gpuinfer.gpu_readings import Reading
@@ -25,6 +25,7 @@ class FleetGpus:
     """The GPUs of one host, in the place of NVML's thread."""
 
     def __init__(self, workers: Mapping[int, FleetWorker]) -> None:
+        self.numbers = tuple(workers)
         self._workers = workers
         self._looked = dict.fromkeys(workers, (time.monotonic(), 0.0, 0.0))
         self._heat = dict.fromkeys(workers, float(_COOL_C))
@@ -39,7 +40,7 @@ class FleetGpus:
     def stop(self) -> None:
         """Nothing is to be ended."""
 
-    def health(self, ours: Container[int]) -> Mapping[int, GpuHealth]:
+    def health(self, ours: Container[int], numbers: Iterable[int]) -> Mapping[int, GpuHealth]:
         """Return the health of GPUs that are not well."""
         return {number: GpuHealth(fault=fault) for number, fault in self.faults.items()}
 

@@ -11,7 +11,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import orjson
 import redis
@@ -177,7 +177,7 @@ class FleetWorker:
             "queues": list(QUEUES),
             "done": self._done,
             "rate": round(rate, 3),
-            "busy_share": round(busy, 3),
+            "busy": round(busy, 3),
             "running": 0,
             "since": since,
             "version": __version__,
@@ -198,12 +198,13 @@ class FleetUnits:
     async def open(self) -> None:
         """Nothing is to be opened."""
 
-    async def look(self) -> Mapping[int, UnitView]:
+    async def look(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
         """Return every instance's state."""
         now = time.monotonic()
         return {
             number: UnitView(state=one.state, age_s=now - one.entered, restarts=one.restarts)
             for number, one in self.workers.items()
+            if number in numbers
         }
 
     async def act(self, verb: Verb, number: int) -> None:

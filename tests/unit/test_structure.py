@@ -33,6 +33,7 @@ SHARED = (
     "log",
     "journal",
     "gpus",
+    "gpu_readings",
     "privileges",
 )
 #: Rooms and single modules from the bottom up: each may use what stands below it. Those of one level do
@@ -43,11 +44,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("sources",),
     ("settings", "journal"),
     ("log", "gpus", "locks", "instances", "privileges"),
-    ("models",),
+    ("models", "gpu_readings"),
     ("queue",),
     ("client", "broker", "keys"),
     PROGRAMS,
     ("doctor",),
+    ("view",),
     ("demo", "celery", "config", "gpus_cli"),
     ("celery_cli", "serve"),
     ("cli",),

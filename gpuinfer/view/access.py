@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may connect to the API and to Redis, in words."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpuinfer.doctor.redis_place import place_of
+from gpuinfer.settings import ApiSettings, Settings
+
+
+def who(settings: Settings, address: tuple[str, int]) -> Sequence[str]:
+    """Return a line for each door. ``address``: where the API listens."""
+    return _api(settings.api, address), _redis(settings)
+
+
+def _api(api: ApiSettings, address: tuple[str, int]) -> str:
+    host, port = address
+    scheme = "https" if api.tls_cert else "http"
+    where = f"API {scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    keys = _keys(api.keys_dir)
+    if is_loopback(host):
+        need = "this host without a key" if keys == 0 else f"this host, {_with(keys)}"
+        return f"{where}: {need}"
+    anonymous = ", ".join(map(str, api.anonymous))
+    others = f"; without a key: {anonymous}" if anonymous else ""
+    if keys == 0:
+        return f"{where}: nobody from the network until there is a key (gpuinfer key add){others}"
+    return f"{where}: the network, {_with(keys)}{others}"
+
+
+def _with(keys: int | None) -> str:
+    return "with a key" if keys is None else f"with one of {keys} keys" if keys > 1 else "with the one key"
+
+
+def _keys(folder: Path) -> int | None:
+    """Return how many keys there are; None where this user may not see."""
+    try:
+        return sum(1 for _ in folder.glob("*.toml")) if folder.exists() else 0
+    except OSError:
+        return None
+
+
+def _redis(settings: Settings) -> str:
+    place = place_of(settings.broker)
+    how = "this host's Unix socket" if place.socket else "TLS" if place.tls else "in the clear"
+    return f"Redis {place.shown}: {how}, as user {place.user}"
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address is one of this host alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

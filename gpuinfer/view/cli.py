@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gpuinfer status``."""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from gpuinfer.cli_help import examples
+from gpuinfer.queue.show import as_json_option, one_line, print_json
+
+if TYPE_CHECKING:
+    from gpuinfer.settings import Loaded
+    from gpuinfer.view.model import Status
+
+_UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+#: The history that is kept.
+_MOST_S = 30 * 86400
+
+
+class Span(click.ParamType[float]):
+    """A span as people write it: ``90s``, ``15m``, ``24h``, ``7d``."""
+
+    name = "span"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return seconds."""
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(s|min|m|h|d)", str(value))
+        seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
+        if not 60 <= seconds <= _MOST_S:
+            self.fail(f"{value!r} is no span from 60s to 30d, as 15m, 24h or 7d", param, ctx)
+        return seconds
+
+
+@click.command(
+    epilog=examples("gpuinfer status", "gpuinfer status --watch 2", "gpuinfer status --json --since 24h")
+)
+@as_json_option
+@click.option(
+    "--watch",
+    type=click.FloatRange(min=0.2),
+    metavar="SECONDS",
+    help="Look again and again, at this interval, until Ctrl-C.",
+)
+@click.option(
+    "--since",
+    "since_s",
+    type=Span(),
+    default="1h",
+    show_default=True,
+    metavar="SPAN",
+    help="What the curves cover.",
+)
+@click.pass_obj
+def status(loaded: Loaded, as_json: bool, watch: float | None, since_s: float) -> int:
+    """Show on one screen how the fleet is: trouble and its remedy first, then workers, queues, history.
+
+    Exit code: 0 all is well, 1 there are warnings, 2 there is an error, or Redis does not answer; 64 and 78
+    for a wrong call or wrong settings. With --watch, 130 after Ctrl-C. gpuinfer doctor looks closer.
+    """
+    gc.disable()  # what is imported now stays: a collection meanwhile finds nothing, and takes a fifth of it
+    from gpuinfer.view.build import build
+    from gpuinfer.view.gather import Gatherer
+
+    gc.enable()
+    with Gatherer(loaded, since_s=since_s) as gatherer:
+        if watch is not None:
+            _watch(lambda: build(gatherer.look()), watch, as_json=as_json)
+        found = build(gatherer.look())
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        from gpuinfer.view.screen import show
+
+        show(found)
+    return found.exit_code
+
+
+def _watch(look: Callable[[], Status], every_s: float, *, as_json: bool) -> None:
+    """Look until Ctrl-C."""
+    if not as_json:
+        from gpuinfer.view.screen import live
+
+        live(look, every_s)
+    while True:
+        click.echo(one_line(look().to_dict()))
+        time.sleep(every_s)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one look has found, before it is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpuinfer.doctor.finding import Finding
+from gpuinfer.queue.depth import Depth
+from gpuinfer.view.model import Curve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """One look. Everything of Redis is empty where Redis does not answer."""
+
+    #: By Redis's clock where it answers.
+    now: float
+    host: str
+    version: str
+    #: Where Redis is, in words.
+    place: str
+    reachable: bool = True
+    depth: Depth | None = None
+    #: Worker (``gpu0@host``) -> its last heartbeat, however old.
+    beats: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: Host -> what its watcher told last (see ``watcher.probe``).
+    told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: ``outcome tier model`` -> tasks; None: this user may not ask.
+    ended: Mapping[str, int] | None = None
+    #: Redis's INFO.
+    info: Mapping[str, Any] = field(default_factory=dict)
+    #: ``appendfsync`` and ``means``; None: this user may not ask.
+    durability: Mapping[str, str] | None = None
+    #: The watchers' last decision.
+    decision: Mapping[str, Any] | None = None
+    #: What the doctor's quick checks found; only what is not well.
+    findings: Sequence[Finding] = ()
+    #: This host's GPUs, where its watcher does not tell: as ``watcher.probe`` would.
+    gpus: Sequence[Mapping[str, Any]] = ()
+    since_s: float = 3600.0
+    curves: Sequence[Curve] = ()
+    no_curves: str = ""
+    access: Sequence[str] = ()

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is shown of a fleet: times in seconds, sizes in bytes, shares from 0 to 1; None is not known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+#: The worst first.
+Severity = Literal["error", "warning"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning")
+#: What ``gpuinfer status`` ends with, as monitoring plug-ins do.
+EXIT_OK, EXIT_WARNING, EXIT_ERROR = 0, 1, 2
+#: The outcomes that ends are counted under, in the order they are shown.
+OUTCOMES = ("completed", "failed", "dead", "not_run", "expired", "cancelled")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """One thing that is wrong, and the command that helps."""
+
+    severity: Severity
+    what: str
+    #: Empty where nothing can be typed.
+    remedy: str = ""
+    #: The doctor's check that found it; empty: seen by ``status`` itself.
+    check: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuRow:
+    """The GPU of a worker, as its host's watcher or this host's driver tells."""
+
+    index: int
+    name: str = ""
+    memory_used: int | None = None
+    memory_total: int | None = None
+    temperature_c: int | None = None
+    #: The share of time in which some program ran on it.
+    busy: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRow:
+    """One worker, running or not."""
+
+    number: int
+    host: str
+    #: idle, busy, draining, drained; starting, stopping, stopped, failed, masked, silent.
+    state: str
+    #: Why it is not started, or counted upon; empty otherwise.
+    why: str = ""
+    #: Loaded model -> its version, empty where that is not told.
+    models: Mapping[str, str] = field(default_factory=dict)
+    #: Model that it should serve and could not load -> why.
+    missing: Mapping[str, str] = field(default_factory=dict)
+    queues: Sequence[str] = ()
+    #: Tasks it has ended since it began, and a second over its last report.
+    done: int | None = None
+    rate: float | None = None
+    in_flight: int = 0
+    #: The share of time in which its device computed.
+    busy: float | None = None
+    #: Bytes of the host's memory.
+    memory: int | None = None
+    device: str = ""
+    gpu: GpuRow | None = None
+    #: Since when it runs, in seconds since the epoch.
+    since: float | None = None
+    version: str = ""
+
+    @property
+    def alive(self) -> bool:
+        """Tell whether it sends heartbeats."""
+        return self.state not in ("starting", "stopping", "stopped", "failed", "masked", "silent")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueRow:
+    """What waits for one model in one tier."""
+
+    tier: str
+    model: str
+    waiting: int = 0
+    #: Tasks that wait for their ETA.
+    later: int = 0
+    oldest_s: float | None = None
+    #: Tasks a second that workers take from it.
+    rate: float | None = None
+    paused: bool = False
+    #: Live workers that serve it.
+    workers: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostRow:
+    """One host of the fleet."""
+
+    name: str
+    #: acts, logs (decides and does nothing), silent, or none.
+    watcher: str
+    #: Seconds since its watcher told anything.
+    told_s: float | None = None
+    #: Workers that send heartbeats, and instances there are.
+    running: int = 0
+    instances: int = 0
+    gpus: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedisRow:
+    """The broker."""
+
+    place: str
+    reachable: bool
+    version: str = ""
+    memory_used: int | None = None
+    memory_max: int | None = None
+    clients: int | None = None
+    up_s: int | None = None
+    evicted: int | None = None
+    #: always, everysec, no, off; empty: this user may not ask.
+    appendfsync: str = ""
+    means: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One number over time."""
+
+    name: str
+    unit: str
+    #: One value a step, the oldest first; None: not measured.
+    values: Sequence[float | None]
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """All of it at one moment."""
+
+    #: By Redis's clock where it answers; seconds since the epoch.
+    at: float
+    #: This host, and the edition of this program.
+    host: str
+    version: str
+    troubles: Sequence[Trouble] = ()
+    hosts: Sequence[HostRow] = ()
+    workers: Sequence[WorkerRow] = ()
+    queues: Sequence[QueueRow] = ()
+    redis: RedisRow
+    #: Outcome -> tasks that ended so, ever, over all queues and models; None: this user may not ask.
+    ended: Mapping[str, int] | None = None
+    #: The same by ``tier.model``.
+    ended_by_queue: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    dead_letters: int | None = None
+    default_model: str = ""
+    #: What the curves cover, in seconds; and why there are none.
+    since_s: float = 3600.0
+    curves: Sequence[Curve] = ()
+    no_curves: str = ""
+    #: Who may connect, a line each.
+    access: Sequence[str] = ()
+    #: The watchers' last decision, in a sentence.
+    decided: str = ""
+
+    @property
+    def severity(self) -> Severity | None:
+        """Return the worst there is."""
+        found = {trouble.severity for trouble in self.troubles}
+        return next((one for one in SEVERITIES if one in found), None)
+
+    @property
+    def exit_code(self) -> int:
+        """0: all is well; 1: warnings; 2: an error."""
+        return {None: EXIT_OK, "warning": EXIT_WARNING, "error": EXIT_ERROR}[self.severity]
+
+    @property
+    def has_gpus(self) -> bool:
+        """Tell whether there is a GPU anywhere in the fleet."""
+        return any(worker.gpu is not None for worker in self.workers)
+
+    @property
+    def waiting(self) -> int:
+        """Return how many tasks wait."""
+        return sum(queue.waiting for queue in self.queues)
+
+    @property
+    def in_flight(self) -> int:
+        """Return how many tasks workers hold."""
+        return sum(worker.in_flight for worker in self.workers)
+
+    @property
+    def rate(self) -> float:
+        """Return how many tasks a second all workers end."""
+        return sum(worker.rate or 0.0 for worker in self.workers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        body = asdict(self)
+        totals = {"waiting": self.waiting, "in_flight": self.in_flight, "rate": round(self.rate, 3)}
+        return {"status": self.severity or "ok", "exit_code": self.exit_code} | totals | body
