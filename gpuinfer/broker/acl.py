@@ -262,6 +262,10 @@ RULES: Mapping[str, Sequence[str]] = {
         *(*_LISTS, _OURS, _RESULTS),
         _selector("+rpush", *_LISTS),
         _selector("+hget", "+hexists", "+hmget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
+        # Forgets what is kept of callers that have nothing waiting.
+        _selector("+hscan", "+hdel", _CLAIMED, _TURNS, _ROOM, _RATES),
+        _selector("+exists", *_LISTS),
+        _selector("+zscore", _LATER),
         # Forgets the epochs of names that do not come back.
         _selector("+hdel", _EPOCHS),
         _selector("+zscore", _WORKERS),

@@ -55,6 +55,7 @@ Name = Literal[
     "keep",
     "know",
     "forget",
+    "tidy",
     "history",
     "erase",
     "describe",

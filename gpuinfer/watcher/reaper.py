@@ -24,6 +24,7 @@ from gpuinfer import locks
 from gpuinfer.errors import GpuinferError, TakenBack, WorkerRunning
 from gpuinfer.locks import LockState
 from gpuinfer.log import get_logger
+from gpuinfer.queue.callers import tidy
 from gpuinfer.queue.claims import Restored
 from gpuinfer.queue.connection import AWAY
 from gpuinfer.queue.heartbeats import FRESH_S
@@ -40,6 +41,8 @@ log = get_logger(__name__)
 LOOK_EVERY_S = 2.0
 #: Seconds between two looks at whose names do not come back.
 FORGET_EVERY_S = 60.0
+#: Seconds between two looks for callers of whom nothing has to be known.
+TIDY_EVERY_S = 600.0
 #: Seconds for which a reaper must itself have seen nothing of another host's worker. One that waited for a
 #: deaf Redis is back in less.
 WITNESS_S = 60.0
@@ -123,7 +126,9 @@ class Reaper:
         self._clock = clock
         self._forget = bind(client, "forget")
         self._looked_at = -LOOK_EVERY_S
+        self._tidy = bind(client, "tidy")
         self._forgot_at = -FORGET_EVERY_S
+        self._tidied_at = -TIDY_EVERY_S
         self._watched: dict[str, _Watched] = {}
         #: Worker -> what was last said of it: each reason is logged once.
         self._said: dict[str, str] = {}
@@ -155,12 +160,17 @@ class Reaper:
         return []
 
     def _forget_names(self, now: float) -> None:
-        """Forget the epochs of workers that were not seen for a day, and hold nothing."""
+        """Forget the epochs of workers that were not seen for a day, and hold nothing; now and then, callers
+        that have nothing waiting.
+        """
         if now - self._forgot_at < FORGET_EVERY_S:
             return
         self._forgot_at = now
         try:
             self._forget()
+            if now - self._tidied_at >= TIDY_EVERY_S:
+                self._tidied_at = now
+                tidy(self._tidy)
         except AWAY:
             return  # the look finds that out
         except redis.RedisError as exc:

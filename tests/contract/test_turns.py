@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
 import pytest
 
 from gpuinfer.queue import keys
+from gpuinfer.queue.callers import tidy
 from gpuinfer.queue.claims import Claimed
+from gpuinfer.queue.depth import look
+from gpuinfer.queue.quota import weighing
+from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings
 from tests.contract.conftest import commands, ids, message, on, send, store_of
@@ -75,6 +80,31 @@ def test_callers_share_alike(store: Store, batch: int) -> None:
     assert {caller_of(task) for task in store.claim(64)} == {"alice"}
 
 
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("weights", [{"alice": 3.0}, {"alice": 0.25}, {"alice": 2.0, "bob": 5.0}])
+def test_callers_share_by_weight(store: Store, weights: dict[str, float], batch: int) -> None:
+    """Ten to one in the queue or not: each has its weight's part; without a weight it is 1."""
+    for command in weighing(weights, []):
+        store.client.execute_command(*command)  # type: ignore[no-untyped-call]
+    store.client.hset(keys.WEIGHTS, "carol", "much")
+    for caller, count in (("alice", 3000), ("bob", 1000), ("carol", 1000)):
+        send(store, count, caller=caller)
+    served = Counter(caller_of(task) for _ in range(1024 // batch) for task in store.claim(batch))
+    total = sum(weights.get(caller, 1.0) for caller in ("alice", "bob", "carol"))
+    for caller in ("alice", "bob", "carol"):
+        part = weights.get(caller, 1.0) / total
+        assert served[caller] == pytest.approx(part * served.total(), abs=0.05 * served.total())
+
+
+def test_who_is_nobody_has_a_turn_too(store: Store) -> None:
+    """Tasks without a caller are a caller's, of weight 1."""
+    store.client.hset(keys.WEIGHTS, "alice", "3")
+    send(store, 500)
+    send(store, 500, caller="alice")
+    served = Counter(caller_of(task) for _ in range(50) for task in store.claim(4))
+    assert served == {"alice": 150, "": 50}
+
+
 def test_callers_share_within_a_priority_alone(store: Store) -> None:
     """A caller with urgent work goes before one without; and the tiers stand as they are."""
     low = send(store, 5, caller="alice", queue="batch")
@@ -116,3 +146,26 @@ def test_many_callers(store: Store) -> None:
         pipe.execute()
     assert len(store.claim(5)) == 5
     assert len(store.claim(5)) == 5
+
+
+def test_callers_that_come_and_go_leave_nothing(both: Store) -> None:
+    """What was claimed of theirs stays in the sum of their lane; the rest is as if it had never been."""
+    raw: Any = both.client
+    for number in range(20):
+        send(both, 2, caller=f"caller-{number}", model=("digits", "ant")[number % 2])
+    while both.claim(8):
+        pass
+    send(both, 3, caller="waits")
+    both.claim(1)
+    raw.hset(keys.TURNS, mapping={"realtime.ant@gone": 5, "realtime@waits": 1, "realtime.ant": 2})
+    raw.hset(keys.RATES, mapping={"old": "1.5", "busy": repr(time.time() + 1e6)})
+    raw.hset(keys.ROOM, mapping={"@alice 10 0": 4, "others 1 2": 3})
+    before = look(raw).claimed
+    for _ in range(2):
+        tidy(bind(raw, "tidy"))
+        assert look(raw).claimed == before
+    assert set(raw.hkeys(keys.CLAIMED)) == {b"realtime.ant@*", b"realtime@* digits", b"realtime@waits digits"}
+    assert raw.hkeys(keys.RATES) == [b"busy"]
+    assert b"others 1 2" in raw.hkeys(keys.ROOM)
+    assert b"@alice 10 0" not in raw.hkeys(keys.ROOM)
+    assert set(raw.hkeys(keys.TURNS)) == {b"realtime@waits", b"realtime.ant"}

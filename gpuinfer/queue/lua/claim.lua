@@ -98,16 +98,20 @@ local function rank_of(lists, index)
   end
 end
 
--- Callers of a model take turns as models do.
+-- Callers of a model take turns as models do: who has had least for its weight goes first. Returns all weights together.
 local function take_turns(rivals)
-  local names, most, new = {}, 0, {}
-  for i, one in ipairs(rivals) do names[i] = one.key end
+  local names, callers, most, new, total = {}, {}, 0, {}, 0
+  for i, one in ipairs(rivals) do
+    names[i], callers[i] = one.key, string.match(one.key, '@([^\6]*)') or ''
+  end
   for first = 1, #names, 1000 do
     local last = math.min(first + 999, #names)
     local turns = redis.call('HMGET', TURNS, unpack(names, first, last))
+    local weights = redis.call('HMGET', WEIGHTS, unpack(callers, first, last))
     for i = first, last do
-      local turn = tonumber(turns[i - first + 1])
-      rivals[i].turn = turn
+      local turn, weight = tonumber(turns[i - first + 1]), tonumber(weights[i - first + 1] or 1)
+      rivals[i].turn, rivals[i].weight = turn, weight and weight > 0 and weight or 1
+      total = total + rivals[i].weight
       if turn and turn > most then most = turn end
     end
   end
@@ -123,6 +127,7 @@ local function take_turns(rivals)
     if a.new ~= b.new then return a.new < b.new end
     return a.key < b.key
   end)
+  return total
 end
 
 -- Nothing was taken.
@@ -271,7 +276,7 @@ local function take(list, most)
   if count > 0 then
     redis.call('HINCRBY', CLAIMED, counter_of(list.key, list.index), count)
     if list.turn then
-      list.turn = list.turn + count
+      list.turn = list.turn + count / list.weight
       redis.call('HSET', TURNS, list.key, list.turn)
     end
   end
@@ -283,16 +288,15 @@ end
 if aged then taken = take(aged, room) end
 local at = 1
 while at <= #mine and room > 0 do
-  -- Those of one rank share what room there is, in parts; what one leaves is the next one's.
+  -- Those of one rank share what room there is, in parts by weight; what one leaves is the next one's.
   local callers = {mine[at]}
   while at < #mine and mine[at + 1].rank == callers[1].rank do
     at = at + 1
     callers[#callers + 1] = mine[at]
   end
   if #callers > 1 then
-    take_turns(callers)
-    local part = math.ceil(room / #callers)
-    for _, list in ipairs(callers) do taken = taken + take(list, part) end
+    local part = room / take_turns(callers)
+    for _, list in ipairs(callers) do taken = taken + take(list, math.ceil(part * list.weight)) end
   end
   for _, list in ipairs(callers) do
     if list.size > 0 then taken = taken + take(list, room) end
