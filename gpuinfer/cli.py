@@ -32,7 +32,7 @@ EXIT_BROKEN_PIPE = 128 + 13  # as a shell reports SIGPIPE
 HOST_MODULES = frozenset(
     {
         *("celery", "kombu", "torch", "numpy", "sdnotify", "dbus_fast", "structlog", "fastapi", "uvicorn"),
-        *("uvloop", "httptools", "pynvml", "PIL", "rich", "jsonschema_rs"),
+        *("uvloop", "httptools", "pynvml", "PIL", "rich", "jsonschema_rs", "prometheus_client"),
     }
 )
 

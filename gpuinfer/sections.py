@@ -268,6 +268,23 @@ class ApiSettings(Section):
         return value
 
 
+class MetricsSettings(Section):
+    """What monitoring systems read."""
+
+    #: "": at /metrics of the front. An address of their own, without a key: "127.0.0.1:9108", "[::]:9108", or
+    #: "unix:/run/gpuinfer/api/metrics.sock".
+    listen: str = Field(default="", pattern=r"^(unix:/.+|(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5})?$")
+    #: Who shows the metrics of the whole fleet: auto: the host on which Redis runs.
+    fleet: Literal["auto", "always", "never"] = "auto"
+
+    @field_validator("listen")
+    @classmethod
+    def _a_port(cls, value: str) -> str:
+        if value and not value.startswith("unix:") and int(value.rpartition(":")[2]) > 65535:
+            raise ValueError("must have a port of at most 65535")
+        return value
+
+
 class WatcherSettings(Section):
     """How many workers run, and who decides it."""
 

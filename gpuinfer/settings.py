@@ -34,6 +34,7 @@ from gpuinfer.sections import (
     ApiSettings,
     BrokerSettings,
     LogSettings,
+    MetricsSettings,
     ModelsSettings,
     QueueName,
     QueueSettings,
@@ -59,6 +60,7 @@ __all__ = [
     "BrokerSettings",
     "Loaded",
     "LogSettings",
+    "MetricsSettings",
     "ModelsSettings",
     "QueueName",
     "QueueSettings",
@@ -100,6 +102,7 @@ class Settings(BaseSettings):
     models: ModelsSettings = ModelsSettings()
     worker: WorkerSettings = WorkerSettings()
     api: ApiSettings = ApiSettings()
+    metrics: MetricsSettings = MetricsSettings()
     watcher: WatcherSettings = WatcherSettings()
     log: LogSettings = LogSettings()
 

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gpuinfer import __version__
-from gpuinfer.api import health, tasks
+from gpuinfer.api import health, metrics, tasks
 from gpuinfer.api.answers import answer
 from gpuinfer.api.docs import PAGES, add_docs
 from gpuinfer.api.drain import EVERY_S
@@ -46,8 +46,10 @@ def create_app(shared: Shared) -> FastAPI:
             sampling = asyncio.create_task(_sample(shared), name="drain")
             flushing = asyncio.create_task(accounts.keep_flushing(client.account), name="accounts")
             try:
-                yield
+                async with metrics.serving(shared.metrics_listeners, shared.metrics):
+                    yield
             finally:
+                shared.metrics.close()
                 sampling.cancel()
                 flushing.cancel()
                 with suppress(GpuinferError):
@@ -65,6 +67,7 @@ def create_app(shared: Shared) -> FastAPI:
     app.include_router(router)
     app.include_router(tasks.router)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.include_router(documented.router)
     add_docs(app)
     _handle_errors(app, shared)

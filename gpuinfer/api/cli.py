@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gpuinfer.cli_help import examples
-from gpuinfer.errors import BrokerError, UsageError
+from gpuinfer.errors import AddressUnavailable, BrokerError, UsageError
 
 if TYPE_CHECKING:
     import socket
@@ -61,6 +61,7 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
     _check_format(settings)
     certificate = _certificate(settings)
     listeners = _listeners(settings, path, fd)
+    metrics = _metrics_listeners(settings)
 
     from gpuinfer.queue.scripts import read_all
 
@@ -74,12 +75,12 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
         if settings.api.processes > 1:
-            supervise(settings, listeners, certificate)
+            supervise(settings, listeners, certificate, metrics)
         else:
-            front = Front(settings)
+            front = Front(settings, metrics=metrics)
             Server(front, front.shared, certificate=certificate).run(sockets=listeners)
     finally:
-        for listener in listeners:
+        for listener in (*listeners, *metrics):
             listener.close()
         if path is not None:
             path.unlink(missing_ok=True)
@@ -103,6 +104,23 @@ def _certificate(settings: Settings) -> Certificate | None:
 
     cert = settings.api.tls_cert
     return None if cert is None else Certificate(cert, settings.api.tls_key)
+
+
+def _metrics_listeners(settings: Settings) -> list[socket.socket]:
+    """Listen where metrics.listen says. Where that cannot be, the front serves without."""
+    from gpuinfer.api.server import listen, listen_unix
+    from gpuinfer.log import get_logger
+
+    where = settings.metrics.listen
+    try:
+        if where.startswith("unix:"):
+            return [listen_unix(Path(where.removeprefix("unix:")))]
+        host, _, port = where.rpartition(":")
+        return listen(host.strip("[]"), int(port)) if where else []
+    except AddressUnavailable as exc:
+        hint = "metrics.listen names it; in the service, SocketBindAllow= must allow its port"
+        get_logger(__name__).error("metrics_unavailable", address=where, reason=exc.message, hint=hint)
+        return []
 
 
 def _listeners(settings: Settings, path: Path | None, fd: int | None) -> list[socket.socket]:

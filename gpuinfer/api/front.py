@@ -7,7 +7,8 @@ FastAPI documents the fast routes, too, and answers for methods that they do not
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Sequence
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -49,8 +50,14 @@ PATTERNS: tuple[tuple[str, re.Pattern[str], RouteOf], ...] = (
 class Front:
     """What the server runs. ``shared`` is what all its requests share."""
 
-    def __init__(self, settings: Settings, requests: Requests | None = None) -> None:
-        self.shared = Shared(settings, requests)
+    def __init__(
+        self,
+        settings: Settings,
+        requests: Requests | None = None,
+        metrics: Sequence[socket.socket] = (),
+    ) -> None:
+        """``metrics``: listening sockets on which the metrics have an address of their own."""
+        self.shared = Shared(settings, requests, metrics)
         self._app: FastAPI = create_app(self.shared)
         self._most = settings.api.max_requests
         around = Around(self._route, self.shared.stopping, self.shared.requests, self.shared.accounts)

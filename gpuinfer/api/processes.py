@@ -239,12 +239,15 @@ class Supervisor:
 
 
 def supervise(
-    settings: Settings, listeners: Sequence[socket.socket], certificate: Certificate | None = None
+    settings: Settings,
+    listeners: Sequence[socket.socket],
+    certificate: Certificate | None = None,
+    metrics: Sequence[socket.socket] = (),
 ) -> None:
     """Serve with ``api.processes`` processes until SIGTERM or SIGINT. Raises ProcessesFailed."""
 
     def serve(link: Link) -> None:
-        front = Front(settings, Relay(link, settings.log.requests))
+        front = Front(settings, Relay(link, settings.log.requests), metrics)
         Server(front, front.shared, link, certificate).run(sockets=list(listeners))
 
     requests = RequestLog(settings.log.requests)

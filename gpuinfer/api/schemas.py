@@ -405,6 +405,19 @@ USAGE_RESPONSES: dict[int | str, JsonSchema] = {
     422: _error("A bad parameter.", "bad_input", "must be key or model: 'user'", "by"),
     503: _AWAY,
 }
+METRICS_RESPONSES: dict[int | str, JsonSchema] = {
+    200: {
+        "description": "Prometheus's text format, or OpenMetrics where `Accept` names it.",
+        "content": {
+            name: {"schema": {"type": "string"}} for name in ("text/plain", "application/openmetrics-text")
+        },
+    },
+    404: _error(
+        "They have an address of their own.",
+        "not_found",
+        "metrics have an address of their own: metrics.listen is set",
+    ),
+}
 _LIVE: JsonSchema = {
     "type": "object",
     "required": ["status"],

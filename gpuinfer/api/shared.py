@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from starlette.types import Scope
@@ -19,6 +20,7 @@ from gpuinfer.api.request_log import RequestLog
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import GpuinferError, QueueFull
 from gpuinfer.keys.folder import KeyFolder
+from gpuinfer.metrics.page import Page
 from gpuinfer.settings import Settings
 
 _SHARED = "gpuinfer.shared"
@@ -50,8 +52,15 @@ class Shared:
     #: Set while the application runs, between its start and its end.
     client: AsyncClient
 
-    def __init__(self, settings: Settings, requests: Requests | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        requests: Requests | None = None,
+        metrics_listeners: Sequence[socket.socket] = (),
+    ) -> None:
         self.settings = settings
+        self.metrics = Page(settings)
+        self.metrics_listeners = metrics_listeners
         #: To be looked at twice a second.
         self.keys = KeyFolder(settings.api.keys_dir)
         self.keys.look()

@@ -63,7 +63,8 @@ def prepare(loaded: Loaded, folder: Path, data: Path | None, measure: bool) -> N
     Passwords come from $CREDENTIALS_DIRECTORY, else from /etc/gpuinfer/credentials. Where redis.appendfsync
     is auto, the disk's fsync is measured once. Under always it waits until the disk has room (exit 75).
     """
-    from gpuinfer.broker import acl, last_good, passwords, tuning
+    from gpuinfer.broker import acl, last_good, passwords, room, tuning
+    from gpuinfer.queue.connection import DURABILITY
 
     settings, fault = last_good.settings(loaded)
     if fault:
@@ -74,6 +75,7 @@ def prepare(loaded: Loaded, folder: Path, data: Path | None, measure: bool) -> N
     choice = _durability(settings, folder, data, again=measure)
     _write(folder / "tuning.conf", tuning.render(settings.redis, tuning.host_memory_bytes(), choice))
     _write(folder / "users.acl", users)
+    room.leave(folder / DURABILITY, choice.mode)  # for the front's metrics
 
 
 @redis.command("apply-users", epilog=examples("gpuinfer redis apply-users"))

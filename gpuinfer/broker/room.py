@@ -52,7 +52,7 @@ def wait_for_room(
     reason = lacking(folder)
     first = not notice.exists()
     if reason and first:
-        _leave(notice, reason)
+        leave(notice, reason)
         raise DiskFull(reason)
     began = told = clock()
     while reason:
@@ -69,8 +69,8 @@ def wait_for_room(
         say_warning(f"there is room again on the disk of {folder}: Redis starts")
 
 
-def _leave(notice: Path, text: str) -> None:
-    """Write the notice for the group of the socket's folder to read."""
+def leave(notice: Path, text: str) -> None:
+    """Write a notice for the group of the socket's folder to read."""
     new = notice.with_name(notice.name + ".new")
     new.unlink(missing_ok=True)
     number = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)

@@ -156,6 +156,9 @@ def connect_async(broker: BrokerSettings, *, max_connections: int = 32) -> redis
     return redis.asyncio.Redis.from_pool(pool)
 
 
+#: What ``gpuinfer redis prepare`` leaves beside the socket: how Redis writes its file.
+DURABILITY = "durability"
+
 #: Redis is away, or about to be: the same call may work in a moment.
 AWAY = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, MaxConnectionsError, OSError)
 

@@ -171,7 +171,7 @@ def look(client: redis.Redis, workers: Sequence[str] = (), *, ahead_s: float = 0
         for name in names:
             pipe.hlen(keys.inflight(name))
         pipe.hlen(keys.DEAD)
-        return _depth(names, pipe.execute())
+        return of(names, pipe.execute())
 
 
 async def alook(client: redis.asyncio.Redis) -> Depth:
@@ -183,10 +183,11 @@ async def alook(client: redis.asyncio.Redis) -> Depth:
         for name in names:
             pipe.hlen(keys.inflight(name))
         pipe.hlen(keys.DEAD)
-        return _depth(names, await pipe.execute())
+        return of(names, await pipe.execute())
 
 
-def _depth(names: Sequence[str], answers: Sequence[Any]) -> Depth:
+def of(names: Sequence[str], answers: Sequence[Any]) -> Depth:
+    """Return it from the answers to the script, to an HLEN of each name's in-flight hash, and of ``DEAD``."""
     answer, *counts = answers
     # Two fields a task, and perhaps one that notes what runs.
     held = {name: fields // 2 for name, fields in zip(names, counts[:-1], strict=True)}

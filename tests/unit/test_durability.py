@@ -184,6 +184,7 @@ def test_prepare_tells_what_holds(
     assert call(*command) == 0
     assert "warning" not in capfd.readouterr().err
     assert "\nappendfsync always\n" in (folder / "tuning.conf").read_text(encoding="utf-8")
+    assert (folder / "durability").read_text(encoding="utf-8") == "always\n"  # for the metrics
     monkeypatch.setenv("GPUINFER_REDIS_APPENDFSYNC", "everysec")
     assert call(*command) == 0
     told = capfd.readouterr().err

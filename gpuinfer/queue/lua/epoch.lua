@@ -15,4 +15,5 @@ local own, counted = tonumber(ARGV[1]), tonumber(redis.call('HGET', KEYS[1], 'nu
 if own > 0 and counted > own then return redis.error_reply('STALE epoch ' .. own .. ', now is ' .. counted) end
 local epoch = math.max(counted, own) + 1
 redis.call('HSET', KEYS[1], 'number', epoch, 'by', ARGV[2])
+if string.find(ARGV[2], '^reaper') then redis.pcall('HINCRBY', COUNTS, 'reaped - -', 1) end
 return epoch

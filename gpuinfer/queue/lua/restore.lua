@@ -70,5 +70,9 @@ else
   redis.call('HSET', inflight, 'running', table.concat(still, ' '))
 end
 for _, one in pairs(wakes) do wake_for(unpack(one)) end
+if back > 0 then
+  local by = string.match(redis.call('HGET', KEYS[2], 'by') or '', '^reaper') or 'restart'
+  redis.pcall('HINCRBY', COUNTS, 'redelivered ' .. by .. ' -', back)
+end
 answer[1], answer[2] = done, back
 return answer

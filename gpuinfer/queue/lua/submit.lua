@@ -113,6 +113,11 @@ for i = 12, #ARGV, 3 do
   -- Without a TTL: what waits is never evicted, and so never forgotten.
   if write_passing(ARGV[i], meta .. ARGV[i + 2], 'NX') then payloads[#payloads + 1] = ARGV[i + 1] end
 end
+local accepted = #payloads
+if accepted > 0 then
+  local named = model ~= '' and model or usual ~= '' and usual or '-'
+  redis.pcall('HINCRBY', COUNTS, 'submitted ' .. tier .. ' ' .. named, accepted == 1 and '1' or accepted)
+end
 for i = 1, #KEYS do
   local body = KEYS[i]
   local id = string.sub(body, #BODY_PREFIX + 1)
