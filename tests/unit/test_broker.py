@@ -152,7 +152,7 @@ def test_no_program_has_everything(user: str) -> None:
 
 
 def test_prepare(credentials: Path, folder: Path) -> None:
-    """The files are there, secrets for their owner alone, and again after a second start; nothing else is left."""
+    """The files are there, secrets for their owner alone, and so after a second start; nothing else is."""
     for _ in range(2):
         assert prepare(folder) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["durability", "tuning.conf", "users.acl"]
