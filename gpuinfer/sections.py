@@ -317,7 +317,8 @@ class WatcherSettings(Section):
     threshold_depth: int = Field(default=50, ge=0, le=10**9)
     threshold_workers: int = Field(default=4, ge=1, le=100_000)
     threshold_every_s: float = Field(default=10.0, ge=0.1, le=3600)
-    #: What an administrator started or stopped by hand is left alone for this long.
+    #: A worker that was started by hand is not stopped for this long; a stop by hand holds until a start, an
+    #: enable or a boot.
     manual_hold_s: float = Field(default=900.0, ge=0, le=7 * 86400)
     #: A failed instance is not started for this long, twice as long after each further failure, up to the
     #: maximum; without a failure for as long as that, all are forgotten.

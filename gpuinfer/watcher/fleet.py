@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from gpuinfer.queue.fleet import Serves
 from gpuinfer.settings import WatcherSettings
-from gpuinfer.watcher.memory import FAILED_STARTS, UnitMemory, why_excluded
+from gpuinfer.watcher.memory import BY_HAND, FAILED_STARTS, UnitMemory, why_excluded
 from gpuinfer.watcher.state import (
     Instance,
     Key,
@@ -181,5 +181,5 @@ def _count_stopped(
 def _returns(instance: Instance, unit: UnitMemory | None, seen: Observation, now: float) -> bool:
     """Tell whether an excluded instance comes back by itself: after its cooldown, or with its GPU."""
     hold = instance.hold if unit is None else unit.held(now)
-    left_alone = instance.masked or instance.log_only or hold == "stopped"
+    left_alone = instance.masked or instance.log_only or hold in BY_HAND
     return seen.alive(instance.key) and not left_alone

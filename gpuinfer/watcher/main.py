@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -277,7 +277,7 @@ class Watcher:
         try:
             with typed_errors():
                 kept: bytes | None = self._client.get(MEMORY_PREFIX + self.host)  # type: ignore[assignment]
-            history = notes.unpack(kept)
+            history = notes.unpack(kept, boot_id())
         except (notes.Unreadable, BrokerError) as exc:
             if isinstance(exc, BrokerError) and not isinstance(exc.__cause__, redis.ResponseError):
                 raise
@@ -381,7 +381,7 @@ class Watcher:
         if new:
             entry = orjson.dumps(notes.note(decision, self.host, now, done=self._act))
         try:
-            memory = notes.pack(decision.history)
+            memory = notes.pack(decision.history, boot_id())
             self._write(keys=[MEMORY_PREFIX + self.host, DECISIONS], args=[memory, entry, notes.KEPT])
         except (redis.RedisError, OSError) as exc:
             reason = str(explain(exc))
@@ -426,6 +426,16 @@ def _step(inputs: Mapping[str, object]) -> object:
     if not isinstance(wanted, int) or not isinstance(possible, int):
         return None
     return min(wanted, possible), wanted > possible
+
+
+@cache
+def boot_id() -> str:
+    """Return what changes with each boot of the host; empty where the kernel does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError as exc:
+        log.warning("boot_unknown", reason=str(exc), hint="what was stopped by hand is held over a boot, too")
+        return ""
 
 
 def make_units(settings: Settings, *, act: bool) -> Units:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is remembered of each of our instances: who started it, how often it failed, how long it is excluded.
+"""What is remembered of each instance of this host: who started it, and how often it failed.
 
-Manual starts and stops are told from ours by our own commands: a change of state that follows no
-command of ours was somebody's wish, and is respected for ``manual_hold_s``.
+A change of state that follows no command of ours was made by hand. A start by hand is respected for
+``manual_hold_s``. A stop by hand, or a change from enabled to disabled, is respected until the instance is
+started or enabled, or the host boots. One that was never enabled is started on demand.
 """
 
 from __future__ import annotations
@@ -23,31 +24,38 @@ from gpuinfer.watcher.state import (
     Verb,
 )
 
-#: A start after which it is inactive at this many looks in a row had no effect.
+#: A start had no effect when the instance is inactive at this many probes in a row.
 TRIES = 2
-#: After this many failed starts in a row we stop systemd from trying again: the instance cools down.
+#: After this many failed starts in a row, stop it: systemd would go on trying, and it is to cool down.
 FAILED_STARTS = 2
-#: A change of state is the answer to our command for this long after it.
+#: For this long after a command of ours, a change of state is its effect.
 COMMAND_S = 30.0
+
+
+#: What was done by hand, and keeps an instance from being started.
+BY_HAND = ("stopped", "disabled")
+_RAN = ("active", "activating", "deactivating")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitMemory:
-    """One instance, as it was at the last look."""
+    """One instance, as it was at the last probe."""
 
     state: UnitState
     since: float
+    enabled: bool = False
     verb: Verb | None = None
     verb_at: float = 0.0
-    #: At how many looks in a row it was told to start.
+    #: At how many probes in a row it was told to start.
     tries: int = 0
     hold: Hold = ""
+    #: When a start by hand stops counting.
     hold_until: float = 0.0
     failures: int = 0
     quarantined_until: float = 0.0
     why: str = ""
-    #: How often it had been restarted by itself, whether it has served since then, and for how many restarts
-    #: in a row it has not.
+    #: How often systemd had restarted it, whether it has served since then, and how many restarts in a row
+    #: it has not.
     restarts: int = 0
     served: bool = False
     failed_starts: int = 0
@@ -58,8 +66,10 @@ class UnitMemory:
         return bool(self.failures or self.hold)
 
     def held(self, now: float) -> Hold:
-        """Return what an administrator did that still counts: the time of a start begins when it serves."""
-        loads = self.hold == "started" and self.state == "activating" and not self.failed_starts
+        """Return what was done by hand and still counts: the time of a start begins when it serves."""
+        if self.hold != "started":
+            return self.hold
+        loads = self.state == "activating" and not self.failed_starts
         return self.hold if loads or now < self.hold_until else ""
 
     def cooling_down(self, now: float) -> str:
@@ -83,48 +93,36 @@ class Remembered:
 def remember(
     seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherSettings, now: float
 ) -> Remembered:
-    """Take a look into the memory of our own instances; forget those that are gone, except what
-    matters when they come back."""
-    changed: dict[Key, UnitMemory] = {}
+    """Remember what a probe has seen of our own instances.
+
+    Of those that are gone, keep what matters when they return: one whose driver fails for a moment does.
+    """
+    present: dict[Key, UnitMemory] = {}
     startups: list[tuple[Serves, float]] = []
-    ours = 0
     for instance in seen.instances:
         key = instance.key
         if not seen.owns(key):
             continue
-        ours += 1
         before = units.get(key)
         if before is None:
-            changed[key] = _failed(_first(instance), instance, settings, now)
-        elif (
-            before.state != instance.state
-            or before.failures
-            or before.restarts != instance.restarts
-            or before.tries
-            or instance.gpu.fault
-        ):
-            changed[key] = _changed(before, instance, settings, now)
+            present[key] = _failed(_as_it_is(None, instance), instance, settings, now)
+        elif instance.queued and instance.state == "inactive" and before.state in _RAN:
+            present[key] = before  # between the two halves of a restart
+        else:
+            present[key] = _changed(before, instance, settings, now)
             if before.state == "activating" and instance.state == "active":
                 startups.append((instance.serves, max(0.0, instance.since - before.since)))
-    after = {**units, **changed} if changed else units
-    if (
-        len(after) != ours
-    ):  # a GPU may come back with its driver: what was done by hand, and failures, are kept
-        present = {instance.key for instance in seen.instances}
-        after = {key: unit for key, unit in after.items() if key in present or unit.notable}
-    return Remembered(after, startups)
+    after = present | {key: unit for key, unit in units.items() if unit.notable and key not in present}
+    return Remembered(units if after == units else after, startups)
 
 
-def _first(instance: Instance) -> UnitMemory:
-    return _as_it_is(UnitMemory(state=instance.state, since=instance.since), instance)
-
-
-def _as_it_is(unit: UnitMemory, instance: Instance) -> UnitMemory:
+def _as_it_is(unit: UnitMemory | None, instance: Instance) -> UnitMemory:
     """Take over what the unit is now, as if nothing had happened before."""
     return replace(
-        unit,
+        unit or UnitMemory(state=instance.state, since=instance.since),
         state=instance.state,
         since=instance.since,
+        enabled=instance.enabled,
         restarts=instance.restarts,
         served=instance.state == "active",
         failed_starts=0,
@@ -132,38 +130,44 @@ def _as_it_is(unit: UnitMemory, instance: Instance) -> UnitMemory:
 
 
 def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
-    after = before
-    if before.state != instance.state:
-        after = replace(after, state=instance.state, since=instance.since)
-        wish = _wish(before, instance, now)
-        serves = before.held(now) == "started" and before.state == "activating" and instance.state == "active"
-        if wish or serves:
-            after = replace(after, hold=wish or "started", hold_until=now + settings.manual_hold_s)
-        elif now >= before.hold_until:
-            after = replace(after, hold="")
+    moved = before.state != instance.state
+    since = instance.since if moved else before.since
+    after = replace(before, state=instance.state, since=since, hold=before.held(now))
+    wish = _wish(before, instance, now) if moved else ""
+    serves = after.hold == "started" and before.state == "activating" and instance.state == "active"
+    if wish or serves:
+        after = replace(after, hold=wish or "started", hold_until=now + settings.manual_hold_s)
+    after = _enabled(after, instance)
     after = _failed(after, instance, settings, now, was=before.state)
     if after.tries:
         after = _tried(after, instance, settings, now)
     return _restarted(after, instance, settings, now)
 
 
-def _tried(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
-    """Count it as a failure when nothing came of a start: a condition is not met, or it ended at once.
+def _enabled(unit: UnitMemory, instance: Instance) -> UnitMemory:
+    """Take note of a change from enabled to disabled; the other way, whatever was done by hand ends."""
+    if instance.enabled == unit.enabled:
+        return unit
+    return replace(unit, enabled=instance.enabled, hold="" if instance.enabled else "disabled")
 
-    It would be the first to be asked for ever, and no other one would.
+
+def _tried(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
+    """Count a start that had no effect as a failure: a condition is not met, or the worker ended at once.
+
+    Otherwise this instance would be started again and again, and never another one.
     """
     if instance.state != "inactive" or now - unit.verb_at > MAX_GAP * settings.probe_interval_s:
         return replace(unit, tries=0)
     if unit.tries < TRIES or instance.queued:
         return unit
-    return _cool_down(replace(unit, tries=0), "it was told to start, and nothing came of it", settings, now)
+    return _cool_down(replace(unit, tries=0), "a start had no effect", settings, now)
 
 
 def _restarted(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
-    """Count it as a failure when systemd had to try again what has never been ready.
+    """Count it as a failure when systemd restarts an instance that was never ready.
 
     systemd tries ten times before it calls a unit failed; all that time it would count as one that starts.
-    The first restart after a time of service is no failed start. While it cools down, one failure is enough.
+    The first restart after it has served is no failed start. While it cools down, one failure is enough.
     """
     tried = instance.restarts - unit.restarts
     more = max(0, tried - (1 if unit.served else 0))
@@ -173,36 +177,44 @@ def _restarted(unit: UnitMemory, instance: Instance, settings: WatcherSettings, 
     served = instance.state == "active" or (unit.served and tried == 0 and not ended)
     in_a_row = 0 if ended or instance.state == "active" else unit.failed_starts + more
     after = replace(unit, restarts=instance.restarts, served=served, since=since, failed_starts=in_a_row)
-    why = "it does not come up, and systemd starts it again and again"
+    why = "its starts fail, and systemd starts it again and again"
     return _cool_down(after, why, settings, now) if failed else after
 
 
 def _wish(before: UnitMemory, instance: Instance, now: float) -> Hold:
-    """Tell a start or stop that we did not ask for.
+    """Recognise a start or a stop that we did not ask for.
 
-    Of one that goes down it is not known yet whether it stays there: after a restart or a crash it does
-    not. And to drain may take long: what counts is when it began.
+    An instance that is deactivating may come back, after a restart or a crash. A drain may take long: what
+    counts is when it began. A stop that comes with a mask ends with the mask.
     """
-    draining = before.state == "deactivating"
-    began = before.since if draining else now
+    began = before.since if before.state == "deactivating" else now
     ours = before.verb if began - before.verb_at <= COMMAND_S else None
-    ran = before.state in ("active", "activating", "deactivating")
+    ran = before.state in _RAN
     if instance.runs and not ran and ours != "start":
         return "started"
-    if ran and instance.state == "inactive" and ours != "stop":
-        return "stopped"
-    return ""
+    return (
+        "stopped" if ran and instance.state == "inactive" and ours != "stop" and not instance.masked else ""
+    )
 
 
 def adopt(units: Mapping[Key, UnitMemory], instances: Iterable[Instance]) -> Mapping[Key, UnitMemory]:
     """Return what the process before this one remembered, with the states there are now.
 
-    What came and went while no watcher looked is nobody's wish: the host was booted, everything was restarted
-    or upgraded. A failure still counts, and what root did before that is respected to its end.
+    A start or stop that no watcher has seen was not made by hand: everything was restarted or upgraded. A
+    failure still counts, and so does what was done by hand before. One that was stopped and runs was started.
     """
-    there = {one.key: one for one in instances if one.state != "failed" and one.key in units}
-    changed = {key: _as_it_is(units[key], one) for key, one in there.items()}
+    changed = {}
+    for one in instances:
+        if one.key in units and one.state != "failed":
+            unit = _enabled(units[one.key], one)
+            started = unit.hold == "stopped" and one.runs
+            changed[one.key] = _as_it_is(replace(unit, hold="") if started else unit, one)
     return {**units, **changed}
+
+
+def booted(units: Mapping[Key, UnitMemory]) -> Mapping[Key, UnitMemory]:
+    """Return what is still true of instances after a boot: what was done by hand before it is not."""
+    return {key: replace(unit, hold="", enabled=False) for key, unit in units.items()}
 
 
 def _failed(
@@ -258,8 +270,8 @@ def why_excluded(instance: Instance, unit: UnitMemory | None, settings: WatcherS
         return f"its GPU is not well: {instance.gpu.fault}"
     if instance.gpu.hot:
         return f"its GPU is too hot: {instance.gpu.hot}"
-    if unit.held(now) == "stopped":
-        return "stopped by hand"
+    if unit.held(now) in BY_HAND:
+        return f"{unit.hold} by hand"
     if instance.gpu.foreign_bytes > settings.foreign_mb * 1024 * 1024:
         return f"other programs hold {instance.gpu.foreign_bytes // 2**20} MiB of its GPU"
     return ""

@@ -8,14 +8,14 @@ read it no rights on the journal are needed. The journal has them too, for longe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import orjson
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from gpuinfer.watcher.calm import Calm
-from gpuinfer.watcher.memory import UnitMemory
+from gpuinfer.watcher.memory import UnitMemory, booted
 from gpuinfer.watcher.part import Measured
 from gpuinfer.watcher.policy import Decision, History
 from gpuinfer.watcher.rates import PRIOR_WORKER_S, Rates
@@ -32,10 +32,11 @@ class Unreadable(ValueError):
     """Raised for a memory that is not in our form: of another version, or not written by a watcher."""
 
 
-def pack(history: History) -> bytes:
-    """Return a history as JSON."""
+def pack(history: History, boot: str = "") -> bytes:
+    """Return a history as JSON. ``boot``: the host's boot id."""
     return orjson.dumps(
         {
+            "boot": boot,
             "parts": {
                 name: {
                     "rates": {key: getattr(part.rates, key) for key in _RATES},
@@ -48,12 +49,17 @@ def pack(history: History) -> bytes:
     )
 
 
-def unpack(text: bytes | None) -> History:
-    """Return the history that was packed; an empty one when there is none. Raises Unreadable."""
+def unpack(text: bytes | None, boot: str = "") -> History:
+    """Return the history that was packed, as it is after ``boot``; an empty one when there is none.
+
+    Raises Unreadable.
+    """
     if text is None:
         return History()
     try:
-        return _KEPT.validate_json(text).history()
+        kept = _KEPT.validate_json(text)
+        history = kept.history()
+        return history if kept.boot == boot else replace(history, units=booted(history.units))
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
@@ -83,6 +89,7 @@ class _Part(BaseModel):
 
 
 class _Memory(BaseModel):
+    boot: str = ""
     parts: dict[str, _Part] = {}
     units: list[tuple[int, str, UnitMemory]] = []
 

@@ -16,8 +16,9 @@ from gpuinfer.queue.depth import Lane
 from gpuinfer.queue.fleet import EVERYTHING, Serves
 
 UnitState = Literal["inactive", "activating", "active", "deactivating", "failed"]
-#: What an administrator did by hand, and what is therefore left alone for a while.
-Hold = Literal["", "started", "stopped"]
+#: What an administrator did by hand, and the watcher respects: a start for a while, a stop or a change from
+#: enabled to disabled until a start, an enable or a boot.
+Hold = Literal["", "started", "stopped", "disabled"]
 Verb = Literal["start", "stop"]
 #: "repair": starts that keep failing are stopped.
 Verdict = Literal["scale_up", "scale_down", "hold", "repair"]

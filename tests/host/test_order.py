@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.host.admin import TWO, ask, ended, predict, properties, result
+from tests.host.admin import TWO, ask, ended, predict, properties, redis_cli, result
 from tests.host.container import Container
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
@@ -62,7 +62,8 @@ def test_a_stop_of_all_ends_all(host: Container) -> None:
 
     A start that was on its way to systemd at that moment it undoes.
     """
-    host.ok("systemctl disable --now gpuinfer-worker@0; systemctl stop gpuinfer-watcher")
+    host.ok("systemctl stop gpuinfer-watcher; systemctl disable --now gpuinfer-worker@0")
+    redis_cli(host, "del", "gpuinfer:watcher:memory:gpuhost")  # or it is known to be disabled by hand
     for _ in range(40):
         ask(host, f"-d '{TWO}' http://127.0.0.1:8080/predict")
     for round_ in range(5):

@@ -163,17 +163,17 @@ def test_killed_in_mid_scale_it_comes_to_the_same_fleet(host: Container) -> None
     assert holds(host) == []
 
 
-def test_a_manual_start_and_stop_are_respected_for_the_stated_time(host: Container) -> None:
-    """What root starts stays though nothing waits; what root stops stays stopped though much does."""
+def test_a_manual_start_and_stop_are_respected(host: Container) -> None:
+    """What root starts stays though nothing waits; what root stops stays stopped until root starts it."""
     host.ok("systemctl start gpuinfer-worker@3")
     time.sleep(HOLD_S / 2)
     assert states(host) == [DOWN, DOWN, DOWN, UP], log(host)
     burst(host, 500)
     until(host, *[UP] * 4)
     host.ok("systemctl stop gpuinfer-worker@2")
-    time.sleep(HOLD_S / 2)
+    time.sleep(1.5 * HOLD_S)
     assert states(host) == [UP, UP, DOWN, UP], log(host)
-    until(host, *[UP] * 4, timeout_s=HOLD_S + 10)
+    host.ok("systemctl start gpuinfer-worker@2")
 
 
 def test_a_reboot_is_no_manual_stop(host: Container) -> None:

@@ -21,7 +21,7 @@ import redis
 from gpuinfer.queue import keys
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, QueueSettings
-from gpuinfer.watcher.probe import DECISIONS
+from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX
 from tests.conftest import need
 from tests.host.container import Container
 from tests.host.root import missing, root
@@ -55,6 +55,22 @@ SETTINGS = {
 }
 
 
+#: NVML as it is for the watcher: the driver is not there before a file says how many GPUs it lists.
+NVML = """
+import sys
+sys.path.append({root!r})
+from tests.fake_nvml import FakeNvml
+class Late(FakeNvml):
+    def nvmlInit(self):
+        self.count = int(open({driver!r}).read())
+        self.init = None if self.count else self.NVML_ERROR_LIBRARY_NOT_FOUND
+        super().nvmlInit()
+fake = Late(used_bytes=0)
+def __getattr__(name):
+    return getattr(fake, name)
+"""
+
+
 @pytest.fixture(scope="module")
 def container() -> Iterator[Container]:
     need(not missing(), missing())
@@ -80,7 +96,7 @@ class Site:
         chosen = {**SETTINGS, "BROKER_URL": self.server.url, **more}
         env = {f"GPUINFER_{name}": str(value) for name, value in chosen.items()}
         command = [sys.executable, "-m", "gpuinfer", "watcher", "run"]
-        env |= {**os.environ, "DBUS_SYSTEM_BUS_ADDRESS": bus}
+        env |= {**os.environ, "DBUS_SYSTEM_BUS_ADDRESS": bus, "PYTHONPATH": str(self.folder)}
         self.watcher = Process(command, self.folder / "watcher.log", env=env)
         self.watcher.wait_for_line('"watching"')
         return self.watcher
@@ -123,6 +139,18 @@ class Site:
                 self.beat()
             time.sleep(0.1)
 
+    def remembers(self, number: int, hold: str) -> None:
+        """Wait until the watcher has kept what was done by hand."""
+        deadline = time.monotonic() + 30
+        while [number, hold] not in (kept := self.holds()):
+            assert time.monotonic() < deadline, kept
+            time.sleep(0.1)
+
+    def holds(self) -> list[list[object]]:
+        """Return what the watcher has kept of hands: instance and what was done."""
+        kept: bytes = self.redis.get(MEMORY_PREFIX + socket.gethostname()) or b"{}"  # type: ignore[assignment]
+        return [[number, unit["hold"]] for number, _, unit in orjson.loads(kept).get("units", [])]
+
     def tail(self) -> str:
         """Return what the watcher logged last."""
         return self.watcher.tail() if self.watcher else ""
@@ -141,7 +169,8 @@ def site(container: Container, redis_server: RedisServer, tmp_path: Path) -> Ite
         made.watcher.kill()
     made.redis.close()
     container.ok(
-        "systemctl stop 'gpuinfer-worker@*'; systemctl disable -q gpuinfer-worker@{0,1,2,3}; "
+        "systemctl unmask -q --runtime gpuinfer-worker@{1,3}; systemctl stop 'gpuinfer-worker@*'; "
+        "systemctl disable -q gpuinfer-worker@{0,1,2,3}; "
         "systemctl reset-failed; rm -f /fail-*"
     )
 
@@ -210,7 +239,7 @@ def test_a_failing_unit_is_quarantined_longer_each_time(site: Site) -> None:
     watcher = site.watch()
     site.backlog(500)
     site.until([UP, DOWN, UP, UP])
-    assert "it does not come up" in watcher.wait_for_line("stop gpu1@")
+    assert "starts it again and again" in watcher.wait_for_line("stop gpu1@")
     # After its rest it is tried again, fails again, and rests twice as long.
     deadline = time.monotonic() + 40
     while watcher.text().count("stop gpu1@") < 2:
@@ -230,14 +259,37 @@ def test_a_unit_that_fails_at_once_holds_up_no_other(site: Site) -> None:
     site.until([DOWN, UP, DOWN, DOWN], 15)
 
 
-def test_what_an_administrator_stops_stays_stopped(site: Site) -> None:
-    """A manual stop is respected for the stated time, however long the queue."""
+def test_a_driver_that_comes_later_brings_its_gpus(site: Site) -> None:
+    """Without one there is a single instance; the watcher finds four GPUs once NVML lists them."""
     site.workers_say()
-    site.watch(WATCHER_MANUAL_HOLD_S=6)
+    driver = site.folder / "driver"
+    driver.write_text("0")
+    (site.folder / "pynvml.py").write_text(
+        NVML.format(root=str(Path(__file__).parents[2]), driver=str(driver))
+    )
+    site.watch(WATCHER_INSTANCES=0, WORKER_DEVICE="auto")
     site.backlog(500)
+    site.until([UP, DOWN, DOWN, DOWN])
+    driver.write_text("4")
     site.until([UP] * 4)
-    time.sleep(1)
+
+
+def test_what_an_administrator_does_holds(site: Site) -> None:
+    """A stop and a mask hold, over a restart of the watcher too, until a start and an unmask."""
+    site.workers_say()
+    site.container.ok("systemctl mask -q --runtime gpuinfer-worker@1")
+    watcher = site.watch(WATCHER_MANUAL_HOLD_S=1)
+    site.backlog(500)
+    site.until([UP, DOWN, UP, UP])
     site.container.ok("systemctl stop gpuinfer-worker@2")
-    time.sleep(4)
-    assert site.states() == [UP, UP, DOWN, UP]
+    site.remembers(2, "stopped")
+    watcher.kill()
+    site.container.ok("systemctl unmask -q --runtime gpuinfer-worker@1")
+    site.watch(WATCHER_MANUAL_HOLD_S=1)
+    site.until([UP, UP, DOWN, UP])
+    site.container.ok("systemctl mask -q --runtime --now gpuinfer-worker@3")
+    site.until([UP, UP, DOWN, DOWN])
+    time.sleep(2)
+    assert site.states() == [UP, UP, DOWN, DOWN]
+    site.container.ok("systemctl unmask -q --runtime gpuinfer-worker@3; systemctl start gpuinfer-worker@2")
     site.until([UP] * 4)

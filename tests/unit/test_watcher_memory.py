@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 
+from gpuinfer.watcher import notes
 from gpuinfer.watcher.memory import UnitMemory, adopt, remember
 from gpuinfer.watcher.state import HEALTHY, GpuHealth, Instance, Key
 from tests.watchers import KNOWN, Watcher, World, keys, observe, remembering, settings
@@ -50,7 +52,7 @@ def test_a_start_that_systemd_tries_again_and_again_is_a_failure() -> None:
     assert world.running == {A0, Key(1, "a")}
     unit = watcher.history.units[A0]
     assert (unit.failures, unit.hold) == (1, "")
-    assert "does not come up" in unit.why
+    assert "starts it again and again" in unit.why
     crash_loop(world, watcher, 35)
     assert world.instances[Key(1, "a")].state == "active"
     assert [(action.verb, action.key.number) for _, action in world.log] == [
@@ -121,7 +123,7 @@ def test_a_start_without_effect_is_a_failure() -> None:
     assert asked[:3] == [0, 0, 1]
     assert world.running == {Key(1, "a")}
     unit = watcher.history.units[A0]
-    assert (unit.failures, unit.why) == (1, "it was told to start, and nothing came of it")
+    assert (unit.failures, unit.why) == (1, "a start had no effect")
 
 
 def test_a_start_that_waits_for_others_is_none_without_effect() -> None:
@@ -269,16 +271,97 @@ def test_a_gpu_others_use_is_left_alone() -> None:
     assert [action.verb for action in watcher.look().actions] == ["start"]
 
 
-def test_a_manual_stop_is_respected_for_the_stated_time() -> None:
-    """What an administrator stops stays stopped, however long the queue; later it is ours again."""
+def stopped_by_hand(*, enabled: bool = False) -> tuple[World, Watcher]:
+    """Return a world with a backlog, whose only instance an administrator has stopped."""
     world = busy_world(1)
+    world.set(A0, enabled=enabled, state="active")
     watcher = Watcher(world, settings(manual_hold_s=100.0))
     watcher.run(30)
     world.set(A0, state="inactive", since=world.now)
-    watcher.run(100)
+    watcher.run(5000)
     assert world.running == set()
+    return world, watcher
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_stop_by_hand_holds_until_a_start(enabled: bool) -> None:
+    """However long the queue, and whether it is enabled or not; after a start it is ours again."""
+    world, watcher = stopped_by_hand(enabled=enabled)
+    world.set(A0, state="active", since=world.now)
     watcher.run(5)
+    assert watcher.history.units[A0].hold == "started"
+    watcher.run(200)
+    assert watcher.history.units[A0].hold == ""
+
+
+def test_a_stop_by_hand_holds_until_an_enable() -> None:
+    """What is enabled runs."""
+    world, watcher = stopped_by_hand()
+    world.set(A0, enabled=True)
+    watcher.run(1)
     assert world.running == {A0}
+
+
+def test_a_stop_by_hand_holds_over_a_restart_of_the_watcher_and_not_over_a_boot() -> None:
+    """It is kept with the boot's id."""
+    world, watcher = stopped_by_hand()
+    kept = notes.pack(watcher.history, "this boot")
+    for boot, running in (("this boot", set()), ("the next", {A0})):
+        history = notes.unpack(kept, boot)
+        units = adopt(history.units, world.instances.values())
+        again = Watcher(copy.deepcopy(world), settings(), history=replace(history, units=units))
+        again.run(2)
+        assert again.world.running == running
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["seen", "while no watcher looked"])
+def test_a_change_from_enabled_to_disabled_holds(seen: bool) -> None:
+    """It runs on until nothing needs it, and is not started on demand; one that was never enabled is."""
+    world = World.of(keys(2))
+    for key in world.instances:
+        world.set(key, enabled=key == A0, state="active")
+    watcher = Watcher(world, settings(calm_s=10.0))
+    watcher.run(2)
+    world.set(A0, enabled=False)
+    if not seen:
+        watcher.history = replace(
+            watcher.history, units=adopt(watcher.history.units, world.instances.values())
+        )
+    watcher.run(200)
+    assert world.running == set()
+    world.waiting, world.rate = 100_000, 0.0
+    watcher.run(30)
+    assert world.running == {Key(1, "a")}
+    world.set(A0, enabled=True)
+    watcher.run(1)
+    assert A0 in world.running
+
+
+def test_a_stop_that_comes_with_a_mask_ends_with_it() -> None:
+    """`mask --runtime --now` is for tonight; and one that does not run is not started either."""
+    world = busy_world(2)
+    watcher = Watcher(world, settings())
+    world.set(Key(1, "a"), masked=True)
+    watcher.run(30)
+    assert world.running == {A0}
+    world.set(A0, masked=True, state="inactive", since=world.now)
+    watcher.run(1000)
+    assert world.running == set()
+    for key in world.instances:
+        world.set(key, masked=False)
+    watcher.run(1)
+    assert world.running == set(world.instances)
+
+
+def test_between_the_two_halves_of_a_restart_nobody_has_stopped_it() -> None:
+    """inactive for a moment, with a job that starts it again."""
+    world = busy_world(1)
+    watcher = Watcher(world, settings())
+    watcher.run(30)
+    for changes in ({"state": "inactive", "queued": True}, {"state": "activating", "queued": False}):
+        world.set(A0, since=world.now, **changes)
+        watcher.run(1)
+        assert not watcher.history.units[A0].hold
 
 
 def test_a_manual_start_is_respected_for_the_stated_time() -> None:
@@ -324,19 +407,6 @@ def test_an_enabled_instance_is_started_and_never_stopped() -> None:
     Watcher(world, settings(ceiling=1)).run(1000)
     assert world.running == set(world.instances)
     assert world.verbs() == ["start"] * 3
-
-
-def test_an_enabled_instance_that_was_stopped_by_hand_rests_too() -> None:
-    """`systemctl stop` means it, for a while, also for what is enabled."""
-    world = World.of(keys(1))
-    world.set(A0, enabled=True, state="active")
-    watcher = Watcher(world, settings(manual_hold_s=60.0))
-    watcher.run(2)
-    world.set(A0, state="inactive")
-    watcher.run(59)
-    assert world.running == set()
-    watcher.run(3)
-    assert world.running == {A0}
 
 
 def test_a_restart_is_no_wish() -> None:
