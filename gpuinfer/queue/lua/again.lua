@@ -7,7 +7,12 @@ local function told_before(id)
   body = read and type(body) == 'table' and body or {}
   local about, told = type(body.about) == 'table' and body.about or {}, ''
   for _, name in ipairs({'expires', 'metadata', 'traceparent'}) do
-    if about[name] ~= nil then told = told .. ',"' .. name .. '":' .. cjson.encode(about[name]) end
+    local value = about[name]
+    if value ~= nil then
+      -- cjson writes 14 digits.
+      value = type(value) == 'number' and string.format('%.17g', value) or cjson.encode(value)
+      told = told .. ',"' .. name .. '":' .. value
+    end
   end
   told = told .. '}'
   if type(body.sent_at) == 'number' then told = told .. ',"sent_at":' .. string.format('%.3f', body.sent_at) end
