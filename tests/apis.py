@@ -32,9 +32,9 @@ class HandWorker:
     Its first claim enters its models into the catalogue, and makes the first one the default.
     """
 
-    def __init__(self, client: redis.Redis, *models: str) -> None:
+    def __init__(self, client: redis.Redis, *models: str, name: str = WORKER) -> None:
         models = models or ("digits",)
-        self.store = Store(client, WORKER, QUEUES, QueueSettings(), models=models)
+        self.store = Store(client, name, QUEUES, QueueSettings(), models=models)
 
     def register(self) -> None:
         """Say what it serves, as a worker that has stopped since: known, and not alive."""

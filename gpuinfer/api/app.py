@@ -16,13 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gpuinfer import __version__
-from gpuinfer.api import health, metrics, tasks
+from gpuinfer.api import documented, health, metrics, tasks
 from gpuinfer.api.answers import answer
 from gpuinfer.api.docs import PAGES, add_docs
 from gpuinfer.api.drain import EVERY_S
 from gpuinfer.api.manners import Methods, methods_of
 from gpuinfer.api.middleware import note
-from gpuinfer.api.oip import documented
+from gpuinfer.api.oip import documented as oip_documented
 from gpuinfer.api.reply import error_for
 from gpuinfer.api.routes import router
 from gpuinfer.api.shared import Shared
@@ -64,11 +64,13 @@ def create_app(shared: Shared) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.settings = shared.settings
+    app.include_router(documented.predict)
+    app.include_router(documented.result)
     app.include_router(router)
     app.include_router(tasks.router)
     app.include_router(health.router)
     app.include_router(metrics.router)
-    app.include_router(documented.router)
+    app.include_router(oip_documented.router)
     add_docs(app)
     _handle_errors(app, shared)
     return app

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routes that FastAPI serves, and the documentation of those in ``front.py``."""
+"""Routes that FastAPI serves; ``documented`` has the documentation of those in ``front.py``."""
 
 from __future__ import annotations
 
@@ -28,89 +28,6 @@ def _client(request: Request) -> AsyncClient:
 def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
-
-
-class _Fast(Exception):
-    """Raised by routes that are here for their documentation alone: ``front.py`` serves them."""
-
-
-@router.post(
-    "/predict",
-    status_code=202,
-    tags=["predict"],
-    summary="Submit one input",
-    responses=schemas.SUBMIT_RESPONSES,
-    openapi_extra=schemas.PREDICT_BODY,
-)
-async def predict() -> None:
-    """Put one input into a queue. The body is the input, or an object with it and options beside it.
-
-    A file is sent as it is, with options in the URL, or in a form, with options beside it. With
-    `Prefer: wait=5` or `?wait=5` the answer is 200 and the task when it has ended in time, failed or not.
-    """
-    raise _Fast
-
-
-@router.put("/models/{model}/predict", include_in_schema=False)  # what curl -T sends
-@router.post(
-    "/models/{model}/predict",
-    status_code=202,
-    tags=["predict"],
-    summary="Submit one input to a model",
-    responses=schemas.SUBMIT_RESPONSES,
-    openapi_extra=schemas.PREDICT_BODY,
-)
-async def predict_with(model: str) -> None:
-    """As `/predict`, for the model that the path names."""
-    raise _Fast
-
-
-@router.post(
-    "/batch_predict",
-    status_code=202,
-    tags=["predict"],
-    summary="Submit a list of inputs as one job",
-    responses=schemas.SUBMIT_RESPONSES,
-    openapi_extra=schemas.BATCH_BODY,
-)
-async def batch_predict() -> None:
-    """Put a list of inputs into a queue as one task; its result is a list, an entry for each input."""
-    raise _Fast
-
-
-@router.put(
-    "/tasks/{task_id}",
-    status_code=202,
-    tags=["predict"],
-    summary="Submit one input under an id of your own",
-    responses=schemas.PUT_RESPONSES,
-    openapi_extra=schemas.PREDICT_BODY,
-)
-async def put_task(task_id: str) -> None:
-    """As `/predict`, and safe to repeat: the same request finds the task that is there, another one is a 409.
-
-    An id has 1 to 200 letters, digits, `_`, `.`, `:` and `-`.
-    """
-    raise _Fast
-
-
-@router.get(
-    "/result/{task_id:path}",
-    tags=["result"],
-    summary="The state of a task, and its result",
-    responses=schemas.RESULT_RESPONSES,
-)
-async def result(
-    task_id: str,
-    wait: Annotated[
-        str | None, Query(description="Seconds to wait for the task to end, cut to api.max_wait_s.")
-    ] = None,
-) -> None:
-    """Answer at once, or with `wait` as soon as the task has ended. A failed task is a 200, too.
-
-    An id that nothing is known of is a 404; with `wait`, when it has not ended by then.
-    """
-    raise _Fast
 
 
 @router.post(

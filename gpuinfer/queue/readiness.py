@@ -30,10 +30,13 @@ class Capacity:
     excluded: Mapping[str, str] = field(default_factory=dict)
     #: The models of the catalogue, sorted.
     catalogue: tuple[str, ...] = ()
+    #: Model -> the versions of it that live workers have, sorted, as far as they tell.
+    versions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def of(self, model: str) -> Capacity:
         """Return those that serve, or would serve, one model."""
-        return Capacity(_of(self.live, model), _of(self.startable, model), self.excluded, self.catalogue)
+        live, startable = _of(self.live, model), _of(self.startable, model)
+        return Capacity(live, startable, self.excluded, self.catalogue, self.versions)
 
     def knows(self, model: str) -> bool:
         """Tell whether a model is in the catalogue, or named by what serves it."""
@@ -56,10 +59,15 @@ def parse(
     """
     live: dict[str, Serves] = {}
     missing: dict[str, set[str]] = {}
+    versions: dict[str, set[str]] = {}
     for worker, body in heartbeats.alive(beats, now).items():
         serves = said(body)
         if serves is not None and body.get("state") != "draining":
             live[worker] = serves
+            told_versions = body.get("versions")
+            for model, version in (told_versions if isinstance(told_versions, dict) else {}).items():
+                if isinstance(version, str) and version:
+                    versions.setdefault(model, set()).add(version)
         absent = body.get("missing")
         missing.setdefault(worker.partition("@")[2], set()).update(absent if isinstance(absent, dict) else ())
     startable: dict[str, Serves] = {}
@@ -75,7 +83,8 @@ def parse(
                 startable[name] = serves._replace(models=left)
             else:
                 excluded[name] = "its models cannot be loaded on its host"
-    return Capacity(live, startable, excluded, tuple(sorted(catalogue)))
+    found = {model: tuple(sorted(ones)) for model, ones in versions.items()}
+    return Capacity(live, startable, excluded, tuple(sorted(catalogue)), found)
 
 
 def _instances(host: str, text: bytes, now: float) -> dict[str, tuple[Serves, str]]:

@@ -41,6 +41,8 @@ class Model:
             for text in batch
         ]
 """
+#: What names the version of a shipped model.
+VERSION = json.loads((SHIPPED / "digits" / "installed.json").read_text())["digest"][:19]
 DATATYPES = {np.dtype("float32"): "FP32", np.dtype("uint8"): "UINT8", np.dtype("float64"): "FP64"}
 
 
@@ -86,9 +88,9 @@ def test_tritonclient(workers: Workers, api: Api, redis_server: RedisServer) -> 
 
 def _metadata(client: triton.InferenceServerClient) -> None:
     assert client.get_server_metadata()["name"] == "gpuinfer"
-    assert client.get_model_metadata("digits", "1") == {
+    assert client.get_model_metadata("digits", VERSION) == {
         "name": "digits",
-        "versions": ["1"],
+        "versions": [VERSION],
         "platform": "gpuinfer",
         "inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, 1, 8, 8]}],
         "outputs": [{"name": "digit", "datatype": "FP32", "shape": [-1, 10]}],
@@ -101,16 +103,22 @@ def _metadata(client: triton.InferenceServerClient) -> None:
     ]
     talker = client.get_model_metadata("talker")
     assert talker["inputs"] == [{"name": "input", "datatype": "BYTES", "shape": [-1]}]
-    assert client.is_model_ready("digits", "1")
+    assert client.is_model_ready("digits", VERSION)
     assert not client.is_model_ready("digits", "2")
     assert not client.is_model_ready("nosuch")
-    refused("404", "no version '2'", "digits", "2", call=client.get_model_metadata)
+    refused(
+        "404",
+        f"version '2' of model digits; they have {VERSION}",
+        "digits",
+        "2",
+        call=client.get_model_metadata,
+    )
     refused("404", "knows no model 'nosuch'", "nosuch", call=client.get_model_metadata)
 
 
 def _repository(client: triton.InferenceServerClient) -> None:
     index = client.get_model_repository_index()
-    assert {"name": "digits", "version": "1", "state": "READY", "reason": ""} in index
+    assert {"name": "digits", "version": VERSION, "state": "READY", "reason": ""} in index
     client.load_model("digits")
     refused("501", "take it out of worker.models", "digits", call=client.unload_model)
     refused("404", "knows no model", "nosuch", call=client.load_model)
@@ -122,10 +130,10 @@ def _tensors(client: triton.InferenceServerClient) -> None:
     for binary in (True, False):
         inputs = [tensor("image", pixels[:1].astype(np.float32), binary=binary)]
         outputs = [triton.InferRequestedOutput("digit", binary_data=binary)]
-        answer = client.infer("digits", inputs, request_id="mine", outputs=outputs, model_version="1")
+        answer = client.infer("digits", inputs, request_id="mine", outputs=outputs, model_version=VERSION)
         assert {
             "model_name": "digits",
-            "model_version": "1",
+            "model_version": VERSION,
             "id": "mine",
         }.items() <= answer.get_response().items()
         scores = answer.as_numpy("digit")
@@ -199,7 +207,7 @@ def _errors(client: triton.InferenceServerClient) -> None:
     image = np.zeros((1, 1, 8, 8), np.float32)
     infer = client.infer
     refused("404", "knows no model 'nosuch'", "nosuch", [tensor("image", image)], call=infer)
-    refused("404", "no version '7'", "digits", [tensor("image", image)], "7", call=infer)
+    refused("404", "has version '7'", "digits", [tensor("image", image)], "7", call=infer)
     refused("400", "the model's inputs are image", "digits", [tensor("picture", image)], call=infer)
     refused("400", "the model wants [-1, 1, 8, 8]", "digits", [tensor("image", image[0])], call=infer)
     refused("400", "the model wants BYTES", "talker", [tensor("input", image)], call=infer)
@@ -225,7 +233,7 @@ async def _asynchronous(address: str) -> None:
     pixels, labels = load_test_images()
     async with triton_aio.InferenceServerClient(address) as client:
         assert await client.is_server_ready()
-        assert (await client.get_model_metadata("digits"))["versions"] == ["1"]
+        assert (await client.get_model_metadata("digits"))["versions"] == [VERSION]
         answers = await asyncio.gather(
             *(client.infer("digits", [tensor("image", one[None].astype(np.float32))]) for one in pixels[:20])
         )

@@ -48,7 +48,7 @@ def test_a_caller_that_leaves_ends_the_task(api: Api, served: HandWorker, client
     """Its task is cancelled while it runs."""
     host, _, port = api.address.removeprefix("http://").partition(":")
     body = orjson.dumps({"inputs": [TENSOR]})
-    head = f"POST {PLACE} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    head = f"POST {PLACE} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode()
     found: list[Claimed] = []
 
     def claimed() -> list[Claimed]:
@@ -60,6 +60,21 @@ def test_a_caller_that_leaves_ends_the_task(api: Api, served: HandWorker, client
         wait_until(claimed, 60)
         task_id = served.begin(found[0])
     wait_until(lambda: client.status(task_id).state == "revoked", 60)
+
+
+def test_no_request_chooses_among_versions(api: Api, served: HandWorker) -> None:
+    """501 while workers have several, 404 for one that none has; the description names them all."""
+    body = {"queues": served.store.queues, "models": ["digits"]}
+    for worker, version in (("gpu0@test", "a"), ("gpu1@test", "b")):
+        other = HandWorker(served.store.client, name=worker)
+        other.store.signatures = served.store.signatures
+        other.store.register(orjson.dumps(body | {"worker": worker, "versions": {"digits": version}}))
+    assert api.http.get("/v2/models/digits").json()["versions"] == ["a", "b"]
+    index = api.http.post("/v2/repository/index").json()
+    assert [(one["version"], one["state"]) for one in index] == [("a", "READY"), ("b", "READY")]
+    for version, status, words in (("a", 501, "leave the version out"), ("c", 404, "they have a, b")):
+        refused = api.http.post(f"/v2/models/digits/versions/{version}/infer", json={"inputs": [TENSOR]})
+        assert (refused.status_code, words in refused.json()["error"]) == (status, True), refused.text
 
 
 def test_what_cannot_be_asked(api: Api, served: HandWorker) -> None:

@@ -90,6 +90,18 @@ def test_one_model() -> None:
         readiness(parse(absent, host(instance()), NOW, ["digits"]), "digits")
 
 
+def test_versions_are_those_of_live_workers() -> None:
+    """Each once, sorted; what a worker does not tell, or tells wrongly, is not known."""
+    beats = {
+        "gpu0@a": beat("digits", "vqa", versions={"digits": "b", "vqa": ""}),
+        "gpu1@a": beat("digits", versions={"digits": "a"}),
+        "gpu2@a": beat("digits", versions={"digits": "b", "vqa": ["x"]}),
+        "gpu3@a": beat("digits", versions={"digits": "c"}, age_s=60),
+        "gpu4@a": beat("digits", versions=["d"]),
+    }
+    assert parse(beats, {}, NOW).of("digits").versions == {"digits": ("a", "b")}
+
+
 def test_what_cannot_be_read_counts_for_nothing() -> None:
     """Garbage under the watchers' key, or a heartbeat of another kind, is no capacity and no crash."""
     for text in (b"x", b"[]", b"{}", b'{"at": 1000, "instances": 5}', b'{"at": "x", "instances": []}'):

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter
 
-JsonSchema = dict[str, Any]
+from gpuinfer.api.elsewhere import JsonSchema, document
 
 _TEXT: JsonSchema = {"type": "string"}
 _SHAPE: JsonSchema = {"type": "array", "items": {"type": "integer"}}
@@ -69,7 +67,7 @@ _WORDS = {
     415: "Compressed in a way that is not read.",
     429: "As much waits as may; see Retry-After.",
     500: "The model failed.",
-    501: "A live worker serves it: no request takes a model from a worker.",
+    501: "No request chooses among versions, or takes a model from a worker.",
     503: "Nothing serves it, or Redis is away; see Retry-After.",
     504: "It has not ended in time, and was cancelled.",
 }
@@ -81,10 +79,6 @@ def _responses(words: str, schema: JsonSchema, *statuses: int) -> dict[int | str
         for status in statuses
     }
     return {200: {"description": words, "content": {"application/json": {"schema": schema}}}} | found
-
-
-def _documentation() -> None:  # FastAPI never comes here, and would show a docstring
-    raise NotImplementedError
 
 
 router = APIRouter(tags=["Open Inference Protocol"])
@@ -106,7 +100,7 @@ _BODY: JsonSchema = {
         },
     }
 }
-_INFERRED = _responses("The model's outputs.", _ANSWER, 400, 404, 413, 415, 429, 500, 503, 504)
+_INFERRED = _responses("The model's outputs.", _ANSWER, 400, 404, 413, 415, 429, 500, 501, 503, 504)
 _INFERRED[200]["content"]["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
 _ABOUT = _object(name=_TEXT, versions=_list(_TEXT), inputs=_list(_METADATA), outputs=_list(_METADATA))
 _NOTHING: JsonSchema = {"type": "object"}
@@ -158,17 +152,4 @@ for _method, _path, _summary, _answers, _extra in (
         None,
     ),
 ):
-    _parameters = [
-        {"name": name, "in": "path", "required": True, "schema": _TEXT}
-        for name in ("model", "version")
-        if f"{{{name}}}" in _path
-    ]
-    router.add_api_route(
-        _path,
-        _documentation,
-        methods=[_method],
-        summary=_summary,
-        responses=_answers,
-        openapi_extra={**(_extra or {}), **({"parameters": _parameters} if _parameters else {})},
-        operation_id=f"{_method}{_path}".lower().translate(str.maketrans("/{}", "___")),
-    )
+    document(router, _method, _path, _summary, _answers, extra=_extra)

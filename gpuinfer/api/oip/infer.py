@@ -53,12 +53,13 @@ async def infer(scope: Scope, receive: Receive, send: Send, model: str, version:
         model=model,
         priority=options.get("priority", 0),
     )
-    result = (await _ended(scope, receive, task_id, seconds)).unwrap()
+    status = await _ended(scope, receive, task_id, seconds)
+    result = status.unwrap()
     tensors = outputs_of(result, signature, inputs.items, asked.outputs)
     binary = {one.name for one in asked.outputs if one.binary} if asked.outputs else set()
     if asked.outputs is None and asked.binary:
         binary = {one.name for one in tensors}
-    head: dict[str, Any] = {"model_name": model, "model_version": version}
+    head: dict[str, Any] = {"model_name": model, "model_version": status.about.get("version", version)}
     if asked.id:
         head["id"] = asked.id
     content, length = write(head, tensors, binary)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paths below ``/v2``. Plain ASGI, for infer is a hot path, and for errors have a form of their own.
 
-Each model has one version here, "1". Load and unload change nothing: a worker loads the models of its setting
-``worker.models`` before it is ready, and that is for its host's administrator to say. Load is a 200 where a
-live worker serves the model, unload where none does; else they say what to do.
+A model's versions are those that live workers have, each the beginning of its folder's digest. No request can
+choose among several: that is refused. Load and unload change nothing: a worker loads the models of its
+setting ``worker.models`` before it is ready, and that is for its host's administrator to say. Load is a 200
+where a live worker serves the model, unload where none does; else they say what to do.
 """
 
 from __future__ import annotations
@@ -29,8 +30,6 @@ from gpuinfer.queue.readiness import Capacity
 log = get_logger(__name__)
 
 PREFIX = "/v2"
-#: The only version of every model.
-VERSION = "1"
 EXTENSIONS = ("binary_tensor_data", "classification", "model_repository")
 _MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?"
 _READY, _NOT_READY = "READY", "UNAVAILABLE"
@@ -49,19 +48,20 @@ async def _serve(scope: Scope, receive: Receive, send: Send) -> None:
         if found := pattern.fullmatch(path):
             if method != verb:
                 raise WrongMethod(f"{path[:200]} takes {verb}, not {method[:20]}")
-            await route(scope, receive, send, _checked(found.groupdict()))
+            await route(scope, receive, send, found.groupdict(""))
             return
     raise NotInProtocol(f"there is no {path[:200]}; see the Open Inference Protocol, version 2")
 
 
-def _checked(found: dict[str, Any]) -> dict[str, str]:
-    """Return what a path holds. Raises UnknownModel for a version that no model has."""
-    version = found.get("version") or VERSION
-    if version != VERSION:
+def _check_version(capacity: Capacity, found: Mapping[str, str]) -> None:
+    """Raises UnknownModel for a version that no live worker has. A path without a version means any."""
+    model, version = found["model"], found["version"]
+    known = capacity.versions.get(model, ())
+    if version and version not in known:
+        said = ", ".join(known) or "none"
         raise UnknownModel(
-            f"there is no version {version[:40]!r}: each model has one, {VERSION!r}", "version"
+            f"no live worker has version {version[:80]!r} of model {model[:80]}; they have {said}", "version"
         )
-    return found | {"version": version}
 
 
 # -- the server -----------------------------------------------------------------------------
@@ -91,9 +91,11 @@ async def _model(scope: Scope, receive: Receive, send: Send, found: Mapping[str,
 
     model = found["model"]
     signature = await signature_of(scope, model)
+    capacity = await shared(scope).client.capacity()
+    _check_version(capacity, found)
     about = {
         "name": model,
-        "versions": [VERSION],
+        "versions": capacity.versions.get(model, ()),
         "platform": "gpuinfer",
         "inputs": [_input(one, signature) for one in signature.inputs],
         "outputs": [_output(one, signature) for one in signature.outputs],
@@ -129,6 +131,7 @@ async def _model_ready(scope: Scope, receive: Receive, send: Send, found: Mappin
     """Answer 200 while a live worker serves the model."""
     capacity = await shared(scope).client.capacity()
     _serving(capacity, found["model"])
+    _check_version(capacity, found)
     await send_json(scope, send, {"name": found["model"], "ready": True})
 
 
@@ -152,6 +155,16 @@ def _known(capacity: Capacity, model: str) -> None:
 async def _infer(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
     from gpuinfer.api.oip.infer import infer  # numpy; a front that is not asked does without
 
+    if found["version"]:
+        capacity = await shared(scope).client.capacity()
+        _serving(capacity, found["model"])
+        _check_version(capacity, found)
+        if len(known := capacity.versions[found["model"]]) > 1:
+            raise NotSupported(
+                f"workers have versions {', '.join(known)} of it, and a request goes to any of them: "
+                "leave the version out",
+                "version",
+            )
     await infer(scope, receive, send, found["model"], found["version"])
 
 
@@ -174,11 +187,12 @@ def _states(capacity: Capacity) -> list[dict[str, str]]:
     return [
         {
             "name": name,
-            "version": VERSION,
+            "version": version,
             "state": _READY if name in served else _NOT_READY,
             "reason": "" if name in served else "no live worker serves it",
         }
         for name in sorted({*capacity.catalogue, *served})
+        for version in capacity.versions.get(name) or ("",)
     ]
 
 
