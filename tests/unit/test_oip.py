@@ -279,7 +279,7 @@ async def test_who_is_refused_is_told_when_to_come_back() -> None:
     shared.drain.sample(0)
     now[0] = 10.0
     shared.drain.sample(10)
-    scope: Scope = {"type": "http"}
+    scope: Scope = {"type": "http", "path": "/v2"}
     shared.enter(scope)
     sent: list[Message] = []
 
