@@ -15,7 +15,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from signal import SIG_DFL, SIGABRT, SIGCHLD, SIGINT, SIGKILL, SIGTERM, Signals, set_wakeup_fd, signal
+from signal import (
+    SIG_DFL,
+    SIGABRT,
+    SIGCHLD,
+    SIGCONT,
+    SIGINT,
+    SIGKILL,
+    SIGTERM,
+    Signals,
+    set_wakeup_fd,
+    signal,
+)
 from typing import Any, NoReturn
 
 import orjson
@@ -54,6 +65,8 @@ class _Place:
         self.pid = 0
         self.link: socket.socket | None = None
         self.ready = False
+        #: It was silent, and was sent SIGABRT.
+        self.warned = False
         self.began = self.heard = 0.0
         self.crashes = 0
         #: When to start it again.
@@ -126,14 +139,19 @@ class Supervisor:
             if not place.pid and now >= place.due and not self._stopping:
                 self._start(place)
             elif place.pid and self._patience_s and now - place.heard > self._patience_s:
-                log.error("process_hangs", pid=place.pid, silent_s=round(now - place.heard, 1))
-                os.kill(place.pid, SIGABRT)
-                place.heard = now
+                self._end_hung(place, now)
         ready = sum(place.ready for place in self._places)
         if ready == len(self._places) and not self._told:
             self._told = True
             log.info("listening", address=where, pid=os.getpid(), processes=ready)
             self._notifier.notify(f"READY=1\nSTATUS={ready} processes listening on {where}")
+
+    def _end_hung(self, place: _Place, now: float) -> None:
+        """Have a process that is silent tell where it stands, and end; the next time, end it."""
+        log.error("process_hangs", pid=place.pid, silent_s=round(now - place.heard, 1))
+        os.kill(place.pid, SIGKILL if place.warned else SIGABRT)
+        os.kill(place.pid, SIGCONT)  # as systemd does: what is stopped takes no signal
+        place.warned, place.heard = True, now
 
     def _hear(self, wake: socket.socket) -> None:
         for key, _ in self._selector.select(0.5):
@@ -174,7 +192,7 @@ class Supervisor:
             self._become_child(theirs, ours)
         theirs.close()
         ours.setblocking(False)
-        place.pid, place.link, place.ready = pid, ours, False
+        place.pid, place.link, place.ready, place.warned = pid, ours, False, False
         place.began = place.heard = self._clock()
         self._selector.register(ours, selectors.EVENT_READ, place)
 

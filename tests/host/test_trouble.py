@@ -114,6 +114,39 @@ def test_the_api_is_killed_and_answers_again(host: Container) -> None:
     all_completed(host, [*ids, predict(host)])
 
 
+def test_two_processes_of_the_api(host: Container) -> None:
+    """READY once both serve; one that is killed or hangs is started again, and a restart refuses nobody."""
+    drop_in = "/etc/systemd/system/gpuinfer-api.service.d/two.conf"
+    host.put(drop_in, "[Service]\nEnvironment=GPUINFER_API_PROCESSES=2\nWatchdogSec=6\n")
+    host.ok("systemctl daemon-reload; systemctl restart gpuinfer-api")
+    state = properties(host, "gpuinfer-api", "StatusText", "NRestarts")
+    assert state["StatusText"].startswith("2 processes listening on http://127.0.0.1:8080, unix:/run/")
+    parent = main_pid(host, "gpuinfer-api")
+    for how in ("KILL", "STOP"):
+        one, other = host.ok(f"pgrep -P {parent}").split()
+        host.ok(f"kill -{how} {one}")
+        host.until(f"[ $(pgrep -P {parent} | grep -vwc -e {one} -e {other}) = 1 ] && ! kill -0 {one}")
+        all_completed(host, [predict(host)])
+    told = actions(journal(host, f"_PID={parent}"))
+    assert (told.count("process_crashed"), told.count("process_hangs")) == (2, 1), told
+    assert main_pid(host, "gpuinfer-api") == parent
+    asked = "curl -s -o /dev/null -w '%{http_code}\\n' http://127.0.0.1:8080/health/live; sleep 0.02"
+    said = host.ok(
+        "(sleep 1; for i in 1 2; do systemctl restart gpuinfer-api; done) & "
+        f'seq 300 | xargs -P 4 -n 1 sh -c "{asked}" | sort | uniq -c; wait',
+        timeout=200,
+    )
+    assert said.split() == ["300", "200"], said
+    # The parent's own silence is systemd's to end; its processes go with it.
+    parent = main_pid(host, "gpuinfer-api")
+    host.ok(f"kill -STOP {parent}")
+    host.until(
+        f"[ $(systemctl show -P MainPID gpuinfer-api) != {parent} ] && systemctl is-active gpuinfer-api"
+    )
+    assert len(host.ok("pgrep -f 'gpuinfer api'").split()) == 3
+    host.ok(f"rm {drop_in}; systemctl daemon-reload; systemctl restart gpuinfer-api")
+
+
 def test_an_api_that_cannot_start_ends_in_failed(host: Container) -> None:
     """Wrong settings and a waiting client: it is not started for ever; once mended, one start suffices."""
     host.put(
