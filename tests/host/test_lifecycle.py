@@ -34,6 +34,8 @@ def next_version(debs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 #: systemd's messages about a unit: it is told to stop, and it has started.
 STOPPING, STARTED = "de5b426a63be47a7b6ac3eaac82e2f6f", "39f53479d3a045ac8e11786248231fbf"
+#: It lies beside the keys, and is none.
+KEPT = "/etc/gpuinfer/keys.d/mine.txt"
 WORKERS = ("gpuinfer-worker@0.service", "gpuinfer-worker@1.service")
 
 
@@ -58,6 +60,7 @@ def test_upgrade_keeps_what_an_admin_set(host: Container, next_version: Path, bu
     """
     host.ok("sed -i 's/^#result_ttl_s = .*/result_ttl_s = 7200/' /etc/gpuinfer/gpuinfer.toml")
     host.ok("systemctl disable gpuinfer-watcher; sysctl -w net.core.somaxconn=8192")
+    host.ok(f"echo mine >{KEPT}")
     units = [*WORKERS, "gpuinfer-api"]
     before = {unit: main_pid(host, unit) for unit in units}
     journald = main_pid(host, "systemd-journald")
@@ -75,6 +78,9 @@ def test_upgrade_keeps_what_an_admin_set(host: Container, next_version: Path, bu
     assert "+next" in host.ok("dpkg-query -W gpuinfer")
     assert "result_ttl_s = 7200" in host.ok("cat /etc/gpuinfer/gpuinfer.toml")
     assert host.ok("sysctl -n net.core.somaxconn").strip() == "8192"
+    assert host.ok(f"cat {KEPT}; stat -c '%a %U %G' /etc/gpuinfer/keys.d").split() == [
+        *("mine", "750", "root", "gpuinfer-api")
+    ]
     assert host.sh("systemctl is-enabled gpuinfer-watcher").output.strip() == "disabled"
     assert main_pid(host, "systemd-journald") == journald
     for unit, pid in before.items():
@@ -157,6 +163,7 @@ def test_reinstall_finds_its_settings_again(host: Container, debs: list[Path]) -
     install(host, debs[:1])
     host.until("systemctl is-active gpuinfer-worker@0 gpuinfer-api", timeout=60)
     assert "result_ttl_s = 7200" in host.ok("cat /etc/gpuinfer/gpuinfer.toml")
+    host.ok(f"test -e {KEPT}")
     assert result(host, predict(host))["status"] == "completed"
 
 
@@ -168,6 +175,7 @@ def test_purge_leaves_only_what_the_admin_made(host: Container) -> None:
     host.ok(f"mount -t tmpfs none {redis} && systemctl start gpuinfer.target && ls {redis}/appendonlydir")
     said = host.ok("apt-get purge -y gpuinfer gpuinfer-torch-cpu", timeout=300)
     assert f"left in place, as it could not be removed: {redis}" in said
+    host.ok("! test -e /etc/gpuinfer/keys.d")
     assert host.ok(f"ls -A {redis}; umount {redis} && rmdir {redis}") == ""
     host.ok("rm -r /etc/gpuinfer /etc/systemd/system/gpuinfer-* /var/lib/gpuinfer/models/slow")
     left = host.ok(

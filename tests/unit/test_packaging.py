@@ -524,3 +524,17 @@ def test_the_packages_name_their_maintainers() -> None:
         )
     (one,) = named
     assert "packages.example.org" not in one
+
+
+def test_the_keys_are_the_fronts_alone() -> None:
+    """No other unit's process can even look at them, whatever its user could."""
+    for file in sorted((ROOT / "systemd").glob("*.service")):
+        text = file.read_text()
+        hidden = "InaccessiblePaths=-/etc/gpuinfer/keys.d\n" in text
+        # The roll is root's own work, outside of any sandbox.
+        assert hidden == (file.name not in ("gpuinfer-api.service", "gpuinfer-roll.service")), file.name
+    assert (
+        "d /etc/gpuinfer/keys.d 0750 root gpuinfer-api -\n"
+        in (ROOT / "systemd" / "gpuinfer.tmpfiles").read_text()
+    )
+    assert " /etc/gpuinfer/keys.d " in (PACKAGING / "debian" / "gpuinfer.postrm").read_text()
