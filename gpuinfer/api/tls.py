@@ -11,16 +11,17 @@ import os
 import ssl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from gpuinfer.certificate import BEGIN, not_after
 from gpuinfer.errors import ConfigError
 from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
 
-_CERTIFICATE, _KEY = "-----BEGIN CERTIFICATE-----", "PRIVATE KEY-----"
+_KEY = "PRIVATE KEY-----"
 
 
 class _Files(NamedTuple):
@@ -76,7 +77,10 @@ class Certificate:
         """Read the files into the context; return when the certificate expires. Raises ConfigError."""
         files = _Files(_read(self._cert), _read(self._key))
         self._check(files)
-        expires = not_after(files.certificate)
+        try:
+            expires = not_after(files.certificate)
+        except ValueError as exc:
+            raise ConfigError(f"{self._cert}: {exc}") from None
         with _as_paths(files) as (cert, key):
             for context in (_context(), self.context):
                 try:
@@ -87,51 +91,12 @@ class Certificate:
 
     def _check(self, files: _Files) -> None:
         """Raise ConfigError for what OpenSSL would only call a PEM error."""
-        if _CERTIFICATE.encode() not in files.certificate:
-            raise ConfigError(f"{self._cert}: holds no certificate in PEM ({_CERTIFICATE})")
+        if BEGIN.encode() not in files.certificate:
+            raise ConfigError(f"{self._cert}: holds no certificate in PEM ({BEGIN})")
         if _KEY.encode() not in files.key:
             raise ConfigError(f"{self._key}: holds no private key in PEM (-----BEGIN {_KEY})")
         if b"ENCRYPTED" in files.key:
             raise ConfigError(f"{self._key}: the key is encrypted, and nobody is there to type its password")
-
-
-def not_after(pem: bytes) -> datetime:
-    """Return when the first certificate of a PEM file expires (RFC 5280 4.1). Raises ConfigError."""
-    text = pem.decode("latin-1")
-    begin = text.find(_CERTIFICATE)
-    end = text.find("-----END CERTIFICATE-----", begin)
-    try:
-        der = ssl.PEM_cert_to_DER_cert(text[begin:end] + "-----END CERTIFICATE-----")
-        fields = _elements(der, *_body(der, _body(der, 0)[0]))
-        # version (may be missing), serial number, algorithm, issuer, validity
-        validity = fields[4] if fields[0][0] == 0xA0 else fields[3]
-        tag, start, stop = _elements(der, *validity[1:])[1]
-        written = der[start:stop].decode("ascii").removesuffix("Z")
-        if tag == 0x17:  # UTCTime: two digits of the year, of 1950 to 2049
-            written = ("19" if written >= "50" else "20") + written
-        return datetime.strptime(written, "%Y%m%d%H%M%S").replace(tzinfo=UTC)
-    except (ValueError, IndexError):
-        raise ConfigError("the certificate cannot be read: it is damaged") from None
-
-
-def _body(der: bytes, at: int) -> tuple[int, int]:
-    """Return where the contents of the DER element at a place begin and end."""
-    length, start = der[at + 1], at + 2
-    if length & 0x80:
-        size = length & 0x7F
-        length = int.from_bytes(der[start : start + size])
-        start += size
-    return start, start + length
-
-
-def _elements(der: bytes, at: int, end: int) -> list[tuple[int, int, int]]:
-    """Return tag, begin and end of each DER element between two places."""
-    found = []
-    while at < end:
-        start, stop = _body(der, at)
-        found.append((der[at], start, stop))
-        at = stop
-    return found
 
 
 def _context() -> ssl.SSLContext:

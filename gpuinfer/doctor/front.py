@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import http.client
+import ssl
 from collections.abc import Mapping
 
 import orjson
@@ -21,7 +22,7 @@ def ready(host: Host) -> Finding:
     name, port = address(host)
     where = f"{name}:{port}"
     try:
-        status, body = _get(_ANY.get(name, name), port, "/health/ready")
+        status, body = _get(_ANY.get(name, name), port, "/health/ready", tls=bool(host.settings.api.tls_cert))
     except ConnectionRefusedError:
         return _refused(host, where)
     except (OSError, http.client.HTTPException) as exc:
@@ -33,8 +34,12 @@ def ready(host: Host) -> Finding:
     return warning(f"the API at {where} is not ready: {_reason(body)}", "gpuinfer doctor redis work")
 
 
-def _get(name: str, port: int, path: str) -> tuple[int, bytes]:
+def _get(name: str, port: int, path: str, *, tls: bool) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection(name, port, timeout=_LIMIT_S)
+    if tls:  # the certificate is for the name that clients use, which is not this address
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(name, port, timeout=_LIMIT_S, context=context)
     try:
         connection.request("GET", path, headers={"Connection": "close"})
         answer = connection.getresponse()

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Sequence
 
 from gpuinfer.doctor import (
+    access,
     bindings,
     broker,
     clock,
@@ -81,6 +82,8 @@ CHECKS: tuple[Check, ...] = (
     Check("work.paused", served.paused),
     Check("work.foreign", served.foreign),
     Check("work.api", front.ready),
+    Check("access.connect", access.connect),
+    Check("access.keys", access.keys),
     Check("work.request", work.request, LIMIT_S + work.REQUEST_S, slow=True),
 )
 NAMES = tuple(check.name for check in CHECKS)

@@ -20,7 +20,8 @@ ALWAYS = (
 )
 API, SOCKET, WATCHER = "gpuinfer-api.service", "gpuinfer-api.socket", "gpuinfer-watcher.service"
 _PROPERTIES = "Id,LoadState,ActiveState,SubState,UnitFileState,Result,NRestarts,Listen"
-_LISTENS = re.compile(r"\[?([^]]+?)\]?:(\d+) \(Stream\)")
+_LISTENS = re.compile(r"(?m)^\[?([^]\n]+?)\]?:(\d+) \(Stream\)$")
+_PATHS = re.compile(r"(?m)^(/.*) \(Stream\)$")
 
 Unit = Mapping[str, str]
 
@@ -34,7 +35,16 @@ def show(host: Host, units: Sequence[str], properties: str = _PROPERTIES) -> lis
     if done.returncode:
         raise Skipped(f"systemctl: {done.stderr.strip()}")
     blocks = re.split(r"\n\n+", done.stdout.strip())
-    return [dict(line.partition("=")[::2] for line in block.splitlines()) for block in blocks if block]
+    return [_properties(block) for block in blocks if block]
+
+
+def _properties(block: str) -> Unit:
+    """Return a unit's properties; one that has several lines, as a socket's Listen, keeps them as lines."""
+    found: dict[str, str] = {}
+    for line in block.splitlines():
+        key, _, value = line.partition("=")
+        found[key] = f"{found[key]}\n{value}" if key in found else value
+    return found
 
 
 def services(host: Host) -> Findings:
@@ -165,8 +175,17 @@ def _no_listener(unit: Unit) -> Finding:
 
 def listens(unit: Unit) -> tuple[str, int] | None:
     """Return address and port of a socket unit; None for one without TCP, and for other units."""
-    found = _LISTENS.match(unit.get("Listen", ""))
-    return (found[1], int(found[2])) if found else None
+    return next(iter(addresses(unit)), None)
+
+
+def addresses(unit: Unit) -> list[tuple[str, int]]:
+    """Return all addresses with their ports of a socket unit."""
+    return [(host, int(port)) for host, port in _LISTENS.findall(unit.get("Listen", ""))]
+
+
+def paths(unit: Unit) -> list[str]:
+    """Return the Unix sockets of a socket unit."""
+    return _PATHS.findall(unit.get("Listen", ""))
 
 
 def address(host: Host) -> tuple[str, int]:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import structlog
 
-from gpuinfer.api.tls import Certificate, not_after
+from gpuinfer.api.tls import Certificate
+from gpuinfer.certificate import not_after
 from gpuinfer.errors import ConfigError
 from tests.services import make_certificate
 
@@ -194,5 +195,5 @@ def test_when_a_certificate_expires(pairs: tuple[Pair, Pair]) -> None:
     ).stdout
     expected = ssl.cert_time_to_seconds(said.strip().removeprefix("notAfter="))
     assert not_after(pairs[0][0].read_bytes()) == datetime.fromtimestamp(expected, UTC)
-    with pytest.raises(ConfigError, match="damaged"):
+    with pytest.raises(ValueError, match="damaged"):
         not_after(b"-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n")
