@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gpuinfer.queue import keys
-from gpuinfer.queue.fleet import HOSTS, VIEWS
+from gpuinfer.queue.fleet import HOSTS
 from gpuinfer.settings import QUEUES
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ _ORDER, _TURNS = f"~{keys.ORDER_PREFIX}*", f"~{keys.TURNS}"
 _AGEING, _AGED = f"~{keys.AGEING_PREFIX}*", f"~{keys.AGED_PREFIX}*"
 _DEAD_AGES, _DEAD_BYTES = f"~{keys.DEAD_AGES}", f"~{keys.DEAD_BYTES}"
 _LATER, _LATER_SETS, _DUE = f"~{keys.LATER}", f"~{keys.LATER_PREFIX}*", f"~{keys.DUE}"
-_PAUSED, _HOSTS, _VIEWS = f"~{keys.PAUSED}", f"~{HOSTS}", f"~{VIEWS}"
+_PAUSED, _HOSTS = f"~{keys.PAUSED}", f"~{HOSTS}"
 _USAGE, _COUNTS, _KEY_USED = f"~{keys.USAGE_PREFIX}*", f"~{keys.COUNTS}", f"~{keys.KEY_USED}"
 _FLUSHED = f"~{keys.FLUSHED_PREFIX}*"
 _SERIES, _CHUNKS = f"~{keys.SERIES}", f"~{keys.SERIES_PREFIX}*"
@@ -152,13 +152,14 @@ _ACCOUNTING = (
 )
 #: To see them, and the history of the main ones.
 _AUDITING = (
-    _selector("+hgetall", _USAGE, _COUNTS, _KEY_USED, _ENDED, _BODY_BYTES, _SERIES, _HOSTS, _VIEWS),
+    _selector("+hgetall", _USAGE, _COUNTS, _KEY_USED, _ENDED, _BODY_BYTES, _SERIES, _HOSTS),
     _selector("+getrange", _CHUNKS),
     _selector("+get", _DEAD_BYTES),
     _selector("+memory|usage", *_LISTS),
 )
-#: To write that history.
+#: To write that history, and what a watcher counts.
 _RECORDING = (
+    *_ACCOUNTING,
     _selector("+hlen", "+hexists", "+hset", "+hdel", _SERIES),
     _selector("+exists", "+setrange", "+expire", _CHUNKS),
 )

@@ -164,14 +164,13 @@ _OF_A_WORKER = {
     "gpuinfer_worker_device_memory_bytes": "device_memory_bytes",
 }
 _OF_A_GPU = {
-    "gpuinfer_gpu_temperature_celsius": "celsius",
-    "gpuinfer_gpu_memory_used_bytes": "used_bytes",
-    "gpuinfer_gpu_memory_total_bytes": "memory_bytes",
+    "gpuinfer_gpu_temperature_celsius": "temperature_c",
+    "gpuinfer_gpu_busy_ratio": "busy",
+    "gpuinfer_gpu_memory_used_bytes": "memory_used",
+    "gpuinfer_gpu_memory_total_bytes": "memory_total",
 }
 _OF_A_WATCHER = {
     "gpuinfer_watcher_desired_workers": "desired",
-    "gpuinfer_watcher_running_workers": "running",
-    "gpuinfer_watcher_instances": "instances",
     "gpuinfer_watcher_quarantined": "quarantined",
 }
 
@@ -186,20 +185,27 @@ def _of_host(seen: Snapshot, host: Host) -> dict[str, Values]:
     beating: Bodies = {(name,): body for name, body in own.items() if name in alive}
     for metric, key in _OF_A_WORKER.items():
         found[metric] = _picked(beating, key)
-    view = seen.views.get(host.name, {})
+    told = seen.hosts.get(host.name, {})
     lives = host.name in seen.live_hosts
     found["gpuinfer_watcher_up"] = {(): float(lives)}
     if lives:
         for metric, key in _OF_A_WATCHER.items():
-            found[metric] = _picked({(): view}, key)
-        gpus: Bodies = {(str(one.get("index")),): one for one in view.get("gpus", ())}
+            found[metric] = _picked({(): told}, key)
+        states = [one.get("state") for one in told.get("instances", ())]
+        found["gpuinfer_watcher_instances"] = {(): float(len(states))}
+        found["gpuinfer_watcher_running_workers"] = {(): float(states.count("active"))}
+        gpus: Bodies = {(str(one.get("index")),): one for one in told.get("gpus", ())}
         for metric, key in _OF_A_GPU.items():
             found[metric] = _picked(gpus, key)
-    found["gpuinfer_watcher_decisions_total"] = {
-        (verdict,): float(count) for verdict, count in view.get("decisions", {}).items()
-    }
-    xids = {tuple(name.split(" ", 1)): float(count) for name, count in view.get("xids", {}).items()}
-    found["gpuinfer_gpu_xids_total"] = xids
+    for metric, kind in (
+        ("gpuinfer_watcher_decisions_total", "decision"),
+        ("gpuinfer_gpu_xids_total", "xid"),
+    ):
+        found[metric] = {
+            tuple(what.split("/")): float(count)
+            for (counted, what, its_host), count in seen.counts.items()
+            if counted == kind and its_host == host.name
+        }
     return {name: values for name, values in found.items() if values}
 
 

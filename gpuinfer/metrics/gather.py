@@ -19,7 +19,7 @@ import redis
 from gpuinfer.queue import depth, heartbeats, keys
 from gpuinfer.queue.connection import DURABILITY
 from gpuinfer.queue.depth import Depth, Lane
-from gpuinfer.queue.fleet import HOSTS, VIEWS, silent_after
+from gpuinfer.queue.fleet import HOSTS, silent_after
 from gpuinfer.queue.scripts import bind
 from gpuinfer.redis_url import parse
 from gpuinfer.settings import BrokerSettings
@@ -54,8 +54,8 @@ class Snapshot:
     list_bytes: Mapping[Lane, int] = field(default_factory=dict)
     body_bytes: Mapping[str, int] = field(default_factory=dict)
     dead_bytes: int = 0
-    #: Host -> what its watcher has told last of itself and its GPUs, and whether it is alive.
-    views: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: Host -> what its watcher has told last of itself, its queues and GPUs; and whose watchers live.
+    hosts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     live_hosts: frozenset[str] = frozenset()
     #: Redis's INFO.
     redis: Mapping[str, Any] = field(default_factory=dict)
@@ -77,9 +77,10 @@ class Snapshot:
         """Return how long the oldest task of each lane has waited, as a watcher that lives has seen it."""
         found: dict[Lane, float] = {}
         for host in sorted(self.live_hosts):
-            for name, seconds in self.views.get(host, {}).get("oldest", {}).items():
-                tier, _, model = name.partition(" ")
-                found[Lane(tier, model)] = max(found.get(Lane(tier, model), 0.0), float(seconds))
+            for name, told in self.hosts[host].get("queues", {}).items():
+                tier, _, model = name.partition(".")
+                lane, seconds = Lane(tier, model), float(told.get("oldest_s", 0.0))
+                found[lane] = max(found.get(lane, 0.0), seconds)
         return found
 
 
@@ -98,15 +99,16 @@ def gather(client: redis.Redis, *, weigh: bool = True) -> Snapshot:
         pipe.time()
         for worker in workers:
             pipe.get(keys.heartbeat(worker))
-        for name in (keys.ENDED, keys.COUNTS, keys.BODY_BYTES, HOSTS, VIEWS):
+        for name in (keys.ENDED, keys.COUNTS, keys.BODY_BYTES, HOSTS):
             pipe.hgetall(name)
         pipe.get(keys.DEAD_BYTES)
         pipe.info()
         answers = pipe.execute()
     depths, answers = answers[: len(workers) + 2], answers[len(workers) + 2 :]
     beats, now = heartbeats.parse(workers, answers[: len(workers) + 1])
-    ended, counts, bodies, hosts, views, dead_bytes, info = answers[len(workers) + 1 :]
+    ended, counts, bodies, told, dead_bytes, info = answers[len(workers) + 1 :]
     queues = depth.of(workers, depths)
+    hosts = _parsed(told)
     ends, result_bytes = _ended(ended)
     return Snapshot(
         now=now,
@@ -118,8 +120,8 @@ def gather(client: redis.Redis, *, weigh: bool = True) -> Snapshot:
         list_bytes=_weigh(client, depths[0][2], queues.default_model) if weigh else {},
         body_bytes={tier.decode(): max(0, int(size)) for tier, size in bodies.items()},
         dead_bytes=int(dead_bytes or 0),
-        views=_parsed(views),
-        live_hosts=_live(_parsed(hosts), now),
+        hosts=hosts,
+        live_hosts=_live(hosts, now),
         redis=info,
     )
 

@@ -83,6 +83,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("gpuinfer_worker_device_memory_bytes", "gauge", "What torch holds there.", ("worker",), "host"),
     # -- GPUs
     Metric("gpuinfer_gpu_temperature_celsius", "gauge", "Temperature of a GPU.", ("gpu",), "host"),
+    Metric(
+        "gpuinfer_gpu_busy_ratio", "gauge", "Share of the time that NVML saw work on it.", ("gpu",), "host"
+    ),
     Metric("gpuinfer_gpu_memory_used_bytes", "gauge", "Memory in use on a GPU.", ("gpu",), "host"),
     Metric("gpuinfer_gpu_memory_total_bytes", "gauge", "Memory of a GPU.", ("gpu",), "host"),
     Metric(

@@ -21,8 +21,6 @@ from gpuinfer.settings import QUEUES
 
 #: Host -> what its watcher tells of its instances.
 HOSTS = "gpuinfer:watcher:hosts"
-#: Host -> what its watcher tells of itself and its GPUs, for those who look (see ``watcher.views``).
-VIEWS = "gpuinfer:watcher:views"
 #: A watcher is silent when it has told nothing new for this long, or for this many of its own looks.
 SILENT_S = 10.0
 SILENT_LOOKS = 3.0

@@ -63,11 +63,14 @@ class GpuWatch:
         nvml: Any = None,
         clock: Callable[[], float] = time.monotonic,
         bound: Callable[[], Mapping[int, str]] = dict,
+        on_xid: Callable[[int, int], None] = lambda gpu, xid: None,
     ) -> None:
         """``numbers``: the instances there are until NVML has answered.
 
-        ``bound``: the devices that instances' own files name.
+        ``bound``: the devices that instances' own files name. ``on_xid`` hears of each Xid, and of the GPU's
+        index before it, in the thread.
         """
+        self._on_xid = on_xid
         self._settings = settings
         #: The instances that this host has GPUs for, as far as is known.
         self.numbers = numbers
@@ -155,6 +158,7 @@ class GpuWatch:
                 self._stop.wait(_SLICE_S / 2)
 
     def _note(self, indices: Mapping[int, int], index: int, xid: int) -> None:
+        self._on_xid(index, xid)
         if xid in PROGRAMS:
             log.info("gpu_xid", gpu=index, xid=xid, reason=f"{PROGRAMS[xid]}: a fault of the program")
             return

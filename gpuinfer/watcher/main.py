@@ -49,6 +49,7 @@ from gpuinfer.watcher.memory import adopt, refused, why_excluded
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, as_it_runs
 from gpuinfer.watcher.reaper import Reaper
+from gpuinfer.watcher.recorder import Recorder
 from gpuinfer.watcher.served import Served
 from gpuinfer.watcher.state import (
     HEALTHY,
@@ -125,7 +126,9 @@ class Watcher:
         )
         self._reaper = Reaper(self._client, self.host, settings)
         self._notifier = SystemdNotifier()
-        self._gpus = gpus or GpuWatch(settings, numbers, bound=partial(health.bound_by_files, folder))
+        self._recorder = Recorder(self._client, self.host)
+        bound = partial(health.bound_by_files, folder)
+        self._gpus = gpus or GpuWatch(settings, numbers, bound=bound, on_xid=self._count_xid)
         self._health: Mapping[int, GpuHealth] = {}
         self._xids: dict[int, str] = {}
         self._kept_at = 0.0
@@ -199,6 +202,11 @@ class Watcher:
         if self._tell:  # also where nothing is started or stopped: nobody else looks after this host's tasks
             away = seen.queues is None
             await self._patiently(partial(self._reaper.step, away=away), views, seen.live_hosts)
+            self._probe.summary = self._summary(decision, now)
+            if new:
+                self._recorder.count("decision", decision.verdict)
+            if not away:
+                await self._patiently(self._recorder.step, seen.live_hosts)
         return decision
 
     async def _patiently(self, call: Callable[..., Answer], *arguments: object) -> Answer:
@@ -211,6 +219,16 @@ class Watcher:
                 break
             self._notifier.notify("WATCHDOG=1" if self._ready else f"EXTEND_TIMEOUT_USEC={3e6 * FEED_S:.0f}")
         return await task
+
+    def _summary(self, decision: Decision, now: float) -> Mapping[str, int]:
+        """Return what the others, and those who look, are told of this host's watcher."""
+        units = decision.history.units
+        cooling = sum(unit.quarantined(now) for key, unit in units.items() if key.host == self.host)
+        wanted = decision.inputs.get("wanted")
+        return {"quarantined": cooling} | ({"desired": wanted} if isinstance(wanted, int) else {})
+
+    def _count_xid(self, gpu: int, xid: int) -> None:
+        self._recorder.count("xid", f"{gpu}/{xid}")
 
     def _look_at_gpus(self, views: Mapping[int, UnitView]) -> None:
         ours = {number for number, view in views.items() if view.state not in ("inactive", "failed")}

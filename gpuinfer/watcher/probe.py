@@ -113,6 +113,8 @@ class Probe:
         #: What people are shown of the queues, as the last look has found it: ``tier.model`` -> ``oldest_s``
         #: and ``rate``, the tasks a second that workers take.
         self._told_queues: dict[str, dict[str, float]] = {}
+        #: What else they are shown: ``desired`` workers, and how many are ``quarantined``.
+        self.summary: Mapping[str, int] = {}
 
     def look(
         self,
@@ -184,6 +186,7 @@ class Probe:
             "instances": [_told(instance, now) for instance in own],
             "gpus": [*gpus],
             "queues": self._told_queues,
+            **self.summary,
         }
         flat: list[bytes] = self._share(keys=[HOSTS], args=[self._host, orjson.dumps(body)])
         self._has_told = True

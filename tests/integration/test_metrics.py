@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gpuinfer.api.schemas import DIGIT
 from gpuinfer.metrics.table import METRICS
 from gpuinfer.queue import keys
-from gpuinfer.queue.fleet import HOSTS, VIEWS
+from gpuinfer.queue.fleet import HOSTS
 from tests.apis import Api, HandWorker
 from tests.services import RedisServer, free_port
 from tests.workers import wait_until
@@ -128,18 +128,17 @@ def test_a_watchers_word_and_names_without_end(
     worker.register()
     client = worker.store.client
     seconds, _ = client.time()
-    view = {
+    told = {
+        "at": seconds,
+        "interval_s": 100,
         "desired": 3,
-        "running": 2,
-        "instances": 4,
         "quarantined": 1,
-        "decisions": {"scale_up": 7},
-        "xids": {"0 79": 2},
-        "oldest": {"realtime digits": 12.5},
-        "gpus": [{"index": 0, "celsius": 61, "used_bytes": 5, "memory_bytes": 80}],
+        "instances": [{"state": "active"}, {"state": "active"}, {"state": "failed"}],
+        "queues": {"realtime.digits": {"oldest_s": 12.5, "rate": 1}},
+        "gpus": [{"index": 0, "temperature_c": 61, "memory_used": 5, "memory_total": 80, "busy": None}],
     }
-    client.hset(VIEWS, HOST, orjson.dumps(view))
-    client.hset(HOSTS, HOST, orjson.dumps({"at": seconds, "interval_s": 100, "instances": []}))
+    client.hset(HOSTS, HOST, orjson.dumps(told))
+    client.hset(keys.COUNTS, mapping={f"decision scale_up {HOST}": 7, f"xid 0/79 {HOST}": 2, "xid 0/79 h": 1})
     counts = {f"device_us k{n} digits": 1_000_000 for n in range(250)} | {"wait:1 realtime digits": 4}
     client.hset(keys.COUNTS, mapping=counts | {"wait:3 realtime digits": 1, "wait_us realtime digits": 10**6})  # type: ignore[arg-type]
     with Api(redis_server, tmp_path) as api:

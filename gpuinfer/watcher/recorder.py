@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What watchers write down for those who look: sums of their own, and the fleet's history.
+
+The first of the watchers that live, by their hosts' names, writes the history (``queue.series``): every 10 s
+the main series, and every 5 min their means. Where another one takes over, it writes the same values in the
+same places.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import redis
+
+from gpuinfer.errors import GpuinferError
+from gpuinfer.log import get_logger
+from gpuinfer.metrics.collector import REFUSALS
+from gpuinfer.metrics.gather import Snapshot, gather
+from gpuinfer.queue import series
+from gpuinfer.queue.scripts import bind
+from gpuinfer.queue.series import COARSE, FINE
+from gpuinfer.queue.tally import Tally
+
+log = get_logger(__name__)
+
+#: So many models and workers have series of their own.
+MOST_MODELS, MOST_WORKERS = 15, 60
+#: A rate is of two samples that are no further apart than this.
+MOST_GAP_S = 60.0
+FAILED = ("failed", "dead")
+
+
+class Recorder:
+    """Writes for the watcher of one host. Blocking, except ``count``: call it in a thread."""
+
+    def __init__(self, client: redis.Redis, host: str, clock: Callable[[], float] = time.time) -> None:
+        self._client = client
+        self._host = host
+        self._clock = clock
+        self._account = bind(client, "account")
+        self._lock = threading.Lock()
+        self._tally = Tally()
+        self._slot = self._coarse = -1
+        self._before: Snapshot | None = None
+        self._refused = ""
+
+    def count(self, kind: str, what: str) -> None:
+        """Count a decision, or an Xid, of this host. May be called from any thread."""
+        with self._lock:
+            self._tally.count(kind, what, self._host)
+
+    def step(self, live_hosts: Iterable[str]) -> None:
+        """Write what is due. ``live_hosts``: those whose watchers are alive, this one among them."""
+        try:
+            self._flush()
+            slot = int(self._clock() // FINE.step_s)
+            if slot != self._slot and min(live_hosts, default=self._host) == self._host:
+                self._slot = slot
+                self._record()
+        except redis.ResponseError as exc:
+            if str(exc) != self._refused:
+                log.warning("history_not_kept", reason=str(exc), hint="tried again every 10 s")
+            self._refused = str(exc)
+        except (redis.RedisError, OSError, GpuinferError):
+            return  # the next look says that Redis is away
+        else:
+            self._refused = ""
+
+    def _flush(self) -> None:
+        with self._lock:
+            if self._tally.elapsed and self._tally.dirty:
+                self._account(keys=[], args=self._tally.args())
+                self._tally.confirm()
+
+    def _record(self) -> None:
+        seen = gather(self._client, weigh=False)
+        series.write(self._client, FINE, seen.now, sample(seen, self._before))
+        self._before = seen
+        coarse = int(seen.now // COARSE.step_s)
+        if coarse != self._coarse:
+            self._coarse = coarse
+            self._thin(coarse * COARSE.step_s)
+
+    def _thin(self, end: int) -> None:
+        """Write the means of the five minutes before ``end``."""
+        series.forget(self._client, end)
+        begin = end - COARSE.step_s
+        known = [name for name, at in series.names(self._client).items() if at >= begin]
+        found = series.read_at(self._client, known, end - 1, COARSE.step_s)
+        means = {}
+        for name, values in found.values.items():
+            there = [value for value in values if value is not None]
+            if there:
+                means[name] = sum(there) / len(there)
+        if means:
+            series.write(self._client, COARSE, begin, means)
+
+
+def sample(seen: Snapshot, before: Snapshot | None) -> dict[str, float]:
+    """Return the values of all series at one moment; rates where a moment before is known. Pure."""
+    values = {
+        "waiting": float(seen.depth.total_waiting),
+        "in_flight": float(seen.depth.total_inflight),
+        "workers": float(len(seen.alive)),
+        "dead_letters": float(seen.depth.dead_letters),
+        "redis_bytes": float(seen.redis.get("used_memory", 0)),
+    }
+    busy = {worker: _number(body.get("busy")) for worker, body in seen.alive.items()}
+    if busy:
+        values["busy"] = sum(busy.values()) / len(busy)
+    for worker in sorted(seen.alive)[:MOST_WORKERS]:
+        values[f"busy:{worker}"] = busy[worker]
+        values[f"ended:{worker}"] = _number(seen.alive[worker].get("rate"))
+    models = _models(seen)
+    oldest = seen.oldest()
+    for model in models:
+        lanes = [lane for lane in seen.depth.lanes if lane.model == model]
+        values[f"waiting:{model}"] = float(sum(sum(seen.depth.lanes[lane].values()) for lane in lanes))
+        values[f"oldest:{model}"] = max((s for lane, s in oldest.items() if lane.model == model), default=0.0)
+    if before is not None and 0 < seen.now - before.now <= MOST_GAP_S:
+        now, then = _sums(seen, models), _sums(before, models)
+        for name, count in now.items():
+            if count >= then.get(name, 0):  # else Redis has come back empty
+                values[name] = (count - then.get(name, 0)) / (seen.now - before.now)
+    return values
+
+
+def _models(seen: Snapshot) -> list[str]:
+    """Return the models that have series: those that were seen last come first."""
+    known = sorted(seen.depth.catalogue, key=lambda name: (-seen.depth.catalogue[name], name))
+    return known[:MOST_MODELS]
+
+
+def _sums(seen: Snapshot, models: Iterable[str]) -> Mapping[str, int]:
+    """Return what only grows, by the series that has its rate."""
+    found = dict.fromkeys(("ended", "failed", "requests", "refused"), 0)
+    found |= {f"{kind}:{model}": 0 for model in models for kind in ("ended", "failed")}
+    for end, count in seen.ended.items():
+        for name in ("ended", f"ended:{end.lane.model}"):
+            if name in found:
+                found[name] += count
+        if end.outcome in FAILED:
+            for name in ("failed", f"failed:{end.lane.model}"):
+                if name in found:
+                    found[name] += count
+    found["requests"] = seen.total("status")
+    found["refused"] = sum(
+        count for (kind, code, _), count in seen.counts.items() if kind == "error" and code in REFUSALS
+    )
+    return found
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
