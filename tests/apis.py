@@ -18,6 +18,7 @@ import redis
 from gpuinfer.api import schemas
 from gpuinfer.queue import results
 from gpuinfer.queue.claims import Claimed, Final, label
+from gpuinfer.queue.keys import place_of
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, QueueSettings
@@ -53,14 +54,16 @@ class HandWorker:
     def begin(self, task: Claimed) -> str:
         """Mark a claimed task as running; return its id."""
         task_id = decode(task.payload).id
-        self.store.begin([(task.seq, task_id, results.started(task_id, WORKER, os.getpid()))])
+        self.store.begin(
+            [(task.seq, task_id, results.started(task_id, WORKER, os.getpid(), caller=_whose(task)))]
+        )
         return task_id
 
     def finish(self, task: Claimed, result: Any) -> None:
         """Write a claimed task's result, or its error."""
         envelope = decode(task.payload)
         make: Callable[..., bytes] = results.failure if isinstance(result, Exception) else results.success
-        meta = make(envelope.id, result, worker=WORKER)
+        meta = make(envelope.id, result, worker=WORKER, caller=_whose(task))
         named = label("failed" if isinstance(result, Exception) else "completed", "realtime", task.model)
         self.store.settle([Final(task.seq, envelope.id, meta, reply=envelope.reply_to, label=named)])
 
@@ -71,6 +74,10 @@ class HandWorker:
             self.begin(task)
             self.finish(task, result)
         return len(tasks)
+
+
+def _whose(task: Claimed) -> str:
+    return place_of(task.list_key).caller
 
 
 class Api:

@@ -8,6 +8,8 @@ socket, of loopback), ``predict`` its own, too, ``admin`` all. Whose one may cha
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from starlette.types import Scope
@@ -15,9 +17,12 @@ from starlette.types import Scope
 from gpuinfer.api.network import key_needed
 from gpuinfer.api.rights import Verb, may, needed, verb_of
 from gpuinfer.api.shared import Shared, shared
-from gpuinfer.errors import Forbidden, Unauthorized
+from gpuinfer.errors import Forbidden, TaskNotFound, Unauthorized
 from gpuinfer.keys.folder import KeyFolder
 from gpuinfer.keys.key import Key, Role
+from gpuinfer.log import get_logger
+
+log = get_logger(__name__)
 
 _CALLER = "gpuinfer.caller"
 _BEARER = b"bearer "
@@ -82,6 +87,60 @@ def admit(scope: Scope) -> Caller:
     return found
 
 
+def check_model(scope: Scope, model: str | None) -> None:
+    """Raise Forbidden for a model that the caller's key may not use; None: a default not known."""
+    key = caller(scope).key
+    if key is not None and key.models and model not in key.models:
+        named = ", ".join(key.models)
+        said = "names no model" if model is None else f"may not use {model[:80]!r}"
+        raise Forbidden(f"the key {key.name} {said}; it may use: {named}", "model")
+
+
+def check_queue(scope: Scope, queue: str) -> None:
+    """Raise Forbidden for a queue that the caller's key may not use."""
+    key = caller(scope).key
+    if key is not None and key.queues and queue not in key.queues:
+        named = ", ".join(key.queues)
+        raise Forbidden(f"the key {key.name} may not use {queue[:80]!r}; it may use: {named}", "queue")
+
+
+def sees_model(scope: Scope, model: str) -> bool:
+    """Tell whether the caller's key may use a model, and so be told of it."""
+    key = caller(scope).key
+    return key is None or not key.models or model in key.models
+
+
+@asynccontextmanager
+async def changing(scope: Scope, task_id: str) -> AsyncIterator[str | None]:
+    """Yield ``only`` for what changes a task. Raises Forbidden for one that may be looked at, and no more.
+
+    That is one which no key has submitted. Raises TaskNotFound for another key's, and for one that is not
+    there.
+    """
+    who = caller(scope)
+    try:
+        yield who.changeable
+    except TaskNotFound:
+        if who.changeable is None:
+            raise
+        status = await shared(scope).client.status(task_id, only=who.readable)
+        if status.caller == who.name:
+            raise
+        words = f"task {task_id} is of no key: to change it takes one with the role admin"
+        raise Forbidden(words, "task_id") from None
+    audit(scope, task_id=task_id)
+
+
+def audit(scope: Scope, model: str | None = None, task_id: str | None = None) -> None:
+    """Log what an administrator does, where keys are in use."""
+    who = caller(scope)
+    if who.role == "admin" and (who.key is not None or shared(scope).keys):
+        about = {"model": model, "task_id": task_id}
+        known = {name: value[:200] for name, value in about.items() if value is not None}
+        did = f"{scope['method']} {scope['path'][:200]}"
+        log.info("admin_act", key=who.name or "-", did=did, **known)
+
+
 def _forbidden(scope: Scope, found: Caller, verb: Verb) -> Forbidden:
     who = f"the key {found.name} has the role {found.role}" if found.key else "no key was given"
     what = f"{scope['method']} {scope['path'][:200]}"
@@ -131,6 +190,3 @@ def _refused(keys: KeyFolder, token: bytes) -> Unauthorized:
     error = Unauthorized(f"this key {why}")
     error.refused_token = True
     return error
-
-
-__all__ = ["NOBODY", "Caller", "admit", "caller", "sees_hosts"]

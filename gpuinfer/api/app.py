@@ -28,6 +28,7 @@ from gpuinfer.api.routes import router
 from gpuinfer.api.shared import Shared
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import GpuinferError, InputError
+from gpuinfer.keys.folder import LOOK_EVERY_S
 
 _DESCRIPTION = """Submit work, then ask for its result. `POST /predict` answers 202 with a task id at once;
 `GET /result/{task_id}?wait=10` answers as soon as the task has ended.
@@ -44,6 +45,7 @@ def create_app(shared: Shared) -> FastAPI:
             shared.client = app.state.client = client
             accounts = shared.accounts
             sampling = asyncio.create_task(_sample(shared), name="drain")
+            watching = asyncio.create_task(_watch_keys(shared), name="keys")
             flushing = asyncio.create_task(accounts.keep_flushing(client.account), name="accounts")
             try:
                 async with metrics.serving(shared.metrics_listeners, shared.metrics):
@@ -51,6 +53,7 @@ def create_app(shared: Shared) -> FastAPI:
             finally:
                 shared.metrics.close()
                 sampling.cancel()
+                watching.cancel()
                 flushing.cancel()
                 with suppress(GpuinferError):
                     await accounts.flush(client.account)
@@ -82,6 +85,19 @@ async def _sample(shared: Shared) -> None:
         with suppress(GpuinferError):  # requests say so
             shared.drain.sample(await shared.client.claimed())
         await asyncio.sleep(EVERY_S)
+
+
+async def _watch_keys(shared: Shared) -> None:
+    """Take changes of keys over within a second, and tell Redis their weights."""
+    told: dict[str, float] | None = None
+    while True:
+        shared.keys.look()
+        weights = {name: float(key.weight) for name, key in shared.keys.keys.items() if key.weight != 1}
+        if weights != told and (shared.keys or told):
+            with suppress(GpuinferError):  # requests say so; it is told at the next look
+                await shared.client.weigh(weights)
+                told = weights
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 def methods(app: FastAPI) -> Methods:

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from starlette.types import Scope
 
 from gpuinfer.api import docs_page, schemas
+from gpuinfer.api.access import sees_model
 from gpuinfer.api.answers import answer
 from gpuinfer.api.model_schemas import inputs_schema
 from gpuinfer.client import AsyncClient
@@ -28,7 +30,7 @@ def add_docs(app: FastAPI) -> None:
 
     async def described(request: Request) -> tuple[dict[str, Any], Mapping[str, Signature]]:
         try:
-            found = await _signatures(request.app.state.client)
+            found = await _signatures(request.scope, request.app.state.client)
         except GpuinferError:  # without Redis the rest is as true
             found = {}
         return with_models(app.openapi(), found), found
@@ -94,10 +96,11 @@ def _below(request: Request) -> str:
     return str(request.scope.get("root_path", "")).rstrip("/") + URL
 
 
-async def _signatures(client: AsyncClient) -> dict[str, Signature]:
-    """Return model -> what it takes, of those that tell."""
+async def _signatures(scope: Scope, client: AsyncClient) -> dict[str, Signature]:
+    """Return model -> what it takes, of those that tell and that the caller may use."""
     found: dict[str, Signature] = {}
-    for name in (await client.fleet()).known[:MOST]:
+    known = [name for name in (await client.fleet()).known if sees_model(scope, name)]
+    for name in known[:MOST]:
         signature = await client.takes(name)
         if signature is not None:
             found[name] = signature

@@ -9,12 +9,12 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope, Send
 
-from gpuinfer.api import public
-from gpuinfer.api.access import sees_hosts
+from gpuinfer.api import public, rates
+from gpuinfer.api.access import caller, sees_hosts
 from gpuinfer.api.answers import encode
 from gpuinfer.api.middleware import note
 from gpuinfer.api.shared import shared
-from gpuinfer.errors import GpuinferError, Unauthorized
+from gpuinfer.errors import GpuinferError, RateLimited, Unauthorized
 from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
@@ -31,7 +31,12 @@ async def send_bytes(
     scope: Scope, send: Send, content: bytes, content_type: bytes, status: int = 200, headers: Headers = ()
 ) -> None:
     """Answer with a body as it is."""
-    head = [(b"content-type", content_type), (b"content-length", b"%d" % len(content)), *headers]
+    head = [
+        (b"content-type", content_type),
+        (b"content-length", b"%d" % len(content)),
+        *headers,
+        *rates.told(scope),
+    ]
     await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": content})
 
@@ -60,6 +65,8 @@ def noted(scope: Scope, error: GpuinferError, status: int) -> Headers:
     What a client did wrong is in its answer alone.
     """
     headers = []
+    if isinstance(error, RateLimited):
+        rates.refused(scope, caller(scope).key, error)
     if isinstance(error, Unauthorized):  # RFC 6750
         headers.append((b"www-authenticate", _CHALLENGES[error.refused_token]))
     seconds = shared(scope).retry_after(error, status)

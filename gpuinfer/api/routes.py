@@ -8,9 +8,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from gpuinfer.api import query, schemas
+from gpuinfer.api.access import caller, changing
 from gpuinfer.api.answers import answer
 from gpuinfer.api.middleware import note
-from gpuinfer.api.showing import state
+from gpuinfer.api.showing import models_for, state
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import InputError
 from gpuinfer.queue.usage import USUAL_S, By, since_of
@@ -44,10 +45,11 @@ async def cancel(request: Request, task_id: str) -> Response:
     """
     note(request.scope, task_id=task_id)
     client = _client(request)
-    cancelled = await client.cancel(task_id)
+    async with changing(request.scope, task_id) as only:
+        cancelled = await client.cancel(task_id, only=only)
     if cancelled:
         note(request.scope, action="task_cancelled")
-    status = await client.status(task_id)
+    status = await client.status(task_id, only=caller(request.scope).readable)
     return answer({**state(request.scope, status), "cancelled": cancelled or status.state == "revoked"})
 
 
@@ -61,7 +63,7 @@ async def models(request: Request) -> Response:
     """List them by name. A request for a model that is not listed is refused; one that no worker serves now
     is queued until one does."""
     fleet = await _client(request).fleet()
-    return answer([model.to_dict() for model in fleet.models.values()])
+    return answer(models_for(request.scope, [model.to_dict() for model in fleet.models.values()]))
 
 
 @router.get("/usage", tags=["fleet"], summary="Who has used how much", responses=schemas.USAGE_RESPONSES)

@@ -254,12 +254,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Feed systemd's watchdog from the event loop, and the request log; look whether keys have changed.
-
-        Called ten times a second.
-        """
-        if counter % 5 == 0:
-            self._shared.keys.look()
+        """Feed systemd's watchdog from the event loop, and the request log (called ten times a second)."""
         if counter % 10 == 0:
             self._requests.tick()
             if self._certificate is not None:

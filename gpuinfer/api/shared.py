@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from gpuinfer.api.network import Network
 from gpuinfer.api.receiving import PERMITS, Receiver
 from gpuinfer.api.request_log import RequestLog
 from gpuinfer.client import AsyncClient
-from gpuinfer.errors import GpuinferError, QueueFull
+from gpuinfer.errors import GpuinferError, KeyQuota, QueueFull, RateLimited
 from gpuinfer.keys.folder import KeyFolder
 from gpuinfer.metrics.page import Page
 from gpuinfer.settings import Settings
@@ -92,7 +93,9 @@ class Shared:
 
     def retry_after(self, error: GpuinferError, status: int) -> int | None:
         """Return what Retry-After says with an error and its status, in seconds; None: no header."""
-        if isinstance(error, QueueFull):
+        if isinstance(error, RateLimited):
+            return max(1, math.ceil(error.retry_after_s))
+        if isinstance(error, QueueFull) and not isinstance(error, KeyQuota):
             return self.drain.refuse()
         return self.settings.api.retry_after_s if status in (429, 503) else None
 

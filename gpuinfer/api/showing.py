@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from starlette.types import Scope
 
+from gpuinfer.api.access import sees_hosts, sees_model
+from gpuinfer.api.public import plain
 from gpuinfer.api.reply import error_for
 from gpuinfer.api.shared import shared
 from gpuinfer.queue.resource import to_resource
 from gpuinfer.queue.results import TaskStatus
+
+#: What of a worker is told to whom is no administrator.
+_OF_WORKERS = ("worker", "state", "models", "queues", "done", "rate", "running", "alive", "seen_s")
 
 
 async def shown(scope: Scope, status: TaskStatus) -> dict[str, Any]:
@@ -28,4 +34,26 @@ def _plain(scope: Scope, status: TaskStatus, body: dict[str, Any]) -> dict[str, 
     """Return it with the task's error as this request's caller may see it."""
     if status.error is not None:
         body["error"] = error_for(scope, status.error)
-    return body
+    return owned(scope, body, status.caller)
+
+
+def owned(scope: Scope, body: dict[str, Any], whose: str) -> dict[str, Any]:
+    """Return a task for JSON with the name of the key that has submitted it, for administrators."""
+    return {**body, "caller": whose} if whose and sees_hosts(scope) else body
+
+
+def models_for(scope: Scope, models: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the models that a caller may use; why workers lack one is told without what is of the hosts."""
+    found = [one for one in models if sees_model(scope, one["name"])]
+    if sees_hosts(scope):
+        return found
+    return [
+        {**one, "missing": {worker: plain(why) for worker, why in one["missing"].items()}} for one in found
+    ]
+
+
+def workers_for(scope: Scope, workers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return workers for JSON; their hosts, processes and devices are for administrators."""
+    if sees_hosts(scope):
+        return workers
+    return [{name: one[name] for name in _OF_WORKERS if name in one} for one in workers]

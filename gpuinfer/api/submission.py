@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, cast
 
 from starlette.types import Receive, Scope, Send
 
-from gpuinfer.api import admission, encodings, query, uploads
+from gpuinfer.api import admission, encodings, query, rates, uploads
+from gpuinfer.api.access import caller, check_model, check_queue
 from gpuinfer.api.accounting import MODEL, RECEIVED
 from gpuinfer.api.middleware import note
 from gpuinfer.api.reply import send_json
@@ -105,11 +106,10 @@ def _add(options: Options, name: str, value: Any) -> None:
 
 async def submit_and_answer(scope: Scope, receive: Receive, send: Send, asked: Asked) -> None:
     """Submit what is asked for, and answer 202 with its id, or 200 with the task when it ended in time."""
-    client = shared(scope).client
-    task = await client.prepare(asked.inputs, many=asked.many, options=asked.options)
+    task = await prepared(scope, asked.inputs, many=asked.many, options=asked.options)
     asked = asked._replace(inputs=None)
     if not asked.wait_s:
-        task_id = await _sent(scope, task)
+        task_id = await sent(scope, task)
         place = (b"location", b"/result/" + task_id.encode())
         await send_json(scope, send, {"task_id": task_id}, 202, (place,))
         return
@@ -128,7 +128,7 @@ async def _sent_and_ended(scope: Scope, receive: Receive, task: Submission, seco
     """Submit a task and wait for its end; it is heard of on the reply channel, without a look."""
     client = shared(scope).client
     with client.watch(task.id) as watch:
-        task_id = await _sent(scope, task)
+        task_id = await sent(scope, task)
         if task_id == task.id:
             with suppress(TimeoutError):
                 async with bounded(scope, receive, seconds):
@@ -137,11 +137,28 @@ async def _sent_and_ended(scope: Scope, receive: Receive, task: Submission, seco
     return await until_ended(scope, receive, task_id, seconds)
 
 
-async def _sent(scope: Scope, task: Submission) -> str:
+async def prepared(
+    scope: Scope, inputs: Any, *, many: bool, options: Options, task_id: str | None = None
+) -> Submission:
+    """Return a checked task of the caller's. Raises Forbidden for a model or queue its key may not use."""
+    name, _, key, _ = caller(scope)
+    if key is not None and (model := options.get("model")) is not None:
+        check_model(scope, model)
+    client, quota = shared(scope).client, None if key is None else key.quota
+    task = await client.prepare(inputs, many=many, options=options, task_id=task_id, caller=name, quota=quota)
+    if key is not None:
+        check_model(scope, task.model)
+        check_queue(scope, task.queue)
+    return task
+
+
+async def sent(scope: Scope, task: Submission) -> str:
     """Submit a task and return the id that holds. Who waits from now on holds no inputs."""
     ours = shared(scope)
     scope[MODEL] = task.model
     task_id = await ours.client.send(task)
+    if task.rate is not None:
+        rates.stands(scope, caller(scope).key, task.rate)
     ours.receiver.release(scope)
     task.inputs = None
     note(
@@ -196,10 +213,10 @@ async def put_task(scope: Scope, receive: Receive, send: Send, task_id: str) -> 
     del body
     # Requests are compared by what they say, not by their white space.
     inputs = asked.inputs.value if isinstance(asked.inputs, Json) else asked.inputs
-    task = await shared(scope).client.prepare(inputs, many=False, options=asked.options, task_id=task_id)
+    task = await prepared(scope, inputs, many=False, options=asked.options, task_id=task_id)
     asked, inputs = asked._replace(inputs=None), None
     try:
-        await _sent(scope, task)
+        await sent(scope, task)
     except IdempotencyConflict:
         raise TaskExists("stands for another request already; take another id", "task_id") from None
     await _answer(scope, send, asked, await until_ended(scope, receive, task_id, asked.wait_s))

@@ -8,11 +8,12 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 
 from gpuinfer.api import query, task_schemas
+from gpuinfer.api.access import caller, changing
 from gpuinfer.api.answers import answer
 from gpuinfer.api.bare import bare
 from gpuinfer.api.middleware import note
 from gpuinfer.api.shared import shared
-from gpuinfer.api.showing import shown
+from gpuinfer.api.showing import owned, shown, workers_for
 from gpuinfer.api.waiting import until_ended, waiting_time
 from gpuinfer.errors import WrongState
 from gpuinfer.queue.history import USUAL
@@ -41,12 +42,14 @@ async def tasks(request: Request) -> Response:
         status=given.get("status"),
         model=given.get("model"),
         before=given.get("before"),
+        only=caller(request.scope).readable,
         limit=int(limit) if limit.isascii() and limit.isdecimal() and len(limit) < 10 else -1,
     )
     url = None
     if page.before is not None:
         url = str(request.url.include_query_params(before=page.before).replace(scheme="", netloc=""))
-    return answer({"tasks": [task.to_dict() for task in page.tasks], "next": url})
+    listed = [owned(request.scope, task.to_dict(), task.caller) for task in page.tasks]
+    return answer({"tasks": listed, "next": url})
 
 
 @router.get(
@@ -110,11 +113,13 @@ async def cancel(request: Request, task_id: str) -> Response:
     """Answer the task as it is then; 409 when it has ended otherwise. To cancel twice is no error."""
     query.parse(request.scope, _NONE)
     note(request.scope, task_id=task_id)
-    client = shared(request.scope).client
-    await client.status(task_id)  # 404 for an id that nothing is known of: client.cancel would take it
-    if await client.cancel(task_id):
-        note(request.scope, action="task_cancelled")
-    status = await client.status(task_id)
+    client, readable = shared(request.scope).client, caller(request.scope).readable
+    # 404 for an id that nothing is known of: client.cancel would take it
+    await client.status(task_id, only=readable)
+    async with changing(request.scope, task_id) as only:
+        if await client.cancel(task_id, only=only):
+            note(request.scope, action="task_cancelled")
+    status = await client.status(task_id, only=readable)
     if status.state != "revoked":
         raise WrongState(f"task {task_id} has ended before: it is {status.state}", "task_id")
     return answer(await shown(request.scope, status))
@@ -132,9 +137,11 @@ async def retry(request: Request, task_id: str) -> Response:
     query.parse(request.scope, _NONE)
     note(request.scope, task_id=task_id)
     client = shared(request.scope).client
-    await client.retry(task_id)
+    async with changing(request.scope, task_id) as only:
+        await client.retry(task_id, only=only)
     note(request.scope, action="task_retried")
-    return answer(await shown(request.scope, await client.status(task_id)), 202)
+    status = await client.status(task_id, only=caller(request.scope).readable)
+    return answer(await shown(request.scope, status), 202)
 
 
 @router.delete(
@@ -148,7 +155,8 @@ async def delete(request: Request, task_id: str) -> Response:
     """Its result goes, and the dead letter that it may be; 409 while it waits or runs."""
     query.parse(request.scope, _NONE)
     note(request.scope, task_id=task_id)
-    await shared(request.scope).client.forget(task_id)
+    async with changing(request.scope, task_id) as only:
+        await shared(request.scope).client.forget(task_id, only=only)
     note(request.scope, action="task_deleted")
     return Response(status_code=204)
 
@@ -164,4 +172,4 @@ async def queues(request: Request) -> Response:
 async def workers(request: Request) -> Response:
     """What each worker's last heartbeat says; `alive` is false when it is older than 10 seconds."""
     query.parse(request.scope, _NONE)
-    return answer(await shared(request.scope).client.workers())
+    return answer(workers_for(request.scope, await shared(request.scope).client.workers()))

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from starlette.types import Receive, Scope
 
+from gpuinfer.api.access import caller
 from gpuinfer.api.shared import header, shared
 from gpuinfer.errors import InputError
 from gpuinfer.queue.results import TaskStatus
@@ -43,14 +44,15 @@ def preferred_time(scope: Scope) -> int | None:
 async def until_ended(scope: Scope, receive: Receive, task_id: str, seconds: float) -> TaskStatus:
     """Wait for the end of a task, of the time, of the caller's patience, or of this process.
 
-    Return the task's state then. Raises InputError, TaskNotFound, BrokerError.
+    Return the task's state then. Raises InputError, BrokerError; TaskNotFound also for a task that the caller
+    may not see, and that as late as for one of which nothing is known.
     """
-    client = shared(scope).client
+    client, only = shared(scope).client, caller(scope).readable
     if seconds > 0:
         with client.watch(task_id) as watch, suppress(TimeoutError):
             async with bounded(scope, receive, seconds):
-                return await client.ended(task_id, watch, patient=True)
-    return await client.status(task_id)
+                return await client.ended(task_id, watch, patient=True, only=only)
+    return await client.status(task_id, only=only)
 
 
 class bounded:

@@ -21,6 +21,8 @@ from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
 
+#: Seconds between two looks, so that a change counts within one.
+LOOK_EVERY_S = 0.5
 #: A larger file is no key.
 _MOST_BYTES = 64 * 1024
 #: The process lacks something for a moment; what is known holds meanwhile.

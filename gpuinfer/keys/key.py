@@ -12,13 +12,14 @@ import secrets
 import tomllib
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime
 from hashlib import sha256
 from typing import Any, Literal
 
 from gpuinfer.errors import BadKey
 from gpuinfer.models.manifest import MODEL_NAME
+from gpuinfer.queue.quota import Quota
 from gpuinfer.settings import QUEUES
 
 Role = Literal["predict", "read", "admin"]
@@ -50,7 +51,8 @@ class Key:
     #: The models and queues that its tasks may name.
     models: tuple[str, ...] = ()
     queues: tuple[str, ...] = ()
-    #: Tasks a second, and how many may come at once; burst 0: what the rate gives in a second, at least 1.
+    #: Tasks a second, and how many may come at once; burst 0: what the rate gives in a quarter of a second,
+    #: at least 1.
     rate: float = 0.0
     burst: int = 0
     #: Tasks of its own that may wait, and their bytes.
@@ -66,6 +68,18 @@ class Key:
     #: The token that a rotation has replaced, and until when it counts.
     old_sha256: str = ""
     old_expires: float | None = None
+    #: What of that the queue enforces; None: nothing.
+    quota: Quota | None = field(init=False, repr=False, compare=False, default=None)
+
+    def __post_init__(self) -> None:
+        quota = Quota(
+            rate=self.rate,
+            burst=self.burst,
+            max_waiting=self.max_waiting,
+            max_waiting_bytes=self.max_waiting_bytes,
+        )
+        if quota.text:
+            object.__setattr__(self, "quota", quota)
 
 
 def make_token() -> str:
@@ -142,12 +156,20 @@ def rate_of(value: object) -> float:
     return rate
 
 
-def rate_text(rate: float) -> str:
-    """Return a rate as a file has it, in the first unit that makes it a whole number."""
-    for unit, seconds in _UNITS.items():
+def per_unit(rate: float) -> tuple[int, int]:
+    """Return a rate as a whole number, 1 or more, in seconds: those of the first unit that makes it one."""
+    for seconds in _UNITS.values():
         number = rate * seconds
         if number >= 1 and math.isclose(number, round(number), rel_tol=1e-9):
-            return f"{round(number)}/{unit}"
+            return round(number), seconds
+    return max(1, round(rate * 3600)), 3600
+
+
+def rate_text(rate: float) -> str:
+    """Return a rate as a file has it, in the first unit that makes it a whole number."""
+    number, seconds = per_unit(rate)
+    if math.isclose(number, rate * seconds, rel_tol=1e-9):
+        return f"{number}/{next(unit for unit, one in _UNITS.items() if one == seconds)}"
     return f"{rate:.6f}/s" if rate >= 1 else f"{rate * 3600:.6f}/h"
 
 
@@ -192,16 +214,16 @@ _NEEDED = ("role", "sha256")
 def read_fields(given: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
     """Return the values of a key's fields, and what is wrong with others, each by its field."""
     found, wrong = {}, []
-    for field, value in given.items():
-        read = _READ.get(field)
+    for name, value in given.items():
+        read = _READ.get(name)
         if read is None:
-            wrong.append(f"{field[:80]} is no field of a key; known: {', '.join(_READ)}")
+            wrong.append(f"{name[:80]} is no field of a key; known: {', '.join(_READ)}")
             continue
         try:
-            found[field] = read(value)
+            found[name] = read(value)
         except ValueError as exc:
-            said = f" = {value!r:.80}" if "sha256" not in field else ""
-            wrong.append(f"{field}{said}: {exc}")
+            said = f" = {value!r:.80}" if "sha256" not in name else ""
+            wrong.append(f"{name}{said}: {exc}")
     return found, wrong
 
 
@@ -213,7 +235,7 @@ def parse(name: str, text: str) -> Key:
     except (tomllib.TOMLDecodeError, RecursionError) as exc:
         raise BadKey(f"is not valid TOML: {exc}", name + SUFFIX) from None
     found, wrong = read_fields(given)
-    wrong += [f"{field} is missing" for field in _NEEDED if field not in given]
+    wrong += [f"{one} is missing" for one in _NEEDED if one not in given]
     if ("old_sha256" in given) != ("old_expires" in given):
         wrong.append("old_sha256 and old_expires must stand together")
     if wrong:
@@ -227,11 +249,11 @@ def serialise(key: Key) -> str:
         f"# The key {key.name} of gpuinfer's HTTP front, which reads a change within a second.",
         f"# The token itself is kept nowhere: `gpuinfer key rotate {key.name}` makes another one.",
     ]
-    for field in fields(Key):
-        value = getattr(key, field.name)
-        if field.name == "name" or (field.name not in _NEEDED and value == field.default):
+    for one in fields(Key):
+        value = getattr(key, one.name)
+        if one.name == "name" or not one.init or (one.name not in _NEEDED and value == one.default):
             continue
-        lines.append(f"{field.name} = {_written(field.name, value)}")
+        lines.append(f"{one.name} = {_written(one.name, value)}")
     return "\n".join(lines) + "\n"
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 from starlette.types import Receive, Scope, Send
 
 from gpuinfer.api.front import Front
+from gpuinfer.errors import InferenceError
 from gpuinfer.keys.key import Key, digest, serialise
 from gpuinfer.settings import Settings
+from tests.apis import WORKER, HandWorker
 from tests.services import RedisServer
 
 pytestmark = pytest.mark.integration
@@ -219,3 +222,208 @@ async def test_without_redis_nothing_of_the_host_is_told(keyed: Settings, redis_
         )
         admin = await site.ask("GET", "/queues", token="gpi_b")
         assert admin.json()["error"]["message"] != told.json()["error"]["message"]
+
+
+# -- whose tasks they are -----------------------------------------------------------------------
+
+#: Who asks -> how: "key" or the transport of one without.
+ASKERS: Mapping[str, tuple[str, str | None]] = {
+    "shop": ("network", "gpi_shop"),
+    "lab": ("network", "gpi_lab"),
+    "read": ("network", "gpi_read"),
+    "boss": ("network", "gpi_boss"),
+    "anonymous": ("anonymous", None),
+    "unix": ("unix", None),
+}
+#: What is asked of a task, and its status for who may: of a completed one, and of one that waits.
+OF_TASKS: Mapping[str, tuple[str, str, str, int]] = {
+    "result": ("GET", "/result/{id}", "done", 200),
+    "task": ("GET", "/tasks/{id}", "done", 200),
+    "bare": ("GET", "/tasks/{id}/result", "done", 200),
+    "wait": ("GET", "/result/{id}?wait=0.01", "done", 200),
+    "cancel": ("POST", "/tasks/{id}/cancel", "done", 409),
+    "old cancel": ("POST", "/cancel/{id}", "done", 200),
+    "retry": ("POST", "/tasks/{id}/retry", "done", 409),
+    "delete": ("DELETE", "/tasks/{id}", "waits", 409),
+    "look": ("GET", "/tasks/{id}", "waits", 200),
+    "cancel it": ("POST", "/tasks/{id}/cancel", "waits", 200),
+}
+LOOKS = {"result", "task", "bare", "wait", "look"}
+
+
+def of_task(asker: str, owner: str, what: str) -> int:
+    """Return the status of a request about a task, as the issue has it."""
+    allowed = OF_TASKS[what][3]
+    if asker in ("boss", "unix"):
+        return allowed
+    if asker == "read":
+        if what not in LOOKS:
+            return 403
+        return allowed if owner == "nobody" else 404
+    if owner == asker or (asker == "anonymous" and owner == "nobody"):
+        return allowed
+    if owner == "nobody":  # one that has succeeded cannot be retried by anybody
+        return allowed if what in {*LOOKS, "retry"} else 403
+    return 404
+
+
+async def test_tasks_are_their_keys(keyed: Settings, redis_server: RedisServer) -> None:
+    """Role x what is asked x whose it is: one's own, another's, nobody's; another's is as if not there."""
+    async with opened(keyed) as site:
+        for name, role in (("shop", "predict"), ("lab", "predict"), ("read", "read"), ("boss", "admin")):
+            site.put(name, f"gpi_{name}", role=role)
+        with redis_server.client() as client:
+            worker = HandWorker(client)
+            worker.register()
+            owners = ("shop", "lab", "boss", "nobody")
+            done = {owner: await submitted(site, owner) for owner in owners}
+            assert worker.finish_all({"label": "2"}) == len(owners)
+            wrong: list[tuple[object, ...]] = []
+            for asker, owner, what in itertools.product(ASKERS, owners, OF_TASKS):
+                method, path, which, _ = OF_TASKS[what]
+                task_id = done[owner] if which == "done" else await submitted(site, owner)
+                by, token = ASKERS[asker]
+                answer = await site.ask(method, path.format(id=task_id), by=by, token=token)
+                wanted = of_task(asker, owner, what)
+                if wanted == 404:  # to the letter as for an id that the same process could have made
+                    other_id = task_id[:-4] + ("0000" if task_id[-4:] != "0000" else "0001")
+                    nothing = await site.ask(method, path.format(id=other_id), by=by, token=token)
+                    wanted = nothing.status_code if nothing.status_code in (404, 410) else 404
+                    if nothing.text.replace(other_id, task_id) != answer.text:
+                        wrong.append((asker, owner, what, nothing.text, answer.text))
+                if answer.status_code != wanted:
+                    wrong.append((asker, owner, what, answer.status_code, wanted, answer.text))
+            assert wrong == []  # asker, owner, what, status, wanted
+            for asker, (by, token) in ASKERS.items():
+                listed = (await site.ask("GET", "/tasks?status=completed", by=by, token=token)).json()[
+                    "tasks"
+                ]
+                whose = set(owners) if asker in ("boss", "unix") else {"nobody", *({asker} & set(owners))}
+                assert {one["id"] for one in listed} == {done[owner] for owner in whose}, asker
+                assert {one.get("caller", "nobody") for one in listed} == (
+                    whose if asker in ("boss", "unix") else {"nobody"}
+                )
+
+
+async def submitted(site: Site, owner: str) -> str:
+    """Submit a task as its owner; return its id."""
+    by, token = ("unix", None) if owner == "nobody" else ASKERS[owner]
+    answer = await site.ask("POST", "/predict", by=by, token=token, json=DIGIT)
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["task_id"])
+
+
+async def test_an_id_of_another_key_is_a_conflict(keyed: Settings, redis_server: RedisServer) -> None:
+    """A client's own id stands for one request of one key. Idempotency keys are each key's own."""
+    async with opened(keyed) as site:
+        site.put("shop", "gpi_shop")
+        site.put("lab", "gpi_lab")
+        with redis_server.client() as client:
+            HandWorker(client).register()
+        first = await site.ask("PUT", "/tasks/mine", token="gpi_shop", json=DIGIT)
+        assert first.status_code == 202
+        again = await site.ask("PUT", "/tasks/mine", token="gpi_shop", json=DIGIT)
+        assert again.status_code == 202
+        other = await site.ask("PUT", "/tasks/mine", token="gpi_lab", json=DIGIT)
+        assert (other.status_code, other.json()["error"]["code"]) == (409, "task_exists")
+        ids = set()
+        for token in ("gpi_shop", "gpi_lab", "gpi_shop"):
+            once = {"idempotency-key": "order 7"}
+            answer = await site.ask("POST", "/predict", token=token, json=DIGIT, headers=once)
+            ids.add(answer.json()["task_id"])
+        assert len(ids) == 2
+
+
+async def test_nobody_can_say_who_submits(keyed: Settings) -> None:
+    """Neither in the body nor in the URL."""
+    async with opened(keyed) as site:
+        site.put("shop", "gpi_shop")
+        body = await site.ask("POST", "/predict", token="gpi_shop", json={**DIGIT, "caller": "lab"})
+        assert (body.status_code, body.json()["error"]["field"]) == (422, "caller")
+        url = await site.ask("POST", "/predict?caller=lab", token="gpi_shop", json=DIGIT)
+        assert (url.status_code, url.json()["error"]["field"]) == (400, "caller")
+
+
+# -- what a key may use ---------------------------------------------------------------------------
+
+
+async def test_models_and_queues_of_a_key(keyed: Settings, redis_server: RedisServer) -> None:
+    """Others are a 403 that names the field; the lists of models hold those that it may use."""
+    async with opened(keyed) as site:
+        site.put("lab", "gpi_lab", models=("digits", "vqa"), queues=("batch",))
+        site.put("boss", "gpi_boss", role="admin")
+        with redis_server.client() as client:
+            HandWorker(client, "resnet", "digits").beat()
+
+        async def refused(method: str, path: str, body: Any = None) -> tuple[int, str | None]:
+            answer = await site.ask(method, path, token="gpi_lab", json=body)
+            error = answer.json().get("error", {})
+            return answer.status_code, error.get("field") if isinstance(error, dict) else error.split(":")[0]
+
+        good = {"inputs": [1], "model": "digits", "queue": "batch"}
+        assert (await refused("POST", "/predict", good))[0] == 202
+        assert await refused("POST", "/predict", {**good, "model": "resnet"}) == (403, "model")
+        assert await refused("POST", "/predict", {**good, "model": None}) == (
+            403,
+            "model",
+        )  # resnet, the default
+        assert await refused("POST", "/models/resnet/predict", [1]) == (403, "model")
+        assert await refused("PUT", "/tasks/x", {**good, "model": "resnet"}) == (403, "model")
+        assert await refused("POST", "/predict", {**good, "queue": "realtime"}) == (403, "queue")
+        assert await refused("POST", "/batch_predict", {**good, "queue": None, "inputs": [[1]]}) == (
+            202,
+            None,
+        )
+        assert await refused("GET", "/v2/models/resnet") == (403, "model")
+        assert await refused("GET", "/v2/models/resnet/ready") == (403, "model")
+        tensor = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]}
+        assert await refused("POST", "/v2/models/resnet/infer", tensor) == (403, "model")
+        mine = await site.ask("GET", "/models", token="gpi_lab")
+        assert [one["name"] for one in mine.json()] == ["digits"]
+        index = await site.ask("POST", "/v2/repository/index", token="gpi_lab")
+        assert [one["name"] for one in index.json()] == ["digits"]
+        every = await site.ask("GET", "/models", token="gpi_boss")
+        assert [one["name"] for one in every.json()] == ["digits", "resnet"]
+
+
+async def test_what_of_the_hosts_is_told(keyed: Settings, redis_server: RedisServer) -> None:
+    """Paths and processes are for administrators, in lists and in errors of tasks."""
+    async with opened(keyed) as site:
+        site.put("shop", "gpi_shop")
+        site.put("boss", "gpi_boss", role="admin")
+        with redis_server.client() as client:
+            worker = HandWorker(client)
+            body = {"worker": WORKER, "models": ["digits"], "queues": ["realtime"], "pid": 4711, "host": "h1"}
+            body["missing"] = {"vqa": "cannot open /srv/models/vqa/w.bin"}
+            worker.store.register(orjson.dumps(body), default="digits")
+            task_id = await submitted(site, "shop")
+            (task,) = worker.claim()
+            worker.finish(task, InferenceError("OSError: '/srv/models/digits/x.bin' (model.py, line 4)"))
+        paths = ("/models", f"/tasks/{task_id}", f"/tasks/{task_id}/result", f"/result/{task_id}")
+        for path in ("/workers", *paths):
+            told = (await site.ask("GET", path, token="gpi_shop")).text
+            assert "/srv" not in told
+            assert "4711" not in told
+        for path in paths:
+            assert "/srv/models" in (await site.ask("GET", path, token="gpi_boss")).text
+        assert (await site.ask("GET", "/workers", token="gpi_boss")).json()[0]["pid"] == 4711
+
+
+async def test_how_a_key_stands_by_its_rate(keyed: Settings, redis_server: RedisServer) -> None:
+    """RateLimit-Policy and RateLimit with each submission by a rate; a 429 tells when to come back."""
+    async with opened(keyed) as site:
+        site.put("lab", "gpi_lab", rate=1 / 60, burst=2)
+        site.put("shop", "gpi_shop")
+        with redis_server.client() as client:
+            HandWorker(client).register()
+        answers = [await site.ask("POST", "/predict", token="gpi_lab", json=DIGIT) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [202, 202, 429]
+        assert {answer.headers["ratelimit-policy"] for answer in answers} == {'"key";q=1;w=60'}
+        assert [answer.headers["ratelimit"].partition(";t=")[0] for answer in answers] == [
+            '"key";r=1',
+            '"key";r=0',
+            '"key";r=0',
+        ]
+        assert answers[2].json()["error"]["code"] == "rate_limited"
+        assert 30 < int(answers[2].headers["retry-after"]) <= 60
+        assert "ratelimit" not in (await site.ask("POST", "/predict", token="gpi_shop", json=DIGIT)).headers

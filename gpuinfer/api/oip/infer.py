@@ -12,15 +12,15 @@ from typing import Any, cast
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from gpuinfer.api.access import check_model
 from gpuinfer.api.accounting import MODEL
-from gpuinfer.api.middleware import note
 from gpuinfer.api.oip.inputs import inputs_of
 from gpuinfer.api.oip.outputs import outputs_of
 from gpuinfer.api.oip.replies import write
 from gpuinfer.api.oip.requests import InferRequest, Wanted, read
 from gpuinfer.api.reply import JSON, send_bytes
 from gpuinfer.api.shared import header, shared
-from gpuinfer.api.submission import read_body
+from gpuinfer.api.submission import prepared, read_body, sent
 from gpuinfer.api.waiting import until_ended
 from gpuinfer.client import Options
 from gpuinfer.errors import InputError, NotReady, UnknownModel, WaitTimeout
@@ -39,20 +39,12 @@ async def infer(scope: Scope, receive: Receive, send: Send, model: str, version:
     """Answer with the model's outputs. Raises errors of all kinds: see ``oip.errors``."""
     ours = shared(scope)
     asked = read(await read_body(scope, receive, ours.settings.queue.max_payload_bytes), _length(scope))
+    check_model(scope, model)
     signature = await signature_of(scope, model)
     inputs = inputs_of(asked.inputs, signature, ours.settings.queue.max_items)
     options, seconds = _options(asked, model, ours.settings.api.max_wait_s)
     scope[MODEL] = model
-    submit = ours.client.submit_batch if inputs.many else ours.client.submit
-    task_id = await submit(inputs.value, **options)
-    note(
-        scope,
-        action="task_accepted",
-        task_id=task_id,
-        queue=options.get("queue"),
-        model=model,
-        priority=options.get("priority", 0),
-    )
+    task_id = await sent(scope, await prepared(scope, inputs.value, many=inputs.many, options=options))
     status = await _ended(scope, receive, task_id, seconds)
     result = status.unwrap()
     tensors = outputs_of(result, signature, inputs.items, asked.outputs)

@@ -16,6 +16,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from gpuinfer import __version__
+from gpuinfer.api.access import audit, check_model, sees_model
 from gpuinfer.api.admission import parse_json
 from gpuinfer.api.health import readiness_for
 from gpuinfer.api.oip.errors import NotInProtocol, NotSupported, WrongMethod, send_error
@@ -90,6 +91,7 @@ async def _model(scope: Scope, receive: Receive, send: Send, found: Mapping[str,
     from gpuinfer.api.oip.infer import signature_of  # numpy; a front that is not asked does without
 
     model = found["model"]
+    check_model(scope, model)
     signature = await signature_of(scope, model)
     capacity = await shared(scope).client.capacity()
     _check_version(capacity, found)
@@ -129,6 +131,7 @@ def _described(
 
 async def _model_ready(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
     """Answer 200 while a live worker serves the model."""
+    check_model(scope, found["model"])
     capacity = await shared(scope).client.capacity()
     _serving(capacity, found["model"])
     _check_version(capacity, found)
@@ -179,7 +182,8 @@ async def _index(scope: Scope, receive: Receive, send: Send, found: Mapping[str,
     if not isinstance(only, bool):
         raise InputError('must be an object, as {"ready": true}', "body")
     capacity = await shared(scope).client.capacity()
-    await send_json(scope, send, [one for one in _states(capacity) if not only or one["state"] == _READY])
+    states = [one for one in _states(capacity) if sees_model(scope, one["name"])]
+    await send_json(scope, send, [one for one in states if not only or one["state"] == _READY])
 
 
 def _states(capacity: Capacity) -> list[dict[str, str]]:
@@ -198,12 +202,14 @@ def _states(capacity: Capacity) -> list[dict[str, str]]:
 
 async def _load(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
     """Answer 200 where a live worker serves the model: there is nothing to be loaded then."""
+    audit(scope, found["model"])
     _serving(await shared(scope).client.capacity(), found["model"])
     await send_json(scope, send, {})
 
 
 async def _unload(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
     """Answer 200 where no live worker serves the model; no request takes a model from a worker."""
+    audit(scope, found["model"])
     model, capacity = found["model"], await shared(scope).client.capacity()
     _known(capacity, model)
     if live := capacity.of(model).live:
