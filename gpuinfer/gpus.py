@@ -28,6 +28,17 @@ CUDA_TORCH = "apt install gpuinfer-torch-cuda"
 _HIDES_ALL = frozenset({"", "-1", "none", "void", "NoDevFiles"})
 #: An entry of CUDA_VISIBLE_DEVICES or worker.gpus: an index or a UUID, of a GPU its beginning, too.
 _ENTRY = re.compile(r"[0-9]+|GPU-[0-9A-Za-z-]+|MIG-[0-9A-Za-z/-]+")
+#: Xids that are the program's own fault, or follow from one: the GPU works on. All others are the GPU's.
+#: NVIDIA's catalogue asks to restart the application, or nothing:
+#: https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html
+#: NVIDIA's own device plugin for Kubernetes passes over the same ones (internal/rm/health.go).
+PROGRAM_XIDS = {
+    13: "graphics engine exception",
+    31: "memory page fault",
+    43: "stopped processing",
+    45: "preemptive cleanup",
+    68: "video processor exception",
+}
 _NVIDIA_VENDOR = "0x10de"
 _DISPLAY_CLASS = "0x03"
 

@@ -8,24 +8,16 @@ that Redis ends, or hangs.
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from gpuinfer.broker import acl
+from gpuinfer.broker import acl, trial
 
-#: Where Redis lies on an installed host.
-BINARY = Path("/usr/lib/gpuinfer/bin/redis-server")
 #: Redis refuses to start with a user that is named twice.
 TAKEN = ("default", *acl.USERS)
-_LIMIT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ def read(text: str, binary: Path | str | None = None) -> Users:
         else:
             # By spaces, as it is tried below: in its file Redis takes a tab for a part of a word, and ends.
             wanted[words[1]] = (number, " ".join(words))
-    refused = _refused({name: line for name, (_, line) in wanted.items()}, binary or BINARY)
+    refused = _refused({name: line for name, (_, line) in wanted.items()}, binary or trial.BINARY)
     for name, (number, line) in wanted.items():
         if name in refused:
             found.faults.append(f"line {number} (user {name}): {refused[name]}")
@@ -66,50 +58,24 @@ def _refused(lines: dict[str, str], binary: Path | str) -> dict[str, str]:
     """Return name -> Redis's words, of the users that it would not take, or that could not be tried."""
     if not lines or not Path(binary).exists():
         return {}
-    with tempfile.TemporaryDirectory(prefix="gpuinfer-users-") as folder:
-        options = ("--port", "0", "--unixsocket", f"{folder}/redis.sock", "--unixsocketperm", "700")
-        command = [str(binary), *options, "--save", "", "--appendonly", "no", "--dir", folder]
-        process = subprocess.Popen([*command, "--logfile", "/dev/null"], stdin=subprocess.DEVNULL)
-        try:
-            return _tried(lines, f"{folder}/redis.sock", process)
-        finally:
-            process.kill()
-            process.wait()
-
-
-def _tried(lines: dict[str, str], path: str, process: subprocess.Popen[bytes]) -> dict[str, str]:
-    """Return name -> why not, from a Redis that is starting; once it fails to answer, no more is tried."""
     refused: dict[str, str] = {}
-    once = Retry(NoBackoff(), 0)
-    with redis.Redis(unix_socket_path=path, socket_timeout=_LIMIT_S, retry=once) as client:
-        fault = _not_up(client, process)
-        for name, line in lines.items():
-            try:
-                if not fault:
-                    client.execute_command("ACL", "SETUSER", *line.split()[1:])
-            except redis.ResponseError as exc:
-                refused[name] = str(exc)
-            except redis.RedisError as exc:
-                fault = str(exc)
-            if fault:
-                refused[name] = f"it could not be tried, as a Redis started for that does not answer: {fault}"
+    fault = ""
+    try:
+        with trial.redis_server(binary) as client:
+            for name, line in lines.items():
+                try:
+                    client.execute_command("ACL", "SETUSER", *line.split()[1:])  # type: ignore[no-untyped-call]
+                except redis.ResponseError as exc:
+                    refused[name] = str(exc)
+                except redis.RedisError as exc:
+                    fault = str(exc)
+                    break
+    except trial.NotUp as exc:
+        fault = str(exc)
+    if fault:
+        why = f"it could not be tried, as a Redis started for that does not answer: {fault}"
+        refused |= {name: why for name in lines if name not in refused}
     return refused
 
 
-def _not_up(client: redis.Redis, process: subprocess.Popen[bytes]) -> str:
-    """Wait until a Redis is up; return why it is not, or an empty string."""
-    fault, end = "", time.monotonic() + _LIMIT_S
-    while time.monotonic() < end:
-        try:
-            client.ping()
-        except redis.RedisError as exc:
-            if process.poll() is not None:
-                return f"it ended with {process.returncode}"
-            fault = str(exc)
-        else:
-            return ""
-        time.sleep(0.01)
-    return fault
-
-
-__all__: Sequence[str] = ("BINARY", "TAKEN", "Users", "read")
+__all__: Sequence[str] = ("TAKEN", "Users", "read")

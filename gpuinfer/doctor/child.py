@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask in a child process what may hang or crash: the driver, CUDA, a model's own code.
+"""Ask in a child process what may hang or crash: the driver.
 
-A process stuck in the driver cannot even be killed; it is left behind, and the doctor goes on.
+CUDA and models are asked in the workers' sandbox (``gpuinfer.models.sandbox``). A process stuck in the driver
+cannot even be killed; it is left behind, and the doctor goes on.
 """
 
 from __future__ import annotations
 
 import os
-import pwd
 import signal
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import gpuinfer
 from gpuinfer.errors import GpuinferError
@@ -35,29 +34,24 @@ class ChildFailed(GpuinferError):
     code = "child_failed"
 
 
-def ask(what: str, *arguments: str, limit_s: float, user: pwd.struct_passwd | None = None) -> bytes:
-    """Run a question of ``probe.py`` and return its answer in JSON. Raises ChildHung, ChildFailed.
-
-    As root, with ``user``, the child is that user: a model's code must not run as root.
-    """
+def ask_nvml(limit_s: float, module: str = "gpuinfer.doctor.nvml") -> bytes:
+    """Return NVML's report in JSON, from a process of its own. Raises ChildHung, ChildFailed."""
     isolated = ["-I"] if sys.flags.isolated else []
-    command = [sys.executable, *isolated, "-m", "gpuinfer.doctor.probe", what, *arguments]
     child = subprocess.Popen(
-        command,
+        [sys.executable, *isolated, "-m", module],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
         env=_environment(),
-        **_as_user(user),
     )
     try:
         out, err = child.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         _abandon(child)
-        raise ChildHung(f"gave no answer in {limit_s:g} s", what) from None
+        raise ChildHung(f"gave no answer in {limit_s:g} s", "nvml") from None
     if child.returncode:
-        raise ChildFailed(_why(child.returncode, err), what)
+        raise ChildFailed(_why(child.returncode, err), "nvml")
     return out.splitlines()[-1] if out else b""
 
 
@@ -67,13 +61,6 @@ def _environment() -> dict[str, str]:
     here = str(Path(gpuinfer.__file__).parents[1])
     path = os.pathsep.join(part for part in (here, kept.get("PYTHONPATH", "")) if part)
     return {**kept, "PYTHONPATH": path, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-
-
-def _as_user(user: pwd.struct_passwd | None) -> dict[str, Any]:
-    if user is None or os.geteuid() != 0:
-        return {}
-    groups = os.getgrouplist(user.pw_name, user.pw_gid)
-    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups, "cwd": "/"}
 
 
 def _abandon(child: subprocess.Popen[bytes]) -> None:

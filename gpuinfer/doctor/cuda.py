@@ -1,35 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA from end to end: torch is built for it, and computes on each GPU, as the worker's user."""
+"""CUDA from end to end: torch is built for it, and computes on each GPU where a worker would run."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-import orjson
-
-from gpuinfer.doctor.child import ChildFailed, ChildHung, ask
 from gpuinfer.doctor.finding import Finding, Findings, error, ok, warning
 from gpuinfer.doctor.host import Host
+from gpuinfer.errors import ModelLoadError
 from gpuinfer.gpus import CUDA_TORCH, torch_build
-from gpuinfer.privileges import worker_user
+from gpuinfer.models import sandbox
 
 PROBE_LIMIT_S = 60.0
 _LOG = "journalctl -k -b -g NVRM -n 20"
 
 
 def probe(host: Host) -> Findings:
-    """Each GPU adds up some numbers, in a child process with a time limit."""
+    """Each GPU adds up some numbers, in the workers' sandbox and as their user, within a time limit."""
     gpus = host.some_gpus().inventory.gpus
     try:
-        answer = orjson.loads(ask("cuda", limit_s=PROBE_LIMIT_S, user=worker_user()))
-    except ChildHung as exc:
-        return error(f"CUDA {exc.message}: the driver hangs", f"{_LOG}; reboot")
-    except ChildFailed as exc:
-        return error(
-            f"CUDA cannot be tried: {exc.message}",
-            f"{sys.executable} -c 'import torch; torch.zeros(1).cuda()'",
-        )
+        answer = sandbox.ask("cuda", gpu="all", limit_s=PROBE_LIMIT_S, quiet=True)
+    except ModelLoadError as exc:
+        return error(f"CUDA cannot be tried as a worker would: {exc.message}", f"{_LOG}; nvidia-smi")
     return judge(answer, len(gpus), split=any(gpu.mig for gpu in gpus))
 
 
@@ -48,7 +40,9 @@ def judge(answer: dict[str, Any], count: int, *, split: bool = False) -> Finding
         bad.append(
             error(f"NVML lists {count} GPUs, CUDA {seen} of them", f"gpuinfer doctor gpu.nodes; {_LOG}")
         )
-    return bad or ok(f"{len(answer['devices'])} devices compute (torch {answer['torch']}, {answer['ms']} ms)")
+    return bad or ok(
+        f"{len(answer['devices'])} devices compute (torch {answer['torch']}, {answer['ms']:.0f} ms)"
+    )
 
 
 def _cpu_build(found: str) -> Finding:

@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 import re
 
+from gpuinfer.broker import durability
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host
 
 _GIB = 1024**3
 DATA, JOURNAL = "/var/lib/gpuinfer", "/var/log/journal"
-REDIS_DATA, REDIS_CONF = f"{DATA}/redis", "/etc/gpuinfer/redis.conf"
 #: Below the first, Redis's next rewrite of its file may fail, and then it refuses writes.
 ERROR_BYTES, WARNING_BYTES = _GIB // 2, 2 * _GIB
 _WARNING_INODES = 1000
@@ -32,10 +32,7 @@ def data(host: Host) -> Findings:
 
 def redis_folder(host: Host) -> str:
     """Return where our own Redis keeps its file, by its configuration."""
-    path = host.path(REDIS_CONF)
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    stated = re.findall(r"(?mi)^[ \t]*dir[ \t]+[\"']?([^\s\"']+)", text)
-    return stated[-1] if stated else REDIS_DATA
+    return str(durability.folder_of(host.path(durability.REDIS_CONF)))
 
 
 def journal(host: Host) -> Finding:

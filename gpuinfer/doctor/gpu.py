@@ -4,23 +4,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gpuinfer.doctor.child import ChildFailed, ChildHung
 from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.nvml import Health
-from gpuinfer.gpus import Gpu, Inventory, chosen
+from gpuinfer.gpus import PROGRAM_XIDS, Gpu, Inventory, chosen
 
 _GIB = 1024**3
 #: Less free memory than this on a GPU, and a worker can hardly load anything.
 _LEAST_FREE_BYTES = _GIB // 2
 _COMPUTE_PROHIBITED, _COMPUTE_EXCLUSIVE = 2, 3
 _HOT_C = 90
-#: Xids after which the GPU, or its memory, is not to be trusted until a reset or an exchange. The others
-#: (13, 31, 43 ...) are mostly a program's own fault. docs.nvidia.com/deploy/xid-errors
-FATAL_XIDS = frozenset({46, 48, 61, 62, 64, 69, 74, 79, 92, 95, 119, 120, 140, 143, 154})
 _XID = re.compile(r"NVRM: Xid \(PCI:(?P<pci>[0-9a-fA-F:.]+)\): (?P<number>\d+)")
+#: What is worth a reboot is for a person to decide.
+_REBOOT = "  # if the GPU does not come back: reboot"
 _SMI = "nvidia-smi --query-compute-apps=gpu_uuid,pid,process_name,used_memory --format=csv"
 
 
@@ -29,7 +28,7 @@ def driver(host: Host) -> Finding:
     try:
         report = host.gpus()
     except (ChildHung, ChildFailed) as exc:
-        return error(f"the driver does not answer: {exc.message}", "journalctl -k -b -g NVRM -n 20; reboot")
+        return error(f"the driver does not answer: {exc.message}", f"journalctl -k -b -g NVRM -n 20{_REBOOT}")
     found = report.inventory
     if found.failed and not found.broken:
         return error(found.reason, _mend_driver(found))
@@ -41,7 +40,9 @@ def driver(host: Host) -> Finding:
 
 def _mend_driver(found: Inventory) -> str:
     if "mismatch" in found.reason:
-        return "reboot  # the driver was upgraded, and its old kernel module still runs"
+        return (
+            "cat /proc/driver/nvidia/version  # its old kernel module still runs: a reboot loads the new one"
+        )
     if "Not Loaded" in found.reason:
         return "modprobe nvidia; dkms status; journalctl -k -b -g NVRM -n 20"
     if "Not Found" in found.reason:
@@ -53,7 +54,7 @@ def listed(host: Host) -> Findings:
     """Each GPU answers, and worker.gpus names only GPUs that are there."""
     found = _inventory(host)
     lost = [
-        error(f"GPU {index} does not answer: {words}", "journalctl -k -b -g 'NVRM: Xid' -n 20; reboot")
+        error(f"GPU {index} does not answer: {words}", f"journalctl -k -b -g 'NVRM: Xid' -n 20{_REBOOT}")
         for index, words in found.broken.items()
     ]
     return [*lost, *_unknown(host, found), *(ok(_describe(gpu)) for gpu in found.gpus)]
@@ -120,8 +121,7 @@ def health(host: Host) -> Findings:
 
 def _ailments(host: Host, index: int, state: Health) -> Iterator[Finding]:
     numbers = _workers_on(host, index)
-    units = " ".join(f"gpuinfer-worker@{number}" for number in numbers)
-    reset = f"systemctl stop {units} && nvidia-smi -i {index} --gpu-reset"
+    reset = _reset(host, index, numbers)
     if state.remap_failed:
         yield error(
             f"GPU {index} has memory that could not be replaced: exchange it", f"nvidia-smi -i {index} -q"
@@ -145,6 +145,16 @@ def _ailments(host: Host, index: int, state: Health) -> Iterator[Finding]:
         yield warning(
             f"GPU {index} is at {state.temperature_c} °C", f"nvidia-smi -i {index} -q -d TEMPERATURE"
         )
+
+
+def _reset(host: Host, index: int, numbers: Sequence[int]) -> str:
+    """Return what resets a GPU: nobody may use it meanwhile, and the watcher and the daemon do."""
+    units = " ".join(("gpuinfer-watcher", *(f"gpuinfer-worker@{number}" for number in numbers)))
+    uuid = next(gpu.uuid for gpu in host.some_gpus().inventory.gpus if gpu.index == index)
+    return (
+        f"systemctl stop {units} nvidia-persistenced; nvidia-smi -i {uuid} --gpu-reset; "
+        f"systemctl start nvidia-persistenced {units}"
+    )
 
 
 def _workers_on(host: Host, index: int) -> list[int]:
@@ -206,6 +216,6 @@ def xid(host: Host) -> Findings:
 def _xid(pci: str, number: int, times: int) -> Finding:
     show = f"journalctl -k -b -g 'Xid.*: {number}' -n 5"
     text = f"Xid {number} from {pci}, {times} times since the boot"
-    if number in FATAL_XIDS:
-        return error(f"{text}: the GPU is not to be trusted before a reset", f"{show}; nvidia-smi -q; reboot")
-    return warning(f"{text}: mostly a program's fault", show)
+    if number in PROGRAM_XIDS:
+        return warning(f"{text}: {PROGRAM_XIDS[number]}, a program's fault", show)
+    return error(f"{text}: the GPU needs a look, and maybe a reset", f"{show}; nvidia-smi -q{_REBOOT}")

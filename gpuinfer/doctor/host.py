@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from gpuinfer.doctor.child import ask
+from gpuinfer.doctor import child
 from gpuinfer.doctor.finding import Skipped
 from gpuinfer.doctor.nvml import Report, from_json
 from gpuinfer.errors import ConfigError
@@ -44,7 +44,7 @@ def run_command(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 def ask_nvml() -> Report:
     """Ask NVML in a child process. Raises ChildFailed, ChildHung."""
-    return from_json(ask("nvml", limit_s=NVML_LIMIT_S))
+    return from_json(child.ask_nvml(NVML_LIMIT_S))
 
 
 @dataclass

@@ -6,17 +6,9 @@ from __future__ import annotations
 import re
 
 from gpuinfer.doctor.broker import local_redis_pid
-from gpuinfer.doctor.finding import Finding, Skipped, edit, ok, warning
+from gpuinfer.doctor.finding import Finding, Skipped, ok, warning
 from gpuinfer.doctor.host import Host
 
-#: Where sysctl.d(5) looks; of files of one name the first counts, and of files the last one that sets a key.
-SYSCTL_FOLDERS = (
-    "/etc/sysctl.d",
-    "/run/sysctl.d",
-    "/usr/local/lib/sysctl.d",
-    "/usr/lib/sysctl.d",
-    "/lib/sysctl.d",
-)
 #: The kernel's own since 5.4; below it a burst is cut off.
 SOMAXCONN = 4096
 _THP = "/sys/kernel/mm/transparent_hugepage/enabled"
@@ -29,7 +21,7 @@ def overcommit(host: Host) -> Finding:
         return ok("vm.overcommit_memory = 1")
     return warning(
         f"vm.overcommit_memory = {found}: Redis may fail to fork, and then refuses writes; 1 is right",
-        _apply(host, "vm.overcommit_memory", 1),
+        _apply("vm.overcommit_memory", 1),
     )
 
 
@@ -40,35 +32,14 @@ def somaxconn(host: Host) -> Finding:
         return ok(f"net.core.somaxconn = {found}")
     return warning(
         f"net.core.somaxconn = {found}: bursts of connections are refused; {SOMAXCONN} is right",
-        _apply(host, "net.core.somaxconn", SOMAXCONN),
+        _apply("net.core.somaxconn", SOMAXCONN),
     )
 
 
-def _apply(host: Host, key: str, value: int) -> str:
-    """Return what sets a value for good: where a file sets it, in the one that wins."""
-    last = stating(host, key)
-    if last is None:
-        return f"echo {key} = {value} >/etc/sysctl.d/60-gpuinfer.conf && sysctl --system"
-    file, stated = last
-    apply = "sysctl --system"
-    return apply if stated == str(value) else f"{edit(file)} && {apply}  # {key} = {value}"
-
-
-def stating(host: Host, key: str) -> tuple[str, str] | None:
-    """Return the file that has the last word on a key at boot, and what it says; None where none names it."""
-    files = {
-        path.name: path for folder in reversed(SYSCTL_FOLDERS) for path in host.path(folder).glob("*.conf")
-    }
-    # Read last by procps' sysctl; systemd reads it by Debian's link 99-sysctl.conf.
-    paths = [*(files[name] for name in sorted(files)), host.path("/etc/sysctl.conf")]
-    line = re.compile(
-        rf"(?m)^[ \t]*-?{re.escape(key).replace(chr(92) + '.', '[./]')}[ \t]*=[ \t]*(.*?)[ \t]*$"
-    )
-    found = None
-    for path in (path for path in paths if path.is_file()):
-        for match in line.finditer(path.read_text(encoding="utf-8", errors="replace")):
-            found = (f"/{path.relative_to(host.root)}", match[1])
-    return found
+def _apply(key: str, value: int) -> str:
+    """Return what sets a value now and at each boot. Of files that set it the one that is read last wins."""
+    file = "/etc/sysctl.d/99-zz-gpuinfer.conf"
+    return f"echo {key} = {value} >>{file} && sysctl -p {file}"
 
 
 def huge_pages(host: Host) -> Finding:

@@ -10,15 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import orjson
-
 from gpuinfer.doctor import bindings
-from gpuinfer.doctor.child import ChildFailed, ChildHung, ask
 from gpuinfer.doctor.finding import Finding, error, ok, warning
 from gpuinfer.doctor.host import Host
-from gpuinfer.errors import DigestMismatch, ModelError, ModelNotAdded, UnknownModel
+from gpuinfer.errors import DigestMismatch, GpuinferError, ModelError, ModelNotAdded, UnknownModel
+from gpuinfer.models import sandbox
 from gpuinfer.models.repository import ModelFolder, Repository, verify
-from gpuinfer.privileges import worker_user
 
 LOAD_LIMIT_S = 120.0
 #: A model is loaded only where there is this many times its size of free memory.
@@ -32,7 +29,7 @@ def digests(host: Host) -> Sequence[Finding]:
 
 
 def loads(host: Host) -> Sequence[Finding]:
-    """Each model can be loaded and run once, on the CPU and as the worker's user."""
+    """Each model can be loaded and run once, on the CPU, in the workers' sandbox."""
     return _each(host, partial(_load, host))
 
 
@@ -99,16 +96,12 @@ def _load(host: Host, folder: ModelFolder) -> Finding:
             "skipped", f"{name} has {size / 1024**3:.1f} GiB: too much to load beside what runs here"
         )
     try:
-        answer = orjson.loads(ask("model", str(folder.path), "cpu", limit_s=LOAD_LIMIT_S, user=worker_user()))
-    except ChildHung as exc:
-        return warning(
-            f"{name}: loading {exc.message}; large models take longer", f"gpuinfer model show {name}"
+        answer = sandbox.ask(
+            "attempt", limit_s=LOAD_LIMIT_S, quiet=True, folder=str(folder.path), device="cpu"
         )
-    except ChildFailed as exc:
-        return error(f"{name} cannot be loaded: {exc.message}", f"gpuinfer model show {name}")
-    if answer["error"]:
-        return error(f"{name} cannot be loaded: {answer['error']}", f"gpuinfer model show {name}")
+    except GpuinferError as exc:
+        return error(f"{name} cannot be loaded and run: {exc.message}", f"gpuinfer model check {name}")
     if answer["warnings"]:
         said = "; ".join(answer["warnings"])
         return warning(f"{name} loads on the CPU, but {said}", f"gpuinfer model show {name}")
-    return ok(f"{name} loads and runs on the CPU ({answer['ms']} ms)")
+    return ok(f"{name} loads and runs on the CPU ({answer['load_ms'] + answer['warm_up_ms']:.0f} ms)")

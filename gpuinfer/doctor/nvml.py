@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What NVML knows of a host's GPUs, in one report that passes through a pipe as JSON."""
+"""What NVML knows of a host's GPUs, in one report that passes through a pipe as JSON.
+
+``python -m gpuinfer.doctor.nvml`` prints it: see ``child``.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -98,3 +102,7 @@ def _try(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
         return question(*arguments)
     except nvml.NVMLError:
         return None
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n" + to_json(read()).decode() + "\n")  # a library may have written before

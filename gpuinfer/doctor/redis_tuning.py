@@ -14,47 +14,48 @@ from gpuinfer.doctor.redis_place import Place, place_of
 from gpuinfer.doctor.units import show
 
 _MIB = 1024 * 1024
-_KEYS = ("maxmemory", "maxmemory-policy", "appendonly", "appendfsync")
 #: A rewrite of the AOF in a forked child copies what is written meanwhile; some room is for that.
 _UNIT_FACTOR = 1.2
 _FULL_SHARE = 0.85
 _RESTART = "systemctl restart gpuinfer-redis"
 
 
-def running(host: Host, *keys: str) -> Mapping[str, str]:
-    """Return what CONFIG GET answers, for the keys of this file unless others are named. Raises Skipped."""
+def running(host: Host, *keys: str) -> dict[str, str]:
+    """Return what CONFIG GET answers. Raises Skipped."""
     with asked(host) as client:
-        answer: Mapping[Any, Any] = client.config_get(*(keys or _KEYS))
-    return {text_of(key): text_of(value) for key, value in answer.items()}
+        return texts(client.config_get(*keys))
 
 
-def text_of(value: Any) -> str:
-    """Return what a client gives as text or as bytes."""
+def texts(answer: Mapping[Any, Any]) -> dict[str, str]:
+    """Return an answer of CONFIG GET, which a client gives as text or as bytes, as text."""
+    pairs = ((key, value) for key, value in answer.items())
+    return {_text(key): _text(value) for key, value in pairs}
+
+
+def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def limits(host: Host) -> Findings:
     """Redis has a limit, evicts results alone, and keeps what it has over a restart."""
-    found, where = running(host), place_of(host.settings.broker)
-    ill = list(unfit(found, where))
+    found = {**info(host, "memory"), **info(host, "persistence")}
+    ill = list(unfit(found, place_of(host.settings.broker)))
     limit = int(found["maxmemory"]) // _MIB
-    return ill or ok(
-        f"maxmemory {limit} MiB, {found['maxmemory-policy']}, appendfsync {found['appendfsync']}"
-    )
+    return ill or ok(f"maxmemory {limit} MiB, {found['maxmemory_policy']}, an append-only file")
 
 
-def unfit(found: Mapping[str, str], where: Place) -> Iterator[Finding]:
-    """Yield what an appliance must not have of Redis, by the answer to CONFIG GET."""
-    policy = found["maxmemory-policy"]
+def unfit(found: Mapping[str, Any], where: Place) -> Iterator[Finding]:
+    """Yield what an appliance must not have of Redis, by the answer to INFO, which every login may ask."""
+    policy = found["maxmemory_policy"]
     mend = where.config("maxmemory-policy", "volatile-ttl")
     if policy.startswith("allkeys"):
         yield error(f"maxmemory-policy {policy} throws whole queues away when memory is short", mend)
     elif policy != "volatile-ttl":
         yield warning(f"maxmemory-policy is {policy}; volatile-ttl drops the oldest results first", mend)
-    if found["maxmemory"] == "0":
+    if not int(found["maxmemory"]):
         text = "Redis has no maxmemory: a backlog may take the whole host's memory"
         yield warning(text, where.config("maxmemory", "2gb"))
-    if found["appendonly"] != "yes":
+    if not int(found["aof_enabled"]):
         text = "appendonly is off: a restart of Redis loses the queue"
         yield warning(text, where.config("appendonly", "yes"))
 
@@ -106,7 +107,7 @@ def unit_limit(host: Host) -> Finding:
     unit = show(host, ["gpuinfer-redis.service"], "LoadState,MemoryMax")[0]
     if unit.get("LoadState") != "loaded":
         raise Skipped("gpuinfer-redis.service is not installed")
-    return judge_unit(unit.get("MemoryMax", "infinity"), int(running(host)["maxmemory"]))
+    return judge_unit(unit.get("MemoryMax", "infinity"), int(info(host, "memory")["maxmemory"]))
 
 
 def judge_unit(memory_max: str, maxmemory: int) -> Finding:

@@ -124,7 +124,7 @@ def _ailments(host: Host, unit: Unit, *, always: bool) -> Iterator[Finding]:
         yield _no_listener(unit)
     elif state == "failed":
         yield error(_failure(host, unit), f"systemctl reset-failed {name} && systemctl start {name}")
-    elif always and unit["SubState"] == "auto-restart":
+    elif unit["SubState"] == "auto-restart":
         yield error(f"{name} does not stay up: {_last_line(host, name)}", f"journalctl -u {name} -n 20")
     elif always:
         yield from _not_running(unit)

@@ -81,14 +81,14 @@ def _round_trip(client: Client, folder: ModelFolder) -> Finding:
     value, given = sample(folder), example(folder) is not None
     if value is None:
         raise Skipped(f"{name} has no example to send; set inputs.NAME.example in its model.toml")
-    task_id = client.submit(value, model=name, queue="realtime", priority=9, expires_s=REQUEST_S)
+    task_id = client.submit(value, model=name, queue="realtime", priority=0, expires_s=REQUEST_S)
     try:
         client.result(task_id, REQUEST_S)
     except WaitTimeout:
         client.cancel(task_id)
-        return error(
-            f"the request {task_id} for {name} did not come back in {REQUEST_S:g} s, though a live "
-            "worker serves that: it is busy",
+        return warning(
+            f"the request {task_id} for {name}, of the lowest priority, did not come back in {REQUEST_S:g} "
+            "s, though a live worker serves that: it has more urgent work",
             "gpuinfer queue status",
         )
     except (InputError, InferenceError) as exc:

@@ -45,7 +45,7 @@ def translate(exc: Exception, otherwise: type[GpuinferError], what: str) -> Gpui
     if isinstance(exc, GpuinferError):
         return exc
     if isinstance(exc, (torch.OutOfMemoryError, MemoryError)):
-        return DeviceOutOfMemory(f"{what}: {_first_line(exc)}")
+        return DeviceOutOfMemory(f"{what}: {first_line(exc)}")
     text = str(exc)
     if any(mark in text for mark in _OUT_OF_MEMORY):
         return DeviceOutOfMemory(f"{what}: {_line_with(text, _OUT_OF_MEMORY)}")
@@ -55,7 +55,8 @@ def translate(exc: Exception, otherwise: type[GpuinferError], what: str) -> Gpui
     return otherwise(f"{what}: {said if _CAUSE.match(said) else f'{type(exc).__name__}: {said}'}")
 
 
-def _first_line(exc: BaseException) -> str:
+def first_line(exc: BaseException) -> str:
+    """Return the first line of an exception, or its class."""
     return (str(exc).strip() or type(exc).__name__).splitlines()[0][:500]
 
 

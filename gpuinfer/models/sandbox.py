@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -26,6 +27,7 @@ from gpuinfer.privileges import WORKER_USER, warn_root, worker_user
 
 #: Large models take minutes from a cold disk.
 LIMIT_S = 900.0
+KILL_WAIT_S = 5.0
 UNIT = "gpuinfer-worker@0.service"
 #: Secrets, and settings, of which a model is to know nothing.
 _NOT_KEPT = ("GPUINFER_", "CREDENTIALS", "NOTIFY_SOCKET", "WATCHDOG_")
@@ -36,12 +38,21 @@ _NOT_TAKEN = (
 )
 
 
-def ask(what: str, *, gpu: int | None = None, limit_s: float = LIMIT_S, **arguments: Any) -> dict[str, Any]:
+def ask(
+    what: str,
+    *,
+    gpu: int | Literal["all"] | None = None,
+    limit_s: float = LIMIT_S,
+    quiet: bool = False,
+    **arguments: Any,
+) -> dict[str, Any]:
     """Ask ``trial`` a question and return its answer. ``gpu`` is the one it sees; None: none at all.
 
+    ``quiet``: that model code runs as root, on a host without the workers' user, is not warned of.
     Raises the model's error; ModelLoadError where the process ends or stays without an answer.
     """
-    warn_root(say_warning)
+    if not quiet:
+        warn_root(say_warning)
     question = orjson.dumps({"do": what, **arguments})
     environment = _environment(gpu)
     command = [*_wrapper(environment, limit_s), *_python(), "-m", "gpuinfer.models.trial"]
@@ -54,7 +65,8 @@ def ask(what: str, *, gpu: int | None = None, limit_s: float = LIMIT_S, **argume
     finally:
         if child.poll() is None:
             child.kill()
-            child.wait()
+            with suppress(subprocess.TimeoutExpired):  # one that hangs in the driver cannot be killed
+                child.wait(KILL_WAIT_S)
     return _answer(child.returncode, out)
 
 
@@ -80,17 +92,21 @@ def _python() -> list[str]:
     return [sys.executable, *(["-I"] if sys.flags.isolated else [])]
 
 
-def _environment(gpu: int | None) -> dict[str, str]:
-    """Return the environment without secrets, in which this very package is found, and one GPU or none."""
+def _environment(gpu: int | Literal["all"] | None) -> dict[str, str]:
+    """Return the environment without secrets, in which this very package is found, and one GPU, all or none.
+
+    What the caller's shell hides of the GPUs is no matter.
+    """
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_KEPT)}
+    kept.pop("CUDA_VISIBLE_DEVICES", None)
     here = str(Path(gpuinfer.__file__).parents[1])
     path = os.pathsep.join(part for part in (here, kept.get("PYTHONPATH", "")) if part)
-    visible = "" if gpu is None else str(gpu)
+    if gpu != "all":
+        kept["CUDA_VISIBLE_DEVICES"] = "" if gpu is None else str(gpu)
     return {
         **kept,
         "PYTHONPATH": path,
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": visible,
         "PYTHONDONTWRITEBYTECODE": "1",
     }
 

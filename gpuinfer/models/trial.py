@@ -21,6 +21,7 @@ from gpuinfer.errors import GpuinferError, ModelLoadError
 from gpuinfer.models import examples, record
 from gpuinfer.models.as_json import as_json
 from gpuinfer.models.compare import compare
+from gpuinfer.models.device import first_line
 from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.models.manifest import load_manifest
 from gpuinfer.models.repository import ModelFolder
@@ -127,6 +128,44 @@ def describe(path: str, class_name: str | None = None) -> dict[str, Any]:
     return described.describe(Path(path), class_name)
 
 
+def cuda() -> dict[str, Any]:
+    """Use each GPU that CUDA sees once; tell which compute, and what the others say."""
+    import torch
+
+    began, good, failed, why = time.perf_counter(), [], {}, ""
+    for number in range(torch.cuda.device_count()):
+        name, words = _use(f"cuda:{number}")
+        if words:
+            failed[name] = words
+        else:
+            good.append(name)
+    if not good and not failed and torch.version.cuda is not None:
+        try:
+            torch.zeros(1, device="cuda")
+        except Exception as exc:
+            why = first_line(exc)
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "devices": good,
+        "failed": failed,
+        "why": why or "no reason is given",
+        "ms": _ms(began, time.perf_counter()),
+    }
+
+
+def _use(device: str) -> tuple[str, str]:
+    """Return a device's name, and the driver's words where it does not compute."""
+    import torch
+
+    try:
+        name = f"{device} ({torch.cuda.get_device_name(device)})"
+        total = float(torch.ones(1024, device=device).add_(1).sum())
+    except Exception as exc:
+        return device, first_line(exc)
+    return name, "" if total == 2048.0 else f"1024 times (1 + 1) made {total:g}"
+
+
 def main() -> None:
     """Answer one question."""
     from gpuinfer.privileges import leave_root
@@ -139,7 +178,7 @@ def main() -> None:
     sys.stdin.close()
     leave_root(lambda _: None)  # the caller has warned already
     questions: dict[str, Callable[..., dict[str, Any]]]
-    questions = {"attempt": attempt, "bench": bench, "describe": describe}
+    questions = {"attempt": attempt, "bench": bench, "describe": describe, "cuda": cuda}
     try:
         answer = questions[question.pop("do")](**question)
     except GpuinferError as exc:

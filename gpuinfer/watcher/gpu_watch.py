@@ -14,11 +14,12 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from gpuinfer.gpu_readings import Reading
+from gpuinfer.gpus import PROGRAM_XIDS
 from gpuinfer.log import get_logger
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import health
 from gpuinfer.watcher.state import GpuHealth
-from gpuinfer.watcher.xids import PROGRAMS, Xids
+from gpuinfer.watcher.xids import Xids
 
 log = get_logger(__name__)
 
@@ -159,8 +160,8 @@ class GpuWatch:
 
     def _note(self, indices: Mapping[int, int], index: int, xid: int) -> None:
         self._on_xid(index, xid)
-        if xid in PROGRAMS:
-            log.info("gpu_xid", gpu=index, xid=xid, reason=f"{PROGRAMS[xid]}: a fault of the program")
+        if xid in PROGRAM_XIDS:
+            log.info("gpu_xid", gpu=index, xid=xid, reason=f"{PROGRAM_XIDS[xid]}: a fault of the program")
             return
         log.warning("gpu_xid", gpu=index, xid=xid, hint="https://docs.nvidia.com/deploy/xid-errors")
         with self._lock:

@@ -20,17 +20,6 @@ from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
 
-#: Xids that are the program's own fault, or follow from one: the GPU is well, and is to be used again.
-#: NVIDIA's catalogue asks to restart the application, or nothing:
-#: https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html
-#: NVIDIA's own device plugin for Kubernetes passes over the same ones (internal/rm/health.go).
-PROGRAMS = {
-    13: "graphics engine exception",
-    31: "memory page fault",
-    43: "stopped processing",
-    45: "preemptive cleanup",
-    68: "video processor exception",
-}
 #: After an error the event set is opened again, not more often than this.
 AGAIN_S = 30.0
 #: At most this many events are taken at once.

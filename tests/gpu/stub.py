@@ -8,7 +8,6 @@ to a GPU (out of memory, an assertion on the device) they pretend themselves: se
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -79,21 +78,19 @@ def _patch_device(device: Any) -> None:
     device.try_device = try_device
 
 
-def _patch_child(child: Any) -> None:
-    """Answer for the doctor's child that would compute on the GPU."""
-    ask = child.ask
+def _patch_sandbox(sandbox: Any) -> None:
+    """Answer for the sandbox in which the doctor would compute on the GPU."""
+    ask = sandbox.ask
 
-    def ask_here(what: str, *arguments: str, **options: Any) -> bytes:
+    def ask_here(what: str, **options: Any) -> dict[str, Any]:
         if what != "cuda":
-            answer: bytes = ask(what, *arguments, **options)
+            answer: dict[str, Any] = ask(what, **options)
             return answer
-        device = f"cuda:0 ({CARD})"
         failed = {"cuda:0": "CUDA error: out of memory"} if full() else {}
-        good = [] if failed else [device]
-        found = {"torch": "stub", "cuda": "13.0", "devices": good, "failed": failed, "why": "", "ms": 1}
-        return json.dumps(found).encode()
+        good = [] if failed else [f"cuda:0 ({CARD})"]
+        return {"torch": "stub", "cuda": "13.0", "devices": good, "failed": failed, "why": "", "ms": 1}
 
-    child.ask = ask_here
+    sandbox.ask = ask_here
 
 
 def _patch_cuda(cuda: Any) -> None:
@@ -105,7 +102,7 @@ PATCHES: dict[str, Callable[[Any], None]] = {
     "gpuinfer.models.loader": _patch_loader,
     "gpuinfer.models.tensor_model": _patch_tensor_model,
     "gpuinfer.models.device": _patch_device,
-    "gpuinfer.doctor.child": _patch_child,
+    "gpuinfer.models.sandbox": _patch_sandbox,
     "gpuinfer.doctor.cuda": _patch_cuda,
 }
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from gpuinfer.broker import cli as broker_cli
-from gpuinfer.broker import passwords
+from gpuinfer.broker import passwords, trial
 from gpuinfer.doctor import redis_config
 from gpuinfer.doctor.finding import Finding, Findings, Skipped
 from gpuinfer.doctor.host import Host
 from gpuinfer.settings import Loaded, Settings
 from tests.brokers import PASSWORDS, OurRedis, our_redis
 from tests.conftest import RedisFactory
+from tests.services import redis_binary
 
 pytestmark = pytest.mark.integration
 
@@ -31,6 +32,7 @@ def test_a_redis_that_runs_otherwise_than_configured(
     """Somebody changed it by hand, or the settings were changed since its start: a restart mends both."""
     server = redis_factory(maxmemory="64mb", maxmemory_policy="volatile-ttl")
     monkeypatch.setattr("gpuinfer.doctor.redis_place.OUR_SOCKET", str(server.socket))
+    monkeypatch.setattr(trial, "BINARY", redis_binary())
     (tmp_path / "etc/gpuinfer").mkdir(parents=True)
     (tmp_path / "etc/gpuinfer/redis.conf").write_text("maxmemory 64mb\nmaxmemory-policy volatile-ttl\n")
     here = Host(Loaded(Settings.model_validate({"broker": {"url": server.url}}), {}), root=tmp_path)
@@ -38,8 +40,11 @@ def test_a_redis_that_runs_otherwise_than_configured(
     with server.client() as client:
         client.config_set("maxmemory", "32mb")
     found = one(redis_config.as_configured(here))
-    assert found.message == "maxmemory is 33554432, /etc/gpuinfer/redis.conf says 64mb"
+    assert found.message == "maxmemory is 33554432, /etc/gpuinfer/redis.conf says 67108864"
     assert (found.status, found.remedy) == ("warning", "systemctl restart gpuinfer-redis")
+    (tmp_path / "etc/gpuinfer/redis.conf").write_text("maxmemory lots\n")
+    found = one(redis_config.as_configured(here))
+    assert found.message.startswith("Redis does not start with /etc/gpuinfer/redis.conf as it is now: ")
 
 
 @pytest.fixture
@@ -47,6 +52,7 @@ def ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[OurRedis]:
     """Our own Redis as the package starts it, and its files where the doctor looks for them."""
     with our_redis() as server:
         monkeypatch.setattr("gpuinfer.doctor.redis_place.OUR_SOCKET", str(server.socket))
+        monkeypatch.setattr(trial, "BINARY", redis_binary())
         monkeypatch.setattr(redis_config, "CONF", str(server.folder / "redis.conf"))
         monkeypatch.setattr(redis_config, "TUNING", str(server.folder / "tuning.conf"))
         (tmp_path / "credentials").mkdir()
@@ -94,7 +100,7 @@ def test_the_users_of_our_redis_are_compared(ours: OurRedis) -> None:
     (passwords.PROGRAMS / "watcher").write_text("another")
     broker_cli.MORE_USERS.write_text("user mine on nopass ~x +get\n")
     found = one(redis_config.users(here))
-    assert found.message.endswith(": mine, stranger, api, worker, watcher differ")
+    assert found.message.endswith(": api, mine, stranger, watcher, worker differ")
     assert "another" not in found.message
     (passwords.PROGRAMS / "watcher").unlink()
     with pytest.raises(Skipped, match="watcher: cannot be read"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpuinfer.broker import acl, durability, last_good, more_users, passwords, tuning
+from gpuinfer.broker import acl, durability, last_good, passwords, trial, tuning
 from gpuinfer.broker import cli as broker_cli
 from gpuinfer.cli import main
 from gpuinfer.settings import QUEUES, RedisSettings, load
@@ -257,7 +257,7 @@ def test_more_users_that_redis_would_refuse(
     words: str,
 ) -> None:
     """The line is named and left out; ours work, and so do his others."""
-    monkeypatch.setattr(more_users, "BINARY", redis_binary() or "")
+    monkeypatch.setattr(trial, "BINARY", redis_binary() or "")
     mine = f"user mine on #{'0' * 64} ~x +get"
     (tmp_path / "redis-users.acl").write_text(f"# mine\n{mine}\n{line}\n", encoding="utf-8")
     assert prepare(folder) == 0
@@ -289,8 +289,8 @@ def test_a_redis_that_cannot_try_more_users_keeps_nothing_from_starting(
     binary = tmp_path / "redis-server"
     binary.write_text(f"#!{sys.executable}\nimport sys\n{script}\n", encoding="utf-8")
     binary.chmod(0o755)
-    monkeypatch.setattr(more_users, "BINARY", binary)
-    monkeypatch.setattr(more_users, "_LIMIT_S", 2.0)
+    monkeypatch.setattr(trial, "BINARY", binary)
+    monkeypatch.setattr(trial, "LIMIT_S", 2.0)
     (tmp_path / "redis-users.acl").write_text("user a on ~x +get\nuser b on ~x +get\n", encoding="utf-8")
     assert prepare(folder) == 0
     told = capsys.readouterr().err
@@ -303,7 +303,7 @@ def test_more_users_by_tabs(
     credentials: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Redis reads a file of users by spaces alone, and would not start with this one as it is written."""
-    monkeypatch.setattr(more_users, "BINARY", redis_binary() or "")
+    monkeypatch.setattr(trial, "BINARY", redis_binary() or "")
     (tmp_path / "redis-users.acl").write_text("user\treader  on\t~x\xa0+get\x0c\n", encoding="utf-8")
     assert prepare(folder) == 0
     text = (folder / "users.acl").read_text(encoding="utf-8")

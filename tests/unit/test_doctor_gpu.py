@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_a_host_without_gpus_is_skipped(check: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reason", "remedy"),
     [
-        ("NVML: Driver/library version mismatch", "reboot"),
+        ("NVML: Driver/library version mismatch", "cat /proc/driver/nvidia/version"),
         ("NVML: Driver Not Loaded", "modprobe nvidia"),
         ("NVML: NVML Shared Library Not Found", "apt install libnvidia-ml1"),
         ("NVML lists no GPU, yet there is /dev/nvidia0", "nvidia-smi"),
@@ -139,16 +140,18 @@ def test_ill_health() -> None:
     found = flat(gpu.health(host(nvml)))
     assert [finding.status for finding in found] == ["error", "warning", "error", "error"]
     assert "exchange it" in found[0].message
-    assert found[1].remedy.endswith("nvidia-smi -i 0 --gpu-reset")
+    assert "; nvidia-smi -i GPU-00000000-0000 --gpu-reset; systemctl start " in found[1].remedy
     assert "3 uncorrected" in found[2].message
     assert found[3].remedy == "nvidia-smi -i 0 -c DEFAULT"
 
 
 def test_the_ill_health_of_a_shared_gpu() -> None:
-    """A reset needs all of its workers stopped; a GPU for one process alone cannot be shared."""
+    """A reset needs all stopped that use it; a GPU for one process alone cannot be shared."""
     nvml = FakeNvml(count=2, remapped={1: (1, 0)}, compute_mode=3)
     found = flat(gpu.health(host(nvml, per_gpu=2)))
-    assert found[1].remedy.startswith("systemctl stop gpuinfer-worker@2 gpuinfer-worker@3 && ")
+    assert found[1].remedy.startswith(
+        "systemctl stop gpuinfer-watcher gpuinfer-worker@2 gpuinfer-worker@3 nvidia-persistenced; "
+    )
     assert [finding.message for finding in found if finding.status == "error"] == [
         f"GPU {index} takes one process alone, and 2 workers share it (worker.per_gpu)" for index in (0, 1)
     ]
@@ -188,6 +191,13 @@ def test_xids(tmp_path: Path) -> None:
     seen.run = kernel_log("", "Hint: You are currently not seeing messages from other users and the system.")
     with pytest.raises(Skipped, match="may not read the kernel's log"):
         gpu.xid(seen)
+
+
+def test_no_remedy_reboots() -> None:
+    """It is pasted as it stands: a reboot is for a person to decide, and stands in a comment."""
+    for file in (Path(gpu.__file__).parent).glob("*.py"):
+        for line in file.read_text().splitlines():
+            assert not re.search(r"""(["'];? ?|; |&& )reboot""", line), f"{file.name}: {line}"
 
 
 # -- CUDA -----------------------------------------------------------------------------------

@@ -7,14 +7,16 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor, nn
 
-from gpuinfer.doctor import config, disk, kernel, models, probe, redis_config, redis_tuning, versions
+from gpuinfer.doctor import config, disk, kernel, models, redis_config, redis_tuning, versions
 from gpuinfer.doctor.finding import Finding, Findings, Skipped
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.redis_place import OUR_SOCKET, place_of
+from gpuinfer.models import sandbox, trial
 from gpuinfer.models.examples import sample
 from gpuinfer.models.manifest import load_manifest
 from gpuinfer.models.repository import SHIPPED, ModelFolder, Repository
@@ -117,21 +119,12 @@ def test_without_the_package_there_are_no_passwords(tmp_path: Path) -> None:
 
 
 def test_overcommit_and_somaxconn(tmp_path: Path) -> None:
-    """The remedy lasts: it applies the files that are there, or opens the one that has the last word."""
+    """The remedy lasts: its file is read after those that set the same."""
     files = {"/proc/sys/vm/overcommit_memory": "0\n", "/proc/sys/net/core/somaxconn": "128\n"}
     here = host(tmp_path, files)
-    new = "echo {} >/etc/sysctl.d/60-gpuinfer.conf && sysctl --system"
-    assert kernel.overcommit(here).remedy == new.format("vm.overcommit_memory = 1")
-    assert kernel.somaxconn(here).remedy == new.format("net.core.somaxconn = 4096")
-    host(tmp_path, {"/usr/lib/sysctl.d/60-gpuinfer.conf": "vm.overcommit_memory = 1\n"})
-    assert kernel.overcommit(here).remedy == "sysctl --system"
-    host(tmp_path, {"/etc/sysctl.d/50-mine.conf": "vm.overcommit_memory = 2\n"})
-    assert kernel.overcommit(here).remedy == "sysctl --system"
-    host(tmp_path, {"/etc/sysctl.d/70-mine.conf": "-vm/overcommit_memory=2\n"})
-    wins = "editor /etc/sysctl.d/70-mine.conf && sysctl --system  # vm.overcommit_memory = 1"
-    assert kernel.overcommit(here).remedy == wins
-    host(tmp_path, {"/usr/lib/sysctl.d/70-mine.conf": "vm.overcommit_memory = 1\n"})
-    assert kernel.overcommit(here).remedy == wins, "a file in /etc hides one of its name"
+    file = "/etc/sysctl.d/99-zz-gpuinfer.conf"
+    assert kernel.overcommit(here).remedy == f"echo vm.overcommit_memory = 1 >>{file} && sysctl -p {file}"
+    assert kernel.somaxconn(here).remedy == f"echo net.core.somaxconn = 4096 >>{file} && sysctl -p {file}"
     assert kernel.somaxconn(host(tmp_path, {"/proc/sys/net/core/somaxconn": "65535\n"})).status == "ok"
 
 
@@ -201,83 +194,16 @@ def test_a_journal_that_is_lost_at_reboot(tmp_path: Path) -> None:
 # -- Redis's files --------------------------------------------------------------------------
 
 
-def test_what_redis_conf_states(tmp_path: Path) -> None:
-    """What is included counts where it stands, the last one wins, and tabs are spaces, as in Redis."""
-    text = 'include /run/tuning.conf\nappendfsync\talways\n# maxmemory 1\nmaxmemory-policy "volatile-ttl"\n\n'
-    tuning = "\tmaxmemory \t2gb\nappendfsync everysec\nhz 10\n"
-    here = host(tmp_path, {redis_config.CONF: text, "/run/tuning.conf": tuning})
-    assert redis_config.stated(here, redis_config.CONF) == {
-        "maxmemory": "2gb",
-        "appendfsync": "always",
-        "maxmemory-policy": "volatile-ttl",
-        "hz": "10",
-    }
-
-
-def test_settings_that_changed_since_redis_started(tmp_path: Path) -> None:
-    """tuning.conf is taken as the next start would write it, and what redis.conf says below it wins."""
-    files = {
-        redis_config.CONF: "include /run/gpuinfer/redis/tuning.conf\n",
-        redis_config.TUNING: "maxmemory 1gb\n",
-    }
-    here = host(tmp_path, files, redis={"maxmemory_mb": 512, "appendfsync": "always"})
-    assert redis_config.stated(here, redis_config.CONF) == {
-        "maxmemory": "512mb",
-        "appendfsync": "always",
-    }
-
-
-def test_lines_of_redis_conf_that_add_up(tmp_path: Path) -> None:
-    """Limits of each kind of client; points to save, which an empty one takes back. No password is read."""
-    text = "client-output-buffer-limit normal 1mb 0 0\nclient-output-buffer-limit pubsub 2mb 1mb 60\n"
-    text += 'save 3600 1\nsave ""\nsave 300 100 60 10000\nrequirepass hush\ntls-key-file-pass hush\n'
-    found = redis_config.parse(host(tmp_path), text)
-    assert found == {
-        "client-output-buffer-limit": "normal 1mb 0 0 pubsub 2mb 1mb 60",
-        "save": "300 100 60 10000",
-    }
-
-
-@pytest.mark.parametrize(
-    ("key", "found", "wanted", "same"),
-    [
-        ("maxmemory", "2147483648", "2gb", True),
-        ("maxmemory", "2147483648", "2g", False),
-        ("appendonly", "yes", "Yes", True),
-        ("save", "", "", True),
-        ("dir", "/var/lib/other", "/var/lib/gpuinfer/redis", False),
-        (
-            "client-output-buffer-limit",
-            "normal 268435456 0 60 slave 268435456 0 60 pubsub 1 0 0",
-            "replica 256mb 0 60 normal 256mb 0 60",
-            True,
-        ),
-        ("client-output-buffer-limit", "normal 0 0 0", "normal 256mb 0 60", False),
-    ],
-)
-def test_what_redis_tells_means_what_its_file_says(key: str, found: str, wanted: str, same: bool) -> None:
-    """Sizes, cases and the names of old are told apart from differences."""
-    assert redis_config.same(key, found, wanted) is same
-
-
 def test_what_mends_redis_outlives_a_restart() -> None:
     """Our own is changed in its file, for CONFIG SET is forgotten; another's by the means we have there."""
     ours, other = (place_of(BrokerSettings(url=url)) for url in (f"unix://{OUR_SOCKET}", "redis://there/0"))
-    ill = {"maxmemory": "0", "maxmemory-policy": "allkeys-lru", "appendonly": "no"}
+    ill = {"maxmemory": 0, "maxmemory_policy": "allkeys-lru", "aof_enabled": 0}
     mends = [finding.remedy for finding in redis_tuning.unfit(ill, ours)]
     edit = f"editor {redis_config.CONF} && systemctl restart gpuinfer-redis  # "
     assert mends == [edit + "maxmemory-policy volatile-ttl", edit + "maxmemory 2gb", edit + "appendonly yes"]
     mends = [finding.remedy for finding in redis_tuning.unfit(ill, other)]
     assert mends[0] == "redis-cli -h there -p 6379 CONFIG SET maxmemory-policy volatile-ttl"
     assert all("CONFIG SET" in mend for mend in mends)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("1000", 1000), ("1k", 1000), ("1kb", 1024), ("2GB", 2 * GIB), ("3m", 3_000_000)]
-)
-def test_sizes_of_redis_conf(text: str, size: int) -> None:
-    """k is a thousand and kb 1024."""
-    assert redis_config.to_bytes(text) == size
 
 
 @pytest.mark.parametrize(
@@ -318,7 +244,13 @@ class _Sevens(nn.Module):
 
 def test_a_model_that_refuses_what_is_invented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It loads, and nobody has seen it run: the warning names the key to set; with an example all is well."""
-    monkeypatch.setattr(models, "ask", lambda what, *arguments, **_: probe.model(*arguments))
+    asked: list[tuple[str, str]] = []
+
+    def ask(what: str, *, folder: str, device: str, **_: object) -> dict[str, Any]:
+        asked.append((what, device))
+        return trial.attempt(folder, device)
+
+    monkeypatch.setattr(sandbox, "ask", ask)
     here = host(tmp_path, {"/proc/meminfo": "MemAvailable: 99999999 kB\n"})
     tables = '[[inputs]]\nname = "x"\nshape = [1]\n%s\n[[outputs]]\nname = "y"\n'
 
@@ -329,6 +261,7 @@ def test_a_model_that_refuses_what_is_invented(tmp_path: Path, monkeypatch: pyte
     refused = found("bare", "")
     assert (refused.status, "set inputs.x.example in model.toml" in refused.message) == ("warning", True)
     assert found("helped", "example = [7]").status == "ok"
+    assert asked == [("attempt", "cpu")] * 2
 
 
 def test_a_model_that_is_too_large_to_try(tmp_path: Path) -> None:

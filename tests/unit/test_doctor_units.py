@@ -136,6 +136,16 @@ def test_a_unit_that_does_not_stay_up(tmp_path: Path) -> None:
     )
 
 
+def test_a_worker_in_a_crash_loop(tmp_path: Path) -> None:
+    """It is no sound worker that starts just now."""
+    name = "gpuinfer-worker@0.service"
+    looping = unit(name, ActiveState="activating", SubState="auto-restart", UnitFileState="enabled")
+    loaded = f"{name} loaded activating auto-restart\n"
+    here = systemd(tmp_path, looping, WATCHES, files=TEMPLATE, loaded=loaded, journal="it ended with 74")
+    found = one(units.workers(here))
+    assert (found.status, found.message) == ("error", f"{name} does not stay up: it ended with 74")
+
+
 def test_a_port_that_another_program_has(tmp_path: Path) -> None:
     """The command names that program: to start our socket once more would mend nothing."""
     shown = [unit(name) for name in units.ALWAYS]

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from gpuinfer.gpus import PROGRAM_XIDS
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import gpu_watch, health
 from gpuinfer.watcher.gpu_watch import GpuWatch
-from gpuinfer.watcher.xids import AGAIN_S, PROGRAMS, Xids
+from gpuinfer.watcher.xids import AGAIN_S, Xids
 from tests.fake_nvml import GIB, FakeNvml
 
 pytestmark = pytest.mark.unit
@@ -121,7 +122,7 @@ def test_an_xid_is_told_once_with_its_number() -> None:
         assert watch.take_xids() == {}
 
 
-@pytest.mark.parametrize("xid", sorted(PROGRAMS))
+@pytest.mark.parametrize("xid", sorted(PROGRAM_XIDS))
 def test_a_programs_own_fault_is_not_the_gpus(xid: int) -> None:
     """NVIDIA's catalogue: restart the application. The one that comes after it is told."""
     nvml = FakeNvml(count=1, used_bytes=0)
