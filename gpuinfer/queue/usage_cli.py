@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from gpuinfer.cli_help import examples
 from gpuinfer.queue.show import as_json_option, print_json, print_table
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from gpuinfer.settings import Loaded
 
 
-@click.command(epilog="Examples: gpuinfer usage --by key; gpuinfer usage --by model --since 7d --json")
+@click.command(epilog=examples("gpuinfer usage --by key", "gpuinfer usage --by model --since 7d --json"))
 @click.option("--by", type=click.Choice(["key", "model"]), help="Sum up. Default: by key and model.")
 @click.option(
     "--since",

@@ -81,4 +81,4 @@ def test_what_cannot_be_queued_leaves_nothing_behind(store: Store, client: Clien
     for value in ([1], "x" * 100_000):  # the second with a body beside the list
         with pytest.raises(BrokerError, match="WRONGTYPE"):
             client.submit(value, idempotency_key="k")
-    assert set(raw.keys()) - before <= {keys.ROOM.encode()}
+    assert set(raw.keys()) - before <= {keys.ROOM.encode(), keys.ORIGINS.encode()}
