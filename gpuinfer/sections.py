@@ -152,6 +152,11 @@ class QueueSettings(Section):
     max_dead: int = Field(default=10_000, ge=1, le=1_000_000)
     max_dead_bytes: int = Field(default=256 * 1024 * 1024, ge=1024, le=64 * 1024**3)
     dead_ttl_s: int = Field(default=30 * 86400, ge=60, le=10 * 365 * 86400)
+    #: The messages of tasks that failed are kept up to these bounds, so that they can be sent again with
+    #: their inputs; of more, the oldest go. 0: none is.
+    max_failed: int = Field(default=10_000, ge=0, le=1_000_000)
+    max_failed_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, le=64 * 1024**3)
+    failed_ttl_s: int = Field(default=86400, ge=1, le=10 * 365 * 86400)
     #: A list that has waited this long unserved may go first, in at most a fifth of the claims; 0: never.
     ageing_s: float = Field(default=10.0, ge=0, le=86400)
     #: How often a worker looks for tasks of plain Celery producers, which wake nobody.

@@ -128,12 +128,12 @@ async def cancel(request: Request, task_id: str) -> Response:
 @router.post(
     "/tasks/{task_id:path}/retry",
     tags=["tasks"],
-    summary="Send a dead letter to its queue again",
+    summary="Send a task that failed to its queue again",
     responses=task_schemas.RETRY_RESPONSES,
 )
 async def retry(request: Request, task_id: str) -> Response:
-    """A task that killed its workers is a dead letter: it waits again, under its id. 409 for any other: its
-    inputs are not kept."""
+    """A task that failed, or was set aside as a dead letter, waits again, under its id, with the inputs that
+    it was sent with. 409 when these are not kept any more, and for any other task."""
     query.parse(request.scope, _NONE)
     note(request.scope, task_id=task_id)
     client = shared(request.scope).client

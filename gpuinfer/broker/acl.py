@@ -52,6 +52,7 @@ _ORIGINS = f"~{keys.ORIGINS}"
 _RATES, _WEIGHTS = f"~{keys.RATES}", f"~{keys.WEIGHTS}"
 _ORDER, _TURNS = f"~{keys.ORDER_PREFIX}*", f"~{keys.TURNS}"
 _AGEING, _AGED = f"~{keys.AGEING_PREFIX}*", f"~{keys.AGED_PREFIX}*"
+_FAILED, _FAILED_AGES, _FAILED_BYTES = f"~{keys.FAILED}", f"~{keys.FAILED_AGES}", f"~{keys.FAILED_BYTES}"
 _DEAD_AGES, _DEAD_BYTES = f"~{keys.DEAD_AGES}", f"~{keys.DEAD_BYTES}"
 _LATER, _LATER_SETS, _DUE = f"~{keys.LATER}", f"~{keys.LATER_PREFIX}*", f"~{keys.DUE}"
 _PAUSED, _HOSTS = f"~{keys.PAUSED}", f"~{HOSTS}"
@@ -120,18 +121,18 @@ _DROPPING = (
 _NOTING = (_selector("+lpush", "+ltrim", *_HISTORY),)
 #: To free the idempotency key of a task that did not run.
 _FREEING = (_selector("+hget", "+hdel", _KEYED),)
-#: To set a task aside, and to drop the oldest dead letters when there are too many.
+#: To set a task aside, or keep the inputs of one that failed, and to drop the oldest when there are too many.
 _BURYING = (
-    _selector("+hset", "+hexists", "+hdel", "+hstrlen", "+hlen", _DEAD),
-    _selector("+zadd", "+zscore", "+zrem", "+zrange", _DEAD_AGES),
-    _selector("+get", "+set", _DEAD_BYTES),
+    _selector("+hset", "+hexists", "+hdel", "+hstrlen", "+hlen", _DEAD, _FAILED),
+    _selector("+zadd", "+zscore", "+zrem", "+zrange", _DEAD_AGES, _FAILED_AGES),
+    _selector("+get", "+set", _DEAD_BYTES, _FAILED_BYTES),
     _selector("+strlen", "+unlink", _BODY),
 )
-#: To send a dead letter again, or to drop it.
+#: To send a dead letter, or a task that failed, again, or to drop it.
 _REVIVING = (
-    _selector("+hget", "+hexists", "+hdel", "+hstrlen", _DEAD),
-    _selector("+zrem", _DEAD_AGES),
-    _selector("+get", "+set", _DEAD_BYTES),
+    _selector("+hget", "+hexists", "+hdel", "+hstrlen", _DEAD, _FAILED),
+    _selector("+zrem", _DEAD_AGES, _FAILED_AGES),
+    _selector("+get", "+set", _DEAD_BYTES, _FAILED_BYTES),
 )
 #: To begin an epoch, and to write the first format number.
 _BEGINNING = (_selector("+get", "+set", _FORMAT), _selector("+hget", "+hset", _EPOCHS))

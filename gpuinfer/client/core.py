@@ -427,14 +427,21 @@ def accepted(answer: Any) -> Accepted:
 
 
 def no_retry(status: TaskStatus) -> WrongState:
-    """Return the error for a task that is no dead letter."""
+    """Return the error for a task whose inputs are not kept."""
     if not status.final:
         return WrongState(f"task {status.id} has not ended: there is nothing to retry", "task_id")
-    return WrongState(
-        f"task {status.id} is {status.state}, and its inputs are not kept: submit it again. Those of "
-        "dead letters are",
-        "task_id",
-    )
+    if status.state == "failed":
+        return WrongState(
+            f"task {status.id} failed, and its inputs are gone: submit it again. They are kept within "
+            "queue.max_failed, max_failed_bytes and failed_ttl_s",
+            "task_id",
+        )
+    state = _SAID.get(status.state, status.state)
+    return WrongState(f"task {status.id} is {state}: only one that failed can be sent again", "task_id")
+
+
+#: What a state is called to people, where that differs.
+_SAID = {"revoked": "cancelled"}
 
 
 def result_key(task_id: object) -> str:

@@ -240,10 +240,11 @@ class Client(Driver):
         return answer > 0
 
     def retry(self, task_id: str, *, only: str | None = None) -> None:
-        """Send a dead letter to its queue again, under its id. ``only``: as for ``cancel``.
+        """Send a task that failed, or is a dead letter, to its queue again, under its id. ``only``: as for
+        ``cancel``.
 
-        Raises WrongState for a task that is none, TaskNotFound, InputError where it can never run,
-        BrokerError.
+        Raises WrongState for a task that is neither, or whose inputs are not kept any more; TaskNotFound,
+        InputError where it can never run, BrokerError.
         """
         core.result_key(task_id)
         with typed_errors(self._user):
@@ -254,10 +255,17 @@ class Client(Driver):
                 list_key, args = dead.revival(task_id, letter)
                 dead.revived(task_id, list_key, self._revive(keys=[list_key], args=args))
                 return
+            failed = self._direct.call("HGET", keys.FAILED, task_id)
+            if failed is not None:
+                if not dead.failed_owned(failed, only):
+                    raise self._gone(task_id, only)
+                list_key, args = dead.failed_revival(task_id, failed)
+                dead.revived(task_id, list_key, self._revive(keys=[list_key], args=args))
+                return
         raise core.no_retry(self.status(task_id, only=only))
 
     def forget(self, task_id: str, *, only: str | None = None) -> None:
-        """Delete a task that has ended: its result, and the dead letter that it may be. ``only``: as for
+        """Delete a task that has ended: its result, and what is kept to send it again. ``only``: as for
         ``cancel``.
 
         Raises WrongState for one that has not, TaskNotFound, InputError, BrokerError.

@@ -150,16 +150,36 @@ def revival(letter_id: str, raw: bytes | None) -> tuple[str, list[str | bytes | 
     if raw is None:
         raise _missing(letter_id)
     letter = _parse(letter_id, raw)
-    payload = _MARK.sub("{", letter.payload)
+    return _revival(letter_id, letter.list_key, letter.payload)
+
+
+def failed_revival(task_id: str, raw: bytes) -> tuple[str, list[str | bytes | int]]:
+    """Return the key and the arguments of the script that sends a task again that failed. Raises InputError.
+
+    ``raw``: its list and its message, as ``settle.lua`` keeps them.
+    """
+    list_key, _, payload = raw.decode(errors="backslashreplace").partition("\n")
+    key, args = _revival(task_id, list_key, payload)
+    return key, [*args, 1]
+
+
+def failed_owned(raw: bytes, only: str | None) -> bool:
+    """Tell whether what is kept of a task that failed is ``only``'s; None: whosever."""
+    list_key = raw.partition(b"\n")[0].decode(errors="backslashreplace")
+    return only is None or keys.place_of(list_key).caller == only
+
+
+def _revival(letter_id: str, list_key: str, payload: str) -> tuple[str, list[str | bytes | int]]:
+    payload, queue = _MARK.sub("{", payload), keys.place_of(list_key).tier
     try:
         envelope = peek(payload.encode())
     except Undecodable as exc:
         raise InputError(f"cannot be sent again: {exc}; gpuinfer dead drop removes it", letter_id) from None
-    if letter.queue not in QUEUES:
-        raise InputError(f"cannot be sent again: no queue {letter.queue!r}", letter_id)
+    if queue not in QUEUES:
+        raise InputError(f"cannot be sent again: no queue {queue!r}", letter_id)
     beside = int(bool(envelope and envelope.beside))
     told = envelope.told if envelope is not None else b"}}"
-    return letter.list_key, [letter_id, payload, told, beside]
+    return list_key, [letter_id, payload, told, beside]
 
 
 def revived(letter_id: str, list_key: str, answer: int) -> None:

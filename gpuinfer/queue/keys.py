@@ -89,6 +89,10 @@ DEAD = "gpuinfer:dead"
 #: Dead letters, scored by when they came; and how many bytes they have together.
 DEAD_AGES = "gpuinfer:dead:ages"
 DEAD_BYTES = "gpuinfer:dead:bytes"
+#: Tasks that failed -> their list and message, so that they can be sent again; with their ages and bytes.
+FAILED = "gpuinfer:failed"
+FAILED_AGES = "gpuinfer:failed:ages"
+FAILED_BYTES = "gpuinfer:failed:bytes"
 #: A group of several models -> their indices that hold work, in the order of serving.
 ORDER_PREFIX = "gpuinfer:order:"
 #: Group -> for each of its lists since when it has been passed over (ms), and what was claimed from it until

@@ -15,6 +15,7 @@ import redis
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Final, following
 from gpuinfer.queue.direct import Argument, Direct
+from gpuinfer.settings import QueueSettings
 
 #: A result with more bytes is set beside.
 BESIDE_BYTES = 64 * 1024
@@ -23,11 +24,16 @@ BESIDE_BYTES = 64 * 1024
 class Settling:
     """Settles what one worker has in flight."""
 
-    def __init__(self, client: redis.Redis, direct: Direct, inflight: str, ttl_s: int) -> None:
+    def __init__(self, client: redis.Redis, direct: Direct, inflight: str, settings: QueueSettings) -> None:
         self._client = client
         self._settle = direct.bind("settle")
         self._inflight = inflight
-        self._ttl_s = ttl_s
+        self._ttl_s = settings.result_ttl_s
+        self._failed = (
+            f"{settings.max_failed} {settings.max_failed_bytes} {settings.failed_ttl_s}"
+            if settings.max_failed
+            else ""
+        )
 
     def settle(self, finals: Sequence[Final], *, idle: bool) -> tuple[list[bytes], list[bytes]]:
         """Write final states (see ``Store.settle``). Raises redis-py's errors.
@@ -47,7 +53,7 @@ class Settling:
     def _call(
         self, finals: Sequence[Final], beside: Collection[str], *, idle: bool
     ) -> tuple[list[bytes], list[bytes]]:
-        args: list[Argument] = [self._ttl_s, int(idle), len(finals)]
+        args: list[Argument] = [self._ttl_s, int(idle), len(finals), self._failed]
         for final in finals:
             seq = "" if final.seq is None else final.seq
             task_id, meta, keep = final.task_id, final.meta, str(int(final.keep))

@@ -111,7 +111,7 @@ class Store:
         self._claim_sha: str = bind(client, "claim").sha
         self._index = direct.bind("index")
         self._begin = direct.bind("begin")
-        self._settling = Settling(client, direct, self.inflight, settings.result_ttl_s)
+        self._settling = Settling(client, direct, self.inflight, settings)
         self._release = bind(client, "release")
         self._route = bind(client, "route")
         self._restore = bind(client, "restore")

@@ -126,7 +126,7 @@ class Reaper:
         self._clock = clock
         self._forget = bind(client, "forget")
         self._looked_at = -LOOK_EVERY_S
-        self._tidy = bind(client, "tidy")
+        self._tidy, self._trim = bind(client, "tidy"), bind(client, "trim")
         self._forgot_at = -FORGET_EVERY_S
         self._tidied_at = -TIDY_EVERY_S
         self._watched: dict[str, _Watched] = {}
@@ -161,7 +161,7 @@ class Reaper:
 
     def _forget_names(self, now: float) -> None:
         """Forget the epochs of workers that were not seen for a day, and hold nothing; now and then, callers
-        that have nothing waiting.
+        that have nothing waiting, and the inputs of tasks that failed long ago.
         """
         if now - self._forgot_at < FORGET_EVERY_S:
             return
@@ -171,6 +171,10 @@ class Reaper:
             if now - self._tidied_at >= TIDY_EVERY_S:
                 self._tidied_at = now
                 tidy(self._tidy)
+                queue = self._settings.queue
+                bounds = (queue.max_failed, queue.max_failed_bytes, queue.failed_ttl_s)
+                while self._trim(args=[*bounds, 1]):
+                    pass
         except AWAY:
             return  # the look finds that out
         except redis.RedisError as exc:

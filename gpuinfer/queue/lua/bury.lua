@@ -27,6 +27,6 @@ if revoked then
   free_key(redis.call('HGET', KEYS[1], seq) or '', id)
 end
 local unsent = follow(following, ARGV[4])
-add_letter(id, ARGV[3])
+add_letter(DEAD_LETTERS, id, ARGV[3])
 redis.call('HDEL', KEYS[1], seq, seq .. ':list')
 return unsent

@@ -64,7 +64,8 @@ local function tell(channels, metas, replies)
   end
 end
 
--- Take the bodies of these tasks, where they have some, off the account, and drop them unless they are kept.
+-- Take the bodies of these tasks, where they have some, off the account, and drop them unless they are kept: all
+-- (true), or those of a set of ids.
 local function drop_bodies(ids, kept)
   for first = 1, #ids, 1000 do
     local last = math.min(first + 999, #ids)
@@ -77,7 +78,7 @@ local function drop_bodies(ids, kept)
         if caller ~= '' and redis.call('HINCRBY', BODY_BYTES, '@' .. caller, '-' .. size) <= 0 then
           redis.call('HDEL', BODY_BYTES, '@' .. caller)
         end
-        if not kept then redis.call('UNLINK', BODY_PREFIX .. id) end
+        if not (kept == true or kept and kept[id]) then redis.call('UNLINK', BODY_PREFIX .. id) end
       end
     end
   end

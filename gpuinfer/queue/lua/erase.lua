@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- needs: states dead
--- Forget a task that has ended: its result, and the dead letter that it may have.
+-- Forget a task that has ended: its result, and what is kept of it to be sent again.
 -- KEYS: result key
 -- ARGV: task id; then, where that matters, whose task it must be
 -- Returns 1; 0: nothing is known of it, or it is another's; or why nothing was done: -1, it has not ended; -2, it was cancelled, and its
@@ -13,5 +13,5 @@ if ARGV[2] then
 end
 if state and not FINAL[state] then return -1 end
 if state == 'REVOKED' and redis.call('TTL', KEYS[1]) < 0 then return -2 end
-local letter = drop_letter(ARGV[1])
-return math.max(letter, drop_state(ARGV[1]))
+local letter, failed = drop_letter(DEAD_LETTERS, ARGV[1]), drop_letter(FAILED_TASKS, ARGV[1])
+return math.max(letter, failed, drop_state(ARGV[1]))

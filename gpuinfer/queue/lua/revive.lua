@@ -1,16 +1,18 @@
 #!lua
 -- needs: clock places lists states again dead
--- Send a dead letter to its list again as if newly submitted.
+-- Send a dead letter, or the message of a task that failed, to its list again as if newly submitted.
 -- KEYS: list
--- ARGV: task id, payload, the end of its state (write_waiting), '1' when its body lies beside the list
--- Returns 1, 0 when the letter is gone, or why nothing was done: -1, the task has its result by now, which stands; -2,
+-- ARGV: task id, payload, the end of its state (write_waiting), '1' when its body lies beside the list,
+--       '1' for a task that failed
+-- Returns 1, 0 when the letter is gone, or the task runs again by now, or why nothing was done: -1, the task has its result by now, which stands; -2,
 -- its body is gone; -3, something else stands under the list's name.
 if state_of(ARGV[1]) == 'SUCCESS' then return -1 end
-if redis.call('HEXISTS', DEAD, ARGV[1]) == 0 then return 0 end
+local kept = ARGV[5] == '1' and FAILED_TASKS or DEAD_LETTERS
+if redis.call('HEXISTS', kept.letters, ARGV[1]) == 0 then return 0 end
 if ARGV[4] == '1' and redis.call('EXISTS', BODY_PREFIX .. ARGV[1]) == 0 then return -2 end
 local ahead = redis.pcall('LLEN', KEYS[1])
 if type(ahead) == 'table' then return -3 end
-drop_letter(ARGV[1], true)
+drop_letter(kept, ARGV[1], true)
 write_waiting(ARGV[1], KEYS[1], ahead, 1, ARGV[3])
 redis.call('LPUSH', KEYS[1], ARGV[2])
 local tier, model = index_list(KEYS[1])

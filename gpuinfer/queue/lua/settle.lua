@@ -2,21 +2,45 @@
 -- needs: states
 -- Write the final states of tasks, tell them, drop the tasks from flight, and send on what follows, in one step.
 -- KEYS: in-flight hash
--- ARGV: result ttl in seconds, '1' when nothing runs now, number of tasks, then for each task: seq, task id, meta,
---       '1' to keep the state ('2': it stands beside; '': it stands there already), reply channel, label; an empty
---       seq is not in flight; an empty id leaves all states as they are; then what follows (chain.lua)
+-- ARGV: result ttl in seconds, '1' when nothing runs now, number of tasks, how many messages of tasks that failed are
+--       kept at most, their bytes, and for how many seconds, then for each task: seq, task id, meta, '1' to keep the
+--       state ('2': it stands beside; '': it stands there already), reply channel, label; an empty seq is not in
+--       flight; an empty id leaves all states as they are; then what follows (chain.lua)
 -- Returns how many final states were written, {id, why, ...} of those whose key is not ours to write, and
 -- {id, why, ...} of what follows and was refused.
-local last = 3 + 6 * ARGV[3]
+local last = 4 + 6 * ARGV[3]
+local failed
 -- Of an end that is not kept nothing tells, when it comes again, that it was told, but that the task is not in
 -- flight any more.
 local skipped
-for i = 4, last, 6 do
+for i = 5, last, 6 do
   if ARGV[i + 3] == '' then
     skipped = skipped or {}
     skipped[i], ARGV[i + 1] = ARGV[i + 1], ''
   elseif ARGV[i + 3] == '0' and ARGV[i] ~= '' and redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then
     ARGV[i + 1] = ''
+  elseif string.byte(ARGV[i + 5]) == 102 and ARGV[i] ~= '' and ARGV[i + 3] ~= '0' then -- failed
+    failed = failed or {}
+    failed[#failed + 1] = i
+  end
+end
+local kept_inputs, keep_inputs
+if failed and ARGV[4] ~= '' and not may('HSET', FAILED, '', '') then
+  -- needs: dead
+  kept_inputs = {}
+  local most, bytes, age = string.match(ARGV[4], '^(%d+) (%d+) (%d+)$')
+  most, bytes, age = tonumber(most), tonumber(bytes), tonumber(age)
+  for _, i in ipairs(failed) do
+    local id = ARGV[i + 1]
+    if id ~= '' and not FINAL[state_of(id) or ''] then
+      local payload, list = unpack(redis.call('HMGET', KEYS[1], ARGV[i], ARGV[i] .. ':list'))
+      local size = payload and list and #payload + redis.call('STRLEN', BODY_PREFIX .. id)
+      if size and size <= bytes then kept_inputs[id] = list .. '\n' .. payload end
+    end
+  end
+  keep_inputs = function()
+    for id, letter in pairs(kept_inputs) do add_letter(FAILED_TASKS, id, letter) end
+    for _ = 0, #failed, 100 do trim_letters(FAILED_TASKS, most, bytes, age) end
   end
 end
 local follow_ends
@@ -25,7 +49,7 @@ if last < #ARGV then
   local following = read_following(ARGV, last + 1)
   -- An end that something follows is only taken from the task's holder: one call writes both, or neither.
   for _, one in ipairs(following) do
-    local i = 6 * one.which - 2
+    local i = 6 * one.which - 1
     if redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then
       ARGV[i + 1] = ''
     else
@@ -37,12 +61,12 @@ end
 -- Changes nothing, and fails as the call below would: a task must not end and stay in flight.
 redis.call('HDEL', KEYS[1], '')
 local written, refused
-if last == 9 and not follow_ends and ARGV[5] ~= '' and ARGV[7] == '1' and #ARGV[6] <= 4096 then
-  written, refused = finish_one(ARGV[5], ARGV[6], ARGV[8], ARGV[9], ARGV[1])
+if last == 10 and not follow_ends and ARGV[6] ~= '' and ARGV[8] == '1' and #ARGV[7] <= 4096 then
+  written, refused = finish_one(ARGV[6], ARGV[7], ARGV[9], ARGV[10], ARGV[1])
 end
 if not written and not refused then
   -- needs: ends
-  written, refused = finish(ARGV, 5, 6, ARGV[1], last)
+  written, refused = finish(ARGV, 6, 6, ARGV[1], last, kept_inputs)
 end
 if not written then return refused end
 if skipped then
@@ -56,14 +80,15 @@ if skipped then
 end
 if revoked then
   -- needs: keyed
-  for i = 4, last, 6 do
+  for i = 5, last, 6 do
     local id = skipped and skipped[i] or ARGV[i + 1]
     if revoked[id] then free_key(redis.call('HGET', KEYS[1], ARGV[i]) or '', id) end
   end
 end
+if keep_inputs then keep_inputs() end
 local unsent = follow_ends and follow_ends() or {}
 local gone, n = {}, 0
-for i = 4, last, 6 do
+for i = 5, last, 6 do
   local seq = ARGV[i]
   if seq ~= '' then
     gone[n + 1], gone[n + 2] = seq, seq .. ':list'

@@ -59,7 +59,12 @@ if ARGV[6] ~= '' then
   local own = state_of(ARGV[12])
   -- One that was cancelled, purged, or too late holds no more, except under its own id.
   if holder and holder ~= ARGV[12] and state_of(holder) == 'REVOKED' then holder = nil end
-  local conflict = holder and not same
+  -- A body that is kept for a task of this id, which nothing else is known of any more, is not this one's.
+  local other = false
+  if not holder and not own then
+    for _, body in ipairs(KEYS) do other = other or redis.call('TTL', body) == -1 end
+  end
+  local conflict = holder and not same or other
     or own and (not holder and own ~= 'REVOKED' or owner_of(ARGV[12]) ~= caller)
   if conflict or holder or own then
     if not own or FINAL[own] then drop_these() end
