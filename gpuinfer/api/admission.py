@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import orjson
 
@@ -35,8 +34,7 @@ _MOST_DIGITS = 20
 _NON_FINITE = re.compile(rb"\bNaN\b|\bInfinity\b")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Admission:
+class Admission(NamedTuple):
     """One request, understood."""
 
     inputs: Any
@@ -105,7 +103,7 @@ def admit(body: bytes, *, header_key: str | None = None) -> Admission:
     if asked.options.get("idempotency_key"):  # two requests are the same whatever their white space
         return asked
     text = inputs_text(body, names)
-    return asked if text is None else replace(asked, inputs=Json(text, asked.inputs))
+    return asked if text is None else asked._replace(inputs=Json(text, asked.inputs))
 
 
 def admit_value(value: Any, *, header_key: str | None = None) -> Admission:

@@ -121,7 +121,7 @@ class Network:
 
 
 def _is_forwarded(scope: Scope) -> bool:
-    return any(name in _FORWARDED for name, _ in scope["headers"])
+    return not _FORWARDED.isdisjoint([name for name, _ in scope["headers"]])
 
 
 def _forwarded_for(scope: Scope) -> Iterator[str]:

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """uvicorn's HTTP protocol, with bounds on the head of a request: its bytes, and how long it may take.
 
-uvicorn itself waits for ever for the first request of a connection, and for the rest of a head.
+uvicorn itself waits for ever for the first request of a connection, and for the rest of a head. What a front
+does for each request is written out here: uvicorn sets up and takes down a timer for each, for one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
+from urllib.parse import unquote
 
+import httptools
 import orjson
+from uvicorn._types import HTTPScope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from gpuinfer.api.cycle import Cycle
 
 #: Seconds in which a head must have come, from the opening of a connection or from the head's first byte.
 HEAD_S = 10.0
@@ -19,13 +25,18 @@ HEAD_BYTES = 64 * 1024
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection. For a server without WebSockets and without a limit of uvicorn's own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_head = True
         self._head_bytes = 0
         self._late: asyncio.TimerHandle | None = None
+        #: Since when no request is in progress; None: one is.
+        self._idle_since: float | None = None
+        #: Looks whether the connection has been idle for too long: one timer for many requests.
+        self._idle: asyncio.TimerHandle | None = None
+        self._asgi = {"version": self.asgi_version, "spec_version": "2.3"}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -35,17 +46,63 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
         super().connection_lost(exc)
+
+    # -- a request ------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         self._in_head = True
-        super().on_message_begin()
+        self.url = b""
+        self.expect_100_continue = False
+        self.headers = []
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._head_bytes = 0
-        self._disarm()
-        super().on_headers_complete()
+        if self._late is not None:
+            self._disarm()
+        parser = self.parser
+        version = parser.get_http_version()
+        path, query = _split(self.url)
+        text = path.decode("ascii")
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": self._asgi,
+            "http_version": version,
+            "method": parser.get_method().decode("ascii"),
+            "path": self.root_path + (unquote(text) if "%" in text else text),
+            "raw_path": self.root_path.encode("ascii") + path,
+            "query_string": query,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": self.root_path,
+            "headers": self.headers,
+            "state": self.app_state.copy(),
+        }
+        self.scope = cast(HTTPScope, scope)
+        before = self.cycle
+        self.cycle = Cycle(
+            self.scope,
+            self.transport,
+            self.flow,
+            self.logger,
+            self.access_logger,
+            self.access_log,
+            self.server_state.default_headers,
+            asyncio.Event(),
+            self.expect_100_continue,
+            version != "1.0" and parser.should_keep_alive(),
+            self.on_response_complete,
+        )
+        if before is None or before.response_complete:
+            self._start_asgi_task(self.cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -59,6 +116,37 @@ class Protocol(HttpToolsProtocol):
             self._late = self.loop.call_later(
                 HEAD_S, self._refuse, 408, "slow_head", "the request's headers did not arrive in time"
             )
+
+    # -- an idle connection ---------------------------------------------------------------
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since = None
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._idle_since = None
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since = self.loop.time()
+        if self._idle is None:
+            self._idle = self.loop.call_later(self.timeout_keep_alive, self._close_idle)
+
+    def _close_idle(self) -> None:
+        """Close the connection where it has been idle for long enough, else look again when it will be."""
+        self._idle = None
+        if self._idle_since is None or self.transport.is_closing():
+            return
+        left_s = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left_s > 0:
+            self._idle = self.loop.call_later(left_s, self._close_idle)
+        else:
+            self.transport.close()
+
+    # -- what is no request ---------------------------------------------------------------
 
     def _disarm(self) -> None:
         if self._late is not None:
@@ -80,3 +168,12 @@ class Protocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, as JSON like every error."""
         self._refuse(400, "malformed_request", msg)
+
+
+def _split(url: bytes) -> tuple[bytes, bytes]:
+    """Return path and query of a request's target."""
+    if url[:1] == b"/" and url[:2] != b"//" and b"#" not in url:
+        path, _, query = url.partition(b"?")
+        return path, query
+    parsed = httptools.parse_url(url)
+    return parsed.path, parsed.query or b""

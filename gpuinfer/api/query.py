@@ -3,20 +3,32 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from urllib.parse import parse_qsl
 
 from starlette.types import Scope
 
 from gpuinfer.errors import InputError, UnknownParameter
 
-_NONE: dict[str, str] = {}
+#: A text of more bytes is not remembered.
+_SHORT = 100
 
 
 def parse(scope: Scope, allowed: frozenset[str]) -> dict[str, str]:
     """Return a request's query parameters. Raises UnknownParameter, and InputError for one given twice."""
     text: bytes = scope["query_string"]
     if not text:
-        return dict(_NONE)
+        return {}
+    return dict(_remembered(text, allowed)) if len(text) <= _SHORT else _parsed(text, allowed)
+
+
+@lru_cache(maxsize=256)
+def _remembered(text: bytes, allowed: frozenset[str]) -> dict[str, str]:
+    """Return what a short text says: many requests have the same. Not to be changed."""
+    return _parsed(text, allowed)
+
+
+def _parsed(text: bytes, allowed: frozenset[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in parse_qsl(text.decode("latin-1"), keep_blank_values=True):
         if name not in allowed:

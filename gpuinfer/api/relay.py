@@ -75,6 +75,16 @@ class Relay:
         self._most_reasons = most_reasons
         self._told = Told()
 
+    def count(self, status: int, seconds: float) -> bool:
+        """Note a request that has succeeded, as RequestLog does."""
+        if self._all:
+            return False
+        told = self._told
+        told.succeeded += 1
+        told.accepted += status == 202
+        told.longest_s = max(told.longest_s, seconds)
+        return True
+
     def add(self, action: str, status: int, seconds: float, fields: dict[str, Any]) -> None:
         """Note a request that has been answered, as RequestLog does."""
         told = self._told

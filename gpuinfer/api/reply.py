@@ -31,12 +31,11 @@ async def send_bytes(
     scope: Scope, send: Send, content: bytes, content_type: bytes, status: int = 200, headers: Headers = ()
 ) -> None:
     """Answer with a body as it is."""
-    head = [
-        (b"content-type", content_type),
-        (b"content-length", b"%d" % len(content)),
-        *headers,
-        *rates.told(scope),
-    ]
+    headers = [*headers, *rates.told(scope)]
+    answer = getattr(send, "answer", None)
+    if answer is not None and answer(status, content_type, headers, content):
+        return
+    head = [(b"content-type", content_type), (b"content-length", b"%d" % len(content)), *headers]
     await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": content})
 

@@ -84,6 +84,19 @@ class RequestLog:
         self._episodes: dict[str, _Episode] = {}
         self._mistakes_since, self._mistakes = clock(), 0
 
+    def count(self, status: int, seconds: float) -> bool:
+        """Note a request that has succeeded; False: it is to have a line, so ``add`` it."""
+        if self._all:
+            return False
+        counts = self._counts
+        if not (counts.succeeded or counts.mistakes):
+            counts.since = self._clock()
+        counts.succeeded += 1
+        counts.accepted += status == 202
+        if seconds > counts.longest_s:
+            counts.longest_s = seconds
+        return True
+
     def add(self, action: str, status: int, seconds: float, fields: dict[str, Any]) -> None:
         """Note a request that has been answered: ``fields`` are what its line would have."""
         counts = self._counts

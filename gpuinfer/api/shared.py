@@ -15,6 +15,7 @@ from starlette.types import Scope
 from gpuinfer.api.accounting import Accounts
 from gpuinfer.api.drain import Drain
 from gpuinfer.api.holding import Holding
+from gpuinfer.api.lasting import Lastings
 from gpuinfer.api.network import Network
 from gpuinfer.api.receiving import PERMITS, Receiver
 from gpuinfer.api.request_log import RequestLog
@@ -24,7 +25,10 @@ from gpuinfer.keys.folder import KeyFolder
 from gpuinfer.metrics.page import Page
 from gpuinfer.settings import Settings
 
+#: Seconds of a wait after which it ends with its caller's connection.
+ASK_AFTER_S = 0.05
 _SHARED = "gpuinfer.shared"
+_HEADERS = "gpuinfer.headers"
 
 
 class Wait(Protocol):
@@ -36,6 +40,9 @@ class Wait(Protocol):
 
 class Requests(Protocol):
     """Who hears of requests: the log, or the process that writes it."""
+
+    def count(self, status: int, seconds: float) -> bool:
+        """Note a request that has succeeded; False: it is to have a line, so ``add`` it."""
 
     def add(self, action: str, status: int, seconds: float, fields: dict[str, Any]) -> None:
         """Note a request that has been answered."""
@@ -79,6 +86,8 @@ class Shared:
         self.stopping = asyncio.Event()
         #: What waits for the end of a task.
         self.waits: set[Wait] = set()
+        #: Those of them that may last.
+        self.lastings = Lastings(ASK_AFTER_S)
 
     def stop(self) -> None:
         """End all waits: each caller is told how its task stands."""
@@ -108,7 +117,8 @@ def shared(scope: Scope) -> Shared:
 
 def header(scope: Scope, name: bytes) -> str:
     """Return a request's header by its name in lower case; empty where it has none."""
-    for key, value in scope["headers"]:
-        if key == name:
-            return str(value.decode("latin-1"))
-    return ""
+    known: dict[bytes, bytes] | None = scope.get(_HEADERS)
+    if known is None:  # the first of several counts
+        known = scope[_HEADERS] = dict(reversed(scope["headers"]))
+    value = known.get(name)
+    return "" if value is None else value.decode("latin-1")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from time import monotonic
 from typing import Any, NamedTuple, cast
 
 from starlette.types import Receive, Scope, Send
@@ -15,7 +16,7 @@ from gpuinfer.api.middleware import note
 from gpuinfer.api.reply import send_json
 from gpuinfer.api.shared import header, shared
 from gpuinfer.api.showing import shown, state
-from gpuinfer.api.waiting import bounded, preferred_time, until_ended, waiting_time
+from gpuinfer.api.waiting import bounded, next_news, preferred_time, until_ended, waiting_time
 from gpuinfer.client import Options
 from gpuinfer.errors import IdempotencyConflict, InputError, TaskExists
 from gpuinfer.queue.message import Json, Submission
@@ -130,8 +131,13 @@ async def _sent_and_ended(scope: Scope, receive: Receive, task: Submission, seco
     with client.watch(task.id) as watch:
         task_id = await sent(scope, task)
         if task_id == task.id:
+            until = monotonic() + seconds
             with suppress(TimeoutError):
-                async with bounded(scope, receive, seconds):
+                news = await next_news(scope, receive, watch, seconds)
+                if isinstance(news, TaskStatus) and news.final:
+                    return news
+                watch.put_back(news)
+                async with bounded(scope, receive, max(0.0, until - monotonic())):
                     return await client.ended(task_id, watch, submitted=True)
             return await client.status(task_id)
     return await until_ended(scope, receive, task_id, seconds)

@@ -50,6 +50,8 @@ class Part(NamedTuple):
 
 def holds_json(body: bytes, content_type: str) -> bool:
     """Tell whether a body is JSON: by its type, or where a browser calls a list or an object text."""
+    if content_type == "application/json":
+        return True
     if _is_text(content_type):
         return body.lstrip()[:1] in (b"[", b"{")
     return is_json(content_type)

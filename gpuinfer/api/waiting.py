@@ -12,12 +12,11 @@ from types import TracebackType
 from starlette.types import Receive, Scope
 
 from gpuinfer.api.access import caller
-from gpuinfer.api.shared import header, shared
+from gpuinfer.api.shared import ASK_AFTER_S, header, shared
+from gpuinfer.client.waits import News, Watch
 from gpuinfer.errors import InputError
 from gpuinfer.queue.results import TaskStatus
 
-#: Seconds of a wait after which it ends with its caller's connection.
-_ASK_AFTER_S = 0.05
 _PREFERRED = re.compile(r'(?:^|,)\s*wait\s*=\s*"?(\d{1,9})"?\s*(?=$|[,;])', re.IGNORECASE)
 
 
@@ -58,7 +57,7 @@ async def until_ended(scope: Scope, receive: Receive, task_id: str, seconds: flo
 class bounded:
     """Raise TimeoutError in what runs within once the time is over, the caller has gone, or we stop.
 
-    A timer is all that a short wait costs: whether the caller is there is asked after ``_ASK_AFTER_S``.
+    A timer is all that a short wait costs: whether the caller is there is asked after ``ASK_AFTER_S``.
     """
 
     __slots__ = ("_asking", "_leaving", "_receive", "_shared", "_timeout")
@@ -73,7 +72,7 @@ class bounded:
     async def __aenter__(self) -> None:
         await self._timeout.__aenter__()
         self._shared.waits.add(self)
-        self._asking = asyncio.get_running_loop().call_later(_ASK_AFTER_S, self._ask)
+        self._asking = asyncio.get_running_loop().call_later(ASK_AFTER_S, self._ask)
 
     def end(self) -> None:
         """End the wait now."""
@@ -97,3 +96,66 @@ class bounded:
         if self._leaving is not None:
             self._leaving.cancel()
         await self._timeout.__aexit__(kind, value, trace)
+
+
+async def next_news(scope: Scope, receive: Receive, watch: Watch, seconds: float) -> News:
+    """Return the next that a watch hears. Raises TimeoutError when ``bounded`` would.
+
+    It costs less: no timer, unless it lasts.
+    """
+    ours = shared(scope)
+    if ours.stopping.is_set():
+        raise TimeoutError
+    wait = _Wait(receive, seconds, watch)
+    ours.waits.add(wait)
+    if seconds > ASK_AFTER_S:
+        ours.lastings.add(wait)
+    else:
+        wait.lasts()
+    try:
+        news = await watch.next()
+    finally:
+        ours.waits.discard(wait)
+        wait.close()
+    if type(news) is TimeoutError:
+        raise news
+    return news
+
+
+class _Wait:
+    """Puts a TimeoutError among a watch's news once the time is over, the caller has gone, or we stop."""
+
+    __slots__ = ("_began", "_leaving", "_receive", "_seconds", "_timer", "_watch", "ended")
+
+    def __init__(self, receive: Receive, seconds: float, watch: Watch) -> None:
+        self._receive = receive
+        self._seconds = seconds
+        self._watch = watch
+        self._began = asyncio.get_running_loop().time()
+        self._timer: asyncio.TimerHandle | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        self.ended = False
+
+    def lasts(self) -> None:
+        """Ask from now on whether the caller is there, and end in time."""
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_at(self._began + self._seconds, self.end)
+        self._leaving = loop.create_task(self._left(), name="caller")
+
+    async def _left(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            continue
+        self.end()
+
+    def end(self) -> None:
+        """End the wait now."""
+        if not self.ended:
+            self._watch.put(TimeoutError())
+
+    def close(self) -> None:
+        """It has ended."""
+        self.ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._leaving is not None:
+            self._leaving.cancel()

@@ -50,6 +50,10 @@ class Watch:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def put_back(self, news: News) -> None:
+        """Take news that were told already: they are the next."""
+        self._news.appendleft(news)
+
     async def next(self) -> News:
         """Wait for news. For one waiter."""
         if not self._news:

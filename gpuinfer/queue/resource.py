@@ -6,6 +6,7 @@ Times are ISO 8601 in UTC. Fields that every task has are null where they are no
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -14,6 +15,12 @@ from gpuinfer.queue.results import TaskStatus, moment
 
 #: What a task's state is called here, where that differs.
 _WORDS = {"revoked": "cancelled"}
+#: An id that stands in a URL as it is.
+_PLAIN = re.compile(r"[A-Za-z0-9_-]+")
+#: A moment of this century as it is written here, by a worker of ours.
+_WRITTEN = re.compile(
+    r"20\d\d-(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d\.(?!0{6})\d{6}\+00:00"
+)
 
 
 class Place(NamedTuple):
@@ -84,17 +91,21 @@ def metrics(status: TaskStatus) -> dict[str, float | int | None]:
 
 def urls(task_id: str) -> dict[str, str]:
     """Return where a task is, and what can be done to it."""
-    url = f"/tasks/{quote(task_id, safe='')}"
+    url = "/tasks/" + (task_id if _PLAIN.fullmatch(task_id) else quote(task_id, safe=""))
     return {"self": url, "result": f"{url}/result", "cancel": f"{url}/cancel", "retry": f"{url}/retry"}
 
 
 def written(at: Any) -> str | None:
     """Return a moment as ISO 8601 in UTC; None for none, and for what is none."""
+    if at is None:
+        return None
     if type(at) is float:
         try:
             return datetime.fromtimestamp(at, UTC).isoformat()
         except (ValueError, OverflowError, OSError):
             return None
+    if type(at) is str and _WRITTEN.fullmatch(at):
+        return at
     found = moment(at)
     return None if found is None else found.astimezone(UTC).isoformat()
 

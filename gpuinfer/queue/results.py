@@ -41,9 +41,9 @@ _STATES: dict[str, State] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class TaskStatus:
-    """The state of a task as a caller sees it."""
+    """The state of a task as a caller sees it. Never changed; to be frozen would cost twice its making."""
 
     id: str
     state: State

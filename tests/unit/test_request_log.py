@@ -117,3 +117,12 @@ def test_all_of_them(lines: list[Any]) -> None:
     front.answer(202, 3, task_id="a")
     assert events(lines) == ["request"] * 3
     assert lines[0]["task_id"] == "a"
+
+
+def test_success_is_counted_without_a_line(lines: list[Any]) -> None:
+    """Unless each request has its own."""
+    front = Front()
+    assert all(front.log.count(status, 0.25) for status in (200, 202, 202))
+    front.log.close()
+    assert [(line["succeeded"], line["accepted"], line["longest_ms"]) for line in lines] == [(3, 2, 250.0)]
+    assert not Front("all").log.count(200, 0.25)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The short ways of the front: a whole answer in one packet, and one timer for many waits and connections."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from gpuinfer.api.lasting import Lastings
+from gpuinfer.api.middleware import _Watched
+from gpuinfer.api.protocol import Protocol, _split
+from gpuinfer.api.reply import send_bytes
+
+pytestmark = pytest.mark.unit
+
+REQUEST = b"GET /x?a=1 HTTP/1.1\r\nhost: here\r\n\r\n"
+
+
+class Wire(asyncio.Transport):
+    """A connection that keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__({"sockname": ("127.0.0.1", 1), "peername": ("127.0.0.1", 2)})
+        self.packets: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        self.packets.append(bytes(data))
+
+    def pause_reading(self) -> None:
+        return None
+
+    def resume_reading(self) -> None:
+        return None
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def connect(app: Any) -> tuple[Wire, Protocol]:
+    config = uvicorn.Config(app, lifespan="off", log_config=None, proxy_headers=False)
+    config.timeout_keep_alive = 60
+    config.load()
+    wire = Wire()
+    connection = Protocol(config, ServerState(), {}, asyncio.get_running_loop())
+    connection.connection_made(wire)
+    return wire, connection
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def answering(headers: list[tuple[bytes, bytes]], *, whole: bool = True) -> Any:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        watched = _Watched(send, asyncio.Event())
+        if not whole:
+            watched._answer = None
+        await send_bytes(scope, watched, b"body\n", b"text/plain", 202, headers)
+        assert (watched.status, watched.sent) == (202, 5)
+
+    return app
+
+
+@pytest.mark.parametrize("headers", [[], [(b"location", b"/x")], [(b"connection", b"close")]])
+async def test_a_whole_answer_is_one_packet(headers: list[tuple[bytes, bytes]]) -> None:
+    """It says what two messages of ASGI say."""
+    said = []
+    for whole in (True, False):
+        wire, connection = connect(answering(headers, whole=whole))
+        connection.data_received(REQUEST)
+        await until(lambda: b"".join(wire.packets).endswith(b"body\n"))  # noqa: B023
+        assert len(wire.packets) == (1 if whole else 2)
+        head, _, body = b"".join(wire.packets).partition(b"\r\n\r\n")
+        said.append((sorted(head.lower().split(b"\r\n")), body, wire.closed))
+    assert said[0] == said[1]
+    assert said[0][2] is bool(headers and headers[0][0] == b"connection")
+
+
+async def test_no_header_is_smuggled_in() -> None:
+    """A value with a line break is a mistake of ours, and answered as one."""
+    wire, connection = connect(answering([(b"location", b"/x\r\nset-cookie: a=b")]))
+    connection.data_received(REQUEST)
+    await until(lambda: wire.packets)
+    assert wire.packets[0].startswith(b"HTTP/1.1 500 ")
+    assert b"set-cookie" not in b"".join(wire.packets)
+
+
+async def test_an_old_client_is_told_that_the_connection_ends() -> None:
+    """HTTP/1.0 keeps no connection."""
+    wire, connection = connect(answering([]))
+    connection.data_received(REQUEST.replace(b"1.1", b"1.0"))
+    await until(lambda: wire.closed)
+    assert b"connection: close\r\n" in wire.packets[0]
+
+
+async def test_requests_in_a_row_are_answered_in_order() -> None:
+    """Those of one packet wait for each other."""
+    wire, connection = connect(answering([]))
+    connection.data_received(REQUEST * 3)
+    await until(lambda: len(wire.packets) == 3)
+
+
+async def test_an_idle_connection_is_closed_once_it_was_idle_long_enough() -> None:
+    """One timer is enough: it looks again where a request has come meanwhile."""
+    wire, connection = connect(answering([]))
+    connection.data_received(REQUEST)
+    await until(lambda: wire.packets)
+    await until(lambda: connection._idle is not None)
+    now = asyncio.get_running_loop().time()
+    for since, closed in ((None, False), (now - 30, False), (now - 61, True)):
+        connection._idle_since = since
+        connection._close_idle()
+        assert wire.closed is closed
+    connection.connection_lost(None)
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [
+        (b"/predict?wait=5&a=?", (b"/predict", b"wait=5&a=?")),
+        (b"/", (b"/", b"")),
+        (b"/x#y", (b"/x", b"")),
+        (b"http://here:80/x?y", (b"/x", b"y")),
+    ],
+)
+def test_a_target_is_path_and_query(url: bytes, parts: tuple[bytes, bytes]) -> None:
+    """The usual form is split here; every other is read as uvicorn reads it."""
+    assert _split(url) == parts
+
+
+class One:
+    """A wait."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.told = 0
+
+    def lasts(self) -> None:
+        self.told += 1
+
+
+async def test_what_lasts_is_told_once() -> None:
+    """What has ended before costs no timer, and is forgotten."""
+    lastings = Lastings(0.02)
+    short, long = One(), One()
+    lastings.add(short)
+    lastings.add(long)
+    short.ended = True
+    await until(lambda: long.told)
+    assert (short.told, long.told, len(lastings)) == (0, 1, 0)
+    later = One()
+    lastings.add(later)
+    await until(lambda: later.told)
+    assert long.told == 1
