@@ -13,22 +13,28 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from gpuinfer import __version__
+from gpuinfer.errors import GpuinferError
 from gpuinfer.metrics.gather import Snapshot
 from gpuinfer.metrics.table import METRICS, Metric
 from gpuinfer.queue.tally import SIZES, TIMES_S
+from gpuinfer.settings import QUEUES
 
 #: A label has at most this many values; what is beyond them is one more, "other".
 MOST_VALUES = 200
 OTHER = "other"
 #: Labels whose values somebody may make up.
 _OPEN = ("model", "key", "worker", "code", "reason")
-#: Codes of errors that mean: no room, or nobody to serve.
-REFUSALS = frozenset(
-    {
-        *("queue_full", "front_busy", "broker_unavailable", "broker_refused", "not_ready"),
-        *("rate_limited", "key_quota"),
-    }
-)
+
+
+def _codes(kind: type[GpuinferError]) -> Iterator[str]:
+    """Yield the codes of the errors that mean: no room, or nobody to serve."""
+    if kind.http_status in (429, 503):
+        yield kind.code
+    for one in kind.__subclasses__():
+        yield from _codes(one)
+
+
+REFUSALS = frozenset(_codes(GpuinferError))
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,27 +227,34 @@ def _of_fleet(seen: Snapshot, host: Host) -> dict[str, Values]:
     return {**_tasks(seen), **_front(seen), **_models(seen), **_redis(seen, host)}
 
 
+#: Outcomes that are shown for each queue and model, also where there are none.
+_OUTCOMES = ("completed", "failed", "dead")
+
+
 def _tasks(seen: Snapshot) -> dict[str, Values]:
     depth = seen.depth
     lanes = {*depth.lanes, *depth.claimed, *(end.lane for end in seen.ended)}
     lanes = {lane for lane in lanes if lane.tier and lane.model}
+    nothing: Values = dict.fromkeys(map(tuple, lanes), 0.0)  # what grows from nothing is seen to grow
     device = _by(seen, "device_us", lambda key, model: (model, key))
+    finished: Values = {(*lane, outcome): 0.0 for lane in lanes for outcome in _OUTCOMES}
     return {
         "gpuinfer_tasks_submitted_total": _by(seen, "submitted", lambda tier, model: (tier, model)),
-        "gpuinfer_tasks_finished_total": {
-            (*end.lane, end.outcome): float(count) for end, count in seen.ended.items()
-        },
+        "gpuinfer_tasks_finished_total": finished
+        | {(*end.lane, end.outcome): float(count) for end, count in seen.ended.items()},
         "gpuinfer_result_bytes_total": {tuple(lane): float(size) for lane, size in seen.result_bytes.items()},
         "gpuinfer_tasks_redelivered_total": {(cause,): 0.0 for cause in ("restart", "reaper")}
         | _by(seen, "redelivered", lambda cause, _: (cause,)),
         "gpuinfer_workers_reaped_total": {(): float(seen.total("reaped"))},
-        "gpuinfer_tasks_waiting": dict.fromkeys(map(tuple, lanes), 0.0)
+        "gpuinfer_tasks_waiting": nothing
         | {tuple(lane): float(sum(levels.values())) for lane, levels in depth.lanes.items()},
-        "gpuinfer_tasks_waiting_bytes": dict.fromkeys(map(tuple, lanes), 0.0)
+        "gpuinfer_tasks_waiting_bytes": nothing
         | {tuple(lane): float(size) for lane, size in seen.list_bytes.items()},
-        "gpuinfer_bodies_bytes": {(tier,): float(size) for tier, size in seen.body_bytes.items()},
-        "gpuinfer_tasks_waiting_oldest_seconds": {tuple(lane): age for lane, age in seen.oldest().items()},
-        "gpuinfer_tasks_later": {tuple(lane): float(count) for lane, count in depth.later.items()},
+        "gpuinfer_bodies_bytes": {(tier,): 0.0 for tier in QUEUES}
+        | {(tier,): float(size) for tier, size in seen.body_bytes.items()},
+        "gpuinfer_tasks_waiting_oldest_seconds": (nothing if seen.live_hosts else {})
+        | {tuple(lane): age for lane, age in seen.oldest().items()},
+        "gpuinfer_tasks_later": nothing | {tuple(lane): float(count) for lane, count in depth.later.items()},
         "gpuinfer_tasks_in_flight": {(): float(depth.total_inflight)},
         "gpuinfer_queue_paused": {(queue,): 1.0 for queue in depth.paused},
         "gpuinfer_dead_letters": {(): float(depth.dead_letters)},
@@ -255,9 +268,7 @@ def _front(seen: Snapshot) -> dict[str, Values]:
     return {
         "gpuinfer_http_requests_total": _by(seen, "status", lambda status, _: (status,)),
         "gpuinfer_http_errors_total": errors,
-        "gpuinfer_tasks_refused_total": {
-            labels: count for labels, count in errors.items() if labels[0] in REFUSALS
-        },
+        "gpuinfer_tasks_refused_total": {(code,): errors.get((code,), 0.0) for code in sorted(REFUSALS)},
     }
 
 
