@@ -185,6 +185,18 @@ def add(
         init=write,
     )
     _tell(folder, tried, as_json=as_json)
+    if not as_json:
+        _say_next(loaded, folder.manifest.name)
+
+
+def _say_next(loaded: Loaded, name: str) -> None:
+    """Say what makes workers serve a model that was added."""
+    served = name in loaded.settings.worker.models
+    where = "" if served else f"name {name} in worker.models (/etc/gpuinfer/gpuinfer.toml), then "
+    click.echo(
+        f"next: {where}systemctl restart gpuinfer-workers.target; to try it: "
+        f"gpuinfer submit --model {name} --wait INPUT"
+    )
 
 
 def _named(wanted: Wanted, name: str) -> Wanted:

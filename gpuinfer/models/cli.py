@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -103,9 +104,45 @@ def show(loaded: Loaded, name: str, as_json: bool) -> None:
         tables.print_json(body)
         return
     table = Table("key", "value", box=None, show_header=False)
-    for key, value in body.items():
-        table.add_row(key, Text(json.dumps(value)))
-    tables.console().print(table)
+    for key, value in _shown(folder):
+        table.add_row(key, Text(value))
+    tables.console(most=100).print(table)
+
+
+def _shown(folder: ModelFolder) -> Iterator[tuple[str, str]]:
+    """Yield what people want to know of a model; --json has all of it."""
+    manifest, record = folder.manifest, folder.record
+    yield "name", manifest.name
+    if manifest.description:
+        yield "description", manifest.description
+    yield "artefact", f"{manifest.artefact} ({manifest.format})"
+    for kind, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
+        for spec in specs:
+            said = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+            shape = said.pop("shape", None)
+            is_array = kind == "output" or spec.kind == "tensor"
+            words = [spec.kind, spec.dtype or "" if is_array else "", "" if shape is None else str(shape)]
+            rest = ", ".join(f"{key} {_short(value)}" for key, value in said.items() if key not in _IN_WORDS)
+            yield kind, f"{spec.name}: {' '.join(word for word in words if word)}{rest and f'; {rest}'}"
+    if not manifest.inputs:
+        yield "inputs", ", ".join(_inputs(folder)) or "as its code says"
+    yield "batch", f"up to {manifest.max_batch_size}" if manifest.batchable else "one item at a time"
+    limits = (manifest.soft_time_limit_s, manifest.hard_time_limit_s, manifest.max_time_limit_s)
+    yield "time limits", "{:g} s soft, {:g} s hard; a request may ask for {:g} s".format(*limits)
+    yield "path", str(folder.path) + (" (shipped)" if folder.shipped else "")
+    if record:
+        yield "digest", record.digest
+        if record.added_at:
+            yield "added", record.added_at
+
+
+#: What a line of an input or output begins with.
+_IN_WORDS = ("name", "kind", "dtype")
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @model.command("verify", epilog=examples("gpuinfer model verify digits"))

@@ -25,9 +25,11 @@ def repository(loaded: Loaded) -> Repository:
     return Repository(loaded.settings.models.folders)
 
 
-def console() -> Console:
-    """Return a console for tables; in a pipe it is wide."""
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+def console(most: int = _PIPE_WIDTH) -> Console:
+    """Return a console for tables: as wide as the terminal, in a pipe ``most`` columns, and never wider."""
+    found = Console(width=None if sys.stdout.isatty() else most, highlight=False)
+    found.width = min(found.width, most)
+    return found
 
 
 def print_json(value: object) -> None:

@@ -68,6 +68,7 @@ def status(loaded: Loaded, as_json: bool, watch: float | None) -> None:
 def _print_status(body: dict[str, Any], now: float, *, clear: bool) -> None:
     if clear:
         click.clear()
+        click.echo(time.strftime("%Y-%m-%d %H:%M:%S %Z\n", time.localtime(now)))
     header = ("queue", "model", "waiting", "later", "by priority", "")
     print_table(header, _queue_rows(body["queues"], body["paused"]))
     click.echo()

@@ -69,13 +69,17 @@ def cli(tmp_path: Path) -> Cli:
 def test_the_life_of_a_model(cli: Cli, tmp_path: Path) -> None:
     """Add, list, show, verify, run, remove."""
     source = build.add_scalar(tmp_path / "adder")
-    assert "added sum to" in cli("add", source, "--name", "sum")
+    said = cli("add", source, "--name", "sum")
+    assert "added sum to" in said
+    assert said.splitlines()[-1].startswith(
+        "next: name sum in worker.models (/etc/gpuinfer/gpuinfer.toml), then "
+    )
     assert {entry["name"] for entry in cli.json("list")} == {"sum", "digits", "digits-photo"}
     listing = cli("list")
     assert "x float32[4], k float32[]" in listing
     assert "shipped" in listing
     assert cli.json("show", "sum")["inputs"][0]["shape"] == [4]
-    assert "max_batch_size" in cli("show", "sum")
+    assert " batch " in cli("show", "sum")
     assert "sum: OK" in cli("verify", "sum")
     report = cli.json("run", "sum", "--input", "-", stdin='{"x": [1, 2, 3, 4], "k": 1}')
     assert report["results"] == [{"outputs": {"sum": [2, 3, 4, 5]}}]
@@ -103,6 +107,15 @@ def test_verify_checks_all_and_then_fails(cli: Cli, tmp_path: Path) -> None:
     assert "mlp: FAILED" in result.output
     states = json.loads(cli.result("verify", "--json").stdout)
     assert {state["name"]: state["ok"] for state in states}["mlp"] is False
+
+
+def test_show_is_for_people_and_fits_a_page(cli: Cli) -> None:
+    """What is set, each input and output on a line of its own; nothing wider than 100 columns."""
+    said = cli("show", "digits")
+    assert max(map(len, said.splitlines())) <= 100
+    assert "image: tensor float32 [1, 8, 8]" in said
+    assert "null" not in said
+    assert '"imports": []' in cli("show", "digits", "--json")
 
 
 def test_list_shows_broken_models(cli: Cli) -> None:
@@ -204,7 +217,7 @@ def test_a_file_is_added_and_has_run(cli: Cli, tmp_path: Path) -> None:
     said = cli("add", file)
     assert "its example ran on cpu" in said
     assert f"added upper to {cli.folder / 'upper'}" in said
-    digest = said.split()[-1]
+    digest = said.splitlines()[-2]
     assert "input text" in cli("list")
     record = json.loads((cli.folder / "upper" / "installed.json").read_text())
     assert (record["digest"], record["example_ok"]) == (digest, True)
