@@ -46,7 +46,8 @@ def _keys(folder: Path) -> int | None:
 def _redis(settings: Settings) -> str:
     place = place_of(settings.broker)
     how = "this host's Unix socket" if place.socket else "TLS" if place.tls else "in the clear"
-    return f"Redis {place.shown}: {how}, as user {place.user}"
+    where = "" if place.socket else f" {place.shown}"
+    return f"Redis{where}: {how}, as user {place.user}"
 
 
 def is_loopback(host: str) -> bool:

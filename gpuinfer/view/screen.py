@@ -68,7 +68,7 @@ def lines(status: Status, width: int, height: int | None = None) -> Iterator[Tex
 
 def _title(status: Status, width: int) -> Text:
     when = datetime.fromtimestamp(status.at, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    left = Text(f"gpuinfer {status.version}", "bold").append(f"  {status.host}  {when}", "not bold")
+    left = Text().append(f"gpuinfer {status.version}", "bold").append(f"  {status.host}  {when}")
     errors = sum(one.severity == "error" for one in status.troubles)
     warnings = len(status.troubles) - errors
     parts = [_many(errors, "error"), _many(warnings, "warning")]
@@ -87,14 +87,14 @@ def _troubles(troubles: Sequence[Trouble], width: int, height: int | None) -> It
     most = len(troubles) if height is None else _TROUBLES
     for one in troubles[:most]:
         mark, style = _MARKS[one.severity]
-        yield from _wrapped(Text(f"{mark} ", style), one.what, width, "")
+        yield from _wrapped(Text().append(f"{mark} ", style), one.what, width)
         if one.remedy:  # never cut: it is there to be pasted
-            yield Text("  → ", "cyan").append(one.remedy, "cyan")
+            yield Text(f"  → {one.remedy}", "cyan")
     if len(troubles) > most:
         yield Text(f"  and {len(troubles) - most} more: gpuinfer status --json; gpuinfer doctor", "dim")
 
 
-def _wrapped(first: Text, text: str, width: int, style: str) -> Iterator[Text]:
+def _wrapped(first: Text, text: str, width: int) -> Iterator[Text]:
     """Yield a text behind its mark, its further lines indented."""
     indent, rest = len(first.plain), text
     line = first
@@ -102,13 +102,17 @@ def _wrapped(first: Text, text: str, width: int, style: str) -> Iterator[Text]:
         room = width - indent
         at = len(rest) if len(rest) <= room else rest.rfind(" ", 1, room + 1)
         at = room if at <= 0 else at
-        yield line.append(rest[:at].rstrip(), style)
+        yield line.append(rest[:at].rstrip())
         rest, line = rest[at:].lstrip(), Text(" " * indent)
+
+
+def _labelled(label: str, text: str, width: int) -> Iterator[Text]:
+    return _wrapped(Text().append(label, _HEAD), text, width)
 
 
 def _heading(name: str, *said: str) -> Iterator[Text]:
     yield Text()
-    yield Text(name, _HEAD).append("".join(f"  {part}" for part in said if part), "not bold default")
+    yield Text().append(name, _HEAD).append("".join(f"  {part}" for part in said if part))
 
 
 def _table(cells: Sequence[Sequence[Cell]]) -> Iterator[Text]:
@@ -180,11 +184,11 @@ def _rest(status: Status, width: int) -> Iterator[Text]:
             for name in OUTCOMES
             if status.ended.get(name) or name in ("completed", "failed")
         ]
-        yield from _wrapped(Text("ENDED   ", _HEAD), ", ".join(parts), width, "not bold default")
+        yield from _labelled("ENDED   ", ", ".join(parts), width)
     yield from _redis(status, width)
     yield from _access(status, width)
     if status.decided:
-        yield from _wrapped(Text("WATCHER ", _HEAD), status.decided, width, "not bold default")
+        yield from _labelled("WATCHER ", words.cut(status.decided, 2 * width - 24), width)
 
 
 def _redis(status: Status, width: int) -> Iterator[Text]:
@@ -195,10 +199,8 @@ def _redis(status: Status, width: int) -> Iterator[Text]:
     parts = [f"{found.version} at {found.place}", memory]
     if found.appendfsync:
         parts.append(f"appendfsync {found.appendfsync}: {found.means}")
-    yield from _wrapped(
-        Text("REDIS   ", _HEAD), ", ".join(part for part in parts if part), width, "not bold default"
-    )
+    yield from _labelled("REDIS   ", ", ".join(part for part in parts if part), width)
 
 
 def _access(status: Status, width: int) -> Iterator[Text]:
-    yield from _wrapped(Text("ACCESS  ", _HEAD), "; ".join(status.access), width, "not bold default")
+    yield from _labelled("ACCESS  ", "; ".join(status.access), width)

@@ -266,8 +266,8 @@ class Probe:
         """Return how many tasks a second workers have taken from a lane over the last while."""
         now = self._clock()
         known = self._claimed.setdefault(lane, deque())
-        if known and claimed < known[-1][1]:  # put back, or Redis has come back empty
-            known.clear()
+        while known and claimed < known[-1][1]:  # put back, or Redis has come back empty
+            known.pop()
         known.append((now, claimed))
         while len(known) > 2 and now - known[1][0] >= RATE_S:
             known.popleft()
