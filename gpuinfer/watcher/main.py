@@ -44,7 +44,9 @@ from gpuinfer.queue.fleet import Serves
 from gpuinfer.queue.scripts import bind, read_all
 from gpuinfer.settings import Settings, settings_file
 from gpuinfer.watcher import health, notes, served
+from gpuinfer.watcher.alerting import Alerting, folder_of
 from gpuinfer.watcher.gpu_watch import Gpus, GpuWatch
+from gpuinfer.watcher.lookout import Lookout
 from gpuinfer.watcher.memory import adopt, refused, why_excluded
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, as_it_runs
@@ -60,6 +62,7 @@ from gpuinfer.watcher.state import (
     Observation,
 )
 from gpuinfer.watcher.stranded import Reporter
+from gpuinfer.watcher.systemd_units import SystemdUnits
 from gpuinfer.watcher.units import Units, UnitView
 
 log = get_logger(__name__)
@@ -94,6 +97,7 @@ class Watcher:
         environment: served.Environment | None = None,
         folder: Path = instances.FOLDER,
         gpus: Gpus | None = None,
+        alerting: Alerting | None = None,
     ) -> None:
         """``numbers``: the instances that this host is known to have, until its GPUs have been listed.
 
@@ -102,6 +106,7 @@ class Watcher:
         ``environment``: what an instance would be started with; without it, all have these settings.
         ``folder``: where instances' own files are.
         ``gpus``: who tells of the GPUs; without it, NVML does.
+        ``alerting``: who tells people of trouble; without it, the journal alone is told.
         """
         self._settings = settings
         self._units = units
@@ -129,6 +134,8 @@ class Watcher:
         self._recorder = Recorder(self._client, self.host)
         bound = partial(health.bound_by_files, folder)
         self._gpus = gpus or GpuWatch(settings, numbers, bound=bound, on_xid=self._count_xid)
+        self._alerting = alerting or Alerting(self.host)
+        self._lookout = Lookout(settings, self._client, self.host, self._alerting)
         self._health: Mapping[int, GpuHealth] = {}
         self._xids: dict[int, str] = {}
         self._kept_at = 0.0
@@ -207,6 +214,7 @@ class Watcher:
                 self._recorder.count("decision", decision.verdict)
             if not away:
                 await self._patiently(self._recorder.step, seen.live_hosts)
+            await self._alerting.tell(await self._patiently(self._lookout.look, decision, seen, now), now)
         return decision
 
     async def _patiently(self, call: Callable[..., Answer], *arguments: object) -> Answer:
@@ -462,8 +470,6 @@ def make_units(settings: Settings, *, act: bool) -> Units:
         from gpuinfer.watcher.process_units import ProcessUnits
 
         return ProcessUnits(special=served.beside_settings)
-    from gpuinfer.watcher.systemd_units import SystemdUnits
-
     return SystemdUnits(acts=act)
 
 
@@ -479,7 +485,19 @@ async def serve(settings: Settings, *, dry_run: bool) -> None:
     fixed = settings.watcher.instances or settings.worker.device == "cpu"
     numbers = health.instance_numbers(settings, Inventory()) if fixed else ()
     watcher = Watcher(
-        settings, units, numbers, act=act, tell=not dry_run, environment=environment, folder=folder
+        settings,
+        units,
+        numbers,
+        act=act,
+        tell=not dry_run,
+        environment=environment,
+        folder=folder,
+        alerting=Alerting(
+            socket.gethostname(),
+            start=units.alert if isinstance(units, SystemdUnits) else None,
+            state=folder_of("STATE_DIRECTORY"),
+            run=folder_of("RUNTIME_DIRECTORY"),
+        ),
     )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

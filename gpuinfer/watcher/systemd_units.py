@@ -237,6 +237,10 @@ class SystemdUnits:
             if number in self._properties:
                 self._dirty.add(number)
 
+    async def alert(self, instance: str) -> None:
+        """Start the alert unit of an instance. Raises UnitRefused, UnitsUnavailable."""
+        await self._call("StartUnit", "ss", [f"gpuinfer-alert@{instance}.service", "replace"])
+
     async def _call(
         self,
         member: str,

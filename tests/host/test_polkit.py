@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What polkit lets the watcher's user do: four verbs on the workers' units, and nothing else."""
+"""What polkit lets the watcher's user do: four verbs on workers' units, start alerts, and nothing else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def container() -> Iterator[Container]:
     with Container(root(), name="polkit") as booted:
         booted.put("/etc/sysusers.d/gpuinfer.conf", (ROOT / "systemd/gpuinfer.sysusers").read_text())
         booted.put(RULE, (ROOT / "systemd/50-gpuinfer-watcher.rules").read_text())
-        for name in ("gpuinfer-worker@", "gpuinfer-worker@evil", "other"):
+        for name in ("gpuinfer-worker@", "gpuinfer-worker@evil", "gpuinfer-alert@", "other"):
             booted.put(f"/etc/systemd/system/{name}.service", UNIT)
         booted.ok("systemd-sysusers && systemctl daemon-reload && systemctl restart polkit")
         # What is not loaded is refused for another reason.
@@ -53,6 +53,13 @@ def test_the_watcher_may_start_stop_restart_and_reset_workers(container: Contain
     container.ok("systemctl start gpuinfer-worker@3")
 
 
+def test_the_watcher_may_start_alerts(container: Container) -> None:
+    """By their names, and a stage; nothing but a start."""
+    for name in ("dead-letters:began", "no-worker.batch.ocr_2.1-b:ended"):
+        answer = call(container, "StartUnit", "ss", f"gpuinfer-alert@{name}.service", "replace")
+        assert answer.code == 0, str(answer)
+
+
 def test_the_watcher_may_look_at_all_units(container: Container) -> None:
     """Reading and listening need no permission."""
     path = "/org/freedesktop/systemd1/unit/gpuinfer_2dworker_403_2eservice"
@@ -69,6 +76,9 @@ def test_the_watcher_may_look_at_all_units(container: Container) -> None:
         ("StartUnit", "ss", "gpuinfer-worker@007.service", "replace"),
         ("StartUnit", "ss", "gpuinfer-worker@-1.service", "replace"),
         ("StartUnit", "ss", "other.service", "replace"),
+        ("StartUnit", "ss", "gpuinfer-alert@dead-letters.service", "replace"),
+        ("StartUnit", "ss", "gpuinfer-alert@a:b:began.service", "replace"),
+        ("StopUnit", "ss", "gpuinfer-alert@dead-letters:began.service", "replace"),
         ("StopUnit", "ss", "dbus.service", "replace"),
         ("StopUnit", "ss", "gpuinfer-redis.service", "replace"),
         ("ReloadUnit", "ss", "gpuinfer-worker@3.service", "replace"),

@@ -54,6 +54,14 @@ SETTINGS = {
     "LOG_FORMAT": "json",
 }
 
+#: An administrator's command for alerts, in a drop-in.
+ALERT = """
+[Service]
+ExecStart=
+ExecStart=/bin/sh -c 'echo "$ALERT_STATE $ALERT_NAME: $ALERT_TEXT; $ALERT_REMEDY"'
+StandardOutput=append:/var/log/told
+"""
+
 
 #: NVML as it is for the watcher: the driver is not there before a file says how many GPUs it lists.
 NVML = """
@@ -76,6 +84,10 @@ def container() -> Iterator[Container]:
     need(not missing(), missing())
     with Container(root(), name="watched") as booted:
         booted.put("/etc/systemd/system/gpuinfer-worker@.service", UNIT)
+        shipped = Path(__file__).parents[2] / "systemd"
+        for name in ("gpuinfer-alert@.service", "gpuinfer.slice"):
+            booted.put(f"/etc/systemd/system/{name}", (shipped / name).read_text(encoding="utf-8"))
+        booted.put("/etc/systemd/system/gpuinfer-alert@.service.d/own.conf", ALERT)
         booted.ok("systemctl daemon-reload")
         yield booted
 
@@ -97,6 +109,9 @@ class Site:
         env = {f"GPUINFER_{name}": str(value) for name, value in chosen.items()}
         command = [sys.executable, "-m", "gpuinfer", "watcher", "run"]
         env |= {**os.environ, "DBUS_SYSTEM_BUS_ADDRESS": bus, "PYTHONPATH": str(self.folder)}
+        # As the unit's StateDirectory= and RuntimeDirectory=.
+        env["STATE_DIRECTORY"] = str(self.folder)
+        env["RUNTIME_DIRECTORY"] = f"/proc/{self.container._leader}/root/run/gpuinfer/watcher"
         self.watcher = Process(command, self.folder / "watcher.log", env=env)
         self.watcher.wait_for_line('"watching"')
         return self.watcher
@@ -248,6 +263,24 @@ def test_a_failing_unit_is_quarantined_longer_each_time(site: Site) -> None:
     site.until([UP, DOWN, UP, UP])
     site.container.ok("rm /fail-1")
     site.until([UP] * 4, 60)
+
+
+def test_trouble_is_told_once_when_it_begins_and_once_when_it_ends(site: Site) -> None:
+    """By the administrator's own command; a watcher that is killed and started again repeats nothing."""
+    site.container.ok("mkdir -p /run/gpuinfer/watcher; rm -f /var/log/told")
+    site.workers_say()
+    site.redis.hset(keys.DEAD, "a", "{}")
+    watcher = site.watch()
+    site.container.until("grep '^began dead-letters' /var/log/told", timeout=30)
+    watcher.kill()
+    site.redis.hset(keys.DEAD, "b", "{}")
+    watcher = site.watch()
+    watcher.wait_for_line('"hold"')
+    site.redis.delete(keys.DEAD)
+    site.container.until("grep '^ended dead-letters' /var/log/told", timeout=90)
+    told = site.container.ok("cat /var/log/told").splitlines()
+    assert told[0] == "began dead-letters: 1 task is set aside as dead letters; gpuinfer dead list"
+    assert len(told) == 2 and told[1].startswith("ended dead-letters: over after"), told
 
 
 def test_a_unit_that_fails_at_once_holds_up_no_other(site: Site) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from gpuinfer.demo.fleet import HOSTS, Fleet, fleet
 from gpuinfer.demo.private import CONFIG
+from gpuinfer.watcher.alerting import REGISTER
 from tests.conftest import need
 from tests.services import redis_binary
 
@@ -64,6 +65,8 @@ def test_the_numbers_are_those_of_who_submitted(running: Fleet) -> None:
     assert found["ended_by_queue"] == sent
     assert sent["realtime.resnet"]["dead"] == 1 and sent["default.embed"]["failed"] >= 7
     assert (found["waiting"], found["in_flight"], found["dead_letters"]) == (0, 0, 1)
+    with running.client() as client:  # the watchers have told people of it
+        assert '"told":true' in (client.get(REGISTER) or b"").decode().partition('"dead-letters"')[2]
     assert [one["remedy"] for one in found["troubles"] if one["check"] == "work.dead"] == [
         "gpuinfer dead list"
     ]

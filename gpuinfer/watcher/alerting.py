@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tells people of trouble: a line in the journal, and a unit that runs the administrator's command.
+
+``gpuinfer-alert@NAME:began.service`` is started when a trouble begins, ``...:ended`` when it ends. What it is
+about stands in a file of that name, which is the unit's environment. What has been told is kept over a
+restart: this host's troubles in the unit's state folder, the fleet's in Redis, where the next watcher that
+speaks for the fleet finds them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import redis
+from pydantic import TypeAdapter, ValidationError
+
+from gpuinfer.errors import UnitRefused, UnitsUnavailable
+from gpuinfer.log import get_logger
+from gpuinfer.watcher import alerts
+from gpuinfer.watcher.alerts import Alert, Event, Known, Register
+
+log = get_logger(__name__)
+
+#: The fleet's register, in Redis.
+REGISTER = "gpuinfer:watcher:alerts"
+_FILE = "alerts.json"
+_REGISTER: TypeAdapter[dict[str, Known]] = TypeAdapter(dict[str, Known])
+#: Kinds of this host's that nobody can see while Redis is away.
+OF_REDIS = ("redis-full",)
+
+#: Starts the unit of this instance. Raises UnitRefused, UnitsUnavailable.
+Start = Callable[[str], Awaitable[None]]
+
+
+class Alerting:
+    """One watcher's."""
+
+    def __init__(
+        self,
+        host: str,
+        *,
+        start: Start | None = None,
+        state: Path | None = None,
+        run: Path | None = None,
+    ) -> None:
+        """``start``: without it, the journal alone is told. ``state``: the folder that outlives a restart;
+        ``run``: where units find their environment."""
+        self._host = host
+        self._start = start
+        self._state = state
+        self._run = run
+        self._own: Register = {}
+        self._fleet: Register = {}
+        self._read = False
+        self._refused = ""
+
+    def look(
+        self,
+        client: redis.Redis,
+        own: Iterable[Alert],
+        fleet: Iterable[Alert] | None,
+        now: float,
+        *,
+        away: bool,
+    ) -> list[Event]:
+        """Take in a look; return what is to be told. Blocking. ``fleet`` None: another watcher speaks."""
+        if not self._read:
+            self._own, self._read = self._kept(), True
+        register, events = alerts.step(self._own, own, now, OF_REDIS if away else ())
+        if register != self._own:
+            self._keep(register)
+        self._own = register
+        if away or fleet is None:
+            return events
+        try:
+            known = self._known(client)
+            register, more = alerts.step(known, fleet, now)
+            if register != known:
+                client.set(REGISTER, _REGISTER.dump_json(register))
+            self._fleet = register
+        except (redis.RedisError, OSError) as exc:  # a full Redis: it is kept here until there is room
+            self._fleet, more = alerts.step(self._fleet, fleet, now)
+            self._say_refused(str(exc))
+        return [*events, *more]
+
+    def _known(self, client: redis.Redis) -> Register:
+        """Return the fleet's register, as it is in Redis; where it could not be kept there, as it is here."""
+        if self._refused:
+            self._refused = ""
+            return self._fleet
+        found: bytes | None = client.get(REGISTER)  # type: ignore[assignment]  # not decoded
+        return _parsed(found or b"{}")
+
+    def _say_refused(self, reason: str) -> None:
+        if reason != self._refused:
+            log.warning("alerts_not_kept", reason=reason, hint="a restart may tell of the same trouble again")
+        self._refused = reason
+
+    def _kept(self) -> Register:
+        with suppress(OSError):
+            return _parsed((self._state / _FILE).read_bytes()) if self._state is not None else {}
+        return {}
+
+    def _keep(self, register: Register) -> None:
+        if self._state is None:
+            return
+        new = self._state / f"{_FILE}.new"
+        try:
+            new.write_bytes(_REGISTER.dump_json(dict(register)))
+            new.replace(self._state / _FILE)
+        except OSError as exc:
+            self._say_refused(str(exc))
+
+    async def tell(self, events: Iterable[Event], now: float) -> None:
+        """Tell the journal, and start the units."""
+        for event in events:
+            alert = event.alert
+            if event.stage == "began":
+                log.warning("alert_began", alert=alert.name, reason=alert.what, hint=alert.remedy)
+            else:
+                log.info("alert_ended", alert=alert.name, reason=alert.what, since=round(event.since))
+            if self._start is None or self._run is None:
+                continue
+            instance = f"{alert.name}:{event.stage}"
+            try:
+                write(self._run / f"{instance}.env", alerts.told(event, self._host, now))
+                await self._start(instance)
+            except (OSError, UnitRefused, UnitsUnavailable) as exc:
+                log.error("alert_not_started", alert=instance, reason=str(exc))
+
+
+def _parsed(text: bytes) -> dict[str, Known]:
+    try:
+        return _REGISTER.validate_json(text)
+    except ValidationError:
+        return {}
+
+
+def write(path: Path, variables: Mapping[str, str]) -> None:
+    """Write an environment file, as systemd reads it: in double quotes, on one line each. Raises OSError."""
+    lines = []
+    for name, value in variables.items():
+        plain = "".join(char if char.isprintable() else " " for char in value)
+        quoted = plain.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`").replace("$", "\\$")
+        lines.append(f'{name}="{quoted}"\n')
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def folder_of(variable: str, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the folder that systemd has made for the unit (STATE_DIRECTORY, RUNTIME_DIRECTORY), or None."""
+    named = environ.get(variable, "").partition(":")[0]
+    return Path(named) if named else None
