@@ -140,14 +140,14 @@ def _certificate(host: Host, api: ApiSettings) -> Iterator[Finding]:
     """The certificate can be read, and lasts."""
     if api.tls_cert is None:
         return
-    mend = f"{edit(DEFAULT_FILE)}  # [api] tls_cert and tls_key; then: journalctl -u gpuinfer-api -n 20"
+    fix = f"{edit(DEFAULT_FILE)}  # [api] tls_cert and tls_key; then: journalctl -u gpuinfer-api -n 20"
     try:
         expires = not_after(host.path(api.tls_cert).read_bytes())
     except OSError as exc:
-        yield error(f"the certificate {api.tls_cert} cannot be read: {exc.strerror or exc}", mend)
+        yield error(f"the certificate {api.tls_cert} cannot be read: {exc.strerror or exc}", fix)
         return
     except ValueError as exc:
-        yield error(f"{api.tls_cert}: {exc}", mend)
+        yield error(f"{api.tls_cert}: {exc}", fix)
         return
     left_s = (expires - datetime.now(UTC)).total_seconds()
     if left_s < _SOON_S:
@@ -194,8 +194,8 @@ def _modes(path: Path, shown: str, wanted: int) -> Iterator[Finding]:
     except KeyError:  # no installed host
         return
     if status.st_gid != group or not mode & stat.S_IRGRP:
-        mend = f"chgrp {GROUP} {shown} && chmod {wanted:04o} {shown}"
-        yield error(f"{shown} cannot be read by the front", mend)
+        fix = f"chgrp {GROUP} {shown} && chmod {wanted:04o} {shown}"
+        yield error(f"{shown} cannot be read by the front", fix)
 
 
 def _count(number: int, what: str) -> str:

@@ -86,8 +86,8 @@ def _one(host: Host, number: int, found: Inventory) -> Finding:
     except OSError as exc:
         raise Skipped(f"{file} cannot be read: {exc.strerror or exc}") from None
     except (ConfigError, DeviceError) as exc:
-        mend = edit(file) if host.path(file).exists() else f"systemctl disable --now gpuinfer-worker@{number}"
-        return error(f"worker {number}: {exc}", f"{mend}  # gpuinfer gpus lists what there is")
+        fix = edit(file) if host.path(file).exists() else f"systemctl disable --now gpuinfer-worker@{number}"
+        return error(f"worker {number}: {exc}", f"{fix}  # gpuinfer gpus lists what there is")
     name = device.gpu.name if device.gpu else device.cuda_visible_devices or "no GPU"
     return ok(f"worker {number} runs on {device.device} ({name})")
 

@@ -26,8 +26,8 @@ def file(host: Host) -> Finding:
         changed = len(host.loaded.origins)
     except ConfigError as exc:
         where = exc.field or exc.message.partition(":")[0]
-        mend = edit(where) if where.startswith("/") else f"unset {where}"
-        return error(str(exc), f"{mend} && gpuinfer config check")
+        fix = edit(where) if where.startswith("/") else f"unset {where}"
+        return error(str(exc), f"{fix} && gpuinfer config check")
     return ok(f"settings are valid, {changed} of them changed")
 
 

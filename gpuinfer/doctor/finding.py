@@ -17,7 +17,7 @@ class Finding:
 
     status: Status
     message: str
-    #: A command to paste, that mends it or shows more; empty where nothing is to be done.
+    #: A command to paste that fixes it or shows more; empty when there is nothing to do.
     remedy: str = ""
     #: Name of the check; the runner fills it in.
     check: str = ""
@@ -27,7 +27,7 @@ Findings = Finding | Sequence[Finding]
 
 
 class Skipped(Exception):
-    """Raised by a check, or by what it asks, when this host has not what it looks at."""
+    """Raised when this host does not have what a check looks at."""
 
 
 def edit(file: object) -> str:
@@ -41,7 +41,7 @@ def ok(message: str) -> Finding:
 
 
 def warning(message: str, remedy: str) -> Finding:
-    """Return a finding that will be trouble one day, or costs something now."""
+    """Return a finding for what costs something now or will fail one day."""
     return Finding("warning", message, remedy)
 
 

@@ -31,14 +31,14 @@ def driver(host: Host) -> Finding:
         return error(f"the driver does not answer: {exc.message}", f"journalctl -k -b -g NVRM -n 20{_REBOOT}")
     found = report.inventory
     if found.failed and not found.broken:
-        return error(found.reason, _mend_driver(found))
+        return error(found.reason, _fix_driver(found))
     if not found.gpus and not found.broken:
         raise Skipped(f"no NVIDIA GPU here ({found.reason})")
     cuda = f", serves CUDA up to {report.cuda}" if report.cuda else ""
     return ok(f"driver {found.driver}{cuda}, {len(found.gpus)} GPUs")
 
 
-def _mend_driver(found: Inventory) -> str:
+def _fix_driver(found: Inventory) -> str:
     if "mismatch" in found.reason:
         return (
             "cat /proc/driver/nvidia/version  # its old kernel module still runs: a reboot loads the new one"
@@ -115,11 +115,11 @@ def persistence(host: Host) -> Findings:
 def health(host: Host) -> Findings:
     """No uncorrected memory errors, no memory that waits for a repair, no closed compute mode, no heat."""
     health = host.some_gpus().health
-    found = [finding for index, state in health.items() for finding in _ailments(host, index, state)]
+    found = [finding for index, state in health.items() for finding in _troubles(host, index, state)]
     return found or ok("no memory errors, nothing to repair")
 
 
-def _ailments(host: Host, index: int, state: Health) -> Iterator[Finding]:
+def _troubles(host: Host, index: int, state: Health) -> Iterator[Finding]:
     numbers = _workers_on(host, index)
     reset = _reset(host, index, numbers)
     if state.remap_failed:

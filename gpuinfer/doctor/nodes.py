@@ -52,10 +52,10 @@ def _look(
     if may_use(status, user.pw_uid, groups):
         return None
     mode = stat.filemode(status.st_mode)
-    mend = f"chmod 0666 {shown}"
+    fix = f"chmod 0666 {shown}"
     if status.st_mode & 0o060 == 0o060 and status.st_gid != 0 and user.pw_name == WORKER_USER:
-        mend = f"usermod -aG $(stat -c %G {shown}) {WORKER_USER} && systemctl restart gpuinfer-workers.target"
-    return error(f"{shown} ({mode}) is closed to user {user.pw_name}", mend)
+        fix = f"usermod -aG $(stat -c %G {shown}) {WORKER_USER} && systemctl restart gpuinfer-workers.target"
+    return error(f"{shown} ({mode}) is closed to user {user.pw_name}", fix)
 
 
 def may_use(status: os.stat_result, uid: int, groups: Collection[int]) -> bool:

@@ -86,12 +86,12 @@ def _loading(failure: Failure) -> Finding | None:
 def _out_of_memory(failure: Failure) -> Finding | None:
     if not failure.says("OOM command not allowed", "OOM allow", "command not allowed when used memory"):
         return None
-    mend = failure.place.cli("CONFIG SET maxmemory 2gb")
+    fix = failure.place.cli("CONFIG SET maxmemory 2gb")
     if failure.place.ours:
-        mend = f"{_EDIT} && systemctl restart gpuinfer-redis  # [redis] maxmemory_mb; workers go on meanwhile"
+        fix = f"{_EDIT} && systemctl restart gpuinfer-redis  # [redis] maxmemory_mb; workers go on meanwhile"
     return error(
         "Redis is full (maxmemory) and refuses new work; what was accepted is still worked off",
-        f"gpuinfer queue status; {mend}",
+        f"gpuinfer queue status; {fix}",
     )
 
 

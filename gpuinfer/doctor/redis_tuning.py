@@ -39,19 +39,19 @@ def _text(value: Any) -> str:
 def limits(host: Host) -> Findings:
     """Redis has a limit, evicts results alone, and keeps what it has over a restart."""
     found = {**info(host, "memory"), **info(host, "persistence")}
-    ill = list(unfit(found, place_of(host.settings.broker)))
+    bad = list(unfit(found, place_of(host.settings.broker)))
     limit = int(found["maxmemory"]) // _MIB
-    return ill or ok(f"maxmemory {limit} MiB, {found['maxmemory_policy']}, an append-only file")
+    return bad or ok(f"maxmemory {limit} MiB, {found['maxmemory_policy']}, an append-only file")
 
 
 def unfit(found: Mapping[str, Any], where: Place) -> Iterator[Finding]:
     """Yield what an appliance must not have of Redis, by the answer to INFO, which every login may ask."""
     policy = found["maxmemory_policy"]
-    mend = where.config("maxmemory-policy", "volatile-ttl")
+    fix = where.config("maxmemory-policy", "volatile-ttl")
     if policy.startswith("allkeys"):
-        yield error(f"maxmemory-policy {policy} throws whole queues away when memory is short", mend)
+        yield error(f"maxmemory-policy {policy} throws whole queues away when memory is short", fix)
     elif policy != "volatile-ttl":
-        yield warning(f"maxmemory-policy is {policy}; volatile-ttl drops the oldest results first", mend)
+        yield warning(f"maxmemory-policy is {policy}; volatile-ttl drops the oldest results first", fix)
     if not int(found["maxmemory"]):
         text = "Redis has no maxmemory: a backlog may take the whole host's memory"
         yield warning(text, where.config("maxmemory", "2gb"))
@@ -89,14 +89,14 @@ def file(host: Host) -> Findings:
     found = info(host, "persistence")
     where = place_of(host.settings.broker)
     words = {"aof_last_write_status": "write", "aof_last_bgrewrite_status": "rewrite of its file"}
-    ill = [f"last {word} failed" for key, word in words.items() if found.get(key, "ok") != "ok"]
-    if ill:
+    bad = [f"last {word} failed" for key, word in words.items() if found.get(key, "ok") != "ok"]
+    if bad:
         look = (
             f"df -h {redis_folder(host)}; journalctl -u gpuinfer-redis -n 20"
             if where.ours
             else where.cli("INFO persistence")
         )
-        return error(f"Redis's {' and its '.join(ill)}: what is accepted now may be lost", look)
+        return error(f"Redis's {' and its '.join(bad)}: what is accepted now may be lost", look)
     return ok("Redis's last writes to its disk succeeded")
 
 

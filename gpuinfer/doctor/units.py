@@ -53,11 +53,11 @@ def services(host: Host) -> Findings:
     if all(unit["LoadState"] == "not-found" for unit in found):
         raise Skipped("the package's units are not installed")
     shut = any(unit["Id"] == SOCKET and _cannot_listen(unit) for unit in found)
-    # Without its socket the API cannot be started: one thing to mend, one finding.
+    # Without its socket the API cannot be started: one thing to fix, one finding.
     seen = [unit for unit in found if not (shut and unit["Id"] == API and unit["ActiveState"] == "inactive")]
     seen += show(host, _failed_besides(host))
-    ill = [finding for unit in seen for finding in _ailments(host, unit, always=True)]
-    return ill or ok(f"{len(found)} units enabled and well")
+    bad = [finding for unit in seen for finding in _troubles(host, unit, always=True)]
+    return bad or ok(f"{len(found)} units enabled and well")
 
 
 def _failed_besides(host: Host) -> list[str]:
@@ -76,9 +76,9 @@ def workers(host: Host) -> Findings:
         return _no_workers(idle)
     # One that the watcher stopped, enabled or not, is as it should be.
     found = [unit for unit in show(host, names) if idle or not _is_stopped(unit)]
-    ill = [finding for unit in found for finding in _ailments(host, unit, always=False)]
+    bad = [finding for unit in found for finding in _troubles(host, unit, always=False)]
     running = [unit["Id"] for unit in found if unit["ActiveState"] == "active"]
-    return ill or ok(f"{len(running)} of {len(names)} workers run: {', '.join(running) or 'none just now'}")
+    return bad or ok(f"{len(running)} of {len(names)} workers run: {', '.join(running) or 'none just now'}")
 
 
 def _no_workers(idle: str) -> Finding:
@@ -113,7 +113,7 @@ def instances(host: Host) -> list[str]:
     return sorted(name for name in names if not name.endswith("@.service"))
 
 
-def _ailments(host: Host, unit: Unit, *, always: bool) -> Iterator[Finding]:
+def _troubles(host: Host, unit: Unit, *, always: bool) -> Iterator[Finding]:
     name, state = unit["Id"], unit["ActiveState"]
     if unit["LoadState"] == "masked":
         text = f"{name} is masked: it cannot be started"

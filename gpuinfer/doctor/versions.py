@@ -38,7 +38,7 @@ def libraries(host: Host) -> Finding:
         return ok(f"{len(pins)} libraries have the versions of the lock")
     words = ", ".join(f"{name} {have} (lock: {pins[name]})" for name, have in off.items())
     if _STRICT & off.keys():
-        return warning(f"not as tested: {words}", _mend(host))
+        return warning(f"not as tested: {words}", _fix(host))
     return ok(f"{len(pins)} libraries; others than the lock's, harmlessly: {words}")
 
 
@@ -50,7 +50,7 @@ def _lock(host: Host) -> Path:
     return found
 
 
-def _mend(host: Host) -> str:
+def _fix(host: Host) -> str:
     if host.path(INSTALLED_LOCK).is_file():
         return "apt install --reinstall gpuinfer"
     return f"{sys.executable} -m pip install --no-deps -r packaging/requirements.lock"
