@@ -207,7 +207,7 @@ class WorkerSettings(Section):
     threads: int = Field(default=0, ge=0, le=1024)
     #: Threads that prepare inputs for models with code of their own for that; 0: one for each core.
     prepare_threads: int = Field(default=0, ge=0, le=1024)
-    #: Loading and warming up may take this long before systemd gives the start up.
+    #: Loading and warming up may take this long before systemd times the start out.
     load_timeout_s: int = Field(default=1800, ge=10, le=86400)
     #: An upper bound on every model's own max_batch_size; 0 means none.
     max_batch_size: int = Field(default=0, ge=0, le=65536)
