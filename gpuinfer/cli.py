@@ -61,6 +61,7 @@ COMMANDS: dict[str, Entry] = {
     "status": Entry("gpuinfer.view.cli:status", "Show how the fleet is, trouble first.", "watcher"),
     "submit": Entry("gpuinfer.client.cli:submit", "Put a task into a queue."),
     "result": Entry("gpuinfer.client.cli:result", "Show what became of a task."),
+    "task": Entry("gpuinfer.client.task_cli:task", "Look at tasks; retry or cancel them."),
     "cancel": Entry("gpuinfer.client.cli:cancel", "Cancel tasks that wait or run."),
     "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues; purge, pause, resume.", "watcher"),
     "dead": Entry("gpuinfer.queue.dead_cli:dead", "Look at tasks set aside; retry or drop them."),
@@ -72,7 +73,9 @@ COMMANDS: dict[str, Entry] = {
     "gpus": Entry("gpuinfer.gpus_cli:gpus", "List this host's GPUs."),
     "doctor": Entry("gpuinfer.doctor.cli:doctor", "Check this host and print a fix for each problem."),
     "config": Entry("gpuinfer.config.cli:config", "Check and show the settings."),
-    "worker": Entry("gpuinfer.worker.cli:worker", "Run the worker of one GPU.", "worker"),
+    "worker": Entry(
+        "gpuinfer.worker.cli:worker", "Run the worker of one GPU; list, drain, restart.", "worker"
+    ),
     "restore": Entry("gpuinfer.worker.cli:restore", "Put back what a dead worker left in flight.", "worker"),
     "watcher": Entry("gpuinfer.watcher.cli:watcher", "Scale workers with the load; simulate it.", "watcher"),
     "celery": Entry("gpuinfer.celery_cli:celery", "Run Celery's own command on this application."),

@@ -490,6 +490,14 @@ class ResultGone(TaskNotFound):
     http_status = 410
 
 
+class UnknownWorker(GpuinferError):
+    """Raised when nothing is known of a worker."""
+
+    code = "unknown_worker"
+    http_status = 404
+    exit_code = 66  # EX_NOINPUT
+
+
 class WrongState(GpuinferError):
     """Raised when a task's state does not allow what is asked for: it has, or has not, ended."""
 

@@ -55,6 +55,7 @@ _AGEING, _AGED = f"~{keys.AGEING_PREFIX}*", f"~{keys.AGED_PREFIX}*"
 _FAILED, _FAILED_AGES, _FAILED_BYTES = f"~{keys.FAILED}", f"~{keys.FAILED_AGES}", f"~{keys.FAILED_BYTES}"
 _DEAD_AGES, _DEAD_BYTES = f"~{keys.DEAD_AGES}", f"~{keys.DEAD_BYTES}"
 _LATER, _LATER_SETS, _DUE = f"~{keys.LATER}", f"~{keys.LATER_PREFIX}*", f"~{keys.DUE}"
+_DRAINED = f"~{keys.DRAINED}"
 _PAUSED, _HOSTS = f"~{keys.PAUSED}", f"~{HOSTS}"
 _USAGE, _COUNTS, _KEY_USED = f"~{keys.USAGE_PREFIX}*", f"~{keys.COUNTS}", f"~{keys.KEY_USED}"
 _FLUSHED = f"~{keys.FLUSHED_PREFIX}*"
@@ -100,7 +101,7 @@ _COUNTING = (
     _selector("+llen", *_LISTS),
     _selector("+zrange", _INDEX, _CATALOGUE, _WORKERS),
     _selector("+smembers", _INDEXED),
-    _selector("+get", "+mget", _DEFAULT_MODEL, _FORMAT, _PAUSED, _DUE),
+    _selector("+get", "+mget", _DEFAULT_MODEL, _FORMAT, _PAUSED, _DUE, _DRAINED),
     _selector("+zrange", _LATER),
     # How many wait for their ETA, and how many of them are due; not what they are: the sets hold payloads.
     _selector("+zcard", "+zcount", _LATER_SETS),
@@ -231,14 +232,16 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+hmget", _WEIGHTS),
         _selector("+zrange", "+zrem", "+zadd", "+del", _ORDER),
         _selector("+hget", "+hgetall", "+hset", "+hincrby", "+hdel", "+del", _AGEING),
-        _selector("+mget", _AGED, _DEFAULT_MODEL, _PAUSED, _DUE),
+        _selector("+mget", _AGED, _DEFAULT_MODEL, _PAUSED, _DUE, _DRAINED),
         _selector("+set", _AGED, _DEFAULT_MODEL),
+        # So that root can drain a worker on its own host.
+        _selector("+set", "+del", _DRAINED),
         _selector("+hincrby", "+hget", "+hmget", _CLAIMED),
         _selector("+hincrby", _ENDED),
         *_BURYING,
         _selector("+zadd", "+zscore", "+zcard", "+zrangebyscore", "+zremrangebyscore", _CATALOGUE),
         _selector("+hget", "+hset", "+hkeys", "+hdel", _SIGNATURES),
-        _selector("+zadd", "+zrem", "+zrangebyscore", _WORKERS),
+        _selector("+zadd", "+zrem", "+zrangebyscore", "+zscore", _WORKERS),
         _selector("+zadd", _LEFT),
         _selector("+set", _HEARTBEATS),
         _selector("+del", _HEARTBEATS, _WAKE),

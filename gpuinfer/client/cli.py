@@ -192,7 +192,7 @@ def result(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) ->
 @as_json_option
 @click.pass_obj
 def cancel(loaded: Loaded, task_ids: tuple[str, ...], as_json: bool) -> int:
-    """Cancel tasks that wait or run. Exit code 1 when one had ended already."""
+    """Cancel tasks that wait or run. Exit code 1 when one had ended already, 66 for an unknown one."""
     from gpuinfer.client import Client
 
     states: dict[str, str] = {}

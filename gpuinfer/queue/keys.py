@@ -85,6 +85,8 @@ SIGNATURE_VOID_S = 100
 #: The queues from which nothing is claimed, as one text: ``batch realtime.resnet``; a tier stands for all its
 #: models.
 PAUSED = "gpuinfer:paused"
+#: The workers that claim nothing until they are resumed, as one text: ``gpu0@a gpu3@b``.
+DRAINED = "gpuinfer:drained"
 DEAD = "gpuinfer:dead"
 #: Dead letters, scored by when they came; and how many bytes they have together.
 DEAD_AGES = "gpuinfer:dead:ages"

@@ -15,6 +15,7 @@ import orjson
 import redis.asyncio
 
 from gpuinfer.queue import heartbeats, keys
+from gpuinfer.queue.drained import DRAINED, FINISHING
 from gpuinfer.queue.fleet import HOSTS, Serves, said, silent_after, told
 
 
@@ -60,9 +61,12 @@ def parse(
     live: dict[str, Serves] = {}
     missing: dict[str, set[str]] = {}
     versions: dict[str, set[str]] = {}
+    drained: set[str] = set()
     for worker, body in heartbeats.alive(beats, now).items():
         serves = said(body)
-        if serves is not None and body.get("state") != "draining":
+        if body.get("state") in (FINISHING, DRAINED):
+            drained.add(worker)
+        elif serves is not None:
             live[worker] = serves
             told_versions = body.get("versions")
             for model, version in (told_versions if isinstance(told_versions, dict) else {}).items():
@@ -77,8 +81,8 @@ def parse(
             if name in live:
                 continue
             left = tuple(model for model in serves.models if model not in missing.get(host, ()))
-            if reason:
-                excluded[name] = reason
+            if reason or name in drained:
+                excluded[name] = "it is drained" if name in drained else reason
             elif left or not serves.models:
                 startable[name] = serves._replace(models=left)
             else:

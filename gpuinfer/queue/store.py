@@ -17,7 +17,7 @@ import redis
 
 from gpuinfer.errors import DeadLettered, GpuinferError, TakenBack, WorkerRunning
 from gpuinfer.log import get_logger
-from gpuinfer.queue import keys, results, returns
+from gpuinfer.queue import drained, keys, results, returns
 from gpuinfer.queue.chains import Chains
 from gpuinfer.queue.claims import (
     ANY_RANK,
@@ -229,6 +229,10 @@ class Store:
                 pipe.zscore(keys.CATALOGUE, model)
             size, *seen = pipe.execute()
         return tuple(model for model, at in zip(asked, seen, strict=True) if size and at is None)
+
+    def is_drained(self) -> bool:
+        """Tell whether this worker is drained: it claims nothing. Raises redis-py's errors."""
+        return self.worker in drained.parse(self._direct.call("GET", keys.DRAINED))
 
     def wants(self, room: int, *, better_than: int = ANY_RANK) -> Wants:
         """Return the same want for each model."""

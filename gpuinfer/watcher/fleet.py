@@ -94,7 +94,9 @@ def count(
             serves = instance.serves
             fleet = fleets.setdefault(serves, Fleet())
         state = instance.state
-        if state == "active":
+        if state == "active" and instance.drained:
+            fleet.excluded[instance.key] = f"drained, until gpuinfer worker resume {instance.key.number}"
+        elif state == "active":
             fleet.active += 1
             fleet.enabled += instance.enabled
             if instance.busy is not True:

@@ -260,7 +260,9 @@ class Watcher:
             hint = "host names must differ, and each host has one watcher that acts"
             log.error("name_taken", host=self.host, reason="another watcher tells under our name", hint=hint)
         self._rival = seen.rival
-        marked = tuple(as_it_runs(one, seen.in_flight, seen.beating, seen.missing) for one in own)
+        marked = tuple(
+            as_it_runs(one, seen.in_flight, seen.beating, seen.missing, seen.drained) for one in own
+        )
         everywhere = (*marked, *seen.remote)
         held: Counter[Serves] = Counter()
         for one in everywhere:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from gpuinfer.queue import heartbeats
 from gpuinfer.queue.connection import typed_errors
 from gpuinfer.queue.depth import Depth, Lane
 from gpuinfer.queue.depth import look as look_at_queues
+from gpuinfer.queue.drained import DRAINED, FINISHING
 from gpuinfer.queue.fleet import EVERYTHING, HOSTS, Serves, said, silent_after, told
 from gpuinfer.queue.later import move_due
 from gpuinfer.queue.scripts import bind
@@ -68,6 +69,8 @@ class Seen:
     dead_letters: int
     #: What the other live hosts' watchers have measured.
     figures: Mapping[str, Mapping[str, Figures]]
+    #: Those of them that claim nothing: they are drained, or stop.
+    drained: frozenset[str] = frozenset()
     #: Host -> models that a worker of it which lives could not load: another one could not either.
     missing: Mapping[str, frozenset[str]] = field(default_factory=dict)
     #: The process token of another watcher that tells of instances under our host's name; empty: none.
@@ -150,9 +153,19 @@ class Probe:
         # Of a silent host, only what still beats is there.
         there = (one for one in remote if one.key.host in live or str(one.key) in beating)
         missing = _missing(beats)
-        marked = tuple(as_it_runs(one, depth.inflight, beating, missing) for one in there)
+        drained = frozenset(name for name, body in beats.items() if body.get("state") in (FINISHING, DRAINED))
+        marked = tuple(as_it_runs(one, depth.inflight, beating, missing, drained) for one in there)
         return Seen(
-            queues, depth.inflight, beating, marked, live, depth.dead_letters, theirs, missing, rival=rival
+            queues,
+            depth.inflight,
+            beating,
+            marked,
+            live,
+            depth.dead_letters,
+            theirs,
+            drained,
+            missing,
+            rival=rival,
         )
 
     def _startup(self, figures: Mapping[str, Figures]) -> float:
@@ -305,6 +318,7 @@ def as_it_runs(
     in_flight: Mapping[str, int],
     beating: Mapping[str, Serves | None],
     missing: Mapping[str, frozenset[str]],
+    drained: Collection[str] = (),
 ) -> Instance:
     """Return an instance with what Redis knows of it, if it runs: what it serves, and whether it is busy.
 
@@ -321,7 +335,7 @@ def as_it_runs(
     if instance.state != "active":
         return instance if serves == instance.serves else replace(instance, serves=serves)
     busy = True if in_flight.get(name) else (False if name in beating else None)
-    return replace(instance, busy=busy, serves=serves)
+    return replace(instance, busy=busy, serves=serves, drained=name in drained)
 
 
 def _missing(beats: Mapping[str, Mapping[str, Any]]) -> dict[str, frozenset[str]]:

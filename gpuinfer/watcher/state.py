@@ -70,6 +70,8 @@ class Instance:
     restarts: int = 0
     #: None: not known, as without a fresh heartbeat; such a one is not stopped.
     busy: bool | None = None
+    #: It claims nothing, by an administrator's wish: it is neither counted upon nor stopped.
+    drained: bool = False
     gpu: GpuHealth = HEALTHY
     #: What it serves while it runs, else what it would serve.
     serves: Serves = EVERYTHING

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer worker N`` and ``gpuinfer restore N``."""
+"""``gpuinfer worker N``, which its unit runs, ``list``, ``drain`` and others; ``gpuinfer restore N``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 
 from gpuinfer.cli_help import examples
 from gpuinfer.queue.show import as_json_option, print_json
+from gpuinfer.worker import manage_cli
 
 if TYPE_CHECKING:
     from gpuinfer.settings import Loaded
@@ -22,10 +23,32 @@ def node_name(number: int) -> str:
     return f"gpu{number}@{socket.gethostname()}"
 
 
-@click.command(epilog=examples("gpuinfer worker 0"))
+class _WithRun(click.Group):
+    """A group whose command ``run`` may be left out before a number: ``gpuinfer worker 0``."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        return super().resolve_command(ctx, ["run", *args] if args[0].isdecimal() else args)
+
+
+@click.group(
+    cls=_WithRun,
+    subcommand_metavar="N | COMMAND [ARGS]...",
+    epilog=examples("gpuinfer worker 0", "gpuinfer worker list", "gpuinfer worker drain 0 --wait"),
+)
+def worker() -> None:
+    """Run the worker of one GPU, as its unit does: gpuinfer worker N. Or look after workers."""
+
+
+for _command in (manage_cli.list_, manage_cli.drain, manage_cli.resume, manage_cli.restart):
+    worker.add_command(_command)
+
+
+@worker.command(epilog=examples("gpuinfer worker 0", "gpuinfer worker run 0"))
 @click.argument("number", type=click.IntRange(0), metavar="N")
 @click.pass_obj
-def worker(loaded: Loaded, number: int) -> None:
+def run(loaded: Loaded, number: int) -> None:
     """Serve the queue with GPU N // worker.per_gpu: load the models, warm them up, run until SIGTERM.
 
     SIGTERM finishes the running batch, hands back the rest and exits 0. A GPU that fails, under a batch

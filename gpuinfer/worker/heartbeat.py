@@ -23,6 +23,7 @@ from sdnotify import SystemdNotifier
 
 from gpuinfer import __version__
 from gpuinfer.log import get_logger
+from gpuinfer.queue.drained import DRAINED, FINISHING
 
 if TYPE_CHECKING:
     from gpuinfer.worker.batcher import Batcher
@@ -201,10 +202,27 @@ class Pulse:
         now, done = self._clock(), self._batcher.done
         rate = (done - self._told_done) / max(now - self._told_at, 0.001)
         self._told_at, self._told_done = now, done
-        busy = self._batcher.engine.current is not None
-        waiting = self._write("busy" if busy else "idle", rate)
-        if waiting is not None:
+        drained = self._is_drained()
+        state = "busy" if self._batcher.engine.current is not None else "idle"
+        if drained:
+            state = DRAINED if self._batcher.state == "idle" else FINISHING
+        waiting = self._write(state, rate)
+        if waiting is None:
+            return
+        if drained:
+            number = self._name.partition("@")[0].removeprefix("gpu")
+            self._say(
+                f"{self._what()}: {state}, takes nothing until gpuinfer worker resume {number}; {done:,} done"
+            )
+        else:
             self._say(f"{self._what()}: {done:,} done, {rate:,.0f}/s, {waiting:,} waiting")
+
+    def _is_drained(self) -> bool:
+        """Tell whether it is drained; it is not as long as Redis does not say so."""
+        try:
+            return self._batcher.store.begun and self._batcher.store.is_drained()
+        except (redis.RedisError, OSError):
+            return False
 
     def _what(self) -> str:
         without = f", without {', '.join(sorted(self._missing))}" if self._missing else ""

@@ -105,7 +105,9 @@ def test_a_heartbeat_that_is_refused_is_said_once() -> None:
     """Its worker works on and is taken for dead; where Redis is away, its connection says so."""
     made = Setup()
     del made.pulse._write
-    store = made.batcher.store = SimpleNamespace(begun=True, models=("a",), queues=("realtime",), versions={})
+    store = made.batcher.store = SimpleNamespace(
+        begun=True, models=("a",), queues=("realtime",), versions={}, is_drained=lambda: False
+    )
     answers: list[Any] = [
         *[redis.exceptions.NoPermissionError("no set")] * 2,
         redis.ConnectionError("gone"),
@@ -172,7 +174,12 @@ def test_a_model_that_is_missing(setup: Setup) -> None:
         return 0
 
     setup.batcher.store = SimpleNamespace(
-        versions={"a": "1"}, begun=True, models=("a", "b"), queues=("realtime",), register=register
+        versions={"a": "1"},
+        is_drained=lambda: False,
+        begun=True,
+        models=("a", "b"),
+        queues=("realtime",),
+        register=register,
     )
     made.ready()
     assert setup.notes.take("STATUS") == ["STATUS=a, b on gpu0, without c: 0 done, 0/s, 0 waiting"]
@@ -187,6 +194,31 @@ def test_states(setup: Setup) -> None:
     setup.beat_for(REPORT_S)
     setup.pulse.stopping()
     assert setup.written == ["idle", "busy", "draining"]
+
+
+def test_a_drained_worker_says_so(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To systemd and in its heartbeat, while it finishes and then; a Redis that is away tells nothing."""
+    store, batcher = setup.batcher.store, setup.batcher
+    monkeypatch.setattr(type(store), "begun", True)
+    drained: list[bool | Exception] = [True, True, False, redis.ConnectionError("away")]
+
+    def is_drained() -> bool:
+        answer = drained.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(store, "is_drained", is_drained)
+    batcher.state = "free"
+    setup.pulse.ready()
+    batcher.state = "idle"
+    found = [note for note in setup.beat_for(15) if note.startswith("STATUS")]
+    assert setup.written == ["draining", "drained", "idle", "idle"]
+    assert found == [
+        "STATUS=a, b on gpu0: draining, takes nothing until gpuinfer worker resume 0; 0 done",
+        "STATUS=a, b on gpu0: drained, takes nothing until gpuinfer worker resume 0; 0 done",
+        "STATUS=a, b on gpu0: 0 done, 0/s, 0 waiting",
+    ]
 
 
 def test_watchdog_rhythm(setup: Setup) -> None:

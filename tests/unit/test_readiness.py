@@ -90,6 +90,16 @@ def test_one_model() -> None:
         readiness(parse(absent, host(instance()), NOW, ["digits"]), "digits")
 
 
+@pytest.mark.parametrize("state", ["draining", "drained"])
+def test_a_drained_worker_is_no_capacity(state: str) -> None:
+    """It runs and beats, and takes nothing: what is missing is told, and what it may be."""
+    told = host(instance(state="active"))
+    found = parse({"gpu0@a": beat("digits") | {"state": state}}, told, NOW)
+    assert (found.live, found.startable, found.excluded) == ({}, {}, {"gpu0@a": "it is drained"})
+    with pytest.raises(NotReady, match="it is drained"):
+        readiness(found)
+
+
 def test_versions_are_those_of_live_workers() -> None:
     """Each once, sorted; what a worker does not tell, or tells wrongly, is not known."""
     beats = {

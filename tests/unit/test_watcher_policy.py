@@ -68,6 +68,22 @@ def test_a_decision_says_what_is_missing_and_why() -> None:
     assert decision.inputs["dead_letters"] == 3
 
 
+def test_a_drained_worker_is_neither_counted_nor_stopped() -> None:
+    """Another one is started for what waits, enabled or not; when nothing waits, it is left as it is."""
+    for enabled in (False, True):
+        drained = Instance(key=Key(0, "a"), state="active", busy=False, drained=True, enabled=enabled)
+        fleet = [drained, Instance(key=Key(1, "a"))]
+        decision = decide(observe(fleet, waiting=5), remembering(KNOWN), settings(), NOW)
+        assert [(action.verb, action.key.number) for action in decision.actions] == [("start", 1)]
+        assert "gpu0@a: drained, until gpuinfer worker resume 0" in str(decision.inputs["excluded"])
+        world = observe([drained])
+        history = remembering(KNOWN)
+        for second in range(0, 4000, 10):
+            decision = decide(world, history, settings(), NOW + second)
+            history = decision.history
+            assert decision.actions == ()
+
+
 def test_of_many_that_are_out_a_few_are_named() -> None:
     """A line of the log stays a line."""
     fleet = [Instance(key=key, masked=True) for key in keys(1000)]

@@ -22,8 +22,14 @@ local counted = tonumber(redis.call('HGET', KEYS[2], 'number') or 0)
 if counted > epoch then return redis.error_reply('STALE claim of epoch ' .. epoch .. ', now is ' .. counted) end
 if counted < epoch then redis.call('HSET', KEYS[2], 'number', epoch) end
 
-local found = redis.call('MGET', DEFAULT_MODEL, AGED_PREFIX .. group, PAUSED, DUE)
+local found = redis.call('MGET', DEFAULT_MODEL, AGED_PREFIX .. group, PAUSED, DUE, DRAINED)
 default = found[1] or ''
+if found[5] and string.find(' ' .. found[5] .. ' ', ' ' .. worker .. ' ', 1, true) then
+  -- Nobody is to wake it, or to leave a share to it.
+  redis.call('ZREM', IDLE, worker)
+  redis.call('ZREM', IDLE_PREFIX .. group, worker)
+  return {'', default}
+end
 local packed, paused, due = found[2], nil, found[4]
 if found[3] then
   paused = {}
