@@ -22,6 +22,8 @@ from gpuinfer.api.cycle import Cycle
 HEAD_S = 10.0
 #: Bytes that a head may have, about: it is measured by what was received since it began.
 HEAD_BYTES = 64 * 1024
+#: Seconds for the end of TLS on an idle connection when the server stops.
+TLS_GOODBYE_S = 0.3
 
 
 class Protocol(HttpToolsProtocol):
@@ -145,6 +147,20 @@ class Protocol(HttpToolsProtocol):
             self._idle = self.loop.call_later(left_s, self._close_idle)
         else:
             self.transport.close()
+
+    def shutdown(self) -> None:
+        """Close an idle connection; one with a request in progress closes with its answer.
+
+        TLS waits for the other end's goodbye, which a client that keeps the connection for later does not
+        read: it is not waited for.
+        """
+        super().shutdown()
+        if self.scheme == "https" and self.transport.is_closing():
+            self.loop.call_later(TLS_GOODBYE_S, self._end_tls)
+
+    def _end_tls(self) -> None:
+        if not self.transport.get_write_buffer_size():  # else somebody still reads the last answer
+            self.transport.abort()
 
     # -- what is no request ---------------------------------------------------------------
 
