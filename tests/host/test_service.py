@@ -186,6 +186,84 @@ def test_the_api_restarts_without_refusing_anybody(host: Container) -> None:
     assert said.split() == ["200", "200"], said
 
 
+#: A network beside the host's own, a certificate, and a socket that is open to that network.
+OPENED = """
+set -e
+ip netns add outside
+ip link add out0 type veth peer name in0 netns outside
+ip addr add 192.0.2.1/24 dev out0; ip link set out0 up
+ip -n outside addr add 192.0.2.2/24 dev in0; ip -n outside link set in0 up
+install -d -m 750 -g gpuinfer-api /etc/gpuinfer/tls
+cp -p /etc/gpuinfer/gpuinfer.toml /root/closed.toml
+sed -i -e 's|^#tls_cert = .*|tls_cert = "/etc/gpuinfer/tls/cert.pem"|' \
+    -e 's|^#tls_key = .*|tls_key = "/etc/gpuinfer/tls/key.pem"|' /etc/gpuinfer/gpuinfer.toml
+systemctl daemon-reload
+systemctl stop gpuinfer-api.service
+systemctl restart gpuinfer-api.socket
+systemctl start gpuinfer-api.service
+"""
+CERTIFICATE = """
+set -e
+install -d -m 750 -g gpuinfer-api /etc/gpuinfer/tls
+cd /etc/gpuinfer/tls
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj /CN=gpuhost \
+    -addext subjectAltName=IP:192.0.2.1 -keyout /root/key.pem -out /root/cert.pem 2>/dev/null
+install -m 640 -g gpuinfer-api /root/cert.pem /root/key.pem /etc/gpuinfer/tls
+"""
+OPEN_SOCKET = "/etc/systemd/system/gpuinfer-api.socket.d/open.conf"
+CLOSED = f"""
+rm -r {OPEN_SOCKET} /etc/gpuinfer/tls; mv /root/closed.toml /etc/gpuinfer/gpuinfer.toml; ip netns del outside
+systemctl daemon-reload; systemctl stop gpuinfer-api.service
+systemctl restart gpuinfer-api.socket; systemctl start gpuinfer-api.service
+"""
+OUTSIDE = "nsenter --net=/run/netns/outside curl -s --cacert /etc/gpuinfer/tls/cert.pem"
+OPEN = "https://192.0.2.1:8443"
+
+
+def test_a_key_over_the_network(host: Container) -> None:
+    """Made, used with TLS from another network, revoked, refused; workers cannot even look at it."""
+    host.put(OPEN_SOCKET, "[Socket]\nListenStream=192.0.2.1:8443\n")
+    host.ok(CERTIFICATE)
+    host.ok(OPENED)
+    said = host.ok(f"{OUTSIDE} -w '%{{http_code}}' {OPEN}/queues")
+    assert "gpuinfer key add NAME" in said
+    assert said.endswith("401")
+    assert "tls_required" in host.ok("curl -s http://127.0.0.1:8080/queues")
+    token = host.ok("gpuinfer key add shop 2>/dev/null").strip()
+    with_key = f"{OUTSIDE} -H 'Authorization: Bearer {token}'"
+    host.until(f"{with_key} -f {OPEN}/queues")
+    answer = json.loads(host.ok(f"{with_key} -d '{TWO}' '{OPEN}/predict?wait=30'"))
+    assert (answer["status"], answer["result"]["class"]) == ("completed", 2)
+    assert host.ok("curl -s -o /dev/null -w '%{http_code}' -k https://127.0.0.1:8080/queues") == "401"
+    host.ok("curl -sf --unix-socket /run/gpuinfer/api.sock http://api/queues")
+    _only_the_front_reads_keys(host)
+    said = host.ok("gpuinfer doctor access work.api")
+    assert f"listens at https://127.0.0.1:8080, https://{OPEN.removeprefix('https://')}, /run/" in said
+    assert "without a key: the Unix socket; with a key: 1 key" in said
+    host.ok(CERTIFICATE)
+    host.until(f"{with_key} -f {OPEN}/queues", what="the new certificate")
+    assert len(journal(host, "-b", "ACTION=certificate_renewed")) == 1
+    host.ok("gpuinfer key revoke shop")
+    refused = f"until {with_key} {OPEN}/queues | grep -q '\"unauthorized\"'; do :; done"
+    took_ms = int(host.ok(f"begun=$(date +%s%N); {refused}; echo $((($(date +%s%N) - begun) / 1000000))"))
+    assert took_ms < 5000, took_ms  # a second, on a machine that is not as busy as a test's
+    assert host.ok("ls -A /etc/gpuinfer/keys.d") == ""
+    host.ok(CLOSED)
+    host.ok("curl -sf http://127.0.0.1:8080/queues")
+
+
+def _only_the_front_reads_keys(host: Container) -> None:
+    assert host.ok("stat -c '%a %U %G' /etc/gpuinfer/keys.d/shop.toml").split() == [
+        *("640", "root", "gpuinfer-api")
+    ]
+    for user, code in (("api", 0), ("worker", 1), ("watcher", 1), ("redis", 1)):
+        run = f"setpriv --reuid gpuinfer-{user} --regid gpuinfer-{user} --init-groups"
+        assert host.sh(f"{run} cat /etc/gpuinfer/keys.d/shop.toml").code == code, user
+    for unit in ("gpuinfer-worker@0", "gpuinfer-redis"):
+        pid = properties(host, unit, "MainPID")["MainPID"]
+        assert host.ok(f"nsenter -t {pid} -m ls -A /etc/gpuinfer/keys.d") == "", unit
+
+
 def test_the_target_stops_redis_last(host: Container) -> None:
     """`systemctl stop gpuinfer.target`: API, watcher and workers, which drain; Redis after all of them."""
     host.ok("systemctl stop gpuinfer.target")

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpuinfer.api.cors import Cors
+from gpuinfer.api.front import Front
 from gpuinfer.api.network import Arrival, Network, key_needed
 from gpuinfer.errors import ForeignHost, ForeignOrigin
-from gpuinfer.settings import ApiSettings
+from gpuinfer.settings import ApiSettings, Settings
 
 pytestmark = pytest.mark.unit
 
@@ -258,3 +260,25 @@ def test_a_page_may_read_its_answer() -> None:
     assert headers["vary"] == "Origin"
     assert "vary" not in answer(found, "GET", {})[1]
     assert answer(found, "OPTIONS", {"Origin": "https://app.example"})[0] == 200
+
+
+def test_the_front_answers_browsers_before_it_asks_for_a_key(tmp_path: Path) -> None:
+    """And lets a page read why it is refused."""
+    api = {"cors_origins": ["https://app.example"], "keys_dir": tmp_path}
+    front = Front(Settings.model_validate({"api": api}))
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    for method, path, headers in (
+        ("OPTIONS", "/predict", PREFLIGHT),
+        ("GET", "/queues", {"Origin": "https://app.example"}),
+        ("GET", "/queues", {"Origin": "https://evil.example"}),
+    ):
+        asked = {**scope("192.0.2.1", headers), "method": method, "path": path, "raw_path": path.encode()}
+        asyncio.run(front({**asked, "query_string": b""}, None, send))  # type: ignore[arg-type]
+    starts = [message for message in sent if message["type"] == "http.response.start"]
+    assert [message["status"] for message in starts] == [204, 401, 403]
+    readable = [b"access-control-allow-origin" in dict(message["headers"]) for message in starts]
+    assert readable == [True, True, False]
