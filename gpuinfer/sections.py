@@ -315,9 +315,9 @@ class WatcherSettings(Section):
     #: Tasks a second of one worker, and seconds from start to ready, until they are measured.
     assumed_rate: float = Field(default=10.0, gt=0, le=1e6)
     assumed_startup_s: float = Field(default=15.0, ge=0, le=3600)
-    #: A worker is stopped after it was not needed for this long; the pause grows when that was rash.
-    calm_s: float = Field(default=60.0, ge=1, le=86400)
-    calm_max_s: float = Field(default=180.0, validate_default=True, ge=1, le=7 * 86400)
+    #: A worker is stopped after it was not needed for this long; longer when that was premature.
+    cooldown_s: float = Field(default=60.0, ge=1, le=86400)
+    cooldown_max_s: float = Field(default=180.0, validate_default=True, ge=1, le=7 * 86400)
     #: threshold mode: more waiting tasks than this start one more worker; the most it starts; how often.
     threshold_depth: int = Field(default=50, ge=0, le=10**9)
     threshold_workers: int = Field(default=4, ge=1, le=100_000)
@@ -341,10 +341,10 @@ class WatcherSettings(Section):
             raise ValueError(f"must be 0, or at least {LEAST_REAP_S}: workers send a heartbeat every 5 s")
         return value
 
-    @field_validator("ceiling", "calm_max_s", "quarantine_max_s")
+    @field_validator("ceiling", "cooldown_max_s", "quarantine_max_s")
     @classmethod
     def _not_below(cls, value: float, info: ValidationInfo) -> float:
-        name = {"ceiling": "floor", "calm_max_s": "calm_s", "quarantine_max_s": "quarantine_s"}
+        name = {"ceiling": "floor", "cooldown_max_s": "cooldown_s", "quarantine_max_s": "quarantine_s"}
         low = name[str(info.field_name)]
         if value < info.data.get(low, value) and not (info.field_name == "ceiling" and value == 0):
             raise ValueError(f"must be at least {low} = {info.data[low]:g}")

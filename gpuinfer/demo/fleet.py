@@ -51,7 +51,7 @@ class Fleet(Private):
     }
 
     def __init__(self, folder: Path, report: Report, *, seed: int = 1, scale: float = 1.0) -> None:
-        settings = {"watcher": {"floor": 2, "calm_s": 20, "calm_max_s": 60, "probe_interval_s": 0.5}}
+        settings = {"watcher": {"floor": 2, "cooldown_s": 20, "cooldown_max_s": 60, "probe_interval_s": 0.5}}
         super().__init__(folder, {**settings, "worker": {"device": "cpu"}}, report)
         self.loaded: Loaded = load(folder / CONFIG, {})
         self.hosts = [FleetHost(self.loaded.settings, name, serves) for name, serves in HOSTS.items()]

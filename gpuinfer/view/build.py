@@ -34,7 +34,7 @@ _STATES = {
     "failed": "failed",
 }
 #: Why an administrator has a worker not run.
-_WANTED = ("masked", "stopped by hand")
+_WANTED = ("masked", "stopped by hand", "disabled by hand")
 #: A worker that was heard of within this time, and is told of by no watcher, is still listed.
 _LISTED_S = 600.0
 
@@ -275,7 +275,7 @@ def _of_workers(workers: Sequence[WorkerRow]) -> Iterator[Trouble]:
     """Tell of workers that are excluded for what has gone wrong; the same reason on one host, once."""
     reasons: dict[tuple[str, str], list[int]] = {}
     for worker in workers:
-        if worker.why and worker.why not in _WANTED:
+        if worker.why and not worker.why.startswith(_WANTED):
             reasons.setdefault((worker.host, worker.why), []).append(worker.number)
     for (host, why), numbers in reasons.items():
         names = ", ".join(f"gpu{number}@{host}" for number in numbers)

@@ -110,8 +110,8 @@ def of_workers(own: Iterable[Instance], units: Mapping[Key, UnitMemory], now: fl
     """Yield this host's workers that are kept from work by a failure."""
     for one in own:
         unit = units.get(one.key)
-        why = unit.cooling_down(now) if unit is not None else ""
-        why = why or (f"its GPU is not well: {one.gpu.fault}" if one.gpu.fault else "")
+        why = unit.why if unit is not None and unit.quarantine(now) else ""
+        why = why or (f"its GPU is not healthy: {one.gpu.fault}" if one.gpu.fault else "")
         if why and not one.masked:
             number = one.key.number
             remedy = f"journalctl -u gpuinfer-worker@{number} -n 20"

@@ -23,10 +23,10 @@ def watcher() -> None:
 
 
 @watcher.command(epilog=examples("gpuinfer watcher run --dry-run"))
-@click.option("--dry-run", is_flag=True, help="Only log what would be done. The service may run beside it.")
+@click.option("--dry-run", is_flag=True, help="Only log decisions; the service may run beside it.")
 @click.pass_obj
 def run(loaded: Loaded, dry_run: bool) -> None:
-    """Watch, decide and act until SIGTERM. Workers run on when it ends."""
+    """Start and stop workers as the queues need, until SIGTERM. Workers run on when it ends."""
     import asyncio
 
     from gpuinfer.log import configure
@@ -38,28 +38,38 @@ def run(loaded: Loaded, dry_run: bool) -> None:
 
 
 @watcher.command(epilog=examples("gpuinfer watcher explain --last 5"))
-@click.option("--last", type=click.IntRange(1, 500), default=10, show_default=True, help="How many.")
+@click.option(
+    "--last", type=click.IntRange(1, 500), default=10, show_default=True, help="How many decisions."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def explain(loaded: Loaded, last: int, as_json: bool) -> None:
-    """Print the last decisions of all hosts, the newest first: what was done, from which numbers, and why.
+    """Print what each host's watcher decides just now, and the last decisions, the newest first.
 
-    They are kept in Redis; the journal has them too: journalctl -u gpuinfer-watcher.
+    A decision says what was done, from which numbers, and why. The journal has them too, for longer:
+    journalctl -u gpuinfer-watcher.
     """
     from datetime import UTC, datetime
 
     import orjson
 
     from gpuinfer.queue.connection import connect, typed_errors, user_of
-    from gpuinfer.watcher.notes import told
+    from gpuinfer.queue.fleet import HOSTS
+    from gpuinfer.watcher.notes import present, told
     from gpuinfer.watcher.probe import DECISIONS
 
     with typed_errors(user_of(loaded.settings.broker)):
-        texts: list[bytes] = connect(loaded.settings.broker).lrange(DECISIONS, 0, last - 1)  # type: ignore[assignment]
-    entries = [orjson.loads(text) for text in texts]
+        client = connect(loaded.settings.broker)
+        texts: list[bytes] = client.lrange(DECISIONS, 0, last - 1)  # type: ignore[assignment]
+        hosts: dict[bytes, bytes] = client.hgetall(HOSTS)  # type: ignore[assignment]
+        seconds, microseconds = client.time()
+    entries, now = [orjson.loads(text) for text in texts], present(hosts, seconds + microseconds / 1e6)
     if as_json:
-        click.echo(orjson.dumps({"decisions": entries}, option=orjson.OPT_INDENT_2))
+        click.echo(orjson.dumps({"now": now, "decisions": entries}, option=orjson.OPT_INDENT_2))
         return
+    for host, one in now.items():
+        silent = f"its watcher has been silent for {one['age_s']:.0f} s"
+        click.echo(f"now  {host}  {one['why'] if one['alive'] else silent}")
     for entry in entries:
         when = datetime.fromtimestamp(entry["at"], UTC).astimezone().isoformat(sep=" ", timespec="seconds")
         click.echo(told(entry, when))

@@ -1,187 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The instances at one look, sorted by what they serve and by what may be done with them."""
+"""The instances at one probe: how each of them stands, and what that makes of those that serve the same."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 from gpuinfer.queue.fleet import Serves
 from gpuinfer.settings import WatcherSettings
-from gpuinfer.watcher.memory import BY_HAND, FAILED_STARTS, UnitMemory, why_excluded
-from gpuinfer.watcher.state import (
-    Instance,
-    Key,
-    Observation,
-)
+from gpuinfer.watcher.memory import FAILED_STARTS, UnitMemory, exclusion
+from gpuinfer.watcher.state import Exclusion, Instance, Key, Observation
 
-#: A worker that has been ready for fewer probes has had no time to claim anything, and is not stopped.
-SETTLED_LOOKS = 2
+#: Do not stop a worker before it has been ready for this many probes: it has had no time to claim anything.
+SETTLED_PROBES = 2
+
+#: - serving: ready for tasks; silent: so its watcher says, but it sends no heartbeat
+#: - starting; failing: systemd tries again to start it, and it is not counted on
+#: - stopping: it drains
+#: - ready: may be started; failed: may be started again, after the others
+#: - excluded: must not be started, or takes no tasks
+Standing = Literal["serving", "silent", "starting", "failing", "stopping", "ready", "failed", "excluded"]
 
 
-@dataclass(slots=True)
-class Fleet:
-    """The instances that serve the same, sorted by what may be done with them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One instance, and how it stands."""
 
-    active: int = 0
-    #: Since when -> how many have been starting since then.
-    starting: Counter[float] = field(default_factory=Counter)
-    #: How many of those that run are enabled.
-    enabled: int = 0
-    #: True while no active worker is known to be idle.
-    all_busy: bool = True
-    #: May be started; those that are enabled apart.
-    idle: list[Key] = field(default_factory=list)
-    enabled_idle: list[Key] = field(default_factory=list)
-    #: Failed, and rested for long enough; those that are enabled apart.
-    failed: list[Key] = field(default_factory=list)
-    enabled_failed: list[Key] = field(default_factory=list)
-    #: All that run, except those that send no heartbeat.
-    serving: list[Instance] = field(default_factory=list)
-    #: Running, and perhaps too many: neither enabled, nor started by hand, nor of a host that only logs.
-    spare: list[Key] = field(default_factory=list)
-    #: Of those, the ones that may be stopped now: active for more than a moment, and idle.
-    stoppable: set[Key] = field(default_factory=set)
-    #: How many others' instances are told to be active, and do not beat.
-    silent: int = 0
-    #: Starting, but not counted upon; ours to stop.
-    broken: list[Key] = field(default_factory=list)
-    #: Excluded instances, and why.
-    excluded: dict[Key, str] = field(default_factory=dict)
-    #: How many cannot be started now, and will be without anybody's help: they drain or cool down.
-    returning: int = 0
+    instance: Instance
+    standing: Standing
+    #: Why it must not be started, or is not counted on.
+    exclusion: Exclusion | None = None
+    #: Why it is never stopped for lack of work; empty: it may be.
+    stays: str = ""
+    #: It may be stopped now: idle for more than a moment, or failing for good.
+    stoppable: bool = False
 
     @property
+    def key(self) -> Key:
+        """Return the instance's key."""
+        return self.instance.key
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The instances that serve the same, or several such groups together."""
+
+    members: tuple[Member, ...] = ()
+
+    def of(self, *standings: Standing) -> list[Member]:
+        """Return the members that stand so."""
+        return [member for member in self.members if member.standing in standings]
+
+    @cached_property
+    def active(self) -> int:
+        """Return how many serve."""
+        return len(self.of("serving", "silent"))
+
+    @cached_property
+    def silent(self) -> int:
+        """Return how many of them send no heartbeat."""
+        return len(self.of("silent"))
+
+    @cached_property
+    def starting(self) -> Counter[float]:
+        """Return since when how many have been starting."""
+        return Counter(member.instance.since for member in self.of("starting"))
+
+    @cached_property
     def running(self) -> int:
         """Return how many serve or are about to."""
         return self.active + self.starting.total()
 
-    @property
+    @cached_property
     def possible(self) -> int:
         """Return how many could run."""
-        waiting = (self.idle, self.enabled_idle, self.failed, self.enabled_failed)
-        return self.running + sum(map(len, waiting))
+        return self.running + len(self.of("ready", "failed"))
+
+    @cached_property
+    def all_busy(self) -> bool:
+        """Tell whether no active worker is known to be idle."""
+        return all(member.instance.busy is True for member in self.of("serving", "silent"))
+
+    @cached_property
+    def counted(self) -> list[Member]:
+        """Return those that run, without the silent ones."""
+        return self.of("serving", "starting")
+
+    @cached_property
+    def excluded(self) -> dict[Key, Exclusion]:
+        """Return the excluded instances, and why."""
+        return {member.key: member.exclusion for member in self.members if member.exclusion is not None}
+
+    @cached_property
+    def returning(self) -> bool:
+        """Tell whether any can be started soon without anybody's help: it drains, or its exclusion ends."""
+        drains = any(not member.instance.masked for member in self.of("stopping"))
+        return drains or any(one.ends for one in self.excluded.values())
 
 
-def joined(fleets: Sequence[Fleet]) -> Fleet:
+def joined(fleets: Iterable[Fleet]) -> Fleet:
     """Return several fleets as one."""
-    if len(fleets) == 1:
-        return fleets[0]
-    whole = Fleet()
-    for one in fleets:
-        whole.active += one.active
-        whole.starting += one.starting
-        whole.enabled += one.enabled
-        whole.all_busy &= one.all_busy
-        whole.silent += one.silent
-        whole.returning += one.returning
-        for name in ("idle", "enabled_idle", "failed", "enabled_failed", "serving", "broken"):
-            getattr(whole, name).extend(getattr(one, name))
-        whole.excluded |= one.excluded
-    return whole
+    return Fleet(tuple(member for fleet in fleets for member in fleet.members))
 
 
-def count(
+def grouped(
     seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherSettings, now: float
 ) -> dict[Serves, Fleet]:
-    """Sort the instances, a fleet for each group. There may be ten thousand, once a second."""
-    fleets: dict[Serves, Fleet] = {}
-    serves: Serves | None = None
-    fleet = Fleet()
-    for instance in seen.instances:
-        if instance.serves is not serves:
-            serves = instance.serves
-            fleet = fleets.setdefault(serves, Fleet())
-        state = instance.state
-        if state == "active" and instance.drained:
-            fleet.excluded[instance.key] = f"drained, until gpuinfer worker resume {instance.key.number}"
-        elif state == "active":
-            fleet.active += 1
-            fleet.enabled += instance.enabled
-            if instance.busy is not True:
-                fleet.all_busy = False
-            if instance.busy is None and not seen.owns(instance.key):
-                fleet.silent += 1
-            else:
-                fleet.serving.append(instance)
-        elif state == "activating":
-            _count_starting(fleet, instance, units.get(instance.key), seen, now)
-        elif state == "deactivating":
-            fleet.returning += not instance.masked
-        else:
-            unit = units.get(instance.key)
-            if unit is None or unit.notable or instance.notable:
-                _count_stopped(fleet, instance, unit, seen, settings, now)
-            else:
-                fleet.idle.append(instance.key)
-    return fleets
+    """Return the instances as a fleet for each group that serves the same."""
+    found: dict[Serves, list[Member]] = {}
+    for one in seen.instances:
+        found.setdefault(one.serves, []).append(classify(one, units.get(one.key), seen, settings, now))
+    return {serves: Fleet(tuple(members)) for serves, members in found.items()}
 
 
-def sort_spare(
-    fleet: Fleet, seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherSettings, now: float
-) -> None:
-    """Sort those that run by whether they may be stopped, and now; looked at only when there are too many."""
-    for instance in fleet.serving:
-        if _may_stop(instance, units.get(instance.key), now):
-            fleet.spare.append(instance.key)
-            settled = now - instance.since >= SETTLED_LOOKS * settings.probe_interval_s
-            ready = instance.state == "active" and settled
-            if ready and instance.busy is False and seen.alive(instance.key):
-                fleet.stoppable.add(instance.key)
-
-
-def _may_stop(instance: Instance, unit: UnitMemory | None, now: float) -> bool:
+def classify(
+    instance: Instance, unit: UnitMemory | None, seen: Observation, settings: WatcherSettings, now: float
+) -> Member:
+    """Say how an instance stands."""
+    standing, why = _standing(instance, unit, seen, settings, now)
     hold = instance.hold if unit is None else unit.held(now)
-    return not instance.enabled and hold != "started" and not instance.log_only
+    by_hand = "was started by hand" if hold == "started" else ""
+    logs = "belongs to a watcher that only logs" if instance.log_only else ""
+    stays = "is enabled" if instance.enabled else by_hand or logs
+    settled = now - instance.since >= SETTLED_PROBES * settings.probe_interval_s
+    idle = standing == "serving" and settled and instance.busy is False and seen.alive(instance.key)
+    hopeless = standing == "failing" and unit is not None and unit.failed_starts >= FAILED_STARTS
+    stoppable = not stays and (idle or hopeless)
+    return Member(instance=instance, standing=standing, exclusion=why, stays=stays, stoppable=stoppable)
 
 
-def _count_starting(
-    fleet: Fleet, instance: Instance, unit: UnitMemory | None, seen: Observation, now: float
-) -> None:
-    """Count what starts, except one that has failed to: it would hold up those that could.
-
-    systemd may try once more, for what was wrong may pass within seconds; then it is stopped.
-    """
-    key = instance.key
-    reason = instance.excluded if unit is None else unit.cooling_down(now)
-    if not reason:
-        fleet.enabled += instance.enabled
-        fleet.starting[instance.since] += 1
-        fleet.serving.append(instance)
-        return
-    fleet.excluded[key] = reason
-    fleet.returning += 1
-    hopeless = unit is not None and unit.failed_starts >= FAILED_STARTS
-    if hopeless and _may_stop(instance, unit, now):
-        fleet.broken.append(key)
-
-
-def _count_stopped(
-    fleet: Fleet,
-    instance: Instance,
-    unit: UnitMemory | None,
-    seen: Observation,
-    settings: WatcherSettings,
-    now: float,
-) -> None:
-    key, enabled = instance.key, instance.enabled
-    reason = why_excluded(instance, unit, settings, now)
-    if not reason and not seen.alive(key):
-        reason = "its host's watcher is silent"
-    if not reason and instance.log_only:
-        reason = "its host's watcher only logs"
-    if reason:
-        fleet.excluded[key] = reason
-        fleet.returning += _returns(instance, unit, seen, now)
-    elif instance.state == "failed":
-        (fleet.enabled_failed if enabled else fleet.failed).append(key)
-    else:
-        (fleet.enabled_idle if enabled else fleet.idle).append(key)
-
-
-def _returns(instance: Instance, unit: UnitMemory | None, seen: Observation, now: float) -> bool:
-    """Tell whether an excluded instance comes back by itself: after its cooldown, or with its GPU."""
-    hold = instance.hold if unit is None else unit.held(now)
-    left_alone = instance.masked or instance.log_only or hold in BY_HAND
-    return seen.alive(instance.key) and not left_alone
+def _standing(
+    instance: Instance, unit: UnitMemory | None, seen: Observation, settings: WatcherSettings, now: float
+) -> tuple[Standing, Exclusion | None]:
+    if instance.state == "active" and instance.drained:
+        resume = f"until gpuinfer worker resume {instance.key.number}"
+        return "excluded", Exclusion("drained", resume, ends=False)
+    if instance.state == "active":
+        silent = instance.busy is None and not seen.owns(instance.key)
+        return "silent" if silent else "serving", None
+    if instance.state == "deactivating":
+        return "stopping", None
+    if instance.state == "activating":
+        # systemd may try once more, for the cause may pass within seconds; then it is stopped.
+        failing = instance.told_exclusion if unit is None else unit.quarantine(now)
+        return ("failing", failing) if failing else ("starting", None)
+    why = exclusion(instance, unit, settings, now)
+    if why is None and not seen.alive(instance.key):
+        why = Exclusion("its host's watcher is silent", "until it answers", ends=False)
+    if why is None and instance.log_only:
+        why = Exclusion("its host's watcher only logs", "until watcher.decisions is act", ends=False)
+    if why is not None:
+        return "excluded", why
+    return "failed" if instance.state == "failed" else "ready", None

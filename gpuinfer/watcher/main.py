@@ -47,7 +47,7 @@ from gpuinfer.watcher import health, notes, served
 from gpuinfer.watcher.alerting import Alerting, folder_of
 from gpuinfer.watcher.gpu_watch import Gpus, GpuWatch
 from gpuinfer.watcher.lookout import Lookout
-from gpuinfer.watcher.memory import adopt, refused, why_excluded
+from gpuinfer.watcher.memory import adopt, exclusion, refused
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, as_it_runs
 from gpuinfer.watcher.reaper import Reaper
@@ -228,12 +228,11 @@ class Watcher:
             self._notifier.notify("WATCHDOG=1" if self._ready else f"EXTEND_TIMEOUT_USEC={3e6 * FEED_S:.0f}")
         return await task
 
-    def _summary(self, decision: Decision, now: float) -> Mapping[str, int]:
-        """Return what the others, and those who look, are told of this host's watcher."""
-        units = decision.history.units
-        cooling = sum(unit.quarantined(now) for key, unit in units.items() if key.host == self.host)
-        wanted = decision.inputs.get("wanted")
-        return {"quarantined": cooling} | ({"desired": wanted} if isinstance(wanted, int) else {})
+    def _summary(self, decision: Decision, now: float) -> Mapping[str, object]:
+        """Return what the others, and people, are told of this host's watcher."""
+        own = (unit for key, unit in decision.history.units.items() if key.host == self.host)
+        told = {"quarantined": sum(unit.quarantine(now) is not None for unit in own), "why": decision.why}
+        return told | {name: decision.inputs[name] for name in ("desired",) if name in decision.inputs}
 
     def _count_xid(self, gpu: int, xid: int) -> None:
         self._recorder.count("xid", f"{gpu}/{xid}")
@@ -359,12 +358,12 @@ class Watcher:
         """Return an instance as the other watchers are told of it, with why it is excluded."""
         unit = (self.history or History()).units.get(instance.key)
         hold = unit.held(now) if unit else ""
-        reason = ""
+        why = None
         if instance.state == "activating":
-            reason = unit.cooling_down(now) if unit else ""
+            why = unit.quarantine(now) if unit else None
         elif instance.state != "active":
-            reason = why_excluded(instance, unit, self._settings.watcher, now)
-        return replace(instance, hold=hold, excluded=reason, log_only=not self._act)
+            why = exclusion(instance, unit, self._settings.watcher, now)
+        return replace(instance, hold=hold, excluded=str(why or ""), log_only=not self._act)
 
     async def _undo_starts(self) -> None:
         """Stop what was started a moment ago. The next watcher takes it for nobody's wish (see ``adopt``)."""
@@ -422,18 +421,19 @@ class Watcher:
     def _report(self, decision: Decision, seen: Observation) -> bool:
         """Log a decision once: each change of the fleet, each new reason to hold. Tell if it is new.
 
-        How many more are wanted than there are changes at each look; that some are missing is one reason.
+        How many are missing changes at each probe; that some are is one reason.
         """
         names = ", ".join(f"{action.verb} {action.key}" for action in decision.of(self.host))
         running = sum(one.runs for one in seen.instances if seen.owns(one.key))
         verdict = decision.verdict if names else "hold"
-        topic = (verdict, names, running, _step(decision.inputs), decision.excluded, seen.queues is None)
+        excluded = frozenset((key, why.reason) for key, why in decision.excluded.items())
+        topic = (verdict, names, running, _step(decision.inputs), excluded, seen.queues is None)
         more = {"actions": names, "done": self._act} if names else {}
         new = self._say(topic, verdict, why=decision.why, **more, **decision.inputs)
         waiting = "Redis is away" if seen.queues is None else f"{seen.waiting:,} waiting"
         if self._rival:
             waiting = f"another watcher is called {self.host}, too; {waiting}"
-        count = f"{running} of {sum(map(seen.owns, (one.key for one in seen.instances)))} workers run"
+        count = f"{running} of {sum(seen.owns(one.key) for one in seen.instances)} workers of this host run"
         self._notifier.notify(f"STATUS={waiting}, {count}: {decision.why}")
         if not self._ready:
             self._notifier.notify("READY=1")
@@ -449,11 +449,11 @@ class Watcher:
 
 
 def _step(inputs: Mapping[str, object]) -> object:
-    """Return how many of those that there are were wanted, and whether that was not enough."""
-    wanted, possible = inputs.get("wanted"), inputs.get("possible")
-    if not isinstance(wanted, int) or not isinstance(possible, int):
+    """Return how many of the instances are desired, and whether more are than there are."""
+    desired, possible = inputs.get("desired"), inputs.get("possible")
+    if not isinstance(desired, int) or not isinstance(possible, int):
         return None
-    return min(wanted, possible), wanted > possible
+    return min(desired, possible), desired > possible
 
 
 @cache

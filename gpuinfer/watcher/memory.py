@@ -16,6 +16,7 @@ from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.rates import MAX_GAP
 from gpuinfer.watcher.state import (
     Action,
+    Exclusion,
     Hold,
     Instance,
     Key,
@@ -26,7 +27,7 @@ from gpuinfer.watcher.state import (
 
 #: A start had no effect when the instance is inactive at this many probes in a row.
 TRIES = 2
-#: After this many failed starts in a row, stop it: systemd would go on trying, and it is to cool down.
+#: After this many failed starts in a row, stop it: systemd would go on trying.
 FAILED_STARTS = 2
 #: For this long after a command of ours, a change of state is its effect.
 COMMAND_S = 30.0
@@ -72,13 +73,13 @@ class UnitMemory:
         loads = self.state == "activating" and not self.failed_starts
         return self.hold if loads or now < self.hold_until else ""
 
-    def cooling_down(self, now: float) -> str:
-        """Say why it cools down, empty when it does not."""
-        return self.why if self.quarantined(now) else ""
-
-    def quarantined(self, now: float) -> bool:
-        """Tell whether it still cools down after a failure."""
-        return now < self.quarantined_until
+    def quarantine(self, now: float) -> Exclusion | None:
+        """Return its quarantine after a failure, if that still lasts."""
+        left_s = self.quarantined_until - now
+        if left_s <= 0:
+            return None
+        times = f" after {self.failures} failures" if self.failures > 1 else ""
+        return Exclusion(f"in quarantine{times}: {self.why}", f"for {left_s:.0f} s more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,25 +161,25 @@ def _tried(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now:
         return replace(unit, tries=0)
     if unit.tries < TRIES or instance.queued:
         return unit
-    return _cool_down(replace(unit, tries=0), "a start had no effect", settings, now)
+    return _quarantined(replace(unit, tries=0), "a start had no effect", settings, now)
 
 
 def _restarted(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
     """Count it as a failure when systemd restarts an instance that was never ready.
 
     systemd tries ten times before it calls a unit failed; all that time it would count as one that starts.
-    The first restart after it has served is no failed start. While it cools down, one failure is enough.
+    The first restart after it has served is no failed start. While it is in quarantine, that counts once.
     """
     tried = instance.restarts - unit.restarts
     more = max(0, tried - (1 if unit.served else 0))
-    failed = more > 0 and not unit.quarantined(now)
+    failed = more > 0 and unit.quarantine(now) is None
     since = instance.since if tried and instance.state == "activating" else unit.since
     ended = instance.state in ("inactive", "failed")
     served = instance.state == "active" or (unit.served and tried == 0 and not ended)
     in_a_row = 0 if ended or instance.state == "active" else unit.failed_starts + more
     after = replace(unit, restarts=instance.restarts, served=served, since=since, failed_starts=in_a_row)
     why = "its starts fail, and systemd starts it again and again"
-    return _cool_down(after, why, settings, now) if failed else after
+    return _quarantined(after, why, settings, now) if failed else after
 
 
 def _wish(before: UnitMemory, instance: Instance, now: float) -> Hold:
@@ -220,18 +221,20 @@ def booted(units: Mapping[Key, UnitMemory]) -> Mapping[Key, UnitMemory]:
 def _failed(
     unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float, was: UnitState | None = None
 ) -> UnitMemory:
-    """Count a failure and let it cool down, longer each time; forget all after long enough without one."""
-    sick = f"its GPU is not well: {instance.gpu.fault}" if instance.gpu.fault else ""
+    """Count a failure, which excludes it, longer each time; forget all after long enough without one."""
+    sick = f"its GPU is not healthy: {instance.gpu.fault}" if instance.gpu.fault else ""
     if instance.state == "failed" and was != "failed":
-        # A GPU that is not well a moment before, or after, is why.
-        return _cool_down(unit, sick or unit.cooling_down(now) or "its unit failed", settings, now)
+        # A GPU that is not healthy a moment before, or after, is the cause.
+        return _quarantined(
+            unit, sick or (unit.why if unit.quarantine(now) else "its unit failed"), settings, now
+        )
     if sick:
-        return replace(unit, why=sick) if unit.quarantined(now) else _cool_down(unit, sick, settings, now)
+        return replace(unit, why=sick) if unit.quarantine(now) else _quarantined(unit, sick, settings, now)
     forgotten = now - unit.quarantined_until > settings.quarantine_max_s
     return replace(unit, failures=0, why="") if unit.failures and forgotten else unit
 
 
-def _cool_down(unit: UnitMemory, why: str, settings: WatcherSettings, now: float) -> UnitMemory:
+def _quarantined(unit: UnitMemory, why: str, settings: WatcherSettings, now: float) -> UnitMemory:
     failures = unit.failures + 1
     pause = min(settings.quarantine_max_s, settings.quarantine_s * 2.0 ** min(failures - 1, 30))
     return replace(unit, failures=failures, quarantined_until=now + pause, why=why)
@@ -240,7 +243,7 @@ def _cool_down(unit: UnitMemory, why: str, settings: WatcherSettings, now: float
 def commanded(
     units: Mapping[Key, UnitMemory], actions: list[Action], seen: Observation, now: float
 ) -> Mapping[Key, UnitMemory]:
-    """Note our own commands, so that what follows is not taken for somebody else's."""
+    """Note our own commands, so that their effect is not taken for a start or stop by hand."""
     ours = {a.key: _told(units[a.key], a.verb, now) for a in actions if seen.owns(a.key)} if seen.acts else {}
     return {**units, **ours} if ours else units
 
@@ -252,26 +255,32 @@ def _told(unit: UnitMemory, verb: Verb, now: float) -> UnitMemory:
 def refused(
     units: Mapping[Key, UnitMemory], key: Key, why: str, settings: WatcherSettings, now: float
 ) -> Mapping[Key, UnitMemory]:
-    """Note that an instance cannot be started: it cools down, and others are started."""
-    return {**units, key: replace(_cool_down(units[key], why, settings, now), tries=0)}
+    """Note that an instance cannot be started: it is excluded for a while, and others are started."""
+    return {**units, key: replace(_quarantined(units[key], why, settings, now), tries=0)}
 
 
-def why_excluded(instance: Instance, unit: UnitMemory | None, settings: WatcherSettings, now: float) -> str:
-    """Say why an instance must not be started; empty when it may be."""
+def exclusion(
+    instance: Instance, unit: UnitMemory | None, settings: WatcherSettings, now: float
+) -> Exclusion | None:
+    """Say why an instance must not be started, and for how long; None when it may be."""
+    gpu, limit_mib = instance.gpu, settings.foreign_mb
     if instance.masked:
-        return "masked"
+        return Exclusion("masked", "until it is unmasked", ends=False)
     if unit is None:
-        return instance.excluded
-    if instance.gpu.unknown:
-        return instance.gpu.unknown
-    if unit.quarantined(now):
-        return f"in quarantine for {unit.quarantined_until - now:.0f} s: {unit.why}"
-    if instance.gpu.fault:
-        return f"its GPU is not well: {instance.gpu.fault}"
-    if instance.gpu.hot:
-        return f"its GPU is too hot: {instance.gpu.hot}"
+        return instance.told_exclusion
+    if gpu.unknown:
+        return Exclusion(gpu.unknown, "until it does")
+    if quarantine := unit.quarantine(now):
+        return quarantine
+    if gpu.fault:
+        return Exclusion(f"its GPU is not healthy: {gpu.fault}", "until that has passed")
+    if gpu.hot:
+        return Exclusion(f"its GPU is too hot: {gpu.hot}", "until that has passed")
     if unit.held(now) in BY_HAND:
-        return f"{unit.hold} by hand"
-    if instance.gpu.foreign_bytes > settings.foreign_mb * 1024 * 1024:
-        return f"other programs hold {instance.gpu.foreign_bytes // 2**20} MiB of its GPU"
-    return ""
+        return Exclusion(
+            f"{unit.hold} by hand", "until it is started or enabled, or the host boots", ends=False
+        )
+    if gpu.foreign_bytes > limit_mib * 2**20:
+        held = f"other programs hold {gpu.foreign_bytes // 2**20} MiB of its GPU"
+        return Exclusion(held, f"until they hold {limit_mib} MiB at most")
+    return None

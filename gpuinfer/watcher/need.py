@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gpuinfer.settings import QUEUES, QueueName, WatcherSettings
-from gpuinfer.watcher.calm import Calm
+from gpuinfer.watcher.cooldown import Cooldown
 from gpuinfer.watcher.fleet import Fleet
 from gpuinfer.watcher.load import Load
 from gpuinfer.watcher.rates import SURE_LOOKS, Rates
@@ -41,60 +42,78 @@ class Bounds:
 
 
 def need_of(
-    load: Load, fleet: Fleet, rates: Rates, calm: Calm, settings: WatcherSettings, now: float, bounds: Bounds
+    load: Load,
+    fleet: Fleet,
+    rates: Rates,
+    cooldown: Cooldown,
+    settings: WatcherSettings,
+    now: float,
+    bounds: Bounds,
 ) -> Need:
     """Return what a demand asks for, within its bounds."""
     if settings.mode == "threshold":
-        need = by_threshold(load, fleet, rates, calm, settings, now)
+        need = by_threshold(load, fleet, rates, cooldown, settings, now)
     else:
         need = by_target(load, fleet, rates, settings, now)
-    wanted = max(bounds.least, min(need.up, bounds.most or need.up))
+    unlimited = max(bounds.least, min(need.desired, bounds.most or need.desired))
     least = min(bounds.least, fleet.possible)
     most = min(bounds.most or fleet.possible, fleet.possible)
-    up, enough = (max(least, min(number, most)) for number in (need.up, need.enough))
-    return replace(need, up=up, enough=enough, wanted=wanted)
+    desired, minimum = (max(least, min(number, most)) for number in (need.desired, need.minimum))
+    limit = f", and the floor is {bounds.least}" if need.minimum < bounds.least >= unlimited else ""
+    limit = f", and the ceiling leaves {bounds.most}" if bounds.most and need.desired > bounds.most else limit
+    return replace(need, desired=desired, minimum=minimum, unlimited=unlimited, cause=need.cause + limit)
 
 
 def by_threshold(
-    load: Load, fleet: Fleet, rates: Rates, calm: Calm, settings: WatcherSettings, now: float
+    load: Load, fleet: Fleet, rates: Rates, cooldown: Cooldown, settings: WatcherSettings, now: float
 ) -> Need:
     """Ask for one more worker while more than N tasks wait, at most once in a number of seconds.
 
-    Those that keep up with a steady load stay, though less than that waits: it would soon be more again.
+    Those that keep up with a steady load stay, though fewer than N wait: soon more would again.
     """
     waiting, running = load.waiting + load.due, fleet.running
-    due = calm.last_up is None or now - calm.last_up >= settings.threshold_every_s
+    due = cooldown.last_up is None or now - cooldown.last_up >= settings.threshold_every_s
     deep = waiting > settings.threshold_depth
-    up = min(running + 1, max(running, settings.threshold_workers)) if deep and due else running
+    desired = min(running + 1, max(running, settings.threshold_workers)) if deep and due else running
     busy = load.in_flight
-    enough = running if deep else max(int(bool(waiting or busy)), _keep_up(fleet, rates, settings).enough)
-    formula = f"{waiting} waiting {'>' if deep else '<='} {settings.threshold_depth}"
-    return Need(up=up, enough=enough, formula=formula)
+    minimum = running if deep else max(int(bool(waiting or busy)), _keep_up(fleet, rates, settings).minimum)
+    than = "more than" if deep else "not more than"
+    cause = f"{_wait(waiting)}, {than} the threshold of {settings.threshold_depth}"
+    return Need(desired=desired, minimum=minimum, cause=cause)
 
 
 def by_target(load: Load, fleet: Fleet, rates: Rates, settings: WatcherSettings, now: float) -> Need:
     """Ask for as many workers as drain each queue within its target and keep up with what arrives."""
     asked = [_keep_up(fleet, rates, settings)]
     waiting, arriving, keep = 0, 0.0, 0
+    names: list[QueueName] = []
     for name, arrival in zip(QUEUES, rates.recent, strict=True):
         queue = load.tiers[name]
         waiting += queue.waiting + queue.due
         arriving += arrival
         if queue.waiting or queue.due:
-            asked.append(_drain(name, waiting, arriving, fleet, rates, settings, now))
-            asked.append(_late(name, queue.oldest_s, fleet, rates, settings, now))
+            names.append(name)
+            drain = _drain(names, waiting, arriving, fleet, rates, settings, now)
+            # Where several ask for as many, the first has the word: what waits, before what arrives.
+            asked[:0] = [drain, _late(name, queue.oldest_s, fleet, rates, settings, now)]
             keep = max(keep, math.ceil(waiting / (rates.service(settings) * _target(name, settings))))
-    top = max(asked, key=lambda need: need.up)
-    enough = max(int(load.in_flight > 0), *(need.enough for need in asked))
-    return replace(top, enough=enough, keep=keep)
+    top = max(asked, key=lambda need: need.desired)
+    if top is asked[-1] and load.in_flight and rates.arrived < 1:
+        top = replace(top, cause=f"nothing waits; {load.in_flight:,} in flight")
+    minimum = max(int(load.in_flight > 0), *(need.minimum for need in asked))
+    return replace(top, minimum=minimum, keep=keep)
 
 
 def _target(queue: QueueName, settings: WatcherSettings) -> float:
     return float(getattr(settings, f"{queue}_target_s"))
 
 
+def _wait(count: int) -> str:
+    return "1 task waits" if count == 1 else f"{count:,} tasks wait"
+
+
 def _drain(
-    queue: QueueName,
+    queues: Sequence[QueueName],
     waiting: int,
     arriving: float,
     fleet: Fleet,
@@ -102,22 +121,24 @@ def _drain(
     settings: WatcherSettings,
     now: float,
 ) -> Need:
-    """Ask what it takes to drain ``waiting`` tasks by S + T. See the module's docstring."""
-    rate, startup, target = rates.service(settings), rates.startup(settings), _target(queue, settings)
+    """Ask what it takes to drain ``waiting`` tasks, the last of ``queues`` by S + T (see above)."""
+    rate, startup, target = rates.service(settings), rates.startup(settings), _target(queues[-1], settings)
     horizon = startup + target
     if not rates.known and rates.saturated < SURE_LOOKS:
-        arriving = 0.0  # it is kept up with, by workers of whom nobody knows what more they could do
+        arriving = 0.0  # the workers keep up with it, and nobody knows what more they could do
     work = waiting + arriving * horizon
     have = fleet.active * horizon + _from_starting(fleet.starting, startup, horizon, now)
     short = work - rate * have
     more = math.ceil(short / (rate * target)) if short > 0 else 0
-    formula = (
-        f"{queue}: {waiting} waiting + {arriving:.3g}/s x {horizon:.3g} s against {have:.4g} worker-seconds "
-        f"x {rate:.3g}/s: {'short ' + format(short, '.4g') if short > 0 else 'drains in time'}"
-    )
+    cause = f"{_wait(waiting)} in {' and '.join(queues)}"
+    if arriving:
+        cause += f" and {arriving:.3g}/s arrive"
     if more:
-        formula += f", / ({rate:.3g}/s x {target:g} s) = {more} more"
-    return Need(up=fleet.running + more, enough=max(1, math.ceil(work / (rate * horizon))), formula=formula)
+        cause += f", {more:,} more can serve them within {horizon:.3g} s at {rate:.3g}/s each"
+    else:
+        cause += f", and those that run serve them within {horizon:.3g} s"
+    minimum = max(1, math.ceil(work / (rate * horizon)))
+    return Need(desired=fleet.running + more, minimum=minimum, cause=cause)
 
 
 def _from_starting(starting: Counter[float], startup: float, horizon: float, now: float) -> float:
@@ -141,20 +162,19 @@ def _late(
     limit = startup + 2 * _target(queue, settings)
     coming = any(not _stuck(since, startup, now) for since in fleet.starting)
     late = oldest_s > limit and not coming
-    formula = f"{queue}: the oldest waits {oldest_s:.4g} s, more than {limit:.4g} s" if late else ""
-    return Need(up=fleet.running + int(late), enough=0, formula=formula)
+    cause = f"a task has waited in {queue} for {oldest_s:.4g} s, longer than {limit:.4g} s" if late else ""
+    return Need(desired=fleet.running + int(late), minimum=0, cause=cause)
 
 
 def _keep_up(fleet: Fleet, rates: Rates, settings: WatcherSettings) -> Need:
     """Ask for what a steady load needs."""
     rate, steady, aim = rates.service(settings), rates.steady, settings.utilisation
     if rates.arrived < 1:
-        return Need(up=fleet.running, enough=0, formula="nothing arrives")
-    enough = math.ceil(steady / (rate * (aim - SLACK)))
-    up = fleet.running
-    # Before the rate is known, only a backlog tells that there are too few.
-    if rates.known and steady > rate * (aim + SLACK) * up:
-        up = max(up, math.ceil(steady / (rate * aim)))
-    return Need(
-        up=up, enough=enough, formula=f"{steady:.3g}/s arrive, {rate:.3g}/s a worker: {enough} keep up"
-    )
+        return Need(desired=fleet.running, minimum=0, cause="nothing waits and nothing arrives")
+    minimum = math.ceil(steady / (rate * (aim - SLACK)))
+    desired = fleet.running
+    # Before the rate is known, only a backlog shows that there are too few.
+    if rates.known and steady > rate * (aim + SLACK) * desired:
+        desired = max(desired, math.ceil(steady / (rate * aim)))
+    cause = f"{steady:.3g} tasks/s arrive, and a worker serves {rate:.3g}/s"
+    return Need(desired=desired, minimum=minimum, cause=cause)

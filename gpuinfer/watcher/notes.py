@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a watcher keeps in Redis for its next process, and its last decisions for its readers.
+"""What a watcher keeps in Redis for its next process, and its last decisions for people.
 
-Decisions are kept in Redis rather than read from the journal: one list has those of all hosts, and to
-read it no rights on the journal are needed. The journal has them too, for longer.
+Decisions are kept in Redis rather than read from the journal: one list has those of all hosts, and reading
+it needs no rights on the journal. The journal has them too, for longer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
 import orjson
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from gpuinfer.watcher.calm import Calm
+from gpuinfer.queue.fleet import silent_after
+from gpuinfer.watcher.cooldown import Cooldown
 from gpuinfer.watcher.memory import UnitMemory, booted
 from gpuinfer.watcher.part import Measured
 from gpuinfer.watcher.policy import Decision, History
@@ -23,13 +25,13 @@ from gpuinfer.watcher.state import Key
 
 #: Decisions kept, of all hosts together.
 KEPT = 500
-#: Of the rates, what holds over a restart; what was counted since the last look does not.
+#: The rates that outlast a restart; what was counted since the last probe does not.
 _RATES = ("served", "worked", "known", "startup_s")
-_CALM = ("period_s", "changed_at", "last_up", "last_down")
+_COOLDOWN = ("period_s", "changed_at", "last_up", "last_down")
 
 
 class Unreadable(ValueError):
-    """Raised for a memory that is not in our form: of another version, or not written by a watcher."""
+    """Raised when the memory has another form: of another version, or not written by a watcher."""
 
 
 def pack(history: History, boot: str = "") -> bytes:
@@ -40,7 +42,7 @@ def pack(history: History, boot: str = "") -> bytes:
             "parts": {
                 name: {
                     "rates": {key: getattr(part.rates, key) for key in _RATES},
-                    "calm": {key: getattr(part.calm, key) for key in _CALM},
+                    "cooldown": {key: getattr(part.cooldown, key) for key in _COOLDOWN},
                 }
                 for name, part in sorted(history.parts.items())
             },
@@ -73,7 +75,7 @@ class _Rates(BaseModel):
     startup_s: float | None = None
 
 
-class _Calm(BaseModel):
+class _Cooldown(BaseModel):
     period_s: float | None = None
     changed_at: float = 0.0
     last_up: float | None = None
@@ -82,10 +84,12 @@ class _Calm(BaseModel):
 
 class _Part(BaseModel):
     rates: _Rates = _Rates()
-    calm: _Calm = _Calm()
+    cooldown: _Cooldown = _Cooldown()
 
     def measured(self) -> Measured:
-        return Measured(rates=Rates(**self.rates.model_dump()), calm=Calm(**self.calm.model_dump()))
+        return Measured(
+            rates=Rates(**self.rates.model_dump()), cooldown=Cooldown(**self.cooldown.model_dump())
+        )
 
 
 class _Memory(BaseModel):
@@ -117,6 +121,21 @@ def note(decision: Decision, host: str, now: float, *, done: bool) -> dict[str, 
         ],
         "inputs": dict(decision.inputs),
     }
+
+
+def present(hosts: Mapping[bytes, bytes], now: float) -> dict[str, dict[str, Any]]:
+    """Return what each host's watcher decides just now, in words, from what they tell each other.
+
+    ``now``: on Redis's clock. With whether the watcher is alive, and how old its word is, in seconds.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, text in sorted(hosts.items()):
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # the other watchers log it
+            body = orjson.loads(text)
+            age_s = round(now - float(body["at"]), 1)
+            alive, why = age_s <= silent_after(body), str(body.get("why") or "it has not decided yet")
+            found[name.decode(errors="replace")] = {"alive": alive, "age_s": age_s, "why": why}
+    return found
 
 
 def told(entry: Mapping[str, Any], when: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One part of the fleet at one look: measured, asked what it needs, planned for, and explained."""
+"""One part of the fleet at one probe: measured, asked what it needs, planned for, and explained."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from gpuinfer.queue.fleet import Serves
 from gpuinfer.settings import QUEUES, WatcherSettings
-from gpuinfer.watcher.calm import Calm
-from gpuinfer.watcher.fleet import Fleet, joined, sort_spare
+from gpuinfer.watcher.cooldown import Cooldown
+from gpuinfer.watcher.fleet import Fleet, joined
 from gpuinfer.watcher.load import Demand, Load, Part, load_of
-from gpuinfer.watcher.memory import UnitMemory
 from gpuinfer.watcher.need import Bounds, need_of
 from gpuinfer.watcher.plan import Ask, Plan
 from gpuinfer.watcher.rates import Rates, measure, with_startups
@@ -22,6 +21,7 @@ from gpuinfer.watcher.state import (
     Observation,
     Verdict,
 )
+from gpuinfer.watcher.words import Situation, sentence
 
 #: Log at most this many lanes that keep a worker.
 NAMED_LANES = 3
@@ -32,12 +32,12 @@ class Measured:
     """What is known of one demand."""
 
     rates: Rates = field(default_factory=Rates)
-    calm: Calm = field(default_factory=Calm)
+    cooldown: Cooldown = field(default_factory=Cooldown)
 
 
 @dataclass(slots=True)
 class _Asking:
-    """One demand at this look."""
+    """One demand at this probe."""
 
     demand: Demand
     fleet: Fleet
@@ -45,20 +45,20 @@ class _Asking:
     #: What is remembered of it, and what is decided from: service and start-up of the whole part.
     own: Rates
     used: Rates
-    calm: Calm
+    cooldown: Cooldown
     need: Need | None = None
     surplus: int = 0
 
     def ask(self, bounds: Bounds, settings: WatcherSettings, now: float) -> Ask:
-        """Say what is needed, and how many have been too many for long."""
-        need = self.need = need_of(self.load, self.fleet, self.used, self.calm, settings, now, bounds)
-        self.calm, surplus = self.calm.look(self.fleet.running, need, settings, now)
+        """Return what is needed, and how many have not been needed for a whole cooldown."""
+        need = self.need = need_of(self.load, self.fleet, self.used, self.cooldown, settings, now, bounds)
+        self.cooldown, surplus = self.cooldown.observe(self.fleet.running, need, settings, now)
         self.surplus = min(surplus, self.fleet.running - need.keep)
         return Ask(self.demand, need, self.surplus)
 
 
 class Look:
-    """A part of the fleet at one look."""
+    """A part of the fleet at one probe."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Look:
                 known=shared.known,
                 startup_s=shared.startup_s,
             )
-        return _Asking(demand, fleet, load, own, used, before.calm)
+        return _Asking(demand, fleet, load, own, used, before.cooldown)
 
     # -- deciding -------------------------------------------------------------------------
 
@@ -122,11 +122,8 @@ class Look:
         self._plan = Plan(self._fleets, asks, alone=by_group, least=bounds.least, room=room)
         return len(self._plan.actions)
 
-    def stops(self, units: Mapping[Key, UnitMemory]) -> list[Action]:
+    def stops(self) -> list[Action]:
         """Return what may be stopped, the first to be stopped first."""
-        if any(one.surplus > 0 for one in (self._whole, *self._alone)):
-            for fleet in self._fleets.values():
-                sort_spare(fleet, self._seen, units, self._settings, self._now)
         return self._planned.stops()
 
     @property
@@ -142,11 +139,11 @@ class Look:
 
     def settle(self, stops: Sequence[Action]) -> None:
         """Take note of what is stopped, all parts of the fleet considered."""
-        ours = {instance.key for instance in self.fleet.serving} if stops else ()
+        ours = {one.key for one in self.fleet.counted}
         self._stops = [action for action in stops if action.key in ours]
         verdict = verdict_of([*self.actions, *self._stops], self.broken)
         for one in (self._whole, *self._finer):
-            one.calm = one.calm.after(verdict, self._settings, self._now)
+            one.cooldown = one.cooldown.after(verdict, self._settings, self._now)
 
     # -- telling --------------------------------------------------------------------------
 
@@ -178,24 +175,25 @@ class Look:
     @property
     def broken(self) -> frozenset[Key]:
         """Return the starts that are given up."""
-        return frozenset(self.fleet.broken)
+        return frozenset(action.key for action in self._planned.ends)
 
     @property
     def need(self) -> Need:
         """Return what the part as a whole needs, with what demands within it lack."""
         need = _asked(self._whole)
-        lacking = [_asked(one).wanted - one.fleet.running for one in self._within]
-        return replace(need, wanted=max([need.wanted, *(self.fleet.running + more for more in lacking)]))
+        lacking = [_asked(one).unlimited - one.fleet.running for one in self._within]
+        unlimited = max([need.unlimited, *(self.fleet.running + more for more in lacking)])
+        return replace(need, unlimited=unlimited)
 
     @property
     def measured(self) -> Measured:
         """Return what to remember of the whole."""
-        return Measured(rates=self._whole.own, calm=self._whole.calm)
+        return Measured(rates=self._whole.own, cooldown=self._whole.cooldown)
 
     @property
     def finer(self) -> dict[str, Measured]:
         """Return what to remember of the demands within."""
-        return {one.demand.name: Measured(rates=one.own, calm=one.calm) for one in self._finer}
+        return {one.demand.name: Measured(rates=one.own, cooldown=one.cooldown) for one in self._finer}
 
     @property
     def _finer(self) -> list[_Asking]:
@@ -204,29 +202,41 @@ class Look:
         return [*self._within, *own, *self._alone]
 
     def why(self) -> str:
-        """Say why this is done, or nothing."""
-        done = [*self.actions, *self._stops]
-        lacking = (one for one in self._within if _asked(one).up > one.fleet.running)
+        """Say what is desired, what runs and what is done, and why."""
+        lacking = (one for one in self._within if _asked(one).desired > one.fleet.running)
         top = next(lacking, self._whole)
         need, fleet = _asked(top), top.fleet
-        if done:
-            return f"{done[0].why}; {need.formula}" if done[0].verb == "start" else done[0].why
-        if need.wanted > max(fleet.running, need.enough):
-            return f"{need.wanted} wanted, but no instance is left to start; {need.formula}"
-        if need.enough < fleet.running and self._planned.kept_for:
-            found = sorted(self._planned.kept_for.lanes, key=lambda lane: QUEUES.index(lane.tier))
-            lanes = [f"{lane.tier}.{lane.model}".rstrip(".") for lane in found]
-            some = ", ".join(lanes[:NAMED_LANES]) + (", ..." if len(lanes) > NAMED_LANES else "")
-            return f"{need.enough} would do, but {some} might then wait for workers busy with other tasks"
-        if need.enough < fleet.running:
-            pause_s = top.calm.pause(self._settings)
-            return f"{need.enough} would do; waits until that has held for {pause_s:.0f} s"
-        return need.formula
+        desired = need.unlimited if need.unlimited > fleet.running else need.minimum
+        enabled = [one for one in fleet.members if one.instance.enabled and one.exclusion is None]
+        cause = need.cause if len(enabled) <= desired else f"{need.cause}, and {len(enabled)} enabled"
+        return sentence(
+            Situation(
+                desired=max(desired, len(enabled)),
+                running=fleet.running,
+                cause=cause,
+                starting=[action.key for action in self._planned.actions],
+                stopping=[action.key for action in self._stops],
+                given_up=[action.key for action in self._planned.ends],
+                possible=fleet.possible,
+                staying={one.key: one.stays for one in fleet.counted if one.stays},
+                needed_by=self._needed_by(),
+                cooldown_s=top.cooldown.length(self._settings),
+                excluded=self.fleet.excluded,
+            )
+        )
+
+    def _needed_by(self) -> str:
+        """Name the lanes for which a worker is kept though fewer are desired."""
+        kept_for = self._planned.kept_for
+        lanes = sorted(kept_for.lanes, key=lambda lane: QUEUES.index(lane.tier)) if kept_for else []
+        named = [f"{lane.tier}.{lane.model}".rstrip(".") for lane in lanes]
+        return ", ".join(named[:NAMED_LANES]) + (", ..." if len(named) > NAMED_LANES else "")
 
     def __str__(self) -> str:
-        need, fleet = self.need, self.fleet
-        text = f"{self.name}: {self.load.waiting} waiting, {fleet.running} of {fleet.possible} run"
-        return f"{text}, {need.wanted} wanted, {self.rates.service(self._settings):.3g}/s a worker"
+        need, fleet, rate = self.need, self.fleet, self.rates.service(self._settings)
+        runs = f"{fleet.running} of {fleet.possible} run"
+        text = f"{self.name}: {self.load.waiting} waiting, {runs}, {need.unlimited} desired"
+        return f"{text}, {rate:.3g}/s a worker"
 
 
 def _asked(one: _Asking) -> Need:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gpuinfer.queue.fleet import Serves
-from gpuinfer.watcher.fleet import Fleet
+from gpuinfer.watcher.fleet import Fleet, Standing
 from gpuinfer.watcher.load import Demand
 from gpuinfer.watcher.state import (
     Action,
@@ -88,11 +88,12 @@ class Plan:
         self._planned: Counter[Serves] = Counter()
         self._narrow_first = sorted(fleets, key=lambda group: (_breadth(group, asks[-1].demand), group))
         self.actions: list[Action] = [
-            *(Action("start", key, "is enabled") for key in self._of("enabled_idle")),
-            *(Action("start", key, "is enabled") for key in self._of("enabled_failed")),
+            Action("start", key, "is enabled")
+            for fleet in fleets.values()
+            for key in _startable(fleet, "ready", "failed", enabled=True)
         ]
         for group, fleet in fleets.items():
-            self._planned[group] = len(fleet.enabled_idle) + len(fleet.enabled_failed)
+            self._planned[group] = len(_startable(fleet, "ready", "failed", enabled=True))
         self._room = None if room is None else max(0, room - len(self.actions))
         #: What is left to start, sorted when it is first asked for; what has failed apart.
         self._idle: dict[Serves, list[Key]] = {}
@@ -104,30 +105,29 @@ class Plan:
             self._fill(ask)
         self.starts = bool(self.actions)
 
-    def _of(self, name: str) -> list[Key]:
-        return sorted(key for fleet in self._fleets.values() for key in getattr(fleet, name))
-
     @property
     def ends(self) -> list[Action]:
-        """Return the stops of starts that failed again when systemd tried them again: they cool down."""
-        reasons = {key: fleet.excluded[key] for fleet in self._fleets.values() for key in fleet.broken}
-        return [Action("stop", key, reasons[key]) for key in sorted(reasons)]
+        """Return the stops of starts that failed again when systemd tried them again."""
+        failing = [one for fleet in self._fleets.values() for one in fleet.of("failing") if one.stoppable]
+        return [
+            Action("stop", one.key, str(one.exclusion)) for one in sorted(failing, key=lambda one: one.key)
+        ]
 
     def _running(self, group: Serves) -> int:
         return self._fleets[group].running + self._planned[group]
 
     def _fill(self, ask: Ask) -> None:
-        """Start what is missing; instances that have failed come last, after their cooldown."""
+        """Start what is missing; instances that have failed come last, after their quarantine."""
         running = sum(map(self._running, ask.demand.groups))
-        missing = ask.need.up - running
+        missing = ask.need.desired - running
         if missing <= 0:
             return
         self.short = True
-        why = f"{ask.need.up} wanted, {running} run"
+        why = f"{ask.need.desired} desired, {running} run"
         groups = [group for group in self._narrow_first if group in ask.demand.groups]
         for group in groups:
-            self._idle.setdefault(group, sorted(self._fleets[group].idle))
-            self._failed.setdefault(group, sorted(self._fleets[group].failed))
+            self._idle.setdefault(group, _startable(self._fleets[group], "ready"))
+            self._failed.setdefault(group, _startable(self._fleets[group], "failed"))
         missing -= self._take(missing, groups, why)
         # What runs whatever for is best of use to as many lanes as there are.
         floor = min(missing, self._least - sum(map(self._running, groups)))
@@ -138,7 +138,7 @@ class Plan:
         taken = 0
         for pools, reason in (
             (self._idle, why),
-            (self._failed, f"has cooled down after its failure; {why}"),
+            (self._failed, f"its quarantine is over; {why}"),
         ):
             for group in groups:
                 number = min(missing - taken, missing if any_use else self._use(group, missing))
@@ -153,11 +153,11 @@ class Plan:
 
     def _use(self, group: Serves, missing: int) -> int:
         ask = self._alone.get(group)
-        return missing if ask is None else max(0, ask.need.up - self._running(group))
+        return missing if ask is None else max(0, ask.need.desired - self._running(group))
 
     def stops(self) -> list[Action]:
         """Stop the last of the order that are too many, each when it is idle."""
-        # Who does not beat may be gone already.
+        # One that sends no heartbeat may be gone already.
         left = [ask.surplus - self._silent(ask.demand.groups) for ask in self._asks]
         sure = [self._margin(ask) for ask in self._asks]
         free = {group: self._too_many_alone(group) for group in self._alone}
@@ -166,10 +166,12 @@ class Plan:
         running = sum(fleet.running for fleet in self._fleets.values())
         stay = running - self._silent(self._fleets)
         above = stay - self._least
-        why = f"{stay - max(left[-1], 0)} have been enough for long, {running} run"
-        spare = [(key, group) for group, fleet in self._fleets.items() for key in fleet.spare]
+        why = f"{stay - max(left[-1], 0)} desired, {running} run"
+        spare = [
+            (one, group) for group, fleet in self._fleets.items() for one in fleet.counted if not one.stays
+        ]
         actions = []
-        for key, group in sorted(spare, reverse=True):
+        for one, group in sorted(spare, key=lambda pair: pair[0].key, reverse=True):
             serving = [place for place, ask in enumerate(self._asks) if group in ask.demand.groups]
             surplus = not self.short and not self.starts and all(left[place] > 0 for place in serving)
             unsure = [self._asks[place].demand for place in serving if not sure[place].spares(group)]
@@ -185,9 +187,9 @@ class Plan:
                 sure[place].stop(group)
             if group in free:
                 free[group] -= 1
-            if key in self._fleets[group].stoppable:
-                reason = why if shared else f"{group} has had more than it can use for long"
-                actions.append(Action("stop", key, reason))
+            if one.stoppable:
+                reason = why if shared else f"{group} has more than it can use"
+                actions.append(Action("stop", one.key, reason))
         return actions
 
     def _margin(self, ask: Ask) -> _Margin:
@@ -199,11 +201,16 @@ class Plan:
     def _too_many_alone(self, group: Serves) -> int:
         """Return how many of a group are too many for all that it serves, if no other one served it."""
         ask, running = self._alone[group], self._fleets[group].running
-        busy = self._planned[group] or ask.need.up > running
+        busy = self._planned[group] or ask.need.desired > running
         return 0 if busy else ask.surplus - self._silent([group])
 
     def _silent(self, groups: Iterable[Serves]) -> int:
         return sum(self._fleets[group].silent for group in groups)
+
+
+def _startable(fleet: Fleet, *standings: Standing, enabled: bool = False) -> list[Key]:
+    """Return the instances to start, in their order: those that are enabled, or the others."""
+    return sorted(one.key for one in fleet.of(*standings) if one.instance.enabled == enabled)
 
 
 def one_a_host(stops: Sequence[Action]) -> list[Action]:

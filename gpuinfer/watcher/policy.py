@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to do about what is seen: pure, the same for systemd and the simulator.
+"""Decide what to start and stop: pure, the same for systemd and the simulator.
 
-The instances are sorted by what they serve (``fleet``), and the lanes by who serves them (``load``). Each
-demand is measured (``rates``) and asks for workers (``need``), and keeps its own calm (``calm``); the plan
-for each part of the fleet meets all of its demands (``plan``). Where all instances serve the same, there
+The instances are grouped by what they serve (``fleet``), and the lanes by who serves them (``load``). Each
+demand is measured (``rates``), asks for workers (``need``) and has a cooldown of its own (``cooldown``); the
+plan for each part of the fleet meets all of its demands (``plan``). Where all instances serve the same, there
 is one part with one demand.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from gpuinfer.queue.depth import Lane
 from gpuinfer.queue.fleet import EVERYTHING, Server, Serves, remedy
 from gpuinfer.settings import WatcherSettings
-from gpuinfer.watcher.fleet import Fleet, count
+from gpuinfer.watcher.fleet import Fleet, grouped
 from gpuinfer.watcher.load import parts_of
 from gpuinfer.watcher.memory import UnitMemory, commanded, remember
 from gpuinfer.watcher.need import Bounds
@@ -24,6 +24,7 @@ from gpuinfer.watcher.plan import one_a_host
 from gpuinfer.watcher.rates import with_startups
 from gpuinfer.watcher.state import (
     Action,
+    Exclusion,
     Figures,
     Key,
     Observation,
@@ -32,7 +33,7 @@ from gpuinfer.watcher.state import (
 )
 from gpuinfer.watcher.stranded import Stranded
 
-#: Log at most this many excluded instances, and this many parts of the fleet.
+#: Log at most this many parts of the fleet.
 NAMED = 8
 
 
@@ -62,8 +63,8 @@ class Decision:
     #: What it was decided from: one number or text a name, for the journal.
     inputs: Mapping[str, object]
     history: History
-    #: Instances that are not to be started.
-    excluded: frozenset[Key] = frozenset()
+    #: Instances that must not be started, or are not counted on.
+    excluded: Mapping[Key, Exclusion] = field(default_factory=dict)
     #: Lanes with tasks that no instance serves, or could be started to serve. None: Redis cannot be read.
     stranded: Mapping[Lane, Stranded] | None = None
 
@@ -79,14 +80,14 @@ def decide(seen: Observation, history: History, settings: WatcherSettings, now: 
         why = f"Redis cannot be read, so nothing changes: {seen.trouble or 'no reason given'}"
         kept = replace(history, parts=_started(seen, history, remembered.startups), units=remembered.units)
         return Decision(actions=(), verdict="hold", why=why, inputs={}, history=kept)
-    fleets = count(seen, remembered.units, settings, now) or {EVERYTHING: Fleet()}
+    fleets = grouped(seen, remembered.units, settings, now) or {EVERYTHING: Fleet()}
     before = {**history.parts, **history.within}
     looks = [
         Look(part, seen, before, fleets, remembered.startups, settings, now)
         for part in parts_of(frozenset(fleets), frozenset(seen.queues))
     ]
     _plan(looks, settings)
-    stops = one_a_host([action for look in looks for action in look.stops(remembered.units)])
+    stops = one_a_host([action for look in looks for action in look.stops()])
     for look in looks:
         look.settle(stops)
     actions = [action for look in looks for action in look.actions] + stops
@@ -100,7 +101,7 @@ def decide(seen: Observation, history: History, settings: WatcherSettings, now: 
             within={name: measured for look in looks for name, measured in look.finer.items()},
             units=commanded(remembered.units, actions, seen, now),
         ),
-        excluded=frozenset(key for look in looks for key in look.fleet.excluded),
+        excluded={key: why for look in looks for key, why in look.fleet.excluded.items()},
         stranded=_stranded(seen, seen.queues, fleets),
     )
 
@@ -151,7 +152,7 @@ def _stranded(
 ) -> dict[Lane, Stranded]:
     """Return the lanes whose tasks wait for nobody: none runs that serves them, nor could be started."""
     able = [group for group, fleet in fleets.items() if fleet.possible or fleet.returning]
-    excluded = {key: reason for fleet in fleets.values() for key, reason in fleet.excluded.items()}
+    excluded = {key: str(why) for fleet in fleets.values() for key, why in fleet.excluded.items()}
     return {
         lane: Stranded(queue.waiting, remedy(lane, _servers(seen, excluded)))
         for lane, queue in sorted(queues.items())
@@ -180,7 +181,7 @@ def _paused(queues: Mapping[Lane, QueueState]) -> str:
     """Name the paused queues with tasks that wait: no worker is started for them."""
     found = [lane for lane, queue in sorted(queues.items()) if queue.paused and queue.waiting]
     named = [f"{lane.tier}.{lane.model}".rstrip(".") for lane in found[:NAMED]] + _more(len(found))
-    return f"; paused, and so not counted: {', '.join(named)}" if found else ""
+    return f"; paused, so that no worker is started for them: {', '.join(named)}" if found else ""
 
 
 def _more(count: int) -> list[str]:
@@ -195,8 +196,8 @@ def _inputs(seen: Observation, looks: Sequence[Look], settings: WatcherSettings)
         "startup_s": round(first.rates.startup(settings), 1),
     }
     parts = {"parts": "; ".join([*map(str, looks[:NAMED]), *_more(len(looks))])}
-    wanted = sum(need.wanted for need in needs)
-    inputs: dict[str, object] = {
+    desired = sum(need.unlimited for need in needs)
+    return {
         "waiting": seen.waiting,
         "oldest_s": round(max((q.oldest_s for q in (seen.queues or {}).values()), default=0.0), 1),
         "arrivals_per_s": round(sum(look.rates.steady for look in looks), 3),
@@ -204,15 +205,7 @@ def _inputs(seen: Observation, looks: Sequence[Look], settings: WatcherSettings)
         "active": active,
         "starting": running - active,
         "possible": sum(fleet.possible for fleet in fleets),
-        "wanted": min(wanted, settings.ceiling or wanted),
-        "enough": sum(need.enough for need in needs),
+        "desired": min(desired, settings.ceiling or desired),
+        "minimum": sum(need.minimum for need in needs),
         "dead_letters": seen.dead_letters,
     }
-    excluded = {key: reason for fleet in fleets for key, reason in fleet.excluded.items()}
-    return {**inputs, "excluded": _reasons(excluded)} if excluded else inputs
-
-
-def _reasons(excluded: Mapping[Key, str]) -> str:
-    """Return who is excluded, and why: the first few of them."""
-    first = sorted(excluded)[:NAMED]
-    return "; ".join([f"{key}: {excluded[key]}" for key in first] + _more(len(excluded)))

@@ -116,8 +116,8 @@ class Probe:
         #: What people are shown of the queues, as the last look has found it: ``tier.model`` -> ``oldest_s``
         #: and ``rate``, the tasks a second that workers take.
         self._told_queues: dict[str, dict[str, float]] = {}
-        #: What else they are shown: ``desired`` workers, and how many are ``quarantined``.
-        self.summary: Mapping[str, int] = {}
+        #: What else they are shown: ``desired`` workers, how many are ``quarantined``, and ``why``.
+        self.summary: Mapping[str, object] = {}
 
     def look(
         self,

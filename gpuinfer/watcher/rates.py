@@ -175,7 +175,7 @@ def measure(
         workers=active if active == before.active else 0,
         held=held,
     )
-    window_s = min(WINDOW_MAX_S, max(WINDOW_MIN_S, settings.calm_s))
+    window_s = min(WINDOW_MAX_S, max(WINDOW_MIN_S, settings.cooldown_s))
     kept = tuple(old for old in before.samples if old.at > now - window_s)
     after = replace(after, samples=(*kept, sample))
     if saturated > 1 and active == before.active:

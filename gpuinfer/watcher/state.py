@@ -37,6 +37,19 @@ class Key(NamedTuple):
         return f"gpu{self.number}@{self.host}"
 
 
+class Exclusion(NamedTuple):
+    """Why an instance must not be started, and for how long."""
+
+    reason: str
+    #: In words, such as "until it is unmasked"; empty where it is part of the reason.
+    until: str = ""
+    #: It ends without anybody's help.
+    ends: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.reason}, {self.until}" if self.until else self.reason
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuHealth:
     """What NVML says of an instance's GPU, beyond our own worker."""
@@ -77,17 +90,16 @@ class Instance:
     serves: Serves = EVERYTHING
     #: For instances of other hosts, as their watchers publish it.
     hold: Hold = ""
-    #: For instances of other hosts: why their watcher will not start it, or why what starts there is not
-    #: counted upon; empty if it would, or is.
+    #: For instances of other hosts: why their watcher will not start it, or does not count on its start.
     excluded: str = ""
     #: For instances of other hosts: their watcher only logs, and neither starts nor stops any.
     log_only: bool = False
 
     @property
-    def notable(self) -> bool:
-        """Tell whether more than its number must be looked at before it is started."""
-        marked = self.log_only or self.masked or self.enabled
-        return marked or self.state == "failed" or self.gpu is not HEALTHY
+    def told_exclusion(self) -> Exclusion | None:
+        """Return the exclusion that another host's watcher has told."""
+        ends = not self.masked and self.hold not in ("stopped", "disabled")
+        return Exclusion(self.excluded, ends=ends) if self.excluded else None
 
     @property
     def runs(self) -> bool:
@@ -170,15 +182,15 @@ class Action:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """How many workers a look at queues and rates asks for."""
+    """How many workers queues and rates ask for."""
 
     #: Start until this many run; no more than there are.
-    up: int
-    #: Enough for what waits; those beyond may be stopped when it stays so.
-    enough: int
-    #: Fewer would not drain in time what waits now, and so are not left, however long fewer would have done.
+    desired: int
+    #: Those beyond may be stopped when that stays so.
+    minimum: int
+    #: Fewer would not drain in time what waits now, and so are not left, however long the minimum was lower.
     keep: int = 0
-    #: What would be needed, whether there are as many or not; within floor and ceiling.
-    wanted: int = 0
-    #: The formula with its numbers.
-    formula: str
+    #: What is desired before limits: whether there are as many instances or not, within floor and ceiling.
+    unlimited: int = 0
+    #: Why, with the numbers.
+    cause: str

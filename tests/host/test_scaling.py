@@ -32,8 +32,8 @@ threads = 1
 instances = 4
 probe_interval_s = 0.5
 assumed_rate = 1.0
-calm_s = 2.0
-calm_max_s = 2.0
+cooldown_s = 2.0
+cooldown_max_s = 2.0
 manual_hold_s = {HOLD_S}
 """
 
@@ -141,7 +141,7 @@ def test_a_burst_brings_all_and_calm_brings_the_floor_back(host: Container) -> N
     up = next(one for one in explained(host) if len(one["actions"]) == 3)
     assert {one["instance"] for one in up["actions"]} == {f"gpu{number}@gpuhost" for number in (0, 2, 3)}
     assert up["inputs"]["waiting"] > 0
-    assert f"{up['inputs']['waiting']} waiting" in up["why"]
+    assert f"{up['inputs']['waiting']} tasks wait" in up["why"]
     assert "start gpu0@gpuhost" in host.ok("gpuinfer watcher explain")
     downs = [one for one in explained(host) if one["verdict"] == "scale_down"]
     assert {len(one["actions"]) for one in downs} == {1}
@@ -194,7 +194,7 @@ def test_it_uses_no_right_it_does_not_have(host: Container) -> None:
     said = journal(host, "-u", WATCHER)
     assert not {"action_failed", "look_failed", "units_away", "notes_not_kept"} & set(actions(said))
     state = properties(host, WATCHER, "StatusText", "WatchdogUSec", "WatchdogTimestampMonotonic", "User")
-    assert state["StatusText"].startswith("0 waiting, 0 of 4 workers run: ")
+    assert state["StatusText"].startswith("0 waiting, 0 of 4 workers of this host run: no worker is desired")
     assert (state["WatchdogUSec"], state["User"]) == ("1min", WATCHER)
     first = int(state["WatchdogTimestampMonotonic"])
     time.sleep(1.5)

@@ -36,8 +36,8 @@ probe_interval_s = 0.5
 assumed_rate = 4.0
 assumed_startup_s = 4.0
 realtime_target_s = 5.0
-calm_s = 8.0
-calm_max_s = 8.0
+cooldown_s = 8.0
+cooldown_max_s = 8.0
 """
 
 

@@ -28,8 +28,8 @@ Build = Callable[..., Settings]
 WATCHER = {
     "watcher_backend": "process",
     "watcher_instances": 2,
-    "watcher_calm_s": 2,
-    "watcher_calm_max_s": 2,
+    "watcher_cooldown_s": 2,
+    "watcher_cooldown_max_s": 2,
     "watcher_probe_interval_s": 0.2,
     "watcher_assumed_rate": 1,
     "worker_device": "cpu",

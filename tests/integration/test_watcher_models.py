@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import orjson
@@ -149,11 +150,13 @@ async def test_the_explanation_has_a_line_for_each_part_of_the_fleet(
     client.lpush("batch", "x")
     await watcher.step()
     told = notes.told(orjson.loads(client.lrange(DECISIONS, 0, 0)[0]), "now").splitlines()
-    assert told[0].startswith("now  a  scale_up: realtime,default,batch:ocr: 1 wanted, 0 run; ")
+    assert told[0].startswith(
+        "now  a  scale_up: realtime,default,batch:ocr: 1 worker is desired, none runs: "
+    )
     assert told[2:] == [
-        "    realtime,default,batch:ocr: 1 waiting, 0 of 1 run, 1 wanted, 1/s a worker",
-        "    realtime:digits: 0 waiting, 0 of 1 run, 0 wanted, 1/s a worker",
-        "    start gpu1@a: 1 wanted, 0 run",
+        "    realtime,default,batch:ocr: 1 waiting, 0 of 1 run, 1 desired, 1/s a worker",
+        "    realtime:digits: 0 waiting, 0 of 1 run, 0 desired, 1/s a worker",
+        "    start gpu1@a: 1 desired, 0 run",
     ]
 
 
@@ -170,6 +173,17 @@ async def test_why_nothing_is_started_is_explained(redis_server: RedisServer, se
         await watcher.step()
     kept = [orjson.loads(text) for text in connect(settings.broker).lrange(DECISIONS, 0, -1)]
     assert [(entry["verdict"], entry["actions"]) for entry in kept] == [("hold", [])]
+    units.views[1] = UnitView()
+    await watcher.step()
+    await watcher.step()  # each probe tells what the one before it has decided
+    hosts: dict[bytes, bytes] = connect(settings.broker).hgetall(HOSTS)  # type: ignore[assignment]
+    (now,) = notes.present(hosts, time.time()).values()
+    assert now["alive"]
+    assert "masked" not in now["why"]
+    assert "gpu0@a (in quarantine" in now["why"]
     told = notes.told(kept[0], "now")
-    assert "wanted, but no instance is left to start" in told
-    assert "gpu0@a: in quarantine for 30 s: its unit failed; gpu1@a: masked" in told
+    assert "no other instance can be started" in told
+    assert (
+        "gpu0@a (in quarantine: its unit failed, for 30 s more), gpu1@a (masked, until it is unmasked)"
+        in told
+    )

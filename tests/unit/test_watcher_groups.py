@@ -68,7 +68,7 @@ def test_a_backlog_of_batch_starts_no_worker_for_realtime_alone(backlog: int) ->
     assert world.running(URGENT) == set()
     assert len(world.running(ALL_A)) == (1 if backlog == 10 else 4)
     if backlog > 10:
-        assert "batch: 100000 waiting" in decision.why
+        assert "100,000 tasks wait in batch" in decision.why
 
 
 def test_a_backlog_of_one_model_starts_only_who_serves_it() -> None:
@@ -77,10 +77,11 @@ def test_a_backlog_of_one_model_starts_only_who_serves_it() -> None:
     world.lanes[DEFAULT_B] = 1000
     decision = look(world)
     assert (len(world.running(ALL_A)), len(world.running(ALL_B))) == (0, 4)
-    assert decision.why.startswith("realtime,default,batch:b: 4 wanted, 0 run; default: 1000 waiting")
+    words = "20 workers are desired, none runs: 1,000 tasks wait in default"
+    assert decision.why.startswith(f"realtime,default,batch:b: {words}")
     assert decision.inputs["parts"] == (
-        "realtime,default,batch:a: 0 waiting, 0 of 4 run, 0 wanted, 10/s a worker; "
-        "realtime,default,batch:b: 1000 waiting, 0 of 4 run, 20 wanted, 10/s a worker"
+        "realtime,default,batch:a: 0 waiting, 0 of 4 run, 0 desired, 10/s a worker; "
+        "realtime,default,batch:b: 1000 waiting, 0 of 4 run, 20 desired, 10/s a worker"
     )
 
 
@@ -97,7 +98,7 @@ def test_a_model_whose_workers_are_all_stopped_is_started_from_zero() -> None:
     """One task is enough, beside a busy fleet for another model."""
     world = fleet(ALL_A, ALL_B)
     world.run_all(ALL_A)
-    watcher = Watcher(world, settings(calm_s=20.0), history=known(ALL_A, ALL_B))
+    watcher = Watcher(world, settings(cooldown_s=20.0), history=known(ALL_A, ALL_B))
     watcher.run(50, {BATCH_A: 30.0})
     assert world.running(ALL_B) == set()
     world.lanes[DEFAULT_B] = 1
@@ -157,7 +158,7 @@ def test_who_is_not_needed_is_stopped_beside_others_who_are() -> None:
     """The realtime workers idle and go, the last ones first; those with batch work stay."""
     world = fleet(URGENT, ALL_A)
     world.run_all()
-    watcher = Watcher(world, settings(calm_s=20.0), history=known(URGENT, ALL_A))
+    watcher = Watcher(world, settings(cooldown_s=20.0), history=known(URGENT, ALL_A))
     watcher.run(120, {BATCH_A: 30.0})
     assert (len(world.running(URGENT)), len(world.running(ALL_A))) == (0, 4)
 
@@ -166,7 +167,7 @@ def test_what_a_queue_needs_stays_though_the_rest_would_do() -> None:
     """Of six idle ones too many, none goes that only batch work keeps."""
     world = fleet(URGENT, ALL_A)
     world.run_all()
-    watcher = Watcher(world, settings(calm_s=20.0), history=known(URGENT, ALL_A))
+    watcher = Watcher(world, settings(cooldown_s=20.0), history=known(URGENT, ALL_A))
     watcher.run(60, {REALTIME_A: 5.0, BATCH_A: 25.0})
     for _ in range(100):
         watcher.run(1, {REALTIME_A: 5.0, BATCH_A: 25.0})
@@ -177,19 +178,18 @@ def test_a_worker_stays_while_others_that_could_replace_it_may_be_busy() -> None
     """Two would do for 12/s, but the one for both models may be busy with b's urgent tasks."""
     world = fleet(ALL_A, ALL_B, BOTH, each=1)
     world.run_all()
-    watcher = Watcher(world, settings(calm_s=20.0), history=known(ALL_A, ALL_B, BOTH))
+    watcher = Watcher(world, settings(cooldown_s=20.0), history=known(ALL_A, ALL_B, BOTH))
     watcher.run(200, {Lane("realtime", "b"): 7.0, Lane("default", "a"): 4.0, Lane("batch", "b"): 1.0})
     assert len(world.running()) == 3
-    assert watcher.look().why == (
-        "2 would do, but realtime.a, default.a, batch.a might then wait for workers busy with other tasks"
-    )
+    waits = "realtime.a, default.a, batch.a might then wait for workers busy with other tasks"
+    assert watcher.look().why.endswith(f"; none is stopped, since {waits}")
 
 
 def test_a_worker_goes_when_the_dedicated_ones_keep_up() -> None:
     """Four of a and one of b keep up with their models, whatever those for both are busy with."""
     world = fleet(ALL_A, ALL_B, BOTH)
     world.run_all()
-    watcher = Watcher(world, settings(calm_s=20.0), history=known(ALL_A, ALL_B, BOTH))
+    watcher = Watcher(world, settings(cooldown_s=20.0), history=known(ALL_A, ALL_B, BOTH))
     watcher.run(300, {Lane("realtime", "b"): 5.0, Lane("default", "a"): 25.0})
     assert (len(world.running(ALL_A)), len(world.running(ALL_B)), len(world.running(BOTH))) == (4, 1, 0)
 
@@ -201,7 +201,7 @@ def test_a_worker_goes_when_the_dedicated_ones_keep_up() -> None:
 def test_the_floor_is_shared_by_what_is_served(floor: int, of_a: int, of_b: int) -> None:
     """One to each part of the fleet in turn, the largest first, as far as there are instances."""
     world = Mixed.of({ALL_A: some_keys(0, 4), ALL_B: some_keys(4, 2)}, LANES)
-    watcher = Watcher(world, settings(floor=floor, calm_s=10.0))
+    watcher = Watcher(world, settings(floor=floor, cooldown_s=10.0))
     watcher.run(30)
     assert (len(world.running(ALL_A)), len(world.running(ALL_B))) == (of_a, of_b)
     world.run_all()
@@ -219,7 +219,7 @@ def test_the_floor_keeps_those_that_serve_the_most() -> None:
 def test_the_ceiling_leaves_each_part_with_work_a_worker() -> None:
     """A model with an endless backlog does not keep another one's first task waiting for ever."""
     world = fleet(ALL_A, ALL_B)
-    watcher = Watcher(world, settings(ceiling=3, calm_s=10.0), history=known(ALL_A, ALL_B))
+    watcher = Watcher(world, settings(ceiling=3, cooldown_s=10.0), history=known(ALL_A, ALL_B))
     world.lanes |= {BATCH_A: 10**6, DEFAULT_B: 10**6}
     watcher.run(60)
     assert (len(world.running(ALL_A)), len(world.running(ALL_B))) in ((1, 2), (2, 1))
@@ -265,7 +265,7 @@ def test_mixed_groups_come_to_rest_under_any_constant_load(
         for lane, load in zip(LANES, loads, strict=True)
         if any(group.covers(lane) for group in there)
     }
-    watcher = Watcher(world, settings(mode=mode, floor=floor, calm_s=30.0))
+    watcher = Watcher(world, settings(mode=mode, floor=floor, cooldown_s=30.0))
     watcher.run(600, served)
     world.log.clear()
     watcher.run(200, served)

@@ -35,7 +35,7 @@ def forgotten(history: History) -> dict[str, Measured]:
 
 def settled(world: World, history: History, forget: bool) -> set[Key]:
     """Let a new watcher take over, and return the fleet it comes to."""
-    watcher = Watcher(world, settings(calm_s=20.0), history=History() if forget else history)
+    watcher = Watcher(world, settings(cooldown_s=20.0), history=History() if forget else history)
     watcher.run(120)
     starts = [action.key for _, action in world.log if action.verb == "start"]
     assert len(starts) == len(set(starts)), "an instance was started twice"
@@ -51,7 +51,7 @@ def test_every_interrupted_plan_comes_to_the_same_fleet(waiting: int, forget: bo
     if not waiting:
         for key in list(world.instances)[1:]:
             world.set(key, state="active")
-    watcher = Watcher(world, settings(calm_s=20.0), history=remembering(KNOWN))
+    watcher = Watcher(world, settings(cooldown_s=20.0), history=remembering(KNOWN))
     target = settled(copy.deepcopy(world), watcher.history, forget=False)
     plans = 0
     for _ in range(40):
@@ -142,7 +142,7 @@ def test_a_view_that_is_late_stops_nothing_too_much(busy: bool | None) -> None:
     world = World.of([Key(0, "a"), Key(0, "b")])
     for key in world.instances:
         world.set(key, state="active", since=0.0)
-    a, b = (Watcher(world, settings(floor=1, calm_s=10.0), name, names) for name in ("a", "b"))
+    a, b = (Watcher(world, settings(floor=1, cooldown_s=10.0), name, names) for name in ("a", "b"))
     while not world.log:
         world.pass_second(0)
         late = world.see("a", names)
@@ -172,7 +172,7 @@ def test_many_watchers_stop_together_no_more_than_one_would(
     world = World.of(keys(per_host, names))
     for key in world.instances:
         world.set(key, state="active", since=0.0)
-    chosen = settings(floor=floor, calm_s=10.0)
+    chosen = settings(floor=floor, cooldown_s=10.0)
     many = [Watcher(world, chosen, name, names) for name in sorted(names)]
     views = [dict(world.instances) for _ in many]
     for _ in range(60):
@@ -197,7 +197,7 @@ def test_what_was_not_heard_of_for_long_is_not_counted_when_others_are_stopped()
     world = World.of([Key(0, "a"), Key(0, "b"), Key(1, "a")])
     for key in world.instances:
         world.set(key, state="active", since=0.0)
-    a = Watcher(world, settings(floor=2, calm_s=10.0), "a", frozenset({"a", "b"}))
+    a = Watcher(world, settings(floor=2, cooldown_s=10.0), "a", frozenset({"a", "b"}))
     for _ in range(30):
         world.pass_second(0)
         world.set(Key(0, "b"), busy=None)

@@ -59,7 +59,7 @@ def test_a_start_that_systemd_tries_again_and_again_is_a_failure() -> None:
         *[("start", 0), ("start", 1), ("stop", 0)]
     ]
     assert watcher.measured.rates.startup_s == 30.0
-    assert watcher.measured.calm.last_down is None  # nothing was too many
+    assert watcher.measured.cooldown.last_down is None  # nothing was too many
 
 
 def test_a_start_that_fails_once_may_be_tried_again_by_systemd() -> None:
@@ -320,7 +320,7 @@ def test_a_change_from_enabled_to_disabled_holds(seen: bool) -> None:
     world = World.of(keys(2))
     for key in world.instances:
         world.set(key, enabled=key == A0, state="active")
-    watcher = Watcher(world, settings(calm_s=10.0))
+    watcher = Watcher(world, settings(cooldown_s=10.0))
     watcher.run(2)
     world.set(A0, enabled=False)
     if not seen:
@@ -367,7 +367,7 @@ def test_between_the_two_halves_of_a_restart_nobody_has_stopped_it() -> None:
 def test_a_manual_start_is_respected_for_the_stated_time() -> None:
     """What an administrator starts is not stopped though nothing needs it; later it is."""
     world = World.of(keys(2))
-    watcher = Watcher(world, settings(manual_hold_s=200.0, calm_s=10.0))
+    watcher = Watcher(world, settings(manual_hold_s=200.0, cooldown_s=10.0))
     watcher.run(30)
     world.set(A0, state="activating", since=world.now)
     watcher.run(195)
@@ -379,7 +379,7 @@ def test_a_manual_start_is_respected_for_the_stated_time() -> None:
 def test_the_time_of_a_manual_start_counts_from_when_it_serves() -> None:
     """A large model that loads for longer than the stated time is not stopped as soon as it is ready."""
     world = World.of(keys(1), startup_s=300.0)
-    watcher = Watcher(world, settings(manual_hold_s=100.0, calm_s=10.0))
+    watcher = Watcher(world, settings(manual_hold_s=100.0, cooldown_s=10.0))
     watcher.run(30)
     world.set(A0, state="activating", since=world.now)
     watcher.run(395)
@@ -391,7 +391,7 @@ def test_the_time_of_a_manual_start_counts_from_when_it_serves() -> None:
 def test_our_own_starts_and_stops_are_not_taken_for_manual_ones() -> None:
     """Up and down again without a hold in between."""
     world = World.of(keys(1))
-    watcher = Watcher(world, settings(calm_s=10.0))
+    watcher = Watcher(world, settings(cooldown_s=10.0))
     for _ in range(3):
         world.waiting += 5
         watcher.run(300)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a worker may be stopped: after a cooldown, which grows each time a stop proved premature.
+
+The most workers that were needed within the last ``cooldown_s`` seconds stay. A start that follows a stop
+within ``cooldown_max_s`` shows that the cooldown was too short: it doubles. A load that comes and goes faster
+than ``cooldown_max_s`` is met, after a few rounds, by workers that stay, and nothing flaps for ever. The
+cooldown is halved only after a long time in which half of it would have stopped nothing that was needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gpuinfer.settings import WatcherSettings
+from gpuinfer.watcher.rates import MAX_GAP
+from gpuinfer.watcher.state import Need, Verdict
+
+#: After this many cooldowns of which half would have been enough, it is halved.
+FORGIVE = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cooldown:
+    """What was needed lately, and what followed stops."""
+
+    #: (when, how many); the numbers fall, so that the first is the most of the window.
+    needs: tuple[tuple[float, int], ...] = ()
+    #: Since when it has been observed without a gap: nothing is stopped before a whole cooldown.
+    since: float | None = None
+    seen_at: float = 0.0
+    #: How long it is; None: as in the settings.
+    period_s: float | None = None
+    #: When it was changed, or last proved to be as long as it must be.
+    changed_at: float = 0.0
+    last_up: float | None = None
+    #: The last stop that no start has followed yet.
+    last_down: float | None = None
+
+    def length(self, settings: WatcherSettings) -> float:
+        """Return the cooldown in seconds."""
+        period = settings.cooldown_s if self.period_s is None else self.period_s
+        return min(max(period, settings.cooldown_s), settings.cooldown_max_s)
+
+    def observe(
+        self, running: int, need: Need, settings: WatcherSettings, now: float
+    ) -> tuple[Cooldown, int]:
+        """Note what is needed; return how many of the running have not been needed for a whole cooldown."""
+        gap = now - self.seen_at > MAX_GAP * settings.probe_interval_s
+        fresh = self.since is None or gap or now < self.seen_at
+        since = now if fresh or self.since is None else self.since
+        length = self.length(settings)
+        wanted = max(need.minimum, need.desired if need.desired > running else 0)
+        # Half of it would have stopped what is needed now.
+        due = not fresh and _most(self.needs, now - length / 2) < min(wanted, running)
+        kept = () if fresh else _window(self.needs, wanted, now - length)
+        after = replace(self, needs=(*kept, (now, wanted)), since=since, seen_at=now)
+        after = replace(after, changed_at=now) if due else after
+        over = now - since >= length
+        return after, max(0, running - after.needs[0][1]) if over else 0
+
+    def after(self, verdict: Verdict, settings: WatcherSettings, now: float) -> Cooldown:
+        """Note what was decided; lengthen or shorten the cooldown."""
+        length = self.length(settings)
+        if verdict == "scale_up":
+            premature = self.last_down is not None and now - self.last_down < settings.cooldown_max_s
+            after = replace(self, last_up=now, last_down=None)
+            return replace(after, period_s=2 * length, changed_at=now) if premature else after
+        after = replace(self, last_down=now) if verdict == "scale_down" else self
+        if self.period_s is not None and now - self.changed_at > FORGIVE * length:
+            shorter = None if length <= settings.cooldown_s else length / 2
+            return replace(after, period_s=shorter, changed_at=now)
+        return after
+
+
+def _most(needs: tuple[tuple[float, int], ...], begin: float) -> int:
+    """Return the most that was needed since ``begin``, or at the last probe where that was before."""
+    return next((wanted for at, wanted in needs if at >= begin), needs[-1][1])
+
+
+def _window(needs: tuple[tuple[float, int], ...], wanted: int, begin: float) -> tuple[tuple[float, int], ...]:
+    """Drop what is too old, and what the newest number exceeds: it can never be the most again."""
+    return tuple(pair for pair in needs if pair[0] >= begin and pair[1] > wanted)
