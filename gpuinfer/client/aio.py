@@ -43,7 +43,7 @@ from gpuinfer.queue.message import Submission
 from gpuinfer.queue.options import Options, documented
 from gpuinfer.queue.position import spot_of
 from gpuinfer.queue.quota import Quota
-from gpuinfer.queue.resource import Place
+from gpuinfer.queue.resource import Place, to_resource
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import Settings
 
@@ -140,6 +140,15 @@ class AsyncClient(Driver):
             counts: Any = await self._pipe.call("HGETALL", keys.CLAIMED)
         values = counts.values() if isinstance(counts, dict) else counts[1::2]  # by Redis's protocol
         return sum(map(int, values))
+
+    async def task(self, task_id: str, *, only: str | None = None) -> dict[str, Any]:
+        """Return a task as ``GET /tasks/{id}`` shows it: status, model, times, attempt, metrics, worker,
+        result or error, metadata, and while it waits its position. ``only``: as for ``status``.
+
+        Raises InputError, TaskNotFound (ResultGone where it has expired), UnreadableResult, BrokerError.
+        """
+        status = await self.status(task_id, only=only)
+        return to_resource(status, await self.place(status) if status.state == "queued" else None)
 
     async def tasks(
         self,

@@ -34,7 +34,7 @@ from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors
 from gpuinfer.queue.direct import Direct
 from gpuinfer.queue.options import Options, documented
 from gpuinfer.queue.position import spot_of
-from gpuinfer.queue.resource import Place
+from gpuinfer.queue.resource import Place, to_resource
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
@@ -279,6 +279,15 @@ class Client(Driver):
             raise core.refused_erasure(answer, task_id)
 
     # -- looking --------------------------------------------------------------------------
+
+    def task(self, task_id: str, *, only: str | None = None) -> dict[str, Any]:
+        """Return a task as ``GET /tasks/{id}`` shows it: status, model, times, attempt, metrics, worker,
+        result or error, metadata, and while it waits its position. ``only``: as for ``status``.
+
+        Raises InputError, TaskNotFound (ResultGone where it has expired), UnreadableResult, BrokerError.
+        """
+        status = self.status(task_id, only=only)
+        return to_resource(status, self.place(status) if status.state == "queued" else None)
 
     def tasks(
         self,

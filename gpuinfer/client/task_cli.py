@@ -40,16 +40,16 @@ def show(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) -> i
     """
     from gpuinfer.client import Client
     from gpuinfer.errors import WaitTimeout
-    from gpuinfer.queue.resource import to_resource
 
     with Client(loaded.only("broker", "queue")) as client:
-        status = client.wait(task_id, wait_s) if wait_s else client.status(task_id)
-        body = to_resource(status, client.place(status) if status.state == "queued" else None)
+        if wait_s:
+            client.wait(task_id, wait_s)
+        body = client.task(task_id)
     if as_json:
         print_json(body)
     else:
         _print(body)
-    return WaitTimeout.exit_code if wait_s and not status.final else 0
+    return WaitTimeout.exit_code if wait_s and body["status"] in ("queued", "running") else 0
 
 
 def _print(body: dict[str, Any]) -> None:

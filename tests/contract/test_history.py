@@ -140,6 +140,19 @@ def test_retry(store: Store, client: Client) -> None:
     assert store.client.hlen(keys.DEAD) == 0
 
 
+def test_a_task_as_the_front_shows_it(store: Store, client: Client) -> None:
+    """With its place while it waits, with its result and metrics in the end."""
+    client.submit([1])
+    task_id = client.submit([1], metadata={"user": "7"})
+    waits = client.task(task_id)
+    assert (waits["status"], waits["position"], waits["metadata"]) == ("queued", 2, {"user": "7"})
+    for task in store.claim(2):
+        store.settle([done(task)])
+    ended = client.task(task_id)
+    assert (ended["status"], ended["result"], ended["urls"]["self"]) == ("completed", 1, f"/tasks/{task_id}")
+    assert "position" not in ended
+
+
 def place(client: Client, task_id: str) -> Place | None:
     return client.place(client.status(task_id))
 

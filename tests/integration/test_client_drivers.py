@@ -24,7 +24,7 @@ pytestmark = pytest.mark.integration
 VERBS = (
     *("submit", "submit_batch", "submit_many", "wait", "result", "results"),
     *("as_completed", "status", "cancel"),
-    *("place", "tasks", "retry", "forget"),
+    *("place", "task", "tasks", "retry", "forget"),
 )
 #: What the front asks for beside: a submission in parts, and what it tells of the fleet.
 FRONT_ALONE = {
