@@ -358,8 +358,9 @@ class Client(Driver):
             claimed = int(self._direct.call("HGET", keys.CLAIMED, spot.counter) or 0)
         return spot.place(length, claimed, time.time())
 
-    def wait(self, task_id: str, timeout_s: float | None = None) -> TaskStatus:
-        """Wait until a task has ended, at most ``timeout_s``; return its state then.
+    def wait(self, task_id: str, timeout_s: float | None = None, *, only: str | None = None) -> TaskStatus:
+        """Wait until a task has ended, at most ``timeout_s``; return its state then. ``only``: as for
+        ``status``.
 
         An id that nothing is known of may be a plain Celery producer's task, which waits: with a timeout it
         is waited for until then. Raises InputError, TaskNotFound, BrokerError.
@@ -367,8 +368,10 @@ class Client(Driver):
         if timeout_s is None or timeout_s > 0:
             with suppress(WaitTimeout):
                 for status in self.as_completed([task_id], timeout_s):
+                    if not core.owned(status, only):
+                        raise self._gone(task_id, only)
                     return status
-        return self.status(task_id)
+        return self.status(task_id, only=only)
 
     def result(self, task_id: str, timeout_s: float | None = None) -> Any:
         """Wait for a task, as ``wait`` does, and return its result; raise its error.
