@@ -32,7 +32,7 @@ EXIT_BROKEN_PIPE = 128 + 13  # as a shell reports SIGPIPE
 HOST_MODULES = frozenset(
     {
         *("celery", "kombu", "torch", "numpy", "sdnotify", "dbus_fast", "structlog", "fastapi", "uvicorn"),
-        *("uvloop", "httptools", "pynvml", "PIL", "rich", "jsonschema_rs", "prometheus_client"),
+        *("uvloop", "httptools", "pynvml", "PIL", "rich", "textual", "jsonschema_rs", "prometheus_client"),
     }
 )
 
@@ -59,6 +59,7 @@ COMMANDS: dict[str, Entry] = {
     "demo": Entry("gpuinfer.demo.cli:demo", "Try the whole thing here: Redis, worker, API and requests."),
     "serve": Entry("gpuinfer.serve.cli:serve", "Serve one model from its file or folder.", "worker"),
     "status": Entry("gpuinfer.view.cli:status", "Show how the fleet is, trouble first.", "watcher"),
+    "top": Entry("gpuinfer.view.cli:top", "The same live, to act in."),
     "submit": Entry("gpuinfer.client.cli:submit", "Put a task into a queue."),
     "result": Entry("gpuinfer.client.cli:result", "Show what became of a task."),
     "task": Entry("gpuinfer.client.task_cli:task", "Look at tasks; retry or cancel them."),

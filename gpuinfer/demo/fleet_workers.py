@@ -22,6 +22,7 @@ from gpuinfer.log import get_logger
 from gpuinfer.queue import results
 from gpuinfer.queue.claims import Claimed, Final, label
 from gpuinfer.queue.connection import connect
+from gpuinfer.queue.drained import DRAINED
 from gpuinfer.queue.keys import place_of
 from gpuinfer.queue.message import Envelope, decode
 from gpuinfer.queue.store import Store
@@ -119,7 +120,8 @@ class FleetWorker:
                 if tasks:
                     self._work(store, tasks)
                 if time.monotonic() - self._told_at >= _BEAT_S:
-                    self._beat(store, "busy" if tasks else "idle", since)
+                    state = DRAINED if store.is_drained() else "busy" if tasks else "idle"
+                    self._beat(store, state, since)
                 if not tasks:
                     self._stop.wait(_IDLE_S)
             store.leave()

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +58,19 @@ def tell(loaded: Loaded, journalctl: str, task_id: str, *, follow: bool, as_json
         after = [f"--after-cursor={told[-1]['__CURSOR']}"] if told else ["--lines=0"]
         form = ["--output=json"] if as_json else []
         os.execv(journalctl, ["journalctl", f"TASK_ID={task_id}", "--follow", *after, *form])  # noqa: S606
+
+
+def lines(loaded: Loaded, task_id: str) -> list[str]:
+    """Return the story, line by line: of the journal where there is one that this user may read, and of the
+    result record while it is kept. Raises BrokerError."""
+    told: list[Entry] = []
+    path = shutil.which("journalctl")
+    if path is not None:
+        with suppress(JournalUnavailable):
+            told = _journal(path, task_id)
+    with suppress(TaskNotFound):
+        told += _record(loaded, task_id)
+    return [_line(entry) for entry in sorted(told, key=lambda entry: int(entry[_AT]))]
 
 
 def _journal(journalctl: str, task_id: str) -> list[Entry]:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer status``."""
+"""``gpuinfer status`` and ``gpuinfer top``."""
 
 from __future__ import annotations
 
 import gc
 import re
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gpuinfer.cli_help import examples
+from gpuinfer.errors import UsageError
 from gpuinfer.queue.show import as_json_option, one_line, print_json
 
 if TYPE_CHECKING:
@@ -92,3 +94,36 @@ def _watch(look: Callable[[], Status], every_s: float, *, as_json: bool) -> None
     while True:
         click.echo(one_line(look().to_dict()))
         time.sleep(every_s)
+
+
+@click.command(epilog=examples("gpuinfer top", "gpuinfer top --every 5"))
+@click.option(
+    "--every",
+    type=click.FloatRange(min=0.2),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often it looks.",
+)
+@click.pass_obj
+def top(loaded: Loaded, every: float) -> int:
+    """Watch the fleet live; sort, filter, drain workers, pause queues, send tasks again, read their logs.
+
+    The keys are at the foot: 1 workers, 2 queues, 3 tasks that ended last; s and S sort, / filters; d, p, r
+    and l act on the row under the cursor. gpuinfer status is the same for scripts.
+    """
+    from gpuinfer.view.actions import OnFleet
+    from gpuinfer.view.build import build
+    from gpuinfer.view.gather import Gatherer
+    from gpuinfer.view.top import Top
+
+    if not sys.stdout.isatty():
+        raise UsageError("needs a terminal; gpuinfer status --watch 2 does not")
+    actions = OnFleet(loaded)
+    try:
+        with Gatherer(loaded) as gatherer:
+            application = Top(lambda: build(gatherer.look()), actions, every_s=every)
+            application.run()
+    finally:
+        actions.close()
+    return application.return_code or 0

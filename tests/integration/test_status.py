@@ -16,6 +16,12 @@ import pytest
 
 from gpuinfer.demo.fleet import HOSTS, Fleet, fleet
 from gpuinfer.demo.private import CONFIG
+from gpuinfer.queue import drained
+from gpuinfer.view.actions import OnFleet
+from gpuinfer.view.build import build
+from gpuinfer.view.gather import Gatherer
+from gpuinfer.view.rows import queue_name
+from gpuinfer.view.top import Top
 from gpuinfer.watcher.alerting import REGISTER
 from tests.conftest import need
 from tests.services import redis_binary
@@ -98,6 +104,35 @@ def test_a_lost_gpu_and_a_paused_queue_are_trouble(running: Fleet) -> None:
     assert queue["waiting"] == 5 and queue["paused"]
     running.resume()
     until(running, lambda found: found["waiting"] == 0)
+
+
+async def test_top_acts_on_the_fleet(running: Fleet) -> None:
+    """What is seen, paused, drained and sent again is the fleet's; a task's log is its story."""
+    failed = running.driver.send("default", "embed", 1, fault="fail")[0]
+    until(running, lambda found: found["waiting"] + found["in_flight"] == 0)
+    actions = OnFleet(running.loaded)
+    with Gatherer(running.loaded) as gatherer:
+        top = Top(lambda: build(gatherer.look()), actions, every_s=3600)
+        async with top.run_test(size=(160, 40)) as pilot:
+            await top.workers.wait_for_complete()
+            assert top.status is not None and len(top.status.workers) == 8
+            assert top.status.ended_by_queue == running.driver.to_dict()
+            assert failed in [task.id for task in top.tasks if task.status == "failed"]
+            await pilot.press("2", "p", "1", "d")
+            await top.workers.wait_for_complete()
+            await pilot.pause()
+            found = build(gatherer.look())
+            assert [one.paused for one in found.queues].count(True) == 1
+            assert any("failed" in line for line in actions.log(failed))
+            actions.retry(failed)  # it fails again, and is counted again
+            running.driver.submitted["default", "embed", "failed"] += 1
+    until(running, lambda found: "drained" in {one["state"] for one in found["workers"]})
+    with running.client() as client:
+        assert drained.names(client) == ["gpu0@gpu-a"]
+    actions.drain("gpu0@gpu-a", False)
+    for queue in found.queues:
+        actions.pause(queue_name(queue), False)
+    actions.close()
 
 
 def test_without_redis_it_says_so_and_ends_with_two(tmp_path: Path) -> None:
