@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from starlette.types import Scope
 
+from gpuinfer.api.middleware import note
 from gpuinfer.api.network import key_needed
 from gpuinfer.api.rights import Verb, may, needed, verb_of
 from gpuinfer.api.shared import Shared, shared
@@ -79,6 +80,8 @@ def admit(scope: Scope) -> Caller:
     except (Unauthorized, Forbidden):
         scope[_CALLER] = NOBODY
         if verb != "health":
+            client = scope.get("client")
+            note(scope, client=client[0] if client else "unix")
             raise
         return NOBODY
     scope[_CALLER] = found

@@ -146,7 +146,7 @@ def _handle_errors(app: FastAPI, shared: Shared) -> None:
 
 def _cause(error: GpuinferError) -> dict[str, str]:
     """Return why a request could not be served. What a client did wrong is in its answer alone."""
-    return {"reason": str(error)} if error.http_status in (429, 503) else {}
+    return {"reason": str(error)} if error.http_status in (401, 403, 429, 503) else {}
 
 
 def _error(code: str, message: str) -> dict[str, Any]:

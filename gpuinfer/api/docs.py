@@ -64,6 +64,8 @@ def with_errors(spec: dict[str, Any]) -> dict[str, Any]:
                 del responses["422"]
             for status, common in schemas.COMMON.items():
                 responses.setdefault(str(status), copy.deepcopy(common))
+    spec.setdefault("components", {})["securitySchemes"] = copy.deepcopy(schemas.SECURITY)
+    spec["security"] = [*({name: []} for name in schemas.SECURITY), {}]
     known = spec.get("components", {}).get("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         known.pop(name, None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gpuinfer.api.accounting import Accounts
+from gpuinfer.api.accounting import CALLER, Accounts
 from gpuinfer.api.cycle import answer_of
 from gpuinfer.api.shared import Requests
 from gpuinfer.log import get_logger
@@ -70,6 +70,8 @@ def _line(scope: Scope, status: int, notes: Mapping[str, Any]) -> tuple[str, dic
     """Return what a request's line would be: its action and fields."""
     known = {key: value[:200] if isinstance(value, str) else value for key, value in notes.items()}
     fields = {"method": scope["method"], "path": scope["path"][:200], "status": status, **known}
+    if (who := scope.get(CALLER)) is not None and who.name:
+        fields["key"] = who.name
     return scope.get(_ACTION, "request"), fields
 
 

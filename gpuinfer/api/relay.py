@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import orjson
 
-from gpuinfer.api.request_log import NAMED_MISTAKES, tell_one
+from gpuinfer.api.request_log import NAMED_MISTAKES, is_episode, tell_one
 
 #: A message has at most this many bytes.
 MESSAGE_BYTES = 256 * 1024
@@ -88,7 +88,7 @@ class Relay:
     def add(self, action: str, status: int, seconds: float, fields: dict[str, Any]) -> None:
         """Note a request that has been answered, as RequestLog does."""
         told = self._told
-        if status >= 500 or status == 429:
+        if is_episode(status):
             self._trouble(status, fields)
         elif status >= 400:
             told.mistakes += 1

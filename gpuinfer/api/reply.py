@@ -61,7 +61,7 @@ def noted(scope: Scope, error: GpuinferError, status: int) -> Headers:
     """Note an error's code, and return the headers of the answer that has it.
 
     Who needs a key is asked for one. What could not be served has ``Retry-After``, and its reason is noted.
-    What a client did wrong is in its answer alone.
+    What else a client did wrong is in its answer alone.
     """
     headers = []
     if isinstance(error, RateLimited):
@@ -69,7 +69,7 @@ def noted(scope: Scope, error: GpuinferError, status: int) -> Headers:
     if isinstance(error, Unauthorized):  # RFC 6750
         headers.append((b"www-authenticate", _CHALLENGES[error.refused_token]))
     seconds = shared(scope).retry_after(error, status)
-    reason = {} if seconds is None else {"reason": str(error)}
+    reason = {} if seconds is None and status not in (401, 403) else {"reason": str(error)}
     note(scope, code=error.code, **reason)
     if seconds is not None:
         headers.append((b"retry-after", b"%d" % seconds))

@@ -2,8 +2,8 @@
 """What the front's log tells of requests: trouble when it begins and ends, the rest in numbers.
 
 A request that succeeds is counted; a line a minute has the counts. What the host could not do (429 and
-5xx) is an episode a code: a warning when it begins, one a minute while it lasts, one when it has ended, and
-one for each further reason, up to ``NAMED_REASONS``.
+5xx), and who was not let in (401 and 403), is an episode a code: a warning when it begins, one a minute while
+it lasts, one when it has ended, and one for each further reason, up to ``NAMED_REASONS``.
 What a client did wrong (other 4xx) is a line at info, up to ``NAMED_MISTAKES`` a minute; the rest is counted.
 With ``log.requests = "all"`` each request that succeeds has its own line, too.
 """
@@ -28,6 +28,11 @@ QUIET_S = 10.0
 NAMED_MISTAKES = 20
 #: Reasons of one episode that have a line of their own.
 NAMED_REASONS = 5
+
+
+def is_episode(status: int) -> bool:
+    """Tell whether an answer is told as a part of an episode."""
+    return status >= 500 or status in (401, 403, 429)
 
 
 def tell_one(action: str, seconds: float, fields: Mapping[str, Any]) -> None:
@@ -102,7 +107,7 @@ class RequestLog:
         counts = self._counts
         if not (counts.succeeded or counts.mistakes):
             counts.since = self._clock()
-        if status >= 500 or status == 429:
+        if is_episode(status):
             self._trouble(status, fields)
         elif status >= 400:
             self._mistake(action, seconds, fields)

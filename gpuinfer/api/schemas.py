@@ -459,7 +459,23 @@ READY_RESPONSES: dict[int | str, JsonSchema] = {
     ),
 }
 #: What any operation may answer, in its own words or in these.
+#: How a key is shown. By the Unix socket, and by loopback while there are no keys, none is needed.
+SECURITY: dict[str, JsonSchema] = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "A key: `Authorization: Bearer gpi_...`"},
+    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "A key, as `gpi_...`"},
+}
 COMMON: dict[int, JsonSchema] = {
+    401: _error(
+        "No key where one is needed, or one that is unknown, revoked or expired; see WWW-Authenticate.",
+        "unauthorized",
+        "this key is unknown, or was revoked",
+    ),
+    403: _error(
+        "The key does not allow this; or, without a key, a Host or an Origin that is not this server's.",
+        "forbidden",
+        "the key lab may not use 'resnet'; it may use: digits",
+        "model",
+    ),
     400: _error(
         "A bad URL, or no HTTP.", "unknown_parameter", "unknown query parameter; none is known here", "waits"
     ),

@@ -23,6 +23,8 @@ log = get_logger(__name__)
 
 #: Seconds between two looks, so that a change counts within one.
 LOOK_EVERY_S = 0.5
+#: The most names of keys of a kind that a line has.
+_NAMED = 20
 #: A larger file is no key.
 _MOST_BYTES = 64 * 1024
 #: The process lacks something for a moment; what is known holds meanwhile.
@@ -164,7 +166,9 @@ class KeyFolder:
         gone = sorted(set(keys) - set(self.keys))
         changed = sorted(name for name in keys if name in self.keys and keys[name] != self.keys[name])
         if added or gone or changed:
-            log.info("keys_changed", added=added, removed=gone, changed=changed, keys=len(self.keys))
+            first = {"added": added, "removed": gone, "changed": changed}
+            named = {what: names[:_NAMED] for what, names in first.items() if names}
+            log.info("keys_changed", **named, keys=len(self.keys))
 
 
 def _text_of(path: Path) -> str:

@@ -59,6 +59,19 @@ def test_a_full_disk_is_an_episode(lines: list[Any]) -> None:
     assert told[-1]["lasted_s"] == pytest.approx(150, abs=1)
 
 
+@pytest.mark.parametrize(("status", "code"), [(401, "unauthorized"), (403, "forbidden")])
+def test_who_is_not_let_in_is_an_episode(lines: list[Any], status: int, code: str) -> None:
+    """One line when refusals begin, and their number at the end: nobody fills the journal by guessing."""
+    front = Front()
+    front.answer(status, 10_000, over_s=20, code=code, reason="this key is unknown", client="192.0.2.7")
+    front.answer(202, 30, over_s=30)
+    assert events([line for line in lines if line["log_level"] == "warning"]) == [
+        "requests_refused",
+        "requests_refused_no_more",
+    ]
+    assert (lines[0]["code"], lines[0]["client"], lines[-1]["count"]) == (code, "192.0.2.7", 10_000)
+
+
 def test_two_reasons_are_two_episodes(lines: list[Any]) -> None:
     """Each code begins and ends by itself; a process that stops says what has not been said."""
     front = Front()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a prediction costs the front itself: its own code and uvicorn's, without sockets, Redis and a worker.
 
-    python -m tests.bench.http.cpu [--requests 20000] [--at-once 16] [--profile]
+    python -m tests.bench.http.cpu [--requests 20000] [--at-once 16] [--keys] [--profile]
 
 Connections that are not there send requests into the server's protocol, all of a turn of the event loop at
 once; a Redis that is not there accepts the tasks and tells their ends. Prints microseconds of processor time
@@ -15,8 +15,10 @@ import cProfile
 import os
 import pstats
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import click
@@ -29,15 +31,17 @@ from gpuinfer.api.front import Front
 from gpuinfer.api.protocol import Protocol
 from gpuinfer.client import core
 from gpuinfer.client.aio import AsyncClient
+from gpuinfer.keys.key import Key, digest, make_token, serialise
 from gpuinfer.queue import results
-from gpuinfer.settings import Settings
+from gpuinfer.settings import ApiSettings, Settings
 
 ROUNDS = 20
 _BODY = str([round(place / 64, 6) for place in range(64)]).replace(" ", "").encode()
 _HEAD = (
     b"POST /predict?wait=30 HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nContent-Type: application/json\r\n"
-    b"Content-Length: %d\r\n\r\n"
+    b"Content-Length: %d\r\n%b\r\n"
 )
+_TOKEN = make_token()
 _ABOUT = {
     "queue": "realtime",
     "model": "perceptron",
@@ -111,7 +115,9 @@ class FakeRedis:
                 continue
             tasks = command[_FIRST::3]
             ids += tasks
-            self.commands.answer(b"$%d\r\n%b\r\n" % (len(tasks[0]), tasks[0]) if tasks else b":1\r\n")
+            holder = b"$%d\r\n%b\r\n" % (len(tasks[0]), tasks[0]) if tasks else b":1\r\n"
+            rated = tasks and command[_FIRST - 1]
+            self.commands.answer(b"*3\r\n%b:7\r\n$3\r\n0.1\r\n" % holder if rated else holder)
         if ids:
             metas = b"[%b]" % b",".join(self._before + one + self._after for one in ids)
             head = b"*3\r\n$7\r\nmessage\r\n$%d\r\n%b\r\n" % (len(self.channel), self.channel)
@@ -143,9 +149,13 @@ class Stream:
         return None
 
 
-async def _run(requests: int, at_once: int, profile: bool) -> list[float]:
-    """Return microseconds a prediction of each round."""
-    front = Front(Settings())
+async def _run(requests: int, at_once: int, folder: Path, *, keys: bool, profile: bool) -> list[float]:
+    """Return microseconds a prediction of each round; with ``keys`` by one of 50, with a rate and a model."""
+    for number in range(50 if keys else 0):
+        token = _TOKEN if number == 7 else make_token()
+        key = Key(name=f"key-{number}", sha256=digest(token), rate=1e6, models=("perceptron",))
+        (folder / f"{key.name}.toml").write_text(serialise(key))
+    front = Front(Settings(api=ApiSettings(keys_dir=folder)))
     client = front.shared.client = AsyncClient("redis://127.0.0.1:1/0")
     redis = FakeRedis(client)
     cast(Any, client._pipe)._connection = redis.commands
@@ -155,7 +165,8 @@ async def _run(requests: int, at_once: int, profile: bool) -> list[float]:
     config.load()
     state = ServerState()
     loop = asyncio.get_running_loop()
-    request = _HEAD % len(_BODY) + _BODY
+    shown = f"Authorization: Bearer {_TOKEN}\r\n".encode() if keys else b""
+    request = _HEAD % (len(_BODY), shown) + _BODY
     left, over = 0, asyncio.Event()
 
     def again(transport: FakeTransport) -> None:
@@ -211,10 +222,12 @@ def _stand_ins(requests: int, at_once: int) -> float:
 @click.command()
 @click.option("--requests", default=1500, show_default=True, help="Of each round.")
 @click.option("--at-once", default=16, show_default=True, help="Requests of one turn of the event loop.")
+@click.option("--keys", is_flag=True, help="Each request has a key, and the key a rate and a model.")
 @click.option("--profile", is_flag=True, help="Print where the time of the last round went.")
-def main(requests: int, at_once: int, profile: bool) -> None:
+def main(requests: int, at_once: int, keys: bool, profile: bool) -> None:
     """Measure, and print one line."""
-    spent = uvloop.run(_run(requests, at_once, profile))
+    with tempfile.TemporaryDirectory(prefix="gi-keys-") as folder:
+        spent = uvloop.run(_run(requests, at_once, Path(folder), keys=keys, profile=profile))
     theirs = _stand_ins(requests, at_once)
     click.echo(f"{min(spent) - theirs:.1f} us a prediction ({theirs:.1f} us of stand-ins are not counted)")
 
