@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -115,12 +116,20 @@ def test_the_api_is_killed_and_answers_again(host: Container) -> None:
 
 
 def test_two_processes_of_the_api(host: Container) -> None:
-    """READY once both serve; one that is killed or hangs is started again, and a restart refuses nobody."""
+    """READY once both serve; one that is killed or hangs is started again, and a restart refuses nobody.
+
+    Metrics have an address of their own, which all processes serve.
+    """
     drop_in = "/etc/systemd/system/gpuinfer-api.service.d/two.conf"
-    host.put(drop_in, "[Service]\nEnvironment=GPUINFER_API_PROCESSES=2\nWatchdogSec=6\n")
+    metrics = "GPUINFER_METRICS_LISTEN=127.0.0.1:9108"
+    host.put(drop_in, f"[Service]\nEnvironment=GPUINFER_API_PROCESSES=2 {metrics}\nWatchdogSec=6\n")
     host.ok("systemctl daemon-reload; systemctl restart gpuinfer-api")
     state = properties(host, "gpuinfer-api", "StatusText", "NRestarts")
     assert state["StatusText"].startswith("2 processes listening on http://127.0.0.1:8080, unix:/run/")
+    page = host.ok("curl -sf http://127.0.0.1:9108/metrics")
+    for line in ("gpuinfer_redis_up 1.0", 'gpuinfer_model_workers{model="digits"} 1.0', "_disk_free_bytes{"):
+        assert line in page
+    assert re.search(r'gpuinfer_redis_durability_info\{appendfsync="(always|everysec)"\} 1.0', page), page
     parent = main_pid(host, "gpuinfer-api")
     for how in ("KILL", "STOP"):
         one, other = host.ok(f"pgrep -P {parent}").split()
@@ -144,6 +153,10 @@ def test_two_processes_of_the_api(host: Container) -> None:
         f"[ $(systemctl show -P MainPID gpuinfer-api) != {parent} ] && systemctl is-active gpuinfer-api"
     )
     assert len(host.ok("pgrep -f 'gpuinfer api'").split()) == 3
+    host.put(drop_in, "[Service]\nEnvironment=GPUINFER_METRICS_LISTEN=unix:/run/gpuinfer/api/metrics.sock\n")
+    host.ok("systemctl daemon-reload; systemctl restart gpuinfer-api")
+    page = host.ok("curl -sf --unix-socket /run/gpuinfer/api/metrics.sock http://metrics/metrics")
+    assert "gpuinfer_redis_up 1.0" in page
     host.ok(f"rm {drop_in}; systemctl daemon-reload; systemctl restart gpuinfer-api")
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,9 +15,13 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpuinfer.api.schemas import DIGIT
+from gpuinfer.metrics.page import Page
 from gpuinfer.metrics.table import METRICS
 from gpuinfer.queue import keys
 from gpuinfer.queue.fleet import HOSTS
+from gpuinfer.queue.store import Store
+from gpuinfer.queue.tally import TIMES_S, Tally, bucket
+from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings, Settings
 from tests.apis import Api, HandWorker
 from tests.services import RedisServer, free_port
 from tests.workers import wait_until
@@ -165,3 +170,32 @@ def test_a_watchers_word_and_names_without_end(
     )
     devices = [name for name in found if name.startswith("gpuinfer_device_seconds_total")]
     assert len(devices) == 201
+
+
+def test_a_scrape_costs_a_fiftieth_of_a_core_at_most(redis_server: RedisServer) -> None:
+    """Each 5 s, with ten models, two hosts, 64 workers and 20 keys: 0.6 % of a core were measured."""
+    models = [f"model-{n}" for n in range(10)]
+    tally = Tally()
+    for model in models:
+        for tier in QUEUES:
+            for kind in ("wait", "run", "total"):
+                for number in range(len(TIMES_S) + 1):
+                    tally.count(bucket(kind, number), tier, model, count=5)
+        for n in range(20):
+            tally.count("device_us", f"key{n}", model, count=5)
+    with redis_server.client() as client:
+        for host in (HOST, "other"):
+            for n in range(32):
+                store = Store(client, f"gpu{n}@{host}", QUEUES, QueueSettings(), models=models)
+                store.register(orjson.dumps({"models": models, "busy": 0.5, "rate": 3.0}), default=models[0])
+        store.account(tally.args())
+    page = Page(Settings(broker=BrokerSettings(url=redis_server.url)), clock=iter(range(10)).__next__)
+    took = []
+    for _ in range(4):
+        began = time.thread_time()
+        text, _ = page.read()
+        took.append(time.thread_time() - began)
+    page.close()
+    assert text.count(b"gpuinfer_worker_up{") == 32
+    assert text.count(b"gpuinfer_task_wait_seconds_bucket{") == 30 * (len(TIMES_S) + 1)
+    assert min(took) < 0.02 * 5, took
