@@ -80,6 +80,9 @@ async def test_a_dry_run_beside_the_service_knows_its_commands(
     assert not any(unit.hold for unit in dry.history.units.values())
     told = orjson.loads(client.hget(HOSTS, "a") or b"")
     assert not any(one["log_only"] for one in told["instances"])
+    await live.step()  # tells what it has decided at the next look
+    told = orjson.loads(client.hget(HOSTS, "a") or b"")
+    assert (told["desired"], told["quarantined"]) == (6, 0)  # more than there are
 
 
 async def test_two_watchers_of_one_name_say_so(redis_server: RedisServer, settings_for: Build) -> None:

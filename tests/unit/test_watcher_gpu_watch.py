@@ -109,6 +109,20 @@ def test_where_nothing_tells_events_nothing_is_waited_for(nvml: FakeNvml) -> Non
     assert (nvml.sets, nvml.opened) == (0, nvml.closed)
 
 
+def test_each_xid_is_counted() -> None:
+    """Also those that are told together, and those that are a program's own fault."""
+    nvml, heard = FakeNvml(count=2, used_bytes=0), []
+    for event in ((1, 48), (1, 48), (0, 31)):
+        nvml.events.put(event)
+    watch = GpuWatch(Settings(), (0, 1), nvml, on_xid=lambda gpu, xid: heard.append((gpu, xid)))
+    watch.start()
+    try:
+        assert until(lambda: len(heard) == 3)
+    finally:
+        watch.stop()
+    assert heard == [(1, 48), (1, 48), (0, 31)]
+
+
 # -- the thread -------------------------------------------------------------------------------
 
 
