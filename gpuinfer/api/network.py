@@ -26,8 +26,8 @@ _NAMING = frozenset(
     (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"cf-connecting-ip")
 )
 _FORWARDED = _NAMING | {b"x-forwarded-host", b"x-forwarded-proto", b"x-forwarded-server", b"via"}
-#: Callers' addresses whose place is remembered.
-_KNOWN = 4096
+#: Callers' addresses whose place is remembered, and right Host headers.
+_KNOWN = 1024
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -49,6 +49,8 @@ class Network:
         self._names = frozenset((this_host.lower(), "localhost", *api.hosts)) - {""}
         self._origins = frozenset(api.cors_origins)
         self._known: dict[str, tuple[bool, bool]] = {}
+        #: Host headers that are right, as they came: the next request has the same.
+        self._right: set[tuple[bytes, Arrival]] = set()
 
     def arrival(self, scope: Scope, *, keys: bool = True) -> Arrival:
         """Return where a request comes from. ``keys``: there is a key.
@@ -89,26 +91,32 @@ class Network:
 
         The name is looked at where no key is asked for: call it with "network" for who has shown one.
         """
-        host = page = None
+        free = arrival in ("loopback", "anonymous")
+        host, page = b"", None
         for name, value in scope["headers"]:
             if name == b"host":
-                host = value.decode("latin-1")
+                host = value
+                if free and value and (value, arrival) not in self._right:
+                    self._check_host(value, arrival)
             elif name == b"origin":
-                page = value.decode("latin-1")
-            else:
-                continue
-            if host and arrival in ("loopback", "anonymous"):
-                self._check_host(host, arrival)
-        if page is not None and not self.allows(page) and not _same(page, host or ""):
+                page = value
+        if page is not None:
+            self._check_origin(page.decode("latin-1"), host.decode("latin-1"))
+
+    def _check_origin(self, page: str, host: str) -> None:
+        if not self.allows(page) and not _same(page, host):
             text = f"pages of {page[:200]!r} may not ask here; api.cors_origins names those that may"
             raise ForeignOrigin(text, "Origin")
 
-    def _check_host(self, host: str, arrival: Arrival) -> None:
+    def _check_host(self, value: bytes, arrival: Arrival) -> None:
+        host = value.decode("latin-1")
         name, _ = split_host(host)
-        if name in self._names:
-            return
         found = address(name)
-        if found is not None and (found.is_loopback or arrival == "anonymous"):
+        right = found is not None and (found.is_loopback or arrival == "anonymous")
+        if right or name in self._names:
+            if len(self._right) >= _KNOWN:
+                self._right.clear()
+            self._right.add((value, arrival))
             return
         text = f"{host[:200]!r} is no name of this host; without a key, ask under its own or one of api.hosts"
         raise ForeignHost(text, "Host")

@@ -41,7 +41,9 @@ def connect(host: Host) -> Findings:
         *_pages(api, names),
         *_certificate(host, api),
     ]
+    metrics = host.settings.metrics.listen
     said = f"{_where(api, tcp, unix)}; {_who(api, names, unix, opened)}"
+    said += f"; metrics for everybody at {metrics}" if metrics else ""
     return found or ok(said)
 
 

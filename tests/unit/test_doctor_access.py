@@ -62,11 +62,12 @@ def test_who_may_connect_with_keys(tmp_path: Path) -> None:
 
 def test_who_may_connect_without_systemd(tmp_path: Path) -> None:
     """What the settings say; without keys a network gets nothing, which is no trouble."""
-    here = host(tmp_path, api={"host": "::", "port": 9000})
+    here = host(tmp_path, api={"host": "::", "port": 9000}, metrics={"listen": "[::]:9108"})
     found = one(access.connect(here))
     assert found.message == (
         "listens at http://[::]:9000; without a key: loopback; "
-        "from the network nobody, until there is a key (gpuinfer key add NAME)"
+        "from the network nobody, until there is a key (gpuinfer key add NAME); "
+        "metrics for everybody at [::]:9108"
     )
 
 
