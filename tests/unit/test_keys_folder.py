@@ -130,6 +130,23 @@ def test_no_folder_means_no_keys(tmp_path: Path) -> None:
     assert folder.find(b"gpi_x") is None
 
 
+def test_a_token_is_compared_in_constant_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is looked up is its hash, which nobody can steer, and what decides is compare_digest."""
+    put(tmp_path, "shop", "gpi_x")
+    folder = KeyFolder(tmp_path)
+    folder.look()
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(ours: bytes, theirs: bytes) -> bool:
+        compared.append((ours, theirs))
+        return False
+
+    monkeypatch.setattr("gpuinfer.keys.folder.compare_digest", compare)
+    assert folder.find(b"gpi_x") is None
+    assert compared == [(bytes.fromhex(digest("gpi_x")),) * 2]
+    assert not any(b"gpi_x" in one for one in folder._by_digest)
+
+
 def test_keys_come_change_and_go(tmp_path: Path) -> None:
     """Each at the next look; other files are nothing."""
     folder, token, other = KeyFolder(tmp_path), make_token(), make_token()
