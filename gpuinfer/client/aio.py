@@ -383,7 +383,7 @@ class AsyncClient(Driver):
                 if not dead.failed_owned(failed, only):
                     raise await self._gone(task_id, only)
                 list_key, args = dead.failed_revival(task_id, failed)
-                dead.revived(task_id, list_key, await self._revive([list_key], args))
+                dead.revived(task_id, list_key, await self._revive([list_key], args), failed=True)
                 return
         raise core.no_retry(await self.status(task_id, only=only))
 
@@ -491,7 +491,7 @@ class AsyncClient(Driver):
         waiting = Waiting((task_id,), self._origin, only)
         ended = [] if submitted else await self._look(waiting, patient=patient)
         while not ended:
-            ended = await self._next(watch, waiting, patient=patient)
+            ended = await self._next(watch, waiting, patient=patient, again=not submitted)
         return ended[0]
 
     async def result(self, task_id: str, timeout_s: float | None = None) -> Any:
@@ -533,12 +533,25 @@ class AsyncClient(Driver):
                 for status in ended:
                     yield status
 
-    async def _next(self, watch: Watch, waiting: Waiting, *, patient: bool) -> list[TaskStatus]:
-        """Wait for the next news; return which tasks have ended by it. Raises TaskNotFound, BrokerError."""
+    async def _goes_on(self, task_id: str) -> bool:
+        """Tell whether a task of which a failure was told has been sent again since."""
+        with suppress(RedisError):
+            return core.goes_on(task_id, await self._pipe.call("GET", keys.result(task_id)))
+        return False
+
+    async def _next(
+        self, watch: Watch, waiting: Waiting, *, patient: bool, again: bool = True
+    ) -> list[TaskStatus]:
+        """Wait for the next news; return which tasks have ended by it. Raises TaskNotFound, BrokerError.
+
+        ``again``: they may have failed, and been sent again, before this wait began.
+        """
         news = await watch.next()
         if isinstance(news, Exception):
             raise news
         if news is not None:
+            if news.state == "failed" and again and await self._goes_on(news.id):
+                return []
             return [news] if waiting.told(news) else []
         while True:
             try:

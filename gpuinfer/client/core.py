@@ -562,6 +562,16 @@ class Waiting:
         return ended
 
 
+def goes_on(task_id: str, meta: bytes | None) -> bool:
+    """Tell by what stands under a task's key whether it has not ended. A failure that was told is old then:
+    the task has been sent again.
+    """
+    try:
+        return meta is not None and not results.parse(task_id, meta).final
+    except UnreadableResult:
+        return False
+
+
 def heard(channel: str, data: bytes, origin: Origin) -> list[TaskStatus] | None:
     """Read what was published on a channel; None: it cannot be read, so look at what is waited for.
 

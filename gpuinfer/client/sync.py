@@ -260,7 +260,7 @@ class Client(Driver):
                 if not dead.failed_owned(failed, only):
                     raise self._gone(task_id, only)
                 list_key, args = dead.failed_revival(task_id, failed)
-                dead.revived(task_id, list_key, self._revive(keys=[list_key], args=args))
+                dead.revived(task_id, list_key, self._revive(keys=[list_key], args=args), failed=True)
                 return
         raise core.no_retry(self.status(task_id, only=only))
 
@@ -448,10 +448,16 @@ class Client(Driver):
                     yield from self._look(waiting, patient=deadline is not None and left > 0)
                     continue
                 for status in statuses:
+                    if status.state == "failed" and not hears_all and self._goes_on(status.id):
+                        continue
                     if waiting.told(status):
                         yield status
                     elif status.id in waiting:  # a notice of an end that stands under its key
                         yield from self._look(waiting, [status.id])
+
+    def _goes_on(self, task_id: str) -> bool:
+        """Tell whether a task of which a failure was told has been sent again since."""
+        return core.goes_on(task_id, self._direct.call("GET", keys.result(task_id)))
 
     @contextmanager
     def _listener(self, waiting: Waiting) -> Iterator[Listener]:

@@ -24,10 +24,11 @@ from gpuinfer.settings import QUEUES
 #: What restore.lua puts in front of a payload: deliveries and deaths.
 _MARK = re.compile(r'^\{"gpuinfer": \[\d+, \d+\], ')
 
+_DROP = "gpuinfer dead drop removes it"
 #: What revive.lua answers where it has done nothing.
 _REFUSED = {
-    -1: "has its result by now; gpuinfer dead drop removes the letter",
-    -2: "cannot be sent again: its inputs, which lay beside it, are gone; gpuinfer dead drop removes it",
+    -1: f"has its result by now; {_DROP}",
+    -2: f"cannot be sent again: its inputs, which lay beside it, are gone; {_DROP}",
     -3: "cannot be sent again: what stands under {key!r} is no list; delete or rename that key",
 }
 
@@ -174,7 +175,7 @@ def _revival(letter_id: str, list_key: str, payload: str) -> tuple[str, list[str
     try:
         envelope = peek(payload.encode())
     except Undecodable as exc:
-        raise InputError(f"cannot be sent again: {exc}; gpuinfer dead drop removes it", letter_id) from None
+        raise InputError(f"cannot be sent again: {exc}; {_DROP}", letter_id) from None
     if queue not in QUEUES:
         raise InputError(f"cannot be sent again: no queue {queue!r}", letter_id)
     beside = int(bool(envelope and envelope.beside))
@@ -182,10 +183,11 @@ def _revival(letter_id: str, list_key: str, payload: str) -> tuple[str, list[str
     return list_key, [letter_id, payload, told, beside]
 
 
-def revived(letter_id: str, list_key: str, answer: int) -> None:
-    """Read the answer of the script. Raises as ``retry`` does."""
+def revived(letter_id: str, list_key: str, answer: int, *, failed: bool = False) -> None:
+    """Read the answer of the script. ``failed``: it was for a task that failed. Raises as ``retry`` does."""
     if answer < 0:
-        raise InputError(_REFUSED[answer].format(key=list_key), letter_id)
+        why = _REFUSED[answer].format(key=list_key)
+        raise InputError(why.replace(_DROP, "submit it again") if failed else why, letter_id)
     if not answer:
         raise _missing(letter_id)
 

@@ -10,7 +10,7 @@ import pytest
 
 from gpuinfer import Client
 from gpuinfer.client import core
-from gpuinfer.errors import TaskFailed, TaskNotFound, WrongState
+from gpuinfer.errors import InputError, TaskFailed, TaskNotFound, WaitTimeout, WrongState
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.message import decode
@@ -79,6 +79,22 @@ def test_again(client: Client, store: Store, inputs: Any, beside: int) -> None:
     assert task_id not in kept(store)
 
 
+def test_what_was_heard_of_before(client: Client, store: Store) -> None:
+    """Who has waited for the failure, and waits again, does not take the old one for a new one."""
+    task_id = client.submit([1])
+    fail(store)
+    with pytest.raises(TaskFailed):
+        client.result(task_id, 60)
+    told: Any = client._redis.get(keys.result(task_id))
+    client._redis.publish(client._origin.channel, b"[%b]" % told)  # as if it came when nobody read any more
+    client.retry(task_id)
+    with pytest.raises(WaitTimeout):
+        client.result(task_id, 0.05)
+    (task,) = store.claim(1)
+    store.settle([done(task)])
+    assert client.result(task_id, 60) == 1
+
+
 def test_bounds(broker: BrokerSettings) -> None:
     """The oldest go first; one that is larger than all may be is not kept at all."""
     store = store_of(broker, settings=QueueSettings(max_failed=3))
@@ -108,6 +124,16 @@ def test_bounds(broker: BrokerSettings) -> None:
         store.client.zadd(keys.FAILED_AGES, {task_id: 5})
         assert bind(store.client, "trim")(args=[10, 10**9, 60, 1]) == [task_id.encode()]
         assert kept(store) == set()
+
+
+def test_a_body_that_somebody_has_deleted(client: Client, store: Store) -> None:
+    """It is not sent again without it."""
+    task_id = client.submit(IMAGE)
+    fail(store)
+    store.client.unlink(keys.body(task_id))
+    with pytest.raises(InputError, match="its inputs, which lay beside it, are gone; submit it again"):
+        client.retry(task_id)
+    assert client.status(task_id).state == "failed"
 
 
 def test_none_is_kept(broker: BrokerSettings, client: Client) -> None:

@@ -26,10 +26,11 @@ VERBS = (
     *("as_completed", "status", "cancel"),
     *("place", "task", "tasks", "retry", "forget"),
 )
-#: What the front asks for beside: a submission in parts, and what it tells of the fleet.
+#: What the front asks for beside: a submission in parts, what it tells of the fleet, and keys.
 FRONT_ALONE = {
     *("aclose", "prepare", "send", "watch", "ended"),
     *("ping", "fleet", "takes", "capacity", "claimed", "queues", "workers"),
+    *("account", "usage", "weigh"),
 }
 #: What anybody may publish: no JSON, no list, no tasks, a task without a state, a bomb of brackets.
 GARBAGE = (
