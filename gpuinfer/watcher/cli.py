@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,6 @@ from gpuinfer.cli_help import examples
 
 if TYPE_CHECKING:
     from gpuinfer.settings import Loaded
-    from gpuinfer.watcher.simulator.cluster import Model
-    from gpuinfer.watcher.simulator.run import Scenario
 
 
 @click.group()
@@ -78,13 +75,12 @@ def explain(loaded: Loaded, last: int, as_json: bool) -> None:
 
 
 @watcher.command(
-    epilog=examples("gpuinfer watcher simulate --pattern flash --gpus 8 --plot flash.png"),
+    epilog=examples("gpuinfer watcher simulate --pattern flash --gpus 8 --event 600:fail:0"),
 )
 @click.option(
     "--trace", type=click.Path(path_type=Path), metavar="FILE", help="CSV lines second,tasks[,queue]."
 )
 @click.option("--pattern", type=click.Choice(["burst", "diurnal", "flash", "poisson"]), help="A made trace.")
-@click.option("--suite", is_flag=True, help="The fixed set of traces; medians of three seeds.")
 @click.option("--gpus", type=click.IntRange(1, 10_000), default=8, show_default=True)
 @click.option("--floor", type=click.IntRange(0, 10_000), default=0, show_default=True, help="Least workers.")
 @click.option(
@@ -112,15 +108,19 @@ def explain(loaded: Loaded, last: int, as_json: bool) -> None:
     show_default=True,
     help="How many times more a full batch serves; at most --max-batch.",
 )
+@click.option(
+    "--event",
+    "events",
+    multiple=True,
+    metavar="SECOND:WHAT:GPU",
+    help="What happens to a worker: fail, recover, stop, start, mask, unmask. May be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--markdown", "as_markdown", is_flag=True, help="Print one line a trace, for a README.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw it.")
 @click.pass_obj
 def simulate(
     loaded: Loaded,
     trace: Path | None,
     pattern: str | None,
-    suite: bool,
     gpus: int,
     floor: int,
     load: float | None,
@@ -130,36 +130,36 @@ def simulate(
     single_ms: float,
     max_batch: int,
     gain: float,
+    events: tuple[str, ...],
     as_json: bool,
-    as_markdown: bool,
-    plot: Path | None,
 ) -> None:
-    """Run the watcher's very policy in simulated time, beside what others do.
+    """Run the watcher's policy in simulated time, in both of its modes, with the settings of this host.
 
-    The others: the usual tutorial's script (every 10 s, more than 50 waiting, at most 4, never down), KEDA's
-    Redis scaler and the HPA, both with their defaults. "bound" starts everything at once and stops nothing.
+    "target" starts as many workers as drain the queues in time, "threshold" one more while more than N tasks
+    wait. An event is a failure, or what an administrator does, such as 600:fail:0 or 600:stop:1.
     """
-    from gpuinfer.watcher.simulator.cluster import Model
-    from gpuinfer.watcher.simulator.report import comparison, markdown, medians, summary, table
-    from gpuinfer.watcher.simulator.run import compare
+    import orjson
 
-    if [trace is not None, pattern is not None, suite].count(True) != 1:
-        raise click.UsageError("give one of --trace FILE, --pattern NAME and --suite")
+    from gpuinfer.watcher.simulator.cluster import Model
+    from gpuinfer.watcher.simulator.events import parse
+    from gpuinfer.watcher.simulator.policy import Policy
+    from gpuinfer.watcher.simulator.report import table, to_dict
+    from gpuinfer.watcher.simulator.run import Scenario, play, scenario, step_s
+    from gpuinfer.watcher.simulator.traces import read
+
+    if (trace is None) == (pattern is None):
+        raise click.UsageError("give one of --trace FILE and --pattern NAME")
     if floor > gpus:
         raise click.UsageError(f"--floor {floor} must be at most --gpus {gpus}")
+    happening = [parse(text, gpus) for text in events]
     model = Model(
         startup_s=startup, single_s=single_ms / 1000, max_batch=max_batch, gain=min(gain, float(max_batch))
     )
-    settings = loaded.settings.watcher
-    if suite:
-        runs = [[comparison(one, compare(one)) for one in made] for made in _suite(loaded, startup)]
-        done = [medians(of_one) for of_one in runs]
-    elif trace is not None:
-        read = _from_file(loaded, trace, gpus, floor, seed, model)
-        done = [comparison(read, compare(read))]
+    settings = loaded.settings.watcher.model_copy(update={"floor": floor, "ceiling": gpus})
+    if trace is not None:
+        found = read(trace, step_s(model))
+        made = Scenario(name=found.name, trace=found, gpus=gpus, floor=floor, model=model, seed=seed)
     else:
-        from gpuinfer.watcher.simulator.suite import scenario
-
         made = scenario(
             pattern,  # type: ignore[arg-type]  # one of the patterns, says click
             gpus=gpus,
@@ -168,45 +168,10 @@ def simulate(
             seconds=seconds,
             model=model,
             seed=seed,
-            settings=settings,
         )
-        done = [comparison(made, compare(made))]
+    modes = [settings.model_copy(update={"mode": mode}) for mode in ("target", "threshold")]
+    outcomes = [play(made, Policy(mode, events=happening)) for mode in modes]
     if as_json:
-        import orjson
-
-        body = {"traces": [one.to_dict() for one in done], "summary": summary(done)}
-        click.echo(orjson.dumps(body, option=orjson.OPT_INDENT_2))
+        click.echo(orjson.dumps(to_dict(made, outcomes), option=orjson.OPT_INDENT_2))
     else:
-        click.echo(markdown(done) if as_markdown else table(done))
-    if plot is not None:
-        from gpuinfer.watcher.simulator.plot import draw
-
-        draw(done, plot)
-
-
-def _suite(loaded: Loaded, startup: float) -> list[list[Scenario]]:
-    """Return each trace with all seeds."""
-    from gpuinfer.watcher.simulator.suite import SEEDS, suite
-
-    made = [suite(loaded.settings.watcher, seed) for seed in SEEDS]
-    return [
-        [replace(one, model=replace(one.model, startup_s=startup)) for one in seeds]
-        for seeds in zip(*made, strict=True)
-    ]
-
-
-def _from_file(loaded: Loaded, file: Path, gpus: int, floor: int, seed: int, model: Model) -> Scenario:
-    from gpuinfer.watcher.simulator.run import Scenario
-    from gpuinfer.watcher.simulator.suite import step_s
-    from gpuinfer.watcher.simulator.traces import read
-
-    trace = read(file, step_s(model))
-    return Scenario(
-        name=trace.name,
-        trace=trace,
-        gpus=gpus,
-        floor=floor,
-        model=model,
-        seed=seed,
-        settings=loaded.settings.watcher,
-    )
+        click.echo(table(made, outcomes))

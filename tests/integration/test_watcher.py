@@ -67,7 +67,7 @@ def children(process: Process) -> list[int]:
 def test_a_burst_is_served_and_the_fleet_goes_back_to_zero(
     workers: Workers, redis_server: RedisServer, settings_for: Build
 ) -> None:
-    """Two workers for a burst, none after it is calm, no task lost; each decision logged once and kept."""
+    """Two workers for a burst, none after its cooldown, no task lost; each decision logged once and kept."""
     watcher = watch(workers)
     watcher.wait_for_line('"watching"')
     with Client(settings_for(redis_server)) as client:
@@ -76,7 +76,7 @@ def test_a_burst_is_served_and_the_fleet_goes_back_to_zero(
     wait_until(lambda: not children(watcher), 60)
     up, down = lines(workers, "scale_up"), lines(workers, "scale_down")
     assert up[0]["actions"] == f"start {Key(0, os.uname().nodename)}, start {Key(1, os.uname().nodename)}"
-    assert "waiting" in str(up[0]["why"])
+    assert "30 tasks wait in realtime" in str(up[0]["why"])
     assert len(down) == 2
     kept = [
         orjson.loads(text) for text in connect(settings_for(redis_server).broker).lrange(DECISIONS, 0, -1)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The very same policy in simulated time, beside what others do with the same load."""
+"""The watcher's policy in simulated time, with failures, and what is done by hand."""

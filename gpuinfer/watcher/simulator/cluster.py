@@ -2,8 +2,7 @@
 """A model of workers in simulated time: they take a while to start, and serve in batches.
 
 A batch of b tasks takes ``base + each * b``; a worker takes what waits, up to the model's limit, the
-most urgent queue first. Workers that began together form one cohort, so that ten thousand of them cost
-no more to simulate than ten. Time is counted in steps of the trace's grid.
+most urgent queue first. Time is counted in steps of the trace's grid.
 """
 
 from __future__ import annotations
@@ -93,6 +92,10 @@ class Cluster:
     def running(self) -> int:
         """Return how many workers serve or are about to."""
         return len(self.active) + len(self.starting)
+
+    def runs(self, instance: int) -> bool:
+        """Tell whether a worker serves or is about to."""
+        return instance in self.active or instance in self.starting
 
     @property
     def busy(self) -> int:

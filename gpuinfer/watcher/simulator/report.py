@@ -1,187 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came of a comparison: a table, JSON, and on each trace whether ours is twice as good, or why not."""
+"""The outcome of a simulation as a table, and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from statistics import median_low
+from dataclasses import asdict
 from typing import Any
 
 from gpuinfer.watcher.simulator.run import Outcome, Scenario, least
 
-#: What ours must reach: this share of the best peer's p99 waiting time, at no more GPU-seconds.
-GOAL = 0.5
 COLUMNS = ("policy", "p50 s", "p99 s", "GPU-s", "x least", "starts", "stops", "most", "left")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """How ours compares with the best of the others: the one with the lowest p99 waiting time."""
-
-    met: bool
-    best: str
-    p99_ratio: float | None
-    gpu_ratio: float
-    why: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """All players on one trace."""
-
-    scenario: Scenario
-    ours: Outcome
-    peers: Sequence[Outcome]
-    bound: Outcome
-
-    @property
-    def outcomes(self) -> list[Outcome]:
-        """Return all, ours first and the bound last."""
-        return [self.ours, *self.peers, self.bound]
-
-    def verdict(self) -> Verdict:
-        """Compare ours with the best of the others."""
-        best = min(self.peers, key=lambda peer: (peer.p99_s, peer.gpu_s))
-        met = self.ours.p99_s <= GOAL * best.p99_s and self.ours.gpu_s <= best.gpu_s
-        return Verdict(
-            met=met,
-            best=best.player,
-            p99_ratio=round(self.ours.p99_s / best.p99_s, 3) if best.p99_s else None,
-            gpu_ratio=round(self.ours.gpu_s / best.gpu_s, 3) if best.gpu_s else 0.0,
-            why="" if met else self._why_not(best),
-        )
-
-    def _why_not(self, best: Outcome) -> str:
-        """Say what stands in the way: physics, or what the other one spends."""
-        spent = (
-            f"{best.player} has {best.p99_s:.2f} s for {best.gpu_s:.0f} GPU-s, ours {self.ours.p99_s:.2f} s "
-        )
-        spent += f"for {self.ours.gpu_s:.0f}"
-        reasons = [spent]
-        batch_s = self.scenario.model.batch_s(self.scenario.model.max_batch)
-        if best.p99_s <= batch_s:
-            reasons.append(
-                f"that is less than a full batch takes ({batch_s:.2f} s): there is no wait to halve"
-            )
-        elif self.bound.p99_s > GOAL * best.p99_s:
-            reasons.append(
-                f"half of it nobody could reach who does not know the future: all {self.scenario.gpus} GPUs, "
-                f"started when the first task waits and never stopped, have {self.bound.p99_s:.2f} s"
-            )
-        if self.scenario.floor == 0 and best.player in ("tutorial", "hpa"):
-            reasons.append(f"{best.player} keeps a worker for which a floor of 0 does not ask")
-        if self.ours.gpu_s > best.gpu_s:
-            reasons.append(f"ours spent {self.ours.gpu_s / best.gpu_s - 1:.0%} more GPU-seconds")
-        elif len(reasons) == 1 and self.ours.p99_s < best.p99_s:
-            startup_s = self.scenario.model.startup_s
-            reasons.append(
-                f"less of both, but not half: what is started when it is needed takes {startup_s:g} s"
-            )
-        elif len(reasons) == 1:
-            reasons.append("it paid with more GPU-seconds, which ours did not spend")
-        return "; ".join(reasons)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON, without the time line."""
-        return {
-            "trace": self.scenario.name,
-            "tasks": self.scenario.trace.tasks,
-            "gpus": self.scenario.gpus,
-            "floor": self.scenario.floor,
-            "model": asdict(self.scenario.model),
-            "least_gpu_s": round(least(self.scenario), 1),
-            "policies": [_plain(outcome) for outcome in self.outcomes],
-            "verdict": asdict(self.verdict()),
-        }
-
-
-def _plain(outcome: Outcome) -> dict[str, Any]:
-    values = {key: value for key, value in asdict(outcome).items() if key != "looks"}
-    return {key: round(value, 3) if isinstance(value, float) else value for key, value in values.items()}
-
-
-def comparison(scenario: Scenario, outcomes: Sequence[Outcome]) -> Comparison:
-    """Name the outcomes of ``run.compare``."""
-    return Comparison(scenario=scenario, ours=outcomes[0], peers=outcomes[1:-1], bound=outcomes[-1])
-
-
-def medians(runs: Sequence[Comparison]) -> Comparison:
-    """Return the comparison of what one trace came to with several seeds: the median of each figure."""
-    players = zip(*(one.outcomes for one in runs), strict=True)
-    middle = [_median(outcomes) for outcomes in players]
-    return comparison(runs[0].scenario, middle)
-
-
-def _median(outcomes: Sequence[Outcome]) -> Outcome:
-    names = [field.name for field in fields(Outcome) if field.name not in ("player", "looks")]
-    values = {name: median_low([getattr(outcome, name) for outcome in outcomes]) for name in names}
-    return replace(outcomes[0], **values)
-
-
-def table(comparisons: Sequence[Comparison]) -> str:
-    """Return all as text: for each trace a block of lines, then what was reached."""
-    blocks = [_block(one) for one in comparisons]
-    return "\n\n".join([*blocks, summary(comparisons)])
-
-
-def _block(one: Comparison) -> str:
-    scenario = one.scenario
+def table(scenario: Scenario, outcomes: Sequence[Outcome]) -> str:
+    """Return a line for each policy: waiting times, GPU-seconds, starts, stops, the most that ran."""
     head = (
         f"{scenario.name}: {scenario.trace.tasks} tasks, {scenario.gpus} GPUs, floor {scenario.floor}, "
         f"least {least(scenario):.0f} GPU-s"
     )
-    rows = [COLUMNS, *(_row(outcome) for outcome in one.outcomes)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["  " + "  ".join(_cells(row, widths)) for row in rows]
-    verdict = one.verdict()
-    tail = f"  => {_ratios(verdict)}" if verdict.met else f"  => not reached: {verdict.why}"
-    return "\n".join([head, *(line.rstrip() for line in lines), tail])
-
-
-def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    first, *others = zip(row, widths, strict=True)
-    return [first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]
-
-
-def _row(outcome: Outcome) -> tuple[str, ...]:
-    return (
-        outcome.player,
-        f"{outcome.p50_s:.2f}",
-        f"{outcome.p99_s:.2f}",
-        f"{outcome.gpu_s:.0f}",
-        f"{outcome.over_least:.2f}",
-        str(outcome.starts),
-        str(outcome.stops),
-        str(outcome.most),
-        str(outcome.unserved),
-    )
-
-
-def _ratios(verdict: Verdict) -> str:
-    waits = "no wait" if verdict.p99_ratio is None else f"{verdict.p99_ratio:.0%} of the p99 waiting time"
-    return f"{waits} of the best other ({verdict.best}), {verdict.gpu_ratio:.0%} of its GPU-seconds"
-
-
-def summary(comparisons: Sequence[Comparison]) -> str:
-    """Return in how many traces the goal was reached."""
-    met = sum(one.verdict().met for one in comparisons)
-    goal = "p99 waiting time at most half of the best other's, at no more GPU-seconds"
-    return f"{goal}: reached on {met} of {len(comparisons)} traces"
-
-
-def markdown(comparisons: Sequence[Comparison]) -> str:
-    """Return one line a trace: p99 waiting time and GPU-seconds of each policy, and where the goal is met.
-
-    Below them, why it is not elsewhere.
-    """
-    names = [outcome.player for outcome in comparisons[0].outcomes]
+    rows = [COLUMNS, *map(_row, outcomes)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        f"| p99 s / GPU-s | {' | '.join(names)} | |",
-        f"|---|{'---:|' * len(names)}---|",
+        "  ".join(
+            [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
+        )
+        for first, *rest in rows
     ]
-    for one in comparisons:
-        cells = [f"{outcome.p99_s:.2f} / {outcome.gpu_s:,.0f}" for outcome in one.outcomes]
-        lines.append(f"| {one.scenario.name} | {' | '.join(cells)} | {'yes' if one.verdict().met else ''} |")
-    reasons = [f"- {one.scenario.name}: {one.verdict().why}" for one in comparisons if not one.verdict().met]
-    return "\n".join([*lines, "", summary(comparisons), *([""] if reasons else []), *reasons])
+    return "\n".join([head, *(f"  {line}".rstrip() for line in lines)])
+
+
+def _row(one: Outcome) -> tuple[str, ...]:
+    seconds = (f"{one.p50_s:.2f}", f"{one.p99_s:.2f}", f"{one.gpu_s:.0f}", f"{one.over_least:.2f}")
+    return (one.policy, *seconds, str(one.starts), str(one.stops), str(one.most), str(one.unserved))
+
+
+def to_dict(scenario: Scenario, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return it for JSON, with numbers rounded to a thousandth, and without the time line."""
+    return {
+        "trace": scenario.name,
+        "tasks": scenario.trace.tasks,
+        "gpus": scenario.gpus,
+        "floor": scenario.floor,
+        "model": asdict(scenario.model),
+        "least_gpu_s": round(least(scenario), 1),
+        "policies": [plain(one) for one in outcomes],
+    }
+
+
+def plain(outcome: Outcome) -> dict[str, Any]:
+    """Return an outcome for JSON."""
+    values = {key: value for key, value in asdict(outcome).items() if key != "looks"}
+    return {key: round(value, 3) if isinstance(value, float) else value for key, value in values.items()}

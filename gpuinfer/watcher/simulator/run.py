@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Let a player serve a trace, and measure what came of it."""
+"""Let a policy serve a trace, and measure the outcome."""
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from gpuinfer.settings import QUEUES, WatcherSettings
 from gpuinfer.watcher.simulator.cluster import Cluster, Model
-from gpuinfer.watcher.simulator.players import AllAtOnce, Hpa, Keda, Ours, Player, Tutorial
-from gpuinfer.watcher.simulator.traces import Trace
+from gpuinfer.watcher.simulator.policy import Player
+from gpuinfer.watcher.simulator.traces import LOADS, Pattern, Trace, make
 
 #: Simulated at most after the trace's end, until what is left is served.
 TAIL_S = 600.0
@@ -33,9 +33,9 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of one player serving one trace."""
+    """How one policy served one trace."""
 
-    player: str
+    policy: str
     p50_s: float
     p99_s: float
     gpu_s: float
@@ -50,21 +50,47 @@ class Outcome:
     looks: Sequence[tuple[float, int, int, int]] = field(repr=False, default=())
 
 
-def players(scenario: Scenario) -> list[Player]:
-    """Return all players for a scenario, ours first, the bound last."""
-    floor, ceiling = scenario.floor, scenario.gpus
-    settings = replace_settings(scenario.settings, floor, ceiling)
-    peers: list[Player] = [Tutorial(floor, ceiling), Keda(floor, ceiling), Hpa(floor, ceiling)]
-    return [Ours(settings, scenario.gpus_per_host), *peers, AllAtOnce(floor, ceiling)]
+def step_s(model: Model) -> float:
+    """Return a step that is short beside a batch."""
+    return min(0.1, max(0.01, model.single_s / 2))
 
 
-def replace_settings(settings: WatcherSettings, floor: int, ceiling: int) -> WatcherSettings:
-    """Give our policy the floor and the ceiling that all have."""
-    return settings.model_copy(update={"floor": floor, "ceiling": ceiling})
+def scenario(
+    pattern: Pattern,
+    *,
+    name: str = "",
+    gpus: int = 8,
+    floor: int = 0,
+    load: float | None = None,
+    seconds: float = 3600.0,
+    model: Model | None = None,
+    seed: int = 1,
+    settings: WatcherSettings | None = None,
+) -> Scenario:
+    """Make a scenario from a pattern. ``load``: the share of the fleet that it asks for."""
+    model = model or Model()
+    trace = make(
+        pattern,
+        name=name or pattern,
+        capacity=gpus * model.rate,
+        seconds=seconds,
+        step_s=step_s(model),
+        load=LOADS[pattern] if load is None else load,
+        seed=seed,
+    )
+    return Scenario(
+        name=name or pattern,
+        trace=trace,
+        gpus=gpus,
+        floor=floor,
+        model=model,
+        seed=seed,
+        settings=settings or WatcherSettings(),
+    )
 
 
 def play(scenario: Scenario, player: Player) -> Outcome:
-    """Simulate one player until the trace is over and its last task done: GPU-seconds count till then."""
+    """Simulate until the trace is over and its last task done: GPU-seconds count until then."""
     trace = scenario.trace
     cluster = Cluster(scenario.gpus, scenario.model, trace.step_s, scenario.seed)
     player.begin(cluster)
@@ -110,7 +136,7 @@ def _outcome(scenario: Scenario, player: Player, cluster: Cluster) -> Outcome:
     gpu_s = cluster.gpu_steps * step_s
     looks = cluster.log.looks
     return Outcome(
-        player=player.name,
+        policy=player.name,
         p50_s=quantile(waits, 0.5) * step_s,
         p99_s=quantile(waits, 0.99) * step_s,
         gpu_s=gpu_s,
@@ -136,13 +162,3 @@ def quantile(waits: Counter[int], share: float) -> int:
         if left <= 1e-9:
             return wait
     return 0
-
-
-def compare(scenario: Scenario) -> list[Outcome]:
-    """Let all players serve the same trace."""
-    return [play(scenario, player) for player in players(scenario)]
-
-
-def renamed(scenario: Scenario, name: str) -> Scenario:
-    """Return the scenario under another name."""
-    return replace(scenario, name=name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What arrives when: patterns made from a seed, and traces read from a file."""
+"""When tasks arrive: patterns made from a seed, and traces read from a file."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from gpuinfer.settings import QUEUES, QueueName
 Pattern = Literal["burst", "diurnal", "flash", "poisson"]
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 Counts = NDArray[np.int64]
+#: The mean share of the fleet that a pattern asks for, unless it is given; for flash its peak.
+LOADS: dict[Pattern, float] = {"burst": 0.01, "diurnal": 0.3, "flash": 0.6, "poisson": 0.35}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,14 @@ def _on_grid(
 
 
 def make(
-    pattern: Pattern, *, capacity: float, seconds: float, step_s: float, load: float, seed: int
+    pattern: Pattern,
+    *,
+    name: str,
+    capacity: float,
+    seconds: float,
+    step_s: float,
+    load: float,
+    seed: int,
 ) -> Trace:
     """Make a trace for a fleet that serves ``capacity`` tasks a second when all of it runs.
 
@@ -54,7 +63,7 @@ def make(
     random = np.random.default_rng(seed)
     times = (np.arange(math.ceil(seconds / step_s)) + 0.5) * step_s
     rate = _SHAPES[pattern](times.astype(np.float64), seconds, load, random) * capacity
-    return _on_grid(pattern, seconds, step_s, random.poisson(rate * step_s))
+    return _on_grid(name, seconds, step_s, random.poisson(rate * step_s))
 
 
 Shape = Callable[[NDArray[np.float64], float, float, np.random.Generator], NDArray[np.float64]]
@@ -78,7 +87,7 @@ def _diurnal(
 def _flash(
     times: NDArray[np.float64], seconds: float, load: float, random: np.random.Generator
 ) -> NDArray[np.float64]:
-    """A trickle; now and then a crowd within 10 s, which stays for two minutes and fades within some more."""
+    """A trickle; now and then a crowd within 10 s, which stays for two minutes and then fades."""
     rate = np.full(times.shape, 0.03)
     crowds = max(1, round(seconds / 900.0))
     for place in range(crowds):
@@ -93,7 +102,7 @@ def _flash(
 def _burst(
     times: NDArray[np.float64], seconds: float, load: float, random: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Nothing, except bursts of two seconds at moments nobody can foresee."""
+    """Nothing, except bursts of two seconds at random moments."""
     rate = np.zeros(times.shape)
     gaps = random.exponential(1.0, size=_bursts(seconds)) + 0.25
     at = 30.0 + (seconds - 90.0) * np.cumsum(gaps) / (gaps.sum() + 1.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who decides: our policy, and the formulas of the usual tutorial, of KEDA and of the HPA.
+"""The formulas of others: the usual tutorial's script, KEDA and the HPA.
 
 Each is called every ``every_s`` seconds of simulated time. All have the same floor and ceiling, but
 for two that cannot reach zero: a tutorial's script needs a worker to begin with, and an HPA has at least one.
@@ -9,115 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import replace
-from typing import Protocol
 
-from gpuinfer.queue.depth import Lane
-from gpuinfer.settings import QUEUES, WatcherSettings
-from gpuinfer.watcher.policy import History, decide
 from gpuinfer.watcher.simulator.cluster import Cluster
-from gpuinfer.watcher.state import Instance, Key, Observation, QueueState, UnitState
-
-
-class Player(Protocol):
-    """Looks at the fleet now and then, and changes it."""
-
-    name: str
-    every_s: float
-
-    def begin(self, cluster: Cluster) -> None:
-        """Start what runs from the beginning on."""
-
-    def look(self, cluster: Cluster) -> None:
-        """Decide, and act."""
-
-
-def _begin(cluster: Cluster, workers: int) -> None:
-    """Have the floor ready at the beginning, for all alike."""
-    for instance in range(workers):
-        cluster.active[instance] = 0
-    cluster.idle = workers
-
-
-class Ours:
-    """The watcher's policy, with observations as its probe would make them."""
-
-    name = "gpuinfer"
-
-    def __init__(self, settings: WatcherSettings, gpus_per_host: int = 8) -> None:
-        self.every_s = settings.probe_interval_s
-        self._settings = settings
-        self._per_host = gpus_per_host
-        self.history = History()
-        self._instances: list[Instance] = []
-        self._place: dict[Key, int] = {}
-        #: Active instances in the order they became so; the first of them are taken to be the busy ones.
-        self._order: list[int] = []
-        self._version: tuple[int, int, int] | None = None
-        self._busy = 0
-        self._looked_at = -1
-
-    def begin(self, cluster: Cluster) -> None:
-        """Have the floor ready."""
-        keys = [Key(i % self._per_host, f"h{i // self._per_host:05}") for i in range(cluster.gpus)]
-        # The order of starting is that of keys: number first, so that hosts share the load.
-        keys.sort()
-        self._place = {key: place for place, key in enumerate(keys)}
-        self._instances = [Instance(key=key) for key in keys]
-        _begin(cluster, min(self._settings.floor, cluster.gpus))
-
-    def look(self, cluster: Cluster) -> None:
-        """Decide with the very policy of the watcher, and do what it says."""
-        seen = self._observe(cluster)
-        decision = decide(seen, self.history, self._settings, cluster.now)
-        self.history = decision.history
-        for action in decision.actions:
-            place = self._place[action.key]
-            (cluster.start if action.verb == "start" else cluster.stop)(place)
-
-    def _observe(self, cluster: Cluster) -> Observation:
-        self._mark(cluster)
-        queues = {
-            Lane(name, ""): QueueState(
-                waiting=cluster.waiting[place],
-                in_flight=cluster.in_flight[place],
-                done=cluster.done[place],
-                oldest_s=cluster.oldest_s(place),
-            )
-            for place, name in enumerate(QUEUES)
-        }
-        return Observation(queues=queues, instances=tuple(self._instances))
-
-    def _mark(self, cluster: Cluster) -> None:
-        """Bring the instances up to date; only those that have changed are rebuilt."""
-        version = (cluster.log.starts, cluster.log.stops, len(cluster.active))
-        if version != self._version:
-            self._order = list(cluster.active)
-            self._busy = cluster.busy
-            # Who became ready since the last look is seen between READY and its first claim: idle.
-            fresh = {place for place, ready in cluster.active.items() if ready > self._looked_at}
-            self._version = None if fresh else version
-            self._looked_at = cluster.step
-            self._mark_all(cluster, fresh)
-            return
-        self._looked_at = cluster.step
-        low, high = sorted((self._busy, cluster.busy))
-        for place in self._order[low:high]:
-            old = self._instances[place]
-            self._instances[place] = replace(old, busy=cluster.busy > self._busy)
-        self._busy = cluster.busy
-
-    def _mark_all(self, cluster: Cluster, fresh: set[int]) -> None:
-        busy = set(self._order[: self._busy]) - fresh
-        for place, old in enumerate(self._instances):
-            state: UnitState = "inactive"
-            since = old.since
-            if place in cluster.active:
-                state, since = "active", cluster.active[place] * cluster.step_s
-            elif place in cluster.starting:
-                state, since = "activating", cluster.starting[place] * cluster.step_s
-            if old.state != state or old.busy != (place in busy):
-                self._instances[place] = Instance(key=old.key, state=state, since=since, busy=place in busy)
+from gpuinfer.watcher.simulator.policy import Player, Policy, begin
+from gpuinfer.watcher.simulator.run import Outcome, Scenario, play
 
 
 class Tutorial:
@@ -131,7 +26,7 @@ class Tutorial:
 
     def begin(self, cluster: Cluster) -> None:
         """Have one worker at least: below 51 tasks it would start none."""
-        _begin(cluster, self._floor)
+        begin(cluster, self._floor)
 
     def look(self, cluster: Cluster) -> None:
         """Start one more, or do nothing."""
@@ -174,7 +69,7 @@ class Keda:
 
     def begin(self, cluster: Cluster) -> None:
         """Have the floor ready."""
-        _begin(cluster, self._floor)
+        begin(cluster, self._floor)
 
     def look(self, cluster: Cluster) -> None:
         """Poll every second time, and sync the HPA where there is a replica."""
@@ -212,7 +107,7 @@ class Hpa:
 
     def begin(self, cluster: Cluster) -> None:
         """Have the least an HPA can have, which is one."""
-        _begin(cluster, self._floor)
+        begin(cluster, self._floor)
 
     def look(self, cluster: Cluster) -> None:
         """Sync; what is not ready yet counts as idle."""
@@ -240,9 +135,23 @@ class AllAtOnce:
 
     def begin(self, cluster: Cluster) -> None:
         """Have the floor ready."""
-        _begin(cluster, self._floor)
+        begin(cluster, self._floor)
 
     def look(self, cluster: Cluster) -> None:
         """Start everything as soon as there is any work."""
         if cluster.total_waiting or cluster.log.starts:
             cluster.scale_to(self._ceiling)
+
+
+def players(scenario: Scenario) -> list[Player]:
+    """Return all players for a scenario, ours first, the bound last."""
+    floor, ceiling = scenario.floor, scenario.gpus
+    settings = scenario.settings.model_copy(update={"floor": floor, "ceiling": ceiling})
+    ours = Policy(settings, name="gpuinfer", gpus_per_host=scenario.gpus_per_host)
+    peers: list[Player] = [Tutorial(floor, ceiling), Keda(floor, ceiling), Hpa(floor, ceiling)]
+    return [ours, *peers, AllAtOnce(floor, ceiling)]
+
+
+def compare(scenario: Scenario) -> list[Outcome]:
+    """Let all players serve the same trace."""
+    return [play(scenario, player) for player in players(scenario)]

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TypedDict
 
 from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.simulator.cluster import Model
-from gpuinfer.watcher.simulator.run import Scenario
-from gpuinfer.watcher.simulator.traces import Pattern, make
+from gpuinfer.watcher.simulator.run import Scenario, scenario
 
 #: Small images, batches of 32: 25 tasks a second one by one, 200 in full batches.
 QUICK = Model(single_s=0.04, max_batch=32, gain=8.0)
@@ -17,45 +15,6 @@ QUICK = Model(single_s=0.04, max_batch=32, gain=8.0)
 SLOW = Model(single_s=0.5, max_batch=4, gain=1.5)
 #: The suite is run with each of these, and the medians count: where bursts fall is chance.
 SEEDS = (1, 2, 3)
-#: The mean share of the fleet that a pattern asks for, unless it is given; for flash its peak.
-LOADS: dict[Pattern, float] = {"burst": 0.01, "diurnal": 0.3, "flash": 0.6, "poisson": 0.35}
-
-
-def step_s(model: Model) -> float:
-    """Return a step that is short beside a batch."""
-    return min(0.1, max(0.01, model.single_s / 2))
-
-
-def scenario(
-    pattern: Pattern,
-    *,
-    name: str = "",
-    gpus: int = 8,
-    floor: int = 0,
-    load: float | None = None,
-    seconds: float = 3600.0,
-    model: Model = QUICK,
-    seed: int = 1,
-    settings: WatcherSettings | None = None,
-) -> Scenario:
-    """Make a scenario from a pattern."""
-    trace = make(
-        pattern,
-        capacity=gpus * model.rate,
-        seconds=seconds,
-        step_s=step_s(model),
-        load=LOADS[pattern] if load is None else load,
-        seed=seed,
-    )
-    return Scenario(
-        name=name or pattern,
-        trace=replace(trace, name=name or pattern),
-        gpus=gpus,
-        floor=floor,
-        model=model,
-        seed=seed,
-        settings=settings or WatcherSettings(),
-    )
 
 
 class _Given(TypedDict):

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpuinfer.errors import InputError, MissingExtra
-from gpuinfer.watcher.simulator.report import Comparison
 from gpuinfer.watcher.simulator.run import Outcome, least
+from tests.bench.scalers.report import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,26 +23,19 @@ COLOURS = {
 
 
 def draw(comparisons: Sequence[Comparison], file: Path) -> None:
-    """Draw one trace's course, or several traces side by side. Raises MissingExtra without matplotlib."""
+    """Draw one trace's course, or several traces side by side."""
     figure = _figure(*((9.0, 8.0) if len(comparisons) == 1 else (9.0, 1.2 + 0.75 * len(comparisons))))
     if len(comparisons) == 1:
         _course(figure, comparisons[0])
     else:
         _overview(figure, comparisons)
-    try:
-        figure.savefig(file, dpi=110, metadata={"Software": None})
-    except (OSError, ValueError) as exc:
-        raise InputError(f"cannot be written: {exc}", str(file)) from exc
+    figure.savefig(file, dpi=110, metadata={"Software": None})
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib import rcParams
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise MissingExtra(
-            "needs matplotlib, which is not installed; get it with: pip install 'gpuinfer[plot]'", "--plot"
-        ) from exc
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
     rcParams["font.size"] = 9
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -54,7 +46,7 @@ def _course(figure: Any, one: Comparison) -> None:
     players = [one.ours, *one.peers]
     for outcome in players:
         times = [look[0] / 60 for look in outcome.looks]
-        style: dict[str, Any] = {"color": COLOURS[outcome.player], "lw": 1.4, "label": outcome.player}
+        style: dict[str, Any] = {"color": COLOURS[outcome.policy], "lw": 1.4, "label": outcome.policy}
         axes[0].plot(times, [look[1] for look in outcome.looks], **style)
         axes[1].step(times, [look[2] + look[3] for look in outcome.looks], where="post", **style)
     axes[0].set_yscale("symlog", linthresh=10)
@@ -71,12 +63,12 @@ def _course(figure: Any, one: Comparison) -> None:
 def _costs(axes: Axes, one: Comparison, players: Sequence[Outcome]) -> None:
     """Draw a bar of GPU-seconds for each policy, its waits behind it, and a mark at the least possible."""
     places = range(len(players))
-    axes.barh(places, [o.gpu_s for o in players], color=[COLOURS[o.player] for o in players], height=0.6)
+    axes.barh(places, [o.gpu_s for o in players], color=[COLOURS[o.policy] for o in players], height=0.6)
     for place, outcome in zip(places, players, strict=True):
         text = f" p50 {outcome.p50_s:.2f} s, p99 {outcome.p99_s:.2f} s"
         axes.text(outcome.gpu_s, place, text, va="center", fontsize=8)
     axes.axvline(least(one.scenario), color="black", lw=1, ls=":")
-    axes.set_yticks(places, [outcome.player for outcome in players])
+    axes.set_yticks(places, [outcome.policy for outcome in players])
     axes.set_xlim(0, 1.35 * max(outcome.gpu_s for outcome in players))
     axes.set_xlabel("GPU-seconds; dotted: the least possible")
     axes.invert_yaxis()
@@ -86,7 +78,7 @@ def _overview(figure: Any, comparisons: Sequence[Comparison]) -> None:
     """Draw p99 and GPU-seconds of every policy on every trace."""
     left, right = figure.subplots(1, 2, sharey=True)
     for rank, name in enumerate(("gpuinfer", "tutorial", "keda", "hpa")):
-        chosen = [next(o for o in one.outcomes if o.player == name) for one in comparisons]
+        chosen = [next(o for o in one.outcomes if o.policy == name) for one in comparisons]
         places = [row + 0.2 * (rank - 1.5) for row in range(len(comparisons))]
         style: dict[str, Any] = {"height": 0.18, "color": COLOURS[name], "label": name}
         left.barh(places, [max(outcome.p99_s, 0.01) for outcome in chosen], **style)
