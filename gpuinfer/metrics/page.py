@@ -57,7 +57,7 @@ class Page:
 
     def _look(self) -> Snapshot | None:
         if self._client is None:
-            self._client = connect(self._broker, retries=0)
+            self._client = connect(self._broker)
         self._host.durability = durability(self._broker)
         try:
             return gather(self._client, weigh=self._fleet)

@@ -16,7 +16,8 @@ import redis
 from gpuinfer import Client
 from gpuinfer.client.aio import AsyncClient
 from gpuinfer.errors import DeadLettered, TaskNotFound
-from gpuinfer.queue import dead, format, heartbeats, keys, results, scripts
+from gpuinfer.metrics.gather import gather
+from gpuinfer.queue import dead, format, heartbeats, keys, results, scripts, series, usage
 from gpuinfer.queue.app import create_app
 from gpuinfer.queue.claims import Claimed, Final, Want
 from gpuinfer.queue.depth import look
@@ -25,7 +26,9 @@ from gpuinfer.queue.message import Submission, decode
 from gpuinfer.queue.orphans import holder, holders
 from gpuinfer.queue.router import Router
 from gpuinfer.queue.store import REAPER, Store
+from gpuinfer.queue.tally import Tally
 from gpuinfer.settings import QUEUES, QueueSettings, Settings
+from gpuinfer.watcher.recorder import Recorder
 from tests.brokers import OurRedis, our_redis
 
 pytestmark = pytest.mark.integration
@@ -429,3 +432,40 @@ def test_the_tables_are_as_the_scripts() -> None:
     """No table above names what is gone."""
     assert tables() == {"variables": []}
     assert set(GIVEN) <= set(RUN_BY)
+
+
+def test_accounts_metrics_and_history(redis_server: OurRedis) -> None:
+    """The front and workers add up, watchers write the history, people read both; no worker reads any."""
+    with redis_server.client("worker") as client:
+        store = worker(client, models=("digits", "resnet"))
+        tally = Tally()
+        tally.use("device_us", "alice", "resnet", 5)
+        tally.count("device_us", "alice", "resnet", count=5)
+        store.account(tally.args())
+        refused = (keys.COUNTS, keys.KEY_USED, f"{keys.USAGE_PREFIX}{int(client.time()[0]) // 3600}")
+        for name in refused:
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.hgetall(name)
+    assert [line.split()[0] for line in redis_server.denied()] == ["worker"] * len(refused)
+
+    async def counted() -> usage.Usage:
+        async with AsyncClient(settings(redis_server, "api")) as front:
+            await front.submit([1], model="resnet")
+            tally = Tally()
+            tally.use("requests", "alice", "resnet", 1)
+            tally.used.add("alice")
+            await front.account(tally.args())
+            return await front.usage()
+
+    (account,) = asyncio.run(counted()).accounts
+    assert (account.key, account.requests, account.device_us) == ("alice", 1, 5)
+    with redis_server.client("watcher") as client:
+        Recorder(client, "a").step(["a"])
+        assert series.names(client)
+    for user in ("api", "operator", "viewer", "watcher"):
+        with redis_server.client(user) as client:
+            assert gather(client).depth.total_waiting == 1
+            assert usage.read(client).accounts == (account,)
+            found = series.read(client, ["waiting"], 60)
+            assert [value for value in found.values["waiting"] if value is not None] == [1]
+    assert redis_server.denied() == []
