@@ -29,6 +29,9 @@ from gpuinfer.api.shared import Shared
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import GpuinferError, InputError
 from gpuinfer.keys.folder import LOOK_EVERY_S
+from gpuinfer.log import get_logger
+
+log = get_logger(__name__)
 
 _DESCRIPTION = """Submit work, then ask for its result. `POST /predict` answers 202 with a task id at once;
 `GET /result/{task_id}?wait=10` answers as soon as the task has ended.
@@ -90,8 +93,15 @@ async def _sample(shared: Shared) -> None:
 async def _watch_keys(shared: Shared) -> None:
     """Take changes of keys over within a second, and tell Redis their weights."""
     told: dict[str, float] | None = None
+    failed = False
     while True:
-        shared.keys.look()
+        try:
+            shared.keys.look()
+            failed = False
+        except Exception:  # the keys that are known hold; the next look may succeed
+            if not failed:
+                log.exception("keys_not_looked_at", folder=str(shared.keys.path))
+            failed = True
         weights = {name: float(key.weight) for name, key in shared.keys.keys.items() if key.weight != 1}
         if weights != told and (shared.keys or told):
             with suppress(GpuinferError):  # requests say so; it is told at the next look

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from gpuinfer.cli_help import examples
-from gpuinfer.errors import BadKey, BrokerError, UsageError
+from gpuinfer.errors import BadKey, BrokerError, GpuinferError, UsageError
 from gpuinfer.keys import key as keys
 from gpuinfer.keys import writing
 from gpuinfer.keys.key import ROLES, Key
@@ -43,6 +44,17 @@ def key() -> None:
 
 
 # -- what options say -------------------------------------------------------------------------
+
+
+def _names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the names of keys; silent where they cannot be read."""
+    from gpuinfer.settings import load
+
+    try:
+        folder = load(ctx.find_root().params.get("file"), only=("api",)).settings.api.keys_dir
+        return [CompletionItem(name) for name in writing.names(folder) if name.startswith(incomplete)]
+    except GpuinferError:
+        return []
 
 
 def _read(field: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
@@ -197,7 +209,7 @@ def list_(loaded: Loaded, as_json: bool) -> None:
 
 
 @key.command(epilog=examples("gpuinfer key show shop --json"))
-@click.argument("name")
+@click.argument("name", shell_complete=_names)
 @as_json_option
 @click.pass_obj
 def show(loaded: Loaded, name: str, as_json: bool) -> None:
@@ -212,7 +224,7 @@ def show(loaded: Loaded, name: str, as_json: bool) -> None:
 
 
 @key.command(epilog=examples("gpuinfer key revoke shop"))
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=_names)
 @as_json_option
 @click.pass_obj
 def revoke(loaded: Loaded, names: Sequence[str], as_json: bool) -> None:
@@ -237,7 +249,7 @@ def revoke(loaded: Loaded, names: Sequence[str], as_json: bool) -> None:
 
 
 @key.command(epilog=examples("gpuinfer key rotate shop", "gpuinfer key rotate shop --keep 1h"))
-@click.argument("name")
+@click.argument("name", shell_complete=_names)
 @click.option(
     "--keep", metavar="SPAN", callback=_span, help="For how long the old token counts, too: 1h, 7d."
 )

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -210,3 +211,14 @@ def test_without_keys(key: Command) -> None:
     """The command that makes one."""
     assert "`gpuinfer key add NAME` makes one" in key.run("list").stdout
     assert key.json("list") == {"keys": [], "broken": []}
+
+
+def test_the_shell_completes_names(key: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of keys that are there; nothing where they cannot be read."""
+    monkeypatch.setenv("GPUINFER_API_KEYS_DIR", str(key.folder))
+    (argument,) = (one for one in cli.key.commands["show"].params if one.name == "name")
+    context = click.Context(cli.key.commands["show"])
+    assert argument.shell_complete(context, "") == []
+    for name in ("shop", "lab"):
+        key.run("add", name)
+    assert [one.value for one in argument.shell_complete(context, "s")] == ["shop"]

@@ -298,6 +298,14 @@ def test_a_file_that_is_no_file_refuses_its_key(tmp_path: Path) -> None:
     assert folder.broken == {"shop.toml": "cannot be read: Is a directory"}
 
 
+def test_a_pipe_holds_nobody_up(tmp_path: Path) -> None:
+    """To open it for reading waits for a writer."""
+    os.mkfifo(tmp_path / "shop.toml")
+    folder = KeyFolder(tmp_path)
+    folder.look()
+    assert list(folder.broken) == ["shop.toml"]
+
+
 def test_a_key_is_never_changed() -> None:
     """Requests hold it while it is replaced."""
     key = Key(name="shop", sha256=HASH)
