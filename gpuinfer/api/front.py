@@ -62,15 +62,18 @@ class Front:
         self._most = settings.api.max_requests
         around = Around(self._route, self.shared.stopping, self.shared.requests, self.shared.accounts)
         self._outermost: ASGIApp = Manners(around, methods(self._app))
+        #: What serves the paths of ROUTES, which need no manners.
+        self._fast: ASGIApp = around
         if settings.api.cors_origins:
-            self._outermost = Cors(self._outermost, self.shared.network)
+            self._outermost = self._fast = Cors(self._outermost, self.shared.network)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         self.shared.enter(scope)
-        await self._outermost(scope, receive, send)
+        app = self._fast if (scope["method"], scope["path"]) in ROUTES else self._outermost
+        await app(scope, receive, send)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer who may ask, unless too many requests are in progress. Health is always answered."""

@@ -48,6 +48,10 @@ from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import Settings
 
 
+class _Unknown(Exception):
+    """Raised where what a model takes must be asked for."""
+
+
 def _retrieve(answer: asyncio.Future[Any]) -> None:
     """Take note of a failure that nobody waits for."""
     if not answer.cancelled():
@@ -261,13 +265,17 @@ class AsyncClient(Driver):
         Inputs may be ``Json``. ``task_id`` is an id of the caller's own. ``caller``: whose task it is, by the
         name of a key; ``quota``: what that one may submit. Raises InputError, BrokerError.
         """
-        default = await self._default_model(options)
-        (inputs,) = await self._ready([inputs], many=many, options=options)
+        if self._default.stale and options.get("model") is None:
+            await self._default_model(options)
+        try:  # mostly all that is asked is known
+            inputs = self._ready_now(inputs, many=many, options=options)
+        except (_Unknown, InputError):
+            (inputs,) = await self._ready([inputs], many=many, options=options)
         return core.build(
             inputs,
             many=many,
             origin=self._origin,
-            default_model=default,
+            default_model=self._default.name,
             task_id=task_id,
             caller=caller,
             quota=quota,
@@ -320,6 +328,13 @@ class AsyncClient(Driver):
             with typed_errors(self._user):
                 self._default.found(await self._pipe.call("GET", keys.DEFAULT_MODEL))
         return self._default.name
+
+    def _ready_now(self, inputs: Any, *, many: bool, options: Options) -> Any:
+        """Return one task's inputs as they are sent. Raises InputError, and _Unknown: Redis must be asked."""
+        model = self._model_of(options)
+        if model is not None and self._signatures.stale(model):
+            raise _Unknown
+        return self._signatures.ready(model, inputs, many=many)
 
     async def _ready(self, values: list[Any], *, many: bool, options: Options) -> list[Any]:
         """Return inputs as they are sent. Raises InputError for a file that cannot be read, and for what the

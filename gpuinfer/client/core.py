@@ -204,8 +204,18 @@ def build(
     """
     if caller and not keys.CALLER_NAME.fullmatch(caller):
         raise InputError(f"must be {keys.CALLER_WORDS}, got {caller!r:.80}", "caller")
-    if options:
-        check(options)
+    if not options and task_id is None:  # most requests
+        return Submission(
+            task=BATCH_PREDICT if many else PREDICT,
+            inputs=inputs,
+            queue=ROUTES[BATCH_PREDICT if many else PREDICT],
+            model=default_model,
+            reply_to="" if origin is None else origin.channel,
+            caller=caller,
+            quota=quota,
+            id=str(uuid.uuid4()) if origin is None else origin.new_id(),
+        )
+    check(options)
     key = options.get("idempotency_key") or ""
     if task_id is not None:
         if key:

@@ -29,6 +29,7 @@ from uvicorn.server import ServerState
 
 from gpuinfer.api.front import Front
 from gpuinfer.api.protocol import Protocol
+from gpuinfer.api.server import settle_memory
 from gpuinfer.client import core
 from gpuinfer.client.aio import AsyncClient
 from gpuinfer.keys.key import Key, digest, make_token, serialise
@@ -181,6 +182,7 @@ async def _run(requests: int, at_once: int, folder: Path, *, keys: bool, profile
     for transport in transports:
         transport.protocol = Protocol(config, state, {}, loop)
         transport.protocol.connection_made(transport)
+    settle_memory()
     spent = []
     profiler = cProfile.Profile()
     for number in range(ROUNDS + 1):

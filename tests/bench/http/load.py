@@ -55,7 +55,10 @@ def load(url: str, body: bytes, connections: int, seconds: int, folder: Path) ->
     (folder / "post.lua").write_text(_SCRIPT.format(body=folder / "body.json"))
     command = [wrk, "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s"]
     command += ["-s", str(folder / "post.lua"), url]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ServiceError(f"{url}: {done.stderr.strip() or done.stdout.strip()}")
+    out = done.stdout
     found = Load(**json.loads(out.strip().splitlines()[-1]))
     if found.refused or found.lost or not found.requests:
         raise ServiceError(f"{url}: {found}")
