@@ -67,16 +67,19 @@ class FleetLoad:
 
     def send(self, tier: str, model: str, count: int = 1, *, fault: str = "") -> list[str]:
         """Submit tasks and note them; return their ids. Raises BrokerError."""
+        with Client(self._settings) as client:
+            return self._send(client, tier, model, count, fault)
+
+    def _send(self, client: Client, tier: str, model: str, count: int, fault: str) -> list[str]:
         options: dict[str, Any] = {"model": model, "queue": tier}
         if fault:
             options["metadata"] = {FAULT: fault}
         outcome = {"fail": "failed", "kill": "dead"}.get(fault, "completed")
-        with Client(self._settings) as client:
-            try:
-                ids = client.submit_many([[1.0]] * count, **options)
-            except BrokerError as exc:
-                self._note(tier, model, outcome, len(getattr(exc, "accepted", ())))
-                raise
+        try:
+            ids = client.submit_many([[1.0]] * count, **options)
+        except BrokerError as exc:
+            self._note(tier, model, outcome, len(getattr(exc, "accepted", ())))
+            raise
         self._note(tier, model, outcome, len(ids))
         return ids
 
@@ -87,22 +90,23 @@ class FleetLoad:
     def _run(self) -> None:
         due = dict.fromkeys(STREAMS, 0.0)
         before = time.monotonic()
-        while not self._stop.wait(_STEP_S):
-            now = time.monotonic()
-            for stream in STREAMS:
-                due[stream] += stream.rate * self._scale * (now - before) * self._random.uniform(0.5, 1.5)
-                while due[stream] >= stream.burst and not self._stop.is_set():
-                    due[stream] -= stream.burst
-                    self._burst(stream)
-            before = now
+        with Client(self._settings) as client:
+            while not self._stop.wait(_STEP_S):
+                now = time.monotonic()
+                for stream in STREAMS:
+                    share = self._random.uniform(0.5, 1.5)
+                    due[stream] += stream.rate * self._scale * (now - before) * share
+                    count = int(due[stream] // stream.burst) * stream.burst
+                    due[stream] -= count
+                    self._burst(client, stream, count)
+                before = now
 
-    def _burst(self, stream: Stream) -> None:
-        ill = sum(self._random.randrange(_FAILS) == 0 for _ in range(stream.burst))
+    def _burst(self, client: Client, stream: Stream, count: int) -> None:
+        ill = sum(self._random.randrange(_FAILS) == 0 for _ in range(count))
         try:
-            if stream.burst > ill:
-                self.send(stream.tier, stream.model, stream.burst - ill)
-            if ill:
-                self.send(stream.tier, stream.model, ill, fault="fail")
+            for some, fault in ((count - ill, ""), (ill, "fail")):
+                if some:
+                    self._send(client, stream.tier, stream.model, some, fault)
         except BrokerError:
             self._stop.wait(1.0)  # Redis is away: the status says so
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -223,3 +225,26 @@ def test_who_may_connect(tmp_path: Path) -> None:
     (tmp_path / "alice.toml").touch()
     assert access.who(settings, ("::", 8080))[0] == "API http://[::]:8080: the network, with the one key"
     assert isinstance(settings.api, ApiSettings)
+
+
+def test_what_is_slow_to_import_is_not_imported() -> None:
+    """Status answers in less than 0.4 s: numpy alone, or Celery, would take a third of that."""
+    script = (
+        "import sys; import gpuinfer.cli, gpuinfer.view.cli, gpuinfer.view.build, gpuinfer.view.gather, "
+        "gpuinfer.view.screen; print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    slow = {
+        "torch",
+        "celery",
+        "kombu",
+        "numpy",
+        "PIL",
+        "textual",
+        "fastapi",
+        "structlog",
+        "dbus_fast",
+        "pynvml",
+    }
+    assert loaded & slow == set()
