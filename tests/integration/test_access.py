@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from gpuinfer.api.front import Front
 from gpuinfer.errors import InferenceError
 from gpuinfer.keys.key import Key, digest, serialise
+from gpuinfer.queue.keys import WEIGHTS
 from gpuinfer.settings import Settings
 from tests.apis import WORKER, HandWorker
 from tests.services import RedisServer
@@ -427,3 +429,30 @@ async def test_how_a_key_stands_by_its_rate(keyed: Settings, redis_server: Redis
         assert answers[2].json()["error"]["code"] == "rate_limited"
         assert 30 < int(answers[2].headers["retry-after"]) <= 60
         assert "ratelimit" not in (await site.ask("POST", "/predict", token="gpi_shop", json=DIGIT)).headers
+
+
+async def test_weights_of_keys_reach_redis(keyed: Settings, redis_server: RedisServer) -> None:
+    """Within a second of their files, and so do changes; nothing is written where all weigh the same."""
+    with redis_server.client() as client:
+        async with opened(keyed) as site:
+            for weight, wanted in ((1, {}), (3, {b"lab": 3.0}), (5, {b"lab": 5.0}), (1, {})):
+                site.put("lab", "gpi_lab", weight=weight)
+                found: dict[bytes, float] | None = None
+                async with asyncio.timeout(60):
+                    while found != wanted:
+                        await asyncio.sleep(0.05)
+                        known: Any = client.hgetall(WEIGHTS)
+                        found = {name: float(value) for name, value in known.items()}
+
+
+async def test_keys_that_cannot_be_read_let_nobody_in(keyed: Settings, tmp_path: Path) -> None:
+    """Not even by loopback, where none would be needed; the Unix socket is for who can mend it."""
+    (tmp_path / "file").write_text("")
+    api = keyed.api.model_copy(update={"keys_dir": tmp_path / "file"})
+    async with opened(keyed.model_copy(update={"api": api})) as site:
+        for by in ("loopback", "network"):
+            refused = await site.ask("GET", "/queues", by=by)
+            assert refused.status_code == 401
+            assert "this server cannot read its keys: its log says why" in refused.text
+        assert (await site.ask("GET", "/queues", token="gpi_x")).status_code == 401
+        assert (await site.ask("GET", "/queues", by="unix")).status_code == 200
