@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which capacity a lane can ask for: the fleet in parts that share no work, and within each its demands.
+"""Which instances can serve which lanes: the fleet in parts that share no work, and the demands within each.
 
-Instances that serve the same are a group. Groups that may serve a common lane, or are linked by others
-that do, are one part of the fleet: nothing outside a part can help it. Most fleets have a single one.
+Instances that serve the same are a group. Groups that may serve a common lane, or are linked by others that
+do, form one part of the fleet: no other part can help it. Most fleets have a single part.
 
-Within a part, which workers may serve which lanes is a bipartite graph, and the workers are enough when
-they are for each set of lanes that the same groups serve (Hall's theorem, 1935, for what matters here: the
-sets of groups that serve some lane, and the whole part). Each such set is a demand: the lanes that no
-other group can serve, and the groups that share them.
+Within a part, lanes and the workers that may serve them form a bipartite graph. By Hall's theorem (1935)
+there are enough workers when there are for each set of lanes that the same groups serve, and for the whole
+part. Each such set is a demand: the lanes that no other group can serve, and the groups that share them.
 
-The theorem supposes that somebody hands the tasks out. But workers claim them, the most urgent first: those
-that serve other lanes too may be busy with these, while workers that only serve these others idle. So before
-a worker is stopped, each demand must be certain to be served: its dedicated groups, which serve nothing else,
-keep up with it, or all its groups keep up with all that they may claim before it (``before``).
+The theorem supposes that tasks are assigned. But workers claim them, the most urgent first: those that
+serve other lanes too may be busy with these, while workers that only serve the others are idle. So before a
+worker is stopped, each demand must be certain to be served: its dedicated groups, which serve nothing else,
+keep up with it, or all its groups keep up with everything that they may claim before it (``before``).
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """The lanes of a demand at one look, summed up by tier."""
+    """The lanes of a demand at one probe, summed up by tier."""
 
     tiers: Mapping[str, QueueState]
     #: waiting + in flight + done of each lane.
@@ -104,7 +103,7 @@ def load_of(
     totals: dict[Lane, float] = {}
     for lane in lanes:
         queue, sofar = queues[lane], tiers[lane.tier]
-        if queue.paused:  # what waits there, and what comes, asks for nobody
+        if queue.paused:  # its tasks ask for no worker
             queue = QueueState(in_flight=queue.in_flight, done=queue.done, paused=True)
         else:
             totals[lane] = float(queue.waiting + queue.in_flight + queue.done)
@@ -122,7 +121,7 @@ def load_of(
 
 @lru_cache(maxsize=8)
 def parts_of(groups: Groups, lanes: frozenset[Lane]) -> tuple[Part, ...]:
-    """Return the parts of a fleet in a fixed order. Asked once a look, with the same answer nearly always."""
+    """Return the parts of a fleet in a fixed order. Mostly called with the same groups."""
     found = sorted((_linked(groups)), key=_name)
     homes: dict[Groups, list[Lane]] = {part: [] for part in found}
     for lane in sorted(lanes):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The watcher's loop: look, decide, write down, act. One bad look is no reason to end.
+"""The watcher's loop: probe, decide, write down, act. A probe that fails does not end it.
 
-What it has commanded is kept in Redis before it is done: one that is killed in between finds its own
-commands again, and does not take them for somebody else's. One that runs beside the service to try it out
-(``--dry-run``) reads what the service keeps and tells, and writes nothing.
+Commands are kept in Redis before they are carried out: a watcher that is killed in between recognises them
+afterwards, and does not take them for an administrator's. A dry run beside the service (``--dry-run``) reads
+what the service keeps and tells, and writes nothing.
 """
 
 from __future__ import annotations
@@ -69,16 +69,15 @@ log = get_logger(__name__)
 
 Answer = TypeVar("Answer")
 
-#: How many answers a look may wait for, each its whole timeout, when Redis is deaf; and how often the
-#: watchdog is fed meanwhile.
+#: When Redis does not answer, a probe waits for this many timeouts at most; the watchdog is fed this often.
 DEAF_ANSWERS = 10
 FEED_S = 10.0
-#: The history is kept this often when no command has changed it.
+#: Keep the history this often when no command has changed it.
 KEEP_EVERY_S = 30.0
-#: The fleet is told this often which models this host could serve.
+#: Tell the fleet this often which models this host could serve.
 KNOW_EVERY_S = 60.0
-#: What was started this many seconds before the watcher is told to stop is stopped again: all workers may
-#: have been told to stop just before, and that does not hold for one that did not run.
+#: Stop again what was started within this many seconds before the watcher is told to stop: all workers may
+#: have been told to stop just before, which has no effect on one that did not run yet.
 UNDO_S = 2.0
 
 
@@ -144,13 +143,13 @@ class Watcher:
         self._rival = ""
         self._unreadable = ""
         self._ready = False
-        #: Instance -> when it was told to start, on the monotonic clock; it came to something, or may yet.
+        #: Instance -> when it was told to start, on the monotonic clock.
         self._started: dict[int, float] = {}
         self._stop = asyncio.Event()
         self.history: History | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Look once in a while until ``stop`` is set. What goes wrong in a look is logged, and passes.
+        """Probe and act until ``stop`` is set. A probe that fails is logged.
 
         Once it is set nothing is started or noted any more: the workers may be stopping at the same time, and
         that is no stop by hand. What was started a moment before is stopped. Raises UnusableRedis as soon as
@@ -170,7 +169,7 @@ class Watcher:
                 await self.step()
             except UnusableRedis:
                 raise
-            except Exception:  # a look that fails must not end the service; the next one may go well
+            except Exception:  # one probe that fails must not end the service
                 log.exception("look_failed")
             self._notifier.notify("WATCHDOG=1")
             try:
@@ -180,7 +179,7 @@ class Watcher:
         self._notifier.notify("STOPPING=1")
 
     async def step(self) -> Decision | None:
-        """Look, decide, act. Returns the decision; None when systemd cannot be asked, or it is to stop."""
+        """Probe, decide, act. Returns the decision; None when systemd cannot be asked, or after ``stop``."""
         try:
             views = await self._units.look(self._gpus.numbers)
         except (UnitsUnavailable, UnitRefused) as exc:
@@ -194,7 +193,7 @@ class Watcher:
         decision = decide(seen, self.history or History(), self._settings.watcher, now)
         if self.history is None and seen.queues is None:
             self._report(decision, seen)
-            return decision  # what the process before this one did is not known yet
+            return decision  # what the previous process did is not known yet
         changed = self.history is None or decision.history.units is not self.history.units
         self.history = decision.history
         self._xids = {}  # they are in the history now
@@ -206,7 +205,7 @@ class Watcher:
             if self._stop.is_set():
                 break
             await self._do(action)
-        if self._tell:  # also where nothing is started or stopped: nobody else looks after this host's tasks
+        if self._tell:  # also where decisions are only logged: nobody else puts this host's tasks back
             away = seen.queues is None
             await self._patiently(partial(self._reaper.step, away=away), views, seen.live_hosts)
             self._probe.summary = self._summary(decision, now)
@@ -218,7 +217,7 @@ class Watcher:
         return decision
 
     async def _patiently(self, call: Callable[..., Answer], *arguments: object) -> Answer:
-        """Run in a thread. Each answer that a deaf Redis owes takes its timeout: that is no hang of ours."""
+        """Run in a thread. Waiting for a Redis that does not answer is no hang of this process."""
         task = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
         limit_s = DEAF_ANSWERS * self._settings.broker.connect_timeout_s
         for _ in range(math.ceil(limit_s / FEED_S)):
@@ -287,12 +286,12 @@ class Watcher:
             if found is not None:
                 return
             self._known_at = -math.inf
-            # A full Redis is not empty, and the watcher is needed: the number comes with the next epoch.
+            # A full Redis is not empty, and the watcher goes on: the number comes with the next epoch.
             with suppress(redis.exceptions.OutOfMemoryError):
                 layout.establish(self._client)
 
     def _recall(self, own: list[Instance]) -> None:
-        """Take over what the process before this one kept; beside the service, what it remembers now."""
+        """Take over what the previous process has kept; in a dry run, what the service remembers now."""
         kept, history = self._kept()
         if self.history is None:
             self.history = replace(history, units=adopt(history.units, own))
@@ -300,7 +299,7 @@ class Watcher:
             self.history = replace(self.history, units=history.units)
 
     def _kept(self) -> tuple[bytes | None, History]:
-        """Return what is kept, and as a history; where it cannot be read, none and an empty one."""
+        """Return what is kept, and as a history; None and an empty one where it cannot be read."""
         try:
             with typed_errors():
                 kept: bytes | None = self._client.get(MEMORY_PREFIX + self.host)  # type: ignore[assignment]
@@ -329,7 +328,7 @@ class Watcher:
             described = {name: one for name, one in models.items() if one is not None}
             if described:
                 self._describe(keys=[], args=described_as(f"watcher@{self.host}", described))
-        except (redis.RedisError, OSError) as exc:  # workers tell, too; the look goes on
+        except (redis.RedisError, OSError) as exc:  # workers tell it too
             hint = "a model of which no worker has run yet is refused; gpuinfer doctor redis.users"
             if str(exc) != self._not_known:
                 log.warning("models_not_made_known", reason=str(explain(exc)), hint=hint)
@@ -366,7 +365,7 @@ class Watcher:
         return replace(instance, hold=hold, excluded=str(why or ""), log_only=not self._act)
 
     async def _undo_starts(self) -> None:
-        """Stop what was started a moment ago. The next watcher takes it for nobody's wish (see ``adopt``)."""
+        """Stop what was started a moment ago. ``adopt`` does not take it for a stop by hand."""
         since = time.monotonic() - UNDO_S
         for number in [number for number, at in self._started.items() if at >= since]:
             worker = str(Key(number, self.host))
@@ -402,7 +401,7 @@ class Watcher:
     # -- telling --------------------------------------------------------------------------
 
     def _keep(self, decision: Decision, now: float, new: bool) -> None:
-        """Keep the history, and a new decision. Without Redis, memory must do."""
+        """Keep the history, and a new decision. Without Redis, they are in memory alone."""
         self._kept_at = now
         entry = b""
         if new:
@@ -412,7 +411,7 @@ class Watcher:
             self._write(keys=[MEMORY_PREFIX + self.host, DECISIONS], args=[memory, entry, notes.KEPT])
         except (redis.RedisError, OSError) as exc:
             reason = str(explain(exc))
-            if reason != self._not_kept:  # once: a full disk refuses it at every look
+            if reason != self._not_kept:  # once: a full disk refuses it at each probe
                 log.warning("notes_not_kept", reason=reason)
             self._not_kept = reason
         else:

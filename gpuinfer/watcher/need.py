@@ -24,7 +24,7 @@ from gpuinfer.settings import QUEUES, QueueName, WatcherSettings
 from gpuinfer.watcher.cooldown import Cooldown
 from gpuinfer.watcher.fleet import Fleet
 from gpuinfer.watcher.load import Load
-from gpuinfer.watcher.rates import SURE_LOOKS, Rates
+from gpuinfer.watcher.rates import SURE_PROBES, Rates
 from gpuinfer.watcher.state import Need
 
 #: Between the utilisation that starts one more worker and the one aimed at; and likewise below.
@@ -124,7 +124,7 @@ def _drain(
     """Ask what it takes to drain ``waiting`` tasks, the last of ``queues`` by S + T (see above)."""
     rate, startup, target = rates.service(settings), rates.startup(settings), _target(queues[-1], settings)
     horizon = startup + target
-    if not rates.known and rates.saturated < SURE_LOOKS:
+    if not rates.known and rates.saturated < SURE_PROBES:
         arriving = 0.0  # the workers keep up with it, and nobody knows what more they could do
     work = waiting + arriving * horizon
     have = fleet.active * horizon + _from_starting(fleet.starting, startup, horizon, now)

@@ -42,7 +42,7 @@ class _Asking:
     demand: Demand
     fleet: Fleet
     load: Load
-    #: What is remembered of it, and what is decided from: service and start-up of the whole part.
+    #: Its own rates, and those that are decided from: with service and start-up of the whole part.
     own: Rates
     used: Rates
     cooldown: Cooldown
@@ -109,7 +109,7 @@ class Look:
     # -- deciding -------------------------------------------------------------------------
 
     def plan(self, bounds: Bounds, room: int | None) -> int:
-        """Ask each demand, and plan the starts; return how many there are. ``room``: how many at most."""
+        """Ask each demand, and plan the starts; return their number. ``room``: the most there may be."""
         most = Bounds(most=bounds.most)
         asks = [one.ask(most, self._settings, self._now) for one in self._within]
         for place, (one, same) in enumerate(zip(self._before, self._within, strict=True)):
@@ -246,7 +246,7 @@ def _asked(one: _Asking) -> Need:
 
 
 def verdict_of(actions: Sequence[Action], broken: frozenset[Key]) -> Verdict:
-    """Say in a word what is done; what is given up, and is stopped, is a repair."""
+    """Say in a word what is done; to stop a start that keeps failing is a repair."""
     verbs = {action.verb for action in actions if action.key not in broken}
     if "start" in verbs:
         return "scale_up"

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which instances to start and stop: always in the same order, so that many watchers make one plan.
 
-Every watcher sees all instances and plans for all of them, then carries out its own host's part.
-A start goes to the first instances of a fixed order that do not run; a watcher whose view is a moment
-old asks the same instances as the others, and so nothing is started twice. What is too many are the last
-of the order, whether they are idle at that moment or not: a watcher that does not know yet that the last one
-was stopped, or takes it for busy, stops none of its own instead.
+Every watcher sees all instances and plans for all of them, then carries out its own host's part. The first
+instances of a fixed order that do not run are started; a watcher whose view is a moment old picks the same
+ones as the others, so nothing is started twice. The last of the order are not needed, whether they are idle
+at that moment or not: a watcher that does not know yet that the last one was stopped, or takes it for busy,
+stops none of its own instead.
 
 Where groups share lanes, the demand with the fewest groups is met first: what is started for it counts for
-the wider ones, too. Of several groups that could help, the one that serves the least is started first: the
-others stay free for what they alone serve. None is started beyond what its own lanes could use. One is
-stopped when it is too many for every demand that it serves, and each is certain to be served without it
-(``load``); or when it is too many for all of its own lanes together.
+the wider ones too. Of several groups that could help, the one that serves the fewest lanes is started
+first, so that the others stay free for what they alone serve. No more are started than their own lanes
+could use. One is stopped when no demand that it serves needs it, and each is certain to be served without
+it (``load``); or when all of its own lanes together do not need it.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from gpuinfer.watcher.state import (
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What one demand asks for, and how many of its workers were too many for long."""
+    """What one demand asks for, and how many of its workers it has not needed for a whole cooldown."""
 
     demand: Demand
     need: Need
     surplus: int
-    #: How many are too many though the demand's workers took all other work first that they may take
-    #: first; None: there is none.
+    #: How many it does not need even if its workers take all the other work first that they may take first;
+    #: None: there is no such work.
     certain: int | None = None
 
 
 @dataclass(slots=True)
 class _Margin:
-    """How many of a demand's workers may be stopped so that it is still certain to be served."""
+    """How many of a demand's workers may be stopped while it is still certain to be served."""
 
     demand: Demand
-    #: Too many for all that they may take before it; None: nothing but what is its own.
+    #: More than all the work needs that they may take before it; None: there is no such work.
     before: int | None
-    #: Too many of its dedicated ones to keep up with it; below zero: they do not.
+    #: More dedicated ones than it takes to keep up with it; below zero: they do not.
     dedicated: int
 
     def spares(self, group: Serves) -> bool:
@@ -99,7 +99,7 @@ class Plan:
         self._idle: dict[Serves, list[Key]] = {}
         self._failed: dict[Serves, list[Key]] = {}
         self.short = False
-        #: A demand that is served as it is, and might not be with fewer, though there are too many in all.
+        #: A demand that might not be served with fewer workers, though there are more than desired in all.
         self.kept_for: Demand | None = None
         for ask in asks:
             self._fill(ask)
@@ -129,7 +129,7 @@ class Plan:
             self._idle.setdefault(group, _startable(self._fleets[group], "ready"))
             self._failed.setdefault(group, _startable(self._fleets[group], "failed"))
         missing -= self._take(missing, groups, why)
-        # What runs whatever for is best of use to as many lanes as there are.
+        # Workers of the floor run whatever the load: prefer those that serve the most lanes.
         floor = min(missing, self._least - sum(map(self._running, groups)))
         if floor > 0:
             self._take(floor, groups[::-1], why, any_use=True)
@@ -156,7 +156,7 @@ class Plan:
         return missing if ask is None else max(0, ask.need.desired - self._running(group))
 
     def stops(self) -> list[Action]:
-        """Stop the last of the order that are too many, each when it is idle."""
+        """Stop the last of the order that are not needed, each when it is idle."""
         # One that sends no heartbeat may be gone already.
         left = [ask.surplus - self._silent(ask.demand.groups) for ask in self._asks]
         sure = [self._margin(ask) for ask in self._asks]
@@ -199,7 +199,7 @@ class Plan:
         return _Margin(ask.demand, before, ask.surplus - silent - others)
 
     def _too_many_alone(self, group: Serves) -> int:
-        """Return how many of a group are too many for all that it serves, if no other one served it."""
+        """Return how many of a group are more than all that it serves needs, if no other group served it."""
         ask, running = self._alone[group], self._fleets[group].running
         busy = self._planned[group] or ask.need.desired > running
         return 0 if busy else ask.surplus - self._silent([group])

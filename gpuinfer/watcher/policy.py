@@ -39,7 +39,7 @@ NAMED = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What one decision hands on to the next."""
+    """What one decision passes on to the next."""
 
     #: By the name of each part of the fleet.
     parts: Mapping[str, Measured] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Decision:
     actions: tuple[Action, ...]
     verdict: Verdict
     why: str
-    #: What it was decided from: one number or text a name, for the journal.
+    #: What it was decided from, for the journal: name -> number or text.
     inputs: Mapping[str, object]
     history: History
     #: Instances that must not be started, or are not counted on.
@@ -69,7 +69,7 @@ class Decision:
     stranded: Mapping[Lane, Stranded] | None = None
 
     def of(self, host: str) -> tuple[Action, ...]:
-        """Return the actions that are this host's to carry out."""
+        """Return the actions that this host carries out."""
         return tuple(action for action in self.actions if action.key.host == host)
 
 
@@ -138,7 +138,7 @@ def _floors(looks: Sequence[Look], floor: int) -> dict[str, int]:
 def _started(
     seen: Observation, history: History, startups: Sequence[tuple[Serves, float]]
 ) -> Mapping[str, Measured]:
-    """Take in what starts have taken while Redis cannot be read."""
+    """Remember how long starts have taken while Redis cannot be read."""
     parts = dict(history.parts)
     for part in parts_of(frozenset(one.serves for one in seen.instances), frozenset()) if startups else ():
         times = [seconds for group, seconds in startups if group in part.whole.groups]
@@ -150,7 +150,7 @@ def _started(
 def _stranded(
     seen: Observation, queues: Mapping[Lane, QueueState], fleets: Mapping[Serves, Fleet]
 ) -> dict[Lane, Stranded]:
-    """Return the lanes whose tasks wait for nobody: none runs that serves them, nor could be started."""
+    """Return the lanes whose tasks no worker serves, and none could be started for."""
     able = [group for group, fleet in fleets.items() if fleet.possible or fleet.returning]
     excluded = {key: str(why) for fleet in fleets.values() for key, why in fleet.excluded.items()}
     return {
@@ -168,7 +168,7 @@ def _servers(seen: Observation, excluded: Mapping[Key, str]) -> list[Server]:
 
 
 def _why(looks: Sequence[Look]) -> str:
-    """Say why: of each part where something is done; else where something is asked for, or waits."""
+    """Say why: for each part where something is done; else where tasks wait or workers run."""
     if len(looks) == 1:
         return looks[0].why()
     acting = [look for look in looks if look.acts]

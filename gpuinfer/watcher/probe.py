@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Redis knows: depth, claims and flight of each queue, and the instances of the other hosts.
+"""What Redis knows: the depth of each queue, claims, tasks in flight, and the instances of other hosts.
 
-What waits in a queue plus what was ever claimed from it is what ever arrived. The oldest task that waits
-is the one after all that were claimed; when it came, the watcher has seen itself: no payload is read.
+The tasks waiting in a queue and those ever claimed from it are all that ever arrived. The oldest waiting
+task is the one after all that were claimed; the watcher has seen itself when it came, and reads no payload.
 
-What a worker that runs serves, it says in its heartbeat; what one that does not run would serve, its host's
-watcher knows from its settings, and tells.
+A running worker says in its heartbeat what it serves; for one that does not run, its host's watcher knows
+it from the settings, and tells.
 
-Watchers tell each other about their instances in one hash. Whether another one lives is told by its
-count going on, on our own clock, and at first sight by its age on Redis's; two hosts' clocks need not agree.
+Watchers tell each other about their instances in one hash. Another one is alive while its counter goes up,
+on our own clock, and at first sight by its age on Redis's clock; two hosts' clocks need not agree.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ log = get_logger(__name__)
 
 DECISIONS = "gpuinfer:watcher:decisions"
 MEMORY_PREFIX = "gpuinfer:watcher:memory:"
-#: A watcher that has been silent for so long is forgotten.
+#: Forget a watcher that has been silent for this long.
 FORGOTTEN_S = 3600.0
-#: The rates that people are shown are those of this last while.
+#: Rates for people are means over this time.
 RATE_S = 10.0
 #: For each lane, this many moments at most are remembered when waiting tasks came. Then every second one is
 #: dropped, and its tasks are taken to have come at the one before: the oldest stay exact, and no age is too
@@ -57,7 +57,7 @@ MOMENTS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one look at Redis has shown."""
+    """What one probe of Redis has shown."""
 
     queues: dict[Lane, QueueState]
     #: Worker (``gpu0@host``) -> tasks in flight.
@@ -69,9 +69,9 @@ class Seen:
     dead_letters: int
     #: What the other live hosts' watchers have measured.
     figures: Mapping[str, Mapping[str, Figures]]
-    #: Those of them that claim nothing: they are drained, or stop.
+    #: Those of them that claim nothing: drained, or stopping.
     drained: frozenset[str] = frozenset()
-    #: Host -> models that a worker of it which lives could not load: another one could not either.
+    #: Host -> models that a live worker there could not load: no other worker there could either.
     missing: Mapping[str, frozenset[str]] = field(default_factory=dict)
     #: The process token of another watcher that tells of instances under our host's name; empty: none.
     rival: str = ""
@@ -84,7 +84,7 @@ class _Other:
 
 
 class Probe:
-    """Looks at Redis for one host's watcher. Blocking: call it in a thread."""
+    """Probes Redis for one host's watcher. Blocking: call it in a thread."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class Probe:
         self._arrived: dict[Lane, deque[tuple[float, int]]] = {}
         self._garbled: set[str] = set()
         self._beat = int(time.time() * 1000)
-        #: Lane -> when how much had been claimed from it, over the last while.
+        #: Lane -> when how much had been claimed from it, lately.
         self._claimed: dict[Lane, deque[tuple[float, int]]] = {}
         #: What people are shown of the queues, as the last look has found it: ``tier.model`` -> ``oldest_s``
         #: and ``rate``, the tasks a second that workers take.
@@ -150,7 +150,7 @@ class Probe:
             for lane, queue in queues.items()
             if queue.waiting or depth.claimed.get(lane)
         }
-        # Of a silent host, only what still beats is there.
+        # Of a silent host, count only workers with a fresh heartbeat.
         there = (one for one in remote if one.key.host in live or str(one.key) in beating)
         missing = _missing(beats)
         drained = frozenset(name for name, body in beats.items() if body.get("state") in (FINISHING, DRAINED))
@@ -262,7 +262,7 @@ class Probe:
         return queues
 
     def _oldest(self, lane: Lane, waiting: int, claimed: int) -> float:
-        """Return since when the first task after those that were claimed has been there."""
+        """Return how long the first task after those that were claimed has waited, in seconds."""
         if not waiting:
             self._arrived.pop(lane, None)
             return 0.0
@@ -276,7 +276,7 @@ class Probe:
         return now - arrived[0][0]
 
     def _rate(self, lane: Lane, claimed: int) -> float:
-        """Return how many tasks a second workers have taken from a lane over the last while."""
+        """Return how many tasks a second workers have taken from a lane lately."""
         now = self._clock()
         known = self._claimed.setdefault(lane, deque())
         while known and claimed < known[-1][1]:  # put back, or Redis has come back empty
@@ -339,7 +339,7 @@ def as_it_runs(
 
 
 def _missing(beats: Mapping[str, Mapping[str, Any]]) -> dict[str, frozenset[str]]:
-    """Return what workers that live say they could not load, by host."""
+    """Return the models that live workers could not load, by host."""
     found: dict[str, frozenset[str]] = {}
     for worker, body in beats.items():
         names = body.get("missing")

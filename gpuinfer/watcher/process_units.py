@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers as plain processes, for a machine without systemd: the same contract, on a smaller scale.
+"""Workers as plain processes, for a machine without systemd: the same contract.
 
 A child says READY as it would to systemd, over a socket of its own. When the watcher dies, the kernel
 sends its children SIGTERM: they drain and end, and the next watcher starts with none.
@@ -25,10 +25,10 @@ _PR_SET_PDEATHSIG = 1
 #: Exit statuses after which a worker is started again at once, as its unit does: it has grown past
 #: worker.max_memory_mb; a task ran past its hard time limit.
 RESTARTED = (80, 81)
-#: What a batch may take to drain before its worker is killed.
+#: Seconds a worker may drain before it is killed.
 STOP_TIMEOUT_S = 90.0
 Command = Callable[[int], Sequence[str]]
-#: What is special about one instance: variables beside those that all have.
+#: Variables of one instance, in addition to those that all have.
 Special = Callable[[int], Mapping[str, str]]
 
 

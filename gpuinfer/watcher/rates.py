@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast tasks arrive, how fast a worker serves, how long one takes to start: measured, never asked.
+"""How fast tasks arrive, how fast a worker serves, and how long it takes to start, as measured.
 
 A worker's rate shows only while the fleet is saturated: every worker is busy, holds about as many
 tasks as workers held at most within the window (full batches), and more wait than are in flight. The
@@ -20,33 +20,33 @@ from gpuinfer.settings import QUEUES, WatcherSettings
 from gpuinfer.watcher.load import Load
 from gpuinfer.watcher.state import Figures
 
-#: The steady arrival rate is the mean over the calm period, within these bounds.
+#: The steady arrival rate is the mean over the cooldown, within these bounds.
 WINDOW_MIN_S, WINDOW_MAX_S = 10.0, 60.0
-#: The recent rate is taken from this many looks; an odd number, for the median.
-RECENT_LOOKS = 7
-#: A rate that rose this many looks in a row is a crowd; a burst is over before.
-RISING_LOOKS = 4
-#: Workers seen saturated for this many looks in a row do not keep up.
-SURE_LOOKS = 2
-#: A throughput is believed when it was held for this many looks.
-SHOWN_LOOKS = 9
+#: The recent rate is taken from this many probes; an odd number, for the median.
+RECENT_PROBES = 7
+#: A rate that rose at this many probes in a row goes on; a burst is over before.
+RISING_PROBES = 4
+#: Workers that are saturated at this many probes in a row do not keep up.
+SURE_PROBES = 2
+#: A throughput counts when it was held for this many probes.
+SHOWN_PROBES = 9
 #: What was measured in saturation fades with this time constant.
 FADE_S = 30.0
-#: The assumed rate counts as much as one worker-second of measuring.
+#: The assumed rate weighs as much as one worker-second of measurement.
 PRIOR_WORKER_S = 1.0
-#: No rate is less: to divide by it must stay possible after hours in which nothing was served.
+#: No rate is less: it is divided by, also after hours in which nothing was served.
 LEAST_RATE = 1e-6
 #: Share of a new start-up time in the running mean.
 STARTUP_SHARE = 0.3
-#: A fleet is saturated when its workers hold so much of the most they held within the window.
+#: A fleet is saturated when its workers hold this share of the most they held within the window.
 FULL = 0.75
-#: A look after a longer pause, in probe intervals, measures nothing.
+#: A probe after a longer pause, in probe intervals, measures nothing.
 MAX_GAP = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What happened between two looks."""
+    """What happened between two probes."""
 
     at: float
     seconds: float
@@ -55,7 +55,7 @@ class Sample:
     served: float
     #: Workers that served all the time; 0 when their number has changed.
     workers: int
-    #: Tasks that a worker held at the end, on the average over the fleet.
+    #: Tasks that a worker held at the end, on average.
     held: float
 
     @property
@@ -66,20 +66,20 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What has been measured so far; every value may be None or empty before the first look."""
+    """What has been measured so far; every value may be None or empty before the first probe."""
 
     at: float | None = None
-    #: waiting + in flight + done of each lane at the last look.
+    #: waiting + in flight + done of each lane at the last probe.
     totals: Mapping[Lane, float] = field(default_factory=dict)
     done: float = 0.0
     active: int = 0
-    #: For how many looks in a row the workers have been saturated.
+    #: At how many probes in a row the workers have been saturated.
     saturated: int = 0
     samples: tuple[Sample, ...] = ()
     #: Tasks served and worker-seconds spent in saturation, both fading.
     served: float | None = None
     worked: float = PRIOR_WORKER_S
-    #: True once workers were seen saturated; before, the rate is only what they did at least.
+    #: True once workers were saturated; before, the rate is a lower bound.
     known: bool = False
     startup_s: float | None = None
 
@@ -123,7 +123,7 @@ class Rates:
 
     @property
     def peak(self) -> float:
-        """Return the most tasks that a worker held within the window, on the average over the fleet."""
+        """Return the most tasks that a worker held within the window, on average over the fleet."""
         return max((sample.held for sample in self.samples), default=0.0)
 
     @property
@@ -134,23 +134,23 @@ class Rates:
 
     @property
     def recent(self) -> tuple[float, ...]:
-        """Return arrivals a second that go on: a queue's median look, or their mean if that is less.
+        """Return the arrivals a second that go on: a queue's median over the probes, or the mean if less.
 
         One burst moves neither the median, nor do regular lumps move the mean. Per queue. Looks that are
         missing, after a start or while Redis was away, saw nothing: the first burst would else be a rate.
         """
-        looks = [tuple(n / look.seconds for n in look.arrived) for look in self.samples[-RECENT_LOOKS:]]
+        looks = [tuple(n / look.seconds for n in look.arrived) for look in self.samples[-RECENT_PROBES:]]
         if not looks:
             return (0.0,) * len(QUEUES)
-        missing = (0.0,) * (RECENT_LOOKS - len(looks))
+        missing = (0.0,) * (RECENT_PROBES - len(looks))
         by_queue = (missing + values for values in zip(*looks, strict=True))
-        return tuple(_lasting(values, self.saturated >= SURE_LOOKS) for values in by_queue)
+        return tuple(_lasting(values, self.saturated >= SURE_PROBES) for values in by_queue)
 
 
 def _lasting(rates: tuple[float, ...], saturated: bool) -> float:
-    """Return the rate that goes on. One that rose at each of the last looks rises as much again."""
-    last = rates[-RISING_LOOKS:]
-    if saturated and len(last) == RISING_LOOKS and all(a < b for a, b in pairwise(last)):
+    """Return the rate that goes on. One that rose at each of the last probes rises as much again."""
+    last = rates[-RISING_PROBES:]
+    if saturated and len(last) == RISING_PROBES and all(a < b for a, b in pairwise(last)):
         return 2 * last[-1] - last[0]
     return min(median(rates), fmean(rates))
 
@@ -158,7 +158,7 @@ def _lasting(rates: tuple[float, ...], saturated: bool) -> float:
 def measure(
     before: Rates, load: Load, active: int, all_busy: bool, settings: WatcherSettings, now: float
 ) -> Rates:
-    """Add a look. ``active`` workers serve, and ``all_busy`` says whether none of them is idle."""
+    """Add a probe. ``active`` workers serve, and ``all_busy`` says whether none of them is idle."""
     done = float(load.done)
     held = load.held / active if active else 0.0
     full = all_busy and active > 0 and load.waiting > load.in_flight and held >= FULL * max(before.peak, held)
@@ -184,7 +184,7 @@ def measure(
 
 
 def _arrived(before: Mapping[Lane, float], totals: Mapping[Lane, float]) -> tuple[float, ...]:
-    """Return what has arrived in each tier. Of a lane that is new here, it is not known since when it was."""
+    """Return how many tasks have arrived in each tier. A new lane counts from the next probe on."""
     tiers: dict[str, float] = dict.fromkeys(QUEUES, 0.0)
     for lane, total in totals.items():
         tiers[lane.tier] += total - before.get(lane, total)
@@ -200,13 +200,13 @@ def _learn(rates: Rates, sample: Sample, settings: WatcherSettings) -> Rates:
 
 
 def _raise(rates: Rates, settings: WatcherSettings) -> Rates:
-    """Believe a throughput that is higher than what was thought possible, once the same workers held it.
+    """Raise the rate to a throughput that is higher, once the same workers have held it.
 
     When one becomes active, or another watcher tells late that one is, what it serves has no worker-seconds.
     """
-    looks = rates.samples[-SHOWN_LOOKS:]
+    looks = rates.samples[-SHOWN_PROBES:]
     steady = {look.workers for look in looks}
-    if len(looks) < SHOWN_LOOKS or len(steady) > 1 or 0 in steady:
+    if len(looks) < SHOWN_PROBES or len(steady) > 1 or 0 in steady:
         return rates
     shown = sum(look.served for look in looks) / sum(look.worker_s for look in looks)
     if shown <= rates.service(settings):

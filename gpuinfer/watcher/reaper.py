@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reaper: puts back what lies in flight at workers that are gone.
+"""The reaper: puts back the tasks in flight of workers that are gone.
 
-A worker's tasks come back at its next start, or when systemd finds that it died. The reaper is for those of
-whom neither comes: a host that lost power or burned, a host or container with another name since, a unit that
-died while Redis was away, a plain process.
+A worker's tasks come back at its next start, or when systemd notices that it died. The reaper handles
+workers for which neither happens: a host that is lost, or has another name since, a unit that died while
+Redis was away, a plain process.
 
-A heartbeat's age is told by Redis's clock. That is not enough: after Redis was away, or its clock was set,
-all heartbeats are old, and all workers live. So the reaper must also have seen nothing new for a while, by
-its own clock. A worker that is reaped although it runs (a partition) drops what it held and goes on; its
-results count once. Two reapers at once do no harm: a restore is refused once an epoch has begun after the one
-that its reaper saw.
+A heartbeat's age is measured on Redis's clock. That is not enough: after Redis was away, or its clock was
+set, all heartbeats are old while all workers live. So the reaper must also have seen nothing new for a
+while, on its own clock. A worker that is reaped although it runs (a partition) drops its tasks and goes on;
+their results count once. Two reapers at once do no harm: a restore is refused once a newer epoch has begun
+than the one that its reaper saw.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from gpuinfer.watcher.units import UnitView
 
 log = get_logger(__name__)
 
-#: Seconds between two looks at who holds tasks.
+#: Seconds between two probes for workers that hold tasks.
 LOOK_EVERY_S = 2.0
-#: Seconds between two looks at whose names do not come back.
+#: Seconds between two probes for names that do not come back.
 FORGET_EVERY_S = 60.0
-#: Seconds between two looks for callers of whom nothing has to be known.
+#: Seconds between two probes for callers that can be forgotten.
 TIDY_EVERY_S = 600.0
 #: Seconds for which a reaper must itself have seen nothing of another host's worker. One that waited for a
-#: deaf Redis is back in less.
+#: Redis that does not answer is back in less.
 WITNESS_S = 60.0
-#: Two looks that are further apart than this say nothing of what was between them.
+#: Two probes that are further apart than this prove nothing about the time between them.
 GAP_S = 30.0
 
 
@@ -111,7 +111,7 @@ class _Watched:
 
 
 class Reaper:
-    """Looks after what lies at dead workers, for the watcher of one host. Blocking: call it in a thread."""
+    """Puts back the tasks of dead workers, for the watcher of one host. Blocking: call it in a thread."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Reaper:
         self._forgot_at = -FORGET_EVERY_S
         self._tidied_at = -TIDY_EVERY_S
         self._watched: dict[str, _Watched] = {}
-        #: Worker -> what was last said of it: each reason is logged once.
+        #: Worker -> the reason that was last logged: each is logged once.
         self._said: dict[str, str] = {}
 
     def step(
@@ -142,7 +142,7 @@ class Reaper:
         """
         now = self._clock()
         if away:
-            self._watched.clear()  # nobody could send a heartbeat
+            self._watched.clear()  # no worker could send a heartbeat
             return []
         if now - self._looked_at < LOOK_EVERY_S:
             return []
@@ -176,7 +176,7 @@ class Reaper:
                 while self._trim(args=[*bounds, 1]):
                     pass
         except AWAY:
-            return  # the look finds that out
+            return  # the probe reports that
         except redis.RedisError as exc:
             log.warning("names_not_forgotten", reason=str(exc), hint="tried again in a minute")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each instance of this host would serve: by its settings, read again whenever they have changed."""
+"""What each instance of this host would serve by its settings, which are read again when they change."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ Environment = Callable[[int], Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What an instance's settings were made of, and what they say."""
+    """An instance's settings, and what they were read from."""
 
     source: object
     settings: Settings
 
 
 def of_units(number: int) -> Mapping[str, str]:
-    """Return the environment in which systemd starts an instance, as far as settings go."""
+    """Return the variables with settings in the environment in which systemd starts an instance."""
     named = os.environ.get("GPUINFER_CONFIG")
     return {**({"GPUINFER_CONFIG": named} if named else {}), **instances.read(number)}
 
 
 def beside_settings(number: int) -> Mapping[str, str]:
-    """Return what is special about an instance that is a plain process: its file beside the settings file."""
+    """Return the variables of the file beside the settings file that belongs to one plain process."""
     return instances.read(number, settings_file().parent)
 
 
@@ -79,7 +79,7 @@ class Served:
 
     def _say_wrong(self, number: int, reason: str) -> None:
         if self._wrong.get(number) != reason:
-            hint = "it is taken to serve what all serve; gpuinfer doctor gpu.binding says what is wrong"
+            hint = "it counts as serving what all serve; gpuinfer doctor gpu.binding has the details"
             log.warning("instance_settings_unreadable", instance=number, reason=reason, hint=hint)
         self._wrong[number] = reason
 
@@ -96,7 +96,7 @@ class Served:
             there = {folders: Repository(folders).entries() for folders in asked}
         except ModelError as exc:
             if self._no_models != str(exc):
-                hint = "let the watcher's user read models.folders; until then only workers make models known"
+                hint = "let the watcher's user read models.folders; until then only workers announce models"
                 log.warning("models_not_listed", reason=str(exc), hint=hint)
             self._no_models = str(exc)
             return {}
@@ -111,7 +111,7 @@ class Served:
 
 
 def _stamp(path: Path) -> object:
-    """Return what changes when a file does."""
+    """Return a value that changes when the file does."""
     try:
         status = path.stat()
     except OSError as exc:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What waits for a model or a queue that nothing serves, and the command that helps."""
+"""Tasks that wait for a model or a queue that no worker serves, and the command that helps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Stranded:
     """Tasks that no worker will take as things are."""
 
     waiting: int
-    #: The command that gets them a worker.
+    #: The command that starts a worker for them.
     remedy: str
 
 
 class Reporter:
-    """Says once when tasks begin to wait for nobody, and once when that has ended."""
+    """Logs once when tasks begin to wait for a worker that does not exist, and once when that ends."""
 
     def __init__(self) -> None:
         self._said: frozenset[Lane] = frozenset()

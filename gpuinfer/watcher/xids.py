@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Xid errors as NVML tells them: an event set that every GPU is registered with.
+"""Xid errors from NVML: an event set that every GPU is registered with.
 
 It works without privileges, unlike the kernel's log; of a GPU that is split by MIG only what happens to the
 whole of it is told. What happened before is not told. While the set is open the driver is in use, as it
@@ -37,7 +37,7 @@ class Xids:
         self._again_at = clock()
 
     def wait(self, seconds: float) -> list[tuple[int, int]]:
-        """Return (GPU's index, Xid) of what has happened; wait for it at most so long. Never raises.
+        """Return (GPU's index, Xid) of new events; wait for them this long at most. Never raises.
 
         Returns at once when there are no events to wait for: no driver, no GPU that tells any.
         """
@@ -56,7 +56,7 @@ class Xids:
         return found
 
     def close(self) -> None:
-        """Let go of the driver."""
+        """Release the driver."""
         if self._set is not None:
             with suppress(self._nvml.NVMLError):
                 self._nvml.nvmlEventSetFree(self._set)
@@ -71,7 +71,7 @@ class Xids:
         try:
             self._nvml.nvmlInit()
         except self._nvml.NVMLError:
-            return False  # the inventory says why
+            return False  # the inventory has the reason
         try:
             self._set = self._nvml.nvmlEventSetCreate()
             self._by_address = {}
