@@ -24,7 +24,7 @@ from tests.models_for_tests import write_model
 #: Different photos; each is sent many times.
 DIFFERENT = 16
 _SIZE = (1280, 960)
-_TABLES = """
+TABLES = """
 max_batch_size = 32
 [[inputs]]
 name = "photo"
@@ -68,7 +68,7 @@ def made() -> list[bytes]:
 
 def photos(folder: Path, sizes: Sizes) -> Iterator[Line]:
     """Send photos as files, and wait for all results; then what each step takes by itself."""
-    model = write_model(folder / "models" / "photos", network(), _TABLES)
+    model = write_model(folder / "models" / "photos", network(), TABLES)
     files = made()
     rates, sent, device, redis = [], [], [], []
     with Fleet(folder, "photos", workers=1) as ours:

@@ -13,7 +13,7 @@ from tests.services import ServiceError
 
 _SCRIPT = """
 wrk.method = "POST"
-wrk.headers["Content-Type"] = "application/json"
+wrk.headers["Content-Type"] = "{content_type}"
 local file = io.open("{body}", "rb")
 wrk.body = file:read("*a")
 file:close()
@@ -46,13 +46,20 @@ class Load:
         return self.requests / self.duration_us * 1e6
 
 
-def load(url: str, body: bytes, connections: int, seconds: int, folder: Path) -> Load:
+def load(
+    url: str,
+    body: bytes,
+    connections: int,
+    seconds: int,
+    folder: Path,
+    content_type: str = "application/json",
+) -> Load:
     """Send a body over so many connections for a while. Raises ServiceError without wrk, or for errors."""
     wrk = shutil.which("wrk")
     if wrk is None:
         raise ServiceError("there is no wrk; apt-get install wrk")
     (folder / "body.json").write_bytes(body)
-    (folder / "post.lua").write_text(_SCRIPT.format(body=folder / "body.json"))
+    (folder / "post.lua").write_text(_SCRIPT.format(body=folder / "body.json", content_type=content_type))
     command = [wrk, "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s"]
     command += ["-s", str(folder / "post.lua"), url]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -45,10 +45,10 @@ class Ours:
 
     name = "gpuinfer"
 
-    def __init__(self, folder: Path, processes: int = 1) -> None:
+    def __init__(self, folder: Path, processes: int = 1, model: str = "perceptron") -> None:
         self._redis = RedisServer()
         self._workers = Workers(self._redis, folder)
-        self._workers.start(0, worker_models="perceptron", traced=False)
+        self._workers.start(0, worker_models=model, traced=False)
         self._port = free_port()
         command = (sys.executable, "-m", "gpuinfer", "api", "--port", str(self._port))
         self._front = self._workers.spawn(*command, name="api", api_processes=processes)
@@ -75,16 +75,27 @@ class Ours:
 class Peer:
     """A program of ``peers/`` in the environment of its package, made by ``make_environment``."""
 
-    def __init__(self, name: str, python: Path, folder: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        python: Path,
+        folder: Path,
+        model: str = "perceptron",
+        first: tuple[bytes, str] | None = None,
+    ) -> None:
+        """``first``: the body of a request that tells whether it serves, and its content type."""
         self.name = name
+        self._first = first or (self.body([0.0] * 64), "application/json")
         self._port = free_port()
         environment = os.environ | {
-            "BENCH_MODEL": str(folder / "models" / "perceptron" / "model.pt"),
+            "BENCH_MODEL": str(folder / "models" / model / "model.pt"),
+            "PATH": f"{python.parent}:{os.environ['PATH']}",
             "BENCH_PORT": str(self._port),
         }
         arguments = ["--port", str(self._port), "--address", "127.0.0.1"] if name == "mosec" else []
-        command = [str(python), str(_PEERS / f"{name}_app.py"), *arguments]
-        self._process = Process(command, folder / f"{name}.log", env=environment)
+        program = f"{name}_{'app' if model == 'perceptron' else model}.py"
+        command = [str(python), program, *arguments]
+        self._process = Process(command, folder / f"{name}.log", env=environment, cwd=_PEERS)
         until = time.monotonic() + _START_S
         while not self._answers():
             if not self._process.running or time.monotonic() > until:
@@ -93,7 +104,9 @@ class Peer:
 
     def _answers(self) -> bool:
         try:
-            return httpx.post(self.url(wait=True) or "", content=self.body([0.0] * 64), timeout=5).is_success
+            body, content_type = self._first
+            headers = {"content-type": content_type}
+            return httpx.post(self.url(wait=True) or "", content=body, headers=headers, timeout=5).is_success
         except httpx.HTTPError:
             return False
 
