@@ -77,17 +77,7 @@ def _serves(one: WorkerRow) -> str:
 
 def workers(status: Status) -> Listing[WorkerRow]:
     """Return the list of workers; of GPUs it tells where there are some."""
-    plain: list[Field[WorkerRow]] = [
-        Field("host", lambda one: one.host),
-        Field("worker", lambda one: str(one.number), lambda one: one.number, right=True),
-        Field("state", lambda one: one.state),
-        Field("rate", lambda one: words.rate(one.rate), lambda one: one.rate, right=True),
-        Field("busy", lambda one: words.share(_busy(one)), _busy, right=True),
-        Field("held", lambda one: str(one.in_flight), lambda one: one.in_flight, right=True),
-        Field("done", lambda one: words.count(one.done), lambda one: one.done, right=True),
-    ]
     gpus: list[Field[WorkerRow]] = [
-        Field("GPU", lambda one: f"{one.gpu.index} {one.gpu.name}" if one.gpu else ""),
         Field(
             "memory",
             lambda one: words.of(one.gpu.memory_used, one.gpu.memory_total) if one.gpu else words.NONE,
@@ -101,8 +91,24 @@ def workers(status: Status) -> Listing[WorkerRow]:
             right=True,
         ),
     ]
-    last = [Field("serves", _serves)]
-    return Listing(worker_name, [*plain, *(gpus if status.has_gpus else []), *last])
+    named: list[Field[WorkerRow]] = [
+        Field("GPU", lambda one: f"{one.gpu.index} {words.short(one.gpu.name)}" if one.gpu else "")
+    ]
+    return Listing(
+        worker_name,
+        [
+            Field("host", lambda one: one.host),
+            Field("worker", lambda one: str(one.number), lambda one: one.number, right=True),
+            Field("state", lambda one: one.state),
+            Field("rate", lambda one: words.rate(one.rate), lambda one: one.rate, right=True),
+            Field("busy", lambda one: words.share(_busy(one)), _busy, right=True),
+            *(gpus if status.has_gpus else []),
+            Field("serves", _serves),
+            Field("held", lambda one: str(one.in_flight), lambda one: one.in_flight, right=True),
+            Field("done", lambda one: words.count(one.done), lambda one: one.done, right=True),
+            *(named if status.has_gpus else []),
+        ],
+    )
 
 
 QUEUES: Listing[QueueRow] = Listing(

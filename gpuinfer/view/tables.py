@@ -69,7 +69,7 @@ def workers(status: Status, rows: Sequence[WorkerRow], width: int) -> list[list[
         Column("busy", _busy, right=True, rank=3),
         Column("held", lambda one: str(one.in_flight) if one.in_flight else words.NONE, right=True, rank=6),
         Column("done", lambda one: words.count(one.done), right=True, rank=7),
-        Column("GPU", lambda one: f"{one.gpu.index} {_short(one.gpu.name)}" if one.gpu else "", rank=5),
+        Column("GPU", lambda one: f"{one.gpu.index} {words.short(one.gpu.name)}" if one.gpu else "", rank=5),
         Column("memory", _memory, right=True, rank=4),
         Column("temp", _heat, right=True, rank=4, style=_hot),
         Column("serves", lambda one: _serves(one, versions=width >= _WIDE), least=12, rank=2),
@@ -81,10 +81,6 @@ def workers(status: Status, rows: Sequence[WorkerRow], width: int) -> list[list[
 def _busy(one: WorkerRow) -> str:
     known = one.busy if one.busy is not None else one.gpu.busy if one.gpu is not None else None
     return words.share(known)
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("NVIDIA ").removeprefix("GeForce ")
 
 
 def _memory(one: WorkerRow) -> str:

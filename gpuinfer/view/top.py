@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from rich.text import Text
 from textual import work
 from textual.app import App, ComposeResult
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Static, TabbedContent, TabPane
@@ -60,19 +60,23 @@ class Top(App[None]):
     """The application. ``look`` and ``actions`` block, and are called in threads."""
 
     TITLE = "gpuinfer top"
+    ENABLE_COMMAND_PALETTE = False
     CSS = """
     #title { height: 1; }
     #trouble { height: auto; max-height: 8; }
     #filter { display: none; height: 3; }
     #filter.shown { display: block; }
     #said { height: 1; }
+    Screen { overflow: hidden; }
+    TabbedContent { height: 1fr; }
+    TabPane { height: 1fr; padding: 0; }
     DataTable { height: 1fr; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         ("q", "quit", "Quit"),
-        ("1", "show('workers')", "Workers"),
-        ("2", "show('queues')", "Queues"),
-        ("3", "show('tasks')", "Tasks"),
+        Binding("1", "show('workers')", "Workers", show=False),
+        Binding("2", "show('queues')", "Queues", show=False),
+        Binding("3", "show('tasks')", "Tasks", show=False),
         ("s", "sort", "Sort"),
         ("S", "reverse", "Reverse"),
         ("slash", "filter", "Filter"),
@@ -101,8 +105,8 @@ class Top(App[None]):
         yield Static(id="trouble")
         yield Input(placeholder="words that a row must have; Enter keeps, Escape clears", id="filter")
         with TabbedContent(initial="workers"):
-            for name in ("workers", "queues", "tasks"):
-                with TabPane(name.capitalize(), id=name):
+            for place, name in enumerate(self._sorting, start=1):
+                with TabPane(f"{place} {name.capitalize()}", id=name):
                     yield DataTable(id=f"{name}-table", cursor_type="row", zebra_stripes=True)
         yield Static(id="said")
         yield Footer()

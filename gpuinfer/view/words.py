@@ -73,6 +73,11 @@ def spark(values: Sequence[float | None], width: int) -> str:
     return "".join(" " if top is None else _BLOCKS[round(7 * top / most) if most > 0 else 0] for top in tops)
 
 
+def short(name: str) -> str:
+    """Return a GPU's name without its maker's."""
+    return name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+
+
 def cut(text: str, width: int) -> str:
     """Return a text that is no longer than ``width``."""
     return text if len(text) <= width else text[: max(0, width - 1)] + "…"
