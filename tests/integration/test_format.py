@@ -244,7 +244,7 @@ def test_migrate(redis_server: RedisServer, workers: Workers) -> None:
     done = run(gpuinfer("redis", "migrate", "--json"), workers)
     assert json.loads(done.stdout) == {"format": 2, "found": 2, "changed": False}
     done = run(gpuinfer("redis", "migrate", "--help"), workers)
-    assert "Examples: gpuinfer redis migrate" in done.stdout
+    assert "gpuinfer redis migrate --json" in done.stdout
     with redis_server.client() as client:
         client.set(keys.FORMAT_KEY, "1")
     done = run(gpuinfer("redis", "migrate"), workers)
