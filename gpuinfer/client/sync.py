@@ -367,9 +367,7 @@ class Client(Driver):
         """
         if timeout_s is None or timeout_s > 0:
             with suppress(WaitTimeout):
-                for status in self.as_completed([task_id], timeout_s):
-                    if not core.owned(status, only):
-                        raise self._gone(task_id, only)
+                for status in self._completed(Waiting([task_id], self._origin, only), timeout_s):
                     return status
         return self.status(task_id, only=only)
 
@@ -401,7 +399,9 @@ class Client(Driver):
         With a timeout, an id that nothing is known of is waited for, as ``wait`` does. Goes on through a
         restart of Redis; BrokerUnavailable is raised where Redis refuses the password.
         """
-        waiting = Waiting(task_ids, self._origin)
+        yield from self._completed(Waiting(task_ids, self._origin), timeout_s)
+
+    def _completed(self, waiting: Waiting, timeout_s: float | None) -> Iterator[TaskStatus]:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         cut_off = False
         while waiting:
@@ -497,7 +497,7 @@ class Client(Driver):
         ids = ids or waiting.ids
         for start in range(0, len(ids), LOOK):
             some = ids[start : start + LOOK]
-            metas = self._direct.call("MGET", *map(keys.result, some))
+            metas = waiting.visible(some, self._direct.call("MGET", *map(keys.result, some)))
             if missing := waiting.missing(some, metas):
-                waiting.expired(missing, self._known(missing))
+                waiting.expired(missing, self._known(missing, waiting.only))
             yield from waiting.looked(some, metas, patient=patient)

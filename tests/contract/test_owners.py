@@ -51,7 +51,7 @@ def foreign(client: Client, task_id: str, who: str = "bob") -> None:
     with pytest.raises(TaskNotFound) as unknown:
         client.status("00000000-0000-4000-8000-000000000000", only=who)
     said = str(unknown.value).replace("00000000-0000-4000-8000-000000000000", task_id)
-    for verb in (client.status, client.cancel, client.retry, client.forget):
+    for verb in (client.status, client.wait, client.cancel, client.retry, client.forget):
         with pytest.raises(TaskNotFound) as caught:
             verb(task_id, only=who)
         assert str(caught.value) == said
@@ -63,6 +63,8 @@ def test_through_all_states(client: Client, store: Store) -> None:
     task_id = submit(store, "alice", metadata=MIMIC)
     assert client.status(task_id, only="alice").caller == "alice"
     foreign(client, task_id)
+    with pytest.raises(TaskNotFound):  # as late as for an unknown id
+        client.wait(task_id, 0.05, only="bob")
     (task,) = store.claim(1)
     started = results.started(task_id, "w", 1, about={"metadata": MIMIC}, caller="alice")
     store.begin([(task.seq, task_id, started)])
@@ -188,6 +190,25 @@ def test_an_id_of_ones_own(client: Client, store: Store) -> None:
     refused()
     assert client.status("job-1", only="alice").caller == "alice"
     store.claim(1)
+
+
+def test_an_id_that_another_has_taken(client: Client, store: Store) -> None:
+    """A dead letter whose id is another caller's by now is not sent again over that one's task."""
+    submit(store, "alice", task_id="job-1")
+    (task,) = store.claim(1)
+    store.bury(task.seq, task.list_key, task.payload, DeadLettered("no"), deaths=2)
+    store.client.unlink(keys.result("job-1"), keys.KEYED)
+    submit(store, "bob", task_id="job-1")
+    for end in (False, True):
+        before = store.client.dump(keys.result("job-1"))
+        with pytest.raises(TaskNotFound):
+            client.retry("job-1", only="alice")
+        with pytest.raises(TaskNotFound):
+            client.retry("job-1")
+        assert store.client.dump(keys.result("job-1")) == before
+        if not end:
+            (task,) = store.claim(1)
+            ends(store, task, results.failure, TaskFailed("no"))
 
 
 def test_keys_of_a_callers_own(store: Store) -> None:

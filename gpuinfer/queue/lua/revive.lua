@@ -6,7 +6,10 @@
 --       '1' for a task that failed
 -- Returns 1, 0 when the letter is gone, or the task runs again by now, or why nothing was done: -1, the task has its result by now, which stands; -2,
 -- its body is gone; -3, something else stands under the list's name.
-if state_of(ARGV[1]) == 'SUCCESS' then return -1 end
+local state, caller = state_of(ARGV[1]), string.match(KEYS[1], '@([^@\6]+)') or ''
+-- Somebody has taken the id for another task meanwhile, or sent this one again.
+if state and (not FINAL[state] or owner_of(ARGV[1]) ~= caller) then return 0 end
+if state == 'SUCCESS' then return -1 end
 local kept = ARGV[5] == '1' and FAILED_TASKS or DEAD_LETTERS
 if redis.call('HEXISTS', kept.letters, ARGV[1]) == 0 then return 0 end
 if ARGV[4] == '1' and redis.call('EXISTS', BODY_PREFIX .. ARGV[1]) == 0 then return -2 end
@@ -17,7 +20,7 @@ write_waiting(ARGV[1], KEYS[1], ahead, 1, ARGV[3])
 redis.call('LPUSH', KEYS[1], ARGV[2])
 local tier, model = index_list(KEYS[1])
 if tier then
-  count_body(tier, string.match(KEYS[1], '@([^@\6]+)') or '', ARGV[1])
+  count_body(tier, caller, ARGV[1])
   wake_for(tier, model, 1)
 end
 return 1
