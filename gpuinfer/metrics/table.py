@@ -56,9 +56,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("gpuinfer_queue_paused", "gauge", "1 where nothing is claimed until it is resumed.", ("queue",)),
     Metric("gpuinfer_dead_letters", "gauge", "Tasks set aside after they took workers down."),
     Metric("gpuinfer_dead_letters_bytes", "gauge", "Their bytes."),
-    Metric("gpuinfer_task_wait_seconds", "histogram", "From submission to the first batch.", _LANE),
+    Metric("gpuinfer_task_wait_seconds", "histogram", "From a client of ours to the first batch.", _LANE),
     Metric("gpuinfer_task_run_seconds", "histogram", "Time in batches.", _LANE),
-    Metric("gpuinfer_task_total_seconds", "histogram", "From submission to the end.", _LANE),
+    Metric("gpuinfer_task_total_seconds", "histogram", "From a client of ours to the end.", _LANE),
     Metric("gpuinfer_batch_size", "histogram", "Inputs of a batch.", ("model",)),
     Metric(
         "gpuinfer_device_seconds_total",
