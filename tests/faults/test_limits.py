@@ -16,6 +16,7 @@ from gpuinfer import Client
 from gpuinfer.errors import DeadLettered, InputError, SoftTimeLimitExceeded, TimeLimitExceeded
 from gpuinfer.queue import keys
 from gpuinfer.queue.depth import look
+from gpuinfer.worker.ceiling import EX_HARD_LIMIT
 from tests.models_for_tests import picky, sleeper
 from tests.services import RedisServer
 from tests.workers import Workers, wait_until
@@ -33,7 +34,7 @@ def test_hard_limit_ends_the_offender_alone(workers: Workers, client: Client) ->
     while not all(client.status(task).final for task in [*good, bad]):
         ends.append(workers.start(worker_models="slow", traced=False))
         wait_until(lambda: not ends[-1].running or all(client.status(t).final for t in [*good, bad]), 20)
-    assert [end.returncode for end in ends if not end.running] == [1, 1]
+    assert [end.returncode for end in ends if not end.running] == [EX_HARD_LIMIT] * 2
     assert len(client.results(good, timeout_s=1)) == 10
     with pytest.raises(TimeLimitExceeded):
         client.result(bad, timeout_s=1)

@@ -10,6 +10,7 @@ import pytest
 
 from gpuinfer import Client
 from gpuinfer.errors import DeadLettered, InferenceError, TimeLimitExceeded
+from gpuinfer.worker.ceiling import EX_HARD_LIMIT
 from tests.models_for_tests import python_model
 from tests.services import Process
 from tests.workers import Workers, wait_until
@@ -85,7 +86,7 @@ def test_a_step_past_its_hard_limit_ends_its_task_alone(workers: Workers, client
     slow = client.submit(77, model="mine")
     good += client.submit_many([4, 5, 6], model="mine")
     ended = run_until_all_end(workers, client, [*good, slow])
-    assert [one.returncode for one in ended] == [1]
+    assert [one.returncode for one in ended] == [EX_HARD_LIMIT]
     with pytest.raises(TimeLimitExceeded):
         client.result(slow, timeout_s=1)
     assert len(client.results(good, timeout_s=1)) == 6
