@@ -40,8 +40,12 @@ def preferred_time(scope: Scope) -> int | None:
     return int(found[1]) if found else None
 
 
-async def until_ended(scope: Scope, receive: Receive, task_id: str, seconds: float) -> TaskStatus:
+async def until_ended(
+    scope: Scope, receive: Receive, task_id: str, seconds: float, *, raw: bool = False
+) -> TaskStatus:
     """Wait for the end of a task, of the time, of the caller's patience, or of this process.
+
+    ``raw``: arrays may be ``arrays.Raw``, see ``results.parse``.
 
     Return the task's state then. Raises InputError, BrokerError; TaskNotFound also for a task that the caller
     may not see, and that as late as for one of which nothing is known.
@@ -50,7 +54,7 @@ async def until_ended(scope: Scope, receive: Receive, task_id: str, seconds: flo
     if seconds > 0:
         with client.watch(task_id) as watch, suppress(TimeoutError):
             async with bounded(scope, receive, seconds):
-                return await client.ended(task_id, watch, patient=True, only=only)
+                return await client.ended(task_id, watch, patient=True, only=only, raw=raw)
     return await client.status(task_id, only=only)
 
 

@@ -496,14 +496,15 @@ class AsyncClient(Driver):
         patient: bool = False,
         submitted: bool = False,
         only: str | None = None,
+        raw: bool = False,
     ) -> TaskStatus:
         """Wait for a task's end, however long.
 
         ``patient``: an id that nothing is known of is waited for, too. ``submitted``: it was watched before
-        it was sent, so that there is no need to look whether it has ended. ``only``: as for ``status``.
-        Raises TaskNotFound, BrokerError.
+        it was sent, so that there is no need to look whether it has ended. ``only``: as for ``status``;
+        ``raw``: as for ``results.parse``. Raises TaskNotFound, BrokerError.
         """
-        waiting = Waiting((task_id,), self._origin, only)
+        waiting = Waiting((task_id,), self._origin, only, raw=raw)
         ended = [] if submitted else await self._look(waiting, patient=patient)
         while not ended:
             ended = await self._next(watch, waiting, patient=patient, again=not submitted)

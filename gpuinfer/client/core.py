@@ -491,9 +491,11 @@ def only_args(only: str | None) -> list[str]:
 class Waiting:
     """The tasks that one wait is for, and what is known of them. No input, no output."""
 
-    def __init__(self, task_ids: Iterable[str], origin: Origin, only: str | None = None) -> None:
-        """``only``: another caller's tasks are as if they were unknown."""
-        self._origin, self.only = origin, only
+    def __init__(
+        self, task_ids: Iterable[str], origin: Origin, only: str | None = None, *, raw: bool = False
+    ) -> None:
+        """``only``: another caller's tasks are as if they were unknown; ``raw``: as for ``results.parse``."""
+        self._origin, self.only, self._raw = origin, only, raw
         #: Id -> whether Redis has known it. Raises InputError for what is no id.
         self._known: dict[str, bool] = {}
         for task_id in task_ids:
@@ -539,7 +541,7 @@ class Waiting:
         if self.only is None:
             return metas
         return [
-            meta if meta is not None and owned(results.parse(task_id, meta), self.only) else None
+            meta if meta is not None and owned(results.parse(task_id, meta, raw=True), self.only) else None
             for task_id, meta in zip(task_ids, metas, strict=True)
         ]
 
@@ -566,7 +568,7 @@ class Waiting:
                     continue
                 raise not_found(task_id)
             self._known[task_id] = True
-            status = results.parse(task_id, meta)
+            status = results.parse(task_id, meta, raw=self._raw)
             if self.told(status):
                 ended.append(status)
         return ended

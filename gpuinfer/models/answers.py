@@ -26,7 +26,8 @@ _MAX_DEPTH = 64
 
 
 def to_json(value: Any, encoding: Encoding = "list", depth: int = 0) -> Any:
-    """Return a value as JSON: arrays and tensors by ``encoding``, NaN as null, bytes and images as base64.
+    """Return a value as JSON: arrays and tensors by ``encoding``, NaN as null, bytes and images as base64, or
+    with ``binary`` as they are.
 
     Also pydantic models, data classes, enumerations, sets, paths (as text), dates. Raises InferenceError
     that names the type of anything else.
@@ -66,7 +67,7 @@ def _special(value: Any, encoding: Encoding, depth: int) -> Any:
     if isinstance(value, np.generic):
         return to_json(value.item(), encoding, depth + 1)
     if isinstance(value, bytes | bytearray | memoryview):
-        return {"b64": _base64(bytes(value))}
+        return {"b64": bytes(value) if encoding == "binary" else _base64(bytes(value))}
     if isinstance(value, enum.Enum):
         return to_json(value.value, encoding, depth + 1)
     if isinstance(value, bool | int | float | str):  # a subclass
@@ -83,7 +84,8 @@ def _special(value: Any, encoding: Encoding, depth: int) -> Any:
         return str(value)
     pillow = sys.modules.get("PIL.Image")
     if pillow is not None and isinstance(value, pillow.Image):
-        return {"b64": _png(value), "type": "image/png"}
+        png = _png(value)
+        return {"b64": png if encoding == "binary" else _base64(png), "type": "image/png"}
     raise InferenceError(f"its output is of type {type(value).__name__}, which is no JSON")
 
 
@@ -95,10 +97,10 @@ def _key(name: Any) -> str:
     raise InferenceError(f"its output has a key of type {type(name).__name__}; JSON's are strings")
 
 
-def _png(picture: Any) -> str:
+def _png(picture: Any) -> bytes:
     file = io.BytesIO()
     picture.save(file, format="PNG")
-    return _base64(file.getvalue())
+    return file.getvalue()
 
 
 def _base64(data: bytes) -> str:

@@ -14,6 +14,8 @@ from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.specs import OutputSpec
 from gpuinfer.models.tensors import Array, Encoding, encode_array
 
+#: Encodings by which scores are a raw output, too.
+_RAW: frozenset[Encoding] = frozenset({"raw", "binary"})
 #: Digits behind the point that a confidence keeps.
 CONFIDENCE_DIGITS = 6
 #: Up to this many classes all are sorted; beyond it only the best are picked out first.
@@ -47,10 +49,10 @@ def render_batch(
     names = [spec.name for spec in manifest.outputs]
     rows = zip(*columns, strict=True)
     if len(columns) == 1 and manifest.outputs[0].kind == "classification":
-        if "raw" not in encodings:
+        if _RAW.isdisjoint(encodings):
             return columns[0]
         return [
-            {"outputs": {names[0]: row[0]}} if how == "raw" else row[0]
+            {"outputs": {names[0]: row[0]}} if how in _RAW else row[0]
             for row, how in zip(rows, encodings, strict=True)
         ]
     return [{"outputs": dict(zip(names, row, strict=True))} for row in rows]
@@ -60,11 +62,11 @@ def _column(
     spec: OutputSpec, column: Sequence[Array], top_k: Sequence[int | None], encodings: Sequence[Encoding]
 ) -> list[Any]:
     """Render one output of all items."""
-    if spec.kind == "classification" and "raw" not in encodings:
+    if spec.kind == "classification" and _RAW.isdisjoint(encodings):
         return _classified(spec, column, top_k)
     return [
         _classified(spec, [array], [k])[0]
-        if spec.kind == "classification" and how != "raw"
+        if spec.kind == "classification" and how not in _RAW
         else encode_array(array, how)
         for array, k, how in zip(column, top_k, encodings, strict=True)
     ]

@@ -34,8 +34,9 @@ from gpuinfer.models.type_words import WORDS, word
 Array = np.ndarray[Any, np.dtype[Any]]
 #: One array per input of the manifest, in its order.
 Item = tuple[Array, ...]
-#: How arrays are written; raw: as b64, and scores of a classification as the model gives them.
-Encoding = Literal["list", "b64", "raw"]
+#: How arrays are written; raw: as b64, and scores of a classification as the model gives them; binary: as
+#: raw, and they stay arrays, to be written as bytes.
+Encoding = Literal["list", "b64", "raw", "binary"]
 
 _BFLOAT16 = "bfloat16"
 #: kind of the dtype -> what JSON values may stand for it, and which kinds of numpy array.
@@ -83,6 +84,8 @@ def decode(manifest: Manifest, value: object) -> Item:
 
 def encode_array(array: Array, encoding: Encoding = "list") -> object:
     """Turn an output into JSON: nested lists, where NaN and infinity become null, or exact bytes."""
+    if encoding == "binary":
+        return np.array(array, array.dtype.newbyteorder("<"), order="C")  # a copy: the memory is used again
     if encoding != "list":
         raw = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
         text = binascii.b2a_base64(raw, newline=False).decode("ascii")

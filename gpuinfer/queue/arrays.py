@@ -94,7 +94,7 @@ def _leaf(value: Any, path: tuple[int | str, ...], found: list[Placed]) -> Any:
     array = _array_of(value)
     if array is None:
         return value
-    raw = _raw(array)
+    raw = raw_of(array)
     if raw is None:
         return array.tolist()
     found.append(Placed(path, raw))
@@ -148,7 +148,7 @@ def _from_torch(tensor: Any) -> Array:
         return tensor.float().numpy()  # type: ignore[no-any-return]
 
 
-def _raw(array: Array) -> Raw | None:
+def raw_of(array: Array) -> Raw | None:
     """Return an array's bytes; None for one that holds no plain numbers (text, objects, complex numbers)."""
     import numpy as np
 
@@ -169,7 +169,7 @@ def inline(rest: Any, arrays: Sequence[Placed], *, many: bool) -> Any:
         if path and path[-1] == "b64":
             rest = _put(rest, path, _base64(raw))
             continue
-        rest = _put(rest, path, _encoded(raw) if path or not many else [_encoded(one) for one in _items(raw)])
+        rest = _put(rest, path, encoded(raw) if path or not many else [encoded(one) for one in _items(raw)])
     return rest
 
 
@@ -177,7 +177,8 @@ def _base64(raw: Raw) -> str:
     return binascii.b2a_base64(raw.data, newline=False).decode("ascii")
 
 
-def _encoded(raw: Raw) -> dict[str, Any]:
+def encoded(raw: Raw) -> dict[str, Any]:
+    """Return an array, or bytes, as JSON may hold it."""
     text = _base64(raw)
     if raw.dtype == BYTES:
         return {"b64": text}

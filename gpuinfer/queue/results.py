@@ -19,6 +19,8 @@ import orjson
 
 from gpuinfer import errors
 from gpuinfer.errors import GpuinferError, TaskExpired, TaskFailed, TaskRevoked, UnreadableResult
+from gpuinfer.queue import binary
+from gpuinfer.queue.arrays import BESIDE_BYTES
 from gpuinfer.queue.keys import RESULT_PREFIX
 
 State = Literal["queued", "running", "completed", "failed", "expired", "revoked"]
@@ -101,6 +103,7 @@ def _meta(
     *,
     redelivered: bool,
     caller: str,
+    more: Mapping[str, Any] | None = None,
 ) -> bytes:
     body = _owned(status, caller) | {
         "result": result,
@@ -118,6 +121,8 @@ def _meta(
         body["redelivered"] = True
     if about:
         body["about"] = about
+    if more:
+        body |= more
     return dump(body)
 
 
@@ -187,6 +192,27 @@ def success(
     return _meta("SUCCESS", task_id, result, worker, times, about, redelivered=redelivered, caller=caller)
 
 
+def success_in_bytes(
+    task_id: str,
+    result: Any,
+    *,
+    worker: str,
+    redelivered: bool = False,
+    times: Times | None = None,
+    about: Mapping[str, Any] | None = None,
+    caller: str = "",
+) -> bytes:
+    """Return the meta of a task that completed, with its arrays behind the JSON where they are large."""
+    rest, placed = binary.split(result)
+    small = binary.size_of(placed) <= BESIDE_BYTES
+    result = binary.inlined(rest, placed) if small else rest
+    more: dict[str, Any] = {} if small else {"arrays": binary.table(placed)}
+    head = _meta(
+        "SUCCESS", task_id, result, worker, times, about, redelivered=redelivered, caller=caller, more=more
+    )
+    return head if small else binary.join(head, placed)
+
+
 def failure(
     task_id: str,
     error: BaseException,
@@ -223,20 +249,31 @@ def caller_of(meta: bytes) -> str:
     return found[1].decode() if found else ""
 
 
-def parse(task_id: str, meta: bytes | str) -> TaskStatus:
-    """Read a result key's value. Raises UnreadableResult for one that no worker of Celery's has written."""
+def parse(task_id: str, meta: bytes | str, *, raw: bool = False) -> TaskStatus:
+    """Read a result key's value. ``raw``: arrays that lie behind its JSON are ``arrays.Raw``, else in base64.
+
+    Raises UnreadableResult for one that no worker of Celery's has written.
+    """
     try:
         body = orjson.loads(meta)
     except orjson.JSONDecodeError:
-        import json
+        pass
+    else:
+        if not isinstance(body, dict):
+            raise unreadable(task_id, "JSON, but no object")
+        if "arrays" not in body:  # bytes of white space would pass for the end of the JSON
+            return from_body(task_id, body)
+    import json
 
-        try:
-            body = json.loads(meta, parse_constant=lambda _: math.nan)
-        except (ValueError, RecursionError):
-            raise unreadable(task_id, "no JSON") from None
-    if not isinstance(body, dict):
+    try:
+        found = binary.read(meta, raw=raw) if isinstance(meta, bytes) else None
+        if found is None:
+            found = json.loads(meta, parse_constant=lambda _: math.nan)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise unreadable(task_id, "no JSON") from None
+    if not isinstance(found, dict):
         raise unreadable(task_id, "JSON, but no object")
-    return from_body(task_id, body)
+    return from_body(task_id, found)
 
 
 def unreadable(task_id: str, what: str) -> UnreadableResult:

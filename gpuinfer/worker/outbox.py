@@ -24,11 +24,12 @@ from gpuinfer.errors import (
     WorkerRunning,
 )
 from gpuinfer.log import get_logger
-from gpuinfer.queue import results
+from gpuinfer.queue import binary, results
 from gpuinfer.queue.claims import Claimed, Final, label, size_of
 from gpuinfer.queue.connection import AWAY
 from gpuinfer.queue.keys import RESULT_PREFIX, place_of
 from gpuinfer.queue.message import Envelope
+from gpuinfer.queue.options import BINARY
 from gpuinfer.queue.store import Store
 from gpuinfer.worker.about import about
 from gpuinfer.worker.buffer import Batch
@@ -184,6 +185,11 @@ class Outbox:
         worker, again = self._store.worker, envelope.deliveries > 0
         failed = isinstance(end, GpuinferError)
         write = results.failure if failed else results.success
+        if not failed and task is not None and task.encoding == BINARY:
+            if envelope.embed:  # what follows gets JSON
+                end = binary.inlined(*binary.split(end))
+            else:
+                write = results.success_in_bytes
         times = {"sent_at": envelope.sent_at, "began_at": None if task is None else task.time_start}
         ran = () if task is None else (task.model, task.ran_s, task.batch_size)
         tells = about(claimed, envelope, self._store.versions, *ran)

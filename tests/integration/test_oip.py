@@ -181,6 +181,11 @@ def _batches(client: triton.InferenceServerClient) -> None:
     scores = client.infer("digits", [tensor("image", many)]).as_numpy("digit")
     assert scores.shape == (300, 10)
     assert (scores.argmax(axis=1) == np.concatenate([labels] * 2)[:300]).mean() > 0.9
+    for binary in (True, False):  # 400 KB: bytes behind the result's JSON, from the worker to the socket
+        large = numbers(np.arange(100_000).reshape(1, -1) / 3)
+        outputs = [triton.InferRequestedOutput("twice", binary_data=binary)]
+        answer = client.infer("variable", [tensor("x", large)], outputs=outputs)
+        assert np.array_equal(answer.as_numpy("twice"), 2 * large)
     sums = client.infer(
         "add-scalar", [tensor("x", np.ones((2, 4), np.float32)), tensor("k", numbers([1, 2]))]
     )

@@ -34,6 +34,7 @@ from gpuinfer.errors import (
     UnknownModel,
 )
 from gpuinfer.models.signature import Input, Output, Signature
+from gpuinfer.queue import results
 from gpuinfer.settings import Settings
 
 pytestmark = pytest.mark.unit
@@ -230,6 +231,20 @@ def test_results_become_tensors() -> None:
     with pytest.raises(InferenceError, match="item 1 of the batch: no"):
         failed = {"error": {"code": "inference_failed", "message": "no"}}
         outputs_of([entries[0], failed], scores, 2, None)
+
+
+def test_bytes_stay_where_they_came_in() -> None:
+    """From what Redis has answered to what is joined for the socket: no other copy of a large output."""
+    array = np.arange(100_000, dtype=np.float32).reshape(1, 100, 1000)
+    meta = results.success_in_bytes("t", {"outputs": {"y": array[0]}}, worker="w")
+    result = results.parse("t", meta, raw=True).result
+    model = Signature(inputs=(X,), outputs=(Output(name="y"),))
+    (tensor,) = outputs_of(result, model, 1, None)
+    assert np.shares_memory(np.asarray(tensor.data), np.frombuffer(meta, np.uint8))
+    body, length = write({}, [tensor], {"y"})
+    assert length is not None
+    assert body[length:] == array.tobytes()
+    assert orjson.loads(body[:length])["outputs"][0]["shape"] == [1, 100, 1000]
 
 
 def test_an_answer_in_json_and_in_bytes() -> None:

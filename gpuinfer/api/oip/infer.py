@@ -25,12 +25,13 @@ from gpuinfer.api.waiting import until_ended
 from gpuinfer.client import Options
 from gpuinfer.errors import InputError, NotReady, UnknownModel, WaitTimeout
 from gpuinfer.models.signature import Signature
+from gpuinfer.queue.options import BINARY, Encoding
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import QUEUES
 
 #: The header that says how many bytes of a body are JSON, in requests and answers.
 LENGTH = b"inference-header-content-length"
-BINARY = b"application/octet-stream"
+_OCTETS = b"application/octet-stream"
 #: The protocol's most urgent priority is 1, and 0 is the default; ours is 9, and 0 the default and the last.
 _FIRST, _LAST = 9, 0
 
@@ -58,7 +59,7 @@ async def infer(scope: Scope, receive: Receive, send: Send, model: str, version:
     if length is None:
         await send_bytes(scope, send, content, JSON)
         return
-    await send_bytes(scope, send, content, BINARY, headers=[(LENGTH, b"%d" % length)])
+    await send_bytes(scope, send, content, _OCTETS, headers=[(LENGTH, b"%d" % length)])
 
 
 def _length(scope: Scope) -> str:
@@ -94,7 +95,7 @@ async def _ended(scope: Scope, receive: Receive, task_id: str, seconds: float) -
         left = left or message["type"] == "http.disconnect"
         return cast(Mapping[str, Any], message)
 
-    status = await until_ended(scope, watched, task_id, seconds)  # type: ignore[arg-type]
+    status = await until_ended(scope, watched, task_id, seconds, raw=True)  # type: ignore[arg-type]
     if status.final:
         return status
     await ours.client.cancel(task_id)
@@ -123,7 +124,7 @@ def _options(asked: InferRequest, model: str, longest_s: float) -> tuple[Options
         "queue": queue,
         "priority": _priority(parameters.get("priority", 0)),
         "expires_s": max(seconds, 0.001),
-        "encoding": "raw",
+        "encoding": cast(Encoding, BINARY),
     }
     if classes := _classes(asked.outputs or ()):
         options |= {"encoding": "b64", "top_k": classes}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a task's result to the tensors of an answer.
 
-A result comes with ``encoding="raw"``: each output of a tensor model is its bytes, also the scores of a
-classification. Of a Python model's own answer each key is an output, or all of it is the output ``output``:
-numbers are FP64 or INT64, text is BYTES, and what is no tensor is BYTES with the text of its JSON.
+A result comes with ``encoding="binary"``: each output of a tensor model is its bytes, also the scores of a
+classification; large ones lie where they came in. Of a Python model's own answer each key is an output, or
+all of it is the output ``output``: numbers are FP64 or INT64, text is BYTES, and what is no tensor is BYTES
+with the text of its JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from gpuinfer.api.oip.inputs import DATATYPES
 from gpuinfer.api.oip.requests import BYTES, DTYPES, Array, Tensor, Wanted
 from gpuinfer.errors import InferenceError, InputError, from_dict
 from gpuinfer.models.signature import Signature
+from gpuinfer.queue.arrays import Raw
+from gpuinfer.queue.binary import array_of
 
 #: Name of the output of a Python model whose answer has none.
 OUTPUT = "output"
@@ -83,7 +86,12 @@ def _named(entry: Any, signature: Signature) -> dict[str, Any]:
 
 
 def _value(value: Any, classes: int) -> _Value:
+    if isinstance(value, Raw):
+        array = array_of(value)
+        return _best(array, classes) if classes else _numbers(array)
     if isinstance(value, Mapping):
+        if isinstance(value.get("b64"), memoryview):
+            return BYTES, (), [bytes(value["b64"])]
         if value.keys() == {"b64", "dtype", "shape"}:
             return _best(_array(value), classes) if classes else _numbers(_array(value))
         if isinstance(value.get("b64"), str):

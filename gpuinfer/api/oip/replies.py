@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import orjson
 
 from gpuinfer.api.oip.requests import Array, Tensor
@@ -22,7 +23,8 @@ def write(
     ``binary``: names of the outputs that are sent as bytes. Raises InferenceError for bytes that JSON cannot
     hold.
     """
-    entries, parts = [], []
+    entries: list[dict[str, Any]] = []
+    parts: list[bytes | memoryview] = []
     for one in tensors:
         entry: dict[str, Any] = {"name": one.name, "datatype": one.datatype, "shape": one.shape}
         if one.name in binary:
@@ -36,10 +38,12 @@ def write(
     return (b"".join((text, *parts)), len(text)) if parts else (text, None)
 
 
-def _as_bytes(data: Array | list[bytes]) -> bytes:
+def _as_bytes(data: Array | list[bytes]) -> bytes | memoryview:
+    """Return an output's bytes, where they lie if they can stay there."""
     if isinstance(data, list):
         return b"".join(part for one in data for part in (len(one).to_bytes(4, "little"), one))
-    return data.astype(data.dtype.newbyteorder("<"), copy=False).tobytes()
+    flat = np.ascontiguousarray(data, data.dtype.newbyteorder("<")).reshape(-1)
+    return flat.view(np.uint8).data if flat.size else b""
 
 
 def _as_list(tensor: Tensor) -> Any:
