@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import cache
@@ -33,6 +34,9 @@ from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
 
+#: Seconds after which weights that have not changed are told to Redis again.
+WEIGH_EVERY_S = 60.0
+
 _DESCRIPTION = """Submit work, then ask for its result. `POST /predict` answers 202 with a task id at once;
 `GET /result/{task_id}?wait=10` answers as soon as the task has ended.
 Every error has the body `{"error": {"code", "message", "field"?}}`."""
@@ -48,7 +52,7 @@ def create_app(shared: Shared) -> FastAPI:
             shared.client = app.state.client = client
             accounts = shared.accounts
             sampling = asyncio.create_task(_sample(shared), name="drain")
-            watching = asyncio.create_task(_watch_keys(shared), name="keys")
+            watching = asyncio.create_task(watch_keys(shared), name="keys")
             flushing = asyncio.create_task(accounts.keep_flushing(client.account), name="accounts")
             try:
                 async with metrics.serving(shared.metrics_listeners, shared.metrics):
@@ -90,9 +94,10 @@ async def _sample(shared: Shared) -> None:
         await asyncio.sleep(EVERY_S)
 
 
-async def _watch_keys(shared: Shared) -> None:
+async def watch_keys(shared: Shared) -> None:
     """Take changes of keys over within a second, and tell Redis their weights."""
     told: dict[str, float] | None = None
+    told_at = 0.0
     failed = False
     while True:
         try:
@@ -103,10 +108,12 @@ async def _watch_keys(shared: Shared) -> None:
                 log.exception("keys_not_looked_at", folder=str(shared.keys.path))
             failed = True
         weights = {name: float(key.weight) for name, key in shared.keys.keys.items() if key.weight != 1}
-        if weights != told and (shared.keys or told):
+        # A Redis that was emptied, or restored, has them again after a minute.
+        due = weights != told or (weights and time.monotonic() - told_at > WEIGH_EVERY_S)
+        if due and (shared.keys or told):
             with suppress(GpuinferError):  # requests say so; it is told at the next look
                 await shared.client.weigh(weights)
-                told = weights
+                told, told_at = weights, time.monotonic()
         await asyncio.sleep(LOOK_EVERY_S)
 
 
