@@ -13,7 +13,7 @@ from tests.host.container import Answer, Container
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
-SERVICES = ("redis", "api", "watcher", "worker@0", "restore@0", "flower", "roll")
+SERVICES = ("redis", "api", "watcher", "worker@0", "restore@0", "alert@x", "flower", "roll")
 #: It loads a module and makes nodes in /dev, as root: what that takes is left to it.
 LOOSER = {"devices": 1.7}
 
