@@ -19,6 +19,8 @@ from tests.workers import Workers
 _PEERS = Path(__file__).parent / "peers"
 #: Seconds that a server has for its start.
 _START_S = 90
+#: What a peer needs beside its own package to take a form with a file.
+_WITH = {"litserve": ("python-multipart",), "bentoml": ("pillow",)}
 
 
 class Served(Protocol):
@@ -135,7 +137,7 @@ def make_environment(name: str, folder: Path) -> Path:
     python = folder / name / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder / name)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", name], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", name, *_WITH.get(name, ())], check=True)
     (packages,) = (folder / name / "lib").glob("python3*/site-packages")
     ours = next(path for path in sys.path if path.endswith("site-packages"))
     (packages / "torch_from.pth").write_text(ours + "\n")
