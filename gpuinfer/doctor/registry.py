@@ -80,6 +80,7 @@ CHECKS: tuple[Check, ...] = (
     Check("work.default", fleet.default_model),
     Check("work.served", served.waiting),
     Check("work.paused", served.paused),
+    Check("work.drained", served.drained),
     Check("work.foreign", served.foreign),
     Check("work.api", front.ready),
     Check("access.connect", access.connect),

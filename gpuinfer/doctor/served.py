@@ -11,6 +11,7 @@ from gpuinfer.doctor.finding import Findings, error, ok, warning
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.redis_place import place_of
 from gpuinfer.queue.depth import Depth, Lane, is_paused, look
+from gpuinfer.queue.drained import names
 from gpuinfer.queue.fleet import Server, remedy, servers, serves_of
 
 
@@ -46,6 +47,21 @@ def _count(depth: Depth, name: str) -> str:
 
 def _resume(name: str) -> str:
     return f"gpuinfer queue resume {name}"
+
+
+def drained(host: Host) -> Findings:
+    """No worker is drained, which somebody may have forgotten."""
+    with asked(host) as client:
+        found = names(client)
+    here = socket.gethostname()
+    return [
+        warning(
+            f"{worker} is drained: it takes no tasks, also after a restart, until it is resumed",
+            f"gpuinfer worker resume {worker.partition('@')[0].removeprefix('gpu')}"
+            + ("" if worker.endswith(f"@{here}") else f"  # on {worker.partition('@')[2]}"),
+        )
+        for worker in found
+    ] or ok("no worker is drained")
 
 
 def foreign(host: Host) -> Findings:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from gpuinfer.doctor import served
 from gpuinfer.doctor.finding import Finding
 from gpuinfer.doctor.host import Host
 from gpuinfer.queue import keys
+from gpuinfer.queue.drained import set_drained
 from gpuinfer.queue.purge import set_paused
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Loaded, Settings
@@ -65,3 +67,19 @@ def test_what_is_paused_and_what_is_foreign(redis_server: RedisServer, tmp_path:
     (found,) = served.foreign(here)  # type: ignore[misc]  # a list
     assert "is a string" in found.message
     assert found.remedy.endswith(r"DEL $'realtime\x06\x169'")
+
+
+def test_a_drained_worker_is_not_forgotten(redis_server: RedisServer, tmp_path: Path) -> None:
+    """It takes nothing until somebody resumes it, here or on its host."""
+    here = Host(Loaded(Settings.model_validate({"broker": {"url": redis_server.url}}), {}), root=tmp_path)
+    assert isinstance(served.drained(here), Finding)
+    with redis_server.client() as client:
+        for worker in (f"gpu0@{socket.gethostname()}", "gpu3@far"):
+            set_drained(client, worker, drained=True)
+    found = served.drained(here)
+    assert not isinstance(found, Finding)
+    assert [one.status for one in found] == ["warning", "warning"]
+    assert {one.remedy for one in found} == {
+        "gpuinfer worker resume 0",
+        "gpuinfer worker resume 3  # on far",
+    }
