@@ -48,6 +48,7 @@ OF_REDIS: tuple[Check, ...] = (
     Check("work.orphans", lost.orphans),
     Check("work.served", served.waiting),
     Check("work.paused", served.paused),
+    Check("work.drained", served.drained),
     Check("work.foreign", served.foreign),
 )
 #: What only an administrator may ask Redis.
