@@ -92,14 +92,19 @@ _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 def check_depth(text: bytes, most: int = MAX_DEPTH) -> None:
     """Raises MalformedJson for JSON that is nested deeper than ``most``. It is not parsed."""
-    separators = sum(map(text.count, (b"[", b"{")))
+    if len(text) <= most:
+        return
+    marks = text.translate(None, _REST)  # one pass; each count of the whole text would take longer
+    separators = sum(map(marks.count, (b"[", b"{")))
     if separators <= most:
         return
     if b"\\" in text:
         text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if text.count(b'"') > 4 * (separators + text.count(b",") + 1):  # a name and a value after each, at most
+        marks = text.translate(None, _REST)
+    quotes = marks.count(b'"')  # a name and a value after each separator, at most
+    if quotes > 4 * (separators + 1) and quotes > 4 * (separators + text.count(b",") + 1):
         raise MalformedJson("the body is not JSON: it has more quotation marks than places for strings")
-    outside = text.translate(None, _REST).split(b'"')[::2]
+    outside = marks.split(b'"')[::2]
     depth = 0
     for bracket in chain.from_iterable(outside):
         depth += _STEP[bracket]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import accumulate
 
 import orjson
 import pytest
@@ -19,6 +20,7 @@ from gpuinfer.client.core import build
 from gpuinfer.errors import GpuinferError, InputError, MalformedJson
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import message
+from gpuinfer.queue.bodies import check_depth
 
 pytestmark = pytest.mark.unit
 
@@ -176,6 +178,49 @@ def test_nesting_is_bounded() -> None:
             admit(body)
     with pytest.raises(MalformedJson, match="more quotation marks"):
         admit(b'"' * 10_000 + b"[" * 300)
+
+
+_STRINGS = ('"x"', '"[{"', r'"\"]"', r'"\\"', r'"\\\"["')
+
+
+@given(
+    st.lists(st.sampled_from(["[", "{", "]", "}", ",", "[{[{", *_STRINGS]), max_size=60), st.integers(0, 12)
+)
+def test_depth_is_counted_outside_strings(parts: list[str], most: int) -> None:
+    """As by one who goes from letter to letter."""
+    brackets = [letter for part in parts if part not in _STRINGS for letter in part]
+    deepest = max(accumulate((letter in "[{") - (letter in "]}") for letter in brackets), default=0)
+    try:
+        check_depth("".join(parts).encode(), most)
+    except MalformedJson as exc:
+        assert deepest > most or "quotation marks" in str(exc)
+    else:
+        assert deepest <= most
+
+
+_NAMES = st.sampled_from(["inputs", "model", "queue", "x"])
+_VALUES = st.recursive(
+    st.integers() | st.floats(allow_nan=False) | _NAMES | st.text('aé,}]: "\\NI[', max_size=5),
+    lambda inner: st.lists(inner, max_size=80) | st.dictionaries(_NAMES, inner, max_size=3),
+    max_leaves=100,
+)
+
+
+@given(_VALUES, st.sampled_from(["m", "inputs", "x"]), st.booleans(), st.sampled_from([None, 1]))
+def test_the_text_of_the_inputs_says_what_they_are(
+    value: object, model: str, first: bool, indent: int | None
+) -> None:
+    """Wherever they stand, with few strings or many; no text where a key could be mistaken."""
+    fields = {"inputs": value, "model": model} if first else {"model": model, "inputs": value}
+    body = json.dumps(fields, indent=indent, ensure_ascii=False).encode()
+    inputs = admit(body).inputs
+    if isinstance(inputs, message.Json):
+        assert orjson.loads(inputs.text) == inputs.value == value
+        assert inputs.text in body
+    else:
+        assert inputs == value
+    plain = b"\\" not in body and all(body.count(name) == 1 for name in (b'"inputs"', b'"model"'))
+    assert isinstance(inputs, message.Json) == (plain and b"NaN" not in body and b"Infinity" not in body)
 
 
 def test_a_byte_order_mark_is_taken() -> None:
