@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import httptools
 import orjson
 from uvicorn._types import HTTPScope
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gpuinfer.api.cycle import Cycle
@@ -22,6 +23,8 @@ from gpuinfer.api.cycle import Cycle
 HEAD_S = 10.0
 #: Bytes that a head may have, about: it is measured by what was received since it began.
 HEAD_BYTES = 64 * 1024
+#: Requests that may wait behind the one in progress of their connection: it ends with the last of them.
+MOST_BEHIND = 100
 #: Seconds for the end of TLS on an idle connection when the server stops.
 TLS_GOODBYE_S = 0.3
 
@@ -33,6 +36,10 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._in_head = True
         self._head_bytes = 0
+        #: Whether the rest of a request is to come, and whether some of its body has.
+        self._in_body = self._body_came = False
+        #: Whether too many requests wait: what else comes is dropped.
+        self._overrun = False
         self._late: asyncio.TimerHandle | None = None
         #: Since when no request is in progress; None: one is.
         self._idle_since: float | None = None
@@ -61,9 +68,22 @@ class Protocol(HttpToolsProtocol):
         self.expect_100_continue = False
         self.headers = []
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer: the request has been understood without it
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
+
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._in_body = True
         self._head_bytes = 0
+        if self._overrun or len(self.pipeline) >= MOST_BEHIND:
+            self._overrun = True
+            self.cycle.keep_alive = False
+            return
         if self._late is not None:
             self._disarm()
         parser = self.parser
@@ -106,9 +126,33 @@ class Protocol(HttpToolsProtocol):
             self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, self.app))
 
+    def on_body(self, body: bytes) -> None:
+        self._body_came = True
+        cycle = self.cycle
+        if cycle.response_complete or self._overrun:
+            return
+        cycle.body += body
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        self._head_bytes = 0
+        cycle = self.cycle
+        if cycle.response_complete or self._overrun:
+            return
+        cycle.more_body = False
+        cycle.message_event.set()
+
     def data_received(self, data: bytes) -> None:
+        if self._overrun:
+            return
         super().data_received(data)
-        if not self._in_head or self.transport.is_closing():
+        if self._in_body:
+            self._bound_trailers(len(data))
+            return
+        if not self._in_head or self._overrun or self.transport.is_closing():
             return
         self._head_bytes += len(data)
         if self._head_bytes > HEAD_BYTES:
@@ -119,6 +163,16 @@ class Protocol(HttpToolsProtocol):
                 HEAD_S, self._refuse, 408, "slow_head", "the request's headers did not arrive in time"
             )
 
+    def _bound_trailers(self, size: int) -> None:
+        """Close a connection on which more than a head's bytes have come of a body, and none of its content.
+
+        They are trailers, or what may stand beside the size of a chunk.
+        """
+        self._head_bytes = 0 if self._body_came else self._head_bytes + size
+        self._body_came = False
+        if self._head_bytes > HEAD_BYTES:
+            self.transport.close()
+
     # -- an idle connection ---------------------------------------------------------------
 
     def _unset_keepalive_if_required(self) -> None:
@@ -128,11 +182,11 @@ class Protocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
-        if self.pipeline:
+        if self.pipeline:  # what else the client sends waits in the sockets' buffers
             self._idle_since = None
             self._start_asgi_task(*self.pipeline.pop())
             return
+        self.flow.resume_reading()
         self._idle_since = self.loop.time()
         if self._idle is None:
             self._idle = self.loop.call_later(self.timeout_keep_alive, self._close_idle)

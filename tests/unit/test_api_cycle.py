@@ -12,7 +12,7 @@ from uvicorn.server import ServerState
 
 from gpuinfer.api.lasting import Lastings
 from gpuinfer.api.middleware import _Watched
-from gpuinfer.api.protocol import Protocol, _split
+from gpuinfer.api.protocol import HEAD_BYTES, MOST_BEHIND, Protocol, _split
 from gpuinfer.api.reply import send_bytes
 
 pytestmark = pytest.mark.unit
@@ -108,6 +108,75 @@ async def test_requests_in_a_row_are_answered_in_order() -> None:
     wire, connection = connect(answering([]))
     connection.data_received(REQUEST * 3)
     await until(lambda: len(wire.packets) == 3)
+
+
+async def test_a_connection_ends_with_the_last_request_that_may_wait() -> None:
+    """What comes behind it is not kept, nor is its body taken for another's."""
+    asked, go = [], asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await go.wait()
+        asked.append((await receive())["body"])
+        await answering([])(scope, receive, send)
+
+    wire, connection = connect(app)
+    post = b"POST /x HTTP/1.1\r\nhost: here\r\ncontent-length: 4\r\n\r\n"
+    connection.data_received((post + b"mine") * (MOST_BEHIND + 1) + (post + b"more") * 1000)
+    connection.data_received(post + b"more")
+    assert len(connection.pipeline) == MOST_BEHIND
+    go.set()
+    await until(lambda: wire.closed)
+    assert asked == [b"mine"] * (MOST_BEHIND + 1)
+    assert [b"connection: close" in packet for packet in wire.packets] == [False] * MOST_BEHIND + [True]
+
+
+async def test_nothing_is_read_while_requests_wait() -> None:
+    """Else each answer would let in more of them than it takes away."""
+    wire, connection = connect(answering([]))
+    connection.data_received(REQUEST * 3)
+    assert connection.flow.read_paused
+    read_on = []
+    wire.resume_reading = lambda: read_on.append(len(wire.packets))  # type: ignore[method-assign]
+    await until(lambda: len(wire.packets) == 3)
+    assert read_on == [3]
+
+
+CHUNKED = b"POST /x HTTP/1.1\r\nhost: here\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+async def test_trailers_are_no_headers() -> None:
+    """A request is what it was when its head had come, and the next one has a head of its own."""
+    wire, connection = connect(answering([]))
+    connection.data_received(CHUNKED + b"4\r\nbody\r\n0\r\nx-api-key: gpi_x\r\n\r\n")
+    assert connection.headers == [(b"host", b"here"), (b"transfer-encoding", b"chunked")]
+    await until(lambda: wire.packets)
+    connection.data_received(REQUEST)
+    assert connection.headers == [(b"host", b"here")]
+    await until(lambda: len(wire.packets) == 2)
+    assert not wire.closed
+
+
+@pytest.mark.parametrize("beside", [b"4\r\nbody\r\n0\r\n", b"4\r\nbody\r\n0\r\na: ", b"4;"])
+async def test_what_stands_beside_a_body_is_bounded(beside: bytes) -> None:
+    """Trailers, one trailer without an end, or the extension of a chunk."""
+    wire, connection = connect(answering([]))
+    connection.data_received(CHUNKED + b"4\r\nbody\r\n")
+    connection.data_received(beside)
+    for _ in range(HEAD_BYTES // 4096):
+        assert not wire.closed
+        connection.data_received(b"a:b\r\n" * 820 if beside.endswith(b"0\r\n") else b"a" * 4100)
+    assert wire.closed
+
+
+async def test_a_body_may_be_long() -> None:
+    """Its content is not counted, in however many chunks it comes."""
+    wire, connection = connect(answering([]))
+    connection.data_received(CHUNKED)
+    for _ in range(3 * HEAD_BYTES // 8192):
+        connection.data_received(b"2000\r\n" + b"a" * 8192 + b"\r\n")
+    connection.data_received(b"0\r\n\r\n")
+    await until(lambda: wire.packets)
+    assert not wire.closed
 
 
 async def test_an_idle_connection_is_closed_once_it_was_idle_long_enough() -> None:
