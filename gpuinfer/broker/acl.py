@@ -64,6 +64,8 @@ _PROBE = "~gpuinfer:probe"
 _OURS = "~gpuinfer:*"
 #: kombu's own: bindings of the control queues, their replies, and what it has delivered of them.
 _KOMBU = ("~_kombu.*", "~*.celery.pidbox*", "~unacked*", "~celeryev*")
+#: Databases that Redis has unless its settings say otherwise. Ours is the first.
+_DATABASES = 16
 _CONNECTION = ("+auth", "+hello", "+ping", "+select", "+quit", "+reset", "+client|setname", "+client|id")
 _SCRIPTS = ("+eval", "+evalsha", "+script|load", "+script|exists")
 _LISTENING = ("+subscribe", "+unsubscribe", "+psubscribe", "+punsubscribe")
@@ -259,8 +261,9 @@ RULES: Mapping[str, Sequence[str]] = {
         *_COUNTING,
         *_MOVING,
         _selector(*_ANYTHING, *_KOMBU),
-        # Hears the control channel; to speak there is the admin's.
-        _selector(*_LISTENING, "&*"),
+        # Hears the control channel; to speak there is the admin's. A pattern would have it hear
+        # of the end of every task.
+        _selector(*_LISTENING, *(f"&/{database}.celery.pidbox" for database in range(_DATABASES))),
     ),
     # Counts, and keeps notes of its own; says which models its host could serve; puts back what a dead worker
     # left, for which it may read that.

@@ -124,6 +124,11 @@ REFUSED: dict[str, list[tuple[str, ...]]] = {
         # Other callers' tasks, and what they may: not by pattern, and not as a whole.
         ("KEYS", f"{keys.RESULT_PREFIX}*"),
         ("SCAN", "0", "MATCH", f"{keys.RESULT_PREFIX}*"),
+        ("PSUBSCRIBE", "*"),
+        ("PSUBSCRIBE", f"{keys.RESULT_PREFIX}*"),
+        ("PSUBSCRIBE", f"{keys.REPLY_PREFIX}*"),
+        ("PSUBSCRIBE", "/*.celery.pidbox"),
+        ("SUBSCRIBE", keys.result("1")),
         ("LRANGE", keys.HISTORY, "0", "-1"),
         ("HGETALL", keys.WEIGHTS),
         ("HKEYS", keys.WEIGHTS),
