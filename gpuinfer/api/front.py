@@ -79,21 +79,23 @@ class Front:
         """Answer who may ask, unless too many requests are in progress. Health is always answered."""
         shared = self.shared
         try:
-            access.admit(scope)
+            who = access.admit(scope)
         except GpuinferError as exc:
             await (oip_errors.send_error if _is_oip(scope["path"]) else send_error)(scope, send, exc)
             return
-        if shared.requests_now >= self._most and not scope["path"].startswith("/health/"):
+        # Without a key health alone is asked: who does not read its answer takes nobody's place.
+        counts = who is not access.NOBODY
+        if counts and shared.requests_now >= self._most and not scope["path"].startswith("/health/"):
             busy = (
                 f"this front has reached its limit of requests in progress; api.max_requests is {self._most}"
             )
             await send_error(scope, send, FrontBusy(busy))
             return
-        shared.requests_now += 1
+        shared.requests_now += counts
         try:
             await self._answer(scope, receive, send)
         finally:
-            shared.requests_now -= 1
+            shared.requests_now -= counts
             shared.receiver.release(scope)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

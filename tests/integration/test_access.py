@@ -379,7 +379,8 @@ async def test_models_and_queues_of_a_key(keyed: Settings, redis_server: RedisSe
         assert await refused("GET", "/v2/models/resnet") == (403, "model")
         assert await refused("GET", "/v2/models/resnet/ready") == (403, "model")
         tensor = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]}
-        assert await refused("POST", "/v2/models/resnet/infer", tensor) == (403, "model")
+        for path in ("resnet", "resnet/versions/1", "nosuch/versions/1"):  # none of which is told of
+            assert await refused("POST", f"/v2/models/{path}/infer", tensor) == (403, "model")
         mine = await site.ask("GET", "/models", token="gpi_lab")
         assert [one["name"] for one in mine.json()] == ["digits"]
         index = await site.ask("POST", "/v2/repository/index", token="gpi_lab")

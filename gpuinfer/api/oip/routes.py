@@ -158,6 +158,7 @@ def _known(capacity: Capacity, model: str) -> None:
 async def _infer(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
     from gpuinfer.api.oip.infer import infer  # numpy; a front that is not asked does without
 
+    check_model(scope, found["model"])
     if found["version"]:
         capacity = await shared(scope).client.capacity()
         _serving(capacity, found["model"])
