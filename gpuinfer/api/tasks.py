@@ -138,7 +138,9 @@ async def retry(request: Request, task_id: str) -> Response:
     note(request.scope, task_id=task_id)
     client = shared(request.scope).client
     async with changing(request.scope, task_id) as only:
-        await client.retry(task_id, only=only)
+        key = caller(request.scope).key
+        quota = None if key is None or only is None else key.quota
+        await client.retry(task_id, only=only, quota=quota)
     note(request.scope, action="task_retried")
     status = await client.status(task_id, only=caller(request.scope).readable)
     return answer(await shown(request.scope, status), 202)

@@ -377,29 +377,35 @@ class AsyncClient(Driver):
             raise await self._gone(task_id, only)
         return answer > 0
 
-    async def retry(self, task_id: str, *, only: str | None = None) -> None:
+    async def retry(self, task_id: str, *, only: str | None = None, quota: Quota | None = None) -> None:
         """Send a task that failed, or is a dead letter, to its queue again, under its id. ``only``: as for
-        ``cancel``.
+        ``cancel``; ``quota``: what that one may submit.
 
         Raises WrongState for a task that is neither, or whose inputs are not kept any more; TaskNotFound,
-        InputError where it can never run, BrokerError.
+        InputError where it can never run, RateLimited, KeyQuota, BrokerError.
         """
         core.result_key(task_id)
-        with typed_errors(self._user):
-            letter = await self._pipe.call("HGET", keys.DEAD, task_id)
-            if letter is not None:
-                if not dead.owned(letter, only):
-                    raise await self._gone(task_id, only)
-                list_key, args = dead.revival(task_id, letter)
-                dead.revived(task_id, list_key, await self._revive([list_key], args))
-                return
-            failed = await self._pipe.call("HGET", keys.FAILED, task_id)
-            if failed is not None:
-                if not dead.failed_owned(failed, only):
-                    raise await self._gone(task_id, only)
-                list_key, args = dead.failed_revival(task_id, failed)
-                dead.revived(task_id, list_key, await self._revive([list_key], args), failed=True)
-                return
+        text = "" if quota is None else quota.text
+        try:
+            with typed_errors(self._user):
+                letter = await self._pipe.call("HGET", keys.DEAD, task_id)
+                if letter is not None:
+                    if not dead.owned(letter, only):
+                        raise await self._gone(task_id, only)
+                    list_key, args = dead.revival(task_id, letter)
+                    dead.revived(task_id, list_key, await self._revive([list_key], [*args, "", text]))
+                    return
+                failed = await self._pipe.call("HGET", keys.FAILED, task_id)
+                if failed is not None:
+                    if not dead.failed_owned(failed, only):
+                        raise await self._gone(task_id, only)
+                    list_key, args = dead.failed_revival(task_id, failed)
+                    answer = await self._revive([list_key], [*args, text])
+                    dead.revived(task_id, list_key, answer, failed=True)
+                    return
+        except (RateLimited, KeyQuota) as exc:
+            self.refusals.note(only or "", exc)
+            raise
         raise core.no_retry(await self.status(task_id, only=only))
 
     async def forget(self, task_id: str, *, only: str | None = None) -> None:

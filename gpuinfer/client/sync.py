@@ -34,6 +34,7 @@ from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors
 from gpuinfer.queue.direct import Direct
 from gpuinfer.queue.options import Options, documented
 from gpuinfer.queue.position import spot_of
+from gpuinfer.queue.quota import Quota
 from gpuinfer.queue.resource import Place, to_resource
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
@@ -239,28 +240,30 @@ class Client(Driver):
             raise self._gone(task_id, only)
         return answer > 0
 
-    def retry(self, task_id: str, *, only: str | None = None) -> None:
+    def retry(self, task_id: str, *, only: str | None = None, quota: Quota | None = None) -> None:
         """Send a task that failed, or is a dead letter, to its queue again, under its id. ``only``: as for
-        ``cancel``.
+        ``cancel``; ``quota``: what that one may submit.
 
         Raises WrongState for a task that is neither, or whose inputs are not kept any more; TaskNotFound,
-        InputError where it can never run, BrokerError.
+        InputError where it can never run, RateLimited, KeyQuota, BrokerError.
         """
         core.result_key(task_id)
+        text = "" if quota is None else quota.text
         with typed_errors(self._user):
             letter = self._direct.call("HGET", keys.DEAD, task_id)
             if letter is not None:
                 if not dead.owned(letter, only):
                     raise self._gone(task_id, only)
                 list_key, args = dead.revival(task_id, letter)
-                dead.revived(task_id, list_key, self._revive(keys=[list_key], args=args))
+                dead.revived(task_id, list_key, self._revive(keys=[list_key], args=[*args, "", text]))
                 return
             failed = self._direct.call("HGET", keys.FAILED, task_id)
             if failed is not None:
                 if not dead.failed_owned(failed, only):
                     raise self._gone(task_id, only)
                 list_key, args = dead.failed_revival(task_id, failed)
-                dead.revived(task_id, list_key, self._revive(keys=[list_key], args=args), failed=True)
+                answer = self._revive(keys=[list_key], args=[*args, text])
+                dead.revived(task_id, list_key, answer, failed=True)
                 return
         raise core.no_retry(self.status(task_id, only=only))
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from redis.exceptions import ResponseError
 
+from gpuinfer import Client
 from gpuinfer.client import core
 from gpuinfer.client.aio import AsyncClient
 from gpuinfer.errors import KeyQuota, RateLimited
@@ -24,6 +25,7 @@ from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings, QueueSettings, Settings
 from tests.contract.conftest import done, ids, on
+from tests.contract.test_failed import failed
 
 pytestmark = [pytest.mark.integration, on("redis-socket")]
 
@@ -210,3 +212,30 @@ def test_a_rate_over_processes(broker: BrokerSettings, store: Store) -> None:
     idle = sum(stall for stall in stalls if stall > quota.at_once / quota.rate / 2)
     assert 0.95 * quota.rate * (took - idle) <= total <= 1.05 * quota.rate * took
     assert store.client.llen("realtime@alice") == total
+
+
+@pytest.mark.parametrize(
+    ("quota", "error"),
+    [
+        (Quota(rate=0.001, burst=2), RateLimited),
+        (Quota(max_waiting=2), KeyQuota),
+        (Quota(max_waiting_bytes=100_000), KeyQuota),
+    ],
+)
+async def test_what_is_sent_again_counts(
+    broker: BrokerSettings, store: Store, quota: Quota, error: type[Exception]
+) -> None:
+    """Else who is held to a rate could send what has failed as often as he likes. What is refused stays."""
+    async with AsyncClient(Settings(broker=broker)) as client:
+        sent = accepted(await send_all(client, 3, Quota(), inputs=IMAGE))
+        store.settle([failed(task) for task in store.claim(3)])
+        for task_id in sent[: 2 if quota.max_waiting_bytes == 0 else 0]:
+            await client.retry(task_id, only="alice", quota=quota)
+        with pytest.raises(error):
+            await client.retry(sent[2], only="alice", quota=quota)
+        assert client.refusals.counts.total() == 1
+        assert (await client.status(sent[2])).state == "failed"
+        with Client(Settings(broker=broker)) as other, pytest.raises(error):
+            other.retry(sent[2], only="alice", quota=quota)
+        await client.retry(sent[2])  # an administrator
+        assert (await client.status(sent[2])).state == "queued"
