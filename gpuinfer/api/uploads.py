@@ -35,6 +35,8 @@ _NPY = frozenset({"application/x-npy", "application/npy", "application/vnd.numpy
 #: What a form's only input may be called.
 ONLY = ("file", "inputs")
 _MAX_PARTS = 64
+#: Bytes of a part's headers: the time to read them grows with their square.
+_MOST_HEAD = 4096
 _TRUE_FALSE = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -159,23 +161,23 @@ def parts_of(body: bytes, content_type: str) -> Iterator[Part]:
     boundary = _parameter(content_type, "boundary")
     if not boundary or len(boundary) > 70:
         raise MalformedForm("the form's Content-Type names no boundary of 1 to 70 characters")
-    pieces = (b"\r\n" + body).split(b"\r\n--" + boundary.encode())
-    if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
-        raise MalformedForm("the form is cut off: its last boundary is missing")
+    pieces = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), _MAX_PARTS + 2)
     if len(pieces) > _MAX_PARTS + 2:
         raise MalformedForm(f"the form has more than {_MAX_PARTS} parts")
+    if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
+        raise MalformedForm("the form is cut off: its last boundary is missing")
     for piece in pieces[1:-1]:
         head, found, content = piece.partition(b"\r\n\r\n")
         if not found:
             raise MalformedForm("a part of the form has no empty line after its headers")
+        if len(head) > _MOST_HEAD:
+            raise MalformedForm(f"a part of the form has more than {_MOST_HEAD} bytes of headers")
         yield _part(head, content)
 
 
 def _part(head: bytes, content: bytes) -> Part:
-    headers = dict(
-        re.findall(r"(?im)^(content-[a-z-]+):[ \t]*(.*?)[ \t]*\r?$", head.decode("utf-8", "replace"))
-    )
-    headers = {name.lower(): value for name, value in headers.items()}
+    lines = (line.partition(":") for line in head.decode("utf-8", "replace").split("\n"))
+    headers = {name.lower(): value.strip(" \t\r") for name, _, value in lines}
     place = headers.get("content-disposition", "")
     name = _parameter(place, "name")
     if not place.lower().startswith("form-data") or not name:

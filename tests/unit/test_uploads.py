@@ -70,6 +70,18 @@ def test_a_form_with_an_input_a_part() -> None:
     }
 
 
+def test_as_many_parts_as_there_may_be() -> None:
+    """One more is refused, as is told below."""
+    assert [part.content for part in parts_of(form(*[('name="a"', b"1")] * 64), FORM)] == [b"1"] * 64
+
+
+def test_headers_of_a_part() -> None:
+    """In any case, with white space around them, and one after another."""
+    head = 'name="a"; filename="b"   \r\ncontent-TYPE:\t image/png \t\r\nX-Other: 1'
+    (part,) = parts_of(form((head, b"1")), FORM)
+    assert (part.name, part.filename, part.content_type) == ("a", "b", "image/png")
+
+
 @pytest.mark.parametrize(
     ("body", "content_type", "words"),
     [
@@ -79,6 +91,7 @@ def test_a_form_with_an_input_a_part() -> None:
         (form(("filename=x", b"1")), FORM, "has no name"),
         (form(*[('name="a"', b"1")] * 70), FORM, "more than 64 parts"),
         (form(('name="a"\r\nContent-Transfer-Encoding: base64', b"1")), FORM, "is encoded"),
+        (form((f'name="{";" * 4096}"', b"1")), FORM, "more than 4096 bytes of headers"),
     ],
 )
 def test_a_form_that_is_none(body: bytes, content_type: str, words: str) -> None:
