@@ -103,6 +103,7 @@ def test_numbers_in_json(entry: dict[str, Any], found: list[Any]) -> None:
     [
         (one("FP8", [1], [1]), b"", DtypeMismatch, "inputs.x.datatype: must be one of BOOL, INT8"),
         (one("FP32", [-1], [1]), b"", ShapeMismatch, "inputs.x.shape: must be a list"),
+        (one("FP32", [0, 2**31 - 1, 2**31 - 1], []), b"", ShapeMismatch, "inputs.x.shape: has more than"),
         (one("FP32", [2], [1]), b"", ShapeMismatch, "has 1 elements, its shape [2] has 2"),
         (one("FP32", [2, 2], [[1], [2, 3, 4]]), b"", ShapeMismatch, "not nested as its shape"),
         (one("FP32", [1], ["1"]), b"", DtypeMismatch, "holds a string, its datatype is FP32"),
@@ -144,6 +145,7 @@ def test_a_wrong_tensor_is_named(
         (b'{"inputs": []}', "", "inputs: must be a list of tensors"),
         (b"{}", "3", "Inference-Header-Content-Length: must be the bytes"),
         (b"{}", "x", "Inference-Header-Content-Length"),
+        (b"{}", "9" * 5000, "Inference-Header-Content-Length"),
         (b'{"inputs": [{"name": "x"}, {"name": "x"}]}', "", "inputs: has a name twice"),
         (b'{"id": 1, "inputs": [{"name": "x"}]}', "", "id: must be a string"),
         (b'{"parameters": 1, "inputs": [{"name": "x"}]}', "", "parameters: must be an object"),

@@ -35,6 +35,8 @@ _MAY_BE: dict[str, frozenset[type]] = {
     "f": frozenset({int, float, type(None)}),
 }
 _MOST_DIMENSIONS, _MOST_TENSORS = 32, 256
+#: Elements that a shape may have, also where one of its lengths is 0: numpy counts the others.
+_MOST_ELEMENTS = 2**48
 
 
 class Tensor(NamedTuple):
@@ -94,7 +96,7 @@ def read(body: bytes, json_length: str) -> InferRequest:
 def _length(text: str, size: int) -> int:
     if not text:
         return size
-    if not text.isdecimal() or not 0 < int(text) <= size:
+    if not text.isdecimal() or len(text) > 18 or not 0 < int(text) <= size:
         raise InputError(
             f"must be the bytes of JSON that the body begins with, 1 to {size}, got {text[:40]!r}",
             "Inference-Header-Content-Length",
@@ -188,6 +190,8 @@ def _shape(found: object, field: str) -> tuple[int, ...]:
     right = isinstance(found, list) and len(found) <= _MOST_DIMENSIONS
     if not right or not all(type(length) is int and 0 <= length < 2**31 for length in found):  # type: ignore[attr-defined]
         raise ShapeMismatch(f"must be a list of at most {_MOST_DIMENSIONS} lengths", f"{field}.shape")
+    if prod(length or 1 for length in found) > _MOST_ELEMENTS:  # type: ignore[attr-defined]
+        raise ShapeMismatch(f"has more than {_MOST_ELEMENTS} elements", f"{field}.shape")
     return tuple(found)  # type: ignore[arg-type]  # it is a list
 
 
