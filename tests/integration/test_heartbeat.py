@@ -50,6 +50,10 @@ def test_a_workers_life(
     at, since = float(beat.pop("at")), float(beat.pop("since"))
     assert since <= at <= time.time()
     assert beat.pop("domain")
+    assert beat.pop("memory_bytes") > 50 * 2**20
+    assert beat.pop("load_s") > 0
+    versions = beat.pop("versions")
+    assert list(versions) == ["slow"] and versions["slow"].startswith("sha256:")
     assert beat == {
         "worker": NAME,
         "host": socket.gethostname(),
@@ -62,6 +66,7 @@ def test_a_workers_life(
         "done": 0,
         "rate": 0.0,
         "running": 0,
+        "busy": 0.0,
         "version": __version__,
     }
     assert raw.ttl(keys.heartbeat(NAME)) == -1, "a full Redis would drop it first of all"
