@@ -41,7 +41,7 @@ class Protocol(HttpToolsProtocol):
         #: Whether too many requests wait: what else comes is dropped.
         self._overrun = False
         self._late: asyncio.TimerHandle | None = None
-        #: Since when no request is in progress; None: one is.
+        #: Since when no request is in progress, the rest of one that was answered aside; None: one is.
         self._idle_since: float | None = None
         #: Looks whether the connection has been idle for too long: one timer for many requests.
         self._idle: asyncio.TimerHandle | None = None
@@ -80,6 +80,7 @@ class Protocol(HttpToolsProtocol):
         self._in_head = False
         self._in_body = True
         self._head_bytes = 0
+        self._idle_since = None
         if self._overrun or len(self.pipeline) >= MOST_BEHIND:
             self._overrun = True
             self.cycle.keep_alive = False
@@ -148,12 +149,19 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._overrun:
             return
-        super().data_received(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # to a protocol that is not offered: the request is answered as any other
+        except httptools.HttpParserError:  # uvicorn has a line for each, and anybody could send many
+            self.send_400_response("Invalid HTTP request received.")
+            return
         if self._in_body:
             self._bound_trailers(len(data))
             return
         if not self._in_head or self._overrun or self.transport.is_closing():
             return
+        self._idle_since = None
         self._head_bytes += len(data)
         if self._head_bytes > HEAD_BYTES:
             words = f"the request's head has more than {HEAD_BYTES} bytes"

@@ -193,6 +193,41 @@ async def test_an_idle_connection_is_closed_once_it_was_idle_long_enough() -> No
     connection.connection_lost(None)
 
 
+@pytest.mark.parametrize("rest", [b"", b"a", b"abcd", b"abcd\r\n"])
+async def test_what_is_no_request_keeps_no_connection_open(rest: bytes) -> None:
+    """The rest of one that was answered, and empty lines; a head that begins has a time of its own."""
+    wire, connection = connect(answering([]))
+    connection.data_received(REQUEST.replace(b"\r\n\r\n", b"\r\ncontent-length: 4\r\n\r\n"))
+    await until(lambda: wire.packets)
+    await until(lambda: connection._idle is not None)
+    since = connection._idle_since
+    connection.data_received(rest)
+    assert connection._idle_since == since is not None
+    connection.data_received(b"abcd"[len(rest) :] + b"GET /")
+    assert connection._idle_since is None
+    assert connection._late is not None
+    connection.connection_lost(None)
+
+
+@pytest.mark.parametrize(
+    ("request_", "answer"),
+    [
+        (b"\0\r\n\r\n", b"HTTP/1.1 400 "),
+        (
+            b"GET /x HTTP/1.1\r\nhost: here\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
+            b"HTTP/1.1 202 ",
+        ),
+    ],
+)
+async def test_nobody_fills_the_log(request_: bytes, answer: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """What is no HTTP, or asks for another protocol, has its answer, and no line."""
+    wire, connection = connect(answering([]))
+    connection.data_received(request_)
+    await until(lambda: wire.packets)
+    assert wire.packets[0].startswith(answer)
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize(
     ("url", "parts"),
     [
