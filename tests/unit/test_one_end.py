@@ -31,6 +31,7 @@ BESIDE = {
     "bool",
     "parse",
     "UnreadableResult",
+    "goes_on",
 }
 
 
