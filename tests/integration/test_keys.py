@@ -70,18 +70,25 @@ def test_a_key_counts_within_a_second_and_without_a_restart(
             """Wait until ten in a row are answered so."""
             wait_until(lambda: all(status(token, host) == wanted for _ in range(10)), 60)
 
+        def told(changes: int) -> None:
+            """Wait until both processes have told of so many changes."""
+            wait_until(lambda: len(api.log("keys_changed")) == 2 * changes, 60)
+
         assert status() == 401
         assert status(host="127.0.0.1") == 200
         token = command(folder, "add", "shop")
         written = [(folder / "shop.toml").stat().st_ctime]
+        told(1)
         settles(200, token)
         settles(401, host="127.0.0.1")
         assert status() == 401
         new = json.loads(command(folder, "rotate", "shop", "--json"))["token"]
         written.append((folder / "shop.toml").stat().st_ctime)
+        told(2)
         settles(401, token)
         settles(200, new)
         command(folder, "revoke", "shop")
+        told(3)
         settles(401, new)
         settles(200, host="127.0.0.1")
         changes = [api.log("keys_changed")[place] for place in (0, 1, 2, 3)]
@@ -90,7 +97,9 @@ def test_a_key_counts_within_a_second_and_without_a_restart(
         # Each process looks twice a second; the least, for a busy machine may hold any of them up.
         assert min(at - when for at, when in zip(seen, (*written[:1] * 2, *written[1:] * 2), strict=True)) < 1
         refused = api.log("requests_refused")
-        assert [line["client"] for line in refused if line["code"] == "unauthorized"][:1] == [own]
+        # Which of two processes the parent hears of first is chance.
+        assert {line["client"] for line in refused if line["code"] == "unauthorized"} <= {own, "127.0.0.1"}
+        assert refused
         assert len(refused) < 10
 
 
