@@ -22,7 +22,7 @@ from gpuinfer.metrics.page import Page
 
 router = APIRouter()
 _NONE: frozenset[str] = frozenset()
-#: A request's head has at most this many bytes, and takes at most so many seconds to come.
+#: A request's head has at most this many bytes, and must come within this many seconds.
 _HEAD_BYTES, _HEAD_S = 16 * 1024, 5.0
 _PLAIN = "text/plain; charset=utf-8"
 
@@ -51,7 +51,7 @@ async def serving(listeners: Sequence[socket.socket], page: Page) -> AsyncIterat
             async with asyncio.timeout(_HEAD_S):
                 await writer.drain()
         except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
-            pass  # whoever asks so slowly, or at such length, is no monitoring system
+            pass  # a monitoring system asks neither so slowly nor at such length
         finally:
             writer.close()
 

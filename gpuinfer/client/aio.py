@@ -228,7 +228,7 @@ class AsyncClient(Driver):
         return accepted
 
     async def _introduce(self) -> None:
-        """Let Redis know whose ids these are, so that whoever asks later learns that a task has expired."""
+        """Let Redis know whose ids these are, so that a later request learns that a task has expired."""
         try:
             await self._tell([], [self._origin.prefix])
         except ResponseError:

@@ -133,7 +133,7 @@ class Client(Driver):
         return accepted
 
     def _introduce(self) -> None:
-        """Let Redis know whose ids these are, so that whoever asks later learns that a task has expired."""
+        """Let Redis know whose ids these are, so that a later request learns that a task has expired."""
         try:
             self._tell(keys=(), args=[self._origin.prefix])
         except ResponseError:
