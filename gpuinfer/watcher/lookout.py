@@ -1,86 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks for trouble that people are to be told of, at each probe of a watcher."""
+"""Finds at each probe the troubles that people are told of (``gpuinfer.alerts``)."""
 
 from __future__ import annotations
 
-import math
-import os
-import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 import redis
 
-from gpuinfer.broker import durability
-from gpuinfer.redis_url import parse
+from gpuinfer.alerts.alerting import Alerting
+from gpuinfer.alerts.register import Alert, Event
+from gpuinfer.alerts.resources import Resources
+from gpuinfer.queue.depth import Lane
 from gpuinfer.settings import Settings
-from gpuinfer.watcher import alerts
-from gpuinfer.watcher.alerting import Alerting
-from gpuinfer.watcher.alerts import Alert, Event
+from gpuinfer.watcher.memory import UnitMemory
 from gpuinfer.watcher.policy import Decision
-from gpuinfer.watcher.state import Observation
+from gpuinfer.watcher.state import Instance, Key, Observation
+from gpuinfer.watcher.stranded import Stranded
 
-#: Redis's memory and the disks are measured this often.
-MEASURE_EVERY_S = 5.0
+#: Characters that may not stand in an alert's name: it becomes a part of a unit's name.
+_UNFIT = re.compile(r"[^A-Za-z0-9_.-]")
 
 
 class Lookout:
-    """One watcher's. Blocking: call it in a thread."""
+    """Finds the troubles for one watcher. Blocking: call it in a thread."""
 
     def __init__(self, settings: Settings, client: redis.Redis, host: str, alerting: Alerting) -> None:
-        self._folders = disks(settings)
         self._client = client
         self._host = host
         self._alerting = alerting
-        self._memory = (0, 0)
-        self._free: Mapping[str, int] = {}
-        self._measured_at = -math.inf
+        self._resources = Resources(settings, client)
 
     def look(self, decision: Decision, seen: Observation, now: float) -> list[Event]:
-        """Return what is to be told. The first of the hosts whose watchers live speaks for the fleet."""
+        """Return what to tell. Of all live watchers, the first by host name reports the fleet's troubles."""
         away = seen.queues is None
-        if time.monotonic() - self._measured_at >= MEASURE_EVERY_S:
-            self._measured_at = time.monotonic()
-            self._free = free_bytes(self._folders)
-            self._memory = self._memory if away else self._redis_memory()
-        own = [one for one in seen.instances if seen.owns(one.key)]
         first = not seen.live_hosts or self._host == min(seen.live_hosts)
-        ours: list[Alert] = [*alerts.of_workers(own, decision.history.units, now)]
-        ours += alerts.of_disks(self._free)
+        own = [one for one in seen.instances if seen.owns(one.key)]
+        disks, memory = self._resources.look(away=away)
+        ours = [*of_workers(own, decision.history.units, now), *disks]
         if away:
-            ours.append(alerts.away(seen.trouble))
+            text = f"Redis cannot be read: {seen.trouble}"
+            ours.append(Alert("redis-away", text, "gpuinfer doctor redis"))
         elif first:
-            ours += alerts.of_memory(*self._memory)
-        fleet = [*alerts.of_queues(seen.dead_letters, decision.stranded)] if first else None
+            ours += memory
+        fleet = [*of_queues(seen.dead_letters, decision.stranded)] if first else None
         return self._alerting.look(self._client, ours, fleet, now, away=away)
 
-    def _redis_memory(self) -> tuple[int, int]:
-        """Return the bytes that Redis uses, and its limit, 0 for none."""
-        with suppress(redis.RedisError, OSError):
-            info: Mapping[str, Any] = self._client.info("memory")
-            return int(info["used_memory"]), int(info["maxmemory"])
-        return self._memory
+
+def of_workers(own: Iterable[Instance], units: Mapping[Key, UnitMemory], now: float) -> Iterator[Alert]:
+    """Yield an alert for each worker of this host that a failure keeps from running."""
+    for one in own:
+        unit = units.get(one.key)
+        why = unit.why if unit is not None and unit.quarantine(now) else ""
+        why = why or (f"its GPU is not healthy: {one.gpu.fault}" if one.gpu.fault else "")
+        if why and not one.masked:
+            number = one.key.number
+            remedy = f"journalctl -u gpuinfer-worker@{number} -n 20"
+            yield Alert(f"quarantine.gpu{number}", f"worker {number} is in quarantine: {why}", remedy)
 
 
-def disks(settings: Settings) -> list[Path]:
-    """Return the folders whose disks must not be full: models, and our own Redis's file where it is here."""
-    folders = [folder for folder in settings.models.folders if folder.exists()][:1]
-    if parse(settings.broker.url).scheme == "unix" and durability.REDIS_CONF.exists():
-        folders.append(durability.folder_of())
-    return folders
-
-
-def free_bytes(folders: Iterable[Path]) -> dict[str, int]:
-    """Return the room that is left, by folder; of folders on one disk, the first."""
-    found: dict[str, int] = {}
-    seen: set[int] = set()
-    for folder in folders:
-        with suppress(OSError):
-            device = folder.stat().st_dev
-            if device not in seen:
-                seen.add(device)
-                room = os.statvfs(folder)
-                found[str(folder)] = room.f_bavail * room.f_frsize
-    return found
+def of_queues(dead_letters: int, stranded: Mapping[Lane, Stranded] | None) -> Iterator[Alert]:
+    """Yield the fleet's alerts: dead letters, and tasks that no worker serves."""
+    if dead_letters:
+        text = "1 task is" if dead_letters == 1 else f"{dead_letters} tasks are"
+        yield Alert("dead-letters", f"{text} set aside as dead letters", "gpuinfer dead list")
+    for lane, found in (stranded or {}).items():
+        name = _UNFIT.sub("_", f"no-worker.{lane.tier}.{lane.model}".rstrip("."))
+        model = lane.model or "the default model"
+        waiting = "1 task waits" if found.waiting == 1 else f"{found.waiting} tasks wait"
+        yield Alert(name, f"{waiting} in {lane.tier} for {model}, which no worker serves", found.remedy)

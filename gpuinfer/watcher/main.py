@@ -26,6 +26,7 @@ import redis
 from sdnotify import SystemdNotifier
 
 from gpuinfer import instances
+from gpuinfer.alerts.alerting import Alerting, folder_of
 from gpuinfer.errors import (
     BrokerError,
     GpuinferError,
@@ -36,6 +37,7 @@ from gpuinfer.errors import (
 )
 from gpuinfer.gpus import Inventory
 from gpuinfer.log import get_logger
+from gpuinfer.metrics.recorder import Recorder
 from gpuinfer.queue import format as layout
 from gpuinfer.queue import keys
 from gpuinfer.queue.catalogue import described_as
@@ -44,14 +46,12 @@ from gpuinfer.queue.fleet import Serves
 from gpuinfer.queue.scripts import bind, read_all
 from gpuinfer.settings import Settings, settings_file
 from gpuinfer.watcher import health, notes, served
-from gpuinfer.watcher.alerting import Alerting, folder_of
 from gpuinfer.watcher.gpu_watch import Gpus, GpuWatch
 from gpuinfer.watcher.lookout import Lookout
 from gpuinfer.watcher.memory import adopt, exclusion, refused
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, as_it_runs
 from gpuinfer.watcher.reaper import Reaper
-from gpuinfer.watcher.recorder import Recorder
 from gpuinfer.watcher.served import Served
 from gpuinfer.watcher.state import (
     HEALTHY,

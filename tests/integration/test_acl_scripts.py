@@ -17,6 +17,7 @@ from gpuinfer import Client
 from gpuinfer.client.aio import AsyncClient
 from gpuinfer.errors import DeadLettered, TaskNotFound
 from gpuinfer.metrics.gather import gather
+from gpuinfer.metrics.recorder import Recorder
 from gpuinfer.queue import dead, format, heartbeats, keys, results, scripts, series, usage
 from gpuinfer.queue.app import create_app
 from gpuinfer.queue.claims import Claimed, Final, Want
@@ -28,7 +29,6 @@ from gpuinfer.queue.router import Router
 from gpuinfer.queue.store import REAPER, Store
 from gpuinfer.queue.tally import Tally
 from gpuinfer.settings import QUEUES, QueueSettings, Settings
-from gpuinfer.watcher.recorder import Recorder
 from tests.brokers import OurRedis, our_redis
 
 pytestmark = pytest.mark.integration

@@ -7,9 +7,9 @@ import pytest
 import redis
 
 from gpuinfer import Client
+from gpuinfer.metrics.recorder import Recorder
 from gpuinfer.queue import keys, series
 from gpuinfer.queue.series import COARSE, FINE
-from gpuinfer.watcher.recorder import Recorder
 from tests.apis import HandWorker
 
 pytestmark = pytest.mark.integration

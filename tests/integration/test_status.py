@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from gpuinfer.alerts.alerting import REGISTER
 from gpuinfer.demo.fleet import HOSTS, Fleet, fleet
 from gpuinfer.demo.private import CONFIG
 from gpuinfer.queue import drained
@@ -22,7 +23,6 @@ from gpuinfer.view.build import build
 from gpuinfer.view.gather import Gatherer
 from gpuinfer.view.rows import queue_name
 from gpuinfer.view.top import Top
-from gpuinfer.watcher.alerting import REGISTER
 from tests.conftest import need
 from tests.services import redis_binary
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import redis
 
+from gpuinfer.alerts.alerting import Alerting, write
+from gpuinfer.alerts.register import GONE_S, HOLD_S, Alert, Event, Known, step, told
+from gpuinfer.alerts.resources import free_bytes, of_disks, of_memory
 from gpuinfer.errors import UnitRefused
 from gpuinfer.queue.depth import Lane
 from gpuinfer.settings import load
-from gpuinfer.watcher import alerts
-from gpuinfer.watcher.alerting import Alerting, write
-from gpuinfer.watcher.alerts import GONE_S, HOLD_S, Alert, Event, Known
-from gpuinfer.watcher.lookout import Lookout, free_bytes
+from gpuinfer.watcher.lookout import Lookout, of_queues, of_workers
 from gpuinfer.watcher.memory import UnitMemory
 from gpuinfer.watcher.state import GpuHealth, Instance, Key, Observation
 from gpuinfer.watcher.stranded import Stranded
@@ -36,7 +36,7 @@ class Clockwork:
 
     def look(self, now: float, *present: Alert, unknown: Sequence[str] = ()) -> list[tuple[str, str]]:
         """Return what is told at this look: stage and name."""
-        self.register, events = alerts.step(self.register, present, now, unknown)
+        self.register, events = step(self.register, present, now, unknown)
         return [(event.stage, event.alert.name) for event in events]
 
 
@@ -81,29 +81,29 @@ def test_what_there_is() -> None:
     cooling = UnitMemory(state="failed", since=0.0, quarantined_until=50.0, why="it failed twice")
     masked = Instance(key=Key(5, "here"), masked=True, gpu=GpuHealth(fault="Xid 79"))
     own = [ill, Instance(key=Key(4, "here")), masked]
-    found = [*alerts.of_workers(own, {Key(4, "here"): cooling}, now=10.0)]
+    found = [*of_workers(own, {Key(4, "here"): cooling}, now=10.0)]
     assert [(one.name, one.what) for one in found] == [
         ("quarantine.gpu3", "worker 3 is in quarantine: its GPU is not healthy: Xid 79"),
         ("quarantine.gpu4", "worker 4 is in quarantine: it failed twice"),
     ]
-    assert [*alerts.of_workers(own[1:2], {Key(4, "here"): cooling}, now=60.0)] == []
+    assert [*of_workers(own[1:2], {Key(4, "here"): cooling}, now=60.0)] == []
     stranded = {Lane("batch", "ocr-2.1"): Stranded(3, "do this")}
-    dead, none = alerts.of_queues(2, stranded)
+    dead, none = of_queues(2, stranded)
     assert (dead.name, none.name, none.remedy) == ("dead-letters", "no-worker.batch.ocr-2.1", "do this")
-    assert [*alerts.of_queues(0, None)] == []
-    assert [one.name for one in alerts.of_memory(96, 100)] == ["redis-full"]
-    assert [*alerts.of_memory(96, 0)] == [*alerts.of_memory(90, 100)] == []
-    assert [one.name for one in alerts.of_disks({"/a": 2**40, "/b": 2**20})] == ["disk.1"]
+    assert [*of_queues(0, None)] == []
+    assert [one.name for one in of_memory(96, 100)] == ["redis-full"]
+    assert [*of_memory(96, 0)] == [*of_memory(90, 100)] == []
+    assert [one.name for one in of_disks({"/a": 2**40, "/b": 2**20})] == ["disk.1"]
 
 
 def test_a_units_environment_is_one_line_each(tmp_path: Path) -> None:
     """What stands in a message cannot become a variable of its own, or a command."""
     event = Event("began", DEAD._replace(what='a "b"\nEVIL=1 \\ $(reboot) `reboot`'), since=10.0)
-    write(tmp_path / "x.env", alerts.told(event, "here", 20.0))
+    write(tmp_path / "x.env", told(event, "here", 20.0))
     lines = (tmp_path / "x.env").read_text().splitlines()
     assert len(lines) == 6 and all(line.startswith("ALERT_") for line in lines)
     assert 'ALERT_TEXT="a \\"b\\" EVIL=1 \\\\ \\$(reboot) \\`reboot\\`"' in lines
-    over = alerts.told(Event("ended", DEAD, since=10.0), "here", 130.0)
+    over = told(Event("ended", DEAD, since=10.0), "here", 130.0)
     assert over["ALERT_TEXT"] == "over after 2 min: 1 task is set aside" and not over["ALERT_REMEDY"]
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells people of trouble: a line in the journal, and a unit that runs the administrator's command.
+"""Reports troubles: a line in the journal, and a unit that runs the administrator's command.
 
-``gpuinfer-alert@NAME:began.service`` is started when a trouble begins, ``...:ended`` when it ends. What it is
-about stands in a file of that name, which is the unit's environment. What has been told is kept over a
-restart: this host's troubles in the unit's state folder, the fleet's in Redis, where the next watcher that
-speaks for the fleet finds them.
+``gpuinfer-alert@NAME:began.service`` is started when a trouble begins, ``...:ended`` when it ends. The
+details are in an environment file of that name, which the unit reads. What has been reported survives a
+restart: this host's troubles are kept in the unit's state folder, the fleet's in Redis, where the next
+watcher that reports for the fleet finds them.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from pathlib import Path
 import redis
 from pydantic import TypeAdapter, ValidationError
 
+from gpuinfer.alerts.register import Alert, Event, Known, Register, step, told
 from gpuinfer.errors import UnitRefused, UnitsUnavailable
 from gpuinfer.log import get_logger
-from gpuinfer.watcher import alerts
-from gpuinfer.watcher.alerts import Alert, Event, Known, Register
 
 log = get_logger(__name__)
 
-#: The fleet's register, in Redis.
+#: The Redis key of the fleet's register.
 REGISTER = "gpuinfer:watcher:alerts"
 _FILE = "alerts.json"
 _REGISTER: TypeAdapter[dict[str, Known]] = TypeAdapter(dict[str, Known])
-#: Kinds of this host's that nobody can see while Redis is away.
+#: This host's kinds of trouble that cannot be checked while Redis is away.
 OF_REDIS = ("redis-full",)
 
-#: Starts the unit of this instance. Raises UnitRefused, UnitsUnavailable.
+#: Starts ``gpuinfer-alert@`` with this instance name. Raises UnitRefused, UnitsUnavailable.
 Start = Callable[[str], Awaitable[None]]
 
 
 class Alerting:
-    """One watcher's."""
+    """Reports the troubles that one watcher finds."""
 
     def __init__(
         self,
@@ -46,8 +45,8 @@ class Alerting:
         state: Path | None = None,
         run: Path | None = None,
     ) -> None:
-        """``start``: without it, the journal alone is told. ``state``: the folder that outlives a restart;
-        ``run``: where units find their environment."""
+        """``start``: starts a unit; without it, only the journal is told. ``state``: the folder that
+        survives a restart; ``run``: the folder of the units' environment files."""
         self._host = host
         self._start = start
         self._state = state
@@ -66,10 +65,13 @@ class Alerting:
         *,
         away: bool,
     ) -> list[Event]:
-        """Take in a look; return what is to be told. Blocking. ``fleet`` None: another watcher speaks."""
+        """Take what a probe found; return what to report. Blocking.
+
+        ``fleet`` None: another watcher reports the fleet's.
+        """
         if not self._read:
             self._own, self._read = self._kept(), True
-        register, events = alerts.step(self._own, own, now, OF_REDIS if away else ())
+        register, events = step(self._own, own, now, OF_REDIS if away else ())
         if register != self._own:
             self._keep(register)
         self._own = register
@@ -77,17 +79,17 @@ class Alerting:
             return events
         try:
             known = self._known(client)
-            register, more = alerts.step(known, fleet, now)
+            register, more = step(known, fleet, now)
             if register != known:
                 client.set(REGISTER, _REGISTER.dump_json(register))
             self._fleet = register
-        except (redis.RedisError, OSError) as exc:  # a full Redis: it is kept here until there is room
-            self._fleet, more = alerts.step(self._fleet, fleet, now)
+        except (redis.RedisError, OSError) as exc:  # a full Redis: kept in memory until it has space
+            self._fleet, more = step(self._fleet, fleet, now)
             self._say_refused(str(exc))
         return [*events, *more]
 
     def _known(self, client: redis.Redis) -> Register:
-        """Return the fleet's register, as it is in Redis; where it could not be kept there, as it is here."""
+        """Return the fleet's register from Redis; from memory, if Redis has refused to keep it."""
         if self._refused:
             self._refused = ""
             return self._fleet
@@ -96,7 +98,11 @@ class Alerting:
 
     def _say_refused(self, reason: str) -> None:
         if reason != self._refused:
-            log.warning("alerts_not_kept", reason=reason, hint="a restart may tell of the same trouble again")
+            log.warning(
+                "alerts_not_kept",
+                reason=reason,
+                hint="a restart may report the same trouble again",
+            )
         self._refused = reason
 
     def _kept(self) -> Register:
@@ -115,7 +121,7 @@ class Alerting:
             self._say_refused(str(exc))
 
     async def tell(self, events: Iterable[Event], now: float) -> None:
-        """Tell the journal, and start the units."""
+        """Write to the journal, and start the units."""
         for event in events:
             alert = event.alert
             if event.stage == "began":
@@ -126,7 +132,7 @@ class Alerting:
                 continue
             instance = f"{alert.name}:{event.stage}"
             try:
-                write(self._run / f"{instance}.env", alerts.told(event, self._host, now))
+                write(self._run / f"{instance}.env", told(event, self._host, now))
                 await self._start(instance)
             except (OSError, UnitRefused, UnitsUnavailable) as exc:
                 log.error("alert_not_started", alert=instance, reason=str(exc))
@@ -140,7 +146,7 @@ def _parsed(text: bytes) -> dict[str, Known]:
 
 
 def write(path: Path, variables: Mapping[str, str]) -> None:
-    """Write an environment file, as systemd reads it: in double quotes, on one line each. Raises OSError."""
+    """Write an environment file as systemd reads it: values in double quotes, one a line. Raises OSError."""
     lines = []
     for name, value in variables.items():
         plain = "".join(char if char.isprintable() else " " for char in value)
@@ -150,6 +156,6 @@ def write(path: Path, variables: Mapping[str, str]) -> None:
 
 
 def folder_of(variable: str, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Return the folder that systemd has made for the unit (STATE_DIRECTORY, RUNTIME_DIRECTORY), or None."""
+    """Return the folder that systemd made for the unit (STATE_DIRECTORY, RUNTIME_DIRECTORY), or None."""
     named = environ.get(variable, "").partition(":")[0]
     return Path(named) if named else None

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What watchers write down for those who look: sums of their own, and the fleet's history.
+"""Writes a watcher's counters, and the fleet's history of metrics, to Redis.
 
-The first of the watchers that live, by their hosts' names, writes the history (``queue.series``): every 10 s
-the main series, and every 5 min their means. Where another one takes over, it writes the same values in the
-same places.
+Of all live watchers, the first by host name writes the history (``queue.series``): the main series every
+10 s, and their means every 5 min. A watcher that takes over writes the same values to the same places.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from gpuinfer.queue.tally import Tally
 
 log = get_logger(__name__)
 
-#: So many models and workers have series of their own.
+#: At most this many models and workers have their own series.
 MOST_MODELS, MOST_WORKERS = 15, 60
-#: A rate is of two samples that are no further apart than this.
+#: A rate is computed from two samples at most this far apart.
 MOST_GAP_S = 60.0
 FAILED = ("failed", "dead")
 
 
 class Recorder:
-    """Writes for the watcher of one host. Blocking, except ``count``: call it in a thread."""
+    """Writes for one host's watcher. Blocking, except ``count``: call it in a thread."""
 
     def __init__(self, client: redis.Redis, host: str, clock: Callable[[], float] = time.time) -> None:
         self._client = client
@@ -47,12 +46,12 @@ class Recorder:
         self._refused = ""
 
     def count(self, kind: str, what: str) -> None:
-        """Count a decision, or an Xid, of this host. May be called from any thread."""
+        """Count a decision or an Xid of this host. Any thread may call it."""
         with self._lock:
             self._tally.count(kind, what, self._host)
 
     def step(self, live_hosts: Iterable[str]) -> None:
-        """Write what is due. ``live_hosts``: those whose watchers are alive, this one among them."""
+        """Write what is due. ``live_hosts``: the hosts whose watchers are alive, this one included."""
         try:
             self._flush()
             slot = int(self._clock() // FINE.step_s)
@@ -64,7 +63,7 @@ class Recorder:
                 log.warning("history_not_kept", reason=str(exc), hint="tried again every 10 s")
             self._refused = str(exc)
         except (redis.RedisError, OSError, GpuinferError):
-            return  # the next look says that Redis is away
+            return  # the next probe reports that Redis is away
         else:
             self._refused = ""
 
@@ -99,7 +98,7 @@ class Recorder:
 
 
 def sample(seen: Snapshot, before: Snapshot | None) -> dict[str, float]:
-    """Return the values of all series at one moment; rates where a moment before is known. Pure."""
+    """Return the current value of each series; rates need a sample ``before``. Pure."""
     values = {
         "waiting": float(seen.depth.total_waiting),
         "in_flight": float(seen.depth.total_inflight),
@@ -122,19 +121,19 @@ def sample(seen: Snapshot, before: Snapshot | None) -> dict[str, float]:
     if before is not None and 0 < seen.now - before.now <= MOST_GAP_S:
         now, then = _sums(seen, models), _sums(before, models)
         for name, count in now.items():
-            if count >= then.get(name, 0):  # else Redis has come back empty
+            if count >= then.get(name, 0):  # otherwise Redis came back empty
                 values[name] = (count - then.get(name, 0)) / (seen.now - before.now)
     return values
 
 
 def _models(seen: Snapshot) -> list[str]:
-    """Return the models that have series: those that were seen last come first."""
+    """Return the models that have series: the most recently seen first."""
     known = sorted(seen.depth.catalogue, key=lambda name: (-seen.depth.catalogue[name], name))
     return known[:MOST_MODELS]
 
 
 def _sums(seen: Snapshot, models: Iterable[str]) -> Mapping[str, int]:
-    """Return what only grows, by the series that has its rate."""
+    """Return the running totals, by the name of the series that shows their rate."""
     found = dict.fromkeys(("ended", "failed", "requests", "refused"), 0)
     found |= {f"{kind}:{model}": 0 for model in models for kind in ("ended", "failed")}
     for end, count in seen.ended.items():
