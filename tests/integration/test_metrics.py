@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import signal
 import socket
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -99,6 +103,7 @@ def test_an_address_of_its_own(redis_server: RedisServer, tmp_path: Path) -> Non
     """TCP or a Unix socket, shared by the processes of the front, without the front's own routes."""
     port = free_port()
     chosen = {"metrics_listen": f"127.0.0.1:{port}", "api_processes": 2, "metrics_fleet": "never"}
+    chosen["broker_connect_timeout_s"] = 60  # for how long a scrape waits for Redis
     with Api(redis_server, tmp_path, **chosen) as api:
         assert api.http.get("/metrics").status_code == 404
         page = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30)
@@ -112,7 +117,7 @@ def test_an_address_of_its_own(redis_server: RedisServer, tmp_path: Path) -> Non
         assert (head.status_code, head.content) == (200, b"")
     (tmp_path / "api.log").unlink()
     place = tmp_path / "metrics.sock"
-    with Api(redis_server, tmp_path, metrics_listen=f"unix:{place}") as api:
+    with Api(redis_server, tmp_path, metrics_listen=f"unix:{place}", broker_connect_timeout_s=60) as api:
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(place)), base_url="http://m") as http:
             assert "gpuinfer_redis_up 1.0" in http.get("/metrics").text
         assert place.stat().st_mode & 0o777 == 0o660
@@ -191,7 +196,8 @@ def test_a_scrape_of_a_large_fleet(redis_server: RedisServer) -> None:
                 store = Store(client, f"gpu{n}@{host}", QUEUES, QueueSettings(), models=models)
                 store.register(orjson.dumps({"models": models, "busy": 0.5, "rate": 3.0}), default=models[0])
         store.account(tally.args())
-    page = Page(Settings(broker=BrokerSettings(url=redis_server.url)), clock=iter(range(10)).__next__)
+    broker = BrokerSettings(url=redis_server.url, connect_timeout_s=60)
+    page = Page(Settings(broker=broker), clock=iter(range(10)).__next__)
     asked = []
     with redis_server.client() as client:
         for _ in range(4):
@@ -202,3 +208,32 @@ def test_a_scrape_of_a_large_fleet(redis_server: RedisServer) -> None:
     assert text.count(b"gpuinfer_worker_up{") == 32
     assert text.count(b"gpuinfer_task_wait_seconds_bucket{") == 30 * (len(TIMES_S) + 1)
     assert max(asked) < 20, asked  # packets: a question for each of 64 workers would be more
+
+
+def test_a_redis_that_does_not_answer_holds_no_scrape_up(redis_server: RedisServer) -> None:
+    """It accepts, and is silent: each scrape says so in the end, and no thread or task is left waiting."""
+    broker = BrokerSettings(url=redis_server.url, connect_timeout_s=1)
+    page = Page(Settings(broker=broker), clock=itertools.count(step=10).__next__)
+
+    async def scrapes(count: int) -> list[bytes]:
+        found = await asyncio.gather(*(page.answer() for _ in range(count)))
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return [text for text, _ in found]
+
+    async def silent() -> None:
+        async with asyncio.timeout(60):
+            while b"gpuinfer_redis_up 1.0" not in (await scrapes(1))[0]:
+                pass
+        before = threading.active_count()
+        redis_server.process.send(signal.SIGSTOP)
+        try:
+            for _ in range(3):
+                found = await scrapes(50)
+                assert threading.active_count() <= before + 2  # one looks, and one may be about to end
+                assert all(b"gpuinfer_redis_up 0.0" in text for text in found)
+        finally:
+            redis_server.process.send(signal.SIGCONT)
+
+    asyncio.run(silent())
+    wait_until(lambda: b"gpuinfer_redis_up 1.0" in page.read()[0], 60)
+    page.close()
