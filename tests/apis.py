@@ -80,6 +80,15 @@ def _whose(task: Claimed) -> str:
     return place_of(task.list_key).caller
 
 
+#: Runs gpuinfer on a host of another name.
+_ELSEWHERE = """
+import runpy, socket, sys
+host = sys.argv.pop(1)
+socket.gethostname = socket.getfqdn = lambda *_: host
+runpy.run_module("gpuinfer", run_name="__main__", alter_sys=True)
+"""
+
+
 class Api:
     """``gpuinfer api`` on a free port, with an HTTP client for it. Use it as a context manager."""
 
@@ -89,11 +98,14 @@ class Api:
         folder: Path,
         *arguments: str,
         verify: Any = True,  # as httpx takes it
+        host: object = "",
         **settings: object,
     ) -> None:
+        """``host``: what its host is called, if not as this one."""
         chosen = {"broker_url": server.url, "log_format": "json", **settings}
         environment = os.environ | {f"GPUINFER_{key.upper()}": str(value) for key, value in chosen.items()}
-        command = [sys.executable, "-m", "gpuinfer", "api", *(arguments or ("--port", "0"))]
+        program = ["-c", _ELSEWHERE, str(host)] if host else ["-m", "gpuinfer"]
+        command = [sys.executable, *program, "api", *(arguments or ("--port", "0"))]
         self.process = Process(command, folder / "api.log", env=environment)
         self.address: str = json.loads(self.process.wait_for_line('"listening"'))["address"]
         unix = self.address.startswith("unix:")

@@ -23,25 +23,27 @@ from gpuinfer.queue import keys
 from gpuinfer.queue.fleet import HOSTS
 from tests.apis import Api
 from tests.conftest import need
+from tests.orphans import elsewhere
 from tests.services import Process, RedisServer, free_port
 from tests.workers import Workers, wait_until
 
 pytestmark = pytest.mark.integration
 
 FOLDER = Path(__file__).parents[2] / "packaging" / "monitoring"
-HOST = socket.gethostname()
+HOST, OTHER = socket.gethostname(), "gpu-b"
 TASKS, WRONG = 300, 7
+SCOPES = {one.name: one.scope for one in METRICS}
 
 
 class Prometheus:
-    """Debian's, scraping one address every second, with our alert rules."""
+    """Debian's, scraping these addresses every second, with our alert rules."""
 
-    def __init__(self, folder: Path, target: str) -> None:
+    def __init__(self, folder: Path, *targets: str) -> None:
         port = free_port()
         config = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
             "rule_files": [str(FOLDER / "alerts.yml")],
-            "scrape_configs": [{"job_name": "gpuinfer", "static_configs": [{"targets": [target]}]}],
+            "scrape_configs": [{"job_name": "gpuinfer", "static_configs": [{"targets": [*targets]}]}],
         }
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         command = [
@@ -71,6 +73,14 @@ class Prometheus:
         found = self.ask(expression)
         assert len(found) <= 1, found
         return found[0][1] if found else None
+
+    def shown_by(self, target: str) -> dict[str, list[dict[str, str]]]:
+        """Return the names of our metrics that this address shows, each with the labels of its series."""
+        found: dict[str, list[dict[str, str]]] = {}
+        for labels, _ in self.ask(f'{{__name__=~"gpuinfer_.+", instance="{target}"}}'):
+            stem = re.sub(r"_(bucket|sum|count)$", "", labels["__name__"])
+            found.setdefault(stem if stem in SCOPES else labels["__name__"], []).append(labels)
+        return found
 
     def close(self) -> None:
         self.http.close()
@@ -123,8 +133,9 @@ def test_alerts_fire_and_end(tmp_path: Path) -> None:
     assert named == {rule["alert"] for rule in rules()}
 
 
-def told(now: float) -> bytes:
-    """Return what a watcher of this host would tell of GPUs, which this machine has not."""
+def told(now: float, temperature_c: int) -> bytes:
+    """Return what a host's watcher would tell of GPUs, which this machine has not."""
+    gpu = {"index": 0, "temperature_c": temperature_c, "memory_used": 5, "memory_total": 80, "busy": 0.5}
     return orjson.dumps(
         {
             "at": now,
@@ -133,9 +144,7 @@ def told(now: float) -> bytes:
             "quarantined": 0,
             "instances": [{"state": "active"}],
             "queues": {},
-            "gpus": [
-                {"index": 0, "temperature_c": 61, "memory_used": 5, "memory_total": 80, "busy": 0.5},
-            ],
+            "gpus": [gpu],
         }
     )
 
@@ -143,16 +152,27 @@ def told(now: float) -> bytes:
 def test_what_prometheus_sees_is_what_the_fleet_did(
     redis_server: RedisServer, workers: Workers, tmp_path: Path
 ) -> None:
-    """Counters exactly; each expression of the dashboard has an answer, and no alert fires."""
+    """Counters exactly, of two hosts; each expression of the dashboard has an answer, and no alert fires.
+
+    Each host shows itself, and Redis's alone the fleet. To the other host Redis is at a foreign address.
+    """
     need(shutil.which("prometheus") is not None, "prometheus")
+    port = free_port()
     workers.start(worker_models="digits", traced=False)
+    elsewhere(workers, OTHER, worker_models="digits")
     with redis_server.client() as client:
-        client.hset(HOSTS, HOST, told(float(client.time()[0])))
+        client.config_set("bind", "127.0.0.2")
+        client.config_set("port", port)
+        now = float(client.time()[0])
+        client.hset(HOSTS, mapping={HOST: told(now, 61), OTHER: told(now, 44)})
         mapping = {f"xid 0/31 {HOST}": 2, f"decision hold {HOST}": 1}
         client.hset(keys.COUNTS, mapping=mapping)
     body, wrong = orjson.dumps(DIGIT), orjson.dumps({"inputs": DIGIT, "encoding": "nonsense"})
-    with Api(redis_server, tmp_path) as api:
-        prometheus = Prometheus(tmp_path, api.address.removeprefix("http://"))
+    (tmp_path / OTHER / "api").mkdir(parents=True)
+    far = Api(redis_server, tmp_path / OTHER / "api", host=OTHER, broker_url=f"redis://127.0.0.2:{port}/0")
+    with Api(redis_server, tmp_path) as api, far:
+        targets = [one.address.removeprefix("http://") for one in (api, far)]
+        prometheus = Prometheus(tmp_path, *targets)
         try:
             assert api.http.post("/predict?wait=30", content=body).status_code == 200
             wait_until(lambda: prometheus.ask("gpuinfer_batch_size_count"), 60)
@@ -175,10 +195,23 @@ def test_what_prometheus_sees_is_what_the_fleet_did(
                 "sum(gpuinfer_tasks_waiting)": 0,
                 "gpuinfer_tasks_in_flight": 0,
                 f'gpuinfer_worker_up{{worker="gpu0@{HOST}"}}': 1,
-                'gpuinfer_model_workers{model="digits"}': 1,
+                f'gpuinfer_worker_up{{worker="gpu0@{OTHER}"}}': 1,
+                "sum(gpuinfer_worker_tasks_total)": TASKS,
+                "sum(gpuinfer_watcher_up)": 2,
+                f'gpuinfer_gpu_temperature_celsius{{instance="{targets[0]}"}}': 61,
+                f'gpuinfer_gpu_temperature_celsius{{instance="{targets[1]}"}}': 44,
+                'gpuinfer_model_workers{model="digits"}': 2,
             }
             for expression, value in exactly.items():
                 wait_until(lambda e=expression, v=value: prometheus.one(e) == v, 60)  # type: ignore[misc]
+            ours, others = map(prometheus.shown_by, targets)
+            assert {SCOPES[name] for name in others} == {"host"}
+            assert {SCOPES[name] for name in ours} == {"host", "fleet"}
+            for shown, host in ((ours, HOST), (others, OTHER)):
+                of = [
+                    labels["worker"] for series in shown.values() for labels in series if "worker" in labels
+                ]
+                assert set(of) == {f"gpu0@{host}"}
             device_s = prometheus.one("sum(gpuinfer_device_seconds_total)")
             run_s = prometheus.one("sum(gpuinfer_task_run_seconds_sum)")
             assert device_s and run_s and 0 < device_s <= run_s + 0.001  # tasks of a batch share its time
@@ -195,7 +228,7 @@ def test_what_prometheus_sees_is_what_the_fleet_did(
             assert firing == {"GpuinferXid"}
             assert len(told_rules) == len(rules())
             redis_server.stop()
-            wait_until(lambda: prometheus.one("gpuinfer_redis_up") == 0, 60)
+            wait_until(lambda: prometheus.one("sum(gpuinfer_redis_up)") == 0, 60)
             wait_until(lambda: prometheus.ask('ALERTS{alertname="GpuinferRedisAway"}'), 60)
         finally:
             prometheus.close()
