@@ -51,11 +51,13 @@ class Process:
         *,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self.command = [str(part) for part in command]
         self.log = log
         self._env = None if env is None else dict(env)
         self._cwd = cwd
+        self._pass_fds = pass_fds
         self._popen = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -68,6 +70,7 @@ class Process:
                 env=self._env,
                 cwd=self._cwd,
                 start_new_session=True,
+                pass_fds=self._pass_fds,
                 preexec_fn=_die_with_parent,  # noqa: PLW1509  one prctl; no lock is taken in the child
             )
 

@@ -41,26 +41,72 @@ if TYPE_CHECKING:
 def api(loaded: Loaded, host: str | None, port: int | None, path: Path | None, fd: int | None) -> None:
     """Serve HTTP: take requests in, hand results out. /docs describes all routes.
 
-    Ends with status 0 on SIGTERM and SIGINT, after answering what it has begun.
+    Ends with status 0 on SIGTERM and SIGINT, after answering what it has begun. With --fd and
+    wrong settings it answers 503 until they are right.
     """
     if sum((host is not None or port is not None, path is not None, fd is not None)) > 1:
         raise UsageError("give --host and --port, or --socket, or --fd")
+    if fd is not None:
+        _run_handed(loaded, fd)
+        return
     settings = loaded.settings
     if host is not None or port is not None:
         given = {"host": host, "port": port}
         update = {name: value for name, value in given.items() if value is not None}
         settings = settings.model_copy(update={"api": settings.api.model_copy(update=update)})
-    run(settings, path=path, fd=fd)
+    run(settings, path=path)
 
 
-def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) -> None:
-    """Serve until a signal comes. Raises AddressUnavailable and UnusableRedis."""
+def run(settings: Settings, *, path: Path | None = None) -> None:
+    """Serve until a signal comes. Raises AddressUnavailable, ConfigError and UnusableRedis."""
+    from gpuinfer.api.server import listen, listen_unix
+
+    certificate = _prepare(settings)
+    host, port = settings.api.host, settings.api.port
+    listeners = [listen_unix(path)] if path is not None else listen(host, port)
+    try:
+        _serve(settings, listeners, certificate)
+    finally:
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+
+def _run_handed(loaded: Loaded, fd: int) -> None:
+    """Serve at sockets that somebody else has opened and keeps open; answer 503 while settings are wrong.
+
+    Raises AddressUnavailable.
+    """
+    from gpuinfer.api.misconfigured import wait_for
+    from gpuinfer.api.server import inherited
+    from gpuinfer.log import configure
+    from gpuinfer.settings import LogSettings, Settings
+
+    def prepare() -> tuple[Settings, Certificate | None]:
+        settings = loaded.only(*Settings.model_fields)  # read anew each time
+        return settings, _prepare(settings)
+
+    configure(LogSettings(), program="gpuinfer-api")
+    listeners = inherited(fd)
+    found = wait_for(prepare, listeners)
+    if found is not None:
+        settings, certificate = found
+        _serve(settings, listeners, certificate)
+
+
+def _prepare(settings: Settings) -> Certificate | None:
+    """Set up the log, and check what would keep the front from serving; return its certificate.
+
+    Raises ConfigError and UnusableRedis.
+    """
     from gpuinfer.log import configure
 
     configure(settings.log, program="gpuinfer-api")
     _check_format(settings)
-    certificate = _certificate(settings)
-    listeners = _listeners(settings, path, fd)
+    return _certificate(settings)
+
+
+def _serve(settings: Settings, listeners: list[socket.socket], certificate: Certificate | None) -> None:
+    """Serve at open sockets until a signal comes, and close them."""
     metrics = _metrics_listeners(settings)
 
     from gpuinfer.queue.scripts import read_all
@@ -82,8 +128,6 @@ def run(settings: Settings, *, path: Path | None = None, fd: int | None = None) 
     finally:
         for listener in (*listeners, *metrics):
             listener.close()
-        if path is not None:
-            path.unlink(missing_ok=True)
 
 
 def _check_format(settings: Settings) -> None:
@@ -121,11 +165,3 @@ def _metrics_listeners(settings: Settings) -> list[socket.socket]:
         hint = "metrics.listen names it; in the service, SocketBindAllow= must allow its port"
         get_logger(__name__).error("metrics_unavailable", address=where, reason=exc.message, hint=hint)
         return []
-
-
-def _listeners(settings: Settings, path: Path | None, fd: int | None) -> list[socket.socket]:
-    from gpuinfer.api.server import inherited, listen, listen_unix
-
-    if fd is not None:
-        return inherited(fd)
-    return [listen_unix(path)] if path is not None else listen(settings.api.host, settings.api.port)

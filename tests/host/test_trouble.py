@@ -160,11 +160,26 @@ def test_two_processes_of_the_api(host: Container) -> None:
     host.ok(f"rm {drop_in}; systemctl daemon-reload; systemctl restart gpuinfer-api")
 
 
+def test_wrong_settings_take_no_socket_down(host: Container) -> None:
+    """The API answers 503 with what is wrong, and serves as soon as the file is right, without a start."""
+    file = "/etc/gpuinfer/gpuinfer.toml"
+    host.ok(f"cp -p {file} /root/right.toml; echo '[api' >>{file}; systemctl restart gpuinfer-api")
+    refused = host.ok("curl -si http://127.0.0.1:8080/models")
+    assert "HTTP/1.1 503" in refused
+    assert "is not valid TOML" in refused
+    assert refused.endswith("\n")
+    assert "answers 503: " in host.ok("systemctl status --no-pager gpuinfer-api")
+    told = journal(host, "-b", "_SYSTEMD_UNIT=gpuinfer-api.service", "-p", "err")
+    assert any("is not valid TOML" in str(line) for line in told)
+    host.ok(f"cp -p /root/right.toml {file}")
+    host.until("curl -sf http://127.0.0.1:8080/health/live", what="the API with the right settings")
+
+
 def test_an_api_that_cannot_start_ends_in_failed(host: Container) -> None:
-    """Wrong settings and a waiting client: it is not started for ever; once mended, one start suffices."""
+    """A wrong call and a waiting client: it is not started for ever; once corrected, one start suffices."""
     host.put(
         "/etc/systemd/system/gpuinfer-api.service.d/wrong.conf",
-        "[Service]\nEnvironment=GPUINFER_API_NOSUCH=1\n",
+        "[Service]\nExecStart=\nExecStart=/usr/bin/gpuinfer api --nosuch\n",
     )
     host.ok("systemctl daemon-reload; ! systemctl restart gpuinfer-api 2>&1")
     host.sh("timeout 1 curl -s http://127.0.0.1:8080/health/live")

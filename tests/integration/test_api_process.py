@@ -22,7 +22,7 @@ from gpuinfer import Client
 from gpuinfer.settings import Settings
 from tests.apis import Api, HandWorker, submit
 from tests.conftest import RedisFactory
-from tests.services import RedisServer
+from tests.services import Process, RedisServer
 from tests.workers import wait_until
 
 pytestmark = pytest.mark.integration
@@ -227,6 +227,53 @@ def test_a_restart_loses_no_request(redis_server: RedisServer, tmp_path: Path) -
         assert set(outcomes) == {202}, [it for it in outcomes if it != 202][:5]
         # An answer that waits for an acknowledgement does so each time; a busy machine is slow now and then.
         assert statistics.quantiles(seconds, n=4)[0] < 0.035
+
+
+def test_wrong_settings_are_a_503_that_names_them(redis_server: RedisServer, tmp_path: Path) -> None:
+    """A front that was handed its socket tells this host alone what is wrong, and serves once it is right."""
+    file = tmp_path / "gpuinfer.toml"
+    file.write_text("[api\n")
+    arguments = ["--config", str(file), "api", "--fd"]
+    environment = os.environ | {"GPUINFER_BROKER_URL": redis_server.url}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.set_inheritable(True)
+        command = [sys.executable, "-m", "gpuinfer", *arguments, str(listener.fileno())]
+        api = Process(command, tmp_path / "api.log", env=environment, pass_fds=(listener.fileno(),))
+        try:
+            with httpx.Client(base_url=address, timeout=60) as http:
+                refused = http.post("/predict", content=b"[1]" * 1_000_000)
+                assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+                assert refused.text.endswith("}}\n")
+                error = refused.json()["error"]
+                assert (error["code"], error["field"]) == ("bad_config", str(file))
+                assert "is not valid TOML" in error["message"]
+                assert http.head("/").status_code == 503
+                passed_on = http.get("/health/ready", headers={"X-Forwarded-For": "192.0.2.7"})
+                assert passed_on.json()["error"]["code"] == "not_ready"
+                assert str(tmp_path) not in passed_on.text
+                file.write_text(f'[api]\ntls_cert = "{tmp_path}/none.pem"\n')
+                wait_until(lambda: "none.pem" in http.get("/models").text, 60)
+                file.write_text("[api]\n")
+                wait_until(lambda: http.get("/health/live").status_code == 200, 60)
+            assert api.terminate() == 0
+            assert [line for line in api.lines() if "settings_wrong" in line][2:] == []
+        finally:
+            api.kill()
+
+
+def test_wrong_settings_and_a_stop(tmp_path: Path) -> None:
+    """SIGTERM ends a front with wrong settings as it ends others: with 0."""
+    environment = os.environ | {"GPUINFER_API_NOSUCH": "1"}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.set_inheritable(True)
+        command = [sys.executable, "-m", "gpuinfer", "api", "--fd", str(listener.fileno())]
+        api = Process(command, tmp_path / "api.log", env=environment, pass_fds=(listener.fileno(),))
+        try:
+            api.wait_for_line("GPUINFER_API_NOSUCH")
+            assert api.terminate() == 0
+        finally:
+            api.kill()
 
 
 def test_a_unix_socket(redis_server: RedisServer, tmp_path: Path) -> None:

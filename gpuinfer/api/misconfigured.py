@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front while its settings are wrong: each request is a 503 that says what is wrong.
+
+systemd would start a front that ends at once again and again, and then give up its socket, too. So a front
+that was handed its sockets stays, reads the settings every few seconds, and serves once they are right. What
+is wrong is told to this host alone; who comes from a network learns that something is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from signal import SIGINT, SIGTERM
+from typing import Final, TypeVar
+
+import orjson
+from sdnotify import SystemdNotifier
+
+from gpuinfer.addresses import address
+from gpuinfer.api.network import is_forwarded
+from gpuinfer.errors import ConfigError, GpuinferError, NotReady
+from gpuinfer.log import get_logger
+
+log = get_logger(__name__)
+
+#: Between two looks at the settings; also what Retry-After says.
+LOOK_S: Final = 2
+#: What a connection has for its request, and for the answer to be read.
+CONNECTION_S: Final = 5.0
+_MOST_HEADERS_BYTES: Final = 65_536
+T = TypeVar("T")
+
+
+def wait_for(prepare: Callable[[], T], listeners: Sequence[socket.socket]) -> T | None:
+    """Return what ``prepare`` returns; while it raises ConfigError, answer 503.
+
+    None: SIGTERM or SIGINT came first. The listeners stay open.
+    """
+    try:
+        return prepare()
+    except ConfigError as exc:
+        return asyncio.run(_Misconfigured(exc).until_right(prepare, listeners))
+
+
+def answer(error: GpuinferError, *, body: bool = True) -> bytes:
+    """Return a whole HTTP/1.1 answer that closes its connection; without its ``body`` for HEAD."""
+    text = orjson.dumps({"error": error.to_dict()}, option=orjson.OPT_APPEND_NEWLINE)
+    head = (
+        f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(text)}\r\nretry-after: {LOOK_S}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + (text if body else b"")
+
+
+class _Misconfigured:
+    def __init__(self, error: ConfigError) -> None:
+        self._error = error
+        self._notifier = SystemdNotifier()
+
+    async def until_right(self, prepare: Callable[[], T], listeners: Sequence[socket.socket]) -> T | None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (SIGINT, SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        self._tell(self._error)
+        # A server closes what it listens on, so each has a descriptor of its own.
+        servers = [
+            await asyncio.start_server(self._connection, sock=one.dup(), limit=_MOST_HEADERS_BYTES)
+            for one in listeners
+        ]
+        try:
+            while not stop.is_set():
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), LOOK_S)
+                    return None
+                self._notifier.notify("WATCHDOG=1")
+                try:
+                    found = prepare()
+                except ConfigError as exc:
+                    if str(exc) != str(self._error):
+                        self._tell(exc)
+                else:
+                    log.info("settings_right", pid=os.getpid())
+                    return found
+            return None
+        finally:
+            for server in servers:
+                server.close()
+            for number in (SIGINT, SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def _tell(self, error: ConfigError) -> None:
+        self._error = error
+        log.error("settings_wrong", error=str(error), hint="requests are answered 503 until they are right")
+        self._notifier.notify(f"READY=1\nSTATUS=answers 503: {' '.join(str(error).split())}")
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(CONNECTION_S):
+                await self._answer(reader, writer)
+        writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError:
+            return
+        except asyncio.LimitOverrunError:
+            head = b""
+        error: GpuinferError = self._error
+        if not _from_this_host(head, writer):
+            error = NotReady("its settings are wrong; on its host, gpuinfer config check says what")
+        writer.write(answer(error, body=not head.startswith(b"HEAD ")))
+        await writer.drain()
+        writer.write_eof()
+        # What is unread when a connection is closed resets it, and may cost the client its answer.
+        while await reader.read(_MOST_HEADERS_BYTES):
+            pass
+
+
+def _from_this_host(head: bytes, writer: asyncio.StreamWriter) -> bool:
+    """Tell whether a request came by the Unix socket or by loopback, and no proxy passed it on."""
+    names = (line.partition(b":")[0].strip().lower() for line in head.split(b"\r\n")[1:])
+    if not head or is_forwarded(names):
+        return False
+    peer = writer.get_extra_info("peername")
+    if not isinstance(peer, tuple):
+        return True
+    found = address(peer[0])
+    return found is not None and found.is_loopback
