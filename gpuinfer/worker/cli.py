@@ -58,7 +58,7 @@ def run(loaded: Loaded, number: int) -> None:
     from gpuinfer.worker.app import create_worker_app
 
     process = create_worker_app(loaded.settings).Worker(
-        hostname=node_name(number), pool_cls="solo", without_mingle=True, without_gossip=True, quiet=True
+        hostname=node_name(number), pool_cls="solo", quiet=True
     )
     process.start()
     sys.exit(process.exitcode or 0)

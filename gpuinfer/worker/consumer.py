@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -37,6 +38,8 @@ SHOW_S = 1.0
 PROBE = "gpuinfer:probe"
 #: Seconds a broken connection may take to close.
 COLLECT_TIMEOUT_S = 1.0
+#: Celery's own workers ask each other what was revoked, and follow each other's events: ours need neither.
+_BY_ITSELF = {"without_mingle": True, "without_gossip": True}
 
 
 class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not annotated
@@ -122,6 +125,10 @@ class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
             Remote,
             Batching,
         )
+
+    def __init__(self, *args: Any, worker_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Take no notice of other workers: to ask them is the admin's right, and the queue is in Redis."""
+        super().__init__(*args, worker_options=dict(worker_options or {}) | _BY_ITSELF, **kwargs)
 
     @property
     def pulse(self) -> Pulse:
