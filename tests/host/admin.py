@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 from tests.host.container import Container
@@ -14,6 +15,8 @@ TWO = (
     "[0,0,0,11,10,0,0,0],[0,0,2,16,5,0,0,0],[0,0,11,16,13,14,12,0],[0,3,16,14,8,8,7,0]]]"
 )
 API = "http://127.0.0.1:8080"
+#: How long a task may take to end before a test gives up: a worker that loads on a busy machine takes long.
+END_S = 180.0
 
 
 def properties(host: Container, unit: str, *names: str) -> dict[str, str]:
@@ -45,11 +48,14 @@ def predict(host: Container, body: str = TWO, path: str = "/predict") -> str:
     return str(answer["task_id"])
 
 
-def result(host: Container, task_id: str, wait: float = 30) -> dict[str, Any]:
-    """GET a task's state, waiting for its end."""
-    answer = ask(host, f"'{API}/result/{task_id}?wait={wait:g}'")
-    assert "status" in answer, answer
-    return answer
+def result(host: Container, task_id: str, wait: float | None = None) -> dict[str, Any]:
+    """GET a task's state when it has ended (else after three minutes), or after ``wait`` seconds."""
+    deadline = time.monotonic() + END_S
+    while True:
+        answer = ask(host, f"'{API}/result/{task_id}?wait={30 if wait is None else wait:g}'")
+        assert "status" in answer, answer
+        if wait is not None or answer["status"] not in ("queued", "running") or time.monotonic() > deadline:
+            return answer
 
 
 def journal(host: Container, *matches: str) -> list[dict[str, Any]]:
@@ -73,6 +79,12 @@ def start_worker(host: Container, number: int = 0) -> None:
     """Start a worker, as if never before: earlier tests' starts do not count."""
     unit = f"gpuinfer-worker@{number}"
     host.ok(f"systemctl reset-failed {unit} 2>/dev/null; systemctl start {unit}")
+
+
+def ready(host: Container, unit: str) -> None:
+    """Wait until the worker that a unit runs now says that it serves."""
+    run = f"_SYSTEMD_INVOCATION_ID=$(systemctl show -P InvocationID {unit})"
+    host.until(f"journalctl -q -o cat {run} ACTION=worker_ready | grep .", what=f"{unit}'s worker to serve")
 
 
 def redis_cli(host: Container, *words: str) -> str:

@@ -17,7 +17,7 @@ from tests.host.root import HostError
 
 #: A container is given the unified hierarchy, and this one where the others are of version 1.
 _NAMED = "name=systemd"
-_GONE_S = 20.0
+_GONE_S = 60.0
 
 
 def enter(name: str) -> list[str]:

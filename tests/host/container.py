@@ -24,8 +24,12 @@ from tests.host import cgroups
 from tests.host.root import CACHE, HostError, run
 from tests.services import Process
 
-BOOT_TIMEOUT_S = 90.0
-STOP_TIMEOUT_S = 60.0
+#: How long to wait before a test gives up; the machine may be busy. Units may take 90 s to stop.
+BOOT_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 180.0
+#: For a command in the container, and until one succeeds.
+LIMIT_S = 300.0
+UNTIL_TIMEOUT_S = 180.0
 STATES = CACHE / "hosts"
 #: Without these, DevicePolicy= and IPAddressDeny= are silently not enforced in the container.
 _NSPAWN = ("--system-call-filter=bpf", "--capability=CAP_BPF", "--register=no", "--keep-unit", "--boot")
@@ -169,7 +173,7 @@ class Container:
 
     # -- use ------------------------------------------------------------------------------
 
-    def sh(self, script: str, *, timeout: float = 120, env: Mapping[str, str] | None = None) -> Answer:
+    def sh(self, script: str, *, timeout: float = LIMIT_S, env: Mapping[str, str] | None = None) -> Answer:
         """Run a shell script in the container as root; return its exit code, and both outputs as one."""
         names = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
         names |= {"LANG": "C.UTF-8", "TERM": "dumb", "DEBIAN_FRONTEND": "noninteractive", **(env or {})}
@@ -187,14 +191,14 @@ class Container:
         )
         return Answer(done.returncode, done.stdout)
 
-    def ok(self, script: str, *, timeout: float = 120, env: Mapping[str, str] | None = None) -> str:
+    def ok(self, script: str, *, timeout: float = LIMIT_S, env: Mapping[str, str] | None = None) -> str:
         """Run a shell script that must succeed; return its output."""
         answer = self.sh(script, timeout=timeout, env=env)
         if answer.code:
             raise HostError(f"in {self.name}: {script}\n{answer}")
         return answer.output
 
-    def until(self, script: str, *, timeout: float = 60, what: str = "") -> str:
+    def until(self, script: str, *, timeout: float = UNTIL_TIMEOUT_S, what: str = "") -> str:
         """Run a shell script until it succeeds; return its output then."""
         deadline = time.monotonic() + timeout
         while True:

@@ -65,7 +65,7 @@ def _network() -> Iterator[None]:
         yield
     finally:
         bridge = Path(f"/sys/class/net/vz-{ZONE}")
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while list(bridge.glob("brif/*")) and time.monotonic() < deadline:  # the kernel takes its time
             time.sleep(0.1)
         if bridge.exists():

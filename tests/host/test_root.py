@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.host.admin import predict, result
+from tests.host.admin import predict, ready, result
 from tests.host.container import Container
 from tests.models_for_tests import signer
 
@@ -60,6 +60,14 @@ def owner(host: Container) -> str:
     return host.ok(f"stat -c %U {SIGNED}; rm {SIGNED}").strip()
 
 
+def served_by(host: Container, unit: str) -> str:
+    """Wait until a unit's worker is ready; return the worker that has run a task then."""
+    ready(host, unit)
+    done = result(host, predict(host, '{"inputs": 1.5, "model": "signer"}'))
+    assert done["status"] == "completed", done
+    return str(done["worker"])
+
+
 def passwords_in(host: Container, unit: str) -> dict[str, str]:
     """Tell which passwords a unit's process has in its memory."""
     pid = host.ok(f"systemctl show -P MainPID {unit}").strip()
@@ -98,19 +106,17 @@ def test_a_worker_by_hand(host: Container) -> None:
     """`gpuinfer worker N` serves, as the worker's user and with the worker's password alone."""
     unit = "-p Environment=GPUINFER_WORKER_MODELS=signer -p Environment=GPUINFER_WORKER_DEVICE=cpu"
     host.ok(f"systemd-run -q --unit=by-hand {unit} gpuinfer worker 7")
-    host.until("gpuinfer queue status --json | grep -q '\"signer\"'", what="a worker that serves the model")
-    done = result(host, predict(host, '{"inputs": 1.5, "model": "signer"}'))
-    assert done["status"] == "completed", done
+    assert served_by(host, "by-hand") == "gpu7@gpuhost"
     assert owner(host) == "gpuinfer-worker"
     assert passwords_in(host, "by-hand") == {"worker": "True", "admin": "False"}
     host.ok("systemctl stop by-hand")
 
 
 def test_celerys_own_worker(host: Container) -> None:
-    """`gpuinfer celery worker` takes the same way in, and has not the administrator's password either."""
+    """`gpuinfer celery worker` takes the same way in, and serves; it has no password but the worker's."""
     unit = "-p Environment=GPUINFER_WORKER_MODELS=signer -p Environment=GPUINFER_WORKER_DEVICE=cpu"
     host.ok(f"systemd-run -q --unit=by-celery {unit} gpuinfer celery worker -P solo -n gpu8@gpuhost")
-    host.until(f"test -e {SIGNED}", what="the warm-up")
+    assert served_by(host, "by-celery") == "gpu8@gpuhost"
     assert owner(host) == "gpuinfer-worker"
     assert passwords_in(host, "by-celery") == {"worker": "True", "admin": "False"}
     host.ok("systemctl stop by-celery")
