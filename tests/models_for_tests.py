@@ -6,6 +6,7 @@ The folder's name is the model's name, so ``perceptron(tmp_path / "models" / "ml
 
 from __future__ import annotations
 
+import json
 import textwrap
 import warnings
 from pathlib import Path
@@ -236,3 +237,67 @@ def python_model(folder: Path, code: str, tables: str = "") -> Path:
     (folder / "model.py").write_text(textwrap.dedent(code), encoding="utf-8")
     write_manifest(folder, "model.py", tables)
     return folder
+
+
+class Gate:
+    """A model of one float that notes its batches, and holds them back while the gate is shut.
+
+    Each batch takes 50 ms. What waits behind a held one can be looked at, however slow the machine is, and
+    the order of serving is the order of its notes. Zeros, as in a warm-up, pass and are not noted.
+    """
+
+    CODE = """
+    import json
+    import time
+    from pathlib import Path
+
+    class Gate:
+        example = [0.0]
+
+        def predict(self, batch: list[list[float]]) -> list[list[float]]:
+            if not any(x[0] for x in batch):
+                return batch
+            here = Path(__file__).parent.parent
+            with (here / "{name}.batches").open("a") as notes:
+                notes.write(json.dumps([x[0] for x in batch]) + "\\n")
+            time.sleep(0.05)
+            while (here / "{name}.shut").exists():
+                (here / "{name}.held").touch()
+                time.sleep(0.01)
+            return batch
+    """
+
+    def __init__(self, folder: Path, *, max_batch_size: int, shut: bool = False) -> None:
+        self._shut, self._held = folder.with_suffix(".shut"), folder.with_suffix(".held")
+        self._batches = folder.with_suffix(".batches")
+        code = self.CODE.format(name=folder.name)
+        python_model(folder, code, f"max_batch_size = {max_batch_size}\n")
+        self._batches.touch()
+        if shut:
+            self.shut()
+
+    @property
+    def held(self) -> bool:
+        """A batch waits at the gate."""
+        return self._held.exists()
+
+    @property
+    def batches(self) -> list[list[float]]:
+        """The inputs of each batch that has begun, in order."""
+        return [json.loads(line) for line in self._batches.read_text().splitlines()]
+
+    def first(self, value: float) -> int:
+        """Return the number of the first batch with this input."""
+        return next(n for n, inputs in enumerate(self.batches) if value in inputs)
+
+    def last(self, value: float) -> int:
+        """Return the number of the last batch with this input."""
+        return max(n for n, inputs in enumerate(self.batches) if value in inputs)
+
+    def shut(self) -> None:
+        """Hold every batch that has not ended."""
+        self._held.unlink(missing_ok=True)
+        self._shut.touch()
+
+    def open(self) -> None:
+        self._shut.unlink()
