@@ -63,7 +63,7 @@ def manifest_text(artefact: Path, found: Mapping[str, Any], wanted: Wanted, ask:
     if not MODEL_NAME.fullmatch(name):
         raise UsageError(f"a model cannot be called {name!r}; use a-z 0-9 _ . -", "--name")
     lines = [
-        '# Written by gpuinfer model init; the README\'s section "Models" shows what else may stand here.',
+        "# Written by gpuinfer model init; man gpuinfer-model explains every key.",
         f"name = {json.dumps(name)}",
         f"artefact = {json.dumps(artefact.name)}",
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the package does to a host beside its own folders: what README lists; nothing once it is purged."""
+"""What the package does to a host beside its own folders: what host.md lists; nothing once it is purged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 #: An administrator's own unit whose name begins as ours do, and settings that sort before any package's.
 PROXY = "[Service]\nExecStart=/bin/sleep infinity\n[Install]\nWantedBy=multi-user.target\n"
 JOURNALD, SYSCTL = "/etc/systemd/journald.conf.d/10-mine.conf", "/etc/sysctl.d/10-mine.conf"
-#: What README calls the package's own folders.
+#: What packaging/doc/host.md calls the package's own folders.
 FOLDERS = (
     *("/usr/lib/gpuinfer", "/usr/lib/gpuinfer-torch", "/usr/share/gpuinfer"),
     *("/etc/gpuinfer", "/var/lib/gpuinfer", "/var/cache/gpuinfer", "/run/gpuinfer"),
@@ -71,20 +71,20 @@ def state(host: Container) -> dict[str, str]:
 
 
 def promised() -> list[str]:
-    """Return the paths that README lists as outside of our own folders."""
-    section = (ROOT / "README.md").read_text().split("\n## On a host\n", 1)[1].split("\n## ", 1)[0]
-    table = section.split("| outside its own folders |", 1)[1].split("\n\n", 1)[0]
+    """Return the paths that packaging/doc/host.md lists as outside of our own folders."""
+    page = (ROOT / "packaging" / "doc" / "host.md").read_text()
+    table = page.split("| outside its own folders |", 1)[1].split("\n\n", 1)[0]
     return [path for row in table.splitlines()[2:] for path in re.findall(r"`(/[^`]+)`", row.split("|")[1])]
 
 
 def known(path: str, listed: list[str]) -> bool:
-    """Tell whether README lists a path, with a * for a part of a name, or a folder above it."""
+    """Tell whether host.md lists a path, with a * for a part of a name, or a folder above it."""
     patterns = [re.escape(one).replace(r"\*", "[^/]*") for one in listed]
     return any(re.fullmatch(rf"{pattern}(/.*)?", path) for pattern in patterns)
 
 
 def test_what_the_package_does_to_a_host(bare: Container, debs: list[Path]) -> None:
-    """Installed, used, removed, purged: what is new is listed in README, what was there stays as it was."""
+    """Installed, used, removed, purged: what is new is listed in host.md, what was there stays as it was."""
     before, was = files(bare), state(bare)
     install(bare, debs)
     bare.ok("systemctl enable --now gpuinfer-worker@0")

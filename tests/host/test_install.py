@@ -9,6 +9,7 @@ import pytest
 
 from tests.env_files import TEXTS
 from tests.host.admin import TWO, journal, main_pid, predict, properties, result, start_worker
+from tests.host.conftest import ROOT
 from tests.host.container import Answer, Container
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
@@ -280,8 +281,9 @@ def test_the_man_pages_and_the_completion_are_there(host: Container) -> None:
         ("7 gpuinfer", "gpuinfer-restore@"),
     ):
         assert word in host.ok(f"man {page}"), page
-    assert "unmask" in host.ok("zcat -f /usr/share/doc/gpuinfer/runbook.md*")
-    assert "digits" in host.ok("zcat -f /usr/share/doc/gpuinfer/README.md*")
+    for file in (ROOT / "README.md", *(ROOT / "packaging" / "doc").glob("*.md")):
+        installed = host.ok(f"zcat -f /usr/share/doc/gpuinfer/{file.name}*")
+        assert installed.strip() == file.read_text().strip(), file.name
     host.ok("test -e /usr/share/doc/gpuinfer/examples/text-encoder/model.toml")
     said = host.ok(
         "source /usr/share/bash-completion/bash_completion; _completion_loader gpuinfer; complete -p gpuinfer"

@@ -94,18 +94,18 @@ def test_the_bound_is_below_everybody() -> None:
     assert all(made.bound.p99_s <= outcome.p99_s + 1.0 for outcome in made.outcomes)
 
 
-def test_the_readme_has_the_table_that_the_command_prints() -> None:
+def test_the_documentation_has_the_table_that_the_command_prints() -> None:
     """The same traces and the same columns; its figures are from one run of it."""
     given = [replace(one, trace=at_once(1)) for one in suite()]
     made = [comparison(one, [play(one, player) for player in players(one)]) for one in given[:1]]
     made = [replace(made[0], scenario=one) for one in given]
     printed = [line for line in markdown(made).splitlines() if line.startswith("|")]
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
-    begin = readme.index(printed[0])
-    shown = readme[begin : begin + len(printed)]
+    page = (Path(__file__).parents[2] / "packaging/doc/figures.md").read_text(encoding="utf-8").splitlines()
+    begin = page.index(printed[0])
+    shown = page[begin : begin + len(printed)]
     assert [line.split("|")[1] for line in shown] == [line.split("|")[1] for line in printed]
     assert [line.count("|") for line in shown] == [line.count("|") for line in printed]
-    assert not readme[begin + len(printed)].startswith("|")
+    assert not page[begin + len(printed)].startswith("|")
 
 
 def test_of_several_seeds_the_medians_count() -> None:

@@ -107,7 +107,7 @@ def test_quantiles_are_of_tasks() -> None:
 
 
 def test_the_same_seed_gives_the_same_outcome() -> None:
-    """What the README shows, anybody can make again."""
+    """The figures in the documentation can be reproduced."""
     made = [scenario("burst", seconds=600) for _ in range(2)]
     assert play(made[0], Policy(made[0].settings)) == play(made[1], Policy(made[1].settings))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.bench.http [--peers FOLDER] [--seconds N] [--only NAME]``: the table of the README."""
+"""``python -m tests.bench.http [--peers FOLDER] [--seconds N] [--only NAME]``: the table in figures.md."""
 
 from __future__ import annotations
 

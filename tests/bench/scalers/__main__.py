@@ -17,7 +17,9 @@ NAMES = [one.name for one in suite()]
 
 @click.command(epilog="Traces: " + "; ".join(NAMES) + ". All of them without a name.")
 @click.argument("names", nargs=-1, type=click.Choice(NAMES), metavar="[NAMES]...")
-@click.option("--markdown", "as_markdown", is_flag=True, help="Print one line a trace, for the README.")
+@click.option(
+    "--markdown", "as_markdown", is_flag=True, help="Print one line a trace, for packaging/doc/figures.md."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw it.")
 def main(names: tuple[str, ...], as_markdown: bool, as_json: bool, plot: Path | None) -> None:
