@@ -20,7 +20,10 @@ _APP = "gpuinfer.celery"
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENT]...")
 @click.pass_context
 def celery(ctx: click.Context, arguments: tuple[str, ...]) -> int:
-    """Run Celery's own command on this application: what follows is celery's, its options too."""
+    """Run Celery's own command on this application.
+
+    All arguments and options are Celery's.
+    """
     from celery.bin.celery import celery as command
 
     file = ctx.find_root().params.get("file")
@@ -33,7 +36,7 @@ def celery(ctx: click.Context, arguments: tuple[str, ...]) -> int:
 
 
 def _log_as_ours(loaded: Loaded) -> None:
-    """Give Flower, which takes the root logger's handler where there is one, lines with levels."""
+    """Set up the root logger, which Flower then uses: its lines get our format and levels."""
     from gpuinfer.log import configure
 
     configure(loaded.settings.log, program="gpuinfer-flower")

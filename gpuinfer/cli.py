@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one command, ``gpuinfer``: its subcommands live in their rooms and are imported when called.
+"""The command ``gpuinfer``. Each subcommand is in its own package, which is imported when it is called.
 
 Exit codes are those of sysexits.h: each error's own, 64 for a wrong call, 130 after Ctrl-C.
 """
@@ -45,7 +45,7 @@ class Entry:
     target: str
     #: Its line in ``gpuinfer --help``.
     help: str
-    #: Whose password root takes on a host without the administrator's.
+    #: The Redis user that root logs in as on a host without the administrator's password.
     user: str = "api"
 
     def load(self) -> click.Command:
@@ -56,28 +56,32 @@ class Entry:
 
 
 COMMANDS: dict[str, Entry] = {
-    "demo": Entry("gpuinfer.demo.cli:demo", "Try the whole thing here: Redis, worker, API and requests."),
+    "demo": Entry(
+        "gpuinfer.demo.cli:demo", "Try everything here: a private Redis, workers, the API, requests."
+    ),
     "serve": Entry("gpuinfer.serve.cli:serve", "Serve one model from its file or folder.", "worker"),
-    "status": Entry("gpuinfer.view.cli:status", "Show how the fleet is, trouble first.", "watcher"),
-    "top": Entry("gpuinfer.view.cli:top", "The same live, to act in."),
-    "submit": Entry("gpuinfer.client.cli:submit", "Put a task into a queue."),
-    "result": Entry("gpuinfer.client.cli:result", "Show what became of a task."),
-    "task": Entry("gpuinfer.client.task_cli:task", "Look at tasks; retry or cancel them."),
-    "cancel": Entry("gpuinfer.client.cli:cancel", "Cancel tasks that wait or run."),
-    "queue": Entry("gpuinfer.queue.cli:queue", "Look at the queues; purge, pause, resume.", "watcher"),
-    "dead": Entry("gpuinfer.queue.dead_cli:dead", "Look at tasks set aside; retry or drop them."),
-    "key": Entry("gpuinfer.keys.cli:key", "Let applications in from a network: make and revoke keys."),
-    "usage": Entry("gpuinfer.queue.usage_cli:usage", "Show who has used how much, by key and model."),
-    "logs": Entry("gpuinfer.journal.cli:logs", "Show the journal: of a task, of a GPU, of all."),
+    "status": Entry("gpuinfer.view.cli:status", "Show the state of the fleet, problems first.", "watcher"),
+    "top": Entry("gpuinfer.view.cli:top", "Show the fleet live, and act on workers, queues and tasks."),
+    "submit": Entry("gpuinfer.client.cli:submit", "Submit tasks, and optionally wait for their results."),
+    "result": Entry("gpuinfer.client.cli:result", "Print the result of a task."),
+    "task": Entry("gpuinfer.client.task_cli:task", "Show and list tasks; retry or cancel them."),
+    "cancel": Entry("gpuinfer.client.cli:cancel", "Cancel tasks that are waiting or running."),
+    "queue": Entry("gpuinfer.queue.cli:queue", "Show, purge, pause and resume queues.", "watcher"),
+    "dead": Entry("gpuinfer.queue.dead_cli:dead", "List, retry and drop dead letters."),
+    "key": Entry("gpuinfer.keys.cli:key", "Make and revoke keys for applications on a network."),
+    "usage": Entry("gpuinfer.queue.usage_cli:usage", "Show requests and device time by key and model."),
+    "logs": Entry("gpuinfer.journal.cli:logs", "Show the journal of a task, a GPU or all units."),
     "model": Entry("gpuinfer.models.cli:model", "List, check, install and remove models.", "worker"),
-    "redis": Entry("gpuinfer.broker.cli:redis", "Prepare this host's own Redis."),
+    "redis": Entry("gpuinfer.broker.cli:redis", "Manage this host's own Redis."),
     "gpus": Entry("gpuinfer.gpus_cli:gpus", "List this host's GPUs."),
     "doctor": Entry("gpuinfer.doctor.cli:doctor", "Check this host and print a fix for each problem."),
     "config": Entry("gpuinfer.config.cli:config", "Check and show the settings."),
     "worker": Entry(
         "gpuinfer.worker.cli:worker", "Run the worker of one GPU; list, drain, restart.", "worker"
     ),
-    "restore": Entry("gpuinfer.worker.cli:restore", "Put back what a dead worker left in flight.", "worker"),
+    "restore": Entry(
+        "gpuinfer.worker.cli:restore", "Put a dead worker's tasks back into their queues.", "worker"
+    ),
     "watcher": Entry("gpuinfer.watcher.cli:watcher", "Scale workers with the load; simulate it.", "watcher"),
     "celery": Entry("gpuinfer.celery_cli:celery", "Run Celery's own command on this application."),
     "api": Entry("gpuinfer.api.cli:api", "Run the HTTP front."),
@@ -85,9 +89,9 @@ COMMANDS: dict[str, Entry] = {
 
 
 class LazyGroup(click.Group):
-    """A group that knows its subcommands' names and lines, and imports only the one that is called.
+    """A group that knows its subcommands' names and help lines, and imports only the one that is called.
 
-    ``commands`` holds placeholders, for the listing and for click's "Did you mean".
+    ``commands`` holds placeholders for the listing and for click's "Did you mean".
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -95,7 +99,7 @@ class LazyGroup(click.Group):
         self.commands = {name: click.Command(name, short_help=entry.help) for name, entry in COMMANDS.items()}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the table's order: what a user meets first comes first."""
+        """Return the names in the order of the table: what a new user needs comes first."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -104,7 +108,7 @@ class LazyGroup(click.Group):
         return plain(entry.load()) if entry else None
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Call the command; a reader that has gone away ends it with its own exit code, not click's 1."""
+        """Call the command. A closed pipe on standard output gives exit code 141 instead of click's 1."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError as exc:
@@ -122,7 +126,7 @@ class LazyGroup(click.Group):
 
 
 class _WhenNeeded(Loaded):
-    """Settings read at the first look at them, so that ``--help`` works with a broken file."""
+    """Settings that are read when they are first used, so that ``--help`` works with a broken file."""
 
     def __init__(self, file: Path | None, user: str = "api") -> None:
         object.__setattr__(self, "_file", file)
@@ -146,7 +150,7 @@ class _WhenNeeded(Loaded):
     "file",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Settings file; else $GPUINFER_CONFIG, else /etc/gpuinfer/gpuinfer.toml.",
+    help="Settings file. Default: $GPUINFER_CONFIG, else /etc/gpuinfer/gpuinfer.toml.",
 )
 @click.version_option(__version__, prog_name="gpuinfer", message="%(prog)s %(version)s")
 @click.pass_context
@@ -163,7 +167,7 @@ def main(args: Sequence[str] | None = None) -> None:
         code = _run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is left in the buffer has no reader: Python must not try, and complain, at exit.
+        # Nobody reads the rest of the buffer. Without this, Python fails to flush it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = EXIT_BROKEN_PIPE
     sys.exit(code)
@@ -190,7 +194,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _missing_extra(exc: ModuleNotFoundError) -> MissingExtra | None:
-    """Return the error for a library that a client's installation lacks; None: another one is missing."""
+    """Return the error for a library that ``pip install gpuinfer`` leaves out; None for any other library."""
     library = (exc.name or "").partition(".")[0]
     if library not in HOST_MODULES:
         return None
@@ -209,7 +213,7 @@ def _wants_json(arguments: list[str]) -> bool:
 
 
 def _report(exc: GpuinferError, *, as_json: bool) -> None:
-    """Say what was wrong: a person reads one line on stderr, a program that asked for JSON reads stdout."""
+    """Print an error: one line on stderr, or with --json an object on stdout."""
     if as_json:
         import orjson
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the commands' help reads: examples on lines of their own, and numbers named by their unit."""
+"""Format of the commands' help: examples on lines of their own, numbers with their unit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-#: A bound that is as good as none.
+#: An upper bound that is not worth showing.
 _ENDLESS = 2**31 - 1
 
 
@@ -17,7 +17,7 @@ def examples(*lines: str) -> str:
 
 
 def plain(command: click.Command) -> click.Command:
-    """Have a command, and those of a group, name numbers by their unit and ranges in words; return it."""
+    """Make a command and its subcommands show units instead of types, and ranges in words; return it."""
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             _plain_option(parameter)

@@ -19,9 +19,9 @@ _MIB = 1024 * 1024
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def gpus(loaded: Loaded, as_json: bool) -> None:
-    """List this host's GPUs, each with the workers that run on it, and their MIG instances.
+    """List this host's GPUs with their workers and MIG instances.
 
-    A host without one is no error: the reason is printed, and the exit code is 0.
+    On a host without a GPU the reason is printed, and the exit code is 0.
 
     \b
     Bind worker 0 to one MIG instance:
@@ -65,7 +65,7 @@ def _show(workers: range, gpu: Gpu) -> None:
     for instance in gpu.instances:
         click.echo("    " + _join(f"MIG {instance.profile}".strip(), _memory(instance), instance.uuid))
     if gpu.mig and not gpu.instances:
-        click.echo("    MIG is on, and there is no instance: nvidia-smi mig -cgi PROFILE -C makes one")
+        click.echo("    MIG is on, but there is no instance; to make one: nvidia-smi mig -cgi PROFILE -C")
 
 
 def _memory(part: Gpu | MigInstance) -> str:

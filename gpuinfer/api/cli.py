@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 @click.option(
     "--host",
     metavar="HOST",
-    help="Address, or name: all that it means. Default: api.host.",
+    help="Address, or a name for all of its addresses. Default: api.host.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), help="0 takes a free one. Default: api.port.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port; 0: any free one. Default: api.port.")
 @click.option("--socket", "path", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")
 @click.option(
     "--fd",
     type=click.IntRange(0),
-    help="Use this open listening socket, and all that systemd hands over with it (socket activation: 3).",
+    help="Listen on this open socket, and on all others that systemd passes with it (socket activation: 3).",
 )
 @click.pass_obj
 def api(loaded: Loaded, host: str | None, port: int | None, path: Path | None, fd: int | None) -> None:
-    """Serve HTTP: take requests in, hand results out. /docs describes all routes.
+    """Run the HTTP front. /docs describes all routes.
 
-    Ends with status 0 on SIGTERM and SIGINT, after answering what it has begun. With --fd and
-    wrong settings it answers 503 until they are right.
+    SIGTERM and SIGINT end it with exit code 0, after it has answered the requests that it accepted. With --fd
+    and wrong settings it answers 503 until they are right.
     """
     if sum((host is not None or port is not None, path is not None, fd is not None)) > 1:
         raise UsageError("give --host and --port, or --socket, or --fd")
@@ -117,7 +117,7 @@ def _serve(settings: Settings, listeners: list[socket.socket], certificate: Cert
     from gpuinfer.api.processes import supervise
     from gpuinfer.api.server import Server
 
-    # uvicorn tells of its start and stop; so do we, with fields.
+    # uvicorn logs its start and stop; so do we, with fields.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
         if settings.api.processes > 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer redis``: what gpuinfer-redis.service needs before it starts Redis, and an upgrade."""
+"""``gpuinfer redis``: what gpuinfer-redis.service runs before Redis, and what an upgrade runs."""
 
 from __future__ import annotations
 
@@ -35,13 +35,16 @@ MORE_USERS = Path("/etc/gpuinfer/redis-users.acl")
 
 @click.group()
 def redis() -> None:
-    """Prepare this host's own Redis, and show what it is given."""
+    """Manage this host's own Redis."""
 
 
 @redis.command(epilog=examples("gpuinfer redis show"))
 @click.pass_obj
 def show(loaded: Loaded) -> None:
-    """Show what the next start of gpuinfer-redis.service takes from the settings."""
+    """Print the tuning.conf of the next start.
+
+    It is what gpuinfer-redis.service takes from the settings.
+    """
     from gpuinfer.broker import durability
     from gpuinfer.broker.tuning import host_memory_bytes, render
 
@@ -51,24 +54,34 @@ def show(loaded: Loaded) -> None:
 
 
 @redis.command(epilog=examples("gpuinfer redis prepare", "gpuinfer redis prepare --measure"))
-@click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="Where Redis keeps its file. Default: as redis.conf says."
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=FOLDER,
+    show_default=True,
+    help="Where the files are written.",
+)
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Redis's data folder. Default: as in redis.conf."
 )
 @click.option("--measure", is_flag=True, help="Measure the disk's fsync again, for appendfsync = auto.")
 @click.pass_obj
 def prepare(loaded: Loaded, folder: Path, data: Path | None, measure: bool) -> None:
-    """Write tuning.conf and users.acl, which /etc/gpuinfer/redis.conf includes.
+    """Write the files that redis.conf includes.
 
-    Passwords come from $CREDENTIALS_DIRECTORY, else from /etc/gpuinfer/credentials. Where redis.appendfsync
-    is auto, the disk's fsync is measured once. Under always it waits until the disk has room (exit 75).
+    They are tuning.conf and users.acl. Passwords come from $CREDENTIALS_DIRECTORY, else from
+    /etc/gpuinfer/credentials. Where redis.appendfsync is auto, the disk's fsync is measured once. Under
+    always the command waits until the disk has free space. Exit code 75: it still has none.
     """
     from gpuinfer.broker import acl, last_good, passwords, room, tuning
     from gpuinfer.queue.connection import DURABILITY
 
     settings, fault = last_good.settings(loaded)
     if fault:
-        say(f"gpuinfer: warning: {fault}; Redis starts as it did last, until that is fixed", WARNING)
+        say(
+            f"gpuinfer: warning: {fault}; Redis starts with its last good settings until that is fixed",
+            WARNING,
+        )
     else:
         _tell_of_the_rest(loaded)
     users = acl.render(passwords.read(), _chain_queues(loaded, settings), passwords.older()) + _their_lines()
@@ -82,10 +95,10 @@ def prepare(loaded: Loaded, folder: Path, data: Path | None, measure: bool) -> N
 @as_json_option
 @click.pass_obj
 def apply_users(loaded: Loaded, as_json: bool) -> None:
-    """Give the users of the running Redis the rights that this version needs, without a restart.
+    """Update the rights of gpuinfer's Redis users.
 
-    Connections stay, and have the new rights at once; other users are not touched. An upgrade does this
-    before it restarts the workers. Passwords come from $CREDENTIALS_DIRECTORY, else from
+    They take effect without a restart, also for open connections; other users are not changed. An upgrade
+    does this before it restarts the workers. Passwords come from $CREDENTIALS_DIRECTORY, else from
     /etc/gpuinfer/credentials.
     """
     from gpuinfer.broker import acl, passwords
@@ -97,7 +110,7 @@ def apply_users(loaded: Loaded, as_json: bool) -> None:
         print_json({"users": list(acl.USERS), "changed": changed})
     else:
         click.echo(
-            f"new rights for {', '.join(changed)}" if changed else "all users have their rights already"
+            f"new rights for {', '.join(changed)}" if changed else "all users have these rights already"
         )
 
 
@@ -106,15 +119,16 @@ def apply_users(loaded: Loaded, as_json: bool) -> None:
     epilog=examples("gpuinfer redis rotate-password worker", "gpuinfer redis rotate-password api --drop-old"),
 )
 @click.argument("user", type=click.Choice(["admin", "api", "worker", "watcher", "operator", "viewer"]))
-@click.option("--drop-old", is_flag=True, help="Make no new one: forget the old ones now.")
+@click.option("--drop-old", is_flag=True, help="Make no new password; make Redis forget the old ones.")
 @as_json_option
 @click.pass_obj
 def rotate_password(loaded: Loaded, user: str, drop_old: bool, as_json: bool) -> int:
-    """Give a Redis user a new password, as root on Redis's host, while all goes on.
+    """Give a Redis user a new password.
 
-    Redis learns the new one beside the old; each unit that logs in with it is restarted, workers one after
-    the other by gpuinfer-roll.service; then Redis forgets the old. Exit code 75: a unit did not come back, or
-    a connection from another host still has the old one, which goes on to count: copy the file there,
+    Run it as root on Redis's host; the service is not interrupted. Redis accepts the new password beside the
+    old one, each unit that logs in with it is restarted (workers one after the other, by
+    gpuinfer-roll.service), then Redis forgets the old one. Exit code 75: a unit did not come back, or a
+    connection from another host uses the old password, which stays valid. Then copy the password file there,
     restart, and call --drop-old.
     """
     from gpuinfer.broker import rotation
@@ -135,10 +149,10 @@ def rotate_password(loaded: Loaded, user: str, drop_old: bool, as_json: bool) ->
 @as_json_option
 @click.pass_obj
 def migrate(loaded: Loaded, as_json: bool) -> None:
-    """Change what an older edition left in Redis to this edition's format.
+    """Convert data in Redis to the format of this version.
 
-    Nothing of gpuinfer may run meanwhile. There is one format so far, so there is nothing to change. Exit
-    code 78: Redis has a format that this edition does not know. Messages in Celery's own format stay.
+    Stop all of gpuinfer first. There is one format so far, so there is nothing to convert. Exit code 78:
+    Redis has a format that this version does not know. Messages in Celery's own format are not changed.
     """
     from gpuinfer.queue import format as layout
     from gpuinfer.queue import keys
@@ -149,7 +163,7 @@ def migrate(loaded: Loaded, as_json: bool) -> None:
         connect(loaded.settings.broker, any_format=True) as client,
     ):
         number: bytes | None = client.get(keys.FORMAT_KEY)
-    layout.check(number)  # where a later edition changes what it knows
+    layout.check(number)  # a later version converts here
     found = int(number) if number else None
     if as_json:
         print_json({"format": keys.FORMAT, "found": found, "changed": False})
@@ -158,15 +172,16 @@ def migrate(loaded: Loaded, as_json: bool) -> None:
             f"nothing to do: Redis has no format yet; the first worker or watcher makes it {keys.FORMAT}"
         )
     else:
-        click.echo(f"nothing to do: Redis has format {found}, which is this edition's")
+        click.echo(f"nothing to do: Redis has format {found}, that of this version")
 
 
 @redis.command(epilog=examples("gpuinfer redis local && systemctl status gpuinfer-redis"))
 @click.pass_context
 def local(ctx: click.Context) -> None:
-    """Tell by the exit code whether broker.url is this host's own Redis: 0 yes, 1 no, 255 when unknown.
+    """Test whether broker.url is this host's own Redis.
 
-    systemd takes 1 to 254 from ExecCondition= for "not here", and 255 for a failure.
+    Exit code 0: it is. 1: it is not. 255: the settings cannot be read. systemd skips a unit whose
+    ExecCondition= exits with 1 to 254, and fails it for 255.
     """
     from gpuinfer.broker import last_good
 
@@ -181,7 +196,7 @@ def local(ctx: click.Context) -> None:
     if not url.rpartition("@")[2].rpartition("://")[2].startswith(f"{FOLDER}/"):
         from gpuinfer.settings import shown
 
-        say(f"broker.url is {shown('broker.url', url)}: this host has no Redis of its own to run", INFO)
+        say(f"broker.url is {shown('broker.url', url)}: this host does not run its own Redis", INFO)
         ctx.exit(1)
 
 
@@ -189,21 +204,21 @@ def local(ctx: click.Context) -> None:
 def _as_admin(
     loaded: Loaded, found: Mapping[str, str] | None = None
 ) -> Iterator[tuple[client.Redis, Settings]]:
-    """Connect to Redis as its administrator, by what it was started with where the settings are wrong."""
+    """Connect to Redis as its administrator; with wrong settings, use those of its last start."""
     from gpuinfer.broker import last_good, passwords
     from gpuinfer.queue.connection import connect, typed_errors
 
     login = {"username": "admin", "password": (found or passwords.read())["admin"]}
     settings, fault = last_good.settings(loaded)
     if fault:
-        say(f"gpuinfer: warning: {fault}; taken from Redis's last start", WARNING)
+        say(f"gpuinfer: warning: {fault}; using the settings of Redis's last start", WARNING)
     broker = type(settings.broker).model_validate(settings.broker.model_dump() | login)
     with typed_errors("admin"), connect(broker, any_format=True) as connected:
         yield connected, settings
 
 
 def _durability(settings: Settings, folder: Path, data: Path | None, *, again: bool) -> Choice:
-    """Decide how Redis writes, say what that means, and wait for the room that it needs. Raises DiskFull."""
+    """Choose appendfsync, log what it means, and wait for the free space that it needs. Raises DiskFull."""
     from gpuinfer.broker import durability, room
 
     data = data or durability.folder_of()
@@ -218,7 +233,7 @@ def _durability(settings: Settings, folder: Path, data: Path | None, *, again: b
 
 
 def _chain_queues(loaded: Loaded, last: Settings) -> Sequence[str]:
-    """Return where chains may go on; with a mistake in that section, where they might at the last start."""
+    """Return the queues to which chains may send; those of the last start where the section is wrong."""
     try:
         return loaded.only("queue").queue.foreign_queues
     except ConfigError:  # _tell_of_the_rest says what is wrong
@@ -235,7 +250,7 @@ def _keep(loaded: Loaded) -> None:
 
 
 def _tell_of_the_rest(loaded: Loaded) -> None:
-    """Say what is wrong in the other sections, which others will not start with."""
+    """Log what is wrong in the other sections: the other units will not start with it."""
     try:
         _ = loaded.settings
     except ConfigError as exc:
@@ -243,7 +258,7 @@ def _tell_of_the_rest(loaded: Loaded) -> None:
 
 
 def more_users() -> Users:
-    """Return the administrator's own users, and which lines Redis would reject. Raises ConfigError."""
+    """Return the administrator's own users, and the lines that Redis would reject. Raises ConfigError."""
     from gpuinfer.broker.more_users import read
 
     handed = Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent")) / MORE_USERS.name
@@ -257,11 +272,11 @@ def more_users() -> Users:
 
 
 def _their_lines() -> str:
-    """Return the administrator's own users; a line that Redis rejects is named, and left out."""
+    """Return the administrator's own users. A line that Redis rejects is logged and left out."""
     try:
         found = more_users()
     except ConfigError as exc:
-        say(f"gpuinfer: warning: {exc}; its users are unknown", WARNING)
+        say(f"gpuinfer: warning: {exc}; none of its users can log in", WARNING)
         return ""
     for fault in found.faults:
         say(f"gpuinfer: warning: {MORE_USERS}: {fault}; this line is left out", WARNING)
@@ -269,9 +284,9 @@ def _their_lines() -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a file in one step, readable by its owner alone.
+    """Replace a file atomically, readable by its owner only.
 
-    What lies in the place of the new one goes first: no link there is followed.
+    A file or link with the name of the temporary file is deleted first, so that no link is followed.
     """
     new = path.with_name(path.name + ".new")
     try:

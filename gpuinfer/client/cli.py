@@ -23,7 +23,7 @@ Command = Callable[..., Any]
 _seconds = click.FloatRange(min=0, min_open=True)
 
 
-_MAP_HELP = "A text of your own, which comes back with the task; up to 16, each with this flag."
+_MAP_HELP = "A text of your own that is returned with the task. May be repeated, up to 16 times."
 
 
 def _map(_: click.Context, parameter: click.Parameter, texts: Sequence[str]) -> dict[str, str] | None:
@@ -60,7 +60,7 @@ def _options(command: Command) -> Command:
 
 
 def _without_value(help: str) -> str:
-    """Return a flag's help: it has no value to speak of."""
+    """Return the help of a flag, which takes no value."""
     text = help.removeprefix("true: ")
     return text[0].upper() + text[1:]
 
@@ -82,9 +82,9 @@ def _without_value(help: str) -> str:
     "fields",
     multiple=True,
     metavar="NAME=VALUE",
-    help="One input of one task, in place of INPUT: JSON, text, or the file of NAME=@FILE.",
+    help="One input of a model with several, instead of INPUT: JSON, text, or a file as NAME=@FILE.",
 )
-@click.option("--batch", is_flag=True, help="Submit all inputs as one job; a single INPUT holds their list.")
+@click.option("--batch", is_flag=True, help="Submit all inputs as one job; a single INPUT is their list.")
 @click.option("--wait/--no-wait", help="Wait for the results and print them. Default: print the task ids.")
 @click.option("--timeout", type=_seconds, default=60.0, help="Longest wait in seconds. Default: 60.")
 @as_json_option
@@ -100,12 +100,13 @@ def submit(
     as_json: bool,
     **given: Any,
 ) -> int:
-    """Submit each INPUT as a task: a file, JSON text, or - for JSON on standard input.
+    """Submit tasks, and optionally wait for their results.
 
-    Of a file named .json the value is sent, of .npy the array, of .txt the text; of any other (an image, a
-    sound) the file itself. A model of several inputs takes them by name, each with -F.
+    Each INPUT is one task: a file, JSON text, or - for JSON on standard input. A .json file is sent as its
+    value, a .npy file as an array, a .txt file as text, and any other file (an image, a sound) as it is. A
+    model with several inputs takes them by name, each with -F.
 
-    With --wait, ends with the exit code of the first task that failed, or 75 when the time is over.
+    With --wait the exit code is that of the first failed task, or 75 after the timeout.
     """
     from gpuinfer.client import Client, Options
     from gpuinfer.client.inputs import read_batch, read_field, read_input
@@ -168,13 +169,15 @@ def _exit_code(status: TaskStatus, *, waited: bool) -> int:
 
 @click.command(epilog=examples(f"gpuinfer result {_ID} --wait 10"))
 @click.argument("task_id")
-@click.option("--wait", "wait_s", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait for its end.")
+@click.option(
+    "--wait", "wait_s", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait until it has ended."
+)
 @as_json_option
 @click.pass_obj
 def result(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) -> int:
     """Print the result of a task, or its state while it waits or runs.
 
-    A failed task's error goes to standard error and gives the exit code; 66: no such task.
+    The error of a failed task is printed on standard error and sets the exit code. 66: there is no such task.
     """
     from gpuinfer.client import Client
 
@@ -192,7 +195,10 @@ def result(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) ->
 @as_json_option
 @click.pass_obj
 def cancel(loaded: Loaded, task_ids: tuple[str, ...], as_json: bool) -> int:
-    """Cancel tasks that wait or run. Exit code 1 when one had ended already, 66 for an unknown one."""
+    """Cancel tasks that are waiting or running.
+
+    Exit code 1: one of them had already ended. 66: one of them is unknown.
+    """
     from gpuinfer.client import Client
 
     states: dict[str, str] = {}

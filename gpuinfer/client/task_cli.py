@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer task``: look at tasks, send dead letters again, cancel."""
+"""``gpuinfer task``: show, list, retry and cancel tasks."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ _ID = "6b1f3d0e-2c55-4c39-9f0a-8f4f5a1c7d21"
 
 @click.group("task")
 def task() -> None:
-    """Look at tasks: what became of one, which have ended; retry and cancel.
+    """Show and list tasks; retry or cancel them.
 
-    Exit codes: 66 for an id that nothing is known of, or whose result has expired; 69 without Redis.
+    Exit code 66: the id is unknown, or its result has expired. 69: Redis does not answer.
     """
 
 
 @task.command(epilog=examples(f"gpuinfer task show {_ID}", f"gpuinfer task show {_ID} --wait 10 --json"))
 @click.argument("task_id", shell_complete=completion.from_redis(completion.ended))
-@click.option("--wait", "wait_s", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait for its end.")
+@click.option(
+    "--wait", "wait_s", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait until it has ended."
+)
 @as_json_option
 @click.pass_obj
 def show(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) -> int:
-    """Show a task: status, model, queue, times, metrics, worker, and its result or error.
+    """Show status, times, worker, and result or error of a task.
 
-    Exit code 0 whatever became of it (gpuinfer result has its error's), 75 when --wait is over first.
+    Exit code 0 for a failed task, too (gpuinfer result has the code of its error). 75: --wait was over first.
     """
     from gpuinfer.client import Client
     from gpuinfer.errors import WaitTimeout
@@ -53,7 +55,7 @@ def show(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) -> i
 
 
 def _print(body: dict[str, Any]) -> None:
-    """Print a task for people: a line for each thing that is known."""
+    """Print one line for each known field of a task."""
     shown = {name: value for name, value in body.items() if name != "urls" and value not in (None, {}, "")}
     width = max(map(len, shown))
     for name, value in shown.items():
@@ -68,22 +70,23 @@ def _print(body: dict[str, Any]) -> None:
         "gpuinfer task list --before 2026-11-28T12:00Z",
     ),
 )
-@click.option("--status", type=click.Choice(STATUSES), help="Only those that ended so.")
+@click.option("--status", type=click.Choice(STATUSES), help="Only tasks with this status.")
 @click.option(
     "--model",
     metavar="NAME",
-    help="Only this model's.",
+    help="Only tasks of this model.",
     shell_complete=completion.from_redis(completion.models),
 )
-@click.option("--before", metavar="TIME", help="Only those that ended before: ISO 8601, or seconds.")
-@click.option("--limit", type=click.IntRange(1, MOST), default=USUAL, help=f"How many. Default: {USUAL}.")
+@click.option("--before", metavar="TIME", help="Only tasks that ended before: ISO 8601, or Unix time.")
+@click.option("--limit", type=click.IntRange(1, MOST), default=USUAL, help=f"Longest list. Default: {USUAL}.")
 @as_json_option
 @click.pass_obj
 def list_(
     loaded: Loaded, status: str | None, model: str | None, before: str | None, limit: int, as_json: bool
 ) -> None:
-    """List tasks that have ended, the newest first: of the last 10,000, and of up to 100,000 failures of a
-    day with --status failed.
+    """List tasks that have ended, the newest first.
+
+    The last 10,000 are kept, and of the failed ones (--status failed) up to 100,000 of the last day.
     """
     from gpuinfer.client import Client
 
@@ -93,7 +96,7 @@ def list_(
         print_json(page.to_dict())
         return
     if not page.tasks:
-        click.echo("no such task has ended")
+        click.echo("no matching task has ended")
         return
     rows = [
         (one["id"], one["status"], one["queue"] or "", one["model"] or "", one["completed_at"], _code(one))
@@ -101,7 +104,7 @@ def list_(
     ]
     print_table(("id", "status", "queue", "model", "ended", "error"), rows)
     if page.before is not None:
-        click.echo(f"more with --before {page.before}")
+        click.echo(f"for older ones: --before {page.before}")
 
 
 def _code(one: dict[str, Any]) -> str:
@@ -119,9 +122,11 @@ def _code(one: dict[str, Any]) -> str:
 @as_json_option
 @click.pass_obj
 def retry(loaded: Loaded, task_ids: tuple[str, ...], as_json: bool) -> int:
-    """Send dead letters to their queues again, under their ids. gpuinfer dead retry --all takes all.
+    """Send failed tasks and dead letters again, under their ids.
 
-    Other tasks are refused: their inputs are not kept. The exit code is the first refused one's, else 0.
+    The inputs of a failed task are kept for a day (queue.failed_ttl_s), within queue.max_failed and
+    queue.max_failed_bytes. Other tasks are refused. The exit code is that of the first refused one, else 0.
+    gpuinfer dead retry --all sends all dead letters.
     """
     from gpuinfer.client import Client
 

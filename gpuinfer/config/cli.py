@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer config``: are the settings right, what are they, and where does each come from."""
+"""``gpuinfer config``: check the settings, and show each with its origin."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def config() -> None:
 
 
 @config.command(epilog=examples("gpuinfer config check", "gpuinfer --config new.toml config check --json"))
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def check(ctx: click.Context, as_json: bool) -> None:
-    """Read all settings, and each worker's own file (worker@N.env).
+    """Check all settings, and each worker's own file (worker@N.env).
 
-    Exit 78 and name the first wrong one, else say ok; warn of what is accepted and does nothing, and say
-    which units run with older settings.
+    It warns of settings that are accepted and do nothing, and names the units that run with older settings.
+    Exit code 78: a setting is wrong; the first wrong one is named.
     """
     loaded: Loaded = ctx.obj
     file = settings_file(ctx.find_root().params.get("file"))
@@ -53,16 +53,16 @@ def check(ctx: click.Context, as_json: bool) -> None:
     for line in warnings:
         click.echo(f"warning: {line}")
     if restart:
-        click.echo(f"to take what was changed: systemctl restart {' '.join(restart)}")
+        click.echo(f"to apply the changes: systemctl restart {' '.join(restart)}")
 
 
 @config.command(epilog=examples("gpuinfer config show", "gpuinfer config show --json"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def show(ctx: click.Context, as_json: bool) -> None:
-    """Print every setting, its value and its origin, and what each worker has of its own.
+    """Print every setting with its value and origin.
 
-    Passwords are hidden.
+    The settings of each worker's own file follow. Passwords are hidden.
     """
     loaded: Loaded = ctx.obj
     rows = list(_rows(loaded))
@@ -111,7 +111,7 @@ def _plain(name: str, value: object) -> object:
 
 @dataclass(frozen=True)
 class _Worker:
-    """A worker that has a file of its own, and what it would run with."""
+    """A worker with a file of its own, and the settings that it would run with."""
 
     number: int
     file: Path
@@ -120,7 +120,7 @@ class _Worker:
 
     @property
     def own(self) -> Mapping[str, str]:
-        """Return what comes from its own file."""
+        """Return the settings from its own file: name -> origin."""
         found = self.loaded.origins.items()
         return {name: origin for name, origin in found if origin.startswith(ENV_PREFIX)}
 
@@ -131,7 +131,7 @@ class _Worker:
 
 
 def _workers(file: Path) -> Iterator[_Worker]:
-    """Yield the workers with files of their own, as their units read them.
+    """Yield the workers with files of their own, read as their units read them.
 
     Raises ConfigError naming the file.
     """
@@ -152,7 +152,7 @@ def _restart(loaded: Loaded, file: Path, workers: list[_Worker]) -> list[str]:
     if not running:
         return []
     changed, then = _changed_at(file), _changed_at(last_good.FILE)
-    # What Redis was started with tells what was changed since; nothing, once it was restarted after that.
+    # Compare with the settings of Redis's last start, unless it was restarted after the change.
     kept = last_good.kept() if then < changed else None
     sections = restarts.changed_since(last_good.given(loaded.settings), kept)
     return restarts.needed(

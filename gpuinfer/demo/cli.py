@@ -26,36 +26,37 @@ _REFRESH_S = 0.1
 
 
 @click.command(epilog=examples("gpuinfer demo --keep", "gpuinfer demo --fleet"))
-@click.option("--keep", is_flag=True, help="Leave it up in the end, until Ctrl-C.")
+@click.option("--keep", is_flag=True, help="Keep everything running at the end, until Ctrl-C.")
 @click.option("--workers", type=click.IntRange(1, 16), default=2, show_default=True, help="How many workers.")
 @click.option(
     "--rounds",
     type=click.IntRange(1, 1000),
     default=8,
     show_default=True,
-    help="How often each test image is asked about.",
+    help="How often each test image is sent.",
 )
-@click.option("--fleet", is_flag=True, help="Pretend two hosts with eight GPUs instead, and faults.")
+@click.option("--fleet", is_flag=True, help="Simulate two hosts with eight GPUs instead, with faults.")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=1, max=86400),
+    metavar="SECONDS",
     help="How long the fleet's load lasts. Default: until Ctrl-C; without a terminal, 30.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, all else on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, everything else on stderr.")
 def demo(keep: bool, workers: int, rounds: int, fleet: bool, seconds: float | None, as_json: bool) -> int:
-    """Try the whole thing here: a private Redis, workers, the API, and real requests.
+    """Try everything here: a private Redis, workers, the API, requests.
 
-    All of it runs in a temporary folder and is gone in the end; this host's own gpuinfer, its
-    settings and its Redis are not touched. Workers run on the GPUs there are, else on the CPU. Root
-    becomes the workers' user for it.
+    It runs in a temporary folder, which is deleted at the end; this host's own gpuinfer, its settings and
+    its Redis are not changed. Workers run on this host's GPUs, or on the CPU where there is none. Started by
+    root, it runs as the workers' user.
 
-    Every test image of the shipped model is asked about over HTTP while batch jobs run. Exit code 0:
-    every request was answered, and as the model answers when called directly; else 1. Ctrl-C cleans
-    up, too (130); after --keep it is the way to end.
+    Every test image of the shipped model is sent over HTTP while batch jobs run. Exit code 0: every request
+    was answered, with the result that the model gives when called directly; else 1. Ctrl-C cleans up, too
+    (130), and ends --keep.
 
-    --fleet needs no GPU and loads no model: workers are threads that sleep, with real queues, watchers and
-    ends around them. A task kills its workers, a GPU is lost, a queue stays paused. It shows gpuinfer status
-    meanwhile; in the end, what was submitted is held against what has ended (exit code 0: equal).
+    --fleet needs no GPU and loads no model: its workers are threads that sleep, with real queues, watchers
+    and results. One task kills its workers, one GPU is lost, one queue is paused. It shows gpuinfer status
+    meanwhile. At the end it compares the submitted tasks with those that ended (exit code 0: equal).
     """
     from gpuinfer.demo.private import end_in_order
     from gpuinfer.demo.screen import console_for, screen_for

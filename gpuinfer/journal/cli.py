@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer logs``: journalctl, asked for what is ours."""
+"""``gpuinfer logs``: journalctl with the options that select gpuinfer's lines."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ _ID = re.compile(r"[!-~]{1,200}")
 
 _EXAMPLES = """\b
 Examples:
-  gpuinfer logs --follow                  all of it, as it comes
+  gpuinfer logs --follow                  everything, as it is logged
   gpuinfer logs --task 6b1f3d0e-2c55-4c39-9f0a-8f4f5a1c7d21
   gpuinfer logs --gpu 0 --since '1 hour ago' -p warning
-  gpuinfer logs --worker --json -n 100    one object a line, with all fields
+  gpuinfer logs --worker --json -n 100    one object per line, with all fields
 """
 
 
 @click.command(epilog=_EXAMPLES)
-@click.option("--task", metavar="ID", help="What happened to this task, wherever it was.")
+@click.option("--task", metavar="ID", help="All lines about this task, from any unit.")
 @click.option("--gpu", type=click.IntRange(0), metavar="N", help="The worker of GPU N.")
 @click.option("--api", is_flag=True, help="The HTTP front.")
 @click.option("--worker", is_flag=True, help="All workers.")
 @click.option("--watcher", is_flag=True, help="The watcher.")
 @click.option("--redis", is_flag=True, help="Redis.")
-@click.option("-f", "--follow", is_flag=True, help="Go on as lines come.")
-@click.option("--since", metavar="TIME", help="From then on: '10 min ago', today, '2026-01-31 08:00'.")
-@click.option("-n", "--lines", type=click.IntRange(0), metavar="LINES", help="The last LINES alone.")
-@click.option("-p", "--priority", type=click.Choice(list(LEVELS)), help="This level, and what is worse.")
+@click.option("-f", "--follow", is_flag=True, help="Print new lines as they are logged.")
+@click.option("--since", metavar="TIME", help="Start there: '10 min ago', today, '2026-01-31 08:00'.")
+@click.option("-n", "--lines", type=click.IntRange(0), metavar="LINES", help="Only the last LINES lines.")
+@click.option("-p", "--priority", type=click.Choice(list(LEVELS)), help="This level and above.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def logs(
@@ -63,11 +63,12 @@ def logs(
     as_json: bool,
     **chosen: bool,
 ) -> None:
-    """Show the journal of gpuinfer's units. Runs journalctl, whose exit code it ends with.
+    """Show the journal of a task, a GPU or all units.
 
-    Reading it takes root, or membership of the group systemd-journal. --task ID, without a choice of units or
-    lines, adds what the task's result record tells: when it was submitted, began and ended, and how. Under
-    load the journal names just tasks with trouble (log.named_tasks), the record tells of all.
+    Runs journalctl and ends with its exit code. Reading the journal needs root, or the group systemd-journal.
+    --task ID, without a choice of units or lines, adds the task's result record: when it was submitted, began
+    and ended, and how. Under load the journal names only tasks with problems (log.named_tasks); the result
+    record covers every task.
     """
     units = [UNITS[name] for name in UNITS if chosen[name]]
     if gpu is not None:

@@ -35,15 +35,15 @@ _JOURNAL = Path("/run/systemd/journal/socket")
 
 @click.group()
 def key() -> None:
-    """Let applications use this host's front, each with a key of its own.
+    """Make and revoke keys for applications on a network.
 
-    A key is a file in /etc/gpuinfer/keys.d (api.keys_dir), and counts within a second, without a restart. It
-    may be edited there. Without any key only requests by loopback and by the Unix socket are served; with
-    one, loopback needs one, too.
+    A key is a file in /etc/gpuinfer/keys.d (api.keys_dir). It may be edited there; changes take effect within
+    a second, without a restart. While there is no key, only requests by loopback and by the Unix socket are
+    served. With the first key, loopback needs a key, too.
     """
 
 
-# -- what options say -------------------------------------------------------------------------
+# -- options ----------------------------------------------------------------------------------
 
 
 def _names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -135,36 +135,56 @@ def _bytes(_: click.Context, parameter: click.Parameter, text: str | None) -> in
     type=click.Choice(ROLES),
     default="predict",
     show_default=True,
-    help="predict: submit, and see to its own tasks. read: look at models, queues, workers, usage and "
-    "metrics. admin: everything.",
+    help="predict: submit tasks, and manage its own. read: models, queues, workers, usage and metrics. "
+    "admin: everything.",
 )
 @click.option(
-    "--models", multiple=True, callback=_read("models"), help="The models it may use. Default: all."
+    "--models",
+    multiple=True,
+    metavar="NAME,...",
+    callback=_read("models"),
+    help="The models it may use. Default: all.",
 )
 @click.option(
-    "--queues", multiple=True, callback=_read("queues"), help="The queues it may use. Default: all."
+    "--queues",
+    multiple=True,
+    metavar="NAME,...",
+    callback=_read("queues"),
+    help="The queues it may use. Default: all.",
 )
-@click.option("--rate", callback=_read("rate"), help="Tasks it may submit: 50/s, 100/min or 1000/h.")
 @click.option(
-    "--burst", type=click.IntRange(1, 10**9), help="Tasks it may submit at once, where --rate is given."
+    "--rate",
+    metavar="N/UNIT",
+    callback=_read("rate"),
+    help="Most tasks it may submit: 50/s, 100/min or 1000/h.",
 )
-@click.option("--max-waiting", type=click.IntRange(1, 10**9), help="Tasks of its own that may wait.")
-@click.option("--max-waiting-bytes", metavar="BYTES", callback=_bytes, help="And their bytes, as 64M or 2G.")
+@click.option(
+    "--burst", type=click.IntRange(1, 10**9), help="Most tasks it may submit at once; needs --rate."
+)
+@click.option("--max-waiting", type=click.IntRange(1, 10**9), help="Most tasks of this key that may wait.")
+@click.option(
+    "--max-waiting-bytes", metavar="BYTES", callback=_bytes, help="Most bytes of them, as 64M or 2G."
+)
 @click.option(
     "--weight",
     type=click.IntRange(1, 1000),
     default=1,
     show_default=True,
-    help="Its share of the workers beside other keys whose tasks wait.",
+    help="Its share of the workers, relative to other keys whose tasks wait.",
 )
-@click.option("--expires", callback=_expires, help="When it stops to count: 90d, 2027-01-31. Default: never.")
+@click.option(
+    "--expires", metavar="TIME", callback=_expires, help="When it expires: 90d, 2027-01-31. Default: never."
+)
 @as_json_option
 @click.pass_obj
 def add(loaded: Loaded, /, name: str, as_json: bool, **given: Any) -> None:
-    """Make a key and print its token, once: it is kept nowhere."""
+    """Make a key and print its token.
+
+    The token is stored nowhere: it cannot be shown again.
+    """
     folder = _folder(loaded)
     if given["burst"] and not given["rate"]:
-        raise UsageError("is for keys with --rate", "--burst")
+        raise UsageError("needs --rate", "--burst")
     _checked(name)
     first = not writing.names(folder)
     token = keys.make_token()
@@ -188,7 +208,10 @@ def add(loaded: Loaded, /, name: str, as_json: bool, **given: Any) -> None:
 @as_json_option
 @click.pass_obj
 def list_(loaded: Loaded, as_json: bool) -> None:
-    """List the keys, with when each was used last. Exit code 78: a file is broken, and its key refused."""
+    """List the keys, with the time of their last use.
+
+    Exit code 78: a file is broken, and its key is refused.
+    """
     folder = _folder(loaded)
     found, broken = _all(folder)
     used = _used(loaded)
@@ -228,7 +251,10 @@ def show(loaded: Loaded, name: str, as_json: bool) -> None:
 @as_json_option
 @click.pass_obj
 def revoke(loaded: Loaded, names: Sequence[str], as_json: bool) -> None:
-    """Remove keys: requests with them are refused within a second. Their tasks that wait still run."""
+    """Remove keys.
+
+    Requests with them are refused within a second. Their waiting tasks still run.
+    """
     folder = _folder(loaded)
     there = writing.names(folder)
     for name in names:
@@ -243,21 +269,30 @@ def revoke(loaded: Loaded, names: Sequence[str], as_json: bool) -> None:
         return
     click.echo(f"revoked: {', '.join(dict.fromkeys(names))}")
     if not left:
-        click.echo(
-            "no key is left: requests by loopback are served without one, those from a network are not"
-        )
+        click.echo("no key is left: requests by loopback need none, and requests from a network are refused")
 
 
 @key.command(epilog=examples("gpuinfer key rotate shop", "gpuinfer key rotate shop --keep 1h"))
 @click.argument("name", shell_complete=_names)
 @click.option(
-    "--keep", metavar="SPAN", callback=_span, help="For how long the old token counts, too: 1h, 7d."
+    "--keep",
+    metavar="SPAN",
+    callback=_span,
+    help="How long the old token stays valid: 1h, 7d. Default: not at all.",
 )
-@click.option("--expires", callback=_expires, help="When it stops to count now: 90d, 2027-01-31.")
+@click.option(
+    "--expires",
+    metavar="TIME",
+    callback=_expires,
+    help="When the key expires: 90d, 2027-01-31. Default: as before.",
+)
 @as_json_option
 @click.pass_obj
 def rotate(loaded: Loaded, name: str, keep: float | None, expires: float | None, as_json: bool) -> None:
-    """Give a key another token, and print it. All else of the key stays, also whose its tasks are."""
+    """Give a key a new token, and print it.
+
+    Everything else about the key stays as it is, including its tasks.
+    """
     folder = _folder(loaded)
     old = writing.load(folder, _checked(name))
     token = keys.make_token()
@@ -271,17 +306,17 @@ def rotate(loaded: Loaded, name: str, keep: float | None, expires: float | None,
     )
     writing.replace(folder, new)
     _audit(loaded, "key_rotated", new)
-    notes = [f"the old token counts until {_day(new.old_expires)}" if keep else "the old token is refused"]
+    notes = [f"the old token is valid until {_day(new.old_expires)}" if keep else "the old token is refused"]
     if new.expires is not None and new.expires <= time.time():
-        notes.append(f"the key has expired on {_day(new.expires)}: give it --expires")
+        notes.append(f"the key expired on {_day(new.expires)}: renew it with --expires")
     _print_token(new, token, notes, as_json=as_json)
 
 
-# -- how it is told -----------------------------------------------------------------------------
+# -- output -------------------------------------------------------------------------------------
 
 
 def to_dict(one: Key, used: Mapping[str, float] | None) -> dict[str, Any]:
-    """Return a key for JSON, without its hashes. ``used``: name -> when, in seconds; None: not known."""
+    """Return a key for JSON, without its hashes. ``used``: name -> Unix time of last use; None: not known."""
     at = None if used is None else used.get(one.name)
     return {
         "name": one.name,
@@ -324,18 +359,18 @@ def _day(at: float | None) -> str | None:
 
 
 def _print_token(one: Key, token: str, notes: Sequence[str], *, as_json: bool) -> None:
-    """Print the token alone on stdout, for ``TOKEN=$(gpuinfer key add shop)``, and the rest on stderr."""
+    """Print the token on stdout, for ``TOKEN=$(gpuinfer key add shop)``, and everything else on stderr."""
     if as_json:
         print_json({**to_dict(one, {}), "token": token, "notes": list(notes)})
         return
     click.echo(token)
-    click.echo(f"{one.name} ({one.role}) counts within a second. Its token is shown this once:", err=True)
+    click.echo(f"{one.name} ({one.role}) is valid within a second. Its token is not shown again:", err=True)
     click.echo("  curl -H 'Authorization: Bearer gpi_...' http://HOST:8080/models", err=True)
     for text in notes:
         click.echo(f"note: {text}", err=True)
 
 
-# -- what is read and told elsewhere --------------------------------------------------------------
+# -- files, Redis, journal ------------------------------------------------------------------------
 
 
 def _folder(loaded: Loaded) -> Path:
@@ -362,7 +397,7 @@ def _all(folder: Path) -> tuple[list[Key], dict[str, str]]:
 
 
 def _used(loaded: Loaded) -> dict[str, float] | None:
-    """Return when each key was used last, as the fronts tell Redis; None: it cannot be asked."""
+    """Return name -> Unix time of last use, from Redis; None where it does not answer."""
     from gpuinfer.errors import ConfigError
     from gpuinfer.queue.connection import connect, typed_errors, user_of
     from gpuinfer.queue.keys import KEY_USED
@@ -377,7 +412,7 @@ def _used(loaded: Loaded) -> dict[str, float] | None:
 
 
 def _audit(loaded: Loaded, action: str, about: Key | str) -> None:
-    """Tell the journal what was done, and by whom. Without a journal nothing is told."""
+    """Log what was done, and by which user, where there is a journal."""
     if not _JOURNAL.exists():
         return
     from gpuinfer.log import configure, get_logger

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer model init`` and ``add``: from a file to an installed model that has run."""
+"""``gpuinfer model init`` and ``add``: describe a model, try it, and install it."""
 
 from __future__ import annotations
 
@@ -25,22 +25,28 @@ _source = click.argument("source", metavar="FILE|FOLDER", type=click.Path(exists
 
 
 def _described(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say what a file does not tell."""
+    """Add the options for what cannot be read from the file."""
     for option in (
         click.option(
             "--input",
             "inputs",
             multiple=True,
             metavar="NAME:DTYPE:SHAPE",
-            help="An input, such as x:float32:3,224,224 (without the batch; -1 is free, nothing a number).",
+            help="An input, such as x:float32:3,224,224 (without the batch; -1: free; empty: a number).",
         ),
         click.option(
-            "--output", "outputs", multiple=True, metavar="NAME", help="An output's name, in order."
+            "--output",
+            "outputs",
+            multiple=True,
+            metavar="NAME",
+            help="The name of an output. May be repeated, in order.",
         ),
-        click.option("--class", "class_name", help="The class of a Python file that has several."),
+        click.option(
+            "--class", "class_name", metavar="NAME", help="The class of a Python file that has several."
+        ),
         click.option("--max-batch-size", type=click.IntRange(1, 65536), help="The largest batch it may get."),
-        click.option("--no-batch", is_flag=True, help="It is called with one item at a time."),
-        click.option("--name", help="What it is to be called; else by its file or folder."),
+        click.option("--no-batch", is_flag=True, help="Call it with one item at a time."),
+        click.option("--name", metavar="NAME", help="Its name. Default: that of the file or folder."),
     ):
         function = option(function)
     return function
@@ -94,16 +100,16 @@ def _text(artefact: Path, wanted: Wanted, gpu: int | None = None) -> str:
 @click.option("--force", is_flag=True, help="Replace a model.toml that is there.")
 @click.pass_obj
 def init(loaded: Loaded, /, source: Path, force: bool, **options: Any) -> None:
-    """Write model.toml for a FILE, beside it, or for the model's file in a FOLDER.
+    """Write model.toml beside a model's file.
 
-    It takes from the file what that tells: TorchScript's signature and first layer, torch.export's graph, a
-    Python class's annotations and example. What is missing it asks for; without a terminal, an error names
-    the option. The file is run for it, in the workers' sandbox.
+    Inputs and outputs are read from the file: from TorchScript's signature and first layer, torch.export's
+    graph, or a Python class's annotations and example. The command asks for what is missing; without a
+    terminal, an error names the option. Reading them runs the file, in the workers' sandbox.
     """
     artefact = scaffold.checked_artefact(source) if source.is_file() else scaffold.artefact_in(source)
     target = artefact.parent / MANIFEST_FILE
     if target.exists() and not force:
-        raise UsageError(f"{target} is there already; --force replaces it", "source")
+        raise UsageError(f"{target} exists; --force replaces it", "source")
     wanted = _wanted(**options)
     if wanted.name is None:
         wanted.name = name_of(source)
@@ -133,10 +139,10 @@ def init(loaded: Loaded, /, source: Path, force: bool, **options: Any) -> None:
 )
 @_source
 @_described
-@click.option("--force", is_flag=True, help="Replace a model of that name.")
-@click.option("--expect", metavar="DIGEST", help="Add it with this digest only; an add prints it.")
+@click.option("--force", is_flag=True, help="Replace an installed model with this name.")
+@click.option("--expect", metavar="DIGEST", help="Fail if its digest is another; model add prints it.")
 @gpu_option
-@click.option("--untried", is_flag=True, help="Add it without loading it and running its example.")
+@click.option("--untried", is_flag=True, help="Do not load it and run its example first.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def add(
@@ -150,11 +156,12 @@ def add(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Copy a model into the first of models.folders, once it has been loaded and its example has run.
+    """Try a model, then install it in the first of models.folders.
 
-    SOURCE is a folder, or a file for which model.toml is written (see init). The digest of all files is
-    recorded. The model runs in the workers' sandbox, as their user, on the CPU or on --gpu N; one that fails
-    is not added, and replaces nothing. A model is a program: add only what you trust.
+    FOLDER is a model; for a FILE, or a folder without one, model.toml is written (see init). The model is
+    loaded and its example run in the workers' sandbox, as their user, on the CPU or on --gpu N. If that
+    fails, nothing is installed or replaced. The digest of all files is recorded. A model is a program: add
+    only what you trust.
     """
     wanted = _wanted(**options)
     if source.is_file():

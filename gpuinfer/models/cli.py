@@ -22,10 +22,10 @@ from gpuinfer.settings import Loaded
 
 @click.group("model")
 def model() -> None:
-    """Install models, look at them, and try them out.
+    """List, check, install and remove models.
 
-    A model is a folder with model.toml and its code: Python (.py), TorchScript (.pt), torch.export (.pt2).
-    From a file: gpuinfer serve FILE tries it, gpuinfer model add FILE installs it.
+    A model is a folder with model.toml and its code: Python (.py), TorchScript (.pt) or torch.export (.pt2).
+    With a single file, gpuinfer serve FILE tries it and gpuinfer model add FILE installs it.
     """
 
 
@@ -37,7 +37,7 @@ for _command in (init, add, check, run, bench):
 @tables.as_json_option
 @click.pass_obj
 def list_(loaded: Loaded, as_json: bool) -> None:
-    """List installed models, those with a broken manifest too."""
+    """List installed models, including those with a broken manifest."""
     entries = tables.repository(loaded).entries()
     if as_json:
         tables.print_json([_entry_json(entry) for entry in entries])
@@ -78,7 +78,7 @@ def _entry_row(entry: Entry) -> list[str]:
 
 
 def _inputs(folder: ModelFolder) -> list[str]:
-    """Name what a model takes."""
+    """Return name and type of each input."""
     inputs = folder.signature.inputs if folder.signature else ()
     return [
         f"{one.name} {one.kind if one.shape is None else f'{one.dtype}{list(one.shape)}'}" for one in inputs
@@ -90,7 +90,7 @@ def _inputs(folder: ModelFolder) -> list[str]:
 @tables.as_json_option
 @click.pass_obj
 def show(loaded: Loaded, name: str, as_json: bool) -> None:
-    """Show everything the manifest of NAME says, defaults included."""
+    """Show inputs, outputs, limits and digest of the model NAME."""
     folder = tables.repository(loaded).get(name)
     body = {
         **folder.manifest.model_dump(mode="json", by_alias=True),
@@ -110,7 +110,7 @@ def show(loaded: Loaded, name: str, as_json: bool) -> None:
 
 
 def _shown(folder: ModelFolder) -> Iterator[tuple[str, str]]:
-    """Yield what people want to know of a model; --json has all of it."""
+    """Yield the main facts about a model; --json prints all of them."""
     manifest, record = folder.manifest, folder.record
     yield "name", manifest.name
     if manifest.description:
@@ -150,9 +150,9 @@ def _short(value: Any) -> str:
 @tables.as_json_option
 @click.pass_obj
 def verify_(loaded: Loaded, names: tuple[str, ...], as_json: bool) -> None:
-    """Check models' files against the digest they were added with; without a NAME, all models.
+    """Check files against the digest that model add recorded.
 
-    All are checked, then the command fails if one was wrong.
+    Without NAME all models are checked. The command checks each of them, then fails if one was wrong.
     """
     repository = tables.repository(loaded)
     checked = {name: _verified(repository, name) for name in names or [e.name for e in repository.entries()]}
@@ -181,13 +181,14 @@ def _verified(repository: Repository, name: str) -> str | ModelError:
     )
 )
 @click.argument("name")
-@click.option("--forget", is_flag=True, help="Delete no files; only make the fleet forget the name.")
+@click.option("--forget", is_flag=True, help="Delete no files, only the entry in the fleet's catalogue.")
 @click.pass_obj
 def remove(loaded: Loaded, name: str, forget: bool) -> None:
-    """Delete the model NAME of this host, and drop it from the fleet's catalogue.
+    """Delete the model NAME from this host and the fleet's catalogue.
 
-    The fleet then refuses requests for it. Workers that have it loaded keep it until they are restarted; as
-    long as one of them lives, the name stays in the catalogue. Without Redis the files go all the same.
+    Requests for a model that is not in the catalogue are refused. Workers that have it loaded keep it until
+    they are restarted; while one of them runs, the name stays in the catalogue. The files are deleted also
+    when Redis does not answer.
     """
     if not forget:
         click.echo(f"removed {tables.repository(loaded).remove(name)}")
@@ -196,12 +197,14 @@ def remove(loaded: Loaded, name: str, forget: bool) -> None:
     except GpuinferError as exc:
         if forget:
             raise
-        said = f"the catalogue is unchanged ({exc.message}); the name goes after seven unseen days"
+        said = (
+            f"the catalogue is unchanged ({exc.message}); it drops the name after seven days without a worker"
+        )
     click.echo(said)
 
 
 def _forgotten(loaded: Loaded, name: str) -> str:
-    """Drop a model from the catalogue unless it is in use; return what came of it."""
+    """Drop a model from the catalogue unless it is in use; return a sentence about what was done."""
     from gpuinfer.queue import catalogue, keys
     from gpuinfer.queue.connection import connect, typed_errors, user_of
 
@@ -225,15 +228,15 @@ def _forgotten(loaded: Loaded, name: str) -> str:
 
 @model.command(epilog=examples("gpuinfer model default", "gpuinfer model default resnet"))
 @click.argument("name", required=False)
-@click.option("--force", is_flag=True, help="Take a NAME that the fleet does not know.")
+@click.option("--force", is_flag=True, help="Accept a NAME that the fleet does not know.")
 @tables.as_json_option
 @click.pass_obj
 def default(loaded: Loaded, name: str | None, force: bool, as_json: bool) -> None:
-    """Print the fleet's default model, or make NAME the default: the model of requests that name none.
+    """Print the fleet's default model, or make NAME the default.
 
-    It is one entry in Redis, for all hosts. Clients notice a change within five seconds. What waits is kept:
-    tasks that name a model go to that model's workers, also those that wait in the default model's queues;
-    tasks of plain Celery producers that name none are for the new default.
+    The default model serves requests that name none. It is one entry in Redis, for all hosts; clients notice
+    a change within five seconds. Waiting tasks are kept: tasks that name a model go to the workers of that
+    model, and tasks of plain Celery producers that name none go to the new default.
     """
     from gpuinfer.models.manifest import MODEL_NAME
     from gpuinfer.queue import catalogue

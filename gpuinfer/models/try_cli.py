@@ -37,23 +37,23 @@ if TYPE_CHECKING:
 _SHOWN = 200
 _target = click.argument("target", metavar="NAME|PATH")
 gpu_option = click.option(
-    "--gpu", type=click.IntRange(0), metavar="N", help="Run it on this GPU, not on the CPU."
+    "--gpu", type=click.IntRange(0), metavar="N", help="Run it on this GPU instead of the CPU."
 )
 
 
 def device_of(loaded: Loaded, gpu: int | None) -> tuple[str, int | None]:
-    """Return torch's device and the number of the GPU that is wanted; the CPU while a worker holds it."""
+    """Return torch's device and the GPU's number; the CPU (and None) while a worker holds the GPU."""
     if gpu is None:
         return "cpu", None
     name = f"gpu{gpu}@{socket.gethostname()}"
     if locks.state(loaded.settings.worker.run_dir, name) == "held":
-        say_warning(f"a worker runs on GPU {gpu}: the model is tried on the CPU")
+        say_warning(f"GPU {gpu} is used by a worker: the model runs on the CPU instead")
         return "cpu", None
     return "cuda", gpu
 
 
 def warn(report: Mapping[str, Any]) -> None:
-    """Print what a trial has noticed."""
+    """Print the warnings of a trial."""
     for text in report.get("warnings", ()):
         say_warning(text)
     for one in report.get("differences", ()):
@@ -86,10 +86,10 @@ def placed(loaded: Loaded, target: str) -> Iterator[Path]:
 @tables.as_json_option
 @click.pass_obj
 def check(loaded: Loaded, target: str, gpu: int | None, as_json: bool) -> None:
-    """Load a model in the workers' sandbox and run its example: twice alone, and in a batch.
+    """Load a model and run its example, twice alone and in a batch.
 
-    TARGET is an installed model's name, a folder or a file. Warns where results differ. Exit code 65: it
-    cannot be loaded, or fails on its example.
+    NAME is an installed model, PATH a folder or a file. It runs in the workers' sandbox. The command warns
+    where the results differ. Exit code 65: the model cannot be loaded, or fails on its example.
     """
     device, number = device_of(loaded, gpu)
     with placed(loaded, target) as folder:
@@ -106,7 +106,7 @@ def check(loaded: Loaded, target: str, gpu: int | None, as_json: bool) -> None:
         known = (str(one[key]) for key in ("dtype", "shape") if key in one)
         click.echo(f"input {one['name']}: {' '.join((one['kind'], *known))}")
     if report["example"] is None:
-        say_warning("no example is known that it takes: it has only been loaded")
+        say_warning("no example is known that it accepts: it was loaded, but not run")
     else:
         click.echo(f"its example ran in {report['example_ms']:.2f} ms and gave {_short(report['result'])}")
     warn(report)
@@ -127,12 +127,16 @@ def _short(value: object) -> str:
     type=click.FloatRange(0.01, 600),
     default=1.0,
     show_default=True,
-    help="How long each size of batch runs.",
+    metavar="SECONDS",
+    help="How long each batch size runs.",
 )
 @tables.as_json_option
 @click.pass_obj
 def bench(loaded: Loaded, target: str, gpu: int | None, seconds: float, as_json: bool) -> None:
-    """Measure a model's example in batches of 1, 2, 4 ..., in the workers' sandbox, without a queue."""
+    """Measure a model's example in batches of 1, 2, 4 and so on.
+
+    It runs in the workers' sandbox, without a queue.
+    """
     device, number = device_of(loaded, gpu)
     with placed(loaded, target) as folder:
         threads = loaded.settings.worker.threads
@@ -163,12 +167,12 @@ def bench(loaded: Loaded, target: str, gpu: int | None, seconds: float, as_json:
     "sources",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
-    help="A file: .json (one `inputs` value, as the API takes it), .npy (one item, or a batch of them), "
-    ".txt, an image, a sound; - is JSON from standard input. Several make one batch. Default: its example, "
-    "or what is invented for its warm-up.",
+    help="A file: .json (the `inputs` of a request), .npy (one item, or a batch), .txt, an image, a sound; "
+    "- is JSON from standard input. Several files make one batch. Default: its example, or what its warm-up "
+    "uses.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: worker.device.")
-@click.option("--top-k", type=click.IntRange(min=1), help="How many classes to name.")
+@click.option("--top-k", type=click.IntRange(min=1), help="How many of the best classes to print.")
 @click.option("--encoding", type=click.Choice(["list", "b64", "raw"]), default="list", show_default=True)
 @tables.as_json_option
 @click.pass_obj
@@ -181,9 +185,9 @@ def run(
     encoding: Encoding,
     as_json: bool,
 ) -> None:
-    """Run a model here, in this process, without a queue. Root becomes the workers' user for it.
+    """Run a model in this process, without a queue.
 
-    TARGET is an installed model's name, a folder or a file.
+    NAME is an installed model, PATH a folder or a file. Started by root, it runs as the workers' user.
     """
     settings = loaded.settings  # read as root; as the worker's user the files may be closed to us
     source = find(target, lambda: tables.repository(loaded), Wanted())

@@ -23,7 +23,7 @@ _seconds = click.FloatRange(min=0, min_open=True)
 
 @click.group("queue")
 def queue() -> None:
-    """Look at the queues; empty, pause and resume them."""
+    """Show, purge, pause and resume queues."""
 
 
 for _command in (control_cli.purge, control_cli.pause, control_cli.resume):
@@ -32,14 +32,12 @@ for _command in (control_cli.purge, control_cli.pause, control_cli.resume):
 
 @queue.command(epilog=examples("gpuinfer queue status --json", "gpuinfer queue status --watch 2"))
 @as_json_option
-@click.option(
-    "--watch", type=_seconds, metavar="SECONDS", help="Look again and again, at this interval, until Ctrl-C."
-)
+@click.option("--watch", type=_seconds, metavar="SECONDS", help="Repeat at this interval, until Ctrl-C.")
 @click.pass_obj
 def status(loaded: Loaded, as_json: bool, watch: float | None) -> None:
-    """Show what waits in each queue and for which model, who serves it, and what each worker holds.
+    """Show waiting tasks by queue and model, and the workers.
 
-    What waits for a model or queue that no live worker serves is named.
+    Models and queues with waiting tasks that no live worker serves are named.
     """
     from gpuinfer.broker import durability
     from gpuinfer.queue import heartbeats
@@ -79,7 +77,9 @@ def _print_status(body: dict[str, Any], now: float, *, clear: bool) -> None:
         click.echo("no model is known: no worker has run yet")
     click.echo()
     for key, kind in body["foreign_keys"].items():
-        click.echo(f"{key!r} is a {kind}, not ours: what should be there is not served until it is gone")
+        click.echo(
+            f"{key!r} is a {kind}, not a queue of gpuinfer: its tasks are not served until you delete the key"
+        )
     for model in body["models"]:
         for worker, why in model["missing"].items():
             click.echo(f"{worker} serves without {model['name']}: {why}")
@@ -122,7 +122,7 @@ def _model_row(model: dict[str, Any], now: float) -> tuple[str, ...]:
 
 
 def _silence(worker: str, seconds: float | None) -> str:
-    """Return what to say of a worker that holds tasks and sends no heartbeat."""
+    """Return the words for a worker that holds tasks and sends no heartbeat."""
     from gpuinfer.queue.orphans import ago, command
 
     if seconds is None:

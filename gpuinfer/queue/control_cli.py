@@ -35,10 +35,11 @@ def _connected(loaded: Loaded) -> Iterator[redis.Redis]:
 @as_json_option
 @click.pass_obj
 def purge(loaded: Loaded, name: str | None, yes: bool, as_json: bool) -> int:
-    """End all tasks that wait in QUEUE as revoked, those with an ETA, too. Default: all queues.
+    """Revoke all tasks that wait in QUEUE. Default: all queues.
 
-    QUEUE is realtime, default or batch, for all models, or one model's: batch.resnet. What a worker has
-    claimed goes on. Waiting clients are told; idempotency keys are free again.
+    QUEUE is realtime, default or batch (for all models), or the queue of one model: batch.resnet. Tasks with
+    an ETA are revoked, too; tasks that a worker has claimed go on. Waiting clients get the result at once,
+    and idempotency keys can be used again.
     """
     from gpuinfer.queue.purge import check, lines
     from gpuinfer.queue.purge import purge as end
@@ -49,9 +50,9 @@ def purge(loaded: Loaded, name: str | None, yes: bool, as_json: bool) -> int:
         count = sum(line.tasks for line in found)
         if count and not yes:
             if as_json:
-                raise UsageError(f"{count} tasks would end as revoked; with --json, --yes must say so")
+                raise UsageError(f"{count} tasks would be revoked; --json needs --yes to confirm that")
             what = "1 task waits" if count == 1 else f"{count} tasks wait"
-            if not click.confirm(f"{what} in {queue or 'all queues'}. End all as revoked?", err=True):
+            if not click.confirm(f"{what} in {queue or 'all queues'}. Revoke all of them?", err=True):
                 return 1
         ended = end(client, found, loaded.settings.queue)
     if as_json:
@@ -66,10 +67,10 @@ def purge(loaded: Loaded, name: str | None, yes: bool, as_json: bool) -> int:
 @as_json_option
 @click.pass_obj
 def pause(loaded: Loaded, name: str, as_json: bool) -> None:
-    """Let workers claim nothing from QUEUE until it is resumed; tasks are accepted, and wait.
+    """Pause QUEUE: tasks are accepted, and wait until it is resumed.
 
-    QUEUE is realtime, default or batch, for all models, or one model's: batch.resnet. What a worker has
-    claimed goes on.
+    QUEUE is realtime, default or batch (for all models), or the queue of one model: batch.resnet. Tasks that
+    a worker has claimed go on.
     """
     _set(loaded, name, as_json, paused=True)
 
@@ -79,7 +80,10 @@ def pause(loaded: Loaded, name: str, as_json: bool) -> None:
 @as_json_option
 @click.pass_obj
 def resume(loaded: Loaded, name: str, as_json: bool) -> None:
-    """Let workers claim from QUEUE again. A tier and one of its models are paused and resumed apart."""
+    """Let workers claim tasks from QUEUE again.
+
+    A queue of all models (batch) and that of one model (batch.resnet) are paused and resumed separately.
+    """
     _set(loaded, name, as_json, paused=False)
 
 

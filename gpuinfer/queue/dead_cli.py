@@ -32,9 +32,10 @@ def _connected(loaded: Loaded) -> Iterator[redis.Redis]:
 
 @click.group()
 def dead() -> None:
-    """Look after tasks that were set aside: they killed their workers, or cannot be read.
+    """List, retry and drop dead letters.
 
-    They stay until they are retried or dropped.
+    A dead letter is a task that killed its workers, or that cannot be read. It stays until it is retried or
+    dropped.
     """
 
 
@@ -42,7 +43,7 @@ def dead() -> None:
 @as_json_option
 @click.pass_obj
 def list_(loaded: Loaded, as_json: bool) -> None:
-    """List the letters, the oldest first, without what was sent."""
+    """List dead letters, the oldest first, without their inputs."""
     from gpuinfer.queue.dead import letters
 
     with _connected(loaded) as client:
@@ -71,7 +72,7 @@ def _row(letter: Letter) -> tuple[str, ...]:
 @as_json_option
 @click.pass_obj
 def show(loaded: Loaded, task_id: str, as_json: bool) -> None:
-    """Show one letter, with what was sent."""
+    """Show one dead letter with its inputs."""
     from gpuinfer.queue.dead import get
 
     with _connected(loaded) as client:
@@ -93,7 +94,7 @@ def _chosen(client: redis.Redis, task_ids: tuple[str, ...], everything: bool) ->
 
 
 _ids = click.argument("task_ids", nargs=-1, metavar="[TASK_ID]...")
-_all = click.option("--all", "everything", is_flag=True, help="All letters there are now.")
+_all = click.option("--all", "everything", is_flag=True, help="All dead letters there are now.")
 
 
 @dead.command(epilog=examples("gpuinfer dead retry 6b1f3d0e-...", "gpuinfer dead retry --all"))
@@ -102,9 +103,9 @@ _all = click.option("--all", "everything", is_flag=True, help="All letters there
 @as_json_option
 @click.pass_obj
 def retry(loaded: Loaded, task_ids: tuple[str, ...], everything: bool, as_json: bool) -> int:
-    """Put letters back into their queues, under their ids and with their deaths forgotten.
+    """Send dead letters to their queues again, under their ids.
 
-    A letter that cannot be read is refused and stays; the others go.
+    Their count of worker deaths starts at zero. A dead letter that cannot be read is refused and stays.
     """
     from gpuinfer.errors import BrokerError
     from gpuinfer.queue.dead import retry as send_again
@@ -145,7 +146,7 @@ def _report(outcome: dict[str, GpuinferError | None], as_json: bool) -> None:
 @as_json_option
 @click.pass_obj
 def drop(loaded: Loaded, task_ids: tuple[str, ...], everything: bool, as_json: bool) -> int:
-    """Delete letters for good. Fails when one of the TASK_IDs was not there."""
+    """Delete dead letters. Fails when one of the TASK_IDs is none."""
     from gpuinfer.queue.dead import drop as delete
 
     with _connected(loaded) as client:

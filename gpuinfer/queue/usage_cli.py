@@ -17,23 +17,25 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog=examples("gpuinfer usage --by key", "gpuinfer usage --by model --since 7d --json"))
-@click.option("--by", type=click.Choice(["key", "model"]), help="Sum up. Default: by key and model.")
+@click.option(
+    "--by", type=click.Choice(["key", "model"]), help="Sums by this alone. Default: by key and model."
+)
 @click.option(
     "--since",
     metavar="SPAN",
     default="24h",
     show_default=True,
-    help="90m, 24h, 7d; at most 35d. Whole hours (UTC) are shown.",
+    help="Such as 90m, 24h or 7d; at most 35d. Whole hours (UTC) are counted.",
 )
 @as_json_option
 @click.pass_obj
 def usage(loaded: Loaded, by: Literal["key", "model"] | None, since: str, as_json: bool) -> None:
-    """Show who has used how much: requests, bytes and device time, by key and model.
+    """Show requests, bytes and device time by key and model.
 
-    The front counts requests: errors are those that the client got wrong or that failed, refused those for
-    which there was no room (429, 503). Device time is a batch's, divided among its inputs; it counts for the
-    key that submitted them when the batch ends. "-" stands for no key, and for requests that name no model.
-    Each process writes its counts once a second.
+    The front counts requests. Errors are wrong or failed requests; refused are those beyond a limit (429,
+    503). The device time of a batch is divided among its inputs, and counts when the batch ends for the key
+    that submitted them. "-" stands for no key, and for requests that name no model. Each process writes its
+    counts once a second.
     """
     from gpuinfer.queue.connection import connect, typed_errors, user_of
     from gpuinfer.queue.usage import read, since_of

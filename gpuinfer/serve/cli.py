@@ -24,18 +24,24 @@ if TYPE_CHECKING:
 )
 @click.argument("source", metavar="FOLDER|FILE|NAME")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one."
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0: any free one."
 )
-@click.option("--reload", is_flag=True, help="Load the model anew when one of its files changes.")
-@click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
+@click.option("--reload", is_flag=True, help="Load the model again when one of its files changes.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="auto: the first GPU, or the CPU on a host without one.",
+)
 @click.option(
     "--input",
     "inputs",
     multiple=True,
     metavar="NAME:DTYPE:SHAPE",
-    help="An input, where there is no model.toml and the file does not tell.",
+    help="An input, where neither model.toml nor the file has it.",
 )
-@click.option("--class", "class_name", help="The class of a Python file that has several.")
+@click.option("--class", "class_name", metavar="NAME", help="The class of a Python file that has several.")
 @click.pass_obj
 def serve(
     loaded: Loaded,
@@ -46,16 +52,15 @@ def serve(
     inputs: tuple[str, ...],
     class_name: str | None,
 ) -> None:
-    """Serve one model here: a private Redis, a worker and the HTTP front, until Ctrl-C.
+    """Serve one model from its file or folder, until Ctrl-C.
 
-    A FOLDER is a model, with model.toml or without; a FILE is a Python file with one class (.py), TorchScript
-    (.pt) or torch.export (.pt2); a NAME is an installed model, before a folder of that name here, which is
-    ./NAME. Nothing is installed: it runs in a temporary folder that is gone in the end, and neither this
-    host's gpuinfer nor its Redis is touched.
+    A private Redis, a worker and an HTTP front run in a temporary folder, which is deleted at the end.
+    Nothing is installed, and this host's gpuinfer and Redis are not changed. FOLDER is a model, with or
+    without model.toml. FILE is a Python file with one class (.py), TorchScript (.pt) or torch.export (.pt2).
+    NAME is an installed model; a folder of that name here is ./NAME.
 
     It prints a curl command to try, what the model prints, and its errors with file and line. With --reload,
-    requests wait while a changed model is loaded. Runs on the first GPU there is, else on the CPU. Root
-    becomes the workers' user for it.
+    requests wait while a changed model is loaded. Started by root, it runs as the workers' user.
     """
     from gpuinfer.demo.screen import console_for
     from gpuinfer.demo.stack import plan

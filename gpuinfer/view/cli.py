@@ -49,7 +49,7 @@ class Span(click.ParamType[float]):
     "--watch",
     type=click.FloatRange(min=0.2),
     metavar="SECONDS",
-    help="Look again and again, at this interval, until Ctrl-C.",
+    help="Repeat at this interval, until Ctrl-C.",
 )
 @click.option(
     "--since",
@@ -58,14 +58,15 @@ class Span(click.ParamType[float]):
     default="1h",
     show_default=True,
     metavar="SPAN",
-    help="What the curves cover.",
+    help="The time that the curves cover.",
 )
 @click.pass_obj
 def status(loaded: Loaded, as_json: bool, watch: float | None, since_s: float) -> int:
-    """Show on one screen how the fleet is: trouble and its remedy first, then workers, queues, history.
+    """Show the state of the fleet, problems first.
 
-    Exit code: 0 all is well, 1 there are warnings, 2 there is an error, or Redis does not answer; 64 and 78
-    for a wrong call or wrong settings. With --watch, 130 after Ctrl-C. gpuinfer doctor looks closer.
+    Problems come with their fix; workers, queues and history follow. gpuinfer doctor checks this host in more
+    detail. Exit code 0: all is well. 1: there are warnings. 2: there is an error, or Redis does not answer.
+    64: a wrong call. 78: wrong settings. 130: Ctrl-C, with --watch.
     """
     gc.disable()  # what is imported now stays: a collection meanwhile finds nothing, and takes a fifth of it
     from gpuinfer.view.build import build
@@ -103,14 +104,15 @@ def _watch(look: Callable[[], Status], every_s: float, *, as_json: bool) -> None
     default=1.0,
     show_default=True,
     metavar="SECONDS",
-    help="How often it looks.",
+    help="Interval of updates.",
 )
 @click.pass_obj
 def top(loaded: Loaded, every: float) -> int:
-    """Watch the fleet live; sort, filter, drain workers, pause queues, send tasks again, read their logs.
+    """Show the fleet live, and act on workers, queues and tasks.
 
-    The keys are at the foot: 1 workers, 2 queues, 3 tasks that ended last; s and S sort, / filters; d, p, r
-    and l act on the row under the cursor. gpuinfer status is the same for scripts.
+    The keys are at the bottom: 1 workers, 2 queues, 3 tasks that ended last; s and S sort, / filters; d
+    (drain), p (pause), r (retry) and l (log) act on the selected row. gpuinfer status is the same for
+    scripts.
     """
     from gpuinfer.view.actions import OnFleet
     from gpuinfer.view.build import build

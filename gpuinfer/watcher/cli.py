@@ -41,7 +41,7 @@ def run(loaded: Loaded, dry_run: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def explain(loaded: Loaded, last: int, as_json: bool) -> None:
-    """Print what each host's watcher decides just now, and the last decisions, the newest first.
+    """Print the current and the last decisions of each watcher.
 
     A decision says what was done, from which numbers, and why. The journal has them too, for longer:
     journalctl -u gpuinfer-watcher.
@@ -133,10 +133,11 @@ def simulate(
     events: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Run the watcher's policy in simulated time, in both of its modes, with the settings of this host.
+    """Run the watcher's policy in simulated time.
 
-    "target" starts as many workers as drain the queues in time, "threshold" one more while more than N tasks
-    wait. An event is a failure, or what an administrator does, such as 600:fail:0 or 600:stop:1.
+    It runs in both modes, with the settings of this host: "target" starts as many workers as drain the queues
+    in time, "threshold" starts one more while more than N tasks wait. An event is a failure, or what an
+    administrator does, such as 600:fail:0 or 600:stop:1.
     """
     import orjson
 

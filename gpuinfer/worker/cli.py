@@ -24,7 +24,7 @@ def node_name(number: int) -> str:
 
 
 class _WithRun(click.Group):
-    """A group whose command ``run`` may be left out before a number: ``gpuinfer worker 0``."""
+    """A group with the default command ``run``: ``gpuinfer worker 0`` is ``gpuinfer worker run 0``."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -38,7 +38,10 @@ class _WithRun(click.Group):
     epilog=examples("gpuinfer worker 0", "gpuinfer worker list", "gpuinfer worker drain 0 --wait"),
 )
 def worker() -> None:
-    """Run the worker of one GPU, as its unit does: gpuinfer worker N. Or look after workers."""
+    """Run the worker of one GPU; list, drain and restart workers.
+
+    gpuinfer worker N is what the unit gpuinfer-worker@N runs.
+    """
 
 
 for _command in (manage_cli.list_, manage_cli.drain, manage_cli.resume, manage_cli.restart):
@@ -49,11 +52,12 @@ for _command in (manage_cli.list_, manage_cli.drain, manage_cli.resume, manage_c
 @click.argument("number", type=click.IntRange(0), metavar="N")
 @click.pass_obj
 def run(loaded: Loaded, number: int) -> None:
-    """Serve the queue with GPU N // worker.per_gpu: load the models, warm them up, run until SIGTERM.
+    """Run worker N in the foreground, until SIGTERM.
 
-    SIGTERM finishes the running batch, hands back the rest and exits 0. A GPU that fails, under a batch
-    or while there is none, ends it with 74; one that cannot be used at the start with 69. One that has grown
-    past worker.max_memory_mb drains and ends with 80: start it again.
+    It uses GPU N // worker.per_gpu, loads its models, warms them up and serves the queues. SIGTERM finishes
+    the running batch, hands back the other tasks and exits 0. Exit code 74: the GPU failed, during a batch or
+    while idle. 69: the GPU cannot be used at the start. 80: the worker exceeded worker.max_memory_mb, and can
+    be started again.
     """
     from gpuinfer.worker.app import create_worker_app
 
@@ -72,15 +76,17 @@ def run(loaded: Loaded, number: int) -> None:
     )
 )
 @click.argument("number", type=click.IntRange(0), metavar="[N]", required=False)
-@click.option("--name", metavar="gpuN@HOST", help="A worker of another host, or of a name this one had.")
-@click.option("--force", is_flag=True, help="Though it was heard of not long ago; if it runs, it goes on.")
+@click.option("--name", metavar="gpuN@HOST", help="A worker of another host, or of this host's former name.")
+@click.option(
+    "--force", is_flag=True, help="Also when its last heartbeat is recent. A worker that runs is not stopped."
+)
 @as_json_option
 @click.pass_obj
 def restore(loaded: Loaded, number: int | None, name: str | None, *, force: bool, as_json: bool) -> None:
-    """Put back what worker N of this host, which does not run, has left in flight.
+    """Put a dead worker's tasks back into their queues.
 
-    With --name, what a worker of a host left that will not come back. Names are in gpuinfer queue status.
-    Exit code 73: it runs, or may run; nothing was changed.
+    N is a worker of this host that does not run. --name is for a worker whose host will not come back;
+    gpuinfer worker list has the names. Exit code 73: the worker runs, or may run; nothing was changed.
     """
     from gpuinfer.log import configure, target
     from gpuinfer.worker.restoring import put_back

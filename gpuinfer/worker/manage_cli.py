@@ -58,9 +58,9 @@ _workers = click.argument(
 @as_json_option
 @click.pass_obj
 def list_(loaded: Loaded, as_json: bool) -> None:
-    """List the workers of the fleet: state, models, queues, rate; those that are drained, too.
+    """List the workers of the fleet with state, models and rate.
 
-    A worker that has not told anything for 10 s is silent. Exit code 0, also without any.
+    A worker without a heartbeat for 10 s is silent. Exit code 0, also when there is no worker.
     """
     from gpuinfer.queue import drained, heartbeats
 
@@ -92,15 +92,21 @@ def _row(one: dict[str, Any]) -> tuple[str, ...]:
 
 @click.command(epilog=examples("gpuinfer worker drain 0", "gpuinfer worker drain gpu3@host-2 --json"))
 @_workers
-@click.option("--wait/--no-wait", help="Return when they have finished what they hold. Default: at once.")
-@click.option("--timeout", type=click.FloatRange(min=0), default=600.0, help="Longest wait. Default: 600.")
+@click.option("--wait/--no-wait", help="Return when they have finished. Default: at once.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=600.0,
+    metavar="SECONDS",
+    help="Longest wait. Default: 600.",
+)
 @as_json_option
 @click.pass_obj
 def drain(loaded: Loaded, workers: tuple[str, ...], wait: bool, timeout: float, as_json: bool) -> int:
-    """Let workers finish what they hold and take nothing new. They stay up, and their models loaded.
+    """Let workers finish their tasks and take no new ones.
 
-    N is a worker of this host by its number, or any by its name. It stays drained until it is resumed, also
-    after a restart. Exit code 66: no such worker is known; 75: --wait was over first.
+    N is the number of a worker of this host, or the name of any worker. It stays loaded, and drained until it
+    is resumed, also after a restart. Exit code 66: there is no such worker. 75: --timeout was over first.
     """
     _set(loaded, workers, as_json, drained=True)
     return _finish(loaded, workers, timeout) if wait else 0
@@ -122,7 +128,9 @@ def _finish(loaded: Loaded, workers: tuple[str, ...], timeout_s: float) -> int:
             if not busy:
                 return 0
             if time.monotonic() >= until:
-                raise WaitTimeout(f"{', '.join(busy)} have not finished in {timeout_s:g} s; they go on")
+                raise WaitTimeout(
+                    f"{', '.join(busy)} have not finished in {timeout_s:g} s; they are still draining"
+                )
             time.sleep(0.5)
 
 
@@ -131,7 +139,10 @@ def _finish(loaded: Loaded, workers: tuple[str, ...], timeout_s: float) -> int:
 @as_json_option
 @click.pass_obj
 def resume(loaded: Loaded, workers: tuple[str, ...], as_json: bool) -> None:
-    """Let drained workers take tasks again. Exit code 66: no such worker is known."""
+    """Let drained workers take tasks again.
+
+    Exit code 66: there is no such worker.
+    """
     _set(loaded, workers, as_json, drained=False)
 
 
@@ -162,18 +173,20 @@ def _set(loaded: Loaded, workers: tuple[str, ...], as_json: bool, *, drained: bo
 @as_json_option
 @click.pass_obj
 def restart(loaded: Loaded, workers: tuple[str, ...], as_json: bool) -> int:
-    """Restart workers of this host, one after the other: each finishes its batch, hands back the rest, and is
-    waited for until it is ready. One that does not run is started; one that is drained stays so.
+    """Restart workers of this host, one after the other.
 
-    Exit code 64: a worker of another host; 69: there is no systemd, or the unit did not come up; 77: systemd
-    does not let you.
+    Each finishes its batch, hands back its other tasks, and is ready again before the next one stops. A
+    worker that does not run is started; a drained one stays drained. Exit code 64: the worker is on another
+    host. 69: there is no systemd, or the unit did not start. 77: you may not restart units.
     """
     here = socket.gethostname()
     units = {}
     for name in workers:
         number, _, host = name.removeprefix("gpu").partition("@")
         if host != here:
-            raise UsageError(f"{name} is not here: run gpuinfer worker restart {number} on {host}", "N")
+            raise UsageError(
+                f"{name} is on another host: run gpuinfer worker restart {number} on {host}", "N"
+            )
         units[name] = f"gpuinfer-worker@{number}.service"
     if shutil.which("systemctl") is None:
         raise UnitsUnavailable("there is no systemctl here; stop the worker with SIGTERM, and start it again")

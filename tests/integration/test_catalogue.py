@@ -233,7 +233,7 @@ def test_removing_a_model(workers: Workers, redis_server: RedisServer) -> None:
     redis_server.kill()
     done = command(redis_server, "remove", ROOT, folder=folder)
     assert done.exit_code == 0
-    assert "the name goes after seven unseen days" in done.output
+    assert "it drops the name after seven days without a worker" in done.output
     assert not (folder / ROOT).exists()
     assert isinstance(command(redis_server, "remove", ROOT, "--forget").exception, BrokerUnavailable)
 

@@ -334,7 +334,7 @@ def test_local(
     assert call("redis", "local") == code
     told = capfd.readouterr()
     assert "p%40ss" not in told.out + told.err
-    assert ("has no Redis of its own to run" in told.err) == (code == 1)
+    assert ("does not run its own Redis" in told.err) == (code == 1)
     assert ("gpuinfer: error: " in told.err) == (code == 255)
 
 
@@ -398,7 +398,7 @@ def test_what_cannot_be_read_falls_back_to_the_last_good_start(
     assert prepare(folder) == 0
     told = capfd.readouterr().err
     assert f"gpuinfer: warning: {settings_of_redis}: " in told
-    assert "Redis starts as it did last" in told
+    assert "Redis starts with its last good settings" in told
     assert "maxmemory 300mb" in (folder / "tuning.conf").read_text(encoding="utf-8")
     settings_of_redis.write_text("[redis]\nmaxmemory_mb = 400\n")
     assert (call("redis", "local"), prepare(folder)) == (0, 0)

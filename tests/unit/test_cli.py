@@ -82,12 +82,15 @@ def commands(group: click.Group, above: click.Context) -> Iterator[tuple[click.C
 
 
 def test_help_is_for_people() -> None:
-    """Each command has an example on a line of its own; numbers are named by their unit."""
+    """Each command has an example on a line of its own; numbers are named by their unit; no line is cut."""
     for ctx, command in commands(cli, click.Context(cli, info_name="gpuinfer")):
         text = command.get_help(ctx)
         assert "RANGE" not in text, ctx.command_path
         assert "<x" not in text and "<=x" not in text and "[x>" not in text, ctx.command_path
         if isinstance(command, click.Group):
+            ctx.terminal_width = 78  # of a terminal with 80 columns
+            listed = command.get_help(ctx).split("\nCommands:\n")[1].split("\n\n")[0]
+            assert not re.search(r"(?m)\.\.\.$", listed), f"{ctx.command_path} cuts a sentence:\n{listed}"
             continue
         assert re.search(r"^  Examples?:\n    \S", text, re.M), f"{ctx.command_path} shows no example"
 

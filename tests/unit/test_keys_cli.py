@@ -143,7 +143,7 @@ def test_what_is_refused(key: Command) -> None:
         for command in ("add", "show", "revoke", "rotate"):
             with pytest.raises(UsageError, match="must be 1 to 32 of a-z"):
                 key.run(command, name)
-    with pytest.raises(UsageError, match="is for keys with --rate"):
+    with pytest.raises(UsageError, match="needs --rate"):
         key.run("add", "shop", "--burst", "5")
     token = key.run("add", "shop").stdout.strip()
     with pytest.raises(KeyExists, match="gpuinfer key rotate shop"):
@@ -168,7 +168,7 @@ def test_a_rotation_keeps_all_but_the_token(key: Command) -> None:
     assert found is not None
     assert (found.role, found.rate) == ("read", 5.0)
     newest = key.json("rotate", "shop", "--keep", "1h", "--expires", "30d")
-    assert "the old token counts until" in newest["notes"][0]
+    assert "the old token is valid until" in newest["notes"][0]
     assert key.find(new) == key.find(newest["token"]) is not None
     again = key.run("rotate", "shop").stdout.strip()
     assert key.find(new) is None
@@ -181,7 +181,7 @@ def test_rotating_an_expired_key_says_so(key: Command) -> None:
     """A new token of it would be refused, too."""
     key.folder.mkdir(parents=True)
     writing.add(key.folder, Key(name="old", sha256="ab" * 32, expires=1e9))
-    assert "the key has expired on 2001-09-09T01:46:40Z: give it --expires" in key.run("rotate", "old").stderr
+    assert "the key expired on 2001-09-09T01:46:40Z: renew it with" in key.run("rotate", "old").stderr
     assert "expired" in key.run("list").stdout or key.json("list")["keys"][0]["expires"] < "2002"
 
 
