@@ -269,6 +269,13 @@ def test_the_scripts_touch_no_unit_of_others(name: str) -> None:
     assert not re.search(r"userdel|groupdel|useradd|adduser|sysctl|journald\.service", script)
 
 
+def test_postinst_knows_the_words_of_a_host_without_its_own_redis() -> None:
+    """The words that it looks for in what `gpuinfer redis local` says are the ones that it says."""
+    words = re.findall(r"gpuinfer redis local 2>&1 \| grep -q '([^']+)'", maintainer_script("postinst"))
+    assert len(words) == 1
+    assert words[0] in (ROOT / "gpuinfer" / "broker" / "cli.py").read_text()
+
+
 def test_the_licence_is_there_and_the_one_that_is_named() -> None:
     """Apache-2.0: the text itself, in pyproject.toml, and in both packages."""
     text = (ROOT / "LICENSE").read_text()
