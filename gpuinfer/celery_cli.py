@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import click
 
@@ -29,14 +30,16 @@ def celery(ctx: click.Context, arguments: tuple[str, ...]) -> int:
     file = ctx.find_root().params.get("file")
     if file is not None:  # the application reads its settings itself
         os.environ["GPUINFER_CONFIG"] = str(file)
-    if "flower" in arguments:
-        _log_as_ours(ctx.obj)
+    if "flower" in arguments and find_spec("flower") is not None:
+        _prepare_flower(ctx.obj)
     code = command.main(["-A", _APP, *arguments], prog_name="gpuinfer celery", standalone_mode=False)
     return code if isinstance(code, int) else 0
 
 
-def _log_as_ours(loaded: Loaded) -> None:
-    """Set up the root logger, which Flower then uses: its lines get our format and levels."""
+def _prepare_flower(loaded: Loaded) -> None:
+    """Give Flower our queues, and our log format: it uses the root logger's handler if there is one."""
+    from gpuinfer.flower import prepare
     from gpuinfer.log import configure
 
     configure(loaded.settings.log, program="gpuinfer-flower")
+    prepare()

@@ -249,6 +249,8 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+del", _HEARTBEATS, _WAKE),
         _selector("+expire", _PROBE),
         _selector("+get", "+mget", "+set", "+setex", "+del", "+exists", "+getrange", "+expire", _RESULTS),
+        # Ends what is revoked through Celery; of one that nothing is known of, it asks who made its id.
+        _selector("+zscore", _ORIGINS),
         _selector("+get", _BODY),
         *_DROPPING,
         *_NOTING,

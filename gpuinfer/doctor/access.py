@@ -20,6 +20,9 @@ from gpuinfer.errors import BadKey
 from gpuinfer.keys.key import SUFFIX, Key, parse
 from gpuinfer.settings import DEFAULT_FILE, ApiSettings
 
+FLOWER = "gpuinfer-flower.service"
+#: Who may use it, as its unit is shipped.
+FLOWER_WORDS = "Flower http://127.0.0.1:5555: this host, as admin with its password"
 #: Who reads the keys; a key's file and the folder belong to root and this group.
 GROUP = "gpuinfer-api"
 _FOLDER_MODE, _FILE_MODE = 0o750, 0o640
@@ -44,6 +47,7 @@ def connect(host: Host) -> Findings:
     metrics = host.settings.metrics.listen
     said = f"{_where(api, tcp, unix)}; {_who(api, names, unix, opened)}"
     said += f"; metrics for everybody at {metrics}" if metrics else ""
+    said += _flower(host)
     return found or ok(said)
 
 
@@ -72,6 +76,16 @@ def _listeners(host: Host) -> tuple[list[tuple[str, int]], list[str]]:
     except (Skipped, ValueError):
         found = [], []
     return found if any(found) else ([(host.settings.api.host, host.settings.api.port)], [])
+
+
+def _flower(host: Host) -> str:
+    """Say who may use Flower, where its unit runs."""
+    try:
+        found = show(host, [FLOWER], "Id,ActiveState")
+    except Skipped:
+        return ""
+    runs = any(unit["Id"] == FLOWER and unit["ActiveState"] == "active" for unit in found)
+    return f"; {FLOWER_WORDS}" if runs else ""
 
 
 def _is_loopback(name: str) -> bool:

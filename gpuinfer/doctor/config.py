@@ -14,7 +14,8 @@ from gpuinfer.errors import ConfigError
 
 CREDENTIALS = "/etc/gpuinfer/credentials"
 LOGINS = "/etc/gpuinfer/logins"
-USERS = ("admin", "api", "worker", "watcher")
+#: Redis's users, of whom the administrator may be another host's; and who logs in to Flower.
+USERS = ("admin", "api", "worker", "watcher", "flower")
 #: Each for the members of its group.
 PEOPLE = ("operator", "viewer")
 _MIN_PASSWORD_BYTES = 16
@@ -32,7 +33,7 @@ def file(host: Host) -> Finding:
 
 
 def credentials(host: Host) -> Findings:
-    """The passwords of Redis's users are there, and root's alone."""
+    """The passwords of Redis's users and of Flower are there, and root's alone."""
     folder = host.path(CREDENTIALS)
     if not folder.exists():
         raise Skipped(f"{CREDENTIALS} is not there: the package is not installed")

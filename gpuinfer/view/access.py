@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may connect to the API and to Redis, in words."""
+"""Who may connect to the API, to Redis and to Flower, in words."""
 
 from __future__ import annotations
 
 import ipaddress
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpuinfer.doctor.access import FLOWER_WORDS
 from gpuinfer.doctor.redis_place import place_of
 from gpuinfer.settings import ApiSettings, Settings
+
+#: There while the unit runs, for everybody to see.
+FLOWER = Path("/run/systemd/units/invocation:gpuinfer-flower.service")
 
 
 def who(settings: Settings, address: tuple[str, int]) -> Sequence[str]:
     """Return a line for each door. ``address``: where the API listens."""
-    return _api(settings.api, address), _redis(settings)
+    flower = (FLOWER_WORDS,) if os.path.lexists(FLOWER) else ()
+    return _api(settings.api, address), _redis(settings), *flower
 
 
 def _api(api: ApiSettings, address: tuple[str, int]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -360,7 +360,9 @@ class Batcher:
             tasks = [batch.tasks[i] for i in sorted(ended)]
             self._buffer.remove(tasks)
             for task in tasks:
-                self._celery.finished(task, TaskRevoked("it was cancelled") if task.begun else None)
+                # One that comes again may have been finished by its earlier delivery.
+                cancelled = task.begun or not task.redelivered
+                self._celery.finished(task, TaskRevoked("it was cancelled") if cancelled else None)
                 self._lines.task_skipped(task)
             self._lines.tell()
             self._settle([self._outbox.skipped(task) for task in tasks])
@@ -603,8 +605,15 @@ class Batcher:
         if min(self.engine.running_s, self._clock() - self._asked_at) < CANCELLED_LOOK_S:
             return
         self._asked_at = self._clock()
-        for batch in self.engine.batches:
-            for task in self._outbox.ended(batch):
+        self._mark_ended([task for batch in self.engine.batches for task in self._outbox.ended(batch)])
+
+    def cancelled(self, ids: Container[str]) -> None:
+        """Note that tasks were cancelled, if they are with the device."""
+        self._mark_ended([task for batch in self.engine.batches for task in batch.tasks if task.id in ids])
+
+    def _mark_ended(self, tasks: Iterable[Task]) -> None:
+        for task in tasks:
+            if not task.ended:
                 task.ended = True
                 self._lines.task_cancelled(task)
         self._lines.tell()

@@ -21,6 +21,7 @@ from gpuinfer.errors import TakenBack, UnusableRedis, WorkerRunning
 from gpuinfer.log import get_logger
 from gpuinfer.queue.connection import refuses
 from gpuinfer.queue.heartbeats import wait_for_namesake
+from gpuinfer.worker import remote
 from gpuinfer.worker.batcher import Batcher
 from gpuinfer.worker.ceiling import EX_GROWN
 from gpuinfer.worker.heartbeat import BEAT_S, Pulse
@@ -106,10 +107,11 @@ class Mailbox(Pidbox):  # type: ignore[misc]  # celery is not annotated
 
 
 class Remote(Control):  # type: ignore[misc]  # celery is not annotated
-    """Remote control through our mailbox."""
+    """Remote control through our mailbox, with our way to revoke."""
 
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
+        remote.register()
         self.box = Mailbox(consumer)
         self.start, self.stop, self.shutdown = self.box.start, self.box.stop, self.box.shutdown
 

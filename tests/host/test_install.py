@@ -38,10 +38,17 @@ def test_flower_is_there_and_off(host: Container) -> None:
 
 
 def test_flower_sees_the_workers_on_loopback(host: Container) -> None:
-    """Started, it answers on 127.0.0.1:5555, and nowhere else."""
+    """Started, it answers on 127.0.0.1:5555, and nowhere else, to who has its password; status says so."""
+    assert "Flower" not in host.sh("gpuinfer status").output
     host.ok("systemctl start gpuinfer-flower")
-    host.until("curl -sf -o /dev/null http://127.0.0.1:5555/workers", what="Flower")
+    login = "-u admin:$(cat /etc/gpuinfer/credentials/flower)"
+    host.until(f"curl -sf -o /dev/null {login} http://127.0.0.1:5555/workers", what="Flower")
+    for path in ("workers", "tasks", "broker", "api/workers"):
+        assert host.ok(f"curl -s -o /dev/null -w '%{{http_code}}' http://127.0.0.1:5555/{path}") == "401"
     assert "127.0.0.1:5555" in host.ok("ss -Hltn sport = :5555")
+    for command in ("status", "doctor -v access.connect"):
+        said = " ".join(host.sh(f"gpuinfer {command}").output.split())
+        assert "Flower http://127.0.0.1:5555: this host, as admin" in said, said
     host.ok("systemctl stop gpuinfer-flower")
     told = journal(host, "_SYSTEMD_UNIT=gpuinfer-flower.service")
     assert {"6"} == {line["PRIORITY"] for line in told if line.get("LOGGER") == "flower.command"}

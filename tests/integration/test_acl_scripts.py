@@ -62,7 +62,7 @@ RUN_BY: dict[str, tuple[str, ...]] = {
     "postpone": ("worker",),
     "describe": ("worker", "watcher"),
     "submit": ("api",),
-    "cancel": ("api",),
+    "cancel": ("api", "worker"),
     "put": ("api", "worker"),
     "depth": ("api", "worker", "watcher"),
     "revive": ("admin", "api"),

@@ -52,6 +52,14 @@ def test_who_may_connect_as_shipped(tmp_path: Path) -> None:
     )
 
 
+def test_flower_is_named_while_it_runs(tmp_path: Path) -> None:
+    """Where it listens, and as whom one logs in."""
+    socket = unit(units.SOCKET, Listen=SHIPPED)
+    for state, said in (("active", True), ("inactive", False)):
+        found = one(access.connect(systemd(tmp_path, socket, unit(access.FLOWER, ActiveState=state))))
+        assert found.message.endswith(f"; {access.FLOWER_WORDS}") is said
+
+
 def test_who_may_connect_with_keys(tmp_path: Path) -> None:
     """Loopback needs one, too."""
     add_key(tmp_path)

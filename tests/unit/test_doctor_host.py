@@ -105,7 +105,7 @@ def test_a_second_host_needs_no_administrators_password(tmp_path: Path) -> None:
     folder.chmod(0o700)
     for path in folder.iterdir():
         path.chmod(0o600)
-    assert one(config.credentials(second)).message == "3 passwords, readable by root alone"
+    assert one(config.credentials(second)).message == "4 passwords, readable by root alone"
     assert one(config.credentials(host(tmp_path))).message.endswith("/admin is missing")
 
 

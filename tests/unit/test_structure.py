@@ -53,7 +53,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     PROGRAMS,
     ("doctor",),
     ("view",),
-    ("demo", "celery", "config", "gpus_cli"),
+    ("demo", "celery", "config", "gpus_cli", "flower"),
     ("celery_cli", "serve"),
     ("cli",),
     ("__main__",),

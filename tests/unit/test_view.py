@@ -217,13 +217,17 @@ def test_status_runs_the_doctors_own_checks() -> None:
     assert all(known[check.name] is check.run for check in (*OF_REDIS, *OF_ADMIN, *OF_HOST))
 
 
-def test_who_may_connect(tmp_path: Path) -> None:
+def test_who_may_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loopback needs no key until there is one; a network is nobody's without one."""
     settings = load(None, {"GPUINFER_API_KEYS_DIR": str(tmp_path)}).settings
     assert access.who(settings, ("127.0.0.1", 8080))[0].endswith("this host without a key")
     assert "nobody from the network" in access.who(settings, ("0.0.0.0", 8080))[0]
     (tmp_path / "alice.toml").touch()
     assert access.who(settings, ("::", 8080))[0] == "API http://[::]:8080: the network, with the one key"
+    monkeypatch.setattr(access, "FLOWER", tmp_path / "runs")
+    assert not any("Flower" in line for line in access.who(settings, ("::", 8080)))
+    (tmp_path / "runs").symlink_to("5d41402abc4b2a76b9719d911017c592")  # as systemd's: to nothing
+    assert "as admin with its password" in access.who(settings, ("::", 8080))[2]
     assert isinstance(settings.api, ApiSettings)
 
 

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Celery's commands ``revoke`` and ``terminate``, as our cancel: what Flower and ``celery control`` send.
+
+Celery's own would read a task's state, and write its end in a second step, over one that another worker has
+written in between; and a task that runs would be left to a pool of processes, which there is not. Every
+worker hears a command: the first one ends the task, the others find it ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+from celery.utils.functional import maybe_list
+from celery.worker import state
+from celery.worker.control import control_command
+
+from gpuinfer.client import core
+from gpuinfer.errors import InputError
+from gpuinfer.log import get_logger
+from gpuinfer.queue.scripts import bind
+from gpuinfer.settings import QueueSettings
+
+log = get_logger(__name__)
+
+#: How many bytes of a state are looked at to tell whether its task runs.
+_HEAD_BYTES = 31
+
+
+def register() -> None:
+    """Put these two in the place of Celery's."""
+    control_command(name="revoke", variadic="task_id", signature="[id1 [id2 [... [idN]]]]")(revoke)
+    control_command(
+        name="terminate",
+        variadic="task_id",
+        args=[("signal", str)],
+        signature="<signal> [id1 [id2 [... [idN]]]]",
+    )(terminate)
+
+
+def revoke(panel: Any, task_id: Any, terminate: bool = False, **_: Any) -> dict[str, str]:
+    """End tasks that wait as revoked; with terminate those that run, too, whose results are dropped."""
+    ids = [str(one) for one in maybe_list(task_id) or ()]
+    state.revoked.update(
+        ids
+    )  # also ends what a worker holds already, and is seen by `celery inspect revoked`
+    batcher = panel.consumer.controller.gpuinfer.batcher
+    try:
+        ended = cancel(batcher.store.client, ids, panel.app.gpuinfer_settings().queue, running=terminate)
+    except (redis.RedisError, OSError, InputError) as exc:
+        log.warning("not_revoked", task_ids=ids, reason=str(exc))
+        return {"error": f"not revoked: {exc}"}
+    if terminate:  # whoever has ended them
+        batcher.cancelled(ids)
+    if ended:
+        log.info("revoked", task_ids=ended)
+    return {"ok": f"tasks {', '.join(ids)} flagged as revoked"}
+
+
+def terminate(panel: Any, signal: str, task_id: Any, **_: Any) -> dict[str, str]:
+    """End tasks whether they run or wait. No signal is sent: a batch has other tasks in it."""
+    return revoke(panel, task_id, terminate=True)
+
+
+def cancel(client: redis.Redis, ids: Sequence[str], settings: QueueSettings, *, running: bool) -> list[str]:
+    """End tasks that have not ended; those that run only if ``running``. Return the ids of those it ended.
+
+    Raises InputError for what is no id, redis-py's errors.
+    """
+    origin, script = core.Origin(), bind(client, "cancel")
+    ended = []
+    for task_id in ids:
+        names, args = core.cancel_call(task_id, origin, settings)
+        if not running and b'"STARTED"' in client.getrange(names[0], 0, _HEAD_BYTES):
+            continue
+        if int(script(keys=names, args=args)) > 0:
+            ended.append(task_id)
+    return ended
