@@ -111,7 +111,7 @@ class Api:
         unix = self.address.startswith("unix:")
         transport = httpx.HTTPTransport(uds=self.address.removeprefix("unix:")) if unix else None
         self.http = httpx.Client(
-            base_url="http://api" if unix else self.address, transport=transport, timeout=30, verify=verify
+            base_url="http://api" if unix else self.address, transport=transport, timeout=60, verify=verify
         )
 
     def log(self, action: str) -> list[dict[str, Any]]:

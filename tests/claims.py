@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
 from kombu import Connection, Queue
 
 from gpuinfer.errors import TakenBack, UnusableRedis, WorkerRunning
-from gpuinfer.queue import transport
+from gpuinfer.queue import keys, scripts, transport
 from gpuinfer.queue.claims import Claimed, State, Wants
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.message import decode
@@ -20,8 +21,11 @@ from gpuinfer.queue.sink import Sink, TaskChannel
 from gpuinfer.queue.store import Store
 from gpuinfer.queue.transport import Channel
 from gpuinfer.settings import QUEUES, Settings
+from tests.workers import wait_until
 
 NAME = "gpu0@here"
+#: Seconds of a wait that something ends, and not its time: ``channel.brpop_timeout``.
+LONG_S = 600.0
 
 
 class Taker:
@@ -70,6 +74,8 @@ def consuming(path: Path, taker: Sink, settings: Settings) -> Iterator[Channel]:
         with connection.Consumer(queues, channel=made, callbacks=[lambda *_: None]):
             made.claim()
             yield made
+            if made._in_poll:  # its end is waited for as the channel is closed
+                made.store.client.lpush(keys.wake(made.store.worker), 1)
 
 
 def turn(channel: Channel, timeout: float = 0.05) -> None:
@@ -78,10 +84,40 @@ def turn(channel: Channel, timeout: float = 0.05) -> None:
         channel.connection.client.drain_events(timeout=timeout)
 
 
+def until(channel: Channel, condition: Callable[[], object]) -> None:
+    """Do what the event loop does until the condition holds."""
+
+    def holds() -> object:
+        turn(channel)
+        return condition()
+
+    wait_until(holds)
+
+
 def stand(channel: Channel) -> None:
-    """Send wait and claim, and see that they stand."""
-    turn(channel)
-    assert channel.ordered
+    """Send wait and claim, and see that they stand, also in Redis."""
+    wait, info = channel._wait, channel.store.client.info
+    until(
+        channel,
+        lambda: (
+            channel.ordered
+            and wait._timeout_s == channel.brpop_timeout
+            and info("clients")["blocked_clients"] == 1
+        ),
+    )
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """Let a worker that waits count as idle, and a producer as silent, for however long the machine stands
+    still: in the scripts of all that is made meanwhile.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(scripts._CONSTANTS, "IDLE_VOID", LONG_S)
+        patch.setattr(transport, "SILENT_S", LONG_S)
+        scripts.source.cache_clear()
+        yield
+    scripts.source.cache_clear()
 
 
 def taken(taker: Taker) -> int:

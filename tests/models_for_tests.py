@@ -7,6 +7,7 @@ The folder's name is the model's name, so ``perceptron(tmp_path / "models" / "ml
 from __future__ import annotations
 
 import json
+import struct
 import textwrap
 import warnings
 from pathlib import Path
@@ -138,6 +139,62 @@ shape = [1]
 name = "twice"
 """
     return write_model(folder, _Sleeper(int(seconds * 1e9)), tables)
+
+
+class Latch:
+    """A file that a ``latched`` model reads, closed at first: while it is closed, batches do not end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.write_bytes(bytes(4))
+
+    def open(self) -> None:
+        """Let the batch that runs end, and all that come."""
+        self._set(1.0)
+
+    def close(self) -> None:
+        """Hold back the batches that begin from now on."""
+        self._set(0.0)
+
+    def _set(self, value: float) -> None:
+        with self.path.open("r+b") as file:  # in place: a model has it mapped
+            file.write(struct.pack("f", value))
+
+
+class _Latched(nn.Module):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x > 0).any()):
+            opened = False
+            while not opened:
+                # The time is part of the size, which is always 1, or TorchScript would read the file once.
+                size = 1 + int(torch.ops.prim.TimePoint() < 0)
+                opened = bool((torch.from_file(self.path, shared=False, size=size) > 0).any())
+        return x * 2
+
+
+def latched(folder: Path, *, max_batch_size: int = 8) -> Latch:
+    """One float to its double; a batch with any positive value ends once the latch is open.
+
+    It runs in native code, as a kernel does, and holds no GIL (``Gate`` is Python, and notes its batches).
+    Zeros, as in a warm-up, take no time.
+    """
+    tables = f"""
+max_batch_size = {max_batch_size}
+soft_time_limit_s = 600
+hard_time_limit_s = 900
+[[inputs]]
+name = "x"
+shape = [1]
+[[outputs]]
+name = "twice"
+"""
+    path = folder.parent.with_name(f"{folder.name}.latch")
+    write_model(folder, _Latched(str(path)), tables)
+    return Latch(path)
 
 
 class _Unbatched(nn.Module):

@@ -20,7 +20,7 @@ NAME = f"gpu0@{socket.gethostname()}"
 UNTRACED = ("env", "-u", "COVERAGE_PROCESS_CONFIG", "-u", "COVERAGE_PROCESS_START")
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 60.0) -> None:
     """Wait until the condition holds; an assertion fails when it does not in time."""
     until = time.monotonic() + timeout
     while not condition():

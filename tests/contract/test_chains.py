@@ -158,7 +158,7 @@ def test_what_follows_a_failure(store: Store, client: Client, shop: Celery, late
     assert store.client.llen("celery") == 0
     for task_id in (result.id, result.parent.id):
         with pytest.raises(TaskRevoked if late else InferenceError):
-            client.result(task_id, timeout_s=5)
+            client.result(task_id, timeout_s=60)
 
 
 def _revoked(task_id: str) -> bytes:
@@ -196,7 +196,7 @@ def test_buried(store: Store, client: Client, shop: Celery) -> None:
         store.bury(task.seq, task.list_key, task.payload, DeadLettered("its worker died"))
     assert [args for _, (args, _, _) in waiting(store)] == [[decode(task.payload).id]]
     with pytest.raises(DeadLettered):
-        client.result(result.id, timeout_s=5)
+        client.result(result.id, timeout_s=60)
 
 
 def test_only_who_holds_a_task_ends_it(broker: BrokerSettings, client: Client, shop: Celery) -> None:
@@ -230,7 +230,7 @@ def test_refused_successors(store: Store, client: Client, shop: Celery) -> None:
         assert client.result(decode(task.payload).id) == 1
         for task_id in (result.parent.id, result.id):
             with pytest.raises(ChainRefused, match=words):
-                client.result(task_id, timeout_s=5)
+                client.result(task_id, timeout_s=60)
     assert store.client.get("celery") == b"something else"
     assert not store.client.exists("bank", store.inflight)
 
@@ -244,5 +244,5 @@ def test_a_chord_is_refused(store: Store, client: Client, shop: Celery) -> None:
     task = send(shop, canvas, store)
     store.settle([end(store, task, 1)])
     with pytest.raises(ChainRefused, match=r"celery\.chord"):
-        client.result(result.id, timeout_s=5)
+        client.result(result.id, timeout_s=60)
     assert ids(store.claim(9, look=True)) == []

@@ -38,12 +38,12 @@ def listen(store: Store) -> Iterator[Callable[..., Any]]:
         opened.append(heard)
         heard.subscribe(*channels)
         for _ in channels:
-            assert heard.get_message(timeout=10)["type"] == "subscribe"
+            assert heard.get_message(timeout=60)["type"] == "subscribe"
 
         def since() -> list[tuple[str, Any]]:
             heard.ping("end")
             found = []
-            while (event := heard.get_message(timeout=10))["type"] == "message":
+            while (event := heard.get_message(timeout=60))["type"] == "message":
                 found.append((event["channel"].decode(), orjson.loads(event["data"])))
             assert event["type"] == "pong"
             return found

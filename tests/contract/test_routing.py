@@ -209,7 +209,7 @@ def test_a_router_ends_what_nobody_knows(store: Store, other: Store, client: Cli
     forget_workers(store)
     assert Router(other).pass_on() == 2
     with pytest.raises(UnknownModel, match="knows no model 'nosuch'"):
-        client.result(lost, timeout_s=30)
+        client.result(lost, timeout_s=60)
     assert store.client.hget(keys.ENDED, "failed realtime nosuch") == b"1"
     assert ids(other.claim(10)) == [found]
     assert ids(store.claim(10, look=True)) == [own]

@@ -31,7 +31,7 @@ def test_from_submission_to_result(store: Store, client: Client) -> None:
     assert not begin(store, [task])
     assert client.status(task_id).state == "running"
     assert store.settle([done(task, {"a": 1})], idle=True) == {}
-    assert client.result(task_id, timeout_s=5) == {"a": 1}
+    assert client.result(task_id, timeout_s=60) == {"a": 1}
     assert not store.client.exists(store.inflight)
     assert 0 < store.client.ttl(keys.result(task_id)) <= 3600
 
@@ -136,10 +136,10 @@ def test_an_end_that_is_not_kept_is_told(store: Store, client: Client) -> None:
     tasks = store.claim(2)
     heard = store.client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
     heard.subscribe(keys.result(unkept))
-    heard.get_message(timeout=1)
+    heard.get_message(timeout=60)
     finals = [done(task) for task in tasks]
     store.settle([finals[0], finals[1]._replace(keep=False)])
-    assert (heard.get_message(timeout=1) or {})["data"] == finals[1].meta
+    assert (heard.get_message(timeout=60) or {})["data"] == finals[1].meta
     heard.close()
     assert client.status(kept).final
     assert not store.client.exists(keys.result(unkept))

@@ -74,7 +74,7 @@ class Place:
 
     async def until(self, number: int, test: Callable[[UnitView], bool], what: str) -> UnitView:
         """Look until an instance is as wanted."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             view = (await self.units.look(range(3)))[number]
             if test(view):
@@ -84,7 +84,7 @@ class Place:
 
     async def accepts(self, verb: Verb, number: int) -> None:
         """Tell an instance to start until no stop is on its way any more."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 return await self.units.act(verb, number)

@@ -26,11 +26,11 @@ class Systemd:
         self._unread: list[str] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
-        self._socket.settimeout(20)
+        self._socket.settimeout(60)
 
     def until(self, start: str) -> str:
         """Wait for a note that begins so, and return it; all that comes is kept in ``notes``."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if not self._unread:
                 self._unread = self._socket.recv(4096).decode().split("\n")

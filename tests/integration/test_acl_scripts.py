@@ -285,7 +285,7 @@ def test_api(redis_server: OurRedis) -> None:
             assert client.submit([1], idempotency_key="k") == client.submit([1], idempotency_key="k")
             assert client.cancel(ids[0])
             store.settle([final(task) for task in store.claim(100)])
-            assert len(client.results(ids[1:], timeout_s=30)) == 3
+            assert len(client.results(ids[1:], timeout_s=60)) == 3
             with pytest.raises(TaskNotFound):
                 client.status("nothing")
     with redis_server.client("api") as client_of_api:

@@ -25,7 +25,7 @@ def while_working(worker: HandWorker, result: Any, ask: Callable[[], httpx.Respo
     worker.register()
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask)
-        wait_until(lambda: worker.finish_all(result) > 0, 30)
+        wait_until(lambda: worker.finish_all(result) > 0, 60)
         return answer.result(60)
 
 
@@ -94,7 +94,7 @@ def test_waits_end_when_the_front_stops(api: Api, worker: HandWorker) -> None:
     worker.register()
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(api.http.post, "/predict?wait=60", json=[1])
-        wait_until(lambda: len(worker.claim()) == 1, 30)
+        wait_until(lambda: len(worker.claim()) == 1, 60)
         api.process.send(signal.SIGTERM)
         assert answer.result(60).status_code == 202
 

@@ -77,7 +77,7 @@ def test_connections_stay_and_gain_the_new_rights(server: OurRedis, credentials:
         ids = [client.client_id() for client in (worker, api)]
         heard = listener.pubsub()
         heard.subscribe(keys.result("1"))
-        assert heard.get_message(timeout=30)
+        assert heard.get_message(timeout=60)
         own.lpush("own", "1")
         for client, command in (
             (worker, ("HGET", keys.epoch("w"), "number")),
@@ -95,7 +95,7 @@ def test_connections_stay_and_gain_the_new_rights(server: OurRedis, credentials:
         assert api.get(keys.FORMAT_KEY) is None
         assert [client.client_id() for client in (worker, api)] == ids
         assert admin.publish(keys.result("1"), "told") == 1
-        message = heard.get_message(timeout=30)
+        message = heard.get_message(timeout=60)
         assert message is not None
         assert message["data"] == b"told"
         own.lpush("own", "2")

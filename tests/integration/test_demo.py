@@ -70,7 +70,7 @@ class Place:
         assert self.processes() == {}
         assert list(self.folder.glob("gpuinfer-*")) == []
 
-    def wait_until_no_processes(self, timeout_s: float = 5.0) -> None:
+    def wait_until_no_processes(self, timeout_s: float = 60.0) -> None:
         until = time.monotonic() + timeout_s
         while (left := self.processes()) and time.monotonic() < until:
             time.sleep(0.02)
@@ -208,10 +208,10 @@ class Terminal:
     def press(self, key: bytes) -> None:
         os.write(self._fd, key)
 
-    def wait(self, timeout_s: float = 30.0) -> int:
+    def wait(self, timeout_s: float = 120.0) -> int:
         """Read to the end and return the exit code; a demo that does not end is killed."""
         self.read_until(lambda _: False, timeout_s)
-        until = time.monotonic() + 5
+        until = time.monotonic() + 60
         while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
             if time.monotonic() > until:
                 os.kill(self.pid, signal.SIGKILL)
@@ -231,7 +231,7 @@ def test_on_a_terminal_it_is_live_and_kept_until_ctrl_c(place: Place) -> None:
         assert found, terminal.text[-2000:]
         body, url = Path(found[1]).read_bytes(), found[2]
         task_id = httpx.post(f"{url}/predict", content=body).json()["task_id"]
-        answer = httpx.get(f"{url}/result/{task_id}?wait=10", timeout=20).json()
+        answer = httpx.get(f"{url}/result/{task_id}?wait=10", timeout=60).json()
         assert answer["result"]["class"] == int(load_test_images()[1][0])
         terminal.press(b"\x03")
     finally:

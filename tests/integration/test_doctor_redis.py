@@ -190,7 +190,7 @@ def _reload(server: RedisServer) -> None:
 
 def _raw(server: RedisServer, command: bytes) -> bytes:
     with socket.socket(socket.AF_UNIX) as plain:
-        plain.settimeout(5)
+        plain.settimeout(60)
         plain.connect(str(server.socket))
         plain.sendall(command)
         return plain.recv(1000)

@@ -86,7 +86,7 @@ def listen(client: redis.Redis, *channels: str) -> Any:
     heard = client.pubsub()  # type: ignore[no-untyped-call]
     heard.subscribe(*channels)
     for _ in channels:
-        message = heard.get_message(timeout=30)
+        message = heard.get_message(timeout=60)
         assert message is not None
         assert message["type"] == "subscribe"
     return heard
@@ -185,7 +185,7 @@ def test_a_result_that_is_none(server: OurRedis, admin: redis.Redis) -> None:
         outbox = Outbox(store)
         with capture_logs() as logs:
             outbox.settle([final(task) for task in tasks], idle=True)
-        messages = [message for _ in range(2) if (message := heard.get_message(timeout=30))]
+        messages = [message for _ in range(2) if (message := heard.get_message(timeout=60))]
         heard.close()
     told = {message["channel"].decode(): orjson.loads(message["data"]) for message in messages}
     assert [meta["task_id"] for meta in told[origin.channel]] == [decode(task.payload).id for task in tasks]
@@ -211,7 +211,7 @@ def test_another_channel(admin: redis.Redis) -> None:
     heard = listen(admin, "/0.celery.pidbox", keys.result(decode(task.payload).id))
     end = final(task)
     store.settle([Final(end.seq, end.task_id, end.meta, reply="/0.celery.pidbox", label=LABEL)])
-    message = heard.get_message(timeout=30)
+    message = heard.get_message(timeout=60)
     assert message is not None
     assert message["channel"].decode() == keys.result(end.task_id)
     heard.close()

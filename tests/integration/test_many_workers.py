@@ -42,7 +42,7 @@ def test_two_models_on_two_workers(
     add_scalar(workers.folder / "models" / "add")
     picky(workers.folder / "models" / "root")
     running = [workers.start(number, worker_models=model) for number, model in enumerate(("add", "root"))]
-    wait_until(lambda: redis_server.client().get(keys.DEFAULT_MODEL), 30)
+    wait_until(lambda: redis_server.client().get(keys.DEFAULT_MODEL), 60)
     values = {"add": {"x": [1, 2, 3, 4], "k": 1}, "root": [4.0]}
     if stopped is not None:
         assert running[stopped].terminate() == 0
@@ -75,7 +75,7 @@ def test_a_burst_runs_on_all_of_them(workers: Workers, client: Client, redis_ser
     for number in range(3):
         workers.start(number, worker_models="slow")
     for count in (3, 7, 24):
-        wait_until(lambda: len(idle(redis_server)) == 3, 30)
+        wait_until(lambda: len(idle(redis_server)) == 3, 60)
         tasks = client.submit_many([[1.0]] * count, model="slow")
         by = Counter(status.worker for status in client.as_completed(tasks, timeout_s=60))
         assert len(by) == 3
@@ -90,13 +90,13 @@ def test_nothing_waits_behind_a_long_batch(
     sleeper(workers.folder / "models" / "slower", 15.0, max_batch_size=1)
     for number in range(2):
         workers.start(number, worker_models="slow,slower")
-    wait_until(lambda: len(idle(redis_server)) == 2, 30)
+    wait_until(lambda: len(idle(redis_server)) == 2, 60)
     long = client.submit([1.0], model="slower")
-    wait_until(lambda: client.status(long).state == "running", 30)
+    wait_until(lambda: client.status(long).state == "running", 60)
     busy = client.status(long).worker
     for _ in range(10):
         task = client.submit([1.0], model="slow")
-        client.result(task, timeout_s=30)
+        client.result(task, timeout_s=60)
         assert client.status(task).worker not in (None, busy)
     tasks = client.submit_many([[1.0]] * 10, model="slow")
     with redis_server.client() as raw:
@@ -112,11 +112,11 @@ def test_an_idle_worker_that_is_killed(workers: Workers, client: Client, redis_s
     running = {number: workers.start(number, worker_models="quick") for number in range(3)}
     took = []
     for victim in (0, 1):
-        wait_until(lambda: len(idle(redis_server)) == len(running), 30)
+        wait_until(lambda: len(idle(redis_server)) == len(running), 60)
         running.pop(victim).kill()
         begun = time.monotonic()
         tasks = [client.submit([1.0], model="quick") for _ in range(3)]
-        statuses = list(client.as_completed(tasks, timeout_s=30))
+        statuses = list(client.as_completed(tasks, timeout_s=60))
         took.append(time.monotonic() - begun)
         assert {status.state for status in statuses} == {"completed"}
         assert name(victim) not in {status.worker for status in statuses}

@@ -106,14 +106,14 @@ def test_an_address_of_its_own(redis_server: RedisServer, tmp_path: Path) -> Non
     chosen["broker_connect_timeout_s"] = 60  # for how long a scrape waits for Redis
     with Api(redis_server, tmp_path, **chosen) as api:
         assert api.http.get("/metrics").status_code == 404
-        page = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30)
+        page = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60)
         assert page.status_code == 200
         found = samples(page.text)
         assert found["gpuinfer_redis_up"] == 1
         assert "gpuinfer_tasks_in_flight" not in found  # another host shows the fleet
         for method, path, status in (("GET", "/predict", 404), ("POST", "/metrics", 405)):
-            assert httpx.request(method, f"http://127.0.0.1:{port}{path}", timeout=30).status_code == status
-        head = httpx.head(f"http://127.0.0.1:{port}/metrics", timeout=30)
+            assert httpx.request(method, f"http://127.0.0.1:{port}{path}", timeout=60).status_code == status
+        head = httpx.head(f"http://127.0.0.1:{port}/metrics", timeout=60)
         assert (head.status_code, head.content) == (200, b"")
     (tmp_path / "api.log").unlink()
     place = tmp_path / "metrics.sock"

@@ -56,7 +56,7 @@ class Prometheus:
         ]
         self.process = Process(command, folder / "prometheus.log")
         self.process.wait_for_line("Server is ready")
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=30)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=60)
 
     def get(self, path: str, **parameters: str) -> Any:
         answer = self.http.get(path, params=parameters)

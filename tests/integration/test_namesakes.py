@@ -63,7 +63,7 @@ def test_after_a_kill(
     """On the same host its next process does not wait: the lock says that the last one is dead."""
     first = workers.start(worker_models="slow")
     broker = connect(settings_for(redis_server).broker)
-    wait_until(lambda: holder(broker, NAME).domain, 30)
+    wait_until(lambda: holder(broker, NAME).domain, 60)
     first.kill()
     domain = (workers.folder / "run" / "domain").read_text().strip()
     assert holder(broker, NAME).domain == domain
@@ -78,12 +78,12 @@ def test_after_another_container(
     """Elsewhere nobody can tell that the last one is dead: its heartbeat grows old first."""
     first = workers.start(worker_models="slow", worker_run_dir=workers.folder / "a")
     broker = connect(settings_for(redis_server).broker)
-    wait_until(lambda: holder(broker, NAME).domain, 30)
+    wait_until(lambda: holder(broker, NAME).domain, 60)
     first.kill()
     last = holder(broker, NAME)
     workers.start(worker_models="slow", worker_run_dir=workers.folder / "b")
     check(client, submit(client, 2))
-    wait_until(lambda: holder(broker, NAME).domain != last.domain, 30)
+    wait_until(lambda: holder(broker, NAME).domain != last.domain, 60)
     assert holder(broker, NAME).seen_at - last.seen_at > FRESH_S
 
 

@@ -111,7 +111,7 @@ def test_a_plain_process_dies(workers: Workers, redis_server: RedisServer, clien
     """There is no systemd that would put back: the watcher itself does, and starts it again."""
     watcher = watch(workers, watcher_floor=1)
     children = Path(f"/proc/{watcher.pid}/task/{watcher.pid}/children")
-    wait_until(lambda: children.read_text().split(), 30)
+    wait_until(lambda: children.read_text().split(), 60)
     (first,) = children.read_text().split()
     watcher.wait_for_line('"worker_ready"', 60)
     ids = submit(client, 4)

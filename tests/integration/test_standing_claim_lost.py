@@ -18,7 +18,7 @@ from gpuinfer.queue import keys, waiting
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.transport import Channel
 from gpuinfer.settings import Settings
-from tests.claims import NAME, Taker, Wire, consuming, stand, store_of, taken, turn
+from tests.claims import LONG_S, NAME, Taker, Wire, consuming, stand, store_of, taken, turn, unhurried, until
 from tests.services import RedisServer
 from tests.workers import wait_until
 
@@ -28,6 +28,12 @@ pytestmark = pytest.mark.integration
 @pytest.fixture
 def settings(redis_server: RedisServer, settings_for: Callable[..., Settings]) -> Settings:
     return settings_for(redis_server)
+
+
+@pytest.fixture(autouse=True)
+def _unhurried() -> Iterator[None]:
+    with unhurried():
+        yield
 
 
 @pytest.fixture
@@ -41,6 +47,11 @@ def channel(taker: Taker, redis_server: RedisServer, settings: Settings) -> Iter
         yield made
 
 
+def let_it_be_overdue(channel: Channel) -> None:
+    """As if the wait should have been over for a while."""
+    channel._wait._sent_at -= LONG_S + waiting.OVERDUE_S + 0.1
+
+
 @pytest.fixture
 def wire(tmp_path: Path, redis_server: RedisServer) -> Iterator[Wire]:
     with closing(Wire(tmp_path / "wire", redis_server.socket)) as made:
@@ -51,6 +62,7 @@ def test_a_lost_answer(
     channel: Channel, taker: Taker, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection breaks with tasks in the answer: they go back, and come by the next claim, once."""
+    channel.brpop_timeout = LONG_S
     stand(channel)
     task = client.submit([1.0])
     wait_until(lambda: taken(taker) == 1)
@@ -60,7 +72,7 @@ def test_a_lost_answer(
 
     monkeypatch.setattr(channel.client.connection, "read_response", broken)
     with pytest.raises(redis.ConnectionError):
-        turn(channel, 1)
+        turn(channel, 60)
     assert taker.store.uncertain
     assert not taker.tasks
     assert channel.claim() == 1
@@ -69,14 +81,15 @@ def test_a_lost_answer(
 
 def test_a_connection_that_is_dropped_unread(channel: Channel, taker: Taker, client: Client) -> None:
     """kombu drops one that was silent for long. What the claim took goes back; nothing is written over."""
+    channel.brpop_timeout = LONG_S
     stand(channel)
     tasks = [client.submit([1.0])]
     wait_until(lambda: taken(taker) == 1)
     channel.client.connection.disconnect()
     assert not channel.ordered
     tasks.append(client.submit([2.0]))
-    for _ in range(3):
-        turn(channel, 0.2)
+    while len(taker.tasks) < 2:
+        turn(channel)
         channel.look()
     assert (taker.ids, taken(taker)) == (tasks, 2)
 
@@ -84,6 +97,7 @@ def test_a_connection_that_is_dropped_unread(channel: Channel, taker: Taker, cli
 def test_a_connection_that_goes_silent(wire: Wire, taker: Taker, client: Client, settings: Settings) -> None:
     """The answer is not waited for much longer than the wait itself: what came in between comes by a call."""
     with consuming(wire.path, taker, settings) as channel:
+        channel.brpop_timeout = LONG_S
         stand(channel)
         wire.cut()
         tasks = [client.submit([1.0])]
@@ -93,7 +107,7 @@ def test_a_connection_that_goes_silent(wire: Wire, taker: Taker, client: Client,
         channel.look()
         assert channel.ordered
         assert not taker.tasks
-        time.sleep(channel.brpop_timeout + waiting.OVERDUE_S + 0.1)
+        let_it_be_overdue(channel)
         epoch = int(taker.store.client.hget(keys.epoch(NAME), "number") or 0)
         for _ in range(5):
             channel.look()
@@ -101,19 +115,20 @@ def test_a_connection_that_goes_silent(wire: Wire, taker: Taker, client: Client,
         assert int(taker.store.client.hget(keys.epoch(NAME), "number") or 0) == epoch + 1
         channel.client.connection.disconnect()
         tasks.append(client.submit([3.0]))
-        turn(channel, 0.2)
-        turn(channel, 0.2)
+        until(channel, lambda: len(taker.tasks) == 3)
         assert taker.ids == tasks
 
 
 def test_a_late_answer_of_a_busy_worker(channel: Channel, taker: Taker, client: Client) -> None:
     """It has come, and was not read for long: nothing is withdrawn."""
+    channel.brpop_timeout = LONG_S
     stand(channel)
     task = client.submit([1.0])
-    time.sleep(channel.brpop_timeout + waiting.OVERDUE_S + 0.1)
+    wait_until(lambda: taken(taker) == 1)
+    let_it_be_overdue(channel)
     channel.look()
     assert channel.ordered
-    turn(channel)
+    turn(channel, 60)
     assert taker.ids == [task]
 
 
@@ -121,10 +136,11 @@ def test_a_claim_that_outlives_its_worker(
     channel: Channel, taker: Taker, client: Client, settings: Settings
 ) -> None:
     """Redis has not heard of the death: what is put back is not taken by the dead."""
+    its_s, channel.brpop_timeout = channel.brpop_timeout, LONG_S
     stand(channel)
     task = client.submit([1.0])
-    wait_until(lambda: taken(taker) == 1)
-    turn(channel, 1)
+    until(channel, lambda: taker.tasks)
+    channel.brpop_timeout = its_s
     stand(channel)
     dead, taker.tasks = taker.tasks, []
     after = store_of(settings)
@@ -149,9 +165,10 @@ def test_a_doubt_whose_answer_is_lost(
         patch.setattr(taker.store, "_begin_script", lost)
         channel.withdraw()
     task = client.submit([1.0])
-    turn(channel, 1)
+    while not taker.tasks:
+        turn(channel)
+        channel.look()
     assert taker.end is None
-    channel.look()
     assert taker.ids == [task]
 
 
@@ -173,11 +190,10 @@ def test_a_message_beside_a_claim_that_fails(channel: Channel, taker: Taker) -> 
     connection = channel.connection.client
     with connection.Consumer([other], channel=channel, callbacks=[lambda body, _: got.append(body)]):
         turn(channel)
-        time.sleep(channel.brpop_timeout + 0.1)  # the next wait is for this queue, too
-        turn(channel)
-        stand(channel)
+        channel.brpop_timeout = LONG_S
+        stand(channel)  # once that first wait is over: the next one is for this queue, too
         taker.store.client.set(keys.epoch(taker.store.worker), "no epoch")
         connection.Producer(channel).publish({"n": 1}, routing_key="other")
         with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
-            turn(channel, 1)
+            turn(channel, 60)
         assert got == [{"n": 1}]

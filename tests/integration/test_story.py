@@ -81,7 +81,7 @@ def test_what_was_sent_is_not_told(workers: Workers, redis_server: RedisServer, 
         task_id = app.send_task("gpuinfer.predict", [hostile], queue="realtime", ignore_result=False).id
     worker.wait_for_line('"task_failed"')
     with pytest.raises(InputError, match="has the keys b64, dtype and shape"):
-        client.result(task_id, timeout_s=10)
+        client.result(task_id, timeout_s=60)
     worker.terminate()
     text = worker.text()
     assert actions(story(task_id, text)) == ["task_failed", "batch_done"]

@@ -93,7 +93,7 @@ def test_killed_in_mid_scale_it_comes_to_the_same_fleet(
     first = watch(workers)
     with Client(settings_for(redis_server)) as client:
         ids = [client.submit([float(n)], model="slow") for n in range(20)]
-        wait_until(lambda: len(children(first)) == 2, 30)
+        wait_until(lambda: len(children(first)) == 2, 60)
         orphans = children(first)
         os.kill(first.pid, signal.SIGKILL)
         wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in orphans), 60)
@@ -108,7 +108,7 @@ def test_dry_run_only_logs(workers: Workers, redis_server: RedisServer, settings
     with Client(settings_for(redis_server)) as client:
         client.submit([1.0], model="slow")
     watcher.wait_for_line('"scale_up"')
-    wait_until(lambda: len(lines(workers, "scale_up")) == 1, 5)
+    wait_until(lambda: len(lines(workers, "scale_up")) == 1, 60)
     assert lines(workers, "scale_up")[0]["done"] is False
     assert children(watcher) == []
 

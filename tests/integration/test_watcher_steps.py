@@ -148,7 +148,7 @@ async def test_told_to_stop_it_acts_no_more(redis_server: RedisServer, settings_
     for units, done in ((Stopping(4), [("start", 0), ("stop", 0)]), (Late(4), [])):
         stop = asyncio.Event()
         watcher = Watcher(settings, units, (0, 1, 2, 3), act=True, host="a")
-        await asyncio.wait_for(watcher.run(stop), 30)
+        await asyncio.wait_for(watcher.run(stop), 60)
         assert units.done == done
     assert watcher.history is None or not any(unit.hold for unit in watcher.history.units.values())
 
@@ -181,7 +181,7 @@ async def test_told_to_stop_it_undoes_starts_that_may_come(
         connect(settings.broker).delete(MEMORY_PREFIX + "a")
         monkeypatch.setattr(main, "UNDO_S", undo_s)
         units, stop = Unsure(error), asyncio.Event()
-        await asyncio.wait_for(Watcher(settings, units, (0,), act=True, host="a").run(stop), 30)
+        await asyncio.wait_for(Watcher(settings, units, (0,), act=True, host="a").run(stop), 60)
         assert units.done == [("start", 0), *([("stop", 0)] if undone else [])]
 
 

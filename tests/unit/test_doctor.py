@@ -43,7 +43,7 @@ def test_findings_come_in_order_with_their_checks_name() -> None:
     gate = threading.Event()
 
     def first(_: Host) -> Findings:
-        gate.wait(5)
+        gate.wait(60)
         return ok("one")
 
     def second(_: Host) -> Findings:

@@ -111,7 +111,7 @@ def work(value: object, number: int = 1) -> Task:
 def run(engine: Engine, values: Sequence[object]) -> Done:
     parts = tuple(Part(work(value, i), 0, 1) for i, value in enumerate(values))
     engine.submit(Batch("picky", parts, 10, 20))
-    return engine.done.get(timeout=20)
+    return engine.done.get(timeout=60)
 
 
 def test_one_outcome_for_each_input(engine: Engine, model: Small) -> None:
@@ -201,14 +201,14 @@ def test_who_waits_is_not_woken(engine: Engine, model: Small) -> None:
     engine.wake = woken.set
     parts = (Part(work([1.0]), 0, 1),)
     engine.submit(Batch("picky", parts, 10, 20))
-    assert engine.wait(20) is not None
+    assert engine.wait(60) is not None
     go_on = threading.Event()
-    model.watch = lambda: go_on.wait(20)
+    model.watch = lambda: go_on.wait(60)
     woken.clear()
     engine.submit(Batch("picky", parts, 10, 20))
     assert engine.wait(0.01) is None
     go_on.set()
-    assert woken.wait(20)
+    assert woken.wait(60)
     assert not engine.done.empty()
 
 
@@ -218,6 +218,6 @@ def test_a_shared_pass_fails_nobody_for_its_time(engine: Engine, model: Small) -
     model.watch = lambda: time.sleep(0.01)
     parts = tuple(Part(work([1.0], i), 0, 1) for i in range(2))
     engine.submit(Batch("picky", parts, 0.001, 20))
-    assert [type(outcome) for outcome in engine.done.get(timeout=20).outcomes] == [RunAlone, RunAlone]
+    assert [type(outcome) for outcome in engine.done.get(timeout=60).outcomes] == [RunAlone, RunAlone]
     engine.submit(Batch("picky", parts[:1], 0.001, 20))
-    assert isinstance(engine.done.get(timeout=20).outcomes[0], SoftTimeLimitExceeded)
+    assert isinstance(engine.done.get(timeout=60).outcomes[0], SoftTimeLimitExceeded)

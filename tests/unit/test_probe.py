@@ -61,23 +61,24 @@ def test_an_idle_gpu_is_tried_once_in_a_while(engine: Engine, model: Small, woke
     engine.probe()
     idle(engine, PROBE_EVERY_S - 1)
     assert not engine.probing
+    before = time.monotonic()
     idle(engine)
     engine.probe()
-    assert woken.wait(10)
+    assert woken.wait(60)
     assert (model.probes, engine.probing, engine.failed) == (1, False, None)
-    assert time.monotonic() - engine.moved_at < 5
+    assert engine.moved_at >= before
     assert isinstance(run(engine, [[4.0]]).outcomes[0], dict)
 
 
 def test_a_busy_gpu_is_not_tried(engine: Engine, model: Small) -> None:
     """A batch finds out by itself."""
     go_on = threading.Event()
-    model.watch = lambda: go_on.wait(10)
+    model.watch = lambda: go_on.wait(60)
     engine.submit(Batch("picky", (Part(work([1.0]), 0, 1),), 10, 20))
     idle(engine, 60)
     assert not engine.probing
     go_on.set()
-    assert engine.done.get(timeout=10)
+    assert engine.done.get(timeout=60)
     assert model.probes == 0
 
 
@@ -97,7 +98,7 @@ def test_a_lost_gpu_is_found_out(engine: Engine, model: Small, woken: threading.
     """The driver's words are kept, and it stays closed for batches: its process ends."""
     model.lost = True
     idle(engine)
-    assert woken.wait(10)
+    assert woken.wait(60)
     assert isinstance(engine.failed, DeviceError)
     assert "illegal memory access" in str(engine.failed)
     assert engine.probing
@@ -112,7 +113,7 @@ def test_a_full_gpu_is_not_lost(engine: Engine, model: Small, woken: threading.E
         for _ in range(3):
             woken.clear()
             idle(engine)
-            assert woken.wait(10)
+            assert woken.wait(60)
     assert (model.probes, engine.probing, engine.failed) == (3, False, None)
     assert [line["event"] for line in logs] == ["gpu_full"]
 
@@ -126,15 +127,13 @@ def test_a_gpu_that_hangs_does_not_hold_up_the_end(
 
     def hang() -> None:
         begun.set()
-        go_on.wait(20)
+        go_on.wait(60)
 
     model.watch = hang
     idle(engine)
-    assert begun.wait(10)
-    started = time.monotonic()
+    assert begun.wait(60)
     engine.close()
-    assert time.monotonic() - started < 5
-    assert engine.probing
+    assert engine.probing, "it has not waited for what goes on until the next line"
     go_on.set()
     wait_until(lambda: not engine.probing)
     idle(engine)
