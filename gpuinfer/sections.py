@@ -22,17 +22,17 @@ from gpuinfer import addresses, redis_url
 if TYPE_CHECKING:
     from pydantic._internal._repr import ReprArgs
 
-#: How much a caller is told of an exception in a model.
+#: What a task's error says about an exception in a model.
 Errors = Literal["full", "none"]
 QueueName = Literal["realtime", "default", "batch"]
 #: The queues, the most urgent first.
 QUEUES: tuple[QueueName, ...] = ("realtime", "default", "batch")
-#: A worker is not given up sooner: it sends a heartbeat every five or six seconds.
+#: A worker counts as dead after this many seconds at the earliest: it sends a heartbeat every five or six.
 LEAST_REAP_S = 10
 
 
 def _split(value: object) -> object:
-    """Let a list be given as ``a,b,c`` (a variable has no lists), and a GPU's index as a number."""
+    """Accept a list as ``a,b,c`` (a variable has no lists), and the index of a GPU as a number."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     if isinstance(value, int) and not isinstance(value, bool):
@@ -51,7 +51,7 @@ Paths = Annotated[tuple[Path, ...], BeforeValidator(_split)]
 Networks = Annotated[tuple[Annotated[str, AfterValidator(addresses.network)], ...], BeforeValidator(_split)]
 Origins = Annotated[tuple[Annotated[str, AfterValidator(addresses.origin)], ...], BeforeValidator(_split)]
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(addresses.host_name)], ...], BeforeValidator(_split)]
-#: What Redis keeps under other names than queues.
+#: Prefixes of keys in Redis that are no queues.
 _KEPT = ("gpuinfer:", "celery-task-meta-", "_kombu", "unacked")
 
 
@@ -61,7 +61,7 @@ def _foreign(name: str) -> str:
     return name
 
 
-#: It becomes a part of the workers' rights in Redis: no character there that stands for others.
+#: It becomes a part of the workers' rights in Redis, so it must have no wildcard characters.
 ForeignQueue = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:@/-]*$", max_length=200), AfterValidator(_foreign)
 ]
@@ -69,20 +69,20 @@ PriorityStep = Annotated[int, Field(ge=0, le=9)]
 
 
 class Section(BaseModel):
-    # A ValidationError shown as it is must not carry a password; ours name the value themselves.
+    # A ValidationError must not show a password. Our own messages name the value.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_booleans(cls, value: object) -> object:
-        """Refuse true and false, which would count as the numbers 1 and 0: no setting is a switch."""
+        """Refuse true and false, which pydantic would read as the numbers 1 and 0."""
         if isinstance(value, bool):
             raise ValueError("must not be true or false")  # noqa: TRY004  pydantic reports ValueError
         return value
 
 
 class BrokerSettings(Section):
-    """Where Redis is."""
+    """The address and login of Redis."""
 
     #: redis://host:port/db, rediss://host:port/db (TLS), or unix:///path/to.sock?db=0. Its options may be
     #: health_check_interval, socket_timeout, protocol and client_name.
@@ -105,35 +105,35 @@ class BrokerSettings(Section):
         return value
 
     def __repr_args__(self) -> ReprArgs:
-        """A password inside the URL is as secret as one beside it."""
+        """Hide a password inside the URL."""
         for name, value in super().__repr_args__():
             yield name, redis_url.masked(str(value)) if name == "url" else value
 
 
 class RedisSettings(Section):
-    """Our own Redis instance, tuned at each of its starts. What /etc/gpuinfer/redis.conf says wins."""
+    """This host's own Redis, configured at each of its starts. /etc/gpuinfer/redis.conf wins."""
 
-    #: maxmemory in MiB; 0 takes a share of the host's memory, within a floor and a ceiling.
+    #: maxmemory in MiB; 0: a share of the host's memory, within a floor and a ceiling.
     maxmemory_mb: int = Field(default=0, ge=0, le=16 * 1024 * 1024)
     maxmemory_share: float = Field(default=0.25, gt=0, le=0.5)
     maxmemory_floor_mb: int = Field(default=256, ge=16, le=1024 * 1024)
     maxmemory_ceiling_mb: int = Field(default=16384, ge=16, le=1024 * 1024)
     #: always: a kill of Redis or a power cut loses nothing; everysec: up to two seconds of accepted work;
-    #: auto: always where an fsync takes at most 0.1 ms, as ``gpuinfer redis prepare`` measures it.
+    #: auto: always where ``gpuinfer redis prepare`` measures at most 0.1 ms for an fsync, else everysec.
     appendfsync: Literal["auto", "everysec", "always"] = "auto"
 
 
 class QueueSettings(Section):
-    """What is kept in Redis, how much and for how long, and what passes between us and other applications."""
+    """Limits and times of what is kept in Redis, and the names shared with other Celery applications."""
 
-    #: Results are dropped this long after the task ended.
+    #: Results expire this long after the task ended.
     result_ttl_s: int = Field(default=3600, ge=1, le=30 * 86400)
     #: The same idempotency key gives the same task for this long.
     idempotency_ttl_s: int = Field(default=86400, ge=1, le=365 * 86400)
-    #: Tasks that may wait, and their bytes (0: half of Redis's maxmemory), of which batch may have half.
+    #: The most waiting tasks, and their bytes (0: half of Redis's maxmemory), of which batch may use half.
     max_waiting: int = Field(default=1_000_000, ge=1, le=1_000_000_000)
     max_waiting_bytes: int = Field(default=0, ge=0, le=2**50)
-    #: Idempotency keys that may be new within idempotency_ttl_s; a sixteenth of maxmemory bounds them, too.
+    #: The most new idempotency keys within idempotency_ttl_s; a sixteenth of maxmemory is a second limit.
     max_keys: int = Field(default=1_000_000, ge=1, le=1_000_000_000)
     #: A request larger than this is refused, before it reaches Redis.
     max_payload_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, le=512 * 1024 * 1024)
@@ -144,74 +144,75 @@ class QueueSettings(Section):
     #: Retries of a transient failure, and the first pause; each later pause is twice as long.
     max_retries: int = Field(default=3, ge=0, le=20)
     retry_backoff_s: float = Field(default=0.5, gt=0, le=600)
-    #: A task whose worker died under it this often goes to the dead-letter list.
+    #: A task that killed this many workers goes to the dead letters.
     max_deaths: int = Field(default=2, ge=2, le=10)
-    #: At most this many tasks may wait for their ETA; one more is refused, or fails.
+    #: The most tasks that may wait for their ETA; one more is refused, or fails.
     max_later: int = Field(default=100_000, ge=1, le=100_000_000)
-    #: Dead letters are kept up to these bounds; of more, the oldest go.
+    #: Bounds of the dead letters; beyond them the oldest are deleted.
     max_dead: int = Field(default=10_000, ge=1, le=1_000_000)
     max_dead_bytes: int = Field(default=256 * 1024 * 1024, ge=1024, le=64 * 1024**3)
     dead_ttl_s: int = Field(default=30 * 86400, ge=60, le=10 * 365 * 86400)
-    #: The messages of tasks that failed are kept up to these bounds, so that they can be sent again with
-    #: their inputs; of more, the oldest go. 0: none is.
+    #: Bounds of the messages of failed tasks, which are kept so that the tasks can be sent again; beyond them
+    #: the oldest are deleted. 0: none is kept.
     max_failed: int = Field(default=10_000, ge=0, le=1_000_000)
     max_failed_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, le=64 * 1024**3)
     failed_ttl_s: int = Field(default=86400, ge=1, le=10 * 365 * 86400)
-    #: A list that has waited this long unserved may go first, in at most a fifth of the claims; 0: never.
+    #: A list that was not served for this long may be served first, in at most a fifth of the claims; 0:
+    #: never.
     ageing_s: float = Field(default=10.0, ge=0, le=86400)
-    #: How often a worker looks for tasks of plain Celery producers, which wake nobody.
+    #: How often an idle worker polls for tasks of plain Celery producers, which wake no worker.
     poll_ms: int = Field(default=50, ge=5, le=1000)
-    #: Where the next task of a chain goes that names no queue and is none of ours; and the other queues of
-    #: other applications that chains may go on in.
+    #: The queue of the next task of a chain where it names none and is no prediction; and further queues of
+    #: other applications that chains may use.
     chain_queue: ForeignQueue = "celery"
     chain_queues: Annotated[tuple[ForeignQueue, ...], BeforeValidator(_split)] = ()
     #: The priority steps of the workers that consume those queues (kombu's ``priority_steps``).
     chain_priority_steps: Annotated[
         tuple[PriorityStep, ...], BeforeValidator(_split), Field(min_length=1)
     ] = (0, 3, 6, 9)
-    #: Other names under which producers send gpuinfer.predict and gpuinfer.batch_predict.
+    #: Other task names that are run as gpuinfer.predict and gpuinfer.batch_predict.
     predict_aliases: Names = ("celery_app.predict", "tasks.predict")
     batch_predict_aliases: Names = ("celery_app.batch_predict", "tasks.batch_predict")
 
     @property
     def foreign_queues(self) -> tuple[str, ...]:
-        """All queues of other applications that chains may go on in."""
+        """All queues of other applications that chains may use."""
         return tuple(dict.fromkeys((self.chain_queue, *self.chain_queues)))
 
 
 class ModelsSettings(Section):
-    """Which models there are."""
+    """The models of this host."""
 
-    #: Folders with one sub-folder a model; searched in this order, then the shipped models.
+    #: Folders with one sub-folder per model; searched in this order, then the shipped models.
     folders: Paths = (Path("/var/lib/gpuinfer/models"),)
-    #: What the caller of a task is told of an exception in a model: its type, message, file and line; or that
-    #: the model failed. The journal has all of it.
+    #: What a task's error says about an exception in a model: its type, message, file and line; or only that
+    #: the model failed. The journal has everything.
     errors: Errors = "full"
 
 
 class WorkerSettings(Section):
-    """How a worker runs."""
+    """One worker."""
 
-    #: auto: the GPU of the worker's number; the CPU only where there is no GPU at all.
+    #: auto: the GPU with the worker's number; the CPU only on a host without any GPU.
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    #: GPUs by index or UUID where NVML cannot list them; worker N takes the Nth.
+    #: GPUs by index or UUID; worker N takes the Nth. Empty: all that NVML lists.
     gpus: Names = ()
-    #: Workers that share a GPU: worker N runs on the GPU at place N // per_gpu. One value for a whole host.
+    #: Workers per GPU: worker N runs on GPU N // per_gpu. One value for the whole host.
     per_gpu: int = Field(default=1, ge=1, le=64)
-    #: A worker that holds more MiB of the host's memory finishes its batch and is started anew; 0: never.
+    #: A worker with more MiB of host memory (RSS) finishes its batch and is restarted; 0: no limit.
     max_memory_mb: int = Field(default=0, ge=0, le=16 * 1024 * 1024)
     #: Models to load and serve. Where the fleet has no default model yet, the first one becomes it.
     models: Names = ("digits",)
     queues: Annotated[tuple[QueueName, ...], BeforeValidator(_split)] = QUEUES
     #: torch's threads for one operation on the CPU; 0 leaves it to torch.
     threads: int = Field(default=0, ge=0, le=1024)
-    #: Threads that prepare inputs for models with code of their own for that; 0: one for each core.
+    #: Threads that prepare inputs while the device works; 0: one for each core.
     prepare_threads: int = Field(default=0, ge=0, le=1024)
-    #: Loading and warming up may take this long before systemd times the start out.
+    #: The longest time for loading and warming up; then systemd times the start out.
     load_timeout_s: int = Field(default=1800, ge=10, le=86400)
-    #: An upper bound on every model's own max_batch_size; 0 means none.
+    #: An upper bound on the max_batch_size of every model; 0: none.
     max_batch_size: int = Field(default=0, ge=0, le=65536)
-    #: Folder for the lock that keeps one process to a worker number.
+    #: Folder of the lock files: one process per worker number.
     run_dir: Path = Path("/run/gpuinfer/worker")
 
     @field_validator("models")
@@ -234,29 +235,29 @@ class ApiSettings(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
-    #: Processes that serve, on one socket. One takes some thousand requests a second on one core.
+    #: Processes that serve, on one socket. One of them serves some thousand requests a second on one core.
     processes: int = Field(default=1, ge=1, le=64)
-    #: The longest ?wait= that GET /result honours.
+    #: The longest wait for a result (?wait=).
     max_wait_s: float = Field(default=60.0, ge=0, le=600)
-    #: What Retry-After says when Redis is away, and at least when as many tasks wait as may.
+    #: Retry-After when Redis does not answer, and the least Retry-After when a queue is full.
     retry_after_s: int = Field(default=2, ge=1, le=3600)
-    #: The most requests that one process has in progress, and the most MiB of bodies that it holds at once.
+    #: The most requests in progress in one process, and the most MiB of bodies that it holds.
     max_requests: int = Field(default=10_000, ge=1, le=1_000_000)
     max_held_mb: int = Field(default=256, ge=1, le=1024 * 1024)
-    #: A body of which nothing (64 KiB, or its end) has come for this long is given up.
+    #: A request is ended when less than 64 KiB of its body, and not its end, arrived within this time.
     body_stall_s: float = Field(default=10.0, ge=0.1, le=3600)
-    #: An idle connection is closed after this long; longer than the idle time of a proxy in front.
+    #: An idle connection is closed after this time; it must be longer than that of a proxy in front.
     keep_alive_s: int = Field(default=75, ge=1, le=86400)
-    #: The keys of those who may connect: a file each, which ``gpuinfer key`` writes.
+    #: Folder of the keys, one file each, which ``gpuinfer key`` writes.
     keys_dir: Path = Path("/etc/gpuinfer/keys.d")
-    #: Networks whose requests need no key: they may predict. Loopback and the Unix socket are none of them.
+    #: Networks whose requests need no key: they may predict. Loopback and the Unix socket are not among them.
     anonymous: Networks = ()
-    #: Names, besides its own, under which this host is asked by those who need no key.
+    #: Host names that requests without a key may use, besides this host's own name.
     hosts: Hosts = ()
-    #: Web origins whose pages may ask; "*" for all of them.
+    #: Origins of web pages that may send requests; "*": all.
     cors_origins: Origins = ()
-    #: Certificate (with its chain) and private key, in PEM, for TLS on TCP sockets; without a file for the
-    #: key it is in the certificate's. Both are read again when they change.
+    #: Certificate with its chain, and private key, in PEM, for TLS on TCP sockets; without tls_key the key is
+    #: in the file of tls_cert. Both are read again when they change.
     tls_cert: Path | None = None
     tls_key: Path | None = Field(default=None, validate_default=True)
 
@@ -274,12 +275,12 @@ class ApiSettings(Section):
 
 
 class MetricsSettings(Section):
-    """What monitoring systems read."""
+    """Metrics for Prometheus."""
 
-    #: "": at /metrics of the front. An address of their own, without a key: "127.0.0.1:9108", "[::]:9108", or
+    #: "": /metrics of the front. Else a separate address that needs no key: "127.0.0.1:9108", "[::]:9108", or
     #: "unix:/run/gpuinfer/api/metrics.sock".
     listen: str = Field(default="", pattern=r"^(unix:/.+|(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5})?$")
-    #: Who shows the metrics of the whole fleet: auto: the host on which Redis runs.
+    #: Whether this host shows the metrics of the whole fleet; auto: if Redis runs on it.
     fleet: Literal["auto", "always", "never"] = "auto"
 
     @field_validator("listen")
@@ -291,34 +292,35 @@ class MetricsSettings(Section):
 
 
 class WatcherSettings(Section):
-    """How many workers run, and who decides it."""
+    """The number of workers, and how it is decided."""
 
     #: target: as many as drain the queues in time; threshold: one more while more than N tasks wait.
     mode: Literal["target", "threshold"] = "target"
-    #: act: carry decisions out; log: only write them down, and put back what dead workers hold.
+    #: act: start and stop workers; log: only log what would be done. Tasks of dead workers are put back in
+    #: both.
     decisions: Literal["act", "log"] = "act"
     #: systemd: units over D-Bus; process: plain child processes.
     backend: Literal["systemd", "process"] = "systemd"
     probe_interval_s: float = Field(default=1.0, ge=0.1, le=60)
     #: Instances of this host; 0: worker.per_gpu for each GPU, and one on a host without a GPU.
     instances: int = Field(default=0, ge=0, le=1024)
-    #: The least and the most workers that run, on all hosts together; ceiling 0: all there are. Workers that
-    #: share no model and queue with others get their part of the floor: one to each kind in turn.
+    #: The least and the most workers that run, on all hosts together; ceiling 0: all instances. The floor is
+    #: distributed, one worker at a time, over the groups of workers that serve the same models and queues.
     floor: int = Field(default=0, ge=0, le=100_000)
     ceiling: int = Field(default=0, ge=0, le=100_000)
-    #: A queue's backlog must drain in this time, counted from when a worker started now is ready.
+    #: The time in which a queue's backlog must drain, counted from when a worker started now would be ready.
     realtime_target_s: float = Field(default=2.0, ge=0.1, le=86400)
     default_target_s: float = Field(default=5.0, ge=0.1, le=86400)
     batch_target_s: float = Field(default=120.0, ge=0.1, le=86400)
-    #: The share of its time a worker is meant to be busy under steady load.
+    #: The share of time that a worker should be busy under steady load.
     utilisation: float = Field(default=0.8, ge=0.2, le=0.89)
     #: Tasks a second of one worker, and seconds from start to ready, until they are measured.
     assumed_rate: float = Field(default=10.0, gt=0, le=1e6)
     assumed_startup_s: float = Field(default=15.0, ge=0, le=3600)
-    #: A worker is stopped after it was not needed for this long; longer when that was premature.
+    #: A worker is stopped after it was not needed for this long; doubled when a start soon follows a stop.
     cooldown_s: float = Field(default=60.0, ge=1, le=86400)
     cooldown_max_s: float = Field(default=180.0, validate_default=True, ge=1, le=7 * 86400)
-    #: threshold mode: more waiting tasks than this start one more worker; the most it starts; how often.
+    #: threshold mode: more waiting tasks than this start one more worker; the most workers; the interval.
     threshold_depth: int = Field(default=50, ge=0, le=10**9)
     threshold_workers: int = Field(default=4, ge=1, le=100_000)
     threshold_every_s: float = Field(default=10.0, ge=0.1, le=3600)
@@ -329,9 +331,9 @@ class WatcherSettings(Section):
     #: maximum; without a failure for as long as that, all are forgotten.
     quarantine_s: float = Field(default=30.0, ge=1, le=86400)
     quarantine_max_s: float = Field(default=3600.0, validate_default=True, ge=1, le=7 * 86400)
-    #: A GPU on which other programs hold more memory than this is left alone.
+    #: No worker is started on a GPU on which other programs hold more MiB than this.
     foreign_mb: int = Field(default=1024, ge=0, le=1024 * 1024)
-    #: What a worker holds is put back when it, and its host's watcher, were silent for this long; 0: never.
+    #: A worker's tasks are put back when it and its host's watcher were silent for this long; 0: never.
     reap_after_s: float = Field(default=120.0, ge=0, le=7 * 86400)
 
     @field_validator("reap_after_s")
@@ -352,14 +354,14 @@ class WatcherSettings(Section):
 
 
 class LogSettings(Section):
-    """What is logged and how."""
+    """What is logged, and in which format."""
 
     #: auto: the journal under systemd, colours on a terminal, JSON lines elsewhere.
     format: Literal["auto", "console", "json", "journal"] = "auto"
     level: Literal["debug", "info", "warning", "error"] = "info"
-    #: trouble: requests that succeed are counted, a line a minute; all: each has a line.
+    #: trouble: requests that succeed are counted, in one line a minute; all: every request has a line.
     requests: Literal["trouble", "all"] = "trouble"
-    #: The most tasks a second of one worker that its batch lines name; above it, a summary a second.
+    #: Up to this many tasks a second of one worker, batch lines name the tasks; above it, a summary a second.
     named_tasks: float = Field(default=50.0, ge=0, le=1e6)
-    #: A task that has run for longer than this is named at any rate.
+    #: A task that runs longer than this is always named.
     slow_s: float = Field(default=10.0, gt=0, le=86400)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings: read once at start, validated, frozen, passed down.
 
-Order, the strongest first: arguments of the command, ``GPUINFER_SECTION_KEY`` variables,
+Sources, the strongest first: arguments of the command, ``GPUINFER_SECTION_KEY`` variables,
 credentials (files in ``$CREDENTIALS_DIRECTORY``, for secrets only), ``/etc/gpuinfer/gpuinfer.toml``
 (another file with ``GPUINFER_CONFIG``), defaults. An empty variable counts as not set.
 
-Root on an installed host needs to log in nowhere: where no user or password is set, the password
-the package made for Redis's ``admin`` is taken; on a host that works for another one's Redis, which
-has that one's passwords but the administrator's, the password of the program whose command it is.
-Members of the groups gpuinfer-operator and gpuinfer-viewer find a login of their own.
+Where no user and password are set, root on an installed host logs in to Redis as ``admin``, with the
+password that the package made. A host that uses the Redis of another host has all of its passwords
+except that of ``admin``: there, root logs in as the program whose command it runs. Members of the groups
+gpuinfer-operator and gpuinfer-viewer log in as ``operator`` and ``viewer``.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ __all__ = [
 ]
 
 DEFAULT_FILE = Path("/etc/gpuinfer/gpuinfer.toml")
-#: The passwords of the ACL users, readable by root alone.
+#: The passwords of the programs' Redis users, readable by root only.
 PASSWORDS = Path("/etc/gpuinfer/credentials")
 ADMIN_PASSWORD = PASSWORDS / "admin"
-#: Those of people who are not root, each for the members of a group: gpuinfer-operator, gpuinfer-viewer.
+#: The passwords of people's Redis users, each readable by a group: gpuinfer-operator, gpuinfer-viewer.
 PEOPLES = Path("/etc/gpuinfer/logins")
 PEOPLE = ("operator", "viewer")
 
@@ -92,7 +92,7 @@ class Settings(BaseSettings):
         frozen=True,
         hide_input_in_errors=True,
         env_prefix=ENV_PREFIX,
-        # A list in a variable is `a,b`: sections.py takes it apart.
+        # A list in a variable is `a,b`: sections.py splits it.
         enable_decoding=False,
     )
 
@@ -115,29 +115,29 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take the sources that ``load`` has made, of the file and variables it was told; else arguments."""
+        """Return the sources that ``load`` has made; without them, the arguments alone."""
         given = getattr(init_settings, "init_kwargs", {}).pop(_SOURCES, None)
         return given or (init_settings,)
 
 
-#: The argument by which ``load`` gives its sources to pydantic-settings.
+#: The argument that passes the sources of ``load`` to pydantic-settings.
 _SOURCES = "_sources"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Settings, with where each value came from (``"section.key" -> origin``)."""
+    """Settings, and the origin of each value that is not a default (``"section.key" -> origin``)."""
 
     settings: Settings
     origins: Mapping[str, str]
 
     def only(self, *sections: str) -> Settings:
-        """Return settings of which these sections are read, whatever is wrong in the file's others."""
+        """Return settings of which only these sections are read; the file's other sections may be wrong."""
         return self.settings
 
     @property
     def changed(self) -> Mapping[str, str]:
-        """Return the origins of what somebody has set: a login that was found is none of it."""
+        """Return the origins of what was set by somebody; logins that ``load`` found are left out."""
         logins = (PASSWORDS, PEOPLES)
         return {name: origin for name, origin in self.origins.items() if Path(origin).parent not in logins}
 
@@ -149,10 +149,10 @@ def load(
     only: Collection[str] = frozenset(Settings.model_fields),
     user: str = "api",
 ) -> Loaded:
-    """Read all sources once; with ``only``, these sections alone, the others have their defaults.
+    """Read all sources once; with ``only``, these sections only, and defaults for the others.
 
-    ``user`` is whom root logs in as where there is no administrator's password; the worker even where
-    there is.
+    ``user``: the Redis user that root logs in as where there is no password of ``admin``; ``worker`` is used
+    even where there is one.
 
     Raises ConfigError naming the source, the key, the value and what would be right.
     """
@@ -186,7 +186,7 @@ def _build(sources: Mapping[str, PydanticBaseSettingsSource]) -> Settings:
 
 
 def settings_file(file: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the settings file: the one that is named, else $GPUINFER_CONFIG, else the host's own."""
+    """Return the settings file: ``file``, else $GPUINFER_CONFIG, else the host's own."""
     path = file or Path(environ.get("GPUINFER_CONFIG") or DEFAULT_FILE)
     try:
         return DEFAULT_FILE if path.samefile(DEFAULT_FILE) else path
@@ -195,7 +195,7 @@ def settings_file(file: Path | None = None, environ: Mapping[str, str] = os.envi
 
 
 def _origins(sources: Mapping[str, PydanticBaseSettingsSource]) -> dict[str, str]:
-    """Return where each value comes from: the first source that has it."""
+    """Return the origin of each value: the first source that has it."""
     found: dict[str, str] = {}
     for source, read in sources.items():
         for section, keys in read().items():
@@ -208,23 +208,26 @@ def _origins(sources: Mapping[str, PydanticBaseSettingsSource]) -> dict[str, str
 def _login(
     sources: Mapping[str, PydanticBaseSettingsSource], origins: Mapping[str, str], user: str
 ) -> Path | None:
-    """Return the first password this process may read, unless another login, or another Redis, is named."""
+    """Return the first password file that this process may read.
+
+    None where a user, a password, or another Redis is named in the settings.
+    """
     broker: dict[str, Any] = {}
     for read in reversed(list(sources.values())):
         broker |= read().get("broker", {})
     url = str(broker.get("url", ""))
     named_elsewhere = origins.get("broker.url", "").startswith(ENV_PREFIX) or "@" in url or "password=" in url
-    in_clear = url.startswith("redis://")  # a password must not cross a network that way unasked
+    in_clear = url.startswith("redis://")  # never send a password in clear text unless the settings say so
     if broker.get("username") or broker.get("password") or named_elsewhere or in_clear:
         return None
-    # A worker runs model code, which may read what is in its memory.
+    # A worker runs model code, which can read the memory of its process.
     names = (user,) if user == "worker" else ("admin", user)
     paths = (*(PASSWORDS / name for name in names), *(PEOPLES / name for name in PEOPLE))
     return next((path for path in paths if os.access(path, os.R_OK)), None)
 
 
 def load_settings(file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
-    """Read all sources and return the settings alone. See ``load``."""
+    """Read all sources and return only the settings. See ``load``."""
     return load(file, environ).settings
 
 
@@ -234,7 +237,7 @@ def is_secret(name: str) -> bool:
 
 
 def shown(name: str, value: object) -> str:
-    """Return a setting's value for people: secrets hidden, as are passwords inside URLs; kept short."""
+    """Return a value for people: at most 200 characters, without secrets and passwords inside URLs."""
     if is_secret(name):
         return "(hidden)" if value else "(not set)"
     if isinstance(value, list | tuple):
@@ -245,7 +248,7 @@ def shown(name: str, value: object) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-#: pydantic's words that say nothing to who wrote the file, in ours.
+#: Error type of pydantic -> plain words.
 _PLAIN_WORDS: Mapping[str, str] = {
     "string_type": "must be text in quotes",
     "tuple_type": "must be a list of texts",

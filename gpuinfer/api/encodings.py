@@ -33,8 +33,8 @@ def coding_of(text: str) -> str | None:
 async def unpacked(body: bytes, coding: str, limit: int, take: Callable[[int], Awaitable[None]]) -> bytes:
     """Return the plain body. ``limit``: its most bytes; nothing beyond them is unpacked.
 
-    ``take`` gets room for so many bytes of it in all, before they are there; not for a small one, as for a
-    small plain one. Raises PayloadTooLarge, MalformedEncoding, and what ``take`` raises.
+    ``take`` reserves memory for the total number of bytes before they are unpacked; it is not called for a
+    small body. Raises PayloadTooLarge, MalformedEncoding, and what ``take`` raises.
     """
     work = Unpacking(body, coding, limit)
     room = max(SMALL_BYTES, work.announced) + 1  # one more: so it comes to the end

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may do what in our Redis: one user for each program, with no more rights than it uses.
+"""The rights of Redis's users: one user for each program, with no more rights than it uses.
 
 A user's rights are a root part and selectors, in parentheses; a command is allowed when one of them
 allows the command together with all its keys (Redis 7.0 ACL). A script needs its declared keys in
-the part that allows EVALSHA; what it then calls is checked command by command. So no user but
-admin could delete, overwrite or rename a queue, change the settings, or read all keys' names. To
-publish to Celery's pidbox is to be able to shut workers down: admin alone.
+the part that allows EVALSHA; each command that it calls is then checked by itself. So only admin can
+delete, overwrite or rename a queue, change Redis's configuration, or list all keys. Only admin may
+publish to Celery's pidbox, because a message there can shut workers down.
 
 Source: https://redis.io/docs/latest/operate/oss_and_stack/management/security/acl/
 """
@@ -24,14 +24,14 @@ from gpuinfer.settings import QUEUES
 if TYPE_CHECKING:
     import redis
 
-#: The programs' users, and those of people who are not root; each has a password file of its name.
+#: The users of programs, and those of people who are not root; the password file has the user's name.
 PROGRAMS = ("admin", "api", "worker", "watcher")
 PEOPLE = ("operator", "viewer")
 USERS = (*PROGRAMS, *PEOPLE)
 
 _LISTS = tuple(f"~{queue}*" for queue in QUEUES)
 _RESULTS = f"~{keys.RESULT_PREFIX}*"
-#: Where ends are told: by a task's id, and to the client process that waits for it.
+#: Channels on which the end of a task is published: by its id, and for the client process that waits.
 _ENDS = (f"&{keys.RESULT_PREFIX}*", f"&{keys.REPLY_PREFIX}*")
 _BESIDE = f"~{keys.BESIDE_PREFIX}*"
 _KEYED, _ROOM = f"~{keys.KEYED}*", f"~{keys.ROOM}"
@@ -62,23 +62,23 @@ _FLUSHED = f"~{keys.FLUSHED_PREFIX}*"
 _SERIES, _CHUNKS = f"~{keys.SERIES}", f"~{keys.SERIES_PREFIX}*"
 _PROBE = "~gpuinfer:probe"
 _OURS = "~gpuinfer:*"
-#: kombu's own: bindings of the control queues, their replies, and what it has delivered of them.
+#: kombu's own keys: bindings of the control queues, their replies, and their unacknowledged messages.
 _KOMBU = ("~_kombu.*", "~*.celery.pidbox*", "~unacked*", "~celeryev*")
-#: Databases that Redis has unless its settings say otherwise. Ours is the first.
+#: Redis's default number of databases. gpuinfer uses the first one.
 _DATABASES = 16
 _CONNECTION = ("+auth", "+hello", "+ping", "+select", "+quit", "+reset", "+client|setname", "+client|id")
 _SCRIPTS = ("+eval", "+evalsha", "+script|load", "+script|exists")
 _LISTENING = ("+subscribe", "+unsubscribe", "+psubscribe", "+punsubscribe")
 _TELLING = ("+publish", "+pubsub|numsub", *_ENDS)
-#: All that is done to a key by itself, of whatever kind; nothing that walks over keys or has none.
+#: All commands on one key of any type; none that scans keys or takes no key.
 _ANYTHING = (
     *("+@hash", "+@list", "+@set", "+@sortedset", "+@string", "-@dangerous"),
     *("+del", "+unlink", "+exists", "+expire", "+pexpire", "+ttl", "+watch", "+unwatch"),
 )
 
 
-#: Nobody can log in as the default user, but Redis reads the append-only file back with its rights: what
-#: stands between MULTI and EXEC there, as all that a script wrote does, they must allow. Else it is dropped,
+#: Nobody can log in as the default user, but Redis loads the append-only file with its rights. They must
+#: allow what is between MULTI and EXEC there, such as all writes of a script; otherwise Redis drops it
 #: silently.
 DEFAULT = "user default off resetpass ~* &* +@all"
 
@@ -98,40 +98,41 @@ _ANNOUNCING = (
     _selector("+zrevrange", "+zadd", _IDLE),
     _selector("+lpush", "+ltrim", _WAKE),
 )
-#: To count what waits, what is in flight, and who serves it.
+#: To count what waits and what is in flight, and to see which workers serve it.
 _COUNTING = (
     _selector("+llen", *_LISTS),
     _selector("+zrange", _INDEX, _CATALOGUE, _WORKERS),
     _selector("+smembers", _INDEXED),
     _selector("+get", "+mget", _DEFAULT_MODEL, _FORMAT, _PAUSED, _DUE, _DRAINED),
     _selector("+zrange", _LATER),
-    # How many wait for their ETA, and how many of them are due; not what they are: the sets hold payloads.
+    # How many tasks wait for their ETA, and how many of them are due. It cannot read them: the sets hold
+    # payloads.
     _selector("+zcard", "+zcount", _LATER_SETS),
     _selector("+type", *_LISTS, _INDEX, _LATER_SETS),
     _selector("+hgetall", _CLAIMED),
     _selector("+hlen", _INFLIGHT, _DEAD),
     _selector("+get", _HEARTBEATS),
-    # Since when the dead letters are there, and not what they are.
+    # The ages of the dead letters, not the letters.
     _selector("+zrange", _DEAD_AGES),
 )
-#: To take a task's large body off the account when it ends, and to drop it.
+#: To delete a task's large body when the task ends, and to subtract it from the bytes in use.
 _DROPPING = (
     _selector("+exists", "+hmget", "+hdel", _BODIES),
     _selector("+hincrby", "+hdel", _BODY_BYTES),
     _selector("+unlink", _BODY),
 )
-#: To note which tasks have ended; not to see which others have.
+#: To record that a task has ended, without the right to read the history.
 _NOTING = (_selector("+lpush", "+ltrim", *_HISTORY),)
 #: To free the idempotency key of a task that did not run.
 _FREEING = (_selector("+hget", "+hdel", _KEYED),)
-#: To set a task aside, or keep the inputs of one that failed, and to drop the oldest when there are too many.
+#: To store a dead letter or a failed task's message, and to delete the oldest beyond the bounds.
 _BURYING = (
     _selector("+hset", "+hexists", "+hdel", "+hstrlen", "+hlen", _DEAD, _FAILED),
     _selector("+zadd", "+zscore", "+zrem", "+zrange", _DEAD_AGES, _FAILED_AGES),
     _selector("+get", "+set", _DEAD_BYTES, _FAILED_BYTES),
     _selector("+strlen", "+unlink", _BODY),
 )
-#: To send a dead letter, or a task that failed, again, or to drop it.
+#: To send a dead letter or a failed task again, or to delete it.
 _REVIVING = (
     _selector("+hget", "+hexists", "+hdel", "+hstrlen", _DEAD, _FAILED),
     _selector("+zrem", _DEAD_AGES, _FAILED_AGES),
@@ -140,28 +141,28 @@ _REVIVING = (
 #: To begin an epoch, and to write the first format number.
 _BEGINNING = (_selector("+get", "+set", _FORMAT), _selector("+hget", "+hset", _EPOCHS))
 
-#: To put tasks whose ETA has come into their lists.
+#: To move tasks whose ETA has passed into their lists.
 _MOVING = (
     _selector("+lpush", *_LISTS),
     _selector("+zrange", "+zadd", "+zrem", "+zremrangebyrank", _LATER, _LATER_SETS),
     _selector("+get", "+set", "+del", _DUE),
 )
 
-#: To add to the accounts and the counts; not to see them.
+#: To add to usage accounts and counters, without the right to read them.
 _ACCOUNTING = (
     _selector("+hincrby", "+hlen", "+hexists", _USAGE, _COUNTS),
     _selector("+expire", _USAGE),
     _selector("+get", "+set", _FLUSHED),
     _selector("+hset", _KEY_USED),
 )
-#: To see them, and the history of the main ones.
+#: To read usage accounts, counters and the history of the main series.
 _AUDITING = (
     _selector("+hgetall", _USAGE, _COUNTS, _KEY_USED, _ENDED, _BODY_BYTES, _SERIES, _HOSTS),
     _selector("+getrange", _CHUNKS),
     _selector("+get", _DEAD_BYTES),
     _selector("+memory|usage", *_LISTS),
 )
-#: To write that history, and what a watcher counts.
+#: To write the history, and the watcher's counters.
 _RECORDING = (
     *_ACCOUNTING,
     _selector("+hlen", "+hexists", "+hset", "+hdel", _SERIES),
@@ -170,7 +171,7 @@ _RECORDING = (
 
 
 def _chaining(queues: Sequence[str]) -> str:
-    """Return the right to send on what follows a task in these queues of other applications, and in ours."""
+    """Return the right to send the next task of a chain to these queues of other applications, or to ours."""
     foreign = [f"~{queue}{end}" for queue in queues for end in ("", f"{keys.SEP}*")]
     return _selector("+lpush", *_LISTS, *foreign)
 
@@ -178,13 +179,13 @@ def _chaining(queues: Sequence[str]) -> str:
 #: User -> rules, the root part first.
 RULES: Mapping[str, Sequence[str]] = {
     "admin": ("~*", "&*", "+@all"),
-    # Appends to queues, and reads and forgets states; takes nothing out, and sees no payload but a dead
-    # letter's, which it may send again.
+    # Appends to queues, and reads and deletes states. It takes nothing out of queues, and can read no payload
+    # except that of a dead letter, which it may send again.
     "api": (
         *(*_CONNECTION, *_SCRIPTS, *_LISTENING, *_TELLING, "+time", "+info"),
         *(*_LISTS, _RESULTS, _BODY),
         _selector("+lpush", "+exists", *_LISTS),
-        # Sets bodies, and does not see them.
+        # Writes bodies, and cannot read them.
         _selector("+set", "+exists", "+persist", "+strlen", "+ttl", _BODY),
         _selector("+hsetnx", _BODIES),
         _selector("+zscore", _CATALOGUE),
@@ -197,7 +198,7 @@ RULES: Mapping[str, Sequence[str]] = {
         _selector("+memory|usage", *_LISTS, _LATER_SETS),
         _selector("+hgetall", _BODY_BYTES, _HOSTS),
         _selector("+hget", _BODY_BYTES),
-        # Holds callers to their rates, and says how much each weighs.
+        # Keeps the callers' rates and weights.
         _selector("+hget", "+hset", _RATES),
         _selector("+hkeys", "+hset", "+hdel", _WEIGHTS),
         _selector("+hget", _CLAIMED),
@@ -213,11 +214,11 @@ RULES: Mapping[str, Sequence[str]] = {
         *_ANNOUNCING,
         *_COUNTING,
     ),
-    # Claims and settles; writes states, its in-flight hash and the dead letters, which it cannot read. Looks
-    # for tasks of other models in the default one's lists, and passes them on.
+    # Claims and settles; writes states, its in-flight hash and the dead letters, which it cannot read. Moves
+    # tasks of other models from the lists of the default model to their own.
     "worker": (
         *(*_CONNECTION, *_SCRIPTS, *_TELLING, "+multi", "+exec", "+discard", "+time", "+info"),
-        # Ends a wait of its own; Redis does not ask whose it is.
+        # Ends its own blocking wait; Redis does not check whose connection it is.
         "+client|unblock",
         *("&/*.celeryev*", "&*.reply.celery.pidbox*"),
         # kombu binds its control queues by script, too.
@@ -256,29 +257,29 @@ RULES: Mapping[str, Sequence[str]] = {
         *_NOTING,
         *_FREEING,
         *_ACCOUNTING,
-        # A large result is set beside, and renamed when its task has ended.
+        # A large result is written under a temporary key, and renamed when its task has ended.
         _selector("+set", "+strlen", "+rename", _BESIDE, _RESULTS),
         *_BEGINNING,
         *_ANNOUNCING,
         *_COUNTING,
         *_MOVING,
         _selector(*_ANYTHING, *_KOMBU),
-        # Hears the control channel; to speak there is the admin's. A pattern would have it hear
-        # of the end of every task.
+        # Subscribes to the control channel; only admin may publish there. A pattern would let it receive the
+        # end of every task.
         _selector(*_LISTENING, *(f"&/{database}.celery.pidbox" for database in range(_DATABASES))),
     ),
-    # Counts, and keeps notes of its own; says which models its host could serve; puts back what a dead worker
-    # left, for which it may read that.
+    # Counts, keeps its own notes, and records which models its host could serve. Puts back the tasks of dead
+    # workers, and may read them for that.
     "watcher": (
         *(*_CONNECTION, *_SCRIPTS, *_TELLING, "+time", "+info"),
         *(*_LISTS, _OURS, _RESULTS),
         _selector("+rpush", *_LISTS),
         _selector("+hget", "+hexists", "+hmget", "+hkeys", "+hset", "+hdel", _INFLIGHT),
-        # Forgets what is kept of callers that have nothing waiting.
+        # Deletes the counters of callers that have no waiting task.
         _selector("+hscan", "+hdel", _CLAIMED, _TURNS, _ROOM, _RATES),
         _selector("+exists", *_LISTS),
         _selector("+zscore", _LATER),
-        # Forgets the epochs of names that do not come back.
+        # Deletes the epochs of workers that are gone for good.
         _selector("+hdel", _EPOCHS),
         _selector("+zscore", _WORKERS),
         _selector("+zrange", "+zrem", _LEFT),
@@ -299,13 +300,13 @@ RULES: Mapping[str, Sequence[str]] = {
         *_MOVING,
         _selector(*_ANYTHING, "~gpuinfer:watcher:*"),
     ),
-    # Reads all that is ours, and acts on queues and tasks; no settings, no users, no other program's keys,
-    # and nothing to Celery's control channel.
+    # Reads all of gpuinfer's keys, and acts on queues and tasks. No right to Redis's configuration and users,
+    # other programs' keys, or Celery's control channel.
     "operator": (
         *(*_CONNECTION, *_SCRIPTS, *_LISTENING, *_TELLING, *_ANYTHING, "+time", "+info"),
         *("+rename", "+persist", "+type", "+memory|usage", *_LISTS, _RESULTS, _OURS),
     ),
-    # Counts, and reads who is there and why; sees no payload and no result.
+    # Counts, and reads states of workers and the watchers' decisions; no payload and no result.
     "viewer": (
         *(*_CONNECTION, *_SCRIPTS, "+time", "+info", *_LISTS),
         *_COUNTING,
@@ -317,12 +318,12 @@ RULES: Mapping[str, Sequence[str]] = {
 }
 
 
-#: Who ends tasks, and sends on what follows them.
+#: Users that end tasks, and send the next task of a chain.
 _ENDING = ("worker", "watcher", "operator")
 
 
 def digest(password: str) -> str:
-    """Return what Redis keeps of a password."""
+    """Return the SHA-256 of a password, in hex, as Redis keeps it."""
     return hashlib.sha256(password.encode()).hexdigest()
 
 
@@ -333,8 +334,8 @@ def rules(
 ) -> dict[str, list[str]]:
     """Return each user's rules as ``ACL SETUSER`` takes them after ``reset``; of passwords, their hashes.
 
-    ``chain_queues`` are those of other applications that chains may go on in; ``older`` the hashes of
-    passwords that still count while a user's password is being changed.
+    ``chain_queues``: queues of other applications that chains may use. ``older``: user -> hashes of passwords
+    that are still valid while its password is being changed.
     """
     found = {"default": DEFAULT.split()[2:]}
     for user in USERS:
@@ -364,10 +365,10 @@ def apply(
     chain_queues: Sequence[str] = ("celery",),
     older: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
-    """Give the users of a running Redis these rules; return which users had others. Raises redis-py's errors.
+    """Give the users of a running Redis these rules; return those that had others. Raises redis-py's errors.
 
-    Each user is changed in one step, so that nobody's connection is closed or refused anything meanwhile.
-    Other users stay as they are.
+    Each user is changed by one command, so that no connection is closed or refused meanwhile. Other users are
+    not changed.
     """
     before = listed(client)
     wanted = rules(passwords, chain_queues, older)
@@ -378,9 +379,9 @@ def apply(
 
 
 def listed(client: redis.Redis) -> dict[str, list[list[str]]]:
-    """Return each user's rules, part by part, in an order of their own: Redis's differs with their origin.
+    """Return user -> rules by selector, sorted: Redis's order differs with where they come from.
 
-    One of them is left out, which ``reset`` sets, and which changes nothing here.
+    ``sanitize-payload`` is left out: ``reset`` adds it, and it changes nothing here.
     """
     lines = [line.decode() if isinstance(line, bytes) else str(line) for line in client.acl_list()]
     return {

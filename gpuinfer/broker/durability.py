@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an acknowledged task survives: how Redis writes its file (``appendfsync``), and what that is worth.
+"""What an acknowledged task survives: the choice of ``appendfsync``, and what it guarantees.
 
-``redis.appendfsync = "auto"`` takes ``always`` where the disk is fast enough for it: an idle round trip makes
-four fsyncs in series. So the time of an append with fdatasync in Redis's folder decides. It is measured once,
-and kept there with what identifies the file system. Memory, overlay and network file systems promise nothing.
+``redis.appendfsync = "auto"`` is ``always`` where the disk is fast enough: an idle round trip makes four
+fsyncs in series. The time of an append with fdatasync in Redis's folder decides. It is measured once, and
+kept there with the identity of the file system. Memory, overlay and network file systems guarantee nothing.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from gpuinfer.settings import RedisSettings
 
 Mode = Literal["always", "everysec"]
 
-#: One measurement: how often, the bytes of each write, and the most milliseconds at p99 for ``always``.
+#: One measurement: the number of writes, the bytes of each, and the most milliseconds at p99 for ``always``.
 TIMES, BYTES, FAST_MS = 256, 4096, 0.1
-#: A disk on which that takes longer is slow: what was measured until then tells enough, and Redis waits.
+#: The measurement ends after this many seconds, as Redis's start waits for it.
 LIMIT_S = 10.0
-#: The record, in Redis's folder.
+#: File name of the measurement, in Redis's folder.
 RECORD = "fsync.json"
 REDIS_CONF, REDIS_DATA = Path("/etc/gpuinfer/redis.conf"), Path("/var/lib/gpuinfer/redis")
 MOUNTS = Path("/proc/self/mountinfo")
-#: File systems that keep nothing over a power cut, or of which nothing here can tell.
+#: File systems that lose everything in a power cut, or whose behaviour cannot be known here.
 _IN_MEMORY = frozenset({"tmpfs", "ramfs", "overlay", "aufs", "squashfs"})
 _ON_NETWORK = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "ceph", "glusterfs", "lustre"}
@@ -49,34 +49,34 @@ MEANING: dict[Mode, str] = {
 
 @dataclass(frozen=True, slots=True)
 class FileSystem:
-    """Where a folder lies."""
+    """The file system of a folder."""
 
     kind: str
-    #: What identifies it: kind, source, and the number that the file system gives itself.
+    #: Its identity: kind, source, and the file system's own id.
     device: str
 
     @property
     def unsafe(self) -> str:
-        """Return why nothing is promised there; empty where something is."""
+        """Return why nothing is guaranteed on it; empty where something is."""
         if self.kind in _IN_MEMORY:
             return f"{self.kind} does not outlive a power cut"
         if self.kind in _ON_NETWORK or self.kind.startswith("fuse."):
-            return f"{self.kind}: what its other end keeps over a power cut cannot be told here"
+            return f"{self.kind}: what its server keeps in a power cut is not known here"
         return ""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How Redis is to write, and why."""
+    """An ``appendfsync``, and why it was chosen."""
 
     mode: Mode
     why: str
-    #: Why nothing is promised about a power cut; empty where ``MEANING`` holds.
+    #: Why nothing is guaranteed in a power cut; empty where ``MEANING`` holds.
     unsafe: str = ""
 
     @property
     def means(self) -> str:
-        """Return what holds, in a sentence."""
+        """Return what it guarantees, in a sentence."""
         if self.unsafe:
             return f"nothing is promised about a power cut: {self.unsafe}"
         return MEANING[self.mode]
@@ -99,9 +99,9 @@ def file_system(folder: Path, mounts: Path = MOUNTS) -> FileSystem:
 
 
 def measure(folder: Path, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Return what 99 of 100 appends with fdatasync take in a folder at most, in ms. Raises OSError."""
+    """Return the p99 of the time of an append with fdatasync in a folder, in ms. Raises OSError."""
     path = folder / ".fsync"
-    path.unlink(missing_ok=True)  # of one that was killed
+    path.unlink(missing_ok=True)  # left by a measurement that was killed
     number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         took: list[float] = []
@@ -118,12 +118,12 @@ def measure(folder: Path, clock: Callable[[], float] = time.perf_counter) -> flo
 
 
 def folder_of(conf: Path = REDIS_CONF) -> Path:
-    """Return where our own Redis keeps its file, by its configuration."""
+    """Return the data folder of this host's own Redis, by its configuration."""
     return Path(_stated(conf, "dir") or REDIS_DATA)
 
 
 def _stated(conf: Path, key: str) -> str:
-    """Return what redis.conf itself says last; empty where it does not."""
+    """Return the last value of a key in redis.conf itself; empty where there is none."""
     with suppress(OSError):
         text = conf.read_text(encoding="utf-8", errors="replace")
         found = re.findall(rf"(?mi)^[ \t]*{key}[ \t]+[\"']?([^\s\"']+)", text)
@@ -132,16 +132,16 @@ def _stated(conf: Path, key: str) -> str:
 
 
 def _overruled(conf: Path) -> str:
-    """Return why nothing is promised where redis.conf, which wins, has Redis not write, or not fsync."""
+    """Return why nothing is guaranteed where redis.conf turns off the file or fsync; else empty."""
     if _stated(conf, "appendonly").lower() == "no":
         return f"{conf} has appendonly no, so a restart of Redis loses the queue"
     if _stated(conf, "appendfsync").lower() == "no":
-        return f"{conf} has appendfsync no, so the kernel writes when it likes"
+        return f"{conf} has appendfsync no, so the kernel decides when to write"
     return ""
 
 
 def planned(settings: RedisSettings, folder: Path, conf: Path = REDIS_CONF) -> Choice:
-    """Return how the next start lets Redis write, as far as that can be told without a measurement."""
+    """Return the choice of the next start, as far as it is known without a measurement."""
     return _choose(settings, folder, conf, None)[0]
 
 
@@ -153,9 +153,9 @@ def decide(
     again: bool = False,
     measure: Callable[[Path], float] = measure,
 ) -> tuple[Choice, str]:
-    """Return how Redis is to write from now on, and what it was before where that was something else.
+    """Return the choice for this start, and a description of the former one where that differs.
 
-    Measures where ``auto`` needs it, or ``again``; keeps that in the folder.
+    Measures where ``auto`` needs it, or with ``again``, and records the result in the folder.
     """
     before = recorded(folder)
     choice, record = _choose(settings, folder, conf, measure, again=again)
@@ -182,7 +182,7 @@ def _choose(
         where = file_system(folder)
     except OSError as exc:
         mode: Mode = "always" if asked == "always" else "everysec"
-        why = f"auto: {folder} cannot be looked at: {exc.strerror}" if asked == "auto" else source
+        why = f"auto: {folder} cannot be read: {exc.strerror}" if asked == "auto" else source
         return Choice(mode, why, "its disk is unknown"), record
     known = record.get("device") == where.device and isinstance(record.get("p99_ms"), float)
     failed = ""
@@ -194,7 +194,7 @@ def _choose(
             failed = f"an fsync in {folder} failed: {exc.strerror}"
     overruled = _overruled(conf)
     if overruled:
-        choice = Choice("everysec", f"{conf} has another word", overruled)
+        choice = Choice("everysec", f"{conf} overrides it", overruled)
     elif asked == "always" or asked == "everysec":
         choice = Choice(asked, source, where.unsafe)
     elif where.unsafe:
@@ -209,9 +209,9 @@ def _choose(
 
 
 def running(client: redis.Redis) -> dict[str, str] | None:
-    """Return how a Redis writes now, and what that means: ``appendfsync`` and ``means``.
+    """Return the ``appendfsync`` of a running Redis, and what it guarantees (``means``).
 
-    None where this user may not ask. What the disk of another host keeps is that host's to say.
+    None where this user may not ask. The file system is checked only where Redis runs on this host.
     """
     try:
         answer: Any = client.config_get("appendonly", "appendfsync", "dir")
@@ -225,7 +225,10 @@ def running(client: redis.Redis) -> dict[str, str] | None:
             "means": "without an append-only file a restart of Redis loses the queue",
         }
     if mode not in MEANING:
-        return {"appendfsync": mode, "means": "a power cut may cost all that the kernel has not written yet"}
+        return {
+            "appendfsync": mode,
+            "means": "a power cut loses everything that the kernel has not written yet",
+        }
     unsafe = _unsafe_here(client, Path(found.get("dir", "")))
     return {
         "appendfsync": mode,
@@ -234,7 +237,7 @@ def running(client: redis.Redis) -> dict[str, str] | None:
 
 
 def _unsafe_here(client: redis.Redis, folder: Path) -> str:
-    """Return why the folder of a Redis on this host, behind a Unix socket, promises nothing; else empty."""
+    """Return why the folder of a Redis on this host (on a Unix socket) guarantees nothing; else empty."""
     if "path" in client.connection_pool.connection_kwargs:
         with suppress(OSError):
             return file_system(folder).unsafe
@@ -246,7 +249,7 @@ def _text(value: Any) -> str:
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """Return what was kept in a folder: device, p99_ms, measured_at, mode, means; empty where nothing was."""
+    """Return the record in a folder: device, p99_ms, measured_at, mode, means; empty where there is none."""
     try:
         found = orjson.loads((folder / RECORD).read_bytes())
     except (OSError, orjson.JSONDecodeError):
@@ -255,7 +258,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 
 def _keep(folder: Path, record: dict[str, Any]) -> None:
-    """Replace the record in one step; it belongs to the folder's owner, also where root has measured."""
+    """Replace the record atomically; the folder's owner owns it, also where root has measured."""
     new = folder / f"{RECORD}.new"
     new.unlink(missing_ok=True)
     number = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

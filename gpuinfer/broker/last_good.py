@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Redis was started with when the settings could be read last: it starts so again while they cannot.
+"""The settings of Redis's last good start. Redis uses them while the settings file cannot be read.
 
-A slip in the settings file must not take the queue down, nor make a host that works for another one's Redis
-start one of its own. Kept beside Redis's data, as it must outlive a reboot.
+A mistake in the settings file must not take the queue down, nor make a host that uses the Redis of another
+host start its own. They are kept beside Redis's data, because they must survive a reboot.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
     from gpuinfer.settings import Loaded
 
 FILE = Path("/var/lib/gpuinfer/redis/settings.json")
-#: What Redis starts by: a typo elsewhere in the file is no matter.
+#: The sections that Redis needs: a mistake in another one does not matter.
 SECTIONS = ("broker", "redis")
-#: Secrets stay where they are.
+#: Secrets are not copied.
 _NOT_KEPT = {"broker": {"username", "password"}}
 
 
 def given(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Return what was set, of each section, without secrets, as JSON has it."""
+    """Return section -> settings that were set, without secrets, for JSON."""
     found: dict[str, dict[str, Any]] = settings.model_dump(mode="json", exclude_unset=True, exclude=_NOT_KEPT)
     broker = found.get("broker", {})
-    if "url" in broker:  # where Redis is decides whether ours starts; a password there is of no use for that
+    if "url" in broker:  # only its address is needed, not a password in it
         broker["url"] = masked(broker["url"])
     return found
 
 
 def keep(loaded: Loaded) -> None:
-    """Keep the settings of this start; where another section is wrong, those of Redis alone.
+    """Keep the settings of this start; where another section is wrong, only those of Redis.
 
-    Only Redis's own user does: who calls the command by hand leaves no file that this user could not read.
+    Only Redis's own user does: the command started by hand must not leave a file that this user cannot read.
     Raises ConfigError, OSError.
     """
     try:
@@ -60,7 +60,7 @@ def keep(loaded: Loaded) -> None:
 
 
 def kept() -> Mapping[str, Mapping[str, Any]] | None:
-    """Return what was set at the last good start; None where that cannot be told."""
+    """Return what was set at the last good start; None where it is not known."""
     try:
         found = json.loads(FILE.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -69,7 +69,7 @@ def kept() -> Mapping[str, Mapping[str, Any]] | None:
 
 
 def settings(loaded: Loaded) -> tuple[Settings, str]:
-    """Return what Redis starts by, and '' or why these are the settings of the last good start.
+    """Return the settings for Redis's start, and '' or why they are those of the last good start.
 
     Raises ConfigError where there was none.
     """
@@ -81,5 +81,5 @@ def settings(loaded: Loaded) -> tuple[Settings, str]:
             raise
         try:
             return Settings(**found), str(exc)  # type: ignore[arg-type]  # pydantic makes sections of them
-        except ValidationError:  # of another edition
+        except ValidationError:  # written by another version
             raise exc from None

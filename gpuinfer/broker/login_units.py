@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The units that log in as a user of Redis, and how they get a new password: by a restart.
+"""The units that log in as a user of Redis, and their restart with a new password.
 
-Workers are restarted by gpuinfer-roll.service, as after an upgrade: one at a time, each once the one before
-is ready again, as policy-rc.d allows, and never while another roll is at it.
+Workers are restarted by gpuinfer-roll.service, as after an upgrade: each when the one before it is ready
+again, as policy-rc.d allows, and never by two rolls at once.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ UNITS: Mapping[str, Sequence[str]] = {
     "viewer": (),
 }
 ROLL = "gpuinfer-roll.service"
-#: Where systemd/roll looks for what it is to do.
+#: The folder in which systemd/roll finds its requests.
 ASKED = Path("/run/gpuinfer-upgrade")
-#: What it does for this line.
+#: The request for a restart of the workers.
 WANTED = "new password of worker"
-#: What is asked for in the very moment in which a roll begins may be overlooked: it is asked for again.
+#: Attempts: a request made at the moment when a roll begins may be missed.
 _TIMES = 3
 
 
@@ -39,9 +39,9 @@ def running(user: str) -> list[str]:
 
 
 def restart(units: Sequence[str], say: Callable[[str], object]) -> Iterator[tuple[str, bool]]:
-    """Restart units that still run; give each, once it is known, and whether it came back.
+    """Restart units that run; yield each with whether it came back, as soon as that is known.
 
-    Raises OSError where gpuinfer-roll cannot be asked.
+    Raises OSError where gpuinfer-roll cannot be started.
     """
     workers = [unit for unit in units if unit.startswith("gpuinfer-worker@")]
     for unit in units:
@@ -63,7 +63,8 @@ def _rolled(units: Sequence[str]) -> Iterator[tuple[str, bool]]:
     before = {unit: _state(unit)[0] for unit in units}
     for _ in range(_TIMES):
         _ask()
-        # A start while another roll runs waits for that one, which does this, too, or begins anew at its end.
+        # A start while another roll runs waits for it; that one does this request, too, or runs again at its
+        # end.
         while subprocess.run(["systemctl", "start", ROLL], check=False).returncode == 0 and _asked().exists():
             pass
         after = {unit: _state(unit) for unit in units}
@@ -75,7 +76,7 @@ def _rolled(units: Sequence[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _ask() -> None:
-    """Leave word for the roll, which may take the folder away in between: then once more."""
+    """Write the request; a roll that starts may move the folder away meanwhile, so try twice."""
     for last in (False, True):
         try:
             ASKED.mkdir(exist_ok=True)
@@ -93,7 +94,7 @@ def _asked() -> Path:
 
 
 def _state(unit: str) -> tuple[str, str]:
-    """Return what identifies a unit's last start, and its state; empty where systemd does not say."""
+    """Return the invocation id and the state of a unit; empty where systemd does not answer."""
     command = ["systemctl", "show", "-p", "InvocationID", "-p", "ActiveState", unit]
     said = subprocess.run(command, check=False, capture_output=True, text=True).stdout
     found = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)

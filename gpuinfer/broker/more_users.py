@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The administrator's own users of Redis, from /etc/gpuinfer/redis-users.acl.
 
-Redis ends at its start for one wrong line in its ACL file. Ours must work whatever theirs are: each line is
-tried in a Redis that is there for this alone. One that it rejects is left out, and named; so are all where
-that Redis ends, or hangs.
+One wrong line in its ACL file stops Redis from starting. So each line is first tried in a temporary Redis. A
+line that it rejects is left out and logged; so are all lines where the temporary Redis ends or hangs.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ TAKEN = ("default", *acl.USERS)
 
 @dataclass(frozen=True)
 class Users:
-    """The lines that Redis takes, and why it would not take others."""
+    """The lines that Redis accepts, and why it rejects others."""
 
     lines: list[str] = field(default_factory=list)
     #: ``line 3 (user shop): ...``
@@ -30,7 +29,7 @@ class Users:
 
 
 def read(text: str, binary: Path | str | None = None) -> Users:
-    """Return what of the file Redis takes; without a Redis to try it in, what looks right."""
+    """Return the lines that Redis accepts; without a Redis to try them in, those in the right form."""
     found = Users()
     wanted: dict[str, tuple[int, str]] = {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -43,7 +42,7 @@ def read(text: str, binary: Path | str | None = None) -> Users:
         elif words[1] in wanted:
             found.faults.append(f"line {number} names the user {words[1]} a second time")
         else:
-            # By spaces, as it is tried below: in its file Redis takes a tab for a part of a word, and ends.
+            # Joined by spaces: in its file Redis takes a tab as part of a word, and does not start.
             wanted[words[1]] = (number, " ".join(words))
     refused = _refused({name: line for name, (_, line) in wanted.items()}, binary or trial.BINARY)
     for name, (number, line) in wanted.items():
@@ -55,7 +54,7 @@ def read(text: str, binary: Path | str | None = None) -> Users:
 
 
 def _refused(lines: dict[str, str], binary: Path | str) -> dict[str, str]:
-    """Return name -> Redis's words, of the users that it would not take, or that could not be tried."""
+    """Return name -> Redis's message, for the users that it rejects or that could not be tried."""
     if not lines or not Path(binary).exists():
         return {}
     refused: dict[str, str] = {}
@@ -73,7 +72,7 @@ def _refused(lines: dict[str, str], binary: Path | str) -> dict[str, str]:
     except trial.NotUp as exc:
         fault = str(exc)
     if fault:
-        why = f"it could not be tried, as a Redis started for that does not answer: {fault}"
+        why = f"it could not be checked: the Redis started to check it does not answer: {fault}"
         refused |= {name: why for name in lines if name not in refused}
     return refused
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The passwords of Redis's users: where they lie, and how one is changed while all goes on.
+"""The passwords of Redis's users: their files, and their change without interruption.
 
-A change takes three steps: Redis learns the new password beside the old; each unit that logs in with it is
-restarted; Redis forgets the old. The hashes of old ones lie beside Redis's data meanwhile, so that a restart
-of Redis in between refuses nobody. A change that was cut off is finished by the next one.
+A change has three steps: Redis accepts the new password beside the old one; each unit that logs in with it
+is restarted; Redis forgets the old one. Meanwhile the hashes of old passwords are kept beside Redis's data,
+so that they are valid after a restart of Redis, too. The next change finishes one that was interrupted.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from gpuinfer.errors import ConfigError
 if TYPE_CHECKING:
     import redis
 
-#: Root's alone.
+#: Readable by root only.
 PROGRAMS = Path("/etc/gpuinfer/credentials")
 #: Each readable by the members of its group, gpuinfer-operator or gpuinfer-viewer.
 PEOPLES = Path("/etc/gpuinfer/logins")
-#: User -> hashes of the passwords that still count. A hash of 32 random bytes is no secret.
+#: User -> hashes of old passwords that are still valid. A hash of 32 random bytes is no secret.
 OLDER = Path("/var/lib/gpuinfer/redis/older-passwords.json")
-#: What systemd hands over for a password that is not there (SetCredential=).
+#: The credential for a password file that does not exist (SetCredential=).
 _NONE = "none"
 _FIX = "`dpkg-reconfigure gpuinfer` makes missing passwords"
 
 
 def file_of(user: str) -> Path:
-    """Return where a user's password lies: what systemd has handed over, else the host's own file."""
+    """Return the file of a user's password: the unit's credential, else the host's own file."""
     handed = os.environ.get("CREDENTIALS_DIRECTORY")
     if handed:
         return Path(handed) / user
@@ -43,7 +43,7 @@ def file_of(user: str) -> Path:
 def read() -> dict[str, str]:
     """Read all users' passwords. Raises ConfigError naming the file of a program that is missing or empty.
 
-    A user of people may have none, '': nobody logs in as that one, and no queue is down for want of it.
+    A missing password of operator or viewer is '': nobody can log in as that user, and nothing else fails.
     """
     found = {}
     for user in acl.USERS:
@@ -79,7 +79,7 @@ def _of_people(path: Path) -> str:
 
 
 def older() -> dict[str, list[str]]:
-    """Return the hashes of passwords that still count, of each user."""
+    """Return user -> hashes of old passwords that are still valid."""
     try:
         found = json.loads(OLDER.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -93,7 +93,7 @@ def _is_hash(text: object) -> bool:
 
 
 def keep_older(user: str, hashes: Iterable[str]) -> None:
-    """Write down which of a user's passwords still count, for Redis's own user to read. Raises OSError."""
+    """Write the hashes of a user's old passwords that are still valid. Raises OSError."""
     found = {name: ones for name, ones in older().items() if name != user} | {user: [*hashes]}
     found = {name: ones for name, ones in found.items() if ones}
     if not found:
@@ -108,7 +108,7 @@ def write(user: str, password: str) -> None:
 
 
 def _replace(path: Path, text: str, like: Path) -> None:
-    """Replace a file in one step; it belongs to whom ``like`` belongs, and may be read by as many."""
+    """Replace a file atomically, with the owner, group and mode of ``like``."""
     status = like.stat()
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)
@@ -122,13 +122,13 @@ def _replace(path: Path, text: str, like: Path) -> None:
 
 
 def still_in(client: redis.Redis, user: str, known: Iterable[int]) -> list[str]:
-    """Return where those of a user's connections come from that were there before: by an old password."""
+    """Return the addresses of a user's connections that are in ``known``: they used an old password."""
     before = {*known}
     return sorted({one["addr"] for one in connections(client, user) if int(one["id"]) in before})
 
 
 def connections(client: redis.Redis, user: str) -> list[dict[str, str]]:
-    """Return the connections that a user has now, this one left out."""
+    """Return a user's connections, except this one."""
     own = client.client_id()
     found: list[dict[str, str]] = client.client_list()
     return [one for one in found if one.get("user") == user and int(one["id"]) != own]

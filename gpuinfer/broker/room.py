@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room on Redis's disk before its start: under ``appendfsync always`` a full disk ends it.
+"""Free space on Redis's disk before its start: with ``appendfsync always`` Redis exits on a full disk.
 
-``redis prepare`` then does not let it start before there is room again, and leaves a notice beside the
-socket: who finds no Redis there (the front, with its 503) says what the notice says. The first time it fails
-at once, so that nothing at a boot waits for it; started again by systemd, it waits, and says so each minute.
+``redis prepare`` does not let Redis start while the disk is full, and writes a notice beside the socket; the
+front shows its text in the 503. The first attempt fails at once, so that a boot does not wait for it.
+Started again by systemd, it waits for free space, and logs that once a minute.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from sdnotify import SystemdNotifier
 from gpuinfer.errors import DiskFull
 from gpuinfer.journal.sender import say_warning
 
-#: Bytes that must be free; on a small disk a twentieth of it.
+#: Bytes that must be free; on a small disk, a twentieth of its size.
 ROOM = 64 * 1024 * 1024
-#: The notice's name, in the folder of the socket.
+#: File name of the notice, in the folder of the socket.
 NOTICE = "notice"
-#: Seconds between two looks, between two lines, and until it gives up: within the unit's TimeoutStartSec.
+#: Seconds between two checks, between two log lines, and until it fails (less than TimeoutStartSec).
 LOOK_S, TELL_S, WAIT_S = 1.0, 60.0, 840.0
 _MIB = 1024 * 1024
 
 
 def lacking(folder: Path) -> str:
-    """Return what is wrong with the room on a folder's disk; empty where nothing is. Raises OSError."""
+    """Return that a folder's disk is full, in a sentence; empty where it is not. Raises OSError."""
     found = os.statvfs(folder)
     free, total = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
     wanted = min(ROOM, total // 20)
@@ -48,7 +48,7 @@ def wait_for_room(
     sleep: Callable[[float], None] = time.sleep,
     lacking: Callable[[Path], str] = lacking,
 ) -> None:
-    """Return once there is room. Raises DiskFull: at once where no notice stands, else after ``WAIT_S``."""
+    """Wait for free space. Raises DiskFull: at once where there is no notice, else after ``WAIT_S``."""
     reason = lacking(folder)
     first = not notice.exists()
     if reason and first:
@@ -75,6 +75,6 @@ def leave(notice: Path, text: str) -> None:
     new.unlink(missing_ok=True)
     number = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
     with os.fdopen(number, "w", encoding="utf-8") as file:
-        os.fchmod(number, 0o640)  # whatever the umask says
+        os.fchmod(number, 0o640)  # whatever the umask is
         file.write(text + "\n")
     new.replace(notice)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A new password for a user of Redis, step by step, while all goes on."""
+"""A new password for a user of Redis, without interruption."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gpuinfer.broker import acl, login_units, passwords
 if TYPE_CHECKING:
     import redis
 
-#: Restarts units, says so, and gives each and whether it came back: see ``login_units.restart``.
+#: Restarts units, and yields each with whether it came back: see ``login_units.restart``.
 Restart = Callable[[Sequence[str], Callable[[str], object]], Iterator[tuple[str, bool]]]
-#: Connections of a unit that was restarted are gone within this time.
+#: Seconds within which the connections of a restarted unit are closed.
 WAIT_S = 10.0
 
 
@@ -27,7 +27,7 @@ class Rotation:
 
     user: str
     restarted: list[str] = field(default_factory=list)
-    #: Units that did not come back; of workers, those behind the first of them run on as they are.
+    #: Units that did not come back. Workers after the first of them were not restarted.
     failed: list[str] = field(default_factory=list)
     #: Addresses of connections that still have an old password.
     left: list[str] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Rotation:
 
     @property
     def complete(self) -> bool:
-        """Tell whether no old password counts any more."""
+        """Tell whether no old password is valid any more."""
         return not self.failed and not self.left
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,18 +55,18 @@ class Rotation:
         if self.failed:
             unit = self.failed[0]
             return (
-                f"the old password of {self.user} still counts: {unit} did not come back with the new one "
-                f"(journalctl -u gpuinfer-roll -u {unit}); once all that runs has been restarted: gpuinfer "
+                f"the old password of {self.user} is still valid: {unit} did not come back with the new one "
+                f"(journalctl -u gpuinfer-roll -u {unit}); when all units have been restarted, run gpuinfer "
                 f"redis rotate-password {self.user} --drop-old"
             )
         if self.left:
             return (
-                f"the old password of {self.user} still counts: {', '.join(self.left)} logged in with it; "
-                f"copy {passwords.file_of(self.user)} there and restart what runs there, then: gpuinfer "
+                f"the old password of {self.user} is still valid: {', '.join(self.left)} logged in with it; "
+                f"copy {passwords.file_of(self.user)} there and restart gpuinfer there, then run gpuinfer "
                 f"redis rotate-password {self.user} --drop-old"
             )
         old = "1 old one is" if self.forgotten == 1 else f"{self.forgotten} old ones are"
-        return f"the password of {self.user} is new, {old} forgotten"
+        return f"{self.user} has a new password, {old} forgotten"
 
 
 def rotate(
@@ -80,7 +80,7 @@ def rotate(
 ) -> Rotation:
     """Change a user's password. Raises redis-py's errors, OSError; ConfigError where there is none to change.
 
-    Whatever ends it in between, the old password and the new one count, also after a restart of Redis.
+    If it is interrupted, both passwords are valid, also after a restart of Redis.
     """
     done = Rotation(user)
     old, new = acl.digest(passwords.of(user)), secrets.token_hex(32)
@@ -92,7 +92,7 @@ def rotate(
         (done.restarted if came_back else done.failed).append(unit)
     if done.failed:
         return done
-    # Who works by hand as one of these may stay.
+    # People who are logged in as operator or viewer are not disconnected.
     end = time.monotonic() + (wait_s if user not in acl.PEOPLE else 0)
     while (left := passwords.still_in(client, user, before)) and time.monotonic() < end:
         time.sleep(0.1)
@@ -103,7 +103,7 @@ def rotate(
 
 
 def drop_old(client: redis.Redis, user: str) -> Rotation:
-    """Let Redis forget all passwords of a user but the one in its file. Raises as ``rotate`` does."""
+    """Make Redis forget all passwords of a user except the one in its file. Raises as ``rotate`` does."""
     new = acl.digest(passwords.of(user))
     lines = [line.decode() if isinstance(line, bytes) else str(line) for line in client.acl_list()]
     mine = next((line for line in lines if line.split()[1] == user), "")

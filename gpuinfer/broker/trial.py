@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Redis for a moment, to ask it what a configuration or a user's rules mean."""
+"""A temporary Redis, which parses a configuration or a user's rules."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from redis.retry import Retry
 
 from gpuinfer.errors import GpuinferError
 
-#: Where Redis lies on an installed host.
+#: Redis on an installed host.
 BINARY = Path("/usr/lib/gpuinfer/bin/redis-server")
 LIMIT_S = 10.0
-#: What is its own, whatever a configuration says: it meets nobody, and writes nothing.
+#: Its own settings, which override any configuration: it listens on no port and writes nothing.
 APART = {
     "port": "0",
     "tls-port": "0",
@@ -46,7 +46,7 @@ class NotUp(GpuinferError):
 
 @contextmanager
 def redis_server(binary: Path | str = BINARY, conf: str = "") -> Iterator[redis.Redis]:
-    """Lend a client of a Redis that was started for this, with the text of a redis.conf. Raises NotUp."""
+    """Start a Redis with the text of a redis.conf, and yield a client of it. Raises NotUp."""
     with tempfile.TemporaryDirectory(prefix="gpuinfer-trial-") as folder:
         path = f"{folder}/redis.sock"
         (Path(folder) / "redis.conf").write_text(conf, encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Redis is given at its start: a share of the host's memory, within bounds, and how it writes."""
+"""The tuning.conf of Redis's start: maxmemory, a share of the host's memory, and appendfsync."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def host_memory_bytes() -> int:
 
 
 def maxmemory_bytes(settings: RedisSettings, host_bytes: int) -> int:
-    """Return Redis's maxmemory in bytes: what the settings name, else a share within floor and ceiling."""
+    """Return Redis's maxmemory in bytes: as set, else a share of the host's within floor and ceiling."""
     if settings.maxmemory_mb:
         return settings.maxmemory_mb * MIB
     share = int(host_bytes * settings.maxmemory_share)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which units run with older settings than the files have now."""
+"""The units that run with older settings than the files have."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _LIMIT_S = 10.0
 
 
 def started() -> dict[str, float]:
-    """Return each running unit of ours with when its process started, as the clock had it.
+    """Return unit -> Unix time at which its process started, for gpuinfer's running units.
 
-    Nothing where systemd does not run, or does not answer.
+    Empty where systemd does not run or does not answer.
     """
     if not Path("/run/systemd/system").is_dir() or shutil.which("systemctl") is None:
         return {}
@@ -55,7 +55,7 @@ def _running(said: str, boot: float) -> Iterator[tuple[str, float]]:
 def changed_since(
     now: Mapping[str, Mapping[str, Any]], then: Mapping[str, Mapping[str, Any]] | None
 ) -> set[str]:
-    """Return the sections in which something is set otherwise; without ``then``, in which anything is set."""
+    """Return the sections that differ; without ``then``, those in which anything is set."""
     if then is None:
         return {section for section, values in now.items() if values}
     return {section for section in {*now, *then} if now.get(section, {}) != then.get(section, {})}
@@ -69,8 +69,8 @@ def needed(
 ) -> list[str]:
     """Return the units to restart.
 
-    ``running``: when each was started; ``file``: when the settings file was changed; ``sections``: what was
-    changed in it; ``workers``: when each worker's own file was changed.
+    All times are Unix times. ``running``: unit -> its start; ``file``: the last change of the settings file;
+    ``sections``: the changed sections; ``workers``: worker number -> the last change of its own file.
     """
     readers = {unit for section in sections for unit in READERS.get(section, ())}
     found = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that are accepted and do nothing, each with what would do what was meant."""
+"""Settings that are accepted and do nothing, each with the setting that would work."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from gpuinfer.sources import ENV_PREFIX
 
 _SOCKET_UNIT = Path("lib/systemd/system/gpuinfer-api.socket")
 _REDIS_CONF = Path("etc/gpuinfer/redis.conf")
-#: Sections that no worker reads, so that a worker's own file says them to nobody.
+#: Sections that no worker reads: they do nothing in a worker's own file.
 _NOT_A_WORKERS = ("api", "redis", "watcher")
 _LOGIN = ("broker.username", "broker.password")
 
 
 @dataclass(frozen=True)
 class Given:
-    """Some settings as they would be read: those of all, or of one worker."""
+    """The settings to check: those of the host, or of one worker."""
 
     loaded: Loaded
-    #: Whose own file they come from; None for the settings of all.
+    #: The worker with a file of its own; None for the settings of the host.
     worker: int | None = None
-    #: Where the host's own files are looked for.
+    #: Root of the host's own files.
     root: Path = Path("/")
 
     @property
@@ -37,7 +37,7 @@ class Given:
         return self.loaded.settings
 
     def changed(self, *names: str) -> Iterator[str]:
-        """Yield those of these settings that somebody has set; a name may end with a dot, for a section."""
+        """Yield those of the settings that were set; a name that ends with a dot is a section."""
         for name in self.loaded.changed:
             if any(name == one or (one.endswith(".") and name.startswith(one)) for one in names):
                 yield name
@@ -64,22 +64,22 @@ def _sockets(given: Given) -> Iterator[str]:
     if given.installed:
         for name in given.changed("api.host", "api.port"):
             yield (
-                f"{given.told(name)} does nothing for gpuinfer-api.service: systemd listens for it; "
-                "systemctl edit gpuinfer-api.socket"
+                f"{given.told(name)} does nothing for gpuinfer-api.service, as systemd listens for it; to "
+                "change the address: systemctl edit gpuinfer-api.socket"
             )
 
 
 def _logins(given: Given) -> Iterator[str]:
     if given.installed:
         for name in given.changed(*_LOGIN):
-            yield f"{given.told(name)} counts for commands alone: each unit logs in as a user of its own"
+            yield f"{given.told(name)} applies to commands only: each unit logs in as its own user"
 
 
 def _shells(given: Given) -> Iterator[str]:
     if given.installed:
         names = [origin for origin in given.loaded.changed.values() if origin.startswith(ENV_PREFIX)]
         if names:
-            yield f"{', '.join(names)}: set in this shell; no unit sees that, gpuinfer.toml is for all"
+            yield f"{', '.join(names)}: set in this shell only; for the units, set it in gpuinfer.toml"
 
 
 def _redis(given: Given) -> Iterator[str]:
@@ -129,8 +129,8 @@ def _lists(given: Given) -> Iterator[str]:
     for name in given.loaded.changed:
         if _brackets(given, name):
             yield (
-                f"{given.told(name)} is taken for the names themselves, brackets and quotes included; "
-                "in a variable a list is a,b"
+                f"{given.told(name)} contains brackets or quotes, which become part of the names; write "
+                "a list in a variable as a,b"
             )
 
 
@@ -146,7 +146,7 @@ def _models(given: Given) -> Iterator[str]:
     try:
         there = Repository(given.settings.models.folders).names()
     except ModelError as exc:
-        yield f"worker.models cannot be looked up: {exc}"
+        yield f"worker.models cannot be checked: {exc}"
         return
     for name in given.settings.worker.models:
         if name not in there:

@@ -295,7 +295,7 @@ def test_a_redis_that_cannot_try_more_users_keeps_nothing_from_starting(
     assert prepare(folder) == 0
     told = capsys.readouterr().err
     for line in ("line 1 (user a)", "line 2 (user b)"):
-        assert f"redis-users.acl: {line}: it could not be tried, as a Redis started for that" in told
+        assert f"redis-users.acl: {line}: it could not be checked: the Redis started to check it" in told
     assert (folder / "users.acl").read_text(encoding="utf-8") == acl.render(PASSWORDS)
 
 

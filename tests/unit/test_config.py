@@ -74,12 +74,15 @@ def test_a_wrong_file_of_a_worker_is_named(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("toml", "words"),
     [
-        ("[api]\nport = 9", "api.port = 9 ({file}) does nothing for gpuinfer-api.service: systemd listens"),
+        (
+            "[api]\nport = 9",
+            "api.port = 9 ({file}) does nothing for gpuinfer-api.service, as systemd listens",
+        ),
         (
             '[worker]\nmodels = ["digits", "nowhere"]',
             "names 'nowhere', which is not installed: gpuinfer model add",
         ),
-        ('[broker]\nusername = "me"', "counts for commands alone: each unit logs in as a user of its own"),
+        ('[broker]\nusername = "me"', "applies to commands only: each unit logs in as its own user"),
         ('[broker]\ntls_ca = "/ca"', "does nothing: broker.url does not begin with rediss://"),
         (
             '[broker]\nurl = "redis://h"\n[redis]\nmaxmemory_mb = 9',
@@ -112,7 +115,7 @@ def test_what_does_nothing_is_told(toml: str, words: str, tmp_path: Path) -> Non
         (
             "GPUINFER_WORKER_MODELS",
             '["a"]',
-            "is taken for the names themselves, brackets and quotes included",
+            "contains brackets or quotes, which become part of the names",
         ),
         ("GPUINFER_WORKER_MODELS", "nowhere", "worker.models (GPUINFER_WORKER_MODELS) names 'nowhere'"),
         ("GPUINFER_API_PORT", "9", "does nothing in worker@4.env: no worker reads [api]"),
