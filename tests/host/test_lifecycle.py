@@ -174,7 +174,7 @@ def test_purge_leaves_only_what_the_admin_made(host: Container) -> None:
     host.ok(f"systemctl stop gpuinfer.target gpuinfer-redis 'gpuinfer-worker@*'; rm -r {redis}/*")
     host.ok(f"mount -t tmpfs none {redis} && systemctl start gpuinfer.target && ls {redis}/appendonlydir")
     said = host.ok("apt-get purge -y gpuinfer gpuinfer-torch-cpu", timeout=300)
-    assert f"left in place, as it could not be removed: {redis}" in said
+    assert f"kept, because it could not be removed: {redis}" in said
     host.ok("! test -e /etc/gpuinfer/keys.d")
     assert host.ok(f"ls -A {redis}; umount {redis} && rmdir {redis}") == ""
     host.ok("rm -r /etc/gpuinfer /etc/systemd/system/gpuinfer-* /var/lib/gpuinfer/models/slow")

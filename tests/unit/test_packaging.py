@@ -410,7 +410,7 @@ def test_policy_rc_d_is_obeyed(rolling: Rolling) -> None:
         "try-restart gpuinfer-watcher.service",
         "try-restart gpuinfer-flower.service",
     ]
-    assert f"<4>policy-rc.d forbids to start {WORKER_2}" in told
+    assert f"<4>policy-rc.d denies the start of {WORKER_2}" in told
 
 
 def test_what_an_administrator_has_stopped_stays_so(rolling: Rolling) -> None:
