@@ -141,7 +141,7 @@ class Fleet:
         while True:
             process = self._process(slot)
             try:
-                process.wait_for_line('"worker_ready"', timeout=90)
+                process.wait_for_line('"worker_ready"')
             except ServiceError:
                 if process.returncode != -signal.SIGKILL:
                     raise

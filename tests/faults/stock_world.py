@@ -57,7 +57,7 @@ class StockWorld:
 
     def ready(self, slot: int) -> None:
         """Wait until the worker of a slot serves."""
-        self._processes[slot].wait_for_line(r"ready\.", timeout=90)
+        self._processes[slot].wait_for_line(r"ready\.")
 
     def kill(self, slot: int, number: signal.Signals, *, returns: bool = True) -> bool:
         """End the worker of a slot."""

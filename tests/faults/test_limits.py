@@ -23,42 +23,45 @@ from tests.workers import Workers, wait_until
 
 pytestmark = pytest.mark.faults
 
+#: A soft limit that a busy machine does not make the innocent pass, and what takes longer.
+SOFT_S, SLOW_S = 2.0, 2.1
+
 
 def test_hard_limit_ends_the_offender_alone(workers: Workers, client: Client) -> None:
     """A batch past its hard limit ends the process, even in native code; only the offender fails."""
-    sleeper(workers.folder / "models" / "slow", 30, hard_time_limit_s=1.0, soft_time_limit_s=0.9)
+    sleeper(workers.folder / "models" / "slow", 30, hard_time_limit_s=4.0, soft_time_limit_s=3.5)
     good = client.submit_many([[0.0]] * 5, model="slow")
     bad = client.submit([1.0], model="slow")
     good += client.submit_many([[0.0]] * 5, model="slow")
     ends = []
     while not all(client.status(task).final for task in [*good, bad]):
         ends.append(workers.start(worker_models="slow", traced=False))
-        wait_until(lambda: not ends[-1].running or all(client.status(t).final for t in [*good, bad]), 20)
+        wait_until(lambda: not ends[-1].running or all(client.status(t).final for t in [*good, bad]), 60)
     assert [end.returncode for end in ends if not end.running] == [EX_HARD_LIMIT] * 2
-    assert len(client.results(good, timeout_s=1)) == 10
+    assert len(client.results(good, timeout_s=60)) == 10
     with pytest.raises(TimeLimitExceeded):
-        client.result(bad, timeout_s=1)
+        client.result(bad, timeout_s=60)
     assert client.status(good[0]).redelivered
 
 
 def test_soft_limit_fails_the_offender_alone(workers: Workers, client: Client) -> None:
     """A batch past its soft limit is run again one by one; the process lives, only the offender fails."""
-    sleeper(workers.folder / "models" / "slow", 0.6, soft_time_limit_s=0.3, hard_time_limit_s=20)
+    sleeper(workers.folder / "models" / "slow", SLOW_S, soft_time_limit_s=SOFT_S)
     good = client.submit_many([[0.0]] * 3, model="slow")
     bad = client.submit([1.0], model="slow")
     worker = workers.start(worker_models="slow")
-    assert len(client.results(good, timeout_s=10)) == 3
+    assert len(client.results(good, timeout_s=60)) == 3
     with pytest.raises(SoftTimeLimitExceeded):
-        client.result(bad, timeout_s=10)
+        client.result(bad, timeout_s=60)
     assert worker.running
 
 
 def test_a_list_job_past_its_soft_limit(workers: Workers, client: Client) -> None:
     """In a list job only the slow inputs end too long; it does not go round for ever."""
-    sleeper(workers.folder / "models" / "slow", 0.6, soft_time_limit_s=0.3, hard_time_limit_s=20)
+    sleeper(workers.folder / "models" / "slow", SLOW_S, soft_time_limit_s=SOFT_S)
     worker = workers.start(worker_models="slow")
     job = client.submit_batch([[0.0], [1.0], [0.0], [0.0]], model="slow")
-    answers = client.result(job, timeout_s=20)
+    answers = client.result(job, timeout_s=60)
     assert ["error" in answer for answer in answers] == [False, True, False, False]
     assert answers[1]["error"]["code"] == "soft_time_limit_exceeded"
     assert worker.running
@@ -70,21 +73,19 @@ def test_a_request_limits_its_whole_job(workers: Workers, client: Client) -> Non
         workers.folder / "models" / "slow", 0.2, max_batch_size=1, soft_time_limit_s=5, hard_time_limit_s=9
     )
     workers.start(worker_models="slow")
-    assert len(client.result(client.submit_batch([[1.0]] * 8, model="slow"), timeout_s=10)) == 8
-    job = client.submit_batch([[1.0]] * 50, model="slow", soft_time_limit_s=1)
-    begun = time.monotonic()
+    assert len(client.result(client.submit_batch([[1.0]] * 8, model="slow"), timeout_s=60)) == 8
+    job = client.submit_batch([[1.0]] * 1000, model="slow", soft_time_limit_s=1)  # 200 s of work
     with pytest.raises(SoftTimeLimitExceeded):
-        client.result(job, timeout_s=10)
-    assert time.monotonic() - begun < 5
+        client.result(job, timeout_s=60)
 
 
 def test_request_overrides_limits_within_the_maximum(workers: Workers, client: Client) -> None:
     """A request may ask for another limit; more than the model's maximum is cut to it."""
-    sleeper(workers.folder / "models" / "slow", 1.0, soft_time_limit_s=0.3, hard_time_limit_s=5)
+    sleeper(workers.folder / "models" / "slow", 1.0, soft_time_limit_s=0.3, hard_time_limit_s=60)
     workers.start(worker_models="slow")
-    assert client.result(client.submit([1.0], model="slow", soft_time_limit_s=3), timeout_s=10)
+    assert client.result(client.submit([1.0], model="slow", soft_time_limit_s=30), timeout_s=60)
     with pytest.raises(SoftTimeLimitExceeded):
-        client.result(client.submit([1.0], model="slow", soft_time_limit_s=0.1), timeout_s=10)
+        client.result(client.submit([1.0], model="slow", soft_time_limit_s=0.1), timeout_s=60)
 
 
 def test_a_hard_limit_for_a_whole_job(workers: Workers, client: Client) -> None:
@@ -93,11 +94,9 @@ def test_a_hard_limit_for_a_whole_job(workers: Workers, client: Client) -> None:
         workers.folder / "models" / "slow", 0.1, max_batch_size=1, soft_time_limit_s=5, hard_time_limit_s=9
     )
     worker = workers.start(worker_models="slow")
-    job = client.submit_batch([[1.0]] * 100, model="slow", time_limit_s=0.55)
-    begun = time.monotonic()
+    job = client.submit_batch([[1.0]] * 2000, model="slow", time_limit_s=0.55)  # 200 s of work
     with pytest.raises(TimeLimitExceeded):
-        client.result(job, timeout_s=20)
-    assert time.monotonic() - begun < 4
+        client.result(job, timeout_s=60)
     assert worker.running
 
 
@@ -107,22 +106,22 @@ def test_a_tiny_limit_ends_no_process(workers: Workers, client: Client) -> None:
     worker = workers.start(worker_models="slow", traced=False)
     tasks = [client.submit([1.0], model="slow", time_limit_s=0.001) for _ in range(4)]
     tasks.append(client.submit_batch([[1.0]] * 16, model="slow", time_limit_s=0.001))
-    answers = client.results(tasks, timeout_s=20, return_errors=True)
+    answers = client.results(tasks, timeout_s=60, return_errors=True)
     assert all(isinstance(answer, TimeLimitExceeded) for answer in answers[:4])
     assert isinstance(answers[4], TimeLimitExceeded)
-    assert client.result(client.submit([1.0], model="slow"), timeout_s=10)
+    assert client.result(client.submit([1.0], model="slow"), timeout_s=60)
     assert worker.running
 
 
 def test_a_requests_limit_spares_its_neighbours(workers: Workers, client: Client) -> None:
     """Of tasks with a limit of their own that share a batch, only the one fails that is slow by itself."""
-    sleeper(workers.folder / "models" / "slow", 0.5)
-    good = client.submit_many([[0.0]] * 3, model="slow", soft_time_limit_s=0.25)
-    bad = client.submit([1.0], model="slow", soft_time_limit_s=0.25)
+    sleeper(workers.folder / "models" / "slow", SLOW_S)
+    good = client.submit_many([[0.0]] * 3, model="slow", soft_time_limit_s=SOFT_S)
+    bad = client.submit([1.0], model="slow", soft_time_limit_s=SOFT_S)
     workers.start(worker_models="slow", traced=False)
-    assert len(client.results(good, timeout_s=10)) == 3
+    assert len(client.results(good, timeout_s=60)) == 3
     with pytest.raises(SoftTimeLimitExceeded):
-        client.result(bad, timeout_s=10)
+        client.result(bad, timeout_s=60)
 
 
 def test_urgent_between_slices_that_are_too_slow(workers: Workers, client: Client) -> None:
@@ -131,9 +130,7 @@ def test_urgent_between_slices_that_are_too_slow(workers: Workers, client: Clien
     workers.start(worker_models="slow", traced=False)
     job = client.submit_batch([[1.0]] * 32, model="slow")
     wait_until(lambda: client.status(job).state == "running")
-    begun = time.monotonic()
-    client.result(client.submit([0.0], model="slow"), timeout_s=10)
-    assert time.monotonic() - begun < 2
+    client.result(client.submit([0.0], model="slow", soft_time_limit_s=30), timeout_s=60)
     assert client.status(job).state == "running"
 
 
@@ -144,7 +141,7 @@ def test_failing_item_in_a_batch(workers: Workers, client: Client) -> None:
     values[7] = -1.0
     ids = client.submit_many([[value] for value in values], model="picky")
     workers.start(worker_models="picky")
-    answers = client.results(ids, timeout_s=10, return_errors=True)
+    answers = client.results(ids, timeout_s=60, return_errors=True)
     assert [i for i, answer in enumerate(answers) if isinstance(answer, Exception)] == [7]
 
 
@@ -165,9 +162,9 @@ def test_poison_takes_two_workers_and_no_neighbour(
                 deaths += 1
             time.sleep(0.02)
     assert deaths == 2
-    assert len(client.results(innocent, timeout_s=1)) == 12
+    assert len(client.results(innocent, timeout_s=60)) == 12
     with pytest.raises(DeadLettered):
-        client.result(poison, timeout_s=1)
+        client.result(poison, timeout_s=60)
     letter = json.loads(raw.hget(keys.DEAD, poison) or b"")
     assert letter["deaths"] == 2
 
@@ -184,13 +181,13 @@ def test_a_message_that_no_error_text_can_hold(
         for value in ({"b64": "", "\ud800": 1}, {"b64": "", "dtype": "\ud800", "shape": [1]}, {"\ud800": 2})
     ]
     worker = workers.start(worker_models="slow")
-    assert len(client.results(good, timeout_s=10)) == 3
+    assert len(client.results(good, timeout_s=60)) == 3
     raw = redis_server.client()
     wait_until(lambda: all(b"FAILURE" in (raw.get(keys.result(task)) or b"") for task in bad))
     for task in bad:
         with pytest.raises(InputError):
-            client.result(task, timeout_s=5)
-    assert client.result(client.submit([1.0], model="slow"), timeout_s=10)
+            client.result(task, timeout_s=60)
+    assert client.result(client.submit([1.0], model="slow"), timeout_s=60)
     assert worker.running
 
 
