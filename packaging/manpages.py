@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,11 +40,16 @@ def literal(lines: list[str]) -> str:
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Yield a docstring's paragraphs; one that begins with \\b keeps its lines, as in click."""
+    """Yield a docstring's paragraphs; one that begins with \\b keeps its lines, as in click.
+
+    Its heading, such as "Examples:", is text: a literal block after options would be indented as their help.
+    """
     for block in re.split(r"\n\s*\n", text.replace("\f", "").strip()):
         lines = block.strip("\n").splitlines()
         if lines and lines[0].strip() == "\b":
-            yield literal(lines[1:])
+            heading, *rest = lines[1:]
+            yield escape(heading.strip()) + "\n"
+            yield literal(textwrap.dedent("\n".join(rest)).splitlines())
         elif lines:
             yield escape(" ".join(line.strip() for line in lines)) + "\n"
 
@@ -98,23 +104,33 @@ def command_page(ending: Path) -> str:
     return header("gpuinfer", 1, "User Commands") + "\n".join([*parts, ending.read_text(encoding="utf-8")])
 
 
+def spoken(prose: list[str]) -> str:
+    """Return comments of the settings file as a paragraph; what it has between backticks is bold."""
+    return re.sub(r"`([^`]+)`", r"*\1*", escape(" ".join(prose)))
+
+
 def settings_text(lines: list[str]) -> Iterator[str]:
-    """Yield the parts of gpuinfer.toml(5); raises ValueError for a line it cannot read."""
+    """Yield the parts of gpuinfer.toml(5); raises ValueError for a line it cannot read.
+
+    Settings in a row, without an empty line between them, share the comment above them.
+    """
     prose: list[str] = []
-    for number, line in enumerate(lines, 1):
+    names: list[str] = []
+    for number, line in enumerate([*lines, ""], 1):
+        if found := SETTING.match(line):
+            names.append(f"*{escape(found[1])} = {escape(found[2])}*")
+            continue
+        if names:
+            yield "++\n".join(names) + f"\n\t{spoken(prose)}\n"
+            names, prose = [], []
         if found := SECTION.match(line):
             if prose:
-                yield escape(" ".join(prose)) + "\n"
+                yield spoken(prose) + "\n"
             yield f"# [{escape(found[1])}]\n"
-            prose = []
-        elif found := SETTING.match(line):
-            # Settings in a row share the words above them.
-            words = escape(" ".join(prose)) or "See above."
-            yield f"*{escape(found[1])} = {escape(found[2])}*\n\t{words}\n"
             prose = []
         elif not line.strip():
             if prose:
-                yield escape(" ".join(prose)) + "\n"
+                yield spoken(prose) + "\n"
             prose = []
         elif found := PROSE.match(line):
             prose.append(found[1])
@@ -147,11 +163,15 @@ def sources(root: Path) -> dict[str, str]:
 
 
 def roff(source: str) -> str:
-    """Return a page. Raises ValueError with scdoc's words for a wrong source."""
+    """Return a page. Raises ValueError with scdoc's words for a wrong source.
+
+    scdoc turns hyphenation off above the title, which turns it on again: a name of a file or setting that is
+    hyphenated cannot be copied.
+    """
     done = subprocess.run(["scdoc"], input=source, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(done.stderr.strip())
-    return done.stdout
+    return re.sub(r"(?m)^(\.TH .*)$", r"\1\n.nh", done.stdout, count=1)
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         file = tmp_path_factory.mktemp("man") / name
         file.write_text(manpages.roff(source))
         done = subprocess.run(
-            ["groff", "-man", "-t", "-Tutf8", "-Kutf8", "-P-cbou", "-rHY=0", "-rLL=100n", "-ww", str(file)],
+            ["groff", "-man", "-t", "-Tutf8", "-Kutf8", "-P-cbou", "-rLL=100n", "-ww", str(file)],
             capture_output=True,
             text=True,
             check=False,
@@ -112,6 +112,24 @@ def test_examples_keep_their_lines(pages: dict[str, str]) -> None:
     lines = [line.strip() for line in pages["gpuinfer.1"].splitlines()]
     assert "gpuinfer submit --wait '[[[0, 5, 13, 9, 1, 0, 0, 0], ...]]'" in lines
     assert "cat three.json | gpuinfer submit -" in lines
+
+
+def test_no_name_is_hyphenated(pages: dict[str, str]) -> None:
+    """A path, a unit or a setting can be copied from the page as a terminal of 100 columns shows it."""
+    for name, page in pages.items():
+        assert re.findall(r"\w+[\u2010\u00ad]$", page, re.M) == [], name
+
+
+def test_examples_are_no_part_of_the_last_option(pages: dict[str, str]) -> None:
+    """Their heading stands where paragraphs of the command do."""
+    headings = re.findall(r"(?m)^( *)Examples?:$", pages["gpuinfer.1"])
+    assert set(headings) == {" " * 7}
+
+
+def test_settings_in_a_row_share_their_words() -> None:
+    """Such as a bound of tasks, of their bytes and of their age."""
+    made = "".join(manpages.settings_text(["[a]", "# Some `words`.", "#b = 1", "#c = 2", "", "#d = 3"]))
+    assert made == "# [a]\n*b = 1*++\n*c = 2*\n\tSome *words*.\n*d = 3*\n\t\n"
 
 
 def test_the_page_of_the_settings_names_every_setting_of_the_file(pages: dict[str, str]) -> None:
