@@ -2,22 +2,24 @@
 """Writes a watcher's counters, and the fleet's history of metrics, to Redis.
 
 Of all live watchers, the first by host name writes the history (``queue.series``): the main series every
-10 s, and their means every 5 min. A watcher that takes over writes the same values to the same places.
+10 s, and their means every 5 min. A watcher that takes over goes on where the other one ended.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
+import orjson
 import redis
 
 from gpuinfer.errors import GpuinferError
 from gpuinfer.log import get_logger
 from gpuinfer.metrics.collector import REFUSALS
 from gpuinfer.metrics.gather import Snapshot, gather
-from gpuinfer.queue import series
+from gpuinfer.metrics.steps import MOST_GAP_S, Steps, state
+from gpuinfer.queue import keys, series
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.series import COARSE, FINE
 from gpuinfer.queue.tally import Tally
@@ -26,8 +28,6 @@ log = get_logger(__name__)
 
 #: At most this many models and workers have their own series.
 MOST_MODELS, MOST_WORKERS = 15, 60
-#: A rate is computed from two samples at most this far apart.
-MOST_GAP_S = 60.0
 FAILED = ("failed", "dead")
 
 
@@ -42,7 +42,6 @@ class Recorder:
         self._lock = threading.Lock()
         self._tally = Tally()
         self._slot = self._coarse = -1
-        self._before: Snapshot | None = None
         self._refused = ""
 
     def count(self, kind: str, what: str) -> None:
@@ -75,12 +74,26 @@ class Recorder:
 
     def _record(self) -> None:
         seen = gather(self._client, weigh=False)
-        series.write(self._client, FINE, seen.now, sample(seen, self._before))
-        self._before = seen
+        models = _models(seen)
+        for begin, rates in self._over(seen).items():
+            shown = {name: rate for name, rate in rates.items() if _is_shown(name, models)}
+            series.write(self._client, FINE, begin, shown)
+        series.write(self._client, FINE, seen.now, sample(seen, models))
         coarse = int(seen.now // COARSE.step_s)
         if coarse != self._coarse:
             self._coarse = coarse
             self._thin(coarse * COARSE.step_s)
+
+    def _over(self, seen: Snapshot) -> Mapping[int, Mapping[str, float]]:
+        """Return the rates of the steps that are over; Redis keeps what they are counted from."""
+        kept: bytes | None = self._client.get(keys.SERIES_STATE)  # type: ignore[assignment]  # not decoded
+        try:
+            steps = Steps.of(orjson.loads(kept or b"null"))
+        except orjson.JSONDecodeError:
+            steps = Steps()
+        over = steps.add(seen.now, _totals(seen))
+        self._client.set(keys.SERIES_STATE, orjson.dumps(state(steps)), ex=int(2 * MOST_GAP_S))
+        return over
 
     def _thin(self, end: int) -> None:
         """Write the means of the five minutes before ``end``."""
@@ -97,8 +110,8 @@ class Recorder:
             series.write(self._client, COARSE, begin, means)
 
 
-def sample(seen: Snapshot, before: Snapshot | None) -> dict[str, float]:
-    """Return the current value of each series; rates need a sample ``before``. Pure."""
+def sample(seen: Snapshot, models: Iterable[str]) -> dict[str, float]:
+    """Return the current value of each series that is not a rate of the fleet or a model. Pure."""
     values = {
         "waiting": float(seen.depth.total_waiting),
         "in_flight": float(seen.depth.total_inflight),
@@ -112,17 +125,11 @@ def sample(seen: Snapshot, before: Snapshot | None) -> dict[str, float]:
     for worker in sorted(seen.alive)[:MOST_WORKERS]:
         values[f"busy:{worker}"] = busy[worker]
         values[f"ended:{worker}"] = _number(seen.alive[worker].get("rate"))
-    models = _models(seen)
     oldest = seen.oldest()
     for model in models:
         lanes = [lane for lane in seen.depth.lanes if lane.model == model]
         values[f"waiting:{model}"] = float(sum(sum(seen.depth.lanes[lane].values()) for lane in lanes))
         values[f"oldest:{model}"] = max((s for lane, s in oldest.items() if lane.model == model), default=0.0)
-    if before is not None and 0 < seen.now - before.now <= MOST_GAP_S:
-        now, then = _sums(seen, models), _sums(before, models)
-        for name, count in now.items():
-            if count >= then.get(name, 0):  # otherwise Redis came back empty
-                values[name] = (count - then.get(name, 0)) / (seen.now - before.now)
     return values
 
 
@@ -132,18 +139,20 @@ def _models(seen: Snapshot) -> list[str]:
     return known[:MOST_MODELS]
 
 
-def _sums(seen: Snapshot, models: Iterable[str]) -> Mapping[str, int]:
+def _is_shown(name: str, models: Collection[str]) -> bool:
+    """Tell whether a rate is of the fleet, or of a model that has series."""
+    _, of_a_model, model = name.partition(":")
+    return not of_a_model or model in models
+
+
+def _totals(seen: Snapshot) -> Mapping[str, int]:
     """Return the running totals, by the name of the series that shows their rate."""
     found = dict.fromkeys(("ended", "failed", "requests", "refused"), 0)
-    found |= {f"{kind}:{model}": 0 for model in models for kind in ("ended", "failed")}
+    found |= {f"{kind}:{model}": 0 for model in seen.depth.catalogue for kind in ("ended", "failed")}
     for end, count in seen.ended.items():
-        for name in ("ended", f"ended:{end.lane.model}"):
-            if name in found:
-                found[name] += count
-        if end.outcome in FAILED:
-            for name in ("failed", f"failed:{end.lane.model}"):
-                if name in found:
-                    found[name] += count
+        for kind in ("ended", "failed") if end.outcome in FAILED else ("ended",):
+            for name in (kind, f"{kind}:{end.lane.model}"):
+                found[name] = found.get(name, 0) + count
     found["requests"] = seen.total("status")
     found["refused"] = sum(
         count for (kind, code, _), count in seen.counts.items() if kind == "error" and code in REFUSALS

@@ -121,6 +121,8 @@ FLUSHED_PREFIX = "gpuinfer:flushed:"
 #: Series of numbers -> when each was written last; and the chunks they lie in (see ``series``).
 SERIES = "gpuinfer:series"
 SERIES_PREFIX = "gpuinfer:series:"
+#: What the rates among them were counted from when last (see ``metrics.steps``).
+SERIES_STATE = "gpuinfer:watcher:series"
 #: The tasks that ended last, the newest first; and those that failed (see ``history``).
 HISTORY = "gpuinfer:history"
 FAILURES = "gpuinfer:history:failed"

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import redis
 
 from gpuinfer import Client
+from gpuinfer.metrics import recorder as recording
+from gpuinfer.metrics.gather import Snapshot, gather
 from gpuinfer.metrics.recorder import Recorder
 from gpuinfer.queue import keys, series
 from gpuinfer.queue.series import COARSE, FINE
@@ -16,19 +21,25 @@ pytestmark = pytest.mark.integration
 
 
 class Clock:
+    """This host's, and Redis's as far as what is looked at tells it."""
+
     def __init__(self, client: redis.Redis) -> None:
         self.now = float(client.time()[0])
+
+    def gather(self, client: redis.Redis, **options: Any) -> Snapshot:
+        return replace(gather(client, **options), now=self.now)
 
     def __call__(self) -> float:
         return self.now
 
 
 def test_the_first_watcher_writes_the_history(
-    client: Client, worker: HandWorker, redis_server: object
+    client: Client, worker: HandWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Queues, rates and workers; another host's watcher writes nothing while the first one lives."""
     raw = worker.store.client
     clock = Clock(raw)
+    monkeypatch.setattr(recording, "gather", clock.gather)
     first, second = (Recorder(raw, host, clock) for host in ("a", "b"))
     worker.register()
     for _ in range(8):
@@ -40,17 +51,57 @@ def test_the_first_watcher_writes_the_history(
     clock.now += FINE.step_s
     for recorder in (second, first):
         recorder.step(["a", "b"])
-    now = float(raw.time()[0])
-    found = series.read_at(raw, ["waiting", "ended", "workers", "waiting:digits"], now, FINE.step_s * 2)
+    found = series.read_at(raw, ["waiting", "ended", "workers", "waiting:digits"], clock.now, FINE.step_s * 2)
     assert [v for v in found.values["waiting"] if v is not None][-1] == 5
     assert found.values["waiting:digits"] == found.values["waiting"]
     assert [v for v in found.values["workers"] if v is not None][-1] == 1
     rate = next(v for v in found.values["ended"] if v is not None)
     assert rate > 3 / 30  # three tasks in less than half a minute
-    assert second._before is None
+    assert second._slot == -1
     clock.now += FINE.step_s
     second.step(["b"])
-    assert second._before is not None
+    assert second._slot != -1
+
+
+def test_it_adds_up_to_what_a_driver_submitted(
+    client: Client, worker: HandWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly: each end and each refusal is in one step, however late the looks are, and whoever looks."""
+    raw = worker.store.client
+    clock = Clock(raw)
+    start = clock.now = clock.now // FINE.step_s * FINE.step_s + 3
+    monkeypatch.setattr(recording, "gather", clock.gather)
+    worker.register()
+    submitted = dict.fromkeys(("ended", "failed", "requests", "refused"), 0)
+
+    def drive(done: int, failed: int, refused: int) -> None:
+        client.submit_many([[1]] * (done + failed))
+        for outcome, count in ((ValueError("no digit"), failed), ([1], done)):
+            assert worker.finish_all(outcome, room=count) == count
+        raw.hincrby(keys.COUNTS, "status 202 -", done + failed)
+        raw.hincrby(keys.COUNTS, "error queue_full -", refused)
+        for name, count in zip(submitted, (done + failed, failed, done + failed, refused), strict=True):
+            submitted[name] += count
+
+    Recorder(raw, "a", clock).step(["a", "b"])
+    for host, seconds, driven in (
+        ("a", 10.0, (40, 3, 1)),
+        ("a", 12.7, (517, 0, 0)),
+        ("a", 8.1, (0, 0, 0)),
+        ("a", 31.4, (77, 19, 2)),
+        ("b", 11.3, (5, 1, 301)),
+        ("b", 9.9, (250, 2, 7)),
+        ("b", 25.0, (0, 0, 0)),
+    ):
+        if any(driven):
+            drive(*driven)
+        clock.now += seconds
+        Recorder(raw, host, clock).step([host])
+    names = [*submitted, "ended:digits", "failed:digits"]
+    found = series.read_at(raw, names, clock.now, clock.now - start + FINE.step_s)
+    sums = {name: round(FINE.step_s * sum(v or 0.0 for v in found.values[name])) for name in names}
+    assert sums == submitted | {f"{name}:digits": submitted[name] for name in ("ended", "failed")}
+    assert [v is None for v in found.values["ended"]] == [False] * (len(found.values["ended"]) - 1) + [True]
 
 
 def test_five_minutes_are_a_mean(worker: HandWorker) -> None:
