@@ -10,6 +10,7 @@ import click
 
 from gpuinfer.cli_help import examples
 from gpuinfer.errors import TaskRevoked, WaitTimeout
+from gpuinfer.queue import completion
 from gpuinfer.queue.options import OPTIONS
 from gpuinfer.queue.show import as_json_option, one_line, print_json
 
@@ -191,7 +192,13 @@ def result(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) ->
 
 
 @click.command(epilog=examples(f"gpuinfer cancel {_ID}"))
-@click.argument("task_ids", nargs=-1, required=True, metavar="TASK_ID...")
+@click.argument(
+    "task_ids",
+    nargs=-1,
+    required=True,
+    metavar="TASK_ID...",
+    shell_complete=completion.from_redis(completion.running, "worker"),
+)
 @as_json_option
 @click.pass_obj
 def cancel(loaded: Loaded, task_ids: tuple[str, ...], as_json: bool) -> int:

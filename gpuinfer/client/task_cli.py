@@ -117,7 +117,7 @@ def _code(one: dict[str, Any]) -> str:
     nargs=-1,
     required=True,
     metavar="TASK_ID...",
-    shell_complete=completion.from_redis(completion.dead),
+    shell_complete=completion.from_redis(completion.failed),
 )
 @as_json_option
 @click.pass_obj

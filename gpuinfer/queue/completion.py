@@ -14,8 +14,8 @@ from gpuinfer.errors import GpuinferError
 if TYPE_CHECKING:
     import redis
 
-#: No more than this many are offered.
-MOST = 100
+#: No more than this many are offered; and of one worker's running tasks, whose messages have to be read.
+MOST, MOST_OF_A_WORKER = 100, 10
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
@@ -47,21 +47,42 @@ def models(client: redis.Redis) -> list[str]:
     return sorted(name.decode(errors="replace") for name in found)
 
 
-def ended(client: redis.Redis) -> list[str]:
-    """Return the ids of the tasks that ended last, the newest first."""
+def ended(client: redis.Redis, status: str | None = None) -> list[str]:
+    """Return the ids of the tasks that ended last, the newest first; ``status``: only with this one."""
     from gpuinfer.queue.history import Search
     from gpuinfer.queue.scripts import bind
 
-    search = Search(limit=MOST)
+    search = Search(limit=MOST, status=status)
     search.take(bind(client, "history")(args=search.args), 0.0)
     return [task.id for task in search.page.tasks]
 
 
-def dead(client: redis.Redis) -> list[str]:
-    """Return the ids of dead letters."""
-    from gpuinfer.queue.dead import ids
+def failed(client: redis.Redis) -> list[str]:
+    """Return the ids of tasks that can be sent again, the newest first: failed, and dead letters."""
+    from gpuinfer.queue.keys import DEAD_AGES
 
-    return ids(client)
+    dead: list[bytes] = client.zrange(DEAD_AGES, -MOST, -1)  # type: ignore[assignment]  # not decoded
+    letters = [name.decode(errors="replace") for name in reversed(dead)]
+    return [*dict.fromkeys([*ended(client, "failed"), *letters])]
+
+
+def running(client: redis.Redis) -> list[str]:
+    """Return the ids of tasks that run, a few of each worker."""
+    from gpuinfer.queue.drained import known
+    from gpuinfer.queue.keys import inflight
+    from gpuinfer.queue.message import decode
+
+    found = []
+    for worker in known(client):
+        record: bytes | None = client.hget(inflight(worker), "running")  # type: ignore[assignment]  # not decoded
+        seqs = (record or b"").split()[:MOST_OF_A_WORKER]
+        payloads: list[bytes | None] = client.hmget(inflight(worker), seqs) if seqs else []  # type: ignore[assignment]
+        for payload in payloads:
+            try:
+                found.append(decode(payload or b"").id)
+            except GpuinferError:  # settled meanwhile, or no message
+                continue
+    return found
 
 
 def workers(client: redis.Redis) -> list[str]:
