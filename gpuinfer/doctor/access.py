@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may connect to the front: where it listens, who is let in there, and what is wrong with that."""
+"""Who may connect to the API, and what the secrets' files let others do: passwords of Redis's users, keys."""
 
 from __future__ import annotations
 
@@ -11,208 +11,168 @@ from datetime import UTC, datetime
 from ipaddress import ip_network
 from pathlib import Path
 
-from gpuinfer.addresses import address
+from gpuinfer.addresses import address as address_of
 from gpuinfer.certificate import not_after
-from gpuinfer.doctor.finding import Finding, Findings, Skipped, edit, error, ok, warning
-from gpuinfer.doctor.host import Host
-from gpuinfer.doctor.units import SOCKET, addresses, paths, show
+from gpuinfer.doctor.host import EDIT, Finding, Findings, Host, Skipped, error, ok, warning
+from gpuinfer.doctor.redis_place import place_of
+from gpuinfer.doctor.units import listeners, show
 from gpuinfer.errors import BadKey
-from gpuinfer.keys.key import SUFFIX, Key, parse
-from gpuinfer.settings import DEFAULT_FILE, ApiSettings
+from gpuinfer.keys.key import SUFFIX, parse
+from gpuinfer.settings import ApiSettings
 
 FLOWER = "gpuinfer-flower.service"
 #: Who may use it, as its unit is shipped.
 FLOWER_WORDS = "Flower http://127.0.0.1:5555: this host, as admin with its password"
-#: Who reads the keys; a key's file and the folder belong to root and this group.
+CREDENTIALS, LOGINS = "/etc/gpuinfer/credentials", "/etc/gpuinfer/logins"
+#: Redis's users, of whom the administrator may be another host's; and who logs in to Flower.
+USERS, PEOPLE = ("admin", "api", "worker", "watcher", "flower"), ("operator", "viewer")
+#: Who reads the keys: their files and folder belong to root and this group.
 GROUP = "gpuinfer-api"
-_FOLDER_MODE, _FILE_MODE = 0o750, 0o640
-#: What is wrong soon is said this long before.
-_SOON_S = 7 * 86400.0
-#: A network with fewer bits than these is not somebody's own any more: 10.0.0.0/8 and fc00::/7 are.
+_MIN_PASSWORD_BYTES = 16
+#: What expires is reported this long before.
+SOON_S = 7 * 86400.0
+#: A network with fewer bits than these is open to anybody; 10.0.0.0/8 and fc00::/7 are somebody's own.
 _LEAST_BITS = {4: 8, 6: 7}
 
 
 def connect(host: Host) -> Findings:
-    """Who may connect to the front: where it listens, and who is let in there; nobody who should not be."""
-    api = host.settings.api
-    tcp, unix = _listeners(host)
-    names = _names(host)
-    opened = [where for where in tcp if not _is_loopback(where[0])]
-    found = [
-        *_in_clear(api, opened, names),
-        *_anybody(api),
-        *_pages(api, names),
-        *_certificate(host, api),
-    ]
-    metrics = host.settings.metrics.listen
-    said = f"{_where(api, tcp, unix)}; {_who(api, names, unix, opened)}"
+    """The API is open to nobody who should not use it; the report says who may connect, and where."""
+    api, metrics = host.settings.api, host.settings.metrics.listen
+    (tcp, unix), keys = listeners(host), _keys(host)
+    opened = [f"{name}:{port}" for name, port in tcp if not _is_loopback(name)]
+    bad = [*_too_open(api, opened, keys), *_certificate(host, api)]
+    scheme = "https" if api.tls_cert else "http"
+    places = [f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}" for name, port in tcp]
+    free = ["the Unix socket"] * bool(unix) + ["loopback"] * (keys == 0)
+    free += [f"{', '.join(api.anonymous)} (may predict)"] if api.anonymous else []
+    said = f"listens at {', '.join([*places, *unix])}; without a key: {', '.join(free) or 'nobody'}"
+    if keys is None:
+        said += "; with a key: only root can tell"
+    elif keys:
+        said += f"; with a key: {keys} key{'s' * (keys > 1)}"
+    elif opened and not api.anonymous:
+        said += "; from the network nobody, until there is a key (gpuinfer key add NAME)"
     said += f"; metrics for everybody at {metrics}" if metrics else ""
-    said += _flower(host)
-    return found or ok(said)
+    flower = show(host, [FLOWER], "Id,ActiveState") if host.booted else []
+    return bad or ok(said + f"; {FLOWER_WORDS}" * any(unit["ActiveState"] == "active" for unit in flower))
+
+
+def _is_loopback(name: str) -> bool:
+    found = address_of(name)
+    return name == "localhost" if found is None else found.is_loopback
+
+
+def _keys(host: Host) -> int | None:
+    """Return how many keys there are; None where this user may not see."""
+    try:
+        return sum(entry.suffix == SUFFIX for entry in host.path(host.settings.api.keys_dir).iterdir())
+    except FileNotFoundError:
+        return 0
+    except OSError:
+        return None
+
+
+def _too_open(api: ApiSettings, opened: list[str], keys: int | None) -> Iterator[Finding]:
+    if opened and not api.tls_cert and (keys != 0 or api.anonymous):
+        text = f"{opened[0]} is open to a network without TLS: keys and inputs can be read on their way"
+        yield warning(text, f"{EDIT}  # [api] tls_cert and tls_key, or a proxy with TLS")
+    for network in map(ip_network, api.anonymous):
+        if network.prefixlen < _LEAST_BITS[network.version]:
+            text = f"api.anonymous has {network}: anybody who reaches this host may predict, without a key"
+            yield error(text, f"{EDIT}  # [api] anonymous; gpuinfer key add NAME makes a key")
+    if "*" in api.cors_origins and (keys == 0 or api.anonymous):
+        text = "api.cors_origins is *: any web page may use this host through a visitor who needs no key"
+        yield warning(text, f"{EDIT}  # [api] cors_origins")
+
+
+def _certificate(host: Host, api: ApiSettings) -> Iterator[Finding]:
+    """The certificate can be read, and lasts for a week at least."""
+    if api.tls_cert is None:
+        return
+    try:
+        expires = not_after(host.path(api.tls_cert).read_bytes())
+    except (OSError, ValueError) as exc:
+        fix = f"{EDIT}  # [api] tls_cert and tls_key; then: journalctl -u gpuinfer-api -n 20"
+        yield error(f"{api.tls_cert}: {exc}", fix)
+        return
+    left_s = (expires - datetime.now(UTC)).total_seconds()
+    if left_s < SOON_S:
+        when = "has expired" if left_s < 0 else f"expires in {left_s / 86400:.1f} days"
+        renew = "certbot renew  # or as it was made; the API reads the new files by itself"
+        yield (error if left_s < 0 else warning)(f"the certificate {api.tls_cert} {when}", renew)
+
+
+def credentials(host: Host) -> Findings:
+    """The passwords of Redis's users and of Flower are there, and only root can read them."""
+    folder = host.path(CREDENTIALS)
+    if not folder.exists():
+        raise Skipped(f"{CREDENTIALS} is not there: the package is not installed")
+    try:
+        ours = place_of(host.settings.broker).ours
+    except Skipped:
+        ours = True
+    try:
+        users = USERS if ours or (folder / "admin").exists() else USERS[1:]
+        found = [*host.secret(CREDENTIALS, 0o700), *(bad for user in users for bad in _password(host, user))]
+        logins = [f"{LOGINS}/{user}" for user in PEOPLE if host.path(f"{LOGINS}/{user}").exists()]
+        found += [bad for login in logins for bad in host.secret(login, 0o640)]
+    except PermissionError:
+        raise Skipped(f"only root may read {CREDENTIALS}") from None
+    return found or ok(f"{len(users)} passwords, readable by root alone")
+
+
+def _password(host: Host, user: str) -> Iterator[Finding]:
+    shown = f"{CREDENTIALS}/{user}"
+    if not host.path(shown).exists():
+        yield error(f"{shown} is missing", "dpkg-reconfigure gpuinfer")
+        return
+    yield from host.secret(shown, 0o600)
+    if host.path(shown).stat().st_size < _MIN_PASSWORD_BYTES:
+        fix = f"openssl rand -hex 32 > {shown} && systemctl restart gpuinfer-redis gpuinfer.target"
+        yield error(f"{shown} holds no password", fix)
 
 
 def keys(host: Host) -> Findings:
-    """The keys' files are whole, readable by the front alone, and none expires within a week."""
+    """The keys' files are whole, readable by the API alone, and none expires within a week."""
     shown = host.settings.api.keys_dir
     folder = host.path(shown)
     if not folder.is_dir():
         raise Skipped(f"{shown} is not there: no key has been made")
     try:
         files = sorted(folder.glob(f"*{SUFFIX}"))
-        found = list(_modes(folder, str(shown), _FOLDER_MODE))
+        found = list(_rights(host, shown, 0o750))
         for file in files:
-            found += _modes(file, f"{shown}/{file.name}", _FILE_MODE)
-            found += _key(file, f"{shown}/{file.name}")
+            found += [*_rights(host, shown / file.name, 0o640), *_key(file, shown / file.name)]
     except PermissionError:
-        raise Skipped(f"only root may look into {shown}") from None
-    return found or ok(f"{_count(len(files), 'key')}, read by {GROUP} alone")
+        raise Skipped(f"only root may read {shown}") from None
+    return found or ok(f"{len(files)} key{'s' * (len(files) != 1)}, readable by {GROUP} alone")
 
 
-def _listeners(host: Host) -> tuple[list[tuple[str, int]], list[str]]:
-    """Return the TCP addresses and Unix sockets of the front: systemd's, elsewhere those of the settings."""
+def _rights(host: Host, shown: Path, wanted: int) -> Iterator[Finding]:
+    """Root owns it, the API's group reads it, and no other user does."""
+    yield from host.secret(shown, wanted)
+    status = host.path(shown).stat()
     try:
-        (unit,) = show(host, [SOCKET], "LoadState,Listen")
-        found = addresses(unit), paths(unit)
-    except (Skipped, ValueError):
-        found = [], []
-    return found if any(found) else ([(host.settings.api.host, host.settings.api.port)], [])
-
-
-def _flower(host: Host) -> str:
-    """Say who may use Flower, where its unit runs."""
-    try:
-        found = show(host, [FLOWER], "Id,ActiveState")
-    except Skipped:
-        return ""
-    runs = any(unit["Id"] == FLOWER and unit["ActiveState"] == "active" for unit in found)
-    return f"; {FLOWER_WORDS}" if runs else ""
-
-
-def _is_loopback(name: str) -> bool:
-    found = address(name)
-    return name == "localhost" if found is None else found.is_loopback
-
-
-def _names(host: Host) -> list[str] | None:
-    """Return the names of the keys; None where they are not for us to read."""
-    folder = host.path(host.settings.api.keys_dir)
-    try:
-        return sorted(entry.name.removesuffix(SUFFIX) for entry in folder.iterdir() if entry.suffix == SUFFIX)
-    except FileNotFoundError:
-        return []
-    except OSError:
-        return None
-
-
-def _where(api: ApiSettings, tcp: list[tuple[str, int]], unix: list[str]) -> str:
-    scheme = "https" if api.tls_cert else "http"
-    urls = [
-        f"{scheme}://[{name}]:{port}" if ":" in name else f"{scheme}://{name}:{port}" for name, port in tcp
-    ]
-    return "listens at " + ", ".join([*urls, *unix])
-
-
-def _who(api: ApiSettings, names: list[str] | None, unix: list[str], opened: list[tuple[str, int]]) -> str:
-    """Say who is let in, and by what."""
-    free = ["the Unix socket"] if unix else []
-    if names == []:
-        free.append("loopback")
-    if api.anonymous:
-        free.append(f"{', '.join(api.anonymous)} (may predict)")
-    words = f"without a key: {', '.join(free) or 'nobody'}"
-    if names is None:
-        return f"{words}; with a key: only root can tell"
-    if names:
-        return f"{words}; with a key: {_count(len(names), 'key')}"
-    none_yet = "; from the network nobody, until there is a key (gpuinfer key add NAME)"
-    return words + (none_yet if opened and not api.anonymous else "")
-
-
-def _in_clear(api: ApiSettings, opened: list[tuple[str, int]], names: list[str] | None) -> Iterator[Finding]:
-    """Open to a network without TLS: keys and inputs can be read on their way."""
-    if opened and not api.tls_cert and (names or names is None or api.anonymous):
-        name, port = opened[0]
-        text = f"{name}:{port} is open to a network without TLS: keys and inputs can be read on their way"
-        yield warning(text, f"{edit(DEFAULT_FILE)}  # [api] tls_cert and tls_key, or a proxy with TLS")
-
-
-def _anybody(api: ApiSettings) -> Iterator[Finding]:
-    for text in api.anonymous:
-        found = ip_network(text)
-        if found.prefixlen < _LEAST_BITS[found.version]:
-            yield error(
-                f"api.anonymous has {text}: anybody who reaches this host may predict, without a key",
-                f"{edit(DEFAULT_FILE)}  # [api] anonymous; gpuinfer key add NAME makes a key",
-            )
-
-
-def _pages(api: ApiSettings, names: list[str] | None) -> Iterator[Finding]:
-    if "*" in api.cors_origins and (names == [] or api.anonymous):
-        text = "api.cors_origins is *: any web page may use this host through a visitor who needs no key"
-        yield warning(text, f"{edit(DEFAULT_FILE)}  # [api] cors_origins")
-
-
-def _certificate(host: Host, api: ApiSettings) -> Iterator[Finding]:
-    """The certificate can be read, and lasts."""
-    if api.tls_cert is None:
+        group = grp.getgrnam(GROUP).gr_gid
+    except KeyError:  # the package is not installed
         return
-    fix = f"{edit(DEFAULT_FILE)}  # [api] tls_cert and tls_key; then: journalctl -u gpuinfer-api -n 20"
-    try:
-        expires = not_after(host.path(api.tls_cert).read_bytes())
-    except OSError as exc:
-        yield error(f"the certificate {api.tls_cert} cannot be read: {exc.strerror or exc}", fix)
-        return
-    except ValueError as exc:
-        yield error(f"{api.tls_cert}: {exc}", fix)
-        return
-    left_s = (expires - datetime.now(UTC)).total_seconds()
-    if left_s < _SOON_S:
-        when = "has expired" if left_s < 0 else f"expires in {left_s / 86400:.1f} days"
-        renew = "certbot renew  # or as it was made; the front takes the new files by itself"
-        yield (error if left_s < 0 else warning)(f"the certificate {api.tls_cert} {when}", renew)
+    if status.st_gid != group or not status.st_mode & stat.S_IRGRP:
+        fix = f"chgrp {GROUP} {shown} && chmod {wanted:04o} {shown}"
+        yield error(f"{shown} cannot be read by the API", fix)
 
 
-def _key(file: Path, shown: str) -> Iterator[Finding]:
+def _key(file: Path, shown: Path) -> Iterator[Finding]:
     try:
         key = parse(file.name.removesuffix(SUFFIX), file.read_text(encoding="utf-8"))
     except FileNotFoundError:  # revoked meanwhile
         return
     except (BadKey, UnicodeDecodeError) as exc:
         why = exc.message if isinstance(exc, BadKey) else "must be UTF-8 text"
-        yield error(f"{shown}: {why}; this key is refused", edit(shown))
+        yield error(f"{shown}: {why}; this key is refused", f"editor {shown}")
         return
-    yield from _expiry(key)
-
-
-def _expiry(key: Key) -> Iterator[Finding]:
-    if key.expires is None:
-        return
-    left_s = key.expires - time.time()
+    left_s = SOON_S if key.expires is None else key.expires - time.time()
     if left_s < 0:
         yield warning(f"the key {key.name} has expired", f"gpuinfer key revoke {key.name}")
-    elif left_s < _SOON_S:
+    elif left_s < SOON_S:
         text = f"the key {key.name} expires in {left_s / 86400:.1f} days"
         yield warning(text, f"gpuinfer key show {key.name}")
-
-
-def _modes(path: Path, shown: str, wanted: int) -> Iterator[Finding]:
-    """Root owns it, the front's group reads it, nobody else does."""
-    status = path.stat()
-    mode = stat.S_IMODE(status.st_mode)
-    if mode & ~wanted:
-        yield error(
-            f"{shown} has mode {mode:04o}: others may read or change keys", f"chmod {wanted:04o} {shown}"
-        )
-    if status.st_uid != 0:
-        yield error(f"{shown} belongs to user {status.st_uid}, who may change keys", f"chown root {shown}")
-    try:
-        group = grp.getgrnam(GROUP).gr_gid
-    except KeyError:  # no installed host
-        return
-    if status.st_gid != group or not mode & stat.S_IRGRP:
-        fix = f"chgrp {GROUP} {shown} && chmod {wanted:04o} {shown}"
-        yield error(f"{shown} cannot be read by the front", fix)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

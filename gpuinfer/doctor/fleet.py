@@ -1,28 +1,131 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fleet's default model: is it set, and known."""
+"""The work of the whole fleet, by Redis: what waits, what is held, and what nobody serves."""
 
 from __future__ import annotations
 
+import socket
+
+from gpuinfer import locks
 from gpuinfer.doctor.broker import asked
-from gpuinfer.doctor.finding import Finding, error, ok, warning
-from gpuinfer.doctor.host import Host
-from gpuinfer.queue import catalogue
+from gpuinfer.doctor.host import Finding, Findings, Host, error, ok, warning
+from gpuinfer.doctor.redis_place import place_of
+from gpuinfer.doctor.workers import served
+from gpuinfer.queue import catalogue, drained, heartbeats, keys
+from gpuinfer.queue.depth import is_paused, look
+from gpuinfer.queue.fleet import Server, remedy, servers, serves_of
+from gpuinfer.queue.orphans import Holder, ago, command, holders
 
 
 def default_model(host: Host) -> Finding:
-    """The fleet has a default model, for requests that name none, and it is one that the fleet knows."""
+    """The fleet has a default model, for requests that name none, and knows it."""
     with asked(host) as client:
         fleet = catalogue.read(client)
     name, known = fleet.default_model, fleet.known
     if not known:
         return ok("the fleet knows no model yet; the first worker sets the default model")
-    choose = f"gpuinfer model default {known[0]}"
-    if not name:
-        return warning("no default model is set: requests must name their model", choose)
-    if name not in known:
-        return error(
-            f"the default model {name} is not in the catalogue ({', '.join(known)}): requests that name no "
-            "model are refused",
-            choose,
-        )
-    return ok(f"the default model is {name}, of {len(known)} that the fleet knows")
+    if name in known:
+        return ok(f"the default model is {name}, of {len(known)} that the fleet knows")
+    text = f"the default model is {name or 'not set'}, and must be one of {', '.join(known)}"
+    fix = f"gpuinfer model default {known[0]}"
+    return (error if name else warning)(f"{text}: requests that name no model are refused", fix)
+
+
+def workers(host: Host) -> Findings:
+    """Workers send heartbeats, or no task waits for one; and each has loaded all its models."""
+    with asked(host) as client:
+        waiting, beats = look(client).total_waiting, heartbeats.fresh(client)
+    if waiting and not beats:
+        fix = "gpuinfer doctor units; gpuinfer watcher explain; journalctl -u 'gpuinfer-worker@*' -n 20"
+        return error(f"no worker runs, and {waiting} tasks wait", fix if host.booted else "gpuinfer worker 0")
+    found = [ok(f"{len(beats)} workers run: {', '.join(sorted(beats)) or 'no task waits for one'}")]
+    for worker, beat in sorted(beats.items()):
+        number, its_host = _parts(worker)
+        for name, why in beat.get("missing", {}).items():
+            fix = f"gpuinfer model show {name}  # then, on {its_host}: "
+            fix += f"systemctl restart gpuinfer-worker@{number}"
+            found.append(warning(f"{worker} serves without {name}: {why}", fix))
+    return found
+
+
+def _parts(worker: str) -> tuple[str, str]:
+    """Return the number and the host of ``gpu0@host``."""
+    name, _, its_host = worker.partition("@")
+    return name.removeprefix("gpu"), its_host
+
+
+def dead_letters(host: Host) -> Finding:
+    """There are no dead letters."""
+    with asked(host) as client:
+        count = int(client.hlen(keys.DEAD))
+    if not count:
+        return ok("no dead letters")
+    return warning(f"{count} dead letter{'s' * (count > 1)}", "gpuinfer dead list")
+
+
+def orphans(host: Host) -> Findings:
+    """No worker that holds tasks has stopped sending heartbeats."""
+    with asked(host) as client:
+        found = holders(client)
+    sound = f"{sum(one.tasks for one in found)} tasks in flight, all at workers that send heartbeats"
+    return [_orphan(host, one) for one in found if one.silent] or ok(sound)
+
+
+def _orphan(host: Host, one: Holder) -> Finding:
+    """Return the finding for one silent worker: an error when no watcher will put its tasks back."""
+    text = f"{one.worker} holds {one.tasks} tasks and has sent no heartbeat for {ago(one.silent_s)}"
+    here, settings = socket.gethostname(), host.settings
+    lock = locks.state(settings.worker.run_dir, one.worker) if one.host == here else "free"
+    if lock == "held":
+        look = f"journalctl -u gpuinfer-worker@{_parts(one.worker)[0]} -n 20"
+        return warning(f"{text}, though its process runs", look)
+    if lock == "unknown":
+        return warning(f"{text}; this user cannot tell whether its process runs", "sudo gpuinfer doctor work")
+    after_s, fix = settings.watcher.reap_after_s, command(one.worker, here)
+    if after_s and one.silent_s < 2 * after_s:
+        return warning(f"{text}; a watcher puts them back after {ago(after_s)}", fix)
+    return error(f"{text}; no watcher has put them back", fix)
+
+
+def waiting(host: Host) -> Findings:
+    """Every task that waits is for a model and a queue that some worker serves, or would serve."""
+    name = socket.gethostname()
+    with asked(host) as client:
+        depth, workers = look(client), servers(client)
+    for number, settings in served(host):  # what this host's workers would serve by their settings
+        workers.append(Server(number, name, serves_of(settings.worker.queues, settings.worker.models)))
+    counts = {lane: sum(levels.values()) for lane, levels in sorted(depth.lanes.items())}
+    able = {one.serves for one in workers if not one.masked}
+    bad = []
+    for lane, count in counts.items():
+        if not any(serves.covers(lane) for serves in able):
+            text = f"{count} tasks wait in {lane.tier} for {lane.model or 'the default model'}"
+            bad.append(error(f"{text}, which no worker serves", remedy(lane, workers)))
+    return bad or ok(f"workers serve all that waits: {sum(counts.values())} tasks in {len(counts)} queues")
+
+
+def paused(host: Host) -> Findings:
+    """No queue is paused and no worker is drained, as one may be by oversight."""
+    with asked(host) as client:
+        depth, workers = look(client), drained.names(client)
+    bad = []
+    for name in depth.paused:
+        count = sum(sum(levels.values()) for lane, levels in depth.lanes.items() if is_paused(lane, (name,)))
+        text = f"{name} is paused: {count} tasks wait there, and no worker takes them"
+        bad.append(warning(text, f"gpuinfer queue resume {name}"))
+    for worker in workers:
+        number, its_host = _parts(worker)
+        text = f"{worker} is drained: it takes no tasks, also after a restart, until it is resumed"
+        bad.append(warning(text, f"gpuinfer worker resume {number}  # on {its_host}"))
+    return bad or ok("no queue is paused, no worker drained")
+
+
+def foreign(host: Host) -> Findings:
+    """Each key in Redis with the name of a queue, or of an index of queues, is one."""
+    with asked(host) as client:
+        found = look(client).foreign
+    bad = []
+    for name, kind in found.items():
+        quoted = name.encode("unicode_escape").decode().replace("'", "\\'")  # the shell's $'...' knows \x06
+        delete = f"{place_of(host.settings.broker).cli} DEL $'{quoted}'"
+        bad.append(error(f"{name!r} in Redis is a {kind}, not ours: its queue is not served", delete))
+    return bad or ok("no other program's key has the name of a queue")

@@ -1,190 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPUs: driver, health, free memory, MIG, what the kernel wrote about them."""
+"""The GPUs: driver, health, free memory, the kernel's messages, and CUDA where a worker would run."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from contextlib import suppress
+from typing import Any
 
-from gpuinfer.doctor.child import ChildFailed, ChildHung
-from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
-from gpuinfer.doctor.host import Host
-from gpuinfer.doctor.nvml import Health
-from gpuinfer.gpus import PROGRAM_XIDS, Gpu, Inventory, chosen
+from gpuinfer.doctor.host import Finding, Findings, Host, Skipped, error, ok, warning
+from gpuinfer.errors import ModelLoadError
+from gpuinfer.gpus import CUDA_TORCH, PROGRAM_XIDS, Gpu, chosen, torch_build
+from gpuinfer.models import sandbox
+from gpuinfer.privileges import WORKER_USER
 
+PROBE_LIMIT_S = 60.0
 _GIB = 1024**3
-#: Less free memory than this on a GPU, and a worker can hardly load anything.
+#: With less free memory than this on a GPU a worker can hardly load anything.
 _LEAST_FREE_BYTES = _GIB // 2
-_COMPUTE_PROHIBITED, _COMPUTE_EXCLUSIVE = 2, 3
-_HOT_C = 90
+_COMPUTE_PROHIBITED = 2
 _XID = re.compile(r"NVRM: Xid \(PCI:(?P<pci>[0-9a-fA-F:.]+)\): (?P<number>\d+)")
-#: What is worth a reboot is for a person to decide.
+_NVRM = "journalctl -k -b -g NVRM -n 20"
+#: Whether to reboot is for a person to decide.
 _REBOOT = "  # if the GPU does not come back: reboot"
 _SMI = "nvidia-smi --query-compute-apps=gpu_uuid,pid,process_name,used_memory --format=csv"
+#: CUDA sees no GPU: nodes are missing (a worker's start makes them, too), or closed to the workers' user.
+_NODES = (
+    "ls -l /dev/nvidia*; /usr/lib/gpuinfer/bin/make-device-nodes || nvidia-modprobe -u -c 0"
+    f"; usermod -aG $(stat -c %G /dev/nvidiactl) {WORKER_USER}"
+)
+#: NVML's words for why it does not work -> the remedy.
+_FIX_DRIVER = {
+    "mismatch": "cat /proc/driver/nvidia/version  # the old kernel module still runs: a reboot loads the new",
+    "Not Loaded": f"modprobe nvidia; dkms status; {_NVRM}",
+    "Not Found": "apt install libnvidia-ml1",
+    "does not answer": f"{_NVRM}{_REBOOT}",
+    "": f"nvidia-smi; {_NVRM}",
+}
 
 
-def driver(host: Host) -> Finding:
-    """The driver answers, and lists the GPUs."""
-    try:
-        report = host.gpus()
-    except (ChildHung, ChildFailed) as exc:
-        return error(f"the driver does not answer: {exc.message}", f"journalctl -k -b -g NVRM -n 20{_REBOOT}")
+def driver(host: Host) -> Findings:
+    """The driver answers, and so does each GPU; one that is split by MIG has instances."""
+    report = host.gpus()
     found = report.inventory
     if found.failed and not found.broken:
-        return error(found.reason, _fix_driver(found))
+        return error(found.reason, next(fix for words, fix in _FIX_DRIVER.items() if words in found.reason))
     if not found.gpus and not found.broken:
         raise Skipped(f"no NVIDIA GPU here ({found.reason})")
     cuda = f", serves CUDA up to {report.cuda}" if report.cuda else ""
-    return ok(f"driver {found.driver}{cuda}, {len(found.gpus)} GPUs")
+    look = f"journalctl -k -b -g 'NVRM: Xid' -n 20{_REBOOT}"
+    lost = [error(f"GPU {index} does not answer: {words}", look) for index, words in found.broken.items()]
+    return [ok(f"driver {found.driver}{cuda}, {len(found.gpus)} GPUs"), *lost, *map(_describe, found.gpus)]
 
 
-def _fix_driver(found: Inventory) -> str:
-    if "mismatch" in found.reason:
-        return (
-            "cat /proc/driver/nvidia/version  # its old kernel module still runs: a reboot loads the new one"
-        )
-    if "Not Loaded" in found.reason:
-        return "modprobe nvidia; dkms status; journalctl -k -b -g NVRM -n 20"
-    if "Not Found" in found.reason:
-        return "apt install libnvidia-ml1"
-    return "nvidia-smi; journalctl -k -b -g NVRM -n 20"
-
-
-def listed(host: Host) -> Findings:
-    """Each GPU answers, and worker.gpus names only GPUs that are there."""
-    found = _inventory(host)
-    lost = [
-        error(f"GPU {index} does not answer: {words}", f"journalctl -k -b -g 'NVRM: Xid' -n 20{_REBOOT}")
-        for index, words in found.broken.items()
-    ]
-    return [*lost, *_unknown(host, found), *(ok(_describe(gpu)) for gpu in found.gpus)]
-
-
-def _inventory(host: Host) -> Inventory:
-    try:
-        found = host.gpus().inventory
-    except (ChildHung, ChildFailed):
-        raise Skipped("NVML cannot be asked; see gpu.driver") from None
-    if not found.gpus and not found.broken:
-        raise Skipped(found.reason)
-    return found
-
-
-def _describe(gpu: Gpu) -> str:
-    size = f", {gpu.memory_bytes / _GIB:.0f} GiB" if gpu.memory_bytes else ""
-    return f"GPU {gpu.index}: {gpu.name}{size}, {gpu.pci}, {gpu.uuid}"
-
-
-def _unknown(host: Host, found: Inventory) -> Iterator[Finding]:
-    uuids = [gpu.uuid for gpu in found.gpus]
-    uuids += [part.uuid for gpu in found.gpus for part in gpu.instances]
-    indices = {str(gpu.index) for gpu in found.gpus}
-    for entry in host.settings.worker.gpus:
-        if entry not in indices and not any(uuid.startswith(entry) for uuid in uuids):
-            yield error(f"worker.gpus names {entry}, and NVML lists no such GPU", "gpuinfer gpus --json")
-
-
-def mig(host: Host) -> Findings:
-    """A GPU with MIG on has instances."""
-    split = [gpu for gpu in host.some_gpus().inventory.gpus if gpu.mig]
-    if not split:
-        raise Skipped("no GPU is split by MIG")
-    return [_mig(gpu) for gpu in split]
-
-
-def _mig(gpu: Gpu) -> Finding:
-    if not gpu.instances:
+def _describe(gpu: Gpu) -> Finding:
+    if gpu.mig and not gpu.instances:
         make = f"nvidia-smi mig -i {gpu.index} -lgip && nvidia-smi mig -i {gpu.index} -cgi PROFILE -C"
         return error(f"GPU {gpu.index} has MIG on and no instance: CUDA cannot use it", make)
-    names = ", ".join(f"{part.profile} {part.uuid}" for part in gpu.instances)
-    return ok(f"GPU {gpu.index} is split into {len(gpu.instances)}: {names}")
-
-
-def persistence(host: Host) -> Findings:
-    """The driver stays loaded while no program uses a GPU, so that a worker starts in a moment."""
-    health = host.some_gpus().health
-    off = [str(index) for index, state in health.items() if state.persistence is False]
-    if off:
-        return warning(
-            f"persistence mode is off on GPU {', '.join(off)}: each first start waits for the driver",
-            "systemctl enable --now nvidia-persistenced || nvidia-smi -pm 1",
-        )
-    return ok("persistence mode is on")
+    size = f", {gpu.memory_bytes / _GIB:.0f} GiB" if gpu.memory_bytes else ""
+    parts = "".join(f", {part.profile} {part.uuid}" for part in gpu.instances)
+    return ok(f"GPU {gpu.index}: {gpu.name}{size}, {gpu.pci}, {gpu.uuid}{parts}")
 
 
 def health(host: Host) -> Findings:
-    """No uncorrected memory errors, no memory that waits for a repair, no closed compute mode, no heat."""
-    health = host.some_gpus().health
-    found = [finding for index, state in health.items() for finding in _troubles(host, index, state)]
-    return found or ok("no memory errors, nothing to repair")
+    """No GPU has memory errors, is closed to CUDA, or waits for its driver at each start."""
+    report, bad = host.some_gpus(), []
+    for gpu in report.inventory.gpus:
+        name, state, reset = f"GPU {gpu.index}", report.health[gpu.index], _reset(host, gpu)
+        if state.persistence == 0:
+            fix = "systemctl enable --now nvidia-persistenced || nvidia-smi -pm 1"
+            bad.append(warning(f"{name}: persistence mode is off: first starts wait for the driver", fix))
+        if state.remap_failed:
+            text = f"{name} has bad memory that it could not replace: exchange the GPU"
+            bad.append(error(text, f"nvidia-smi -i {gpu.index} -q"))
+        if state.remap_pending:
+            bad.append(warning(f"{name} needs a reset to replace bad memory", reset))
+        if state.ecc_uncorrected:
+            text = f"{name} has {state.ecc_uncorrected} uncorrected memory errors since its driver was loaded"
+            bad.append(error(text, reset))
+        if state.compute_mode == _COMPUTE_PROHIBITED:
+            text = f"{name} is closed to CUDA (compute mode prohibited)"
+            bad.append(error(text, f"nvidia-smi -i {gpu.index} -c DEFAULT"))
+    return bad or ok("no memory errors, nothing to repair, persistence mode is on")
 
 
-def _troubles(host: Host, index: int, state: Health) -> Iterator[Finding]:
-    numbers = _workers_on(host, index)
-    reset = _reset(host, index, numbers)
-    if state.remap_failed:
-        yield error(
-            f"GPU {index} has memory that could not be replaced: exchange it", f"nvidia-smi -i {index} -q"
-        )
-    if state.remap_pending:
-        yield warning(f"GPU {index} waits for a reset to replace bad memory", reset)
-    if state.ecc_uncorrected:
-        yield error(
-            f"GPU {index} has {state.ecc_uncorrected} uncorrected memory errors since its start", reset
-        )
-    if state.compute_mode == _COMPUTE_PROHIBITED:
-        yield error(
-            f"GPU {index} is closed to CUDA (compute mode prohibited)", f"nvidia-smi -i {index} -c DEFAULT"
-        )
-    if state.compute_mode == _COMPUTE_EXCLUSIVE and len(state.processes) > 1:
-        yield warning(f"GPU {index} takes one process alone and has several", _SMI)
-    elif state.compute_mode == _COMPUTE_EXCLUSIVE and len(numbers) > 1:
-        text = f"GPU {index} takes one process alone, and {len(numbers)} workers share it (worker.per_gpu)"
-        yield error(text, f"nvidia-smi -i {index} -c DEFAULT")
-    if state.temperature_c is not None and state.temperature_c >= _HOT_C:
-        yield warning(
-            f"GPU {index} is at {state.temperature_c} °C", f"nvidia-smi -i {index} -q -d TEMPERATURE"
-        )
-
-
-def _reset(host: Host, index: int, numbers: Sequence[int]) -> str:
-    """Return what resets a GPU: nobody may use it meanwhile, and the watcher and the daemon do."""
-    units = " ".join(("gpuinfer-watcher", *(f"gpuinfer-worker@{number}" for number in numbers)))
-    uuid = next(gpu.uuid for gpu in host.some_gpus().inventory.gpus if gpu.index == index)
-    return (
-        f"systemctl stop {units} nvidia-persistenced; nvidia-smi -i {uuid} --gpu-reset; "
-        f"systemctl start nvidia-persistenced {units}"
-    )
-
-
-def _workers_on(host: Host, index: int) -> list[int]:
-    """Return the numbers of the workers on a GPU, by the settings; by its index where those are wrong."""
-    try:
+def _reset(host: Host, gpu: Gpu) -> str:
+    """Return what resets a GPU: nothing may use it meanwhile, as its workers, the watcher and a daemon do."""
+    numbers = []
+    with suppress(Skipped):  # the settings are wrong
         worker = host.settings.worker
-    except Skipped:
-        return [index]
-    found = chosen(worker.gpus, host.some_gpus().inventory, worker.per_gpu)
-    numbers = [n for n in found.worker_numbers if (gpu := found.of_worker(n)) and gpu.index == index]
-    return numbers or [index]
+        found = chosen(worker.gpus, host.some_gpus().inventory, worker.per_gpu)
+        numbers = [n for n in found.worker_numbers if (one := found.of_worker(n)) and one.index == gpu.index]
+    names = [f"gpuinfer-worker@{number}" for number in numbers or [gpu.index]]
+    units = " ".join(["gpuinfer-watcher", *names])
+    stop = f"systemctl stop {units} nvidia-persistenced; nvidia-smi -i {gpu.uuid} --gpu-reset"
+    return f"{stop}; systemctl start nvidia-persistenced {units}"
 
 
 def memory(host: Host) -> Findings:
-    """Each GPU has memory left, or is known to be used."""
-    report = host.some_gpus()
-    measured = [gpu for gpu in report.inventory.gpus if gpu.memory_bytes]
-    if not measured:
+    """No other program fills the memory of a GPU."""
+    report, found = host.some_gpus(), list[Finding]()
+    for gpu in (gpu for gpu in report.inventory.gpus if gpu.memory_bytes):
+        pids = report.health[gpu.index].processes
+        others = [str(pid) for pid in pids if not _is_worker(host, pid)]
+        free = gpu.memory_bytes - gpu.used_bytes
+        text = f"GPU {gpu.index}: {free / _GIB:.1f} of {gpu.memory_bytes / _GIB:.1f} GiB free"
+        if free < _LEAST_FREE_BYTES and (others or not pids):
+            text += f"; used by processes {', '.join(others) or 'unknown to NVML'}"
+            found.append(warning(text, _SMI))
+        else:
+            found.append(ok(text))
+    if not found:
         raise Skipped("the GPUs report no memory of their own")
-    return [_free(host, gpu, report.health.get(gpu.index, Health())) for gpu in measured]
-
-
-def _free(host: Host, gpu: Gpu, state: Health) -> Finding:
-    free = gpu.memory_bytes - gpu.used_bytes
-    text = f"GPU {gpu.index}: {free / _GIB:.1f} of {gpu.memory_bytes / _GIB:.1f} GiB free"
-    strangers = [pid for pid in state.processes if not _is_worker(host, pid)]
-    if free < _LEAST_FREE_BYTES and (strangers or not state.processes):
-        pids = ", ".join(map(str, strangers)) or "unknown to NVML"
-        return warning(f"{text}; used by processes {pids}", _SMI)
-    return ok(text)
+    return found
 
 
 def _is_worker(host: Host, pid: int) -> bool:
@@ -197,25 +125,69 @@ def _is_worker(host: Host, pid: int) -> bool:
 
 
 def xid(host: Host) -> Findings:
-    """The kernel wrote no Xid, NVIDIA's word for a GPU's trouble, since the last boot."""
+    """The kernel has logged no Xid, NVIDIA's number for a GPU's fault, since the last boot."""
     if not host.may_have_gpus():
         raise Skipped("no NVIDIA GPU here")
     host.need_systemd()
     done = host.run(["journalctl", "-k", "-b", "-o", "cat", "-g", "NVRM: Xid", "--no-pager", "-n", "200"])
     if "permission" in done.stderr.lower() or "not seeing messages" in done.stderr:
         raise Skipped("this user may not read the kernel's log")
-    counts: dict[tuple[str, int], int] = {}
-    for match in _XID.finditer(done.stdout):
-        key = (match["pci"], int(match["number"]))
-        counts[key] = counts.get(key, 0) + 1
-    return [_xid(pci, number, times) for (pci, number), times in counts.items()] or ok(
-        "no Xid since the boot"
-    )
+    counts = Counter((match["pci"], int(match["number"])) for match in _XID.finditer(done.stdout))
+    bad = []
+    for (pci, number), times in counts.items():
+        show = f"journalctl -k -b -g 'Xid.*: {number}' -n 5"
+        text = f"Xid {number} from {pci}, {times} times since the boot"
+        if number in PROGRAM_XIDS:
+            bad.append(warning(f"{text}: {PROGRAM_XIDS[number]}, a program's fault", show))
+        else:
+            fix = f"{show}; nvidia-smi -q{_REBOOT}"
+            bad.append(error(f"{text}: the GPU is at fault and may need a reset", fix))
+    return bad or ok("no Xid since the boot")
 
 
-def _xid(pci: str, number: int, times: int) -> Finding:
-    show = f"journalctl -k -b -g 'Xid.*: {number}' -n 5"
-    text = f"Xid {number} from {pci}, {times} times since the boot"
-    if number in PROGRAM_XIDS:
-        return warning(f"{text}: {PROGRAM_XIDS[number]}, a program's fault", show)
-    return error(f"{text}: the GPU needs a look, and maybe a reset", f"{show}; nvidia-smi -q{_REBOOT}")
+def torch(host: Host) -> Finding:
+    """torch is installed, and built for CUDA where there is a GPU."""
+    has_gpu, found = host.may_have_gpus(), torch_build()
+    if found is None:
+        kind = "cuda" if has_gpu else "cpu"
+        return error("torch is not installed: no worker can start", f"apt install gpuinfer-torch-{kind}")
+    version, cuda = found
+    if has_gpu and not cuda:
+        return error(f"torch {version} is built for the CPU alone", CUDA_TORCH)
+    return ok(f"torch {version}, built for {f'CUDA {cuda}' if cuda else 'the CPU'}")
+
+
+def probe(host: Host) -> Findings:
+    """Each GPU computes, in the workers' sandbox and as their user, within a time limit."""
+    gpus = host.some_gpus().inventory.gpus
+    try:
+        answer = sandbox.ask("cuda", gpu="all", limit_s=PROBE_LIMIT_S, quiet=True)
+    except ModelLoadError as exc:
+        return error(f"CUDA cannot be tried as a worker would: {exc.message}", f"{_NVRM}; nvidia-smi")
+    return judge(answer, len(gpus), split=any(gpu.mig for gpu in gpus))
+
+
+def judge(answer: dict[str, Any], count: int, *, split: bool = False) -> Findings:
+    """Turn the probe's answer into findings; ``count`` is how many GPUs NVML lists.
+
+    Where one is ``split`` by MIG, CUDA shows a process only some of them, and counts tell nothing.
+    """
+    if answer["cuda"] is None:
+        return error(f"torch {answer['torch']} is built for the CPU alone", CUDA_TORCH)
+    good, failed = answer["devices"], answer["failed"]
+    if not good and not failed:
+        return error(f"NVML lists {count} GPUs, CUDA none: {answer['why']}", _NODES)
+    bad = [_not_computing(name, words) for name, words in failed.items()]
+    seen = len(good) + len(failed)
+    if seen < count and not split:
+        bad.append(error(f"NVML lists {count} GPUs, CUDA {seen} of them", f"ls -l /dev/nvidia*; {_NVRM}"))
+    return bad or ok(f"{len(good)} devices compute (torch {answer['torch']}, {answer['ms']:.0f} ms)")
+
+
+def _not_computing(name: str, words: str) -> Finding:
+    if "out of memory" in words:
+        return warning(f"{name} is full: {words}", "nvidia-smi")
+    if "busy or unavailable" in words:
+        text = f"{name} is held by another process (compute mode): {words}"
+        return warning(text, "nvidia-smi -q -d COMPUTE")
+    return error(f"{name} does not compute: {words}", _NVRM)

@@ -1,28 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host as the checks see it: settings, files, commands, the GPUs. Tests put another in its place."""
+"""The host as the checks see it, and what a check finds there. Tests put another host in its place."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
-from gpuinfer.doctor import child
-from gpuinfer.doctor.finding import Skipped
-from gpuinfer.doctor.nvml import Report, from_json
+from gpuinfer.doctor.nvml import Report, ask
 from gpuinfer.errors import ConfigError
 from gpuinfer.settings import Loaded, Settings
 
 if TYPE_CHECKING:
     import redis
 
+Status = Literal["ok", "warning", "error", "skipped"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+#: Opens the settings; ``editor`` is Debian's name for whichever editor there is.
+EDIT = "editor /etc/gpuinfer/gpuinfer.toml"
 COMMAND_LIMIT_S = 10.0
-NVML_LIMIT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    status: Status
+    message: str
+    #: A command to paste that fixes the fault or shows more; empty when there is nothing to do.
+    remedy: str = ""
+    #: Name of the check; the runner fills it in.
+    check: str = ""
+
+
+Findings = Finding | Sequence[Finding]
+
+
+class Skipped(Exception):
+    """Raised when a check does not apply to this host, or may not be made by this user."""
+
+
+#: All is well.
+ok = partial(Finding, "ok")
+#: What costs something now or may fail later; with a remedy.
+warning = partial(Finding, "warning")
+#: What keeps this host from working; with a remedy.
+error = partial(Finding, "error")
 
 
 def run_command(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -42,11 +72,6 @@ def run_command(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def ask_nvml() -> Report:
-    """Ask NVML in a child process. Raises ChildFailed, ChildHung."""
-    return from_json(child.ask_nvml(NVML_LIMIT_S))
-
-
 @dataclass
 class Host:
     """One look at a host; what is costly to ask is asked once."""
@@ -55,15 +80,15 @@ class Host:
     #: Where /etc, /proc, /sys, /dev and /var are looked for.
     root: Path = Path("/")
     run: Callable[[Sequence[str]], subprocess.CompletedProcess[str]] = run_command
-    nvml: Callable[[], Report] = ask_nvml
+    nvml: Callable[[], Report] = ask
     #: A connection to Redis that is open already; else each check opens its own.
     client: redis.Redis | None = None
-    _report: Report | Exception | None = field(default=None, init=False)
+    _report: Report | None = field(default=None, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
 
     @property
     def settings(self) -> Settings:
-        """Return the settings. Raises Skipped when they are wrong, which is one check's business alone."""
+        """Return the settings. Raises Skipped when they are wrong: one check alone reports that."""
         try:
             return self.loaded.settings
         except ConfigError:
@@ -80,37 +105,44 @@ class Host:
         except OSError as exc:
             raise Skipped(f"{absolute} cannot be read: {exc.strerror or exc}") from None
 
+    def secret(self, absolute: str | Path, wanted: int) -> Iterator[Finding]:
+        """Yield what is wrong with mode and owner of a secret's file or folder. Raises OSError."""
+        status = self.path(absolute).stat()
+        mode = stat.S_IMODE(status.st_mode)
+        if mode & ~wanted:
+            fix = f"chmod {wanted:04o} {absolute}"
+            yield error(f"{absolute} has mode {mode:04o}: others may read or change secrets", fix)
+        if status.st_uid != 0:
+            text = f"{absolute} belongs to user {status.st_uid}, who may change it"
+            yield error(text, f"chown root {absolute}")
+
     def gpus(self) -> Report:
-        """Return what NVML says, asked once. Raises ChildFailed, ChildHung to each caller."""
+        """Return what NVML says, asked once: a driver that hangs costs its limit once."""
         with self._lock:
             if self._report is None:
-                try:
-                    self._report = self.nvml()
-                except Exception as exc:
-                    self._report = exc
-        if isinstance(self._report, Exception):
-            raise self._report
+                self._report = self.nvml()
         return self._report
 
     def may_have_gpus(self) -> bool:
-        """Tell whether a GPU or its driver is here; where the driver cannot even be asked, one is."""
-        try:
-            found = self.gpus().inventory
-        except Exception:
-            return True
+        """Tell whether a GPU or its driver is here; where the driver does not answer, one is."""
+        found = self.gpus().inventory
         return bool(found.gpus or found.broken or found.failed)
 
     def some_gpus(self) -> Report:
-        """Return what NVML says where it lists a GPU. Raises Skipped elsewhere: gpu.driver says why."""
-        try:
-            report = self.gpus()
-        except Exception:
-            raise Skipped("NVML cannot be asked; see gpu.driver") from None
-        if not report.inventory.gpus:
-            raise Skipped(report.inventory.reason or "there is no GPU")
-        return report
+        """Return what NVML says where it counts a GPU. Raises Skipped elsewhere."""
+        found = self.gpus().inventory
+        if found.failed and not found.broken:
+            raise Skipped("NVML cannot be asked; see gpu.driver")
+        if not found.gpus and not found.broken:
+            raise Skipped(found.reason)
+        return self.gpus()
+
+    @property
+    def booted(self) -> bool:
+        """Tell whether this host runs systemd."""
+        return self.path("/run/systemd/system").is_dir()
 
     def need_systemd(self) -> None:
         """Raise Skipped on a host that was not booted with systemd."""
-        if not self.path("/run/systemd/system").is_dir():
+        if not self.booted:
             raise Skipped("this host does not run systemd")

@@ -1,38 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What NVML knows of a host's GPUs, in one report that passes through a pipe as JSON.
+"""What NVML knows of a host's GPUs. It is asked in a child process, for a driver may hang or crash.
 
-``python -m gpuinfer.doctor.nvml`` prints it: see ``child``.
+``python -m gpuinfer.doctor.nvml`` is that process. One that hangs in the driver cannot even be killed: it is
+left behind, and the doctor goes on.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+import gpuinfer
 from gpuinfer.gpus import Inventory, list_gpus
+
+LIMIT_S = 20.0
+_KILL_WAIT_S = 1.0
+#: Secrets, and what an administrator's shell hides of the GPUs.
+_NOT_KEPT = ("GPUINFER_", "CREDENTIALS", "CUDA_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True)
 class Health:
     """What a GPU says of itself; None where it cannot tell."""
 
-    persistence: bool | None = None
+    #: 0: the driver is unloaded when no process uses it.
+    persistence: int | None = None
     #: 0 default, 2 prohibited, 3 one process alone.
     compute_mode: int | None = None
     #: Since the driver was loaded.
     ecc_uncorrected: int | None = None
     #: Memory rows are to be replaced, which waits for a reset; and one could not be.
-    remap_pending: bool | None = None
-    remap_failed: bool | None = None
-    temperature_c: int | None = None
-    #: Process id -> bytes of the GPU's memory.
-    processes: dict[int, int] = field(default_factory=dict)
+    remap_pending: int | None = None
+    remap_failed: int | None = None
+    #: The processes that compute on it.
+    processes: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -46,17 +57,38 @@ class Report:
     health: dict[int, Health] = field(default_factory=dict)
 
 
-_JSON: TypeAdapter[Report] = TypeAdapter(Report)
+#: A report as JSON, and back.
+JSON: TypeAdapter[Report] = TypeAdapter(Report)
 
 
-def to_json(report: Report) -> bytes:
-    """Return the report as one line."""
-    return _JSON.dump_json(report)
+def ask(limit_s: float = LIMIT_S, module: str = "gpuinfer.doctor.nvml") -> Report:
+    """Return NVML's report from a process of its own; of one that hangs or fails, why."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_KEPT)}
+    path = [str(Path(gpuinfer.__file__).parents[1]), *filter(None, [kept.get("PYTHONPATH")])]
+    child = subprocess.Popen(
+        [sys.executable, *(["-I"] if sys.flags.isolated else []), "-m", module],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**kept, "PYTHONPATH": os.pathsep.join(path), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+    )
+    try:
+        out, err = child.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            child.communicate(timeout=_KILL_WAIT_S)
+        return _no_answer(f"gave no answer in {limit_s:g} s")
+    if child.returncode or not out:
+        last = err.decode(errors="replace").strip().rpartition("\n")[2]
+        return _no_answer(last[:500] or f"ended with status {child.returncode}")
+    return JSON.validate_json(out.splitlines()[-1])
 
 
-def from_json(text: bytes) -> Report:
-    """Read what ``to_json`` wrote."""
-    return _JSON.validate_json(text)
+def _no_answer(why: str) -> Report:
+    return Report(Inventory(reason=f"the driver does not answer: NVML {why}", failed=True))
 
 
 def read(nvml: Any = None) -> Report:
@@ -68,31 +100,25 @@ def read(nvml: Any = None) -> Report:
     nvml.nvmlInit()
     try:
         health = {gpu.index: _health(nvml, gpu.index) for gpu in inventory.gpus}
-        return Report(inventory, _cuda(nvml), health)
+        number = _try(nvml, nvml.nvmlSystemGetCudaDriverVersion)
+        cuda = f"{number // 1000}.{number % 1000 // 10}" if number else ""
+        return Report(inventory, cuda, health)
     finally:
         with suppress(nvml.NVMLError):
             nvml.nvmlShutdown()
 
 
-def _cuda(nvml: Any) -> str:
-    number = _try(nvml, nvml.nvmlSystemGetCudaDriverVersion)
-    return f"{number // 1000}.{number % 1000 // 10}" if number else ""
-
-
 def _health(nvml: Any, index: int) -> Health:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    rows = _try(nvml, nvml.nvmlDeviceGetRemappedRows, handle)
+    rows = _try(nvml, nvml.nvmlDeviceGetRemappedRows, handle) or (0, 0, None, None)
     uncorrected, volatile = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
-    persistence = _try(nvml, nvml.nvmlDeviceGetPersistenceMode, handle)
-    found = _try(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
     return Health(
-        persistence=None if persistence is None else bool(persistence),
+        persistence=_try(nvml, nvml.nvmlDeviceGetPersistenceMode, handle),
         compute_mode=_try(nvml, nvml.nvmlDeviceGetComputeMode, handle),
         ecc_uncorrected=_try(nvml, nvml.nvmlDeviceGetTotalEccErrors, handle, uncorrected, volatile),
-        remap_pending=None if rows is None else bool(rows[2]),
-        remap_failed=None if rows is None else bool(rows[3]),
-        temperature_c=_try(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
-        processes={process.pid: process.usedGpuMemory or 0 for process in found},
+        remap_pending=rows[2],
+        remap_failed=rows[3],
+        processes=[one.pid for one in _try(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []],
     )
 
 
@@ -105,4 +131,4 @@ def _try(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n" + to_json(read()).decode() + "\n")  # a library may have written before
+    sys.stdout.write("\n" + JSON.dump_json(read()).decode() + "\n")  # a library may have written before

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where Redis is, in words, and the commands that reach that very place."""
+"""Where Redis is, the commands that reach it there, and which of its common failures an exception means.
+
+Another connection is made only where the exception does not tell: about TLS, and where Redis closed the
+connection at once. Redis's words were read from 7.0 and 8; those of OpenSSL from 3.0.
+"""
 
 from __future__ import annotations
 
 import getpass
+import re
 import shlex
 import socket
 import ssl
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from errno import errorcode
 from pathlib import Path
 
-from gpuinfer.doctor.finding import edit
+from gpuinfer.doctor.host import EDIT, Finding, error
 from gpuinfer.redis_url import parse
 from gpuinfer.settings import ADMIN_PASSWORD, BrokerSettings
 
@@ -18,7 +25,6 @@ OUR_SOCKET = "/run/gpuinfer/redis/redis.sock"
 OUR_CONF = "/etc/gpuinfer/redis.conf"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PROBE_LIMIT_S = 2.0
-_SYSTEMD = Path("/run/systemd/system")
 
 
 @dataclass(frozen=True)
@@ -30,96 +36,82 @@ class Place:
     host: str
     port: int
     tls: bool
-    username: str
+    #: Who logs in.
+    user: str
     has_password: bool
     tls_ca: Path | None
     timeout_s: float
 
     @property
     def shown(self) -> str:
-        """Return it for a sentence; no password can be in it."""
+        """Return the address for a sentence, without any password."""
         return self.socket or f"{self.host}:{self.port}{' (TLS)' if self.tls else ''}"
 
     @property
     def ours(self) -> bool:
-        """Tell whether it is the instance the package runs."""
+        """Tell whether it is the Redis that the package runs."""
         return self.socket == OUR_SOCKET
 
     @property
-    def local(self) -> bool:
-        """Tell whether it is on this host."""
-        return bool(self.socket) or self.host in _LOOPBACK
-
-    @property
-    def user(self) -> str:
-        """Return who logs in, for a sentence."""
-        return self.username or "default"
-
-    def cli(self, command: str) -> str:
-        """Return a redis-cli call of an administrator at this place."""
-        if self.ours:
-            login = f"REDISCLI_AUTH=$(cat {ADMIN_PASSWORD}) redis-cli --user admin"
-        else:
+    def cli(self) -> str:
+        """Return the administrator's redis-cli for this place, to be followed by a command."""
+        login = f"REDISCLI_AUTH=$(cat {ADMIN_PASSWORD}) redis-cli --user admin"
+        if not self.ours:
             login = "redis-cli" + (" --askpass" if self.has_password else "")
-            login += f" --user {shlex.quote(self.username)}" if self.username else ""
-        return f"{login} {self._address()} {command}"
+            login += f" --user {shlex.quote(self.user)}" if self.user != "default" else ""
+        if self.socket:
+            return f"{login} -s {shlex.quote(self.socket)}"
+        ca = f" --cacert {shlex.quote(str(self.tls_ca))}" if self.tls_ca else ""
+        return f"{login} -h {self.host} -p {self.port}" + (f" --tls{ca}" if self.tls else "")
 
     def config(self, key: str, value: str) -> str:
-        """Return what sets an option of redis.conf there; in our own instance for good, not until its end."""
+        """Return the command that sets an option of redis.conf; in our own Redis it outlasts a restart."""
         if self.ours:
-            return f"{edit(OUR_CONF)} && systemctl restart gpuinfer-redis  # {key} {value}"
-        return self.cli(f"CONFIG SET {key} {value}")
-
-    def _address(self) -> str:
-        if self.socket:
-            return f"-s {shlex.quote(self.socket)}"
-        ca = f" --cacert {shlex.quote(str(self.tls_ca))}" if self.tls_ca else ""
-        return f"-h {self.host} -p {self.port}" + (f" --tls{ca}" if self.tls else "")
+            return f"editor {OUR_CONF} && systemctl restart gpuinfer-redis  # {key} {value}"
+        return f"{self.cli} CONFIG SET {key} {value}"
 
     @property
     def start(self) -> str:
-        """Return the command that starts Redis there, as far as we can know it."""
-        if self.ours and not _SYSTEMD.is_dir():
+        """Return the command that starts Redis there, or tells which one it would be."""
+        if self.ours and not Path("/run/systemd/system").is_dir():
             return "gpuinfer demo  # or name a Redis that runs: GPUINFER_BROKER_URL=redis://127.0.0.1:6379/0"
         if self.ours:
             return "systemctl start gpuinfer-redis; journalctl -u gpuinfer-redis -n 20 --no-pager"
-        if self.local:
-            return "gpuinfer config show | grep broker.url  # start the Redis it names, or name another"
-        return f"ssh {self.host} systemctl start gpuinfer-redis"
+        return "gpuinfer config show | grep broker.url  # start the Redis it names, or name another"
 
-    def greeting(self) -> str:
-        """Return what Redis says to a client that it turns away at once: too many clients, protected mode."""
+    def says(self, line: bytes = b"") -> str:
+        """Return what is answered there, without TLS, to a line or to a connection alone; empty: nothing."""
         try:
-            with socket.socket(socket.AF_UNIX if self.socket else socket.AF_INET) as plain:
-                plain.settimeout(_PROBE_LIMIT_S)
-                plain.connect(self.socket or (self.host, self.port))
+            with _connected(self) as plain:
+                plain.sendall(line)
                 return plain.recv(1000).decode(errors="replace")
         except OSError:
             return ""
 
-    def answers_plainly(self) -> bool:
-        """Tell whether a Redis without TLS is there: it answers a line, if only with an error."""
-        try:
-            with socket.create_connection((self.host, self.port), _PROBE_LIMIT_S) as plain:
-                plain.sendall(b"PING\r\n")
-                return plain.recv(1)[:1] in (b"+", b"-")
-        except OSError:
-            return False
-
-    def answers_tls(self) -> bool:
-        """Tell whether somebody speaks TLS there, whatever the certificate."""
+    def speaks_tls(self) -> bool:
+        """Tell whether TLS is spoken there, whatever the certificate."""
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
-            with socket.create_connection((self.host, self.port), _PROBE_LIMIT_S) as plain:
+            with _connected(self) as plain:
                 context.wrap_socket(plain).close()
-        except (OSError, ssl.SSLError):
+        except OSError:
             return False
         return True
 
 
+def _connected(place: Place) -> socket.socket:
+    """Return a connection without TLS. Raises OSError."""
+    if not place.socket:
+        return socket.create_connection((place.host, place.port), _PROBE_LIMIT_S)
+    plain = socket.socket(socket.AF_UNIX)
+    plain.settimeout(_PROBE_LIMIT_S)
+    plain.connect(place.socket)
+    return plain
+
+
 def place_of(broker: BrokerSettings) -> Place:
-    """Read a broker's URL."""
+    """Return the place that broker.url names."""
     url = parse(broker.url)
     is_socket = url.scheme == "unix"
     return Place(
@@ -127,16 +119,181 @@ def place_of(broker: BrokerSettings) -> Place:
         host=url.host,
         port=0 if is_socket else url.port,
         tls=url.scheme == "rediss",
-        username=broker.username or url.user,
+        user=broker.username or url.user or "default",
         has_password=bool(broker.password or url.password),
         tls_ca=broker.tls_ca,
         timeout_s=broker.connect_timeout_s,
     )
 
 
-def me() -> str:
+@dataclass(frozen=True)
+class Row:
+    """A failure and its finding; ``diagnose`` formats the texts."""
+
+    #: A regular expression for the causes: of each its class, the system's error code, its words.
+    signs: str
+    message: str
+    remedy: str
+    #: The remedy where the Redis is the package's own; empty: the same.
+    ours: str = ""
+    when: Callable[[Place], bool] = lambda _: True
+
+
+def diagnose(exc: Exception, place: Place) -> Finding:
+    """Return the finding for what redis-py raised at a place."""
+    causes = list(_causes(exc))
+    codes = [errorcode.get(getattr(one, "errno", None) or 0, "") for one in causes]
+    seen = "\n".join(f"{type(one).__name__} {code} {one}" for one, code in zip(causes, codes, strict=True))
+    if re.search("EPIPE|ECONNRESET|Broken pipe|closed by server|reset by", seen):
+        # Redis closed the connection before our first command, and redis-py has not read what it said.
+        seen += f"\n{place.says()}"
+    row = next(row for row in ROWS if re.search(row.signs, seen) and row.when(place))
+    refused = [one.verify_message for one in causes if isinstance(one, ssl.SSLCertVerificationError)]
+    words = {
+        "place": place,
+        "me": _me(),
+        "our_socket": OUR_SOCKET,
+        "text": refused[0] if refused else " ".join(str(exc).split())[:300],
+    }
+    return error(row.message.format(**words), ((place.ours and row.ours) or row.remedy).format(**words))
+
+
+def _causes(exc: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while exc is not None and id(exc) not in seen:
+        seen.add(id(exc))
+        yield exc
+        exc = exc.__cause__ or exc.__context__
+
+
+def _me() -> str:
     """Return who runs this command."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
         return "this user"
+
+
+def _is_beside_ours(place: Place) -> bool:
+    """Our own Redis runs here, and broker.url names another place on this host."""
+    here = bool(place.socket) or place.host in _LOOPBACK
+    return here and place.socket != OUR_SOCKET and Path(OUR_SOCKET).is_socket()
+
+
+def _is_without_tls(place: Place) -> bool:
+    """A Redis without TLS waits for the end of a line that never comes, and its client sees a timeout."""
+    return place.tls and place.says(b"PING\r\n")[:1] in ("+", "-")
+
+
+_LOG = "journalctl -u gpuinfer-redis -n 20 --no-pager"
+_LOGIN = f"{EDIT} && gpuinfer doctor redis.reach  # broker.username, broker.password"
+_JOIN = "usermod -aG gpuinfer-operator {me}  # or -viewer; then log in again; or: sudo gpuinfer doctor"
+_CERTIFICATE = "openssl s_client -connect {place.host}:{place.port} -showcerts </dev/null"
+_ABSENT = "ENOENT|ENOTDIR|ENAMETOOLONG|ECONNREFUSED|AF_UNIX path too long"
+
+ROWS: tuple[Row, ...] = (
+    # What Redis answers.
+    Row(
+        "LOADING|loading the dataset|BusyLoadingError",
+        "Redis is loading its data after a start, and answers when it has finished",
+        "{place.cli} INFO persistence | grep loading; sleep 10; gpuinfer doctor redis.reach",
+    ),
+    Row(
+        "OOM command not allowed|OOM allow|command not allowed when used memory",
+        "Redis is full (maxmemory) and refuses new work; workers still finish what was accepted",
+        "gpuinfer queue status; {place.cli} CONFIG SET maxmemory 2gb",
+        f"gpuinfer queue status; {EDIT} && systemctl restart gpuinfer-redis  # [redis] maxmemory_mb",
+    ),
+    Row(
+        "MISCONF",
+        "Redis cannot write to its disk, and refuses all writes until it can (MISCONF)",
+        "{place.cli} INFO persistence; df -h",
+        f"df -h /var/lib/gpuinfer/redis; {_LOG}",
+    ),
+    Row(
+        "READONLY|ReadOnlyError",
+        "{place.shown} is a read-only replica; broker.url must name its master",
+        "{place.cli} INFO replication",
+    ),
+    Row("Error compiling script", "Redis is too old: 7.0 or newer is needed", "{place.cli} INFO server"),
+    Row(
+        "NOPERM|has no permissions|NoPermissionError",
+        "Redis's user {place.user} lacks a right (NOPERM): {text}",
+        "{place.cli} ACL GETUSER {place.user}; {place.cli} ACL LOG 5",
+        "gpuinfer redis apply-users  # gives this version's rights; {place.cli} ACL GETUSER {place.user}",
+    ),
+    Row(
+        "WRONGPASS|invalid username-password|invalid password|without any password",
+        "Redis rejects user {place.user}: broker.password is wrong, or Redis has not read a new one yet",
+        _LOGIN,
+        "systemctl restart gpuinfer-redis  # reads /etc/gpuinfer/credentials again",
+    ),
+    Row(
+        "NOAUTH|Authentication required|HELLO must be called",
+        "Redis wants a password, and none is set for {me} (broker.password)",
+        _LOGIN,
+        _JOIN,
+    ),
+    Row("DB index", "broker.url names a database that Redis does not have; 0 is right", EDIT),
+    Row(
+        "Redis is running in protected mode",
+        "Redis accepts no connection from other hosts until it has passwords (protected mode)",
+        "{place.cli} ACL SETUSER ...  # on Redis's host",
+    ),
+    Row("max number of clients", "Redis has reached its limit of clients", "{place.cli} CLIENT LIST"),
+    # TLS.
+    Row(
+        "CERTIFICATE_VERIFY_FAILED|SSLCertVerificationError",
+        "TLS: the certificate of {place.host} is refused: {text}",
+        f"{_CERTIFICATE}; date; {EDIT}  # broker.url: its name; broker.tls_ca: its CA's file",
+    ),
+    Row(
+        "certificate or crl|NO_CERT|ENOENT|EACCES",
+        "TLS: broker.tls_ca = {place.tls_ca} cannot be read, or holds no certificate",
+        "ls -l {place.tls_ca}; file {place.tls_ca}",
+        when=lambda place: place.tls,
+    ),
+    # What the system answers.
+    Row(
+        "ECONNREFUSED|ENOTSOCK",
+        "{place.socket} is not a socket: broker.url is wrong",
+        f"ls -l {{place.socket}}; {EDIT}",
+        when=lambda place: bool(place.socket) and not Path(place.socket).is_socket(),
+    ),
+    Row(
+        _ABSENT,
+        "nothing listens at {place.shown}, but Redis does at {our_socket}: broker.url is wrong",
+        f"GPUINFER_BROKER_URL='unix://{{our_socket}}?db=0' gpuinfer doctor redis.reach; {EDIT}",
+        when=_is_beside_ours,
+    ),
+    Row(_ABSENT, "nothing listens at {place.shown}: Redis does not run there", "{place.start}"),
+    Row(
+        "EACCES|EPERM",
+        "user {me} may not use the socket {place.socket}: only members of its group may",
+        "usermod -aG $(stat -c %G {place.socket}) {me}  # then log in again",
+        _JOIN,
+    ),
+    Row("gaierror", "the name service does not know {place.host} (broker.url)", "getent hosts {place.host}"),
+    Row("EHOSTUNREACH|ENETUNREACH", "{place.host} cannot be reached", "ping -c 3 {place.host}; ip route"),
+    # The rest.
+    Row(
+        "",
+        "TLS: Redis at {place.host}:{place.port} does not speak TLS; broker.url must begin with redis://",
+        f"{EDIT}  # broker.url, or give that Redis a tls-port",
+        when=_is_without_tls,
+    ),
+    Row("SSLError", "TLS: {place.shown}: {text}", f"{_CERTIFICATE}  # or tls-auth-clients no, in redis.conf"),
+    Row(
+        "",
+        "TLS: {place.shown} speaks TLS, broker.url does not: it must begin with rediss://",
+        f"{EDIT}  # broker.url, and broker.tls_ca",
+        when=lambda place: not place.socket and not place.tls and place.speaks_tls(),
+    ),
+    Row(
+        "TimeoutError|Timeout|timed out",
+        "{place.shown} gave no answer in {place.timeout_s:g} s: it is stopped, busy, or behind a firewall",
+        "{place.cli} --latency",
+    ),
+    Row("InvalidResponse|Protocol Error", "what answers at {place.shown} is not Redis", EDIT),
+    Row("", "Redis at {place.shown} cannot be used: {text}", f"gpuinfer config show; {_LOG}"),
+)

@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""systemd's units: installed, enabled, running; for one that failed, the journal's last word."""
+"""systemd's units: installed, enabled, running; for one that failed, its last words in the journal."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
-from gpuinfer.doctor.host import Host
+from gpuinfer.doctor.host import Finding, Findings, Host, Skipped, error, ok, warning
 
 #: What the package enables: units that an appliance always has.
 ALWAYS = (
-    "gpuinfer.target",
-    "gpuinfer-redis.service",
-    "gpuinfer-api.socket",
-    "gpuinfer-api.service",
-    "gpuinfer-watcher.service",
-    "gpuinfer-workers.target",
+    *("gpuinfer.target", "gpuinfer-redis.service", "gpuinfer-api.socket"),
+    *("gpuinfer-api.service", "gpuinfer-watcher.service", "gpuinfer-workers.target"),
 )
 API, SOCKET, WATCHER = "gpuinfer-api.service", "gpuinfer-api.socket", "gpuinfer-watcher.service"
+_WORKERS = "gpuinfer-worker@*.service"
 _PROPERTIES = "Id,LoadState,ActiveState,SubState,UnitFileState,Result,NRestarts,Listen"
 _LISTENS = re.compile(r"(?m)^\[?([^]\n]+?)\]?:(\d+) \(Stream\)$")
 _PATHS = re.compile(r"(?m)^(/.*) \(Stream\)$")
@@ -27,192 +23,113 @@ Unit = Mapping[str, str]
 
 
 def show(host: Host, units: Sequence[str], properties: str = _PROPERTIES) -> list[Unit]:
-    """Return the properties of units, in their order. Raises Skipped without systemd."""
+    """Return the properties of units, in their order; of a pattern those that are loaded.
+
+    One that has several lines, as a socket's Listen, keeps them as lines. Raises Skipped without systemd.
+    """
     host.need_systemd()
     if not units:  # systemctl would show the manager itself
         return []
     done = host.run(["systemctl", "show", "-p", properties, *units])
     if done.returncode:
         raise Skipped(f"systemctl: {done.stderr.strip()}")
-    blocks = re.split(r"\n\n+", done.stdout.strip())
-    return [_properties(block) for block in blocks if block]
-
-
-def _properties(block: str) -> Unit:
-    """Return a unit's properties; one that has several lines, as a socket's Listen, keeps them as lines."""
-    found: dict[str, str] = {}
-    for line in block.splitlines():
-        key, _, value = line.partition("=")
-        found[key] = f"{found[key]}\n{value}" if key in found else value
+    found: list[Unit] = []
+    for block in re.split(r"\n\n+", done.stdout.strip()):
+        unit: dict[str, str] = {}
+        for line in block.splitlines():
+            key, _, value = line.partition("=")
+            unit[key] = f"{unit[key]}\n{value}" if key in unit else value
+        found += [unit] if unit else []
     return found
 
 
 def services(host: Host) -> Findings:
-    """What the package enables is enabled and runs, and nothing else of it has failed."""
+    """What the package enables is enabled and runs, and none of its other units has failed."""
     found = show(host, ALWAYS)
     if all(unit["LoadState"] == "not-found" for unit in found):
         raise Skipped("the package's units are not installed")
     shut = any(unit["Id"] == SOCKET and _cannot_listen(unit) for unit in found)
     # Without its socket the API cannot be started: one thing to fix, one finding.
     seen = [unit for unit in found if not (shut and unit["Id"] == API and unit["ActiveState"] == "inactive")]
-    seen += show(host, _failed_besides(host))
-    bad = [finding for unit in seen for finding in _troubles(host, unit, always=True)]
-    return bad or ok(f"{len(found)} units enabled and well")
-
-
-def _failed_besides(host: Host) -> list[str]:
-    """Return our other units that failed: a restore, say. Workers have a check of their own."""
-    said = host.run(
-        ["systemctl", "list-units", "--state=failed", "--plain", "--no-legend", "gpuinfer*"]
-    ).stdout
-    names = [line.split()[0] for line in said.splitlines() if line.strip()]
-    return [name for name in names if name not in ALWAYS and not name.startswith("gpuinfer-worker@")]
+    others = [unit for unit in show(host, ["gpuinfer*"]) if unit["Id"] not in ALWAYS]
+    # A restore, say. Workers have a check of their own.
+    seen += [unit for unit in others if unit["ActiveState"] == "failed" and "-worker@" not in unit["Id"]]
+    bad = [trouble for unit in seen if (trouble := _trouble(host, unit, always=True))]
+    return bad or ok(f"{len(found)} units enabled and running")
 
 
 def workers(host: Host) -> Findings:
     """Every worker unit runs that was enabled or started; without one, the watcher starts some on demand."""
-    names, idle = instances(host), idle_watcher(host)
-    if not names:
-        return _no_workers(idle)
-    # One that the watcher stopped, enabled or not, is as it should be.
-    found = [unit for unit in show(host, names) if idle or not _is_stopped(unit)]
-    bad = [finding for unit in found for finding in _troubles(host, unit, always=False)]
-    running = [unit["Id"] for unit in found if unit["ActiveState"] == "active"]
-    return bad or ok(f"{len(running)} of {len(names)} workers run: {', '.join(running) or 'none just now'}")
-
-
-def _no_workers(idle: str) -> Finding:
-    if not idle:
-        return ok("no worker is enabled; the watcher starts them when work comes")
-    text = f"no worker is enabled, and {idle}: nothing will be computed"
-    return warning(text, "systemctl enable --now gpuinfer-worker@0")
-
-
-def _is_stopped(unit: Unit) -> bool:
-    return unit["LoadState"] == "loaded" and unit["ActiveState"] == "inactive"
-
-
-def idle_watcher(host: Host) -> str:
-    """Say why this host's watcher starts no worker; empty when it does. Raises Skipped without systemd."""
+    names, idle = instances(host), ""
     if show(host, [WATCHER])[0].get("ActiveState") != "active":
-        return "the watcher does not run"
-    if host.settings.watcher.decisions == "log":
-        return "the watcher only logs (watcher.decisions)"
-    return ""
+        idle = "the watcher does not run"
+    elif host.settings.watcher.decisions == "log":
+        idle = "the watcher only logs (watcher.decisions)"
+    if not names and not idle:
+        return ok("no worker is enabled; the watcher starts them when work comes")
+    if not names:
+        text = f"no worker is enabled, and {idle}: nothing will be computed"
+        return warning(text, "systemctl enable --now gpuinfer-worker@0")
+    found = show(host, names)
+    running = [unit["Id"] for unit in found if unit["ActiveState"] == "active"]
+    # One that the watcher stopped, enabled or not, is as it should be.
+    seen = [one for one in found if idle or (one["LoadState"], one["ActiveState"]) != ("loaded", "inactive")]
+    bad = [trouble for unit in seen if (trouble := _trouble(host, unit, always=False))]
+    return bad or ok(f"{len(running)} of {len(names)} workers run: {', '.join(running) or 'none at present'}")
 
 
 def instances(host: Host) -> list[str]:
-    """Return the worker units that run, failed, or are enabled."""
+    """Return the worker units that are loaded, enabled or masked."""
     host.need_systemd()
-    pattern = "gpuinfer-worker@*.service"
-    files = host.run(["systemctl", "list-unit-files", "--plain", "--no-legend", pattern]).stdout
-    if not files.strip():
+    files = host.run(["systemctl", "list-unit-files", "--plain", "--no-legend", _WORKERS]).stdout
+    names = {line.split()[0] for line in files.splitlines() if line.strip()}
+    if not names:
         raise Skipped("the package's units are not installed")
-    loaded = host.run(["systemctl", "list-units", "--all", "--plain", "--no-legend", pattern]).stdout
-    names = {line.split()[0] for text in (files, loaded) for line in text.splitlines() if line.strip()}
+    names |= {unit["Id"] for unit in show(host, [_WORKERS])}
     return sorted(name for name in names if not name.endswith("@.service"))
 
 
-def _troubles(host: Host, unit: Unit, *, always: bool) -> Iterator[Finding]:
-    name, state = unit["Id"], unit["ActiveState"]
-    if unit["LoadState"] == "masked":
-        text = f"{name} is masked: it cannot be started"
-        yield error(text, f"systemctl unmask {name}") if always else _note_masked(text, name)
-    elif unit["LoadState"] != "loaded":
-        yield error(f"{name}: {unit['LoadState']}", f"systemctl daemon-reload; systemd-analyze verify {name}")
-    elif _cannot_listen(unit):
-        yield _no_listener(unit)
-    elif state == "failed":
-        yield error(_failure(host, unit), f"systemctl reset-failed {name} && systemctl start {name}")
-    elif unit["SubState"] == "auto-restart":
-        yield error(f"{name} does not stay up: {_last_line(host, name)}", f"journalctl -u {name} -n 20")
-    elif always:
-        yield from _not_running(unit)
-        yield from _restarted(unit)
-    elif state == "inactive" and unit["UnitFileState"] == "enabled":
-        yield warning(f"{name} is enabled and does not run", f"systemctl start {name}")
-    else:
-        yield from _restarted(unit)
-
-
-def _restarted(unit: Unit) -> Iterator[Finding]:
-    """A unit that came back by itself, which is well now; the count goes back with reset-failed."""
-    name, times = unit["Id"], int(unit.get("NRestarts") or 0)
-    if unit["ActiveState"] == "active" and times > 0:
+def _trouble(host: Host, unit: Unit, *, always: bool) -> Finding | None:
+    """Return what is wrong with a unit; ``always``: it is to run at any time."""
+    name, load, state = unit["Id"], unit["LoadState"], unit["ActiveState"]
+    if load == "masked" and not always:
+        return ok(f"{name} is masked, as the administrator wants")  # who keeps a GPU that way
+    if load == "masked":
+        return error(f"{name} is masked: it cannot be started", f"systemctl unmask {name}")
+    if load != "loaded":
+        return error(f"{name}: {load}", f"systemctl daemon-reload; systemd-analyze verify {name}")
+    if _cannot_listen(unit):  # systemd's own words differ, and hardly tell
+        (address, port), *_ = addresses(unit)
+        why = "another program does, or the address is not this host's"
+        return error(f"{name} cannot listen at {address}:{port}: {why}", who_listens(port))
+    if state == "failed":
+        text = f"{name} failed ({unit.get('Result', 'unknown')}): {_last_line(host, name)}"
+        return error(text, f"systemctl reset-failed {name} && systemctl start {name}")
+    if unit["SubState"] == "auto-restart":
+        return error(f"{name} does not stay up: {_last_line(host, name)}", f"journalctl -u {name} -n 20")
+    if state == "active" and int(unit.get("NRestarts") or 0) > 0:
         look = f"journalctl -u {name} -p warning -n 20; systemctl reset-failed {name}"
-        yield warning(f"{name} was restarted {times} times", look)
+        return warning(f"{name} was restarted {unit['NRestarts']} times", look)
+    return _not_running(unit, always=always)
 
 
-def _note_masked(text: str, name: str) -> Finding:
-    """Masking a worker is how an administrator keeps a GPU for himself."""
-    return Finding("ok", f"{text}, as the administrator wants ({name.partition('@')[2].partition('.')[0]})")
-
-
-def _not_running(unit: Unit) -> Iterator[Finding]:
-    name, state = unit["Id"], unit["ActiveState"]
-    if unit["UnitFileState"] == "disabled" and state == "inactive":
-        yield warning(f"{name} is disabled and does not run", f"systemctl enable --now {name}")
-        return
-    if unit["UnitFileState"] == "disabled":
-        yield warning(f"{name} is not enabled: it will be missing after a reboot", f"systemctl enable {name}")
-    # ExecCondition= said no: this host works for another one's Redis, and has none of its own to run.
-    if state == "inactive" and unit.get("Result") != "exec-condition":
-        yield error(f"{name} does not run", f"systemctl start {name}")
-
-
-def _cannot_listen(unit: Unit) -> bool:
-    return unit["ActiveState"] == "failed" and unit.get("Result") == "resources" and bool(listens(unit))
-
-
-def _no_listener(unit: Unit) -> Finding:
-    """systemd's own words differ, and hardly tell: it is the address, which is taken or of another host."""
-    name, (host, port) = unit["Id"], listens(unit) or ("", 0)
-    return error(
-        f"{name} cannot listen at {host}:{port}: another program does, or the address is not this host's",
-        who_listens(port),
-    )
-
-
-def listens(unit: Unit) -> tuple[str, int] | None:
-    """Return address and port of a socket unit; None for one without TCP, and for other units."""
-    return next(iter(addresses(unit)), None)
-
-
-def addresses(unit: Unit) -> list[tuple[str, int]]:
-    """Return all addresses with their ports of a socket unit."""
-    return [(host, int(port)) for host, port in _LISTENS.findall(unit.get("Listen", ""))]
-
-
-def paths(unit: Unit) -> list[str]:
-    """Return the Unix sockets of a socket unit."""
-    return _PATHS.findall(unit.get("Listen", ""))
-
-
-def address(host: Host) -> tuple[str, int]:
-    """Return where the API listens: where systemd does it, its socket says; elsewhere the settings do."""
-    api = host.settings.api
-    try:
-        found = listens(show(host, [SOCKET], "Listen")[0])
-    except Skipped:
-        found = None
-    return found or (api.host, api.port)
-
-
-def who_listens(port: int) -> str:
-    """Return what names the program that has our port, and what is to be done about it."""
-    return (
-        f"ss -ltnp sport = :{port}  # stop that program, or move ours: systemctl edit {SOCKET}; "
-        f"then: systemctl start {SOCKET} gpuinfer-api"
-    )
-
-
-def _failure(host: Host, unit: Unit) -> str:
-    """Say why a unit failed: systemd's reason, and the last line of trouble in its journal."""
-    return f"{unit['Id']} failed ({unit.get('Result', 'unknown')}): {_last_line(host, unit['Id'])}"
+def _not_running(unit: Unit, *, always: bool) -> Finding | None:
+    """Return what is wrong with a unit that is not enabled, or is not running."""
+    name, stopped = unit["Id"], unit["ActiveState"] == "inactive"
+    if always and unit["UnitFileState"] == "disabled" and stopped:
+        return warning(f"{name} is disabled and does not run", f"systemctl enable --now {name}")
+    if always and unit["UnitFileState"] == "disabled":
+        return warning(f"{name} is not enabled: it will not start at boot", f"systemctl enable {name}")
+    # ExecCondition= said no: this host uses another one's Redis, and has none of its own to run.
+    if always and stopped and unit.get("Result") != "exec-condition":
+        return error(f"{name} does not run", f"systemctl start {name}")
+    if not always and stopped and unit["UnitFileState"] == "enabled":
+        return warning(f"{name} is enabled and does not run", f"systemctl start {name}")
+    return None
 
 
 def _last_line(host: Host, name: str) -> str:
-    """Return the unit's own last error, else its last word, else what systemd says of it.
+    """Return the unit's own last error, else its last line, else what systemd says of it.
 
     ``-u`` alone would find systemd's "Failed to start", which is always the last and tells nothing.
     """
@@ -222,3 +139,32 @@ def _last_line(host: Host, name: str) -> str:
         if done.stdout.strip():
             return done.stdout.strip().splitlines()[-1][:300]
     return "the journal has no line of it"
+
+
+def _cannot_listen(unit: Unit) -> bool:
+    return unit["ActiveState"] == "failed" and unit.get("Result") == "resources" and bool(addresses(unit))
+
+
+def addresses(unit: Unit) -> list[tuple[str, int]]:
+    """Return all addresses with their ports of a socket unit."""
+    return [(host, int(port)) for host, port in _LISTENS.findall(unit.get("Listen", ""))]
+
+
+def listeners(host: Host) -> tuple[list[tuple[str, int]], list[str]]:
+    """Return the API's TCP addresses and Unix sockets: systemd's; where there are none, the settings'."""
+    api = host.settings.api
+    unit = show(host, [SOCKET], "LoadState,Listen")[0] if host.booted else {}
+    tcp, unix = addresses(unit), _PATHS.findall(unit.get("Listen", ""))
+    return (tcp, unix) if tcp or unix else ([(api.host, api.port)], [])
+
+
+def address(host: Host) -> tuple[str, int]:
+    """Return where the API listens first."""
+    api = host.settings.api
+    return next(iter(listeners(host)[0]), (api.host, api.port))
+
+
+def who_listens(port: int) -> str:
+    """Return the command that names the program on our port, and what to do about it."""
+    look = f"ss -ltnp sport = :{port}  # stop that program, or move ours: systemctl edit {SOCKET}"
+    return f"{look}; then: systemctl start {SOCKET} gpuinfer-api"

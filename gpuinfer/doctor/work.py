@@ -1,68 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The work itself: do workers answer, and does a request come back."""
+"""Whether the API answers, and a request comes back the whole way through."""
 
 from __future__ import annotations
 
+import http.client
+import ssl
 import time
-from contextlib import suppress
-from typing import Any
+from contextlib import closing, suppress
+
+import orjson
 
 from gpuinfer.client import Client
 from gpuinfer.doctor.broker import asked
-from gpuinfer.doctor.finding import Finding, Findings, Skipped, error, ok, warning
-from gpuinfer.doctor.host import Host
-from gpuinfer.doctor.lost import nobody, without
+from gpuinfer.doctor.host import Finding, Host, Skipped, error, ok, warning
+from gpuinfer.doctor.units import SOCKET, address, show, who_listens
 from gpuinfer.errors import GpuinferError, InferenceError, InputError, UnknownModel, WaitTimeout
 from gpuinfer.models.examples import example, keys_to_set, sample
 from gpuinfer.models.repository import ModelFolder, Repository
-from gpuinfer.queue import catalogue, heartbeats
-from gpuinfer.queue.depth import look
+from gpuinfer.queue import catalogue
 
-#: How long workers are given to answer a ping, and a request to come back.
-PING_S, REQUEST_S = 2.0, 20.0
-
-
-def workers(host: Host) -> Findings:
-    """At least one worker answers, and each has loaded all its models; what waits for one is worked off."""
-    with asked(host) as client:
-        waiting, beats = look(client).total_waiting, heartbeats.fresh(client)
-    names = alive(host)
-    if not names:
-        return nobody(host, waiting)
-    return [ok(f"{len(names)} workers answer: {', '.join(names)}"), *without(host, beats)]
+_API_S = 10.0
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+#: How long a request is given to come back.
+REQUEST_S = 20.0
 
 
-def alive(host: Host) -> list[str]:
-    """Return the workers that answer a ping, on whatever host. Raises Skipped when none may be asked."""
-    from gpuinfer.queue.app import create_app
-
-    app = create_app(host.settings)
+def ready(host: Host) -> Finding:
+    """The API listens, and says that it is ready."""
+    name, port = address(host)
+    where = f"{name}:{port}"
+    unit = show(host, [SOCKET], "LoadState,Result")[0] if host.booted else {}
     try:
-        answers: list[dict[str, Any]] = app.control.ping(timeout=PING_S)
-    except Exception as exc:
-        raise Skipped(f"the workers cannot be asked: {type(exc).__name__}: {exc}") from None
-    finally:
-        app.close()
-    return sorted(name for answer in answers for name in answer)
+        status, body = _get(_ANY.get(name, name), port, tls=bool(host.settings.api.tls_cert))
+    except ConnectionRefusedError:
+        if unit.get("LoadState") != "loaded":
+            raise Skipped(f"nothing listens at {where}, and the package is not installed") from None
+        return error(f"nothing listens at {where}", f"systemctl enable --now {SOCKET}")
+    except (OSError, http.client.HTTPException) as exc:
+        return error(f"the API at {where} does not answer: {exc}", "systemctl restart gpuinfer-api")
+    if unit.get("Result") == "resources":
+        return error(f"what answers at {where} is another program, which has our port", who_listens(port))
+    if status == http.client.OK:
+        return ok(f"the API at {where} is ready")
+    try:
+        why = orjson.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        why = body.decode(errors="replace")[:200]
+    return warning(f"the API at {where} is not ready: {why}", "gpuinfer doctor redis work")
+
+
+def _get(name: str, port: int, *, tls: bool) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(name, port, timeout=_API_S)
+    if tls:  # the certificate is for the name that clients use, which is not this address
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(name, port, timeout=_API_S, context=context)
+    with closing(connection):
+        connection.request("GET", "/health/ready", headers={"Connection": "close"})
+        answer = connection.getresponse()
+        return answer.status, answer.read(4096)
 
 
 def request(host: Host) -> Finding:
-    """A request with a model's example, or zeros, comes back, the whole way through queue and worker."""
+    """A request with a model's example, or zeros, comes back through queue and worker."""
     settings = host.settings
     with asked(host) as client:
-        client.ping()
-    if not alive(host):
-        raise Skipped("no worker runs that could answer a request; see work.workers")
+        fleet = catalogue.read(client)
+    folder = choose(fleet, Repository(settings.models.folders))
     try:
-        with asked(host) as client:
-            fleet = catalogue.read(client)
         with Client(settings) as sender:
-            return _round_trip(sender, _served(fleet, Repository(settings.models.folders)))
+            return _round_trip(sender, folder)
     except GpuinferError as exc:
-        return error(f"the request failed: {exc} ({exc.code})", _log(host))
+        return error(f"the request failed: {exc} ({exc.code})", "gpuinfer queue status; gpuinfer logs")
 
 
-def _served(fleet: catalogue.Fleet, repository: Repository) -> ModelFolder:
+def choose(fleet: catalogue.Fleet, repository: Repository) -> ModelFolder:
     """Return a model that a live worker serves in realtime and that is installed here, the default one first.
 
     Raises Skipped.
@@ -71,34 +83,24 @@ def _served(fleet: catalogue.Fleet, repository: Repository) -> ModelFolder:
         if "realtime" in model.queues:
             with suppress(UnknownModel):
                 return repository.get(model.name)
-    raise Skipped(
-        "no live worker serves a model of this host in the queue realtime; see gpuinfer queue status"
-    )
+    raise Skipped("no live worker serves a model of this host in realtime; see gpuinfer queue status")
 
 
 def _round_trip(client: Client, folder: ModelFolder) -> Finding:
-    started, name = time.monotonic(), folder.manifest.name
-    value, given = sample(folder), example(folder) is not None
+    started, name, value = time.monotonic(), folder.manifest.name, sample(folder)
     if value is None:
         raise Skipped(f"{name} has no example to send; set inputs.NAME.example in its model.toml")
+    # Of the lowest priority: it is to disturb nobody.
     task_id = client.submit(value, model=name, queue="realtime", priority=0, expires_s=REQUEST_S)
     try:
         client.result(task_id, REQUEST_S)
     except WaitTimeout:
         client.cancel(task_id)
-        return warning(
-            f"the request {task_id} for {name}, of the lowest priority, did not come back in {REQUEST_S:g} "
-            "s, though a live worker serves that: it has more urgent work",
-            "gpuinfer queue status",
-        )
+        text = f"the request {task_id} for {name} did not come back in {REQUEST_S:g} s"
+        return warning(f"{text}: its workers have more urgent work, or hang", "gpuinfer queue status")
     except (InputError, InferenceError) as exc:
-        if given:
+        if example(folder) is not None:
             raise
-        text = f"{name} answers, and refuses a request of zeros: {exc.message}"
-        return warning(text, f"gpuinfer model show {name}  # and set {keys_to_set(folder.manifest)}")
+        fix = f"gpuinfer model show {name}  # and set {keys_to_set(folder.manifest)}"
+        return warning(f"{name} answers, and refuses a request of zeros: {exc.message}", fix)
     return ok(f"a request for {name} came back after {(time.monotonic() - started) * 1000:.0f} ms")
-
-
-def _log(host: Host) -> str:
-    systemd = host.path("/run/systemd/system").is_dir()
-    return "journalctl -u 'gpuinfer-worker@*' -p warning -n 20" if systemd else "gpuinfer queue status"

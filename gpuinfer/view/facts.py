@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpuinfer.doctor.finding import Finding
+from gpuinfer.doctor.host import Finding
 from gpuinfer.queue.depth import Depth
 from gpuinfer.view.model import Curve
 

@@ -18,12 +18,10 @@ import redis
 
 from gpuinfer import __version__
 from gpuinfer.broker import durability
-from gpuinfer.doctor import broker, disk, durable, lost, redis_tuning, served, units
-from gpuinfer.doctor.check import Check
-from gpuinfer.doctor.finding import Finding
-from gpuinfer.doctor.host import Host
+from gpuinfer.doctor import broker, fleet, system, units
+from gpuinfer.doctor.check import Check, look, look_over
+from gpuinfer.doctor.host import Finding, Host
 from gpuinfer.doctor.redis_place import place_of
-from gpuinfer.doctor.runner import look, look_over
 from gpuinfer.errors import UnusableRedis
 from gpuinfer.gpus import DRIVER, list_gpus
 from gpuinfer.queue import heartbeats, keys
@@ -41,22 +39,21 @@ LOCAL_S = 1.0
 _DECISIONS = "gpuinfer:watcher:decisions"
 #: The doctor's checks that are quick: of Redis and of the fleet, and of this host.
 OF_REDIS: tuple[Check, ...] = (
-    Check("redis.memory", redis_tuning.usage),
-    Check("redis.file", redis_tuning.file),
-    Check("redis.evictions", redis_tuning.evictions),
-    Check("work.dead", lost.dead_letters),
-    Check("work.orphans", lost.orphans),
-    Check("work.served", served.waiting),
-    Check("work.paused", served.paused),
-    Check("work.drained", served.drained),
-    Check("work.foreign", served.foreign),
+    Check("redis.memory", broker.usage),
+    Check("redis.file", broker.file),
+    Check("work.dead", fleet.dead_letters),
+    Check("work.orphans", fleet.orphans),
+    Check("work.workers", fleet.workers),
+    Check("work.served", fleet.waiting),
+    Check("work.paused", fleet.paused),
+    Check("work.foreign", fleet.foreign),
 )
 #: What only an administrator may ask Redis.
-OF_ADMIN: tuple[Check, ...] = (Check("redis.durability", durable.durable),)
+OF_ADMIN: tuple[Check, ...] = (Check("redis.durability", broker.durable),)
 OF_HOST: tuple[Check, ...] = (
     Check("units.services", units.services, LOCAL_S),
     Check("units.workers", units.workers, LOCAL_S),
-    Check("disk.data", disk.data, LOCAL_S),
+    Check("disk.data", system.data, LOCAL_S),
 )
 
 
@@ -83,7 +80,8 @@ class Gatherer:
         local = _Local(self._host)
         try:
             seen = self._ask()
-            findings = self._check(seen)
+            checks = (*OF_ADMIN, *OF_REDIS) if self._may_ask else OF_REDIS
+            findings = [finding for check in checks for finding in look(check, self._host)]
         except (redis.RedisError, OSError, UnusableRedis):
             seen = {"now": time.time(), "reachable": False}
             findings = [*look(Check("redis.reach", broker.reach), Host(self._loaded))]
@@ -136,15 +134,6 @@ class Gatherer:
             "curves": lines,
             "no_curves": why,
         }
-
-    def _check(self, seen: Mapping[str, Any]) -> list[Finding]:
-        checks = OF_REDIS if not self._may_ask else (*OF_ADMIN, *OF_REDIS)
-        found = [finding for check in checks for finding in look(check, self._host)]
-        live = heartbeats.alive(seen["beats"], seen["now"])
-        found += lost.without(self._host, live)
-        if not live and seen["depth"].total_waiting:
-            found.append(lost.nobody(self._host, seen["depth"].total_waiting))
-        return found
 
     def _watched(self, seen: Mapping[str, Any]) -> bool:
         """Tell whether this host's watcher tells of its GPUs."""

@@ -93,9 +93,9 @@ def _patch_sandbox(sandbox: Any) -> None:
     sandbox.ask = ask_here
 
 
-def _patch_cuda(cuda: Any) -> None:
+def _patch_doctor(gpu: Any) -> None:
     """Let the doctor take this torch for one that is built for CUDA."""
-    cuda.torch_build = lambda: ("stub", "13.0")
+    gpu.torch_build = lambda: ("stub", "13.0")
 
 
 PATCHES: dict[str, Callable[[Any], None]] = {
@@ -103,7 +103,7 @@ PATCHES: dict[str, Callable[[Any], None]] = {
     "gpuinfer.models.tensor_model": _patch_tensor_model,
     "gpuinfer.models.device": _patch_device,
     "gpuinfer.models.sandbox": _patch_sandbox,
-    "gpuinfer.doctor.cuda": _patch_cuda,
+    "gpuinfer.doctor.gpu": _patch_doctor,
 }
 
 

@@ -10,8 +10,7 @@ import pytest
 import redis
 
 from gpuinfer.doctor import fleet, work
-from gpuinfer.doctor.finding import Skipped, error, ok, warning
-from gpuinfer.doctor.host import Host
+from gpuinfer.doctor.host import Host, Skipped, error, ok, warning
 from gpuinfer.models.repository import Repository
 from gpuinfer.queue import catalogue, keys
 from gpuinfer.settings import Loaded, Settings
@@ -37,12 +36,13 @@ def test_the_default_model(host: Host, worker: HandWorker) -> None:
     connection: redis.Redis = worker.store.client
     catalogue.set_default(connection, "gone", force=True)
     assert fleet.default_model(host) == error(
-        "the default model gone is not in the catalogue (digits): requests that name no model are refused",
+        "the default model is gone, and must be one of digits: requests that name no model are refused",
         "gpuinfer model default digits",
     )
     connection.delete(keys.DEFAULT_MODEL)
     assert fleet.default_model(host) == warning(
-        "no default model is set: requests must name their model", "gpuinfer model default digits"
+        "the default model is not set, and must be one of digits: requests that name no model are refused",
+        "gpuinfer model default digits",
     )
 
 
@@ -52,10 +52,10 @@ def test_which_model_is_tried(worker: HandWorker, redis_server: RedisServer) -> 
         other = HandWorker(connection, "digits-photo", "elsewhere", "digits")
         other.beat()
         found = catalogue.read(connection)
-        assert work._served(found, Repository([])).manifest.name == "digits-photo"
+        assert work.choose(found, Repository([])).manifest.name == "digits-photo"
         catalogue.set_default(connection, "elsewhere")
-        assert work._served(catalogue.read(connection), Repository([])).manifest.name == "digits"
+        assert work.choose(catalogue.read(connection), Repository([])).manifest.name == "digits"
         connection.delete(keys.heartbeat(other.store.worker))
         with pytest.raises(Skipped, match="no live worker serves a model of this host"):
-            work._served(catalogue.read(connection), Repository([]))
+            work.choose(catalogue.read(connection), Repository([]))
     assert worker.store.worker == other.store.worker

@@ -10,9 +10,8 @@ import pytest
 
 from gpuinfer.broker import cli as broker_cli
 from gpuinfer.broker import passwords, trial
-from gpuinfer.doctor import redis_config
-from gpuinfer.doctor.finding import Finding, Findings, Skipped
-from gpuinfer.doctor.host import Host
+from gpuinfer.doctor import broker
+from gpuinfer.doctor.host import Finding, Findings, Host, Skipped
 from gpuinfer.settings import Loaded, Settings
 from tests.brokers import PASSWORDS, OurRedis, our_redis
 from tests.conftest import RedisFactory
@@ -36,14 +35,14 @@ def test_a_redis_that_runs_otherwise_than_configured(
     (tmp_path / "etc/gpuinfer").mkdir(parents=True)
     (tmp_path / "etc/gpuinfer/redis.conf").write_text("maxmemory 64mb\nmaxmemory-policy volatile-ttl\n")
     here = Host(Loaded(Settings.model_validate({"broker": {"url": server.url}}), {}), root=tmp_path)
-    assert one(redis_config.as_configured(here)).status == "ok"
+    assert one(broker.as_configured(here)).status == "ok"
     with server.client() as client:
         client.config_set("maxmemory", "32mb")
-    found = one(redis_config.as_configured(here))
-    assert found.message == "maxmemory is 33554432, /etc/gpuinfer/redis.conf says 67108864"
+    found = one(broker.as_configured(here))
+    assert found.message == "1 settings differ: maxmemory is 33554432, /etc/gpuinfer/redis.conf says 67108864"
     assert (found.status, found.remedy) == ("warning", "systemctl restart gpuinfer-redis")
     (tmp_path / "etc/gpuinfer/redis.conf").write_text("maxmemory lots\n")
-    found = one(redis_config.as_configured(here))
+    found = one(broker.as_configured(here))
     assert found.message.startswith("Redis does not start with /etc/gpuinfer/redis.conf as it is now: ")
 
 
@@ -53,8 +52,8 @@ def ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[OurRedis]:
     with our_redis() as server:
         monkeypatch.setattr("gpuinfer.doctor.redis_place.OUR_SOCKET", str(server.socket))
         monkeypatch.setattr(trial, "BINARY", redis_binary())
-        monkeypatch.setattr(redis_config, "CONF", str(server.folder / "redis.conf"))
-        monkeypatch.setattr(redis_config, "TUNING", str(server.folder / "tuning.conf"))
+        monkeypatch.setattr(broker, "CONF", str(server.folder / "redis.conf"))
+        monkeypatch.setattr(broker, "TUNING", str(server.folder / "tuning.conf"))
         (tmp_path / "credentials").mkdir()
         for user, password in PASSWORDS.items():
             (tmp_path / "credentials" / user).write_text(password)
@@ -72,7 +71,7 @@ def sound_host(server: OurRedis) -> Host:
 def test_each_setting_of_our_redis_is_compared(ours: OurRedis) -> None:
     """Whatever line of the shipped file it is that the running instance does not follow."""
     here = sound_host(ours)
-    sound = one(redis_config.as_configured(here))
+    sound = one(broker.as_configured(here))
     assert (sound.status, sound.message.startswith("runs as ")) == ("ok", True)
     assert int(sound.message.rpartition(", in ")[2].split()[0]) >= 20
     changes = {
@@ -83,7 +82,7 @@ def test_each_setting_of_our_redis_is_compared(ours: OurRedis) -> None:
     with ours.client() as client:
         for key, value in changes.items():
             client.config_set(key, value)
-    found = one(redis_config.as_configured(here))
+    found = one(broker.as_configured(here))
     assert (found.status, found.remedy) == ("warning", "systemctl restart gpuinfer-redis")
     for key in changes:
         assert f"{key} is " in found.message
@@ -92,16 +91,16 @@ def test_each_setting_of_our_redis_is_compared(ours: OurRedis) -> None:
 def test_the_users_of_our_redis_are_compared(ours: OurRedis) -> None:
     """A right given by hand, a password that was changed, a user that only one side knows."""
     here = sound_host(ours)
-    assert one(redis_config.users(here)).message == "7 users as the files name them"
+    assert one(broker.users(here)).message == "7 users as the files name them"
     with ours.client() as client:
         client.execute_command("ACL", "SETUSER", "api", "+flushall")
         client.execute_command("ACL", "SETUSER", "worker", "(+del ~realtime)")
         client.execute_command("ACL", "SETUSER", "stranger", "on", "nopass", "+@all", "~*")
     (passwords.PROGRAMS / "watcher").write_text("another")
     broker_cli.MORE_USERS.write_text("user mine on nopass ~x +get\n")
-    found = one(redis_config.users(here))
+    found = one(broker.users(here))
     assert found.message.endswith(": api, mine, stranger, watcher, worker differ")
     assert "another" not in found.message
     (passwords.PROGRAMS / "watcher").unlink()
     with pytest.raises(Skipped, match="watcher: cannot be read"):
-        redis_config.users(here)
+        broker.users(here)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gpuinfer.doctor import served
-from gpuinfer.doctor.finding import Finding
-from gpuinfer.doctor.host import Host
+from gpuinfer.doctor import fleet
+from gpuinfer.doctor.host import Finding, Host
 from gpuinfer.queue import keys
 from gpuinfer.queue.drained import set_drained
 from gpuinfer.queue.purge import set_paused
@@ -25,13 +24,13 @@ def test_what_waits_for_nobody_is_an_error(redis_server: RedisServer, tmp_path: 
     """Served neither here nor elsewhere; a worker elsewhere, or a file of one here, mends it."""
     settings = Settings.model_validate({"broker": {"url": redis_server.url}})
     here = Host(Loaded(settings, {}), root=tmp_path)
-    assert served.waiting(here) == Finding("ok", "workers serve all that waits: 0 tasks in 0 queues")
+    assert fleet.waiting(here) == Finding("ok", "workers serve all that waits: 0 tasks in 0 queues")
     with redis_server.client() as client:
         client.set(keys.DEFAULT_MODEL, "digits")
         client.zadd(keys.CATALOGUE, {"digits": 1e10, "ocr": 1e10})
         client.lpush("realtime", "x")
         client.lpush("batch.ocr", "x", "y")
-        found = served.waiting(here)
+        found = fleet.waiting(here)
         assert isinstance(found, list)
         assert [(one.status, one.message) for one in found] == [
             ("error", "2 tasks wait in batch for ocr, which no worker serves")
@@ -40,31 +39,31 @@ def test_what_waits_for_nobody_is_an_error(redis_server: RedisServer, tmp_path: 
         store = Store(client, "gpu0@elsewhere", ("batch",), settings.queue, models=["ocr"])
         store.register(b'{"queues": ["batch"], "models": ["ocr"]}')
         sound = Finding("ok", "workers serve all that waits: 3 tasks in 2 queues")
-        assert served.waiting(here) == sound
+        assert fleet.waiting(here) == sound
         client.delete(keys.heartbeat("gpu0@elsewhere"))
-    assert isinstance(served.waiting(here), list)
+    assert isinstance(fleet.waiting(here), list)
     (tmp_path / "etc/gpuinfer").mkdir(parents=True)
     (tmp_path / "etc/gpuinfer/worker@0.env").write_text("GPUINFER_WORKER_MODELS=ocr\n")
-    assert served.waiting(here) == sound
+    assert fleet.waiting(here) == sound
 
 
 def test_what_is_paused_and_what_is_foreign(redis_server: RedisServer, tmp_path: Path) -> None:
     """Each is named, with the command that undoes it."""
     here = Host(Loaded(Settings.model_validate({"broker": {"url": redis_server.url}}), {}), root=tmp_path)
-    assert served.paused(here) == Finding("ok", "no queue is paused")
-    assert served.foreign(here) == Finding("ok", "no key in Redis stands in the way of a queue")
+    assert fleet.paused(here) == Finding("ok", "no queue is paused, no worker drained")
+    assert fleet.foreign(here) == Finding("ok", "no other program's key has the name of a queue")
     with redis_server.client() as client:
         client.lpush("batch", "x")
         client.set("realtime\x06\x169", "a stranger's")
         set_paused(client, "batch", paused=True)
-    assert served.paused(here) == [
+    assert fleet.paused(here) == [
         Finding(
             "warning",
             "batch is paused: 1 tasks wait there, and no worker takes them",
             "gpuinfer queue resume batch",
         )
     ]
-    (found,) = served.foreign(here)  # type: ignore[misc]  # a list
+    (found,) = fleet.foreign(here)  # type: ignore[misc]  # a list
     assert "is a string" in found.message
     assert found.remedy.endswith(r"DEL $'realtime\x06\x169'")
 
@@ -72,14 +71,14 @@ def test_what_is_paused_and_what_is_foreign(redis_server: RedisServer, tmp_path:
 def test_a_drained_worker_is_not_forgotten(redis_server: RedisServer, tmp_path: Path) -> None:
     """It takes nothing until somebody resumes it, here or on its host."""
     here = Host(Loaded(Settings.model_validate({"broker": {"url": redis_server.url}}), {}), root=tmp_path)
-    assert isinstance(served.drained(here), Finding)
+    assert isinstance(fleet.paused(here), Finding)
     with redis_server.client() as client:
         for worker in (f"gpu0@{socket.gethostname()}", "gpu3@far"):
             set_drained(client, worker, drained=True)
-    found = served.drained(here)
+    found = fleet.paused(here)
     assert not isinstance(found, Finding)
     assert [one.status for one in found] == ["warning", "warning"]
     assert {one.remedy for one in found} == {
-        "gpuinfer worker resume 0",
+        f"gpuinfer worker resume 0  # on {socket.gethostname()}",
         "gpuinfer worker resume 3  # on far",
     }

@@ -9,9 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from gpuinfer import Client
-from gpuinfer.doctor import work
-from gpuinfer.doctor.finding import Finding
-from gpuinfer.doctor.host import Host
+from gpuinfer.doctor import fleet
+from gpuinfer.doctor.host import Finding, Host
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import catalogue, heartbeats, keys
 from gpuinfer.queue.cli import status
@@ -49,16 +48,16 @@ def test_the_others_are_served(workers: Workers, client: Client, redis_server: R
         assert connection.get(keys.DEFAULT_MODEL) is None
         connection.zadd(keys.CATALOGUE, {"broken": beat["at"]})  # as another host's worker would
         client.submit([1.0], model="broken")
-        fleet = catalogue.read(connection)
-    model = fleet.models["broken"]
+        known = catalogue.read(connection)
+    model = known.models["broken"]
     assert (model.serving, list(model.missing)) == (False, [NAME])
-    assert WHY in str(fleet.unserved[0])
+    assert WHY in str(known.unserved[0])
 
     settings = Settings.model_validate({"broker": {"url": redis_server.url}})
     said = CliRunner().invoke(status, [], obj=Loaded(settings, {}))
     assert f"{NAME} serves without broken: " in said.output
     assert json.loads(CliRunner().invoke(status, ["--json"], obj=Loaded(settings, {})).output)["models"]
-    found = work.workers(Host(Loaded(settings, {})))
+    found = fleet.workers(Host(Loaded(settings, {})))
     assert not isinstance(found, Finding)
     assert [one.status for one in found] == ["ok", "warning"]
     assert f"{NAME} serves without broken: " in found[1].message

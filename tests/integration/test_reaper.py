@@ -14,9 +14,8 @@ import redis
 from structlog.testing import capture_logs
 
 from gpuinfer import Client
-from gpuinfer.doctor.finding import Finding
-from gpuinfer.doctor.host import Host
-from gpuinfer.doctor.lost import orphans
+from gpuinfer.doctor.fleet import orphans
+from gpuinfer.doctor.host import Finding, Host
 from gpuinfer.errors import TakenBack, WorkerRunning
 from gpuinfer.locks import acquire, domain
 from gpuinfer.queue import keys
@@ -263,7 +262,7 @@ def test_the_doctor(place: Place) -> None:
     place.silence("gpu0@old", 60)
     (found,) = orphans(here)  # type: ignore[misc]  # one, in a list
     assert (found.status, found.remedy) == ("warning", "gpuinfer restore --name gpu0@old")
-    assert found.message.startswith("2 tasks lie at gpu0@old, which was silent for 6")
+    assert found.message.startswith("gpu0@old holds 2 tasks and has sent no heartbeat for 6")
     assert found.message.endswith("; a watcher puts them back after 2 min")
     place.silence("gpu0@old", 240)
     (found,) = orphans(here)  # type: ignore[misc]

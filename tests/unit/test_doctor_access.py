@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpuinfer.doctor import access, units
-from gpuinfer.doctor.finding import Finding, Skipped
-from gpuinfer.doctor.host import Host
+from gpuinfer.doctor.host import Finding, Host, Skipped
 from gpuinfer.keys.key import Key, digest, make_token, serialise
 from tests.services import make_certificate
 from tests.unit.test_doctor_host import flat, host, one
@@ -119,15 +118,15 @@ def test_the_keys_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(Skipped, match="no key has been made"):
         access.keys(host(tmp_path))
     file = add_key(tmp_path)
-    assert one(access.keys(host(tmp_path))).message == "1 key, read by gpuinfer-api alone"
+    assert one(access.keys(host(tmp_path))).message == "1 key, readable by gpuinfer-api alone"
     file.chmod(0o644)
     found = one(access.keys(host(tmp_path)))
     assert (found.status, found.remedy) == ("error", f"chmod 0640 {KEYS}/shop.toml")
     file.chmod(0o600)
-    assert one(access.keys(host(tmp_path))).message == f"{KEYS}/shop.toml cannot be read by the front"
+    assert one(access.keys(host(tmp_path))).message == f"{KEYS}/shop.toml cannot be read by the API"
     file.chmod(0o640)
     os.chown(file, 12345, 0)
-    assert "belongs to user 12345, who may change keys" in one(access.keys(host(tmp_path))).message
+    assert "belongs to user 12345, who may change it" in one(access.keys(host(tmp_path))).message
     os.chown(file, 0, 12345)
     assert one(access.keys(host(tmp_path))).remedy.startswith(f"chgrp gpuinfer-api {KEYS}/shop.toml")
     os.chown(file, 0, 0)
@@ -156,7 +155,6 @@ def test_keys_that_expire(days: float, words: str, tmp_path: Path) -> None:
 
 def test_units_listen_in_several_places(tmp_path: Path) -> None:
     """systemctl gives each a line."""
-    (shown,) = units.show(listening(tmp_path, OPEN), [units.SOCKET])
-    assert units.addresses(shown) == [("127.0.0.1", 8080), ("0.0.0.0", 8443), ("::", 8444)]
-    assert units.paths(shown) == ["/run/gpuinfer/api.sock"]
-    assert units.listens(shown) == ("127.0.0.1", 8080)
+    tcp, unix = units.listeners(listening(tmp_path, OPEN))
+    assert tcp == [("127.0.0.1", 8080), ("0.0.0.0", 8443), ("::", 8444)]
+    assert unix == ["/run/gpuinfer/api.sock"]

@@ -13,11 +13,9 @@ import pytest
 
 from gpuinfer import gpus
 from gpuinfer.cli import _WhenNeeded
-from gpuinfer.doctor import bindings, cuda, gpu, nodes
-from gpuinfer.doctor.child import ChildHung
-from gpuinfer.doctor.finding import Finding, Findings, Skipped
-from gpuinfer.doctor.host import Host
-from gpuinfer.doctor.nvml import Report, from_json, read, to_json
+from gpuinfer.doctor import gpu, workers
+from gpuinfer.doctor.host import Finding, Findings, Host, Skipped
+from gpuinfer.doctor.nvml import JSON, Report, read
 from gpuinfer.gpus import Inventory
 from gpuinfer.settings import Loaded, Settings
 from tests.fake_nvml import GIB, FakeNvml
@@ -27,7 +25,7 @@ pytestmark = pytest.mark.unit
 
 def host(nvml: FakeNvml | Report, root: Path = Path("/nowhere"), **worker: object) -> Host:
     """Return a host with these GPUs; the report has passed through its JSON, as it does in life."""
-    found = nvml if isinstance(nvml, Report) else from_json(to_json(read(nvml)))
+    found = nvml if isinstance(nvml, Report) else JSON.validate_json(JSON.dump_json(read(nvml)))
     settings = Settings.model_validate({"worker": worker})
     return Host(Loaded(settings, {}), root=root, nvml=lambda: found)
 
@@ -44,27 +42,14 @@ def one(found: Findings) -> Finding:
 def test_sound_gpus() -> None:
     """Driver, CUDA, names, memory; nothing to mend."""
     sound = host(FakeNvml(count=2))
-    assert one(gpu.driver(sound)).message == "driver 580.1, serves CUDA up to 12.8, 2 GPUs"
-    listed = flat(gpu.listed(sound))
-    assert listed[1].message == "GPU 1: NVIDIA L4, 24 GiB, 00000000:01:00.0, GPU-00000001-0000"
-    for check in (gpu.listed, gpu.persistence, gpu.health, gpu.memory):
+    listed = flat(gpu.driver(sound))
+    assert listed[0].message == "driver 580.1, serves CUDA up to 12.8, 2 GPUs"
+    assert listed[2].message == "GPU 1: NVIDIA L4, 24 GiB, 00000000:01:00.0, GPU-00000001-0000"
+    for check in (gpu.driver, gpu.health, gpu.memory):
         assert {finding.status for finding in flat(check(sound))} == {"ok"}
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        gpu.driver,
-        gpu.listed,
-        gpu.mig,
-        gpu.persistence,
-        gpu.health,
-        gpu.memory,
-        gpu.xid,
-        cuda.probe,
-        nodes.nodes,
-    ],
-)
+@pytest.mark.parametrize("check", [gpu.driver, gpu.health, gpu.memory, gpu.xid, gpu.probe])
 def test_a_host_without_gpus_is_skipped(check: Any, tmp_path: Path) -> None:
     """Said with NVML's reason, and no error."""
     with pytest.raises(Skipped, match=r"NVML Shared Library Not Found|no NVIDIA GPU"):
@@ -90,13 +75,12 @@ def test_a_driver_that_fails_has_its_remedy(reason: str, remedy: str) -> None:
 def test_a_driver_that_hangs(tmp_path: Path) -> None:
     """One error; the other checks refer to it."""
 
-    def hangs() -> Report:
-        raise ChildHung("gave no answer in 20 s", "nvml")
-
-    hung = Host(Loaded(Settings(), {}), nvml=hangs)
-    assert "the driver does not answer: gave no answer in 20 s" in one(gpu.driver(hung)).message
+    reason = "the driver does not answer: NVML gave no answer in 20 s"
+    hung = host(Report(Inventory(reason=reason, failed=True)))
+    found = one(gpu.driver(hung))
+    assert (found.message, found.remedy.split()[0]) == (reason, "journalctl")
     with pytest.raises(Skipped, match=r"see gpu\.driver"):
-        gpu.listed(hung)
+        gpu.health(hung)
     (tmp_path / "run/systemd/system").mkdir(parents=True)
     hung.root, hung.run = tmp_path, kernel_log("NVRM: Xid (PCI:0000:65:00): 79, GPU has fallen off the bus.")
     assert one(gpu.xid(hung)).status == "error", "the kernel's log tells more than a driver that hangs"
@@ -104,32 +88,34 @@ def test_a_driver_that_hangs(tmp_path: Path) -> None:
 
 def test_a_lost_gpu_is_an_error_beside_the_others() -> None:
     """With the driver's words."""
-    lost, sound = flat(gpu.listed(host(FakeNvml(count=2, lost=frozenset({0})))))
+    _, lost, sound = flat(gpu.driver(host(FakeNvml(count=2, lost=frozenset({0})))))
     assert (lost.status, sound.status) == ("error", "ok")
     assert lost.message == "GPU 0 does not answer: GPU is lost"
 
 
-def test_a_gpu_of_the_settings_that_is_not_there() -> None:
-    """An index, a UUID or a MIG instance that NVML does not list."""
+def test_a_gpu_of_the_settings_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index, a UUID or a MIG instance that NVML does not list, though no worker is enabled for it."""
     names = ("0", "GPU-00000000", "MIG-0-0", "7", "GPU-ff")
-    found = flat(gpu.listed(host(FakeNvml(count=1, mig={0: ["1g.6gb"]}), gpus=names)))
-    assert [finding.message for finding in found if finding.status == "error"] == [
-        "worker.gpus names 7, and NVML lists no such GPU",
-        "worker.gpus names GPU-ff, and NVML lists no such GPU",
+    (tmp_path / "all.toml").write_text(f"[worker]\ngpus = {[*names]}\n")
+    monkeypatch.setenv("GPUINFER_CONFIG", str(tmp_path / "all.toml"))
+    found = flat(workers.bindings(host(FakeNvml(count=1, mig={0: ["1g.6gb"]}), tmp_path, gpus=names)))
+    assert [finding.message.partition(";")[0] for finding in found if finding.status == "error"] == [
+        "worker 3: worker.gpus: this host has no GPU 7",
+        "worker 4: worker.gpus: this host has no GPU GPU-ff",
     ]
 
 
 def test_mig() -> None:
     """Instances are named; MIG without one is a GPU nobody can use."""
-    split, empty = flat(gpu.mig(host(FakeNvml(count=2, mig={0: ["1g.6gb", "2g.12gb"], 1: [None]}))))
-    assert split.message == "GPU 0 is split into 2: 1g.6gb MIG-0-0, 2g.12gb MIG-0-1"
+    _, split, empty = flat(gpu.driver(host(FakeNvml(count=2, mig={0: ["1g.6gb", "2g.12gb"], 1: [None]}))))
+    assert split.message.endswith(", GPU-00000000-0000, 1g.6gb MIG-0-0, 2g.12gb MIG-0-1")
     assert empty.status == "error"
     assert "nvidia-smi mig -i 1 -cgi PROFILE -C" in empty.remedy
 
 
 def test_persistence_mode_off() -> None:
     """A warning: it costs time, no more."""
-    found = one(gpu.persistence(host(FakeNvml(count=1, persistent=False))))
+    found = one(gpu.health(host(FakeNvml(count=1, persistent=False))))
     assert found.status == "warning"
     assert "nvidia-persistenced" in found.remedy
 
@@ -139,22 +125,20 @@ def test_ill_health() -> None:
     nvml = FakeNvml(count=1, ecc=3, remapped={0: (1, 1)}, compute_mode=2)
     found = flat(gpu.health(host(nvml)))
     assert [finding.status for finding in found] == ["error", "warning", "error", "error"]
-    assert "exchange it" in found[0].message
+    assert "exchange the GPU" in found[0].message
     assert "; nvidia-smi -i GPU-00000000-0000 --gpu-reset; systemctl start " in found[1].remedy
     assert "3 uncorrected" in found[2].message
     assert found[3].remedy == "nvidia-smi -i 0 -c DEFAULT"
 
 
 def test_the_ill_health_of_a_shared_gpu() -> None:
-    """A reset needs all stopped that use it; a GPU for one process alone cannot be shared."""
-    nvml = FakeNvml(count=2, remapped={1: (1, 0)}, compute_mode=3)
-    found = flat(gpu.health(host(nvml, per_gpu=2)))
-    assert found[1].remedy.startswith(
+    """A reset needs all stopped that use it, and names the GPU so that no other is meant."""
+    found = flat(gpu.health(host(FakeNvml(count=2, remapped={1: (1, 0)}), per_gpu=2)))
+    assert found[0].remedy == (
         "systemctl stop gpuinfer-watcher gpuinfer-worker@2 gpuinfer-worker@3 nvidia-persistenced; "
+        "nvidia-smi -i GPU-00000001-0000 --gpu-reset; "
+        "systemctl start nvidia-persistenced gpuinfer-watcher gpuinfer-worker@2 gpuinfer-worker@3"
     )
-    assert [finding.message for finding in found if finding.status == "error"] == [
-        f"GPU {index} takes one process alone, and 2 workers share it (worker.per_gpu)" for index in (0, 1)
-    ]
 
 
 def test_a_full_gpu(tmp_path: Path) -> None:
@@ -217,59 +201,24 @@ def answer(**changes: Any) -> dict[str, Any]:
 
 def test_cuda_computes() -> None:
     """Each device did."""
-    assert one(cuda.judge(answer(), 1)).message == "1 devices compute (torch 2.13.0, 7 ms)"
+    assert one(gpu.judge(answer(), 1)).message == "1 devices compute (torch 2.13.0, 7 ms)"
 
 
 def test_cuda_does_not_compute() -> None:
     """A CPU build, no device, a failed device, a full one."""
-    build = one(cuda.judge(answer(cuda=None), 1))
+    build = one(gpu.judge(answer(cuda=None), 1))
     assert build.remedy == "apt install gpuinfer-torch-cuda"
-    none = one(cuda.judge(answer(devices=[], why="CUDA driver version is insufficient"), 2))
+    none = one(gpu.judge(answer(devices=[], why="CUDA driver version is insufficient"), 2))
     assert none.message == "NVML lists 2 GPUs, CUDA none: CUDA driver version is insufficient"
-    bad = one(cuda.judge(answer(failed={"cuda:1": "CUDA error: uncorrectable ECC error"}), 2))
+    bad = one(gpu.judge(answer(failed={"cuda:1": "CUDA error: uncorrectable ECC error"}), 2))
     assert (bad.status, bad.message) == (
         "error",
         "cuda:1 does not compute: CUDA error: uncorrectable ECC error",
     )
-    assert one(cuda.judge(answer(failed={"cuda:1": "CUDA out of memory"}), 2)).status == "warning"
-    fewer = one(cuda.judge(answer(), 4))
+    assert one(gpu.judge(answer(failed={"cuda:1": "CUDA out of memory"}), 2)).status == "warning"
+    fewer = one(gpu.judge(answer(), 4))
     assert (fewer.status, fewer.message) == ("error", "NVML lists 4 GPUs, CUDA 1 of them")
-    assert one(cuda.judge(answer(), 4, split=True)).status == "ok", "of MIG's instances CUDA shows one"
-
-
-# -- device nodes ---------------------------------------------------------------------------
-
-
-def test_missing_nodes_are_named(tmp_path: Path) -> None:
-    """nvidia-uvm is the one that is forgotten: only a program of root's makes it."""
-    (tmp_path / "dev").mkdir()
-    for name in ("nvidia0", "nvidiactl"):
-        (tmp_path / "dev" / name).touch(mode=0o666)
-    found = one(nodes.nodes(host(FakeNvml(count=1), tmp_path)))
-    assert found.message == "/dev/nvidia-uvm is missing"
-    assert found.remedy.startswith("nvidia-modprobe")
-    (tmp_path / "dev/nvidia-uvm").touch(mode=0o666)
-    assert one(nodes.nodes(host(FakeNvml(count=1), tmp_path))).status == "ok"
-
-
-@pytest.mark.parametrize(
-    ("mode", "uid", "groups", "may"),
-    [
-        (0o666, 9999, (), True),
-        (0o660, 9999, (), False),
-        (0o660, 9999, ("own",), True),
-        (0o600, 9999, ("own",), False),
-        (0o640, 9999, ("own",), False),
-        (0o000, 0, (), True),
-    ],
-)
-def test_who_may_use_a_node(tmp_path: Path, mode: int, uid: int, groups: tuple[str, ...], may: bool) -> None:
-    """By owner, group, others; root always."""
-    node = tmp_path / "node"
-    node.touch()
-    node.chmod(mode)
-    status = node.stat()
-    assert nodes.may_use(status, uid, [status.st_gid] if groups else []) is may
+    assert one(gpu.judge(answer(), 4, split=True)).status == "ok", "of MIG's instances CUDA shows one"
 
 
 # -- who gets which -------------------------------------------------------------------------
@@ -285,7 +234,7 @@ def test_what_each_worker_would_run_on(tmp_path: Path) -> None:
     with_file(tmp_path, 0, "# half a GPU\nCUDA_VISIBLE_DEVICES=MIG-0-1\n")
     with_file(tmp_path, 1, 'GPUINFER_WORKER_QUEUES="realtime,default"\n')
     with_file(tmp_path, 2, "GPUINFER_WORKER_DEVICE=cpu\n")
-    found = flat(bindings.bindings(host(FakeNvml(count=2, mig={0: ["1g.6gb", "2g.12gb"]}), tmp_path)))
+    found = flat(workers.bindings(host(FakeNvml(count=2, mig={0: ["1g.6gb", "2g.12gb"]}), tmp_path)))
     assert [finding.message for finding in found] == [
         "worker 0 runs on cuda:0 (NVIDIA L4 MIG 2g.12gb)",
         "worker 1 runs on cuda:0 (NVIDIA L4)",
@@ -299,10 +248,10 @@ def test_workers_of_a_shared_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("GPUINFER_CONFIG", str(tmp_path / "all.toml"))
     with_file(tmp_path, 3, "")
     shared = host(FakeNvml(count=2), tmp_path, per_gpu=2)
-    assert one(bindings.bindings(shared)).message == "worker 3 runs on cuda:0 (NVIDIA L4)"
+    assert one(workers.bindings(shared)).message == "worker 3 runs on cuda:0 (NVIDIA L4)"
     with_file(tmp_path, 3, "GPUINFER_WORKER_PER_GPU=4\n")
-    found = one(bindings.bindings(shared))
-    assert "worker.per_gpu is 4 here, and 2 for the host" in found.message
+    found = one(workers.bindings(shared))
+    assert "worker.per_gpu is 4 here and 2 for the host" in found.message
     assert found.remedy.startswith("editor /etc/gpuinfer/worker@3.env")
 
 
@@ -318,7 +267,7 @@ def test_workers_of_a_shared_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_workers_file_that_cannot_work(tmp_path: Path, text: str, words: str) -> None:
     """Found before its unit fails; the remedy opens the file."""
     with_file(tmp_path, 7, text)
-    found = one(bindings.bindings(host(FakeNvml(count=1), tmp_path)))
+    found = one(workers.bindings(host(FakeNvml(count=1), tmp_path)))
     assert found.status == "error"
     assert words in found.message
     assert found.remedy.startswith("editor /etc/gpuinfer/worker@7.env")
@@ -330,7 +279,7 @@ def test_a_wrong_settings_file_is_no_workers_fault(tmp_path: Path) -> None:
     settings = tmp_path / "gpuinfer.toml"
     settings.write_text('[worker]\ndevise = "cpu"\n')
     with pytest.raises(Skipped, match=r"see config\.file"):
-        bindings.bindings(Host(_WhenNeeded(settings), root=tmp_path))
+        workers.bindings(Host(_WhenNeeded(settings), root=tmp_path))
 
 
 def test_torch_is_known_without_importing_it() -> None:
@@ -356,8 +305,8 @@ def test_the_command_that_swaps_torch(
 
 def test_a_cpu_build_on_a_host_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error there, and fine on a host without one."""
-    monkeypatch.setattr(cuda, "torch_build", lambda: ("2.13.0+cpu", ""))
-    assert cuda.torch(host(FakeNvml(count=1))).remedy == "apt install gpuinfer-torch-cuda"
-    assert cuda.torch(host(FakeNvml(init=12))).message == "torch 2.13.0+cpu, built for the CPU"
-    monkeypatch.setattr(cuda, "torch_build", lambda: None)
-    assert cuda.torch(host(FakeNvml(init=12))).remedy == "apt install gpuinfer-torch-cpu"
+    monkeypatch.setattr(gpu, "torch_build", lambda: ("2.13.0+cpu", ""))
+    assert gpu.torch(host(FakeNvml(count=1))).remedy == "apt install gpuinfer-torch-cuda"
+    assert gpu.torch(host(FakeNvml(init=12))).message == "torch 2.13.0+cpu, built for the CPU"
+    monkeypatch.setattr(gpu, "torch_build", lambda: None)
+    assert gpu.torch(host(FakeNvml(init=12))).remedy == "apt install gpuinfer-torch-cpu"

@@ -5,24 +5,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-from torch import Tensor, nn
 
-from gpuinfer.doctor import config, disk, kernel, models, redis_config, redis_tuning, versions
-from gpuinfer.doctor.finding import Finding, Findings, Skipped
-from gpuinfer.doctor.host import Host
-from gpuinfer.doctor.redis_place import OUR_SOCKET, place_of
-from gpuinfer.models import sandbox, trial
+from gpuinfer.doctor import access, broker, system, workers
+from gpuinfer.doctor.host import Finding, Findings, Host, Skipped
+from gpuinfer.doctor.redis_place import OUR_SOCKET
 from gpuinfer.models.examples import sample
-from gpuinfer.models.manifest import load_manifest
-from gpuinfer.models.repository import SHIPPED, ModelFolder, Repository
+from gpuinfer.models.repository import SHIPPED, Repository
 from gpuinfer.models.tensors import decode_batch
-from gpuinfer.settings import BrokerSettings, Loaded, Settings, load
-from tests.models_for_tests import write_model
+from gpuinfer.settings import Loaded, Settings, load
 
 pytestmark = pytest.mark.unit
 
@@ -63,33 +56,33 @@ def test_a_wrong_settings_file_is_named(tmp_path: Path) -> None:
     """The remedy opens that file, or takes back that variable."""
     file = tmp_path / "gpuinfer.toml"
     file.write_text("[api]\nprot = 1\n")
-    found = config.file(Host(Lazy(file, {})))
+    found = workers.file(Host(Lazy(file, {})))
     assert found.remedy == f"editor {file} && gpuinfer config check"
     file.write_text("[api]\nport = 'x'\n")
-    assert config.file(Host(Lazy(file, {}))).remedy.startswith(f"editor {file}")
+    assert workers.file(Host(Lazy(file, {}))).remedy.startswith(f"editor {file}")
     file.write_text("")
-    assert config.file(Host(Lazy(file, {"GPUINFER_API_PROT": "1"}))).remedy.startswith(
+    assert workers.file(Host(Lazy(file, {"GPUINFER_API_PROT": "1"}))).remedy.startswith(
         "unset GPUINFER_API_PROT"
     )
-    assert config.file(Host(Lazy(file, {}))).status == "ok"
+    assert workers.file(Host(Lazy(file, {}))).status == "ok"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the files must be root's")
 def test_passwords_are_roots_alone(tmp_path: Path) -> None:
     """Missing, readable by others, empty: each is named, and never its content."""
-    names = {f"{config.CREDENTIALS}/{user}": "f" * 64 for user in config.USERS}
+    names = {f"{access.CREDENTIALS}/{user}": "f" * 64 for user in access.USERS}
     here = host(tmp_path, names)
-    folder = tmp_path / config.CREDENTIALS.lstrip("/")
+    folder = tmp_path / access.CREDENTIALS.lstrip("/")
     folder.chmod(0o700)
     for path in folder.iterdir():
         path.chmod(0o600)
-    assert one(config.credentials(here)).status == "ok"
+    assert one(access.credentials(here)).status == "ok"
     (folder / "api").chmod(0o644)
     (folder / "worker").write_text("")
     (folder / "watcher").unlink()
-    found = flat(config.credentials(here))
+    found = flat(access.credentials(here))
     assert [finding.message.rpartition("/")[2] for finding in found] == [
-        "api has mode 0644: others may read passwords",
+        "api has mode 0644: others may read or change secrets",
         "worker holds no password",
         "watcher is missing",
     ]
@@ -99,48 +92,37 @@ def test_passwords_are_roots_alone(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="the files must be root's")
 def test_a_second_host_needs_no_administrators_password(tmp_path: Path) -> None:
     """It stays with the host that has the Redis; on that one it is missed."""
-    names = {f"{config.CREDENTIALS}/{user}": "f" * 64 for user in config.USERS if user != "admin"}
+    names = {f"{access.CREDENTIALS}/{user}": "f" * 64 for user in access.USERS if user != "admin"}
     second = host(tmp_path, names, broker={"url": "rediss://first:6380/0"})
-    folder = tmp_path / config.CREDENTIALS.lstrip("/")
+    folder = tmp_path / access.CREDENTIALS.lstrip("/")
     folder.chmod(0o700)
     for path in folder.iterdir():
         path.chmod(0o600)
-    assert one(config.credentials(second)).message == "4 passwords, readable by root alone"
-    assert one(config.credentials(host(tmp_path))).message.endswith("/admin is missing")
+    assert one(access.credentials(second)).message == "4 passwords, readable by root alone"
+    assert one(access.credentials(host(tmp_path))).message.endswith("/admin is missing")
 
 
 def test_without_the_package_there_are_no_passwords(tmp_path: Path) -> None:
     """In a plain checkout that is no error."""
     with pytest.raises(Skipped, match="the package is not installed"):
-        config.credentials(host(tmp_path))
+        access.credentials(host(tmp_path))
 
 
 # -- kernel, disk, clock --------------------------------------------------------------------
 
 
-def test_overcommit_and_somaxconn(tmp_path: Path) -> None:
+def test_overcommit(tmp_path: Path) -> None:
     """The remedy lasts: its file is read after those that set the same."""
-    files = {"/proc/sys/vm/overcommit_memory": "0\n", "/proc/sys/net/core/somaxconn": "128\n"}
-    here = host(tmp_path, files)
     file = "/etc/sysctl.d/99-zz-gpuinfer.conf"
-    assert kernel.overcommit(here).remedy == f"echo vm.overcommit_memory = 1 >>{file} && sysctl -p {file}"
-    assert kernel.somaxconn(here).remedy == f"echo net.core.somaxconn = 4096 >>{file} && sysctl -p {file}"
-    assert kernel.somaxconn(host(tmp_path, {"/proc/sys/net/core/somaxconn": "65535\n"})).status == "ok"
-
-
-@pytest.mark.parametrize(
-    ("mode", "status"), [("always [madvise] never", "ok"), ("always madvise [never]", "ok")]
-)
-def test_huge_pages(tmp_path: Path, mode: str, status: str) -> None:
-    """Only "always" touches Redis."""
-    here = host(tmp_path, {"/sys/kernel/mm/transparent_hugepage/enabled": mode})
-    assert kernel.huge_pages(here).status == status
+    found = system.overcommit(host(tmp_path, {"/proc/sys/vm/overcommit_memory": "0\n"}))
+    assert found.remedy == f"echo vm.overcommit_memory = 1 >>{file} && sysctl -p {file}"
+    assert system.overcommit(host(tmp_path, {"/proc/sys/vm/overcommit_memory": "1\n"})).status == "ok"
 
 
 def test_a_kernel_that_does_not_tell(tmp_path: Path) -> None:
     """A file that is not there is skipped, by name."""
     with pytest.raises(Skipped, match="/proc/sys/vm/overcommit_memory cannot be read"):
-        kernel.overcommit(host(tmp_path))
+        system.overcommit(host(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -149,13 +131,13 @@ def test_a_kernel_that_does_not_tell(tmp_path: Path) -> None:
 )
 def test_room_on_disk(free: int, inodes: int | None, status: str) -> None:
     """A file system without inodes of its own has enough of them."""
-    assert disk.judge("/var/lib/gpuinfer", free, inodes, "du").status == status
+    assert system.judge("/var/lib/gpuinfer", free, inodes).status == status
 
 
 def test_the_room_where_redis_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its folder, also by redis.conf, may be a file system of its own: then each has a finding."""
     with pytest.raises(Skipped, match="not installed"):
-        disk.data(host(tmp_path))
+        system.data(host(tmp_path))
     here = host(tmp_path, {"/var/lib/gpuinfer/redis/file": "", "/etc/gpuinfer/redis.conf": "port 0\n"})
     asked: list[str] = []
 
@@ -164,63 +146,67 @@ def test_the_room_where_redis_writes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return os.statvfs_result((4096, 4096, 10**9, 100, 100, 10**9, 10**6, 10**6, 0, 255))
 
     monkeypatch.setattr(os, "statvfs", full)
-    assert len(flat(disk.data(here))) == 1, "on one file system with the models"
+    assert len(flat(system.data(here))) == 1, "on one file system with the models"
     # The device of /proc is another one, whatever machine this is.
     (tmp_path / "mnt").symlink_to("/proc")
     host(tmp_path, {"/etc/gpuinfer/redis.conf": '# dir /x\ndir "/var/lib/gpuinfer/redis"\nDIR /mnt\n'})
-    found = flat(disk.data(here))
+    found = flat(system.data(here))
     assert [finding.status for finding in found] == ["error", "error"]
     assert found[1].remedy == "du -xh --max-depth=2 /mnt | sort -h | tail"
     assert asked == ["/var/lib/gpuinfer", "/var/lib/gpuinfer", "/mnt"]
 
 
 def test_a_journal_that_is_lost_at_reboot(tmp_path: Path) -> None:
-    """Without /var/log/journal it is kept in memory; with it, too, where the settings say so."""
+    """journald keeps it in /run where it does not keep it on disk, for whatever reason."""
     (tmp_path / "run/systemd/system").mkdir(parents=True)
-    said = "# /etc/systemd/journald.conf\n#Storage=auto\n"
-    here = host(tmp_path)
-    here.run = lambda command: subprocess.CompletedProcess(list(command), 0, said, "")
-    found = disk.journal(here)
-    assert found.status == "warning"
-    assert found.remedy.startswith("mkdir -p /var/log/journal")
-    (tmp_path / "var/log/journal").mkdir(parents=True)
-    assert "is lost" not in disk.journal(here).message
-    said += "Storage=persistent\n# /etc/systemd/journald.conf.d/90-mine.conf\nStorage = volatile\n"
-    found = disk.journal(here)
-    assert found.status == "warning"
-    assert found.message == "the journal is lost at each reboot: its settings say Storage=volatile"
+    here = host(
+        tmp_path, {"/run/log/journal/0123/system.journal": "", "/var/log/journal/0123/old.journal": ""}
+    )
+    found = system.journal(here)
+    assert (found.status, "lost at each reboot" in found.message) == ("warning", True)
+    assert "Storage=persistent" in found.remedy
+    (tmp_path / "run/log/journal/0123/system.journal").unlink()
+    assert system.journal(here).status == "ok"
 
 
 # -- Redis's files --------------------------------------------------------------------------
 
 
-def test_what_mends_redis_outlives_a_restart() -> None:
+class _Redis:
+    """A client that answers INFO."""
+
+    def __init__(self, **found: object) -> None:
+        self._found = found
+
+    def info(self, *_: str) -> dict[str, object]:
+        return self._found
+
+
+def redis_host(root: Path, url: str, **found: object) -> Host:
+    here = host(root, broker={"url": url})
+    here.client = _Redis(**found)  # type: ignore[assignment]  # it has what is asked
+    return here
+
+
+def test_what_fixes_redis_outlives_a_restart(tmp_path: Path) -> None:
     """Our own is changed in its file, for CONFIG SET is forgotten; another's by the means we have there."""
-    ours, other = (place_of(BrokerSettings(url=url)) for url in (f"unix://{OUR_SOCKET}", "redis://there/0"))
     ill = {"maxmemory": 0, "maxmemory_policy": "allkeys-lru", "aof_enabled": 0}
-    mends = [finding.remedy for finding in redis_tuning.unfit(ill, ours)]
-    edit = f"editor {redis_config.CONF} && systemctl restart gpuinfer-redis  # "
-    assert mends == [edit + "maxmemory-policy volatile-ttl", edit + "maxmemory 2gb", edit + "appendonly yes"]
-    mends = [finding.remedy for finding in redis_tuning.unfit(ill, other)]
-    assert mends[0] == "redis-cli -h there -p 6379 CONFIG SET maxmemory-policy volatile-ttl"
-    assert all("CONFIG SET" in mend for mend in mends)
+    fixes = [
+        found.remedy for found in flat(broker.limits(redis_host(tmp_path, f"unix://{OUR_SOCKET}", **ill)))
+    ]
+    edit = f"editor {broker.CONF} && systemctl restart gpuinfer-redis  # "
+    assert fixes == [edit + "maxmemory-policy volatile-ttl", edit + "maxmemory 2gb", edit + "appendonly yes"]
+    fixes = [found.remedy for found in flat(broker.limits(redis_host(tmp_path, "redis://there/0", **ill)))]
+    assert fixes[0] == "redis-cli -h there -p 6379 CONFIG SET maxmemory-policy volatile-ttl"
+    assert all("CONFIG SET" in fix for fix in fixes)
 
 
-@pytest.mark.parametrize(
-    ("limit", "status"),
-    [("infinity", "ok"), (str(2 * GIB), "ok"), (str(GIB), "error"), (str(2**64 - 1), "ok")],
-)
-def test_the_units_limit_is_above_redis_own(limit: str, status: str) -> None:
-    """With room for a rewrite: at 1 GiB each, the kernel would kill Redis first."""
-    assert redis_tuning.judge_unit(limit, GIB).status == status
-
-
-# -- models, versions, the request ----------------------------------------------------------
+# -- models, the request ----------------------------------------------------------
 
 
 def test_a_models_digest(tmp_path: Path) -> None:
     """The shipped one is sound; one that was changed, and one that is not there, are errors."""
-    assert one(models.digests(host(tmp_path))).message == "digits has the digest it was added with"
+    assert one(workers.digests(host(tmp_path))).message == "digits has the digest it was added with"
     artefact = Repository([tmp_path / "models"]).add(SHIPPED / "digits", "changed").artefact
     artefact.write_bytes(artefact.read_bytes() + b"x")
     by_hand = tmp_path / "models" / "mine"
@@ -228,47 +214,11 @@ def test_a_models_digest(tmp_path: Path) -> None:
     (by_hand / "model.toml").write_text((by_hand / "model.toml").read_text().replace('"digits"', '"mine"'))
     names = {"folders": [tmp_path / "models"]}
     wanted = {"models": ["changed", "gone", "mine"]}
-    changed, gone, mine = flat(models.digests(host(tmp_path, models=names, worker=wanted)))
+    changed, gone, mine = flat(workers.digests(host(tmp_path, models=names, worker=wanted)))
     assert (changed.status, gone.status, mine.status) == ("error", "error", "error")
     assert mine.remedy == f"gpuinfer model add {by_hand}"
     assert "model.pt has changed; nothing of it was opened" in changed.message
     assert gone.remedy.startswith("gpuinfer model add FOLDER --name gone")
-
-
-class _Sevens(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        if bool((x != 7).any()):
-            raise ValueError("sevens alone")
-        return x
-
-
-def test_a_model_that_refuses_what_is_invented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It loads, and nobody has seen it run: the warning names the key to set; with an example all is well."""
-    asked: list[tuple[str, str]] = []
-
-    def ask(what: str, *, folder: str, device: str, **_: object) -> dict[str, Any]:
-        asked.append((what, device))
-        return trial.attempt(folder, device)
-
-    monkeypatch.setattr(sandbox, "ask", ask)
-    here = host(tmp_path, {"/proc/meminfo": "MemAvailable: 99999999 kB\n"})
-    tables = '[[inputs]]\nname = "x"\nshape = [1]\n%s\n[[outputs]]\nname = "y"\n'
-
-    def found(name: str, example: str) -> Finding:
-        path = write_model(tmp_path / name, _Sevens(), tables % example)
-        return models._load(here, ModelFolder(path=path, manifest=load_manifest(path)))
-
-    refused = found("bare", "")
-    assert (refused.status, "set inputs.x.example in model.toml" in refused.message) == ("warning", True)
-    assert found("helped", "example = [7]").status == "ok"
-    assert asked == [("attempt", "cpu")] * 2
-
-
-def test_a_model_that_is_too_large_to_try(tmp_path: Path) -> None:
-    """The doctor takes no memory that the workers need."""
-    found = one(models.loads(host(tmp_path, {"/proc/meminfo": "MemAvailable:      10 kB\n"})))
-    assert found.status == "skipped"
-    assert "too much to load" in found.message
 
 
 @pytest.mark.parametrize(
@@ -287,7 +237,7 @@ def test_a_model_others_may_change(tmp_path: Path, what: str, mode: int, remedy:
     Repository([folder]).add(SHIPPED / "digits", "open")
     (folder / what).chmod(mode)
     here = host(tmp_path, models={"folders": [folder]}, worker={"models": ["open"]})
-    found = one(models.digests(here))
+    found = one(workers.digests(here))
     assert found.status == ("warning" if remedy else "ok")
     assert found.remedy == remedy.format(folder, folder)
 
@@ -303,21 +253,9 @@ def test_the_models_of_each_worker_are_looked_at(tmp_path: Path) -> None:
         },
         models={"folders": ["/var/lib/gpuinfer/models"]},
     )
-    sound, missing = flat(models.digests(here))
+    sound, missing = flat(workers.digests(here))
     assert sound.status == "ok"
     assert (missing.status, "nowhere" in missing.message) == ("error", True)
-
-
-def test_versions(tmp_path: Path) -> None:
-    """A library that keeps things in Redis must be the lock's; of the others it is just told."""
-    assert versions.python(host(tmp_path)).status == "ok"
-    lock = versions.INSTALLED_LOCK
-    click = versions.installed("click")
-    sound = versions.libraries(host(tmp_path, {lock: f"click=={click} \\\n    --hash=sha256:00\nnone==1\n"}))
-    assert sound.message == "2 libraries have the versions of the lock"
-    assert "harmlessly: click" in versions.libraries(host(tmp_path, {lock: "click==1.0\n"})).message
-    off = versions.libraries(host(tmp_path, {lock: "celery==1.0\n"}))
-    assert (off.status, off.remedy) == ("warning", "apt install --reinstall gpuinfer")
 
 
 def test_the_sample_fits_the_model() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gpuinfer.doctor.finding import error, warning
+from gpuinfer.doctor.host import error, warning
 from gpuinfer.doctor.registry import CHECKS
 from gpuinfer.queue.depth import Depth, Lane
 from gpuinfer.settings import ApiSettings, load
