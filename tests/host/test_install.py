@@ -274,9 +274,12 @@ def test_a_line_that_redis_rejects_keeps_nothing_from_starting(host: Container) 
 
 def test_the_doctor_finds_nothing_wrong(host: Container) -> None:
     """On a sound host without a GPU ``gpuinfer doctor`` ends with 0 and says so to programs too."""
-    host.until("gpuinfer doctor", what="a clean bill of health", timeout=180)
-    found = json.loads(host.ok("gpuinfer doctor --json"))
-    assert not [finding for finding in found["findings"] if finding["status"] == "error"]
+    start_worker(host)
+    host.until("curl -sf http://127.0.0.1:8080/health/ready", what="the API to know of a worker")
+    found = json.loads(host.sh("gpuinfer doctor --json").output)["findings"]
+    assert not [finding for finding in found if finding["status"] == "error"]
+    host.ok("gpuinfer doctor")
+    assert "came back" in next(one["message"] for one in found if one["check"] == "work.request")
 
 
 def test_the_man_pages_and_the_completion_are_there(host: Container) -> None:
