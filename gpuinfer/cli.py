@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -20,7 +21,9 @@ from click.shell_completion import CompletionItem
 from gpuinfer import __version__
 from gpuinfer.cli_help import plain
 from gpuinfer.errors import GpuinferError, MissingExtra
-from gpuinfer.settings import Loaded, Settings, load
+
+if TYPE_CHECKING:
+    from gpuinfer.settings import Loaded, Settings
 
 EX_USAGE = 64
 EX_NOINPUT = 66
@@ -125,22 +128,27 @@ class LazyGroup(click.Group):
         return found + click.Command.shell_complete(self, ctx, incomplete)
 
 
-class _WhenNeeded(Loaded):
-    """Settings that are read when they are first used, so that ``--help`` works with a broken file."""
+class _WhenNeeded:
+    """``Loaded`` settings that are read when they are first used.
+
+    So ``--help`` works with a broken file, and completion does without pydantic, whose import takes 0.15 s.
+    """
 
     def __init__(self, file: Path | None, user: str = "api") -> None:
-        object.__setattr__(self, "_file", file)
-        object.__setattr__(self, "_user", user)
+        self._file, self._user = file, user
+
+    @cached_property
+    def _loaded(self) -> Loaded:
+        from gpuinfer.settings import load
+
+        return load(self._file, user=self._user)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("settings", "origins"):
-            raise AttributeError(name)
-        loaded = load(self._file, user=self._user)
-        object.__setattr__(self, "settings", loaded.settings)
-        object.__setattr__(self, "origins", loaded.origins)
-        return getattr(loaded, name)
+        return getattr(self._loaded, name)
 
     def only(self, *sections: str) -> Settings:
+        from gpuinfer.settings import load
+
         return load(self._file, only=sections).settings
 
 

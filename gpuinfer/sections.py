@@ -18,15 +18,13 @@ from pydantic import (
 )
 
 from gpuinfer import addresses, redis_url
+from gpuinfer.names import QUEUES, QueueName
 
 if TYPE_CHECKING:
     from pydantic._internal._repr import ReprArgs
 
 #: What a task's error says about an exception in a model.
 Errors = Literal["full", "none"]
-QueueName = Literal["realtime", "default", "batch"]
-#: The queues, the most urgent first.
-QUEUES: tuple[QueueName, ...] = ("realtime", "default", "batch")
 #: A worker counts as dead after this many seconds at the earliest: it sends a heartbeat every five or six.
 LEAST_REAP_S = 10
 

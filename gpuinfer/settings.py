@@ -28,15 +28,14 @@ from pydantic_settings import (
 )
 
 from gpuinfer.errors import ConfigError
+from gpuinfer.names import QUEUES, QueueName
 from gpuinfer.redis_url import masked
 from gpuinfer.sections import (
-    QUEUES,
     ApiSettings,
     BrokerSettings,
     LogSettings,
     MetricsSettings,
     ModelsSettings,
-    QueueName,
     QueueSettings,
     RedisSettings,
     Section,

@@ -3,8 +3,28 @@
 
 from __future__ import annotations
 
-from gpuinfer.client.aio import AsyncClient
-from gpuinfer.client.sync import Client
-from gpuinfer.queue.options import Options
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpuinfer.client.aio import AsyncClient
+    from gpuinfer.client.sync import Client
+    from gpuinfer.queue.options import Options
 
 __all__ = ["AsyncClient", "Client", "Options"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the clients when first used: the command line completes without redis-py."""
+    if name == "Client":
+        from gpuinfer.client.sync import Client
+
+        return Client
+    if name == "AsyncClient":
+        from gpuinfer.client.aio import AsyncClient
+
+        return AsyncClient
+    if name == "Options":
+        from gpuinfer.queue.options import Options
+
+        return Options
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

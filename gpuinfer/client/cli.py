@@ -10,6 +10,7 @@ import click
 
 from gpuinfer.cli_help import examples
 from gpuinfer.errors import TaskRevoked, WaitTimeout
+from gpuinfer.models import completion as here
 from gpuinfer.queue import completion
 from gpuinfer.queue.options import OPTIONS
 from gpuinfer.queue.show import as_json_option, one_line, print_json
@@ -55,7 +56,9 @@ def _options(command: Command) -> Command:
         elif option.kind == "number":
             kind = _seconds
         default = f" Default: {option.default}." if option.default is not None else ""
-        add = click.option(flag, name, type=kind, default=option.default, help=option.help + default)
+        names = here.names if name == "model" else None
+        help = option.help + default
+        add = click.option(flag, name, type=kind, default=option.default, help=help, shell_complete=names)
         command = add(command)
     return command
 
@@ -75,7 +78,7 @@ def _without_value(help: str) -> str:
         "cat three.json | gpuinfer submit -",
     )
 )
-@click.argument("inputs", nargs=-1, metavar="INPUT...")
+@click.argument("inputs", nargs=-1, metavar="INPUT...", shell_complete=here.files)
 @_options
 @click.option(
     "-F",

@@ -11,7 +11,7 @@ from gpuinfer.client import core
 from gpuinfer.client.core import Origin
 from gpuinfer.client.signatures import Signatures
 from gpuinfer.errors import InputError
-from gpuinfer.models.manifest import MODEL_NAME
+from gpuinfer.names import MODEL_NAME
 from gpuinfer.queue.connection import user_of
 from gpuinfer.queue.message import Submission
 from gpuinfer.queue.options import Options

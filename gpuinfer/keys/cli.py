@@ -21,6 +21,7 @@ from gpuinfer.errors import BadKey, BrokerError, GpuinferError, UsageError
 from gpuinfer.keys import key as keys
 from gpuinfer.keys import writing
 from gpuinfer.keys.key import ROLES, Key
+from gpuinfer.models.completion import setting
 from gpuinfer.queue.show import as_json_option, print_json, print_table
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _SPAN = re.compile(r"(\d{1,6})\s*(s|min|m|h|d|w)")
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SIZE = re.compile(r"(\d{1,15})\s*([KMGT]?)(?:iB|B)?")
 _SIZES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_FOLDER = Path("/etc/gpuinfer/keys.d")
 _JOURNAL = Path("/run/systemd/journal/socket")
 
 
@@ -48,10 +50,8 @@ def key() -> None:
 
 def _names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Complete the names of keys; silent where they cannot be read."""
-    from gpuinfer.settings import load
-
+    folder = Path(setting(ctx, "api", "keys_dir") or _FOLDER)
     try:
-        folder = load(ctx.find_root().params.get("file"), only=("api",)).settings.api.keys_dir
         return [CompletionItem(name) for name in writing.names(folder) if name.startswith(incomplete)]
     except GpuinferError:
         return []

@@ -18,9 +18,8 @@ from hashlib import sha256
 from typing import Any, Literal
 
 from gpuinfer.errors import BadKey
-from gpuinfer.models.manifest import MODEL_NAME
+from gpuinfer.names import MODEL_NAME, QUEUES
 from gpuinfer.queue.quota import Quota
-from gpuinfer.settings import QUEUES
 
 Role = Literal["predict", "read", "admin"]
 ROLES: tuple[Role, ...] = ("predict", "read", "admin")

@@ -6,20 +6,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gpuinfer.cli_help import examples
 from gpuinfer.errors import UsageError
 from gpuinfer.journal.sender import say_warning
-from gpuinfer.models import sandbox, scaffold, tables
-from gpuinfer.models.manifest import MANIFEST_FILE, load_manifest
-from gpuinfer.models.record import checked_digest
-from gpuinfer.models.repository import ModelFolder, name_of
-from gpuinfer.models.scaffold import Wanted
+from gpuinfer.models import tables
 from gpuinfer.models.try_cli import device_of, gpu_option, warn
-from gpuinfer.settings import Loaded
+
+if TYPE_CHECKING:
+    from gpuinfer.models import scaffold
+    from gpuinfer.models.repository import ModelFolder
+    from gpuinfer.models.scaffold import Wanted
+    from gpuinfer.settings import Loaded
 
 _source = click.argument("source", metavar="FILE|FOLDER", type=click.Path(exists=True, path_type=Path))
 
@@ -60,6 +61,8 @@ def _wanted(
     max_batch_size: int | None,
     no_batch: bool,
 ) -> Wanted:
+    from gpuinfer.models.scaffold import Wanted
+
     return Wanted(
         name=name,
         inputs=inputs,
@@ -84,6 +87,8 @@ def _ask() -> scaffold.Ask | None:
 
 def _text(artefact: Path, wanted: Wanted, gpu: int | None = None) -> str:
     """Return the manifest of an artefact that the workers' user can read."""
+    from gpuinfer.models import sandbox, scaffold
+
     found = sandbox.ask("describe", gpu=gpu, path=str(artefact), class_name=wanted.class_name)
     return scaffold.manifest_text(artefact, found, wanted, _ask())
 
@@ -106,6 +111,10 @@ def init(loaded: Loaded, /, source: Path, force: bool, **options: Any) -> None:
     graph, or a Python class's annotations and example. The command asks for what is missing; without a
     terminal, an error names the option. Reading them runs the file, in the workers' sandbox.
     """
+    from gpuinfer.models import sandbox, scaffold
+    from gpuinfer.models.manifest import MANIFEST_FILE, load_manifest
+    from gpuinfer.models.repository import name_of
+
     artefact = scaffold.checked_artefact(source) if source.is_file() else scaffold.artefact_in(source)
     target = artefact.parent / MANIFEST_FILE
     if target.exists() and not force:
@@ -163,6 +172,10 @@ def add(
     fails, nothing is installed or replaced. The digest of all files is recorded. A model is a program: add
     only what you trust.
     """
+    from gpuinfer.models import sandbox, scaffold
+    from gpuinfer.models.manifest import MANIFEST_FILE
+    from gpuinfer.models.record import checked_digest
+
     wanted = _wanted(**options)
     if source.is_file():
         scaffold.checked_artefact(source)
@@ -207,6 +220,8 @@ def _say_next(loaded: Loaded, name: str) -> None:
 
 
 def _named(wanted: Wanted, name: str) -> Wanted:
+    from gpuinfer.models.scaffold import Wanted
+
     return Wanted(**{**vars(wanted), "name": name})
 
 

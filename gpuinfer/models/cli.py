@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
-from rich.text import Text
 
 from gpuinfer.cli_help import examples
 from gpuinfer.errors import GpuinferError, ModelError, UsageError
-from gpuinfer.models import tables
+from gpuinfer.models import completion, tables
 from gpuinfer.models.add_cli import add, init
-from gpuinfer.models.repository import Entry, ModelFolder, Repository, verify
 from gpuinfer.models.try_cli import bench, check, run
-from gpuinfer.settings import Loaded
+
+if TYPE_CHECKING:
+    from gpuinfer.models.repository import Entry, ModelFolder, Repository
+    from gpuinfer.settings import Loaded
 
 
 @click.group("model")
@@ -38,6 +38,9 @@ for _command in (init, add, check, run, bench):
 @click.pass_obj
 def list_(loaded: Loaded, as_json: bool) -> None:
     """List installed models, including those with a broken manifest."""
+    from rich.table import Table
+    from rich.text import Text
+
     entries = tables.repository(loaded).entries()
     if as_json:
         tables.print_json([_entry_json(entry) for entry in entries])
@@ -86,11 +89,14 @@ def _inputs(folder: ModelFolder) -> list[str]:
 
 
 @model.command(epilog=examples("gpuinfer model show digits"))
-@click.argument("name")
+@click.argument("name", shell_complete=completion.names)
 @tables.as_json_option
 @click.pass_obj
 def show(loaded: Loaded, name: str, as_json: bool) -> None:
     """Show inputs, outputs, limits and digest of the model NAME."""
+    from rich.table import Table
+    from rich.text import Text
+
     folder = tables.repository(loaded).get(name)
     body = {
         **folder.manifest.model_dump(mode="json", by_alias=True),
@@ -146,7 +152,7 @@ def _short(value: Any) -> str:
 
 
 @model.command("verify", epilog=examples("gpuinfer model verify digits"))
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=completion.names)
 @tables.as_json_option
 @click.pass_obj
 def verify_(loaded: Loaded, names: tuple[str, ...], as_json: bool) -> None:
@@ -169,6 +175,8 @@ def verify_(loaded: Loaded, names: tuple[str, ...], as_json: bool) -> None:
 
 
 def _verified(repository: Repository, name: str) -> str | ModelError:
+    from gpuinfer.models.repository import verify
+
     try:
         return verify(repository.get(name))
     except ModelError as exc:
@@ -180,7 +188,7 @@ def _verified(repository: Repository, name: str) -> str | ModelError:
         "gpuinfer model remove resnet", "gpuinfer model remove resnet --forget  # of another host"
     )
 )
-@click.argument("name")
+@click.argument("name", shell_complete=completion.names)
 @click.option("--forget", is_flag=True, help="Delete no files, only the entry in the fleet's catalogue.")
 @click.pass_obj
 def remove(loaded: Loaded, name: str, forget: bool) -> None:
@@ -227,7 +235,7 @@ def _forgotten(loaded: Loaded, name: str) -> str:
 
 
 @model.command(epilog=examples("gpuinfer model default", "gpuinfer model default resnet"))
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.names)
 @click.option("--force", is_flag=True, help="Accept a NAME that the fleet does not know.")
 @tables.as_json_option
 @click.pass_obj
@@ -238,7 +246,7 @@ def default(loaded: Loaded, name: str | None, force: bool, as_json: bool) -> Non
     a change within five seconds. Waiting tasks are kept: tasks that name a model go to the workers of that
     model, and tasks of plain Celery producers that name none go to the new default.
     """
-    from gpuinfer.models.manifest import MODEL_NAME
+    from gpuinfer.names import MODEL_NAME
     from gpuinfer.queue import catalogue
     from gpuinfer.queue.connection import connect, typed_errors, user_of
 

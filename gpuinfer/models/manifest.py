@@ -8,7 +8,6 @@ model is called with, one item at a time.
 from __future__ import annotations
 
 import difflib
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,10 +16,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from gpuinfer.errors import ManifestError
 from gpuinfer.models.specs import AudioSpec, Frozen, ImageSpec, InputSpec, OutputSpec, plain_file
+from gpuinfer.names import MODEL_NAME
 
 MANIFEST_FILE = "model.toml"
-#: What a model may be called; it is the name of its folder too.
-MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 #: How an artefact is loaded.
 Format = Literal["python", "torchscript", "export"]
 #: Suffix of the artefact -> how it is loaded.

@@ -29,9 +29,10 @@ from gpuinfer.errors import (
     UsageError,
 )
 from gpuinfer.models import record
-from gpuinfer.models.manifest import MANIFEST_FILE, MODEL_NAME, Manifest, load_manifest
+from gpuinfer.models.manifest import MANIFEST_FILE, Manifest, load_manifest
 from gpuinfer.models.record import RECORD_FILE, Record
 from gpuinfer.models.signature import Signature, from_manifest
+from gpuinfer.names import MODEL_NAME
 
 SHIPPED = Path(__file__).parent / "shipped"
 _CHUNK_BYTES = 1 << 20

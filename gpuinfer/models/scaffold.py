@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gpuinfer.errors import UsageError
-from gpuinfer.models.manifest import FORMATS, MODEL_NAME
+from gpuinfer.models.manifest import FORMATS
 from gpuinfer.models.repository import name_of
 from gpuinfer.models.specs import DTYPES
+from gpuinfer.names import MODEL_NAME
 
 #: Asks a person: what is wanted, and the answer that Enter gives. None where nobody can be asked.
 Ask = Callable[[str, str], str]

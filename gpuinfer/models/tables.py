@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from gpuinfer.models.repository import Repository
-from gpuinfer.settings import Loaded
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gpuinfer.models.repository import Repository
+    from gpuinfer.settings import Loaded
 
 #: Width of tables where the output is no terminal, so that a pipe gets whole lines.
 _PIPE_WIDTH = 200
@@ -22,11 +22,15 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 
 def repository(loaded: Loaded) -> Repository:
     """Return the repository of the settings' folders."""
+    from gpuinfer.models.repository import Repository
+
     return Repository(loaded.settings.models.folders)
 
 
 def console(most: int = _PIPE_WIDTH) -> Console:
     """Return a console for tables: as wide as the terminal, in a pipe ``most`` columns, and never wider."""
+    from rich.console import Console
+
     found = Console(width=None if sys.stdout.isatty() else most, highlight=False)
     found.width = min(found.width, most)
     return found
@@ -39,6 +43,9 @@ def print_json(value: object) -> None:
 
 def print_result(result: dict[str, Any]) -> None:
     """Print one result: a table of the best classes, or the outputs as JSON."""
+    from rich.table import Table
+    from rich.text import Text
+
     if "top_k" not in result:
         click.echo(json.dumps(result.get("outputs", result.get("output", result)), allow_nan=False))
         return

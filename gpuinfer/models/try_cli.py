@@ -14,28 +14,21 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
-from gpuinfer import locks
 from gpuinfer.cli_help import examples
 from gpuinfer.errors import GpuinferError, UsageError
-from gpuinfer.gpus import check_visible
 from gpuinfer.journal.sender import say_warning
-from gpuinfer.models import sandbox, tables
-from gpuinfer.models.given import values_in
-from gpuinfer.models.repository import ModelFolder
-from gpuinfer.models.scaffold import Wanted
-from gpuinfer.models.source import check_readable, find
-from gpuinfer.models.tensors import Encoding
-from gpuinfer.privileges import leave_root
-from gpuinfer.settings import Loaded
+from gpuinfer.models import completion, tables
 
 if TYPE_CHECKING:
     from gpuinfer.models.loaded import LoadedModel
+    from gpuinfer.models.repository import ModelFolder
+    from gpuinfer.models.tensors import Encoding
+    from gpuinfer.settings import Loaded
 
 #: Characters of a result that check shows.
 _SHOWN = 200
-_target = click.argument("target", metavar="NAME|PATH")
+_target = click.argument("target", metavar="NAME|PATH", shell_complete=completion.names_or_files)
 gpu_option = click.option(
     "--gpu", type=click.IntRange(0), metavar="N", help="Run it on this GPU instead of the CPU."
 )
@@ -45,6 +38,8 @@ def device_of(loaded: Loaded, gpu: int | None) -> tuple[str, int | None]:
     """Return torch's device and the GPU's number; the CPU (and None) while a worker holds the GPU."""
     if gpu is None:
         return "cpu", None
+    from gpuinfer import locks
+
     name = f"gpu{gpu}@{socket.gethostname()}"
     if locks.state(loaded.settings.worker.run_dir, name) == "held":
         say_warning(f"GPU {gpu} is used by a worker: the model runs on the CPU instead")
@@ -63,6 +58,10 @@ def warn(report: Mapping[str, Any]) -> None:
 @contextmanager
 def placed(loaded: Loaded, target: str) -> Iterator[Path]:
     """Yield the folder of a model where the sandbox can read it: installed, linked, or copied for root."""
+    from gpuinfer.models import sandbox
+    from gpuinfer.models.scaffold import Wanted
+    from gpuinfer.models.source import find
+
     source = find(target, lambda: tables.repository(loaded), Wanted())
     if source.installed:
         yield source.path
@@ -91,6 +90,8 @@ def check(loaded: Loaded, target: str, gpu: int | None, as_json: bool) -> None:
     NAME is an installed model, PATH a folder or a file. It runs in the workers' sandbox. The command warns
     where the results differ. Exit code 65: the model cannot be loaded, or fails on its example.
     """
+    from gpuinfer.models import sandbox
+
     device, number = device_of(loaded, gpu)
     with placed(loaded, target) as folder:
         threads = loaded.settings.worker.threads
@@ -137,6 +138,10 @@ def bench(loaded: Loaded, target: str, gpu: int | None, seconds: float, as_json:
 
     It runs in the workers' sandbox, without a queue.
     """
+    from rich.table import Table
+
+    from gpuinfer.models import sandbox
+
     device, number = device_of(loaded, gpu)
     with placed(loaded, target) as folder:
         threads = loaded.settings.worker.threads
@@ -189,6 +194,11 @@ def run(
 
     NAME is an installed model, PATH a folder or a file. Started by root, it runs as the workers' user.
     """
+    from gpuinfer.models.given import values_in
+    from gpuinfer.models.scaffold import Wanted
+    from gpuinfer.models.source import check_readable, find
+    from gpuinfer.privileges import leave_root
+
     settings = loaded.settings  # read as root; as the worker's user the files may be closed to us
     source = find(target, lambda: tables.repository(loaded), Wanted())
     read = {path: path.read_bytes() for path in sources if str(path) != "-"}
@@ -221,6 +231,8 @@ def _run(
     encoding: Encoding,
 ) -> dict[str, Any]:
     if device != "cpu":
+        from gpuinfer.gpus import check_visible
+
         check_visible(os.environ)  # before torch is imported, which would take the CPU without a word
     # Here, not above: torch takes seconds to import, and only this command needs it.
     from gpuinfer.models.device import pick_device

@@ -27,7 +27,7 @@ import orjson
 
 from gpuinfer.errors import ChainRefused, GpuinferError, TaskRevoked
 from gpuinfer.log import get_logger
-from gpuinfer.models.manifest import MODEL_NAME
+from gpuinfer.names import MODEL_NAME
 from gpuinfer.queue import json_types, keys, results
 from gpuinfer.queue.claims import Follow
 from gpuinfer.queue.message import ROUTES, Envelope, peek_at_end, tasks_by_name

@@ -10,6 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from gpuinfer.errors import GpuinferError
+from gpuinfer.names import QUEUES
 
 if TYPE_CHECKING:
     import redis
@@ -37,6 +38,11 @@ def from_redis(read: Callable[[redis.Redis], Iterable[str]], user: str = "api") 
         return [CompletionItem(name) for name in names[:MOST]]
 
     return complete
+
+
+def queues(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the queues of all models; that of one model, such as batch.resnet, is typed on."""
+    return [CompletionItem(name) for name in QUEUES if name.startswith(incomplete)]
 
 
 def models(client: redis.Redis) -> list[str]:

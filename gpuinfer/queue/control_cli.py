@@ -11,6 +11,7 @@ import click
 
 from gpuinfer.cli_help import examples
 from gpuinfer.errors import UsageError
+from gpuinfer.queue import completion
 from gpuinfer.queue.show import as_json_option, print_json
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def _connected(loaded: Loaded) -> Iterator[redis.Redis]:
 @click.command(
     epilog=examples("gpuinfer queue purge batch", "gpuinfer queue purge realtime.resnet --yes --json")
 )
-@click.argument("name", metavar="[QUEUE]", required=False)
+@click.argument("name", metavar="[QUEUE]", required=False, shell_complete=completion.queues)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @as_json_option
 @click.pass_obj
@@ -63,7 +64,7 @@ def purge(loaded: Loaded, name: str | None, yes: bool, as_json: bool) -> int:
 
 
 @click.command(epilog=examples("gpuinfer queue pause batch", "gpuinfer queue pause realtime.resnet"))
-@click.argument("name", metavar="QUEUE")
+@click.argument("name", metavar="QUEUE", shell_complete=completion.queues)
 @as_json_option
 @click.pass_obj
 def pause(loaded: Loaded, name: str, as_json: bool) -> None:
@@ -76,7 +77,7 @@ def pause(loaded: Loaded, name: str, as_json: bool) -> None:
 
 
 @click.command(epilog=examples("gpuinfer queue resume batch"))
-@click.argument("name", metavar="QUEUE")
+@click.argument("name", metavar="QUEUE", shell_complete=completion.queues)
 @as_json_option
 @click.pass_obj
 def resume(loaded: Loaded, name: str, as_json: bool) -> None:

@@ -20,8 +20,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from gpuinfer.models.manifest import MODEL_NAME
-from gpuinfer.settings import QUEUES
+from gpuinfer.names import MODEL_NAME, QUEUES
 
 #: kombu's separator between a queue's name and a priority.
 SEP = "\x06\x16"

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
 
 from gpuinfer.errors import InputError
-from gpuinfer.models.manifest import MODEL_NAME
-from gpuinfer.settings import QUEUES, QueueName
+from gpuinfer.names import MODEL_NAME, QUEUES, QueueName
 
 #: Bounds of what a caller may give: ten years, and the characters of a key or an id.
 MAX_SECONDS, MAX_NAME = 10 * 365 * 86400, 200

@@ -17,7 +17,7 @@ from collections.abc import Collection
 
 from gpuinfer.errors import PayloadTooLarge, UnknownModel
 from gpuinfer.log import get_logger
-from gpuinfer.models.manifest import MODEL_NAME
+from gpuinfer.names import MODEL_NAME
 from gpuinfer.queue import heartbeats, keys, results
 from gpuinfer.queue.claims import Final, Stray, label
 from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Envelope, Undecodable, peek

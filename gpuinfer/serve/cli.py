@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gpuinfer.cli_help import examples
-from gpuinfer.demo.private import end_in_order
+from gpuinfer.models import completion
 
 if TYPE_CHECKING:
     from gpuinfer.settings import Loaded
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         "gpuinfer serve digits --port 9000",
     )
 )
-@click.argument("source", metavar="FOLDER|FILE|NAME")
+@click.argument("source", metavar="FOLDER|FILE|NAME", shell_complete=completion.names_or_files)
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0: any free one."
 )
@@ -62,6 +62,7 @@ def serve(
     It prints a curl command to try, what the model prints, and its errors with file and line. With --reload,
     requests wait while a changed model is loaded. Started by root, it runs as the workers' user.
     """
+    from gpuinfer.demo.private import end_in_order
     from gpuinfer.demo.screen import console_for
     from gpuinfer.demo.stack import plan
     from gpuinfer.journal.sender import say_warning

@@ -16,7 +16,8 @@ from gpuinfer.errors import (
     TimeLimitExceeded,
     UnknownModel,
 )
-from gpuinfer.models.manifest import MODEL_NAME, Manifest
+from gpuinfer.models.manifest import Manifest
+from gpuinfer.names import MODEL_NAME
 from gpuinfer.queue.claims import Claimed
 from gpuinfer.queue.message import MAX_MESSAGE_BYTES, Envelope, moment_of
 from gpuinfer.queue.options import ARGUMENTS, ENCODINGS, Encoding, check

@@ -51,6 +51,67 @@ def test_help_imports_nothing_heavy() -> None:
         assert done.stdout.splitlines()[-1] == "[]", args
 
 
+def complete(line: str, **environ: str) -> tuple[list[str], set[str]]:
+    """Return what is offered at the end of a line, and which modules that took."""
+    words = line.split(" ")
+    code = (
+        "import sys; from gpuinfer.cli import main\n"
+        "try: main()\n"
+        "finally: print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            **os.environ,
+            "_GPUINFER_COMPLETE": "bash_complete",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(words) - 1),
+            **environ,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return [one.split(",", 1)[1] for one in done.stdout.splitlines()], set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("gpuinfer mo", ["model"]),
+        ("gpuinfer queue pa", ["pause"]),
+        ("gpuinfer queue pause b", ["batch"]),
+        ("gpuinfer model show digits", ["digits", "digits-photo"]),
+        ("gpuinfer model remove own", ["own"]),
+        ("gpuinfer submit --model own", ["own"]),
+        ("gpuinfer serve own", ["own", "own"]),  # the model, or a file
+        ("gpuinfer submit ca", ["ca"]),  # a file
+        ("gpuinfer worker dr", ["drain"]),
+        ("gpuinfer task sh", ["show"]),
+        ("gpuinfer key show sh", ["shop"]),
+        ("gpuinfer status --js", ["--json"]),
+    ],
+)
+def test_completion_is_quick(tmp_path: Path, line: str, offered: list[str]) -> None:
+    """Commands, options, queues, this host's models and keys: without a library that takes long to import."""
+    (tmp_path / "models" / "own").mkdir(parents=True)
+    (tmp_path / "models" / "own" / "model.toml").touch()
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "shop.toml").touch()
+    file = tmp_path / "gpuinfer.toml"
+    file.write_text(f'[models]\nfolders = ["{tmp_path}/models"]\n[api]\nkeys_dir = "{tmp_path}/keys"\n')
+    found, modules = complete(line, GPUINFER_CONFIG=str(file))
+    assert found == offered
+    assert modules & {"pydantic", "pydantic_settings", "redis", "rich", "numpy", "celery", "torch"} == set()
+
+
+def test_a_broken_settings_file_does_not_stop_completion(tmp_path: Path) -> None:
+    """A shell's prompt is no place for errors."""
+    file = tmp_path / "gpuinfer.toml"
+    file.write_text("[models\n")
+    assert complete("gpuinfer model show digits-", GPUINFER_CONFIG=str(file))[0] == ["digits-photo"]
+
+
 def test_help_lists_every_command() -> None:
     """Each name with its line."""
     text = run("--help").stdout

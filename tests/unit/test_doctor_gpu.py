@@ -279,7 +279,7 @@ def test_a_wrong_settings_file_is_no_workers_fault(tmp_path: Path) -> None:
     settings = tmp_path / "gpuinfer.toml"
     settings.write_text('[worker]\ndevise = "cpu"\n')
     with pytest.raises(Skipped, match=r"see config\.file"):
-        workers.bindings(Host(_WhenNeeded(settings), root=tmp_path))
+        workers.bindings(Host(_WhenNeeded(settings), root=tmp_path))  # type: ignore[arg-type]  # as the command
 
 
 def test_torch_is_known_without_importing_it() -> None:

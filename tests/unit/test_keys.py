@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kombu.transport.redis import Channel
 
-from gpuinfer.models.manifest import MODEL_NAME
+from gpuinfer.names import MODEL_NAME
 from gpuinfer.queue import keys
 from gpuinfer.queue.keys import Place, list_key, place_of, queue_name
 from gpuinfer.settings import QUEUES

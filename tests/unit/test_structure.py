@@ -29,6 +29,7 @@ SHARED = (
     "settings",
     "sources",
     "errors",
+    "names",
     "locks",
     "log",
     "journal",
@@ -41,7 +42,7 @@ SHARED = (
 #: Rooms and single modules from the bottom up: each may use what stands below it. Those of one level do
 #: not use each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "redis_url", "addresses", "certificate", "cli_help"),
+    ("errors", "redis_url", "addresses", "certificate", "cli_help", "names"),
     ("sections", "env_file"),
     ("sources",),
     ("settings", "journal"),
