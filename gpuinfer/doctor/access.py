@@ -31,12 +31,12 @@ GROUP = "gpuinfer-api"
 _MIN_PASSWORD_BYTES = 16
 #: What expires is reported this long before.
 SOON_S = 7 * 86400.0
-#: A network with fewer bits than these is open to anybody; 10.0.0.0/8 and fc00::/7 are somebody's own.
+#: A network with fewer bits than these is open to everybody; 10.0.0.0/8 and fc00::/7 are somebody's own.
 _LEAST_BITS = {4: 8, 6: 7}
 
 
 def connect(host: Host) -> Findings:
-    """The API is open to nobody who should not use it; the report says who may connect, and where."""
+    """The API is open only to those who may use it; the report says who may connect, and where."""
     api, metrics = host.settings.api, host.settings.metrics.listen
     (tcp, unix), keys = listeners(host), _keys(host)
     opened = [f"{name}:{port}" for name, port in tcp if not _is_loopback(name)]
@@ -78,7 +78,7 @@ def _too_open(api: ApiSettings, opened: list[str], keys: int | None) -> Iterator
         yield warning(text, f"{EDIT}  # [api] tls_cert and tls_key, or a proxy with TLS")
     for network in map(ip_network, api.anonymous):
         if network.prefixlen < _LEAST_BITS[network.version]:
-            text = f"api.anonymous has {network}: anybody who reaches this host may predict, without a key"
+            text = f"api.anonymous has {network}: everybody who reaches this host may predict without a key"
             yield error(text, f"{EDIT}  # [api] anonymous; gpuinfer key add NAME makes a key")
     if "*" in api.cors_origins and (keys == 0 or api.anonymous):
         text = "api.cors_origins is *: any web page may use this host through a visitor who needs no key"
@@ -118,7 +118,7 @@ def credentials(host: Host) -> Findings:
         found += [bad for login in logins for bad in host.secret(login, 0o640)]
     except PermissionError:
         raise Skipped(f"only root may read {CREDENTIALS}") from None
-    return found or ok(f"{len(users)} passwords, readable by root alone")
+    return found or ok(f"{len(users)} passwords, readable only by root")
 
 
 def _password(host: Host, user: str) -> Iterator[Finding]:
@@ -133,7 +133,7 @@ def _password(host: Host, user: str) -> Iterator[Finding]:
 
 
 def keys(host: Host) -> Findings:
-    """The keys' files are whole, readable by the API alone, and none expires within a week."""
+    """The keys' files are valid and readable only by the API, and none expires within a week."""
     shown = host.settings.api.keys_dir
     folder = host.path(shown)
     if not folder.is_dir():
@@ -145,7 +145,7 @@ def keys(host: Host) -> Findings:
             found += [*_rights(host, shown / file.name, 0o640), *_key(file, shown / file.name)]
     except PermissionError:
         raise Skipped(f"only root may read {shown}") from None
-    return found or ok(f"{len(files)} key{'s' * (len(files) != 1)}, readable by {GROUP} alone")
+    return found or ok(f"{len(files)} key{'s' * (len(files) != 1)}, readable only by {GROUP}")
 
 
 def _rights(host: Host, shown: Path, wanted: int) -> Iterator[Finding]:

@@ -74,7 +74,7 @@ def info(host: Host, *sections: str) -> Mapping[str, Any]:
 
 
 def limits(host: Host) -> Findings:
-    """Redis has a memory limit, evicts results alone, and keeps the queue over a restart."""
+    """Redis has a memory limit, evicts only results, and keeps the queue over a restart."""
     found, place = info(host, "memory", "persistence"), place_of(host.settings.broker)
     limit, policy = int(found["maxmemory"]), found["maxmemory_policy"]
     fix, bad = place.config("maxmemory-policy", "volatile-ttl"), []

@@ -19,7 +19,7 @@ LIMIT_S = nvml.LIMIT_S + 5.0
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to look at. The first line of its docstring says what holds on a sound host."""
+    """One test of a host. The first line of its docstring says what holds on a sound host."""
 
     #: topic.name; the topic alone chooses all of its checks.
     name: str

@@ -104,7 +104,7 @@ def waiting(host: Host) -> Findings:
 
 
 def paused(host: Host) -> Findings:
-    """No queue is paused and no worker is drained, as one may be by oversight."""
+    """No queue is paused and no worker is drained: somebody may have forgotten it."""
     with asked(host) as client:
         depth, workers = look(client), drained.names(client)
     bad = []

@@ -16,7 +16,7 @@ from gpuinfer.privileges import WORKER_USER
 
 PROBE_LIMIT_S = 60.0
 _GIB = 1024**3
-#: With less free memory than this on a GPU a worker can hardly load anything.
+#: With less free memory than this on a GPU a worker cannot load a model.
 _LEAST_FREE_BYTES = _GIB // 2
 _COMPUTE_PROHIBITED = 2
 _XID = re.compile(r"NVRM: Xid \(PCI:(?P<pci>[0-9a-fA-F:.]+)\): (?P<number>\d+)")
@@ -153,7 +153,7 @@ def torch(host: Host) -> Finding:
         return error("torch is not installed: no worker can start", f"apt install gpuinfer-torch-{kind}")
     version, cuda = found
     if has_gpu and not cuda:
-        return error(f"torch {version} is built for the CPU alone", CUDA_TORCH)
+        return error(f"torch {version} is built only for the CPU", CUDA_TORCH)
     return ok(f"torch {version}, built for {f'CUDA {cuda}' if cuda else 'the CPU'}")
 
 
@@ -173,7 +173,7 @@ def judge(answer: dict[str, Any], count: int, *, split: bool = False) -> Finding
     Where one is ``split`` by MIG, CUDA shows a process only some of them, and counts tell nothing.
     """
     if answer["cuda"] is None:
-        return error(f"torch {answer['torch']} is built for the CPU alone", CUDA_TORCH)
+        return error(f"torch {answer['torch']} is built only for the CPU", CUDA_TORCH)
     good, failed = answer["devices"], answer["failed"]
     if not good and not failed:
         return error(f"NVML lists {count} GPUs, CUDA none: {answer['why']}", _NODES)

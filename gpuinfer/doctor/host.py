@@ -74,7 +74,7 @@ def run_command(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 @dataclass
 class Host:
-    """One look at a host; what is costly to ask is asked once."""
+    """A host as one run of the doctor sees it; what is costly to ask is asked once."""
 
     loaded: Loaded
     #: Where /etc, /proc, /sys, /dev and /var are looked for.
@@ -88,7 +88,7 @@ class Host:
 
     @property
     def settings(self) -> Settings:
-        """Return the settings. Raises Skipped when they are wrong: one check alone reports that."""
+        """Return the settings. Raises Skipped when they are wrong: only config.file reports that."""
         try:
             return self.loaded.settings
         except ConfigError:

@@ -35,7 +35,7 @@ class Health:
 
     #: 0: the driver is unloaded when no process uses it.
     persistence: int | None = None
-    #: 0 default, 2 prohibited, 3 one process alone.
+    #: 0 default, 2 prohibited, 3 only one process.
     compute_mode: int | None = None
     #: Since the driver was loaded.
     ecc_uncorrected: int | None = None

@@ -80,7 +80,7 @@ class Place:
         return "gpuinfer config show | grep broker.url  # start the Redis it names, or name another"
 
     def says(self, line: bytes = b"") -> str:
-        """Return what is answered there, without TLS, to a line or to a connection alone; empty: nothing."""
+        """Return the answer to a line, or to a mere connection, without TLS; empty where there is none."""
         try:
             with _connected(self) as plain:
                 plain.sendall(line)

@@ -45,14 +45,14 @@ def judge(folder: str, free: int, inodes: int | None) -> Finding:
 
 
 def journal(host: Host) -> Finding:
-    """The journal outlasts a reboot."""
+    """The journal is written to disk, where it outlasts a reboot, and not to /run."""
     host.need_systemd()
-    # It is there where journald does not keep it on disk, for whatever reason.
-    if not any(host.path("/run/log/journal").glob("*/system.journal")):
+    disk, run = (any(host.path(f"/{at}/log/journal").glob("*/system.journal")) for at in ("var", "run"))
+    if disk and not run:
         return ok("the journal is kept on disk")
     keep = f"mkdir -p $(dirname {JOURNALD}) && printf '[Journal]\\nStorage=persistent\\n' >{JOURNALD}"
     fix = f"{keep} && systemctl restart systemd-journald && journalctl --flush"
-    return warning("the journal is kept in memory (/run/log/journal) and lost at each reboot", fix)
+    return warning("the journal is not kept on disk: it is lost at each reboot", fix)
 
 
 def clocks(host: Host) -> Finding:

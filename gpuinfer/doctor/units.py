@@ -98,7 +98,7 @@ def _trouble(host: Host, unit: Unit, *, always: bool) -> Finding | None:
         return error(f"{name} is masked: it cannot be started", f"systemctl unmask {name}")
     if load != "loaded":
         return error(f"{name}: {load}", f"systemctl daemon-reload; systemd-analyze verify {name}")
-    if _cannot_listen(unit):  # systemd's own words differ, and hardly tell
+    if _cannot_listen(unit):  # systemd's own words do not tell the reason
         (address, port), *_ = addresses(unit)
         why = "another program does, or the address is not this host's"
         return error(f"{name} cannot listen at {address}:{port}: {why}", who_listens(port))

@@ -71,7 +71,7 @@ def test_both_hosts_share_the_work(hosts: tuple[Container, Container]) -> None:
     ids = [predict(first, batch, "/batch_predict") for _ in range(100)]
     workers = {result(first, task_id)["worker"] for task_id in ids}
     assert workers == {"gpu0@gpu-a", "gpu0@gpu-b"}
-    assert "gpu0@gpu-b" in first.ok("gpuinfer doctor work")  # to ask workers is the administrator's
+    assert "gpu0@gpu-b" in first.ok("gpuinfer doctor work")
 
 
 def test_keys_and_passwords_are_where_they_are_needed(hosts: tuple[Container, Container]) -> None:
@@ -81,6 +81,6 @@ def test_keys_and_passwords_are_where_they_are_needed(hosts: tuple[Container, Co
     first.ok(f"{as_worker} cat /etc/gpuinfer/tls/redis.crt")
     assert first.sh(f"{as_worker} cat /etc/gpuinfer/tls/redis.key").code
     second.ok("dpkg-reconfigure gpuinfer; ! test -e /etc/gpuinfer/credentials/admin")
-    assert "3 passwords" in second.ok("gpuinfer doctor config")
+    assert "4 passwords" in second.ok("gpuinfer doctor config")
     second.ok("set -e; gpuinfer watcher explain; gpuinfer queue status")
     assert "shape_mismatch" in second.sh("gpuinfer submit --wait '[1]'").output

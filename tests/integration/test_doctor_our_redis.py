@@ -28,7 +28,7 @@ def one(found: Findings) -> Finding:
 def test_a_redis_that_runs_otherwise_than_configured(
     redis_factory: RedisFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Somebody changed it by hand, or the settings were changed since its start: a restart mends both."""
+    """Somebody changed it by hand, or the settings were changed since its start: a restart fixes both."""
     server = redis_factory(maxmemory="64mb", maxmemory_policy="volatile-ttl")
     monkeypatch.setattr("gpuinfer.doctor.redis_place.OUR_SOCKET", str(server.socket))
     monkeypatch.setattr(trial, "BINARY", redis_binary())

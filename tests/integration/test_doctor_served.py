@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_what_waits_for_nobody_is_an_error(redis_server: RedisServer, tmp_path: Path) -> None:
-    """Served neither here nor elsewhere; a worker elsewhere, or a file of one here, mends it."""
+    """Served neither here nor elsewhere; a worker elsewhere, or a file of one here, fixes it."""
     settings = Settings.model_validate({"broker": {"url": redis_server.url}})
     here = Host(Loaded(settings, {}), root=tmp_path)
     assert fleet.waiting(here) == Finding("ok", "workers serve all that waits: 0 tasks in 0 queues")

@@ -45,7 +45,7 @@ def test_findings_come_in_order_with_their_checks_name() -> None:
 
     def second(_: Host) -> Findings:
         gate.set()
-        return [ok("two"), warning("three", "mend")]
+        return [ok("two"), warning("three", "fix")]
 
     found = run(first, second)
     assert [(finding.check, finding.message) for finding in found] == [
@@ -125,8 +125,8 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str, found: Sequence[Findi
 
 def test_plain_words_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line a check, the remedy under it, and the count."""
-    done = call(monkeypatch, found=[ok("fine"), warning("hm", "mend it")])
-    assert done.output.splitlines()[:3] == ["ok      t.0  fine", "warning t.1  hm", "          -> mend it"]
+    done = call(monkeypatch, found=[ok("fine"), warning("hm", "fix it")])
+    assert done.output.splitlines()[:3] == ["ok      t.0  fine", "warning t.1  hm", "          -> fix it"]
     assert "2 findings: 1 ok, 1 warning (" in done.output
 
 

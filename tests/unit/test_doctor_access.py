@@ -101,7 +101,9 @@ def test_anybody_may_predict(network: str, tmp_path: Path) -> None:
     """An error, also where only loopback listens: a proxy may stand before it."""
     (found,) = troubles(listening(tmp_path, anonymous=[network, "10.0.0.0/8", "fc00::/7"]))
     assert found.status == "error"
-    assert found.message.startswith(f"api.anonymous has {network}: anybody who reaches this host may predict")
+    assert found.message.startswith(
+        f"api.anonymous has {network}: everybody who reaches this host may predict"
+    )
 
 
 def test_any_page_may_ask(tmp_path: Path) -> None:
@@ -113,12 +115,12 @@ def test_any_page_may_ask(tmp_path: Path) -> None:
 
 
 def test_the_keys_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each fault is named, with the command that mends it; sound ones are counted."""
+    """Each fault is named, with the command that fixes it; sound ones are counted."""
     monkeypatch.setattr(grp, "getgrnam", lambda _: _Group)
     with pytest.raises(Skipped, match="no key has been made"):
         access.keys(host(tmp_path))
     file = add_key(tmp_path)
-    assert one(access.keys(host(tmp_path))).message == "1 key, readable by gpuinfer-api alone"
+    assert one(access.keys(host(tmp_path))).message == "1 key, readable only by gpuinfer-api"
     file.chmod(0o644)
     found = one(access.keys(host(tmp_path)))
     assert (found.status, found.remedy) == ("error", f"chmod 0640 {KEYS}/shop.toml")

@@ -40,7 +40,7 @@ def one(found: Findings) -> Finding:
 
 
 def test_sound_gpus() -> None:
-    """Driver, CUDA, names, memory; nothing to mend."""
+    """Driver, CUDA, names, memory; nothing to fix."""
     sound = host(FakeNvml(count=2))
     listed = flat(gpu.driver(sound))
     assert listed[0].message == "driver 580.1, serves CUDA up to 12.8, 2 GPUs"
@@ -121,7 +121,7 @@ def test_persistence_mode_off() -> None:
 
 
 def test_ill_health() -> None:
-    """Memory errors, rows to be replaced, a closed compute mode: each with what mends it."""
+    """Memory errors, rows to be replaced, a closed compute mode: each with its fix."""
     nvml = FakeNvml(count=1, ecc=3, remapped={0: (1, 1)}, compute_mode=2)
     found = flat(gpu.health(host(nvml)))
     assert [finding.status for finding in found] == ["error", "warning", "error", "error"]

@@ -98,7 +98,7 @@ def test_a_second_host_needs_no_administrators_password(tmp_path: Path) -> None:
     folder.chmod(0o700)
     for path in folder.iterdir():
         path.chmod(0o600)
-    assert one(access.credentials(second)).message == "4 passwords, readable by root alone"
+    assert one(access.credentials(second)).message == "4 passwords, readable only by root"
     assert one(access.credentials(host(tmp_path))).message.endswith("/admin is missing")
 
 
@@ -157,16 +157,18 @@ def test_the_room_where_redis_writes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_journal_that_is_lost_at_reboot(tmp_path: Path) -> None:
-    """journald keeps it in /run where it does not keep it on disk, for whatever reason."""
+    """journald writes it to /run where, for whatever reason, it does not write it to disk; or nowhere."""
     (tmp_path / "run/systemd/system").mkdir(parents=True)
     here = host(
-        tmp_path, {"/run/log/journal/0123/system.journal": "", "/var/log/journal/0123/old.journal": ""}
+        tmp_path, {"/run/log/journal/0123/system.journal": "", "/var/log/journal/0123/system.journal": ""}
     )
     found = system.journal(here)
     assert (found.status, "lost at each reboot" in found.message) == ("warning", True)
     assert "Storage=persistent" in found.remedy
     (tmp_path / "run/log/journal/0123/system.journal").unlink()
     assert system.journal(here).status == "ok"
+    (tmp_path / "var/log/journal/0123/system.journal").unlink()
+    assert system.journal(here).status == "warning"
 
 
 # -- Redis's files --------------------------------------------------------------------------

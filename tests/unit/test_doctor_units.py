@@ -141,7 +141,7 @@ def test_a_worker_in_a_crash_loop(tmp_path: Path) -> None:
 
 
 def test_a_port_that_another_program_has(tmp_path: Path) -> None:
-    """The command names that program: to start our socket once more would mend nothing."""
+    """The command names that program: to start our socket once more would fix nothing."""
     shown = [unit(name) for name in units.ALWAYS]
     shown[2] = unit(units.SOCKET, ActiveState="failed", Result="resources", Listen="127.0.0.1:9090 (Stream)")
     shown[3] = unit(units.API, ActiveState="inactive")
