@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is special about one worker of a host: the administrator's own file for it.
+"""The settings of one worker: ``/etc/gpuinfer/worker@N.env``.
 
-``/etc/gpuinfer/worker@N.env`` is read as the worker's unit reads it (``EnvironmentFile=``, systemd.exec(5)).
-The doctor, the watcher and ``gpuinfer config`` ask here what an instance would run with; so do workers that
-are plain processes.
+The file is read as the worker's unit reads it (``EnvironmentFile=``, systemd.exec(5)). The doctor, the
+watcher and ``gpuinfer config`` use this to know what an instance would run with; so do workers that are
+plain processes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 
 from gpuinfer import env_file
 
-#: Where the units look for the files.
+#: The folder in which the units look for the files.
 FOLDER = Path("/etc/gpuinfer")
 _NAME = re.compile(r"worker@(\d+)\.env")
 
 
 def file_of(number: int, folder: Path = FOLDER) -> Path:
-    """Return the path of an instance's own file, which need not be there."""
+    """Return the path of an instance's own file, which may not exist."""
     return folder / f"worker@{number}.env"
 
 
@@ -36,5 +36,5 @@ def read(number: int, folder: Path = FOLDER) -> Mapping[str, str]:
 
 
 def remarks(number: int, folder: Path = FOLDER) -> tuple[str, ...]:
-    """Return what is odd in an instance's own file, line by line. Raises OSError."""
+    """Return a remark for each line that systemd would ignore or change. Raises OSError."""
     return env_file.read(file_of(number, folder)).remarks

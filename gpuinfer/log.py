@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logging: one set-up per process; every line, ours and the libraries', goes through one renderer.
 
-The way of a line::
+The path of a line::
 
     get_logger(__name__).info("batch_done", size=8) ─┐                                  ┌► journald
     celery, kombu, uvicorn, warnings, ───────────────┴─► root logger ► one handler ─────┤
     exceptions that nobody caught                                                       └► stream
 
-Every line carries ``timestamp`` (UTC), ``level``, ``logger`` and ``action``: for our lines a stable
-snake_case name, for foreign lines the logger's name, with their text in ``message``. A line about
-one task has its ``task_id``, a line about several their ``task_ids``; about more than a hundred it is several
-lines, numbered by their ``part``. What users sent (inputs,
-results) is never logged; a value that is not plain is logged as its type, and a long text is cut.
+Every line has ``timestamp`` (UTC), ``level``, ``logger`` and ``action``: for our lines a stable
+snake_case name; for lines of libraries the logger's name, with their text in ``message``. A line about
+one task has its ``task_id``, a line about several their ``task_ids``; a line about more than a hundred is
+split into several, numbered by ``part``. Inputs and results are never logged. A value that is not plain is
+logged as its type, and a long text is cut.
 """
 
 from __future__ import annotations
@@ -37,27 +37,28 @@ from gpuinfer.journal.entry import Entries, parts, shortened
 from gpuinfer.journal.sender import Sender, is_journal
 from gpuinfer.settings import LogSettings
 
-#: What each line begins with, in this order.
+#: The first fields of each line, in this order.
 _FIRST = ("timestamp", "level", "logger", "action")
 _ROOM = "gpuinfer"
-#: Characters of a task's id that a line has at most.
+#: The most characters of a task's id in a line.
 MAX_ID = 200
-#: These log what a task was given or has returned, at the levels named here and below.
+#: Below these levels, these loggers log inputs and results of tasks.
 _QUIETED = {
     "celery.app.trace": logging.WARNING,
     "celery.worker.strategy": logging.WARNING,
-    # The worker says the same, with fields: worker_ready, redis_away, redis_back.
+    # The worker logs the same, with fields: worker_ready, redis_away, redis_back.
     "celery.apps.worker": logging.WARNING,
     "celery.worker.consumer.connection": logging.WARNING,
 }
-#: Celery would show the message whole, payload and all; what became of it, task_dead_lettered says.
+#: Celery would log the whole message with its payload; the line task_dead_lettered says what was done with
+#: it.
 _OF_MESSAGES = logging.getLogger("celery.worker.consumer.consumer")
 _WITH_MESSAGE = (
     *("Received and deleted unknown message", "Received unregistered task"),
     *("Received invalid task message", "Can't decode message body"),
 )
 _MARK = "_gpuinfer"
-#: Fields of every line of this process, the inference thread's and the libraries' too.
+#: Fields of every line of this process, including those of other threads and of libraries.
 _always: dict[str, object] = {}
 
 Target = Literal["console", "json", "journal"]
@@ -71,7 +72,7 @@ def get_logger(name: str) -> BoundLogger:
 
 @contextmanager
 def bound(**fields: object) -> Iterator[None]:
-    """Put fields on every line logged inside, by us or by a library (this thread or asyncio task)."""
+    """Add fields to every line logged inside, by us or by a library (in this thread or asyncio task)."""
     with structlog.contextvars.bound_contextvars(**fields):
         yield
 
@@ -97,10 +98,10 @@ def configure(
     for old in [handler for handler in root.handlers if getattr(handler, _MARK, False)]:
         root.removeHandler(old)
         old.close()
-    # Not to what may stand before it, and logs what a model prints (gpuinfer.models.words).
+    # Not to the wrapper of stderr that logs what a model prints (gpuinfer.models.words).
     lines_to: TextIO = stream or getattr(sys.stderr, "behind", None) or sys.stderr
     root.addHandler(_handler(target(settings, lines_to), program, lines_to))
-    # At debug, libraries log messages whole, payloads included: that level is for our own lines.
+    # At debug, libraries log whole messages with payloads: that level is only for our own lines.
     root.setLevel(max(level, logging.INFO))
     logging.getLogger(_ROOM).setLevel(level)
     for name, at_least in _QUIETED.items():
@@ -112,7 +113,7 @@ def configure(
 
 
 def target(settings: LogSettings, stream: TextIO | None = None) -> Target:
-    """Return where lines go: as set, or by what standard error (or ``stream``) is."""
+    """Return where lines go: as set, or by the kind of ``stream`` (default: standard error)."""
     if settings.format != "auto":
         return settings.format
     stream = stream or sys.stderr
@@ -122,9 +123,9 @@ def target(settings: LogSettings, stream: TextIO | None = None) -> Target:
 
 
 def setup_celery_logging(settings: LogSettings, *, program: str = "gpuinfer", **always: str | int) -> None:
-    """Keep Celery from setting up logging of its own, in worker and beat alike.
+    """Keep Celery from setting up its own logging.
 
-    A receiver of ``celery.signals.setup_logging`` is what stops it from taking the root logger.
+    It leaves the root logger alone when ``celery.signals.setup_logging`` has a receiver.
     """
     from celery.signals import setup_logging
 
@@ -135,7 +136,7 @@ def setup_celery_logging(settings: LogSettings, *, program: str = "gpuinfer", **
 
 
 def _adopt_exceptions() -> None:
-    """Log what nobody caught, in whatever thread, as one line; asyncio logs its own by itself."""
+    """Log an uncaught exception of any thread as one line; asyncio logs its own."""
 
     def uncaught(kind: type[BaseException], exc: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
@@ -155,7 +156,7 @@ def _adopt_exceptions() -> None:
 
 
 def _without_message(record: logging.LogRecord) -> bool:
-    """Cut a line of Celery's before the message that it would show."""
+    """Cut the message, with its payload, off a line of Celery."""
     said = next((words for words in _WITH_MESSAGE if str(record.msg).startswith(words)), None)
     if said is not None:
         record.msg, record.args = said, ()
@@ -163,7 +164,7 @@ def _without_message(record: logging.LogRecord) -> bool:
 
 
 def _adopt_libraries() -> None:
-    """Let lines of libraries that bring handlers of their own rise to the root, so that each comes once."""
+    """Remove the handlers of libraries, so that each of their lines reaches the root logger, once."""
     for name in list(logging.root.manager.loggerDict):
         if name.partition(".")[0] in ("celery", "kombu", "uvicorn", "py"):
             logger = logging.getLogger(name)
@@ -185,7 +186,7 @@ def _common() -> list[Processor]:
 
 
 class _JournalHandler(logging.Handler):
-    """Sends lines to journald; where there is none, another handler has them."""
+    """Sends lines to journald; where there is none, to another handler."""
 
     def __init__(self, entries: Entries, otherwise: logging.Handler) -> None:
         super().__init__()
@@ -196,7 +197,7 @@ class _JournalHandler(logging.Handler):
         self.setFormatter(_formatter(structlog.processors.format_exc_info, self._encode))
 
     def _encode(self, _: WrappedLogger, __: str, line: EventDict) -> str:
-        """Keep the line's entries: what a formatter returns can be text alone."""
+        """Keep the line's entries: a formatter can return only text."""
         self._encoded = self._entries.of(line)
         return ""
 
@@ -237,7 +238,7 @@ def _formatter(*last: Processor) -> ProcessorFormatter:
 
 
 def _for_reading(colours: bool) -> list[Processor]:
-    # The plain traceback: rich's would show local variables, and so payloads.
+    # A plain traceback: that of rich would show local variables, and so payloads.
     console = structlog.dev.ConsoleRenderer(
         colors=colours, event_key="action", exception_formatter=structlog.dev.plain_traceback
     )
@@ -260,7 +261,7 @@ def _add_always(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
 
 
 def _cut_ids(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
-    """Cut ids that plain Celery producers have chosen: ours are never that long."""
+    """Cut long ids, which plain Celery producers may choose."""
     task_id, task_ids = line.get("task_id"), line.get("task_ids")
     if isinstance(task_id, str) and len(task_id) > MAX_ID:
         line["task_id"] = task_id[:MAX_ID]
@@ -280,7 +281,7 @@ def _name_action(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
     if line.get("_from_structlog"):
         line["action"] = event
     elif record is not None and str(record.name).startswith(f"{_ROOM}.") and hasattr(record, "action"):
-        # The client's, which do without structlog: ``extra={"action": ..., "fields": {...}}``.
+        # A line of the client, which does not use structlog: ``extra={"action": ..., "fields": {...}}``.
         line["action"] = record.action
         line.update(getattr(record, "fields", {}))
     else:
@@ -290,7 +291,7 @@ def _name_action(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
 
 
 def _foreign_text_first(_: WrappedLogger, __: str, line: EventDict) -> EventDict:
-    """On a terminal a foreign line's text is what one wants to read; its logger's name is beside it."""
+    """On a terminal, show the text of a library's line first; its logger's name is beside it."""
     if "message" in line:
         line["action"] = line.pop("message")
     return line
@@ -313,17 +314,17 @@ def _dump(value: object) -> str:
     try:
         return orjson.dumps(value, default=_plain, option=orjson.OPT_NON_STR_KEYS).decode()
     except TypeError:
-        # Half a surrogate, as in a file name that is not UTF-8, or a number beyond 64 bits.
+        # A lone surrogate, as in a file name that is not UTF-8, or a number beyond 64 bits.
         return json.dumps(value, default=_plain, skipkeys=True)
 
 
 def _as_text(value: object) -> str:
-    """Return a value of a journal field that is neither text nor number: JSON, or what _plain makes of it."""
+    """Return the text of a journal field that is neither text nor number: JSON, or that of ``_plain``."""
     return _dump(value) if isinstance(value, bool | list | tuple | dict) else _plain(value)
 
 
 def _plain(value: object) -> str:
-    """Tell what a value is where it cannot be shown; tensors and bytes are payload, so only their type."""
+    """Return a value's text, or only its type: tensors and bytes are payload."""
     if isinstance(value, PurePath | BaseException | frozenset | set):
         return str(value)
     return f"<{type(value).__name__}>"

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model code never runs as root: on an installed host root's process becomes the worker's user first.
+"""Model code never runs as root: on an installed host a process of root first becomes the worker's user.
 
-A model is a program. The units run it as a user of its own; this is for root's own ``gpuinfer worker N``,
-``gpuinfer model run`` and ``gpuinfer demo``. There is no way back: all identities change, nothing that is run
-later gains rights, and the terminal, which is root's, takes no input from the process (TIOCSTI).
+A model is a program. The units run it as their own user; this module is for ``gpuinfer worker N``,
+``gpuinfer model run`` and ``gpuinfer demo`` started by root. The process cannot become root again: all its
+ids change, no program that it starts gains rights, and it cannot write into the input of root's terminal
+(TIOCSTI).
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from pathlib import Path
 from gpuinfer.errors import RootKept
 
 WORKER_USER = "gpuinfer-worker"
-#: The unit's own CacheDirectory=, where libraries may keep what they compile.
+#: The unit's CacheDirectory=, where libraries may store compiled code.
 CACHE = Path("/var/cache/gpuinfer/worker")
 
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 2, 38
 _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_TSYNC = 1, 1
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050001  # SECCOMP_RET_ALLOW; SECCOMP_RET_ERRNO with EPERM
-#: They put characters into a terminal's input, where root's shell would run them.
+#: ioctls that put characters into a terminal's input, where root's shell would run them.
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 #: Machine -> AUDIT_ARCH_*, and the numbers of ioctl(2) and seccomp(2).
 _MACHINES = {"x86_64": (0xC000003E, 16, 317), "aarch64": (0xC00000B7, 29, 277)}
-#: From here on x86-64 has the system calls of x32.
+#: The first number of the x32 system calls on x86-64.
 _X32 = 0x40000000
 
 
@@ -43,9 +44,9 @@ def worker_user() -> pwd.struct_passwd | None:
 
 
 def leave_root(warn: Callable[[str], object]) -> None:
-    """Become the worker's user if this process is root; ``warn`` is told where there is no such user.
+    """Become the worker's user if this process is root. ``warn`` is called where there is no such user.
 
-    Raises RootKept when that cannot be done.
+    Raises RootKept where the user cannot be changed.
     """
     if os.geteuid() != 0:
         return
@@ -57,9 +58,9 @@ def leave_root(warn: Callable[[str], object]) -> None:
 
 @cache
 def warn_root(warn: Callable[[str], object]) -> None:
-    """Tell ``warn`` once that model code runs as root, where there is nobody else it could run as."""
+    """Call ``warn`` once where model code runs as root, because there is no user for it."""
     if os.geteuid() == 0 and worker_user() is None:
-        warn(f"model code runs as root: this host has no user {WORKER_USER}, the package would bring it")
+        warn(f"model code runs as root: this host has no user {WORKER_USER}, which the package creates")
 
 
 def _become(user: pwd.struct_passwd) -> None:
@@ -87,7 +88,7 @@ def _become(user: pwd.struct_passwd) -> None:
 
 
 def _refuse_terminal_input(libc: ctypes.CDLL) -> None:
-    """Let no thread gain rights by what it runs, nor type into the terminal (seccomp(2)). Raises OSError."""
+    """Forbid all threads to gain rights, and to write into the terminal's input. Raises OSError."""
     arch, ioctl, seccomp = _MACHINES[platform.machine()]
     load, jump_eq, jump_ge, answer = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, JMP|JEQ|K, JMP|JGE|K, RET|K
     program = [

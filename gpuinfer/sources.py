@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where settings come from: the file, variables and credentials, as pydantic-settings reads them.
+"""The sources of settings: the file, variables and credentials, as pydantic-settings reads them.
 
-What it would pass over in silence, an unknown section, key or variable, is refused here by name.
+pydantic-settings ignores an unknown section, key or variable; here it is an error that names it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def read_text(path: Path) -> str:
 
 
 def exists(path: Path) -> bool:
-    """Tell whether a file is there. Raises ConfigError where that cannot be told."""
+    """Tell whether a file exists. Raises ConfigError where that is not known."""
     try:
         return path.exists()
     except OSError as exc:
@@ -58,14 +58,14 @@ def exists(path: Path) -> bool:
 
 
 class SettingsFile(TomlConfigSettingsSource):
-    """These sections of a TOML file; a mistake in another one is no matter, as long as all of it is TOML."""
+    """Some sections of a TOML file; mistakes in its other sections are ignored, if the file is valid TOML."""
 
     def __init__(self, settings: type[BaseSettings], path: Path, only: Collection[str]) -> None:
         self._sections, self._only = sections_of(settings), only
         super().__init__(settings, path)
 
     def _read_files(self, files: Any, deep_merge: bool = False) -> Values:
-        """Read the file, and once: theirs passes over one that is not there, or is a folder."""
+        """Read the file, once. (That of pydantic-settings ignores a missing file, and a folder.)"""
         return self._read_file(Path(files))
 
     def _read_file(self, file_path: Any) -> Values:
@@ -95,7 +95,7 @@ class Variables(EnvSettingsSource):
 
 
 class Credentials(InitSettingsSource):
-    """The secrets that systemd hands over as files (LoadCredential=)."""
+    """The secrets that systemd passes as files (LoadCredential=)."""
 
     def __init__(self, settings: type[BaseSettings], folder: Path | None, only: Collection[str]) -> None:
         found: Values = {}
@@ -126,7 +126,7 @@ def _check_section(
             raise ConfigError(f"unknown key {section}.{key}; {_nearest(key, known)}", origin)
 
 
-#: What Kubernetes sets for a service whose name begins with gpuinfer, in every container beside it.
+#: Variables that Kubernetes sets in all containers for a service whose name begins with gpuinfer.
 _OF_KUBERNETES = re.compile(
     r"GPUINFER_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
 )
@@ -134,7 +134,7 @@ _ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 
 def is_setting(name: str, value: str) -> bool:
-    """Tell a variable that means us from others that begin as ours do."""
+    """Tell whether a variable is a setting of gpuinfer, not another one with the same prefix."""
     if not name.startswith(ENV_PREFIX) or name in ENV_NOT_SETTINGS or _OF_KUBERNETES.fullmatch(name):
         return False
     return not (name.endswith("_PORT") and _ADDRESS.match(value))
@@ -145,7 +145,7 @@ def _checked(
 ) -> dict[str, str]:
     """Return the variables that set something in ``only``.
 
-    Raises ConfigError for one that begins as ours do and is none.
+    Raises ConfigError for one with our prefix that is no setting.
     """
     known = {
         variable(section, key): section for section, model in sections.items() for key in model.model_fields

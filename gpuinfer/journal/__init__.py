@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal's room: how a log line becomes an entry, how entries are sent, and how they are read."""
+"""The journal: how a log line becomes an entry, how entries are sent, and how they are read."""

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a log line, a dictionary, to journal entries: a sentence to read, and fields to ask for.
+"""Turn a log line, a dictionary, into journal entries: a sentence to read, and fields to query.
 
 ``task_failed`` with ``task_id``, ``model`` and ``reason`` becomes::
 
     MESSAGE=task failed: inputs: must be 8 x 8 (task_id=6b1f…, model=digits)
     PRIORITY=4  SYSLOG_IDENTIFIER=gpuinfer-worker  ACTION=task_failed  TASK_ID=6b1f…  MODEL=digits  REASON=…
 
-A list of ``task_ids`` becomes the field TASK_ID many times over, so that ``journalctl TASK_ID=…``
-finds a batch by each task in it; ``_REPEATED`` names such lists. Another field has its key in
-capitals, except those in ``_NAMES``. A value is cut at ``MAX_VALUE``: what a stranger or a model's
-exception put into it is in the result, whole.
+A list of ``task_ids`` becomes one field TASK_ID for each id, so that ``journalctl TASK_ID=…``
+finds a batch by each task in it; ``_REPEATED`` names such lists. Other fields are named by their key in
+capitals, except those in ``_NAMES``. A value is cut at ``MAX_VALUE``; the text of a caller or of a model's
+exception is complete in the result.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from gpuinfer.journal.sender import field
 
 #: syslog's numbers; ``journalctl -p`` takes their names.
 _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
-#: Tasks that one line names; of more it is several lines. (journald drops an entry of more than 1024 fields.)
+#: The most tasks in one entry; more become several entries. (journald drops entries of more than 1024
+#: fields.)
 MAX_IDS = 100
-#: Keys whose field has another name: PRIORITY is the level's.
+#: Keys whose field has another name. (PRIORITY is the level.)
 _NAMES = {"priority": "TASK_PRIORITY", "exception": "TRACEBACK"}
 _REPEATED = {"task_ids": "TASK_ID", "queues": "QUEUE", "models": "MODEL", "traceparents": "TRACEPARENT"}
-#: What the sentence begins with, or has no place in it.
+#: Keys that the sentence begins with, or does not show.
 _NOT_IN_BRACKETS = frozenset(
     {"timestamp", "level", "logger", "action", "reason", "message", "hint", "exception", "stack"}
     | {"task_ids", "part", "traceparent", "traceparents"}
 )
-#: What journald notes by itself, or PRIORITY says.
+#: Keys that journald records itself, or that are in PRIORITY.
 _NO_FIELDS = frozenset({"timestamp", "level", "message", "task_ids"})
-#: Characters of a value in the sentence; its field has more of it.
+#: The most characters of a value in the sentence; its field has more.
 _SHOWN = 200
-#: Characters of a field, and of a trace-back, whose end tells most.
+#: The most characters of a field, and of a traceback, of which the end is kept.
 MAX_VALUE, MAX_TRACEBACK = 2048, 16 * 1024
 _TRACEBACKS = frozenset({"exception", "stack"})
 
 
 def parts(line: EventDict) -> list[EventDict]:
-    """Return a line that names many tasks as several, each with a ``part`` such as ``2 of 3``."""
+    """Split a line that names many tasks into several, each with a ``part`` such as ``2 of 3``."""
     ids: Sequence[str] = line.get("task_ids") or ()
     if len(ids) <= MAX_IDS:
         return [line]
@@ -59,8 +60,8 @@ def parts(line: EventDict) -> list[EventDict]:
 class Entries:
     """Makes the entries of one program's lines.
 
-    ``hidden`` names keys that every line has, so that no sentence need say them; ``plain`` makes
-    text of a value that is neither text nor number.
+    ``hidden``: keys that every line has, which sentences leave out. ``plain`` turns a value that is neither
+    text nor number into text.
     """
 
     def __init__(self, program: str, hidden: frozenset[str], plain: Callable[[Any], str]) -> None:
@@ -78,7 +79,7 @@ class Entries:
         ]
 
     def dropped(self, count: int) -> bytes:
-        """Return the entry that tells of lines that found no room."""
+        """Return the entry that reports dropped lines."""
         (entry,) = self.of(
             {
                 "action": "log_lines_dropped",
@@ -104,7 +105,7 @@ class Entries:
         return b"".join(parts)
 
     def _message(self, line: EventDict) -> str:
-        """Return the line as one reads it: what, why, what now, and in brackets the rest."""
+        """Return the sentence: what happened, why, what to do, and the other fields in brackets."""
         if "message" in line:  # a library's own words
             said = str(line["message"]).strip().partition("\n")[0]
         else:
@@ -133,7 +134,7 @@ class Entries:
 
 
 def shortened(key: str, text: str) -> str:
-    """Cut a value that is too long, and say by how much; of a trace-back the beginning goes."""
+    """Cut a value that is too long, and say by how much; a traceback is cut at the beginning."""
     most = MAX_TRACEBACK if key in _TRACEBACKS else MAX_VALUE
     if len(text) <= most:
         return text
@@ -142,7 +143,7 @@ def shortened(key: str, text: str) -> str:
 
 
 def _repeated(name: str, values: Sequence[str]) -> bytes:
-    """Return a field once for each value. Strangers choose ids: of any length, with line breaks in them."""
+    """Return a field for each value. Callers choose ids: of any length, with line breaks in them."""
     if not values:
         return b""
     joined = f"\n{name}=".join(values)
@@ -157,6 +158,6 @@ def _last_line(traceback: str) -> str:
 
 @cache
 def _name(key: str) -> str:
-    """Return a field's name: capitals, digits and _, a letter first, 64 at most. Keys are ours, so few."""
+    """Return a field's name: capitals, digits and _, a letter first, at most 64 characters."""
     name = re.sub(r"[^A-Z0-9_]", "_", key.upper()).lstrip("_0123456789")
     return _NAMES.get(key, name[:64] or "FIELD")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sends entries to journald: its native protocol, one datagram an entry, and never a wait.
+"""Send entries to journald by its native protocol, one datagram per entry, without ever blocking.
 
-The protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/. What does not fit into a datagram travels
-as a sealed memfd. Nothing waits for a journal that is slow or stopped: once as many entries wait as
-the kernel takes, what comes is dropped and counted, and the count is told as soon as there is room.
+The protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/. An entry that does not fit into a datagram is
+sent as a sealed memfd. Nothing waits for a journal that is slow or stopped: when the kernel's buffer is
+full, entries are dropped and counted, and the count is logged as soon as there is space.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import TextIO
 #: Levels of syslog, for ``say``.
 ERROR, WARNING, INFO = 3, 4, 6
 SOCKET = Path("/run/systemd/journal/socket")
-#: Entries on their way to journald, in bytes; the kernel cuts it to net.core.wmem_max.
+#: Bytes of entries in the kernel's buffer; the kernel limits it to net.core.wmem_max.
 BUFFER_BYTES = 8 * 1024 * 1024
-#: What is larger goes as a memory file, which takes 45 us more, but next to nothing of that buffer: with
-#: Debian's wmem_max 27 lines of 256 tasks would fill it, 0.4 s of them. Files wait by the hundred.
+#: A larger entry is sent as a memory file. It takes 45 us more, but almost none of that buffer: with Debian's
+#: wmem_max 27 lines of 256 tasks (0.4 s) would fill it, while hundreds of files can wait.
 DATAGRAM_BYTES = 8 * 1024
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-#: The journal is there and has no room, or this process has none for the descriptor of a large entry.
+#: The journal's buffer is full, or this process has no descriptor left for a large entry.
 _NO_ROOM = (
     *(errno.EAGAIN, errno.EMSGSIZE, errno.ENOBUFS, errno.ENOMEM),
     *(errno.ETOOMANYREFS, errno.EMFILE, errno.ENFILE),
@@ -36,7 +36,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_
 
 
 def field(name: str, value: str) -> bytes:
-    """Return one field as the protocol has it; a value of several lines carries its length."""
+    """Return one field in the protocol's form; a value of several lines is preceded by its length."""
     raw = value.encode("utf-8", "backslashreplace")
     if b"\n" not in raw:
         return b"%s=%s\n" % (name.encode(), raw)
@@ -44,7 +44,7 @@ def field(name: str, value: str) -> bytes:
 
 
 def is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
-    """Tell whether a stream leads to the journal: systemd names the one it made in ``JOURNAL_STREAM``."""
+    """Tell whether a stream goes to the journal: systemd names its stream in ``JOURNAL_STREAM``."""
     try:
         found = os.fstat(stream.fileno())
     except (OSError, ValueError):  # closed, or no file at all
@@ -53,29 +53,29 @@ def is_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
 
 
 def say_error(text: str) -> None:
-    """Write a command's last words to stderr.
+    """Write the error that ends a command to stderr.
 
-    Without a level, ``journalctl -p warning`` would show that a unit failed, and hide why.
+    Without a level, ``journalctl -p warning`` would show that a unit failed, but not why.
     """
     say(f"gpuinfer: error: {text}", ERROR)
 
 
 def say_warning(text: str) -> None:
-    """Write a line of warning to stderr."""
+    """Write a warning to stderr."""
     say(f"gpuinfer: warning: {text}", WARNING)
 
 
 def say(text: str, level: int) -> None:
-    """Write a line to stderr; in the journal it is of this level (sd-daemon(3))."""
+    """Write a line to stderr; in the journal it has this level (sd-daemon(3))."""
     prefix = f"<{level}>" if is_journal(sys.stderr, os.environ) else ""
     sys.stderr.write(f"{prefix}{text}\n")
     sys.stderr.flush()
 
 
 class Sender:
-    """Sends encoded entries. Not for several threads at once: a log handler's lock is around it.
+    """Sends encoded entries. It is not thread-safe: the log handler's lock protects it.
 
-    ``report`` makes the entry that tells how many were dropped.
+    ``report`` makes the entry that says how many were dropped.
     """
 
     def __init__(self, report: Callable[[int], bytes], path: Path | None = None) -> None:
@@ -87,7 +87,7 @@ class Sender:
         self.dropped = 0
 
     def close(self) -> None:
-        """Tell of what was dropped, if that is possible now, and close the socket."""
+        """Report dropped entries, if that is possible now, and close the socket."""
         self._catch_up()
         self._socket.close()
 
@@ -99,7 +99,7 @@ class Sender:
         return outcome == 0 or outcome in _NO_ROOM
 
     def _catch_up(self) -> bool:
-        """Tell of dropped entries. Returns False when there is still no room even for that."""
+        """Report dropped entries. Returns False when there is no space even for that."""
         if self.dropped:
             outcome = self._try(self._report(self.dropped))
             if outcome == 0:
@@ -108,7 +108,7 @@ class Sender:
         return True
 
     def _try(self, entry: bytes) -> int:
-        """Send an entry; return 0 or the error's number. The path is looked up again: it may be back."""
+        """Send an entry; return 0 or the error's number. The path is resolved each time."""
         try:
             if len(entry) > DATAGRAM_BYTES:
                 self._send_file(entry)
@@ -119,7 +119,7 @@ class Sender:
         return 0
 
     def _send_file(self, entry: bytes) -> None:
-        """Send an entry as a sealed memory file: journald takes no other, as it maps it."""
+        """Send an entry as a sealed memory file; journald maps it, and accepts no other."""
         with os.fdopen(
             os.memfd_create("gpuinfer-journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "wb"
         ) as file:

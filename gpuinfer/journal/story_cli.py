@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The story of a task, for ``gpuinfer logs --task``: the journal's entries and the result record, in order.
+"""The log of one task, for ``gpuinfer logs --task``: journal entries and the result record, in order of time.
 
-Under load the journal names only tasks with trouble. When a task was submitted, began and ended, and what
-came of it, stands in its result record, for as long as that is kept (``queue.result_ttl_s``). What the record
-tells is put into the form of journal entries, so that both are sorted and shown alike.
+Under load the journal names only tasks with problems. The result record says when a task was submitted,
+began and ended, and how, for as long as it is kept (``queue.result_ttl_s``). It is converted into journal
+entries, so that both are sorted and printed in the same way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _AT = "__REALTIME_TIMESTAMP"
 
 
 def tell(loaded: Loaded, journalctl: str, task_id: str, *, follow: bool, as_json: bool) -> None:
-    """Print the story; with ``follow``, go on as journalctl.
+    """Print the log of a task; with ``follow``, continue as journalctl.
 
     Raises TaskNotFound where neither the journal nor Redis knows the task, JournalUnavailable where
     journalctl fails.
@@ -43,11 +43,11 @@ def tell(loaded: Loaded, journalctl: str, task_id: str, *, follow: bool, as_json
         recorded = []
         if told:
             say_warning(
-                "there is no result record: it has expired, or was removed; this is the journal's part"
+                "there is no result record: it has expired or was deleted; only the journal's lines follow"
             )
     except (BrokerError, ConfigError) as exc:
         recorded = []
-        say_warning(f"the result record cannot be read, this is the journal's part: {exc}")
+        say_warning(f"the result record cannot be read, only the journal's lines follow: {exc}")
         if not told and not follow:
             raise
     if not told and not recorded and not follow:
@@ -61,8 +61,10 @@ def tell(loaded: Loaded, journalctl: str, task_id: str, *, follow: bool, as_json
 
 
 def lines(loaded: Loaded, task_id: str) -> list[str]:
-    """Return the story, line by line: of the journal where there is one that this user may read, and of the
-    result record while it is kept. Raises BrokerError."""
+    """Return the log of a task, line by line. Raises BrokerError.
+
+    From the journal, where there is one that this user may read, and from the result record while it is kept.
+    """
     told: list[Entry] = []
     path = shutil.which("journalctl")
     if path is not None:
@@ -82,7 +84,7 @@ def _journal(journalctl: str, task_id: str) -> list[Entry]:
 
 
 def _record(loaded: Loaded, task_id: str) -> Iterator[Entry]:
-    """Yield what the result record tells. Raises TaskNotFound, BrokerError, ConfigError."""
+    """Yield entries for the result record. Raises TaskNotFound, BrokerError, ConfigError."""
     from gpuinfer.client import Client
 
     with Client(loaded.settings) as client:
@@ -99,7 +101,7 @@ def _record(loaded: Loaded, task_id: str) -> Iterator[Entry]:
 
 
 def moments(status: TaskStatus, now: datetime | None = None) -> Iterator[tuple[datetime, str, str]]:
-    """Yield what a result record tells: when, an action, and a sentence. ``now`` is when it was read."""
+    """Yield (time, action, sentence) for each event in a result record. ``now``: when it was read."""
     from gpuinfer.queue.results import moment
 
     sent, began, ended = (moment(at) for at in (status.sent_at, status.began_at, status.ended_at))
@@ -127,7 +129,7 @@ def _after(first: datetime | None, then: datetime, event: str) -> str:
 
 
 def _line(entry: Entry) -> str:
-    """Return an entry as journalctl shows it, with the fraction of the second."""
+    """Return an entry as journalctl prints it, with milliseconds."""
     at = datetime.fromtimestamp(int(entry[_AT]) / 1_000_000).astimezone()
     pid = f"[{entry['_PID']}]" if "_PID" in entry else ""
     who = _text(entry.get("SYSLOG_IDENTIFIER") or entry.get("_COMM") or "unknown")
@@ -135,6 +137,6 @@ def _line(entry: Entry) -> str:
 
 
 def _text(value: str | Sequence[int] | None) -> str:
-    """Return a field's text: journalctl gives bytes that are not UTF-8 as numbers; no control characters."""
+    """Return a field's text without control characters; bytes that are not UTF-8 come as numbers."""
     text = value if isinstance(value, str) else bytes(value or ()).decode(errors="replace")
     return "".join(char if char.isprintable() else "\ufffd" for char in text)

@@ -161,7 +161,7 @@ def test_without_that_user_it_goes_on_with_a_warning(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     privileges.leave_root(told.append)
     assert told == [
-        "model code runs as root: this host has no user gpuinfer-worker, the package would bring it"
+        "model code runs as root: this host has no user gpuinfer-worker, which the package creates"
     ]
     privileges.leave_root(told.append)
     assert len(told) == 1, "once, whoever asks"
