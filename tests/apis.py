@@ -16,7 +16,7 @@ import orjson
 import redis
 
 from gpuinfer.api import schemas
-from gpuinfer.queue import results
+from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Claimed, Final, label
 from gpuinfer.queue.keys import place_of
 from gpuinfer.queue.message import decode
@@ -42,9 +42,13 @@ class HandWorker:
         self.store.register(default=self.store.models[0])
 
     def beat(self) -> None:
-        """Say what it serves, and that it lives."""
+        """Say what it serves, and that it lives: for an hour, however long the machine stands still."""
         body = {"worker": WORKER, "models": self.store.models, "queues": self.store.queues}
         self.store.register(orjson.dumps(body), default=self.store.models[0])
+        key = keys.heartbeat(self.store.worker)
+        told: Any = self.store.client.get(key)
+        written = orjson.loads(told)
+        self.store.client.set(key, orjson.dumps(written | {"at": written["at"] + 3600}))
 
     def claim(self, room: int = 1) -> list[Claimed]:
         """Take tasks, also those of plain producers."""

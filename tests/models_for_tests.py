@@ -43,8 +43,8 @@ def perceptron(folder: Path, max_batch_size: int = 256) -> Path:
     torch.random.set_rng_state(weights)
     tables = f"""
 max_batch_size = {max_batch_size}
-soft_time_limit_s = 5
-hard_time_limit_s = 10
+soft_time_limit_s = 60
+hard_time_limit_s = 120
 [[inputs]]
 name = "x"
 shape = [64]

@@ -68,20 +68,19 @@ async def test_a_burst_and_no_more(broker: BrokerSettings, store: Store) -> None
 
 async def test_what_is_left(broker: BrokerSettings, store: Store) -> None:
     """An accepted task tells how many more would be taken, and when the whole burst would."""
+    quota = Quota(rate=0.001, burst=10)
     async with AsyncClient(Settings(broker=broker)) as client:
-        task = await client.prepare(1, many=False, options={}, caller="alice", quota=Quota(rate=1, burst=10))
+        task = await client.prepare(1, many=False, options={}, caller="alice", quota=quota)
         await client.send(task)
         assert task.rate is not None
         assert task.rate.remaining == 9
-        assert 0 < task.rate.reset_s <= 1
+        assert 999 < task.rate.reset_s <= 1000
         keyed: Options = {"idempotency_key": "k"}
         for _ in range(2):  # one that is there already counts, too
-            task = await client.prepare(
-                1, many=False, options=keyed, caller="alice", quota=Quota(rate=1, burst=10)
-            )
+            task = await client.prepare(1, many=False, options=keyed, caller="alice", quota=quota)
             await client.send(task)
         assert task.rate is not None
-        assert task.rate.remaining in (7, 8)
+        assert task.rate.remaining == 7
         free = await client.prepare(1, many=False, options={}, caller="alice")
         await client.send(free)
         assert free.rate is None
@@ -89,7 +88,7 @@ async def test_what_is_left(broker: BrokerSettings, store: Store) -> None:
 
 async def test_it_comes_back_at_its_rate(broker: BrokerSettings, store: Store) -> None:
     """When the time that was told is over, and not before: by Redis's own note, without a wait."""
-    quota = Quota(rate=0.1, burst=2)
+    quota = Quota(rate=0.001, burst=2)
     async with AsyncClient(Settings(broker=broker)) as client:
         assert len(accepted(await send_all(client, 3, quota))) == 2
 
@@ -98,14 +97,14 @@ async def test_it_comes_back_at_its_rate(broker: BrokerSettings, store: Store) -
             store.client.hset(keys.RATES, "alice", repr(due - seconds))
 
         (error,) = await send_all(client, 1, quota)
-        pass_time(error.retry_after_s - 1)
+        pass_time(error.retry_after_s - 100)
         (error,) = await send_all(client, 1, quota)
         assert isinstance(error, RateLimited)
         pass_time(error.retry_after_s)
         assert len(accepted(await send_all(client, 2, quota))) == 1
         pass_time(-1e6)  # a clock that was set back locks nobody out for longer than a burst
         (error,) = await send_all(client, 1, quota)
-        assert error.retry_after_s <= 10
+        assert error.retry_after_s <= 1000
 
 
 async def test_a_refused_body_is_dropped(broker: BrokerSettings, store: Store) -> None:

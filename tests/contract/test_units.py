@@ -22,10 +22,12 @@ from tests.conftest import need
 from tests.host.container import Container
 from tests.host.root import missing, root
 
-#: A worker of a third of a second to start; one with a file of its number fails.
+#: A worker of a third of a second to start; one with a file of its number fails, or is held as it starts.
 WORKER = """
 import os, signal, socket, sys, time
 time.sleep(0.3)
+while os.path.exists(sys.argv[1] + "-hold"):
+    time.sleep(0.05)
 if os.path.exists(sys.argv[1]):
     sys.exit(3)
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # an exception could strike in a finaliser, and be lost
@@ -43,7 +45,8 @@ StartLimitBurst=4
 [Service]
 Type=notify
 NotifyAccess=all
-ExecStart=/bin/sh -c 'sleep 0.3; test -e /fail-%i && exit 3; systemd-notify --ready; \
+ExecStart=/bin/sh -c 'sleep 0.3; while test -e /fail-%i-hold; do sleep 0.1; done; \
+  test -e /fail-%i && exit 3; systemd-notify --ready; \
   until test -e /fail-%i-grown; do sleep 0.1; done; end=$(cat /fail-%i-grown); rm /fail-%i-grown; \
   exit $${end:-80}'
 @SHIPPED@
@@ -58,18 +61,20 @@ BACKENDS = [
 
 
 class Place:
-    """A back end with three instances, and a way to make one fail."""
+    """A back end with three instances, and ways to make one fail, grow too large, or stand as it starts."""
 
     def __init__(
         self,
         units: Units,
         fail: Callable[[int, bool], None],
         grow: Callable[[int], None],
+        hold: Callable[[int, bool], None],
         container: Container | None = None,
     ) -> None:
         self.units = units
         self.fail = fail
         self.grow = grow
+        self.hold = hold
         self.container = container
 
     async def until(self, number: int, test: Callable[[UnitView], bool], what: str) -> UnitView:
@@ -132,7 +137,11 @@ def _processes(folder: Path) -> Place:
     def grow(number: int) -> None:
         (folder / f"fail-{number}-grown").touch()
 
-    return Place(ProcessUnits(command), fail, grow)
+    def hold(number: int, on: bool) -> None:
+        file = folder / f"fail-{number}-hold"
+        file.touch() if on else file.unlink()
+
+    return Place(ProcessUnits(command), fail, grow, hold)
 
 
 def _systemd(container: Container) -> Place:
@@ -142,7 +151,10 @@ def _systemd(container: Container) -> Place:
     def grow(number: int) -> None:
         container.ok(f"touch /fail-{number}-grown")
 
-    return Place(SystemdUnits(address=address(container)), fail, grow, container)
+    def hold(number: int, on: bool) -> None:
+        container.ok(f"touch /fail-{number}-hold" if on else f"rm /fail-{number}-hold")
+
+    return Place(SystemdUnits(address=address(container)), fail, grow, hold, container)
 
 
 def address(container: Container) -> str:
@@ -158,10 +170,13 @@ async def test_all_instances_are_told_though_none_was_ever_started(place: Place)
 
 async def test_a_start_goes_through_activating_to_active(place: Place) -> None:
     """And the time in a state counts from when it was entered."""
+    begun = time.monotonic()
+    place.hold(1, True)
     await place.units.act("start", 1)
     await place.becomes(1, "activating")
+    place.hold(1, False)
     view = await place.becomes(1, "active")
-    assert view.age_s < 5
+    assert view.age_s <= time.monotonic() - begun
     assert (await place.units.look(range(3)))[0].state == "inactive"
 
 
@@ -197,6 +212,7 @@ async def test_what_has_grown_too_large_is_started_anew(place: Place) -> None:
     """A worker past worker.max_memory_mb ends by itself: a new one comes up, and nothing has failed."""
     await place.units.act("start", 0)
     await place.becomes(0, "active")
+    place.hold(0, True)
     place.grow(0)
     states: set[str] = set()
 
@@ -205,16 +221,19 @@ async def test_what_has_grown_too_large_is_started_anew(place: Place) -> None:
         return view.state == "activating"
 
     await place.until(0, starts_again, "a new start")
+    place.hold(0, False)
     await place.becomes(0, "active")
     assert "failed" not in states
 
 
 async def test_a_stop_while_it_starts_is_heard(place: Place) -> None:
     """Nothing that was to stop comes up later."""
+    place.hold(0, True)
     await place.units.act("start", 0)
     await place.becomes(0, "activating")
     await place.units.act("stop", 0)
     await place.becomes(0, "inactive")
+    place.hold(0, False)
     await asyncio.sleep(0.5)
     assert (await place.units.look(range(3)))[0].state == "inactive"
 
@@ -324,7 +343,7 @@ async def test_the_bus_may_go_and_come_back(container: Container) -> None:
                 break
         await asyncio.sleep(0.1)
     container.ok("systemctl start gpuinfer-worker@1")
-    await Place(units, lambda *_: None, lambda _: None).becomes(1, "active")
+    await Place(units, lambda *_: None, lambda _: None, lambda *_: None).becomes(1, "active")
     await units.close()
 
 
@@ -400,7 +419,7 @@ asyncio.run(main())
     child = int(await process.stdout.readline())
     process.kill()
     await process.wait()
-    for _ in range(200):
+    for _ in range(1200):
         if not _lives(child):
             return
         await asyncio.sleep(0.05)
@@ -429,7 +448,7 @@ async def test_a_process_has_what_is_special_about_it(tmp_path: Path) -> None:
     script = f"import os; open({str(told)!r}, 'w').write(os.environ['SPECIAL'] + os.environ['COMMON'])"
     units = ProcessUnits(lambda _: [sys.executable, "-c", script], {**os.environ, "COMMON": "!"}, special=of)
     await units.act("start", 0)
-    await Place(units, lambda *_: None, lambda _: None).becomes(0, "inactive")
+    await Place(units, lambda *_: None, lambda _: None, lambda *_: None).becomes(0, "inactive")
     assert told.read_text() == "yes!"
     special.clear()
     with pytest.raises(UnitRefused, match="line 1"):

@@ -198,7 +198,7 @@ def test_a_worker_ends_its_own_wait(redis_server: OurRedis) -> None:
     with redis_server.client("worker") as worker, redis_server.client("worker") as waiting:
         number = waiting.client_id()
         with ThreadPoolExecutor(1) as thread:
-            waited = thread.submit(waiting.brpop, [keys.wake(NAME)], 10)
+            waited = thread.submit(waiting.brpop, [keys.wake(NAME)], 120)
             wait_until(lambda: worker.execute_command("CLIENT", "UNBLOCK", number))
             assert waited.result() is None
 

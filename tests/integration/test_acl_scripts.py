@@ -303,7 +303,7 @@ async def asynchronously(chosen: Settings) -> None:
     async with AsyncClient(chosen) as client:
         await client.ping()
         task = await client.submit([1])
-        waiting = asyncio.ensure_future(client.wait(task, 30))
+        waiting = asyncio.ensure_future(client.wait(task, 60))
         assert await client.cancel(task)
         assert (await waiting).state == "revoked"
 

@@ -66,7 +66,7 @@ def test_worker_and_client(broker: tuple[RedisServer, BrokerSettings], tmp_path:
         )
         with Client(Settings(broker=settings)) as client:
             answers = client.results(
-                client.submit_many([image.tolist() for image in images[:50]]), timeout_s=15
+                client.submit_many([image.tolist() for image in images[:50]]), timeout_s=60
             )
         assert [answer["class"] for answer in answers][:10] == [int(label) for label in labels[:10]]
         assert worker.terminate() == 0
@@ -82,7 +82,7 @@ def test_a_worker_works_by_a_url_with_options(scheme: str, tmp_path: Path) -> No
     images, _ = load_test_images()
     with closing(RedisServer(port=(port := free_port()), requirepass=PASSWORD)) as server:
         place = f"redis://127.0.0.1:{port}/" if scheme == "redis" else server.url.partition("?")[0]
-        url = f"{place}?db=3&health_check_interval=30&socket_timeout=5&protocol=3&client_name=x"
+        url = f"{place}?db=3&health_check_interval=30&socket_timeout=60&protocol=3&client_name=x"
         url += f"&password={quote(PASSWORD, safe='')}"
         with closing(Workers(server, tmp_path)) as workers:
             worker = workers.start(broker_url=url, log_level="debug")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.integration
 
 
 def host(url: str, **broker_settings: object) -> Host:
-    settings = Settings.model_validate({"broker": {"url": url, "connect_timeout_s": 2, **broker_settings}})
+    settings = Settings.model_validate({"broker": {"url": url, "connect_timeout_s": 60, **broker_settings}})
     return Host(Loaded(settings, {}))
 
 
@@ -165,7 +165,7 @@ def test_a_redis_that_loads(redis_factory: RedisFactory) -> None:
     server = redis_factory(save="", appendonly="no", enable_debug_command="yes")
     with server.client() as client:
         client.execute_command("DEBUG", "POPULATE", "20000", "key", "100")
-        client.config_set("key-load-delay", "500")
+        client.config_set("key-load-delay", "5000")
         client.config_set("loading-process-events-interval-bytes", "1024")
         reload = threading.Thread(target=_reload, args=(server,))
         reload.start()

@@ -20,7 +20,7 @@ from gpuinfer.settings import QUEUES, QueueSettings
 from tests.apis import Api
 from tests.conftest import RedisFactory
 from tests.integration.conftest import Systemd
-from tests.models_for_tests import sleeper
+from tests.models_for_tests import latched
 from tests.services import RedisServer
 from tests.workers import NAME, Workers, wait_until
 
@@ -36,7 +36,7 @@ def test_a_workers_life(
     systemd: Systemd, workers: Workers, client: Client, redis_server: RedisServer
 ) -> None:
     """Loading, ready, busy, draining, gone: in this order, to systemd and in Redis."""
-    sleeper(workers.folder / "models" / "slow", 7.0, max_batch_size=1)
+    latch = latched(workers.folder / "models" / "slow", max_batch_size=1)
     raw = redis_server.client()
     worker = workers.start(worker_models="slow")
     assert systemd.until("READY") == "READY=1"
@@ -71,14 +71,15 @@ def test_a_workers_life(
     }
     assert raw.ttl(keys.heartbeat(NAME)) == -1, "a full Redis would drop it first of all"
     ids = client.submit_many([[1.0]] * 3, model="slow")
-    wait_until(lambda: heartbeat(raw)["state"] == "busy")
+    wait_until(lambda: heartbeat(raw).get("state") == "busy")
     assert heartbeat(raw)["running"] == 1
     systemd.until("WATCHDOG=1")
     worker.send(signal.SIGTERM)
     assert systemd.until("STOPPING") == "STOPPING=1"
     assert systemd.until("STATUS") == "STATUS=slow on cpu: finishing a batch of 1"
-    assert systemd.until("EXTEND") == f"EXTEND_TIMEOUT_USEC={(60 + 45) * 1_000_000}"
-    wait_until(lambda: heartbeat(raw)["state"] == "draining")
+    assert systemd.until("EXTEND") == f"EXTEND_TIMEOUT_USEC={(900 + 45) * 1_000_000}"
+    wait_until(lambda: heartbeat(raw).get("state") == "draining")
+    latch.open()
     assert worker.wait() == 0
     assert not raw.exists(keys.heartbeat(NAME))
     assert client.status(ids[0]).state == "completed"

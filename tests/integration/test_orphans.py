@@ -17,7 +17,7 @@ import pytest
 from gpuinfer import Client
 from gpuinfer.settings import Settings
 from tests.conftest import RedisFactory
-from tests.models_for_tests import sleeper
+from tests.models_for_tests import Latch, latched
 from tests.orphans import check, elsewhere, ends, gpuinfer, held, submit, wait_for_batch, watch
 from tests.services import Process, RedisServer
 from tests.workers import NAME, Workers, wait_until
@@ -32,25 +32,18 @@ def redis_server(redis_factory: RedisFactory) -> RedisServer:
 
 
 @pytest.fixture
-def workers(redis_server: RedisServer, tmp_path: Path) -> Iterator[Workers]:
-    sleeper(tmp_path / "models" / "slow", 2.0, max_batch_size=4)
+def latch(tmp_path: Path) -> Latch:
+    """Closed at first: who holds tasks is killed in the middle of a batch."""
+    return latched(tmp_path / "models" / "slow", max_batch_size=4)
+
+
+@pytest.fixture
+def workers(redis_server: RedisServer, tmp_path: Path, latch: Latch) -> Iterator[Workers]:
     made = Workers(redis_server, tmp_path)
     try:
         yield made
     finally:
         made.close()
-
-
-@pytest.fixture
-def very_slow(workers: Workers) -> None:
-    """A batch goes on until its worker is killed."""
-    sleeper(
-        workers.folder / "models" / "slow",
-        300,
-        max_batch_size=4,
-        soft_time_limit_s=400,
-        hard_time_limit_s=500,
-    )
 
 
 @pytest.fixture
@@ -69,12 +62,13 @@ def ended_well(client: Client, redis_server: RedisServer, watcher: Process, ids:
     assert watcher.terminate(90) == 0
 
 
-def test_a_host_burns(workers: Workers, redis_server: RedisServer, client: Client) -> None:
+def test_a_host_burns(workers: Workers, redis_server: RedisServer, client: Client, latch: Latch) -> None:
     """Killed with its host, it never returns: another host's watcher puts its tasks back."""
     burnt = elsewhere(workers, "burnt")
     ids = submit(client, 4)
     wait_for_batch(redis_server, "gpu0@burnt", 4)
     burnt.kill()
+    latch.open()
     watcher = watch(workers)
     ended_well(client, redis_server, watcher, ids)
     line = watcher.wait_for_line('"reaped"')
@@ -87,7 +81,7 @@ def _may_rename() -> bool:
 
 
 @pytest.mark.skipif(not _may_rename(), reason="this user may not have a host name of its own")
-def test_a_host_is_renamed(workers: Workers, redis_server: RedisServer, client: Client) -> None:
+def test_a_host_is_renamed(workers: Workers, redis_server: RedisServer, client: Client, latch: Latch) -> None:
     """It comes up under another name, with the folder it had: what the old name held is put back."""
     script = f"hostname before && exec {sys.executable} -m gpuinfer worker 0"
     before = workers.spawn("unshare", "-u", "sh", "-c", script, name="before", worker_models="slow")
@@ -95,19 +89,25 @@ def test_a_host_is_renamed(workers: Workers, redis_server: RedisServer, client: 
     ids = submit(client, 4)
     wait_for_batch(redis_server, "gpu0@before", 4)
     before.kill()
+    latch.open()
     ended_well(client, redis_server, watch(workers), ids)
 
 
-def test_a_container_is_replaced(workers: Workers, redis_server: RedisServer, client: Client) -> None:
+def test_a_container_is_replaced(
+    workers: Workers, redis_server: RedisServer, client: Client, latch: Latch
+) -> None:
     """The new one has the name and a folder of its own: it waits until the old one is silent."""
     old = workers.start(worker_models="slow", worker_run_dir=workers.folder / "old")
     ids = submit(client, 4)
     wait_for_batch(redis_server, NAME, 4)
     old.kill()
+    latch.open()
     ended_well(client, redis_server, watch(workers), ids)
 
 
-def test_a_plain_process_dies(workers: Workers, redis_server: RedisServer, client: Client) -> None:
+def test_a_plain_process_dies(
+    workers: Workers, redis_server: RedisServer, client: Client, latch: Latch
+) -> None:
     """There is no systemd that would put back: the watcher itself does, and starts it again."""
     watcher = watch(workers, watcher_floor=1)
     children = Path(f"/proc/{watcher.pid}/task/{watcher.pid}/children")
@@ -118,6 +118,7 @@ def test_a_plain_process_dies(workers: Workers, redis_server: RedisServer, clien
     wait_for_batch(redis_server, NAME, 4)
     watcher.send(signal.SIGSTOP)  # it finds the death, and the tasks at their place
     os.kill(int(first), signal.SIGKILL)
+    latch.open()
     watcher.send(signal.SIGCONT)
     check(client, ids)
     wait_until(lambda: held(redis_server) == {})
@@ -125,13 +126,16 @@ def test_a_plain_process_dies(workers: Workers, redis_server: RedisServer, clien
     assert watcher.terminate(90) == 0
 
 
-def test_a_unit_dies_while_redis_is_away(workers: Workers, redis_server: RedisServer, client: Client) -> None:
+def test_a_unit_dies_while_redis_is_away(
+    workers: Workers, redis_server: RedisServer, client: Client, latch: Latch
+) -> None:
     """systemd's restore found no Redis, and is not tried again: the watcher does it when Redis is back."""
     worker = workers.start(worker_models="slow")
     ids = submit(client, 4)
     wait_for_batch(redis_server, NAME, 4)
     redis_server.stop()
     worker.kill()
+    latch.open()
     code, body = gpuinfer(workers, "restore", "0")
     assert (code, body["error"]["code"]) == (69, "broker_unavailable")
     redis_server.start()
@@ -139,7 +143,6 @@ def test_a_unit_dies_while_redis_is_away(workers: Workers, redis_server: RedisSe
     ended_well(client, redis_server, watch(workers), ids)
 
 
-@pytest.mark.usefixtures("very_slow")
 def test_by_hand(workers: Workers, redis_server: RedisServer, client: Client) -> None:
     """Named with the command, refused while it may live, put back by force; what ran twice is dead."""
     ids = submit(client, 2)
@@ -176,7 +179,6 @@ def _restore_lost(workers: Workers, redis_server: RedisServer, host: str) -> dic
     return found
 
 
-@pytest.mark.usefixtures("very_slow")
 def test_the_name_of_this_host(workers: Workers, redis_server: RedisServer, client: Client) -> None:
     """--name gpu0@here is 0: refused while it runs, by force too, and done when it does not."""
     here = f"gpu0@{socket.gethostname()}"

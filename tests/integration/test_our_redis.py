@@ -30,7 +30,7 @@ from gpuinfer.watcher.probe import Probe
 from gpuinfer.watcher.state import Instance, Key
 from tests.apis import Api, submit
 from tests.brokers import CONF, PASSWORDS, OurRedis, our_redis
-from tests.models_for_tests import sleeper
+from tests.models_for_tests import latched, sleeper
 from tests.services import Process
 from tests.workers import NAME, Workers, wait_until
 
@@ -151,10 +151,10 @@ def test_requests(workers: Workers, redis_server: OurRedis, client: Client) -> N
     login = {"broker_username": "api", "broker_password": PASSWORDS["api"]}
     with Api(redis_server, workers.folder, **login) as api:
         task = submit(api)
-        assert api.http.get(f"/result/{task}", params={"wait": 20}).json()["status"] == "completed"
+        assert api.http.get(f"/result/{task}", params={"wait": 60}).json()["status"] == "completed"
         assert api.http.get("/health/ready").status_code == 200
         trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-        traced = api.http.post("/predict?wait=20", json=schemas.DIGIT, headers={"traceparent": trace})
+        traced = api.http.post("/predict?wait=60", json=schemas.DIGIT, headers={"traceparent": trace})
         assert (traced.status_code, traced.json()["traceparent"]) == (200, trace)
         worker.wait_for_line(trace)
         assert api.http.post(f"/cancel/{gone}").status_code < 500
@@ -168,18 +168,19 @@ def _exists(server: OurRedis, key: str) -> bool:
 
 def test_control(workers: Workers, redis_server: OurRedis, client: Client) -> None:
     """The administrator asks workers and revokes; a worker answers, sends events, and ends by a command."""
-    sleeper(workers.folder / "models" / "slow", 2.0, max_batch_size=1)
+    latch = latched(workers.folder / "models" / "slow", max_batch_size=1)
     worker = start(workers, redis_server, "slow")
     running = client.submit([1.0], model="slow")
     wait_until(lambda: client.status(running).state == "running")
     waiting = client.submit([1.0], model="slow")
     with stranger(redis_server) as admin:
-        admin.control.revoke(waiting)
-        inspect = admin.control.inspect(timeout=1.0)
+        assert admin.control.revoke(waiting, destination=[NAME], reply=True, timeout=60.0)
+        inspect = admin.control.inspect([NAME], timeout=60.0)
         assert inspect.ping() == {NAME: {"ok": "pong"}}
         assert inspect.stats()[NAME]["total"] == {"gpuinfer.predict": 1}
         assert inspect.active_queues()[NAME]
         admin.control.enable_events()
+        latch.open()
         with pytest.raises(TaskRevoked):
             client.result(waiting, timeout_s=60)
         task = admin.send_task("gpuinfer.predict", [[1.0]], {"model": "slow"}, queue="default", priority=3)

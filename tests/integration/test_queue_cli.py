@@ -38,7 +38,13 @@ class Cli:
     def __call__(self, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "gpuinfer", *arguments]
         return subprocess.run(
-            command, env=self.environment, input=text, capture_output=True, text=True, timeout=60, check=False
+            command,
+            env=self.environment,
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
 
     def json(self, *arguments: str, code: int = 0) -> Any:
@@ -165,7 +171,7 @@ def test_result_of_a_task(cli: Cli, client: Client, worker: HandWorker) -> None:
     assert cli("result", good, "--wait", "0.2").returncode == 75
     for task, outcome in zip(worker.claim(2), ({"label": "2"}, ShapeMismatch("no", "inputs")), strict=True):
         worker.finish(task, outcome)
-    assert cli("result", good, "--wait", "5").stdout == '{"label":"2"}\n'
+    assert cli("result", good, "--wait", "60").stdout == '{"label":"2"}\n'
     assert cli.json("result", good)["result"] == {"label": "2"}
     done = cli("result", bad)
     assert (done.returncode, done.stdout) == (ShapeMismatch.exit_code, "")

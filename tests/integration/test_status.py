@@ -46,7 +46,7 @@ def status(folder: Path, *options: str, code: int | None = None) -> Any:
     """Run the command; return its JSON, or its text without ``--json``."""
     environment = {**os.environ, "GPUINFER_CONFIG": str(folder / CONFIG)}
     command = [sys.executable, "-m", "gpuinfer", "status", *options]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
     assert code is None or done.returncode == code, done.stdout + done.stderr
     return json.loads(done.stdout) if "--json" in options else done.stdout
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from gpuinfer.api import schemas
 from gpuinfer.errors import InputError
 from gpuinfer.queue import keys
 from tests.apis import Api, submit
-from tests.models_for_tests import sleeper
+from tests.models_for_tests import latched, sleeper
 from tests.services import RedisServer, whole_lines
 from tests.workers import NAME, Workers, wait_until
 
@@ -186,14 +187,17 @@ def test_restore_by_hand(workers: Workers, client: Client) -> None:
 
 def test_what_a_stop_leaves(workers: Workers, client: Client, redis_server: RedisServer) -> None:
     """A worker that stops names the tasks of its last batch; what waits stays where it is."""
-    sleeper(workers.folder / "models" / "slow", 1.0, max_batch_size=1)
+    latch = latched(workers.folder / "models" / "slow", max_batch_size=1)
     app = Celery("stranger", broker=f"redis+socket://{redis_server.socket}", set_as_current=False)
     later = app.send_task("gpuinfer.predict", [[1.0], "slow"], queue="realtime", countdown=600)
     worker = workers.start(worker_models="slow")
     wait_until(lambda: redis_server.client().zcard(keys.later("realtime")), timeout=60)
     first, second = client.submit_many([[1.0]] * 2, model="slow")
     wait_until(lambda: client.status(first).state == "running", timeout=60)
-    worker.terminate()
+    worker.send(signal.SIGTERM)
+    worker.wait_for_line('"stopping"')
+    latch.open()
+    assert worker.wait() == 0
     assert actions(story(first, worker.text())) == ["batch_running", "batch_done"]
     assert actions(story(second, worker.text())) == [], "nothing is held behind a long batch"
     assert actions(story(later.id, worker.text())) == []

@@ -14,7 +14,7 @@ from gpuinfer import Client
 from gpuinfer.queue import depth
 from gpuinfer.settings import Settings
 from gpuinfer.worker.restoring import put_back
-from tests.models_for_tests import sleeper
+from tests.models_for_tests import Latch, latched
 from tests.orphans import check, elsewhere, ends, held, submit, wait_for_batch, watch
 from tests.services import Process, RedisServer
 from tests.workers import NAME, Workers, wait_until
@@ -31,11 +31,14 @@ def workers(redis_server: RedisServer, tmp_path: Path) -> Iterator[Workers]:
         made.close()
 
 
-def slow(workers: Workers, seconds: float) -> None:
-    """Make the model, with limits that no pause reaches: the kernel's timer runs on in a process that stands
-    still, and would end one that was stopped for longer than its batch's hard limit as it is continued."""
-    limits = {"soft_time_limit_s": 1800.0, "hard_time_limit_s": 3600.0}
-    sleeper(workers.folder / "models" / "slow", seconds, max_batch_size=4, **limits)
+@pytest.fixture
+def latch(workers: Workers) -> Latch:
+    """Holds a batch back.
+
+    The model has limits that no pause reaches: the kernel's timer runs on in a process that stands still, and
+    would end one that was stopped for longer than its batch's hard limit as it goes on.
+    """
+    return latched(workers.folder / "models" / "slow", max_batch_size=4)
 
 
 def serves_on(worker: Process, client: Client, redis_server: RedisServer, tasks: int) -> None:
@@ -50,11 +53,14 @@ def serves_on(worker: Process, client: Client, redis_server: RedisServer, tasks:
 
 
 def test_by_force_in_mid_batch(
-    workers: Workers, redis_server: RedisServer, client: Client, settings_for: Callable[..., Settings]
+    workers: Workers,
+    redis_server: RedisServer,
+    client: Client,
+    settings_for: Callable[..., Settings],
+    latch: Latch,
 ) -> None:
     """A job whose first batch runs, and that has slices left, ends once; a task that came to this worker and
     waits for its time does so in Redis, where no reaper has anything to do with it."""
-    slow(workers, 5.0)
     worker = elsewhere(workers, "cut-off")
     url = f"redis+socket://{redis_server.socket}"
     stranger = Celery("stranger", broker=url, backend=url, set_as_current=False)
@@ -66,6 +72,7 @@ def test_by_force_in_mid_batch(
     wait_for_batch(redis_server, "gpu0@cut-off", 1)
     done = put_back(settings_for(redis_server), "gpu0@cut-off", force=True)  # what restore --name calls
     assert done.ids == (job,)
+    latch.open()
     assert worker.wait_for_line('"taken_back"', 180)
     answers = [answer["outputs"]["twice"] for answer in client.result(job, timeout_s=120)]
     assert answers == [[2.0], [0.0], [0.0], [0.0], [0.0], [0.0]]
@@ -74,13 +81,13 @@ def test_by_force_in_mid_batch(
     serves_on(worker, client, redis_server, 2)
 
 
-def test_a_partition(workers: Workers, redis_server: RedisServer, client: Client) -> None:
+def test_a_partition(workers: Workers, redis_server: RedisServer, client: Client, latch: Latch) -> None:
     """Cut off for longer than is set, in mid-batch: another worker serves its tasks, and it comes back."""
-    slow(workers, 5.0)
     worker = elsewhere(workers, "cut-off")
     ids = submit(client, 4)
     wait_for_batch(redis_server, "gpu0@cut-off", 4)
     worker.send(signal.SIGSTOP)
+    latch.open()
     watcher = watch(workers)
     watcher.wait_for_line('"reaped"', 180)
     wait_until(lambda: held(redis_server).get(NAME), 180)

@@ -432,9 +432,9 @@ def test_a_batch_that_has_ended_is_let_go(engine: Engine, model: Steps) -> None:
 
 def test_a_neighbours_limit_is_not_held_against_an_input(engine: Engine, model: Steps) -> None:
     """The batch has the smallest of its tasks' limits; a step of one input has its own task's."""
-    model.on_prepare = lambda item: threading.Event().wait(0.2 if item == 2 else 0) or item
+    model.on_prepare = lambda item: threading.Event().wait(1.2 if item == 2 else 0) or item
     parts = tuple(Part(work(value, value), 0, 1) for value in (1, 2))
-    engine.submit(Batch("steps", parts, 0.05, 20))
+    engine.submit(Batch("steps", parts, 1.0, 20))
     assert [type(outcome) for outcome in collect(engine).outcomes] == [dict, dict]
 
 
