@@ -15,6 +15,8 @@ TWO = (
     "[0,0,0,11,10,0,0,0],[0,0,2,16,5,0,0,0],[0,0,11,16,13,14,12,0],[0,3,16,14,8,8,7,0]]]"
 )
 API = "http://127.0.0.1:8080"
+#: systemd's messages about a unit: it is told to stop, and it has started.
+STOPPING, STARTED = "de5b426a63be47a7b6ac3eaac82e2f6f", "39f53479d3a045ac8e11786248231fbf"
 #: How long a task may take to end before a test gives up: a worker that loads on a busy machine takes long.
 END_S = 180.0
 
@@ -62,6 +64,22 @@ def journal(host: Container, *matches: str) -> list[dict[str, Any]]:
     """Return the journal's entries that match, oldest first."""
     said = host.ok(f"journalctl --sync; journalctl -o json --all --no-pager {' '.join(matches)}")
     return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+
+
+def logged(host: Container, *matches: str) -> list[dict[str, Any]]:
+    """Wait until the journal has an entry that matches; return those that do.
+
+    A result can be read before its batch has a line.
+    """
+    host.until(f"journalctl --sync; journalctl -q -n 1 -o cat {' '.join(matches)} | grep -q .")
+    return journal(host, *matches)
+
+
+def active(host: Container, *units: str) -> None:
+    """Wait until all of these units are active and no job for a unit of ours is left."""
+    # `systemctl is-active` is content with one of several.
+    jobs = "[ -z \"$(systemctl list-jobs --no-legend 'gpuinfer*')\" ]"
+    host.until(" && ".join([jobs, *(f"systemctl is-active {unit}" for unit in units)]))
 
 
 def ended(host: Container) -> list[str]:

@@ -132,8 +132,9 @@ class Container:
         """End it at once, and leave nothing behind."""
         if self._process is not None:
             leader, self._leader = self._leader or self._find_leader_or_none(), 0
-            if leader:
-                os.kill(leader, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                if leader:
+                    os.kill(leader, signal.SIGKILL)
             self._process.kill()
             self._process = None
         cgroups.remove(self.state.name)

@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.host.admin import actions, journal, main_pid, predict, properties, result
+from tests.host.admin import (
+    STARTED,
+    STOPPING,
+    actions,
+    active,
+    journal,
+    main_pid,
+    predict,
+    properties,
+    result,
+)
 from tests.host.conftest import install
 from tests.host.container import Container
+from tests.host.gate import gated, let_go, shut
 from tests.host.root import run
-from tests.models_for_tests import sleeper
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
@@ -32,21 +42,21 @@ def next_version(debs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return package
 
 
-#: systemd's messages about a unit: it is told to stop, and it has started.
-STOPPING, STARTED = "de5b426a63be47a7b6ac3eaac82e2f6f", "39f53479d3a045ac8e11786248231fbf"
 #: It lies beside the keys, and is none.
 KEPT = "/etc/gpuinfer/keys.d/mine.txt"
 WORKERS = ("gpuinfer-worker@0.service", "gpuinfer-worker@1.service")
+GATES = ("/run/gate0", "/run/gate1")
 
 
 @pytest.fixture(scope="module")
 def busy(host: Container, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Workers 0 and 1, enabled, that also serve a model of 8 s a task; the first has used up its starts."""
-    folder = sleeper(tmp_path_factory.mktemp("models") / "slow", 8, max_batch_size=1)
+    """Workers 0 and 1, enabled, that also serve a model, with a gate each; the first has no start left."""
+    folder = gated(tmp_path_factory.mktemp("models") / "slow")
     host.copy(folder, "/var/lib/gpuinfer/models/")
     host.ok("chmod -R a+rX /var/lib/gpuinfer/models; systemctl stop gpuinfer-watcher")
     for number in (0, 1):
-        host.put(f"/etc/gpuinfer/worker@{number}.env", "GPUINFER_WORKER_MODELS=digits,slow\n")
+        own = f"GPUINFER_WORKER_MODELS=digits,slow\nGATE={GATES[number]}\n"
+        host.put(f"/etc/gpuinfer/worker@{number}.env", own)
     limit = "[Unit]\nStartLimitBurst=2\n"
     host.put("/etc/systemd/system/gpuinfer-worker@0.service.d/limit.conf", limit)
     host.ok("systemctl daemon-reload; systemctl enable --now gpuinfer-worker@0 gpuinfer-worker@1")
@@ -67,14 +77,19 @@ def test_upgrade_keeps_what_an_admin_set(host: Container, next_version: Path, bu
     host.copy(next_version, "/root/next.deb")
     # apt's two steps apart: by the second, which rolls, the workers must have begun what they are to end.
     host.ok("dpkg --force-confold --unpack /root/next.deb", timeout=300)
+    for gate in GATES:
+        shut(host, gate)
     ids = [predict(host, '{"inputs": [1.0], "model": "slow"}') for _ in range(6)]
     for unit in WORKERS:
-        host.until(f"journalctl _SYSTEMD_UNIT={unit} ACTION=batch_running | grep -q slow", timeout=20)
-    said = host.ok("dpkg --force-confold --configure gpuinfer", timeout=60)
+        host.until(f"journalctl _SYSTEMD_UNIT={unit} ACTION=batch_running | grep -q slow")
+    said = host.ok("dpkg --force-confold --configure gpuinfer")
     # dpkg has not waited: the first worker still ends what it runs. What follows is in the journal.
     assert "journalctl -fu gpuinfer-roll" in said
     assert main_pid(host, WORKERS[0]) == before[WORKERS[0]]
-    host.until("journalctl -b -u gpuinfer-roll | grep -q 'done: new version'", timeout=300)
+    for unit, gate in zip(WORKERS, GATES, strict=True):
+        host.until(f"[ $(systemctl show -P ActiveState {unit}) = deactivating ]", what=f"{unit} to be told")
+        let_go(host, gate)
+    host.until("journalctl -b -u gpuinfer-roll | grep -q 'done: new version'")
     assert "+next" in host.ok("dpkg-query -W gpuinfer")
     assert "result_ttl_s = 7200" in host.ok("cat /etc/gpuinfer/gpuinfer.toml")
     assert host.ok("sysctl -n net.core.somaxconn").strip() == "8192"
@@ -87,7 +102,7 @@ def test_upgrade_keeps_what_an_admin_set(host: Container, next_version: Path, bu
         host.ok(f"systemctl is-active {unit}")
         assert main_pid(host, unit) != pid, f"{unit} runs the old code\n{said}"
     for task_id in [*ids, predict(host)]:
-        assert result(host, task_id, wait=60)["status"] == "completed"
+        assert result(host, task_id)["status"] == "completed"
     _rolled(host, {unit: before[unit] for unit in WORKERS})
     assert not {"restored", "task_dead_lettered"} & set(actions(journal(host, "-b")))
 
@@ -116,9 +131,7 @@ def test_a_reboot_brings_it_all_back(host: Container) -> None:
     host.ok("systemctl stop gpuinfer-watcher gpuinfer-workers.target 'gpuinfer-worker@*'")
     waiting = predict(host)
     host.reboot()
-    host.until(
-        "systemctl is-active gpuinfer-worker@0 gpuinfer-worker@1 gpuinfer-redis gpuinfer-api", timeout=90
-    )
+    active(host, "gpuinfer-worker@0", "gpuinfer-worker@1", "gpuinfer-redis", "gpuinfer-api")
     assert result(host, waiting)["status"] == "completed"
     assert result(host, predict(host))["status"] == "completed"
     assert "worker_ready" in host.ok("journalctl -b -1 -o json -u gpuinfer-worker@0 | cat")
@@ -129,7 +142,7 @@ def test_what_is_disabled_stays_off(host: Container) -> None:
     off = ["gpuinfer-watcher.service", "gpuinfer-api.service", "gpuinfer-api.socket"]
     host.ok(f"systemctl disable {' '.join(off)}")
     host.reboot()
-    host.until("systemctl is-active gpuinfer-worker@0 gpuinfer-redis", timeout=90)
+    active(host, "gpuinfer-worker@0", "gpuinfer-redis")
     for unit in off:
         assert properties(host, unit, "ActiveState", "UnitFileState") == {
             "ActiveState": "inactive",
@@ -142,7 +155,7 @@ def test_what_is_disabled_stays_off(host: Container) -> None:
     host.reboot()
     assert host.ok("systemctl list-units --plain --no-legend --state=active 'gpuinfer*' | cat").strip() == ""
     host.ok("systemctl enable gpuinfer.target; systemctl start gpuinfer.target")
-    host.until("systemctl is-active gpuinfer-worker@0 gpuinfer-api.socket gpuinfer-watcher", timeout=60)
+    active(host, "gpuinfer-worker@0", "gpuinfer-api.socket", "gpuinfer-watcher")
     assert result(host, predict(host))["status"] == "completed"
 
 
@@ -161,7 +174,7 @@ def test_reinstall_finds_its_settings_again(host: Container, debs: list[Path]) -
     """Installed again, it runs as before, also after an upgrade that came to nothing."""
     host.ok("mkdir -p /run/gpuinfer-upgrade; touch /run/gpuinfer-upgrade/redis /run/gpuinfer-upgrade.before")
     install(host, debs[:1])
-    host.until("systemctl is-active gpuinfer-worker@0 gpuinfer-api", timeout=60)
+    active(host, "gpuinfer-worker@0", "gpuinfer-api")
     assert "result_ttl_s = 7200" in host.ok("cat /etc/gpuinfer/gpuinfer.toml")
     host.ok(f"test -e {KEPT}")
     assert result(host, predict(host))["status"] == "completed"

@@ -47,7 +47,7 @@ def test_what_was_accepted_outlives_a_stop(host: Container) -> None:
     units = ("gpuinfer-redis", "gpuinfer-api", "gpuinfer-watcher", "gpuinfer-worker@0")
     host.until(" && ".join(f"[ $(systemctl show -P ActiveState {unit}) = inactive ]" for unit in units))
     host.ok("touch /tmp/enough")
-    host.until("! systemctl -q is-active ask")
+    host.until("[ $(systemctl show -P ActiveState ask) = inactive ]")
     assert ended(host)[-1] == "gpuinfer-redis.service"
     host.ok("systemctl start gpuinfer.target")
     host.until("curl -sf http://127.0.0.1:8080/health/live", what="the API")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.host.admin import logged
 from tests.host.conftest import ROOT
 from tests.host.container import Container
 from tests.host.root import root
@@ -66,6 +67,7 @@ def test_what_the_readme_tells_is_so(bare: Container) -> None:
     for prompt, command, promised in steps():
         if task_id:
             bare.until(f"curl -s http://127.0.0.1:8080/result/{task_id} | grep -q completed")
+            logged(bare, f"TASK_ID={task_id}", "ACTION=batch_done")
         bare.put("/tmp/step", f"cd {CHECKOUT}\n{re.sub(UUID, task_id, command) if task_id else command}\n")
         as_whom = "bash" if prompt == "#" else "runuser -u someone -- bash"
         said = bare.ok(f"{as_whom} /tmp/step", timeout=300)

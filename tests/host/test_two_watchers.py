@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from gpuinfer.queue.fleet import SILENT_S
+from gpuinfer.queue.fleet import HOSTS, SILENT_S
 from tests.host.admin import redis_cli
 from tests.host.container import Container
+from tests.host.gate import gated
 from tests.host.pair import paired
-from tests.models_for_tests import sleeper
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
@@ -23,7 +23,7 @@ NOTES = " ".join(
     f"gpuinfer:watcher:{name}" for name in ("hosts", "decisions", "memory:gpu-a", "memory:gpu-b")
 )
 #: At the assumed rate of 4 a second and a target of 5 s these are work for two workers, whatever was measured
-#: before: nothing is remembered.
+#: before: nothing is remembered. A start that took three times as long as assumed would bring another one.
 FOR_TWO = 32
 SETTINGS = """
 [worker]
@@ -34,7 +34,7 @@ threads = 1
 instances = 2
 probe_interval_s = 0.5
 assumed_rate = 4.0
-assumed_startup_s = 4.0
+assumed_startup_s = 60.0
 realtime_target_s = 5.0
 cooldown_s = 8.0
 cooldown_max_s = 8.0
@@ -44,7 +44,7 @@ cooldown_max_s = 8.0
 @pytest.fixture(scope="module")
 def hosts(installed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Container, Container]]:
     """The pair with two instances each, and a model that takes a quarter of a second for a task."""
-    model = sleeper(Path(tmp_path_factory.mktemp("models")) / "slow", seconds=0.25, max_batch_size=1)
+    model = gated(Path(tmp_path_factory.mktemp("models")) / "slow", seconds=0.25)
     with paired(installed) as pair:
         for host in pair:
             host.copy(model, "/var/lib/gpuinfer/models/")
@@ -65,9 +65,23 @@ def fresh(hosts: tuple[Container, Container]) -> Iterator[None]:
     for host in hosts:
         host.sh("systemctl start gpuinfer-watcher")  # a nested cgroup may still be going away: it tries again
         host.until("systemctl is-active gpuinfer-watcher")
-    time.sleep(2)  # until each has heard of the other
+    acquainted(hosts)
     yield
     redis_cli(hosts[0], "del", "realtime")
+
+
+def acquainted(hosts: tuple[Container, Container]) -> None:
+    """Wait until each watcher has told of itself since the other had: it has heard of the other."""
+    names = [host.name for host in hosts]
+    told: dict[str, set[str]] = {name: set() for name in names}
+    deadline = time.monotonic() + 60
+    while min(map(len, told.values())) < 3:
+        assert time.monotonic() < deadline, told
+        now = {name: redis_cli(hosts[0], "hget", HOSTS, name) for name in names}
+        for name, body in now.items():
+            if all(now.values()):
+                told[name].add(body)
+        time.sleep(0.2)
 
 
 def fleet(hosts: tuple[Container, Container]) -> list[str]:
@@ -79,7 +93,7 @@ def fleet(hosts: tuple[Container, Container]) -> list[str]:
     return sorted(found)
 
 
-def until(hosts: tuple[Container, Container], *wanted: str, timeout_s: float = 40.0) -> None:
+def until(hosts: tuple[Container, Container], *wanted: str, timeout_s: float = 180.0) -> None:
     """Wait until these workers run, and no others."""
     deadline = time.monotonic() + timeout_s
     while (found := fleet(hosts)) != list(wanted):
@@ -96,7 +110,7 @@ def burst(host: Container, count: int) -> None:
 def status(host: Container, words: str) -> None:
     """Wait until the watcher's status begins like this."""
     said = "$(systemctl show -P StatusText gpuinfer-watcher)"
-    host.until(f'said="{said}"; echo "$said"; [ "${{said#{words}}}" != "$said" ]', timeout=60)
+    host.until(f'said="{said}"; echo "$said"; [ "${{said#{words}}}" != "$said" ]')
 
 
 def started(host: Container) -> dict[str, set[str]]:
@@ -141,7 +155,7 @@ def test_they_agree_again_when_the_link_is_back(hosts: tuple[Container, Containe
     time.sleep(SILENT_S + 5)
     second.link(up=True)
     status(second, "0 waiting,")
-    time.sleep(2)
+    acquainted(hosts)
     burst(first, FOR_TWO)
     until(hosts, "gpu0@gpu-a", "gpu0@gpu-b")
     assert "watcher" not in redis_cli(first, "acl", "log")
