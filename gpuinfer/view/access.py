@@ -17,7 +17,7 @@ FLOWER = Path("/run/systemd/units/invocation:gpuinfer-flower.service")
 
 
 def who(settings: Settings, address: tuple[str, int]) -> Sequence[str]:
-    """Return a line for each door. ``address``: where the API listens."""
+    """Return a line for each server. ``address``: where the API listens."""
     flower = (FLOWER_WORDS,) if os.path.lexists(FLOWER) else ()
     return _api(settings.api, address), _redis(settings), *flower
 
@@ -42,7 +42,7 @@ def _with(keys: int | None) -> str:
 
 
 def _keys(folder: Path) -> int | None:
-    """Return how many keys there are; None where this user may not see."""
+    """Return the number of keys; None where this user may not read the folder."""
     try:
         return sum(1 for _ in folder.glob("*.toml")) if folder.exists() else 0
     except OSError:
@@ -57,7 +57,7 @@ def _redis(settings: Settings) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address is one of this host alone."""
+    """Tell whether an address is a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

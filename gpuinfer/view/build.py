@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what one look has found to what is shown. Pure."""
+"""Build what is shown from the facts of one probe. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gpuinfer.view.model import (
     WorkerRow,
 )
 
-#: State of a unit -> of a worker that sends no heartbeat.
+#: State of a unit -> state of its worker, which sends no heartbeat.
 _STATES = {
     "inactive": "stopped",
     "activating": "starting",
@@ -33,14 +33,14 @@ _STATES = {
     "deactivating": "stopping",
     "failed": "failed",
 }
-#: Why an administrator has a worker not run.
+#: Reasons for an excluded worker that an administrator has chosen.
 _WANTED = ("masked", "stopped by hand", "disabled by hand")
-#: A worker that was heard of within this time, and is told of by no watcher, is still listed.
+#: A worker that no watcher reports is listed for this many seconds after its last heartbeat.
 _LISTED_S = 600.0
 
 
 def build(facts: Facts) -> Status:
-    """Put a look together."""
+    """Build the status from the facts."""
     workers = tuple(_workers(facts))
     hosts = tuple(_hosts(facts, workers))
     troubles = [*_findings(facts), *_of_workers(workers), *_of_hosts(hosts)]
@@ -272,7 +272,7 @@ def _findings(facts: Facts) -> Iterator[Trouble]:
 
 
 def _of_workers(workers: Sequence[WorkerRow]) -> Iterator[Trouble]:
-    """Tell of workers that are excluded for what has gone wrong; the same reason on one host, once."""
+    """Report workers that are excluded because of failures; one line for the same reason on one host."""
     reasons: dict[tuple[str, str], list[int]] = {}
     for worker in workers:
         if worker.why and not worker.why.startswith(_WANTED):

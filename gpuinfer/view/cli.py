@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gpuinfer.view.model import Status
 
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-#: The history that is kept.
+#: How long the history is kept, in seconds.
 _MOST_S = 30 * 86400
 
 
@@ -68,7 +68,7 @@ def status(loaded: Loaded, as_json: bool, watch: float | None, since_s: float) -
     detail. Exit code 0: all is well. 1: there are warnings. 2: there is an error, or Redis does not answer.
     64: a wrong call. 78: wrong settings. 130: Ctrl-C, with --watch.
     """
-    gc.disable()  # what is imported now stays: a collection meanwhile finds nothing, and takes a fifth of it
+    gc.disable()  # garbage collection would take a fifth of the time of these imports, and find nothing
     from gpuinfer.view.build import build
     from gpuinfer.view.gather import Gatherer
 

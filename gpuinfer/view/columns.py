@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables that fit: what is least important is left out until the rest has room. Pure."""
+"""Tables that fit: the least important columns are left out until the others fit. Pure."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Column(Generic[Row]):
     name: str
     #: Row -> its text.
     cell: Callable[[Row], str]
-    #: 0 stays in any case; the highest goes first.
+    #: 0: never left out; the highest is left out first.
     rank: int = 0
     right: bool = False
-    #: It may be cut down to this width before another one is left out; 0: never.
+    #: It may be cut to this width before another column is left out; 0: never.
     least: int = 0
     #: Row -> a style of rich for its cell; empty: none.
     style: Callable[[Row], str] = lambda _row: ""
@@ -39,7 +39,7 @@ class Cell:
 
 
 def fit(columns: Sequence[Column[Row]], rows: Sequence[Row], width: int) -> list[list[Cell]]:
-    """Return the header and the rows, padded, within ``width``. A column that says nothing is left out."""
+    """Return the header and the rows, padded, within ``width``. An empty column is left out."""
     texts = {column.name: [column.cell(row) for row in rows] for column in columns}
     kept = [
         one for one in columns if one.rank == 0 or any(text not in ("", NONE) for text in texts[one.name])

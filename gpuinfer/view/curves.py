@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last hour, or whatever is asked for, as curves of the series that the watchers keep."""
+"""Curves of the watchers' series over the last hour, or another span."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import redis
 from gpuinfer.queue import series
 from gpuinfer.view.model import Curve
 
-#: Points of a curve, about.
+#: The approximate number of points of a curve.
 POINTS = 60
-#: Series -> what it is called here, and its unit.
+#: Series -> its name on the screen, and its unit.
 SHOWN = {
     "ended": ("done", "/s"),
     "failed": ("failed", "/s"),

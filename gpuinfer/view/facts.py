@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one look has found, before it is put together."""
+"""The facts of one probe, as they were read."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from gpuinfer.view.model import Curve
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """One look. Everything of Redis is empty where Redis does not answer."""
+    """The facts of one probe. Those from Redis are empty where Redis does not answer."""
 
     #: By Redis's clock where it answers.
     now: float
     host: str
     version: str
-    #: Where Redis is, in words.
+    #: The address of Redis, in words.
     place: str
     reachable: bool = True
     depth: Depth | None = None
     #: Worker (``gpu0@host``) -> its last heartbeat, however old.
     beats: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    #: Host -> what its watcher told last (see ``watcher.probe``).
+    #: Host -> the last report of its watcher (see ``watcher.probe``).
     told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: ``outcome tier model`` -> tasks; None: this user may not ask.
     ended: Mapping[str, int] | None = None
@@ -36,9 +36,9 @@ class Facts:
     durability: Mapping[str, str] | None = None
     #: The watchers' last decision.
     decision: Mapping[str, Any] | None = None
-    #: What the doctor's quick checks found; only what is not well.
+    #: Findings of the doctor's quick checks, without those that are ok.
     findings: Sequence[Finding] = ()
-    #: This host's GPUs, where its watcher does not tell: as ``watcher.probe`` would.
+    #: This host's GPUs in the form of ``watcher.probe``, where its watcher does not report them.
     gpus: Sequence[Mapping[str, Any]] = ()
     since_s: float = 3600.0
     curves: Sequence[Curve] = ()

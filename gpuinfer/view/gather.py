@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One look at a fleet: one pass over Redis, and this host's units, disk and GPUs beside it.
+"""One probe of a fleet: one pass over Redis, and this host's units, disk and GPUs at the same time.
 
 What a user may not ask is left out; what hangs is not waited for.
 """
@@ -37,7 +37,7 @@ from gpuinfer.view.facts import Facts
 LOCAL_S = 1.0
 #: The watchers' last decisions, of all hosts (see ``watcher.notes``).
 _DECISIONS = "gpuinfer:watcher:decisions"
-#: The doctor's checks that are quick: of Redis and of the fleet, and of this host.
+#: The doctor's quick checks: of Redis and the fleet, and of this host.
 OF_REDIS: tuple[Check, ...] = (
     Check("redis.memory", broker.usage),
     Check("redis.file", broker.file),
@@ -48,7 +48,7 @@ OF_REDIS: tuple[Check, ...] = (
     Check("work.paused", fleet.paused),
     Check("work.foreign", fleet.foreign),
 )
-#: What only an administrator may ask Redis.
+#: Checks that need Redis's administrator.
 OF_ADMIN: tuple[Check, ...] = (Check("redis.durability", broker.durable),)
 OF_HOST: tuple[Check, ...] = (
     Check("units.services", units.services, LOCAL_S),
@@ -58,10 +58,10 @@ OF_HOST: tuple[Check, ...] = (
 
 
 class Gatherer:
-    """Looks again and again, over one connection. Use it as a context manager."""
+    """Probes repeatedly over one connection. Use it as a context manager."""
 
     def __init__(self, loaded: Loaded, *, since_s: float = 3600.0) -> None:
-        """``since_s``: what the curves cover."""
+        """``since_s``: the span of the curves."""
         self._loaded = loaded
         self._settings = loaded.settings
         self._since_s = since_s
@@ -76,7 +76,7 @@ class Gatherer:
         self._client.close()
 
     def look(self) -> Facts:
-        """Look once. Raises nothing for a Redis that does not answer: that is a finding."""
+        """Probe once. A Redis that does not answer raises nothing: it is a finding."""
         local = _Local(self._host)
         try:
             seen = self._ask()
@@ -129,14 +129,14 @@ class Gatherer:
             "ended": _counters(_unless_refused(ended, None)),
             "info": _unless_refused(info, {}),
             "decision": _decision(_unless_refused(decisions, [])),
-            # Others have no right to ask, and what is refused stands in Redis's log.
+            # Other users have no right to it, and each refusal is recorded in Redis's ACL log.
             "durability": durability.running(self._client) if self._may_ask else None,
             "curves": lines,
             "no_curves": why,
         }
 
     def _watched(self, seen: Mapping[str, Any]) -> bool:
-        """Tell whether this host's watcher tells of its GPUs."""
+        """Tell whether this host's watcher reports its GPUs."""
         body = seen.get("told", {}).get(socket.gethostname())
         return bool(body and body.get("gpus") and seen["now"] - float(body["at"]) <= silent_after(body))
 
@@ -169,7 +169,7 @@ def _decision(found: Sequence[bytes]) -> Mapping[str, Any] | None:
 
 
 class _Local:
-    """What is asked of this host while Redis answers; whoever hangs in a driver is left behind."""
+    """Probes of this host, run while Redis answers. A thread that hangs in a driver is abandoned."""
 
     def __init__(self, host: Host) -> None:
         self._settings = host.settings
@@ -186,7 +186,7 @@ class _Local:
 
     def _start(self, name: str, work: Callable[[], Any]) -> None:
         def run() -> None:
-            with suppress(Exception):  # what cannot be told is left out
+            with suppress(Exception):  # what cannot be read is left out
                 self._found[name] = work()
 
         self._threads[name] = threading.Thread(target=run, name=name, daemon=True)
@@ -198,11 +198,11 @@ class _Local:
         return self._found.get(name, instead)
 
     def findings(self) -> list[Finding]:
-        """Return what the checks of this host found."""
+        """Return the findings of this host's checks."""
         return list(self._get("findings", []))
 
     def gpus(self, *, needed: bool) -> Sequence[Mapping[str, Any]]:
-        """Return this host's GPUs; they are waited for only where nobody else tells of them."""
+        """Return this host's GPUs; wait for them only where no watcher reports them."""
         found: Sequence[Mapping[str, Any]] = self._get("gpus", []) if needed else []
         return found
 

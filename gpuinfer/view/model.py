@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is shown of a fleet: times in seconds, sizes in bytes, shares from 0 to 1; None is not known."""
+"""The status of a fleet: times in seconds, sizes in bytes, shares from 0 to 1; None: not known."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any, Literal
 #: The worst first.
 Severity = Literal["error", "warning"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning")
-#: What ``gpuinfer status`` ends with, as monitoring plug-ins do.
+#: Exit codes of ``gpuinfer status``, as of monitoring plug-ins.
 EXIT_OK, EXIT_WARNING, EXIT_ERROR = 0, 1, 2
-#: The outcomes that ends are counted under, in the order they are shown.
+#: The outcomes under which ended tasks are counted, in the order of the screen.
 OUTCOMES = ("completed", "failed", "dead", "not_run", "expired", "cancelled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trouble:
-    """One thing that is wrong, and the command that helps."""
+    """One problem, and the command that fixes it."""
 
     severity: Severity
     what: str
-    #: Empty where nothing can be typed.
+    #: Empty where no command helps.
     remedy: str = ""
-    #: The doctor's check that found it; empty: seen by ``status`` itself.
+    #: The doctor's check that found it; empty: found by ``status`` itself.
     check: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuRow:
-    """The GPU of a worker, as its host's watcher or this host's driver tells."""
+    """The GPU of a worker, as reported by its host's watcher or this host's driver."""
 
     index: int
     name: str = ""
@@ -49,14 +49,14 @@ class WorkerRow:
     host: str
     #: idle, busy, draining, drained; starting, stopping, stopped, failed, masked, silent.
     state: str
-    #: Why it is not started, or counted upon; empty otherwise.
+    #: Why it is not started, or not counted; empty otherwise.
     why: str = ""
-    #: Loaded model -> its version, empty where that is not told.
+    #: Loaded model -> its version, empty where it is not known.
     models: Mapping[str, str] = field(default_factory=dict)
     #: Model that it should serve and could not load -> why.
     missing: Mapping[str, str] = field(default_factory=dict)
     queues: Sequence[str] = ()
-    #: Tasks it has ended since it began, and a second over its last report.
+    #: Tasks it has ended since it started, and tasks per second in its last report.
     done: int | None = None
     rate: float | None = None
     in_flight: int = 0
@@ -66,7 +66,7 @@ class WorkerRow:
     memory: int | None = None
     device: str = ""
     gpu: GpuRow | None = None
-    #: Since when it runs, in seconds since the epoch.
+    #: Its start, in seconds since the epoch.
     since: float | None = None
     version: str = ""
 
@@ -78,7 +78,7 @@ class WorkerRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueRow:
-    """What waits for one model in one tier."""
+    """The tasks that wait for one model in one tier."""
 
     tier: str
     model: str
@@ -100,9 +100,9 @@ class HostRow:
     name: str
     #: acts, logs (decides and does nothing), silent, or none.
     watcher: str
-    #: Seconds since its watcher told anything.
+    #: Seconds since the last report of its watcher.
     told_s: float | None = None
-    #: Workers that send heartbeats, and instances there are.
+    #: Workers that send heartbeats, and all instances.
     running: int = 0
     instances: int = 0
     gpus: int = 0
@@ -138,11 +138,11 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """All of it at one moment."""
+    """The state of the fleet at one moment."""
 
     #: By Redis's clock where it answers; seconds since the epoch.
     at: float
-    #: This host, and the edition of this program.
+    #: This host, and the version of this program.
     host: str
     version: str
     troubles: Sequence[Trouble] = ()
@@ -156,18 +156,18 @@ class Status:
     ended_by_queue: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     dead_letters: int | None = None
     default_model: str = ""
-    #: What the curves cover, in seconds; and why there are none.
+    #: The span of the curves, in seconds; and why there are none.
     since_s: float = 3600.0
     curves: Sequence[Curve] = ()
     no_curves: str = ""
-    #: Who may connect, a line each.
+    #: Who may connect, one line per server.
     access: Sequence[str] = ()
     #: The watchers' last decision, in a sentence.
     decided: str = ""
 
     @property
     def severity(self) -> Severity | None:
-        """Return the worst there is."""
+        """Return the worst severity."""
         found = {trouble.severity for trouble in self.troubles}
         return next((one for one in SEVERITIES if one in found), None)
 

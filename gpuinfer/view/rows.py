@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lists of ``gpuinfer top``: which columns each has, how it is sorted, and what a filter finds. Pure."""
+"""The lists of ``gpuinfer top``: their columns, their order, and filters. Pure."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Field(Generic[Row]):
     name: str
     #: Row -> its text.
     text: Callable[[Row], str]
-    #: Row -> what it is sorted by; None: its text.
+    #: Row -> its sort key; None: its text.
     by: Callable[[Row], Any] | None = None
     right: bool = False
 
     def key(self, row: Row) -> Any:
-        """Return what a row is sorted by; what is not known comes last."""
+        """Return the sort key of a row; unknown values come last."""
         value = self.text(row).lower() if self.by is None else self.by(row)
         return (value is None, value if value is not None else 0)
 
@@ -35,12 +35,12 @@ class Field(Generic[Row]):
 class Listing(Generic[Row]):
     """One list."""
 
-    #: Row -> what it is found again by.
+    #: Row -> its identity over updates.
     name: Callable[[Row], str]
     fields: Sequence[Field[Row]]
 
     def arranged(self, rows: Sequence[Row], filter_: str, column: int, reverse: bool) -> list[Row]:
-        """Return the rows that have all words of the filter somewhere, sorted; column -1: as they come."""
+        """Return the rows that contain all words of the filter, sorted; column -1: in the given order."""
         wanted = filter_.lower().split()
         found = [row for row in rows if all(word in self._all(row) for word in wanted)]
         if column < 0:
@@ -76,7 +76,7 @@ def _serves(one: WorkerRow) -> str:
 
 
 def workers(status: Status) -> Listing[WorkerRow]:
-    """Return the list of workers; of GPUs it tells where there are some."""
+    """Return the list of workers, with columns for GPUs where there are some."""
     gpus: list[Field[WorkerRow]] = [
         Field(
             "memory",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The screen of ``gpuinfer status``: trouble first, then what works, in the terminal's own colours."""
+"""The screen of ``gpuinfer status``: problems first, in the terminal's own colours."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gpuinfer.view import tables, words
 from gpuinfer.view.columns import GAP, Cell
 from gpuinfer.view.model import OUTCOMES, Curve, Status, Trouble
 
-#: Width where the output is no terminal, and the least that is drawn for.
+#: Width where the output is no terminal, and the least width.
 PIPE_WIDTH, LEAST_WIDTH = 120, 60
-#: Rows of workers and of troubles on a terminal, at least.
+#: The least rows of workers and of problems on a terminal.
 _LEAST_ROWS, _TROUBLES = 8, 8
 _MARKS = {"error": ("✗", "bold red"), "warning": ("!", "bold yellow")}
 _OUTCOMES = {"dead": "dead letters", "not_run": "not run"}
@@ -33,7 +33,7 @@ def show(status: Status, console: Console | None = None) -> None:
 
 
 def live(look: Callable[[], Status], every_s: float, more: Callable[[], bool] = lambda: True) -> None:
-    """Draw again and again until Ctrl-C, or while there is ``more``; on no terminal, screen after screen."""
+    """Draw repeatedly until Ctrl-C, or while ``more()``; without a terminal, print screen after screen."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         while more():
@@ -52,7 +52,7 @@ def live(look: Callable[[], Status], every_s: float, more: Callable[[], bool] = 
 
 
 def lines(status: Status, width: int, height: int | None = None) -> Iterator[Text]:
-    """Yield the screen's lines. ``height``: rows of the terminal; None: as many as there are."""
+    """Yield the screen's lines. ``height``: rows of the terminal; None: no limit."""
     yield _title(status, width)
     yield from _troubles(status.troubles, width, height)
     if not status.redis.reachable:
@@ -88,7 +88,7 @@ def _troubles(troubles: Sequence[Trouble], width: int, height: int | None) -> It
     for one in troubles[:most]:
         mark, style = _MARKS[one.severity]
         yield from _wrapped(Text().append(f"{mark} ", style), one.what, width)
-        if one.remedy:  # never cut: it is there to be pasted
+        if one.remedy:  # never cut, so that it can be copied
             yield Text(f"  → {one.remedy}", "cyan")
     if len(troubles) > most:
         yield Text(f"  and {len(troubles) - most} more: gpuinfer status --json; gpuinfer doctor", "dim")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the screen: which columns there are, and which go first where there is little room."""
+"""The tables of the screen: their columns, and which are left out first on a narrow terminal."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _STATES = {
     "failed": "bold red",
     "silent": "bold red",
 }
-#: With this width there is room for the models' versions.
+#: From this width on the models' versions are shown.
 _WIDE = 110
 #: A GPU as hot as this is marked (degrees Celsius).
 _HOT_C = 85
 
 
 def hosts(status: Status, width: int) -> list[list[Cell]]:
-    """Return one row a host."""
+    """Return one row per host."""
     columns: list[Column[HostRow]] = [
         Column("host", lambda one: one.name, least=8),
         Column("watcher", _watcher, style=lambda one: "bold red" if one.watcher == "silent" else ""),
@@ -50,7 +50,7 @@ def _rate(status: Status, host: HostRow) -> float | None:
 
 
 def chosen(workers: Sequence[WorkerRow], room: int | None) -> list[WorkerRow]:
-    """Return as many workers as there is room for: those with trouble stay, the idle go first."""
+    """Return as many workers as fit: those with problems are kept, idle ones are left out first."""
     if room is None or len(workers) <= room:
         return [*workers]
     urgent = sorted(workers, key=lambda one: (not (one.why or one.missing), one.state in ("idle", "stopped")))
@@ -59,7 +59,7 @@ def chosen(workers: Sequence[WorkerRow], room: int | None) -> list[WorkerRow]:
 
 
 def workers(status: Status, rows: Sequence[WorkerRow], width: int) -> list[list[Cell]]:
-    """Return one row a worker, with its GPU where it has one."""
+    """Return one row per worker, with its GPU where it has one."""
     several = len({one.host for one in status.workers}) > 1
     columns: list[Column[WorkerRow]] = [
         *([Column[WorkerRow]("host", lambda one: one.host, least=10)] if several else []),
@@ -98,7 +98,7 @@ def _hot(one: WorkerRow) -> str:
 
 
 def _serves(one: WorkerRow, *, versions: bool) -> str:
-    """Return what it serves, or why it does not run."""
+    """Return the models that a worker serves, or why it does not run."""
     if one.why:
         return one.why
     names = [f"{name} {version}".rstrip() if versions else name for name, version in one.models.items()]
@@ -110,7 +110,7 @@ def _tiers(one: WorkerRow) -> str:
 
 
 def queues(status: Status, rows: Sequence[QueueRow], width: int) -> list[list[Cell]]:
-    """Return one row a queue."""
+    """Return one row per queue."""
     columns: list[Column[QueueRow]] = [
         Column("queue", lambda one: one.tier),
         Column("model", lambda one: one.model or "(default)", least=8),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer top``: the fleet live, and what an administrator does to it, on one terminal."""
+"""``gpuinfer top``: the fleet live, with an administrator's actions, on a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpuinfer.view.model import QueueRow, Status, WorkerRow
 from gpuinfer.view.rows import Listing
 from gpuinfer.view.screen import lines
 
-#: Lines of trouble that are shown above the lists.
+#: The most lines of problems above the lists.
 _TROUBLES = 4
 #: State -> its colour.
 _COLOURS = {
@@ -39,7 +39,7 @@ _COLOURS = {
 
 
 class Story(ModalScreen[None]):
-    """What the journal and the result record tell of one task."""
+    """The log of one task: lines of the journal and the result record."""
 
     BINDINGS: ClassVar[list[BindingType]] = [("escape,q,enter", "dismiss", "Back")]
     CSS = "Story { align: center middle; } Story > VerticalScroll { width: 90%; height: 80%; border: round; }"
@@ -52,7 +52,7 @@ class Story(ModalScreen[None]):
         """Show the lines."""
         with VerticalScroll() as box:
             box.border_title = self._title
-            text = "\n".join(self._found) or "nothing is known of it any more"
+            text = "\n".join(self._found) or "its log lines and its result record are gone"
             yield Static(Text(text), id="story")
 
 
@@ -93,7 +93,7 @@ class Top(App[None]):
         self._every_s = every_s
         self.status: Status | None = None
         self.tasks: Sequence[TaskRow] = ()
-        #: List -> the column it is sorted by, -1 as it comes, and whether the other way round.
+        #: List -> the column it is sorted by (-1: unsorted), and whether in reverse.
         self._sorting: dict[str, tuple[int, bool]] = dict.fromkeys(
             ("workers", "queues", "tasks"), (-1, False)
         )
@@ -121,7 +121,7 @@ class Top(App[None]):
 
     @work(thread=True, exclusive=True, group="look")
     def refresh_now(self) -> None:
-        """Look once, off the screen's thread; what cannot be read is said, and tried again."""
+        """Probe once, in another thread; an error is shown, and the next probe tries again."""
         try:
             status, tasks = self._look(), self._actions.tasks()
         except GpuinferError as exc:
@@ -154,7 +154,7 @@ class Top(App[None]):
     def _fill_table(
         self, table: DataTable[Any], listing: Listing[Any], found: Sequence[Any], column: int, reverse: bool
     ) -> None:
-        """Write a table anew; the cursor stays on its row, wherever that is now."""
+        """Redraw a table; the cursor stays on its row, wherever that is now."""
         before = self._selected(table)
         arrow = " ▼" if reverse else " ▲"
         heads = [
@@ -205,7 +205,7 @@ class Top(App[None]):
         self.table(name).focus()
 
     def action_sort(self) -> None:
-        """Sort by the next column; after the last one, as they come."""
+        """Sort by the next column; after the last one, do not sort."""
         listing, _ = self._listing(self.shown)
         column, reverse = self._sorting[self.shown]
         column = column + 1 if column + 1 < len(listing.fields) else -1
@@ -213,26 +213,26 @@ class Top(App[None]):
         self._fill()
 
     def action_reverse(self) -> None:
-        """Sort the other way round."""
+        """Reverse the order."""
         column, reverse = self._sorting[self.shown]
         self._sorting[self.shown] = max(column, 0), not reverse
         self._fill()
 
     def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
-        """Sort by the column that was clicked; again: the other way round."""
+        """Sort by the column that was clicked; a second click reverses the order."""
         column, reverse = self._sorting[self.shown]
         place = event.column_index
         self._sorting[self.shown] = place, not reverse if place == column else False
         self._fill()
 
     def action_filter(self) -> None:
-        """Ask for words."""
+        """Show the filter."""
         box = self.query_one("#filter", Input)
         box.add_class("shown")
         box.focus()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Filter as it is typed."""
+        """Apply the filter while it is typed."""
         self._filter = event.value
         self._fill()
 
@@ -292,7 +292,7 @@ class Top(App[None]):
 
     @work(thread=True, group="act")
     def act(self, call: Callable[[], object], done: str) -> None:
-        """Do something, and say so, or why not."""
+        """Run an action, and show its result or its error."""
         try:
             changed = call()
         except GpuinferError as exc:
@@ -303,7 +303,7 @@ class Top(App[None]):
 
     @work(thread=True, group="act")
     def tell(self, task_id: str) -> None:
-        """Read a task's story, and show it."""
+        """Read the log of a task, and show it."""
         try:
             found = self._actions.log(task_id)
         except GpuinferError as exc:

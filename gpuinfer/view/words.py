@@ -74,7 +74,7 @@ def spark(values: Sequence[float | None], width: int) -> str:
 
 
 def short(name: str) -> str:
-    """Return a GPU's name without its maker's."""
+    """Return a GPU's name without its manufacturer."""
     return name.removeprefix("NVIDIA ").removeprefix("GeForce ")
 
 
