@@ -82,7 +82,7 @@ def _run_handed(loaded: Loaded, fd: int) -> None:
     from gpuinfer.settings import LogSettings, Settings
 
     def prepare() -> tuple[Settings, Certificate | None]:
-        settings = loaded.only(*Settings.model_fields)  # read anew each time
+        settings = loaded.only(*Settings.model_fields)  # read again each time
         return settings, _prepare(settings)
 
     configure(LogSettings(), program="gpuinfer-api")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own Redis instance: how much memory it takes, who may do what in it, and its start."""
+"""This host's own Redis: its memory, its durability, the rights of its users, and its start."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from gpuinfer.errors import BadKey, ConfigError, KeyExists, NotPermitted, UnknownKey
 from gpuinfer.keys.key import SUFFIX, Key, checked_name, parse, serialise
 
-#: The front's group, who may read the files; root alone may write them.
+#: The group of the front, which may read the files; only root may write them.
 GROUP = "gpuinfer-api"
 
 
