@@ -32,10 +32,10 @@ def while_working(worker: HandWorker, result: Any, ask: Callable[[], httpx.Respo
 @pytest.mark.parametrize(
     ("path", "headers", "applied"),
     [
-        ("/predict", {"Prefer": "wait=30"}, "wait=30"),
-        ("/predict?wait=30", {}, None),
-        ("/models/digits/predict", {"Prefer": "respond-async, WAIT=30"}, "wait=30"),
-        ("/batch_predict", {"Prefer": 'wait="30"; x=y'}, "wait=30"),
+        ("/predict", {"Prefer": "wait=60"}, "wait=60"),
+        ("/predict?wait=60", {}, None),
+        ("/models/digits/predict", {"Prefer": "respond-async, WAIT=60"}, "wait=60"),
+        ("/batch_predict", {"Prefer": 'wait="60"; x=y'}, "wait=60"),
     ],
 )
 def test_one_call(
@@ -51,7 +51,7 @@ def test_one_call(
 def test_one_call_of_a_failed_task_is_a_200(api: Api, worker: HandWorker) -> None:
     """The request succeeded; the task has failed, and says why."""
     error = ShapeMismatch("must have shape [1, 8, 8]", "inputs")
-    response = while_working(worker, error, lambda: api.http.post("/predict?wait=30", json=[1]))
+    response = while_working(worker, error, lambda: api.http.post("/predict?wait=60", json=[1]))
     assert (response.status_code, response.json()["status"]) == (200, "failed")
     assert response.json()["error"]["code"] == "shape_mismatch"
 
@@ -131,5 +131,5 @@ def test_an_id_of_the_clients_own(api: Api, worker: HandWorker) -> None:
     keyed = api.http.put("/tasks/k", json=[1], headers={"Idempotency-Key": "k"})
     assert (keyed.status_code, keyed.json()["error"]["field"]) == (422, "idempotency_key")
     worker.finish_all("those that wait")
-    waited = while_working(worker, "soon", lambda: api.http.put("/tasks/w?wait=30", json=[1]))
+    waited = while_working(worker, "soon", lambda: api.http.put("/tasks/w?wait=60", json=[1]))
     assert (waited.status_code, waited.json()["result"]) == (200, "soon")

@@ -231,7 +231,7 @@ def test_on_a_terminal_it_is_live_and_kept_until_ctrl_c(place: Place) -> None:
         assert found, terminal.text[-2000:]
         body, url = Path(found[1]).read_bytes(), found[2]
         task_id = httpx.post(f"{url}/predict", content=body).json()["task_id"]
-        answer = httpx.get(f"{url}/result/{task_id}?wait=10", timeout=60).json()
+        answer = httpx.get(f"{url}/result/{task_id}?wait=60", timeout=90).json()
         assert answer["result"]["class"] == int(load_test_images()[1][0])
         terminal.press(b"\x03")
     finally:

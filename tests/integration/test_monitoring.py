@@ -174,7 +174,7 @@ def test_what_prometheus_sees_is_what_the_fleet_did(
         targets = [one.address.removeprefix("http://") for one in (api, far)]
         prometheus = Prometheus(tmp_path, *targets)
         try:
-            assert api.http.post("/predict?wait=30", content=body).status_code == 200
+            assert api.http.post("/predict?wait=60", content=body).status_code == 200
             wait_until(lambda: prometheus.ask("gpuinfer_batch_size_count"), 60)
             for _ in range(TASKS - 1):
                 assert api.http.post("/predict", content=body).status_code == 202
