@@ -36,7 +36,9 @@ def workers(host: Host) -> Findings:
         waiting, beats = look(client).total_waiting, heartbeats.fresh(client)
     if waiting and not beats:
         fix = "gpuinfer doctor units; gpuinfer watcher explain; journalctl -u 'gpuinfer-worker@*' -n 20"
-        return error(f"no worker runs, and {waiting} tasks wait", fix if host.booted else "gpuinfer worker 0")
+        return error(
+            f"no worker runs, and {_tasks_wait(waiting)}", fix if host.booted else "gpuinfer worker 0"
+        )
     found = [ok(f"{len(beats)} workers run: {', '.join(sorted(beats)) or 'no task waits for one'}")]
     for worker, beat in sorted(beats.items()):
         number, its_host = _parts(worker)
@@ -98,9 +100,13 @@ def waiting(host: Host) -> Findings:
     bad = []
     for lane, count in counts.items():
         if not any(serves.covers(lane) for serves in able):
-            text = f"{count} tasks wait in {lane.tier} for {lane.model or 'the default model'}"
+            text = f"{_tasks_wait(count)} in {lane.tier} for {lane.model or 'the default model'}"
             bad.append(error(f"{text}, which no worker serves", remedy(lane, workers)))
     return bad or ok(f"workers serve all that waits: {sum(counts.values())} tasks in {len(counts)} queues")
+
+
+def _tasks_wait(count: int) -> str:
+    return "1 task waits" if count == 1 else f"{count:,} tasks wait"
 
 
 def paused(host: Host) -> Findings:
@@ -110,7 +116,7 @@ def paused(host: Host) -> Findings:
     bad = []
     for name in depth.paused:
         count = sum(sum(levels.values()) for lane, levels in depth.lanes.items() if is_paused(lane, (name,)))
-        text = f"{name} is paused: {count} tasks wait there, and no worker takes them"
+        text = f"{name} is paused: {_tasks_wait(count)} there"
         bad.append(warning(text, f"gpuinfer queue resume {name}"))
     for worker in workers:
         number, its_host = _parts(worker)

@@ -20,19 +20,22 @@ SHOWN = {
     "busy": ("busy", "%"),
 }
 _PERCENT = "%"
+#: What was written last is at most this old, or history is not written now.
+_LATEST_S = 60.0
 
 
 def read(client: redis.Redis, since_s: float) -> tuple[Sequence[Curve], str]:
     """Return the curves, or why there are none. Raises redis-py's errors."""
     try:
         found = series.read(client, [*SHOWN], since_s, round(since_s / POINTS))
+        latest = series.read(client, [*SHOWN], _LATEST_S)
     except redis.exceptions.NoPermissionError:
         return (), "this user may not read the history"
     curves = []
     for name, (title, unit) in SHOWN.items():
-        values = found.values[name]
-        if unit == _PERCENT:
-            values = tuple(None if value is None else 100 * value for value in values)
+        scale = 100 if unit == _PERCENT else 1
+        values = tuple(None if value is None else scale * value for value in found.values[name])
+        now = next((scale * value for value in reversed(latest.values[name]) if value is not None), None)
         if any(value is not None for value in values):
-            curves.append(Curve(name=title, unit=unit, values=values, step_s=found.step_s))
+            curves.append(Curve(name=title, unit=unit, values=values, step_s=found.step_s, now=now))
     return curves, "" if curves else "no history yet"

@@ -134,6 +134,8 @@ class Curve:
     #: One value a step, the oldest first; None: not measured.
     values: Sequence[float | None]
     step_s: float
+    #: The last value that is known, of 10 s: a step's is a mean.
+    now: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,9 +68,13 @@ def _busy(one: WorkerRow) -> float | None:
     return one.busy if one.busy is not None else one.gpu.busy if one.gpu is not None else None
 
 
+#: Characters of why a worker does not run: what stands behind it is to be seen, too.
+_MOST_WHY = 48
+
+
 def _serves(one: WorkerRow) -> str:
-    if one.why:
-        return one.why
+    if one.why:  # the troubles above have all of it
+        return words.cut(one.why, _MOST_WHY)
     names = [f"{name} {version}".rstrip() for name, version in one.models.items()]
     return ", ".join([*names, *(f"without {name}" for name in one.missing)])
 

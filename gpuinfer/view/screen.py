@@ -165,9 +165,8 @@ def _history(status: Status, width: int) -> Iterator[Text]:
 
 
 def _curve(name: str, one: Curve, width: int) -> Text:
-    known = [value for value in one.values if value is not None]
-    now, most = (known[-1], max(known)) if known else (None, None)
-    said = f"  now {_figure(now)}, most {_figure(most)}"
+    known = [value for value in (*one.values, one.now) if value is not None]
+    said = f"  now {_figure(one.now)}, most {_figure(max(known, default=None))}"
     line = Text(f"  {name}  ").append(words.spark(one.values, width - len(name) - len(said) - 4), "green")
     return line.append(said)
 

@@ -337,7 +337,7 @@ def test_without_a_worker(redis_server: RedisServer, tmp_path: Path) -> None:
     with redis_server.client() as client:
         client.lpush(keys.list_key("default", 0), b"{}")
     found = fleet.workers(here)
-    assert found == Finding("error", "no worker runs, and 1 tasks wait", "gpuinfer worker 0")
+    assert found == Finding("error", "no worker runs, and 1 task waits", "gpuinfer worker 0")
     (tmp_path / "run/systemd/system").mkdir(parents=True)
     found = fleet.workers(here)
     assert isinstance(found, Finding)

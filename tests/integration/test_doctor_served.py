@@ -59,7 +59,7 @@ def test_what_is_paused_and_what_is_foreign(redis_server: RedisServer, tmp_path:
     assert fleet.paused(here) == [
         Finding(
             "warning",
-            "batch is paused: 1 tasks wait there, and no worker takes them",
+            "batch is paused: 1 task waits there",
             "gpuinfer queue resume batch",
         )
     ]
