@@ -9,8 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.host.admin import TWO, actions, journal, main_pid, predict, properties, result, start_worker
+from tests.host.admin import (
+    TWO,
+    actions,
+    active,
+    journal,
+    logged,
+    main_pid,
+    predict,
+    properties,
+    result,
+    start_worker,
+)
 from tests.host.container import Container
+from tests.host.gate import gated, let_go, shut
 from tests.models_for_tests import sleeper
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
@@ -19,16 +31,17 @@ WORKER = "gpuinfer-worker@0"
 
 @pytest.fixture(scope="module", autouse=True)
 def workers(host: Container, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A worker that serves the digits, a model that takes 15 s, and one that hangs for good.
+    """A worker that serves the digits, a model that takes 15 s, one that hangs for good, and one with a gate.
 
     The watchdog looks every 6 s, not every 30, so that the tests need not wait for it.
     """
     folder = Path(tmp_path_factory.mktemp("models"))
     sleeper(folder / "slow", seconds=15, soft_time_limit_s=100, hard_time_limit_s=110)
     sleeper(folder / "hangs", seconds=3600, soft_time_limit_s=3, hard_time_limit_s=4)
-    for name in ("slow", "hangs"):
+    gated(folder / "gated")
+    for name in ("slow", "hangs", "gated"):
         host.copy(folder / name, "/var/lib/gpuinfer/models/")
-    host.put("/etc/gpuinfer/worker@0.env", "GPUINFER_WORKER_MODELS=digits,slow,hangs\n")
+    host.put("/etc/gpuinfer/worker@0.env", "GPUINFER_WORKER_MODELS=digits,slow,hangs,gated\n")
     host.ok("systemctl stop gpuinfer-watcher; chmod -R a+rX /var/lib/gpuinfer/models")
     host.put(f"/etc/systemd/system/{WORKER}.service.d/test.conf", "[Service]\nWatchdogSec=6\n")
     host.ok("systemctl daemon-reload")
@@ -52,15 +65,14 @@ def all_completed(host: Container, ids: list[str]) -> None:
 def test_a_killed_workers_task_is_done_by_its_next_process(host: Container) -> None:
     """SIGKILL in the middle of a batch: the task is back in the queue at once, and is done."""
     task_id = predict(host, '{"inputs": [1.0], "model": "slow"}')
-    host.until(f"curl -s http://127.0.0.1:8080/result/{task_id} | grep -q running", timeout=20)
+    host.until(f"curl -s http://127.0.0.1:8080/result/{task_id} | grep -q running")
     before = main_pid(host, WORKER)
     host.ok(f"kill -9 {before}")
-    host.until("journalctl -u gpuinfer-restore@0 | grep -q Finished", timeout=15)
+    host.until("journalctl -u gpuinfer-restore@0 | grep -q Finished")
     host.until(f"[ $(systemctl show -P MainPID {WORKER}) -ne {before} ] && systemctl is-active {WORKER}")
     told = actions(journal(host, f"TASK_ID={task_id}"))
     assert "restored" in told
-    assert result(host, task_id, wait=60)["status"] in ("completed", "running")
-    assert result(host, task_id, wait=60)["status"] == "completed"
+    all_completed(host, [task_id])
     # It took 15 s, and the watchdog looks every 6: a long batch that may be long is left alone.
     assert properties(host, WORKER, "NRestarts")["NRestarts"] == "1"
 
@@ -69,7 +81,7 @@ def test_a_hung_model_ends_at_its_limit_and_the_worker_comes_back(host: Containe
     """A model that hangs costs its own task, which fails with its reason; the next task is served."""
     before = main_pid(host, WORKER)
     task_id = predict(host, '{"inputs": [1.0], "model": "hangs"}')
-    state = result(host, task_id, wait=30)
+    state = result(host, task_id)
     assert (state["status"], state["error"]["code"]) == ("failed", "time_limit_exceeded"), state
     host.until(f"[ $(systemctl show -P MainPID {WORKER}) -ne {before} ] && systemctl is-active {WORKER}")
     all_completed(host, [predict(host)])
@@ -79,11 +91,8 @@ def test_a_stopped_process_is_restarted_by_the_watchdog(host: Container) -> None
     """A worker whose event loop stands still is ended, says where it stood, and starts anew."""
     host.ok(f"systemctl reset-failed {WORKER}; kill -STOP {main_pid(host, WORKER)}")
     ids = burst(host, 3)
-    all_completed_after = host.until(
-        f"journalctl -u {WORKER} | grep \"Failed with result 'watchdog'\"", timeout=60
-    )
-    assert all_completed_after
-    host.until(f"systemctl is-active {WORKER}")
+    host.until(f"journalctl -u {WORKER} | grep \"Failed with result 'watchdog'\"")
+    active(host, WORKER)
     assert "Fatal Python error: Aborted" in host.ok(f"journalctl --no-pager -u {WORKER}")
     all_completed(host, ids)
 
@@ -102,7 +111,7 @@ def test_redis_is_killed_after_the_fsync_and_nothing_is_lost(host: Container) ->
     before = main_pid(host, "gpuinfer-redis")
     host.ok(f"kill -9 {before}")
     all_completed(host, ids[:5] + ids[-5:])
-    host.until("gpuinfer queue status --json | grep -q '\"waiting\": *0'", timeout=30)
+    host.until("gpuinfer queue status --json | grep -q '\"waiting\": *0'")
     worker = main_pid(host, WORKER)
     all_completed(host, [predict(host)])
     assert main_pid(host, WORKER) == worker
@@ -136,6 +145,7 @@ def test_two_processes_of_the_api(host: Container) -> None:
         host.ok(f"kill -{how} {one}")
         host.until(f"[ $(pgrep -P {parent} | grep -vwc -e {one} -e {other}) = 1 ] && ! kill -0 {one}")
         all_completed(host, [predict(host)])
+    logged(host, f"_PID={parent}", "ACTION=process_hangs")
     told = actions(journal(host, f"_PID={parent}"))
     assert (told.count("process_crashed"), told.count("process_hangs")) == (2, 1), told
     assert main_pid(host, "gpuinfer-api") == parent
@@ -182,18 +192,22 @@ def test_an_api_that_cannot_start_ends_in_failed(host: Container) -> None:
         "[Service]\nExecStart=\nExecStart=/usr/bin/gpuinfer api --nosuch\n",
     )
     host.ok("systemctl daemon-reload; ! systemctl restart gpuinfer-api 2>&1")
-    host.sh("timeout 1 curl -s http://127.0.0.1:8080/health/live")
-    host.until("systemctl is-failed -q gpuinfer-api.socket", timeout=60)
+    host.sh("curl -s -m 60 http://127.0.0.1:8080/health/live")
+    host.until("systemctl is-failed -q gpuinfer-api.socket")
     host.ok("rm -r /etc/systemd/system/gpuinfer-api.service.d; systemctl daemon-reload")
     host.ok("systemctl start gpuinfer-api; curl -sf http://127.0.0.1:8080/health/live")
 
 
 def test_a_stop_drains(host: Container) -> None:
     """`systemctl stop` finishes the batch that runs and hands the rest back; nobody is killed."""
-    running = predict(host, '{"inputs": [1.0], "model": "slow"}')
-    host.until(f"curl -s http://127.0.0.1:8080/result/{running} | grep -q running", timeout=20)
+    shut(host)
+    running = predict(host, '{"inputs": [1.0], "model": "gated"}')
+    host.until(f"curl -s http://127.0.0.1:8080/result/{running} | grep -q running")
     waiting = burst(host, 20)
-    host.ok(f"systemctl stop {WORKER}", timeout=150)
+    host.ok(f"systemctl stop --no-block {WORKER}")
+    host.until(f"[ $(systemctl show -P ActiveState {WORKER}) = deactivating ]")
+    let_go(host)
+    host.until(f"[ $(systemctl show -P ActiveState {WORKER}) = inactive ]")
     assert result(host, running, wait=1)["status"] == "completed"
     assert {result(host, task_id, wait=0)["status"] for task_id in waiting} == {"queued"}
     assert properties(host, WORKER, "Result")["Result"] == "success"
@@ -208,7 +222,7 @@ def test_a_worker_that_cannot_stay_up_ends_in_failed(host: Container) -> None:
         f"pid=$(systemctl show -P MainPID {WORKER}); [ $pid = 0 ] || kill -9 $pid;"
         f" systemctl is-failed -q {WORKER} && systemctl show -P Result {WORKER} | grep -q start-limit-hit"
         f" || systemctl show -P SubState {WORKER} | grep -q '^failed'",
-        timeout=90,
+        timeout=400,
     )
     assert WORKER in host.sh("systemctl --failed --no-pager").output
     start_worker(host)
@@ -247,12 +261,11 @@ def test_a_full_disk_under_always_is_told_and_waited_for(host: Container) -> Non
         host.sh(f"dd if=/dev/zero of={data}/fill bs=64k 2>/dev/null")
         host.until(
             f"curl -s -d '{TWO}' http://127.0.0.1:8080/predict | grep 'the disk of {data} is full'",
-            timeout=60,
         )
         head, _, body = host.ok(f"curl -s -i -d '{TWO}' http://127.0.0.1:8080/predict").partition("\n\n")
         assert " 503 " in head.splitlines()[0]
         code = json.loads(body)["error"]["code"]
-        host.until("systemctl show -P StatusText gpuinfer-redis | grep 'is full'", timeout=60)
+        host.until("systemctl show -P StatusText gpuinfer-redis | grep 'is full'")
         host.ok(f"for i in $(seq 100); do curl -s -d '{TWO}' http://127.0.0.1:8080/predict; done")
         told = journal(host, f"--since='{since}'", "_SYSTEMD_UNIT=gpuinfer-api.service", "-p", "warning")
         # Others began in the same second, or before: an earlier test's refusals end by the way.
@@ -262,9 +275,9 @@ def test_a_full_disk_under_always_is_told_and_waited_for(host: Container) -> Non
         assert said_so.count("requests_refused") - said_so.count("requests_refused_no_more") == 1, said_so
         assert len(said_so) < 10, said_so
         host.ok(f"rm {data}/fill")
-        host.until(f"curl -s -d '{TWO}' http://127.0.0.1:8080/predict | grep task_id", timeout=60)
+        host.until(f"curl -s -d '{TWO}' http://127.0.0.1:8080/predict | grep task_id")
         all_completed(host, [*before, predict(host)])
-        assert "there is room again" in host.ok("journalctl -b -u gpuinfer-redis -p warning --no-pager")
+        host.until("journalctl -b -u gpuinfer-redis -p warning --no-pager | grep 'there is room again'")
     finally:
         host.ok(f"rm -f {data}/fill; cp /root/gpuinfer.toml /etc/gpuinfer/; systemctl stop gpuinfer-redis")
         host.ok(f"umount {data}; systemctl start gpuinfer-redis")
