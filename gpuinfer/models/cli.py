@@ -200,6 +200,8 @@ def remove(loaded: Loaded, name: str, forget: bool) -> None:
     """
     if not forget:
         click.echo(f"removed {tables.repository(loaded).remove(name)}")
+        if name in loaded.settings.worker.models:
+            click.echo(f"worker.models still names {name}; gpuinfer config show says in which file")
     try:
         said = _forgotten(loaded, name)
     except GpuinferError as exc:
@@ -216,7 +218,9 @@ def _forgotten(loaded: Loaded, name: str) -> str:
     from gpuinfer.queue import catalogue, keys
     from gpuinfer.queue.connection import connect, typed_errors, user_of
 
-    with typed_errors(user_of(loaded.settings.broker)), connect(loaded.settings.broker) as client:
+    # Not as the worker, whom root is in the other commands of this group: he has no right to the catalogue.
+    broker = loaded.only("broker").broker
+    with typed_errors(user_of(broker)), connect(broker) as client:
         workers = catalogue.servers(client, name)
         if workers:
             return (

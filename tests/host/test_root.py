@@ -87,6 +87,9 @@ def test_model_add_runs_it_as_a_worker_would(host: Container) -> None:
     assert said["tried"]["device"] == "cpu"
     listed = json.loads(host.ok("gpuinfer model list --json"))
     assert "who" in {entry["name"] for entry in listed}
+    host.ok("cp -r /var/lib/gpuinfer/models/who /var/lib/gpuinfer/models/gone")
+    # It is dropped from the catalogue, too, which the worker, whom root is in the other commands, may not.
+    assert "gone is not in the fleet's catalogue" in host.ok("gpuinfer model remove gone")
     host.put("/root/bad.py", WHO.replace("example = 1", "example = 1 / 0"))
     failed = host.sh("gpuinfer model add /root/bad.py")
     assert failed.code == 65, failed

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,16 @@ DOUBLE, ROOT = "double", "root"
 PATIENCE_S = 60
 
 
-def command(server: RedisServer, *arguments: str, folder: Path | None = None) -> Result:
-    """Run ``gpuinfer model`` on this Redis, in this process; an error of ours is the result's exception."""
+def command(
+    server: RedisServer, *arguments: str, folder: Path | None = None, served: Sequence[str] = ()
+) -> Result:
+    """Run ``gpuinfer model`` on this Redis, in this process; an error of ours is the result's exception.
+
+    ``served`` is worker.models.
+    """
     chosen = {"broker": {"url": server.url}, "models": {"folders": [folder] if folder else []}}
+    if served:
+        chosen["worker"] = {"models": list(served)}
     loaded = Loaded(Settings.model_validate(chosen), {})
     return CliRunner().invoke(model, arguments, obj=loaded)
 
@@ -214,7 +222,8 @@ def test_removing_a_model(workers: Workers, redis_server: RedisServer) -> None:
         ]
         assert connection.zscore(keys.CATALOGUE, DOUBLE) is None
         worker.beat()
-        done = command(redis_server, "remove", ROOT, folder=folder)
+        done = command(redis_server, "remove", ROOT, folder=folder, served=[ROOT])
+        assert f"worker.models still names {ROOT}" in done.output
         assert f"{ROOT} is in use by {WORKER}" in done.output
         assert not (folder / ROOT).exists()
         assert connection.zscore(keys.CATALOGUE, ROOT) is not None
