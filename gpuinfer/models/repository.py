@@ -22,6 +22,7 @@ from typing import Any
 
 from gpuinfer.errors import (
     DigestMismatch,
+    GpuinferError,
     ManifestError,
     ModelError,
     ModelNotAdded,
@@ -196,8 +197,12 @@ class Repository:
                 # The workers' user must get there, and tempfile makes folders for ours alone.
                 Path(scratch).chmod(0o711)
                 staged = Path(scratch, name)
-                _copy_model(source, staged, name, init, fresh=fresh)
-                yield _open_folder(staged)
+                try:
+                    _copy_model(source, staged, name, init, fresh=fresh)
+                    yield _open_folder(staged)
+                except GpuinferError as exc:
+                    _name_what_was_given(exc, staged, source)
+                    raise
         except OSError as exc:
             raise ModelError(f"cannot be added to {self.folders[0]}: {exc}", name) from exc
 
@@ -310,6 +315,16 @@ def _entry(path: Path) -> Entry:
         return Entry(name=path.name, path=path, folder=_open_installed(path), error=None)
     except ModelError as exc:
         return Entry(name=path.name, path=path, folder=None, error=exc)
+
+
+def _name_what_was_given(error: GpuinferError, staged: Path, source: Path) -> None:
+    """Have an error about a copy, which is gone by then, name the file or folder that was copied."""
+    folder = source
+    if source.is_file():
+        folder = source.parent
+        error.message = error.message.replace(f"{staged}/{source.name}", str(source))
+    error.message = error.message.replace(str(staged), str(folder))
+    error.field = error.field and error.field.replace(str(staged), str(folder))
 
 
 def _copy_model(source: Path, staged: Path, name: str, init: Init | None, *, fresh: bool) -> None:

@@ -136,10 +136,18 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def check_readable(source: Source) -> None:
     """Raise ModelError where this process, which may have left root, cannot read all of it."""
-    for path in (source.path, *map(Path, source.state())):
-        if not os.access(path, os.R_OK):
-            who = pwd.getpwuid(os.geteuid()).pw_name
-            raise ModelError(f"cannot be read by {who}, as whom it would run", str(path))
+    try:
+        paths = (str(source.path), *source.state())
+        hidden = next((path for path in paths if not os.access(path, os.R_OK)), None)
+    except PermissionError as exc:  # of a folder above it, such as root's home
+        hidden = str(exc.filename)
+    if hidden is not None:
+        who = pwd.getpwuid(os.geteuid()).pw_name
+        raise ModelError(
+            f"cannot be read by {who}, as whom it would run; copy it to a folder that all may enter, such as "
+            "/srv (gpuinfer model add takes it from here)",
+            hidden,
+        )
 
 
 def example_of(folder: ModelFolder) -> Any | None:

@@ -135,9 +135,15 @@ def test_a_failed_trial_replaces_nothing(repository: Repository, source: Path) -
         verify(repository_of(folder))
         raise ModelLoadError("no", "mlp")
 
+    def names_its_file(folder: ModelFolder) -> Mapping[str, object]:
+        raise ModelLoadError(f"{folder.artefact} is not loaded", str(folder.path))
+
     (source / "beside").touch()
     with pytest.raises(ModelLoadError):
         repository.add(source, force=True, trial=fails)
+    with pytest.raises(ModelLoadError) as told:  # what was given, not the copy
+        repository.add(source, force=True, trial=names_its_file)
+    assert (told.value.message, told.value.field) == (f"{source}/model.pt is not loaded", str(source))
     assert repository.get("mlp").record == before
     assert [path.name for path in repository.folders[0].iterdir()] == ["mlp"]
 

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from pathlib import Path
 
 import pytest
 
-from gpuinfer.errors import UnknownModel
+from gpuinfer.errors import ModelError, UnknownModel
 from gpuinfer.models.repository import Repository
 from gpuinfer.models.scaffold import Wanted
-from gpuinfer.models.source import Source, find
+from gpuinfer.models.source import Source, check_readable, find
 from tests import models_for_tests as build
 
 pytestmark = pytest.mark.unit
@@ -38,6 +40,22 @@ def test_a_name_is_an_installed_model_before_a_folder_here(
     assert found("./mlp", repository).path == here / "mlp"
     assert found("other", repository).path == here / "other"
     assert found(".", repository).path == here
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("name", ["model.py", "folder"])
+def test_what_the_workers_user_cannot_reach(name: str, tmp_path: Path) -> None:
+    """A file or folder in root's home: said with what helps, as which user, and without a traceback."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "model.py").write_text("")
+    tmp_path.chmod(0o700)
+    source = Source(path=tmp_path / name, wanted=Wanted())
+    os.seteuid(pwd.getpwnam("nobody").pw_uid)
+    try:
+        with pytest.raises(ModelError, match="cannot be read by nobody, as whom it would run; copy it to"):
+            check_readable(source)
+    finally:
+        os.seteuid(0)
 
 
 @pytest.mark.parametrize("name", ["nosuch", "nosuch.pt", "./nosuch", "no/such"])
