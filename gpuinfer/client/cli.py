@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gpuinfer.cli_help import examples
-from gpuinfer.errors import TaskRevoked, WaitTimeout
+from gpuinfer.errors import TaskNotFound, TaskRevoked, WaitTimeout
 from gpuinfer.models import completion as here
 from gpuinfer.queue import completion
 from gpuinfer.queue.options import OPTIONS
@@ -207,18 +207,37 @@ def result(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) ->
 def cancel(loaded: Loaded, task_ids: tuple[str, ...], as_json: bool) -> int:
     """Cancel tasks that are waiting or running.
 
-    Exit code 1: one of them had already ended. 66: one of them is unknown.
+    Exit code 1: one of them had already ended. 66: nothing is known of one of them. It is cancelled all the
+    same, as what a plain Celery producer has sent is unknown until it runs.
     """
     from gpuinfer.client import Client
 
+    known: dict[str, bool] = {}
     states: dict[str, str] = {}
     with Client(loaded.only("broker", "queue")) as client:
-        for task_id in task_ids:
+        for task_id in dict.fromkeys(task_ids):
+            known[task_id] = _is_known(client, task_id)
             client.cancel(task_id)
             states[task_id] = client.status(task_id).state
     if as_json:
-        print_json([{"task_id": task_id, "status": state} for task_id, state in states.items()])
+        print_json([{"task_id": one, "status": state, "known": known[one]} for one, state in states.items()])
     else:
         for task_id, state in states.items():
-            click.echo(f"{task_id}: {'cancelled' if state == 'revoked' else f'not cancelled, it is {state}'}")
-    return 0 if set(states.values()) == {"revoked"} else TaskRevoked.exit_code
+            click.echo(f"{task_id}: {_cancelled(state, known=known[task_id])}")
+    if set(states.values()) != {"revoked"}:
+        return TaskRevoked.exit_code
+    return 0 if all(known.values()) else TaskNotFound.exit_code
+
+
+def _is_known(client: Client, task_id: str) -> bool:
+    try:
+        client.status(task_id)
+    except TaskNotFound:
+        return False
+    return True
+
+
+def _cancelled(state: str, *, known: bool) -> str:
+    if state != "revoked":
+        return f"not cancelled, it is {state}"
+    return "cancelled" if known else "nothing is known of it; should it come, it does not run"

@@ -190,6 +190,10 @@ def test_cancel(cli: Cli, client: Client, worker: HandWorker) -> None:
     done = cli("cancel", running, ended)
     assert done.returncode == 1
     assert f"{ended}: not cancelled, it is completed" in done.stdout
+    unknown = cli("cancel", "nobody")
+    assert unknown.returncode == 66
+    assert unknown.stdout == "nobody: nothing is known of it; should it come, it does not run\n"
+    assert cli.json("cancel", running) == [{"task_id": running, "status": "revoked", "known": True}]
 
 
 def test_without_redis(cli: Cli, redis_server: RedisServer) -> None:
