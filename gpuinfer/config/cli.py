@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -31,13 +32,15 @@ def config() -> None:
 def check(ctx: click.Context, as_json: bool) -> None:
     """Check all settings, and each worker's own file (worker@N.env).
 
-    It warns of settings that are accepted and do nothing, and names the units that run with older settings.
-    Exit code 78: a setting is wrong; the first wrong one is named.
+    The certificate of api.tls_cert is loaded, as the front does. It warns of settings that are accepted and
+    do nothing, and names the units that run with older settings. Exit code 78: a setting is wrong; the first
+    wrong one is named.
     """
     loaded: Loaded = ctx.obj
     file = settings_file(ctx.find_root().params.get("file"))
     changed = len(loaded.changed)
     workers = list(_workers(file))
+    _check_certificate(loaded.settings)
     warnings = useless.warnings(useless.Given(loaded))
     for worker in workers:
         warnings += [*worker.remarks, *useless.warnings(useless.Given(worker.loaded, worker.number))]
@@ -47,13 +50,28 @@ def check(ctx: click.Context, as_json: bool) -> None:
         answer = {"ok": True, "changed": changed, "workers": own, "warnings": warnings, "restart": restart}
         click.echo(json.dumps(answer, indent=2))
         return
-    click.echo(f"ok: {changed} settings changed")
+    click.echo(f"ok: {_settings(changed)} changed")
     for worker in workers:
-        click.echo(f"ok: worker {worker.number}: {len(worker.own)} settings of its own ({worker.file})")
+        click.echo(f"ok: worker {worker.number}: {_settings(len(worker.own))} of its own ({worker.file})")
     for line in warnings:
         click.echo(f"warning: {line}")
     if restart:
         click.echo(f"to apply the changes: systemctl restart {' '.join(restart)}")
+
+
+def _check_certificate(settings: Settings) -> None:
+    """Raise ConfigError where the front could not use its certificate; who may not read it cannot tell."""
+    cert, key = settings.api.tls_cert, settings.api.tls_key
+    if cert is None:
+        return
+    if os.geteuid() == 0 or all(os.access(path, os.R_OK) for path in (cert, key or cert)):
+        from gpuinfer.api.tls import Certificate
+
+        Certificate(cert, key)
+
+
+def _settings(count: int) -> str:
+    return "1 setting" if count == 1 else f"{count} settings"
 
 
 @config.command(epilog=examples("gpuinfer config show", "gpuinfer config show --json"))

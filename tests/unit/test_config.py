@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,22 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def test_the_certificate_is_checked(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the front would answer 503 for is no "ok"; who may not read the files is not refused for that."""
+    file.write_text(f'[api]\ntls_cert = "{tmp_path}/none.pem"\n')
+    done = CliRunner().invoke(cli, ["--config", str(file), "config", "check"])
+    assert isinstance(done.exception, ConfigError)
+    assert f"api.tls_cert: {tmp_path}/none.pem: cannot be read" in str(done.exception)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert ask(file, "check") == "ok: 1 setting changed\n"
+
+
 def test_workers_own_files_are_checked_and_shown(file: Path, tmp_path: Path) -> None:
     """Both commands read worker@N.env as the unit does, beside the settings file."""
     own = tmp_path / "worker@3.env"
     own.write_text("GPUINFER_WORKER_QUEUES=batch\nCUDA_VISIBLE_DEVICES=1\n")
     said = ask(file, "check")
-    assert said == f"ok: 1 settings changed\nok: worker 3: 1 settings of its own ({own})\n"
+    assert said == f"ok: 1 setting changed\nok: worker 3: 1 setting of its own ({own})\n"
     assert f"worker 3 ({own})\nworker.queues " in ask(file, "show")
     assert json.loads(ask(file, "show", "--json"))["workers"] == {
         "3": {
