@@ -20,7 +20,7 @@ from click.shell_completion import CompletionItem
 
 from gpuinfer import __version__
 from gpuinfer.cli_help import plain
-from gpuinfer.errors import GpuinferError, MissingExtra
+from gpuinfer.errors import GpuinferError, MissingExtra, UsageError
 
 if TYPE_CHECKING:
     from gpuinfer.settings import Loaded, Settings
@@ -188,7 +188,10 @@ def _run(arguments: list[str]) -> int:
         _report(exc, as_json=_wants_json(arguments))
         return exc.exit_code
     except click.ClickException as exc:
-        exc.show()
+        if _wants_json(arguments) and not isinstance(exc, click.exceptions.NoArgsIsHelpError):
+            _report(UsageError(exc.format_message()), as_json=True)
+        else:
+            exc.show()
         return _click_code(exc)
     except ModuleNotFoundError as exc:
         missing = _missing_extra(exc)

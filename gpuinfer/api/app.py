@@ -41,6 +41,11 @@ _DESCRIPTION = """Submit work, then ask for its result. `POST /predict` answers 
 `GET /result/{task_id}?wait=10` answers as soon as the task has ended.
 Every error has the body `{"error": {"code", "message", "field"?}}`."""
 _CLIENT_CLOSED = 499  # nginx's number; nobody is left to read it
+#: Starlette's words for what no route takes, in ours.
+_UNROUTED = {
+    "Not Found": "there is no such route; /docs describes all of them",
+    "Method Not Allowed": "this route does not take that method; /docs describes all of them",
+}
 
 
 def create_app(shared: Shared) -> FastAPI:
@@ -143,7 +148,8 @@ def _handle_errors(app: FastAPI, shared: Shared) -> None:
     async def http(_: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)  # noqa: S101  the table below says so
         code = HTTPStatus(exc.status_code).phrase.lower().replace(" ", "_")
-        return answer(_error(code, str(exc.detail)), exc.status_code, dict(exc.headers or {}))
+        said = _UNROUTED.get(str(exc.detail), str(exc.detail))
+        return answer(_error(code, said), exc.status_code, dict(exc.headers or {}))
 
     async def validation(_: Request, exc: Exception) -> Response:
         assert isinstance(exc, RequestValidationError)  # noqa: S101  the table below says so

@@ -118,18 +118,20 @@ def apply_users(loaded: Loaded, as_json: bool) -> None:
     "rotate-password",
     epilog=examples("gpuinfer redis rotate-password worker", "gpuinfer redis rotate-password api --drop-old"),
 )
-@click.argument("user", type=click.Choice(["admin", "api", "worker", "watcher", "operator", "viewer"]))
+@click.argument(
+    "user", metavar="USER", type=click.Choice(["admin", "api", "worker", "watcher", "operator", "viewer"])
+)
 @click.option("--drop-old", is_flag=True, help="Make no new password; make Redis forget the old ones.")
 @as_json_option
 @click.pass_obj
 def rotate_password(loaded: Loaded, user: str, drop_old: bool, as_json: bool) -> int:
     """Give a Redis user a new password.
 
-    Run it as root on Redis's host; the service is not interrupted. Redis accepts the new password beside the
-    old one, each unit that logs in with it is restarted (workers one after the other, by
-    gpuinfer-roll.service), then Redis forgets the old one. Exit code 75: a unit did not come back, or a
-    connection from another host uses the old password, which stays valid. Then copy the password file there,
-    restart, and call --drop-old.
+    USER is admin, api, worker, watcher, operator or viewer. Run it as root on Redis's host; the service is
+    not interrupted. Redis accepts the new password beside the old one, each unit that logs in with it is
+    restarted (workers one after the other, by gpuinfer-roll.service), then Redis forgets the old one. Exit
+    code 75: a unit did not come back, or a connection from another host uses the old password, which stays
+    valid. Then copy the password file there, restart, and call --drop-old.
     """
     from gpuinfer.broker import rotation
 

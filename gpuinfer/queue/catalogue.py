@@ -200,6 +200,11 @@ def default_model(client: redis.Redis) -> str | None:
     return found.decode() if found else None
 
 
+def names(client: redis.Redis) -> list[str]:
+    """Return the models of the catalogue, by name. Raises redis-py's errors."""
+    return sorted(_texts(client.zrange(keys.CATALOGUE, 0, -1)))  # type: ignore[arg-type]  # not decoded
+
+
 # -- changing -----------------------------------------------------------------------------
 
 
@@ -208,11 +213,10 @@ def set_default(client: redis.Redis, model: str, *, force: bool = False) -> str 
 
     Raises UnknownModel for a name that is not in the catalogue, unless that is empty or with ``force``.
     """
-    known = _texts(client.zrange(keys.CATALOGUE, 0, -1))  # type: ignore[arg-type]  # not decoded
+    known = names(client)
     if known and model not in known and not force:
         raise UnknownModel(
-            f"the fleet knows no model {model!r}; known: {', '.join(sorted(known))}; "
-            "--force sets it all the same",
+            f"the fleet knows no model {model!r}; known: {', '.join(known)}; --force sets it all the same",
             "model",
         )
     before: bytes | None = client.set(keys.DEFAULT_MODEL, model, get=True)  # type: ignore[assignment]

@@ -89,12 +89,18 @@ def resume(loaded: Loaded, name: str, as_json: bool) -> None:
 
 
 def _set(loaded: Loaded, name: str, as_json: bool, *, paused: bool) -> None:
+    from gpuinfer.journal.sender import say_warning
+    from gpuinfer.queue import catalogue
     from gpuinfer.queue.purge import check, set_paused
 
     queue = check(name)
     with _connected(loaded) as client:
         changed = set_paused(client, queue, paused)
+        known = catalogue.names(client)
     if as_json:
         print_json({"queue": queue, "paused": paused, "changed": changed})
-    else:
-        click.echo(f"{queue}: {'' if changed else 'already '}{'paused' if paused else 'not paused'}")
+        return
+    click.echo(f"{queue}: {'' if changed else 'already '}{'paused' if paused else 'not paused'}")
+    model = queue.partition(".")[2]
+    if paused and model and model not in known:
+        say_warning(f"the fleet knows no model {model!r}; known: {', '.join(known) or 'none'}")

@@ -76,7 +76,7 @@ def list_(loaded: Loaded, as_json: bool) -> None:
     elif found:
         print_table(("worker", "state", "models", "queues", "tasks/s", "done", "seen"), map(_row, found))
     else:
-        click.echo("no worker is known: none has run yet")
+        click.echo("no worker runs; the watcher starts one when tasks wait (gpuinfer watcher explain)")
 
 
 def _row(one: dict[str, Any]) -> tuple[str, ...]:

@@ -333,6 +333,7 @@ PATHS = (
     ("/result/x?wait=nan", 422, "bad_input"),
     ("/result/x?wait=-1", 422, "bad_input"),
     ("/nothing", 404, "not_found"),
+    ("/", 404, "not_found"),
     ("/predict", 405, "method_not_allowed"),
 )
 

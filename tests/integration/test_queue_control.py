@@ -58,6 +58,9 @@ def test_pause_and_resume(cli: Cli, client: Client, redis_server: RedisServer) -
         worker.beat()
         assert cli.json("queue", "pause", "batch") == {"queue": "batch", "paused": True, "changed": True}
         assert cli("queue", "pause", "batch").stdout == "batch: already paused\n"
+        mistyped = cli("queue", "pause", "realtime.digit")
+        assert "the fleet knows no model 'digit'; known: digits" in mistyped.stderr
+        assert cli("queue", "resume", "realtime.digit").stderr == ""
         client.submit([1], queue="batch")
         assert worker.claim() == []
         assert cli.json("queue", "status")["paused"] == ["batch"]

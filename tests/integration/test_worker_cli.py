@@ -46,7 +46,9 @@ def test_a_worker_is_drained_and_resumed(
     Beside it ``gpuinfer task``: what became of the tasks, by person and by program.
     """
     cli = Cli(redis_server)
-    assert cli("worker", "list").stdout == "no worker is known: none has run yet\n"
+    assert cli("worker", "list").stdout == (
+        "no worker runs; the watcher starts one when tasks wait (gpuinfer watcher explain)\n"
+    )
     unknown = cli.json("worker", "drain", "0", code=66)
     assert unknown["error"]["code"] == "unknown_worker"
     told: list[str] = []

@@ -198,6 +198,16 @@ def test_an_error_is_of_that_level_in_the_journal(tmp_path: Path) -> None:
     assert all(line.startswith("<3>gpuinfer: error: GPUINFER_BROKER_URL: ") for line in lines)
 
 
+def test_a_wrong_call_in_json() -> None:
+    """Who asked for JSON can read that its call was wrong."""
+    done = run("task", "list", "--limit", "0", "--json")
+    assert done.returncode == 64
+    error = json.loads(done.stdout)["error"]
+    assert error["code"] == "bad_usage"
+    assert "'--limit'" in error["message"]
+    assert json.loads(run("task", "--json").stdout)["error"]["message"].startswith("No such option")
+
+
 def test_an_error_in_json() -> None:
     """Who asked for JSON gets the error as JSON, on standard output, and nothing else."""
     done = run("config", "check", "--json", GPUINFER_API_PORT="x")
