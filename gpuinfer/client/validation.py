@@ -183,7 +183,8 @@ def _looked(value: Any, field: str) -> tuple[tuple[int, ...] | None, str | type 
     """Return the shape of a tensor, and its dtype or the type of its first number; None: not to be told."""
     if type(value) is not list and isinstance(value, Mapping):
         if value.keys() != _ENCODED:
-            raise InputError("an encoded tensor has the keys b64, dtype and shape", field)
+            got = ", ".join(map(str, list(value)[:5])) or "none"
+            raise InputError(f"an encoded tensor has the keys b64, dtype and shape; got {got[:200]}", field)
         shape, dtype = value["shape"], value["dtype"]
         right = isinstance(shape, list | tuple) and {int}.issuperset(map(type, shape[:64]))
         return tuple(shape) if right else None, dtype if isinstance(dtype, str) else None
