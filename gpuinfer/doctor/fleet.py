@@ -12,7 +12,7 @@ from gpuinfer.doctor.redis_place import place_of
 from gpuinfer.doctor.workers import served
 from gpuinfer.queue import catalogue, drained, heartbeats, keys
 from gpuinfer.queue.depth import is_paused, look
-from gpuinfer.queue.fleet import Server, remedy, servers, serves_of
+from gpuinfer.queue.fleet import Server, quarantined, remedy, servers, serves_of
 from gpuinfer.queue.orphans import Holder, ago, command, holders
 
 
@@ -89,17 +89,16 @@ def _orphan(host: Host, one: Holder) -> Finding:
 
 
 def waiting(host: Host) -> Findings:
-    """Every task that waits is for a model and a queue that some worker serves, or would serve."""
+    """Some worker serves, or would serve, every task that waits; failures keep none from running."""
     name = socket.gethostname()
     with asked(host) as client:
         depth, workers = look(client), servers(client)
     for number, settings in served(host):  # what this host's workers would serve by their settings
         workers.append(Server(number, name, serves_of(settings.worker.queues, settings.worker.models)))
     counts = {lane: sum(levels.values()) for lane, levels in sorted(depth.lanes.items())}
-    able = {one.serves for one in workers if not one.masked}
-    bad = []
+    bad = [error(*found) for found in quarantined(workers)]
     for lane, count in counts.items():
-        if not any(serves.covers(lane) for serves in able):
+        if not any(one.serves.covers(lane) for one in workers if not one.masked):
             text = f"{_tasks_wait(count)} in {lane.tier} for {lane.model or 'the default model'}"
             bad.append(error(f"{text}, which no worker serves", remedy(lane, workers)))
     return bad or ok(f"workers serve all that waits: {sum(counts.values())} tasks in {len(counts)} queues")

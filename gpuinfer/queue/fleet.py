@@ -137,6 +137,21 @@ def remedy(lane: Lane, workers: Sequence[Server]) -> str:
     return f"echo {setting} >> {file} && systemctl try-restart gpuinfer-worker@{number}  # for example{where}"
 
 
+def quarantined(workers: Sequence[Server]) -> list[tuple[str, str]]:
+    """Return what is wrong with each worker in quarantine, and the command that tells more.
+
+    systemd may call its unit inactive, as it calls the unit of an idle one.
+    """
+    return [
+        (
+            f"worker {one.number} is {one.excluded}",
+            f"journalctl -u gpuinfer-worker@{one.number} -n 20  # on {one.host}",
+        )
+        for one in workers
+        if "in quarantine" in one.excluded
+    ]
+
+
 def _start(one: Server) -> str:
     """Return what starts a worker that serves it, and is kept from that."""
     unit = f"gpuinfer-worker@{one.number}"
@@ -144,4 +159,6 @@ def _start(one: Server) -> str:
         return f"systemctl unmask {unit} && systemctl start {unit}"
     if "watcher is silent" in one.excluded:
         return "systemctl restart gpuinfer-watcher"
+    if "gpuinfer-workers.target is stopped" in one.excluded:
+        return "systemctl start gpuinfer-workers.target"
     return f"systemctl start {unit}"

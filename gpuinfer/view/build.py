@@ -34,7 +34,7 @@ _STATES = {
     "failed": "failed",
 }
 #: Reasons for an excluded worker that an administrator has chosen.
-_WANTED = ("masked", "stopped by hand", "disabled by hand")
+_WANTED = ("masked", "stopped by hand", "disabled by hand", "gpuinfer-workers.target is stopped")
 #: A worker that no watcher reports is listed for this many seconds after its last heartbeat.
 _LISTED_S = 600.0
 

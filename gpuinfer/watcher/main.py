@@ -347,6 +347,7 @@ class Watcher:
             since=now - view.age_s,
             enabled=view.enabled,
             masked=view.masked,
+            target_stopped=view.target_stopped,
             queued=view.queued,
             restarts=view.restarts,
             gpu=gpu,
@@ -361,6 +362,7 @@ class Watcher:
         if instance.state == "activating":
             why = unit.quarantine(now) if unit else None
         elif instance.state != "active":
+            hold = "stopped" if instance.target_stopped else hold
             why = exclusion(instance, unit, self._settings.watcher, now)
         return replace(instance, hold=hold, excluded=str(why or ""), log_only=not self._act)
 

@@ -133,6 +133,8 @@ def _as_it_is(unit: UnitMemory | None, instance: Instance) -> UnitMemory:
 def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
     moved = before.state != instance.state
     since = instance.since if moved else before.since
+    if moved and instance.target_stopped and not instance.runs:  # a stop of all is none of this one
+        before = replace(before, verb="stop", verb_at=now)
     after = replace(before, state=instance.state, since=since, hold=before.held(now))
     wish = _wish(before, instance, now) if moved else ""
     serves = after.hold == "started" and before.state == "activating" and instance.state == "active"
@@ -268,6 +270,10 @@ def exclusion(
         return Exclusion("masked", "until it is unmasked", ends=False)
     if unit is None:
         return instance.told_exclusion
+    if instance.target_stopped:
+        return Exclusion(
+            "gpuinfer-workers.target is stopped", "until it is started, or the host boots", ends=False
+        )
     if gpu.unknown:
         return Exclusion(gpu.unknown, "until it does")
     if quarantine := unit.quarantine(now):

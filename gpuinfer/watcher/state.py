@@ -77,6 +77,8 @@ class Instance:
     since: float = 0.0
     enabled: bool = False
     masked: bool = False
+    #: Somebody has stopped the target of all workers of its host.
+    target_stopped: bool = False
     #: systemd has a job for it that waits for its turn.
     queued: bool = False
     #: How often systemd has restarted it by itself since somebody has started it.

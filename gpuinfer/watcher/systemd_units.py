@@ -6,7 +6,9 @@ systemd/50-gpuinfer-watcher.rules.
 
 systemd counts every start of a unit against its StartLimitBurst=, ours and an administrator's too, and
 refuses the next one ("attempted too often"). That limit is meant for crash loops, so the count is reset
-before each start of ours, and once a worker is ready after a start that was no automatic restart.
+before each start of ours, once a worker is ready after a start that was no automatic restart, and after a
+crash loop that has ended. That last reset makes systemd call the unit inactive; the watcher goes on to call
+it failed, until it is started again.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -37,6 +40,8 @@ ROOT = "/org/freedesktop/systemd1"
 #: Everything is asked for again this often, in case a signal was missed.
 RESYNC_S = 60.0
 CALL_TIMEOUT_S = 10.0
+#: Reset systemd's count after this many failed starts: well before its limit, which is 10.
+FAILED_STARTS = 5
 #: Method and job mode. A start never cancels a stop that is queued or under way ("fail"): an administrator
 #: may have asked for it.
 _METHODS: Mapping[Verb, tuple[str, str]] = {"start": ("StartUnit", "fail"), "stop": ("StopUnit", "replace")}
@@ -60,6 +65,8 @@ _RULES = (
     ),
 )
 _NAME = re.compile(r"gpuinfer-worker@(0|[1-9][0-9]{0,4})\.service")
+#: The target of all workers: stopped, it says that none is wanted until it is started, or the host boots.
+_TARGET_PATH = f"{ROOT}/unit/gpuinfer_2dworkers_2etarget"
 _PATH = re.compile(rf"{ROOT}/unit/gpuinfer_2dworker_40(0|[1-9][0-9]{{0,4}})_2eservice")
 #: The property with the time a state was entered, in microseconds of CLOCK_MONOTONIC.
 _SINCE: Mapping[UnitState, str] = {
@@ -101,11 +108,17 @@ class SystemdUnits:
         self._hears = True
         self._properties: dict[int, dict[str, Any]] = {}
         self._dirty: set[int] = set()
+        self._target_dirty = True
+        self._target_stopped = False
         #: Instances that systemd has loaded, whether the caller asks for them or not.
         self._loaded: frozenset[int] = frozenset()
         self._synced_at: float | None = None
-        #: Instance -> the start after which its count of starts was reset.
-        self._counted: dict[int, int] = {}
+        #: Instance -> when it last became ready, or failed; and how many starts have failed since the reset.
+        self._ready_at: dict[int, int] = {}
+        self._failed_at: dict[int, int] = {}
+        self._failed_starts: Counter[int] = Counter()
+        #: Instances that failed, and that systemd calls inactive since the reset.
+        self._failed: set[int] = set()
 
     async def open(self) -> None:
         """Connect to the system bus and ask for signals."""
@@ -141,7 +154,9 @@ class SystemdUnits:
     def _hear(self, message: Message) -> None:
         if message.message_type is not MessageType.SIGNAL:
             return
-        if message.interface == PROPERTIES:
+        if message.path == _TARGET_PATH:
+            self._target_dirty = True
+        elif message.interface == PROPERTIES:
             self._changed(_PATH.fullmatch(message.path or ""))
         elif message.interface == MANAGER and message.member == "JobRemoved":
             self._changed(_NAME.fullmatch(message.body[2]))
@@ -172,6 +187,7 @@ class SystemdUnits:
                 self._synced_at = None
                 raise
             self._dirty.update(self._properties)
+            self._target_dirty = True
         asked = self._loaded.union(numbers)
         self._properties = {number: known for number, known in self._properties.items() if number in asked}
         self._dirty = (self._dirty & asked) | (asked - self._properties.keys())
@@ -183,7 +199,8 @@ class SystemdUnits:
             except (UnitRefused, UnitsUnavailable):
                 self._dirty.add(number)
                 raise
-        views = {number: self._view(known) for number, known in sorted(self._properties.items())}
+        await self._look_at_target()
+        views = {number: self._view(number) for number in sorted(self._properties)}
         own = {*numbers}
         return {n: view for n, view in views.items() if n in own or view.enabled or view.state != "inactive"}
 
@@ -199,29 +216,63 @@ class SystemdUnits:
         values = {name: variant.value for name, variant in unit.body[0].items()}
         return {**values, "NRestarts": restarts.body[0].value}
 
+    async def _look_at_target(self) -> None:
+        """Ask whether the target was stopped: since a boot it was active, and it is not any more.
+
+        Asked after the workers: a stop of the target reaches it first, so that theirs is never taken for one
+        by hand.
+        """
+        while self._target_dirty:
+            self._target_dirty = False  # a signal that comes meanwhile sets it again
+            try:
+                found = await self._call("GetAll", "s", [UNIT], path=_TARGET_PATH, interface=PROPERTIES)
+            except (UnitRefused, UnitsUnavailable):
+                self._target_dirty = True
+                raise
+            known = {name: variant.value for name, variant in found.body[0].items()}
+            stopped_at = known.get("InactiveEnterTimestampMonotonic")
+            self._target_stopped = known.get("ActiveState") == "inactive" and bool(stopped_at)
+
     async def _forgive(self, number: int) -> None:
-        """Reset the count of starts of a worker that became ready without an automatic restart."""
+        """Reset the count of starts of a worker that became ready, or whose starts have failed too often."""
         known = self._properties[number]
-        began = int(known.get("ActiveEnterTimestampMonotonic") or 0)
-        ready = known.get("ActiveState") == "active" and not known["NRestarts"]
-        if self._acts and ready and self._counted.get(number) != began:
-            self._counted[number] = began
-            await self._reset(number)
+        state, restarts = known.get("ActiveState"), known["NRestarts"]
+        if state not in ("inactive", "failed"):
+            self._failed.discard(number)
+        if not self._acts:
+            return
+        ready_at, failed_at = (int(known.get(_SINCE[name]) or 0) for name in ("active", "failed"))
+        if state == "active" and not restarts and self._ready_at.get(number) != ready_at:
+            self._ready_at[number] = ready_at
+        elif state == "failed" and self._failed_at.get(number) != failed_at:
+            self._failed_at[number] = failed_at
+            self._failed_starts[number] += 1 + restarts
+            if self._failed_starts[number] < FAILED_STARTS:
+                return
+            self._failed.add(number)
+        else:
+            return
+        await self._reset(number)
 
     async def _reset(self, number: int) -> None:
+        del self._failed_starts[number]
         try:
             await self._call("ResetFailedUnit", "s", [unit_name(number)])
         except UnitRefused as exc:  # not loaded: systemd counts nothing of it
             log.debug("not_reset", instance=number, reason=str(exc))
 
-    def _view(self, properties: Mapping[str, Any]) -> UnitView:
+    def _view(self, number: int) -> UnitView:
+        properties = self._properties[number]
         state = _STATES.get(str(properties.get("ActiveState")), "inactive")
+        if state == "inactive" and number in self._failed:
+            state = "failed"
         since_us = int(properties.get(_SINCE[state]) or 0)
         return UnitView(
             state=state,
             age_s=max(0.0, self._clock() - since_us / 1e6) if since_us else 0.0,
             enabled=properties.get("UnitFileState") in ("enabled", "enabled-runtime"),
             masked=properties.get("LoadState") == "masked",
+            target_stopped=self._target_stopped,
             queued=bool((properties.get("Job") or (0,))[0]),
             restarts=int(properties.get("NRestarts") or 0),
         )
@@ -232,6 +283,7 @@ class SystemdUnits:
         try:
             if verb == "start":
                 await self._reset(number)
+                self._failed.discard(number)
             await self._call(member, "ss", [unit_name(number), mode])
         finally:
             if number in self._properties:

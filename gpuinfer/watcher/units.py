@@ -27,6 +27,8 @@ class UnitView:
     age_s: float = 0.0
     enabled: bool = False
     masked: bool = False
+    #: The target of all workers was stopped: nobody wants any of them now.
+    target_stopped: bool = False
     #: systemd has a job for it that waits for its turn.
     queued: bool = False
     #: How often it was restarted automatically since it was last started.

@@ -383,6 +383,36 @@ async def test_no_start_is_attempted_too_often(container: Container) -> None:
         container.until(f"{again} && systemctl -q is-active gpuinfer-worker@0", timeout=60)
 
 
+@pytest.mark.host
+async def test_a_start_by_hand_after_failures_is_not_attempted_too_often(container: Container) -> None:
+    """After a crash loop that systemd has ended, and after many starts by hand that failed."""
+    drop_in = "/etc/systemd/system/gpuinfer-worker@1.service.d/loop.conf"
+    container.put(drop_in, "[Unit]\nStartLimitBurst=10\n[Service]\nRestart=on-failure\nRestartSec=0.1\n")
+    container.put(drop_in.replace("@1", "@2"), "[Unit]\nStartLimitBurst=10\n")
+    container.ok("systemctl stop 'gpuinfer-worker@*'; systemctl reset-failed; systemctl daemon-reload")
+    container.ok("touch /fail-1 /fail-2; systemctl start --no-block gpuinfer-worker@1")
+    place = _systemd(container)
+    await place.units.open()
+    try:
+        await place.becomes(1, "failed")
+        container.until("[ $(systemctl show -P ActiveState gpuinfer-worker@1) = inactive ]", timeout=60)
+        await place.until(
+            1, lambda view: (view.state, view.restarts) == ("failed", 0), "a reset, failed unit"
+        )
+        container.ok("rm /fail-1; systemctl start gpuinfer-worker@1")
+        await place.becomes(1, "active")
+        for _ in range(12):
+            said = container.sh("systemctl start gpuinfer-worker@2")
+            assert said.code and "too often" not in said.output
+            await asyncio.sleep(0.1)  # let the signals in; a failure may be counted one look later
+            assert (await place.units.look(range(3)))[2].state == "failed"
+        container.ok("rm /fail-2; systemctl start gpuinfer-worker@2")
+    finally:
+        await place.units.close()
+        container.ok(f"rm -f /fail-* {drop_in} {drop_in.replace('@1', '@2')}; systemctl daemon-reload")
+        container.ok("systemctl stop 'gpuinfer-worker@*'; systemctl reset-failed")
+
+
 @pytest.mark.integration
 async def test_no_bus_is_a_typed_error(tmp_path: Path) -> None:
     """The message says what cannot be reached."""

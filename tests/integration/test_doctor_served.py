@@ -6,12 +6,14 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import orjson
 import pytest
 
 from gpuinfer.doctor import fleet
 from gpuinfer.doctor.host import Finding, Host
 from gpuinfer.queue import keys
 from gpuinfer.queue.drained import set_drained
+from gpuinfer.queue.fleet import HOSTS
 from gpuinfer.queue.purge import set_paused
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Loaded, Settings
@@ -66,6 +68,20 @@ def test_what_is_paused_and_what_is_foreign(redis_server: RedisServer, tmp_path:
     (found,) = fleet.foreign(here)  # type: ignore[misc]  # a list
     assert "is a string" in found.message
     assert found.remedy.endswith(r"DEL $'realtime\x06\x169'")
+
+
+def test_a_worker_in_quarantine_is_named(redis_server: RedisServer, tmp_path: Path) -> None:
+    """Its unit may be inactive, as that of a worker which nothing needs; its watcher tells the reason."""
+    here = Host(Loaded(Settings.model_validate({"broker": {"url": redis_server.url}}), {}), root=tmp_path)
+    assert isinstance(fleet.waiting(here), Finding)
+    with redis_server.client() as client:
+        why = "in quarantine: its unit failed, for 20 s more"
+        told = [{"number": 3, "excluded": why}, {"number": 4, "excluded": "masked, until it is unmasked"}]
+        body = {"at": client.time()[0], "instances": told}
+        client.hset(HOSTS, "far", orjson.dumps(body))
+    assert fleet.waiting(here) == [
+        Finding("error", f"worker 3 is {why}", "journalctl -u gpuinfer-worker@3 -n 20  # on far")
+    ]
 
 
 def test_a_drained_worker_is_not_forgotten(redis_server: RedisServer, tmp_path: Path) -> None:

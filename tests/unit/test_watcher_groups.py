@@ -333,6 +333,10 @@ def test_what_waits_for_nobody_is_named_with_the_command_that_helps() -> None:
     world.lanes[REALTIME_A] = 1
     found = (look(world).stranded or {})[REALTIME_A]
     assert "systemctl unmask" in found.remedy
+    one = replace(world.instances[Key(0, "h")], masked=False, target_stopped=True)
+    world.instances[Key(0, "h")] = one
+    found = (look(world).stranded or {})[REALTIME_A]
+    assert found.remedy == "systemctl start gpuinfer-workers.target  # on h"
 
 
 def test_what_waits_under_no_name_gets_a_queue() -> None:

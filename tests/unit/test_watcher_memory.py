@@ -294,6 +294,46 @@ def test_a_stop_by_hand_holds_until_a_start(enabled: bool) -> None:
     assert watcher.history.units[A0].hold == ""
 
 
+def test_a_stop_of_all_lasts_until_their_target_is_started() -> None:
+    """It means "not now" for all of them; only what was stopped by hand before stays stopped after it."""
+    world = busy_world(3)
+    for key in world.instances:
+        world.set(key, state="active", enabled=key == A0)
+    watcher = Watcher(world, settings())
+    watcher.run(30)
+    world.set(Key(2, "a"), state="inactive")
+    watcher.run(30)
+    for key in (A0, Key(1, "a")):
+        world.set(key, target_stopped=True, state="deactivating")
+    world.set(Key(2, "a"), target_stopped=True)
+    watcher.run(40)  # they drain for long
+    world.set(A0, state="inactive")
+    world.set(Key(1, "a"), state="inactive")
+    watcher.run(500)
+    assert world.running == set()
+    last = watcher.decide()
+    assert "gpuinfer-workers.target is stopped, until it is started, or the host boots" in last.why
+    assert not any(why.ends for why in last.excluded.values())
+    for key in world.instances:
+        world.set(key, target_stopped=False)
+    watcher.run(1)
+    assert world.running == {A0, Key(1, "a")}
+    assert watcher.history.units[Key(2, "a")].hold == "stopped"
+
+
+def test_one_may_be_started_by_hand_while_all_are_stopped() -> None:
+    """It runs, and is stopped when nothing needs it any more."""
+    world = World.of(keys(1))
+    world.set(A0, target_stopped=True)
+    watcher = Watcher(world, settings(manual_hold_s=100.0, cooldown_s=10.0))
+    watcher.run(5)
+    world.set(A0, state="active", since=world.now)
+    watcher.run(50)
+    assert world.running == {A0}
+    watcher.run(200)
+    assert (world.running, watcher.history.units[A0].hold) == (set(), "")
+
+
 def test_a_stop_by_hand_holds_until_an_enable() -> None:
     """What is enabled runs."""
     world, watcher = stopped_by_hand()

@@ -17,6 +17,7 @@ from gpuinfer.watcher.systemd_units import RESYNC_S, SystemdUnits, unit_name, un
 pytestmark = pytest.mark.unit
 
 LIMIT = 512
+TARGET = "/org/freedesktop/systemd1/unit/gpuinfer_2dworkers_2etarget"
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Bus:
 
     #: Unit -> its properties; one that is not named is inactive and not loaded.
     units: dict[str, dict[str, Any]] = field(default_factory=dict)
+    target: dict[str, Any] = field(default_factory=dict)
     refuses: set[str] = field(default_factory=set)
     calls: list[tuple[str, Any]] = field(default_factory=list)
     connected: bool = True
@@ -59,7 +61,8 @@ class Bus:
         if message.member == "ListUnitsByPatterns":
             return [[[name] for name in self.units]]
         name = next((name for name in self.units if unit_path(number(name)) == message.path), "")
-        known = {"ActiveState": "inactive", "NRestarts": 0, **self.units.get(name, {})}
+        found = self.target if message.path == TARGET else self.units.get(name, {})
+        known = {"ActiveState": "inactive", "NRestarts": 0, **found}
         if message.member == "GetAll":
             return [{key: SimpleNamespace(value=value) for key, value in known.items()}]
         return [SimpleNamespace(value=known["NRestarts"])]
@@ -176,3 +179,35 @@ async def test_a_start_by_hand_is_not_counted_either(bus: Bus, acts: bool, reset
         await units.look([0])
         seen.append(bus.count("ResetFailedUnit"))
     assert seen == resets
+
+
+async def test_a_stop_of_the_target_is_seen(bus: Bus) -> None:
+    """It was active since the boot, and is not any more. One that never was has not been stopped."""
+    units, stopped = SystemdUnits(), []
+    for state, since in (("inactive", 0), ("active", 0), ("inactive", 7), ("active", 7)):
+        bus.target = {"ActiveState": state, "InactiveEnterTimestampMonotonic": since}
+        if bus.hear:
+            bus.signal(TARGET)
+        stopped.append((await units.look([0]))[0].target_stopped)
+    assert stopped == [False, False, True, False]
+    assert (await SystemdUnits().look([0]))[0].target_stopped is False
+
+
+async def test_what_failed_often_is_forgiven_and_stays_failed(bus: Bus) -> None:
+    """A crash loop, or some starts by hand: systemd's count is reset, and calls the unit inactive then."""
+    units = SystemdUnits()
+    for at, restarts, resets in ((1, 0, 0), (2, 2, 0), (2, 2, 0), (3, 0, 1), (4, 9, 2)):
+        bus.units[unit_name(0)] = {
+            "ActiveState": "failed",
+            "InactiveEnterTimestampMonotonic": at,
+            "NRestarts": restarts,
+        }
+        if bus.hear:
+            bus.signal(unit_path(0))
+        assert (await units.look([0]))[0].state == "failed"
+        assert bus.count("ResetFailedUnit") == resets
+    bus.units[unit_name(0)] = {"ActiveState": "inactive", "InactiveEnterTimestampMonotonic": 4}
+    bus.signal(unit_path(0))
+    assert (await units.look([0]))[0].state == "failed"
+    await units.act("start", 0)
+    assert (await units.look([0]))[0].state == "inactive"  # it had no effect
