@@ -52,8 +52,7 @@ def explain(loaded: Loaded, last: int, as_json: bool) -> None:
 
     from gpuinfer.queue.connection import connect, typed_errors, user_of
     from gpuinfer.queue.fleet import HOSTS
-    from gpuinfer.watcher.notes import present, told
-    from gpuinfer.watcher.probe import DECISIONS
+    from gpuinfer.watcher.notes import DECISIONS, present, told
 
     with typed_errors(user_of(loaded.settings.broker)):
         client = connect(loaded.settings.broker)
@@ -71,7 +70,7 @@ def explain(loaded: Loaded, last: int, as_json: bool) -> None:
         when = datetime.fromtimestamp(entry["at"], UTC).astimezone().isoformat(sep=" ", timespec="seconds")
         click.echo(told(entry, when))
     if not entries:
-        click.echo("no decision yet: no watcher has looked")
+        click.echo("no decision yet: no watcher has run")
 
 
 @watcher.command(

@@ -23,7 +23,7 @@ FORGIVE = 20.0
 class Cooldown:
     """What was needed lately, and what followed stops."""
 
-    #: (when, how many); the numbers fall, so that the first is the most of the window.
+    #: (when, how many) within the last cooldown.
     needs: tuple[tuple[float, int], ...] = ()
     #: Since when it has been observed without a gap: nothing is stopped before a whole cooldown.
     since: float | None = None
@@ -52,11 +52,12 @@ class Cooldown:
         wanted = max(need.minimum, need.desired if need.desired > running else 0)
         # Half of it would have stopped what is needed now.
         due = not fresh and _most(self.needs, now - length / 2) < min(wanted, running)
-        kept = () if fresh else _window(self.needs, wanted, now - length)
-        after = replace(self, needs=(*kept, (now, wanted)), since=since, seen_at=now)
-        after = replace(after, changed_at=now) if due else after
+        kept = () if fresh else tuple(pair for pair in self.needs if pair[0] >= now - length)
+        needs = (*kept, (now, wanted))
+        changed_at = now if due else self.changed_at
+        after = replace(self, needs=needs, since=since, seen_at=now, changed_at=changed_at)
         over = now - since >= length
-        return after, max(0, running - after.needs[0][1]) if over else 0
+        return after, max(0, running - _most(needs, now - length)) if over else 0
 
     def after(self, verdict: Verdict, settings: WatcherSettings, now: float) -> Cooldown:
         """Note what was decided; lengthen or shorten the cooldown."""
@@ -73,10 +74,5 @@ class Cooldown:
 
 
 def _most(needs: tuple[tuple[float, int], ...], begin: float) -> int:
-    """Return the most that was needed since ``begin``, or at the last probe where that was before."""
-    return next((wanted for at, wanted in needs if at >= begin), needs[-1][1])
-
-
-def _window(needs: tuple[tuple[float, int], ...], wanted: int, begin: float) -> tuple[tuple[float, int], ...]:
-    """Drop what is too old, and what the newest number exceeds: it can never be the most again."""
-    return tuple(pair for pair in needs if pair[0] >= begin and pair[1] > wanted)
+    """Return the most that was needed since ``begin``, or at the last probe if that was before."""
+    return max((wanted for at, wanted in needs if at >= begin), default=needs[-1][1])

@@ -33,16 +33,16 @@ FIRST_S = 10.0
 
 
 class Gpus(Protocol):
-    """What the watcher asks of whoever looks at the GPUs; no call takes long, but for ``start``."""
+    """What the watcher needs from an observer of GPUs; no call takes long, except ``start``."""
 
     #: The instances that this host has GPUs for, as far as is known.
     numbers: tuple[int, ...]
 
     def start(self) -> None:
-        """Begin to look."""
+        """Begin to survey."""
 
     def stop(self) -> None:
-        """End, soon."""
+        """End within a moment."""
 
     def health(self, ours: Container[int], numbers: Iterable[int]) -> Mapping[int, GpuHealth]:
         """Return the health of these workers' GPUs, except healthy ones. ``ours``: those with a process."""
@@ -51,7 +51,7 @@ class Gpus(Protocol):
         """Return what went wrong with workers' GPUs since the last call: instance -> reason."""
 
     def readings(self) -> Sequence[Reading]:
-        """Return what each GPU did at the last look."""
+        """Return what each GPU did at the last survey."""
 
 
 class GpuWatch:
@@ -99,7 +99,7 @@ class GpuWatch:
             self._first.wait(FIRST_S)
 
     def stop(self) -> None:
-        """End the thread, soon."""
+        """End the thread within a moment."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(2 * _SLICE_S)
@@ -117,7 +117,7 @@ class GpuWatch:
             return self._health
 
     def readings(self) -> Sequence[Reading]:
-        """Return what each GPU did at the last look; nothing while the driver does not answer."""
+        """Return what each GPU did at the last survey; nothing while the driver does not answer."""
         with self._lock:
             return self._readings if self._clock() - self._answered_at <= SILENT_S else ()
 

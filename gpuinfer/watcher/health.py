@@ -50,11 +50,11 @@ def bound_by_files(folder: Path) -> dict[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """One look at all GPUs of a host."""
+    """The state of all GPUs of a host at one moment."""
 
     #: The instances that this host has GPUs for.
     numbers: tuple[int, ...]
-    #: Instance -> health, of those whose GPU is not quite well or not ours alone.
+    #: Instance -> health, of those whose GPU has a problem or is shared with other programs.
     health: Mapping[int, GpuHealth]
     #: Instance -> NVML's index of its GPU; instances on slices of one GPU share it.
     indices: Mapping[int, int]
@@ -67,7 +67,7 @@ class Survey:
 def survey(
     settings: Settings, ours: Container[int] = (), nvml: Any = None, bound: Mapping[int, str] | None = None
 ) -> Survey:
-    """Look at all GPUs. May take a while.
+    """Survey all GPUs. May take a while.
 
     ``ours`` are the instances that have a process: the memory in use on their GPUs is our own. ``bound``: the
     devices that instances' own files name.

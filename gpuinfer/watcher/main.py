@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The watcher's loop: probe, decide, write down, act. A probe that fails does not end it.
+"""The watcher's loop: probe, decide, keep, act. A probe that fails does not end it.
+
+    units, GPUs (this host) ─┐
+    Probe (Redis, others) ───┴─► Observation ─► policy.decide ─► Decision ─┬► Report: journal, STATUS=
+                                                                           ├► Keeper: Redis
+                                                                           └► Commands: systemd
 
 Commands are kept in Redis before they are carried out: a watcher that is killed in between recognises them
 afterwards, and does not take them for an administrator's. A dry run beside the service (``--dry-run``) reads
@@ -13,15 +18,13 @@ import math
 import signal
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import orjson
 import redis
 from sdnotify import SystemdNotifier
 
@@ -31,7 +34,6 @@ from gpuinfer.errors import (
     BrokerError,
     GpuinferError,
     UnitRefused,
-    UnitStopping,
     UnitsUnavailable,
     UnusableRedis,
 )
@@ -40,19 +42,19 @@ from gpuinfer.log import get_logger
 from gpuinfer.metrics.recorder import Recorder
 from gpuinfer.queue import format as layout
 from gpuinfer.queue import keys
-from gpuinfer.queue.catalogue import described_as
-from gpuinfer.queue.connection import connect, explain, typed_errors
-from gpuinfer.queue.fleet import Serves
-from gpuinfer.queue.scripts import bind, read_all
+from gpuinfer.queue.connection import connect, typed_errors
+from gpuinfer.queue.scripts import read_all
 from gpuinfer.settings import Settings, settings_file
-from gpuinfer.watcher import health, notes, served
+from gpuinfer.watcher import health, served
 from gpuinfer.watcher.gpu_watch import Gpus, GpuWatch
 from gpuinfer.watcher.lookout import Lookout
 from gpuinfer.watcher.memory import adopt, exclusion, refused
+from gpuinfer.watcher.notes import Keeper
 from gpuinfer.watcher.policy import Decision, History, decide
-from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX, Probe, as_it_runs
+from gpuinfer.watcher.probe import Probe
 from gpuinfer.watcher.reaper import Reaper
-from gpuinfer.watcher.served import Served
+from gpuinfer.watcher.report import Report
+from gpuinfer.watcher.served import Announcer, Served
 from gpuinfer.watcher.state import (
     HEALTHY,
     Action,
@@ -63,7 +65,7 @@ from gpuinfer.watcher.state import (
 )
 from gpuinfer.watcher.stranded import Reporter
 from gpuinfer.watcher.systemd_units import SystemdUnits
-from gpuinfer.watcher.units import Units, UnitView
+from gpuinfer.watcher.units import Commands, Units, UnitView
 
 log = get_logger(__name__)
 
@@ -72,13 +74,6 @@ Answer = TypeVar("Answer")
 #: When Redis does not answer, a probe waits for this many timeouts at most; the watchdog is fed this often.
 DEAF_ANSWERS = 10
 FEED_S = 10.0
-#: Keep the history this often when no command has changed it.
-KEEP_EVERY_S = 30.0
-#: Tell the fleet this often which models this host could serve.
-KNOW_EVERY_S = 60.0
-#: Stop again what was started within this many seconds before the watcher is told to stop: all workers may
-#: have been told to stop just before, which has no effect on one that did not run yet.
-UNDO_S = 2.0
 
 
 class Watcher:
@@ -104,8 +99,8 @@ class Watcher:
 
         ``environment``: what an instance would be started with; without it, all have these settings.
         ``folder``: where instances' own files are.
-        ``gpus``: who tells of the GPUs; without it, NVML does.
-        ``alerting``: who tells people of trouble; without it, the journal alone is told.
+        ``gpus``: the observer of GPUs; NVML unless given.
+        ``alerting``: reports troubles; to the journal only unless given.
         """
         self._settings = settings
         self._units = units
@@ -113,14 +108,10 @@ class Watcher:
         self._tell = act or bool(tell)
         self.host = host or socket.gethostname()
         self._client = connect(settings.broker)
-        self._write = bind(self._client, "keep")
-        self._know = bind(self._client, "know")
-        self._describe = bind(self._client, "describe")
         self._served = Served(settings, environment)
+        self._keeper = Keeper(self._client, self.host)
+        self._announcer = Announcer(self._client, self.host, self._served)
         self._stranded = Reporter()
-        self._not_kept = ""
-        self._not_known = ""
-        self._known_at = -math.inf
         self._probe = Probe(
             self._client,
             self.host,
@@ -129,7 +120,9 @@ class Watcher:
             tell=self._tell,
         )
         self._reaper = Reaper(self._client, self.host, settings)
+        self._commands = Commands(units)
         self._notifier = SystemdNotifier()
+        self._report = Report(self.host, self._notifier, acts=act)
         self._recorder = Recorder(self._client, self.host)
         bound = partial(health.bound_by_files, folder)
         self._gpus = gpus or GpuWatch(settings, numbers, bound=bound, on_xid=self._count_xid)
@@ -137,14 +130,6 @@ class Watcher:
         self._lookout = Lookout(settings, self._client, self.host, self._alerting)
         self._health: Mapping[int, GpuHealth] = {}
         self._xids: dict[int, str] = {}
-        self._kept_at = 0.0
-        self._said: object = None
-        self._refused: dict[Key, str] = {}
-        self._rival = ""
-        self._unreadable = ""
-        self._ready = False
-        #: Instance -> when it was told to start, on the monotonic clock.
-        self._started: dict[int, float] = {}
         self._stop = asyncio.Event()
         self.history: History | None = None
 
@@ -159,7 +144,7 @@ class Watcher:
         await asyncio.to_thread(self._gpus.start)
         try:
             await self._run(stop)
-            await self._undo_starts()
+            await self._commands.undo()
         finally:
             await asyncio.to_thread(self._gpus.stop)
 
@@ -170,7 +155,7 @@ class Watcher:
             except UnusableRedis:
                 raise
             except Exception:  # one probe that fails must not end the service
-                log.exception("look_failed")
+                log.exception("probe_failed")
             self._notifier.notify("WATCHDOG=1")
             try:
                 await asyncio.wait_for(stop.wait(), self._settings.watcher.probe_interval_s)
@@ -183,7 +168,7 @@ class Watcher:
         try:
             views = await self._units.look(self._gpus.numbers)
         except (UnitsUnavailable, UnitRefused) as exc:
-            self._say(("units", str(exc)), "units_away", reason=str(exc))
+            self._report.trouble(("units", str(exc)), "units_away", reason=str(exc))
             return None
         self._look_at_gpus(views)
         now = time.time()
@@ -192,19 +177,22 @@ class Watcher:
             return None
         decision = decide(seen, self.history or History(), self._settings.watcher, now)
         if self.history is None and seen.queues is None:
-            self._report(decision, seen)
+            self._report.decision(decision, seen)
             return decision  # what the previous process did is not known yet
         changed = self.history is None or decision.history.units is not self.history.units
         self.history = decision.history
         self._xids = {}  # they are in the history now
-        new = self._report(decision, seen)
+        new = self._report.decision(decision, seen)
         self._stranded.report(decision.stranded)
-        if self._tell and seen.queues is not None and (changed or new or now - self._kept_at > KEEP_EVERY_S):
-            await self._patiently(self._keep, decision, now, new)
+        if self._tell and seen.queues is not None and (changed or new or self._keeper.due(now)):
+            keep = partial(self._keeper.keep, new=new, done=self._act)
+            await self._patiently(keep, decision, now)
         for action in decision.of(self.host) if self._act else ():
             if self._stop.is_set():
                 break
-            await self._do(action)
+            why = await self._commands.do(action)
+            if why:
+                self._note_refusal(action, why)
         if self._tell:  # also where decisions are only logged: nobody else puts this host's tasks back
             away = seen.queues is None
             await self._patiently(partial(self._reaper.step, away=away), views, seen.live_hosts)
@@ -224,7 +212,9 @@ class Watcher:
             await asyncio.wait({task}, timeout=FEED_S)
             if task.done():
                 break
-            self._notifier.notify("WATCHDOG=1" if self._ready else f"EXTEND_TIMEOUT_USEC={3e6 * FEED_S:.0f}")
+            self._notifier.notify(
+                "WATCHDOG=1" if self._report.ready else f"EXTEND_TIMEOUT_USEC={3e6 * FEED_S:.0f}"
+            )
         return await task
 
     def _summary(self, decision: Decision, now: float) -> Mapping[str, object]:
@@ -249,26 +239,16 @@ class Watcher:
                 self._recall(own)
             figures = (self.history or History()).figures
             told = [self._published(one, now) for one in own]
-            seen = self._probe.look(told, now, figures, self._gpus.readings())
-            if self._tell and time.monotonic() - self._known_at >= KNOW_EVERY_S and self._make_known(own):
-                self._known_at = time.monotonic()
+            seen = self._probe.look(own, now, figures, self._gpus.readings(), told=told)
+            if self._tell:
+                self._announcer.step(own)
         except BrokerError as exc:
             return Observation(queues=None, instances=tuple(own), host=self.host, trouble=str(exc))
-        if seen.rival and seen.rival != self._rival:
-            hint = "host names must differ, and each host has one watcher that acts"
-            log.error("name_taken", host=self.host, reason="another watcher tells under our name", hint=hint)
-        self._rival = seen.rival
-        marked = tuple(
-            as_it_runs(one, seen.in_flight, seen.beating, seen.missing, seen.drained) for one in own
-        )
-        everywhere = (*marked, *seen.remote)
-        held: Counter[Serves] = Counter()
-        for one in everywhere:
-            held[one.serves] += seen.in_flight.get(str(one.key), 0) if one.state == "active" else 0
+        self._report.rival(seen.rival)
         return Observation(
             queues=seen.queues,
-            instances=everywhere,
-            held=held,
+            instances=seen.instances,
+            held=seen.held,
             host=self.host,
             live_hosts=seen.live_hosts,
             dead_letters=seen.dead_letters,
@@ -285,57 +265,19 @@ class Watcher:
             found: bytes | None = self._client.get(keys.FORMAT_KEY) if self._tell else b""  # type: ignore[assignment]
             if found is not None:
                 return
-            self._known_at = -math.inf
+            self._announcer.again()
             # A full Redis is not empty, and the watcher goes on: the number comes with the next epoch.
             with suppress(redis.exceptions.OutOfMemoryError):
                 layout.establish(self._client)
 
     def _recall(self, own: list[Instance]) -> None:
         """Take over what the previous process has kept; in a dry run, what the service remembers now."""
-        kept, history = self._kept()
+        kept = self._keeper.read()
         if self.history is None:
+            history = kept or History()
             self.history = replace(history, units=adopt(history.units, own))
         elif kept is not None:
-            self.history = replace(self.history, units=history.units)
-
-    def _kept(self) -> tuple[bytes | None, History]:
-        """Return what is kept, and as a history; None and an empty one where it cannot be read."""
-        try:
-            with typed_errors():
-                kept: bytes | None = self._client.get(MEMORY_PREFIX + self.host)  # type: ignore[assignment]
-            history = notes.unpack(kept, boot_id())
-        except (notes.Unreadable, BrokerError) as exc:
-            if isinstance(exc, BrokerError) and not isinstance(exc.__cause__, redis.ResponseError):
-                raise
-            self._say_unreadable(str(exc))
-            return None, History()
-        self._unreadable = ""
-        return kept, history
-
-    def _say_unreadable(self, reason: str) -> None:
-        if reason != self._unreadable:
-            hint = "what was measured, and who was started or stopped by hand, is learned again"
-            log.warning("memory_unreadable", key=MEMORY_PREFIX + self.host, reason=reason, hint=hint)
-        self._unreadable = reason
-
-    def _make_known(self, own: list[Instance]) -> bool:
-        """Tell the fleet which models this host could serve, those of its instances that are installed, and
-        what they take: a request for one that no worker has loaded yet is checked, too."""
-        models = self._served.installed(one.key.number for one in own if not one.masked)
-        try:
-            if models:
-                self._know(keys=[], args=[*models])
-            described = {name: one for name, one in models.items() if one is not None}
-            if described:
-                self._describe(keys=[], args=described_as(f"watcher@{self.host}", described))
-        except (redis.RedisError, OSError) as exc:  # workers tell it too
-            hint = "a model of which no worker has run yet is refused; gpuinfer doctor redis.users"
-            if str(exc) != self._not_known:
-                log.warning("models_not_made_known", reason=str(explain(exc)), hint=hint)
-            self._not_known = str(exc)
-            return False
-        self._not_known = ""
-        return True
+            self.history = replace(self.history, units=kept.units)
 
     def _instance(self, number: int, view: UnitView, now: float) -> Instance:
         gpu = self._health.get(number, HEALTHY)
@@ -366,109 +308,16 @@ class Watcher:
             why = exclusion(instance, unit, self._settings.watcher, now)
         return replace(instance, hold=hold, excluded=str(why or ""), log_only=not self._act)
 
-    async def _undo_starts(self) -> None:
-        """Stop what was started a moment ago. ``adopt`` does not take it for a stop by hand."""
-        since = time.monotonic() - UNDO_S
-        for number in [number for number, at in self._started.items() if at >= since]:
-            worker = str(Key(number, self.host))
-            try:
-                await self._units.act("stop", number)
-                log.info("start_undone", worker=worker, why="the watcher was told to stop right after it")
-            except (UnitRefused, UnitsUnavailable) as exc:
-                log.warning("start_not_undone", worker=worker, reason=str(exc))
-
-    async def _do(self, action: Action) -> None:
-        number = action.key.number
-        try:
-            await self._units.act(action.verb, number)
-            self._refused.pop(action.key, None)
-        except UnitStopping as exc:
-            log.info("start_dropped", worker=str(action.key), reason=str(exc))
-            return
-        except (UnitRefused, UnitsUnavailable) as exc:
-            if self._refused.get(action.key) != str(exc):
-                log.error("action_failed", verb=action.verb, worker=str(action.key), reason=str(exc))
-            self._refused[action.key] = str(exc)
-            if isinstance(exc, UnitRefused) and action.verb != "stop" and self.history is not None:
-                units = refused(self.history.units, action.key, str(exc), self._settings.watcher, time.time())
-                self.history = replace(self.history, units=units)
-                self._kept_at = 0.0
-            if isinstance(exc, UnitRefused):
-                return
-        if action.verb == "start":
-            self._started[number] = time.monotonic()
-        else:
-            self._started.pop(number, None)
-
-    # -- telling --------------------------------------------------------------------------
-
-    def _keep(self, decision: Decision, now: float, new: bool) -> None:
-        """Keep the history, and a new decision. Without Redis, they are in memory alone."""
-        self._kept_at = now
-        entry = b""
-        if new:
-            entry = orjson.dumps(notes.note(decision, self.host, now, done=self._act))
-        try:
-            memory = notes.pack(decision.history, boot_id())
-            self._write(keys=[MEMORY_PREFIX + self.host, DECISIONS], args=[memory, entry, notes.KEPT])
-        except (redis.RedisError, OSError) as exc:
-            reason = str(explain(exc))
-            if reason != self._not_kept:  # once: a full disk refuses it at each probe
-                log.warning("notes_not_kept", reason=reason)
-            self._not_kept = reason
-        else:
-            self._not_kept = ""
-
-    def _report(self, decision: Decision, seen: Observation) -> bool:
-        """Log a decision once: each change of the fleet, each new reason to hold. Tell if it is new.
-
-        How many are missing changes at each probe; that some are is one reason.
-        """
-        names = ", ".join(f"{action.verb} {action.key}" for action in decision.of(self.host))
-        running = sum(one.runs for one in seen.instances if seen.owns(one.key))
-        verdict = decision.verdict if names else "hold"
-        excluded = frozenset((key, why.reason) for key, why in decision.excluded.items())
-        topic = (verdict, names, running, _step(decision.inputs), excluded, seen.queues is None)
-        more = {"actions": names, "done": self._act} if names else {}
-        new = self._say(topic, verdict, why=decision.why, **more, **decision.inputs)
-        waiting = "Redis is away" if seen.queues is None else f"{seen.waiting:,} waiting"
-        if self._rival:
-            waiting = f"another watcher is called {self.host}, too; {waiting}"
-        count = f"{running} of {sum(seen.owns(one.key) for one in seen.instances)} workers of this host run"
-        self._notifier.notify(f"STATUS={waiting}, {count}: {decision.why}")
-        if not self._ready:
-            self._notifier.notify("READY=1")
-            self._ready = True
-        return new
-
-    def _say(self, topic: object, action: str, **fields: object) -> bool:
-        if topic == self._said:
-            return False
-        self._said = topic
-        log.info(action, **fields)
-        return True
-
-
-def _step(inputs: Mapping[str, object]) -> object:
-    """Return how many of the instances are desired, and whether more are than there are."""
-    desired, possible = inputs.get("desired"), inputs.get("possible")
-    if not isinstance(desired, int) or not isinstance(possible, int):
-        return None
-    return min(desired, possible), desired > possible
-
-
-@cache
-def boot_id() -> str:
-    """Return what changes with each boot of the host; empty where the kernel does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError as exc:
-        log.warning("boot_unknown", reason=str(exc), hint="what was stopped by hand is held over a boot, too")
-        return ""
+    def _note_refusal(self, action: Action, why: str) -> None:
+        """Remember that an instance cannot be started, so that another one is tried."""
+        history = self.history or History()
+        units = refused(history.units, action.key, why, self._settings.watcher, time.time())
+        self.history = replace(history, units=units)
+        self._keeper.outdated()
 
 
 def make_units(settings: Settings, *, act: bool) -> Units:
-    """Return the back end that the settings name. ``act``: False for one that only looks."""
+    """Return the back end that the settings name. ``act``: False for one that only reads."""
     if settings.watcher.backend == "process":
         from gpuinfer.watcher.process_units import ProcessUnits
 

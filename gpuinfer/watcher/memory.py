@@ -84,7 +84,7 @@ class UnitMemory:
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """The memory after a look, and what the look has shown."""
+    """The memory after a probe, and what the probe has shown."""
 
     units: Mapping[Key, UnitMemory]
     #: What served after a start, and how many seconds that took.
@@ -133,7 +133,7 @@ def _as_it_is(unit: UnitMemory | None, instance: Instance) -> UnitMemory:
 def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
     moved = before.state != instance.state
     since = instance.since if moved else before.since
-    if moved and instance.target_stopped and not instance.runs:  # a stop of all is none of this one
+    if moved and instance.target_stopped and not instance.runs:  # a stop of all workers
         before = replace(before, verb="stop", verb_at=now)
     after = replace(before, state=instance.state, since=since, hold=before.held(now))
     wish = _wish(before, instance, now) if moved else ""

@@ -69,7 +69,7 @@ def by_threshold(
 ) -> Need:
     """Ask for one more worker while more than N tasks wait, at most once in a number of seconds.
 
-    Those that keep up with a steady load stay, though fewer than N wait: soon more would again.
+    Workers that a steady load needs keep running even if fewer than N tasks wait: soon more would wait again.
     """
     waiting, running = load.waiting + load.due, fleet.running
     due = cooldown.last_up is None or now - cooldown.last_up >= settings.threshold_every_s

@@ -9,20 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import orjson
-from pydantic import BaseModel, TypeAdapter, ValidationError
+import redis
+from pydantic import BaseModel, ValidationError
 
+from gpuinfer.errors import BrokerError
+from gpuinfer.log import get_logger
+from gpuinfer.queue.connection import explain, typed_errors
 from gpuinfer.queue.fleet import silent_after
-from gpuinfer.watcher.cooldown import Cooldown
+from gpuinfer.queue.scripts import bind
 from gpuinfer.watcher.memory import UnitMemory, booted
 from gpuinfer.watcher.part import Measured
 from gpuinfer.watcher.policy import Decision, History
-from gpuinfer.watcher.rates import PRIOR_WORKER_S, Rates
 from gpuinfer.watcher.state import Key
 
+log = get_logger(__name__)
+
+#: The list of the last decisions of all hosts; and, before a host's name, what its watcher remembers.
+DECISIONS = "gpuinfer:watcher:decisions"
+MEMORY_PREFIX = "gpuinfer:watcher:memory:"
+#: Keep the history at least this often, even if no command has changed it.
+KEEP_EVERY_S = 30.0
 #: Decisions kept, of all hosts together.
 KEPT = 500
 #: The rates that outlast a restart; what was counted since the last probe does not.
@@ -59,52 +71,21 @@ def unpack(text: bytes | None, boot: str = "") -> History:
     if text is None:
         return History()
     try:
-        kept = _KEPT.validate_json(text)
-        history = kept.history()
-        return history if kept.boot == boot else replace(history, units=booted(history.units))
+        kept = _Kept.model_validate_json(text)
+        units = {Key(number, host): unit for number, host, unit in kept.units}
+        return History(parts=kept.parts, units=units if kept.boot == boot else booted(units))
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise Unreadable(f"{place or 'it'}: {first['msg']}") from None
 
 
-class _Rates(BaseModel):
-    served: float | None = None
-    worked: float = PRIOR_WORKER_S
-    known: bool = False
-    startup_s: float | None = None
+class _Kept(BaseModel):
+    """The memory as it is kept; what is not kept of rates and cooldowns is as at the start."""
 
-
-class _Cooldown(BaseModel):
-    period_s: float | None = None
-    changed_at: float = 0.0
-    last_up: float | None = None
-    last_down: float | None = None
-
-
-class _Part(BaseModel):
-    rates: _Rates = _Rates()
-    cooldown: _Cooldown = _Cooldown()
-
-    def measured(self) -> Measured:
-        return Measured(
-            rates=Rates(**self.rates.model_dump()), cooldown=Cooldown(**self.cooldown.model_dump())
-        )
-
-
-class _Memory(BaseModel):
     boot: str = ""
-    parts: dict[str, _Part] = {}
+    parts: dict[str, Measured] = {}
     units: list[tuple[int, str, UnitMemory]] = []
-
-    def history(self) -> History:
-        return History(
-            parts={name: part.measured() for name, part in self.parts.items()},
-            units={Key(number, host): unit for number, host, unit in self.units},
-        )
-
-
-_KEPT = TypeAdapter(_Memory)
 
 
 def note(decision: Decision, host: str, now: float, *, done: bool) -> dict[str, Any]:
@@ -147,3 +128,67 @@ def told(entry: Mapping[str, Any], when: str) -> str:
     dry = "" if entry["done"] else " (only logged)"
     head = f"{when}  {entry['host']}  {entry['verdict']}{dry}: {entry['why']}"
     return "\n".join([head, *([f"    {inputs}"] if inputs else []), *parts, *actions])
+
+
+class Keeper:
+    """Keeps what one host's watcher remembers. Blocking: call it in a thread."""
+
+    def __init__(self, client: redis.Redis, host: str) -> None:
+        self._client = client
+        self._host = host
+        self._write = bind(client, "keep")
+        self._kept_at = 0.0
+        #: The reasons that were logged last: each is logged once.
+        self._not_read = self._not_kept = ""
+
+    def read(self) -> History | None:
+        """Return the kept history; None if there is none, or it cannot be read. Raises BrokerError."""
+        try:
+            with typed_errors():
+                kept: bytes | None = self._client.get(MEMORY_PREFIX + self._host)  # type: ignore[assignment]
+            history = unpack(kept, boot_id())
+        except (Unreadable, BrokerError) as exc:
+            if isinstance(exc, BrokerError) and not isinstance(exc.__cause__, redis.ResponseError):
+                raise
+            if str(exc) != self._not_read:
+                hint = "what was measured, and who was started or stopped by hand, is learned again"
+                key = MEMORY_PREFIX + self._host
+                log.warning("memory_unreadable", key=key, reason=str(exc), hint=hint)
+            self._not_read = str(exc)
+            return None
+        self._not_read = ""
+        return None if kept is None else history
+
+    def due(self, now: float) -> bool:
+        """Tell whether the history should be kept again, even if nothing has changed."""
+        return now - self._kept_at > KEEP_EVERY_S
+
+    def keep(self, decision: Decision, now: float, *, new: bool, done: bool) -> None:
+        """Keep the history, and a ``new`` decision. If Redis refuses, they are in memory only."""
+        self._kept_at = now
+        entry = orjson.dumps(note(decision, self._host, now, done=done)) if new else b""
+        memory = pack(decision.history, boot_id())
+        try:
+            self._write(keys=[MEMORY_PREFIX + self._host, DECISIONS], args=[memory, entry, KEPT])
+        except (redis.RedisError, OSError) as exc:
+            reason = str(explain(exc))
+            if reason != self._not_kept:  # a full disk refuses it at each probe
+                log.warning("notes_not_kept", reason=reason)
+            self._not_kept = reason
+        else:
+            self._not_kept = ""
+
+    def outdated(self) -> None:
+        """Note that the history has changed since it was kept."""
+        self._kept_at = 0.0
+
+
+@cache
+def boot_id() -> str:
+    """Return what changes with each boot of the host; empty where the kernel does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError as exc:
+        hint = "what was stopped by hand stays stopped after a boot, too"
+        log.warning("boot_unknown", reason=str(exc), hint=hint)
+        return ""

@@ -78,7 +78,7 @@ class Plan:
         """``asks``: the narrowest demand first, the whole part last.
 
         ``alone``: where there are several groups, what each would be asked for without the others: more would
-        be of no use. ``least``: how many run whatever they are for. ``room``: the most that may be started;
+        be of no use. ``least``: how many run whatever they serve. ``room``: the most that may be started;
         None: any number.
         """
         self._fleets = fleets
@@ -87,17 +87,15 @@ class Plan:
         self._least = least
         self._planned: Counter[Serves] = Counter()
         self._narrow_first = sorted(fleets, key=lambda group: (_breadth(group, asks[-1].demand), group))
-        self.actions: list[Action] = [
-            Action("start", key, "is enabled")
-            for fleet in fleets.values()
-            for key in _startable(fleet, "ready", "failed", enabled=True)
-        ]
+        self.actions: list[Action] = []
         for group, fleet in fleets.items():
-            self._planned[group] = len(_startable(fleet, "ready", "failed", enabled=True))
+            enabled = _startable(fleet, "ready", "failed", enabled=True)
+            self.actions += [Action("start", key, "is enabled") for key in enabled]
+            self._planned[group] = len(enabled)
         self._room = None if room is None else max(0, room - len(self.actions))
-        #: What is left to start, sorted when it is first asked for; what has failed apart.
-        self._idle: dict[Serves, list[Key]] = {}
-        self._failed: dict[Serves, list[Key]] = {}
+        #: What is left to start; what has failed apart.
+        self._idle = {group: _startable(fleet, "ready") for group, fleet in fleets.items()}
+        self._failed = {group: _startable(fleet, "failed") for group, fleet in fleets.items()}
         self.short = False
         #: A demand that might not be served with fewer workers, though there are more than desired in all.
         self.kept_for: Demand | None = None
@@ -125,9 +123,6 @@ class Plan:
         self.short = True
         why = f"{ask.need.desired} desired, {running} run"
         groups = [group for group in self._narrow_first if group in ask.demand.groups]
-        for group in groups:
-            self._idle.setdefault(group, _startable(self._fleets[group], "ready"))
-            self._failed.setdefault(group, _startable(self._fleets[group], "failed"))
         missing -= self._take(missing, groups, why)
         # Workers of the floor run whatever the load: prefer those that serve the most lanes.
         floor = min(missing, self._least - sum(map(self._running, groups)))

@@ -95,7 +95,7 @@ def judge(facts: Facts, reap_after_s: float) -> Verdict:
             return Verdict(False, "its unit is down, and it is put back if no heartbeat comes")
         return Verdict(True, f"its unit is {facts.unit}, its lock is free, and {silence}")
     if facts.watcher_alive:
-        return Verdict(False, f"the watcher of {facts.host} is alive, and looks after it")
+        return Verdict(False, f"the watcher of {facts.host} is alive, and handles it")
     if reap_after_s <= 0:
         return Verdict(False, "watcher.reap_after_s is 0")
     if facts.silent_s < reap_after_s or facts.watched_s < min(reap_after_s, WITNESS_S):
@@ -156,7 +156,7 @@ class Reaper:
         except AWAY:
             self._watched.clear()
         except redis.RedisError as exc:
-            self._say("", "reap_failed", str(exc), hint="tried again at the next look")
+            self._say("", "reap_failed", str(exc), hint="tried again in 2 s")
         return []
 
     def _forget_names(self, now: float) -> None:
@@ -243,7 +243,7 @@ class Reaper:
         except AWAY:
             raise
         except (redis.RedisError, GpuinferError) as exc:
-            self._say(holder.worker, "reap_failed", str(exc), hint="tried again at the next look")
+            self._say(holder.worker, "reap_failed", str(exc), hint="tried again in 2 s")
             return []
         self._tell(holder, verdict, done)
         return [holder.worker]

@@ -3,21 +3,31 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import redis
 
 from gpuinfer import instances
 from gpuinfer.errors import ConfigError, ModelError
 from gpuinfer.log import get_logger
 from gpuinfer.models.repository import Repository
 from gpuinfer.models.signature import Signature
+from gpuinfer.queue.catalogue import described_as
+from gpuinfer.queue.connection import explain
 from gpuinfer.queue.fleet import Serves, serves_of
+from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings, load, settings_file
+from gpuinfer.watcher.state import Instance
 
 log = get_logger(__name__)
 
+#: Tell the fleet this often which models this host could serve.
+ANNOUNCE_EVERY_S = 60.0
 Environment = Callable[[int], Mapping[str, str]]
 
 
@@ -108,6 +118,43 @@ class Served:
             if entry.folder is not None and entry.name in names
         }
         return dict(sorted(found.items()))
+
+
+class Announcer:
+    """Tells the fleet which models this host could serve: requests for one are accepted before any loads it.
+
+    Blocking: call it in a thread.
+    """
+
+    def __init__(self, client: redis.Redis, host: str, served: Served) -> None:
+        self._name = f"watcher@{host}"
+        self._served = served
+        self._know, self._describe = bind(client, "know"), bind(client, "describe")
+        self._told_at = -math.inf
+        self._refused = ""
+
+    def again(self) -> None:
+        """Tell at the next step: Redis has come back empty, and knows no model."""
+        self._told_at = -math.inf
+
+    def step(self, own: Iterable[Instance]) -> None:
+        """Tell of all models of these instances that are installed, and what they take, once a minute."""
+        if time.monotonic() - self._told_at < ANNOUNCE_EVERY_S:
+            return
+        models = self._served.installed(one.key.number for one in own if not one.masked)
+        described = {name: one for name, one in models.items() if one is not None}
+        try:
+            if models:
+                self._know(keys=[], args=[*models])
+            if described:
+                self._describe(keys=[], args=described_as(self._name, described))
+        except (redis.RedisError, OSError) as exc:  # workers tell it, too
+            if str(exc) != self._refused:
+                hint = "a model of which no worker has run yet is refused; gpuinfer doctor redis.users"
+                log.warning("models_not_made_known", reason=str(explain(exc)), hint=hint)
+            self._refused = str(exc)
+            return
+        self._told_at, self._refused = time.monotonic(), ""
 
 
 def _stamp(path: Path) -> object:

@@ -22,13 +22,13 @@ class Stranded:
 
 
 class Reporter:
-    """Logs once when tasks begin to wait for a worker that does not exist, and once when that ends."""
+    """Logs once when tasks begin to wait for a worker that does not exist, and once when one does."""
 
     def __init__(self) -> None:
         self._said: frozenset[Lane] = frozenset()
 
     def report(self, stranded: Mapping[Lane, Stranded] | None) -> None:
-        """Tell what is new. None: nothing is known just now."""
+        """Log what is new. None: nothing is known at this probe."""
         if stranded is None:
             return
         for lane in sorted(stranded.keys() - self._said):

@@ -11,11 +11,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from gpuinfer.watcher.state import UnitState, Verb
+from gpuinfer.errors import UnitRefused, UnitStopping, UnitsUnavailable
+from gpuinfer.log import get_logger
+from gpuinfer.watcher.state import Action, Key, UnitState, Verb
+
+log = get_logger(__name__)
+
+#: Stop again what was started within this many seconds before the watcher is told to stop: all workers may
+#: have been told to stop just before, which has no effect on one that did not run yet.
+UNDO_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,3 +61,45 @@ class Units(Protocol):
 
     async def close(self) -> None:
         """Disconnect; systemd's workers run on, plain processes drain and end."""
+
+
+class Commands:
+    """Carries out decisions with one host's units, and reports what was refused."""
+
+    def __init__(self, units: Units) -> None:
+        self._units = units
+        #: The reason that was logged last for each instance.
+        self._refused: dict[Key, str] = {}
+        #: Instance -> when it was told to start, on the monotonic clock.
+        self._started: dict[Key, float] = {}
+
+    async def do(self, action: Action) -> str:
+        """Carry it out. Returns why a start is refused for good; empty when it is not."""
+        key = action.key
+        try:
+            await self._units.act(action.verb, key.number)
+            self._refused.pop(key, None)
+        except UnitStopping as exc:
+            log.info("start_dropped", worker=str(key), reason=str(exc))
+            return ""
+        except (UnitRefused, UnitsUnavailable) as exc:
+            if self._refused.get(key) != str(exc):
+                log.error("action_failed", verb=action.verb, worker=str(key), reason=str(exc))
+            self._refused[key] = str(exc)
+            if isinstance(exc, UnitRefused):
+                return str(exc) if action.verb == "start" else ""
+        if action.verb == "start":
+            self._started[key] = time.monotonic()
+        else:
+            self._started.pop(key, None)
+        return ""
+
+    async def undo(self) -> None:
+        """Stop what was started a moment ago. The next process does not take it for a stop by hand."""
+        since = time.monotonic() - UNDO_S
+        for key in [key for key, at in self._started.items() if at >= since]:
+            try:
+                await self._units.act("stop", key.number)
+                log.info("start_undone", worker=str(key), why="the watcher was told to stop right after it")
+            except (UnitRefused, UnitsUnavailable) as exc:
+                log.warning("start_not_undone", worker=str(key), reason=str(exc))

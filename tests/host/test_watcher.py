@@ -21,7 +21,7 @@ import redis
 from gpuinfer.queue import keys
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, QueueSettings
-from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX
+from gpuinfer.watcher.notes import DECISIONS, MEMORY_PREFIX
 from tests.conftest import need
 from tests.host.container import Container
 from tests.host.root import missing, root

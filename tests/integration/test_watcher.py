@@ -17,7 +17,7 @@ from gpuinfer import Client
 from gpuinfer.queue import heartbeats, keys
 from gpuinfer.queue.connection import connect
 from gpuinfer.settings import Settings
-from gpuinfer.watcher.probe import DECISIONS
+from gpuinfer.watcher.notes import DECISIONS
 from gpuinfer.watcher.state import Key
 from tests.models_for_tests import sleeper
 from tests.services import Process, RedisServer, whole_lines

@@ -20,7 +20,7 @@ from gpuinfer.queue.fleet import HOSTS
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import notes
 from gpuinfer.watcher.main import Watcher
-from gpuinfer.watcher.probe import DECISIONS
+from gpuinfer.watcher.notes import DECISIONS
 from gpuinfer.watcher.units import UnitView
 from tests.services import RedisServer
 from tests.told import Build, Told, cpu
@@ -42,7 +42,8 @@ async def test_models_that_could_not_be_made_known(redis_server: RedisServer, se
     watcher = Watcher(settings, Told(1), (0,), act=True, host="a")
     models = [watcher._instance(0, UnitView(), 0.0)]
     with capture_logs() as logs:
-        assert [watcher._make_known(models) for _ in range(2)] == [False, False]
+        for _ in range(2):
+            watcher._announcer.step(models)
         client.delete(keys.CATALOGUE)
         await watcher.step()
     assert client.zrange(keys.CATALOGUE, 0, -1) == [b"digits"]

@@ -14,7 +14,7 @@ from gpuinfer.queue.connection import connect
 from gpuinfer.queue.fleet import HOSTS
 from gpuinfer.watcher import notes
 from gpuinfer.watcher.main import Watcher
-from gpuinfer.watcher.probe import DECISIONS, MEMORY_PREFIX
+from gpuinfer.watcher.notes import DECISIONS, MEMORY_PREFIX
 from gpuinfer.watcher.state import Key
 from tests.services import RedisServer
 from tests.told import Build, Told, cpu

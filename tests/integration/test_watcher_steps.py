@@ -24,8 +24,9 @@ from gpuinfer.queue.message import decode
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES
 from gpuinfer.watcher import main
+from gpuinfer.watcher import units as back_end
 from gpuinfer.watcher.main import Watcher
-from gpuinfer.watcher.probe import MEMORY_PREFIX
+from gpuinfer.watcher.notes import MEMORY_PREFIX
 from gpuinfer.watcher.reaper import LOOK_EVERY_S
 from gpuinfer.watcher.state import Key
 from gpuinfer.watcher.units import UnitView
@@ -179,7 +180,7 @@ async def test_told_to_stop_it_undoes_starts_that_may_come(
         (60.0, UnitRefused("systemd refuses StartUnit: no such unit"), False),
     ):
         connect(settings.broker).delete(MEMORY_PREFIX + "a")
-        monkeypatch.setattr(main, "UNDO_S", undo_s)
+        monkeypatch.setattr(back_end, "UNDO_S", undo_s)
         units, stop = Unsure(error), asyncio.Event()
         await asyncio.wait_for(Watcher(settings, units, (0,), act=True, host="a").run(stop), 60)
         assert units.done == [("start", 0), *([("stop", 0)] if undone else [])]

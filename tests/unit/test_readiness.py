@@ -13,7 +13,7 @@ from gpuinfer.errors import NotReady, UnknownModel
 from gpuinfer.queue.fleet import serves_of
 from gpuinfer.queue.readiness import Capacity, parse
 from gpuinfer.settings import QUEUES
-from gpuinfer.watcher.probe import _told
+from gpuinfer.watcher.hosts import _told
 from gpuinfer.watcher.state import Instance, Key
 
 pytestmark = pytest.mark.unit

@@ -91,7 +91,7 @@ def test_a_stopped_busy_worker_finishes_its_batch() -> None:
     cluster.active[0], cluster.idle = 0, 1
     cluster.arrive(1, 1)
     cluster.claim()
-    cluster.scale_to(0)
+    cluster.stop(0)
     assert (cluster.running, cluster.leaving) == (0, 1)
     cluster.move_to(10)
     assert (cluster.done, cluster.leaving, cluster.idle) == ([0, 1, 0], 0, 0)

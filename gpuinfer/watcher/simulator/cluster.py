@@ -7,7 +7,6 @@ most urgent queue first. Time is counted in steps of the trace's grid.
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 
@@ -44,7 +43,7 @@ class Model:
 
 @dataclass(slots=True)
 class Log:
-    """What happened: how long tasks waited, and the fleet at each look for the plot."""
+    """What happened: how long tasks waited, and the fleet at each probe for the plot."""
 
     #: For each queue: steps waited -> tasks.
     waits: tuple[Counter[int], ...] = field(default_factory=lambda: tuple(Counter() for _ in QUEUES))
@@ -76,7 +75,6 @@ class Cluster:
         #: Instance -> the step at which its last start is done; an earlier one was stopped.
         self._due: dict[int, int] = {}
         self._finished: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-        self.calendar: list[int] = []
         self._steps_of_batch = [max(1, round(model.batch_s(b) / step_s)) for b in range(model.max_batch + 1)]
         spread = np.random.default_rng(seed).uniform(-1, 1, size=4096) * model.startup_spread
         self._startups = np.maximum(1, np.rint(model.startup_s * (1 + spread) / step_s)).astype(int).tolist()
@@ -113,16 +111,11 @@ class Cluster:
         return sum(self.waiting)
 
     def move_to(self, step: int) -> None:
-        """Let time pass until ``step``, at which something happens."""
+        """Let time pass until ``step``; nothing but what happens then may be due."""
         passed = step - self.step
         self.gpu_steps += passed * (self.running + self.leaving)
         self.busy_steps += passed * (self.busy + self.leaving)
         self.step = step
-        while self.calendar and self.calendar[0] <= step:
-            heapq.heappop(self.calendar)
-            self._happen(step)
-
-    def _happen(self, step: int) -> None:
         for workers, tasks in self._finished.pop(step, ()):
             gone = min(self.leaving, workers)
             self.leaving -= gone
@@ -135,9 +128,6 @@ class Cluster:
                 self.active[instance] = step
                 self.idle += 1
 
-    def _at(self, step: int) -> None:
-        heapq.heappush(self.calendar, step)
-
     def claim(self) -> None:
         """Let idle workers take what waits: full batches, and one with the rest."""
         limit = self.model.max_batch
@@ -149,8 +139,6 @@ class Cluster:
             self.idle -= workers
             total -= workers * size
             end = self.step + self._steps_of_batch[size]
-            if end not in self._finished and end not in self._ready:
-                self._at(end)
             self._finished[end].append((workers, taken))
 
     def arrive(self, place: int, tasks: int) -> None:
@@ -192,8 +180,6 @@ class Cluster:
         self.starting[instance] = self.step
         ready = self.step + self._startups[self.log.starts % len(self._startups)]
         self.log.starts += 1
-        if ready not in self._finished and ready not in self._ready:
-            self._at(ready)
         self._ready[ready].append(instance)
         self._due[instance] = ready
 
@@ -212,12 +198,3 @@ class Cluster:
             self.idle -= 1
         else:
             self.leaving += 1
-
-    def scale_to(self, workers: int) -> None:
-        """Start or stop as a replica count does: the last started go first."""
-        if workers > self.running:
-            free = (i for i in range(self.gpus) if i not in self.active and i not in self.starting)
-            for _, instance in zip(range(workers - self.running), free, strict=False):
-                self.start(instance)
-        while workers < self.running:
-            self.stop(next(reversed(self.starting or self.active)))

@@ -15,7 +15,7 @@ from gpuinfer.watcher.state import Instance, Key, Observation, QueueState, UnitS
 
 
 class Player(Protocol):
-    """Looks at a cluster now and then, and changes it."""
+    """Probes a cluster every ``every_s`` seconds, and changes it."""
 
     name: str
     every_s: float
@@ -69,7 +69,7 @@ class Policy:
         begin(cluster, min(self._settings.floor, cluster.gpus))
 
     def look(self, cluster: Cluster) -> None:
-        """Let happen what is due, decide as the watcher does, and act."""
+        """Apply the events that are due, decide as the watcher does, and act."""
         while self._events and self._events[-1].second <= cluster.now:
             self._happen(cluster, self._events.pop())
         for gpu in [gpu for gpu in cluster.active if gpu in self._failing]:

@@ -46,7 +46,7 @@ class Outcome:
     most: int
     #: Tasks that still waited at the very end.
     unserved: int
-    #: (second, waiting, active, starting) at each look.
+    #: (second, waiting, active, starting) at each probe.
     looks: Sequence[tuple[float, int, int, int]] = field(repr=False, default=())
 
 
@@ -98,20 +98,16 @@ def play(scenario: Scenario, player: Player) -> Outcome:
     every = max(1, round(player.every_s / trace.step_s))
     arrivals = _merged(trace)
     arrival = next(arrivals, None)
-    look = 0
-    while True:
-        ahead = over if cluster.served else end
-        step = min(look, arrival[0] if arrival else ahead, cluster.calendar[0] if cluster.calendar else ahead)
-        if step >= ahead:
+    for step in range(end):
+        if step >= over and cluster.served:
             break
         cluster.move_to(step)
         while arrival and arrival[0] == step:
             cluster.arrive(arrival[1], arrival[2])
             arrival = next(arrivals, None)
         cluster.claim()
-        if step == look:
+        if step % every == 0:
             player.look(cluster)
-            look += every
             cluster.log.looks.append(
                 (cluster.now, cluster.total_waiting, len(cluster.active), len(cluster.starting))
             )

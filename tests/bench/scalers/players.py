@@ -15,6 +15,16 @@ from gpuinfer.watcher.simulator.policy import Player, Policy, begin
 from gpuinfer.watcher.simulator.run import Outcome, Scenario, play
 
 
+def scale_to(cluster: Cluster, workers: int) -> None:
+    """Start or stop as a replica count does: the last started go first."""
+    if workers > cluster.running:
+        free = (gpu for gpu in range(cluster.gpus) if not cluster.runs(gpu))
+        for _, gpu in zip(range(workers - cluster.running), free, strict=False):
+            cluster.start(gpu)
+    while workers < cluster.running:
+        cluster.stop(next(reversed(cluster.starting or cluster.active)))
+
+
 class Tutorial:
     """``if LLEN > 50 and workers < 4: start one more``, every 10 s; it never stops one."""
 
@@ -31,7 +41,7 @@ class Tutorial:
     def look(self, cluster: Cluster) -> None:
         """Start one more, or do nothing."""
         if cluster.total_waiting > 50 and cluster.running < self._ceiling:
-            cluster.scale_to(cluster.running + 1)
+            scale_to(cluster, cluster.running + 1)
 
 
 class Stabiliser:
@@ -79,11 +89,11 @@ class Keda:
         if polls and waiting:
             self._active_at = now
         if replicas == 0:
-            cluster.scale_to(int(polls and waiting > 0))
+            scale_to(cluster, int(polls and waiting > 0))
         elif polls and self._floor == 0 and not waiting and now - self._active_at >= 300.0:
-            cluster.scale_to(0)
+            scale_to(cluster, 0)
         else:
-            cluster.scale_to(self._sync(now, replicas, waiting))
+            scale_to(cluster, self._sync(now, replicas, waiting))
 
     def _sync(self, now: float, replicas: int, waiting: int) -> int:
         ratio = waiting / (self.list_length * replicas)
@@ -118,7 +128,7 @@ class Hpa:
         ratio = busy / (self.target * replicas)
         desired = replicas if abs(ratio - 1) <= 0.1 else math.ceil(busy / self.target)
         desired = max(self._floor, min(desired, self._ceiling))
-        cluster.scale_to(self._stable.limit(cluster.now, replicas, desired))
+        scale_to(cluster, self._stable.limit(cluster.now, replicas, desired))
 
 
 class AllAtOnce:
@@ -140,7 +150,7 @@ class AllAtOnce:
     def look(self, cluster: Cluster) -> None:
         """Start everything as soon as there is any work."""
         if cluster.total_waiting or cluster.log.starts:
-            cluster.scale_to(self._ceiling)
+            scale_to(cluster, self._ceiling)
 
 
 def players(scenario: Scenario) -> list[Player]:
