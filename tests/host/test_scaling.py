@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from gpuinfer.queue import keys
 from tests.host.admin import actions, journal, main_pid, predict, properties, redis_cli, result
 from tests.host.container import Container
 from tests.models_for_tests import sleeper
+from tests.workers import wait_until
 
 pytestmark = [pytest.mark.host, pytest.mark.timeout(900)]
 
@@ -26,7 +28,7 @@ HOLD_S, FLEET_S = 5.0, 40.0
 SETTINGS = f"""
 [worker]
 device = "cpu"
-models = ["slow"]
+models = ["slow", "stuck"]
 threads = 1
 [watcher]
 instances = 4
@@ -40,13 +42,19 @@ manual_hold_s = {HOLD_S}
 
 @pytest.fixture(scope="module", autouse=True)
 def watched(host: Container, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Four instances on the CPU, none enabled, and a model that takes a quarter of a second for a task."""
-    model = sleeper(Path(tmp_path_factory.mktemp("models")) / "slow", seconds=0.25, max_batch_size=1)
-    host.copy(model, "/var/lib/gpuinfer/models/")
+    """Four instances on the CPU, none enabled; a model that takes a quarter of a second, one that hangs."""
+    folder = Path(tmp_path_factory.mktemp("models"))
+    limits = {"soft_time_limit_s": 0.1, "hard_time_limit_s": 0.2}
+    for model in (
+        sleeper(folder / "slow", seconds=0.25, max_batch_size=1),
+        sleeper(folder / "stuck", seconds=3600, max_batch_size=1, **limits),
+    ):
+        host.copy(model, "/var/lib/gpuinfer/models/")
     host.put("/etc/gpuinfer/gpuinfer.toml", SETTINGS)
     host.ok("chmod -R a+rX /var/lib/gpuinfer/models && gpuinfer config check")
     host.ok("systemctl restart gpuinfer.target")
     host.until("systemctl is-active gpuinfer-watcher gpuinfer-api")
+    wait_until(lambda: redis_cli(host, "zscore", keys.CATALOGUE, "stuck"), timeout=60)
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +66,9 @@ def quiet(host: Container) -> Iterator[None]:
     host.ok(f"systemctl start {WATCHER}")
 
 
-def burst(host: Container, count: int) -> list[str]:
-    """Submit tasks of a quarter of a second each; return their ids."""
-    ids = host.ok(f"gpuinfer submit --model slow $(printf '[%d.0] ' $(seq {count}))").split()
+def burst(host: Container, count: int, model: str = "slow") -> list[str]:
+    """Submit tasks, of a quarter of a second each unless they hang; return their ids."""
+    ids = host.ok(f"gpuinfer submit --model {model} $(printf '[%d.0] ' $(seq {count}))").split()
     assert len(ids) == count
     return ids
 
@@ -176,6 +184,42 @@ def test_a_manual_start_and_stop_are_respected(host: Container) -> None:
     host.ok("systemctl start gpuinfer-worker@2")
 
 
+def test_a_stop_of_all_workers_lasts_until_their_target_is_started(host: Container) -> None:
+    """Over a restart of the watcher, too; it is nobody's wish about any single worker."""
+    ids = burst(host, 100)
+    until(host, *[UP] * 4)
+    host.ok("systemctl stop gpuinfer-workers.target")
+    try:
+        until(host, *[DOWN] * 4)
+        host.until("gpuinfer watcher explain | grep '^now.*gpuinfer-workers.target is stopped'", timeout=60)
+        host.ok(f"systemctl restart {WATCHER}")
+        told = f"journalctl -o cat _PID={main_pid(host, WATCHER)}"
+        host.until(f"{told} | grep 'systemctl start gpuinfer-workers.target'", timeout=60)
+        assert (states(host), holds(host)) == ([DOWN] * 4, [])
+    finally:
+        host.ok("systemctl start gpuinfer-workers.target")
+    all_completed(host, ids)
+    assert holds(host) == []
+
+
+def test_slow_requests_do_not_stop_the_only_worker(host: Container) -> None:
+    """Each ends its process at the hard limit, more often than a crash loop may (here 3 times)."""
+    only = "/etc/systemd/system/gpuinfer-worker@0.service.d/test.conf"
+    host.put(only, "[Unit]\nStartLimitBurst=3\n[Service]\nRestartSec=0.1\n")
+    host.ok("systemctl daemon-reload; systemctl mask -q --runtime gpuinfer-worker@{1,2,3}")
+    try:
+        ended = [result(host, task_id, wait=60) for task_id in burst(host, 4, "stuck")]
+        assert [one["error"]["code"] for one in ended] == ["time_limit_exceeded"] * 4
+        all_completed(host, burst(host, 1))
+        told = json.loads(redis_cli(host, "--raw", "get", MEMORY))["units"]
+        assert {unit["failures"] for _, _, unit in told} == {0}
+        assert "quarantine" not in host.ok("gpuinfer watcher explain --last 20")
+    finally:
+        host.ok(
+            f"rm {only}; systemctl unmask -q --runtime gpuinfer-worker@{{1,2,3}}; systemctl daemon-reload"
+        )
+
+
 def test_a_reboot_is_no_manual_stop(host: Container) -> None:
     """What ran before the boot is started again at once, as the queue needs it; nothing is lost."""
     ids = burst(host, 40)
@@ -192,7 +236,7 @@ def test_it_uses_no_right_it_does_not_have(host: Container) -> None:
     """Redis has refused it nothing, nor has polkit; its watchdog is fed, its status is true."""
     assert "watcher" not in redis_cli(host, "acl", "log")
     said = journal(host, "-u", WATCHER)
-    assert not {"action_failed", "look_failed", "units_away", "notes_not_kept"} & set(actions(said))
+    assert not {"action_failed", "probe_failed", "units_away", "notes_not_kept"} & set(actions(said))
     state = properties(host, WATCHER, "StatusText", "WatchdogUSec", "WatchdogTimestampMonotonic", "User")
     assert state["StatusText"].startswith("0 waiting, 0 of 4 workers of this host run: no worker is desired")
     assert (state["WatchdogUSec"], state["User"]) == ("1min", WATCHER)
