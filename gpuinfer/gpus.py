@@ -178,11 +178,16 @@ def torch_build() -> tuple[str, str] | None:
 
 
 def wrong_torch() -> str:
-    """Return what to do where torch, built for the CPU alone, is all that a host with NVIDIA's driver has."""
+    """Return what to do where torch, built only for the CPU, is all that a host with NVIDIA's driver has."""
     found = torch_build()
     if found is None or found[1] or not DRIVER.exists():
         return ""
-    return f"torch {found[0]} is built for the CPU alone: {CUDA_TORCH}"
+    return f"{cpu_only(found[0])}: {CUDA_TORCH}"
+
+
+def cpu_only(version: str) -> str:
+    """Return that this build of torch uses no GPU."""
+    return f"torch {version} is built only for the CPU"
 
 
 def on_pci_bus() -> bool:

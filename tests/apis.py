@@ -41,9 +41,9 @@ class HandWorker:
         """Say what it serves, as a worker that has stopped since: known, and not alive."""
         self.store.register(default=self.store.models[0])
 
-    def beat(self) -> None:
+    def beat(self, **more: Any) -> None:
         """Say what it serves, and that it lives: for an hour, however long the machine stands still."""
-        body = {"worker": WORKER, "models": self.store.models, "queues": self.store.queues}
+        body = {"worker": WORKER, "models": self.store.models, "queues": self.store.queues, **more}
         self.store.register(orjson.dumps(body), default=self.store.models[0])
         key = keys.heartbeat(self.store.worker)
         told: Any = self.store.client.get(key)

@@ -17,6 +17,7 @@ from gpuinfer.cli_help import examples
 from gpuinfer.doctor.check import look_over
 from gpuinfer.doctor.host import STATUSES, Finding, Host, Status
 from gpuinfer.doctor.registry import CHECKS, NAMES, TOPICS, choose
+from gpuinfer.plural import many
 from gpuinfer.queue.show import print_json
 from gpuinfer.settings import Loaded
 
@@ -69,7 +70,7 @@ def doctor(loaded: Loaded, checks: tuple[str, ...], as_json: bool, quick: bool, 
         _print_document(found, counts, took_s)
     else:
         parts = [f"{counts[s]} {_MARKS[s][2] if counts[s] > 1 else s}" for s in STATUSES if counts[s]]
-        click.echo(f"{len(found)} findings: {', '.join(parts) or 'none'} ({took_s:.1f} s)")
+        click.echo(f"{many(len(found), 'finding')}: {', '.join(parts) or 'none'} ({took_s:.1f} s)")
     return int(bool(counts["error"]))
 
 

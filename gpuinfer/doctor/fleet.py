@@ -10,6 +10,7 @@ from gpuinfer.doctor.broker import asked
 from gpuinfer.doctor.host import Finding, Findings, Host, error, ok, warning
 from gpuinfer.doctor.redis_place import place_of
 from gpuinfer.doctor.workers import served
+from gpuinfer.plural import many, tasks_wait
 from gpuinfer.queue import catalogue, drained, heartbeats, keys
 from gpuinfer.queue.depth import is_paused, look
 from gpuinfer.queue.fleet import Server, quarantined, remedy, servers, serves_of
@@ -36,15 +37,17 @@ def workers(host: Host) -> Findings:
         waiting, beats = look(client).total_waiting, heartbeats.fresh(client)
     if waiting and not beats:
         fix = "gpuinfer doctor units; gpuinfer watcher explain; journalctl -u 'gpuinfer-worker@*' -n 20"
-        return error(
-            f"no worker runs, and {_tasks_wait(waiting)}", fix if host.booted else "gpuinfer worker 0"
-        )
-    found = [ok(f"{len(beats)} workers run: {', '.join(sorted(beats)) or 'no task waits for one'}")]
+        text = f"no worker runs, and {tasks_wait(waiting)}"
+        return error(text, fix if host.booted else "gpuinfer worker 0")
+    running = many(len(beats), "worker runs", "workers run")
+    found = [ok(f"{running}: {', '.join(sorted(beats)) or 'no task waits for one'}")]
     for worker, beat in sorted(beats.items()):
         number, its_host = _parts(worker)
         for name, why in beat.get("missing", {}).items():
-            fix = f"gpuinfer model show {name}  # then, on {its_host}: "
-            fix += f"systemctl restart gpuinfer-worker@{number}"
+            first = f"gpuinfer model show {name}  # then"
+            if why.startswith("there is no model "):
+                first = f"gpuinfer model add FOLDER --name {name}  # or change worker.models; then"
+            fix = f"{first}, on {its_host}: systemctl restart gpuinfer-worker@{number}"
             found.append(warning(f"{worker} serves without {name}: {why}", fix))
     return found
 
@@ -59,22 +62,20 @@ def dead_letters(host: Host) -> Finding:
     """There are no dead letters."""
     with asked(host) as client:
         count = int(client.hlen(keys.DEAD))
-    if not count:
-        return ok("no dead letters")
-    return warning(f"{count} dead letter{'s' * (count > 1)}", "gpuinfer dead list")
+    return warning(many(count, "dead letter"), "gpuinfer dead list") if count else ok("no dead letters")
 
 
 def orphans(host: Host) -> Findings:
     """No worker that holds tasks has stopped sending heartbeats."""
     with asked(host) as client:
         found = holders(client)
-    sound = f"{sum(one.tasks for one in found)} tasks in flight, all at workers that send heartbeats"
+    sound = f"{many(sum(one.tasks for one in found), 'task')} in flight, all at workers that send heartbeats"
     return [_orphan(host, one) for one in found if one.silent] or ok(sound)
 
 
 def _orphan(host: Host, one: Holder) -> Finding:
     """Return the finding for one silent worker: an error when no watcher will put its tasks back."""
-    text = f"{one.worker} holds {one.tasks} tasks and has sent no heartbeat for {ago(one.silent_s)}"
+    text = f"{one.worker} holds {many(one.tasks, 'task')} and has sent no heartbeat for {ago(one.silent_s)}"
     here, settings = socket.gethostname(), host.settings
     lock = locks.state(settings.worker.run_dir, one.worker) if one.host == here else "free"
     if lock == "held":
@@ -99,13 +100,10 @@ def waiting(host: Host) -> Findings:
     bad = [error(*found) for found in quarantined(workers)]
     for lane, count in counts.items():
         if not any(one.serves.covers(lane) for one in workers if not one.masked):
-            text = f"{_tasks_wait(count)} in {lane.tier} for {lane.model or 'the default model'}"
+            text = f"{tasks_wait(count)} in {lane.tier} for {lane.model or 'the default model'}"
             bad.append(error(f"{text}, which no worker serves", remedy(lane, workers)))
-    return bad or ok(f"workers serve all that waits: {sum(counts.values())} tasks in {len(counts)} queues")
-
-
-def _tasks_wait(count: int) -> str:
-    return "1 task waits" if count == 1 else f"{count:,} tasks wait"
+    what = f"{many(sum(counts.values()), 'task')} in {many(len(counts), 'queue')}"
+    return bad or ok(f"workers serve all that waits: {what}")
 
 
 def paused(host: Host) -> Findings:
@@ -115,7 +113,7 @@ def paused(host: Host) -> Findings:
     bad = []
     for name in depth.paused:
         count = sum(sum(levels.values()) for lane, levels in depth.lanes.items() if is_paused(lane, (name,)))
-        text = f"{name} is paused: {_tasks_wait(count)} there"
+        text = f"{name} is paused: {tasks_wait(count)} there"
         bad.append(warning(text, f"gpuinfer queue resume {name}"))
     for worker in workers:
         number, its_host = _parts(worker)

@@ -10,8 +10,9 @@ from typing import Any
 
 from gpuinfer.doctor.host import Finding, Findings, Host, Skipped, error, ok, warning
 from gpuinfer.errors import ModelLoadError
-from gpuinfer.gpus import CUDA_TORCH, PROGRAM_XIDS, Gpu, chosen, torch_build
+from gpuinfer.gpus import CUDA_TORCH, PROGRAM_XIDS, Gpu, chosen, cpu_only, torch_build
 from gpuinfer.models import sandbox
+from gpuinfer.plural import many
 from gpuinfer.privileges import WORKER_USER
 
 PROBE_LIMIT_S = 60.0
@@ -50,7 +51,8 @@ def driver(host: Host) -> Findings:
     cuda = f", serves CUDA up to {report.cuda}" if report.cuda else ""
     look = f"journalctl -k -b -g 'NVRM: Xid' -n 20{_REBOOT}"
     lost = [error(f"GPU {index} does not answer: {words}", look) for index, words in found.broken.items()]
-    return [ok(f"driver {found.driver}{cuda}, {len(found.gpus)} GPUs"), *lost, *map(_describe, found.gpus)]
+    text = f"driver {found.driver}{cuda}, {many(len(found.gpus), 'GPU')}"
+    return [ok(text), *lost, *map(_describe, found.gpus)]
 
 
 def _describe(gpu: Gpu) -> Finding:
@@ -136,7 +138,7 @@ def xid(host: Host) -> Findings:
     bad = []
     for (pci, number), times in counts.items():
         show = f"journalctl -k -b -g 'Xid.*: {number}' -n 5"
-        text = f"Xid {number} from {pci}, {times} times since the boot"
+        text = f"Xid {number} from {pci}, {many(times, 'time')} since the boot"
         if number in PROGRAM_XIDS:
             bad.append(warning(f"{text}: {PROGRAM_XIDS[number]}, a program's fault", show))
         else:
@@ -153,7 +155,7 @@ def torch(host: Host) -> Finding:
         return error("torch is not installed: no worker can start", f"apt install gpuinfer-torch-{kind}")
     version, cuda = found
     if has_gpu and not cuda:
-        return error(f"torch {version} is built only for the CPU", CUDA_TORCH)
+        return error(cpu_only(version), CUDA_TORCH)
     return ok(f"torch {version}, built for {f'CUDA {cuda}' if cuda else 'the CPU'}")
 
 
@@ -173,15 +175,16 @@ def judge(answer: dict[str, Any], count: int, *, split: bool = False) -> Finding
     Where one is ``split`` by MIG, CUDA shows a process only some of them, and counts tell nothing.
     """
     if answer["cuda"] is None:
-        return error(f"torch {answer['torch']} is built only for the CPU", CUDA_TORCH)
-    good, failed = answer["devices"], answer["failed"]
+        return error(cpu_only(answer["torch"]), CUDA_TORCH)
+    good, failed, listed = answer["devices"], answer["failed"], f"NVML lists {many(count, 'GPU')}, CUDA"
     if not good and not failed:
-        return error(f"NVML lists {count} GPUs, CUDA none: {answer['why']}", _NODES)
+        return error(f"{listed} none: {answer['why']}", _NODES)
     bad = [_not_computing(name, words) for name, words in failed.items()]
     seen = len(good) + len(failed)
     if seen < count and not split:
-        bad.append(error(f"NVML lists {count} GPUs, CUDA {seen} of them", f"ls -l /dev/nvidia*; {_NVRM}"))
-    return bad or ok(f"{len(good)} devices compute (torch {answer['torch']}, {answer['ms']:.0f} ms)")
+        bad.append(error(f"{listed} {seen} of them", f"ls -l /dev/nvidia*; {_NVRM}"))
+    computing = many(len(good), "device computes", "devices compute")
+    return bad or ok(f"{computing} (torch {answer['torch']}, {answer['ms']:.0f} ms)")
 
 
 def _not_computing(name: str, words: str) -> Finding:

@@ -7,7 +7,6 @@ connection at once. Redis's words were read from 7.0 and 8; those of OpenSSL fro
 
 from __future__ import annotations
 
-import getpass
 import re
 import shlex
 import socket
@@ -18,6 +17,7 @@ from errno import errorcode
 from pathlib import Path
 
 from gpuinfer.doctor.host import EDIT, Finding, error
+from gpuinfer.queue.connection import me
 from gpuinfer.redis_url import parse
 from gpuinfer.settings import ADMIN_PASSWORD, BrokerSettings
 
@@ -151,7 +151,7 @@ def diagnose(exc: Exception, place: Place) -> Finding:
     refused = [one.verify_message for one in causes if isinstance(one, ssl.SSLCertVerificationError)]
     words = {
         "place": place,
-        "me": _me(),
+        "me": me(),
         "our_socket": OUR_SOCKET,
         "text": refused[0] if refused else " ".join(str(exc).split())[:300],
     }
@@ -164,14 +164,6 @@ def _causes(exc: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(exc))
         yield exc
         exc = exc.__cause__ or exc.__context__
-
-
-def _me() -> str:
-    """Return who runs this command."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "this user"
 
 
 def _is_beside_ours(place: Place) -> bool:

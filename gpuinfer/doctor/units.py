@@ -6,7 +6,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from gpuinfer import instances as own
 from gpuinfer.doctor.host import Finding, Findings, Host, Skipped, error, ok, warning
+from gpuinfer.errors import ConfigError
+from gpuinfer.journal.last_words import EXITED, PROPERTIES, last_words
+from gpuinfer.plural import many
 
 #: What the package enables: units that an appliance always has.
 ALWAYS = (
@@ -15,7 +19,8 @@ ALWAYS = (
 )
 API, SOCKET, WATCHER = "gpuinfer-api.service", "gpuinfer-api.socket", "gpuinfer-watcher.service"
 _WORKERS = "gpuinfer-worker@*.service"
-_PROPERTIES = "Id,LoadState,ActiveState,SubState,UnitFileState,Result,NRestarts,Listen"
+_PROPERTIES = f"{PROPERTIES},LoadState,ActiveState,SubState,UnitFileState,NRestarts,Listen"
+NUMBER = re.compile(r"worker@(\d+)\.")
 _LISTENS = re.compile(r"(?m)^\[?([^]\n]+?)\]?:(\d+) \(Stream\)$")
 _PATHS = re.compile(r"(?m)^(/.*) \(Stream\)$")
 
@@ -103,13 +108,12 @@ def _trouble(host: Host, unit: Unit, *, always: bool) -> Finding | None:
         why = "another program does, or the address is not this host's"
         return error(f"{name} cannot listen at {address}:{port}: {why}", who_listens(port))
     if state == "failed":
-        text = f"{name} failed ({unit.get('Result', 'unknown')}): {_last_line(host, name)}"
-        return error(text, f"systemctl reset-failed {name} && systemctl start {name}")
+        return error(f"{name} failed {last_words(host.run, unit)}", _restart(unit))
     if unit["SubState"] == "auto-restart":
-        return error(f"{name} does not stay up: {_last_line(host, name)}", f"journalctl -u {name} -n 20")
+        return error(f"{name} does not stay up {last_words(host.run, unit)}", f"journalctl -u {name} -n 20")
     if state == "active" and int(unit.get("NRestarts") or 0) > 0:
         look = f"journalctl -u {name} -p warning -n 20; systemctl reset-failed {name}"
-        return warning(f"{name} was restarted {unit['NRestarts']} times", look)
+        return warning(f"{name} was restarted {many(int(unit['NRestarts']), 'time')}", look)
     return _not_running(unit, always=always)
 
 
@@ -128,17 +132,14 @@ def _not_running(unit: Unit, *, always: bool) -> Finding | None:
     return None
 
 
-def _last_line(host: Host, name: str) -> str:
-    """Return the unit's own last error, else its last line, else what systemd says of it.
-
-    ``-u`` alone would find systemd's "Failed to start", which is always the last and tells nothing.
-    """
-    own = f"_SYSTEMD_UNIT={name}"
-    for match in ([own, "-p", "err"], [own], ["-u", name, "-p", "warning"]):
-        done = host.run(["journalctl", "-b", *match, "-o", "cat", "-n", "1", "--no-pager", "-q"])
-        if done.stdout.strip():
-            return done.stdout.strip().splitlines()[-1][:300]
-    return "the journal has no line of it"
+def _restart(unit: Unit) -> str:
+    """Return what starts a failed unit again; wrong settings are to be mended first."""
+    start = f"systemctl reset-failed {unit['Id']} && systemctl start {unit['Id']}"
+    if (unit.get("ExecMainCode"), unit.get("ExecMainStatus")) != (EXITED, str(ConfigError.exit_code)):
+        return start
+    number = NUMBER.search(unit["Id"])
+    edit = f"editor {own.file_of(int(number[1]))} && " if number else ""
+    return f"{edit}gpuinfer config check && {start}"
 
 
 def _cannot_listen(unit: Unit) -> bool:

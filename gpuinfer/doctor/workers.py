@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
 
 from gpuinfer import instances as own
 from gpuinfer.doctor.host import Finding, Findings, Host, Skipped, error, ok, warning
-from gpuinfer.doctor.units import instances
+from gpuinfer.doctor.units import NUMBER, instances
 from gpuinfer.errors import ConfigError, DeviceError, DigestMismatch, ModelError, ModelNotAdded, UnknownModel
 from gpuinfer.gpus import VISIBLE, Inventory, chosen, visible_device
 from gpuinfer.models.repository import ModelFolder, Repository, verify
@@ -22,13 +21,12 @@ from gpuinfer.settings import Settings, load
 
 #: Hashing a large model takes its time.
 DIGEST_LIMIT_S = 120.0
-_NUMBER = re.compile(r"worker@(\d+)\.")
 
 
 def file(host: Host) -> Finding:
     """The settings file, the variables and the credentials are valid."""
     try:
-        changed = len(host.loaded.origins)
+        changed = len(host.loaded.changed)
     except ConfigError as exc:
         where = exc.field or exc.message.partition(":")[0]
         fix = f"editor {where}" if where.startswith("/") else f"unset {where}"
@@ -82,7 +80,7 @@ def _numbers(host: Host) -> set[int]:
     """Return the workers that are enabled, or have a file of their own."""
     numbers = {*own.with_file(host.path(own.FOLDER))}
     with suppress(Skipped):
-        numbers |= {int(match[1]) for name in instances(host) if (match := _NUMBER.search(name))}
+        numbers |= {int(match[1]) for name in instances(host) if (match := NUMBER.search(name))}
     return numbers
 
 

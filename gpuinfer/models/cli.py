@@ -14,6 +14,7 @@ from gpuinfer.errors import GpuinferError, ModelError, UsageError
 from gpuinfer.models import completion, tables
 from gpuinfer.models.add_cli import add, init
 from gpuinfer.models.try_cli import bench, check, run
+from gpuinfer.plural import tasks_wait
 
 if TYPE_CHECKING:
     from gpuinfer.models.repository import Entry, ModelFolder, Repository
@@ -233,8 +234,7 @@ def _forgotten(loaded: Loaded, name: str) -> str:
             said += "; it is still the default model, see gpuinfer model default"
         state = catalogue.read(client).models.get(name)
         for queue, count in state.waiting.items() if state else ():
-            tasks = "1 task waits" if count == 1 else f"{count:,} tasks wait"
-            said += f"; {tasks} for it, see gpuinfer queue purge {keys.queue_name(queue, name)}"
+            said += f"; {tasks_wait(count)} for it, see gpuinfer queue purge {keys.queue_name(queue, name)}"
         return said
 
 

@@ -14,6 +14,7 @@ import redis.asyncio
 
 from gpuinfer.errors import UnknownModel
 from gpuinfer.models.signature import Signature
+from gpuinfer.plural import tasks_wait
 from gpuinfer.queue import heartbeats, keys
 from gpuinfer.queue.depth import Counted, Depth, Lane, is_paused, parse
 from gpuinfer.queue.scripts import bind
@@ -33,7 +34,7 @@ class Unserved(NamedTuple):
     why: str = ""
 
     def __str__(self) -> str:
-        what = f"{self.tasks} {'task waits' if self.tasks == 1 else 'tasks wait'} in {self.tier} for"
+        what = f"{tasks_wait(self.tasks)} in {self.tier} for"
         if not self.model:
             return f"{what} the default model, and none is set"
         what = f"{what} model {self.model}"

@@ -234,7 +234,7 @@ def _of_a_login(exc: Exception, text: str, user: str) -> BrokerError | None:
     """Return the error where it is a matter of who asks."""
     if "HELLO must be called" in text or "Authentication required" in text:
         return BrokerUnavailable(
-            f"Redis wants a login, and the user {_me()} has none; {_GROUPS}; elsewhere broker.username and "
+            f"Redis wants a login, and the user {me()} has none; {_GROUPS}; elsewhere broker.username and "
             "broker.password name one",
             "broker.password",
         )
@@ -244,7 +244,7 @@ def _of_a_login(exc: Exception, text: str, user: str) -> BrokerError | None:
         return BrokerRefused(_lacks(text, user), "broker.username")
     if "Error 13 " in text:
         return BrokerUnavailable(
-            f"the user {_me()} may not open Redis's socket; {_GROUPS}: {text}", "broker.url"
+            f"the user {me()} may not open Redis's socket; {_GROUPS}: {text}", "broker.url"
         )
     return None
 
@@ -260,7 +260,7 @@ _GROUPS = (
 )
 
 
-def _me() -> str:
+def me() -> str:
     """Return the name of the user that this process is."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name

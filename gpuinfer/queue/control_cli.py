@@ -11,6 +11,7 @@ import click
 
 from gpuinfer.cli_help import examples
 from gpuinfer.errors import UsageError
+from gpuinfer.plural import many, tasks_wait
 from gpuinfer.queue import completion
 from gpuinfer.queue.show import as_json_option, print_json
 
@@ -51,9 +52,11 @@ def purge(loaded: Loaded, name: str | None, yes: bool, as_json: bool) -> int:
         count = sum(line.tasks for line in found)
         if count and not yes:
             if as_json:
-                raise UsageError(f"{count} tasks would be revoked; --json needs --yes to confirm that")
-            what = "1 task waits" if count == 1 else f"{count} tasks wait"
-            if not click.confirm(f"{what} in {queue or 'all queues'}. Revoke all of them?", err=True):
+                would = f"{many(count, 'task')} would be revoked"
+                raise UsageError(f"{would}; --json needs --yes to confirm that")
+            if not click.confirm(
+                f"{tasks_wait(count)} in {queue or 'all queues'}. Revoke all of them?", err=True
+            ):
                 return 1
         ended = end(client, found, loaded.settings.queue)
     if as_json:

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from gpuinfer.plural import tasks_wait
 from gpuinfer.settings import QUEUES, QueueName, WatcherSettings
 from gpuinfer.watcher.cooldown import Cooldown
 from gpuinfer.watcher.fleet import Fleet
@@ -78,7 +79,7 @@ def by_threshold(
     busy = load.in_flight
     minimum = running if deep else max(int(bool(waiting or busy)), _keep_up(fleet, rates, settings).minimum)
     than = "more than" if deep else "not more than"
-    cause = f"{_wait(waiting)}, {than} the threshold of {settings.threshold_depth}"
+    cause = f"{tasks_wait(waiting)}, {than} the threshold of {settings.threshold_depth}"
     return Need(desired=desired, minimum=minimum, cause=cause)
 
 
@@ -108,10 +109,6 @@ def _target(queue: QueueName, settings: WatcherSettings) -> float:
     return float(getattr(settings, f"{queue}_target_s"))
 
 
-def _wait(count: int) -> str:
-    return "1 task waits" if count == 1 else f"{count:,} tasks wait"
-
-
 def _drain(
     queues: Sequence[QueueName],
     waiting: int,
@@ -130,7 +127,7 @@ def _drain(
     have = fleet.active * horizon + _from_starting(fleet.starting, startup, horizon, now)
     short = work - rate * have
     more = math.ceil(short / (rate * target)) if short > 0 else 0
-    cause = f"{_wait(waiting)} in {' and '.join(queues)}"
+    cause = f"{tasks_wait(waiting)} in {' and '.join(queues)}"
     if arriving:
         cause += f" and {arriving:.3g}/s arrive"
     if more:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gpuinfer.cli_help import examples
+from gpuinfer.plural import many
 from gpuinfer.queue.show import as_json_option, print_json
 from gpuinfer.worker import manage_cli
 
@@ -107,7 +108,7 @@ def restore(loaded: Loaded, number: int | None, name: str | None, *, force: bool
             {"worker": worker, "returned": done.returned, "task_ids": list(done.ids), "dead": list(done.dead)}
         )
     elif target(settings.log) != "journal":  # there the line that names the tasks says it
-        click.echo(f"{worker}: {done.returned} tasks put back, {len(done.dead)} dead letters")
+        click.echo(f"{worker}: {many(done.returned, 'task')} put back, {many(len(done.dead), 'dead letter')}")
         for task_id in done.ids:
             click.echo(f"  put back     {task_id}")
         for task_id in done.dead:

@@ -45,7 +45,7 @@ def test_a_sound_checkout(workers: Workers) -> None:
     assert code == int(bool(errors))
     for name in ("config.file", "redis.reach", "models.digest", "work.dead"):
         assert found[name]["status"] == "ok", found[name]
-    assert "1 workers run: gpu0@" in found["work.workers"]["message"]
+    assert "1 worker runs: gpu0@" in found["work.workers"]["message"]
     assert found["work.request"]["message"].startswith("a request for digits came back after ")
     assert all(finding["remedy"] for finding in found.values() if finding["status"] in ("warning", "error"))
 

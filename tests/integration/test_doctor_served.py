@@ -17,6 +17,7 @@ from gpuinfer.queue.fleet import HOSTS
 from gpuinfer.queue.purge import set_paused
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import Loaded, Settings
+from tests.apis import HandWorker
 from tests.services import RedisServer
 
 pytestmark = pytest.mark.integration
@@ -68,6 +69,31 @@ def test_what_is_paused_and_what_is_foreign(redis_server: RedisServer, tmp_path:
     (found,) = fleet.foreign(here)  # type: ignore[misc]  # a list
     assert "is a string" in found.message
     assert found.remedy.endswith(r"DEL $'realtime\x06\x169'")
+
+
+def test_a_model_that_a_worker_lacks(redis_server: RedisServer, tmp_path: Path) -> None:
+    """Of one that is not installed nothing can be shown: it is added, or the settings name another."""
+    here = Host(Loaded(Settings.model_validate({"broker": {"url": redis_server.url}}), {}), root=tmp_path)
+    missing = {"absent": "there is no model 'absent'; known: digits", "broken": "model.pt is not loaded"}
+    with redis_server.client() as client:
+        worker = HandWorker(client, name="gpu2@far")
+        worker.beat(missing=missing)
+    found = fleet.workers(here)
+    assert isinstance(found, list)
+    restart = "on far: systemctl restart gpuinfer-worker@2"
+    assert found == [
+        Finding("ok", "1 worker runs: gpu2@far"),
+        Finding(
+            "warning",
+            f"gpu2@far serves without absent: {missing['absent']}",
+            f"gpuinfer model add FOLDER --name absent  # or change worker.models; then, {restart}",
+        ),
+        Finding(
+            "warning",
+            "gpu2@far serves without broken: model.pt is not loaded",
+            f"gpuinfer model show broken  # then, {restart}",
+        ),
+    ]
 
 
 def test_a_worker_in_quarantine_is_named(redis_server: RedisServer, tmp_path: Path) -> None:

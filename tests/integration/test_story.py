@@ -179,7 +179,7 @@ def test_restore_by_hand(workers: Workers, client: Client) -> None:
         check=True,
     )
     summed_up, named = done.stdout.splitlines()
-    assert summed_up == f"{NAME}: 1 tasks put back, 0 dead letters"
+    assert summed_up == f"{NAME}: 1 task put back, 0 dead letters"
     assert named.split() == ["put", "back", task_id]
     (restored,) = story(task_id, done.stderr)
     assert (restored["action"], restored["worker"], restored["gpu"]) == ("restored", NAME, 0)

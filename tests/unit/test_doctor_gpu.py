@@ -201,7 +201,7 @@ def answer(**changes: Any) -> dict[str, Any]:
 
 def test_cuda_computes() -> None:
     """Each device did."""
-    assert one(gpu.judge(answer(), 1)).message == "1 devices compute (torch 2.13.0, 7 ms)"
+    assert one(gpu.judge(answer(), 1)).message == "1 device computes (torch 2.13.0, 7 ms)"
 
 
 def test_cuda_does_not_compute() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpuinfer.doctor import access, broker, system, workers
-from gpuinfer.doctor.host import Finding, Findings, Host, Skipped
+from gpuinfer.doctor.host import Finding, Findings, Host, Skipped, ok
 from gpuinfer.doctor.redis_place import OUR_SOCKET
 from gpuinfer.models.examples import sample
 from gpuinfer.models.repository import SHIPPED, Repository
@@ -65,6 +65,15 @@ def test_a_wrong_settings_file_is_named(tmp_path: Path) -> None:
         "unset GPUINFER_API_PROT"
     )
     assert workers.file(Host(Lazy(file, {}))).status == "ok"
+
+
+def test_only_what_somebody_has_set_is_changed() -> None:
+    """As ``gpuinfer config check`` counts: the login that the package made is no change."""
+    login = {name: f"/etc/gpuinfer/credentials/{name}" for name in ("broker.username", "broker.password")}
+    fresh = workers.file(Host(Loaded(Settings(), login)))
+    assert fresh == ok("settings are valid, 0 of them changed")
+    changed = workers.file(Host(Loaded(Settings(), {**login, "api.port": "/etc/gpuinfer/gpuinfer.toml"})))
+    assert changed == ok("settings are valid, 1 of them changed")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the files must be root's")

@@ -14,6 +14,7 @@ import pytest
 
 from gpuinfer.doctor import units, work
 from gpuinfer.doctor.host import Finding, Host, Skipped
+from gpuinfer.journal.last_words import last_words
 from gpuinfer.settings import Loaded, Settings
 from tests.unit.test_doctor_host import flat, host, one
 
@@ -29,6 +30,8 @@ def unit(name: str, **changes: str) -> str:
 
 
 WATCHES = unit("gpuinfer-watcher.service")
+#: Of a unit whose main process ended with an exit status.
+FAILED = {"Result": "exit-code", "ExecMainCode": "1"}
 TEMPLATE = "gpuinfer-worker@.service disabled enabled\n"
 
 
@@ -118,26 +121,75 @@ def test_a_service_that_came_back_by_itself(tmp_path: Path) -> None:
     shown[3] = unit(units.API, NRestarts="4")
     found = one(units.services(systemd(tmp_path, *shown)))
     assert (found.status, found.message) == ("warning", f"{units.API} was restarted 4 times")
+    shown[3] = unit(units.API, NRestarts="1")
+    assert one(units.services(systemd(tmp_path, *shown))).message == f"{units.API} was restarted 1 time"
 
 
 def test_a_unit_that_does_not_stay_up(tmp_path: Path) -> None:
     """Between two of its starts it is neither running nor failed, and not well."""
     shown = [unit(name) for name in units.ALWAYS]
-    shown[3] = unit("gpuinfer-api.service", ActiveState="activating", SubState="auto-restart")
+    shown[3] = unit("gpuinfer-api.service", ActiveState="activating", SubState="auto-restart", **FAILED)
     found = one(units.services(systemd(tmp_path, *shown, journal="Fatal: no memory")))
     assert (found.status, found.message) == (
         "error",
-        "gpuinfer-api.service does not stay up: Fatal: no memory",
+        "gpuinfer-api.service does not stay up (exit-code): Fatal: no memory",
     )
 
 
 def test_a_worker_in_a_crash_loop(tmp_path: Path) -> None:
     """It is no sound worker that starts just now."""
     name = "gpuinfer-worker@0.service"
-    looping = unit(name, ActiveState="activating", SubState="auto-restart", UnitFileState="enabled")
+    looping = unit(name, ActiveState="activating", SubState="auto-restart", **FAILED)
     here = systemd(tmp_path, looping, WATCHES, files=TEMPLATE, journal="it ended with 74")
     found = one(units.workers(here))
-    assert (found.status, found.message) == ("error", f"{name} does not stay up: it ended with 74")
+    assert (found.status, found.message) == (
+        "error",
+        f"{name} does not stay up (exit-code): it ended with 74",
+    )
+
+
+class Journal:
+    """A journalctl that has lines of several starts of a unit, as (start, priority, text)."""
+
+    def __init__(self, *lines: tuple[str, str, str]) -> None:
+        self.lines = lines
+
+    def __call__(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        starts = [word.partition("=")[2] for word in command if word.startswith("_SYSTEMD_INVOCATION_ID=")]
+        wanted = command[command.index("-p") + 1] if "-p" in command else ""
+        found = [text for start, level, text in self.lines if [start] == starts and wanted in ("", level)]
+        return subprocess.CompletedProcess(list(command), 0, "".join(f"{text}\n" for text in found[-1:]), "")
+
+
+def test_only_the_last_start_has_the_cause() -> None:
+    """An error of an earlier start was mended since; of what was killed, the signal is the cause."""
+    earlier = ("one", "err", "model not loaded")
+    ready = ("two", "info", "ready")
+    unit = {"Id": "gpuinfer-worker@0.service", "InvocationID": "two", "Result": "signal"}
+    killed = {**unit, "ExecMainCode": "2", "ExecMainStatus": "9"}
+    assert last_words(Journal(earlier, ready), killed) == "(signal): killed by SIGKILL"
+    lost = ("two", "err", "the GPU is lost")
+    assert last_words(Journal(earlier, lost, ready), killed) == (
+        "(signal): killed by SIGKILL; the GPU is lost"
+    )
+    ended = {**unit, **FAILED, "ExecMainStatus": "1"}
+    assert last_words(Journal(earlier, ready), ended) == "(exit-code): ready"
+    assert last_words(Journal(earlier), ended) == "(exit-code): the journal has no line of it"
+
+
+def test_wrong_settings_are_mended_before_a_start(tmp_path: Path) -> None:
+    """Exit status 78: another start would end so, too. A worker has a file of its own."""
+    start = "systemctl reset-failed {0} && systemctl start {0}"
+    for name, first in (
+        ("gpuinfer-worker@3.service", "editor /etc/gpuinfer/worker@3.env && gpuinfer config check && "),
+        (units.API, "gpuinfer config check && "),
+    ):
+        shown = [unit(one) for one in units.ALWAYS if one != name]
+        for status, fix in (("78", first), ("1", "")):
+            failed = unit(name, ActiveState="failed", ExecMainStatus=status, **FAILED)
+            here = systemd(tmp_path, *shown, failed, files=TEMPLATE, journal="port: must be a number")
+            check = units.workers if "worker" in name else units.services
+            assert one(check(here)).remedy == fix + start.format(name)
 
 
 def test_a_port_that_another_program_has(tmp_path: Path) -> None:

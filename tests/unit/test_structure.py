@@ -42,7 +42,7 @@ SHARED = (
 #: Rooms and single modules from the bottom up: each may use what stands below it. Those of one level do
 #: not use each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "redis_url", "addresses", "certificate", "cli_help", "names"),
+    ("errors", "redis_url", "addresses", "certificate", "cli_help", "names", "plural"),
     ("sections", "env_file"),
     ("sources",),
     ("settings", "journal"),
