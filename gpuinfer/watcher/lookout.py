@@ -52,7 +52,7 @@ def of_workers(own: Iterable[Instance], units: Mapping[Key, UnitMemory], now: fl
     for one in own:
         unit = units.get(one.key)
         why = unit.why if unit is not None and unit.quarantine(now) else ""
-        why = why or (f"its GPU is not healthy: {one.gpu.fault}" if one.gpu.fault else "")
+        why = why or (f"its GPU is not healthy ({one.gpu.fault})" if one.gpu.fault else "")
         if why and not one.masked:
             number = one.key.number
             remedy = f"journalctl -u gpuinfer-worker@{number} -n 20"

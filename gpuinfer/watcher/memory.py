@@ -79,7 +79,7 @@ class UnitMemory:
         if left_s <= 0:
             return None
         times = f" after {self.failures} failures" if self.failures > 1 else ""
-        return Exclusion(f"in quarantine{times}: {self.why}", f"for {left_s:.0f} s more")
+        return Exclusion("in quarantine", f"for {left_s:.0f} s more", cause=f"{times}: {self.why}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +224,7 @@ def _failed(
     unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float, was: UnitState | None = None
 ) -> UnitMemory:
     """Count a failure, which excludes it, longer each time; forget all after long enough without one."""
-    sick = f"its GPU is not healthy: {instance.gpu.fault}" if instance.gpu.fault else ""
+    sick = f"its GPU is not healthy ({instance.gpu.fault})" if instance.gpu.fault else ""
     if instance.state == "failed" and was != "failed":
         # A GPU that is not healthy a moment before, or after, is the cause.
         return _quarantined(
@@ -279,7 +279,7 @@ def exclusion(
     if quarantine := unit.quarantine(now):
         return quarantine
     if gpu.fault:
-        return Exclusion(f"its GPU is not healthy: {gpu.fault}", "until that has passed")
+        return Exclusion(f"its GPU is not healthy ({gpu.fault})", "until that has passed")
     if gpu.hot:
         return Exclusion(f"its GPU is too hot: {gpu.hot}", "until that has passed")
     if unit.held(now) in BY_HAND:

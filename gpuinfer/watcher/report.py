@@ -35,7 +35,7 @@ class Report:
         own = [one for one in seen.instances if seen.owns(one.key)]
         running = sum(one.runs for one in own)
         verdict = decision.verdict if names else "hold"
-        excluded = frozenset((key, why.reason) for key, why in decision.excluded.items())
+        excluded = frozenset((key, why.reason, why.cause) for key, why in decision.excluded.items())
         topic = (verdict, names, running, _step(decision.inputs), excluded, seen.queues is None)
         more = {"actions": names, "done": self._acts} if names else {}
         new = self.trouble(topic, verdict, why=decision.why, **more, **decision.inputs)

@@ -45,8 +45,12 @@ class Exclusion(NamedTuple):
     until: str = ""
     #: It ends without anybody's help.
     ends: bool = True
+    #: What follows ``until`` in the sentence; it does not change with time, either.
+    cause: str = ""
 
     def __str__(self) -> str:
+        if self.cause:
+            return f"{self.reason} {self.until}{self.cause}"
         return f"{self.reason}, {self.until}" if self.until else self.reason
 
 

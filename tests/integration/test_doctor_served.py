@@ -101,7 +101,7 @@ def test_a_worker_in_quarantine_is_named(redis_server: RedisServer, tmp_path: Pa
     here = Host(Loaded(Settings.model_validate({"broker": {"url": redis_server.url}}), {}), root=tmp_path)
     assert isinstance(fleet.waiting(here), Finding)
     with redis_server.client() as client:
-        why = "in quarantine: its unit failed, for 20 s more"
+        why = "in quarantine for 20 s more: its unit failed"
         told = [{"number": 3, "excluded": why}, {"number": 4, "excluded": "masked, until it is unmasked"}]
         body = {"at": client.time()[0], "instances": told}
         client.hset(HOSTS, "far", orjson.dumps(body))

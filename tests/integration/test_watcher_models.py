@@ -185,6 +185,5 @@ async def test_why_nothing_is_started_is_explained(redis_server: RedisServer, se
     told = notes.told(kept[0], "now")
     assert "no other instance can be started" in told
     assert (
-        "gpu0@a (in quarantine: its unit failed, for 30 s more), gpu1@a (masked, until it is unmasked)"
-        in told
+        "gpu0@a (in quarantine for 30 s more: its unit failed), gpu1@a (masked, until it is unmasked)" in told
     )

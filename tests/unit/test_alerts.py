@@ -83,7 +83,7 @@ def test_what_there_is() -> None:
     own = [ill, Instance(key=Key(4, "here")), masked]
     found = [*of_workers(own, {Key(4, "here"): cooling}, now=10.0)]
     assert [(one.name, one.what) for one in found] == [
-        ("quarantine.gpu3", "worker 3 is in quarantine: its GPU is not healthy: Xid 79"),
+        ("quarantine.gpu3", "worker 3 is in quarantine: its GPU is not healthy (Xid 79)"),
         ("quarantine.gpu4", "worker 4 is in quarantine: it failed twice"),
     ]
     assert [*of_workers(own[1:2], {Key(4, "here"): cooling}, now=60.0)] == []

@@ -62,7 +62,7 @@ def test_a_decision_says_what_is_missing_and_why() -> None:
     ]
     seen = replace(observe(fleet, waiting=1000), dead_letters=3)
     decision = decide(seen, remembering(KNOWN), settings(), NOW)
-    xid = "gpu2@a (in quarantine: its GPU is not healthy: Xid 79, for 30 s more)"
+    xid = "gpu2@a (in quarantine for 30 s more: its GPU is not healthy (Xid 79))"
     assert decision.why == (
         "18 workers are desired, 1 runs: 1,000 tasks wait in default, 17 more can serve them within 15 s "
         "at 10/s each; no other instance can be started; "

@@ -124,7 +124,7 @@ TABLE: list[tuple[str, Case, str]] = [
         ),
         f"no worker is desired, none runs: {IDLE}; stopping gpu0@a, whose starts keep failing; "
         "excluded: gpu0@a "
-        "(in quarantine: its starts fail, and systemd starts it again and again, for 30 s more)",
+        "(in quarantine for 30 s more: its starts fail, and systemd starts it again and again)",
     ),
     (
         "enabled, and in quarantine",
@@ -143,7 +143,7 @@ TABLE: list[tuple[str, Case, str]] = [
                 ]
             ),
         ),
-        excluded("in quarantine after 3 failures: its unit failed, for 120 s more"),
+        excluded("in quarantine for 120 s more after 3 failures: its unit failed"),
     ),
     ("masked", Case([one(0, masked=True)]), excluded("masked, until it is unmasked")),
     (
@@ -169,7 +169,7 @@ TABLE: list[tuple[str, Case, str]] = [
     (
         "a fault",
         Case([one(0, gpu=GpuHealth(fault="Xid 79"))]),
-        excluded("in quarantine: its GPU is not healthy: Xid 79, for 30 s more"),
+        excluded("in quarantine for 30 s more: its GPU is not healthy (Xid 79)"),
     ),
     (
         "heat",
