@@ -8,12 +8,12 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from gpuinfer.api import query, schemas
-from gpuinfer.api.access import caller, changing
+from gpuinfer.api.access import caller, changing, check_model
 from gpuinfer.api.answers import answer
 from gpuinfer.api.middleware import note
 from gpuinfer.api.showing import models_for, state
 from gpuinfer.client import AsyncClient
-from gpuinfer.errors import InputError
+from gpuinfer.errors import InputError, UnknownModel
 from gpuinfer.queue.usage import USUAL_S, By, since_of
 from gpuinfer.settings import Settings
 
@@ -64,6 +64,24 @@ async def models(request: Request) -> Response:
     is queued until one does."""
     fleet = await _client(request).fleet()
     return answer(models_for(request.scope, [model.to_dict() for model in fleet.models.values()]))
+
+
+@router.get(
+    "/models/{model}",
+    tags=["models"],
+    summary="One model that the fleet knows",
+    responses=schemas.MODEL_RESPONSES,
+)
+async def one_model(request: Request, model: str) -> Response:
+    """Answer its entry of `/models`."""
+    check_model(request.scope, model)
+    fleet = await _client(request).fleet()
+    found = models_for(request.scope, [one.to_dict() for one in fleet.models.values()])
+    for one in found:
+        if one["name"] == model:
+            return answer(one)
+    known = ", ".join(one["name"] for one in found) or "none"
+    raise UnknownModel(f"the fleet knows no model {model[:80]!r}; known: {known}", "model")
 
 
 @router.get("/usage", tags=["fleet"], summary="Who has used how much", responses=schemas.USAGE_RESPONSES)

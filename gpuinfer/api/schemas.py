@@ -169,6 +169,12 @@ _RETRY_AFTER: JsonSchema = {
 _AWAY = _RETRY_AFTER | _error(
     "Redis is away; see Retry-After.", "broker_unavailable", "Redis does not answer"
 )
+_UNKNOWN_MODEL = _error(
+    "The fleet knows no model of that name.",
+    "unknown_model",
+    "the fleet knows no model 'resnets'; known: digits, resnet",
+    "model",
+)
 _FULL = _RETRY_AFTER | _error(
     "The queue or Redis is full; see Retry-After.",
     "queue_full",
@@ -202,12 +208,7 @@ SUBMIT_RESPONSES: dict[int | str, JsonSchema] = {
         "malformed_json",
         "the body is not JSON: unexpected character at line 1, column 1",
     ),
-    404: _error(
-        "The fleet knows no model of that name.",
-        "unknown_model",
-        "the fleet knows no model 'resnets'; known: digits, resnet",
-        "model",
-    ),
+    404: _UNKNOWN_MODEL,
     408: _error(
         "The body stalled; the connection is closed.",
         "slow_body",
@@ -322,39 +323,39 @@ MODEL: JsonSchema = {
         },
     },
 }
+_SERVED: JsonSchema = {
+    "name": "digits",
+    "default": True,
+    "serving": True,
+    "queues": ["realtime", "default", "batch"],
+    "workers": 2,
+    "missing": {},
+    "waiting": {"realtime": 3, "default": 0, "batch": 120},
+    "paused": ["batch"],
+    "last_seen": "2026-11-28T16:31:35+00:00",
+}
+_WAITS: JsonSchema = {
+    "name": "resnet",
+    "default": False,
+    "serving": False,
+    "queues": [],
+    "workers": 0,
+    "missing": {"gpu1@host": "imports = [..., 'torchvision'] failed: ModuleNotFoundError: ..."},
+    "waiting": {"realtime": 12, "default": 0, "batch": 0},
+    "paused": [],
+    "last_seen": "2026-11-27T09:12:04+00:00",
+}
 MODELS_RESPONSES: dict[int | str, JsonSchema] = {
     200: _answer(
         "All models of the catalogue, by name, and any other that tasks wait for.",
         {"type": "array", "items": MODEL},
-        {
-            "one serves, one waits for a worker": [
-                {
-                    "name": "digits",
-                    "default": True,
-                    "serving": True,
-                    "queues": ["realtime", "default", "batch"],
-                    "workers": 2,
-                    "missing": {},
-                    "waiting": {"realtime": 3, "default": 0, "batch": 120},
-                    "paused": ["batch"],
-                    "last_seen": "2026-11-28T16:31:35+00:00",
-                },
-                {
-                    "name": "resnet",
-                    "default": False,
-                    "serving": False,
-                    "queues": [],
-                    "workers": 0,
-                    "missing": {
-                        "gpu1@host": "imports = [..., 'torchvision'] failed: ModuleNotFoundError: ..."
-                    },
-                    "waiting": {"realtime": 12, "default": 0, "batch": 0},
-                    "paused": [],
-                    "last_seen": "2026-11-27T09:12:04+00:00",
-                },
-            ]
-        },
+        {"one serves, one waits for a worker": [_SERVED, _WAITS]},
     ),
+    503: _AWAY,
+}
+MODEL_RESPONSES: dict[int | str, JsonSchema] = {
+    200: _answer("The model, as the list has it.", MODEL, {"served": _SERVED, "waits for a worker": _WAITS}),
+    404: _UNKNOWN_MODEL,
     503: _AWAY,
 }
 _ACCOUNT: JsonSchema = {
@@ -445,12 +446,7 @@ READY_RESPONSES: dict[int | str, JsonSchema] = {
             "starting": {"status": "starting", "workers": 0, "startable": 8, "model": "digits"},
         },
     ),
-    404: _error(
-        "The fleet knows no model of that name.",
-        "unknown_model",
-        "the fleet knows no model 'resnets'; known: digits, resnet",
-        "model",
-    ),
+    404: _UNKNOWN_MODEL,
     503: _RETRY_AFTER
     | _error(
         "Nothing serves and nothing may be started, or Redis is away; see Retry-After.",

@@ -383,6 +383,9 @@ async def test_models_and_queues_of_a_key(keyed: Settings, redis_server: RedisSe
             assert await refused("POST", f"/v2/models/{path}/infer", tensor) == (403, "model")
         mine = await site.ask("GET", "/models", token="gpi_lab")
         assert [one["name"] for one in mine.json()] == ["digits"]
+        assert (await site.ask("GET", "/models/digits", token="gpi_lab")).json() == mine.json()[0]
+        for path in ("/models/resnet", "/models/nosuch"):  # neither is told of
+            assert await refused("GET", path) == (403, "model")
         index = await site.ask("POST", "/v2/repository/index", token="gpi_lab")
         assert [one["name"] for one in index.json()] == ["digits"]
         every = await site.ask("GET", "/models", token="gpi_boss")

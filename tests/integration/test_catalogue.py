@@ -261,6 +261,20 @@ def test_models_over_http(api: Api, worker: HandWorker, redis_server: RedisServe
         api.http.post("/predict", json={"inputs": [1]})
         seen = connection.zscore(keys.CATALOGUE, "digits")
     digits, early, resnet = api.http.get("/models").json()
+    assert [api.http.get(f"/models/{one['name']}").json() for one in (digits, early, resnet)] == [
+        digits,
+        early,
+        resnet,
+    ]
+    unknown = api.http.get("/models/resnets")
+    assert (unknown.status_code, unknown.json()["error"]) == (
+        404,
+        {
+            "code": "unknown_model",
+            "message": "the fleet knows no model 'resnets'; known: digits, early, resnet",
+            "field": "model",
+        },
+    )
     at = digits.pop("last_seen")
     assert digits == {
         "name": "digits",
@@ -281,8 +295,11 @@ def test_models_over_http(api: Api, worker: HandWorker, redis_server: RedisServe
 
 def test_models_are_documented(api: Api) -> None:
     """With an example that has what the answer has."""
-    spec = api.http.get("/openapi.json").json()["paths"]["/models"]["get"]["responses"]["200"]
+    paths = api.http.get("/openapi.json").json()["paths"]
+    spec = paths["/models"]["get"]["responses"]["200"]
     (example,) = spec["content"]["application/json"]["examples"].values()
+    of_one = paths["/models/{model}"]["get"]["responses"]["200"]["content"]["application/json"]["examples"]
+    assert [one["value"] for one in of_one.values()] == example["value"]
     fields = list(catalogue.ModelState(name="x").to_dict())
     assert [list(model) for model in example["value"]] == [fields] * 2
     assert schemas.MODEL["required"] == fields
@@ -335,4 +352,4 @@ def test_an_unknown_model_over_http(api: Api, worker: HandWorker) -> None:
 def test_models_without_redis(api: Api, redis_server: RedisServer) -> None:
     """503, as everywhere."""
     redis_server.kill()
-    assert api.http.get("/models").status_code == 503
+    assert api.http.get("/models").status_code == api.http.get("/models/digits").status_code == 503
