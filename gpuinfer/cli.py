@@ -20,7 +20,7 @@ from click.shell_completion import CompletionItem
 
 from gpuinfer import __version__
 from gpuinfer.cli_help import plain
-from gpuinfer.errors import GpuinferError, MissingExtra, UsageError
+from gpuinfer.errors import BrokerUnavailable, GpuinferError, MissingExtra, UsageError
 
 if TYPE_CHECKING:
     from gpuinfer.settings import Loaded, Settings
@@ -111,9 +111,19 @@ class LazyGroup(click.Group):
         return plain(entry.load()) if entry else None
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Call the command. A closed pipe on standard output gives exit code 141 instead of click's 1."""
+        """Call the command. A closed pipe on standard output gives exit code 141 instead of click's 1.
+
+        Where Redis does not answer, the error also has the command that ``gpuinfer status`` names then.
+        """
         try:
             return super().invoke(ctx)
+        except BrokerUnavailable as exc:
+            if not exc.message.startswith("Redis does not answer"):
+                raise
+            from gpuinfer.doctor.redis_place import place_of
+
+            start = place_of(ctx.obj.settings.broker).start
+            raise BrokerUnavailable(f"{exc.message.rstrip('.')}; try: {start}", exc.field) from exc
         except BrokenPipeError as exc:
             raise click.exceptions.Exit(EXIT_BROKEN_PIPE) from exc
 

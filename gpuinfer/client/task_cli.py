@@ -12,7 +12,7 @@ from gpuinfer.client.cli import cancel
 from gpuinfer.errors import BrokerError, GpuinferError
 from gpuinfer.queue import completion
 from gpuinfer.queue.history import MOST, STATUSES, USUAL
-from gpuinfer.queue.show import as_json_option, one_line, print_json, print_table
+from gpuinfer.queue.show import as_json_option, as_usage, one_line, print_json, print_table
 
 if TYPE_CHECKING:
     from gpuinfer.settings import Loaded
@@ -90,7 +90,7 @@ def list_(
     """
     from gpuinfer.client import Client
 
-    with Client(loaded.only("broker", "queue")) as client:
+    with Client(loaded.only("broker", "queue")) as client, as_usage():
         page = client.tasks(status=status, model=model, before=before, limit=limit)
     if as_json:
         print_json(page.to_dict())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -25,8 +25,11 @@ from gpuinfer.models.completion import setting
 from gpuinfer.queue.show import as_json_option, print_json, print_table
 
 if TYPE_CHECKING:
+    import redis
+
     from gpuinfer.settings import Loaded
 
+T = TypeVar("T")
 _SPAN = re.compile(r"(\d{1,6})\s*(s|min|m|h|d|w)")
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SIZE = re.compile(r"(\d{1,15})\s*([KMGT]?)(?:iB|B)?")
@@ -201,6 +204,7 @@ def add(loaded: Loaded, /, name: str, as_json: bool, **given: Any) -> None:
     notes = (
         ["from now on requests by loopback need a key, too; those by the Unix socket do not"] if first else []
     )
+    notes += _unknown_models(loaded, made.models)
     _print_token(made, token, notes, as_json=as_json)
 
 
@@ -398,15 +402,32 @@ def _all(folder: Path) -> tuple[list[Key], dict[str, str]]:
 
 def _used(loaded: Loaded) -> dict[str, float] | None:
     """Return name -> Unix time of last use, from Redis; None where it does not answer."""
+    from gpuinfer.queue.keys import KEY_USED
+
+    found: Any = _asked(loaded, lambda client: client.hgetall(KEY_USED))
+    return None if found is None else {name.decode(): float(at) for name, at in found.items()}
+
+
+def _unknown_models(loaded: Loaded, models: Sequence[str]) -> list[str]:
+    """Return a note for each model that the fleet does not know; none where Redis does not answer."""
+    from gpuinfer.queue import catalogue
+
+    known = _asked(loaded, catalogue.names) if models else None
+    if known is None:
+        return []
+    said = f"known: {', '.join(known) or 'none'}"
+    return [f"the fleet knows no model {name!r} yet; {said}" for name in models if name not in known]
+
+
+def _asked(loaded: Loaded, ask: Callable[[redis.Redis], T]) -> T | None:
+    """Return Redis's answer; None where it does not answer."""
     from gpuinfer.errors import ConfigError
     from gpuinfer.queue.connection import connect, typed_errors, user_of
-    from gpuinfer.queue.keys import KEY_USED
 
     try:
         broker = loaded.settings.broker
         with typed_errors(user_of(broker)), connect(broker, retries=0) as client:
-            found: Any = client.hgetall(KEY_USED)
-            return {name.decode(): float(at) for name, at in found.items()}
+            return ask(client)
     except (BrokerError, ConfigError):
         return None
 

@@ -1,19 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the queue's commands print: JSON for programs, tables for people."""
+"""How the queue's commands print: JSON for programs, tables for people; and how they refuse an option."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
 import orjson
 
+from gpuinfer.errors import InputError, UsageError
+
 #: Width of tables where the output is no terminal, so that a pipe gets whole lines.
 _PIPE_WIDTH = 240
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@contextmanager
+def as_usage() -> Iterator[None]:
+    """Raise UsageError, naming the option, where a value of one is wrong: it is no task's input."""
+    try:
+        yield
+    except InputError as exc:
+        raise UsageError(exc.message, f"--{exc.field}" if exc.field else None) from None
 
 
 def print_json(value: Any) -> None:

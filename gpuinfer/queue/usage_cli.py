@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from gpuinfer.cli_help import examples
-from gpuinfer.queue.show import as_json_option, print_json, print_table
+from gpuinfer.queue.show import as_json_option, as_usage, print_json, print_table
 
 if TYPE_CHECKING:
     from gpuinfer.queue.usage import Account
@@ -40,7 +40,8 @@ def usage(loaded: Loaded, by: Literal["key", "model"] | None, since: str, as_jso
     from gpuinfer.queue.connection import connect, typed_errors, user_of
     from gpuinfer.queue.usage import read, since_of
 
-    seconds = since_of(since, "--since")
+    with as_usage():
+        seconds = since_of(since)
     with typed_errors(user_of(loaded.settings.broker)), connect(loaded.settings.broker) as client:
         found = read(client, seconds).by(by)
     if as_json:

@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from gpuinfer.client.sync import Client
 from gpuinfer.errors import DeadLettered, InputError, ShapeMismatch, TaskNotFound, UnknownModel
+from gpuinfer.keys import cli as keys_cli
 from gpuinfer.models.tensors import encode_array
 from gpuinfer.queue import dead, depth, keys
 from gpuinfer.queue.message import decode
-from gpuinfer.settings import Settings
+from gpuinfer.settings import Loaded, Settings
 from tests.apis import WORKER, HandWorker
 from tests.services import RedisServer
 
@@ -129,6 +131,44 @@ def test_what_is_no_input(cli: Cli, argument: str, words: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_a_wrong_option_is_a_wrong_call(cli: Cli) -> None:
+    """64 for a value that is read late, too, and the option's name."""
+    for arguments in (
+        ("task", "list", "--before", "yesterday"),
+        ("usage", "--since", "yesterday"),
+        ("task", "list", "--model", "a b"),
+    ):
+        error = cli.json(*arguments, code=64)["error"]
+        assert (error["code"], error["field"]) == ("bad_usage", arguments[-2])
+
+
+def test_a_key_for_a_model_that_nobody_knows(
+    worker: HandWorker,
+    settings_for: Callable[..., Settings],
+    redis_server: RedisServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is made, and a note tells of it; without Redis nothing is said."""
+    worker.register()
+    monkeypatch.setattr(keys_cli, "_JOURNAL", tmp_path / "no journal")
+    loaded = Loaded(settings_for(redis_server, api={"keys_dir": tmp_path / "keys"}), {})
+
+    def add(name: str) -> tuple[str, list[str]]:
+        arguments = ["add", name, "--models", "nosuch,digits", "--json"]
+        done = CliRunner().invoke(keys_cli.key, arguments, obj=loaded, catch_exceptions=False)
+        made = json.loads(done.stdout)
+        return made["token"], [note for note in made["notes"] if "model" in note]
+
+    token, notes = add("lab")
+    assert token
+    assert notes == ["the fleet knows no model 'nosuch' yet; known: digits"]
+    redis_server.kill()
+    token, notes = add("other")
+    assert token
+    assert notes == []
+
+
 def test_pickles_are_not_opened(cli: Cli, tmp_path: Path) -> None:
     """An array of objects is a program; it is refused."""
     np.save(tmp_path / "evil.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
@@ -209,6 +249,8 @@ def test_without_redis(cli: Cli, redis_server: RedisServer) -> None:
         done = cli(*arguments)
         assert done.returncode == 69, arguments
         assert "Redis does not answer" in done.stderr
+        assert "; try: gpuinfer config show | grep broker.url # " in done.stderr
+        assert done.stderr.count("\n") == 1
         assert "Traceback" not in done.stderr
 
 
