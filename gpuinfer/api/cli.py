@@ -37,17 +37,18 @@ if TYPE_CHECKING:
     type=click.IntRange(0),
     help="Listen on this open socket, and on all others that systemd passes with it (socket activation: 3).",
 )
-@click.pass_obj
-def api(loaded: Loaded, host: str | None, port: int | None, path: Path | None, fd: int | None) -> None:
+@click.pass_context
+def api(ctx: click.Context, host: str | None, port: int | None, path: Path | None, fd: int | None) -> None:
     """Run the HTTP front. /docs describes all routes.
 
     SIGTERM and SIGINT end it with exit code 0, after it has answered the requests that it accepted. With --fd
     and wrong settings it answers 503 until they are right.
     """
+    loaded: Loaded = ctx.obj
     if sum((host is not None or port is not None, path is not None, fd is not None)) > 1:
         raise UsageError("give --host and --port, or --socket, or --fd")
     if fd is not None:
-        _run_handed(loaded, fd)
+        _run_handed(loaded, fd, ctx.find_root().params.get("file"))
         return
     settings = loaded.settings
     if host is not None or port is not None:
@@ -71,15 +72,15 @@ def run(settings: Settings, *, path: Path | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
-def _run_handed(loaded: Loaded, fd: int) -> None:
+def _run_handed(loaded: Loaded, fd: int, file: Path | None) -> None:
     """Serve at sockets that somebody else has opened and keeps open; answer 503 while settings are wrong.
 
-    Raises AddressUnavailable.
+    ``file``: what --config names. Raises AddressUnavailable.
     """
     from gpuinfer.api.misconfigured import wait_for
     from gpuinfer.api.server import inherited
     from gpuinfer.log import configure
-    from gpuinfer.settings import LogSettings, Settings
+    from gpuinfer.settings import LogSettings, Settings, settings_file
 
     def prepare() -> tuple[Settings, Certificate | None]:
         settings = loaded.only(*Settings.model_fields)  # read again each time
@@ -87,7 +88,7 @@ def _run_handed(loaded: Loaded, fd: int) -> None:
 
     configure(LogSettings(), program="gpuinfer-api")
     listeners = inherited(fd)
-    found = wait_for(prepare, listeners)
+    found = wait_for(prepare, listeners, settings_file(file))
     if found is not None:
         settings, certificate = found
         _serve(settings, listeners, certificate)

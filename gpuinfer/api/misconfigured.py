@@ -2,8 +2,9 @@
 """The front while its settings are wrong: each request is a 503 that says what is wrong.
 
 systemd would start a front that ends at once again and again, and then give up its socket, too. So a front
-that was handed its sockets stays, reads the settings every few seconds, and serves once they are right. What
-is wrong is told to this host alone; who comes from a network learns that something is.
+that was handed its sockets stays, reads the settings every few seconds, and serves once they are right. The
+beginning of a file that is being written may be valid, so the file must be unchanged over two looks, and not
+empty. What is wrong is told to this host alone; who comes from a network learns that something is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Final, TypeVar
 
@@ -34,15 +36,16 @@ _MOST_HEADERS_BYTES: Final = 65_536
 T = TypeVar("T")
 
 
-def wait_for(prepare: Callable[[], T], listeners: Sequence[socket.socket]) -> T | None:
+def wait_for(prepare: Callable[[], T], listeners: Sequence[socket.socket], file: Path) -> T | None:
     """Return what ``prepare`` returns; while it raises ConfigError, answer 503.
 
-    None: SIGTERM or SIGINT came first. The listeners stay open.
+    ``file``: the settings file, which ``prepare`` reads. None: SIGTERM or SIGINT came first. The
+    listeners stay open.
     """
     try:
         return prepare()
     except ConfigError as exc:
-        return asyncio.run(_Misconfigured(exc).until_right(prepare, listeners))
+        return asyncio.run(_Misconfigured(exc, file).until_right(prepare, listeners))
 
 
 def answer(error: GpuinferError, *, body: bool = True) -> bytes:
@@ -56,8 +59,8 @@ def answer(error: GpuinferError, *, body: bool = True) -> bytes:
 
 
 class _Misconfigured:
-    def __init__(self, error: ConfigError) -> None:
-        self._error = error
+    def __init__(self, error: ConfigError, file: Path) -> None:
+        self._error, self._file = error, file
         self._notifier = SystemdNotifier()
 
     async def until_right(self, prepare: Callable[[], T], listeners: Sequence[socket.socket]) -> T | None:
@@ -71,20 +74,25 @@ class _Misconfigured:
             await asyncio.start_server(self._connection, sock=one.dup(), limit=_MOST_HEADERS_BYTES)
             for one in listeners
         ]
+        before: object = ()
         try:
             while not stop.is_set():
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), LOOK_S)
                     return None
                 self._notifier.notify("WATCHDOG=1")
+                seen = _state(self._file)
                 try:
+                    _check_written(self._file)
                     found = prepare()
                 except ConfigError as exc:
                     if str(exc) != str(self._error):
                         self._tell(exc)
                 else:
-                    log.info("settings_right", pid=os.getpid())
-                    return found
+                    if before == seen == _state(self._file):
+                        log.info("settings_right", pid=os.getpid())
+                        return found
+                before = seen
             return None
         finally:
             for server in servers:
@@ -119,6 +127,25 @@ class _Misconfigured:
         # What is unread when a connection is closed resets it, and may cost the client its answer.
         while await reader.read(_MOST_HEADERS_BYTES):
             pass
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Return what differs once a file is written; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+def _check_written(path: Path) -> None:
+    """Raise ConfigError for an empty file: editors and ``>`` truncate a file, then write it."""
+    try:
+        empty = path.stat().st_size == 0
+    except OSError:
+        return
+    if empty:
+        raise ConfigError("is empty, as a file that is being written; a restart takes it as it is", str(path))
 
 
 def _from_this_host(head: bytes, writer: asyncio.StreamWriter) -> bool:

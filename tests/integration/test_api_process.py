@@ -231,6 +231,13 @@ def test_a_restart_loses_no_request(redis_server: RedisServer, tmp_path: Path) -
         assert statistics.quantiles(seconds, n=4)[0] < 0.035
 
 
+def replace(file: Path, text: str) -> None:
+    """Write a file at once: ``write_text`` empties it before."""
+    fresh = file.with_suffix(".new")
+    fresh.write_text(text)
+    fresh.replace(file)
+
+
 def test_wrong_settings_are_a_503_that_names_them(redis_server: RedisServer, tmp_path: Path) -> None:
     """A front that was handed its socket tells this host alone what is wrong, and serves once it is right."""
     file = tmp_path / "gpuinfer.toml"
@@ -254,9 +261,9 @@ def test_wrong_settings_are_a_503_that_names_them(redis_server: RedisServer, tmp
                 passed_on = http.get("/health/ready", headers={"X-Forwarded-For": "192.0.2.7"})
                 assert passed_on.json()["error"]["code"] == "not_ready"
                 assert str(tmp_path) not in passed_on.text
-                file.write_text(f'[api]\ntls_cert = "{tmp_path}/none.pem"\n')
+                replace(file, f'[api]\ntls_cert = "{tmp_path}/none.pem"\n')
                 wait_until(lambda: "none.pem" in http.get("/models").text, 60)
-                file.write_text("[api]\n")
+                replace(file, "[api]\n")
                 wait_until(lambda: http.get("/health/live").status_code == 200, 60)
             assert api.terminate() == 0
             assert [line for line in api.lines() if "settings_wrong" in line][2:] == []
