@@ -119,10 +119,10 @@ def measure(folder: Path, clock: Callable[[], float] = time.perf_counter) -> flo
 
 def folder_of(conf: Path = REDIS_CONF) -> Path:
     """Return the data folder of this host's own Redis, by its configuration."""
-    return Path(_stated(conf, "dir") or REDIS_DATA)
+    return Path(stated(conf, "dir") or REDIS_DATA)
 
 
-def _stated(conf: Path, key: str) -> str:
+def stated(conf: Path, key: str) -> str:
     """Return the last value of a key in redis.conf itself; empty where there is none."""
     with suppress(OSError):
         text = conf.read_text(encoding="utf-8", errors="replace")
@@ -133,9 +133,9 @@ def _stated(conf: Path, key: str) -> str:
 
 def _overruled(conf: Path) -> str:
     """Return why nothing is guaranteed where redis.conf turns off the file or fsync; else empty."""
-    if _stated(conf, "appendonly").lower() == "no":
+    if stated(conf, "appendonly").lower() == "no":
         return f"{conf} has appendonly no, so a restart of Redis loses the queue"
-    if _stated(conf, "appendfsync").lower() == "no":
+    if stated(conf, "appendfsync").lower() == "no":
         return f"{conf} has appendfsync no, so the kernel decides when to write"
     return ""
 
@@ -175,9 +175,9 @@ def _choose(
     again: bool = False,
 ) -> tuple[Choice, dict[str, Any]]:
     record = recorded(folder)
-    stated = _stated(conf, "appendfsync").lower()
-    asked = stated if stated in MEANING else settings.appendfsync
-    source = str(conf) if stated in MEANING else "redis.appendfsync"
+    by_file = stated(conf, "appendfsync").lower()
+    asked = by_file if by_file in MEANING else settings.appendfsync
+    source = str(conf) if by_file in MEANING else "redis.appendfsync"
     try:
         where = file_system(folder)
     except OSError as exc:
@@ -214,10 +214,9 @@ def running(client: redis.Redis) -> dict[str, str] | None:
     None where this user may not ask. The file system is checked only where Redis runs on this host.
     """
     try:
-        answer: Any = client.config_get("appendonly", "appendfsync", "dir")
+        found = configuration(client, "appendonly", "appendfsync", "dir")
     except ResponseError:  # NOPERM, or a hosted Redis without CONFIG
         return None
-    found = {_text(key): _text(value) for key, value in answer.items()}
     mode = found.get("appendfsync", "")
     if found.get("appendonly") != "yes":
         return {
@@ -234,6 +233,12 @@ def running(client: redis.Redis) -> dict[str, str] | None:
         "appendfsync": mode,
         "means": f"nothing is promised about a power cut: {unsafe}" if unsafe else MEANING[mode],
     }
+
+
+def configuration(client: redis.Redis, *patterns: str) -> dict[str, str]:
+    """Return the settings that a Redis runs with, as text. Raises redis-py's errors."""
+    answer: Any = client.config_get(*patterns)
+    return {_text(key): _text(value) for key, value in answer.items()}
 
 
 def _unsafe_here(client: redis.Redis, folder: Path) -> str:

@@ -17,7 +17,7 @@ from gpuinfer.broker import acl, durability, passwords, trial
 from gpuinfer.broker.cli import MORE_USERS, more_users
 from gpuinfer.broker.tuning import host_memory_bytes, render
 from gpuinfer.doctor.host import EDIT, Finding, Findings, Host, Skipped, error, ok, warning
-from gpuinfer.doctor.redis_place import OUR_CONF, diagnose, place_of
+from gpuinfer.doctor.redis_place import OUR_CONF, Place, diagnose, place_of
 from gpuinfer.errors import ConfigError, FormatMismatch, UnusableRedis
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
@@ -30,7 +30,9 @@ _FULL_SHARE = 0.85
 CONF, TUNING = OUR_CONF, "/run/gpuinfer/redis/tuning.conf"
 RESTART = "systemctl restart gpuinfer-redis"
 #: What a trial has of its own, and what it is not asked about.
-_NOT_COMPARED = frozenset((*trial.APART, "dir", "unixsocket", "bind", "requirepass", "masterauth"))
+_NOT_COMPARED = {*trial.APART, "dir", "unixsocket", "bind", "requirepass", "masterauth"} - {"appendonly"}
+#: Where a start looks for the queue.
+_HOLD_THE_QUEUE = {"appenddirname", "appendfilename"}
 
 
 def reach(host: Host) -> Finding:
@@ -131,39 +133,36 @@ def durable(host: Host) -> Finding:
         raise Skipped("this Redis user may not ask how Redis writes (CONFIG GET)")
     place, mode = place_of(host.settings.broker), found["appendfsync"]
     better = {"off": ("appendonly", "yes"), "no": ("appendfsync", "everysec")}.get(mode)
-    if better is None and found["means"].startswith("nothing is promised"):
-        better = ("dir", "PATH  # a folder on a disk")
-    text = f"appendfsync {mode}: {found['means']}"
-    return warning(text, place.config(*better)) if better else ok(text)
+    fix, text = place.config(*better) if better else "", f"appendfsync {mode}: {found['means']}"
+    if not fix and found["means"].startswith("nothing is promised"):
+        fix = f"{place.cli} CONFIG GET dir  # to move it to a disk: the runbook, Backup and restore"
+    return warning(text, fix) if fix else ok(text)
 
 
 def as_configured(host: Host) -> Finding:
     """Our own Redis runs as its files and the settings say now."""
-    _need_ours(host)
+    place = _need_ours(host)
     with asked(host) as client:
-        found = _texts(client.config_get("*"))
+        found = durability.configuration(client, "*")
     # tuning.conf as the next start would write it: the settings may have changed since the last.
     choice = durability.planned(host.settings.redis, host.path(redis_folder(host)), host.path(CONF))
     text = host.read(CONF)
     text = text.replace(f"include {TUNING}", render(host.settings.redis, host_memory_bytes(), choice))
     try:
         with trial.redis_server(trial.BINARY, text) as client:
-            wanted = _texts(client.config_get("*"))
+            wanted = durability.configuration(client, "*")
     except trial.NotUp as exc:
         return warning(f"Redis does not start with {CONF} as it is now: {exc.message}", f"editor {CONF}")
+    wanted["appendonly"] = durability.stated(host.path(CONF), "appendonly").lower() or "no"
     compared = [key for key in wanted if key in found and key not in _NOT_COMPARED and "-file" not in key]
     off = [key for key in compared if found[key] != wanted[key]]
     if not off:
         return ok(f"runs as {CONF} says, in {len(compared)} settings")
     words = [f"{key} is {found[key]}, {CONF} says {wanted[key]}" for key in off[:5]]
-    return warning(f"{len(off)} settings differ: {'; '.join(words)}", RESTART)
-
-
-def _texts(answer: Mapping[Any, Any]) -> dict[str, str]:
-    """Return an answer to CONFIG GET, which a client gives as text or as bytes, as text."""
-    words = (word for pair in answer.items() for word in pair)
-    plain = iter([word.decode() if isinstance(word, bytes) else str(word) for word in words])
-    return dict(zip(plain, plain, strict=True))
+    text = f"{len(off)} settings differ: {'; '.join(words)}"
+    if found.get("appendonly") == wanted["appendonly"] == "yes" and not _HOLD_THE_QUEUE & {*off}:
+        return warning(text, RESTART)
+    return warning(f"{text}; a restart now would lose the queue", place.config("appendonly", "yes"))
 
 
 def users(host: Host) -> Finding:
@@ -192,6 +191,7 @@ def users(host: Host) -> Finding:
     return ok(f"{len(found)} users as the files name them")
 
 
-def _need_ours(host: Host) -> None:
-    if not place_of(host.settings.broker).ours:
+def _need_ours(host: Host) -> Place:
+    if not (place := place_of(host.settings.broker)).ours:
         raise Skipped("broker.url names a Redis that is not the package's own")
+    return place

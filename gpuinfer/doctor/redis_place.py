@@ -65,10 +65,9 @@ class Place:
         return f"{login} -h {self.host} -p {self.port}" + (f" --tls{ca}" if self.tls else "")
 
     def config(self, key: str, value: str) -> str:
-        """Return the command that sets an option of redis.conf; in our own Redis it outlasts a restart."""
-        if self.ours:
-            return f"editor {OUR_CONF} && systemctl restart gpuinfer-redis  # {key} {value}"
-        return f"{self.cli} CONFIG SET {key} {value}"
+        """Return the command that sets an option at once: without an append-only file a restart loses all."""
+        keep = f" && editor {OUR_CONF}  # {key} {value}, for the next start" if self.ours else ""
+        return f"{self.cli} CONFIG SET {key} {value}{keep}"
 
     @property
     def start(self) -> str:

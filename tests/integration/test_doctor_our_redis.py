@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from gpuinfer.broker import cli as broker_cli
-from gpuinfer.broker import passwords, trial
+from gpuinfer.broker import durability, passwords, trial
 from gpuinfer.doctor import broker
 from gpuinfer.doctor.host import Finding, Findings, Host, Skipped
 from gpuinfer.settings import Loaded, Settings
 from tests.brokers import PASSWORDS, OurRedis, our_redis
 from tests.conftest import RedisFactory
 from tests.services import redis_binary
+from tests.workers import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -29,11 +30,12 @@ def test_a_redis_that_runs_otherwise_than_configured(
     redis_factory: RedisFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Somebody changed it by hand, or the settings were changed since its start: a restart fixes both."""
-    server = redis_factory(maxmemory="64mb", maxmemory_policy="volatile-ttl")
+    server = redis_factory(maxmemory="64mb", maxmemory_policy="volatile-ttl", appendonly="yes")
     monkeypatch.setattr("gpuinfer.doctor.redis_place.OUR_SOCKET", str(server.socket))
     monkeypatch.setattr(trial, "BINARY", redis_binary())
     (tmp_path / "etc/gpuinfer").mkdir(parents=True)
-    (tmp_path / "etc/gpuinfer/redis.conf").write_text("maxmemory 64mb\nmaxmemory-policy volatile-ttl\n")
+    conf = "maxmemory 64mb\nmaxmemory-policy volatile-ttl\nappendonly yes\n"
+    (tmp_path / "etc/gpuinfer/redis.conf").write_text(conf)
     here = Host(Loaded(Settings.model_validate({"broker": {"url": server.url}}), {}), root=tmp_path)
     assert one(broker.as_configured(here)).status == "ok"
     with server.client() as client:
@@ -86,6 +88,45 @@ def test_each_setting_of_our_redis_is_compared(ours: OurRedis) -> None:
     assert (found.status, found.remedy) == ("warning", "systemctl restart gpuinfer-redis")
     for key in changes:
         assert f"{key} is " in found.message
+
+
+def test_no_remedy_restarts_a_redis_that_would_lose_its_queue(ours: OurRedis) -> None:
+    """Without an append-only file, and where a start would not look for the one there is."""
+    here, at_once = sound_host(ours), f"-s {ours.socket} CONFIG SET appendonly yes && editor "
+    for key, value in {"appendonly": "no", "loglevel": "debug", "maxmemory": "0"}.items():
+        with ours.client() as client:
+            client.config_set(key, value)
+        for check in (broker.limits, broker.durable, broker.as_configured):
+            found = check(here)
+            each = [found] if isinstance(found, Finding) else found
+            assert not [finding for finding in each if "restart" in finding.remedy]
+            assert [finding for finding in each if at_once in finding.remedy]
+    assert one(broker.as_configured(here)).message.endswith("; a restart now would lose the queue")
+    with ours.client() as client:
+        client.lpush("queue", "task")
+        client.config_set("appendonly", "yes")  # as the remedy does
+        wait_until(lambda: client.info("persistence")["aof_rewrite_in_progress"] == 0)
+        client.config_set("loglevel", "notice")
+        client.config_set("maxmemory", str(256 * 1024 * 1024))
+    assert one(broker.as_configured(here)).status == "ok"
+    ours.kill()
+    ours.start()
+    with ours.client() as client:
+        assert client.llen("queue") == 1
+    conf = ours.folder / "redis.conf"
+    for line in ("appendonly no", "appenddirname another"):
+        conf.write_text(f"{conf.read_text().replace('appendonly no', 'appendonly yes')}\n{line}\n")
+        found = one(broker.as_configured(here))
+        assert "restart" not in found.remedy, line
+        assert found.message.endswith("; a restart now would lose the queue")
+
+
+def test_a_queue_on_no_disk_is_moved_by_the_runbook(ours: OurRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis would start in a new folder without the queue."""
+    monkeypatch.setattr(durability, "_IN_MEMORY", {durability.file_system(ours.folder).kind})
+    found = one(broker.durable(sound_host(ours)))
+    assert found.message.startswith("appendfsync everysec: nothing is promised about a power cut")
+    assert "CONFIG GET dir  # to move it to a disk: the runbook, " in found.remedy
 
 
 def test_the_users_of_our_redis_are_compared(ours: OurRedis) -> None:
