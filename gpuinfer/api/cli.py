@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,7 @@ def _run_handed(loaded: Loaded, fd: int, file: Path | None) -> None:
 
     ``file``: what --config names. Raises AddressUnavailable.
     """
-    from gpuinfer.api.misconfigured import wait_for
+    from gpuinfer.api.misconfigured import keys_dir, wait_for
     from gpuinfer.api.server import inherited
     from gpuinfer.log import configure
     from gpuinfer.settings import LogSettings, Settings, settings_file
@@ -88,7 +89,8 @@ def _run_handed(loaded: Loaded, fd: int, file: Path | None) -> None:
 
     configure(LogSettings(), program="gpuinfer-api")
     listeners = inherited(fd)
-    found = wait_for(prepare, listeners, settings_file(file))
+    path = settings_file(file)
+    found = wait_for(prepare, listeners, path, partial(keys_dir, loaded, path))
     if found is not None:
         settings, certificate = found
         _serve(settings, listeners, certificate)

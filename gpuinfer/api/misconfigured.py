@@ -4,27 +4,31 @@
 systemd would start a front that ends at once again and again, and then give up its socket, too. So a front
 that was handed its sockets stays, reads the settings every few seconds, and serves once they are right. The
 beginning of a file that is being written may be valid, so the file must be unchanged over two looks, and not
-empty. What is wrong is told to this host alone; who comes from a network learns that something is.
+empty. What is wrong is told by the Unix socket, and by loopback while there is no key; everybody else learns
+that something is.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from signal import SIGINT, SIGTERM
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import orjson
 from sdnotify import SystemdNotifier
 
-from gpuinfer.addresses import address
-from gpuinfer.api.network import is_forwarded
+from gpuinfer.api.network import Network
 from gpuinfer.errors import ConfigError, GpuinferError, NotReady
+from gpuinfer.keys.writing import names
 from gpuinfer.log import get_logger
+from gpuinfer.settings import ApiSettings, Loaded, variable
+from gpuinfer.sources import read_text
 
 log = get_logger(__name__)
 
@@ -33,19 +37,41 @@ LOOK_S: Final = 2
 #: What a connection has for its request, and for the answer to be read.
 CONNECTION_S: Final = 5.0
 _MOST_HEADERS_BYTES: Final = 65_536
+#: A line of a settings file, valid or not, that is no comment and may set api.keys_dir.
+_NAMES_KEYS_DIR: Final = re.compile(r"^[^#\n]*keys_dir", re.MULTILINE)
 T = TypeVar("T")
 
 
-def wait_for(prepare: Callable[[], T], listeners: Sequence[socket.socket], file: Path) -> T | None:
+def wait_for(
+    prepare: Callable[[], T],
+    listeners: Sequence[socket.socket],
+    file: Path,
+    keys_dir: Callable[[], Path | None],
+) -> T | None:
     """Return what ``prepare`` returns; while it raises ConfigError, answer 503.
 
-    ``file``: the settings file, which ``prepare`` reads. None: SIGTERM or SIGINT came first. The
-    listeners stay open.
+    ``file``: the settings file, which ``prepare`` reads. ``keys_dir`` returns the folder of keys, None where
+    it is not known. None: SIGTERM or SIGINT came first. The listeners stay open.
     """
     try:
         return prepare()
     except ConfigError as exc:
-        return asyncio.run(_Misconfigured(exc, file).until_right(prepare, listeners))
+        return asyncio.run(_Misconfigured(exc, file, keys_dir).until_right(prepare, listeners))
+
+
+def keys_dir(loaded: Loaded, file: Path) -> Path | None:
+    """Return the folder of keys, even while other settings are wrong; None where it is not known."""
+    try:
+        return loaded.only("api").api.keys_dir
+    except ConfigError:
+        named = os.environ.get(variable("api", "keys_dir"))
+        if named:
+            return Path(named)
+    try:
+        text = read_text(file)
+    except ConfigError:
+        return None
+    return None if _NAMES_KEYS_DIR.search(text) else ApiSettings().keys_dir
 
 
 def answer(error: GpuinferError, *, body: bool = True) -> bytes:
@@ -59,8 +85,11 @@ def answer(error: GpuinferError, *, body: bool = True) -> bytes:
 
 
 class _Misconfigured:
-    def __init__(self, error: ConfigError, file: Path) -> None:
+    def __init__(self, error: ConfigError, file: Path, keys_dir: Callable[[], Path | None]) -> None:
         self._error, self._file = error, file
+        self._find_keys_dir = keys_dir
+        self._keys_dir = keys_dir()
+        self._network = Network(ApiSettings(), socket.gethostname())
         self._notifier = SystemdNotifier()
 
     async def until_right(self, prepare: Callable[[], T], listeners: Sequence[socket.socket]) -> T | None:
@@ -82,6 +111,7 @@ class _Misconfigured:
                     return None
                 self._notifier.notify("WATCHDOG=1")
                 seen = _state(self._file)
+                self._keys_dir = self._find_keys_dir()
                 try:
                     _check_written(self._file)
                     found = prepare()
@@ -119,7 +149,7 @@ class _Misconfigured:
         except asyncio.LimitOverrunError:
             head = b""
         error: GpuinferError = self._error
-        if not _from_this_host(head, writer):
+        if not self._may_know(head, writer):
             error = NotReady("its settings are wrong; on its host, gpuinfer config check says what")
         writer.write(answer(error, body=not head.startswith(b"HEAD ")))
         await writer.drain()
@@ -127,6 +157,19 @@ class _Misconfigured:
         # What is unread when a connection is closed resets it, and may cost the client its answer.
         while await reader.read(_MOST_HEADERS_BYTES):
             pass
+
+    def _may_know(self, head: bytes, writer: asyncio.StreamWriter) -> bool:
+        """Tell whether a request came by the Unix socket, or by loopback while that needs no key.
+
+        A proxy on this host that adds no header asks by loopback for strangers; by keys they are kept out.
+        """
+        scope = _scope(head, writer)
+        arrival = self._network.arrival(scope)
+        try:
+            self._network.check(scope, arrival)
+        except GpuinferError:
+            return False
+        return bool(head) and (arrival == "unix" or (arrival == "loopback" and not _has_keys(self._keys_dir)))
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
@@ -148,13 +191,21 @@ def _check_written(path: Path) -> None:
         raise ConfigError("is empty, as a file that is being written; a restart takes it as it is", str(path))
 
 
-def _from_this_host(head: bytes, writer: asyncio.StreamWriter) -> bool:
-    """Tell whether a request came by the Unix socket or by loopback, and no proxy passed it on."""
-    names = (line.partition(b":")[0].strip().lower() for line in head.split(b"\r\n")[1:])
-    if not head or is_forwarded(names):
-        return False
+def _scope(head: bytes, writer: asyncio.StreamWriter) -> dict[str, Any]:
+    """Return what ASGI would say of a request's connection and headers."""
+    pairs = (line.partition(b":") for line in head.split(b"\r\n")[1:] if line)
     peer = writer.get_extra_info("peername")
-    if not isinstance(peer, tuple):
+    by_tcp = isinstance(peer, tuple)
+    return {
+        "client": peer[:2] if by_tcp else None,
+        "server": ("", 0 if by_tcp else None),
+        "headers": [(name.strip().lower(), value.strip()) for name, _, value in pairs],
+    }
+
+
+def _has_keys(folder: Path | None) -> bool:
+    """Tell whether keys are in use. What is not known counts as a key."""
+    try:
+        return folder is None or bool(names(folder))
+    except GpuinferError:
         return True
-    found = address(peer[0])
-    return found is not None and found.is_loopback

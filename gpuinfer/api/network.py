@@ -8,7 +8,7 @@ What a proxy passed on came from a network, by whatever connection.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from ipaddress import ip_network
 from typing import Literal
 
@@ -128,13 +128,8 @@ class Network:
         return page in self._origins or "*" in self._origins or _usual(page) in self._origins
 
 
-def is_forwarded(headers: Iterable[bytes]) -> bool:
-    """Tell from the names of a request's headers, in lower case, whether a proxy has passed it on."""
-    return not _FORWARDED.isdisjoint(headers)
-
-
 def _is_forwarded(scope: Scope) -> bool:
-    return is_forwarded([name for name, _ in scope["headers"]])
+    return not _FORWARDED.isdisjoint([name for name, _ in scope["headers"]])
 
 
 def _forwarded_for(scope: Scope) -> Iterator[str]:

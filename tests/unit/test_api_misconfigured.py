@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front with wrong settings: when it takes them for right."""
+"""The front with wrong settings: when it takes them for right, and whom it tells what is wrong."""
 
 from __future__ import annotations
 
+import asyncio
+import socket
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +44,7 @@ def test_a_half_written_file_is_not_taken(tmp_path: Path) -> None:
         seen.append(file.read_text())
         return read(file)
 
-    assert misconfigured.wait_for(prepare, [], file) == "[api]\ntls_cert = 'a'\n"
+    assert misconfigured.wait_for(prepare, [], file, lambda: None) == "[api]\ntls_cert = 'a'\n"
     assert seen[1:4] == ["[api]\n", "[api]\ntls_cert =", "[api]\ntls_cert = 'a'\n"]
 
 
@@ -55,5 +59,89 @@ def test_an_emptied_file_is_not_taken(tmp_path: Path, monkeypatch: pytest.Monkey
         file.write_text("" if len(told) == 1 else "[api]\nport = 1\n")
 
     monkeypatch.setattr(misconfigured.log, "error", lambda _event, *, error, hint: edit(error))
-    assert misconfigured.wait_for(lambda: read(file), [], file) == "[api]\nport = 1\n"
+    assert misconfigured.wait_for(lambda: read(file), [], file, lambda: None) == "[api]\nport = 1\n"
     assert ["is empty" in text for text in told] == [False, True]
+
+
+# -- whom it tells ------------------------------------------------------------------------
+
+
+class Loaded:
+    """What ``keys_dir`` asks the settings for."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def only(self, *_sections: str) -> Any:
+        raise ConfigError("is not valid TOML", str(self._file))
+
+
+def ask(keys_dir: Path | None, *headers: str, unix: bool = False, tmp_path: Path) -> str:
+    """Return the whole answer of a front with wrong settings to a request by loopback, or by its socket."""
+    address = tmp_path / "api.sock"
+    address.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX) if unix else socket.create_server(("127.0.0.1", 0))
+    if unix:
+        listener.bind(str(address))
+        listener.listen()
+
+    async def talk() -> str:
+        if unix:
+            reader, writer = await asyncio.open_unix_connection(address)
+        else:
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write("\r\n".join(("GET / HTTP/1.1", *headers, "", "")).encode())
+        text = (await reader.read()).decode()
+        writer.close()
+        return text
+
+    async def served() -> str:
+        front = misconfigured._Misconfigured(ConfigError("SECRET"), tmp_path / "none", lambda: keys_dir)
+        serving = asyncio.ensure_future(front.until_right(prepare, [listener]))
+        try:
+            return await asyncio.wait_for(talk(), 60)
+        finally:
+            serving.cancel()
+
+    def prepare() -> None:
+        raise ConfigError("SECRET")
+
+    with listener:
+        return asyncio.run(served())
+
+
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [("127.0.0.1:8080", True), ("localhost", True), ("[::1]", True), ("evil.example", False)],
+)
+def test_details_by_loopback_while_there_is_no_key(tmp_path: Path, host: str, told: bool) -> None:
+    """For a name of this host: a page of a browser on it, whose name means this host now, learns nothing."""
+    text = ask(tmp_path / "keys.d", f"Host: {host}", tmp_path=tmp_path)
+    assert text.startswith("HTTP/1.1 503 ")
+    assert ("SECRET" in text, "not_ready" in text) == (told, not told)
+
+
+def test_no_details_by_loopback_with_a_key(tmp_path: Path) -> None:
+    """A proxy that adds no header asks by loopback, too. The Unix socket is told all the same."""
+    folder = tmp_path / "keys.d"
+    folder.mkdir()
+    (folder / "shop.toml").touch()
+    host = "Host: localhost"
+    assert "SECRET" not in ask(folder, host, tmp_path=tmp_path)
+    assert "SECRET" not in ask(None, host, tmp_path=tmp_path)
+    assert "SECRET" in ask(folder, host, unix=True, tmp_path=tmp_path)
+    assert "SECRET" not in ask(folder, host, "Via: proxy", unix=True, tmp_path=tmp_path)
+
+
+def test_the_folder_of_keys_while_the_file_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual one, unless the file may name another; the variable is stronger than the file."""
+    file = tmp_path / "gpuinfer.toml"
+    find = partial(misconfigured.keys_dir, Loaded(file), file)  # type: ignore[arg-type]
+    assert find() is None
+    file.write_text('[api\n#keys_dir = "/a"\n')
+    assert find() == Path("/etc/gpuinfer/keys.d")
+    for line in ('keys_dir = "/a"', 'api.keys_dir="/a"', 'api = {port = 1, "keys_dir" = "/a"}'):
+        file.write_text(f"[api\n{line}\n")
+        assert find() is None
+    monkeypatch.setenv("GPUINFER_API_KEYS_DIR", str(tmp_path))
+    assert find() == tmp_path
