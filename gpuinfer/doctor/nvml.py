@@ -109,7 +109,8 @@ def read(nvml: Any = None) -> Report:
 
 
 def _health(nvml: Any, index: int) -> Health:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    if (handle := _try(nvml, nvml.nvmlDeviceGetHandleByIndex, index)) is None:
+        return Health()  # lost since it was listed
     rows = _try(nvml, nvml.nvmlDeviceGetRemappedRows, handle) or (0, 0, None, None)
     uncorrected, volatile = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
     return Health(

@@ -93,6 +93,18 @@ def test_a_lost_gpu_is_an_error_beside_the_others() -> None:
     assert lost.message == "GPU 0 does not answer: GPU is lost"
 
 
+def test_a_gpu_that_is_lost_after_it_was_listed() -> None:
+    """The others' health is told all the same."""
+
+    class LostLater(FakeNvml):
+        def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:
+            self.lost = frozenset({1})
+            return super().nvmlDeviceGetComputeRunningProcesses(handle)
+
+    found = flat(gpu.health(host(LostLater(count=2, persistent=False))))
+    assert [finding.message.partition(":")[0] for finding in found] == ["GPU 0"]
+
+
 def test_a_gpu_of_the_settings_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An index, a UUID or a MIG instance that NVML does not list, though no worker is enabled for it."""
     names = ("0", "GPU-00000000", "MIG-0-0", "7", "GPU-ff")
