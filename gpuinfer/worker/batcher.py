@@ -389,11 +389,11 @@ class Batcher:
         now, finals, dropped = self._wall(), [], []
         for task in tasks:
             error: GpuinferError | None = None
-            if task.expires_at is not None and task.expires_at <= now and task.time_start is None:
+            if task.expires_at is not None and task.expires_at <= now and not task.begun:
                 error = TaskExpired("its deadline passed before a worker could begin it")
             elif task.ran_s >= task.total_s:
                 error = task.out_of_time()
-            elif self._celery.revoked(task.id):
+            elif not task.begun and self._celery.revoked(task.id):
                 error = TaskRevoked("it was revoked before a worker began it")
             if error is not None:
                 dropped.append(task)

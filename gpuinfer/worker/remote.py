@@ -24,7 +24,7 @@ from gpuinfer.settings import QueueSettings
 
 log = get_logger(__name__)
 
-#: How many bytes of a state are looked at to tell whether its task runs.
+#: How many bytes of a state are looked at to tell how its task is.
 _HEAD_BYTES = 31
 
 
@@ -42,20 +42,24 @@ def register() -> None:
 def revoke(panel: Any, task_id: Any, terminate: bool = False, **_: Any) -> dict[str, str]:
     """End tasks that wait as revoked; with terminate those that run, too, whose results are dropped."""
     ids = [str(one) for one in maybe_list(task_id) or ()]
-    state.revoked.update(
-        ids
-    )  # also ends what a worker holds already, and is seen by `celery inspect revoked`
     batcher = panel.consumer.controller.gpuinfer.batcher
+    store = batcher.store
     try:
-        ended = cancel(batcher.store.client, ids, panel.app.gpuinfer_settings().queue, running=terminate)
+        ended, left = cancel(store.client, ids, panel.app.gpuinfer_settings().queue, running=terminate)
     except (redis.RedisError, OSError, InputError) as exc:
         log.warning("not_revoked", task_ids=ids, reason=str(exc))
         return {"error": f"not revoked: {exc}"}
+    # Also ends what a worker holds already, and is seen by `celery inspect revoked`. An id stays there for
+    # hours: not that of a task that goes on, or may be sent again under it.
+    flagged = [one for one in ids if one not in left]
+    state.revoked.update(flagged)
     if terminate:  # whoever has ended them
         batcher.cancelled(ids)
     if ended:
         log.info("revoked", task_ids=ended)
-    return {"ok": f"tasks {', '.join(ids)} flagged as revoked"}
+    said = [f"tasks {', '.join(flagged)} flagged as revoked"] if flagged else []
+    said += [f"tasks {', '.join(left)} left as they are: they run, or have ended"] if left else []
+    return {"ok": "; ".join(said)}
 
 
 def terminate(panel: Any, signal: str, task_id: Any, **_: Any) -> dict[str, str]:
@@ -63,17 +67,28 @@ def terminate(panel: Any, signal: str, task_id: Any, **_: Any) -> dict[str, str]
     return revoke(panel, task_id, terminate=True)
 
 
-def cancel(client: redis.Redis, ids: Sequence[str], settings: QueueSettings, *, running: bool) -> list[str]:
-    """End tasks that have not ended; those that run only if ``running``. Return the ids of those it ended.
+def cancel(
+    client: redis.Redis, ids: Sequence[str], settings: QueueSettings, *, running: bool
+) -> tuple[list[str], list[str]]:
+    """End tasks that have not ended; those that run only if ``running``.
 
+    Returns the ids of those it ended, and of those that it left: they run, have completed or have failed.
     Raises InputError for what is no id, redis-py's errors.
     """
     origin, script = core.Origin(), bind(client, "cancel")
-    ended = []
+    ended, left = [], []
     for task_id in ids:
         names, args = core.cancel_call(task_id, origin, settings)
-        if not running and b'"STARTED"' in client.getrange(names[0], 0, _HEAD_BYTES):
-            continue
-        if int(script(keys=names, args=args)) > 0:
+        if not running and _stands(client, names[0], b"STARTED"):
+            left.append(task_id)
+        elif int(script(keys=names, args=args)) > 0:
             ended.append(task_id)
-    return ended
+        elif _stands(client, names[0], b"SUCCESS", b"FAILURE"):
+            left.append(task_id)
+    return ended, left
+
+
+def _stands(client: redis.Redis, key: str, *statuses: bytes) -> bool:
+    """Tell whether a task's state is one of these."""
+    head = client.getrange(key, 0, _HEAD_BYTES)
+    return any(b'"%b"' % status in head for status in statuses)

@@ -10,7 +10,8 @@ import pytest
 from gpuinfer import Client
 from gpuinfer.errors import TaskRevoked
 from gpuinfer.queue import keys
-from tests.models_for_tests import sleeper
+from tests.integration.test_worker import plain_celery
+from tests.models_for_tests import Gate, sleeper
 from tests.services import Process, RedisServer
 from tests.workers import NAME, Workers, wait_until
 
@@ -45,3 +46,19 @@ def test_what_runs_is_cancelled(workers: Workers, client: Client, redis_server: 
     assert not client.cancel(other)
     assert not redis_server.client().exists(keys.inflight(NAME))
     assert not any(word in worker.text() for word in ("Traceback", '"batch_unfinished"'))
+
+
+def test_a_revoke_leaves_a_job_that_runs(workers: Workers, client: Client, redis_server: RedisServer) -> None:
+    """Without terminate it goes on after the slice that is on the device, to its end."""
+    gate = Gate(workers.folder / "models" / "gate", max_batch_size=1, shut=True)
+    workers.start(worker_models="gate")
+    job = client.submit_batch([[float(n)] for n in range(1, 9)], model="gate")
+    wait_until(lambda: client.status(job).state == "running")
+    with plain_celery(redis_server) as stranger:
+        (answer,) = stranger.control.revoke(job, destination=[NAME], reply=True, timeout=60.0, limit=1)
+        inspected = stranger.control.inspect([NAME], timeout=60.0).revoked()
+    gate.open()
+    assert len(client.result(job, timeout_s=60)) == 8
+    assert len(gate.batches) == 8
+    assert f"{job} left as they are" in answer[NAME]["ok"]
+    assert inspected == {NAME: []}
