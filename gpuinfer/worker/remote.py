@@ -46,6 +46,7 @@ def revoke(panel: Any, task_id: Any, terminate: bool = False, **_: Any) -> dict[
     store = batcher.store
     try:
         ended, left = cancel(store.client, ids, panel.app.gpuinfer_settings().queue, running=terminate)
+        over = {ids[position] for position in store.ended(ids)} if terminate and ids else set()
     except (redis.RedisError, OSError, InputError) as exc:
         log.warning("not_revoked", task_ids=ids, reason=str(exc))
         return {"error": f"not revoked: {exc}"}
@@ -53,8 +54,8 @@ def revoke(panel: Any, task_id: Any, terminate: bool = False, **_: Any) -> dict[
     # hours: not that of a task that goes on, or may be sent again under it.
     flagged = [one for one in ids if one not in left]
     state.revoked.update(flagged)
-    if terminate:  # whoever has ended them
-        batcher.cancelled(ids)
+    # Whichever worker has ended them; the result of a task whose end is not written must not be dropped.
+    batcher.cancelled(over)
     if ended:
         log.info("revoked", task_ids=ended)
     said = [f"tasks {', '.join(flagged)} flagged as revoked"] if flagged else []

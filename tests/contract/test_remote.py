@@ -11,6 +11,7 @@ import pytest
 from celery.worker import state
 
 from gpuinfer import Client
+from gpuinfer.client.core import result_key
 from gpuinfer.errors import TaskFailed
 from gpuinfer.queue import results
 from gpuinfer.queue.claims import Final
@@ -57,3 +58,15 @@ def test_what_runs_or_has_failed_may_be_sent_again(store: Store, client: Client,
     remote.revoke(worker, [running, waiting], terminate=True)
     assert state.revoked == {waiting}
     assert client.status(running).state == "failed"
+
+
+def test_a_result_is_dropped_only_where_an_end_is_written(store: Store, client: Client, worker: Any) -> None:
+    """A running task whose state is gone is not ended by a terminate: its worker writes its end."""
+    gone, there = client.submit([1]), client.submit([2])
+    begin(store, store.claim(2))
+    store.client.delete(result_key(gone))
+    remote.revoke(worker, [gone, there], terminate=True)
+    assert client.status(there).state == "revoked"
+    assert worker.dropped == {there}
+    remote.terminate(worker, "SIGTERM", there)  # as another worker hears it, later
+    assert worker.dropped == {there}
