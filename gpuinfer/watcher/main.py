@@ -48,7 +48,7 @@ from gpuinfer.settings import Settings, settings_file
 from gpuinfer.watcher import health, served
 from gpuinfer.watcher.gpu_watch import Gpus, GpuWatch
 from gpuinfer.watcher.lookout import Lookout
-from gpuinfer.watcher.memory import adopt, exclusion, refused
+from gpuinfer.watcher.memory import adopt, exclusion, refused, undone
 from gpuinfer.watcher.notes import Keeper
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import Probe
@@ -144,7 +144,7 @@ class Watcher:
         await asyncio.to_thread(self._gpus.start)
         try:
             await self._run(stop)
-            await self._commands.undo()
+            await self._undo()
         finally:
             await asyncio.to_thread(self._gpus.stop)
 
@@ -162,6 +162,20 @@ class Watcher:
             except TimeoutError:
                 continue
         self._notifier.notify("STOPPING=1")
+
+    async def _undo(self) -> None:
+        """Stop what was started a moment ago. The next process does not take it for a stop by hand.
+
+        A Redis that does not answer delays no stop.
+        """
+        started = self._commands.recent()
+        if not started or self.history is None:
+            return
+        now = time.time()
+        history = replace(self.history, units=undone(self.history.units, started, now))
+        kept = asyncio.create_task(self._patiently(self._keeper.keep_history, history, now))
+        await self._commands.undo(started)
+        await kept
 
     async def step(self) -> Decision | None:
         """Probe, decide, act. Returns the decision; None when systemd cannot be asked, or after ``stop``."""

@@ -205,11 +205,14 @@ def adopt(units: Mapping[Key, UnitMemory], instances: Iterable[Instance]) -> Map
 
     A start or stop that no watcher has seen was not made by hand: everything was restarted or upgraded. A
     failure still counts, and so does what was done by hand before. One that was stopped and runs was started.
+    The same goes for a stop that is not over yet, if the process before has not seen it begin.
     """
     changed = {}
     for one in instances:
         if one.key in units and one.state != "failed":
             unit = _enabled(units[one.key], one)
+            if one.state == "deactivating" and unit.state != "deactivating":
+                unit = replace(unit, verb="stop", verb_at=one.since)
             started = unit.hold == "stopped" and one.runs
             changed[one.key] = _as_it_is(replace(unit, hold="") if started else unit, one)
     return {**units, **changed}
@@ -248,6 +251,11 @@ def commanded(
     """Note our own commands, so that their effect is not taken for a start or stop by hand."""
     ours = {a.key: _told(units[a.key], a.verb, now) for a in actions if seen.owns(a.key)} if seen.acts else {}
     return {**units, **ours} if ours else units
+
+
+def undone(units: Mapping[Key, UnitMemory], started: Iterable[Key], now: float) -> Mapping[Key, UnitMemory]:
+    """Note that what we have started is stopped again."""
+    return {**units, **{key: _told(units[key], "stop", now) for key in started if key in units}}
 
 
 def _told(unit: UnitMemory, verb: Verb, now: float) -> UnitMemory:

@@ -165,9 +165,13 @@ class Keeper:
 
     def keep(self, decision: Decision, now: float, *, new: bool, done: bool) -> None:
         """Keep the history, and a ``new`` decision. If Redis refuses, they are in memory only."""
-        self._kept_at = now
         entry = orjson.dumps(note(decision, self._host, now, done=done)) if new else b""
-        memory = pack(decision.history, boot_id())
+        self.keep_history(decision.history, now, entry)
+
+    def keep_history(self, history: History, now: float, entry: bytes = b"") -> None:
+        """Keep the history, and a decision as JSON unless it is empty."""
+        self._kept_at = now
+        memory = pack(history, boot_id())
         try:
             self._write(keys=[MEMORY_PREFIX + self._host, DECISIONS], args=[memory, entry, KEPT])
         except (redis.RedisError, OSError) as exc:

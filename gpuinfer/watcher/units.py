@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,10 +94,14 @@ class Commands:
             self._started.pop(key, None)
         return ""
 
-    async def undo(self) -> None:
-        """Stop what was started a moment ago. The next process does not take it for a stop by hand."""
+    def recent(self) -> list[Key]:
+        """Return what was started a moment ago."""
         since = time.monotonic() - UNDO_S
-        for key in [key for key, at in self._started.items() if at >= since]:
+        return [key for key, at in self._started.items() if at >= since]
+
+    async def undo(self, started: Iterable[Key]) -> None:
+        """Stop what was started a moment ago."""
+        for key in started:
             try:
                 await self._units.act("stop", key.number)
                 log.info("start_undone", worker=str(key), why="the watcher was told to stop right after it")

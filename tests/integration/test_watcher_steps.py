@@ -154,6 +154,33 @@ async def test_told_to_stop_it_acts_no_more(redis_server: RedisServer, settings_
     assert watcher.history is None or not any(unit.hold for unit in watcher.history.units.values())
 
 
+@pytest.mark.parametrize("states", ["activating deactivating inactive", "deactivating inactive", "inactive"])
+async def test_a_start_that_was_undone_was_not_stopped_by_hand(
+    redis_server: RedisServer, settings_for: Build, states: str
+) -> None:
+    """Whatever the next watcher sees of it first; it may start that worker again."""
+
+    class Stopping(Told):
+        async def act(self, verb: str, number: int) -> None:
+            await super().act(verb, number)
+            stop.set()
+
+    settings, stop = cpu(redis_server, settings_for), asyncio.Event()
+    with Client(settings) as client:
+        client.submit(DIGIT)
+    first = Stopping(1)
+    await asyncio.wait_for(Watcher(settings, first, (0,), act=True, host="a").run(stop), 60)
+    assert first.done == [("start", 0), ("stop", 0)]
+    units = Told(1)
+    second = Watcher(settings, units, (0,), act=True, host="a")
+    for state in states.split():
+        units.views[0] = UnitView(state=state)  # type: ignore[arg-type]  # one of those that there are
+        await second.step()
+    assert second.history is not None
+    assert second.history.units[Key(0, "a")].hold == ""
+    assert units.done == [("start", 0)]
+
+
 async def test_told_to_stop_it_undoes_starts_that_may_come(
     redis_server: RedisServer, settings_for: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from gpuinfer.watcher import notes
 from gpuinfer.watcher.memory import UnitMemory, adopt, remember
-from gpuinfer.watcher.state import HEALTHY, GpuHealth, Instance, Key
+from gpuinfer.watcher.state import HEALTHY, GpuHealth, Hold, Instance, Key, UnitState
 from tests.watchers import KNOWN, Watcher, World, keys, observe, remembering, settings
 
 pytestmark = pytest.mark.unit
@@ -487,6 +487,16 @@ def test_what_happened_while_nobody_looked_is_no_wish() -> None:
     units = remember(observe(now), adopt(kept, now), settings(), 1000.0).units
     assert [unit.hold for unit in units.values()] == ["started", "", ""]
     assert [unit.failures for unit in units.values()] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(("before", "hold"), [("active", ""), ("deactivating", "stopped")])
+def test_a_drain_that_began_while_nobody_looked_is_no_wish(before: UnitState, hold: Hold) -> None:
+    """Its end is seen. One that the watcher before saw begin was asked for by hand."""
+    drains = Instance(key=A0, state="deactivating", since=900.0)
+    units = adopt({A0: UnitMemory(state=before, since=890.0)}, [drains])
+    for one, now in ((drains, 1000.0), (replace(drains, state="inactive"), 1100.0)):
+        units = remember(observe([one]), units, settings(), now).units
+    assert units[A0].hold == hold
 
 
 def test_instances_that_are_gone_are_forgotten() -> None:
