@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from gpuinfer.api.tls import Certificate
     from gpuinfer.settings import Loaded, Settings
 
+#: What Redis has for its answer before the front starts without.
+FORMAT_CHECK_S = 2.0
+
 
 @click.command(
     epilog=examples(
@@ -142,6 +145,9 @@ def _check_format(settings: Settings) -> None:
         typed_errors(user_of(settings.broker)),
         connect(settings.broker, retries=0) as client,
     ):
+        options = client.connection_pool.connection_kwargs
+        for name in {"socket_timeout", "socket_connect_timeout"} & options.keys():
+            options[name] = min(options[name], FORMAT_CHECK_S)
         client.ping()
 
 

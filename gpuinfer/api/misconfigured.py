@@ -103,18 +103,21 @@ class _Misconfigured:
             await asyncio.start_server(self._connection, sock=one.dup(), limit=_MOST_HEADERS_BYTES)
             for one in listeners
         ]
+        stopping, feeding = loop.create_task(stop.wait()), loop.create_task(self._feed())
         before: object = ()
         try:
-            while not stop.is_set():
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), LOOK_S)
+            while True:
+                await asyncio.wait((stopping,), timeout=LOOK_S)
+                if stopping.done():
                     return None
-                self._notifier.notify("WATCHDOG=1")
                 seen = _state(self._file)
-                self._keys_dir = self._find_keys_dir()
+                # It asks Redis, which may not answer, or not soon.
+                look = loop.create_task(asyncio.to_thread(self._look, prepare))
+                await asyncio.wait((stopping, look), return_when=asyncio.FIRST_COMPLETED)
+                if stopping.done():
+                    return None
                 try:
-                    _check_written(self._file)
-                    found = prepare()
+                    found = look.result()
                 except ConfigError as exc:
                     if str(exc) != str(self._error):
                         self._tell(exc)
@@ -123,12 +126,25 @@ class _Misconfigured:
                         log.info("settings_right", pid=os.getpid())
                         return found
                 before = seen
-            return None
         finally:
+            feeding.cancel()
+            stopping.cancel()
             for server in servers:
                 server.close()
             for number in (SIGINT, SIGTERM):
                 loop.remove_signal_handler(number)
+
+    def _look(self, prepare: Callable[[], T]) -> T:
+        """Read the settings, in a thread. Raises ConfigError."""
+        self._keys_dir = self._find_keys_dir()
+        _check_written(self._file)
+        return prepare()
+
+    async def _feed(self) -> None:
+        """Feed systemd's watchdog for as long as requests are answered."""
+        while True:
+            self._notifier.notify("WATCHDOG=1")
+            await asyncio.sleep(LOOK_S)
 
     def _tell(self, error: ConfigError) -> None:
         self._error = error

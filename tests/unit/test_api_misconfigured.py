@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sdnotify import SystemdNotifier
 
-from gpuinfer.api import misconfigured
+from gpuinfer.api import cli, misconfigured
 from gpuinfer.errors import ConfigError
+from gpuinfer.queue import connection
+from gpuinfer.settings import BrokerSettings, Settings
 
 pytestmark = pytest.mark.unit
 
@@ -61,6 +65,54 @@ def test_an_emptied_file_is_not_taken(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(misconfigured.log, "error", lambda _event, *, error, hint: edit(error))
     assert misconfigured.wait_for(lambda: read(file), [], file, lambda: None) == "[api]\nport = 1\n"
     assert ["is empty" in text for text in told] == [False, True]
+
+
+def test_a_slow_look_keeps_no_request_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Redis that does not answer holds up the look alone: requests are answered, the watchdog is fed."""
+    blocked, answered = threading.Event(), threading.Event()
+    told: list[str] = []
+    monkeypatch.setattr(SystemdNotifier, "notify", lambda _, state: told.append(state))
+
+    def prepare() -> str:
+        blocked.set()
+        assert answered.wait(60)
+        return "right"
+
+    async def serve(listener: socket.socket) -> str | None:
+        front = misconfigured._Misconfigured(ConfigError("SECRET"), tmp_path / "none", lambda: None)
+        serving = asyncio.ensure_future(front.until_right(prepare, [listener]))
+        await asyncio.to_thread(blocked.wait, 60)
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        assert (await asyncio.wait_for(reader.read(), 60)).startswith(b"HTTP/1.1 503 ")
+        writer.close()
+        told.clear()
+        async with asyncio.timeout(60):
+            while "WATCHDOG=1" not in told:
+                await asyncio.sleep(0.001)
+        assert not serving.done()
+        answered.set()
+        return await serving
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert asyncio.run(serve(listener)) == "right"
+
+
+def test_redis_has_two_seconds_for_its_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the settings allow; a URL's own time is among them."""
+    made = []
+    real = connection.connect
+
+    def connect(*args: Any, **options: Any) -> Any:
+        made.append(real(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(connection, "connect", connect)
+    for url in ("redis://127.0.0.1:1/0?socket_timeout=50", "unix:///nonexistent.sock"):
+        broker = BrokerSettings(url=url, connect_timeout_s=30)
+        cli._check_format(Settings(broker=broker))
+        given = made[-1].connection_pool.connection_kwargs
+        assert {given["socket_timeout"], given.get("socket_connect_timeout", 2.0)} == {2.0}
 
 
 # -- whom it tells ------------------------------------------------------------------------
