@@ -18,6 +18,7 @@ from tests.host.admin import (
     main_pid,
     predict,
     properties,
+    ready,
     result,
     start_worker,
 )
@@ -225,6 +226,30 @@ def test_a_worker_that_cannot_stay_up_ends_in_failed(host: Container) -> None:
         timeout=400,
     )
     assert WORKER in host.sh("systemctl --failed --no-pager").output
+    start_worker(host)
+    all_completed(host, [predict(host)])
+
+
+def test_the_doctor_tells_how_the_last_start_ended(host: Container) -> None:
+    """Wrong settings, which are mended before another start; then SIGKILL, and not that earlier error."""
+    own, drop_in = "/etc/gpuinfer/worker@0.env", f"/run/systemd/system/{WORKER}.service.d/once.conf"
+    host.put(drop_in, "[Service]\nRestart=no\n")
+    host.ok(f"systemctl daemon-reload; systemctl stop {WORKER}; cp {own} /root/own.env")
+    host.ok(f"echo GPUINFER_WORKER_THREADS=many >> {own}")
+    host.ok(f"systemctl reset-failed {WORKER} 2>/dev/null; systemctl start {WORKER}; true")
+    host.until(f"systemctl is-failed {WORKER}")
+    said = host.sh("gpuinfer doctor units.workers").output
+    assert f"{WORKER}.service failed (exit-code): " in said
+    assert "worker.threads" in said
+    assert f"editor {own} && gpuinfer config check && systemctl reset-failed" in said
+    host.ok(f"mv /root/own.env {own}")
+    start_worker(host)
+    ready(host, WORKER)
+    host.ok(f"kill -9 {main_pid(host, WORKER)}")
+    host.until(f"systemctl is-failed {WORKER}")
+    said = host.sh("gpuinfer doctor units.workers").output
+    assert f"{WORKER}.service failed (signal): killed by SIGKILL\n" in said
+    host.ok(f"rm {drop_in}; systemctl daemon-reload")
     start_worker(host)
     all_completed(host, [predict(host)])
 
