@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gpuinfer.journal.units import read_units
+
 #: Section -> the units that read it at their start. The watcher reads [worker] and [models] again by itself.
 READERS: Mapping[str, tuple[str, ...]] = {
     "broker": ("gpuinfer-redis", "gpuinfer-api", "gpuinfer-watcher", "gpuinfer-worker@"),
@@ -43,8 +45,7 @@ def started() -> dict[str, float]:
 
 
 def _running(said: str, boot: float) -> Iterator[tuple[str, float]]:
-    for part in said.split("\n\n"):
-        unit = dict(line.split("=", 1) for line in part.splitlines() if "=" in line)
+    for unit in read_units(said):
         if unit.get("ActiveState") in ("active", "activating", "reloading"):
             yield (
                 unit["Id"].removesuffix(".service"),

@@ -14,7 +14,7 @@ from gpuinfer.plural import many, tasks_wait
 from gpuinfer.queue import catalogue, drained, heartbeats, keys
 from gpuinfer.queue.depth import is_paused, look
 from gpuinfer.queue.fleet import Server, quarantined, remedy, servers, serves_of
-from gpuinfer.queue.orphans import Holder, ago, command, holders
+from gpuinfer.queue.orphans import Holder, ago, command, holders, parts
 
 
 def default_model(host: Host) -> Finding:
@@ -42,7 +42,7 @@ def workers(host: Host) -> Findings:
     running = many(len(beats), "worker runs", "workers run")
     found = [ok(f"{running}: {', '.join(sorted(beats)) or 'no task waits for one'}")]
     for worker, beat in sorted(beats.items()):
-        number, its_host = _parts(worker)
+        number, its_host = parts(worker)
         for name, why in beat.get("missing", {}).items():
             first = f"gpuinfer model show {name}  # then"
             if why.startswith("there is no model "):
@@ -50,12 +50,6 @@ def workers(host: Host) -> Findings:
             fix = f"{first}, on {its_host}: systemctl restart gpuinfer-worker@{number}"
             found.append(warning(f"{worker} serves without {name}: {why}", fix))
     return found
-
-
-def _parts(worker: str) -> tuple[str, str]:
-    """Return the number and the host of ``gpu0@host``."""
-    name, _, its_host = worker.partition("@")
-    return name.removeprefix("gpu"), its_host
 
 
 def dead_letters(host: Host) -> Finding:
@@ -79,7 +73,7 @@ def _orphan(host: Host, one: Holder) -> Finding:
     here, settings = socket.gethostname(), host.settings
     lock = locks.state(settings.worker.run_dir, one.worker) if one.host == here else "free"
     if lock == "held":
-        look = f"journalctl -u gpuinfer-worker@{_parts(one.worker)[0]} -n 20"
+        look = f"journalctl -u gpuinfer-worker@{parts(one.worker)[0]} -n 20"
         return warning(f"{text}, though its process runs", look)
     if lock == "unknown":
         return warning(f"{text}; this user cannot tell whether its process runs", "sudo gpuinfer doctor work")
@@ -116,7 +110,7 @@ def paused(host: Host) -> Findings:
         text = f"{name} is paused: {tasks_wait(count)} there"
         bad.append(warning(text, f"gpuinfer queue resume {name}"))
     for worker in workers:
-        number, its_host = _parts(worker)
+        number, its_host = parts(worker)
         text = f"{worker} is drained: it takes no tasks, also after a restart, until it is resumed"
         bad.append(warning(text, f"gpuinfer worker resume {number}  # on {its_host}"))
     return bad or ok("no queue is paused, no worker drained")

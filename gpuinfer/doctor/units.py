@@ -10,6 +10,7 @@ from gpuinfer import instances as own
 from gpuinfer.doctor.host import Finding, Findings, Host, Skipped, error, ok, warning
 from gpuinfer.errors import ConfigError
 from gpuinfer.journal.last_words import EXITED, PROPERTIES, last_words
+from gpuinfer.journal.units import read_units
 from gpuinfer.plural import many
 
 #: What the package enables: units that an appliance always has.
@@ -27,25 +28,15 @@ _PATHS = re.compile(r"(?m)^(/.*) \(Stream\)$")
 Unit = Mapping[str, str]
 
 
-def show(host: Host, units: Sequence[str], properties: str = _PROPERTIES) -> list[Unit]:
-    """Return the properties of units, in their order; of a pattern those that are loaded.
-
-    One that has several lines, as a socket's Listen, keeps them as lines. Raises Skipped without systemd.
-    """
+def show(host: Host, units: Sequence[str], properties: str = _PROPERTIES) -> list[dict[str, str]]:
+    """Return the properties of units, in their order; of a pattern those that are loaded. Raises Skipped."""
     host.need_systemd()
     if not units:  # systemctl would show the manager itself
         return []
     done = host.run(["systemctl", "show", "-p", properties, *units])
     if done.returncode:
         raise Skipped(f"systemctl: {done.stderr.strip()}")
-    found: list[Unit] = []
-    for block in re.split(r"\n\n+", done.stdout.strip()):
-        unit: dict[str, str] = {}
-        for line in block.splitlines():
-            key, _, value = line.partition("=")
-            unit[key] = f"{unit[key]}\n{value}" if key in unit else value
-        found += [unit] if unit else []
-    return found
+    return read_units(done.stdout)
 
 
 def services(host: Host) -> Findings:

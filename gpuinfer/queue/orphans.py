@@ -110,8 +110,13 @@ def ago(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def parts(worker: str) -> tuple[str, str]:
+    """Return the number and the host of ``gpu0@host``."""
+    name, _, its_host = worker.partition("@")
+    return name.removeprefix("gpu"), its_host
+
+
 def command(worker: str, host: str) -> str:
     """Return the command that puts a worker's tasks back, as it is given on ``host``."""
-    name, _, its_host = worker.partition("@")
-    number = name.removeprefix("gpu")
+    number, its_host = parts(worker)
     return f"gpuinfer restore {number if its_host == host and number.isdigit() else f'--name {worker}'}"
