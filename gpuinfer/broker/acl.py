@@ -372,10 +372,15 @@ def apply(
     """
     before = listed(client)
     wanted = rules(passwords, chain_queues, older)
-    for user, parts in wanted.items():
-        client.execute_command("ACL", "SETUSER", user, "reset", *parts)  # type: ignore[no-untyped-call]
+    give(client, wanted)
     after = listed(client)
     return [user for user in wanted if after[user] != before.get(user)]
+
+
+def give(client: redis.Redis, users: Mapping[str, Sequence[str]]) -> None:
+    """Give users these rules, and no other. Raises redis-py's errors."""
+    for user, parts in users.items():
+        client.execute_command("ACL", "SETUSER", user, "reset", *parts)  # type: ignore[no-untyped-call]
 
 
 def listed(client: redis.Redis) -> dict[str, list[list[str]]]:

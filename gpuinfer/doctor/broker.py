@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 
 from gpuinfer.broker import acl, durability, passwords, trial
 from gpuinfer.broker.cli import MORE_USERS, more_users
+from gpuinfer.broker.more_users import TAKEN
 from gpuinfer.broker.tuning import host_memory_bytes, render
 from gpuinfer.doctor.host import EDIT, Finding, Findings, Host, Skipped, error, ok, warning
 from gpuinfer.doctor.redis_place import OUR_CONF, Place, diagnose, place_of
@@ -165,9 +166,9 @@ def as_configured(host: Host) -> Finding:
     return warning(f"{text}; a restart now would lose the queue", place.config("appendonly", "yes"))
 
 
-def users(host: Host) -> Finding:
+def users(host: Host) -> Findings:
     """Our own Redis knows the users that its files name, with their rights and passwords."""
-    _need_ours(host)
+    place = _need_ours(host)
     try:
         rules = acl.rules(passwords.read(), host.settings.queue.foreign_queues, passwords.older())
         theirs = more_users()
@@ -176,19 +177,24 @@ def users(host: Host) -> Finding:
     rules |= {words[1]: words[2:] for words in (line.split() for line in theirs.lines)}
     try:
         with trial.redis_server(trial.BINARY) as client:
-            for user, parts in rules.items():
-                client.execute_command("ACL", "SETUSER", user, "reset", *parts)  # type: ignore[no-untyped-call]
+            acl.give(client, rules)
             wanted = acl.listed(client)
     except trial.NotUp as exc:
         raise Skipped(f"a Redis to compare with does not start: {exc.message}") from None
     with asked(host) as client:
         found = acl.listed(client)
     off = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if theirs.faults:
-        return warning(f"{MORE_USERS}: {theirs.faults[0]}", f"editor {MORE_USERS} && {RESTART}")
-    if off:
-        return warning(f"Redis's users are not those of its files: {', '.join(off)} differ", RESTART)
-    return ok(f"{len(found)} users as the files name them")
+    bad = [warning(f"{MORE_USERS}: {fault}", f"editor {MORE_USERS}") for fault in theirs.faults[:1]]
+    if ours := [name for name in off if name in TAKEN]:
+        text = f"Redis has other rights or passwords than its files for {', '.join(ours)}"
+        bad.append(warning(text, "gpuinfer redis apply-users"))
+    if others := [name for name in off if name not in TAKEN]:
+        text = (
+            f"Redis has other users than {MORE_USERS}: {', '.join(others)}; a restart takes those of the file"
+        )
+        fix = f"{place.cli} ACL LIST; editor {MORE_USERS}  # add whom to keep; then: {RESTART}"
+        bad.append(warning(text, fix))
+    return bad or ok(f"{len(found)} users as the files name them")
 
 
 def _need_ours(host: Host) -> Place:

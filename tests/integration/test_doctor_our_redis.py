@@ -139,9 +139,13 @@ def test_the_users_of_our_redis_are_compared(ours: OurRedis) -> None:
         client.execute_command("ACL", "SETUSER", "stranger", "on", "nopass", "+@all", "~*")
     (passwords.PROGRAMS / "watcher").write_text("another")
     broker_cli.MORE_USERS.write_text("user mine on nopass ~x +get\n")
-    found = one(broker.users(here))
-    assert found.message.endswith(": api, mine, stranger, watcher, worker differ")
-    assert "another" not in found.message
+    found = broker.users(here)
+    assert isinstance(found, list)
+    assert found[0].message.endswith(" for api, watcher, worker")
+    assert found[0].remedy == "gpuinfer redis apply-users", "it leaves other users alone"
+    assert "redis-users.acl: mine, stranger; a restart takes those of the file" in found[1].message
+    assert " ACL LIST; editor /etc/gpuinfer/redis-users.acl  # add whom to keep; then: " in found[1].remedy
+    assert not [finding for finding in found if "another" in finding.message]
     (passwords.PROGRAMS / "watcher").unlink()
     with pytest.raises(Skipped, match="watcher: cannot be read"):
         broker.users(here)
