@@ -54,7 +54,10 @@ class Alerting:
         self._own: Register = {}
         self._fleet: Register = {}
         self._read = False
-        self._refused = ""
+        #: Redis has refused the fleet's register: it is in memory only.
+        self._unkept = False
+        #: "file" or "redis" -> the reason that was logged last.
+        self._said: dict[str, str] = {}
 
     def look(
         self,
@@ -75,35 +78,42 @@ class Alerting:
         if register != self._own:
             self._keep(register)
         self._own = register
-        if away or fleet is None:
-            return events
+        if fleet is None:
+            self._unkept = False  # what Redis has from the watcher that reports now is newer
+        return events if away or fleet is None else [*events, *self._of_fleet(client, fleet, now)]
+
+    def _of_fleet(self, client: redis.Redis, fleet: Iterable[Alert], now: float) -> list[Event]:
         try:
-            known = self._known(client)
-            register, more = step(known, fleet, now)
-            if register != known:
-                client.set(REGISTER, _REGISTER.dump_json(register))
-            self._fleet = register
-        except (redis.RedisError, OSError) as exc:  # a full Redis: kept in memory until it has space
-            self._fleet, more = step(self._fleet, fleet, now)
-            self._say_refused(str(exc))
-        return [*events, *more]
+            known = self._fleet if self._unkept else self._known(client)
+        except (redis.RedisError, OSError):
+            return []  # what has been reported is not known: the next look reports the rest
+        self._fleet, events = step(known, fleet, now)
+        if self._fleet != known or self._unkept:
+            try:
+                client.set(REGISTER, _REGISTER.dump_json(dict(self._fleet)))
+                self._unkept = False
+                self._said.pop("redis", None)
+            except (redis.RedisError, OSError) as exc:  # a full Redis: kept in memory until it has space
+                self._unkept = True
+                self._say_unkept("redis", str(exc))
+        return events
 
     def _known(self, client: redis.Redis) -> Register:
-        """Return the fleet's register from Redis; from memory, if Redis has refused to keep it."""
-        if self._refused:
-            self._refused = ""
+        """Return the fleet's register from Redis; from memory when the key holds something else."""
+        try:
+            found: bytes | None = client.get(REGISTER)  # type: ignore[assignment]  # not decoded
+        except redis.ResponseError:
             return self._fleet
-        found: bytes | None = client.get(REGISTER)  # type: ignore[assignment]  # not decoded
         return _parsed(found or b"{}")
 
-    def _say_refused(self, reason: str) -> None:
-        if reason != self._refused:
+    def _say_unkept(self, where: str, reason: str) -> None:
+        if reason != self._said.get(where):
             log.warning(
                 "alerts_not_kept",
                 reason=reason,
                 hint="a restart may report the same trouble again",
             )
-        self._refused = reason
+        self._said[where] = reason
 
     def _kept(self) -> Register:
         with suppress(OSError):
@@ -117,8 +127,9 @@ class Alerting:
         try:
             new.write_bytes(_REGISTER.dump_json(dict(register)))
             new.replace(self._state / _FILE)
+            self._said.pop("file", None)
         except OSError as exc:
-            self._say_refused(str(exc))
+            self._say_unkept("file", str(exc))
 
     async def tell(self, events: Iterable[Event], now: float) -> None:
         """Write to the journal, and start the units."""

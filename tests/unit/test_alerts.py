@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import redis
+from structlog.testing import capture_logs
 
 from gpuinfer.alerts.alerting import Alerting, write
 from gpuinfer.alerts.register import GONE_S, HOLD_S, Alert, Event, Known, step, told
@@ -126,8 +127,9 @@ class Bus:
 class NoRedis:
     """A Redis that is full: it gives, and takes nothing."""
 
-    def get(self, _key: str) -> None:
+    def get(self, _key: str) -> bytes | None:
         """Return nothing."""
+        return None
 
     def set(self, _key: str, _value: bytes) -> None:
         """Refuse."""
@@ -155,6 +157,62 @@ async def test_units_are_started_and_a_restart_repeats_nothing(tmp_path: Path) -
     await second.tell(events, 40.0)
     assert [(event.stage, event.alert.name) for event in events] == [("ended", "disk.0")]
     assert made().look(client, [], None, 99.0, away=False) == []
+
+
+class SomeRedis(NoRedis):
+    """A Redis that is full, or away, or neither."""
+
+    def __init__(self) -> None:
+        self.kept: bytes | None = None
+        self.full = self.away = False
+
+    def get(self, _key: str) -> bytes | None:
+        """Return what was kept."""
+        if self.away:
+            raise redis.exceptions.ConnectionError
+        return self.kept
+
+    def set(self, key: str, value: bytes) -> None:
+        """Keep it, unless it is full."""
+        if self.full:
+            super().set(key, value)
+        self.kept = value
+
+
+def test_the_fleets_register_is_not_repeated_for_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """It is in Redis: what happens to this host's file does not matter."""
+    some = SomeRedis()
+    client: Any = some
+    disk = Alert("disk.0", "little room", "du")
+    for names in (["disk.0", "dead-letters"], ["disk.0"]):
+        alerting = Alerting("here", state=tmp_path / "none")
+        assert [e.alert.name for e in alerting.look(client, [disk], [DEAD], 0.0, away=False)] == names
+        assert alerting.look(client, [disk], [DEAD], 1.0, away=False) == []
+
+
+def test_a_redis_that_was_full_is_told_as_soon_as_it_has_space() -> None:
+    """Until then nothing is repeated, and afterwards neither, by this watcher or the next."""
+    some = SomeRedis()
+    client: Any = some
+    some.full, alerting = True, Alerting("here")
+    with capture_logs() as logs:
+        found = [alerting.look(client, [], [DEAD], now, away=False) for now in (0.0, 1.0, 2.0, 3.0)]
+    assert [len(events) for events in found] == [1, 0, 0, 0]
+    assert [entry["event"] for entry in logs] == ["alerts_not_kept"]
+    some.full = False
+    assert alerting.look(client, [], [DEAD], 4.0, away=False) == []
+    assert Alerting("here").look(client, [], [DEAD], 5.0, away=False) == []
+
+
+def test_what_has_been_told_is_not_known_before_redis_answers() -> None:
+    """A watcher that has just been started waits for that."""
+    some = SomeRedis()
+    client: Any = some
+    assert len(Alerting("here").look(client, [], [DEAD], 0.0, away=False)) == 1
+    some.away, second = True, Alerting("here")
+    assert second.look(client, [], [DEAD], 1.0, away=False) == []
+    some.away = False
+    assert second.look(client, [], [DEAD], 2.0, away=False) == []
 
 
 def test_one_watcher_speaks_for_the_fleet(tmp_path: Path) -> None:
