@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 from flower import command, views
+from flower.utils import strtobool
 
 from gpuinfer.errors import ConfigError
 from gpuinfer.log import get_logger
@@ -30,6 +31,8 @@ USER = "admin"
 PASSWORD = Path("/etc/gpuinfer/credentials/flower")
 _HANDED = "flower_password"
 _LOOPBACK = "127.0.0.1"
+#: Flower's own variable: no login for its API, and here for none of it.
+_OPEN = "FLOWER_UNAUTHENTICATED_API"
 
 
 class Queues:
@@ -77,11 +80,11 @@ def prepare() -> None:
 def close(options: Any, environment: Mapping[str, str]) -> None:
     """Let nobody in without a login, nor from the network, unless Flower's options say so.
 
-    Raises ConfigError where the password's file is empty.
+    Raises ConfigError where the password's file is empty or Flower's variable says neither yes nor no.
     """
     if not (options.address or options.unix_socket):
         options.address = _LOOPBACK
-    if options.basic_auth or options.auth or environment.get("FLOWER_UNAUTHENTICATED_API"):
+    if options.basic_auth or options.auth or _open(environment):
         return
     password, where = password_of(environment)
     options.basic_auth = [f"{USER}:{password}"]
@@ -89,6 +92,15 @@ def close(options: Any, environment: Mapping[str, str]) -> None:
         click.echo(f"log in as {USER} with {password}, for this run; --basic_auth=USER:PASSWORD sets another")
     else:
         log.info("login", user=USER, password_in=str(where))
+
+
+def _open(environment: Mapping[str, str]) -> bool:
+    """Tell whether anybody may in, as Flower reads that. Raises ConfigError."""
+    said = environment.get(_OPEN) or "false"
+    try:
+        return bool(strtobool(said))
+    except ValueError:
+        raise ConfigError(f"must be true or false, got {said!r}", _OPEN) from None
 
 
 def password_of(environment: Mapping[str, str]) -> tuple[str, Path | None]:

@@ -69,3 +69,21 @@ def test_what_was_chosen_stays(chosen: dict[str, object]) -> None:
     found = options(unix_socket="/run/f.sock")
     flower.close(found, {"FLOWER_UNAUTHENTICATED_API": "1"})
     assert found == options(unix_socket="/run/f.sock")
+
+
+@pytest.mark.parametrize("said", ["", "0", "false", "No", "off"])
+def test_a_no_keeps_the_login(said: str) -> None:
+    """Flower's own variable opens it only where it says yes, as Flower reads it."""
+    found = options()
+    flower.close(found, {"FLOWER_UNAUTHENTICATED_API": said})
+    assert found.basic_auth
+    found = options()
+    flower.close(found, {"FLOWER_UNAUTHENTICATED_API": "True"})
+    assert not found.basic_auth
+
+
+def test_neither_yes_nor_no_is_refused() -> None:
+    """Named, with what would be right; nobody is let in."""
+    with pytest.raises(ConfigError, match="must be true or false, got 'maybe'") as refused:
+        flower.close(options(), {"FLOWER_UNAUTHENTICATED_API": "maybe"})
+    assert "FLOWER_UNAUTHENTICATED_API" in str(refused.value)
