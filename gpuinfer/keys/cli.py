@@ -53,10 +53,10 @@ def key() -> None:
 
 def _names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Complete the names of keys; silent where they cannot be read."""
-    folder = Path(setting(ctx, "api", "keys_dir") or _FOLDER)
+    folder = Path(setting(ctx, "api", "keys_dir", str) or _FOLDER)
     try:
         return [CompletionItem(name) for name in writing.names(folder) if name.startswith(incomplete)]
-    except GpuinferError:
+    except (GpuinferError, ValueError):  # no name of a folder
         return []
 
 

@@ -20,27 +20,31 @@ _FOLDER = Path("/var/lib/gpuinfer/models")
 _SHIPPED = Path(__file__).parent / "shipped"
 
 
-def setting(ctx: click.Context, section: str, key: str) -> Any:
-    """Return a setting as its variable or the settings file has it; None where it is not set."""
+def setting(ctx: click.Context, section: str, key: str, *types: type) -> Any:
+    """Return a setting as its variable or the settings file has it.
+
+    None where it is not set, and where the file has something else than ``types`` there.
+    """
     given = os.environ.get(f"GPUINFER_{section}_{key}".upper())
     if given:
         return given
     file = ctx.find_root().params.get("file") or os.environ.get("GPUINFER_CONFIG") or _FILE
     try:
         with Path(file).open("rb") as opened:
-            return tomllib.load(opened).get(section, {}).get(key)
+            found = tomllib.load(opened).get(section, {}).get(key)
     except (OSError, ValueError, AttributeError):  # a shell's prompt is no place for errors
         return None
+    return found if isinstance(found, types) else None
 
 
 def names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Complete the names of this host's models: folders with a model.toml."""
-    folders = setting(ctx, "models", "folders") or [_FOLDER]
+    folders = setting(ctx, "models", "folders", str, list) or [_FOLDER]
     if isinstance(folders, str):
         folders = [part.strip() for part in folders.split(",") if part.strip()]
     found: set[str] = set()
     for folder in (*folders, _SHIPPED):
-        with suppress(OSError, TypeError):
+        with suppress(OSError, TypeError, ValueError):
             found |= {file.parent.name for file in Path(folder).glob("*/model.toml")}
     return [CompletionItem(name) for name in sorted(found) if name.startswith(incomplete)]
 

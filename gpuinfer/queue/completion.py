@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: No more than this many are offered; and of one worker's running tasks, whose messages have to be read.
 MOST, MOST_OF_A_WORKER = 100, 10
+#: Seconds that a shell waits for each answer of Redis.
+PATIENCE_S = 1.0
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
@@ -31,7 +33,8 @@ def from_redis(read: Callable[[redis.Redis], Iterable[str]], user: str = "api") 
 
         try:
             file = ctx.find_root().params.get("file")
-            with connect(load(file, user=user, only=("broker",)).settings.broker, retries=0) as client:
+            broker = load(file, user=user, only=("broker",)).settings.broker
+            with connect(broker, retries=0, patience_s=PATIENCE_S) as client:
                 names = [name for name in read(client) if name.startswith(incomplete)]
         except (GpuinferError, RedisError, OSError):
             return []  # a shell's prompt is no place for errors

@@ -122,19 +122,23 @@ def connect(
     broker: BrokerSettings,
     *,
     retries: int = 1,
+    patience_s: float | None = None,
     any_format: bool = False,
     on_mismatch: layout.OnMismatch | None = None,
 ) -> redis.Redis:
     """Return a client that connects when first used; one lost connection is retried ``retries`` times.
 
+    ``patience_s``: the most that a connection and each answer may take, whatever the settings allow.
     A connection to a Redis of another format raises UnusableRedis, and tells ``on_mismatch`` before, unless
     ``any_format`` is asked for.
     """
     retry = Retry(ExponentialBackoff(cap=0.2, base=0.01), retries)
     greeting = None if any_format else layout.greeting(on_mismatch)
-    return redis.Redis.from_url(
-        redis_url(broker), retry=retry, redis_connect_func=greeting, **_options(broker)
-    )
+    options = _options(broker)
+    if patience_s is not None:
+        for name in ("socket_timeout", "socket_connect_timeout"):
+            options[name] = min(patience_s, options.get(name, patience_s))
+    return redis.Redis.from_url(redis_url(broker), retry=retry, redis_connect_func=greeting, **options)
 
 
 def connect_async(broker: BrokerSettings, *, max_connections: int = 32) -> redis.asyncio.Redis:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,8 +72,9 @@ def complete(line: str, **environ: str) -> tuple[list[str], set[str]]:
         capture_output=True,
         text=True,
         check=False,
+        timeout=60,
     )
-    return [one.split(",", 1)[1] for one in done.stdout.splitlines()], set(done.stderr.split())
+    return [one.split(",", 1)[1] for one in done.stdout.splitlines() if one], set(done.stderr.split())
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,41 @@ def test_a_broken_settings_file_does_not_stop_completion(tmp_path: Path) -> None
     file = tmp_path / "gpuinfer.toml"
     file.write_text("[models\n")
     assert complete("gpuinfer model show digits-", GPUINFER_CONFIG=str(file))[0] == ["digits-photo"]
+
+
+@pytest.mark.parametrize(
+    ("line", "table", "offered"),
+    [
+        ("gpuinfer model show digits-", "models.folders = 5", ["digits-photo"]),
+        ("gpuinfer model show digits-", "models.folders = [5, '']", ["digits-photo"]),
+        ("gpuinfer model show digits-", "models = 5", ["digits-photo"]),
+        ("gpuinfer key show none-", "api.keys_dir = 5", []),
+        ("gpuinfer key show none-", "api.keys_dir = ['a']", []),
+        ("gpuinfer key show none-", 'api.keys_dir = "\\u0000"', []),
+    ],
+)
+def test_a_setting_of_another_type_does_not_stop_completion(
+    tmp_path: Path, line: str, table: str, offered: list[str]
+) -> None:
+    """It is as if it were not set, and nothing is said of it."""
+    file = tmp_path / "gpuinfer.toml"
+    file.write_text(table + "\n")
+    found, said = complete(line, GPUINFER_CONFIG=str(file))
+    assert found == offered
+    assert "Traceback" not in said
+
+
+def test_completion_does_not_wait_for_a_silent_redis(tmp_path: Path) -> None:
+    """Whatever patience the settings and the URL have."""
+    file = tmp_path / "gpuinfer.toml"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0?socket_timeout=300"
+        file.write_text(f'[broker]\nurl = "{url}"\nconnect_timeout_s = 300\n')
+        found, said = complete("gpuinfer task show ", GPUINFER_CONFIG=str(file))
+        silent.settimeout(60)
+        silent.accept()[0].close()  # it was asked
+    assert found == []
+    assert "Traceback" not in said
 
 
 def test_help_lists_every_command() -> None:
