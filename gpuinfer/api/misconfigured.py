@@ -34,8 +34,12 @@ log = get_logger(__name__)
 
 #: Between two looks at the settings; also what Retry-After says.
 LOOK_S: Final = 2
-#: What a connection has for its request, and for the answer to be read.
-CONNECTION_S: Final = 5.0
+#: What a connection has for the head of its request.
+HEAD_S: Final = 5.0
+#: What it has then to send the rest, which nobody reads, and to read the answer.
+REST_S: Final = 60.0
+#: The most connections; one more ends the oldest.
+MOST_CONNECTIONS: Final = 512
 _MOST_HEADERS_BYTES: Final = 65_536
 #: A line of a settings file, valid or not, that is no comment and may set api.keys_dir.
 _NAMES_KEYS_DIR: Final = re.compile(r"^[^#\n]*keys_dir", re.MULTILINE)
@@ -91,6 +95,8 @@ class _Misconfigured:
         self._keys_dir = keys_dir()
         self._network = Network(ApiSettings(), socket.gethostname())
         self._notifier = SystemdNotifier()
+        #: The limits of the open connections, the oldest first.
+        self._open: dict[asyncio.Timeout, None] = {}
 
     async def until_right(self, prepare: Callable[[], T], listeners: Sequence[socket.socket]) -> T | None:
         stop = asyncio.Event()
@@ -153,17 +159,34 @@ class _Misconfigured:
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(CONNECTION_S):
-                await self._answer(reader, writer)
+            async with asyncio.timeout(HEAD_S) as limit:
+                self._make_place()
+                self._open[limit] = None
+                try:
+                    await self._answer(reader, writer, limit)
+                finally:
+                    self._open.pop(limit, None)
         writer.close()
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _make_place(self) -> None:
+        """End the oldest connection where there are too many."""
+        if len(self._open) >= MOST_CONNECTIONS:
+            oldest = next(iter(self._open))
+            del self._open[oldest]
+            if not oldest.expired():
+                oldest.reschedule(0)
+
+    async def _answer(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: asyncio.Timeout
+    ) -> None:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError:
             return
         except asyncio.LimitOverrunError:
             head = b""
+        if limit in self._open and not limit.expired():
+            limit.reschedule(asyncio.get_running_loop().time() + REST_S)
         error: GpuinferError = self._error
         if not self._may_know(head, writer):
             error = NotReady("its settings are wrong; on its host, gpuinfer config check says what")

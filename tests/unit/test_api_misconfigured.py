@@ -6,9 +6,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from sdnotify import SystemdNotifier
@@ -21,11 +22,35 @@ from gpuinfer.settings import BrokerSettings, Settings
 pytestmark = pytest.mark.unit
 
 WRONG = "[api\n"
+Front = misconfigured._Misconfigured
+T = TypeVar("T")
 
 
 @pytest.fixture(autouse=True)
 def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(misconfigured, "LOOK_S", 0.001)
+
+
+def served(
+    talk: Callable[[Front, socket.socket], Coroutine[Any, Any, T]],
+    keys_dir: Path | None = None,
+    listener: socket.socket | None = None,
+) -> T:
+    """Talk to a front whose settings stay wrong, for 60 s at most; return what came of it."""
+
+    def prepare() -> None:
+        raise ConfigError("SECRET")
+
+    async def run(listening: socket.socket) -> T:
+        front = Front(ConfigError("SECRET"), Path("/nonexistent/gpuinfer.toml"), lambda: keys_dir)
+        serving = asyncio.ensure_future(front.until_right(prepare, [listening]))
+        try:
+            return await asyncio.wait_for(talk(front, listening), 60)
+        finally:
+            serving.cancel()
+
+    with listener or socket.create_server(("127.0.0.1", 0)) as listening:
+        return asyncio.run(run(listening))
 
 
 def read(file: Path) -> str:
@@ -79,7 +104,7 @@ def test_a_slow_look_keeps_no_request_waiting(tmp_path: Path, monkeypatch: pytes
         return "right"
 
     async def serve(listener: socket.socket) -> str | None:
-        front = misconfigured._Misconfigured(ConfigError("SECRET"), tmp_path / "none", lambda: None)
+        front = Front(ConfigError("SECRET"), tmp_path / "none", lambda: None)
         serving = asyncio.ensure_future(front.until_right(prepare, [listener]))
         await asyncio.to_thread(blocked.wait, 60)
         reader, writer = await asyncio.open_connection(*listener.getsockname())
@@ -128,38 +153,28 @@ class Loaded:
         raise ConfigError("is not valid TOML", str(self._file))
 
 
-def ask(keys_dir: Path | None, *headers: str, unix: bool = False, tmp_path: Path) -> str:
+def ask(keys_dir: Path | None, *headers: str, socket_in: Path | None = None) -> str:
     """Return the whole answer of a front with wrong settings to a request by loopback, or by its socket."""
-    address = tmp_path / "api.sock"
-    address.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX) if unix else socket.create_server(("127.0.0.1", 0))
-    if unix:
-        listener.bind(str(address))
-        listener.listen()
 
-    async def talk() -> str:
-        if unix:
+    async def talk(_: Front, listener: socket.socket) -> str:
+        address = listener.getsockname()
+        if socket_in is not None:
             reader, writer = await asyncio.open_unix_connection(address)
         else:
-            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            reader, writer = await asyncio.open_connection(*address)
         writer.write("\r\n".join(("GET / HTTP/1.1", *headers, "", "")).encode())
         text = (await reader.read()).decode()
         writer.close()
         return text
 
-    async def served() -> str:
-        front = misconfigured._Misconfigured(ConfigError("SECRET"), tmp_path / "none", lambda: keys_dir)
-        serving = asyncio.ensure_future(front.until_right(prepare, [listener]))
-        try:
-            return await asyncio.wait_for(talk(), 60)
-        finally:
-            serving.cancel()
-
-    def prepare() -> None:
-        raise ConfigError("SECRET")
-
-    with listener:
-        return asyncio.run(served())
+    if socket_in is None:
+        return served(talk, keys_dir)
+    path = socket_in / "api.sock"
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        return served(talk, keys_dir, listener)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +183,7 @@ def ask(keys_dir: Path | None, *headers: str, unix: bool = False, tmp_path: Path
 )
 def test_details_by_loopback_while_there_is_no_key(tmp_path: Path, host: str, told: bool) -> None:
     """For a name of this host: a page of a browser on it, whose name means this host now, learns nothing."""
-    text = ask(tmp_path / "keys.d", f"Host: {host}", tmp_path=tmp_path)
+    text = ask(tmp_path / "keys.d", f"Host: {host}")
     assert text.startswith("HTTP/1.1 503 ")
     assert ("SECRET" in text, "not_ready" in text) == (told, not told)
 
@@ -179,10 +194,10 @@ def test_no_details_by_loopback_with_a_key(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "shop.toml").touch()
     host = "Host: localhost"
-    assert "SECRET" not in ask(folder, host, tmp_path=tmp_path)
-    assert "SECRET" not in ask(None, host, tmp_path=tmp_path)
-    assert "SECRET" in ask(folder, host, unix=True, tmp_path=tmp_path)
-    assert "SECRET" not in ask(folder, host, "Via: proxy", unix=True, tmp_path=tmp_path)
+    assert "SECRET" not in ask(folder, host)
+    assert "SECRET" not in ask(None, host)
+    assert "SECRET" in ask(folder, host, socket_in=tmp_path)
+    assert "SECRET" not in ask(folder, host, "Via: proxy", socket_in=tmp_path)
 
 
 def test_the_folder_of_keys_while_the_file_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,3 +212,46 @@ def test_the_folder_of_keys_while_the_file_is_broken(tmp_path: Path, monkeypatch
         assert find() is None
     monkeypatch.setenv("GPUINFER_API_KEYS_DIR", str(tmp_path))
     assert find() == tmp_path
+
+
+# -- how long it listens ------------------------------------------------------------------
+
+
+def test_an_upload_may_take_longer_than_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who uploads slowly reads the 503, and is not reset: the head alone must come soon."""
+    monkeypatch.setattr(misconfigured, "REST_S", 3600.0)
+
+    async def upload(front: Front, listener: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b"POST /predict HTTP/1.1\r\nContent-Length: 100000000\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
+        (limit,) = front._open
+        left_s = (limit.when() or 0.0) - asyncio.get_running_loop().time()
+        assert 60 < left_s <= 3600
+        writer.write(bytes(1_000_000))
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        while front._open:
+            await asyncio.sleep(0.001)
+
+    served(upload)
+
+
+def test_too_many_connections_end_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that say nothing, or send for ever, keep nobody out."""
+    monkeypatch.setattr(misconfigured, "MOST_CONNECTIONS", 2)
+    monkeypatch.setattr(misconfigured, "HEAD_S", 3600.0)
+
+    async def crowd(front: Front, listener: socket.socket) -> None:
+        streams = [await asyncio.open_connection(*listener.getsockname()) for _ in range(4)]
+        for reader, _ in streams[:2]:
+            assert await reader.read() == b""
+        for reader, writer in streams[2:]:
+            writer.write(b"GET / HTTP/1.1\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
+        assert len(front._open) == 2
+        for _, writer in streams:
+            writer.close()
+
+    served(crowd)
