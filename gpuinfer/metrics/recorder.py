@@ -75,25 +75,25 @@ class Recorder:
     def _record(self) -> None:
         seen = gather(self._client, weigh=False)
         models = _models(seen)
-        for begin, rates in self._over(seen).items():
+        steps = self._steps()
+        for begin, rates in steps.add(seen.now, _totals(seen)).items():
             shown = {name: rate for name, rate in rates.items() if _is_shown(name, models)}
             series.write(self._client, FINE, begin, shown)
+        # After the rates: if they are refused, the next look counts them again from the same totals.
+        self._client.set(keys.SERIES_STATE, orjson.dumps(state(steps)), ex=int(2 * MOST_GAP_S))
         series.write(self._client, FINE, seen.now, sample(seen, models))
         coarse = int(seen.now // COARSE.step_s)
         if coarse != self._coarse:
-            self._coarse = coarse
             self._thin(coarse * COARSE.step_s)
+            self._coarse = coarse
 
-    def _over(self, seen: Snapshot) -> Mapping[int, Mapping[str, float]]:
-        """Return the rates of the steps that are over; Redis keeps what they are counted from."""
+    def _steps(self) -> Steps:
+        """Return what rates are counted from: Redis keeps it for the watcher that takes over."""
         kept: bytes | None = self._client.get(keys.SERIES_STATE)  # type: ignore[assignment]  # not decoded
         try:
-            steps = Steps.of(orjson.loads(kept or b"null"))
+            return Steps.of(orjson.loads(kept or b"null"))
         except orjson.JSONDecodeError:
-            steps = Steps()
-        over = steps.add(seen.now, _totals(seen))
-        self._client.set(keys.SERIES_STATE, orjson.dumps(state(steps)), ex=int(2 * MOST_GAP_S))
-        return over
+            return Steps()
 
     def _thin(self, end: int) -> None:
         """Write the means of the five minutes before ``end``."""

@@ -8,6 +8,7 @@ bytes is added to the next one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,9 +35,12 @@ class Steps:
     def of(cls, found: object) -> Steps:
         """Return what ``vars`` of another one were; an empty one for anything else."""
         try:
-            return cls(**found) if isinstance(found, dict) else cls()
+            steps = cls(**found) if isinstance(found, dict) else cls()
         except TypeError:
             return cls()
+        kept = (steps.totals, steps.open, steps.owed)
+        sound = _is_number(steps.at) and all(isinstance(one, dict) for one in kept)
+        return steps if sound and all(_is_number(n) for one in kept for n in one.values()) else cls()
 
     def add(self, at: float, totals: Mapping[str, int]) -> dict[int, dict[str, float]]:
         """Take the totals at a time; return the rates of each step that is over, by when it began.
@@ -68,6 +72,10 @@ class Steps:
         stored = unpack(pack(exact))[0] or 0.0
         self.owed[name] = exact - stored
         return stored
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _grown(count: int, before: int) -> int:

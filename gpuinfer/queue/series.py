@@ -103,7 +103,15 @@ def write(client: redis.Redis, grid: Grid, at: float, values: Mapping[str, float
 def names(client: redis.Redis) -> dict[str, float]:
     """Return all series, and when each was written last. Raises redis-py's errors."""
     found: dict[bytes, bytes] = client.hgetall(keys.SERIES)  # type: ignore[assignment]  # not decoded
-    return {name.decode(errors="replace"): float(at) for name, at in found.items()}
+    return {name.decode(errors="replace"): _seconds(at) for name, at in found.items()}
+
+
+def _seconds(text: bytes) -> float:
+    """Return a time; what is none is long ago, so that it is forgotten."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 def forget(client: redis.Redis, now: float) -> None:

@@ -39,6 +39,7 @@ def test_the_first_watcher_writes_the_history(
     """Queues, rates and workers; another host's watcher writes nothing while the first one lives."""
     raw = worker.store.client
     clock = Clock(raw)
+    clock.now = clock.now // FINE.step_s * FINE.step_s + 3  # most of what is counted is in this step
     monkeypatch.setattr(recording, "gather", clock.gather)
     first, second = (Recorder(raw, host, clock) for host in ("a", "b"))
     worker.register()
@@ -135,3 +136,46 @@ def test_a_full_redis_keeps_tasks_and_no_history(worker: HandWorker) -> None:
     recorder.step(["a"])
     assert "waiting" in series.names(raw)
     assert not recorder._refused
+
+
+def test_what_is_refused_is_counted_at_the_next_look(
+    worker: HandWorker, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rates of the steps that are over, and the mean of five minutes."""
+    raw = worker.store.client
+    clock = Clock(raw)
+    start = clock.now = clock.now // COARSE.chunk_s * COARSE.chunk_s + COARSE.step_s + 3
+    monkeypatch.setattr(recording, "gather", clock.gather)
+    worker.register()
+    recorder = Recorder(raw, "a", clock)
+    fine = f"{series._prefix(FINE, int(start) // FINE.chunk_s)}ended"
+    coarse = f"{series._prefix(COARSE, int(start) // COARSE.chunk_s)}waiting"
+    series.write(raw, FINE, start - 20, {"waiting": 7})
+    raw.rpush(coarse, "not a series")
+    recorder.step(["a"])
+    assert "WRONGTYPE" in recorder._refused
+    client.submit_many([[1]] * 3)
+    assert worker.finish_all([1], room=3) == 3
+    raw.rpush(fine, "not a series")
+    clock.now += FINE.step_s
+    recorder.step(["a"])
+    raw.delete(fine, coarse)
+    clock.now += FINE.step_s
+    recorder.step(["a"])
+    assert not recorder._refused
+    clock.now += FINE.step_s
+    recorder.step(["a"])
+    ended = series.read_at(raw, ["ended"], clock.now, clock.now - start + FINE.step_s).values["ended"]
+    assert round(FINE.step_s * sum(value or 0.0 for value in ended)) == 3
+    found = series.read_at(raw, ["waiting"], start - COARSE.step_s, COARSE.step_s, COARSE.step_s)
+    assert found.values["waiting"] == (7,)
+
+
+def test_what_somebody_else_has_written_there_fails_no_probe(worker: HandWorker) -> None:
+    """It is put right: alerts come after it."""
+    raw = worker.store.client
+    raw.set(keys.SERIES_STATE, b'{"at": "now"}')
+    raw.hset(keys.SERIES, "other", "long ago")
+    Recorder(raw, "a", Clock(raw)).step(["a"])
+    names = series.names(raw)
+    assert "waiting" in names and "other" not in names

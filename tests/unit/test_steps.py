@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,3 +42,18 @@ def test_a_redis_that_came_back_empty_counts_anew() -> None:
     assert steps.add(1010.0, {"ended": 20}) == {1000: {"ended": 2.0}}
     assert steps.add(1010.0 + 2 * MOST_GAP_S, {"ended": 900}) == {}  # nobody has looked for long
     assert Steps.of({"no": "such"}) == Steps.of(None) == Steps()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"at": "now"}, {"at": None}, {"at": float("nan")}),
+        *({"totals": []}, {"totals": {"ended": "7"}}, {"open": 5}, {"owed": {"ended": None}}),
+    ],
+    ids=str,
+)
+def test_a_state_of_other_types_is_none(wrong: dict[str, Any]) -> None:
+    """Somebody else has written it; it is counted anew."""
+    steps = Steps.of({"at": 1000.0, "totals": {"ended": 5}, **wrong})
+    assert steps == Steps()
+    assert steps.add(1010.0, {"ended": 20}) == {}
