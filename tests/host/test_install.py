@@ -103,8 +103,8 @@ def test_passwords_are_roots_alone(host: Container) -> None:
     said = host.ok("stat -c '%a %U %n' /etc/gpuinfer/credentials /etc/gpuinfer/credentials/*")
     lines = [line.split() for line in said.splitlines()]
     assert lines[0][:2] == ["700", "root"]
-    assert [line[:2] for line in lines[1:]] == [["600", "root"]] * 4
-    assert int(host.ok("cat /etc/gpuinfer/credentials/* | fold -w 64 | sort -u | wc -l")) == 4
+    assert [line[:2] for line in lines[1:]] == [["600", "root"]] * 5
+    assert int(host.ok("cat /etc/gpuinfer/credentials/* | fold -w 64 | sort -u | wc -l")) == 5
     assert host.sh("setpriv --reuid gpuinfer-worker --clear-groups cat /etc/gpuinfer/credentials/worker").code
 
 
@@ -224,7 +224,7 @@ def test_passwords_are_changed_while_all_goes_on(host: Container) -> None:
     before = host.ok("cat /etc/gpuinfer/credentials/api")
     said = host.ok("gpuinfer redis rotate-password api")
     assert said.splitlines()[0] == "restarting gpuinfer-api.service"
-    assert said.splitlines()[1] == "the password of api is new, 1 old one is forgotten"
+    assert said.splitlines()[1] == "api has a new password, 1 old one is forgotten"
     assert host.ok("cat /etc/gpuinfer/credentials/api") != before
     for user in ("admin", "operator"):
         host.ok(f"gpuinfer redis rotate-password {user}")
