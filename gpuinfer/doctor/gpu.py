@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from gpuinfer.doctor.host import Finding, Findings, Host, Skipped, error, ok, warning
+from gpuinfer.doctor.units import show
 from gpuinfer.errors import ModelLoadError
 from gpuinfer.gpus import CUDA_TORCH, PROGRAM_XIDS, Gpu, chosen, cpu_only, torch_build
 from gpuinfer.models import sandbox
@@ -87,16 +88,19 @@ def health(host: Host) -> Findings:
 
 
 def _reset(host: Host, gpu: Gpu) -> str:
-    """Return what resets a GPU: nothing may use it meanwhile, as its workers, the watcher and a daemon do."""
+    """Return what resets a GPU: all that may use it is stopped, and of it what runs now is started again."""
     numbers = []
     with suppress(Skipped):  # the settings are wrong
         worker = host.settings.worker
         found = chosen(worker.gpus, host.some_gpus().inventory, worker.per_gpu)
         numbers = [n for n in found.worker_numbers if (one := found.of_worker(n)) and one.index == gpu.index]
-    names = [f"gpuinfer-worker@{number}" for number in numbers or [gpu.index]]
-    units = " ".join(["gpuinfer-watcher", *names])
-    stop = f"systemctl stop {units} nvidia-persistenced; nvidia-smi -i {gpu.uuid} --gpu-reset"
-    return f"{stop}; systemctl start nvidia-persistenced {units}"
+    workers = [f"gpuinfer-worker@{number}" for number in numbers or [gpu.index]]
+    units = running = ["nvidia-persistenced", "gpuinfer-watcher", *workers]
+    with suppress(Skipped):  # systemd does not run here
+        shown = zip(units, show(host, units, "ActiveState"), strict=True)
+        running = [name for name, unit in shown if unit["ActiveState"] in ("active", "activating")]
+    fix = f"systemctl stop {' '.join(units)}; nvidia-smi -i {gpu.uuid} --gpu-reset"
+    return f"{fix}; systemctl start {' '.join(running)}" if running else fix
 
 
 def memory(host: Host) -> Findings:

@@ -147,10 +147,31 @@ def test_the_ill_health_of_a_shared_gpu() -> None:
     """A reset needs all stopped that use it, and names the GPU so that no other is meant."""
     found = flat(gpu.health(host(FakeNvml(count=2, remapped={1: (1, 0)}), per_gpu=2)))
     assert found[0].remedy == (
-        "systemctl stop gpuinfer-watcher gpuinfer-worker@2 gpuinfer-worker@3 nvidia-persistenced; "
+        "systemctl stop nvidia-persistenced gpuinfer-watcher gpuinfer-worker@2 gpuinfer-worker@3; "
         "nvidia-smi -i GPU-00000001-0000 --gpu-reset; "
         "systemctl start nvidia-persistenced gpuinfer-watcher gpuinfer-worker@2 gpuinfer-worker@3"
     )
+
+
+def test_a_reset_starts_only_what_ran(tmp_path: Path) -> None:
+    """A worker that was stopped by hand, or never ran, stays so; a daemon may not be installed."""
+    states = {
+        "gpuinfer-watcher": "active",
+        "gpuinfer-worker@2": "inactive",
+        "gpuinfer-worker@3": "activating",
+    }
+
+    def systemctl(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        shown = [f"ActiveState={states.get(name, 'inactive')}" for name in command[4:]]
+        return subprocess.CompletedProcess([], 0, "\n\n".join(shown), "")
+
+    here = host(FakeNvml(count=2, remapped={1: (1, 0)}), tmp_path, per_gpu=2)
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    here.run = systemctl
+    start = "; systemctl start gpuinfer-watcher gpuinfer-worker@3"
+    assert flat(gpu.health(here))[0].remedy.endswith(f" --gpu-reset{start}")
+    states.clear()
+    assert flat(gpu.health(here))[0].remedy.endswith(" --gpu-reset")
 
 
 def test_a_full_gpu(tmp_path: Path) -> None:
