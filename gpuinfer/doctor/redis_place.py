@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from errno import errorcode
 from pathlib import Path
 
+from gpuinfer.certificate import unverified
 from gpuinfer.doctor.host import EDIT, Finding, error
 from gpuinfer.queue.connection import me
 from gpuinfer.redis_url import parse
@@ -89,11 +90,9 @@ class Place:
 
     def speaks_tls(self) -> bool:
         """Tell whether TLS is spoken there, whatever the certificate."""
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
             with _connected(self) as plain:
-                context.wrap_socket(plain).close()
+                unverified().wrap_socket(plain).close()
         except OSError:
             return False
         return True

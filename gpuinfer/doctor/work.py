@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import http.client
-import ssl
 import time
 from contextlib import closing, suppress
+from functools import partial
 
 import orjson
 
+from gpuinfer.certificate import unverified
 from gpuinfer.client import Client
 from gpuinfer.doctor.broker import asked
 from gpuinfer.doctor.host import Finding, Host, Skipped, error, ok, warning
@@ -31,7 +32,7 @@ def ready(host: Host) -> Finding:
     where = f"{name}:{port}"
     unit = show(host, [SOCKET], "LoadState,Result")[0] if host.booted else {}
     try:
-        status, body = _get(_ANY.get(name, name), port, tls=bool(host.settings.api.tls_cert))
+        status, body, plain = _get(_ANY.get(name, name), port, tls=bool(host.settings.api.tls_cert))
     except ConnectionRefusedError:
         if unit.get("LoadState") != "loaded":
             raise Skipped(f"nothing listens at {where}, and the package is not installed") from None
@@ -40,25 +41,32 @@ def ready(host: Host) -> Finding:
         return error(f"the API at {where} does not answer: {exc}", "systemctl restart gpuinfer-api")
     if unit.get("Result") == "resources":
         return error(f"what answers at {where} is another program, which has our port", who_listens(port))
-    if status == http.client.OK:
+    if status == http.client.OK and not plain:
         return ok(f"the API at {where} is ready")
     try:
         why = orjson.loads(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         why = body.decode(errors="replace")[:200]
+    if plain:
+        text = f"the API at {where} answers without TLS, though api.tls_cert is set: {why}"
+        return error(text, "gpuinfer config check")
     return warning(f"the API at {where} is not ready: {why}", "gpuinfer doctor redis work")
 
 
-def _get(name: str, port: int, *, tls: bool) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(name, port, timeout=_API_S)
-    if tls:  # the certificate is for the name that clients use, which is not this address
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(name, port, timeout=_API_S, context=context)
-    with closing(connection):
-        connection.request("GET", "/health/ready", headers={"Connection": "close"})
-        answer = connection.getresponse()
-        return answer.status, answer.read(4096)
+def _get(name: str, port: int, *, tls: bool) -> tuple[int, bytes, bool]:
+    """Return status and body; True: without ``tls``, as a front answers that cannot use its certificate."""
+    # The certificate is for the name that clients use, which is not this address.
+    kind = partial(http.client.HTTPSConnection, context=unverified()) if tls else http.client.HTTPConnection
+    try:
+        with closing(kind(name, port, timeout=_API_S)) as connection:
+            connection.request("GET", "/health/ready", headers={"Connection": "close"})
+            answer = connection.getresponse()
+            return answer.status, answer.read(4096), False
+    except OSError:
+        with suppress(OSError, http.client.HTTPException):
+            if tls:
+                return *_get(name, port, tls=False)[:2], True
+        raise
 
 
 def request(host: Host) -> Finding:

@@ -19,7 +19,9 @@ import httpx
 import pytest
 
 from gpuinfer import Client
-from gpuinfer.settings import Settings
+from gpuinfer.doctor.host import Host
+from gpuinfer.doctor.work import ready
+from gpuinfer.settings import Loaded, Settings
 from tests.apis import Api, HandWorker, submit
 from tests.conftest import RedisFactory
 from tests.services import Process, RedisServer
@@ -263,6 +265,13 @@ def test_wrong_settings_are_a_503_that_names_them(redis_server: RedisServer, tmp
                 assert str(tmp_path) not in passed_on.text
                 replace(file, f'[api]\ntls_cert = "{tmp_path}/none.pem"\n')
                 wait_until(lambda: "none.pem" in http.get("/models").text, 60)
+                section = {"port": listener.getsockname()[1], "tls_cert": f"{tmp_path}/none.pem"}
+                found = ready(Host(Loaded(Settings.model_validate({"api": section}), {}), root=tmp_path))
+                assert "answers without TLS, though api.tls_cert is set: " in found.message
+                assert (f"{tmp_path}/none.pem" in found.message, found.remedy) == (
+                    True,
+                    "gpuinfer config check",
+                )
                 replace(file, "[api]\n")
                 wait_until(lambda: http.get("/health/live").status_code == 200, 60)
             assert api.terminate() == 0

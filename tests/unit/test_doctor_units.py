@@ -216,11 +216,25 @@ def test_another_program_that_answers_for_the_api(tmp_path: Path) -> None:
     assert found.remedy.startswith(f"ss -ltnp sport = :{port}")
 
 
-def _answer(server: socket.socket) -> None:
-    connection, _ = server.accept()
-    with connection:
-        connection.recv(4096)
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+def _answer(server: socket.socket, status: str = "200 OK", text: str = "", times: int = 1) -> None:
+    for _ in range(times):
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
+
+
+def test_an_api_whose_certificate_is_wrong(tmp_path: Path) -> None:
+    """It answers without TLS, and says why; a restart would not help."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        here = systemd(tmp_path, unit(units.SOCKET), api={"port": port, "tls_cert": "/etc/none.pem"})
+        text = '{"error": {"message": "api.tls_cert: there is no /etc/none.pem"}}'
+        Thread(target=_answer, args=(server, "503 Service Unavailable", text, 2), daemon=True).start()
+        found = one(work.ready(here))
+    told = "answers without TLS, though api.tls_cert is set: api.tls_cert: there is no /etc/none.pem"
+    assert (found.status, found.remedy) == ("error", "gpuinfer config check")
+    assert found.message == f"the API at 127.0.0.1:{port} {told}"
 
 
 @pytest.mark.parametrize(
