@@ -83,7 +83,8 @@ class Place:
         """Return the answer to a line, or to a mere connection, without TLS; empty where there is none."""
         try:
             with _connected(self) as plain:
-                plain.sendall(line)
+                if line:  # to a peer that has hung up even nothing cannot be sent
+                    plain.sendall(line)
                 return plain.recv(1000).decode(errors="replace")
         except OSError:
             return ""
@@ -147,12 +148,8 @@ def diagnose(exc: Exception, place: Place) -> Finding:
         seen += f"\n{place.says()}"
     row = next(row for row in ROWS if re.search(row.signs, seen) and row.when(place))
     refused = [one.verify_message for one in causes if isinstance(one, ssl.SSLCertVerificationError)]
-    words = {
-        "place": place,
-        "me": me(),
-        "our_socket": OUR_SOCKET,
-        "text": refused[0] if refused else " ".join(str(exc).split())[:300],
-    }
+    text = refused[0] if refused else " ".join(str(exc).split())[:300]
+    words = {"place": place, "me": me(), "our_socket": OUR_SOCKET, "text": text}
     return error(row.message.format(**words), ((place.ours and row.ours) or row.remedy).format(**words))
 
 
