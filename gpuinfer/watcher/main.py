@@ -306,6 +306,7 @@ class Watcher:
             target_stopped=view.target_stopped,
             queued=view.queued,
             restarts=view.restarts,
+            ready_at=0.0 if view.ready_age_s is None else now - view.ready_age_s,
             gpu=gpu,
             serves=self._served.serves(number),
         )

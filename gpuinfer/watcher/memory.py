@@ -133,6 +133,8 @@ def _as_it_is(unit: UnitMemory | None, instance: Instance) -> UnitMemory:
 def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
     moved = before.state != instance.state
     since = instance.since if moved else before.since
+    if instance.ready_at > before.since:  # it may have ended again before anybody looked
+        before = replace(before, served=True)
     if moved and instance.target_stopped and not instance.runs:  # a stop of all workers
         before = replace(before, verb="stop", verb_at=now)
     after = replace(before, state=instance.state, since=since, hold=before.held(now))

@@ -87,6 +87,8 @@ class Instance:
     queued: bool = False
     #: How often systemd has restarted it by itself since somebody has started it.
     restarts: int = 0
+    #: When it last became ready, on the clock of ``now``; 0: not known.
+    ready_at: float = 0.0
     #: None: not known, as without a fresh heartbeat; such a one is not stopped.
     busy: bool | None = None
     #: It claims nothing, by an administrator's wish: it is neither counted upon nor stopped.

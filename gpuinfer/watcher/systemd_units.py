@@ -266,7 +266,7 @@ class SystemdUnits:
         state = _STATES.get(str(properties.get("ActiveState")), "inactive")
         if state == "inactive" and number in self._failed:
             state = "failed"
-        since_us = int(properties.get(_SINCE[state]) or 0)
+        since_us, ready_us = (int(properties.get(_SINCE[name]) or 0) for name in (state, "active"))
         return UnitView(
             state=state,
             age_s=max(0.0, self._clock() - since_us / 1e6) if since_us else 0.0,
@@ -275,6 +275,7 @@ class SystemdUnits:
             target_stopped=self._target_stopped,
             queued=bool((properties.get("Job") or (0,))[0]),
             restarts=int(properties.get("NRestarts") or 0),
+            ready_age_s=max(0.0, self._clock() - ready_us / 1e6) if ready_us else None,
         )
 
     async def act(self, verb: Verb, number: int) -> None:

@@ -42,6 +42,8 @@ class UnitView:
     queued: bool = False
     #: How often it was restarted automatically since it was last started.
     restarts: int = 0
+    #: How long ago it last became ready; None: it never did, as far as is known.
+    ready_age_s: float | None = None
 
 
 class Units(Protocol):

@@ -98,6 +98,20 @@ def test_a_restart_after_a_time_of_service_is_no_failed_start() -> None:
     assert watcher.measured.rates.startup_s == pytest.approx(10, abs=1)
 
 
+def test_who_serves_for_less_than_a_look_has_served() -> None:
+    """A worker that ends at its first task, by a hard time limit, was ready: systemd tells when."""
+    world = busy_world(1)
+    watcher = Watcher(world, settings(), history=remembering(KNOWN))
+    watcher.run(5)
+    assert world.instances[A0].state == "activating"
+    world.set(A0, since=world.now, ready_at=world.now - 0.5, restarts=1)
+    watcher.run(3)
+    assert watcher.history.units[A0].failures == 0
+    world.set(A0, since=world.now, restarts=2)
+    watcher.run(1)
+    assert watcher.history.units[A0].failures == 1
+
+
 def crash_loop(world: World, watcher: Watcher, seconds: int) -> None:
     """Let gpu0 end whenever it should be ready, and systemd start it again two seconds later."""
     for _ in range(seconds):
