@@ -58,6 +58,8 @@ class FleetWorker:
         self.models = tuple(models)
         self.state: UnitState = "inactive"
         self.entered = time.monotonic()
+        #: When it last became ready, on the monotonic clock.
+        self.ready_at: float | None = None
         self.restarts = 0
         #: Seconds that its device has computed, ever.
         self.computed_s = 0.0
@@ -90,6 +92,8 @@ class FleetWorker:
 
     def _enter(self, state: UnitState) -> None:
         self.state, self.entered = state, time.monotonic()
+        if state == "active":
+            self.ready_at = self.entered
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -191,6 +195,12 @@ def _fault(envelope: Envelope) -> str:
     return str((envelope.metadata or {}).get(FAULT, ""))
 
 
+def _view(one: FleetWorker) -> UnitView:
+    now = time.monotonic()
+    ready_age_s = None if one.ready_at is None else now - one.ready_at
+    return UnitView(state=one.state, age_s=now - one.entered, restarts=one.restarts, ready_age_s=ready_age_s)
+
+
 class FleetUnits:
     """The units of one pretended host, as its watcher sees them."""
 
@@ -202,12 +212,7 @@ class FleetUnits:
 
     async def look(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
         """Return every instance's state."""
-        now = time.monotonic()
-        return {
-            number: UnitView(state=one.state, age_s=now - one.entered, restarts=one.restarts)
-            for number, one in self.workers.items()
-            if number in numbers
-        }
+        return {number: _view(one) for number, one in self.workers.items() if number in numbers}
 
     async def act(self, verb: Verb, number: int) -> None:
         """Start, stop or reset one."""
