@@ -10,5 +10,5 @@ def many(count: int, one: str, several: str = "") -> str:
 
 
 def tasks_wait(count: int) -> str:
-    """Return that so many tasks wait."""
+    """Return a clause, "1 task waits" or "2 tasks wait"."""
     return many(count, "task waits", "tasks wait")

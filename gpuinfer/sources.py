@@ -39,6 +39,15 @@ def variable(section: str, key: str) -> str:
     return f"{ENV_PREFIX}{section}_{key}".upper()
 
 
+def file_state(path: Path) -> tuple[int, ...] | None:
+    """Return what differs once a file is written; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
 def read_text(path: Path) -> str:
     """Return a file's text. Raises ConfigError."""
     try:

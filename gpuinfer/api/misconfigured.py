@@ -28,7 +28,7 @@ from gpuinfer.errors import ConfigError, GpuinferError, NotReady
 from gpuinfer.keys.writing import names
 from gpuinfer.log import get_logger
 from gpuinfer.settings import ApiSettings, Loaded, variable
-from gpuinfer.sources import read_text
+from gpuinfer.sources import file_state, read_text
 
 log = get_logger(__name__)
 
@@ -116,7 +116,7 @@ class _Misconfigured:
                 await asyncio.wait((stopping,), timeout=LOOK_S)
                 if stopping.done():
                     return None
-                seen = _state(self._file)
+                seen = file_state(self._file)
                 # It asks Redis, which may not answer, or not soon.
                 look = loop.create_task(asyncio.to_thread(self._look, prepare))
                 await asyncio.wait((stopping, look), return_when=asyncio.FIRST_COMPLETED)
@@ -128,7 +128,7 @@ class _Misconfigured:
                     if str(exc) != str(self._error):
                         self._tell(exc)
                 else:
-                    if before == seen == _state(self._file):
+                    if before == seen == file_state(self._file):
                         log.info("settings_right", pid=os.getpid())
                         return found
                 before = seen
@@ -209,15 +209,6 @@ class _Misconfigured:
         except GpuinferError:
             return False
         return bool(head) and (arrival == "unix" or (arrival == "loopback" and not _has_keys(self._keys_dir)))
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    """Return what differs once a file is written; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def _check_written(path: Path) -> None:

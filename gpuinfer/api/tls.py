@@ -18,6 +18,7 @@ from typing import NamedTuple
 from gpuinfer.certificate import BEGIN, not_after
 from gpuinfer.errors import ConfigError
 from gpuinfer.log import get_logger
+from gpuinfer.sources import file_state
 
 log = get_logger(__name__)
 
@@ -71,7 +72,7 @@ class Certificate:
         self._pending = seen
 
     def _look(self) -> tuple[tuple[int, ...] | None, ...]:
-        return tuple(_state(path) for path in dict.fromkeys((self._cert, self._key)))
+        return tuple(file_state(path) for path in dict.fromkeys((self._cert, self._key)))
 
     def _take(self) -> datetime:
         """Read the files into the context; return when the certificate expires. Raises ConfigError."""
@@ -122,14 +123,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as exc:
         raise ConfigError(f"{path}: cannot be read: {exc.strerror or exc}") from None
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 @contextmanager

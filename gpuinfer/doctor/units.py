@@ -124,7 +124,7 @@ def _not_running(unit: Unit, *, always: bool) -> Finding | None:
 
 
 def _restart(unit: Unit) -> str:
-    """Return what starts a failed unit again; wrong settings are to be mended first."""
+    """Return what starts a failed unit again; wrong settings are corrected first."""
     start = f"systemctl reset-failed {unit['Id']} && systemctl start {unit['Id']}"
     if (unit.get("ExecMainCode"), unit.get("ExecMainStatus")) != (EXITED, str(ConfigError.exit_code)):
         return start

@@ -19,7 +19,7 @@ def last_words(
 ) -> str:
     """Return ``(RESULT): WORDS``: the signal that ended it, and its own last error or line, else systemd's.
 
-    Only lines of the last start count: an error of an earlier one may have been mended since. ``-u`` alone
+    Only lines of the last start count: an error of an earlier one may be fixed since. ``-u`` alone
     would find systemd's "Failed to start", which is always the last and tells nothing.
     """
     start, said = unit.get("InvocationID", ""), []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page that a monitoring system scrapes: made at most once a second, whoever asks.
+"""The page that a monitoring system scrapes: made at most once a second, for all who ask.
 
 One thread looks at Redis, however many scrapes wait for it. A Redis that accepts and does not answer holds
 none of them up for longer than ``broker.connect_timeout_s``.
@@ -79,7 +79,7 @@ class Page:
     def _run(self, look: Future[Snapshot | None]) -> None:
         try:
             seen = self._gathered()
-        except Exception as exc:  # a bug: whoever waits raises it
+        except Exception as exc:  # a bug: the scrapes that wait raise it
             self._made_at = self._clock()
             look.set_exception(exc)
         else:

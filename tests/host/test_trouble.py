@@ -231,7 +231,7 @@ def test_a_worker_that_cannot_stay_up_ends_in_failed(host: Container) -> None:
 
 
 def test_the_doctor_tells_how_the_last_start_ended(host: Container) -> None:
-    """Wrong settings, which are mended before another start; then SIGKILL, and not that earlier error."""
+    """Wrong settings, which are corrected before another start; then SIGKILL, and not that earlier error."""
     own, drop_in = "/etc/gpuinfer/worker@0.env", f"/run/systemd/system/{WORKER}.service.d/once.conf"
     host.put(drop_in, "[Service]\nRestart=no\n")
     host.ok(f"systemctl daemon-reload; systemctl stop {WORKER}; cp {own} /root/own.env")

@@ -162,7 +162,7 @@ class Journal:
 
 
 def test_only_the_last_start_has_the_cause() -> None:
-    """An error of an earlier start was mended since; of what was killed, the signal is the cause."""
+    """An error of an earlier start is fixed since; of what was killed, the signal is the cause."""
     earlier = ("one", "err", "model not loaded")
     ready = ("two", "info", "ready")
     unit = {"Id": "gpuinfer-worker@0.service", "InvocationID": "two", "Result": "signal"}
