@@ -22,7 +22,7 @@ import redis
 
 from gpuinfer.demo.processes import Child, ProcessEnded, stop
 from gpuinfer.errors import ConfigError
-from gpuinfer.gpus import VISIBLE
+from gpuinfer.gpu_binding import VISIBLE
 
 #: How long everything together may take to come up; a cold disk makes importing torch slow.
 START_TIMEOUT_S = 180.0

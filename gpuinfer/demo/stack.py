@@ -29,7 +29,8 @@ from gpuinfer.demo.private import (
     private_folder,
 )
 from gpuinfer.demo.processes import Child, stop
-from gpuinfer.gpus import VISIBLE, Inventory, check_visible, list_gpus, visible
+from gpuinfer.gpu_binding import VISIBLE, check_visible, visible
+from gpuinfer.gpus import Inventory, list_gpus
 
 #: The process that calls the model directly.
 _DIRECT = "model"

@@ -11,7 +11,8 @@ from typing import Any
 from gpuinfer.doctor.host import Finding, Findings, Host, Skipped, error, ok, warning
 from gpuinfer.doctor.units import show
 from gpuinfer.errors import ModelLoadError
-from gpuinfer.gpus import CUDA_TORCH, PROGRAM_XIDS, Gpu, chosen, cpu_only, torch_build
+from gpuinfer.gpus import PROGRAM_XIDS, Gpu, chosen
+from gpuinfer.installed_torch import CUDA_TORCH, cpu_only, torch_build
 from gpuinfer.models import sandbox
 from gpuinfer.plural import many
 from gpuinfer.privileges import WORKER_USER

@@ -15,7 +15,8 @@ from gpuinfer import instances as own
 from gpuinfer.doctor.host import Finding, Findings, Host, Skipped, error, ok, warning
 from gpuinfer.doctor.units import NUMBER, instances
 from gpuinfer.errors import ConfigError, DeviceError, DigestMismatch, ModelError, ModelNotAdded, UnknownModel
-from gpuinfer.gpus import VISIBLE, Inventory, chosen, visible_device
+from gpuinfer.gpu_binding import VISIBLE, visible_device
+from gpuinfer.gpus import Inventory, chosen
 from gpuinfer.models.repository import ModelFolder, Repository, verify
 from gpuinfer.settings import Settings, load
 

@@ -231,7 +231,7 @@ def _run(
     encoding: Encoding,
 ) -> dict[str, Any]:
     if device != "cpu":
-        from gpuinfer.gpus import check_visible
+        from gpuinfer.gpu_binding import check_visible
 
         check_visible(os.environ)  # before torch is imported, which would take the CPU without a word
     # Here, not above: torch takes seconds to import, and only this command needs it.

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gpuinfer import instances
+from gpuinfer.gpu_binding import visible
 from gpuinfer.gpu_readings import Reading, readings
-from gpuinfer.gpus import Gpu, Inventory, chosen, list_gpus, visible
+from gpuinfer.gpus import Gpu, Inventory, chosen, list_gpus
 from gpuinfer.settings import Settings
 from gpuinfer.watcher.state import HEALTHY, GpuHealth
 

@@ -24,7 +24,8 @@ from celery.platforms import EX_FAILURE, SecurityWarning
 from celery.worker import state
 
 from gpuinfer.errors import ConfigError, DeviceError, GpuinferError, TimeLimitExceeded, UnusableRedis
-from gpuinfer.gpus import visible_device, wrong_torch
+from gpuinfer.gpu_binding import visible_device
+from gpuinfer.installed_torch import wrong_torch
 from gpuinfer.locks import acquire
 from gpuinfer.locks import domain as lock_domain
 from gpuinfer.log import configure, get_logger, setup_celery_logging

@@ -8,7 +8,7 @@ import os
 import sys
 
 from gpuinfer.errors import GpuinferError
-from gpuinfer.gpus import VISIBLE, visible_device
+from gpuinfer.gpu_binding import VISIBLE, visible_device
 from gpuinfer.models.device import try_device
 from gpuinfer.settings import WorkerSettings
 from tests.gpu.dry import dry_run

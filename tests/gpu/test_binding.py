@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from gpuinfer.gpus import VISIBLE, Gpu, list_gpus
+from gpuinfer.gpu_binding import VISIBLE
+from gpuinfer.gpus import Gpu, list_gpus
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,8 @@ import pytest
 
 from gpuinfer import Client
 from gpuinfer.errors import DeadLettered, DeviceError
-from gpuinfer.gpus import VISIBLE, Gpu, list_gpus
+from gpuinfer.gpu_binding import VISIBLE
+from gpuinfer.gpus import Gpu, list_gpus
 from tests.gpu.conftest import entries
 from tests.gpu.models import asserting
 from tests.models_for_tests import sleeper

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gpuinfer import gpus
+from gpuinfer import installed_torch
 from gpuinfer.cli import _WhenNeeded
 from gpuinfer.doctor import gpu, workers
 from gpuinfer.doctor.host import Finding, Findings, Host, Skipped
@@ -319,7 +319,7 @@ def test_torch_is_known_without_importing_it() -> None:
     """Its version and its CUDA, from its own file."""
     import torch
 
-    assert gpus.torch_build() == (torch.__version__, torch.version.cuda or "")
+    assert installed_torch.torch_build() == (torch.__version__, torch.version.cuda or "")
 
 
 @pytest.mark.parametrize(
@@ -329,11 +329,11 @@ def test_the_command_that_swaps_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: bool, cuda_version: str, said: bool
 ) -> None:
     """Where NVIDIA's driver is loaded and torch is the one for CPUs; nowhere else."""
-    monkeypatch.setattr(gpus, "DRIVER", tmp_path / "version")
-    monkeypatch.setattr(gpus, "torch_build", lambda: ("2.13.0+cpu", cuda_version))
+    monkeypatch.setattr(installed_torch, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(installed_torch, "torch_build", lambda: ("2.13.0+cpu", cuda_version))
     if driver:
         (tmp_path / "version").touch()
-    assert ("apt install gpuinfer-torch-cuda" in gpus.wrong_torch()) == said
+    assert ("apt install gpuinfer-torch-cuda" in installed_torch.wrong_torch()) == said
 
 
 def test_a_cpu_build_on_a_host_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from gpuinfer.errors import DeviceError
-from gpuinfer.gpus import Gpu, Inventory, MigInstance, check_visible, list_gpus, spell, visible_device
+from gpuinfer.gpu_binding import check_visible, spell, visible_device
+from gpuinfer.gpus import Gpu, Inventory, MigInstance, list_gpus
 from gpuinfer.gpus_cli import gpus as gpus_command
 from gpuinfer.settings import Loaded, Settings, WorkerSettings
 from tests.fake_nvml import GIB, FakeNvml

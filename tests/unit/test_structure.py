@@ -36,7 +36,9 @@ SHARED = (
     "metrics",
     "alerts",
     "gpus",
+    "gpu_binding",
     "gpu_readings",
+    "installed_torch",
     "privileges",
 )
 #: Rooms and single modules from the bottom up: each may use what stands below it. Those of one level do
@@ -47,7 +49,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("sources",),
     ("settings", "journal"),
     ("log", "gpus", "locks", "instances", "privileges"),
-    ("models", "gpu_readings"),
+    ("gpu_binding", "gpu_readings", "installed_torch"),
+    ("models",),
     ("queue",),
     ("client", "broker", "keys", "metrics"),
     ("alerts",),
