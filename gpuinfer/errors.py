@@ -4,22 +4,23 @@
 Where each family is raised, along the way of a request::
 
     settings ─ ConfigError
-    client ── api ── InputError, PayloadTooLarge, UnknownModel ── BrokerError, QueueFull, RateLimited
-                       queue ── TaskNotFound, TaskExpired, TaskRevoked, DeadLettered
-                                  worker ── DeviceError, ModelError, TimeLimitExceeded, TransientError
+    client ── api ── Unauthorized, Forbidden, InputError, UnknownModel, FrontBusy ── RateLimited
+                       queue ── BrokerError, QueueFull, TaskNotFound, TaskExpired, TaskRevoked, DeadLettered
+                                  worker ── DeviceError, ModelError, TimeLimitExceeded
 
-Each class carries a stable ``code`` (what programs match on), the HTTP status the API answers
-with, and the exit code the command line ends with (sysexits.h). ``args`` is always
-``(message, field)``, so that an error survives Celery's JSON result format unchanged.
+Each class names a stable ``code`` (what programs match on), the HTTP status the API answers with, and the
+exit code the command line ends with (sysexits.h); what it does not name, it has from its base. ``args`` is
+always ``(message, field)``, so that an error survives Celery's JSON result format unchanged.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 
 def _encodable(text: str) -> str:
-    """Escape half surrogates, which JSON from outside may hold and no JSON of ours can."""
+    """Escape lone surrogates, which JSON from outside may contain and our own JSON cannot."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
@@ -31,9 +32,19 @@ class GpuinferError(Exception):
 
     code: ClassVar[str] = "internal_error"
     http_status: ClassVar[int] = 500
-    exit_code: ClassVar[int] = 70  # EX_SOFTWARE
+    exit_code: int = os.EX_SOFTWARE
     #: True when the same request may succeed later, unchanged.
     transient: ClassVar[bool] = False
+
+    def __init_subclass__(
+        cls, *, code: str, status: int | None = None, exit_code: int | None = None, transient: bool = False
+    ) -> None:
+        """Set what the class statement names. A subclass of a transient error is transient, too."""
+        super().__init_subclass__()
+        cls.code = code
+        cls.http_status = cls.http_status if status is None else status
+        cls.exit_code = cls.exit_code if exit_code is None else exit_code
+        cls.transient = cls.transient or transient
 
     def __init__(self, message: str = "", field: str | None = None) -> None:
         self.message = _encodable(message)
@@ -51,403 +62,249 @@ class GpuinferError(Exception):
         return body
 
 
-class ConfigError(GpuinferError):
+# -- settings, commands, processes ----------------------------------------------------------
+
+
+class ConfigError(GpuinferError, code="bad_config", exit_code=os.EX_CONFIG):
     """Raised when a setting is unknown or has a bad value."""
 
-    code = "bad_config"
-    exit_code = 78  # EX_CONFIG
+
+class UnusableRedis(ConfigError, code="unusable_redis", status=503):
+    """Raised when this Redis cannot be used as it is: another one is needed."""
 
 
-class UnusableRedis(ConfigError):
-    """Raised when a Redis cannot be worked with as it is: it is another one that is wanted."""
-
-    code = "unusable_redis"
-    http_status = 503
+class FormatMismatch(UnusableRedis, code="format_mismatch"):
+    """Raised when the data in Redis is in the format of another edition of gpuinfer."""
 
 
-class FormatMismatch(UnusableRedis):
-    """Raised when what lies in Redis is laid out as another edition of gpuinfer does it."""
-
-    code = "format_mismatch"
+class ClusterUnsupported(UnusableRedis, code="cluster_unsupported"):
+    """Raised when the configured Redis is part of a Redis Cluster."""
 
 
-class ClusterUnsupported(UnusableRedis):
-    """Raised when the Redis that is named is part of a Redis Cluster."""
-
-    code = "cluster_unsupported"
-
-
-class UsageError(GpuinferError):
+class UsageError(GpuinferError, code="bad_usage", status=400, exit_code=os.EX_USAGE):
     """Raised when a command is called with arguments that cannot work."""
 
-    code = "bad_usage"
-    http_status = 400
-    exit_code = 64  # EX_USAGE
+
+class AddressUnavailable(GpuinferError, code="address_unavailable", exit_code=os.EX_UNAVAILABLE):
+    """Raised when a server cannot listen on the configured address."""
 
 
-class AddressUnavailable(GpuinferError):
-    """Raised when a server cannot listen where it was told to."""
-
-    code = "address_unavailable"
-    exit_code = 69  # EX_UNAVAILABLE
+class ProcessesFailed(GpuinferError, code="processes_failed"):
+    """Raised when a process of the front ends before it has served anything."""
 
 
-class ProcessesFailed(GpuinferError):
-    """Raised when a process of the front ends before it has served at all."""
-
-    code = "processes_failed"
+class JournalUnavailable(GpuinferError, code="journal_unavailable", exit_code=os.EX_UNAVAILABLE):
+    """Raised when the journal is needed and this host has none."""
 
 
-class JournalUnavailable(GpuinferError):
-    """Raised when the journal is asked for where there is none."""
-
-    code = "journal_unavailable"
-    exit_code = 69  # EX_UNAVAILABLE
-
-
-class UnitsUnavailable(GpuinferError):
+class UnitsUnavailable(GpuinferError, code="units_unavailable", exit_code=os.EX_UNAVAILABLE):
     """Raised when systemd cannot be reached over D-Bus, or a worker process cannot be started."""
 
-    code = "units_unavailable"
-    exit_code = 69  # EX_UNAVAILABLE
+
+class UnitRefused(GpuinferError, code="unit_refused", exit_code=os.EX_NOPERM):
+    """Raised when systemd, or polkit, refuses to start, stop or reset a worker's unit."""
 
 
-class UnitRefused(GpuinferError):
-    """Raised when systemd, or polkit for it, refuses to start, stop or reset a worker's unit."""
-
-    code = "unit_refused"
-    exit_code = 77  # EX_NOPERM
-
-
-class UnitStopping(GpuinferError):
+class UnitStopping(GpuinferError, code="unit_stopping", exit_code=os.EX_TEMPFAIL):
     """Raised when the start of a worker is dropped because it would undo a stop."""
 
-    code = "unit_stopping"
-    exit_code = 75  # EX_TEMPFAIL
+
+class NotPermitted(GpuinferError, code="not_permitted", exit_code=os.EX_NOPERM):
+    """Raised when the caller of a command lacks the permission that it needs."""
 
 
-class NotPermitted(GpuinferError):
-    """Raised when who calls a command may not do what it does."""
-
-    code = "not_permitted"
-    exit_code = 77  # EX_NOPERM
+class BadKey(ConfigError, code="bad_key"):
+    """Raised when a key's file is wrong, or a value given for a new key."""
 
 
-class BadKey(ConfigError):
-    """Raised when a key's file, or what a key is to be made of, is wrong."""
-
-    code = "bad_key"
+class UnknownKey(GpuinferError, code="unknown_key", exit_code=os.EX_NOINPUT):
+    """Raised when this host has no key of that name."""
 
 
-class UnknownKey(GpuinferError):
-    """Raised when a key is named that this host does not have."""
-
-    code = "unknown_key"
-    exit_code = 66  # EX_NOINPUT
+class KeyExists(GpuinferError, code="key_exists", exit_code=os.EX_CANTCREAT):
+    """Raised when the name of a new key is taken."""
 
 
-class KeyExists(GpuinferError):
-    """Raised when a key is to be made whose name is taken."""
-
-    code = "key_exists"
-    exit_code = 73  # EX_CANTCREAT
+class RootKept(GpuinferError, code="root_kept", exit_code=os.EX_NOPERM):
+    """Raised when a process of root cannot become the worker's user, and so must not run a model."""
 
 
-class RootKept(GpuinferError):
-    """Raised when root's process cannot become the worker's user, and so may not run a model."""
-
-    code = "root_kept"
-    exit_code = 77  # EX_NOPERM
+class DiskFull(GpuinferError, code="disk_full", status=503, exit_code=os.EX_TEMPFAIL, transient=True):
+    """Raised when Redis is not started because its disk lacks space for what it must write."""
 
 
-class DiskFull(GpuinferError):
-    """Raised when Redis is not started because its disk has no room for what it must write."""
-
-    code = "disk_full"
-    http_status = 503
-    exit_code = 75  # EX_TEMPFAIL
-    transient = True
+class MissingExtra(GpuinferError, code="missing_extra", exit_code=os.EX_UNAVAILABLE):
+    """Raised when a command needs a library that is not installed; the message names the extra."""
 
 
-class MissingExtra(GpuinferError):
-    """Raised when a command needs a library that is not installed, and says which extra brings it."""
-
-    code = "missing_extra"
-    exit_code = 69  # EX_UNAVAILABLE
+class WorkerRunning(GpuinferError, code="worker_running", exit_code=os.EX_CANTCREAT):
+    """Raised when an operation needs a stopped worker and this one runs."""
 
 
-# -- who may ask ----------------------------------------------------------------------------
+class TakenBack(GpuinferError, code="taken_back", exit_code=os.EX_TEMPFAIL):
+    """Raised when a reaper took this worker for dead and put its tasks back."""
 
 
-class Unauthorized(GpuinferError):
-    """Raised when a request needs a key and has none that counts."""
+# -- access ---------------------------------------------------------------------------------
 
-    code = "unauthorized"
-    http_status = 401
-    exit_code = 77  # EX_NOPERM
-    #: True: a token was given, and it is of no key.
+
+class Unauthorized(GpuinferError, code="unauthorized", status=401, exit_code=os.EX_NOPERM):
+    """Raised when a request needs a key and has no valid one."""
+
+    #: True: a token was given, and it belongs to no key.
     refused_token = False
 
 
-class Forbidden(GpuinferError):
-    """Raised when a key does not allow what is asked for. ``field`` names what it does not allow."""
-
-    code = "forbidden"
-    http_status = 403
-    exit_code = 77  # EX_NOPERM
+class Forbidden(GpuinferError, code="forbidden", status=403, exit_code=os.EX_NOPERM):
+    """Raised when a key does not allow the request. ``field`` names what it does not allow."""
 
 
-class ForeignHost(Forbidden):
-    """Raised when who needs no key asks under a name that is not this host's.
-
-    A web page could have made its own name mean this host (DNS rebinding).
-    """
-
-    code = "foreign_host"
+class ForeignHost(Forbidden, code="foreign_host"):
+    """Raised when a request without a key has a Host that is not this host's (DNS rebinding)."""
 
 
-class ForeignOrigin(Forbidden):
-    """Raised when a web page asks whose origin is neither this host nor one of ``api.cors_origins``."""
-
-    code = "foreign_origin"
+class ForeignOrigin(Forbidden, code="foreign_origin"):
+    """Raised when a web page's origin is neither this host nor one of ``api.cors_origins``."""
 
 
-# -- what a caller sent ---------------------------------------------------------------------
+# -- input ----------------------------------------------------------------------------------
 
 
-class InputError(GpuinferError):
+class InputError(GpuinferError, code="bad_input", status=422, exit_code=os.EX_DATAERR):
     """Raised when a request's input is malformed. Never retried."""
 
-    code = "bad_input"
-    http_status = 422
-    exit_code = 65  # EX_DATAERR
+
+class ShapeMismatch(InputError, code="shape_mismatch"):
+    """Raised when an input tensor's shape is not the one in the manifest."""
 
 
-class ShapeMismatch(InputError):
-    """Raised when an input tensor's shape is not the one the manifest names."""
-
-    code = "shape_mismatch"
-
-
-class DtypeMismatch(InputError):
+class DtypeMismatch(InputError, code="dtype_mismatch"):
     """Raised when an input's values or dtype do not fit the manifest's dtype."""
 
-    code = "dtype_mismatch"
+
+class NonFiniteInput(InputError, code="non_finite_input"):
+    """Raised when an input contains NaN or infinity and the manifest does not allow it."""
 
 
-class NonFiniteInput(InputError):
-    """Raised when an input holds NaN or infinity and the manifest does not allow it."""
-
-    code = "non_finite_input"
+class MissingInput(InputError, code="missing_input"):
+    """Raised when one of a model's several inputs is missing."""
 
 
-class MissingInput(InputError):
-    """Raised when a model with several inputs is not given one of them."""
-
-    code = "missing_input"
+class IdempotencyConflict(InputError, code="idempotency_conflict"):
+    """Raised when an idempotency key was used for another request already."""
 
 
-class IdempotencyConflict(InputError):
-    """Raised when an idempotency key stands for another request already."""
-
-    code = "idempotency_conflict"
+class TaskExists(InputError, code="task_exists", status=409):
+    """Raised when a client's own task id was used for another request already."""
 
 
-class TaskExists(InputError):
-    """Raised when an id of a client's own stands for another request already."""
-
-    code = "task_exists"
-    http_status = 409
-
-
-class UnknownParameter(InputError):
+class UnknownParameter(InputError, code="unknown_parameter", status=400):
     """Raised when a URL has a query parameter that its route does not know."""
 
-    code = "unknown_parameter"
-    http_status = 400
 
-
-class MalformedJson(InputError):
+class MalformedJson(InputError, code="malformed_json", status=400):
     """Raised when a request's body is not JSON."""
 
-    code = "malformed_json"
-    http_status = 400
 
-    def __init__(self, message: str = "", field: str | None = "body") -> None:
-        super().__init__(message, field)
+class MalformedForm(InputError, code="malformed_form", status=400):
+    """Raised when a request's body is not the form that its Content-Type announces."""
 
 
-class MalformedForm(InputError):
-    """Raised when a request's body is not the form that its Content-Type says."""
-
-    code = "malformed_form"
-    http_status = 400
-
-    def __init__(self, message: str = "", field: str | None = "body") -> None:
-        super().__init__(message, field)
+class MalformedEncoding(InputError, code="malformed_encoding", status=400):
+    """Raised when a request's body cannot be unpacked as its Content-Encoding says."""
 
 
-class MalformedEncoding(InputError):
-    """Raised when a request's body cannot be unpacked by the coding that its Content-Encoding names."""
-
-    code = "malformed_encoding"
-    http_status = 400
+class UnsupportedEncoding(InputError, code="unsupported_encoding", status=415):
+    """Raised when a request's Content-Encoding is not supported."""
 
 
-class UnsupportedEncoding(InputError):
-    """Raised when a request's Content-Encoding is one that is not read."""
-
-    code = "unsupported_encoding"
-    http_status = 415
+class NotAcceptable(InputError, code="not_acceptable", status=406):
+    """Raised when a result is available in none of the content types that a request accepts."""
 
 
-class NotAcceptable(InputError):
-    """Raised when a result has none of the content types that a request accepts."""
-
-    code = "not_acceptable"
-    http_status = 406
-
-
-class PayloadTooLarge(InputError):
+class PayloadTooLarge(InputError, code="payload_too_large", status=413):
     """Raised when a request is larger than ``queue.max_payload_bytes``."""
 
-    code = "payload_too_large"
-    http_status = 413
+
+class SlowBody(InputError, code="slow_body", status=408):
+    """Raised when the body of a request stops arriving."""
 
 
-class SlowBody(InputError):
-    """Raised when the body of a request does not go on arriving."""
-
-    code = "slow_body"
-    http_status = 408
-
-
-# -- models ---------------------------------------------------------------------------------
-
-
-class ModelError(GpuinferError):
-    """Raised when a model cannot be used."""
-
-    code = "model_error"
-    exit_code = 65
-
-
-class UnknownModel(ModelError):
-    """Raised when no model of that name is installed, or this worker does not serve it."""
-
-    code = "unknown_model"
-    http_status = 404
-
-
-class ManifestError(ModelError):
-    """Raised when a ``model.toml`` is missing, unreadable or wrong."""
-
-    code = "bad_manifest"
-
-
-class ModelNotAdded(ModelError):
-    """Raised when a folder of models.folders was put there by hand: nobody has recorded its digest."""
-
-    code = "model_not_added"
-
-
-class DigestMismatch(ModelError):
-    """Raised when a model's files are not those that were added, or expected; none is opened."""
-
-    code = "digest_mismatch"
-
-
-class ModelLoadError(ModelError):
-    """Raised when torch cannot load an artefact, or its warm-up fails."""
-
-    code = "model_load_failed"
-
-
-class InferenceError(ModelError):
-    """Raised when the model itself fails on an input that fits its manifest."""
-
-    code = "inference_failed"
-
-
-# -- devices --------------------------------------------------------------------------------
-
-
-class DeviceError(GpuinferError):
-    """Raised when the GPU a worker was given cannot be used. Carries the driver's words."""
-
-    code = "device_unusable"
-    exit_code = 69  # EX_UNAVAILABLE
-
-
-class TransientError(GpuinferError):
-    """Raised for a failure that may pass by itself; retried with back-off, a bounded number of times."""
-
-    code = "transient_failure"
-    http_status = 503
-    exit_code = 75  # EX_TEMPFAIL
-    transient = True
-
-
-class DeviceOutOfMemory(TransientError):
-    """Raised when even a batch of one does not fit into the device's memory."""
-
-    code = "device_out_of_memory"
-
-
-class TaskNotServed(InputError):
+class TaskNotServed(InputError, code="task_not_served"):
     """Raised for a task that a GPU worker does not run: one of Celery's own, such as ``celery.map``."""
 
-    code = "task_not_served"
+
+# -- models and devices ---------------------------------------------------------------------
 
 
-# -- queue ----------------------------------------------------------------------------------
+class ModelError(GpuinferError, code="model_error", exit_code=os.EX_DATAERR):
+    """Raised when a model cannot be used."""
 
 
-class BrokerError(GpuinferError):
-    """Raised when Redis answers with an error that no attempt will change: a key of another type, say."""
+class UnknownModel(ModelError, code="unknown_model", status=404):
+    """Raised when no model of that name is installed, or this worker does not serve it."""
 
-    code = "broker_error"
-    exit_code = 76  # EX_PROTOCOL
-    #: Of many that were submitted at once, the ids of those that were accepted all the same.
+
+class ManifestError(ModelError, code="bad_manifest"):
+    """Raised when a ``model.toml`` is missing, unreadable or wrong."""
+
+
+class ModelNotAdded(ModelError, code="model_not_added"):
+    """Raised when a folder was put into models.folders by hand, so that no digest is recorded."""
+
+
+class DigestMismatch(ModelError, code="digest_mismatch"):
+    """Raised when a model's files are not the recorded or expected ones; none is opened."""
+
+
+class ModelLoadError(ModelError, code="model_load_failed"):
+    """Raised when torch cannot load an artefact, or its warm-up fails."""
+
+
+class InferenceError(ModelError, code="inference_failed"):
+    """Raised when the model itself fails on an input that fits its manifest."""
+
+
+class DeviceError(GpuinferError, code="device_unusable", exit_code=os.EX_UNAVAILABLE):
+    """Raised when a worker's GPU cannot be used. Carries the driver's message."""
+
+
+class DeviceOutOfMemory(
+    GpuinferError, code="device_out_of_memory", status=503, exit_code=os.EX_TEMPFAIL, transient=True
+):
+    """Raised when not even a batch of one fits into the device's memory. Retried, with back-off."""
+
+
+# -- Redis, and what it or the front refuses ------------------------------------------------
+
+
+class BrokerError(GpuinferError, code="broker_error", exit_code=os.EX_PROTOCOL):
+    """Raised when Redis answers with an error that no retry will change: a key of another type, say."""
+
+    #: Where many tasks were submitted at once: the ids of those that were accepted nevertheless.
     accepted: tuple[str, ...] = ()
 
 
-class BrokerRefused(BrokerError):
-    """Raised when the Redis user lacks a right that is needed."""
-
-    code = "broker_refused"
-    exit_code = 77  # EX_NOPERM
+class BrokerRefused(BrokerError, code="broker_refused", exit_code=os.EX_NOPERM):
+    """Raised when the Redis user lacks a permission that is needed."""
 
 
-class BrokerUnavailable(BrokerError):
+class BrokerUnavailable(
+    BrokerError, code="broker_unavailable", status=503, exit_code=os.EX_UNAVAILABLE, transient=True
+):
     """Raised when Redis cannot be reached or does not answer."""
 
-    code = "broker_unavailable"
-    http_status = 503
-    exit_code = 69
-    transient = True
+
+class QueueFull(BrokerUnavailable, code="queue_full", status=429):
+    """Raised when new work is refused: a limit of waiting tasks is reached, or Redis's memory is full."""
 
 
-class QueueFull(BrokerUnavailable):
-    """Raised when new work is refused: a bound of what may wait is reached, or Redis's memory is full."""
-
-    code = "queue_full"
-    http_status = 429
+class KeyQuota(QueueFull, code="key_quota"):
+    """Raised when a key has reached its limit of waiting tasks, or of their bytes."""
 
 
-class KeyQuota(QueueFull):
-    """Raised when a key has as many tasks, or bytes of them, waiting as it may."""
-
-    code = "key_quota"
-
-
-class RateLimited(GpuinferError):
-    """Raised when a key submits faster than it may."""
-
-    code = "rate_limited"
-    http_status = 429
-    exit_code = 75  # EX_TEMPFAIL
-    transient = True
+class RateLimited(GpuinferError, code="rate_limited", status=429, exit_code=os.EX_TEMPFAIL, transient=True):
+    """Raised when a key submits faster than its rate allows."""
 
     def __init__(
         self, message: str = "", field: str | None = None, *, retry_after_s: float = 0.0, reset_s: float = 0.0
@@ -457,166 +314,86 @@ class RateLimited(GpuinferError):
         self.retry_after_s, self.reset_s = retry_after_s, reset_s
 
 
-class NotReady(GpuinferError):
-    """Raised when no live worker serves what is asked for, and no live watcher may start one."""
-
-    code = "not_ready"
-    http_status = 503
-    exit_code = 69
-    transient = True
+class NotReady(GpuinferError, code="not_ready", status=503, exit_code=os.EX_UNAVAILABLE, transient=True):
+    """Raised when no live worker serves the model, and no live watcher may start one."""
 
 
-class FrontBusy(GpuinferError):
-    """Raised when a front has as many requests, or holds as many bytes of them, as it may."""
-
-    code = "front_busy"
-    http_status = 503
-    exit_code = 75  # EX_TEMPFAIL
-    transient = True
+class FrontBusy(GpuinferError, code="front_busy", status=503, exit_code=os.EX_TEMPFAIL, transient=True):
+    """Raised when a front has reached its limit of requests, or of their bytes."""
 
 
-class TaskNotFound(GpuinferError):
+# -- tasks and workers ----------------------------------------------------------------------
+
+
+class TaskNotFound(GpuinferError, code="task_not_found", status=404, exit_code=os.EX_NOINPUT):
     """Raised when a task id was never submitted, or its result has expired."""
 
-    code = "task_not_found"
-    http_status = 404
-    exit_code = 66  # EX_NOINPUT
+
+class ResultGone(TaskNotFound, code="result_gone", status=410):
+    """Raised when a task was known, and its result has expired or was deleted."""
 
 
-class ResultGone(TaskNotFound):
-    """Raised when a task was known once, and its result has expired or was deleted."""
-
-    code = "result_gone"
-    http_status = 410
+class UnknownWorker(GpuinferError, code="unknown_worker", status=404, exit_code=os.EX_NOINPUT):
+    """Raised when no worker of that name is known."""
 
 
-class UnknownWorker(GpuinferError):
-    """Raised when nothing is known of a worker."""
-
-    code = "unknown_worker"
-    http_status = 404
-    exit_code = 66  # EX_NOINPUT
+class WrongState(GpuinferError, code="wrong_state", status=409, exit_code=os.EX_DATAERR):
+    """Raised when a task's state does not allow the operation: it has, or has not, ended."""
 
 
-class WrongState(GpuinferError):
-    """Raised when a task's state does not allow what is asked for: it has, or has not, ended."""
-
-    code = "wrong_state"
-    http_status = 409
-    exit_code = 65  # EX_DATAERR
+class UnreadableResult(GpuinferError, code="unreadable_result", status=409, exit_code=os.EX_DATAERR):
+    """Raised when a task's key in Redis contains another program's data, not a task's state."""
 
 
-class UnreadableResult(GpuinferError):
-    """Raised when what stands under a task's key in Redis is no state of a task: it is another program's."""
-
-    code = "unreadable_result"
-    http_status = 409
-    exit_code = 65  # EX_DATAERR
-
-
-class TaskFailed(GpuinferError):
+class TaskFailed(GpuinferError, code="task_failed", exit_code=1):
     """Raised when a task ended in an error that this version has no class for."""
 
-    code = "task_failed"
-    exit_code = 1
+
+class ResultTooLarge(GpuinferError, code="result_too_large", status=422, exit_code=os.EX_DATAERR):
+    """Raised when a task's result is larger than ``queue.max_result_bytes``, or than Redis accepts."""
 
 
-class ResultTooLarge(GpuinferError):
-    """Raised when a task's result has more bytes than ``queue.max_result_bytes``, or than Redis takes."""
-
-    code = "result_too_large"
-    http_status = 422
-    exit_code = 65  # EX_DATAERR
-
-
-class TaskExpired(GpuinferError):
+class TaskExpired(GpuinferError, code="expired", status=410, exit_code=os.EX_TEMPFAIL):
     """Raised when a task's deadline passed before a worker began it."""
 
-    code = "expired"
-    http_status = 410
-    exit_code = 75
 
-
-class TaskRevoked(GpuinferError):
+class TaskRevoked(GpuinferError, code="revoked", status=410, exit_code=1):
     """Raised when a task was cancelled before it had ended."""
 
-    code = "revoked"
-    http_status = 410
-    exit_code = 1
+
+class ChainRefused(GpuinferError, code="chain_refused", exit_code=1):
+    """Raised for the next task of a chain when it cannot be submitted; the one before it has succeeded."""
 
 
-class ChainRefused(GpuinferError):
-    """Raised for the next task of a chain when it cannot be sent on; the one before it has succeeded."""
-
-    code = "chain_refused"
-    exit_code = 1
+class DeadLettered(GpuinferError, code="dead_lettered", exit_code=1):
+    """Raised when a task was set aside: its worker died under it too often, or it cannot be decoded."""
 
 
-class DeadLettered(GpuinferError):
-    """Raised when a task was set aside: its worker died under it too often, or it could not be decoded."""
-
-    code = "dead_lettered"
-    exit_code = 1
+class WaitTimeout(GpuinferError, code="wait_timeout", status=504, exit_code=os.EX_TEMPFAIL, transient=True):
+    """Raised when a result has not come within the time that the caller waits."""
 
 
-class WaitTimeout(GpuinferError):
-    """Raised when a result has not come within the time the caller was ready to wait."""
-
-    code = "wait_timeout"
-    http_status = 504
-    exit_code = 75
-    transient = True
+class TimeLimitExceeded(GpuinferError, code="time_limit_exceeded", status=504, exit_code=1):
+    """Raised when a task ran past its hard time limit and its worker had to be killed."""
 
 
-class TimeLimitExceeded(GpuinferError):
-    """Raised when a task ran past its hard time limit and its worker had to be ended."""
-
-    code = "time_limit_exceeded"
-    http_status = 504
-    exit_code = 1
-
-
-class SoftTimeLimitExceeded(GpuinferError):
+class SoftTimeLimitExceeded(GpuinferError, code="soft_time_limit_exceeded", status=504, exit_code=1):
     """Raised when a task ran past its soft time limit and could be interrupted."""
 
-    code = "soft_time_limit_exceeded"
-    http_status = 504
-    exit_code = 1
 
-
-class WorkerRunning(GpuinferError):
-    """Raised when an operation needs a stopped worker and this one runs."""
-
-    code = "worker_running"
-    exit_code = 73  # EX_CANTCREAT
-
-
-class TakenBack(GpuinferError):
-    """Raised when a reaper took this worker for dead and put back what it held."""
-
-    code = "taken_back"
-    exit_code = 75  # EX_TEMPFAIL
-
-
-def _by_code() -> dict[str, type[GpuinferError]]:
-    found: dict[str, type[GpuinferError]] = {}
-    stack: list[type[GpuinferError]] = [GpuinferError]
-    while stack:
-        cls = stack.pop()
-        found[cls.code] = cls
-        stack.extend(cls.__subclasses__())
+def _tree(base: type[GpuinferError]) -> dict[str, type[GpuinferError]]:
+    found = {base.code: base}
+    for cls in base.__subclasses__():
+        found |= _tree(cls)
     return found
 
 
 #: code -> class, for rebuilding an error from its ``to_dict()`` form.
-BY_CODE: dict[str, type[GpuinferError]] = _by_code()
+BY_CODE = _tree(GpuinferError)
 
 
 def from_dict(body: dict[str, Any]) -> GpuinferError:
     """Rebuild an error from ``to_dict()``; a code of another version becomes ``TaskFailed``."""
-    cls = BY_CODE.get(str(body.get("code", "")))
-    message = str(body.get("message", ""))
-    field = body.get("field")
-    if cls is None:
-        return TaskFailed(f"{body.get('code')}: {message}", field)
-    return cls(message, field)
+    code, message, field = str(body.get("code")), str(body.get("message", "")), body.get("field")
+    cls = BY_CODE.get(code)
+    return cls(message, field) if cls else TaskFailed(f"{code}: {message}", field)

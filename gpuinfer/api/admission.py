@@ -53,7 +53,7 @@ def parse_json(body: bytes) -> Any:
     """
     body = body.removeprefix(_BOM)
     if not body.strip():
-        raise MalformedJson("the body is empty; it must be a JSON list, or an object with inputs")
+        raise MalformedJson("the body is empty; it must be a JSON list, or an object with inputs", "body")
     check_values(body)
     check_depth(body)
     try:
@@ -61,16 +61,16 @@ def parse_json(body: bytes) -> Any:
     except orjson.JSONDecodeError as exc:
         if _NON_FINITE.search(body):
             return _parse_python_json(body)
-        raise MalformedJson(_place(exc)) from None
+        raise MalformedJson(_place(exc), "body") from None
 
 
 def _parse_python_json(body: bytes) -> Any:
     try:
         return json.loads(body, parse_int=_integer, parse_float=_finite)
     except json.JSONDecodeError as exc:
-        raise MalformedJson(_place(exc)) from None
+        raise MalformedJson(_place(exc), "body") from None
     except (ValueError, RecursionError) as exc:
-        raise MalformedJson(f"the body is not JSON: {exc}") from None
+        raise MalformedJson(f"the body is not JSON: {exc}", "body") from None
 
 
 def _integer(text: str) -> int | float:

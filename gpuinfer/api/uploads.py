@@ -160,18 +160,18 @@ def parts_of(body: bytes, content_type: str) -> Iterator[Part]:
     """Yield the parts of a form in their order. Raises MalformedForm."""
     boundary = _parameter(content_type, "boundary")
     if not boundary or len(boundary) > 70:
-        raise MalformedForm("the form's Content-Type names no boundary of 1 to 70 characters")
+        raise MalformedForm("the form's Content-Type names no boundary of 1 to 70 characters", "body")
     pieces = (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), _MAX_PARTS + 2)
     if len(pieces) > _MAX_PARTS + 2:
-        raise MalformedForm(f"the form has more than {_MAX_PARTS} parts")
+        raise MalformedForm(f"the form has more than {_MAX_PARTS} parts", "body")
     if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
-        raise MalformedForm("the form is cut off: its last boundary is missing")
+        raise MalformedForm("the form is cut off: its last boundary is missing", "body")
     for piece in pieces[1:-1]:
         head, found, content = piece.partition(b"\r\n\r\n")
         if not found:
-            raise MalformedForm("a part of the form has no empty line after its headers")
+            raise MalformedForm("a part of the form has no empty line after its headers", "body")
         if len(head) > _MOST_HEAD:
-            raise MalformedForm(f"a part of the form has more than {_MOST_HEAD} bytes of headers")
+            raise MalformedForm(f"a part of the form has more than {_MOST_HEAD} bytes of headers", "body")
         yield _part(head, content)
 
 
@@ -181,9 +181,11 @@ def _part(head: bytes, content: bytes) -> Part:
     place = headers.get("content-disposition", "")
     name = _parameter(place, "name")
     if not place.lower().startswith("form-data") or not name:
-        raise MalformedForm("a part of the form has no name: Content-Disposition: form-data; name=...")
+        raise MalformedForm(
+            "a part of the form has no name: Content-Disposition: form-data; name=...", "body"
+        )
     if headers.get("content-transfer-encoding", "binary").lower() not in ("binary", "8bit", "7bit"):
-        raise MalformedForm("a part of the form is encoded; send it as it is")
+        raise MalformedForm("a part of the form is encoded; send it as it is", "body")
     return Part(name, content, _parameter(place, "filename"), headers.get("content-type", ""))
 
 

@@ -38,10 +38,8 @@ APART = {
 _ALL_FILES = ("/bin/sh", "-c", 'ulimit -n "$(ulimit -H -n)"; exec "$@"', "sh")
 
 
-class NotUp(GpuinferError):
+class NotUp(GpuinferError, code="trial_redis_not_up"):
     """Raised when a Redis started for a trial does not answer."""
-
-    code = "trial_redis_not_up"
 
 
 @contextmanager

@@ -20,11 +20,8 @@ _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.02
 
 
-class ProcessEnded(GpuinferError):
-    """Raised when a process of a private appliance ends, or stays silent, though it should serve."""
-
-    code = "process_ended"
-    exit_code = 1
+class ProcessEnded(GpuinferError, code="process_ended", exit_code=1):
+    """Raised when a process of a private appliance ends, or does not become ready."""
 
 
 def _die_with(parent: int) -> Callable[[], None]:

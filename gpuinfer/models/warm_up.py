@@ -23,8 +23,8 @@ _PYTHON_BATCH = (
 )
 
 
-class OutputMismatch(InferenceError):
-    """Raised when a model gives something else than its manifest says."""
+class OutputMismatch(InferenceError, code=InferenceError.code):
+    """Raised when a model's output is not what its manifest says."""
 
 
 class _Refused(Exception):

@@ -103,7 +103,9 @@ def check_depth(text: bytes, most: int = MAX_DEPTH) -> None:
         marks = text.translate(None, _REST)
     quotes = marks.count(b'"')  # a name and a value after each separator, at most
     if quotes > 4 * (separators + 1) and quotes > 4 * (separators + text.count(b",") + 1):
-        raise MalformedJson("the body is not JSON: it has more quotation marks than places for strings")
+        raise MalformedJson(
+            "the body is not JSON: it has more quotation marks than places for strings", "body"
+        )
     outside = marks.split(b'"')[::2]
     depth = 0
     for bracket in chain.from_iterable(outside):

@@ -83,5 +83,5 @@ class Session(Private):
         """Raises ProcessEnded, with the worker's own exit code, when it does not run any more."""
         if self._worker is not None and self._worker.exit_code is not None:
             ended = ProcessEnded("the model is not served; what is wrong is said above", "worker")
-            ended.exit_code = max(1, self._worker.exit_code)  # type: ignore[misc]
+            ended.exit_code = max(1, self._worker.exit_code)
             raise ended

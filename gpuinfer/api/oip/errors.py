@@ -14,25 +14,16 @@ _STATUS = {422: 400, 410: 504}
 _REVOKED = 503
 
 
-class NotInProtocol(InputError):
-    """Raised for a path or a method that the protocol has, and this server has not, or nobody has."""
-
-    code = "not_found"
-    http_status = 404
+class NotInProtocol(InputError, code="not_found", status=404):
+    """Raised for a path that this server does not have, whether the protocol has it or not."""
 
 
-class NotSupported(InputError):
-    """Raised for what the protocol has and this server cannot do."""
-
-    code = "not_supported"
-    http_status = 501
+class NotSupported(InputError, code="not_supported", status=501):
+    """Raised for a feature of the protocol that this server does not have."""
 
 
-class WrongMethod(InputError):
-    """Raised for a method that a path does not take."""
-
-    code = "method_not_allowed"
-    http_status = 405
+class WrongMethod(InputError, code="method_not_allowed", status=405):
+    """Raised for a method that a path does not accept."""
 
 
 def status_of(error: GpuinferError) -> int:
