@@ -5,23 +5,19 @@ from __future__ import annotations
 
 import os
 import pwd
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from gpuinfer.cli_help import examples
-from gpuinfer.errors import BadKey, BrokerError, GpuinferError, UsageError
+from gpuinfer.errors import BadKey, BrokerError, ConfigError, UsageError
 from gpuinfer.keys import key as keys
-from gpuinfer.keys import writing
+from gpuinfer.keys import options, showing, writing
 from gpuinfer.keys.key import ROLES, Key
-from gpuinfer.models.completion import setting
 from gpuinfer.queue.show import as_json_option, print_json, print_table
 
 if TYPE_CHECKING:
@@ -30,11 +26,6 @@ if TYPE_CHECKING:
     from gpuinfer.settings import Loaded
 
 T = TypeVar("T")
-_SPAN = re.compile(r"(\d{1,6})\s*(s|min|m|h|d|w)")
-_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_SIZE = re.compile(r"(\d{1,15})\s*([KMGT]?)(?:iB|B)?")
-_SIZES = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-_FOLDER = Path("/etc/gpuinfer/keys.d")
 _JOURNAL = Path("/run/systemd/journal/socket")
 
 
@@ -46,83 +37,6 @@ def key() -> None:
     a second, without a restart. While there is no key, only requests by loopback and by the Unix socket are
     served. With the first key, loopback needs a key, too.
     """
-
-
-# -- options ----------------------------------------------------------------------------------
-
-
-def _names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete the names of keys; silent where they cannot be read."""
-    folder = Path(setting(ctx, "api", "keys_dir", str) or _FOLDER)
-    try:
-        return [CompletionItem(name) for name in writing.names(folder) if name.startswith(incomplete)]
-    except (GpuinferError, ValueError):  # no name of a folder
-        return []
-
-
-def _read(field: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
-    """Return a callback that reads an option as the field of a file. Raises BadParameter."""
-
-    def read(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
-        if value is None or value == ():
-            return None
-        if isinstance(value, tuple):
-            value = [name.strip() for text in value for name in text.split(",") if name.strip()]
-        found, wrong = keys.read_fields({field: value})
-        if wrong:
-            raise click.BadParameter(wrong[0].removeprefix(f"{field} = "), param=parameter)
-        return found[field]
-
-    return read
-
-
-def span(text: str) -> float | None:
-    """Return the seconds of ``90s``, ``15min``, ``12h``, ``30d`` or ``2w``; None for what is none."""
-    found = _SPAN.fullmatch(text.strip())
-    return int(found[1]) * _SECONDS[found[2]] if found else None
-
-
-def _span(_: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
-    if text is None:
-        return None
-    found = span(text)
-    if found is None:
-        raise click.BadParameter(f"must be a span, as 15min, 12h or 30d, got {text!r}", param=parameter)
-    return found
-
-
-def _expires(_: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
-    """Read a span from now, or a date or time; one without a zone is in UTC. Raises BadParameter."""
-    if text is None:
-        return None
-    found = span(text)
-    if found is not None:
-        return float(int(time.time() + found))
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise click.BadParameter(
-            f"must be a span or a time, as 30d, 2027-01-31 or 2027-01-31T12:00:00Z, got {text!r}",
-            param=parameter,
-        ) from None
-    at = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    if at <= time.time():
-        raise click.BadParameter(f"{text} is past", param=parameter)
-    return float(int(at))
-
-
-def _bytes(_: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    if text is None:
-        return None
-    found = _SIZE.fullmatch(text.strip())
-    if not found:
-        raise click.BadParameter(
-            f"must be a number of bytes, as 1000000, 64M or 2G, got {text!r}", param=parameter
-        )
-    return int(found[1]) << _SIZES[found[2]]
-
-
-# -- commands -----------------------------------------------------------------------------------
 
 
 @key.command(
@@ -145,20 +59,20 @@ def _bytes(_: click.Context, parameter: click.Parameter, text: str | None) -> in
     "--models",
     multiple=True,
     metavar="NAME,...",
-    callback=_read("models"),
+    callback=options.field("models"),
     help="The models it may use. Default: all.",
 )
 @click.option(
     "--queues",
     multiple=True,
     metavar="NAME,...",
-    callback=_read("queues"),
+    callback=options.field("queues"),
     help="The queues it may use. Default: all.",
 )
 @click.option(
     "--rate",
     metavar="N/UNIT",
-    callback=_read("rate"),
+    callback=options.field("rate"),
     help="Most tasks it may submit: 50/s, 100/min or 1000/h.",
 )
 @click.option(
@@ -166,7 +80,7 @@ def _bytes(_: click.Context, parameter: click.Parameter, text: str | None) -> in
 )
 @click.option("--max-waiting", type=click.IntRange(1, 10**9), help="Most tasks of this key that may wait.")
 @click.option(
-    "--max-waiting-bytes", metavar="BYTES", callback=_bytes, help="Most bytes of them, as 64M or 2G."
+    "--max-waiting-bytes", metavar="BYTES", callback=options.size, help="Most bytes of them, as 64M or 2G."
 )
 @click.option(
     "--weight",
@@ -176,7 +90,10 @@ def _bytes(_: click.Context, parameter: click.Parameter, text: str | None) -> in
     help="Its share of the workers, relative to other keys whose tasks wait.",
 )
 @click.option(
-    "--expires", metavar="TIME", callback=_expires, help="When it expires: 90d, 2027-01-31. Default: never."
+    "--expires",
+    metavar="TIME",
+    callback=options.expires,
+    help="When it expires: 90d, 2027-01-31. Default: never.",
 )
 @as_json_option
 @click.pass_obj
@@ -205,7 +122,7 @@ def add(loaded: Loaded, /, name: str, as_json: bool, **given: Any) -> None:
         ["from now on requests by loopback need a key, too; those by the Unix socket do not"] if first else []
     )
     notes += _unknown_models(loaded, made.models)
-    _print_token(made, token, notes, as_json=as_json)
+    showing.print_token(made, token, notes, as_json=as_json)
 
 
 @key.command("list", epilog=examples("gpuinfer key list", "gpuinfer key list --json"))
@@ -222,13 +139,13 @@ def list_(loaded: Loaded, as_json: bool) -> None:
     if as_json:
         print_json(
             {
-                "keys": [to_dict(one, used) for one in found],
+                "keys": [showing.to_dict(one, used) for one in found],
                 "broken": [{"file": file, "reason": reason} for file, reason in broken.items()],
             }
         )
     elif found:
         header = ("name", "role", "token", "limits", "models", "queues", "expires", "last used")
-        print_table(header, [_row(one, used) for one in found])
+        print_table(header, [showing.row(one, used) for one in found])
     elif not broken:
         click.echo(f"no keys in {folder}; `gpuinfer key add NAME` makes one")
     if broken:
@@ -236,12 +153,12 @@ def list_(loaded: Loaded, as_json: bool) -> None:
 
 
 @key.command(epilog=examples("gpuinfer key show shop --json"))
-@click.argument("name", shell_complete=_names)
+@click.argument("name", shell_complete=options.names)
 @as_json_option
 @click.pass_obj
 def show(loaded: Loaded, name: str, as_json: bool) -> None:
     """Show one key."""
-    body = to_dict(writing.load(_folder(loaded), _checked(name)), _used(loaded))
+    body = showing.to_dict(writing.load(_folder(loaded), _checked(name)), _used(loaded))
     if as_json:
         print_json(body)
         return
@@ -251,7 +168,7 @@ def show(loaded: Loaded, name: str, as_json: bool) -> None:
 
 
 @key.command(epilog=examples("gpuinfer key revoke shop"))
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=_names)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=options.names)
 @as_json_option
 @click.pass_obj
 def revoke(loaded: Loaded, names: Sequence[str], as_json: bool) -> None:
@@ -277,17 +194,17 @@ def revoke(loaded: Loaded, names: Sequence[str], as_json: bool) -> None:
 
 
 @key.command(epilog=examples("gpuinfer key rotate shop", "gpuinfer key rotate shop --keep 1h"))
-@click.argument("name", shell_complete=_names)
+@click.argument("name", shell_complete=options.names)
 @click.option(
     "--keep",
     metavar="SPAN",
-    callback=_span,
+    callback=options.span,
     help="How long the old token stays valid: 1h, 7d. Default: not at all.",
 )
 @click.option(
     "--expires",
     metavar="TIME",
-    callback=_expires,
+    callback=options.expires,
     help="When the key expires: 90d, 2027-01-31. Default: as before.",
 )
 @as_json_option
@@ -310,68 +227,12 @@ def rotate(loaded: Loaded, name: str, keep: float | None, expires: float | None,
     )
     writing.replace(folder, new)
     _audit(loaded, "key_rotated", new)
-    notes = [f"the old token is valid until {_day(new.old_expires)}" if keep else "the old token is refused"]
+    notes = [
+        f"the old token is valid until {showing.day(new.old_expires)}" if keep else "the old token is refused"
+    ]
     if new.expires is not None and new.expires <= time.time():
-        notes.append(f"the key expired on {_day(new.expires)}: renew it with --expires")
-    _print_token(new, token, notes, as_json=as_json)
-
-
-# -- output -------------------------------------------------------------------------------------
-
-
-def to_dict(one: Key, used: Mapping[str, float] | None) -> dict[str, Any]:
-    """Return a key for JSON, without its hashes. ``used``: name -> Unix time of last use; None: not known."""
-    at = None if used is None else used.get(one.name)
-    return {
-        "name": one.name,
-        "role": one.role,
-        "token": f"{one.prefix}..." if one.prefix else None,
-        "models": list(one.models),
-        "queues": list(one.queues),
-        "rate": keys.rate_text(one.rate) if one.rate else None,
-        "burst": one.burst or None,
-        "max_waiting": one.max_waiting or None,
-        "max_waiting_bytes": one.max_waiting_bytes or None,
-        "weight": one.weight,
-        "created": _day(one.created),
-        "expires": _day(one.expires),
-        "old_token_until": _day(one.old_expires),
-        "last_used": _day(at),
-    }
-
-
-def _row(one: Key, used: Mapping[str, float] | None) -> tuple[str, ...]:
-    limits = [keys.rate_text(one.rate)] if one.rate else []
-    limits += [f"{one.max_waiting} waiting"] if one.max_waiting else []
-    limits += [f"{one.max_waiting_bytes} B waiting"] if one.max_waiting_bytes else []
-    limits += [f"weight {one.weight}"] if one.weight != 1 else []
-    expired = one.expires is not None and one.expires <= time.time()
-    return (
-        one.name,
-        one.role,
-        f"{one.prefix}..." if one.prefix else "",
-        ", ".join(limits) or "none",
-        ", ".join(one.models) or "all",
-        ", ".join(one.queues) or "all",
-        "expired" if expired else _day(one.expires) or "never",
-        "not known" if used is None else _day(used.get(one.name)) or "never",
-    )
-
-
-def _day(at: float | None) -> str | None:
-    return None if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _print_token(one: Key, token: str, notes: Sequence[str], *, as_json: bool) -> None:
-    """Print the token on stdout, for ``TOKEN=$(gpuinfer key add shop)``, and everything else on stderr."""
-    if as_json:
-        print_json({**to_dict(one, {}), "token": token, "notes": list(notes)})
-        return
-    click.echo(token)
-    click.echo(f"{one.name} ({one.role}) is valid within a second. Its token is not shown again:", err=True)
-    click.echo("  curl -H 'Authorization: Bearer gpi_...' http://HOST:8080/models", err=True)
-    for text in notes:
-        click.echo(f"note: {text}", err=True)
+        notes.append(f"the key expired on {showing.day(new.expires)}: renew it with --expires")
+    showing.print_token(new, token, notes, as_json=as_json)
 
 
 # -- files, Redis, journal ------------------------------------------------------------------------
@@ -421,7 +282,6 @@ def _unknown_models(loaded: Loaded, models: Sequence[str]) -> list[str]:
 
 def _asked(loaded: Loaded, ask: Callable[[redis.Redis], T]) -> T | None:
     """Return Redis's answer; None where it does not answer."""
-    from gpuinfer.errors import ConfigError
     from gpuinfer.queue.connection import connect, typed_errors, user_of
 
     try:
@@ -442,12 +302,12 @@ def _audit(loaded: Loaded, action: str, about: Key | str) -> None:
     fields: dict[str, Any] = {"key": about}
     if isinstance(about, Key):
         fields = {"key": about.name, "role": about.role, "token": f"{about.prefix}..."}
-        fields |= {"expires": _day(about.expires)} if about.expires else {}
+        fields |= {"expires": showing.day(about.expires)} if about.expires else {}
     get_logger(__name__).info(action, **fields, by=_person())
 
 
 def _person() -> str:
-    """Return who calls: behind sudo, who called that."""
+    """Return the name of the calling user; under sudo, of the user who called it."""
     name = os.environ.get("SUDO_USER")
     if name:
         return name[:64]

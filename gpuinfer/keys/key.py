@@ -172,6 +172,11 @@ def rate_text(rate: float) -> str:
     return f"{rate:.6f}/s" if rate >= 1 else f"{rate * 3600:.6f}/h"
 
 
+def time_text(at: float) -> str:
+    """Return a Unix time as a file has it: ``2027-01-31T12:00:00Z``."""
+    return datetime.fromtimestamp(int(at), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def _whole(least: int, most: int) -> Callable[[object], int]:
     def checked(value: object) -> int:
         if type(value) is not int or not least <= value <= most:
@@ -260,7 +265,7 @@ def _written(field: str, value: Any) -> str:
     if field == "rate":
         return f'"{rate_text(value)}"'
     if isinstance(value, float):
-        return datetime.fromtimestamp(int(value), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return time_text(value)
     if isinstance(value, tuple):
         return f"[{', '.join(map(_quoted, value))}]"
     return _quoted(value) if isinstance(value, str) else str(value)
