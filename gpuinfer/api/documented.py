@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from gpuinfer.api import schemas
+from gpuinfer.api import predict_schemas
 from gpuinfer.api.elsewhere import document
 
 predict = APIRouter(tags=["predict"])
@@ -14,13 +14,13 @@ document(
     "POST",
     "/predict",
     "Submit one input",
-    schemas.SUBMIT_RESPONSES,
+    predict_schemas.SUBMIT_RESPONSES,
     """Put one input into a queue. The body is the input, or an object with it and options beside it.
 
 A file is sent as it is, with options in the URL, or in a form, with options beside it. With `Prefer: wait=5`
 or `?wait=5` the answer is 200 and the task when it has ended in time, failed or not.""",
     status=202,
-    extra=schemas.PREDICT_BODY,
+    extra=predict_schemas.PREDICT_BODY,
 )
 for _method in ("POST", "PUT"):  # PUT is what curl -T sends
     document(
@@ -28,10 +28,10 @@ for _method in ("POST", "PUT"):  # PUT is what curl -T sends
         _method,
         "/models/{model}/predict",
         "Submit one input to a model",
-        schemas.SUBMIT_RESPONSES,
+        predict_schemas.SUBMIT_RESPONSES,
         "As `/predict`, for the model that the path names.",
         status=202,
-        extra=schemas.PREDICT_BODY,
+        extra=predict_schemas.PREDICT_BODY,
         shown=_method == "POST",
     )
 document(
@@ -39,23 +39,23 @@ document(
     "POST",
     "/batch_predict",
     "Submit a list of inputs as one job",
-    schemas.SUBMIT_RESPONSES,
+    predict_schemas.SUBMIT_RESPONSES,
     "Put a list of inputs into a queue as one task, `queue.max_items` at most; its result is a list, with an "
     "entry for each input.",
     status=202,
-    extra=schemas.BATCH_BODY,
+    extra=predict_schemas.BATCH_BODY,
 )
 document(
     predict,
     "PUT",
     "/tasks/{task_id}",
     "Submit one input under an id of your own",
-    schemas.PUT_RESPONSES,
+    predict_schemas.PUT_RESPONSES,
     """As `/predict`, and safe to repeat: the same request finds the task that is there, another one is a 409.
 
 An id has 1 to 200 letters, digits, `_`, `.`, `:` and `-`.""",
     status=202,
-    extra=schemas.PREDICT_BODY,
+    extra=predict_schemas.PREDICT_BODY,
 )
 
 result = APIRouter(tags=["result"])
@@ -64,7 +64,7 @@ document(
     "GET",
     "/result/{task_id:path}",
     "The state of a task, and its result",
-    schemas.RESULT_RESPONSES,
+    predict_schemas.RESULT_RESPONSES,
     """Answer at once, or with `wait` as soon as the task has ended. A failed task is a 200, too.
 
 An id that nothing is known of is a 404; with `wait`, when it has not ended by then. 410: it is known, and its

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from starlette.types import Scope
 
-from gpuinfer.api import query, schemas
+from gpuinfer.api import fleet_schemas, query
 from gpuinfer.api.access import NOBODY, caller
 from gpuinfer.api.answers import answer
 from gpuinfer.client import AsyncClient
@@ -61,7 +61,9 @@ def _reasons(capacity: Capacity) -> str:
     return f" ({'; '.join(named)}{f'; and {more} more' if more else ''})" if named else ""
 
 
-@router.get("/health/live", tags=["health"], summary="This process answers", responses=schemas.LIVE_RESPONSES)
+@router.get(
+    "/health/live", tags=["health"], summary="This process answers", responses=fleet_schemas.LIVE_RESPONSES
+)
 async def live(request: Request) -> Response:
     """Answer 200 while the process runs."""
     query.parse(request.scope, frozenset())
@@ -69,7 +71,10 @@ async def live(request: Request) -> Response:
 
 
 @router.get(
-    "/health/ready", tags=["health"], summary="Requests can be served", responses=schemas.READY_RESPONSES
+    "/health/ready",
+    tags=["health"],
+    summary="Requests can be served",
+    responses=fleet_schemas.READY_RESPONSES,
 )
 async def ready(
     request: Request,

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
-from gpuinfer.api import query, schemas
+from gpuinfer.api import fleet_schemas, query
 from gpuinfer.api.shared import header, shared
 from gpuinfer.metrics.page import Page
 
@@ -27,7 +27,9 @@ _HEAD_BYTES, _HEAD_S = 16 * 1024, 5.0
 _PLAIN = "text/plain; charset=utf-8"
 
 
-@router.get("/metrics", tags=["fleet"], summary="Numbers for Prometheus", responses=schemas.METRICS_RESPONSES)
+@router.get(
+    "/metrics", tags=["fleet"], summary="Numbers for Prometheus", responses=fleet_schemas.METRICS_RESPONSES
+)
 async def metrics(request: Request) -> Response:
     """This host's numbers in Prometheus's format; on the host on which Redis runs, those of the whole fleet,
     too. 404 where `metrics.listen` gives them an address of their own."""

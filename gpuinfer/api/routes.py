@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from gpuinfer.api import query, schemas
+from gpuinfer.api import fleet_schemas, predict_schemas, query
 from gpuinfer.api.access import caller, changing, check_model
 from gpuinfer.api.answers import answer
 from gpuinfer.api.middleware import note
@@ -35,7 +35,7 @@ def _settings(request: Request) -> Settings:
     "/cancel/{task_id:path}",
     tags=["result"],
     summary="Cancel a task that waits or runs",
-    responses=schemas.CANCEL_RESPONSES,
+    responses=predict_schemas.CANCEL_RESPONSES,
 )
 async def cancel(request: Request, task_id: str) -> Response:
     """Cancel a task that waits or runs, and answer its state; `cancelled` is false when it had ended.
@@ -57,7 +57,7 @@ async def cancel(request: Request, task_id: str) -> Response:
     "/models",
     tags=["models"],
     summary="The models the fleet knows",
-    responses=schemas.MODELS_RESPONSES,
+    responses=fleet_schemas.MODELS_RESPONSES,
 )
 async def models(request: Request) -> Response:
     """List them by name. A request for a model that is not listed is refused; one that no worker serves now
@@ -70,7 +70,7 @@ async def models(request: Request) -> Response:
     "/models/{model}",
     tags=["models"],
     summary="One model that the fleet knows",
-    responses=schemas.MODEL_RESPONSES,
+    responses=fleet_schemas.MODEL_RESPONSES,
 )
 async def one_model(request: Request, model: str) -> Response:
     """Answer its entry of `/models`."""
@@ -84,7 +84,9 @@ async def one_model(request: Request, model: str) -> Response:
     raise UnknownModel(f"the fleet knows no model {model[:80]!r}; known: {known}", "model")
 
 
-@router.get("/usage", tags=["fleet"], summary="Who has used how much", responses=schemas.USAGE_RESPONSES)
+@router.get(
+    "/usage", tags=["fleet"], summary="Who has used how much", responses=fleet_schemas.USAGE_RESPONSES
+)
 async def usage(
     request: Request,
     by: Annotated[str | None, Query(description="Sum up: key or model.")] = None,

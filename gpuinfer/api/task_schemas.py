@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpuinfer.api import schemas
-from gpuinfer.api.schemas import TASK_ID, JsonSchema
+from gpuinfer.api.schemas import TASK_ID, JsonSchema, Responses
 from gpuinfer.queue.history import MOST, STATUSES, USUAL
 
 _TIME: JsonSchema = {"type": ["string", "null"], "format": "date-time"}
@@ -94,10 +94,10 @@ LIST_PARAMETERS: JsonSchema = {
         ),
     ]
 }
-_UNKNOWN = schemas._error(
+_UNKNOWN = schemas.error_response(
     "An unknown parameter.", "unknown_parameter", "unknown query parameter; known here: wait", "wiat"
 )
-_STATE = schemas._error(
+_STATE = schemas.error_response(
     "Its state does not allow that.",
     "wrong_state",
     f"task {TASK_ID} has not ended; cancel it first",
@@ -107,22 +107,22 @@ _OTHER: JsonSchema = {
     "description": "Any other error.",
     "content": {"application/json": {"schema": schemas.ERROR}},
 }
-_ERRORS: dict[int | str, JsonSchema] = {
+_ERRORS: Responses = {
     400: _UNKNOWN,
-    404: schemas._NOT_FOUND,
-    410: schemas._GONE,
-    422: schemas._BAD_WAIT,
-    503: schemas._AWAY,
+    404: schemas.NOT_FOUND,
+    410: schemas.GONE,
+    422: schemas.BAD_WAIT,
+    503: schemas.AWAY,
     "default": _OTHER,
 }
 
 
 def _task(words: str) -> JsonSchema:
-    return schemas._answer(words, TASK, {"completed": _EXAMPLE})
+    return schemas.response(words, TASK, {"completed": _EXAMPLE})
 
 
-TASK_RESPONSES: dict[int | str, JsonSchema] = {200: _task("The task, whatever its state."), **_ERRORS}
-BARE_RESPONSES: dict[int | str, JsonSchema] = {
+TASK_RESPONSES: Responses = {200: _task("The task, whatever its state."), **_ERRORS}
+BARE_RESPONSES: Responses = {
     200: {
         "description": "The result.",
         "content": {
@@ -135,7 +135,7 @@ BARE_RESPONSES: dict[int | str, JsonSchema] = {
         },
     },
     202: _task("It has not ended."),
-    406: schemas._error(
+    406: schemas.error_response(
         "It is not of a type that is accepted.",
         "not_acceptable",
         "the result can be had as application/json, not as 'application/x-npy'; it is no array of numbers of "
@@ -144,9 +144,9 @@ BARE_RESPONSES: dict[int | str, JsonSchema] = {
     ),
     **_ERRORS,
 }
-CANCEL_RESPONSES: dict[int | str, JsonSchema] = {200: _task("It is cancelled."), 409: _STATE, **_ERRORS}
-RETRY_RESPONSES: dict[int | str, JsonSchema] = {202: _task("It waits again."), 409: _STATE, **_ERRORS}
-DELETE_RESPONSES: dict[int | str, JsonSchema] = {204: {"description": "It is gone."}, 409: _STATE, **_ERRORS}
+CANCEL_RESPONSES: Responses = {200: _task("It is cancelled."), 409: _STATE, **_ERRORS}
+RETRY_RESPONSES: Responses = {202: _task("It waits again."), 409: _STATE, **_ERRORS}
+DELETE_RESPONSES: Responses = {204: {"description": "It is gone."}, 409: _STATE, **_ERRORS}
 
 _ENDED: JsonSchema = {
     "type": "object",
@@ -163,11 +163,11 @@ _ENDED: JsonSchema = {
 }
 
 
-def _plain(words: str, schema: dict[str, Any], example: Any) -> dict[int | str, JsonSchema]:
+def _plain(words: str, schema: dict[str, Any], example: Any) -> Responses:
     return {
-        200: schemas._answer(words, schema, {"example": example}),
+        200: schemas.response(words, schema, {"example": example}),
         400: _UNKNOWN,
-        503: schemas._AWAY,
+        503: schemas.AWAY,
         "default": _OTHER,
     }
 
@@ -181,7 +181,7 @@ LIST_RESPONSES = _plain(
     },
     {"tasks": [], "next": None},
 )
-LIST_RESPONSES[422] = schemas._error(
+LIST_RESPONSES[422] = schemas.error_response(
     "A bad parameter.", "bad_input", f"must be one of {', '.join(STATUSES)}, got 'done'", "status"
 )
 QUEUES_RESPONSES = _plain(

@@ -17,7 +17,7 @@ import redis
 from click.testing import CliRunner, Result
 
 from gpuinfer import Client
-from gpuinfer.api import schemas
+from gpuinfer.api import fleet_schemas
 from gpuinfer.errors import BrokerUnavailable, UnknownModel, UsageError
 from gpuinfer.models.cli import model
 from gpuinfer.models.signature import Input, Signature
@@ -302,7 +302,7 @@ def test_models_are_documented(api: Api) -> None:
     assert [one["value"] for one in of_one.values()] == example["value"]
     fields = list(catalogue.ModelState(name="x").to_dict())
     assert [list(model) for model in example["value"]] == [fields] * 2
-    assert schemas.MODEL["required"] == fields
+    assert fleet_schemas.MODEL["required"] == fields
 
 
 def test_a_models_example_is_documented(api: Api, worker: HandWorker, redis_server: RedisServer) -> None:

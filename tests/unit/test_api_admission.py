@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gpuinfer.api import schemas
 from gpuinfer.api.admission import FIELDS, admit, parse_json
+from gpuinfer.api.predict_schemas import PREDICT_BODY
 from gpuinfer.api.waiting import waiting_time
 from gpuinfer.client import Options
 from gpuinfer.client.core import build
@@ -96,7 +97,7 @@ def test_the_text_says_what_the_inputs_are(value: dict[str, object], spaced: boo
 def test_every_option_of_the_client_is_a_field() -> None:
     """What a client may say, an HTTP caller may say, and /docs tells of it."""
     assert set(FIELDS) == {"inputs", *Options.__annotations__}
-    documented = schemas.PREDICT_BODY["requestBody"]["content"]["application/json"]["schema"]["anyOf"][1]
+    documented = PREDICT_BODY["requestBody"]["content"]["application/json"]["schema"]["anyOf"][1]
     assert set(documented["properties"]) == set(FIELDS)
 
 

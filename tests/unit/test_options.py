@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from gpuinfer import AsyncClient, Client
-from gpuinfer.api import schemas
 from gpuinfer.api.admission import FIELDS
+from gpuinfer.api.predict_schemas import PREDICT_BODY
 from gpuinfer.client.cli import submit
 from gpuinfer.client.core import build
 from gpuinfer.errors import InputError
@@ -28,7 +28,7 @@ def test_all_take_the_same_options() -> None:
             named = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
             assert named == list(OPTIONS), verb
     assert ("inputs", *OPTIONS) == FIELDS
-    body = schemas.PREDICT_BODY["requestBody"]["content"]["application/json"]["schema"]["anyOf"][1]
+    body = PREDICT_BODY["requestBody"]["content"]["application/json"]["schema"]["anyOf"][1]
     assert list(body["properties"]) == list(FIELDS)
     assert set(OPTIONS) <= {str(parameter.name) for parameter in submit.params}
     assert ARGUMENTS == ("inputs", "model", "top_k", "encoding")
