@@ -211,6 +211,9 @@ class _JournalHandler(logging.Handler):
         if not all(sent):
             self._otherwise.emit(record)
 
+    def flush(self) -> None:  # by logging.shutdown(), when the process ends
+        self._sender.flush()
+
     def close(self) -> None:
         self._sender.close()
         super().close()

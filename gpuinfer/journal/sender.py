@@ -2,8 +2,9 @@
 """Send entries to journald by its native protocol, one datagram per entry, without ever blocking.
 
 The protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/. An entry that does not fit into a datagram is
-sent as a sealed memfd. Nothing waits for a journal that is slow or stopped: when the kernel's buffer is
-full, entries are dropped and counted, and the count is logged as soon as there is space.
+sent as a sealed memfd. No line waits for a journal that is slow or stopped: when the kernel's buffer is
+full, entries are dropped and counted, and the count is logged as soon as there is space. Only a process that
+ends waits, for a second at most, until its entries are read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import socket
 import struct
 import sys
+import termios
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
@@ -26,6 +29,8 @@ BUFFER_BYTES = 8 * 1024 * 1024
 #: A larger entry is sent as a memory file. It takes 45 us more, but almost none of that buffer: with Debian's
 #: wmem_max 27 lines of 256 tasks (0.4 s) would fill it, while hundreds of files can wait.
 DATAGRAM_BYTES = 8 * 1024
+#: Seconds that a process that ends waits for the journal to read its entries.
+READ_S = 1.0
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 #: The journal's buffer is full, or this process has no descriptor left for a large entry.
 _NO_ROOM = (
@@ -85,6 +90,20 @@ class Sender:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
         #: Entries lost since the last report.
         self.dropped = 0
+
+    def flush(self) -> None:
+        """Wait until the journal has read all entries, for ``READ_S`` at most. Called when the process ends.
+
+        The journal asks /proc for an entry's unit when it reads the entry: of a process that is gone by then,
+        ``journalctl -u`` would not show why its start failed.
+        """
+        end = time.monotonic() + READ_S
+        while self._unread() and time.monotonic() < end:
+            time.sleep(0.002)
+
+    def _unread(self) -> bool:
+        """Tell whether entries are in the kernel's buffer (SIOCOUTQ, the same number as TIOCOUTQ)."""
+        return fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)) != bytes(4)
 
     def close(self) -> None:
         """Report dropped entries, if that is possible now, and close the socket."""

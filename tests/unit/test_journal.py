@@ -30,7 +30,7 @@ import logging, pathlib, sys, threading
 from gpuinfer.journal import sender
 from gpuinfer.log import configure, get_logger
 from gpuinfer.settings import LogSettings
-sender.SOCKET = pathlib.Path(sys.argv[1])
+sender.SOCKET, sender.READ_S = pathlib.Path(sys.argv[1]), 0.0
 log = get_logger("gpuinfer.test")
 configure(LogSettings(format="journal"), program="gpuinfer-test", worker="gpu1@here", gpu=1)
 """
@@ -165,6 +165,35 @@ def test_the_count_is_told_at_the_end(journald: Journald) -> None:
     journald.take()
     sender.close()
     assert journald.take() == [[("COUNT", "1")]]
+
+
+def test_a_process_that_ends_is_read_first(journald: Journald) -> None:
+    """The journal asks who sent an entry as it reads it: a process that ends waits for that."""
+    script = "sender.READ_S = 300.0; log.error('start_failed'); print('the end', flush=True)"
+    command = [sys.executable, "-c", SETUP + script, str(journald.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"the end\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            program.wait(0.5)
+        ((message, *_),) = journald.take()
+        assert message[1].startswith("start failed")
+        assert program.wait(60) == 0
+
+
+def test_a_stopped_journal_keeps_no_process(
+    sender: Sender, journald: Journald, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for, but not for long; and without one, not at all."""
+    monkeypatch.setattr("gpuinfer.journal.sender.READ_S", 0.01)
+    assert sender.send(field("MESSAGE", "unread"))
+    sender.flush()
+    journald.take()
+    monkeypatch.setattr("gpuinfer.journal.sender.READ_S", float("inf"))
+    sender.flush()
+    journald.close()
+    assert not sender.send(field("MESSAGE", "nobody"))
+    sender.flush()
 
 
 def test_a_journal_that_goes_and_comes(sender: Sender, journald: Journald) -> None:
