@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import Celery
 
 from gpuinfer import Client
-from gpuinfer.queue import depth
+from gpuinfer.queue import depth, keys
 from gpuinfer.settings import Settings
 from gpuinfer.worker.restoring import put_back
 from tests.models_for_tests import Latch, latched
@@ -41,6 +43,31 @@ def latch(workers: Workers) -> Latch:
     return latched(workers.folder / "models" / "slow", max_batch_size=4)
 
 
+def later_entries(server: RedisServer) -> list[tuple[bytes, float]]:
+    """Return what waits for its ETA, with when it is due."""
+    raw: Any
+    with server.client() as raw:
+        lists = [name.decode() for name in raw.zrange(keys.LATER, 0, -1)]
+        return [one for name in lists for one in raw.zrange(keys.later(name), 0, -1, withscores=True)]
+
+
+def fall_due(server: RedisServer, task_id: str) -> None:
+    """Let the ETA of the only task that waits for one have come."""
+    raw: Any
+    with server.client() as raw:
+        (name,) = raw.zrange(keys.LATER, 0, -1)
+        (payload,) = raw.zrange(keys.later(name.decode()), 0, -1)
+        message = json.loads(payload)
+        assert message["headers"]["id"] == task_id
+        message["headers"]["eta"] = "2026-01-01T00:00:00+00:00"
+        with raw.pipeline() as pipe:
+            pipe.delete(keys.later(name.decode()))
+            pipe.zadd(keys.later(name.decode()), {json.dumps(message): 1})
+            pipe.zadd(keys.LATER, {name: 1})
+            pipe.set(keys.DUE, 1)
+            pipe.execute()
+
+
 def serves_on(worker: Process, client: Client, redis_server: RedisServer, tasks: int) -> None:
     """The process is the same, has said once what happened, and serves what comes."""
     wait_until(lambda: held(redis_server) == {}, 180)
@@ -64,10 +91,11 @@ def test_by_force_in_mid_batch(
     worker = elsewhere(workers, "cut-off")
     url = f"redis+socket://{redis_server.socket}"
     stranger = Celery("stranger", broker=url, backend=url, set_as_current=False)
-    due = {"queue": "realtime", "countdown": 20}
+    due = {"queue": "realtime", "countdown": 3600}
     later = stranger.send_task("gpuinfer.predict", [[0.0]], {"model": "slow"}, **due)
     wait_until(lambda: depth.look(redis_server.client()).total_later == 1, 60)
     assert held(redis_server) == {}
+    waiting = later_entries(redis_server)
     job = client.submit_batch([[1.0], [0.0], [0.0], [0.0], [0.0], [0.0]], model="slow", queue="realtime")
     wait_for_batch(redis_server, "gpu0@cut-off", 1)
     done = put_back(settings_for(redis_server), "gpu0@cut-off", force=True)  # what restore --name calls
@@ -76,6 +104,8 @@ def test_by_force_in_mid_batch(
     assert worker.wait_for_line('"taken_back"', 180)
     answers = [answer["outputs"]["twice"] for answer in client.result(job, timeout_s=120)]
     assert answers == [[2.0], [0.0], [0.0], [0.0], [0.0], [0.0]]
+    assert later_entries(redis_server) == waiting
+    fall_due(redis_server, later.id)
     assert later.get(timeout=120)["outputs"]["twice"] == [0.0]
     stranger.close()
     serves_on(worker, client, redis_server, 2)
@@ -87,10 +117,10 @@ def test_a_partition(workers: Workers, redis_server: RedisServer, client: Client
     ids = submit(client, 4)
     wait_for_batch(redis_server, "gpu0@cut-off", 4)
     worker.send(signal.SIGSTOP)
-    latch.open()
     watcher = watch(workers)
     watcher.wait_for_line('"reaped"', 180)
     wait_until(lambda: held(redis_server).get(NAME), 180)
+    latch.open()
     check(client, ids)
     assert watcher.terminate(90) == 0
     worker.send(signal.SIGCONT)
