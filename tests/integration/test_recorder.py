@@ -105,11 +105,13 @@ def test_it_adds_up_to_what_a_driver_submitted(
     assert [v is None for v in found.values["ended"]] == [False] * (len(found.values["ended"]) - 1) + [True]
 
 
-def test_five_minutes_are_a_mean(worker: HandWorker) -> None:
+def test_five_minutes_are_a_mean(worker: HandWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what was written in them, whoever wrote it; and a decision is counted once."""
     raw = worker.store.client
-    recorder = Recorder(raw, "a", Clock(raw))
-    end = int(raw.time()[0]) // COARSE.step_s * COARSE.step_s
+    clock = Clock(raw)
+    monkeypatch.setattr(recording, "gather", clock.gather)
+    recorder = Recorder(raw, "a", clock)
+    end = int(clock.now) // COARSE.step_s * COARSE.step_s
     for n in range(30):
         series.write(raw, FINE, end - COARSE.step_s + 10 * n, {"waiting": n})
     recorder.step(["a"])

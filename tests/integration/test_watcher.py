@@ -140,7 +140,9 @@ def test_each_worker_is_started_for_what_it_serves(
     (workers.folder / "gpuinfer.toml").write_text("")
     (workers.folder / "worker@0.env").write_text("GPUINFER_WORKER_QUEUES=realtime\n")
     (workers.folder / "worker@1.env").write_text('# another model\nGPUINFER_WORKER_MODELS="quick"\n')
-    watcher = watch(workers, config=workers.folder / "gpuinfer.toml", watcher_floor=0)
+    # None is stopped again before it was asked what it serves, however late that is.
+    idle = {"watcher_cooldown_s": 600, "watcher_cooldown_max_s": 600}
+    watcher = watch(workers, config=workers.folder / "gpuinfer.toml", watcher_floor=0, **idle)
     watcher.wait_for_line('"watching"')
     settings = settings_for(redis_server)
     redis = connect(settings.broker)

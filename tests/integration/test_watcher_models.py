@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import orjson
@@ -178,7 +177,7 @@ async def test_why_nothing_is_started_is_explained(redis_server: RedisServer, se
     await watcher.step()
     await watcher.step()  # each probe tells what the one before it has decided
     hosts: dict[bytes, bytes] = connect(settings.broker).hgetall(HOSTS)  # type: ignore[assignment]
-    (now,) = notes.present(hosts, time.time()).values()
+    (now,) = notes.present(hosts, orjson.loads(hosts[b"a"])["at"]).values()
     assert now["alive"]
     assert "masked" not in now["why"]
     assert "gpu0@a (in quarantine" in now["why"]

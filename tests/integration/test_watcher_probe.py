@@ -25,12 +25,11 @@ from gpuinfer.watcher.probe import Probe, Seen
 from gpuinfer.watcher.state import (
     Instance,
     Key,
-    QueueState,
     UnitState,
 )
+from tests.contract.test_later import AHEAD_S, let_come
 from tests.services import RedisServer
 from tests.watchers import KNOWN
-from tests.workers import wait_until
 
 pytestmark = pytest.mark.integration
 Build = Callable[..., Settings]
@@ -38,10 +37,12 @@ BATCH = Lane("batch", "digits")
 
 
 def beat(client: redis.Redis, worker: str, **body: object) -> None:
-    """Let a worker say that it lives."""
+    """Let a worker say that it lives: for an hour, however long the machine stands still."""
     Store(client, worker, QUEUES, Settings().queue, models=["digits"]).register(
         orjson.dumps({"worker": worker, "state": "idle", **body})
     )
+    written = orjson.loads(client.get(keys.heartbeat(worker)) or b"")
+    client.set(keys.heartbeat(worker), orjson.dumps({**written, "at": written["at"] + 3600}))
 
 
 class Backlog:
@@ -50,7 +51,7 @@ class Backlog:
     def __init__(self, settings: Settings, client: Client) -> None:
         redis = connect(settings.broker)
         self._client = client
-        self._probe = Probe(redis, "a", clock=lambda: self.now)
+        self._probe = Probe(redis, "a", clock=lambda: self.now, startup_s=600.0)
         self._own = [Instance(key=Key(0, "a"), state="active")]
         self.store = Store(redis, "gpu0@a", QUEUES, settings.queue, models=["digits"])
         self.store.register(default="digits")
@@ -89,17 +90,12 @@ def test_the_probe_counts_what_waits_was_claimed_and_is_in_flight(backlog: Backl
 def test_the_probe_sees_what_falls_due_and_what_is_paused(backlog: Backlog) -> None:
     """Within the time that a start takes; what is due by now it puts into its list itself."""
     first, second, third = backlog.store.claim(3)
-    now = time.time()
-    backlog.store.postpone([(first.seq, now + 0.05), (second.seq, now + 10), (third.seq, now + 3600)])
+    due = time.time() + AHEAD_S
+    backlog.store.postpone([(first.seq, due), (second.seq, due + 300), (third.seq, due + 3600)])
     set_paused(backlog.store.client, "batch.digits", paused=True)
-    found: list[QueueState] = []
-
-    def moved() -> bool:
-        found.append(backlog.look(0.0).queues[BATCH])
-        return found[-1].waiting == 1
-
-    wait_until(moved)
-    assert (found[-1].due, found[-1].paused) == (1, True)
+    let_come(backlog.store, AHEAD_S)
+    batch = backlog.look(0.0).queues[BATCH]
+    assert (batch.waiting, batch.due, batch.paused) == (1, 1, True)
 
 
 def test_what_a_worker_hands_back_was_never_served(backlog: Backlog) -> None:
@@ -142,7 +138,7 @@ def test_a_silent_watcher_is_known_at_first_sight(redis_server: RedisServer, set
     """Redis's clock tells when it last moved; one that looks seldom has more time for it."""
     client = connect(settings_for(redis_server).broker)
     Probe(client, "b").look([], 1000.0)
-    Probe(client, "c", interval_s=15.0).look([], 1000.0)
+    Probe(client, "c", interval_s=600.0).look([], 1000.0)
     for host in (b"b", b"c"):
         body = orjson.loads(client.hget(HOSTS, host.decode()) or b"")
         client.hset(HOSTS, host.decode(), orjson.dumps({**body, "at": body["at"] - 30}).decode())
