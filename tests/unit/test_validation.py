@@ -237,12 +237,15 @@ def test_a_job() -> None:
 
 
 def test_a_large_request_costs_no_more_than_a_small_one() -> None:
-    """A list of a million numbers, JSON of a million values: microseconds, not milliseconds."""
+    """A list of a million numbers, JSON of a million values: checked in the time of thousands, not in 300."""
     numbers = Input(name="x", kind="tensor", dtype="float32", shape=(-1,))
-    for wanted, value in ((numbers, [0.5] * 1_000_000), (DOC, [0] * 1_000_000)):
+    few, many = 3000, 1_000_000
+    for wanted, value in ((numbers, 0.5), (DOC, 0)):
         check = validator(wanted).check
-        check(value)
-        assert min(timeit.repeat(partial(check, value), number=1, repeat=100)) < 0.001
+        small, large = (
+            min(timeit.repeat(partial(check, [value] * count), number=1, repeat=100)) for count in (few, many)
+        )
+        assert large < 30 * small
     with pytest.raises(InputError):
         validator(DOC).check([0] * (MAX_VALUES - 1))
 
