@@ -18,8 +18,8 @@ from gpuinfer.api.slicing import inputs_text
 from gpuinfer.client import Options
 from gpuinfer.errors import InputError, MalformedJson
 from gpuinfer.queue.bodies import check_depth, check_values
-from gpuinfer.queue.message import Json
 from gpuinfer.queue.options import OPTIONS
+from gpuinfer.queue.submission import Json
 
 #: Fields of an object body, in the order in which errors list them.
 FIELDS: tuple[str, ...] = ("inputs", *OPTIONS)

@@ -19,9 +19,9 @@ from gpuinfer.api.showing import shown, state
 from gpuinfer.api.waiting import bounded, next_news, preferred_time, until_ended, waiting_time
 from gpuinfer.client import Options
 from gpuinfer.errors import IdempotencyConflict, InputError, TaskExists
-from gpuinfer.queue.message import Json, Submission
 from gpuinfer.queue.options import OPTIONS, TRACEPARENT
 from gpuinfer.queue.results import TaskStatus
+from gpuinfer.queue.submission import Json, Submission
 
 #: What the URL of a submission may have.
 PARAMETERS = frozenset({"wait", *OPTIONS})

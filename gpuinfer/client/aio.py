@@ -39,12 +39,12 @@ from gpuinfer.queue import format as layout
 from gpuinfer.queue import quota as quotas
 from gpuinfer.queue.connection import connect_async, typed_errors
 from gpuinfer.queue.direct import Argument
-from gpuinfer.queue.message import Submission
 from gpuinfer.queue.options import Options, documented
 from gpuinfer.queue.position import spot_of
 from gpuinfer.queue.quota import Quota
 from gpuinfer.queue.resource import Place, to_resource
 from gpuinfer.queue.results import TaskStatus
+from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import Settings
 
 

@@ -33,10 +33,11 @@ from gpuinfer.errors import (
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.bodies import check_items
 from gpuinfer.queue.direct import Argument
-from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES, Json, Packed, Submission, keyed
+from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, ROUTES
 from gpuinfer.queue.options import MAX_NAME, Options, check
 from gpuinfer.queue.quota import Quota, Rate
 from gpuinfer.queue.results import TaskStatus
+from gpuinfer.queue.submission import Json, Packed, Submission, keyed
 from gpuinfer.settings import QueueSettings
 
 log = logging.getLogger(__name__)

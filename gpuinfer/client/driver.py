@@ -13,8 +13,8 @@ from gpuinfer.client.signatures import Signatures
 from gpuinfer.errors import InputError
 from gpuinfer.names import MODEL_NAME
 from gpuinfer.queue.connection import user_of
-from gpuinfer.queue.message import Submission
 from gpuinfer.queue.options import Options
+from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import Settings, load
 
 

@@ -18,7 +18,7 @@ from gpuinfer.client.inputs import opened
 from gpuinfer.client.validation import Validator
 from gpuinfer.errors import InputError, ManifestError
 from gpuinfer.models.signature import Signature
-from gpuinfer.queue.message import Json
+from gpuinfer.queue.submission import Json
 
 #: What is remembered is asked for again after this long, in seconds.
 FRESH_S = 30.0

@@ -1,36 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Celery's task message as kombu's Redis transport lays it on the list: written in protocol 2, read in any.
+"""Celery's task message as kombu's Redis transport lays it on the list: the names in it, and how it is read.
 
-Source: https://docs.celeryq.dev/en/stable/internals/protocol.html. The body is plain JSON text
-(``body_encoding`` utf-8), a quarter smaller than kombu's base64. Any Celery producer's message
-decodes here too: protocol 1, kombu's own JSON types, and what producers in other languages write.
+Source: https://docs.celeryq.dev/en/stable/internals/protocol.html. Any Celery producer's message is read:
+protocol 1 and 2, kombu's own JSON types, and what producers in other languages write. Ours are written by
+``submission``.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
-import time
-import uuid
 import zlib
 from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache
-from hashlib import blake2b
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import orjson
 
 from gpuinfer.errors import InputError, PayloadTooLarge
-from gpuinfer.models.type_words import word
 from gpuinfer.queue import arrays, bodies, json_types
-from gpuinfer.queue.bodies import check_values, load_head, loads, move
+from gpuinfer.queue.bodies import load_head, loads, move
 from gpuinfer.queue.keys import REPLY_PREFIX
-from gpuinfer.queue.quota import Quota, Rate
 from gpuinfer.settings import QueueSettings
 
 PREDICT = "gpuinfer.predict"
@@ -40,25 +31,26 @@ ROUTES = {PREDICT: "realtime", BATCH_PREDICT: "batch"}
 #: What the names of Celery's own tasks begin with: celery.map, celery.chord_unlock, celery.backend_cleanup.
 BUILT_IN_PREFIX = "celery."
 
-_ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
 #: What a compressed body may unpack to, unless told otherwise.
 MAX_BODY_BYTES = 64 * 1024 * 1024
 #: A message of more bytes is not read: its body belongs beside the list.
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 #: The header that says how many bytes lie beside the list.
-_BESIDE = "gpuinfer_body"
+BESIDE = "gpuinfer_body"
 #: The header that says when it was submitted, in seconds since the epoch by the submitter's clock.
-_SENT = "gpuinfer_sent"
+SENT = "gpuinfer_sent"
 #: The header with the caller's own map.
-_METADATA = "gpuinfer_metadata"
+METADATA = "gpuinfer_metadata"
 #: The header that OpenTelemetry's instrumentation of Celery writes and reads, too.
-_TRACEPARENT = "traceparent"
+TRACEPARENT = "traceparent"
 #: The header that says what stands for its idempotency key.
-_KEY = "gpuinfer_key"
-
-
-#: A later version of the standard may have longer ones.
+KEY = "gpuinfer_key"
+#: Characters of a traceparent; a later version of the standard may have more than today's 55.
 _MOST_TRACEPARENT = 200
+#: What a message says of what follows its task.
+_CANVAS = ("chain", "chord", "callbacks", "errbacks")
+#: The charsets that JSON may say it has.
+_CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 
 
 class Undecodable(ValueError):
@@ -69,164 +61,12 @@ class Undecodable(ValueError):
         self.task_id = task_id
 
 
-class Packed(NamedTuple):
-    """A task as it is sent."""
-
-    #: The list entry.
-    payload: bytes
-    #: The inputs as they are in there, or beside the list.
-    inputs: bytes
-    #: What lies beside the list; None where all is in the message.
-    beside: bytes | None = None
-    #: What its state tells of it while it waits, as the script ``submit`` ends the state's JSON.
-    told: bytes = b"]}}"
-
-    @property
-    def size(self) -> int:
-        """Bytes of both."""
-        return len(self.payload) + len(self.beside or b"")
-
-
-class Json(NamedTuple):
-    """Inputs that are JSON already: their text is sent as it is."""
-
-    #: Checked: one value, in UTF-8, whose numbers and depth every reader can hold.
-    text: bytes
-    #: What it says.
-    value: Any
-
-
-@dataclass(kw_only=True, slots=True)
-class Submission:
-    """What a caller wants done. To be frozen would cost as much as all else of its making; ``rate`` alone is
-    written later.
-    """
-
-    task: str
-    inputs: Any
-    queue: str
-    priority: int = 0
-    model: str | None = None
-    #: Options of the prediction: ``top_k``, ``encoding``.
-    options: dict[str, Any] = field(default_factory=dict)
-    #: Seconds since the epoch after which the task must not begin.
-    expires_at: float | None = None
-    #: Seconds, by Redis's clock, until a worker may begin it; None: at once.
-    countdown_s: float | None = None
-    soft_time_limit_s: float | None = None
-    time_limit_s: float | None = None
-    ignore_result: bool = False
-    #: The caller's own map, which comes back with the task.
-    metadata: Mapping[str, str] | None = None
-    #: The caller's place in a trace, as W3C Trace Context writes it; empty: none.
-    traceparent: str = ""
-    #: Whose task it is, and whose sub-list it waits in; empty: nobody's in particular.
-    caller: str = ""
-    #: What its caller may submit; None: anything.
-    quota: Quota | None = None
-    #: How its caller stands with a quota: written when it is accepted.
-    rate: Rate | None = None
-    #: The channel on which the client hears of its end; empty: by its id alone.
-    reply_to: str = ""
-    #: What the caller has asked for beside the inputs, in the caller's own words: two requests that differ
-    #: there are not the same. In the message, as ``model``, may stand what was the default then.
-    asked: bytes = b""
-    #: The caller's idempotency key; empty: none.
-    key: str = ""
-    id: str = field(default_factory=lambda: str(uuid.uuid4()))
-
-    def encode(self) -> bytes:
-        """Return the list entry with its whole body in it, however large, as a plain producer sends it.
-
-        Raises InputError.
-        """
-        return self.pack(MAX_BODY_BYTES).payload
-
-    def pack(self, most: int = arrays.BESIDE_BYTES) -> Packed:
-        """Return the list entry, and what lies beside the list: inputs that have more than ``most`` bytes.
-
-        Raises InputError where the inputs are neither arrays nor JSON, or no list where there must be one;
-        PayloadTooLarge for too many values.
-        """
-        many = self.task == BATCH_PREDICT
-        placed: list[arrays.Placed] = []
-        if type(self.inputs) is Json:
-            text, rest = self.inputs
-            if many and type(rest) is not list:
-                raise InputError(f"must be a list of inputs, got {word(rest)}", "inputs")
-        else:
-            rest, placed = arrays.split(self.inputs, many=many)
-            text = _dump_inputs(rest)
-        kwargs: dict[str, Any] = dict(self.options)
-        if self.model is not None:
-            kwargs["model"] = self.model
-        options = orjson.dumps((kwargs, _EMBED))[1:]
-        sent = b"%.3f" % time.time()
-        told = self._told(sent)
-        size = len(text)
-        if placed:
-            size += sum(len(raw.data) * 4 // 3 for _, raw in placed)
-        if size > most:
-            beside = arrays.pack(text, placed)
-            body = b"[[],%b" % options
-            extra = b',"%b":%d' % (_BESIDE.encode(), len(beside))
-            return Packed(self._message(body, sent, extra), beside, beside, told)
-        if placed:
-            text = _dump_inputs(arrays.inline(rest, placed, many=many))
-        body = b"[[%b],%b" % (text, options)
-        return Packed(self._message(body, sent), text, told=told)
-
-    def _told(self, sent: bytes) -> bytes:
-        """Return the rest of a waiting task's state, from the end of its ``place`` on: see submit.lua."""
-        about = b',"priority":%d' % self.priority if self.priority else b""
-        return b"]%b%b" % (about, _told(self.expires_at, self.metadata, self.traceparent, sent))
-
-    def _message(self, body: bytes, sent: bytes, extra: bytes = b"") -> bytes:
-        """Return the list entry. ``sent``: when it is submitted, in seconds since the epoch; ``extra``: more
-        headers, as JSON has them, each behind a comma.
-        """
-        if self.metadata:  # before the key, which is looked for near the end
-            extra += b',"%b":%b' % (_METADATA.encode(), orjson.dumps(self.metadata))
-        if self.traceparent:
-            extra += b',"%b":"%b"' % (_TRACEPARENT.encode(), self.traceparent.encode())
-        if self.key:  # for who ends the task and frees the key
-            extra += b',"%b":"%b"' % (_KEY.encode(), self.keyed.encode())
-        limits = self.time_limit_s, self.soft_time_limit_s
-        a, b, c, d, e, f, g, h = _frame(
-            self.task, self.queue, self.priority, self.reply_to, limits, self.ignore_result
-        )
-        text, task_id = orjson.dumps(body.decode()), orjson.dumps(self.id)
-        expires = b"null"
-        if self.expires_at is not None:
-            expires = orjson.dumps(datetime.fromtimestamp(self.expires_at, UTC).isoformat())
-        return b"".join(
-            (a, text, b, task_id, c, task_id, d, expires, e, sent, extra, f, task_id, g, task_id, h)
-        )
-
-    @property
-    def keyed(self) -> str:
-        """What stands for the key of this caller: 32 characters; empty without a key."""
-        if not self.key:
-            return ""
-        return keyed(self.caller, self.key)
-
-    def digest(self, packed: Packed) -> str:
-        """Return 32 characters that stand for the request; ``packed`` is what ``pack`` has made of it."""
-        asked = blake2b(self.asked, digest_size=16)
-        asked.update(packed.inputs)
-        return asked.hexdigest()
-
-
-def keyed(caller: str, key: str) -> str:
-    """Return what stands for a caller's key: 32 characters."""
-    return blake2b(f"{caller}\0{key}".encode(), digest_size=16).hexdigest()
-
-
-def _told(
+def end_of_state(
     expires_at: float | None, metadata: Mapping[str, Any] | None, traceparent: str, sent: bytes
 ) -> bytes:
-    """Return the end of a waiting task's state, from behind its priority. ``sent``: when it was; empty: not
-    known.
+    """Return the end of a waiting task's state, from behind its priority.
+
+    ``sent``: when it was submitted, in seconds since the epoch; empty: not known.
     """
     about = b""
     if expires_at is not None:
@@ -236,84 +76,6 @@ def _told(
     if traceparent:
         about += b',"traceparent":%b' % orjson.dumps(traceparent)
     return b'%b},"sent_at":%b}' % (about, sent) if sent else b"%b}}" % about
-
-
-#: Stands in a frame where each task has something of its own.
-_GAP = uuid.uuid4().hex
-
-
-@lru_cache(maxsize=256)
-def _frame(
-    task: str,
-    queue: str,
-    priority: int,
-    reply_to: str,
-    limits: tuple[float | None, float | None],
-    ignore_result: bool,
-) -> list[bytes]:
-    """Return the text of a message as far as many tasks have it alike, in the pieces between its gaps.
-
-    Those are for body, id, id, expiry, time of submission (and other headers), id, id.
-    """
-    text = orjson.dumps(
-        {
-            "body": _GAP,
-            "content-encoding": "utf-8",
-            "content-type": "application/json",
-            "headers": {
-                "lang": "py",
-                "task": task,
-                "id": _GAP,
-                "root_id": _GAP,
-                "parent_id": None,
-                "group": None,
-                "retries": 0,
-                "eta": None,
-                "expires": _GAP,
-                "timelimit": limits,
-                "origin": _ORIGIN,
-                "ignore_result": ignore_result,
-                _SENT: _GAP,
-            },
-            "properties": {
-                "correlation_id": _GAP,
-                "reply_to": reply_to,
-                "delivery_mode": 2,
-                "delivery_info": {"exchange": "", "routing_key": queue},
-                "priority": priority,
-                "body_encoding": "utf-8",
-                "delivery_tag": _GAP,
-            },
-        }
-    )
-    return text.split(f'"{_GAP}"'.encode())
-
-
-def _dump_inputs(inputs: Any) -> bytes:
-    """Return inputs as JSON. orjson turns NaN and infinity into null; the worker must see what they were."""
-    try:
-        text = orjson.dumps(inputs, _as_list, orjson.OPT_SERIALIZE_NUMPY)
-        if b"null" in text:
-            text = json.dumps(inputs, default=_as_list, separators=(",", ":")).encode()
-    except (TypeError, ValueError, RecursionError) as exc:
-        raise InputError(f"must be JSON, or arrays: {exc}", "inputs") from None
-    check_values(text)
-    return text
-
-
-def _as_list(value: Any) -> Any:
-    """Return what JSON can hold of an array among other things."""
-    if not hasattr(value, "tolist"):
-        raise TypeError(f"Type is not JSON serializable: {type(value).__name__}")
-    return value.tolist()
-
-
-_EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
-
-
-_CANVAS = ("chain", "chord", "callbacks", "errbacks")
-#: The charsets that JSON may say it has.
-_CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 
 
 @dataclass(slots=True)
@@ -343,19 +105,19 @@ class Envelope:
     @property
     def sent_at(self) -> float | None:
         """Return when one of our clients submitted it, in seconds since the epoch; None for others."""
-        at = self.headers.get(_SENT)
+        at = self.headers.get(SENT)
         return at if type(at) is float else None
 
     @property
     def metadata(self) -> dict[str, Any] | None:
         """Return the caller's own map, None for none."""
-        found = self.headers.get(_METADATA)
+        found = self.headers.get(METADATA)
         return found if isinstance(found, dict) and found else None
 
     @property
     def traceparent(self) -> str:
         """Return the caller's place in a trace, where it has given one."""
-        found = self.headers.get(_TRACEPARENT)
+        found = self.headers.get(TRACEPARENT)
         return found if isinstance(found, str) and len(found) <= _MOST_TRACEPARENT else ""
 
     @property
@@ -366,12 +128,12 @@ class Envelope:
         except InputError:
             expires_at = None
         sent = b"" if self.sent_at is None else b"%.3f" % self.sent_at
-        return _told(expires_at, self.metadata, self.traceparent, sent)
+        return end_of_state(expires_at, self.metadata, self.traceparent, sent)
 
     @property
     def beside(self) -> int:
         """Return how many bytes of it lie beside the list; 0: none."""
-        size = self.headers.get(_BESIDE)
+        size = self.headers.get(BESIDE)
         return size if type(size) is int and size > 0 else 0
 
     def unpack(self, body: bytes, *, many: bool) -> Any:

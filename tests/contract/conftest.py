@@ -15,9 +15,10 @@ from gpuinfer.client import core
 from gpuinfer.queue import results
 from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.connection import connect
-from gpuinfer.queue.message import PREDICT, Submission, decode
+from gpuinfer.queue.message import PREDICT, decode
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
+from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings, Settings
 from tests.conftest import need
 from tests.services import RedisServer, free_port, make_certificate, redis_binary, valkey_binary

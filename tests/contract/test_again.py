@@ -12,10 +12,11 @@ from gpuinfer.client import core
 from gpuinfer.errors import DeadLettered
 from gpuinfer.queue import results
 from gpuinfer.queue.claims import Claimed, Final, Follow
-from gpuinfer.queue.message import Submission, decode
+from gpuinfer.queue.message import decode
 from gpuinfer.queue.resource import to_resource
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
+from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import BrokerSettings, QueueSettings
 from gpuinfer.worker.about import about
 from tests.contract.conftest import on, send, store_of

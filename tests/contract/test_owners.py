@@ -16,10 +16,11 @@ from gpuinfer.client.aio import AsyncClient
 from gpuinfer.errors import DeadLettered, TaskFailed, TaskNotFound, WrongState
 from gpuinfer.queue import dead, keys, results
 from gpuinfer.queue.claims import Claimed, Final
-from gpuinfer.queue.message import Submission, decode
+from gpuinfer.queue.message import decode
 from gpuinfer.queue.purge import lines, purge
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
+from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import BrokerSettings, QueueSettings, Settings
 from tests.contract.conftest import ids, message, on, send
 

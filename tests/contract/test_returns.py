@@ -12,8 +12,9 @@ import redis
 from gpuinfer import Client
 from gpuinfer.queue import keys, returns
 from gpuinfer.queue.claims import Claimed, Stray
-from gpuinfer.queue.message import PREDICT, Submission, decode
+from gpuinfer.queue.message import PREDICT, decode
 from gpuinfer.queue.store import Store
+from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import BrokerSettings
 from tests.contract.conftest import begin, calls, ids, message, on, send, store_of
 

@@ -14,7 +14,7 @@ import redis
 from redis.exceptions import NoPermissionError
 
 from gpuinfer.queue import keys
-from gpuinfer.queue.message import Submission
+from gpuinfer.queue.submission import Submission
 from tests.brokers import OurRedis, our_redis
 from tests.workers import NAME, wait_until
 

@@ -23,10 +23,11 @@ from gpuinfer.queue.app import create_app
 from gpuinfer.queue.claims import Claimed, Final, Want
 from gpuinfer.queue.depth import look
 from gpuinfer.queue.later import Postponed
-from gpuinfer.queue.message import Submission, decode
+from gpuinfer.queue.message import decode
 from gpuinfer.queue.orphans import holder, holders
 from gpuinfer.queue.router import Router
 from gpuinfer.queue.store import REAPER, Store
+from gpuinfer.queue.submission import Submission
 from gpuinfer.queue.tally import Tally
 from gpuinfer.settings import QUEUES, QueueSettings, Settings
 from tests.brokers import OurRedis, our_redis

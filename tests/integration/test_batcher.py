@@ -25,8 +25,9 @@ from gpuinfer.models.loader import load
 from gpuinfer.models.repository import Repository
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
-from gpuinfer.queue.message import PREDICT, Submission, decode
+from gpuinfer.queue.message import PREDICT, decode
 from gpuinfer.queue.store import Store
+from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.worker import batcher as batcher_module
 from gpuinfer.worker import engine as engine_module

@@ -22,7 +22,8 @@ from gpuinfer.errors import BrokerUnavailable, UnknownModel, UsageError
 from gpuinfer.models.cli import model
 from gpuinfer.models.signature import Input, Signature
 from gpuinfer.queue import catalogue, depth, keys, results
-from gpuinfer.queue.message import PREDICT, Submission, decode
+from gpuinfer.queue.message import PREDICT, decode
+from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import Loaded, Settings
 from tests.apis import WORKER, Api, HandWorker
 from tests.models_for_tests import picky, sleeper

@@ -28,7 +28,8 @@ from gpuinfer.errors import (
     WaitTimeout,
 )
 from gpuinfer.queue import keys
-from gpuinfer.queue.message import Submission, decode
+from gpuinfer.queue.message import decode
+from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import Settings
 from tests.apis import WORKER, HandWorker
 from tests.conftest import RedisFactory

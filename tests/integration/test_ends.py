@@ -16,9 +16,10 @@ from gpuinfer.client.core import Origin, one
 from gpuinfer.errors import DeadLettered
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Claimed, Final
-from gpuinfer.queue.message import Submission, decode
+from gpuinfer.queue.message import decode
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
+from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import QUEUES, QueueSettings
 from gpuinfer.worker.outbox import Outbox
 from tests.brokers import OurRedis, our_redis

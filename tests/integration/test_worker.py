@@ -27,7 +27,8 @@ from gpuinfer.errors import (
 )
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import keys
-from gpuinfer.queue.message import Submission, decode
+from gpuinfer.queue.message import decode
+from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import QueueSettings
 from tests.models_for_tests import add_scalar, latched, perceptron
 from tests.services import RedisServer

@@ -22,6 +22,7 @@ from gpuinfer.errors import GpuinferError, InputError, MalformedJson
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import message
 from gpuinfer.queue.bodies import check_depth
+from gpuinfer.queue.submission import Json
 
 pytestmark = pytest.mark.unit
 
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.unit
 def test_a_list_is_the_inputs() -> None:
     """A bare list has no options."""
     asked = admit(b"[[1, 2], [3, 4]]")
-    assert asked.inputs == message.Json(b"[[1, 2], [3, 4]]", [[1, 2], [3, 4]])
+    assert asked.inputs == Json(b"[[1, 2], [3, 4]]", [[1, 2], [3, 4]])
     assert asked.options == {}
 
 
@@ -38,7 +39,7 @@ def test_a_list_is_the_inputs() -> None:
 )
 def test_a_file_or_an_array_is_the_inputs(body: dict[str, object]) -> None:
     """In base64, as a bare list is; what stands beside its keys is no option."""
-    assert admit(orjson.dumps(body)).inputs == message.Json(orjson.dumps(body), body)
+    assert admit(orjson.dumps(body)).inputs == Json(orjson.dumps(body), body)
     with pytest.raises(InputError, match="unknown field"):
         admit(orjson.dumps(body | {"model": "digits"}))
 
@@ -46,7 +47,7 @@ def test_a_file_or_an_array_is_the_inputs(body: dict[str, object]) -> None:
 def test_an_object_names_its_options() -> None:
     """Fields beside inputs are options; a null one counts as not given."""
     asked = admit(b'{"inputs": 5, "model": "digits", "priority": 9, "queue": null}')
-    assert asked.inputs == message.Json(b"5", 5)
+    assert asked.inputs == Json(b"5", 5)
     assert asked.options == {"model": "digits", "priority": 9}
 
 
@@ -71,7 +72,7 @@ def test_an_object_names_its_options() -> None:
 def test_the_text_of_the_inputs_is_passed_on(body: bytes, text: bytes | None) -> None:
     """As the caller wrote it, where it is plain to see where it stands; else it is written anew."""
     inputs = admit(body).inputs
-    assert (inputs.text if isinstance(inputs, message.Json) else None) == text
+    assert (inputs.text if isinstance(inputs, Json) else None) == text
 
 
 KEYS = st.sampled_from(["inputs", "model", "priority", "queue", "a", 'b"', "}", ","])
@@ -90,7 +91,7 @@ def test_the_text_says_what_the_inputs_are(value: dict[str, object], spaced: boo
         inputs = admit(body).inputs
     except InputError:
         return
-    if isinstance(inputs, message.Json):
+    if isinstance(inputs, Json):
         assert orjson.loads(inputs.text) == inputs.value == value["inputs"]
 
 
@@ -219,13 +220,13 @@ def test_the_text_of_the_inputs_says_what_they_are(
     fields = {"inputs": value, "model": model} if first else {"model": model, "inputs": value}
     body = json.dumps(fields, indent=indent, ensure_ascii=False).encode()
     inputs = admit(body).inputs
-    if isinstance(inputs, message.Json):
+    if isinstance(inputs, Json):
         assert orjson.loads(inputs.text) == inputs.value == value
         assert inputs.text in body
     else:
         assert inputs == value
     plain = b"\\" not in body and all(body.count(name) == 1 for name in (b'"inputs"', b'"model"'))
-    assert isinstance(inputs, message.Json) == (plain and b"NaN" not in body and b"Infinity" not in body)
+    assert isinstance(inputs, Json) == (plain and b"NaN" not in body and b"Infinity" not in body)
 
 
 def test_a_byte_order_mark_is_taken() -> None:

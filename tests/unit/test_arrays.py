@@ -19,7 +19,8 @@ from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.tensors import decode as to_tensors
 from gpuinfer.queue import arrays
 from gpuinfer.queue.bodies import check_values
-from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Submission, Undecodable, decode
+from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Undecodable, decode
+from gpuinfer.queue.submission import Submission
 
 pytestmark = pytest.mark.unit
 

@@ -11,7 +11,7 @@ import pytest
 from gpuinfer.client import core
 from gpuinfer.client.driver import DefaultModel
 from gpuinfer.errors import PayloadTooLarge
-from gpuinfer.queue.message import Json
+from gpuinfer.queue.submission import Json
 from gpuinfer.settings import QueueSettings
 
 pytestmark = pytest.mark.unit

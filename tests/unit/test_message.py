@@ -20,12 +20,12 @@ from gpuinfer.client.core import Origin
 from gpuinfer.queue.message import (
     PREDICT,
     Envelope,
-    Submission,
     Undecodable,
     decode,
     moment_of,
     tasks_by_name,
 )
+from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import QueueSettings
 
 pytestmark = pytest.mark.unit
