@@ -318,6 +318,9 @@ class Gate:
             with (here / "{name}.batches").open("a") as notes:
                 notes.write(json.dumps([x[0] for x in batch]) + "\\n")
             time.sleep(0.05)
+            at = here / "{name}.at"
+            if at.exists() and [float(at.read_text())] in batch:
+                at.replace(here / "{name}.shut")
             while (here / "{name}.shut").exists():
                 (here / "{name}.held").touch()
                 time.sleep(0.01)
@@ -355,6 +358,10 @@ class Gate:
         """Hold every batch that has not ended."""
         self._held.unlink(missing_ok=True)
         self._shut.touch()
+
+    def shut_at(self, value: float) -> None:
+        """Hold the first batch with this input, and every later one."""
+        self._shut.with_suffix(".at").write_text(str(value))
 
     def open(self) -> None:
         self._shut.unlink()

@@ -128,7 +128,7 @@ def test_urgent_between_slices_that_are_too_slow(workers: Workers, client: Clien
     """While a slow job is cut into smaller and smaller slices, an urgent task gets in between."""
     sleeper(workers.folder / "models" / "slow", 0.3, max_batch_size=32, soft_time_limit_s=0.15)
     workers.start(worker_models="slow", traced=False)
-    job = client.submit_batch([[1.0]] * 32, model="slow")
+    job = client.submit_batch([[1.0]] * 320, model="slow")  # 200 s of work
     wait_until(lambda: client.status(job).state == "running")
     client.result(client.submit([0.0], model="slow", soft_time_limit_s=30), timeout_s=60)
     assert client.status(job).state == "running"

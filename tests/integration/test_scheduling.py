@@ -59,14 +59,17 @@ def test_urgent_waits_for_one_batch_at_most(workers: Workers, client: Client) ->
 def test_urgent_from_a_plain_producer(workers: Workers, client: Client, redis_server: RedisServer) -> None:
     """An urgent task of a producer that tells nobody is found while long batches run one after another."""
     gate = Gate(workers.folder / "models" / "slow", max_batch_size=1)
-    client.submit_many([[1.0]] * 100, model="slow")
+    client.submit_many([[1.0]] * 5, model="slow")
+    client.submit_many([[3.0]] * 40, model="slow")
     last = client.submit([2.0], model="slow")
+    gate.shut_at(3.0)
     workers.start(worker_models="slow")
-    wait_until(lambda: gate.batches)
+    wait_until(lambda: gate.held)
     url = f"redis+socket://{redis_server.socket}"
     with Celery("stranger", broker=url, backend=url, set_as_current=False) as stranger:
         kwargs = {"model": "slow"}
         urgent = stranger.send_task("gpuinfer.predict", [[URGENT]], kwargs, queue="realtime", priority=9)
+        gate.open()
         urgent.get(timeout=60)
     client.result(last, timeout_s=60)
     assert gate.first(URGENT) < gate.first(2.0)
@@ -127,11 +130,10 @@ def test_urgent_before_aged_jobs(workers: Workers, client: Client) -> None:
     gate = Gate(workers.folder / "models" / "slow", max_batch_size=1)
     jobs = [client.submit_batch([[2.0]] * 30, model="slow") for _ in range(2)]
     filler = client.submit_many([[1.0]] * 60, model="slow")
+    gate.shut_at(2.0)
     workers.start(worker_models="slow", queue_ageing_s=0.5)
-    wait_until(lambda: any(2.0 in inputs for inputs in gate.batches))
-    gate.shut()
     wait_until(lambda: gate.held)
-    # One that was claimed before, and one that has aged: the jobs have 58 more.
+    # One that was claimed before, and one that has aged: the jobs have 59 more.
     assert batches_before({"priority": 9}, gate, client) <= 2
     client.results([*jobs, *filler], timeout_s=60)
     assert gate.first(2.0) < gate.last(1.0), "nothing had aged"
