@@ -29,7 +29,7 @@ from gpuinfer.api.routes import router
 from gpuinfer.api.shared import Shared
 from gpuinfer.client import AsyncClient
 from gpuinfer.errors import GpuinferError, InputError
-from gpuinfer.keys.folder import LOOK_EVERY_S
+from gpuinfer.keys.folder import CHECK_EVERY_S
 from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
@@ -106,7 +106,7 @@ async def watch_keys(shared: Shared) -> None:
     failed = False
     while True:
         try:
-            shared.keys.look()
+            shared.keys.refresh()
             failed = False
         except Exception:  # the keys that are known hold; the next look may succeed
             if not failed:
@@ -119,7 +119,7 @@ async def watch_keys(shared: Shared) -> None:
             with suppress(GpuinferError):  # requests say so; it is told at the next look
                 await shared.client.weigh(weights)
                 told, told_at = weights, time.monotonic()
-        await asyncio.sleep(LOOK_EVERY_S)
+        await asyncio.sleep(CHECK_EVERY_S)
 
 
 def methods(app: FastAPI) -> Methods:

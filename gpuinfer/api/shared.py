@@ -71,7 +71,7 @@ class Shared:
         self.metrics_listeners = metrics_listeners
         #: To be looked at twice a second.
         self.keys = KeyFolder(settings.api.keys_dir)
-        self.keys.look()
+        self.keys.refresh()
         self.network = Network(settings.api, socket.gethostname())
         #: To be ticked once a second, and closed at the end.
         self.requests = requests or RequestLog(settings.log.requests)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer key``: make, list, show, revoke and rotate the keys of this host's front."""
+"""``gpuinfer key``: make, list, show, revoke and rotate API keys on this host."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _JOURNAL = Path("/run/systemd/journal/socket")
 
 @click.group()
 def key() -> None:
-    """Make and revoke keys for applications on a network.
+    """Make and revoke API keys.
 
-    A key is a file in /etc/gpuinfer/keys.d (api.keys_dir). It may be edited there; changes take effect within
-    a second, without a restart. While there is no key, only requests by loopback and by the Unix socket are
-    served. With the first key, loopback needs a key, too.
+    A key is a file in /etc/gpuinfer/keys.d (api.keys_dir). You may edit it; changes take effect within a
+    second, without a restart. Without any key, only requests over loopback and the Unix socket are served.
+    As soon as there is a key, requests over loopback need one, too.
     """
 
 
@@ -52,7 +52,7 @@ def key() -> None:
     type=click.Choice(ROLES),
     default="predict",
     show_default=True,
-    help="predict: submit tasks, and manage its own. read: models, queues, workers, usage and metrics. "
+    help="predict: submit tasks and manage its own. read: view models, queues, workers, usage and metrics. "
     "admin: everything.",
 )
 @click.option(
@@ -60,47 +60,48 @@ def key() -> None:
     multiple=True,
     metavar="NAME,...",
     callback=options.field("models"),
-    help="The models it may use. Default: all.",
+    help="Models that the key may use. Default: all.",
 )
 @click.option(
     "--queues",
     multiple=True,
     metavar="NAME,...",
     callback=options.field("queues"),
-    help="The queues it may use. Default: all.",
+    help="Queues that the key may use. Default: all.",
 )
 @click.option(
     "--rate",
     metavar="N/UNIT",
     callback=options.field("rate"),
-    help="Most tasks it may submit: 50/s, 100/min or 1000/h.",
+    help="Maximum rate of submitted tasks: 50/s, 100/min or 1000/h.",
 )
+@click.option("--burst", type=click.IntRange(1, 10**9), help="Maximum tasks submitted at once; needs --rate.")
+@click.option("--max-waiting", type=click.IntRange(1, 10**9), help="Maximum tasks waiting.")
 @click.option(
-    "--burst", type=click.IntRange(1, 10**9), help="Most tasks it may submit at once; needs --rate."
-)
-@click.option("--max-waiting", type=click.IntRange(1, 10**9), help="Most tasks of this key that may wait.")
-@click.option(
-    "--max-waiting-bytes", metavar="BYTES", callback=options.size, help="Most bytes of them, as 64M or 2G."
+    "--max-waiting-bytes",
+    metavar="BYTES",
+    callback=options.size,
+    help="Maximum bytes of waiting tasks: 64M, 2G.",
 )
 @click.option(
     "--weight",
     type=click.IntRange(1, 1000),
     default=1,
     show_default=True,
-    help="Its share of the workers, relative to other keys whose tasks wait.",
+    help="Share of the workers, relative to other keys with waiting tasks.",
 )
 @click.option(
     "--expires",
     metavar="TIME",
     callback=options.expires,
-    help="When it expires: 90d, 2027-01-31. Default: never.",
+    help="When the key expires: 90d, 2027-01-31. Default: never.",
 )
 @as_json_option
 @click.pass_obj
 def add(loaded: Loaded, /, name: str, as_json: bool, **given: Any) -> None:
     """Make a key and print its token.
 
-    The token is stored nowhere: it cannot be shown again.
+    Save the token: only its hash is stored, so it cannot be shown again.
     """
     folder = _folder(loaded)
     if given["burst"] and not given["rate"]:
@@ -118,9 +119,7 @@ def add(loaded: Loaded, /, name: str, as_json: bool, **given: Any) -> None:
     )
     writing.add(folder, made)
     _audit(loaded, "key_made", made)
-    notes = (
-        ["from now on requests by loopback need a key, too; those by the Unix socket do not"] if first else []
-    )
+    notes = ["requests over loopback now need a key, too; the Unix socket does not"] if first else []
     notes += _unknown_models(loaded, made.models)
     showing.print_token(made, token, notes, as_json=as_json)
 
@@ -129,9 +128,9 @@ def add(loaded: Loaded, /, name: str, as_json: bool, **given: Any) -> None:
 @as_json_option
 @click.pass_obj
 def list_(loaded: Loaded, as_json: bool) -> None:
-    """List the keys, with the time of their last use.
+    """List the keys and when each was last used.
 
-    Exit code 78: a file is broken, and its key is refused.
+    Exit code 78: a key file is invalid; that key is refused.
     """
     folder = _folder(loaded)
     found, broken = _all(folder)
@@ -174,7 +173,7 @@ def show(loaded: Loaded, name: str, as_json: bool) -> None:
 def revoke(loaded: Loaded, names: Sequence[str], as_json: bool) -> None:
     """Remove keys.
 
-    Requests with them are refused within a second. Their waiting tasks still run.
+    Requests with these keys are refused within a second. Tasks already submitted still run.
     """
     folder = _folder(loaded)
     there = writing.names(folder)
@@ -190,7 +189,7 @@ def revoke(loaded: Loaded, names: Sequence[str], as_json: bool) -> None:
         return
     click.echo(f"revoked: {', '.join(dict.fromkeys(names))}")
     if not left:
-        click.echo("no key is left: requests by loopback need none, and requests from a network are refused")
+        click.echo("no keys left: loopback needs no key, and requests from the network are refused")
 
 
 @key.command(epilog=examples("gpuinfer key rotate shop", "gpuinfer key rotate shop --keep 1h"))
@@ -199,20 +198,20 @@ def revoke(loaded: Loaded, names: Sequence[str], as_json: bool) -> None:
     "--keep",
     metavar="SPAN",
     callback=options.span,
-    help="How long the old token stays valid: 1h, 7d. Default: not at all.",
+    help="How long the old token stays valid: 1h, 7d. Default: it is revoked at once.",
 )
 @click.option(
     "--expires",
     metavar="TIME",
     callback=options.expires,
-    help="When the key expires: 90d, 2027-01-31. Default: as before.",
+    help="When the key expires: 90d, 2027-01-31. Default: unchanged.",
 )
 @as_json_option
 @click.pass_obj
 def rotate(loaded: Loaded, name: str, keep: float | None, expires: float | None, as_json: bool) -> None:
-    """Give a key a new token, and print it.
+    """Give a key a new token and print it.
 
-    Everything else about the key stays as it is, including its tasks.
+    The key's name, limits and tasks stay the same.
     """
     folder = _folder(loaded)
     old = writing.load(folder, _checked(name))
@@ -243,7 +242,7 @@ def _folder(loaded: Loaded) -> Path:
 
 
 def _checked(name: str) -> str:
-    """Return a key's name. Raises UsageError."""
+    """Return the name if it is valid. Raises UsageError."""
     try:
         return keys.checked_name(name)
     except BadKey as exc:
@@ -251,7 +250,7 @@ def _checked(name: str) -> str:
 
 
 def _all(folder: Path) -> tuple[list[Key], dict[str, str]]:
-    """Return the keys, and file -> what is wrong with it."""
+    """Return the valid keys, and for each invalid file the reason."""
     found, broken = [], {}
     for name in writing.names(folder):
         try:
@@ -262,7 +261,7 @@ def _all(folder: Path) -> tuple[list[Key], dict[str, str]]:
 
 
 def _used(loaded: Loaded) -> dict[str, float] | None:
-    """Return name -> Unix time of last use, from Redis; None where it does not answer."""
+    """Return name -> Unix time of last use, from Redis; None if Redis does not answer."""
     from gpuinfer.queue.keys import KEY_USED
 
     found: Any = _asked(loaded, lambda client: client.hgetall(KEY_USED))
@@ -270,7 +269,7 @@ def _used(loaded: Loaded) -> dict[str, float] | None:
 
 
 def _unknown_models(loaded: Loaded, models: Sequence[str]) -> list[str]:
-    """Return a note for each model that the fleet does not know; none where Redis does not answer."""
+    """Return a note for each model unknown to the fleet; no notes if Redis does not answer."""
     from gpuinfer.queue import catalogue
 
     known = _asked(loaded, catalogue.names) if models else None
@@ -281,7 +280,7 @@ def _unknown_models(loaded: Loaded, models: Sequence[str]) -> list[str]:
 
 
 def _asked(loaded: Loaded, ask: Callable[[redis.Redis], T]) -> T | None:
-    """Return Redis's answer; None where it does not answer."""
+    """Return Redis's answer; None if it does not answer."""
     from gpuinfer.queue.connection import connect, typed_errors, user_of
 
     try:
@@ -293,7 +292,7 @@ def _asked(loaded: Loaded, ask: Callable[[redis.Redis], T]) -> T | None:
 
 
 def _audit(loaded: Loaded, action: str, about: Key | str) -> None:
-    """Log what was done, and by which user, where there is a journal."""
+    """Log the change and the user to the journal, if there is one."""
     if not _JOURNAL.exists():
         return
     from gpuinfer.log import configure, get_logger

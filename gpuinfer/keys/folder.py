@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of this host, as their folder has them now. A change counts at the next look, without a restart.
+"""The keys of this host, reread from their folder when files change, without a restart.
 
-What cannot be read lets nobody in: a broken file refuses its own key, an unreadable folder refuses all.
+Fails closed: an invalid file disables its own key, an unreadable folder disables all keys.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
 
-#: Seconds between two looks, so that a change counts within one.
-LOOK_EVERY_S = 0.5
-#: The most names of keys of a kind that a line has.
+#: Seconds between two checks of the folder: a change takes effect within one second.
+CHECK_EVERY_S = 0.5
+#: Maximum names of added, removed or changed keys in one log line.
 _NAMED = 20
-#: A larger file is no key.
+#: Larger files are refused.
 _MOST_BYTES = 64 * 1024
-#: The process lacks something for a moment; what is known holds meanwhile.
+#: The process is short of descriptors or memory for a moment; keys already read stay valid.
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
-#: A file that was changed this recently may change again within the clock's step: it is read once more.
+#: A file changed this recently is read again: a further change may get the same timestamp.
 _SETTLED_S = 2.0
 
 
 class _Seen(NamedTuple):
-    """A file as it was when it was read last."""
+    """State of a file when it was last read."""
 
     inode: int
     ctime_ns: int
@@ -42,39 +42,39 @@ class _Seen(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A token that counts."""
+    """A valid token."""
 
     digest: bytes
     key: Key
-    #: Seconds since the epoch from which it does not count.
+    #: When it expires, in seconds since the epoch.
     until: float
 
 
 class KeyFolder:
-    """``look`` at the folder twice a second; ``find`` a key by its token."""
+    """Call ``refresh`` twice a second; ``find`` returns the key of a token."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self.path = path
         self._clock = clock
         self._seen: dict[str, _Seen] = {}
-        #: Files to be read again, changed or not.
+        #: Files to read again even if they look unchanged.
         self._again: set[str] = set()
         self._by_digest: dict[bytes, _Entry] = {}
-        #: Name -> key, of those that hold, expired ones among them.
+        #: Name -> valid key, including expired ones.
         self.keys: Mapping[str, Key] = {}
-        #: File -> what is wrong with it.
+        #: Invalid file -> reason.
         self.broken: Mapping[str, str] = {}
-        #: Why the folder cannot be read; empty: it can, or there is none.
+        #: Why the folder cannot be read; empty if it can be read or does not exist.
         self.unreadable = ""
 
     def __bool__(self) -> bool:
-        """Tell whether keys are in use here. What cannot be read counts as a key."""
+        """Whether keys are required. Files and folders that cannot be read count as keys."""
         return bool(self.keys or self.broken or self.unreadable)
 
     def find(self, token: bytes) -> Key | None:
-        """Return the key of a token; None for one that is unknown, revoked or expired.
+        """Return the key of a token; None if the token is unknown, revoked or expired.
 
-        The token's hash is compared in constant time; how long the search takes says nothing of the token.
+        The token is looked up by its hash and compared in constant time, so timing does not leak it.
         """
         digest = sha256(token).digest()
         found = self._by_digest.get(digest)
@@ -83,11 +83,11 @@ class KeyFolder:
         return found.key
 
     def has_expired(self, token: bytes) -> bool:
-        """Tell whether a token that is not found belongs to a key that has expired."""
+        """Whether a token that ``find`` refused belongs to an expired key."""
         return sha256(token).digest() in self._by_digest
 
-    def look(self) -> bool:
-        """Read what has changed; return whether anything has."""
+    def refresh(self) -> bool:
+        """Read changed files; return whether anything changed."""
         try:
             seen = self._scan()
         except OSError as exc:
@@ -101,7 +101,7 @@ class KeyFolder:
         return self._read(seen)
 
     def _scan(self) -> dict[str, _Seen]:
-        """Return the files of keys as they are now. Raises OSError."""
+        """Return the state of each key file. Raises OSError."""
         found = {}
         try:
             with os.scandir(self.path) as entries:
@@ -117,7 +117,7 @@ class KeyFolder:
         return found
 
     def _close(self, exc: OSError) -> bool:
-        """Let nobody in by key: who was revoked cannot be told any more."""
+        """Disable all keys: without the folder, revoked keys cannot be recognised."""
         why = f"{self.path}: {exc.strerror or exc}"
         if why == self.unreadable:
             return False
@@ -127,10 +127,10 @@ class KeyFolder:
         return True
 
     def _read(self, seen: dict[str, _Seen]) -> bool:
-        """Take over the files as they are now; return whether a key or a fault is another one."""
+        """Read new and changed files; return whether the valid or the invalid keys changed."""
         keys: dict[str, Key] = {}
         broken: dict[str, str] = {}
-        unsure = set()
+        uncertain = set()
         for file in sorted(seen):
             name = file.removesuffix(SUFFIX)
             if seen[file] == self._seen.get(file) and file not in self._again | set(self.broken):
@@ -138,10 +138,10 @@ class KeyFolder:
                 continue
             try:
                 keys[name] = parse(name, _text_of(self.path / file))
-            except FileNotFoundError:  # between the look and now
-                unsure.add(file)
+            except FileNotFoundError:  # deleted since the folder was listed
+                uncertain.add(file)
             except OSError as exc:
-                unsure.add(file)
+                uncertain.add(file)
                 if exc.errno in _PASSING and name in self.keys:
                     keys[name] = self.keys[name]
                 else:
@@ -153,12 +153,12 @@ class KeyFolder:
         self.keys, self.broken, self._by_digest = keys, broken, entries
         recent = (self._clock() - _SETTLED_S) * 1e9
         self._seen = seen
-        self._again = unsure | {file for file, state in seen.items() if state.ctime_ns > recent}
+        self._again = uncertain | {file for file, state in seen.items() if state.ctime_ns > recent}
         self._tell(*before)
         return before != (keys, broken)
 
     def _tell(self, keys: Mapping[str, Key], broken: Mapping[str, str]) -> None:
-        """Log what has changed since then, each once."""
+        """Log each change once."""
         for file, reason in self.broken.items():
             if broken.get(file) != reason:
                 log.error("key_refused", file=str(self.path / file), reason=reason)
@@ -173,11 +173,11 @@ class KeyFolder:
 
 def _text_of(path: Path) -> str:
     """Return a file's text. Raises OSError, BadKey."""
-    # A pipe of that name must not hold up the front.
+    # O_NONBLOCK: opening a named pipe must not block the API.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
-        raise BadKey(f"has more than {_MOST_BYTES} bytes: it is no key", path.name)
+        raise BadKey(f"must have at most {_MOST_BYTES} bytes", path.name)
     try:
         return content.decode()
     except UnicodeDecodeError:
@@ -185,13 +185,15 @@ def _text_of(path: Path) -> str:
 
 
 def _entries(keys: dict[str, Key], broken: dict[str, str]) -> dict[bytes, _Entry]:
-    """Return the tokens that count. A copy of another key's file is no key: the first by name holds."""
+    """Return the valid tokens. If two files have the same token, only the first by name is valid."""
     found: dict[bytes, _Entry] = {}
     for name, key in list(keys.items()):
         until = float("inf") if key.expires is None else key.expires
         digest = bytes.fromhex(key.sha256)
         if digest in found:
-            broken[name + SUFFIX] = f"sha256: is the one of the key {found[digest].key.name}"
+            broken[name + SUFFIX] = (
+                f"sha256: must differ from other keys, is the same as of key {found[digest].key.name}"
+            )
             del keys[name]
             continue
         found[digest] = _Entry(digest, key, until)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A key: a name, what it may do, and the SHA-256 of its token, as one TOML file has it.
+"""An API key: its name, rights and limits, and the SHA-256 of its token, stored as one TOML file.
 
-The token is 256 random bits, so that a hash without a salt or many rounds is enough. It is kept nowhere.
+The token is 256 random bits, so a plain hash without salt or many rounds is enough. It is not stored.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from gpuinfer.queue.quota import Quota
 
 Role = Literal["predict", "read", "admin"]
 ROLES: tuple[Role, ...] = ("predict", "read", "admin")
-#: A key's name is the caller of its tasks, and so a part of lists' names in Redis.
+#: The name of a key is the caller of its tasks, and part of the names of Redis lists.
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 NAME_WORDS = "1 to 32 of a-z 0-9 _ - and begin with a letter or a digit"
-TOKEN_PREFIX = "gpi_"  # noqa: S105  what all tokens begin with is no secret
-#: A key's file is NAME and this.
+TOKEN_PREFIX = "gpi_"  # noqa: S105  the common prefix is not a secret
+#: A key file is called NAME + this.
 SUFFIX = ".toml"
-#: Characters of a token that its file has, so that people can tell which one it is.
+#: Leading characters of a token that its file shows, so that people can recognise it.
 _SHOWN = 10
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _RATE = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*/\s*(s|min|h)")
@@ -41,33 +41,32 @@ _MOST = 2**50
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Key:
-    """One key. Empty tuples and zeros: no limit of that kind."""
+    """One key. An empty tuple or zero means no limit."""
 
     name: str
     role: Role = "predict"
     #: SHA-256 of the token: 64 hex digits.
     sha256: str
-    #: The models and queues that its tasks may name.
+    #: The models and queues that it may use.
     models: tuple[str, ...] = ()
     queues: tuple[str, ...] = ()
-    #: Tasks a second, and how many may come at once; burst 0: what the rate gives in a quarter of a second,
-    #: at least 1.
+    #: Tasks per second, and tasks at once. burst 0: a quarter of a second's tasks, at least 1.
     rate: float = 0.0
     burst: int = 0
-    #: Tasks of its own that may wait, and their bytes.
+    #: Maximum waiting tasks of this key, and their bytes.
     max_waiting: int = 0
     max_waiting_bytes: int = 0
-    #: Its share of the workers' time beside other keys whose tasks wait.
+    #: Share of the workers' time, relative to other keys with waiting tasks.
     weight: int = 1
-    #: Seconds since the epoch from which it does not count any more; None: never.
+    #: When it expires, in seconds since the epoch; None: never.
     expires: float | None = None
     created: float | None = None
-    #: How its token begins.
+    #: First characters of its token.
     prefix: str = ""
-    #: The token that a rotation has replaced, and until when it counts.
+    #: SHA-256 of the token before the last rotation, and when that one expires.
     old_sha256: str = ""
     old_expires: float | None = None
-    #: What of that the queue enforces; None: nothing.
+    #: The limits that the queue enforces; None: no limits.
     quota: Quota | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -87,17 +86,17 @@ def make_token() -> str:
 
 
 def digest(token: str | bytes) -> str:
-    """Return what stands for a token in its file: SHA-256 in 64 hex digits."""
+    """Return the SHA-256 of a token: 64 hex digits."""
     return sha256(token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def shown(token: str) -> str:
-    """Return the beginning of a token, by which people recognise it."""
+    """Return the first characters of a token, by which people recognise it."""
     return token[:_SHOWN]
 
 
 def checked_name(name: str) -> str:
-    """Return a key's name. Raises BadKey."""
+    """Return the name if it is valid. Raises BadKey."""
     if not NAME.fullmatch(name):
         raise BadKey(f"must be {NAME_WORDS}, got {name[:80]!r}", "name")
     return name
@@ -108,7 +107,7 @@ def checked_name(name: str) -> str:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError("must be text in quotes")  # noqa: TRY004  all that is wrong is reported alike
+        raise ValueError("must be text in quotes")  # noqa: TRY004  read_fields reports ValueError
     return value
 
 
@@ -126,7 +125,7 @@ def _hash(value: object) -> str:
 
 def _names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
-        raise ValueError('must be a list of texts, as ["a", "b"]')
+        raise ValueError('must be a list of strings, such as ["a", "b"]')
     return tuple(dict.fromkeys(value))
 
 
@@ -134,7 +133,7 @@ def _models(value: object) -> tuple[str, ...]:
     found = _names(value)
     for name in found:
         if not MODEL_NAME.fullmatch(name):
-            raise ValueError(f"{name[:80]!r} is no model's name: 1 to 64 of a-z 0-9 _ . -")
+            raise ValueError(f"{name[:80]!r} is not a model name: must be 1 to 64 of a-z 0-9 _ . -")
     return found
 
 
@@ -142,21 +141,21 @@ def _queues(value: object) -> tuple[str, ...]:
     found = _names(value)
     for name in found:
         if name not in QUEUES:
-            raise ValueError(f"{name[:80]!r} is no queue; must be some of {', '.join(QUEUES)}")
+            raise ValueError(f"{name[:80]!r} is not a queue: must be one or more of {', '.join(QUEUES)}")
     return found
 
 
 def rate_of(value: object) -> float:
-    """Return tasks a second of ``50/s``, ``100/min`` or ``1000/h``. Raises ValueError."""
+    """Return ``50/s``, ``100/min`` or ``1000/h`` as tasks per second. Raises ValueError."""
     found = _RATE.fullmatch(value.strip()) if isinstance(value, str) else None
     rate = float(found[1]) / _UNITS[found[2]] if found else 0.0
     if not 0 < rate <= _MOST_RATE:
-        raise ValueError("must be a number above 0 and its unit, as 50/s, 100/min or 1000/h")
+        raise ValueError("must be a number above 0 per unit, such as 50/s, 100/min or 1000/h")
     return rate
 
 
 def per_unit(rate: float) -> tuple[int, int]:
-    """Return a rate as a whole number, 1 or more, in seconds: those of the first unit that makes it one."""
+    """Return (number, seconds): the rate as whole tasks, at least 1, per second, minute or hour."""
     for seconds in _UNITS.values():
         number = rate * seconds
         if number >= 1 and math.isclose(number, round(number), rel_tol=1e-9):
@@ -165,7 +164,7 @@ def per_unit(rate: float) -> tuple[int, int]:
 
 
 def rate_text(rate: float) -> str:
-    """Return a rate as a file has it, in the first unit that makes it a whole number."""
+    """Return a rate as written in a key file, in the first unit that makes it a whole number."""
     number, seconds = per_unit(rate)
     if math.isclose(number, rate * seconds, rel_tol=1e-9):
         return f"{number}/{next(unit for unit, one in _UNITS.items() if one == seconds)}"
@@ -192,10 +191,10 @@ def _moment(value: object) -> float:
             return value.timestamp()
     elif isinstance(value, date):
         return datetime(value.year, value.month, value.day, tzinfo=UTC).timestamp()
-    raise ValueError("must be a time with its zone, as 2027-01-31T00:00:00Z, without quotes")
+    raise ValueError("must be a time with a zone and without quotes, such as 2027-01-31T00:00:00Z")
 
 
-#: Field -> what reads its value; each raises ValueError with what would be right.
+#: Field -> its parser. Each raises ValueError that says what would be right.
 _READ: Mapping[str, Callable[[object], Any]] = {
     "role": _role,
     "sha256": _hash,
@@ -216,12 +215,12 @@ _NEEDED = ("role", "sha256")
 
 
 def read_fields(given: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
-    """Return the values of a key's fields, and what is wrong with others, each by its field."""
+    """Return the parsed valid fields, and one error for each invalid one."""
     found, wrong = {}, []
     for name, value in given.items():
         read = _READ.get(name)
         if read is None:
-            wrong.append(f"{name[:80]} is no field of a key; known: {', '.join(_READ)}")
+            wrong.append(f"{name[:80]} is not a field of a key; the fields are {', '.join(_READ)}")
             continue
         try:
             found[name] = read(value)
@@ -232,7 +231,7 @@ def read_fields(given: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]
 
 
 def parse(name: str, text: str) -> Key:
-    """Read a key's file. Raises BadKey, which names every field that is wrong."""
+    """Parse the text of a key file. Raises BadKey, which names every invalid field."""
     checked_name(name)
     try:
         given = tomllib.loads(text)
@@ -241,17 +240,17 @@ def parse(name: str, text: str) -> Key:
     found, wrong = read_fields(given)
     wrong += [f"{one} is missing" for one in _NEEDED if one not in given]
     if ("old_sha256" in given) != ("old_expires" in given):
-        wrong.append("old_sha256 and old_expires must stand together")
+        wrong.append("old_sha256 and old_expires must be set together")
     if wrong:
         raise BadKey("; ".join(wrong), name + SUFFIX)
     return Key(name=name, **found)
 
 
 def serialise(key: Key) -> str:
-    """Return the text of a key's file, without what is as it is by default."""
+    """Return the text of a key file, without fields that have their default."""
     lines = [
-        f"# The key {key.name} of gpuinfer's HTTP front, which reads a change within a second.",
-        f"# The token itself is kept nowhere: `gpuinfer key rotate {key.name}` makes another one.",
+        f"# API key {key.name} of gpuinfer. Changes to this file take effect within a second.",
+        f"# The token itself is not stored. `gpuinfer key rotate {key.name}` makes a new one.",
     ]
     for one in fields(Key):
         value = getattr(key, one.name)
@@ -272,5 +271,5 @@ def _written(field: str, value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a text of names, hex digits or base64url as TOML has it."""
+    """Quote names, hex digits or base64url for TOML; they need no escapes."""
     return f'"{text}"'

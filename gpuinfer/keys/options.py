@@ -26,7 +26,7 @@ _FOLDER = Path("/etc/gpuinfer/keys.d")
 
 
 def names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete the names of keys; silent where they cannot be read."""
+    """Complete the names of keys; offer nothing if they cannot be read."""
     folder = Path(setting(ctx, "api", "keys_dir", str) or _FOLDER)
     try:
         return [CompletionItem(name) for name in writing.names(folder) if name.startswith(incomplete)]
@@ -35,7 +35,7 @@ def names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[Compl
 
 
 def field(name: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
-    """Return a callback that reads an option as this field of a key's file. It raises BadParameter."""
+    """Return a callback that parses an option like this field of a key file. It raises BadParameter."""
 
     def read(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
         if value is None or value == ():
@@ -54,12 +54,14 @@ def span(_: click.Context, parameter: click.Parameter, text: str | None) -> floa
     """Read ``90s``, ``15min``, ``12h``, ``30d`` or ``2w`` as seconds. Raises BadParameter."""
     seconds = _seconds(text) if text is not None else None
     if text is not None and seconds is None:
-        raise click.BadParameter(f"must be a span, as 15min, 12h or 30d, got {text!r}", param=parameter)
+        raise click.BadParameter(
+            f"must be a time span such as 15min, 12h or 30d, got {text!r}", param=parameter
+        )
     return seconds
 
 
 def _seconds(text: str) -> float | None:
-    """Return the seconds of a span; None if the text is none."""
+    """Return a time span in seconds; None if the text is not a time span."""
     found = _SPAN.fullmatch(text.strip())
     return int(found[1]) * _SECONDS[found[2]] if found else None
 
@@ -75,12 +77,12 @@ def expires(_: click.Context, parameter: click.Parameter, text: str | None) -> f
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise click.BadParameter(
-            f"must be a span or a time, as 30d, 2027-01-31 or 2027-01-31T12:00:00Z, got {text!r}",
+            f"must be a time span or a time, such as 30d, 2027-01-31 or 2027-01-31T12:00:00Z, got {text!r}",
             param=parameter,
         ) from None
     at = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     if at <= time.time():
-        raise click.BadParameter(f"{text} is past", param=parameter)
+        raise click.BadParameter(f"must be in the future, got {text}", param=parameter)
     return float(int(at))
 
 
@@ -91,6 +93,6 @@ def size(_: click.Context, parameter: click.Parameter, text: str | None) -> int 
     found = _SIZE.fullmatch(text.strip())
     if not found:
         raise click.BadParameter(
-            f"must be a number of bytes, as 1000000, 64M or 2G, got {text!r}", param=parameter
+            f"must be a number of bytes such as 1000000, 64M or 2G, got {text!r}", param=parameter
         )
     return int(found[1]) << _SIZES[found[2]]

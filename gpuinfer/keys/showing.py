@@ -60,12 +60,15 @@ def day(at: float | None) -> str | None:
 
 
 def print_token(one: Key, token: str, notes: Sequence[str], *, as_json: bool) -> None:
-    """Print the token on stdout, for ``TOKEN=$(gpuinfer key add shop)``, and everything else on stderr."""
+    """Print only the token on stdout, for ``TOKEN=$(gpuinfer key add shop)``; print the rest on stderr."""
     if as_json:
         print_json({**to_dict(one, {}), "token": token, "notes": list(notes)})
         return
     click.echo(token)
-    click.echo(f"{one.name} ({one.role}) is valid within a second. Its token is not shown again:", err=True)
+    click.echo(
+        f"{one.name} ({one.role}) is valid within a second. The token is not shown again. Use it as:",
+        err=True,
+    )
     click.echo("  curl -H 'Authorization: Bearer gpi_...' http://HOST:8080/models", err=True)
     for text in notes:
         click.echo(f"note: {text}", err=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys as the command writes them: each file appears, changes and goes at once, and for the front alone."""
+"""Key files as the command writes them: atomically, and readable by root and the API only."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from gpuinfer.errors import BadKey, ConfigError, KeyExists, NotPermitted, UnknownKey
 from gpuinfer.keys.key import SUFFIX, Key, checked_name, parse, serialise
 
-#: The group of the front, which may read the files; only root may write them.
+#: The API's group, which may read the files; only root may write them.
 GROUP = "gpuinfer-api"
 
 
 def names(folder: Path) -> list[str]:
-    """Return the names of the folder's files of keys, whatever is in them. Raises NotPermitted."""
+    """Return the names of all keys in the folder, valid or not. Raises NotPermitted."""
     with _explained(folder):
         try:
             files = [file.name for file in folder.iterdir()]
@@ -43,9 +43,9 @@ def load(folder: Path, name: str) -> Key:
 
 
 def unknown(folder: Path, name: str) -> UnknownKey:
-    """Return the error for a key that is not there."""
+    """Return the error for a key that does not exist."""
     there = ", ".join(names(folder)[:20]) or "none"
-    return UnknownKey(f"there is no key {name} in {folder}; there are: {there}", "name")
+    return UnknownKey(f"there is no key {name} in {folder}; the keys are: {there}", "name")
 
 
 def add(folder: Path, key: Key) -> None:
@@ -54,26 +54,25 @@ def add(folder: Path, key: Key) -> None:
     with _explained(folder):
         if not folder.is_dir():
             folder.mkdir(parents=True, mode=0o750)
-            _for_the_front(folder, 0o750)
+            _readable_by_api(folder, 0o750)
         with _written(folder, key) as fresh:
             try:
-                os.link(fresh, path)  # unlike a rename, it replaces nothing
+                os.link(fresh, path)  # unlike a rename, never replaces a file
             except FileExistsError:
                 raise KeyExists(
-                    f"there is a key {key.name} already; `gpuinfer key rotate {key.name}` gives it another "
-                    "token",
+                    f"key {key.name} exists already; `gpuinfer key rotate {key.name}` gives it a new token",
                     "name",
                 ) from None
 
 
 def replace(folder: Path, key: Key) -> None:
-    """Write a key in the place of the one of its name. Raises NotPermitted, ConfigError."""
+    """Replace the key of the same name. Raises NotPermitted, ConfigError."""
     with _explained(folder), _written(folder, key) as fresh:
         fresh.replace(_path(folder, key.name))
 
 
 def remove(folder: Path, name: str) -> None:
-    """Remove a key's file, whatever is in it. Raises UnknownKey, NotPermitted."""
+    """Remove a key file, valid or not. Raises UnknownKey, NotPermitted."""
     with _explained(folder):
         try:
             _path(folder, name).unlink()
@@ -83,13 +82,13 @@ def remove(folder: Path, name: str) -> None:
 
 
 def _path(folder: Path, name: str) -> Path:
-    """Return a key's file. Raises BadKey: a name is no path."""
+    """Return the path of a key file. Raises BadKey for an invalid name, such as one with a slash."""
     return folder / (checked_name(name) + SUFFIX)
 
 
 @contextmanager
 def _written(folder: Path, key: Key) -> Iterator[Path]:
-    """Write a key's file under another name, which is to be given its own within; it is on the disk then."""
+    """Write and sync a key to a temporary file, for the caller to link or rename within the block."""
     descriptor, name = tempfile.mkstemp(prefix=f".{key.name}.", dir=folder)
     fresh = Path(name)
     try:
@@ -97,15 +96,15 @@ def _written(folder: Path, key: Key) -> Iterator[Path]:
             file.write(serialise(key))
             file.flush()
             os.fsync(file.fileno())
-        _for_the_front(fresh, 0o640)
+        _readable_by_api(fresh, 0o640)
         yield fresh
     finally:
         fresh.unlink(missing_ok=True)
     _sync(folder)
 
 
-def _for_the_front(path: Path, mode: int) -> None:
-    """Let the front read it, where root writes and the package is installed; else its writer alone."""
+def _readable_by_api(path: Path, mode: int) -> None:
+    """Let the API's group read it, if root writes and that group exists."""
     if os.geteuid() != 0:
         return
     with suppress(KeyError):
@@ -123,13 +122,13 @@ def _sync(folder: Path) -> None:
 
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Raise what the system refuses as NotPermitted or ConfigError."""
+    """Turn OSError into NotPermitted or ConfigError."""
     try:
         yield
     except OSError as exc:
         text = f"{folder}: {exc.strerror or exc}"
         if exc.errno in (errno.EACCES, errno.EPERM):
-            raise NotPermitted(f"{text}; keys are root's: call it with sudo", "api.keys_dir") from None
+            raise NotPermitted(f"{text}; only root may manage keys: use sudo", "api.keys_dir") from None
         raise ConfigError(text, "api.keys_dir") from None
 
 

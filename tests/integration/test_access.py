@@ -47,7 +47,7 @@ class Site:
     def put(self, name: str, token: str, **fields: Any) -> None:
         """Write a key, as it counts after the next look, which is now."""
         (self.folder / f"{name}.toml").write_text(serialise(Key(name=name, sha256=digest(token), **fields)))
-        self.front.shared.keys.look()
+        self.front.shared.keys.refresh()
 
     async def ask(
         self,

@@ -36,7 +36,7 @@ class Client:
 
 async def test_weights_are_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What did not reach Redis is told at the next look, what did after a while."""
-    monkeypatch.setattr(app, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(app, "CHECK_EVERY_S", 0.0)
     monkeypatch.setattr(app, "WEIGH_EVERY_S", 0.0)
     for name, weight in (("heavy", 3), ("usual", 1)):
         key = Key(name=name, sha256=f"{weight}" * 64, weight=weight)

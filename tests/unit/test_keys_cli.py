@@ -45,7 +45,7 @@ class Command:
     def find(self, token: str) -> Key | None:
         """Return the key that the front finds for a token."""
         folder = KeyFolder(self.folder)
-        folder.look()
+        folder.refresh()
         return folder.find(token.encode())
 
 
@@ -61,7 +61,7 @@ def test_a_key_from_its_making_to_its_end(key: Command) -> None:
     done = key.run("add", "shop")
     token = done.stdout.strip()
     assert token.startswith("gpi_")
-    assert "requests by loopback need a key, too" in done.stderr
+    assert "requests over loopback now need a key, too" in done.stderr
     file = key.folder / "shop.toml"
     assert token not in file.read_text()
     assert digest(token) in file.read_text()
@@ -74,7 +74,7 @@ def test_a_key_from_its_making_to_its_end(key: Command) -> None:
     assert token[:10] in key.run("list").stdout
     assert token not in key.run("list").stdout + key.run("show", "shop").stdout + str(key.json("list"))
     assert "revoked: shop, lab" in (said := key.run("revoke", "shop", "lab").stdout)
-    assert "no key is left" in said
+    assert "no keys left" in said
     assert key.find(token) is None
     assert list(key.folder.iterdir()) == []
 
@@ -119,14 +119,14 @@ def test_all_options_reach_the_file(key: Command) -> None:
     ("arguments", "words"),
     [
         (("--role", "root"), "'root' is not one of 'predict', 'read', 'admin'"),
-        (("--models", "a b"), "'a b' is no model's name"),
-        (("--queues", "fast"), "'fast' is no queue"),
-        (("--rate", "50"), "'50': must be a number above 0 and its unit, as 50/s"),
+        (("--models", "a b"), "'a b' is not a model name"),
+        (("--queues", "fast"), "'fast' is not a queue"),
+        (("--rate", "50"), "'50': must be a number above 0 per unit, such as 50/s"),
         (("--burst", "0"), "'--burst'"),
         (("--weight", "0"), "'--weight'"),
-        (("--max-waiting-bytes", "64 apples"), "must be a number of bytes, as 1000000, 64M or 2G"),
-        (("--expires", "soon"), "must be a span or a time, as 30d"),
-        (("--expires", "2001-01-01"), "2001-01-01 is past"),
+        (("--max-waiting-bytes", "64 apples"), "must be a number of bytes such as 1000000, 64M or 2G"),
+        (("--expires", "soon"), "must be a time span or a time, such as 30d"),
+        (("--expires", "2001-01-01"), "must be in the future, got 2001-01-01"),
     ],
 )
 def test_a_wrong_option_is_named(key: Command, arguments: tuple[str, ...], words: str) -> None:
@@ -149,7 +149,7 @@ def test_what_is_refused(key: Command) -> None:
     with pytest.raises(KeyExists, match="gpuinfer key rotate shop"):
         key.run("add", "shop")
     for command in ("show", "rotate", "revoke"):
-        with pytest.raises(UnknownKey, match=r"there is no key lab in .*; there are: shop"):
+        with pytest.raises(UnknownKey, match=r"there is no key lab in .*; the keys are: shop"):
             key.run(command, "lab")
     with pytest.raises(UnknownKey):
         key.run("revoke", "shop", "lab")
@@ -174,7 +174,7 @@ def test_a_rotation_keeps_all_but_the_token(key: Command) -> None:
     assert key.find(new) is None
     assert key.find(newest["token"]) is None
     assert key.find(again) is not None
-    assert "must be a span" in key.run("rotate", "shop", "--keep", "soon").stderr
+    assert "must be a time span" in key.run("rotate", "shop", "--keep", "soon").stderr
 
 
 def test_rotating_an_expired_key_says_so(key: Command) -> None:

@@ -79,20 +79,23 @@ def test_rates_are_written_as_they_were_given(text: str) -> None:
         ('role = "root"', "role = 'root': must be one of predict, read, admin"),
         ("role = 5", "role = 5: must be one of"),
         ('sha256 = "AB"', "sha256: must be the token's SHA-256: 64 hex digits in lower case"),
-        ('models = "resnet"', "models = 'resnet': must be a list of texts"),
-        ('models = ["a b"]', "'a b' is no model's name"),
-        ('queues = ["fast"]', "'fast' is no queue; must be some of realtime, default, batch"),
-        ("rate = 50", "rate = 50: must be a number above 0 and its unit, as 50/s"),
+        ('models = "resnet"', "models = 'resnet': must be a list of strings"),
+        ('models = ["a b"]', "'a b' is not a model name"),
+        ('queues = ["fast"]', "'fast' is not a queue: must be one or more of realtime, default, batch"),
+        ("rate = 50", "rate = 50: must be a number above 0 per unit, such as 50/s"),
         ('rate = "0/s"', "must be a number above 0"),
         ('rate = "5/day"', "must be a number above 0"),
         ("burst = -1", "burst = -1: must be a whole number from 0"),
         ("weight = 0", "weight = 0: must be a whole number from 1 to 1000"),
         ("weight = true", "weight = True: must be a whole number"),
         ("max_waiting = 1.5", "max_waiting = 1.5: must be a whole number"),
-        ('expires = "2027-01-01"', "must be a time with its zone, as 2027-01-31T00:00:00Z, without quotes"),
-        ("expires = 2027-01-01T00:00:00", "must be a time with its zone"),
-        ("max_wating = 5", "max_wating is no field of a key; known: role, sha256,"),
-        ('old_sha256 = "' + HASH + '"', "old_sha256 and old_expires must stand together"),
+        (
+            'expires = "2027-01-01"',
+            "must be a time with a zone and without quotes, such as 2027-01-31T00:00:00Z",
+        ),
+        ("expires = 2027-01-01T00:00:00", "must be a time with a zone"),
+        ("max_wating = 5", "max_wating is not a field of a key; the fields are role, sha256,"),
+        ('old_sha256 = "' + HASH + '"', "old_sha256 and old_expires must be set together"),
         ("nonsense", "is not valid TOML"),
     ],
 )
@@ -125,7 +128,7 @@ def test_a_name_is_a_part_of_names_in_redis(name: str) -> None:
 def test_no_folder_means_no_keys(tmp_path: Path) -> None:
     """And none is made."""
     folder = KeyFolder(tmp_path / "none")
-    assert not folder.look()
+    assert not folder.refresh()
     assert not folder
     assert folder.find(b"gpi_x") is None
 
@@ -134,7 +137,7 @@ def test_a_token_is_compared_in_constant_time(tmp_path: Path, monkeypatch: pytes
     """What is looked up is its hash, which nobody can steer, and what decides is compare_digest."""
     put(tmp_path, "shop", "gpi_x")
     folder = KeyFolder(tmp_path)
-    folder.look()
+    folder.refresh()
     compared: list[tuple[bytes, bytes]] = []
 
     def compare(ours: bytes, theirs: bytes) -> bool:
@@ -151,21 +154,21 @@ def test_keys_come_change_and_go(tmp_path: Path) -> None:
     """Each at the next look; other files are nothing."""
     folder, token, other = KeyFolder(tmp_path), make_token(), make_token()
     (tmp_path / "README").write_text("x")
-    assert not folder.look()
+    assert not folder.refresh()
     key = put(tmp_path, "shop", token)
-    assert folder.look()
+    assert folder.refresh()
     assert folder
     assert folder.find(token.encode()) == key
     assert folder.find(other.encode()) is None
     put(tmp_path, "shop", other, role="admin")
-    assert folder.look()
+    assert folder.refresh()
     assert folder.find(token.encode()) is None
     found = folder.find(other.encode())
     assert found is not None
     assert found.role == "admin"
-    assert not folder.look()
+    assert not folder.refresh()
     (tmp_path / "shop.toml").unlink()
-    assert folder.look()
+    assert folder.refresh()
     assert not folder
     assert folder.find(other.encode()) is None
 
@@ -175,7 +178,7 @@ def test_a_change_within_the_clock_s_step_is_seen(tmp_path: Path) -> None:
     folder, file, token, other = KeyFolder(tmp_path), tmp_path / "shop.toml", make_token(), make_token()
     for one in (token, other):
         file.write_text(f'role = "read"\nsha256 = "{digest(one)}"\n')
-        folder.look()
+        folder.refresh()
         assert folder.find(one.encode()) is not None
 
 
@@ -183,9 +186,9 @@ def test_what_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pyt
     """Once its time is past the clock's step."""
     put(tmp_path, "shop", "gpi_x")
     folder = KeyFolder(tmp_path, lambda: time.time() + 60)
-    assert folder.look()
+    assert folder.refresh()
     monkeypatch.setattr("gpuinfer.keys.folder.parse", None)
-    assert not folder.look()
+    assert not folder.refresh()
 
 
 def test_an_expired_key_is_told_from_an_unknown_one(tmp_path: Path) -> None:
@@ -193,7 +196,7 @@ def test_an_expired_key_is_told_from_an_unknown_one(tmp_path: Path) -> None:
     now = [1000.0]
     folder = KeyFolder(tmp_path, lambda: now[0])
     put(tmp_path, "shop", "gpi_x", expires=1100.0)
-    folder.look()
+    folder.refresh()
     now[0] = 1099.9
     assert folder.find(b"gpi_x") is not None
     now[0] = 1100.0
@@ -208,7 +211,7 @@ def test_a_rotated_token_counts_as_long_as_was_said(tmp_path: Path) -> None:
     now = [1000.0]
     folder = KeyFolder(tmp_path, lambda: now[0])
     put(tmp_path, "shop", "gpi_new", old_sha256=digest("gpi_old"), old_expires=1060.0)
-    folder.look()
+    folder.refresh()
     assert folder.find(b"gpi_old") == folder.find(b"gpi_new")
     now[0] = 1060.0
     assert folder.find(b"gpi_old") is None
@@ -220,18 +223,18 @@ def test_a_broken_file_refuses_its_own_key(tmp_path: Path, capfd: pytest.Capture
     folder = KeyFolder(tmp_path)
     put(tmp_path, "shop", "gpi_x")
     put(tmp_path, "lab", "gpi_y")
-    folder.look()
+    folder.refresh()
     file = tmp_path / "shop.toml"
     file.write_text(file.read_text() + "weight = 0\n")
-    assert folder.look()
+    assert folder.refresh()
     assert folder.find(b"gpi_x") is None
     assert folder.find(b"gpi_y") is not None
     assert "weight = 0: must be a whole number" in folder.broken["shop.toml"]
     (tmp_path / "lab.toml").unlink()
-    folder.look()
+    folder.refresh()
     assert folder
     put(tmp_path, "shop", "gpi_x")
-    folder.look()
+    folder.refresh()
     assert folder.find(b"gpi_x") is not None
     assert folder.broken == {}
 
@@ -241,7 +244,7 @@ def test_what_is_no_key_is_refused(content: bytes, tmp_path: Path) -> None:
     """No text, too long, empty."""
     (tmp_path / "shop.toml").write_bytes(content)
     folder = KeyFolder(tmp_path)
-    assert folder.look()
+    assert folder.refresh()
     assert list(folder.broken) == ["shop.toml"]
 
 
@@ -250,13 +253,13 @@ def test_a_copy_of_a_key_under_another_name_is_no_key(tmp_path: Path) -> None:
     put(tmp_path, "shop", "gpi_x")
     put(tmp_path, "shop2", "gpi_x", role="admin")
     folder = KeyFolder(tmp_path)
-    folder.look()
+    folder.refresh()
     found = folder.find(b"gpi_x")
     assert found is not None
     assert found.name == "shop"
-    assert folder.broken["shop2.toml"] == "sha256: is the one of the key shop"
+    assert folder.broken["shop2.toml"] == "sha256: must differ from other keys, is the same as of key shop"
     (tmp_path / "shop.toml").unlink()
-    folder.look()
+    folder.refresh()
     found = folder.find(b"gpi_x")
     assert found is not None
     assert found.name == "shop2"
@@ -266,15 +269,15 @@ def test_a_folder_that_cannot_be_read_lets_nobody_in(tmp_path: Path, monkeypatch
     """Who was revoked cannot be told then; once it can be read, its keys hold again."""
     put(tmp_path, "shop", "gpi_x")
     folder = KeyFolder(tmp_path)
-    folder.look()
+    folder.refresh()
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", _raise(PermissionError(13, "Permission denied")))
-        assert folder.look()
-        assert not folder.look()
+        assert folder.refresh()
+        assert not folder.refresh()
         assert folder
         assert folder.find(b"gpi_x") is None
         assert folder.unreadable.endswith("Permission denied")
-    assert folder.look()
+    assert folder.refresh()
     assert folder.find(b"gpi_x") is not None
 
 
@@ -284,9 +287,9 @@ def test_a_process_without_descriptors_keeps_the_keys(
     """Who is let in does not depend on a burst of connections."""
     put(tmp_path, "shop", "gpi_x")
     folder = KeyFolder(tmp_path)
-    folder.look()
+    folder.refresh()
     monkeypatch.setattr(os, "scandir", _raise(OSError(24, "Too many open files")))
-    assert not folder.look()
+    assert not folder.refresh()
     assert folder.find(b"gpi_x") is not None
 
 
@@ -294,7 +297,7 @@ def test_a_file_that_is_no_file_refuses_its_key(tmp_path: Path) -> None:
     """A folder of that name, say."""
     (tmp_path / "shop.toml").mkdir()
     folder = KeyFolder(tmp_path)
-    folder.look()
+    folder.refresh()
     assert folder.broken == {"shop.toml": "cannot be read: Is a directory"}
 
 
@@ -302,7 +305,7 @@ def test_a_pipe_holds_nobody_up(tmp_path: Path) -> None:
     """To open it for reading waits for a writer."""
     os.mkfifo(tmp_path / "shop.toml")
     folder = KeyFolder(tmp_path)
-    folder.look()
+    folder.refresh()
     assert list(folder.broken) == ["shop.toml"]
 
 
