@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clients: what submits tasks, waits for their results and cancels them. Needs no torch and no Celery."""
+"""The clients: submit tasks, wait for results, cancel. They need neither torch nor Celery."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["AsyncClient", "Client", "Options"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the clients when first used: the command line completes without redis-py."""
+    """Import the clients on first use, so that shell completion does not load redis-py."""
     if name == "Client":
         from gpuinfer.client.sync import Client
 

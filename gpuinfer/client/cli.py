@@ -25,7 +25,7 @@ Command = Callable[..., Any]
 _seconds = click.FloatRange(min=0, min_open=True)
 
 
-_MAP_HELP = "A text of your own that is returned with the task. May be repeated, up to 16 times."
+_MAP_HELP = "Your own text, returned with the task. May be given up to 16 times."
 
 
 def _map(_: click.Context, parameter: click.Parameter, texts: Sequence[str]) -> dict[str, str] | None:
@@ -38,7 +38,7 @@ def _map(_: click.Context, parameter: click.Parameter, texts: Sequence[str]) -> 
 
 
 def _options(command: Command) -> Command:
-    """Give a command a flag for each option of a task."""
+    """Add a flag for each task option."""
     for name, option in reversed(list(OPTIONS.items())):
         flag = f"--{name.removesuffix(option.flag_without).replace('_', '-')}"
         if option.kind == "boolean":
@@ -64,7 +64,7 @@ def _options(command: Command) -> Command:
 
 
 def _without_value(help: str) -> str:
-    """Return the help of a flag, which takes no value."""
+    """Return the help of an option that is a flag: without "true: "."""
     text = help.removeprefix("true: ")
     return text[0].upper() + text[1:]
 
@@ -86,11 +86,18 @@ def _without_value(help: str) -> str:
     "fields",
     multiple=True,
     metavar="NAME=VALUE",
-    help="One input of a model with several, instead of INPUT: JSON, text, or a file as NAME=@FILE.",
+    help="Instead of INPUT, for a model with several inputs: JSON, text, or a file as NAME=@FILE.",
 )
-@click.option("--batch", is_flag=True, help="Submit all inputs as one job; a single INPUT is their list.")
-@click.option("--wait/--no-wait", help="Wait for the results and print them. Default: print the task ids.")
-@click.option("--timeout", type=_seconds, default=60.0, help="Longest wait in seconds. Default: 60.")
+@click.option(
+    "--batch", is_flag=True, help="Submit all inputs as one job; a single INPUT must hold their list."
+)
+@click.option(
+    "--wait/--no-wait",
+    help="Wait for the results and print them, or print the task ids at once. Default: --no-wait.",
+)
+@click.option(
+    "--timeout", type=_seconds, default=60.0, help="Maximum wait in seconds, with --wait. Default: 60."
+)
 @as_json_option
 @click.pass_obj
 def submit(
@@ -106,9 +113,9 @@ def submit(
 ) -> int:
     """Submit tasks, and optionally wait for their results.
 
-    Each INPUT is one task: a file, JSON text, or - for JSON on standard input. A .json file is sent as its
-    value, a .npy file as an array, a .txt file as text, and any other file (an image, a sound) as it is. A
-    model with several inputs takes them by name, each with -F.
+    Each INPUT becomes one task: a file, JSON text, or - for JSON on standard input. A .json file is sent as
+    JSON, a .npy file as an array, a .txt file as text, and any other file (image, audio) unchanged. For a
+    model with several inputs, give each one by name with -F.
 
     With --wait the exit code is that of the first failed task, or 75 after the timeout.
     """
@@ -116,8 +123,8 @@ def submit(
     from gpuinfer.client.inputs import read_batch, read_field, read_input
 
     if bool(inputs) == bool(fields) or (fields and batch):
-        raise click.UsageError("give INPUT, or -F NAME=VALUE for each input of one task")
-    options: Options = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]  # click's names are theirs
+        raise click.UsageError("give either INPUT, or -F NAME=VALUE for each input of one task")
+    options: Options = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]  # click uses the names of Options
     with Client(loaded.only("broker", "queue")) as client:
         if fields:
             ids = [client.submit(dict(read_field(field) for field in fields), **options)]
@@ -137,7 +144,7 @@ def submit(
 
 
 def _ended(client: Client, ids: Sequence[str], timeout_s: float) -> list[TaskStatus]:
-    """Wait for tasks; return their states in order, those that have not ended in time too."""
+    """Wait for tasks; return their states in order, including those still unfinished at the timeout."""
     found = {}
     try:
         for status in client.as_completed(ids, timeout_s):
@@ -148,7 +155,7 @@ def _ended(client: Client, ids: Sequence[str], timeout_s: float) -> list[TaskSta
 
 
 def _show(statuses: Sequence[TaskStatus], as_json: bool) -> int:
-    """Print waited-for tasks; return the exit code."""
+    """Print tasks after --wait; return the exit code."""
     if as_json:
         print_json([status.to_dict() for status in statuses])
     else:
@@ -174,14 +181,18 @@ def _exit_code(status: TaskStatus, *, waited: bool) -> int:
 @click.command(epilog=examples(f"gpuinfer result {_ID} --wait 10"))
 @click.argument("task_id")
 @click.option(
-    "--wait", "wait_s", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait until it has ended."
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Wait at most this long for the task to end.",
 )
 @as_json_option
 @click.pass_obj
 def result(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) -> int:
-    """Print the result of a task, or its state while it waits or runs.
+    """Print the result of a task, or its state if it has not ended.
 
-    The error of a failed task is printed on standard error and sets the exit code. 66: there is no such task.
+    The error of a failed task goes to standard error and sets the exit code. 66: the task is unknown.
     """
     from gpuinfer.client import Client
 
@@ -205,10 +216,10 @@ def result(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) ->
 @as_json_option
 @click.pass_obj
 def cancel(loaded: Loaded, task_ids: tuple[str, ...], as_json: bool) -> int:
-    """Cancel tasks that are waiting or running.
+    """Cancel waiting or running tasks.
 
-    Exit code 1: one of them had already ended. 66: nothing is known of one of them. It is cancelled all the
-    same, as what a plain Celery producer has sent is unknown until it runs.
+    Exit code 1: a task had already ended. 66: an id is unknown. It is cancelled anyway, because a task from a
+    plain Celery producer is unknown until it runs.
     """
     from gpuinfer.client import Client
 
@@ -239,5 +250,5 @@ def _is_known(client: Client, task_id: str) -> bool:
 
 def _cancelled(state: str, *, known: bool) -> str:
     if state != "revoked":
-        return f"not cancelled, it is {state}"
-    return "cancelled" if known else "nothing is known of it; should it come, it does not run"
+        return f"not cancelled: already {state}"
+    return "cancelled" if known else "unknown id; cancelled in case it arrives later"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the synchronous and the asyncio client are both made of."""
+"""Base of the synchronous and the asyncio client."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from gpuinfer.settings import Settings, load
 
 
 def settings_for(source: Settings | str | None) -> Settings:
-    """Return settings: as given, with another broker URL, or as loaded from this host.
+    """Return the given settings, or this host's, with the broker URL replaced by one given.
 
-    Of a file and of variables those are read that a client needs, whatever else stands there.
+    Only the sections that a client needs are read, so errors in others do not matter.
     """
     if isinstance(source, Settings):
         return source
@@ -33,39 +33,39 @@ def settings_for(source: Settings | str | None) -> Settings:
 
 
 class DefaultModel:
-    """The fleet's default model, as a client remembers it for a while.
+    """The fleet's default model, cached for a while.
 
-    Messages carry the model's name. Should the default change meanwhile, they go to the model they name.
+    Messages carry the model's name, so a change of the default does not redirect messages already built.
     """
 
     FRESH_S = 5.0
-    #: That there is none yet is remembered for a moment: who asked each time would make two trips a task.
+    #: "No default yet" is cached briefly, too, to avoid a second round trip per task.
     NONE_S = 0.1
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._stale_at = -math.inf
         self.name: str | None = None
-        #: Whether that is one by which the catalogue can be asked.
+        #: Whether ``name`` is a valid model name, to look up in the catalogue.
         self.named = False
 
     @property
     def stale(self) -> bool:
-        """Whether to ask Redis."""
+        """Whether to ask Redis again."""
         return self._clock() > self._stale_at
 
     def found(self, value: bytes | None) -> None:
-        """Remember what Redis answered."""
+        """Store Redis's answer; None: there is no default model."""
         self.name = value.decode() if value else None
         self.named = self.name is not None and MODEL_NAME.fullmatch(self.name) is not None
         self._stale_at = self._clock() + (self.FRESH_S if value else self.NONE_S)
 
 
 class Driver:
-    """A client's settings, and what it remembers of the fleet's models."""
+    """A client's settings, and its caches of the default model and signatures."""
 
     def __init__(self, source: Settings | str | None = None) -> None:
-        """``source`` is a broker URL, a Settings object, or None for this host's settings."""
+        """``source``: a broker URL, a Settings object, or None for this host's settings."""
         self._settings = settings_for(source)
         self._user = user_of(self._settings.broker)
         self._default = DefaultModel()
@@ -73,11 +73,11 @@ class Driver:
 
     @property
     def default_model(self) -> str | None:
-        """The model of requests that name none, as last heard; None: not known."""
+        """The model for requests that name none, as last read; None: not known."""
         return self._default.name
 
     def _model_of(self, options: Options) -> str | None:
-        """Return the model that a request is for; None: it is not known, or no name."""
+        """Return the model that a request is for; None: not known, or not a valid name."""
         model = options.get("model")
         if not model:
             return self._default.name if self._default.named else None
@@ -92,6 +92,6 @@ class Driver:
 
 
 def refuse_key(options: Options) -> None:
-    """Raises InputError for an idempotency key, which stands for one task, with many."""
+    """Refuse an idempotency key for several tasks. Raises InputError."""
     if options.pop("idempotency_key", None) is not None:
-        raise InputError("stands for one task; use submit or submit_batch", "idempotency_key")
+        raise InputError("identifies one task; use submit or submit_batch", "idempotency_key")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs that are files: paths given to a client, and the INPUT arguments of ``gpuinfer submit``.
+"""Input files: paths given to a client, and the INPUT arguments of ``gpuinfer submit``.
 
-What a file is sent as goes by the kind of the input, where that is known, else by its suffix: ``.npy`` is an
-array, ``.json`` its value, ``.txt`` text in UTF-8. Every other file is sent as it is, with its name.
+If the kind of the model's input is known, it decides how a file is sent; else the suffix does: ``.npy`` as an
+array, ``.json`` as JSON, ``.txt`` as UTF-8 text. Any other file is sent unchanged, with its name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from gpuinfer.errors import InputError, ShapeMismatch
 
-#: Kind of an input -> how a file is sent for it, whatever its suffix.
+#: Kind of input -> suffix that decides how a file is sent, regardless of its own.
 _SENT_AS = {
     "json": ".json",
     "text": ".txt",
@@ -27,14 +27,14 @@ _SENT_AS = {
 
 
 def opened(inputs: Any, *, many: bool, kinds: Mapping[str, str] | None = None) -> Any:
-    """Return inputs with the content of a file in the place of each path. Raises InputError.
+    """Return inputs with each path replaced by its file's content. Raises InputError.
 
-    A path may be the inputs themselves, the value of a name, or, with ``many``, either for each item.
-    ``kinds``: of the model's inputs by name, where they are known; of an only input, under any name.
+    A path may be the input itself, a value in a dict, or, with ``many``, either of these in each item.
+    ``kinds``: name -> kind of the model's inputs, if known; with a single input the name is ignored.
     """
     if many and isinstance(inputs, list | tuple):
         return [_opened(value, kinds or {}) for value in inputs]
-    if type(inputs) is list:  # holds no paths, mostly numbers
+    if type(inputs) is list:  # a tensor: numbers, no paths
         return inputs
     return _opened(inputs, kinds or {})
 
@@ -51,12 +51,12 @@ def _opened(value: Any, kinds: Mapping[str, str]) -> Any:
 
 
 def from_path(path: Path, kind: str | None = None) -> Any:
-    """Return what is sent for a file. Raises InputError naming the path."""
+    """Return the value to send for a file. Raises InputError naming the path."""
     return from_bytes(_read(path), path, kind)
 
 
 def from_bytes(data: bytes, path: Path, kind: str | None = None) -> Any:
-    """Return what is sent for a file with this content. Raises InputError naming the path."""
+    """Return the value to send for a file with this content. Raises InputError naming the path."""
     suffix = path.suffix.lower() if kind in (None, "tensor") else _SENT_AS.get(kind, "")
     if suffix == ".npy":
         return _array(data, str(path))
@@ -66,14 +66,14 @@ def from_bytes(data: bytes, path: Path, kind: str | None = None) -> Any:
         try:
             return data.decode()
         except UnicodeDecodeError as exc:
-            raise InputError(f"is no UTF-8 text: {exc}", str(path)) from None
+            raise InputError(f"is not UTF-8 text: {exc}", str(path)) from None
     return {"b64": data, "name": path.name}
 
 
 def from_raw(data: bytes, dtype: str, shape: Sequence[int]) -> Any:
-    """Return the array whose little-endian bytes, in C order, these are; one of its lengths may be free (-1).
+    """Return an array from its little-endian bytes in C order; one dimension may be -1 (any length).
 
-    bfloat16, which numpy has not, is widened to float32. Raises InputError for another number of bytes.
+    bfloat16, which numpy lacks, is widened to float32. Raises InputError if the number of bytes is wrong.
     """
     import numpy as np
 
@@ -82,9 +82,7 @@ def from_raw(data: bytes, dtype: str, shape: Sequence[int]) -> Any:
     free = sum(length < 0 for length in shape)
     fits = len(data) == fixed if not free else free == 1 and fixed and len(data) and len(data) % fixed == 0
     if not fits:
-        takes = (
-            f"{'a multiple of ' if free == 1 else ''}{fixed} bytes" if free < 2 else "a .npy file, or JSON"
-        )
+        takes = f"{'a multiple of ' if free == 1 else ''}{fixed} bytes" if free < 2 else "a .npy file or JSON"
         raise ShapeMismatch(
             f"is a file of {len(data)} bytes; shape {list(shape)[:16]} of {dtype} takes {takes}", "inputs"
         )
@@ -95,7 +93,7 @@ def from_raw(data: bytes, dtype: str, shape: Sequence[int]) -> Any:
 
 
 def read_input(argument: str) -> Any:
-    """Return the value an argument stands for, a path for a file's. Raises InputError naming the argument."""
+    """Return the JSON value of an argument, or the path of a file. Raises InputError naming the argument."""
     if argument == "-":
         return _from_stdin(sys.stdin.buffer.read())
     if argument.startswith("@"):
@@ -112,7 +110,7 @@ def read_field(argument: str) -> tuple[str, Any]:
     """Return the name and value of ``NAME=VALUE``: JSON, text, or a file with ``@``. Raises InputError."""
     name, equals, text = argument.partition("=")
     if not equals or not name:
-        raise InputError("must be NAME=VALUE, or NAME=@FILE", argument[:80])
+        raise InputError("must be NAME=VALUE or NAME=@FILE", argument[:80])
     if text.startswith("@"):
         return name, _path(text[1:])
     try:
@@ -122,7 +120,7 @@ def read_field(argument: str) -> tuple[str, Any]:
 
 
 def read_batch(arguments: Sequence[str]) -> Any:
-    """Return the inputs of one job: what a single argument holds must be their list, or an array of them."""
+    """Return the inputs of one job. A single argument must hold a list or an array of inputs."""
     if len(arguments) > 1:
         return [read_input(argument) for argument in arguments]
     value = opened(read_input(arguments[0]), many=False)
@@ -132,7 +130,7 @@ def read_batch(arguments: Sequence[str]) -> Any:
 
 
 def _from_stdin(data: bytes) -> Any:
-    """Return JSON's value; what is no text at all is a file."""
+    """Return the JSON value; binary data counts as a file."""
     try:
         data.decode()
     except UnicodeDecodeError:
@@ -148,10 +146,10 @@ def _path(name: str) -> Path:
         said = (
             "is a folder; name a file in it"
             if path.is_dir()
-            else "there is no such file, and it is not JSON (a text is JSON in double quotes)"
+            else "is neither a file nor JSON (write a text as JSON, in double quotes)"
         )
-    except (OSError, ValueError) as exc:  # too long a name, or a zero byte in it
-        said = f"is neither JSON nor the name of a file: {exc}"
+    except (OSError, ValueError) as exc:  # name too long, or with a null byte
+        said = f"is neither JSON nor a file name: {exc}"
     raise InputError(said, name[:80])
 
 
@@ -170,13 +168,13 @@ def _read(path: Path) -> bytes:
 
 
 def _array(data: bytes, where: str) -> Any:
-    """Return an array. Nothing pickled is opened."""
+    """Return the array of a .npy file. Pickled objects are refused."""
     import numpy as np
 
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as exc:
-        raise InputError(f"is no .npy file: {exc}", where) from None
+        raise InputError(f"is not a .npy file: {exc}", where) from None
     if not isinstance(array, np.ndarray):
-        raise InputError("is no .npy file but an archive of them", where)
+        raise InputError("is a .npz archive; must be a .npy file", where)
     return array

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A subscription to the channels that results are published on, for one wait after another.
+"""A subscription to result channels, reused from wait to wait.
 
-redis-py's PubSub takes 30 us for each event, and for each that is none. This one does without its
-subscriptions by pattern and its reconnections: when the connection is lost, so is the wait, and
-the waiting call begins again.
+redis-py's PubSub costs 30 us per event. This one has no pattern subscriptions and does not reconnect: when
+the connection is lost, the caller starts its wait again.
 """
 
 from __future__ import annotations
@@ -18,36 +17,36 @@ import redis
 
 #: One SUBSCRIBE names at most this many channels.
 CHUNK = 1000
-#: Channels that may stay subscribed between two waits: they have had their one message.
+#: Maximum channels left subscribed after a wait. Each has published its one message already.
 KEPT = 8
-#: Seconds of silence after which Redis is asked for a sign of life, and after which there is none.
+#: After this many seconds of silence send PING; after this many the connection counts as lost.
 ASK_AFTER_S, LOST_AFTER_S = 15.0, 25.0
 
-#: A channel and what was published there; None: all that was asked for stands, so look once.
+#: A channel and a published message; None: all subscriptions are active, so check the result keys once.
 Event = tuple[str, bytes | None]
 
 
 class Listener:
-    """One connection. Not for two threads at once."""
+    """One connection. Not thread-safe."""
 
     def __init__(self, pool: redis.ConnectionPool) -> None:
         self._pool = pool
         self._pid = os.getpid()
         self._connection: Any = pool.get_connection()
-        if hasattr(self._connection._parser, "set_pubsub_push_handler"):  # RESP3; the default one logs
+        if hasattr(self._connection._parser, "set_pubsub_push_handler"):  # RESP3; the default handler logs
             self._connection._parser.set_pubsub_push_handler(lambda event: event)
         self._channels: list[str] = []
         self._unconfirmed = 0
-        #: True when all that was asked for stood already, until that has been said.
+        #: True if all channels were subscribed already and ``next`` has not reported it yet.
         self._stands = False
         self._heard_at = time.monotonic()
         self._asked = False
-        #: Since when it listens to the same channels, and nobody has read what it hears; inf: it does not.
+        #: When it was last read, while channels stay subscribed between waits; inf: none do.
         self.unread_since = math.inf
 
     @property
     def alive(self) -> bool:
-        """Whether the connection is there still, and this process's own."""
+        """Whether the connection is open and belongs to this process (not to a fork's parent)."""
         try:
             self._connection.can_read()
         except (redis.ConnectionError, redis.TimeoutError, OSError):
@@ -55,7 +54,7 @@ class Listener:
         return self._pid == os.getpid()
 
     def subscribe(self, channels: Sequence[str]) -> None:
-        """Listen to these channels and no others. An event without data says that the subscriptions stand."""
+        """Listen to exactly these channels. An event without data reports that they are subscribed."""
         stale = set(self._channels) - set(channels)
         new = sorted(set(channels) - set(self._channels))
         self._channels = list(channels)
@@ -74,7 +73,7 @@ class Listener:
         self._connection.send_packed_command([b"".join(chain) for chain in packed], check_health=False)
 
     def next(self, timeout_s: float) -> Event | None:
-        """Return the next event, None when there is none in time. Raises redis-py's errors."""
+        """Return the next event, or None at the timeout. Raises redis-py's errors."""
         if self._stands:
             self._stands = False
             return "", None
@@ -98,16 +97,16 @@ class Listener:
             timeout_s = max(0.0, until - self._heard_at)
 
     def _ask(self) -> None:
-        """Tell silence from a connection that is lost. Raises ConnectionError."""
+        """Send PING on a silent connection. Raises ConnectionError if Redis does not answer."""
         silent_s = time.monotonic() - self._heard_at
         if silent_s > LOST_AFTER_S:
-            raise redis.ConnectionError(f"Redis was silent for {silent_s:.0f} s, and answers no PING")
+            raise redis.ConnectionError(f"Redis was silent for {silent_s:.0f} s and did not answer PING")
         if silent_s > ASK_AFTER_S and not self._asked:
             self._asked = True
             self._send([("PING",)])
 
     def leave(self, *, ended: bool) -> None:
-        """End a wait. A few channels that have ``ended`` are left with the next ``subscribe``."""
+        """End a wait. If its tasks have ``ended``, a few channels are kept until the next ``subscribe``."""
         if self._channels and not (ended and len(self._channels) <= KEPT):
             self._send([("UNSUBSCRIBE", *self._channels)])
             self._channels = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an asyncio client submits in one turn of the event loop, on its way in one call for each list."""
+"""Joins the tasks that an asyncio client submits in one event loop turn into one call per Redis list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpuinfer.settings import QueueSettings
 
 
 class Outgoing:
-    """Collects tasks until the event loop's next turn."""
+    """Collects tasks until the next turn of the event loop."""
 
     def __init__(self, submit: Callable[[Call], Awaitable[Accepted]], settings: QueueSettings) -> None:
         self._submit = submit
@@ -23,9 +23,9 @@ class Outgoing:
         self._running: set[asyncio.Task[None]] = set()
 
     def put(self, task: Ready) -> asyncio.Future[Rate | None]:
-        """Submit a task with this turn's others; the future ends when Redis has it, or with its error.
+        """Submit a task with the others of this turn; the future ends when Redis has it, or with its error.
 
-        Its result: how a caller with a rate stands.
+        Its result is the state of the caller's rate limit, if it has one.
         """
         loop = asyncio.get_running_loop()
         if not self._tasks:
@@ -43,9 +43,7 @@ class Outgoing:
             running.add_done_callback(self._running.discard)
 
     async def _call(self, call: Call, answers: Mapping[str, asyncio.Future[Rate | None]]) -> None:
-        """Submit tasks together. Where there is no room for all, or the caller's quota has none, those that
-        fit go in.
-        """
+        """Submit tasks together. If the queue or the caller's quota cannot take all, submit what fits."""
         parts, refused = [call], _Refused()
         while parts:
             part = parts.pop()
@@ -68,12 +66,12 @@ class Outgoing:
     async def _try(self, call: Call) -> tuple[BaseException | None, Rate | None]:
         try:
             return None, (await self._submit(call)).rate
-        except BaseException as exc:  # each caller has its own
+        except BaseException as exc:  # handed to each caller's future
             return exc, None
 
 
 class _Refused:
-    """What has found no room by itself: then nothing does that is no smaller."""
+    """Refusals of single tasks: a task that is not smaller would be refused, too."""
 
     def __init__(self) -> None:
         self._failure: BaseException | None = None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands of an asyncio client on one connection: those of one turn of the event loop go in one packet.
+"""Commands of an asyncio client on one connection. Those of one event loop turn share a packet.
 
-redis-py takes a connection from its pool, a lock and a timer for each command, which is several times the
-command's own price. The connection is its own, with its handshake; answers come in the order of the commands.
+redis-py takes a pooled connection, a lock and a timer per command, which costs several times the command
+itself. This uses one redis-py connection (with its handshake); answers come in the order of the commands.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from gpuinfer.queue.scripts import Name, bind
 
 Argument = bytes | str | int
 _READ_BYTES = 1 << 16
-#: Seconds before commands that lost their connection are sent once more.
+#: Seconds before commands are sent again after their connection was lost.
 _AGAIN_S = 0.01
 _NOTHING = object()
 
 
 class _Command:
-    """One command, until it is answered."""
+    """One unanswered command."""
 
     __slots__ = ("answer", "packed", "repeated")
 
     def __init__(self, packed: bytes, answer: asyncio.Future[Any]) -> None:
         self.packed = packed
         self.answer = answer
-        #: True once it was sent a second time: whether Redis ran it the first time is not known.
+        #: True once it was sent a second time. Whether Redis ran it the first time is not known.
         self.repeated = False
 
 
 class Pipe:
-    """One connection of the client's pool. For one event loop."""
+    """One connection with the settings of the client's pool. For one event loop."""
 
     def __init__(self, client: redis.asyncio.Redis, timeout_s: float) -> None:
         self._client = client
@@ -55,7 +55,7 @@ class Pipe:
         self._reader: Any = None
         self._unsent: list[_Command] = []
         self._sent: deque[_Command] = deque()
-        #: Writes and reads while anything is asked.
+        #: The task that writes and reads while commands are unanswered.
         self._task: asyncio.Task[None] | None = None
         self._due = False
 
@@ -65,10 +65,10 @@ class Pipe:
         return bool(self._unsent or self._sent)
 
     def call(self, *command: Argument) -> asyncio.Future[Any]:
-        """Send a command with this turn's others; the future is answered as Redis gives it.
+        """Send a command with the others of this turn; return a future of Redis's answer.
 
-        It may end with redis-py's errors, and with UnusableRedis. A command whose connection was lost is sent
-        once more.
+        The future may raise redis-py's errors and UnusableRedis. If the connection is lost, the command is
+        sent once more.
         """
         loop = asyncio.get_running_loop()
         whole: tuple[Any, ...] = command
@@ -84,7 +84,7 @@ class Pipe:
         return Script(self, bind(self._client, name))
 
     async def aclose(self) -> None:
-        """Close the connection; what is not answered fails."""
+        """Close the connection; unanswered commands fail."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -149,7 +149,7 @@ class Pipe:
             if isinstance(answer, hiredis.PushNotification):
                 continue
             future = self._sent.popleft().answer
-            if future.done():  # who asked has gone
+            if future.done():  # the caller was cancelled
                 continue
             if isinstance(answer, Exception):
                 future.set_exception(answer)
@@ -157,7 +157,7 @@ class Pipe:
                 future.set_result(answer)
 
     async def _lost(self, exc: Exception) -> None:
-        """Drop the connection; what was sent for the first time is sent again."""
+        """Drop the connection; resend commands that were sent once, fail the others."""
         self._reader = None
         if self._connection is not None:
             await self._connection.disconnect(nowait=True)
@@ -181,14 +181,14 @@ class Pipe:
 
 
 class Script:
-    """A script of the queue's."""
+    """One of the queue's Lua scripts."""
 
     def __init__(self, pipe: Pipe, script: Any) -> None:
         self._pipe = pipe
         self._script = script
 
     async def __call__(self, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-        """Run it; load it again when Redis has forgotten it. Raises redis-py's errors."""
+        """Run it; load it again if Redis has lost it. Raises redis-py's errors."""
         command = ("EVALSHA", self._script.sha, len(keys), *keys, *args)
         try:
             return await self._pipe.call(*command)

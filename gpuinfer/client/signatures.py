@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models take, as a client remembers it for a while. No input, no output: the drivers ask Redis.
+"""A cache of model signatures. It does no I/O: the drivers ask Redis.
 
-A request is refused by what Redis says now, never by what was remembered: see ``Signatures.doubts``. Where
-hosts have different versions of a model, it is refused when none of them takes it.
+An old entry never refuses a request: the driver asks Redis first, see ``Signatures.doubts``. If hosts have
+different versions of a model, a request is refused only if none of them accepts it.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from gpuinfer.errors import InputError, ManifestError
 from gpuinfer.models.signature import Signature
 from gpuinfer.queue.submission import Json
 
-#: What is remembered is asked for again after this long, in seconds.
+#: An entry is read again after this many seconds.
 FRESH_S = 30.0
-#: A refusal by what is older is not believed before Redis was asked again.
+#: Before an entry older than this refuses a request, Redis is asked again.
 SURE_S = 0.5
-#: Models that are remembered at most.
+#: Maximum number of cached models.
 _MOST = 1000
 
 
 class _Known(NamedTuple):
-    #: One for each version of the model that some host has, the most frequent first.
+    #: One validator per version of the model in the fleet, the most frequent first.
     texts: tuple[str, ...]
     validators: tuple[Validator, ...]
     at: float
 
 
 class Signatures:
-    """The signatures of models by name."""
+    """Cached signatures by model name."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._known: dict[str, _Known] = {}
 
     def stale(self, model: str) -> bool:
-        """Whether to ask Redis for the model's signature."""
+        """Whether to ask Redis for this model's signature."""
         known = self._known.get(model)
         return known is None or self._clock() - known.at > FRESH_S
 
     def doubts(self, model: str) -> bool:
-        """Whether a refusal may be due to an old signature."""
+        """Whether a refusal may be due to an outdated signature."""
         known = self._known.get(model)
         return known is None or self._clock() - known.at > SURE_S
 
     def found(self, model: str, text: bytes | None) -> None:
-        """Remember what Redis answered. What is no signature is none."""
+        """Store Redis's answer. An unreadable signature counts as unknown."""
         texts = versions(text)
         known = self._known.get(model)
         if known is not None and known.texts == texts:
@@ -64,7 +64,7 @@ class Signatures:
         self._known[model] = _Known(texts, _validators(texts), self._clock())
 
     def of(self, model: str) -> Signature | None:
-        """Return a model's signature, where it is known: of several, the one that most have."""
+        """Return a model's signature, or None if unknown; of several versions, the most frequent one."""
         known = self._known.get(model)
         try:
             return Signature.from_json(orjson.loads(known.texts[0])) if known and known.texts else None
@@ -72,7 +72,7 @@ class Signatures:
             return None
 
     def all_ready(self, model: str | None, values: Sequence[Any], *, many: bool) -> list[Any]:
-        """Return the inputs of several tasks as ``ready`` does; an error says which one is meant."""
+        """Call ``ready`` for the inputs of several tasks; an error names the input."""
         found = []
         for place, value in enumerate(values):
             try:
@@ -84,9 +84,9 @@ class Signatures:
         return found
 
     def ready(self, model: str | None, inputs: Any, *, many: bool) -> Any:
-        """Return inputs as they are sent: files are read, and what the model cannot take is refused.
+        """Return inputs ready to send: files are read, and the signature is checked.
 
-        ``Json`` stays what it is where the model takes its value as it is. Raises InputError.
+        ``Json`` is returned unchanged if the model takes its value unchanged. Raises InputError.
         """
         known = self._known.get(model) if model is not None else None
         if known is None or not known.validators:
@@ -97,25 +97,25 @@ class Signatures:
                 return _ready(validator, inputs, many=many)
             except InputError as exc:
                 first = first or exc
-        assert first is not None  # noqa: S101  there was a validator
+        assert first is not None  # noqa: S101  there was at least one validator
         raise first
 
 
 def _ready(validator: Validator, inputs: Any, *, many: bool) -> Any:
     if type(inputs) is Json:
-        value = inputs.value if many else validator.settled(inputs.value)
+        value = inputs.value if many else validator.unwrapped(inputs.value)
         validator.check(value, many=many)
         return inputs if value is inputs.value else value
     inputs = opened(inputs, many=many, kinds=validator.kinds)
-    inputs = inputs if many else validator.settled(inputs)
+    inputs = inputs if many else validator.unwrapped(inputs)
     validator.check(inputs, many=many)
     return inputs
 
 
 def versions(said: bytes | None) -> tuple[str, ...]:
-    """Return the signatures in what the script ``describe`` keeps of a model, the most frequent first.
+    """Return the signatures that the ``describe`` script stores for a model, the most frequent first.
 
-    Of what is none of its, nothing.
+    Unreadable text gives none.
     """
     if not said:
         return ()
@@ -129,7 +129,7 @@ def versions(said: bytes | None) -> tuple[str, ...]:
 
 
 def _validators(texts: Sequence[str]) -> tuple[Validator, ...]:
-    """Return what validates by each; nothing where one cannot be read: what its version takes is unknown."""
+    """Return one validator per signature; none if any is unreadable, as its version might accept anything."""
     try:
         return tuple(Validator(Signature.from_json(orjson.loads(text))) for text in texts)
     except (ManifestError, ValueError, TypeError, AttributeError):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The channels an asyncio client listens to: one connection, and the one task that connects and reads it.
+"""The channels of an asyncio client: one connection, and one task that connects and reads it.
 
-redis-py's PubSub lets each caller reconnect it, and two that do so at once disturb each other.
+In redis-py's PubSub any caller may reconnect, and two that do so at once interfere.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _NOTHING = object()
 
 
 class Hearer(Protocol):
-    """Who is told what comes. No method may wait or raise."""
+    """Receives what a subscription reports. Methods must not block or raise."""
 
     def waiting(self) -> int:
-        """Return how many tasks are waited for; with none, a lost connection is left until there are some."""
+        """Return the number of tasks waited for. With none, a lost connection is not reopened yet."""
 
     def heard(self, channel: str, data: bytes | None) -> None:
-        """Take a publication; None: the subscription stands now, and anything may have happened before."""
+        """Take a message; None: the channel is subscribed now, and earlier messages may have been missed."""
 
     def failed(self, exc: Exception) -> None:
-        """Take the error that ended the subscription: waiting longer is of no use."""
+        """Take the permanent error that ended the subscription."""
 
 
 class Subscription:
@@ -48,18 +48,18 @@ class Subscription:
         self._hearer = hearer
         self._connection: Any = None
         self._reader: Any = None
-        #: What to listen to; what this connection was asked for; and where the two may differ.
+        #: Channels to listen to; channels requested on this connection; channels where the two may differ.
         self._wanted: set[str] = set()
         self._asked: set[str] = set()
         self._changed: set[str] = set()
         self._due = False
-        #: Connects, reads, and connects again; nobody else does.
+        #: The only task that connects, reads and reconnects.
         self._task: asyncio.Task[None] | None = None
-        #: True once this connection has brought anything.
+        #: True once this connection has received anything.
         self._alive = False
 
     def listen(self, channels: Iterable[str]) -> None:
-        """Listen to further channels. ``heard`` says when each stands, also after each reconnection."""
+        """Listen to more channels. ``heard`` reports each as subscribed, again after each reconnection."""
         for channel in channels:
             if channel not in self._wanted:
                 self._wanted.add(channel)
@@ -69,7 +69,7 @@ class Subscription:
             self._schedule()
 
     def leave(self, channels: Iterable[str]) -> None:
-        """Listen to these no more."""
+        """Stop listening to these channels."""
         for channel in channels:
             self._wanted.discard(channel)
             self._changed.add(channel)
@@ -93,7 +93,7 @@ class Subscription:
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
-        """Ask for all that has changed in this turn of the loop."""
+        """Subscribe and unsubscribe all that changed in this turn of the loop."""
         self._due = False
         if self._reader is not None:
             self._ask()
@@ -138,12 +138,12 @@ class Subscription:
                     away = True
                     fields = {"reason": str(exc), "waiting": self._hearer.waiting()}
                     log.warning("Redis is away: %s", exc, extra={"action": "redis_away", "fields": fields})
-            except Exception as exc:  # another format, or a fault of ours: nobody is left to wait for ever
+            except Exception as exc:  # another format, or a bug: no caller may wait forever
                 await self._drop()
                 return self._hearer.failed(exc)
 
     async def _connect(self) -> None:
-        """Connect, and ask for all that is wanted. Raises redis-py's errors, UnusableRedis."""
+        """Connect and subscribe to all channels. Raises redis-py's errors, UnusableRedis."""
         if self._connection is None:
             pool: Any = self._client.connection_pool  # not annotated
             self._connection = await pool.get_connection()
@@ -174,7 +174,7 @@ class Subscription:
                     data = await self._connection._reader.read(_READ_BYTES)
             except TimeoutError:
                 if silent:
-                    text = f"Redis was silent for {LOST_AFTER_S:.0f} s, and answers no PING"
+                    text = f"Redis was silent for {LOST_AFTER_S:.0f} s, and did not answer PING"
                     raise ConnectionError(text) from None
                 silent = True
                 self._connection._writer.write(hiredis.pack_command(("PING",)))

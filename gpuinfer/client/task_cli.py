@@ -22,23 +22,28 @@ _ID = "6b1f3d0e-2c55-4c39-9f0a-8f4f5a1c7d21"
 
 @click.group("task")
 def task() -> None:
-    """Show and list tasks; retry or cancel them.
+    """Show, list, retry and cancel tasks.
 
-    Exit code 66: the id is unknown, or its result has expired. 69: Redis does not answer.
+    Exit code 66: the id is unknown or its result has expired. 69: Redis does not answer.
     """
 
 
 @task.command(epilog=examples(f"gpuinfer task show {_ID}", f"gpuinfer task show {_ID} --wait 10 --json"))
 @click.argument("task_id", shell_complete=completion.from_redis(completion.ended))
 @click.option(
-    "--wait", "wait_s", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait until it has ended."
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Wait at most this long for the task to end.",
 )
 @as_json_option
 @click.pass_obj
 def show(loaded: Loaded, task_id: str, wait_s: float | None, as_json: bool) -> int:
-    """Show status, times, worker, and result or error of a task.
+    """Show a task: status, times, worker, and result or error.
 
-    Exit code 0 for a failed task, too (gpuinfer result has the code of its error). 75: --wait was over first.
+    The exit code is 0 for a failed task, too (gpuinfer result exits with the code of its error). 75: the task
+    did not end within --wait.
     """
     from gpuinfer.client import Client
     from gpuinfer.errors import WaitTimeout
@@ -77,8 +82,10 @@ def _print(body: dict[str, Any]) -> None:
     help="Only tasks of this model.",
     shell_complete=completion.from_redis(completion.models),
 )
-@click.option("--before", metavar="TIME", help="Only tasks that ended before: ISO 8601, or Unix time.")
-@click.option("--limit", type=click.IntRange(1, MOST), default=USUAL, help=f"Longest list. Default: {USUAL}.")
+@click.option("--before", metavar="TIME", help="Only tasks that ended before this: ISO 8601 or Unix time.")
+@click.option(
+    "--limit", type=click.IntRange(1, MOST), default=USUAL, help=f"Maximum number of tasks. Default: {USUAL}."
+)
 @as_json_option
 @click.pass_obj
 def list_(
@@ -86,7 +93,7 @@ def list_(
 ) -> None:
     """List tasks that have ended, the newest first.
 
-    The last 10,000 are kept, and of the failed ones (--status failed) up to 100,000 of the last day.
+    The last 10,000 tasks are listed; with --status failed, up to 100,000 of the last day.
     """
     from gpuinfer.client import Client
 
@@ -104,7 +111,7 @@ def list_(
     ]
     print_table(("id", "status", "queue", "model", "ended", "error"), rows)
     if page.before is not None:
-        click.echo(f"for older ones: --before {page.before}")
+        click.echo(f"for older tasks: --before {page.before}")
 
 
 def _code(one: dict[str, Any]) -> str:
@@ -122,11 +129,11 @@ def _code(one: dict[str, Any]) -> str:
 @as_json_option
 @click.pass_obj
 def retry(loaded: Loaded, task_ids: tuple[str, ...], as_json: bool) -> int:
-    """Send failed tasks and dead letters again, under their ids.
+    """Run failed tasks and dead letters again, under the same ids.
 
-    The inputs of a failed task are kept for a day (queue.failed_ttl_s), within queue.max_failed and
-    queue.max_failed_bytes. Other tasks are refused. The exit code is that of the first refused one, else 0.
-    gpuinfer dead retry --all sends all dead letters.
+    The inputs of a failed task are kept for a day (queue.failed_ttl_s), up to queue.max_failed tasks and
+    queue.max_failed_bytes. Other tasks are refused. The exit code is that of the first refusal, else 0. To
+    retry all dead letters, use gpuinfer dead retry --all.
     """
     from gpuinfer.client import Client
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a request what the model takes? Asked before it is queued, by the model's signature alone.
+"""Checks a request against the model's signature before it is queued.
 
-Cheap: of an array its shape and dtype are looked at, of nested lists the first elements, of JSON no more than
-``MAX_VALUES``. The worker still checks all of it. Neither numpy nor torch is imported here.
+The check is cheap: shape and dtype of an array, the first elements of nested lists, JSON up to ``MAX_VALUES``
+values. The worker checks everything again. This module imports neither numpy nor torch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from gpuinfer.models.signature import Input, Signature
 from gpuinfer.models.specs import shape_fits
 from gpuinfer.models.type_words import WORDS, word
 
-#: JSON of more values is the worker's to validate.
+#: JSON with more values is validated by the worker only.
 MAX_VALUES = 2000
 _ENCODED = frozenset({"b64", "dtype", "shape"})
-#: Wanted kind of dtype -> the kinds whose numbers may be of it, as the worker has it.
+#: Kind of the model's dtype -> kinds of array dtype that the worker converts to it.
 _KINDS = {"bool": ("bool",), "int": ("int",), "float": ("int", "float")}
-#: Wanted kind of dtype -> what may stand for it in a list.
+#: Kind of the model's dtype -> types of list elements that the worker converts to it.
 _IN_LISTS: dict[str, frozenset[type]] = {
     "bool": frozenset({bool}),
     "int": frozenset({int}),
@@ -34,7 +34,7 @@ _IN_LISTS: dict[str, frozenset[type]] = {
 
 
 class Validator:
-    """What one model takes."""
+    """Checks inputs for one model."""
 
     def __init__(self, signature: Signature) -> None:
         self._signature = signature
@@ -46,14 +46,14 @@ class Validator:
         self.kinds: Mapping[str, str] = {one.name: one.kind for one in signature.inputs}
         self._inputs = {one.name: one for one in signature.inputs}
 
-    def settled(self, inputs: Any) -> Any:
-        """Return inputs as the model takes them, where a form or -F says them otherwise.
+    def unwrapped(self, inputs: Any) -> Any:
+        """Return inputs in the form that the model takes, from the form of a multipart request or of -F.
 
-        An only input may stand under its name, or a file under any; a file of text, JSON or an array stands
-        for what it holds, and so do an array's bytes where dtype and shape are known. Raises InputError for
-        one that holds something else.
+        A single input may be given under its name, or a file under any name. Files of text, JSON, .npy or raw
+        array bytes (if dtype and shape are known) are replaced by their content. Raises InputError if a file
+        cannot be read as such.
         """
-        if type(inputs) is not dict and type(inputs) not in _BYTES:  # lists and arrays, mostly
+        if type(inputs) is not dict and type(inputs) not in _BYTES:  # fast path: lists and arrays
             return inputs
         if self._only is None:
             if type(inputs) is not dict or is_file(inputs):
@@ -67,9 +67,10 @@ class Validator:
         return _content(inputs, self._only)
 
     def check(self, inputs: Any, *, many: bool = False) -> None:
-        """Raises InputError, with the field, for what the model cannot take.
+        """Raises InputError naming the field that the model does not accept.
 
-        Of a job in a list every item is its own affair, and the worker's; one array of items is looked at.
+        The items of a job (``many``) in a list are left to the worker, as each may fail alone; an array of
+        items is checked.
         """
         if many:
             if self._only is not None and self._only.kind == "tensor" and _shape_of(inputs):
@@ -101,7 +102,7 @@ class Validator:
                 raise InputError(f"must be a string, got {word(value)}", field)
             check = self._schemas.get(wanted.name)
             if check is not None and _few_values(value):
-                with suppress(ValueError):  # arrays among it: they are lists of numbers once it is packed
+                with suppress(ValueError):  # contains arrays, which become lists only when packed
                     check(value, field)
         elif not is_file(value) and not _is_array(value):
             raise InputError(
@@ -109,12 +110,12 @@ class Validator:
             )
 
     def _tensor(self, value: Any, wanted: Input, field: str, *, first: int = 0) -> None:
-        """Check shape and dtype; ``first`` dimensions are those of the job."""
+        """Check shape and dtype, ignoring the ``first`` dimensions, which count the items of a job."""
         if type(value) is not list and is_file(value):
             if wanted.file is None:
-                raise InputError("is a file, and the model takes numbers here", field)
+                raise InputError("must be numbers or an array, got a file", field)
             return
-        shape, found = _looked(value, field)
+        shape, found = _shape_and_dtype(value, field)
         shape = None if shape is None else shape[first:]
         if shape is not None and wanted.shape is not None and not shape_fits(shape, wanted.shape):
             free = " (-1: any length)" if -1 in wanted.shape else ""
@@ -139,15 +140,15 @@ class Validator:
 
 
 _BYTES: frozenset[type] = frozenset({bytes, bytearray, memoryview})
-#: How a file of numpy's begins, and its base64.
+#: First bytes of a .npy file, and the same in base64.
 _NPY, _NPY_BASE64 = b"\x93NUMPY", "k05VTVBZ"
-#: Suffixes of files that may hold an array's bytes and nothing else.
+#: Suffixes of files that may hold raw array bytes.
 _RAW = frozenset({"", ".bin", ".raw"})
 _FILES = {"bytes": "bytes", "image": "an image file", "audio": "a sound file", "file": "a file"}
 
 
 def _content(value: Any, wanted: Input | None) -> Any:
-    """Return what a file holds where the input is no file; anything else as it is."""
+    """Return the content of a file if the model's input is not a file; return other values unchanged."""
     if wanted is None or not is_file(value):
         return value
     if wanted.kind not in ("text", "json", "tensor"):
@@ -172,15 +173,15 @@ def _bytes_of(value: Any) -> bytes:
 
 
 def _is_npy(value: Any) -> bool:
-    """Tell whether a file is one of numpy's, by how its bytes or their base64 begin."""
+    """Whether bytes or base64 begin like a .npy file."""
     content = value["b64"] if isinstance(value, Mapping) else value
     if isinstance(content, str):
         return content.startswith(_NPY_BASE64)
     return bytes(memoryview(content)[: len(_NPY)]) == _NPY
 
 
-def _looked(value: Any, field: str) -> tuple[tuple[int, ...] | None, str | type | None]:
-    """Return the shape of a tensor, and its dtype or the type of its first number; None: not to be told."""
+def _shape_and_dtype(value: Any, field: str) -> tuple[tuple[int, ...] | None, str | type | None]:
+    """Return (shape, dtype or type of the first number) of a tensor; None for what cannot be determined."""
     if type(value) is not list and isinstance(value, Mapping):
         if value.keys() != _ENCODED:
             got = ", ".join(map(str, list(value)[:5])) or "none"
@@ -207,7 +208,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _shape_of(value: Any) -> tuple[int, ...]:
-    """Return the shape of an array; empty for what is none."""
+    """Return the shape of an array; empty for any other value."""
     return tuple(int(length) for length in value.shape) if hasattr(value, "shape") else ()
 
 
@@ -216,13 +217,13 @@ def _json_type(value: Any) -> type | None:
 
 
 def _kind_of(dtype: str) -> str:
-    """Return bool, int or float for a dtype; empty for what only the worker knows."""
+    """Return bool, int or float for a dtype; empty for a dtype that only the worker knows."""
     name = dtype.removeprefix("u").removeprefix("b") if dtype != "bool" else dtype
     return next((kind for kind in ("bool", "int", "float") if name.startswith(kind)), "")
 
 
 def _few_values(value: Any) -> bool:
-    """Tell whether JSON has at most ``MAX_VALUES`` values; it looks at no more of them."""
+    """Whether JSON has at most ``MAX_VALUES`` values; stops counting there."""
     left, stack = MAX_VALUES, [value]
     while stack:
         one = stack.pop()
@@ -235,8 +236,8 @@ def _few_values(value: Any) -> bool:
 
 
 def _by_schema(schema: Mapping[str, Any]) -> Check | None:
-    """Return what validates by a JSON schema; None where that cannot be done here: the worker does it."""
+    """Return a JSON schema validator; None if only the worker can validate."""
     try:
         return checker(schema)
-    except (ImportError, ValueError):  # the extra "schema" is not installed, or the schema is not for us
+    except (ImportError, ValueError):  # the extra "schema" is not installed, or the schema is not supported
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All waits of an asyncio client on one subscription."""
+"""All waits of an asyncio client, on one subscription."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from gpuinfer.queue import keys
 from gpuinfer.queue.connection import explain
 from gpuinfer.queue.results import TaskStatus
 
-#: A final status; None: the subscription stands (again), so look at the result key now; or why it cannot.
+#: A final status; None: check the result key now, as messages may have been missed; or a permanent error.
 News = TaskStatus | Exception | None
 
 
 class Watch:
-    """What one waiter hears of its tasks, from when this is made. Use it as a context manager.
+    """News of some tasks for one waiter, from its creation on. Use it as a context manager.
 
-    It tells when to look and, once for each task, the final status. Where the subscription stands already it
-    does not tell to look: who watches tasks that are there already looks by itself, once.
+    It yields each task's final status once, and None when to check the result keys. If the channel is
+    subscribed already, there is no None: for tasks submitted earlier, check the result keys once first.
     """
 
     __slots__ = ("_news", "_task_ids", "_waiter", "_waits")
@@ -45,17 +45,17 @@ class Watch:
         self._waits.part(self._task_ids, self)
 
     def put(self, news: News) -> None:
-        """Take news."""
+        """Append news."""
         self._news.append(news)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def put_back(self, news: News) -> None:
-        """Take news that were told already: they are the next."""
+        """Return news to the front, so that ``next`` returns them again."""
         self._news.appendleft(news)
 
     async def next(self) -> News:
-        """Wait for news. For one waiter."""
+        """Wait for the next news. One waiter at a time."""
         if not self._news:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -63,7 +63,7 @@ class Watch:
 
 
 class Waits:
-    """Hears of the ends of a client's own tasks on its reply channel, and of others' by their ids."""
+    """Tells waiters when tasks end: a client's own on its reply channel, others on a channel per task."""
 
     def __init__(self, client: redis.asyncio.Redis, origin: Origin, user: str) -> None:
         self._user = user
@@ -72,7 +72,7 @@ class Waits:
         self._watches: dict[str, set[Watch]] = {}
 
     def watch(self, task_ids: Collection[str]) -> Watch:
-        """Return what tells of these tasks from now on."""
+        """Return a watch of these tasks, from now on."""
         return Watch(self, task_ids)
 
     async def aclose(self) -> None:
@@ -80,7 +80,7 @@ class Waits:
         await self._subscription.aclose()
 
     def join(self, task_ids: Iterable[str], watch: Watch) -> None:
-        """Tell a watch of these tasks; ``part`` ends it."""
+        """Send news of these tasks to a watch, until ``part``."""
         channels = set()
         for task_id in task_ids:
             self._watches.setdefault(task_id, set()).add(watch)
@@ -88,7 +88,7 @@ class Waits:
         self._subscription.listen(channels)
 
     def part(self, task_ids: Iterable[str], watch: Watch) -> None:
-        """Tell it no more, and leave the channels of others' tasks that nobody waits for any more."""
+        """Stop news to a watch, and unsubscribe channels that no watch needs."""
         left = []
         for task_id in task_ids:
             watches = self._watches[task_id]
@@ -100,30 +100,30 @@ class Waits:
         if left:
             self._subscription.leave(left)
 
-    # -- what the subscription tells ------------------------------------------------------
+    # -- called by the subscription -------------------------------------------------------
 
     def waiting(self) -> int:
-        """Return how many tasks are waited for."""
+        """Return the number of tasks waited for."""
         return len(self._watches)
 
     def heard(self, channel: str, data: bytes | None) -> None:
-        """Hand a publication to those who wait for what it tells; have them look where it tells nothing."""
+        """Pass a message to the watches of its tasks; if it is unreadable, have them check the keys."""
         told = None if data is None else core.heard(channel, data, self._origin)
         if told is None:
             self._wake(channel)
             return
-        for status in told:  # one that is not final is a notice of an end that stands under its key
+        for status in told:  # not final: a notice that the end is stored under the task's key
             for watch in self._watches.get(status.id, ()):
                 watch.put(status if status.final else None)
 
     def failed(self, exc: Exception) -> None:
-        """Raise this in all who wait."""
+        """Raise this error in all waiters."""
         error = explain(exc, self._user) if isinstance(exc, RedisError | OSError) else exc
         for watch in {one for watches in self._watches.values() for one in watches}:
             watch.put(error)
 
     def _wake(self, channel: str) -> None:
-        """Tell those to look who listen to a channel."""
+        """Have the waiters of a channel check the result keys."""
         ids: Iterable[str] = [channel.removeprefix(keys.RESULT_PREFIX)]
         if channel == self._origin.channel:
             ids = filter(self._origin.made, self._watches)

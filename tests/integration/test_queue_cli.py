@@ -117,7 +117,7 @@ def test_options_of_submit(cli: Cli, redis_server: RedisServer, tmp_path: Path) 
     ("argument", "words"),
     [
         ("[1,", "is not JSON"),
-        ("three.txt", "there is no such file, and it is not JSON"),
+        ("three.txt", "is neither a file nor JSON"),
         ("nobody.json", "there is no such file"),
         ("nobody.npy", "there is no such file"),
         ("@[1]", "there is no such file"),
@@ -174,7 +174,7 @@ def test_pickles_are_not_opened(cli: Cli, tmp_path: Path) -> None:
     np.save(tmp_path / "evil.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     done = cli("submit", str(tmp_path / "evil.npy"))
     assert done.returncode == 65
-    assert "is no .npy file" in done.stderr
+    assert "is not a .npy file" in done.stderr
 
 
 def test_waiting_for_results(cli: Cli, worker: HandWorker) -> None:
@@ -229,10 +229,10 @@ def test_cancel(cli: Cli, client: Client, worker: HandWorker) -> None:
     assert cli("cancel", waiting, running).returncode == 0
     done = cli("cancel", running, ended)
     assert done.returncode == 1
-    assert f"{ended}: not cancelled, it is completed" in done.stdout
+    assert f"{ended}: not cancelled: already completed" in done.stdout
     unknown = cli("cancel", "nobody")
     assert unknown.returncode == 66
-    assert unknown.stdout == "nobody: nothing is known of it; should it come, it does not run\n"
+    assert unknown.stdout == "nobody: unknown id; cancelled in case it arrives later\n"
     assert cli.json("cancel", running) == [{"task_id": running, "status": "revoked", "known": True}]
 
 

@@ -86,7 +86,7 @@ def test_a_worker_is_drained_and_resumed(
     assert ["status", "completed"] in [line.split() for line in lines]
     listed = cli.json("task", "list", "--limit", "1", "--model", "digits")
     assert [task["id"] for task in listed["tasks"]] == [waits]
-    assert f"for older ones: --before {listed['before']}" in cli("task", "list", "--limit", "1").stdout
+    assert f"for older tasks: --before {listed['before']}" in cli("task", "list", "--limit", "1").stdout
     assert cli("task", "list", "--status", "failed").stdout == "no matching task has ended\n"
     assert cli.json("task", "retry", waits, code=65)["refused"][waits]["code"] == "wrong_state"
     assert cli("task", "cancel", waits).returncode == 1

@@ -76,14 +76,14 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, data: bytes, value: Any
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: read_input("dog.jpg"), "dog.jpg: there is no such file, and it is not JSON"),
+        (lambda: read_input("dog.jpg"), "dog.jpg: is neither a file nor JSON"),
         (lambda: read_input("[1, 2"), "is not JSON"),
         (lambda: read_input("."), "is a folder"),
-        (lambda: read_input("x" * 5000), "neither JSON nor the name of a file"),
+        (lambda: read_input("x" * 5000), "neither JSON nor a file name"),
         (lambda: read_field("cat.jpg"), "must be NAME=VALUE"),
         (lambda: read_batch(["cat.jpg"]), "must hold the list of inputs"),
         (lambda: opened(Path("gone.png"), many=False), "gone.png: cannot be read"),
-        (lambda: opened(Path("cat.jpg"), many=False, kinds={"x": "text"}), "cat.jpg: is no UTF-8 text"),
+        (lambda: opened(Path("cat.jpg"), many=False, kinds={"x": "text"}), "cat.jpg: is not UTF-8 text"),
     ],
 )
 def test_what_is_no_input(folder: Path, call: Any, words: str) -> None:

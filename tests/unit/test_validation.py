@@ -94,7 +94,7 @@ def test_what_fits_passes(wanted: Input, value: Any) -> None:
         (IDS, [1.5], DtypeMismatch, "holds a fractional number, the model wants int64"),
         (IDS, torch.zeros(3), DtypeMismatch, "is float32, the model wants int64"),
         (IDS, [], ShapeMismatch, "has shape [0], the model wants [-1] (-1: any length)"),
-        (IDS, b"a picture", InputError, "is a file, and the model takes numbers here"),
+        (IDS, b"a picture", InputError, "must be numbers or an array, got a file"),
         (Input(name="x", kind="text"), 7, InputError, "must be a string, got a number"),
         (Input(name="x", kind="text", schema={"maxLength": 2}), "abc", InputError, "longer than 2"),
         (Input(name="x", kind="image"), [[1]], InputError, "must be an image file"),
@@ -139,9 +139,9 @@ PLAIN = Input(name="x", kind="tensor", dtype="float32", shape=(2,))
 def test_a_file_stands_for_an_array(wanted: Input, file: Any, found: list[Any]) -> None:
     """One of numpy's by how it begins; an array's bytes where dtype and shape are known; in base64 or not."""
     one = validator(wanted)
-    settled = one.settled(file)
-    one.check(settled)
-    assert settled.tolist() == found
+    unwrapped = one.unwrapped(file)
+    one.check(unwrapped)
+    assert unwrapped.tolist() == found
 
 
 @pytest.mark.parametrize(
@@ -150,15 +150,15 @@ def test_a_file_stands_for_an_array(wanted: Input, file: Any, found: list[Any]) 
         (PLAIN, b"1234567", "is a file of 7 bytes; shape [2] of float32 takes 8 bytes"),
         (FREE, b"123456", "shape [-1, 2] of bfloat16 takes a multiple of 4 bytes"),
         (FREE, b"", "takes a multiple of 4 bytes"),
-        (Input(name="x", kind="tensor", dtype="int8", shape=(-1, -1)), b"1", "takes a .npy file, or JSON"),
+        (Input(name="x", kind="tensor", dtype="int8", shape=(-1, -1)), b"1", "takes a .npy file or JSON"),
         (PLAIN, {"b64": "A"}, "is not valid base64"),
-        (PLAIN, {"b64": b"x", "name": "x.npy"}, "is no .npy file"),
+        (PLAIN, {"b64": b"x", "name": "x.npy"}, "is not a .npy file"),
     ],
 )
 def test_a_file_that_is_no_such_array(wanted: Input, file: Any, words: str) -> None:
     """How many bytes it would have to have is said."""
     with pytest.raises(InputError) as caught:
-        validator(wanted).settled(file)
+        validator(wanted).unwrapped(file)
     assert words in str(caught.value)
 
 
@@ -202,14 +202,14 @@ def test_inputs_by_name() -> None:
 
 def test_an_only_input_may_be_named() -> None:
     """As a form does it; a file may have any name; an object of JSON stays what it is."""
-    assert validator(DIGIT).settled({"image": b"x"}) == b"x"
-    assert validator(DIGIT).settled({"picture": {"b64": b"x", "name": "a.png"}}) == {
+    assert validator(DIGIT).unwrapped({"image": b"x"}) == b"x"
+    assert validator(DIGIT).unwrapped({"picture": {"b64": b"x", "name": "a.png"}}) == {
         "b64": b"x",
         "name": "a.png",
     }
-    assert validator(DIGIT).settled({"image": [[[1]]]}) == [[[1]]]
-    assert validator(DIGIT).settled({"picture": [1]}) == {"picture": [1]}
-    assert validator(DOC).settled({"doc": {"text": "a"}}) == {"doc": {"text": "a"}}
+    assert validator(DIGIT).unwrapped({"image": [[[1]]]}) == [[[1]]]
+    assert validator(DIGIT).unwrapped({"picture": [1]}) == {"picture": [1]}
+    assert validator(DOC).unwrapped({"doc": {"text": "a"}}) == {"doc": {"text": "a"}}
 
 
 def test_a_file_may_stand_for_what_it_holds() -> None:
@@ -217,14 +217,14 @@ def test_a_file_may_stand_for_what_it_holds() -> None:
     text = Input(name="letter", kind="text")
     array = io.BytesIO()
     np.save(array, np.arange(3))
-    assert validator(text).settled({"b64": b"Guten Tag", "name": "a.md"}) == "Guten Tag"
-    assert validator(DOC).settled({"b64": b'{"text": "a"}', "name": "a"}) == {"text": "a"}
-    assert validator(IDS).settled({"b64": array.getvalue(), "name": "a.npy"}).tolist() == [0, 1, 2]
-    both = validator(DIGIT, text).settled({"image": b"x", "letter": {"b64": b"hi", "name": "a.txt"}})
+    assert validator(text).unwrapped({"b64": b"Guten Tag", "name": "a.md"}) == "Guten Tag"
+    assert validator(DOC).unwrapped({"b64": b'{"text": "a"}', "name": "a"}) == {"text": "a"}
+    assert validator(IDS).unwrapped({"b64": array.getvalue(), "name": "a.npy"}).tolist() == [0, 1, 2]
+    both = validator(DIGIT, text).unwrapped({"image": b"x", "letter": {"b64": b"hi", "name": "a.txt"}})
     assert both == {"image": b"x", "letter": "hi"}
     for wanted, content in ((text, b"\xff"), (DOC, b"{")):
         with pytest.raises(InputError, match=r"a\.txt"):
-            validator(wanted).settled({"b64": content, "name": "a.txt"})
+            validator(wanted).unwrapped({"b64": content, "name": "a.txt"})
 
 
 def test_a_job() -> None:
