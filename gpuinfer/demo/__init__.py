@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer demo``: a private appliance in a temporary folder, a burst of real requests, the figures."""
+"""``gpuinfer demo``: a private appliance in a temporary folder, a burst of requests, and the figures."""

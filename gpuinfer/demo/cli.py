@@ -20,43 +20,50 @@ if TYPE_CHECKING:
     from gpuinfer.demo.screen import Screen
     from gpuinfer.demo.stack import Stack
 
-#: Realtime requests in flight, and batch jobs.
+#: Concurrent realtime requests, and concurrent batch jobs.
 IN_FLIGHT, JOBS = 32, 2
 _REFRESH_S = 0.1
 
 
 @click.command(epilog=examples("gpuinfer demo --keep", "gpuinfer demo --fleet"))
-@click.option("--keep", is_flag=True, help="Keep everything running at the end, until Ctrl-C.")
-@click.option("--workers", type=click.IntRange(1, 16), default=2, show_default=True, help="How many workers.")
+@click.option("--keep", is_flag=True, help="Keep everything running afterwards, until Ctrl-C.")
+@click.option(
+    "--workers", type=click.IntRange(1, 16), default=2, show_default=True, help="Number of workers."
+)
 @click.option(
     "--rounds",
     type=click.IntRange(1, 1000),
     default=8,
     show_default=True,
-    help="How often each test image is sent.",
+    help="How many times each test image is sent.",
 )
-@click.option("--fleet", is_flag=True, help="Simulate two hosts with eight GPUs instead, with faults.")
+@click.option("--fleet", is_flag=True, help="Simulate two hosts with eight GPUs, and some faults, instead.")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=1, max=86400),
     metavar="SECONDS",
-    help="How long the fleet's load lasts. Default: until Ctrl-C; without a terminal, 30.",
+    help="Duration of the load with --fleet. Default: until Ctrl-C; without a terminal, 30.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, everything else on stderr.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the figures as JSON on stdout; everything else goes to stderr.",
+)
 def demo(keep: bool, workers: int, rounds: int, fleet: bool, seconds: float | None, as_json: bool) -> int:
-    """Try everything here: a private Redis, workers, the API, requests.
+    """Try gpuinfer on this host: a private Redis, workers, the API and requests.
 
-    It runs in a temporary folder, which is deleted at the end; this host's own gpuinfer, its settings and
-    its Redis are not changed. Workers run on this host's GPUs, or on the CPU where there is none. Started by
-    root, it runs as the workers' user.
+    The demo runs in a temporary folder, which is deleted at the end. It does not touch an installed gpuinfer,
+    its settings or its Redis. Workers use this host's GPUs, or the CPU if there are none. If you are root,
+    the demo runs as the workers' user.
 
-    Every test image of the shipped model is sent over HTTP while batch jobs run. Exit code 0: every request
-    was answered, with the result that the model gives when called directly; else 1. Ctrl-C cleans up, too
-    (130), and ends --keep.
+    It sends every test image of the shipped model over HTTP while batch jobs run, and compares the results
+    with those of calling the model directly. Exit code 0: every request got the same result; 1: it did not.
+    130: Ctrl-C, which also cleans up and ends --keep.
 
-    --fleet needs no GPU and loads no model: its workers are threads that sleep, with real queues, watchers
-    and results. One task kills its workers, one GPU is lost, one queue is paused. It shows gpuinfer status
-    meanwhile. At the end it compares the submitted tasks with those that ended (exit code 0: equal).
+    --fleet needs no GPU and loads no model: workers are threads that sleep, but queues, watchers and results
+    are real. One task kills its workers, one GPU fails, one queue is paused, and gpuinfer status shows it.
+    At the end the submitted tasks are compared with the ended ones (exit code 0: equal).
     """
     from gpuinfer.demo.private import end_in_order
     from gpuinfer.demo.screen import console_for, screen_for
@@ -86,7 +93,7 @@ def demo(keep: bool, workers: int, rounds: int, fleet: bool, seconds: float | No
     finally:
         screen.close()
     if not keep and not as_json:
-        _go_on(console)
+        _next_steps(console)
     return 0 if found.ok else 1
 
 
@@ -95,7 +102,7 @@ def _count(workers: int) -> str:
 
 
 def _run(stack: Stack, screen: Screen, console: Console, rounds: int) -> Figures:
-    """Start everything, put the load on it and return the figures. Raises ProcessEnded, ConfigError."""
+    """Start everything, run the load and return the figures. Raises ProcessEnded, ConfigError."""
     from gpuinfer.demo.figures import figures
     from gpuinfer.demo.processes import ProcessEnded
     from gpuinfer.demo.screen import show_log
@@ -143,23 +150,23 @@ def _report(found: Figures, console: Console, as_json: bool, elapsed_s: float) -
 
 
 def _keep(stack: Stack, console: Console) -> None:
-    """Leave the stack up until Ctrl-C. Raises ProcessEnded when a part of it ends."""
+    """Keep the stack running until Ctrl-C. Raises ProcessEnded if a process ends."""
     from gpuinfer.demo.summary import show_kept
     from gpuinfer.models.shipped import load_test_images
 
     images, _ = load_test_images()
     digit = stack.folder / "digit.json"
-    digit.write_text(json.dumps(images[0].tolist()))  # as the API takes it, and `gpuinfer submit`
+    digit.write_text(json.dumps(images[0].tolist()))  # for the API and `gpuinfer submit`
     show_kept(console, stack.url, stack.folder, digit)
     try:
         while True:
             time.sleep(_REFRESH_S)
             stack.check()
     except KeyboardInterrupt:
-        console.print("ending ...")
+        console.print("stopping ...")
 
 
-def _go_on(console: Console) -> None:
-    from gpuinfer.demo.summary import show_how_to_go_on
+def _next_steps(console: Console) -> None:
+    from gpuinfer.demo.summary import show_next_steps
 
-    show_how_to_go_on(console)
+    show_next_steps(console)

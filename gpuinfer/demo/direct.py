@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The yardstick: the model called directly, image by image, without queue, batches or HTTP.
+"""The reference results: the model called directly, image by image, without queue, batches or HTTP.
 
-Run as a process, ``python -m gpuinfer.demo.direct FILE``, so that the demo itself need not load torch.
+Runs as a process, ``python -m gpuinfer.demo.direct FILE``, so that the demo itself does not load torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def classify(name: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Write what ``classify`` returns as JSON; the rename makes the file appear whole."""
+    """Write the result of ``classify`` as JSON, atomically."""
     target = Path(sys.argv[1])
     scratch = target.with_suffix(".part")
     scratch.write_bytes(orjson.dumps(classify(load_settings().worker.models[0])))

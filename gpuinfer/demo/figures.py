@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From answers to figures: accuracy, throughput, latency, and what differed. Pure."""
+"""Figures from the answers: accuracy, throughput, latency and differences. Pure."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 from gpuinfer.demo.load import TIERS, Answer, Tier
 
-#: How many differences are spelt out.
+#: Maximum number of differences shown.
 SHOWN = 10
 Results = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TierFigures:
-    """One tier's figures. Latencies are of requests that were answered, in milliseconds."""
+    """The figures of one tier. Latencies are in milliseconds, of answered requests only."""
 
     tier: Tier
     requests: int
     failed: int
     images: int
     correct: int
-    #: Images whose class is not the one the model gives when called directly.
+    #: Images whose class differs from that of the direct call.
     differing: int
     seconds: float
     p50_ms: float
@@ -40,7 +40,7 @@ class TierFigures:
 
     @property
     def equal(self) -> bool:
-        """Tell whether every request was answered, with the class that the model gives directly."""
+        """Whether every request was answered, with the class of the direct call."""
         return self.requests > 0 and self.failed == 0 and self.differing == 0
 
 
@@ -49,10 +49,10 @@ class Figures:
     """What the demo measured."""
 
     test_images: int
-    #: Of the test images, how many the model called directly gets right.
+    #: Test images that the direct call classifies correctly.
     direct_correct: int
     tiers: tuple[TierFigures, ...]
-    #: The largest difference of a confidence from that of the direct call.
+    #: The largest difference between a confidence and that of the direct call.
     confidence_difference: float
     batches: int
     mean_batch_size: float
@@ -69,7 +69,7 @@ class Figures:
         return all(tier.equal for tier in self.tiers)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it for JSON, what is computed from it included."""
+        """Return the figures for JSON, including derived values."""
         body = asdict(self)
         body["direct_accuracy"] = round(self.direct_accuracy, 6)
         body["ok"] = self.ok
@@ -82,9 +82,9 @@ class Figures:
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """Return the nearest-rank percentile: the smallest value that ``share`` of them do not exceed.
+    """Return the nearest-rank percentile: the smallest value that at least ``share`` of them do not exceed.
 
-    0.0 where there are none.
+    0.0 if there are no values.
     """
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
@@ -97,7 +97,7 @@ def figures(
     batches: Sequence[dict[str, Any]],
     workers: int,
 ) -> Figures:
-    """Compute the figures from the answers, the true labels, and the directly called model's results.
+    """Compute the figures from the answers, the true labels, and the results of the direct call.
 
     ``batches`` are the workers' ``batch_done`` log lines.
     """
@@ -144,7 +144,7 @@ def _tier(tier: Tier, answers: Sequence[Answer], labels: Sequence[int], direct: 
 
 
 def _differences(answers: Sequence[Answer], labels: Sequence[int], direct: Results) -> list[str]:
-    """Say what went wrong, each kind of line once, and at most ``SHOWN`` of them."""
+    """Return a line for each distinct error and difference, at most ``SHOWN``."""
     found = dict.fromkeys(f"{answer.tier}: {answer.error}" for answer in answers if answer.error)
     for answer in answers:
         for image, result in _pairs([answer]):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer demo --fleet``: two hosts with four pretended GPUs each, three models, a mixed load, and faults.
+"""``gpuinfer demo --fleet``: two simulated hosts with four GPUs each, three models, a mixed load, and faults.
 
-Redis, the queue, the watchers and all ends are real; a worker is a thread that sleeps where a GPU would
-compute. Nothing of this host is read or changed.
+Redis, queue, watchers and results are real; a worker is a thread that sleeps instead of computing. Nothing
+on this host is read or changed.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ HOSTS: Mapping[str, Mapping[int, Sequence[str]]] = {
     "gpu-a": {0: ("resnet", "embed"), 1: ("resnet", "embed"), 2: ("whisper",), 3: ("embed", "resnet")},
     "gpu-b": {0: ("resnet", "embed"), 1: ("resnet", "embed"), 2: ("whisper",), 3: ("embed", "resnet")},
 }
-#: Seconds after the start -> what goes wrong then.
+#: Seconds from the start to each fault.
 _FAULTS_S = (4.0, 8.0, 12.0)
 _PAUSED = "batch.resnet"
 
 
 class Fleet(Private):
-    """The processes and threads of a pretended fleet. ``fleet`` makes one and ends it."""
+    """The processes and threads of a simulated fleet. Create it with ``fleet``."""
 
-    #: As an appliance's, so that nothing is amiss but what is meant to be.
+    #: As on an installed appliance, so that the only warnings are those of the faults.
     redis_options: Mapping[str, str] = {
         **Private.redis_options,
         "appendonly": "yes",
@@ -68,37 +68,37 @@ class Fleet(Private):
         self._faults = [self.kill, self.lose_gpu, self.pause]
 
     def await_models(self, client: redis.Redis, until: float) -> None:
-        """Wait until all models are known. Raises ProcessEnded when the time is over."""
+        """Wait until the catalogue has all models. Raises ProcessEnded at the time ``until``."""
         wanted = {model for serves in HOSTS.values() for models in serves.values() for model in models}
         while not wanted <= {name.decode() for name in client.zrange(keys.CATALOGUE, 0, -1)}:  # type: ignore[union-attr]
             self._pause([], until, "models")
 
     def step(self) -> None:
-        """Let go wrong what is due."""
+        """Cause the faults that are due."""
         elapsed = time.monotonic() - self._began
         while self._faults and elapsed >= _FAULTS_S[len(_FAULTS_S) - len(self._faults)]:
             self._faults.pop(0)()
 
-    # -- what goes wrong ------------------------------------------------------------------
+    # -- faults ---------------------------------------------------------------------------
 
     def kill(self) -> None:
-        """A task takes down the workers it runs on, and ends as a dead letter."""
+        """Submit a task that kills its workers and ends as a dead letter."""
         self.driver.send("realtime", "resnet", fault="kill")
 
     def lose_gpu(self) -> None:
-        """A GPU falls off its bus."""
+        """Lose a GPU, as when it falls off the PCI bus."""
         host = self.hosts[-1]
         host.gpus.xids[3] = "Xid 79"
         host.gpus.faults[3] = "GPU is lost"
         host.workers[3].stop()
 
     def pause(self) -> None:
-        """Somebody pauses a queue, and forgets it."""
+        """Pause a queue."""
         with self.client() as client:
             set_paused(client, _PAUSED, True)
 
     def resume(self) -> None:
-        """Somebody remembers."""
+        """Resume the queue."""
         with self.client() as client:
             set_paused(client, _PAUSED, False)
 
@@ -111,7 +111,7 @@ class Fleet(Private):
         return connect(self.loaded.settings.broker)
 
     def drain(self, timeout_s: float) -> bool:
-        """Stop the load, and wait until all that was accepted has ended."""
+        """Stop the load and wait for all accepted tasks to end; return whether they did in time."""
         self.driver.stop()
         self.resume()
         until = time.monotonic() + timeout_s
@@ -124,7 +124,7 @@ class Fleet(Private):
         return False
 
     def close(self) -> None:
-        """End the load, the watchers and workers, and Redis."""
+        """Stop the load, the watchers, the workers and Redis."""
         self.driver.stop()
         for host in self.hosts:
             host.stop()
@@ -133,7 +133,7 @@ class Fleet(Private):
 
 @contextmanager
 def fleet(report: Report = lambda *_: None, *, seed: int = 1, scale: float = 1.0) -> Iterator[Fleet]:
-    """Yield a fleet that has not started yet; in the end all of it is gone."""
+    """Yield a fleet that is not started yet; clean up at the end."""
     made = Fleet(private_folder("gpuinfer-fleet-"), report, seed=seed, scale=scale)
     with cleaning_up(made):
         yield made

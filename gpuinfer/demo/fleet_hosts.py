@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hosts of a pretended fleet: the real watcher over pretended units, and GPUs that warm up as they work."""
+"""Hosts of a simulated fleet: the real watcher, simulated units, and GPUs that warm up under load."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ _HOLDS = {"resnet": 3 * _GIB, "whisper": 14 * _GIB, "embed": 6 * _GIB}
 
 
 class FleetGpus:
-    """The GPUs of one host, in the place of NVML's thread."""
+    """The simulated GPUs of one host, instead of the NVML thread."""
 
     def __init__(self, workers: Mapping[int, FleetWorker]) -> None:
         self.numbers = tuple(workers)
         self._workers = workers
         self._looked = dict.fromkeys(workers, (time.monotonic(), 0.0, 0.0))
         self._heat = dict.fromkeys(workers, float(_COOL_C))
-        #: Number -> what is wrong with its GPU.
+        #: Instance -> fault of its GPU.
         self.faults: dict[int, str] = {}
-        #: Number -> what its GPU has told since the last call.
+        #: Instance -> Xid of its GPU since the last call.
         self.xids: dict[int, str] = {}
 
     def start(self) -> None:
-        """Nothing is to be started."""
+        """Do nothing."""
 
     def stop(self) -> None:
-        """Nothing is to be ended."""
+        """Do nothing."""
 
     def health(self, ours: Container[int], numbers: Iterable[int]) -> Mapping[int, GpuHealth]:
-        """Return the health of GPUs that are not well."""
+        """Return the health of faulty GPUs."""
         return {number: GpuHealth(fault=fault) for number, fault in self.faults.items()}
 
     def take_xids(self) -> dict[int, str]:
-        """Return what went wrong since the last call."""
+        """Return the Xids since the last call."""
         taken, self.xids = self.xids, {}
         return taken
 
     def readings(self) -> Sequence[Reading]:
-        """Return what each GPU does just now."""
+        """Return each GPU's readings."""
         return [self._reading(number, worker) for number, worker in self._workers.items()]
 
     def _reading(self, number: int, worker: FleetWorker) -> Reading:
@@ -73,7 +73,7 @@ class FleetGpus:
 
 
 class FleetHost:
-    """One host: a thread with a watcher's loop."""
+    """One host: a thread that runs a watcher."""
 
     def __init__(self, settings: Settings, name: str, serves: Mapping[int, Sequence[str]]) -> None:
         """``serves``: instance -> its models."""
@@ -93,7 +93,7 @@ class FleetHost:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the watcher, and then the workers."""
+        """Stop the watcher, then the workers."""
         if self._loop is not None and self._ended is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._ended.set)
         self._thread.join()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mixed load of a pretended fleet, with its account: what was submitted, and how it must end."""
+"""The mixed load of a simulated fleet, and counts of the submitted tasks by expected outcome."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gpuinfer.demo.fleet_workers import FAULT
 from gpuinfer.errors import BrokerError
 from gpuinfer.settings import Settings
 
-#: Seconds between two looks at what is due.
+#: Seconds between two checks of what to submit.
 _STEP_S = 0.05
-#: Of so many tasks one fails.
+#: One in this many tasks fails.
 _FAILS = 200
 
 
@@ -28,12 +28,12 @@ class Stream:
 
     tier: str
     model: str
-    #: Tasks a second on average, and how many come together.
+    #: Average tasks per second, and tasks per burst.
     rate: float
     burst: int = 1
 
 
-#: What fits eight workers with some room, and makes a backlog now and then.
+#: A load that eight workers can handle, with an occasional backlog.
 STREAMS = (
     Stream("realtime", "resnet", 120.0),
     Stream("default", "embed", 60.0, 4),
@@ -43,15 +43,15 @@ STREAMS = (
 
 
 class FleetLoad:
-    """Submits until it is stopped. ``submitted`` is exact once it has."""
+    """Submits tasks until stopped. ``submitted`` is exact after that."""
 
     def __init__(self, settings: Settings, *, seed: int = 1, scale: float = 1.0) -> None:
         self._settings = settings
-        self._random = Random(seed)  # noqa: S311  a load, no secret
+        self._random = Random(seed)  # noqa: S311  a load, not a secret
         self._scale = scale
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        #: (tier, model, outcome) -> tasks that Redis has accepted, and that must end so.
+        #: (tier, model, expected outcome) -> tasks that Redis has accepted.
         self.submitted: Counter[tuple[str, str, str]] = Counter()
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
 
@@ -60,13 +60,13 @@ class FleetLoad:
         self._thread.start()
 
     def stop(self) -> None:
-        """End; every submission is accounted for."""
+        """Stop; every submission is counted then."""
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
 
     def send(self, tier: str, model: str, count: int = 1, *, fault: str = "") -> list[str]:
-        """Submit tasks and note them; return their ids. Raises BrokerError."""
+        """Submit tasks and count them; return their ids. Raises BrokerError."""
         with Client(self._settings) as client:
             return self._send(client, tier, model, count, fault)
 
@@ -108,7 +108,7 @@ class FleetLoad:
                 if some:
                     self._send(client, stream.tier, stream.model, some, fault)
         except BrokerError:
-            self._stop.wait(1.0)  # Redis is away: the status says so
+            self._stop.wait(1.0)  # Redis is unavailable, and the status screen shows it
 
     def to_dict(self) -> Mapping[str, Mapping[str, int]]:
         """Return ``tier.model`` -> outcome -> tasks."""

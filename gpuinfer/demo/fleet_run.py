@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The course of ``gpuinfer demo --fleet``: load and faults under the status screen, then the account."""
+"""Runs ``gpuinfer demo --fleet``: load and faults under the status screen, then a comparison of outcomes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from gpuinfer.view.gather import Gatherer
 from gpuinfer.view.model import Status
 from gpuinfer.view.screen import live
 
-#: Seconds that what was accepted may take to end once the load has stopped.
+#: Maximum seconds for accepted tasks to end after the load has stopped.
 DRAIN_S = 120.0
-#: How long it runs where nobody sits before a terminal, unless told.
+#: Default duration in seconds without a terminal.
 _UNATTENDED_S = 30.0
 _EVERY_S = 1.0
 
 
 def run(seconds: float | None, *, as_json: bool) -> int:
-    """Run until ``seconds`` are over, or Ctrl-C. Returns 0 when all ended as it had to."""
+    """Run for ``seconds``, or until Ctrl-C. Returns 0 if every task had its expected outcome, else 1."""
     console = console_for(to_stderr=as_json)
-    console.print("gpuinfer demo --fleet: two pretended hosts, eight pretended GPUs, three models")
+    console.print("gpuinfer demo --fleet: two simulated hosts, eight simulated GPUs, three models")
     with fleet() as made, (made.folder / "fleet.log").open("w", encoding="utf-8") as log:
         configure(made.loaded.settings.log, program="gpuinfer-demo", stream=log)
         made.start()
@@ -44,7 +44,7 @@ def run(seconds: float | None, *, as_json: bool) -> int:
         if seconds is None and not attended:
             seconds = _UNATTENDED_S
         _go(made, seconds, attended=attended)
-        console.print("the load has ended; waiting for what was accepted ...")
+        console.print("the load has stopped; waiting for the remaining tasks ...")
         drained = made.drain(DRAIN_S)
         with Gatherer(made.loaded) as gatherer:
             found = build(gatherer.look())
@@ -54,18 +54,18 @@ def run(seconds: float | None, *, as_json: bool) -> int:
 def _tell(made: Fleet, console: Console) -> None:
     show_commands(
         console,
-        "It is up. From another terminal:",
+        "The fleet is running. In another terminal:",
         [
-            (f"export GPUINFER_CONFIG={made.folder / CONFIG}", "for gpuinfer's other commands"),
+            (f"export GPUINFER_CONFIG={made.folder / CONFIG}", "lets gpuinfer's commands use it"),
             ("gpuinfer status", "this screen"),
-            ("gpuinfer top", "the same, to act in"),
-            (f"tail -f {made.folder}/fleet.log", "what watchers and workers log"),
+            ("gpuinfer top", "this screen, with actions"),
+            (f"tail -f {made.folder}/fleet.log", "log of watchers and workers"),
         ],
     )
 
 
 def _go(made: Fleet, seconds: float | None, *, attended: bool) -> None:
-    """Let the load and the faults come, until the time is over or Ctrl-C."""
+    """Run the load and the faults until the time is over or Ctrl-C."""
     until = time.monotonic() + seconds if seconds is not None else float("inf")
 
     def more() -> bool:
@@ -97,6 +97,6 @@ def _account(
         for outcomes in sent.values():
             totals.update(outcomes)
         parts = ", ".join(f"{name} {count:,}" for name, count in sorted(totals.items()))
-        said = "all ended as they had to" if equal else f"NOT as it had to: {ended} instead of {sent}"
+        said = "all with the expected outcome" if equal else f"UNEXPECTED outcomes: {ended} instead of {sent}"
         console.print(f"submitted {sum(totals.values()):,}: {parts}; {said}", markup=False)
     return 0 if equal else 1

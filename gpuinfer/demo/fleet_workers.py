@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers of a pretended fleet: real claims, real ends and heartbeats, and a sleep in place of a GPU.
+"""Workers of a simulated fleet: real claims, results and heartbeats, and a sleep instead of a GPU.
 
-A task's ``metadata`` may ask for a fault: ``{"fault": "fail"}`` fails, ``{"fault": "kill"}`` takes its worker
-down as a SIGKILL would.
+A task's ``metadata`` may request a fault: with ``{"fault": "fail"}`` it fails, with ``{"fault": "kill"}`` it
+kills its worker, like a SIGKILL.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from gpuinfer.watcher.units import UnitView
 log = get_logger(__name__)
 
 FAULT = "fault"
-#: Seconds that a start takes, and a restart after a crash waits.
+#: Seconds that a start takes, and seconds before a restart after a crash.
 STARTUP_S, RESTART_S = 1.0, 0.5
 _BATCH, _IDLE_S, _BEAT_S = 8, 0.03, 1.0
-#: Model -> seconds that a batch takes, and each task of it more.
+#: Model -> seconds per batch, and seconds per task in it.
 SECONDS: Mapping[str, tuple[float, float]] = {
     "resnet": (0.010, 0.002),
     "embed": (0.005, 0.001),
@@ -46,7 +46,7 @@ _OTHER = (0.01, 0.002)
 
 
 class Killed(Exception):
-    """Raised where the worker would have died."""
+    """Raised instead of killing the process."""
 
 
 class FleetWorker:
@@ -61,7 +61,7 @@ class FleetWorker:
         #: When it last became ready, on the monotonic clock.
         self.ready_at: float | None = None
         self.restarts = 0
-        #: Seconds that its device has computed, ever.
+        #: Total seconds of simulated computing.
         self.computed_s = 0.0
         self._settings = settings
         self._host = host
@@ -71,7 +71,7 @@ class FleetWorker:
         self._told_at = self._told_s = 0.0
 
     def start(self) -> None:
-        """Start it, unless it runs."""
+        """Start it if it is not running."""
         if self.state in ("inactive", "failed"):
             self._stop.clear()
             self._enter("activating")
@@ -79,13 +79,13 @@ class FleetWorker:
             self._thread.start()
 
     def stop(self) -> None:
-        """Let it finish its batch and end."""
+        """Stop it after its batch."""
         if self.state in ("active", "activating"):
             self._enter("deactivating")
         self._stop.set()
 
     def join(self) -> None:
-        """Wait for its end."""
+        """Wait until it has stopped."""
         self.stop()
         if self._thread is not None:
             self._thread.join()
@@ -113,7 +113,7 @@ class FleetWorker:
         with connect(self._settings.broker) as client:
             by = f"process {secrets.token_hex(8)}"
             store = Store(client, self.name, QUEUES, self._settings.queue, models=self.models, by=by)
-            store.restore()  # as the unit does before its worker starts
+            store.restore()  # the unit does this before its worker starts
             if self._stop.wait(STARTUP_S):
                 return
             self._enter("active")
@@ -131,7 +131,7 @@ class FleetWorker:
             store.leave()
 
     def _work(self, store: Store, tasks: Sequence[Claimed]) -> None:
-        """Run a batch; what has had a death runs alone, so that no neighbour pays for it."""
+        """Run a batch. Tasks that have killed a worker run alone, so that no other task is charged."""
         opened = [(task, decode(task.payload)) for task in tasks]
         alone = any(envelope.deaths for _, envelope in opened)
         for part in [[one] for one in opened] if alone else [opened]:
@@ -155,7 +155,7 @@ class FleetWorker:
     def _final(self, task: Claimed, envelope: Envelope) -> Final:
         tier = place_of(task.list_key).tier
         if _fault(envelope) == "fail":
-            error = InferenceError("the demo asked for a failure")
+            error = InferenceError("failure requested by the demo")
             meta, outcome = results.failure(envelope.id, error, worker=self.name), "failed"
         else:
             meta = results.success(envelope.id, {"ok": True}, worker=self.name)
@@ -202,16 +202,16 @@ def _view(one: FleetWorker) -> UnitView:
 
 
 class FleetUnits:
-    """The units of one pretended host, as its watcher sees them."""
+    """The simulated units of one host."""
 
     def __init__(self, workers: Mapping[int, FleetWorker]) -> None:
         self.workers = workers
 
     async def open(self) -> None:
-        """Nothing is to be opened."""
+        """Do nothing."""
 
     async def look(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
-        """Return every instance's state."""
+        """Return the state of each instance."""
         return {number: _view(one) for number, one in self.workers.items() if number in numbers}
 
     async def act(self, verb: Verb, number: int) -> None:
@@ -222,7 +222,7 @@ class FleetUnits:
             self.workers[number].stop()
 
     async def close(self) -> None:
-        """Let all of them end."""
+        """Wait until all of them have stopped."""
         for one in self.workers.values():
             one.stop()
         for one in self.workers.values():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The load: every image as a request of its own, again and again, while batch jobs hold all images at once.
+"""The load: each image as one request, several times over, while batch jobs submit all images at once.
 
-Real HTTP over kept-alive connections, one thread a connection: POST, then GET /result?wait= until the
-task has ended. A closed loop: a connection sends its next request when it has its answer.
+HTTP over keep-alive connections, one thread each: POST, then GET /result?wait= until the task has ended. A
+closed loop: a connection sends its next request after it has its answer.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import orjson
 
 Tier = Literal["realtime", "batch"]
 TIERS: tuple[Tier, ...] = ("realtime", "batch")
-#: Seconds one GET waits for a result, one answer may take altogether, and the socket may be silent.
+#: Seconds: the wait of one GET for a result, the maximum per request, and the socket timeout.
 WAIT_S, DEADLINE_S, SOCKET_TIMEOUT_S = 20.0, 120.0, 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What became of one request: its results, one an image, or its error."""
+    """The outcome of one request: its results, one per image, or its error."""
 
     tier: Tier
-    #: The images asked about, by their place in the test set.
+    #: Indices of its images in the test set.
     images: Sequence[int]
-    #: From before the POST until the result was there, on the monotonic clock.
+    #: Monotonic times before the POST and after the result.
     begun: float
     ended: float
     results: Sequence[dict[str, Any]] = ()
@@ -43,11 +43,11 @@ class Answer:
 
 
 class Refused(Exception):
-    """Raised when the API answers with an error, or a task fails; the text says which."""
+    """Raised if the API answers with an error or a task fails; the message says which."""
 
 
 class Connection:
-    """One kept-alive connection to the API."""
+    """One keep-alive connection to the API."""
 
     def __init__(self, url: str) -> None:
         host = urlsplit(url).netloc
@@ -79,7 +79,7 @@ class Connection:
 
 
 class Load:
-    """All requests of a demo. ``answers`` grows while it runs; reading it is safe at any moment."""
+    """All requests of a demo. ``answers`` grows while it runs, and may be read at any time."""
 
     def __init__(self, url: str, images: Sequence[Any], *, rounds: int, in_flight: int, jobs: int) -> None:
         self.total = len(images) * rounds
@@ -96,26 +96,26 @@ class Load:
         self._job_threads = [self._thread(self._jobs) for _ in range(jobs)]
 
     def start(self) -> None:
-        """Start all threads; the batch jobs first, so that the burst meets a busy appliance."""
+        """Start all threads, batch jobs first, so that the burst meets a busy appliance."""
         for thread in [*self._job_threads, *self._singles_threads]:
             thread.start()
 
     def abandon(self) -> None:
-        """Begin nothing new. Threads that wait end with their connection; nobody waits for them."""
+        """Start no further requests. Threads that still wait are daemons and are not joined."""
         with self._lock:
             self._turns = itertools.islice(self._everything, 0)
         self._burst_over.set()
 
     @property
     def running(self) -> bool:
-        """Tell whether answers are still to come; notes when the burst is over, which ends the jobs."""
+        """Whether answers are still expected. At the end of the burst it also ends the jobs."""
         if not any(thread.is_alive() for thread in self._singles_threads):
             self._burst_over.set()
         return any(thread.is_alive() for thread in [*self._singles_threads, *self._job_threads])
 
     @property
     def burst_over(self) -> bool:
-        """Tell whether every realtime request has been answered."""
+        """Whether every realtime request has been answered."""
         return self._burst_over.is_set()
 
     # -- in the threads -------------------------------------------------------------------
@@ -151,7 +151,7 @@ class Load:
             result = connection.infer(path, body)
             results = list(_one_each(result, len(images)))
         except (Refused, OSError, http.client.HTTPException, ValueError, KeyError) as exc:
-            connection.close()  # the next request opens another one
+            connection.close()  # the next request opens a new one
             error = f"{type(exc).__name__}: {exc}"
         answer = Answer(
             tier=tier, images=images, begun=begun, ended=time.monotonic(), results=results, error=error
@@ -160,7 +160,7 @@ class Load:
 
 
 def _one_each(result: Any, count: int) -> Iterator[dict[str, Any]]:
-    """Yield one result an image. Raises Refused when there are more or fewer, or one is an error."""
+    """Yield one result per image. Raises Refused if the number differs or one is an error."""
     results = result if isinstance(result, list) else [result]
     if len(results) != count:
         raise Refused(f"{len(results)} results for {count} images")

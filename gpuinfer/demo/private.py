@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A private appliance: its own Redis and other processes in a temporary folder, started and ended in order.
+"""A private appliance: its own Redis and other processes in a temporary folder, started and stopped in order.
 
-Nothing of the host is read or changed: no settings file, no GPUINFER_* variable, no TCP port but the API's.
+It uses nothing of the host: no settings file, no GPUINFER_* variable, no TCP port except the API's.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from gpuinfer.demo.processes import Child, ProcessEnded, stop
 from gpuinfer.errors import ConfigError
 from gpuinfer.gpu_binding import VISIBLE
 
-#: How long everything together may take to come up; a cold disk makes importing torch slow.
+#: Maximum seconds until everything is ready; importing torch from a cold disk is slow.
 START_TIMEOUT_S = 180.0
-#: How long API and workers may take to end by themselves; Redis, which keeps nothing here, needs less.
+#: Seconds before SIGKILL when stopping API and workers, and when stopping Redis, which saves nothing here.
 GRACE_S, REDIS_GRACE_S = 10.0, 2.0
 _POLL_S = 0.03
 #: Files in the folder.
 CONFIG, SOCKET = "gpuinfer.toml", "redis.sock"
-#: A socket's path may have 107 bytes; the folder's own name and the file's take up to 40.
+#: A socket path may have 107 bytes; the names of the folder and the socket take up to 40.
 LONGEST_PARENT = 107 - 40
-#: Variables that would lead a child to somebody else's settings, broker, supervisor or credentials.
+#: Variables removed for children: they name other settings, brokers, supervisors or credentials.
 _FOREIGN_PREFIXES = ("GPUINFER_", "CELERY_")
 _FOREIGN = frozenset({"CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", VISIBLE})
-#: How a child calls this very program.
+#: Runs this program in a child process.
 GPUINFER = (sys.executable, "-m", "gpuinfer")
 
-#: Called when a part begins to start (False) and when it is ready (True).
+#: Called with False when a service begins to start, and with True when it is ready.
 Report = Callable[[str, str, bool], None]
 
 
 class Private:
-    """The processes of a private appliance and their folder."""
+    """The processes and the folder of a private appliance."""
 
-    #: Options of its Redis: it keeps nothing.
+    #: Options of its Redis, which saves nothing.
     redis_options: Mapping[str, str] = {"save": "", "appendonly": "no", "daemonize": "no"}
 
     def __init__(self, folder: Path, settings: Mapping[str, Mapping[str, object]], report: Report) -> None:
         self.folder = folder
-        #: Where the API is: ``http://127.0.0.1:PORT``.
+        #: URL of the API: ``http://127.0.0.1:PORT``.
         self.url = ""
         self._report = report
         self._front: list[Child] = []
@@ -60,17 +60,17 @@ class Private:
         (folder / CONFIG).write_text(_config(folder, settings), encoding="utf-8")
 
     def check(self) -> None:
-        """Raises ProcessEnded when a process does not run any more."""
+        """Raises ProcessEnded if a process has ended."""
         for child in [*self._front, *([self._redis] if self._redis else [])]:
             child.check()
 
     def failed(self) -> Child | None:
-        """Return the process that has ended by itself, if one has; its log says why."""
+        """Return a process that has ended unexpectedly, if any; its log says why."""
         children = [*self._front, *([self._redis] if self._redis else [])]
         return next((child for child in children if child.exit_code is not None), None)
 
     def close(self) -> None:
-        """End all processes: the workers while Redis is still there to take back what they hold."""
+        """Stop all processes; Redis last, so that workers can return their tasks."""
         stop(self._front, GRACE_S)
         if self._redis is not None:
             stop([self._redis], REDIS_GRACE_S)
@@ -99,7 +99,7 @@ class Private:
         self._report("redis", "", True)
 
     def _serves(self, child: Child, action: str) -> bool:
-        """Tell whether a child has logged that it serves."""
+        """Whether a child has logged that it is ready."""
         for entry in child.news():
             if entry.get("action") == action:
                 self.url = str(entry.get("address", self.url))
@@ -107,24 +107,24 @@ class Private:
         return False
 
     def _pause(self, children: list[Child], until: float, waiting: str) -> None:
-        """Wait a moment. Raises ProcessEnded when a child has ended, or the time is over."""
+        """Wait a moment. Raises ProcessEnded if a child has ended, or at the time ``until``."""
         for child in children:
             if not self._may_end(child):
                 child.check()
         if time.monotonic() > until:
-            raise ProcessEnded(f"not ready after {START_TIMEOUT_S:g} s: {waiting}; its log says more")
+            raise ProcessEnded(f"not ready after {START_TIMEOUT_S:g} s: {waiting}; see its log")
         time.sleep(_POLL_S)
 
     def _may_end(self, child: Child) -> bool:
-        """Tell whether the end of a child, as it ended, is as it should be."""
+        """Whether this child may end, with its exit code."""
         return False
 
 
 @contextmanager
 def cleaning_up(private: Private) -> Iterator[None]:
-    """In the end the processes and the folder are gone.
+    """Stop the processes and delete the folder at the end of the block.
 
-    Signals that would end this process are ignored meanwhile: the end takes some seconds at most.
+    Signals that would end this process are ignored during the cleanup, which takes some seconds at most.
     """
     try:
         yield
@@ -136,27 +136,27 @@ def cleaning_up(private: Private) -> Iterator[None]:
 
 
 def end_in_order() -> None:
-    """Let SIGTERM and SIGHUP clean up as Ctrl-C does; one that is ignored (nohup) stays so."""
+    """Clean up on SIGTERM and SIGHUP, as on Ctrl-C; an ignored signal (nohup) stays ignored."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
 
 
 def _end(number: int, _: object) -> NoReturn:
-    """End the process as the signal would, by way of all ``finally``."""
+    """Exit with the signal's exit code, through all ``finally`` blocks."""
     raise SystemExit(128 + number)
 
 
 def private_folder(prefix: str) -> Path:
-    """Make the temporary folder, mode 0700; in /tmp where $TMPDIR is too long for a socket's path."""
+    """Create the temporary folder, mode 0700; in /tmp if $TMPDIR is too long for a socket path."""
     parent = tempfile.gettempdir()
     if len(os.fsencode(parent)) > LONGEST_PARENT:
-        parent = "/tmp"  # noqa: S108  mkdtemp makes a folder of its own in it
+        parent = "/tmp"  # noqa: S108  mkdtemp creates a private folder in it
     return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Return what the children see: the caller's variables without the foreign ones, and ours."""
+    """Return the environment of the children: the caller's without ``_FOREIGN``, and the private one's."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -166,7 +166,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _config(folder: Path, settings: Mapping[str, Mapping[str, object]]) -> str:
-    """Return the settings file: everything in the folder. JSON's strings and lists are TOML's, too."""
+    """Return the text of the settings file. Strings and lists are the same in JSON and TOML."""
     own: dict[str, dict[str, object]] = {
         "broker": {"url": f"unix://{folder / SOCKET}?db=0"},
         "models": {"folders": [str(folder / "models")]},
@@ -182,11 +182,11 @@ def _config(folder: Path, settings: Mapping[str, Mapping[str, object]]) -> str:
 
 
 def _redis_binary() -> str:
-    """Find redis-server; a user's PATH may lack the sbin folders. Raises ConfigError."""
+    """Return the path of redis-server; a user's PATH may lack the sbin folders. Raises ConfigError."""
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     found = shutil.which("redis-server", path=path)
     if found is None:
-        raise ConfigError("there is no redis-server; install it with: apt install redis-server")
+        raise ConfigError("redis-server is not installed; install it with: apt install redis-server")
     return found
 
 

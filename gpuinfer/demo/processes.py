@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child processes that do not outlive their parent, and what they write in their logs."""
+"""Child processes that do not outlive their parent, and their logs."""
 
 from __future__ import annotations
 
@@ -25,23 +25,22 @@ class ProcessEnded(GpuinferError, code="process_ended", exit_code=1):
 
 
 def _die_with(parent: int) -> Callable[[], None]:
-    """Return what a child runs before its program: the kernel kills it as soon as ``parent`` is dead."""
+    """Return a preexec_fn that has the kernel kill the child when ``parent`` dies."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def prepare() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
+        if os.getppid() != parent:  # the parent died before the call
             os._exit(1)
 
     return prepare
 
 
 class Child:
-    """A running process with its output in a file. Start it from the main thread.
+    """A running process with its output in a file. Create it in the main thread.
 
-    The kernel sends the death signal when the *thread* that started the child ends. The child has a
-    session of its own, so that Ctrl-C on the terminal reaches the parent alone, which ends its
-    children in order.
+    The kernel kills the child when the *thread* that started it ends. The child has its own session, so
+    that Ctrl-C in the terminal reaches only the parent, which stops its children in order.
     """
 
     def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
@@ -56,7 +55,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=env,
                 start_new_session=True,
-                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509  started before there are threads
+                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509  started before any threads
             )
 
     @property
@@ -65,15 +64,15 @@ class Child:
 
     @property
     def exit_code(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
+        """The exit code, negative for a signal; None while it runs."""
         return self._popen.poll()
 
     def news(self) -> Iterator[dict[str, Any]]:
-        """Yield the JSON lines written since the last call; other lines are left to the log."""
+        """Yield the JSON lines written since the last call; skip other lines."""
         yield from (line for line in self.lines() if isinstance(line, dict))
 
     def lines(self) -> Iterator[dict[str, Any] | str]:
-        """Yield what was written since the last call, line by line: JSON objects read, others as text."""
+        """Yield the lines written since the last call: JSON objects parsed, others as text."""
         with self.log.open("rb") as file:
             file.seek(self._seen)
             for line in file:
@@ -88,17 +87,17 @@ class Child:
         return self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
 
     def check(self) -> None:
-        """Raises ProcessEnded when it does not run any more."""
+        """Raises ProcessEnded if it has ended."""
         if self.exit_code is not None:
             raise ProcessEnded(f"{self.name} {_how(self.exit_code, self.tail())}")
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal; to a process that has ended, nothing is sent."""
+        """Send a signal, unless the process has ended."""
         self._popen.send_signal(number)
 
 
 def stop(children: Sequence[Child], grace_s: float) -> None:
-    """End processes together: SIGTERM, and SIGKILL for what still runs after ``grace_s``. Reaps them."""
+    """Stop processes together: SIGTERM, then SIGKILL after ``grace_s``. Reaps them."""
     for child in children:
         child.signal(signal.SIGTERM)
     until = time.monotonic() + grace_s
@@ -119,7 +118,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _how(status: int, tail: Sequence[str]) -> str:
-    """Say how a process ended, and for one that was not killed what it wrote last."""
+    """Say how a process ended, with the last line of its log unless it was killed."""
     if status < 0:
         return f"was killed by {signal.Signals(-status).name}"
     return f"ended with exit code {status}{_reason(tail)}"
@@ -128,5 +127,5 @@ def _how(status: int, tail: Sequence[str]) -> str:
 def _reason(tail: Sequence[str]) -> str:
     entry = _parsed(tail[-1].encode()) if tail else None
     if entry is None:
-        return f": {tail[-1].strip()}" if tail else ", and wrote nothing"
+        return f": {tail[-1].strip()}" if tail else "; it wrote no log"
     return ": " + " ".join(str(entry[key]) for key in ("action", "message", "reason") if key in entry)

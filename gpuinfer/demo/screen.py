@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo shows while it runs: bars on a terminal, plain lines elsewhere. Everything is measured."""
+"""The progress display of the demo: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rich.text import Text
 from gpuinfer.demo.figures import percentile
 from gpuinfer.demo.load import Answer, Load
 
-#: Width of lines that go to no terminal.
+#: Line width without a terminal.
 PIPE_WIDTH = 110
-#: Plain lines come this often; rates and medians are of this long a while.
+#: Seconds between plain lines, and the window of rates and medians.
 EVERY_S = 1.0
 
 
 class Pace:
-    """Counts answers as they come, and tells the pace of the last while."""
+    """Counts answers and computes the rate over the last few seconds."""
 
     def __init__(self, load: Load) -> None:
         self.load = load
@@ -30,7 +30,7 @@ class Pace:
         self._recent: list[Answer] = []
 
     def update(self) -> None:
-        """Count what has come since the last call."""
+        """Count the answers since the last call."""
         fresh = self.load.answers[self._seen :]
         self._seen += len(fresh)
         self.singles += sum(answer.tier == "realtime" for answer in fresh)
@@ -40,7 +40,7 @@ class Pace:
         self._recent = [answer for answer in [*self._recent, *fresh] if answer.ended >= since]
 
     def realtime(self) -> str:
-        """Return the pace of realtime requests in words; empty when none came lately, or all are done."""
+        """Return rate and median of realtime requests as text; empty if none came lately or all are done."""
         if self.load.burst_over:
             return ""
         mine = [answer.seconds for answer in self._recent if answer.tier == "realtime"]
@@ -49,22 +49,22 @@ class Pace:
         return f"{len(mine) / EVERY_S:,.0f}/s, p50 {percentile(mine, 0.5) * 1e3:.0f} ms"
 
     def batch(self) -> str:
-        """Return how many batch jobs have ended, and how many requests have failed if any."""
+        """Return the numbers of ended batch jobs and of failed requests as text."""
         text = f"{self.jobs:,} jobs of {self.load.images_per_job} images done"
         return f"{text}; {self.failed:,} requests FAILED" if self.failed else text
 
 
 class Screen(Protocol):
-    """What shows the demo's course."""
+    """Shows the demo's progress."""
 
     def service(self, name: str, what: str, ready: bool) -> None:
         """A service begins to start, or is ready."""
 
     def load(self, pace: Pace) -> None:
-        """The load goes on; called some ten times a second."""
+        """Show the state of the load; called about ten times per second."""
 
     def close(self) -> None:
-        """Nothing moves any more."""
+        """Stop updating."""
 
 
 class Lines:
@@ -100,7 +100,7 @@ class Lines:
 
 
 class Seconds(ProgressColumn):
-    """How long a service has been starting, or took to start."""
+    """Seconds that a service has been starting, or took to start."""
 
     def render(self, task: Task) -> Text:
         took = task.finished_time if task.finished else task.elapsed
@@ -161,7 +161,7 @@ class Bars:
 
 
 def console_for(*, to_stderr: bool) -> Console:
-    """Return the console to show things on; beside JSON on standard output it is standard error."""
+    """Return the console: standard error if standard output carries JSON."""
     console = Console(stderr=to_stderr, highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
@@ -169,7 +169,7 @@ def console_for(*, to_stderr: bool) -> Console:
 
 
 def screen_for(console: Console) -> Screen:
-    """Return bars for a terminal that can move its cursor, lines for everything else."""
+    """Return bars for a terminal with cursor control, else plain lines."""
     return Bars(console) if console.is_terminal and not console.is_dumb_terminal else Lines(console)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's appliance: a private Redis, workers and API, and the model called directly.
+"""The demo's processes: a private Redis, workers, the API, and the model called directly.
 
     redis ─► api, workers, and the model called directly (side by side) ─► ... ─► api, workers ─► redis
 
@@ -32,26 +32,26 @@ from gpuinfer.demo.processes import Child, stop
 from gpuinfer.gpu_binding import VISIBLE, check_visible, visible
 from gpuinfer.gpus import Inventory, list_gpus
 
-#: The process that calls the model directly.
+#: Name of the process that calls the model directly.
 _DIRECT = "model"
-#: The action of the log line that says a process serves.
+#: Action of the log line that says a process is ready.
 WORKER_READY, API_READY = "worker_ready", "listening"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the workers run on."""
+    """The devices of the workers."""
 
-    #: Worker number -> what it is called to people; "CPU" for one without a GPU.
+    #: Worker number -> name of its device; "CPU" without a GPU.
     devices: Mapping[int, str]
-    #: Names of GPUs for ``worker.gpus`` where the caller restricts them.
+    #: GPUs for ``worker.gpus``, if the caller restricts them.
     gpus: tuple[str, ...] = ()
-    #: Why a GPU that is there is not used; empty when there is nothing to say.
+    #: Why an existing GPU is not used; empty otherwise.
     note: str = ""
 
     @property
     def summary(self) -> str:
-        """What the workers run on, in words: ``GPU 0 (H200) and the CPU``."""
+        """The devices as text: ``GPU 0 (H200) and the CPU``."""
         names = list(dict.fromkeys(self.devices.values()))
         return " and ".join(("the CPU" if name == "CPU" else name) for name in names)
 
@@ -61,9 +61,9 @@ def plan(
     environ: Mapping[str, str],
     list_gpus: Callable[[Sequence[str]], Inventory] = list_gpus,
 ) -> Plan:
-    """Give each worker a GPU while there are any, the CPU after that. Honours CUDA_VISIBLE_DEVICES.
+    """Assign GPUs to workers, and the CPU to any left over. Honours CUDA_VISIBLE_DEVICES.
 
-    Raises DeviceError where that names no device.
+    Raises DeviceError if that variable names a device that does not exist.
     """
     found, names = list_gpus(()), visible(environ)
     if not found.gpus:
@@ -86,17 +86,17 @@ def _device_name(found: Inventory, number: int) -> str:
 
 
 class Stack(Private):
-    """The processes of a demo and their folder. ``started`` makes one and ends it."""
+    """The processes and the folder of a demo. Create it with ``started``."""
 
     def __init__(self, folder: Path, devices: Plan, report: Report) -> None:
         super().__init__(folder, {"worker": {"gpus": list(devices.gpus)}} if devices.gpus else {}, report)
         self.plan = devices
-        #: Results of the model called directly, in the images' order.
+        #: Results of the model called directly, in the order of the images.
         self.direct: list[dict[str, Any]] = []
         self.workers: list[Child] = []
 
     def start(self) -> None:
-        """Start everything and wait until all of it serves. Raises ConfigError, ProcessEnded."""
+        """Start everything and wait until all of it is ready. Raises ConfigError, ProcessEnded."""
         until = time.monotonic() + START_TIMEOUT_S
         self._start_redis(until)
         api = self._spawn("api", [*GPUINFER, "api", "--host", "127.0.0.1", "--port", "0"])
@@ -112,13 +112,13 @@ class Stack(Private):
         self._await_all(ready, direct, target, until)
 
     def batches(self) -> Iterator[dict[str, Any]]:
-        """Yield the workers' ``batch_done`` log lines that have not been yielded before, one a batch."""
+        """Yield the workers' new ``batch_done`` log lines, one per batch."""
         for worker in self.workers:
             found = (entry for entry in worker.news() if entry.get("action") == "batch_done")
             yield from (entry for entry in found if entry.get("part", "1 ").startswith("1 "))
 
     def _await_all(self, ready: dict[Child, str], direct: Child, target: Path, until: float) -> None:
-        """Wait for each log line in ``ready``, and for the file of the model called directly."""
+        """Wait for each log line in ``ready``, and for the results file of the direct call."""
         while ready or not self.direct:
             for child in [child for child, action in ready.items() if self._serves(child, action)]:
                 del ready[child]
@@ -132,12 +132,12 @@ class Stack(Private):
                 self._pause(self._front, until, ", ".join(child.name for child in ready) or direct.name)
 
     def _may_end(self, child: Child) -> bool:
-        return child.name == _DIRECT and not child.exit_code  # that one ends by itself, with 0
+        return child.name == _DIRECT and not child.exit_code  # exits with 0 when it is done
 
 
 @contextmanager
 def started(devices: Plan, report: Report) -> Iterator[Stack]:
-    """Yield a stack that has not started yet; in the end its processes and its folder are gone."""
+    """Yield a stack that is not started yet; clean up at the end."""
     stack = Stack(private_folder("gpuinfer-demo-"), devices, report)
     with cleaning_up(stack):
         yield stack

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo says in the end: the table of figures, and how to go on."""
+"""The end of the demo: the table of figures, and next steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpuinfer.demo.figures import Figures, TierFigures
 
 
 def show_table(console: Console, figures: Figures) -> None:
-    """Print the figures, and what differed."""
+    """Print the figures and the differences."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("tier")
     for name in ("requests", "accuracy", "equal to direct", "images/s", "p50", "p99"):
@@ -49,7 +49,7 @@ def _equality(tier: TierFigures) -> str:
     if tier.equal:
         return "[green]yes, image by image[/]"
     if not tier.requests:
-        return "[red]NO: not asked[/]"
+        return "[red]NO: no requests[/]"
     return f"[red]NO: {tier.failed:,} failed, {tier.differing:,} differ[/]"
 
 
@@ -72,43 +72,43 @@ def _notes(figures: Figures) -> list[str]:
     ]
 
 
-def show_how_to_go_on(console: Console) -> None:
-    """Print what to try next, when nothing was left running."""
+def show_next_steps(console: Console) -> None:
+    """Print what to try next, if nothing was left running."""
     show_commands(
         console,
-        "How to go on",
+        "Next steps",
         [
-            (f"{_command()} demo --keep", "the same, left up: then from another terminal"),
+            (f"{_command()} demo --keep", "keep it running; then in another terminal:"),
             (
                 "curl -s -d @digit.json http://127.0.0.1:PORT/predict",
-                "ask; --keep prints the port and makes the file",
+                "send a request; --keep prints the port and writes the file",
             ),
             ("curl -s 'http://127.0.0.1:PORT/result/TASK_ID?wait=5'", "wait for the answer"),
-            (f"{_command()} model list", "what is installed; `model add FOLDER` adds your own"),
-            (f"{_command()} gpus", "what the workers of this host would run on"),
+            (f"{_command()} model list", "list the models; `model add FOLDER` adds your own"),
+            (f"{_command()} gpus", "show the GPUs that workers would use"),
         ],
     )
 
 
 def show_kept(console: Console, url: str, folder: Path, digit: Path) -> None:
-    """Print how to use what was left up."""
+    """Print how to use the running stack."""
     show_commands(
         console,
-        "It is up. From another terminal:",
+        "The demo is running. In another terminal:",
         [
-            (f"curl -s -d @{digit} {url}/predict", "a test image"),
-            (f"curl -s '{url}/result/TASK_ID?wait=5'", "its answer"),
-            (f"{url}/docs", "in a browser: all of the API"),
-            (f"export GPUINFER_CONFIG={folder / 'gpuinfer.toml'}", "for gpuinfer's other commands"),
-            (f"{_command()} queue status", "what waits, and what runs"),
-            (f"tail -f {folder}/worker-0.log", "what a worker logs"),
+            (f"curl -s -d @{digit} {url}/predict", "send a test image"),
+            (f"curl -s '{url}/result/TASK_ID?wait=5'", "get the result"),
+            (f"{url}/docs", "API documentation, in a browser"),
+            (f"export GPUINFER_CONFIG={folder / 'gpuinfer.toml'}", "lets gpuinfer's commands use it"),
+            (f"{_command()} queue status", "tasks waiting and running"),
+            (f"tail -f {folder}/worker-0.log", "log of a worker"),
         ],
     )
-    console.print("\nCtrl-C ends it, and leaves nothing behind.", style="bold")
+    console.print("\nPress Ctrl-C to stop it and delete everything.", style="bold")
 
 
 def _command() -> str:
-    """Return how this installation's command is called from here, on PATH or not."""
+    """Return how to call this installation's command from the current folder, on PATH or not."""
     own = Path(sys.executable).with_name("gpuinfer")
     found = shutil.which("gpuinfer")
     if found == str(own) or _is_ours(found):
@@ -119,7 +119,7 @@ def _command() -> str:
 
 
 def _is_ours(script: str | None) -> bool:
-    """Tell whether a script runs under this very interpreter: the package's does not lie beside it."""
+    """Whether a script runs under this interpreter, which may be in another folder (as in the package)."""
     if script is None:
         return False
     with Path(script).open("rb") as file:
@@ -131,7 +131,7 @@ def _from_here(path: Path) -> str:
 
 
 def show_commands(console: Console, title: str, lines: list[tuple[str, str]]) -> None:
-    """Print commands with what they are for: beside them where there is room, else without aligning."""
+    """Print commands with a description each, aligned if the terminal is wide enough."""
     console.print(f"\n{title}", style="bold")
     width = max(len(command) for command, _ in lines)
     if width + max(len(what) for _, what in lines) + 6 > console.width:

@@ -131,7 +131,7 @@ def test_plain_lines_and_a_table_without_a_terminal(place: Place) -> None:
     assert re.search(r"^realtime 360 of 360; batch [1-9]\d* jobs of 360 images done$", text, re.M)
     assert re.search(r"^tier +requests +accuracy +equal to direct +images/s +p50 +p99", text, re.M)
     assert len(re.findall(r"^(realtime|batch) .* yes, image by image ", text, re.M)) == 2
-    assert "How to go on" in text
+    assert "Next steps" in text
     place.assert_clean()
 
 
@@ -224,7 +224,7 @@ def test_on_a_terminal_it_is_live_and_kept_until_ctrl_c(place: Place) -> None:
     """Bars move on a terminal; --keep leaves the API up and tells its address; Ctrl-C ends it, exit 0."""
     terminal = Terminal(place, "--keep", "--rounds", "1")
     try:
-        terminal.read_until(lambda text: "Ctrl-C ends it" in text)
+        terminal.read_until(lambda text: "Press Ctrl-C to stop it" in text)
         assert "\x1b[?25l" in terminal.text, "the cursor is hidden while bars move"
         assert "━" in terminal.text and "360/360" in terminal.text
         found = re.search(r"curl -s -d @(\S+) (http://\S+)/predict", terminal.text)
