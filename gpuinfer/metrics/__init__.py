@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers for monitoring systems: read from Redis, named, and shown as Prometheus reads them."""
+"""Metrics for monitoring systems: read from Redis and exposed in Prometheus's format."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A snapshot of the fleet as Prometheus's metric families: those of ``table``, with bounded labels."""
+"""A snapshot of the fleet as Prometheus metric families, those of ``table``, with bounded labels."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from gpuinfer.metrics.table import METRICS, Metric
 from gpuinfer.queue.tally import SIZES, TIMES_S
 from gpuinfer.settings import QUEUES
 
-#: A label has at most this many values; what is beyond them is one more, "other".
+#: Maximum values of a label; further ones are merged as "other".
 MOST_VALUES = 200
 OTHER = "other"
-#: Labels whose values somebody may make up.
+#: Labels whose values clients choose.
 _OPEN = ("model", "key", "worker", "code", "reason")
 
 
 def _codes(kind: type[GpuinferError]) -> Iterator[str]:
-    """Yield the codes of the errors that mean: no room, or nobody to serve."""
+    """Yield the codes of errors that mean a lack of capacity: queue full, quota used up, no worker."""
     if kind.http_status in (429, 503):
         yield kind.code
     for one in kind.__subclasses__():
@@ -39,7 +39,7 @@ REFUSALS = frozenset(_codes(GpuinferError))
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """A histogram's counts by bucket, not cumulative, and its sum."""
+    """A histogram: counts per bucket (not cumulative), and the sum."""
 
     counts: Sequence[int]
     total: float
@@ -52,13 +52,13 @@ Histograms = dict[tuple[str, ...], Buckets]
 
 
 class Names:
-    """Keeps a label's values few: the first ones stay, in a process's life."""
+    """Limits the values of labels: the first ones are kept until the process ends."""
 
     def __init__(self) -> None:
         self._known: dict[str, set[str]] = {}
 
     def of(self, label: str, value: str) -> str:
-        """Return the value, or "other" where there are as many as may be."""
+        """Return the value, or "other" if the label has the maximum number of values already."""
         if label not in _OPEN:
             return value
         known = self._known.setdefault(label, set())
@@ -71,30 +71,30 @@ class Names:
 
 @dataclass
 class Host:
-    """What is known of this host beside Redis."""
+    """What this host knows without Redis."""
 
     name: str
-    #: Whether Redis runs here: then the whole fleet's metrics are shown, too.
+    #: Whether Redis runs here; this host then exposes the fleet's metrics, too.
     fleet: bool = True
     durability: str = ""
-    #: Name -> folder whose disk is shown, where it exists.
+    #: Name -> folder whose disk is measured, if it exists.
     folders: Mapping[str, str] = field(default_factory=dict)
     names: Names = field(default_factory=Names)
 
 
 class Fleet(Collector):
-    """One answer to one scrape. ``snapshot`` is None where Redis does not answer."""
+    """The answer to one scrape. ``snapshot`` is None if Redis does not answer."""
 
     def __init__(self, snapshot: Snapshot | None, host: Host) -> None:
         self._snapshot = snapshot
         self._host = host
 
     def describe(self) -> Iterable[Family]:
-        """Return nothing: the registry need not look for other metrics of these names."""
+        """Return nothing, so that the registry does not check for duplicate names."""
         return ()
 
     def collect(self) -> Iterator[Family]:
-        """Yield the families of ``table`` that there are values for, in its order."""
+        """Yield the families of ``table`` that have values, in its order."""
         found = _own(self._host)
         found["gpuinfer_redis_up"] = {(): float(self._snapshot is not None)}
         histograms: dict[str, Histograms] = {}
@@ -143,11 +143,11 @@ class Fleet(Collector):
         return family
 
 
-# -- what each is made of -----------------------------------------------------------------
+# -- sources of the values ----------------------------------------------------------------
 
 
 def _own(host: Host) -> dict[str, Values]:
-    """Return what needs no Redis."""
+    """Return the metrics that need no Redis."""
     free: Values = {}
     size: Values = {}
     for name, folder in host.folders.items():
@@ -160,7 +160,7 @@ def _own(host: Host) -> dict[str, Values]:
     return {"gpuinfer_build_info": {(__version__,): 1.0}, **disks}
 
 
-#: A worker's metrics -> its heartbeat's fields.
+#: Metric of a worker -> field of its heartbeat.
 _OF_A_WORKER = {
     "gpuinfer_worker_busy_ratio": "busy",
     "gpuinfer_worker_tasks_per_second": "rate",
@@ -182,7 +182,7 @@ _OF_A_WATCHER = {
 
 
 def _of_host(seen: Snapshot, host: Host) -> dict[str, Values]:
-    """Return what this host shows of its own workers, GPUs and watcher."""
+    """Return the metrics of this host's workers, GPUs and watcher."""
     found: dict[str, Values] = {}
     alive = seen.alive
     own = {name: body for name, body in seen.beats.items() if name.partition("@")[2] == host.name}
@@ -216,18 +216,18 @@ def _of_host(seen: Snapshot, host: Host) -> dict[str, Values]:
 
 
 def _picked(bodies: Mapping[tuple[str, ...], Mapping[str, Any]], key: str) -> Values:
-    """Return a number of each body that has it."""
+    """Return the numeric field ``key`` of each body that has it."""
     return {
         labels: float(body[key]) for labels, body in bodies.items() if isinstance(body.get(key), int | float)
     }
 
 
 def _of_fleet(seen: Snapshot, host: Host) -> dict[str, Values]:
-    """Return what Redis's host shows of the whole fleet."""
+    """Return the metrics of the whole fleet, which only Redis's host exposes."""
     return {**_tasks(seen), **_front(seen), **_models(seen), **_redis(seen, host)}
 
 
-#: Outcomes that are shown for each queue and model, also where there are none.
+#: Outcomes exposed for each queue and model, even at 0.
 _OUTCOMES = ("completed", "failed", "dead")
 
 
@@ -235,7 +235,9 @@ def _tasks(seen: Snapshot) -> dict[str, Values]:
     depth = seen.depth
     lanes = {*depth.lanes, *depth.claimed, *(end.lane for end in seen.ended)}
     lanes = {lane for lane in lanes if lane.tier and lane.model}
-    nothing: Values = dict.fromkeys(map(tuple, lanes), 0.0)  # what grows from nothing is seen to grow
+    nothing: Values = dict.fromkeys(
+        map(tuple, lanes), 0.0
+    )  # starting at 0, so that a rate sees the first increase
     device = _by(seen, "device_us", lambda key, model: (model, key))
     finished: Values = {(*lane, outcome): 0.0 for lane in lanes for outcome in _OUTCOMES}
     return {
@@ -297,7 +299,7 @@ def _redis(seen: Snapshot, host: Host) -> dict[str, Values]:
 
 
 def _by(seen: Snapshot, kind: str, labels: Callable[[str, str], tuple[str, ...]]) -> Values:
-    """Return the counts of a kind by these labels."""
+    """Return the counts of one kind by these labels."""
     return {
         labels(first, second): float(count)
         for (found, first, second), count in seen.counts.items()
@@ -305,7 +307,7 @@ def _by(seen: Snapshot, kind: str, labels: Callable[[str, str], tuple[str, ...]]
     }
 
 
-#: A histogram -> what its counts are called, and what of its sum is one.
+#: Histogram -> kind of its counts, and the unit of its sum.
 _HISTOGRAMS = {
     "gpuinfer_task_wait_seconds": ("wait", "wait_us", 1e6),
     "gpuinfer_task_run_seconds": ("run", "run_us", 1e6),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that metrics are made of, read from Redis at one moment: no payload, no result.
+"""Reads the data for all metrics from Redis at one moment; no payloads, no results.
 
-Sums are kept by those who know them (``queue.tally``, the scripts); queues are counted, and workers and
-watchers tell of themselves.
+Totals are kept in Redis by ``queue.tally`` and the scripts, queues are counted here, and workers and watchers
+report about themselves.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gpuinfer.queue.scripts import bind
 from gpuinfer.redis_url import parse
 from gpuinfer.settings import BrokerSettings
 
-#: More lists than this are not weighed.
+#: Maximum number of lists whose memory is measured.
 MOST_WEIGHED = 500
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Ends(NamedTuple):
-    """What ends are counted by."""
+    """The labels under which ended tasks are counted."""
 
     outcome: str
     lane: Lane
@@ -43,18 +43,18 @@ class Snapshot:
     #: Redis's time.
     now: float
     depth: Depth
-    #: Worker -> its last heartbeat, however old.
+    #: Worker -> its last heartbeat, of any age.
     beats: Mapping[str, Mapping[str, Any]]
-    #: How many tasks have ended so since this Redis began; and the bytes of their results.
+    #: Ended tasks since this Redis was empty, and the bytes of their results.
     ended: Mapping[Ends, int] = field(default_factory=dict)
     result_bytes: Mapping[Lane, int] = field(default_factory=dict)
-    #: Kind and two names -> a sum: see ``queue.tally``.
+    #: (kind, name, name) -> total, see ``queue.tally``.
     counts: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
-    #: Lane -> bytes that its lists take in Redis; queue -> bytes of bodies beside the lists.
+    #: Lane -> bytes of its lists in Redis; queue -> bytes of large bodies, stored outside the lists.
     list_bytes: Mapping[Lane, int] = field(default_factory=dict)
     body_bytes: Mapping[str, int] = field(default_factory=dict)
     dead_bytes: int = 0
-    #: Host -> what its watcher has told last of itself, its queues and GPUs; and whose watchers live.
+    #: Host -> last report of its watcher (itself, queues, GPUs), and the hosts whose watchers are alive.
     hosts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     live_hosts: frozenset[str] = frozenset()
     #: Redis's INFO.
@@ -62,7 +62,7 @@ class Snapshot:
 
     @property
     def alive(self) -> dict[str, Mapping[str, Any]]:
-        """The heartbeats of workers that live."""
+        """The heartbeats of live workers."""
         return {
             worker: body
             for worker, body in self.beats.items()
@@ -70,11 +70,11 @@ class Snapshot:
         }
 
     def total(self, kind: str) -> int:
-        """Return the sum of all counts of a kind."""
+        """Return the total of one kind."""
         return sum(count for (found, _, _), count in self.counts.items() if found == kind)
 
     def oldest(self) -> dict[Lane, float]:
-        """Return how long the oldest task of each lane has waited, as a watcher that lives has seen it."""
+        """Return how many seconds the oldest task of each lane has waited, as live watchers report it."""
         found: dict[Lane, float] = {}
         for host in sorted(self.live_hosts):
             for name, told in self.hosts[host].get("queues", {}).items():
@@ -85,7 +85,7 @@ class Snapshot:
 
 
 def gather(client: redis.Redis, *, weigh: bool = True) -> Snapshot:
-    """Look at all of it, in three round trips; without ``weigh``, the bytes of lists are left out.
+    """Read everything in three round trips; without ``weigh``, except the bytes of lists.
 
     Raises redis-py's errors.
     """
@@ -147,9 +147,9 @@ def _counts(found: Mapping[bytes, bytes]) -> Iterator[tuple[tuple[str, str, str]
 
 
 def _weigh(client: redis.Redis, waiting: Sequence[bytes | int], default: str) -> dict[Lane, int]:
-    """Return the bytes of each lane's lists, as Redis estimates them from a few of their entries.
+    """Return the bytes of each lane's lists, as Redis estimates them from some entries.
 
-    ``waiting``: list, tasks, list, tasks, …; of very many lists, the longest are weighed.
+    ``waiting``: list, tasks, list, tasks, …; if there are too many lists, only the longest are measured.
     """
     lengths = {bytes(name): int(count) for name, count in zip(waiting[::2], waiting[1::2], strict=True)}
     names = sorted(lengths, key=lambda name: -lengths[name])[:MOST_WEIGHED]
@@ -167,7 +167,7 @@ def _weigh(client: redis.Redis, waiting: Sequence[bytes | int], default: str) ->
 
 
 def _parsed(found: Mapping[bytes, bytes]) -> dict[str, Mapping[str, Any]]:
-    """Return what hosts' watchers tell; what cannot be read is left out, and their logs say so."""
+    """Return the reports of the hosts' watchers without unreadable ones (the watchers log those)."""
     told: dict[str, Mapping[str, Any]] = {}
     for name, text in found.items():
         try:
@@ -196,7 +196,7 @@ def is_redis_host(broker: BrokerSettings) -> bool:
 
 
 def durability(broker: BrokerSettings) -> str:
-    """Return how a Redis behind a Unix socket writes its file, as its start has left word; "" if unknown."""
+    """Return the appendfsync mode that a local Redis recorded at its start; "" if unknown."""
     place = parse(broker.url)
     if place.scheme != "unix":
         return ""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a watcher's counters, and the fleet's history of metrics, to Redis.
+"""Writes a watcher's counters and the fleet's metrics history to Redis.
 
-Of all live watchers, the first by host name writes the history (``queue.series``): the main series every
-10 s, and their means every 5 min. A watcher that takes over goes on where the other one ended.
+The live watcher whose host name sorts first writes the history (``queue.series``): the main series every
+10 s, and their means every 5 min. A watcher that takes over continues from the state in Redis.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from gpuinfer.queue.tally import Tally
 
 log = get_logger(__name__)
 
-#: At most this many models and workers have their own series.
+#: Maximum number of models, and of workers, with their own series.
 MOST_MODELS, MOST_WORKERS = 15, 60
 FAILED = ("failed", "dead")
 
 
 class Recorder:
-    """Writes for one host's watcher. Blocking, except ``count``: call it in a thread."""
+    """Writes for one host's watcher. Call it in a thread: all methods but ``count`` block."""
 
     def __init__(self, client: redis.Redis, host: str, clock: Callable[[], float] = time.time) -> None:
         self._client = client
@@ -50,7 +50,7 @@ class Recorder:
             self._tally.count(kind, what, self._host)
 
     def step(self, live_hosts: Iterable[str]) -> None:
-        """Write what is due. ``live_hosts``: the hosts whose watchers are alive, this one included."""
+        """Write what is due. ``live_hosts``: the hosts with live watchers, including this one."""
         try:
             self._flush()
             slot = int(self._clock() // FINE.step_s)
@@ -62,7 +62,7 @@ class Recorder:
                 log.warning("history_not_kept", reason=str(exc), hint="tried again every 10 s")
             self._refused = str(exc)
         except (redis.RedisError, OSError, GpuinferError):
-            return  # the next probe reports that Redis is away
+            return  # the next probe reports that Redis is unavailable
         else:
             self._refused = ""
 
@@ -79,7 +79,7 @@ class Recorder:
         for begin, rates in steps.add(seen.now, _totals(seen)).items():
             shown = {name: rate for name, rate in rates.items() if _is_shown(name, models)}
             series.write(self._client, FINE, begin, shown)
-        # After the rates: if they are refused, the next look counts them again from the same totals.
+        # After the rates: if writing those fails, the next step computes them again from the same totals.
         self._client.set(keys.SERIES_STATE, orjson.dumps(state(steps)), ex=int(2 * MOST_GAP_S))
         series.write(self._client, FINE, seen.now, sample(seen, models))
         coarse = int(seen.now // COARSE.step_s)
@@ -88,7 +88,7 @@ class Recorder:
             self._coarse = coarse
 
     def _steps(self) -> Steps:
-        """Return what rates are counted from: Redis keeps it for the watcher that takes over."""
+        """Return the previous totals; Redis keeps them for a watcher that takes over."""
         kept: bytes | None = self._client.get(keys.SERIES_STATE)  # type: ignore[assignment]  # not decoded
         try:
             return Steps.of(orjson.loads(kept or b"null"))
@@ -111,7 +111,7 @@ class Recorder:
 
 
 def sample(seen: Snapshot, models: Iterable[str]) -> dict[str, float]:
-    """Return the current value of each series that is not a rate of the fleet or a model. Pure."""
+    """Return the current value of each series, except rates of the fleet and of models. Pure."""
     values = {
         "waiting": float(seen.depth.total_waiting),
         "in_flight": float(seen.depth.total_inflight),
@@ -134,19 +134,19 @@ def sample(seen: Snapshot, models: Iterable[str]) -> dict[str, float]:
 
 
 def _models(seen: Snapshot) -> list[str]:
-    """Return the models that have series: the most recently seen first."""
+    """Return the models with series, the most recently seen first."""
     known = sorted(seen.depth.catalogue, key=lambda name: (-seen.depth.catalogue[name], name))
     return known[:MOST_MODELS]
 
 
 def _is_shown(name: str, models: Collection[str]) -> bool:
-    """Tell whether a rate is of the fleet, or of a model that has series."""
+    """Whether a rate belongs to the fleet, or to a model with series."""
     _, of_a_model, model = name.partition(":")
     return not of_a_model or model in models
 
 
 def _totals(seen: Snapshot) -> Mapping[str, int]:
-    """Return the running totals, by the name of the series that shows their rate."""
+    """Return the totals by the name of the series of their rate."""
     found = dict.fromkeys(("ended", "failed", "requests", "refused"), 0)
     found |= {f"{kind}:{model}": 0 for model in seen.depth.catalogue for kind in ("ended", "failed")}
     for end, count in seen.ended.items():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running totals as rates of whole steps whose sum is what was counted. Pure.
+"""Converts running totals to rates per step of the history, without losing counts. Pure.
 
-Totals are read now and then, never quite at the end of a step. What was counted between two looks is taken
-to have come evenly, and is divided among the steps it lies in. What is lost when a rate is stored in two
-bytes is added to the next one.
+Totals are read at irregular times, not exactly at the end of a step. The increase between two readings is
+spread evenly over the steps between them. The rounding error of storing a rate in two bytes is carried over
+to the next step.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 
 from gpuinfer.queue.series import FINE, pack, unpack
 
-#: What was counted between two looks that are further apart than this is in no step.
+#: If two readings are further apart than this many seconds, the increase between them is dropped.
 MOST_GAP_S = 60.0
 
 
 @dataclass
 class Steps:
-    """What is known from the last look, in plain values: another process can go on from there."""
+    """State of the last reading, in plain values, so that another process can continue."""
 
-    #: When the last look was, in Unix seconds, and the totals at that time.
+    #: Unix time of the last reading, and the totals then.
     at: float = 0.0
     totals: dict[str, int] = field(default_factory=dict)
-    #: What was counted in the step that is not over.
+    #: Counts in the current, unfinished step.
     open: dict[str, float] = field(default_factory=dict)
-    #: By how much what was stored so far is less than what was counted, per second of a step.
+    #: Rounding error so far, as a rate: exact minus stored.
     owed: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, found: object) -> Steps:
-        """Return what ``vars`` of another one were; an empty one for anything else."""
+        """Return the Steps saved by ``state``; empty Steps for any other value."""
         try:
             steps = cls(**found) if isinstance(found, dict) else cls()
         except TypeError:
@@ -43,9 +43,9 @@ class Steps:
         return steps if sound and all(_is_number(n) for one in kept for n in one.values()) else cls()
 
     def add(self, at: float, totals: Mapping[str, int]) -> dict[int, dict[str, float]]:
-        """Take the totals at a time; return the rates of each step that is over, by when it began.
+        """Add a reading; return the rates of each finished step, by its start time.
 
-        A total that is less than before has begun anew: Redis came back empty.
+        A total lower than before has restarted from 0: Redis lost its data.
         """
         over: dict[int, dict[str, float]] = {}
         if 0 < at - self.at <= MOST_GAP_S:
@@ -65,7 +65,7 @@ class Steps:
         return over
 
     def _rate(self, name: str, count: float) -> float:
-        """Return the rate to be stored. An idle step is 0, whatever is owed."""
+        """Return the rate to store. An idle step is 0, regardless of the rounding error."""
         if count <= 0:
             return 0.0
         exact = count / FINE.step_s + self.owed.get(name, 0.0)
@@ -83,5 +83,5 @@ def _grown(count: int, before: int) -> int:
 
 
 def state(steps: Steps) -> Mapping[str, Any]:
-    """Return it as JSON has it, for ``Steps.of``."""
+    """Return the state for JSON; ``Steps.of`` restores it."""
     return vars(steps)
