@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may connect to the API, to Redis and to Flower, in words."""
+"""Who may connect to the API, Redis and Flower, as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpuinfer.doctor.access import FLOWER_WORDS
 from gpuinfer.doctor.redis_place import place_of
 from gpuinfer.settings import ApiSettings, Settings
 
-#: There while the unit runs, for everybody to see.
+#: Exists while Flower's unit runs; any user can see it.
 FLOWER = Path("/run/systemd/units/invocation:gpuinfer-flower.service")
 
 
@@ -33,7 +33,7 @@ def _api(api: ApiSettings, address: tuple[str, int]) -> str:
     anonymous = ", ".join(map(str, api.anonymous))
     others = f"; without a key: {anonymous}" if anonymous else ""
     if keys == 0:
-        return f"{where}: nobody from the network until there is a key (gpuinfer key add){others}"
+        return f"{where}: no access from the network until there is a key (gpuinfer key add){others}"
     return f"{where}: the network, {_with(keys)}{others}"
 
 
@@ -51,13 +51,13 @@ def _keys(folder: Path) -> int | None:
 
 def _redis(settings: Settings) -> str:
     place = place_of(settings.broker)
-    how = "this host's Unix socket" if place.socket else "TLS" if place.tls else "in the clear"
+    how = "this host's Unix socket" if place.socket else "TLS" if place.tls else "not encrypted"
     where = "" if place.socket else f" {place.shown}"
     return f"Redis{where}: {how}, as user {place.user}"
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address is a loopback address."""
+    """Whether an address is a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

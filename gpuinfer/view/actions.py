@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be done, and asked, from ``gpuinfer top``."""
+"""The actions and task queries of ``gpuinfer top``."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from gpuinfer.queue.drained import set_drained
 from gpuinfer.queue.purge import set_paused
 from gpuinfer.settings import Loaded
 
-#: Tasks that are listed, the newest first.
+#: Maximum number of listed tasks, the newest first.
 MOST_TASKS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRow:
-    """A task that has ended."""
+    """An ended task."""
 
     id: str
     status: str
     queue: str = ""
     model: str = ""
-    #: When it ended, on this host's clock, as people read it.
+    #: When it ended: HH:MM:SS in local time.
     at: str = ""
     error: str = ""
 
 
 class Actions(Protocol):
-    """The verbs. All are blocking, and raise GpuinferError."""
+    """The actions. All block, and raise GpuinferError."""
 
     def drain(self, worker: str, drained: bool) -> bool:
         """Drain a worker (``gpu0@host``), or resume it; return whether that changed anything."""
@@ -45,14 +45,14 @@ class Actions(Protocol):
         """Return the tasks that ended last, the newest first."""
 
     def retry(self, task_id: str) -> None:
-        """Send a task that failed, or is a dead letter, to its queue again."""
+        """Return a failed task or a dead letter to its queue."""
 
     def log(self, task_id: str) -> Sequence[str]:
-        """Return what the journal and the result record tell of a task."""
+        """Return the log of a task, from the journal and its result record."""
 
 
 class OnFleet:
-    """The verbs on a real fleet."""
+    """The actions on a real fleet."""
 
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
@@ -90,9 +90,9 @@ class OnFleet:
         ]
 
     def retry(self, task_id: str) -> None:
-        """Send a task again."""
+        """Retry a task."""
         self._client.retry(task_id)
 
     def log(self, task_id: str) -> Sequence[str]:
-        """Return a task's story."""
+        """Return the log of a task."""
         return lines(self._loaded, task_id)

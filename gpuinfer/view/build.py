@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build what is shown from the facts of one probe. Pure."""
+"""Build the status from the facts of one probe. Pure."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _state(one: Mapping[str, Any], *, unknown: bool) -> str:
 
 
 def _gpu(number: int, host: str, facts: Facts, body: Mapping[str, Any]) -> GpuRow | None:
-    """Return the GPU of a worker: as its watcher tells, and on this host, else, as the driver does."""
+    """Return the GPU of a worker, as its watcher reports it or, on this host, as the driver does."""
     told: Sequence[Mapping[str, Any]] = body.get("gpus", ())
     if not told and host == facts.host:
         told = facts.gpus
@@ -208,7 +208,7 @@ def _queues(depth: Depth, workers: Sequence[WorkerRow], facts: Facts) -> Iterato
 
 
 def _measured(facts: Facts) -> Mapping[str, Mapping[str, Any]]:
-    """Return what the watchers that are alive have measured of the queues; the longest looking knows best."""
+    """Return what live watchers measured of the queues; of several, the one with the longest wait counts."""
     found: dict[str, Mapping[str, Any]] = {}
     for body in facts.told.values():
         if facts.now - float(body.get("at", 0.0)) <= silent_after(body):
@@ -219,7 +219,7 @@ def _measured(facts: Facts) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _ended(counters: Mapping[str, int] | None) -> tuple[dict[str, int] | None, dict[str, dict[str, int]]]:
-    """Return how many tasks have ended, by outcome; and that by queue."""
+    """Return the numbers of ended tasks by outcome, in total and by queue."""
     if counters is None:
         return None, {}
     totals: Counter[str] = Counter()
@@ -287,7 +287,7 @@ def _of_hosts(hosts: Sequence[HostRow]) -> Iterator[Trouble]:
     for host in hosts:
         if host.watcher == "silent":
             since = ago(host.told_s or 0.0)
-            what = f"the watcher of {host.name} is silent for {since}: nobody starts workers there"
+            what = f"the watcher of {host.name} is silent for {since}: workers are not started there"
             yield Trouble(
                 severity="warning", what=what, remedy=f"systemctl restart gpuinfer-watcher  # on {host.name}"
             )

@@ -26,7 +26,7 @@ _MOST_S = 30 * 86400
 
 
 class Span(click.ParamType[float]):
-    """A span as people write it: ``90s``, ``15m``, ``24h``, ``7d``."""
+    """A time span such as ``90s``, ``15m``, ``24h`` or ``7d``."""
 
     name = "span"
 
@@ -37,7 +37,7 @@ class Span(click.ParamType[float]):
         found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(s|min|m|h|d)", str(value))
         seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
         if not 60 <= seconds <= _MOST_S:
-            self.fail(f"{value!r} is no span from 60s to 30d, as 15m, 24h or 7d", param, ctx)
+            self.fail(f"{value!r} is not a time span from 60s to 30d, such as 15m, 24h or 7d", param, ctx)
         return seconds
 
 
@@ -58,17 +58,17 @@ class Span(click.ParamType[float]):
     default="1h",
     show_default=True,
     metavar="SPAN",
-    help="The time that the curves cover.",
+    help="Time that the curves cover.",
 )
 @click.pass_obj
 def status(loaded: Loaded, as_json: bool, watch: float | None, since_s: float) -> int:
     """Show the state of the fleet, problems first.
 
-    Problems come with their fix; workers, queues and history follow. gpuinfer doctor checks this host in more
-    detail. Exit code 0: all is well. 1: there are warnings. 2: there is an error, or Redis does not answer.
-    64: a wrong call. 78: wrong settings. 130: Ctrl-C, with --watch.
+    Each problem comes with a fix; workers, queues and history follow. gpuinfer doctor checks this host in
+    more detail. Exit code 0: no problems. 1: warnings. 2: an error, or Redis does not answer. 64: wrong
+    usage. 78: wrong settings. 130: Ctrl-C, with --watch.
     """
-    gc.disable()  # garbage collection would take a fifth of the time of these imports, and find nothing
+    gc.disable()  # saves a fifth of the time of these imports, which leave no garbage
     from gpuinfer.view.build import build
     from gpuinfer.view.gather import Gatherer
 
@@ -87,7 +87,7 @@ def status(loaded: Loaded, as_json: bool, watch: float | None, since_s: float) -
 
 
 def _watch(look: Callable[[], Status], every_s: float, *, as_json: bool) -> None:
-    """Look until Ctrl-C."""
+    """Show the status repeatedly until Ctrl-C."""
     if not as_json:
         from gpuinfer.view.screen import live
 
@@ -104,15 +104,14 @@ def _watch(look: Callable[[], Status], every_s: float, *, as_json: bool) -> None
     default=1.0,
     show_default=True,
     metavar="SECONDS",
-    help="Interval of updates.",
+    help="Update interval.",
 )
 @click.pass_obj
 def top(loaded: Loaded, every: float) -> int:
     """Show the fleet live, and act on workers, queues and tasks.
 
-    The keys are at the bottom: 1 workers, 2 queues, 3 tasks that ended last; s and S sort, / filters; d
-    (drain), p (pause), r (retry) and l (log) act on the selected row. gpuinfer status is the same for
-    scripts.
+    Keys: 1 workers, 2 queues, 3 recently ended tasks; s and S sort, / filters; d (drain), p (pause), r
+    (retry) and l (log) act on the selected row. For scripts, use gpuinfer status.
     """
     from gpuinfer.view.actions import OnFleet
     from gpuinfer.view.build import build

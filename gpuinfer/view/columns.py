@@ -24,7 +24,7 @@ class Column(Generic[Row]):
     #: 0: never left out; the highest is left out first.
     rank: int = 0
     right: bool = False
-    #: It may be cut to this width before another column is left out; 0: never.
+    #: Minimum width to cut it to before another column is left out; 0: never cut.
     least: int = 0
     #: Row -> a style of rich for its cell; empty: none.
     style: Callable[[Row], str] = lambda _row: ""

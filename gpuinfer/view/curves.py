@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Curves of the watchers' series over the last hour, or another span."""
+"""Curves of the metrics history over the last hour, or another span."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = {
     "busy": ("busy", "%"),
 }
 _PERCENT = "%"
-#: What was written last is at most this old, or history is not written now.
+#: If the last entry is older than this many seconds, no history is being written.
 _LATEST_S = 60.0
 
 

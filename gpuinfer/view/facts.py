@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The facts of one probe, as they were read."""
+"""The raw facts of one probe."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from gpuinfer.view.model import Curve
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """The facts of one probe. Those from Redis are empty where Redis does not answer."""
+    """The facts of one probe. Those from Redis are empty if Redis does not answer."""
 
-    #: By Redis's clock where it answers.
+    #: Redis's time, or this host's if Redis does not answer.
     now: float
     host: str
     version: str
-    #: The address of Redis, in words.
+    #: The address of Redis, as text.
     place: str
     reachable: bool = True
     depth: Depth | None = None
-    #: Worker (``gpu0@host``) -> its last heartbeat, however old.
+    #: Worker (``gpu0@host``) -> its last heartbeat, of any age.
     beats: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: Host -> the last report of its watcher (see ``watcher.probe``).
     told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Facts:
     decision: Mapping[str, Any] | None = None
     #: Findings of the doctor's quick checks, without those that are ok.
     findings: Sequence[Finding] = ()
-    #: This host's GPUs in the form of ``watcher.probe``, where its watcher does not report them.
+    #: This host's GPUs, in the form of ``watcher.probe``, if its watcher does not report them.
     gpus: Sequence[Mapping[str, Any]] = ()
     since_s: float = 3600.0
     curves: Sequence[Curve] = ()

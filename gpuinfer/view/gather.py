@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One probe of a fleet: one pass over Redis, and this host's units, disk and GPUs at the same time.
+"""Probes the fleet: reads Redis, and at the same time this host's units, disk and GPUs.
 
-What a user may not ask is left out; what hangs is not waited for.
+Facts that the user may not read are left out, as are those of a hanging device.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gpuinfer.settings import Loaded, Settings
 from gpuinfer.view import access, curves
 from gpuinfer.view.facts import Facts
 
-#: Seconds that this host's units, disk and GPUs are waited for after Redis has answered.
+#: Maximum seconds to wait for this host's units, disk and GPUs after Redis has answered.
 LOCAL_S = 1.0
 #: The watchers' last decisions, of all hosts (see ``watcher.notes``).
 _DECISIONS = "gpuinfer:watcher:decisions"
@@ -76,7 +76,7 @@ class Gatherer:
         self._client.close()
 
     def look(self) -> Facts:
-        """Probe once. A Redis that does not answer raises nothing: it is a finding."""
+        """Probe once. If Redis does not answer, that is a finding, not an exception."""
         local = _Local(self._host)
         try:
             seen = self._ask()
@@ -129,14 +129,14 @@ class Gatherer:
             "ended": _counters(_unless_refused(ended, None)),
             "info": _unless_refused(info, {}),
             "decision": _decision(_unless_refused(decisions, [])),
-            # Other users have no right to it, and each refusal is recorded in Redis's ACL log.
+            # Other users may not run it, and Redis records each refusal in its ACL log.
             "durability": durability.running(self._client) if self._may_ask else None,
             "curves": lines,
             "no_curves": why,
         }
 
     def _watched(self, seen: Mapping[str, Any]) -> bool:
-        """Tell whether this host's watcher reports its GPUs."""
+        """Whether this host's watcher reports its GPUs."""
         body = seen.get("told", {}).get(socket.gethostname())
         return bool(body and body.get("gpus") and seen["now"] - float(body["at"]) <= silent_after(body))
 

@@ -22,7 +22,7 @@ class Trouble:
 
     severity: Severity
     what: str
-    #: Empty where no command helps.
+    #: Empty if no command fixes it.
     remedy: str = ""
     #: The doctor's check that found it; empty: found by ``status`` itself.
     check: str = ""
@@ -49,14 +49,14 @@ class WorkerRow:
     host: str
     #: idle, busy, draining, drained; starting, stopping, stopped, failed, masked, silent.
     state: str
-    #: Why it is not started, or not counted; empty otherwise.
+    #: Why it is excluded; empty otherwise.
     why: str = ""
-    #: Loaded model -> its version, empty where it is not known.
+    #: Loaded model -> its version; empty: unknown.
     models: Mapping[str, str] = field(default_factory=dict)
-    #: Model that it should serve and could not load -> why.
+    #: Model that it failed to load -> why.
     missing: Mapping[str, str] = field(default_factory=dict)
     queues: Sequence[str] = ()
-    #: Tasks it has ended since it started, and tasks per second in its last report.
+    #: Tasks ended since its start, and tasks per second in its last heartbeat.
     done: int | None = None
     rate: float | None = None
     in_flight: int = 0
@@ -86,7 +86,7 @@ class QueueRow:
     #: Tasks that wait for their ETA.
     later: int = 0
     oldest_s: float | None = None
-    #: Tasks a second that workers take from it.
+    #: Tasks that workers claim per second.
     rate: float | None = None
     paused: bool = False
     #: Live workers that serve it.
@@ -98,7 +98,7 @@ class HostRow:
     """One host of the fleet."""
 
     name: str
-    #: acts, logs (decides and does nothing), silent, or none.
+    #: acts, logs (only logs its decisions), silent, or none.
     watcher: str
     #: Seconds since the last report of its watcher.
     told_s: float | None = None
@@ -131,10 +131,10 @@ class Curve:
 
     name: str
     unit: str
-    #: One value a step, the oldest first; None: not measured.
+    #: One value per step, the oldest first; None: not measured.
     values: Sequence[float | None]
     step_s: float
-    #: The last value that is known, of 10 s: a step's is a mean.
+    #: The last measured value, over 10 s; the values of steps are means.
     now: float | None = None
 
 
@@ -142,7 +142,7 @@ class Curve:
 class Status:
     """The state of the fleet at one moment."""
 
-    #: By Redis's clock where it answers; seconds since the epoch.
+    #: Seconds since the epoch, by Redis's clock if it answers.
     at: float
     #: This host, and the version of this program.
     host: str
@@ -152,19 +152,19 @@ class Status:
     workers: Sequence[WorkerRow] = ()
     queues: Sequence[QueueRow] = ()
     redis: RedisRow
-    #: Outcome -> tasks that ended so, ever, over all queues and models; None: this user may not ask.
+    #: Outcome -> all tasks that ended with it, in all queues and models; None: this user may not read it.
     ended: Mapping[str, int] | None = None
     #: The same by ``tier.model``.
     ended_by_queue: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     dead_letters: int | None = None
     default_model: str = ""
-    #: The span of the curves, in seconds; and why there are none.
+    #: The span of the curves in seconds, and why there are none.
     since_s: float = 3600.0
     curves: Sequence[Curve] = ()
     no_curves: str = ""
     #: Who may connect, one line per server.
     access: Sequence[str] = ()
-    #: The watchers' last decision, in a sentence.
+    #: The watchers' last decision, as a sentence.
     decided: str = ""
 
     @property
@@ -180,26 +180,26 @@ class Status:
 
     @property
     def has_gpus(self) -> bool:
-        """Tell whether there is a GPU anywhere in the fleet."""
+        """Whether any worker of the fleet has a GPU."""
         return any(worker.gpu is not None for worker in self.workers)
 
     @property
     def waiting(self) -> int:
-        """Return how many tasks wait."""
+        """Return the number of waiting tasks."""
         return sum(queue.waiting for queue in self.queues)
 
     @property
     def in_flight(self) -> int:
-        """Return how many tasks workers hold."""
+        """Return the number of tasks in flight."""
         return sum(worker.in_flight for worker in self.workers)
 
     @property
     def rate(self) -> float:
-        """Return how many tasks a second all workers end."""
+        """Return the tasks ended per second by all workers."""
         return sum(worker.rate or 0.0 for worker in self.workers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the status for JSON."""
         body = asdict(self)
         totals = {"waiting": self.waiting, "in_flight": self.in_flight, "rate": round(self.rate, 3)}
         return {"status": self.severity or "ok", "exit_code": self.exit_code} | totals | body

@@ -68,19 +68,19 @@ def _busy(one: WorkerRow) -> float | None:
     return one.busy if one.busy is not None else one.gpu.busy if one.gpu is not None else None
 
 
-#: Characters of why a worker does not run: what stands behind it is to be seen, too.
+#: Maximum characters of why a worker is excluded, so that the following columns stay visible.
 _MOST_WHY = 48
 
 
 def _serves(one: WorkerRow) -> str:
-    if one.why:  # the troubles above have all of it
+    if one.why:  # the problems above show the full text
         return words.cut(one.why, _MOST_WHY)
     names = [f"{name} {version}".rstrip() for name, version in one.models.items()]
     return ", ".join([*names, *(f"without {name}" for name in one.missing)])
 
 
 def workers(status: Status) -> Listing[WorkerRow]:
-    """Return the list of workers, with columns for GPUs where there are some."""
+    """Return the list of workers, with columns for GPUs if there are any."""
     gpus: list[Field[WorkerRow]] = [
         Field(
             "memory",

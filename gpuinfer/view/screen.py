@@ -14,9 +14,9 @@ from gpuinfer.view import tables, words
 from gpuinfer.view.columns import GAP, Cell
 from gpuinfer.view.model import OUTCOMES, Curve, Status, Trouble
 
-#: Width where the output is no terminal, and the least width.
+#: Width if the output is not a terminal, and the minimum width.
 PIPE_WIDTH, LEAST_WIDTH = 120, 60
-#: The least rows of workers and of problems on a terminal.
+#: Minimum rows of workers and of problems on a terminal.
 _LEAST_ROWS, _TROUBLES = 8, 8
 _MARKS = {"error": ("✗", "bold red"), "warning": ("!", "bold yellow")}
 _OUTCOMES = {"dead": "dead letters", "not_run": "not run"}
@@ -138,7 +138,7 @@ def _workers(status: Status, width: int, room: int | None) -> Iterator[Text]:
     rate = f"{words.rate(status.rate)} done" if running else ""
     yield from _heading(name, said, rate, f"{words.count(status.in_flight)} in flight" if running else "")
     if not status.workers:
-        yield Text("  no worker has run yet, and no watcher tells of any", "dim")
+        yield Text("  no worker has run yet, and no watcher has reported any", "dim")
         return
     rows = tables.chosen(status.workers, room)
     yield from _table(tables.workers(status, rows, width - 2))

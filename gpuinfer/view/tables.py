@@ -21,7 +21,7 @@ _STATES = {
     "failed": "bold red",
     "silent": "bold red",
 }
-#: From this width on the models' versions are shown.
+#: Minimum width at which the models' versions are shown.
 _WIDE = 110
 #: A GPU as hot as this is marked (degrees Celsius).
 _HOT_C = 85
@@ -50,7 +50,7 @@ def _rate(status: Status, host: HostRow) -> float | None:
 
 
 def chosen(workers: Sequence[WorkerRow], room: int | None) -> list[WorkerRow]:
-    """Return as many workers as fit: those with problems are kept, idle ones are left out first."""
+    """Return the workers that fit: those with problems first, idle ones last."""
     if room is None or len(workers) <= room:
         return [*workers]
     urgent = sorted(workers, key=lambda one: (not (one.why or one.missing), one.state in ("idle", "stopped")))

@@ -52,7 +52,7 @@ class Story(ModalScreen[None]):
         """Show the lines."""
         with VerticalScroll() as box:
             box.border_title = self._title
-            text = "\n".join(self._found) or "its log lines and its result record are gone"
+            text = "\n".join(self._found) or "no log lines and no result record are left"
             yield Static(Text(text), id="story")
 
 
@@ -103,7 +103,7 @@ class Top(App[None]):
         """Lay it out."""
         yield Static(id="title")
         yield Static(id="trouble")
-        yield Input(placeholder="words that a row must have; Enter keeps, Escape clears", id="filter")
+        yield Input(placeholder="show rows that contain these words; Enter keeps, Escape clears", id="filter")
         with TabbedContent(initial="workers"):
             for place, name in enumerate(self._sorting, start=1):
                 with TabPane(f"{place} {name.capitalize()}", id=name):
@@ -112,12 +112,12 @@ class Top(App[None]):
         yield Footer()
 
     def on_mount(self) -> None:
-        """Begin to look."""
+        """Start probing."""
         self.refresh_now()
         self.set_interval(self._every_s, self.refresh_now)
         self.table("workers").focus()
 
-    # -- looking --------------------------------------------------------------------------
+    # -- probing --------------------------------------------------------------------------
 
     @work(thread=True, exclusive=True, group="look")
     def refresh_now(self) -> None:
@@ -251,9 +251,9 @@ class Top(App[None]):
         self.table(self.shown).focus()
 
     def _row(self, name: str) -> Any:
-        """Return the row under the cursor of a list that must be in front; else say what to do."""
+        """Return the row under the cursor; if another list is in front, say so and return None."""
         if self.shown != name:
-            self.say(f"choose one of the {name} first")
+            self.say(f"select one of the {name} first")
             return None
         wanted = self._selected(self.table(name))
         listing, found = self._listing(name)
@@ -279,13 +279,13 @@ class Top(App[None]):
             )
 
     def action_retry(self) -> None:
-        """Send the task under the cursor again."""
+        """Retry the task under the cursor."""
         row: TaskRow | None = self._row("tasks")
         if row is not None:
-            self.act(partial(self._actions.retry, row.id), f"{row.id}: sent again")
+            self.act(partial(self._actions.retry, row.id), f"{row.id}: retried")
 
     def action_log(self) -> None:
-        """Show what is known of the task under the cursor."""
+        """Show the log of the task under the cursor."""
         row: TaskRow | None = self._row("tasks")
         if row is not None:
             self.tell(row.id)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers as people read them, short. None is a dash."""
+"""Numbers as short text. None is a dash."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def size(value: float | None) -> str:
 
 
 def of(used: float | None, total: float | None) -> str:
-    """Return ``12/141G``, or the one that is known."""
+    """Return ``12/141G``; if the total is unknown, only the part used."""
     if used is None or not total:
         return size(used)
     return f"{size(used)}/{size(total)}"
@@ -60,9 +60,9 @@ def span(seconds: float | None) -> str:
 
 
 def spark(values: Sequence[float | None], width: int) -> str:
-    """Return values as one line of blocks, at most ``width`` of them; what was not measured is a space.
+    """Return values as one line of at most ``width`` blocks; None is a space.
 
-    Of several values that share a block the largest is drawn. The scale begins at 0.
+    A block that stands for several values shows the largest. The scale starts at 0.
     """
     if not values or width <= 0:
         return ""
@@ -79,5 +79,5 @@ def short(name: str) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """Return a text that is no longer than ``width``."""
+    """Return the text, cut to ``width`` characters."""
     return text if len(text) <= width else text[: max(0, width - 1)] + "…"

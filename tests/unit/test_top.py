@@ -171,7 +171,7 @@ async def test_a_key_of_another_list_does_nothing(top: Top, actions: Recorded) -
     async with top.run_test(size=(120, 40)) as pilot:
         await settled(pilot)
         await pilot.press("p")
-        assert "choose one of the queues first" in text(top, "#said") and not actions.done
+        assert "select one of the queues first" in text(top, "#said") and not actions.done
         actions.refuses = True
         await pilot.press("d")
         await settled(pilot)

@@ -221,7 +221,7 @@ def test_who_may_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """Loopback needs no key until there is one; a network is nobody's without one."""
     settings = load(None, {"GPUINFER_API_KEYS_DIR": str(tmp_path)}).settings
     assert access.who(settings, ("127.0.0.1", 8080))[0].endswith("this host without a key")
-    assert "nobody from the network" in access.who(settings, ("0.0.0.0", 8080))[0]
+    assert "no access from the network" in access.who(settings, ("0.0.0.0", 8080))[0]
     (tmp_path / "alice.toml").touch()
     assert access.who(settings, ("::", 8080))[0] == "API http://[::]:8080: the network, with the one key"
     monkeypatch.setattr(access, "FLOWER", tmp_path / "runs")
