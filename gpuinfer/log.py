@@ -112,6 +112,13 @@ def configure(
     _adopt_exceptions()
 
 
+def flush() -> None:
+    """Wait until the journal has read what was logged, for a second at most. For who calls ``os._exit``."""
+    for handler in logging.getLogger().handlers:
+        if getattr(handler, _MARK, False):
+            handler.flush()
+
+
 def target(settings: LogSettings, stream: TextIO | None = None) -> Target:
     """Return where lines go: as set, or by the kind of ``stream`` (default: standard error)."""
     if settings.format != "auto":

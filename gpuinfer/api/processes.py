@@ -38,7 +38,7 @@ from gpuinfer.api.request_log import RequestLog
 from gpuinfer.api.server import Server, address
 from gpuinfer.api.tls import Certificate
 from gpuinfer.errors import ProcessesFailed
-from gpuinfer.log import get_logger
+from gpuinfer.log import flush, get_logger
 from gpuinfer.settings import Settings
 
 log = get_logger(__name__)
@@ -216,6 +216,7 @@ class Supervisor:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
+            flush()
             os._exit(status)
 
     def _reap(self) -> None:

@@ -28,7 +28,7 @@ from gpuinfer.gpu_binding import visible_device
 from gpuinfer.installed_torch import wrong_torch
 from gpuinfer.locks import acquire
 from gpuinfer.locks import domain as lock_domain
-from gpuinfer.log import configure, get_logger, setup_celery_logging
+from gpuinfer.log import configure, flush, get_logger, setup_celery_logging
 from gpuinfer.privileges import leave_root
 from gpuinfer.queue.connection import connect
 from gpuinfer.queue.scripts import read_all
@@ -162,6 +162,7 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
             hint += "; gpuinfer doctor says what is wrong with the GPU, and what to do"
         log.critical("worker_ends", worker=name, device=device, code=error.code, reason=str(error), hint=hint)
         # A GPU that fails at work is tried again; one that is not there at the next start ends that with 69.
+        flush()
         os._exit(EX_IOERR if isinstance(error, DeviceError) else error.exit_code)
 
     # No retries by the library: a claim whose answer was lost must not be sent again as it was.
@@ -223,6 +224,7 @@ def _end_at_hard_limit(tasks: Sequence[Task], store: Store) -> NoReturn:
     except Exception as exc:
         ids = [task.id for task in tasks]
         log.error("settle_failed", task_ids=ids, reason=str(exc))
+    flush()
     os._exit(EX_HARD_LIMIT)
 
 

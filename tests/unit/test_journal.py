@@ -167,9 +167,17 @@ def test_the_count_is_told_at_the_end(journald: Journald) -> None:
     assert journald.take() == [[("COUNT", "1")]]
 
 
-def test_a_process_that_ends_is_read_first(journald: Journald) -> None:
+@pytest.mark.parametrize("end", ["sys.exit()", "flush(); os._exit(0)"])
+def test_a_process_that_ends_is_read_first(journald: Journald, end: str) -> None:
     """The journal asks who sent an entry as it reads it: a process that ends waits for that."""
-    script = "sender.READ_S = 300.0; log.error('start_failed'); print('the end', flush=True)"
+    script = f"""
+import os
+from gpuinfer.log import flush
+sender.READ_S = 300.0
+log.error("start_failed")
+print("the end", flush=True)
+{end}
+"""
     command = [sys.executable, "-c", SETUP + script, str(journald.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as program:
         assert program.stdout is not None
