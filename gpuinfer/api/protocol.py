@@ -8,6 +8,8 @@ does for each request is written out here: uvicorn sets up and takes down a time
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import termios
 from typing import Any, cast
 from urllib.parse import unquote
 
@@ -205,8 +207,8 @@ class Protocol(HttpToolsProtocol):
         if self._idle_since is None or self.transport.is_closing():
             return
         left_s = self._idle_since + self.timeout_keep_alive - self.loop.time()
-        if left_s > 0:
-            self._idle = self.loop.call_later(left_s, self._close_idle)
+        if left_s > 0 or self._has_unread():
+            self._idle = self.loop.call_later(max(0.0, left_s), self._close_idle)
         else:
             self.transport.close()
 
@@ -216,9 +218,23 @@ class Protocol(HttpToolsProtocol):
         TLS waits for the other end's goodbye, which a client that keeps the connection for later does not
         read: it is not waited for.
         """
+        if self._has_unread():
+            self.loop.call_soon(self.shutdown)
+            return
         super().shutdown()
         if self.scheme == "https" and self.transport.is_closing():
             self.loop.call_later(TLS_GOODBYE_S, self._end_tls)
+
+    def _has_unread(self) -> bool:
+        """Tell whether an idle connection's client has sent what was not read yet.
+
+        On a busy machine it may be a request, which would be lost if the connection were closed now.
+        """
+        busy = self.cycle is not None and not self.cycle.response_complete
+        found = self.transport.get_extra_info("socket")
+        if busy or found is None or self.transport.is_closing():
+            return False
+        return bool(any(fcntl.ioctl(found.fileno(), termios.FIONREAD, bytes(4))))
 
     def _end_tls(self) -> None:
         if not self.transport.get_write_buffer_size():  # else somebody still reads the last answer

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import pytest
 import uvicorn
+import uvloop
 from uvicorn.server import ServerState
 
 from gpuinfer.api.lasting import Lastings
@@ -266,3 +268,38 @@ async def test_what_lasts_is_told_once() -> None:
     lastings.add(later)
     await until(lambda: later.told)
     assert long.told == 1
+
+
+@pytest.mark.parametrize(("before", "end"), [(0, "shutdown"), (1, "shutdown"), (1, "_close_idle")])
+def test_a_request_that_has_arrived_when_a_connection_ends_is_answered(before: int, end: str) -> None:
+    """It lies in the socket's buffer, and nobody has read it; a connection without one is closed."""
+
+    async def serve() -> list[bytes]:
+        config = uvicorn.Config(answering([]), lifespan="off", log_config=None, proxy_headers=False)
+        config.load()
+        state, loop = ServerState(), asyncio.get_running_loop()
+        server = await loop.create_server(lambda: Protocol(config, state, {}), "127.0.0.1", 0)
+        callers = [socket.create_connection(server.sockets[0].getsockname()) for _ in range(2)]
+        for caller in callers:
+            caller.setblocking(False)
+            for _ in range(before):
+                await loop.sock_sendall(caller, REQUEST)
+                assert b"202" in await loop.sock_recv(caller, 65536)
+        await until(lambda: len(state.connections) == 2)
+        callers[0].sendall(REQUEST)
+        for connection in list(state.connections):
+            assert isinstance(connection, Protocol)
+            connection.timeout_keep_alive = 0
+            getattr(connection, end)()
+        answers = [await asyncio.wait_for(loop.sock_recv(caller, 65536), 60) for caller in callers]
+        await until(lambda: not state.connections)
+        for caller in callers:
+            caller.close()
+        server.close()
+        return answers
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        answered, closed = runner.run(serve())
+    assert answered.startswith(b"HTTP/1.1 202 ")
+    assert (b"connection: close" in answered) == (end == "shutdown")
+    assert closed == b""
