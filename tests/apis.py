@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
+import socket
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +26,13 @@ from gpuinfer.queue.keys import place_of
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, QueueSettings
+from tests.conftest import need
 from tests.services import Process, RedisServer
 
 WORKER = "gpu0@test"
+#: pidfd_getfd(2), which glibc has no function for everywhere; its number is the same on all architectures.
+_PIDFD_GETFD = 438
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class HandWorker:
@@ -138,3 +146,24 @@ def submit(api: Api, inputs: object = schemas.DIGIT) -> str:
     response = api.http.post("/predict", json=inputs)
     assert response.status_code == 202, response.text
     return str(response.json()["task_id"])
+
+
+def delays(pid: int, port: int) -> list[bool]:
+    """Tell of each connection that a process has accepted at a port whether TCP may delay what it writes."""
+    found, process = [], os.pidfd_open(pid)
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            copy = int(_LIBC.syscall(_PIDFD_GETFD, process, int(entry.name), 0))
+            need(copy >= 0 or ctypes.get_errno() == errno.EBADF, "pidfd_getfd of a child")
+            if copy < 0:  # closed meanwhile
+                continue
+            if not stat.S_ISSOCK(os.fstat(copy).st_mode):
+                os.close(copy)
+                continue
+            with socket.socket(fileno=copy) as one:
+                listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if one.family == socket.AF_INET and one.getsockname()[1] == port and not listens:
+                    found.append(not one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+    finally:
+        os.close(process)
+    return found

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -19,10 +18,11 @@ import httpx
 import pytest
 
 from gpuinfer import Client
+from gpuinfer.api.server import GOODBYE_S
 from gpuinfer.doctor.host import Host
 from gpuinfer.doctor.work import ready
 from gpuinfer.settings import Loaded, Settings
-from tests.apis import Api, HandWorker, submit
+from tests.apis import Api, HandWorker, delays, submit
 from tests.conftest import RedisFactory
 from tests.services import Process, RedisServer
 from tests.workers import wait_until
@@ -188,31 +188,43 @@ def test_a_signal_ends_it_with_0(redis_server: RedisServer, tmp_path: Path, numb
         assert api.process.wait() == 0
 
 
+def call(address: str, outcomes: list[int | str], over: threading.Event) -> None:
+    """Ask again and again on a connection that is kept; note each status, or what went wrong.
+
+    A caller that stands still with an idle connection may find it closed just as it sends: what HTTP allows,
+    and what no server can help. It asks again.
+    """
+    with httpx.Client(base_url=address, timeout=60) as http:
+        answered = sent = time.monotonic()
+
+        def note(step: str, _: object) -> None:
+            nonlocal sent
+            if step.startswith("http11.send_request"):
+                sent = time.monotonic()
+
+        while not over.is_set():
+            try:
+                outcomes.append(http.post("/predict", json=[1], extensions={"trace": note}).status_code)
+            except httpx.HTTPError as exc:
+                if sent - answered < GOODBYE_S:
+                    outcomes.append(repr(exc))
+            answered = time.monotonic()
+
+
 def test_a_restart_loses_no_request(redis_server: RedisServer, tmp_path: Path) -> None:
     """On an inherited socket, clients that keep connections see no error while the process changes.
 
-    Nor do their answers wait 40 ms for an acknowledgement (TCP_NODELAY is set there too).
+    Nor does an answer wait 40 ms for the acknowledgement of its first packet: TCP_NODELAY is set there, too.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         os.set_inheritable(listener.fileno(), True)
-        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        port = listener.getsockname()[1]
         outcomes: list[int | str] = []
-        seconds: list[float] = []
         over = threading.Event()
-
-        def call() -> None:
-            with httpx.Client(base_url=address, timeout=60) as http:
-                while not over.is_set():
-                    began = time.perf_counter()
-                    try:
-                        outcomes.append(http.post("/predict", json=[1]).status_code)
-                    except httpx.HTTPError as exc:
-                        outcomes.append(repr(exc))
-                    seconds.append(time.perf_counter() - began)
-
         command = [sys.executable, "-m", "gpuinfer", "api", "--fd", str(listener.fileno())]
         environment = os.environ | {"GPUINFER_BROKER_URL": redis_server.url}
-        callers = [threading.Thread(target=call) for _ in range(4)]
+        asking = (f"http://127.0.0.1:{port}", outcomes, over)
+        callers = [threading.Thread(target=call, args=asking) for _ in range(4)]
         for caller in callers:
             caller.start()
         for _ in range(2):
@@ -221,6 +233,9 @@ def test_a_restart_loses_no_request(redis_server: RedisServer, tmp_path: Path) -
             ) as api:
                 answered = len(outcomes)
                 wait_until(lambda answered=answered: len(outcomes) > answered + 200, 60)  # type: ignore[misc]
+                delayed = delays(api.pid, port)
+                assert delayed
+                assert not any(delayed)
                 api.send_signal(signal.SIGTERM)
                 assert api.wait(60) == 0
         with subprocess.Popen(command, close_fds=False, env=environment, stderr=subprocess.DEVNULL) as api:
@@ -229,8 +244,6 @@ def test_a_restart_loses_no_request(redis_server: RedisServer, tmp_path: Path) -
                 caller.join()
             api.terminate()
         assert set(outcomes) == {202}, [it for it in outcomes if it != 202][:5]
-        # An answer that waits for an acknowledgement does so each time; a busy machine is slow now and then.
-        assert statistics.quantiles(seconds, n=4)[0] < 0.035
 
 
 def replace(file: Path, text: str) -> None:
