@@ -14,6 +14,8 @@ import pytest
 from gpuinfer import Client
 from gpuinfer.settings import Settings
 from tests.apis import Api, HandWorker
+from tests.brokers import OurRedis, our_redis
+from tests.conftest import RedisFactory
 from tests.services import RedisServer
 from tests.workers import Workers
 
@@ -62,6 +64,19 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd
 
 
 @pytest.fixture
+def redis_server(request: pytest.FixtureRequest, redis_factory: RedisFactory) -> Iterator[RedisServer]:
+    """This test's Redis: an empty one; with the mark our_redis our own with its users.
+
+    What a test asks ours for and is refused, it takes from the log (``denied()``).
+    """
+    if request.node.get_closest_marker("our_redis") is None:
+        yield redis_factory()
+        return
+    with our_redis() as server:
+        yield server
+
+
+@pytest.fixture
 def workers(redis_server: RedisServer, tmp_path: Path) -> Iterator[Workers]:
     """Start workers on this test's Redis."""
     started = Workers(redis_server, tmp_path)
@@ -79,8 +94,9 @@ def settings(redis_server: RedisServer, settings_for: Callable[..., Settings]) -
 
 @pytest.fixture
 def client(redis_server: RedisServer, settings_for: Callable[..., Settings]) -> Iterator[Client]:
-    """A client on this test's Redis."""
-    with Client(settings_for(redis_server)) as opened:
+    """A client on this test's Redis; on our own with the rights of the API."""
+    login = redis_server.login("api") if isinstance(redis_server, OurRedis) else {}
+    with Client(settings_for(redis_server, broker=login)) as opened:
         yield opened
 
 

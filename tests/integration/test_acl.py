@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,17 +14,10 @@ from redis.exceptions import NoPermissionError
 
 from gpuinfer.queue import keys
 from gpuinfer.queue.submission import Submission
-from tests.brokers import OurRedis, our_redis
+from tests.brokers import OurRedis
 from tests.workers import NAME, wait_until
 
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def redis_server() -> Iterator[OurRedis]:
-    """Our Redis. What a test asks for itself and is refused, it takes from the log (``denied()``)."""
-    with our_redis() as server:
-        yield server
+pytestmark = [pytest.mark.integration, pytest.mark.our_redis]
 
 
 # -- what is refused ----------------------------------------------------------------------

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,10 @@ from celery import chain
 from gpuinfer.errors import ChainRefused, ShapeMismatch
 from gpuinfer.models.shipped import load_test_images
 from tests import shop
-from tests.brokers import OurRedis, our_redis
+from tests.brokers import OurRedis
 from tests.workers import UNTRACED, Workers, wait_until
 
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def redis_server() -> Iterator[OurRedis]:
-    """Our Redis; in the end nothing was refused."""
-    with our_redis() as server:
-        yield server
+pytestmark = [pytest.mark.integration, pytest.mark.our_redis]
 
 
 def test_resize_predict_store(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ import pytest
 
 from gpuinfer import Client
 from gpuinfer.errors import TaskRevoked
-from gpuinfer.settings import Settings
-from tests.brokers import PASSWORDS, OurRedis, our_redis
+from tests.brokers import PASSWORDS, OurRedis
 from tests.models_for_tests import add_scalar, python_model
 from tests.services import free_port
 from tests.workers import NAME, Workers, wait_until
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.our_redis]
 
 LOGIN = ("admin", "secret")
 #: Each batch waits until the file is there.
@@ -36,18 +34,6 @@ class Model:
             time.sleep(0.02)
         return batch
 """
-
-
-@pytest.fixture
-def redis_server() -> Iterator[OurRedis]:
-    with our_redis() as server:
-        yield server
-
-
-@pytest.fixture
-def client(redis_server: OurRedis) -> Iterator[Client]:
-    with Client(Settings.model_validate({"broker": redis_server.login("api")})) as opened:
-        yield opened
 
 
 class Flower:

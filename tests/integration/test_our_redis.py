@@ -8,7 +8,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,7 @@ from tests.models_for_tests import latched, sleeper
 from tests.services import Process
 from tests.workers import NAME, Workers, wait_until
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.our_redis]
 
 #: What the shipped producer is refused, as any program that is not the administrator's.
 PRODUCERS: list[tuple[str, ...]] = [
@@ -51,20 +50,6 @@ PRODUCERS: list[tuple[str, ...]] = [
 
 IMAGE = load_test_images()[0][0].tolist()
 LABEL = load_test_images()[1][0]
-
-
-@pytest.fixture
-def redis_server() -> Iterator[OurRedis]:
-    """Our Redis. What a test asks for itself and is refused, it takes from the log (``denied()``)."""
-    with our_redis() as server:
-        yield server
-
-
-@pytest.fixture
-def client(redis_server: OurRedis) -> Iterator[Client]:
-    """A client with the rights of the API."""
-    with Client(Settings.model_validate({"broker": redis_server.login("api")})) as opened:
-        yield opened
 
 
 def start(workers: Workers, server: OurRedis, models: str = "digits") -> Process:
