@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gpuinfer.queue import scripts
 from gpuinfer.settings import Settings
 from tests.services import RedisServer, redis_binary
 
@@ -42,6 +43,21 @@ def redis_factory() -> Iterator[RedisFactory]:
             return server
 
         yield start
+
+
+#: Seconds for which an idle worker counts under ``standing_clocks`` since it was seen, or woken.
+COUNTS_S = 3600.0
+
+
+@pytest.fixture
+def standing_clocks() -> Iterator[None]:
+    """Let an idle worker count for an hour, not for seconds: the machine may stand still in between."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("IDLE_VOID", "WOKEN_VOID"):
+            patch.setitem(scripts._CONSTANTS, name, COUNTS_S)
+        scripts.source.cache_clear()
+        yield
+    scripts.source.cache_clear()
 
 
 @pytest.fixture

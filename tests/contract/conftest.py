@@ -65,6 +65,11 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BrokerSet
         server.close()
 
 
+@pytest.fixture(autouse=True)
+def _standing_clocks(standing_clocks: None) -> None:
+    """Who is idle here counts however long a test takes; ``COUNTS_S`` ago is gone."""
+
+
 @pytest.fixture
 def client(broker: BrokerSettings) -> Iterator[Client]:
     with Client(Settings(broker=broker)) as opened:

@@ -14,11 +14,14 @@ from gpuinfer.queue import keys
 from gpuinfer.queue.claims import Want
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings
+from tests.conftest import COUNTS_S
 from tests.contract.conftest import ids, on, store_of
 
 pytestmark = [pytest.mark.integration, on("redis-socket", "valkey-tls")]
 
 BATCH = 16
+#: Seconds since an idle worker was seen that is gone.
+GONE_S = COUNTS_S + 60
 Fleet = Callable[[int], list[Store]]
 
 
@@ -53,21 +56,9 @@ def rung(stores: list[Store]) -> list[int]:
     return [int(store.client.llen(keys.wake(store.worker))) for store in stores]
 
 
-def stand_still(stores: list[Store]) -> None:
-    """Let no time have passed since they were seen, or woken: the machine that tests may be busy."""
-    for store in stores:
-        score = store.client.zscore(keys.IDLE_PREFIX + store.group, store.worker)
-        if score is not None:
-            seen(store, 0, woken=score < 0)
-
-
 def shares(stores: list[Store]) -> list[int]:
     """Let them claim, one after the other; return how many tasks each has got."""
-    got = []
-    for store in stores:
-        stand_still(stores)
-        got.append(len(store.claim(BATCH, state="idle")))
-    return got
+    return [len(store.claim(BATCH, state="idle")) for store in stores]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -81,9 +72,8 @@ def test_a_burst_is_shared(fleet: Fleet, client: Client, burst: tuple[int, int],
         store.register(default="digits")
     stores = fleet(workers + 1) if dead else fleet(workers)
     if dead:
-        seen(stores[0], 3)
+        seen(stores[0], GONE_S)
         stores = stores[1:]
-    stand_still(stores)
     client.submit_many([[1]] * count)
     assert (sum(rung(stores)), max(rung(stores))) == (min(count, workers), 1)
     got = shares(stores)
@@ -96,11 +86,7 @@ def test_a_share_is_worth_a_batch(fleet: Fleet, client: Client) -> None:
     stores = fleet(4)
     client.submit_many([[1]] * 20)
     wants = {"digits": Want(BATCH, least=8)}
-    got = []
-    for store in stores:
-        stand_still(stores)
-        got.append(len(store.claim(wants, state="idle")))
-    assert got == [8, 8, 4, 0]
+    assert [len(store.claim(wants, state="idle")) for store in stores] == [8, 8, 4, 0]
 
 
 def test_an_empty_index_hides_nothing(broker: BrokerSettings, client: Client) -> None:
@@ -121,7 +107,6 @@ def test_the_busy_leave_the_idle_their_part(fleet: Fleet, client: Client) -> Non
     assert len(first.claim(1, state="idle")) == 1
     for count, left in ((2 * BATCH, 0), (5, 5), (BATCH, BATCH)):
         client.submit_many([[1]] * count)
-        stand_still(others)
         assert len(first.claim(BATCH, state="busy")) == left
     assert sum(shares(others)) == 2 * BATCH
     client.submit_many([[1]] * 5)
@@ -134,7 +119,7 @@ def test_who_was_woken_counts_for_a_moment(fleet: Fleet, client: Client) -> None
     client.submit_many([[1]] * 8)
     seen(second, 0, woken=True)
     assert len(first.claim(BATCH)) == 4
-    seen(second, 0.7, woken=True)
+    seen(second, GONE_S, woken=True)
     assert len(first.claim(BATCH)) == 4
 
 
@@ -142,7 +127,6 @@ def test_each_submission_wakes_another_worker(fleet: Fleet, client: Client) -> N
     """The one seen last first; and one that was woken is not woken again before it has claimed."""
     stores = fleet(3)
     for count in range(1, 5):
-        stand_still(stores)
         client.submit([1])
         assert sum(rung(stores)) == min(count, 3)
         assert max(rung(stores)) == 1
@@ -156,7 +140,7 @@ def test_each_submission_wakes_another_worker(fleet: Fleet, client: Client) -> N
 def test_the_dead_are_not_woken(fleet: Fleet, client: Client) -> None:
     """An entry that was not renewed for two waits is void."""
     stores = fleet(2)
-    seen(stores[1], 3)
+    seen(stores[1], GONE_S)
     client.submit([1])
     assert rung(stores) == [1, 0]
 
