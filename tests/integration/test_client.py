@@ -51,7 +51,7 @@ def test_submit_and_result(client: Client, worker: HandWorker) -> None:
     task_id = client.submit([1, 2])
     assert client.status(task_id).state == "queued"
     timer = later(0.2, lambda: worker.finish_all({"label": "2"}))
-    assert client.result(task_id, 20) == {"label": "2"}
+    assert client.result(task_id, 60) == {"label": "2"}
     timer.join()
 
 
@@ -68,24 +68,24 @@ def test_a_wait_that_has_heard_all_asks_nothing(
     with redis_server.client() as admin:
         task_id = client.submit(1)
         worker.finish_all("first")
-        assert client.result(task_id, 20) == "first"  # subscribes, then looks
+        assert client.result(task_id, 60) == "first"  # subscribes, then looks
         task_id = client.submit(2)
         worker.finish_all("second")
         before = looks()
-        assert client.result(task_id, 20) == "second"
+        assert client.result(task_id, 60) == "second"
         assert looks() == before
         other = client.submit(3)
         task_id = client.submit(4)
         worker.finish_all("both")
-        assert client.result(other, 20) == "both"  # has read the end of the fourth, and has dropped it
-        assert client.result(task_id, 20) == "both"
+        assert client.result(other, 60) == "both"  # has read the end of the fourth, and has dropped it
+        assert client.result(task_id, 60) == "both"
         task_id = client.submit(5)
         worker.finish_all("cut off")
         admin.client_kill_filter(_type="pubsub")
-        assert client.result(task_id, 20) == "cut off"
+        assert client.result(task_id, 60) == "cut off"
         task_id = client.submit(6)
         worker.finish_all("x" * 1_000_000)  # only a notice is told
-        assert client.result(task_id, 20) == "x" * 1_000_000
+        assert client.result(task_id, 60) == "x" * 1_000_000
 
 
 def test_a_burst_keeps_its_order(client: Client, worker: HandWorker) -> None:
@@ -96,7 +96,7 @@ def test_a_burst_keeps_its_order(client: Client, worker: HandWorker) -> None:
     assert [decode(task.payload).id for task in claimed] == ids
     for task in claimed:
         worker.finish(task, decode(task.payload).body()[0][0] * 2)
-    assert client.results(ids, 20) == [number * 2 for number in range(2000)]
+    assert client.results(ids, 60) == [number * 2 for number in range(2000)]
 
 
 def test_as_completed_yields_as_they_end(client: Client, worker: HandWorker) -> None:
@@ -358,4 +358,4 @@ def test_known_models_wait_for_a_worker(client: Client, redis_server: RedisServe
         assert (client.status(early).state, client.status(later).state) == ("queued", "queued")
         worker = HandWorker(connection, "resnet", "other")
         assert worker.finish_all("done") + worker.finish_all("done") == 2
-    assert client.results([early, later], 20) == ["done", "done"]
+    assert client.results([early, later], 60) == ["done", "done"]

@@ -55,7 +55,8 @@ async def test_async_burst_of_calls(settings: Settings, worker: HandWorker) -> N
         ids = await asyncio.gather(*(client.submit(number) for number in range(1000)))
         assert len(set(ids)) == 1000
         waits = asyncio.gather(*(client.result(task_id, 60) for task_id in ids))
-        await asyncio.sleep(0.1)
+        while len(client._waits._watches) < 1000:
+            await asyncio.sleep(0.01)
         for task in worker.claim(1000):
             worker.finish(task, decode(task.payload).body()[0][0])
         assert await waits == list(range(1000))

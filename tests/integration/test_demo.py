@@ -193,7 +193,7 @@ class Terminal:
         self.pid = pid
         self.text = ""
 
-    def read_until(self, done: Callable[[str], bool], timeout_s: float = 60.0) -> None:
+    def read_until(self, done: Callable[[str], bool], timeout_s: float = 120.0) -> None:
         """Read until the text is as wanted, or the demo has closed its terminal."""
         os.set_blocking(self._fd, False)
         until = time.monotonic() + timeout_s
