@@ -5,60 +5,40 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, Self, Unpack
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
-from gpuinfer.client import core
-from gpuinfer.client.core import (
-    LOOK,
-    Accepted,
-    Call,
-    Origin,
-    Waiting,
-)
-from gpuinfer.client.driver import Driver, refuse_key
+from gpuinfer.client import calls, submissions, tasks
+from gpuinfer.client.aio_fleet import AsyncFleet
+from gpuinfer.client.awaited import Waiting, goes_on
+from gpuinfer.client.calls import Accepted, Call
+from gpuinfer.client.driver import Unknown, introduce, refuse_key
+from gpuinfer.client.origin import Origin
 from gpuinfer.client.outgoing import Outgoing
-from gpuinfer.client.pipe import Pipe
+from gpuinfer.client.steps import arun
 from gpuinfer.client.subscription import RETRY_S
 from gpuinfer.client.waits import Waits, Watch
-from gpuinfer.errors import (
-    BrokerError,
-    BrokerUnavailable,
-    InputError,
-    KeyQuota,
-    RateLimited,
-    TaskNotFound,
-    WaitTimeout,
-)
-from gpuinfer.models.signature import Signature
-from gpuinfer.queue import catalogue, dead, depth, heartbeats, history, keys, readiness, results, usage
-from gpuinfer.queue import format as layout
-from gpuinfer.queue import quota as quotas
-from gpuinfer.queue.connection import connect_async, typed_errors
-from gpuinfer.queue.direct import Argument
+from gpuinfer.errors import BrokerError, BrokerUnavailable, InputError, KeyQuota, RateLimited, WaitTimeout
+from gpuinfer.queue import history, keys
 from gpuinfer.queue.options import Options, documented
 from gpuinfer.queue.position import spot_of
-from gpuinfer.queue.quota import Quota
+from gpuinfer.queue.quota import Quota, Refusals
 from gpuinfer.queue.resource import Place, to_resource
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import Settings
 
 
-class _Unknown(Exception):
-    """Raised where what a model takes must be asked for."""
-
-
 def _retrieve(answer: asyncio.Future[Any]) -> None:
-    """Take note of a failure that nobody waits for."""
+    """Mark a failure that nobody waits for as seen: asyncio would log it."""
     if not answer.cancelled():
         answer.exception()
 
 
-class AsyncClient(Driver):
+class AsyncClient(AsyncFleet):
     """Talks to the queue from an event loop. Use it in the loop it was first used in.
 
     ``source`` is a broker URL, a Settings object, or None for this host's settings.
@@ -66,20 +46,10 @@ class AsyncClient(Driver):
 
     def __init__(self, source: Settings | str | None = None) -> None:
         super().__init__(source)
-        self._redis = connect_async(self._settings.broker)
-        options = self._redis.connection_pool.connection_kwargs
-        self._pipe = Pipe(self._redis, options["socket_timeout"])
         self._submit = self._pipe.script("submit")
-        self._cancel = self._pipe.script("cancel")
-        self._history = self._pipe.script("history")
-        self._forget = self._pipe.script("erase")
-        self._tell = self._pipe.script("origin")
-        self._was_known = self._pipe.script("known")
-        self._revive = self._pipe.script("revive")
-        self._account = self._pipe.script("account")
         self._outgoing = Outgoing(self._call, self._settings.queue)
         #: What callers were refused by their quotas.
-        self.refusals = quotas.Refusals()
+        self.refusals = Refusals()
         self._origin = Origin()
         self._waits = Waits(self._redis, self._origin, self._user)
 
@@ -96,54 +66,6 @@ class AsyncClient(Driver):
         await self.aclose()
 
     # -- looking --------------------------------------------------------------------------
-
-    async def fleet(self) -> catalogue.Fleet:
-        """Return which models the fleet knows, who serves them, and what waits.
-
-        Raises BrokerUnavailable.
-        """
-        with typed_errors(self._user):
-            return await catalogue.aread(self._redis)
-
-    async def takes(self, model: str, *, fresh: bool = True) -> Signature | None:
-        """Return what a model takes, with an example where one is known; None where nobody has told.
-
-        With ``fresh=False`` it may be what this client was told in the last half minute. Raises
-        BrokerUnavailable.
-        """
-        if fresh or self._signatures.stale(model) or self._signatures.of(model) is None:
-            await self._ask(model)
-        return self._signatures.of(model)
-
-    async def ping(self) -> None:
-        """Raises BrokerUnavailable when Redis does not answer, UnusableRedis where it has another format."""
-        with typed_errors(self._user):
-            layout.check(await self._pipe.call("GET", keys.FORMAT_KEY))
-
-    async def queues(self) -> depth.Depth:
-        """Return what waits, what is in flight, and which queues are paused. Raises BrokerUnavailable."""
-        with typed_errors(self._user):
-            return await depth.alook(self._redis)
-
-    async def workers(self) -> list[dict[str, Any]]:
-        """Return what each worker's last heartbeat says. Raises BrokerUnavailable."""
-        with typed_errors(self._user):
-            return heartbeats.shown(*await heartbeats.aread(self._redis))
-
-    async def capacity(self) -> readiness.Capacity:
-        """Return which workers serve now, and which instances a live watcher may start.
-
-        Raises BrokerUnavailable.
-        """
-        with typed_errors(self._user):
-            return await readiness.aread(self._redis)
-
-    async def claimed(self) -> int:
-        """Return how many tasks were ever claimed from the queues. Raises BrokerUnavailable."""
-        with typed_errors(self._user):
-            counts: Any = await self._pipe.call("HGETALL", keys.CLAIMED)
-        values = counts.values() if isinstance(counts, dict) else counts[1::2]  # by Redis's protocol
-        return sum(map(int, values))
 
     async def task(self, task_id: str, *, only: str | None = None) -> dict[str, Any]:
         """Return a task as ``GET /tasks/{id}`` shows it: status, model, times, attempt, metrics, worker,
@@ -170,23 +92,7 @@ class AsyncClient(Driver):
         Raises InputError, BrokerUnavailable.
         """
         search = history.Search(status=status, model=model, before=before, limit=limit, only=only)
-        with typed_errors(self._user):
-            while not search.done:
-                search.take(await self._history([], search.args), time.time())
-        return search.page
-
-    async def usage(self, since_s: float = usage.USUAL_S) -> usage.Usage:
-        """Return who has used how much, in the hours that the last ``since_s`` seconds touch.
-
-        Raises BrokerUnavailable.
-        """
-        with typed_errors(self._user):
-            return await usage.aread(self._redis, since_s)
-
-    async def account(self, counts: list[Argument]) -> None:
-        """Add what a process has counted (``tally.Tally.args``). Raises BrokerError."""
-        with typed_errors(self._user):
-            await self._account([], counts)
+        return await self._run(tasks.find(search))
 
     # -- submitting -----------------------------------------------------------------------
 
@@ -211,41 +117,21 @@ class AsyncClient(Driver):
         of those that it has confirmed.
         """
         refuse_key(options)
-        await self._default_model(options)
-        ready = await self._ready(list(inputs), many=False, options=options)
-        tasks = self._build_many(ready, options, self._origin)
+        ready = await self._run(self._ready(list(inputs), many=False, options=options))
+        made = self._build_many(ready, options, self._origin)
         accepted: list[str] = []
-        calls = core.bulk(tasks, self._settings.queue)
+        parts = calls.bulk(made, self._settings.queue)
         try:
-            with typed_errors(self._user):
+            with self._errors:
                 if self._origin.to_tell():
-                    await self._introduce()
-                while some := core.trip(calls):
-                    await self._send(some, accepted)
+                    await self._run(introduce(self._origin))
+                while some := calls.trip(parts):
+                    answers = await asyncio.gather(*map(self._call, some), return_exceptions=True)
+                    calls.note(some, answers, accepted)
         except BrokerError as exc:
             exc.accepted = tuple(accepted)
             raise
         return accepted
-
-    async def _introduce(self) -> None:
-        """Let Redis know whose ids these are, so that a later request learns that a task has expired."""
-        try:
-            await self._tell([], [self._origin.prefix])
-        except ResponseError:
-            pass  # without the right to, nobody learns that
-        except BaseException:
-            self._origin.tell_again()
-            raise
-
-    async def _send(self, calls: Sequence[Call], accepted: list[str]) -> None:
-        """Call the script in one round trip; note what was accepted. Raises the first error."""
-        answers = await asyncio.gather(*(self._call(call) for call in calls), return_exceptions=True)
-        for call, answer in zip(calls, answers, strict=True):
-            if not isinstance(answer, BaseException):
-                accepted += call.ids
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
 
     async def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         return await self.send(await self.prepare(inputs, many=many, options=options))
@@ -265,13 +151,11 @@ class AsyncClient(Driver):
         Inputs may be ``Json``. ``task_id`` is an id of the caller's own. ``caller``: whose task it is, by the
         name of a key; ``quota``: what that one may submit. Raises InputError, BrokerError.
         """
-        if self._default.stale and options.get("model") is None:
-            await self._default_model(options)
         try:  # mostly all that is asked is known
             inputs = self._ready_now(inputs, many=many, options=options)
-        except (_Unknown, InputError):
-            (inputs,) = await self._ready([inputs], many=many, options=options)
-        return core.build(
+        except (Unknown, InputError):
+            (inputs,) = await self._run(self._ready([inputs], many=many, options=options))
+        return submissions.build(
             inputs,
             many=many,
             origin=self._origin,
@@ -289,27 +173,17 @@ class AsyncClient(Driver):
         UnknownModel, RateLimited, KeyQuota, BrokerError.
         """
         try:
-            with typed_errors(self._user):
+            with self._errors:
                 if self._origin.to_tell():
-                    await self._introduce()
+                    await self._run(introduce(self._origin))
                 if not task.key:
-                    task.rate = await self._outgoing.put(core.pack(task, self._settings.queue))
+                    task.rate = await self._outgoing.put(calls.pack(task, self._settings.queue))
                     return task.id
-                holder, task.rate = await self._call(core.one(task, self._settings.queue))
+                holder, task.rate = await self._call(calls.one(task, self._settings.queue))
         except (RateLimited, KeyQuota) as exc:
             self.refusals.note(task.caller, exc)
             raise
         return holder
-
-    async def weigh(self, weights: Mapping[str, float]) -> None:
-        """Set the weights of callers that take turns (1 where there is none); those of others are dropped.
-
-        Raises BrokerError.
-        """
-        with typed_errors(self._user):
-            found = await self._pipe.call("HKEYS", keys.WEIGHTS)
-            for command in quotas.weighing(weights, found):
-                await self._pipe.call(*command)
 
     async def _call(self, call: Call) -> Accepted:
         """Send bodies, then the call of the script, in one packet; return its answer."""
@@ -317,48 +191,10 @@ class AsyncClient(Driver):
         for body in bodies:
             body.add_done_callback(_retrieve)
         try:
-            return core.accepted(await self._submit(list(call.bodies), call.args))
+            return calls.accepted(await self._submit(list(call.bodies), call.args))
         except RedisError as exc:
-            found = core.answer_of(*await asyncio.gather(*bodies, return_exceptions=True), exc)
+            found = calls.answer_of(*await asyncio.gather(*bodies, return_exceptions=True), exc)
             raise found from None
-
-    async def _default_model(self, options: Options) -> str | None:
-        """Return the fleet's default model, for a caller that names none."""
-        if options.get("model") is None and self._default.stale:
-            with typed_errors(self._user):
-                self._default.found(await self._pipe.call("GET", keys.DEFAULT_MODEL))
-        return self._default.name
-
-    def _ready_now(self, inputs: Any, *, many: bool, options: Options) -> Any:
-        """Return one task's inputs as they are sent. Raises InputError, and _Unknown: Redis must be asked."""
-        model = self._model_of(options)
-        if model is not None and self._signatures.stale(model):
-            raise _Unknown
-        return self._signatures.ready(model, inputs, many=many)
-
-    async def _ready(self, values: list[Any], *, many: bool, options: Options) -> list[Any]:
-        """Return inputs as they are sent. Raises InputError for a file that cannot be read, and for what the
-        model cannot take.
-        """
-        model = self._model_of(options)
-        if model is not None and self._signatures.stale(model):
-            await self._ask(model)
-        try:
-            return self._signatures.all_ready(model, values, many=many)
-        except InputError:
-            if model is None or not self._signatures.doubts(model):
-                raise
-        await self._ask(model)
-        return self._signatures.all_ready(model, values, many=many)
-
-    async def _ask(self, model: str) -> None:
-        """Ask what a model takes. A user without the right to know is not told."""
-        with typed_errors(self._user):
-            try:
-                found = await self._pipe.call("HGET", keys.SIGNATURES, model)
-            except ResponseError:
-                found = None
-        self._signatures.found(model, found)
 
     async def cancel(self, task_id: str, *, only: str | None = None) -> bool:
         """Cancel a task that has not ended; return whether it was cancelled.
@@ -370,12 +206,7 @@ class AsyncClient(Driver):
         but refused with QueueFull by a full Redis. Raises InputError, TaskNotFound where it is another's,
         BrokerError.
         """
-        names, args = core.cancel_call(task_id, self._origin, self._settings.queue, only)
-        with typed_errors(self._user):
-            answer = int(await self._cancel(names, args))
-        if answer < 0:
-            raise await self._gone(task_id, only)
-        return answer > 0
+        return await self._run(tasks.cancel(task_id, self._origin, self._settings.queue, only))
 
     async def retry(self, task_id: str, *, only: str | None = None, quota: Quota | None = None) -> None:
         """Send a task that failed, or is a dead letter, to its queue again, under its id. ``only``: as for
@@ -384,29 +215,11 @@ class AsyncClient(Driver):
         Raises WrongState for a task that is neither, or whose inputs are not kept any more; TaskNotFound,
         InputError where it can never run, RateLimited, KeyQuota, BrokerError.
         """
-        core.result_key(task_id)
-        text = "" if quota is None else quota.text
         try:
-            with typed_errors(self._user):
-                letter = await self._pipe.call("HGET", keys.DEAD, task_id)
-                if letter is not None:
-                    if not dead.owned(letter, only):
-                        raise await self._gone(task_id, only)
-                    list_key, args = dead.revival(task_id, letter)
-                    dead.revived(task_id, list_key, await self._revive([list_key], [*args, "", text]))
-                    return
-                failed = await self._pipe.call("HGET", keys.FAILED, task_id)
-                if failed is not None:
-                    if not dead.failed_owned(failed, only):
-                        raise await self._gone(task_id, only)
-                    list_key, args = dead.failed_revival(task_id, failed)
-                    answer = await self._revive([list_key], [*args, text])
-                    dead.revived(task_id, list_key, answer, failed=True)
-                    return
+            await self._run(tasks.retry(task_id, self._origin, only, quota))
         except (RateLimited, KeyQuota) as exc:
             self.refusals.note(only or "", exc)
             raise
-        raise core.no_retry(await self.status(task_id, only=only))
 
     async def forget(self, task_id: str, *, only: str | None = None) -> None:
         """Delete a task that has ended: its result, and what is kept to send it again. ``only``: as for
@@ -414,13 +227,7 @@ class AsyncClient(Driver):
 
         Raises WrongState for one that has not, TaskNotFound, InputError, BrokerError.
         """
-        key = core.result_key(task_id)
-        with typed_errors(self._user):
-            answer = int(await self._forget([key], [task_id, *core.only_args(only)]))
-        if answer == 0:
-            raise await self._gone(task_id, only)
-        if answer < 0:
-            raise core.refused_erasure(answer, task_id)
+        await self._run(tasks.forget(task_id, self._origin, only))
 
     # -- waiting --------------------------------------------------------------------------
 
@@ -429,33 +236,7 @@ class AsyncClient(Driver):
 
         Raises InputError, TaskNotFound, UnreadableResult.
         """
-        key = core.result_key(task_id)
-        try:
-            with typed_errors(self._user):
-                meta = await self._pipe.call("GET", key)
-        except BrokerError as exc:
-            raise core.of_task(task_id, exc) from exc
-        if meta is None:
-            raise await self._gone(task_id, only)
-        status = results.parse(task_id, meta)
-        if not core.owned(status, only):
-            raise await self._gone(task_id, only)
-        return status
-
-    async def _gone(self, task_id: str, only: str | None = None) -> TaskNotFound:
-        """Return the error for an id that Redis knows nothing of: it may have known its task once.
-
-        So it is for a task that is not ``only``'s.
-        """
-        with typed_errors(self._user):
-            known = self._origin.made(task_id) or await self._known([task_id], only) == [1]
-        return core.gone(task_id) if known else core.not_found(task_id)
-
-    async def _known(self, task_ids: Sequence[str], only: str | None = None) -> list[int]:
-        """Return 1 for each id that was submitted once. A user without the right to know is not told."""
-        with suppress(ResponseError):
-            return list(await self._was_known([], core.known_args(task_ids, only)))
-        return []
+        return await self._run(tasks.status(task_id, self._origin, only))
 
     async def place(self, status: TaskStatus) -> Place | None:
         """Return where a task stands that waits: an estimate. None where that cannot be told.
@@ -465,7 +246,7 @@ class AsyncClient(Driver):
         spot = spot_of(status)
         if spot is None:
             return None
-        with typed_errors(self._user):
+        with self._errors:
             length, claimed = await asyncio.gather(
                 self._pipe.call("LLEN", spot.list), self._pipe.call("HGET", keys.CLAIMED, spot.counter)
             )
@@ -491,7 +272,7 @@ class AsyncClient(Driver):
 
     def watch(self, task_id: str) -> Watch:
         """Return what hears of a task's end from now on, for ``ended``. Raises InputError."""
-        core.result_key(task_id)
+        tasks.result_key(task_id)
         return self._waits.watch((task_id,))
 
     async def ended(
@@ -558,7 +339,7 @@ class AsyncClient(Driver):
     async def _goes_on(self, task_id: str) -> bool:
         """Tell whether a task of which a failure was told has been sent again since."""
         with suppress(RedisError):
-            return core.goes_on(task_id, await self._pipe.call("GET", keys.result(task_id)))
+            return await arun(goes_on(task_id), self._ask, nullcontext())
         return False
 
     async def _next(
@@ -583,14 +364,9 @@ class AsyncClient(Driver):
 
     async def _look(self, waiting: Waiting, *, patient: bool) -> list[TaskStatus]:
         """Return which tasks have ended. Raises TaskNotFound, BrokerError."""
-        ids, ended = waiting.ids, []
-        for start in range(0, len(ids), LOOK):
-            some = ids[start : start + LOOK]
-            with typed_errors(self._user):
-                metas = waiting.visible(some, await self._pipe.call("MGET", *map(keys.result, some)))
-                if missing := waiting.missing(some, metas):
-                    waiting.expired(missing, await self._known(missing, waiting.only))
-            ended += waiting.looked(some, metas, patient=patient)
+        ended = []
+        for part in waiting.parts():
+            ended += await self._run(waiting.look(part, patient=patient))
         return ended
 
     async def results(

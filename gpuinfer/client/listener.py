@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A subscription to result channels, reused from wait to wait.
+"""Subscriptions to result channels, reused from wait to wait.
 
 redis-py's PubSub costs 30 us per event. This one has no pattern subscriptions and does not reconnect: when
 the connection is lost, the caller starts its wait again.
@@ -10,15 +10,20 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import redis
+
+from gpuinfer.queue.connection import AWAY
 
 #: One SUBSCRIBE names at most this many channels.
 CHUNK = 1000
 #: Maximum channels left subscribed after a wait. Each has published its one message already.
 KEPT = 8
+#: Subscriptions that a client keeps while nobody waits on them.
+MAX_IDLE_LISTENERS = 8
 #: After this many seconds of silence send PING; after this many the connection counts as lost.
 ASK_AFTER_S, LOST_AFTER_S = 15.0, 25.0
 
@@ -116,3 +121,54 @@ class Listener:
         """Close the connection."""
         self._connection.disconnect()
         self._pool.release(self._connection)
+
+
+class Listeners:
+    """A client's idle subscriptions: connecting for each wait would be most of its cost."""
+
+    def __init__(self, pool: redis.ConnectionPool) -> None:
+        self._pool = pool
+        self._idle: list[Listener] = []
+
+    def close(self) -> None:
+        """Close those that are idle. Another wait opens a new one."""
+        while self._idle:
+            self._idle.pop().close()
+
+    @contextmanager
+    def lend(self, waiting: Sized) -> Iterator[Listener]:
+        """Lend a subscription to a wait; it is kept for the next unless an exception passed through it.
+
+        ``waiting``: what the wait is for, empty once all of it has ended.
+        """
+        listener = self._take()
+        try:
+            yield listener
+        except GeneratorExit:
+            self._keep(listener, waiting)  # the caller has its result
+            raise
+        except BaseException:
+            listener.close()
+            raise
+        self._keep(listener, waiting)
+
+    def _take(self) -> Listener:
+        try:
+            listener = self._idle.pop()
+        except IndexError:
+            return Listener(self._pool)
+        if listener.alive:
+            return listener
+        listener.close()
+        return Listener(self._pool)
+
+    def _keep(self, listener: Listener, waiting: Sized) -> None:
+        if len(self._idle) >= MAX_IDLE_LISTENERS:
+            listener.close()
+            return
+        try:
+            listener.leave(ended=not waiting)
+        except (*AWAY, redis.RedisError):
+            listener.close()
+        else:
+            self._idle.append(listener)

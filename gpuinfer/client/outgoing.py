@@ -6,8 +6,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
-from gpuinfer.client import core
-from gpuinfer.client.core import Accepted, Call, Ready
+from gpuinfer.client import calls
+from gpuinfer.client.calls import Accepted, Call, Ready
 from gpuinfer.queue.quota import Rate
 from gpuinfer.settings import QueueSettings
 
@@ -37,7 +37,7 @@ class Outgoing:
     def _send(self) -> None:
         tasks, self._tasks = self._tasks, []
         answers, self._answers = self._answers, {}
-        for call in core.joined(tasks, self._settings):
+        for call in calls.joined(tasks, self._settings):
             running = asyncio.get_running_loop().create_task(self._call(call, answers), name="submit")
             self._running.add(running)
             running.add_done_callback(self._running.discard)
@@ -50,10 +50,10 @@ class Outgoing:
             failure, rate = refused.failure_of(part), None
             if failure is None:
                 failure, rate = await self._try(part)
-                if failure is not None and (fits := core.fitting(failure)):
+                if failure is not None and (fits := calls.fitting(failure)):
                     parts.append(part.first(fits))
                     part = part.without(fits)
-                elif failure is not None and core.full(failure):
+                elif failure is not None and calls.full(failure):
                     if len(part.ids) > 1:
                         parts += reversed(part.halves())
                         continue
@@ -78,7 +78,7 @@ class _Refused:
         self._size = 0
 
     def note(self, call: Call, failure: BaseException) -> None:
-        room = core.full(failure)
+        room = calls.full(failure)
         if room and (self._failure is None or call.least < self._size):
             self._failure, self._size = failure, call.least if room == "size" else 0
 

@@ -14,23 +14,21 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from typing import Any, Self, Unpack
 
-from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.exceptions import AuthenticationError, ResponseError
 
-from gpuinfer.client import core
-from gpuinfer.client.core import (
-    LOOK,
-    Call,
-    Origin,
-    Waiting,
-)
-from gpuinfer.client.driver import Driver, refuse_key
-from gpuinfer.client.listener import Listener
-from gpuinfer.errors import BrokerError, InputError, TaskNotFound, WaitTimeout
-from gpuinfer.queue import dead, history, keys, results
-from gpuinfer.queue.connection import AWAY, connect, explain, typed_errors
+from gpuinfer.client import calls, submissions, tasks
+from gpuinfer.client.awaited import Waiting, goes_on, heard
+from gpuinfer.client.calls import Call
+from gpuinfer.client.driver import Driver, Unknown, introduce, refuse_key
+from gpuinfer.client.listener import Listener, Listeners
+from gpuinfer.client.origin import Origin
+from gpuinfer.client.steps import SCRIPTS, Ask, Script, Steps, T, run
+from gpuinfer.errors import BrokerError, InputError, WaitTimeout
+from gpuinfer.queue import history, keys
+from gpuinfer.queue.connection import AWAY, connect, explain
 from gpuinfer.queue.direct import Direct
 from gpuinfer.queue.options import Options, documented
 from gpuinfer.queue.position import spot_of
@@ -40,7 +38,6 @@ from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
 
-MAX_IDLE_LISTENERS = 8
 #: Results that may be published to a kept subscription while nobody waits.
 UNHEARD = 1000
 
@@ -57,14 +54,8 @@ class Client(Driver):
         self._direct = Direct(self._redis)
         self._submit = self._direct.bind("submit")
         self._submit_bulk = bind(self._redis, "submit")
-        self._cancel = bind(self._redis, "cancel")
-        self._history = bind(self._redis, "history")
-        self._forget = bind(self._redis, "erase")
-        self._tell = self._direct.bind("origin")
-        self._was_known = self._direct.bind("known")
-        self._revive = bind(self._redis, "revive")
-        #: Subscriptions nobody waits on: a connection for each wait would be most of a wait's price.
-        self._listeners: list[Listener] = []
+        self._scripts = {name: self._direct.bind(name) for name in SCRIPTS}
+        self._listeners = Listeners(self._redis.connection_pool)
         self._made_by = Origin()
         #: Of each thread the task that it has submitted last by itself, and when it began to.
         self._last = threading.local()
@@ -77,19 +68,28 @@ class Client(Driver):
 
     def close(self) -> None:
         """Close all connections."""
-        self._drop_listeners()
+        self._listeners.close()
         self._direct.close()
         self._redis.close()
-
-    def _drop_listeners(self) -> None:
-        while self._listeners:
-            self._listeners.pop().close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _ask(self, ask: Ask) -> Any:
+        """Ask Redis one thing. Raises redis-py's errors."""
+        if isinstance(ask, Script):
+            return self._scripts[ask.name](keys=ask.keys, args=ask.args)
+        return self._direct.call(*ask)
+
+    def _run(self, steps: Steps[T]) -> T:
+        return run(steps, self._ask, self._errors)
+
+    def _run_raw(self, steps: Steps[T]) -> T:
+        """Take steps. Raises redis-py's errors as they are."""
+        return run(steps, self._ask, nullcontext())
 
     # -- submitting -----------------------------------------------------------------------
 
@@ -114,66 +114,50 @@ class Client(Driver):
         of those that it has confirmed.
         """
         refuse_key(options)
-        self._default_model(options)
-        ready = self._ready(list(inputs), many=False, options=options)
-        tasks = self._build_many(ready, options, self._origin)
-        if len(tasks) > UNHEARD:  # nobody may ever read what a kept subscription hears of them
-            self._drop_listeners()
+        ready = self._run(self._ready(list(inputs), many=False, options=options))
+        made = self._build_many(ready, options, self._origin)
+        if len(made) > UNHEARD:  # nobody may ever read what a kept subscription hears of them
+            self._listeners.close()
         accepted: list[str] = []
-        calls = core.bulk(tasks, self._settings.queue)
+        parts = calls.bulk(made, self._settings.queue)
         try:
-            with typed_errors(self._user):
+            with self._errors:
                 if self._origin.to_tell():
-                    self._introduce()
-                while some := core.trip(calls):
-                    self._send(some, accepted)
+                    self._run(introduce(self._origin))
+                while some := calls.trip(parts):
+                    calls.note(some, self._call(some), accepted)
         except BrokerError as exc:
             exc.accepted = tuple(accepted)
             raise
         return accepted
 
-    def _introduce(self) -> None:
-        """Let Redis know whose ids these are, so that a later request learns that a task has expired."""
-        try:
-            self._tell(keys=(), args=[self._origin.prefix])
-        except ResponseError:
-            pass  # without the right to, nobody learns that
-        except BaseException:
-            self._origin.tell_again()
-            raise
-
-    def _send(self, calls: Sequence[Call], accepted: list[str]) -> None:
-        """Call the script in one round trip; note what was accepted. Raises the first error."""
-        answers = self._call(calls)
-        for call, answer in zip(calls, answers, strict=True):
-            if not isinstance(answer, Exception):
-                accepted += call.ids
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-
-    def _call(self, calls: Sequence[Call]) -> list[Any]:
-        """Send bodies, then the calls of the script; return the answers to these, errors among them."""
+    def _call(self, some: Sequence[Call]) -> list[Any]:
+        """Send bodies, then the calls of the script, in one round trip; return the answers to the calls,
+        errors among them.
+        """
         parts = []
         with self._redis.pipeline(transaction=False) as pipe:
-            for call in calls:
+            for call in some:
                 first = len(pipe)
                 for command in call.commands():
                     pipe.execute_command(*command)  # type: ignore[no-untyped-call]
                 parts.append(slice(first, len(pipe) + 1))
                 self._submit_bulk(keys=list(call.bodies), args=call.args, client=pipe)
             answers = pipe.execute(raise_on_error=False)
-        return [core.answer_of(*answers[part]) for part in parts]
+        return [calls.answer_of(*answers[part]) for part in parts]
 
     def _one(self, inputs: Any, *, many: bool, options: Options) -> str:
         began = time.monotonic()
-        default = self._default_model(options)
-        (inputs,) = self._ready([inputs], many=many, options=options)
-        task = core.build(inputs, many=many, origin=self._origin, default_model=default, **options)
-        call = core.one(task, self._settings.queue)
-        with typed_errors(self._user):
+        try:
+            inputs = self._ready_now(inputs, many=many, options=options)
+        except (Unknown, InputError):
+            (inputs,) = self._run(self._ready([inputs], many=many, options=options))
+        default = self._default.name
+        task = submissions.build(inputs, many=many, origin=self._origin, default_model=default, **options)
+        call = calls.one(task, self._settings.queue)
+        with self._errors:
             if self._origin.to_tell():
-                self._introduce()
+                self._run(introduce(self._origin))
             if not call.bodies:
                 holder: Any = self._submit(keys=(), args=call.args)
             else:
@@ -192,37 +176,6 @@ class Client(Driver):
         last = getattr(self._last, "task", "")
         return len(waiting) == 1 and last in waiting and listener.unread_since < self._last.at
 
-    def _default_model(self, options: Options) -> str | None:
-        """Return the fleet's default model, for a caller that names none."""
-        if options.get("model") is None and self._default.stale:
-            with typed_errors(self._user):
-                self._default.found(self._direct.call("GET", keys.DEFAULT_MODEL))
-        return self._default.name
-
-    def _ready(self, values: list[Any], *, many: bool, options: Options) -> list[Any]:
-        """Return inputs as they are sent. Raises InputError for a file that cannot be read, and for what the
-        model cannot take.
-        """
-        model = self._model_of(options)
-        if model is not None and self._signatures.stale(model):
-            self._ask(model)
-        try:
-            return self._signatures.all_ready(model, values, many=many)
-        except InputError:
-            if model is None or not self._signatures.doubts(model):
-                raise
-        self._ask(model)
-        return self._signatures.all_ready(model, values, many=many)
-
-    def _ask(self, model: str) -> None:
-        """Ask what a model takes. A user without the right to know is not told."""
-        with typed_errors(self._user):
-            try:
-                found = self._direct.call("HGET", keys.SIGNATURES, model)
-            except ResponseError:
-                found = None
-        self._signatures.found(model, found)
-
     def cancel(self, task_id: str, *, only: str | None = None) -> bool:
         """Cancel a task that has not ended; return whether it was cancelled.
 
@@ -233,12 +186,7 @@ class Client(Driver):
         but refused with QueueFull by a full Redis. Raises InputError, TaskNotFound where it is another's,
         BrokerError.
         """
-        names, args = core.cancel_call(task_id, self._origin, self._settings.queue, only)
-        with typed_errors(self._user):
-            answer = int(self._cancel(keys=names, args=args))
-        if answer < 0:
-            raise self._gone(task_id, only)
-        return answer > 0
+        return self._run(tasks.cancel(task_id, self._origin, self._settings.queue, only))
 
     def retry(self, task_id: str, *, only: str | None = None, quota: Quota | None = None) -> None:
         """Send a task that failed, or is a dead letter, to its queue again, under its id. ``only``: as for
@@ -247,25 +195,7 @@ class Client(Driver):
         Raises WrongState for a task that is neither, or whose inputs are not kept any more; TaskNotFound,
         InputError where it can never run, RateLimited, KeyQuota, BrokerError.
         """
-        core.result_key(task_id)
-        text = "" if quota is None else quota.text
-        with typed_errors(self._user):
-            letter = self._direct.call("HGET", keys.DEAD, task_id)
-            if letter is not None:
-                if not dead.owned(letter, only):
-                    raise self._gone(task_id, only)
-                list_key, args = dead.revival(task_id, letter)
-                dead.revived(task_id, list_key, self._revive(keys=[list_key], args=[*args, "", text]))
-                return
-            failed = self._direct.call("HGET", keys.FAILED, task_id)
-            if failed is not None:
-                if not dead.failed_owned(failed, only):
-                    raise self._gone(task_id, only)
-                list_key, args = dead.failed_revival(task_id, failed)
-                answer = self._revive(keys=[list_key], args=[*args, text])
-                dead.revived(task_id, list_key, answer, failed=True)
-                return
-        raise core.no_retry(self.status(task_id, only=only))
+        self._run(tasks.retry(task_id, self._origin, only, quota))
 
     def forget(self, task_id: str, *, only: str | None = None) -> None:
         """Delete a task that has ended: its result, and what is kept to send it again. ``only``: as for
@@ -273,13 +203,7 @@ class Client(Driver):
 
         Raises WrongState for one that has not, TaskNotFound, InputError, BrokerError.
         """
-        key = core.result_key(task_id)
-        with typed_errors(self._user):
-            answer = int(self._forget(keys=[key], args=[task_id, *core.only_args(only)]))
-        if answer == 0:
-            raise self._gone(task_id, only)
-        if answer < 0:
-            raise core.refused_erasure(answer, task_id)
+        self._run(tasks.forget(task_id, self._origin, only))
 
     # -- looking --------------------------------------------------------------------------
 
@@ -308,10 +232,7 @@ class Client(Driver):
         Raises InputError, BrokerUnavailable.
         """
         search = history.Search(status=status, model=model, before=before, limit=limit, only=only)
-        with typed_errors(self._user):
-            while not search.done:
-                search.take(self._history(args=search.args), time.time())
-        return search.page
+        return self._run(tasks.find(search))
 
     # -- waiting --------------------------------------------------------------------------
 
@@ -320,33 +241,7 @@ class Client(Driver):
 
         Raises InputError, TaskNotFound, UnreadableResult.
         """
-        key = core.result_key(task_id)
-        try:
-            with typed_errors(self._user):
-                meta = self._direct.call("GET", key)
-        except BrokerError as exc:
-            raise core.of_task(task_id, exc) from exc
-        if meta is None:
-            raise self._gone(task_id, only)
-        status = results.parse(task_id, meta)
-        if not core.owned(status, only):
-            raise self._gone(task_id, only)
-        return status
-
-    def _gone(self, task_id: str, only: str | None = None) -> TaskNotFound:
-        """Return the error for an id that Redis knows nothing of: it may have known its task once.
-
-        So it is for a task that is not ``only``'s.
-        """
-        with typed_errors(self._user):
-            known = self._origin.made(task_id) or self._known([task_id], only) == [1]
-        return core.gone(task_id) if known else core.not_found(task_id)
-
-    def _known(self, task_ids: Sequence[str], only: str | None = None) -> list[int]:
-        """Return 1 for each id that was submitted once. A user without the right to know is not told."""
-        with suppress(ResponseError):
-            return list(self._was_known(keys=(), args=core.known_args(task_ids, only)))
-        return []
+        return self._run(tasks.status(task_id, self._origin, only))
 
     def place(self, status: TaskStatus) -> Place | None:
         """Return where a task stands that waits: an estimate. None where that cannot be told.
@@ -356,7 +251,7 @@ class Client(Driver):
         spot = spot_of(status)
         if spot is None:
             return None
-        with typed_errors(self._user):
+        with self._errors:
             length = int(self._direct.call("LLEN", spot.list))
             claimed = int(self._direct.call("HGET", keys.CLAIMED, spot.counter) or 0)
         return spot.place(length, claimed, time.time())
@@ -415,7 +310,7 @@ class Client(Driver):
                     raise explain(exc, self._user) from exc
                 if not cut_off:  # perhaps no more than a kept subscription: at once again, with a new one
                     cut_off = True
-                    self._drop_listeners()
+                    self._listeners.close()
                     continue
                 if deadline is not None and time.monotonic() >= deadline:
                     raise WaitTimeout(
@@ -431,7 +326,7 @@ class Client(Driver):
         The look comes when the subscriptions stand, so that nothing can fall between the two.
         """
         origin = self._origin
-        with self._listener(waiting) as listener:
+        with self._listeners.lend(waiting) as listener:
             listener.subscribe(waiting.channels())
             hears_all = self._hears_all(listener, waiting)
             while waiting:
@@ -446,61 +341,21 @@ class Client(Driver):
                 channel, told = event
                 if told is None and hears_all:
                     continue
-                statuses = None if told is None else core.heard(channel, told, origin)
+                statuses = None if told is None else heard(channel, told, origin)
                 if statuses is None:
                     yield from self._look(waiting, patient=deadline is not None and left > 0)
                     continue
                 for status in statuses:
-                    if status.state == "failed" and not hears_all and self._goes_on(status.id):
+                    if status.state == "failed" and not hears_all and self._run_raw(goes_on(status.id)):
                         continue
                     if waiting.told(status):
                         yield status
                     elif status.id in waiting:  # a notice of an end that stands under its key
                         yield from self._look(waiting, [status.id])
 
-    def _goes_on(self, task_id: str) -> bool:
-        """Tell whether a task of which a failure was told has been sent again since."""
-        return core.goes_on(task_id, self._direct.call("GET", keys.result(task_id)))
-
-    @contextmanager
-    def _listener(self, waiting: Waiting) -> Iterator[Listener]:
-        """Lend a subscription; it is kept for the next wait unless an exception passed through it."""
-        try:
-            listener = self._listeners.pop()
-            if not listener.alive:
-                listener.close()
-                raise IndexError
-        except IndexError:
-            listener = Listener(self._redis.connection_pool)
-        try:
-            yield listener
-        except GeneratorExit:
-            self._keep(listener, waiting)  # the caller has its result
-            raise
-        except BaseException:
-            listener.close()
-            raise
-        self._keep(listener, waiting)
-
-    def _keep(self, listener: Listener, waiting: Waiting) -> None:
-        if len(self._listeners) >= MAX_IDLE_LISTENERS:
-            listener.close()
-            return
-        try:
-            listener.leave(ended=not waiting)
-        except (*AWAY, RedisError):
-            listener.close()
-        else:
-            self._listeners.append(listener)
-
     def _look(
         self, waiting: Waiting, ids: Sequence[str] = (), *, patient: bool = False
     ) -> Iterator[TaskStatus]:
-        """Yield what has ended, of all or of these. Raises TaskNotFound."""
-        ids = ids or waiting.ids
-        for start in range(0, len(ids), LOOK):
-            some = ids[start : start + LOOK]
-            metas = waiting.visible(some, self._direct.call("MGET", *map(keys.result, some)))
-            if missing := waiting.missing(some, metas):
-                waiting.expired(missing, self._known(missing, waiting.only))
-            yield from waiting.looked(some, metas, patient=patient)
+        """Yield what has ended, of all or of these. Raises TaskNotFound, and redis-py's errors."""
+        for part in waiting.parts(ids):
+            yield from self._run_raw(waiting.look(part, patient=patient))

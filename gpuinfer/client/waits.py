@@ -11,8 +11,8 @@ from typing import Self
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from gpuinfer.client import core
-from gpuinfer.client.core import Origin
+from gpuinfer.client import awaited
+from gpuinfer.client.origin import Origin
 from gpuinfer.client.subscription import Subscription
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import explain
@@ -108,7 +108,7 @@ class Waits:
 
     def heard(self, channel: str, data: bytes | None) -> None:
         """Pass a message to the watches of its tasks; if it is unreadable, have them check the keys."""
-        told = None if data is None else core.heard(channel, data, self._origin)
+        told = None if data is None else awaited.heard(channel, data, self._origin)
         if told is None:
             self._wake(channel)
             return

@@ -16,7 +16,8 @@ from celery.utils.functional import maybe_list
 from celery.worker import state
 from celery.worker.control import control_command
 
-from gpuinfer.client import core
+from gpuinfer.client.origin import Origin
+from gpuinfer.client.tasks import cancelling
 from gpuinfer.errors import InputError
 from gpuinfer.log import get_logger
 from gpuinfer.queue.scripts import bind
@@ -76,15 +77,15 @@ def cancel(
     Returns the ids of those it ended, and of those that it left: they run, have completed or have failed.
     Raises InputError for what is no id, redis-py's errors.
     """
-    origin, script = core.Origin(), bind(client, "cancel")
+    origin, script = Origin(), bind(client, "cancel")
     ended, left = [], []
     for task_id in ids:
-        names, args = core.cancel_call(task_id, origin, settings)
-        if not running and _stands(client, names[0], b"STARTED"):
+        _, (key,), args = cancelling(task_id, origin, settings)
+        if not running and _stands(client, key, b"STARTED"):
             left.append(task_id)
-        elif int(script(keys=names, args=args)) > 0:
+        elif int(script(keys=[key], args=args)) > 0:
             ended.append(task_id)
-        elif _stands(client, names[0], b"SUCCESS", b"FAILURE"):
+        elif _stands(client, key, b"SUCCESS", b"FAILURE"):
             left.append(task_id)
     return ended, left
 

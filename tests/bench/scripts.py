@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpuinfer.client import core
+from gpuinfer.client import calls, submissions
 from gpuinfer.queue.claims import State
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
@@ -93,7 +93,7 @@ def _fill(raw: Any, models: Sequence[str], callers: Sequence[str], count: int) -
     each = count // max(1, len(models) * len(callers)) + 1
     for model in models:
         for caller in callers:
-            tasks = [core.build([0.0] * 8, many=False, model=model) for _ in range(each)]
+            tasks = [submissions.build([0.0] * 8, many=False, model=model) for _ in range(each)]
             tasks = [replace(task, caller=caller) for task in tasks]
-            for call in core.bulk(tasks, _SETTINGS):
+            for call in calls.bulk(tasks, _SETTINGS):
                 bind(raw, "submit")(args=call.args)

@@ -11,7 +11,7 @@ import pytest
 from pydantic import SecretStr
 
 from gpuinfer import Client
-from gpuinfer.client import core
+from gpuinfer.client.calls import bulk
 from gpuinfer.queue import results
 from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.connection import connect
@@ -124,7 +124,7 @@ def send(
     tasks = [
         Submission(task=PREDICT, inputs=[1], queue=queue, model=model, caller=caller) for _ in range(count)
     ]
-    for call in core.bulk(tasks, QueueSettings()):
+    for call in bulk(tasks, QueueSettings()):
         bind(store.client, "submit")(args=call.args)
     return [task.id for task in tasks]
 

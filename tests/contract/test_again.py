@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gpuinfer import Client
-from gpuinfer.client import core
+from gpuinfer.client import calls, submissions
 from gpuinfer.errors import DeadLettered
 from gpuinfer.queue import results
 from gpuinfer.queue.claims import Claimed, Final, Follow
@@ -28,8 +28,8 @@ OWN: dict[str, Any] = {"priority": 7, "expires_s": 1e6, "metadata": {"a": "b"}, 
 
 
 def submit(store: Store, caller: str = "alice", **options: Any) -> str:
-    task = core.build([1], many=False, default_model="digits", caller=caller, **options)
-    bind(store.client, "submit")(args=core.one(task, QueueSettings()).args)
+    task = submissions.build([1], many=False, default_model="digits", caller=caller, **options)
+    bind(store.client, "submit")(args=calls.one(task, QueueSettings()).args)
     return task.id
 
 

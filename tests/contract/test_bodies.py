@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from gpuinfer import Client
-from gpuinfer.client import core
+from gpuinfer.client import calls, submissions
 from gpuinfer.errors import DeadLettered, InputError, QueueFull, UnknownModel
 from gpuinfer.queue import dead, keys
 from gpuinfer.queue.claims import Final
@@ -127,7 +127,7 @@ def test_a_letter_that_cannot_be_sent_again_stays(store: Store, client: Client) 
 
 def test_what_is_never_submitted_goes_by_itself(store: Store) -> None:
     """A client that dies between the body and the message leaves it for a minute."""
-    call = core.one(core.build(IMAGE, many=False), QueueSettings())
+    call = calls.one(submissions.build(IMAGE, many=False), QueueSettings())
     (command,) = call.commands()
     store.client.execute_command(*command)  # type: ignore[no-untyped-call]
     (key,) = call.bodies
@@ -143,7 +143,7 @@ def test_what_is_refused_leaves_nothing(store: Store, client: Client) -> None:
     first = client.submit(IMAGE, idempotency_key="k")
     assert client.submit(IMAGE, idempotency_key="k") == first
     assert left(store)[0] == [keys.body(first).encode()]
-    call = core.one(core.build(IMAGE, many=False), QueueSettings())
+    call = calls.one(submissions.build(IMAGE, many=False), QueueSettings())
     with pytest.raises(redis.ResponseError) as caught:
         bind(store.client, "submit")(keys=list(call.bodies), args=call.args)
     assert isinstance(explain(caught.value), QueueFull)
@@ -152,7 +152,7 @@ def test_what_is_refused_leaves_nothing(store: Store, client: Client) -> None:
 
 def test_a_repeated_call_changes_nothing(store: Store) -> None:
     """An answer was lost, and all is sent again: while it waits, while it runs, and when it has ended."""
-    call = core.one(core.build(IMAGE, many=False), QueueSettings())
+    call = calls.one(submissions.build(IMAGE, many=False), QueueSettings())
     (key,) = call.bodies
     submit = bind(store.client, "submit")
 

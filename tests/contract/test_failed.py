@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpuinfer import Client
-from gpuinfer.client import core
+from gpuinfer.client import calls, submissions
 from gpuinfer.errors import InputError, TaskFailed, TaskNotFound, WaitTimeout, WrongState
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Claimed, Final
@@ -166,8 +166,8 @@ def test_what_did_not_fail(client: Client, store: Store) -> None:
 
 def test_whose_it_is(client: Client, store: Store) -> None:
     """Its caller's, also when its result has expired; who deletes it deletes its inputs."""
-    task = core.build(IMAGE, many=False, default_model="digits", caller="alice")
-    call = core.one(task, QueueSettings())
+    task = submissions.build(IMAGE, many=False, default_model="digits", caller="alice")
+    call = calls.one(task, QueueSettings())
     for command in call.commands():
         store.client.execute_command(*command)  # type: ignore[no-untyped-call]
     bind(store.client, "submit")(keys=list(call.bodies), args=call.args)
@@ -189,8 +189,8 @@ def test_an_id_that_comes_again(client: Client, store: Store) -> None:
     """What is kept for an id is not taken for another request's inputs, when all else of it has gone."""
 
     def put(value: float) -> bytes:
-        task = core.build(IMAGE + value, many=False, default_model="digits", task_id="job")
-        call = core.one(task, QueueSettings())
+        task = submissions.build(IMAGE + value, many=False, default_model="digits", task_id="job")
+        call = calls.one(task, QueueSettings())
         for command in call.commands():
             store.client.execute_command(*command)  # type: ignore[no-untyped-call]
         return bytes(bind(store.client, "submit")(keys=list(call.bodies), args=call.args))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpuinfer import Client
-from gpuinfer.client import core
+from gpuinfer.client import calls, submissions
 from gpuinfer.errors import DeadLettered, IdempotencyConflict, QueueFull, TaskExpired
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Claimed, Final
@@ -89,9 +89,9 @@ def test_each_caller_has_his_own(store: Store) -> None:
     submit = bind(store.client, "submit")
     holders = []
     for caller, value in (("alice", 1), ("bob", 2), ("alice", 1)):
-        task = core.build([value], many=False, idempotency_key="k")
+        task = submissions.build([value], many=False, idempotency_key="k")
         task = type(task)(**{name: getattr(task, name) for name in task.__slots__} | {"caller": caller})
-        call = core.one(task, QueueSettings())
+        call = calls.one(task, QueueSettings())
         holders.append(submit(args=call.args))
     assert holders[0] == holders[2] != holders[1]
 
@@ -124,7 +124,7 @@ def test_it_expires(broker: BrokerSettings, store: Store) -> None:
 
 def call_key(key: str) -> bytes:
     """Return the field of a caller's key."""
-    return core.build([1], many=False, idempotency_key=key).keyed.encode()
+    return submissions.build([1], many=False, idempotency_key=key).keyed.encode()
 
 
 def test_there_is_a_bound(broker: BrokerSettings, store: Store) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gpuinfer import Client
-from gpuinfer.client import core
+from gpuinfer.client import calls, submissions
 from gpuinfer.client.aio import AsyncClient
 from gpuinfer.errors import DeadLettered, TaskFailed, TaskNotFound, WrongState
 from gpuinfer.queue import dead, keys, results
@@ -32,11 +32,11 @@ MIMIC = {"caller": "bob", '{"status":"SUCCESS","caller":"bob"': '","caller":"bob
 
 def submit(store: Store, caller: str, inputs: Any = 1, **options: Any) -> str:
     """Submit a task of a caller as a front does; return the id that holds."""
-    task = core.build(inputs, many=False, default_model="digits", caller=caller, **options)
-    call = core.one(task, QueueSettings())
+    task = submissions.build(inputs, many=False, default_model="digits", caller=caller, **options)
+    call = calls.one(task, QueueSettings())
     for command in call.commands():
         store.client.execute_command(*command)  # type: ignore[no-untyped-call]
-    return core.accepted(bind(store.client, "submit")(keys=list(call.bodies), args=call.args)).id
+    return calls.accepted(bind(store.client, "submit")(keys=list(call.bodies), args=call.args)).id
 
 
 def ends(store: Store, task: Claimed, write: Callable[..., bytes], what: Any) -> None:

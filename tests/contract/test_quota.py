@@ -14,7 +14,7 @@ import pytest
 from redis.exceptions import ResponseError
 
 from gpuinfer import Client
-from gpuinfer.client import core
+from gpuinfer.client import calls, submissions
 from gpuinfer.client.aio import AsyncClient
 from gpuinfer.errors import KeyQuota, RateLimited
 from gpuinfer.queue import keys
@@ -174,13 +174,15 @@ def flood(broker: BrokerSettings, quota: Quota, begin: Any, found: Any) -> None:
     times, count = [now(client)], 0
     while times[-1] - times[0] < 5:
         # All that may come at once: one process alone gets the whole rate, however seldom it is run.
-        tasks = [core.build(1, many=False, caller="alice", quota=quota, model="digits") for _ in range(20)]
-        (call,) = core.bulk(tasks, settings)
+        tasks = [
+            submissions.build(1, many=False, caller="alice", quota=quota, model="digits") for _ in range(20)
+        ]
+        (call,) = calls.bulk(tasks, settings)
         while call.ids:
             try:
                 script(args=call.args)
             except ResponseError as exc:
-                fits = core.fitting(exc)
+                fits = calls.fitting(exc)
                 assert fits is not None
                 call = call.first(fits)
             else:

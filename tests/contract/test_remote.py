@@ -11,7 +11,7 @@ import pytest
 from celery.worker import state
 
 from gpuinfer import Client
-from gpuinfer.client.core import result_key
+from gpuinfer.client.tasks import result_key
 from gpuinfer.errors import TaskFailed
 from gpuinfer.queue import results
 from gpuinfer.queue.claims import Final

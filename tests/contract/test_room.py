@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from gpuinfer import AsyncClient, Client
-from gpuinfer.client import core
-from gpuinfer.client.core import Origin
+from gpuinfer.client import calls, submissions
+from gpuinfer.client.origin import Origin
 from gpuinfer.errors import QueueFull
 from gpuinfer.queue import keys
 from gpuinfer.queue.store import Store
@@ -218,8 +218,8 @@ def test_a_long_refusal_is_remembered_for_a_moment(store: Store, limited: Make) 
 def test_a_call_that_is_repeated_is_not_refused(store: Store, limited: Make) -> None:
     """The answer was lost, and meanwhile nothing more may come: what was accepted keeps its body."""
     client = limited(max_waiting=1)
-    task = core.build("x" * 100_000, many=False, origin=Origin())
-    call = core.one(task, client._settings.queue)
+    task = submissions.build("x" * 100_000, many=False, origin=Origin())
+    call = calls.one(task, client._settings.queue)
     for _ in range(2):
         (answer,) = client._call([call])
         assert answer == task.id.encode()

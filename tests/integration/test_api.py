@@ -17,7 +17,7 @@ import pytest
 
 from gpuinfer import Client
 from gpuinfer.api import schemas
-from gpuinfer.client.core import reply_channel
+from gpuinfer.client.origin import reply_channel
 from gpuinfer.errors import ShapeMismatch
 from gpuinfer.queue import keys
 from gpuinfer.queue.message import decode

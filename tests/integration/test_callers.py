@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gpuinfer import Client
-from gpuinfer.client import core
+from gpuinfer.client import calls, submissions
 from gpuinfer.errors import InputError, TaskNotFound
 from gpuinfer.queue import keys
 from gpuinfer.queue.purge import set_paused
@@ -25,9 +25,9 @@ INPUT = [0.5] * 64
 
 def submit(client: Client, caller: str, count: int, value: Any = INPUT) -> list[str]:
     """Submit tasks of a caller, as a front does."""
-    tasks = [core.build(value, many=False, model="net", caller=caller) for _ in range(count)]
+    tasks = [submissions.build(value, many=False, model="net", caller=caller) for _ in range(count)]
     script = bind(client._redis, "submit")
-    for call in core.bulk(tasks, QueueSettings()):
+    for call in calls.bulk(tasks, QueueSettings()):
         script(args=call.args)
     return [task.id for task in tasks]
 

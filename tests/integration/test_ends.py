@@ -12,7 +12,8 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from gpuinfer.client.core import Origin, one
+from gpuinfer.client.calls import one
+from gpuinfer.client.origin import Origin
 from gpuinfer.errors import DeadLettered
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Claimed, Final

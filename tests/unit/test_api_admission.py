@@ -17,7 +17,7 @@ from gpuinfer.api.admission import FIELDS, admit, parse_json
 from gpuinfer.api.predict_schemas import PREDICT_BODY
 from gpuinfer.api.waiting import waiting_time
 from gpuinfer.client import Options
-from gpuinfer.client.core import build
+from gpuinfer.client.submissions import build
 from gpuinfer.errors import GpuinferError, InputError, MalformedJson
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import message

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpuinfer.client import core
+from gpuinfer.client import calls, submissions
 from gpuinfer.client.driver import DefaultModel
 from gpuinfer.errors import PayloadTooLarge
 from gpuinfer.queue.submission import Json
@@ -38,7 +38,7 @@ def test_a_job_is_bounded_in_items(inputs: Any) -> None:
     """In whatever form its inputs come; one input may be as long as it likes."""
     settings = QueueSettings(max_items=2)
     with pytest.raises(PayloadTooLarge, match=r"the job has 3 items; queue\.max_items is 2") as caught:
-        core.one(core.build(inputs, many=True), settings)
+        calls.one(submissions.build(inputs, many=True), settings)
     assert caught.value.field == "inputs"
-    core.one(core.build(inputs, many=True), QueueSettings(max_items=3))
-    core.one(core.build(inputs, many=False), settings)
+    calls.one(submissions.build(inputs, many=True), QueueSettings(max_items=3))
+    calls.one(submissions.build(inputs, many=False), settings)

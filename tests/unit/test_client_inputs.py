@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpuinfer.client.core import build
 from gpuinfer.client.inputs import opened, read_batch, read_field, read_input
 from gpuinfer.client.signatures import Signatures
+from gpuinfer.client.submissions import build
 from gpuinfer.errors import InputError
 
 pytestmark = pytest.mark.unit

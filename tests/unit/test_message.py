@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kombu.utils.json import dumps
 
-from gpuinfer.client.core import Origin
+from gpuinfer.client.origin import Origin
 from gpuinfer.queue.message import (
     PREDICT,
     Envelope,

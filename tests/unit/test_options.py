@@ -13,7 +13,7 @@ from gpuinfer import AsyncClient, Client
 from gpuinfer.api.admission import FIELDS
 from gpuinfer.api.predict_schemas import PREDICT_BODY
 from gpuinfer.client.cli import submit
-from gpuinfer.client.core import build
+from gpuinfer.client.submissions import build
 from gpuinfer.errors import InputError
 from gpuinfer.queue.options import ARGUMENTS, OPTIONS
 

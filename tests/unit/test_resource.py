@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpuinfer.client.core import build, bulk
+from gpuinfer.client.calls import bulk
+from gpuinfer.client.submissions import build
 from gpuinfer.errors import TaskRevoked
 from gpuinfer.queue import results
 from gpuinfer.queue.position import spot_of

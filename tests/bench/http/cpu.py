@@ -30,7 +30,7 @@ from uvicorn.server import ServerState
 from gpuinfer.api.front import Front
 from gpuinfer.api.protocol import Protocol
 from gpuinfer.api.server import settle_memory
-from gpuinfer.client import core
+from gpuinfer.client import calls
 from gpuinfer.client.aio import AsyncClient
 from gpuinfer.keys.key import Key, digest, make_token, serialise
 from gpuinfer.queue import results
@@ -52,7 +52,7 @@ _ABOUT = {
     "batch_size": 16,
 }
 #: Where a call of the submit script has its first task's id.
-_FIRST = 3 + core._HEAD
+_FIRST = 3 + calls.HEAD
 _RESULT = {"predictions": [{"class": 3, "label": "3", "confidence": 0.113421}]}
 
 
@@ -209,7 +209,7 @@ def _stand_ins(requests: int, at_once: int) -> float:
         redis = FakeRedis(client)
         ids = [client._origin.new_id() for _ in range(at_once)]
         arguments = [argument for one in ids for argument in (one, _BODY * 2, b"1]}")]
-        command: tuple[Any, ...] = ("EVALSHA", "0" * 40, 0, *[b""] * core._HEAD, *arguments)
+        command: tuple[Any, ...] = ("EVALSHA", "0" * 40, 0, *[b""] * calls.HEAD, *arguments)
         packed = hiredis.pack_command(command)
         began = time.process_time()
         for _ in range(requests // at_once):

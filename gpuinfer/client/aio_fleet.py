@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the asyncio client reads of the fleet: its models, queues, workers, and who has used how much."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+from gpuinfer.client.driver import Driver
+from gpuinfer.client.pipe import Pipe
+from gpuinfer.client.steps import SCRIPTS, Ask, Script, Steps, T, arun
+from gpuinfer.models.signature import Signature
+from gpuinfer.queue import catalogue, depth, heartbeats, keys, quota, readiness, usage
+from gpuinfer.queue import format as layout
+from gpuinfer.queue.connection import connect_async
+from gpuinfer.queue.direct import Argument
+from gpuinfer.settings import Settings
+
+
+class AsyncFleet(Driver):
+    """The part of ``AsyncClient`` that is about no single task, and its connection."""
+
+    def __init__(self, source: Settings | str | None = None) -> None:
+        super().__init__(source)
+        self._redis = connect_async(self._settings.broker)
+        options = self._redis.connection_pool.connection_kwargs
+        self._pipe = Pipe(self._redis, options["socket_timeout"])
+        self._scripts = {name: self._pipe.script(name) for name in SCRIPTS}
+        self._account = self._pipe.script("account")
+
+    def _ask(self, ask: Ask) -> Awaitable[Any]:
+        """Ask Redis one thing. Raises redis-py's errors."""
+        if isinstance(ask, Script):
+            return self._scripts[ask.name](ask.keys, ask.args)
+        return self._pipe.call(*ask)
+
+    async def _run(self, steps: Steps[T]) -> T:
+        return await arun(steps, self._ask, self._errors)
+
+    async def fleet(self) -> catalogue.Fleet:
+        """Return which models the fleet knows, who serves them, and what waits.
+
+        Raises BrokerUnavailable.
+        """
+        with self._errors:
+            return await catalogue.aread(self._redis)
+
+    async def takes(self, model: str, *, fresh: bool = True) -> Signature | None:
+        """Return what a model takes, with an example where one is known; None where nobody has told.
+
+        With ``fresh=False`` it may be what this client was told in the last half minute. Raises
+        BrokerUnavailable.
+        """
+        if fresh or self._signatures.stale(model) or self._signatures.of(model) is None:
+            await self._run(self._ask_signature(model))
+        return self._signatures.of(model)
+
+    async def ping(self) -> None:
+        """Raises BrokerUnavailable when Redis does not answer, UnusableRedis where it has another format."""
+        with self._errors:
+            layout.check(await self._pipe.call("GET", keys.FORMAT_KEY))
+
+    async def queues(self) -> depth.Depth:
+        """Return what waits, what is in flight, and which queues are paused. Raises BrokerUnavailable."""
+        with self._errors:
+            return await depth.alook(self._redis)
+
+    async def workers(self) -> list[dict[str, Any]]:
+        """Return what each worker's last heartbeat says. Raises BrokerUnavailable."""
+        with self._errors:
+            return heartbeats.shown(*await heartbeats.aread(self._redis))
+
+    async def capacity(self) -> readiness.Capacity:
+        """Return which workers serve now, and which instances a live watcher may start.
+
+        Raises BrokerUnavailable.
+        """
+        with self._errors:
+            return await readiness.aread(self._redis)
+
+    async def claimed(self) -> int:
+        """Return how many tasks were ever claimed from the queues. Raises BrokerUnavailable."""
+        with self._errors:
+            counts: Any = await self._pipe.call("HGETALL", keys.CLAIMED)
+        values = counts.values() if isinstance(counts, dict) else counts[1::2]  # by Redis's protocol
+        return sum(map(int, values))
+
+    async def usage(self, since_s: float = usage.USUAL_S) -> usage.Usage:
+        """Return who has used how much, in the hours that the last ``since_s`` seconds touch.
+
+        Raises BrokerUnavailable.
+        """
+        with self._errors:
+            return await usage.aread(self._redis, since_s)
+
+    async def account(self, counts: list[Argument]) -> None:
+        """Add what a process has counted (``tally.Tally.args``). Raises BrokerError."""
+        with self._errors:
+            await self._account([], counts)
+
+    async def weigh(self, weights: Mapping[str, float]) -> None:
+        """Set the weights of callers that take turns (1 where there is none); those of others are dropped.
+
+        Raises BrokerError.
+        """
+        with self._errors:
+            found = await self._pipe.call("HKEYS", keys.WEIGHTS)
+            for command in quota.weighing(weights, found):
+                await self._pipe.call(*command)
