@@ -23,9 +23,7 @@ from functools import lru_cache
 from gpuinfer.queue.depth import Lane
 from gpuinfer.queue.fleet import Serves
 from gpuinfer.settings import QUEUES
-from gpuinfer.watcher.state import (
-    QueueState,
-)
+from gpuinfer.watcher.state import QueueState
 
 Groups = frozenset[Serves]
 

@@ -30,13 +30,7 @@ from sdnotify import SystemdNotifier
 
 from gpuinfer import instances
 from gpuinfer.alerts.alerting import Alerting, folder_of
-from gpuinfer.errors import (
-    BrokerError,
-    GpuinferError,
-    UnitRefused,
-    UnitsUnavailable,
-    UnusableRedis,
-)
+from gpuinfer.errors import BrokerError, GpuinferError, UnitRefused, UnitsUnavailable, UnusableRedis
 from gpuinfer.gpus import Inventory
 from gpuinfer.log import get_logger
 from gpuinfer.metrics.recorder import Recorder
@@ -55,14 +49,7 @@ from gpuinfer.watcher.probe import Probe
 from gpuinfer.watcher.reaper import Reaper
 from gpuinfer.watcher.report import Report
 from gpuinfer.watcher.served import Announcer, Served
-from gpuinfer.watcher.state import (
-    HEALTHY,
-    Action,
-    GpuHealth,
-    Instance,
-    Key,
-    Observation,
-)
+from gpuinfer.watcher.state import HEALTHY, Action, GpuHealth, Instance, Key, Observation
 from gpuinfer.watcher.stranded import Reporter
 from gpuinfer.watcher.systemd_units import SystemdUnits
 from gpuinfer.watcher.units import Commands, Units, UnitView

@@ -14,16 +14,7 @@ from dataclasses import dataclass, replace
 from gpuinfer.queue.fleet import Serves
 from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.rates import MAX_GAP
-from gpuinfer.watcher.state import (
-    Action,
-    Exclusion,
-    Hold,
-    Instance,
-    Key,
-    Observation,
-    UnitState,
-    Verb,
-)
+from gpuinfer.watcher.state import Action, Exclusion, Hold, Instance, Key, Observation, UnitState, Verb
 
 #: A start had no effect when the instance is inactive at this many probes in a row.
 TRIES = 2

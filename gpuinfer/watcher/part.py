@@ -14,13 +14,7 @@ from gpuinfer.watcher.load import Demand, Load, Part, load_of
 from gpuinfer.watcher.need import Bounds, need_of
 from gpuinfer.watcher.plan import Ask, Plan
 from gpuinfer.watcher.rates import Rates, measure, with_startups
-from gpuinfer.watcher.state import (
-    Action,
-    Key,
-    Need,
-    Observation,
-    Verdict,
-)
+from gpuinfer.watcher.state import Action, Key, Need, Observation, Verdict
 from gpuinfer.watcher.words import Situation, sentence
 
 #: Log at most this many lanes that keep a worker.

@@ -23,11 +23,7 @@ from dataclasses import dataclass
 from gpuinfer.queue.fleet import Serves
 from gpuinfer.watcher.fleet import Fleet, Standing
 from gpuinfer.watcher.load import Demand
-from gpuinfer.watcher.state import (
-    Action,
-    Key,
-    Need,
-)
+from gpuinfer.watcher.state import Action, Key, Need
 
 
 @dataclass(frozen=True, slots=True)

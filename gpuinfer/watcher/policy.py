@@ -22,15 +22,7 @@ from gpuinfer.watcher.need import Bounds
 from gpuinfer.watcher.part import Look, Measured, verdict_of
 from gpuinfer.watcher.plan import one_a_host
 from gpuinfer.watcher.rates import with_startups
-from gpuinfer.watcher.state import (
-    Action,
-    Exclusion,
-    Figures,
-    Key,
-    Observation,
-    QueueState,
-    Verdict,
-)
+from gpuinfer.watcher.state import Action, Exclusion, Figures, Key, Observation, QueueState, Verdict
 from gpuinfer.watcher.stranded import Stranded
 
 #: Log at most this many parts of the fleet.
