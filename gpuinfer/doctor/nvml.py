@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -22,6 +21,7 @@ from pydantic import TypeAdapter
 
 import gpuinfer
 from gpuinfer.gpus import Inventory, list_gpus
+from gpuinfer.nvml import answer, opened
 
 LIMIT_S = 20.0
 _KILL_WAIT_S = 1.0
@@ -97,38 +97,26 @@ def read(nvml: Any = None) -> Report:
     inventory = list_gpus(nvml=nvml)
     if inventory.source != "nvml":
         return Report(inventory)
-    nvml.nvmlInit()
-    try:
+    with opened(nvml):
         health = {gpu.index: _health(nvml, gpu.index) for gpu in inventory.gpus}
-        number = _try(nvml, nvml.nvmlSystemGetCudaDriverVersion)
+        number = answer(nvml, nvml.nvmlSystemGetCudaDriverVersion)
         cuda = f"{number // 1000}.{number % 1000 // 10}" if number else ""
         return Report(inventory, cuda, health)
-    finally:
-        with suppress(nvml.NVMLError):
-            nvml.nvmlShutdown()
 
 
 def _health(nvml: Any, index: int) -> Health:
-    if (handle := _try(nvml, nvml.nvmlDeviceGetHandleByIndex, index)) is None:
+    if (handle := answer(nvml, nvml.nvmlDeviceGetHandleByIndex, index)) is None:
         return Health()  # lost since it was listed
-    rows = _try(nvml, nvml.nvmlDeviceGetRemappedRows, handle) or (0, 0, None, None)
+    rows = answer(nvml, nvml.nvmlDeviceGetRemappedRows, handle) or (0, 0, None, None)
     uncorrected, volatile = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
     return Health(
-        persistence=_try(nvml, nvml.nvmlDeviceGetPersistenceMode, handle),
-        compute_mode=_try(nvml, nvml.nvmlDeviceGetComputeMode, handle),
-        ecc_uncorrected=_try(nvml, nvml.nvmlDeviceGetTotalEccErrors, handle, uncorrected, volatile),
+        persistence=answer(nvml, nvml.nvmlDeviceGetPersistenceMode, handle),
+        compute_mode=answer(nvml, nvml.nvmlDeviceGetComputeMode, handle),
+        ecc_uncorrected=answer(nvml, nvml.nvmlDeviceGetTotalEccErrors, handle, uncorrected, volatile),
         remap_pending=rows[2],
         remap_failed=rows[3],
-        processes=[one.pid for one in _try(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []],
+        processes=[one.pid for one in answer(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []],
     )
-
-
-def _try(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the answer, or None: boards, drivers and rights differ in what may be asked."""
-    try:
-        return question(*arguments)
-    except nvml.NVMLError:
-        return None
 
 
 if __name__ == "__main__":

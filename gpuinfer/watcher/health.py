@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -14,6 +14,7 @@ from gpuinfer import instances
 from gpuinfer.gpu_binding import visible
 from gpuinfer.gpu_readings import Reading, readings
 from gpuinfer.gpus import Gpu, Inventory, chosen, list_gpus
+from gpuinfer.nvml import answer, opened
 from gpuinfer.settings import Settings
 from gpuinfer.watcher.state import HEALTHY, GpuHealth
 
@@ -24,22 +25,22 @@ UNLISTED = -1
 def instance_numbers(
     settings: Settings, inventory: Inventory, bound: Collection[int] = ()
 ) -> tuple[int, ...]:
-    """Return which instances this host has: as many as set, else one a GPU, else a single one.
+    """Return which instances this host has: as many as the settings say, else one for each GPU, else one.
 
-    ``bound`` are those whose own file names their GPU, such as a MIG instance.
+    ``bound``: instances whose own file names their device, such as a MIG slice.
     """
     if settings.watcher.instances:
         return tuple(range(settings.watcher.instances))
     if settings.worker.device == "cpu":
         return (0,)
-    # A GPU that does not answer has its workers, too; a list in the settings names them all.
+    # A GPU that does not answer has its workers too; a list in the settings has them all.
     broken = inventory.broken if inventory.source != "settings" else {}
     places = {*inventory.places, *broken}
     return tuple(sorted({n for place in places for n in inventory.workers_at(place)}.union(bound))) or (0,)
 
 
 def bound_by_files(folder: Path) -> dict[int, str]:
-    """Return the device that an instance's own file names (CUDA_VISIBLE_DEVICES), by instance."""
+    """Return by instance the device that its own file names (CUDA_VISIBLE_DEVICES)."""
     found: dict[int, str] = {}
     for number in instances.with_file(folder):
         with suppress(OSError):  # ``Served`` reads the same file, and logs the error
@@ -61,17 +62,17 @@ class Survey:
     indices: Mapping[int, int]
     #: The driver failed to list the GPUs: there may be more.
     failed: bool = False
-    #: What each GPU does just now.
+    #: What each GPU does now.
     readings: Sequence[Reading] = ()
 
 
 def survey(
     settings: Settings, ours: Container[int] = (), nvml: Any = None, bound: Mapping[int, str] | None = None
 ) -> Survey:
-    """Survey all GPUs. May take a while.
+    """Survey all GPUs. May take seconds.
 
-    ``ours`` are the instances that have a process: the memory in use on their GPUs is our own. ``bound``: the
-    devices that instances' own files name.
+    ``ours``: instances that have a process, so that the memory in use on their GPUs is our own. ``bound``:
+    the devices that instances' own files name.
     """
     nvml, bound = nvml or pynvml(), bound or {}
     found = list_gpus(settings.worker.gpus, per_gpu=settings.worker.per_gpu, nvml=nvml)
@@ -106,56 +107,40 @@ def pynvml() -> Any:
 
 
 def _ask_each(nvml: Any, found: Inventory) -> tuple[Mapping[int, str], Mapping[int, str]]:
-    """Return by NVML's index what is wrong with GPUs' memory, and which are too hot."""
+    """Return by NVML's index what is wrong with a GPU's memory, and how a GPU is too hot."""
     faults: dict[int, str] = {}
     hot: dict[int, str] = {}
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return faults, hot  # the inventory has the reason
-    try:
-        for gpu in found.gpus:
-            with suppress(nvml.NVMLError):  # lost since it was listed; the next survey has it
-                handle = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
+    with opened(nvml) as answers:  # where it does not, the inventory says why
+        for gpu in found.gpus if answers else ():
+            if (handle := answer(nvml, nvml.nvmlDeviceGetHandleByIndex, gpu.index)) is not None:
                 faults[gpu.index] = _memory_errors(nvml, handle)
                 hot[gpu.index] = _heat(nvml, handle)
-    finally:
-        with suppress(nvml.NVMLError):
-            nvml.nvmlShutdown()
     return faults, hot
 
 
 def _memory_errors(nvml: Any, handle: Any) -> str:
-    """Say whether rows of memory wait for a reset, or could not be remapped."""
-    _, _, pending, failed = _try(nvml, nvml.nvmlDeviceGetRemappedRows, handle) or (0, 0, 0, 0)
+    """Return whether rows of memory wait for a reset, or could not be remapped; empty: neither."""
+    _, _, pending, failed = answer(nvml, nvml.nvmlDeviceGetRemappedRows, handle) or (0, 0, 0, 0)
     if failed:
         return "its memory has errors that could not be remapped"
     return "its memory has errors; a reset of the GPU remaps them" if pending else ""
 
 
 def _heat(nvml: Any, handle: Any) -> str:
-    """Say whether a GPU is so hot that it slows down.
+    """Return whether a GPU is so hot that it slows down; empty: it is not.
 
-    GPUs up to Ampere report the temperature at which they do; newer ones report that they are slowed down.
+    GPUs up to Ampere report the temperature at which they slow down; newer ones only that they do.
     """
-    now = _try(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
+    now = answer(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
     limits = (
         ("shuts down", nvml.NVML_TEMPERATURE_THRESHOLD_SHUTDOWN),
         ("slows down", nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN),
     )
     for what, which in limits:
-        limit = _try(nvml, nvml.nvmlDeviceGetTemperatureThreshold, handle, which)
+        limit = answer(nvml, nvml.nvmlDeviceGetTemperatureThreshold, handle, which)
         if now is not None and limit and now >= limit:
             return f"it has {now} degrees C and {what} at {limit}"
-    reasons = _try(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
+    reasons = answer(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
     if reasons & nvml.nvmlClocksThrottleReasonHwThermalSlowdown:
         return "heat slows it down" + (f" at {now} degrees C" if now is not None else "")
     return ""
-
-
-def _try(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the answer, or None: boards and drivers differ in what may be asked."""
-    try:
-        return question(*arguments)
-    except nvml.NVMLError:
-        return None

@@ -39,12 +39,13 @@ SHARED = (
     "gpu_binding",
     "gpu_readings",
     "installed_torch",
+    "nvml",
     "privileges",
 )
 #: Rooms and single modules from the bottom up: each may use what stands below it. Those of one level do
 #: not use each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "redis_url", "addresses", "certificate", "cli_help", "names", "plural"),
+    ("errors", "redis_url", "addresses", "certificate", "cli_help", "names", "plural", "nvml"),
     ("sections", "env_file"),
     ("sources",),
     ("settings", "journal"),
