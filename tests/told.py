@@ -21,7 +21,7 @@ class Told:
 
     async def open(self) -> None: ...
 
-    async def look(self, numbers: Collection[int] = ()) -> dict[int, UnitView]:
+    async def states(self, numbers: Collection[int] = ()) -> dict[int, UnitView]:
         return self.views
 
     async def act(self, verb: str, number: int) -> None:

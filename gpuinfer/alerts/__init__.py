@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells people of trouble: once when it begins, once when it ends."""
+"""Reports troubles to people: once when one begins, once when it ends."""

@@ -2,9 +2,9 @@
 """Reports troubles: a line in the journal, and a unit that runs the administrator's command.
 
 ``gpuinfer-alert@NAME:began.service`` is started when a trouble begins, ``...:ended`` when it ends. The
-details are in an environment file of that name, which the unit reads. What has been reported survives a
-restart: this host's troubles are kept in the unit's state folder, the fleet's in Redis, where the next
-watcher that reports for the fleet finds them.
+details are in an environment file of that name, which the unit reads. Which troubles have been reported
+survives a restart: this host's are recorded in the unit's state folder, the fleet's in Redis, where the next
+watcher that reports for the fleet reads them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Alerting:
         state: Path | None = None,
         run: Path | None = None,
     ) -> None:
-        """``start``: starts a unit; without it, only the journal is told. ``state``: the folder that
+        """``start``: starts a unit; without it, only the journal is written. ``state``: the folder that
         survives a restart; ``run``: the folder of the units' environment files."""
         self._host = host
         self._start = start
@@ -54,12 +54,12 @@ class Alerting:
         self._own: Register = {}
         self._fleet: Register = {}
         self._read = False
-        #: Redis has refused the fleet's register: it is in memory only.
+        #: Redis refused the fleet's register: it is in memory only.
         self._unkept = False
         #: "file" or "redis" -> the reason that was logged last.
         self._said: dict[str, str] = {}
 
-    def look(
+    def update(
         self,
         client: redis.Redis,
         own: Iterable[Alert],
@@ -70,7 +70,7 @@ class Alerting:
     ) -> list[Event]:
         """Take what a probe found; return what to report. Blocking.
 
-        ``fleet`` None: another watcher reports the fleet's.
+        ``fleet`` None: another watcher reports the fleet's troubles.
         """
         if not self._read:
             self._own, self._read = self._kept(), True
@@ -79,21 +79,21 @@ class Alerting:
             self._keep(register)
         self._own = register
         if fleet is None:
-            self._unkept = False  # what Redis has from the watcher that reports now is newer
+            self._unkept = False  # the register of the watcher that reports now is newer
         return events if away or fleet is None else [*events, *self._of_fleet(client, fleet, now)]
 
     def _of_fleet(self, client: redis.Redis, fleet: Iterable[Alert], now: float) -> list[Event]:
         try:
             known = self._fleet if self._unkept else self._known(client)
         except (redis.RedisError, OSError):
-            return []  # what has been reported is not known: the next look reports the rest
+            return []  # what was reported is not known: the next probe reports the rest
         self._fleet, events = step(known, fleet, now)
         if self._fleet != known or self._unkept:
             try:
                 client.set(REGISTER, _REGISTER.dump_json(dict(self._fleet)))
                 self._unkept = False
                 self._said.pop("redis", None)
-            except (redis.RedisError, OSError) as exc:  # a full Redis: kept in memory until it has space
+            except (redis.RedisError, OSError) as exc:  # full: in memory until there is space
                 self._unkept = True
                 self._say_unkept("redis", str(exc))
         return events

@@ -3,8 +3,8 @@
 
     troubles found by a probe ─► step(register before, troubles, now) ─► events, register after
 
-A trouble begins once it has lasted for a while, and ends once it has been gone for a while, so that one that
-comes and goes is not reported at every probe.
+A beginning is reported once the trouble has lasted for a while, an end once it has been gone for a while, so
+that a trouble that comes and goes is not reported at every probe.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GONE_S = 30.0
 class Alert(NamedTuple):
     """One trouble."""
 
-    #: Its kind, then what it concerns if there can be several: ``quarantine.gpu3``.
+    #: Its kind, and what it concerns if there can be several: ``quarantine.gpu3``.
     name: str
     what: str
     #: The command that helps.
@@ -40,7 +40,7 @@ class Alert(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A trouble that exists, or ended less than ``GONE_S`` ago."""
+    """A trouble that exists, or was found gone less than ``GONE_S`` ago."""
 
     since: float
     what: str

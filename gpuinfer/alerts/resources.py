@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Alerts for what runs full: Redis's memory, and the disks below models and Redis's file."""
+"""Alerts for what is nearly full: Redis's memory, and the disks of the models and of Redis's file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Resources:
         self._memory = (0, 0)
         self._free: Mapping[str, int] = {}
 
-    def look(self, *, away: bool) -> tuple[list[Alert], list[Alert]]:
+    def measure(self, *, away: bool) -> tuple[list[Alert], list[Alert]]:
         """Return the alerts for disks and for Redis's memory; ``away``: Redis does not answer."""
         now = time.monotonic()
         if self._measured_at is None or now - self._measured_at >= MEASURE_EVERY_S:

@@ -210,7 +210,7 @@ class FleetUnits:
     async def open(self) -> None:
         """Do nothing."""
 
-    async def look(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
+    async def states(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
         """Return the state of each instance."""
         return {number: _view(one) for number, one in self.workers.items() if number in numbers}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer watcher``: run it, ask it for its reasons, and try its policy in simulated time."""
+"""``gpuinfer watcher``: run it, show its reasons, and try its policy in simulated time."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def explain(loaded: Loaded, last: int, as_json: bool) -> None:
 @click.option(
     "--trace", type=click.Path(path_type=Path), metavar="FILE", help="CSV lines second,tasks[,queue]."
 )
-@click.option("--pattern", type=click.Choice(["burst", "diurnal", "flash", "poisson"]), help="A made trace.")
+@click.option(
+    "--pattern", type=click.Choice(["burst", "diurnal", "flash", "poisson"]), help="A built-in trace."
+)
 @click.option("--gpus", type=click.IntRange(1, 10_000), default=8, show_default=True)
 @click.option("--floor", type=click.IntRange(0, 10_000), default=0, show_default=True, help="Least workers.")
 @click.option(
@@ -144,8 +146,8 @@ def simulate(
     from gpuinfer.watcher.simulator.events import parse
     from gpuinfer.watcher.simulator.policy import Policy
     from gpuinfer.watcher.simulator.report import table, to_dict
-    from gpuinfer.watcher.simulator.run import Scenario, play, scenario, step_s
-    from gpuinfer.watcher.simulator.traces import read
+    from gpuinfer.watcher.simulator.run import Scenario, play, step_s
+    from gpuinfer.watcher.simulator.traces import PATTERNS, make, read
 
     if (trace is None) == (pattern is None):
         raise click.UsageError("give one of --trace FILE and --pattern NAME")
@@ -157,18 +159,12 @@ def simulate(
     )
     settings = loaded.settings.watcher.model_copy(update={"floor": floor, "ceiling": gpus})
     if trace is not None:
-        found = read(trace, step_s(model))
-        made = Scenario(name=found.name, trace=found, gpus=gpus, floor=floor, model=model, seed=seed)
+        arrivals = read(trace, step_s(model))
     else:
-        made = scenario(
-            pattern,  # type: ignore[arg-type]  # one of the patterns, says click
-            gpus=gpus,
-            floor=floor,
-            load=load,
-            seconds=seconds,
-            model=model,
-            seed=seed,
-        )
+        shape = next(one for one in PATTERNS if one == pattern)
+        rate, step = gpus * model.rate, step_s(model)
+        arrivals = make(shape, capacity=rate, seconds=seconds, step_s=step, seed=seed, load=load)
+    made = Scenario(name=arrivals.name, trace=arrivals, gpus=gpus, floor=floor, model=model, seed=seed)
     modes = [settings.model_copy(update={"mode": mode}) for mode in ("target", "threshold")]
     outcomes = [play(made, Policy(mode, events=happening)) for mode in modes]
     if as_json:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """When a worker may be stopped: after a cooldown, which grows each time a stop proved premature.
 
-The most workers that were needed within the last ``cooldown_s`` seconds stay. A start that follows a stop
-within ``cooldown_max_s`` shows that the cooldown was too short: it doubles. A load that comes and goes faster
-than ``cooldown_max_s`` is met, after a few rounds, by workers that stay, and nothing flaps for ever. The
-cooldown is halved only after a long time in which half of it would have stopped nothing that was needed.
+As many workers stay as were needed at most within the last ``cooldown_s`` seconds. A start within
+``cooldown_max_s`` of a stop shows that the cooldown was too short, and doubles it: a load that comes and goes
+faster than that is served, after a few rounds, by workers that stay. The cooldown is halved only after a long
+time in which half of it would have stopped nothing that was needed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ FORGIVE = 20.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cooldown:
-    """What was needed lately, and what followed stops."""
+    """What was needed lately, and how long the cooldown is."""
 
     #: (when, how many) within the last cooldown.
     needs: tuple[tuple[float, int], ...] = ()
-    #: Since when it has been observed without a gap: nothing is stopped before a whole cooldown.
+    #: Since when there was no gap between probes: nothing is stopped before a whole cooldown.
     since: float | None = None
     seen_at: float = 0.0
     #: How long it is; None: as in the settings.
     period_s: float | None = None
-    #: When it was changed, or last proved to be as long as it must be.
+    #: When it was changed, or last proved no longer than necessary.
     changed_at: float = 0.0
     last_up: float | None = None
     #: The last stop that no start has followed yet.
@@ -50,7 +50,7 @@ class Cooldown:
         since = now if fresh or self.since is None else self.since
         length = self.length(settings)
         wanted = max(need.minimum, need.desired if need.desired > running else 0)
-        # Half of it would have stopped what is needed now.
+        # Half the cooldown would have stopped a worker that is needed now.
         due = not fresh and _most(self.needs, now - length / 2) < min(wanted, running)
         kept = () if fresh else tuple(pair for pair in self.needs if pair[0] >= now - length)
         needs = (*kept, (now, wanted))
@@ -74,5 +74,5 @@ class Cooldown:
 
 
 def _most(needs: tuple[tuple[float, int], ...], begin: float) -> int:
-    """Return the most that was needed since ``begin``, or at the last probe if that was before."""
+    """Return the most that was needed since ``begin``, or else at the last probe."""
     return max((wanted for at, wanted in needs if at >= begin), default=needs[-1][1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The instances at one probe: how each of them stands, and what that makes of those that serve the same."""
+"""The instances at one probe: the standing of each, and counts for those that serve the same."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.memory import FAILED_STARTS, UnitMemory, exclusion
 from gpuinfer.watcher.state import Exclusion, Instance, Key, Observation
 
-#: Do not stop a worker before it has been ready for this many probes: it has had no time to claim anything.
+#: Do not stop a worker before it has been ready for this many probes: it had no time to claim anything.
 SETTLED_PROBES = 2
 
-#: - serving: ready for tasks; silent: so its watcher says, but it sends no heartbeat
+#: - serving: ready for tasks; silent: active, as another host's watcher says, but without a heartbeat
 #: - starting; failing: systemd tries again to start it, and it is not counted on
 #: - stopping: it drains
-#: - ready: may be started; failed: may be started again, after the others
-#: - excluded: must not be started, or takes no tasks
+#: - ready: may be started; failed: may be started again, after those that are ready
+#: - excluded: must not be started, or claims nothing
 Standing = Literal["serving", "silent", "starting", "failing", "stopping", "ready", "failed", "excluded"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One instance, and how it stands."""
+    """One instance and its standing."""
 
     instance: Instance
     standing: Standing
@@ -51,7 +51,7 @@ class Fleet:
     members: tuple[Member, ...] = ()
 
     def of(self, *standings: Standing) -> list[Member]:
-        """Return the members that stand so."""
+        """Return the members of these standings."""
         return [member for member in self.members if member.standing in standings]
 
     @cached_property
@@ -66,7 +66,7 @@ class Fleet:
 
     @cached_property
     def starting(self) -> Counter[float]:
-        """Return since when how many have been starting."""
+        """Return how many have been starting, by when they began."""
         return Counter(member.instance.since for member in self.of("starting"))
 
     @cached_property
@@ -86,7 +86,7 @@ class Fleet:
 
     @cached_property
     def counted(self) -> list[Member]:
-        """Return those that run, without the silent ones."""
+        """Return those that run, except the silent ones."""
         return self.of("serving", "starting")
 
     @cached_property
@@ -96,7 +96,7 @@ class Fleet:
 
     @cached_property
     def returning(self) -> bool:
-        """Tell whether any can be started soon without anybody's help: it drains, or its exclusion ends."""
+        """Tell whether any can soon be started without help: it drains, or its exclusion ends by itself."""
         drains = any(not member.instance.masked for member in self.of("stopping"))
         return drains or any(one.ends for one in self.excluded.values())
 
@@ -119,7 +119,7 @@ def grouped(
 def classify(
     instance: Instance, unit: UnitMemory | None, seen: Observation, settings: WatcherSettings, now: float
 ) -> Member:
-    """Say how an instance stands."""
+    """Return an instance with its standing."""
     standing, why = _standing(instance, unit, seen, settings, now)
     hold = instance.hold if unit is None else unit.held(now)
     by_hand = "was started by hand" if hold == "started" else ""
@@ -144,7 +144,7 @@ def _standing(
     if instance.state == "deactivating":
         return "stopping", None
     if instance.state == "activating":
-        # systemd may try once more, for the cause may pass within seconds; then it is stopped.
+        # systemd may try once more, since the cause may pass within seconds; then it is stopped.
         failing = instance.told_exclusion if unit is None else unit.quarantine(now)
         return ("failing", failing) if failing else ("starting", None)
     why = exclusion(instance, unit, settings, now)

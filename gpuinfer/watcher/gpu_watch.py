@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A thread for NVML, which blocks for as long as a driver hangs: the watcher never waits for it.
+"""A thread for NVML, whose calls block while a driver hangs: the watcher never waits for it.
 
-It surveys all GPUs every few seconds, which also finds those of a driver that is loaded later, and listens
-for Xid errors meanwhile. Until NVML has answered for the first time, nothing is known of any GPU. When it has
-not answered for half a minute after that, the driver hangs, and a worker would hang too: no GPU is healthy.
+It surveys all GPUs every few seconds, so that it also finds those of a driver that is loaded later, and
+listens for Xid errors meanwhile. Until NVML's first answer nothing is known of any GPU. When NVML then does
+not answer for half a minute, the driver hangs, and a worker would hang too: no GPU counts as healthy.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from gpuinfer.watcher.xids import Xids
 
 log = get_logger(__name__)
 
-#: GPUs are asked less often than queues: NVML may take its time.
+#: GPUs are surveyed less often than queues: NVML may be slow.
 EVERY_S = 5.0
 #: The thread ends within this time after it is told to.
 _SLICE_S = 1.0
+#: A driver that has not answered for this long hangs.
 SILENT_S = 30.0
 #: At the start, wait this long at most for the first answer.
 FIRST_S = 10.0
 
 
 class Gpus(Protocol):
-    """What the watcher needs from an observer of GPUs; no call takes long, except ``start``."""
+    """What the watcher needs to know of GPUs. Only ``start`` may take long."""
 
     #: The instances that this host has GPUs for, as far as is known.
     numbers: tuple[int, ...]
@@ -42,7 +43,7 @@ class Gpus(Protocol):
         """Begin to survey."""
 
     def stop(self) -> None:
-        """End within a moment."""
+        """End soon."""
 
     def health(self, ours: Container[int], numbers: Iterable[int]) -> Mapping[int, GpuHealth]:
         """Return the health of these workers' GPUs, except healthy ones. ``ours``: those with a process."""
@@ -68,15 +69,13 @@ class GpuWatch:
     ) -> None:
         """``numbers``: the instances there are until NVML has answered.
 
-        ``bound``: the devices that instances' own files name. ``on_xid`` hears of each Xid, and of the GPU's
-        index before it, in the thread.
+        ``bound``: the devices that instances' own files name. ``on_xid(gpu, xid)`` is called in the thread
+        for each Xid; ``gpu`` is NVML's index.
         """
         self._on_xid = on_xid
         self._settings = settings
         #: The instances that this host has GPUs for, as far as is known.
         self.numbers = numbers
-        #: How many surveys have come back.
-        self.surveys = 0
         self._bound = bound
         self._nvml = nvml
         self._clock = clock
@@ -99,7 +98,7 @@ class GpuWatch:
             self._first.wait(FIRST_S)
 
     def stop(self) -> None:
-        """End the thread within a moment."""
+        """End the thread."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(2 * _SLICE_S)
@@ -140,22 +139,21 @@ class GpuWatch:
             xids.close()
 
     def _round(self, xids: Xids) -> None:
-        look = health.survey(self._settings, self._ours, self._nvml, self._bound())
+        seen = health.survey(self._settings, self._ours, self._nvml, self._bound())
         # A driver that fails for a moment takes no GPU away.
-        numbers = tuple(sorted({*self.numbers, *look.numbers})) if look.failed else look.numbers
+        numbers = tuple(sorted({*self.numbers, *seen.numbers})) if seen.failed else seen.numbers
         with self._lock:
-            self._health, self._answered_at = look.health, self._clock()
+            self._health, self._answered_at = seen.health, self._clock()
             if numbers != self.numbers:
                 log.info("instances", numbers=list(numbers))
-            self.numbers, self.surveys = numbers, self.surveys + 1
-            self._readings = look.readings
+            self.numbers, self._readings = numbers, seen.readings
         self._first.set()
         until = self._clock() + EVERY_S
         while not self._stop.is_set() and (left := until - self._clock()) > 0:
             begun = self._clock()
             for index, xid in xids.wait(min(left, _SLICE_S)):
-                self._note(look.indices, index, xid)
-            if self._clock() - begun < _SLICE_S / 10:  # no events to wait for, or too many
+                self._note(seen.indices, index, xid)
+            if self._clock() - begun < _SLICE_S / 10:  # there are no events to wait for, or too many
                 self._stop.wait(_SLICE_S / 2)
 
     def _note(self, indices: Mapping[int, int], index: int, xid: int) -> None:

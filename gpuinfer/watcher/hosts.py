@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the watchers of all hosts tell each other, in one hash in Redis: instances, and what they measured.
+"""What the watchers of all hosts publish in one hash in Redis: their instances, and what they measured.
 
-Another watcher is alive while its counter goes up, by our own clock; at first sight, by its age on Redis's
-clock. The clocks of two hosts need not agree.
+Another watcher is alive while its counter goes up, by our own clock; at first, by its age on Redis's clock.
+The clocks of two hosts need not agree.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import orjson
 import redis
+from pydantic import TypeAdapter
 
 from gpuinfer.log import get_logger
 from gpuinfer.queue.fleet import HOSTS, silent_after, told
@@ -25,17 +26,18 @@ log = get_logger(__name__)
 
 #: Forget a watcher that has been silent for this long.
 FORGOTTEN_S = 3600.0
+_FIGURES: TypeAdapter[dict[str, Figures]] = TypeAdapter(dict[str, Figures])
 
 
 class Heard(NamedTuple):
-    """What the other hosts' watchers tell."""
+    """What the other hosts' watchers publish."""
 
     instances: list[Instance]
     #: Hosts whose watcher is alive, this one among them.
     live_hosts: frozenset[str]
-    #: What those have measured.
+    #: Host -> part of the fleet -> what its watcher has measured.
     figures: Mapping[str, Mapping[str, Figures]]
-    #: The process token of another watcher that tells of instances under our host's name; empty: none.
+    #: The process token of another watcher that publishes under our host's name; empty: none.
     rival: str
 
 
@@ -46,7 +48,7 @@ class _Other:
 
 
 class Hosts:
-    """One host's part in it. Blocking: call it in a thread."""
+    """One host's entry in that hash, and its view of the others. Blocking: call it in a thread."""
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class Hosts:
         interval_s: float,
         tell: bool,
     ) -> None:
-        """``interval_s``: how often it is called. Without ``tell`` it listens, and writes nothing."""
+        """``interval_s``: how often ``exchange`` is called. Without ``tell`` it only reads."""
         self._client = client
         self._host = host
         self._clock = clock
@@ -77,7 +79,7 @@ class Hosts:
         figures: Mapping[str, Figures],
         more: Mapping[str, object],
     ) -> Heard:
-        """Tell of our instances and figures, and of what people are shown; return what the others tell.
+        """Publish our instances and figures, and ``more`` for people; return what the others publish.
 
         Raises redis-py's errors.
         """
@@ -115,7 +117,7 @@ class Hosts:
             try:
                 body = orjson.loads(text)
                 theirs = [_heard(host, one, now) for one in body["instances"]]
-                measured = {name: _figures(one) for name, one in (body.get("figures") or {}).items()}
+                measured = _FIGURES.validate_python(body.get("figures") or {})
                 beat, limit_s = body["beat"], silent_after(body)
                 age_s = max(0.0, redis_now - float(body.get("at", redis_now)))
             except (ValueError, KeyError, TypeError, AttributeError) as exc:
@@ -135,7 +137,7 @@ class Hosts:
         return Heard(instances, frozenset(live), figures, rival)
 
     def _silent_s(self, host: str, beat: int, age_s: float) -> float:
-        """Return for how long a watcher has told nothing new."""
+        """Return for how long a watcher has published nothing new."""
         other = self._others.setdefault(host, _Other(beat, self._clock() - age_s))
         if other.beat != beat:
             other.beat, other.moved_at = beat, self._clock()
@@ -153,17 +155,6 @@ def _token_of(text: bytes | None) -> str:
         return str(orjson.loads(text or b"{}").get("token", ""))
     except (ValueError, AttributeError):
         return ""
-
-
-def _figures(told: Mapping[str, Any]) -> Figures:
-    """Return what another watcher has measured."""
-    served, startup_s = told["served"], told["startup_s"]
-    return Figures(
-        served=None if served is None else float(served),
-        worked=max(float(told["worked"]), 1e-6),
-        known=bool(told["known"]),
-        startup_s=None if startup_s is None else float(startup_s),
-    )
 
 
 def _told(instance: Instance, now: float) -> dict[str, object]:

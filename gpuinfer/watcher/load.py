@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which instances can serve which lanes: the fleet in parts that share no work, and the demands within each.
 
-Instances that serve the same are a group. Groups that may serve a common lane, or are linked by others that
-do, form one part of the fleet: no other part can help it. Most fleets have a single part.
+Instances that serve the same are a group. Groups that serve a common lane, directly or through other groups,
+form one part of the fleet: no other part can help it. Most fleets have a single part.
 
 Within a part, lanes and the workers that may serve them form a bipartite graph. By Hall's theorem (1935)
 there are enough workers when there are for each set of lanes that the same groups serve, and for the whole
 part. Each such set is a demand: the lanes that no other group can serve, and the groups that share them.
 
-The theorem supposes that tasks are assigned. But workers claim them, the most urgent first: those that
-serve other lanes too may be busy with these, while workers that only serve the others are idle. So before a
-worker is stopped, each demand must be certain to be served: its dedicated groups, which serve nothing else,
-keep up with it, or all its groups keep up with everything that they may claim before it (``before``).
+The theorem supposes that tasks are assigned. But workers claim them, the most urgent first: workers that
+serve two lanes may be busy with one, while workers that serve only that one are idle. So before a worker is
+stopped, each demand must be certain to be served: its dedicated groups, which serve nothing else, keep up
+with it, or all its groups keep up with everything that they may claim before it (``before``).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Part:
     #: Demands of fewer groups than the whole part, the fewest groups first.
     within: tuple[Demand, ...] = ()
     #: For each of ``within``: its groups, with all lanes that they may claim from before the least urgent of
-    #: its own. The same demand where there are no others.
+    #: its own; the same demand where there are no such lanes.
     before: tuple[Demand, ...] = ()
     #: Where there are several: each group, as if it were alone with the lanes that it serves.
     alone: tuple[Demand, ...] = ()
@@ -61,33 +61,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """The lanes of a demand at one probe, summed up by tier."""
+    """The lanes of a demand at one probe, added up: by tier, and as a whole."""
 
     tiers: Mapping[str, QueueState]
+    whole: QueueState
     #: waiting + in flight + done of each lane.
     totals: Mapping[Lane, float]
     #: Tasks that active workers hold.
     held: int
-
-    @property
-    def waiting(self) -> int:
-        """Return how many tasks wait."""
-        return sum(queue.waiting for queue in self.tiers.values())
-
-    @property
-    def due(self) -> int:
-        """Return how many tasks fall due before a worker that is started now could serve them."""
-        return sum(queue.due for queue in self.tiers.values())
-
-    @property
-    def in_flight(self) -> int:
-        """Return how many tasks are in flight."""
-        return sum(queue.in_flight for queue in self.tiers.values())
-
-    @property
-    def done(self) -> int:
-        """Return how many tasks have left these lanes settled."""
-        return sum(queue.done for queue in self.tiers.values())
 
 
 def load_of(
@@ -96,31 +77,25 @@ def load_of(
     groups: Groups,
     held: Mapping[Serves, int] | None,
 ) -> Load:
-    """Sum up the lanes of a demand."""
-    tiers: dict[str, QueueState] = {tier: QueueState() for tier in QUEUES}
+    """Add up the lanes of a demand. ``held``: as in Observation."""
+    tiers: dict[str, QueueState] = dict.fromkeys(QUEUES, QueueState())
     totals: dict[Lane, float] = {}
     for lane in lanes:
-        queue, sofar = queues[lane], tiers[lane.tier]
+        queue = queues[lane]
         if queue.paused:  # its tasks ask for no worker
-            queue = QueueState(in_flight=queue.in_flight, done=queue.done, paused=True)
+            queue = QueueState(in_flight=queue.in_flight, done=queue.done)
         else:
             totals[lane] = float(queue.waiting + queue.in_flight + queue.done)
-        tiers[lane.tier] = QueueState(
-            waiting=sofar.waiting + queue.waiting,
-            in_flight=sofar.in_flight + queue.in_flight,
-            done=sofar.done + queue.done,
-            oldest_s=max(sofar.oldest_s, queue.oldest_s),
-            due=sofar.due + queue.due,
-        )
-    if held is None:
-        return Load(tiers=tiers, totals=totals, held=sum(queue.in_flight for queue in tiers.values()))
-    return Load(tiers=tiers, totals=totals, held=sum(held.get(group, 0) for group in groups))
+        tiers[lane.tier] += queue
+    whole = sum(tiers.values(), QueueState())
+    count = whole.in_flight if held is None else sum(held.get(group, 0) for group in groups)
+    return Load(tiers=tiers, whole=whole, totals=totals, held=count)
 
 
 @lru_cache(maxsize=8)
 def parts_of(groups: Groups, lanes: frozenset[Lane]) -> tuple[Part, ...]:
-    """Return the parts of a fleet in a fixed order. Mostly called with the same groups."""
-    found = sorted((_linked(groups)), key=_name)
+    """Return the parts of a fleet in a fixed order."""
+    found = sorted(_linked(groups), key=_name)
     homes: dict[Groups, list[Lane]] = {part: [] for part in found}
     for lane in sorted(lanes):
         home = next((part for part in found if any(one.covers(lane) for one in part)), None)
@@ -169,7 +144,7 @@ def _within(part: str, groups: Groups, servers: Mapping[Lane, Groups]) -> Demand
 
 
 def _before(demand: Demand, servers: Mapping[Lane, Groups]) -> Demand:
-    """Return a demand's groups with all lanes that are as urgent as the least urgent that they all serve."""
+    """Return a demand's groups with all lanes at least as urgent as the least urgent that they all serve."""
     last = max(QUEUES.index(lane.tier) for lane in demand.lanes if servers[lane] == demand.groups)
     ahead = [
         lane for lane, those in servers.items() if those & demand.groups and QUEUES.index(lane.tier) <= last

@@ -6,9 +6,9 @@
                                                                            ├► Keeper: Redis
                                                                            └► Commands: systemd
 
-Commands are kept in Redis before they are carried out: a watcher that is killed in between recognises them
-afterwards, and does not take them for an administrator's. A dry run beside the service (``--dry-run``) reads
-what the service keeps and tells, and writes nothing.
+Commands are recorded in Redis before they are carried out: a watcher that is killed in between recognises
+them afterwards, and does not take them for an administrator's. A dry run beside the service (``--dry-run``)
+reads what the service has recorded, and writes nothing.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ from gpuinfer.queue.scripts import read_all
 from gpuinfer.settings import Settings, settings_file
 from gpuinfer.watcher import health, served
 from gpuinfer.watcher.gpu_watch import Gpus, GpuWatch
-from gpuinfer.watcher.lookout import Lookout
 from gpuinfer.watcher.memory import adopt, exclusion, refused, undone
 from gpuinfer.watcher.notes import Keeper
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.probe import Probe
+from gpuinfer.watcher.process_units import ProcessUnits
 from gpuinfer.watcher.reaper import Reaper
 from gpuinfer.watcher.report import Report
 from gpuinfer.watcher.served import Announcer, Served
 from gpuinfer.watcher.state import HEALTHY, Action, GpuHealth, Instance, Key, Observation
-from gpuinfer.watcher.stranded import Reporter
 from gpuinfer.watcher.systemd_units import SystemdUnits
+from gpuinfer.watcher.troubles import Troubles
 from gpuinfer.watcher.units import Commands, Units, UnitView
 
 log = get_logger(__name__)
 
 Answer = TypeVar("Answer")
 
-#: When Redis does not answer, a probe waits for this many timeouts at most; the watchdog is fed this often.
+#: A probe waits for Redis for this many timeouts at most, and feeds the watchdog this often meanwhile.
 DEAF_ANSWERS = 10
 FEED_S = 10.0
 
@@ -80,11 +80,10 @@ class Watcher:
         gpus: Gpus | None = None,
         alerting: Alerting | None = None,
     ) -> None:
-        """``numbers``: the instances that this host is known to have, until its GPUs have been listed.
+        """``numbers``: the instances of this host until its GPUs are listed.
 
-        ``tell``: take part in what watchers tell each other, and keep; who acts does in any case.
-
-        ``environment``: what an instance would be started with; without it, all have these settings.
+        ``tell``: publish this host's state, and record the history in Redis; ``act`` implies it.
+        ``environment``: the variables that an instance is started with; without it, all have ``settings``.
         ``folder``: where instances' own files are.
         ``gpus``: the observer of GPUs; NVML unless given.
         ``alerting``: reports troubles; to the journal only unless given.
@@ -98,7 +97,6 @@ class Watcher:
         self._served = Served(settings, environment)
         self._keeper = Keeper(self._client, self.host)
         self._announcer = Announcer(self._client, self.host, self._served)
-        self._stranded = Reporter()
         self._probe = Probe(
             self._client,
             self.host,
@@ -114,7 +112,7 @@ class Watcher:
         bound = partial(health.bound_by_files, folder)
         self._gpus = gpus or GpuWatch(settings, numbers, bound=bound, on_xid=self._count_xid)
         self._alerting = alerting or Alerting(self.host)
-        self._lookout = Lookout(settings, self._client, self.host, self._alerting)
+        self._troubles = Troubles(settings, self._client, self.host, self._alerting)
         self._health: Mapping[int, GpuHealth] = {}
         self._xids: dict[int, str] = {}
         self._stop = asyncio.Event()
@@ -123,9 +121,9 @@ class Watcher:
     async def run(self, stop: asyncio.Event) -> None:
         """Probe and act until ``stop`` is set. A probe that fails is logged.
 
-        Once it is set nothing is started or noted any more: the workers may be stopping at the same time, and
-        that is no stop by hand. What was started a moment before is stopped. Raises UnusableRedis as soon as
-        Redis turns out to have another format.
+        After that nothing is started or recorded: the workers may be stopping at the same time, which must
+        not count as a stop by hand. Workers that were started a moment before are stopped again. Raises
+        UnusableRedis as soon as Redis turns out to have another format.
         """
         self._stop = stop
         await asyncio.to_thread(self._gpus.start)
@@ -151,9 +149,9 @@ class Watcher:
         self._notifier.notify("STOPPING=1")
 
     async def _undo(self) -> None:
-        """Stop what was started a moment ago. The next process does not take it for a stop by hand.
+        """Stop what was started a moment ago; record it, so that it is not taken for a stop by hand.
 
-        A Redis that does not answer delays no stop.
+        The stop does not wait for Redis.
         """
         started = self._commands.recent()
         if not started or self.history is None:
@@ -167,11 +165,11 @@ class Watcher:
     async def step(self) -> Decision | None:
         """Probe, decide, act. Returns the decision; None when systemd cannot be asked, or after ``stop``."""
         try:
-            views = await self._units.look(self._gpus.numbers)
+            views = await self._units.states(self._gpus.numbers)
         except (UnitsUnavailable, UnitRefused) as exc:
             self._report.trouble(("units", str(exc)), "units_away", reason=str(exc))
             return None
-        self._look_at_gpus(views)
+        self._check_gpus(views)
         now = time.time()
         seen = await self._patiently(self._observe, views, now)
         if self._stop.is_set():
@@ -182,9 +180,8 @@ class Watcher:
             return decision  # what the previous process did is not known yet
         changed = self.history is None or decision.history.units is not self.history.units
         self.history = decision.history
-        self._xids = {}  # they are in the history now
+        self._xids = {}  # the history has them now
         new = self._report.decision(decision, seen)
-        self._stranded.report(decision.stranded)
         if self._tell and seen.queues is not None and (changed or new or self._keeper.due(now)):
             keep = partial(self._keeper.keep, new=new, done=self._act)
             await self._patiently(keep, decision, now)
@@ -194,7 +191,7 @@ class Watcher:
             why = await self._commands.do(action)
             if why:
                 self._note_refusal(action, why)
-        if self._tell:  # also where decisions are only logged: nobody else puts this host's tasks back
+        if self._tell:  # even if decisions are only logged: no other watcher puts this host's tasks back
             away = seen.queues is None
             await self._patiently(partial(self._reaper.step, away=away), views, seen.live_hosts)
             self._probe.summary = self._summary(decision, now)
@@ -202,11 +199,11 @@ class Watcher:
                 self._recorder.count("decision", decision.verdict)
             if not away:
                 await self._patiently(self._recorder.step, seen.live_hosts)
-            await self._alerting.tell(await self._patiently(self._lookout.look, decision, seen, now), now)
+            await self._alerting.tell(await self._patiently(self._troubles.find, decision, seen, now), now)
         return decision
 
     async def _patiently(self, call: Callable[..., Answer], *arguments: object) -> Answer:
-        """Run in a thread. Waiting for a Redis that does not answer is no hang of this process."""
+        """Run a blocking call in a thread. A Redis that does not answer is not a hang of this process."""
         task = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
         limit_s = DEAF_ANSWERS * self._settings.broker.connect_timeout_s
         for _ in range(math.ceil(limit_s / FEED_S)):
@@ -219,7 +216,7 @@ class Watcher:
         return await task
 
     def _summary(self, decision: Decision, now: float) -> Mapping[str, object]:
-        """Return what the others, and people, are told of this host's watcher."""
+        """Return what other watchers and people are told of this one."""
         own = (unit for key, unit in decision.history.units.items() if key.host == self.host)
         told = {"quarantined": sum(unit.quarantine(now) is not None for unit in own), "why": decision.why}
         return told | {name: decision.inputs[name] for name in ("desired",) if name in decision.inputs}
@@ -227,7 +224,7 @@ class Watcher:
     def _count_xid(self, gpu: int, xid: int) -> None:
         self._recorder.count("xid", f"{gpu}/{xid}")
 
-    def _look_at_gpus(self, views: Mapping[int, UnitView]) -> None:
+    def _check_gpus(self, views: Mapping[int, UnitView]) -> None:
         ours = {number for number, view in views.items() if view.state not in ("inactive", "failed")}
         self._health = self._gpus.health(ours, views)
         self._xids |= self._gpus.take_xids()
@@ -240,39 +237,30 @@ class Watcher:
                 self._recall(own)
             figures = (self.history or History()).figures
             told = [self._published(one, now) for one in own]
-            seen = self._probe.look(own, now, figures, self._gpus.readings(), told=told)
+            seen = self._probe.observe(own, now, figures, self._gpus.readings(), told=told)
             if self._tell:
                 self._announcer.step(own)
         except BrokerError as exc:
             return Observation(queues=None, instances=tuple(own), host=self.host, trouble=str(exc))
         self._report.rival(seen.rival)
-        return Observation(
-            queues=seen.queues,
-            instances=seen.instances,
-            held=seen.held,
-            host=self.host,
-            live_hosts=seen.live_hosts,
-            dead_letters=seen.dead_letters,
-            figures=seen.figures,
-            acts=self._act,
-        )
+        return replace(seen, acts=self._act)
 
     def _establish_format(self) -> None:
-        """Give an empty Redis our format number before anything is written there.
+        """Write our format number to an empty Redis before anything else.
 
-        One that was emptied, or came back empty, knows no model either.
+        An empty Redis has lost the catalogue of models too, so they are announced again.
         """
         with typed_errors():
             found: bytes | None = self._client.get(keys.FORMAT_KEY) if self._tell else b""  # type: ignore[assignment]
             if found is not None:
                 return
             self._announcer.again()
-            # A full Redis is not empty, and the watcher goes on: the number comes with the next epoch.
+            # A full Redis is not empty: the next epoch writes the number.
             with suppress(redis.exceptions.OutOfMemoryError):
                 layout.establish(self._client)
 
     def _recall(self, own: list[Instance]) -> None:
-        """Take over what the previous process has kept; in a dry run, what the service remembers now."""
+        """Take over the history that the previous process recorded; in a dry run, the service's own."""
         kept = self._keeper.read()
         if self.history is None:
             history = kept or History()
@@ -299,7 +287,7 @@ class Watcher:
         )
 
     def _published(self, instance: Instance, now: float) -> Instance:
-        """Return an instance as the other watchers are told of it, with why it is excluded."""
+        """Return an instance as it is published to the other watchers, with why it is excluded."""
         unit = (self.history or History()).units.get(instance.key)
         hold = unit.held(now) if unit else ""
         why = None
@@ -321,8 +309,6 @@ class Watcher:
 def make_units(settings: Settings, *, act: bool) -> Units:
     """Return the back end that the settings name. ``act``: False for one that only reads."""
     if settings.watcher.backend == "process":
-        from gpuinfer.watcher.process_units import ProcessUnits
-
         return ProcessUnits(special=served.beside_settings)
     return SystemdUnits(acts=act)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is remembered of each instance of this host: who started it, and how often it failed.
+"""What is remembered of each instance of this host: what was done to it by hand, and how often it failed.
 
-A change of state that follows no command of ours was made by hand. A start by hand is respected for
-``manual_hold_s``. A stop by hand, or a change from enabled to disabled, is respected until the instance is
-started or enabled, or the host boots. One that was never enabled is started on demand.
+A change of state that follows no command of ours was made by hand. A start by hand counts for
+``manual_hold_s``. A stop by hand, or a change from enabled to disabled, counts until the instance is started
+or enabled, or the host boots. An instance that was never enabled is started on demand.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from gpuinfer.watcher.state import Action, Exclusion, Hold, Instance, Key, Obser
 
 #: A start had no effect when the instance is inactive at this many probes in a row.
 TRIES = 2
-#: After this many failed starts in a row, stop it: systemd would go on trying.
+#: Stop an instance after this many failed starts in a row: systemd would go on trying.
 FAILED_STARTS = 2
 #: For this long after a command of ours, a change of state is its effect.
 COMMAND_S = 30.0
-
-
 #: What was done by hand, and keeps an instance from being started.
 BY_HAND = ("stopped", "disabled")
 _RAN = ("active", "activating", "deactivating")
@@ -38,27 +36,22 @@ class UnitMemory:
     enabled: bool = False
     verb: Verb | None = None
     verb_at: float = 0.0
-    #: At how many probes in a row it was told to start.
+    #: How many probes in a row have told it to start.
     tries: int = 0
     hold: Hold = ""
-    #: When a start by hand stops counting.
+    #: Until when a start by hand counts.
     hold_until: float = 0.0
     failures: int = 0
     quarantined_until: float = 0.0
     why: str = ""
-    #: How often systemd had restarted it, whether it has served since then, and how many restarts in a row
-    #: it has not.
+    #: How often systemd had restarted it, whether it has served since the last time, and after how many
+    #: restarts in a row it has not.
     restarts: int = 0
     served: bool = False
     failed_starts: int = 0
 
-    @property
-    def notable(self) -> bool:
-        """Tell whether anything but its state is remembered."""
-        return bool(self.failures or self.hold)
-
     def held(self, now: float) -> Hold:
-        """Return what was done by hand and still counts: the time of a start begins when it serves."""
+        """Return what was done by hand and still counts. The time of a start begins when it serves."""
         if self.hold != "started":
             return self.hold
         loads = self.state == "activating" and not self.failed_starts
@@ -75,19 +68,19 @@ class UnitMemory:
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """The memory after a probe, and what the probe has shown."""
+    """The memory after a probe, and the starts that ended in it."""
 
     units: Mapping[Key, UnitMemory]
-    #: What served after a start, and how many seconds that took.
+    #: What each one serves that became ready, and how many seconds its start took.
     startups: list[tuple[Serves, float]]
 
 
 def remember(
     seen: Observation, units: Mapping[Key, UnitMemory], settings: WatcherSettings, now: float
 ) -> Remembered:
-    """Remember what a probe has seen of our own instances.
+    """Return the memory of our own instances after a probe.
 
-    Of those that are gone, keep what matters when they return: one whose driver fails for a moment does.
+    Of instances that are gone, keep holds and failures: one may return, as after a failure of its driver.
     """
     present: dict[Key, UnitMemory] = {}
     startups: list[tuple[Serves, float]] = []
@@ -104,12 +97,13 @@ def remember(
             present[key] = _changed(before, instance, settings, now)
             if before.state == "activating" and instance.state == "active":
                 startups.append((instance.serves, max(0.0, instance.since - before.since)))
-    after = present | {key: unit for key, unit in units.items() if unit.notable and key not in present}
+    gone = {key: unit for key, unit in units.items() if (unit.failures or unit.hold) and key not in present}
+    after = present | gone
     return Remembered(units if after == units else after, startups)
 
 
 def _as_it_is(unit: UnitMemory | None, instance: Instance) -> UnitMemory:
-    """Take over what the unit is now, as if nothing had happened before."""
+    """Return the memory of an instance as it is now, as if nothing had happened before."""
     return replace(
         unit or UnitMemory(state=instance.state, since=instance.since),
         state=instance.state,
@@ -124,7 +118,7 @@ def _as_it_is(unit: UnitMemory | None, instance: Instance) -> UnitMemory:
 def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
     moved = before.state != instance.state
     since = instance.since if moved else before.since
-    if instance.ready_at > before.since:  # it may have ended again before anybody looked
+    if instance.ready_at > before.since:  # it may have ended again between two probes
         before = replace(before, served=True)
     if moved and instance.target_stopped and not instance.runs:  # a stop of all workers
         before = replace(before, verb="stop", verb_at=now)
@@ -141,16 +135,16 @@ def _changed(before: UnitMemory, instance: Instance, settings: WatcherSettings, 
 
 
 def _enabled(unit: UnitMemory, instance: Instance) -> UnitMemory:
-    """Take note of a change from enabled to disabled; the other way, whatever was done by hand ends."""
+    """Note a change from enabled to disabled; the change to enabled ends whatever was done by hand."""
     if instance.enabled == unit.enabled:
         return unit
     return replace(unit, enabled=instance.enabled, hold="" if instance.enabled else "disabled")
 
 
 def _tried(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
-    """Count a start that had no effect as a failure: a condition is not met, or the worker ended at once.
+    """Count a start without effect as a failure: a condition is not met, or the worker ended at once.
 
-    Otherwise this instance would be started again and again, and never another one.
+    Otherwise this instance would be started again and again, and no other one ever.
     """
     if instance.state != "inactive" or now - unit.verb_at > MAX_GAP * settings.probe_interval_s:
         return replace(unit, tries=0)
@@ -160,10 +154,10 @@ def _tried(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now:
 
 
 def _restarted(unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float) -> UnitMemory:
-    """Count it as a failure when systemd restarts an instance that was never ready.
+    """Count a failure when systemd restarts an instance that was never ready.
 
-    systemd tries ten times before it calls a unit failed; all that time it would count as one that starts.
-    The first restart after it has served is no failed start. While it is in quarantine, that counts once.
+    systemd tries ten times before it calls a unit failed; meanwhile the instance would count as starting. The
+    first restart of one that has served is no failed start. Within a quarantine only one failure counts.
     """
     tried = instance.restarts - unit.restarts
     more = max(0, tried - (1 if unit.served else 0))
@@ -178,27 +172,26 @@ def _restarted(unit: UnitMemory, instance: Instance, settings: WatcherSettings, 
 
 
 def _wish(before: UnitMemory, instance: Instance, now: float) -> Hold:
-    """Recognise a start or a stop that we did not ask for.
+    """Recognise a start or a stop that was not ours.
 
     An instance that is deactivating may come back, after a restart or a crash. A drain may take long: what
-    counts is when it began. A stop that comes with a mask ends with the mask.
+    counts is when it began. A stop of a masked instance is no hold: it ends with the mask.
     """
     began = before.since if before.state == "deactivating" else now
     ours = before.verb if began - before.verb_at <= COMMAND_S else None
     ran = before.state in _RAN
     if instance.runs and not ran and ours != "start":
         return "started"
-    return (
-        "stopped" if ran and instance.state == "inactive" and ours != "stop" and not instance.masked else ""
-    )
+    stopped = ran and instance.state == "inactive" and ours != "stop"
+    return "stopped" if stopped and not instance.masked else ""
 
 
 def adopt(units: Mapping[Key, UnitMemory], instances: Iterable[Instance]) -> Mapping[Key, UnitMemory]:
-    """Return what the process before this one remembered, with the states there are now.
+    """Return the memory of the previous process with the current states.
 
-    A start or stop that no watcher has seen was not made by hand: everything was restarted or upgraded. A
-    failure still counts, and so does what was done by hand before. One that was stopped and runs was started.
-    The same goes for a stop that is not over yet, if the process before has not seen it begin.
+    A start or stop between the two processes was not made by hand: all was restarted or upgraded. That holds
+    for a stop that is still under way, if the previous process did not see it begin. Failures still count,
+    and so do earlier holds, except the stop of an instance that runs now.
     """
     changed = {}
     for one in instances:
@@ -212,20 +205,19 @@ def adopt(units: Mapping[Key, UnitMemory], instances: Iterable[Instance]) -> Map
 
 
 def booted(units: Mapping[Key, UnitMemory]) -> Mapping[Key, UnitMemory]:
-    """Return what is still true of instances after a boot: what was done by hand before it is not."""
+    """Return the memory after a boot, which ends whatever was done by hand."""
     return {key: replace(unit, hold="", enabled=False) for key, unit in units.items()}
 
 
 def _failed(
     unit: UnitMemory, instance: Instance, settings: WatcherSettings, now: float, was: UnitState | None = None
 ) -> UnitMemory:
-    """Count a failure, which excludes it, longer each time; forget all after long enough without one."""
+    """Count a failure, and quarantine the instance, longer each time; forget old failures."""
     sick = f"its GPU is not healthy ({instance.gpu.fault})" if instance.gpu.fault else ""
     if instance.state == "failed" and was != "failed":
-        # A GPU that is not healthy a moment before, or after, is the cause.
-        return _quarantined(
-            unit, sick or (unit.why if unit.quarantine(now) else "its unit failed"), settings, now
-        )
+        # A fault of its GPU at about that time is the cause.
+        why = sick or (unit.why if unit.quarantine(now) else "its unit failed")
+        return _quarantined(unit, why, settings, now)
     if sick:
         return replace(unit, why=sick) if unit.quarantine(now) else _quarantined(unit, sick, settings, now)
     forgotten = now - unit.quarantined_until > settings.quarantine_max_s
@@ -241,13 +233,13 @@ def _quarantined(unit: UnitMemory, why: str, settings: WatcherSettings, now: flo
 def commanded(
     units: Mapping[Key, UnitMemory], actions: list[Action], seen: Observation, now: float
 ) -> Mapping[Key, UnitMemory]:
-    """Note our own commands, so that their effect is not taken for a start or stop by hand."""
+    """Record our own commands, so that their effect is not taken for a start or stop by hand."""
     ours = {a.key: _told(units[a.key], a.verb, now) for a in actions if seen.owns(a.key)} if seen.acts else {}
     return {**units, **ours} if ours else units
 
 
 def undone(units: Mapping[Key, UnitMemory], started: Iterable[Key], now: float) -> Mapping[Key, UnitMemory]:
-    """Note that what we have started is stopped again."""
+    """Record that what we have started is stopped again."""
     return {**units, **{key: _told(units[key], "stop", now) for key in started if key in units}}
 
 
@@ -258,7 +250,7 @@ def _told(unit: UnitMemory, verb: Verb, now: float) -> UnitMemory:
 def refused(
     units: Mapping[Key, UnitMemory], key: Key, why: str, settings: WatcherSettings, now: float
 ) -> Mapping[Key, UnitMemory]:
-    """Note that an instance cannot be started: it is excluded for a while, and others are started."""
+    """Record that an instance cannot be started: it is quarantined, and others are started."""
     return {**units, key: replace(_quarantined(units[key], why, settings, now), tries=0)}
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a watcher keeps in Redis for its next process, and its last decisions for people.
+"""What a watcher records in Redis: its history, for its next process, and its last decisions, for people.
 
-Decisions are kept in Redis rather than read from the journal: one list has those of all hosts, and reading
-it needs no rights on the journal. The journal has them too, for longer.
+One list in Redis has the decisions of all hosts, and reading it needs no rights on the journal. The journal
+has them too, for longer.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ log = get_logger(__name__)
 #: The list of the last decisions of all hosts; and, before a host's name, what its watcher remembers.
 DECISIONS = "gpuinfer:watcher:decisions"
 MEMORY_PREFIX = "gpuinfer:watcher:memory:"
-#: Keep the history at least this often, even if no command has changed it.
+#: Record the history at least this often, even if no command has changed it.
 KEEP_EVERY_S = 30.0
 #: Decisions kept, of all hosts together.
 KEPT = 500
-#: The rates that outlast a restart; what was counted since the last probe does not.
+#: The measurements that survive a restart; what was counted since the last probe does not.
 _RATES = ("served", "worked", "known", "startup_s")
 _COOLDOWN = ("period_s", "changed_at", "last_up", "last_down")
 
 
 class Unreadable(ValueError):
-    """Raised when the memory has another form: of another version, or not written by a watcher."""
+    """Raised when the recorded history is not of our form: another version or another program wrote it."""
 
 
 def pack(history: History, boot: str = "") -> bytes:
@@ -64,7 +64,7 @@ def pack(history: History, boot: str = "") -> bytes:
 
 
 def unpack(text: bytes | None, boot: str = "") -> History:
-    """Return the history that was packed, as it is after ``boot``; an empty one when there is none.
+    """Return the history that was packed, as it is in this ``boot``; an empty one when there is none.
 
     Raises Unreadable.
     """
@@ -81,7 +81,7 @@ def unpack(text: bytes | None, boot: str = "") -> History:
 
 
 class _Kept(BaseModel):
-    """The memory as it is kept; what is not kept of rates and cooldowns is as at the start."""
+    """The history as it is recorded; all else of rates and cooldowns is as at the start."""
 
     boot: str = ""
     parts: dict[str, Measured] = {}
@@ -105,13 +105,13 @@ def note(decision: Decision, host: str, now: float, *, done: bool) -> dict[str, 
 
 
 def present(hosts: Mapping[bytes, bytes], now: float) -> dict[str, dict[str, Any]]:
-    """Return what each host's watcher decides just now, in words, from what they tell each other.
+    """Return each host's current decision in words (``why``), how old it is, and if its watcher is alive.
 
-    ``now``: on Redis's clock. With whether the watcher is alive, and how old its word is, in seconds.
+    ``hosts``: what the watchers publish; ``now``: on Redis's clock.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, text in sorted(hosts.items()):
-        with suppress(ValueError, KeyError, TypeError, AttributeError):  # the other watchers log it
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # unreadable: the watchers log that
             body = orjson.loads(text)
             age_s = round(now - float(body["at"]), 1)
             alive, why = age_s <= silent_after(body), str(body.get("why") or "it has not decided yet")
@@ -120,7 +120,7 @@ def present(hosts: Mapping[bytes, bytes], now: float) -> dict[str, dict[str, Any
 
 
 def told(entry: Mapping[str, Any], when: str) -> str:
-    """Return a kept decision in a few lines for people."""
+    """Return a recorded decision in a few lines for people."""
     numbers = {name: value for name, value in entry["inputs"].items() if name != "parts"}
     inputs = "  ".join(f"{name}={value}" for name, value in numbers.items())
     parts = [f"    {part}" for part in str(entry["inputs"].get("parts", "")).split("; ") if part]
@@ -131,18 +131,18 @@ def told(entry: Mapping[str, Any], when: str) -> str:
 
 
 class Keeper:
-    """Keeps what one host's watcher remembers. Blocking: call it in a thread."""
+    """Records the history of one host's watcher. Blocking: call it in a thread."""
 
     def __init__(self, client: redis.Redis, host: str) -> None:
         self._client = client
         self._host = host
         self._write = bind(client, "keep")
         self._kept_at = 0.0
-        #: The reasons that were logged last: each is logged once.
+        #: The reasons that were logged last; the same one is not logged again.
         self._not_read = self._not_kept = ""
 
     def read(self) -> History | None:
-        """Return the kept history; None if there is none, or it cannot be read. Raises BrokerError."""
+        """Return the recorded history; None if there is none, or it cannot be read. Raises BrokerError."""
         try:
             with typed_errors():
                 kept: bytes | None = self._client.get(MEMORY_PREFIX + self._host)  # type: ignore[assignment]
@@ -151,7 +151,7 @@ class Keeper:
             if isinstance(exc, BrokerError) and not isinstance(exc.__cause__, redis.ResponseError):
                 raise
             if str(exc) != self._not_read:
-                hint = "what was measured, and who was started or stopped by hand, is learned again"
+                hint = "rates are measured again; what was started or stopped by hand is forgotten"
                 key = MEMORY_PREFIX + self._host
                 log.warning("memory_unreadable", key=key, reason=str(exc), hint=hint)
             self._not_read = str(exc)
@@ -160,16 +160,16 @@ class Keeper:
         return None if kept is None else history
 
     def due(self, now: float) -> bool:
-        """Tell whether the history should be kept again, even if nothing has changed."""
+        """Tell whether the history should be recorded again, even if nothing has changed."""
         return now - self._kept_at > KEEP_EVERY_S
 
     def keep(self, decision: Decision, now: float, *, new: bool, done: bool) -> None:
-        """Keep the history, and a ``new`` decision. If Redis refuses, they are in memory only."""
+        """Record the history, and a ``new`` decision. If Redis refuses, they are in memory only."""
         entry = orjson.dumps(note(decision, self._host, now, done=done)) if new else b""
         self.keep_history(decision.history, now, entry)
 
     def keep_history(self, history: History, now: float, entry: bytes = b"") -> None:
-        """Keep the history, and a decision as JSON unless it is empty."""
+        """Record the history, and a decision as JSON unless it is empty."""
         self._kept_at = now
         memory = pack(history, boot_id())
         try:
@@ -183,7 +183,7 @@ class Keeper:
             self._not_kept = ""
 
     def outdated(self) -> None:
-        """Note that the history has changed since it was kept."""
+        """Note that the history has changed since it was recorded."""
         self._kept_at = 0.0
 
 
@@ -193,6 +193,6 @@ def boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError as exc:
-        hint = "what was stopped by hand stays stopped after a boot, too"
+        hint = "what was stopped by hand stays stopped after a boot"
         log.warning("boot_unknown", reason=str(exc), hint=hint)
         return ""

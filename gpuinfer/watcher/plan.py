@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which instances to start and stop: always in the same order, so that many watchers make one plan.
 
-Every watcher sees all instances and plans for all of them, then carries out its own host's part. The first
-instances of a fixed order that do not run are started; a watcher whose view is a moment old picks the same
-ones as the others, so nothing is started twice. The last of the order are not needed, whether they are idle
-at that moment or not: a watcher that does not know yet that the last one was stopped, or takes it for busy,
-stops none of its own instead.
+Every watcher plans for all instances of the fleet, then carries out its own host's part. The first instances
+of a fixed order that do not run are started: a watcher whose view is a moment old picks the same ones as the
+others, so nothing is started twice. The last of the order are surplus, idle or not: a watcher that does not
+know yet that the last one was stopped, or is busy, does not stop one of its own instead.
 
 Where groups share lanes, the demand with the fewest groups is met first: what is started for it counts for
-the wider ones too. Of several groups that could help, the one that serves the fewest lanes is started
-first, so that the others stay free for what they alone serve. No more are started than their own lanes
-could use. One is stopped when no demand that it serves needs it, and each is certain to be served without
-it (``load``); or when all of its own lanes together do not need it.
+the wider ones too. Of several groups that could help, the one that serves the fewest lanes is started first,
+so that the others stay free for what they alone serve. No more are started than their own lanes could use. A
+worker is stopped when no demand that it serves needs it, and each is certain to be served without it
+(``load``); or when all of its own lanes together do not need it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Ask:
     demand: Demand
     need: Need
     surplus: int
-    #: How many it does not need even if its workers take all the other work first that they may take first;
+    #: How many it does not need even if its workers first serve all other work that they may claim before it;
     #: None: there is no such work.
     certain: int | None = None
 
@@ -43,9 +42,9 @@ class _Margin:
     """How many of a demand's workers may be stopped while it is still certain to be served."""
 
     demand: Demand
-    #: More than all the work needs that they may take before it; None: there is no such work.
+    #: Workers beyond those that it and all work claimed before it need; None: there is no such work.
     before: int | None
-    #: More dedicated ones than it takes to keep up with it; below zero: they do not.
+    #: Dedicated workers beyond those that it needs; below zero: there are too few.
     dedicated: int
 
     def spares(self, group: Serves) -> bool:
@@ -73,8 +72,8 @@ class Plan:
     ) -> None:
         """``asks``: the narrowest demand first, the whole part last.
 
-        ``alone``: where there are several groups, what each would be asked for without the others: more would
-        be of no use. ``least``: how many run whatever they serve. ``room``: the most that may be started;
+        ``alone``: where there are several groups, what each would be asked for without the others; it could
+        not use more. ``least``: how many run whatever they serve. ``room``: the most that may be started;
         None: any number.
         """
         self._fleets = fleets
@@ -89,11 +88,11 @@ class Plan:
             self.actions += [Action("start", key, "is enabled") for key in enabled]
             self._planned[group] = len(enabled)
         self._room = None if room is None else max(0, room - len(self.actions))
-        #: What is left to start; what has failed apart.
+        #: What is left to start, and what has failed before.
         self._idle = {group: _startable(fleet, "ready") for group, fleet in fleets.items()}
         self._failed = {group: _startable(fleet, "failed") for group, fleet in fleets.items()}
         self.short = False
-        #: A demand that might not be served with fewer workers, though there are more than desired in all.
+        #: A demand that might not be served with fewer workers, although more than desired run.
         self.kept_for: Demand | None = None
         for ask in asks:
             self._fill(ask)
@@ -101,7 +100,7 @@ class Plan:
 
     @property
     def ends(self) -> list[Action]:
-        """Return the stops of starts that failed again when systemd tried them again."""
+        """Return the stops of instances whose starts keep failing."""
         failing = [one for fleet in self._fleets.values() for one in fleet.of("failing") if one.stoppable]
         return [
             Action("stop", one.key, str(one.exclusion)) for one in sorted(failing, key=lambda one: one.key)
@@ -111,7 +110,7 @@ class Plan:
         return self._fleets[group].running + self._planned[group]
 
     def _fill(self, ask: Ask) -> None:
-        """Start what is missing; instances that have failed come last, after their quarantine."""
+        """Start what is missing; instances that failed before come last."""
         running = sum(map(self._running, ask.demand.groups))
         missing = ask.need.desired - running
         if missing <= 0:
@@ -148,7 +147,7 @@ class Plan:
 
     def stops(self) -> list[Action]:
         """Stop the last of the order that are not needed, each when it is idle."""
-        # One that sends no heartbeat may be gone already.
+        # A silent worker may be gone already, and is not counted on.
         left = [ask.surplus - self._silent(ask.demand.groups) for ask in self._asks]
         sure = [self._margin(ask) for ask in self._asks]
         free = {group: self._too_many_alone(group) for group in self._alone}
@@ -190,7 +189,7 @@ class Plan:
         return _Margin(ask.demand, before, ask.surplus - silent - others)
 
     def _too_many_alone(self, group: Serves) -> int:
-        """Return how many of a group are more than all that it serves needs, if no other group served it."""
+        """Return how many of a group its lanes would not need even if no other group served them."""
         ask, running = self._alone[group], self._fleets[group].running
         busy = self._planned[group] or ask.need.desired > running
         return 0 if busy else ask.surplus - self._silent([group])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decide what to start and stop: pure, the same for systemd and the simulator.
+"""Decides what to start and stop: pure, the same for systemd and the simulator.
 
-The instances are grouped by what they serve (``fleet``), and the lanes by who serves them (``load``). Each
-demand is measured (``rates``), asks for workers (``need``) and has a cooldown of its own (``cooldown``); the
+The instances are grouped by what they serve (``fleet``), and the lanes by which groups serve them (``load``).
+Each demand is measured (``rates``), asks for workers (``need``) and has its own cooldown (``cooldown``); one
 plan for each part of the fleet meets all of its demands (``plan``). Where all instances serve the same, there
 is one part with one demand.
 """
@@ -19,11 +19,9 @@ from gpuinfer.watcher.fleet import Fleet, grouped
 from gpuinfer.watcher.load import parts_of
 from gpuinfer.watcher.memory import UnitMemory, commanded, remember
 from gpuinfer.watcher.need import Bounds
-from gpuinfer.watcher.part import Look, Measured, verdict_of
+from gpuinfer.watcher.part import Assessment, Measured, verdict_of
 from gpuinfer.watcher.plan import one_a_host
-from gpuinfer.watcher.rates import with_startups
-from gpuinfer.watcher.state import Action, Exclusion, Figures, Key, Observation, QueueState, Verdict
-from gpuinfer.watcher.stranded import Stranded
+from gpuinfer.watcher.state import Action, Exclusion, Figures, Key, Observation, QueueState, Stranded, Verdict
 
 #: Log at most this many parts of the fleet.
 NAMED = 8
@@ -31,7 +29,7 @@ NAMED = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What one decision passes on to the next."""
+    """What one decision hands to the next."""
 
     #: By the name of each part of the fleet.
     parts: Mapping[str, Measured] = field(default_factory=dict)
@@ -41,7 +39,7 @@ class History:
 
     @property
     def figures(self) -> Mapping[str, Figures]:
-        """Return what the other hosts' watchers are told."""
+        """Return what is published to the other hosts' watchers."""
         return {name: measured.rates.figures for name, measured in self.parts.items()}
 
 
@@ -52,12 +50,12 @@ class Decision:
     actions: tuple[Action, ...]
     verdict: Verdict
     why: str
-    #: What it was decided from, for the journal: name -> number or text.
+    #: The figures it was made from, for the journal: name -> number or text.
     inputs: Mapping[str, object]
     history: History
     #: Instances that must not be started, or are not counted on.
     excluded: Mapping[Key, Exclusion] = field(default_factory=dict)
-    #: Lanes with tasks that no instance serves, or could be started to serve. None: Redis cannot be read.
+    #: Lanes with tasks that no instance serves or could be started for. None: Redis cannot be read.
     stranded: Mapping[Lane, Stranded] | None = None
 
     def of(self, host: str) -> tuple[Action, ...]:
@@ -70,103 +68,88 @@ def decide(seen: Observation, history: History, settings: WatcherSettings, now: 
     remembered = remember(seen, history.units, settings, now)
     if seen.queues is None:
         why = f"Redis cannot be read, so nothing changes: {seen.trouble or 'no reason given'}"
-        kept = replace(history, parts=_started(seen, history, remembered.startups), units=remembered.units)
+        kept = replace(history, units=remembered.units)
         return Decision(actions=(), verdict="hold", why=why, inputs={}, history=kept)
     fleets = grouped(seen, remembered.units, settings, now) or {EVERYTHING: Fleet()}
     before = {**history.parts, **history.within}
-    looks = [
-        Look(part, seen, before, fleets, remembered.startups, settings, now)
+    parts = [
+        Assessment(part, seen, before, fleets, remembered.startups, settings, now)
         for part in parts_of(frozenset(fleets), frozenset(seen.queues))
     ]
-    _plan(looks, settings)
-    stops = one_a_host([action for look in looks for action in look.stops()])
-    for look in looks:
-        look.settle(stops)
-    actions = [action for look in looks for action in look.actions] + stops
+    _plan(parts, settings)
+    stops = one_a_host([action for part in parts for action in part.stops()])
+    for part in parts:
+        part.settle(stops)
+    actions = [action for part in parts for action in part.actions] + stops
     return Decision(
         actions=tuple(actions),
-        verdict=verdict_of(actions, frozenset().union(*(look.broken for look in looks))),
-        why=_why(looks) + _paused(seen.queues),
-        inputs=_inputs(seen, looks, settings),
+        verdict=verdict_of(actions, frozenset().union(*(part.broken for part in parts))),
+        why=_why(parts) + _paused(seen.queues),
+        inputs=_inputs(seen, parts, settings),
         history=History(
-            parts={look.name: look.measured for look in looks},
-            within={name: measured for look in looks for name, measured in look.finer.items()},
+            parts={part.name: part.whole.measured for part in parts},
+            within={name: measured for part in parts for name, measured in part.finer.items()},
             units=commanded(remembered.units, actions, seen, now),
         ),
-        excluded={key: why for look in looks for key, why in look.fleet.excluded.items()},
+        excluded={key: why for part in parts for key, why in part.fleet.excluded.items()},
         stranded=_stranded(seen, seen.queues, fleets),
     )
 
 
-def _plan(looks: Sequence[Look], settings: WatcherSettings) -> None:
+def _plan(parts: Sequence[Assessment], settings: WatcherSettings) -> None:
     """Plan the starts of all parts: floor and ceiling are those of the whole fleet."""
-    least = _floors(looks, settings.floor)
-    working = {look.name for look in looks if look.load.waiting or look.load.due or look.load.in_flight}
-    room = settings.ceiling - sum(look.fleet.running for look in looks) if settings.ceiling else None
+    least = _floors(parts, settings.floor)
+    working = {part.name for part in parts if part.asks}
+    room = settings.ceiling - sum(part.fleet.running for part in parts) if settings.ceiling else None
     # Where nothing runs yet, the first worker matters most.
-    for look in sorted(looks, key=lambda one: one.fleet.running > 0):
-        others = len(working - {look.name})  # one worker is left to each of them
+    for part in sorted(parts, key=lambda one: one.fleet.running > 0):
+        others = len(working - {part.name})  # one worker is left to each of them
         most = max(1, settings.ceiling - others) if settings.ceiling else 0
-        started = look.plan(Bounds(least[look.name], most), room)
+        started = part.plan(Bounds(least[part.name], most), room)
         room = None if room is None else room - started
 
 
-def _floors(looks: Sequence[Look], floor: int) -> dict[str, int]:
+def _floors(parts: Sequence[Assessment], floor: int) -> dict[str, int]:
     """Share the floor out: one to each part in turn, the largest part first, as far as it goes."""
-    least = dict.fromkeys((look.name for look in looks), 0)
-    if len(looks) == 1:
+    least = dict.fromkeys((part.name for part in parts), 0)
+    if len(parts) == 1:
         return dict.fromkeys(least, floor)
-    order = sorted(looks, key=lambda look: (-look.fleet.possible, look.name))
+    order = sorted(parts, key=lambda part: (-part.fleet.possible, part.name))
     while floor > 0:
-        short = [look for look in order if least[look.name] < look.fleet.possible][:floor]
+        short = [part for part in order if least[part.name] < part.fleet.possible][:floor]
         if not short:
             break
-        for look in short:
-            least[look.name] += 1
+        for part in short:
+            least[part.name] += 1
         floor -= len(short)
     return least
-
-
-def _started(
-    seen: Observation, history: History, startups: Sequence[tuple[Serves, float]]
-) -> Mapping[str, Measured]:
-    """Remember how long starts have taken while Redis cannot be read."""
-    parts = dict(history.parts)
-    for part in parts_of(frozenset(one.serves for one in seen.instances), frozenset()) if startups else ():
-        times = [seconds for group, seconds in startups if group in part.whole.groups]
-        known = parts.get(part.name, Measured())
-        parts[part.name] = replace(known, rates=with_startups(known.rates, times))
-    return parts
 
 
 def _stranded(
     seen: Observation, queues: Mapping[Lane, QueueState], fleets: Mapping[Serves, Fleet]
 ) -> dict[Lane, Stranded]:
-    """Return the lanes whose tasks no worker serves, and none could be started for."""
+    """Return the lanes with tasks that no worker serves, and none could be started for."""
     able = [group for group, fleet in fleets.items() if fleet.possible or fleet.returning]
     excluded = {key: str(why) for fleet in fleets.values() for key, why in fleet.excluded.items()}
+    servers = [
+        Server(one.key.number, one.key.host, one.serves, one.masked, excluded.get(one.key, one.excluded))
+        for one in seen.instances
+    ]
     return {
-        lane: Stranded(queue.waiting, remedy(lane, _servers(seen, excluded)))
+        lane: Stranded(queue.waiting, remedy(lane, servers))
         for lane, queue in sorted(queues.items())
         if queue.waiting and not queue.paused and not any(group.covers(lane) for group in able)
     }
 
 
-def _servers(seen: Observation, excluded: Mapping[Key, str]) -> list[Server]:
-    return [
-        Server(one.key.number, one.key.host, one.serves, one.masked, excluded.get(one.key, one.excluded))
-        for one in seen.instances
-    ]
-
-
-def _why(looks: Sequence[Look]) -> str:
-    """Say why: for each part where something is done; else where tasks wait or workers run."""
-    if len(looks) == 1:
-        return looks[0].why()
-    acting = [look for look in looks if look.acts]
-    asking = [look for look in looks if look.load.waiting or look.load.due or look.fleet.running]
-    told = acting or asking or looks[:1]
-    return "; ".join([f"{look.name}: {look.why()}" for look in told[:NAMED]] + _more(len(told)))
+def _why(parts: Sequence[Assessment]) -> str:
+    """Return why, for each part with actions; without any, for those where tasks wait or workers run."""
+    if len(parts) == 1:
+        return parts[0].why()
+    acting = [part for part in parts if part.acts]
+    asking = [part for part in parts if part.asks or part.fleet.running]
+    told = acting or asking or parts[:1]
+    return "; ".join([f"{part.name}: {part.why()}" for part in told[:NAMED]] + _more(len(told)))
 
 
 def _paused(queues: Mapping[Lane, QueueState]) -> str:
@@ -180,20 +163,20 @@ def _more(count: int) -> list[str]:
     return [f"and {count - NAMED} more"] if count > NAMED else []
 
 
-def _inputs(seen: Observation, looks: Sequence[Look], settings: WatcherSettings) -> dict[str, object]:
-    first, fleets, needs = looks[0], [look.fleet for look in looks], [look.need for look in looks]
+def _inputs(seen: Observation, parts: Sequence[Assessment], settings: WatcherSettings) -> dict[str, object]:
+    first, fleets, needs = parts[0], [part.fleet for part in parts], [part.need for part in parts]
     active, running = sum(fleet.active for fleet in fleets), sum(fleet.running for fleet in fleets)
-    one: dict[str, object] = {
-        "rate_per_worker": round(first.rates.service(settings), 3),
-        "startup_s": round(first.rates.startup(settings), 1),
+    known = {
+        "rate_per_worker": round(first.whole.used.service(settings), 3),
+        "startup_s": round(first.whole.used.startup(settings), 1),
     }
-    parts = {"parts": "; ".join([*map(str, looks[:NAMED]), *_more(len(looks))])}
+    named = {"parts": "; ".join([*map(str, parts[:NAMED]), *_more(len(parts))])}
     desired = sum(need.unlimited for need in needs)
     return {
         "waiting": seen.waiting,
         "oldest_s": round(max((q.oldest_s for q in (seen.queues or {}).values()), default=0.0), 1),
-        "arrivals_per_s": round(sum(look.rates.steady for look in looks), 3),
-        **(one if len(looks) == 1 else parts),
+        "arrivals_per_s": round(sum(part.whole.used.steady for part in parts), 3),
+        **(known if len(parts) == 1 else named),
         "active": active,
         "starting": running - active,
         "possible": sum(fleet.possible for fleet in fleets),

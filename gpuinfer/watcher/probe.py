@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Redis knows: the depth of each queue, claims, tasks in flight, and who serves what.
+"""What Redis knows: the depth of each queue, claims, tasks in flight, and which worker serves what.
 
-The tasks waiting in a queue and those ever claimed from it are all that ever arrived. The oldest waiting
-task is the one after all that were claimed; the watcher has seen itself when it came, and reads no payload.
+The tasks that wait in a queue and those ever claimed from it are all that ever arrived. The oldest waiting
+task is the one after all that were claimed; the watcher noted when it arrived, and reads no payload.
 
-A running worker says in its heartbeat what it serves; for one that does not run, its host's watcher knows
-it from the settings, and tells (``hosts``).
+A running worker says in its heartbeat what it serves; of one that does not run, its host's watcher reads it
+from the settings, and publishes it (``hosts``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import redis
@@ -28,30 +28,13 @@ from gpuinfer.queue.fleet import EVERYTHING, Serves, said
 from gpuinfer.queue.later import move_due
 from gpuinfer.settings import QUEUES
 from gpuinfer.watcher.hosts import Hosts
-from gpuinfer.watcher.state import Figures, Instance, QueueState
+from gpuinfer.watcher.state import Figures, Instance, Observation, QueueState
 
 #: Rates for people are means over this time.
 RATE_S = 10.0
-#: Tasks that come soon after others, within this share of the oldest one's age, are taken to have come with
-#: them: a backlog that grows for hours needs few moments, and no age is too high by more than that share.
+#: Tasks that arrive soon after others, within this share of the oldest one's age, count as having arrived
+#: with them: a backlog of hours takes little memory, and no age is too high by more than this share.
 EXACT = 1 / 512
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What one probe of Redis has shown."""
-
-    queues: dict[Lane, QueueState]
-    #: All instances of this host; of others, those with a live watcher or a fresh heartbeat.
-    instances: tuple[Instance, ...]
-    #: Tasks that active workers hold, by what those serve.
-    held: Mapping[Serves, int]
-    live_hosts: frozenset[str]
-    dead_letters: int
-    #: What the other live hosts' watchers have measured.
-    figures: Mapping[str, Mapping[str, Figures]]
-    #: The process token of another watcher of our host's name; empty: there is none.
-    rival: str = ""
 
 
 class Probe:
@@ -67,23 +50,24 @@ class Probe:
         startup_s: float = 15.0,
         tell: bool = True,
     ) -> None:
-        """``interval_s``: how often ``look`` is called; ``startup_s``: how long a start takes, until that was
-        measured. Without ``tell`` it listens, and writes nothing."""
+        """``interval_s``: how often ``observe`` is called; ``startup_s``: how long a start takes until that
+        was measured. Without ``tell`` it only reads."""
         self._client = client
+        self._host = host
         self._startup_s = startup_s
         self._tells = tell
         self._clock = clock
         self._hosts = Hosts(client, host, clock, interval_s=interval_s, tell=tell)
         self._arrived: dict[Lane, deque[tuple[float, int]]] = {}
-        #: Lane -> when how much had been claimed from it, lately.
+        #: Lane -> (when, how many had been claimed from it by then), lately.
         self._claimed: dict[Lane, deque[tuple[float, int]]] = {}
-        #: What people are shown of the queues, as the last probe has found it: ``tier.model`` -> ``oldest_s``
-        #: and ``rate``, the tasks a second that workers take.
+        #: What people are shown of the queues, from the last probe: ``tier.model`` -> ``oldest_s``, and
+        #: ``rate``, the tasks a second that workers take.
         self._told_queues: dict[str, dict[str, float]] = {}
         #: What else they are shown: ``desired`` workers, how many are ``quarantined``, and ``why``.
         self.summary: Mapping[str, object] = {}
 
-    def look(
+    def observe(
         self,
         own: Sequence[Instance],
         now: float,
@@ -91,10 +75,10 @@ class Probe:
         gpus: Sequence[Reading] = (),
         *,
         told: Sequence[Instance] | None = None,
-    ) -> Seen:
-        """Tell the others of our instances, figures and GPUs, and probe everything.
+    ) -> Observation:
+        """Publish our instances, figures and GPUs, and return what all watchers and Redis know.
 
-        ``told``: our instances as the others are told of them, where that differs. Raises BrokerUnavailable.
+        ``told``: our instances as they are published, where that differs. Raises BrokerUnavailable.
         """
         more = {"gpus": [*gpus], "queues": self._told_queues, **self.summary}
         with typed_errors():
@@ -116,7 +100,7 @@ class Probe:
             for lane, queue in queues.items()
             if queue.waiting or depth.claimed.get(lane)
         }
-        # Of a silent host, count only workers with a fresh heartbeat.
+        # All instances of this host; of others, those with a live watcher or a fresh heartbeat.
         there = (
             one for one in heard.instances if one.key.host in heard.live_hosts or str(one.key) in beating
         )
@@ -128,10 +112,11 @@ class Probe:
         held: Counter[Serves] = Counter()
         for one in instances:
             held[one.serves] += depth.inflight.get(str(one.key), 0) if one.state == "active" else 0
-        return Seen(
+        return Observation(
             queues=queues,
             instances=instances,
             held=held,
+            host=self._host,
             live_hosts=heard.live_hosts,
             dead_letters=depth.dead_letters,
             figures=heard.figures,
@@ -188,9 +173,9 @@ class Probe:
 
 
 def _in_lanes(depth: Depth, serving: Mapping[str, Serves]) -> dict[Lane, int]:
-    """Return what is in flight by lane: all that a worker holds in one of its lanes.
+    """Return the tasks in flight by lane; all that a worker holds count in one of its lanes.
 
-    The lane that each task came from is not determined; only sums over all lanes that one serves are used.
+    Only sums over all lanes that a worker serves are used, so the lane that each task came from is not read.
     """
     found: dict[Lane, int] = {}
     for worker, count in depth.inflight.items():
@@ -211,10 +196,10 @@ def as_it_runs(
     missing: Mapping[str, frozenset[str]],
     drained: Collection[str] = (),
 ) -> Instance:
-    """Return an instance with what Redis knows of it, if it runs: what it serves, and whether it is busy.
+    """Return an instance with what Redis knows of it: what it serves, and whether it is busy.
 
-    One that does not run would serve what its settings name, without what its host's workers cannot load:
-    starting it for those would not help.
+    One that does not run would serve what its settings name, except models that its host's workers cannot
+    load: starting it for those would not help.
     """
     name = str(instance.key)
     if not instance.runs and instance.state != "deactivating":

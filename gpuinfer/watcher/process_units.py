@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Workers as plain processes, for a machine without systemd: the same contract.
 
-A child says READY as it would to systemd, over a socket of its own. When the watcher dies, the kernel
+Each child reports READY as it would to systemd, over a socket of its own. When the watcher dies, the kernel
 sends its children SIGTERM: they drain and end, and the next watcher starts with none.
 """
 
@@ -22,8 +22,8 @@ from gpuinfer.watcher.state import UnitState, Verb
 from gpuinfer.watcher.units import UnitView
 
 _PR_SET_PDEATHSIG = 1
-#: Exit statuses after which a worker is started again at once, as its unit does: it has grown past
-#: worker.max_memory_mb; a task ran past its hard time limit.
+#: Exit statuses after which a worker is started again at once, as by its unit: it has grown past
+#: worker.max_memory_mb, or a task ran past its hard time limit.
 RESTARTED = (80, 81)
 #: Seconds a worker may drain before it is killed.
 STOP_TIMEOUT_S = 90.0
@@ -66,7 +66,7 @@ class ProcessUnits:
     async def open(self) -> None:
         """Do nothing: there is nobody to connect to."""
 
-    async def look(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
+    async def states(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
         """Return the state of these instances, and of any other that is not inactive."""
         now = self._clock()
         known = {number: self._states.get(number, ("inactive", now)) for number in numbers}
@@ -119,7 +119,7 @@ class ProcessUnits:
             self._enter(number, "active")
 
     async def _wait(self, number: int, process: asyncio.subprocess.Process) -> None:
-        """Note its end; SIGKILL when it was asked to end and does not."""
+        """Wait for its end; send SIGKILL when it was asked to end and does not."""
         ending = asyncio.create_task(process.wait())
         while not ending.done():
             await asyncio.wait([ending], timeout=1.0)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast tasks arrive, how fast a worker serves, and how long it takes to start, as measured.
 
-A worker's rate shows only while the fleet is saturated: every worker is busy, holds about as many
-tasks as workers held at most within the window (full batches), and more wait than are in flight. The
-throughput of a fleet that is not says nothing of what it could do: there the estimate is raised to what was
-seen, never lowered.
+A worker's rate shows only while the fleet is saturated: every worker is busy and holds about as many tasks as
+workers held at most within the window (full batches), and more tasks wait than are in flight. Otherwise
+throughput is only a lower bound: it may raise the estimate, and never lowers it.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from gpuinfer.watcher.state import Figures
 WINDOW_MIN_S, WINDOW_MAX_S = 10.0, 60.0
 #: The recent rate is taken from this many probes; an odd number, for the median.
 RECENT_PROBES = 7
-#: A rate that rose at this many probes in a row goes on; a burst is over before.
+#: A rate that rose at this many probes in a row is expected to go on; a burst is over before.
 RISING_PROBES = 4
-#: Workers that are saturated at this many probes in a row do not keep up.
+#: Workers that are saturated at this many probes in a row are taken not to keep up.
 SURE_PROBES = 2
 #: A throughput counts when it was held for this many probes.
 SHOWN_PROBES = 9
@@ -34,7 +33,7 @@ SHOWN_PROBES = 9
 FADE_S = 30.0
 #: The assumed rate weighs as much as one worker-second of measurement.
 PRIOR_WORKER_S = 1.0
-#: No rate is less: it is divided by, also after hours in which nothing was served.
+#: The least rate: it is a divisor, even after hours in which nothing was served.
 LEAST_RATE = 1e-6
 #: Share of a new start-up time in the running mean.
 STARTUP_SHARE = 0.3
@@ -97,10 +96,10 @@ class Rates:
         return Figures(served=self.served, worked=self.worked, known=self.known, startup_s=self.startup_s)
 
     def pooled(self, others: Iterable[Figures]) -> Rates:
-        """Return these rates with the figures of all: who decides from the same starts what one would.
+        """Return these rates with the figures of all watchers, so that all decide from the same figures.
 
-        All measure the same queues, and each its own starts. What was seen in saturation goes before what
-        workers can do at least.
+        All measure the same queues, and each its own starts. Rates from a saturated fleet count before lower
+        bounds.
         """
         told = [self.figures, *others]
         startups = [one.startup_s for one in told if one.startup_s is not None]
@@ -134,21 +133,21 @@ class Rates:
 
     @property
     def recent(self) -> tuple[float, ...]:
-        """Return the arrivals a second that go on: a queue's median over the probes, or the mean if less.
+        """Return arrivals a second by queue, as expected to go on: the lower of median and mean.
 
-        One burst moves neither the median, nor do regular lumps move the mean. Per queue. Looks that are
-        missing, after a start or while Redis was away, saw nothing: the first burst would else be a rate.
+        One burst does not move the median, and regular lumps do not move the mean. Probes that are missing,
+        after a start or while Redis was away, count as zero: else the first burst would be a rate.
         """
-        looks = [tuple(n / look.seconds for n in look.arrived) for look in self.samples[-RECENT_PROBES:]]
-        if not looks:
+        probes = [tuple(n / one.seconds for n in one.arrived) for one in self.samples[-RECENT_PROBES:]]
+        if not probes:
             return (0.0,) * len(QUEUES)
-        missing = (0.0,) * (RECENT_PROBES - len(looks))
-        by_queue = (missing + values for values in zip(*looks, strict=True))
+        missing = (0.0,) * (RECENT_PROBES - len(probes))
+        by_queue = (missing + values for values in zip(*probes, strict=True))
         return tuple(_lasting(values, self.saturated >= SURE_PROBES) for values in by_queue)
 
 
 def _lasting(rates: tuple[float, ...], saturated: bool) -> float:
-    """Return the rate that goes on. One that rose at each of the last probes rises as much again."""
+    """Return the expected rate. One that rose at each of the last probes rises as much again."""
     last = rates[-RISING_PROBES:]
     if saturated and len(last) == RISING_PROBES and all(a < b for a, b in pairwise(last)):
         return 2 * last[-1] - last[0]
@@ -158,10 +157,11 @@ def _lasting(rates: tuple[float, ...], saturated: bool) -> float:
 def measure(
     before: Rates, load: Load, active: int, all_busy: bool, settings: WatcherSettings, now: float
 ) -> Rates:
-    """Add a probe. ``active`` workers serve, and ``all_busy`` says whether none of them is idle."""
-    done = float(load.done)
+    """Return the rates after a probe. ``active``: how many workers serve; ``all_busy``: none is idle."""
+    done = float(load.whole.done)
     held = load.held / active if active else 0.0
-    full = all_busy and active > 0 and load.waiting > load.in_flight and held >= FULL * max(before.peak, held)
+    backlog = load.whole.waiting > load.whole.in_flight
+    full = all_busy and active > 0 and backlog and held >= FULL * max(before.peak, held)
     saturated = before.saturated + 1 if full else 0
     after = replace(before, at=now, totals=load.totals, done=done, active=active, saturated=saturated)
     seconds = now - before.at if before.at is not None else 0.0
@@ -200,15 +200,15 @@ def _learn(rates: Rates, sample: Sample, settings: WatcherSettings) -> Rates:
 
 
 def _raise(rates: Rates, settings: WatcherSettings) -> Rates:
-    """Raise the rate to a throughput that is higher, once the same workers have held it.
+    """Raise the rate to a higher throughput once the same workers have held it.
 
-    When one becomes active, or another watcher tells late that one is, what it serves has no worker-seconds.
+    While their number changes, some served tasks have no worker-seconds to be divided by.
     """
-    looks = rates.samples[-SHOWN_PROBES:]
-    steady = {look.workers for look in looks}
-    if len(looks) < SHOWN_PROBES or len(steady) > 1 or 0 in steady:
+    probes = rates.samples[-SHOWN_PROBES:]
+    steady = {one.workers for one in probes}
+    if len(probes) < SHOWN_PROBES or len(steady) > 1 or 0 in steady:
         return rates
-    shown = sum(look.served for look in looks) / sum(look.worker_s for look in looks)
+    shown = sum(one.served for one in probes) / sum(one.worker_s for one in probes)
     if shown <= rates.service(settings):
         return rates
     return replace(rates, served=shown * rates.worked)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reaper: puts back the tasks in flight of workers that are gone.
 
-A worker's tasks come back at its next start, or when systemd notices that it died. The reaper handles
-workers for which neither happens: a host that is lost, or has another name since, a unit that died while
-Redis was away, a plain process.
+A worker's tasks are put back at its next start, or when systemd notices that it died. The reaper is for
+workers for which neither happens: on a host that was lost or renamed, of a unit that died while Redis was
+away, or a plain process.
 
 A heartbeat's age is measured on Redis's clock. That is not enough: after Redis was away, or its clock was
-set, all heartbeats are old while all workers live. So the reaper must also have seen nothing new for a
-while, on its own clock. A worker that is reaped although it runs (a partition) drops its tasks and goes on;
-their results count once. Two reapers at once do no harm: a restore is refused once a newer epoch has begun
-than the one that its reaper saw.
+set, all heartbeats are old although all workers live. So the reaper must also have seen nothing new for a
+while, on its own clock. A worker that is reaped although it runs (a network partition) drops its tasks and
+continues; their results count once. Two reapers at once do no harm: a restore is refused if a newer epoch has
+begun than the one that its reaper saw.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from gpuinfer.errors import GpuinferError, TakenBack, WorkerRunning
 from gpuinfer.locks import LockState
 from gpuinfer.log import get_logger
 from gpuinfer.queue.callers import tidy
-from gpuinfer.queue.claims import Restored
 from gpuinfer.queue.connection import AWAY
 from gpuinfer.queue.heartbeats import FRESH_S
 from gpuinfer.queue.orphans import Holder, ago, holders
@@ -38,15 +37,15 @@ from gpuinfer.watcher.units import UnitView
 log = get_logger(__name__)
 
 #: Seconds between two probes for workers that hold tasks.
-LOOK_EVERY_S = 2.0
-#: Seconds between two probes for names that do not come back.
+PROBE_EVERY_S = 2.0
+#: Seconds between two probes for names that do not return.
 FORGET_EVERY_S = 60.0
 #: Seconds between two probes for callers that can be forgotten.
 TIDY_EVERY_S = 600.0
-#: Seconds for which a reaper must itself have seen nothing of another host's worker. One that waited for a
-#: Redis that does not answer is back in less.
+#: Seconds for which a reaper must itself have seen nothing of another host's worker. A worker that waited for
+#: a Redis that does not answer returns sooner.
 WITNESS_S = 60.0
-#: Two probes that are further apart than this prove nothing about the time between them.
+#: Two probes further apart than this prove nothing about the time between them.
 GAP_S = 30.0
 
 
@@ -54,15 +53,14 @@ GAP_S = 30.0
 class Facts:
     """What is known of a worker that holds tasks."""
 
-    tasks: int
     #: Seconds since it was last seen, by Redis's clock; and for how long this reaper has seen nothing new.
     silent_s: float
     watched_s: float
     host: str
     #: The state of the unit of its name on this host; None: there is none.
     unit: UnitState | None = None
-    #: Its heartbeats came from this very host, as far as is known: not from another one of its name, nor from
-    #: before this one's boot.
+    #: As far as is known, its heartbeats came from this host: not from another of this name, nor from before
+    #: this host's boot.
     own: bool = True
     #: Whether a process on this host holds the lock of its name.
     lock: LockState = "free"
@@ -79,7 +77,7 @@ class Verdict:
 
 
 def judge(facts: Facts, reap_after_s: float) -> Verdict:
-    """Decide about one worker. ``reap_after_s``: how long a host must be silent; 0: for ever."""
+    """Decide about one worker. ``reap_after_s``: how long a host must be silent; 0: it is never reaped."""
     if facts.silent_s <= FRESH_S:
         return Verdict(False, "its heartbeat is fresh")
     if facts.lock == "held":
@@ -125,7 +123,7 @@ class Reaper:
         self._settings = settings
         self._clock = clock
         self._forget = bind(client, "forget")
-        self._looked_at = -LOOK_EVERY_S
+        self._probed_at = -PROBE_EVERY_S
         self._tidy, self._trim = bind(client, "tidy"), bind(client, "trim")
         self._forgot_at = -FORGET_EVERY_S
         self._tidied_at = -TIDY_EVERY_S
@@ -136,19 +134,19 @@ class Reaper:
     def step(
         self, views: Mapping[int, UnitView], live_hosts: Iterable[str], *, away: bool = False
     ) -> list[str]:
-        """Look, at most every two seconds, and put back; return whose tasks were.
+        """Probe, at most every two seconds, and reap; return the names of the reaped workers.
 
-        ``views``: this host's units; ``live_hosts``: those whose watchers are alive; ``away``: Redis is.
+        ``views``: this host's units; ``live_hosts``: hosts whose watcher is alive; ``away``: Redis is away.
         """
         now = self._clock()
         if away:
             self._watched.clear()  # no worker could send a heartbeat
             return []
-        if now - self._looked_at < LOOK_EVERY_S:
+        if now - self._probed_at < PROBE_EVERY_S:
             return []
-        if now - self._looked_at > GAP_S:
+        if now - self._probed_at > GAP_S:
             self._watched.clear()
-        self._looked_at = now
+        self._probed_at = now
         self._forget_names(now)
         try:
             found = holders(self._client)
@@ -160,8 +158,8 @@ class Reaper:
         return []
 
     def _forget_names(self, now: float) -> None:
-        """Forget the epochs of workers that were not seen for a day, and hold nothing; now and then, callers
-        that have nothing waiting, and the inputs of tasks that failed long ago.
+        """Forget the epochs of workers that hold nothing and were not seen for a day; less often, callers
+        with nothing waiting, and the inputs of tasks that failed long ago.
         """
         if now - self._forgot_at < FORGET_EVERY_S:
             return
@@ -201,7 +199,7 @@ class Reaper:
         return reaped
 
     def _watch(self, found: list[Holder], now: float) -> None:
-        """Note since when nothing new was seen of each."""
+        """Record since when nothing new was seen of each."""
         before = self._watched
         self._watched = {}
         for holder in found:
@@ -221,7 +219,6 @@ class Reaper:
             (view.state for n, view in views.items() if f"gpu{n}@{self._host}" == holder.worker), None
         )
         return Facts(
-            tasks=holder.tasks,
             silent_s=holder.silent_s,
             watched_s=now - self._watched[holder.worker].since,
             host=holder.host,
@@ -245,10 +242,6 @@ class Reaper:
         except (redis.RedisError, GpuinferError) as exc:
             self._say(holder.worker, "reap_failed", str(exc), hint="tried again in 2 s")
             return []
-        self._tell(holder, verdict, done)
-        return [holder.worker]
-
-    def _tell(self, holder: Holder, verdict: Verdict, done: Restored) -> None:
         self._said.pop(holder.worker, None)
         log.warning(
             "reaped",
@@ -260,9 +253,10 @@ class Reaper:
             dead=len(done.dead),
             task_ids=(*done.ids, *done.dead),
         )
+        return [holder.worker]
 
     def _say(self, worker: str, action: str, why: str, **fields: object) -> None:
-        """Log a reason once."""
+        """Log a worker's reason unless it was the last one logged."""
         if self._said.get(worker) == why:
             return
         self._said[worker] = why

@@ -27,9 +27,9 @@ class Report:
         self.ready = False
 
     def decision(self, decision: Decision, seen: Observation) -> bool:
-        """Log a decision once: each change of the fleet, each new reason to hold. Return whether it is new.
+        """Log a decision unless the last one was alike; set STATUS= in any case. Return whether it is new.
 
-        The number of missing workers changes at each probe; that some are missing is one reason.
+        How many workers are missing may change at each probe; only that some are missing counts as new.
         """
         names = ", ".join(f"{action.verb} {action.key}" for action in decision.of(self._host))
         own = [one for one in seen.instances if seen.owns(one.key)]
@@ -41,7 +41,7 @@ class Report:
         new = self.trouble(topic, verdict, why=decision.why, **more, **decision.inputs)
         waiting = "Redis is away" if seen.queues is None else f"{seen.waiting:,} waiting"
         if self._rival:
-            waiting = f"another watcher is called {self._host}, too; {waiting}"
+            waiting = f"another watcher is called {self._host} too; {waiting}"
         count = f"{running} of {len(own)} workers of this host run"
         self._notifier.notify(f"STATUS={waiting}, {count}: {decision.why}")
         if not self.ready:
@@ -58,10 +58,11 @@ class Report:
         return True
 
     def rival(self, token: str) -> None:
-        """Log once that another watcher has this host's name; ``token`` names its process, or is empty."""
+        """Log once that another watcher uses this host's name. ``token``: its process; empty: none."""
         if token and token != self._rival:
+            reason = "another watcher publishes under this host's name"
             hint = "host names must differ, and each host has one watcher that acts"
-            log.error("name_taken", host=self._host, reason="another watcher tells under our name", hint=hint)
+            log.error("name_taken", host=self._host, reason=reason, hint=hint)
         self._rival = token
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each instance of this host would serve by its settings, which are read again when they change."""
+"""What each instance of this host would serve by its settings. They are read again when they change."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from gpuinfer.queue.connection import explain
 from gpuinfer.queue.fleet import Serves, serves_of
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings, load, settings_file
+from gpuinfer.sources import file_state
 from gpuinfer.watcher.state import Instance
 
 log = get_logger(__name__)
 
-#: Tell the fleet this often which models this host could serve.
+#: Announce this often which models this host could serve.
 ANNOUNCE_EVERY_S = 60.0
 Environment = Callable[[int], Mapping[str, str]]
 
@@ -76,7 +77,7 @@ class Served:
             return self._settings
         try:
             environ = self._environment(number)
-            source = (environ, _stamp(settings_file(environ=environ)))
+            source = (environ, file_state(settings_file(environ=environ)))
             known = self._read.get(number)
             if known is None or known.source != source:
                 known = _Read(source, load(environ=environ, only={"worker", "models"}).settings)
@@ -94,9 +95,9 @@ class Served:
         self._wrong[number] = reason
 
     def installed(self, numbers: Iterable[int]) -> dict[str, Signature | None]:
-        """Return the models that these instances would serve and that are installed on this host, by name.
+        """Return the models that these instances would serve and that are installed here, sorted by name.
 
-        With what they take, where that is known without running their code.
+        With their signatures, where these are known without running the model's code.
         """
         asked: dict[tuple[Path, ...], set[str]] = {}
         for number in numbers:
@@ -121,7 +122,7 @@ class Served:
 
 
 class Announcer:
-    """Tells the fleet which models this host could serve: requests for one are accepted before any loads it.
+    """Announces which models this host could serve, so that requests for one are accepted earlier.
 
     Blocking: call it in a thread.
     """
@@ -134,11 +135,11 @@ class Announcer:
         self._refused = ""
 
     def again(self) -> None:
-        """Tell at the next step: Redis has come back empty, and knows no model."""
+        """Announce at the next step: Redis came back empty, and knows no model."""
         self._told_at = -math.inf
 
     def step(self, own: Iterable[Instance]) -> None:
-        """Tell of all models of these instances that are installed, and what they take, once a minute."""
+        """Announce the installed models of these instances and their signatures, once a minute."""
         if time.monotonic() - self._told_at < ANNOUNCE_EVERY_S:
             return
         models = self._served.installed(one.key.number for one in own if not one.masked)
@@ -148,19 +149,10 @@ class Announcer:
                 self._know(keys=[], args=[*models])
             if described:
                 self._describe(keys=[], args=described_as(self._name, described))
-        except (redis.RedisError, OSError) as exc:  # workers tell it, too
+        except (redis.RedisError, OSError) as exc:  # workers announce theirs too
             if str(exc) != self._refused:
-                hint = "a model of which no worker has run yet is refused; gpuinfer doctor redis.users"
+                hint = "models that no worker has loaded yet are refused; gpuinfer doctor redis.users"
                 log.warning("models_not_made_known", reason=str(explain(exc)), hint=hint)
             self._refused = str(exc)
             return
         self._told_at, self._refused = time.monotonic(), ""
-
-
-def _stamp(path: Path) -> object:
-    """Return a value that changes when the file does."""
-    try:
-        status = path.stat()
-    except OSError as exc:
-        return exc.errno
-    return status.st_mtime_ns, status.st_size, status.st_ino

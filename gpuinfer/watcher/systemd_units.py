@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker units over D-Bus. systemd signals what has changed, and only that is asked for again.
+"""Worker units over D-Bus. systemd signals what has changed, and only that is read again.
 
 Interface: org.freedesktop.systemd1(5). polkit decides what an unprivileged watcher may do; see
 systemd/50-gpuinfer-watcher.rules.
 
-systemd counts every start of a unit against its StartLimitBurst=, ours and an administrator's too, and
+systemd counts every start of a unit against its StartLimitBurst=, whether ours or an administrator's, and
 refuses the next one ("attempted too often"). That limit is meant for crash loops, so the count is reset
 before each start of ours, once a worker is ready after a start that was no automatic restart, and after a
-crash loop that has ended. That last reset makes systemd call the unit inactive; the watcher goes on to call
-it failed, until it is started again.
+crash loop has ended. After that last reset systemd calls the unit inactive; here it stays failed until it is
+started again.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ UNIT = "org.freedesktop.systemd1.Unit"
 SERVICE = "org.freedesktop.systemd1.Service"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 ROOT = "/org/freedesktop/systemd1"
-#: Everything is asked for again this often, in case a signal was missed.
+#: Everything is read again this often, in case a signal was missed.
 RESYNC_S = 60.0
 CALL_TIMEOUT_S = 10.0
-#: Reset systemd's count after this many failed starts: well before its limit, which is 10.
+#: Reset systemd's count after this many failed starts, well before its limit of 10.
 FAILED_STARTS = 5
 #: Method and job mode. A start never cancels a stop that is queued or under way ("fail"): an administrator
 #: may have asked for it.
@@ -65,7 +65,7 @@ _RULES = (
     ),
 )
 _NAME = re.compile(r"gpuinfer-worker@(0|[1-9][0-9]{0,4})\.service")
-#: The target of all workers: stopped, it says that none is wanted until it is started, or the host boots.
+#: The target of all workers: if it was stopped, none is to run until it is started or the host boots.
 _TARGET_PATH = f"{ROOT}/unit/gpuinfer_2dworkers_2etarget"
 _PATH = re.compile(rf"{ROOT}/unit/gpuinfer_2dworker_40(0|[1-9][0-9]{{0,4}})_2eservice")
 #: The property with the time a state was entered, in microseconds of CLOCK_MONOTONIC.
@@ -104,20 +104,20 @@ class SystemdUnits:
         self._clock = clock
         self._acts = acts
         self._bus: MessageBus | None = None
-        #: False: the bus refuses us signals, and everything is asked for at each look.
+        #: False: the bus refuses to send us signals, and everything is read at each probe.
         self._hears = True
         self._properties: dict[int, dict[str, Any]] = {}
         self._dirty: set[int] = set()
         self._target_dirty = True
         self._target_stopped = False
-        #: Instances that systemd has loaded, whether the caller asks for them or not.
+        #: All instances that systemd has loaded.
         self._loaded: frozenset[int] = frozenset()
         self._synced_at: float | None = None
-        #: Instance -> when it last became ready, or failed; and how many starts have failed since the reset.
+        #: Instance -> when it last became ready, when it failed, and how many starts failed since the reset.
         self._ready_at: dict[int, int] = {}
         self._failed_at: dict[int, int] = {}
         self._failed_starts: Counter[int] = Counter()
-        #: Instances that failed, and that systemd calls inactive since the reset.
+        #: Instances that failed, and that systemd has called inactive since the reset.
         self._failed: set[int] = set()
 
     async def open(self) -> None:
@@ -138,7 +138,7 @@ class SystemdUnits:
         self._hears, self._synced_at = hears, None
 
     async def _match(self) -> bool:
-        """Ask the bus for systemd's signals; tell whether it sends them."""
+        """Subscribe to systemd's signals; return whether the bus allows it."""
         bus = {"destination": "org.freedesktop.DBus", "interface": "org.freedesktop.DBus"}
         try:
             for rule in _RULES:
@@ -164,17 +164,17 @@ class SystemdUnits:
             self._synced_at = None
 
     def _changed(self, match: re.Match[str] | None) -> None:
-        """Ask again for one instance. For one that nobody has asked for yet, see what else is loaded."""
+        """Read an instance again; for one that is not known yet, list all that are loaded."""
         number = int(match[1]) if match else None
         if number in self._properties:
             self._dirty.add(number)
         elif number is not None:
             self._synced_at = None
 
-    async def look(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
+    async def states(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
         """Return the state of these instances, and of any other that is enabled or not inactive.
 
-        Only what has changed is asked for.
+        Only what has changed is read.
         """
         if self._bus is None or not self._bus.connected:
             await self.open()
@@ -199,7 +199,7 @@ class SystemdUnits:
             except (UnitRefused, UnitsUnavailable):
                 self._dirty.add(number)
                 raise
-        await self._look_at_target()
+        await self._check_target()
         views = {number: self._view(number) for number in sorted(self._properties)}
         own = {*numbers}
         return {n: view for n, view in views.items() if n in own or view.enabled or view.state != "inactive"}
@@ -211,30 +211,31 @@ class SystemdUnits:
 
     async def _ask(self, path: str) -> dict[str, Any]:
         """Return a unit's properties, and its restarts, which are a service's."""
-        unit = await self._call("GetAll", "s", [UNIT], path=path, interface=PROPERTIES)
         restarts = await self._call("Get", "ss", [SERVICE, "NRestarts"], path=path, interface=PROPERTIES)
-        values = {name: variant.value for name, variant in unit.body[0].items()}
-        return {**values, "NRestarts": restarts.body[0].value}
+        return {**await self._get(path), "NRestarts": restarts.body[0].value}
 
-    async def _look_at_target(self) -> None:
-        """Ask whether the target was stopped: since a boot it was active, and it is not any more.
+    async def _get(self, path: str) -> dict[str, Any]:
+        unit = await self._call("GetAll", "s", [UNIT], path=path, interface=PROPERTIES)
+        return {name: variant.value for name, variant in unit.body[0].items()}
 
-        Asked after the workers: a stop of the target reaches it first, so that theirs is never taken for one
-        by hand.
+    async def _check_target(self) -> None:
+        """Read whether the target was stopped: it has been active since the boot, and is not any more.
+
+        It is read after the workers: a stop of the target reaches the target first, so that the stops of its
+        workers are never taken for stops by hand.
         """
         while self._target_dirty:
             self._target_dirty = False  # a signal that comes meanwhile sets it again
             try:
-                found = await self._call("GetAll", "s", [UNIT], path=_TARGET_PATH, interface=PROPERTIES)
+                known = await self._get(_TARGET_PATH)
             except (UnitRefused, UnitsUnavailable):
                 self._target_dirty = True
                 raise
-            known = {name: variant.value for name, variant in found.body[0].items()}
             stopped_at = known.get("InactiveEnterTimestampMonotonic")
             self._target_stopped = known.get("ActiveState") == "inactive" and bool(stopped_at)
 
     async def _forgive(self, number: int) -> None:
-        """Reset the count of starts of a worker that became ready, or whose starts have failed too often."""
+        """Reset the count of starts of a worker that became ready, or whose starts failed too often."""
         known = self._properties[number]
         state, restarts = known.get("ActiveState"), known["NRestarts"]
         if state not in ("inactive", "failed"):
@@ -258,7 +259,7 @@ class SystemdUnits:
         del self._failed_starts[number]
         try:
             await self._call("ResetFailedUnit", "s", [unit_name(number)])
-        except UnitRefused as exc:  # not loaded: systemd counts nothing of it
+        except UnitRefused as exc:  # not loaded: systemd has no count of it
             log.debug("not_reset", instance=number, reason=str(exc))
 
     def _view(self, number: int) -> UnitView:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs the workers: systemd, or plain processes. One contract for both.
 
-- ``look`` returns the state of every instance; it shows a command that was accepted at once or soon.
-- ``act`` asks and does not wait for the result. Starting a worker that runs is no error, nor is stopping one
-  that does not.
+- ``states`` returns the state of every instance; the effect of an accepted command shows there soon.
+- ``act`` does not wait for the result. Starting a worker that runs is no error, nor is stopping one that does
+  not.
 - A stop drains: the worker finishes its batch and hands the rest back.
 - An instance that fails is ``failed`` until it is started again; while systemd retries it by itself it is
   ``activating``, and ``restarts`` counts the retries.
@@ -22,27 +22,27 @@ from gpuinfer.watcher.state import Action, Key, UnitState, Verb
 
 log = get_logger(__name__)
 
-#: Stop again what was started within this many seconds before the watcher is told to stop: all workers may
-#: have been told to stop just before, which has no effect on one that did not run yet.
+#: When the watcher is told to stop, it stops again what it started within this many seconds: a stop of all
+#: workers just before had no effect on one that did not run yet.
 UNDO_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitView:
-    """One instance, as it is now."""
+    """The state of one instance."""
 
     state: UnitState = "inactive"
     #: How long it has been in that state.
     age_s: float = 0.0
     enabled: bool = False
     masked: bool = False
-    #: The target of all workers was stopped: nobody wants any of them now.
+    #: The target of all workers was stopped: none is to run.
     target_stopped: bool = False
     #: systemd has a job for it that waits for its turn.
     queued: bool = False
     #: How often it was restarted automatically since it was last started.
     restarts: int = 0
-    #: How long ago it last became ready; None: it never did, as far as is known.
+    #: How long ago it last became ready; None: never, as far as is known.
     ready_age_s: float | None = None
 
 
@@ -52,7 +52,7 @@ class Units(Protocol):
     async def open(self) -> None:
         """Connect."""
 
-    async def look(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
+    async def states(self, numbers: Collection[int]) -> Mapping[int, UnitView]:
         """Return the state of these instances, and of any other that is enabled or not inactive."""
 
     async def act(self, verb: Verb, number: int) -> None:
@@ -76,7 +76,7 @@ class Commands:
         self._started: dict[Key, float] = {}
 
     async def do(self, action: Action) -> str:
-        """Carry it out. Returns why a start is refused for good; empty when it is not."""
+        """Carry it out. Returns why a start is refused for good; empty if it is not."""
         key = action.key
         try:
             await self._units.act(action.verb, key.number)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One sentence for what a part of the fleet does: what is desired, what runs, why, and who is excluded.
+"""One sentence about a part of the fleet: what is desired, what runs, why, and which instances are excluded.
 
-It is read in the journal, in ``systemctl status`` and in ``gpuinfer watcher explain``, by somebody who wants
-to know at night why a worker runs, or does not.
+It appears in the journal, in ``systemctl status`` and in ``gpuinfer watcher explain``, for somebody who wants
+to know at night why a worker runs or does not.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ NAMED = 8
 class Situation:
     """What a sentence is made from."""
 
-    #: How many workers are desired, whether there are as many or not, and how many run.
+    #: How many workers are desired, even if there are fewer instances; and how many run.
     desired: int
     running: int
-    #: Why so many are desired.
+    #: Why that many are desired.
     cause: str
     starting: Sequence[Key] = ()
     #: Not needed any more.
@@ -34,7 +34,7 @@ class Situation:
     possible: int = 0
     #: Running instances that are never stopped, and why.
     staying: Mapping[Key, str] = field(default_factory=dict)
-    #: Lanes that would have to wait for workers busy with others.
+    #: Lanes whose tasks might have to wait for workers that are busy with other lanes.
     needed_by: str = ""
     #: A worker is stopped when it has not been needed for this long.
     cooldown_s: float = 0.0
@@ -42,7 +42,7 @@ class Situation:
 
 
 def sentence(now: Situation) -> str:
-    """Say it."""
+    """Return the sentence."""
     desired = {0: "no worker is desired", 1: "1 worker is desired"}
     run = {0: "none runs", 1: "1 runs"}
     head = desired.get(now.desired, f"{now.desired:,} workers are desired")
@@ -55,7 +55,7 @@ def sentence(now: Situation) -> str:
 
 
 def _doing(now: Situation) -> list[str]:
-    """Say what is done about it, or why nothing is."""
+    """Return what is started and stopped, or why nothing is."""
     done = [
         _listed("starting ", [*map(str, now.starting)]),
         _listed("stopping ", [f"{key}, not needed for {now.cooldown_s:.0f} s" for key in now.stopping]),
@@ -75,6 +75,6 @@ def _doing(now: Situation) -> list[str]:
 
 
 def _listed(head: str, items: Sequence[str]) -> str:
-    """Return a list in words: the first few; empty when there is none."""
+    """Return the first few items as text; empty when there are none."""
     rest = [f"and {len(items) - NAMED} more"] if len(items) > NAMED else []
     return head + ", ".join([*items[:NAMED], *rest]) if items else ""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Xid errors from NVML: an event set that every GPU is registered with.
 
-It works without privileges, unlike the kernel's log; of a GPU that is split by MIG only what happens to the
-whole of it is told. What happened before is not told. While the set is open the driver is in use, as it
-is by any worker: to reset a GPU or to unload the driver, stop the watcher too.
+It works without privileges, unlike the kernel's log. Of a GPU that is split by MIG, NVML reports only errors
+of the whole GPU; earlier errors are not reported. While the set is open the driver is in use, as by any
+worker: to reset a GPU or to unload the driver, stop the watcher too.
 
 Source: https://docs.nvidia.com/deploy/nvml-api/group__nvmlEvents.html
 """
@@ -20,7 +20,7 @@ from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
 
-#: After an error the event set is opened again, not more often than this.
+#: After an error the event set is opened again, at most this often.
 AGAIN_S = 30.0
 #: At most this many events are taken at once.
 _MOST = 100
@@ -39,7 +39,7 @@ class Xids:
     def wait(self, seconds: float) -> list[tuple[int, int]]:
         """Return (GPU's index, Xid) of new events; wait for them this long at most. Never raises.
 
-        Returns at once when there are no events to wait for: no driver, no GPU that tells any.
+        Returns at once when there are no events to wait for: no driver, or no GPU that reports any.
         """
         if self._set is None and not self._open():
             return []
@@ -76,7 +76,7 @@ class Xids:
             self._set = self._nvml.nvmlEventSetCreate()
             self._by_address = {}
             for index in range(self._nvml.nvmlDeviceGetCount()):
-                with suppress(self._nvml.NVMLError):  # a GPU that is lost, or tells no events
+                with suppress(self._nvml.NVMLError):  # a GPU that is lost, or reports no events
                     self._register(index)
         except self._nvml.NVMLError as exc:
             log.warning("xids_unheard", reason=str(exc))
@@ -92,7 +92,7 @@ class Xids:
         self._by_address[_address(handle)] = index
 
     def _whose(self, device: Any) -> list[int]:
-        """Return the GPU's index. One that is lost may not tell it; all are, if nothing does."""
+        """Return the GPU's index. If a lost GPU does not report it, return all of them."""
         known = self._by_address.get(_address(device))
         if known is not None:
             return [known]

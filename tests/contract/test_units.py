@@ -85,7 +85,7 @@ class Place:
         """Look until an instance is as wanted."""
         deadline = time.monotonic() + 60
         while True:
-            view = (await self.units.look(range(3)))[number]
+            view = (await self.units.states(range(3)))[number]
             if test(view):
                 return view
             assert time.monotonic() < deadline, f"waited for {what}, is {view}"
@@ -192,7 +192,7 @@ def address(container: Container) -> str:
 
 async def test_all_instances_are_told_though_none_was_ever_started(place: Place) -> None:
     """An instance that systemd has not loaded is inactive, and no less there."""
-    views = await place.units.look(range(3))
+    views = await place.units.states(range(3))
     assert {number: view.state for number, view in views.items()} == dict.fromkeys(range(3), "inactive")
 
 
@@ -205,7 +205,7 @@ async def test_a_start_goes_through_activating_to_active(place: Place) -> None:
     place.hold(1, False)
     view = await place.becomes(1, "active")
     assert view.age_s <= time.monotonic() - begun
-    assert (await place.units.look(range(3)))[0].state == "inactive"
+    assert (await place.units.states(range(3)))[0].state == "inactive"
 
 
 async def test_a_stop_ends_it_without_a_failure(place: Place) -> None:
@@ -223,7 +223,7 @@ async def test_commands_that_change_nothing_are_no_errors(place: Place) -> None:
     await place.units.act("start", 2)
     await place.becomes(2, "active")
     await place.units.act("start", 2)
-    assert (await place.units.look(range(3)))[2].state == "active"
+    assert (await place.units.states(range(3)))[2].state == "active"
 
 
 async def test_a_failure_stays_until_it_is_started_again(place: Place) -> None:
@@ -264,7 +264,7 @@ async def test_a_stop_while_it_starts_is_heard(place: Place) -> None:
     place.hold(0, False)
     await place.units.act("start", 1)
     await place.becomes(1, "active")
-    assert (await place.units.look(range(3)))[0].state == "inactive"
+    assert (await place.units.states(range(3)))[0].state == "inactive"
 
 
 async def test_a_start_does_not_undo_a_stop(place: Place) -> None:
@@ -296,7 +296,7 @@ async def test_what_an_administrator_does_is_heard(container: Container) -> None
     place = _systemd(container)
     await place.units.open()
     try:
-        await place.units.look(range(3))
+        await place.units.states(range(3))
         container.ok("systemctl enable --now gpuinfer-worker@2")
         await place.until(2, lambda view: view.state == "active" and view.enabled, "an enabled, active unit")
         container.ok("systemctl disable --now gpuinfer-worker@2 && systemctl mask gpuinfer-worker@2")
@@ -340,7 +340,7 @@ async def test_only_what_has_changed_is_asked_for(
     units = SystemdUnits(address=address(container))
     await units.open()
     try:
-        await units.look(range(3))
+        await units.states(range(3))
         calls: list[object] = []
         real = units._call
 
@@ -350,7 +350,7 @@ async def test_only_what_has_changed_is_asked_for(
 
         monkeypatch.setattr(units, "_call", counted)
         for _ in range(10):
-            await units.look(range(3))
+            await units.states(range(3))
         assert calls == []
     finally:
         await units.close()
@@ -364,11 +364,11 @@ async def test_the_bus_may_go_and_come_back(container: Container) -> None:
     assert units._bus is not None
     units._bus.disconnect()
     await asyncio.wait_for(units._bus.wait_for_disconnect(), 60)  # type: ignore[no-untyped-call]
-    assert len(await units.look(range(3))) == 3
+    assert len(await units.states(range(3))) == 3
     container.ok("systemctl restart dbus")
     for _ in range(600):  # systemd may be back on the bus later than we are
         with suppress(UnitsUnavailable, UnitRefused):
-            if len(await units.look(range(3))) == 3:
+            if len(await units.states(range(3))) == 3:
                 break
         await asyncio.sleep(0.1)
     container.ok("systemctl start gpuinfer-worker@1")
@@ -382,7 +382,7 @@ async def test_more_instances_than_a_connection_may_have_rules(container: Contai
     units = SystemdUnits(address=address(container))
     container.ok("systemctl start gpuinfer-worker@777")
     try:
-        views = await units.look(range(600))
+        views = await units.states(range(600))
         assert (len(views), views[777].state, views[599].state) == (601, "active", "inactive")
     finally:
         await units.close()
@@ -436,7 +436,7 @@ async def test_a_start_by_hand_after_failures_is_not_attempted_too_often(contain
         for _ in range(12):
             said = await told_of(units, 2, lambda: container.sh("systemctl start gpuinfer-worker@2"))
             assert said.code and "too often" not in said.output
-            assert (await place.units.look(range(3)))[2].state == "failed"
+            assert (await place.units.states(range(3)))[2].state == "failed"
         container.ok("rm /fail-2; systemctl start gpuinfer-worker@2")
     finally:
         await place.units.close()
@@ -449,7 +449,7 @@ async def test_no_bus_is_a_typed_error(tmp_path: Path) -> None:
     """The message says what cannot be reached."""
     units = SystemdUnits(address=f"unix:path={tmp_path}/none")
     with pytest.raises(UnitsUnavailable, match="D-Bus cannot be reached"):
-        await units.look(range(3))
+        await units.states(range(3))
 
 
 @pytest.mark.unit
@@ -467,7 +467,7 @@ from gpuinfer.watcher.process_units import ProcessUnits
 async def main():
     units = ProcessUnits(lambda n: [sys.executable, "-c", {WORKER!r}, "/none"])
     await units.act("start", 0)
-    while (await units.look([0]))[0].state != "active":
+    while (await units.states([0]))[0].state != "active":
         await asyncio.sleep(0.05)
     print(units._children[0].process.pid, flush=True)
     await asyncio.sleep(60)
@@ -516,5 +516,5 @@ async def test_a_process_has_what_is_special_about_it(tmp_path: Path) -> None:
     special.clear()
     with pytest.raises(UnitRefused, match="line 1"):
         await units.act("start", 0)
-    assert (await units.look(range(3)))[0].state == "inactive"
+    assert (await units.states(range(3)))[0].state == "inactive"
     await units.close()

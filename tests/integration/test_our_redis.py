@@ -242,7 +242,7 @@ def test_death_and_return(workers: Workers, redis_server: OurRedis, client: Clie
         assert look(watcher).inflight == {NAME: 1}
         assert look(watcher, [NAME]).total_waiting == 0
         probe = Probe(watcher, "elsewhere")
-        seen = probe.look([Instance(key=Key(0, NAME.partition("@")[2]), state="active")], 0.0)
+        seen = probe.observe([Instance(key=Key(0, NAME.partition("@")[2]), state="active")], 0.0)
         assert [(str(one.key), one.busy) for one in seen.instances] == [(NAME, True)]
         worker.kill()
         store = Store(watcher, NAME, QUEUES, QueueSettings())

@@ -25,7 +25,7 @@ from gpuinfer.queue.message import decode
 from gpuinfer.queue.orphans import ago, command, holder, holders
 from gpuinfer.queue.store import REAPER, Store
 from gpuinfer.settings import QUEUES, Loaded, Settings
-from gpuinfer.watcher.reaper import FORGET_EVERY_S, LOOK_EVERY_S, WITNESS_S, Reaper
+from gpuinfer.watcher.reaper import FORGET_EVERY_S, PROBE_EVERY_S, WITNESS_S, Reaper
 from gpuinfer.watcher.units import UnitView
 from gpuinfer.worker.restoring import put_back
 from tests.brokers import our_redis
@@ -66,11 +66,11 @@ class Place:
         self.redis.zadd(keys.WORKERS, {worker: at})
         self.redis.set(keys.heartbeat(worker), orjson.dumps({"at": at, "domain": "its own"}))
 
-    def look(self, seconds: float = LOOK_EVERY_S, *, away: bool = False) -> list[str]:
+    def look(self, seconds: float = PROBE_EVERY_S, *, away: bool = False) -> list[str]:
         """Let time pass, with looks as a watcher makes them; return whose tasks were put back."""
         reaped: list[str] = []
-        for _ in range(max(1, round(seconds / LOOK_EVERY_S))):
-            self.now += LOOK_EVERY_S
+        for _ in range(max(1, round(seconds / PROBE_EVERY_S))):
+            self.now += PROBE_EVERY_S
             reaped += self.reaper.step(self.views, self.live, away=away)
         return reaped
 
@@ -97,7 +97,7 @@ def test_a_host_that_burned(place: Place) -> None:
     with capture_logs() as logs:
         assert place.look(WITNESS_S) == []
         assert place.waiting() == []
-        assert place.look(2 * LOOK_EVERY_S) == ["gpu0@old"]
+        assert place.look(2 * PROBE_EVERY_S) == ["gpu0@old"]
         assert place.look(WITNESS_S) == []
     assert place.waiting() == ids
     again = Store(place.redis, "gpu1@old", QUEUES, place.settings.queue, models=("m",)).claim(3)
@@ -113,13 +113,13 @@ def test_a_host_that_burned(place: Place) -> None:
 def test_the_second_death(place: Place) -> None:
     """What has run at two workers that died is a dead letter, and the rest waits."""
     _, ids = place.holds("gpu0@old", 2, silent_s=130)
-    place.look(WITNESS_S + 2 * LOOK_EVERY_S)
+    place.look(WITNESS_S + 2 * PROBE_EVERY_S)
     store = Store(place.redis, "gpu0@old", QUEUES, place.settings.queue, models=("m",))
     claimed = store.claim(2)
     store.begin([(claimed[0].seq, ids[0], b"")])
     place.silence("gpu0@old", 130)
     with capture_logs() as logs:
-        assert place.look(WITNESS_S + 2 * LOOK_EVERY_S) == ["gpu0@old"]
+        assert place.look(WITNESS_S + 2 * PROBE_EVERY_S) == ["gpu0@old"]
     (entry,) = told(logs, "reaped")
     assert (entry["returned"], entry["dead"], set(entry["task_ids"])) == (1, 1, set(ids))
     assert place.waiting() == ids[1:]
@@ -138,7 +138,7 @@ def test_one_that_may_live(place: Place, sign: str, settings_for: Callable[..., 
     if sign == "off":
         place.settings = settings_for(place.server, watcher={"reap_after_s": 0})
         place.reaper = place.another()
-    assert place.look(WITNESS_S + 4 * LOOK_EVERY_S) == []
+    assert place.look(WITNESS_S + 4 * PROBE_EVERY_S) == []
     assert [one.tasks for one in holders(place.redis)] == [2]
     if lock is not None:  # a number beyond those of this host's units: it is taken for another host's
         lock.close()
@@ -151,7 +151,7 @@ def test_after_redis_was_away(place: Place) -> None:
     place.look(WITNESS_S)
     place.silence("gpu0@old", 1000)
     place.look(away=True)
-    assert place.look(WITNESS_S - LOOK_EVERY_S) == []
+    assert place.look(WITNESS_S - PROBE_EVERY_S) == []
     place.silence("gpu0@old", 0)  # it is back
     assert place.look(2 * WITNESS_S) == []
 
@@ -159,10 +159,10 @@ def test_after_redis_was_away(place: Place) -> None:
 def test_looks_too_far_apart(place: Place) -> None:
     """A watcher that was stopped itself has not seen what was meanwhile."""
     place.holds("gpu0@old", 2, silent_s=1000)
-    place.look(WITNESS_S - LOOK_EVERY_S)
+    place.look(WITNESS_S - PROBE_EVERY_S)
     place.now += 1000
     assert place.look() == []
-    assert place.look(WITNESS_S + LOOK_EVERY_S) == ["gpu0@old"]
+    assert place.look(WITNESS_S + PROBE_EVERY_S) == ["gpu0@old"]
 
 
 def test_nothing_while_redis_does_not_answer(place: Place) -> None:
@@ -171,7 +171,7 @@ def test_nothing_while_redis_does_not_answer(place: Place) -> None:
     place.look(WITNESS_S)
     place.server.kill()
     with capture_logs() as logs:
-        assert place.look(2 * LOOK_EVERY_S) == []
+        assert place.look(2 * PROBE_EVERY_S) == []
     assert logs == []
 
 
@@ -194,7 +194,7 @@ def test_another_host_of_this_name(place: Place) -> None:
     assert place.look(WITNESS_S) == []
     place.silence("gpu0@here", 130)
     assert place.look(WITNESS_S) == []
-    assert place.look(2 * LOOK_EVERY_S) == ["gpu0@here"]
+    assert place.look(2 * PROBE_EVERY_S) == ["gpu0@here"]
 
 
 def test_two_reapers(place: Place) -> None:
@@ -230,13 +230,13 @@ def test_a_worker_that_starts_at_that_moment(place: Place) -> None:
 def test_back_after_a_reaper(place: Place) -> None:
     """It begins a new epoch; cut off there, its next claim does; and not in place of another process."""
     store, ids = place.holds("gpu0@old", 2, silent_s=1000)
-    place.look(WITNESS_S + 2 * LOOK_EVERY_S)
+    place.look(WITNESS_S + 2 * PROBE_EVERY_S)
     with pytest.raises(TakenBack):
         store.claim(1)
     store.rejoin()
     assert [decode(task.payload).id for task in store.claim(2)] == ids
     place.silence("gpu0@old", 1000)
-    place.look(WITNESS_S + 2 * LOOK_EVERY_S)
+    place.look(WITNESS_S + 2 * PROBE_EVERY_S)
     place.server.kill()
     with pytest.raises(redis.ConnectionError):
         store.rejoin()
@@ -246,7 +246,7 @@ def test_back_after_a_reaper(place: Place) -> None:
 def test_not_in_place_of_another_process(place: Place) -> None:
     """A process that took the name after the reaper keeps it."""
     store, _ = place.holds("gpu0@old", 2, silent_s=1000)
-    place.look(WITNESS_S + 2 * LOOK_EVERY_S)
+    place.look(WITNESS_S + 2 * PROBE_EVERY_S)
     with pytest.raises(TakenBack):
         store.claim(1)
     Store(place.redis, "gpu0@old", QUEUES, place.settings.queue).restore()
@@ -319,8 +319,8 @@ def test_with_our_users(tmp_path: Path, deaths: int) -> None:
             with server.client() as admin:
                 admin.zadd(keys.WORKERS, {"gpu0@old": 1})
             reaped: list[str] = []
-            for _ in range(round(WITNESS_S / LOOK_EVERY_S) + 2):
-                now += LOOK_EVERY_S
+            for _ in range(round(WITNESS_S / PROBE_EVERY_S) + 2):
+                now += PROBE_EVERY_S
                 reaped += reaper.step({}, {HOST})
             assert reaped == ["gpu0@old"], death
         with server.client() as admin:

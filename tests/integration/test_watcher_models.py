@@ -15,6 +15,7 @@ from gpuinfer.client.signatures import versions
 from gpuinfer.models.signature import Signature
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
+from gpuinfer.queue.depth import Lane
 from gpuinfer.queue.fleet import HOSTS
 from gpuinfer.settings import Settings
 from gpuinfer.watcher import notes
@@ -71,28 +72,29 @@ async def test_a_backlog_starts_who_serves_it(redis_server: RedisServer, setting
     ]
 
 
-async def test_what_waits_for_nobody_is_said_once(redis_server: RedisServer, settings_for: Build) -> None:
-    """A warning when it begins, a line when it has ended; not at each look."""
+async def test_what_no_worker_serves_is_known_with_a_remedy(
+    redis_server: RedisServer, settings_for: Build
+) -> None:
+    """The alert ``no-worker`` is made from it; it ends with the tasks."""
     settings = cpu(redis_server, settings_for)
     client = connect(settings.broker)
     client.zadd(keys.CATALOGUE, {"digits": 1e10})
     client.set(keys.DEFAULT_MODEL, "digits")
     watcher = Watcher(settings, Told(2), (0, 1), act=True, host="a", environment=one_each)
-    with Client(settings) as submitter, capture_logs() as logs:
-        await watcher.step()
-        for _ in range(3):
-            submitter.submit(DIGIT, model="digits", queue="batch")
-            await watcher.step()
-        client.delete("batch")
+    found = []
+    with Client(settings) as submitter:
         for _ in range(2):
-            await watcher.step()
-    said = [entry for entry in logs if entry["event"] in ("nothing_serves", "served_again")]
-    assert [(entry["event"], entry["log_level"], entry["queue"], entry["model"]) for entry in said] == [
-        ("nothing_serves", "warning", "batch", "digits"),
-        ("served_again", "info", "batch", "digits"),
-    ]
-    assert said[0]["waiting"] == 1
-    assert "GPUINFER_WORKER_QUEUES=realtime,batch" in said[0]["hint"]
+            submitter.submit(DIGIT, model="digits", queue="batch")
+            found.append(await watcher.step())
+        client.delete("batch")
+        found.append(await watcher.step())
+    first, second, last = [decision.stranded for decision in found if decision is not None]
+    assert first is not None
+    assert second is not None
+    lane = Lane("batch", "digits")
+    assert [one[lane].waiting for one in (first, second)] == [1, 2]
+    assert "GPUINFER_WORKER_QUEUES=realtime,batch" in first[lane].remedy
+    assert last == {}
 
 
 async def test_models_that_could_be_served_are_made_known(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import orjson
 import pytest
@@ -21,12 +21,8 @@ from gpuinfer.queue.purge import set_paused
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Settings
 from gpuinfer.watcher import probe
-from gpuinfer.watcher.probe import Probe, Seen
-from gpuinfer.watcher.state import (
-    Instance,
-    Key,
-    UnitState,
-)
+from gpuinfer.watcher.probe import Probe
+from gpuinfer.watcher.state import Instance, Key, Observation, QueueState, UnitState
 from tests.contract.test_later import AHEAD_S, let_come
 from tests.services import RedisServer
 from tests.watchers import KNOWN
@@ -62,8 +58,17 @@ class Backlog:
     def submit(self) -> None:
         self._client.submit([1.0], model="digits", queue="batch")
 
-    def look(self, now: float) -> Seen:
-        return self._probe.look(self._own, now)
+    def observe(self, now: float) -> Observation:
+        return self._probe.observe(self._own, now)
+
+    def batch(self, now: float) -> QueueState:
+        return queues_of(self.observe(now))[BATCH]
+
+
+def queues_of(seen: Observation) -> Mapping[Lane, QueueState]:
+    """Return what was seen of the queues."""
+    assert seen.queues is not None
+    return seen.queues
 
 
 @pytest.fixture
@@ -75,15 +80,15 @@ def backlog(redis_server: RedisServer, settings_for: Build) -> Iterator[Backlog]
 
 def test_the_probe_counts_what_waits_was_claimed_and_is_in_flight(backlog: Backlog) -> None:
     """Per queue, with the age of the oldest that waits."""
-    assert backlog.look(0.0).queues[BATCH].waiting == 3
+    assert backlog.batch(0.0).waiting == 3
     backlog.now = 7.0
     backlog.store.claim(2)
     backlog.submit()
-    seen = backlog.look(5.0)
-    batch = seen.queues[BATCH]
+    seen = backlog.observe(5.0)
+    batch = queues_of(seen)[BATCH]
     assert (batch.waiting, batch.done, batch.oldest_s) == (2, 2, 7.0)
     assert seen.held == {EVERYTHING: 2}
-    assert sum(q.in_flight + q.done for q in seen.queues.values()) == 2
+    assert sum(q.in_flight + q.done for q in queues_of(seen).values()) == 2
     assert [one.busy for one in seen.instances] == [True]
 
 
@@ -94,7 +99,7 @@ def test_the_probe_sees_what_falls_due_and_what_is_paused(backlog: Backlog) -> N
     backlog.store.postpone([(first.seq, due), (second.seq, due + 300), (third.seq, due + 3600)])
     set_paused(backlog.store.client, "batch.digits", paused=True)
     let_come(backlog.store, AHEAD_S)
-    batch = backlog.look(0.0).queues[BATCH]
+    batch = backlog.batch(0.0)
     assert (batch.waiting, batch.due, batch.paused) == (1, 1, True)
 
 
@@ -103,7 +108,7 @@ def test_what_a_worker_hands_back_was_never_served(backlog: Backlog) -> None:
     totals, oldest = [], []
     claimed = []
     for look in range(3):
-        queues = backlog.look(backlog.now).queues
+        queues = queues_of(backlog.observe(backlog.now))
         totals.append(sum(q.waiting + q.in_flight + q.done for q in queues.values()))
         oldest.append(queues[BATCH].oldest_s)
         backlog.now += 5.0
@@ -120,29 +125,29 @@ def test_a_silent_watcher_is_noticed_by_our_own_clock(redis_server: RedisServer,
     now = [0.0]
     other, ours = Probe(client, "b"), Probe(client, "a", clock=lambda: now[0])
     theirs = [Instance(key=Key(n, "b"), state="active") for n in (0, 1)]
-    other.look(theirs, 1000.0)
-    seen = ours.look([], 5.0)
+    other.observe(theirs, 1000.0)
+    seen = ours.observe([], 5.0)
     assert sorted(seen.live_hosts) == ["a", "b"]
     assert len(seen.instances) == 2
     beat(client, "gpu1@b")
     now[0] = 11.0
-    seen = ours.look([], 16.0)
+    seen = ours.observe([], 16.0)
     assert sorted(seen.live_hosts) == ["a"]
     assert [one.key for one in seen.instances] == [Key(1, "b")]
     now[0] = 3700.0
-    ours.look([], 3700.0)
+    ours.observe([], 3700.0)
     assert client.hkeys(HOSTS) == [b"a"]
 
 
 def test_a_silent_watcher_is_known_at_first_sight(redis_server: RedisServer, settings_for: Build) -> None:
     """Redis's clock tells when it last moved; one that looks seldom has more time for it."""
     client = connect(settings_for(redis_server).broker)
-    Probe(client, "b").look([], 1000.0)
-    Probe(client, "c", interval_s=600.0).look([], 1000.0)
+    Probe(client, "b").observe([], 1000.0)
+    Probe(client, "c", interval_s=600.0).observe([], 1000.0)
     for host in (b"b", b"c"):
         body = orjson.loads(client.hget(HOSTS, host.decode()) or b"")
         client.hset(HOSTS, host.decode(), orjson.dumps({**body, "at": body["at"] - 30}).decode())
-    assert sorted(Probe(client, "a").look([], 5.0).live_hosts) == ["a", "c"]
+    assert sorted(Probe(client, "a").observe([], 5.0).live_hosts) == ["a", "c"]
 
 
 def test_a_full_redis_is_looked_at(redis_server: RedisServer, settings_for: Build) -> None:
@@ -152,8 +157,8 @@ def test_a_full_redis_is_looked_at(redis_server: RedisServer, settings_for: Buil
     client.config_set("maxmemory", "2mb")
     with pytest.raises(OutOfMemoryError):
         client.set("more", 1)
-    seen = Probe(client, "a").look([Instance(key=Key(0, "a"))], 0.0)
-    assert seen.queues[Lane("realtime", "")].waiting == 3000
+    seen = Probe(client, "a").observe([Instance(key=Key(0, "a"))], 0.0)
+    assert queues_of(seen)[Lane("realtime", "")].waiting == 3000
 
 
 def test_garbage_of_another_host_is_passed_over(redis_server: RedisServer, settings_for: Build) -> None:
@@ -162,14 +167,14 @@ def test_garbage_of_another_host_is_passed_over(redis_server: RedisServer, setti
     client.hset(
         HOSTS, mapping={"b": "{", "c": '{"beat": 1}', "d": '{"beat": 1, "instances": [{"number": "x"}]}'}
     )
-    assert Probe(client, "a").look([], 5.0).instances == ()
+    assert Probe(client, "a").observe([], 5.0).instances == ()
 
 
 def test_no_redis_is_a_typed_error() -> None:
     """The policy is told that it cannot be read."""
     settings = Settings.model_validate({"broker": {"url": "unix:///nowhere/redis.sock"}})
     with pytest.raises(BrokerUnavailable):
-        Probe(connect(settings.broker), "a").look([], 0.0)
+        Probe(connect(settings.broker), "a").observe([], 0.0)
 
 
 def test_who_runs_says_what_he_serves(redis_server: RedisServer, settings_for: Build) -> None:
@@ -178,12 +183,12 @@ def test_who_runs_says_what_he_serves(redis_server: RedisServer, settings_for: B
     planned, runs = Serves(QUEUES, ("ocr",)), Serves(("realtime",), ("digits",))
     states: list[UnitState] = ["active", "inactive"]
     theirs = [Instance(key=Key(n, "b"), state=state, serves=planned) for n, state in enumerate(states)]
-    Probe(client, "b").look(theirs, 1000.0)
+    Probe(client, "b").observe(theirs, 1000.0)
     for number in range(2):
         beat(client, f"gpu{number}@b", queues=["realtime"], models=["digits"])
-    seen = Probe(client, "a").look([], 1000.0)
+    seen = Probe(client, "a").observe([], 1000.0)
     assert [one.serves for one in seen.instances] == [runs, planned]
-    (own, _) = Probe(client, "b").look(theirs, 1000.0).instances
+    (own, _) = Probe(client, "b").observe(theirs, 1000.0).instances
     assert (own.serves, own.busy) == (runs, False)
     assert [(one.number, one.host, one.serves) for one in servers(client)] == [(0, "b", runs), (1, "b", runs)]
 
@@ -196,10 +201,10 @@ def test_a_model_that_a_hosts_worker_cannot_load(redis_server: RedisServer, sett
     states: list[UnitState] = ["active", "inactive"]
     for host in ("b", "c"):
         theirs = [Instance(key=Key(n, host), state=state, serves=both) for n, state in enumerate(states)]
-        Probe(client, host).look(theirs, 1000.0)
+        Probe(client, host).observe(theirs, 1000.0)
     beat(client, "gpu0@b", queues=QUEUES, models=["digits"], missing={"ocr": "it is a state dict"})
     beat(client, "gpu0@c", queues=QUEUES, models=["digits", "ocr"], missing={})
-    seen = Probe(client, "a").look([], 1000.0)
+    seen = Probe(client, "a").observe([], 1000.0)
     assert {str(one.key): one.serves for one in seen.instances} == {
         "gpu0@b": digits,
         "gpu1@b": digits,
@@ -216,7 +221,7 @@ def test_lanes_of_known_models_are_seen_before_any_task_comes(
     client.zadd(keys.CATALOGUE, {"digits": 1e10, "ocr": 1e10})
     client.set(keys.DEFAULT_MODEL, "digits")
     client.lpush("batch.ocr", "x")
-    queues = Probe(client, "a").look([], 0.0).queues
+    queues = queues_of(Probe(client, "a").observe([], 0.0))
     waiting = {lane: queue.waiting for lane, queue in queues.items()}
     lanes = [Lane(tier, model) for tier in QUEUES for model in ("digits", "ocr")]
     assert waiting == {**dict.fromkeys(lanes, 0), Lane("batch", "ocr"): 1}
@@ -230,7 +235,7 @@ def test_what_is_in_flight_belongs_to_what_its_worker_serves(
     client.set(keys.DEFAULT_MODEL, "digits")
     client.hset(keys.inflight("gpu0@a"), mapping={"1": "x", "1:realtime.ocr": "x"})
     own = [Instance(key=Key(0, "a"), state="active", serves=Serves(("realtime",), ("ocr",)))]
-    queues = Probe(client, "a").look(own, 0.0).queues
+    queues = queues_of(Probe(client, "a").observe(own, 0.0))
     assert {lane: queue.in_flight for lane, queue in queues.items() if queue.in_flight} == {
         Lane("realtime", "ocr"): 1
     }
@@ -244,19 +249,19 @@ def test_a_backlog_that_grows_for_long_takes_little_memory(
     for second in range(100):
         backlog.now = float(second)
         backlog.submit()
-        assert backlog.look(backlog.now).queues[BATCH].oldest_s == second
+        assert backlog.batch(backlog.now).oldest_s == second
     assert all(len(moments) < 50 for moments in backlog._probe._arrived.values())
     for claimed in range(5, 100, 5):
         backlog.store.claim(5)
         exact = 99 - max(0, claimed - 3)  # four waited at the first look, one more came before each other
-        assert exact <= backlog.look(backlog.now).queues[BATCH].oldest_s <= exact + 10
+        assert exact <= backlog.batch(backlog.now).oldest_s <= exact + 10
 
 
 def test_what_a_watcher_has_measured_is_told(redis_server: RedisServer, settings_for: Build) -> None:
     """Of those that are alive; one of another version, which tells nothing of it, is no less there."""
     client = connect(settings_for(redis_server).broker)
-    Probe(client, "b").look([], 1000.0, {"all": KNOWN.figures})
-    Probe(client, "c").look([], 1000.0)
-    seen = Probe(client, "a").look([], 1000.0)
+    Probe(client, "b").observe([], 1000.0, {"all": KNOWN.figures})
+    Probe(client, "c").observe([], 1000.0)
+    seen = Probe(client, "a").observe([], 1000.0)
     assert seen.figures == {"b": {"all": KNOWN.figures}}
     assert sorted(seen.live_hosts) == ["a", "b", "c"]

@@ -27,7 +27,7 @@ from gpuinfer.watcher import main
 from gpuinfer.watcher import units as back_end
 from gpuinfer.watcher.main import Watcher
 from gpuinfer.watcher.notes import MEMORY_PREFIX
-from gpuinfer.watcher.reaper import LOOK_EVERY_S
+from gpuinfer.watcher.reaper import PROBE_EVERY_S
 from gpuinfer.watcher.state import Key
 from gpuinfer.watcher.units import UnitView
 from tests.services import RedisServer
@@ -138,7 +138,7 @@ async def test_told_to_stop_it_acts_no_more(redis_server: RedisServer, settings_
             stop.set()
 
     class Late(Told):
-        async def look(self, numbers: Collection[int] = ()) -> dict[int, UnitView]:
+        async def states(self, numbers: Collection[int] = ()) -> dict[int, UnitView]:
             stop.set()  # the workers stop together with us, and are seen to
             return self.views
 
@@ -310,7 +310,7 @@ async def test_a_watcher_that_only_logs_looks_after_its_tasks(
     store.register(default="digits")
     (task,) = store.claim(1)
     client.zadd(keys.WORKERS, {store.worker: 1})
-    clock = itertools.count(1000.0, LOOK_EVERY_S)
+    clock = itertools.count(1000.0, PROBE_EVERY_S)
     for tell in (False, True):
         watcher = Watcher(settings, Told(1), (0,), act=False, tell=tell, host=host)
         watcher._reaper._clock = clock.__next__
@@ -342,11 +342,11 @@ async def test_a_look_that_fails_does_not_end_the_service(
     class Bad(Told):
         looks = 0
 
-        async def look(self, numbers: Collection[int] = ()) -> dict[int, UnitView]:
+        async def states(self, numbers: Collection[int] = ()) -> dict[int, UnitView]:
             self.looks += 1
             if self.looks == 1:
                 raise RuntimeError("a bug")
-            return await super().look()
+            return await super().states()
 
     settings = settings_for(redis_server, worker={"device": "cpu"}, watcher={"probe_interval_s": 0.1})
     units, stop = Bad(1), asyncio.Event()

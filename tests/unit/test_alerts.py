@@ -18,10 +18,9 @@ from gpuinfer.alerts.resources import free_bytes, of_disks, of_memory
 from gpuinfer.errors import UnitRefused
 from gpuinfer.queue.depth import Lane
 from gpuinfer.settings import load
-from gpuinfer.watcher.lookout import Lookout, of_queues, of_workers
 from gpuinfer.watcher.memory import UnitMemory
-from gpuinfer.watcher.state import GpuHealth, Instance, Key, Observation
-from gpuinfer.watcher.stranded import Stranded
+from gpuinfer.watcher.state import GpuHealth, Instance, Key, Observation, Stranded
+from gpuinfer.watcher.troubles import Troubles, of_queues, of_workers
 
 pytestmark = pytest.mark.unit
 
@@ -146,17 +145,17 @@ async def test_units_are_started_and_a_restart_repeats_nothing(tmp_path: Path) -
 
     disk = Alert("disk.0", "little room", "du")
     first = made()
-    await first.tell(first.look(client, [disk], [DEAD], 0.0, away=False), 0.0)
+    await first.tell(first.update(client, [disk], [DEAD], 0.0, away=False), 0.0)
     assert bus.started == ["disk.0:began", "dead-letters:began"]
-    assert first.look(client, [disk], [DEAD], 1.0, away=False) == []
+    assert first.update(client, [disk], [DEAD], 1.0, away=False) == []
     second = made()
-    assert [event.alert.name for event in second.look(client, [disk], None, 2.0, away=False)] == []
-    events = [*second.look(client, [], None, 3.0, away=False)]
-    events += second.look(client, [], None, 3.0 + GONE_S, away=True)
+    assert [event.alert.name for event in second.update(client, [disk], None, 2.0, away=False)] == []
+    events = [*second.update(client, [], None, 3.0, away=False)]
+    events += second.update(client, [], None, 3.0 + GONE_S, away=True)
     bus.refuses = True  # it is logged, and the next one is tried all the same
     await second.tell(events, 40.0)
     assert [(event.stage, event.alert.name) for event in events] == [("ended", "disk.0")]
-    assert made().look(client, [], None, 99.0, away=False) == []
+    assert made().update(client, [], None, 99.0, away=False) == []
 
 
 class SomeRedis(NoRedis):
@@ -186,8 +185,8 @@ def test_the_fleets_register_is_not_repeated_for_a_folder_that_cannot_be_written
     disk = Alert("disk.0", "little room", "du")
     for names in (["disk.0", "dead-letters"], ["disk.0"]):
         alerting = Alerting("here", state=tmp_path / "none")
-        assert [e.alert.name for e in alerting.look(client, [disk], [DEAD], 0.0, away=False)] == names
-        assert alerting.look(client, [disk], [DEAD], 1.0, away=False) == []
+        assert [e.alert.name for e in alerting.update(client, [disk], [DEAD], 0.0, away=False)] == names
+        assert alerting.update(client, [disk], [DEAD], 1.0, away=False) == []
 
 
 def test_a_redis_that_was_full_is_told_as_soon_as_it_has_space() -> None:
@@ -196,23 +195,23 @@ def test_a_redis_that_was_full_is_told_as_soon_as_it_has_space() -> None:
     client: Any = some
     some.full, alerting = True, Alerting("here")
     with capture_logs() as logs:
-        found = [alerting.look(client, [], [DEAD], now, away=False) for now in (0.0, 1.0, 2.0, 3.0)]
+        found = [alerting.update(client, [], [DEAD], now, away=False) for now in (0.0, 1.0, 2.0, 3.0)]
     assert [len(events) for events in found] == [1, 0, 0, 0]
     assert [entry["event"] for entry in logs] == ["alerts_not_kept"]
     some.full = False
-    assert alerting.look(client, [], [DEAD], 4.0, away=False) == []
-    assert Alerting("here").look(client, [], [DEAD], 5.0, away=False) == []
+    assert alerting.update(client, [], [DEAD], 4.0, away=False) == []
+    assert Alerting("here").update(client, [], [DEAD], 5.0, away=False) == []
 
 
 def test_what_has_been_told_is_not_known_before_redis_answers() -> None:
     """A watcher that has just been started waits for that."""
     some = SomeRedis()
     client: Any = some
-    assert len(Alerting("here").look(client, [], [DEAD], 0.0, away=False)) == 1
+    assert len(Alerting("here").update(client, [], [DEAD], 0.0, away=False)) == 1
     some.away, second = True, Alerting("here")
-    assert second.look(client, [], [DEAD], 1.0, away=False) == []
+    assert second.update(client, [], [DEAD], 1.0, away=False) == []
     some.away = False
-    assert second.look(client, [], [DEAD], 2.0, away=False) == []
+    assert second.update(client, [], [DEAD], 2.0, away=False) == []
 
 
 def test_one_watcher_speaks_for_the_fleet(tmp_path: Path) -> None:
@@ -226,7 +225,7 @@ def test_one_watcher_speaks_for_the_fleet(tmp_path: Path) -> None:
     )
 
     def names(host: str, seen: Observation) -> list[str]:
-        events = Lookout(settings, client, host, Alerting(host)).look(decision, seen, 50.0)
+        events = Troubles(settings, client, host, Alerting(host)).find(decision, seen, 50.0)
         return [event.alert.name for event in events if event.alert.kind != "disk"]
 
     assert names("b", seen) == []

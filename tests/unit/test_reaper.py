@@ -12,8 +12,8 @@ from gpuinfer.watcher.reaper import WITNESS_S, Facts, judge
 pytestmark = pytest.mark.unit
 
 #: A unit of this host that is down, and a worker of a host that is gone.
-DOWN = Facts(tasks=3, silent_s=11, watched_s=11, host="here", unit="failed")
-GONE = Facts(tasks=3, silent_s=121, watched_s=61, host="old")
+DOWN = Facts(silent_s=11, watched_s=11, host="here", unit="failed")
+GONE = Facts(silent_s=121, watched_s=61, host="old")
 
 
 @pytest.mark.parametrize("unit", ["inactive", "failed"])

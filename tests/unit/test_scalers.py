@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from gpuinfer.watcher.simulator.policy import Player
-from gpuinfer.watcher.simulator.run import Scenario, play, scenario
+from gpuinfer.watcher.simulator.run import Scenario, play
 from tests.bench.scalers.players import Hpa, Keda, Tutorial, compare, players
 from tests.bench.scalers.report import Comparison, comparison, markdown, medians
-from tests.bench.scalers.suite import QUICK, suite
+from tests.bench.scalers.suite import QUICK, scenario, suite
 from tests.unit.test_watcher_simulator import at_once, world
 
 pytestmark = pytest.mark.unit
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.unit
 
 def workers_at(second: float, player: Player, given: Scenario) -> int:
     """Return how many ran just after a look at that second."""
-    looks = play(given, player).looks
-    return max((active + starting for at, _, active, starting in looks if at <= second), default=0)
+    probes = play(given, player).probes
+    return max((active + starting for at, _, active, starting in probes if at <= second), default=0)
 
 
 # -- the others' formulas, with their defaults ------------------------------------------------
@@ -47,17 +47,17 @@ def test_keda_doubles_or_adds_four_each_fifteen_seconds(second: int, workers: in
 
 def test_keda_wakes_at_its_poll_and_sleeps_after_its_cooldown() -> None:
     """From zero at the next 30 s poll; back to zero 300 s after a poll that saw work."""
-    looks = {
-        round(at): active + starting for at, _, active, starting in play(world(1, floor=0), Keda(0, 8)).looks
+    probes = {
+        round(at): active + starting for at, _, active, starting in play(world(1, floor=0), Keda(0, 8)).probes
     }
-    assert (looks[105], looks[120], looks[405], looks[435]) == (0, 1, 1, 0)
+    assert (probes[105], probes[120], probes[405], probes[435]) == (0, 1, 1, 0)
 
 
 def test_keda_keeps_the_most_of_five_minutes() -> None:
     """Scale-down stabilisation 300 s."""
-    looks = {round(at): active + starting for at, _, active, starting in play(world(100), Keda(1, 8)).looks}
-    assert looks[390] == 8
-    assert looks[525] == 1
+    probes = {round(at): active + starting for at, _, active, starting in play(world(100), Keda(1, 8)).probes}
+    assert probes[390] == 8
+    assert probes[525] == 1
 
 
 def test_the_hpa_aims_at_eighty_percent() -> None:

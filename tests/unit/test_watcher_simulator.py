@@ -16,9 +16,10 @@ from gpuinfer.errors import InputError
 from gpuinfer.watcher.simulator.cluster import Cluster, Model
 from gpuinfer.watcher.simulator.events import Event, parse
 from gpuinfer.watcher.simulator.policy import Policy
-from gpuinfer.watcher.simulator.run import Scenario, play, quantile, scenario
+from gpuinfer.watcher.simulator.run import Scenario, play, quantile
 from gpuinfer.watcher.simulator.traces import PATTERNS, Trace, read
 from tests.bench.scalers.players import Tutorial
+from tests.bench.scalers.suite import scenario
 
 pytestmark = pytest.mark.unit
 
@@ -132,7 +133,7 @@ def test_a_worker_that_fails_is_excluded_and_comes_back() -> None:
     one = world(1400, gpus=2, floor=0)
     policy = Policy(one.settings, events=[Event(130.0, "fail", 0), Event(400.0, "recover", 0)])
     outcome = play(one, policy)
-    running = {round(at): active + starting for at, _, active, starting in outcome.looks}
+    running = {round(at): active + starting for at, _, active, starting in outcome.probes}
     assert (running[125], running[133], outcome.unserved) == (2, 1, 0)
     assert (running[400], running[650]) == (1, 2)
     assert policy.history.units == {key: unit for key, unit in policy.history.units.items() if not unit.hold}
@@ -149,8 +150,8 @@ def test_a_worker_that_fails_is_excluded_and_comes_back() -> None:
 def test_what_is_done_by_hand_holds(events: list[Event], expected: tuple[int, int, int]) -> None:
     """A stop until a start, a mask until it is taken away: workers at 150, 450 and 550 s."""
     one = world(5000, gpus=2, floor=0)
-    looks = play(one, Policy(one.settings, events=events)).looks
-    running = {round(at): active + starting for at, _, active, starting in looks}
+    probes = play(one, Policy(one.settings, events=events)).probes
+    running = {round(at): active + starting for at, _, active, starting in probes}
     assert (running[150], running[450], running[550]) == expected
 
 

@@ -97,7 +97,7 @@ def bus(monkeypatch: pytest.MonkeyPatch) -> Bus:
 async def test_a_thousand_instances_need_no_more_rules_than_one(bus: Bus) -> None:
     """The bus allows a connection 512 match rules."""
     units = SystemdUnits()
-    assert len(await units.look(range(1024))) == 1024
+    assert len(await units.states(range(1024))) == 1024
     assert bus.rules < 10
 
 
@@ -105,26 +105,26 @@ async def test_a_bus_that_refuses_signals_is_asked_at_each_look(bus: Bus) -> Non
     """Slower, and never wrong."""
     bus.refuses = {"AddMatch"}
     units = SystemdUnits()
-    assert (await units.look([0]))[0].state == "inactive"
+    assert (await units.states([0]))[0].state == "inactive"
     bus.units[unit_name(0)] = {"ActiveState": "activating"}
-    assert (await units.look([0]))[0].state == "activating"
+    assert (await units.states([0]))[0].state == "activating"
     assert bus.opened == 1
 
 
 async def test_a_bus_that_was_restarted_is_joined_again(bus: Bus) -> None:
     """systemd may be back on it later than we are: nothing half open is used until then."""
     units = SystemdUnits()
-    await units.look([0])
+    await units.states([0])
     bus.connected = False
     bus.refuses = {"Subscribe"}
     for _ in range(2):
         with pytest.raises(UnitRefused):
-            await units.look([0])
+            await units.states([0])
     bus.refuses = set()
     bus.units[unit_name(0)] = {"ActiveState": "active"}
-    assert (await units.look([0]))[0].state == "active"
+    assert (await units.states([0]))[0].state == "active"
     before = len(bus.calls)
-    await units.look([0])
+    await units.states([0])
     assert len(bus.calls) == before  # it hears again
 
 
@@ -134,31 +134,31 @@ async def test_what_is_enabled_or_runs_counts_whatever_is_asked_for(bus: Bus) ->
     bus.units[unit_name(5)] = {"ActiveState": "activating"}
     bus.units[unit_name(7)] = {"UnitFileState": "disabled"}
     units = SystemdUnits()
-    assert sorted(await units.look([0])) == [0, 3, 5]
+    assert sorted(await units.states([0])) == [0, 3, 5]
     bus.units[unit_name(9)] = {"ActiveState": "active"}
-    assert sorted(await units.look([0])) == [0, 3, 5]
+    assert sorted(await units.states([0])) == [0, 3, 5]
     bus.signal(unit_path(9))
-    assert sorted(await units.look([0])) == [0, 3, 5, 9]
+    assert sorted(await units.states([0])) == [0, 3, 5, 9]
     bus.units[unit_name(9)] = {"ActiveState": "inactive"}
     bus.signal(unit_path(9))
-    assert sorted(await units.look([0])) == [0, 3, 5]
+    assert sorted(await units.states([0])) == [0, 3, 5]
 
 
 async def test_a_lost_signal_is_made_good_later(bus: Bus) -> None:
     """All is asked for again once a minute."""
     clock = Clock()
     units = SystemdUnits(clock=clock)
-    await units.look([0])
+    await units.states([0])
     bus.units[unit_name(0)] = {"ActiveState": "failed"}
-    assert (await units.look([0]))[0].state == "inactive"
+    assert (await units.states([0]))[0].state == "inactive"
     clock.now += RESYNC_S + 1
-    assert (await units.look([0]))[0].state == "failed"
+    assert (await units.states([0]))[0].state == "failed"
 
 
 async def test_a_start_meets_no_limit(bus: Bus) -> None:
     """systemd's count of starts is reset before each one of ours; a unit that is not loaded has none."""
     units = SystemdUnits()
-    await units.look([0])
+    await units.states([0])
     bus.refuses = {"ResetFailedUnit"}
     await units.act("start", 0)
     assert [member for member, _ in bus.calls[-2:]] == ["ResetFailedUnit", "StartUnit"]
@@ -176,7 +176,7 @@ async def test_a_start_by_hand_is_not_counted_either(bus: Bus, acts: bool, reset
         }
         if bus.hear:
             bus.signal(unit_path(0))
-        await units.look([0])
+        await units.states([0])
         seen.append(bus.count("ResetFailedUnit"))
     assert seen == resets
 
@@ -188,9 +188,9 @@ async def test_a_stop_of_the_target_is_seen(bus: Bus) -> None:
         bus.target = {"ActiveState": state, "InactiveEnterTimestampMonotonic": since}
         if bus.hear:
             bus.signal(TARGET)
-        stopped.append((await units.look([0]))[0].target_stopped)
+        stopped.append((await units.states([0]))[0].target_stopped)
     assert stopped == [False, False, True, False]
-    assert (await SystemdUnits().look([0]))[0].target_stopped is False
+    assert (await SystemdUnits().states([0]))[0].target_stopped is False
 
 
 async def test_what_failed_often_is_forgiven_and_stays_failed(bus: Bus) -> None:
@@ -204,10 +204,10 @@ async def test_what_failed_often_is_forgiven_and_stays_failed(bus: Bus) -> None:
         }
         if bus.hear:
             bus.signal(unit_path(0))
-        assert (await units.look([0]))[0].state == "failed"
+        assert (await units.states([0]))[0].state == "failed"
         assert bus.count("ResetFailedUnit") == resets
     bus.units[unit_name(0)] = {"ActiveState": "inactive", "InactiveEnterTimestampMonotonic": 4}
     bus.signal(unit_path(0))
-    assert (await units.look([0]))[0].state == "failed"
+    assert (await units.states([0]))[0].state == "failed"
     await units.act("start", 0)
-    assert (await units.look([0]))[0].state == "inactive"  # it had no effect
+    assert (await units.states([0]))[0].state == "inactive"  # it had no effect

@@ -19,7 +19,7 @@ from gpuinfer.settings import QUEUES
 class Model:
     """A worker: how long it takes to start, and what it serves."""
 
-    #: Seconds from start to ready, and by how much of it each start differs at most.
+    #: Seconds from start to ready, and the share by which a start may differ from it.
     startup_s: float = 12.0
     startup_spread: float = 0.15
     #: Seconds for one task alone.
@@ -29,7 +29,7 @@ class Model:
     gain: float = 8.0
 
     def batch_s(self, tasks: int) -> float:
-        """Return the seconds a batch takes: ``single_s`` for one, and so that a full one has the gain."""
+        """Return the seconds of a batch: ``single_s`` for one task, and so that a full batch has the gain."""
         if self.max_batch == 1:
             return self.single_s
         each = self.single_s * (self.max_batch / self.gain - 1) / (self.max_batch - 1)
@@ -43,12 +43,12 @@ class Model:
 
 @dataclass(slots=True)
 class Log:
-    """What happened: how long tasks waited, and the fleet at each probe for the plot."""
+    """What happened: how long tasks waited, and the fleet at each probe."""
 
-    #: For each queue: steps waited -> tasks.
-    waits: tuple[Counter[int], ...] = field(default_factory=lambda: tuple(Counter() for _ in QUEUES))
+    #: Steps waited -> tasks.
+    waits: Counter[int] = field(default_factory=Counter)
     #: (second, waiting, active, starting)
-    looks: list[tuple[float, int, int, int]] = field(default_factory=list)
+    probes: list[tuple[float, int, int, int]] = field(default_factory=list)
     starts: int = 0
     stops: int = 0
 
@@ -65,7 +65,7 @@ class Cluster:
         self._lines: tuple[deque[list[int]], ...] = tuple(deque() for _ in QUEUES)
         self.in_flight = [0] * len(QUEUES)
         self.done = [0] * len(QUEUES)
-        #: Instance -> the step it began to start, or was ready; and those that end after their batch.
+        #: Instance -> the step at which it began to start, or became ready; and how many end after a batch.
         self.starting: dict[int, int] = {}
         self.active: dict[int, int] = {}
         self.leaving = 0
@@ -111,7 +111,7 @@ class Cluster:
         return sum(self.waiting)
 
     def move_to(self, step: int) -> None:
-        """Let time pass until ``step``; nothing but what happens then may be due."""
+        """Let time pass until ``step``, which must not be beyond the next event."""
         passed = step - self.step
         self.gpu_steps += passed * (self.running + self.leaving)
         self.busy_steps += passed * (self.busy + self.leaving)
@@ -129,7 +129,7 @@ class Cluster:
                 self.idle += 1
 
     def claim(self) -> None:
-        """Let idle workers take what waits: full batches, and one with the rest."""
+        """Let idle workers claim what waits: full batches, and one with the rest."""
         limit = self.model.max_batch
         total = self.waiting[0] + self.waiting[1] + self.waiting[2]
         while total and self.idle:
@@ -165,7 +165,7 @@ class Cluster:
 
     def _serve(self, place: int, tasks: int) -> None:
         """Note how long the oldest ``tasks`` of a queue have waited."""
-        line, waits = self._lines[place], self.log.waits[place]
+        line, waits = self._lines[place], self.log.waits
         while tasks:
             first = line[0]
             count = min(tasks, first[1])
@@ -184,7 +184,7 @@ class Cluster:
         self._due[instance] = ready
 
     def give_up(self) -> None:
-        """Count those that still wait at the end with what they have waited until then."""
+        """Count the tasks that still wait at the end with the time they have waited."""
         for place, waiting in enumerate(self.waiting):
             self._serve(place, waiting)
 

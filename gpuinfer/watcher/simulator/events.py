@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to workers from outside in a simulation: failures, and what an administrator does."""
+"""What happens to workers in a simulation: failures, and what an administrator does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from gpuinfer.errors import InputError
 
-#: - fail: it ends, and each start of it fails, until recover
+#: - fail: it ends, and each start of it fails until recover
 #: - stop, start: by hand
 #: - mask, unmask: as systemctl does
 What = Literal["fail", "recover", "stop", "start", "mask", "unmask"]

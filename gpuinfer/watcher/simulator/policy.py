@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The watcher's policy in a simulation, with observations as its probe would make them."""
+"""The watcher's policy in a simulation, with observations as its probe makes them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from gpuinfer.watcher.simulator.cluster import Cluster
 from gpuinfer.watcher.simulator.events import Event
 from gpuinfer.watcher.state import Instance, Key, Observation, QueueState, UnitState
 
+#: GPUs of each simulated host.
+HOST_GPUS = 8
+
 
 class Player(Protocol):
     """Probes a cluster every ``every_s`` seconds, and changes it."""
@@ -23,12 +26,12 @@ class Player(Protocol):
     def begin(self, cluster: Cluster) -> None:
         """Start what runs from the beginning."""
 
-    def look(self, cluster: Cluster) -> None:
+    def probe(self, cluster: Cluster) -> None:
         """Decide, and act."""
 
 
 def begin(cluster: Cluster, workers: int) -> None:
-    """Have some workers ready from the beginning."""
+    """Let some workers be ready from the beginning."""
     for instance in range(workers):
         cluster.active[instance] = 0
     cluster.idle = workers
@@ -42,7 +45,6 @@ class Policy:
         settings: WatcherSettings,
         *,
         name: str = "",
-        gpus_per_host: int = 8,
         events: Sequence[Event] = (),
     ) -> None:
         """``events``: what happens to workers from outside."""
@@ -51,10 +53,9 @@ class Policy:
         self.history = History()
         self.decision: Decision | None = None
         self._settings = settings
-        self._per_host = gpus_per_host
         self._events = sorted(events, reverse=True)
         self._keys: list[Key] = []
-        self._looked_at = -1
+        self._probed_at = -1
         self._failing: set[int] = set()
         self._masked: set[int] = set()
         #: Worker -> the second at which it failed or was stopped.
@@ -62,13 +63,13 @@ class Policy:
         self._stopped: dict[int, float] = {}
 
     def begin(self, cluster: Cluster) -> None:
-        """Have the floor ready."""
-        keys = [Key(i % self._per_host, f"h{i // self._per_host:05}") for i in range(cluster.gpus)]
+        """Let the floor be ready."""
+        keys = [Key(i % HOST_GPUS, f"h{i // HOST_GPUS:05}") for i in range(cluster.gpus)]
         # Instances are started in the order of keys: number first, so that hosts share the load.
         self._keys = sorted(keys)
         begin(cluster, min(self._settings.floor, cluster.gpus))
 
-    def look(self, cluster: Cluster) -> None:
+    def probe(self, cluster: Cluster) -> None:
         """Apply the events that are due, decide as the watcher does, and act."""
         while self._events and self._events[-1].second <= cluster.now:
             self._happen(cluster, self._events.pop())
@@ -112,9 +113,9 @@ class Policy:
             )
             for place, name in enumerate(QUEUES)
         }
-        # One that became ready since the last probe is seen between READY and its first claim: idle.
-        settled = [gpu for gpu, ready in cluster.active.items() if ready <= self._looked_at]
-        self._looked_at = cluster.step
+        # A worker that became ready since the last probe has not claimed anything yet: idle.
+        settled = [gpu for gpu, ready in cluster.active.items() if ready <= self._probed_at]
+        self._probed_at = cluster.step
         busy = set([*cluster.active][: cluster.busy]) & {*settled}
         instances = (self._instance(cluster, gpu, gpu in busy) for gpu in range(cluster.gpus))
         return Observation(queues=queues, instances=tuple(instances))

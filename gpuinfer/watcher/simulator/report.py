@@ -49,5 +49,5 @@ def to_dict(scenario: Scenario, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def plain(outcome: Outcome) -> dict[str, Any]:
     """Return an outcome for JSON."""
-    values = {key: value for key, value in asdict(outcome).items() if key != "looks"}
+    values = {key: value for key, value in asdict(outcome).items() if key != "probes"}
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in values.items()}

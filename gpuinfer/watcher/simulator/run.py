@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Let a policy serve a trace, and measure the outcome."""
+"""Lets a policy serve a trace, and measures the outcome."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from gpuinfer.settings import QUEUES, WatcherSettings
 from gpuinfer.watcher.simulator.cluster import Cluster, Model
 from gpuinfer.watcher.simulator.policy import Player
-from gpuinfer.watcher.simulator.traces import LOADS, Pattern, Trace, make
+from gpuinfer.watcher.simulator.traces import Trace
 
-#: Simulated at most after the trace's end, until what is left is served.
+#: Simulated for at most this long after the trace's end, until all tasks are served.
 TAIL_S = 600.0
 
 
@@ -27,7 +27,6 @@ class Scenario:
     floor: int = 0
     model: Model = field(default_factory=Model)
     seed: int = 1
-    gpus_per_host: int = 8
     settings: WatcherSettings = field(default_factory=WatcherSettings)
 
 
@@ -47,46 +46,12 @@ class Outcome:
     #: Tasks that still waited at the very end.
     unserved: int
     #: (second, waiting, active, starting) at each probe.
-    looks: Sequence[tuple[float, int, int, int]] = field(repr=False, default=())
+    probes: Sequence[tuple[float, int, int, int]] = field(repr=False, default=())
 
 
 def step_s(model: Model) -> float:
-    """Return a step that is short beside a batch."""
+    """Return a step that is short compared with a batch."""
     return min(0.1, max(0.01, model.single_s / 2))
-
-
-def scenario(
-    pattern: Pattern,
-    *,
-    name: str = "",
-    gpus: int = 8,
-    floor: int = 0,
-    load: float | None = None,
-    seconds: float = 3600.0,
-    model: Model | None = None,
-    seed: int = 1,
-    settings: WatcherSettings | None = None,
-) -> Scenario:
-    """Make a scenario from a pattern. ``load``: the share of the fleet that it asks for."""
-    model = model or Model()
-    trace = make(
-        pattern,
-        name=name or pattern,
-        capacity=gpus * model.rate,
-        seconds=seconds,
-        step_s=step_s(model),
-        load=LOADS[pattern] if load is None else load,
-        seed=seed,
-    )
-    return Scenario(
-        name=name or pattern,
-        trace=trace,
-        gpus=gpus,
-        floor=floor,
-        model=model,
-        seed=seed,
-        settings=settings or WatcherSettings(),
-    )
 
 
 def play(scenario: Scenario, player: Player) -> Outcome:
@@ -107,8 +72,8 @@ def play(scenario: Scenario, player: Player) -> Outcome:
             arrival = next(arrivals, None)
         cluster.claim()
         if step % every == 0:
-            player.look(cluster)
-            cluster.log.looks.append(
+            player.probe(cluster)
+            cluster.log.probes.append(
                 (cluster.now, cluster.total_waiting, len(cluster.active), len(cluster.starting))
             )
     cluster.move_to(max(cluster.step, over) if cluster.served else end)
@@ -127,10 +92,9 @@ def _merged(trace: Trace) -> Iterator[tuple[int, int, int]]:
 def _outcome(scenario: Scenario, player: Player, cluster: Cluster) -> Outcome:
     unserved = cluster.total_waiting
     cluster.give_up()
-    waits: Counter[int] = sum(cluster.log.waits, Counter())
-    step_s = scenario.trace.step_s
+    waits, step_s = cluster.log.waits, scenario.trace.step_s
     gpu_s = cluster.gpu_steps * step_s
-    looks = cluster.log.looks
+    probes = cluster.log.probes
     return Outcome(
         policy=player.name,
         p50_s=quantile(waits, 0.5) * step_s,
@@ -139,9 +103,9 @@ def _outcome(scenario: Scenario, player: Player, cluster: Cluster) -> Outcome:
         over_least=gpu_s / max(least(scenario), 1e-9),
         starts=cluster.log.starts,
         stops=cluster.log.stops,
-        most=max((active + starting for _, _, active, starting in looks), default=0),
+        most=max((active + starting for _, _, active, starting in probes), default=0),
         unserved=unserved,
-        looks=looks,
+        probes=probes,
     )
 
 

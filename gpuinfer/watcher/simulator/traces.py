@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 
 from gpuinfer.errors import InputError
@@ -19,7 +20,7 @@ from gpuinfer.settings import QUEUES, QueueName
 Pattern = Literal["burst", "diurnal", "flash", "poisson"]
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 Counts = NDArray[np.int64]
-#: The mean share of the fleet that a pattern asks for, unless it is given; for flash its peak.
+#: The default mean share of the fleet that a pattern asks for; for flash its peak.
 LOADS: dict[Pattern, float] = {"burst": 0.01, "diurnal": 0.3, "flash": 0.6, "poisson": 0.35}
 
 
@@ -39,55 +40,41 @@ class Trace:
         return int(sum(counts.sum() for _, counts in self.arrivals.values()))
 
 
-def _on_grid(
-    name: str, seconds: float, step_s: float, per_step: Counts, queue: QueueName = "default"
-) -> Trace:
-    steps = np.flatnonzero(per_step)
-    return Trace(name, seconds, step_s, {queue: (steps, per_step[steps])})
-
-
 def make(
-    pattern: Pattern,
-    *,
-    name: str,
-    capacity: float,
-    seconds: float,
-    step_s: float,
-    load: float,
-    seed: int,
+    pattern: Pattern, *, capacity: float, seconds: float, step_s: float, seed: int, load: float | None = None
 ) -> Trace:
     """Make a trace for a fleet that serves ``capacity`` tasks a second when all of it runs.
 
-    ``load`` is the mean share of the capacity that is asked for (flash: the peak's).
+    ``load`` is the mean share of the capacity that is asked for (flash: the peak's); None: the pattern's own.
     """
     random = np.random.default_rng(seed)
     times = (np.arange(math.ceil(seconds / step_s)) + 0.5) * step_s
-    rate = _SHAPES[pattern](times.astype(np.float64), seconds, load, random) * capacity
-    return _on_grid(name, seconds, step_s, random.poisson(rate * step_s))
+    share = LOADS[pattern] if load is None else load
+    per_step = random.poisson(
+        _SHAPES[pattern](times.astype(np.float64), seconds, share, random) * capacity * step_s
+    )
+    steps = np.flatnonzero(per_step)
+    return Trace(pattern, seconds, step_s, {"default": (steps, per_step[steps])})
 
 
-Shape = Callable[[NDArray[np.float64], float, float, np.random.Generator], NDArray[np.float64]]
+Floats = NDArray[np.float64]
+#: times, seconds, load, random -> the share of the fleet that is asked for at each time
+Shape = Callable[[Floats, float, float, Generator], Floats]
 
 
-def _poisson(
-    times: NDArray[np.float64], seconds: float, load: float, random: np.random.Generator
-) -> NDArray[np.float64]:
+def _poisson(times: Floats, seconds: float, load: float, random: Generator) -> Floats:
     """A constant rate."""
     return np.full(times.shape, load)
 
 
-def _diurnal(
-    times: NDArray[np.float64], seconds: float, load: float, random: np.random.Generator
-) -> NDArray[np.float64]:
+def _diurnal(times: Floats, seconds: float, load: float, random: Generator) -> Floats:
     """One day squeezed into the trace: a twentieth of the mean by night, twice the mean by day."""
     wave = (1 - np.cos(2 * np.pi * times / seconds)) / 2
     return load * (0.05 + 1.95 * wave)
 
 
-def _flash(
-    times: NDArray[np.float64], seconds: float, load: float, random: np.random.Generator
-) -> NDArray[np.float64]:
-    """A trickle; now and then a crowd within 10 s, which stays for two minutes and then fades."""
+def _flash(times: Floats, seconds: float, load: float, random: Generator) -> Floats:
+    """A trickle; now and then a crowd that comes within 10 s, stays for two minutes and fades."""
     rate = np.full(times.shape, 0.03)
     crowds = max(1, round(seconds / 900.0))
     for place in range(crowds):
@@ -99,10 +86,8 @@ def _flash(
     return load * rate
 
 
-def _burst(
-    times: NDArray[np.float64], seconds: float, load: float, random: np.random.Generator
-) -> NDArray[np.float64]:
-    """Nothing, except bursts of two seconds at random moments."""
+def _burst(times: Floats, seconds: float, load: float, random: Generator) -> Floats:
+    """Nothing, except bursts of two seconds at random times."""
     rate = np.zeros(times.shape)
     gaps = random.exponential(1.0, size=_bursts(seconds)) + 0.25
     at = 30.0 + (seconds - 90.0) * np.cumsum(gaps) / (gaps.sum() + 1.0)
@@ -146,7 +131,7 @@ def _rows(file: Path, lines: Iterable[list[str]]) -> Iterable[tuple[float, int, 
     for number, line in enumerate(lines, start=1):
         if not line or line[0].startswith("#"):
             continue
-        heading, first = first and not _is_number(line[0]), False
+        heading, first = first and not any(map(str.isdigit, ",".join(line))), False
         if heading:
             continue
         try:
@@ -163,14 +148,6 @@ def _rows(file: Path, lines: Iterable[list[str]]) -> Iterable[tuple[float, int, 
                 str(file),
             )
         yield second, tasks, known
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _gathered(rows: list[tuple[float, int, QueueName]], step_s: float) -> tuple[Counts, Counts]:

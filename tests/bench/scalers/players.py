@@ -38,7 +38,7 @@ class Tutorial:
         """Have one worker at least: below 51 tasks it would start none."""
         begin(cluster, self._floor)
 
-    def look(self, cluster: Cluster) -> None:
+    def probe(self, cluster: Cluster) -> None:
         """Start one more, or do nothing."""
         if cluster.total_waiting > 50 and cluster.running < self._ceiling:
             scale_to(cluster, cluster.running + 1)
@@ -81,7 +81,7 @@ class Keda:
         """Have the floor ready."""
         begin(cluster, self._floor)
 
-    def look(self, cluster: Cluster) -> None:
+    def probe(self, cluster: Cluster) -> None:
         """Poll every second time, and sync the HPA where there is a replica."""
         now, replicas, waiting = cluster.now, cluster.running, cluster.total_waiting
         polls = self._syncs % 2 == 0
@@ -119,7 +119,7 @@ class Hpa:
         """Have the least an HPA can have, which is one."""
         begin(cluster, self._floor)
 
-    def look(self, cluster: Cluster) -> None:
+    def probe(self, cluster: Cluster) -> None:
         """Sync; what is not ready yet counts as idle."""
         passed = max(1, cluster.step - self._step)
         busy = (cluster.busy_steps - self._busy_steps) / passed
@@ -147,7 +147,7 @@ class AllAtOnce:
         """Have the floor ready."""
         begin(cluster, self._floor)
 
-    def look(self, cluster: Cluster) -> None:
+    def probe(self, cluster: Cluster) -> None:
         """Start everything as soon as there is any work."""
         if cluster.total_waiting or cluster.log.starts:
             scale_to(cluster, self._ceiling)
@@ -157,7 +157,7 @@ def players(scenario: Scenario) -> list[Player]:
     """Return all players for a scenario, ours first, the bound last."""
     floor, ceiling = scenario.floor, scenario.gpus
     settings = scenario.settings.model_copy(update={"floor": floor, "ceiling": ceiling})
-    ours = Policy(settings, name="gpuinfer", gpus_per_host=scenario.gpus_per_host)
+    ours = Policy(settings, name="gpuinfer")
     peers: list[Player] = [Tutorial(floor, ceiling), Keda(floor, ceiling), Hpa(floor, ceiling)]
     return [ours, *peers, AllAtOnce(floor, ceiling)]
 

@@ -45,10 +45,10 @@ def _course(figure: Any, one: Comparison) -> None:
     axes = figure.subplots(3, 1, height_ratios=[3, 3, 2])
     players = [one.ours, *one.peers]
     for outcome in players:
-        times = [look[0] / 60 for look in outcome.looks]
+        times = [one[0] / 60 for one in outcome.probes]
         style: dict[str, Any] = {"color": COLOURS[outcome.policy], "lw": 1.4, "label": outcome.policy}
-        axes[0].plot(times, [look[1] for look in outcome.looks], **style)
-        axes[1].step(times, [look[2] + look[3] for look in outcome.looks], where="post", **style)
+        axes[0].plot(times, [one[1] for one in outcome.probes], **style)
+        axes[1].step(times, [one[2] + one[3] for one in outcome.probes], where="post", **style)
     axes[0].set_yscale("symlog", linthresh=10)
     axes[0].set_ylabel("tasks waiting")
     axes[0].set_title(f"{one.scenario.name}: {one.scenario.trace.tasks} tasks, {one.scenario.gpus} GPUs")

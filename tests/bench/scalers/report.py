@@ -101,7 +101,7 @@ def medians(runs: Sequence[Comparison]) -> Comparison:
 
 
 def _median(outcomes: Sequence[Outcome]) -> Outcome:
-    names = [field.name for field in fields(Outcome) if field.name not in ("policy", "looks")]
+    names = [field.name for field in fields(Outcome) if field.name not in ("policy", "probes")]
     values = {name: median_low([getattr(outcome, name) for outcome in outcomes]) for name in names}
     return replace(outcomes[0], **values)
 

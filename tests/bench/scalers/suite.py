@@ -7,7 +7,8 @@ from typing import TypedDict
 
 from gpuinfer.settings import WatcherSettings
 from gpuinfer.watcher.simulator.cluster import Model
-from gpuinfer.watcher.simulator.run import Scenario, scenario
+from gpuinfer.watcher.simulator.run import Scenario, step_s
+from gpuinfer.watcher.simulator.traces import Pattern, make
 
 #: Small images, batches of 32: 25 tasks a second one by one, 200 in full batches.
 QUICK = Model(single_s=0.04, max_batch=32, gain=8.0)
@@ -15,6 +16,31 @@ QUICK = Model(single_s=0.04, max_batch=32, gain=8.0)
 SLOW = Model(single_s=0.5, max_batch=4, gain=1.5)
 #: The suite is run with each of these, and the medians count: where bursts fall is chance.
 SEEDS = (1, 2, 3)
+
+
+def scenario(
+    pattern: Pattern,
+    *,
+    name: str = "",
+    gpus: int = 8,
+    floor: int = 0,
+    load: float | None = None,
+    seconds: float = 3600.0,
+    model: Model = QUICK,
+    seed: int = 1,
+    settings: WatcherSettings | None = None,
+) -> Scenario:
+    """Make a scenario from a pattern. ``load``: the share of the fleet that it asks for."""
+    capacity, step = gpus * model.rate, step_s(model)
+    return Scenario(
+        name=name or pattern,
+        trace=make(pattern, capacity=capacity, seconds=seconds, step_s=step, seed=seed, load=load),
+        gpus=gpus,
+        floor=floor,
+        model=model,
+        seed=seed,
+        settings=settings or WatcherSettings(),
+    )
 
 
 class _Given(TypedDict):

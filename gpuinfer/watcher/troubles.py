@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds at each probe the troubles that people are told of (``gpuinfer.alerts``)."""
+"""Finds the troubles that alerts are sent for (``gpuinfer.alerts``), at each probe."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import redis
 from gpuinfer.alerts.alerting import Alerting
 from gpuinfer.alerts.register import Alert, Event
 from gpuinfer.alerts.resources import Resources
+from gpuinfer.plural import many, tasks_wait
 from gpuinfer.queue.depth import Lane
 from gpuinfer.settings import Settings
 from gpuinfer.watcher.memory import UnitMemory
 from gpuinfer.watcher.policy import Decision
-from gpuinfer.watcher.state import Instance, Key, Observation
-from gpuinfer.watcher.stranded import Stranded
+from gpuinfer.watcher.state import Instance, Key, Observation, Stranded
 
 #: Characters that may not stand in an alert's name: it becomes a part of a unit's name.
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]")
 
 
-class Lookout:
-    """Finds the troubles for one watcher. Blocking: call it in a thread."""
+class Troubles:
+    """Finds troubles for one watcher. Blocking: call it in a thread."""
 
     def __init__(self, settings: Settings, client: redis.Redis, host: str, alerting: Alerting) -> None:
         self._client = client
@@ -31,12 +31,12 @@ class Lookout:
         self._alerting = alerting
         self._resources = Resources(settings, client)
 
-    def look(self, decision: Decision, seen: Observation, now: float) -> list[Event]:
-        """Return what to tell. Of all live watchers, the first by host name reports the fleet's troubles."""
+    def find(self, decision: Decision, seen: Observation, now: float) -> list[Event]:
+        """Return what to report; the first live watcher by host name reports the fleet's troubles."""
         away = seen.queues is None
         first = not seen.live_hosts or self._host == min(seen.live_hosts)
         own = [one for one in seen.instances if seen.owns(one.key)]
-        disks, memory = self._resources.look(away=away)
+        disks, memory = self._resources.measure(away=away)
         ours = [*of_workers(own, decision.history.units, now), *disks]
         if away:
             text = f"Redis cannot be read: {seen.trouble}"
@@ -44,7 +44,7 @@ class Lookout:
         elif first:
             ours += memory
         fleet = [*of_queues(seen.dead_letters, decision.stranded)] if first else None
-        return self._alerting.look(self._client, ours, fleet, now, away=away)
+        return self._alerting.update(self._client, ours, fleet, now, away=away)
 
 
 def of_workers(own: Iterable[Instance], units: Mapping[Key, UnitMemory], now: float) -> Iterator[Alert]:
@@ -62,10 +62,10 @@ def of_workers(own: Iterable[Instance], units: Mapping[Key, UnitMemory], now: fl
 def of_queues(dead_letters: int, stranded: Mapping[Lane, Stranded] | None) -> Iterator[Alert]:
     """Yield the fleet's alerts: dead letters, and tasks that no worker serves."""
     if dead_letters:
-        text = "1 task is" if dead_letters == 1 else f"{dead_letters} tasks are"
-        yield Alert("dead-letters", f"{text} set aside as dead letters", "gpuinfer dead list")
+        text = f"{many(dead_letters, 'task is', 'tasks are')} set aside as dead letters"
+        yield Alert("dead-letters", text, "gpuinfer dead list")
     for lane, found in (stranded or {}).items():
         name = _UNFIT.sub("_", f"no-worker.{lane.tier}.{lane.model}".rstrip("."))
         model = lane.model or "the default model"
-        waiting = "1 task waits" if found.waiting == 1 else f"{found.waiting} tasks wait"
-        yield Alert(name, f"{waiting} in {lane.tier} for {model}, which no worker serves", found.remedy)
+        text = f"{tasks_wait(found.waiting)} in {lane.tier} for {model}, which no worker serves"
+        yield Alert(name, text, found.remedy)
