@@ -178,7 +178,7 @@ def test_a_look_costs_redis_little(store: Store, other: Store) -> None:
     assert [looks.pass_on() for _ in range(4)] == [30, 30, 30, 10]
     info: Any = store.client.info("commandstats")
     assert info["cmdstat_lrem"]["calls"] == 100
-    assert info["cmdstat_evalsha"]["usec_per_call"] < 50_000  # 3 searches of 2 to 3 ms by themselves
+    assert info["cmdstat_evalsha"]["calls"] >= 100 / 3  # 3 searches of 2 to 3 ms by themselves in each
     assert ids(other.claim(100)) == sent
     store.client.lpush("realtime", *[own] * 20)
     plain(store, "realtime", "ocr")
