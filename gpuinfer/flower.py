@@ -56,8 +56,7 @@ def rows(seen: Depth) -> list[dict[str, Any]]:
     found = []
     for lane in sorted(lanes, key=lambda lane: (QUEUES.index(lane.tier), lane.model)):
         count = sum(seen.lanes.get(lane, {}).values())
-        name = f"{lane.tier}.{lane.model}" if lane.model else lane.tier
-        found.append({"name": name, "messages": count, "messages_ready": count})
+        found.append({"name": lane.name, "messages": count, "messages_ready": count})
     return found
 
 

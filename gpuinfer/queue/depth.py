@@ -20,6 +20,11 @@ class Lane(NamedTuple):
     tier: str
     model: str
 
+    @property
+    def name(self) -> str:
+        """Return its name, ``realtime.resnet``; without a model, ``realtime``."""
+        return f"{self.tier}.{self.model}" if self.model else self.tier
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Depth:
@@ -120,7 +125,7 @@ class Counted(NamedTuple):
 
 def is_paused(lane: Lane, paused: Sequence[str]) -> bool:
     """Tell whether a lane is among the paused queues, by its tier or its own name."""
-    return lane.tier in paused or f"{lane.tier}.{lane.model}" in paused
+    return lane.tier in paused or lane.name in paused
 
 
 def parse(answer: Any) -> Counted:

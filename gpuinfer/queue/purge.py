@@ -62,7 +62,7 @@ def lines(client: redis.Redis, queue: str | None = None) -> list[Line]:
         *_lines("list", lists[::2], lists[1::2], default),
         *_lines("later", sets[::3], sets[1::3], default),
     ]
-    return [one for one in found if queue in (None, one.lane.tier, f"{one.lane.tier}.{one.lane.model}")]
+    return [one for one in found if queue in (None, one.lane.tier, one.lane.name)]
 
 
 def _lines(

@@ -194,7 +194,7 @@ def _queues(depth: Depth, workers: Sequence[WorkerRow], facts: Facts) -> Iterato
     measured = _measured(facts)
     for lane in sorted(lanes, key=lambda one: (list(QUEUES).index(one.tier), one.model)):  # type: ignore[arg-type]
         waiting = sum(depth.lanes.get(lane, {}).values())
-        figures = measured.get(f"{lane.tier}.{lane.model}", {})
+        figures = measured.get(lane.name, {})
         yield QueueRow(
             tier=lane.tier,
             model=lane.model,

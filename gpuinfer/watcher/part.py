@@ -15,10 +15,7 @@ from gpuinfer.watcher.need import Bounds, Inputs, need_of
 from gpuinfer.watcher.plan import Ask, Plan
 from gpuinfer.watcher.rates import Rates, measure, with_startups
 from gpuinfer.watcher.state import Action, Key, Need, Observation, Verdict
-from gpuinfer.watcher.words import Situation, sentence
-
-#: Log at most this many lanes that keep a worker.
-NAMED_LANES = 3
+from gpuinfer.watcher.words import Situation, first_of, sentence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,8 +209,7 @@ class Assessment:
         """Name the lanes for which a worker is kept though fewer are desired."""
         kept_for = self._planned.kept_for
         lanes = sorted(kept_for.lanes, key=lambda lane: QUEUES.index(lane.tier)) if kept_for else []
-        named = [f"{lane.tier}.{lane.model}".rstrip(".") for lane in lanes]
-        return ", ".join(named[:NAMED_LANES]) + (", ..." if len(named) > NAMED_LANES else "")
+        return first_of([lane.name for lane in lanes])
 
     def __str__(self) -> str:
         waiting, rate = self.whole.load.whole.waiting, self.whole.used.service(self._settings)

@@ -22,9 +22,7 @@ from gpuinfer.watcher.need import Bounds
 from gpuinfer.watcher.part import Assessment, Measured, verdict_of
 from gpuinfer.watcher.plan import one_a_host
 from gpuinfer.watcher.state import Action, Exclusion, Figures, Key, Observation, QueueState, Stranded, Verdict
-
-#: Log at most this many parts of the fleet.
-NAMED = 8
+from gpuinfer.watcher.words import first_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,18 +147,13 @@ def _why(parts: Sequence[Assessment]) -> str:
     acting = [part for part in parts if part.acts]
     asking = [part for part in parts if part.asks or part.fleet.running]
     told = acting or asking or parts[:1]
-    return "; ".join([f"{part.name}: {part.why()}" for part in told[:NAMED]] + _more(len(told)))
+    return first_of([f"{part.name}: {part.why()}" for part in told], "; ")
 
 
 def _paused(queues: Mapping[Lane, QueueState]) -> str:
     """Name the paused queues with tasks that wait: no worker is started for them."""
-    found = [lane for lane, queue in sorted(queues.items()) if queue.paused and queue.waiting]
-    named = [f"{lane.tier}.{lane.model}".rstrip(".") for lane in found[:NAMED]] + _more(len(found))
-    return f"; paused, so that no worker is started for them: {', '.join(named)}" if found else ""
-
-
-def _more(count: int) -> list[str]:
-    return [f"and {count - NAMED} more"] if count > NAMED else []
+    found = first_of([lane.name for lane, one in sorted(queues.items()) if one.paused and one.waiting])
+    return f"; paused, so that no worker is started for them: {found}" if found else ""
 
 
 def _inputs(seen: Observation, parts: Sequence[Assessment], settings: WatcherSettings) -> dict[str, object]:
@@ -170,7 +163,7 @@ def _inputs(seen: Observation, parts: Sequence[Assessment], settings: WatcherSet
         "rate_per_worker": round(first.whole.used.service(settings), 3),
         "startup_s": round(first.whole.used.startup(settings), 1),
     }
-    named = {"parts": "; ".join([*map(str, parts[:NAMED]), *_more(len(parts))])}
+    named = {"parts": first_of([*map(str, parts)], "; ")}
     desired = sum(need.unlimited for need in needs)
     return {
         "waiting": seen.waiting,

@@ -93,7 +93,7 @@ class Probe:
         serving |= {name: serves for name, serves in beating.items() if serves}
         queues = self._queues(depth, _in_lanes(depth, serving))
         self._told_queues = {
-            f"{lane.tier}.{lane.model}": {
+            lane.name: {
                 "oldest_s": round(queue.oldest_s, 1),
                 "rate": round(self._rate(lane, depth.claimed.get(lane, 0)), 3),
             }

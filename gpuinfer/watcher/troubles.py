@@ -65,7 +65,7 @@ def of_queues(dead_letters: int, stranded: Mapping[Lane, Stranded] | None) -> It
         text = f"{many(dead_letters, 'task is', 'tasks are')} set aside as dead letters"
         yield Alert("dead-letters", text, "gpuinfer dead list")
     for lane, found in (stranded or {}).items():
-        name = _UNFIT.sub("_", f"no-worker.{lane.tier}.{lane.model}".rstrip("."))
+        name = _UNFIT.sub("_", f"no-worker.{lane.name}")
         model = lane.model or "the default model"
         text = f"{tasks_wait(found.waiting)} in {lane.tier} for {model}, which no worker serves"
         yield Alert(name, text, found.remedy)

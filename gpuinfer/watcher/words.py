@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from gpuinfer.watcher.state import Exclusion, Key
 
-#: Name at most this many instances.
+#: Name at most this many instances, lanes or parts of the fleet.
 NAMED = 8
 
 
@@ -75,6 +75,11 @@ def _doing(now: Situation) -> list[str]:
 
 
 def _listed(head: str, items: Sequence[str]) -> str:
-    """Return the first few items as text; empty when there are none."""
-    rest = [f"and {len(items) - NAMED} more"] if len(items) > NAMED else []
-    return head + ", ".join([*items[:NAMED], *rest]) if items else ""
+    """Return the first few items after a heading; empty when there are none."""
+    return head + first_of(items) if items else ""
+
+
+def first_of(items: Sequence[str], between: str = ", ") -> str:
+    """Return the first few items as text, and how many more there are."""
+    more = [f"and {len(items) - NAMED} more"] if len(items) > NAMED else []
+    return between.join([*items[:NAMED], *more])
