@@ -146,7 +146,7 @@ def _path(name: str) -> Path:
         said = (
             "is a folder; name a file in it"
             if path.is_dir()
-            else "is no JSON, and there is no such file (write a text as JSON, in double quotes)"
+            else "is not JSON, and there is no such file (write a text as JSON, in double quotes)"
         )
     except (OSError, ValueError) as exc:  # name too long, or with a null byte
         said = f"is neither JSON nor a file name: {exc}"

@@ -117,7 +117,7 @@ def test_options_of_submit(cli: Cli, redis_server: RedisServer, tmp_path: Path) 
     ("argument", "words"),
     [
         ("[1,", "is not JSON"),
-        ("three.txt", "is no JSON, and there is no such file"),
+        ("three.txt", "is not JSON, and there is no such file"),
         ("nobody.json", "there is no such file"),
         ("nobody.npy", "there is no such file"),
         ("@[1]", "there is no such file"),

@@ -76,7 +76,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, data: bytes, value: Any
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: read_input("dog.jpg"), "dog.jpg: is neither a file nor JSON"),
+        (lambda: read_input("dog.jpg"), "dog.jpg: is not JSON, and there is no such file"),
         (lambda: read_input("[1, 2"), "is not JSON"),
         (lambda: read_input("."), "is a folder"),
         (lambda: read_input("x" * 5000), "neither JSON nor a file name"),
