@@ -11,7 +11,9 @@ from gpuinfer.worker.app import create_worker_app
 
 def _read() -> Settings:
     """Read the settings; a worker runs model code, and root's must not have the administrator's password."""
-    return load(user="worker" if "worker" in sys.argv else "api").settings
+    if "worker" in sys.argv:
+        return load(user="worker", patient=True).settings
+    return load(user="api").settings
 
 
 app = create_worker_app(read=_read)

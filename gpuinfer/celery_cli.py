@@ -41,5 +41,5 @@ def _prepare_flower(loaded: Loaded) -> None:
     from gpuinfer.flower import prepare
     from gpuinfer.log import configure
 
-    configure(loaded.settings.log, program="gpuinfer-flower")
+    configure(loaded.when_written().settings.log, program="gpuinfer-flower")
     prepare()

@@ -146,12 +146,18 @@ class _WhenNeeded:
 
     def __init__(self, file: Path | None, user: str = "api") -> None:
         self._file, self._user = file, user
+        self._patient = False
+
+    def when_written(self) -> _WhenNeeded:
+        """Return settings that a service starts with: a file that is being written is waited for."""
+        self._patient = True
+        return self
 
     @cached_property
     def _loaded(self) -> Loaded:
         from gpuinfer.settings import load
 
-        return load(self._file, user=self._user)
+        return load(self._file, user=self._user, patient=self._patient)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loaded, name)
@@ -159,7 +165,7 @@ class _WhenNeeded:
     def only(self, *sections: str) -> Settings:
         from gpuinfer.settings import load
 
-        return load(self._file, only=sections).settings
+        return load(self._file, only=sections, patient=self._patient).settings
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -50,6 +50,7 @@ from gpuinfer.sources import (
     Variables,
     exists,
     read_text,
+    settled,
     variable,
 )
 
@@ -134,6 +135,10 @@ class Loaded:
         """Return settings of which only these sections are read; the file's other sections may be wrong."""
         return self.settings
 
+    def when_written(self) -> Loaded:
+        """Return what a service starts with: these, as they are read already. See ``load(patient=True)``."""
+        return self
+
     @property
     def changed(self) -> Mapping[str, str]:
         """Return the origins of what was set by somebody; logins that ``load`` found are left out."""
@@ -147,16 +152,23 @@ def load(
     *,
     only: Collection[str] = frozenset(Settings.model_fields),
     user: str = "api",
+    patient: bool = False,
 ) -> Loaded:
     """Read all sources once; with ``only``, these sections only, and defaults for the others.
 
     ``user``: the Redis user that root logs in as where there is no password of ``admin``; ``worker`` is used
-    even where there is one.
+    even where there is one. ``patient``: while the file is being written, wait, as a service must.
 
     Raises ConfigError naming the source, the key, the value and what would be right.
     """
     environ = os.environ if environ is None else environ
     path = settings_file(file, environ)
+    if patient:
+        return settled(path, lambda: _load(path, environ, only, user))
+    return _load(path, environ, only, user)
+
+
+def _load(path: Path, environ: Mapping[str, str], only: Collection[str], user: str) -> Loaded:
     named = path != DEFAULT_FILE
     folder = environ.get("CREDENTIALS_DIRECTORY")
     sources: dict[str, PydanticBaseSettingsSource] = {

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
+import time
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, TomlConfigSettingsSource
@@ -26,6 +27,11 @@ CREDENTIALS: Mapping[str, tuple[str, str]] = {"broker_password": ("broker", "pas
 
 #: Section -> key -> value, as a source has it.
 Values = dict[str, dict[str, Any]]
+#: A file that was written within this many seconds may still be being written.
+SETTLED_S: Final = 1.0
+#: How often such a file is read again before it is taken as it is.
+_MOST_READS: Final = 10
+T = TypeVar("T")
 
 
 def sections_of(settings: type[BaseSettings]) -> dict[str, type[BaseModel]]:
@@ -46,6 +52,52 @@ def file_state(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+def settled(
+    path: Path,
+    read: Callable[[], T],
+    *,
+    now: Callable[[], float] = time.time,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
+    """Return what ``read`` makes of a file, once nobody is writing the file.
+
+    The beginning of a TOML file is valid TOML, so a file that has changed while it was read, or within the
+    last second, is read again. An old file is read once, without a wait. Raises ConfigError as ``read`` does.
+    """
+    fault: ConfigError | None
+    for reads in range(1, _MOST_READS + 1):
+        before, fault = file_state(path), None
+        try:
+            found = read()
+        except ConfigError as exc:
+            fault = exc
+        left_s = _unsettled_s(path, now())
+        if (left_s <= 0 and file_state(path) == before) or reads == _MOST_READS:
+            break
+        sleep(max(left_s, 0.01))
+    if fault is not None:
+        raise fault
+    return found
+
+
+def _unsettled_s(path: Path, now: float) -> float:
+    """Return the seconds until a file counts as written; 0 or less: it does.
+
+    Some editors move the old file away before they write the new one, so a missing file counts from the last
+    change of its folder.
+    """
+    try:
+        written = path.stat().st_mtime
+    except OSError:
+        try:
+            written = path.parent.stat().st_mtime
+        except OSError:
+            return 0
+    age_s = now - written
+    # The server of a network file system may have another clock; a time far in the future means nothing.
+    return SETTLED_S - age_s if abs(age_s) < SETTLED_S else 0
 
 
 def read_text(path: Path) -> str:

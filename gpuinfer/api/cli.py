@@ -48,7 +48,7 @@ def api(ctx: click.Context, host: str | None, port: int | None, path: Path | Non
     SIGTERM and SIGINT end it with exit code 0, after it has answered the requests that it accepted. With --fd
     and wrong settings it answers 503 until they are right.
     """
-    loaded: Loaded = ctx.obj
+    loaded: Loaded = ctx.obj.when_written()
     if sum((host is not None or port is not None, path is not None, fd is not None)) > 1:
         raise UsageError("give --host and --port, or --socket, or --fd")
     if fd is not None:

@@ -76,6 +76,7 @@ def prepare(loaded: Loaded, folder: Path, data: Path | None, measure: bool) -> N
     from gpuinfer.broker import acl, last_good, passwords, room, tuning
     from gpuinfer.queue.connection import DURABILITY
 
+    loaded = loaded.when_written()
     settings, fault = last_good.settings(loaded)
     if fault:
         say(
@@ -187,13 +188,14 @@ def local(ctx: click.Context) -> None:
     """
     from gpuinfer.broker import last_good
 
+    loaded: Loaded = ctx.obj.when_written()
     try:
-        settings, fault = last_good.settings(ctx.obj)
+        settings, fault = last_good.settings(loaded)
     except ConfigError as exc:
         say_error(str(exc))
         ctx.exit(255)
     if not fault:  # else `prepare` says so
-        _keep(ctx.obj)
+        _keep(loaded)
     url = settings.broker.url
     if not url.rpartition("@")[2].rpartition("://")[2].startswith(f"{FOLDER}/"):
         from gpuinfer.settings import shown

@@ -29,7 +29,7 @@ def run(loaded: Loaded, dry_run: bool) -> None:
     from gpuinfer.log import configure
     from gpuinfer.watcher.main import serve
 
-    settings = loaded.settings
+    settings = loaded.when_written().settings
     configure(settings.log, program="gpuinfer-watcher")
     asyncio.run(serve(settings, dry_run=dry_run))
 

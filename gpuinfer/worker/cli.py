@@ -62,7 +62,7 @@ def run(loaded: Loaded, number: int) -> None:
     """
     from gpuinfer.worker.app import create_worker_app
 
-    process = create_worker_app(loaded.settings).Worker(
+    process = create_worker_app(loaded.when_written().settings).Worker(
         hostname=node_name(number), pool_cls="solo", quiet=True
     )
     process.start()
@@ -98,7 +98,7 @@ def restore(loaded: Loaded, number: int | None, name: str | None, *, force: bool
         worker = _checked(name)
     else:
         raise click.UsageError("give one of N and --name")
-    settings = loaded.settings
+    settings = loaded.when_written().settings
     configure(
         settings.log, program="gpuinfer-worker", worker=worker, gpu=_gpu_of(worker, settings.worker.per_gpu)
     )

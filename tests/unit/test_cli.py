@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import pytest
 
-from gpuinfer.cli import COMMANDS, cli
+from gpuinfer.cli import COMMANDS, _WhenNeeded, cli
 from gpuinfer.cli_help import in_words
 from tests.services import Process
 from tests.workers import wait_until
@@ -315,6 +315,29 @@ def test_ctrl_c_is_130_without_a_traceback(tmp_path: Path) -> None:
         assert process.wait() == 130
         os.close(writer)
         assert "Traceback" not in process.text()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("worker 0", "worker run 0", "restore 0", "watcher run", "api", "api --fd 3"),
+        *("redis local", "redis prepare", "celery flower"),
+    ],
+)
+def test_a_service_waits_for_settings_that_are_being_written(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command that a unit runs; a command of a person takes the file as it is."""
+
+    class Asked(Exception):
+        pass
+
+    def when_written(_: object) -> None:
+        raise Asked
+
+    monkeypatch.setattr(_WhenNeeded, "when_written", when_written)
+    with pytest.raises(Asked):
+        cli.main(args=line.split(), prog_name="gpuinfer", standalone_mode=False)
 
 
 def test_version() -> None:

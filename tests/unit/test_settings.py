@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from gpuinfer.client.driver import settings_for
 from gpuinfer.errors import ConfigError
 from gpuinfer.settings import Settings, load, load_settings, shown
+from gpuinfer.sources import SETTLED_S, settled
 
 pytestmark = pytest.mark.unit
 
@@ -355,3 +357,96 @@ def test_who_is_not_root_finds_a_login(
     loaded = load(None, {}, user="worker")
     assert loaded.settings.broker.username == name
     assert not loaded.changed
+
+
+class Writer:
+    """Somebody who goes on with the settings file while its reader sleeps."""
+
+    def __init__(self, file: Path, *parts: str | None) -> None:
+        self.file, self.parts = file, list(parts)
+        self.slept: list[float] = []
+        self.now = 1e9
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Write the file, in place, as its next part; None: move it away."""
+        part = self.parts.pop(0)
+        if part is None:
+            self.file.unlink()
+        else:
+            self.file.write_text(part)
+        for path in (self.file, self.file.parent):
+            if path.exists():
+                os.utime(path, (self.now, self.now))
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+        if self.parts:
+            self.go_on()
+
+    def read(self) -> Settings:
+        """Return what a service starts with: a file, where there is one."""
+
+        def read() -> Settings:
+            return load(self.file, {}).settings if self.file.exists() else Settings()
+
+        return settled(self.file, read, now=lambda: self.now, sleep=self.sleep)
+
+
+WHOLE = '[api]\nport = 1\n[broker]\nurl = "unix:///run/another.sock?db=0"\n'
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("", WHOLE[:15], WHOLE),  # the beginning is valid TOML
+        (WHOLE[:30], WHOLE),  # this is not
+        (WHOLE.replace("port = 1", "port = 7"), None, WHOLE),  # moved away, then written, as some editors do
+    ],
+)
+def test_a_service_waits_for_a_file_that_is_being_written(
+    parts: tuple[str | None, ...], tmp_path: Path
+) -> None:
+    """What it starts with is the whole file, whatever of it is there at first."""
+    found = Writer(tmp_path / "gpuinfer.toml", *parts).read()
+    assert found == accepted(WHOLE, tmp_path)
+
+
+def test_an_old_file_is_read_at_once(tmp_path: Path) -> None:
+    """Right or wrong, it is read once; one from the future, by a wrong clock, too."""
+    for age in (SETTLED_S, 1e6, -1e6):
+        writer = Writer(tmp_path / "gpuinfer.toml", WHOLE)
+        writer.now += age
+        assert writer.read().api.port == 1
+        assert writer.slept == []
+    writer = Writer(tmp_path / "gpuinfer.toml", "[api")
+    writer.now += 60
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        writer.read()
+    assert writer.slept == []
+
+
+def test_a_file_that_is_written_for_ever_does_not_stop_a_service(tmp_path: Path) -> None:
+    """After some seconds it is taken as it is."""
+    writer = Writer(tmp_path / "gpuinfer.toml", *[WHOLE] * 100)
+    assert writer.read().api.port == 1
+    assert 5 <= sum(writer.slept) <= 15
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path: Path) -> None:
+    """Also where its new content looks old, as after cp -p."""
+    file = tmp_path / "gpuinfer.toml"
+    seen: list[str] = []
+    file.write_text("")
+
+    def read() -> str:
+        text = file.read_text()
+        if not seen:
+            file.write_text(WHOLE)
+            os.utime(file, (1, 1))
+        seen.append(text)
+        return text
+
+    assert settled(file, read, sleep=lambda _: None) == WHOLE
+    assert len(seen) == 2
