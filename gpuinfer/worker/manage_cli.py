@@ -176,8 +176,9 @@ def restart(loaded: Loaded, workers: tuple[str, ...], as_json: bool) -> int:
     """Restart workers of this host, one after the other.
 
     Each finishes its batch, hands back its other tasks, and is ready again before the next one stops. A
-    worker that does not run is started; a drained one stays drained. Exit code 64: the worker is on another
-    host. 69: there is no systemd, or the unit did not start. 77: you may not restart units.
+    drained one stays drained. A worker that has failed, or that is enabled and does not run, is started. Exit
+    code 64: the worker is on another host. 66: one neither runs nor is enabled, so nothing is restarted. 69:
+    there is no systemd, or the unit did not start. 77: you may not restart units.
     """
     here = socket.gethostname()
     units = {}
@@ -190,14 +191,32 @@ def restart(loaded: Loaded, workers: tuple[str, ...], as_json: bool) -> int:
         units[name] = f"gpuinfer-worker@{number}.service"
     if shutil.which("systemctl") is None:
         raise UnitsUnavailable("there is no systemctl here; stop the worker with SIGTERM, and start it again")
+    ran = {name: _runs(name, unit) for name, unit in units.items()}
     for name, unit in units.items():
-        done = subprocess.run(["systemctl", "restart", unit], check=False, capture_output=True, text=True)
-        if done.returncode:
-            denied = "denied" in done.stderr or "authentication" in done.stderr
-            error = UnitRefused if denied else UnitsUnavailable
-            raise error(f"systemctl restart {unit}: {done.stderr.strip() or done.returncode}")
+        _systemctl("restart", unit)
         if not as_json:
-            click.echo(f"{name}: restarted, and ready")
+            click.echo(f"{name}: {'restarted' if ran[name] else 'did not run: started'}, and ready")
     if as_json:
-        print_json([{"worker": name, "restarted": True} for name in units])
+        print_json([{"worker": name, "restarted": ran[name], "started": not ran[name]} for name in units])
     return 0
+
+
+def _runs(name: str, unit: str) -> bool:
+    """Tell whether a worker runs; False: it has failed, or is enabled. Raises UnknownWorker for others."""
+    said = _systemctl("show", "--property=ActiveState,UnitFileState", unit)
+    found = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+    state, enabled = found.get("ActiveState", ""), found.get("UnitFileState", "").startswith("enabled")
+    if state == "inactive" and not enabled:
+        words = f"{name} does not run, and is not enabled; to start it: systemctl start {unit}"
+        raise UnknownWorker(words, "N")
+    return state not in ("inactive", "failed")
+
+
+def _systemctl(*words: str) -> str:
+    """Return what systemctl says. Raises UnitRefused, UnitsUnavailable."""
+    done = subprocess.run(["systemctl", *words], check=False, capture_output=True, text=True)
+    if done.returncode:
+        denied = "denied" in done.stderr or "authentication" in done.stderr
+        error = UnitRefused if denied else UnitsUnavailable
+        raise error(f"systemctl {words[0]} {words[-1]}: {done.stderr.strip() or done.returncode}")
+    return done.stdout

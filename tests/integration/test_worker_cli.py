@@ -113,8 +113,16 @@ def test_restart_is_systemds(
     """By the unit of this host's worker; what cannot be is said, with what would be right."""
     calls, fake = tmp_path / "calls", tmp_path / "systemctl"
     fake.write_text(
-        f'#!/bin/sh\necho "$@" >>{calls}\n[ "$2" != gpuinfer-worker@3.service ] || '
-        + "{ echo gone >&2; exit 5; }\n"
+        f"""#!/bin/sh
+[ "$1" != show ] || case "$3" in
+    *@4.service) echo ActiveState=inactive; echo UnitFileState=enabled; exit ;;
+    *@5.service) echo UnitFileState=disabled; echo ActiveState=inactive; exit ;;
+    *@6.service) echo UnitFileState=disabled; echo ActiveState=failed; exit ;;
+    *) echo UnitFileState=disabled; echo ActiveState=active; exit ;;
+esac
+echo "$@" >>{calls}
+[ "$2" != gpuinfer-worker@3.service ] || {{ echo gone >&2; exit 5; }}
+"""
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -125,3 +133,12 @@ def test_restart_is_systemds(
     assert cli.json("worker", "restart", "3", code=69)["error"]["message"].endswith("@3.service: gone")
     elsewhere = cli.json("worker", "restart", "gpu0@elsewhere", code=64)
     assert "run gpuinfer worker restart 0 on elsewhere" in elsewhere["error"]["message"]
+    calls.write_text("")
+    never = cli.json("worker", "restart", "0", "5", code=66)["error"]["message"]
+    assert never.endswith("is not enabled; to start it: systemctl start gpuinfer-worker@5.service")
+    assert calls.read_text() == "", "nothing is restarted where one of them cannot be"
+    told = cli("worker", "restart", "0", "4", "6").stdout.splitlines()
+    assert [line.partition(": ")[2] for line in told] == [
+        "restarted, and ready",
+        *(["did not run: started, and ready"] * 2),
+    ]
