@@ -219,7 +219,7 @@ class SystemdUnits:
         return {name: variant.value for name, variant in unit.body[0].items()}
 
     async def _check_target(self) -> None:
-        """Read whether the target was stopped: it has been active since the boot, and is not any more.
+        """Read whether the target is masked, or was stopped: it was active since the boot, and is not now.
 
         It is read after the workers: a stop of the target reaches the target first, so that the stops of its
         workers are never taken for stops by hand.
@@ -232,7 +232,8 @@ class SystemdUnits:
                 self._target_dirty = True
                 raise
             stopped_at = known.get("InactiveEnterTimestampMonotonic")
-            self._target_stopped = known.get("ActiveState") == "inactive" and bool(stopped_at)
+            stopped = known.get("ActiveState") == "inactive" and bool(stopped_at)
+            self._target_stopped = stopped or known.get("LoadState") == "masked"
 
     async def _forgive(self, number: int) -> None:
         """Reset the count of starts of a worker that became ready, or whose starts failed too often."""

@@ -223,7 +223,7 @@ def test_a_manual_start_and_stop_are_respected(host: Container) -> None:
 
 
 def test_a_stop_of_all_workers_lasts_until_their_target_is_started(host: Container) -> None:
-    """Over a restart of the watcher, too; it is nobody's wish about any single worker."""
+    """Over all that makes systemd forget it or the package start it; no single worker is meant."""
     shut(host)
     ids = burst(host, 100)
     until(host, *[UP] * 4)
@@ -232,12 +232,13 @@ def test_a_stop_of_all_workers_lasts_until_their_target_is_started(host: Contain
     try:
         until(host, *[DOWN] * 4)
         host.until("gpuinfer watcher explain | grep '^now.*gpuinfer-workers.target is stopped'", timeout=60)
-        host.ok(f"systemctl restart {WATCHER}")
+        host.ok("systemctl disable -q gpuinfer-workers.target; systemctl daemon-reexec")
+        host.ok(f"systemctl restart {WATCHER}; dpkg-reconfigure gpuinfer")
         told = f"journalctl -o cat _PID={main_pid(host, WATCHER)}"
         host.until(f"{told} | grep 'systemctl start gpuinfer-workers.target'", timeout=60)
         assert (states(host), holds(host)) == ([DOWN] * 4, [])
     finally:
-        host.ok("systemctl start gpuinfer-workers.target")
+        host.ok("systemctl enable -q gpuinfer-workers.target; systemctl start gpuinfer-workers.target")
     all_completed(host, ids)
     assert holds(host) == []
 

@@ -334,6 +334,7 @@ case "$*" in
     *list-units*--state=failed*) printf '%s\\n' $FAILED ;;
     *is-failed*) exit "${HEALTHY:-1}" ;;
     *is-active*gpuinfer.target*) exit "${STOPPED:-0}" ;;
+    *show*gpuinfer-workers.target*) printf '%s\\n' ${TARGET:-} ;;
     *restart*"$BAD"*) exit 1 ;;
 esac
 """
@@ -367,7 +368,13 @@ class Rolling:
         self._put("policy", f"#!/bin/sh\ncase $1 in {'|'.join(units)}) exit 101 ;; esac\n")
 
     def run(
-        self, *wanted: str, active: str = "", failed: str = "", bad: str = "none", stopped: bool = False
+        self,
+        *wanted: str,
+        active: str = "",
+        failed: str = "",
+        bad: str = "none",
+        stopped: bool = False,
+        target: str = "",
     ) -> tuple[list[str], str]:
         """Return what systemctl was told to change, and what the journal has."""
         (self.folder / "asked").mkdir(exist_ok=True)
@@ -383,6 +390,7 @@ class Rolling:
                 "FAILED": failed,
                 "BAD": bad,
                 "STOPPED": "3" if stopped else "0",
+                "TARGET": target,
                 "HEALTHY": "0" if stopped else "1",
             },
             check=True,
@@ -438,15 +446,43 @@ def test_what_an_administrator_has_stopped_stays_so(rolling: Rolling) -> None:
     assert changed == ["try-restart gpuinfer-redis.service"]
 
 
+#: What systemd tells of the workers' target: stopped since the boot; up; never up since the boot.
+TARGET_STOPPED = "InactiveEnterTimestampMonotonic=7 ActiveState=inactive"
+TARGET_UP = "ActiveState=active InactiveEnterTimestampMonotonic=7"
+TARGET_NEVER = "ActiveState=inactive InactiveEnterTimestampMonotonic=0"
+
+
+@pytest.mark.parametrize(("target", "starts"), [(TARGET_STOPPED, 0), (TARGET_UP, 1), (TARGET_NEVER, 1)])
+def test_an_upgrade_starts_no_worker_while_their_target_is_stopped(
+    rolling: Rolling, target: str, starts: int
+) -> None:
+    """A worker that had failed is started by the next good version, unless all are to stay stopped."""
+    changed, _ = rolling.run("new version", failed=WORKER_2, target=target)
+    assert changed.count(f"start {WORKER_2}") == starts
+
+
+#: Stands for systemctl in the package's scripts.
+SAYING = """#!/bin/sh
+echo "systemctl $*" >>"$CALLS"
+case "$*" in
+    *show*gpuinfer-workers.target*) printf '%s\\n' ${TARGET:-} ;;
+    *show*Wants*) echo "${WANTS:-}" ;;
+esac
+"""
+
+
 class Dpkg:
     """Runs the maintainer scripts as dpkg does, with everything they touch in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.run_folder = folder, folder / "run"
+        #: What systemctl prints, as variables of its stand-in.
+        self.says: dict[str, str] = {}
         for name in ("bin", "run/systemd/system", "etc/gpuinfer"):
             (folder / name).mkdir(parents=True)
-        for name in ("systemctl", "gpuinfer", "deb-systemd-invoke", "chgrp"):
+        for name in ("gpuinfer", "deb-systemd-invoke", "chgrp"):
             self._put(f"bin/{name}", '#!/bin/sh\necho "${0##*/} $*" >>"$CALLS"\n')
+        self._put("bin/systemctl", SAYING)
         for name in ("preinst", "postinst"):
             text = maintainer_script(name)
             for path in ("/run/", "/etc/gpuinfer", "/usr/sbin/policy-rc.d"):
@@ -461,9 +497,25 @@ class Dpkg:
         """Return what the script called."""
         calls = self.folder / "calls"
         calls.write_text("")
-        environ = {"PATH": f"{self.folder / 'bin'}:/usr/bin:/bin", "CALLS": str(calls)}
+        environ = {"PATH": f"{self.folder / 'bin'}:/usr/bin:/bin", "CALLS": str(calls), **self.says}
         subprocess.run([self.folder / script, *words], env=environ, check=True, timeout=60)
         return calls.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("target", "started"),
+    [
+        (TARGET_STOPPED, "gpuinfer-redis.service gpuinfer-watcher.service"),
+        (TARGET_UP, "gpuinfer.target"),
+        (TARGET_NEVER, "gpuinfer.target"),
+    ],
+)
+def test_a_reconfiguration_keeps_all_workers_stopped(tmp_path: Path, target: str, started: str) -> None:
+    """dpkg-reconfigure starts what is enabled, but no worker while their target is stopped by hand."""
+    dpkg = Dpkg(tmp_path)
+    wants = "gpuinfer-redis.service gpuinfer-workers.target gpuinfer-watcher.service"
+    dpkg.says = {"WANTS": wants, "TARGET": target, "DEBCONF_RECONFIGURE": "1"}
+    assert f"deb-systemd-invoke start {started}" in dpkg("postinst", "configure", "0.1")
 
 
 def test_an_upgrade_is_rolled_out_while_an_earlier_one_is(tmp_path: Path) -> None:

@@ -191,6 +191,8 @@ async def test_a_stop_of_the_target_is_seen(bus: Bus) -> None:
         stopped.append((await units.states([0]))[0].target_stopped)
     assert stopped == [False, False, True, False]
     assert (await SystemdUnits().states([0]))[0].target_stopped is False
+    bus.target = {"ActiveState": "inactive", "InactiveEnterTimestampMonotonic": 0, "LoadState": "masked"}
+    assert (await SystemdUnits().states([0]))[0].target_stopped is True, "after a boot, too"
 
 
 async def test_what_failed_often_is_forgiven_and_stays_failed(bus: Bus) -> None:
