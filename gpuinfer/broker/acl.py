@@ -364,14 +364,15 @@ def apply(
     passwords: Mapping[str, str],
     chain_queues: Sequence[str] = ("celery",),
     older: Mapping[str, Sequence[str]] | None = None,
+    more: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
     """Give the users of a running Redis these rules; return those that had others. Raises redis-py's errors.
 
-    Each user is changed by one command, so that no connection is closed or refused meanwhile. Other users are
-    not changed.
+    ``more``: the administrator's own users -> their rules. Each user is changed by one command, so that no
+    connection is closed or refused meanwhile. Other users are not changed.
     """
     before = listed(client)
-    wanted = rules(passwords, chain_queues, older)
+    wanted = {**(more or {}), **rules(passwords, chain_queues, older)}
     give(client, wanted)
     after = listed(client)
     return [user for user in wanted if after[user] != before.get(user)]

@@ -85,7 +85,8 @@ def prepare(loaded: Loaded, folder: Path, data: Path | None, measure: bool) -> N
         )
     else:
         _tell_of_the_rest(loaded)
-    users = acl.render(passwords.read(), _chain_queues(loaded, settings), passwords.older()) + _their_lines()
+    users = acl.render(passwords.read(), _chain_queues(loaded, settings), passwords.older())
+    users += "".join(f"{line}\n" for line in _their_lines())
     choice = _durability(settings, folder, data, again=measure)
     _write(folder / "tuning.conf", tuning.render(settings.redis, tuning.host_memory_bytes(), choice))
     _write(folder / "users.acl", users)
@@ -96,23 +97,48 @@ def prepare(loaded: Loaded, folder: Path, data: Path | None, measure: bool) -> N
 @as_json_option
 @click.pass_obj
 def apply_users(loaded: Loaded, as_json: bool) -> None:
-    """Update the rights of gpuinfer's Redis users.
+    """Give the running Redis the users in its files.
 
-    They take effect without a restart, also for open connections; other users are not changed. An upgrade
-    does this before it restarts the workers. Passwords come from $CREDENTIALS_DIRECTORY, else from
+    They are gpuinfer's own, and those of /etc/gpuinfer/redis-users.acl. Rights and passwords take effect
+    without a restart, also for open connections. A user that no file names is not changed. An upgrade does
+    this before it restarts the workers. Passwords come from $CREDENTIALS_DIRECTORY, else from
     /etc/gpuinfer/credentials.
     """
     from gpuinfer.broker import acl, passwords
 
-    found = passwords.read()
+    found, theirs = passwords.read(), {words[1]: words[2:] for words in map(str.split, _their_lines())}
     with _as_admin(loaded, found) as (client, settings):
-        changed = acl.apply(client, found, _chain_queues(loaded, settings), passwords.older())
+        queues = _chain_queues(loaded, settings)
+        changed = acl.apply(client, found, queues, passwords.older(), theirs)
     if as_json:
-        print_json({"users": list(acl.USERS), "changed": changed})
+        print_json({"users": [*acl.USERS, *theirs], "changed": changed})
     else:
         click.echo(
             f"new rights for {', '.join(changed)}" if changed else "all users have these rights already"
         )
+
+
+@redis.command("apply-settings", epilog=examples("gpuinfer redis apply-settings"))
+@as_json_option
+@click.pass_obj
+def apply_settings(loaded: Loaded, as_json: bool) -> None:
+    """Give the running Redis the limits in [redis].
+
+    They are maxmemory and appendfsync, and take effect without a restart. A line of redis.conf wins over the
+    settings, as at a start.
+    """
+    from gpuinfer.broker import durability, tuning
+
+    with _as_admin(loaded) as (client, settings):
+        choice = durability.planned(settings.redis, durability.folder_of())
+        wanted = tuning.values(settings.redis, tuning.host_memory_bytes(), choice)
+        changed = tuning.apply(client, wanted)
+    if as_json:
+        print_json({"changed": changed})
+    elif changed:
+        click.echo("\n".join(f"{key} is {value} now" for key, value in changed.items()))
+    else:
+        click.echo("Redis runs with these settings already")
 
 
 @redis.command(
@@ -275,16 +301,16 @@ def more_users() -> Users:
         ) from exc
 
 
-def _their_lines() -> str:
-    """Return the administrator's own users. A line that Redis rejects is logged and left out."""
+def _their_lines() -> list[str]:
+    """Return the lines of the administrator's own users. One that Redis rejects is logged and left out."""
     try:
         found = more_users()
     except ConfigError as exc:
         say(f"gpuinfer: warning: {exc}; none of its users can log in", WARNING)
-        return ""
+        return []
     for fault in found.faults:
         say(f"gpuinfer: warning: {MORE_USERS}: {fault}; this line is left out", WARNING)
-    return "".join(f"{line}\n" for line in found.lines)
+    return found.lines
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import redis
+
+from gpuinfer.broker import durability
 from gpuinfer.broker.durability import Choice
 from gpuinfer.settings import RedisSettings
 
@@ -25,9 +29,26 @@ def maxmemory_bytes(settings: RedisSettings, host_bytes: int) -> int:
     return bounded // MIB * MIB
 
 
+def values(settings: RedisSettings, host_bytes: int, choice: Choice) -> dict[str, str]:
+    """Return Redis's option -> its value, as the settings have it."""
+    return {"maxmemory": f"{maxmemory_bytes(settings, host_bytes) // MIB}mb", "appendfsync": choice.mode}
+
+
+def apply(client: redis.Redis, wanted: dict[str, str], conf: Path = durability.REDIS_CONF) -> dict[str, str]:
+    """Give a running Redis these values, or those of redis.conf, which win; return what changed.
+
+    Raises redis-py's errors.
+    """
+    before = durability.configuration(client, *wanted)
+    for key, value in wanted.items():
+        client.config_set(key, durability.stated(conf, key) or value)
+    after = durability.configuration(client, *wanted)
+    return {key: after[key] for key in wanted if after[key] != before[key]}
+
+
 def render(settings: RedisSettings, host_bytes: int, choice: Choice) -> str:
     """Return the text of tuning.conf, which redis.conf includes."""
-    limit = maxmemory_bytes(settings, host_bytes)
+    found = values(settings, host_bytes, choice)
     reason = (
         "redis.maxmemory_mb"
         if settings.maxmemory_mb
@@ -37,7 +58,7 @@ def render(settings: RedisSettings, host_bytes: int, choice: Choice) -> str:
     return (
         "# Written by `gpuinfer redis prepare` at each start from [redis] in gpuinfer.toml; do not edit.\n"
         f"# {reason}\n"
-        f"maxmemory {limit // MIB}mb\n"
+        f"maxmemory {found['maxmemory']}\n"
         f"# {choice.why}: {choice.means}\n"
-        f"appendfsync {choice.mode}\n"
+        f"appendfsync {found['appendfsync']}\n"
     )

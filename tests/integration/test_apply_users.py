@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer redis apply-users``: a Redis that runs takes this version's rights, and nobody notices."""
+"""``gpuinfer redis apply-users``, ``apply-settings``: a Redis that runs takes what is new; nobody notices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import redis
 from redis.exceptions import NoPermissionError
 
-from gpuinfer.broker import acl
+from gpuinfer.broker import acl, tuning
 from gpuinfer.queue import keys
 from tests.brokers import PASSWORDS, OurRedis, our_redis
 
@@ -56,10 +56,12 @@ def credentials(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def apply(server: OurRedis, credentials: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def apply(
+    server: OurRedis, credentials: Path, *options: str, what: str = "users", **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command as root does at an upgrade."""
-    variables = {"GPUINFER_BROKER_URL": server.url, "CREDENTIALS_DIRECTORY": str(credentials)}
-    command = [sys.executable, "-m", "gpuinfer", "redis", "apply-users", *options]
+    variables |= {"GPUINFER_BROKER_URL": server.url, "CREDENTIALS_DIRECTORY": str(credentials)}
+    command = [sys.executable, "-m", "gpuinfer", "redis", f"apply-{what}", *options]
     return subprocess.run(
         command, check=False, env=os.environ | variables, capture_output=True, text=True, timeout=120
     )
@@ -121,6 +123,43 @@ def test_it_gives_what_a_start_gives(server: OurRedis, credentials: Path) -> Non
     server.start()
     with server.client() as admin:
         assert acl.listed(admin) == applied
+
+
+def test_the_administrators_own_users_are_given_too(server: OurRedis, credentials: Path) -> None:
+    """Those of redis-users.acl, made or changed; one that no file names stays as it is."""
+    with server.client() as admin:
+        before = acl.listed(admin)["own"]
+        for rules in ("on nopass ~x +get", "on nopass ~y +get"):
+            (credentials / "redis-users.acl").write_text(f"# mine\nuser mine {rules}\n")
+            done = json.loads(apply(server, credentials, "--json").stdout)
+            assert done["users"][-1] == done["changed"][0] == "mine"
+            (mine,) = acl.listed(admin)["mine"]
+            assert set(rules.split()[2:]) <= set(mine)
+            assert len([rule for rule in mine if rule.startswith("~")]) == 1
+        assert acl.listed(admin)["own"] == before
+
+
+def test_new_limits_need_no_restart(server: OurRedis, credentials: Path) -> None:
+    """So that a Redis without an append-only file keeps its queue; a second time nothing changes."""
+    with server.client() as admin:
+        admin.config_set("appendonly", "no")
+        admin.lpush("queue", "task")
+        done = apply(server, credentials, what="settings", GPUINFER_REDIS_MAXMEMORY_MB="300")
+        assert (done.returncode, done.stdout) == (0, f"maxmemory is {300 * 2**20} now\n"), done.stderr
+        again = apply(server, credentials, "--json", what="settings", GPUINFER_REDIS_MAXMEMORY_MB="300")
+        assert json.loads(again.stdout) == {"changed": {}}
+        assert admin.config_get("maxmemory") == {"maxmemory": str(300 * 2**20)}
+        assert admin.llen("queue") == 1
+
+
+def test_redis_conf_wins_over_the_settings(server: OurRedis, tmp_path: Path) -> None:
+    """As at a start: tuning.conf is included at its beginning."""
+    conf = tmp_path / "redis.conf"
+    conf.write_text("include tuning.conf\nmaxmemory 200mb\n")
+    with server.client() as admin:
+        wanted = {"maxmemory": "300mb", "appendfsync": "always"}
+        changed = tuning.apply(admin, wanted, conf)
+        assert changed == {"maxmemory": str(200 * 2**20), "appendfsync": "always"}
 
 
 def test_whatever_the_format(server: OurRedis, credentials: Path) -> None:
