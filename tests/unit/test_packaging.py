@@ -350,6 +350,7 @@ class Rolling:
         (folder / "asked").mkdir()
         self._put("bin/systemctl", SYSTEMCTL)
         self._put("bin/gpuinfer", "#!/bin/sh\n")
+        self._put("bin/redis-cli", '#!/bin/sh\nprintf "%s\\r\\n" "# Persistence" "$PERSISTENCE"\n')
         script = (ROOT / "systemd" / "roll").read_text()
         for path, instead in (
             ("/run/gpuinfer-upgrade.doing", "doing"),
@@ -375,6 +376,7 @@ class Rolling:
         bad: str = "none",
         stopped: bool = False,
         target: str = "",
+        persistence: str = "aof_enabled:1",
     ) -> tuple[list[str], str]:
         """Return what systemctl was told to change, and what the journal has."""
         (self.folder / "asked").mkdir(exist_ok=True)
@@ -391,6 +393,7 @@ class Rolling:
                 "BAD": bad,
                 "STOPPED": "3" if stopped else "0",
                 "TARGET": target,
+                "PERSISTENCE": persistence,
                 "HEALTHY": "0" if stopped else "1",
             },
             check=True,
@@ -469,6 +472,19 @@ case "$*" in
     *show*Wants*) echo "${WANTS:-}" ;;
 esac
 """
+
+
+@pytest.mark.parametrize(
+    ("persistence", "restarts"), [("aof_enabled:1", 1), ("aof_enabled:0", 0), ("NOAUTH", 1)]
+)
+def test_no_upgrade_restarts_a_redis_that_would_lose_its_queue(
+    rolling: Rolling, persistence: str, restarts: int
+) -> None:
+    """One that runs without its append-only file is left as it is, with a warning."""
+    (rolling.folder / "asked" / "redis-server").touch()
+    changed, told = rolling.run("new redis-server", persistence=persistence)
+    assert changed.count("try-restart gpuinfer-redis.service") == restarts
+    assert ("<4>Redis runs with appendonly off" in told) is (restarts == 0)
 
 
 class Dpkg:
