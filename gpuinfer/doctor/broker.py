@@ -6,6 +6,7 @@ What our own Redis's files mean is asked of a Redis that is started for a moment
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,6 @@ from redis.exceptions import RedisError
 
 from gpuinfer.broker import acl, durability, passwords, trial
 from gpuinfer.broker.cli import MORE_USERS, more_users
-from gpuinfer.broker.more_users import TAKEN
 from gpuinfer.broker.tuning import host_memory_bytes, render
 from gpuinfer.doctor.host import EDIT, Finding, Findings, Host, Skipped, error, ok, warning
 from gpuinfer.doctor.redis_place import OUR_CONF, Place, diagnose, place_of
@@ -30,6 +30,10 @@ _MIB = 1024 * 1024
 _FULL_SHARE = 0.85
 CONF, TUNING = OUR_CONF, "/run/gpuinfer/redis/tuning.conf"
 RESTART = "systemctl restart gpuinfer-redis"
+#: Changes a running Redis, so that it loses nothing whether or not it has an append-only file.
+APPLY, APPLY_USERS = "gpuinfer redis apply-settings", "gpuinfer redis apply-users"
+#: What the first one changes.
+_APPLIED = {"maxmemory", "appendfsync"}
 #: What a trial has of its own, and what it is not asked about.
 _NOT_COMPARED = {*trial.APART, "dir", "unixsocket", "bind", "requirepass", "masterauth"} - {"appendonly"}
 #: Where a start looks for the queue.
@@ -104,7 +108,9 @@ def usage(host: Host) -> Findings:
         look = f"gpuinfer queue status; {place.cli} MEMORY STATS"
         bad.append(warning(f"{text}: new work will soon be refused", look))
     if evicted:
-        fix = f"{EDIT} && {RESTART}  # more redis.maxmemory_mb, or less queue.result_ttl_s"
+        fix = f"{EDIT} && {APPLY}  # more redis.maxmemory_mb, or less queue.result_ttl_s"
+        if not place.ours:
+            fix = f"{place.cli} CONFIG SET maxmemory {2 * limit // _MIB}mb  # or less queue.result_ttl_s"
         bad.append(warning(f"{evicted} results were evicted for lack of memory since Redis started", fix))
     return bad or ok(text)
 
@@ -161,6 +167,8 @@ def as_configured(host: Host) -> Finding:
         return ok(f"runs as {CONF} says, in {len(compared)} settings")
     words = [f"{key} is {found[key]}, {CONF} says {wanted[key]}" for key in off[:5]]
     text = f"{len(off)} settings differ: {'; '.join(words)}"
+    if _APPLIED.issuperset(off):
+        return warning(text, APPLY)
     if found.get("appendonly") == wanted["appendonly"] == "yes" and not _HOLD_THE_QUEUE & {*off}:
         return warning(text, RESTART)
     return warning(f"{text}; a restart now would lose the queue", place.config("appendonly", "yes"))
@@ -185,15 +193,14 @@ def users(host: Host) -> Findings:
         found = acl.listed(client)
     off = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     bad = [warning(f"{MORE_USERS}: {fault}", f"editor {MORE_USERS}") for fault in theirs.faults[:1]]
-    if ours := [name for name in off if name in TAKEN]:
-        text = f"Redis has other rights or passwords than its files for {', '.join(ours)}"
-        bad.append(warning(text, "gpuinfer redis apply-users"))
-    if others := [name for name in off if name not in TAKEN]:
-        text = (
-            f"Redis has other users than {MORE_USERS}: {', '.join(others)}; a restart takes those of the file"
-        )
-        fix = f"{place.cli} ACL LIST; editor {MORE_USERS}  # add whom to keep; then: {RESTART}"
-        bad.append(warning(text, fix))
+    if named := [name for name in off if name in rules]:
+        text = f"Redis has other rights or passwords than its files for {', '.join(named)}"
+        bad.append(warning(text, APPLY_USERS))
+    if strangers := [name for name in off if name not in rules]:
+        names = ", ".join(strangers)
+        text = f"Redis has users that {MORE_USERS} does not name, and would lose them at a restart: {names}"
+        drop = f"{place.cli} ACL DELUSER {' '.join(map(shlex.quote, strangers))}"
+        bad.append(warning(text, f"editor {MORE_USERS}  # add whom to keep; to drop them: {drop}"))
     return bad or ok(f"{len(found)} users as the files name them")
 
 

@@ -65,6 +65,13 @@ class Place:
         ca = f" --cacert {shlex.quote(str(self.tls_ca))}" if self.tls_ca else ""
         return f"{login} -h {self.host} -p {self.port}" + (f" --tls{ca}" if self.tls else "")
 
+    @property
+    def of_api(self) -> str:
+        """Return the redis-cli of the front's user, for a Redis of ours that rejects its administrator."""
+        return self.cli.replace(str(ADMIN_PASSWORD), str(ADMIN_PASSWORD.with_name("api"))).replace(
+            "--user admin", "--user api"
+        )
+
     def config(self, key: str, value: str) -> str:
         """Return the command that sets an option at once: without an append-only file a restart loses all."""
         keep = f" && editor {OUR_CONF}  # {key} {value}, for the next start" if self.ours else ""
@@ -176,6 +183,7 @@ _LOG = "journalctl -u gpuinfer-redis -n 20 --no-pager"
 _LOGIN = f"{EDIT} && gpuinfer doctor redis.reach  # broker.username, broker.password"
 _JOIN = "usermod -aG gpuinfer-operator {me}  # or -viewer; then log in again; or: sudo gpuinfer doctor"
 _CERTIFICATE = "openssl s_client -connect {place.host}:{place.port} -showcerts </dev/null"
+_REJECTED = "WRONGPASS|invalid username-password|invalid password|without any password"
 _ABSENT = "ENOENT|ENOTDIR|ENAMETOOLONG|ECONNREFUSED|AF_UNIX path too long"
 
 ROWS: tuple[Row, ...] = (
@@ -189,7 +197,7 @@ ROWS: tuple[Row, ...] = (
         "OOM command not allowed|OOM allow|command not allowed when used memory",
         "Redis is full (maxmemory) and refuses new work; workers still finish what was accepted",
         "gpuinfer queue status; {place.cli} CONFIG SET maxmemory 2gb",
-        f"gpuinfer queue status; {EDIT} && systemctl restart gpuinfer-redis  # [redis] maxmemory_mb",
+        f"gpuinfer queue status; {EDIT} && gpuinfer redis apply-settings  # [redis] maxmemory_mb",
     ),
     Row(
         "MISCONF",
@@ -210,10 +218,17 @@ ROWS: tuple[Row, ...] = (
         "gpuinfer redis apply-users  # gives this version's rights; {place.cli} ACL GETUSER {place.user}",
     ),
     Row(
-        "WRONGPASS|invalid username-password|invalid password|without any password",
+        _REJECTED,
+        "Redis rejects user admin: its password file has changed since Redis was started",
+        # Without an append-only file a restart would lose the queue, and only admin could turn one on.
+        "{place.of_api} INFO persistence | grep aof_enabled:1 && systemctl restart gpuinfer-redis",
+        when=lambda place: place.ours and place.user == "admin",
+    ),
+    Row(
+        _REJECTED,
         "Redis rejects user {place.user}: broker.password is wrong, or Redis has not read a new one yet",
         _LOGIN,
-        "systemctl restart gpuinfer-redis  # reads /etc/gpuinfer/credentials again",
+        "gpuinfer redis apply-users  # gives Redis the passwords of /etc/gpuinfer/credentials",
     ),
     Row(
         "NOAUTH|Authentication required|HELLO must be called",

@@ -29,7 +29,7 @@ def one(found: Findings) -> Finding:
 def test_a_redis_that_runs_otherwise_than_configured(
     redis_factory: RedisFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Somebody changed it by hand, or the settings were changed since its start: a restart fixes both."""
+    """Somebody changed it by hand, or the settings since its start: a command fixes both, or a restart."""
     server = redis_factory(maxmemory="64mb", maxmemory_policy="volatile-ttl", appendonly="yes")
     monkeypatch.setattr("gpuinfer.doctor.redis_place.OUR_SOCKET", str(server.socket))
     monkeypatch.setattr(trial, "BINARY", redis_binary())
@@ -42,7 +42,10 @@ def test_a_redis_that_runs_otherwise_than_configured(
         client.config_set("maxmemory", "32mb")
     found = one(broker.as_configured(here))
     assert found.message == "1 settings differ: maxmemory is 33554432, /etc/gpuinfer/redis.conf says 67108864"
-    assert (found.status, found.remedy) == ("warning", "systemctl restart gpuinfer-redis")
+    assert (found.status, found.remedy) == ("warning", "gpuinfer redis apply-settings")
+    with server.client() as client:
+        client.config_set("loglevel", "debug")
+    assert one(broker.as_configured(here)).remedy == "systemctl restart gpuinfer-redis"
     (tmp_path / "etc/gpuinfer/redis.conf").write_text("maxmemory lots\n")
     found = one(broker.as_configured(here))
     assert found.message.startswith("Redis does not start with /etc/gpuinfer/redis.conf as it is now: ")
@@ -141,10 +144,11 @@ def test_the_users_of_our_redis_are_compared(ours: OurRedis) -> None:
     broker_cli.MORE_USERS.write_text("user mine on nopass ~x +get\n")
     found = broker.users(here)
     assert isinstance(found, list)
-    assert found[0].message.endswith(" for api, watcher, worker")
+    assert found[0].message.endswith(" for api, mine, watcher, worker")
     assert found[0].remedy == "gpuinfer redis apply-users", "it leaves other users alone"
-    assert "redis-users.acl: mine, stranger; a restart takes those of the file" in found[1].message
-    assert " ACL LIST; editor /etc/gpuinfer/redis-users.acl  # add whom to keep; then: " in found[1].remedy
+    assert found[1].message.endswith("does not name, and would lose them at a restart: stranger")
+    assert found[1].remedy.endswith(f"-s {ours.socket} ACL DELUSER stranger")
+    assert not [finding for finding in found if "systemctl" in finding.remedy]
     assert not [finding for finding in found if "another" in finding.message]
     (passwords.PROGRAMS / "watcher").unlink()
     with pytest.raises(Skipped, match="watcher: cannot be read"):

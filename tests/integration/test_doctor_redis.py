@@ -116,10 +116,14 @@ def test_a_password_is_wanted(redis_factory: RedisFactory) -> None:
 def test_our_own_redis_with_another_password(
     redis_factory: RedisFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At our own socket the remedy is to let Redis read the passwords anew."""
+    """At our own socket the remedy is to give Redis the passwords anew, and loses no queue."""
     server = redis_factory(requirepass="right")
     monkeypatch.setattr("gpuinfer.doctor.redis_place.OUR_SOCKET", str(server.socket))
-    assert reach(server.url, password="wrong").remedy.startswith("systemctl restart gpuinfer-redis")
+    assert reach(server.url, password="wrong").remedy.startswith("gpuinfer redis apply-users")
+    as_admin = reach(server.url, username="admin", password="wrong").remedy
+    login = "REDISCLI_AUTH=$(cat /etc/gpuinfer/credentials/api) redis-cli --user api"
+    asked = f"{login} -s {server.socket} INFO persistence | grep aof_enabled:1"
+    assert as_admin == f"{asked} && systemctl restart gpuinfer-redis"
     assert reach(server.url).remedy.startswith("usermod -aG gpuinfer-operator ")
     assert reach(server.url).remedy.endswith("sudo gpuinfer doctor")
 
@@ -320,6 +324,7 @@ def test_evictions_are_told(redis_factory: RedisFactory) -> None:
     assert isinstance(found, list)
     assert found[-1].status == "warning"
     assert "results were evicted" in found[-1].message
+    assert found[-1].remedy.endswith(" CONFIG SET maxmemory 4mb  # or less queue.result_ttl_s")
 
 
 def test_the_clocks_agree(redis_server: RedisServer) -> None:

@@ -96,6 +96,8 @@ def test_passwords_are_roots_alone(tmp_path: Path) -> None:
         "watcher is missing",
     ]
     assert found[0].remedy == "chmod 0600 /etc/gpuinfer/credentials/api"
+    again = "rm /etc/gpuinfer/credentials/worker && dpkg-reconfigure gpuinfer"
+    assert found[1].remedy.startswith(again), "not a restart of Redis"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the files must be root's")
