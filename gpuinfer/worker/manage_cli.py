@@ -208,7 +208,7 @@ def _runs(name: str, unit: str) -> bool:
     state, enabled = found.get("ActiveState", ""), found.get("UnitFileState", "").startswith("enabled")
     if state == "inactive" and not enabled:
         words = f"{name} does not run, and is not enabled; to start it: systemctl start {unit}"
-        raise UnknownWorker(words, "N")
+        raise UnknownWorker(words, "worker")
     return state not in ("inactive", "failed")
 
 
