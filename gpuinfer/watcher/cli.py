@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from gpuinfer.cli_help import examples
 
 if TYPE_CHECKING:
     from gpuinfer.settings import Loaded
+
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 @click.group()
@@ -73,42 +76,24 @@ def explain(loaded: Loaded, last: int, as_json: bool) -> None:
         click.echo("no decision yet: no watcher has run")
 
 
-@watcher.command(
-    epilog=examples("gpuinfer watcher simulate --pattern flash --gpus 8 --event 600:fail:0"),
-)
+def _figure(name: str, kind: click.IntRange | click.FloatRange, default: int, text: str) -> Decorator:
+    return click.option(name, type=kind, default=default, show_default=True, help=text)
+
+
+@watcher.command(epilog=examples("gpuinfer watcher simulate --pattern flash --gpus 8 --event 600:fail:0"))
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="CSV: second,tasks[,queue].")
 @click.option(
-    "--trace", type=click.Path(path_type=Path), metavar="FILE", help="CSV lines second,tasks[,queue]."
+    "--pattern", type=click.Choice(["burst", "diurnal", "flash", "poisson"]), help="A made-up trace."
 )
-@click.option(
-    "--pattern", type=click.Choice(["burst", "diurnal", "flash", "poisson"]), help="A built-in trace."
-)
-@click.option("--gpus", type=click.IntRange(1, 10_000), default=8, show_default=True)
-@click.option("--floor", type=click.IntRange(0, 10_000), default=0, show_default=True, help="Least workers.")
-@click.option(
-    "--load", type=click.FloatRange(0, 10), help="Share of all GPUs that a pattern asks for; flash: its peak."
-)
-@click.option(
-    "--seconds",
-    type=click.FloatRange(120, 7 * 86400),
-    default=3600,
-    show_default=True,
-    help="A pattern's length.",
-)
-@click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
-@click.option(
-    "--startup", type=click.FloatRange(0.1, 3600), default=12, show_default=True, help="Seconds until ready."
-)
-@click.option(
-    "--single-ms", type=click.FloatRange(1, 600_000), default=40, show_default=True, help="One task alone."
-)
-@click.option("--max-batch", type=click.IntRange(1, 65536), default=32, show_default=True)
-@click.option(
-    "--gain",
-    type=click.FloatRange(1, 65536),
-    default=8,
-    show_default=True,
-    help="How many times more a full batch serves; at most --max-batch.",
-)
+@_figure("--gpus", click.IntRange(1, 10_000), 8, "GPUs of the fleet, with a worker on each.")
+@_figure("--floor", click.IntRange(0, 10_000), 0, "Workers that always run.")
+@click.option("--load", type=click.FloatRange(0, 10), help="Share of all GPUs that the pattern needs.")
+@_figure("--seconds", click.FloatRange(120, 7 * 86400), 3600, "Seconds that the pattern lasts.")
+@_figure("--seed", click.IntRange(0), 1, "Seed of the pattern and of start-up times.")
+@_figure("--startup", click.FloatRange(0.1, 3600), 12, "Seconds from start to ready.")
+@_figure("--single-ms", click.FloatRange(1, 600_000), 40, "Time of one task alone, in ms.")
+@_figure("--max-batch", click.IntRange(1, 65536), 32, "Most tasks in a batch.")
+@_figure("--gain", click.FloatRange(1, 65536), 8, "How many times more tasks a second full batches serve.")
 @click.option(
     "--event",
     "events",
