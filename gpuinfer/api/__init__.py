@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP front: takes requests in, hands task ids and results out. It knows no torch and no Celery."""
+"""The HTTP API: accepts requests, returns task ids and results. It imports neither torch nor Celery."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Accept header: which of the content types that there are a caller prefers (RFC 9110, 12.5.1)."""
+"""The Accept header: chooses the offered content type that the client prefers (RFC 9110, 12.5.1)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 
 class _Range(NamedTuple):
-    """One of the header's ranges: ``image/*;q=0.5``."""
+    """One media range of the header, such as ``image/*;q=0.5``."""
 
     kind: str
     subtype: str
     quality: float
 
     def fits(self, content_type: str) -> int:
-        """Return how exactly this names a type: 3 by name, 2 by its kind, 1 as any; 0: it does not."""
+        """Return how specifically this matches a type: 3 exactly, 2 as type/*, 1 as */*; 0: no match."""
         kind, _, subtype = content_type.partition("/")
         if (self.kind, self.subtype) == ("*", "*"):
             return 1
@@ -26,7 +26,7 @@ class _Range(NamedTuple):
 
 
 def best(accept: str, offered: Sequence[str]) -> str | None:
-    """Return the type that is wanted most, of equals the first; without a header the first. None: none is."""
+    """Return the preferred type (the first of equals, or without a header); None if none is acceptable."""
     ranges = [found for part in accept.split(",") if (found := _range(part)) is not None]
     if not ranges:
         return offered[0]
@@ -41,7 +41,7 @@ def _quality(content_type: str, ranges: Sequence[_Range]) -> float:
 
 
 def _range(text: str) -> _Range | None:
-    """Read a range; None for what is none."""
+    """Parse a media range; None if it is not one."""
     name, *parameters = text.split(";")
     kind, slash, subtype = name.strip().lower().partition("/")
     if not slash:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who asks. Each request is looked at once, before it is routed; ``rights`` says who may do what.
+"""Identifies the caller of each request, once, before routing. ``rights`` says which role may do what.
 
-Whose tasks one may look at: ``read`` those that no key has submitted (of plain Celery producers, of the Unix
-socket, of loopback), ``predict`` its own, too, ``admin`` all. Whose one may change: ``predict`` its own,
-``admin`` all. Another key's task is answered as if there were none: ids are not confirmed.
+Tasks a role may view: ``read`` those submitted without a key (by Celery producers, over the Unix socket, over
+loopback), ``predict`` also its own, ``admin`` all. Tasks it may change: ``predict`` its own, ``admin`` all.
+For another key's task the answer is the same as for an unknown id.
 """
 
 from __future__ import annotations
@@ -30,49 +30,49 @@ _BEARER = b"bearer "
 
 
 class Caller(NamedTuple):
-    """Who has sent a request."""
+    """The caller of a request."""
 
-    #: The key's name; empty: nobody in particular (Unix socket, loopback without keys, anonymous network).
+    #: The name of the key; empty: no key (Unix socket, loopback while there are no keys, anonymous network).
     name: str
     role: Role
     key: Key | None = None
-    #: Whether it came by the Unix socket, or by loopback while there are no keys.
+    #: Whether it came over the Unix socket, or over loopback while there are no keys.
     local: bool = False
 
     @property
     def readable(self) -> str | None:
-        """What ``only`` is for looking at a task: the caller whose tasks it may see, beside nobody's."""
+        """``only`` for viewing a task: the caller whose tasks are visible, as are those without a caller."""
         return None if self.role == "admin" else self.name if self.role == "predict" else ""
 
     @property
     def changeable(self) -> str | None:
-        """What ``only`` is for changing a task: the caller whose tasks alone it may change."""
+        """``only`` for changing a task: the caller whose tasks may be changed."""
         return None if self.role == "admin" else self.name
 
 
-#: Has sent a request that needs no key, or one that was refused.
+#: The caller of a request that needs no key, or that was refused.
 NOBODY = Caller("", "read")
 _LOCAL = Caller("", "admin", local=True)
 _ANONYMOUS = Caller("", "predict")
 
 
 def caller(scope: Scope) -> Caller:
-    """Return who has sent a request, as ``admit`` has found."""
+    """Return the caller of a request, as stored by ``admit``."""
     found: Caller = scope[_CALLER]
     return found
 
 
 def sees_hosts(scope: Scope) -> bool:
-    """Tell whether the answer to a request may hold what is of the hosts: paths, processes, traces."""
+    """Whether the answer may contain details of hosts: paths, processes, tracebacks."""
     found: Caller | None = scope.get(_CALLER)
     return found is not None and found.role == "admin"
 
 
 def admit(scope: Scope) -> Caller:
-    """Find out who has sent a request, and note it in the scope.
+    """Identify the caller of a request and store it in the scope.
 
-    Raises Unauthorized; Forbidden where the caller's role may not do what the request does; ForeignHost and
-    ForeignOrigin for a place that is borrowed.
+    Raises Unauthorized; Forbidden if the caller's role does not allow the request; ForeignHost and
+    ForeignOrigin if another site uses the client's right to call without a key.
     """
     verb = verb_of(scope["method"], scope["path"])
     try:
@@ -91,7 +91,7 @@ def admit(scope: Scope) -> Caller:
 
 
 def check_model(scope: Scope, model: str | None) -> None:
-    """Raise Forbidden for a model that the caller's key may not use; None: a default not known."""
+    """Raise Forbidden for a model that the caller's key may not use; None: the default, not known yet."""
     key = caller(scope).key
     if key is not None and key.models and model not in key.models:
         named = ", ".join(key.models)
@@ -108,17 +108,16 @@ def check_queue(scope: Scope, queue: str) -> None:
 
 
 def sees_model(scope: Scope, model: str) -> bool:
-    """Tell whether the caller's key may use a model, and so be told of it."""
+    """Whether the caller's key may use a model, and so see it."""
     key = caller(scope).key
     return key is None or not key.models or model in key.models
 
 
 @asynccontextmanager
 async def changing(scope: Scope, task_id: str) -> AsyncIterator[str | None]:
-    """Yield ``only`` for what changes a task. Raises Forbidden for one that may be looked at, and no more.
+    """Yield ``only`` for changing a task. Raises Forbidden if the caller may only view it.
 
-    That is one which no key has submitted. Raises TaskNotFound for another key's, and for one that is not
-    there.
+    That is a task submitted without a key. Raises TaskNotFound for an unknown id and for another key's task.
     """
     who = caller(scope)
     try:
@@ -129,13 +128,13 @@ async def changing(scope: Scope, task_id: str) -> AsyncIterator[str | None]:
         status = await shared(scope).client.status(task_id, only=who.readable)
         if status.caller == who.name:
             raise
-        words = f"task {task_id} is of no key: to change it takes one with the role admin"
+        words = f"task {task_id} was submitted without a key: changing it needs a key with the role admin"
         raise Forbidden(words, "task_id") from None
     audit(scope, task_id=task_id)
 
 
 def audit(scope: Scope, model: str | None = None, task_id: str | None = None) -> None:
-    """Log what an administrator does, where keys are in use."""
+    """Log an administrator's action, if keys are in use."""
     who = caller(scope)
     if who.role == "admin" and (who.key is not None or shared(scope).keys):
         about = {"model": model, "task_id": task_id}
@@ -169,12 +168,13 @@ def _found(scope: Scope, ours: Shared) -> Caller:
     if came == "anonymous":
         return _ANONYMOUS
     if keys.unreadable:
-        raise Unauthorized("this needs a key, and this server cannot read its keys: its log says why")
+        raise Unauthorized("this needs a key, but this server cannot read its keys; see its log")
     raise Unauthorized(key_needed(keys=in_use))
 
 
 def _shown(scope: Scope) -> tuple[bytes | None, bool]:
-    """Return the token of ``Authorization: Bearer``, or else of ``X-API-Key``, and whether a page asks."""
+    """Return the token of ``Authorization: Bearer`` or ``X-API-Key``, and whether a web page sent the
+    request."""
     token = other = None
     page = False
     for name, value in scope["headers"]:
@@ -189,7 +189,7 @@ def _shown(scope: Scope) -> tuple[bytes | None, bool]:
 
 
 def _refused(keys: KeyFolder, token: bytes) -> Unauthorized:
-    why = "has expired" if keys.has_expired(token) else "is unknown, or was revoked"
+    why = "has expired" if keys.has_expired(token) else "is unknown or was revoked"
     error = Unauthorized(f"this key {why}")
     error.refused_token = True
     return error

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this process of the front counts of its requests, by key and model: for accounts and for metrics.
+"""Counts this process's requests by key and model, for usage reports and metrics.
 
-A request costs some additions; Redis hears of them once a second, and at the end.
+Counts are kept in memory and sent to Redis once a second, and at the end.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from gpuinfer.errors import GpuinferError, UnknownModel
 from gpuinfer.queue.direct import Argument
 from gpuinfer.queue.tally import FLUSH_EVERY_S, Tally
 
-#: Where a scope has the model that a request is for, and the bytes of its body.
+#: Scope keys of the request's model and of its body's size in bytes.
 MODEL, RECEIVED = "gpuinfer.model", "gpuinfer.received"
-#: Where it has who sent it (``access.Caller``); absent where nobody asked.
+#: Scope key of the caller (``access.Caller``); absent if it was not identified.
 CALLER = "gpuinfer.caller"
-#: No room, or nobody to serve: what a client may try again.
+#: Codes of refusals for lack of capacity or workers; the client may retry.
 _REFUSED = (429, 503)
 _KINDS = ("requests", "errors", "refused", "bytes_in", "bytes_out")
 
-#: Runs the script ``account``.
+#: Runs the ``account`` script.
 Flush = Callable[[list[Argument]], Awaitable[object]]
 
 
@@ -33,19 +33,19 @@ class Accounts:
 
     def __init__(self, tally: Tally | None = None) -> None:
         self._tally = tally or Tally()
-        #: Key and model -> a sum for each of the kinds.
+        #: (key, model) -> one total per kind.
         self._rows: dict[tuple[str, str], list[int]] = {}
         self._statuses: dict[int, int] = {}
         self._codes: dict[str, int] = {}
 
     def add(self, scope: Scope, status: int, sent: int, code: str | None) -> None:
-        """Count a request that has been answered with ``sent`` bytes; ``code`` is its error's."""
+        """Count an answered request: ``sent`` bytes, ``code`` of its error."""
         who = scope.get(CALLER)
         model = scope.get(MODEL) or ""
         if code is not None:
             self._codes[code] = self._codes.get(code, 0) + 1
             if code == UnknownModel.code:
-                model = ""  # whatever somebody has made up
+                model = ""  # a name made up by the client
         place = (who.name if who is not None else "", model)
         row = self._rows.get(place)
         if row is None:
@@ -58,7 +58,7 @@ class Accounts:
         self._statuses[status] = self._statuses.get(status, 0) + 1
 
     def gather(self) -> Tally:
-        """Move what was counted into the tally."""
+        """Move the counts to the tally."""
         tally = self._tally
         for (key, model), row in self._rows.items():
             if key:
@@ -74,14 +74,14 @@ class Accounts:
         return tally
 
     async def keep_flushing(self, flush: Flush) -> None:
-        """Flush once a second, until it is cancelled."""
+        """Flush once a second until cancelled."""
         while True:
             await asyncio.sleep(FLUSH_EVERY_S)
-            with suppress(GpuinferError):  # requests say that Redis is away; the same flush is sent again
+            with suppress(GpuinferError):  # requests report it, and the next flush sends the same counts
                 await self.flush(flush)
 
     async def flush(self, flush: Flush) -> None:
-        """Tell Redis what it lacks. Raises BrokerError."""
+        """Send new counts to Redis. Raises BrokerError."""
         tally = self.gather()
         if tally.dirty:
             await flush(tally.args())

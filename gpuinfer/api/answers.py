@@ -10,12 +10,12 @@ from fastapi import Response
 
 from gpuinfer.queue.results import dump
 
-#: A body ends with a newline, for people who read it in a terminal.
+#: Bodies end with a newline, for terminals.
 _OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE
 
 
 def encode(body: Any) -> bytes:
-    """Return a body as JSON that ends with a newline; numbers that are not finite become null."""
+    """Return a body as JSON with a final newline; NaN and infinity become null."""
     return dump(body, _OPTIONS)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FastAPI application: one asyncio client for all requests, and one shape for all errors."""
+"""The FastAPI application: one asyncio client for all requests, one format for all errors."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
 
-#: Seconds after which weights that have not changed are told to Redis again.
+#: Seconds after which unchanged weights are sent to Redis again.
 WEIGH_EVERY_S = 60.0
 
-_DESCRIPTION = """Submit work, then ask for its result. `POST /predict` answers 202 with a task id at once;
+_DESCRIPTION = """Submit a task, then get its result. `POST /predict` answers 202 with a task id at once;
 `GET /result/{task_id}?wait=10` answers as soon as the task has ended.
 Every error has the body `{"error": {"code", "message", "field"?}}`."""
-_CLIENT_CLOSED = 499  # nginx's number; nobody is left to read it
-#: Starlette's words for what no route takes, in ours.
+_CLIENT_CLOSED = 499  # nginx's number, for the log: the client is gone
+#: Starlette's message for an unknown route or method -> ours.
 _UNROUTED = {
-    "Not Found": "there is no such route; /docs describes all of them",
-    "Method Not Allowed": "this route does not take that method; /docs describes all of them",
+    "Not Found": "there is no such route; see /docs",
+    "Method Not Allowed": "this route does not support that method; see /docs",
 }
 
 
@@ -92,15 +92,15 @@ def create_app(shared: Shared) -> FastAPI:
 
 
 async def _sample(shared: Shared) -> None:
-    """Keep what is known of the queues' rate up to date."""
+    """Measure the drain rate of the queues."""
     while True:
-        with suppress(GpuinferError):  # requests say so
+        with suppress(GpuinferError):  # requests report it
             shared.drain.sample(await shared.client.claimed())
         await asyncio.sleep(EVERY_S)
 
 
 async def watch_keys(shared: Shared) -> None:
-    """Take changes of keys over within a second, and tell Redis their weights."""
+    """Read changed keys within a second, and send their weights to Redis."""
     told: dict[str, float] | None = None
     told_at = 0.0
     failed = False
@@ -108,22 +108,22 @@ async def watch_keys(shared: Shared) -> None:
         try:
             shared.keys.refresh()
             failed = False
-        except Exception:  # the keys that are known hold; the next look may succeed
+        except Exception:  # keep the current keys; the next refresh may succeed
             if not failed:
                 log.exception("keys_not_looked_at", folder=str(shared.keys.path))
             failed = True
         weights = {name: float(key.weight) for name, key in shared.keys.keys.items() if key.weight != 1}
-        # A Redis that was emptied, or restored, has them again after a minute.
+        # Repeated, so that an emptied or restored Redis gets them, too.
         due = weights != told or (weights and time.monotonic() - told_at > WEIGH_EVERY_S)
         if due and (shared.keys or told):
-            with suppress(GpuinferError):  # requests say so; it is told at the next look
+            with suppress(GpuinferError):  # requests report it; it is told at the next look
                 await shared.client.weigh(weights)
                 told, told_at = weights, time.monotonic()
         await asyncio.sleep(CHECK_EVERY_S)
 
 
 def methods(app: FastAPI) -> Methods:
-    """Return what tells a path's methods; the description is made when it is first asked for."""
+    """Return a lookup of a path's methods. The API description is built on first use."""
 
     @cache
     def known() -> Methods:
@@ -136,23 +136,27 @@ def methods(app: FastAPI) -> Methods:
 
 
 def _handle_errors(app: FastAPI, shared: Shared) -> None:
-    """Give every error the same body. An unexpected one becomes internal_error, without details."""
+    """Use one body for all errors. An unexpected one becomes internal_error, without details."""
 
     async def ours(request: Request, exc: Exception) -> Response:
-        error = exc if isinstance(exc, GpuinferError) else GpuinferError("this is a bug; see the API's log")
+        error = (
+            exc
+            if isinstance(exc, GpuinferError)
+            else GpuinferError("this is a bug in gpuinfer; see the API's log")
+        )
         note(request.scope, code=error.code, **_cause(error))
         seconds = shared.retry_after(error, error.http_status)
         headers = None if seconds is None else {"retry-after": str(seconds)}
         return answer({"error": error_for(request.scope, error)}, error.http_status, headers)
 
     async def http(_: Request, exc: Exception) -> Response:
-        assert isinstance(exc, HTTPException)  # noqa: S101  the table below says so
+        assert isinstance(exc, HTTPException)  # noqa: S101  registered for this type below
         code = HTTPStatus(exc.status_code).phrase.lower().replace(" ", "_")
         said = _UNROUTED.get(str(exc.detail), str(exc.detail))
         return answer(_error(code, said), exc.status_code, dict(exc.headers or {}))
 
     async def validation(_: Request, exc: Exception) -> Response:
-        assert isinstance(exc, RequestValidationError)  # noqa: S101  the table below says so
+        assert isinstance(exc, RequestValidationError)  # noqa: S101  registered for this type below
         first: dict[str, Any] = exc.errors()[0]
         error = InputError(str(first["msg"]), str(first["loc"][-1]))
         return answer({"error": error.to_dict()}, error.http_status)
@@ -168,7 +172,7 @@ def _handle_errors(app: FastAPI, shared: Shared) -> None:
 
 
 def _cause(error: GpuinferError) -> dict[str, str]:
-    """Return why a request could not be served. What a client did wrong is in its answer alone."""
+    """Return the reason for the log; empty for a client's mistake, which only its answer reports."""
     return {"reason": str(error)} if error.http_status in (401, 403, 429, 503) else {}
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A result by itself, in the content type that it has: an image, bytes, text; an array as a .npy file; JSON.
+"""Only the result, in its own content type: image, bytes, text, an array as a .npy file, or JSON.
 
-A Python model's answer stands as ``output`` in a result, bytes of it as ``{"b64"}``, those of an image with
-``"type"``; the arrays of other models stand in ``outputs``.
+A Python model's output is under ``output`` in a result, bytes as ``{"b64"}``, an image also with ``"type"``;
+the arrays of other models are under ``outputs``.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 JSON, TEXT, BYTES, NPY = "application/json", "text/plain", "application/octet-stream", "application/x-npy"
-#: What else an .npy file is called.
+#: Other names for the type of a .npy file.
 _NPY_TOO = re.compile(r"application/(?:vnd\.numpy\.)?npy(?![\w.+-])", re.IGNORECASE)
-#: What bytes may say that they are: nothing that a browser runs.
+#: Content types that bytes may declare: none that a browser would execute.
 _MEDIA = re.compile(r"(?:image|audio|video)/(?!svg)[a-z0-9][a-z0-9.+-]{0,60}")
-#: What the worker adds to a model's answer.
+#: Fields that the worker adds to a model's output.
 _ADDED = ("model", "device")
 _ARRAY = frozenset({"b64", "dtype", "shape"})
 
 
 class Bare(NamedTuple):
-    """A result's body, and its type."""
+    """The body of a result, and its content type."""
 
     content: bytes
     media_type: str
 
 
 def bare(result: Any, accept: str = "", dtypes: Mapping[str, str] | None = None) -> Bare:
-    """Return a result in the type that ``accept`` prefers of those it has; JSON is always one of them.
+    """Return a result in the type that ``accept`` prefers among those possible; JSON always is.
 
-    ``dtypes`` are those of the model's outputs, as far as they are known: numbers in lists are no more exact
-    than JSON has them. Raises NotAcceptable.
+    ``dtypes``: output name -> dtype of the model, if known, for arrays that the result has as lists. Raises
+    NotAcceptable.
     """
     output = output_of(result)
     own, content = _own(output)
@@ -57,7 +57,7 @@ def bare(result: Any, accept: str = "", dtypes: Mapping[str, str] | None = None)
     if wanted is None:
         why = f"; {_no_array(output)}" if NPY in accept.lower() and array is None else ""
         raise NotAcceptable(
-            f"the result can be had as {' or '.join(offered)}, not as {accept[:80]!r}{why}",
+            f"the result is available as {' or '.join(offered)}, not as {accept[:80]!r}{why}",
             "Accept",
         )
     if wanted == NPY and array is not None:
@@ -68,7 +68,7 @@ def bare(result: Any, accept: str = "", dtypes: Mapping[str, str] | None = None)
 
 
 def output_of(result: Any) -> Any:
-    """Return what the model has answered, without what the worker adds: all outputs, where it has several."""
+    """Return the model's output without the worker's fields; all outputs if it has several."""
     if not isinstance(result, Mapping):
         return result
     answer = {name: value for name, value in result.items() if name not in _ADDED}
@@ -79,21 +79,21 @@ def output_of(result: Any) -> Any:
 
 
 def _own(output: Any) -> tuple[str, bytes | None]:
-    """Return the content type of an answer, and what it holds where that is not JSON."""
+    """Return the content type of an output, and its bytes if it is not JSON."""
     if isinstance(output, str):
         return TEXT, output.encode(errors="replace")
     if not isinstance(output, Mapping) or not {"b64"} <= output.keys() <= {"b64", "type"}:
         return JSON, None
     try:
         content = binascii.a2b_base64(output["b64"], strict_mode=True)
-    except (ValueError, TypeError):  # a model's own words
+    except (ValueError, TypeError):  # an object of the model's that only looks like one
         return JSON, None
     said = output.get("type")
     return said if isinstance(said, str) and _MEDIA.fullmatch(said) else BYTES, content
 
 
 def _only(output: Any) -> tuple[str, Any]:
-    """Return the only output, with its name where that is known."""
+    """Return the only output, with its name if known."""
     if isinstance(output, Mapping) and len(output) == 1:
         ((name, value),) = output.items()
         return str(name), value
@@ -101,9 +101,9 @@ def _only(output: Any) -> tuple[str, Any]:
 
 
 def _array(output: Any, dtypes: Mapping[str, str]) -> Array | None:
-    """Return an answer as an array, null as NaN; None for what is none.
+    """Return an output as an array (null becomes NaN), or None if it is not one.
 
-    A list job's result is one where each of its inputs gave an array of one shape.
+    A list job gives an array if the outputs of all its inputs have the same shape.
     """
     import numpy as np
 
@@ -127,14 +127,14 @@ def _array(output: Any, dtypes: Mapping[str, str]) -> Array | None:
         if array.dtype.kind not in "biuf":
             return None
         return array.astype(dtypes[name]) if name in dtypes else array
-    except (ValueError, TypeError):  # lists of different lengths, and what is no number
+    except (ValueError, TypeError):  # lists of different lengths, or not numbers
         return None
 
 
 def _no_array(output: Any) -> str:
     if isinstance(output, Mapping) and len(output) > 1:
-        return f"it has several values ({', '.join(map(str, output))[:120]}), and a .npy file holds one array"
-    return "it is no array of numbers of one shape"
+        return f"it has several values ({', '.join(map(str, output))[:120]}), but a .npy file holds one array"
+    return "it is not an array of numbers"
 
 
 def _npy(array: Array) -> bytes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer api``: run the HTTP front until SIGTERM or SIGINT."""
+"""``gpuinfer api``: run the HTTP API until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gpuinfer.api.tls import Certificate
     from gpuinfer.settings import Loaded, Settings
 
-#: What Redis has for its answer before the front starts without.
+#: Seconds to wait for Redis's format at the start; without an answer the API starts anyway.
 FORMAT_CHECK_S = 2.0
 
 
@@ -32,25 +32,27 @@ FORMAT_CHECK_S = 2.0
 @click.option(
     "--host",
     metavar="HOST",
-    help="Address, or a name for all of its addresses. Default: api.host.",
+    help="Address to listen on, or a name for all its addresses. Default: api.host.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), help="Port; 0: any free one. Default: api.port.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="Port to listen on; 0: any free port. Default: api.port."
+)
 @click.option("--socket", "path", type=click.Path(path_type=Path), help="Listen on this Unix socket instead.")
 @click.option(
     "--fd",
     type=click.IntRange(0),
-    help="Listen on this open socket, and on all others that systemd passes with it (socket activation: 3).",
+    help="Listen on this open descriptor, and on all sockets from systemd (socket activation: 3).",
 )
 @click.pass_context
 def api(ctx: click.Context, host: str | None, port: int | None, path: Path | None, fd: int | None) -> None:
-    """Run the HTTP front. /docs describes all routes.
+    """Run the HTTP API. Its documentation is at /docs.
 
-    SIGTERM and SIGINT end it with exit code 0, after it has answered the requests that it accepted. With --fd
-    and wrong settings it answers 503 until they are right.
+    SIGTERM and SIGINT stop it with exit code 0, after it has answered the accepted requests. With --fd and
+    wrong settings it answers 503 until they are corrected.
     """
     loaded: Loaded = ctx.obj.when_written()
     if sum((host is not None or port is not None, path is not None, fd is not None)) > 1:
-        raise UsageError("give --host and --port, or --socket, or --fd")
+        raise UsageError("give only one of: --host and --port; --socket; --fd")
     if fd is not None:
         _run_handed(loaded, fd, ctx.find_root().params.get("file"))
         return
@@ -63,7 +65,7 @@ def api(ctx: click.Context, host: str | None, port: int | None, path: Path | Non
 
 
 def run(settings: Settings, *, path: Path | None = None) -> None:
-    """Serve until a signal comes. Raises AddressUnavailable, ConfigError and UnusableRedis."""
+    """Serve until SIGTERM or SIGINT. Raises AddressUnavailable, ConfigError and UnusableRedis."""
     from gpuinfer.api.server import listen, listen_unix
 
     certificate = _prepare(settings)
@@ -77,9 +79,9 @@ def run(settings: Settings, *, path: Path | None = None) -> None:
 
 
 def _run_handed(loaded: Loaded, fd: int, file: Path | None) -> None:
-    """Serve at sockets that somebody else has opened and keeps open; answer 503 while settings are wrong.
+    """Serve on inherited sockets; answer 503 while the settings are wrong.
 
-    ``file``: what --config names. Raises AddressUnavailable.
+    ``file``: the path from --config. Raises AddressUnavailable.
     """
     from gpuinfer.api.misconfigured import keys_dir, wait_for
     from gpuinfer.api.server import inherited
@@ -87,7 +89,7 @@ def _run_handed(loaded: Loaded, fd: int, file: Path | None) -> None:
     from gpuinfer.settings import LogSettings, Settings, settings_file
 
     def prepare() -> tuple[Settings, Certificate | None]:
-        settings = loaded.only(*Settings.model_fields)  # read again each time
+        settings = loaded.only(*Settings.model_fields)  # reads the file again each time
         return settings, _prepare(settings)
 
     configure(LogSettings(), program="gpuinfer-api")
@@ -100,7 +102,7 @@ def _run_handed(loaded: Loaded, fd: int, file: Path | None) -> None:
 
 
 def _prepare(settings: Settings) -> Certificate | None:
-    """Set up the log, and check what would keep the front from serving; return its certificate.
+    """Set up the log, and check what the API needs to serve; return its certificate.
 
     Raises ConfigError and UnusableRedis.
     """
@@ -112,7 +114,7 @@ def _prepare(settings: Settings) -> Certificate | None:
 
 
 def _serve(settings: Settings, listeners: list[socket.socket], certificate: Certificate | None) -> None:
-    """Serve at open sockets until a signal comes, and close them."""
+    """Serve on open sockets until SIGTERM or SIGINT, then close them."""
     metrics = _metrics_listeners(settings)
 
     from gpuinfer.queue.scripts import read_all
@@ -123,7 +125,7 @@ def _serve(settings: Settings, listeners: list[socket.socket], certificate: Cert
     from gpuinfer.api.processes import supervise
     from gpuinfer.api.server import Server
 
-    # uvicorn logs its start and stop; so do we, with fields.
+    # The API logs start and stop itself, with fields.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
         if settings.api.processes > 1:
@@ -137,7 +139,7 @@ def _serve(settings: Settings, listeners: list[socket.socket], certificate: Cert
 
 
 def _check_format(settings: Settings) -> None:
-    """Raise UnusableRedis where Redis has another format. Without Redis the front starts."""
+    """Raise UnusableRedis if Redis has another format. If Redis does not answer, the API starts anyway."""
     from gpuinfer.queue.connection import connect, typed_errors, user_of
 
     with (
@@ -160,7 +162,7 @@ def _certificate(settings: Settings) -> Certificate | None:
 
 
 def _metrics_listeners(settings: Settings) -> list[socket.socket]:
-    """Listen where metrics.listen says. Where that cannot be, the front serves without."""
+    """Listen on metrics.listen. If that fails, the API serves without it."""
     from gpuinfer.api.server import listen, listen_unix
     from gpuinfer.log import get_logger
 
@@ -171,6 +173,6 @@ def _metrics_listeners(settings: Settings) -> list[socket.socket]:
         host, _, port = where.rpartition(":")
         return listen(host.strip("[]"), int(port)) if where else []
     except AddressUnavailable as exc:
-        hint = "metrics.listen names it; in the service, SocketBindAllow= must allow its port"
+        hint = "check metrics.listen; in the service, SocketBindAllow= must allow its port"
         get_logger(__name__).error("metrics_unavailable", address=where, reason=exc.message, hint=hint)
         return []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-origin requests of web pages (CORS, https://fetch.spec.whatwg.org/), for ``api.cors_origins``.
 
-A browser asks first, by OPTIONS and without a key, what a page may do: that is answered before anything else.
+A browser first sends a preflight (OPTIONS, without a key). It is answered before anything else is checked.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpuinfer.api.network import Network
 
-#: Seconds for which a browser remembers what a page may do.
+#: Seconds for which a browser caches a preflight.
 MAX_AGE_S = 600
 _METHODS = b"GET, HEAD, POST, PUT, DELETE"
-#: Headers of answers that a page may read, besides those that any may.
+#: Response headers that a page may read, in addition to the standard ones.
 _EXPOSED = (
     b"location, retry-after, ratelimit, ratelimit-policy, preference-applied, www-authenticate, "
     b"inference-header-content-length, traceparent"
@@ -21,9 +21,9 @@ _EXPOSED = (
 
 
 class Cors:
-    """Pure ASGI. Answers browsers' questions, and lets pages that may ask read their answers.
+    """Pure ASGI. Answers preflights, and lets allowed pages read answers.
 
-    Pages that may not are refused further in; their questions get no permission.
+    Preflights of other pages get no permission; their requests are refused by ``network``.
     """
 
     def __init__(self, app: ASGIApp, network: Network) -> None:
@@ -57,7 +57,7 @@ def _permission(page: bytes, headers: dict[bytes, bytes]) -> list[tuple[bytes, b
 
 
 class _Readable:
-    """Sends an answer that a page of this origin may read."""
+    """Sends an answer with headers that let a page of this origin read it."""
 
     def __init__(self, send: Send, page: bytes) -> None:
         self._send = send

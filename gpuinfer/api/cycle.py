@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One request and its answer, as uvicorn has it, with a short way for answers that are whole."""
+"""uvicorn's request cycle, with a fast path for complete answers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from uvicorn.protocols.http.httptools_impl import HEADER_VALUE_RE, STATUS_LINE, 
 
 
 class Cycle(RequestResponseCycle):
-    """A request. ``send`` takes ASGI's messages; ``answer`` does what two of them would."""
+    """A request. ``send`` takes ASGI messages; ``answer`` replaces the two messages of a complete answer."""
 
     def answer(
         self, status: int, content_type: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes
     ) -> bool:
-        """Send a whole answer in one packet; False: it cannot be, so send it by messages.
+        """Send a complete answer in one packet; if it returns False, use ``send`` instead.
 
-        ``headers`` are those beside type and length, with names that are known to be right. Raises
-        RuntimeError for a value that HTTP does not allow.
+        ``headers``: those beside content type and length; their names must be valid. Raises RuntimeError for
+        an invalid header value.
         """
         if self.response_started or self.disconnected or self.flow.write_paused:
             return False
@@ -49,6 +49,6 @@ class Cycle(RequestResponseCycle):
 
 
 def answer_of(send: Any) -> Any:
-    """Return the ``answer`` of the request that a ``send`` belongs to; None where it has none."""
+    """Return the ``answer`` method of the request that ``send`` belongs to; None if it has none."""
     cycle = getattr(send, "__self__", None)
     return cycle.answer if isinstance(cycle, Cycle) else None

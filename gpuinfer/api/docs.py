@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``/docs`` and ``/openapi.json``, with what the models that the fleet knows now take, and their examples."""
+"""``/docs`` and ``/openapi.json``, with the inputs and examples of the fleet's current models."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from gpuinfer.errors import GpuinferError
 from gpuinfer.models.signature import Signature
 
 URL = "/openapi.json"
-#: Paths that the description does not have.
+#: Paths left out of the description.
 PAGES = (URL, "/docs")
-#: Models that are shown.
+#: Maximum number of models shown.
 MOST = 50
 
 
@@ -31,7 +31,7 @@ def add_docs(app: FastAPI) -> None:
     async def described(request: Request) -> tuple[dict[str, Any], Mapping[str, Signature]]:
         try:
             found = await _signatures(request.scope, request.app.state.client)
-        except GpuinferError:  # without Redis the rest is as true
+        except GpuinferError:  # without Redis, show the rest
             found = {}
         return with_models(app.openapi(), found), found
 
@@ -50,17 +50,17 @@ def add_docs(app: FastAPI) -> None:
             app.openapi_schema = with_errors(describe())
         return app.openapi_schema
 
-    app.openapi = complete  # type: ignore[method-assign]  # as FastAPI's own manual says
+    app.openapi = complete  # type: ignore[method-assign]  # as in FastAPI's manual
     for path, route in ((URL, openapi), ("/docs", page)):
         app.add_api_route(path, route, include_in_schema=False)
 
 
 def with_errors(spec: dict[str, Any]) -> dict[str, Any]:
-    """Complete a description: each operation has what any may answer, in the one form that errors have."""
+    """Add to each operation the answers common to all, with the one format of errors."""
     for methods in spec["paths"].values():
         for about in methods.values():
             responses = about["responses"]
-            if "HTTPValidationError" in str(responses.get("422")):  # FastAPI's form, which ours replaces
+            if "HTTPValidationError" in str(responses.get("422")):  # FastAPI's error format, which we replace
                 del responses["422"]
             for status, common in schemas.COMMON.items():
                 responses.setdefault(str(status), copy.deepcopy(common))
@@ -73,7 +73,7 @@ def with_errors(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_models(spec: Mapping[str, Any], signatures: Mapping[str, Signature]) -> dict[str, Any]:
-    """Return a copy of the description with each model's schema, and its example where one is known."""
+    """Return a copy of the description with each model's schema, and its example if known."""
     whole = copy.deepcopy(dict(spec))
     known = whole.setdefault("components", {}).setdefault("schemas", {})
     for name, one in signatures.items():
@@ -89,17 +89,17 @@ def with_models(spec: Mapping[str, Any], signatures: Mapping[str, Signature]) ->
 
 
 def example_of(name: str, signature: Signature, *, many: bool = False) -> dict[str, Any]:
-    """Return the body of a request with a model's example."""
+    """Return the body of a request with the model's example."""
     return {"inputs": [signature.example] if many else signature.example, "model": name}
 
 
 def _below(request: Request) -> str:
-    """Return where the description is, also behind a proxy that cuts a prefix off."""
+    """Return the path of the description, also behind a proxy that strips a prefix."""
     return str(request.scope.get("root_path", "")).rstrip("/") + URL
 
 
 async def _signatures(scope: Scope, client: AsyncClient) -> dict[str, Signature]:
-    """Return model -> what it takes, of those that tell and that the caller may use."""
+    """Return model -> signature, of models that have one and that the caller may use."""
     found: dict[str, Signature] = {}
     known = [name for name in (await client.fleet()).known if sees_model(scope, name)]
     for name in known[:MOST]:

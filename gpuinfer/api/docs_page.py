@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``/docs`` as one page that needs no other file: hosts with GPUs often have no internet."""
+"""``/docs`` as one page without external files, as GPU hosts often have no internet access."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from gpuinfer.api.model_schemas import inputs_schema
 from gpuinfer.models.signature import Input, Signature
 
-#: Characters of one example that are shown.
+#: Maximum characters of an example.
 _MOST_SHOWN = 6000
-#: Characters that a command line may have.
+#: Maximum characters of a command line.
 _MOST_COMMAND = 2000
 
 _STYLE = """
@@ -45,7 +45,8 @@ for (const button of document.querySelectorAll("button[data-path]")) button.oncl
 
 
 def render(spec: Mapping[str, Any], models: Mapping[str, Signature], base: str, openapi: str) -> str:
-    """Return the page. ``base``: this front as the caller sees it; ``openapi``: path of the description."""
+    """Return the page. ``base``: URL of this API as the client sees it; ``openapi``: path of the
+    description."""
     prefix = openapi.rpartition("/")[0]
     parts = [
         "<!doctype html>\n<html lang=en><meta charset=utf-8>",
@@ -59,7 +60,7 @@ def render(spec: Mapping[str, Any], models: Mapping[str, Signature], base: str, 
         *(_model(name, one, base, prefix) for name, one in models.items()),
     ]
     if not models:
-        parts.append("<p>No model is known now: no worker has told of one, or Redis is away.</p>")
+        parts.append("<p>No models are known: no worker has reported any yet, or Redis is unavailable.</p>")
     tag = None
     for path, method, about in _operations(spec):
         if (found := about.get("tags", ["other"])[0]) != tag:
@@ -70,7 +71,7 @@ def render(spec: Mapping[str, Any], models: Mapping[str, Signature], base: str, 
 
 
 def _operations(spec: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Yield path, method and description, those of one tag together."""
+    """Yield path, method and description, grouped by tag."""
     every = [
         (path, method, about)
         for path, methods in spec["paths"].items()
@@ -150,12 +151,12 @@ def _pre(value: Any, *, whole: bool = False) -> str:
 
 
 def _is_long(value: Any) -> bool:
-    """Tell whether a value is mostly numbers, which need no line each."""
+    """Whether a value is mostly numbers, to be printed without a line for each."""
     return "inputs" in value if isinstance(value, dict) else isinstance(value, list)
 
 
 def _text(text: str) -> str:
-    """Return words as HTML; what stands between backquotes is code."""
+    """Return text as HTML; text in backquotes becomes code."""
     return "".join(
         f"<code>{escape(part)}</code>" if odd % 2 else escape(part)
         for odd, part in enumerate(text.split("`"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``/docs`` tells of the routes that must be fast; ``front`` serves them."""
+"""Documentation for ``/docs`` of the fast routes, which ``front`` serves."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ document(
     "/predict",
     "Submit one input",
     predict_schemas.SUBMIT_RESPONSES,
-    """Put one input into a queue. The body is the input, or an object with it and options beside it.
+    """Queue one input. The body is the input, or an object with the input and options.
 
-A file is sent as it is, with options in the URL, or in a form, with options beside it. With `Prefer: wait=5`
-or `?wait=5` the answer is 200 and the task when it has ended in time, failed or not.""",
+To send a file, use it as the body with options in the URL, or a form with the file and options. With
+`Prefer: wait=5` or `?wait=5`, the answer is 200 with the task if it ends in time, even if it fails.""",
     status=202,
     extra=predict_schemas.PREDICT_BODY,
 )
@@ -29,7 +29,7 @@ for _method in ("POST", "PUT"):  # PUT is what curl -T sends
         "/models/{model}/predict",
         "Submit one input to a model",
         predict_schemas.SUBMIT_RESPONSES,
-        "As `/predict`, for the model that the path names.",
+        "Like `/predict`, for the model in the path.",
         status=202,
         extra=predict_schemas.PREDICT_BODY,
         shown=_method == "POST",
@@ -40,8 +40,8 @@ document(
     "/batch_predict",
     "Submit a list of inputs as one job",
     predict_schemas.SUBMIT_RESPONSES,
-    "Put a list of inputs into a queue as one task, `queue.max_items` at most; its result is a list, with an "
-    "entry for each input.",
+    "Queue a list of inputs as one task, at most `queue.max_items`. Its result is a list with one entry per "
+    "input.",
     status=202,
     extra=predict_schemas.BATCH_BODY,
 )
@@ -49,9 +49,10 @@ document(
     predict,
     "PUT",
     "/tasks/{task_id}",
-    "Submit one input under an id of your own",
+    "Submit one input under your own id",
     predict_schemas.PUT_RESPONSES,
-    """As `/predict`, and safe to repeat: the same request finds the task that is there, another one is a 409.
+    """Like `/predict`, and safe to repeat: the same request returns the existing task, a different one is a
+    409.
 
 An id has 1 to 200 letters, digits, `_`, `.`, `:` and `-`.""",
     status=202,
@@ -67,8 +68,8 @@ document(
     predict_schemas.RESULT_RESPONSES,
     """Answer at once, or with `wait` as soon as the task has ended. A failed task is a 200, too.
 
-An id that nothing is known of is a 404; with `wait`, when it has not ended by then. 410: it is known, and its
-result has expired.""",
+404: the id is unknown; with `wait`, it is still unknown at the end of the wait. 410: the task is known, but
+its result has expired.""",
     extra={
         "parameters": [
             {
@@ -76,7 +77,7 @@ result has expired.""",
                 "in": "query",
                 "required": False,
                 "schema": {"type": "string"},
-                "description": "Seconds to wait for the task to end, cut to api.max_wait_s.",
+                "description": "Seconds to wait for the task to end, at most api.max_wait_s.",
             }
         ]
     },

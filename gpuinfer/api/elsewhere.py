@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routes that FastAPI has for their documentation alone: ``front`` and ``oip.routes`` serve them."""
+"""Routes that FastAPI only documents; ``front`` and ``oip.routes`` serve them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ JsonSchema = dict[str, Any]
 
 
 class ServedElsewhere(Exception):
-    """Raised where FastAPI is asked for such a route all the same."""
+    """Raised if FastAPI gets a request for such a route."""
 
 
 async def _served_elsewhere() -> None:  # without a docstring, which /docs would show

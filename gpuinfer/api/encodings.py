@@ -12,32 +12,33 @@ from gpuinfer.errors import MalformedEncoding, PayloadTooLarge, UnsupportedEncod
 
 #: Content-Encoding -> zlib's window bits for it.
 _FORMATS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
-#: A gzip file may be several in a row; each costs a copy of what is left.
+#: Maximum gzip members in one body; each costs a copy of the remaining bytes.
 _MAX_MEMBERS = 16
-#: More compressed bytes than this are unpacked in a thread, so that other requests are served meanwhile.
+#: Larger compressed bodies are unpacked in a thread, so as not to block other requests.
 _IN_A_THREAD = 16 * 1024
 
 
 def coding_of(text: str) -> str | None:
-    """Return the coding that a Content-Encoding names; None: plain. Raises UnsupportedEncoding."""
+    """Return the encoding of a Content-Encoding header; None: not compressed. Raises UnsupportedEncoding."""
     coding = text.strip().lower()
     if coding in ("", "identity"):
         return None
     if coding not in _FORMATS:
         raise UnsupportedEncoding(
-            f"{text[:40]!r} is not read; send the body plain, or as gzip or deflate", "Content-Encoding"
+            f"{text[:40]!r} is not supported; send the body uncompressed, or as gzip or deflate",
+            "Content-Encoding",
         )
     return coding
 
 
 async def unpacked(body: bytes, coding: str, limit: int, take: Callable[[int], Awaitable[None]]) -> bytes:
-    """Return the plain body. ``limit``: its most bytes; nothing beyond them is unpacked.
+    """Return the unpacked body. ``limit``: its maximum bytes; unpacking stops there.
 
-    ``take`` reserves memory for the total number of bytes before they are unpacked; it is not called for a
-    small body. Raises PayloadTooLarge, MalformedEncoding, and what ``take`` raises.
+    ``take`` reserves memory for a total number of bytes before they are unpacked; it is not called for a
+    small body. Raises PayloadTooLarge, MalformedEncoding, and the errors of ``take``.
     """
     work = Unpacking(body, coding, limit)
-    room = max(SMALL_BYTES, work.announced) + 1  # one more: so it comes to the end
+    room = max(SMALL_BYTES, work.announced) + 1  # one more, to reach the end of the stream
     if room == SMALL_BYTES + 1:
         if len(body) <= _IN_A_THREAD:
             work.go_on(min(room, limit + 1))
@@ -52,14 +53,14 @@ async def unpacked(body: bytes, coding: str, limit: int, take: Callable[[int], A
 
 
 class Unpacking:
-    """A body that is being unpacked, step by step. ``limit``: the most bytes that it may come to."""
+    """Unpacks a body step by step. ``limit``: maximum bytes of the unpacked body."""
 
     def __init__(self, body: bytes, coding: str, limit: int) -> None:
         self._coding, self._limit = coding, limit
         self._bits = _FORMATS[coding]
         if coding == "deflate" and not _has_zlib_header(body):
-            self._bits = -15  # what some clients send by that name
-        #: The bytes that the end of a gzip file says it has.
+            self._bits = -15  # raw deflate, which some clients send under that name
+        #: Unpacked size according to the gzip trailer.
         self.announced = int.from_bytes(body[-4:], "little") if self._bits == _FORMATS["gzip"] else 0
         self._left = body
         self._unpacker = zlib.decompressobj(self._bits)
@@ -69,7 +70,7 @@ class Unpacking:
         self.done = False
 
     def go_on(self, most: int) -> None:
-        """Unpack until there are ``most`` bytes, or the end. Raises PayloadTooLarge, MalformedEncoding."""
+        """Unpack up to ``most`` bytes in total. Raises PayloadTooLarge, MalformedEncoding."""
         while not self.done and self._size < most:
             try:
                 part = self._unpacker.decompress(self._left, most - self._size)
@@ -88,7 +89,7 @@ class Unpacking:
             self._left = self._unpacker.unconsumed_tail
             if not self._left and not part:
                 raise MalformedEncoding(
-                    f"the body is cut off: its {self._coding} has no end", "Content-Encoding"
+                    f"the body is incomplete: its {self._coding} data has no end", "Content-Encoding"
                 )
 
     def _next_member(self) -> None:
@@ -104,7 +105,7 @@ class Unpacking:
         self._unpacker = zlib.decompressobj(self._bits)
 
     def body(self) -> bytes:
-        """Return what there is, once it is done."""
+        """Return the unpacked body, once it is complete."""
         return b"".join(self._parts)
 
 

@@ -22,29 +22,33 @@ MODEL: JsonSchema = {
     ],
     "properties": {
         "name": {"type": "string"},
-        "default": {"type": "boolean", "description": "true: the model of requests that name none."},
-        "serving": {"type": "boolean", "description": "true: a worker that lives serves it."},
-        "queues": {"type": "array", "items": {"enum": list(QUEUES)}, "description": "Served for it now."},
-        "workers": {**_COUNT, "description": "Workers that live and serve it."},
+        "default": {"type": "boolean", "description": "true: used for requests that name no model."},
+        "serving": {"type": "boolean", "description": "true: a live worker serves it."},
+        "queues": {
+            "type": "array",
+            "items": {"enum": list(QUEUES)},
+            "description": "Queues that are served for it now.",
+        },
+        "workers": {**_COUNT, "description": "Live workers that serve it."},
         "missing": {
             "type": "object",
-            "description": "Worker that should serve it and could not load it -> why.",
+            "description": "Worker that failed to load it -> reason.",
             "additionalProperties": {"type": "string"},
         },
         "waiting": {
             "type": "object",
-            "description": "Queue -> tasks that wait for it.",
+            "description": "Queue -> waiting tasks for it.",
             "properties": dict.fromkeys(QUEUES, _COUNT),
         },
         "paused": {
             "type": "array",
             "items": {"enum": list(QUEUES)},
-            "description": "Queues from which workers take nothing for it, until they are resumed.",
+            "description": "Queues that are paused for it.",
         },
         "last_seen": {
             "type": ["string", "null"],
             "format": "date-time",
-            "description": "When somebody who could serve it was last seen; null: never, and tasks wait.",
+            "description": "When a worker that can serve it was last seen; null: never, although tasks wait.",
         },
     },
 }
@@ -72,14 +76,14 @@ _WAITS: JsonSchema = {
 }
 MODELS_RESPONSES: Responses = {
     200: response(
-        "All models of the catalogue, by name, and any other that tasks wait for.",
+        "All known models by name, and any other model with waiting tasks.",
         {"type": "array", "items": MODEL},
         {"one serves, one waits for a worker": [_SERVED, _WAITS]},
     ),
     503: AWAY,
 }
 MODEL_RESPONSES: Responses = {
-    200: response("The model, as the list has it.", MODEL, {"served": _SERVED, "waits for a worker": _WAITS}),
+    200: response("The model, as in the list.", MODEL, {"served": _SERVED, "waits for a worker": _WAITS}),
     404: UNKNOWN_MODEL,
     503: AWAY,
 }
@@ -87,11 +91,11 @@ _ACCOUNT: JsonSchema = {
     "type": "object",
     "required": ["requests", "errors", "refused", "bytes_in", "bytes_out", "device_s"],
     "properties": {
-        "key": {"type": "string", "description": "There unless summed by model."},
-        "model": {"type": "string", "description": "There unless summed by key."},
+        "key": {"type": "string", "description": "Present unless summed by model."},
+        "model": {"type": "string", "description": "Present unless summed by key."},
         "requests": _COUNT,
-        "errors": {**_COUNT, "description": "Those that failed, or that the client got wrong."},
-        "refused": {**_COUNT, "description": "Those for which there was no room: 429 and 503."},
+        "errors": {**_COUNT, "description": "Requests that failed or were invalid."},
+        "refused": {**_COUNT, "description": "Requests refused for lack of capacity: 429 and 503."},
         "bytes_in": _COUNT,
         "bytes_out": _COUNT,
         "device_s": {"type": "number", "description": "A batch's time, divided among its inputs."},
@@ -99,7 +103,7 @@ _ACCOUNT: JsonSchema = {
 }
 USAGE_RESPONSES: Responses = {
     200: response(
-        "What has used most device time comes first.",
+        "Sorted by device time, highest first.",
         {
             "type": "object",
             "required": ["since", "until", "usage"],
@@ -128,20 +132,20 @@ USAGE_RESPONSES: Responses = {
             }
         },
     ),
-    422: error_response("A bad parameter.", "bad_input", "must be key or model: 'user'", "by"),
+    422: error_response("A bad parameter.", "bad_input", "must be key or model, got 'user'", "by"),
     503: AWAY,
 }
 METRICS_RESPONSES: Responses = {
     200: {
-        "description": "Prometheus's text format, or OpenMetrics where `Accept` names it.",
+        "description": "Prometheus's text format, or OpenMetrics if `Accept` asks for it.",
         "content": {
             name: {"schema": {"type": "string"}} for name in ("text/plain", "application/openmetrics-text")
         },
     },
     404: error_response(
-        "They have an address of their own.",
+        "They are served on another address.",
         "not_found",
-        "metrics have an address of their own: metrics.listen is set",
+        "metrics are served on another address, because metrics.listen is set",
     ),
 }
 _LIVE: JsonSchema = {
@@ -157,12 +161,12 @@ _READY: JsonSchema = {
         "status": {"enum": ["ok", "starting"]},
         "workers": {**_COUNT, "description": "Live workers that serve it."},
         "startable": {**_COUNT, "description": "Instances that are starting, or that a watcher may start."},
-        "model": {"type": "string", "description": "There when a model was asked for."},
+        "model": {"type": "string", "description": "Present if a model was given."},
     },
 }
 READY_RESPONSES: Responses = {
     200: response(
-        "A worker serves (`ok`), or one may be started (`starting`).",
+        "A worker serves (`ok`), or can be started (`starting`).",
         _READY,
         {
             "ok": {"status": "ok", "workers": 2, "startable": 6},
@@ -172,7 +176,7 @@ READY_RESPONSES: Responses = {
     404: UNKNOWN_MODEL,
     503: RETRY_AFTER
     | error_response(
-        "Nothing serves and nothing may be started, or Redis is away; see Retry-After.",
+        "No worker serves and none can be started, or Redis is unavailable; see Retry-After.",
         "not_ready",
         "no live worker serves any model, and no live watcher may start one (gpu0@host1: masked)",
     ),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The outermost application: the routes that must be fast as plain ASGI, FastAPI for all else.
+"""The outermost application: fast routes as plain ASGI, FastAPI for everything else.
 
-FastAPI documents the fast routes, too, and answers for methods that they do not take.
+FastAPI also documents the fast routes, and answers methods that they do not support.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gpuinfer.settings import Settings
 log = get_logger(__name__)
 
 Route = Callable[[Scope, Receive, Send], Awaitable[None]]
-#: Takes what a path holds beside its fixed parts, too.
+#: A route that takes the variable parts of its path.
 RouteOf = Callable[..., Awaitable[None]]
 
 #: Fast routes by method and path.
@@ -37,10 +37,10 @@ ROUTES: dict[tuple[str, str], Route] = {
     ("POST", "/predict"): submission.predict,
     ("POST", "/batch_predict"): submission.batch_predict,
 }
-#: Fast routes by method and a pattern of the path, whose groups are handed on.
+#: Fast routes by method and path pattern; the groups are passed to the route.
 PATTERNS: tuple[tuple[str, re.Pattern[str], RouteOf], ...] = (
     ("POST", re.compile(r"/models/([^/]+)/predict"), submission.predict_with),
-    # curl -T cat.jpg says PUT
+    # curl -T cat.jpg sends PUT
     ("PUT", re.compile(r"/models/([^/]+)/predict"), submission.predict_with),
     ("PUT", re.compile(r"/tasks/([^/]+)"), submission.put_task),
     ("GET", re.compile(r"/result/(.+)", re.DOTALL), submission.result),
@@ -48,7 +48,7 @@ PATTERNS: tuple[tuple[str, re.Pattern[str], RouteOf], ...] = (
 
 
 class Front:
-    """What the server runs. ``shared`` is what all its requests share."""
+    """The application that the server runs."""
 
     def __init__(
         self,
@@ -56,13 +56,13 @@ class Front:
         requests: Requests | None = None,
         metrics: Sequence[socket.socket] = (),
     ) -> None:
-        """``metrics``: listening sockets on which the metrics have an address of their own."""
+        """``metrics``: listening sockets of metrics.listen."""
         self.shared = Shared(settings, requests, metrics)
         self._app: FastAPI = create_app(self.shared)
         self._most = settings.api.max_requests
         around = Around(self._route, self.shared.stopping, self.shared.requests, self.shared.accounts)
         self._outermost: ASGIApp = Manners(around, methods(self._app))
-        #: What serves the paths of ROUTES, which need no manners.
+        #: Serves the paths of ROUTES, which do not need ``manners``.
         self._fast: ASGIApp = around
         if settings.api.cors_origins:
             self._outermost = self._fast = Cors(self._outermost, self.shared.network)
@@ -76,19 +76,17 @@ class Front:
         await app(scope, receive, send)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer who may ask, unless too many requests are in progress. Health is always answered."""
+        """Answer, unless too many requests are in progress. Health always answers."""
         shared = self.shared
         try:
             who = access.admit(scope)
         except GpuinferError as exc:
             await (oip_errors.send_error if _is_oip(scope["path"]) else send_error)(scope, send, exc)
             return
-        # Without a key health alone is asked: who does not read its answer takes nobody's place.
+        # Without a key only health is served: slow readers of it must not use up the limit.
         counts = who is not access.NOBODY
         if counts and shared.requests_now >= self._most and not scope["path"].startswith("/health/"):
-            busy = (
-                f"this front has reached its limit of requests in progress; api.max_requests is {self._most}"
-            )
+            busy = f"too many requests are in progress; api.max_requests is {self._most}"
             await send_error(scope, send, FrontBusy(busy))
             return
         shared.requests_now += counts
@@ -113,7 +111,7 @@ class Front:
 
 
 def _is_oip(path: str) -> bool:
-    """Tell whether a path is one of the Open Inference Protocol, which has errors of its own form."""
+    """Whether a path belongs to the Open Inference Protocol, which has its own error format."""
     return path.startswith(routes.PREFIX) and path[len(routes.PREFIX) :][:1] in ("", "/")
 
 

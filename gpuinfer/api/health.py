@@ -17,24 +17,24 @@ from gpuinfer.queue.readiness import Capacity
 
 router = APIRouter()
 _PARAMETERS = frozenset({"model"})
-#: Reasons that an error names.
+#: Maximum number of reasons in an error.
 _MOST_REASONS = 3
 
 
 def readiness_for(scope: Scope, capacity: Capacity, model: str | None = None) -> dict[str, Any]:
-    """Return ``readiness``. Who has no key is told the status alone, and of no model whether it is known."""
+    """Return ``readiness``; without a key only the status, and not whether a model exists."""
     if caller(scope) is not NOBODY:
         return readiness(capacity, model)
     found = capacity if model is None else capacity.of(model)
     if found.live or found.startable:
         return {"status": "ok" if found.live else "starting"}
-    raise NotReady("no live worker serves, and none may be started")
+    raise NotReady("no worker is alive, and none may be started")
 
 
 def readiness(capacity: Capacity, model: str | None = None) -> dict[str, Any]:
     """Return the body of a 200: ``{"status": "ok" | "starting", "workers", "startable", "model"?}``.
 
-    Raises NotReady where nothing serves and nothing may be started, UnknownModel for a model nobody knows.
+    Raises NotReady if no worker serves and none may be started, UnknownModel for an unknown model.
     """
     found = capacity if model is None else capacity.of(model)
     about: dict[str, Any] = {"workers": len(found.live), "startable": len(found.startable)}
@@ -62,7 +62,7 @@ def _reasons(capacity: Capacity) -> str:
 
 
 @router.get(
-    "/health/live", tags=["health"], summary="This process answers", responses=fleet_schemas.LIVE_RESPONSES
+    "/health/live", tags=["health"], summary="The process is running", responses=fleet_schemas.LIVE_RESPONSES
 )
 async def live(request: Request) -> Response:
     """Answer 200 while the process runs."""
@@ -78,9 +78,9 @@ async def live(request: Request) -> Response:
 )
 async def ready(
     request: Request,
-    model: Annotated[str | None, Query(description="Ask for this model alone.")] = None,
+    model: Annotated[str | None, Query(description="Check only this model.")] = None,
 ) -> Response:
-    """Answer 200 `ok` while a live worker serves, 200 `starting` while one may be started, else 503.
+    """Answer 200 `ok` if a live worker serves, 200 `starting` if one may be started, else 503.
 
     A worker is alive while its heartbeat is at most 10 s old.
     """

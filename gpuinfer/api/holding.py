@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes of bodies one process holds, and which of them makes way: pure, with an injected clock.
+"""Limits the memory for request bodies in one process. Pure, with an injected clock.
 
-A body takes its announced length before any of it is read, so that no two hold parts of what both need. One
-of unknown length takes room as it grows. Small bodies have some room that large ones cannot take. A body that
-does not move is given up after ``stall_s``, and after ``PRESSED_S`` where others wait for its room.
+A body reserves its announced length before it is read, so that no two bodies block each other halfway. A body
+of unknown length reserves memory as it grows. Some memory is reserved for small bodies. A stalled body is
+aborted after ``stall_s``, or after ``PRESSED_S`` if others wait for memory.
 """
 
 from __future__ import annotations
@@ -11,49 +11,49 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-#: A body moves when this many bytes more have come, or its end.
+#: A body makes progress when this many more bytes, or its end, have arrived.
 STEP_BYTES = 64 * 1024
-#: A body of at most this many bytes may use the room that is kept for such.
+#: Maximum bytes of a small body, which may use the reserve.
 SMALL_BYTES = 64 * 1024
-#: The part of the room that small bodies have beside the rest.
+#: Size of the reserve for small bodies, as a share of the limit, in addition to it.
 SMALL_SHARE = 0.25
-#: Seconds without a move after which a body makes way for others.
+#: Seconds without progress after which a body is aborted if others wait.
 PRESSED_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
 class Permit:
-    """The room of one body, from its first byte until its task is submitted."""
+    """The memory reserved for one body, from its first byte until its task is submitted."""
 
     taken: int = 0
     received: int = 0
-    #: When it last moved, and how much of it had come then.
+    #: When it last made progress, and the bytes received by then.
     moved_at: float = 0.0
     moved: int = 0
     reading: bool = True
-    #: Ends the reading of a body that makes way; returns at once.
+    #: Aborts the reading of the body; returns at once.
     give_up: Callable[[], object] = bool
 
 
 class Holding:
-    """The room for bodies. ``most_bytes``: in all, without what small ones have beside it."""
+    """The memory for bodies. ``most_bytes``: the limit, without the reserve for small bodies."""
 
     def __init__(self, most_bytes: int, stall_s: float, clock: Callable[[], float]) -> None:
         self.most_bytes = most_bytes
         self.stall_s = stall_s
         self._clock = clock
-        #: In the order in which they began.
+        #: Oldest first.
         self._permits: dict[Permit, None] = {}
         self.used = 0
 
     def begin(self) -> Permit:
-        """Return the permit of a body that has taken nothing yet."""
+        """Return a permit without reserved memory."""
         permit = Permit(moved_at=self._clock())
         self._permits[permit] = None
         return permit
 
     def take(self, permit: Permit, size: int) -> bool:
-        """Give a body room for ``size`` bytes in all; return whether there was."""
+        """Reserve ``size`` bytes in total for a body; return whether that was possible."""
         more = size - permit.taken
         small = size <= SMALL_BYTES
         most = self.most_bytes + (self.most_bytes * SMALL_SHARE if small else 0)
@@ -64,27 +64,28 @@ class Holding:
         return True
 
     def keep(self, permit: Permit, size: int) -> None:
-        """Take back what a body has beyond ``size`` bytes."""
+        """Release the reserved bytes beyond ``size``."""
         surplus = max(0, permit.taken - size)
         self.used -= surplus
         permit.taken -= surplus
 
     def came(self, permit: Permit, received: int) -> None:
-        """Note how much of a body has come."""
+        """Record the received bytes of a body."""
         permit.received = received
         if received - permit.moved >= STEP_BYTES:
             permit.moved, permit.moved_at = received, self._clock()
 
     def resume(self, permit: Permit) -> None:
-        """A body that has waited for room is read from now on; the wait was not its fault."""
+        """Restart the stall timer of a body that waited for memory."""
         permit.moved_at = self._clock()
 
     def patience(self, permit: Permit) -> float:
-        """Return for how many seconds to wait for a body's next bytes."""
+        """Return the maximum seconds to wait for a body's next bytes."""
         return max(0.0, permit.moved_at + self.stall_s - self._clock())
 
     def press(self, size: int) -> bool:
-        """Give up stalled bodies, the longest first, to free ``size`` bytes; return whether any was."""
+        """Abort stalled bodies, longest stall first, to free ``size`` bytes; return whether there were
+        any."""
         now = self._clock()
         stalled = [one for one in self._permits if one.reading and now - one.moved_at >= PRESSED_S]
         stalled.sort(key=lambda one: one.moved_at)
@@ -100,7 +101,7 @@ class Holding:
         return any_was
 
     def leave(self, permit: Permit) -> None:
-        """Take a body's room back; a second time, nothing happens."""
+        """Release a body's memory. May be called twice."""
         if permit in self._permits:
             del self._permits[permit]
             self.used -= permit.taken

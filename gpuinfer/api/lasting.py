@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is to be done about requests that last: one timer for all of them, and none for those that do not."""
+"""One timer for all requests that may run long, instead of one per request."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import asyncio
 from collections import deque
 from typing import Protocol
 
-#: Seconds between two looks, at least.
+#: Minimum seconds between two checks.
 _STEP_S = 0.01
 
 
 class Lasting(Protocol):
-    """Something that may last."""
+    """Something with a time limit."""
 
     ended: bool
 
     def lasts(self) -> None:
-        """It has not ended in time."""
+        """Called if it has not ended in time."""
 
 
 class Lastings:
-    """Tells each that is still there ``seconds`` after it was added, or up to ``_STEP_S`` later."""
+    """Calls ``lasts`` of each item not removed within ``seconds``, up to ``_STEP_S`` late."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        #: In the order in which they are due.
+        #: In the order of their deadlines.
         self._known: deque[tuple[float, Lasting]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -33,7 +33,7 @@ class Lastings:
         return len(self._known)
 
     def add(self, one: Lasting) -> None:
-        """Tell it in time, unless it has ended then."""
+        """Start the time limit of an item."""
         loop = asyncio.get_running_loop()
         self._known.append((loop.time() + self._seconds, one))
         if self._timer is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What HTTP promises of every resource: HEAD and OPTIONS where GET is; and a closing slash is served."""
+"""General HTTP behaviour: HEAD and OPTIONS for every GET route, and trailing slashes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterable, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-#: Of these, OPTIONS has the status of GET: that is how some load balancers ask.
+#: For these paths OPTIONS has the status of GET, as some load balancers probe that way.
 _HEALTH = "/health/"
 
-#: Where a scope has the answer to OPTIONS.
+#: Scope key of the answer to OPTIONS.
 _ALLOW = "gpuinfer.allow"
-#: Path -> the methods that it has.
+#: Path -> its methods.
 Methods = Callable[[str], frozenset[str]]
 
 
 class Manners:
-    """Pure ASGI: what is inside sees GET, POST, PUT and DELETE, and no closing slash; and OPTIONS, to which
-    ``methods_told`` is the answer for who may ask."""
+    """Pure ASGI: the inner application gets GET, POST, PUT, DELETE and OPTIONS, and no trailing slash.
+
+    For OPTIONS it calls ``methods_told`` once the caller is admitted.
+    """
 
     def __init__(self, app: ASGIApp, methods: Methods) -> None:
         self._app = app
@@ -30,7 +32,7 @@ class Manners:
             await self._app(scope, receive, send)
             return
         path, method = scope["path"], scope["method"]
-        # Encoded, it is a part of a task's id: /result/cam1%2F
+        # An encoded slash is part of a task id: /result/cam1%2F
         if path.endswith("/") and len(path) > 1 and scope.get("raw_path", b"/").endswith(b"/"):
             path = path.removesuffix("/")
             scope = {**scope, "path": path, "raw_path": scope.get("raw_path", b"")[:-1]}
@@ -47,7 +49,7 @@ class Manners:
 
 
 async def methods_told(scope: Scope, send: Send) -> bool:
-    """Answer a question for a path's methods; False: the request is none, or the path is not known."""
+    """Answer OPTIONS with the path's methods; False if it is another method or an unknown path."""
     allow: bytes | None = scope.get(_ALLOW)
     if allow is None:
         return False
@@ -58,7 +60,7 @@ async def methods_told(scope: Scope, send: Send) -> bool:
 
 
 class _Headless:
-    """Sends an answer without its body, with the length that it would have."""
+    """Sends an answer without its body, but with its Content-Length."""
 
     def __init__(self, send: Send, allow: bytes = b"") -> None:
         self._send = send
@@ -75,10 +77,10 @@ class _Headless:
 
 
 def methods_of(documented: Mapping[str, Iterable[str]], others: Iterable[str] = ()) -> Methods:
-    """Return what tells a path's methods. ``documented``: path as OpenAPI has it -> methods.
+    """Return a lookup of a path's methods. ``documented``: OpenAPI path -> methods.
 
-    ``others`` have GET. Where several fit, the one with the longest fixed part counts: /tasks/{id}/result
-    comes before /tasks/{id}.
+    ``others``: paths with GET. If several match, the one with the longest fixed part wins: /tasks/{id}/result
+    before /tasks/{id}.
     """
     found = {path: frozenset(one.upper() for one in methods) for path, methods in documented.items()}
     found |= {path: frozenset({"GET"}) for path in others}

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``/metrics``: at the front, or at an address of its own (``metrics.listen``), which needs no key.
+"""``/metrics``: on the API, or on its own address (``metrics.listen``), which needs no key.
 
-The latter is a server of a few lines: it reads a request's head and answers. It has nothing of the front's
-keys, TLS and limits.
+The latter is a minimal server: it reads a request's head and answers, without keys, TLS and the API's limits.
 """
 
 from __future__ import annotations
@@ -22,28 +21,28 @@ from gpuinfer.metrics.page import Page
 
 router = APIRouter()
 _NONE: frozenset[str] = frozenset()
-#: A request's head has at most this many bytes, and must come within this many seconds.
+#: Maximum bytes of a request's head, and seconds within which it must arrive.
 _HEAD_BYTES, _HEAD_S = 16 * 1024, 5.0
 _PLAIN = "text/plain; charset=utf-8"
 
 
 @router.get(
-    "/metrics", tags=["fleet"], summary="Numbers for Prometheus", responses=fleet_schemas.METRICS_RESPONSES
+    "/metrics", tags=["fleet"], summary="Metrics for Prometheus", responses=fleet_schemas.METRICS_RESPONSES
 )
 async def metrics(request: Request) -> Response:
-    """This host's numbers in Prometheus's format; on the host on which Redis runs, those of the whole fleet,
-    too. 404 where `metrics.listen` gives them an address of their own."""
+    """This host's metrics in Prometheus's format; on Redis's host also those of the whole fleet. 404 if
+    `metrics.listen` is set: the metrics are at that address then."""
     query.parse(request.scope, _NONE)
     ours = shared(request.scope)
     if ours.settings.metrics.listen:
-        raise HTTPException(404, "metrics have an address of their own: metrics.listen is set")
+        raise HTTPException(404, "metrics are served on another address, because metrics.listen is set")
     body, content_type = await ours.metrics.answer(header(request.scope, b"accept"))
     return Response(body, headers={"content-type": content_type})
 
 
 @asynccontextmanager
 async def serving(listeners: Sequence[socket.socket], page: Page) -> AsyncIterator[None]:
-    """Answer on these sockets, which stay open for other processes."""
+    """Serve metrics on these sockets, which stay open for other processes."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -53,7 +52,7 @@ async def serving(listeners: Sequence[socket.socket], page: Page) -> AsyncIterat
             async with asyncio.timeout(_HEAD_S):
                 await writer.drain()
         except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
-            pass  # a monitoring system asks neither so slowly nor at such length
+            pass  # too slow or too long for a monitoring system: close
         finally:
             writer.close()
 
@@ -72,7 +71,7 @@ async def _stop(server: asyncio.Server) -> None:
 
 
 async def _answer(head: bytes, page: Page) -> bytes:
-    """Return the whole answer to a request, of which ``head`` has all lines."""
+    """Return the complete answer to a request with this head."""
     first, *lines = head.decode("latin-1").split("\r\n")
     method, _, rest = first.partition(" ")
     path = rest.partition(" ")[0].partition("?")[0]
@@ -80,7 +79,9 @@ async def _answer(head: bytes, page: Page) -> bytes:
     if path not in ("/metrics", "/"):
         return _response("404 Not Found", b"metrics are at /metrics\n", _PLAIN)
     if method not in ("GET", "HEAD"):
-        return _response("405 Method Not Allowed", b"/metrics takes GET\n", _PLAIN, "allow: GET, HEAD\r\n")
+        return _response(
+            "405 Method Not Allowed", b"/metrics supports only GET\n", _PLAIN, "allow: GET, HEAD\r\n"
+        )
     body, content_type = await page.answer(fields.get("accept", ""))
     return _response("200 OK", body, content_type, empty=method == "HEAD")
 

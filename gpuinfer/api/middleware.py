@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Around every request: logging, and ``Connection: close`` while the process stops."""
+"""Wraps every request: logging, and ``Connection: close`` while the process stops."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Around:
 
 
 def _line(scope: Scope, status: int, notes: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return what a request's line would be: its action and fields."""
+    """Return action and fields of a request's log line."""
     known = {key: value[:200] if isinstance(value, str) else value for key, value in notes.items()}
     fields = {"method": scope["method"], "path": scope["path"][:200], "status": status, **known}
     if (who := scope.get(CALLER)) is not None and who.name:
@@ -76,7 +76,7 @@ def _line(scope: Scope, status: int, notes: Mapping[str, Any]) -> tuple[str, dic
 
 
 class _Watched:
-    """A ``send`` that notes what is answered."""
+    """A ``send`` that records status and size of the answer."""
 
     __slots__ = ("_answer", "_send", "_stopping", "sent", "status")
 
@@ -98,7 +98,7 @@ class _Watched:
     def answer(
         self, status: int, content_type: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes
     ) -> bool:
-        """Send a whole answer, as ``Cycle`` does; False: it cannot be."""
+        """Send a complete answer, like ``Cycle.answer``; if it returns False, send messages instead."""
         if self._answer is None or self._stopping.is_set():
             return False
         if not self._answer(status, content_type, headers, body):

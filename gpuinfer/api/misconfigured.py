@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front while its settings are wrong: each request is a 503 that says what is wrong.
+"""The API while its settings are wrong: it answers every request with a 503 that says what is wrong.
 
-systemd would start a front that ends at once again and again, and then give up its socket, too. So a front
-that was handed its sockets stays, reads the settings every few seconds, and serves once they are right. The
-beginning of a file that is being written may be valid, so the file must be unchanged over two looks, and not
-empty. What is wrong is told by the Unix socket, and by loopback while there is no key; everybody else learns
-that something is.
+If the API exited, systemd would restart it until the start limit, then close its socket, too. So with sockets
+from systemd it stays, rereads the settings every few seconds, and serves once they are right. A partly
+written file may be valid, so the file must be unchanged between two reads, and not empty. Details are given
+over the Unix socket, and over loopback while there are no keys; other clients only learn that the settings
+are wrong.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from gpuinfer.sources import file_state, read_text
 
 log = get_logger(__name__)
 
-#: Between two looks at the settings; also what Retry-After says.
+#: Seconds between two reads of the settings, and the value of Retry-After.
 LOOK_S: Final = 2
-#: What a connection has for the head of its request.
+#: Seconds for the head of a request.
 HEAD_S: Final = 5.0
-#: What it has then to send the rest, which nobody reads, and to read the answer.
+#: Seconds for a client to send the rest, which is discarded, and to read the answer.
 REST_S: Final = 60.0
-#: The most connections; one more ends the oldest.
+#: Maximum connections; a new one closes the oldest.
 MOST_CONNECTIONS: Final = 512
 _MOST_HEADERS_BYTES: Final = 65_536
-#: A line of a settings file, valid or not, that is no comment and may set api.keys_dir.
+#: A line of a settings file, valid or not, that may set api.keys_dir and is not a comment.
 _NAMES_KEYS_DIR: Final = re.compile(r"^[^#\n]*keys_dir", re.MULTILINE)
 T = TypeVar("T")
 
@@ -52,10 +52,10 @@ def wait_for(
     file: Path,
     keys_dir: Callable[[], Path | None],
 ) -> T | None:
-    """Return what ``prepare`` returns; while it raises ConfigError, answer 503.
+    """Return the result of ``prepare``; while it raises ConfigError, answer 503.
 
-    ``file``: the settings file, which ``prepare`` reads. ``keys_dir`` returns the folder of keys, None where
-    it is not known. None: SIGTERM or SIGINT came first. The listeners stay open.
+    ``file``: the settings file that ``prepare`` reads. ``keys_dir`` returns the folder of keys, or None if
+    unknown. Returns None on SIGTERM or SIGINT. The listeners stay open.
     """
     try:
         return prepare()
@@ -64,7 +64,7 @@ def wait_for(
 
 
 def keys_dir(loaded: Loaded, file: Path) -> Path | None:
-    """Return the folder of keys, even while other settings are wrong; None where it is not known."""
+    """Return the folder of keys, even while other settings are wrong; None if unknown."""
     try:
         return loaded.only("api").api.keys_dir
     except ConfigError:
@@ -79,7 +79,7 @@ def keys_dir(loaded: Loaded, file: Path) -> Path | None:
 
 
 def answer(error: GpuinferError, *, body: bool = True) -> bytes:
-    """Return a whole HTTP/1.1 answer that closes its connection; without its ``body`` for HEAD."""
+    """Return a complete HTTP/1.1 answer that closes its connection; without ``body`` for HEAD."""
     text = orjson.dumps({"error": error.to_dict()}, option=orjson.OPT_APPEND_NEWLINE)
     head = (
         f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"
@@ -95,7 +95,7 @@ class _Misconfigured:
         self._keys_dir = keys_dir()
         self._network = Network(ApiSettings(), socket.gethostname())
         self._notifier = SystemdNotifier()
-        #: The limits of the open connections, the oldest first.
+        #: The timeouts of the open connections, the oldest first.
         self._open: dict[asyncio.Timeout, None] = {}
 
     async def until_right(self, prepare: Callable[[], T], listeners: Sequence[socket.socket]) -> T | None:
@@ -104,7 +104,7 @@ class _Misconfigured:
         for number in (SIGINT, SIGTERM):
             loop.add_signal_handler(number, stop.set)
         self._tell(self._error)
-        # A server closes what it listens on, so each has a descriptor of its own.
+        # A server closes its sockets, so give it duplicates.
         servers = [
             await asyncio.start_server(self._connection, sock=one.dup(), limit=_MOST_HEADERS_BYTES)
             for one in listeners
@@ -117,7 +117,7 @@ class _Misconfigured:
                 if stopping.done():
                     return None
                 seen = file_state(self._file)
-                # It asks Redis, which may not answer, or not soon.
+                # In a thread: it asks Redis, which may not answer soon.
                 look = loop.create_task(asyncio.to_thread(self._look, prepare))
                 await asyncio.wait((stopping, look), return_when=asyncio.FIRST_COMPLETED)
                 if stopping.done():
@@ -147,14 +147,18 @@ class _Misconfigured:
         return prepare()
 
     async def _feed(self) -> None:
-        """Feed systemd's watchdog for as long as requests are answered."""
+        """Feed systemd's watchdog while requests are answered."""
         while True:
             self._notifier.notify("WATCHDOG=1")
             await asyncio.sleep(LOOK_S)
 
     def _tell(self, error: ConfigError) -> None:
         self._error = error
-        log.error("settings_wrong", error=str(error), hint="requests are answered 503 until they are right")
+        log.error(
+            "settings_wrong",
+            error=str(error),
+            hint="requests are answered with 503 until the settings are corrected",
+        )
         self._notifier.notify(f"READY=1\nSTATUS=answers 503: {' '.join(str(error).split())}")
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -169,7 +173,7 @@ class _Misconfigured:
         writer.close()
 
     def _make_place(self) -> None:
-        """End the oldest connection where there are too many."""
+        """Close the oldest connection if there are too many."""
         if len(self._open) >= MOST_CONNECTIONS:
             oldest = next(iter(self._open))
             del self._open[oldest]
@@ -189,18 +193,18 @@ class _Misconfigured:
             limit.reschedule(asyncio.get_running_loop().time() + REST_S)
         error: GpuinferError = self._error
         if not self._may_know(head, writer):
-            error = NotReady("its settings are wrong; on its host, gpuinfer config check says what")
+            error = NotReady("the server's settings are wrong; run gpuinfer config check on its host")
         writer.write(answer(error, body=not head.startswith(b"HEAD ")))
         await writer.drain()
         writer.write_eof()
-        # What is unread when a connection is closed resets it, and may cost the client its answer.
+        # Closing with unread data resets the connection, and the client may lose its answer.
         while await reader.read(_MOST_HEADERS_BYTES):
             pass
 
     def _may_know(self, head: bytes, writer: asyncio.StreamWriter) -> bool:
-        """Tell whether a request came by the Unix socket, or by loopback while that needs no key.
+        """Whether a request came over the Unix socket, or over loopback while that needs no key.
 
-        A proxy on this host that adds no header asks by loopback for strangers; by keys they are kept out.
+        Requests through a local proxy that adds no headers look like loopback; with keys they are refused.
         """
         scope = _scope(head, writer)
         arrival = self._network.arrival(scope)
@@ -212,17 +216,17 @@ class _Misconfigured:
 
 
 def _check_written(path: Path) -> None:
-    """Raise ConfigError for an empty file: editors and ``>`` truncate a file, then write it."""
+    """Raise ConfigError for an empty file: editors and ``>`` truncate a file before they write it."""
     try:
         empty = path.stat().st_size == 0
     except OSError:
         return
     if empty:
-        raise ConfigError("is empty, as a file that is being written; a restart takes it as it is", str(path))
+        raise ConfigError("is empty, perhaps still being written; restart the API to accept it", str(path))
 
 
 def _scope(head: bytes, writer: asyncio.StreamWriter) -> dict[str, Any]:
-    """Return what ASGI would say of a request's connection and headers."""
+    """Return an ASGI scope with a request's connection and headers."""
     pairs = (line.partition(b":") for line in head.split(b"\r\n")[1:] if line)
     peer = writer.get_extra_info("peername")
     by_tcp = isinstance(peer, tuple)
@@ -234,7 +238,7 @@ def _scope(head: bytes, writer: asyncio.StreamWriter) -> dict[str, Any]:
 
 
 def _has_keys(folder: Path | None) -> bool:
-    """Tell whether keys are in use. What is not known counts as a key."""
+    """Whether keys are in use; True if unknown."""
     try:
         return folder is None or bool(names(folder))
     except GpuinferError:

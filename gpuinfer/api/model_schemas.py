@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model takes, as JSON schema: for ``/openapi.json`` and ``/docs``."""
+"""JSON schemas of models' inputs, for ``/openapi.json`` and ``/docs``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FILES = {"image": "An image file", "audio": "A sound file", "bytes": "Bytes", "
 def inputs_schema(signature: Signature) -> JsonSchema:
     """Return the JSON schema of a request's ``inputs`` for this model."""
     if not signature.inputs:
-        return {"description": "Any JSON value: the model's code does not say what it takes."}
+        return {"description": "Any JSON value: the model's code does not declare its inputs."}
     only = signature.only
     if only is not None and not signature.named:
         return _input(only)
@@ -77,7 +77,7 @@ def _encoded(one: Input) -> JsonSchema:
 def _file(words: str) -> JsonSchema:
     return {
         "type": "object",
-        "description": f"{words}, in base64. As it is: with its own Content-Type, or in a form.",
+        "description": f"{words}, in base64. To send it unencoded, use its own Content-Type or a form.",
         "required": ["b64"],
         "properties": {"b64": _BASE64, "name": {"type": "string"}},
     }

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a request comes from, and whether its Host and Origin may be believed. Pure.
+"""Where a request comes from, and whether its Host and Origin headers are acceptable. Pure.
 
-Who need no key are let in by their place alone, so another site's page in their browser must not borrow it:
-the name they ask under must be this host's (DNS rebinding), and the page's origin must be ours or allowed.
-What a proxy passed on came from a network, by whatever connection.
+Clients that need no key are admitted by their address alone, so pages of other sites in their browser must
+not make use of that: the Host header must be this host's (against DNS rebinding), and the page's origin must
+be this server or allowed. A request through a proxy counts as coming from the network.
 """
 
 from __future__ import annotations
@@ -18,45 +18,46 @@ from gpuinfer.addresses import address, contains, origin, split_host, split_orig
 from gpuinfer.errors import ForeignHost, ForeignOrigin
 from gpuinfer.settings import ApiSettings
 
-#: ``unix``, ``loopback``: this host itself. ``anonymous``: ``api.anonymous`` has it. ``network``: the rest.
+#: ``unix``, ``loopback``: this host. ``anonymous``: listed in ``api.anonymous``. ``network``: any other.
 Arrival = Literal["unix", "loopback", "anonymous", "network"]
 
-#: Headers by which proxies tell for whom they ask: those that name addresses, and those that do not.
+#: Headers by which proxies identify clients: with an address, and without one.
 _NAMING = frozenset(
     (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"cf-connecting-ip")
 )
 _FORWARDED = _NAMING | {b"x-forwarded-host", b"x-forwarded-proto", b"x-forwarded-server", b"via"}
-#: Callers' addresses whose place is remembered, and right Host headers.
+#: Maximum cached client addresses, and accepted Host headers.
 _KNOWN = 1024
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def key_needed(*, keys: bool) -> str:
-    """Return what a caller without a key is told: how one is made while there is none."""
+    """Return the message for a caller without a key; while there are no keys, how to make one."""
     if keys:
-        return "this needs a key: Authorization: Bearer gpi_..., or X-API-Key: gpi_..."
+        return "this needs a key: Authorization: Bearer gpi_... or X-API-Key: gpi_..."
     return (
-        "this needs a key, and there is none yet; on this host, as root: gpuinfer key add NAME; "
+        "this needs a key, but there are none yet; on this host, as root: gpuinfer key add NAME; "
         "then: Authorization: Bearer gpi_..."
     )
 
 
 class Network:
-    """What the settings say of callers. ``this_host``: this host's own name."""
+    """The rules for callers from the settings. ``this_host``: this host's name."""
 
     def __init__(self, api: ApiSettings, this_host: str) -> None:
         self._anonymous = tuple(map(ip_network, api.anonymous))
         self._names = frozenset((this_host.lower(), "localhost", *api.hosts)) - {""}
         self._origins = frozenset(api.cors_origins)
         self._known: dict[str, tuple[bool, bool]] = {}
-        #: Host headers that are right, as they came: the next request has the same.
+        #: Accepted Host headers, cached.
         self._right: set[tuple[bytes, Arrival]] = set()
 
     def arrival(self, scope: Scope, *, keys: bool = True) -> Arrival:
-        """Return where a request comes from. ``keys``: there is a key.
+        """Return where a request comes from. ``keys``: whether there are any keys.
 
-        With keys, ``api.anonymous`` goes before loopback, which needs one then; without, after it. A proxy's
-        header never gives a better place: who is named there must be in ``api.anonymous``, too.
+        With keys, ``api.anonymous`` takes precedence over loopback, which needs a key then; without keys,
+        loopback takes precedence. A proxy's header never gives more rights: every address in it must be in
+        ``api.anonymous``, too.
         """
         client = scope.get("client")
         if client is None:
@@ -71,7 +72,7 @@ class Network:
         return "anonymous" if anonymous and self._all_anonymous(scope) else "network"
 
     def _place(self, text: str) -> tuple[bool, bool]:
-        """Return whether an address is loopback, and whether it is in ``api.anonymous``."""
+        """Return (address is loopback, address is in ``api.anonymous``)."""
         known = self._known.get(text)
         if known is None:
             found = address(text)
@@ -87,9 +88,9 @@ class Network:
         return all(self._place(text)[1] for text in _forwarded_for(scope))
 
     def check(self, scope: Scope, arrival: Arrival) -> None:
-        """Raise ForeignOrigin for a page that may not ask, ForeignHost for a name that is not this host's.
+        """Raise ForeignOrigin for a page that is not allowed, ForeignHost if Host is not a name of this host.
 
-        The name is looked at where no key is asked for: call it with "network" for who has shown one.
+        Host is checked only for requests without a key: pass "network" for those with one.
         """
         free = arrival in ("loopback", "anonymous")
         host, page = b"", None
@@ -105,7 +106,7 @@ class Network:
 
     def _check_origin(self, page: str, host: str) -> None:
         if not self.allows(page) and not _same(page, host):
-            text = f"pages of {page[:200]!r} may not ask here; api.cors_origins names those that may"
+            text = f"pages of {page[:200]!r} may not use this server; api.cors_origins lists those that may"
             raise ForeignOrigin(text, "Origin")
 
     def _check_host(self, value: bytes, arrival: Arrival) -> None:
@@ -118,11 +119,13 @@ class Network:
                 self._right.clear()
             self._right.add((value, arrival))
             return
-        text = f"{host[:200]!r} is no name of this host; without a key, ask under its own or one of api.hosts"
+        text = (
+            f"{host[:200]!r} is not a name of this host; without a key, use its own name or one of api.hosts"
+        )
         raise ForeignHost(text, "Host")
 
     def allows(self, page: str) -> bool:
-        """Tell whether ``api.cors_origins`` names a page's origin."""
+        """Whether ``api.cors_origins`` allows a page's origin."""
         if not self._origins:
             return False
         return page in self._origins or "*" in self._origins or _usual(page) in self._origins
@@ -133,7 +136,7 @@ def _is_forwarded(scope: Scope) -> bool:
 
 
 def _forwarded_for(scope: Scope) -> Iterator[str]:
-    """Yield whom proxies asked for: addresses without ports, or whatever stands there instead."""
+    """Yield the clients that proxies named: addresses without ports, or any other text given instead."""
     for name, value in scope["headers"]:
         if name not in _NAMING:
             continue
@@ -148,7 +151,7 @@ def _forwarded_for(scope: Scope) -> Iterator[str]:
 
 
 def _bare(text: str) -> str:
-    """Return an address without brackets and port: ``[::1]:80`` and ``10.0.0.1:80`` have them."""
+    """Return an address without brackets and port: ``[::1]:80``, ``10.0.0.1:80``."""
     text = text.strip()
     if text.startswith("["):
         return text[1:].partition("]")[0]
@@ -156,7 +159,7 @@ def _bare(text: str) -> str:
 
 
 def _same(page: str, host: str) -> bool:
-    """Tell whether a page is of this very host. The scheme is not compared: a proxy may have ended TLS."""
+    """Whether a page comes from this server. The scheme is ignored, as a proxy may terminate TLS."""
     found = split_origin(page)
     if found is None:
         return False
@@ -167,7 +170,7 @@ def _same(page: str, host: str) -> bool:
 
 
 def _usual(page: str) -> str:
-    """Return an origin as the settings have it; the text itself where it is none."""
+    """Return an origin in the form of the settings; other text unchanged."""
     try:
         return origin(page)
     except ValueError:

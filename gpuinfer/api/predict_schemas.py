@@ -22,7 +22,7 @@ from gpuinfer.api.schemas import (
 from gpuinfer.queue.options import OPTIONS
 
 _INPUT: JsonSchema = {
-    "description": "What the model takes: a nested list, or raw bytes as {b64, dtype, shape}; a file as "
+    "description": "Input of the model: a nested list, or raw bytes as {b64, dtype, shape}; a file as "
     "{b64, name}; text; any JSON; or an object of these by input name.",
 }
 _OPTIONS: dict[str, JsonSchema] = {name: option.schema() for name, option in OPTIONS.items()}
@@ -43,11 +43,11 @@ def _body(inputs: JsonSchema, bare: JsonSchema, examples: JsonSchema) -> JsonSch
 _LIST: JsonSchema = {"type": "array", "items": {}}
 PREDICT_BODY = _body(
     _INPUT,
-    {**_LIST, "description": "The bare input."},
+    {**_LIST, "description": "Only the input."},
     {
         "bare list": {"summary": "One 8x8 digit, for the default model", "value": DIGIT},
         "with options": {
-            "summary": "The same with options: most urgent, expires after ten seconds",
+            "summary": "The same with options: highest priority, expires after ten seconds",
             "value": {
                 "inputs": DIGIT,
                 "model": "digits",
@@ -63,19 +63,22 @@ PREDICT_BODY["requestBody"]["content"] |= {
     "multipart/form-data": {
         "schema": {
             "type": "object",
-            "description": "The only input as file, or a part for each input, with options beside them.",
+            "description": "The only input as a file, or one part per input; options are further parts.",
             "properties": {"file": _FILE, **_OPTIONS},
             "additionalProperties": True,
         }
     },
     **{
-        kind: {"schema": _FILE | {"description": "The only input; options are in the URL, as ?model=resnet."}}
+        kind: {
+            "schema": _FILE
+            | {"description": "The only input; options are in the URL, such as ?model=resnet."}
+        }
         for kind in ("application/octet-stream", "image/*", "audio/*")
     },
 }
 BATCH_BODY = _body(
     {"type": "array", "items": _INPUT},
-    {"type": "array", "items": _INPUT, "description": "The bare list of inputs."},
+    {"type": "array", "items": _INPUT, "description": "Only the list of inputs."},
     {
         "bare list": {"summary": "Two digits in one job", "value": [DIGIT, DIGIT]},
         "with options": {
@@ -91,11 +94,11 @@ STATUS: JsonSchema = {
     "properties": {
         "task_id": {"type": "string"},
         "status": {"enum": ["queued", "running", "completed", "failed", "expired", "revoked"]},
-        "result": {"description": "There when completed."},
-        "error": {**ERROR["properties"]["error"], "description": "There when failed, expired or revoked."},
-        "worker": {"type": "string", "description": "The worker that began or ended it, where known."},
+        "result": {"description": "Present when completed."},
+        "error": {**ERROR["properties"]["error"], "description": "Present when failed, expired or revoked."},
+        "worker": {"type": "string", "description": "The worker that started or ended it, if known."},
         "progress": {"type": "number", "description": "Progress from 0 to 1, if the model reports it."},
-        "redelivered": {"type": "boolean", "description": "true when this was not its first execution."},
+        "redelivered": {"type": "boolean", "description": "true if it was executed more than once."},
     },
 }
 #: What ``to_resource`` makes, as far as a caller must know it.
@@ -105,8 +108,8 @@ TASK: JsonSchema = {
     "properties": {
         "id": {"type": "string"},
         "status": {"enum": ["queued", "running", "completed", "failed", "expired", "cancelled"]},
-        "result": {"description": "There when completed."},
-        "error": {**ERROR["properties"]["error"], "description": "There when it ended without a result."},
+        "result": {"description": "Present when completed."},
+        "error": {**ERROR["properties"]["error"], "description": "Present when it ended without a result."},
     },
 }
 _ACCEPTED: JsonSchema = {
@@ -117,18 +120,20 @@ _ACCEPTED: JsonSchema = {
 
 
 _TASK = response(
-    "The task, which has ended while the request waited: failed ones, too.",
+    "The task ended during the wait, successfully or not.",
     TASK,
     {"completed": {"id": TASK_ID, "status": "completed", "result": RESULT, "worker": "gpu0@host"}},
 )
 SUBMIT_RESPONSES: Responses = {
     200: _TASK,
     202: {
-        **response("Accepted: it will end as a result or an error.", _ACCEPTED, {"id": {"task_id": TASK_ID}}),
-        "headers": {"Location": {"description": "Where its result is.", "schema": {"type": "string"}}},
+        **response(
+            "Accepted; the task will end with a result or an error.", _ACCEPTED, {"id": {"task_id": TASK_ID}}
+        ),
+        "headers": {"Location": {"description": "URL of its result.", "schema": {"type": "string"}}},
     },
     400: error_response(
-        "Not JSON, or not the form it is said to be.",
+        "Not valid JSON, or not a valid form.",
         "malformed_json",
         "the body is not JSON: unexpected character at line 1, column 1",
     ),
@@ -136,7 +141,8 @@ SUBMIT_RESPONSES: Responses = {
     408: error_response(
         "The body stalled; the connection is closed.",
         "slow_body",
-        "the body stalled: less than 64 KiB came within 10 s, or 1 s while others wait; 65536 bytes had come",
+        "the body stalled: less than 64 KiB arrived within 10 s, or 1 s while others wait; 65536 bytes "
+        "had arrived",
         "body",
     ),
     413: error_response(
@@ -145,20 +151,20 @@ SUBMIT_RESPONSES: Responses = {
         "the body is larger than 33570816 bytes; queue.max_payload_bytes is ...",
     ),
     415: error_response(
-        "Compressed in a way that is not read.",
+        "The compression is not supported.",
         "unsupported_encoding",
-        "'br' is not read; send the body plain, or as gzip or deflate",
+        "'br' is not supported; send the body uncompressed, or as gzip or deflate",
         "Content-Encoding",
     ),
-    422: error_response("A bad field.", "bad_input", "must be an integer from 0 to 9, got 11", "priority"),
+    422: error_response("Invalid field.", "bad_input", "must be an integer from 0 to 9, got 11", "priority"),
     429: FULL,
     503: AWAY,
 }
 PUT_RESPONSES: Responses = {
     **SUBMIT_RESPONSES,
-    202: response("Accepted, or there already.", TASK, {"queued": {"id": "my-1", "status": "queued"}}),
+    202: response("Accepted, or submitted before.", TASK, {"queued": {"id": "my-1", "status": "queued"}}),
     409: error_response(
-        "The id stands for another request.",
+        "The id is in use for a different request.",
         "task_exists",
         "stands for another request already; take another id",
         "task_id",
@@ -166,7 +172,7 @@ PUT_RESPONSES: Responses = {
 }
 RESULT_RESPONSES: Responses = {
     200: response(
-        "The state of the task, whatever it is.",
+        "The state of the task.",
         STATUS,
         {
             "completed": {
@@ -209,7 +215,7 @@ CANCEL_RESPONSES: Responses = {
     404: NOT_FOUND,
     410: GONE,
     422: error_response(
-        "No task id.", "bad_input", "must be a text of 1 to 200 characters, got ...", "task_id"
+        "Invalid task id.", "bad_input", "must be a text of 1 to 200 characters, got ...", "task_id"
     ),
     429: FULL,
     503: AWAY,

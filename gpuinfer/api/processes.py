@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes on one socket, and the parent that keeps them: ``api.processes``.
+"""Several processes on one socket, and their parent (``api.processes``).
 
-The parent opens the socket, forks, and serves nothing itself. It tells systemd READY once all serve, writes
-the request log for all of them, restarts one that crashed or hangs, and hands SIGTERM on. A child without a
-parent ends in order. What has not been accepted waits in the socket, which no restart of a child closes.
+The parent opens the socket and forks; it serves no requests. It sends READY to systemd once all children
+serve, writes the request log for all, restarts a child that crashes or hangs, and passes SIGTERM on. If the
+parent dies, its children stop in order. The socket stays open during restarts, so pending connections wait in
+it.
 """
 
 from __future__ import annotations
@@ -43,38 +44,38 @@ from gpuinfer.settings import Settings
 
 log = get_logger(__name__)
 
-#: Seconds before a crashed process is started again: doubled with each crash in a row.
+#: Seconds before a crashed process is restarted; doubled with each crash in a row.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-#: A process that has served this long has not crashed in a row.
+#: After this many seconds of serving, a crash does not count as "in a row".
 SOUND_S = 60.0
-#: Seconds that the processes have for their end before they are killed.
+#: Seconds for processes to stop before they are killed.
 END_S = 20.0
 
 Serve = Callable[[Link], None]
 
 
 def pause_after(crashes: int) -> float:
-    """Return the seconds to wait after a number of crashes in a row, 1 or more."""
+    """Return the seconds to wait after ``crashes`` crashes in a row, at least 1."""
     return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(crashes - 1, 30))
 
 
 class _Place:
-    """One of the processes, whichever is running there."""
+    """A slot for one process, which may be restarted."""
 
     def __init__(self) -> None:
         self.pid = 0
         self.link: socket.socket | None = None
         self.ready = False
-        #: It was silent, and was sent SIGABRT.
+        #: Whether it hung and was sent SIGABRT.
         self.warned = False
         self.began = self.heard = 0.0
         self.crashes = 0
-        #: When to start it again.
+        #: When to restart it.
         self.due = 0.0
 
 
 class Supervisor:
-    """Keeps ``count`` processes, each of which runs ``serve``. For a process without threads."""
+    """Runs ``count`` processes with ``serve`` in each. Use it in a process without threads."""
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class Supervisor:
         self._serve = serve
         self._listeners = listeners
         self._requests = requests
-        #: Kept up to date here, too: a process that is started later has the last one that was good.
+        #: Renewed here, too, so that a restarted process has the last valid certificate.
         self._certificate = certificate
         self._clock = clock
         self._places = [_Place() for _ in range(count)]
@@ -96,11 +97,11 @@ class Supervisor:
         self._notifier = SystemdNotifier()
         self._stopping = self._told = False
         watchdog_us = int(os.environ.get("WATCHDOG_USEC") or 0)
-        #: Seconds that a process may be silent; 0: it is not watched.
+        #: Seconds of silence after which a process counts as hung; 0: no limit.
         self._patience_s = watchdog_us / 1e6
 
     def run(self, where: str) -> None:
-        """Serve until SIGTERM or SIGINT. Raises ProcessesFailed when one cannot start at the beginning."""
+        """Serve until SIGTERM or SIGINT. Raises ProcessesFailed if one cannot start the first time."""
         wake, woken = socket.socketpair()
         for one in (wake, woken):
             one.setblocking(False)
@@ -127,7 +128,7 @@ class Supervisor:
         self._stopping = True
 
     def _turn(self, wake: socket.socket, where: str) -> None:
-        """Hear what comes within half a second; see to who has ended."""
+        """Handle messages for half a second; restart ended processes."""
         self._hear(wake)
         self._reap()
         self._requests.tick()
@@ -147,10 +148,10 @@ class Supervisor:
             self._notifier.notify(f"READY=1\nSTATUS={ready} processes listening on {where}")
 
     def _end_hung(self, place: _Place, now: float) -> None:
-        """Have a process that is silent tell where it stands, and end; the next time, end it."""
+        """Send SIGABRT to a hung process, which logs a traceback; the next time SIGKILL."""
         log.error("process_hangs", pid=place.pid, silent_s=round(now - place.heard, 1))
         os.kill(place.pid, SIGKILL if place.warned else SIGABRT)
-        os.kill(place.pid, SIGCONT)  # as systemd does: what is stopped takes no signal
+        os.kill(place.pid, SIGCONT)  # as systemd does: a stopped process handles no signals
         place.warned, place.heard = True, now
 
     def _hear(self, wake: socket.socket) -> None:
@@ -220,12 +221,12 @@ class Supervisor:
             os._exit(status)
 
     def _reap(self) -> None:
-        """Note which processes have ended. Raises ProcessesFailed for one that never served."""
+        """Reap ended processes. Raises ProcessesFailed for one that never served."""
         for place in self._places:
             pid, status = os.waitpid(place.pid, os.WNOHANG) if place.pid else (0, 0)
             if not pid:
                 continue
-            while place.link is not None:  # what it said last, to its end
+            while place.link is not None:  # read its last messages
                 self._take(place)
             served, place.pid = place.ready, 0
             place.ready = False
@@ -234,7 +235,7 @@ class Supervisor:
             code, lasted = os.waitstatus_to_exitcode(status), self._clock() - place.began
             how = f"signal {Signals(-code).name}" if code < 0 else f"status {code}"
             if not (served or self._told):
-                raise ProcessesFailed(f"a process of the front ended with {how} before it served")
+                raise ProcessesFailed(f"a process of the API ended with {how} before it was ready")
             place.crashes = 1 if lasted > SOUND_S else place.crashes + 1
             pause = pause_after(place.crashes)
             place.due = self._clock() + pause
@@ -243,7 +244,7 @@ class Supervisor:
             )
 
     def _end(self, wake: socket.socket) -> None:
-        """Have all processes end in order; kill those that do not."""
+        """Stop all processes in order; kill those that do not stop in time."""
         self._notifier.notify("STOPPING=1")
         for listener in self._listeners:
             listener.close()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""uvicorn's HTTP protocol, with bounds on the head of a request: its bytes, and how long it may take.
+"""uvicorn's HTTP protocol, with limits on the size and time of a request's head.
 
-uvicorn itself waits for ever for the first request of a connection, and for the rest of a head. What a front
-does for each request is written out here: uvicorn sets up and takes down a timer for each, for one.
+uvicorn waits forever for the first request of a connection, and for the rest of a head. The work per request
+is reimplemented here to be faster; uvicorn, for example, creates and cancels a timer per request.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gpuinfer.api.cycle import Cycle
 
-#: Seconds in which a head must have come, from the opening of a connection or from the head's first byte.
+#: Seconds for a head to arrive, from the opening of the connection or the head's first byte.
 HEAD_S = 10.0
-#: Bytes that a head may have, about: it is measured by what was received since it began.
+#: Approximate maximum bytes of a head, measured by the bytes received since it began.
 HEAD_BYTES = 64 * 1024
-#: Requests that may wait behind the one in progress of their connection: it ends with the last of them.
+#: Maximum pipelined requests behind the current one; the connection closes after the last of them.
 MOST_BEHIND = 100
-#: Seconds for the end of TLS on an idle connection when the server stops.
+#: Seconds for the TLS shutdown of an idle connection when the server stops.
 TLS_GOODBYE_S = 0.3
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection. For a server without WebSockets and without a limit of uvicorn's own."""
+    """One connection. Supports neither WebSockets nor uvicorn's own concurrency limit."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_head = True
         self._head_bytes = 0
-        #: Whether the rest of a request is to come, and whether some of its body has.
+        #: Whether a request is incomplete, and whether part of its body has arrived.
         self._in_body = self._body_came = False
-        #: Whether too many requests wait: what else comes is dropped.
+        #: Whether too many requests are pipelined; further data is dropped.
         self._overrun = False
         self._late: asyncio.TimerHandle | None = None
-        #: Since when no request is in progress, the rest of one that was answered aside; None: one is.
+        #: Since when no request is in progress, ignoring the unread rest of an answered one; None: one is.
         self._idle_since: float | None = None
-        #: Looks whether the connection has been idle for too long: one timer for many requests.
+        #: Closes the connection after it was idle for too long: one timer for many requests.
         self._idle: asyncio.TimerHandle | None = None
         self._asgi = {"version": self.asgi_version, "spec_version": "2.3"}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._late = self.loop.call_later(
-            HEAD_S, self._refuse, 408, "slow_head", "the request's headers did not arrive in time"
+            HEAD_S, self._refuse, 408, "slow_head", "the request's headers took too long to arrive"
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -72,7 +72,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
-            return  # a trailer: the request has been understood without it
+            return  # a trailer, which is not needed
         name = name.lower()
         if name == b"expect" and value.lower() == b"100-continue":
             self.expect_100_continue = True
@@ -154,8 +154,8 @@ class Protocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            pass  # to a protocol that is not offered: the request is answered as any other
-        except httptools.HttpParserError:  # uvicorn has a line for each, and anybody could send many
+            pass  # to an unsupported protocol: the request is answered normally
+        except httptools.HttpParserError:  # without a log line: anybody could cause many
             self.send_400_response("Invalid HTTP request received.")
             return
         if self._in_body:
@@ -166,17 +166,17 @@ class Protocol(HttpToolsProtocol):
         self._idle_since = None
         self._head_bytes += len(data)
         if self._head_bytes > HEAD_BYTES:
-            words = f"the request's head has more than {HEAD_BYTES} bytes"
+            words = f"the request's head is larger than {HEAD_BYTES} bytes"
             self._refuse(431, "head_too_large", words)
         elif self._late is None:
             self._late = self.loop.call_later(
-                HEAD_S, self._refuse, 408, "slow_head", "the request's headers did not arrive in time"
+                HEAD_S, self._refuse, 408, "slow_head", "the request's headers took too long to arrive"
             )
 
     def _bound_trailers(self, size: int) -> None:
-        """Close a connection on which more than a head's bytes have come of a body, and none of its content.
+        """Close a connection that sends more than HEAD_BYTES of trailers or chunk extensions.
 
-        They are trailers, or what may stand beside the size of a chunk.
+        These are bytes of a body that carry no content.
         """
         self._head_bytes = 0 if self._body_came else self._head_bytes + size
         self._body_came = False
@@ -192,7 +192,7 @@ class Protocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        if self.pipeline:  # what else the client sends waits in the sockets' buffers
+        if self.pipeline:  # further data waits in the socket buffers
             self._idle_since = None
             self._start_asgi_task(*self.pipeline.pop())
             return
@@ -202,7 +202,7 @@ class Protocol(HttpToolsProtocol):
             self._idle = self.loop.call_later(self.timeout_keep_alive, self._close_idle)
 
     def _close_idle(self) -> None:
-        """Close the connection where it has been idle for long enough, else look again when it will be."""
+        """Close the connection if it was idle for too long, else check again when it would be."""
         self._idle = None
         if self._idle_since is None or self.transport.is_closing():
             return
@@ -215,8 +215,8 @@ class Protocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Close an idle connection; one with a request in progress closes with its answer.
 
-        TLS waits for the other end's goodbye, which a client that keeps the connection for later does not
-        read: it is not waited for.
+        A TLS shutdown would wait for the other end's close_notify, which a client with a kept connection does
+        not send, so it is cut short.
         """
         if self._has_unread():
             self.loop.call_soon(self.shutdown)
@@ -237,10 +237,10 @@ class Protocol(HttpToolsProtocol):
         return bool(any(fcntl.ioctl(found.fileno(), termios.FIONREAD, bytes(4))))
 
     def _end_tls(self) -> None:
-        if not self.transport.get_write_buffer_size():  # else somebody still reads the last answer
+        if not self.transport.get_write_buffer_size():  # else the client is still reading the last answer
             self.transport.abort()
 
-    # -- what is no request ---------------------------------------------------------------
+    # -- invalid requests -----------------------------------------------------------------
 
     def _disarm(self) -> None:
         if self._late is not None:
@@ -248,7 +248,7 @@ class Protocol(HttpToolsProtocol):
             self._late = None
 
     def _refuse(self, status: int, code: str, words: str) -> None:
-        """Answer what is no request yet, and close."""
+        """Answer an incomplete request with an error, and close."""
         self._disarm()
         if self.transport.is_closing():
             return
@@ -260,7 +260,7 @@ class Protocol(HttpToolsProtocol):
         self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, as JSON like every error."""
+        """Answer data that is not HTTP with a JSON error."""
         self._refuse(400, "malformed_request", msg)
 
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of an error is told to whom: administrators all of it, others nothing of the hosts. Pure.
+"""Removes details of hosts from errors, unless the caller is an administrator. Pure.
 
-What goes wrong inside a model or at Redis is told in that host's words, with paths of its files and traces of
-its programs. They are in the journal.
+Errors in a model or from Redis may contain paths and tracebacks of that host. The journal has them in full.
 """
 
 from __future__ import annotations
@@ -12,23 +11,24 @@ from typing import Any
 
 from gpuinfer.errors import BrokerError, ConfigError, GpuinferError, QueueFull
 
-#: An absolute path of two parts or more, without what stands before its last one.
+#: The folder of an absolute path with at least two parts.
 _PATH = re.compile(r"""(?<![\w/:.…])(?:/[^\s/'"`<>(),;:]+)+(?=/([^\s/'"`<>(),;:]+))/""")
-#: Where Redis is.
+#: The address of Redis.
 _URL = re.compile(r"\b(?:redis|rediss|unix|gpuinfer(?:\+socket)?)://[^\s,;'\"]*")
-#: Where a trace begins of Python or TorchScript, whose last line is the error, and of C++ as torch writes it.
+#: Beginning of a traceback of Python or TorchScript (the last line is the error), and of C++ as torch writes
+#: it.
 _TRACE = re.compile(r"\s*Traceback\b[^\n]*\(most recent call last\):")
 _CALLS = re.compile(r"\s*(?:Exception raised from|C\+\+ CapturedTraceback:)")
-_AWAY = "the queue cannot be used now; the log of this server says why"
+_AWAY = "the queue is unavailable; see this server's log"
 
 
 def told(error: GpuinferError, path: str = "") -> dict[str, Any]:
-    """Return ``error.to_dict()`` without what is of the hosts. ``path``: the request's own, which is none."""
+    """Return ``error.to_dict()`` without details of hosts. ``path``: the request's path, which is kept."""
     return error.to_dict() | {"message": words(error, path)}
 
 
 def words(error: GpuinferError, path: str = "") -> str:
-    """Return an error's message without what is of the hosts."""
+    """Return an error's message without details of hosts."""
     if isinstance(error, ConfigError) or (
         isinstance(error, BrokerError) and not isinstance(error, QueueFull)
     ):
@@ -37,7 +37,7 @@ def words(error: GpuinferError, path: str = "") -> str:
 
 
 def plain(text: str, path: str = "") -> str:
-    """Return a text without traces, addresses of Redis and the folders of files."""
+    """Return a text without tracebacks, addresses of Redis and folders of files."""
     if calls := _CALLS.search(text):
         text = text[: calls.start()]
     found = _TRACE.search(text)
@@ -47,7 +47,7 @@ def plain(text: str, path: str = "") -> str:
     text = _URL.sub("…", text)
     if "/" not in text:
         return text
-    kept = "\0"  # JSON's texts may hold it; an error's words do not
+    kept = "\0"  # a placeholder that does not occur in error messages
     if path.count("/") > 1:
         text = text.replace(path, kept)
     return _PATH.sub("…/", text).replace(kept, path)

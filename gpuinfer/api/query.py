@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters of a URL: those that a route knows, each once."""
+"""Query parameters of a URL: only known ones, each at most once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.types import Scope
 
 from gpuinfer.errors import InputError, UnknownParameter
 
-#: A text of more bytes is not remembered.
+#: Longer queries are not cached.
 _SHORT = 100
 
 
@@ -24,7 +24,7 @@ def parse(scope: Scope, allowed: frozenset[str]) -> dict[str, str]:
 
 @lru_cache(maxsize=256)
 def _remembered(text: bytes, allowed: frozenset[str]) -> dict[str, str]:
-    """Return what a short text says: many requests have the same. Not to be changed."""
+    """Parse a short query, cached. Do not modify the result."""
     return _parsed(text, allowed)
 
 
@@ -32,9 +32,9 @@ def _parsed(text: bytes, allowed: frozenset[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in parse_qsl(text.decode("latin-1"), keep_blank_values=True):
         if name not in allowed:
-            known = f"known here: {', '.join(sorted(allowed))}" if allowed else "none is known here"
+            known = f"known here: {', '.join(sorted(allowed))}" if allowed else "this route has none"
             raise UnknownParameter(f"unknown query parameter; {known}", name[:80])
         if name in found:
-            raise InputError("is given twice in the URL", name)
+            raise InputError("must be given only once in the URL", name)
         found[name] = value
     return found

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The headers ``RateLimit-Policy`` and ``RateLimit``: how a key that has a rate stands after a submission.
+"""The headers ``RateLimit-Policy`` and ``RateLimit``, for keys with a rate limit.
 
-Source: draft-ietf-httpapi-ratelimit-headers-10. The policy says how many tasks may be submitted in how many
-seconds; the other one how many would be accepted now, and when a whole burst would be.
+Source: draft-ietf-httpapi-ratelimit-headers-10. The policy gives the number of tasks per number of seconds;
+``RateLimit`` gives how many tasks would be accepted now, and after how many seconds a full burst would be.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _HEADERS = "gpuinfer.rates"
 
 
 def told(scope: Scope) -> tuple[tuple[bytes, bytes], ...]:
-    """Return the headers that the answer to a request has; none where it has submitted nothing by a rate."""
+    """Return the headers for the answer; none if the request submitted nothing under a rate limit."""
     found: tuple[tuple[bytes, bytes], ...] = scope.get(_HEADERS, ())
     return found
 
 
 def stands(scope: Scope, key: Key | None, rate: Rate | None) -> None:
-    """Note how a key stands after a submission."""
+    """Record the state of a key's rate limit after a submission."""
     if key is not None and rate is not None and key.rate:
         scope[_HEADERS] = _headers(key.rate, rate.remaining, math.ceil(rate.reset_s))
 
 
 def refused(scope: Scope, key: Key | None, error: RateLimited) -> None:
-    """Note how a key stands that was refused by its rate."""
+    """Record the state of the rate limit of a refused key."""
     if key is not None and key.rate:
         scope[_HEADERS] = _headers(key.rate, 0, math.ceil(error.reset_s))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a request's body, within the room that the process has for bodies.
+"""Reads request bodies within the process's memory limit for them.
 
-A body is not read before there is room for it: what its client sends waits in the sockets' buffers.
+A body is not read until memory is reserved for it; meanwhile its data waits in the socket buffers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from gpuinfer.api.admission import SLACK_BYTES
 from gpuinfer.api.holding import PRESSED_S, SMALL_BYTES, Holding, Permit
 from gpuinfer.errors import FrontBusy, PayloadTooLarge, SlowBody
 
-#: Where a request's scope, and each copy of it, has the permits of its bodies: a list.
+#: Scope key of the list of a request's permits, shared by copies of the scope.
 PERMITS = "gpuinfer.permits"
-#: A body waits for room at most this long.
+#: Maximum seconds that a body waits for memory.
 WAIT_S = 5.0
 
 
@@ -26,19 +26,19 @@ class Receiver:
 
     def __init__(self, holding: Holding) -> None:
         self._holding = holding
-        #: Who waits for room, in the order in which they came.
+        #: Requests waiting for memory, oldest first.
         self._waiting: dict[Permit, asyncio.Future[None]] = {}
 
     async def read(self, scope: Scope, receive: Receive, announced: int, limit: int) -> bytes:
-        """Return a body of at most ``limit`` bytes; its room is taken until ``release``.
+        """Return a body of at most ``limit`` bytes; its memory stays reserved until ``release``.
 
-        ``announced``: its length as its header has it; 0: unknown. Raises PayloadTooLarge, SlowBody,
-        FrontBusy, ClientDisconnect.
+        ``announced``: its Content-Length; 0: unknown. Raises PayloadTooLarge, SlowBody, FrontBusy,
+        ClientDisconnect.
         """
         if announced > limit:
             raise too_large(limit)
         if announced <= SMALL_BYTES and _is_here(receive):
-            # Most requests: one packet, which is held already, and which api.max_requests bounds.
+            # Most requests: one packet, already in memory, and limited by api.max_requests.
             message = await receive()
             whole: bytes = message.get("body", b"")
             if message["type"] == "http.request" and len(whole) <= min(SMALL_BYTES, limit):
@@ -55,8 +55,8 @@ class Receiver:
             body = await self._read(permit, receive, limit)
         except TimeoutError:
             raise SlowBody(
-                f"the body stalled: less than 64 KiB came within {self._holding.stall_s:g} s, or "
-                f"{PRESSED_S:g} s while others wait; {permit.received} bytes had come",
+                f"the body stalled: less than 64 KiB arrived within {self._holding.stall_s:g} s, or "
+                f"{PRESSED_S:g} s while others wait; {permit.received} bytes had arrived",
                 "body",
             ) from None
         permit.reading = False
@@ -89,7 +89,7 @@ class Receiver:
             return await receive()
 
     async def _wait_for_room(self, permit: Permit, size: int) -> None:
-        """Wait until there is room, and make stalled bodies give theirs up. Raises FrontBusy."""
+        """Wait for memory, and abort stalled bodies to get it. Raises FrontBusy."""
         permit.reading = False
         loop = asyncio.get_running_loop()
         deadline = loop.time() + WAIT_S
@@ -106,13 +106,13 @@ class Receiver:
         self._holding.resume(permit)
 
     def unpacking(self, scope: Scope) -> Room:
-        """Return the room of what a body unpacks to, beside that of the packed one."""
+        """Return the memory reservation for unpacking a body."""
         return Room(self, scope)
 
     async def take(self, scope: Scope, permit: Permit | None, size: int) -> Permit:
-        """Give a body that is unpacked room for ``size`` bytes in all. Raises FrontBusy after a while.
+        """Reserve ``size`` bytes in total for an unpacked body. Raises FrontBusy if it has to wait too long.
 
-        ``permit``: what it has already.
+        ``permit``: its reservation so far.
         """
         if permit is None:
             permit = self._holding.begin()
@@ -123,7 +123,7 @@ class Receiver:
         return permit
 
     def keep(self, scope: Scope, permit: Permit, size: int) -> None:
-        """Give back room beyond ``size`` bytes of what was unpacked, and the packed body's."""
+        """Release the packed body's memory, and that of the unpacked body beyond ``size`` bytes."""
         self._holding.keep(permit, size)
         for other in scope[PERMITS]:
             if other is not permit:
@@ -133,13 +133,13 @@ class Receiver:
 
     def _busy(self) -> FrontBusy:
         most = self._holding.most_bytes // 2**20
-        return FrontBusy(f"this front has no room for another body; api.max_held_mb is {most}")
+        return FrontBusy(f"no memory left for another request body; api.max_held_mb is {most}")
 
     def release(self, scope: Scope) -> None:
-        """Give the room of a request's body back, where it has any.
+        """Release the memory of a request's body, if it has any.
 
-        Who came last gets it: where more wait than there is room for, the first have waited in vain already,
-        and one of them that stalls would be the next to hold it.
+        The newest waiting request gets it: under overload the oldest ones are about to time out, and one of
+        them might stall.
         """
         permits: list[Permit] = scope[PERMITS]
         if not permits:
@@ -155,29 +155,29 @@ class Receiver:
 
 
 class Room:
-    """The room of what one body unpacks to."""
+    """Reserves memory while one body is unpacked."""
 
     def __init__(self, receiver: Receiver, scope: Scope) -> None:
         self._receiver, self._scope = receiver, scope
         self._permit: Permit | None = None
 
     async def take(self, size: int) -> None:
-        """Get room for ``size`` bytes in all. Raises FrontBusy where there is none for a while."""
+        """Reserve ``size`` bytes in total. Raises FrontBusy if it has to wait too long."""
         self._permit = await self._receiver.take(self._scope, self._permit, size)
 
     def keep(self, size: int) -> None:
-        """It is unpacked, and has ``size`` bytes; nobody holds the packed body any more."""
+        """Call when the body is unpacked to ``size`` bytes and the packed one is freed."""
         if self._permit is not None:
             self._receiver.keep(self._scope, self._permit, size)
 
 
 def _is_here(receive: Receive) -> bool:
-    """Return whether the whole body has arrived, as uvicorn knows; False under another server."""
+    """Whether uvicorn has received the whole body; False under another server."""
     return getattr(getattr(receive, "__self__", None), "more_body", True) is False
 
 
 def _again(message: Message, receive: Receive) -> Receive:
-    """Return a receive that gives this message first."""
+    """Return a receive that returns this message first."""
     given = [message]
 
     async def first() -> Message:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process of the front tells its parent: that it serves and lives, and what it has of requests.
+"""Messages from an API process to its parent: readiness, watchdog, and requests.
 
-The parent writes the request log for all: one line of counts a minute, and one episode for a trouble that all
-of them have. A process tells once a second.
+The parent writes one request log for all processes: a line of counts per minute, and one episode per problem.
+Each process sends a message once a second.
 """
 
 from __future__ import annotations
@@ -14,58 +14,58 @@ import orjson
 
 from gpuinfer.api.request_log import NAMED_MISTAKES, is_episode, tell_one
 
-#: A message has at most this many bytes.
+#: Maximum bytes of a message.
 MESSAGE_BYTES = 256 * 1024
 
 
 class Link:
-    """A child's end of the connection to its parent. It takes the place of systemd's socket, too."""
+    """A child's end of the connection to its parent. Also replaces systemd's notify socket."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._connection = connection
 
     def fileno(self) -> int:
-        """Return the descriptor, which can be read when the parent has gone."""
+        """Return the descriptor, which becomes readable when the parent dies."""
         return self._connection.fileno()
 
     def notify(self, state: str) -> None:
-        """Take what is said to systemd: of that, the parent hears of READY and WATCHDOG."""
+        """Pass READY and WATCHDOG notifications on to the parent."""
         if "READY=1" in state:
             self.send({"ready": True})
         elif "WATCHDOG=1" in state:
             self.send({})
 
     def send(self, message: dict[str, Any]) -> bool:
-        """Tell the parent; False: it does not listen now."""
+        """Send a message to the parent; return whether that worked."""
         try:
             self._connection.send(orjson.dumps(message))
-        except OSError:  # its buffer is full, or it is gone, which ends us soon
+        except OSError:  # its buffer is full, or it is dead, and this process stops soon
             return False
         return True
 
 
 class Told:
-    """Requests since the last message, in numbers and examples."""
+    """Requests since the last message: counts and examples."""
 
     def __init__(self) -> None:
         self.succeeded = self.accepted = self.mistakes = 0
         self.longest_s = 0.0
-        #: Mistakes that may have a line of their own.
+        #: Client errors to be logged individually.
         self.named: list[tuple[str, float, dict[str, Any]]] = []
-        #: Status, code and reason -> the fields of the first, and how many there were.
+        #: (status, code, reason) -> fields of the first, and count.
         self.troubles: dict[str, tuple[int, dict[str, Any], int]] = {}
 
     def __bool__(self) -> bool:
         return bool(self.succeeded or self.mistakes or self.troubles)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as a message has it."""
+        """Return it for a message."""
         return {**vars(self), "troubles": list(self.troubles.values())}
 
 
 class Relay:
-    """Takes the place of RequestLog in a child."""
+    """Replaces RequestLog in a child."""
 
     def __init__(
         self, link: Link, said: Literal["trouble", "all"] = "trouble", most_reasons: int = 100
@@ -76,7 +76,7 @@ class Relay:
         self._told = Told()
 
     def count(self, status: int, seconds: float) -> bool:
-        """Note a request that has succeeded, as RequestLog does."""
+        """Like ``RequestLog.count``."""
         if self._all:
             return False
         told = self._told
@@ -86,7 +86,7 @@ class Relay:
         return True
 
     def add(self, action: str, status: int, seconds: float, fields: dict[str, Any]) -> None:
-        """Note a request that has been answered, as RequestLog does."""
+        """Like ``RequestLog.add``."""
         told = self._told
         if is_episode(status):
             self._trouble(status, fields)
@@ -113,10 +113,10 @@ class Relay:
         troubles[key] = (status, fields, 1) if known is None else (known[0], known[1], known[2] + 1)
 
     def tick(self) -> None:
-        """Tell the parent what there is. What it cannot take now is told later."""
+        """Send what there is to the parent; what fails is sent again later."""
         if self._told and self._link.send({"requests": self._told.to_dict()}):
             self._told = Told()
 
     def close(self) -> None:
-        """Tell the rest."""
+        """Send the rest."""
         self.tick()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers as plain ASGI messages, for routes that do without FastAPI. JSON ends with a newline."""
+"""Answers as plain ASGI messages, for routes without FastAPI. JSON ends with a newline."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from gpuinfer.log import get_logger
 log = get_logger(__name__)
 
 Headers = Iterable[tuple[bytes, bytes]]
-#: Answers with an error, as a protocol has it.
+#: Sends an error in a protocol's format.
 Fail = Callable[[Scope, Send, GpuinferError], Awaitable[None]]
 JSON = b"application/json"
-#: By whether a token was given that does not count.
+#: WWW-Authenticate without a token, and with an invalid one.
 _CHALLENGES = (b'Bearer realm="gpuinfer"', b'Bearer realm="gpuinfer", error="invalid_token"')
 
 
 async def send_bytes(
     scope: Scope, send: Send, content: bytes, content_type: bytes, status: int = 200, headers: Headers = ()
 ) -> None:
-    """Answer with a body as it is."""
+    """Answer with a body of bytes."""
     headers = [*headers, *rates.told(scope)]
     answer = getattr(send, "answer", None)
     if answer is not None and answer(status, content_type, headers, content):
@@ -46,22 +46,22 @@ async def send_json(scope: Scope, send: Send, body: Any, status: int = 200, head
 
 
 async def send_error(scope: Scope, send: Send, error: GpuinferError) -> None:
-    """Answer ``{"error": {"code", "message", "field"?}}`` with the error's status, and note its code."""
+    """Answer ``{"error": {"code", "message", "field"?}}`` with the error's status, and record its code."""
     status = error.http_status
     body = {"error": error_for(scope, error)}
     await send_json(scope, send, body, status, noted(scope, error, status))
 
 
 def error_for(scope: Scope, error: GpuinferError) -> dict[str, Any]:
-    """Return an error for JSON, as this request's caller may see it."""
+    """Return an error for JSON, with the details that the caller may see."""
     return error.to_dict() if sees_hosts(scope) else public.told(error, scope["path"])
 
 
 def noted(scope: Scope, error: GpuinferError, status: int) -> Headers:
-    """Note an error's code, and return the headers of the answer that has it.
+    """Record an error's code, and return the headers of its answer.
 
-    Who needs a key is asked for one. What could not be served has ``Retry-After``, and its reason is noted.
-    What else a client did wrong is in its answer alone.
+    401 has ``WWW-Authenticate``; lack of capacity has ``Retry-After``, and its reason is recorded for the
+    log. Other client errors are only in the answer.
     """
     headers = []
     if isinstance(error, RateLimited):
@@ -73,13 +73,13 @@ def noted(scope: Scope, error: GpuinferError, status: int) -> Headers:
     note(scope, code=error.code, **reason)
     if seconds is not None:
         headers.append((b"retry-after", b"%d" % seconds))
-    if status == 408:  # the rest of its body is not read
+    if status == 408:  # the rest of the body is not read
         headers.append((b"connection", b"close"))
     return headers
 
 
 async def answered(scope: Scope, send: Send, route: Awaitable[None], fail: Fail = send_error) -> None:
-    """Let a route answer, and where it fails, answer with its error. Who has left is told nothing."""
+    """Let a route answer; if it raises, answer with the error, unless the client has disconnected."""
     try:
         await route
     except GpuinferError as exc:
@@ -88,4 +88,4 @@ async def answered(scope: Scope, send: Send, route: Awaitable[None], fail: Fail 
         pass
     except Exception:
         log.exception("request_failed", method=scope["method"], path=scope["path"][:200])
-        await fail(scope, send, GpuinferError("this is a bug; see the API's log"))
+        await fail(scope, send, GpuinferError("this is a bug in gpuinfer; see the API's log"))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the front's log tells of requests: trouble when it begins and ends, the rest in numbers.
+"""The API's request log: problems when they begin and end, everything else as counts.
 
-A request that succeeds is counted; a line a minute has the counts. What the host could not do (429 and
-5xx), and who was not let in (401 and 403), is an episode a code: a warning when it begins, one a minute while
-it lasts, one when it has ended, and one for each further reason, up to ``NAMED_REASONS``.
-What a client did wrong (other 4xx) is a line at info, up to ``NAMED_MISTAKES`` a minute; the rest is counted.
-With ``log.requests = "all"`` each request that succeeds has its own line, too.
+Successful requests are counted, with one line per minute. Server errors and refusals (429, 5xx, 401, 403)
+form one episode per error code: a warning at its beginning, one per minute while it lasts, one at its end,
+and one for each new reason, up to ``NAMED_REASONS``. Client errors (other 4xx) get a line at info, up to
+``NAMED_MISTAKES`` per minute; further ones are only counted. With ``log.requests = "all"`` each successful
+request gets its own line, too.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ log = get_logger(__name__)
 
 #: Seconds between two lines of counts, and between two warnings of one episode.
 EVERY_S = 60.0
-#: Seconds without a refused request after which an episode has ended.
+#: An episode ends after this many seconds without a refused request.
 QUIET_S = 10.0
-#: Requests that a client got wrong, a minute, that have a line of their own.
+#: Maximum client errors per minute with their own line.
 NAMED_MISTAKES = 20
-#: Reasons of one episode that have a line of their own.
+#: Maximum reasons of one episode with their own line.
 NAMED_REASONS = 5
 
 
 def is_episode(status: int) -> bool:
-    """Tell whether an answer is told as a part of an episode."""
+    """Whether an answer with this status belongs to an episode."""
     return status >= 500 or status in (401, 403, 429)
 
 
@@ -42,20 +42,20 @@ def tell_one(action: str, seconds: float, fields: Mapping[str, Any]) -> None:
 
 @dataclass(slots=True)
 class _Episode:
-    """Requests that could not be served for one reason."""
+    """Requests refused with one error code."""
 
     began: float
     told: float
     last: float
-    #: Requests since the last line, and in all.
+    #: Requests since the last line, and in total.
     untold: int = 0
     total: int = 1
     reason: str = ""
-    #: The reasons that have had a line.
+    #: Reasons already logged.
     named: set[str] = field(default_factory=set)
 
     def is_news(self) -> bool:
-        """Note the reason; tell whether it has had no line yet. Other numbers make no other reason."""
+        """Record the reason; return whether it is new. Reasons that differ only in numbers are the same."""
         kind = re.sub(r"\d+", "0", self.reason)
         if not kind or kind in self.named or len(self.named) >= NAMED_REASONS:
             return False
@@ -65,7 +65,7 @@ class _Episode:
 
 @dataclass(slots=True)
 class _Counts:
-    """What is in the next line of counts."""
+    """Counts for the next line."""
 
     since: float
     succeeded: int = 0
@@ -75,9 +75,9 @@ class _Counts:
 
 
 class RequestLog:
-    """Writes what the front has to say of its requests: those of this process, and of others it is told of.
+    """Writes the request log of this process, and of its child processes.
 
-    ``said`` is ``log.requests``; ``tick`` is to be called at least once a second, ``close`` at the end.
+    ``said``: ``log.requests``. Call ``tick`` at least once a second, and ``close`` at the end.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class RequestLog:
         self._mistakes_since, self._mistakes = clock(), 0
 
     def count(self, status: int, seconds: float) -> bool:
-        """Note a request that has succeeded; False: it is to have a line, so ``add`` it."""
+        """Count a successful request; if it returns False, call ``add``, as it needs a line."""
         if self._all:
             return False
         counts = self._counts
@@ -103,7 +103,7 @@ class RequestLog:
         return True
 
     def add(self, action: str, status: int, seconds: float, fields: dict[str, Any]) -> None:
-        """Note a request that has been answered: ``fields`` are what its line would have."""
+        """Record an answered request. ``fields``: of its log line."""
         counts = self._counts
         if not (counts.succeeded or counts.mistakes):
             counts.since = self._clock()
@@ -143,9 +143,9 @@ class RequestLog:
             self._tell_again(code, episode)
 
     def add_told(self, told: Mapping[str, Any]) -> None:
-        """Note what another process has told of its requests, as ``relay.Told`` has it.
+        """Record the requests of a child process, from a ``relay.Told``.
 
-        With "all" the lines of single requests are written there.
+        With "all" the child itself logs its successful requests.
         """
         counts = self._counts
         if not (counts.succeeded or counts.mistakes):
@@ -161,7 +161,7 @@ class RequestLog:
                 self._trouble(status, fields)
 
     def tick(self) -> None:
-        """Write the lines that are due."""
+        """Write lines that are due."""
         now = self._clock()
         counts = self._counts
         if (counts.succeeded or counts.mistakes) and now - counts.since >= EVERY_S:
@@ -173,7 +173,7 @@ class RequestLog:
                 self._tell_again(code, episode)
 
     def close(self) -> None:
-        """Write what has not been written."""
+        """Write everything not written yet."""
         if self._counts.succeeded or self._counts.mistakes:
             self._tell_counts()
         for code in list(self._episodes):

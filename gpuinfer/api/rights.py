@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request does, and which roles may do it. Pure.
+"""Which roles may make which requests. Pure.
 
 ::
 
@@ -9,8 +9,8 @@
     predict    yes     yes     yes        yes           -
     admin      yes     yes     yes        yes          yes
 
-Whose tasks one may look at and change is asked where the task is read: see ``access.Caller``. What stands in
-none of the tables below is for administrators: a route that is forgotten here is closed.
+``access.Caller`` says whose tasks a caller may view and change. A route in none of the tables below is for
+administrators only, so that a forgotten route is not open.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from gpuinfer.keys.key import Role
 Verb = Literal["health", "look", "submit", "change", "manage"]
 
 _HEALTH = ("/health/", "/v2/health/")
-#: What each method does at which paths.
+#: Verb -> its methods and paths.
 _VERBS: dict[tuple[str, str], Verb] = {
     ("POST", "/predict"): "submit",
     ("POST", "/batch_predict"): "submit",
-    # It has a body, and changes nothing.
+    # A POST that changes nothing.
     ("POST", "/v2/repository/index"): "look",
 }
 _PATTERNS: tuple[tuple[str, re.Pattern[str], Verb], ...] = (
@@ -39,7 +39,7 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str], Verb], ...] = (
     ("POST", re.compile(r"/cancel/.+", re.DOTALL), "change"),
     ("DELETE", re.compile(r"/tasks/.+", re.DOTALL), "change"),
 )
-#: Role -> what it may do.
+#: Role -> verbs it may use.
 _MAY: dict[Role, frozenset[Verb]] = {
     "read": frozenset({"health", "look"}),
     "predict": frozenset({"health", "look", "submit", "change"}),
@@ -48,7 +48,7 @@ _MAY: dict[Role, frozenset[Verb]] = {
 
 
 def verb_of(method: str, path: str) -> Verb:
-    """Return what a request does. ``HEAD`` has become ``GET``, and a path has no closing slash."""
+    """Return a request's verb. ``HEAD`` must be mapped to ``GET``, and the trailing slash removed."""
     if method == "GET" or method == "OPTIONS":
         return "health" if path.startswith(_HEALTH) else "look"
     verb = _VERBS.get((method, path))
@@ -61,10 +61,10 @@ def verb_of(method: str, path: str) -> Verb:
 
 
 def may(role: Role, verb: Verb) -> bool:
-    """Tell whether a role may do this."""
+    """Whether a role may do this."""
     return verb in _MAY[role]
 
 
 def needed(verb: Verb) -> str:
-    """Return the roles that may do this, in words."""
+    """Return the roles that may do this, as text."""
     return " or ".join(role for role, verbs in _MAY.items() if verb in verbs)

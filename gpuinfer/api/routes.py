@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routes that FastAPI serves; ``documented`` has the documentation of those in ``front.py``."""
+"""Routes served by FastAPI; ``documented`` documents those in ``front.py``."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def _settings(request: Request) -> Settings:
 @router.post(
     "/cancel/{task_id:path}",
     tags=["result"],
-    summary="Cancel a task that waits or runs",
+    summary="Cancel a waiting or running task",
     responses=predict_schemas.CANCEL_RESPONSES,
 )
 async def cancel(request: Request, task_id: str) -> Response:
-    """Cancel a task that waits or runs, and answer its state; `cancelled` is false when it had ended.
+    """Cancel a waiting or running task, and answer its state; `cancelled` is false if it had already ended.
 
-    Of a task that a plain Celery producer has sent nothing is known while it waits: so an id that nothing is
-    known of is cancelled, too, as the error's message says.
+    A waiting task from a plain Celery producer is not known yet. So an unknown id is cancelled, too; the
+    error's message says so.
     """
     note(request.scope, task_id=task_id)
     client = _client(request)
@@ -56,12 +56,12 @@ async def cancel(request: Request, task_id: str) -> Response:
 @router.get(
     "/models",
     tags=["models"],
-    summary="The models the fleet knows",
+    summary="The fleet's models",
     responses=fleet_schemas.MODELS_RESPONSES,
 )
 async def models(request: Request) -> Response:
-    """List them by name. A request for a model that is not listed is refused; one that no worker serves now
-    is queued until one does."""
+    """Sorted by name. Requests for a model that is not listed are refused; requests for a model that no
+    worker serves now are queued until one does."""
     fleet = await _client(request).fleet()
     return answer(models_for(request.scope, [model.to_dict() for model in fleet.models.values()]))
 
@@ -69,11 +69,11 @@ async def models(request: Request) -> Response:
 @router.get(
     "/models/{model}",
     tags=["models"],
-    summary="One model that the fleet knows",
+    summary="One of the fleet's models",
     responses=fleet_schemas.MODEL_RESPONSES,
 )
 async def one_model(request: Request, model: str) -> Response:
-    """Answer its entry of `/models`."""
+    """Its entry in `/models`."""
     check_model(request.scope, model)
     fleet = await _client(request).fleet()
     found = models_for(request.scope, [one.to_dict() for one in fleet.models.values()])
@@ -85,15 +85,15 @@ async def one_model(request: Request, model: str) -> Response:
 
 
 @router.get(
-    "/usage", tags=["fleet"], summary="Who has used how much", responses=fleet_schemas.USAGE_RESPONSES
+    "/usage", tags=["fleet"], summary="Usage by key and model", responses=fleet_schemas.USAGE_RESPONSES
 )
 async def usage(
     request: Request,
-    by: Annotated[str | None, Query(description="Sum up: key or model.")] = None,
-    since: Annotated[str | None, Query(description="A span: 90m, 24h (usual), 7d, at most 35d.")] = None,
+    by: Annotated[str | None, Query(description="Sum by key or by model.")] = None,
+    since: Annotated[str | None, Query(description="Time span: 90m, 24h (default), 7d, at most 35d.")] = None,
 ) -> Response:
-    """Requests, bytes and device time by key and model, in whole hours; "-" stands for none. Counts are a
-    second old at most."""
+    """Requests, bytes and device time by key and model, for whole hours. "-" means no key or no model. Counts
+    are at most a second old."""
     given = query.parse(request.scope, _OF_USAGE)
     seconds = since_of(given["since"]) if "since" in given else USUAL_S
     return answer((await _client(request).usage(seconds)).by(_by(given.get("by"))).to_dict())
@@ -101,5 +101,5 @@ async def usage(
 
 def _by(text: str | None) -> By | None:
     if text not in (None, "key", "model"):
-        raise InputError(f"must be key or model: {text[:40]!r}", "by")
+        raise InputError(f"must be key or model, got {text[:40]!r}", "by")
     return "key" if text == "key" else "model" if text == "model" else None

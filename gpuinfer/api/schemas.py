@@ -47,9 +47,9 @@ ERROR: JsonSchema = {
             "type": "object",
             "required": ["code", "message"],
             "properties": {
-                "code": {"type": "string", "description": "Stable; what programs match on."},
+                "code": {"type": "string", "description": "Stable; for programs."},
                 "message": {"type": "string"},
-                "field": {"type": "string", "description": "What part of the request was wrong."},
+                "field": {"type": "string", "description": "The wrong part of the request."},
             },
         }
     },
@@ -69,16 +69,16 @@ def error_response(words: str, code: str, message: str, field: str | None = None
 
 
 BAD_WAIT = error_response(
-    "A bad parameter.", "bad_input", "must be a number of seconds, 0 or more, got '-1'", "wait"
+    "Invalid parameter.", "bad_input", "must be a number of seconds, 0 or more, got '-1'", "wait"
 )
 RETRY_AFTER: JsonSchema = {
     "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 }
 AWAY = RETRY_AFTER | error_response(
-    "Redis is away; see Retry-After.", "broker_unavailable", "Redis does not answer"
+    "Redis is unavailable; see Retry-After.", "broker_unavailable", "Redis does not answer"
 )
 UNKNOWN_MODEL = error_response(
-    "The fleet knows no model of that name.",
+    "The model is unknown to the fleet.",
     "unknown_model",
     "the fleet knows no model 'resnets'; known: digits, resnet",
     "model",
@@ -89,43 +89,46 @@ FULL = RETRY_AFTER | error_response(
     "as many tasks wait as may: queue.max_waiting is 1000000; what was accepted goes on",
 )
 NOT_FOUND = error_response(
-    "Never submitted, as far as is known.",
+    "The id is unknown.",
     "task_not_found",
     f"no task {TASK_ID}: it was never submitted here, or its result has expired",
     "task_id",
 )
 GONE = error_response(
-    "It was known, and its result has expired or was deleted.",
+    "The task is known, but its result has expired or was deleted.",
     "result_gone",
     f"task {TASK_ID} is known, but its result has expired or was deleted",
     "task_id",
 )
-#: How a key is shown. By the Unix socket, and by loopback while there are no keys, none is needed.
+#: Ways to send a key. The Unix socket needs none, nor does loopback while there are no keys.
 SECURITY: dict[str, JsonSchema] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "A key: `Authorization: Bearer gpi_...`"},
-    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "A key, as `gpi_...`"},
+    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "A key: `gpi_...`"},
 }
-#: What any operation may answer, in its own words or in these.
+#: Answers that any operation may give, unless it documents its own.
 COMMON: dict[int, JsonSchema] = {
     401: error_response(
-        "No key where one is needed, or one that is unknown, revoked or expired; see WWW-Authenticate.",
+        "The key is missing, unknown, revoked or expired; see WWW-Authenticate.",
         "unauthorized",
-        "this key is unknown, or was revoked",
+        "this key is unknown or was revoked",
     ),
     403: error_response(
-        "The key does not allow this; or, without a key, a Host or an Origin that is not this server's.",
+        "The key does not allow this; or, without a key, the Host or Origin is not this server's.",
         "forbidden",
         "the key lab may not use 'resnet'; it may use: digits",
         "model",
     ),
     400: error_response(
-        "A bad URL, or no HTTP.", "unknown_parameter", "unknown query parameter; none is known here", "waits"
+        "An invalid URL or invalid HTTP.",
+        "unknown_parameter",
+        "unknown query parameter; this route has none",
+        "waits",
     ),
-    422: error_response("A bad parameter.", "bad_input", "is given twice in the URL", "wait"),
+    422: error_response("Invalid parameter.", "bad_input", "must be given only once in the URL", "wait"),
     503: RETRY_AFTER
     | error_response(
-        "Redis is away, or this front is busy; see Retry-After.",
+        "Redis is unavailable or the API is busy; see Retry-After.",
         "front_busy",
-        "this front has reached its limit of requests in progress; api.max_requests is 10000",
+        "too many requests are in progress; api.max_requests is 10000",
     ),
 }

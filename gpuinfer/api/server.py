@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server: a socket of ours, and uvicorn on it with an orderly end.
+"""The server: uvicorn on our own sockets, with a graceful shutdown.
 
-Order of the end, so that no request is lost: the listener closes, waiting callers are told their
-task's state, answers say ``Connection: close`` for a moment, then idle connections are closed.
+Order of the shutdown, so that no request is lost: close the listener, answer waiting callers with their
+task's state, send ``Connection: close`` with answers for a moment, then close idle connections.
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ from gpuinfer.log import get_logger
 log = get_logger(__name__)
 
 BACKLOG = 2048
-#: A request makes hundreds of objects and hardly a cycle; Python's 700 would look for one every few requests.
+#: Requests create hundreds of objects but few cycles; Python's default of 700 would collect every few
+#: requests.
 GC_THRESHOLDS = (20_000, 20, 100)
-#: systemd's first socket.
+#: The first descriptor passed by systemd.
 _FIRST_FD = 3
-#: How often a port that is free at all addresses is looked for.
+#: Attempts to find a port that is free on all addresses.
 _FREE_PORTS = 20
-#: Time for callers on kept-alive connections to see ``Connection: close`` before we close.
+#: Seconds for clients on keep-alive connections to see ``Connection: close``.
 GOODBYE_S = 0.3
-#: Requests that run longer than this after the signal are cut off.
+#: Seconds after the signal when unfinished requests are cut off.
 GRACE_S = 10
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Return listening TCP sockets, one for each address that the name means. Raises AddressUnavailable.
+    """Return listening TCP sockets, one for each address of the name. Raises AddressUnavailable.
 
-    Port 0: one free port for all of them. An address that this machine does not have is left out, unless it
-    has none of them.
+    Port 0: one free port for all. Addresses that this machine does not have are skipped, unless it has none
+    of them.
     """
     where = f"{host}:{port}"
     try:
@@ -61,15 +62,15 @@ def listen(host: str, port: int) -> list[socket.socket]:
                 return [without_delay(one) for one in _bind_all(addresses)]
     except OSError as exc:
         raise AddressUnavailable(f"cannot listen on {where}: {_reason(exc)}", "api.port") from exc
-    raise AddressUnavailable(f"cannot listen on {where}: no port is free at all its addresses", "api.port")
+    raise AddressUnavailable(f"cannot listen on {where}: no port is free on all its addresses", "api.port")
 
 
 class _PortTaken(Exception):
-    """Raised when the port that was free at one address is taken at another."""
+    """Raised if a port is free on one address but not on another."""
 
 
 def _bind_all(addresses: Sequence[tuple[socket.AddressFamily, tuple[Any, ...]]]) -> list[socket.socket]:
-    """Listen on all of them. Raises OSError, and _PortTaken: try another free port."""
+    """Listen on all addresses. Raises OSError, and _PortTaken: try another port."""
     sockets: list[socket.socket] = []
     absent: OSError | None = None
     try:
@@ -97,7 +98,7 @@ def _bind(family: socket.AddressFamily, address: tuple[Any, ...], *, alone: bool
     found = socket.socket(family, socket.SOCK_STREAM)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6 and not alone:  # else :: takes 0.0.0.0, which has a socket of its own
+        if family == socket.AF_INET6 and not alone:  # else :: includes 0.0.0.0, which has its own socket
             found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         found.bind(address)
         found.listen(BACKLOG)
@@ -108,7 +109,7 @@ def _bind(family: socket.AddressFamily, address: tuple[Any, ...], *, alone: bool
 
 
 def listen_unix(path: Path) -> socket.socket:
-    """Return a listening Unix socket (mode 0660), in the place of a dead one. Raises AddressUnavailable."""
+    """Return a listening Unix socket (mode 0660); replaces a stale one. Raises AddressUnavailable."""
     found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_dead(path)
@@ -122,7 +123,7 @@ def listen_unix(path: Path) -> socket.socket:
 
 
 def _remove_dead(path: Path) -> None:
-    """Remove a socket nobody listens on; a live one, or another kind of file, is left for bind to refuse."""
+    """Remove a stale socket; bind refuses a live one or another kind of file."""
     with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.stat().st_mode):
             return
@@ -134,7 +135,7 @@ def _remove_dead(path: Path) -> None:
 
 
 def inherited(fd: int) -> list[socket.socket]:
-    """Return the listening sockets a parent opened: all that systemd hands over, or the one.
+    """Return inherited listening sockets: all from systemd, or this one.
 
     Raises AddressUnavailable.
     """
@@ -157,7 +158,7 @@ def _inherited(fd: int) -> socket.socket:
         found = socket.socket(fileno=fd)
         if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             found.detach()
-            raise OSError("it is no listening socket")
+            raise OSError("not a listening socket")
     except OSError as exc:
         raise AddressUnavailable(f"cannot listen on descriptor {fd}: {_reason(exc)}", "--fd") from exc
     return without_delay(found)
@@ -168,14 +169,14 @@ def _reason(exc: OSError) -> str:
 
 
 def without_delay(listener: socket.socket) -> socket.socket:
-    """Set TCP_NODELAY, which accepted connections inherit: an answer never waits for an acknowledgement."""
+    """Set TCP_NODELAY, inherited by accepted connections, so that answers do not wait for an ACK."""
     if listener.family in (socket.AF_INET, socket.AF_INET6):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 def speaks_tls(listener: socket.socket, certificate: Certificate | None) -> bool:
-    """Tell whether a socket's connections are TLS: those of TCP, where there is a certificate."""
+    """Whether a socket uses TLS: all TCP sockets do, if there is a certificate."""
     return certificate is not None and listener.family in (socket.AF_INET, socket.AF_INET6)
 
 
@@ -190,14 +191,14 @@ def address(listener: socket.socket, certificate: Certificate | None = None) -> 
 
 
 def settle_memory() -> None:
-    """Keep full collections from walking over what was made so far: it lives as long as the process."""
+    """Exclude all current objects from garbage collection: they live as long as the process."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which tells systemd and the log what it does and ends with status 0."""
+    """uvicorn's server, with notifications to systemd, our log, and exit status 0."""
 
     def __init__(
         self,
@@ -227,9 +228,9 @@ class Server(uvicorn.Server):
         self._parent = parent
         self._certificate = certificate
         self._tls: list[TlsServer] = []
-        #: Who is told how it goes: systemd, or the parent of several processes.
+        #: Receives notifications: systemd, or the parent of several processes.
         self._notifier: SystemdNotifier | Link = SystemdNotifier() if parent is None else parent
-        #: Ticks between two signs of life: a quarter of what systemd allows; 0 where it does not watch.
+        #: Ticks between two watchdog notifications: a quarter of systemd's timeout; 0: no watchdog.
         watchdog_us = int(os.environ.get("WATCHDOG_USEC") or 0)
         self._feed_every = max(1, watchdog_us // 400_000) if watchdog_us else 0
 
@@ -251,21 +252,21 @@ class Server(uvicorn.Server):
         self._notifier.notify(f"READY=1\nSTATUS=listening on {', '.join(urls)}")
 
     def _connection(self) -> asyncio.Protocol:
-        """Make the protocol of a TLS connection, as uvicorn makes the others'."""
+        """Create the protocol of a TLS connection, as uvicorn does for others."""
         return Protocol(self.config, self.server_state, self.lifespan.state)
 
     def _plain(self) -> None:
-        """Note a request in plain HTTP at a socket that speaks TLS."""
+        """Count a plain HTTP request on a TLS socket."""
         self._requests.add("request", 400, 0.0, {"status": 400, "code": "tls_required"})
 
     def _orphaned(self) -> None:
-        """The parent has gone, or it would say nothing: end in order."""
+        """Stop in order: the descriptor is readable only if the parent is dead."""
         if self._parent is not None:
             asyncio.get_running_loop().remove_reader(self._parent.fileno())
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Feed systemd's watchdog from the event loop, and the request log (called ten times a second)."""
+        """Feed systemd's watchdog and the request log (called ten times a second)."""
         if counter % 10 == 0:
             self._requests.tick()
             if self._certificate is not None:
@@ -293,7 +294,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop on SIGTERM and SIGINT; uvicorn's own way would then let the signal kill the process."""
+        """Stop on SIGTERM and SIGINT; uvicorn's own handler would raise the signal again afterwards."""
         before = {number: signal(number, self.handle_exit) for number in (SIGINT, SIGTERM)}
         try:
             yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all requests of one process share, and what they read of their scope."""
+"""State shared by all requests of one process."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from gpuinfer.keys.folder import KeyFolder
 from gpuinfer.metrics.page import Page
 from gpuinfer.settings import Settings
 
-#: Seconds of a wait after which it ends with its caller's connection.
+#: Seconds of a wait after which it is checked whether the client has disconnected.
 ASK_AFTER_S = 0.05
 _SHARED = "gpuinfer.shared"
 _HEADERS = "gpuinfer.headers"
 
 
 class Wait(Protocol):
-    """A caller that waits."""
+    """A waiting request."""
 
     def end(self) -> None:
-        """Let it wait no longer."""
+        """End the wait now."""
 
 
 class Requests(Protocol):
-    """Who hears of requests: the log, or the process that writes it."""
+    """Receives all requests: the log, or the parent process that writes it."""
 
     def count(self, status: int, seconds: float) -> bool:
-        """Note a request that has succeeded; False: it is to have a line, so ``add`` it."""
+        """Count a successful request; if it returns False, call ``add``, as it needs a line."""
 
     def add(self, action: str, status: int, seconds: float, fields: dict[str, Any]) -> None:
-        """Note a request that has been answered."""
+        """Record an answered request."""
 
     def tick(self) -> None:
-        """Pass on what is due."""
+        """Write or send what is due."""
 
     def close(self) -> None:
-        """Pass on the rest."""
+        """Write or send the rest."""
 
 
 class Shared:
@@ -69,39 +69,39 @@ class Shared:
         self.settings = settings
         self.metrics = Page(settings)
         self.metrics_listeners = metrics_listeners
-        #: To be looked at twice a second.
+        #: Refreshed twice a second.
         self.keys = KeyFolder(settings.api.keys_dir)
         self.keys.refresh()
         self.network = Network(settings.api, socket.gethostname())
-        #: To be ticked once a second, and closed at the end.
+        #: Call ``tick`` once a second, ``close`` at the end.
         self.requests = requests or RequestLog(settings.log.requests)
-        #: Told to Redis once a second, and at the end.
+        #: Sent to Redis once a second, and at the end.
         self.accounts = Accounts()
         most_bytes = settings.api.max_held_mb * 2**20
         self.receiver = Receiver(Holding(most_bytes, settings.api.body_stall_s, time.monotonic))
         self.drain = Drain(settings.api.retry_after_s, time.monotonic)
-        #: Requests that are in progress.
+        #: Number of requests in progress.
         self.requests_now = 0
-        #: Set once the process stops: no answer is waited for then.
+        #: Set once the process stops; waits end then.
         self.stopping = asyncio.Event()
-        #: What waits for the end of a task.
+        #: Requests that wait for the end of a task.
         self.waits: set[Wait] = set()
-        #: Those of them that may last.
+        #: The timer for those that wait long.
         self.lastings = Lastings(ASK_AFTER_S)
 
     def stop(self) -> None:
-        """End all waits: each caller is told how its task stands."""
+        """End all waits; each caller gets its task's current state."""
         self.stopping.set()
         for wait in list(self.waits):
             wait.end()
 
     def enter(self, scope: Scope) -> None:
-        """Let a request find this."""
+        """Store this in a request's scope."""
         scope[_SHARED] = self
         scope[PERMITS] = []
 
     def retry_after(self, error: GpuinferError, status: int) -> int | None:
-        """Return what Retry-After says with an error and its status, in seconds; None: no header."""
+        """Return Retry-After in seconds for an error and its status; None: no header."""
         if isinstance(error, RateLimited):
             return max(1, math.ceil(error.retry_after_s))
         if isinstance(error, QueueFull) and not isinstance(error, KeyQuota):
@@ -110,15 +110,15 @@ class Shared:
 
 
 def shared(scope: Scope) -> Shared:
-    """Return what the process shares."""
+    """Return the shared state."""
     found: Shared = scope[_SHARED]
     return found
 
 
 def header(scope: Scope, name: bytes) -> str:
-    """Return a request's header by its name in lower case; empty where it has none."""
+    """Return a request's header by its lower-case name; empty if missing."""
     known: dict[bytes, bytes] | None = scope.get(_HEADERS)
-    if known is None:  # the first of several counts
+    if known is None:  # of several, the first counts
         known = scope[_HEADERS] = dict(reversed(scope["headers"]))
     value = known.get(name)
     return "" if value is None else value.decode("latin-1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the inputs stand in a body, so that their text can be passed on. Pure; no second parse."""
+"""Finds the text of the inputs in a body, to pass it on without parsing it again. Pure."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from collections.abc import Sequence
 
 _WHITE = b" \t\r\n"
 _COLON = re.compile(rb"[ \t\r\n]*:")
-#: A body of more strings is searched once for each key, one of fewer from string to string: a search for one
-#: byte takes a hundredth of the time, and most large bodies are numbers.
+#: A body with more strings is searched once per key, one with fewer from string to string: searching for one
+#: byte is 100 times faster, and most large bodies are numbers.
 _FEW_STRINGS = 64
 
 
 def inputs_text(body: bytes, names: Sequence[str] | None) -> bytes | None:
-    """Return the text of the inputs in a body of valid JSON; None where that is not plain to see.
+    """Return the text of the inputs in a body of valid JSON; None if it cannot be located for certain.
 
-    ``names``: the keys of the object that it is, in their order; None: it is the inputs themselves. A body is
-    plain when orjson reads it (no NaN) and, as an object, when it has no backslash and each key stands there
-    once: then a quoted name can only be the key.
+    ``names``: the object's keys in order; None: the body itself is the inputs. It can be located if orjson
+    accepts the body (no NaN) and, for an object, if it has no backslash and each quoted key occurs only once.
     """
     if _has(body, b"NaN") or _has(body, b"Infinity"):
         return None
@@ -41,7 +40,7 @@ def _has(body: bytes, text: bytes) -> bool:
 
 
 def _places(body: bytes, quoted: Sequence[bytes]) -> list[int] | None:
-    """Return where each of some quoted names begins; None where one of them does not stand there once."""
+    """Return the offset of each quoted name; None unless each occurs exactly once."""
     strings = _strings(body, max(map(len, quoted)))
     if strings is None:
         return None if any(body.count(name) != 1 for name in quoted) else list(map(body.index, quoted))
@@ -53,8 +52,9 @@ def _places(body: bytes, quoted: Sequence[bytes]) -> list[int] | None:
 
 
 def _strings(body: bytes, most: int) -> list[tuple[int, bytes]] | None:
-    """Return where each string begins, and itself with its quotation marks or, of a long one, ``most`` bytes
-    and one; None for many strings. The body is valid JSON without a backslash.
+    """Return offset and text of each quoted string, cut to ``most + 1`` bytes; None for many strings.
+
+    The body must be valid JSON without a backslash.
     """
     found: list[tuple[int, bytes]] = []
     end = -1

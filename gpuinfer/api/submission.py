@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a request's body to a task, and its answer: plain ASGI, for this is what a front does all day."""
+"""Submits a request's body as a task and answers. Plain ASGI: this is the hot path."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from gpuinfer.queue.options import OPTIONS, TRACEPARENT
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.submission import Json, Submission
 
-#: What the URL of a submission may have.
+#: Query parameters of a submission.
 PARAMETERS = frozenset({"wait", *OPTIONS})
 _WAIT = frozenset({"wait"})
 
 
 class Asked(NamedTuple):
-    """A request to run something, understood."""
+    """A parsed submission."""
 
     inputs: Any
     options: Options
-    #: Whether the inputs are a list, and this a job.
+    #: Whether the inputs are a list, run as one job.
     many: bool
     #: Seconds to wait for the end; 0: answer at once.
     wait_s: float
-    #: Whether that is what a Prefer header says.
+    #: Whether the wait comes from a Prefer header.
     preferred: bool = False
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """Return a request's body, chunked or not, and unpacked where it is compressed.
+    """Return a request's body, chunked or not, decompressed.
 
-    Raises PayloadTooLarge as soon as it is known to have more bytes than ``limit``
-    (``queue.max_payload_bytes``) and a little, packed or unpacked; SlowBody, FrontBusy, UnsupportedEncoding,
+    Raises PayloadTooLarge as soon as it has more bytes, compressed or not, than ``limit``
+    (``queue.max_payload_bytes``) plus some slack; SlowBody, FrontBusy, UnsupportedEncoding,
     MalformedEncoding, ClientDisconnect.
     """
     coding = encodings.coding_of(header(scope, b"content-encoding"))
@@ -67,9 +67,9 @@ async def _received(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 
 def understand(scope: Scope, body: bytes, *, model: str | None = None, many: bool = False) -> Asked:
-    """Understand a body by its Content-Type: JSON, a form, or a file. ``model`` is the one of the path.
+    """Parse a body by its Content-Type: JSON, a form, or a file. ``model``: from the path.
 
-    Raises InputError and its kin, each naming its field.
+    Raises InputError and its subclasses, each naming its field.
     """
     given = query.parse(scope, PARAMETERS)
     wait, preferred = given.pop("wait", None), None
@@ -84,7 +84,7 @@ def understand(scope: Scope, body: bytes, *, model: str | None = None, many: boo
                 _add(asked.options, name, uploads.option(name, text))
     elif many:
         raise InputError(
-            f"a job is a list in JSON, and the body is {content_type[:80]}; files go to /predict one by one",
+            f"a job must be a JSON list, the body is {content_type[:80]}; send files one by one to /predict",
             "body",
         )
     else:
@@ -99,14 +99,14 @@ def understand(scope: Scope, body: bytes, *, model: str | None = None, many: boo
 
 
 def _add(options: Options, name: str, value: Any) -> None:
-    """Add an option that stands in the URL. Raises InputError where another value stands in the body."""
+    """Add an option from the URL. Raises InputError if the body has a different value."""
     known = cast(dict[str, Any], options)
     if known.setdefault(name, value) != value:
-        raise InputError("differs between the URL and the body; give one of them", name)
+        raise InputError("differs between the URL and the body; give only one of them", name)
 
 
 async def submit_and_answer(scope: Scope, receive: Receive, send: Send, asked: Asked) -> None:
-    """Submit what is asked for, and answer 202 with its id, or 200 with the task when it ended in time."""
+    """Submit the task, and answer 202 with its id, or 200 with the task if it ended in time."""
     task = await prepared(scope, asked.inputs, many=asked.many, options=asked.options)
     asked = asked._replace(inputs=None)
     if not asked.wait_s:
@@ -118,7 +118,7 @@ async def submit_and_answer(scope: Scope, receive: Receive, send: Send, asked: A
 
 
 async def _answer(scope: Scope, send: Send, asked: Asked, status: TaskStatus) -> None:
-    """Answer with a task: 200 when it has ended, failed or not, else 202 and where to look for it."""
+    """Answer with a task: 200 if it has ended, successfully or not, else 202 with its URL."""
     headers = [] if status.final else [(b"location", b"/result/" + status.id.encode())]
     if asked.preferred:  # RFC 7240
         headers.append((b"preference-applied", b"wait=%d" % asked.wait_s))
@@ -126,7 +126,7 @@ async def _answer(scope: Scope, send: Send, asked: Asked, status: TaskStatus) ->
 
 
 async def _sent_and_ended(scope: Scope, receive: Receive, task: Submission, seconds: float) -> TaskStatus:
-    """Submit a task and wait for its end; it is heard of on the reply channel, without a look."""
+    """Submit a task and wait for its end on the reply channel, without reading the result key."""
     client = shared(scope).client
     with client.watch(task.id) as watch:
         task_id = await sent(scope, task)
@@ -146,7 +146,8 @@ async def _sent_and_ended(scope: Scope, receive: Receive, task: Submission, seco
 async def prepared(
     scope: Scope, inputs: Any, *, many: bool, options: Options, task_id: str | None = None
 ) -> Submission:
-    """Return a checked task of the caller's. Raises Forbidden for a model or queue its key may not use."""
+    """Return a checked task for the caller. Raises Forbidden for a model or queue that its key may not
+    use."""
     name, _, key, _ = caller(scope)
     if key is not None and (model := options.get("model")) is not None:
         check_model(scope, model)
@@ -159,7 +160,7 @@ async def prepared(
 
 
 async def sent(scope: Scope, task: Submission) -> str:
-    """Submit a task and return the id that holds. Who waits from now on holds no inputs."""
+    """Submit a task and return its id, or that of the earlier task with its key. Frees the inputs."""
     ours = shared(scope)
     scope[MODEL] = task.model
     task_id = await ours.client.send(task)
@@ -202,7 +203,7 @@ async def _predict(scope: Scope, receive: Receive, send: Send, model: str | None
 
 
 async def result(scope: Scope, receive: Receive, send: Send, task_id: str) -> None:
-    """``GET /result/{task_id}?wait=``: how a task stands, once it has ended or the time is over."""
+    """``GET /result/{task_id}?wait=``: a task's state, once it has ended or the time is over."""
     note(scope, task_id=task_id)
     given = query.parse(scope, _WAIT)
     seconds = waiting_time(given.get("wait"), shared(scope).settings.api.max_wait_s)
@@ -210,14 +211,14 @@ async def result(scope: Scope, receive: Receive, send: Send, task_id: str) -> No
 
 
 async def put_task(scope: Scope, receive: Receive, send: Send, task_id: str) -> None:
-    """``PUT /tasks/{task_id}``: one input under an id of the client's own.
+    """``PUT /tasks/{task_id}``: one input under the client's own id.
 
-    A repeated request finds the task that is there; another one under the same id is a 409.
+    A repeated request returns the existing task; a different one under the same id is a 409.
     """
     body = await read_body(scope, receive, shared(scope).settings.queue.max_payload_bytes)
     asked = understand(scope, body)
     del body
-    # Requests are compared by what they say, not by their white space.
+    # Compare requests by content, not by white space.
     inputs = asked.inputs.value if isinstance(asked.inputs, Json) else asked.inputs
     task = await prepared(scope, inputs, many=False, options=asked.options, task_id=task_id)
     asked, inputs = asked._replace(inputs=None), None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``/docs`` shows of tasks as resources, and of queues and workers."""
+"""Schemas for ``/docs`` of tasks as resources."""
 
 from __future__ import annotations
 
@@ -19,30 +19,33 @@ TASK: JsonSchema = {
         "id": {"type": "string"},
         "status": {"enum": ["queued", "running", *STATUSES]},
         "model": _MAYBE_TEXT,
-        "version": {**_MAYBE_TEXT, "description": "The beginning of the digest of the model that ran."},
+        "version": {**_MAYBE_TEXT, "description": "Beginning of the digest of the model that ran it."},
         "queue": _MAYBE_TEXT,
         "priority": {"type": ["integer", "null"]},
         "created_at": _TIME,
         "started_at": _TIME,
         "completed_at": _TIME,
-        "expires_at": {**_TIME, "description": "It must not begin after that."},
-        "attempt": {"type": "integer", "minimum": 1, "description": "Which delivery to a worker this was."},
+        "expires_at": {**_TIME, "description": "It must not start after this time."},
+        "attempt": {"type": "integer", "minimum": 1, "description": "Number of deliveries to a worker."},
         "redelivered": {"type": "boolean"},
         "position": {
             "type": ["integer", "null"],
-            "description": "While it waits, by counters: 1 is the next of its queue and priority, and 0 with "
-            "a worker already, as 1 may be. Tasks of a higher priority go before it; null: not known.",
+            "description": "While it waits, estimated: 1 is next in its queue and priority, 0 (or 1) is "
+            "already with a worker. Tasks of higher priority run before it. null: not known.",
         },
         "estimated_start_at": {
             **_TIME,
-            "description": "While it waits, by how fast its queue was served since it came; null: not known.",
+            "description": "While it waits, estimated from the rate of its queue; null: not known.",
         },
-        "progress": {"type": "number", "description": "0 to 1, while it runs, where its model tells."},
-        "result": {"description": "There when completed."},
-        "error": {**schemas.ERROR["properties"]["error"], "description": "There when it has none."},
+        "progress": {"type": "number", "description": "0 to 1 while it runs, if the model reports it."},
+        "result": {"description": "Present when completed."},
+        "error": {
+            **schemas.ERROR["properties"]["error"],
+            "description": "Present when it ended without a result.",
+        },
         "metrics": {
             "type": "object",
-            "description": "There when it has ended.",
+            "description": "Present when it has ended.",
             "properties": {"queue_ms": _MAYBE_NUMBER, "run_ms": _MAYBE_NUMBER, "batch_size": _MAYBE_NUMBER},
         },
         "worker": _MAYBE_TEXT,
@@ -80,25 +83,29 @@ WAIT_PARAMETER: JsonSchema = {
     "parameters": [
         {"name": "task_id", "in": "path", "required": True, "schema": {"type": "string"}},
         _parameter(
-            "wait", {"type": "number", "minimum": 0}, "Seconds to wait for the end, cut to api.max_wait_s."
+            "wait",
+            {"type": "number", "minimum": 0},
+            "Seconds to wait for the task to end, at most api.max_wait_s.",
         ),
     ]
 }
 LIST_PARAMETERS: JsonSchema = {
     "parameters": [
-        _parameter("status", {"enum": list(STATUSES)}, "Only these."),
-        _parameter("model", {"type": "string"}, "Only those of this model."),
-        _parameter("before", {"type": "string"}, "Only those that ended before: ISO 8601, or seconds."),
+        _parameter("status", {"enum": list(STATUSES)}, "Only tasks with this status."),
+        _parameter("model", {"type": "string"}, "Only tasks of this model."),
+        _parameter("before", {"type": "string"}, "Only tasks that ended before this: ISO 8601 or Unix time."),
         _parameter(
-            "limit", {"type": "integer", "minimum": 1, "maximum": MOST, "default": USUAL}, "How many at most."
+            "limit",
+            {"type": "integer", "minimum": 1, "maximum": MOST, "default": USUAL},
+            "Maximum number of tasks.",
         ),
     ]
 }
 _UNKNOWN = schemas.error_response(
-    "An unknown parameter.", "unknown_parameter", "unknown query parameter; known here: wait", "wiat"
+    "Unknown parameter.", "unknown_parameter", "unknown query parameter; known here: wait", "wiat"
 )
 _STATE = schemas.error_response(
-    "Its state does not allow that.",
+    "The state of the task does not allow this.",
     "wrong_state",
     f"task {TASK_ID} has not ended; cancel it first",
     "task_id",
@@ -121,7 +128,7 @@ def _task(words: str) -> JsonSchema:
     return schemas.response(words, TASK, {"completed": _EXAMPLE})
 
 
-TASK_RESPONSES: Responses = {200: _task("The task, whatever its state."), **_ERRORS}
+TASK_RESPONSES: Responses = {200: _task("The task, in any state."), **_ERRORS}
 BARE_RESPONSES: Responses = {
     200: {
         "description": "The result.",
@@ -136,17 +143,17 @@ BARE_RESPONSES: Responses = {
     },
     202: _task("It has not ended."),
     406: schemas.error_response(
-        "It is not of a type that is accepted.",
+        "The result is not available in an accepted type.",
         "not_acceptable",
-        "the result can be had as application/json, not as 'application/x-npy'; it is no array of numbers of "
-        "one shape",
+        "the result is available as application/json, not as 'application/x-npy'; it is not an array of "
+        "numbers",
         "Accept",
     ),
     **_ERRORS,
 }
 CANCEL_RESPONSES: Responses = {200: _task("It is cancelled."), 409: _STATE, **_ERRORS}
-RETRY_RESPONSES: Responses = {202: _task("It waits again."), 409: _STATE, **_ERRORS}
-DELETE_RESPONSES: Responses = {204: {"description": "It is gone."}, 409: _STATE, **_ERRORS}
+RETRY_RESPONSES: Responses = {202: _task("It is queued again."), 409: _STATE, **_ERRORS}
+DELETE_RESPONSES: Responses = {204: {"description": "It was deleted."}, 409: _STATE, **_ERRORS}
 
 _ENDED: JsonSchema = {
     "type": "object",
@@ -173,7 +180,7 @@ def _plain(words: str, schema: dict[str, Any], example: Any) -> Responses:
 
 
 LIST_RESPONSES = _plain(
-    "Tasks that have ended, the newest first.",
+    "Ended tasks, the newest first.",
     {
         "type": "object",
         "required": ["tasks", "next"],
@@ -185,12 +192,12 @@ LIST_RESPONSES[422] = schemas.error_response(
     "A bad parameter.", "bad_input", f"must be one of {', '.join(STATUSES)}, got 'done'", "status"
 )
 QUEUES_RESPONSES = _plain(
-    "What waits.",
+    "The queues.",
     {"type": "object", "required": ["queues", "waiting", "in_flight", "dead_letters"]},
     {"queues": {}, "waiting": 0, "later": 0, "paused": [], "in_flight": {}, "dead_letters": 0},
 )
 WORKERS_RESPONSES = _plain(
-    "All workers that were seen and have not left.",
+    "All workers that have not left the fleet.",
     {
         "type": "array",
         "items": {

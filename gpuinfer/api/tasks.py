@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task as a resource: look at it, wait for it, cancel, retry, delete; and what has ended."""
+"""Tasks as resources: get, wait, cancel, retry, delete, and list ended ones."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _NONE: frozenset[str] = frozenset()
 @router.get(
     "/tasks",
     tags=["tasks"],
-    summary="Tasks that have ended",
+    summary="Ended tasks",
     responses=task_schemas.LIST_RESPONSES,
     openapi_extra=task_schemas.LIST_PARAMETERS,
 )
 async def tasks(request: Request) -> Response:
-    """The newest first: of the last 10,000, and with `status=failed` of up to 100,000 of a day. `next` is the
-    URL of the next page, null at the end."""
+    """The newest first, from the last 10,000; with `status=failed`, from up to 100,000 of the last day.
+    `next` is the URL of the next page, null at the end."""
     given = query.parse(request.scope, _LISTED)
     limit = given.get("limit", str(USUAL))
     page = await shared(request.scope).client.tasks(
@@ -55,15 +55,14 @@ async def tasks(request: Request) -> Response:
 @router.get(
     "/tasks/{task_id:path}/result",
     tags=["tasks"],
-    summary="The result of a task by itself",
+    summary="Only the result of a task",
     responses=task_schemas.BARE_RESPONSES,
     openapi_extra=task_schemas.WAIT_PARAMETER,
 )
 async def bare_result(request: Request, task_id: str) -> Response:
-    """The result in its own content type: what a Python model answers as an image, as bytes or as text is
-    that; anything else is JSON. `Accept: application/json` asks for JSON, `application/x-npy` for an array as
-    a .npy file; 406 where it is none. A task that failed has its error's status; one that has not ended is a
-    202 with the task."""
+    """The result in its own content type: an image, bytes or text from a Python model, else JSON. With
+    `Accept: application/json` it is JSON, with `application/x-npy` a .npy file (406 if it is not an array). A
+    failed task has its error's status; one that has not ended is a 202 with the task."""
     status = await _ended(request, task_id)
     if not status.final:
         return answer(await shown(request.scope, status), 202)
@@ -78,7 +77,7 @@ async def bare_result(request: Request, task_id: str) -> Response:
 
 
 async def _dtypes(request: Request, status: TaskStatus) -> dict[str, str]:
-    """Return the dtypes of the model's outputs by their names, as far as they are known."""
+    """Return output name -> dtype of the model, as far as known."""
     model = status.about.get("model")
     signature = await shared(request.scope).client.takes(model, fresh=False) if model else None
     return {one.name: one.dtype for one in (signature.outputs if signature else ()) if one.dtype}
@@ -106,34 +105,34 @@ async def _ended(request: Request, task_id: str) -> TaskStatus:
 @router.post(
     "/tasks/{task_id:path}/cancel",
     tags=["tasks"],
-    summary="Cancel a task that waits or runs",
+    summary="Cancel a waiting or running task",
     responses=task_schemas.CANCEL_RESPONSES,
 )
 async def cancel(request: Request, task_id: str) -> Response:
-    """Answer the task as it is then; 409 when it has ended otherwise. To cancel twice is no error."""
+    """Answer the cancelled task; 409 if it had already ended. Cancelling twice is not an error."""
     query.parse(request.scope, _NONE)
     note(request.scope, task_id=task_id)
     client, readable = shared(request.scope).client, caller(request.scope).readable
-    # 404 for an id that nothing is known of: client.cancel would take it
+    # 404 for an unknown id, which client.cancel would accept
     await client.status(task_id, only=readable)
     async with changing(request.scope, task_id) as only:
         if await client.cancel(task_id, only=only):
             note(request.scope, action="task_cancelled")
     status = await client.status(task_id, only=readable)
     if status.state != "revoked":
-        raise WrongState(f"task {task_id} has ended before: it is {status.state}", "task_id")
+        raise WrongState(f"task {task_id} has already ended: it is {status.state}", "task_id")
     return answer(await shown(request.scope, status))
 
 
 @router.post(
     "/tasks/{task_id:path}/retry",
     tags=["tasks"],
-    summary="Send a task that failed to its queue again",
+    summary="Retry a failed task",
     responses=task_schemas.RETRY_RESPONSES,
 )
 async def retry(request: Request, task_id: str) -> Response:
-    """A task that failed, or was set aside as a dead letter, waits again, under its id, with the inputs that
-    it was sent with. 409 when these are not kept any more, and for any other task."""
+    """Queue a failed task or a dead letter again, with the same id and inputs. 409 if its inputs are not kept
+    any more, and for any other task."""
     query.parse(request.scope, _NONE)
     note(request.scope, task_id=task_id)
     client = shared(request.scope).client
@@ -150,11 +149,11 @@ async def retry(request: Request, task_id: str) -> Response:
     "/tasks/{task_id:path}",
     status_code=204,
     tags=["tasks"],
-    summary="Delete a task that has ended",
+    summary="Delete an ended task",
     responses=task_schemas.DELETE_RESPONSES,
 )
 async def delete(request: Request, task_id: str) -> Response:
-    """Its result goes, and the dead letter that it may be; 409 while it waits or runs."""
+    """Delete its result, and its dead letter if it is one; 409 while it waits or runs."""
     query.parse(request.scope, _NONE)
     note(request.scope, task_id=task_id)
     async with changing(request.scope, task_id) as only:
@@ -163,15 +162,15 @@ async def delete(request: Request, task_id: str) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/queues", tags=["fleet"], summary="What waits", responses=task_schemas.QUEUES_RESPONSES)
+@router.get("/queues", tags=["fleet"], summary="The queues", responses=task_schemas.QUEUES_RESPONSES)
 async def queues(request: Request) -> Response:
-    """By queue, priority and model; what is in flight, by worker; and how many dead letters there are."""
+    """Waiting tasks by queue, priority and model; tasks in flight by worker; number of dead letters."""
     query.parse(request.scope, _NONE)
     return answer((await shared(request.scope).client.queues()).to_dict())
 
 
-@router.get("/workers", tags=["fleet"], summary="Who serves", responses=task_schemas.WORKERS_RESPONSES)
+@router.get("/workers", tags=["fleet"], summary="The workers", responses=task_schemas.WORKERS_RESPONSES)
 async def workers(request: Request) -> Response:
-    """What each worker's last heartbeat says; `alive` is false when it is older than 10 seconds."""
+    """Each worker's last heartbeat; `alive` is false if it is older than 10 seconds."""
     query.parse(request.scope, _NONE)
     return answer(workers_for(request.scope, await shared(request.scope).client.workers()))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front's certificate: read at the start, and again when its files change, as certbot renews them.
+"""The API's TLS certificate: read at the start, and again when its files change (certbot renews them).
 
-All connections share one context. A new certificate is tried in a context of its own first, and what was read
-is what is taken, whatever happens to the files meanwhile. Open connections keep what they began with.
+All connections share one context. A new certificate is first tried in a separate context; exactly the bytes
+tried are used, even if the files change meanwhile. Open connections keep the old certificate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KEY = "PRIVATE KEY-----"
 
 
 class _Files(NamedTuple):
-    """What the files held when they were read."""
+    """Contents of the files."""
 
     certificate: bytes
     key: bytes
@@ -35,10 +35,10 @@ class _Files(NamedTuple):
 class Certificate:
     """A certificate and its key, in ``context``. Call ``tick`` once a second.
 
-    ``cert``: the chain in PEM; ``key``: the private key, None: it is in the chain's file. ``tell``: write to
-    the log what is taken or refused; with several processes, one does.
+    ``cert``: the chain in PEM; ``key``: the private key, None: in the file of the chain. ``tell``: log new
+    and refused certificates; of several processes, one does.
 
-    Raises ConfigError, naming the file, when they cannot be used.
+    Raises ConfigError, naming the file, if they cannot be used.
     """
 
     def __init__(self, cert: Path, key: Path | None = None) -> None:
@@ -46,7 +46,7 @@ class Certificate:
         self.tell = True
         self.context = _context()
         self._taken = self._pending = self._look()
-        #: What was refused last: it is not tried, nor told of, again.
+        #: State of the files last refused, which are not tried or logged again.
         self._refused: object = None
         try:
             self._take()
@@ -54,7 +54,8 @@ class Certificate:
             raise ConfigError(exc.message, "api.tls_cert") from exc
 
     def tick(self) -> None:
-        """Take new files once they have been the same for two ticks: one is written after the other."""
+        """Use new files after two ticks without a change, as the two files are written one after the
+        other."""
         seen = self._look()
         if seen == self._taken:
             self._refused = None
@@ -91,13 +92,13 @@ class Certificate:
         return expires
 
     def _check(self, files: _Files) -> None:
-        """Raise ConfigError for what OpenSSL would only call a PEM error."""
+        """Raise ConfigError for errors that OpenSSL would only call a PEM error."""
         if BEGIN.encode() not in files.certificate:
-            raise ConfigError(f"{self._cert}: holds no certificate in PEM ({BEGIN})")
+            raise ConfigError(f"{self._cert}: contains no PEM certificate ({BEGIN})")
         if _KEY.encode() not in files.key:
-            raise ConfigError(f"{self._key}: holds no private key in PEM (-----BEGIN {_KEY})")
+            raise ConfigError(f"{self._key}: contains no PEM private key (-----BEGIN {_KEY})")
         if b"ENCRYPTED" in files.key:
-            raise ConfigError(f"{self._key}: the key is encrypted, and nobody is there to type its password")
+            raise ConfigError(f"{self._key}: the key is encrypted; it must have no passphrase")
 
 
 def _context() -> ssl.SSLContext:
@@ -108,13 +109,13 @@ def _context() -> ssl.SSLContext:
 
 
 def _no_password() -> str:
-    raise ValueError("the key is encrypted, and nobody is there to type its password")
+    raise ValueError("the key is encrypted; it must have no passphrase")
 
 
 def _reason(exc: Exception) -> str:
     reason = getattr(exc, "reason", None)
     if reason == "KEY_VALUES_MISMATCH":
-        return "the key is not the certificate's"
+        return "the key does not belong to the certificate"
     return f"cannot be used: {reason or exc}"
 
 
@@ -127,7 +128,7 @@ def _read(path: Path) -> bytes:
 
 @contextmanager
 def _as_paths(files: _Files) -> Iterator[list[str]]:
-    """Give what was read a path each, without a file: OpenSSL takes nothing else here."""
+    """Yield paths for the contents, without files on disk, because OpenSSL only accepts paths."""
     with ExitStack() as stack:
         paths = []
         for content in files:

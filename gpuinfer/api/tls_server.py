@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accepts TLS connections on a socket, and tells who speaks plain HTTP there what to do instead.
+"""Accepts TLS connections on a socket, and answers plain HTTP with a helpful error.
 
-asyncio's own server starts TLS at once, and what is no TLS is cut off without a word. So the first byte is
-looked at before: a handshake's is 22.
+asyncio's own server starts TLS at once and drops anything else without an answer. So the first byte is peeked
+at first: that of a TLS handshake is 22.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
 
-#: Seconds in which a connection must have sent its first byte, and then have done its handshake.
+#: Seconds for the first byte, and for the handshake.
 HELLO_S = HANDSHAKE_S = 10.0
-#: Connections that are accepted in one turn of the event loop.
+#: Maximum connections accepted per turn of the event loop.
 _AT_ONCE = 64
-#: Seconds without accepting when the process has no room for another connection.
+#: Seconds to stop accepting when the process is out of descriptors or memory.
 _PAUSE_S = 1.0
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _HANDSHAKE = b"\x16"
-_WORDS = "this port speaks TLS: use https:// here"
+_WORDS = "this port uses TLS: use https://"
 _BODY = orjson.dumps({"error": {"code": "tls_required", "message": _WORDS}}) + b"\n"
 _ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
@@ -37,9 +37,9 @@ _ANSWER = (
 
 
 class TlsServer:
-    """One listening socket. It has the methods that uvicorn calls of an asyncio server.
+    """One listening socket, with the methods of an asyncio server that uvicorn calls.
 
-    ``made`` makes a connection's protocol; ``plain`` is called for each that spoke plain HTTP.
+    ``made`` creates a connection's protocol; ``plain`` is called for each plain HTTP connection.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ class TlsServer:
 
     @property
     def busy(self) -> bool:
-        """Tell whether connections are at their beginning."""
+        """Whether any connections are before the end of their handshake."""
         return bool(self._greeted)
 
     def close(self) -> None:
-        """Accept no more; what has been accepted goes on."""
+        """Stop accepting; accepted connections continue."""
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._listener)
 
     async def wait_closed(self) -> None:
-        """Cut off the connections that are still at their beginning."""
+        """Close connections before the end of their handshake."""
         for task in self._greeted:
             task.cancel()
         if self._greeted:
@@ -100,7 +100,7 @@ class TlsServer:
             self._loop.add_reader(self._listener, self._accept)
 
     async def _greet(self, connection: socket.socket) -> None:
-        """Begin TLS with who wants it; whatever happens, the connection is closed or has its protocol."""
+        """Start TLS if the client does; at the end the connection is closed or has its protocol."""
         try:
             first = await asyncio.wait_for(self._first_byte(connection), HELLO_S)
             if first == _HANDSHAKE:
@@ -120,7 +120,7 @@ class TlsServer:
             connection.close()
 
     async def _first_byte(self, connection: socket.socket) -> bytes:
-        """Return the first byte without taking it; empty: the other end has closed."""
+        """Peek at the first byte; empty: the client has closed."""
         ready = asyncio.Event()
         self._loop.add_reader(connection, ready.set)
         try:
@@ -130,7 +130,7 @@ class TlsServer:
         return connection.recv(1, socket.MSG_PEEK)
 
     async def _refuse(self, connection: socket.socket) -> None:
-        """Answer plain HTTP, and read on for a moment: closing on unread data would lose the answer."""
+        """Answer plain HTTP; read on for a moment, as closing with unread data could lose the answer."""
         with suppress(TimeoutError):
             async with asyncio.timeout(1.0):
                 await self._loop.sock_sendall(connection, _ANSWER)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files over HTTP: a body that is the file itself, or a form with a part for each input.
+"""Files over HTTP: the file as the body, or a form with one part per input.
 
 ::
 
@@ -8,8 +8,8 @@
     curl -F file=@cat.jpg -F model=resnet http://HOST/predict
     curl -F image=@cat.jpg -F question='What is it?' -F model=vqa http://HOST/predict
 
-In a form, parts that are named as an option is are that option; a single part named ``file`` or ``inputs`` is
-the only input. A part with a file name is a file; another one is JSON, or else text.
+In a form, a part with the name of an option sets that option; a single part named ``file`` or ``inputs`` is
+the only input. A part with a file name is a file; any other is JSON if it parses, else text.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from gpuinfer.client import Options
 from gpuinfer.errors import InputError, MalformedForm
 from gpuinfer.queue.options import OPTIONS
 
-#: Types that are read as JSON: its own, and what curl says of ``-d``.
+#: Types read as JSON: its own, and that of ``curl -d``.
 _JSON = frozenset({"", "application/json", "application/x-www-form-urlencoded", "text/json"})
 _FORM = "multipart/form-data"
-#: Types that numpy's files go by; none is registered.
+#: Types in use for .npy files; none is registered.
 _NPY = frozenset({"application/x-npy", "application/npy", "application/vnd.numpy.npy"})
-#: What a form's only input may be called.
+#: Names for the only input of a form.
 ONLY = ("file", "inputs")
 _MAX_PARTS = 64
-#: Bytes of a part's headers: the time to read them grows with their square.
+#: Maximum bytes of a part's headers; parsing takes quadratic time.
 _MOST_HEAD = 4096
 _TRUE_FALSE = {"true": True, "false": False, "1": True, "0": False}
 
@@ -45,13 +45,13 @@ class Part(NamedTuple):
 
     name: str
     content: bytes
-    #: None: it is no file.
+    #: None: not a file.
     filename: str | None
     content_type: str
 
 
 def holds_json(body: bytes, content_type: str) -> bool:
-    """Tell whether a body is JSON: by its type, or where a browser calls a list or an object text."""
+    """Whether a body is JSON: by its type, or if it is text that starts like a list or an object."""
     if content_type == "application/json":
         return True
     if _is_text(content_type):
@@ -60,7 +60,7 @@ def holds_json(body: bytes, content_type: str) -> bool:
 
 
 def is_json(content_type: str) -> bool:
-    """Tell whether a body of this type is JSON, as one without a type is taken for."""
+    """Whether a body of this type is JSON; an empty type counts as JSON."""
     kind = _kind(content_type)
     return kind in _JSON or kind.endswith("+json")
 
@@ -72,7 +72,7 @@ def _is_text(content_type: str) -> bool:
 def admit_upload(
     body: bytes, content_type: str, query: Mapping[str, str], *, header_key: str | None = None
 ) -> Admission:
-    """Understand a request that carries files. ``query`` has options of the URL.
+    """Parse a request with files. ``query``: options from the URL.
 
     Raises MalformedForm, InputError.
     """
@@ -93,13 +93,13 @@ def _suffix(kind: str) -> str:
 
 
 def _from_form(body: bytes, content_type: str, given: dict[str, Any]) -> Any:
-    """Return the inputs of a form; its options are entered into ``given``."""
+    """Return the inputs of a form; add its options to ``given``."""
     named: dict[str, Any] = {}
     for part in parts_of(body, content_type):
         if part.name in OPTIONS and part.filename is None:
             given[part.name] = option(part.name, _text(part))
         elif part.name in named:
-            raise InputError("is there twice in the form", part.name[:80])
+            raise InputError("must be given only once in the form", part.name[:80])
         else:
             named[part.name] = _value(part)
     if not named:
@@ -119,7 +119,7 @@ def _value(part: Part) -> Any:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
         if part.content_type and is_json(part.content_type):
-            raise InputError("is not JSON, as its Content-Type says", part.name[:80]) from None
+            raise InputError("must be JSON, because its Content-Type says so", part.name[:80]) from None
         return text
 
 
@@ -131,13 +131,11 @@ def _decoded(content: bytes, field: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:
-        raise InputError(
-            "is no UTF-8 text; a part of a form is a file when it has a file name", field
-        ) from None
+        raise InputError("must be UTF-8 text; to send a file, give the part a file name", field) from None
 
 
 def option(name: str, text: str) -> Any:
-    """Return an option's value from text; the client checks it. Raises InputError for an unknown name."""
+    """Parse an option's value; the client checks it. Raises InputError for an unknown name."""
     option = OPTIONS.get(name)
     if option is None:
         raise InputError(f"unknown option; known: {', '.join(OPTIONS)}", name[:80])
@@ -149,7 +147,7 @@ def option(name: str, text: str) -> Any:
         if option.kind == "map":
             return orjson.loads(text)
     except ValueError:
-        return text  # the check says what it would have to be
+        return text  # refused by the client's check, which says what would be right
     return _TRUE_FALSE.get(text.lower(), text) if option.kind == "boolean" else text
 
 
@@ -165,7 +163,7 @@ def parts_of(body: bytes, content_type: str) -> Iterator[Part]:
     if len(pieces) > _MAX_PARTS + 2:
         raise MalformedForm(f"the form has more than {_MAX_PARTS} parts", "body")
     if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
-        raise MalformedForm("the form is cut off: its last boundary is missing", "body")
+        raise MalformedForm("the form is incomplete: its last boundary is missing", "body")
     for piece in pieces[1:-1]:
         head, found, content = piece.partition(b"\r\n\r\n")
         if not found:
@@ -185,12 +183,12 @@ def _part(head: bytes, content: bytes) -> Part:
             "a part of the form has no name: Content-Disposition: form-data; name=...", "body"
         )
     if headers.get("content-transfer-encoding", "binary").lower() not in ("binary", "8bit", "7bit"):
-        raise MalformedForm("a part of the form is encoded; send it as it is", "body")
+        raise MalformedForm("a part of the form has a Content-Transfer-Encoding; send it without", "body")
     return Part(name, content, _parameter(place, "filename"), headers.get("content-type", ""))
 
 
 def _parameter(header: str, name: str) -> str | None:
-    """Return a parameter of a header, as in ``form-data; name="x"``."""
+    """Return a parameter of a header such as ``form-data; name="x"``."""
     message = Message()
     message["x"] = re.sub(r"[\r\n]", " ", header)
     found = message.get_param(name, header="x")

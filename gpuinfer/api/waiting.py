@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting for a task's end, for as long as the caller asks, stays, and this process runs."""
+"""Waits for a task to end, until the timeout, the client's disconnect, or the process's stop."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _PREFERRED = re.compile(r'(?:^|,)\s*wait\s*=\s*"?(\d{1,9})"?\s*(?=$|[,;])', re.I
 
 
 def waiting_time(text: str | None, longest_s: float) -> float:
-    """Return for how many seconds to wait, cut to ``longest_s``. Raises InputError."""
+    """Return the seconds to wait, at most ``longest_s``. Raises InputError."""
     if text is None:
         return 0.0
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not seconds >= 0:  # NaN is not, either
+    if not seconds >= 0:  # also refuses NaN
         raise InputError(f"must be a number of seconds, 0 or more, got {text[:80]!r}", "wait")
     return min(seconds, longest_s)
 
 
 def preferred_time(scope: Scope) -> int | None:
-    """Return the seconds of a ``Prefer: wait=5`` (RFC 7240); None: there is none to be read."""
+    """Return the seconds of ``Prefer: wait=5`` (RFC 7240); None: missing or invalid."""
     text = header(scope, b"prefer")
     found = _PREFERRED.search(text) if text else None
     return int(found[1]) if found else None
@@ -43,12 +43,12 @@ def preferred_time(scope: Scope) -> int | None:
 async def until_ended(
     scope: Scope, receive: Receive, task_id: str, seconds: float, *, raw: bool = False
 ) -> TaskStatus:
-    """Wait for the end of a task, of the time, of the caller's patience, or of this process.
+    """Wait until the task ends, the time is over, the client disconnects, or the process stops.
 
     ``raw``: arrays may be ``arrays.Raw``, see ``results.parse``.
 
     Return the task's state then. Raises InputError, BrokerError; TaskNotFound also for a task that the caller
-    may not see, and that as late as for one of which nothing is known.
+    may not see, after the same wait as for an unknown id.
     """
     client, only = shared(scope).client, caller(scope).readable
     if seconds > 0:
@@ -59,9 +59,9 @@ async def until_ended(
 
 
 class bounded:
-    """Raise TimeoutError in what runs within once the time is over, the caller has gone, or we stop.
+    """Raise TimeoutError in the block at the timeout, the client's disconnect, or the process's stop.
 
-    A timer is all that a short wait costs: whether the caller is there is asked after ``ASK_AFTER_S``.
+    A short wait costs only a timer: disconnects are checked after ``ASK_AFTER_S``.
     """
 
     __slots__ = ("_asking", "_leaving", "_receive", "_shared", "_timeout")
@@ -103,9 +103,9 @@ class bounded:
 
 
 async def next_news(scope: Scope, receive: Receive, watch: Watch, seconds: float) -> News:
-    """Return the next that a watch hears. Raises TimeoutError when ``bounded`` would.
+    """Return the next news of a watch. Raises TimeoutError when ``bounded`` would.
 
-    It costs less: no timer, unless it lasts.
+    It is cheaper than ``bounded``: a short wait needs no timer.
     """
     ours = shared(scope)
     if ours.stopping.is_set():
@@ -127,7 +127,7 @@ async def next_news(scope: Scope, receive: Receive, watch: Watch, seconds: float
 
 
 class _Wait:
-    """Puts a TimeoutError among a watch's news once the time is over, the caller has gone, or we stop."""
+    """Adds a TimeoutError to a watch's news at the timeout, disconnect, or stop."""
 
     __slots__ = ("_began", "_leaving", "_receive", "_seconds", "_timer", "_watch", "ended")
 
@@ -141,7 +141,7 @@ class _Wait:
         self.ended = False
 
     def lasts(self) -> None:
-        """Ask from now on whether the caller is there, and end in time."""
+        """Start checking for a disconnect and the timeout."""
         loop = asyncio.get_running_loop()
         self._timer = loop.call_at(self._began + self._seconds, self.end)
         self._leaving = loop.create_task(self._left(), name="caller")
@@ -157,7 +157,7 @@ class _Wait:
             self._watch.put(TimeoutError())
 
     def close(self) -> None:
-        """It has ended."""
+        """Clean up after the wait."""
         self.ended = True
         if self._timer is not None:
             self._timer.cancel()

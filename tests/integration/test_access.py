@@ -157,7 +157,7 @@ async def test_what_a_refusal_says(keyed: Settings) -> None:
         none = await site.ask("GET", "/queues", by="loopback")
         assert "gpuinfer key add" not in none.json()["error"]["message"]
         unknown = await site.ask("GET", "/queues", token="gpi_y")
-        assert unknown.json()["error"]["message"] == "this key is unknown, or was revoked"
+        assert unknown.json()["error"]["message"] == "this key is unknown or was revoked"
         assert unknown.headers["www-authenticate"] == 'Bearer realm="gpuinfer", error="invalid_token"'
         old = await site.ask("GET", "/queues", token="gpi_old")
         assert old.json()["error"]["message"] == "this key has expired"
@@ -206,7 +206,7 @@ async def test_health_tells_nobody_more_than_how_it_is(keyed: Settings) -> None:
         for path in ("/health/ready", "/health/ready?model=nosuch", "/v2/health/ready"):
             bare = await site.ask("GET", path)
             assert bare.status_code == 503
-            assert "no live worker serves, and none may be started" in bare.text
+            assert "no worker is alive, and none may be started" in bare.text
         known = await site.ask("GET", "/health/ready", token="gpi_x")
         assert "run gpuinfer doctor" in known.text
 
@@ -220,7 +220,7 @@ async def test_without_redis_nothing_of_the_host_is_told(keyed: Settings, redis_
         told = await site.ask("GET", "/queues", token="gpi_x")
         assert (told.status_code, told.json()["error"]["message"]) == (
             503,
-            "the queue cannot be used now; the log of this server says why",
+            "the queue is unavailable; see this server's log",
         )
         admin = await site.ask("GET", "/queues", token="gpi_b")
         assert admin.json()["error"]["message"] != told.json()["error"]["message"]
@@ -457,6 +457,6 @@ async def test_keys_that_cannot_be_read_let_nobody_in(keyed: Settings, tmp_path:
         for by in ("loopback", "network"):
             refused = await site.ask("GET", "/queues", by=by)
             assert refused.status_code == 401
-            assert "this server cannot read its keys: its log says why" in refused.text
+            assert "this server cannot read its keys; see its log" in refused.text
         assert (await site.ask("GET", "/queues", token="gpi_x")).status_code == 401
         assert (await site.ask("GET", "/queues", by="unix")).status_code == 200

@@ -333,7 +333,7 @@ def test_a_models_example_is_documented(api: Api, worker: HandWorker, redis_serv
     } == set()
     assert "src=" not in page
     redis_server.kill()
-    assert "No model is known now" in api.http.get("/docs").text
+    assert "No models are known" in api.http.get("/docs").text
     assert "model digits" not in api.http.get("/openapi.json").text
 
 

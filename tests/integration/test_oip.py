@@ -120,7 +120,7 @@ def _repository(client: triton.InferenceServerClient) -> None:
     index = client.get_model_repository_index()
     assert {"name": "digits", "version": VERSION, "state": "READY", "reason": ""} in index
     client.load_model("digits")
-    refused("501", "take it out of worker.models", "digits", call=client.unload_model)
+    refused("501", "remove it from worker.models", "digits", call=client.unload_model)
     refused("404", "knows no model", "nosuch", call=client.load_model)
 
 

@@ -39,7 +39,7 @@ def test_a_timeout_ends_the_task(api: Api, served: HandWorker, client: Client) -
     """504, and what nobody can ask for has ended before a worker has claimed it."""
     answer = infer(api, timeout=200_000)
     assert (answer.status_code, list(answer.json())) == (504, ["error"]), answer.text
-    assert "has not ended in 0.2 s" in answer.json()["error"]
+    assert "did not end within 0.2 s" in answer.json()["error"]
     (claimed,) = served.claim()
     assert client.status(decode(claimed.payload).id).state == "revoked"
 
@@ -72,7 +72,7 @@ def test_no_request_chooses_among_versions(api: Api, served: HandWorker) -> None
     assert api.http.get("/v2/models/digits").json()["versions"] == ["a", "b"]
     index = api.http.post("/v2/repository/index").json()
     assert [(one["version"], one["state"]) for one in index] == [("a", "READY"), ("b", "READY")]
-    for version, status, words in (("a", 501, "leave the version out"), ("c", 404, "they have a, b")):
+    for version, status, words in (("a", 501, "leave out the version"), ("c", 404, "they have a, b")):
         refused = api.http.post(f"/v2/models/digits/versions/{version}/infer", json={"inputs": [TENSOR]})
         assert (refused.status_code, words in refused.json()["error"]) == (status, True), refused.text
 

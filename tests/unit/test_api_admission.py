@@ -113,7 +113,7 @@ def test_an_unknown_field_is_named(name: str) -> None:
 @pytest.mark.parametrize("body", [b'"text"', b"null", b"true", b"3"])
 def test_neither_list_nor_object(body: bytes) -> None:
     """A bare scalar is refused with what would be right."""
-    with pytest.raises(InputError, match="must be a JSON list, or an object with inputs"):
+    with pytest.raises(InputError, match="must be a JSON list or an object with inputs"):
         admit(body)
 
 

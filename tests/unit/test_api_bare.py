@@ -91,14 +91,14 @@ def test_an_array_is_a_file_of_numpys(result: Any, array: Any) -> None:
 @pytest.mark.parametrize(
     ("result", "words"),
     [
-        ({"output": [[1], [2, 3]]}, "no array of numbers of one shape"),
+        ({"output": [[1], [2, 3]]}, "not an array of numbers"),
         ({"output": {"b64": "x", "dtype": "float32", "shape": [1]}}, "several values"),
         ({"output": {"b64": "", "dtype": "object", "shape": [0]}}, "several values"),
         ({"outputs": {"x": [1], "y": [2]}}, r"several values \(x, y\)"),
         ({"class": 2, "label": "2", "confidence": 1.0}, "several values"),
-        ([{"outputs": {"y": [1]}}, {"error": {"code": "x"}}], "no array"),
-        ("text", "no array"),
-        (None, "no array"),
+        ([{"outputs": {"y": [1]}}, {"error": {"code": "x"}}], "not an array"),
+        ("text", "not an array"),
+        (None, "not an array"),
     ],
 )
 def test_what_is_no_array(result: Any, words: str) -> None:

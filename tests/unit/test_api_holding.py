@@ -157,7 +157,7 @@ async def test_a_small_body_that_is_here_takes_no_room() -> None:
 async def test_a_body_that_stalls_is_given_up() -> None:
     """408, after the time that is allowed."""
     client = Client(b"a", ends=False)
-    with pytest.raises(SlowBody, match="1 bytes had come") as caught:
+    with pytest.raises(SlowBody, match="1 bytes had arrived") as caught:
         await receiver(stall_s=0.05).read(client.scope, client.receive, 10, MIB)
     assert caught.value.http_status == 408
 

@@ -145,7 +145,7 @@ def test_what_is_wrong_with_redis_is_told_without_its_words() -> None:
         body = told(error)
         assert body == {
             "code": error.code,
-            "message": "the queue cannot be used now; the log of this server says why",
+            "message": "the queue is unavailable; see this server's log",
         }
     assert told(QueueFull("10 tasks wait"))["message"] == "10 tasks wait"
     assert told(InferenceError("/a/b/c", "inputs")) == {

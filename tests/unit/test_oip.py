@@ -105,23 +105,23 @@ def test_numbers_in_json(entry: dict[str, Any], found: list[Any]) -> None:
         (one("FP32", [-1], [1]), b"", ShapeMismatch, "inputs.x.shape: must be a list"),
         (one("FP32", [0, 2**31 - 1, 2**31 - 1], []), b"", ShapeMismatch, "inputs.x.shape: has more than"),
         (one("FP32", [2], [1]), b"", ShapeMismatch, "has 1 elements, its shape [2] has 2"),
-        (one("FP32", [2, 2], [[1], [2, 3, 4]]), b"", ShapeMismatch, "not nested as its shape"),
+        (one("FP32", [2, 2], [[1], [2, 3, 4]]), b"", ShapeMismatch, "nested like its shape"),
         (one("FP32", [1], ["1"]), b"", DtypeMismatch, "holds a string, its datatype is FP32"),
         (one("INT8", [1], [1.0]), b"", DtypeMismatch, "holds a fractional number"),
-        (one("INT8", [1], [300]), b"", DtypeMismatch, "out of the range of INT8"),
-        (one("FP16", [1], [1e10]), b"", DtypeMismatch, "out of the range of FP16"),
-        (one("BYTES", [1], [1]), b"", DtypeMismatch, "an element of BYTES is a string"),
+        (one("INT8", [1], [300]), b"", DtypeMismatch, "outside the range of INT8"),
+        (one("FP16", [1], [1e10]), b"", DtypeMismatch, "outside the range of FP16"),
+        (one("BYTES", [1], [1]), b"", DtypeMismatch, "each element of BYTES must be a string"),
         (one("FP32", [2], size=7), b"1234567", ShapeMismatch, "has 7 bytes; shape [2] of FP32 takes 8"),
-        (one("FP32", [2], size=8), b"1234567", InputError, "a number of bytes, of which 7 are left"),
-        (one("FP32", [1], size=4), b"12345", InputError, "1 bytes behind the JSON belong to no input"),
-        (one("BOOL", [1], size=1), b"\2", DtypeMismatch, "a byte of 0 or 1"),
+        (one("FP32", [2], size=8), b"1234567", InputError, "a number of bytes; 7 are left"),
+        (one("FP32", [1], size=4), b"12345", InputError, "1 bytes after the JSON belong to no input"),
+        (one("BOOL", [1], size=1), b"\2", DtypeMismatch, "a byte 0 or 1"),
         (one("BYTES", [1], size=5), b"\2\0\0\0a", ShapeMismatch, "must hold 1 elements"),
         (one("BYTES", [1], size=4), b"\xff\xff\xff\xff", ShapeMismatch, "must hold 1 elements"),
         (
             one("FP32", [1], [1]) | {"parameters": {"shared_memory_region": "r"}},
             b"",
             InputError,
-            "not offered",
+            "not supported",
         ),
         ({"datatype": "FP32"}, b"", InputError, "must be an object with a name"),
     ],
@@ -140,13 +140,13 @@ def test_a_wrong_tensor_is_named(
     ("text", "length", "words"),
     [
         (b"", "", "empty"),
-        (b"[]", "", "a request is a JSON object"),
+        (b"[]", "", "must be a JSON object"),
         (b"{}", "", "inputs: must be a list of tensors"),
         (b'{"inputs": []}', "", "inputs: must be a list of tensors"),
-        (b"{}", "3", "Inference-Header-Content-Length: must be the bytes"),
+        (b"{}", "3", "Inference-Header-Content-Length: must be the number of bytes"),
         (b"{}", "x", "Inference-Header-Content-Length"),
         (b"{}", "9" * 5000, "Inference-Header-Content-Length"),
-        (b'{"inputs": [{"name": "x"}, {"name": "x"}]}', "", "inputs: has a name twice"),
+        (b'{"inputs": [{"name": "x"}, {"name": "x"}]}', "", "inputs: must have unique names"),
         (b'{"id": 1, "inputs": [{"name": "x"}]}', "", "id: must be a string"),
         (b'{"parameters": 1, "inputs": [{"name": "x"}]}', "", "parameters: must be an object"),
     ],
@@ -181,9 +181,9 @@ def test_a_batch_is_one_input_or_a_job() -> None:
     ("tensors", "error", "words"),
     [
         ([], MissingInput, "inputs.x: is missing"),
-        ([Tensor("y", "FP32", (1, 2), np.ones((1, 2)))], InputError, "inputs.y: is no input"),
+        ([Tensor("y", "FP32", (1, 2), np.ones((1, 2)))], InputError, "inputs.y: is not an input"),
         ([Tensor("x", "FP32", (), np.ones(()))], ShapeMismatch, "first dimension must be the batch"),
-        ([Tensor("x", "FP32", (0, 2), np.ones((0, 2)))], ShapeMismatch, "1 item or more"),
+        ([Tensor("x", "FP32", (0, 2), np.ones((0, 2)))], ShapeMismatch, "at least 1 item"),
         ([Tensor("x", "FP32", (11, 2), np.ones((11, 2)))], PayloadTooLarge, "queue.max_items is 10"),
         ([Tensor("x", "FP32", (2, 3), np.ones((2, 3)))], ShapeMismatch, "the model wants [-1, 2]"),
         (
@@ -228,7 +228,7 @@ def test_results_become_tensors() -> None:
     assert (whole.name, whole.datatype, whole.shape, whole.data) == ("output", "BYTES", (1,), [b'[[1],"x"]'])
     with pytest.raises(InferenceError, match="send them one by one"):
         outputs_of([{"outputs": {"c": _encoded(1)}}, {"outputs": {"c": _encoded(1, 2)}}], scores, 2, None)
-    with pytest.raises(InputError, match=r"outputs\.d: is no output; the model.s outputs are c"):
+    with pytest.raises(InputError, match=r"outputs\.d: is not an output; the model.s outputs are c"):
         outputs_of(entries, scores, 2, [Wanted("d", True)])
     with pytest.raises(InferenceError, match="item 1 of the batch: no"):
         failed = {"error": {"code": "inference_failed", "message": "no"}}
@@ -266,7 +266,7 @@ def test_an_answer_in_json_and_in_bytes() -> None:
         {"binary_data_size": 6},
         None,
     ]
-    with pytest.raises(InferenceError, match="ask for it with binary_data"):
+    with pytest.raises(InferenceError, match="request it with binary_data"):
         write({}, [Tensor("b", "BYTES", (1,), [b"\xff"])], ())
 
 

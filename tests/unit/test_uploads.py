@@ -86,11 +86,11 @@ def test_headers_of_a_part() -> None:
     ("body", "content_type", "words"),
     [
         (b"", "multipart/form-data", "names no boundary"),
-        (form(('name="a"', b"1"))[:-6], FORM, "cut off"),
+        (form(('name="a"', b"1"))[:-6], FORM, "is incomplete"),
         (b"--XX\r\nContent-Disposition: form-data; name=a\r\n--XX--", FORM, "no empty line"),
         (form(("filename=x", b"1")), FORM, "has no name"),
         (form(*[('name="a"', b"1")] * 70), FORM, "more than 64 parts"),
-        (form(('name="a"\r\nContent-Transfer-Encoding: base64', b"1")), FORM, "is encoded"),
+        (form(('name="a"\r\nContent-Transfer-Encoding: base64', b"1")), FORM, "Content-Transfer-Encoding"),
         (form((f'name="{";" * 4096}"', b"1")), FORM, "more than 4096 bytes of headers"),
     ],
 )

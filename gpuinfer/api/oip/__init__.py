@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Open Inference Protocol, version 2, over HTTP: what Triton, KServe and their clients speak.
+"""The Open Inference Protocol, version 2, over HTTP, as used by Triton, KServe and their clients.
 
-``routes`` knows the paths, ``requests`` reads a request's tensors, ``inputs`` makes a task's inputs of them,
-``outputs`` makes tensors of its result, ``infer`` does all of it in turn, ``errors`` says what went wrong.
+``routes`` handles the paths, ``requests`` parses tensors, ``inputs`` converts them to a task's inputs,
+``outputs`` converts its result to tensors, ``infer`` combines them, ``errors`` maps errors.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``/docs`` tells of the paths below ``/v2``; ``routes`` serves them."""
+"""Documentation for ``/docs`` of the paths below ``/v2``; ``routes`` serves them."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ _ANSWER: JsonSchema = {
     "properties": {"model_name": _TEXT, "model_version": _TEXT, "id": _TEXT, "outputs": _list(_TENSOR)},
 }
 _WORDS = {
-    400: "The request cannot work.",
-    404: "There is no such model, or version.",
+    400: "The request is invalid.",
+    404: "There is no such model or version.",
     413: "Too large.",
-    415: "Compressed in a way that is not read.",
-    429: "As much waits as may; see Retry-After.",
+    415: "The compression is not supported.",
+    429: "The queue is full; see Retry-After.",
     500: "The model failed.",
-    501: "No request chooses among versions, or takes a model from a worker.",
-    503: "Nothing serves it, or Redis is away; see Retry-After.",
-    504: "It has not ended in time, and was cancelled.",
+    501: "Requests cannot choose among versions or unload a model.",
+    503: "No worker serves it, or Redis is unavailable; see Retry-After.",
+    504: "It did not end in time, and was cancelled.",
 }
 
 
@@ -94,7 +94,7 @@ _BODY: JsonSchema = {
                 "schema": {
                     "type": "string",
                     "format": "binary",
-                    "description": "JSON of Inference-Header-Content-Length bytes, then those of the inputs.",
+                    "description": "JSON of Inference-Header-Content-Length bytes, then the inputs' bytes.",
                 }
             },
         },
@@ -106,7 +106,7 @@ _ABOUT = _object(name=_TEXT, versions=_list(_TEXT), inputs=_list(_METADATA), out
 _NOTHING: JsonSchema = {"type": "object"}
 
 for _method, _path, _summary, _answers, _extra in (
-    ("GET", "/v2/health/live", "This process answers", _responses("It does.", _NOTHING), None),
+    ("GET", "/v2/health/live", "The process is running", _responses("It is.", _NOTHING), None),
     ("GET", "/v2/health/ready", "Requests can be served", _responses("They can.", _NOTHING, 500, 503), None),
     ("GET", "/v2", "The server", _responses("Its name.", _object(name=_TEXT, version=_TEXT)), None),
     *(
@@ -116,7 +116,7 @@ for _method, _path, _summary, _answers, _extra in (
             (
                 "GET",
                 "",
-                "What a model takes and gives",
+                "Inputs and outputs of a model",
                 _responses("Its tensors.", _ABOUT, 404, 500, 503),
                 None,
             ),
@@ -124,10 +124,10 @@ for _method, _path, _summary, _answers, _extra in (
                 "GET",
                 "/ready",
                 "A live worker serves it",
-                _responses("So it is.", _NOTHING, 404, 500, 503),
+                _responses("It is served.", _NOTHING, 404, 500, 503),
                 None,
             ),
-            ("POST", "/infer", "Run a model, and wait for it", _INFERRED, _BODY),
+            ("POST", "/infer", "Run a model and wait for the result", _INFERRED, _BODY),
         )
     ),
     (
@@ -140,14 +140,14 @@ for _method, _path, _summary, _answers, _extra in (
     (
         "POST",
         "/v2/repository/models/{model}/load",
-        "Loads nothing: 200 where a live worker serves the model",
+        "Loads nothing: 200 if a live worker serves the model",
         _responses("It is served.", _NOTHING, 404, 500, 503),
         None,
     ),
     (
         "POST",
         "/v2/repository/models/{model}/unload",
-        "Unloads nothing: 200 where no live worker serves the model",
+        "Unloads nothing: 200 if no live worker serves the model",
         _responses("It is not served.", _NOTHING, 404, 500, 501, 503),
         None,
     ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors as the protocol has them: ``{"error": "..."}``, and a status that is not 200."""
+"""Errors in the protocol's format: ``{"error": "..."}``, with a status other than 200."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from starlette.types import Scope, Send
 from gpuinfer.api.reply import error_for, noted, send_json
 from gpuinfer.errors import GpuinferError, InputError
 
-#: Status of ours -> the protocol's: a request that cannot work is 400, one that came too late is 504, and one
-#: that somebody has cancelled may be sent again.
+#: Our status -> the protocol's: 400 for an invalid request, 504 for one that took too long; a request that
+#: somebody else cancelled may be retried.
 _STATUS = {422: 400, 410: 504}
 _REVOKED = 503
 
@@ -32,7 +32,7 @@ def status_of(error: GpuinferError) -> int:
 
 
 async def send_error(scope: Scope, send: Send, error: GpuinferError) -> None:
-    """Answer with an error. What may succeed later has ``Retry-After``."""
+    """Answer with an error; with ``Retry-After`` if a retry may succeed."""
     status = status_of(error)
     body = error_for(scope, error)
     field = f"{body['field']}: " if "field" in body else ""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``POST /v2/models/{model}/infer``: a request's tensors, a task, a wait, an answer's tensors.
+"""``POST /v2/models/{model}/infer``: submit tensors as a task, wait, answer with tensors.
 
-A caller of this protocol is not told a task's id: when it leaves, or the wait is over, the task is cancelled.
+The client does not learn the task's id, so the task is cancelled if the client disconnects or the wait ends.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from gpuinfer.queue.options import BINARY, Encoding
 from gpuinfer.queue.results import TaskStatus
 from gpuinfer.settings import QUEUES
 
-#: The header that says how many bytes of a body are JSON, in requests and answers.
+#: Header with the number of bytes of JSON in a body, in requests and answers.
 LENGTH = b"inference-header-content-length"
 _OCTETS = b"application/octet-stream"
-#: The protocol's most urgent priority is 1, and 0 is the default; ours is 9, and 0 the default and the last.
+#: The protocol's most urgent priority is 1, and 0 is the default; ours is 9, and 0 is the default and lowest.
 _FIRST, _LAST = 9, 0
 
 
 async def infer(scope: Scope, receive: Receive, send: Send, model: str, version: str) -> None:
-    """Answer with the outputs of a model that its caller may use. Raises errors of all kinds (``errors``)."""
+    """Answer with the outputs of a model that the caller may use. Raises GpuinferError."""
     ours = shared(scope)
     asked = read(await read_body(scope, receive, ours.settings.queue.max_payload_bytes), _length(scope))
     signature = await signature_of(scope, model)
@@ -65,7 +65,7 @@ def _length(scope: Scope) -> str:
 
 
 async def signature_of(scope: Scope, model: str) -> Signature:
-    """Return what a model takes. Raises UnknownModel; NotReady where no worker has told yet."""
+    """Return a model's signature. Raises UnknownModel; NotReady if no worker has reported it yet."""
     client = shared(scope).client
     signature = await client.takes(model, fresh=False)
     if signature is not None:
@@ -73,18 +73,20 @@ async def signature_of(scope: Scope, model: str) -> Signature:
     capacity = await client.capacity()
     if not capacity.knows(model):
         raise unknown_model(model, capacity.catalogue)
-    raise NotReady(f"what model {model} takes is not known: no worker that serves it has told yet", "model")
+    raise NotReady(
+        f"the inputs of model {model} are not known yet: no worker that serves it has reported them", "model"
+    )
 
 
 def unknown_model(model: str, known: tuple[str, ...]) -> UnknownModel:
-    """Return the error for a model that nobody knows."""
+    """Return the error for a model unknown to the fleet."""
     return UnknownModel(
         f"the fleet knows no model {model[:80]!r}; known: {', '.join(known) or 'none'}", "model"
     )
 
 
 async def _ended(scope: Scope, receive: Receive, task_id: str, seconds: float) -> TaskStatus:
-    """Return the task's end. Raises WaitTimeout, NotReady, ClientDisconnect; the task is cancelled then."""
+    """Return the ended task. Raises WaitTimeout, NotReady, ClientDisconnect; the task is cancelled then."""
     ours, left = shared(scope), False
 
     async def watched() -> Mapping[str, Any]:
@@ -100,15 +102,15 @@ async def _ended(scope: Scope, receive: Receive, task_id: str, seconds: float) -
     if left:
         raise ClientDisconnect
     if ours.stopping.is_set():
-        raise NotReady("this server stops; send the request again")
-    raise WaitTimeout(f"the request has not ended in {seconds:g} s, and was cancelled")
+        raise NotReady("this server is stopping; send the request again")
+    raise WaitTimeout(f"the request did not end within {seconds:g} s and was cancelled")
 
 
 def _options(asked: InferRequest, model: str, longest_s: float) -> tuple[Options, float]:
-    """Return a task's options, and for how many seconds its end is waited for."""
+    """Return a task's options, and the seconds to wait for its end."""
     parameters = asked.parameters
     if parameters.get("sequence_id"):
-        raise InputError("sequences are not offered: each request stands alone", "parameters.sequence_id")
+        raise InputError("sequences are not supported: requests are independent", "parameters.sequence_id")
     seconds = longest_s
     if (timeout := parameters.get("timeout")) is not None and timeout != 0:
         if type(timeout) is not int or timeout < 0:
@@ -130,17 +132,17 @@ def _options(asked: InferRequest, model: str, longest_s: float) -> tuple[Options
 
 
 def _priority(asked: object) -> int:
-    """Return our priority for the protocol's: 1 is its most urgent, and 0 says nothing."""
+    """Convert the protocol's priority to ours; its most urgent is 1, and 0 is the default."""
     if type(asked) is not int or asked < 0:
         raise InputError("must be a whole number: 1 is the most urgent, 0 the default", "parameters.priority")
     return max(_LAST, _FIRST + 1 - asked) if asked else 0
 
 
 def _classes(wanted: tuple[Wanted, ...]) -> int:
-    """Return how many classes are wanted at most. Raises InputError where not all outputs are wanted so."""
+    """Return the maximum number of classes requested. Raises InputError unless requested for all outputs."""
     counts = [one.classes for one in wanted]
     if any(counts) and not all(counts):
-        raise InputError("ask for classification of all outputs or of none", "outputs")
+        raise InputError("request classification for all outputs or for none", "outputs")
     return max(counts, default=0)
 
 

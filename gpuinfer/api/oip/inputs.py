@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the tensors of a request to the inputs of a task, by what the model takes.
+"""Converts the tensors of a request to the inputs of a task, by the model's signature.
 
-A model that is batchable has a batch as the first dimension of each input: one item is one input, several are
-a list job. What is no tensor is BYTES, an element an item: a text, a file's bytes, or the text of JSON.
+If the model is batchable, the first dimension of each input is the batch: one item is one input, several are
+a list job. Inputs that are not tensors are BYTES, one element per item: text, a file's bytes, or JSON text.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from gpuinfer.queue.bodies import check_items
 
 #: Name of a dtype -> datatype.
 DATATYPES = {dtype: datatype for datatype, dtype in DTYPES.items()} | {"bfloat16": BF16}
-#: Kind of the wanted dtype -> kinds of datatypes whose numbers may be of it, as the worker has it.
+#: Kind of the model's dtype -> kinds of datatypes that the worker converts to it.
 _KINDS = {"bool": ("BOOL",), "int": ("INT", "UINT"), "float": ("INT", "UINT", "FP", "BF")}
 
 
 class Inputs(NamedTuple):
-    """What is submitted."""
+    """The inputs to submit."""
 
-    #: One input, or with ``many`` a list of them, or one array of them.
+    #: One input, or with ``many`` a list or an array of inputs.
     value: Any
     many: bool
-    #: Items of the batch; None: the model takes none.
+    #: Number of items in the batch; None: the model is not batchable.
     items: int | None
 
 
 def inputs_of(tensors: Sequence[Tensor], signature: Signature, max_items: int) -> Inputs:
-    """Return a task's inputs. ``max_items``: what one request may have.
+    """Return a task's inputs. ``max_items``: maximum items of one request.
 
     Raises InputError, ShapeMismatch, DtypeMismatch, MissingInput, PayloadTooLarge.
     """
@@ -44,7 +44,7 @@ def inputs_of(tensors: Sequence[Tensor], signature: Signature, max_items: int) -
     names = f"the model's inputs are {', '.join(wanted)}"
     for name in given:
         if name not in wanted:
-            raise InputError(f"is no input; {names}", f"inputs.{name[:80]}")
+            raise InputError(f"is not an input; {names}", f"inputs.{name[:80]}")
     for name in wanted:
         if name not in given:
             raise MissingInput(f"is missing; {names}", f"inputs.{name}")
@@ -73,13 +73,14 @@ def _items(tensors: Sequence[Tensor], max_items: int) -> int:
         raise ShapeMismatch(f"differ in their batch, the first dimension ({said[:200]})", "inputs")
     (items,) = lengths
     if items < 1:
-        raise ShapeMismatch("a batch has 1 item or more, this one has none", "inputs")
+        raise ShapeMismatch("the batch must have at least 1 item, got 0", "inputs")
     check_items(items, max_items)
     return items
 
 
 def _column(tensor: Tensor, wanted: Input, items: int | None, field: str) -> Any:
-    """Return an input's values: a list, or an array whose first dimension is the batch, of 1 without one."""
+    """Return an input's values: a list, or an array with the batch (1 if not batchable) as first
+    dimension."""
     if isinstance(tensor.data, list):
         return _elements(tensor, wanted, items, field)
     if wanted.kind in ("text", "bytes", "file"):
@@ -93,7 +94,7 @@ def _column(tensor: Tensor, wanted: Input, items: int | None, field: str) -> Any
 
 
 def _check(tensor: Tensor, wanted: Input, items: int | None, field: str) -> None:
-    """Raises ShapeMismatch, DtypeMismatch: of a list job nobody else looks before it is queued."""
+    """Raises ShapeMismatch, DtypeMismatch. List jobs are not checked elsewhere before they are queued."""
     shape = tensor.shape if items is None else tensor.shape[1:]
     if wanted.shape is not None and not shape_fits(shape, wanted.shape):
         whole = list(wanted.shape) if items is None else [FREE, *wanted.shape]
@@ -112,15 +113,15 @@ def _check(tensor: Tensor, wanted: Input, items: int | None, field: str) -> None
 
 
 def _elements(tensor: Tensor, wanted: Input, items: int | None, field: str) -> list[Any]:
-    """Return what the elements of BYTES are, one for each item."""
-    assert isinstance(tensor.data, list)  # noqa: S101  the caller has looked
+    """Return the values of BYTES elements, one per item."""
+    assert isinstance(tensor.data, list)  # noqa: S101  checked by the caller
     if wanted.kind == "tensor" and wanted.file is None:
         dtype = DATATYPES.get(wanted.dtype or "", "numbers")
         raise DtypeMismatch(f"is {BYTES}, the model wants {dtype}", f"{field}.datatype")
     if len(tensor.data) != (items or 1) or len(tensor.shape) > 2:
         shape = "[] or [1]" if items is None else f"[{items}] or [{items}, 1]"
         raise ShapeMismatch(
-            f"has shape {list(tensor.shape)}; the model takes one element an item: {shape}", f"{field}.shape"
+            f"has shape {list(tensor.shape)}; the model takes one element per item: {shape}", f"{field}.shape"
         )
     if wanted.kind == "text":
         return [_text(one, field) for one in tensor.data]
@@ -133,11 +134,11 @@ def _text(element: bytes, field: str) -> str:
     try:
         return element.decode()
     except UnicodeDecodeError as exc:
-        raise InputError(f"is no UTF-8 text: {exc.reason} at byte {exc.start}", field) from None
+        raise InputError(f"is not UTF-8 text: {exc.reason} at byte {exc.start}", field) from None
 
 
 def _json(element: bytes, field: str) -> Any:
     try:
         return orjson.loads(element)
     except orjson.JSONDecodeError as exc:
-        raise InputError(f"an element must be the text of JSON: {exc.msg}", field) from None
+        raise InputError(f"each element must be JSON text: {exc.msg}", field) from None

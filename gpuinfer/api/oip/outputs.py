@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a task's result to the tensors of an answer.
+"""Converts a task's result to the tensors of an answer.
 
-A result comes with ``encoding="binary"``: each output of a tensor model is its bytes, also the scores of a
-classification; large ones lie where they came in. Of a Python model's own answer each key is an output, or
-all of it is the output ``output``: numbers are FP64 or INT64, text is BYTES, and what is no tensor is BYTES
-with the text of its JSON.
+Results have ``encoding="binary"``: each output of a tensor model, and the scores of a classification, is raw
+bytes; large ones are not copied. From a Python model's own output each key becomes an output, or the whole
+becomes the output ``output``: numbers are FP64 or INT64, text is BYTES, anything else is BYTES with JSON
+text.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from gpuinfer.models.signature import Signature
 from gpuinfer.queue.arrays import Raw
 from gpuinfer.queue.binary import array_of
 
-#: Name of the output of a Python model whose answer has none.
+#: Output name for a Python model that returns a single value.
 OUTPUT = "output"
-#: What the worker adds to a result.
+#: Fields that the worker adds to a result.
 _ADDED = ("model", "device")
-#: One item's value: its datatype, its shape, its data.
+#: One item's value: datatype, shape, data.
 _Value = tuple[str, tuple[int, ...], Array | list[bytes]]
 
 
 def outputs_of(
     result: Any, signature: Signature, items: int | None, wanted: Sequence[Wanted] | None
 ) -> list[Tensor]:
-    """Return the tensors of a result, those that are wanted, in their order.
+    """Return the requested tensors of a result, in the order requested.
 
-    ``items``: of the batch that was sent; None: the model takes none. Raises InputError for an output that
-    the model has not; InferenceError where an item's differs in shape from another's; an item's own error.
+    ``items``: number of items in the batch; None: the model is not batchable. Raises InputError for an
+    unknown output; InferenceError if shapes differ between items; an item's own error.
     """
     entries = result if isinstance(result, list) else [result]
     if len(entries) != (items or 1):
-        raise InferenceError(f"gave {len(entries)} results for {items or 1} items")
+        raise InferenceError(f"the model returned {len(entries)} results for {items or 1} items")
     rows = [_named(_checked(entry, place, len(entries)), signature) for place, entry in enumerate(entries)]
     names = list(rows[0])
     if any(row.keys() != rows[0].keys() for row in rows):
@@ -50,7 +50,7 @@ def outputs_of(
     for name in counts:
         if name not in names:
             raise InputError(
-                f"is no output; the model's outputs are {', '.join(names)[:200]}", f"outputs.{name[:80]}"
+                f"is not an output; the model's outputs are {', '.join(names)[:200]}", f"outputs.{name[:80]}"
             )
     return [
         _stacked(name, [_value(row[name], counts.get(name, 0)) for row in rows], batch=items is not None)
@@ -74,7 +74,7 @@ def _named(entry: Any, signature: Signature) -> dict[str, Any]:
     bare = {name: value for name, value in entry.items() if name not in _ADDED}
     if isinstance(bare.get("outputs"), Mapping) and signature.outputs:
         return dict(bare["outputs"])
-    if signature.outputs:  # the only one, a classification
+    if signature.outputs:  # a single output, a classification
         return {signature.outputs[0].name: bare}
     answer = bare.get(OUTPUT, bare)
     if isinstance(answer, Mapping) and answer and "b64" not in answer:
@@ -118,7 +118,7 @@ def _numbers(array: Array) -> _Value:
 
 
 def _plain_numbers(value: Any) -> Array | None:
-    """Return JSON's numbers, or a list of some, as an array; None for what is none."""
+    """Return a JSON number, or a list of them, as an array; None for any other value."""
     if value is None:
         return np.array(np.nan)
     if not isinstance(value, bool | int | float | list):
@@ -133,7 +133,7 @@ def _plain_numbers(value: Any) -> Array | None:
 
 
 def _classes(best: Iterator[tuple[float | None, int, str]]) -> _Value:
-    """Return classes as the protocol's extension writes them: ``value:number:label``."""
+    """Return classes in the format of the protocol's extension: ``value:number:label``."""
     found = [
         f"{'nan' if score is None else f'{score:f}'}:{number}:{label}".encode()
         for score, number, label in best
@@ -142,7 +142,7 @@ def _classes(best: Iterator[tuple[float | None, int, str]]) -> _Value:
 
 
 def _best(scores: Array, count: int) -> _Value:
-    """Return the best of scores that are no classification of the model's: without labels."""
+    """Return the best scores, without labels, of a model that is not a classifier."""
     flat = scores.reshape(-1)
     order = np.argsort(-flat.astype(np.float64), kind="stable")[:count]
     found = [f"{flat[place]:f}:{place}".encode() for place in order]
@@ -163,7 +163,7 @@ def _stacked(name: str, values: Sequence[_Value], *, batch: bool) -> Tensor:
 
 
 def _alike(name: str, values: Sequence[_Value]) -> list[_Value]:
-    """Return values of one datatype and shape. Raises InferenceError where there is none for all."""
+    """Return the values with one common datatype and shape. Raises InferenceError if there is none."""
     shapes = {shape for _, shape, _ in values}
     if len(shapes) == 1 and all(datatype in DTYPES for datatype, _, _ in values):
         arrays = [np.asarray(data, np.float64) for _, _, data in values]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An answer to infer: JSON, and behind it the bytes of the outputs that are wanted so."""
+"""Writes the answer to infer: JSON, followed by the bytes of outputs requested as binary."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
 def write(
     head: dict[str, Any], tensors: Sequence[Tensor], binary: Collection[str]
 ) -> tuple[bytes, int | None]:
-    """Return an answer's body, and the bytes of JSON that it begins with; None: all of it is JSON.
+    """Return an answer's body, and the size of the JSON at its beginning; None: it is all JSON.
 
-    ``binary``: names of the outputs that are sent as bytes. Raises InferenceError for bytes that JSON cannot
-    hold.
+    ``binary``: names of the outputs to send as bytes. Raises InferenceError for bytes that are not text and
+    not requested as binary.
     """
     entries: list[dict[str, Any]] = []
     parts: list[bytes | memoryview] = []
@@ -39,7 +39,7 @@ def write(
 
 
 def _as_bytes(data: Array | list[bytes]) -> bytes | memoryview:
-    """Return an output's bytes, where they lie if they can stay there."""
+    """Return an output's bytes, without a copy if possible."""
     if isinstance(data, list):
         return b"".join(part for one in data for part in (len(one).to_bytes(4, "little"), one))
     flat = np.ascontiguousarray(data, data.dtype.newbyteorder("<")).reshape(-1)
@@ -56,5 +56,5 @@ def _as_list(tensor: Tensor) -> Any:
         return [one.decode() for one in data]
     except UnicodeDecodeError:
         raise InferenceError(
-            f"output {tensor.name[:80]} holds bytes that are no text: ask for it with binary_data"
+            f"output {tensor.name[:80]} holds bytes that are not text: request it with binary_data"
         ) from None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request to infer: its JSON, and the bytes behind it.
+"""Parses a request to infer: JSON, followed by bytes.
 
-With the header ``Inference-Header-Content-Length`` that many bytes are JSON, and behind them stand, in the
-order of the inputs, the bytes of those with a parameter ``binary_data_size``: little-endian, in C order; of
-BYTES each element behind its length in 4 bytes. An array lies where it came in, and is read-only.
+With the header ``Inference-Header-Content-Length`` that many bytes are JSON. Then follow, in the order of the
+inputs, the bytes of those with a parameter ``binary_data_size``: little-endian, in C order; each element of
+BYTES after its length in 4 bytes. Arrays are read-only views of the body.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from gpuinfer.errors import DtypeMismatch, InputError, MalformedJson, ShapeMisma
 from gpuinfer.models.type_words import WORDS, word
 
 Array = np.ndarray[Any, np.dtype[Any]]
-#: Datatype -> numpy's name for it. BF16 is read from bytes alone, and BYTES are no array.
+#: Datatype -> numpy's name. BF16 is read only from bytes, and BYTES is not an array.
 DTYPES = {
     "BOOL": "bool",
     **{f"{sign.upper()}INT{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
     **{f"FP{bits}": f"float{bits}" for bits in (16, 32, 64)},
 }
 BYTES, BF16 = "BYTES", "BF16"
-#: Kind of a dtype -> what JSON values may stand for it. null is NaN.
+#: Kind of a dtype -> JSON types accepted for it. null is NaN.
 _MAY_BE: dict[str, frozenset[type]] = {
     "b": frozenset({bool}),
     "i": frozenset({int}),
@@ -35,7 +35,7 @@ _MAY_BE: dict[str, frozenset[type]] = {
     "f": frozenset({int, float, type(None)}),
 }
 _MOST_DIMENSIONS, _MOST_TENSORS = 32, 256
-#: Elements that a shape may have, also where one of its lengths is 0: numpy counts the others.
+#: Maximum elements of a shape. Dimensions of 0 count as 1, because numpy multiplies the others.
 _MOST_ELEMENTS = 2**48
 
 
@@ -45,40 +45,40 @@ class Tensor(NamedTuple):
     name: str
     datatype: str
     shape: tuple[int, ...]
-    #: Of BYTES a list of its elements, row by row.
+    #: For BYTES, a list of its elements in row-major order.
     data: Array | list[bytes]
 
 
 class Wanted(NamedTuple):
-    """An output that is asked for."""
+    """A requested output."""
 
     name: str
     binary: bool
-    #: How many of the best classes are wanted in place of the scores; 0: the scores.
+    #: Number of best classes to return instead of scores; 0: return scores.
     classes: int = 0
 
 
 class InferRequest(NamedTuple):
-    """What is asked for."""
+    """A parsed request."""
 
     id: str
     parameters: Mapping[str, Any]
     inputs: tuple[Tensor, ...]
     #: None: all outputs.
     outputs: tuple[Wanted, ...] | None
-    #: Whether outputs are sent as bytes unless they say otherwise.
+    #: Whether outputs are sent as bytes by default.
     binary: bool
 
 
 def read(body: bytes, json_length: str) -> InferRequest:
-    """Read a request. ``json_length`` is the header's value; empty: all of the body is JSON.
+    """Parse a request. ``json_length``: the header's value; empty: the whole body is JSON.
 
-    Raises MalformedJson, InputError, ShapeMismatch, DtypeMismatch, each with the field.
+    Raises MalformedJson, InputError, ShapeMismatch, DtypeMismatch, each naming the field.
     """
     length = _length(json_length, len(body))
     found = parse_json(body[:length])
     if not isinstance(found, dict):
-        raise MalformedJson(f"a request is a JSON object with inputs, got {word(found)}", "body")
+        raise MalformedJson(f"must be a JSON object with inputs, got {word(found)}", "body")
     request_id, parameters = found.get("id", ""), _object(found, "parameters", "parameters")
     if not isinstance(request_id, str):
         raise InputError(f"must be a string, got {word(request_id)}", "id")
@@ -98,14 +98,14 @@ def _length(text: str, size: int) -> int:
         return size
     if not text.isdecimal() or len(text) > 18 or not 0 < int(text) <= size:
         raise InputError(
-            f"must be the bytes of JSON that the body begins with, 1 to {size}, got {text[:40]!r}",
+            f"must be the number of bytes of JSON that the body begins with, 1 to {size}, got {text[:40]!r}",
             "Inference-Header-Content-Length",
         )
     return int(text)
 
 
 def _entries(found: object, field: str) -> list[dict[str, Any]]:
-    """Return the entries of ``inputs`` or ``outputs``, each an object with a name of its own."""
+    """Return the entries of ``inputs`` or ``outputs``: objects with unique names."""
     if not isinstance(found, list) or not found:
         raise InputError(f"must be a list of tensors, got {word(found)}", field)
     if len(found) > _MOST_TENSORS:
@@ -115,7 +115,7 @@ def _entries(found: object, field: str) -> list[dict[str, Any]]:
             raise InputError("must be an object with a name", f"{field}[{place}]")
     names = [one["name"] for one in found]
     if len(set(names)) < len(names):
-        raise InputError("has a name twice", field)
+        raise InputError("must have unique names", field)
     return found
 
 
@@ -151,7 +151,7 @@ def _outputs(entries: list[dict[str, Any]], *, binary: bool) -> tuple[Wanted, ..
 
 def _no_shared_memory(parameters: Mapping[str, Any], field: str) -> None:
     if "shared_memory_region" in parameters:
-        raise InputError("shared memory is not offered: send the data", f"{field}.shared_memory_region")
+        raise InputError("shared memory is not supported: send the data", f"{field}.shared_memory_region")
 
 
 def _inputs(entries: list[dict[str, Any]], rest: memoryview) -> tuple[Tensor, ...]:
@@ -168,7 +168,7 @@ def _inputs(entries: list[dict[str, Any]], rest: memoryview) -> tuple[Tensor, ..
             raise InputError("has both data and binary_data_size; send one of them", field)
         elif type(size) is not int or not 0 <= size <= len(rest) - at:
             raise InputError(
-                f"must be a number of bytes, of which {len(rest) - at} are left behind the JSON",
+                f"must be a number of bytes; {len(rest) - at} are left after the JSON",
                 f"{field}.parameters.binary_data_size",
             )
         else:
@@ -176,7 +176,7 @@ def _inputs(entries: list[dict[str, Any]], rest: memoryview) -> tuple[Tensor, ..
             at += size
         found.append(Tensor(one["name"], datatype, shape, data))
     if at < len(rest):
-        raise InputError(f"{len(rest) - at} bytes behind the JSON belong to no input", "body")
+        raise InputError(f"{len(rest) - at} bytes after the JSON belong to no input", "body")
     return tuple(found)
 
 
@@ -206,10 +206,10 @@ def _from_bytes(data: memoryview, datatype: str, shape: tuple[int, ...], field: 
     if len(data) != needed:
         raise ShapeMismatch(f"has {len(data)} bytes; shape {list(shape)} of {datatype} takes {needed}", field)
     array = np.frombuffer(data, stored).reshape(shape)
-    if datatype == BF16:  # numpy has none; float32 holds all its numbers
+    if datatype == BF16:  # numpy lacks it; float32 can represent all its values
         return (array.astype(np.uint32) << 16).view(np.float32)
     if datatype == "BOOL" and data.nbytes and np.frombuffer(data, np.uint8).max() > 1:
-        raise DtypeMismatch("a BOOL is a byte of 0 or 1", field)
+        raise DtypeMismatch("each BOOL must be a byte 0 or 1", field)
     return array
 
 
@@ -225,7 +225,7 @@ def _elements(data: memoryview, count: int, field: str) -> list[bytes]:
         found.append(bytes(data[at - length : at]))
     if len(found) != count or at != len(data):
         raise ShapeMismatch(
-            f"must hold {count} elements, each behind its length in 4 bytes; its {len(data)} bytes do not",
+            f"must hold {count} elements, each after its length in 4 bytes; its {len(data)} bytes do not",
             field,
         )
     return found
@@ -237,7 +237,7 @@ def _elements(data: memoryview, count: int, field: str) -> list[bytes]:
 def _from_json(
     entry: Mapping[str, Any], datatype: str, shape: tuple[int, ...], field: str
 ) -> Array | list[bytes]:
-    """Return the elements of a list, flat or nested as the shape is."""
+    """Return the elements of a list, flat or nested like the shape."""
     if not isinstance(entry.get("data"), list):
         raise InputError(
             f"must be a list of the tensor's elements, got {word(entry.get('data'))}", f"{field}.data"
@@ -246,7 +246,7 @@ def _from_json(
     types = set(map(type, flat))
     if datatype == BYTES:
         if types - {str}:
-            raise DtypeMismatch("an element of BYTES is a string in JSON", f"{field}.data")
+            raise DtypeMismatch("in JSON, each element of BYTES must be a string", f"{field}.data")
         return [text.encode("utf-8", "surrogatepass") for text in flat]
     dtype = np.dtype("float32" if datatype == BF16 else DTYPES[datatype])
     if strange := types - _MAY_BE[dtype.kind]:
@@ -262,7 +262,7 @@ def _from_json(
     if array is None or (
         dtype.kind == "f" and np.isinf(array).any() and np.isfinite(flat)[np.isinf(array)].any()
     ):
-        raise DtypeMismatch(f"holds a number out of the range of {datatype}", f"{field}.data")
+        raise DtypeMismatch(f"holds a number outside the range of {datatype}", f"{field}.data")
     return array.reshape(shape)
 
 
@@ -270,7 +270,7 @@ def _flat(data: list[Any], shape: tuple[int, ...], field: str) -> list[Any]:
     level, depth = data, 0
     while level and set(map(type, level)) == {list} and depth < len(shape):
         if {*map(len, level)} != {shape[depth + 1] if depth + 1 < len(shape) else -1}:
-            raise ShapeMismatch(f"is not nested as its shape {list(shape)} says", field)
+            raise ShapeMismatch(f"must be flat, or nested like its shape {list(shape)}", field)
         level, depth = list(chain.from_iterable(level)), depth + 1
     if len(level) != prod(shape):
         raise ShapeMismatch(f"has {len(level)} elements, its shape {list(shape)} has {prod(shape)}", field)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paths below ``/v2``. Plain ASGI, for infer is a hot path, and for errors have a form of their own.
+"""The paths below ``/v2``. Plain ASGI, because infer is a hot path and errors have their own format.
 
-A model's versions are those that live workers have, each the beginning of its folder's digest. No request can
-choose among several: that is refused. Load and unload change nothing: a worker loads the models of its
-setting ``worker.models`` before it is ready, and that is for its host's administrator to say. Load is a 200
-where a live worker serves the model, unload where none does; else they say what to do.
+A model's versions are those of live workers; each is the beginning of its folder's digest. If there are
+several, a request that names one is refused. Load and unload change nothing, because workers load the models
+of their setting ``worker.models`` at their start. Load answers 200 if a live worker serves the model, unload
+if none does; otherwise the error says what to do.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ async def _serve(scope: Scope, receive: Receive, send: Send) -> None:
                 raise WrongMethod(f"{path[:200]} takes {verb}, not {method[:20]}")
             await route(scope, receive, send, found.groupdict(""))
             return
-    raise NotInProtocol(f"there is no {path[:200]}; see the Open Inference Protocol, version 2")
+    raise NotInProtocol(f"there is no path {path[:200]}; see the Open Inference Protocol, version 2")
 
 
 def _check_version(capacity: Capacity, found: Mapping[str, str]) -> None:
-    """Raises UnknownModel for a version that no live worker has. A path without a version means any."""
+    """Raises UnknownModel for a version that no live worker has. A path without a version matches any."""
     model, version = found["model"], found["version"]
     known = capacity.versions.get(model, ())
     if version and version not in known:
@@ -73,7 +73,7 @@ async def _live(scope: Scope, receive: Receive, send: Send, found: Mapping[str, 
 
 
 async def _ready(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
-    """Say what ``/health/ready`` says."""
+    """Answer like ``/health/ready``."""
     await shared(scope).client.ping()
     readiness_for(scope, await shared(scope).client.capacity())
     await send_json(scope, send, {"ready": True})
@@ -88,7 +88,7 @@ async def _server(scope: Scope, receive: Receive, send: Send, found: Mapping[str
 
 
 async def _model(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
-    from gpuinfer.api.oip.infer import signature_of  # numpy; a front that is not asked does without
+    from gpuinfer.api.oip.infer import signature_of  # imports numpy, only if used
 
     model = found["model"]
     check_model(scope, model)
@@ -118,7 +118,7 @@ def _output(one: Output, signature: Signature) -> dict[str, Any]:
 def _described(
     name: str, dtype: str | None, shape: tuple[int, ...] | None, signature: Signature
 ) -> dict[str, Any]:
-    """Return the metadata of a tensor: its batch is its first dimension; what is not known is -1."""
+    """Return the metadata of a tensor: the first dimension is the batch; unknown dimensions are -1."""
     from gpuinfer.api.oip.inputs import DATATYPES
 
     batch = [-1] if signature.batchable else []
@@ -130,7 +130,7 @@ def _described(
 
 
 async def _model_ready(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
-    """Answer 200 while a live worker serves the model."""
+    """Answer 200 if a live worker serves the model."""
     check_model(scope, found["model"])
     capacity = await shared(scope).client.capacity()
     _serving(capacity, found["model"])
@@ -139,11 +139,11 @@ async def _model_ready(scope: Scope, receive: Receive, send: Send, found: Mappin
 
 
 def _serving(capacity: Capacity, model: str) -> bool:
-    """Return True. Raises UnknownModel, NotReady where no live worker serves the model."""
+    """Return True. Raises UnknownModel, or NotReady if no live worker serves the model."""
     _known(capacity, model)
     if not capacity.of(model).live:
         raise NotReady(
-            f"no live worker serves model {model}; a worker loads what its setting worker.models names",
+            f"no live worker serves model {model}; add it to worker.models on a host and restart its worker",
             "model",
         )
     return True
@@ -156,7 +156,7 @@ def _known(capacity: Capacity, model: str) -> None:
 
 
 async def _infer(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
-    from gpuinfer.api.oip.infer import infer  # numpy; a front that is not asked does without
+    from gpuinfer.api.oip.infer import infer  # imports numpy, only if used
 
     check_model(scope, found["model"])
     if found["version"]:
@@ -165,8 +165,8 @@ async def _infer(scope: Scope, receive: Receive, send: Send, found: Mapping[str,
         _check_version(capacity, found)
         if len(known := capacity.versions[found["model"]]) > 1:
             raise NotSupported(
-                f"workers have versions {', '.join(known)} of it, and a request goes to any of them: "
-                "leave the version out",
+                f"workers have versions {', '.join(known)} of it, and any worker may run a request: "
+                "leave out the version",
                 "version",
             )
     await infer(scope, receive, send, found["model"], found["version"])
@@ -176,12 +176,12 @@ async def _infer(scope: Scope, receive: Receive, send: Send, found: Mapping[str,
 
 
 async def _index(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
-    """List the models of the fleet, with ``{"ready": true}`` those that a live worker serves."""
+    """List the models of the fleet; with ``{"ready": true}`` only those that a live worker serves."""
     body = await read_body(scope, receive, shared(scope).settings.queue.max_payload_bytes)
     asked = parse_json(body) if body.strip() else {}
     only = asked.get("ready", False) if isinstance(asked, dict) else None
     if not isinstance(only, bool):
-        raise InputError('must be an object, as {"ready": true}', "body")
+        raise InputError('must be an object such as {"ready": true}', "body")
     capacity = await shared(scope).client.capacity()
     states = [one for one in _states(capacity) if sees_model(scope, one["name"])]
     await send_json(scope, send, [one for one in states if not only or one["state"] == _READY])
@@ -202,21 +202,21 @@ def _states(capacity: Capacity) -> list[dict[str, str]]:
 
 
 async def _load(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
-    """Answer 200 where a live worker serves the model: there is nothing to be loaded then."""
+    """Answer 200 if a live worker serves the model: it is loaded then."""
     audit(scope, found["model"])
     _serving(await shared(scope).client.capacity(), found["model"])
     await send_json(scope, send, {})
 
 
 async def _unload(scope: Scope, receive: Receive, send: Send, found: Mapping[str, str]) -> None:
-    """Answer 200 where no live worker serves the model; no request takes a model from a worker."""
+    """Answer 200 if no live worker serves the model; requests cannot unload it from a worker."""
     audit(scope, found["model"])
     model, capacity = found["model"], await shared(scope).client.capacity()
     _known(capacity, model)
     if live := capacity.of(model).live:
         raise NotSupported(
-            f"model {model} is served by {', '.join(sorted(live)[:3])}: take it out of worker.models "
-            "there, and restart the worker",
+            f"model {model} is served by {', '.join(sorted(live)[:3])}: remove it from worker.models "
+            "there and restart the worker",
             "model",
         )
     await send_json(scope, send, {})
