@@ -230,7 +230,7 @@ class Protocol(HttpToolsProtocol):
 
         On a busy machine it may be a request, which would be lost if the connection were closed now.
         """
-        busy = self.cycle is not None and not self.cycle.response_complete
+        busy = self._in_body or (self.cycle is not None and not self.cycle.response_complete)
         found = self.transport.get_extra_info("socket")
         if busy or found is None or self.transport.is_closing():
             return False
