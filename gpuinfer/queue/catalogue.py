@@ -206,6 +206,20 @@ def names(client: redis.Redis) -> list[str]:
     return sorted(_texts(client.zrange(keys.CATALOGUE, 0, -1)))  # type: ignore[arg-type]  # not decoded
 
 
+def unknown(client: redis.Redis, models: Iterable[str]) -> tuple[str, ...]:
+    """Return which of these models nobody in the fleet could serve; none while the catalogue is empty.
+
+    Raises redis-py's errors.
+    """
+    asked = tuple(models)
+    with client.pipeline(transaction=False) as pipe:
+        pipe.zcard(keys.CATALOGUE)
+        for model in asked:
+            pipe.zscore(keys.CATALOGUE, model)
+        size, *seen = pipe.execute()
+    return tuple(model for model, at in zip(asked, seen, strict=True) if size and at is None)
+
+
 # -- changing -----------------------------------------------------------------------------
 
 

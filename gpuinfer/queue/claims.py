@@ -51,6 +51,23 @@ NOTHING = Want(0)
 Wants = Mapping[str, Want]
 
 
+def flat_wants(models: Sequence[str], wants: Wants) -> list[Argument]:
+    """Return the wants of a worker of these models as ``claim.lua`` reads them.
+
+    The want that most models share comes last, without their names: those cost a claim nothing more.
+    """
+    sharing: dict[Want, list[str]] = {}
+    for model in models:
+        sharing.setdefault(wants.get(model, NOTHING), []).append(model)
+    args: list[Argument] = []
+    usual = max(sharing, key=lambda want: len(sharing[want]))
+    for want, names in sharing.items():
+        if want is not usual:
+            args += (want.count, want.better_than, want.least, len(names), *names)
+    named = models if len(models) == 1 else ()
+    return [*args, usual.count, usual.better_than, usual.least, len(named), *named]
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """A claim as it is sent to Redis. One at a time: the next one's sequence ids depend on its answer."""

@@ -13,15 +13,18 @@ one call.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 from gpuinfer.errors import PayloadTooLarge, UnknownModel
 from gpuinfer.log import get_logger
 from gpuinfer.names import MODEL_NAME
-from gpuinfer.queue import heartbeats, keys, results
+from gpuinfer.queue import catalogue, heartbeats, keys, results
 from gpuinfer.queue.claims import Final, Stray, label
-from gpuinfer.queue.message import BATCH_PREDICT, PREDICT, Envelope, Undecodable, peek
+from gpuinfer.queue.direct import Argument
+from gpuinfer.queue.message import Envelope, Undecodable, peek, tasks_by_name
+from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
+from gpuinfer.settings import QueueSettings
 
 log = get_logger(__name__)
 
@@ -40,18 +43,19 @@ FAR_CALL, FAR_LOOK = 3, 30
 class Router:
     """Looks through the default model's lists, a part at a time."""
 
-    def __init__(self, store: Store, names: Collection[str] = (PREDICT, BATCH_PREDICT)) -> None:
-        """``names``: what our tasks are called; those of others are Celery's."""
+    def __init__(self, store: Store, settings: QueueSettings) -> None:
         self._store = store
-        self._names = names
+        self._result_ttl_s = settings.result_ttl_s
+        #: Names of our tasks; all others are Celery's.
+        self._names = tasks_by_name(settings)
+        self._route = bind(store.client, "route")
         #: List -> how many of its tasks, from the next to be served, were read already, and their bytes.
         self._read: dict[str, tuple[int, int]] = {}
 
     def pass_on(self) -> int:
         """Pass on what one look finds; return how many tasks. Raises redis-py's errors."""
         client, store = self._store.client, self._store
-        named: bytes | None = client.get(keys.DEFAULT_MODEL)  # type: ignore[assignment]  # not decoded
-        default = (named or b"").decode()
+        default = catalogue.default_model(client)
         if not default or default in store.models:
             return 0
         seconds, microseconds = client.time()
@@ -87,11 +91,26 @@ class Router:
             strays = strays[:FAR_LOOK]
         stay_bytes = sum(map(len, found)) - sum(len(stray.payload) for stray in strays)
         self._read[key] = read + len(found) - len(strays), read_bytes + stay_bytes
-        passed = self._store.route(key, read, strays, at_once=FAR_CALL if far else WINDOW)
+        passed = self.route(key, read, strays, at_once=FAR_CALL if far else WINDOW)
         for stray in strays if passed else ():
             if stray.final is not None:
                 task_id, tier = stray.final.task_id, keys.place_of(key).tier
                 log.info("task_refused", task_id=task_id, queue=tier, reason=_unknown(stray.model))
+        return passed
+
+    def route(self, list_key: str, read: int, strays: Sequence[Stray], *, at_once: int = WINDOW) -> int:
+        """Pass on, or end, what waits in a list but is for another model; return how many tasks.
+
+        ``read``: how many tasks are served before those that were read with the strays; ``at_once``: how many
+        one call deals with.
+        """
+        passed = 0
+        for first in range(0, len(strays), at_once):
+            args: list[Argument] = [self._result_ttl_s, read]
+            for place, payload, model, final in strays[first : first + at_once]:
+                args += (place - passed, payload, model)
+                args += final.fields if final else ("", "", "", "", "")
+            passed += int(self._route(keys=[list_key], args=args))
         return passed
 
     def _strays(self, key: str, found: list[bytes], default: str) -> list[Stray]:
@@ -106,7 +125,7 @@ class Router:
             if envelope and model and model != default
         ]
         models = dict.fromkeys(model for *_, model in strays)
-        unknown = self._store.unknown(models) if models else ()
+        unknown = catalogue.unknown(self._store.client, models) if models else ()
         return [
             Stray(place, payload, model, self._end(key, envelope, model) if model in unknown else None)
             for place, payload, envelope, model in strays

@@ -12,10 +12,13 @@ from collections.abc import Collection, Sequence
 
 import redis
 
+from gpuinfer.log import get_logger
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Final, following
 from gpuinfer.queue.direct import Argument, Direct
 from gpuinfer.settings import QueueSettings
+
+log = get_logger(__name__)
 
 #: A result with more bytes is set beside.
 BESIDE_BYTES = 64 * 1024
@@ -35,24 +38,24 @@ class Settling:
             else ""
         )
 
-    def settle(self, finals: Sequence[Final], *, idle: bool) -> tuple[list[bytes], list[bytes]]:
-        """Write final states (see ``Store.settle``). Raises redis-py's errors.
-
-        Returns two lists of id, reason, id, reason, …: what was not kept, and what follows and was not sent.
-        """
+    def settle(self, finals: Sequence[Final], *, idle: bool) -> dict[str, str]:
+        """Write final states; return what was not kept (see ``Store.settle``). Raises redis-py's errors."""
         beside = self._set_beside(
             [final for final in finals if final.keep and len(final.meta) > BESIDE_BYTES]
         )
         try:
-            return self._call(finals, beside, idle=idle)
+            not_kept, not_sent = self._call(finals, beside, idle=idle)
         except redis.ResponseError as exc:
             if "BESIDE" not in str(exc):  # else one was evicted in between
                 raise
-            return self._call(finals, (), idle=idle)
+            not_kept, not_sent = self._call(finals, (), idle=idle)
+        log_refused(not_sent)
+        return _pairs(not_kept)
 
     def _call(
         self, finals: Sequence[Final], beside: Collection[str], *, idle: bool
     ) -> tuple[list[bytes], list[bytes]]:
+        """Return two lists of id, reason, id, reason, …: what was not kept, what follows and was not sent."""
         args: list[Argument] = [self._ttl_s, int(idle), len(finals), self._failed]
         for final in finals:
             seq = "" if final.seq is None else final.seq
@@ -82,3 +85,17 @@ class Settling:
             if not isinstance(answer, Exception):
                 taken.add(final.task_id)
         return taken
+
+
+def log_refused(not_sent: Sequence[bytes]) -> None:
+    """Log the tasks of chains that Redis did not accept, which ended them; id, reason, id, reason, …."""
+    for task_id, reason in _pairs(not_sent).items():
+        hint = (
+            "queue.chain_queues names where chains may go on; gpuinfer redis apply-users gives the right to"
+        )
+        log.error("chain_refused", task_id=task_id, reason=reason, hint=hint)
+
+
+def _pairs(flat: Sequence[bytes]) -> dict[str, str]:
+    texts = [text.decode(errors="replace") for text in flat]
+    return dict(zip(texts[::2], texts[1::2], strict=True))

@@ -252,7 +252,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             return
         if not self.ordered:
             self.claim(look=True)
-        elif self.store.index_lists():
+        elif self.store.plain.index():
             self._silent_at = stock.monotonic()
             self._end_wait()
         else:
@@ -260,7 +260,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
 
     def _skip_foreign(self) -> None:
         """Name once what stands under a list's name and is no list."""
-        for name, kind in self.store.foreign().items():
+        for name, kind in self.store.plain.foreign().items():
             hint = (
                 "no task can be sent there; find out who has made it, and delete it; then restart the workers"
             )

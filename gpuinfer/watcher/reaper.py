@@ -26,10 +26,11 @@ from gpuinfer.locks import LockState
 from gpuinfer.log import get_logger
 from gpuinfer.queue.callers import tidy
 from gpuinfer.queue.connection import AWAY
+from gpuinfer.queue.epoch import REAPER
 from gpuinfer.queue.heartbeats import FRESH_S
 from gpuinfer.queue.orphans import Holder, ago, holders
 from gpuinfer.queue.scripts import bind
-from gpuinfer.queue.store import REAPER, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings
 from gpuinfer.watcher.state import UnitState
 from gpuinfer.watcher.units import UnitView

@@ -33,7 +33,6 @@ from gpuinfer.errors import (
 from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.queue.claims import Claimed, Final, State, Want, Wants
-from gpuinfer.queue.message import tasks_by_name
 from gpuinfer.queue.router import Router
 from gpuinfer.queue.sink import TaskChannel
 from gpuinfer.queue.store import Store
@@ -112,7 +111,7 @@ class Batcher:
         #: Whether what is ahead of the device goes first because its list was passed over for too long.
         self._ahead_aged = False
         self._pace = Pace(engine, self._batch_s)
-        self._router = Router(store, tasks_by_name(settings.queue))
+        self._router = Router(store, settings.queue)
         self._debug = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
         self.channel: TaskChannel | None = None
 
@@ -589,7 +588,7 @@ class Batcher:
         if self._clock() - self._trimmed_at >= TRIM_EVERY_S:
             self._trimmed_at = self._clock()
             try:
-                self.store.trim_letters()
+                self.store.burial.trim()
             except (redis.RedisError, OSError) as exc:
                 self._outbox.trouble("drop old dead letters", exc)
 

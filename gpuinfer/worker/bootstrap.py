@@ -168,8 +168,9 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
     # No retries by the library: a claim whose answer was lost must not be sent again as it was.
     client = connect(settings.broker, retries=0, on_mismatch=on_fatal)
     store = Store(client, name, settings.worker.queues, settings.queue, models=tuple(loaded))
-    store.signatures = {key: orjson.dumps(model.signature.to_json()) for key, (model, _) in loaded.items()}
-
+    store.membership.signatures = {
+        key: orjson.dumps(model.signature.to_json()) for key, (model, _) in loaded.items()
+    }
     store.versions = {key: model.version for key, (model, _) in loaded.items()}
 
     def on_hard() -> None:

@@ -19,6 +19,7 @@ from gpuinfer.errors import (
 )
 from gpuinfer.log import get_logger
 from gpuinfer.models.manifest import Manifest
+from gpuinfer.queue import catalogue
 from gpuinfer.queue.bodies import check_items
 from gpuinfer.queue.claims import Claimed, Final
 from gpuinfer.queue.keys import place_of
@@ -231,7 +232,7 @@ class Intake:
         """Pass tasks on to the lists of their model; those of a model that the fleet does not know end."""
         models = {claimed.seq: model for claimed, _, model in claims}
         try:
-            unknown = self._store.unknown(dict.fromkeys(models.values()))
+            unknown = catalogue.unknown(self._store.client, dict.fromkeys(models.values()))
             known = {seq: model for seq, model in models.items() if model not in unknown}
             self._store.release(known, models=known)
         except (redis.RedisError, OSError) as exc:

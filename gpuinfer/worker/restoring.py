@@ -12,9 +12,10 @@ from gpuinfer.errors import WorkerRunning
 from gpuinfer.locks import domain, stopped
 from gpuinfer.queue.claims import Restored
 from gpuinfer.queue.connection import connect, typed_errors, user_of
+from gpuinfer.queue.epoch import REAPER
 from gpuinfer.queue.heartbeats import wait_for_namesake
 from gpuinfer.queue.orphans import ago, holder
-from gpuinfer.queue.store import REAPER, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import Settings
 
 

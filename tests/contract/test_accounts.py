@@ -9,8 +9,9 @@ import pytest
 import redis
 
 from gpuinfer.queue import keys, usage
+from gpuinfer.queue.epoch import REAPER
 from gpuinfer.queue.message import Envelope
-from gpuinfer.queue.store import REAPER, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.queue.tally import Tally
 from gpuinfer.settings import BrokerSettings, QueueSettings
 from gpuinfer.worker.accounting import Accounts

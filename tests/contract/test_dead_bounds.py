@@ -28,7 +28,7 @@ def bury(store: Store, client: Client, count: int, size: int = 1) -> list[str]:
 
 
 def bounded(store: Store, **bounds: int) -> Store:
-    store._settings = QueueSettings.model_validate({"ageing_s": 0, **bounds})
+    store.burial._settings = QueueSettings.model_validate({"ageing_s": 0, **bounds})
     return store
 
 
@@ -60,7 +60,7 @@ def test_many_at_once(store: Store, client: Client) -> None:
     """A bound that was lowered is held at the next look, in calls of a hundred."""
     letters = bury(store, client, 250)
     with capture_logs() as logs:
-        bounded(store, max_dead=10).trim_letters()
+        bounded(store, max_dead=10).burial.trim()
     assert len(left(store)) == 10
     assert [len(entry["task_ids"]) for entry in logs] == [100, 100, 40]
     assert set(dropped(logs)) | left(store) == set(letters)
@@ -83,7 +83,7 @@ def test_large_bodies(store: Store, client: Client) -> None:
     for task, claimed in zip(tasks, store.claim(3), strict=True):
         store.client.set(keys.body(task), "x" * 5_000)
         store.bury(claimed.seq, claimed.list_key, claimed.payload, DeadLettered("no"))
-    bounded(store, max_dead_bytes=13_000).trim_letters()
+    bounded(store, max_dead_bytes=13_000).burial.trim()
     assert left(store) == set(tasks[1:])
     dead.retry(store.client, tasks[1])
     assert dead.drop(store.client, [tasks[2]]) == 1
@@ -96,7 +96,7 @@ def test_age(store: Store, client: Client) -> None:
     old, new = bury(store, client, 2)
     store.client.zincrby(keys.DEAD_AGES, -100, old)
     with capture_logs() as logs:
-        bounded(store, dead_ttl_s=60).trim_letters()
+        bounded(store, dead_ttl_s=60).burial.trim()
     assert left(store) == {new}
     assert dropped(logs) == [old]
 

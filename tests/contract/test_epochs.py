@@ -10,9 +10,10 @@ import pytest
 from gpuinfer import Client
 from gpuinfer.errors import FormatMismatch, TakenBack, WorkerRunning
 from gpuinfer.queue import keys
+from gpuinfer.queue.epoch import SEQS_OF_AN_EPOCH
 from gpuinfer.queue.orphans import holders
 from gpuinfer.queue.scripts import bind
-from gpuinfer.queue.store import SEQS_OF_AN_EPOCH, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings
 from tests.contract.conftest import done, ids, on, store_of
 
@@ -29,13 +30,13 @@ def test_an_epoch_ends_in_mid_flow(store: Store, client: Client) -> None:
     """After 2^24 sequence ids another one begins; none comes twice, and what is held stays valid."""
     wanted = client.submit_many([[1]] * 40)
     held = store.claim(2)
-    store._seq = (store._epoch + 1) * SEQS_OF_AN_EPOCH - 9
-    epoch = store._epoch
+    store._seq = (store._epoch.number + 1) * SEQS_OF_AN_EPOCH - 9
+    epoch = store._epoch.number
     while claimed := store.claim(4):
         held += claimed
     assert ids(held) == wanted
     assert len({task.seq for task in held}) == 40
-    assert store._epoch == epoch + 1
+    assert store._epoch.number == epoch + 1
     assert store.settle([done(task) for task in held]) == {}
     assert not store.client.exists(store.inflight)
     assert {client.status(task_id).state for task_id in wanted} == {"completed"}
@@ -44,7 +45,7 @@ def test_an_epoch_ends_in_mid_flow(store: Store, client: Client) -> None:
 def test_an_epoch_that_is_too_short_is_not_ordered(store: Store) -> None:
     """A claim that waits cannot begin one; the next call does."""
     store.claim(1)
-    store._seq = (store._epoch + 1) * SEQS_OF_AN_EPOCH - 9
+    store._seq = (store._epoch.number + 1) * SEQS_OF_AN_EPOCH - 9
     assert store.order(store.wants(9)) is None
     assert store.order(store.wants(8)) is not None
     store.claim(9)

@@ -26,7 +26,7 @@ def test_the_scripts_read_coordinates_as_we_do(store: Store, place: Place) -> No
     store.client.flushdb()
     key = keys.list_key(keys.queue_name(place.tier, place.model, place.caller), place.priority)
     store.client.lpush(key, b"x")
-    assert store._index(keys=[key, "celery", "realtimes"], args=()) == 1
+    assert store.plain._index(keys=[key, "celery", "realtimes"], args=()) == 1
     found = store.client.zrange(keys.index(place.model), 0, -1, withscores=True)
     assert found == [(key.encode(), float(keys.rank_of(place.tier, place.priority)))]
 
@@ -48,7 +48,7 @@ def test_a_plain_producers_list_enters_by_a_look(store: Store) -> None:
     store.client.lpush("batch", message())
     assert store.claim(1) == []
     assert store.waits()
-    assert store.index_lists() == 1
+    assert store.plain.index() == 1
     assert len(store.claim(1)) == 1
     store.client.lpush("default\x06\x163", message())
     assert store.claim(1) == []

@@ -94,7 +94,7 @@ def test_the_default_models_lists(broker: BrokerSettings) -> None:
     store = store_of(broker, models=("ant", "bee"), default="ant")
     other = store_of(broker, "gpu1@here", ("cat", "dog"), default="ant")
     store.client.lpush("realtime", message())
-    store.index_lists()
+    store.plain.index()
     assert (order(store), order(other)) == ([""], [])
     store.client.set(keys.DEFAULT_MODEL, "cat")
     assert store.claim(1) == []

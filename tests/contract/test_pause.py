@@ -68,8 +68,8 @@ def test_a_foreign_key_stops_its_own_list_alone(store: Store, name: str) -> None
     assert look(raw).foreign == {name: "set" if name == "realtime" else "string"}
     if not name.startswith("gpuinfer:"):
         assert store.waits()
-        assert store.foreign() == {name: "set" if name == "realtime" else "string"}
-        assert store.foreign() == {}
+        assert store.plain.foreign() == {name: "set" if name == "realtime" else "string"}
+        assert store.plain.foreign() == {}
         assert not store.waits()
 
 

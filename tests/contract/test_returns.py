@@ -13,9 +13,10 @@ from gpuinfer import Client
 from gpuinfer.queue import keys, returns
 from gpuinfer.queue.claims import Claimed, Stray
 from gpuinfer.queue.message import PREDICT, decode
+from gpuinfer.queue.router import Router
 from gpuinfer.queue.store import Store
 from gpuinfer.queue.submission import Submission
-from gpuinfer.settings import BrokerSettings
+from gpuinfer.settings import BrokerSettings, QueueSettings
 from tests.contract.conftest import begin, calls, ids, message, on, send, store_of
 
 pytestmark = [pytest.mark.integration, on("redis-socket")]
@@ -132,7 +133,7 @@ def test_what_cannot_be_passed_on_stays(store: Store) -> None:
     assert store.release([task.seq], models={task.seq: "other"}) == 0
     assert store.release([task.seq]) == 1
     stray = Stray(0, task.payload, "other")
-    assert store.route("realtime", 0, [stray]) == 0
+    assert Router(store, QueueSettings()).route("realtime", 0, [stray]) == 0
     assert ids(store.claim(1)) == [task_id]
 
 

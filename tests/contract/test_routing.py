@@ -9,14 +9,14 @@ import pytest
 
 from gpuinfer import Client
 from gpuinfer.errors import InputError, UnknownModel
-from gpuinfer.queue import keys, router
+from gpuinfer.queue import catalogue, keys, router
 from gpuinfer.queue.claims import Stray
 from gpuinfer.queue.depth import Lane, look
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.router import Router
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
-from gpuinfer.settings import BrokerSettings
+from gpuinfer.settings import BrokerSettings, QueueSettings
 from tests.contract.conftest import commands, ids, message, on, send, store_of
 from tests.unit.test_keys import STRANGE
 
@@ -111,7 +111,7 @@ def test_a_worker_of_another_model_routes(store: Store, other: Store) -> None:
         sent[key] = [plain(store, key, model) for model in ("ocr", None, "ocr", "digits", "ocr")]
     forget_workers(store)
     other.register()
-    assert Router(other).pass_on() == 9
+    assert Router(other, QueueSettings()).pass_on() == 9
     wanted = [sent[key][place] for key in (URGENT, "realtime", "batch") for place in (0, 2, 4)]
     assert ids(other.claim(100)) == wanted
     own = [sent[key][place] for key in (URGENT, "realtime", "batch") for place in (1, 3)]
@@ -121,11 +121,11 @@ def test_a_worker_of_another_model_routes(store: Store, other: Store) -> None:
 def test_nobody_routes_past_a_living_worker(store: Store, other: Store) -> None:
     """It claims such a task, and passes it on by itself; nor is a tier looked at that nobody here serves."""
     plain(store, "realtime", "ocr")
-    assert Router(other).pass_on() == 0
-    assert Router(store).pass_on() == 0
+    assert Router(other, QueueSettings()).pass_on() == 0
+    assert Router(store, QueueSettings()).pass_on() == 0
     forget_workers(store)
     other.serve(["batch"])
-    assert Router(other).pass_on() == 0
+    assert Router(other, QueueSettings()).pass_on() == 0
     assert store.client.llen("realtime") == 1
 
 
@@ -135,7 +135,7 @@ def test_a_long_backlog_is_looked_through_in_parts(
     """Behind tasks of the default model, too; and what comes later is found again and again."""
     monkeypatch.setattr(router, "WINDOW", 7)
     forget_workers(store)
-    looks, own = Router(other), 0
+    looks, own = Router(other, QueueSettings()), 0
     for _ in range(3):
         sent = [plain(store, "realtime", "ocr" if number % 5 == 0 else None) for number in range(30)]
         own += 24
@@ -157,7 +157,7 @@ def test_many_are_passed_on_in_their_order(
     twice = message("ocr")
     store.client.lpush("realtime", twice, twice)
     forget_workers(store)
-    looks = Router(other)
+    looks = Router(other, QueueSettings())
     store.client.config_resetstat()
     assert looks.pass_on() == 22
     assert commands(store, "lrem") == (22 if far else 0)
@@ -172,7 +172,7 @@ def test_a_look_costs_redis_little(store: Store, other: Store) -> None:
         store.client.lpush("realtime", *[own] * 999)
     sent = [plain(store, "realtime", "ocr") for _ in range(100)]
     forget_workers(store)
-    looks = Router(other)
+    looks = Router(other, QueueSettings())
     looks._read["realtime"] = router.MOST_READ - 100, 0
     commands(store)
     assert [looks.pass_on() for _ in range(4)] == [30, 30, 30, 10]
@@ -195,11 +195,11 @@ def test_what_has_lost_its_place_waits(store: Store, other: Store) -> None:
     read = [Stray(n, payload, "ocr") for n, payload in enumerate(raw.lrange("realtime", 0, -1)[::-1])]
     back = message()
     store.client.rpush("realtime", back)
-    assert other.route("realtime", 0, read) == 0
-    assert other.route("realtime", 1, [read[0], read[2]]) == 2
+    assert Router(other, QueueSettings()).route("realtime", 0, read) == 0
+    assert Router(other, QueueSettings()).route("realtime", 1, [read[0], read[2]]) == 2
     assert ids(other.claim(10)) == [sent[0], sent[2]]
     assert store.client.lrange("realtime", 0, -1) == [read[1].payload, back]
-    assert other.route("realtime", 5, read) == 0
+    assert Router(other, QueueSettings()).route("realtime", 5, read) == 0
 
 
 def test_a_router_ends_what_nobody_knows(store: Store, other: Store, client: Client) -> None:
@@ -207,7 +207,7 @@ def test_a_router_ends_what_nobody_knows(store: Store, other: Store, client: Cli
     lost = plain(store, "realtime", "nosuch")
     found, own = plain(store, "realtime", "ocr"), plain(store, "realtime", None)
     forget_workers(store)
-    assert Router(other).pass_on() == 2
+    assert Router(other, QueueSettings()).pass_on() == 2
     with pytest.raises(UnknownModel, match="knows no model 'nosuch'"):
         client.result(lost, timeout_s=60)
     assert store.client.hget(keys.ENDED, "failed realtime nosuch") == b"1"
@@ -224,7 +224,7 @@ def test_a_router_reads_nothing_that_may_end_it(store: Store, other: Store) -> N
     for payload in (died, large, strange):
         store.client.lpush("realtime", payload)
     forget_workers(store)
-    looks = Router(other)
+    looks = Router(other, QueueSettings())
     assert [looks.pass_on() for _ in range(3)] == [0, 0, 0]
     assert store.client.llen("realtime") == 3
 
@@ -248,7 +248,7 @@ def test_large_payloads_are_read_in_small_parts(
     # Their lengths differ by a few bytes, as a time of "…809.9" is shorter than one of "…809.924".
     monkeypatch.setattr(router, "WINDOW_BYTES", 4 * (len(message("ocr")) + 20))
     forget_workers(store)
-    looks = Router(other)
+    looks = Router(other, QueueSettings())
     assert [looks.pass_on() for _ in range(4)] == [4, 4, 2, 0]
     monkeypatch.setattr(router, "WINDOW_BYTES", 1)
     sent += [plain(store, "realtime", "ocr") for _ in range(2)]
@@ -261,7 +261,7 @@ def test_what_names_no_model_is_not_passed_on(store: Store, other: Store) -> Non
     for payload in (b"\xff", b"{}", message("no model/at all")):
         store.client.lpush("realtime", payload)
     forget_workers(store)
-    assert Router(other).pass_on() == 0
+    assert Router(other, QueueSettings()).pass_on() == 0
     assert store.client.llen("realtime") == 3
 
 
@@ -302,7 +302,7 @@ def test_a_model_that_nobody_knows(broker: BrokerSettings, client: Client, *, kn
         client.submit([1], model="nobody", idempotency_key="k")
     # That this client makes ids is written once, whatever becomes of its tasks.
     assert set(store.client.keys()) - {keys.ORIGINS.encode()} == set(before)
-    assert store.unknown(["digits", "nobody"]) == ("nobody",)
+    assert catalogue.unknown(store.client, ["digits", "nobody"]) == ("nobody",)
 
 
 def test_a_default_model_that_nobody_knows(store: Store, client: Client) -> None:

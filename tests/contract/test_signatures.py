@@ -13,7 +13,8 @@ from gpuinfer.client.signatures import versions
 from gpuinfer.errors import ShapeMismatch
 from gpuinfer.models.signature import Input, Signature
 from gpuinfer.queue import catalogue, keys
-from gpuinfer.queue.store import DESCRIBE_EVERY_S, Store
+from gpuinfer.queue.membership import DESCRIBE_EVERY_S
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import BrokerSettings, Settings
 from tests.contract.conftest import store_of
 
@@ -27,7 +28,7 @@ def takes(*shape: int) -> bytes:
 
 def says(store: Store, **signatures: bytes) -> None:
     """Let a worker say what its models take, as after its start."""
-    store.signatures, store._described_at = signatures, 0.0
+    store.membership.signatures, store.membership._described_at = signatures, 0.0
     store.register()
 
 
@@ -69,10 +70,10 @@ def test_it_is_written_again_and_forgotten_with_the_model(store: Store, broker: 
     assert set(raw.hkeys(keys.SIGNATURES)) == {b"digits", b"old"}
     raw.zadd(keys.CATALOGUE, {"old": 1})
     raw.hdel(keys.SIGNATURES, "digits")
-    store._described_at += 3600
+    store.membership._described_at += 3600
     store.register()  # drops it from the catalogue; it is not yet time to say it again
     assert raw.hkeys(keys.SIGNATURES) == [b"old"]
-    store._described_at -= 3600 + DESCRIBE_EVERY_S
+    store.membership._described_at -= 3600 + DESCRIBE_EVERY_S
     store.register()
     assert raw.hkeys(keys.SIGNATURES) == [b"digits"]
     assert versions(raw.hget(keys.SIGNATURES, "digits")) == (takes(2).decode(),)

@@ -14,9 +14,10 @@ from gpuinfer.errors import TaskFailed, WorkerRunning
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Final
 from gpuinfer.queue.depth import Lane, look
+from gpuinfer.queue.epoch import SEQS_OF_AN_EPOCH
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.scripts import source
-from gpuinfer.queue.store import SEQS_OF_AN_EPOCH, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, BrokerSettings, QueueSettings
 from tests.contract.conftest import begin, done, ids, store_of
 
@@ -231,7 +232,7 @@ def test_an_epoch_held_up_on_its_way_does_not_begin(
     """Its worker has given it up and counted again; it goes on."""
     client.submit([1])
     first = store.claim(1)
-    real = store._begin_script
+    real = store._epoch._begin
     late: dict[str, Any] = {}
 
     def cut(**call: Any) -> None:
@@ -240,7 +241,7 @@ def test_an_epoch_held_up_on_its_way_does_not_begin(
 
     store.mark_uncertain()
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_begin_script", cut)
+        patch.setattr(store._epoch, "_begin", cut)
         with pytest.raises(redis.TimeoutError):
             store.reconcile({task.seq for task in first})
     assert store.reconcile({task.seq for task in first}) == 0

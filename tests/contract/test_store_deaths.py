@@ -49,7 +49,7 @@ def test_restore_cut_off_before_the_burial(store: Store, client: Client) -> None
     store.restore()
     begin(store, store.claim(1))
     (seq,) = store._seqs_in_flight()
-    args = (store._epoch, 2, 1000, 1, seq)
+    args = (store._epoch.number, 2, 1000, 1, seq)
     store._restore(keys=[store.inflight, keys.epoch(store.worker)], args=args)  # and then it is killed
     assert client.status(task_id).state == "running"
     assert store.restore().dead == (task_id,)

@@ -18,15 +18,16 @@ from gpuinfer.client.aio import AsyncClient
 from gpuinfer.errors import DeadLettered, TaskNotFound
 from gpuinfer.metrics.gather import gather
 from gpuinfer.metrics.recorder import Recorder
-from gpuinfer.queue import dead, format, heartbeats, keys, results, scripts, series, usage
+from gpuinfer.queue import catalogue, dead, format, heartbeats, keys, results, scripts, series, usage
 from gpuinfer.queue.app import create_app
 from gpuinfer.queue.claims import Claimed, Final, Want
 from gpuinfer.queue.depth import look
+from gpuinfer.queue.epoch import REAPER
 from gpuinfer.queue.later import Postponed
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.orphans import holder, holders
 from gpuinfer.queue.router import Router
-from gpuinfer.queue.store import REAPER, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.queue.submission import Submission
 from gpuinfer.queue.tally import Tally
 from gpuinfer.settings import QUEUES, QueueSettings, Settings
@@ -329,8 +330,8 @@ def test_worker(redis_server: OurRedis) -> None:
             admin.set(keys.DUE, 1)
         assert store.waits()
         assert own.get(keys.DUE) is None
-        assert store.index_lists() >= 2
-        assert store.unknown(["digits", "nothing"]) == ("nothing",)
+        assert store.plain.index() >= 2
+        assert catalogue.unknown(store.client, ["digits", "nothing"]) == ("nothing",)
         while tasks := store.claim(
             {"digits": Want(2), "resnet": Want(1)}, begin=True, look=True, state="idle"
         ):
@@ -384,7 +385,7 @@ def test_router(redis_server: OurRedis) -> None:
         store = worker(own, ("resnet",))
         admin.set(keys.DEFAULT_MODEL, "digits")
         admin.lpush("realtime", plain("nosuch"), plain("resnet"), plain())
-        assert Router(store).pass_on() == 2
+        assert Router(store, QueueSettings()).pass_on() == 2
         assert len(store.claim(10)) == 1
 
 

@@ -312,7 +312,7 @@ def test_a_models_example_is_documented(api: Api, worker: HandWorker, redis_serv
     signature = Signature(inputs=inputs).with_example(np.array([1.5, 2.5]))
     assert Signature.from_json(signature.to_json()) == signature
     assert Signature(inputs=inputs).with_example(b"a file").example is None
-    worker.store.signatures = {"digits": json.dumps(signature.to_json()).encode()}
+    worker.store.membership.signatures = {"digits": json.dumps(signature.to_json()).encode()}
     worker.register()
     paths = api.http.get("/openapi.json").json()["paths"]
     for path, value in (("/predict", [1.5, 2.5]), ("/batch_predict", [[1.5, 2.5]])):

@@ -46,7 +46,7 @@ def test_every_answer_is_documented(redis_server: RedisServer, worker: HandWorke
     """No 5xx, and no status, type or body that the document does not have, over 2,000 requests and more."""
     need(find_spec("schemathesis") is not None, "schemathesis")
     signature = Signature(inputs=(Input(name="x", kind="tensor", dtype="float32", shape=(2,)),))
-    worker.store.signatures = {"digits": json.dumps(signature.to_json()).encode()}
+    worker.store.membership.signatures = {"digits": json.dumps(signature.to_json()).encode()}
     worker.beat()
     (tmp_path / "schemathesis.toml").write_text(CONFIG, encoding="utf-8")
     with Api(redis_server, tmp_path, api_max_wait_s=0.01, queue_max_waiting=10_000_000) as api:

@@ -26,7 +26,7 @@ PLACE = "/v2/models/digits/infer"
 def served(worker: HandWorker) -> HandWorker:
     """A worker that is alive and says what its model takes; it does nothing by itself."""
     signature = Signature(inputs=(Input(name="x", kind="tensor", dtype="float32", shape=()),))
-    worker.store.signatures = {"digits": orjson.dumps(signature.to_json())}
+    worker.store.membership.signatures = {"digits": orjson.dumps(signature.to_json())}
     worker.beat()
     return worker
 
@@ -67,7 +67,7 @@ def test_no_request_chooses_among_versions(api: Api, served: HandWorker) -> None
     body = {"queues": served.store.queues, "models": ["digits"]}
     for worker, version in (("gpu0@test", "a"), ("gpu1@test", "b")):
         other = HandWorker(served.store.client, name=worker)
-        other.store.signatures = served.store.signatures
+        other.store.membership.signatures = served.store.membership.signatures
         other.store.register(orjson.dumps(body | {"worker": worker, "versions": {"digits": version}}))
     assert api.http.get("/v2/models/digits").json()["versions"] == ["a", "b"]
     index = api.http.post("/v2/repository/index").json()

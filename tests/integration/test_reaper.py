@@ -21,9 +21,10 @@ from gpuinfer.errors import TakenBack, WorkerRunning
 from gpuinfer.locks import acquire, domain
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
+from gpuinfer.queue.epoch import REAPER
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.orphans import ago, command, holder, holders
-from gpuinfer.queue.store import REAPER, Store
+from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, Loaded, Settings
 from gpuinfer.watcher.reaper import FORGET_EVERY_S, PROBE_EVERY_S, WITNESS_S, Reaper
 from gpuinfer.watcher.units import UnitView

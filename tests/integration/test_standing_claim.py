@@ -11,7 +11,8 @@ import pytest
 
 from gpuinfer import Client
 from gpuinfer.queue import keys
-from gpuinfer.queue.store import SEQS_OF_AN_EPOCH, Store
+from gpuinfer.queue.epoch import SEQS_OF_AN_EPOCH
+from gpuinfer.queue.store import Store
 from gpuinfer.queue.transport import Channel
 from gpuinfer.settings import Settings
 from tests.claims import LONG_S, Taker, consuming, stand, store_of, taken, turn, unhurried, until
@@ -137,7 +138,7 @@ def test_a_withdrawn_claim_takes_nothing(
 
 def test_an_epoch_that_ends_meanwhile(channel: Channel, taker: Taker, client: Client) -> None:
     """An idle worker whose sequence ids are used up begins another epoch, and waits on."""
-    taker.store._seq = (taker.store._epoch + 1) * SEQS_OF_AN_EPOCH - 5
+    taker.store._seq = (taker.store._epoch.number + 1) * SEQS_OF_AN_EPOCH - 5
     channel.brpop_timeout = LONG_S
     stand(channel)
     task = client.submit([1.0])

@@ -155,14 +155,14 @@ def test_a_doubt_whose_answer_is_lost(
 ) -> None:
     """Redis has begun the epoch that the worker does not know: its own claim is no other worker's."""
     stand(channel)
-    count = taker.store._begin_script
+    count = taker.store._epoch._begin
 
     def lost(**arguments: Any) -> Any:
         count(**arguments)
         raise redis.ConnectionError("Connection closed by server.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(taker.store, "_begin_script", lost)
+        patch.setattr(taker.store._epoch, "_begin", lost)
         channel.withdraw()
     task = client.submit([1.0])
     while not taker.tasks:
