@@ -92,14 +92,7 @@ class Probe:
         serving = {str(one.key): one.serves for one in (*own, *heard.instances)}
         serving |= {name: serves for name, serves in beating.items() if serves}
         queues = self._queues(depth, _in_lanes(depth, serving))
-        self._told_queues = {
-            lane.name: {
-                "oldest_s": round(queue.oldest_s, 1),
-                "rate": round(self._rate(lane, depth.claimed.get(lane, 0)), 3),
-            }
-            for lane, queue in queues.items()
-            if queue.waiting or depth.claimed.get(lane)
-        }
+        self._told_queues = self._for_people(queues, depth.claimed)
         # All instances of this host; of others, those with a live watcher or a fresh heartbeat.
         there = (
             one for one in heard.instances if one.key.host in heard.live_hosts or str(one.key) in beating
@@ -122,6 +115,18 @@ class Probe:
             figures=heard.figures,
             rival=heard.rival,
         )
+
+    def _for_people(
+        self, queues: Mapping[Lane, QueueState], claimed: Mapping[Lane, int]
+    ) -> dict[str, dict[str, float]]:
+        return {
+            lane.name: {
+                "oldest_s": round(queue.oldest_s, 1),
+                "rate": round(self._rate(lane, claimed.get(lane, 0)), 3),
+            }
+            for lane, queue in queues.items()
+            if queue.waiting or claimed.get(lane)
+        }
 
     def _startup(self, figures: Mapping[str, Figures]) -> float:
         measured = [one.startup_s for one in figures.values() if one.startup_s is not None]
