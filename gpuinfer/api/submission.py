@@ -152,7 +152,13 @@ async def prepared(
     if key is not None and (model := options.get("model")) is not None:
         check_model(scope, model)
     client, quota = shared(scope).client, None if key is None else key.quota
-    task = await client.prepare(inputs, many=many, options=options, task_id=task_id, caller=name, quota=quota)
+    try:
+        task = await client.prepare(
+            inputs, many=many, options=options, task_id=task_id, caller=name, quota=quota
+        )
+    except InputError:
+        scope[MODEL] = client.known_model(options)
+        raise
     if key is not None:
         check_model(scope, task.model)
         check_queue(scope, task.queue)

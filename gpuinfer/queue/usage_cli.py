@@ -34,8 +34,9 @@ def usage(loaded: Loaded, by: Literal["key", "model"] | None, since: str, as_jso
 
     The front counts requests. Errors are wrong or failed requests; refused are those beyond a limit (429,
     503). The device time of a batch is divided among its inputs, and counts when the batch ends for the key
-    that submitted them. "-" stands for no key, and for requests that name no model. Each process writes its
-    counts once a second.
+    that submitted them. "-" stands for no key, and for requests of which no model is known: those that ask
+    about tasks, cannot be read, or name a model that there is not. One that names no model counts for the
+    default. Each process writes its counts once a second.
     """
     from gpuinfer.queue.connection import connect, typed_errors, user_of
     from gpuinfer.queue.usage import read, since_of
