@@ -7,9 +7,11 @@ Exit codes are those of sysexits.h: each error's own, 64 for a wrong call, 130 a
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from errno import ENOSPC, EPIPE
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -118,6 +120,9 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except BrokerUnavailable as exc:
+            fault = exc.__cause__
+            if isinstance(fault, OSError) and _is_of_output(fault):  # a table is printed while Redis is asked
+                raise (click.exceptions.Exit(EXIT_BROKEN_PIPE) if fault.errno == EPIPE else fault) from exc
             if not exc.message.startswith("Redis does not answer"):
                 raise
             from gpuinfer.doctor.redis_place import place_of
@@ -194,7 +199,22 @@ def main(args: Sequence[str] | None = None) -> None:
         # Nobody reads the rest of the buffer. Without this, Python fails to flush it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = EXIT_BROKEN_PIPE
+    except OSError as exc:
+        if exc.errno != ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        click.echo(f"gpuinfer: error: the output cannot be written: {exc.strerror}", err=True)
+        code = os.EX_IOERR
     sys.exit(code)
+
+
+def _is_of_output(fault: OSError) -> bool:
+    """Tell whether an error is of standard output: its disk is full, or nobody reads the pipe any more."""
+    if fault.errno != EPIPE:
+        return fault.errno == ENOSPC
+    look = select.poll()
+    look.register(1, 0)
+    return any(event & select.POLLERR for _, event in look.poll(0))
 
 
 def _run(arguments: list[str]) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import time
@@ -61,10 +62,11 @@ def doctor(loaded: Loaded, checks: tuple[str, ...], as_json: bool, quick: bool, 
     started, found = time.monotonic(), list[Finding]()
     # A person reads, on a terminal that has our marks.
     terminal = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    colour = False if os.environ.get("NO_COLOR") else None
     for findings in look_over(chosen, Host(loaded)):  # each is printed as soon as those before it are there
         found += findings
         for finding in () if as_json else findings:
-            click.echo(line(finding, width, terminal=terminal))
+            click.echo(line(finding, width, terminal=terminal), color=colour)
     counts, took_s = Counter(finding.status for finding in found), time.monotonic() - started
     if as_json:
         _print_document(found, counts, took_s)

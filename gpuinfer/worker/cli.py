@@ -24,12 +24,19 @@ def node_name(number: int) -> str:
     return f"gpu{number}@{socket.gethostname()}"
 
 
+#: What one might call here, and systemd does.
+_OF_SYSTEMD = ("start", "stop", "status", "enable", "disable", "mask", "unmask")
+
+
 class _WithRun(click.Group):
     """A group with the default command ``run``: ``gpuinfer worker 0`` is ``gpuinfer worker run 0``."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] in _OF_SYSTEMD:
+            number = next((word for word in args[1:] if word.isdecimal()), "N")
+            raise click.UsageError(f"a worker is a unit: systemctl {args[0]} gpuinfer-worker@{number}", ctx)
         return super().resolve_command(ctx, ["run", *args] if args[0].isdecimal() else args)
 
 

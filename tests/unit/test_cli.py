@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import pytest
 
 from gpuinfer.cli import COMMANDS, _WhenNeeded, cli
 from gpuinfer.cli_help import in_words
+from gpuinfer.queue.connection import typed_errors
 from tests.services import Process
 from tests.workers import wait_until
 
@@ -299,6 +302,45 @@ def test_a_closed_pipe_is_quiet() -> None:
     )
     os.close(theirs)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_disk_is_told() -> None:
+    """`gpuinfer config show >file` on one ends with a line and exit code 74, not with a traceback."""
+    command = partial(subprocess.run, check=False, stderr=subprocess.PIPE, text=True, timeout=60)
+    with Path("/dev/full").open("w") as full:
+        for args in (["config", "show"], ["--help"]):
+            done = command([*GPUINFER, *args], stdout=full)
+            told = "gpuinfer: error: the output cannot be written: No space left on device\n"
+            assert (done.returncode, done.stderr) == (74, told)
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EPIPE, "Broken pipe"), OSError(errno.ENOSPC, "full")])
+def test_a_pipe_that_is_closed_is_not_redis(fault: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that nobody reads is printed while Redis is asked: Redis answers, and is not named."""
+
+    def invoke(*_: object) -> None:
+        with typed_errors():
+            raise fault
+
+    ours, theirs = os.pipe()
+    os.close(ours)
+    kept = os.dup(1)
+    monkeypatch.setattr(click.Group, "invoke", invoke)
+    try:
+        os.dup2(theirs, 1)
+        with pytest.raises((click.exceptions.Exit, OSError)) as caught:
+            cli.invoke(click.Context(cli))
+    finally:
+        os.dup2(kept, 1)
+        for number in (kept, theirs):
+            os.close(number)
+    assert getattr(caught.value, "exit_code", None) == (141 if fault.errno == errno.EPIPE else None)
+
+
+def test_what_systemd_does_is_named() -> None:
+    """`gpuinfer worker start 0` is a guess of many."""
+    done = run("worker", "start", "0")
+    assert (done.returncode, "systemctl start gpuinfer-worker@0\n" in done.stderr) == (64, True)
 
 
 def test_ctrl_c_is_130_without_a_traceback(tmp_path: Path) -> None:
