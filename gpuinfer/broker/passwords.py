@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpuinfer.broker import acl
-from gpuinfer.errors import ConfigError
+from gpuinfer.errors import ConfigError, NotPermitted
 
 if TYPE_CHECKING:
     import redis
@@ -43,7 +43,8 @@ def file_of(user: str) -> Path:
 def read() -> dict[str, str]:
     """Read all users' passwords. Raises ConfigError naming the file of a program that is missing or empty.
 
-    A missing password of operator or viewer is '': nobody can log in as that user, and nothing else fails.
+    Raises NotPermitted where only root may read it. A missing password of operator or viewer is '': nobody
+    can log in as that user, and nothing else fails.
     """
     found = {}
     for user in acl.USERS:
@@ -53,6 +54,8 @@ def read() -> dict[str, str]:
             continue
         try:
             found[user] = path.read_text(encoding="utf-8").strip()
+        except PermissionError as exc:
+            raise NotPermitted("only root may read it: call it with sudo", str(path)) from exc
         except (OSError, UnicodeDecodeError) as exc:
             raise ConfigError(
                 f"cannot be read: {getattr(exc, 'strerror', None) or exc}; {_FIX}", str(path)

@@ -19,7 +19,7 @@ from gpuinfer.broker.cli import MORE_USERS, more_users
 from gpuinfer.broker.tuning import host_memory_bytes, render
 from gpuinfer.doctor.host import EDIT, Finding, Findings, Host, Skipped, error, ok, warning
 from gpuinfer.doctor.redis_place import OUR_CONF, Place, diagnose, place_of
-from gpuinfer.errors import ConfigError, FormatMismatch, UnusableRedis
+from gpuinfer.errors import ConfigError, FormatMismatch, NotPermitted, UnusableRedis
 from gpuinfer.queue import keys
 from gpuinfer.queue.connection import connect
 
@@ -180,7 +180,7 @@ def users(host: Host) -> Findings:
     try:
         rules = acl.rules(passwords.read(), host.settings.queue.foreign_queues, passwords.older())
         theirs = more_users()
-    except ConfigError as exc:
+    except (ConfigError, NotPermitted) as exc:
         raise Skipped(f"the users cannot be read: {exc}") from None
     rules |= {words[1]: words[2:] for words in (line.split() for line in theirs.lines)}
     try:

@@ -26,6 +26,7 @@ from gpuinfer.errors import (
     ManifestError,
     ModelError,
     ModelNotAdded,
+    NotPermitted,
     UnknownModel,
     UsageError,
 )
@@ -204,6 +205,9 @@ class Repository:
                     _name_what_was_given(exc, staged, source)
                     raise
         except OSError as exc:
+            if not os.access(self.folders[0], os.W_OK):
+                words = f"cannot be added to {self.folders[0]}: {exc.strerror}; call it with sudo"
+                raise NotPermitted(words, name) from exc
             raise ModelError(f"cannot be added to {self.folders[0]}: {exc}", name) from exc
 
     @contextmanager

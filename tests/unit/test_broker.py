@@ -12,6 +12,7 @@ import pytest
 from gpuinfer.broker import acl, durability, last_good, passwords, trial, tuning
 from gpuinfer.broker import cli as broker_cli
 from gpuinfer.cli import main
+from gpuinfer.errors import NotPermitted
 from gpuinfer.settings import QUEUES, RedisSettings, load
 from tests.services import redis_binary
 
@@ -467,3 +468,14 @@ def test_older_passwords_count_until_they_are_dropped(
     passwords.keep_older("worker", [])
     passwords.keep_older("api", [])
     assert not passwords.OLDER.exists()
+
+
+def test_who_may_not_read_the_passwords_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are there, so `dpkg-reconfigure` would make none."""
+
+    def read_text(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(NotPermitted, match="only root may read it: call it with sudo"):
+        passwords.read()
