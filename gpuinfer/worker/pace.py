@@ -8,7 +8,6 @@ takes longer than usual, what was handed over behind it is put back.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 
 from gpuinfer.worker.engine import Engine
 
@@ -22,12 +21,25 @@ CLAIM_S, SHARE = 0.005, 1.3
 
 
 class Pace:
-    """Watches the batch that runs. ``usual_s`` has the seconds that a model's batches run on the device."""
+    """Watches the batch that runs."""
 
-    def __init__(self, engine: Engine, usual_s: Mapping[str, float]) -> None:
+    def __init__(self, engine: Engine, usual_s: dict[str, float] | None = None) -> None:
         self._engine = engine
-        self._usual_s = usual_s
+        #: Model -> seconds that its batches run on the device, a moving average.
+        self.usual_s = {} if usual_s is None else usual_s
         self._alarm: threading.Timer | None = None
+
+    def ran(self, model: str, seconds: float) -> None:
+        """Take note of how long a batch ran."""
+        usual = self.usual_s.get(model, seconds)
+        self.usual_s[model] = usual + (seconds - usual) / 4
+
+    def long(self) -> bool:
+        """Tell whether the batch that runs takes so long that nothing should be held behind it."""
+        if self._engine.current is None:
+            return False
+        usual = self._usual()
+        return usual is None or usual > LONG_BATCH_S or self._engine.running_s > LONG_BATCH_S
 
     def due(self) -> bool:
         """Tell whether the next batch should be claimed now, to be prepared when the device is free."""
@@ -35,7 +47,7 @@ class Pace:
         return left is not None and -AHEAD_MOST_S <= left <= self._needed()
 
     def late(self) -> bool:
-        """Tell whether the batch that runs takes so long that nothing should be held behind it."""
+        """Tell whether the batch that runs takes longer than usual: what is held behind it should go back."""
         left = self._left()
         return left is not None and left < -AHEAD_MOST_S
 
@@ -68,7 +80,7 @@ class Pace:
     def _usual(self) -> float | None:
         """Return the seconds that the batch that runs should take; None where that is not known."""
         batch = self._engine.current
-        return None if batch is None else self._usual_s.get(batch.model)
+        return None if batch is None else self.usual_s.get(batch.model)
 
     def _needed(self) -> float:
         """Return the seconds from a claim until a full batch is prepared."""

@@ -26,13 +26,13 @@ from gpuinfer.queue.message import PREDICT, Envelope, decode
 from gpuinfer.queue.store import Store
 from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import QUEUES, Settings
-from gpuinfer.worker import batcher as batcher_module
+from gpuinfer.worker import holdings
 from gpuinfer.worker.batcher import Batcher
 from gpuinfer.worker.celery_state import CeleryState
 from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.engine import Engine
 from gpuinfer.worker.sizes import Sizes
-from tests.integration.test_batcher import Line
+from tests.batchers import Line
 from tests.models_for_tests import picky
 from tests.services import RedisServer
 from tests.unit.test_engine import Small
@@ -263,7 +263,7 @@ def test_what_is_read_is_on_record_alone(
 
 def test_unpacked_arguments_are_bounded(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """What unpacks to more than a worker may hold is read as far as there is room; the rest goes back."""
-    monkeypatch.setattr(batcher_module, "BUFFER_BYTES", 2_500_000)
+    monkeypatch.setattr(holdings, "BUFFER_BYTES", 2_500_000)
     batcher = worker.batcher
     batcher.engine.probing = True  # nothing begins
     for _ in range(64):
