@@ -17,7 +17,7 @@ from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import keys, results
 from gpuinfer.settings import Settings
 from tests.conftest import RedisFactory
-from tests.models_for_tests import sleeper
+from tests.models_for_tests import latched
 from tests.services import RedisServer
 from tests.workers import NAME, Workers, wait_until
 
@@ -37,12 +37,14 @@ def test_restart_under_a_running_batch(
     workers: Workers, client: Client, redis_server: RedisServer, how: str
 ) -> None:
     """Redis goes while a batch runs and comes back after its end: all answers come, nothing runs twice."""
-    sleeper(workers.folder / "models" / "slow", 1.5, max_batch_size=2)
+    latch = latched(workers.folder / "models" / "slow", max_batch_size=2)
     worker = workers.start(worker_models="slow")
     tasks = client.submit_many([[1.0]] * 6, model="slow")
     wait_until(lambda: client.status(tasks[0]).state == "running")
     getattr(redis_server, how)()
-    time.sleep(3)
+    worker.wait_for_line('"redis_away"')
+    latch.open()
+    time.sleep(2)  # the batch ends, and Redis is tried more than once
     redis_server.start()
     statuses = list(client.as_completed(tasks, timeout_s=60))
     assert {status.state for status in statuses} == {"completed"}
@@ -129,14 +131,16 @@ def test_full_redis(
 
 def test_sigterm_while_redis_is_away(workers: Workers, client: Client, redis_server: RedisServer) -> None:
     """A worker stopped without Redis finishes its batch, and counts no death against what it held."""
-    sleeper(workers.folder / "models" / "slow", 2.0, max_batch_size=2)
+    latch = latched(workers.folder / "models" / "slow", max_batch_size=2)
     tasks = client.submit_many([[1.0]] * 4, model="slow")
     worker = workers.start(worker_models="slow")
     wait_until(lambda: client.status(tasks[0]).state == "running")
     redis_server.kill()
-    time.sleep(0.5)
+    worker.wait_for_line('"redis_away"')
     worker.send(signal.SIGTERM)
-    time.sleep(3)
+    worker.wait_for_line('"stopping"')
+    latch.open()
+    worker.wait_for_line('"batch_done"')
     redis_server.start()
     assert worker.wait() == 0
     assert not redis_server.client().exists(keys.inflight(NAME))

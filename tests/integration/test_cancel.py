@@ -11,7 +11,7 @@ from gpuinfer import Client
 from gpuinfer.errors import TaskRevoked
 from gpuinfer.queue import keys
 from tests.integration.test_worker import plain_celery
-from tests.models_for_tests import Gate, sleeper
+from tests.models_for_tests import Gate, latched
 from tests.services import Process, RedisServer
 from tests.workers import NAME, Workers, wait_until
 
@@ -26,20 +26,25 @@ def batches(worker: Process, action: str, task_id: str) -> int:
 
 def test_what_runs_is_cancelled(workers: Workers, client: Client, redis_server: RedisServer) -> None:
     """A job between its slices, and a task whose only batch is on the device; its neighbour ends well."""
-    sleeper(workers.folder / "models" / "slow", 1.5, max_batch_size=2)
+    latch = latched(workers.folder / "models" / "slow", max_batch_size=2)
     worker = workers.start(worker_models="slow", log_level="debug")
     job = client.submit_batch([[1.0]] * 200, model="slow")
     worker.wait_for_line('"batch_running"')
     assert client.cancel(job)
     begun = batches(worker, "batch_begun", job)
     assert client.status(job).state == "revoked"
-    worker.wait_for_line(f'"task_(cancelled|skipped)".*{job}', 60)
+    worker.wait_for_line(f'"task_cancelled".*{job}', 60)
+    latch.open()
+    worker.wait_for_line(f'"batch_done".*{job}', 60)
+    wait_until(lambda: not redis_server.client().exists(keys.inflight(NAME)))
+    latch.close()
     one, other = client.submit_many([[1.0], [2.0]], model="slow")
     wait_until(lambda: client.status(one).state == "running", 60)
     assert batches(worker, "batch_begun", job) <= begun + 1  # one that began at the same moment
     assert client.cancel(one)
     with pytest.raises(TaskRevoked, match="it was cancelled"):
         client.result(one, timeout_s=0)
+    latch.open()
     assert client.result(other, timeout_s=60)["outputs"]["twice"] == [4.0]
     worker.wait_for_line(f'"batch_done".*{other}', 60)
     assert {client.status(task).state for task in (job, one)} == {"revoked"}

@@ -272,7 +272,7 @@ def test_death_and_return(workers: Workers, redis_server: OurRedis, client: Clie
 
 def test_reconnection_after_the_fsync(workers: Workers, redis_server: OurRedis, client: Client) -> None:
     """After a kill of Redis under a batch everybody logs in again, and settles and claims as before."""
-    sleeper(workers.folder / "models" / "slow", 1.0, max_batch_size=2)
+    latch = latched(workers.folder / "models" / "slow", max_batch_size=2)
     worker = start(workers, redis_server, "slow")
     tasks = client.submit_many([[1.0]] * 5, model="slow")
     wait_until(lambda: client.status(tasks[0]).state == "running")
@@ -280,6 +280,7 @@ def test_reconnection_after_the_fsync(workers: Workers, redis_server: OurRedis, 
         wait_until(lambda: admin.info("persistence")["aof_pending_bio_fsync"] == 0)
     redis_server.stop()
     worker.wait_for_line('"redis_away"')
+    latch.open()
     redis_server.start()
     statuses = list(client.as_completed(tasks, timeout_s=60))
     assert {status.state for status in statuses} == {"completed"}

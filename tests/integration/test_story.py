@@ -19,7 +19,7 @@ from gpuinfer.api import schemas
 from gpuinfer.errors import InputError
 from gpuinfer.queue import keys
 from tests.apis import Api, submit
-from tests.models_for_tests import latched, sleeper
+from tests.models_for_tests import latched
 from tests.services import RedisServer, whole_lines
 from tests.workers import NAME, Workers, wait_until
 
@@ -147,7 +147,7 @@ def test_a_story_at_any_rate(workers: Workers, client: Client) -> None:
 
 def test_deaths(workers: Workers, client: Client) -> None:
     """A batch that runs for long says so; after a SIGKILL its tasks are named as put back, then as dead."""
-    sleeper(workers.folder / "models" / "slow", 30, max_batch_size=2)
+    latched(workers.folder / "models" / "slow", max_batch_size=2)
     ids = client.submit_many([[1.0]] * 2, model="slow")
     texts = []
     while not all(client.status(task_id).final for task_id in ids):
@@ -166,7 +166,7 @@ def test_deaths(workers: Workers, client: Client) -> None:
 
 def test_restore_by_hand(workers: Workers, client: Client) -> None:
     """``gpuinfer restore`` names what it puts back on standard error, and sums up on standard output."""
-    sleeper(workers.folder / "models" / "slow", 30)
+    latched(workers.folder / "models" / "slow")
     task_id = client.submit([1.0], model="slow")
     worker = workers.start(worker_models="slow")
     worker.wait_for_line('"batch_running"')
