@@ -26,7 +26,7 @@ from gpuinfer.settings import QueueSettings
 
 PREDICT = "gpuinfer.predict"
 BATCH_PREDICT = "gpuinfer.batch_predict"
-#: Where a task goes when the caller does not say.
+#: Task -> its queue, unless the caller names one.
 ROUTES = {PREDICT: "realtime", BATCH_PREDICT: "batch"}
 #: What the names of Celery's own tasks begin with: celery.map, celery.chord_unlock, celery.backend_cleanup.
 BUILT_IN_PREFIX = "celery."
@@ -35,15 +35,15 @@ BUILT_IN_PREFIX = "celery."
 MAX_BODY_BYTES = 64 * 1024 * 1024
 #: A message of more bytes is not read: its body belongs beside the list.
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-#: The header that says how many bytes lie beside the list.
+#: Header: how many bytes of inputs are stored beside the list.
 BESIDE = "gpuinfer_body"
-#: The header that says when it was submitted, in seconds since the epoch by the submitter's clock.
+#: Header: when it was submitted, in seconds since the epoch by the submitter's clock.
 SENT = "gpuinfer_sent"
-#: The header with the caller's own map.
+#: Header: the caller's own map.
 METADATA = "gpuinfer_metadata"
-#: The header that OpenTelemetry's instrumentation of Celery writes and reads, too.
+#: Header: the caller's trace context; OpenTelemetry's instrumentation of Celery uses the same one.
 TRACEPARENT = "traceparent"
-#: The header that says what stands for its idempotency key.
+#: Header: the hash of its idempotency key.
 KEY = "gpuinfer_key"
 #: Characters of a traceparent; a later version of the standard may have more than today's 55.
 _MOST_TRACEPARENT = 200
@@ -54,7 +54,7 @@ _CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 
 
 class Undecodable(ValueError):
-    """Raised when a message is no Celery task message in JSON. Carries what could be read of it."""
+    """Raised when a message is not a Celery task message in JSON. Carries the id, if that could be read."""
 
     def __init__(self, reason: str, task_id: str | None = None) -> None:
         super().__init__(reason)
@@ -80,7 +80,7 @@ def end_of_state(
 
 @dataclass(slots=True)
 class Envelope:
-    """A message as far as it is read without opening its body."""
+    """A message, read without its body."""
 
     raw: dict[str, Any]
     headers: dict[str, Any]
@@ -92,9 +92,9 @@ class Envelope:
     deaths: int
     #: Bytes of its arguments as text, unpacked; 0 before they are read.
     size: int = 0
-    #: The body where it is open already: in protocol 1 the task's name and id are in there.
+    #: The body if it was opened already, as in protocol 1, where it contains the task's name and id.
     opened: Any = None
-    #: What is to follow its end: ``chain``, ``chord``, ``callbacks``, ``errbacks``; empty before it is read.
+    #: What follows its end: ``chain``, ``chord``, ``callbacks``, ``errbacks``; empty until the body is read.
     embed: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -122,7 +122,7 @@ class Envelope:
 
     @property
     def told(self) -> bytes:
-        """Return what its state tells of it while it waits again: its end, from behind the priority."""
+        """Return the end of its state for when it waits again (``end_of_state``)."""
         try:
             expires_at = moment_of(self.headers, "expires")
         except InputError:
@@ -132,12 +132,12 @@ class Envelope:
 
     @property
     def beside(self) -> int:
-        """Return how many bytes of it lie beside the list; 0: none."""
+        """Return how many bytes of its inputs are stored beside the list; 0: none."""
         size = self.headers.get(BESIDE)
         return size if type(size) is int and size > 0 else 0
 
     def unpack(self, body: bytes, *, many: bool) -> Any:
-        """Return the inputs that lie beside the list, of one or of ``many``.
+        """Return the inputs that were stored beside the list. ``many``: those of ``batch_predict``.
 
         Raises Undecodable, and PayloadTooLarge for JSON of too many values.
         """
@@ -163,7 +163,7 @@ class Envelope:
                 args, kwargs, embed = body if len(body) == 3 else (*body, None)
         except (ValueError, TypeError, zlib.error, RecursionError) as exc:
             raise Undecodable(f"the body is not a task's arguments: {exc}", self.id) from None
-        # What PHP and others write for no arguments.
+        # null, or [] for kwargs: what PHP and others write for no arguments.
         args, kwargs = [] if args is None else args, kwargs or {}
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise Undecodable("the body is not [args, kwargs, embed]", self.id)
@@ -172,7 +172,7 @@ class Envelope:
         return args, kwargs, embed
 
     def keep(self, embed: dict[str, Any] | None) -> None:
-        """Keep what is to follow the task's end, where there is anything."""
+        """Keep what follows the task's end, if anything does."""
         if not embed:
             return
         get = embed.get  # written out: every task passes here
@@ -180,7 +180,7 @@ class Envelope:
             self.embed = {name: get(name) for name in _CANVAS}
 
     def forget(self) -> None:
-        """Drop the text. Redis has it as long as the task is in flight."""
+        """Drop the text: Redis has it while the task is in flight."""
         self.raw, self.opened = {}, None
 
 
@@ -190,12 +190,12 @@ def _reply_to(properties: dict[str, Any]) -> str:
 
 
 def decode(payload: bytes) -> Envelope:
-    """Read a list entry. Raises Undecodable saying why it can never run."""
+    """Read a list entry. Raises Undecodable, which says why the task can never run."""
     return _envelope(*_parts(payload))
 
 
 def peek(payload: bytes) -> Envelope | None:
-    """Read a list entry, as ``decode`` does, unless its body had to be unpacked for that: then None."""
+    """Read a list entry as ``decode`` does; None where that would need to decompress its body."""
     raw, headers, properties = _parts(payload)
     if "task" not in headers and headers.get("compression"):
         return None
@@ -203,9 +203,9 @@ def peek(payload: bytes) -> Envelope | None:
 
 
 def peek_at_end(payload: bytes) -> Envelope | None:
-    """Read a list entry with what is to follow its end, and without its arguments, which stand before that.
+    """Read a list entry with what follows its end, without parsing its arguments, which come before that.
 
-    None where that cannot be told: in protocol 1, in a body that is compressed, and where nothing follows.
+    None where nothing follows, and where that is unknown: in protocol 1, and in a compressed body.
     """
     try:
         raw, headers, properties = _parts(payload)
@@ -223,9 +223,9 @@ def peek_at_end(payload: bytes) -> Envelope | None:
 
 
 def identify(payload: bytes) -> tuple[str | None, str]:
-    """Return a task's id, None where it cannot be told, and its client's reply channel, or ''.
+    """Return a task's id, None where there is none, and its client's reply channel, or ''.
 
-    Never opens the body, which may have ended the processes that did.
+    Never opens the body, which may have crashed the processes that did.
     """
     try:
         _, headers, properties = _parts(payload)
@@ -266,7 +266,7 @@ def _envelope(raw: dict[str, Any], headers: dict[str, Any], properties: dict[str
         return Envelope(raw, headers, properties, task, task_id, 0, 0, size, opened)
     counts = raw["gpuinfer"]
     if not isinstance(counts, list) or len(counts) != 2 or not all(type(count) is int for count in counts):
-        raise Undecodable("its counts of deliveries and deaths are no counts", task_id)
+        raise Undecodable("its counts of deliveries and deaths are not two integers", task_id)
     return Envelope(raw, headers, properties, task, task_id, counts[0], counts[1], size, opened)
 
 
@@ -307,14 +307,14 @@ def _check_type(content_type: object, task_id: str | None) -> None:
 
 
 def tasks_by_name(settings: QueueSettings) -> dict[str, str]:
-    """Return which of our tasks a name stands for: its own, or an alias."""
+    """Return name -> our task, for the tasks' own names and their aliases."""
     aliases = dict.fromkeys(settings.predict_aliases, PREDICT)
     aliases |= dict.fromkeys(settings.batch_predict_aliases, BATCH_PREDICT)
     return aliases | {PREDICT: PREDICT, BATCH_PREDICT: BATCH_PREDICT}
 
 
 def _is_text(value: object) -> TypeGuard[str]:
-    """Tell a string that can be written again: a lone surrogate cannot."""
+    """Tell whether a value is a string that can be encoded: one with a lone surrogate cannot."""
     if not isinstance(value, str):
         return False
     if value.isascii():
@@ -329,7 +329,7 @@ def _is_text(value: object) -> TypeGuard[str]:
 def moment_of(headers: dict[str, Any], name: str) -> float | None:
     """Return what the header ``expires`` or ``eta`` says, in seconds since the epoch, or None.
 
-    Raises InputError when it is no point in time.
+    Raises InputError when it is not a time.
     """
     value = headers.get(name)
     if value is None:

@@ -71,9 +71,9 @@ class Store:
         self._clock = clock
         self._epoch = Epoch(client, worker, by or f"process {secrets.token_hex(8)}")
         self._seq = 0
-        #: True after a claim whose answer was lost: what it took is not known here.
+        #: True after a claim whose answer was lost: it may have taken tasks that are not known here.
         self._uncertain = False
-        #: When tasks could not be put back; 0: not since the last try.
+        #: When putting tasks back failed; 0: not since the last retry.
         self._stuck_at = 0.0
         self.inflight = keys.inflight(worker)
         self._direct = direct = Direct(client)
@@ -93,16 +93,16 @@ class Store:
 
     def serve(self, queues: Sequence[str]) -> None:
         """Claim from these tiers from now on."""
-        if tuple(queues) != self.queues:  # asked before every claim, and it hardly ever changes
+        if tuple(queues) != self.queues:  # called before every claim, and hardly ever different
             self.queues = tuple(queue for queue in QUEUES if queue in queues)
             self.group = keys.group_of(self.queues, self.models)
             self._tiers = " ".join(self.queues)
             self.plain.choose(self.queues, self.default)
 
     def register(self, heartbeat: bytes = b"", default: str = "") -> int:
-        """Say what this worker serves, and that it lives; return how many tasks wait for it.
+        """Tell the fleet that this worker lives and what it serves; return how many tasks wait for it.
 
-        ``default`` becomes the default model where there is none yet.
+        ``default`` becomes the default model where there is none yet. Raises redis-py's errors.
         """
         return self.membership.register(self.group, self._tiers, heartbeat, default)
 
@@ -111,9 +111,9 @@ class Store:
         self.membership.leave(self.group)
 
     def waits(self) -> bool:
-        """Tell whether a claim may find what nobody has told of; a third of an empty claim's price.
+        """Tell whether a claim may find tasks that nobody announced; costs a third of an empty claim.
 
-        What is due by now is put into its list on the way, and wakes a worker that may take it.
+        Tasks whose ETA has come are moved into their lists first, which wakes a worker that may take them.
         """
         plain = self.plain
         exist = ("EXISTS", *plain.names) if plain.names else ("PING",)
@@ -127,12 +127,12 @@ class Store:
         return self._uncertain or bool(plain.names and found)
 
     def postpone(self, tasks: Sequence[tuple[int, float]]) -> Postponed:
-        """Let (seq, due) wait in Redis until then, with nothing delivered. Raises redis-py's errors."""
+        """Move (seq, due) from flight to the tasks that wait for their ETA. Raises redis-py's errors."""
         return self._later.postpone(tasks)
 
     @property
     def uncertain(self) -> bool:
-        """True when what is held must be compared with what is in flight before the next claim."""
+        """True when ``reconcile`` must run before the next claim."""
         return self._uncertain
 
     def is_drained(self) -> bool:
@@ -152,11 +152,12 @@ class Store:
         begin: bool = False,
         look: bool = False,
     ) -> list[Claimed]:
-        """Take tasks of one model, the most urgent first, whose payloads have about ``max_bytes``.
+        """Take tasks of one model, the most urgent first, with about ``max_bytes`` of payloads.
 
-        A number is a count for each model. Idle workers of this group get their share. With
-        ``begin``, a task that comes alone is noted as running, which saves the call of ``begin``. With
-        ``look``, lists that plain producers may have filled are looked into first.
+        ``wants`` as a number is the count for each model. Idle workers of this group get their share. With
+        ``begin``, a single task is noted as running, which saves the call of ``begin``. With ``look``, the
+        lists that plain producers may have filled are searched first. Raises redis-py's errors,
+        WorkerRunning, TakenBack, FormatMismatch.
         """
         wants = self.wants(wants) if isinstance(wants, int) else wants
         if not self._can_claim(wants):
@@ -176,10 +177,10 @@ class Store:
         return self.take(order, answer)
 
     def order(self, wants: Wants, *, state: State = "idle", begin: bool = False) -> Order | None:
-        """Return a claim to send by another way; its answer goes to ``take`` before there is another one,
-        unless it is not ``current`` any more.
+        """Return a claim for the caller to send; before the next one, its answer must go to ``take`` while it
+        is ``current``.
 
-        None when only ``claim`` can tell what to take: nothing may be, or an epoch has to begin first.
+        None when nothing can be claimed, or when ``claim`` has to begin an epoch or to register first.
         """
         if not self._can_claim(wants) or self._uncertain or self._out_of_seqs(wants):
             return None
@@ -208,7 +209,7 @@ class Store:
         return Order((self.inflight, keys.epoch(self.worker)), args, self._epoch.number, self._claim_sha)
 
     def take(self, order: Order, answer: Any) -> list[Claimed]:
-        """Return the tasks that the answer to a claim brings. Raises the error that it is."""
+        """Return the tasks in the answer to a claim. Raises what an error as the answer means."""
         if isinstance(answer, redis.ResponseError):
             raise self._epoch.explain(answer) from answer
         noted_id = answer[0].decode(errors="replace") or None
@@ -230,29 +231,29 @@ class Store:
         return tasks
 
     def current(self, order: Order) -> bool:
-        """Tell whether what an ordered claim takes is this worker's: no epoch has begun since, nor has to.
+        """Tell whether the tasks of an ordered claim are this worker's: its epoch is the last, and certain.
 
-        Else it is back in its list, or will be.
+        Otherwise they are back in their lists, or will be.
         """
         return order.epoch == self._epoch.number and not self._uncertain
 
     @property
     def begun(self) -> bool:
-        """True once this process has begun an epoch: what is kept under the worker's name is its own."""
+        """True once this process has begun an epoch: what Redis has under the worker's name is its own."""
         return self._epoch.number > 0
 
     def rejoin(self) -> None:
-        """Begin a new epoch after a reaper has put back what was held here.
+        """Begin a new epoch after a reaper has put this worker's tasks back.
 
-        The reaper may have been cut off before it put anything back, or be refused from now on: the next
-        claim finds that out. Raises WorkerRunning when another process has taken over since.
+        The reaper may have been interrupted before it put them back: the next claim finds out. Raises
+        WorkerRunning when another process has taken over since.
         """
         self._uncertain = True
         self._epoch.follow_reaper()
         self._begin_epoch()
 
     def end_wait(self, client_id: int) -> bool:
-        """End the wait of the connection of that id, as if its time were over. False: Redis refuses."""
+        """End the blocking wait of the connection with this id, as if it timed out. False: Redis refuses."""
         try:
             self._direct.call("CLIENT", "UNBLOCK", client_id)
         except redis.ResponseError:
@@ -264,7 +265,7 @@ class Store:
         self._account(keys=[], args=counts)
 
     def wake(self) -> None:
-        """Wake this worker where it waits."""
+        """Wake this worker from its blocking wait."""
         self._direct.call("LPUSH", keys.wake(self.worker), 1)
 
     def _out_of_seqs(self, wants: Wants) -> bool:
@@ -278,16 +279,16 @@ class Store:
         self._seq = self._epoch.number * SEQS_OF_AN_EPOCH
 
     def body(self, task_id: str) -> bytes | None:
-        """Return the body of a task that lies beside the lists; None where it is gone."""
+        """Return the body of a task that is stored under a key of its own; None where it is gone."""
         found: bytes | None = self._direct.call("GET", keys.body(task_id))
         return found
 
     def mark_uncertain(self) -> None:
-        """Compare what is held with what is in flight before the next claim, as after a reconnection."""
+        """Make the caller ``reconcile`` before the next claim: after a reconnection, or a lost answer."""
         self._uncertain = True
 
     def reconcile(self, known: Iterable[int]) -> int:
-        """Give back what a claim with a lost answer took. ``known`` are the seqs this worker holds."""
+        """Put back what a claim took whose answer was lost; return how many. ``known``: seqs held here."""
         if not self._uncertain:
             return 0
         self._begin_epoch()  # a claim that is still on its way is refused from now on
@@ -302,10 +303,10 @@ class Store:
         return [int(field) for field in fields if field.isdigit()]
 
     def begin(self, tasks: Sequence[tuple[int, str, bytes]], beside: Sequence[int] = ()) -> set[int]:
-        """Note that (seq, id, started meta) run; an empty meta leaves the state as it is.
+        """Note that each (seq, id, started meta) runs; an empty meta leaves the state as it is.
 
-        ``beside`` are seqs that run already: a death is charged to all of them. Returns the positions of
-        those whose final state is written already; they must not run.
+        ``beside``: seqs that run already; a death is charged to all. Returns the positions of tasks that have
+        a final state already: they must not run.
         """
         seqs = dict.fromkeys((*beside, *(seq for seq, _, _ in tasks)))
         args: list[Argument] = [" ".join(map(str, seqs))]
@@ -314,24 +315,24 @@ class Store:
         return {int(position) - 1 for position in self._begin(keys=[self.inflight], args=args)}
 
     def note(self, seqs: Sequence[int]) -> None:
-        """Note what a death from now on is charged to: what runs, and what is being read; empty: nothing."""
+        """Note which tasks run or are being read: a death from now on is charged to them."""
         if seqs:
             self._direct.call("HSET", self.inflight, "running", " ".join(map(str, seqs)))
         else:
             self._direct.call("HDEL", self.inflight, "running")
 
     def ended(self, task_ids: Sequence[str]) -> set[int]:
-        """Return the positions of tasks whose final state is written: by a cancellation, or elsewhere."""
+        """Return the positions of tasks that have a final state: from a cancellation, or another worker."""
         args: list[Argument] = [""]
         for task_id in task_ids:
             args += (task_id, "")
         return {int(position) - 1 for position in self._begin(keys=[self.inflight], args=args)}
 
     def settle(self, finals: Sequence[Final], *, idle: bool = False) -> dict[str, str]:
-        """Write final states, drop the tasks from flight, and send on what follows. Safe to repeat.
+        """Write final states, drop the tasks from flight, and submit what follows them. Safe to repeat.
 
-        ``idle`` says that nothing runs now: a crash is charged to nobody. Returns the ids under whose result
-        key something else stands, and what Redis said of it: their end is told and counted, and not kept.
+        ``idle``: nothing runs any more, so a crash is charged to no task. Returns id -> Redis's error for the
+        ends that were announced and counted, and not stored, as their result key has another type.
         """
         return self._settling.settle(finals, idle=idle)
 
@@ -363,14 +364,14 @@ class Store:
         return restored
 
     def take_back(self, *, after: int = 0) -> Restored:
-        """Put everything in flight back; bury what has taken its workers down too often.
+        """Put everything in flight back; bury the tasks under which workers died too often.
 
-        For a worker that does not run: a claim that it has left behind in Redis is refused from now on. One
-        that runs all the same drops what it held, and goes on if ``by`` begins with ``REAPER``. Safe to
-        repeat after being cut off anywhere.
+        For a worker that does not run: Redis refuses any claim of it that is still on its way. A worker that
+        runs nevertheless drops what it held, and goes on if ``by`` begins with ``REAPER``. Safe to repeat
+        after an interruption at any point.
 
-        With ``after``, an epoch's number, only if none has begun since. Raises TakenBack when another reaper
-        has begun one, WorkerRunning when a worker has.
+        ``after``: the number of the last epoch known; if another one has begun since, raises TakenBack (a
+        reaper's) or WorkerRunning (a worker's).
         """
         self._epoch.number = after  # 0: takes over, whatever has been counted since
         self._begin_epoch()
