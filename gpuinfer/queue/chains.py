@@ -170,14 +170,8 @@ class Chains:
                 queue = f"{queue}{keys.CALLER}{call.caller}"
         else:
             priority_step = self._steps[bisect(self._steps, priority) - 1]  # as kombu does
-        embed = {
-            "callbacks": _listed(options.get("link")) or None,
-            "errbacks": _listed(options.get("link_error")) or None,
-            "chain": options.get("chain") or None,
-            "chord": options.get("chord"),
-        }
         message = {
-            "body": b64encode(_body(first, args, kwargs, embed)).decode(),
+            "body": b64encode(_body(first, args, kwargs, options)).decode(),
             "content-encoding": "utf-8",
             "content-type": "application/json",
             "headers": _headers(name, task_id, options, call.parent),
@@ -312,8 +306,14 @@ def _moment(value: Any, seconds: Any) -> str | None:
     return datetime.fromtimestamp(time.time() + seconds, UTC).isoformat() if seconds else None
 
 
-def _body(first: bytes, args: Sequence[Any], kwargs: Mapping[str, Any], embed: Mapping[str, Any]) -> bytes:
+def _body(first: bytes, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> bytes:
     """Return ``[args, kwargs, embed]`` as JSON, with ``first`` in front of the arguments."""
+    embed = {
+        "callbacks": _listed(options.get("link")) or None,
+        "errbacks": _listed(options.get("link_error")) or None,
+        "chain": options.get("chain") or None,
+        "chord": options.get("chord"),
+    }
     given = _exact(args)[1:-1]
     return b"[[%b%b%b],%b,%b]" % (
         first,

@@ -160,6 +160,34 @@ def _asked_limits(value: object) -> tuple[object, object]:
     return value[0], value[1]
 
 
+def _limits(asked: object, manifest: Manifest) -> tuple[float, float, float, float]:
+    """Return the soft and the hard limit of a forward pass, and of the whole task, in seconds.
+
+    ``asked``: the message's ``timelimit``. Raises InputError.
+    """
+    hard, soft = _asked_limits(asked)
+    hard_s, soft_s = manifest.hard_time_limit_s, manifest.soft_time_limit_s
+    if hard is not None:
+        hard_s = _limit(hard, manifest.max_time_limit_s, "time_limit")
+    if soft is not None:
+        soft_s = _limit(soft, manifest.max_time_limit_s, "soft_time_limit")
+    soft_s = min(soft_s, hard_s)
+    # The hard limit ends the process, and its models with it: no request may do that before the model's own
+    # soft limit. Below that, only the soft limit ends the task.
+    pass_s = max(hard_s, min(manifest.soft_time_limit_s, manifest.hard_time_limit_s))
+    return soft_s, pass_s, math.inf if soft is None else soft_s, math.inf if hard is None else hard_s
+
+
+def _served(model: object, manifests: Mapping[str, Manifest]) -> Manifest:
+    """Return a model's manifest. Raises Elsewhere for a model of another worker, UnknownModel for no name."""
+    manifest = manifests.get(model) if isinstance(model, str) else None
+    if manifest is not None:
+        return manifest
+    if not isinstance(model, str) or not MODEL_NAME.fullmatch(model):
+        raise UnknownModel(f"{_said(model)} is no name of a model", "model")
+    raise Elsewhere(model)
+
+
 def read(
     claimed: Claimed,
     envelope: Envelope,
@@ -169,11 +197,12 @@ def read(
     many: bool,
     beside: bytes | None = None,
 ) -> Task:
-    """Turn a message into work; ``many`` says that it is for ``batch_predict``, ``beside`` is its body where
-    that lay beside the list.
+    """Turn a message into work. ``many``: it is for ``batch_predict``; ``beside``: its body, if that was
+    stored beside the list.
 
-    Raises Undecodable for a body that is no arguments, and InputError, PayloadTooLarge or UnknownModel for
-    arguments that cannot work; all of them are final. Raises Elsewhere for another worker's task.
+    Raises Undecodable for a body that does not contain arguments, and InputError, PayloadTooLarge or
+    UnknownModel for arguments that cannot work; all of them are final. Raises Elsewhere for another worker's
+    task.
     """
     _check_size(claimed, max_payload_bytes, beside)
     args, kwargs, embed = envelope.body(min(2 * max_payload_bytes, MAX_MESSAGE_BYTES))
@@ -187,11 +216,7 @@ def read(
         envelope.size += len(beside)
     bound = _bind(args, kwargs)
     model = bound.get("model") or claimed.model
-    manifest = manifests.get(model) if isinstance(model, str) else None
-    if manifest is None:
-        if not isinstance(model, str) or not MODEL_NAME.fullmatch(model):
-            raise UnknownModel(f"{_said(model)} is no name of a model", "model")
-        raise Elsewhere(model)
+    manifest = _served(model, manifests)
     inputs = bound["inputs"]
     if many and not isinstance(inputs, list):
         raise InputError(f"batch_predict takes a list of inputs, got {type(inputs).__name__}", "inputs")
@@ -199,13 +224,7 @@ def read(
     if top_k is not None or encoding is not None:
         check({"top_k": top_k, "encoding": encoding}, _said)
     headers = envelope.headers
-    hard, soft = _asked_limits(headers.get("timelimit"))
-    hard_limit_s, soft_limit_s = manifest.hard_time_limit_s, manifest.soft_time_limit_s
-    if hard is not None:
-        hard_limit_s = _limit(hard, manifest.max_time_limit_s, "time_limit")
-    if soft is not None:
-        soft_limit_s = _limit(soft, manifest.max_time_limit_s, "soft_time_limit")
-    soft_limit_s = min(soft_limit_s, hard_limit_s)
+    soft_s, hard_s, soft_total_s, hard_total_s = _limits(headers.get("timelimit"), manifest)
     return Task(
         claimed=claimed,
         envelope=envelope,
@@ -213,15 +232,13 @@ def read(
         inputs=inputs if many else [inputs],
         top_k=top_k,
         encoding=encoding or ENCODINGS[0],
-        soft_limit_s=soft_limit_s,
-        # A request for less ends its task softly; a process takes its model along, and is not a request's
-        # to end before the model's own soft limit.
-        hard_limit_s=max(hard_limit_s, min(manifest.soft_time_limit_s, manifest.hard_time_limit_s)),
+        soft_limit_s=soft_s,
+        hard_limit_s=hard_s,
         expires_at=moment_of(headers, "expires"),
         many=many,
         eta=moment_of(headers, "eta"),
-        soft_total_s=math.inf if soft is None else soft_limit_s,
-        hard_total_s=math.inf if hard is None else hard_limit_s,
+        soft_total_s=soft_total_s,
+        hard_total_s=hard_total_s,
         alone=envelope.deaths > 0,
     )
 
