@@ -22,7 +22,7 @@ from click.shell_completion import CompletionItem
 
 from gpuinfer import __version__
 from gpuinfer.cli_help import plain
-from gpuinfer.errors import BrokerUnavailable, GpuinferError, MissingExtra, UsageError
+from gpuinfer.errors import BrokerUnavailable, GpuinferError, MissingExtra, OutputFailed, UsageError
 
 if TYPE_CHECKING:
     from gpuinfer.settings import Loaded, Settings
@@ -203,8 +203,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if exc.errno != ENOSPC:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        click.echo(f"gpuinfer: error: the output cannot be written: {exc.strerror}", err=True)
-        code = os.EX_IOERR
+        failed = OutputFailed(f"the output cannot be written: {exc.strerror}")
+        _report(failed, as_json=False)
+        code = failed.exit_code
     sys.exit(code)
 
 

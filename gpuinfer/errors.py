@@ -113,6 +113,10 @@ class NotPermitted(GpuinferError, code="not_permitted", exit_code=os.EX_NOPERM):
     """Raised when the caller of a command lacks the permission that it needs."""
 
 
+class OutputFailed(GpuinferError, code="output_failed", exit_code=os.EX_IOERR):
+    """Raised when the output of a command cannot be written: its disk is full."""
+
+
 class BadKey(ConfigError, code="bad_key"):
     """Raised when a key's file is wrong, or a value given for a new key."""
 

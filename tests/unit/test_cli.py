@@ -310,7 +310,7 @@ def test_a_full_disk_is_told() -> None:
     with Path("/dev/full").open("w") as full:
         for args in (["config", "show"], ["--help"]):
             done = command([*GPUINFER, *args], stdout=full)
-            told = "gpuinfer: error: the output cannot be written: No space left on device\n"
+            told = "gpuinfer: error: the output cannot be written: No space left on device (output_failed)\n"
             assert (done.returncode, done.stderr) == (74, told)
 
 
