@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both clients do is written once, as steps: how they are run, with an answer or an error for each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from redis.exceptions import ConnectionError, ResponseError
+
+from gpuinfer.client.driver import introduce
+from gpuinfer.client.origin import Origin
+from gpuinfer.client.steps import Ask, Script, Steps, T, arun, run
+from gpuinfer.errors import BrokerUnavailable
+from gpuinfer.queue.connection import typed_errors
+
+pytestmark = pytest.mark.unit
+
+#: Runs steps, with what answers what they ask.
+Runner = Callable[[Steps[Any], Callable[[Ask], Any]], Any]
+
+
+def in_sync(steps: Steps[T], answer: Callable[[Ask], Any]) -> T:
+    return run(steps, answer, typed_errors())
+
+
+def in_a_loop(steps: Steps[T], answer: Callable[[Ask], Any]) -> T:
+    async def ask(wanted: Ask) -> Any:
+        return answer(wanted)
+
+    return asyncio.run(arun(steps, ask, typed_errors()))
+
+
+both = pytest.mark.parametrize("runs", [in_sync, in_a_loop])
+
+
+def refuse(error: Exception) -> Callable[[Ask], Any]:
+    def answer(_: Ask) -> Any:
+        raise error
+
+    return answer
+
+
+@both
+def test_each_answer_goes_where_it_was_asked_for(runs: Runner) -> None:
+    """In order, commands and scripts; the result is what the steps return."""
+    asked: list[Ask] = []
+
+    def steps() -> Steps[list[int]]:
+        first = yield "GET", "a"
+        return [first, (yield Script("known", (), ["b"]))]
+
+    def answer(wanted: Ask) -> int:
+        asked.append(wanted)
+        return len(asked)
+
+    assert runs(steps(), answer) == [1, 2]
+    assert asked == [("GET", "a"), Script("known", (), ["b"])]
+
+
+@both
+def test_what_redis_refuses_may_be_caught_in_the_steps(runs: Runner) -> None:
+    """As redis-py raises it; what they let pass is one of our errors."""
+
+    def steps() -> Steps[str]:
+        try:
+            yield "GET", "a"
+        except ResponseError as exc:
+            return str(exc)
+        return ""
+
+    assert runs(steps(), refuse(ResponseError("NOPERM"))) == "NOPERM"
+    with pytest.raises(BrokerUnavailable):
+        runs(steps(), refuse(ConnectionError("away")))
+
+
+@both
+def test_an_error_of_the_steps_themselves_is_not_redis_s(runs: Runner) -> None:
+    """A file that cannot be read does not become a Redis that is away."""
+
+    def steps() -> Steps[None]:
+        yield "GET", "a"
+        raise PermissionError("a file")
+
+    with pytest.raises(PermissionError, match="a file"):
+        runs(steps(), lambda _: None)
+
+
+def test_a_process_that_could_not_be_introduced_tries_again() -> None:
+    """Also when the request that was to do it was cancelled; a user without the right to does not."""
+
+    async def cancelled(_: Ask) -> Any:
+        raise asyncio.CancelledError
+
+    origin = Origin()
+    assert (origin.to_tell(), origin.to_tell()) == (True, False)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(arun(introduce(origin), cancelled, typed_errors()))
+    assert origin.to_tell()
+    run(introduce(origin), refuse(ResponseError("NOPERM")), typed_errors())
+    assert not origin.to_tell()
