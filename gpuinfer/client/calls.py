@@ -40,7 +40,7 @@ class Call(NamedTuple):
     def commands(self) -> Iterator[tuple[Argument, ...]]:
         """Yield the commands to send before the script, in the same packet.
 
-        Repeated because an answer was lost, they do no harm: a body that is there stays as it is.
+        They may be repeated after a lost answer: a body that is there stays as it is.
         """
         for key, body in self.bodies.items():
             yield ("SET", key, body, "EX", keys.BODY_VOID_S, "NX")
@@ -195,9 +195,9 @@ def _chunks(ready: Iterable[Ready], settings: QueueSettings) -> Iterator[Call]:
 class Accepted(NamedTuple):
     """The answer to a call of the submit script."""
 
-    #: The id that holds: that of the first task, or the one that its key stands for.
+    #: The id of the first task, or of the earlier one with its idempotency key.
     id: str
-    #: How a caller with a quota stands then.
+    #: What is left of the caller's rate.
     rate: Rate | None = None
 
 
@@ -210,8 +210,9 @@ def accepted(answer: Any) -> Accepted:
 
 
 def fitting(exc: BaseException) -> int | None:
-    """Return how many tasks of a call, the first ones, its caller's quota has room for; None: that is not why
-    the call was refused, or it depends on their sizes.
+    """Return how many of a refused call's tasks, from the first, fit the caller's quota.
+
+    None: it was refused for another reason, or what fits depends on their sizes.
     """
     found = _FITTING.search(str(exc))
     return int(found[1]) if found else None
@@ -221,7 +222,7 @@ _FITTING = re.compile(r"(?:RATE_LIMITED|KEY_FULL tasks) (\d+) ")
 
 
 def full(exc: BaseException) -> Literal["", "any", "size"]:
-    """Tell whether a call was refused because there is no room: for any task, or for this many bytes."""
+    """Tell whether a call was refused for lack of room: for any task, or for this many bytes."""
     text = str(exc)
     if "QUEUE_FULL bytes" in text or "KEY_FULL bytes" in text:
         return "size"
@@ -229,7 +230,7 @@ def full(exc: BaseException) -> Literal["", "any", "size"]:
 
 
 def answer_of(*answers: Any) -> Any:
-    """Return the answer to a call: the last, or why a body was not taken that the script did not find."""
+    """Return a call's answer: the last, or if the script missed a body the error of setting it."""
     if isinstance(answers[-1], Exception) and "BODY_GONE" in str(answers[-1]):
         return next((answer for answer in answers if isinstance(answer, Exception)), answers[-1])
     return answers[-1]

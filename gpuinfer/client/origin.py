@@ -10,15 +10,15 @@ from collections.abc import Callable
 
 from gpuinfer.queue import keys
 
-#: Seconds after which a process that submits says again whose ids it makes.
+#: Seconds after which a process that submits writes its ids' prefix to Redis again.
 TELL_EVERY_S = 3600
 
 
 class Origin:
-    """What one client process puts into its messages: where it hears of their ends, and ids of its own.
+    """One client process: it makes task ids, and has a reply channel.
 
-    Ids are UUIDs whose first 48 bits are the process's, so that it knows its own without keeping them. The
-    other 74 are random.
+    Ids are UUIDs whose first 48 bits are the process's, so that it knows its own tasks without a list of
+    them. The other 74 are random.
     """
 
     def __init__(self, random: Callable[[int], bytes] = os.urandom) -> None:
@@ -36,13 +36,13 @@ class Origin:
         return f"{self._start}{digits[:3]}-{_VARIANT[digits[3]]}{digits[4:7]}-{digits[7:19]}"
 
     def made(self, task_id: str) -> bool:
-        """Tell whether a task came from this process: its end is told on the reply channel."""
+        """Tell whether this process made a task's id: its end is published on the reply channel."""
         return self.prefix == prefix_of(task_id)
 
     def to_tell(self) -> bool:
-        """Tell whether Redis is to be told of this process now, before a submission: at first, and each hour.
+        """Tell whether to write the prefix to Redis now: before the first submission, and each hour.
 
-        With that any other process knows a task of this one's that has expired. It is taken for told then.
+        With it other processes tell an expired task of this one from an unknown id. True counts as written.
         """
         now = time.monotonic()
         if now - self._told_at < TELL_EVERY_S:
@@ -51,7 +51,7 @@ class Origin:
         return True
 
     def tell_again(self) -> None:
-        """It could not be told."""
+        """Take note that it could not be written."""
         self._told_at = -math.inf
 
 
@@ -60,10 +60,10 @@ _VARIANT = {f"{digit:x}": "89ab"[digit & 3] for digit in range(16)}
 
 
 def prefix_of(task_id: str) -> str:
-    """Return the prefix of the client process that made an id; for another's it is nobody's."""
+    """Return the prefix of the process that made an id; of another id, one that no process has."""
     return task_id[:8] + task_id[9:13]
 
 
 def reply_channel(task_id: str) -> str:
-    """Return the reply channel of the client process that made an id; nobody listens there for another's."""
+    """Return the reply channel of the process that made an id; of another id, one without listeners."""
     return keys.REPLY_PREFIX + prefix_of(task_id)

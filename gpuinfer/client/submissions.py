@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a caller's arguments to a task: checked, with its id and where its end is told."""
+"""Builds a task from a caller's arguments: checked, with an id and a reply channel."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def build(
 ) -> Submission:
     """Check a caller's arguments. Raises InputError naming the field.
 
-    ``default_model`` is the model of a caller that names none; without it, the fleet's default then.
-    ``task_id`` is an id of the caller's own, under which there is one request. ``caller`` is whose task it
-    is, ``quota`` what that one may submit.
+    ``default_model``: the model for a caller that names none; None: the fleet's default.
+    ``task_id``: an id chosen by the caller, for which there is one request. ``caller``: whose task it is;
+    ``quota``: what that caller may submit.
     """
     if caller and not keys.CALLER_NAME.fullmatch(caller):
         raise InputError(f"must be {keys.CALLER_WORDS}, got {caller!r:.80}", "caller")
@@ -101,7 +101,7 @@ def own_key(task_id: str) -> str:
 
 
 def _asked(task: str, options: Options) -> bytes:
-    """Return what is asked, beside the inputs, for comparison: what is left out is as what is None."""
+    """Return the task's name and options, to compare two requests of one key; None is as left out."""
     given = {
         name: value
         for name, value in options.items()

@@ -57,7 +57,7 @@ class Client(Driver):
         self._scripts = {name: self._direct.bind(name) for name in SCRIPTS}
         self._listeners = Listeners(self._redis.connection_pool)
         self._made_by = Origin()
-        #: Of each thread the task that it has submitted last by itself, and when it began to.
+        #: By thread: the task that it submitted last by ``submit`` or ``submit_batch``, and when.
         self._last = threading.local()
 
     @property
@@ -169,9 +169,9 @@ class Client(Driver):
         return task_id
 
     def _hears_all(self, listener: Listener, waiting: Waiting) -> bool:
-        """Tell whether a subscription hears, or has in store, the end of all that is waited for.
+        """Tell whether a subscription hears the end of all that is waited for, so that no look is needed.
 
-        It does where it stood before that was submitted, and nobody has read it since: no need to look then.
+        It does if it was active before the task was submitted and has not been read since.
         """
         last = getattr(self._last, "task", "")
         return len(waiting) == 1 and last in waiting and listener.unread_since < self._last.at
