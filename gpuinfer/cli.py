@@ -27,8 +27,6 @@ from gpuinfer.errors import BrokerUnavailable, GpuinferError, MissingExtra, Outp
 if TYPE_CHECKING:
     from gpuinfer.settings import Loaded, Settings
 
-EX_USAGE = 64
-EX_NOINPUT = 66
 EXIT_INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 EXIT_BROKEN_PIPE = 128 + 13  # as a shell reports SIGPIPE
 
@@ -251,8 +249,8 @@ def _missing_extra(exc: ModuleNotFoundError) -> MissingExtra | None:
 
 def _click_code(exc: click.ClickException) -> int:
     if isinstance(exc, click.UsageError):
-        return EX_USAGE
-    return EX_NOINPUT if isinstance(exc, click.FileError) else exc.exit_code
+        return os.EX_USAGE
+    return os.EX_NOINPUT if isinstance(exc, click.FileError) else exc.exit_code
 
 
 def _wants_json(arguments: list[str]) -> bool:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from gpuinfer.settings import Loaded, Settings
 
 
-EX_TEMPFAIL = 75
 FOLDER = Path("/run/gpuinfer/redis")
 #: The administrator's own users, one line each as Redis's ACL files have them.
 MORE_USERS = Path("/etc/gpuinfer/redis-users.acl")
@@ -171,7 +170,7 @@ def rotate_password(loaded: Loaded, user: str, drop_old: bool, as_json: bool) ->
         print_json(done.to_dict())
     else:
         click.echo(done.told())
-    return 0 if done.complete else EX_TEMPFAIL
+    return 0 if done.complete else os.EX_TEMPFAIL
 
 
 @redis.command(epilog=examples("gpuinfer redis migrate", "gpuinfer redis migrate --json"))

@@ -54,8 +54,6 @@ PROGRAM = "gpuinfer-worker"
 SWITCH_INTERVAL_S = 0.0005
 #: A batch of 256 makes some 10,000 objects and no cycles; Python's 700 would look for them 20 times.
 GC_THRESHOLDS = (20_000, 20, 100)
-#: A device that failed while it worked (sysexits.h).
-EX_IOERR = 74
 
 
 def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]) -> None:
@@ -163,7 +161,8 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
         log.critical("worker_ends", worker=name, device=device, code=error.code, reason=str(error), hint=hint)
         # A GPU that fails at work is tried again; one that is not there at the next start ends that with 69.
         flush()
-        os._exit(EX_IOERR if isinstance(error, DeviceError) else error.exit_code)
+        # EX_IOERR: a device that failed while it worked
+        os._exit(os.EX_IOERR if isinstance(error, DeviceError) else error.exit_code)
 
     # No retries by the library: a claim whose answer was lost must not be sent again as it was.
     client = connect(settings.broker, retries=0, on_mismatch=on_fatal)

@@ -17,7 +17,7 @@ import click
 import pytest
 
 from gpuinfer import __version__, errors
-from gpuinfer.cli import COMMANDS, EX_NOINPUT, EX_USAGE, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, cli
+from gpuinfer.cli import COMMANDS, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, cli
 from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.specs import AudioSpec, ImageSpec, InputSpec, OutputSpec
 
@@ -168,7 +168,7 @@ def test_every_exit_code_is_documented() -> None:
         if isinstance(error, type) and issubclass(error, errors.GpuinferError)
     }
     assert codes <= told
-    assert {EX_USAGE, EX_NOINPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE} <= told
+    assert {os.EX_USAGE, os.EX_NOINPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE} <= told
 
 
 def test_every_unit_is_documented(pages: dict[str, str]) -> None:
