@@ -14,14 +14,7 @@ from gpuinfer.watcher.memory import UnitMemory
 from gpuinfer.watcher.part import Measured
 from gpuinfer.watcher.policy import Decision, History, decide
 from gpuinfer.watcher.rates import Rates
-from gpuinfer.watcher.state import (
-    Action,
-    Instance,
-    Key,
-    Observation,
-    QueueState,
-    UnitState,
-)
+from gpuinfer.watcher.state import Action, Instance, Key, Observation, QueueState, UnitState
 
 #: Ten tasks a second of each worker, ten seconds to start: measured.
 KNOWN = Rates(served=10.0, worked=1.0, known=True, startup_s=10.0)

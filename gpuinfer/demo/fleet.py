@@ -16,14 +16,7 @@ import redis
 
 from gpuinfer.demo.fleet_hosts import FleetHost
 from gpuinfer.demo.fleet_load import FleetLoad
-from gpuinfer.demo.private import (
-    CONFIG,
-    START_TIMEOUT_S,
-    Private,
-    Report,
-    cleaning_up,
-    private_folder,
-)
+from gpuinfer.demo.private import CONFIG, START_TIMEOUT_S, Private, Report, cleaning_up, private_folder
 from gpuinfer.queue import keys
 from gpuinfer.queue.depth import look
 from gpuinfer.queue.purge import set_paused

@@ -11,13 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from gpuinfer.client.aio import AsyncClient
-from gpuinfer.errors import (
-    BrokerUnavailable,
-    TaskNotFound,
-    TaskRevoked,
-    UnknownModel,
-    WaitTimeout,
-)
+from gpuinfer.errors import BrokerUnavailable, TaskNotFound, TaskRevoked, UnknownModel, WaitTimeout
 from gpuinfer.queue.message import decode
 from gpuinfer.settings import Settings
 from tests.apis import HandWorker

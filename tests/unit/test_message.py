@@ -17,14 +17,7 @@ from hypothesis import strategies as st
 from kombu.utils.json import dumps
 
 from gpuinfer.client.origin import Origin
-from gpuinfer.queue.message import (
-    PREDICT,
-    Envelope,
-    Undecodable,
-    decode,
-    moment_of,
-    tasks_by_name,
-)
+from gpuinfer.queue.message import PREDICT, Envelope, Undecodable, decode, moment_of, tasks_by_name
 from gpuinfer.queue.submission import Submission
 from gpuinfer.settings import QueueSettings
 

@@ -17,9 +17,7 @@ from gpuinfer.settings import QUEUES
 from gpuinfer.watcher.load import parts_of
 from gpuinfer.watcher.part import Measured
 from gpuinfer.watcher.policy import Decision, History
-from gpuinfer.watcher.state import (
-    Key,
-)
+from gpuinfer.watcher.state import Key
 from tests.watchers import KNOWN, Mixed, Watcher, settings
 
 pytestmark = pytest.mark.unit

@@ -16,9 +16,7 @@ from gpuinfer.queue.fleet import EVERYTHING
 from gpuinfer.watcher.part import Measured
 from gpuinfer.watcher.policy import History
 from gpuinfer.watcher.rates import Rates
-from gpuinfer.watcher.state import (
-    Key,
-)
+from gpuinfer.watcher.state import Key
 from tests.watchers import KNOWN, Watcher, World, keys, observe, remembering, settings
 
 pytestmark = pytest.mark.unit

@@ -23,13 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gpuinfer.errors import (
-    GpuinferError,
-    InferenceError,
-    InputError,
-    MissingInput,
-    ModelLoadError,
-)
+from gpuinfer.errors import GpuinferError, InferenceError, InputError, MissingInput, ModelLoadError
 from gpuinfer.models import examples
 from gpuinfer.models import signature as signatures
 from gpuinfer.models.answers import as_array, to_json
