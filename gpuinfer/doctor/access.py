@@ -7,6 +7,7 @@ import grp
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from ipaddress import ip_network
 from pathlib import Path
@@ -107,10 +108,9 @@ def credentials(host: Host) -> Findings:
     folder = host.path(CREDENTIALS)
     if not folder.exists():
         raise Skipped(f"{CREDENTIALS} is not there: the package is not installed")
-    try:
+    ours = True
+    with suppress(Skipped):
         ours = place_of(host.settings.broker).ours
-    except Skipped:
-        ours = True
     try:
         users = USERS if ours or (folder / "admin").exists() else USERS[1:]
         found = [*host.secret(CREDENTIALS, 0o700), *(bad for user in users for bad in _password(host, user))]

@@ -33,7 +33,7 @@ class Check:
         return (inspect.getdoc(self.run) or "").partition("\n")[0]
 
 
-def look_over(checks: Sequence[Check], host: Host) -> Iterator[list[Finding]]:
+def run_all(checks: Sequence[Check], host: Host) -> Iterator[list[Finding]]:
     """Yield each check's findings, in the checks' order.
 
     The threads are daemons: one that hangs in the kernel is left behind.
@@ -50,11 +50,11 @@ def look_over(checks: Sequence[Check], host: Host) -> Iterator[list[Finding]]:
 
 def _start(check: Check, host: Host) -> SimpleQueue[list[Finding]]:
     answer: SimpleQueue[list[Finding]] = SimpleQueue()
-    Thread(target=lambda: answer.put(look(check, host)), name=check.name, daemon=True).start()
+    Thread(target=lambda: answer.put(run_one(check, host)), name=check.name, daemon=True).start()
     return answer
 
 
-def look(check: Check, host: Host) -> list[Finding]:
+def run_one(check: Check, host: Host) -> list[Finding]:
     """Run one check here and now; whatever it does, it ends as findings."""
     try:
         found = check.run(host)

@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 
 import gpuinfer
 from gpuinfer.cli_help import examples
-from gpuinfer.doctor.check import look_over
+from gpuinfer.doctor.check import run_all
 from gpuinfer.doctor.host import STATUSES, Finding, Host, Status
 from gpuinfer.doctor.registry import CHECKS, NAMES, TOPICS, choose
 from gpuinfer.plural import many
@@ -42,8 +42,8 @@ def _complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> 
 )
 @click.argument("checks", nargs=-1, metavar="[CHECK]...", shell_complete=_complete)
 @click.option("--json", "as_json", is_flag=True, help="Print all findings as JSON.")
-@click.option("--quick", is_flag=True, help="Leave out what takes seconds: CUDA and a request.")
-@click.option("--list", "as_list", is_flag=True, help="List the checks, and what holds on a sound host.")
+@click.option("--quick", is_flag=True, help="Skip what takes seconds: CUDA and a request.")
+@click.option("--list", "as_list", is_flag=True, help="List the checks and what each expects.")
 @click.pass_obj
 def doctor(loaded: Loaded, checks: tuple[str, ...], as_json: bool, quick: bool, as_list: bool) -> int:
     """Check this host and print a fix for each problem.
@@ -53,23 +53,32 @@ def doctor(loaded: Loaded, checks: tuple[str, ...], as_json: bool, quick: bool, 
     """
     chosen = choose(checks, quick=quick)
     width = max(len(check.name) for check in chosen)
-    if as_list and as_json:
-        print_json([{"check": one.name, "holds": one.help, "slow": one.slow} for one in chosen])
-    elif as_list:
-        click.echo("\n".join(f"{check.name:{width}}  {check.help}" for check in chosen))
     if as_list:
+        if as_json:
+            print_json([{"check": one.name, "holds": one.help, "slow": one.slow} for one in chosen])
+        else:
+            click.echo("\n".join(f"{check.name:{width}}  {check.help}" for check in chosen))
         return 0
     started, found = time.monotonic(), list[Finding]()
     # A person reads, on a terminal that has our marks.
     terminal = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     colour = False if os.environ.get("NO_COLOR") else None
-    for findings in look_over(chosen, Host(loaded)):  # each is printed as soon as those before it are there
+    for findings in run_all(chosen, Host(loaded)):  # each is printed as soon as those before it are there
         found += findings
         for finding in () if as_json else findings:
             click.echo(line(finding, width, terminal=terminal), color=colour)
     counts, took_s = Counter(finding.status for finding in found), time.monotonic() - started
     if as_json:
-        _print_document(found, counts, took_s)
+        print_json(
+            {
+                "ok": not counts["error"],
+                "host": socket.gethostname(),
+                "version": gpuinfer.__version__,
+                "took_s": round(took_s, 3),
+                "summary": {status: counts[status] for status in STATUSES},
+                "findings": [{"check": finding.check, **asdict(finding)} for finding in found],
+            }
+        )
     else:
         parts = [f"{counts[s]} {_MARKS[s][2] if counts[s] > 1 else s}" for s in STATUSES if counts[s]]
         click.echo(f"{many(len(found), 'finding')}: {', '.join(parts) or 'none'} ({took_s:.1f} s)")
@@ -86,16 +95,3 @@ def line(finding: Finding, width: int, *, terminal: bool) -> str:
         return text
     arrow = click.style(f"→ {finding.remedy}", fg="cyan") if terminal else f"-> {finding.remedy}"
     return f"{text}\n{'' if terminal else '        '}  {arrow}"
-
-
-def _print_document(found: list[Finding], counts: Counter[Status], took_s: float) -> None:
-    print_json(
-        {
-            "ok": not counts["error"],
-            "host": socket.gethostname(),
-            "version": gpuinfer.__version__,
-            "took_s": round(took_s, 3),
-            "summary": {status: counts[status] for status in STATUSES},
-            "findings": [{"check": finding.check, **asdict(finding)} for finding in found],
-        }
-    )

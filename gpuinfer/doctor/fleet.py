@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The work of the whole fleet, by Redis: what waits, what is held, and what nobody serves."""
+"""The work of the whole fleet, from Redis: what waits, what is held, and what no worker serves."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def workers(host: Host) -> Findings:
         waiting, beats = look(client).total_waiting, heartbeats.fresh(client)
     if waiting and not beats:
         fix = "gpuinfer doctor units; gpuinfer watcher explain; journalctl -u 'gpuinfer-worker@*' -n 20"
-        text = f"no worker runs, and {tasks_wait(waiting)}"
-        return error(text, fix if host.booted else "gpuinfer worker 0")
+        fix = fix if host.booted else "gpuinfer worker 0"
+        return error(f"no worker runs, and {tasks_wait(waiting)}", fix)
     running = many(len(beats), "worker runs", "workers run")
     found = [ok(f"{running}: {', '.join(sorted(beats)) or 'no task waits for one'}")]
     for worker, beat in sorted(beats.items()):
@@ -107,8 +107,7 @@ def paused(host: Host) -> Findings:
     bad = []
     for name in depth.paused:
         count = sum(sum(levels.values()) for lane, levels in depth.lanes.items() if is_paused(lane, (name,)))
-        text = f"{name} is paused: {tasks_wait(count)} there"
-        bad.append(warning(text, f"gpuinfer queue resume {name}"))
+        bad.append(warning(f"{name} is paused: {tasks_wait(count)} there", f"gpuinfer queue resume {name}"))
     for worker in workers:
         number, its_host = parts(worker)
         text = f"{worker} is drained: it takes no tasks, also after a restart, until it is resumed"

@@ -83,8 +83,8 @@ def health(host: Host) -> Findings:
             text = f"{name} has {state.ecc_uncorrected} uncorrected memory errors since its driver was loaded"
             bad.append(error(text, reset))
         if state.compute_mode == _COMPUTE_PROHIBITED:
-            text = f"{name} is closed to CUDA (compute mode prohibited)"
-            bad.append(error(text, f"nvidia-smi -i {gpu.index} -c DEFAULT"))
+            fix = f"nvidia-smi -i {gpu.index} -c DEFAULT"
+            bad.append(error(f"{name} is closed to CUDA (compute mode prohibited)", fix))
     return bad or ok("no memory errors, nothing to repair, persistence mode is on")
 
 
@@ -188,14 +188,13 @@ def judge(answer: dict[str, Any], count: int, *, split: bool = False) -> Finding
     seen = len(good) + len(failed)
     if seen < count and not split:
         bad.append(error(f"{listed} {seen} of them", f"ls -l /dev/nvidia*; {_NVRM}"))
-    computing = many(len(good), "device computes", "devices compute")
-    return bad or ok(f"{computing} (torch {answer['torch']}, {answer['ms']:.0f} ms)")
+    text = many(len(good), "device computes", "devices compute")
+    return bad or ok(f"{text} (torch {answer['torch']}, {answer['ms']:.0f} ms)")
 
 
 def _not_computing(name: str, words: str) -> Finding:
     if "out of memory" in words:
         return warning(f"{name} is full: {words}", "nvidia-smi")
     if "busy or unavailable" in words:
-        text = f"{name} is held by another process (compute mode): {words}"
-        return warning(text, "nvidia-smi -q -d COMPUTE")
+        return warning(f"{name} is held by another process: {words}", "nvidia-smi -q -d COMPUTE")
     return error(f"{name} does not compute: {words}", _NVRM)

@@ -24,14 +24,13 @@ from gpuinfer.gpus import Inventory, list_gpus
 from gpuinfer.nvml import answer, opened
 
 LIMIT_S = 20.0
-_KILL_WAIT_S = 1.0
 #: Secrets, and what an administrator's shell hides of the GPUs.
 _NOT_KEPT = ("GPUINFER_", "CREDENTIALS", "CUDA_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True)
 class Health:
-    """What a GPU says of itself; None where it cannot tell."""
+    """What a GPU reports of itself; None where it cannot."""
 
     #: 0: the driver is unloaded when no process uses it.
     persistence: int | None = None
@@ -48,7 +47,7 @@ class Health:
 
 @dataclass(frozen=True)
 class Report:
-    """All of it."""
+    """What NVML reports of a host."""
 
     inventory: Inventory
     #: The newest CUDA the driver serves, as in 12.8; empty when unknown.
@@ -79,15 +78,13 @@ def ask(limit_s: float = LIMIT_S, module: str = "gpuinfer.doctor.nvml") -> Repor
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
-            child.communicate(timeout=_KILL_WAIT_S)
-        return _no_answer(f"gave no answer in {limit_s:g} s")
-    if child.returncode or not out:
+            child.communicate(timeout=1.0)
+        why = f"gave no answer in {limit_s:g} s"
+    else:
+        if out and not child.returncode:
+            return JSON.validate_json(out.splitlines()[-1])
         last = err.decode(errors="replace").strip().rpartition("\n")[2]
-        return _no_answer(last[:500] or f"ended with status {child.returncode}")
-    return JSON.validate_json(out.splitlines()[-1])
-
-
-def _no_answer(why: str) -> Report:
+        why = last[:500] or f"ended with status {child.returncode}"
     return Report(Inventory(reason=f"the driver does not answer: NVML {why}", failed=True))
 
 

@@ -12,6 +12,7 @@ import shlex
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from errno import errorcode
 from pathlib import Path
@@ -56,7 +57,15 @@ class Place:
     @property
     def cli(self) -> str:
         """Return the administrator's redis-cli for this place, to be followed by a command."""
-        login = f"REDISCLI_AUTH=$(cat {ADMIN_PASSWORD}) redis-cli --user admin"
+        return self._cli("admin")
+
+    @property
+    def of_api(self) -> str:
+        """Return the redis-cli of the front's user, for a Redis of ours that rejects its administrator."""
+        return self._cli("api")
+
+    def _cli(self, user: str) -> str:
+        login = f"REDISCLI_AUTH=$(cat {ADMIN_PASSWORD.with_name(user)}) redis-cli --user {user}"
         if not self.ours:
             login = "redis-cli" + (" --askpass" if self.has_password else "")
             login += f" --user {shlex.quote(self.user)}" if self.user != "default" else ""
@@ -64,13 +73,6 @@ class Place:
             return f"{login} -s {shlex.quote(self.socket)}"
         ca = f" --cacert {shlex.quote(str(self.tls_ca))}" if self.tls_ca else ""
         return f"{login} -h {self.host} -p {self.port}" + (f" --tls{ca}" if self.tls else "")
-
-    @property
-    def of_api(self) -> str:
-        """Return the redis-cli of the front's user, for a Redis of ours that rejects its administrator."""
-        return self.cli.replace(str(ADMIN_PASSWORD), str(ADMIN_PASSWORD.with_name("api"))).replace(
-            "--user admin", "--user api"
-        )
 
     def config(self, key: str, value: str) -> str:
         """Return the command that sets an option at once: without an append-only file a restart loses all."""
@@ -88,22 +90,18 @@ class Place:
 
     def says(self, line: bytes = b"") -> str:
         """Return the answer to a line, or to a mere connection, without TLS; empty where there is none."""
-        try:
-            with _connected(self) as plain:
-                if line:  # to a peer that has hung up even nothing cannot be sent
-                    plain.sendall(line)
-                return plain.recv(1000).decode(errors="replace")
-        except OSError:
-            return ""
+        with suppress(OSError), _connected(self) as plain:
+            if line:  # to a peer that has hung up even nothing cannot be sent
+                plain.sendall(line)
+            return plain.recv(1000).decode(errors="replace")
+        return ""
 
     def speaks_tls(self) -> bool:
         """Tell whether TLS is spoken there, whatever the certificate."""
-        try:
-            with _connected(self) as plain:
-                unverified().wrap_socket(plain).close()
-        except OSError:
-            return False
-        return True
+        with suppress(OSError), _connected(self) as plain:
+            unverified().wrap_socket(plain).close()
+            return True
+        return False
 
 
 def _connected(place: Place) -> socket.socket:

@@ -87,8 +87,7 @@ def _numbers(host: Host) -> set[int]:
 
 def _environment(host: Host, number: int) -> Mapping[str, str]:
     """Return what the unit's process would see."""
-    named = os.environ.get("GPUINFER_CONFIG")
-    environ = {"GPUINFER_CONFIG": named} if named else {}
+    environ = {name: value for name, value in os.environ.items() if name == "GPUINFER_CONFIG"}
     return {**environ, VISIBLE: str(number), **own.read(number, host.path(own.FOLDER))}
 
 

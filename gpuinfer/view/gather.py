@@ -19,7 +19,7 @@ import redis
 from gpuinfer import __version__
 from gpuinfer.broker import durability
 from gpuinfer.doctor import broker, fleet, system, units
-from gpuinfer.doctor.check import Check, look, look_over
+from gpuinfer.doctor.check import Check, run_all, run_one
 from gpuinfer.doctor.host import Finding, Host
 from gpuinfer.doctor.redis_place import place_of
 from gpuinfer.errors import UnusableRedis
@@ -81,10 +81,10 @@ class Gatherer:
         try:
             seen = self._ask()
             checks = (*OF_ADMIN, *OF_REDIS) if self._may_ask else OF_REDIS
-            findings = [finding for check in checks for finding in look(check, self._host)]
+            findings = [finding for check in checks for finding in run_one(check, self._host)]
         except (redis.RedisError, OSError, UnusableRedis):
             seen = {"now": time.time(), "reachable": False}
-            findings = [*look(Check("redis.reach", broker.reach), Host(self._loaded))]
+            findings = [*run_one(Check("redis.reach", broker.reach), Host(self._loaded))]
         findings += local.findings()
         return Facts(
             host=socket.gethostname(),
@@ -178,7 +178,7 @@ class _Local:
         self._threads: dict[str, threading.Thread] = {}
         booted = host.path("/run/systemd/system").is_dir()
         checks = OF_HOST if booted else OF_HOST[-1:]
-        self._start("findings", lambda: [one for found in look_over(checks, host) for one in found])
+        self._start("findings", lambda: [one for found in run_all(checks, host) for one in found])
         if booted:
             self._start("address", lambda: units.address(host))
         if self._settings.worker.device != "cpu" and DRIVER.exists():

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gpuinfer.doctor import nvml
-from gpuinfer.doctor.check import Check, look_over
+from gpuinfer.doctor.check import Check, run_all
 from gpuinfer.doctor.cli import doctor, line
 from gpuinfer.doctor.host import Finding, Findings, Host, Skipped, error, ok, run_command, warning
 from gpuinfer.doctor.registry import CHECKS, TOPICS, choose
@@ -32,7 +32,7 @@ HOST = Host(Loaded(Settings(), {}))
 
 def run(*functions: Callable[[Host], Findings], limit_s: float = 5.0) -> list[Finding]:
     checks = [Check(f"t.{number}", function, limit_s) for number, function in enumerate(functions)]
-    return [finding for findings in look_over(checks, HOST) for finding in findings]
+    return [finding for findings in run_all(checks, HOST) for finding in findings]
 
 
 def test_findings_come_in_order_with_their_checks_name() -> None:
