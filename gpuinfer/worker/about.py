@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a task's state tells of it beside its result: where it came from, and how it ran."""
+"""Metadata of a task's state beside its result: its origin, and how it ran."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def about(
     ran_s: float = 0.0,
     batch_size: int = 0,
 ) -> dict[str, Any]:
-    """Return ``TaskStatus.about``. What has its usual value is left out, for results are kept by the million.
+    """Return ``TaskStatus.about``. Default values are left out to save memory: there may be millions of
+    results.
 
-    ``model``: the one that ran, where that is known; ``ran_s``: the seconds of its batches, the largest of
-    which had ``batch_size`` inputs.
+    ``model``: the one that ran, if known; ``ran_s``: the seconds of its batches, the largest of which had
+    ``batch_size`` inputs.
     """
     place = place_of(claimed.list_key)
     model = model or claimed.model

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker counts of its batches: device time by caller, how long tasks waited and ran, batch sizes.
+"""Counts a worker's batches: device time by caller, waiting and running times of tasks, batch sizes.
 
-Redis hears of it once a second, and at the end. What runs when the process is killed was not counted: its
+Counts are sent to Redis once a second, and at the end. A batch interrupted by a kill is not counted; its
 tasks run again.
 """
 
@@ -19,7 +19,7 @@ _NONE = [0] * (len(TIMES_S) + 1)
 
 
 class _Times:
-    """How long the tasks of one list have waited, run and taken in all: counts by bucket, and sums."""
+    """Waiting, running and total times of one list's tasks: counts by bucket, and sums."""
 
     __slots__ = ("ran", "ran_s", "took", "took_s", "waited", "waited_s")
 
@@ -38,13 +38,13 @@ class Accounts:
         self._times: dict[tuple[str, str], _Times] = {}
         #: List and model -> device seconds.
         self._device: dict[tuple[str, str], float] = {}
-        #: Model -> inputs of a batch -> how many batches.
+        #: Model -> batch size -> number of batches.
         self._sizes: dict[str, dict[int, int]] = {}
-        #: Device seconds of this process.
+        #: Total device seconds of this process.
         self.busy_s = 0.0
 
     def ran(self, batch: Batch, seconds: float) -> None:
-        """Count a batch that has run: its device time is divided among its inputs."""
+        """Count a finished batch; its device time is divided among its inputs."""
         self.busy_s += seconds
         model, size = batch.model, batch.size
         sizes = self._sizes.setdefault(model, {})
@@ -58,7 +58,7 @@ class Accounts:
             self._device[place] = self._device.get(place, 0.0) + seconds * count / size
 
     def ended(self, task: Task, now: float) -> None:
-        """Count a task that has run and ends at ``now``, by the wall clock. Its producer's may differ."""
+        """Count a task that ends at ``now`` (wall clock; the producer's clock may differ)."""
         place = (task.claimed.list_key, task.model)
         times = self._times.get(place)
         if times is None:
@@ -75,7 +75,8 @@ class Accounts:
             times.took_s += took_s
 
     def flush(self, *, last: bool = False) -> None:
-        """Tell Redis what it lacks, once a second, or now. Raises redis-py's errors; nothing is lost then."""
+        """Send new counts to Redis, once a second or at the end. Raises redis-py's errors; counts are kept
+        then."""
         tally = self._tally
         if not last and not tally.elapsed:
             return
@@ -85,7 +86,7 @@ class Accounts:
             tally.confirm()
 
     def _gather(self) -> None:
-        """Move what was counted into the tally."""
+        """Move the counts to the tally."""
         tally = self._tally
         for (name, model), seconds in self._device.items():
             caller, micros = place_of(name).caller, round(seconds * 1e6)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Celery application of a worker process: our consumer, and our start."""
+"""The Celery application of a worker process, with our consumer and our start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpuinfer.worker.bootstrap import on_worker_init
 def create_worker_app(
     settings: Settings | None = None, read: Callable[[], Settings] = load_settings
 ) -> Celery:
-    """Return an application whose workers serve the queue; without settings, they are read when needed."""
+    """Return an application whose workers serve the queue; without settings, they are read on first use."""
     read = cache(read)
     application = create_app(settings, read)
     application.add_defaults({"worker_consumer": "gpuinfer.worker.consumer:Consumer"})

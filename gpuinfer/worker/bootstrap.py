@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's start, in order: settings, device, lock, models, warm-up; only then the queue.
+"""Starts a worker, in order: settings, device, lock, models, warm-up, queue.
 
-Runs for ``gpuinfer worker N`` and for ``celery -A gpuinfer worker`` alike, from Celery's
-``celeryd_init`` signal. The device is bound before torch is imported.
+Runs from Celery's ``celeryd_init`` signal, for both ``gpuinfer worker N`` and ``celery -A gpuinfer worker``. The
+device is bound before torch is imported.
 """
 
 from __future__ import annotations
@@ -48,21 +48,20 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: Its name in the journal.
+#: Name of its log in the journal.
 PROGRAM = "gpuinfer-worker"
-#: How long a thread may keep the interpreter to itself; Python's 5 ms would delay every hand-over.
+#: Seconds before a thread must release the GIL; Python's default of 5 ms would delay every hand-over.
 SWITCH_INTERVAL_S = 0.0005
-#: A batch of 256 makes some 10,000 objects and no cycles; Python's 700 would look for them 20 times.
+#: A batch of 256 creates about 10,000 objects and no cycles; Python's default of 700 would collect 20 times.
 GC_THRESHOLDS = (20_000, 20, 100)
 
 
 def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]) -> None:
     """Prepare the worker process ``name`` (``gpu0@host``).
 
-    Ends the process with the error's exit code when it cannot be prepared: Celery would log an
-    exception here and go on.
+    Exits with the error's exit code if that fails, because Celery would only log an exception and continue.
     """
-    # When systemd's watchdog ends us (SIGABRT), the journal shows where each thread stood.
+    # On SIGABRT from systemd's watchdog, write every thread's traceback to the journal.
     faulthandler.enable()
     try:
         settings = getattr(worker.app, "gpuinfer_settings", load_settings)()
@@ -77,27 +76,27 @@ def on_worker_init(name: str, worker: Any, conf: Any, options: Mapping[str, Any]
         say_hint = {"hint": hint} if hint else {}
         log.critical("start_failed", worker=name, code=exc.code, reason=str(exc), **say_hint)
         raise SystemExit(exc.exit_code) from None
-    # We say it ourselves, where root remains root: see prepare.
+    # Celery's own warning about root is replaced by ours: see prepare.
     warnings.simplefilter("ignore", SecurityWarning)
     worker.queues_served = settings.worker.queues
     if not options.get("queues"):
         worker.app.amqp.queues.select(settings.worker.queues)
     signals.worker_ready.connect(_ready, weak=False)
 
-    # Celery stops its steps only when all of them had started; without Redis they had not.
+    # Celery stops its steps only if all of them have started; without Redis they have not.
     signals.worker_shutdown.connect(
         lambda **_: worker.gpuinfer.drain(crashed=worker.exitcode == EX_FAILURE), weak=False
     )
 
 
 def _only_solo(conf: Any, options: Mapping[str, Any]) -> None:
-    """Refuse any pool but solo."""
+    """Refuse any pool except solo."""
     pool = options.get("pool_cls") or options.get("pool") or conf.worker_pool
     name = getattr(pool, "__module__", str(pool)).rpartition(".")[2]
     if name != "solo":
         raise ConfigError(
             f"the pool must be solo, not {name}: CUDA cannot be re-initialised in a forked process, and the "
-            "batcher needs the model in the process that reads the queue; run one worker a GPU instead",
+            "batcher needs the model in the process that reads the queue; run one worker per GPU instead",
             "--pool",
         )
 
@@ -106,7 +105,9 @@ def number_of(name: str) -> int:
     """Return the worker's number in a node name ``gpuN@host``. Raises ConfigError for another name."""
     found = re.match(r"gpu(\d+)@", name)
     if found is None:
-        raise ConfigError(f"a worker is named after its number, such as gpu0@{name.partition('@')[2]}", "-n")
+        raise ConfigError(
+            f"a worker's name must have its number, such as gpu0@{name.partition('@')[2]}", "-n"
+        )
     return int(found.group(1))
 
 
@@ -130,7 +131,7 @@ def prepare(settings: Settings, name: str) -> Process:
     batcher = _build(settings, name, served.models, binding.device)
     gpu, timeout_s = number_of(name) // settings.worker.per_gpu, settings.broker.connect_timeout_s
     missing = {model: error.message for model, error in served.missing.items()}
-    # Another model must not become the default because the first one is missing.
+    # If the first model is missing, another one must not become the default.
     default = "" if settings.worker.models[0] in missing else None
     pulse = Pulse(
         batcher,
@@ -153,18 +154,18 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
     from gpuinfer.worker.sizes import Sizes
 
     def on_fatal(error: GpuinferError) -> None:
-        hint = "its tasks are put back"
+        hint = "its tasks return to their queues"
         if isinstance(error, UnusableRedis):
             hint = "nothing was written there"
         elif isinstance(error, DeviceError):
-            hint += "; gpuinfer doctor says what is wrong with the GPU, and what to do"
+            hint += "; run gpuinfer doctor to find out what is wrong with the GPU and how to fix it"
         log.critical("worker_ends", worker=name, device=device, code=error.code, reason=str(error), hint=hint)
-        # A GPU that fails at work is tried again; one that is not there at the next start ends that with 69.
+        # systemd restarts the worker; if the GPU is missing then, that start exits with 69.
         flush()
         # EX_IOERR: a device that failed while it worked
         os._exit(os.EX_IOERR if isinstance(error, DeviceError) else error.exit_code)
 
-    # No retries by the library: a claim whose answer was lost must not be sent again as it was.
+    # No retries by redis-py: a claim whose answer was lost must not simply be repeated.
     client = connect(settings.broker, retries=0, on_mismatch=on_fatal)
     store = Store(client, name, settings.worker.queues, settings.queue, models=tuple(loaded))
     store.membership.signatures = {
@@ -190,7 +191,7 @@ def _build(settings: Settings, name: str, loaded: dict[str, tuple[LoadedModel, i
 
 
 def _most(settings: Settings, models: Mapping[str, LoadedModel]) -> dict[str, int]:
-    """Return the largest batch that each model may have, whatever fits."""
+    """Return each model's maximum batch size by manifest and settings, regardless of memory."""
     bound = settings.worker.max_batch_size
     most = {
         name: model.manifest.max_batch_size if model.manifest.batchable else 1
@@ -200,10 +201,10 @@ def _most(settings: Settings, models: Mapping[str, LoadedModel]) -> dict[str, in
 
 
 def _end_at_hard_limit(tasks: Sequence[Task], store: Store) -> NoReturn:
-    """End the process at the hard limit of what ran for ``tasks``: a pass, or a step of one of its inputs.
+    """End the process because ``tasks`` exceeded the hard limit, in a pass or in preparing one input.
 
-    One task by itself is the offender and ends here. Of several, none is: they come back, one death on the
-    record of each, and run alone. What else was in the pipeline comes back without one.
+    A single task fails with TimeLimitExceeded. Several tasks return to the queue, each charged with one crash,
+    and run alone next time. Other tasks in the pipeline return without a charge.
     """
     from gpuinfer.worker.outbox import Outbox
 
@@ -213,12 +214,12 @@ def _end_at_hard_limit(tasks: Sequence[Task], store: Store) -> NoReturn:
         models=sorted({task.model for task in tasks}),
         limit_s=min((task.hard_limit_s for task in tasks), default=None),
         task_ids=[task.id for task in tasks],
-        reason="it ran longer than its hard limit; the process ends",
+        reason="it exceeded its hard time limit; the process exits",
     )
     try:
         if len(tasks) == 1:
             (task,) = tasks
-            error = TimeLimitExceeded(f"ran longer than its hard limit of {task.hard_limit_s:g} s", None)
+            error = TimeLimitExceeded(f"exceeded its hard limit of {task.hard_limit_s:g} s", None)
             store.settle([Outbox(store).final(task.claimed, error, task.envelope, task)])
         store.note([task.seq for task in tasks])
     except Exception as exc:
@@ -229,13 +230,13 @@ def _end_at_hard_limit(tasks: Sequence[Task], store: Store) -> NoReturn:
 
 
 def _ready(sender: Any, **_: object) -> None:
-    """Tell systemd and the log that the worker serves; its model has been warmed up before."""
+    """Report to systemd and the log that the worker is ready."""
     batcher, pulse = sender.controller.gpuinfer.batcher, sender.controller.gpuinfer.pulse
     models = sorted(batcher.models)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, _stop)
     pulse.ready()
-    # What was loaded so far lives as long as the process: a full collection need not walk over it.
+    # All current objects live as long as the process: exclude them from garbage collection.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -243,11 +244,11 @@ def _ready(sender: Any, **_: object) -> None:
 
 
 def _stop(number: int, _: object) -> None:
-    """Finish the running batch and end.
+    """Finish the running batch and stop.
 
-    A second Ctrl-C ends at once; what ran is put back at the next start. SIGQUIT is a SIGTERM:
-    Celery's cold shutdown would run its handler on top of a task in the solo pool. Nothing is logged
-    here: a signal that strikes inside a write to the log would make that write fail.
+    A second Ctrl-C stops at once; the running tasks return to the queue at the next start. SIGQUIT is treated as
+    SIGTERM, because Celery's cold shutdown would interrupt a task in the solo pool. Nothing is logged here: the
+    signal may have interrupted a write to the log.
     """
     if state.should_stop is not None and number == signal.SIGINT:
         os._exit(128 + signal.SIGINT)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker holds and has not run: kept in the order of serving, picked as batches. Pure."""
+"""The claimed tasks that have not run yet, in serving order, and the choice of batches. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward pass takes: parts of one model, under the smallest of their time limits."""
+    """The input of one forward pass: parts for one model, under the smallest of their time limits."""
 
     model: str
     parts: tuple[Part, ...]
@@ -46,20 +46,20 @@ class Batch:
 
 
 _PLACE, _TIME = attrgetter("place"), attrgetter("not_before")
-#: The rank of a task whose list was passed over for too long, until a batch has begun.
+#: Rank of a task from an aged list, until a batch has begun.
 AGED = -1
-#: Full batches of a model that are kept; what is beyond them is handed back.
+#: Maximum full batches of a model to keep; tasks beyond are returned to the queue.
 KEPT_BATCHES = 2
 
 
 class Buffer:
-    """Tasks that are claimed and wait for the device, or for their time.
+    """Claimed tasks that wait for the device or for a retry.
 
     ``limit`` gives a model's largest batch.
     """
 
     def __init__(self, limit: Callable[[str], int]) -> None:
-        #: Those that could run now, in their order; and those that wait for a time, the first due first.
+        #: Tasks that can run now, in serving order; and tasks that wait for a time, by that time.
         self._tasks: list[Task] = []
         self._later: list[Task] = []
         self._limit = limit
@@ -74,16 +74,16 @@ class Buffer:
 
     @property
     def size(self) -> int:
-        """Bytes of arguments that they hold, as text."""
+        """Bytes of their arguments, as text."""
         return sum(task.size for task in self)
 
     @property
     def ready(self) -> Sequence[Task]:
-        """Those that wait for nothing but the device, in their order."""
+        """Tasks that wait only for the device, in serving order."""
         return self._tasks
 
     def add(self, task: Task) -> None:
-        """Put a task at its place: after its equals when new, before them when it comes back."""
+        """Insert a task: after its equals if new, before them if it comes back."""
         self._enter(task)
         if task.not_before:
             insort(self._later, task, key=_TIME)
@@ -91,7 +91,7 @@ class Buffer:
             insort(self._tasks, task, key=_PLACE)
 
     def add_all(self, tasks: Iterable[Task]) -> None:
-        """Put new tasks at their places; much cheaper than one by one."""
+        """Insert new tasks; much cheaper than one by one."""
         for task in tasks:
             self._enter(task)
             (self._later if task.not_before else self._tasks).append(task)
@@ -110,14 +110,14 @@ class Buffer:
             self._aged |= task.claimed.aged
 
     def wake(self, now: float) -> None:
-        """Let those run whose time has come; ``now`` is monotonic."""
+        """Make tasks ready whose time has come; ``now`` is monotonic."""
         while self._later and self._later[0].not_before <= now:
             task = self._later.pop(0)
             task.not_before = 0.0
             insort(self._tasks, task, key=_PLACE)
 
     def end_ageing(self, begun: Iterable[Task]) -> None:
-        """A batch has begun: what had aged was first once, and goes on where its list stands."""
+        """After a batch has begun, give aged tasks their normal rank again."""
         if self._aged:
             for task in chain(begun, self._tasks):
                 task.place = task.claimed.rank, task.place[1]
@@ -136,13 +136,13 @@ class Buffer:
         return tasks
 
     def spare(self, model: str) -> int:
-        """Return how many more inputs fit before the model's next batch is full; 0 or less when it is."""
+        """Return how many more inputs the model's next batch can take; 0 or less if it is full."""
         return self._limit(model) - sum(self._weight(task) for task in self._tasks if task.model == model)
 
     def surplus(self, max_bytes: int) -> list[Task]:
-        """Return the tasks that come after the full batches of their model that are kept, none begun.
+        """Return the tasks to hand back: not begun, and beyond the full batches to keep of their model.
 
-        And those beyond ``max_bytes`` of arguments, except the first.
+        Also those beyond ``max_bytes`` of arguments, except the first.
         """
         left: dict[str, int] = {}
         beyond: list[Task] = []
@@ -160,11 +160,11 @@ class Buffer:
         return self._limit(task.model) if task.alone else len(task.inputs) - len(task.outcomes)
 
     def next_batch(self) -> Batch | None:
-        """Return the next batch without removing it: the most urgent task and its fellows, in order.
+        """Return the next batch without removing it: the most urgent task, and others that fit, in order.
 
-        Fellows share its model, and have about its time limits: between two powers of two. The pass takes the
-        smallest, so that nobody gets more than it asked for; a pass that is too slow fails nobody but a task
-        that had it to itself. A task that must run alone gets a batch to itself.
+        The others have the same model and similar time limits (between the same two powers of two). The pass
+        gets the smallest limit, so that no task exceeds its own. A pass that is too slow fails a task only if
+        it ran alone. A task that must run alone gets its own batch.
         """
         if not self._tasks:
             return None

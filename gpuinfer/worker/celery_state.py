@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Celery shows of a worker's tasks: inspect, revoke, events and signals, kept for our batches.
+"""Celery's view of a worker's tasks: inspect, revoke, events and signals.
 
-Celery's own tables take a good part of a small task's time, and are looked at once in a while: they are
-filled when somebody is about to look.
+Updating Celery's tables would take much of a small task's time, and they are rarely read. So they are filled
+only before they are read.
 """
 
 from __future__ import annotations
@@ -47,34 +47,34 @@ class View:
         }
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
-        """Do nothing: a batch that runs on the device cannot be interrupted for one of its tasks."""
+        """Do nothing: a running batch cannot be interrupted for one of its tasks."""
 
 
 class CeleryState:
-    """Fills Celery's tables, sends its events and signals. Cheap where nobody listens."""
+    """Fills Celery's tables, and sends its events and signals. Cheap if nobody listens."""
 
     def __init__(self, hostname: str) -> None:
         self._hostname = hostname
-        #: What this worker holds, by id.
+        #: Task id -> task held by this worker.
         self._tasks: dict[str, Task] = {}
-        #: What stands in Celery's tables, which hold no more than weak references.
+        #: Views in Celery's tables, which only hold weak references.
         self._views: list[View] = []
         #: Celery's event dispatcher; set at each connection.
         self.dispatcher: Any = None
-        #: Tasks that have ended here, in a result or an error.
+        #: Number of tasks that ended here, with a result or an error.
         self.done = 0
 
     @property
     def watched(self) -> bool:
-        """Whether anybody wants tasks' events; asked first, as their fields take longer to make than to skip.
+        """Whether task events are wanted. Check it first, because building an event's fields is slow.
 
-        A dispatcher that is enabled may be so for the worker's heartbeat alone.
+        The dispatcher may be enabled only for the worker's heartbeat.
         """
         dispatcher = self.dispatcher
         return dispatcher is not None and dispatcher.enabled and "task" in (dispatcher.groups or ("task",))
 
     def show(self) -> None:
-        """Fill Celery's tables with what is held now: before a control command, and before a heartbeat."""
+        """Fill Celery's tables with the held tasks, before a control command or a heartbeat."""
         for view in self._views:
             state.task_ready(view)
         self._views = [View(task, self._hostname) for task in self._tasks.values()]
@@ -108,7 +108,7 @@ class CeleryState:
 
     def started(self, task: Task) -> None:
         """A task's first batch begins."""
-        # What state.task_accepted counts, less a Counter's update for a single task.
+        # As state.task_accepted does, but without the slow update of a Counter.
         state.total_count[task.envelope.task] += 1
         state.all_total_count[0] += 1
         if self.watched:
@@ -145,5 +145,5 @@ class CeleryState:
             signals.task_postrun.send(sender=task.envelope.task, task_id=task.id, retval=result)
 
     def revoked(self, task_id: str) -> bool:
-        """Tell whether ``celery control revoke`` named the task."""
+        """Whether ``celery control revoke`` named the task."""
         return bool(state.revoked) and task_id in state.revoked

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer worker N``, which its unit runs, ``list``, ``drain`` and others; ``gpuinfer restore N``."""
+"""``gpuinfer worker N`` (run by its unit), ``list``, ``drain`` and others; ``gpuinfer restore N``."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _WithRun(click.Group):
 def worker() -> None:
     """Run the worker of one GPU; list, drain and restart workers.
 
-    gpuinfer worker N is what the unit gpuinfer-worker@N runs.
+    The unit gpuinfer-worker@N runs gpuinfer worker N.
     """
 
 
@@ -62,10 +62,10 @@ for _command in (manage_cli.list_, manage_cli.drain, manage_cli.resume, manage_c
 def run(loaded: Loaded, number: int) -> None:
     """Run worker N in the foreground, until SIGTERM.
 
-    It uses GPU N // worker.per_gpu, loads its models, warms them up and serves the queues. SIGTERM finishes
-    the running batch, hands back the other tasks and exits 0. Exit code 74: the GPU failed, during a batch or
-    while idle. 69: the GPU cannot be used at the start. 80: the worker exceeded worker.max_memory_mb, and can
-    be started again.
+    It uses GPU N // worker.per_gpu, loads its models, warms them up and serves the queues. On SIGTERM it
+    finishes the running batch, returns its other tasks to the queue and exits with 0. Exit code 69: the GPU
+    is unusable at the start. 74: the GPU failed later. 80: the worker exceeded worker.max_memory_mb and can
+    be restarted.
     """
     from gpuinfer.worker.app import create_worker_app
 
@@ -84,17 +84,19 @@ def run(loaded: Loaded, number: int) -> None:
     )
 )
 @click.argument("number", type=click.IntRange(0), metavar="[N]", required=False)
-@click.option("--name", metavar="gpuN@HOST", help="A worker of another host, or of this host's former name.")
 @click.option(
-    "--force", is_flag=True, help="Also when its last heartbeat is recent. A worker that runs is not stopped."
+    "--name", metavar="gpuN@HOST", help="Name of a worker of another host, or of this host's former name."
+)
+@click.option(
+    "--force", is_flag=True, help="Even if its last heartbeat is recent. Does not stop a running worker."
 )
 @as_json_option
 @click.pass_obj
 def restore(loaded: Loaded, number: int | None, name: str | None, *, force: bool, as_json: bool) -> None:
-    """Put a dead worker's tasks back into their queues.
+    """Return a dead worker's tasks to their queues.
 
-    N is a worker of this host that does not run. --name is for a worker whose host will not come back;
-    gpuinfer worker list has the names. Exit code 73: the worker runs, or may run; nothing was changed.
+    N is a stopped worker of this host. Use --name for a worker whose host is lost; gpuinfer worker list shows
+    the names. Exit code 73: the worker runs, or may run; nothing was changed.
     """
     from gpuinfer.log import configure, target
     from gpuinfer.worker.restoring import put_back
@@ -104,7 +106,7 @@ def restore(loaded: Loaded, number: int | None, name: str | None, *, force: bool
     elif name is not None and number is None:
         worker = _checked(name)
     else:
-        raise click.UsageError("give one of N and --name")
+        raise click.UsageError("give either N or --name")
     settings = loaded.when_written().settings
     configure(
         settings.log, program="gpuinfer-worker", worker=worker, gpu=_gpu_of(worker, settings.worker.per_gpu)
@@ -114,7 +116,7 @@ def restore(loaded: Loaded, number: int | None, name: str | None, *, force: bool
         print_json(
             {"worker": worker, "returned": done.returned, "task_ids": list(done.ids), "dead": list(done.dead)}
         )
-    elif target(settings.log) != "journal":  # there the line that names the tasks says it
+    elif target(settings.log) != "journal":  # the journal's log line lists the tasks already
         click.echo(f"{worker}: {many(done.returned, 'task')} put back, {many(len(done.dead), 'dead letter')}")
         for task_id in done.ids:
             click.echo(f"  put back     {task_id}")
@@ -127,9 +129,7 @@ def _gpu_of(worker: str, per_gpu: int) -> int:
 
 
 def _checked(name: str) -> str:
-    """Return a worker's name. Raises click's UsageError for what is none."""
+    """Return the name if it is valid. Raises click's UsageError."""
     if not re.fullmatch(r"gpu\d+@[^\s@]+", name):
-        raise click.UsageError(
-            f"--name {name}: a worker is named after its number and host, such as gpu0@host-1"
-        )
+        raise click.UsageError(f"--name {name}: must be a number and a host, such as gpu0@host-1")
     return name

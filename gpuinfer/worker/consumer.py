@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Celery's consumer with our batcher as the sink of the task queues."""
+"""Celery's consumer, with our batcher receiving the tasks."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ log = get_logger(__name__)
 
 #: Seconds between attempts to reach Redis: at first, and at most.
 RETRY_START_S, RETRY_MAX_S = 0.2, 2.0
-#: Seconds the batcher's timer sleeps. Each wake of an idle worker takes some 0.4 ms.
+#: Interval of the batcher's timer in seconds. Each wake-up of an idle worker takes about 0.4 ms.
 TICK_S = 0.2
-#: Seconds between two fillings of Celery's tables for its heartbeat, which says how many tasks run.
+#: Seconds between updates of Celery's tables for its heartbeat, which has the number of running tasks.
 SHOW_S = 1.0
-#: A key that is not there: to set its expiry is a write that changes nothing.
+#: A key that does not exist: EXPIRE on it is a write without effect.
 PROBE = "gpuinfer:probe"
-#: Seconds a broken connection may take to close.
+#: Maximum seconds to close a broken connection.
 COLLECT_TIMEOUT_S = 1.0
-#: Celery's own workers ask each other what was revoked, and follow each other's events: ours need neither.
+#: Celery steps not needed here: exchange of revoked ids and of events between workers.
 _BY_ITSELF = {"without_mingle": True, "without_gossip": True}
 
 
@@ -56,7 +56,7 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
 
     def start(self, consumer: Any) -> None:
         if self._restored:
-            self.batcher.store.mark_uncertain()  # what was on Celery's own path is nobody's now
+            self.batcher.store.mark_uncertain()  # tasks on Celery's own path have no owner now
         else:
             self._restore()
         channel = consumer.task_consumer.channel
@@ -71,12 +71,13 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
             consumer.timer.call_repeatedly(BEAT_S, self._keep_below)
 
     def _keep_below(self) -> None:
-        """Stop as SIGTERM would where the process has grown too large; what started it starts it anew."""
+        """Stop as on SIGTERM if the process exceeds its memory limit; systemd restarts it."""
         if state.should_stop is None and self.process.ceiling.passed():
             state.should_stop = EX_GROWN
 
     def _restore(self) -> None:
-        """Put back what the previous process of this name left in flight. One elsewhere goes on: we end."""
+        """Return tasks left in flight by the previous process of this name. Exit if another one still
+        runs."""
         process, store = self.process, self.batcher.store
         try:
             wait_for_namesake(store.client, store.worker, process.domain, pause=self._pause)
@@ -99,7 +100,7 @@ class Batching(bootsteps.StartStopStep):  # type: ignore[misc]  # celery is not 
 
 
 class Mailbox(Pidbox):  # type: ignore[misc]  # celery is not annotated
-    """Where control commands arrive; they look at Celery's tables."""
+    """Receives control commands, which read Celery's tables."""
 
     def on_message(self, body: Any, message: Any) -> None:
         self.c.controller.gpuinfer.batcher.show()
@@ -107,7 +108,7 @@ class Mailbox(Pidbox):  # type: ignore[misc]  # celery is not annotated
 
 
 class Remote(Control):  # type: ignore[misc]  # celery is not annotated
-    """Remote control through our mailbox, with our way to revoke."""
+    """Remote control with our mailbox and our revoke."""
 
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
@@ -117,7 +118,7 @@ class Remote(Control):  # type: ignore[misc]  # celery is not annotated
 
 
 class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
-    """Reconnects within a moment of Redis' return; says once that it is away and once that it is back."""
+    """Reconnects soon after Redis is back; logs once that Redis is unavailable, and once that it is back."""
 
     away = False
 
@@ -129,17 +130,17 @@ class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
         )
 
     def __init__(self, *args: Any, worker_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        """Take no notice of other workers: to ask them is the admin's right, and the queue is in Redis."""
+        """Ignore other workers: only an administrator may query them, and the queue is in Redis."""
         super().__init__(*args, worker_options=dict(worker_options or {}) | _BY_ITSELF, **kwargs)
 
     @property
     def pulse(self) -> Pulse:
-        """The process's signs of life: the worker waits for Redis, and says so."""
+        """The process's heartbeat, which reports that the worker waits for Redis."""
         pulse: Pulse = self.controller.gpuinfer.pulse
         return pulse
 
     def start(self) -> None:
-        """Run until the worker ends. One that meets another format ends at once: it must write nothing."""
+        """Run until the worker stops. If Redis has another format, exit at once without writing."""
         try:
             super().start()
         except UnusableRedis as exc:
@@ -161,7 +162,7 @@ class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         self._lost(exc)
-        with suppress(Exception):  # as Celery does: the connection is broken, whatever closing it says
+        with suppress(Exception):  # as Celery does: the connection is broken anyway
             self.connection.collect(socket_timeout=COLLECT_TIMEOUT_S)
 
     def ensure_connected(self, conn: Any) -> Any:
@@ -177,7 +178,7 @@ class Consumer(stock.Consumer):  # type: ignore[misc]  # celery is not annotated
             try:
                 connected.default_channel.client.expire(PROBE, 1)
                 break
-            except ResponseError as exc:  # a replica, or a disk that is full: it takes no writes
+            except ResponseError as exc:  # a replica or a full disk: no writes possible
                 self._lost(exc)
                 time.sleep(RETRY_MAX_S)
                 self._wait()

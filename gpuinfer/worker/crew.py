@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few threads that take jobs in turn; started with the first job."""
+"""A small thread pool; its threads start with the first job."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import queue
 import threading
 from collections.abc import Callable
 
-#: Beyond this number threads only get into each other's way.
+#: Maximum number of threads; more only compete with each other.
 MOST_THREADS = 32
 
 
 def cores() -> int:
-    """Return how many threads there are cores for that this process may use; at least 1, at most 32."""
+    """Return the number of cores that this process may use, 1 to 32."""
     return min(MOST_THREADS, max(1, len(os.sched_getaffinity(0))))
 
 
 class Crew:
-    """Runs jobs on ``size`` threads. They must not raise: ``broken`` is called with what one raises."""
+    """Runs jobs on ``size`` threads. Jobs must not raise; if one does, ``broken`` gets the exception."""
 
     def __init__(self, name: str, size: int, broken: Callable[[BaseException], None]) -> None:
         self.size = size
@@ -28,7 +28,7 @@ class Crew:
         self._threads: list[threading.Thread] = []
 
     def put(self, job: Callable[[], object]) -> None:
-        """Have a job done after those before it."""
+        """Queue a job."""
         if not self._threads:
             names = (f"{self._name}-{number}" for number in range(self.size))
             self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
@@ -37,7 +37,7 @@ class Crew:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Let the threads end after what they do now; nobody waits for them: a model's code may hang."""
+        """Let the threads end after their current jobs. They are not joined, as a model's code may hang."""
         for _ in self._threads:
             self._jobs.put(None)
 
@@ -45,6 +45,6 @@ class Crew:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except BaseException as exc:  # somebody waits for this job for ever
+            except BaseException as exc:  # without this, the job's waiter would wait forever
                 self._broken(exc)
-            del job  # and what it holds, before the next one comes
+            del job  # free its data before waiting for the next job

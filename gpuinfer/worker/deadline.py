@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time limits on the solo pool: soft interrupts the inference thread, hard ends the process.
 
-A small thread watches the clock, so that the limits hold while the main thread waits for Redis.
-Should native code sit on the GIL, no Python thread runs at all; the kernel's interval timer then
-ends the process a moment after the hard limit (SIGALRM, default action).
+A small thread watches the clock, so that the limits hold while the main thread waits for Redis. If native
+code holds the GIL, no Python thread runs; then the kernel's interval timer ends the process shortly after the
+hard limit (SIGALRM, default action).
 
-An interrupt can strike between any two lines, also between taking a lock and the block that gives
-it back. So the interrupted side takes none: who is first to the gate, a lock that nobody waits for
-and nobody gives back, decides whether an interrupt is sent. One that was sent is waited for: to
-take it back with ``PyThreadState_SetAsyncExc(id, NULL)`` leaves CPython 3.11's eval breaker set.
+An interrupt can occur between any two lines, even between acquiring a lock and the block that releases it. So
+the interrupted side uses no blocking lock. Instead both sides try once to acquire a gate, a lock that is
+never released; whoever gets it decides whether an interrupt is sent. A sent interrupt is waited for, because
+cancelling it with ``PyThreadState_SetAsyncExc(id, NULL)`` leaves CPython 3.11's eval breaker set.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from gpuinfer.errors import SoftTimeLimitExceeded
 
 T = TypeVar("T")
 
-#: Seconds after the hard limit at which the kernel ends a process whose Python no longer runs.
+#: Seconds after the hard limit when the kernel kills a process in which no Python code runs.
 KERNEL_GRACE_S = 2.0
-#: Seconds the watching thread sleeps at most: it need not be woken for each block.
+#: Maximum sleep of the watching thread in seconds, so that most blocks need not wake it.
 LOOK_S = 1.0
-#: Seconds that ``on_hard`` may take.
+#: Maximum seconds for ``on_hard``.
 KERNEL_GRACE_AT_END_S = 15.0
 
 
 class _Interrupt(BaseException):
-    """Raised inside the inference thread, by the watching one, when the soft limit has passed."""
+    """Raised in the inference thread by the watching thread at the soft limit."""
 
 
 @dataclass(slots=True)
@@ -47,41 +47,41 @@ class _Watch:
     thread_id: int
     soft_at: float
     hard_at: float
-    #: Whose block it is: what ``expired`` says when its hard limit has passed.
+    #: What the block runs for: the value of ``expired`` after its hard limit.
     about: Sequence[Any] = ()
-    #: Taken once: by the block when it ends in time, or by the watcher when it interrupts it.
+    #: Acquired once: by the block when it ends in time, or by the watcher when it interrupts it.
     gate: threading.Lock = field(default_factory=threading.Lock)
     sent: bool = False
     over: bool = False
-    #: Set by the watcher: the soft limit, or both, have been dealt with.
+    #: Set by the watcher after the soft limit, and after both.
     looked_at_soft: bool = False
     looked_at_hard: bool = False
 
     @property
     def next_at(self) -> float:
-        """When the watcher must look at it again."""
+        """When the watcher must check it again."""
         if self.over or self.looked_at_hard:
             return math.inf
         return self.hard_at if self.looked_at_soft else min(self.soft_at, self.hard_at)
 
 
 class Deadline:
-    """Watches one block a thread: a forward pass, or what prepares and finishes inputs.
+    """Watches one block per thread: a forward pass, or preparing or finishing an input.
 
-    ``on_hard`` is called once, in the watching thread, when the hard limit of a block has passed, whose
-    ``about`` is then in ``expired``; it must end the process.
+    ``on_hard`` is called once, in the watching thread, at the hard limit of a block; its ``about`` is in
+    ``expired`` then. It must end the process.
     """
 
     def __init__(self, on_hard: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._on_hard = on_hard
         #: Monotonic seconds.
         self.clock = clock
-        #: Thread -> its block. Changed and copied in single operations, without a lock.
+        #: Thread -> its block. Changed and copied by atomic operations, without a lock.
         self._watches: dict[int, _Watch] = {}
         self._ending = False
-        #: What the block is about whose hard limit has passed.
+        #: ``about`` of the block that exceeded its hard limit.
         self.expired: Sequence[Any] = ()
-        #: When the watching thread looks next if nobody wakes it: most blocks are over before that.
+        #: When the watching thread checks next unless woken; most blocks end before that.
         self._looks_at = math.inf
         self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -91,8 +91,8 @@ class Deadline:
     def run(self, soft_s: float, hard_s: float, call: Callable[[], T], about: Sequence[Any] = ()) -> T:
         """Call ``call`` under the limits; return its result. Raises SoftTimeLimitExceeded.
 
-        Python code is interrupted; native code is found out when it returns. A function and no context
-        manager: an interrupt could strike in the frames that enter and leave one, outside of any ``try``.
+        Python code is interrupted; native code is checked when it returns. Not a context manager, because an
+        interrupt could occur in its entry and exit code, outside of any ``try``.
         """
         now = self.clock()
         thread = threading.get_ident()
@@ -114,7 +114,9 @@ class Deadline:
             in_time = watch.gate.acquire(blocking=False)
             while not in_time and not watch.sent:
                 time.sleep(0.001)
-            for _ in range(0 if in_time else 10):  # one that was sent strikes here, unless it was swallowed
+            for _ in range(
+                0 if in_time else 10
+            ):  # a sent interrupt is raised here, unless the model caught it
                 time.sleep(0)
         except _Interrupt:
             in_time = False
@@ -128,9 +130,9 @@ class Deadline:
         return result[0]
 
     def _arm(self, now: float) -> None:
-        """Let the kernel end the process a moment after the first of the hard limits.
+        """Set the kernel's timer to shortly after the earliest hard limit.
 
-        Two threads may do this at once, and the second undo the first: the watching thread does it again.
+        If two threads do this at once, one may overwrite the other; the watching thread sets it again.
         """
         if not self._ending:
             watches = self._watches.copy().values()
@@ -146,14 +148,15 @@ class Deadline:
     def _run(self) -> None:
         goes_on = True
         while goes_on:
-            # Said first, then looked: a block that begins in between either sees it and calls, or is seen.
+            # Set before checking: a block that starts in between either sees it and wakes this thread, or is
+            # seen.
             self._looks_at = self.clock() + LOOK_S
             self._looks_at = min(self._looks_at, self._look())
             with suppress(queue.Empty):
                 goes_on = self._calls.get(timeout=max(0.0, self._looks_at - self.clock()))
 
     def _look(self) -> float:
-        """Hold the limits of the blocks that run; return when to look at them again."""
+        """Enforce the limits of the running blocks; return when to check again."""
         watches = self._watches.copy().values()
         if not watches:
             return math.inf
@@ -171,7 +174,7 @@ class Deadline:
                 watch.sent = True
         if watch.next_at <= now:
             watch.looked_at_hard = True
-            # Ending in order may take a moment: Redis is told who the offender was.
+            # on_hard needs a moment to record the offending task in Redis.
             self._ending = True
             signal.setitimer(signal.ITIMER_REAL, KERNEL_GRACE_AT_END_S)
             self.expired = watch.about

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is told of a model's failures: the journal has the traceback, the caller what the settings allow."""
+"""Reports a model's failures: the traceback to the journal, and to callers what the settings allow."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gpuinfer.worker.task import Task
 
 log = get_logger(__name__)
 
-#: All that a caller learns with ``models.errors = "none"``.
-UNTOLD = "the model failed on this input; the worker's journal says how"
+#: Message for callers with ``models.errors = "none"``.
+UNTOLD = "the model failed on this input; see the worker's journal"
 
 
 def told(model: str, tasks: Sequence[Task], outcomes: Sequence[Any], errors: Errors) -> list[Any]:
-    """Log each failure of a model's once, with its traceback, and return what callers are told.
+    """Log each failure of a model once, with its traceback, and return the outcomes for callers.
 
-    Inputs of one batch that failed in the same way are one entry, with the ids of all their tasks.
+    Inputs of one batch that failed in the same way share one log entry with the ids of all their tasks.
     """
     alike: dict[str, tuple[InferenceError, list[str]]] = {}
     for task, outcome in zip(tasks, outcomes, strict=True):

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's signs of life: to systemd (READY, STATUS, WATCHDOG) and, for the watcher, in Redis.
+"""A worker's heartbeats: to systemd (READY, STATUS, WATCHDOG), and to Redis for the watcher.
 
-The watchdog is fed from the main thread, so a stuck event loop is found out, and only while the batch
-that runs is within its hard limit, so a stuck batch is, too; and so is a GPU that hangs when it is tried.
-A long batch that may be long is left alone. sd_notify(3) says what each message means; without systemd
-they go nowhere.
+The watchdog is fed from the main thread, and only while the running batch is within its hard limit. So
+systemd detects a stuck event loop, a stuck batch and a GPU that hangs during a probe, but leaves a long batch
+alone. See sd_notify(3) for the messages; without systemd they are dropped.
 """
 
 from __future__ import annotations
@@ -33,28 +32,28 @@ log = get_logger(__name__)
 #: Seconds between two looks at the clock, and between two reports.
 BEAT_S = 1.0
 REPORT_S = 5.0
-#: Seconds beyond its hard limit after which a batch counts as stuck: the limit itself should have ended it. A
-#: probe, which has no limit, takes a millisecond.
+#: Seconds beyond the hard limit, which should have ended it, after which a batch counts as stuck. A probe has
+#: no limit and takes a millisecond.
 STUCK_GRACE_S = 20.0
-#: What a stop may take beside the batch that runs, in seconds.
+#: Maximum seconds for a stop, in addition to the running batch.
 DRAIN_ALLOWANCE_S = 45.0
 #: How many answers the main thread may wait for in a row, each its whole timeout, when Redis is deaf: the one
 #: that tells, and those that Celery's orderly end of a connection asks for (five were seen).
 DEAF_ANSWERS = 10
 _EXTEND_EVERY_S = 10.0
-#: Characters of the reason why a model is not loaded.
+#: Maximum characters of the reason why a model is not loaded.
 MOST_REASON = 500
 
 
 def extend(notifier: SystemdNotifier, seconds: float) -> None:
-    """Ask systemd for more seconds, for a start or a stop that goes on."""
+    """Ask systemd to extend the timeout of a start or stop."""
     notifier.notify(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
 
 def keep_asking(
     notifier: SystemdNotifier, limit_s: float, wait: Callable[[float], bool], clock: Callable[[], float]
 ) -> None:
-    """Ask for more time until ``wait(seconds)`` says that it is done, or ``limit_s`` seconds are over."""
+    """Extend the timeout until ``wait(seconds)`` returns True, or for ``limit_s`` seconds."""
     deadline = clock() + limit_s
     while clock() < deadline:
         extend(notifier, 3 * _EXTEND_EVERY_S)
@@ -64,7 +63,7 @@ def keep_asking(
 
 @contextmanager
 def starting(limit_s: float, what: str) -> Iterator[None]:
-    """Keep systemd waiting while models load, up to ``limit_s`` seconds."""
+    """Extend systemd's start timeout while models load, up to ``limit_s`` seconds."""
     notifier, done = SystemdNotifier(), threading.Event()
     notifier.notify(f"STATUS=loading {what}")
     arguments = notifier, limit_s, done.wait, time.monotonic
@@ -78,7 +77,7 @@ def starting(limit_s: float, what: str) -> Iterator[None]:
 
 
 class Pulse:
-    """Beats for one worker process. All calls come from the main thread."""
+    """Heartbeats of one worker process. Call it only from the main thread."""
 
     def __init__(
         self,
@@ -99,17 +98,17 @@ class Pulse:
         self._name = name
         self._gpu = gpu
         self._domain = domain
-        #: What becomes the default model where there is none; None: the first model, "": none does.
+        #: The default model to set if the fleet has none; None: the first model, "": do not set one.
         self._default = default
-        #: What else a heartbeat tells (``vitals.Vitals``).
+        #: Further fields of a heartbeat (``vitals.Vitals``).
         self._vitals = vitals
-        #: Models of its settings that are not loaded -> why.
+        #: Model of its settings that failed to load -> reason.
         self._missing = {name: reason[:MOST_REASON] for name, reason in (missing or {}).items()}
         self._notifier = notifier or SystemdNotifier()
         self._clock = clock
         watchdog_s = int(environ.get("WATCHDOG_USEC") or 0) / 1e6
         self._feed_every_s = watchdog_s / 4
-        #: What the watchdog must allow; 0 where what the unit says is enough.
+        #: Watchdog timeout needed, in seconds; 0: the unit's is enough.
         self._watchdog_s = DEAF_ANSWERS * redis_timeout_s if watchdog_s else 0.0
         self._watchdog_s = self._watchdog_s if self._watchdog_s > watchdog_s else 0.0
         self._fed_at = self._told_at = clock()
@@ -121,17 +120,17 @@ class Pulse:
     # -- what happens ---------------------------------------------------------------------
 
     def ready(self) -> None:
-        """Tell systemd once that the models are loaded and warm."""
+        """Report once to systemd that the models are loaded and warmed up."""
         if not self._ready:
             self._notifier.notify("READY=1")
             self._ready = True
-            if self._watchdog_s:  # a deaf Redis is no hung worker
+            if self._watchdog_s:  # a worker waiting for Redis is not hung
                 self._notifier.notify(f"WATCHDOG_USEC={int(self._watchdog_s * 1e6)}")
             if not self._away:
                 self._report()
 
     def lost(self) -> None:
-        """Redis is away: the worker is up, and waits."""
+        """Redis is unavailable; the worker waits."""
         self._away = True
         self.ready()
         self._say(f"{self._what()}: waiting for Redis")
@@ -141,11 +140,13 @@ class Pulse:
         self._away = False
 
     def beat(self) -> None:
-        """Feed the watchdog where work goes on; every few seconds, report."""
+        """Feed the watchdog unless stuck; report every few seconds."""
         now = self._clock()
         stuck = self.stuck(now)
         if stuck and not self._stuck:
-            hint = "systemd's watchdog ends it, and its tasks are put back; run gpuinfer doctor"
+            hint = (
+                "systemd's watchdog will kill it, and its tasks return to their queues; run gpuinfer doctor"
+            )
             running = self._batcher.engine.current
             log.critical(
                 "worker_stuck",
@@ -162,7 +163,7 @@ class Pulse:
             self._report()
 
     def stuck(self, now: float) -> bool:
-        """Tell whether what runs has made no progress for too long: a batch by its hard limit, or a probe."""
+        """Whether the running batch (by its hard limit) or probe has made no progress for too long."""
         engine = self._batcher.engine
         batch = engine.current
         if batch is None and not engine.probing:
@@ -172,15 +173,15 @@ class Pulse:
 
     def _stands(self, now: float) -> str:
         engine = self._batcher.engine
-        what = "its GPU, tried while idle, has not answered"
+        what = "a probe of the idle GPU has not returned"
         if not engine.probing and (batch := engine.current) is not None:
-            what = f"a batch of {batch.model} (hard limit {batch.hard_limit_s:g} s) has not moved"
+            what = f"a batch of {batch.model} (hard limit {batch.hard_limit_s:g} s) has made no progress"
         return f"{what} for {now - engine.moved_at:.0f} s"
 
     def stopping(self) -> None:
-        """Tell systemd that the worker drains, and how long the batch that runs may take."""
+        """Report to systemd that the worker drains, and how long its batches may take."""
         batch = self._batcher.engine.current
-        rest = f"finishing a batch of {batch.size}" if batch is not None else "handing tasks back"
+        rest = f"finishing a batch of {batch.size}" if batch is not None else "returning tasks"
         self._notifier.notify(f"STOPPING=1\nSTATUS={self._what()}: {rest}")
         left_s = sum(one.hard_limit_s for one in self._batcher.engine.batches)  # each takes its time
         extend(self._notifier, left_s + DRAIN_ALLOWANCE_S)
@@ -188,15 +189,15 @@ class Pulse:
             self._write("draining", 0.0)
 
     def gone(self) -> None:
-        """Leave the fleet: the worker has drained."""
+        """Delete the heartbeat: the worker has drained."""
         if self._away or not self._batcher.store.begun:
             return
         try:
             self._batcher.store.leave()
         except (redis.RedisError, OSError):
-            return  # it grows old
+            return  # the heartbeat expires by itself
 
-    # -- telling --------------------------------------------------------------------------
+    # -- reporting ------------------------------------------------------------------------
 
     def _report(self) -> None:
         now, done = self._clock(), self._batcher.done
@@ -218,7 +219,7 @@ class Pulse:
             self._say(f"{self._what()}: {done:,} done, {rate:,.0f}/s, {waiting:,} waiting")
 
     def _is_drained(self) -> bool:
-        """Tell whether it is drained; it is not as long as Redis does not say so."""
+        """Whether it is drained; False if Redis does not answer."""
         try:
             return self._batcher.store.begun and self._batcher.store.is_drained()
         except (redis.RedisError, OSError):
@@ -234,9 +235,9 @@ class Pulse:
             self._status = status
 
     def _write(self, state: str, rate: float) -> int | None:
-        """Write the heartbeat; return how many tasks wait, None when Redis does not answer.
+        """Write the heartbeat; return the number of waiting tasks, or None if Redis does not answer.
 
-        Not before this process has begun an epoch: until then the name may be another one's.
+        Not before this process has begun an epoch: until then another process may own the name.
         """
         store = self._batcher.store
         if not store.begun:
@@ -244,14 +245,14 @@ class Pulse:
         try:
             default = store.models[0] if self._default is None else self._default
             waiting = store.register(orjson.dumps(self._body(state, rate)), default=default)
-        except redis.ResponseError as exc:  # of no connection: this worker works on, and is taken for dead
+        except redis.ResponseError as exc:  # refused: the worker continues, but counts as dead
             if str(exc) != self._refused:
-                hint = "the fleet takes this worker for dead; see gpuinfer doctor redis"
+                hint = "without heartbeats this worker counts as dead; run gpuinfer doctor redis"
                 log.error("heartbeat_refused", worker=self._name, reason=str(exc), hint=hint)
             self._refused = str(exc)
             return None
         except (redis.RedisError, OSError):
-            return None  # the connection says so, once
+            return None  # the consumer logs that once
         self._refused = ""
         return waiting
 

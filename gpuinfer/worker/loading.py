@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load the models that a worker serves. One that cannot be loaded does not stop the others."""
+"""Loads a worker's models. A model that fails to load does not stop the others."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-_HINT = "tasks for it wait for another worker; fix it, then restart this worker"
+_HINT = "tasks for it wait for another worker; fix the model, then restart this worker"
 
 
 @dataclass(frozen=True)
 class Served:
-    """What a worker serves, and what it does not though its settings name it."""
+    """The models of a worker: loaded, and failed to load."""
 
-    #: Name -> the model, and its largest batch that fits the device.
+    #: Name -> model, and its largest batch that fits the device.
     models: dict[str, tuple[LoadedModel, int]]
-    #: Name -> why it is not served.
+    #: Name -> reason why it failed to load.
     missing: dict[str, GpuinferError]
 
 
 def load_models(settings: Settings, device: str) -> Served:
     """Load and warm up the models of ``worker.models``.
 
-    Raises DeviceError when the device itself fails, and the first model's error when none can be loaded.
+    Raises DeviceError if the device itself fails, and the first model's error if none can be loaded.
     """
-    from gpuinfer.models.device import try_device  # torch is imported here, once the device is bound
+    from gpuinfer.models.device import try_device  # imports torch, after the device is bound
 
     if device != "cpu":
-        try_device(device)  # with the driver's words, before a model has any part in it
-    words.adopt()  # what models print goes to the log, from their import on
+        try_device(device)  # so that errors of the device are not blamed on a model
+    words.adopt()  # from here on, log what models print
     served = Served({}, {})
     for name in settings.worker.models:
         try:
@@ -80,14 +80,14 @@ def _load(settings: Settings, name: str, device: str) -> tuple[LoadedModel, int]
 
 
 def _plain(exc: Exception, name: str) -> GpuinferError:
-    """Return an error as ours, without its trace-back: that holds what was loaded, and so its memory."""
+    """Return a GpuinferError without the traceback, which would keep the loaded model in memory."""
     error = exc if isinstance(exc, GpuinferError) else ModelLoadError(f"{type(exc).__name__}: {exc}", name)
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
 
 def _free(device: str) -> None:
-    """Give back the memory of a model that is not kept."""
+    """Free the memory of a model that failed to load."""
     gc.collect()
     if device != "cpu":
         import torch

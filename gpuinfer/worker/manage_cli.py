@@ -35,11 +35,11 @@ def _connected(loaded: Loaded) -> Iterator[redis.Redis]:
 
 
 def _worker(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names of workers: a number is this host's. Raises BadParameter."""
+    """Return names of workers; a number means this host's. Raises BadParameter."""
     found = tuple(f"gpu{text}@{socket.gethostname()}" if text.isdecimal() else text for text in texts)
     for name in found:
         if not _NAME.fullmatch(name):
-            words = f"must be a number, or a name such as gpu0@host-1; got {name}"
+            words = f"must be a number or a name such as gpu0@host-1, got {name}"
             raise click.BadParameter(words, param=parameter)
     return found
 
@@ -60,7 +60,7 @@ _workers = click.argument(
 def list_(loaded: Loaded, as_json: bool) -> None:
     """List the workers of the fleet with state, models and rate.
 
-    A worker without a heartbeat for 10 s is silent. Exit code 0, also when there is no worker.
+    A worker without a heartbeat for 10 s is silent. Exit code 0, even if there are no workers.
     """
     from gpuinfer.queue import drained, heartbeats
 
@@ -76,7 +76,9 @@ def list_(loaded: Loaded, as_json: bool) -> None:
     elif found:
         print_table(("worker", "state", "models", "queues", "tasks/s", "done", "seen"), map(_row, found))
     else:
-        click.echo("no worker runs; the watcher starts one when tasks wait (gpuinfer watcher explain)")
+        click.echo(
+            "no worker is running; the watcher starts one when tasks wait (see gpuinfer watcher explain)"
+        )
 
 
 def _row(one: dict[str, Any]) -> tuple[str, ...]:
@@ -92,28 +94,29 @@ def _row(one: dict[str, Any]) -> tuple[str, ...]:
 
 @click.command(epilog=examples("gpuinfer worker drain 0", "gpuinfer worker drain gpu3@host-2 --json"))
 @_workers
-@click.option("--wait/--no-wait", help="Return when they have finished. Default: at once.")
+@click.option("--wait/--no-wait", help="Return when they have finished, or at once. Default: --no-wait.")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0),
     default=600.0,
     metavar="SECONDS",
-    help="Longest wait. Default: 600.",
+    help="Maximum wait with --wait. Default: 600.",
 )
 @as_json_option
 @click.pass_obj
 def drain(loaded: Loaded, workers: tuple[str, ...], wait: bool, timeout: float, as_json: bool) -> int:
     """Let workers finish their tasks and take no new ones.
 
-    N is the number of a worker of this host, or the name of any worker. It stays loaded, and drained until it
-    is resumed, also after a restart. Exit code 66: there is no such worker. 75: --timeout was over first.
+    N is the number of a worker of this host, or the name of any worker. It keeps its models loaded, and stays
+    drained until resumed, even after a restart. Exit code 66: there is no such worker. 75: it did not finish
+    within --timeout.
     """
     _set(loaded, workers, as_json, drained=True)
     return _finish(loaded, workers, timeout) if wait else 0
 
 
 def _finish(loaded: Loaded, workers: tuple[str, ...], timeout_s: float) -> int:
-    """Wait until these workers say that they have finished; return the exit code."""
+    """Wait until these workers report that they have finished; return the exit code."""
     import time
 
     from gpuinfer.errors import WaitTimeout
@@ -129,7 +132,7 @@ def _finish(loaded: Loaded, workers: tuple[str, ...], timeout_s: float) -> int:
                 return 0
             if time.monotonic() >= until:
                 raise WaitTimeout(
-                    f"{', '.join(busy)} have not finished in {timeout_s:g} s; they are still draining"
+                    f"{', '.join(busy)} did not finish within {timeout_s:g} s; they are still draining"
                 )
             time.sleep(0.5)
 
@@ -154,7 +157,7 @@ def _set(loaded: Loaded, workers: tuple[str, ...], as_json: bool, *, drained: bo
         for name in workers:
             if name not in known:
                 raise UnknownWorker(
-                    f"no worker {name} is known; known: {', '.join(known) or 'none'}", "worker"
+                    f"there is no worker {name}; the workers are: {', '.join(known) or 'none'}", "worker"
                 )
         changed = {name: draining.set_drained(client, name, drained) for name in workers}
     if as_json:
@@ -162,7 +165,7 @@ def _set(loaded: Loaded, workers: tuple[str, ...], as_json: bool, *, drained: bo
         return
     for name, new in changed.items():
         if drained:
-            said = "takes nothing new until it is resumed" if new else "was drained already"
+            said = "takes no new tasks until resumed" if new else "was already drained"
         else:
             said = "takes tasks again" if new else "was not drained"
         click.echo(f"{name}: {said}")
@@ -175,7 +178,7 @@ def _set(loaded: Loaded, workers: tuple[str, ...], as_json: bool, *, drained: bo
 def restart(loaded: Loaded, workers: tuple[str, ...], as_json: bool) -> int:
     """Restart workers of this host, one after the other.
 
-    Each finishes its batch, hands back its other tasks, and is ready again before the next one stops. A
+    Each worker finishes its batch and returns its other tasks; the next one stops when it is ready again. A
     drained one stays drained. A worker that has failed, or that is enabled and does not run, is started. Exit
     code 64: the worker is on another host. 66: one neither runs nor is enabled, so nothing is restarted. 69:
     there is no systemd, or the unit did not start. 77: you may not restart units.
@@ -190,7 +193,9 @@ def restart(loaded: Loaded, workers: tuple[str, ...], as_json: bool) -> int:
             )
         units[name] = f"gpuinfer-worker@{number}.service"
     if shutil.which("systemctl") is None:
-        raise UnitsUnavailable("there is no systemctl here; stop the worker with SIGTERM, and start it again")
+        raise UnitsUnavailable(
+            "systemctl is not installed here; stop the worker with SIGTERM and start it again"
+        )
     ran = {name: _runs(name, unit) for name, unit in units.items()}
     for name, unit in units.items():
         _systemctl("restart", unit)

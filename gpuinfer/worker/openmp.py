@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How torch's threads on the CPU behave; to be said before torch is imported.
+"""Configures torch's CPU threads; call it before torch is imported.
 
-``torch.set_num_threads`` holds for the thread that calls it: the matrix products of another one, such as the
-one in which batches run, take as many threads as OpenMP is told of in the environment.
+``torch.set_num_threads`` only affects the calling thread. Matrix products in other threads, such as the one
+that runs batches, use the number of threads that the environment gives to OpenMP.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import MutableMapping
 
 
 def bind_threads(threads: int, environ: MutableMapping[str, str]) -> None:
-    """Let all threads of the process use ``threads`` for one operation (0: as many as there are cores).
+    """Use ``threads`` threads per operation (0: one per core) in all threads of the process.
 
-    Threads that have nothing to do sleep, unless the environment says otherwise: by OpenMP's own default
-    they spin for a while after each operation, on cores that Redis, the front and the worker itself need.
+    Idle threads sleep, unless the environment says otherwise. By default OpenMP's threads spin for a while
+    after each operation, on cores that Redis, the API and the worker need.
     """
     if threads:
         environ["OMP_NUM_THREADS"] = str(threads)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When to claim behind a long batch: late enough for other workers, and early enough to be ready.
+"""Decides when to claim the next batch during a long one: late, for other workers, but early enough to prepare it.
 
-What is claimed is held for AHEAD_MOST_S at most before the device should take it; where the batch that runs
-takes longer than usual, what was handed over behind it is put back.
+Claimed tasks should wait at most AHEAD_MOST_S for the device. If the running batch takes longer than usual, the
+batch behind it is returned to the queue.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import threading
 
 from gpuinfer.worker.engine import Engine
 
-#: While a batch runs that takes longer, nothing is claimed: another worker may be idle before it ends.
+#: During a batch that takes longer than this, nothing is claimed, as another worker may become idle earlier.
 LONG_BATCH_S = 0.02
-#: Seconds before the expected end of a batch at which the next is claimed at the earliest: what a worker
-#: holds another one that is idle cannot run.
+#: Maximum seconds before the expected end of a batch to claim the next one: an idle worker cannot run tasks
+#: that another holds.
 AHEAD_MOST_S = 0.05
-#: Seconds that a claim takes with its record, and by how much threads fall short of preparing side by side.
+#: Seconds for a claim with its record, and the factor for threads that do not prepare fully in parallel.
 CLAIM_S, SHARE = 0.005, 1.3
 
 
@@ -35,14 +35,14 @@ class Pace:
         self.usual_s[model] = usual + (seconds - usual) / 4
 
     def long(self) -> bool:
-        """Tell whether the batch that runs takes so long that nothing should be held behind it."""
+        """Whether the running batch takes so long that no batch should be held behind it."""
         if self._engine.current is None:
             return False
         usual = self._usual()
         return usual is None or usual > LONG_BATCH_S or self._engine.running_s > LONG_BATCH_S
 
     def due(self) -> bool:
-        """Tell whether the next batch should be claimed now, to be prepared when the device is free."""
+        """Whether the next batch should be claimed now, to be prepared when the device is free."""
         left = self._left()
         return left is not None and -AHEAD_MOST_S <= left <= self._needed()
 
@@ -52,9 +52,9 @@ class Pace:
         return left is not None and left < -AHEAD_MOST_S
 
     def watch(self) -> None:
-        """Have the worker woken when the next batch is due. To be called again when it was woken too early.
+        """Wake the worker when the next batch is due. Call it again if that was too early.
 
-        That is so where the device has waited for the inputs of the batch that runs.
+        That happens if the device had to wait for the inputs of the running batch.
         """
         self.close()
         usual = self._usual()
@@ -67,18 +67,18 @@ class Pace:
             self._alarm.start()
 
     def close(self) -> None:
-        """Wake nobody any more."""
+        """Cancel the wake-up."""
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
 
     def _left(self) -> float | None:
-        """Return the seconds until the batch that runs should end; None where that is not known."""
+        """Return the estimated seconds until the running batch ends; None if unknown."""
         usual = self._usual()
         return None if usual is None else usual - self._engine.running_s
 
     def _usual(self) -> float | None:
-        """Return the seconds that the batch that runs should take; None where that is not known."""
+        """Return the estimated seconds of the running batch; None if unknown."""
         batch = self._engine.current
         return None if batch is None else self.usual_s.get(batch.model)
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Celery's commands ``revoke`` and ``terminate``, as our cancel: what Flower and ``celery control`` send.
+"""Celery's commands ``revoke`` and ``terminate`` (from Flower, ``celery control``), implemented as our
+cancel.
 
-Celery's own would read a task's state, and write its end in a second step, over one that another worker has
-written in between; and a task that runs would be left to a pool of processes, which there is not. Every
-worker hears a command: the first one ends the task, the others find it ended.
+Celery's own commands read a task's state and write its end in two steps, which could overwrite an end written
+in between; and for a running task they rely on a process pool. Every worker receives a command: the first one
+ends the task, the others find it ended.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from gpuinfer.settings import QueueSettings
 
 log = get_logger(__name__)
 
-#: How many bytes of a state are looked at to tell how its task is.
+#: Bytes of a state to read for its status.
 _HEAD_BYTES = 31
 
 
 def register() -> None:
-    """Put these two in the place of Celery's."""
+    """Replace Celery's two commands."""
     control_command(name="revoke", variadic="task_id", signature="[id1 [id2 [... [idN]]]]")(revoke)
     control_command(
         name="terminate",
@@ -41,7 +42,7 @@ def register() -> None:
 
 
 def revoke(panel: Any, task_id: Any, terminate: bool = False, **_: Any) -> dict[str, str]:
-    """End tasks that wait as revoked; with terminate those that run, too, whose results are dropped."""
+    """Revoke waiting tasks; with terminate also running ones, whose results are dropped."""
     ids = [str(one) for one in maybe_list(task_id) or ()]
     batcher = panel.consumer.controller.gpuinfer.batcher
     store = batcher.store
@@ -51,31 +52,31 @@ def revoke(panel: Any, task_id: Any, terminate: bool = False, **_: Any) -> dict[
     except (redis.RedisError, OSError, InputError) as exc:
         log.warning("not_revoked", task_ids=ids, reason=str(exc))
         return {"error": f"not revoked: {exc}"}
-    # Also ends what a worker holds already, and is seen by `celery inspect revoked`. An id stays there for
-    # hours: not that of a task that goes on, or may be sent again under it.
+    # Also ends tasks that a worker holds, and shows them in `celery inspect revoked`. An id stays there for
+    # hours, so not that of a task that continues or may be retried.
     flagged = [one for one in ids if one not in left]
     state.revoked.update(flagged)
-    # Whichever worker has ended them; the result of a task whose end is not written must not be dropped.
+    # Only ids whose end is written, by any worker: the result of another task must not be dropped.
     batcher.cancelled(over)
     if ended:
         log.info("revoked", task_ids=ended)
     said = [f"tasks {', '.join(flagged)} flagged as revoked"] if flagged else []
-    said += [f"tasks {', '.join(left)} left as they are: they run, or have ended"] if left else []
+    said += [f"tasks {', '.join(left)} not revoked: they are running or have ended"] if left else []
     return {"ok": "; ".join(said)}
 
 
 def terminate(panel: Any, signal: str, task_id: Any, **_: Any) -> dict[str, str]:
-    """End tasks whether they run or wait. No signal is sent: a batch has other tasks in it."""
+    """Cancel waiting and running tasks. No signal is sent, as other tasks share the batch."""
     return revoke(panel, task_id, terminate=True)
 
 
 def cancel(
     client: redis.Redis, ids: Sequence[str], settings: QueueSettings, *, running: bool
 ) -> tuple[list[str], list[str]]:
-    """End tasks that have not ended; those that run only if ``running``.
+    """Cancel tasks that have not ended; running ones only if ``running``.
 
-    Returns the ids of those it ended, and of those that it left: they run, have completed or have failed.
-    Raises InputError for what is no id, redis-py's errors.
+    Returns the ids that were cancelled, and those that were not (running, completed or failed). Raises
+    InputError for an invalid id, and redis-py's errors.
     """
     origin, script = Origin(), bind(client, "cancel")
     ended, left = [], []
@@ -91,6 +92,6 @@ def cancel(
 
 
 def _stands(client: redis.Redis, key: str, *statuses: bytes) -> bool:
-    """Tell whether a task's state is one of these."""
+    """Whether a task's status is one of these."""
     head = client.getrange(key, 0, _HEAD_BYTES)
     return any(b'"%b"' % status in head for status in statuses)

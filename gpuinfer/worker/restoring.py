@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting back by hand, or for systemd, what a worker that is gone has left in flight."""
+"""Returns tasks that a stopped worker left in flight; run by hand or by systemd."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from gpuinfer.settings import Settings
 
 
 def put_back(settings: Settings, worker: str, *, force: bool = False) -> Restored:
-    """Put back what ``worker`` (``gpu0@host``) has in flight.
+    """Return tasks in flight at ``worker`` (``gpu0@host``) to their queues.
 
-    Raises WorkerRunning when it runs on this host, or, without ``force``, when it may run on another one;
+    Raises WorkerRunning if it runs on this host or, without ``force``, may run on another one;
     BrokerUnavailable, ConfigError.
     """
     host = socket.gethostname()
@@ -37,10 +37,10 @@ def put_back(settings: Settings, worker: str, *, force: bool = False) -> Restore
 
 
 def _of_this_host(client: redis.Redis, store: Store, settings: Settings, *, force: bool) -> Restored:
-    """Put back with the lock held, so that the worker cannot start meanwhile."""
+    """Restore with the lock held, so that the worker cannot start meanwhile."""
     run_dir = settings.worker.run_dir
     with stopped(run_dir, store.worker):
-        if not force:  # another host of this name, or another container, goes on with what it runs
+        if not force:  # another host or container with this name may still run its tasks
             wait_for_namesake(client, store.worker, domain(run_dir), pause=time.sleep)
         return store.restore()
 
@@ -51,9 +51,9 @@ def _refuse_if_it_may_run(client: redis.Redis, worker: str, reap_after_s: float)
         return
     seen = f"{worker} was seen {ago(found.silent_s)} ago"
     if not found.silent:
-        raise WorkerRunning(f"{seen}: it runs; stop it there, or take its tasks away from it with --force")
+        raise WorkerRunning(f"{seen} and is running; stop it there, or take away its tasks with --force")
     if found.silent_s < reap_after_s:
         raise WorkerRunning(
-            f"{seen}, and may come back; after {ago(reap_after_s)} a watcher puts its tasks back, "
-            "at once --force does"
+            f"{seen} and may come back; a watcher returns its tasks after {ago(reap_after_s)}, "
+            "--force does so at once"
         )

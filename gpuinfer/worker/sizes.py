@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large a batch of each model may be: smaller after one that did not fit, then slowly larger. Pure."""
+"""Adapts each model's maximum batch size: smaller after one that did not fit, then slowly larger. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from gpuinfer.log import get_logger
 
 log = get_logger(__name__)
 
-#: Full passes before a size that has never failed is doubled.
+#: Full passes before a size that never failed is doubled.
 TRIED_AFTER = 4
-#: Full passes before a size that has failed grows by a quarter; twice as many after each further failure.
+#: Full passes before a size that failed grows by a quarter; doubled after each further failure.
 GROWS_AFTER, GROWS_AFTER_MOST = 64, 4096
 
 
@@ -29,8 +29,8 @@ class _Size:
 class Sizes:
     """Each model's largest batch.
 
-    ``fits`` is what a warm-up has found, ``most`` what the model's manifest and the settings allow. A size of
-    1 says that the warm-up had nothing to try: it is doubled until a batch does not fit.
+    ``fits``: sizes found by the warm-up; ``most``: limits of manifest and settings. A size of 1 means that
+    the warm-up had no example; it is doubled until a batch does not fit.
     """
 
     def __init__(self, fits: Mapping[str, int], most: Mapping[str, int] | None = None) -> None:

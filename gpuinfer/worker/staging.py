@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch of arrays on its way to the device, as a whole, while the batch before it runs.
+"""Prepares a whole batch of arrays for the device while the previous batch runs.
 
-Arrays and lists are decoded and stacked together, which is far faster than one by one; on a GPU their copy
-begins as well. A thread before the device does it, or the device's own where that is free sooner.
+Arrays and lists are decoded and stacked together, which is much faster than one by one; for a GPU the copy is
+started, too. A preparing thread does it, or the device thread if that is free earlier.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpuinfer.models.blame import described
 from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.worker.buffer import Batch
 
-#: Seconds of work below which handing it to another thread costs about as much as it saves.
+#: Below this many seconds of work, another thread costs about as much as it saves.
 WORTH_A_THREAD_S = 0.0002
 
 
@@ -27,7 +27,7 @@ def values_of(batch: Batch) -> list[Any]:
 
 
 def each(call: Callable[[Sequence[Any]], Sequence[Any]], values: Sequence[Any]) -> list[Any]:
-    """Call for all values at once; if that fails, for each by itself, so that only the culprit fails."""
+    """Call with all values at once; if that fails, with each one, so that only the faulty one fails."""
     try:
         return list(call(values)) if values else []
     except Exception as exc:
@@ -37,30 +37,30 @@ def each(call: Callable[[Sequence[Any]], Sequence[Any]], values: Sequence[Any]) 
 
 
 class Usual:
-    """What a step usually takes for one item of a model: a moving average. For any thread."""
+    """Moving average of the seconds of a step per item, by model. Thread-safe."""
 
     def __init__(self) -> None:
         self._item_s: dict[str, float] = {}
 
     def note(self, model: str, size: int, seconds: float) -> None:
-        """A step of ``size`` items has taken so long."""
+        """Record that a step of ``size`` items took ``seconds``."""
         took = seconds / max(1, size)
         usual = self._item_s.get(model, took)
         self._item_s[model] = usual + (took - usual) / 4
 
     def seconds(self, model: str, size: int) -> float:
-        """Return the seconds that a step of ``size`` items should take; 0 where none is known."""
+        """Return the estimated seconds for a step of ``size`` items; 0 if unknown."""
         return size * self._item_s.get(model, 0.0)
 
 
 class Stager:
-    """Decodes batches and brings them towards their model's device."""
+    """Decodes batches and starts their copy to the device."""
 
     def __init__(self) -> None:
         self.usual = Usual()
 
     def bring(self, model: LoadedModel, batch: Batch) -> Sequence[Any]:
-        """Return an item or an error for each input; items are staged where all are good."""
+        """Return an item or an error for each input; if all are valid, the items are staged."""
         began = time.monotonic()
         values = values_of(batch)
         items: Sequence[Any] = each(model.prepare, values)
@@ -71,7 +71,7 @@ class Stager:
 
 
 class Staging:
-    """One batch that is staged ahead, once: by the thread that is first."""
+    """One batch to stage ahead, by whichever thread is first."""
 
     def __init__(self, bring: Callable[[], Sequence[Any]]) -> None:
         self._bring: Callable[[], Sequence[Any]] | None = bring
@@ -82,7 +82,7 @@ class Staging:
         self._begun = self._left = False
 
     def work(self) -> None:
-        """Stage the batch, in a thread before the device; nothing where the device was first."""
+        """Stage the batch in a preparing thread, unless the device thread was first."""
         bring = self._bring
         if bring is None or not self._gate.acquire(blocking=False):
             return
@@ -96,9 +96,9 @@ class Staging:
         self._over.set()
 
     def take(self) -> Sequence[Any] | None:
-        """Wait for the items, in the device's thread. None where nobody has begun: nobody will.
+        """Wait for the items, in the device thread. None: no thread has started, and none will.
 
-        Raises what decoding or staging has raised.
+        Raises the error of decoding or staging.
         """
         if self._gate.acquire(blocking=False):
             self._bring = None
@@ -110,12 +110,12 @@ class Staging:
         return items
 
     def leave(self) -> None:
-        """The batch was withdrawn: stage it no more, and let go of what is staged."""
+        """Cancel staging of a withdrawn batch, and free its items."""
         self._left = True
         if self._gate.acquire(blocking=False) or self._over.is_set():
             self._bring = self._items = None
 
     @property
     def busy(self) -> bool:
-        """True while a thread stages it: that may end the process."""
+        """Whether a thread is staging it (a crash there is charged to the batch)."""
         return self._begun and not self._over.is_set()

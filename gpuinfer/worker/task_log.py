@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker's log tells of tasks: each line names them, so that one task's story can be asked for.
+"""A worker's log lines about tasks. They contain task ids, so that ``gpuinfer logs`` can show one task's log.
 
-At info a batch is one line, ``batch_done``, with the ids of all its tasks; a batch that takes its
-time says so once, ``batch_running``. That is so up to ``log.named_tasks`` tasks a second. Above, each model
-has one line a second, ``batches_done``; tasks that failed, were retried, came again or were slow are named at
-any rate: each in a line of its own, or many of one batch that share a fate in one line.
+At info each batch has one line, ``batch_done``, with the ids of its tasks; a long batch also has one line
+``batch_running``. Above ``log.named_tasks`` tasks per second, each model has one line per second,
+``batches_done``, without ids. Tasks that failed, were retried, redelivered or slow are always named, each in
+its own line, or many of one batch with the same outcome in one line.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ log = get_logger(__name__)
 
 Level = Literal["info", "warning"]
 
-#: Seconds over which the rate of tasks is averaged: a batch of hundreds in a quiet hour names them all.
+#: Averaging time of the task rate in seconds, so that a single large batch is still named.
 RATE_S = 10.0
-#: Seconds that one summary covers.
+#: Seconds per summary line.
 SUMMARY_S = 1.0
-#: The most tasks with the same end that have a line each; more are one line, which names all.
+#: Maximum tasks with the same outcome that get a line each; more share one line.
 ONE_BY_ONE = 3
 
 
 class Rate:
-    """Tasks a second, an exponential average; capped, so that it is low again soon after a burst."""
+    """Tasks per second, as an exponential average; capped, so that it falls quickly after a burst."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
@@ -48,11 +48,11 @@ class Rate:
         return self._rate * math.exp(-(now - self._at) / RATE_S)
 
     def fits(self, tasks: int, now: float) -> bool:
-        """Tell whether ``tasks`` more stay within the limit. ``now`` is in seconds."""
+        """Whether ``tasks`` more stay within the limit. ``now`` is in seconds."""
         return self._decayed(now) + tasks / RATE_S <= self._limit
 
     def add(self, tasks: int, now: float) -> bool:
-        """Count tasks, and tell whether they stay within the limit."""
+        """Count tasks; return whether they stay within the limit."""
         rate = self._decayed(now) + tasks / RATE_S
         self._rate, self._at = min(rate, 2 * self._limit), now
         return rate <= self._limit
@@ -60,7 +60,7 @@ class Rate:
 
 @dataclass(slots=True)
 class _Summary:
-    """The batches of one model that no line has named."""
+    """The batches of one model that were not logged individually."""
 
     since: float
     queues: set[str] = field(default_factory=set)
@@ -74,16 +74,16 @@ class _Summary:
 
 @dataclass(slots=True)
 class _Fate:
-    """Tasks of which the same is told."""
+    """Tasks with the same outcome, logged together."""
 
     level: Level
     fields: dict[str, Any]
-    #: Ids with the reason of each.
+    #: Id -> reason.
     tasks: list[tuple[str, str]] = field(default_factory=list)
 
 
 class TaskLog:
-    """The lines of one worker about its tasks. ``tick`` is to be called a few times a second."""
+    """The task log of one worker. Call ``tick`` a few times a second."""
 
     def __init__(self, settings: LogSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -95,12 +95,12 @@ class TaskLog:
     # -- batches --------------------------------------------------------------------------
 
     def batch_running(self, batch: Batch, device: str) -> None:
-        """A batch takes its time."""
+        """Log that a batch takes long."""
         if self._rate.fits(len(batch.parts), self._clock()):
             log.info("batch_running", **_batch(batch), device=device)
 
     def batch_done(self, done: Done, device: str) -> None:
-        """A batch has run, and its ends are written or wait to be."""
+        """Log a finished batch."""
         self.tell()
         failed = sum(isinstance(outcome, Exception) for outcome in done.outcomes)
         if failed and any(isinstance(outcome, RunAlone) for outcome in done.outcomes):
@@ -115,13 +115,13 @@ class TaskLog:
         self.tick(device)
 
     def _too_slow(self, batch: Batch) -> None:
-        reason = f"it passed its soft time limit of {batch.soft_limit_s:g} s as a whole"
+        reason = f"the batch exceeded its soft time limit of {batch.soft_limit_s:g} s"
         hint = "each task runs again, alone" if batch.shared else "it runs again, in smaller slices"
         fields = _batch(batch) | {"limit_s": batch.soft_limit_s}
         log.warning("batch_too_slow", **fields, reason=reason, hint=hint)
 
     def _name_odd(self, done: Done, failed: int, device: str) -> None:
-        """Name those of a batch that came again, were retried or slow; what has failed has been named."""
+        """Log tasks of a batch that were redelivered, retried or slow; failed ones are logged already."""
         slow = done.seconds >= self._slow_s
         odd = [
             task.id
@@ -145,7 +145,7 @@ class TaskLog:
         total.longest_s = max(total.longest_s, done.seconds)
 
     def tick(self, device: str, *, last: bool = False) -> None:
-        """Write the summaries that are a second old; the ``last`` time, all of them."""
+        """Write summaries that are a second old; with ``last``, all."""
         now = self._clock()
         for model, total in list(self._summaries.items()):
             if last or now - total.since >= SUMMARY_S:
@@ -163,34 +163,34 @@ class TaskLog:
                     device=device,
                 )
 
-    # -- single tasks, told together where many share a fate ------------------------------
+    # -- single tasks, grouped if many have the same outcome ------------------------------
 
     def task_refused(self, claimed: Claimed, task_id: str, error: GpuinferError) -> None:
-        """A message cannot be run as it is."""
+        """Log a message that cannot be run."""
         fields = {"queue": place_of(claimed.list_key).tier, "code": error.code}
         self._note("task_refused", _level(error), task_id, str(error), fields)
 
     def task_dropped(self, task: Task, error: GpuinferError) -> None:
-        """A task has expired, was revoked, or has used up its time, before its next batch."""
+        """Log a task that expired, was revoked, or used up its time before its next batch."""
         level: Level = "warning" if isinstance(error, SoftTimeLimitExceeded) else "info"
         self._note("task_dropped", level, task.id, str(error), _task(task) | {"code": error.code})
 
     def task_retried(self, task: Task, pause_s: float, error: GpuinferError) -> None:
-        """A task goes back to the buffer after a failure that may pass."""
+        """Log a task that returns to the buffer after a temporary failure."""
         fields = _task(task) | {"retry": task.retries, "pause_s": pause_s, "code": error.code}
         self._note("task_retried", "warning", task.id, str(error), fields)
 
     def task_failed(self, task: Task, error: GpuinferError) -> None:
-        """A task has ended with an error."""
+        """Log a task that ended with an error."""
         self._note("task_failed", _level(error), task.id, str(error), _task(task) | {"code": error.code})
 
     def task_skipped(self, task: Task) -> None:
-        """A task was ended by somebody else: cancelled, or finished by an earlier delivery."""
-        self._note("task_skipped", "info", task.id, "its final state is written already", _task(task))
+        """Log a task that had already ended: cancelled, or finished by an earlier delivery."""
+        self._note("task_skipped", "info", task.id, "it has already ended", _task(task))
 
     def task_cancelled(self, task: Task) -> None:
-        """A task was ended by somebody else while it ran."""
-        reason = "cancelled while it ran: what comes of it is dropped"
+        """Log a task that was cancelled while it ran."""
+        reason = "cancelled while it ran; its result is dropped"
         self._note("task_cancelled", "info", task.id, reason, _task(task))
 
     def _note(self, action: str, level: Level, task_id: str, reason: str, fields: dict[str, Any]) -> None:
@@ -199,7 +199,7 @@ class TaskLog:
         fate.tasks.append((task_id, reason))
 
     def tell(self) -> None:
-        """Write what was noted of single tasks."""
+        """Write the lines about single tasks."""
         if not self._fates:
             return
         fates, self._fates = self._fates, {}
@@ -213,12 +213,12 @@ class TaskLog:
                 continue
             reason, *others = dict.fromkeys(reason for _, reason in fate.tasks)
             if others:
-                reason += f" (and {len(others)} other reasons; each is in its task's result)"
+                reason += f" (and {len(others)} other reasons; see the tasks' results)"
             ids = [task_id for task_id, _ in fate.tasks]
             say(action, tasks=len(ids), task_ids=ids, **fields, reason=reason)
 
 
-#: Traces that one line about a batch names.
+#: Maximum trace ids in one line about a batch.
 _MOST_TRACES = 100
 
 
@@ -242,35 +242,35 @@ def _task(task: Task) -> dict[str, Any]:
 
 
 def _level(error: GpuinferError) -> Level:
-    """Return the level: a caller's mistake is no trouble of this host's."""
+    """Return the log level: info for a client's mistake."""
     return "info" if isinstance(error, InputError) else "warning"
 
 
 def batch_begun(batch: Batch) -> None:
-    """A batch goes to the device; at debug, as most have ended before anybody looks."""
+    """Log at debug that a batch goes to the device."""
     log.debug("batch_begun", **_batch(batch))
 
 
 def batch_withdrawn(batch: Batch, tasks: Sequence[Task]) -> None:
-    """A batch goes back behind a better one; ``tasks``: those of it of which nothing has run."""
+    """Log that a batch was withdrawn for a more urgent or larger one; ``tasks``: those not begun."""
     log.debug("batch_withdrawn", model=batch.model, task_ids=[task.id for task in tasks])
 
 
 def batch_lost(done: Done) -> None:
-    """The device failed under a batch: the process ends, and its tasks are put back."""
+    """Log that the device failed during a batch; the process exits, and its tasks return to the queue."""
     log.error("batch_lost", **_batch(done.batch), reason=str(done.fatal))
 
 
 def device_lost(error: GpuinferError, device: str) -> None:
-    """The device failed while no batch ran: the process ends, and no task has a share in it."""
+    """Log that the device failed while idle; the process exits, and no task is charged."""
     log.error("device_lost", device=device, reason=str(error))
 
 
 def handed_back(tasks: Sequence[Task], unread: int = 0) -> None:
-    """Tasks go back to their lists: other models' batches come first here, and other workers may be free."""
+    """Log tasks returned to the queue: other models run first here, and other workers may be idle."""
     log.debug("handed_back", tasks=len(tasks) + unread, task_ids=[task.id for task in tasks])
 
 
 def taken_back(tasks: Sequence[Task], error: GpuinferError) -> None:
-    """A reaper took this worker for dead while it was cut off: it drops what it held, and goes on."""
+    """Log that a reaper declared this worker dead while disconnected; it drops its tasks and continues."""
     log.warning("taken_back", tasks=len(tasks), task_ids=[task.id for task in tasks], reason=str(error))

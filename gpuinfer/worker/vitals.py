@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker's heartbeat tells of its load: how busy its device was, memory, and how long it loaded."""
+"""Load figures for a worker's heartbeat: device use, memory, and the time to load models."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Vitals:
         self._read_at, self._busy_s = clock(), 0.0
 
     def read(self) -> dict[str, Any]:
-        """Return ``busy`` (0 to 1, since the last call), ``memory_bytes``, ``load_s``, and
-        ``device_memory_bytes`` where there is a GPU: what torch holds there."""
+        """Return ``busy`` (0 to 1, since the last call), ``memory_bytes``, ``load_s`` and, with a GPU,
+        ``device_memory_bytes``: GPU memory held by torch."""
         now, busy_s = self._clock(), self._total()
         share = (busy_s - self._busy_s) / max(now - self._read_at, 0.001)
         self._read_at, self._busy_s = now, busy_s
@@ -40,7 +40,7 @@ class Vitals:
         return found
 
     def _total(self) -> float:
-        """Return the device seconds of this process, with those of the batch that runs."""
+        """Return the device seconds of this process, including the running batch."""
         engine = self._batcher.engine
         running_s = engine.running_s if engine.current is not None else 0.0
         return self._batcher.accounts.busy_s + running_s

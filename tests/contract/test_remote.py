@@ -52,7 +52,7 @@ def test_what_runs_or_has_failed_may_be_sent_again(store: Store, client: Client,
     said = remote.revoke(worker, [running, waiting])
     assert state.revoked == {waiting}
     assert [client.status(one).state for one in (running, waiting)] == ["running", "revoked"]
-    assert f"tasks {running} left as they are" in said["ok"]
+    assert f"tasks {running} not revoked" in said["ok"]
     meta = results.failure(running, TaskFailed("no"), worker="w")
     store.settle([Final(task.seq, running, meta)])
     remote.revoke(worker, [running, waiting], terminate=True)

@@ -65,5 +65,5 @@ def test_a_revoke_leaves_a_job_that_runs(workers: Workers, client: Client, redis
     gate.open()
     assert len(client.result(job, timeout_s=60)) == 8
     assert len(gate.batches) == 8
-    assert f"{job} left as they are" in answer[NAME]["ok"]
+    assert f"{job} not revoked" in answer[NAME]["ok"]
     assert inspected == {NAME: []}

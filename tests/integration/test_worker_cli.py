@@ -47,7 +47,7 @@ def test_a_worker_is_drained_and_resumed(
     """
     cli = Cli(redis_server)
     assert cli("worker", "list").stdout == (
-        "no worker runs; the watcher starts one when tasks wait (gpuinfer watcher explain)\n"
+        "no worker is running; the watcher starts one when tasks wait (see gpuinfer watcher explain)\n"
     )
     unknown = cli.json("worker", "drain", "0", code=66)
     assert unknown["error"]["code"] == "unknown_worker"
@@ -61,7 +61,7 @@ def test_a_worker_is_drained_and_resumed(
         with Client(settings_for(redis_server)) as client:
             assert client.result(client.submit([[[0.0] * 8] * 8]), timeout_s=60)["label"]
             assert cli.json("worker", "drain", "0") == [{"worker": HERE, "drained": True, "changed": True}]
-            assert cli("worker", "drain", HERE).stdout == f"{HERE}: was drained already\n"
+            assert cli("worker", "drain", HERE).stdout == f"{HERE}: was already drained\n"
             waits = client.submit([[[0.0] * 8] * 8])
             assert cli("worker", "drain", "0", "--wait", "--timeout", "60").returncode == 0
 

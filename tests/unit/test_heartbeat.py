@@ -252,7 +252,7 @@ def test_stuck_batch(setup: Setup) -> None:
         assert setup.beat_for(600).count("WATCHDOG=1") == 0
     (line,) = logs
     assert line["task_ids"] == ["t0", "t1", "t2"]
-    assert "a batch of a (hard limit 30 s) has not moved" in line["reason"]
+    assert "a batch of a (hard limit 30 s) has made no progress" in line["reason"]
     setup.engine.moved_at = setup.clock.now  # its next pass
     assert setup.beat_for(15).count("WATCHDOG=1") == 1
 
@@ -308,7 +308,7 @@ def test_deaf_redis_is_no_hang(timeout_s: float, asked: list[str]) -> None:
 def test_stopping(setup: Setup) -> None:
     """A stop tells what it waits for, and may take the limit of the batch that runs and some more."""
     setup.pulse.stopping()
-    idle = ["STOPPING=1", "STATUS=a, b on gpu0: handing tasks back"]
+    idle = ["STOPPING=1", "STATUS=a, b on gpu0: returning tasks"]
     assert setup.notes.take() == [*idle, f"EXTEND_TIMEOUT_USEC={int(DRAIN_ALLOWANCE_S * 1e6)}"]
     setup.run(hard_limit_s=300, size=7)
     setup.pulse.stopping()

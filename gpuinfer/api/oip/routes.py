@@ -51,7 +51,7 @@ async def _serve(scope: Scope, receive: Receive, send: Send) -> None:
                 raise WrongMethod(f"{path[:200]} takes {verb}, not {method[:20]}")
             await route(scope, receive, send, found.groupdict(""))
             return
-    raise NotInProtocol(f"there is no path {path[:200]}; see the Open Inference Protocol, version 2")
+    raise NotInProtocol(f"there is no {path[:200]}; see the Open Inference Protocol, version 2")
 
 
 def _check_version(capacity: Capacity, found: Mapping[str, str]) -> None:
