@@ -33,21 +33,23 @@ def _described(function: Callable[..., None]) -> Callable[..., None]:
             "inputs",
             multiple=True,
             metavar="NAME:DTYPE:SHAPE",
-            help="An input, such as x:float32:3,224,224 (without the batch; -1: free; empty: a number).",
+            help="An input such as x:float32:3,224,224 (without the batch; -1: any length; empty: a number).",
         ),
         click.option(
             "--output",
             "outputs",
             multiple=True,
             metavar="NAME",
-            help="The name of an output. May be repeated, in order.",
+            help="Name of an output. May be repeated, in order.",
         ),
         click.option(
-            "--class", "class_name", metavar="NAME", help="The class of a Python file that has several."
+            "--class", "class_name", metavar="NAME", help="Class to use, if a Python file has several."
         ),
-        click.option("--max-batch-size", type=click.IntRange(1, 65536), help="The largest batch it may get."),
-        click.option("--no-batch", is_flag=True, help="Call it with one item at a time."),
-        click.option("--name", metavar="NAME", help="Its name. Default: that of the file or folder."),
+        click.option("--max-batch-size", type=click.IntRange(1, 65536), help="Maximum batch size."),
+        click.option("--no-batch", is_flag=True, help="The model takes one item at a time."),
+        click.option(
+            "--name", metavar="NAME", help="Name of the model. Default: that of the file or folder."
+        ),
     ):
         function = option(function)
     return function
@@ -74,7 +76,7 @@ def _wanted(
 
 
 def _ask() -> scaffold.Ask | None:
-    """Return what asks the person at the terminal; None where nobody sits there."""
+    """Return a function that prompts at the terminal; None without a terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
 
@@ -102,14 +104,14 @@ def _text(artefact: Path, wanted: Wanted, gpu: int | None = None) -> str:
 )
 @_source
 @_described
-@click.option("--force", is_flag=True, help="Replace a model.toml that is there.")
+@click.option("--force", is_flag=True, help="Replace an existing model.toml.")
 @click.pass_obj
 def init(loaded: Loaded, /, source: Path, force: bool, **options: Any) -> None:
     """Write model.toml beside a model's file.
 
-    Inputs and outputs are read from the file: from TorchScript's signature and first layer, torch.export's
-    graph, or a Python class's annotations and example. The command asks for what is missing; without a
-    terminal, an error names the option. Reading them runs the file, in the workers' sandbox.
+    Inputs and outputs are read from the file: TorchScript's signature and first layer, torch.export's graph,
+    or a Python class's annotations and example. The command asks for missing details; without a terminal, an
+    error names the option to use. Reading the file runs it, in the workers' sandbox.
     """
     from gpuinfer.models import sandbox, scaffold
     from gpuinfer.models.manifest import MANIFEST_FILE, load_manifest
@@ -149,9 +151,11 @@ def init(loaded: Loaded, /, source: Path, force: bool, **options: Any) -> None:
 @_source
 @_described
 @click.option("--force", is_flag=True, help="Replace an installed model with this name.")
-@click.option("--expect", metavar="DIGEST", help="Fail if its digest is another; model add prints it.")
+@click.option(
+    "--expect", metavar="DIGEST", help="Fail if the model's digest differs. model add prints the digest."
+)
 @gpu_option
-@click.option("--untried", is_flag=True, help="Do not load it and run its example first.")
+@click.option("--untried", is_flag=True, help="Do not test the model first.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def add(
@@ -167,10 +171,10 @@ def add(
 ) -> None:
     """Try a model, then install it in the first of models.folders.
 
-    FOLDER is a model; for a FILE, or a folder without one, model.toml is written (see init). The model is
-    loaded and its example run in the workers' sandbox, as their user, on the CPU or on --gpu N. If that
-    fails, nothing is installed or replaced. The digest of all files is recorded. A model is a program: add
-    only what you trust.
+    FOLDER is a folder with a model.toml; for a FILE, or a folder without one, it is written (see init). The
+    model is loaded and its example is run in the workers' sandbox, as their user, on the CPU or on --gpu N.
+    If that fails, nothing is installed or replaced. The digest of all files is recorded. A model is a
+    program: add only models that you trust.
     """
     from gpuinfer.models import sandbox, scaffold
     from gpuinfer.models.manifest import MANIFEST_FILE
@@ -210,7 +214,7 @@ def add(
 
 
 def _say_next(loaded: Loaded, name: str) -> None:
-    """Say what makes workers serve a model that was added."""
+    """Print how to make workers serve an added model."""
     served = name in loaded.settings.worker.models
     where = "" if served else f"name {name} in worker.models (/etc/gpuinfer/gpuinfer.toml), then "
     click.echo(

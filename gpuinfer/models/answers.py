@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever a Python model returns, as JSON."""
+"""Converts the output of a Python model to JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gpuinfer.errors import InferenceError
 from gpuinfer.models.tensors import Encoding, encode_array
 
 _PLAIN: frozenset[type] = frozenset({str, int, bool, type(None)})
-#: Deeper than this is a structure that holds itself.
+#: Maximum nesting; deeper structures contain themselves.
 _MAX_DEPTH = 64
 
 
@@ -38,7 +38,7 @@ def to_json(value: Any, encoding: Encoding = "list", depth: int = 0) -> Any:
     if kind is float:
         return value if math.isfinite(value) else None
     if depth > _MAX_DEPTH:
-        raise InferenceError(f"its output is nested deeper than {_MAX_DEPTH}")
+        raise InferenceError(f"its output is nested more than {_MAX_DEPTH} levels deep")
     if isinstance(value, Mapping):
         return {_key(name): to_json(item, encoding, depth + 1) for name, item in value.items()}
     if isinstance(value, list | tuple | Set):
@@ -62,7 +62,7 @@ def _special(value: Any, encoding: Encoding, depth: int) -> Any:
     array = as_array(value)
     if array is not None:
         if array.dtype.kind not in "biuf":
-            raise InferenceError(f"its output is an array of {array.dtype.name}, which is no JSON")
+            raise InferenceError(f"its output is an array of {array.dtype.name}, which JSON cannot represent")
         return encode_array(array, encoding)
     if isinstance(value, np.generic):
         return to_json(value.item(), encoding, depth + 1)
@@ -86,7 +86,7 @@ def _special(value: Any, encoding: Encoding, depth: int) -> Any:
     if pillow is not None and isinstance(value, pillow.Image):
         png = _png(value)
         return {"b64": png if encoding == "binary" else _base64(png), "type": "image/png"}
-    raise InferenceError(f"its output is of type {type(value).__name__}, which is no JSON")
+    raise InferenceError(f"its output is of type {type(value).__name__}, which JSON cannot represent")
 
 
 def _key(name: Any) -> str:
@@ -94,7 +94,7 @@ def _key(name: Any) -> str:
         return str(name)
     if isinstance(name, int | float | np.integer):
         return str(name)
-    raise InferenceError(f"its output has a key of type {type(name).__name__}; JSON's are strings")
+    raise InferenceError(f"its output has a key of type {type(name).__name__}; keys must be strings")
 
 
 def _png(picture: Any) -> bytes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose fault an exception in a model's own code is: the file and line that are named to the caller."""
+"""Converts exceptions from a model's code to our errors, with the file and line in the model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from types import TracebackType
 from gpuinfer.errors import DeviceError, DeviceOutOfMemory, GpuinferError
 from gpuinfer.models.device import translate
 
-#: What a model's code may raise and is the model's failure; an interrupt at a time limit is none of these.
+#: Exceptions that count as the model's failure; the interrupt at a time limit is not among them.
 FAILURES = (Exception, SystemExit, KeyboardInterrupt, GeneratorExit)
-#: Characters of an exception's text that a caller is told.
+#: Maximum characters of an exception's text for callers.
 _MOST = 500
 
 
 def blame(exc: BaseException, folder: Path, what: str, otherwise: type[GpuinferError]) -> GpuinferError:
-    """Return our error for one of a model's: ``what: type: message (file, line N)``.
+    """Convert a model's exception to our error: ``what: type: message (file, line N)``.
 
-    The line is the innermost one in the model's ``folder``. Memory that has run out and a failed device are
-    DeviceOutOfMemory and DeviceError; all else is ``otherwise``. Its cause is ``exc``, for the journal.
+    The line is the innermost one in the model's ``folder``. The error is DeviceOutOfMemory, DeviceError, or
+    ``otherwise`` for anything else. Its cause is ``exc``, for the journal.
     """
     if isinstance(exc, GpuinferError):
         return exc
@@ -38,7 +38,7 @@ def blame(exc: BaseException, folder: Path, what: str, otherwise: type[GpuinferE
 
 
 def described(exc: BaseException) -> str:
-    """Return ``type: message`` of any exception, also of one whose own code fails to say it."""
+    """Return ``type: message`` of any exception, even if its __str__ fails."""
     try:
         # A syntax error's own text ends with the place, too.
         text = str((exc.msg if isinstance(exc, SyntaxError) else None) or exc).strip()
@@ -68,12 +68,12 @@ def root(exc: BaseException) -> BaseException:
 
 
 def without_trace(exc: GpuinferError) -> GpuinferError:
-    """Let go of the frames that an error holds, and with them of inputs, files and tensors."""
+    """Drop an error's tracebacks, which would keep inputs, files and tensors in memory."""
     exc.__traceback__ = exc.__cause__ = exc.__context__ = None
     return exc
 
 
 def told(exc: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:
-    """Return what the journal shows of an error: the model's own exception where there is one."""
+    """Return the exception for the journal: the model's own, if there is one."""
     cause = exc.__cause__ or exc
     return type(cause), cause, cause.__traceback__

@@ -38,7 +38,7 @@ for _command in (init, add, check, run, bench):
 @tables.as_json_option
 @click.pass_obj
 def list_(loaded: Loaded, as_json: bool) -> None:
-    """List installed models, including those with a broken manifest."""
+    """List installed models, including those with an invalid manifest."""
     from rich.table import Table
     from rich.text import Text
 
@@ -94,7 +94,7 @@ def _inputs(folder: ModelFolder) -> list[str]:
 @tables.as_json_option
 @click.pass_obj
 def show(loaded: Loaded, name: str, as_json: bool) -> None:
-    """Show inputs, outputs, limits and digest of the model NAME."""
+    """Show inputs, outputs, limits and digest of model NAME."""
     from rich.table import Table
     from rich.text import Text
 
@@ -132,7 +132,7 @@ def _shown(folder: ModelFolder) -> Iterator[tuple[str, str]]:
             rest = ", ".join(f"{key} {_short(value)}" for key, value in said.items() if key not in _IN_WORDS)
             yield kind, f"{spec.name}: {' '.join(word for word in words if word)}{rest and f'; {rest}'}"
     if not manifest.inputs:
-        yield "inputs", ", ".join(_inputs(folder)) or "as its code says"
+        yield "inputs", ", ".join(_inputs(folder)) or "defined by its code"
     yield "batch", f"up to {manifest.max_batch_size}" if manifest.batchable else "one item at a time"
     limits = (manifest.soft_time_limit_s, manifest.hard_time_limit_s, manifest.max_time_limit_s)
     yield "time limits", "{:g} s soft, {:g} s hard; a request may ask for {:g} s".format(*limits)
@@ -157,9 +157,9 @@ def _short(value: Any) -> str:
 @tables.as_json_option
 @click.pass_obj
 def verify_(loaded: Loaded, names: tuple[str, ...], as_json: bool) -> None:
-    """Check files against the digest that model add recorded.
+    """Check a model's files against the digest recorded by model add.
 
-    Without NAME all models are checked. The command checks each of them, then fails if one was wrong.
+    Without NAME, all models are checked; the command fails at the end if any check failed.
     """
     repository = tables.repository(loaded)
     checked = {name: _verified(repository, name) for name in names or [e.name for e in repository.entries()]}
@@ -190,19 +190,19 @@ def _verified(repository: Repository, name: str) -> str | ModelError:
     )
 )
 @click.argument("name", shell_complete=completion.names)
-@click.option("--forget", is_flag=True, help="Delete no files, only the entry in the fleet's catalogue.")
+@click.option("--forget", is_flag=True, help="Only delete the entry in the fleet's catalogue, no files.")
 @click.pass_obj
 def remove(loaded: Loaded, name: str, forget: bool) -> None:
-    """Delete the model NAME from this host and the fleet's catalogue.
+    """Delete model NAME from this host and from the fleet's catalogue.
 
-    Requests for a model that is not in the catalogue are refused. Workers that have it loaded keep it until
-    they are restarted; while one of them runs, the name stays in the catalogue. The files are deleted also
-    when Redis does not answer.
+    Requests for a model that is not in the catalogue are refused. Workers that have loaded it keep it until
+    they are restarted, and until then it stays in the catalogue. The files are deleted even if Redis does not
+    answer.
     """
     if not forget:
         click.echo(f"removed {tables.repository(loaded).remove(name)}")
         if name in loaded.settings.worker.models:
-            click.echo(f"worker.models still names {name}; gpuinfer config show says in which file")
+            click.echo(f"worker.models still lists {name}; gpuinfer config show prints in which file")
     try:
         said = _forgotten(loaded, name)
     except GpuinferError as exc:
@@ -215,11 +215,11 @@ def remove(loaded: Loaded, name: str, forget: bool) -> None:
 
 
 def _forgotten(loaded: Loaded, name: str) -> str:
-    """Drop a model from the catalogue unless it is in use; return a sentence about what was done."""
+    """Remove a model from the catalogue unless it is in use; return a sentence about the result."""
     from gpuinfer.queue import catalogue, keys
     from gpuinfer.queue.connection import connect, typed_errors, user_of
 
-    # Not as the worker, whom root is in the other commands of this group: he has no right to the catalogue.
+    # Not as the worker's user, as in the other commands: it may not change the catalogue.
     broker = loaded.only("broker").broker
     with typed_errors(user_of(broker)), connect(broker) as client:
         workers = catalogue.servers(client, name)
@@ -240,15 +240,15 @@ def _forgotten(loaded: Loaded, name: str) -> str:
 
 @model.command(epilog=examples("gpuinfer model default", "gpuinfer model default resnet"))
 @click.argument("name", required=False, shell_complete=completion.names)
-@click.option("--force", is_flag=True, help="Accept a NAME that the fleet does not know.")
+@click.option("--force", is_flag=True, help="Accept a NAME unknown to the fleet.")
 @tables.as_json_option
 @click.pass_obj
 def default(loaded: Loaded, name: str | None, force: bool, as_json: bool) -> None:
-    """Print the fleet's default model, or make NAME the default.
+    """Print the fleet's default model, or set it to NAME.
 
-    The default model serves requests that name none. It is one entry in Redis, for all hosts; clients notice
-    a change within five seconds. Waiting tasks are kept: tasks that name a model go to the workers of that
-    model, and tasks of plain Celery producers that name none go to the new default.
+    The default model serves requests that name no model, on all hosts. Clients notice a change within five
+    seconds. Waiting tasks that name a model are not affected; waiting tasks from plain Celery producers that
+    name none go to the new default.
     """
     from gpuinfer.names import MODEL_NAME
     from gpuinfer.queue import catalogue

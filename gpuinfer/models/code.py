@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Python model's file: how it is imported, and which of its classes is the model."""
+"""Imports a Python model's file and finds its model class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpuinfer.models.repository import ModelFolder
 
 
 def run_file(folder: ModelFolder, file: BinaryIO) -> types.ModuleType:
-    """Run the file that was checked, under a name that no other model has."""
+    """Run the verified file as a module with a unique name."""
     name = "gpuinfer_model_" + re.sub(r"\W", "_", folder.manifest.name)
     module = types.ModuleType(name)
     module.__file__ = str(folder.artefact)
@@ -33,14 +33,14 @@ def run_file(folder: ModelFolder, file: BinaryIO) -> types.ModuleType:
 
 @contextmanager
 def importing(folder: Path) -> Iterator[None]:
-    """Let a model import the modules beside it, and write nothing into its folder.
+    """Let a model import modules from its folder, without writing bytecode there.
 
-    Afterwards they are its own: another model's ``utils`` is another module. What it imports later, while it
-    runs, is found behind everything that is installed.
+    Afterwards these modules are private to the model: another model's ``utils`` is a different module.
+    Modules that it imports later, while it runs, are found after all installed packages.
     """
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
-    sys.dont_write_bytecode = True  # for good: what it imports later would change its digest, too
+    sys.dont_write_bytecode = True  # permanently, because later imports would change its digest, too
     try:
         yield
     finally:
@@ -54,7 +54,7 @@ def importing(folder: Path) -> Iterator[None]:
 
 
 def class_of(module: types.ModuleType, manifest: Manifest) -> type:
-    """Return the model's class: the one that is named, or the only one with a method predict."""
+    """Return the model's class: the one named in the manifest, or the only one with a method predict."""
     found = {
         name: one
         for name, one in vars(module).items()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a model answer the same when its example runs again, in a batch, and padded?"""
+"""Checks that a model gives the same result when its example runs again, in a batch, and padded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpuinfer.errors import InferenceError
 from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.models.padding import longer_items
 
-#: Relative and absolute difference that arithmetic in another order explains; and of half-precision floats.
+#: Relative and absolute tolerance for a different order of arithmetic; and for half-precision floats.
 _TOLERANCE, _HALF_TOLERANCE = (1e-3, 1e-5), (3e-2, 1e-2)
 
 
@@ -21,9 +21,9 @@ _TOLERANCE, _HALF_TOLERANCE = (1e-3, 1e-5), (3e-2, 1e-2)
 class Difference:
     """A result that depends on more than its input."""
 
-    #: In which run it differed from the first.
+    #: The run that differed from the first.
     run: Literal["again", "batch", "padded"]
-    #: What differed, why that may be, and what to do.
+    #: What differed, a likely cause, and what to do.
     message: str
 
     def to_dict(self) -> dict[str, str]:
@@ -32,10 +32,11 @@ class Difference:
 
 
 def compare(model: LoadedModel, value: object, *, batch_size: int = 4) -> list[Difference]:
-    """Run one ``inputs`` value alone, again, in a batch of copies, and, where it is padded, beside a longer.
+    """Run one ``inputs`` value alone, again, in a batch of copies and, if the model pads, beside a longer
+    one.
 
-    Returns what differs from the first run. Raises the model's error, and InputError where it does not take
-    the value.
+    Returns the differences from the first run. Raises the model's error, and InputError if it refuses the
+    value.
     """
     item = _sound(model.prepare([value]))[0]
     first = _results(model, [item])[0]
@@ -45,8 +46,8 @@ def compare(model: LoadedModel, value: object, *, batch_size: int = 4) -> list[D
         found.append(
             Difference(
                 "again",
-                f"the example gives another result when it runs again ({said}): the model keeps state, or is "
-                "random; before_each names a method that resets it",
+                f"the example gives a different result when it runs again ({said}): the model keeps state or "
+                "is random; before_each names a method that resets it",
             )
         )
     if not model.manifest.batchable:
@@ -58,7 +59,7 @@ def compare(model: LoadedModel, value: object, *, batch_size: int = 4) -> list[D
             found.append(
                 Difference(
                     "batch",
-                    f"the example gives another result in a batch of {size}, in place {place} ({said}): "
+                    f"the example gives a different result in a batch of {size}, in place {place} ({said}): "
                     "items are not independent; batchable = false runs each alone",
                 )
             )
@@ -72,13 +73,13 @@ def _padded(model: LoadedModel, item: Any, first: Any) -> list[Difference]:
     for _, longer in longer_items(model.manifest, item):
         try:
             said = difference(first, _results(model, [item, longer])[0])
-        except InferenceError:  # it takes no item of that length
+        except InferenceError:  # it does not accept that length
             continue
         if said:
             return [
                 Difference(
                     "padded",
-                    f"the example gives another result beside a longer item ({said}): the model sees the "
+                    f"the example gives a different result beside a longer item ({said}): the model sees the "
                     'padding; variable = "group" runs items of one length together',
                 )
             ]
@@ -93,7 +94,7 @@ def _sound(values: Sequence[Any]) -> list[Any]:
 
 
 def _results(model: LoadedModel, items: Sequence[Any]) -> list[Any]:
-    """Return comparable results: the arrays of a model of tensors, and what others answer."""
+    """Return comparable results: arrays of a tensor model, the output of others."""
     outputs = _sound(model.forward(items))
     if all(isinstance(output, tuple) for output in outputs) and model.manifest.outputs:
         names = [spec.name for spec in model.manifest.outputs]
@@ -103,7 +104,7 @@ def _results(model: LoadedModel, items: Sequence[Any]) -> list[Any]:
 
 
 def difference(one: Any, other: Any, where: str = "") -> str:
-    """Say where two results differ by more than arithmetic explains, and how; empty where they do not."""
+    """Describe the first difference beyond the tolerance; empty if there is none."""
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return _of_arrays(one, other, where)
     if isinstance(one, Mapping) and isinstance(other, Mapping):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the shell completes without Redis: names of installed models, and files.
+"""Shell completion without Redis: names of installed models, and files.
 
-Settings are read here without pydantic, whose import takes longer than everything else.
+It reads settings without pydantic, whose import would take longer than everything else.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _SHIPPED = Path(__file__).parent / "shipped"
 
 
 def setting(ctx: click.Context, section: str, key: str, *types: type) -> Any:
-    """Return a setting as its variable or the settings file has it.
+    """Return a setting from its variable or the settings file; None if not set or not one of ``types``.
 
-    None where it is not set, and where the file has something else than ``types`` there.
+    No other checks are made.
     """
     given = os.environ.get(f"GPUINFER_{section}_{key}".upper())
     if given:
@@ -32,7 +32,7 @@ def setting(ctx: click.Context, section: str, key: str, *types: type) -> Any:
     try:
         with Path(file).open("rb") as opened:
             found = tomllib.load(opened).get(section, {}).get(key)
-    except (OSError, ValueError, AttributeError):  # a shell's prompt is no place for errors
+    except (OSError, ValueError, AttributeError):  # completion must not print errors
         return None
     return found if isinstance(found, types) else None
 

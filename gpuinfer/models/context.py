@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Python model is told: ``ctx``, and for whom its code runs at the moment.
+"""A Python model's ``ctx``, and the tasks for which its code currently runs.
 
-``working`` surrounds each call into a model. Inside it, what the model prints or logs has the model's name
-and the tasks' ids, and ``ctx.cancelled`` and ``ctx.progress`` mean those tasks.
+``working`` wraps each call into a model. Within it, lines that the model prints or logs get the model's name
+and the tasks' ids, and ``ctx.cancelled`` and ``ctx.progress`` refer to those tasks.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def _nowhere(_: float) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """For whom a model's code runs."""
+    """The tasks for which a model's code runs."""
 
     model: str
     task_ids: Sequence[str] = ()
     #: Whether all of these tasks were cancelled.
     cancelled: Callable[[], bool] = _never
-    #: Takes a fraction of 0 to 1.
+    #: Called with a fraction from 0 to 1.
     progress: Callable[[float], None] = _nowhere
 
 
@@ -43,7 +43,7 @@ _current: ContextVar[Work | None] = ContextVar("gpuinfer_work", default=None)
 
 
 def current() -> Work | None:
-    """Return for whom this thread runs a model's code; None outside of it."""
+    """Return the tasks for which this thread runs a model's code; None outside of it."""
     return _current.get()
 
 
@@ -64,31 +64,31 @@ def working(work: Work) -> Iterator[None]:
 class Context:
     """The ``ctx`` of ``load(self, ctx)``. A model may keep it."""
 
-    #: ``cpu``, ``cuda``, ``cuda:0``: what torch calls it.
+    #: torch's name of the device: ``cpu``, ``cuda``, ``cuda:0``.
     device: str
-    #: The model's own folder: weights and labels lie there. Nothing may be written to it.
+    #: The model's folder with weights and labels; read-only.
     folder: Path
     #: The manifest's ``[parameters]``.
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    #: Python's own logger; its lines are in the journal, with the model's name and the task's id.
+    #: A standard logger; its lines go to the journal with the model's name and the tasks' ids.
     log: logging.Logger
 
     @property
     def cancelled(self) -> bool:
-        """True once nobody wants any more what is being worked on: to return early saves time."""
+        """True once all current tasks were cancelled; returning early then saves time."""
         work = _current.get()
         return work is not None and work.cancelled()
 
     def progress(self, fraction: float) -> None:
-        """Tell how much of the work at hand is done, 0 to 1. Raises ValueError for another number."""
+        """Report the progress of the current tasks, 0 to 1. Raises ValueError for any other number."""
         value = float(fraction)
         if not math.isfinite(value) or not 0 <= value <= 1:
-            raise ValueError(f"progress is a fraction of 0 to 1, got {fraction!r}")
+            raise ValueError(f"progress must be a fraction from 0 to 1, got {fraction!r}")
         work = _current.get()
         if work is not None:
             work.progress(value)
 
 
 def logger_of(model: str) -> logging.Logger:
-    """Return the logger that a model's words come from."""
+    """Return the logger of a model's output."""
     return logging.getLogger(f"model.{model}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies between a GPU and the host that run beside what the GPU computes.
+"""Copies between GPU and host that overlap with computation.
 
 ::
 
@@ -8,8 +8,8 @@
     copy-out stream                 ─ copy A out ─┐ event└─ copy B out
                                                   └─ land: the host may read A
 
-Only page-locked memory is copied without the host's help. torch keeps what was page-locked for the next batch
-of about that size, once its copies have run (``CachingHostAllocator``); how much is in use is bounded here.
+Only page-locked memory is copied asynchronously. torch reuses page-locked blocks of about the same size once
+their copies have finished (``CachingHostAllocator``); this module limits the amount in use.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-#: Bytes of page-locked memory in use at most: it cannot be swapped out. What is beyond is copied without.
+#: Maximum bytes of page-locked memory in use, as it cannot be swapped out. Beyond it, normal memory is used.
 PINNED_BYTES = 256 * 1024 * 1024
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an artefact itself tells of its inputs and outputs: signature, graph, annotations, and a few tries.
+"""Finds an artefact's inputs and outputs from its signature, graph, annotations, and a few trial runs.
 
-Runs the model's code: in the sandbox alone. What nobody tells is left out; ``scaffold`` asks for it.
+Runs the model's code, so use it only in the sandbox. Unknown details are left out; ``scaffold`` asks for
+them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _SCALARS = {"FloatType": "float32", "IntType": "int64", "BoolType": "bool", "Num
 
 @dataclass(kw_only=True)
 class Tensor:
-    """An input or output as far as it is known."""
+    """An input or output, as far as known."""
 
     name: str
     dtype: str | None = None
@@ -40,7 +41,7 @@ class Tensor:
 
 @dataclass(kw_only=True)
 class Description:
-    """What an artefact tells."""
+    """The description of an artefact."""
 
     format: str
     inputs: list[Tensor] = field(default_factory=list)
@@ -59,7 +60,7 @@ def describe(path: Path, class_name: str | None = None) -> dict[str, Any]:
     """Describe an artefact by its format. Raises ModelLoadError."""
     kind = FORMATS[path.suffix]
     if not path.is_file():  # it may have been removed since somebody asked
-        raise ModelLoadError("there is no such file", str(path))
+        raise ModelLoadError("no such file", str(path))
     if kind == "python":
         return asdict(_python(path, class_name))
     try:
@@ -71,7 +72,7 @@ def describe(path: Path, class_name: str | None = None) -> dict[str, Any]:
     except Exception as exc:
         from gpuinfer.models.device import translate
 
-        error = translate(exc, ModelLoadError, f"{path.name} is not loaded")
+        error = translate(exc, ModelLoadError, f"{path.name} cannot be loaded")
         raise ModelLoadError(error.message, path.name) from exc
 
 

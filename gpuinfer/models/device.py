@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device a model runs on: which one, whether it works, and what an error of torch's says about it."""
+"""Chooses and tests the device of a model, and interprets torch's errors about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DEVICE_FAILURE = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_ST
 
 
 def pick_device(wanted: str = "auto") -> str:
-    """Return ``cuda`` or ``cpu``; ``auto`` is the CPU only where there is no GPU at all."""
+    """Return ``cuda`` or ``cpu``; ``auto`` means the CPU only if there is no GPU at all."""
     import torch
 
     if wanted != "auto":
@@ -25,10 +25,10 @@ def pick_device(wanted: str = "auto") -> str:
 
 
 def try_device(device: str) -> None:
-    """Let a device count to one and give the number back: enough to learn that it works, and nothing more.
+    """Run a minimal computation on a device, to test that it works.
 
-    Raises DeviceError with the driver's words; DeviceOutOfMemory when it has not even room for that. One that
-    hangs does not return.
+    Raises DeviceError with the driver's message; DeviceOutOfMemory if it lacks even that little memory. If
+    the device hangs, this does not return.
     """
     import torch
 
@@ -39,7 +39,7 @@ def try_device(device: str) -> None:
 
 
 def translate(exc: Exception, otherwise: type[GpuinferError], what: str) -> GpuinferError:
-    """Return our error for one of torch's: out of memory, a failed device, and ``otherwise`` for the rest."""
+    """Convert torch's error to DeviceOutOfMemory, DeviceError, or ``otherwise`` for any other."""
     import torch
 
     if isinstance(exc, GpuinferError):

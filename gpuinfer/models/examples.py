@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An example of a model's inputs: what its manifest gives, and where that gives none, what can be tried."""
+"""Examples of a model's inputs: from its manifest, or invented ones to try."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_INVENTED = 1 << 22
 
 @dataclass(frozen=True)
 class Candidate:
-    """One ``inputs`` value that a model can be tried with."""
+    """One ``inputs`` value to test a model with."""
 
     #: What it is, for a message.
     words: str

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files as a request carries them: bare bytes, or ``{"b64": ..., "name": "cat.jpg"}``.
+"""Files in a request: bytes, or ``{"b64": ..., "name": "cat.jpg"}``.
 
-Under ``b64`` stands base64 where the request is JSON, and the bytes themselves where they lie beside it.
+``b64`` holds base64 in a JSON request, and raw bytes in a binary one.
 """
 
 from __future__ import annotations

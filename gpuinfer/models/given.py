@@ -54,6 +54,7 @@ def _from_file(manifest: Manifest, source: Path, data: bytes) -> object:
     spec = manifest.inputs[0] if len(manifest.inputs) == 1 else None
     if manifest.inputs and (spec is None or (spec.kind == "tensor" and not (spec.image or spec.audio))):
         raise UsageError(
-            f"{manifest.name} takes no image, its manifest has no [inputs.image]; give .json or .npy", "input"
+            f"{manifest.name} does not take images (its manifest has no [inputs.image]); give .json or .npy",
+            "input",
         )
     return {"b64": data, "name": source.name}

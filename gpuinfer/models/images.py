@@ -47,7 +47,7 @@ def _open(source: Path | str | bytes | memoryview, field: str, wanted: ImageSpec
         with Image.open(file, formats=_formats()) as opened:
             width, height = opened.size
             if width * height > MAX_PIXELS:
-                raise InputError(f"has {width} x {height} pixels; at most {MAX_PIXELS} are read", field)
+                raise InputError(f"has {width} x {height} pixels; at most {MAX_PIXELS} are allowed", field)
             if wanted is not None:  # a JPEG is unpacked smaller where that is enough: a half to an eighth
                 enough = 2 * max(wanted.size)
                 opened.draft(wanted.mode, (enough, enough))
@@ -61,7 +61,7 @@ def _open(source: Path | str | bytes | memoryview, field: str, wanted: ImageSpec
 
 def _plain(exc: Exception) -> str:
     """Return Pillow's words, without those that only a program understands."""
-    return "it is no picture of a known format" if isinstance(exc, UnidentifiedImageError) else str(exc)
+    return "it is not an image in a known format" if isinstance(exc, UnidentifiedImageError) else str(exc)
 
 
 def image_to_array(source: Path | str | bytes | memoryview, spec: InputSpec, field: str = "") -> NDArray[Any]:
@@ -73,7 +73,7 @@ def image_to_array(source: Path | str | bytes | memoryview, spec: InputSpec, fie
     """
     if spec.image is None:
         raise InputError(
-            "is no image for the model: its manifest has no [inputs.image]", f"inputs.{spec.name}"
+            "must not be an image: the model's manifest has no [inputs.image]", f"inputs.{spec.name}"
         )
     field = field or f"inputs.{spec.name}"
     picture = _open(source, field, spec.image)

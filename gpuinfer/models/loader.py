@@ -34,14 +34,14 @@ def load(folder: ModelFolder, device: str, *, threads: int = 0) -> LoadedModel:
 
         name = folder.manifest.name
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise DeviceError(f"no GPU that torch can use: cannot load {name} on {device!r}", "device")
+            raise DeviceError(f"torch can use no GPU: cannot load {name} on {device!r}", "device")
         if threads:
             torch.set_num_threads(threads)
         _import(folder)
         try:
             model = _reader(folder.manifest.format)(folder, file, device)
         except Exception as exc:
-            error = translate(exc, ModelLoadError, f"{folder.artefact} is not loaded")
+            error = translate(exc, ModelLoadError, f"{folder.artefact} cannot be loaded")
             error = ModelLoadError(error.message, name) if isinstance(error, ModelLoadError) else error
             if error is exc:  # with its own cause
                 raise

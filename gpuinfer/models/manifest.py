@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest: what ``model.toml`` may say, checked once, frozen.
+"""The manifest: the contents of ``model.toml``, validated and frozen.
 
 The loader stacks items along a new dimension 0. With ``batchable = false`` a shape is the full shape the
 model is called with, one item at a time.
@@ -102,11 +102,11 @@ class Manifest(Frozen):
         for spec in self.inputs:
             if spec.kind != "tensor":
                 raise ValueError(
-                    f"inputs.{spec.name}.kind = {spec.kind!r}: {self.artefact} takes tensors alone"
+                    f"inputs.{spec.name}.kind = {spec.kind!r}: {self.artefact} takes only tensors"
                 )
         for key, value in (("class", self.class_name), ("parameters", self.parameters)):
             if value:
-                raise ValueError(f"{key} is for a Python model, and {self.artefact} is none")
+                raise ValueError(f"{key} is only for Python models, but {self.artefact} is not one")
         if self.before_each and self.format == "export":
             raise ValueError(f"before_each = {self.before_each!r}: a .pt2 file has no methods to call")
         return self
@@ -166,7 +166,7 @@ def _explain(exc: ValidationError, data: dict[str, Any]) -> list[str]:
         elif error["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(error["loc"][-1]), _KNOWN_KEYS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            lines.append(f"{key} = {_short(error['input'])} is no key of a manifest{hint}")
+            lines.append(f"{key} = {_short(error['input'])} is not a key of a manifest{hint}")
         elif error["type"] != "default_factory_not_called":
             # A rule over several keys names their values itself; the whole table would say less.
             value = "" if isinstance(error["input"], dict) else f" = {_short(error['input'])}"

@@ -94,7 +94,7 @@ def checked_digest(text: str) -> str:
     """Return a digest that somebody gave, with or without ``sha256:``. Raises UsageError."""
     digest = text if text.startswith("sha256:") else f"sha256:{text}"
     if not DIGEST.fullmatch(digest):
-        raise UsageError(f"{text!r} is no digest; it is sha256: and 64 of 0-9 a-f", "--expect")
+        raise UsageError(f"{text!r} is not a digest; must be sha256: and 64 of 0-9 a-f", "--expect")
     return digest
 
 
@@ -139,7 +139,7 @@ def _names(folder: Path, root: Path, leave_out: Collection[str]) -> Iterator[str
             if entry.name not in leave_out:
                 yield from _names(path, root, leave_out)
         elif not stat.S_ISREG(mode):
-            raise ModelError(f"{path} is no plain file", root.name)
+            raise ModelError(f"{path} is not a regular file", root.name)
         elif path != root / RECORD_FILE:
             yield checked_name(path.relative_to(root)).as_posix()
 
@@ -151,7 +151,9 @@ def checked_name(path: Path) -> Path:
     except UnicodeEncodeError:
         odd = True  # type: ignore[assignment]  # not UTF-8
     if odd:
-        raise ModelError(f"{str(path)!r}: a file's name may hold no backslash, no control character", "name")
+        raise ModelError(
+            f"{str(path)!r}: a file name must not contain a backslash or a control character", "name"
+        )
     return path
 
 
@@ -169,8 +171,8 @@ def verify(
     digest = digest_of(found)
     if digest != record.digest:
         raise DigestMismatch(
-            f"{folder} has the digest {digest}, {record.digest} was added{_changes(record.files, found)}; "
-            "nothing of it was opened",
+            f"{folder} has digest {digest}, but {record.digest} was added{_changes(record.files, found)}; "
+            "it was not loaded",
             folder.name,
         )
     return digest
@@ -178,7 +180,7 @@ def verify(
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Name some files that were changed, added or removed."""
-    said = [f"{name} is gone" for name in sorted(before.keys() - now.keys())]
+    said = [f"{name} is missing" for name in sorted(before.keys() - now.keys())]
     said += [f"{name} is new" for name in sorted(now.keys() - before.keys())]
     said += [
         f"{name} has changed" for name in sorted(before.keys() & now.keys()) if before[name] != now[name]

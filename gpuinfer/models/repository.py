@@ -178,10 +178,10 @@ class Repository:
         if not MODEL_NAME.fullmatch(name):
             raise UsageError(f"a model cannot be called {name!r}; use a-z 0-9 _ . -", "name")
         if not self.folders:
-            raise UsageError("there is no folder to add to; set models.folders", "models.folders")
+            raise UsageError("there is no folder to install to; set models.folders", "models.folders")
         target = self.folders[0] / name
         if _taken(target, source) and not force:
-            raise UsageError(f"{target} is there already; --force replaces it", "name")
+            raise UsageError(f"{target} exists already; --force replaces it", "name")
         with self._staged(source, name, init) as staged:
             _record(staged, expect, trial, opened=init is not None and not (source / MANIFEST_FILE).exists())
             _replace(staged.path, target, staged.path.with_name(".old"))
@@ -217,7 +217,7 @@ class Repository:
         With a ``name``, it is called so, and ``init`` writes its manifest even where there is one.
         """
         if not self.folders:
-            raise UsageError("there is no folder to copy it to; set models.folders", "models.folders")
+            raise UsageError("there is no folder to copy to; set models.folders", "models.folders")
         fresh = name is not None
         if name is None:
             name = load_manifest(source).name if (source / MANIFEST_FILE).exists() else name_of(source)
@@ -266,7 +266,7 @@ def _open_folder(path: Path) -> ModelFolder:
     manifest = load_manifest(path)
     if manifest.name != path.name:
         raise ManifestError(
-            f"name = {manifest.name!r}: must be {path.name!r}, as its folder is called",
+            f"name = {manifest.name!r}: must be {path.name!r}, the name of its folder",
             str(path / MANIFEST_FILE),
         )
     return ModelFolder(path=path, manifest=manifest, record=record.read(path), shipped=path.parent == SHIPPED)
@@ -377,9 +377,13 @@ def _copy_file(path: Path, root: Path, target: Path) -> None:
     """Copy one regular file; a link may only point at another file in ``root``."""
     real = path.resolve()
     if not real.is_relative_to(root):
-        raise ManifestError(f"links out of its folder, to {real}; a model is self-contained", str(path))
+        raise ManifestError(
+            f"links to {real}, outside of its folder; a model must be self-contained", str(path)
+        )
     if not stat.S_ISREG(real.stat().st_mode):
-        raise ManifestError("is no plain file; a model is folders and plain files", str(path))
+        raise ManifestError(
+            "is not a regular file; a model may contain only folders and regular files", str(path)
+        )
     # Neither a link nor a pipe that was put there since is followed or waited for.
     handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(handle, "rb") as reader, target.open("xb") as writer:

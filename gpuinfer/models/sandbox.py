@@ -61,7 +61,7 @@ def ask(
     try:
         out, _ = child.communicate(question, timeout=limit_s)
     except subprocess.TimeoutExpired:
-        raise ModelLoadError(f"gave no answer in {limit_s:g} s", what) from None
+        raise ModelLoadError(f"did not answer within {limit_s:g} s", what) from None
     finally:
         if child.poll() is None:
             child.kill()
@@ -125,7 +125,9 @@ def confined() -> bool:
     done = subprocess.run([*_in_unit(unit), "/bin/true"], check=False, capture_output=True, text=True)
     if done.returncode:
         why = " ".join(done.stderr.split())[:300]
-        say_warning(f"the sandbox of {UNIT} cannot be used, the model runs as {WORKER_USER} alone: {why}")
+        say_warning(
+            f"the sandbox of {UNIT} cannot be used; the model runs as {WORKER_USER} without it: {why}"
+        )
     return done.returncode == 0
 
 

@@ -43,15 +43,17 @@ def artefact_in(folder: Path) -> Path:
     if len(found) == 1 or len(by_name) == 1:
         return (by_name or found)[0]
     if not found:
-        raise UsageError(f"holds no model: no file that ends in {', '.join(FORMATS)}", str(folder))
+        raise UsageError(f"contains no model: no file with a suffix of {', '.join(FORMATS)}", str(folder))
     names = ", ".join(path.name for path in found)
-    raise UsageError(f"holds {names}: call the model's file model{found[0].suffix}, or name it", str(folder))
+    raise UsageError(
+        f"contains {names}: rename the model's file to model{found[0].suffix}, or give its path", str(folder)
+    )
 
 
 def checked_artefact(path: Path) -> Path:
     """Return a file that can be an artefact. Raises UsageError."""
     if path.suffix not in FORMATS:
-        raise UsageError(f"is no model: it must end in {', '.join(FORMATS)}", str(path))
+        raise UsageError(f"is not a model: its suffix must be one of {', '.join(FORMATS)}", str(path))
     return path
 
 
@@ -81,7 +83,7 @@ def _python_lines(found: Mapping[str, Any], wanted: Wanted, ask: Ask | None) -> 
     chosen = wanted.class_name
     if chosen is None and len(classes) > 1:
         if ask is None:
-            raise UsageError(f"holds the classes {', '.join(classes)}: choose one with --class", "class")
+            raise UsageError(f"contains the classes {', '.join(classes)}: choose one with --class", "class")
         chosen = ask(f"Class of the model ({', '.join(classes)})", classes[0])
     if chosen is not None:
         lines.append(f"class = {json.dumps(chosen)}")
@@ -124,13 +126,15 @@ def _tensor_lines(found: Mapping[str, Any], wanted: Wanted, ask: Ask | None) -> 
     names = [one["name"] for one in found["inputs"]]
     strangers = [name for name in given if name not in names]
     if strangers:
-        raise UsageError(f"there is no input {strangers[0]!r}; its inputs: {', '.join(names)}", "--input")
+        raise UsageError(f"there is no input {strangers[0]!r}; the inputs are {', '.join(names)}", "--input")
     lines = _sizes(found, wanted)
     for one in found["inputs"]:
         lines += _table("inputs", given.get(one["name"]) or _input(one, ask), one["source"])
     outputs = found["outputs"]
     if wanted.outputs and len(wanted.outputs) != len(outputs):
-        raise UsageError(f"it has {len(outputs)} outputs, {len(wanted.outputs)} are named", "--output")
+        raise UsageError(
+            f"the model has {len(outputs)} outputs, but {len(wanted.outputs)} names were given", "--output"
+        )
     for place, one in enumerate(outputs):
         table = {"name": wanted.outputs[place] if wanted.outputs else _good_name(one["name"], place)}
         table |= {key: one[key] for key in ("dtype", "shape") if one[key] is not None}
@@ -146,13 +150,15 @@ def _input(one: Mapping[str, Any], ask: Ask | None) -> dict[str, Any]:
     name, dtype, shape = one["name"], one["dtype"], one["shape"]
     if (dtype is None or shape is None) and ask is None:
         raise UsageError(
-            f"the file does not tell dtype and shape of its input {name}; say {_INPUT_HELP.format(name)}",
+            f"dtype and shape of input {name} cannot be read from the file; give {_INPUT_HELP.format(name)}",
             "--input",
         )
     if dtype is None and ask is not None:
         dtype = _dtype(ask(f"dtype of input {name} ({', '.join(DTYPES)})", "float32"))
     if shape is None and ask is not None:
-        shape = _shape(ask(f"Shape of input {name}, without the batch, such as 3,224,224; -1 is free", ""))
+        shape = _shape(
+            ask(f"Shape of input {name}, without the batch, such as 3,224,224; -1: any length", "")
+        )
     return {"name": name, "dtype": dtype, "shape": shape}
 
 
@@ -168,7 +174,7 @@ def _parsed(text: str, *, tensors_only: bool = True) -> dict[str, Any]:
 
 def _dtype(text: str) -> str:
     if text not in DTYPES:
-        raise UsageError(f"{text!r} is no dtype; it is one of {', '.join(DTYPES)}", "--input")
+        raise UsageError(f"{text!r} is not a dtype; must be one of {', '.join(DTYPES)}", "--input")
     return text
 
 
@@ -177,7 +183,7 @@ def _shape(text: str) -> list[int]:
     try:
         return [int(part) for part in parts]
     except ValueError:
-        raise UsageError(f"{text!r} is no shape; it is such as 3,224,224, or nothing", "--input") from None
+        raise UsageError(f"{text!r} is not a shape; must be such as 3,224,224, or empty", "--input") from None
 
 
 def _good_name(name: str, place: int) -> str:

@@ -50,7 +50,7 @@ def wav_to_array(data: bytes | memoryview, audio: AudioSpec, field: str) -> NDAr
         elif channels == 1:
             samples = np.repeat(samples, audio.channels, axis=0)
         else:
-            raise InputError(f"has {channels} channels, the model takes {audio.channels}", field)
+            raise InputError(f"has {channels} channels, but the model takes {audio.channels}", field)
     if rate != audio.rate:
         samples = resample(samples, rate, audio.rate, field)
     return np.ascontiguousarray(samples, np.float32)
@@ -68,7 +68,7 @@ def read_wav(data: bytes | memoryview, field: str) -> tuple[NDArray[Any], int]:
 
 def _chunks(data: memoryview) -> tuple[_Format, memoryview]:
     if bytes(data[:4]) != b"RIFF" or bytes(data[8:12]) != b"WAVE":
-        raise ValueError("it does not begin as one")
+        raise ValueError("it has no WAV header")
     found: _Format | None = None
     at = 12
     while at + 8 <= len(data):
@@ -78,12 +78,12 @@ def _chunks(data: memoryview) -> tuple[_Format, memoryview]:
             found = _format(content)
         elif name == b"data":
             if found is None:
-                raise ValueError("its samples come before their format")
+                raise ValueError("its samples precede their format")
             if len(content) < size and size not in _UNKNOWN_SIZES:
-                raise ValueError(f"it is cut off: {len(content)} of {size} bytes of samples are there")
+                raise ValueError(f"it is incomplete: {len(content)} of {size} bytes of samples")
             return found, content if size else data[at + 8 :]
         at += 8 + size + size % 2
-    raise ValueError("it holds no samples")
+    raise ValueError("it contains no samples")
 
 
 def _format(content: memoryview) -> _Format:
@@ -93,9 +93,9 @@ def _format(content: memoryview) -> _Format:
     if channels not in range(1, _MAX_CHANNELS + 1):
         raise ValueError(f"it has {channels} channels")
     if rate not in _RATES:
-        raise ValueError(f"it has {rate} samples a second; {_RATES[0]} to {_RATES[-1]} are read")
+        raise ValueError(f"it has {rate} samples per second; must be {_RATES[0]} to {_RATES[-1]}")
     if (code, bits) not in _READERS:
-        raise ValueError(f"its format ({code}, {bits} bits) is not read; PCM and float are")
+        raise ValueError(f"its format ({code}, {bits} bits) is not supported; must be PCM or float")
     return _Format(code, channels, rate, bits)
 
 
@@ -103,12 +103,12 @@ def _decoded(content: memoryview, found: _Format) -> NDArray[Any]:
     frame = found.channels * found.bits // 8
     content = content[: len(content) // frame * frame]
     if not content:
-        raise ValueError("it holds no samples")
+        raise ValueError("it contains no samples")
     if len(content) * 8 // found.bits > MAX_SAMPLES:
-        raise ValueError(f"it holds more than {MAX_SAMPLES} samples")
+        raise ValueError(f"it contains more than {MAX_SAMPLES} samples")
     samples: NDArray[Any] = _READERS[found.code, found.bits](content)
     if not np.isfinite(samples).all():
-        raise ValueError("it holds samples that are no numbers")
+        raise ValueError("it contains samples that are NaN or infinite")
     return samples.reshape(-1, found.channels).T
 
 

@@ -48,7 +48,9 @@ class Source:
                 continue
             found[str(path)] = status.st_mtime_ns, status.st_size
             if len(found) > MOST_FILES:
-                raise ModelError(f"holds over {MOST_FILES:,} files: it is no model's folder", str(self.path))
+                raise ModelError(
+                    f"contains more than {MOST_FILES:,} files: it is not a model", str(self.path)
+                )
         return found
 
     def link(self, models: Path) -> ModelFolder:
@@ -113,7 +115,7 @@ def find(name: str, repository: Callable[[], Repository], wanted: scaffold.Wante
         if path.name == MANIFEST_FILE or _is_artefact(path, beside):
             return Source(path=beside, wanted=wanted)
         return Source(path=scaffold.checked_artefact(path.resolve()), wanted=wanted)
-    raise UnknownModel("there is no such folder or file", name)
+    raise UnknownModel("no such folder or file", name)
 
 
 def _is_artefact(path: Path, folder: Path) -> bool:
@@ -144,7 +146,7 @@ def check_readable(source: Source) -> None:
     if hidden is not None:
         who = pwd.getpwuid(os.geteuid()).pw_name
         raise ModelError(
-            f"cannot be read by {who}, as whom it would run; copy it to a folder that all may enter, such as "
+            f"cannot be read by {who}, the user that would run it; copy it to a readable folder such as "
             "/srv (gpuinfer model add takes it from here)",
             hidden,
         )

@@ -294,11 +294,13 @@ class TensorModel(LoadedModel):
         if isinstance(output, dict):
             missing = [name for name in names if name not in output]
             if missing:
-                raise OutputMismatch(f"gave no output {missing[0]!r}; it gave {', '.join(map(str, output))}")
+                raise OutputMismatch(
+                    f"did not return output {missing[0]!r}; it returned {', '.join(map(str, output))}"
+                )
             return [output[name] for name in names]
         values = list(output) if isinstance(output, tuple | list) else [output]
         if len(values) != len(names):
-            raise OutputMismatch(f"gave {len(values)} outputs, its manifest names {len(names)}")
+            raise OutputMismatch(f"returned {len(values)} outputs, but its manifest has {len(names)}")
         return values
 
 
@@ -369,11 +371,11 @@ def _check_output(spec: OutputSpec, array: Array) -> None:
     """Hold one item's output against what the manifest states about it."""
     if spec.shape is not None and not shape_fits(array.shape, spec.shape):
         raise OutputMismatch(
-            f"output {spec.name} has shape {list(array.shape)}, its manifest says {list(spec.shape)}"
+            f"output {spec.name} has shape {list(array.shape)}, but its manifest says {list(spec.shape)}"
         )
     dtype = "float32" if spec.dtype == "bfloat16" else spec.dtype
     if dtype is not None and array.dtype.name != dtype:
-        raise OutputMismatch(f"output {spec.name} is {array.dtype.name}, its manifest says {dtype}")
+        raise OutputMismatch(f"output {spec.name} is {array.dtype.name}, but its manifest says {dtype}")
     if spec.kind == "classification" and (array.ndim == 0 or array.size != array.shape[-1]):
         raise OutputMismatch(
             f"output {spec.name} has shape {list(array.shape)}; a classification needs one vector of scores"

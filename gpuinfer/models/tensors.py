@@ -150,7 +150,7 @@ def _from_file(value: object, spec: InputSpec, field: str) -> Array:
         samples = wav_to_array(bytes_of(value, field), spec.audio, field)
         return samples[0] if len(spec.shape) == 1 else samples
     raise InputError(
-        "is a file, and the model takes numbers: its manifest has no image or audio table here", field
+        "must be numbers, got a file: the model's manifest has no image or audio table for this input", field
     )
 
 
@@ -186,7 +186,7 @@ def _from_numbers(numbers: Sequence[Any], spec: InputSpec, field: str) -> Array:
         with np.errstate(over="ignore"):
             array = np.fromiter(numbers, dtype, len(numbers))
     except OverflowError:
-        raise DtypeMismatch(f"holds a number out of the range of {spec.dtype}", field) from None
+        raise DtypeMismatch(f"holds a number outside the range of {spec.dtype}", field) from None
     if dtype.kind == "f" and not np.isfinite(array).all():
         _check_finite(np.fromiter(numbers, np.float64, len(numbers)), array, spec, field)
     return _to_bfloat16(array, spec, field) if spec.dtype == _BFLOAT16 else array
@@ -196,7 +196,7 @@ def _check_finite(wide: Array, narrow: Array, spec: InputSpec, field: str) -> No
     """Refuse NaN and infinity unless the manifest allows them, and finite numbers that became infinite."""
     finite = np.isfinite(wide)
     if (finite & ~np.isfinite(narrow)).any():
-        raise DtypeMismatch(f"holds a number out of the range of {spec.dtype}", field)
+        raise DtypeMismatch(f"holds a number outside the range of {spec.dtype}", field)
     if not spec.allow_nan and not finite.all():
         at = int(np.flatnonzero(~finite)[0])
         raise NonFiniteInput(
@@ -221,7 +221,7 @@ def _from_bytes(value: Mapping[Any, object], spec: InputSpec, field: str) -> Arr
     if len(raw) != needed:
         raise InputError(f"b64 holds {len(raw)} bytes; shape {list(shape)} of {name} takes {needed}", field)
     if dtype.kind == "b" and raw.strip(b"\0\1"):
-        raise DtypeMismatch("a bool is a byte of 0 or 1", field)
+        raise DtypeMismatch("each bool must be a byte 0 or 1", field)
     array = np.frombuffer(raw, dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
     if name != spec.dtype:
         return _from_array(_from_bfloat16(array) if name == _BFLOAT16 else array, spec, field)
@@ -259,7 +259,7 @@ def _from_array(array: Array, spec: InputSpec, field: str) -> Array:
     if dtype.kind in "iu" and array.size:
         info = np.iinfo(dtype)
         if int(array.min()) < info.min or int(array.max()) > info.max:
-            raise DtypeMismatch(f"holds a number out of the range of {spec.dtype}", field)
+            raise DtypeMismatch(f"holds a number outside the range of {spec.dtype}", field)
     with np.errstate(over="ignore"):
         narrow = array.astype(dtype, copy=False)
     if dtype.kind == "f" and not np.isfinite(narrow).all():
@@ -305,7 +305,7 @@ def _keys_of(value: Mapping[Any, object]) -> str:
 
 def _dtype_word(dtype: object) -> str:
     known = isinstance(dtype, str) and dtype in _BYTES_OF
-    return str(dtype) if known else f"{word(dtype)} that names no dtype"
+    return str(dtype) if known else f"{word(dtype)} that is not a dtype"
 
 
 def _shown(shape: list[int]) -> list[int | str]:

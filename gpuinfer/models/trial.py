@@ -149,7 +149,7 @@ def cuda() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "devices": good,
         "failed": failed,
-        "why": why or "no reason is given",
+        "why": why or "no reason given",
         "ms": _ms(began, time.perf_counter()),
     }
 

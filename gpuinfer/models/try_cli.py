@@ -107,7 +107,7 @@ def check(loaded: Loaded, target: str, gpu: int | None, as_json: bool) -> None:
         known = (str(one[key]) for key in ("dtype", "shape") if key in one)
         click.echo(f"input {one['name']}: {' '.join((one['kind'], *known))}")
     if report["example"] is None:
-        say_warning("no example is known that it accepts: it was loaded, but not run")
+        say_warning("there is no example that it accepts: it was loaded, but not run")
     else:
         click.echo(f"its example ran in {report['example_ms']:.2f} ms and gave {_short(report['result'])}")
     warn(report)
@@ -129,7 +129,7 @@ def _short(value: object) -> str:
     default=1.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long each batch size runs.",
+    help="Seconds to run each batch size.",
 )
 @tables.as_json_option
 @click.pass_obj
@@ -177,7 +177,7 @@ def bench(loaded: Loaded, target: str, gpu: int | None, seconds: float, as_json:
     "uses.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: worker.device.")
-@click.option("--top-k", type=click.IntRange(min=1), help="How many of the best classes to print.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Number of best classes to print.")
 @click.option("--encoding", type=click.Choice(["list", "b64", "raw"]), default="list", show_default=True)
 @tables.as_json_option
 @click.pass_obj
@@ -262,7 +262,7 @@ def _prepared(model: LoadedModel, values: Sequence[tuple[Any, Path]]) -> list[An
     """Return the items of values, or of what warm-up has run. Raises the first error, naming its file."""
     if not values:
         if model.taken is None:
-            raise UsageError(f"{model.name} has no example that it takes; give it --input FILE", "--input")
+            raise UsageError(f"{model.name} has no example that it accepts; use --input FILE", "--input")
         values = [(model.taken, Path("its example"))]
     items = model.prepare([value for value, _ in values])
     for item, (_, path) in zip(items, values, strict=True):

@@ -128,7 +128,7 @@ def _json_reader(typed: Typed, spec: InputSpec | None) -> Reader:
         except pydantic.ValidationError as exc:
             raise _invalid(exc, field) from None
         except (TypeError, ValueError) as exc:
-            raise InputError(f"is no JSON: {exc}", field) from None
+            raise InputError(f"cannot be sent as JSON: {exc}", field) from None
 
     return read
 
@@ -138,13 +138,13 @@ def _schema_reader(name: str, schema: Mapping[str, Any]) -> Reader:
         check = checker(schema)
     except ValueError as exc:
         said = str(exc).partition("\n")[0]
-        raise ManifestError(f"is no JSON schema that can be used: {said}", f"inputs.{name}.schema") from None
+        raise ManifestError(f"is not a usable JSON schema: {said}", f"inputs.{name}.schema") from None
 
     def read(value: object, field: str) -> Any:
         try:
             check(value, field)
         except ValueError as exc:
-            raise InputError(f"is no JSON: {exc}", field) from None
+            raise InputError(f"cannot be sent as JSON: {exc}", field) from None
         return value
 
     return read

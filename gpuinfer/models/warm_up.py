@@ -19,7 +19,7 @@ _FIXED_BATCH = (
     "into a number; torch.export takes dynamic_shapes), or set batchable = false and give the full shapes"
 )
 _PYTHON_BATCH = (
-    "predict gets a list of items, and returns a list as long; batchable = false makes it one item"
+    "predict gets a list of items and must return one of the same length (batchable = false: one item)"
 )
 
 
@@ -123,7 +123,7 @@ def _run(model: LoadedModel, item: Any, size: int, check: Callable[[Any], None],
             check(_outputs(model, [item] * size)[0])
     except (OutputMismatch, _Refused) as exc:
         raise ModelLoadError(
-            f"it takes one item, and fails with a batch of {size}: {exc.args[0]}; {_batch_hint(model)}",
+            f"it accepts one item, but fails with a batch of {size}: {exc.args[0]}; {_batch_hint(model)}",
             model.name,
         ) from exc
     del behind  # its memory was taken until here
@@ -141,5 +141,5 @@ def _look_for_a_fixed_batch(model: LoadedModel, candidate: Candidate, why: str) 
         except (_Refused, OutputMismatch, DeviceOutOfMemory):
             continue
         raise ModelLoadError(
-            f"it takes a batch of {size}, and fails with one item ({why}): {_batch_hint(model)}", model.name
+            f"it accepts a batch of {size}, but fails with one item ({why}): {_batch_hint(model)}", model.name
         )

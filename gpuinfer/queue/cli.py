@@ -37,7 +37,7 @@ for _command in (control_cli.purge, control_cli.pause, control_cli.resume):
 def status(loaded: Loaded, as_json: bool, watch: float | None) -> None:
     """Show waiting tasks by queue and model, and the workers.
 
-    Models and queues with waiting tasks that no live worker serves are named.
+    Also lists waiting tasks that no live worker serves.
     """
     from gpuinfer.broker import durability
     from gpuinfer.queue import heartbeats
@@ -51,7 +51,7 @@ def status(loaded: Loaded, as_json: bool, watch: float | None) -> None:
             depth, (beats, now) = look(client), heartbeats.read(client)
             body = depth.to_dict() | fleet(depth, heartbeats.alive(beats, now)).to_dict()
             body["silent"] = {one.worker: round(one.silent_s, 1) for one in holders(client) if one.silent}
-            # Others have no right to ask, and what is refused stands in Redis's log.
+            # Other users may not ask, and Redis logs each refusal.
             may_ask = user_of(loaded.settings.broker) in ("admin", "default")
             body["durability"] = durability.running(client) if may_ask else None
             if as_json:
@@ -74,7 +74,7 @@ def _print_status(body: dict[str, Any], now: float, *, clear: bool) -> None:
         columns = ("model", "default", "workers", "queues served", "last seen")
         print_table(columns, [_model_row(model, now) for model in body["models"]])
     else:
-        click.echo("no model is known: no worker has run yet")
+        click.echo("no models are known: no worker has run yet")
     click.echo()
     for key, kind in body["foreign_keys"].items():
         click.echo(

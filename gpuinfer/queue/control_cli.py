@@ -33,15 +33,15 @@ def _connected(loaded: Loaded) -> Iterator[redis.Redis]:
     epilog=examples("gpuinfer queue purge batch", "gpuinfer queue purge realtime.resnet --yes --json")
 )
 @click.argument("name", metavar="[QUEUE]", required=False, shell_complete=completion.queues)
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @as_json_option
 @click.pass_obj
 def purge(loaded: Loaded, name: str | None, yes: bool, as_json: bool) -> int:
-    """Revoke all tasks that wait in QUEUE. Default: all queues.
+    """Revoke all waiting tasks in QUEUE. Default: all queues.
 
     QUEUE is realtime, default or batch (for all models), or the queue of one model: batch.resnet. Tasks with
-    an ETA are revoked, too; tasks that a worker has claimed go on. Waiting clients get the result at once,
-    and idempotency keys can be used again.
+    an ETA are revoked, too; tasks that a worker has claimed continue. Clients that wait for these tasks are
+    told at once, and their idempotency keys can be used again.
     """
     from gpuinfer.queue.purge import check, lines
     from gpuinfer.queue.purge import purge as end
@@ -71,10 +71,10 @@ def purge(loaded: Loaded, name: str | None, yes: bool, as_json: bool) -> int:
 @as_json_option
 @click.pass_obj
 def pause(loaded: Loaded, name: str, as_json: bool) -> None:
-    """Pause QUEUE: tasks are accepted, and wait until it is resumed.
+    """Pause QUEUE: new tasks are accepted, but wait until it is resumed.
 
     QUEUE is realtime, default or batch (for all models), or the queue of one model: batch.resnet. Tasks that
-    a worker has claimed go on.
+    a worker has claimed continue.
     """
     _set(loaded, name, as_json, paused=True)
 
@@ -86,7 +86,8 @@ def pause(loaded: Loaded, name: str, as_json: bool) -> None:
 def resume(loaded: Loaded, name: str, as_json: bool) -> None:
     """Let workers claim tasks from QUEUE again.
 
-    A queue of all models (batch) and that of one model (batch.resnet) are paused and resumed separately.
+    A queue for all models (batch) and the queue of one model (batch.resnet) are paused and resumed
+    separately.
     """
     _set(loaded, name, as_json, paused=False)
 

@@ -27,9 +27,9 @@ _MARK = re.compile(r'^\{"gpuinfer": \[\d+, \d+\], ')
 _DROP = "gpuinfer dead drop removes it"
 #: What revive.lua answers where it has done nothing.
 _REFUSED = {
-    -1: f"has its result by now; {_DROP}",
-    -2: f"cannot be sent again: its inputs, which lay beside it, are gone; {_DROP}",
-    -3: "cannot be sent again: what stands under {key!r} is no list; delete or rename that key",
+    -1: f"already has a result; {_DROP}",
+    -2: f"cannot be retried: its inputs are gone; {_DROP}",
+    -3: "cannot be retried: {key!r} is not a list; delete or rename that key",
 }
 
 
@@ -101,7 +101,7 @@ def _parse(letter_id: str, raw: bytes) -> Letter:
         return Letter(
             id=letter_id,
             list_key="",
-            reason="this is no letter of gpuinfer",
+            reason="not a dead letter of gpuinfer",
             code="unknown",
             deaths=0,
             worker="",
@@ -175,9 +175,9 @@ def _revival(letter_id: str, list_key: str, payload: str) -> tuple[str, list[str
     try:
         envelope = peek(payload.encode())
     except Undecodable as exc:
-        raise InputError(f"cannot be sent again: {exc}; {_DROP}", letter_id) from None
+        raise InputError(f"cannot be retried: {exc}; {_DROP}", letter_id) from None
     if queue not in QUEUES:
-        raise InputError(f"cannot be sent again: no queue {queue!r}", letter_id)
+        raise InputError(f"cannot be retried: there is no queue {queue!r}", letter_id)
     beside = int(bool(envelope and envelope.beside))
     told = envelope.told if envelope is not None else b"}}"
     return list_key, [letter_id, payload, told, beside]

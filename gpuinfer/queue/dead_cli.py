@@ -34,8 +34,8 @@ def _connected(loaded: Loaded) -> Iterator[redis.Redis]:
 def dead() -> None:
     """List, retry and drop dead letters.
 
-    A dead letter is a task that killed its workers, or that cannot be read. It stays until it is retried or
-    dropped.
+    A dead letter is a task that killed its workers or could not be read. It is kept until it is retried or
+    dropped, within queue.max_dead, max_dead_bytes and dead_ttl_s.
     """
 
 
@@ -94,7 +94,7 @@ def _chosen(client: redis.Redis, task_ids: tuple[str, ...], everything: bool) ->
 
 
 _ids = click.argument("task_ids", nargs=-1, metavar="[TASK_ID]...")
-_all = click.option("--all", "everything", is_flag=True, help="All dead letters there are now.")
+_all = click.option("--all", "everything", is_flag=True, help="All current dead letters.")
 
 
 @dead.command(epilog=examples("gpuinfer dead retry 6b1f3d0e-...", "gpuinfer dead retry --all"))
@@ -103,9 +103,9 @@ _all = click.option("--all", "everything", is_flag=True, help="All dead letters 
 @as_json_option
 @click.pass_obj
 def retry(loaded: Loaded, task_ids: tuple[str, ...], everything: bool, as_json: bool) -> int:
-    """Send dead letters to their queues again, under their ids.
+    """Return dead letters to their queues, under the same ids.
 
-    Their count of worker deaths starts at zero. A dead letter that cannot be read is refused and stays.
+    Their count of killed workers starts at zero. A dead letter that cannot be read is refused and kept.
     """
     from gpuinfer.errors import BrokerError
     from gpuinfer.queue.dead import retry as send_again
@@ -146,7 +146,7 @@ def _report(outcome: dict[str, GpuinferError | None], as_json: bool) -> None:
 @as_json_option
 @click.pass_obj
 def drop(loaded: Loaded, task_ids: tuple[str, ...], everything: bool, as_json: bool) -> int:
-    """Delete dead letters. Fails when one of the TASK_IDs is none."""
+    """Delete dead letters. Fails if a TASK_ID is not a dead letter."""
     from gpuinfer.queue.dead import drop as delete
 
     with _connected(loaded) as client:

@@ -101,7 +101,7 @@ class Option:
         try:
             value.encode()
         except UnicodeEncodeError:
-            return "text that is UTF-8 (it has half a surrogate pair)"
+            return "valid Unicode (it contains half a surrogate pair)"
         return ""
 
     def _wrong_map(self, value: Any) -> str:
@@ -153,7 +153,7 @@ class Options(TypedDict, total=False):
     top_k: Annotated[
         int | None,
         Option(
-            help="How many classes a classification lists.",
+            help="Number of best classes in a classification.",
             kind="integer",
             least=1,
             most=2**31 - 1,
@@ -163,32 +163,32 @@ class Options(TypedDict, total=False):
     encoding: Annotated[
         Encoding | None,
         Option(
-            help="How raw outputs are returned; raw: as b64, and so are scores. Default: list.",
+            help="Format of raw outputs; raw: raw outputs and scores as b64. Default: list.",
             choices=ENCODINGS,
             argument=True,
         ),
     ]
-    expires_s: Annotated[float | None, _seconds("Seconds after which the task must not begin any more.")]
-    countdown_s: Annotated[
-        float | None, _seconds("Seconds until a worker may begin the task, by Redis's clock.")
+    expires_s: Annotated[
+        float | None, _seconds("Seconds after which the task expires if it has not started.")
     ]
+    countdown_s: Annotated[float | None, _seconds("Seconds before a worker may start the task.")]
     soft_time_limit_s: Annotated[
-        float | None, _seconds("Seconds it may run before it is interrupted. Default: the model's.")
+        float | None, _seconds("Soft time limit in seconds: the task is interrupted. Default: the model's.")
     ]
     time_limit_s: Annotated[
-        float | None, _seconds("Seconds it may run before its process is ended. Default: the model's.")
+        float | None, _seconds("Hard time limit in seconds: the worker process ends. Default: the model's.")
     ]
     ignore_result: Annotated[
-        bool, Option(help="true: run it and keep nothing.", kind="boolean", default=False)
+        bool, Option(help="true: run it and store no result.", kind="boolean", default=False)
     ]
     metadata: Annotated[
         Mapping[str, str] | None,
-        Option(help="Texts of the caller's own, by name; at most 16. They come back with it.", kind="map"),
+        Option(help="Your own texts by name, at most 16, returned with the task.", kind="map"),
     ]
     traceparent: Annotated[
         str | None,
         Option(
-            help="The caller's place in a trace (W3C Trace Context); it is in the journal and in the result.",
+            help="Trace context of the caller (W3C), included in the journal and the result.",
             pattern=TRACEPARENT,
             words="a traceparent of W3C Trace Context: 00-<32 hex digits>-<16 hex digits>-<2 hex digits>",
         ),
@@ -196,7 +196,7 @@ class Options(TypedDict, total=False):
     idempotency_key: Annotated[
         str | None,
         Option(
-            help="The same key answers with the same task id; with another request it is refused.",
+            help="A request with the same key returns the same task; a different one is refused.",
             least=1,
             most=MAX_NAME,
         ),

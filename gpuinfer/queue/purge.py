@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ending all that waits in a queue, as if each task were cancelled.
+"""Revokes all waiting tasks of a queue.
 
-Each call takes a few tasks out and writes their ends, in one step: a purge that is cut off leaves each task
-waiting or revoked, and the next one goes on. What a worker has claimed is not touched.
+Each call removes a few tasks and writes their ends atomically, so an interrupted purge leaves each task
+either waiting or revoked, and the next purge continues. Claimed tasks are not affected.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def check(queue: str) -> str:
     tier, dot, model = queue.partition(".")
     if tier not in QUEUES or bool(dot) != bool(model):
         named = ", ".join(QUEUES)
-        raise UsageError(f"must be one of {named}, or one of them with a model: batch.resnet; got {queue!r}")
+        raise UsageError(
+            f"must be one of {named}, optionally with a model, such as batch.resnet, got {queue!r}"
+        )
     return queue
 
 
@@ -108,7 +110,7 @@ def _head(client: redis.Redis, line: Line, count: int) -> list[bytes]:
 
 def _end(payload: bytes, line: Line, chains: Chains) -> Final:
     """Return the end of one task; of one whose id cannot be read, none."""
-    error = TaskRevoked("it was purged from its queue before a worker began it")
+    error = TaskRevoked("it was purged from its queue before a worker started it")
     named, caller = label("cancelled", line.lane.tier, line.lane.model), keys.place_of(line.list_key).caller
     try:
         envelope = peek(payload)

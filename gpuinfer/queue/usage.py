@@ -91,7 +91,9 @@ def since_of(text: str, name: str = "since") -> int:
     seconds = int(found[1]) * _UNIT_S[found[2]] if found else 0
     if not 0 < seconds <= MOST_S:
         most = MOST_S // 86400
-        raise InputError(f"must be a span of at most {most} days such as 90m, 24h or 7d: {text[:40]!r}", name)
+        raise InputError(
+            f"must be a time span of at most {most} days such as 90m, 24h or 7d, got {text[:40]!r}", name
+        )
     return seconds
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command(epilog=examples("gpuinfer usage --by key", "gpuinfer usage --by model --since 7d --json"))
 @click.option(
-    "--by", type=click.Choice(["key", "model"]), help="Sums by this alone. Default: by key and model."
+    "--by", type=click.Choice(["key", "model"]), help="Sum by this only. Default: by key and model."
 )
 @click.option(
     "--since",
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
 def usage(loaded: Loaded, by: Literal["key", "model"] | None, since: str, as_json: bool) -> None:
     """Show requests, bytes and device time by key and model.
 
-    The front counts requests. Errors are wrong or failed requests; refused are those beyond a limit (429,
-    503). The device time of a batch is divided among its inputs, and counts when the batch ends for the key
-    that submitted them. "-" stands for no key, and for requests of which no model is known: those that ask
-    about tasks, cannot be read, or name a model that there is not. One that names no model counts for the
-    default. Each process writes its counts once a second.
+    The API counts requests. Errors are invalid or failed requests; refused are those beyond a limit (429,
+    503). The device time of a batch is divided among its inputs, and is counted at its end for the keys that
+    submitted them. "-" means no key, or no known model: requests about tasks, unreadable ones, and those for
+    an unknown model. Requests that name no model count for the default. Counts are updated once a second.
     """
     from gpuinfer.queue.connection import connect, typed_errors, user_of
     from gpuinfer.queue.usage import read, since_of
@@ -52,7 +51,7 @@ def usage(loaded: Loaded, by: Literal["key", "model"] | None, since: str, as_jso
     rows = [_row(one, names) for one in found.accounts]
     began = datetime.fromtimestamp(found.since, UTC).strftime("%Y-%m-%d %H:%M UTC")
     if not rows:
-        click.echo(f"nothing was used since {began}")
+        click.echo(f"no usage since {began}")
         return
     click.echo(f"since {began}")
     print_table((*names, "requests", "errors", "refused", "received", "sent", "device seconds"), rows)

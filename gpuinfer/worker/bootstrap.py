@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts a worker, in order: settings, device, lock, models, warm-up, queue.
 
-Runs from Celery's ``celeryd_init`` signal, for both ``gpuinfer worker N`` and ``celery -A gpuinfer worker``. The
-device is bound before torch is imported.
+Runs from Celery's ``celeryd_init`` signal, for both ``gpuinfer worker N`` and ``celery -A gpuinfer worker``.
+The device is bound before torch is imported.
 """
 
 from __future__ import annotations
@@ -203,8 +203,8 @@ def _most(settings: Settings, models: Mapping[str, LoadedModel]) -> dict[str, in
 def _end_at_hard_limit(tasks: Sequence[Task], store: Store) -> NoReturn:
     """End the process because ``tasks`` exceeded the hard limit, in a pass or in preparing one input.
 
-    A single task fails with TimeLimitExceeded. Several tasks return to the queue, each charged with one crash,
-    and run alone next time. Other tasks in the pipeline return without a charge.
+    A single task fails with TimeLimitExceeded. Several tasks return to the queue, each charged with one
+    crash, and run alone next time. Other tasks in the pipeline return without a charge.
     """
     from gpuinfer.worker.outbox import Outbox
 
@@ -219,7 +219,7 @@ def _end_at_hard_limit(tasks: Sequence[Task], store: Store) -> NoReturn:
     try:
         if len(tasks) == 1:
             (task,) = tasks
-            error = TimeLimitExceeded(f"exceeded its hard limit of {task.hard_limit_s:g} s", None)
+            error = TimeLimitExceeded(f"ran longer than its hard limit of {task.hard_limit_s:g} s", None)
             store.settle([Outbox(store).final(task.claimed, error, task.envelope, task)])
         store.note([task.seq for task in tasks])
     except Exception as exc:
@@ -246,9 +246,9 @@ def _ready(sender: Any, **_: object) -> None:
 def _stop(number: int, _: object) -> None:
     """Finish the running batch and stop.
 
-    A second Ctrl-C stops at once; the running tasks return to the queue at the next start. SIGQUIT is treated as
-    SIGTERM, because Celery's cold shutdown would interrupt a task in the solo pool. Nothing is logged here: the
-    signal may have interrupted a write to the log.
+    A second Ctrl-C stops at once; the running tasks return to the queue at the next start. SIGQUIT is treated
+    as SIGTERM, because Celery's cold shutdown would interrupt a task in the solo pool. Nothing is logged
+    here: the signal may have interrupted a write to the log.
     """
     if state.should_stop is not None and number == signal.SIGINT:
         os._exit(128 + signal.SIGINT)

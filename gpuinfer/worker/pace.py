@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides when to claim the next batch during a long one: late, for other workers, but early enough to prepare it.
+"""Decides when to claim behind a long batch: late, for other workers, but early enough to prepare.
 
-Claimed tasks should wait at most AHEAD_MOST_S for the device. If the running batch takes longer than usual, the
-batch behind it is returned to the queue.
+Claimed tasks should wait at most AHEAD_MOST_S for the device. If the running batch takes longer than usual,
+the batch behind it is returned to the queue.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def test_a_body_that_somebody_has_deleted(client: Client, store: Store) -> None:
     task_id = client.submit(IMAGE)
     fail(store)
     store.client.unlink(keys.body(task_id))
-    with pytest.raises(InputError, match="its inputs, which lay beside it, are gone; submit it again"):
+    with pytest.raises(InputError, match="its inputs are gone; submit it again"):
         client.retry(task_id)
     assert client.status(task_id).state == "failed"
 

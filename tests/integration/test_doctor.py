@@ -91,4 +91,4 @@ def test_a_model_that_was_changed(workers: Workers, tmp_path: Path) -> None:
     artefact.write_bytes(b"not a model")
     code, found = doctor(workers, "models", models_folders=tmp_path / "models")
     assert code == 1
-    assert "nothing of it was opened" in found["models.digest"]["message"]
+    assert "it was not loaded" in found["models.digest"]["message"]

@@ -21,7 +21,7 @@ from tests.workers import NAME, Workers, wait_until
 
 pytestmark = pytest.mark.integration
 
-WHY = "it is neither TorchScript nor a file of torch.export's"
+WHY = "it is neither TorchScript nor a torch.export file"
 
 
 def test_the_others_are_served(workers: Workers, client: Client, redis_server: RedisServer) -> None:

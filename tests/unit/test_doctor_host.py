@@ -231,7 +231,7 @@ def test_a_models_digest(tmp_path: Path) -> None:
     changed, gone, mine = flat(workers.digests(host(tmp_path, models=names, worker=wanted)))
     assert (changed.status, gone.status, mine.status) == ("error", "error", "error")
     assert mine.remedy == f"gpuinfer model add {by_hand}"
-    assert "model.pt has changed; nothing of it was opened" in changed.message
+    assert "model.pt has changed; it was not loaded" in changed.message
     assert gone.remedy.startswith("gpuinfer model add FOLDER --name gone")
 
 

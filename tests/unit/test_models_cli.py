@@ -203,7 +203,7 @@ def test_images_only_where_the_manifest_says_how(cli: Cli, tmp_path: Path) -> No
     cli("add", build.add_scalar(tmp_path / "adder"), "--untried")
     file = tmp_path / "a.png"
     Image.new("L", (8, 8)).save(file)
-    with pytest.raises(UsageError, match="takes no image"):
+    with pytest.raises(UsageError, match="does not take images"):
         cli("run", "adder", "--input", file)
     np.save(tmp_path / "a.npy", np.zeros(4))
     with pytest.raises(UsageError, match="several inputs"):
@@ -239,7 +239,7 @@ def test_run_takes_what_warm_up_has_found(cli: Cli, tmp_path: Path) -> None:
     assert cli.json("run", ones)["results"] == [{"output": 1}]
     assert cli.json("check", ones)["example"] == [1.0, 1.0]
     none = build.python_model(tmp_path / "none", code.replace("3 //", "3 // 0 +"), tables)
-    with pytest.raises(UsageError, match="none has no example that it takes; give it --input FILE"):
+    with pytest.raises(UsageError, match="none has no example that it accepts; use --input FILE"):
         cli("run", none)
 
 

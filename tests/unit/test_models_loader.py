@@ -79,7 +79,7 @@ def test_a_wrong_digest_is_never_opened(tmp_path: Path) -> None:
     beside = path / "beside.txt"
     beside.write_text("not there when it was added")
     folder = Repository([tmp_path]).get("m")
-    with pytest.raises(DigestMismatch, match=r"beside.txt is new; nothing of it was opened"):
+    with pytest.raises(DigestMismatch, match=r"beside.txt is new; it was not loaded"):
         load(folder, "cpu")
     assert not trace.exists()
     beside.unlink()
@@ -182,7 +182,7 @@ def test_a_dictionary_is_read_by_name(tmp_path: Path) -> None:
     model.warm_up()
     assert [a.tolist() for a in model.forward(_items(model, [3]))[0]] == [[3], [6]]
     model = _load(build.write_model(tmp_path / "n", _Mapping(), tables.replace('"b"', '"z"')))
-    with pytest.raises(ModelLoadError, match="gave no output 'z'"):
+    with pytest.raises(ModelLoadError, match="did not return output 'z'"):
         model.warm_up()
 
 
@@ -210,9 +210,9 @@ class _Sum(nn.Module):
     ("output", "model", "said"),
     [
         ('name = "y"', _Sum(), "its first dimension must be the batch"),
-        ('name = "y"\nshape = [3]', nn.Identity(), "has shape [2], its manifest says [3]"),
-        ('name = "y"\ndtype = "int64"', nn.Identity(), "is float32, its manifest says int64"),
-        ('name = "y"\n[[outputs]]\nname = "z"', nn.Identity(), "gave 1 outputs, its manifest names 2"),
+        ('name = "y"\nshape = [3]', nn.Identity(), "has shape [2], but its manifest says [3]"),
+        ('name = "y"\ndtype = "int64"', nn.Identity(), "is float32, but its manifest says int64"),
+        ('name = "y"\n[[outputs]]\nname = "z"', nn.Identity(), "returned 1 outputs, but its manifest has 2"),
         ('name = "y"\nkind = "classification"\nlabels = ["a"]', nn.Identity(), "has 2 classes, 1 labels"),
         ('name = "y"\nkind = "classification"', nn.Unflatten(1, (2, 1)), "needs one vector of scores"),
     ],

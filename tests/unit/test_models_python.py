@@ -319,7 +319,7 @@ def test_the_manifest_s_kinds(tmp_path: Path) -> None:
 def test_a_schema_that_cannot_be_used_is_told_at_once(tmp_path: Path) -> None:
     """When the model is loaded, with the key's name."""
     tables = '[[inputs]]\nname = "x"\nkind = "json"\nschema = { type = "strange" }\n'
-    with pytest.raises(GpuinferError, match=r"inputs\.x\.schema: is no JSON schema"):
+    with pytest.raises(GpuinferError, match=r"inputs\.x\.schema: is not a usable JSON schema"):
         model(tmp_path, "class Mine:\n    def predict(self, batch):\n        return batch\n", tables)
 
 
@@ -335,7 +335,7 @@ def test_a_batch_of_another_length_is_told_in_python_s_words(tmp_path: Path) -> 
         """,
     )
     with pytest.raises(
-        ModelLoadError, match=r"returned 1 outputs for 32 items.*returns a list as long"
+        ModelLoadError, match=r"returned 1 outputs for 32 items.*one of the same length"
     ) as caught:
         one.warm_up()
     assert "export" not in caught.value.message

@@ -68,7 +68,9 @@ def test_torchscript_is_read_from_its_first_layer(tmp_path: Path) -> None:
 def test_what_a_file_does_not_tell_is_asked(tmp_path: Path) -> None:
     """The error names the option; a terminal is asked for dtype and shape; a plain number needs neither."""
     path = build.unbatched(tmp_path / "free") / "model.pt"
-    with pytest.raises(UsageError, match=r"its input x; say --input NAME:DTYPE:SHAPE") as caught:
+    with pytest.raises(
+        UsageError, match=r"cannot be read from the file; give --input NAME:DTYPE:SHAPE"
+    ) as caught:
         written(path)
     assert caught.value.field == "--input"
     asked = []
@@ -90,11 +92,11 @@ def test_what_a_file_does_not_tell_is_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        ({"inputs": ("y:float32:2",)}, "no input 'y'; its inputs: x, k"),
-        ({"inputs": ("x:float:2",)}, "'float' is no dtype"),
-        ({"inputs": ("x:float32:a",)}, "'a' is no shape"),
+        ({"inputs": ("y:float32:2",)}, "no input 'y'; the inputs are x, k"),
+        ({"inputs": ("x:float:2",)}, "'float' is not a dtype"),
+        ({"inputs": ("x:float32:a",)}, "'a' is not a shape"),
         ({"inputs": ("x",)}, "must be --input NAME:DTYPE:SHAPE"),
-        ({"inputs": ("x:float32:2",), "outputs": ("a",)}, "2 outputs, 1 are named"),
+        ({"inputs": ("x:float32:2",), "outputs": ("a",)}, "2 outputs, but 1 names were given"),
         ({"inputs": ("x:float32:2",), "name": "A b"}, "cannot be called 'A b'"),
     ],
 )
@@ -139,7 +141,7 @@ def test_names_and_files_are_found(tmp_path: Path) -> None:
     """A model is called by its file, or by its folder where the file is just model.pt."""
     assert name_of(tmp_path / "My Model.pt") == "my-model"
     assert name_of(tmp_path / "Ocr" / "model.pt") == "ocr"
-    with pytest.raises(UsageError, match="holds no model"):
+    with pytest.raises(UsageError, match="contains no model"):
         artefact_in(tmp_path)
     (tmp_path / "a.pt").touch()
     (tmp_path / "b.py").touch()
@@ -151,7 +153,7 @@ def test_names_and_files_are_found(tmp_path: Path) -> None:
 
 def test_a_file_that_is_gone_is_told(tmp_path: Path) -> None:
     """It may be removed between the question and the look, as an editor does that saves."""
-    with pytest.raises(ModelLoadError, match=r"model.py: there is no such file"):
+    with pytest.raises(ModelLoadError, match=r"model.py: no such file"):
         describe(tmp_path / "model.py")
 
 

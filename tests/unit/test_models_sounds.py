@@ -74,23 +74,23 @@ def test_channels() -> None:
     mono = wav_to_array(stereo, AudioSpec(rate=8000, channels=1), "x")
     assert np.array_equal(mono, wav_to_array(tone(8000, 0.1), AudioSpec(rate=8000, channels=1), "x"))
     assert wav_to_array(tone(8000, 0.1), AudioSpec(rate=8000, channels=2), "x").shape == (2, 800)
-    with pytest.raises(InputError, match="has 2 channels, the model takes 4"):
+    with pytest.raises(InputError, match="has 2 channels, but the model takes 4"):
         wav_to_array(stereo, AudioSpec(rate=8000, channels=4), "x")
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "does not begin as one"),
-        (b"ID3 a song", "does not begin as one"),
+        (b"", "it has no WAV header"),
+        (b"ID3 a song", "it has no WAV header"),
         (tone(8000)[:30], "unpack|holds no samples"),
-        (tone(8000)[:-10], "it is cut off: 7990 of 8000 bytes"),
-        (riff(1, 16, b""), "holds no samples"),
-        (riff(1, 12, b"abcd"), "12 bits. is not read"),
+        (tone(8000)[:-10], "it is incomplete: 7990 of 8000 bytes"),
+        (riff(1, 16, b""), "contains no samples"),
+        (riff(1, 12, b"abcd"), "12 bits. is not supported"),
         (riff(85, 16, b"abcd"), "format .85"),
-        (riff(1, 16, b"abcd", rate=0), "0 samples a second"),
+        (riff(1, 16, b"abcd", rate=0), "0 samples per second"),
         (riff(1, 16, b"abcd", channels=0), "0 channels"),
-        (riff(3, 32, struct.pack("<f", float("nan"))), "no numbers"),
+        (riff(3, 32, struct.pack("<f", float("nan"))), "NaN or infinite"),
     ],
 )
 def test_what_is_no_sound(data: bytes, words: str) -> None:
@@ -107,7 +107,7 @@ def test_a_pipe_s_end_is_not_known() -> None:
 
 
 def test_a_few_bytes_do_not_become_gigabytes() -> None:
-    """A sound of 100 samples a second for a model that takes 768,000."""
+    """A sound of 100 samples per second for a model that takes 768,000."""
     with pytest.raises(InputError, match="makes more than"):
         resample(np.zeros((1, 20_000), np.float32), 100, 768_000, "inputs")
 

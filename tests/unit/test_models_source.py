@@ -52,7 +52,9 @@ def test_what_the_workers_user_cannot_reach(name: str, tmp_path: Path) -> None:
     source = Source(path=tmp_path / name, wanted=Wanted())
     os.seteuid(pwd.getpwnam("nobody").pw_uid)
     try:
-        with pytest.raises(ModelError, match="cannot be read by nobody, as whom it would run; copy it to"):
+        with pytest.raises(
+            ModelError, match="cannot be read by nobody, the user that would run it; copy it to"
+        ):
             check_readable(source)
     finally:
         os.seteuid(0)

@@ -202,7 +202,7 @@ def test_items_whose_numbers_differ_run_apart(tmp_path: Path) -> None:
             return x * k
 
     model = _load(build.write_model(tmp_path / "m", Scaled(), TWO.replace("[512]", "[1]") % ""))
-    with pytest.raises(ModelLoadError, match=r"y has shape \[1\], its manifest says \[\]"):
+    with pytest.raises(ModelLoadError, match=r"y has shape \[1\], but its manifest says \[\]"):
         model.warm_up()
     path = build.write_model(tmp_path / "n", Scaled(), TWO.replace("[512]", "[]") % "")
     model = _warmed(path)
@@ -248,8 +248,8 @@ class _FixedBatch(nn.Module):
 @pytest.mark.parametrize(
     ("size", "said"),
     [
-        (1, "it takes one item, and fails with a batch of 32"),
-        (4, "takes a batch of 4, and fails with one item .zeros: "),
+        (1, "it accepts one item, but fails with a batch of 32"),
+        (4, "accepts a batch of 4, but fails with one item .zeros: "),
     ],
 )
 def test_a_batch_dimension_that_a_trace_fixed(tmp_path: Path, size: int, said: str) -> None:
@@ -350,17 +350,17 @@ def test_a_file_of_the_other_format(tmp_path: Path) -> None:
     build.write_model(path, _Linear(), _tables("[2]"))
     (path / "model.pt").rename(path / "model.pt2")
     build.write_manifest(path, "model.pt2", _tables("[2]"))
-    assert "it is TorchScript, and model.pt2 is taken for torch.export's: call it model.pt" in _refused(path)
+    assert "it is TorchScript, but .pt2 means torch.export: rename model.pt2 to model.pt" in _refused(path)
     _export(tmp_path / "b", _Linear(), (torch.zeros(2, 2),), _tables("[2]"))
     (tmp_path / "b" / "model.pt2").rename(tmp_path / "b" / "model.pt")
     build.write_manifest(tmp_path / "b", "model.pt", _tables("[2]"))
-    assert "is a file of torch.export's, and model.pt is taken for TorchScript" in _refused(tmp_path / "b")
+    assert "is a torch.export file, but its suffix means TorchScript" in _refused(tmp_path / "b")
     for name in ("c.pt", "c.pt2"):
         path = tmp_path / name.replace(".", "")
         path.mkdir()
         (path / name).write_text("<html>404 Not Found</html>")
         build.write_manifest(path, name, _tables("[2]"))
-        assert "neither TorchScript nor a file of torch.export's" in _refused(path)
+        assert "neither TorchScript nor a torch.export file" in _refused(path)
 
 
 def _export(
@@ -430,7 +430,7 @@ def test_a_missing_operator_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     script = build.write_model(tmp_path / "script", Op(), _tables("[2]"))
     library._destroy()
     told = _refused(script)
-    assert "it needs opslib::twice, which no library that is imported here registers" in told
+    assert "it needs the operator opslib::twice, which no imported library registers" in told
     assert "set imports = ['opslib'] in model.toml" in told
     manifest = script / "model.toml"
     manifest.write_text('imports = ["opslib"]\n' + manifest.read_text())

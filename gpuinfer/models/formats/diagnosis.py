@@ -31,7 +31,7 @@ _MODULES = {"image": "torchvision", "quantized_decomposed": "torch.ao.quantizati
 
 
 def explain(file: BinaryIO, artefact: str, said: str, *, script: bool) -> str | None:
-    """Return the cause and what to do; None when neither the file nor torch's words tell.
+    """Return the cause and what to do; None if neither the file nor torch's message shows it.
 
     ``said`` is all that torch said; ``script`` is true where TorchScript was expected, and torch.export's
     file elsewhere.
@@ -40,7 +40,7 @@ def explain(file: BinaryIO, artefact: str, said: str, *, script: bool) -> str | 
     if operator:
         module = _MODULES.get(operator.partition("::")[0], operator.partition("::")[0])
         return (
-            f"it needs {operator}, which no library that is imported here registers; set imports = "
+            f"it needs the operator {operator}, which no imported library registers; set imports = "
             f"[{module!r}] in model.toml, if that is the library's name, and install it"
         )
     kind = _kind_of(file)
@@ -62,17 +62,17 @@ def _missing_operator(said: str) -> str | None:
 def _words(kind: str, name: str) -> str:
     stem = PurePath(name).stem
     if kind == "script":
-        return f"it is TorchScript, and {name} is taken for torch.export's: call it {stem}.pt"
+        return f"it is TorchScript, but .pt2 means torch.export: rename {name} to {stem}.pt"
     if kind == "export":
-        return f"it is a file of torch.export's, and {name} is taken for TorchScript: call it {stem}.pt2"
+        return f"it is a torch.export file, but its suffix means TorchScript: rename {name} to {stem}.pt2"
     if kind == "compiled":
         return "it is a package that AOTInductor compiled for one machine; save the exported program itself"
     if kind == "weights":
         return f"it is a state dict: weights without a program, as torch.save writes them; {_SCRIPT_IT}"
     if kind == "none":
         return (
-            "it is neither TorchScript nor a file of torch.export's (both are zip archives): it is another "
-            "format, or its download is broken"
+            "it is neither TorchScript nor a torch.export file (both are zip archives): it has another "
+            "format, or its download is incomplete"
         )
     return f"it is a pickled object of {kind}, as torch.save writes it, and needs its code; {_SCRIPT_IT}"
 

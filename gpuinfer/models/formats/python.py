@@ -44,7 +44,7 @@ from gpuinfer.models.words import end_lines
 
 
 def read(folder: ModelFolder, file: BinaryIO, device: str) -> PythonModel:
-    """Import the model's file, make one object of its class, and let it load. Raises ModelLoadError."""
+    """Import the model's file, create an instance of its class, and call load. Raises ModelLoadError."""
     manifest = folder.manifest
     with importing(folder.path), working(Work(model=manifest.name)):
         module = run_file(folder, file)
@@ -276,7 +276,7 @@ class PythonModel(LoadedModel):
             outputs = list(array) if array.ndim else None
         if not isinstance(outputs, list | tuple):
             raise InferenceError(
-                f"predict must return a list with one output an item, got {type(outputs).__name__}"
+                f"predict must return a list with one output per item, got {type(outputs).__name__}"
             )
         if len(outputs) != len(batch):
             raise InferenceError(
@@ -350,16 +350,18 @@ class PythonModel(LoadedModel):
         if isinstance(output, Mapping):
             missing = [spec.name for spec in specs if spec.name not in output]
             if missing:
-                return InferenceError(f"{self.name} gave no output {missing[0]!r}")
+                return InferenceError(f"{self.name} did not return output {missing[0]!r}")
             values = [output[spec.name] for spec in specs]
         else:
             values = list(output) if len(specs) > 1 and isinstance(output, list | tuple) else [output]
         if len(values) != len(specs):
-            return InferenceError(f"{self.name} gave {len(values)} outputs, its manifest names {len(specs)}")
+            return InferenceError(
+                f"{self.name} returned {len(values)} outputs, but its manifest has {len(specs)}"
+            )
         try:
             return tuple(_array_of(value, spec) for value, spec in zip(values, specs, strict=True))
         except (ValueError, TypeError) as exc:
-            return InferenceError(f"{self.name} gave an output that is no array of numbers: {exc}")
+            return InferenceError(f"{self.name} returned an output that is not an array of numbers: {exc}")
 
 
 def _array_of(value: Any, spec: OutputSpec) -> Array:
@@ -368,5 +370,5 @@ def _array_of(value: Any, spec: OutputSpec) -> Array:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{spec.name} is {array.dtype.name}")
     if spec.kind == "classification" and array.ndim != 1:
-        raise ValueError(f"{spec.name} has shape {list(array.shape)}, and a classification needs one vector")
+        raise ValueError(f"{spec.name} has shape {list(array.shape)}, but a classification needs a vector")
     return array
