@@ -112,11 +112,11 @@ def test_a_letter_that_cannot_be_sent_again_stays(store: Store, client: Client) 
     store.bury(task.seq, task.list_key, task.payload, DeadLettered("no"))
     meta = raw.get(keys.result(task_id))
     raw.set("realtime", "a stranger's")
-    with pytest.raises(InputError, match="'realtime' is no list"):
+    with pytest.raises(InputError, match="'realtime' is not a list"):
         dead.retry(raw, task_id)
     raw.delete("realtime")
     body = raw.getdel(keys.body(task_id))
-    with pytest.raises(InputError, match="beside it, are gone"):
+    with pytest.raises(InputError, match="its inputs are gone"):
         dead.retry(raw, task_id)
     assert dead.ids(raw) == [task_id]
     assert raw.get(keys.result(task_id)) == meta

@@ -224,7 +224,7 @@ def test_removing_a_model(workers: Workers, redis_server: RedisServer) -> None:
         assert connection.zscore(keys.CATALOGUE, DOUBLE) is None
         worker.beat()
         done = command(redis_server, "remove", ROOT, folder=folder, served=[ROOT])
-        assert f"worker.models still names {ROOT}" in done.output
+        assert f"worker.models still lists {ROOT}" in done.output
         assert f"{ROOT} is in use by {WORKER}" in done.output
         assert not (folder / ROOT).exists()
         assert connection.zscore(keys.CATALOGUE, ROOT) is not None

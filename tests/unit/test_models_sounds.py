@@ -83,7 +83,7 @@ def test_channels() -> None:
     [
         (b"", "it has no WAV header"),
         (b"ID3 a song", "it has no WAV header"),
-        (tone(8000)[:30], "unpack|holds no samples"),
+        (tone(8000)[:30], "unpack|contains no samples"),
         (tone(8000)[:-10], "it is incomplete: 7990 of 8000 bytes"),
         (riff(1, 16, b""), "contains no samples"),
         (riff(1, 12, b"abcd"), "12 bits. is not supported"),
