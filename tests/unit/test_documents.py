@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README, packaging/doc and packaging/man: links lead somewhere, and commands, options and settings exist."""
+"""The documents: links lead somewhere, and commands, options and settings exist."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "packaging" / "doc").glob("*.md"))]
 MANUAL = sorted((ROOT / "packaging" / "man").glob("*.scd"))
+CHANGES = ROOT / "CHANGELOG.md"
 SETTING = re.compile(r"[`_]([a-z]+)\.([a-z_]+)(?: = [^`]*)?[`_]")
 
 
@@ -64,7 +65,7 @@ def test_links_lead_to_a_file(page: Path) -> None:
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("page", [*PAGES, *MANUAL], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *MANUAL, CHANGES], ids=lambda page: page.name)
 def test_commands_and_settings_exist(page: Path) -> None:
     """A command that was renamed, an option that is gone, a setting with another name: told by the page."""
     text = page.read_text(encoding="utf-8")
