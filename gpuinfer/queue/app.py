@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Celery application, as all programs see it; ``gpuinfer.celery`` adds what a worker needs.
+"""The Celery application that all programs share; ``gpuinfer.celery`` adds what a worker needs.
 
 Settings are read when Celery first asks for its configuration, not at import.
 """
@@ -51,7 +51,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "worker_redirect_stdouts": False,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
-        # READONLY and MISCONF pass; until then the worker waits (gpuinfer.worker.consumer).
+        # READONLY and MISCONF are temporary; the worker waits them out (gpuinfer.worker.consumer).
         "broker_channel_error_retry": True,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
     }

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays and files on their way from a caller to a worker: as bytes, never as lists of numbers.
+"""How arrays and files travel from a caller to a worker: as bytes, never as lists of numbers.
 
-A small array stands in the message, as ``{"b64", "dtype", "shape"}``, and bytes as ``{"b64"}``. A large body
-lies beside its list::
+A small array is part of the message, as ``{"b64", "dtype", "shape"}``; small bytes are ``{"b64"}``. A large
+body is stored beside the list, under a key of its own::
 
     4 bytes   length of the head, little-endian
     head      JSON: {"inputs": ..., "arrays": [[path, dtype, shape], ...]}, then spaces
     arrays    the bytes of each, little-endian, in C order, then zeros
 
-Head and arrays begin at multiples of 16 bytes (the head at 4), so that numpy can use them where they lie. A
-path leads from the inputs to where an array belongs; a 0 stands there. Bytes are an array of dtype "bytes".
+Each array begins at a multiple of 16 bytes (the head at 4), so numpy can use it without a copy. A path names
+the keys that lead to an array's place in the inputs, which holds a 0. Bytes are an array of dtype "bytes".
 
-Arrays are numpy's, torch's, and whatever else has ``__array__``, ``shape`` and ``dtype``. Neither numpy nor
-torch is imported before somebody has given one.
+Arrays may be numpy's, torch's, or any object with ``__array__``, ``shape`` and ``dtype``. numpy is imported
+only once there is an array; torch never is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-#: A body of more bytes lies beside the list: scripts do not see it.
+#: A larger body is stored beside the list, where it does not pass through Lua.
 BESIDE_BYTES = 64 * 1024
 #: The dtypes of arrays that travel as bytes.
 DTYPES = frozenset(
@@ -40,17 +40,16 @@ DTYPES = frozenset(
         *("float16", "float32", "float64"),
     }
 )
-#: What stands for a dtype where bytes are no array: those of a file.
+#: The dtype of bytes that are not an array, such as a file.
 BYTES = "bytes"
 _ALIGNED = 16
-#: What holds bytes.
 _BYTES_TYPES: frozenset[type] = frozenset({bytes, bytearray, memoryview})
-#: What the first leaf of a list is that holds no arrays.
+#: A list whose first leaf has one of these types contains no arrays.
 _PLAIN: frozenset[type] = frozenset({int, float, str, bool, type(None), dict})
 
 
 class Raw(NamedTuple):
-    """An array's bytes, and what they are."""
+    """An array's bytes, with their dtype and shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -65,10 +64,10 @@ class Placed(NamedTuple):
 
 
 def split(inputs: Any, *, many: bool) -> tuple[Any, list[Placed]]:
-    """Take the arrays out of inputs. Returns what is left, with a 0 in the place of each, and the arrays.
+    """Take the arrays out of inputs. Returns the rest, with a 0 in the place of each array, and the arrays.
 
-    ``many``: the inputs of a list job, which may be one array of them. A list of arrays of one shape is one
-    array. Raises InputError where an array cannot be read.
+    ``many``: these are the inputs of a list job, possibly stacked as one array. A list of arrays of the same
+    shape is stacked to one array. Raises InputError when an array cannot be read.
     """
     found: list[Placed] = []
     if many and isinstance(inputs, list | tuple):
@@ -102,7 +101,7 @@ def _leaf(value: Any, path: tuple[int | str, ...], found: list[Placed]) -> Any:
 
 
 def _array_of(value: Any) -> Array | None:
-    """Return a numpy array for what is one, or a list of some; None for everything else."""
+    """Return an array, or a list of arrays of one shape, as a numpy array; None for any other value."""
     kind = type(value)
     if kind in _PLAIN:
         return None
@@ -123,7 +122,7 @@ def _array_of(value: Any) -> Array | None:
 
 
 def _stacked(values: Sequence[Any]) -> Array | None:
-    """Return the arrays of a list as one, or None: it holds something else, or they differ in shape."""
+    """Return a list of arrays stacked; None if it contains anything else, or if the shapes differ."""
     first: Any = values
     while type(first) is list or type(first) is tuple:
         if not first:
@@ -144,12 +143,12 @@ def _from_torch(tensor: Any) -> Array:
     tensor = tensor.detach().cpu()
     try:
         return tensor.numpy()  # type: ignore[no-any-return]  # torch is not imported here
-    except TypeError:  # bfloat16, which numpy has not; float32 holds all its numbers
+    except TypeError:  # bfloat16, which numpy lacks; float32 can represent all its numbers
         return tensor.float().numpy()  # type: ignore[no-any-return]
 
 
 def raw_of(array: Array) -> Raw | None:
-    """Return an array's bytes; None for one that holds no plain numbers (text, objects, complex numbers)."""
+    """Return an array's bytes; None unless it holds real numbers (not text, objects, complex numbers)."""
     import numpy as np
 
     if array.dtype.name not in DTYPES:
@@ -161,9 +160,9 @@ def raw_of(array: Array) -> Raw | None:
 
 
 def inline(rest: Any, arrays: Sequence[Placed], *, many: bool) -> Any:
-    """Return inputs as JSON may hold them: the arrays are put back, in base64. Changes ``rest``.
+    """Return inputs for JSON: each array is put back, in base64. Changes ``rest``.
 
-    One array of ``many`` inputs becomes their list.
+    With ``many``, one stacked array becomes the list of its items.
     """
     for path, raw in arrays:
         if path and path[-1] == "b64":
@@ -178,7 +177,7 @@ def _base64(raw: Raw) -> str:
 
 
 def encoded(raw: Raw) -> dict[str, Any]:
-    """Return an array, or bytes, as JSON may hold it."""
+    """Return an array, or bytes, for JSON."""
     text = _base64(raw)
     if raw.dtype == BYTES:
         return {"b64": text}
@@ -186,14 +185,14 @@ def encoded(raw: Raw) -> dict[str, Any]:
 
 
 def _items(raw: Raw) -> list[Raw]:
-    """Return the items of an array of inputs."""
+    """Return the items of a stacked array."""
     count, *shape = raw.shape
     size = len(raw.data) // count if count else 0
     return [Raw(raw.dtype, tuple(shape), raw.data[i * size : (i + 1) * size]) for i in range(count)]
 
 
 def pack(inputs: bytes, arrays: Sequence[Placed]) -> bytes:
-    """Return a body to lie beside the list. ``inputs`` are JSON, without the arrays."""
+    """Return a body to store beside the list. ``inputs`` is JSON, without the arrays."""
     table = orjson.dumps([(path, raw.dtype, _shape(raw)) for path, raw in arrays])
     head = b'{"inputs":%b,"arrays":%b}' % (inputs, table)
     head += b" " * (-(4 + len(head)) % _ALIGNED)
@@ -208,11 +207,11 @@ def _shape(raw: Raw) -> tuple[int, ...]:
 
 
 def unpack(body: bytes, loads: Callable[[bytes], Any], *, many: bool) -> Any:
-    """Return the inputs that a body beside the list holds; its arrays and bytes are read-only, and lie in it.
+    """Return the inputs in a body made by ``pack``. Arrays and bytes are read-only views of it.
 
-    One array of ``many`` inputs becomes their list.
+    With ``many``, one stacked array becomes the list of its items.
 
-    Raises ValueError, or TypeError, LookupError, for what ``pack`` has not made.
+    Raises ValueError, TypeError or LookupError for a body that ``pack`` did not make.
     """
     at = 4 + int.from_bytes(body[:4], "little")
     head = loads(body[4:at])
@@ -223,12 +222,12 @@ def unpack(body: bytes, loads: Callable[[bytes], Any], *, many: bool) -> Any:
         if dtype == BYTES:
             (length,) = shape
             if not 0 <= length <= len(body) - at:
-                raise ValueError("no length of bytes")
+                raise ValueError("invalid length of bytes")
             inputs = _put(inputs, path, memoryview(body)[at : at + length])
             at += -(-length // _ALIGNED) * _ALIGNED
             continue
         if dtype not in DTYPES or min(shape, default=0) < 0:
-            raise ValueError("no dtype or shape of an array")
+            raise ValueError("invalid dtype or shape")
         import numpy as np
 
         array = np.frombuffer(body, np.dtype(dtype).newbyteorder("<"), prod(shape), at).reshape(shape)
@@ -238,7 +237,7 @@ def unpack(body: bytes, loads: Callable[[bytes], Any], *, many: bool) -> Any:
 
 
 def _put(inputs: Any, path: Sequence[int | str], value: Any) -> Any:
-    """Return inputs with a value in its place."""
+    """Return inputs with ``value`` at ``path``."""
     if not path:
         return value
     *way, last = path

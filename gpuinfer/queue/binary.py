@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results whose arrays are bytes behind the JSON, for a front that passes them on as bytes.
+"""Results with their arrays as bytes after the JSON, for a front that passes them on as bytes.
 
 ::
 
@@ -7,9 +7,9 @@
     \\n
     the bytes of each array, little-endian, in C order
 
-A 0 stands where an array belongs. JSON as we write it has no line break, so that the first one ends it. Small
-arrays stand in the JSON, in base64: what is told on a reply channel needs no second look. Only who asks for
-the encoding ``binary`` gets such a result, which Celery's own readers cannot read; ours make base64 of it.
+The place of an array in the JSON holds a 0. The JSON that we write has no line break, so the first one ends
+it. Small arrays are part of the JSON, in base64, so that a result on a reply channel is complete. Only a task
+with the encoding ``binary`` gets such a result. Celery's own readers cannot read it; ours convert to base64.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def split(result: Any) -> tuple[Any, list[Placed]]:
-    """Take numpy's arrays, and bytes, out of a result. Returns a copy with a 0 in their places, and them."""
+    """Take numpy arrays and bytes out of a result. Returns a copy with a 0 in the place of each, and them."""
     found: list[Placed] = []
     return _without(result, (), found), found
 
@@ -54,17 +54,17 @@ def _without(value: Any, path: tuple[int | str, ...], found: list[Placed]) -> An
 
 
 def size_of(placed: Sequence[Placed]) -> int:
-    """Return how many bytes these arrays have together."""
+    """Return the total bytes of these arrays."""
     return sum(len(one.raw.data) for one in placed)
 
 
 def table(placed: Sequence[Placed]) -> list[tuple[tuple[int | str, ...], str, tuple[int, ...]]]:
-    """Return where arrays belong, and what they are, for ``arrays``."""
+    """Return (path, dtype, shape) of each array, for the field ``arrays``."""
     return [(one.path, one.raw.dtype, one.raw.shape) for one in placed]
 
 
 def join(head: bytes, placed: Sequence[Placed]) -> bytes:
-    """Return a whole result: its JSON, and the bytes behind it."""
+    """Return a whole result: its JSON, followed by the arrays' bytes."""
     return b"".join((head, b"\n", *(one.raw.data for one in placed)))
 
 
@@ -77,10 +77,10 @@ def inlined(rest: Any, placed: Sequence[Placed]) -> Any:
 
 
 def read(meta: bytes, *, raw: bool) -> dict[str, Any] | None:
-    """Return the JSON of such a result with its arrays in place; None for what is none.
+    """Return the JSON of such a result with its arrays in place; None for a result of another form.
 
-    ``raw``: as ``Raw``, and bytes as they are, which lie in ``meta``; else in base64. Raises ValueError,
-    TypeError, LookupError for what ``join`` has not made.
+    ``raw``: arrays are ``Raw`` and bytes are views of ``meta``; otherwise both are base64. Raises ValueError,
+    TypeError or LookupError for a result that ``join`` did not make.
     """
     end = meta.find(b"\n")
     if end < 0:
@@ -93,7 +93,7 @@ def read(meta: bytes, *, raw: bool) -> dict[str, Any] | None:
     for path, dtype, shape in body.pop("arrays"):
         length = _bytes_of(dtype, shape)
         if at + length > len(meta):
-            raise ValueError("it is cut off")
+            raise ValueError("the result is truncated")
         placed.append(Placed(tuple(path), Raw(dtype, tuple(shape), whole[at : at + length])))
         at += length
     if not raw:
@@ -108,13 +108,13 @@ def _bytes_of(dtype: str, shape: Sequence[int]) -> int:
     if dtype == BYTES:
         return int(shape[0])
     if dtype not in DTYPES or min(shape, default=0) < 0:
-        raise ValueError("no dtype or shape of an array")
+        raise ValueError("invalid dtype or shape")
     bits = re.sub(r"\D", "", dtype)
     return prod(shape) * (int(bits) // 8 if bits else 1)
 
 
 def array_of(raw: Raw) -> Array:
-    """Return an array that lies where its bytes do."""
+    """Return a numpy array that shares these bytes."""
     import numpy as np
 
     return np.frombuffer(raw.data, np.dtype(raw.dtype).newbyteorder("<")).reshape(raw.shape)

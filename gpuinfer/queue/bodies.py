@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A message's body, opened: unpacked up to a size, parsed, with plain values in place of kombu's types."""
+"""Opening a message's body: decompress it up to a size, parse it, replace kombu's types by plain values."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import orjson
 from gpuinfer.errors import MalformedJson, PayloadTooLarge
 from gpuinfer.queue import json_types
 
-#: JSON of more bytes than the first may hold this many values: each takes up to 90 bytes once it is read.
+#: JSON longer than the first may contain at most this many values, as each takes up to 90 bytes once parsed.
 _FREE_JSON_BYTES, _MAX_JSON_VALUES = 4 * 1024 * 1024, 2_000_000
-#: What Celery calls ``compression="gzip"``; kombu's is zlib's format in truth.
+#: Celery's ``compression="gzip"``; kombu actually writes zlib's format under this name.
 _COMPRESSIONS = ("application/x-gzip",)
-#: What stands in the body of protocol 1, and in the headers of protocol 2.
+#: Fields that protocol 1 has in the body, and protocol 2 in the headers.
 _MOVED = ("task", "id", "group", "retries", "eta", "expires", "timelimit", "root_id", "parent_id")
 
 
 def open_body(
     raw: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any], max_bytes: int
 ) -> tuple[Any, int]:
-    """Return the body as JSON has it, and the bytes of its text.
+    """Return the parsed body, and the length of its text.
 
     Raises ValueError, TypeError, zlib.error, RecursionError, PayloadTooLarge.
     """
@@ -41,7 +41,7 @@ def open_body(
 
 
 def _simplify(body: Any) -> None:
-    """Put plain values in place of kombu's types, except in what another task's message is made of."""
+    """Replace kombu's types by plain values, except where other tasks' messages are made of them (canvas)."""
     if isinstance(body, dict):
         body.update(
             {name: json_types.plain(body[name]) for name in ("args", "kwargs", *_MOVED) if name in body}
@@ -51,7 +51,7 @@ def _simplify(body: Any) -> None:
 
 
 def move(body: dict[str, Any], headers: dict[str, Any]) -> None:
-    """Put what protocol 1 has in its body where protocol 2 has it; what the headers say already stands."""
+    """Copy the fields that protocol 1 has in its body into the headers, unless the headers have them."""
     for name in _MOVED:
         if name in body:
             headers.setdefault(name, body[name])
@@ -62,7 +62,9 @@ def move(body: dict[str, Any], headers: dict[str, Any]) -> None:
 def _unpack(raw: bytes, compression: object, max_bytes: int) -> bytes:
     """Decompress a body up to a size. Raises ValueError, PayloadTooLarge."""
     if compression not in _COMPRESSIONS:
-        raise ValueError(f"compression {compression!r:.40} is not read; {' and '.join(_COMPRESSIONS)} are")
+        raise ValueError(
+            f"unsupported compression {compression!r:.40}; supported: {', '.join(_COMPRESSIONS)}"
+        )
     unpacker = zlib.decompressobj(wbits=47)  # with the header of gzip or of zlib
     text = unpacker.decompress(raw, max_bytes)
     if unpacker.unconsumed_tail:
@@ -71,9 +73,9 @@ def _unpack(raw: bytes, compression: object, max_bytes: int) -> bytes:
 
 
 def loads(raw: bytes | str) -> Any:
-    """Parse JSON; NaN and Infinity, which Python's own writer emits, are let through to validation.
+    """Parse JSON. NaN and Infinity, which Python's json writes, are accepted here and validated later.
 
-    Raises ValueError or TypeError for whatever else can be wrong.
+    Raises ValueError or TypeError for anything else that is not JSON.
     """
     try:
         return orjson.loads(raw)
@@ -84,24 +86,24 @@ def loads(raw: bytes | str) -> Any:
             raise ValueError("nested too deeply") from None
 
 
-#: How deep lists and objects of a request may be nested.
+#: Maximum nesting of lists and objects in a request.
 MAX_DEPTH = 200
 _REST = bytes(set(range(256)) - set(b'[]{}"'))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 def check_depth(text: bytes, most: int = MAX_DEPTH) -> None:
-    """Raises MalformedJson for JSON that is nested deeper than ``most``. It is not parsed."""
+    """Raise MalformedJson for JSON that is nested deeper than ``most``, without parsing it."""
     if len(text) <= most:
         return
-    marks = text.translate(None, _REST)  # one pass; each count of the whole text would take longer
+    marks = text.translate(None, _REST)  # one pass; counting in the whole text is slower
     separators = sum(map(marks.count, (b"[", b"{")))
     if separators <= most:
         return
     if b"\\" in text:
         text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
         marks = text.translate(None, _REST)
-    quotes = marks.count(b'"')  # a name and a value after each separator, at most
+    quotes = marks.count(b'"')  # at most a name and a value follow each separator
     if quotes > 4 * (separators + 1) and quotes > 4 * (separators + text.count(b",") + 1):
         raise MalformedJson(
             "the body is not JSON: it has more quotation marks than places for strings", "body"
@@ -115,7 +117,7 @@ def check_depth(text: bytes, most: int = MAX_DEPTH) -> None:
 
 
 def check_items(count: int, most: int) -> None:
-    """Raises PayloadTooLarge for a list job of more than ``most`` inputs."""
+    """Raise PayloadTooLarge for a list job of more than ``most`` inputs."""
     if count > most:
         raise PayloadTooLarge(
             f"the job has {count} items; queue.max_items is {most}: send several jobs, or each as a task",
@@ -129,6 +131,6 @@ def load_head(head: bytes) -> Any:
 
 
 def check_values(text: bytes) -> None:
-    """Raises PayloadTooLarge for long JSON whose many values would take all memory once read."""
+    """Raise PayloadTooLarge for long JSON with so many values that parsing it would exhaust memory."""
     if len(text) > _FREE_JSON_BYTES and sum(map(text.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
         raise PayloadTooLarge(f"holds more than {_MAX_JSON_VALUES} values as JSON; send an array", "inputs")

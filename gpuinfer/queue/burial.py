@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a worker moves tasks to the dead letters, and drops the oldest of those that are over a bound."""
+"""How a worker moves tasks to the dead letters, and drops the oldest ones beyond the limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 
 class Burial:
-    """Buries what one worker, or a reaper in its name, gives up."""
+    """Buries the tasks that one worker, or a reaper in its name, gives up."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class Burial:
         deaths: int = 0,
         default_model: str = "",
     ) -> str:
-        """Move a task from flight to the dead letters, with a failure result where its id can be read.
+        """Move a task from flight to the dead letters, with a failure result if its id can be read.
 
-        ``default_model``: empty where it is not known. Returns the letter's id. Raises redis-py's errors.
+        ``default_model``: empty if not known. Returns the letter's id. Raises redis-py's errors.
         """
         task_id, reply = identify(payload)
         place = keys.place_of(list_key)
@@ -98,14 +98,14 @@ class Burial:
         )
 
     def trim(self) -> None:
-        """Drop the dead letters that are over a bound, and log their ids. Raises redis-py's errors."""
+        """Drop the dead letters beyond the limits, and log their ids. Raises redis-py's errors."""
         settings = self._settings
         bounds = settings.max_dead, settings.max_dead_bytes, settings.dead_ttl_s
         while dropped := self._trim(args=bounds):
             log.warning(
                 "dead_letters_dropped",
                 count=len(dropped),
-                reason=f"kept are {bounds[0]} at most, {bounds[1]} bytes of them, for {bounds[2]} s",
-                hint="the oldest go first; queue.max_dead, max_dead_bytes and dead_ttl_s are the bounds",
+                reason=f"at most {bounds[0]} are kept, of at most {bounds[1]} bytes, for {bounds[2]} s",
+                hint="the oldest go first; queue.max_dead, max_dead_bytes and dead_ttl_s set the limits",
                 task_ids=[letter_id.decode("utf-8", "backslashreplace") for letter_id in dropped],
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that the fleet knows: who serves each of them, what waits for it, and which is the default."""
+"""The models that the fleet knows: the workers that serve each, the waiting tasks, and the default model."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from gpuinfer.settings import QUEUES
 
 
 class Unserved(NamedTuple):
-    """Tasks that wait where no live worker would take them."""
+    """Waiting tasks that no live worker would claim."""
 
     tier: str
-    #: Empty: tasks that name no model, while the fleet has no default model.
+    #: Empty: the tasks name no model, and the fleet has no default model.
     model: str
     tasks: int
     #: True when a live worker serves the model, but not this queue.
@@ -49,15 +49,15 @@ class ModelState:
 
     name: str
     default: bool = False
-    #: When somebody who could serve it was last seen, by Redis's clock; None: it is not in the catalogue.
+    #: When a worker or host that can serve it was last seen, by Redis's clock; None: not in the catalogue.
     last_seen: float | None = None
-    #: Live worker (``gpu0@host``) that serves it -> the queues that worker serves.
+    #: Live worker (``gpu0@host``) that serves it -> the queues of that worker.
     workers: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    #: Live worker that should serve it and could not load it -> why.
+    #: Live worker that should serve it but could not load it -> why.
     missing: Mapping[str, str] = field(default_factory=dict)
-    #: Queue -> tasks that wait for it.
+    #: Queue -> tasks waiting for it.
     waiting: Mapping[str, int] = field(default_factory=dict)
-    #: Queues from which nothing is claimed for it until they are resumed.
+    #: Queues that are paused for it.
     paused: Sequence[str] = ()
 
     @property
@@ -67,7 +67,7 @@ class ModelState:
 
     @property
     def queues(self) -> list[str]:
-        """The queues that live workers serve it from, the most urgent first."""
+        """The queues in which live workers serve it, the most urgent first."""
         served = {tier for tiers in self.workers.values() for tier in tiers}
         return [tier for tier in QUEUES if tier in served]
 
@@ -89,12 +89,12 @@ class ModelState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fleet:
-    """All models of the fleet at one moment: those of the catalogue, and those that tasks wait for."""
+    """All models of the fleet at one moment: those in the catalogue, and those that tasks wait for."""
 
-    #: Empty where none is set.
+    #: Empty if none is set.
     default_model: str
     models: Mapping[str, ModelState]
-    #: What waits where no live worker would take it, the most urgent first.
+    #: Waiting tasks that no live worker would claim, the most urgent first.
     unserved: Sequence[Unserved]
 
     @property
@@ -115,7 +115,7 @@ class Fleet:
 
 
 def fleet(counted: Counted | Depth, beats: Mapping[str, Mapping[str, Any]]) -> Fleet:
-    """Put together what was counted and the heartbeats of the workers that live."""
+    """Combine what was counted with the heartbeats of live workers."""
     names = {*counted.catalogue, *(lane.model for lane in counted.lanes), counted.default_model} - {""}
     names |= {name for beat in beats.values() for name in _missing(beat)}
     models = {name: _model(name, counted, beats) for name in sorted(names)}
@@ -127,7 +127,7 @@ def fleet(counted: Counted | Depth, beats: Mapping[str, Mapping[str, Any]]) -> F
 
 
 def _missing(beat: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return the models that a worker should serve and could not load, and why."""
+    """Return the models that a worker should serve but could not load, and why."""
     found = beat.get("missing")
     return found if isinstance(found, dict) else {}
 
@@ -167,7 +167,7 @@ def _unserved(counted: Counted | Depth, models: Mapping[str, ModelState]) -> Ite
 
 
 def read(client: redis.Redis) -> Fleet:
-    """Look in two round trips. Raises redis-py's errors."""
+    """Read the fleet's models in two round trips. Raises redis-py's errors."""
     with client.pipeline(transaction=False) as pipe:
         bind(client, "depth")(args=[0], client=pipe)
         pipe.zrange(keys.WORKERS, 0, -1)
@@ -177,7 +177,7 @@ def read(client: redis.Redis) -> Fleet:
 
 
 async def aread(client: redis.asyncio.Redis) -> Fleet:
-    """Look as ``read`` does, from an event loop."""
+    """Do what ``read`` does, with an asyncio client."""
     async with client.pipeline(transaction=False) as pipe:
         await bind(client, "depth")(args=[0], client=pipe)
         pipe.zrange(keys.WORKERS, 0, -1)
@@ -196,18 +196,18 @@ def _texts(values: Iterable[bytes]) -> list[str]:
 
 
 def default_model(client: redis.Redis) -> str | None:
-    """Return the fleet's default model, None where none is set. Raises redis-py's errors."""
+    """Return the fleet's default model; None if none is set. Raises redis-py's errors."""
     found: bytes | None = client.get(keys.DEFAULT_MODEL)  # type: ignore[assignment]  # not decoded
     return found.decode() if found else None
 
 
 def names(client: redis.Redis) -> list[str]:
-    """Return the models of the catalogue, by name. Raises redis-py's errors."""
+    """Return the names of the models in the catalogue, sorted. Raises redis-py's errors."""
     return sorted(_texts(client.zrange(keys.CATALOGUE, 0, -1)))  # type: ignore[arg-type]  # not decoded
 
 
 def unknown(client: redis.Redis, models: Iterable[str]) -> tuple[str, ...]:
-    """Return which of these models nobody in the fleet could serve; none while the catalogue is empty.
+    """Return those of these models that are not in the catalogue; none while the catalogue is empty.
 
     Raises redis-py's errors.
     """
@@ -226,12 +226,12 @@ def unknown(client: redis.Redis, models: Iterable[str]) -> tuple[str, ...]:
 def set_default(client: redis.Redis, model: str, *, force: bool = False) -> str | None:
     """Make ``model`` the fleet's default; return the one before. Raises redis-py's errors.
 
-    Raises UnknownModel for a name that is not in the catalogue, unless that is empty or with ``force``.
+    Raises UnknownModel for a name that is not in the catalogue, unless the catalogue is empty or ``force``.
     """
     known = names(client)
     if known and model not in known and not force:
         raise UnknownModel(
-            f"the fleet knows no model {model!r}; known: {', '.join(known)}; --force sets it all the same",
+            f"the fleet knows no model {model!r}; known: {', '.join(known)}; --force sets it anyway",
             "model",
         )
     before: bytes | None = client.set(keys.DEFAULT_MODEL, model, get=True)  # type: ignore[assignment]
@@ -245,14 +245,14 @@ def servers(client: redis.Redis, model: str) -> list[str]:
 
 
 def described_as(who: str, signatures: Mapping[str, Signature]) -> list[str | bytes]:
-    """Return the arguments of the script ``describe``: who says it; model, what it takes, and so on."""
+    """Return the arguments of the script ``describe``: ``who`` reports, then model and signature in pairs."""
     return [who, *(part for name, one in signatures.items() for part in (name, orjson.dumps(one.to_json())))]
 
 
 def forget(client: redis.Redis, model: str) -> bool:
     """Drop a model from the catalogue; return whether it was there. Raises redis-py's errors.
 
-    A worker that serves it enters it again with its next heartbeat.
+    The next heartbeat of a worker that serves it adds it again.
     """
     client.hdel(keys.SIGNATURES, model)
     return bool(client.zrem(keys.CATALOGUE, model))

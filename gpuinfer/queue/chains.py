@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows the end of a task: the successors of a chain, and what is told of its failure.
+"""What follows the end of a task: the next task of a chain, callbacks after success, errbacks after failure.
 
-Celery's producers write it into the message (``chain``, ``callbacks``, ``errbacks``); a stock worker sends it
-before it acknowledges. Here the script that writes the end also sends it, and only where that call takes the
-task out of flight: each successor is sent once, whatever dies when. The messages are made as Celery's
-``Signature.apply_async`` and ``Task.apply_async`` make them.
+Celery's producers write these into the message (``chain``, ``callbacks``, ``errbacks``). A stock worker sends
+them before it acknowledges the task. Here the script that writes the task's end sends them in the same call,
+if that call takes the task out of flight: each successor is sent exactly once, even if processes die. The
+messages are the same as those of Celery's ``Signature.apply_async`` and ``Task.apply_async``.
 
 Sources: celery/app/trace.py, celery/canvas.py, celery/backends/base.py, celery/app/amqp.py.
 """
@@ -37,26 +37,26 @@ log = get_logger(__name__)
 
 _ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
 _CANCELLED = "the task before it in its chain was cancelled"
-#: A group or chain within another one, at most so deep.
+#: Maximum nesting of groups and chains.
 _DEPTH = 10
 
 Signature = Mapping[str, Any]
 
 
 class Refused(Exception):
-    """Raised for a successor that cannot be sent: says why."""
+    """Raised for a successor that cannot be sent; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """With what a signature is called."""
+    """The context in which a signature is called."""
 
     parent: Envelope
-    #: In front of its own arguments, as JSON: the parent's result, or the id of the one that failed.
+    #: JSON put before the signature's own arguments: the parent's result, or the id of the failed parent.
     first: bytes
-    #: The caller of the parent's list, whose sub-list a task of ours waits in.
+    #: The caller of the parent's list; a successor of ours waits in the same caller's list.
     caller: str
-    #: What stands above the signature's own options: those of the group it is in, and the rest of the chain.
+    #: Options that override the signature's own: those of its group, and the rest of the chain.
     options: Mapping[str, Any]
     depth: int = 0
 
@@ -72,18 +72,18 @@ class Chains:
         self._worker = worker
 
     def after(self, envelope: Envelope, end: Any, list_key: str) -> tuple[Follow, ...]:
-        """Return what follows the end of a task: a result, or an error. What cannot be sent is logged."""
+        """Return what follows ``end``, a result or an error. A successor that cannot be sent is logged."""
         failed = isinstance(end, GpuinferError)
         cause = end if failed else TaskRevoked(_CANCELLED)
         follows = self._on_failure(envelope, cause, list_key)
         return tuple(follows if failed else [*self._on_success(envelope, end, list_key), *follows])
 
     def skipped(self, envelope: Envelope, list_key: str) -> tuple[Follow, ...]:
-        """Return what follows for a task that was cancelled before it began, or while it ran."""
+        """Return what follows a task that was cancelled before it began, or while it ran."""
         return tuple(self._on_failure(envelope, TaskRevoked(_CANCELLED), list_key))
 
     def buried(self, payload: bytes, error: GpuinferError, list_key: str) -> tuple[Follow, ...]:
-        """Return what follows for a dead letter, as far as that can be told without opening its arguments."""
+        """Return what follows a dead letter, as far as it can be read without opening the arguments."""
         envelope = peek_at_end(payload)
         return () if envelope is None else tuple(self._on_failure(envelope, error, list_key))
 
@@ -97,7 +97,7 @@ class Chains:
             yield from self._send(following, call, success=True)
 
     def _on_failure(self, parent: Envelope, cause: GpuinferError, list_key: str) -> Iterator[Follow]:
-        """Call the errbacks, by the id alone; end what waits for this task, and will never begin."""
+        """Call the errbacks with the task's id; end the rest of its chain and chord, which cannot begin."""
         call = _Call(parent, results.dump(parent.id), keys.place_of(list_key).caller, {})
         for errback in _listed(parent.embed.get("errbacks")):
             yield from self._send(errback, call, success=False)
@@ -125,7 +125,7 @@ class Chains:
             yield Follow(success=success, ends=ends)
 
     def _follows(self, signature: Any, call: _Call, *, success: bool) -> Iterator[Follow]:
-        """Yield the messages of a signature. Raises Refused, and what odd values raise."""
+        """Yield the messages of a signature. Raises Refused, and any error that malformed values cause."""
         _check(signature)
         if call.depth > _DEPTH:
             raise Refused(f"it is nested more than {_DEPTH} deep")
@@ -137,14 +137,14 @@ class Chains:
                 yield from self._follows(part, its_call, success=success)
         elif signature["task"].startswith("celery."):
             raise Refused(
-                f"{signature['task']} cannot follow a task of gpuinfer: put a task of your own between"
+                f"{signature['task']} cannot follow a task of gpuinfer: put a task of your own between them"
             )
         else:
             yield self._message(signature, call, success=success)
 
     def _group(self, group: Signature, tasks: Sequence[Any], call: _Call) -> Iterator[tuple[Any, _Call]]:
         if call.options.get("chain"):
-            raise Refused("nothing can follow a group but by a chord")
+            raise Refused("a group can be followed only by a chord")
         options = dict(group.get("options") or {})
         group_id = options.pop("task_id", None) or str(uuid.uuid4())
         for index, task in enumerate(tasks):
@@ -152,7 +152,7 @@ class Chains:
             yield task, _Call(call.parent, call.first, call.caller, own, call.depth + 1)
 
     def _message(self, signature: Signature, call: _Call, *, success: bool) -> Follow:
-        """Return the message of one task, as ``Task.apply_async`` makes it, and where it goes."""
+        """Return the message of one task, as ``Task.apply_async`` makes it, and its list."""
         name = signature["task"]
         options = {**(signature.get("options") or {}), **call.options}
         task_id = json_types.plain(options.get("task_id")) or str(uuid.uuid4())
@@ -197,40 +197,40 @@ class Chains:
         )
 
     def _queue(self, name: str, options: Mapping[str, Any]) -> str:
-        """Return the queue that a successor goes to. Raises Refused for one that is not allowed."""
+        """Return the queue of a successor. Raises Refused if the settings do not allow it."""
         queue = options.get("queue")
         if queue is None and options.get("routing_key") and not options.get("exchange"):
             queue = options["routing_key"]  # the default exchange
         if queue is None and options.get("exchange"):
-            raise Refused("it names an exchange, and no queue; set queue=")
+            raise Refused("it names an exchange but no queue; set queue=")
         if queue is None:
             queue = ROUTES[self._names[name]] if name in self._names else self._default
         if not isinstance(queue, str):
             raise Refused(f"queue must be a name, not {queue!r:.60}")
         if keys.tier_of(queue) is None and queue not in self._foreign:
             allowed = ", ".join(self._foreign)
-            raise Refused(f"queue.chain_queue and queue.chain_queues allow {allowed}, and not {queue!r:.80}")
+            raise Refused(f"queue.chain_queue and queue.chain_queues allow {allowed}, but not {queue!r:.80}")
         return queue
 
 
 def _listed(value: Any) -> list[Any]:
-    """Return one or several signatures as a list; what is neither counts as one that will be refused."""
+    """Return one or several signatures as a list. Any other value becomes an entry, to be refused later."""
     if value is None or value in ([], {}):
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _check(signature: Any) -> None:
-    """Raise Refused for what is no signature."""
+    """Raise Refused for a value that is not a signature."""
     if not isinstance(signature, Mapping) or not isinstance(signature.get("task"), str):
-        raise Refused("it is no signature of a task")
+        raise Refused("it is not the signature of a task")
     for name, kind in (("args", list), ("kwargs", dict), ("options", dict)):
         if signature.get(name) and not isinstance(signature[name], kind):  # [] for no kwargs is PHP's
             raise Refused(f"{name} of its signature must be a {kind.__name__}")
 
 
 def _is_text(value: object) -> bool:
-    """Tell a string that Redis can be given: a lone surrogate cannot be written."""
+    """Tell whether a value is a non-empty string that can be encoded: one with a lone surrogate cannot."""
     try:
         return isinstance(value, str) and bool(value.encode())
     except UnicodeEncodeError:
@@ -238,7 +238,7 @@ def _is_text(value: object) -> bool:
 
 
 def _ids(signature: Any, depth: int = 0) -> Iterator[str]:
-    """Yield the ids under which the ends of a signature's tasks are waited for."""
+    """Yield the ids of a signature's tasks, for whose ends clients may wait."""
     if not isinstance(signature, Mapping) or depth > _DEPTH:
         return
     options, kwargs = signature.get("options"), signature.get("kwargs")
@@ -253,7 +253,7 @@ def _ids(signature: Any, depth: int = 0) -> Iterator[str]:
 
 
 def _first_of(chain: Signature, tasks: Sequence[Any], call: _Call) -> Iterator[tuple[Any, _Call]]:
-    """Yield the first task of a chain, called with the others as its chain."""
+    """Yield the first task of a chain, with the remaining tasks as its ``chain`` option."""
     if not tasks:
         raise Refused("it is an empty chain")
     rest = [*_listed(call.options.get("chain")), *reversed(tasks[1:])]
@@ -264,7 +264,7 @@ def _first_of(chain: Signature, tasks: Sequence[Any], call: _Call) -> Iterator[t
 
 
 def _model(args: Sequence[Any], kwargs: Mapping[str, Any], at: int) -> str:
-    """Return the model that a task of ours names; empty: the default one."""
+    """Return the model that a task of ours names; empty: the default model."""
     model = kwargs.get("model") or (args[at] if len(args) > at else None)
     return model if isinstance(model, str) and MODEL_NAME.fullmatch(model) else ""
 
@@ -297,7 +297,7 @@ def _headers(name: str, task_id: str, options: Mapping[str, Any], parent: Envelo
 
 
 def _moment(value: Any, seconds: Any) -> str | None:
-    """Return a time in ISO 8601 from one, or from seconds from now."""
+    """Return a time in ISO 8601, given such a time, or a number of seconds from now."""
     value, seconds = json_types.plain(value), json_types.plain(seconds)
     if isinstance(value, int | float) and value is not True:
         seconds = value
@@ -325,6 +325,6 @@ def _body(first: bytes, args: Sequence[Any], kwargs: Mapping[str, Any], options:
 
 
 def _exact(value: Any) -> bytes:
-    """Return JSON for what was read from JSON. orjson would write NaN as null."""
+    """Return JSON for parsed JSON, with NaN kept: orjson would write it as null."""
     text = orjson.dumps(value)
     return json.dumps(value).encode() if b"null" in text else text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What passes between a worker and its store: what it wants, what it has claimed, and how tasks end."""
+"""What a worker and its store exchange: the tasks wanted, the tasks claimed, and how tasks end."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple
 
 from gpuinfer.queue.direct import Argument
 
-#: A bound that every rank is better than.
+#: Larger than every rank: no limit.
 ANY_RANK = 1000
 
-#: What runs at the claimer: nothing, and it waits for work; nothing just now; a batch.
+#: What the claiming worker does: it waits for work; it runs nothing at the moment; it runs a batch.
 State = Literal["idle", "free", "busy"]
 
 
@@ -27,11 +27,11 @@ class Claimed:
     rank: int
     #: Its message; empty once the worker has read it: Redis keeps it in flight.
     payload: bytes
-    #: True when its list was passed over for too long: its first batch goes before all.
+    #: True if its list was passed over for too long: its first batch goes before all others.
     aged: bool = False
-    #: The id under which the claim has noted that it runs; None where it has not.
+    #: The id, if the claim has noted that the task runs; None if not.
     noted_id: str | None = None
-    #: The model whose list it was in: a message that names none is for that.
+    #: The model whose list it was in; a message that names no model is for this one.
     model: str = ""
 
 
@@ -42,7 +42,7 @@ class Want:
     count: int
     #: Only from lists before this rank.
     better_than: int = ANY_RANK
-    #: A share that is smaller is not worth a batch.
+    #: Claim at least this many, even if the fair share of idle workers is smaller.
     least: int = 1
 
 
@@ -54,7 +54,7 @@ Wants = Mapping[str, Want]
 def flat_wants(models: Sequence[str], wants: Wants) -> list[Argument]:
     """Return the wants of a worker of these models as ``claim.lua`` reads them.
 
-    The want that most models share comes last, without their names: those cost a claim nothing more.
+    The want that most models share comes last, without their names, which keeps the claim short.
     """
     sharing: dict[Want, list[str]] = {}
     for model in models:
@@ -70,7 +70,7 @@ def flat_wants(models: Sequence[str], wants: Wants) -> list[Argument]:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A claim as it is sent to Redis. One at a time: the next one's sequence ids depend on its answer."""
+    """A claim as it is sent to Redis. One at a time: the sequence ids of the next depend on its answer."""
 
     keys: Sequence[str]
     args: Sequence[Argument]
@@ -86,22 +86,22 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Follow:
-    """What follows the end of a task: a message that is sent on, or ends of tasks that will never begin."""
+    """What follows the end of a task: a message to send, or the ends of tasks that will never begin."""
 
-    #: Whether it follows a success, or anything else.
+    #: True: it follows a success; False: it follows any other end.
     success: bool
-    #: The list it goes to; empty: nothing is sent.
+    #: The list to send the message to; empty: nothing is sent.
     list_key: str = ""
     message: bytes = b""
     #: The id of the task that is sent.
     id: str = ""
-    #: True for a list of ours: it is waited for, and wakes a worker.
+    #: True for a list of ours: write the task's waiting state, and wake a worker.
     ours: bool = False
-    #: The model of a task of ours; empty: the default one.
+    #: The model of a task of ours; empty: the default model.
     model: str = ""
-    #: What its state tells of it while it waits, besides its place.
+    #: The end of its waiting state, after its place (``message.end_of_state``).
     told: bytes = b"}}"
-    #: (id, final meta) of what ends when nothing is sent, or that is refused.
+    #: (id, final meta) of the tasks to end if nothing is sent, or if Redis refuses the message.
     ends: tuple[tuple[str, bytes], ...] = ()
 
     def flat(self) -> Iterator[Argument]:
@@ -126,41 +126,41 @@ class Final(NamedTuple):
     seq: int | None
     task_id: str
     meta: bytes
-    #: False: the callers who wait are told, and nothing is kept.
+    #: False: tell the callers who wait, and store nothing.
     keep: bool = True
-    #: The channel on which its client hears of ends; empty: none.
+    #: The reply channel of its client; empty: none.
     reply: str = ""
-    #: ``outcome tier model``: what it is counted under.
+    #: ``outcome tier model``: what the end is counted under.
     label: str = "unknown"
-    #: What follows it, and the id of the task where ``task_id`` is empty. It is done by the call that takes
-    #: the task out of flight; without that, the end itself is not written either.
+    #: What follows the end; ``parent`` is the task's id where ``task_id`` is empty. Both the end and what
+    #: follows are written only by the call that takes the task out of flight.
     follows: tuple[Follow, ...] = ()
     parent: str = ""
 
     @property
     def fields(self) -> tuple[Argument, ...]:
-        """What the scripts write: id, meta, whether to keep it, reply channel, label."""
+        """Its fields for the scripts: id, meta, whether to keep it, reply channel, label."""
         return self.task_id, self.meta, int(self.keep), self.reply, self.label
 
 
 class Stray(NamedTuple):
-    """A task that waits in the default model's list, and is for another model."""
+    """A task that waits in the default model's list but is for another model."""
 
-    #: How many of those that were read with it are served before it.
+    #: How many of the tasks that were read with it are served before it.
     place: int
     payload: bytes
     model: str
-    #: Its end, where nobody knows its model.
+    #: Its end, if its model is unknown.
     final: Final | None = None
 
 
 def size_of(final: Final) -> int:
-    """Return how many bytes an end has, with what follows it."""
+    """Return the bytes of an end and of the messages that follow it."""
     return len(final.meta) + sum(len(follow.message) for follow in final.follows)
 
 
 def following(finals: Sequence[Final]) -> Iterator[Argument]:
-    """Yield what follows some ends, as scripts take it behind them (``chain.lua``)."""
+    """Yield what follows some ends, as the last arguments of a script (``chain.lua``)."""
     for number, final in enumerate(finals, start=1):
         if final.follows:
             _, _, place = final.label.partition(" ")
@@ -180,10 +180,10 @@ class Restored:
 
     returned: int
     dead: tuple[str, ...]
-    #: Of those put back; the first thousand of them that can be read.
+    #: The ids of tasks that were put back: the first thousand that can be read.
     ids: tuple[str, ...] = ()
 
 
 def label(outcome: str, tier: str, model: str) -> str:
-    """Return what an end is counted under."""
+    """Return what an end is counted under: ``outcome tier model``."""
     return f"{outcome} {tier} {model}".rstrip()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the shell completes from Redis: workers, models, ids of tasks. Silent where it cannot tell."""
+"""Shell completion from Redis: workers, models, task ids. Offers nothing if Redis cannot be read."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from gpuinfer.names import QUEUES
 if TYPE_CHECKING:
     import redis
 
-#: No more than this many are offered; and of one worker's running tasks, whose messages have to be read.
+#: Maximum completions offered; maximum of one worker's running tasks, whose messages have to be read.
 MOST, MOST_OF_A_WORKER = 100, 10
-#: Seconds that a shell waits for each answer of Redis.
+#: Seconds to wait for each answer from Redis.
 PATIENCE_S = 1.0
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 def from_redis(read: Callable[[redis.Redis], Iterable[str]], user: str = "api") -> Complete:
-    """Return a completion by what ``read`` finds. ``user``: whose password root takes, as for the command."""
+    """Return a completion by what ``read`` finds. ``user``: root logs in as this Redis user."""
 
     def complete(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from redis.exceptions import RedisError
@@ -44,7 +44,7 @@ def from_redis(read: Callable[[redis.Redis], Iterable[str]], user: str = "api") 
 
 
 def queues(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete the queues of all models; that of one model, such as batch.resnet, is typed on."""
+    """Complete the queues for all models; the user types the rest of one such as batch.resnet."""
     return [CompletionItem(name) for name in QUEUES if name.startswith(incomplete)]
 
 
@@ -57,7 +57,7 @@ def models(client: redis.Redis) -> list[str]:
 
 
 def ended(client: redis.Redis, status: str | None = None) -> list[str]:
-    """Return the ids of the tasks that ended last, the newest first; ``status``: only with this one."""
+    """Return the ids of the tasks that ended last, the newest first; ``status``: only those."""
     from gpuinfer.queue.history import Search
     from gpuinfer.queue.scripts import bind
 
@@ -67,7 +67,7 @@ def ended(client: redis.Redis, status: str | None = None) -> list[str]:
 
 
 def failed(client: redis.Redis) -> list[str]:
-    """Return the ids of tasks that can be sent again, the newest first: failed, and dead letters."""
+    """Return the ids of tasks that can be retried: failed tasks, then dead letters, the newest first."""
     from gpuinfer.queue.keys import DEAD_AGES
 
     dead: list[bytes] = client.zrange(DEAD_AGES, -MOST, -1)  # type: ignore[assignment]  # not decoded
@@ -76,7 +76,7 @@ def failed(client: redis.Redis) -> list[str]:
 
 
 def running(client: redis.Redis) -> list[str]:
-    """Return the ids of tasks that run, a few of each worker."""
+    """Return the ids of running tasks, a few of each worker."""
     from gpuinfer.queue.drained import known
     from gpuinfer.queue.keys import inflight
     from gpuinfer.queue.message import decode
@@ -89,13 +89,13 @@ def running(client: redis.Redis) -> list[str]:
         for payload in payloads:
             try:
                 found.append(decode(payload or b"").id)
-            except GpuinferError:  # settled meanwhile, or no message
+            except GpuinferError:  # settled meanwhile, or not a message
                 continue
     return found
 
 
 def workers(client: redis.Redis) -> list[str]:
-    """Return the workers that were seen, by name; this host's by number, too."""
+    """Return the names of known workers; those of this host by number, too."""
     import socket
 
     from gpuinfer.queue.drained import known

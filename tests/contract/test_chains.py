@@ -219,7 +219,7 @@ def test_refused_successors(store: Store, client: Client, shop: Celery) -> None:
     store.client.set("celery", "something else")
     refused = [
         (shop.signature("shop.store"), "celery"),
-        (shop.signature("shop.store", queue="bank"), "celery, shop, and not 'bank'"),
+        (shop.signature("shop.store", queue="bank"), "celery, shop, but not 'bank'"),
         (shop.signature("shop.store", exchange="news", routing_key="x"), "exchange"),
     ]
     for successor, words in refused:
