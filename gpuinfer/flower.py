@@ -45,7 +45,7 @@ class Queues:
         """Return what waits, by queue and model; ``names``, which workers give their queues, do not count."""
         client = connect_async(self._broker, max_connections=1)
         try:
-            return rows(await depth.alook(client))
+            return rows(await depth.aread(client))
         finally:
             await client.aclose()
 

@@ -86,7 +86,7 @@ UNKNOWN_MODEL = error_response(
 FULL = RETRY_AFTER | error_response(
     "The queue or Redis is full; see Retry-After.",
     "queue_full",
-    "as many tasks wait as may: queue.max_waiting is 1000000; what was accepted goes on",
+    "too many tasks are waiting: queue.max_waiting is 1000000; accepted tasks continue",
 )
 NOT_FOUND = error_response(
     "The id is unknown.",

@@ -63,7 +63,7 @@ class AsyncFleet(Driver):
     async def queues(self) -> depth.Depth:
         """Return what waits, what is in flight, and which queues are paused. Raises BrokerUnavailable."""
         with self._errors:
-            return await depth.alook(self._redis)
+            return await depth.aread(self._redis)
 
     async def workers(self) -> list[dict[str, Any]]:
         """Return what each worker's last heartbeat says. Raises BrokerUnavailable."""

@@ -18,7 +18,7 @@ from gpuinfer.demo.fleet_hosts import FleetHost
 from gpuinfer.demo.fleet_load import FleetLoad
 from gpuinfer.demo.private import CONFIG, START_TIMEOUT_S, Private, Report, cleaning_up, private_folder
 from gpuinfer.queue import keys
-from gpuinfer.queue.depth import look
+from gpuinfer.queue.depth import read as read_depth
 from gpuinfer.queue.purge import set_paused
 from gpuinfer.settings import Loaded, load
 
@@ -110,7 +110,7 @@ class Fleet(Private):
         until = time.monotonic() + timeout_s
         with self.client() as client:
             while time.monotonic() < until:
-                depth = look(client)
+                depth = read_depth(client)
                 if not depth.total_waiting and not depth.total_inflight:
                     return True
                 time.sleep(0.1)

@@ -12,7 +12,8 @@ from gpuinfer.doctor.redis_place import place_of
 from gpuinfer.doctor.workers import served
 from gpuinfer.plural import many, tasks_wait
 from gpuinfer.queue import catalogue, drained, heartbeats, keys
-from gpuinfer.queue.depth import is_paused, look
+from gpuinfer.queue.depth import is_paused
+from gpuinfer.queue.depth import read as read_depth
 from gpuinfer.queue.fleet import Server, quarantined, remedy, servers, serves_of
 from gpuinfer.queue.orphans import Holder, ago, command, holders, parts
 
@@ -34,7 +35,7 @@ def default_model(host: Host) -> Finding:
 def workers(host: Host) -> Findings:
     """Workers send heartbeats, or no task waits for one; and each has loaded all its models."""
     with asked(host) as client:
-        waiting, beats = look(client).total_waiting, heartbeats.fresh(client)
+        waiting, beats = read_depth(client).total_waiting, heartbeats.fresh(client)
     if waiting and not beats:
         fix = "gpuinfer doctor units; gpuinfer watcher explain; journalctl -u 'gpuinfer-worker@*' -n 20"
         fix = fix if host.booted else "gpuinfer worker 0"
@@ -87,7 +88,7 @@ def waiting(host: Host) -> Findings:
     """Some worker serves, or would serve, every task that waits; failures keep none from running."""
     name = socket.gethostname()
     with asked(host) as client:
-        depth, workers = look(client), servers(client)
+        depth, workers = read_depth(client), servers(client)
     for number, settings in served(host):  # what this host's workers would serve by their settings
         workers.append(Server(number, name, serves_of(settings.worker.queues, settings.worker.models)))
     counts = {lane: sum(levels.values()) for lane, levels in sorted(depth.lanes.items())}
@@ -103,7 +104,7 @@ def waiting(host: Host) -> Findings:
 def paused(host: Host) -> Findings:
     """No queue is paused and no worker is drained: somebody may have forgotten it."""
     with asked(host) as client:
-        depth, workers = look(client), drained.names(client)
+        depth, workers = read_depth(client), drained.names(client)
     bad = []
     for name in depth.paused:
         count = sum(sum(levels.values()) for lane, levels in depth.lanes.items() if is_paused(lane, (name,)))
@@ -118,7 +119,7 @@ def paused(host: Host) -> Findings:
 def foreign(host: Host) -> Findings:
     """Each key in Redis with the name of a queue, or of an index of queues, is one."""
     with asked(host) as client:
-        found = look(client).foreign
+        found = read_depth(client).foreign
     bad = []
     for name, kind in found.items():
         quoted = name.encode("unicode_escape").decode().replace("'", "\\'")  # the shell's $'...' knows \x06

@@ -43,12 +43,12 @@ def status(loaded: Loaded, as_json: bool, watch: float | None) -> None:
     from gpuinfer.queue import heartbeats
     from gpuinfer.queue.catalogue import fleet
     from gpuinfer.queue.connection import connect, typed_errors, user_of
-    from gpuinfer.queue.depth import look
+    from gpuinfer.queue.depth import read as read_depth
     from gpuinfer.queue.orphans import holders
 
     with typed_errors(user_of(loaded.settings.broker)), connect(loaded.settings.broker) as client:
         while True:
-            depth, (beats, now) = look(client), heartbeats.read(client)
+            depth, (beats, now) = read_depth(client), heartbeats.read(client)
             body = depth.to_dict() | fleet(depth, heartbeats.alive(beats, now)).to_dict()
             body["silent"] = {one.worker: round(one.silent_s, 1) for one in holders(client) if one.silent}
             # Other users may not ask, and Redis logs each refusal.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One broker URL, in the three spellings that redis-py, Celery's results and kombu want."""
+"""Connections to Redis: the URLs and options for redis-py, Celery's results and kombu; typed errors."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def redis_url(broker: BrokerSettings) -> str:
 
 
 def user_of(broker: BrokerSettings) -> str:
-    """Return whom a connection logs in as."""
+    """Return the Redis user that a connection logs in as."""
     return broker.username or parse(broker.url).user or "default"
 
 
 def _credentials(broker: BrokerSettings) -> tuple[str | None, str | None]:
-    """Return (user, password): those of the settings before the URL's own."""
+    """Return (user, password), from the settings or else from the URL."""
     if broker.password is not None:
         return broker.username, broker.password.get_secret_value()
     place = parse(broker.url)
@@ -65,7 +65,7 @@ def _credentials(broker: BrokerSettings) -> tuple[str | None, str | None]:
 
 
 def celery_urls(broker: BrokerSettings) -> tuple[str, str]:
-    """Return (broker URL on our transport, result back-end URL) for Celery."""
+    """Return Celery's (broker URL, with our transport; result back-end URL)."""
     place = parse(broker.url)
     user, password = _credentials(broker)
     credentials = place.credentials(user, password)
@@ -76,7 +76,7 @@ def celery_urls(broker: BrokerSettings) -> tuple[str, str]:
     return "gpuinfer" + tail, place.scheme + tail
 
 
-#: The URL's options as Celery's result back end calls them.
+#: Option of the URL -> its name in Celery's result back end.
 _OF_RESULTS = {
     "health_check_interval": "redis_backend_health_check_interval",
     "client_name": "redis_client_name",
@@ -85,9 +85,9 @@ _OF_RESULTS = {
 
 
 def celery_options(broker: BrokerSettings) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what the URL's options are as transport options, and as Celery's settings for its results.
+    """Return the URL's options as kombu's transport options, and as settings of Celery's result back end.
 
-    Which protocol they speak is kombu's and Celery's own affair.
+    The protocol version is left to kombu and Celery.
     """
     asked = {name: value for name, value in parse(broker.url).options.items() if name != "protocol"}
     of_results = {_OF_RESULTS[name]: value for name, value in asked.items()}
@@ -95,7 +95,7 @@ def celery_options(broker: BrokerSettings) -> tuple[dict[str, Any], dict[str, An
 
 
 def tls_options(broker: BrokerSettings) -> dict[str, Any] | None:
-    """Return what kombu and Celery call ``use_ssl``, or None without TLS."""
+    """Return the value of kombu's and Celery's ``use_ssl`` options; None without TLS."""
     if not broker.url.startswith("rediss://"):
         return None
     options: dict[str, Any] = {"ssl_cert_reqs": "required"}
@@ -126,11 +126,11 @@ def connect(
     any_format: bool = False,
     on_mismatch: layout.OnMismatch | None = None,
 ) -> redis.Redis:
-    """Return a client that connects when first used; one lost connection is retried ``retries`` times.
+    """Return a client that connects when first used; a lost connection is retried ``retries`` times.
 
-    ``patience_s``: the most that a connection and each answer may take, whatever the settings allow.
-    A connection to a Redis of another format raises UnusableRedis, and tells ``on_mismatch`` before, unless
-    ``any_format`` is asked for.
+    ``patience_s``: timeout for connecting and for each answer, if that is shorter than the settings' own.
+    Unless ``any_format`` is true, connecting to a Redis with another data format calls ``on_mismatch``, then
+    raises UnusableRedis.
     """
     retry = Retry(ExponentialBackoff(cap=0.2, base=0.01), retries)
     greeting = None if any_format else layout.greeting(on_mismatch)
@@ -160,19 +160,19 @@ def connect_async(broker: BrokerSettings, *, max_connections: int = 32) -> redis
     return redis.asyncio.Redis.from_pool(pool)
 
 
-#: What ``gpuinfer redis prepare`` leaves beside the socket: how Redis writes its file.
+#: File beside the socket, written by ``gpuinfer redis prepare``: how Redis writes to disk.
 DURABILITY = "durability"
 
-#: Redis is away, or about to be: the same call may work in a moment.
+#: Errors of a Redis that is down, starting or stopping: the same call may succeed in a moment.
 AWAY = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, MaxConnectionsError, OSError)
 
 
-#: Answers of a Redis that may take the same call in a moment.
+#: Errors in answers after which the same call may succeed in a moment.
 _PASSING = ("LOADING ", "READONLY ", "BUSY ", "MASTERDOWN ", "NOREPLICAS ", "max number of clients")
 
 
 def explain(exc: Exception, user: str = "") -> GpuinferError:
-    """Return the typed error for what redis-py raised, or a script answered, to this Redis user."""
+    """Return the typed error for redis-py's exception or a script's error. ``user``: the Redis user."""
     text = str(exc)
     if "UNKNOWN_DEFAULT " in text:
         model, _, known = text.rpartition("UNKNOWN_DEFAULT ")[2].partition(" ")
@@ -194,7 +194,7 @@ def explain(exc: Exception, user: str = "") -> GpuinferError:
     if "KEY_FULL " in text:
         what, *_, most = text.rpartition("KEY_FULL ")[2].split()
         what = "tasks" if what == "tasks" else "bytes of tasks"
-        return KeyQuota(f"this key may have {most} {what} waiting; what was accepted goes on")
+        return KeyQuota(f"this key may have at most {most} {what} waiting; accepted tasks continue")
     if "LATER_FULL " in text:
         most = text.rpartition("LATER_FULL ")[2]
         return QueueFull(f"too many tasks wait for their time; queue.max_later is {most}", "countdown_s")
@@ -203,43 +203,44 @@ def explain(exc: Exception, user: str = "") -> GpuinferError:
     if layout.is_of_a_cluster(exc):
         return layout.clustered()
     if "IDEMPOTENCY_CONFLICT" in text:
-        return IdempotencyConflict("stands for a request with other inputs or options", "idempotency_key")
+        return IdempotencyConflict("was used for a request with other inputs or options", "idempotency_key")
     return _of_room(exc, text) or _of_a_login(exc, text, user) or _of_the_server(exc, text)
 
 
-#: What submit.lua says is full.
+#: What submit.lua reports as full -> message.
 _FULL = {
-    "tasks": "as many tasks wait as may: queue.max_waiting is {}",
-    "bytes": "as many bytes wait as may: {} (queue.max_waiting_bytes, or half of Redis's memory)",
-    "bytes-of-batch": "as many bytes wait in batch as may: half of {} (queue.max_waiting_bytes, or half of "
+    "tasks": "too many tasks are waiting: queue.max_waiting is {}",
+    "bytes": "too many bytes are waiting: the limit is {} (queue.max_waiting_bytes, or half of Redis's "
+    "memory)",
+    "bytes-of-batch": "too many bytes are waiting in batch: the limit is half of {} "
+    "(queue.max_waiting_bytes, or half of Redis's memory)",
+    "keys": "too many idempotency keys are stored: the limit is {} (queue.max_keys, or a sixteenth of "
     "Redis's memory)",
-    "keys": "as many idempotency keys stand as may: {} (queue.max_keys, or what a sixteenth of Redis's "
-    "memory holds)",
 }
 
 
 def _of_room(exc: Exception, text: str) -> QueueFull | None:
-    """Return the error where there is no room for new work."""
+    """Return the error if there is no room for new tasks; None for another error."""
     if "QUEUE_FULL " in text:
         what, _, bound = text.rpartition("QUEUE_FULL ")[2].partition(" ")
-        return QueueFull(f"{_FULL[what].format(bound)}; what was accepted goes on")
+        return QueueFull(f"{_FULL[what].format(bound)}; accepted tasks continue")
     if "BODY_GONE" in text:
-        return QueueFull("Redis is full, and has dropped what was to be submitted; what was accepted goes on")
+        return QueueFull("Redis is full and dropped the inputs of this request; accepted tasks continue")
     if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in text:
-        return QueueFull("Redis has reached maxmemory and refuses new work; what was accepted goes on")
+        return QueueFull("Redis has reached maxmemory and refuses new work; accepted tasks continue")
     return None
 
 
-#: Redis's words for a missing right; the last are of a script's (7.0), and do not name the command.
+#: Redis's words for a missing right; the last one is a script's (7.0) and does not name the command.
 _NO_RIGHT = ("ACL failure", "NOPERM", "The user executing the script can't")
 
 
 def _of_a_login(exc: Exception, text: str, user: str) -> BrokerError | None:
-    """Return the error where it is a matter of who asks."""
+    """Return the error if the login or the user's rights are the cause; None for another error."""
     if "HELLO must be called" in text or "Authentication required" in text:
         return BrokerUnavailable(
-            f"Redis wants a login, and the user {me()} has none; {_GROUPS}; elsewhere broker.username and "
-            "broker.password name one",
+            f"Redis requires a login, and the user {me()} has none; {_GROUPS}; on other hosts set "
+            "broker.username and broker.password",
             "broker.password",
         )
     if isinstance(exc, AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
@@ -253,19 +254,19 @@ def _of_a_login(exc: Exception, text: str, user: str) -> BrokerError | None:
     return None
 
 
-#: Who else may do what this user may not.
+#: Redis user -> who has the rights that it lacks.
 _WHO_MAY = {
     "viewer": "members of the group gpuinfer-operator may, and root",
     "operator": "root on Redis's own host may",
 }
 _GROUPS = (
-    "on Redis's own host members of the groups gpuinfer-operator and gpuinfer-viewer have one (usermod -aG "
-    "GROUP USER, then log in again), and root"
+    "on Redis's own host root and members of the groups gpuinfer-operator and gpuinfer-viewer have one "
+    "(usermod -aG GROUP USER, then log in again)"
 )
 
 
 def me() -> str:
-    """Return the name of the user that this process is."""
+    """Return the name of the user that this process runs as."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
@@ -273,20 +274,20 @@ def me() -> str:
 
 
 def _lacks(text: str, user: str) -> str:
-    """Say which right a Redis user lacks, and who has it."""
+    """Return a sentence: which right a Redis user lacks, and who has it."""
     user = user or "of this login"
     command = re.search(r"'([\w|]+)' command", text)
     what = (
         f"the right to run {command[1].upper().replace('|', ' ')}"
         if command
-        else "the right to run a command that this needs"
+        else "the right to run a command that is needed here"
     )
     for kind in ("key", "channel"):
         if not command and re.search(rf"\b{kind}s?\b", text):
-            what = f"the right to a {kind} that this needs"
+            what = f"the right to a {kind} that is needed here"
     who = _WHO_MAY.get(
         user,
-        "gpuinfer redis apply-users gives our users their rights, and as root on Redis's own host it works",
+        "gpuinfer redis apply-users grants gpuinfer's users their rights; root on Redis's host may do all",
     )
     return f"the Redis user {user} lacks {what}: {text}; {who}"
 
@@ -295,17 +296,17 @@ def _of_the_server(exc: Exception, text: str) -> BrokerError:
     if "MISCONF" in text:
         return BrokerUnavailable(f"Redis cannot write to its disk: {text}")
     if refuses(exc):
-        what = "Redis refuses this, and would again"
+        what = "Redis refuses this, and a retry will not help"
         if "WRONGTYPE" in text:
-            what = "a key in Redis has another type than ours: another program uses its name"
+            what = "a key in Redis has the wrong type: another program uses its name"
         return BrokerError(f"{what}: {text}")
     if isinstance(exc, ResponseError):
-        return BrokerUnavailable(f"Redis cannot take this now: {text}")
+        return BrokerUnavailable(f"Redis cannot do this now: {text}")
     return BrokerUnavailable(f"Redis does not answer: {_notice(text) or text}", "broker.url")
 
 
 def _notice(text: str) -> str:
-    """Return why Redis is not started, as ``gpuinfer redis prepare`` has left word by its socket."""
+    """Return why Redis is not started: the notice by ``gpuinfer redis prepare`` beside its socket."""
     found = re.search(r"connecting to (?:unix:)?(/\S+/)[^/\s]+\.(?: |$)", text)
     if found is None:
         return ""
@@ -317,7 +318,7 @@ def _notice(text: str) -> str:
 
 
 def refuses(exc: BaseException) -> bool:
-    """Tell an answer that will be the same again from a Redis that is away, or will take it in a moment."""
+    """Tell whether Redis would refuse the same call again; False if it is down or may accept it later."""
     if isinstance(exc, (ReadOnlyError, OutOfMemoryError, MasterDownError)) or not isinstance(
         exc, ResponseError
     ):
@@ -326,9 +327,9 @@ def refuses(exc: BaseException) -> bool:
 
 
 class typed_errors:
-    """Turn what redis-py raises, and what a script answers, into our errors (see ``explain``).
+    """Turn redis-py's exceptions and scripts' errors into our errors (see ``explain``).
 
-    A class: a generator for each call would be a microsecond of it.
+    A class, because a generator would add a microsecond to each call.
     """
 
     __slots__ = ("_user",)

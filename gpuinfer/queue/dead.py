@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dead letters: tasks that were set aside because they killed workers or could not be read.
 
-They stay until somebody retries or drops them, within bounds (``queue.max_dead``, ``max_dead_bytes``,
-``dead_ttl_s``): the oldest go first.
+They are kept until they are retried or dropped, within limits (``queue.max_dead``, ``max_dead_bytes``,
+``dead_ttl_s``): the oldest are dropped first.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from gpuinfer.queue.message import Undecodable, peek
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES
 
-#: What restore.lua puts in front of a payload: deliveries and deaths.
+#: The prefix that restore.lua adds to a payload: deliveries and deaths.
 _MARK = re.compile(r'^\{"gpuinfer": \[\d+, \d+\], ')
 
 _DROP = "gpuinfer dead drop removes it"
-#: What revive.lua answers where it has done nothing.
+#: Answer of revive.lua when it did nothing -> why.
 _REFUSED = {
     -1: f"already has a result; {_DROP}",
     -2: f"cannot be retried: its inputs are gone; {_DROP}",
@@ -38,12 +38,12 @@ class Letter:
     """One dead letter."""
 
     id: str
-    #: The list it came from, and goes back to.
+    #: The list it came from, and returns to when retried.
     list_key: str
     reason: str
     code: str
     deaths: int
-    #: Under which worker it was set aside.
+    #: The worker that held it when it was set aside.
     worker: str
     #: Seconds since the epoch.
     at: float
@@ -56,12 +56,12 @@ class Letter:
 
     @property
     def model(self) -> str:
-        """The model whose list it was in; empty for the default one's."""
+        """The model whose list it was in; empty: the default model."""
         return keys.place_of(self.list_key).model
 
     @property
     def task(self) -> str | None:
-        """Return the name of the task, None where it cannot be read."""
+        """Return the name of the task; None if it cannot be read."""
         try:
             found = peek(self.payload.encode())
         except Undecodable:
@@ -69,7 +69,7 @@ class Letter:
         return found.task if found is not None else None
 
     def to_dict(self, *, payload: bool) -> dict[str, Any]:
-        """Return it for JSON, with or without what was sent."""
+        """Return it for JSON, with or without its message."""
         place = keys.place_of(self.list_key)
         body = asdict(self) | {
             "queue": place.tier,
@@ -84,7 +84,7 @@ class Letter:
 
 
 def _parse(letter_id: str, raw: bytes) -> Letter:
-    """Read a letter of ``Store.bury``; what somebody else put there is shown as it is."""
+    """Read a letter written by ``Store.bury``; anything else becomes a letter that says so."""
     try:
         body = orjson.loads(raw)
         return Letter(
@@ -117,7 +117,7 @@ def letters(client: redis.Redis) -> list[Letter]:
 
 
 def ids(client: redis.Redis) -> list[str]:
-    """Return the ids of all letters, without reading them."""
+    """Return the ids of all letters, without reading the letters."""
     found: list[bytes] = client.hkeys(keys.DEAD)  # type: ignore[assignment]  # no decode_responses
     return sorted(letter_id.decode() for letter_id in found)
 
@@ -131,15 +131,15 @@ def get(client: redis.Redis, letter_id: str) -> Letter:
 
 
 def owned(raw: bytes, only: str | None) -> bool:
-    """Tell whether a letter is of ``only``'s task; None: whosever."""
+    """Tell whether a letter's task belongs to the caller ``only``; None: any caller."""
     return only is None or keys.place_of(_parse("", raw).list_key).caller == only
 
 
 def retry(client: redis.Redis, letter_id: str) -> None:
-    """Send a letter to its list again, under its id, its deaths forgotten.
+    """Return a letter to its list, under the same id, with its deaths reset to zero.
 
-    Raises TaskNotFound, and InputError where it can never run, or has run (another delivery of it succeeded),
-    or where something else stands under its list's name. What is refused stays as it is.
+    Raises TaskNotFound. Raises InputError if the task can never run, if it has a result (another delivery of
+    it succeeded), or if its list's key has another type; the letter is then kept.
     """
     raw: bytes | None = client.hget(keys.DEAD, letter_id)  # type: ignore[assignment]  # no decode_responses
     list_key, args = revival(letter_id, raw)
@@ -147,7 +147,7 @@ def retry(client: redis.Redis, letter_id: str) -> None:
 
 
 def revival(letter_id: str, raw: bytes | None) -> tuple[str, list[str | bytes | int]]:
-    """Return the key and the arguments of the script that sends a letter again. Raises as ``retry`` does."""
+    """Return the key and arguments of ``revive.lua`` for a letter. Raises as ``retry`` does."""
     if raw is None:
         raise _missing(letter_id)
     letter = _parse(letter_id, raw)
@@ -155,7 +155,7 @@ def revival(letter_id: str, raw: bytes | None) -> tuple[str, list[str | bytes | 
 
 
 def failed_revival(task_id: str, raw: bytes) -> tuple[str, list[str | bytes | int]]:
-    """Return the key and the arguments of the script that sends a task again that failed. Raises InputError.
+    """Return the key and arguments of ``revive.lua`` for a failed task. Raises InputError.
 
     ``raw``: its list and its message, as ``settle.lua`` keeps them.
     """
@@ -165,7 +165,7 @@ def failed_revival(task_id: str, raw: bytes) -> tuple[str, list[str | bytes | in
 
 
 def failed_owned(raw: bytes, only: str | None) -> bool:
-    """Tell whether what is kept of a task that failed is ``only``'s; None: whosever."""
+    """Tell whether a kept failed task belongs to the caller ``only``; None: any caller."""
     list_key = raw.partition(b"\n")[0].decode(errors="backslashreplace")
     return only is None or keys.place_of(list_key).caller == only
 
@@ -184,7 +184,7 @@ def _revival(letter_id: str, list_key: str, payload: str) -> tuple[str, list[str
 
 
 def revived(letter_id: str, list_key: str, answer: int, *, failed: bool = False) -> None:
-    """Read the answer of the script. ``failed``: it was for a task that failed. Raises as ``retry`` does."""
+    """Check the answer of ``revive.lua``. ``failed``: it was for a failed task. Raises as ``retry`` does."""
     if answer < 0:
         why = _REFUSED[answer].format(key=list_key)
         raise InputError(why.replace(_DROP, "submit it again") if failed else why, letter_id)
@@ -195,7 +195,7 @@ def revived(letter_id: str, list_key: str, answer: int, *, failed: bool = False)
 def drop(client: redis.Redis, letter_ids: Iterable[str]) -> int:
     """Delete letters and their bodies; return how many there were.
 
-    Their failure results stay until they expire.
+    Their failure results are kept until they expire.
     """
     wanted = list(letter_ids)
     return int(bind(client, "drop")(args=wanted)) if wanted else 0

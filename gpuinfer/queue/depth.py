@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much waits, how much is in flight, and how many dead letters there are: one look, no payloads."""
+"""The queues' depths: how many tasks wait, are in flight, or are dead letters. No payload is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpuinfer.settings import QUEUES
 
 
 class Lane(NamedTuple):
-    """What the tasks of one model wait in, in one tier."""
+    """The queue of one model in one tier."""
 
     tier: str
     model: str
@@ -30,28 +30,28 @@ class Lane(NamedTuple):
 class Depth:
     """The queues at one moment."""
 
-    #: Lane -> priority -> tasks that wait; empty ones are left out.
+    #: Lane -> priority -> waiting tasks; empty lanes and priorities are left out.
     lanes: Mapping[Lane, Mapping[int, int]]
-    #: Lane -> tasks ever claimed there, less those that were put back.
+    #: Lane -> tasks ever claimed from it, less those that were put back.
     claimed: Mapping[Lane, int]
     #: Worker (``gpu0@host``) -> tasks it has claimed and not settled.
     inflight: Mapping[str, int]
     dead_letters: int
-    #: Lane -> tasks that wait for their ETA, and how many of them are due within the time asked for.
+    #: Lane -> tasks that wait for their ETA; ``due``: how many of them are due within ``ahead_s``.
     later: Mapping[Lane, int] = field(default_factory=dict)
     due: Mapping[Lane, int] = field(default_factory=dict)
     #: Queues from which nothing is claimed: a tier, or ``tier.model``.
     paused: tuple[str, ...] = ()
-    #: Key -> its type, where something that is not ours stands under a name of ours.
+    #: Key with one of our names but another type -> that type.
     foreign: Mapping[str, str] = field(default_factory=dict)
-    #: The model of a request that names none; empty where none is set.
+    #: The model of requests that name none; empty if none is set.
     default_model: str = ""
-    #: Models that the fleet knows -> when somebody who could serve them was last seen (Redis's clock).
+    #: Model that the fleet knows -> when a worker or host that can serve it was last seen (Redis's clock).
     catalogue: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def waiting(self) -> Mapping[str, Mapping[int, int]]:
-        """Tier -> priority -> tasks that wait, over all models; empty priorities are left out."""
+        """Tier -> priority -> waiting tasks, over all models; empty priorities are left out."""
         tiers: dict[str, dict[int, int]] = {tier: {} for tier in QUEUES}
         for lane, levels in self.lanes.items():
             for priority, count in levels.items():
@@ -60,25 +60,25 @@ class Depth:
 
     @property
     def total_waiting(self) -> int:
-        """How many tasks wait in all queues."""
+        """The number of waiting tasks in all queues."""
         return sum(sum(levels.values()) for levels in self.lanes.values())
 
     @property
     def total_later(self) -> int:
-        """How many tasks wait for their ETA."""
+        """The number of tasks that wait for their ETA."""
         return sum(self.later.values())
 
     def is_paused(self, lane: Lane) -> bool:
-        """Tell whether nothing is claimed from a lane."""
+        """Tell whether a lane is paused."""
         return is_paused(lane, self.paused)
 
     @property
     def total_inflight(self) -> int:
-        """How many tasks all workers hold."""
+        """The number of tasks that all workers hold."""
         return sum(self.inflight.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON; priorities become text, as JSON's keys are."""
+        """Return it for JSON; priorities become text, as JSON keys must be."""
         queues: dict[str, Any] = {}
         for tier, levels in self.waiting.items():
             models = {lane.model: found for lane, found in sorted(self.lanes.items()) if lane.tier == tier}
@@ -105,13 +105,13 @@ def _by_priority(levels: Mapping[int, int]) -> dict[str, int]:
 
 
 def known_workers(client: redis.Redis) -> dict[str, float]:
-    """Return all workers that were ever seen, and when last, by Redis's clock."""
+    """Return known worker -> when it was last seen, by Redis's clock."""
     found: list[Any] = client.zrange(keys.WORKERS, 0, -1, withscores=True)
     return {name.decode(): float(seen) for name, seen in found}
 
 
 class Counted(NamedTuple):
-    """What the script ``depth`` has counted."""
+    """What the script ``depth`` counted; the fields are those of ``Depth``."""
 
     lanes: Mapping[Lane, Mapping[int, int]]
     claimed: Mapping[Lane, int]
@@ -129,7 +129,7 @@ def is_paused(lane: Lane, paused: Sequence[str]) -> bool:
 
 
 def parse(answer: Any) -> Counted:
-    """Read the answer of the script ``depth``. A list whose name is not ours counts for nothing."""
+    """Read the answer of the script ``depth``. A list whose name is not ours is counted as foreign."""
     default, catalogue, waiting, claimed, sets, paused, foreign = answer
     default_model = default.decode()
     others = {
@@ -165,10 +165,10 @@ def parse(answer: Any) -> Counted:
     return Counted(lanes, totals, default_model, seen, later, soon, queues, others)
 
 
-def look(client: redis.Redis, workers: Sequence[str] = (), *, ahead_s: float = 0.0) -> Depth:
-    """Count in two round trips. ``workers`` are looked at beside those that were ever seen.
+def read(client: redis.Redis, workers: Sequence[str] = (), *, ahead_s: float = 0.0) -> Depth:
+    """Count in two round trips. ``workers``: counted in addition to the known ones.
 
-    ``ahead_s``: tasks whose ETA comes within that time count as ``due``.
+    ``ahead_s``: tasks whose ETA comes within this many seconds count as ``due``.
     """
     names = sorted({*workers, *known_workers(client)})
     with client.pipeline(transaction=False) as pipe:
@@ -179,8 +179,8 @@ def look(client: redis.Redis, workers: Sequence[str] = (), *, ahead_s: float = 0
         return of(names, pipe.execute())
 
 
-async def alook(client: redis.asyncio.Redis) -> Depth:
-    """Count, as ``look`` does."""
+async def aread(client: redis.asyncio.Redis) -> Depth:
+    """Count as ``read`` does, with an asyncio client."""
     found: list[bytes] = await client.zrange(keys.WORKERS, 0, -1)  # type: ignore[assignment]  # not decoded
     names = sorted(name.decode() for name in found)
     async with client.pipeline(transaction=False) as pipe:
@@ -192,9 +192,9 @@ async def alook(client: redis.asyncio.Redis) -> Depth:
 
 
 def of(names: Sequence[str], answers: Sequence[Any]) -> Depth:
-    """Return it from the answers to the script, to an HLEN of each name's in-flight hash, and of ``DEAD``."""
+    """Make it from the answers to the script, to an HLEN of each in-flight hash, and to HLEN of ``DEAD``."""
     answer, *counts = answers
-    # Two fields a task, and perhaps one that notes what runs.
+    # Two fields per task, and perhaps one more: the record of what runs.
     held = {name: fields // 2 for name, fields in zip(names, counts[:-1], strict=True)}
     return Depth(
         **parse(answer)._asdict(),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The epochs of a worker's name: who may claim under it, and who was replaced.
+"""The epochs of a worker's name: which process may claim under it.
 
-A claim carries its epoch's number, and Redis refuses it in a later one. So a process that was taken for dead,
-or whose name another one has taken, finds that out before it owns anything.
+Each claim carries the number of its epoch, and Redis refuses a claim of any epoch before the current one. So
+a process that was taken for dead, or whose name another process now uses, learns that before it owns a task.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from gpuinfer.queue import keys
 from gpuinfer.queue.format import mismatch
 from gpuinfer.queue.scripts import bind
 
-#: How many sequence ids an epoch has: 2^29 epochs of them stay exact in Lua's numbers.
+#: Sequence ids per epoch. Lua's numbers are exact for 2^29 epochs.
 SEQS_OF_AN_EPOCH = 2**24
-#: How ``by`` begins when a reaper has begun an epoch: the worker it took for dead may go on.
+#: Prefix of ``by`` in an epoch begun by a reaper: the worker that it took for dead may continue.
 REAPER = "reaper"
 
 
 class Epoch:
-    """The epoch that one process has begun under a worker's name, and the one Redis has counted."""
+    """The epoch that this process began under a worker's name, compared with Redis's current one."""
 
     def __init__(self, client: redis.Redis, worker: str, by: str) -> None:
         self._client = client
         self._worker = worker
         self._key = keys.epoch(worker)
         self._begin = bind(client, "epoch")
-        #: Tells this process from others of the worker's name.
+        #: Identifies this process among those that use the worker's name.
         self.by = by
-        #: 0: none was begun here.
+        #: 0: this process has begun none.
         self.number = 0
 
     def begin(self) -> None:
@@ -38,7 +38,7 @@ class Epoch:
         try:
             self.number = int(self._begin(keys=[self._key], args=[self.number, self.by]))
         except (redis.ConnectionError, redis.TimeoutError):
-            self.number += bool(self.number)  # may have been counted; if it arrives later, Redis refuses it
+            self.number += bool(self.number)  # Redis may have counted it; if not yet, it will refuse the call
             raise
         except redis.ResponseError as exc:
             raise self.explain(exc) from exc
@@ -51,7 +51,7 @@ class Epoch:
         self.number = number
 
     def explain(self, error: redis.ResponseError) -> Exception:
-        """Return what the error of a script means: FormatMismatch, TakenBack, WorkerRunning, or itself."""
+        """Return a script's error as FormatMismatch, TakenBack or WorkerRunning; any other as it is."""
         text = str(error)
         if "FORMAT " in text:
             return mismatch(text.rpartition("FORMAT ")[2])

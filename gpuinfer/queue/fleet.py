@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who serves what, over all hosts: by what workers say in their heartbeats, and what watchers tell.
+"""Which workers serve what, on all hosts: from the workers' heartbeats and the watchers' reports.
 
-A worker that runs says what it serves. What one that does not run would serve, its host's watcher knows and
-tells in one hash, beside how old that is.
+A running worker's heartbeat says what it serves. For the instances that do not run, each host's watcher
+reports what they would serve, with the time of the report, in one hash.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from gpuinfer.queue import heartbeats
 from gpuinfer.queue.depth import Lane
 from gpuinfer.settings import QUEUES
 
-#: Host -> what its watcher tells of its instances.
+#: Host -> its watcher's report on its instances.
 HOSTS = "gpuinfer:watcher:hosts"
-#: A watcher is silent when it has told nothing new for this long, or for this many of its own looks.
+#: A watcher is silent after this long without a new report, or after this many of its own intervals.
 SILENT_S = 10.0
 SILENT_LOOKS = 3.0
 
@@ -31,18 +31,19 @@ class Serves(NamedTuple):
 
     #: In the order of QUEUES.
     tiers: tuple[str, ...] = QUEUES
-    #: Sorted. Empty: any model, for where it is not known which.
+    #: Sorted. Empty: any model, because it is not known which.
     models: tuple[str, ...] = ()
 
     def covers(self, lane: Lane) -> bool:
         """Tell whether it serves a lane.
 
-        Without a default model, its lanes name no model: the first worker to be ready sets it.
+        While no default model is set, its lanes name no model. Every worker covers these: the first worker to
+        be ready sets the default.
         """
         return lane.tier in self.tiers and (not self.models or not lane.model or lane.model in self.models)
 
     def overlaps(self, other: Serves) -> bool:
-        """Tell whether there may be a lane that both serve."""
+        """Tell whether both may serve the same lane."""
         shared = not self.models or not other.models or not set(self.models).isdisjoint(other.models)
         return shared and not set(self.tiers).isdisjoint(other.tiers)
 
@@ -50,7 +51,7 @@ class Serves(NamedTuple):
         return f"{','.join(self.tiers)}:{','.join(self.models) or '*'}"
 
 
-#: Every tier and any model: of one fleet in which all serve the same.
+#: Every tier and any model: for a fleet in which all workers serve the same.
 EVERYTHING = Serves()
 
 
@@ -73,7 +74,7 @@ class Server:
 
 
 def said(heartbeat: Mapping[str, Any]) -> Serves | None:
-    """Return what a worker says it serves; None when its heartbeat does not say."""
+    """Return what a worker's heartbeat says it serves; None if it does not say."""
     try:
         serves = serves_of(heartbeat.get("queues", ()), heartbeat.get("models", ()))
     except TypeError:
@@ -82,18 +83,18 @@ def said(heartbeat: Mapping[str, Any]) -> Serves | None:
 
 
 def told(instance: Mapping[str, Any]) -> Serves:
-    """Return what a watcher tells that an instance would serve. Raises TypeError where it is no list."""
+    """Return what an instance would serve, by its watcher's report. Raises TypeError if that is no list."""
     serves = serves_of(instance.get("tiers", QUEUES), instance.get("models", ()))
     return serves if serves.tiers else EVERYTHING
 
 
 def silent_after(body: Mapping[str, Any]) -> float:
-    """Return after how many seconds a watcher that has not told anything new is taken to be silent."""
+    """Return the seconds without a new report after which a watcher counts as silent."""
     return max(SILENT_S, SILENT_LOOKS * float(body.get("interval_s", 0.0)))
 
 
 def servers(client: redis.Redis) -> list[Server]:
-    """Return the workers of all hosts: those that beat, and those that a watcher which is alive tells of.
+    """Return the workers of all hosts: those with a fresh heartbeat, and those that a live watcher reports.
 
     Raises redis-py's errors.
     """
@@ -104,7 +105,7 @@ def servers(client: redis.Redis) -> list[Server]:
     hosts: Mapping[Any, Any] = client.hgetall(HOSTS)
     for name, text in hosts.items():
         host = name.decode(errors="replace")
-        with suppress(ValueError, KeyError, TypeError, AttributeError):  # the watchers' logs say so
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # the watchers log it
             body = orjson.loads(text)
             for one in body["instances"] if now - body["at"] <= silent_after(body) else ():
                 number = int(one["number"])
@@ -120,7 +121,7 @@ def servers(client: redis.Redis) -> list[Server]:
 
 
 def remedy(lane: Lane, workers: Sequence[Server]) -> str:
-    """Return the command by which the tasks of a lane that nothing serves get a worker."""
+    """Return the command that gives a worker to the tasks of a lane that no worker serves."""
     known = sorted(workers)
     for one in known:
         if one.serves.covers(lane):
@@ -129,7 +130,7 @@ def remedy(lane: Lane, workers: Sequence[Server]) -> str:
     chosen = next(iter(same_model or known), None)
     number, where = (chosen.number, f" on {chosen.host}") if chosen else (0, "")
     serves = chosen.serves if chosen else EVERYTHING
-    if same_model or not lane.model:  # without a default model, any model will do: the queue is not served
+    if same_model or not lane.model:  # the queue is not served; without a default model, any model will do
         setting = f"GPUINFER_WORKER_QUEUES={','.join((*serves.tiers, lane.tier))}"
     else:
         setting = f"GPUINFER_WORKER_MODELS={','.join((*serves.models, lane.model))}"
@@ -138,9 +139,9 @@ def remedy(lane: Lane, workers: Sequence[Server]) -> str:
 
 
 def quarantined(workers: Sequence[Server]) -> list[tuple[str, str]]:
-    """Return what is wrong with each worker in quarantine, and the command that tells more.
+    """Return (problem, command that shows more) for each worker in quarantine.
 
-    systemd may call its unit inactive, as it calls the unit of an idle one.
+    systemd may show its unit as inactive, like that of an idle worker.
     """
     return [
         (
@@ -153,7 +154,7 @@ def quarantined(workers: Sequence[Server]) -> list[tuple[str, str]]:
 
 
 def _start(one: Server) -> str:
-    """Return what starts a worker that serves it, and is kept from that."""
+    """Return the command that starts a worker, by what keeps it from being started."""
     unit = f"gpuinfer-worker@{one.number}"
     if one.masked:
         return f"systemctl unmask {unit} && systemctl start {unit}"

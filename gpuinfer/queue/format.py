@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The number of the format in which things lie in Redis.
+"""The format number of the data in Redis.
 
-Each new connection of ours asks for it in its handshake, so no program touches what it cannot read, whichever
-call comes first, and also after a reconnection to another Redis. Scripts that begin something (``epoch``,
-``submit``) ask again. An empty Redis has no number; the first worker or watcher sets it.
+Each new connection of ours reads it in its handshake, so no program touches data that it cannot read,
+whichever call comes first, even after a reconnection to another Redis. The scripts ``epoch`` and ``submit``
+check it again. An empty Redis has no number; the first worker or watcher sets it.
 """
 
 from __future__ import annotations
@@ -18,45 +18,45 @@ from redis.exceptions import AskError, ClusterError, MasterDownError, ResponseEr
 from gpuinfer.errors import ClusterUnsupported, FormatMismatch, UnusableRedis
 from gpuinfer.queue import keys
 
-#: Who is told first of another format, before the error is raised.
+#: Called with the error about another format, before it is raised.
 OnMismatch = Callable[[UnusableRedis], object]
 
 
 def mismatch(found: str) -> FormatMismatch:
-    """Return the error for a Redis of the format ``found``."""
+    """Return the error for a Redis with the format ``found``."""
     newer = found.isdecimal() and int(found) > keys.FORMAT
     remedy = (
-        "a newer edition has written it: install that one here"
+        "a newer version wrote it: install that version here"
         if newer
-        else "once nothing of the other edition runs, gpuinfer redis migrate changes what it can"
+        else "stop all programs of the other version, then run gpuinfer redis migrate"
     )
     return FormatMismatch(
-        f"what lies in Redis has format {found}, and this program reads format {keys.FORMAT} alone; {remedy}",
+        f"the data in Redis has format {found}, but this program reads only format {keys.FORMAT}; {remedy}",
         "broker.url",
     )
 
 
 def check(number: bytes | str | None) -> None:
-    """Accept our number, or none at all. Raises FormatMismatch."""
+    """Raise FormatMismatch unless the number is ours, or there is none."""
     found = number.decode(errors="replace") if isinstance(number, bytes) else number
     if found is not None and found != str(keys.FORMAT):
         raise mismatch(found)
 
 
 def greeting(on_mismatch: OnMismatch | None = None) -> Callable[[Any], None]:
-    """Return redis-py's handshake (``redis_connect_func``), with a look at the number at its end.
+    """Return a handshake for redis-py (``redis_connect_func``) that ends by checking the format number.
 
-    A Redis Cluster is refused there, too: our scripts touch keys of many slots.
+    It refuses a Redis Cluster, too: our scripts touch keys of many slots.
     """
     return partial(_greet, on_mismatch=on_mismatch)
 
 
-#: What is asked in one packet at the end of each handshake: the server's mode, and our number.
+#: Sent in one packet at the end of each handshake, to learn the server's mode and the format number.
 _QUESTIONS = (("HELLO",), ("GET", keys.FORMAT_KEY))
 
 
 def _greet(connection: Any, on_mismatch: OnMismatch | None) -> None:
-    # A health check would connect again from within, without end, to a Redis that does not answer.
+    # With a health check, connecting to a Redis that does not answer would recurse endlessly.
     connection.on_connect_check_health(check_health=False)
     connection.send_packed_command(connection.pack_commands(_QUESTIONS), check_health=False)
     answers: list[Any] = []
@@ -75,7 +75,7 @@ def _greet(connection: Any, on_mismatch: OnMismatch | None) -> None:
 
 
 async def async_greeting(connection: Any) -> None:
-    """Do the same for an asyncio connection."""
+    """Check an asyncio connection, as ``greeting`` does."""
     await connection.on_connect_check_health(check_health=False)
     await connection.send_packed_command(connection.pack_commands(_QUESTIONS), check_health=False)
     answers: list[Any] = []
@@ -92,8 +92,8 @@ async def async_greeting(connection: Any) -> None:
 
 
 def _judge(hello: Any, number: Any) -> None:
-    """Look at the answers. Raises UnusableRedis, and what Redis said to the second question."""
-    if not isinstance(hello, Exception):  # a user who may not ask is told below
+    """Check the answers. Raises UnusableRedis, or Redis's error to the second command."""
+    if not isinstance(hello, Exception):  # a user without the right to HELLO is checked below
         said = hello if isinstance(hello, dict) else dict(zip(hello[::2], hello[1::2], strict=False))
         if said.get(b"mode", said.get("mode")) in (b"cluster", "cluster"):
             raise clustered()
@@ -105,14 +105,14 @@ def _judge(hello: Any, number: Any) -> None:
 def clustered() -> ClusterUnsupported:
     """Return the error for a Redis Cluster."""
     return ClusterUnsupported(
-        "this Redis is part of a Redis Cluster, and gpuinfer needs one by itself: its scripts move tasks "
-        "between keys that a cluster keeps on different nodes; name a Redis with cluster-enabled no",
+        "this Redis is part of a Redis Cluster, but gpuinfer needs a standalone Redis: its scripts move "
+        "tasks between keys that a cluster keeps on different nodes; use a Redis with cluster-enabled no",
         "broker.url",
     )
 
 
 def is_of_a_cluster(exc: Exception) -> bool:
-    """Tell an answer that only a node of a cluster gives."""
+    """Tell whether only a node of a cluster gives this answer."""
     if isinstance(exc, MasterDownError):  # a replica's
         return False
     return isinstance(exc, AskError | ClusterError) or any(words in str(exc) for words in _OF_A_CLUSTER)
@@ -127,5 +127,5 @@ _OF_A_CLUSTER = (
 
 
 def establish(client: redis.Redis) -> None:
-    """Give an empty Redis our number. Raises FormatMismatch where there is another, and redis-py's errors."""
+    """Set our number in an empty Redis. Raises FormatMismatch if it has another, and redis-py's errors."""
     check(client.set(keys.FORMAT_KEY, keys.FORMAT, nx=True, get=True))  # type: ignore[arg-type]  # not decoded

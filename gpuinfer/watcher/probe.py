@@ -22,7 +22,7 @@ from gpuinfer.gpu_readings import Reading
 from gpuinfer.queue import heartbeats
 from gpuinfer.queue.connection import typed_errors
 from gpuinfer.queue.depth import Depth, Lane
-from gpuinfer.queue.depth import look as look_at_queues
+from gpuinfer.queue.depth import read as read_depth
 from gpuinfer.queue.drained import DRAINED, FINISHING
 from gpuinfer.queue.fleet import EVERYTHING, Serves, said
 from gpuinfer.queue.later import move_due
@@ -86,7 +86,7 @@ class Probe:
             names = [str(instance.key) for instance in (*own, *heard.instances)]
             if self._tells:
                 move_due(self._client)
-            depth = look_at_queues(self._client, names, ahead_s=self._startup(figures or {}))
+            depth = read_depth(self._client, names, ahead_s=self._startup(figures or {}))
             beats = heartbeats.fresh(self._client, names)
         beating = {name: said(body) for name, body in beats.items()}
         serving = {str(one.key): one.serves for one in (*own, *heard.instances)}

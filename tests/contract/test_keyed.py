@@ -131,7 +131,7 @@ def test_there_is_a_bound(broker: BrokerSettings, store: Store) -> None:
     """Only max_keys new keys in a period; old ones still hold, and requests without a key are taken."""
     with Client(Settings(broker=broker, queue=QueueSettings(max_keys=3))) as client:
         held = [client.submit([1], idempotency_key=str(number)) for number in range(3)]
-        with pytest.raises(QueueFull, match=r"stand as may: 3 \(queue.max_keys"):
+        with pytest.raises(QueueFull, match=r"the limit is 3 \(queue.max_keys"):
             client.submit([1], idempotency_key="another")
         assert [client.submit([1], idempotency_key=str(number)) for number in range(3)] == held
         last = client.submit([1])
@@ -150,14 +150,14 @@ def test_a_bound_that_is_raised_counts_at_once(broker: BrokerSettings, store: St
     with pytest.raises(QueueFull):
         submit(2, "c")
     submit(3, "c")
-    with pytest.raises(QueueFull, match="may: 2 "):
+    with pytest.raises(QueueFull, match="the limit is 2 "):
         submit(2, "d")
     store.client.config_set("maxmemory", 16_000_000)
     begun, length, _ = str((store.client.hget(keys.KEYED, "") or b"").decode()).split()  # type: ignore[union-attr]
     store.client.hset(keys.KEYED, "", f"{begun} {length} 3")
     submit(10_000, "d")
     store.client.hset(keys.KEYED, mapping={str(number): "x" for number in range(5000)})
-    with pytest.raises(QueueFull, match="may: 5000 "):
+    with pytest.raises(QueueFull, match="the limit is 5000 "):
         submit(10_000, "e")
     store.client.config_set("maxmemory", 17_000_000)
     submit(10_000, "e")

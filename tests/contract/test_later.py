@@ -15,7 +15,8 @@ from gpuinfer.client.aio import AsyncClient
 from gpuinfer.errors import InputError, QueueFull
 from gpuinfer.queue import keys
 from gpuinfer.queue.claims import Claimed
-from gpuinfer.queue.depth import Lane, look
+from gpuinfer.queue.depth import Lane
+from gpuinfer.queue.depth import read as read_depth
 from gpuinfer.queue.later import move_due
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.store import Store
@@ -156,11 +157,11 @@ def test_they_are_counted_beside_what_waits(store: Store) -> None:
     first, second = store.claim(2)
     send(store, 1, queue="batch")
     store.postpone([(first.seq, time.time() + 10), (second.seq, time.time() + AHEAD_S)])
-    depth = look(store.client, ahead_s=60)
+    depth = read_depth(store.client, ahead_s=60)
     lane = Lane("realtime", "digits")
     assert (depth.later, depth.due, depth.total_later) == ({lane: 2}, {lane: 1}, 2)
     assert depth.total_waiting == 1
-    assert look(store.client).due == {lane: 0}
+    assert read_depth(store.client).due == {lane: 0}
     body = depth.to_dict()
     assert (body["later"], body["queues"]["realtime"]["later"]) == (2, {"digits": 2})
 
@@ -212,7 +213,7 @@ def test_a_client_s_countdown(store: Store, client: Client) -> None:
     """It goes where it waits at once, in the order of submission; no worker has it meanwhile."""
     wanted = client.submit_many([[1]] * 3, countdown_s=AHEAD_S)
     assert store.claim(9) == []
-    assert look(store.client).later == {Lane("realtime", "digits"): 3}
+    assert read_depth(store.client).later == {Lane("realtime", "digits"): 3}
     let_come(store)
     assert ids(store.claim(9)) == wanted
     task_id = client.submit([1], countdown_s=AHEAD_S, priority=9, idempotency_key="k")

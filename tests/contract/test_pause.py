@@ -10,7 +10,8 @@ import pytest
 from gpuinfer import Client
 from gpuinfer.errors import BrokerError
 from gpuinfer.queue import keys
-from gpuinfer.queue.depth import Lane, look
+from gpuinfer.queue.depth import Lane
+from gpuinfer.queue.depth import read as read_depth
 from gpuinfer.queue.purge import set_paused
 from gpuinfer.queue.store import Store
 from tests.contract.conftest import ids, message, on, send
@@ -27,7 +28,7 @@ def test_nothing_is_claimed_from_a_paused_queue(store: Store, client: Client) ->
     assert ids(store.claim(9, look=True)) == other
     assert not store.waits()  # nobody looks there again and again
     assert store.claim(9, state="idle") == []
-    depth = look(store.client)
+    depth = read_depth(store.client)
     assert depth.paused == ("realtime",)
     assert depth.is_paused(Lane("realtime", "digits"))
     assert depth.total_waiting == 3
@@ -46,9 +47,9 @@ def test_one_model_of_a_tier_is_paused(store: Store, client: Client) -> None:
     (task_id,) = send(store, 1)
     send(store, 1, queue="batch")
     assert ids(store.claim(9)) == [task_id]
-    assert look(store.client).paused == ("batch.digits", "realtime.ocr")
+    assert read_depth(store.client).paused == ("batch.digits", "realtime.ocr")
     set_paused(store.client, "realtime.ocr", paused=False)
-    assert look(store.client).paused == ("batch.digits",)
+    assert read_depth(store.client).paused == ("batch.digits",)
 
 
 @pytest.mark.parametrize("name", ["realtime", "default\x06\x163", keys.index(), keys.index("digits")])
@@ -65,7 +66,7 @@ def test_a_foreign_key_stops_its_own_list_alone(store: Store, name: str) -> None
     assert set(wanted) <= set(ids(came)) or name == keys.index("digits")
     assert bool(came) == (name != keys.index())
     store.register(b'{"state":"idle"}')
-    assert look(raw).foreign == {name: "set" if name == "realtime" else "string"}
+    assert read_depth(raw).foreign == {name: "set" if name == "realtime" else "string"}
     if not name.startswith("gpuinfer:"):
         assert store.waits()
         assert store.plain.foreign() == {name: "set" if name == "realtime" else "string"}

@@ -11,7 +11,8 @@ from gpuinfer import Client
 from gpuinfer.errors import InputError, UnknownModel
 from gpuinfer.queue import catalogue, keys, router
 from gpuinfer.queue.claims import Stray
-from gpuinfer.queue.depth import Lane, look
+from gpuinfer.queue.depth import Lane
+from gpuinfer.queue.depth import read as read_depth
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.router import Router
 from gpuinfer.queue.scripts import bind
@@ -283,7 +284,7 @@ def test_a_strange_list_is_not_indexed(store: Store, key: str) -> None:
     raw.zadd(keys.index("digits"), {key: 3})
     raw.hset(keys.CLAIMED, key, 3)
     send(store, 2)
-    depth = look(raw)
+    depth = read_depth(raw)
     assert (depth.lanes, depth.foreign) == ({Lane("realtime", "digits"): {0: 2}}, {key: "list"})
 
 

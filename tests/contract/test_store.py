@@ -13,7 +13,8 @@ from gpuinfer import Client
 from gpuinfer.errors import TaskFailed, WorkerRunning
 from gpuinfer.queue import keys, results
 from gpuinfer.queue.claims import Final
-from gpuinfer.queue.depth import Lane, look
+from gpuinfer.queue.depth import Lane
+from gpuinfer.queue.depth import read as read_depth
 from gpuinfer.queue.epoch import SEQS_OF_AN_EPOCH
 from gpuinfer.queue.message import decode
 from gpuinfer.queue.scripts import source
@@ -348,8 +349,8 @@ def test_what_was_claimed_of_a_default_model_stays_its_own(store: Store, client:
     assert len(store.claim(3)) == 3
     store.client.zadd(keys.CATALOGUE, {"ocr": 1e10})
     store.client.set(keys.DEFAULT_MODEL, "ocr")
-    assert look(store.client).claimed == {Lane("realtime", "digits"): 3}
+    assert read_depth(store.client).claimed == {Lane("realtime", "digits"): 3}
     client.submit([1], model="ocr")
     other = Store(store.client, "gpu1@here", QUEUES, QueueSettings(), models=("ocr",))
     assert len(other.claim(3)) == 1
-    assert look(store.client).claimed == {Lane("realtime", "digits"): 3, Lane("realtime", "ocr"): 1}
+    assert read_depth(store.client).claimed == {Lane("realtime", "digits"): 3, Lane("realtime", "ocr"): 1}

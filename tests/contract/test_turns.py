@@ -12,7 +12,7 @@ import pytest
 from gpuinfer.queue import keys
 from gpuinfer.queue.callers import tidy
 from gpuinfer.queue.claims import Claimed
-from gpuinfer.queue.depth import look
+from gpuinfer.queue.depth import read as read_depth
 from gpuinfer.queue.quota import weighing
 from gpuinfer.queue.scripts import bind
 from gpuinfer.queue.store import Store
@@ -160,10 +160,10 @@ def test_callers_that_come_and_go_leave_nothing(both: Store) -> None:
     raw.hset(keys.TURNS, mapping={"realtime.ant@gone": 5, "realtime@waits": 1, "realtime.ant": 2})
     raw.hset(keys.RATES, mapping={"old": "1.5", "busy": repr(time.time() + 1e6)})
     raw.hset(keys.ROOM, mapping={"@alice 10 0": 4, "others 1 2": 3})
-    before = look(raw).claimed
+    before = read_depth(raw).claimed
     for _ in range(2):
         tidy(bind(raw, "tidy"))
-        assert look(raw).claimed == before
+        assert read_depth(raw).claimed == before
     assert set(raw.hkeys(keys.CLAIMED)) == {b"realtime.ant@*", b"realtime@* digits", b"realtime@waits digits"}
     assert raw.hkeys(keys.RATES) == [b"busy"]
     assert b"others 1 2" in raw.hkeys(keys.ROOM)

@@ -295,7 +295,7 @@ class Fleet:
     def _hungry(self, dice: random.Random) -> str | None:
         """Choose a model of which there is not enough waiting."""
         waiting: Counter[str] = Counter()
-        for lane, levels in depth.look(self._raw).lanes.items():
+        for lane, levels in depth.read(self._raw).lanes.items():
             waiting[lane.model or DEFAULT] += sum(levels.values())
         hungry = [model for model, most in BACKLOG.items() if waiting[model] < most]
         if not hungry:
@@ -313,7 +313,7 @@ class Fleet:
             time.sleep(0.05)
 
     def _left(self) -> int:
-        found = depth.look(self._raw)
+        found = depth.read(self._raw)
         return found.total_waiting + found.total_later + found.total_inflight
 
     def account(self, sent: Sequence[Sent]) -> Account:

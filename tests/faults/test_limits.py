@@ -15,7 +15,7 @@ from celery import Celery
 from gpuinfer import Client
 from gpuinfer.errors import DeadLettered, InputError, SoftTimeLimitExceeded, TimeLimitExceeded
 from gpuinfer.queue import keys
-from gpuinfer.queue.depth import look
+from gpuinfer.queue.depth import read as read_depth
 from gpuinfer.worker.ceiling import EX_HARD_LIMIT
 from tests.models_for_tests import picky, sleeper
 from tests.services import RedisServer
@@ -218,4 +218,4 @@ def test_restore_command(workers: Workers, client: Client) -> None:
     worker.wait()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "2 tasks put back" in done.stdout  # behind a long batch nothing was claimed
-    assert look(workers.redis.client()).lanes == {("realtime", "slow"): {0: 4}}
+    assert read_depth(workers.redis.client()).lanes == {("realtime", "slow"): {0: 4}}

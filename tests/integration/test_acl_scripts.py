@@ -21,7 +21,7 @@ from gpuinfer.metrics.recorder import Recorder
 from gpuinfer.queue import catalogue, dead, format, heartbeats, keys, results, scripts, series, usage
 from gpuinfer.queue.app import create_app
 from gpuinfer.queue.claims import Claimed, Final, Want
-from gpuinfer.queue.depth import look
+from gpuinfer.queue.depth import read as read_depth
 from gpuinfer.queue.epoch import REAPER
 from gpuinfer.queue.later import Postponed
 from gpuinfer.queue.message import decode
@@ -291,7 +291,7 @@ def test_api(redis_server: OurRedis) -> None:
             with pytest.raises(TaskNotFound):
                 client.status("nothing")
     with redis_server.client("api") as client_of_api:
-        assert look(client_of_api).default_model == "digits"
+        assert read_depth(client_of_api).default_model == "digits"
         assert heartbeats.fresh(client_of_api)
     asyncio.run(asynchronously(settings(redis_server, "api")))
     for user in ("api", "worker", "admin"):
@@ -400,7 +400,7 @@ def test_watcher(redis_server: OurRedis) -> None:
                 first = tasks[0]
                 store = Store(theirs, WORKER, QUEUES, QueueSettings())
                 store.begin([(first.seq, ids[0], results.started(ids[0], WORKER, 1))])
-                assert look(own).inflight == {WORKER: 3}
+                assert read_depth(own).inflight == {WORKER: 3}
                 assert [one.worker for one in holders(own)] == [WORKER]
                 assert heartbeats.fresh(own)
                 reaper = Store(own, WORKER, QUEUES, QueueSettings(), by=f"{REAPER} watcher@test")

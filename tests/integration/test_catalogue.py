@@ -180,7 +180,7 @@ def test_switching_under_load(workers: Workers, client: Client, redis_server: Re
         if who == "plain":  # a client of ours may name the old default for five seconds more
             assert set(ran[before + 10 :]) == {ROOT}, "sent after the last change"
     with redis_server.client() as connection:
-        assert depth.look(connection).total_waiting == 0
+        assert depth.read(connection).total_waiting == 0
         assert catalogue.read(connection).unserved == ()
 
 

@@ -27,9 +27,7 @@ pytestmark = pytest.mark.integration
 IMAGE = load_test_images()[0][0].tolist()
 LABEL = str(load_test_images()[1][0])
 #: What every program says.
-SAID = (
-    "what lies in Redis has format 3, and this program reads format 2 alone; a newer edition has written it"
-)
+SAID = "the data in Redis has format 3, but this program reads only format 2; a newer version wrote it"
 EX_CONFIG = 78
 
 

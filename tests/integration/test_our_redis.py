@@ -22,7 +22,7 @@ from gpuinfer.broker import cli as broker_cli
 from gpuinfer.errors import TaskRevoked
 from gpuinfer.models.shipped import load_test_images
 from gpuinfer.queue import keys
-from gpuinfer.queue.depth import look
+from gpuinfer.queue.depth import read as read_depth
 from gpuinfer.queue.store import Store
 from gpuinfer.settings import QUEUES, QueueSettings, Settings
 from gpuinfer.watcher.probe import Probe
@@ -239,8 +239,8 @@ def test_death_and_return(workers: Workers, redis_server: OurRedis, client: Clie
     wait_until(lambda: client.status(killer).state == "running")
     with redis_server.client("watcher") as watcher:
         wait_until(lambda: watcher.get(keys.heartbeat(NAME)))
-        assert look(watcher).inflight == {NAME: 1}
-        assert look(watcher, [NAME]).total_waiting == 0
+        assert read_depth(watcher).inflight == {NAME: 1}
+        assert read_depth(watcher, [NAME]).total_waiting == 0
         probe = Probe(watcher, "elsewhere")
         seen = probe.observe([Instance(key=Key(0, NAME.partition("@")[2]), state="active")], 0.0)
         assert [(str(one.key), one.busy) for one in seen.instances] == [(NAME, True)]
@@ -252,7 +252,7 @@ def test_death_and_return(workers: Workers, redis_server: OurRedis, client: Clie
         wait_until(lambda: client.status(killer).state == "running")
         worker.kill()
         assert store.restore().dead == (killer,)
-        assert look(watcher).dead_letters == 1
+        assert read_depth(watcher).dead_letters == 1
         assert watcher.hgetall(keys.CLAIMED) == {b"realtime.slow": b"1"}  # what was put back counts once
     assert client.status(killer).state == "failed"
     listed = json.loads(as_admin(workers, redis_server, "dead", "list", "--json"))

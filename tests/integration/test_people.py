@@ -157,7 +157,7 @@ def test_who_has_no_login_is_told_which_group_has(server: OurRedis) -> None:
     command = [sys.executable, "-m", "gpuinfer", "queue", "status"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environ, timeout=120)
     assert done.returncode == 69
-    assert "Redis wants a login, and the user " in done.stderr
+    assert "Redis requires a login, and the user " in done.stderr
     assert "gpuinfer-operator" in done.stderr
     assert "HELLO" not in done.stderr
 

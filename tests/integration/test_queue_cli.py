@@ -352,7 +352,7 @@ def test_depth_of_known_workers(client: Client, worker: HandWorker) -> None:
     """Who knows the workers is spared the walk over all keys."""
     client.submit_many(range(3))
     worker.claim(2)
-    found = depth.look(worker.store.client, workers=[WORKER, "gpu1@test"])
+    found = depth.read(worker.store.client, workers=[WORKER, "gpu1@test"])
     assert (found.total_waiting, found.total_inflight, dict(found.inflight)) == (1, 2, {WORKER: 2})
 
 

@@ -93,7 +93,7 @@ def test_by_force_in_mid_batch(
     stranger = Celery("stranger", broker=url, backend=url, set_as_current=False)
     due = {"queue": "realtime", "countdown": 3600}
     later = stranger.send_task("gpuinfer.predict", [[0.0]], {"model": "slow"}, **due)
-    wait_until(lambda: depth.look(redis_server.client()).total_later == 1, 60)
+    wait_until(lambda: depth.read(redis_server.client()).total_later == 1, 60)
     assert held(redis_server) == {}
     waiting = later_entries(redis_server)
     job = client.submit_batch([[1.0], [0.0], [0.0], [0.0], [0.0], [0.0]], model="slow", queue="realtime")
