@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import stat
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,8 +120,11 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except BrokerUnavailable as exc:
             fault = exc.__cause__
-            if isinstance(fault, OSError) and _is_of_output(fault):  # a table is printed while Redis is asked
-                raise (click.exceptions.Exit(EXIT_BROKEN_PIPE) if fault.errno == EPIPE else fault) from exc
+            if isinstance(fault, OSError):  # a table is printed while Redis is asked
+                if fault.errno == EPIPE and _nobody_reads():
+                    raise click.exceptions.Exit(EXIT_BROKEN_PIPE) from exc
+                if fault.errno == ENOSPC:
+                    raise fault from exc
             if not exc.message.startswith("Redis does not answer"):
                 raise
             from gpuinfer.doctor.redis_place import place_of
@@ -198,7 +202,7 @@ def main(args: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = EXIT_BROKEN_PIPE
     except OSError as exc:
-        if exc.errno != ENOSPC:
+        if not _fills_output(exc):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         failed = OutputFailed(f"the output cannot be written: {exc.strerror}")
@@ -207,13 +211,22 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _is_of_output(fault: OSError) -> bool:
-    """Tell whether an error is of standard output: its disk is full, or nobody reads the pipe any more."""
-    if fault.errno != EPIPE:
-        return fault.errno == ENOSPC
-    look = select.poll()
-    look.register(1, 0)
-    return any(event & select.POLLERR for _, event in look.poll(0))
+def _nobody_reads() -> bool:
+    """Tell whether standard output is a pipe that is closed at its other end."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _fills_output(fault: OSError) -> bool:
+    """Tell whether the disk below standard output is full, rather than that of another file.
+
+    An error of opening a file names it. What writes to a pipe, a socket or a terminal fills no disk there.
+    """
+    if fault.errno != ENOSPC or fault.filename is not None:
+        return False
+    mode = os.fstat(1).st_mode
+    return not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(1))
 
 
 def _run(arguments: list[str]) -> int:

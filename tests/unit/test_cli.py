@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -312,6 +313,25 @@ def test_a_full_disk_is_told() -> None:
             done = command([*GPUINFER, *args], stdout=full)
             told = "gpuinfer: error: the output cannot be written: No space left on device (output_failed)\n"
             assert (done.returncode, done.stderr) == (74, told)
+
+
+@pytest.mark.parametrize(
+    ("words", "to"), [("'full', '/var/cache/model'", "/dev/full"), ("'full'", None)], ids=["named", "journal"]
+)
+def test_a_full_disk_of_another_file_is_not_the_output(words: str, to: str | None) -> None:
+    """A service, or a command that writes a file, keeps its traceback: the output is not to blame."""
+    code = (
+        "import errno; from gpuinfer import cli\n"
+        f"def fail(_): raise OSError(errno.ENOSPC, {words})\n"
+        "cli._run = fail; cli.main([])"
+    )
+    with Path(to).open("w") if to else nullcontext(subprocess.PIPE) as output:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, check=False, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (done.returncode, "the output cannot be written" in done.stderr) == (1, False)
+    assert "OSError: [Errno 28] full" in done.stderr
 
 
 @pytest.mark.parametrize("fault", [OSError(errno.EPIPE, "Broken pipe"), OSError(errno.ENOSPC, "full")])
