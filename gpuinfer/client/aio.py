@@ -364,9 +364,13 @@ class AsyncClient(AsyncFleet):
 
     async def _look(self, waiting: Waiting, *, patient: bool) -> list[TaskStatus]:
         """Return which tasks have ended. Raises TaskNotFound, BrokerError."""
-        ended = []
-        for part in waiting.parts():
-            ended += await self._run(waiting.look(part, patient=patient))
+        ended: list[TaskStatus] = []
+        try:
+            for part in waiting.parts():
+                ended += await self._run(waiting.look(part, patient=patient))
+        except BaseException:  # the time is over, or Redis has gone: another look follows
+            waiting.untold(ended)
+            raise
         return ended
 
     async def results(

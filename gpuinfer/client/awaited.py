@@ -56,6 +56,10 @@ class Waiting:
         ends = status.final and tasks.owned(status, self._only)
         return ends and self._known.pop(status.id, None) is not None
 
+    def untold(self, statuses: Iterable[TaskStatus]) -> None:
+        """Wait again for tasks whose ends were found, and did not reach the caller: the look was cut off."""
+        self._known.update((status.id, True) for status in statuses)
+
     def parts(self, task_ids: Sequence[str] = ()) -> Iterator[Sequence[str]]:
         """Yield these ids, or all, in parts that ``look`` takes."""
         task_ids = task_ids or self.ids

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError, ResponseError
 
+from gpuinfer.client.aio import AsyncClient
+from gpuinfer.client.awaited import LOOK, Waiting
 from gpuinfer.client.driver import introduce
 from gpuinfer.client.origin import Origin
 from gpuinfer.client.steps import Ask, Script, Steps, T, arun, run
@@ -101,3 +103,28 @@ def test_a_process_that_could_not_be_introduced_tries_again() -> None:
     assert origin.to_tell()
     run(introduce(origin), refuse(ResponseError("NOPERM")), typed_errors())
     assert not origin.to_tell()
+
+
+async def test_ends_found_before_a_look_is_cut_off_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many tasks the first thousand are read; then Redis goes, or the time is over. No end is lost."""
+    ended = b'{"status": "SUCCESS", "result": 1, "task_id": "?"}'
+    cuts: list[BaseException] = [BrokerUnavailable("away"), asyncio.CancelledError()]
+    asked: list[int] = []
+
+    async def ask(wanted: Ask) -> list[Any]:
+        if isinstance(wanted, Script):
+            return [1] * (len(wanted.args) // 3)
+        if asked and cuts:
+            asked.clear()
+            raise cuts.pop(0)
+        asked.append(len(wanted))
+        return [ended] * (len(wanted) - 1)
+
+    async with AsyncClient("redis://127.0.0.1:1/0") as client:
+        monkeypatch.setattr(client, "_ask", ask)
+        waiting = Waiting(map(str, range(LOOK + 1)), Origin())
+        for cut in tuple(cuts):
+            with pytest.raises(type(cut)):
+                await client._look(waiting, patient=True)
+        found = await client._look(waiting, patient=True)
+    assert sorted(int(status.id) for status in found) == list(range(LOOK + 1))
