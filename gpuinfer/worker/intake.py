@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From claimed messages to work: what can never run ends here, and takes no neighbour along."""
+"""Reads claimed messages into tasks. A message that can never run fails here, and never affects others."""
 
 from __future__ import annotations
 
@@ -44,64 +44,64 @@ from gpuinfer.worker.task_log import TaskLog
 log = get_logger(__name__)
 
 
-#: A message that is larger is put on record before it is read.
+#: A larger message is put on record before it is read.
 LARGE_BYTES = 1024 * 1024
-#: How restore.lua begins a message that was in flight at a death.
+#: The start of a message that was in flight when a worker died; written by restore.lua.
 _MARK = b'{"gpuinfer": ['
 
 
 class _Later(Exception):
-    """Raised for what must not be read beside the batch that runs."""
+    """Raised for a message that must not be read while a batch runs."""
 
 
 @dataclass(slots=True)
 class _Taken:
-    """What has come of some messages."""
+    """The result of reading some messages."""
 
     tasks: list[Task] = field(default_factory=list)
     finals: list[Final] = field(default_factory=list)
-    #: Those of models that are not served here.
+    #: Messages for models that are not served here: with each, the name of its model.
     elsewhere: list[tuple[Claimed, Envelope, str]] = field(default_factory=list)
     unread: list[Claimed] = field(default_factory=list)
-    #: Bytes of arguments.
+    #: Bytes of the arguments read so far.
     size: int = 0
 
 
 class _Record:
-    """The record of which task is being read, beside the batches that run."""
+    """The record of which task is being read, in addition to the running batches."""
 
     def __init__(self, outbox: Outbox, running: Sequence[Batch]) -> None:
         self._outbox = outbox
         self._running = running
-        self._stands = False
-        #: True while a task runs that has a death on its account: the next must be its own doing.
+        self._written = False
+        #: True while a task runs that was in a crash. Nothing is read then: another crash must be its own.
         self.closed = any(task.envelope.deaths for batch in running for task in batch.tasks)
 
     def put(self, claimed: Claimed, *, suspect: bool) -> bool:
-        """Put a task on record. False when Redis is away.
+        """Put a task on record. Returns False when Redis is away.
 
-        Raises _Later for a suspect while a batch runs: a death is charged to both.
+        Raises _Later for a suspect while a batch runs, as a crash would be charged to both.
         """
-        if claimed.noted_id is not None:  # the claim has done it
+        if claimed.noted_id is not None:  # the claim has put it on record
             return True
         if suspect and self._running:
             raise _Later
-        self._stands = self._outbox.note_reading(self._running, claimed.seq)
-        return self._stands
+        self._written = self._outbox.note_reading(self._running, claimed.seq)
+        return self._written
 
     def clear(self) -> None:
-        """Nothing is being read that is on record."""
-        if self._stands:
+        """Remove the task that was read from the record."""
+        if self._written:
             self._outbox.note_reading(self._running)
-            self._stands = False
+            self._written = False
 
 
 class Intake:
     """Reads messages for one worker.
 
-    To read a message may end the process: a few kilobytes unpack to gigabytes. Whatever is compressed or
-    large, and whatever was in flight when a worker died (a suspect), is put on record first and read alone: a
-    death is on its account, and not on that of its neighbours.
+    Reading a message may crash the process: a few kilobytes may unpack to gigabytes. So a message that is
+    compressed or large, or was in flight when a worker died (a suspect), is put on record before it is read:
+    a crash is charged to it, and not to the messages read with it.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Intake:
         self._manifests = manifests
         self._settings = settings
         self._names = tasks_by_name(settings.queue)
-        #: Claimed, and not read before the batch that runs has ended.
+        #: Claimed messages that must not be read before the running batch has ended.
         self.waiting: list[Claimed] = []
         #: Bytes of one task's arguments as text, a moving average.
         self.task_bytes = 4096.0
@@ -128,10 +128,11 @@ class Intake:
     def read(
         self, channel: TaskChannel, claims: Sequence[Claimed], running: Sequence[Batch], room: int
     ) -> tuple[list[Task], list[Final], list[Claimed]]:
-        """Return what can run, the ends of what cannot, and what was not read: the first takes up all room.
+        """Read messages. Returns the tasks to run, the final states of others, and messages not read for want
+        of memory.
 
-        What waited is read first. ``running`` are the batches that run meanwhile, ``room`` the bytes of
-        arguments that may be held, exceeded by one task at most. Tasks of other names go through
+        Messages that waited are read first. ``running``: the batches that run meanwhile; ``room``: the bytes
+        of arguments that may be held, exceeded by one task at most. Tasks with other names go through
         Celery's own strategy.
         """
         taken = _Taken()
@@ -149,7 +150,7 @@ class Intake:
             except Undecodable as exc:
                 self._bury(claimed, str(exc))
             except (ValueError, TypeError, ArithmeticError, RecursionError) as exc:
-                # Whatever a stranger's message may do to us, it must not take its neighbours along.
+                # A message from anybody may be malformed in any way; the others must still be read.
                 log.exception("message_unreadable", queue=place_of(claimed.list_key).tier)
                 self._bury(claimed, f"{type(exc).__name__}: {exc}")
         record.clear()
@@ -162,7 +163,7 @@ class Intake:
         return tasks, taken.finals, taken.unread
 
     def _read(self, channel: TaskChannel, claimed: Claimed, record: _Record, taken: _Taken) -> None:
-        """Read one message. Raises _Later, Undecodable, and what a message of nonsense may cause."""
+        """Read one message. Raises _Later, Undecodable, and any error that a malformed message may cause."""
         if record.closed:
             raise _Later
         suspect = claimed.payload.startswith(_MARK)
@@ -200,7 +201,7 @@ class Intake:
         self.task_bytes += (max(envelope.size, 1) - self.task_bytes) / 16
 
     def _due(self, tasks: list[Task], finals: list[Final]) -> list[Task]:
-        """Return the tasks that are due; those with an ETA ahead wait in Redis, whose clock decides."""
+        """Return the tasks that are due by the clock of Redis; those with a later ETA wait there."""
         later = {i: task.eta for i, task in enumerate(tasks) if task.eta is not None}
         if not later:
             return tasks
@@ -220,16 +221,16 @@ class Intake:
         return [task for i, task in enumerate(tasks) if i not in gone]
 
     def _end_without_body(self, claimed: Claimed, envelope: Envelope, taken: _Taken) -> None:
-        """End a task whose body is gone: with its own end, most likely."""
+        """End a task whose body is gone, most likely because the task has ended already."""
         if envelope.headers.get("ignore_result") or self._store.ended([envelope.id]):
             taken.finals.append(Final(claimed.seq, "", b""))
             return
-        error = InputError("its body is not in Redis any more: somebody has deleted it", "inputs")
+        error = InputError("its body is no longer in Redis: somebody has deleted it", "inputs")
         taken.finals.append(self._outbox.final(claimed, error, envelope))
         self._lines.task_refused(claimed, envelope.id, error)
 
     def _pass_on(self, claims: Sequence[tuple[Claimed, Envelope, str]], finals: list[Final]) -> None:
-        """Pass tasks on to the lists of their model; those of a model that the fleet does not know end."""
+        """Pass tasks on to the lists of their model; fail those whose model the fleet does not know."""
         models = {claimed.seq: model for claimed, _, model in claims}
         try:
             unknown = catalogue.unknown(self._store.client, dict.fromkeys(models.values()))
@@ -262,8 +263,8 @@ class Intake:
         name = self._names.get(envelope.task)
         if name is None:
             raise TaskNotServed(
-                f"{envelope.task} is a task of Celery's own, which a GPU worker does not run; send it to "
-                "workers of your own",
+                f"{envelope.task} is a built-in task of Celery, which a GPU worker does not run; send it to "
+                "your own Celery workers",
                 "task",
             )
         max_bytes = self._settings.queue.max_payload_bytes

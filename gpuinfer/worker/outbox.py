@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Redis is told of a worker's tasks: which batch runs, and how tasks ended.
+"""Writes the states of a worker's tasks to Redis: which batches run, and how tasks ended.
 
-The record of what runs says on whose account a death goes. A claim of an idle worker that takes a
-single task writes it along, as that task runs next, unless the worker dies before it reads the answer;
-any other batch is written before it begins.
+The record of running batches says which tasks a crash is charged to. A batch is put on record before it
+begins. If an idle worker claims a single task, the claim itself puts it on record, as that task runs next.
 """
 
 from __future__ import annotations
@@ -37,54 +36,56 @@ from gpuinfer.worker.task import Task
 
 log = get_logger(__name__)
 
-#: A task that runs for this long is marked as started; a shorter one has ended before anybody looks.
+#: A task that has run for this many seconds is marked as started; for shorter ones the write is not worth it.
 STARTED_AFTER_S = 0.1
-#: Seconds between two writes of how far what runs is.
+#: Seconds between two writes of the progress of running tasks.
 PROGRESS_EVERY_S = 1.0
-#: One call writes at most this many ends, and bytes: Redis does nothing else meanwhile.
+#: One call writes at most this many final states, and bytes, as Redis serves nobody else meanwhile.
 CHUNK_TASKS, CHUNK_BYTES = 1000, 4 * 1024 * 1024
-#: An end that Redis refuses this often in a row, alone and while it answers otherwise, is given up.
+#: A final state is given up after Redis has refused it alone this many times in a row, but answered a ping.
 CULPRIT_TRIES = 3
-#: What is smaller than this is not too large for any Redis: proto-max-bulk-len is 1 MiB at least.
+#: A final state of this size is never too large for Redis: proto-max-bulk-len is at least 1 MiB.
 SMALL_BYTES = 64 * 1024
 
 
 class Outbox:
-    """Writes through the store; final states wait here while Redis is away."""
+    """Writes states through the store; final states wait here while Redis is away."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._max_bytes = store.max_result_bytes
-        #: How many ends the next chunk has at most, and how often one was tried alone in a row.
+        #: Most final states in the next chunk; how often in a row a single one was refused.
         self._most, self._alone = CHUNK_TASKS, 0
         self._waiting: list[Final] = []
-        #: What the last claim has put on record, as long as nothing else was written there.
+        #: The task that the last claim put on record, until the record is written again.
         self._noted: Claimed | None = None
+        #: Whether the record is known to be empty.
         self._noted_idle = True
+        #: Whether it was logged that Redis refuses.
         self._refused = False
-        #: The wall clock when the state of what runs was written last.
+        #: The wall clock when states of running tasks were last written.
         self._progress_at = 0.0
 
     @property
     def unsettled(self) -> Sequence[Final]:
-        """Final states that Redis has not taken yet."""
+        """Final states that are not written yet."""
         return self._waiting
 
     def held(self) -> set[int]:
-        """Return their places in flight."""
+        """Return the seqs of the tasks whose final states are not written yet."""
         return {final.seq for final in self._waiting if final.seq is not None}
 
     def claimed(self, claims: Sequence[Claimed]) -> None:
-        """Remember what the claim has put on record."""
+        """Remember which task the claim put on record."""
         self._noted = next((one for one in claims if one.noted_id is not None), None)
         if self._noted is not None:
             self._noted_idle = False
 
     def begin(self, batch: Batch, beside: Sequence[Batch] = ()) -> set[int] | None:
-        """Put a batch on record, beside those that run.
+        """Put a batch on record, in addition to those that run (``beside``).
 
-        Returns the positions of what must not run: it has ended already. None when Redis is away: the batch
-        must not begin.
+        Returns the positions of tasks that have ended already and must not run. None when Redis is away: the
+        batch must not begin.
         """
         noted, self._noted = self._noted, None
         tasks = batch.tasks
@@ -93,7 +94,7 @@ class Outbox:
             or noted is None
             or [(task.seq, task.id) for task in tasks] != [(noted.seq, noted.noted_id)]
         ):
-            self._noted_idle = False  # written, even if the answer should be lost
+            self._noted_idle = False  # it may be written even if the answer is lost
             try:
                 ended = self._store.begin([(task.seq, task.id, b"") for task in tasks], _seqs(beside))
             except (redis.RedisError, OSError) as exc:
@@ -105,25 +106,25 @@ class Outbox:
         return set()
 
     def note_reading(self, running: Sequence[Batch] = (), seq: int | None = None) -> bool:
-        """Put the task on record that is read next, beside the batches that run; None: none is any more.
+        """Put the task that is read next on record, beside the running batches; ``seq`` None: no task.
 
-        False when Redis is away: nothing must be read that may end the process.
+        Returns False when Redis is away: no message may be read then that might crash the process.
         """
         seqs = _seqs(running)
-        self._noted, self._noted_idle = None, False  # written, even if the answer should be lost
+        self._noted, self._noted_idle = None, False  # it may be written even if the answer is lost
         try:
             self._store.note(seqs if seq is None else [*seqs, seq])
         except (redis.RedisError, OSError) as exc:
-            self.trouble("note what is read", exc)
+            self.trouble("record a task that is read", exc)
             return False
         self._noted_idle = not seqs and seq is None
         return True
 
     def mark_started(self, batch: Batch, now: float, beside: Sequence[Batch] = ()) -> bool:
-        """Write the state of tasks that take their time: running, and where; once. True when it was.
+        """Mark tasks that have run for a while as started, once; return True if any were marked.
 
-        And how far they are, now and then, where their model tells. ``now`` is the wall clock. A job of many
-        short slices has begun with its first.
+        Also write their progress from time to time, if their model reports it. ``now``: the wall clock. A
+        task that runs in several batches has begun with its first.
         """
         tasks = batch.tasks
         late = {
@@ -159,7 +160,7 @@ class Outbox:
         return bool(late)
 
     def _started(self, task: Task, pid: int) -> bytes:
-        """Return the state of a task that runs."""
+        """Return the encoded state of a running task."""
         times = {"sent_at": task.envelope.sent_at, "began_at": task.time_start}
         tells = about(task.claimed, task.envelope, self._store.versions, task.model)
         caller = place_of(task.claimed.list_key).caller
@@ -168,17 +169,17 @@ class Outbox:
         )
 
     def ended(self, batch: Batch) -> list[Task]:
-        """Return the tasks of a batch that have ended while it runs: it is for nothing that they run."""
+        """Return the tasks of a running batch that have a final state already: cancelled, most likely."""
         tasks = [task for task in batch.tasks if not task.ended]
         try:
             positions = self._store.ended([task.id for task in tasks]) if tasks else ()
         except (redis.RedisError, OSError) as exc:
-            self.trouble("look", exc)
+            self.trouble("find cancelled tasks", exc)
             return []
         return [tasks[position] for position in sorted(positions)]
 
     def final(self, claimed: Claimed, end: Any, envelope: Envelope, task: Task | None = None) -> Final:
-        """Return the end of a task: a result, or an error. ``task``: as it was read, where it could be.
+        """Return a task's final state for a result or an error. ``task``: None if it could not be read.
 
         Raises ResultTooLarge for a result.
         """
@@ -186,7 +187,7 @@ class Outbox:
         failed = isinstance(end, GpuinferError)
         write = results.failure if failed else results.success
         if not failed and task is not None and task.encoding == BINARY:
-            if envelope.embed:  # what follows gets JSON
+            if envelope.embed:  # the tasks that follow get JSON
                 end = binary.inlined(*binary.split(end))
             else:
                 write = results.success_in_bytes
@@ -212,7 +213,7 @@ class Outbox:
         )
 
     def skipped(self, task: Task) -> Final:
-        """Return the end of a task that has its final state already: it leaves flight."""
+        """Return what settles a task that has a final state already: it is only removed from in-flight."""
         follows = (
             self._store.chains.skipped(task.envelope, task.claimed.list_key) if task.envelope.embed else ()
         )
@@ -223,13 +224,13 @@ class Outbox:
     def settle(self, finals: Sequence[Final], *, idle: bool) -> None:
         """Write final states, in chunks; while Redis is away they wait here and are written when it is back.
 
-        ``idle``: nothing runs, so a death is on nobody's account.
+        ``idle``: no batch runs, so clear the record: a crash is charged to no task.
         """
         self._waiting += finals
         if not self._waiting and (self._noted_idle or not idle):
             return
         if idle:
-            self._noted = None  # wiped, even if the answer should be lost
+            self._noted = None  # the record may be cleared even if the answer is lost
         while True:
             chunk = self._chunk()
             last = len(chunk) == len(self._waiting)
@@ -248,7 +249,7 @@ class Outbox:
         self._noted_idle, self._refused = idle, False
 
     def _chunk(self) -> list[Final]:
-        """Return the ends to write next, within the bounds of one call."""
+        """Return the final states to write next, within the limits of one call."""
         left = CHUNK_BYTES
         chunk: list[Final] = []
         for final in self._waiting[: self._most]:
@@ -259,10 +260,10 @@ class Outbox:
         return chunk
 
     def _split(self, chunk: Sequence[Final], exc: Exception) -> bool:
-        """After a chunk that was not written although Redis answers, choose a smaller one; True: write it.
+        """After a chunk was refused although Redis answers, choose a smaller one. Returns True to try that.
 
-        An end that is not written alone, again and again, is the culprit: larger than Redis takes, most
-        likely, which then closes the connection. Its task ends as a failure.
+        A final state that is refused repeatedly, alone, is most likely larger than Redis accepts, which then
+        closes the connection. Its task is made to fail.
         """
         if not _closes(exc) or all(size_of(final) <= SMALL_BYTES for final in chunk):
             return False
@@ -279,8 +280,8 @@ class Outbox:
         self._alone = 0
         culprit = chunk[0]
         error = ResultTooLarge(
-            f"the result has {size_of(culprit)} bytes, and Redis does not take it ({exc}); lower "
-            f"queue.max_result_bytes, now {self._max_bytes}, to refuse the like at once"
+            f"the result has {size_of(culprit)} bytes, and Redis refuses it ({exc}); lower "
+            f"queue.max_result_bytes, now {self._max_bytes}, to refuse such results at once"
         )
         caller = results.caller_of(culprit.meta)
         meta = results.failure(culprit.task_id, error, worker=self._store.worker, caller=caller)
@@ -293,35 +294,35 @@ class Outbox:
     def _say_refused(self, refused: Mapping[str, str]) -> None:
         for task_id, reason in refused.items():
             hint = (
-                f"something else stands under {RESULT_PREFIX}{task_id}; its caller was told, nothing is kept"
+                f"the key {RESULT_PREFIX}{task_id} has another type; the result was only sent to its caller"
             )
             log.error("result_not_kept", task_id=task_id, reason=reason, hint=hint)
 
     def nothing_runs(self) -> None:
-        """Wipe the record, whatever a claim may have put there."""
+        """Clear the record, even if it seems empty: a claim may have written to it."""
         self._noted_idle = False
         self.settle([], idle=True)
 
     def release(self, tasks: Sequence[Task | Claimed]) -> None:
-        """Put tasks back, read or not; of what has run in part, the rest is a repeat."""
+        """Put tasks back, read or not. Those that have begun count as redelivered."""
         begun = {task.seq for task in tasks if isinstance(task, Task) and task.begun}
         try:
             self._store.release([task.seq for task in tasks], begun)
         except (redis.RedisError, OSError) as exc:
-            self._store.mark_uncertain()  # what is not held is put back before the next claim, or at the end
-            hint = "put back when Redis answers"
+            self._store.mark_uncertain()  # they are put back before the next claim, or at the end
+            hint = "they are put back when Redis answers"
             log.warning("release_failed", tasks=len(tasks), reason=str(exc), hint=hint)
 
     def reconcile(self, held: set[int]) -> None:
-        """At the end of a worker: put back what is in flight and, in doubt, not held."""
+        """When the worker ends, put back in-flight tasks that it does not hold, if there may be any."""
         try:
             self._store.reconcile(held)
         except (redis.RedisError, OSError, WorkerRunning, TakenBack, UnusableRedis) as exc:
-            hint = "what is there is put back at this worker's next start"
+            hint = "tasks left in flight are put back at this worker's next start"
             log.warning("in_flight_unknown", reason=str(exc), hint=hint)
 
     def trouble(self, what: str, exc: Exception) -> None:
-        """Say once that Redis refuses; that it is away, the connection says."""
+        """Log once that Redis refuses a command. That Redis is away is logged by the connection."""
         if not isinstance(exc, AWAY) and not self._refused:
             log.error("redis_refused", operation=what, reason=str(exc), hint="tried again until it works")
             self._refused = True
@@ -332,14 +333,14 @@ def _seqs(batches: Sequence[Batch]) -> list[int]:
 
 
 def _closes(exc: Exception) -> bool:
-    """Tell whether Redis has closed the connection, as it does when what is sent is too large for it."""
+    """Tell whether Redis has closed the connection, as it does when a value is too large for it."""
     if isinstance(exc, redis.ResponseError):
         return "Protocol error" in str(exc)
     return not isinstance(exc, (redis.exceptions.BusyLoadingError, redis.AuthenticationError))
 
 
 def _outcome(end: Any) -> str:
-    """Return what an end is counted as."""
+    """Return the counter for a task that ended so."""
     if not isinstance(end, GpuinferError):
         return "completed"
     if isinstance(end, TaskExpired):

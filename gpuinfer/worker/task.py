@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A claimed task as the worker holds it: read from its message, checked, not yet decoded to tensors."""
+"""A claimed task in a worker: read from its message and checked; inputs are not yet decoded to tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gpuinfer.queue.options import ARGUMENTS, ENCODINGS, Encoding, check
 
 
 class Elsewhere(Exception):
-    """Raised for a task whose model this worker does not serve: it is passed on."""
+    """Raised for a task whose model this worker does not serve; the task is passed on."""
 
     def __init__(self, model: str) -> None:
         super().__init__(model)
@@ -33,7 +33,7 @@ class Elsewhere(Exception):
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Task:
-    """One task from claim to settle. Mutable: it collects its outcomes and its retries."""
+    """One task from claim to settle. Mutable: it collects outcomes and retries."""
 
     claimed: Claimed
     envelope: Envelope
@@ -42,47 +42,47 @@ class Task:
     inputs: list[Any]
     top_k: int | None
     encoding: Encoding
-    #: For one forward pass: the request's, or the model's. The hard one ends the process.
+    #: Limits of one forward pass: the request's, or the model's. The hard limit ends the process.
     soft_limit_s: float
     hard_limit_s: float
     expires_at: float | None
-    #: ``batch_predict``: its result is a list.
+    #: Whether it is for ``batch_predict``, so that its result is a list.
     many: bool = False
     #: Wall clock before which it must not begin.
     eta: float | None = None
-    #: For all its slices together: the request's; a model's limits are for a pass.
+    #: The request's limits of all its forward passes together; a model's limits are per pass.
     soft_total_s: float = math.inf
     hard_total_s: float = math.inf
-    #: Its place in the order of serving: its rank, then its arrival in this process.
+    #: Its position in the order of serving: its rank, then its arrival in this process.
     place: tuple[int, int] = (0, 0)
-    #: Seconds that its next pass may take: the soft limit, or what is left of the request's time. The buffer
-    #: sets it when the task enters, and what those share that may run together.
+    #: Seconds that its next pass may take: its soft limit, or the rest of its total time. Set by the buffer.
     soft_left_s: float = 0.0
+    #: Tasks of the same kind may share a batch. Set by the buffer.
     kind: tuple[str, int, int] = ("", 0, 0)
-    #: Inputs that one batch takes of it at most: larger slices passed their soft limit.
+    #: Most of its inputs in one batch, after larger batches exceeded their soft limit.
     slice_limit: int | None = None
-    #: True once its state says that it runs.
+    #: True once its state in Redis says that it has started.
     marked: bool = False
-    #: True once its final state was found written while it ran: cancelled, most likely.
+    #: True once it was found to have a final state while it ran: cancelled, most likely.
     ended: bool = False
-    #: Must not share a batch: it was there when a worker died, or a batch of it failed as a whole.
+    #: Must not share a batch: it was in flight when a worker died, or its batch exceeded its soft limit.
     alone: bool = False
     retries: int = 0
     #: Monotonic time before which it must not run again.
     not_before: float = 0.0
     #: One entry for each input that has run.
     outcomes: list[Any] = field(default_factory=list)
-    #: Seconds its slices have run so far.
+    #: Seconds that it has run so far, in all batches.
     ran_s: float = 0.0
-    #: How many inputs the largest batch had that it ran in.
+    #: The number of inputs in the largest of its batches.
     batch_size: int = 0
     #: Wall clock of its first batch, for ``inspect active``.
     time_start: float | None = None
-    #: Input -> its place in the pipeline, where it is prepared ahead of its batch.
+    #: Index of an input -> its slot in the pipeline, if inputs are prepared separately.
     prepared: dict[int, Any] | None = None
-    #: How much of it is done, 0 to 1, where its model tells.
+    #: How much of it is done, 0 to 1, if its model reports that.
     progress: float | None = None
-    #: What of that its state says.
+    #: The progress that its state in Redis says.
     progress_told: float | None = None
 
     @property
@@ -95,12 +95,12 @@ class Task:
 
     @property
     def size(self) -> int:
-        """Bytes that its arguments have as text."""
+        """Bytes of its arguments as text."""
         return self.envelope.size
 
     @property
     def begun(self) -> bool:
-        """Whether a batch with it has run: what has come of that is known here alone."""
+        """Whether a batch with it has begun: its outcomes so far are known to this process only."""
         return self.time_start is not None
 
     @property
@@ -109,11 +109,11 @@ class Task:
 
     @property
     def total_s(self) -> float:
-        """Seconds that all its slices together may take."""
+        """Seconds that all its forward passes together may take."""
         return min(self.soft_total_s, self.hard_total_s)
 
     def out_of_time(self) -> GpuinferError:
-        """Return the error of a task whose slices have taken longer than its request allows."""
+        """Return the error of a task that has run longer than its request allows."""
         if self.ran_s >= self.hard_total_s:
             return TimeLimitExceeded(f"ran longer than its hard limit of {self.hard_total_s:g} s")
         return SoftTimeLimitExceeded(f"ran longer than its soft limit of {self.soft_total_s:g} s")
@@ -141,7 +141,7 @@ def _bind(args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _said(value: object) -> str:
-    """Return a value for an error's text, which is logged: only the kind of what may be misplaced payload."""
+    """Return a value for an error's text. That is logged, so of what may be payload only the type is told."""
     return f"{value!r:.60}" if isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 
@@ -172,19 +172,19 @@ def _limits(asked: object, manifest: Manifest) -> tuple[float, float, float, flo
     if soft is not None:
         soft_s = _limit(soft, manifest.max_time_limit_s, "soft_time_limit")
     soft_s = min(soft_s, hard_s)
-    # The hard limit ends the process, and its models with it: no request may do that before the model's own
-    # soft limit. Below that, only the soft limit ends the task.
+    # The hard limit ends the process, with all its models: a request must not do that before the model's
+    # own limits. Below those, only the soft limit ends the task.
     pass_s = max(hard_s, min(manifest.soft_time_limit_s, manifest.hard_time_limit_s))
     return soft_s, pass_s, math.inf if soft is None else soft_s, math.inf if hard is None else hard_s
 
 
 def _served(model: object, manifests: Mapping[str, Manifest]) -> Manifest:
-    """Return a model's manifest. Raises Elsewhere for a model of another worker, UnknownModel for no name."""
+    """Return a model's manifest. Raises Elsewhere if it is not served here, UnknownModel for a bad name."""
     manifest = manifests.get(model) if isinstance(model, str) else None
     if manifest is not None:
         return manifest
     if not isinstance(model, str) or not MODEL_NAME.fullmatch(model):
-        raise UnknownModel(f"{_said(model)} is no name of a model", "model")
+        raise UnknownModel(f"{_said(model)} is not a model name", "model")
     raise Elsewhere(model)
 
 
@@ -197,18 +197,17 @@ def read(
     many: bool,
     beside: bytes | None = None,
 ) -> Task:
-    """Turn a message into work. ``many``: it is for ``batch_predict``; ``beside``: its body, if that was
-    stored beside the list.
+    """Turn a message into a task. ``many``: it is for ``batch_predict``; ``beside``: its body, if that is
+    stored outside the list.
 
-    Raises Undecodable for a body that does not contain arguments, and InputError, PayloadTooLarge or
-    UnknownModel for arguments that cannot work; all of them are final. Raises Elsewhere for another worker's
-    task.
+    Raises Undecodable for a body without arguments, and InputError, PayloadTooLarge or UnknownModel for
+    invalid arguments; all of them are final. Raises Elsewhere if this worker does not serve the model.
     """
     _check_size(claimed, max_payload_bytes, beside)
     args, kwargs, embed = envelope.body(min(2 * max_payload_bytes, MAX_MESSAGE_BYTES))
     if embed.get("chord"):
         raise InputError(
-            "a task of gpuinfer cannot be part of a chord: send a group, and wait for its results",
+            "a gpuinfer task cannot be part of a chord: send a group, and wait for its results",
             "chord",
         )
     if beside is not None:
@@ -247,7 +246,7 @@ def _check_size(claimed: Claimed, max_payload_bytes: int, beside: bytes | None) 
     if beside is not None and len(beside) > max_payload_bytes:
         reason = f"its body has {len(beside)} bytes; queue.max_payload_bytes is {max_payload_bytes}"
         raise PayloadTooLarge(reason, "inputs")
-    # base64 and the envelope add to what was measured at submission
+    # base64 and the envelope are added to the size that was checked at submission
     most = min(2 * max_payload_bytes, MAX_MESSAGE_BYTES)
     if len(claimed.payload) > most:
         reason = f"the message has {len(claimed.payload)} bytes, at most {most} are read"
@@ -255,9 +254,9 @@ def _check_size(claimed: Claimed, max_payload_bytes: int, beside: bytes | None) 
 
 
 def conclude(task: Task, device: str) -> dict[str, Any] | list[Any] | GpuinferError:
-    """Return what a finished task's result is: one value, or for ``batch_predict`` one entry an input.
+    """Return a finished task's result or error: one value, or for ``batch_predict`` one entry per input.
 
-    An input of a batch that failed has ``{"error": {...}}`` in its place.
+    In a ``batch_predict``, a failed input has ``{"error": {...}}`` as its entry.
     """
     extra = {"model": task.model, "device": device}
     if not task.many:
