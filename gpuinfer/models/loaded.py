@@ -52,7 +52,7 @@ class LoadedModel(ABC):
         return False
 
     @property
-    def speaks(self) -> bool:
+    def runs_code(self) -> bool:
         """True when the model runs code that may print, log, and ask whether its tasks were cancelled."""
         return False
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batcher: takes what a claim delivered, keeps the inference thread fed, settles what it returns.
+"""The batcher: receives claimed tasks, keeps the inference thread busy, and settles what it returns.
 
 Runs on the main thread, inside Celery's event loop::
 
     claim ─► receive ─► buffer ─► pump: begin, submit ─► (inference thread) ─► collect: settle ─► claim
 
-What it holds is in ``holdings``; ``claiming`` says what to claim, ``feeding`` begins batches, ``outcomes``
-distributes their results, ``pace`` knows how long they take.
+``holdings`` has the tasks it holds, ``claiming`` decides what to claim, ``feeding`` begins batches,
+``outcomes`` assigns their results to tasks, ``pace`` knows how long batches take.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from gpuinfer.worker.upkeep import Upkeep
 
 log = get_logger(__name__)
 
-#: Seconds the event loop may stand still for a batch that nothing waits behind.
+#: Maximum seconds that the event loop blocks for a batch when no other task is held.
 PATIENCE_S = 0.002
-#: Seconds between two checks whether what runs was cancelled.
-CANCELLED_LOOK_S = 0.5
-#: Seconds between two checks whether what waits for its time has expired.
-LATER_LOOK_S = 1.0
+#: Seconds between two checks for running tasks that were cancelled.
+CANCELLED_CHECK_S = 0.5
+#: Seconds between two checks for waiting tasks that have expired.
+EXPIRED_CHECK_S = 1.0
 
 
 class Batcher:
-    """The channel's sink. One a worker process; it outlives reconnections."""
+    """The channel's sink. There is one per worker process; it is kept when the connection is replaced."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Batcher:
 
     @property
     def state(self) -> State:
-        """Whether a batch runs (busy), nothing runs (free), or nothing is held either (idle)."""
+        """Busy while a batch runs; free when none runs but tasks are held; idle when none are held."""
         return self._held.state
 
     @property
@@ -97,21 +97,21 @@ class Batcher:
 
     @property
     def closed(self) -> bool:
-        """True when it has been drained."""
+        """Whether the worker has been drained, or drains now."""
         return self._held.closed
 
     def attach(self, channel: TaskChannel, dispatcher: Any) -> None:
-        """Serve a new connection."""
+        """Use a new connection."""
         self.channel, self._celery.dispatcher = channel, dispatcher
 
     def show(self) -> None:
-        """Let Celery see what is held now."""
+        """Show Celery which tasks are held now."""
         self._celery.show()
 
     def detach(self) -> None:
-        """Go on without a connection: what runs is settled when there is one again."""
+        """Continue without a connection; batches that run meanwhile are settled after the reconnection."""
         self.channel = self._celery.dispatcher = None
-        self.store.mark_uncertain()  # what a claim takes whose answer is never read
+        self.store.mark_uncertain()  # a claim whose answer was not read may have taken tasks
 
     # -- the channel's side ---------------------------------------------------------------
 
@@ -120,17 +120,17 @@ class Batcher:
         return self._claiming.wants()
 
     def held(self) -> set[int]:
-        """Return the seqs of everything claimed and not settled."""
+        """Return the seqs of all tasks that are claimed and not settled."""
         return self._held.seqs()
 
     def end(self, error: GpuinferError) -> None:
-        """End the process at once, for a reason other than its tasks."""
+        """End the process at once, for a reason that its tasks have not caused."""
         self._on_fatal(error)
 
     def fenced(self, error: WorkerRunning | TakenBack | UnusableRedis) -> None:
-        """End the process when another one claims under this name, or Redis has another format.
+        """End the process: another one claims under this worker's name, or Redis has another format.
 
-        After a reaper took this worker for dead, begin a new epoch instead.
+        If a reaper put the tasks back because the worker seemed dead, begin a new epoch instead.
         """
         if not isinstance(error, TakenBack):
             self._on_fatal(error)
@@ -139,48 +139,48 @@ class Batcher:
         try:
             self.store.rejoin()
         except (redis.RedisError, OSError, TakenBack) as exc:
-            self._outbox.trouble("begin an epoch", exc)  # and again at the next claim
+            self._outbox.trouble("begin an epoch", exc)  # tried again at the next claim
         except (WorkerRunning, UnusableRedis) as exc:
             self._on_fatal(exc)
 
     def receive(self, channel: TaskChannel, claims: Sequence[Claimed]) -> None:
-        """Read claimed tasks into the buffer; what can never run ends here."""
+        """Read claimed tasks into the buffer; tasks that can never run fail here."""
         self.channel = channel
         self._outbox.claimed(claims)
         self._claiming.read(channel, claims)
         if self._held.finishing is not None:
             return
         self._feeder.pump(channel)
-        self._held.settle()  # the task that the claim put on record may not have begun
+        self._held.settle()  # clears the record that the claim wrote, if its task has not begun
         if self._claiming.fills(claims):
-            self.engine.wake()  # there is more, perhaps: claim the next batch while this one runs
+            self.engine.wake()  # more tasks may wait: claim the next batch while this one runs
         else:
             self._wait_briefly()
 
     # -- collecting -----------------------------------------------------------------------
 
     def collect(self) -> None:
-        """Take what the inference thread has finished, start the next batch, then settle."""
+        """Take the batches that the inference thread has finished; start the next, then settle."""
         while not self.engine.done.empty():
             self._finish(self.engine.done.get())
         self._pace.watch()
-        if self.channel is not None:  # there is no room once it is closed
+        if self.channel is not None:  # nothing is claimed once it is closed
             self.channel.again()
 
     def _wait_briefly(self) -> None:
-        """Wait a moment for a batch when nothing else is held: a turn of the event loop would take longer."""
+        """Wait briefly for the batch when nothing else is held: a pass of the event loop takes longer."""
         if self.engine.current is None or self._buffer.ready:
             return
         done = self.engine.wait(PATIENCE_S)
         if done is not None:
             self._finish(done)
             if self.channel is not None and self.channel.silent:
-                self.engine.wake()  # to look again
+                self.engine.wake()  # to claim again
 
     def _finish(self, done: Done) -> None:
-        """Start the next batch, then write this one's ends.
+        """Start the next batch, then write the final states of this one.
 
-        An exception here ends the process: its tasks are put back, and the crash is charged to what ran.
+        An exception here ends the process: its tasks are put back, and the crash is charged to this batch.
         """
         self.engine.collected(done)
         took = done.seconds - done.waited_s
@@ -192,13 +192,13 @@ class Batcher:
             self._on_fatal(done.fatal)
             return
         if any(task.envelope.deaths for task in done.batch.tasks):
-            self._outbox.note_reading(self.engine.on_account)  # a crash after this point is not charged to it
+            self._outbox.note_reading(self.engine.chargeable)  # a crash after this point is not charged to it
         try:
-            if done.complete:  # before the results are written: the device need not wait for that
+            if done.complete:  # before the results are written, so that the device does not wait for that
                 self._overtake(done)
                 self._feeder.pump(self.channel)
             finals = self._outcomes.distribute(done)
-            if not done.complete:  # what comes back is served before what is claimed now, or overtaken by it
+            if not done.complete:  # tasks with inputs left are in the buffer now, and compete with new ones
                 self._overtake(done)
             self._held.dropped -= {task.seq for task in done.batch.tasks}
             self._feeder.pump(self.channel)
@@ -213,10 +213,11 @@ class Batcher:
             self._lines.batch_done(done, self.device)
 
     def _overtake(self, done: Done) -> None:
-        """After a long batch, behind which nothing was claimed, claim the next before the ends are written.
+        """After a long batch, claim the next one before the final states of this one are written.
 
-        Also when a batch waits here: a worker is not told of more urgent tasks. Tasks of plain producers are
-        searched for only when something may be claimed, and in a row of long batches that is now.
+        Nothing was claimed while it ran. Claim also if a batch is waiting: nobody tells a worker of more
+        urgent tasks. And tasks of plain producers are searched for only when a worker may claim, which in a
+        series of long batches is now.
         """
         if done.seconds < LONG_BATCH_S or self.channel is None or self._held.closed:
             return
@@ -224,14 +225,14 @@ class Batcher:
         try:
             self.channel.claim(look=True)
         except (redis.RedisError, OSError):
-            pass  # the event loop finds out, and connects again
+            pass  # the event loop notices it, and reconnects
         finally:
             self._held.finishing = None
 
     # -- from start to end ----------------------------------------------------------------
 
     def tick(self) -> None:
-        """Do what is due by the clock, or waited for Redis or a probe. Called a few times a second."""
+        """Do periodic work, and what has waited for Redis or a probe. Called a few times a second."""
         if self.engine.failed is not None:
             if isinstance(self.engine.failed, DeviceError):
                 task_log.device_lost(self.engine.failed, self.device)
@@ -248,30 +249,30 @@ class Batcher:
         running = self.engine.current
         if (
             running is not None
-            and self._held.taken_back.isdisjoint(task.seq for task in running.tasks)  # else it waits again
-            and self._outbox.mark_started(running, self._wall(), self.engine.on_account)
+            and self._held.taken_back.isdisjoint(task.seq for task in running.tasks)  # those are queued again
+            and self._outbox.mark_started(running, self._wall(), self.engine.chargeable)
         ):
             self._lines.batch_running(running, self.device)
         if running is not None:
-            self._heed_cancellations()
+            self._find_cancelled()
         if self._pace.late() and self._held.withdraw():
             self._held.put_back([task for task in self._buffer.ready if not task.begun])
-        if self._clock() - self._checked_at >= LATER_LOOK_S:
+        if self._clock() - self._checked_at >= EXPIRED_CHECK_S:
             self._checked_at = self._clock()
             self._feeder.drop_stale(list(self._buffer))
         self._feeder.pump(self.channel)
         self.engine.probe()
         self._upkeep.tick()
 
-    def _heed_cancellations(self) -> None:
-        """Look which tasks of a long batch were cancelled: no other part of them begins."""
-        if min(self.engine.running_s, self._clock() - self._asked_at) < CANCELLED_LOOK_S:
+    def _find_cancelled(self) -> None:
+        """Ask Redis which tasks of a long batch were cancelled; their remaining inputs do not run."""
+        if min(self.engine.running_s, self._clock() - self._asked_at) < CANCELLED_CHECK_S:
             return
         self._asked_at = self._clock()
         self._mark_ended([task for batch in self.engine.batches for task in self._outbox.ended(batch)])
 
     def cancelled(self, ids: Container[str]) -> None:
-        """Note that tasks were cancelled, if they are with the device."""
+        """Mark the given tasks as cancelled, if they are in the engine."""
         self._mark_ended([task for batch in self.engine.batches for task in batch.tasks if task.id in ids])
 
     def _mark_ended(self, tasks: Iterable[Task]) -> None:
@@ -282,9 +283,10 @@ class Batcher:
         self._lines.tell()
 
     def drain(self, timeout_s: float, *, crashed: bool = False) -> None:
-        """Hand back what has not begun, finish the running batch, settle it. A second call does nothing.
+        """Return tasks that have not begun, finish the running batch and settle it.
 
-        After a crash the record of what ran stays: the crash is charged to it.
+        A second call does nothing. After a crash the record of the running batches stays: the crash is
+        charged to them.
         """
         held = self._held
         if held.closed:
@@ -300,17 +302,17 @@ class Batcher:
         while self.engine.current is not None:
             done = self.engine.next_done()
             if done is None:
-                self._on_fatal(self.engine.failed or GpuinferError("the batch that runs does not end"))
+                self._on_fatal(self.engine.failed or GpuinferError("the running batch does not end"))
                 return
             self.engine.collected(done)
             self.accounts.ran(done.batch, done.seconds - done.waited_s)
             held.settle(self._outcomes.distribute(done))
             self._lines.batch_done(done, self.device)
-            self._outbox.release(self._buffer.clear())  # with slices left
+            self._outbox.release(self._buffer.clear())  # tasks with inputs left
         self._outbox.release([task for task in tasks if task in strays])
         self._lines.tick(self.device, last=True)
         self.engine.close()
-        # Before it has begun an epoch, what is kept under its name may belong to another process.
+        # Until this process has begun an epoch, the records under its name may be those of another process.
         orderly = self.store.begun and not held.crashed
         if orderly:
             self._outbox.nothing_runs()

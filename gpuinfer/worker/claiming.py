@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to claim next, and the way of claimed tasks into the buffer; what is too much goes back."""
+"""Decides what to claim next, reads claimed tasks into the buffer, and returns what is too much."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpuinfer.worker.pace import Pace
 
 
 class Claiming:
-    """Chooses how much a worker claims: up to a batch, and less after some of a claim was handed back."""
+    """Chooses how much a worker claims: up to a batch, and less after part of a claim was returned."""
 
     def __init__(self, holdings: Holdings, pace: Pace, clock: Callable[[], float] = time.monotonic) -> None:
         self._held = holdings
@@ -28,17 +28,17 @@ class Claiming:
         return max(self._held.engine.limit(name) for name in self._held.models)
 
     def fills(self, claims: Sequence[Claimed]) -> bool:
-        """Tell whether a claim brought as much as it may: there may be more."""
+        """Tell whether a claim took as many tasks as it could: more may wait in Redis."""
         model = claims[0].model or next(iter(self._held.models))
         return len(claims) >= min(self._stride, self._held.engine.limit(model))
 
     def wants(self) -> Wants:
         """Return what to claim: up to a batch of any model.
 
-        Beside a batch that waits here it is only what fills it, or is more urgent.
+        If a batch is already waiting, claim only tasks that fill it up or are more urgent.
 
-        No other worker can run what this one holds. So nothing is claimed while a long batch runs, while
-        claimed tasks wait to be read, or while a probe tests this GPU.
+        No other worker can run tasks that this one holds. So nothing is claimed while a long batch runs,
+        while claimed tasks wait to be read, or while a probe tests this GPU.
         """
         held, engine = self._held, self._held.engine
         if held.closed or engine.probing or held.intake.waiting:
@@ -48,7 +48,7 @@ class Claiming:
             return {}
         held.buffer.wake(self._clock())
         affordable = int(held.spare_bytes / held.intake.task_bytes)
-        # Behind a long batch no more is held than the one that is being prepared.
+        # Behind a long batch, hold only the batch that is being prepared.
         ahead = engine.ahead if long else None
         batch = ahead or held.buffer.next_batch()
         wants: dict[str, Want] = {}
@@ -70,20 +70,23 @@ class Claiming:
     def read(self, channel: TaskChannel | None, claims: Sequence[Claimed] = ()) -> None:
         """Read claimed tasks, and those that waited to be read, into the buffer.
 
-        Those that can never run end here. Without a channel, what waits to be read goes on waiting.
+        Tasks that can never run fail here. Without a channel, nothing is read.
         """
         if channel is None:
             return
         held = self._held
         came = len(claims) + len(held.intake.waiting)
-        tasks, finals, unread = held.intake.read(channel, claims, held.engine.on_account, held.spare_bytes)
+        tasks, finals, unread = held.intake.read(channel, claims, held.engine.chargeable, held.spare_bytes)
         held.buffer.add_all(tasks)
         if finals:
             held.settle(finals)
-        self._hand_back(came, unread)
+        self._return_surplus(came, unread)
 
-    def _hand_back(self, came: int, unread: Sequence[Claimed]) -> None:
-        """Put back what is beyond the batches that come next; claim less from now on."""
+    def _return_surplus(self, came: int, unread: Sequence[Claimed]) -> None:
+        """Put back tasks that the next batches do not need or memory cannot hold; then claim fewer next time.
+
+        ``came``: how many tasks were to be read. If none goes back, the next claim may be larger.
+        """
         held = self._held
         tasks = held.buffer.surplus(held.spare_bytes + held.buffer.size)
         if not tasks and not unread:

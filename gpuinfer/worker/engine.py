@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inference thread: takes one batch at a time and returns an outcome for each of its inputs."""
+"""The inference thread: runs one batch at a time and returns an outcome for each of its inputs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from gpuinfer.worker.task import Task
 
 log = get_logger(__name__)
 
-#: Seconds without a batch after which an idle worker's GPU is tried, and again, and again.
+#: Seconds between two probes of an idle worker's GPU.
 PROBE_EVERY_S = 5.0
-#: A probe takes a millisecond. Seconds after which what waits behind one had better go elsewhere.
+#: Seconds of one probe, which normally takes a millisecond, after which waiting tasks are returned.
 STALLED_AFTER_S = 1.0
-#: Seconds that the thread's end is waited for while a probe runs: a GPU that hangs may never let go of it.
+#: Seconds to wait for the thread to end while a probe runs: on a GPU that hangs it may never end.
 PROBE_PATIENCE_S = 5.0
-#: Batches that are in the engine at once: one being finished, one on the device, one being prepared.
+#: Maximum number of batches in the engine: one being finished, one on the device, one being prepared.
 IN_ENGINE = 3
 
 
@@ -44,27 +44,27 @@ class Done:
     """A batch that has run."""
 
     batch: Batch
-    #: One entry an input, in the batch's order: a result, an error, or RunAlone.
+    #: One entry per input, in the batch's order: a result, an error, or RunAlone.
     outcomes: list[Any]
     seconds: float
-    #: What ended the thread, when it cannot go on (a lost GPU).
+    #: The error, if the device cannot go on (a lost GPU).
     fatal: GpuinferError | None = None
-    #: How many of the seconds the device waited for inputs.
+    #: The part of ``seconds`` for which the device waited for inputs.
     waited_s: float = 0.0
 
     @property
     def complete(self) -> bool:
-        """True when no task of the batch has to come back: each has all its results."""
+        """True when every task of the batch has all its results, so that none must run again."""
         if any(issubclass(kind, Exception) for kind in set(map(type, self.outcomes))):
             return False
         return all(part.stop == len(part.task.inputs) for part in self.batch.parts)
 
 
 class Engine:
-    """Runs batches on a thread of its own, one after another; between them it tries its GPU once in a while.
+    """Runs batches on its own thread, one after another; while idle, it probes its GPU every few seconds.
 
-    ``wake`` is called in that thread, or one that finishes, whenever something was added to ``done``, unless
-    somebody stands there and waits; ``probed`` after each probe.
+    ``wake`` is called, in that thread or in one that finishes outputs, whenever a batch was added to
+    ``done``, unless ``wait`` is waiting for it; ``probed`` is called after each probe.
     """
 
     def __init__(
@@ -84,19 +84,19 @@ class Engine:
         self.wake = self.probed = wake
         self.done: queue.SimpleQueue[Done] = queue.SimpleQueue()
         self._jobs: queue.SimpleQueue[Run | Callable[[], None] | None] = queue.SimpleQueue()
-        #: What was handed over and not collected, the oldest first; for the main thread.
+        #: The batches that were submitted and not collected, the oldest first; for the main thread.
         self._runs: list[Run] = []
-        #: When a pass, a probe, or a step of an input ended or began last, on the monotonic clock: what the
-        #: watchdog looks at. And when the batch that runs began, or its last pass.
+        #: ``moved_at``, for the watchdog: when a pass, a probe, or a step of an input last began or ended.
+        #: ``began_at``: when the running batch, or its last pass, began. Both on the monotonic clock.
         self.moved_at = self.began_at = time.monotonic()
         self.pipeline = Pipeline(deadline, threads or cores(), self._moved, self._broke)
-        #: What rendering outputs takes that no code of a model finishes.
+        #: How long rendering takes for models without their own code for that.
         self._rendering = Usual()
-        #: A model whose GPU is tried while the worker is idle; None on a CPU, which does not get lost.
+        #: A model whose GPU is probed while the worker is idle; None on a CPU, which cannot be lost.
         self._tried = next((model for model in models.values() if model.device != "cpu"), None)
-        #: True while a probe runs, and for good after one that failed: nothing is claimed or begun.
+        #: True while a probe runs, and for good after one has failed: nothing is claimed or begun then.
         self.probing = False
-        #: What a probe found, when the GPU cannot go on; or what has ended a thread: the process must end.
+        #: Why the process must end: a probe found the GPU lost, or a thread of the worker has failed.
         self.failed: GpuinferError | None = None
         self._told_full = False
         self._awaited = False
@@ -104,46 +104,46 @@ class Engine:
         self._thread.start()
 
     def limit(self, model: str) -> int:
-        """Return the model's largest batch; one that did not fit has made it smaller for a while."""
+        """Return the model's largest batch; smaller for a while after a batch did not fit in memory."""
         return self._sizes.limit(model)
 
     # -- for the main thread --------------------------------------------------------------
 
     @property
     def current(self) -> Batch | None:
-        """The batch that runs or is about to: the oldest that was handed over and not collected."""
+        """The batch that runs or is about to: the oldest that was submitted and not collected."""
         return self._runs[0].batch if self._runs else None
 
     @property
     def batches(self) -> list[Batch]:
-        """All that were handed over and not collected, the oldest first."""
+        """All batches that were submitted and not collected, the oldest first."""
         return [run.batch for run in self._runs]
 
     @property
-    def on_account(self) -> list[Batch]:
-        """What a death is charged to: what was handed over, and what was withdrawn while it was prepared."""
+    def chargeable(self) -> list[Batch]:
+        """The batches to charge a crash to: ``batches``, and withdrawn ones that a thread still prepares."""
         return [*self.batches, *self.pipeline.strays()]
 
     @property
     def ahead(self) -> Batch | None:
-        """The batch behind the one that runs, as long as the device has not begun it."""
+        """The batch behind the running one, as long as the device has not begun it."""
         run = self._runs[-1] if len(self._runs) > 1 else None
         return run.batch if run is not None and not run.gate.locked() else None
 
     def prepares(self, model: str) -> bool:
-        """Tell whether the model's inputs are prepared before the device takes them."""
+        """Tell whether other threads prepare the model's inputs before the device takes them."""
         return self._models[model].prepares
 
     @property
     def has_room(self) -> bool:
-        """True when a batch might be handed over now, to be prepared or staged behind what runs."""
+        """True when a batch may be submitted now, to be prepared or staged while another runs."""
         return not self._runs or (self.ahead is None and len(self._runs) < IN_ENGINE)
 
     def takes(self, batch: Batch) -> bool:
-        """Tell whether a batch may be handed over now.
+        """Tell whether a batch may be submitted now.
 
-        Behind another one it must be full, or have something to prepare: else it gathers until the device is
-        free.
+        Behind another one it must be full, or have inputs to prepare; otherwise it collects tasks until the
+        device is free.
         """
         if not self._runs:
             return True
@@ -155,7 +155,7 @@ class Engine:
         )
 
     def submit(self, batch: Batch) -> None:
-        """Hand a batch over, as ``takes`` allows."""
+        """Add a batch; ``takes`` must have allowed it."""
         run = Run(batch, self._models[batch.model])
         if not self._runs:
             self._began()
@@ -167,7 +167,7 @@ class Engine:
         self._jobs.put(run)
 
     def withdraw(self) -> Batch | None:
-        """Take back the batch that is ahead; None when there is none, or the device has begun it."""
+        """Take back the batch behind the running one; None if there is none, or the device has begun it."""
         run = self._runs[-1] if len(self._runs) > 1 else None
         if run is None or not run.gate.acquire(blocking=False):
             return None
@@ -176,16 +176,16 @@ class Engine:
         return run.batch
 
     def collected(self, done: Done) -> None:
-        """A batch is out of the engine: its outcomes are being distributed."""
+        """Remove a batch whose outcomes were taken from ``done``."""
         self._runs = [run for run in self._runs if run.batch is not done.batch]
 
     @property
     def running_s(self) -> float:
-        """Seconds since the batch that runs was handed over, or its last pass began; 0 when none runs."""
+        """Seconds since the running batch, or its last pass, began; 0 when none runs."""
         return time.monotonic() - self.began_at if self._runs else 0.0
 
     def probe(self) -> None:
-        """Have the GPU tried when it has been idle for some seconds: else nobody would find out."""
+        """Have the GPU probed if it has been idle for some seconds: else nothing would notice its loss."""
         if self._tried is None or self._runs or self.probing:
             return
         now = time.monotonic()
@@ -195,24 +195,24 @@ class Engine:
 
     @property
     def stalled(self) -> bool:
-        """True when a probe takes so long that nothing should wait here for its end."""
+        """True when a probe takes so long that no task should wait here until it ends."""
         return self.probing and time.monotonic() - self.moved_at > STALLED_AFTER_S
 
     def wait(self, timeout_s: float) -> Done | None:
-        """Wait for the batch that runs, and take it; None when it takes longer."""
+        """Wait for the running batch and return it; None if it takes longer than ``timeout_s``."""
         done: Done | None = None
         self._awaited = True
         with suppress(queue.Empty):
             done = self.done.get(timeout=timeout_s)
         self._awaited = False
-        if done is None and not self.done.empty():  # it came just now, and perhaps without a wake
+        if done is None and not self.done.empty():  # it ended just now, and nothing may have called ``wake``
             done = self.done.get()
-        if not self.done.empty():  # and so has the next
+        if not self.done.empty():  # the same for the next batch
             self.wake()
         return done
 
     def next_done(self) -> Done | None:
-        """Wait for the batch that runs, and take it; None when a thread has failed and it never ends."""
+        """Wait for the running batch and return it; None if a thread has failed, so that it never ends."""
         while True:
             with suppress(queue.Empty):
                 return self.done.get(timeout=1.0)
@@ -220,19 +220,19 @@ class Engine:
                 return None
 
     def close(self) -> None:
-        """End the thread after the batch that runs; one whose probe hangs is left behind."""
+        """End the thread after the running batch. A thread whose probe hangs is abandoned."""
         self._tried = None
         self._jobs.put(None)
         self._thread.join(PROBE_PATIENCE_S if self.probing or self.failed is not None else None)
-        self.pipeline.close()  # not before: the batch that runs needs it
+        self.pipeline.close()  # only now: the running batch needs it
 
     def _probe(self, model: LoadedModel) -> None:
-        """Try the GPU. One that is full is not lost: another program holds its memory, and that may pass."""
+        """Probe the GPU. A full one is not lost: another program may use its memory only for a while."""
         try:
             model.probe()
         except DeviceOutOfMemory as exc:
             if not self._told_full:
-                log.warning("gpu_full", reason=str(exc), hint="nvidia-smi shows who holds its memory")
+                log.warning("gpu_full", reason=str(exc), hint="nvidia-smi shows who uses its memory")
             self._told_full = True
         except GpuinferError as exc:
             self.failed = exc
@@ -240,7 +240,7 @@ class Engine:
         self.probed()
 
     def _broke(self, exc: BaseException) -> None:
-        """A mistake of ours, or nonsense of a model's: what waits for this thread would do so for ever."""
+        """Fail the worker after an unexpected error in a thread: its batch would never end."""
         log.critical("thread_failed", thread=threading.current_thread().name, exc_info=exc)
         self.failed = GpuinferError(f"a thread of the worker has failed: {type(exc).__name__}")
         self.probed()
@@ -274,25 +274,28 @@ class Engine:
         if run.model.finishes:
             self.pipeline.finish(run, outcomes, lambda ended: self._end(run, ended, seconds))
             return
-        self.pipeline.begin_finishing()  # batches end in their order
+        self.pipeline.begin_finishing()  # batches end in the order in which they began
         if self._jobs.empty() or not self._worth_a_thread(run):
             self._conclude(run, outcomes, started)
         else:
             self.pipeline.behind(lambda: self._conclude(run, outcomes, started, seconds))
 
     def _worth_a_thread(self, run: Run) -> bool:
-        """Tell whether the device should not wait until a batch's outputs are rendered."""
+        """Tell whether another thread should render a batch's outputs, as the device would wait too long."""
         return self._rendering.seconds(run.model.name, run.batch.size) >= WORTH_A_THREAD_S
 
     def _conclude(self, run: Run, outcomes: list[Any], started: float, seconds: float | None = None) -> None:
-        """Render a batch's outputs, and end it. ``seconds``: those of the device, where it has gone on."""
+        """Render a batch's outputs, and end it.
+
+        ``seconds``: the device's time, if it runs the next batch meanwhile; None: rendering counts as well.
+        """
         rendered = self._attempt(run, started, lambda: self._rendered(run, outcomes))
         if rendered is not None:
             self._end(run, rendered, time.monotonic() - started if seconds is None else seconds)
         self.pipeline.end_finishing()
 
     def _attempt(self, run: Run, started: float, call: Callable[[], list[Any]]) -> list[Any] | None:
-        """Return what ``call`` does. None: it has failed, and the batch has ended with that."""
+        """Return the result of ``call``. None: it has failed, and the batch has ended with its error."""
         try:
             return call()
         except GpuinferError as exc:  # the device itself failed
@@ -306,7 +309,7 @@ class Engine:
         return None
 
     def _end(self, run: Run, outcomes: list[Any], seconds: float, fatal: GpuinferError | None = None) -> None:
-        """Put a batch's outcomes where the main thread finds them."""
+        """Queue a batch's outcomes for the main thread."""
         if any(isinstance(outcome, Exception) for outcome in outcomes):
             outcomes = failures.told(run.model.name, run.tasks, outcomes, self._errors)
         self.done.put(Done(run.batch, outcomes, seconds, fatal, run.waited_s))
@@ -338,7 +341,7 @@ class Engine:
 
     @staticmethod
     def _answered(passes: Passes, items: Sequence[Any], tasks: Sequence[Task]) -> list[Any]:
-        """Run the items; an error among them, or a cancelled task's, never reaches the device."""
+        """Run the items, except those that are errors or belong to a cancelled task."""
         good = [i for i, item in enumerate(items) if not isinstance(item, Exception) and not tasks[i].ended]
         if len(good) == len(items):
             return passes.run(items, tasks)
@@ -351,7 +354,7 @@ class Engine:
         return outcomes
 
     def _rendered(self, run: Run, outcomes: list[Any]) -> list[Any]:
-        """Render what has an output, in place and all at once. Raises DeviceError."""
+        """Render all outputs at once and put them in place; errors stay. Raises DeviceError."""
         began = time.monotonic()
         answered = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
         tasks = run.tasks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hands batches to the device: the next one when it is idle, and one ahead, to be prepared meanwhile."""
+"""Submits batches to the engine: one when the device is idle, and the next one, to be prepared meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpuinfer.worker.task import Task
 
 
 class Feeder:
-    """Begins batches for one worker. A batch never waits for company when the device is idle."""
+    """Begins batches for one worker. While the device is idle, a batch never waits for more tasks."""
 
     def __init__(
         self,
@@ -34,11 +34,11 @@ class Feeder:
         self._pace = pace
         self._clock = clock
         self._wall = wall
-        #: Whether what is ahead of the device goes first because its list was passed over for too long.
+        #: Whether the batch that was submitted last goes first because its list was passed over for too long.
         self._ahead_aged = False
 
     def pump(self, channel: TaskChannel | None) -> None:
-        """Start batches: one when the inference thread is idle, and one ahead, to be prepared."""
+        """Submit batches: one when the inference thread is idle, and the next one, to be prepared."""
         while not self._engine.probing and not self._held.closed:
             if self._engine.current is not None and not self._has_room():
                 return
@@ -51,17 +51,17 @@ class Feeder:
                 return
 
     def _has_room(self) -> bool:
-        """Tell whether a batch may be handed over behind the one that runs; make room for a better one.
+        """Tell whether a batch may be submitted behind the running one; make room for a better one.
 
-        The batch that is ahead goes back to the buffer if a more urgent task has come, or if it can grow.
-        What is prepared of it is kept.
+        The waiting batch goes back to the buffer if a more urgent task has come, or if it can grow. Its
+        prepared inputs are kept.
         """
         ahead, first = self._engine.ahead, next(iter(self._buffer.ready), None)
         if first is None or _suspect(self._engine.batches):
             return False
         if ahead is None:
             return self._engine.has_room
-        if self._ahead_aged:  # it goes first, once
+        if self._ahead_aged:  # must not be overtaken again
             return False
         urgent = first.place < ahead.tasks[0].place
         grows = first.model == ahead.model and ahead.size < self._engine.limit(ahead.model)
@@ -69,22 +69,22 @@ class Feeder:
         return (urgent or grows) and self._held.withdraw()
 
     def _may_start(self, batch: Batch) -> bool:
-        """Tell whether a batch may be handed over now. One that has been in a crash runs by itself."""
+        """Tell whether a batch may be submitted now. A task that was in a crash runs alone."""
         if _suspect([batch]):
-            return not self._engine.on_account
+            return not self._engine.chargeable
         return self._engine.takes(batch)
 
     def _start(self, batch: Batch) -> bool:
-        """Begin a batch. Returns False when Redis is away: the batch stays in the buffer."""
+        """Begin a batch. Returns False when Redis is away, or it must wait: the batch stays in the buffer."""
         held = self._held
-        ended = held.outbox.begin(batch, self._engine.on_account)
+        ended = held.outbox.begin(batch, self._engine.chargeable)
         if ended is None:
             return False
         if ended:  # cancelled, or finished by an earlier delivery
             self._skip([batch.tasks[i] for i in sorted(ended)])
             return True
         if self._engine.current is not None and not self._engine.takes(batch):
-            return False  # what ran has ended meanwhile
+            return False  # no longer allowed: the model's largest batch may have changed meanwhile
         tasks = batch.tasks
         self._ahead_aged = tasks[0].place[0] == AGED
         self._buffer.remove(tasks)
@@ -101,11 +101,11 @@ class Feeder:
         return True
 
     def _skip(self, tasks: list[Task]) -> None:
-        """End tasks that have their final state already."""
+        """Drop tasks that have a final state already."""
         held = self._held
         self._buffer.remove(tasks)
         for task in tasks:
-            # One that comes again may have been finished by its earlier delivery.
+            # A redelivered task may have been finished by an earlier delivery.
             cancelled = task.begun or not task.redelivered
             held.celery.finished(task, TaskRevoked("it was cancelled") if cancelled else None)
             held.lines.task_skipped(task)
@@ -113,7 +113,7 @@ class Feeder:
         held.settle([held.outbox.skipped(task) for task in tasks])
 
     def drop_stale(self, tasks: Iterable[Task]) -> None:
-        """End what has expired or was revoked before it costs device time."""
+        """End tasks that have expired, were revoked, or have used up their time."""
         held, now, finals, dropped = self._held, self._wall(), [], []
         for task in tasks:
             error: GpuinferError | None = None

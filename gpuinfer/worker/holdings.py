@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker holds: all that it has claimed and not settled, wherever that is.
+"""What a worker holds: all tasks that it has claimed and not settled.
 
-A task is unread (``intake``), waits (``buffer``), is with the device (``engine``), or has an end that Redis
-has not taken yet (``outbox``). No other worker can run it meanwhile.
+A task is unread (``intake``), waits (``buffer``), is in the engine (``engine``), or has a final state that is
+not in Redis yet (``outbox``). No other worker can run it meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpuinfer.worker.outbox import Outbox
 from gpuinfer.worker.task import Task
 from gpuinfer.worker.task_log import TaskLog
 
-#: Bytes of arguments, as text and unpacked, that a worker holds at most, beside the oldest of its batches.
+#: Maximum bytes of arguments, as unpacked text, that a worker holds; its oldest batch does not count.
 BUFFER_BYTES = 64 * 1024 * 1024
 
 
@@ -50,21 +50,21 @@ class Holdings:
         self.buffer = Buffer(engine.limit)
         self.outbox = Outbox(store)
         self.intake = Intake(store, self.outbox, celery, manifests, settings, lines)
-        #: Whether it is drained: nothing begins any more.
+        #: True once the worker drains: no batch begins after that.
         self.closed = False
-        #: Whether the process ends by a fault: the record of what ran stays in Redis.
+        #: Whether the process ends after a fault: the record of the running batches stays in Redis.
         self.crashed = False
-        #: The batch that has ended while more urgent tasks are claimed before its ends are written.
+        #: A batch that has run, while tasks are claimed before its final states are written.
         self.finishing: Batch | None = None
         #: Seqs of tasks that a reaper has put back while they ran here.
         self.taken_back: set[int] = set()
-        #: Those among them that go on where they are claimed next, until their batch is finished.
+        #: Those of them whose remaining inputs run where they are claimed next, until this batch is finished.
         self.dropped: set[int] = set()
         self.debug = logging.getLogger(__name__).isEnabledFor(logging.DEBUG)
 
     @property
     def state(self) -> State:
-        """Whether a batch runs (busy), nothing runs (free), or nothing is held either (idle)."""
+        """Busy while a batch runs; free when none runs but tasks are held; idle when none are held."""
         if self.engine.current is not None:
             return "busy"
         held = (
@@ -72,33 +72,33 @@ class Holdings:
             or self.buffer.ready
             or self.intake.waiting
             or self.outbox.unsettled
-            or self.engine.on_account
+            or self.engine.chargeable
         )
         return "free" if held else "idle"
 
     @property
     def spare_bytes(self) -> int:
-        """How many more bytes of arguments may be held. The oldest batch does not count."""
+        """How many more bytes of arguments the worker may hold. Its oldest batch does not count."""
         behind = (task.size for batch in self.engine.batches[1:] for task in batch.tasks)
         return BUFFER_BYTES - self.buffer.size - sum(behind)
 
     def seqs(self) -> set[int]:
-        """Return the seqs of everything claimed and not settled."""
+        """Return the seqs of all tasks that are claimed and not settled."""
         tasks = chain(self.buffer, *(batch.tasks for batch in self._with_device()))
         unread = {claimed.seq for claimed in self.intake.waiting}
         return ({task.seq for task in tasks} - self.dropped) | unread | self.outbox.held()
 
     def _with_device(self) -> list[Batch]:
-        """Return the batches that run, and the one whose ends are not written yet."""
+        """Return the batches in the engine, and the one whose final states are not written yet."""
         finishing = () if self.finishing is None else (self.finishing,)
         return [*self.engine.batches, *finishing]
 
     def strays(self) -> set[Task]:
-        """Return the tasks of withdrawn batches that a thread still prepares."""
+        """Return the tasks of withdrawn batches of which a thread still prepares an input."""
         return {task for batch in self.engine.pipeline.strays() for task in batch.tasks}
 
     def withdraw(self) -> bool:
-        """Put the batch that is ahead back into the buffer; False where the device has begun it."""
+        """Put the batch behind the running one back into the buffer; False if the device has begun it."""
         batch = self.engine.withdraw()
         if batch is None:
             return False
@@ -113,9 +113,9 @@ class Holdings:
         return True
 
     def put_back(self, tasks: Sequence[Task], unread: Sequence[Claimed] = ()) -> None:
-        """Give tasks of the buffer, and unread ones, back to their lists, for other workers.
+        """Return tasks of the buffer, and unread ones, to their lists, for other workers.
 
-        Not those that a thread still prepares: a crash in there must be charged to them.
+        A task that a thread still prepares stays: if preparing it crashes the process, it must be charged.
         """
         strays = self.strays()
         tasks = [task for task in tasks if task not in strays]
@@ -126,12 +126,15 @@ class Holdings:
         task_log.handed_back(tasks, len(unread))
 
     def settle(self, finals: Sequence[Final] = ()) -> None:
-        """Write final states; when nothing runs, also clear the record of what runs."""
+        """Write final states; when no batch runs, also clear the record of running batches."""
         idle = self.engine.current is None and not self.crashed
         self.outbox.settle(finals, idle=idle and not self.engine.pipeline.strays())
 
     def lose(self, error: TakenBack) -> None:
-        """Drop what a reaper has put back. What runs is finished: its end counts if it is the first."""
+        """Drop the tasks that a reaper has put back.
+
+        Running ones are finished here all the same: the first final state that is written counts.
+        """
         self.withdraw()
         tasks = self.buffer.clear()
         self.intake.waiting = []

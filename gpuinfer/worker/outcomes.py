@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a batch's outcomes to its tasks: each one ends, is tried again, or goes on with its next slice."""
+"""Assigns a batch's outcomes to its tasks: each task ends, is retried, or continues with its next inputs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Outcomes:
         self._wall = wall
 
     def distribute(self, done: Done) -> list[Final]:
-        """Give a batch's outcomes to its tasks; return the ends of those that are complete."""
+        """Assign a batch's outcomes to its tasks; return the final states of those that are complete."""
         held, finals, position = self._held, [], 0
         shared, size, now = done.batch.shared, done.batch.size, self._wall()
         rerun = RunAlone in set(map(type, done.outcomes))
@@ -47,15 +47,15 @@ class Outcomes:
             mine = done.outcomes[position : position + count]
             position += count
             again = rerun and any(isinstance(outcome, RunAlone) for outcome in mine)
-            if not (again and shared):  # else another task may have taken that time
+            if not (again and shared):  # if so, another task may have used that time
                 task.ran_s += done.seconds
             task.batch_size = max(task.batch_size, size)
             final = self._advance(task, mine, None if shared else count, again=again)
-            if final is None and task.seq in held.taken_back:  # the rest of it runs where it is claimed next
+            if final is None and task.seq in held.taken_back:  # its other inputs run where it is claimed next
                 self._buffer.remove([task])
                 held.celery.finished(task, None)
                 held.dropped.add(task.seq)
-                held.store.mark_uncertain()  # a reaper that was cut off has not put it back
+                held.store.mark_uncertain()  # a reaper that was interrupted has not put it back
             if final is not None:
                 finals.append(final)
                 self._accounts.ended(task, now)
@@ -63,9 +63,10 @@ class Outcomes:
         return finals
 
     def _advance(self, task: Task, outcomes: list[Any], alone: int | None, *, again: bool) -> Final | None:
-        """Add a task's outcomes. Returns its end, or None when it goes back to the buffer.
+        """Add a task's outcomes. Returns its final state, or None if it goes back to the buffer.
 
-        ``alone`` is the size of a batch that it had to itself; ``again``: the batch was too slow as a whole.
+        ``alone``: the batch's size, if it had only this task; ``again``: the batch passed its soft limit, so
+        the task must run alone.
         """
         held = self._held
         if task.ended:

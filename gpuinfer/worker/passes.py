@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward passes: as few as fit the device, halved where one fails, until the culprit stands alone."""
+"""Forward passes: as few as fit the device. A pass that fails is halved until the failing item is alone."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from gpuinfer.worker.task import Task
 
 
 class RunAlone(Exception):
-    """The outcome of an input whose batch passed its soft limit as a whole: its task must run by itself.
+    """The outcome of an input whose batch exceeded its soft limit as a whole: its task must run alone.
 
-    Not here and now: what is urgent goes in between.
+    It runs later, as more urgent tasks may go first.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class _Ran:
-    """What came of some items of a batch."""
+    """The outcomes of some items of a batch."""
 
     outcomes: list[Any]
     #: True when the device had too little memory for them at once.
     memory: bool = False
-    #: The largest number that fits the device, where that has shown.
+    #: The largest number of items that fits the device, if that was found out.
     fits: int | None = None
 
 
 @dataclass(slots=True)
 class Limits:
-    """When a batch must have ended, on the monotonic clock: halves of it share its time."""
+    """When a batch must have ended, on the monotonic clock. Its halves share its time."""
 
     soft_at: float
     hard_at: float
-    #: True when it is the time of several tasks.
+    #: Whether the batch has inputs of several tasks.
     shared: bool
 
     @classmethod
@@ -51,7 +51,7 @@ class Limits:
         return cls(now + batch.soft_limit_s, now + batch.hard_limit_s, batch.shared)
 
     def left(self) -> tuple[float, float]:
-        """Return the seconds left until the soft and the hard limit; a thousandth at least."""
+        """Return the seconds left until the soft and the hard limit, at least 0.001."""
         now = time.monotonic()
         return max(0.001, self.soft_at - now), max(0.001, self.hard_at - now)
 
@@ -77,12 +77,12 @@ class Passes:
         self._began = began
 
     def waited(self, seconds: float) -> None:
-        """Take off the batch's time what was spent waiting for its inputs to be prepared."""
+        """Extend the limits by the seconds that the device waited for inputs to be prepared."""
         self._until.soft_at += seconds
         self._until.hard_at += seconds
 
     def run(self, items: Sequence[Any], tasks: Sequence[Task]) -> list[Any]:
-        """Run items in as few passes as fit; one outcome for each. ``tasks`` has the task of each item.
+        """Run items in as few passes as fit; return one outcome for each. ``tasks``: the task of each item.
 
         Raises DeviceError when the device cannot go on.
         """
@@ -91,23 +91,23 @@ class Passes:
         while len(outcomes) < len(items):
             first, until = len(outcomes), len(outcomes) + self._sizes.limit(name)
             whole = first == 0 and until >= len(items)
-            some = items if whole else items[first:until]  # what is staged is so as a whole
+            some = items if whole else items[first:until]  # a slice of staged items is not staged
             ran = self._halve(some, tasks[first:until])
             outcomes += ran.outcomes
-            if ran.fits is not None and len(some) > 2:  # of two, one may be larger than any other
+            if ran.fits is not None and len(some) > 2:  # of two, one item may just be unusually large
                 self._sizes.shrink(name, ran.fits)
             elif not ran.memory:
                 self._sizes.passed(name, len(some))
         return outcomes
 
     def _halve(self, items: Sequence[Any], tasks: Sequence[Task]) -> _Ran:
-        """Run items in one pass; one that fails is halved until the culprit stands alone."""
+        """Run items in one pass; a pass that fails is halved until the failing item is alone."""
         memory = False
         self._began()
         try:
             return _Ran(self._deadline.run(*self._until.left(), self._pass(items, tasks), self._tasks))
         except SoftTimeLimitExceeded as exc:
-            alone = len(items) == 1 and not self._until.shared  # else it was perhaps another's time, or limit
+            alone = len(items) == 1 and not self._until.shared  # otherwise another's time or limit
             return _Ran([exc] if alone else [RunAlone()] * len(items))
         except DeviceOutOfMemory as exc:
             self._model.release_cache()
@@ -128,9 +128,9 @@ class Passes:
         return _Ran(first.outcomes + second.outcomes, memory or first.memory or second.memory, fits)
 
     def _pass(self, items: Sequence[Any], tasks: Sequence[Task]) -> Callable[[], list[Any]]:
-        """Return the call of one pass. Only a model that has words of its own is told for whom it runs."""
+        """Return the call of one pass. Only a model with its own code gets the context of its tasks."""
         model = self._model
-        if not model.speaks:
+        if not model.runs_code:
             return lambda: list(model.launch(items))
 
         def call() -> list[Any]:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepare ► device ► finish: what a model's own code, or a decoder of files, does beside the device thread.
+"""Prepare ► device ► finish: runs a model's own code and file decoders in threads beside the device thread.
 
 ::
 
-    hand over ─► prepare (a thread a core) ─► take: device thread ─► finish (a thread a core) ─► done
+    submit ─► prepare (one thread per core) ─► take: device thread ─► finish (one thread per core) ─► done
 
-Each input is prepared by itself, under its batch's time limits; one that fails there never reaches the
-device. Arrays and lists are not: a whole batch of them is staged at once (see ``staging``). What is prepared
-and waits for the device takes up to PREPARED_BYTES a batch; the rest is prepared as the device takes it. One
-batch is on the device, at most one is ahead of it, at most one is being finished. No thread of these ever
-waits for another input: one for which there is no room is put aside, and queued again when the device takes
-some.
+Each input is prepared separately, under its task's time limits; one that fails never reaches the device.
+Arrays and lists are different: a whole batch of them is staged at once (see ``staging``). Prepared inputs
+that wait for the device use up to PREPARED_BYTES per batch; the others are prepared as the device takes
+some. One batch is on the device, at most one waits for it, at most one is being finished. A preparing thread
+never waits for another input: an input for which there is no memory is put aside, and queued again when the
+device has taken some.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from gpuinfer.worker.deadline import Deadline
 from gpuinfer.worker.staging import WORTH_A_THREAD_S, Stager, Staging, values_of
 from gpuinfer.worker.task import Task
 
-#: What the prepared inputs of one batch may take in memory, in bytes; one is prepared whatever its size.
+#: Maximum bytes of prepared inputs per batch; the input that the device needs next is prepared in any case.
 PREPARED_BYTES = 256 * 1024 * 1024
-#: How many values within a prepared input are counted.
+#: Maximum number of values in a prepared input that are measured.
 _COUNTED = 1000
 
-#: ``waiting``: nobody prepares it before its batch is handed over again; ``aside``: before there is room.
+#: ``waiting``: to be prepared when its batch is submitted (again); ``aside``: when there is memory for it.
 _Stage = Literal["waiting", "queued", "aside", "begun", "ready"]
 
 
@@ -51,45 +51,45 @@ class Slot:
         self.task = task
         self.index = index
         self.stage: _Stage = "waiting"
-        #: The batch it is in at present, and its place there.
+        #: The batch that it is in now, and its position there.
         self.run: Run | None = None
         self.place = 0
-        #: What ``prepare`` has made of it, or its error; and its bytes.
+        #: What ``prepare`` returned, or its error; and its size in bytes.
         self.item: Any = None
         self.size = 0
 
 
 class Run:
-    """One batch in the engine, from when it is handed over until it is collected."""
+    """One batch in the engine, from its submission until it is collected."""
 
     def __init__(self, batch: Batch, model: LoadedModel) -> None:
         self.batch = batch
         self.model = model
-        #: Taken once: by the device thread, or by who withdraws the batch.
+        #: Acquired once: by the device thread when it begins the batch, or by ``Engine.withdraw``.
         self.gate = threading.Lock()
-        #: One an input where they are prepared ahead; None: the device thread does it.
+        #: One per input, if inputs are prepared separately; else None.
         self.slots: list[Slot] | None = None
-        #: Where it is staged as a whole.
+        #: Set if the batch is staged as a whole.
         self.staging: Staging | None = None
         #: Seconds for which the device thread has waited for inputs.
         self.waited_s = 0.0
-        #: Bytes of what is prepared and not taken.
+        #: Bytes of inputs that are prepared and not taken.
         self.bytes = 0
-        #: Which inputs the device wants next, and how many of them are not ready.
+        #: The range of inputs that the device needs next, and how many of them are not ready.
         self.first = self.until = self.missing = 0
 
     @property
     def tasks(self) -> list[Task]:
-        """One an input."""
+        """The task of each input."""
         return [part.task for part in self.batch.parts for _ in range(part.start, part.stop)]
 
     @property
     def values(self) -> list[Any]:
-        """The inputs themselves."""
+        """The inputs, in order."""
         return values_of(self.batch)
 
     def work(self, tasks: Sequence[Task]) -> Work:
-        """Return what a model's code is told when it runs for these tasks."""
+        """Return the context of a model's code that runs for these tasks."""
         return Work(
             model=self.model.name,
             task_ids=[task.id for task in tasks],
@@ -104,7 +104,7 @@ def _note_progress(tasks: Sequence[Task], fraction: float) -> None:
 
 
 class Pipeline:
-    """The threads before and behind the device. ``enter`` and ``leave`` are for the main thread."""
+    """The threads that prepare and finish. ``enter`` and ``leave`` are for the main thread."""
 
     def __init__(
         self,
@@ -116,26 +116,26 @@ class Pipeline:
         self._deadline = deadline
         self._before = Crew("prepare", threads, broken)
         self._behind = Crew("finish", threads, broken)
-        #: Called whenever an input has made a step.
+        #: Called when a step of an input begins or ends.
         self._moved = moved
         self._changed = threading.Condition()
-        #: Withdrawn batches that a thread may still prepare an input of; tasks that keep what is prepared.
+        #: Withdrawn batches of which a thread may still prepare an input; tasks that keep prepared inputs.
         self._strays: list[Run] = []
         self._keeping: WeakSet[Task] = WeakSet()
-        #: One batch is finished at a time: the device waits where that is slower.
+        #: One batch is finished at a time; the device waits if finishing is slower.
         self._finishing = threading.Semaphore(1)
-        #: What decodes and stages whole batches.
+        #: Decodes and stages whole batches.
         self.stager = Stager()
         #: Model -> seconds that preparing one input takes, a moving average.
         self.prepare_s: dict[str, float] = {}
 
     @property
     def threads(self) -> int:
-        """How many inputs are prepared at once."""
+        """How many inputs can be prepared at once."""
         return self._before.size
 
     def enter(self, run: Run) -> None:
-        """Have a batch's inputs prepared, but for those that were when they were here before."""
+        """Have a batch's inputs prepared, except those that were prepared before it was withdrawn."""
         slots = [
             _slot(part.task, index) for part in run.batch.parts for index in range(part.start, part.stop)
         ]
@@ -150,7 +150,7 @@ class Pipeline:
                     self._before.put(partial(self._prepare, slot))
 
     def stage(self, run: Run) -> None:
-        """Have a batch staged as a whole while another one runs, where that takes a while."""
+        """Have a batch staged as a whole while another one runs, if that is worth a thread."""
         model, batch = run.model, run.batch
         if self.stager.usual.seconds(model.name, batch.size) >= WORTH_A_THREAD_S:
             run.staging = Staging(partial(self._bring, model, batch))
@@ -163,15 +163,15 @@ class Pipeline:
         return items
 
     def staged(self, run: Run) -> Sequence[Any]:
-        """Return an item or an error for each input of the batch that runs, in the device's thread."""
+        """Return an item or an error for each input of the running batch. For the device thread."""
         staging, run.staging = run.staging, None
         items = None if staging is None else staging.take()
         return self.stager.bring(run.model, run.batch) if items is None else items
 
     def leave(self, run: Run) -> None:
-        """Prepare nothing more of a batch that was withdrawn; what is prepared is kept with its task.
+        """Stop preparing a batch that was withdrawn; prepared inputs are kept with their tasks.
 
-        All that is kept takes up to PREPARED_BYTES; the rest, and what was staged, is prepared again.
+        Up to PREPARED_BYTES are kept in total; other inputs, and what was staged, are prepared again later.
         """
         if run.staging is not None:
             run.staging.leave()
@@ -193,16 +193,16 @@ class Pipeline:
                         slot.item, slot.size, slot.stage = None, 0, "waiting"
 
     def strays(self) -> list[Batch]:
-        """Return the withdrawn batches that a thread still prepares an input of: it may end the process."""
+        """Return the withdrawn batches of which a thread still prepares an input, and may crash."""
         if self._strays:
             with self._changed:
                 self._strays = [run for run in self._strays if _is_stray(run)]
         return [run.batch for run in self._strays]
 
     def take(self, run: Run, first: int, until: int) -> list[Any]:
-        """Wait for the inputs ``first`` to ``until`` of the batch that runs; return their items or errors.
+        """Wait for the inputs ``first`` to ``until`` of the running batch; return their items or errors.
 
-        Fewer come where they would take too much memory together; one at least.
+        Returns fewer, but at least one, if together they would take too much memory.
         """
         slots = run.slots or []
         with self._changed:
@@ -216,7 +216,7 @@ class Pipeline:
             run.first = stop
             for slot in taken:
                 run.bytes -= slot.size
-                slot.run = None  # no circle holds the batch and its inputs until Python looks for circles
+                slot.run = None  # breaks a reference cycle, which would keep the inputs in memory
                 if slot.task.prepared is not None:
                     slot.task.prepared.pop(slot.index, None)
             self._resume(run)
@@ -226,14 +226,14 @@ class Pipeline:
         return items
 
     def _resume(self, run: Run) -> None:
-        """Queue the inputs again that there was no room for, where there is now."""
+        """Queue the inputs again that were put aside, if there is memory now."""
         for slot in (run.slots or ())[run.first :]:
             if slot.stage == "aside" and not self._full(slot, run):
                 slot.stage = "queued"
                 self._before.put(partial(self._prepare, slot))
 
     def _prepare(self, slot: Slot) -> None:
-        """Prepare one input, in a thread before the device."""
+        """Prepare one input, in a preparing thread."""
         with self._changed:
             run = slot.run
             if slot.stage != "queued" or run is None:
@@ -270,24 +270,24 @@ class Pipeline:
         return item
 
     def _limited(self, run: Run, task: Task, call: Callable[[], Sequence[Any]]) -> Any:
-        """Run a model's code for one input, under its task's own limits; its only value, or its error."""
+        """Run a model's code for one input, under its task's limits; return its only value, or the error."""
         try:
             with working(run.work([task])):
                 (made,) = self._deadline.run(task.soft_limit_s, task.hard_limit_s, call, about=[task])
         except GpuinferError as exc:
             return exc
-        except BaseException as exc:  # whatever a model raises is its own failure
+        except BaseException as exc:  # anything that a model raises fails its task only
             error = InferenceError(described(exc))
             error.__cause__ = exc
             return error
         return made
 
-    # -- behind the device ----------------------------------------------------------------
+    # -- after the device -----------------------------------------------------------------
 
     def finish(self, run: Run, outcomes: list[Any], done: Callable[[list[Any]], None]) -> None:
-        """Finish what has an output, each by itself, and then call ``done`` with the outcomes.
+        """Finish each output separately, then call ``done`` with the outcomes.
 
-        Called by the device thread, which waits here while an earlier batch is being finished.
+        For the device thread, which waits here while an earlier batch is being finished.
         """
         self.begin_finishing()
         places = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
@@ -316,19 +316,19 @@ class Pipeline:
         self.end_finishing()
 
     def begin_finishing(self) -> None:
-        """Wait, in the device's thread, until no earlier batch is being finished."""
+        """Wait until no earlier batch is being finished. For the device thread."""
         self._finishing.acquire()
 
     def end_finishing(self) -> None:
-        """The batch that was being finished is."""
+        """Let the next batch be finished."""
         self._finishing.release()
 
     def behind(self, job: Callable[[], object]) -> None:
-        """Have a batch finished as a whole, by one thread; the job calls ``end_finishing``."""
+        """Have one thread finish a whole batch; the job must call ``end_finishing``."""
         self._behind.put(job)
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Let the threads end once their jobs are done."""
         self._before.close()
         self._behind.close()
 
@@ -341,7 +341,7 @@ class _Left:
         self._lock = threading.Lock()
 
     def last(self) -> bool:
-        """Count one; True for the last."""
+        """Count one down; True for the last one."""
         with self._lock:
             self._count -= 1
             return self._count == 0
@@ -354,7 +354,7 @@ def _is_stray(run: Run) -> bool:
 
 
 def _slot(task: Task, index: int) -> Slot:
-    """Return a task's slot for one of its inputs: the same one for as long as it is not taken."""
+    """Return a task's slot for one of its inputs: the same one until the device takes the input."""
     if task.prepared is None:
         task.prepared = {}
     slot = task.prepared.get(index)
@@ -364,7 +364,7 @@ def _slot(task: Task, index: int) -> Slot:
 
 
 def size_of(value: Any) -> int:
-    """Return about how many bytes a prepared input takes."""
+    """Estimate the bytes of memory that a prepared input uses."""
     total, left = 0, _COUNTED
     stack = [value]
     seen = set()

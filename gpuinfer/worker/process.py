@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker process holds for its life."""
+"""What a worker process keeps from its start to its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-#: Seconds that results may wait for Redis when the worker stops.
+#: Seconds that a stopping worker waits for Redis to take its results.
 DRAIN_TIMEOUT_S = 10.0
 
 
@@ -26,7 +26,7 @@ class Process:
     batcher: Batcher
     pulse: Pulse
     lock: IO[str]
-    #: Which processes could not run beside this one: they take their locks in the same folder.
+    #: Identifies the folder of ``lock`` among all hosts and containers.
     domain: str
     ceiling: Ceiling
 

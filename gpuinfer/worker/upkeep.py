@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's periodic work for the queue: write its counts, pass tasks on to their model, trim dead letters.
+"""A worker's periodic work for the queue: write counts, pass tasks on to their model, trim dead letters.
 
-What fails because Redis is away or refuses it is tried again the next time.
+If Redis is away or refuses, the work is tried again next time.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from gpuinfer.queue.store import Store
 from gpuinfer.worker.accounting import Accounts
 from gpuinfer.worker.outbox import Outbox
 
-#: Seconds between two searches for tasks that wait in the default model's lists and are for another model.
+#: Seconds between two searches for tasks that are in the default model's lists but are for another model.
 ROUTE_EVERY_S = 1.0
-#: Seconds between two searches for dead letters that have grown too old.
+#: Seconds between two searches for dead letters that are too old.
 TRIM_EVERY_S = 60.0
 
 
 class Upkeep:
-    """Runs for one worker, on its main thread."""
+    """The periodic work of one worker, on its main thread."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Upkeep:
         self._trimmed_at = -math.inf
 
     def flush(self, *, last: bool = False) -> None:
-        """Tell Redis what was counted, once a second, or now."""
+        """Write the counts to Redis, once a second; with ``last``, now."""
         self._try("account", lambda: self._accounts.flush(last=last))
 
     def tick(self) -> None:

@@ -47,7 +47,7 @@ class Small:
         self.manifest, self.name = model.manifest, model.name
         self.sizes: list[int] = []
         self.lost = False
-        self.prepares, self.finishes, self.speaks = model.prepares, model.finishes, model.speaks
+        self.prepares, self.finishes, self.runs_code = model.prepares, model.finishes, model.runs_code
         self.prepare, self.finish = model.prepare, model.finish
         self.prepares_these, self.stage, self.land = model.prepares_these, model.stage, model.land
         #: Tells items that are too much for the device together.

@@ -36,7 +36,7 @@ LONG_S = 60
 class Steps(LoadedModel):
     """A model whose three steps a test watches, each item or output by itself; it keeps what went by."""
 
-    prepares = finishes = speaks = True
+    prepares = finishes = runs_code = True
 
     def __init__(self) -> None:
         body = {"name": "steps", "artefact": "model.py"}
@@ -396,7 +396,7 @@ def test_what_withdrawn_batches_keep_is_bounded(
     assert [outcome["output"] for outcome in collect(engine).outcomes] == [1, 2]
 
 
-def test_what_a_withdrawn_batch_still_prepares_is_on_account(engine: Engine, model: Steps) -> None:
+def test_what_a_withdrawn_batch_still_prepares_is_chargeable(engine: Engine, model: Steps) -> None:
     """A thread that is in there cannot be called back, and may end the process yet."""
     go_on, slow = threading.Event(), threading.Event()
     model.on_pass = lambda items: go_on.wait(LONG_S) and list(items)
@@ -407,12 +407,12 @@ def test_what_a_withdrawn_batch_still_prepares_is_on_account(engine: Engine, mod
     engine.submit(ahead)
     until(lambda: ahead.tasks[0].prepared[0].stage == "begun")  # type: ignore[index]
     engine.withdraw()
-    assert engine.on_account == [*engine.batches, ahead]
+    assert engine.chargeable == [*engine.batches, ahead]
     go_on.set()
     collect(engine)
-    assert engine.on_account == [ahead]
+    assert engine.chargeable == [ahead]
     slow.set()
-    until(lambda: not engine.on_account)
+    until(lambda: not engine.chargeable)
 
 
 def test_a_batch_that_has_ended_is_let_go(engine: Engine, model: Steps) -> None:

@@ -30,7 +30,7 @@ class Staged(list[Any]):
 class Arrays(Steps):
     """A model whose inputs are decoded together, and staged; it has no code of its own before or after."""
 
-    prepares = finishes = speaks = False
+    prepares = finishes = runs_code = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def test_a_batch_that_goes_back_lets_go_of_what_is_staged(
     assert [outcome["output"] for outcome in collect(engine).outcomes] == [1, 2]
 
 
-def test_a_thread_that_still_stages_is_on_account(
+def test_a_thread_that_still_stages_is_chargeable(
     engine: Engine, model: Arrays, go_on: threading.Event
 ) -> None:
     """Of a batch that was withdrawn meanwhile: a death in there is its own doing."""
@@ -198,9 +198,9 @@ def test_a_thread_that_still_stages_is_on_account(
     engine.submit(ahead)
     assert begun.wait(LONG_S)
     engine.withdraw()
-    assert engine.on_account == [*engine.batches, ahead]
+    assert engine.chargeable == [*engine.batches, ahead]
     slow.set()
-    until(lambda: engine.on_account == engine.batches)
+    until(lambda: engine.chargeable == engine.batches)
 
 
 def test_results_are_rendered_while_the_next_batch_runs(engine: Engine, model: Arrays) -> None:

@@ -141,7 +141,7 @@ class PythonModel(LoadedModel):
         return self._finish is not None
 
     @property
-    def speaks(self) -> bool:
+    def runs_code(self) -> bool:
         return True
 
     # -- before the device ----------------------------------------------------------------
