@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A photo to one of four classes: crop, scale and normalise each photo, then one pass for the batch."""
+"""Classify photos into four classes: crop, scale and normalise each photo, then one pass for the batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ImageClassifier:
         self.network.load_state_dict(weights)
 
     def prepare(self, item: Image.Image) -> Tensor:
-        """Turn one photo into a tensor. Several run at once, while the device works on the batch before."""
+        """Turn one photo into a tensor. Several run at once, while the device runs the previous batch."""
         square = ImageOps.fit(item.convert("RGB"), (self.side, self.side))
         pixels = np.asarray(square, np.float32) / 255
         return torch.from_numpy((pixels - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a picture goes with a text: two inputs by name, both known from the annotations.
+"""Score how well a picture matches a text: two inputs by name, both described by annotations.
 
 A request is ``{"picture": FILE, "text": "a ball"}``; for a shell ``-F picture=@ball.png -F text=ball``.
 """
@@ -27,7 +27,7 @@ class Item(TypedDict):
 
 
 class Towers(nn.Module):
-    """A picture (N, 3, SIDE, SIDE) and the words of a text, all in a row, to their likeness (N,)."""
+    """A picture (N, 3, SIDE, SIDE) and the words of a text, all in a row, to their similarity (N,)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class PictureSearch:
         return torch.from_numpy(pixels).permute(2, 0, 1), torch.tensor(words)
 
     def predict(self, batch: list[tuple[Tensor, Tensor]]) -> list[float]:
-        """Return the likeness of each picture to its text."""
+        """Return the similarity of each picture and its text."""
         pictures, texts = zip(*batch, strict=True)
         starts = torch.tensor([0, *(len(text) for text in texts[:-1])]).cumsum(0)
         likeness = self.towers(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write random weights, always the same, beside this file."""
+"""Write random weights, always the same, into this folder."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A second of speech to one of four commands: a spectrogram of each sound, then one pass for the batch."""
+"""Recognise four spoken commands: a spectrogram of each sound, then one pass for the batch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A text to a vector: a tokenizer, then a transformer over all texts of a batch, padded to the longest.
 
-What an input is stands in the annotation of ``prepare``: a text of 1 to 10,000 characters. Fronts and clients
+The annotation of ``prepare`` describes the input: a text of 1 to 10,000 characters. The API and the clients
 refuse anything else before it is queued.
 """
 
