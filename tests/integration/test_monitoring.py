@@ -217,7 +217,7 @@ def test_what_prometheus_sees_is_what_the_fleet_did(
             assert device_s and run_s and 0 < device_s <= run_s + 0.001  # tasks of a batch share its time
             # A disk is shown where the package's folder is, and device memory where there is a GPU.
             there = Path("/var/lib/gpuinfer").exists()
-            absent = {"gpuinfer_worker_device_memory_bytes"} | (set() if there else {"Disk, free"})
+            absent = {"gpuinfer_worker_device_memory_bytes"} | (set() if there else {"Free disk space"})
             absent |= {"increase(gpuinfer_redis_fsync_delayed_total[1m])"}  # this Redis writes no file
             for title, expression in panels():
                 if not {title, expression} & absent:  # a rate needs two scrapes
