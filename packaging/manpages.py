@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the manual pages, by scdoc.
+"""Write the manual pages with scdoc.
 
 ``python packaging/manpages.py ROOT FOLDER``, with an interpreter that has gpuinfer. gpuinfer(1) comes from
 the commands' own help and packaging/man/gpuinfer.1.end, gpuinfer.toml(5) from the settings file that is
-shipped; the others are packaging/man/*.scd. They are written when the package is built, so that none can
-fall behind.
-SOURCE_DATE_EPOCH gives the date.
+shipped; the others are packaging/man/*.scd. They are written when the package is built, so that they
+are always up to date. SOURCE_DATE_EPOCH gives the date.
 """
 
 from __future__ import annotations
@@ -90,9 +89,9 @@ def command_page(ending: Path) -> str:
     parts = [
         f"# NAME\n\ngpuinfer - {escape(purpose[:1].lower() + purpose[1:])}\n",
         "# SYNOPSIS\n\n*gpuinfer* [*--config* _FILE_] _COMMAND_ [_ARGUMENT_]...\n",
-        "# DESCRIPTION\n\nRequests wait in Redis, and one worker a GPU runs them in micro-batches, each "
-        "under systemd. This is the command for all of it; every command explains itself with *--help*. What "
-        "there is on a host, and how it works together, is in *gpuinfer*(7).\n",
+        "# DESCRIPTION\n\nRequests wait in Redis, and one worker per GPU runs them in micro-batches, each "
+        "under systemd. *gpuinfer* is the command for all tasks; *--help* explains each subcommand. "
+        "*gpuinfer*(7) describes the units and files of a host and how they work together.\n",
         "# OPTIONS\n",
         *options_of(cli, top),
         "# COMMANDS\n",
@@ -105,7 +104,7 @@ def command_page(ending: Path) -> str:
 
 
 def spoken(prose: list[str]) -> str:
-    """Return comments of the settings file as a paragraph; what it has between backticks is bold."""
+    """Return comments of the settings file as a paragraph; text between backticks is bold."""
     return re.sub(r"`([^`]+)`", r"*\1*", escape(" ".join(prose)))
 
 
