@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Say which build of torch a wheel holds: ``python packaging/torch_wheel.py WHEEL`` prints cpu or cuda.
 
-For a GPU build the wheels it needs beside it (NVIDIA's libraries, triton) must lie in the same folder; which
-are missing is said on standard error, with exit code 1. Run by Debian's Python, with nothing installed.
+For a GPU build, the wheels that it needs (NVIDIA's libraries, triton) must be in the same folder. If some are
+missing, it names them on standard error and exits with 1. It runs with Debian's Python and nothing installed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def missing(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         text = archive.read(name).decode()
-    # Extras of torch's are nobody's need.
+    # torch's extras are not needed.
     lines = [line for line in re.findall(r"(?m)^Requires-Dist: (.*)$", text) if "extra ==" not in line]
     needed = {normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in lines}
     there = {normal(file.name.split("-")[0]) for file in wheel.parent.glob("*.whl")}

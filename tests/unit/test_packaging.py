@@ -586,8 +586,8 @@ def test_one_torch_everywhere() -> None:
         (["build-deb", "--torch", "rocm"], "--torch is cpu, cuda or none, not rocm"),
         (["build-deb", "--only", "torch", "--torch", "none"], "leaves nothing to build"),
         (["build-deb", "--wheels", "/nowhere"], "there is no such folder"),
-        (["build-deb", "--out"], "--out wants a value"),
-        (["build-repo", "one.deb"], "packages and a folder are wanted"),
+        (["build-deb", "--out"], "--out needs a value"),
+        (["build-repo", "one.deb"], "name the packages and a folder"),
         (["build-repo", "--sign"], "unknown option: --sign"),
     ],
 )
