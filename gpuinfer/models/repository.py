@@ -118,14 +118,6 @@ def _not_ours(folder: ModelFolder) -> tuple[str, ...]:
     return (_BYTECODE,) if folder.shipped else ()
 
 
-def open_folder(path: Path) -> ModelFolder:
-    """Return the model in a folder that need not be installed; it is called as its manifest says.
-
-    Raises ManifestError.
-    """
-    return ModelFolder(path=path, manifest=load_manifest(path))
-
-
 class Repository:
     """The models of some folders, then the shipped ones. Reads the disk at each call."""
 

@@ -97,11 +97,6 @@ def encode_array(array: Array, encoding: Encoding = "list") -> object:
     return array.tolist()
 
 
-def storage_dtype(spec: InputSpec) -> np.dtype[Any]:
-    """Return the dtype of an input's array: its own, but uint16 for the bits of bfloat16."""
-    return np.dtype(np.uint16 if spec.dtype == _BFLOAT16 else spec.dtype)
-
-
 def _item_or_error(manifest: Manifest, value: object) -> Item | InputError:
     try:
         return decode(manifest, value)
