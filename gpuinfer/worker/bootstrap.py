@@ -216,6 +216,7 @@ def _end_at_hard_limit(tasks: Sequence[Task], store: Store) -> NoReturn:
         task_ids=[task.id for task in tasks],
         reason="it exceeded its hard time limit; the process exits",
     )
+    flush()  # before the record of what is charged: the main thread may begin another batch meanwhile
     try:
         if len(tasks) == 1:
             (task,) = tasks
@@ -225,7 +226,7 @@ def _end_at_hard_limit(tasks: Sequence[Task], store: Store) -> NoReturn:
     except Exception as exc:
         ids = [task.id for task in tasks]
         log.error("settle_failed", task_ids=ids, reason=str(exc))
-    flush()
+        flush()
     os._exit(EX_HARD_LIMIT)
 
 
