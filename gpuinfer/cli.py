@@ -88,7 +88,7 @@ COMMANDS: dict[str, Entry] = {
     ),
     "watcher": Entry("gpuinfer.watcher.cli:watcher", "Scale workers with the load; simulate it.", "watcher"),
     "celery": Entry("gpuinfer.celery_cli:celery", "Run Celery's own command on this application."),
-    "api": Entry("gpuinfer.api.cli:api", "Run the HTTP front."),
+    "api": Entry("gpuinfer.api.cli:api", "Run the HTTP API."),
 }
 
 

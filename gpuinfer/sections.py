@@ -229,7 +229,7 @@ class WorkerSettings(Section):
 
 
 class ApiSettings(Section):
-    """The HTTP front."""
+    """The HTTP API."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
@@ -275,7 +275,7 @@ class ApiSettings(Section):
 class MetricsSettings(Section):
     """Metrics for Prometheus."""
 
-    #: "": /metrics of the front. Else a separate address that needs no key: "127.0.0.1:9108", "[::]:9108", or
+    #: "": /metrics of the API. Else a separate address that needs no key: "127.0.0.1:9108", "[::]:9108", or
     #: "unix:/run/gpuinfer/api/metrics.sock".
     listen: str = Field(default="", pattern=r"^(unix:/.+|(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5})?$")
     #: Whether this host shows the metrics of the whole fleet; auto: if Redis runs on it.

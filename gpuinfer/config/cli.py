@@ -32,7 +32,7 @@ def config() -> None:
 def check(ctx: click.Context, as_json: bool) -> None:
     """Check all settings, and each worker's own file (worker@N.env).
 
-    The certificate of api.tls_cert is loaded, as the front does. It warns of settings that are accepted and
+    The certificate of api.tls_cert is loaded, as by the API. It warns of settings that are accepted and
     do nothing, and names the units that run with older settings. Exit code 78: a setting is wrong; the first
     wrong one is named.
     """
@@ -60,7 +60,7 @@ def check(ctx: click.Context, as_json: bool) -> None:
 
 
 def _check_certificate(settings: Settings) -> None:
-    """Raise ConfigError where the front could not use its certificate; who may not read it cannot tell."""
+    """Raise ConfigError if the API could not use its certificate; a user who may not read it is not told."""
     cert, key = settings.api.tls_cert, settings.api.tls_key
     if cert is None:
         return

@@ -41,7 +41,7 @@ Examples:
 @click.command(epilog=_EXAMPLES)
 @click.option("--task", metavar="ID", help="All lines about this task, from any unit.")
 @click.option("--gpu", type=click.IntRange(0), metavar="N", help="The worker of GPU N.")
-@click.option("--api", is_flag=True, help="The HTTP front.")
+@click.option("--api", is_flag=True, help="The HTTP API.")
 @click.option("--worker", is_flag=True, help="All workers.")
 @click.option("--watcher", is_flag=True, help="The watcher.")
 @click.option("--redis", is_flag=True, help="Redis.")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys for the HTTP front: roles, limits and files."""
+"""Keys for the HTTP API: roles, limits and files."""
