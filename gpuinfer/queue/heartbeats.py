@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Workers' heartbeats in Redis: written by each worker, read by watchers, fronts and commands.
 
-They have no time to live: a full Redis evicts first what would expire first, and would have taken every
-worker for dead. How old one is, Redis's own clock tells.
+Heartbeats have no TTL: a full Redis evicts first what expires first, so all workers would seem dead. Redis's
+clock measures their age.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ import redis.asyncio
 from gpuinfer.errors import WorkerRunning
 from gpuinfer.queue import keys
 
-#: A worker whose heartbeat is older than this is taken for dead. It beats twice as often.
+#: A worker with no heartbeat for this long is taken for dead. Workers send one in half this time.
 FRESH_S = 10.0
 
 
 def fresh(client: redis.Redis, workers: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Return the heartbeats of those of ``workers`` that live; without ``workers``, of all. Raises redis-py's
-    errors."""
+    """Return the heartbeats of live workers among ``workers`` (None: all). Raises redis-py's errors."""
     return alive(*read(client, workers))
 
 
 def alive(beats: Mapping[str, dict[str, Any]], now: float) -> dict[str, dict[str, Any]]:
-    """Return those heartbeats that are fresh at ``now``, by Redis's clock."""
+    """Return the heartbeats that are fresh at ``now``, which is Redis's time."""
     return {worker: body for worker, body in beats.items() if now - body.get("at", 0.0) <= FRESH_S}
 
 
 def read(
     client: redis.Redis, workers: Sequence[str] | None = None
 ) -> tuple[dict[str, dict[str, Any]], float]:
-    """Return the last heartbeats, however old, and Redis's time. Raises redis-py's errors."""
+    """Return the last heartbeats, of any age, and Redis's time. Raises redis-py's errors."""
     if workers is None:
         names: list[bytes] = client.zrange(keys.WORKERS, 0, -1)  # type: ignore[assignment]  # not decoded
         workers = [name.decode() for name in names]
@@ -55,7 +54,7 @@ def parse(workers: Sequence[str], answers: Sequence[Any]) -> tuple[dict[str, dic
 
 
 def _body(text: bytes | None) -> dict[str, Any] | None:
-    """Return what a heartbeat says; None for none, and for what no worker has written."""
+    """Return a heartbeat's content; None if there is none, or if it is malformed."""
     try:
         body = orjson.loads(text or b"")
     except orjson.JSONDecodeError:
@@ -74,7 +73,7 @@ async def aread(client: redis.asyncio.Redis) -> tuple[dict[str, dict[str, Any]],
         return parse(names, await pipe.execute())
 
 
-#: What of a heartbeat is shown, where it is there.
+#: The fields of a heartbeat that are shown, if present.
 _SHOWN = (
     *("host", "gpu", "pid", "state", "device", "models", "versions", "missing", "queues"),
     *("done", "rate", "running", "version", "busy", "memory_bytes", "device_memory_bytes", "load_s"),
@@ -82,7 +81,7 @@ _SHOWN = (
 
 
 def shown(beats: Mapping[str, dict[str, Any]], now: float) -> list[dict[str, Any]]:
-    """Return heartbeats for JSON, by the workers' names; ``alive`` and ``seen_s`` by Redis's time."""
+    """Return heartbeats for JSON, sorted by worker; ``alive`` and ``seen_s`` are at Redis's time ``now``."""
     return [
         {"worker": worker}
         | {name: body[name] for name in _SHOWN if name in body}
@@ -94,10 +93,11 @@ def shown(beats: Mapping[str, dict[str, Any]], now: float) -> list[dict[str, Any
 def wait_for_namesake(
     client: redis.Redis, worker: str, domain: str, *, pause: Callable[[float], object], every_s: float = 0.5
 ) -> None:
-    """Return when no process of another host beats under this worker's name.
+    """Return once no process on another host sends heartbeats under this worker's name.
 
-    One that has just died is waited out. Raises WorkerRunning for one that goes on beating, and redis-py's
-    errors. ``domain`` is the caller's own: who shares it cannot run, as the caller has the lock.
+    If one died just now, this waits until its heartbeat is old. Raises WorkerRunning if one still sends
+    heartbeats, and redis-py's errors. ``domain`` is the caller's lock domain: no other process in it can run,
+    because the caller holds the lock.
     """
     first_at: float | None = None
     while True:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tasks have ended: the last 10,000, and up to 100,000 that failed within a day.
+"""Tasks that have ended: the last 10,000, and up to 100,000 that failed within a day.
 
-The script that writes ends notes them in two lists, the newest first, once a batch: id, outcome, queue and
-model, when, the kind of the error, and whose it was. Results are not kept there: they stand under their own
-keys, and expire before or after that.
+The script that writes the ends of a batch adds them to two lists, the newest first: id, outcome, queue and
+model, time, class of the error, and caller. Results have keys of their own, and expire independently.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from gpuinfer.queue.results import moment
 
 Status = Literal["completed", "failed", "expired", "cancelled"]
 STATUSES: tuple[Status, ...] = get_args(Status)
-#: How many tasks one page has, unless told otherwise, and at most.
+#: Tasks per page: default, and maximum.
 USUAL, MOST = 100, 1000
-#: Entries that one call of the script returns, and that one search looks at; then it goes on from there.
+#: Maximum entries per call of the script, and per search; the next page continues the search.
 LOOK, SEARCHED = 1000, 20_000
 #: Failures are listed for this long.
 DAY_S = 86400.0
 
-#: What an end is counted under -> what it is called here.
+#: Outcome in Redis -> status.
 _OUTCOMES: dict[str, Status] = {
     "completed": "completed",
     "failed": "failed",
@@ -42,14 +41,14 @@ class Ended(NamedTuple):
 
     id: str
     status: Status
-    #: Tier and model; empty: not known, as of a task that was cancelled while it waited.
+    #: Tier and model; empty: not known, for example of a task that was cancelled while it waited.
     queue: str
     model: str
-    #: When, in microseconds since the epoch by Redis's clock. No two have the same.
+    #: When it ended, in microseconds since the epoch by Redis's clock; unique in the history.
     at: int
     #: The code of a failed task's error; empty for others.
     error: str
-    #: Whose it was; empty: nobody's in particular.
+    #: Its caller; empty: none.
     caller: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,10 +65,10 @@ class Ended(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Some tasks that have ended, the newest first."""
+    """One page of ended tasks, the newest first."""
 
     tasks: list[Ended]
-    #: What ``before`` is for the next page; None: there is none.
+    #: The value of ``before`` for the next page; None: this is the last page.
     before: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,7 +77,7 @@ class Page(NamedTuple):
 
 
 class Search:
-    """One page to be found: calls of the script ``history`` until it is full. No input, no output."""
+    """Collects one page from calls of the script ``history`` until it is full. Does no I/O itself."""
 
     def __init__(
         self,
@@ -89,8 +88,8 @@ class Search:
         limit: int = USUAL,
         only: str | None = None,
     ) -> None:
-        """``before``: seconds since the epoch, or ISO 8601; ``only``: the caller who may see them, beside
-        those that are nobody's in particular. Raises InputError naming the field.
+        """``before``: seconds since the epoch, or ISO 8601; ``only``: show this caller's tasks and those
+        without a caller. Raises InputError naming the field.
         """
         if status is not None and status not in STATUSES:
             raise InputError(f"must be one of {', '.join(STATUSES)}, got {status!r:.80}", "status")
@@ -108,12 +107,12 @@ class Search:
 
     @property
     def args(self) -> list[str | int]:
-        """The arguments of the next call."""
+        """The arguments of the next call of the script."""
         before = "" if self._before is None else self._before
         return [int(self._status == "failed"), before, LOOK]
 
     def take(self, entries: Sequence[bytes], now: float) -> None:
-        """Take the answer to a call. ``now``: seconds since the epoch."""
+        """Add the entries that a call returned. ``now``: seconds since the epoch."""
         oldest = (now - DAY_S) * 1e6 if self._status == "failed" else 0.0
         for entry in entries:
             ended = _parse(entry)
@@ -136,7 +135,7 @@ class Search:
 
     @property
     def page(self) -> Page:
-        """What was found."""
+        """The tasks found."""
         before = f"{self._before // 1_000_000}.{self._before % 1_000_000:06d}" if self._before else None
         return Page(self._found, before if self._more else None)
 
@@ -155,7 +154,7 @@ def _microseconds(before: str | float) -> int:
 
 
 def _parse(entry: bytes) -> Ended | None:
-    """Read an entry of the script; None for what somebody else has put there."""
+    """Read an entry of the history; None if it is malformed."""
     head, _, rest = entry.decode(errors="backslashreplace").partition("\n")
     task_id, error, caller = (*rest.split("\n", 2), "", "")[:3]
     at, outcome, queue, model = (*head.split(" ", 3), "", "", "", "")[:4]

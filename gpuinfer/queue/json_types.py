@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kombu's JSON types: what it writes as ``{"__type__": ..., "__value__": ...}``.
+"""kombu's JSON types, which it writes as ``{"__type__": ..., "__value__": ...}``.
 
-Source: kombu/utils/json.py. A model knows numbers, text and bytes: what comes in another type is read as the
-plain value that says the same.
+Source: kombu/utils/json.py. Models take numbers, text and bytes, so other types are read as the equivalent
+number or text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _KEYS = {"__type__", "__value__"}
 
 
 def _number(text: str) -> int | float:
-    """Return a decimal number; one without a point is a whole one."""
+    """Return a decimal as a number: an int if it has no decimal point, else a float."""
     value = Decimal(text)
     return int(value) if value.is_finite() and value.as_tuple().exponent == 0 else float(value)
 
@@ -36,7 +36,7 @@ _READ: Mapping[object, Callable[[Any], Any]] = {
 def plain(value: Any) -> Any:
     """Return a JSON value with plain values in place of kombu's types.
 
-    Raises ValueError for what kombu could not have written, and RecursionError.
+    Raises ValueError for anything that kombu could not have written, and RecursionError.
     """
     if type(value) is dict:
         if value.keys() == _KEYS:
@@ -50,8 +50,8 @@ def plain(value: Any) -> Any:
 def _read(kind: object, value: Any) -> Any:
     reader = _READ.get(kind) if isinstance(kind, str) else None
     if reader is None:
-        raise ValueError(f"__type__ {kind!r:.40} is not read; {', '.join(map(str, _READ))} are")
+        raise ValueError(f"unsupported __type__ {kind!r:.40}; supported: {', '.join(map(str, _READ))}")
     try:
         return reader(value)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as exc:
-        raise ValueError(f"{value!r:.60} is no {kind}: {exc}") from None
+        raise ValueError(f"{value!r:.60} is not a {kind}: {exc}") from None

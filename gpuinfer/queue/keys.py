@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names of everything gpuinfer keeps in Redis.
 
-Tasks wait in lists. A list's coordinates are tier, model, priority and caller. The default model's lists
-are the ones that kombu's Redis transport names, so that a plain Celery producer fills them, too:
+Tasks wait in lists, one for each tier, model, priority and caller. The default model's lists have the names
+that kombu's Redis transport uses, so that plain Celery producers can fill them, too:
 
     realtime                 tier realtime, the default model, priority 0
     realtime\\x06\\x169        the same, priority 9
     realtime.resnet          tier realtime, model resnet
     realtime.resnet@alice    the same, for the tasks of one caller
 
-Tasks are pushed on the left and taken from the right.
+Tasks are pushed on the left and popped from the right.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from gpuinfer.names import MODEL_NAME, QUEUES
 #: kombu's separator between a queue's name and a priority.
 SEP = "\x06\x16"
 PRIORITIES = range(10)
-#: How what lies in Redis is laid out. A program that meets another number ends before it touches anything.
+#: Version of the data format in Redis. A program that finds another number ends before it touches any data.
 FORMAT = 2
 FORMAT_KEY = "gpuinfer:format"
 #: Celery's result key prefix; also the channel a result is published on.
 RESULT_PREFIX = "celery-task-meta-"
-#: A large result, until its task's end is written: then it is renamed, and has not passed through Lua.
+#: A large result, until its task's end is written: then the key is renamed, so the value never passes through
+#: Lua.
 BESIDE_PREFIX = "gpuinfer:beside:"
-#: The channel on which one client process hears of its tasks' ends.
+#: The channel on which one client process receives its tasks' ends.
 REPLY_PREFIX = "gpuinfer:reply:"
 #: A worker waits on its own wake-up list while it is idle.
 WAKE_PREFIX = "gpuinfer:wake:"
-#: Model -> its lists that hold work, scored by rank. The empty model: the default model's lists.
+#: Model -> its lists that have tasks, scored by rank. The empty model: the default model's lists.
 INDEX_PREFIX = "gpuinfer:index:"
 #: The models that have an index.
 INDEXED = "gpuinfer:indexed"
 #: Idle workers of all groups, scored by when they last began to wait.
 IDLE = "gpuinfer:idle"
-#: Idle workers that serve the same, scored by when they were last seen; negative: woken, and about to claim.
+#: Idle workers of a group, scored by when they were last seen; negative: woken, and about to claim.
 IDLE_PREFIX = "gpuinfer:idle:"
 #: ``tier.model`` -> the groups of workers that serve it, scored by when one of them was last seen.
 GROUPS_PREFIX = "gpuinfer:groups:"
-#: List with tasks that wait for their ETA -> when the first of them is due; when the first of all is.
+#: List -> when the first of its tasks with an ETA is due. ``DUE``: when the first of all is due.
 LATER = "gpuinfer:later"
 DUE = "gpuinfer:due"
 #: A list's tasks that wait for their ETA, scored by when they are due, by Redis's clock.
@@ -56,113 +57,113 @@ EPOCH_PREFIX = "gpuinfer:epoch:"
 #: Idempotency keys of the current period, and of the one before.
 KEYED = "gpuinfer:keyed"
 KEYED_BEFORE = "gpuinfer:keyed:before"
-#: How much may come before what waits is counted again: in all, and of each caller with a quota.
+#: Tasks that may be submitted before the waiting ones are counted again: in all, and per caller with a quota.
 ROOM = "gpuinfer:room"
-#: Caller with a quota -> when its next task would be due if all came at its rate, by Redis's clock.
+#: Caller with a quota -> when its next task would be due at exactly its rate, by Redis's clock.
 RATES = "gpuinfer:rates"
-#: Caller -> its weight among the callers that take turns, where that is not 1.
+#: Caller -> its weight among the callers that take turns, if it is not 1.
 WEIGHTS = "gpuinfer:weights"
-#: Large bodies, each beside the list that holds its task's id. Without a TTL from its submission to its end.
+#: A task's large body, stored beside its list. It has no TTL from the task's submission to its end.
 BODY_PREFIX = "gpuinfer:body:"
-#: Id -> ``tier bytes caller`` of the body beside the list, of tasks that have not ended.
+#: Id of a task that has not ended -> ``tier bytes caller`` of its large body.
 BODIES = "gpuinfer:bodies"
-#: Tier, and ``@caller`` -> bytes of all of these.
+#: Tier, or ``@caller`` -> total bytes of their large bodies.
 BODY_BYTES = "gpuinfer:body-bytes"
 HEARTBEAT_PREFIX = "gpuinfer:heartbeat:"
 #: Workers, scored by when they were last seen, by Redis's clock.
 WORKERS = "gpuinfer:workers"
-#: Workers that have left, scored by when: their epochs are forgotten later.
+#: Workers that have left, scored by when they left. Their epochs are removed later.
 LEFT = "gpuinfer:left"
-#: Models the fleet knows, scored by when somebody who could serve them was last seen.
+#: Models the fleet knows, scored by when a worker or host that can serve them was last seen.
 CATALOGUE = "gpuinfer:catalogue"
 DEFAULT_MODEL = "gpuinfer:default-model"
-#: Model -> what it takes, as JSON: ``texts``, digest -> ``models.signature.Signature`` in JSON, one for each
-#: version that hosts have; ``said``, who says so -> when and its digest.
+#: Model -> what it takes, as JSON: ``texts``, digest -> ``models.signature.Signature`` as JSON, one for each
+#: version that hosts have; ``said``, reporting worker or watcher -> time and digest.
 SIGNATURES = "gpuinfer:signatures"
-#: Seconds after which what one worker or watcher has said a model takes, and has not repeated, is dropped.
+#: Seconds after which a worker's or watcher's report of a signature is dropped unless it was repeated.
 SIGNATURE_VOID_S = 100
-#: The queues from which nothing is claimed, as one text: ``batch realtime.resnet``; a tier stands for all its
-#: models.
+#: The paused queues, as one text: ``batch realtime.resnet``; a tier means all its models.
 PAUSED = "gpuinfer:paused"
 #: The workers that claim nothing until they are resumed, as one text: ``gpu0@a gpu3@b``.
 DRAINED = "gpuinfer:drained"
 DEAD = "gpuinfer:dead"
-#: Dead letters, scored by when they came; and how many bytes they have together.
+#: Dead letters, scored by when they were added; and their total bytes.
 DEAD_AGES = "gpuinfer:dead:ages"
 DEAD_BYTES = "gpuinfer:dead:bytes"
-#: Tasks that failed -> their list and message, so that they can be sent again; with their ages and bytes.
+#: Failed task -> its list and message, so that it can be retried; with ages and bytes, as for dead letters.
 FAILED = "gpuinfer:failed"
 FAILED_AGES = "gpuinfer:failed:ages"
 FAILED_BYTES = "gpuinfer:failed:bytes"
-#: A group of several models -> their indices that hold work, in the order of serving.
+#: A group of several models -> their indices that have tasks, in the order of serving.
 ORDER_PREFIX = "gpuinfer:order:"
-#: Group -> for each of its lists since when it has been passed over (ms), and what was claimed from it until
-#: then; the empty field: claims since the last aged one.
+#: Group -> for each of its lists, since when it was passed over (ms), and its count of claimed tasks at that
+#: time; the empty field: claims since the last one that began with an aged list.
 AGEING_PREFIX = "gpuinfer:ageing:"
-#: Group -> its lists that the last look has found to be passed over for too long; gone when the next is due.
+#: Group -> its lists that were passed over for too long, by the last check; expires when the next is due.
 AGED_PREFIX = "gpuinfer:aged:"
-#: List -> how much it has been served, among the callers that take turns.
+#: List -> how much it was served, among the callers that take turns.
 TURNS = "gpuinfer:turns"
-#: List -> how many tasks were ever claimed from it, less those that were put back. The default model's
-#: lists have its name behind a space.
+#: List -> tasks ever claimed from it, less those that were put back. For the default model's lists, a space
+#: and the model's name follow.
 CLAIMED = "gpuinfer:claimed"
-#: ``outcome tier model`` -> how many tasks ended so; ``bytes tier model`` -> bytes of their results.
+#: ``outcome tier model`` -> number of tasks; ``bytes tier model`` -> bytes of their results.
 ENDED = "gpuinfer:ended"
-#: By UTC hour: ``requests|errors|refused|bytes_in|bytes_out key model`` and ``device_us caller model``, sums.
-#: "-" stands for no key, and for no model.
+#: UTC hour -> sums: ``requests|errors|refused|bytes_in|bytes_out key model`` and ``device_us caller model``.
+#: "-" means no key, or no model.
 USAGE_PREFIX = "gpuinfer:usage:"
-#: ``kind name name`` -> how much of it there has been since this Redis began (see ``tally``).
+#: ``kind name name`` -> count since this Redis began (see ``tally``).
 COUNTS = "gpuinfer:counts"
-#: Key -> when it was used last, in seconds by Redis's clock.
+#: Key -> when it was last used, in seconds by Redis's clock.
 KEY_USED = "gpuinfer:key-used"
-#: A process -> the number of the last flush of its counts: one that is repeated adds nothing.
+#: Process -> the number of the last flush of its counts, so that a repeated flush adds nothing.
 FLUSHED_PREFIX = "gpuinfer:flushed:"
-#: Series of numbers -> when each was written last; and the chunks they lie in (see ``series``).
+#: Series of numbers -> when it was last written; the prefix of the series' chunks (see ``series``).
 SERIES = "gpuinfer:series"
 SERIES_PREFIX = "gpuinfer:series:"
-#: What the rates among them were counted from when last (see ``metrics.steps``).
+#: The last values of the counters from which the rates among the series are computed (see ``metrics.steps``).
 SERIES_STATE = "gpuinfer:watcher:series"
 #: The tasks that ended last, the newest first; and those that failed (see ``history``).
 HISTORY = "gpuinfer:history"
 FAILURES = "gpuinfer:history:failed"
 
-#: Prefixes of the ids that client processes make, scored by when each has said so, by Redis's clock: the
-#: newest ``ORIGINS_MOST``. A task of one of these that nothing is kept of has expired.
+#: Prefixes of the ids that known client processes create, scored by when each registered, by Redis's clock;
+#: the newest ``ORIGINS_MOST``. A task with such an id but without a state has expired.
 ORIGINS, ORIGINS_MOST = "gpuinfer:origins", 10_000
 
-#: What the name of a group begins with that serves one model: it needs no order.
+#: Prefix of the name of a group that serves one model: it needs no order.
 ONE_MODEL = "one-"
-#: How many tasks that ended are remembered, and how many that failed; as many as this more at times.
+#: Maximum ended tasks, and failed tasks, in the history; there may be up to ``HISTORY_SLACK`` more.
 HISTORY_MOST, FAILURES_MOST, HISTORY_SLACK = 10_000, 100_000, 1000
-#: Separates a caller from the rest of a queue's name; no model's name has it.
+#: Separates the caller from the rest of a queue's name; not allowed in a model's name.
 CALLER = "@"
-#: Bytes that an idempotency key takes in Redis, about.
+#: Approximate bytes of an idempotency key in Redis.
 KEYED_BYTES = 200
-#: Bytes of a task that count as one, when what waits is bounded: more than a message with its body in it has.
+#: In the limit of waiting tasks, each full block of this many bytes counts as one more task. It is more than
+#: a message with its body takes.
 GRANT_BYTES = 68 * 1024
-#: Seconds that a body may lie beside a list before its task is submitted.
+#: Seconds that a large body is kept before its task is submitted.
 BODY_VOID_S = 60
-#: Seconds that a large result may lie beside before its task's end is written.
+#: Seconds that a large result is kept before its task's end is written.
 BESIDE_VOID_S = 60
-#: Seconds after which an idle worker that has not renewed its entry is taken for gone: two waits and a bit.
+#: Seconds after which an idle worker that has not renewed its entry is taken for gone: a bit over two waits.
 IDLE_VOID_S = 2.5
-#: Seconds that a woken worker is expected to take until it claims.
+#: Seconds within which a woken worker is expected to claim.
 WOKEN_VOID_S = 0.5
-#: Seconds until a task that is due, and cannot be put into its list, is tried again.
+#: Seconds until Redis tries again to move a due task that could not be put into its list.
 LATER_RETRY_S = 10
-#: Seconds after which a group that no worker has renewed is forgotten.
+#: Seconds after which a group that no worker has renewed is removed.
 GROUP_VOID_S = 60
-#: Seconds after which a worker that holds nothing is forgotten, and its epoch: its name may never come back.
+#: Seconds after which a worker that holds no tasks is removed, with its epoch: its name may never come back.
 WORKER_VOID_S = 86400
-#: Seconds that an hour of usage is kept; and for which a process may try a flush again.
+#: Seconds that an hour of usage is kept; seconds for which a process may retry a flush.
 USAGE_KEPT_S = 35 * 86400
 FLUSHED_VOID_S = 3600
-#: Fields that an hour of usage, and all counts, have at most. What is beyond them counts for "other".
+#: Maximum fields of an hour of usage, and of all counts. Further names are counted as "other".
 MOST_COUNTS = 20_000
-#: Seconds after which a model that nobody could serve is forgotten.
+#: Seconds after which a model that no worker or host can serve is removed.
 MODEL_VOID_S = 7 * 86400
 
-#: What a caller is called: the name of a key.
+#: A caller is the name of a key.
 CALLER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 CALLER_WORDS = "a key's name, of at most 32 characters a to z, 0 to 9, '_' and '-'"
 
@@ -172,7 +173,7 @@ _LIST = re.compile(
 
 
 class Place(NamedTuple):
-    """A list's coordinates."""
+    """The parts of a list's name."""
 
     tier: str
     #: Empty: the default model.
@@ -182,7 +183,7 @@ class Place(NamedTuple):
 
 
 def queue_name(tier: str, model: str = "", caller: str = "") -> str:
-    """Return the name of a queue: what its lists' names begin with."""
+    """Return the name of a queue, with which the names of its lists begin."""
     name = f"{tier}.{model}" if model else tier
     return f"{name}{CALLER}{caller}" if caller else name
 
@@ -194,7 +195,7 @@ def list_key(queue: str, priority: int) -> str:
 
 @lru_cache(maxsize=1024)
 def place_of(key: str) -> Place:
-    """Return the coordinates of a list, as far as it has any: see ``ours``."""
+    """Return the parts of a list's name. Valid only for our lists: see ``ours``."""
     queue, _, priority = key.partition(SEP)
     name, _, caller = queue.partition(CALLER)
     tier, _, model = name.partition(".")
@@ -202,17 +203,17 @@ def place_of(key: str) -> Place:
 
 
 def ours(key: str) -> bool:
-    """Tell whether this is the name of a list of ours, with a model's and a caller's name as they may be."""
+    """Tell whether this is the name of a list of ours: tier, valid model and caller, and priority."""
     return _LIST.fullmatch(key) is not None
 
 
 def rank_of(tier: str, priority: int) -> int:
-    """Return the place of a list in the order of serving: 0 the most urgent, 29 the least."""
+    """Return the rank of a list in the order of serving: 0 the most urgent, 29 the least."""
     return 10 * QUEUES.index(tier) + 9 - priority
 
 
 def tier_of(queue: str) -> str | None:
-    """Return the tier that a queue belongs to, None for a queue that is not ours."""
+    """Return the tier of a queue; None for a queue that is not ours."""
     return place_of(queue).tier if ours(queue) and SEP not in queue else None
 
 
@@ -234,22 +235,22 @@ def group_of(tiers: Iterable[str], models: Iterable[str]) -> str:
 
 
 def index(model: str = "") -> str:
-    """Return the index of a model's lists that hold work; without a model, of the default model's."""
+    """Return the key of the index of a model's lists that have tasks; '': of the default model's lists."""
     return INDEX_PREFIX + model
 
 
 def wake(worker: str) -> str:
-    """Return the wake-up list of ``worker``."""
+    """Return the key of ``worker``'s wake-up list."""
     return WAKE_PREFIX + worker
 
 
 def inflight(worker: str) -> str:
-    """Return the hash of what ``worker`` (``gpu0@host``) has claimed and not settled."""
+    """Return the key of the hash of tasks that ``worker`` (``gpu0@host``) has claimed and not settled."""
     return INFLIGHT_PREFIX + worker
 
 
 def epoch(worker: str) -> str:
-    """Return the hash of ``worker``'s epoch: its ``number``, and ``by`` whom it was begun.
+    """Return the key of the hash of ``worker``'s epoch: its ``number``, and who began it (``by``).
 
     Each process begins one, and so does each restore, and each claim with an uncertain outcome.
     """
@@ -257,7 +258,7 @@ def epoch(worker: str) -> str:
 
 
 def later(list_key: str) -> str:
-    """Return the sorted set of a list's tasks that wait for their ETA."""
+    """Return the key of the sorted set of a list's tasks that wait for their ETA."""
     return LATER_PREFIX + list_key
 
 
@@ -267,12 +268,12 @@ def heartbeat(worker: str) -> str:
 
 
 def body(task_id: str) -> str:
-    """Return the key of a task's body, where that lies beside the list."""
+    """Return the key of a task's large body, which is stored beside the list."""
     return BODY_PREFIX + task_id
 
 
 def beside(task_id: str) -> str:
-    """Return the key under which a task's large result stands until its end is written."""
+    """Return the key of a task's large result until the task's end is written."""
     return BESIDE_PREFIX + task_id
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks with an ETA: they wait in Redis, not in a worker, until they are due by Redis's clock.
 
-A claim moves what is due into its list first; so does a worker's timer while it is idle, and the watcher.
+Due tasks are moved into their lists by each claim, by the timer of an idle worker, and by the watcher.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from gpuinfer.queue.direct import Direct
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QueueSettings
 
-#: What one call moves at most: it keeps Redis for some milliseconds.
+#: Maximum tasks and bytes moved by one call, so that it blocks Redis only for some milliseconds.
 MOVED_TASKS, MOVED_BYTES = 1000, 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Postponed:
-    """What became of tasks that were to wait: all wait in Redis by now but these."""
+    """The result of postponing tasks: all now wait in Redis, except these."""
 
-    #: Positions of those that are due by Redis's clock.
+    #: Positions of tasks that are already due by Redis's clock.
     due: frozenset[int]
-    #: Positions of those that cannot wait, and why not.
+    #: Positions of tasks that cannot wait; ``why``: the reason.
     refused: frozenset[int]
     why: str
 
 
 def move_due(client: redis.Redis) -> int:
-    """Put what is due into its lists; return how many tasks were. Raises redis-py's errors."""
+    """Move due tasks into their lists; return how many. Raises redis-py's errors."""
     moved, _ = bind(client, "due")(args=[MOVED_TASKS, MOVED_BYTES])
     return int(moved)
 
 
 class Later:
-    """A worker's side of the tasks that wait for their ETA."""
+    """What a worker does about tasks that wait for their ETA."""
 
     def __init__(
         self,
@@ -53,14 +53,15 @@ class Later:
         self._inflight = inflight
         self._settings = settings
         self._clock = clock
-        #: What Redis has said when the next task is due, and when that is by the own clock.
+        #: When the next task is due: the text in Redis, and the time by this process's clock.
         self._known = b""
         self._due_at = 0.0
 
-    def look(self, due: bytes) -> int:
-        """Put what is due into its lists; return how many tasks. ``due``: when the next one is, by Redis.
+    def move_due(self, due: bytes) -> int:
+        """Move due tasks into their lists; return how many. ``due``: the value of ``keys.DUE``.
 
-        Redis is asked when it says something new, and when the time has come: the clocks may differ.
+        Redis is called only if that value is new, or if its time has come by this process's clock, which may
+        differ from Redis's.
         """
         if due == self._known and self._clock() < self._due_at:
             return 0
@@ -70,7 +71,7 @@ class Later:
         return int(moved)
 
     def postpone(self, tasks: Sequence[tuple[int, float]]) -> Postponed:
-        """Move (seq, due in seconds since the epoch) from flight to the tasks that wait."""
+        """Move tasks, given as (seq, due in seconds since the epoch), from flight to those that wait."""
         args = [self._settings.max_later, *(part for seq, due in tasks for part in (seq, f"{due:.6f}"))]
         due, refused, why = self._postpone(keys=[self._inflight], args=args)
         reason = why.decode(errors="replace")

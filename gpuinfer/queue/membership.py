@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker tells the fleet of itself: that it lives, what it serves, and what its models take."""
+"""How a worker reports to the fleet: that it is alive, what it serves, and what inputs its models take."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Membership:
         self._register = bind(client, "register")
         self._describe_script = bind(client, "describe")
         self._leave = bind(client, "leave")
-        #: Model -> what it takes, as JSON, for those who submit.
+        #: Model -> its signature as JSON, by which clients check inputs.
         self.signatures: Mapping[str, bytes] = {}
         self._described_at = 0.0
         #: The group that was registered (``keys.group_of``); empty: none, or Redis may have forgotten it.
         self.group = ""
 
     def register(self, group: str, tiers: str, heartbeat: bytes, default: str) -> int:
-        """Say that this worker lives and serves these tiers; return how many tasks wait for it.
+        """Report that this worker is alive and serves these tiers; return how many tasks wait for it.
 
-        ``default`` becomes the default model where there is none yet. Raises redis-py's errors.
+        ``default`` becomes the default model if there is none yet. Raises redis-py's errors.
         """
         args = (self._worker, group, heartbeat, tiers, default, *self._models)
         waiting = int(self._register(keys=[keys.heartbeat(self._worker)], args=args))
@@ -45,14 +45,14 @@ class Membership:
         return waiting
 
     def _describe(self) -> None:
-        """Say what the models take."""
+        """Report the models' signatures."""
         if self.signatures:
             said = [part for pair in self.signatures.items() for part in pair]
             self._describe_script(args=[self._worker, *said])
         self._described_at = self._clock()
 
     def leave(self, group: str) -> None:
-        """Leave the fleet: nobody wakes this worker any more, or takes it for alive.
+        """Leave the fleet: this worker is no longer woken, and no longer counts as alive.
 
         Raises redis-py's errors.
         """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Celery's task message as kombu's Redis transport lays it on the list: the names in it, and how it is read.
+"""Celery's task message, as kombu's Redis transport puts it into a list: its field names, and how to read it.
 
-Source: https://docs.celeryq.dev/en/stable/internals/protocol.html. Any Celery producer's message is read:
-protocol 1 and 2, kombu's own JSON types, and what producers in other languages write. Ours are written by
-``submission``.
+Source: https://docs.celeryq.dev/en/stable/internals/protocol.html. Messages of all Celery producers are read:
+protocol 1 and 2, kombu's own JSON types, and what producers in other languages write. Our own messages are
+written by ``submission``.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from gpuinfer.settings import QueueSettings
 
 PREDICT = "gpuinfer.predict"
 BATCH_PREDICT = "gpuinfer.batch_predict"
-#: Task -> its queue, unless the caller names one.
+#: Task -> its default queue.
 ROUTES = {PREDICT: "realtime", BATCH_PREDICT: "batch"}
-#: What the names of Celery's own tasks begin with: celery.map, celery.chord_unlock, celery.backend_cleanup.
+#: Prefix of the names of Celery's own tasks: celery.map, celery.chord_unlock, celery.backend_cleanup.
 BUILT_IN_PREFIX = "celery."
 
-#: What a compressed body may unpack to, unless told otherwise.
+#: Default maximum size of a decompressed body.
 MAX_BODY_BYTES = 64 * 1024 * 1024
-#: A message of more bytes is not read: its body belongs beside the list.
+#: A larger message is not read: its body should be stored beside the list.
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 #: Header: how many bytes of inputs are stored beside the list.
 BESIDE = "gpuinfer_body"
 #: Header: when it was submitted, in seconds since the epoch by the submitter's clock.
 SENT = "gpuinfer_sent"
-#: Header: the caller's own map.
+#: Header: the caller's own names and texts (``Options.metadata``).
 METADATA = "gpuinfer_metadata"
 #: Header: the caller's trace context; OpenTelemetry's instrumentation of Celery uses the same one.
 TRACEPARENT = "traceparent"
@@ -47,9 +47,9 @@ TRACEPARENT = "traceparent"
 KEY = "gpuinfer_key"
 #: Characters of a traceparent; a later version of the standard may have more than today's 55.
 _MOST_TRACEPARENT = 200
-#: What a message says of what follows its task.
+#: The fields of a message that say what follows its task.
 _CANVAS = ("chain", "chord", "callbacks", "errbacks")
-#: The charsets that JSON may say it has.
+#: The charsets that JSON may declare.
 _CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 
 
@@ -64,7 +64,7 @@ class Undecodable(ValueError):
 def end_of_state(
     expires_at: float | None, metadata: Mapping[str, Any] | None, traceparent: str, sent: bytes
 ) -> bytes:
-    """Return the end of a waiting task's state, from behind its priority.
+    """Return the end of a waiting task's state, that is, all that comes after its priority.
 
     ``sent``: when it was submitted, in seconds since the epoch; empty: not known.
     """
@@ -80,17 +80,17 @@ def end_of_state(
 
 @dataclass(slots=True)
 class Envelope:
-    """A message, read without its body."""
+    """A message whose body has not been read yet."""
 
     raw: dict[str, Any]
     headers: dict[str, Any]
     properties: dict[str, Any]
     task: str
     id: str
-    #: Deliveries before this one, and those among them that ended in the worker's death.
+    #: Deliveries before this one; ``deaths``: how many of them ended in the worker's death.
     deliveries: int
     deaths: int
-    #: Bytes of its arguments as text, unpacked; 0 before they are read.
+    #: Bytes of its arguments as decompressed text; 0 before they are read.
     size: int = 0
     #: The body if it was opened already, as in protocol 1, where it contains the task's name and id.
     opened: Any = None
@@ -99,30 +99,30 @@ class Envelope:
 
     @property
     def reply_to(self) -> str:
-        """Return the channel on which one of our clients hears of the task's end; empty for others."""
+        """Return the reply channel, if the message is from one of our clients; otherwise empty."""
         return _reply_to(self.properties)
 
     @property
     def sent_at(self) -> float | None:
-        """Return when one of our clients submitted it, in seconds since the epoch; None for others."""
+        """Return when it was submitted, in seconds since the epoch; None unless one of our clients did."""
         at = self.headers.get(SENT)
         return at if type(at) is float else None
 
     @property
     def metadata(self) -> dict[str, Any] | None:
-        """Return the caller's own map, None for none."""
+        """Return the caller's own names and texts; None if there are none."""
         found = self.headers.get(METADATA)
         return found if isinstance(found, dict) and found else None
 
     @property
     def traceparent(self) -> str:
-        """Return the caller's place in a trace, where it has given one."""
+        """Return the caller's trace context; empty if there is none."""
         found = self.headers.get(TRACEPARENT)
         return found if isinstance(found, str) and len(found) <= _MOST_TRACEPARENT else ""
 
     @property
     def told(self) -> bytes:
-        """Return the end of its state for when it waits again (``end_of_state``)."""
+        """Return the end of its state (``end_of_state``) for when it is put back and waits again."""
         try:
             expires_at = moment_of(self.headers, "expires")
         except InputError:
@@ -144,13 +144,13 @@ class Envelope:
         try:
             return arrays.unpack(body, load_head, many=many)
         except (ValueError, TypeError, LookupError) as exc:
-            reason = f"what lies beside the list is no body of gpuinfer: {type(exc).__name__}"
+            reason = f"the body stored beside the list is not one of gpuinfer: {type(exc).__name__}"
             raise Undecodable(reason, self.id) from None
 
     def body(self, max_bytes: int = MAX_BODY_BYTES) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
-        """Return (args, kwargs, embed). Raises Undecodable, and PayloadTooLarge for what unpacks to more.
+        """Return (args, kwargs, embed). In args and kwargs, kombu's JSON types are replaced by plain values.
 
-        kombu's JSON types are plain values in args and kwargs, and as they came in embed.
+        Raises Undecodable, and PayloadTooLarge for a body that decompresses to more than ``max_bytes``.
         """
         try:
             body = self.opened
@@ -163,7 +163,7 @@ class Envelope:
                 args, kwargs, embed = body if len(body) == 3 else (*body, None)
         except (ValueError, TypeError, zlib.error, RecursionError) as exc:
             raise Undecodable(f"the body is not a task's arguments: {exc}", self.id) from None
-        # null, or [] for kwargs: what PHP and others write for no arguments.
+        # For no arguments, PHP and others write null, or [] for kwargs.
         args, kwargs = [] if args is None else args, kwargs or {}
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise Undecodable("the body is not [args, kwargs, embed]", self.id)
@@ -175,12 +175,12 @@ class Envelope:
         """Keep what follows the task's end, if anything does."""
         if not embed:
             return
-        get = embed.get  # written out: every task passes here
+        get = embed.get  # no loop: this runs for every task
         if get("chain") or get("chord") or get("callbacks") or get("errbacks"):
             self.embed = {name: get(name) for name in _CANVAS}
 
     def forget(self) -> None:
-        """Drop the text: Redis has it while the task is in flight."""
+        """Drop the message's text: Redis keeps it while the task is in flight."""
         self.raw, self.opened = {}, None
 
 
@@ -190,12 +190,12 @@ def _reply_to(properties: dict[str, Any]) -> str:
 
 
 def decode(payload: bytes) -> Envelope:
-    """Read a list entry. Raises Undecodable, which says why the task can never run."""
+    """Read a list entry. Raises Undecodable with the reason why the task can never run."""
     return _envelope(*_parts(payload))
 
 
 def peek(payload: bytes) -> Envelope | None:
-    """Read a list entry as ``decode`` does; None where that would need to decompress its body."""
+    """Read a list entry as ``decode`` does; None if its body would have to be decompressed for that."""
     raw, headers, properties = _parts(payload)
     if "task" not in headers and headers.get("compression"):
         return None
@@ -203,9 +203,9 @@ def peek(payload: bytes) -> Envelope | None:
 
 
 def peek_at_end(payload: bytes) -> Envelope | None:
-    """Read a list entry with what follows its end, without parsing its arguments, which come before that.
+    """Read a list entry and what follows the task's end, without parsing the arguments before it.
 
-    None where nothing follows, and where that is unknown: in protocol 1, and in a compressed body.
+    None if nothing follows, or if that is unknown, as in protocol 1 and in a compressed body.
     """
     try:
         raw, headers, properties = _parts(payload)
@@ -223,9 +223,9 @@ def peek_at_end(payload: bytes) -> Envelope | None:
 
 
 def identify(payload: bytes) -> tuple[str | None, str]:
-    """Return a task's id, None where there is none, and its client's reply channel, or ''.
+    """Return a task's id, or None, and its client's reply channel, or ''.
 
-    Never opens the body, which may have crashed the processes that did.
+    Never opens the body: reading it may be what crashed earlier processes.
     """
     try:
         _, headers, properties = _parts(payload)
@@ -248,7 +248,7 @@ def _parts(payload: bytes) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
     headers, properties = raw.get("headers"), raw.get("properties")
     headers = {} if headers is None else headers
     if not isinstance(headers, dict) or not isinstance(properties, dict):
-        raise Undecodable("no headers or properties: not a message of kombu")
+        raise Undecodable("no headers or properties: not a kombu message")
     return raw, headers, properties
 
 
@@ -273,7 +273,7 @@ def _envelope(raw: dict[str, Any], headers: dict[str, Any], properties: dict[str
 def _first_protocol(
     raw: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any]
 ) -> tuple[Any, int]:
-    """Open a body of protocol 1, and put what it says of the task into ``headers``. Raises Undecodable."""
+    """Open a body of protocol 1, and copy the task's fields into ``headers``. Raises Undecodable."""
     task_id = properties.get("correlation_id")  # Celery's producers write the id there, too
     task_id = task_id if _is_text(task_id) else None
     _check_type(raw.get("content-type"), task_id)
@@ -288,7 +288,7 @@ def _first_protocol(
 
 
 def _uuid(task_id: dict[str, Any]) -> Any:
-    """Return the id that somebody has given as a UUID object; None where it is none."""
+    """Return an id that a producer wrote as a UUID object; None if it is not one."""
     try:
         return json_types.plain(task_id)
     except (ValueError, RecursionError):

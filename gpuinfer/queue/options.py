@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a task can be submitted with, declared once: for clients, HTTP schema, command line and worker.
+"""The options of a task, declared once for clients, HTTP schema, command line and worker.
 
-``Options`` is what type checkers see; the note beside each type is what people read, and what is checked.
+Type checkers see ``Options``. The ``Option`` in each annotation has the help text and the rules for checks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
 from gpuinfer.errors import InputError
 from gpuinfer.names import MODEL_NAME, QUEUES, QueueName
 
-#: Bounds of what a caller may give: ten years, and the characters of a key or an id.
+#: Limits of a time (ten years), and of the characters in a key or an id.
 MAX_SECONDS, MAX_NAME = 10 * 365 * 86400, 200
-#: Bounds of a caller's own map: its keys, and the characters of a key and of a value.
+#: Limits of ``metadata``: number of entries, and characters of a name and of a text.
 MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_TEXT = 16, 64, 512
 _MAP_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -31,28 +31,28 @@ TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-
 
 Encoding = Literal["list", "b64", "raw"]
 ENCODINGS: tuple[Encoding, ...] = ("list", "b64", "raw")
-#: What our front asks for where it passes arrays on as bytes: as ``raw``, and the result is as ``binary`` has
-#: it. Not for callers: Celery's own readers cannot read that.
+#: The encoding that our front requests when it passes arrays on as bytes: like ``raw``, but the result has
+#: the form of the module ``binary``. Not for callers: Celery's own readers cannot read that.
 BINARY = "binary"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One option: what it is, and what it may be."""
+    """One option: its help text and its valid values."""
 
     help: str
     kind: Literal["integer", "number", "string", "boolean", "map"] = "string"
     choices: tuple[str, ...] = ()
     least: int | None = None
     most: int | None = None
-    #: What a text must match, and what that is in words.
+    #: The pattern that a text must match; ``words``: the same in words.
     pattern: re.Pattern[str] | None = None
     words: str = ""
-    #: Value of one that is left out; None: somebody else decides.
+    #: The value if it is left out; None: decided elsewhere, for example by the model.
     default: int | bool | None = None
-    #: True: an argument of the task, which plain Celery producers may give, too.
+    #: True: an argument of the task, so plain Celery producers may give it, too.
     argument: bool = False
-    #: The end of its name that its flag on the command line does without.
+    #: Suffix of its name that its command line flag leaves out.
     flag_without: str = ""
 
     def schema(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Option:
         return {name: value for name, value in body.items() if value is not None}
 
     def wrong(self, value: Any) -> str:
-        """Return what a value would have to be, '' for a right one."""
+        """Return what a wrong value should be, such as "true or false"; '' for a valid value."""
         if self.choices:
             return (
                 ""
@@ -121,7 +121,7 @@ class Option:
 
 
 def _encodable(texts: Mapping[str, str]) -> bool:
-    """Tell whether texts can be sent: half a surrogate pair cannot."""
+    """Tell whether these texts can be encoded: half a surrogate pair cannot."""
     try:
         "".join((*texts, *texts.values())).encode()
     except UnicodeEncodeError:
@@ -134,7 +134,7 @@ def _seconds(help: str) -> Option:
 
 
 class Options(TypedDict, total=False):
-    """What ``submit`` takes beside the inputs; every key may be left out."""
+    """The options of ``submit``, besides the inputs; all are optional."""
 
     model: Annotated[
         str | None,
@@ -211,9 +211,9 @@ ARGUMENTS: tuple[str, ...] = ("inputs", *(name for name, option in OPTIONS.items
 
 
 def check(options: Mapping[str, Any], said: Callable[[object], str] = lambda value: f"{value!r:.80}") -> None:
-    """Refuse what cannot work; None counts as left out. Raises InputError naming the field.
+    """Raise InputError, naming the field, for unknown options and invalid values. None counts as left out.
 
-    ``said`` tells a wrong value in the error's text.
+    ``said`` formats an invalid value for the error's text.
     """
     for name, value in options.items():
         option = OPTIONS.get(name)
@@ -231,7 +231,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def documented(function: F) -> F:
-    """Let ``help()`` and editors see the options of a function that takes ``**options: Unpack[Options]``."""
+    """Show the options of a function with ``**options: Unpack[Options]`` in ``help()`` and in editors."""
     signature = inspect.signature(function)
     parameters = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
     plain = get_type_hints(Options)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who holds tasks, and since when nothing was heard of them.
+"""Workers that hold tasks, and how long they have been silent.
 
-Times are Redis's own: a worker's heartbeat carries one, and the set of workers has one for each. No two
-hosts' clocks are compared.
+All times are from Redis's clock: those in heartbeats, and those in the set of workers. Clocks of different
+hosts are never compared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gpuinfer.queue.heartbeats import FRESH_S
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A worker, and what it has claimed and not settled."""
+    """A worker, and the tasks that it has claimed and not settled."""
 
     #: ``gpu0@host``
     worker: str
@@ -31,43 +31,43 @@ class Holder:
     seen_at: float
     #: Seconds since then.
     silent_s: float
-    #: Its last heartbeat's domain (see ``gpuinfer.locks``); empty: unknown.
+    #: The lock domain in its last heartbeat (see ``gpuinfer.locks``); empty: unknown.
     domain: str = ""
 
     @property
     def silent(self) -> bool:
-        """True when it would have sent a heartbeat, if it were alive."""
+        """True if it has been silent for so long that it is taken for dead."""
         return self.silent_s > FRESH_S
 
     @property
     def host(self) -> str:
-        """Return the host that it is named after."""
+        """Return the host in its name."""
         return self.worker.partition("@")[2]
 
 
 def holders(client: redis.Redis) -> list[Holder]:
-    """Return the workers that hold tasks, in the order of their names. Raises redis-py's errors."""
+    """Return the workers that hold tasks, sorted by name. Raises redis-py's errors."""
     known = known_workers(client)
     names = sorted(known)
     with client.pipeline(transaction=False) as pipe:
         for name in names:
             pipe.hlen(keys.inflight(name))
         counts = pipe.execute() if names else []
-    # Two fields a task, and perhaps one that notes what runs.
+    # Two fields per task, and perhaps one more: the record of what runs.
     held = {name: fields // 2 for name, fields in zip(names, counts, strict=True) if fields > 1}
-    return look(client, list(held), known, held) if held else []
+    return _read(client, list(held), known, held) if held else []
 
 
 def holder(client: redis.Redis, worker: str) -> Holder:
     """Return one worker, whether it holds tasks or not. Raises redis-py's errors."""
     fields = int(client.hlen(keys.inflight(worker)))
-    return look(client, [worker], known_workers(client), {worker: fields // 2})[0]
+    return _read(client, [worker], known_workers(client), {worker: fields // 2})[0]
 
 
-def look(
+def _read(
     client: redis.Redis, workers: Sequence[str], known: dict[str, float], held: dict[str, int]
 ) -> list[Holder]:
-    """Return these workers; ``known``: when each was last seen, ``held``: how many tasks each holds."""
+    """Return these workers. ``known``: when each was last seen; ``held``: how many tasks each holds."""
     with client.pipeline(transaction=False) as pipe:
         for worker in workers:
             pipe.hget(keys.epoch(worker), "number")
@@ -94,7 +94,7 @@ def look(
 
 
 def _heartbeat(text: bytes | None) -> tuple[float, str]:
-    """Return when a heartbeat was sent, and from which domain; of one that cannot be read, nothing."""
+    """Return when a heartbeat was sent, and its lock domain; (0, '') if it cannot be read."""
     try:
         body = orjson.loads(text or b"{}")
         return float(body.get("at", 0.0)), str(body.get("domain", ""))
@@ -103,7 +103,7 @@ def _heartbeat(text: bytes | None) -> tuple[float, str]:
 
 
 def ago(seconds: float) -> str:
-    """Return a span as people say it: ``40 s``, ``4 min``, ``3 h``, ``5 days``."""
+    """Return a time span in words: ``40 s``, ``4 min``, ``3 h``, ``5 days``."""
     for size, unit in ((2 * 86400, "days"), (2 * 3600, "h"), (120, "min")):
         if seconds >= size:
             return f"{seconds / {'days': 86400, 'h': 3600, 'min': 60}[unit]:.0f} {unit}"
@@ -117,6 +117,6 @@ def parts(worker: str) -> tuple[str, str]:
 
 
 def command(worker: str, host: str) -> str:
-    """Return the command that puts a worker's tasks back, as it is given on ``host``."""
+    """Return the command that puts a worker's tasks back, for use on ``host``."""
     number, its_host = parts(worker)
     return f"gpuinfer restore {number if its_host == host and number.isdigit() else f'--name {worker}'}"

@@ -119,7 +119,7 @@ class Store:
         exist = ("EXISTS", *plain.names) if plain.names else ("PING",)
         found, (due, paused) = self._direct.call_all(exist, ("MGET", keys.DUE, keys.PAUSED))
         if due is not None:
-            self._later.look(due)
+            self._later.move_due(due)
         if self._stuck_at and self._clock() - self._stuck_at > STUCK_S:
             self._stuck_at, self._uncertain = 0.0, True
         if plain.update(paused or b""):

@@ -165,9 +165,9 @@ def test_what_is_not_read_says_why() -> None:
     assert "protocol 1 nor 2" in str(nothing)
     assert nothing.task_id == "t"
     strange = {"task": PREDICT, "id": "t", "args": [{"__type__": "set", "__value__": [1]}]}
-    assert "'set' is not read" in str(refusal(body=b64encode(json.dumps(strange).encode()).decode()))
+    assert "unsupported __type__ 'set'" in str(refusal(body=b64encode(json.dumps(strange).encode()).decode()))
     broken = {"task": PREDICT, "id": "t", "args": [{"__type__": "uuid", "__value__": 7}]}
-    assert "is no uuid" in str(refusal(body=b64encode(json.dumps(broken).encode()).decode()))
+    assert "is not a uuid" in str(refusal(body=b64encode(json.dumps(broken).encode()).decode()))
 
 
 ODD = 'a "word", \\ \u00e4\n\U0001f600'
