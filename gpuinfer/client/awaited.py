@@ -79,8 +79,8 @@ class Waiting:
             if not self._origin.made(task_id)
         ]
         if unknown:
-            self._asked.update(unknown)
             known = yield from tasks.known(unknown, self._only)
+            self._asked.update(unknown)
             self._known.update((one, bool(was)) for one, was in zip(unknown, known, strict=False))
         return self._ended(task_ids, metas, patient=patient)
 

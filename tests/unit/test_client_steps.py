@@ -15,7 +15,7 @@ from gpuinfer.client.awaited import LOOK, Waiting
 from gpuinfer.client.driver import introduce
 from gpuinfer.client.origin import Origin
 from gpuinfer.client.steps import Ask, Script, Steps, T, arun, run
-from gpuinfer.errors import BrokerUnavailable
+from gpuinfer.errors import BrokerUnavailable, ResultGone
 from gpuinfer.queue.connection import typed_errors
 
 pytestmark = pytest.mark.unit
@@ -128,3 +128,19 @@ async def test_ends_found_before_a_look_is_cut_off_are_found_again(monkeypatch: 
                 await client._look(waiting, patient=True)
         found = await client._look(waiting, patient=True)
     assert sorted(int(status.id) for status in found) == list(range(LOOK + 1))
+
+
+@both
+def test_whether_a_task_was_known_is_asked_again_after_an_error(runs: Runner) -> None:
+    """Else its expired result would be told as an id that was never submitted."""
+    waiting = Waiting(["of another process"], Origin())
+
+    def away(wanted: Ask) -> list[None]:
+        if isinstance(wanted, Script):
+            raise ConnectionError("gone")
+        return [None]
+
+    with pytest.raises(BrokerUnavailable):
+        runs(waiting.look(waiting.ids, patient=False), away)
+    with pytest.raises(ResultGone):
+        runs(waiting.look(waiting.ids, patient=False), lambda ask: [1] if isinstance(ask, Script) else [None])
