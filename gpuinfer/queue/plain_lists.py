@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lists that plain Celery producers may fill for a worker, without telling anybody.
+"""The lists that plain Celery producers may fill for a worker.
 
-Our clients note in an index which lists have tasks. A plain producer pushes and says nothing, so a worker has
-to look into these lists: those of its models, and the default model's.
+Our clients add each list that they fill to an index. A plain producer only pushes its message, so a worker
+has to check these lists itself: those of its models, and the default model's.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from gpuinfer.queue import keys
 from gpuinfer.queue.depth import Lane, is_paused
 from gpuinfer.queue.direct import Direct
 
-#: Seconds for which a key is skipped that has a list's name and another type.
+#: Seconds for which a key is skipped if it has a list's name but another type.
 FOREIGN_S = 10.0
 
 
 class PlainLists:
-    """The lists of one worker: chosen by what it serves, without those that are paused or of another type."""
+    """The lists that one worker checks: those that it serves, except paused ones and keys of another type."""
 
     def __init__(
         self, client: redis.Redis, direct: Direct, models: Sequence[str], clock: Callable[[], float]
@@ -31,18 +31,18 @@ class PlainLists:
         self._clock = clock
         self._tiers: Sequence[str] = ()
         self._default = ""
-        #: The paused queues, as Redis has them.
+        #: The paused queues: the value of ``keys.PAUSED``.
         self._paused = b""
-        #: Keys of another type that are skipped, since when, and those that were reported.
+        #: Keys of another type: those skipped now, since when, and all that were reported.
         self._foreign: set[str] = set()
         self._foreign_at = 0.0
         self._reported: set[str] = set()
-        #: The lists to look into.
+        #: The lists to check.
         self.names: list[str] = []
 
     def choose(self, tiers: Sequence[str], default: str) -> None:
-        """Choose the lists of these tiers. ``default``: the default model; empty: not known, so its lists are
-        among them.
+        """Choose the lists of these tiers. ``default``: the default model; if empty, it is not known, and its
+        lists are included.
         """
         self._tiers, self._default = tiers, default
         self._choose()
@@ -57,7 +57,7 @@ class PlainLists:
         return name not in self._foreign and not is_paused(lane, self._paused.decode().split())
 
     def update(self, paused: bytes) -> bool:
-        """Note which queues Redis has as paused; return True where that has changed."""
+        """Set the paused queues, to the value of ``keys.PAUSED``; return True if they changed."""
         changed = paused != self._paused
         expired = bool(self._foreign) and self._clock() - self._foreign_at > FOREIGN_S
         if expired:
@@ -68,11 +68,11 @@ class PlainLists:
         return changed
 
     def index(self) -> int:
-        """Enter into the index what plain producers have filled; return how many lists have tasks."""
+        """Add the lists that have tasks to the index; return how many lists have tasks."""
         return int(self._index(keys=self.names, args=()))
 
     def foreign(self) -> dict[str, str]:
-        """Return name -> type of the keys that are no lists; each is reported once.
+        """Return name -> type of the keys that are not lists; each is returned only once.
 
         They are skipped for ``FOREIGN_S``. Raises redis-py's errors.
         """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a task stands that waits, from two counters: the length of its list, and what was claimed from it.
+"""The position of a waiting task in its list, from two numbers: tasks claimed from the list, and its length.
 
-Its state has what was claimed and what waited when it came. That tells its place as long as its list is
-served in order, and nothing is taken out. Tasks of a higher priority go before it all the same, and other
-callers' take turns with it: the position is an estimate, and no larger than its list.
+The task's state has both numbers as of its submission. They tell its position as long as the list is served
+in order and no task is removed. Tasks of higher priority still go first, and other callers' tasks take turns
+with it, so the position is an estimate; it is never larger than the list.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from gpuinfer.queue.results import TaskStatus
 
 
 class Spot(NamedTuple):
-    """What a waiting task's state tells of its place."""
+    """What a waiting task's state says about its place."""
 
-    #: The list it is in, and the field of ``keys.CLAIMED`` that counts what is claimed from it.
+    #: Its list; ``counter``: the field of ``keys.CLAIMED`` that counts the tasks claimed from the list.
     list: str
     counter: str
-    #: What was claimed when it came; None: not known.
+    #: The counter's value when the task was submitted; None: not known.
     claimed: int | None
-    #: How many were to be claimed since then, and it with them.
+    #: How many tasks had to be claimed since then, including this one.
     ahead: int
     #: When it was submitted, in seconds since the epoch; None: not known.
     sent_at: float | None
 
     def place(self, length: int, claimed: int, now: float) -> Place:
-        """Return its place. ``length``: of its list; ``claimed``: by its counter, now.
+        """Return its place. ``length``: the list's current length; ``claimed``: the counter's current value.
 
-        When it begins is told from how fast its list was served since it came; None while nothing was.
+        The start is estimated from how fast the list was served since the submission; None while no task of
+        it was claimed.
         """
         served = 0 if self.claimed is None else claimed - self.claimed
         position = max(0, min(self.ahead - served, length))
@@ -41,7 +42,7 @@ class Spot(NamedTuple):
 
 
 def spot_of(status: TaskStatus) -> Spot | None:
-    """Return what a task's state tells of its place; None where it waits in no list, or nothing is told."""
+    """Return what a task's state says about its place; None if it waits in no list, or if that is unknown."""
     about, place = status.about, status.about.get("place")
     if status.state != "queued" or not isinstance(place, list) or [type(one) for one in place] != [int] * 4:
         return None

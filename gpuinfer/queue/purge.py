@@ -24,13 +24,13 @@ from gpuinfer.queue.message import Undecodable, identify, peek
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import QUEUES, QueueSettings
 
-#: What one call ends at most: it keeps Redis for less than 10 ms.
+#: Maximum tasks and bytes of one call, so that it blocks Redis for less than 10 ms.
 CALL_TASKS, CALL_BYTES = 250, 512 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Tasks that wait in one list, or for their ETA."""
+    """The waiting tasks of one list, or those of a list that wait for their ETA."""
 
     list_key: str
     lane: Lane
@@ -55,7 +55,7 @@ def check(queue: str) -> str:
 
 
 def lines(client: redis.Redis, queue: str | None = None) -> list[Line]:
-    """Return what waits in a queue (``tier``: all its models; ``tier.model``), or in all of them.
+    """Return the waiting tasks of a queue (``tier``: of all its models; ``tier.model``), or of all queues.
 
     Raises redis-py's errors.
     """
@@ -77,7 +77,7 @@ def _lines(
 
 
 def purge(client: redis.Redis, found: Sequence[Line], settings: QueueSettings) -> int:
-    """End all that waited when ``lines`` was called; return how many tasks. Raises redis-py's errors."""
+    """Revoke the tasks that ``lines`` found; return how many. Raises redis-py's errors."""
     chains = Chains(settings, worker="")
     return sum(_purge(client, line, settings.result_ttl_s, chains) for line in found)
 
@@ -95,13 +95,13 @@ def _purge(client: redis.Redis, line: Line, result_ttl_s: int, chains: Chains) -
             args += (digest, end.task_id, end.meta, int(end.keep), end.reply, end.label)
         taken = int(script(keys=[line.key], args=[*args, *following(ends)]))
         ended += taken
-        missed += 0 if taken else len(payloads)  # workers were faster
+        missed += 0 if taken else len(payloads)  # workers have claimed them meanwhile
         few = max(1, CALL_BYTES * len(payloads) // max(1, sum(map(len, payloads))))
     return ended
 
 
 def _head(client: redis.Redis, line: Line, count: int) -> list[bytes]:
-    """Return the payloads that come next, in their order."""
+    """Return the payloads of the next tasks, in the order of serving."""
     raw: Any = client
     if line.kind == "later":
         return list(raw.zrange(line.key, 0, count - 1))
@@ -109,14 +109,14 @@ def _head(client: redis.Redis, line: Line, count: int) -> list[bytes]:
 
 
 def _end(payload: bytes, line: Line, chains: Chains) -> Final:
-    """Return the end of one task; of one whose id cannot be read, none."""
+    """Return the end of one task; without an id and a meta if its id cannot be read."""
     error = TaskRevoked("it was purged from its queue before a worker started it")
     named, caller = label("cancelled", line.lane.tier, line.lane.model), keys.place_of(line.list_key).caller
     try:
         envelope = peek(payload)
     except Undecodable:
         envelope = None
-    if envelope is None:  # it cannot be read, or would have to be unpacked for that
+    if envelope is None:  # it cannot be read, or only by decompressing its body
         task_id, reply = identify(payload)
         meta = results.failure(task_id, error, worker="", caller=caller) if task_id else b""
         return Final(None, task_id or "", meta, reply=reply, label=named)
@@ -132,5 +132,5 @@ def _end(payload: bytes, line: Line, chains: Chains) -> Final:
 
 
 def set_paused(client: redis.Redis, queue: str, paused: bool) -> bool:
-    """Pause a queue, or resume it; return whether that changed anything. Raises redis-py's errors."""
+    """Pause a queue, or resume it; return False if it already was in that state. Raises redis-py's errors."""
     return bool(bind(client, "pause")(args=[queue, int(paused)]))

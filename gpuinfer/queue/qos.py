@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Acknowledging for kombu: what was claimed is settled, released or buried."""
+"""kombu's acknowledgements: claimed messages are settled, released or buried."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from kombu.transport.virtual import base as virtual
 
 from gpuinfer.queue.claims import Final
 
-#: Delivery tags of claimed messages begin with it; the sequence id follows.
+#: Prefix of the delivery tags of claimed messages; the sequence id follows.
 TAG = "gpuinfer-"
 
 
 def seq_of(tag: object) -> int | None:
-    """Return the seq behind a delivery tag of ours, None for one of kombu's."""
+    """Return the sequence id in a delivery tag of ours; None for one of kombu's."""
     return int(tag.removeprefix(TAG)) if isinstance(tag, str) and tag.startswith(TAG) else None
 
 
@@ -23,7 +23,7 @@ class QoS(stock.QoS):  # type: ignore[misc]  # kombu is not annotated
     """Acknowledges claimed messages by settling them; there is no visibility timeout."""
 
     def can_consume(self) -> bool:
-        """Tell whether to read what comes; what an ordered claim has taken is read in any case."""
+        """Tell whether to read from the connection. The answer to an outstanding claim is always read."""
         return self.channel._wait.order is not None or bool(super().can_consume())
 
     def append(self, message: Any, delivery_tag: Any) -> None:
@@ -52,7 +52,7 @@ class QoS(stock.QoS):  # type: ignore[misc]  # kombu is not annotated
         virtual.QoS.ack(self, delivery_tag)
 
     def restore_unacked(self, client: Any = None) -> None:
-        """Give back what was delivered through kombu and not acknowledged, when the channel closes."""
+        """Put back what was delivered through kombu but not acknowledged, when the channel closes."""
         self._flush()
         seqs = [seq for tag in self._delivered if (seq := seq_of(tag)) is not None]
         if seqs:
@@ -62,4 +62,4 @@ class QoS(stock.QoS):  # type: ignore[misc]  # kombu is not annotated
         super().restore_unacked(client)
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: no task is ever lent for a time."""
+        """Do nothing: there is no visibility timeout."""

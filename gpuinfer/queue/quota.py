@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one caller may submit: how fast, and how much of it may wait.
+"""A caller's quota: how fast it may submit tasks, and how many of them may wait.
 
-The script ``submit`` enforces it, by Redis's clock and by what is in Redis, so that it holds over all
-processes and hosts that submit for the caller. The rate is a GCRA, as ``quota.lua`` tells.
+The script ``submit`` enforces it, with Redis's clock and data, so it holds over all processes and hosts that
+submit for the caller. The rate limit is a GCRA, explained in ``quota.lua``.
 """
 
 from __future__ import annotations
@@ -20,50 +20,50 @@ from gpuinfer.queue.keys import WEIGHTS
 
 log = logging.getLogger(__name__)
 
-#: Seconds without a refusal after which the next one begins a new spell.
+#: After this many seconds without a refusal, the next one is logged again.
 QUIET_S = 60.0
-#: Of a caller that has a rate and no burst: the seconds of its rate that it may submit at once. Over ten
-#: seconds it gets 2.5 % more than its rate.
+#: Default burst of a caller with a rate: the tasks of this many seconds at its rate. Over ten seconds, the
+#: caller can exceed its rate by 2.5 %.
 BURST_S = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quota:
-    """The bounds of one caller. 0: no bound."""
+    """The limits of one caller. 0: no limit."""
 
-    #: Tasks a second, in the long run.
+    #: Tasks per second, in the long run.
     rate: float = 0.0
-    #: Tasks at once, after a pause; 0: those of a quarter of a second, one at least.
+    #: Tasks at once, after a pause; 0: the tasks of a quarter of a second, at least one.
     burst: int = 0
-    #: Tasks that may wait, those with an ETA among them, and their bytes, with those of large bodies until
-    #: their tasks end.
+    #: Maximum waiting tasks, including those with an ETA, and their bytes. A large body counts until its task
+    #: ends.
     max_waiting: int = 0
     max_waiting_bytes: int = 0
 
     @property
     def at_once(self) -> int:
-        """How many tasks the rate lets in at once; 0 without a rate."""
+        """Maximum tasks that may be submitted at once; 0 if there is no rate."""
         return (self.burst or max(1, math.ceil(self.rate * BURST_S))) if self.rate > 0 else 0
 
     @property
     def text(self) -> str:
-        """The bounds as the script takes them; empty for none."""
+        """The limits in the script's format; empty if there are none."""
         if not (self.rate > 0 or self.max_waiting or self.max_waiting_bytes):
             return ""
         return f"{max(0.0, self.rate):.6f} {self.at_once} {self.max_waiting} {self.max_waiting_bytes}"
 
 
 class Rate(NamedTuple):
-    """How a caller stands after a submission."""
+    """The state of a caller's rate limit after a submission."""
 
     #: Tasks that would be accepted now.
     remaining: int
-    #: Seconds until the whole burst would be.
+    #: Seconds until a full burst would be accepted.
     reset_s: float
 
 
 def weighing(weights: Mapping[str, float], found: Iterable[bytes]) -> list[list[str]]:
-    """Return the commands that make these the weights. ``found``: the callers that have one now."""
+    """Return the Redis commands that set these weights. ``found``: the callers that have a weight now."""
     uneven = {caller: weight for caller, weight in weights.items() if weight > 0 and weight != 1}
     gone = [name for name in (one.decode(errors="replace") for one in found) if name not in uneven]
     commands = [["HDEL", WEIGHTS, *gone]] if gone else []
@@ -73,7 +73,7 @@ def weighing(weights: Mapping[str, float], found: Iterable[bytes]) -> list[list[
 
 
 class Refusals:
-    """Counts what callers are refused by their quotas; one line in the log says when that begins."""
+    """Counts tasks refused by callers' quotas, and logs one line when refusals begin."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -82,7 +82,7 @@ class Refusals:
         self._last: dict[tuple[str, str], float] = {}
 
     def note(self, caller: str, error: GpuinferError) -> None:
-        """Note a refusal; of another kind of error, nothing."""
+        """Count a refusal by quota, and log the first; ignore other errors."""
         if not isinstance(error, RateLimited | KeyQuota):
             return
         what, now = (caller, error.code), self._clock()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What serves now, and what may be started: by workers' heartbeats, and by what live watchers publish.
+"""Which workers serve now, and which may be started: from heartbeats, and from live watchers' reports.
 
 A worker counts while its heartbeat is at most ``heartbeats.FRESH_S`` old and it does not drain. An instance
-that does not serve counts where its host's watcher is alive, and it is starting or may be started.
+that does not serve counts if its host's watcher is alive and it is starting or may be started.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpuinfer.queue.fleet import HOSTS, Serves, said, silent_after, told
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Who serves, at one moment."""
+    """The workers that serve, or may be started, at one moment."""
 
     #: Live worker (``gpu0@host``) -> what it serves.
     live: Mapping[str, Serves] = field(default_factory=dict)
@@ -31,16 +31,16 @@ class Capacity:
     excluded: Mapping[str, str] = field(default_factory=dict)
     #: The models of the catalogue, sorted.
     catalogue: tuple[str, ...] = ()
-    #: Model -> the versions of it that live workers have, sorted, as far as they tell.
+    #: Model -> the versions of it that live workers report, sorted.
     versions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def of(self, model: str) -> Capacity:
-        """Return those that serve, or would serve, one model."""
+        """Return only the workers that serve, or would serve, one model."""
         live, startable = _of(self.live, model), _of(self.startable, model)
         return Capacity(live, startable, self.excluded, self.catalogue, self.versions)
 
     def knows(self, model: str) -> bool:
-        """Tell whether a model is in the catalogue, or named by what serves it."""
+        """Tell whether a model is in the catalogue, or served by a live worker."""
         return model in self.catalogue or any(model in one.models for one in self.live.values())
 
 
@@ -54,9 +54,9 @@ def parse(
     now: float,
     catalogue: Sequence[str] = (),
 ) -> Capacity:
-    """Read heartbeats and what watchers publish. ``now``: Redis's time, in seconds since the epoch.
+    """Read heartbeats and watchers' reports. ``now``: Redis's time, in seconds since the epoch.
 
-    What cannot be read counts for nothing; the watchers' logs say so.
+    Malformed reports are ignored; the watchers log them.
     """
     live: dict[str, Serves] = {}
     missing: dict[str, set[str]] = {}
@@ -92,7 +92,7 @@ def parse(
 
 
 def _instances(host: str, text: bytes, now: float) -> dict[str, tuple[Serves, str]]:
-    """Return a host's instances: what each would serve, and why it is not started; none if unreadable."""
+    """Return a host's instances: what each would serve, and why it is not started. Empty if malformed."""
     try:
         body = orjson.loads(text)
         silent = now - body["at"] > silent_after(body)
@@ -108,7 +108,7 @@ def _instances(host: str, text: bytes, now: float) -> dict[str, tuple[Serves, st
 
 
 def _why_not(one: Mapping[str, Any]) -> str:
-    """Return why an instance is not going to serve; empty where it is starting, or may be started."""
+    """Return why an instance will not serve; empty if it is starting or may be started."""
     state = one.get("state")
     if one.get("excluded"):
         return str(one["excluded"])
@@ -117,12 +117,12 @@ def _why_not(one: Mapping[str, Any]) -> str:
     if one.get("masked"):
         return "masked"
     if state == "active":
-        return "it runs, and sends no heartbeat"
+        return "it runs, but sends no heartbeat"
     return "its host's watcher only logs" if one.get("log_only") else ""
 
 
 async def aread(client: redis.asyncio.Redis) -> Capacity:
-    """Look in two round trips. Raises redis-py's errors, and UnusableRedis."""
+    """Read the capacity in two round trips. Raises redis-py's errors, and UnusableRedis."""
     async with client.pipeline(transaction=False) as pipe:
         pipe.zrange(keys.WORKERS, 0, -1)
         pipe.zrange(keys.CATALOGUE, 0, -1)

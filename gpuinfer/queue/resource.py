@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task as ``/tasks/{id}`` shows it, made of its state: one function for all who answer with a task.
+"""A task as ``/tasks/{id}`` shows it, made from its state: one function for all answers that contain a task.
 
-Times are ISO 8601 in UTC. Fields that every task has are null where they are not known; others are left out.
+Times are ISO 8601 in UTC. Fields that every task has are null if unknown; other fields are left out.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from urllib.parse import quote
 
 from gpuinfer.queue.results import TaskStatus, moment
 
-#: What a task's state is called here, where that differs.
+#: State of a task -> its name here, if different.
 _WORDS = {"revoked": "cancelled"}
-#: An id that stands in a URL as it is.
+#: An id that needs no quoting in a URL.
 _PLAIN = re.compile(r"[A-Za-z0-9_-]+")
-#: A moment of this century as it is written here, by a worker of ours.
+#: A time of this century that already has the format used here, as our workers write it.
 _WRITTEN = re.compile(
     r"20\d\d-(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d\.(?!0{6})\d{6}\+00:00"
 )
 
 
 class Place(NamedTuple):
-    """Where a task stands that waits."""
+    """The place of a waiting task."""
 
-    #: How many of its list are served before it, and itself; 0: it was claimed, as it may be at 1. None: not
+    #: Its position in its list, 1 for the next one; 0: it was claimed, as it may be at 1. None: not
     #: known.
     position: int | None = None
-    #: When it begins if the queue goes on as it does now, in seconds since the epoch; None: not known.
+    #: Estimated start if the queue keeps its present rate, in seconds since the epoch; None: not known.
     starts_at: float | None = None
 
 
 def to_resource(status: TaskStatus, place: Place | None = None) -> dict[str, Any]:
     """Return a task for JSON: ``id``, ``status``, ``model``, ``version``, ``queue``, ``priority``, times,
     ``attempt``, ``redelivered``, ``result`` or ``error``, ``metrics``, ``worker``, ``metadata``, ``urls``,
-    and ``traceparent`` where one was given.
+    and ``traceparent`` if there is one.
 
-    ``place``: of a task that waits, ``position`` and ``estimated_start_at``.
+    ``place``: for the ``position`` and ``estimated_start_at`` of a waiting task.
     """
     about, state = status.about, status.state
     body: dict[str, Any] = {
@@ -76,10 +76,10 @@ def to_resource(status: TaskStatus, place: Place | None = None) -> dict[str, Any
 
 
 def metrics(status: TaskStatus) -> dict[str, float | int | None]:
-    """Return how long a task has waited and run, in milliseconds, and with how many inputs at once.
+    """Return how long a task waited and ran, in milliseconds, and the size of its batch.
 
-    ``queue_ms`` is from its submission to its first batch, by two hosts' clocks where these differ;
-    ``run_ms`` is the time of its batches.
+    ``queue_ms`` is the time from submission to its first batch, which may be measured with the clocks of two
+    hosts; ``run_ms`` is the duration of its batches.
     """
     sent, began = status.sent_at, status.began_at
     queue_ms = None
@@ -90,13 +90,13 @@ def metrics(status: TaskStatus) -> dict[str, float | int | None]:
 
 
 def urls(task_id: str) -> dict[str, str]:
-    """Return where a task is, and what can be done to it."""
+    """Return the URLs of a task and of the actions on it."""
     url = "/tasks/" + (task_id if _PLAIN.fullmatch(task_id) else quote(task_id, safe=""))
     return {"self": url, "result": f"{url}/result", "cancel": f"{url}/cancel", "retry": f"{url}/retry"}
 
 
 def written(at: Any) -> str | None:
-    """Return a moment as ISO 8601 in UTC; None for none, and for what is none."""
+    """Return a time as ISO 8601 in UTC; None if it is None or not a time."""
     if at is None:
         return None
     if type(at) is float:

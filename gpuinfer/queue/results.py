@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Task states: Celery's result format, written by the worker and read by clients and the API.
+"""Task states in Celery's result format ("metas"): written by workers, read by clients and the API.
 
-The JSON begins with ``{"status": "..."`` so that the Lua scripts can tell a final state from a
-passing one without parsing. A plain ``AsyncResult(id).get()`` reads it as it reads Celery's own.
+The JSON begins with ``{"status": "..."`` so that Lua scripts can tell a final state from another one without
+parsing. A plain ``AsyncResult(id).get()`` can read it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpuinfer.queue.keys import RESULT_PREFIX
 
 State = Literal["queued", "running", "completed", "failed", "expired", "revoked"]
 FINAL: frozenset[State] = frozenset({"completed", "failed", "expired", "revoked"})
-#: What a producer writes when it submits, so that a waiting task can be told from an unknown one.
+#: Written when a task is submitted, so that a waiting task can be told from an unknown one.
 PENDING_META = b'{"status": "PENDING", "result": null}'
 
 #: When a task was submitted and began to run: ``sent_at`` and ``began_at``, in seconds since the epoch.
@@ -45,7 +45,7 @@ _STATES: dict[str, State] = {
 
 @dataclass(kw_only=True, slots=True)
 class TaskStatus:
-    """The state of a task as a caller sees it. Never changed; to be frozen would cost twice its making."""
+    """The state of a task as a caller sees it. Never changed; not frozen, which would double its cost."""
 
     id: str
     state: State
@@ -53,17 +53,17 @@ class TaskStatus:
     error: GpuinferError | None = None
     #: True when this was not the task's first execution.
     redelivered: bool = False
-    #: Which worker began or ended it, where known.
+    #: The worker that began or ended it, if known.
     worker: str | None = None
-    #: Whose it is; empty: nobody's in particular.
+    #: The caller that submitted it; empty: none.
     caller: str = ""
-    #: How much of it is done, 0 to 1, while it runs and where its model tells.
+    #: The share of it that is done, 0 to 1, while it runs and if its model reports it.
     progress: float | None = None
-    #: When it was submitted, began and ended, as its meta has it: unchecked, see ``moment``.
+    #: When it was submitted, began and ended, as in its meta: unchecked, see ``moment``.
     sent_at: Any = None
     began_at: Any = None
     ended_at: Any = None
-    #: What else its meta tells, unchecked: queue, model, version, priority, expires (seconds since the
+    #: Other fields of its meta, unchecked: queue, model, version, priority, expires (seconds since the
     #: epoch), attempt, run_ms, batch_size, metadata.
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -72,7 +72,7 @@ class TaskStatus:
         return self.state in FINAL
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the API and ``--json`` show: the state with its result or its error."""
+        """Return it as the API and ``--json`` show it: the state with its result or error."""
         body: dict[str, Any] = {"task_id": self.id, "status": self.state}
         if self.state == "completed":
             body["result"] = self.result
@@ -127,14 +127,14 @@ def _meta(
 
 
 def _owned(status: str, caller: str) -> dict[str, Any]:
-    """Return the beginning of a meta. The scripts read there whose task it is: nothing that a client or a
-    model has written stands before it.
+    """Return the beginning of a meta. Scripts read the task's caller from it, so nothing that a client or a
+    model wrote may come before it.
     """
     return {"status": status, "caller": caller} if caller else {"status": status}
 
 
 def dump(body: Any, option: int = 0) -> bytes:
-    """Return JSON for whatever has come of a task: an end that could not be written would be none.
+    """Return JSON for any value: the end of a task must always be written.
 
     ``option``: orjson's flags.
     """
@@ -145,7 +145,7 @@ def dump(body: Any, option: int = 0) -> bytes:
 
 
 def _clean(value: Any) -> Any:
-    """Return a value that JSON can hold: half a surrogate pair is spelt out, what is no data is described."""
+    """Return a value for JSON: half surrogate pairs are escaped, and other types become their ``str()``."""
     if isinstance(value, dict):
         return {_clean(str(key)): _clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -167,7 +167,7 @@ def started(
     about: Mapping[str, Any] | None = None,
     caller: str = "",
 ) -> bytes:
-    """Return the meta of a task that has begun; ``progress``: how much of it is done, 0 to 1, where known."""
+    """Return the meta of a task that has begun; ``progress``: the share that is done, 0 to 1, if known."""
     where: dict[str, Any] = {"pid": pid, "hostname": worker}
     if progress is not None:
         where["progress"] = progress
@@ -202,7 +202,7 @@ def success_in_bytes(
     about: Mapping[str, Any] | None = None,
     caller: str = "",
 ) -> bytes:
-    """Return the meta of a task that completed, with its arrays behind the JSON where they are large."""
+    """Return the meta of a task that completed, with its arrays as bytes after the JSON if they are large."""
     rest, placed = binary.split(result)
     small = binary.size_of(placed) <= BESIDE_BYTES
     result = binary.inlined(rest, placed) if small else rest
@@ -225,7 +225,7 @@ def failure(
 ) -> bytes:
     """Return the meta of a task that failed, expired or was revoked.
 
-    ``exc_message`` holds the constructor's arguments, as Celery's own back ends write it.
+    ``exc_message`` contains the constructor's arguments, as in Celery's own back ends.
     """
     status = "REVOKED" if isinstance(error, (TaskExpired, TaskRevoked)) else "FAILURE"
     args = list(error.args) if isinstance(error, GpuinferError) else [str(error)]
@@ -238,21 +238,21 @@ def failure(
 
 
 def notice(task_id: str, meta: bytes) -> bytes:
-    """Return what stands for an end whose meta is too large: its status, and its size in bytes."""
+    """Return a notice in place of a meta that is too large to publish: its status, and its size in bytes."""
     status = meta.split(b'"', 4)[3].decode()  # the first of its fields
     return dump(_owned(status, caller_of(meta)) | {"beside": len(meta), "task_id": task_id})
 
 
 def caller_of(meta: bytes) -> str:
-    """Return whose task a meta of ours is, by its beginning."""
+    """Return the caller in a meta of ours; empty: none."""
     found = _OWNED.match(meta)
     return found[1].decode() if found else ""
 
 
 def parse(task_id: str, meta: bytes | str, *, raw: bool = False) -> TaskStatus:
-    """Read a result key's value. ``raw``: arrays that lie behind its JSON are ``arrays.Raw``, else in base64.
+    """Read a result key's value. ``raw``: arrays after its JSON become ``arrays.Raw``, otherwise base64.
 
-    Raises UnreadableResult for one that no worker of Celery's has written.
+    Raises UnreadableResult if it is not in Celery's result format.
     """
     try:
         body = orjson.loads(meta)
@@ -260,8 +260,8 @@ def parse(task_id: str, meta: bytes | str, *, raw: bool = False) -> TaskStatus:
         pass
     else:
         if not isinstance(body, dict):
-            raise unreadable(task_id, "JSON, but no object")
-        if "arrays" not in body:  # bytes of white space would pass for the end of the JSON
+            raise unreadable(task_id, "JSON, but not an object")
+        if "arrays" not in body:  # arrays whose bytes are all white space parse as JSON, too
             return from_body(task_id, body)
     import json
 
@@ -270,24 +270,24 @@ def parse(task_id: str, meta: bytes | str, *, raw: bool = False) -> TaskStatus:
         if found is None:
             found = json.loads(meta, parse_constant=lambda _: math.nan)
     except (ValueError, TypeError, LookupError, RecursionError):
-        raise unreadable(task_id, "no JSON") from None
+        raise unreadable(task_id, "not JSON") from None
     if not isinstance(found, dict):
-        raise unreadable(task_id, "JSON, but no object")
+        raise unreadable(task_id, "JSON, but not an object")
     return from_body(task_id, found)
 
 
 def unreadable(task_id: str, what: str) -> UnreadableResult:
-    """Return the error for what stands under a task's key and is no state of a task."""
+    """Return the error for a value under a task's result key that is not the state of a task."""
     return UnreadableResult(
-        f"what stands under {RESULT_PREFIX}{task_id[:200]} in Redis is {what}: another program uses that key",
+        f"the value of {RESULT_PREFIX}{task_id[:200]} in Redis is {what}: another program uses that key",
         "task_id",
     )
 
 
 def parse_many(metas: bytes) -> list[TaskStatus]:
-    """Read what is published on a reply channel: the metas of a batch, in a list.
+    """Read a message of a reply channel: the metas of a batch, as a list.
 
-    A status that is not final is a notice: look under the task's key, where its end stands.
+    A status that is not final comes from a notice: read the final state from the task's result key.
     """
     try:
         bodies = orjson.loads(metas)
@@ -299,13 +299,13 @@ def parse_many(metas: bytes) -> list[TaskStatus]:
 
 
 def from_body(task_id: str, body: dict[str, Any]) -> TaskStatus:
-    """Return the state that a meta tells."""
+    """Return the state in a parsed meta."""
     state = _STATES.get(str(body.get("status")), "queued")
     if "beside" in body:
         state = "running"
     about = body.get("about")
     about = about if isinstance(about, dict) else {}
-    caller = body.get("caller") or about.get("caller")  # while it waits, there
+    caller = body.get("caller") or about.get("caller")  # the latter while it waits
     result, error = body.get("result"), None
     worker, progress = body.get("worker"), None
     if state == "running" and isinstance(result, dict):
@@ -331,7 +331,7 @@ def from_body(task_id: str, body: dict[str, Any]) -> TaskStatus:
 
 
 def moment(value: object) -> datetime | None:
-    """Return a moment of a meta: seconds since the epoch, or text as Celery writes it."""
+    """Parse a time of a meta: seconds since the epoch, or text as Celery writes it. None if it is neither."""
     try:
         if isinstance(value, str):
             at = datetime.fromisoformat(value)

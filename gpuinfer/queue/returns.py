@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Putting tasks back in many small calls, so that Redis serves others in between.
 
-Each call is atomic: a task is in flight or in its list. Cut off between two, the rest is still in flight, and
-is put back by the next restore.
+Each call is atomic: a task is either in flight or in its list. If the process dies between two calls, the
+remaining tasks are still in flight, and the next restore puts them back.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from gpuinfer.queue.direct import Argument
 
 log = get_logger(__name__)
 
-#: What one call takes: together, it keeps Redis for less than 10 ms.
+#: Maximum tasks and bytes of one call, so that it blocks Redis for less than 10 ms.
 CALL_TASKS, CALL_BYTES = 250, 512 * 1024
-#: How many of the ids that a restore has put back are kept.
+#: A restore returns at most this many ids.
 MOST_IDS = 1000
 
 Script = Callable[..., Any]
 
-#: The lists of which was said that something else stands under their names.
+#: Lists already logged because their key has another type.
 _named: set[bytes] = set()
 
 
@@ -32,8 +32,8 @@ def release(
     """Put claimed tasks back, the last claimed first: each goes to the head of its list.
 
     Those in ``models`` are passed on to another model's list, the first claimed first. Returns how many were
-    still in flight, and how many stay there, because something else stands under their list's name: that is
-    logged. Raises redis-py's errors.
+    put back, and how many stay in flight because their list's key has another type, which is logged. Raises
+    redis-py's errors.
     """
     ordered = sorted(seqs)
     entries = [(seq, int(seq in ran), "") for seq in reversed(ordered) if seq not in models]
@@ -53,10 +53,10 @@ def restore(
 ) -> tuple[int, list[bytes], list[tuple[bytes, bytes, bytes, int]]]:
     """Put back what a dead worker has in flight, the last claimed first.
 
-    ``keys``: its in-flight hash and epoch; ``args``: the epoch begun for this, deaths at which a task is
-    given up. Returns how many were put back, the ids of the first thousand of them, and (seq,
-    list, payload, deaths) of each task to give up. One whose list is none stays in flight: that is logged.
-    Raises redis-py's errors, one that says STALE in a later epoch.
+    ``keys``: its in-flight hash and epoch; ``args``: the epoch begun for this restore, and the number of
+    deaths at which a task is given up. Returns how many were put back, the ids of the first thousand of them,
+    and (seq, list, payload, deaths) of each task to give up. A task whose list's key has another type stays
+    in flight, which is logged. Raises redis-py's errors; the text contains STALE if a later epoch has begun.
     """
     left = sorted(seqs, reverse=True)
     back = 0
@@ -76,10 +76,10 @@ def restore(
 
 
 def _tell_of_stuck(stuck: Sequence[bytes]) -> int:
-    """Log which lists cannot take their tasks back, each once; return how many tasks there are."""
+    """Log, once for each list, that its tasks cannot be put back; return the number of these tasks."""
     for name, reason in zip(stuck[::2], stuck[1::2], strict=True):
         if name not in _named:
             _named.add(name)
-            hint = "delete or rename that key; until then they stay in flight, and other lists are served"
+            hint = "delete or rename that key; until then its tasks stay in flight; other lists are served"
             log.error("not_put_back", key=name.decode(), reason=reason.decode(), hint=hint)
     return len(stuck) // 2

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes on what plain Celery producers put into the default model's lists for another model.
+"""Passes on tasks that plain Celery producers put into the default model's lists, but for another model.
 
-A worker of the default model does that when it claims such a task. While none lives, any worker of the tier
-looks through those lists and passes on what is for others, or ends it where nobody in the fleet knows its
-model; the default model's own tasks wait.
+A worker of the default model does this when it claims such a task. While no such worker is alive, any worker
+of the tier searches these lists. It moves the tasks for other models to those models' lists, and ends tasks
+for unknown models. The default model's own tasks keep waiting.
 
-Nothing is claimed for that, so a death on the way is charged to no task: what may take a process down to read
-is left to a worker of the default model. So is what stands behind ``MOST_READ`` others: Redis passes over all
-that is before a task to drop it from a list. Where that is much, few are passed on in one look, and fewer in
-one call.
+This claims no tasks, so if the process dies no task is charged with the death. Therefore tasks that may be
+dangerous to read are left to a worker of the default model, and so are those behind ``MOST_READ`` others: to
+remove a task from a list, Redis has to traverse all tasks before it. Far from the head of a list, each pass
+moves only a few tasks, and each call even fewer.
 """
 
 from __future__ import annotations
@@ -28,32 +28,33 @@ from gpuinfer.settings import QueueSettings
 
 log = get_logger(__name__)
 
-#: Tasks of one list that one look reads, and about how many bytes: a long backlog is read in parts.
+#: Maximum tasks of one list, and approximate bytes, read by one pass: a long backlog is read in parts.
 WINDOW, WINDOW_BYTES = 500, 1024 * 1024
-#: A message, or its arguments, of more bytes is not read.
+#: A message, or its arguments, larger than this is not read.
 UNPACKED_BYTES = 1024 * 1024
-#: How many tasks of a list are looked through, from the next to be served.
+#: Only this many tasks of a list are read, from the next to be served.
 MOST_READ = 20_000
-#: Behind more tasks, or bytes, than this no window is popped and pushed again, which would block Redis for
-#: over 10 ms. Each task is searched for, which takes up to 3 ms: this many at most in a call, and in a look.
+#: Up to this many tasks, or bytes, from the head, a call pops all tasks and pushes back those that stay.
+#: Further on this would block Redis for over 10 ms, so each task is searched for, which takes up to 3 ms: at
+#: most ``FAR_CALL`` tasks per call, and ``FAR_PASS`` per pass.
 MOST_MOVED, MOST_MOVED_BYTES = 5_000, 2 * 1024 * 1024
-FAR_CALL, FAR_LOOK = 3, 30
+FAR_CALL, FAR_PASS = 3, 30
 
 
 class Router:
-    """Looks through the default model's lists, a part at a time."""
+    """Searches the default model's lists, a part at a time."""
 
     def __init__(self, store: Store, settings: QueueSettings) -> None:
         self._store = store
         self._result_ttl_s = settings.result_ttl_s
-        #: Names of our tasks; all others are Celery's.
+        #: Names of our tasks; other tasks are not passed on.
         self._names = tasks_by_name(settings)
         self._route = bind(store.client, "route")
-        #: List -> how many of its tasks, from the next to be served, were read already, and their bytes.
+        #: List -> how many of its tasks, from the next to be served, were already read, and their bytes.
         self._read: dict[str, tuple[int, int]] = {}
 
     def pass_on(self) -> int:
-        """Pass on what one look finds; return how many tasks. Raises redis-py's errors."""
+        """Do one pass over the lists; return how many tasks were passed on. Raises redis-py's errors."""
         client, store = self._store.client, self._store
         default = catalogue.default_model(client)
         if not default or default in store.models:
@@ -66,7 +67,7 @@ class Router:
                 continue
             lists = keys.lists([tier])
             for key, size in zip(lists, self._sizes(lists), strict=True):
-                passed += self._look_through(key, size, default) if size else 0
+                passed += self._search(key, size, default) if size else 0
         return passed
 
     def _sizes(self, lists: list[str]) -> list[int]:
@@ -75,7 +76,7 @@ class Router:
                 pipe.llen(key)
             return [int(size) for size in pipe.execute()]
 
-    def _look_through(self, key: str, size: int, default: str) -> int:
+    def _search(self, key: str, size: int, default: str) -> int:
         read, read_bytes = self._read.get(key, (0, 0))
         if read >= min(size, MOST_READ):
             read, read_bytes = 0, 0
@@ -86,9 +87,9 @@ class Router:
         found.reverse()
         strays = self._strays(key, found, default)
         far = read + len(found) > MOST_MOVED or read_bytes + sum(map(len, found)) > MOST_MOVED_BYTES
-        if far and len(strays) > FAR_LOOK:
-            found = found[: strays[FAR_LOOK].place]
-            strays = strays[:FAR_LOOK]
+        if far and len(strays) > FAR_PASS:
+            found = found[: strays[FAR_PASS].place]
+            strays = strays[:FAR_PASS]
         stay_bytes = sum(map(len, found)) - sum(len(stray.payload) for stray in strays)
         self._read[key] = read + len(found) - len(strays), read_bytes + stay_bytes
         passed = self.route(key, read, strays, at_once=FAR_CALL if far else WINDOW)
@@ -99,10 +100,10 @@ class Router:
         return passed
 
     def route(self, list_key: str, read: int, strays: Sequence[Stray], *, at_once: int = WINDOW) -> int:
-        """Pass on, or end, what waits in a list but is for another model; return how many tasks.
+        """Pass on, or end, tasks that wait in a list but are for another model; return how many.
 
-        ``read``: how many tasks are served before those that were read with the strays; ``at_once``: how many
-        one call deals with.
+        ``read``: the number of tasks served before those that were read with the strays; ``at_once``: maximum
+        strays per call.
         """
         passed = 0
         for first in range(0, len(strays), at_once):
@@ -114,9 +115,9 @@ class Router:
         return passed
 
     def _strays(self, key: str, found: list[bytes], default: str) -> list[Stray]:
-        """Return those that are for another model, and how those end whose model nobody knows.
+        """Return the tasks for other models; those for unknown models with their end.
 
-        But not those that something follows, which the worker that claims them sends on.
+        A task for an unknown model is left out if something follows it: the worker that claims it sends that.
         """
         named = [(place, payload, *self._named(payload)) for place, payload in enumerate(found)]
         strays = [
@@ -133,7 +134,7 @@ class Router:
         ]
 
     def _named(self, payload: bytes) -> tuple[Envelope | None, str]:
-        """Return a message of ours and the model that it names, if it names one and may be read here."""
+        """Return a message of ours and its model; (None, '') if it names none, or may not be read here."""
         if len(payload) > UNPACKED_BYTES:
             return None, ""
         try:
@@ -141,7 +142,7 @@ class Router:
             if envelope is None or envelope.deaths or envelope.task not in self._names:
                 return None, ""
             args, kwargs, _ = envelope.body(UNPACKED_BYTES)
-        except (Undecodable, PayloadTooLarge):  # the worker that claims it says what is wrong
+        except (Undecodable, PayloadTooLarge):  # the worker that claims it reports the error
             return None, ""
         model = kwargs.get("model") or (args[1] if len(args) > 1 else None)
         if not isinstance(model, str) or not MODEL_NAME.fullmatch(model):
