@@ -207,11 +207,6 @@ def ours(key: str) -> bool:
     return _LIST.fullmatch(key) is not None
 
 
-def rank_of(tier: str, priority: int) -> int:
-    """Return the rank of a list in the order of serving: 0 the most urgent, 29 the least."""
-    return 10 * QUEUES.index(tier) + 9 - priority
-
-
 def tier_of(queue: str) -> str | None:
     """Return the tier of a queue; None for a queue that is not ours."""
     return place_of(queue).tier if ours(queue) and SEP not in queue else None

@@ -5,6 +5,10 @@ Each series has a value every 10 s for 48 hours, and the mean of 5 minutes for 3
 bytes: eight bits of exponent and eight of mantissa, so it is right within 0.2 %. A series lies in chunks, one
 string for six hours, or five days, which expire one by one. 200 series take some 12 MiB.
 
+Those of the fleet: waiting, in_flight, ended, failed, requests, refused (the last four per second), workers,
+busy (mean share of its time that a device was busy), dead_letters, redis_bytes. Of each model, such as
+``waiting:resnet``: waiting, ended, failed, oldest (seconds). Of each worker, ``busy:gpu0@host``: busy, ended.
+
     found = read(client, ["waiting", "ended"], since_s=3600, step_s=60)
     found.values["waiting"]   # 60 numbers, the oldest first; None where nothing was written
 """
@@ -24,16 +28,6 @@ from gpuinfer.queue.scripts import bind
 
 #: There are at most this many series.
 MOST = 200
-#: Those of the whole fleet. ``ended``, ``failed``, ``requests`` and ``refused`` are by second; ``busy`` is
-#: the share of its time that a worker's device was busy, the mean of all.
-FLEET = (
-    *("waiting", "in_flight", "ended", "failed", "requests", "refused"),
-    *("workers", "busy", "dead_letters", "redis_bytes"),
-)
-#: Those of each model, as ``waiting:resnet``; ``oldest`` is in seconds. And those of each worker, as
-#: ``busy:gpu0@host``.
-OF_MODEL = ("waiting", "ended", "failed", "oldest")
-OF_WORKER = ("busy", "ended")
 
 
 class Grid(NamedTuple):

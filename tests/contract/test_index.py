@@ -12,7 +12,7 @@ from gpuinfer import Client
 from gpuinfer.queue import keys
 from gpuinfer.queue.keys import Place
 from gpuinfer.queue.store import Store
-from gpuinfer.settings import BrokerSettings
+from gpuinfer.settings import QUEUES, BrokerSettings
 from tests.contract.conftest import commands, ids, message, on, send, store_of
 from tests.unit.test_keys import PLACES
 
@@ -28,7 +28,8 @@ def test_the_scripts_read_coordinates_as_we_do(store: Store, place: Place) -> No
     store.client.lpush(key, b"x")
     assert store.plain._index(keys=[key, "celery", "realtimes"], args=()) == 1
     found = store.client.zrange(keys.index(place.model), 0, -1, withscores=True)
-    assert found == [(key.encode(), float(keys.rank_of(place.tier, place.priority)))]
+    rank = 10 * QUEUES.index(place.tier) + 9 - place.priority
+    assert found == [(key.encode(), float(rank))]
 
 
 def test_a_list_is_indexed_while_it_holds_work(store: Store, client: Client) -> None:
