@@ -14,6 +14,7 @@ from gpuinfer.queue import catalogue, depth, heartbeats, keys, quota, readiness,
 from gpuinfer.queue import format as layout
 from gpuinfer.queue.connection import connect_async
 from gpuinfer.queue.direct import Argument
+from gpuinfer.queue.options import Options
 from gpuinfer.settings import Settings
 
 
@@ -44,6 +45,11 @@ class AsyncFleet(Driver):
         """
         with self._errors:
             return await catalogue.aread(self._redis)
+
+    def known_model(self, options: Options) -> str:
+        """Return the model that a request is for, the default where it names none; empty: not known."""
+        model = self._model_of(options) or ""
+        return model if model == self._default.name or self._signatures.of(model) is not None else ""
 
     async def takes(self, model: str, *, fresh: bool = True) -> Signature | None:
         """Return what a model takes, with an example where one is known; None where nobody has told.

@@ -97,11 +97,6 @@ class Driver:
             return self._default.name if self._default.named else None
         return model if isinstance(model, str) and MODEL_NAME.fullmatch(model) else None
 
-    def known_model(self, options: Options) -> str:
-        """Return the model that a request is for, the default where it names none; empty: not known."""
-        model = self._model_of(options) or ""
-        return model if model == self._default.name or self._signatures.of(model) is not None else ""
-
     def _ready_now(self, inputs: Any, *, many: bool, options: Options) -> Any:
         """Return one task's inputs as they are sent, from the caches alone: the usual case.
 

@@ -459,4 +459,4 @@ def test_a_compressed_body_that_is_cut_off_is_refused(api: Api) -> None:
     """Said in words, not as JSON that is broken at its first byte."""
     response = api.http.post("/predict", content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
     assert response.status_code == 400
-    assert "its gzip has no end" in response.json()["error"]["message"]
+    assert "its gzip data has no end" in response.json()["error"]["message"]

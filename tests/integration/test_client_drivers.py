@@ -30,7 +30,7 @@ VERBS = (
 FRONT_ALONE = {
     *("aclose", "prepare", "send", "watch", "ended"),
     *("ping", "fleet", "takes", "capacity", "claimed", "queues", "workers"),
-    *("account", "usage", "weigh"),
+    *("account", "usage", "weigh", "known_model"),
 }
 #: What anybody may publish: no JSON, no list, no tasks, a task without a state, a bomb of brackets.
 GARBAGE = (
