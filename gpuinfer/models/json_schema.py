@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validation by a JSON schema: of the manifest, or made of annotations.
+"""Validation by a JSON schema, from a manifest or made from annotations.
 
-A front or a client has the schema from a worker, which runs models' code: so no code is made of it, nothing
-that it refers to is fetched, and its patterns match in linear time.
+The API and clients get the schema from a worker, which runs models' code, so it is not trusted: it is not
+compiled to code, nothing that it refers to is fetched, and its patterns match in linear time.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 
 from gpuinfer.errors import InputError
 
-#: Takes a JSON value and the field to name in an error. Raises InputError; ValueError for what is no JSON.
+#: Takes a JSON value and the field to name in an error. Raises InputError; ValueError if it is not JSON.
 Check = Callable[[Any, str], None]
-#: Of a message no more is told.
+#: Maximum characters of the validator's message in an error.
 _MOST_WORDS = 300
 
 
 def checker(schema: Mapping[str, Any]) -> Check:
-    """Return what validates by a schema. Raises ValueError for one that cannot be used, ImportError.
+    """Return a function that validates values by a schema. Raises ValueError if it is unusable; ImportError.
 
-    Its errors name the place, and no value: they are logged.
+    As its errors are logged, they tell where in the value the fault is, but no value.
     """
     import jsonschema_rs
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load an artefact onto a device.
 
-All formats run code when they are loaded, so the digest is checked first, and the file that was
-checked is the one that is read.
+Loading runs code, in any format. So the digest is checked first, and the very file that was checked is read.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from gpuinfer.models.loaded import LoadedModel
 from gpuinfer.models.manifest import Format
 from gpuinfer.models.repository import ModelFolder, open_verified
 
-#: How much of a digest names a version: ``sha256:`` and twelve digits.
+#: Characters of a digest that make a version: ``sha256:`` and twelve digits.
 VERSION_LENGTH = 19
 
 _Reader = Callable[[ModelFolder, BinaryIO, str], LoadedModel]
@@ -27,14 +26,14 @@ def load(folder: ModelFolder, device: str, *, threads: int = 0) -> LoadedModel:
     """Check the digest, then load the model onto ``device`` (``cpu``, ``cuda``, ``cuda:0``).
 
     ``threads`` is torch's number of threads for one operation on the CPU; 0 leaves it to torch.
-    Raises DigestMismatch; ModelLoadError; DeviceError, DeviceOutOfMemory when the device cannot take it.
+    Raises DigestMismatch; ModelLoadError; DeviceError; DeviceOutOfMemory if the model does not fit.
     """
     with open_verified(folder) as file:
         import torch
 
         name = folder.manifest.name
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise DeviceError(f"torch can use no GPU: cannot load {name} on {device!r}", "device")
+            raise DeviceError(f"torch finds no usable GPU: cannot load {name} on {device!r}", "device")
         if threads:
             torch.set_num_threads(threads)
         _import(folder)
@@ -43,7 +42,7 @@ def load(folder: ModelFolder, device: str, *, threads: int = 0) -> LoadedModel:
         except Exception as exc:
             error = translate(exc, ModelLoadError, f"{folder.artefact} cannot be loaded")
             error = ModelLoadError(error.message, name) if isinstance(error, ModelLoadError) else error
-            if error is exc:  # with its own cause
+            if error is exc:  # it keeps its own cause
                 raise
             raise error from exc
         model.version = "" if folder.record is None else folder.record.digest[:VERSION_LENGTH]
@@ -51,7 +50,7 @@ def load(folder: ModelFolder, device: str, *, threads: int = 0) -> LoadedModel:
 
 
 def _reader(name: Format) -> _Reader:
-    # Here, not above: a list of models does not import what one format needs.
+    # Imported here, as listing models must not import what a format needs.
     from gpuinfer.models.formats import export, python, torchscript
 
     readers: dict[str, _Reader] = {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manifest: the contents of ``model.toml``, validated and frozen.
 
-The loader stacks items along a new dimension 0. With ``batchable = false`` a shape is the full shape the
-model is called with, one item at a time.
+Shapes are per item: items are stacked along a new dimension 0. With ``batchable = false`` a shape is the full
+shape that the model is called with, one item at a time.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ _ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_]
 
 
 class Manifest(Frozen):
-    """What ``model.toml`` says."""
+    """The contents of ``model.toml``."""
 
     name: str
     description: str = ""
-    #: A plain file name in the model's folder; its suffix says how it is loaded.
+    #: A plain file name in the model's folder; its suffix decides how it is loaded.
     artefact: str
-    #: The class of a Python model; needed where the file holds several with a method predict.
+    #: The class of a Python model; needed if the file has several with a method predict.
     class_name: _Identifier | None = Field(None, alias="class")
-    #: What a Python model finds as ``ctx.parameters``.
+    #: Passed to a Python model as ``ctx.parameters``.
     parameters: dict[str, Any] = Field(default_factory=dict)
-    #: Imported before the artefact is opened: libraries that register operators, such as torchvision.
+    #: Imported before the artefact is loaded: libraries that register operators, such as torchvision.
     imports: tuple[_ModuleName, ...] = ()
-    #: A method of the loaded model that is called before each pass, such as one that resets its state.
+    #: A method of the loaded model that is called before each pass, for example to reset its state.
     before_each: _Identifier | None = None
-    #: A Python model may leave them to its annotations.
+    #: Optional for a Python model, whose annotations may describe them.
     inputs: tuple[InputSpec, ...] = ()
     outputs: tuple[OutputSpec, ...] = ()
-    #: False: the model knows no batch dimension and is called with one item at a time.
+    #: False: the model has no batch dimension and is called with one item at a time.
     batchable: bool = True
     max_batch_size: int = Field(32, ge=1, le=65536)
-    #: Idle workers share a burst down to batches of this size: below it, sharing saves no time.
+    #: Idle workers share a burst of tasks only in batches of at least this size.
     min_batch_size: int = Field(1, ge=1, le=65536)
-    #: Items whose free dimensions differ: run in groups of one shape, or padded with zeros to the largest.
+    #: How to run items of different shapes: in groups of one shape, or padded with zeros to the largest.
     variable: Literal["group", "pad"] = "group"
     #: The model is asked to stop at the soft limit; its worker is ended at the hard one.
     soft_time_limit_s: _Seconds = 30.0
     hard_time_limit_s: _Seconds = 60.0
-    #: The most a request may ask for.
+    #: Maximum time limit that a request may set.
     max_time_limit_s: _Seconds = Field(default_factory=lambda data: data.get("hard_time_limit_s", 60.0))
 
     @property
@@ -168,7 +168,7 @@ def _explain(exc: ValidationError, data: dict[str, Any]) -> list[str]:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             lines.append(f"{key} = {_short(error['input'])} is not a key of a manifest{hint}")
         elif error["type"] != "default_factory_not_called":
-            # A rule over several keys names their values itself; the whole table would say less.
+            # The message of a rule over several keys contains their values; do not print the whole table.
             value = "" if isinstance(error["input"], dict) else f" = {_short(error['input'])}"
             said = error["msg"].removeprefix("Value error, ")
             lines.append(f"{key}{value}: {said}" if key else said)

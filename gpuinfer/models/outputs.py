@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outputs from arrays to the JSON of a result, a whole batch at once."""
+"""Turns output arrays into the JSON of results, a whole batch at once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.specs import OutputSpec
 from gpuinfer.models.tensors import Array, Encoding, encode_array
 
-#: Encodings by which scores are a raw output, too.
+#: Encodings in which the scores of a classification are a raw output, too.
 _RAW: frozenset[Encoding] = frozenset({"raw", "binary"})
-#: Digits behind the point that a confidence keeps.
+#: Decimal places of a confidence.
 CONFIDENCE_DIGITS = 6
-#: Up to this many classes all are sorted; beyond it only the best are picked out first.
+#: Up to this many classes, all are sorted; with more, the best are selected first.
 _SORT_ALL = 256
-#: One item of up to this many classes is done without numpy.
+#: A single item with up to this many classes is classified without numpy.
 _BY_HAND = 64
 
 
@@ -76,7 +76,7 @@ def _classified(
     spec: OutputSpec, column: Sequence[Array], top_k: Sequence[int | None]
 ) -> list[dict[str, Any]]:
     sizes = {array.size for array in column}
-    if len(sizes) > 1:  # a free number of classes: each item for itself
+    if len(sizes) > 1:  # a free number of classes: each item separately
         return [_classified(spec, [a], [k])[0] for a, k in zip(column, top_k, strict=True)]
     classes = sizes.pop()
     if len(column) == 1 and classes <= _BY_HAND:
@@ -95,9 +95,9 @@ def _classified(
 
 
 def _classified_alone(spec: OutputSpec, scores: list[float], top_k: int | None) -> dict[str, Any] | None:
-    """Classify one item: a dozen calls of numpy for ten numbers take four times as long.
+    """Classify one item without numpy, which takes four times as long for ten numbers.
 
-    None when a score is not finite.
+    Returns None if a score is not finite.
     """
     if not all(map(math.isfinite, scores)):
         return None
@@ -123,7 +123,7 @@ def _result(
 
 
 def _softmax(scores: Array) -> Array:
-    """Normalise rows; shifted by the maximum, so that no exponential overflows."""
+    """Return the softmax of each row. Scores are shifted by the maximum, so that no exponential overflows."""
     with np.errstate(invalid="ignore"):  # a row with NaN or infinity becomes NaN, and then null
         exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
         normal: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
@@ -131,8 +131,8 @@ def _softmax(scores: Array) -> Array:
 
 
 def _best(scores: Array, count: int) -> Array:
-    """Return the indices of each row's ``count`` largest, the largest first, of equals the first first."""
-    # Ascending order of the negative keeps equals in order, and puts NaN last.
+    """Return the indices of each row's ``count`` largest, in falling order; equal ones in their own order."""
+    # Sorting the negatives in ascending order keeps equal ones in order, and puts NaN last.
     falling = -scores
     if scores.shape[1] <= _SORT_ALL:
         return falling.argsort(axis=1, kind="stable")[:, :count]
@@ -142,7 +142,7 @@ def _best(scores: Array, count: int) -> Array:
 
 
 def _numbers(values: Array) -> list[list[float | None]]:
-    """Return the rows as lists, with null for what JSON has no number for."""
+    """Return the rows as lists, with None for NaN and infinity, which JSON does not have."""
     rows: list[list[float | None]] = values.tolist()
     if np.isfinite(values).all():
         return rows

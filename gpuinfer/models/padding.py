@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What padding does to outputs: which dimensions grow with the batch's longest item, and are cut back."""
+"""Removes padding from outputs: finds the dimensions that grow with the batch's longest item."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from gpuinfer.models.manifest import Manifest
 from gpuinfer.models.specs import FREE
 from gpuinfer.models.tensors import Array, Item
 
-#: (output, its dimension) -> (input, its dimension): they have the same length.
+#: (output, its dimension) -> (input, its dimension) of the same length.
 Cuts = Mapping[tuple[int, int], tuple[int, int]]
 _Forward = Callable[[Sequence[Item]], Sequence[tuple[Array, ...]]]
 
 
 def learn(manifest: Manifest, item: Item, forward: _Forward) -> tuple[Cuts, list[str]]:
-    """Run ``item`` beside longer ones, and see how its outputs differ from those it has alone.
+    """Run ``item`` alone and together with longer ones, and compare the shapes of its outputs.
 
-    Returns what can be cut back, and the names of outputs that keep their padding: their length follows no
-    input's, or the model does not take a longer item.
+    Returns the dimensions to cut, and the names of outputs that keep their padding: their length does not
+    match any input's, or the model does not accept a longer item.
     """
     cuts: dict[tuple[int, int], tuple[int, int]] = {}
     kept: set[int] = set()
@@ -45,9 +45,10 @@ def learn(manifest: Manifest, item: Item, forward: _Forward) -> tuple[Cuts, list
 
 
 def longer_items(manifest: Manifest, item: Item) -> Iterator[tuple[list[tuple[int, int]], Item]]:
-    """Yield, for each free dimension, where it is, and the item with twice that length.
+    """Yield, for each free dimension, its positions, and the item with twice that length.
 
-    The first free dimensions of all inputs are one, as of tokens and their mask; so are the second ones.
+    The first free dimension of all inputs is taken to be the same, as in tokens and their mask; so is the
+    second one.
     """
     free = [[axis for axis, length in enumerate(s.shape) if length == FREE] for s in manifest.inputs]
     for number in range(max(map(len, free), default=0)):
@@ -59,7 +60,7 @@ def longer_items(manifest: Manifest, item: Item) -> Iterator[tuple[list[tuple[in
 
 
 def cut_back(cuts: Cuts, item: Item, output: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Return one item's outputs of a padded batch without the padding."""
+    """Return one item's outputs from a padded batch without the padding."""
     found = list(output)
     for (number, axis), (source, its_axis) in cuts.items():
         keep = slice(item[source].shape[its_axis])

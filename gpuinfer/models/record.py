@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``gpuinfer model add`` writes down about a model: the digest of its whole folder, and what it learned.
+"""The record that ``gpuinfer model add`` writes: the digest of a model's folder, and what its trial found.
 
-The record, ``installed.json``, lies in the model's folder and is no part of the digest. The digest is the
-SHA-256 of what ``sha256sum`` prints for the files, sorted by their names' bytes. A shell can check it::
+The record, ``installed.json``, is in the model's folder but not part of the digest. The digest is the SHA-256
+of what ``sha256sum`` prints for the files, sorted by the bytes of their names. A shell can check it::
 
     cd FOLDER && find . -type f ! -path ./installed.json -printf '%P\\0' \\
         | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
@@ -27,22 +27,22 @@ from gpuinfer.errors import DigestMismatch, ManifestError, ModelError, UsageErro
 from gpuinfer.models.signature import Signature
 
 RECORD_FILE = "installed.json"
-#: What digests look like, here and in ``--expect``.
+#: The form of a digest, here and in ``--expect``.
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-#: Files are read side by side: weights come in several large ones.
+#: Files that are read at the same time: weights often come in several large ones.
 _READERS = 4
-#: How many files that differ an error names.
+#: Maximum number of changed files that an error names.
 _NAMED = 3
-#: Names that sha256sum would print in another form.
+#: Characters in a name for which sha256sum would print an escaped form.
 _ODD_NAME = re.compile(r"[\\\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What is known of an installed model. ``digest`` is "" where nothing is to be verified."""
+    """What is known about an installed model. ``digest`` is "" if its folder is not to be verified."""
 
     digest: str
-    #: Path within the folder -> SHA-256 in hexadecimal; it names what has changed.
+    #: Path within the folder -> SHA-256 in hexadecimal; tells which files have changed.
     files: Mapping[str, str] = field(default_factory=dict)
     #: When it was added: ISO 8601, UTC.
     added_at: str = ""
@@ -53,7 +53,7 @@ class Record:
 
 
 def read(folder: Path) -> Record | None:
-    """Return the record of a model's folder; None where there is none. Raises ModelError for a broken one."""
+    """Return the record of a model's folder; None if there is none. Raises ModelError for a broken one."""
     path = folder / RECORD_FILE
     try:
         data = json.loads(path.read_bytes())
@@ -65,7 +65,7 @@ def read(folder: Path) -> Record | None:
 
 
 def _checked(found: Record) -> Record:
-    """Raise ValueError, ManifestError where a record says what no ``write`` has written."""
+    """Return a valid record. Raises ValueError, TypeError or ManifestError for another."""
     if found.digest != "" and not (isinstance(found.digest, str) and DIGEST.fullmatch(found.digest)):
         raise ValueError(f"digest = {found.digest!r}: must be sha256: and 64 of 0-9 a-f")
     if not isinstance(found.files, Mapping):
@@ -76,7 +76,7 @@ def _checked(found: Record) -> Record:
 
 
 def write(folder: Path, record: Record) -> None:
-    """Write a record into a model's folder, whole or not at all."""
+    """Write a record into a model's folder, atomically."""
     scratch = folder / f".{RECORD_FILE}"
     scratch.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
     scratch.chmod(0o644)
@@ -84,14 +84,14 @@ def write(folder: Path, record: Record) -> None:
 
 
 def of(folder: Path, **learned: Any) -> Record:
-    """Make the record of a folder as it is now. Raises ModelError where it cannot be read."""
+    """Make the record of a folder as it is now. Raises ModelError if it cannot be read."""
     files = hashes(folder)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Record(digest=digest_of(files), files=files, added_at=now, **learned)
 
 
 def checked_digest(text: str) -> str:
-    """Return a digest that somebody gave, with or without ``sha256:``. Raises UsageError."""
+    """Return a digest given with or without ``sha256:`` in its full form. Raises UsageError."""
     digest = text if text.startswith("sha256:") else f"sha256:{text}"
     if not DIGEST.fullmatch(digest):
         raise UsageError(f"{text!r} is not a digest; must be sha256: and 64 of 0-9 a-f", "--expect")
@@ -99,7 +99,7 @@ def checked_digest(text: str) -> str:
 
 
 def digest_of(files: Mapping[str, str]) -> str:
-    """Return the digest of a folder whose files have these SHA-256."""
+    """Return the digest of a folder from the SHA-256 of its files."""
     lines = (f"{files[name]}  {name}\n" for name in sorted(files, key=os.fsencode))
     return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
@@ -107,10 +107,10 @@ def digest_of(files: Mapping[str, str]) -> str:
 def hashes(
     folder: Path, opened: Mapping[str, BufferedReader] | None = None, *, leave_out: Collection[str] = ()
 ) -> dict[str, str]:
-    """Return path -> SHA-256 of all files of a folder except its record, and sub-folders to ``leave_out``.
+    """Return path -> SHA-256 of all files of a folder except its record and the sub-folders in ``leave_out``.
 
-    Files in ``opened`` (path -> open file) are read there. Raises ModelError for what is no plain file or
-    cannot be read.
+    Files in ``opened`` (path -> open file) are read from there. Raises ModelError if one is not a regular
+    file or cannot be read.
     """
     already = opened or {}
 
@@ -131,7 +131,7 @@ def hashes(
 
 
 def _names(folder: Path, root: Path, leave_out: Collection[str]) -> Iterator[str]:
-    """Yield the paths of all files below ``folder``, from ``root``."""
+    """Yield the paths of all files below ``folder``, relative to ``root``."""
     for entry in os.scandir(folder):
         path = Path(entry.path)
         mode = entry.stat(follow_symlinks=False).st_mode
@@ -145,7 +145,7 @@ def _names(folder: Path, root: Path, leave_out: Collection[str]) -> Iterator[str
 
 
 def checked_name(path: Path) -> Path:
-    """Return a path that may be part of a model. Raises ModelError for a name with control characters."""
+    """Return the path if it may be part of a model. Raises ModelError for a name with control characters."""
     try:
         odd = _ODD_NAME.search(path.as_posix().encode().decode())
     except UnicodeEncodeError:
@@ -179,7 +179,7 @@ def verify(
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Name some files that were changed, added or removed."""
+    """Return a text that names some files that were changed, added or removed."""
     said = [f"{name} is missing" for name in sorted(before.keys() - now.keys())]
     said += [f"{name} is new" for name in sorted(now.keys() - before.keys())]
     said += [

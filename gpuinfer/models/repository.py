@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where models lie: folders with one sub-folder a model, and the shipped ones behind them.
+"""Finds, adds and removes models: folders with one sub-folder per model, and after them the shipped models.
 
-A model is called by the name of its folder. The first folder that holds a name wins, even when the
-model there is broken: falling through to another model of that name would be a silent swap.
+A model has the name of its folder. The first folder that has a name wins, even when the model there is
+broken: using another model of that name would be a silent swap.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from gpuinfer.names import MODEL_NAME
 
 SHIPPED = Path(__file__).parent / "shipped"
 _CHUNK_BYTES = 1 << 20
-#: Python writes it beside modules; it is no part of a model.
+#: The folder that Python writes beside modules; it is not part of a model.
 _BYTECODE = "__pycache__"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """One model: an installed one has a record, one that is only tried has none."""
+    """One model. An installed one has a record; one that is only tried may have none."""
 
     path: Path
     manifest: Manifest
@@ -58,9 +58,9 @@ class ModelFolder:
 
     @property
     def signature(self) -> Signature | None:
-        """What it takes, without running its code: its manifest says it, or what was found when it was added.
+        """What it takes, from its manifest or its record, so that its code need not run.
 
-        None where neither does.
+        None if neither says it.
         """
         stated = from_manifest(self.manifest)
         if stated is None and self.record is not None and self.record.signature:
@@ -70,13 +70,13 @@ class ModelFolder:
 
 #: Writes the manifest of a copy that has none.
 Init = Callable[[Path], object]
-#: Tries a model before it is added and returns the fields of the record that it learned.
+#: Tries a model before it is added; returns further fields of its record.
 Trial = Callable[[ModelFolder], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of a listing: a sound model, or why it is none."""
+    """One line of a listing: a usable model, or an error."""
 
     name: str
     path: Path
@@ -86,10 +86,10 @@ class Entry:
 
 @contextmanager
 def open_verified(folder: ModelFolder) -> Iterator[BufferedReader]:
-    """Open the artefact once the whole folder has the digest of its record.
+    """Open the artefact after checking the whole folder against its record's digest.
 
-    The open file is the one that was checked. Without a record nothing is checked. Raises DigestMismatch;
-    ModelError when a file cannot be read.
+    The open file is the very one that was checked. Without a record, nothing is checked. Raises
+    DigestMismatch; ModelError if a file cannot be read.
     """
     try:
         file = folder.artefact.open("rb")
@@ -98,7 +98,7 @@ def open_verified(folder: ModelFolder) -> Iterator[BufferedReader]:
     with file:
         if folder.record is not None:
             opened = {folder.manifest.artefact: file}
-            record.verify(folder.path, folder.record, opened, leave_out=_not_ours(folder))
+            record.verify(folder.path, folder.record, opened, leave_out=_unchecked(folder))
         file.seek(0)
         yield file
 
@@ -106,26 +106,26 @@ def open_verified(folder: ModelFolder) -> Iterator[BufferedReader]:
 def verify(folder: ModelFolder) -> str:
     """Check the folder against its record and return the digest; "" without one.
 
-    Raises DigestMismatch, or ModelError where a file cannot be read.
+    Raises DigestMismatch, or ModelError if a file cannot be read.
     """
     if folder.record is None:
         return ""
-    return record.verify(folder.path, folder.record, leave_out=_not_ours(folder))
+    return record.verify(folder.path, folder.record, leave_out=_unchecked(folder))
 
 
-def _not_ours(folder: ModelFolder) -> tuple[str, ...]:
-    """Return the sub-folders that an installer of packages may make: it compiles what ends in .py."""
+def _unchecked(folder: ModelFolder) -> tuple[str, ...]:
+    """Return the sub-folders that are not verified: package installers compile the shipped .py files."""
     return (_BYTECODE,) if folder.shipped else ()
 
 
 class Repository:
-    """The models of some folders, then the shipped ones. Reads the disk at each call."""
+    """The models in some folders, and the shipped ones. Each call reads the disk."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = tuple(folders)
 
     def entries(self) -> list[Entry]:
-        """List what is installed, sorted by name, broken models included."""
+        """List all installed models, sorted by name, including broken ones."""
         paths: dict[str, Path] = {}
         for folder in (*self.folders, SHIPPED):
             for path in _model_paths(folder):
@@ -133,7 +133,7 @@ class Repository:
         return [_entry(path) for _, path in sorted(paths.items())]
 
     def names(self) -> tuple[str, ...]:
-        """Return the names of all sound models, sorted."""
+        """Return the names of all usable models, sorted."""
         return tuple(entry.name for entry in self.entries() if entry.folder)
 
     def get(self, name: str) -> ModelFolder:
@@ -156,13 +156,13 @@ class Repository:
         trial: Trial | None = None,
         init: Init | None = None,
     ) -> ModelFolder:
-        """Copy the model in ``source``, a folder or a file, into the first folder, under a name of its own.
+        """Copy the model in ``source``, a folder or a file, into the first folder, and return it.
 
-        Where the copy has no manifest, ``init`` writes it. The copy is digested, held against ``expect``,
-        given to ``trial``, whose answer becomes part of the record, and then renamed into place: a reader
-        sees the whole model or none.
-        Raises ManifestError; DigestMismatch; what ``trial`` raises; UsageError when the name is taken and
-        ``force`` is not given.
+        If the copy has no manifest, ``init`` writes it. The copy's digest is compared with ``expect``; then
+        the copy is given to ``trial``, whose answer becomes part of the record. At last the copy is renamed
+        into place, so that a reader sees the whole model or none.
+        Raises ManifestError; DigestMismatch; what ``trial`` raises; UsageError if the name is taken and
+        ``force`` is not set.
         """
         if init is None or (source / MANIFEST_FILE).exists():
             name = name or load_manifest(source).name
@@ -187,7 +187,7 @@ class Repository:
         try:
             self.folders[0].mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".add-", dir=self.folders[0]) as scratch:
-                # The workers' user must get there, and tempfile makes folders for ours alone.
+                # The workers' user must have access, but tempfile makes folders for this user only.
                 Path(scratch).chmod(0o711)
                 staged = Path(scratch, name)
                 try:
@@ -204,9 +204,9 @@ class Repository:
 
     @contextmanager
     def copied(self, source: Path, init: Init, *, name: str | None = None) -> Iterator[Path]:
-        """Yield a copy of a model that is only tried, for as long as that takes. Raises as ``add`` does.
+        """Yield a temporary copy of a model that is only tried. Raises as ``add`` does.
 
-        With a ``name``, it is called so, and ``init`` writes its manifest even where there is one.
+        With a ``name``, the copy gets that name, and ``init`` writes its manifest even if it has one.
         """
         if not self.folders:
             raise UsageError("there is no folder to copy to; set models.folders", "models.folders")
@@ -249,7 +249,7 @@ def _model_paths(folder: Path) -> list[Path]:
             p for p in folder.iterdir() if MODEL_NAME.fullmatch(p.name) and os.path.lexists(p / MANIFEST_FILE)
         ]
     except (FileNotFoundError, NotADirectoryError):
-        return []  # a folder nobody has added a model to yet
+        return []  # no model was added yet
     except OSError as exc:
         raise ModelError(f"cannot be listed: {exc}", str(folder)) from exc
 
@@ -274,7 +274,7 @@ def _open_installed(path: Path) -> ModelFolder:
 
 
 def name_of(path: Path) -> str:
-    """Make a model's name of a file's or folder's: ``My Model.pt`` is ``my-model``."""
+    """Make a model's name from that of a file or folder: ``My Model.pt`` becomes ``my-model``."""
     path = path.resolve()
     stem = path.name if path.is_dir() else path.stem
     if stem == "model" and path.parent.name:
@@ -284,15 +284,15 @@ def name_of(path: Path) -> str:
 
 
 def _taken(target: Path, source: Path) -> bool:
-    """Tell whether a model is there already; one that was put there by hand is not, for its own sake."""
+    """Tell whether another model has that name. One put there by hand may be added in its own place."""
     by_hand = not os.path.lexists(target / RECORD_FILE) and target.resolve() == source.resolve()
     return target.exists() and not by_hand
 
 
 def _record(staged: ModelFolder, expect: str | None, trial: Trial | None, *, opened: bool) -> None:
-    """Write the record of a copy. Raises DigestMismatch where another digest was expected.
+    """Write the record of a copy. Raises DigestMismatch if its digest is not the expected one.
 
-    ``opened``: its code was run already, in the sandbox, for the manifest that it lacks.
+    ``opened``: its code has already run, in the sandbox, to write its manifest.
     """
     made = record.of(staged.path)
     if expect is not None and made.digest != expect:
@@ -314,7 +314,7 @@ def _entry(path: Path) -> Entry:
 
 
 def _name_what_was_given(error: GpuinferError, staged: Path, source: Path) -> None:
-    """Have an error about a copy, which is gone by then, name the file or folder that was copied."""
+    """Make an error about a copy, which is deleted, name the file or folder that was copied."""
     folder = source
     if source.is_file():
         folder = source.parent
@@ -324,7 +324,7 @@ def _name_what_was_given(error: GpuinferError, staged: Path, source: Path) -> No
 
 
 def _copy_model(source: Path, staged: Path, name: str, init: Init | None, *, fresh: bool) -> None:
-    """Copy a file, or a folder with its sub-folders, call the copy ``name``, and read its manifest."""
+    """Copy a file, or a folder with its sub-folders, as the model ``name``, and check its manifest."""
     if source.is_dir():
         _copy_folder(source, source.resolve(), staged)
     else:
@@ -345,7 +345,7 @@ def _copy_model(source: Path, staged: Path, name: str, init: Init | None, *, fre
 
 def _copy_folder(source: Path, root: Path, target: Path) -> None:
     target.mkdir()
-    target.chmod(0o755)  # whatever the umask: workers run as another user
+    target.chmod(0o755)  # regardless of the umask, as workers run as another user
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name == _BYTECODE:
             continue
@@ -357,7 +357,7 @@ def _copy_folder(source: Path, root: Path, target: Path) -> None:
 
 
 def _rename_in(manifest: Path, name: str) -> None:
-    """Set the first top-level ``name`` of a manifest, and leave the rest of it, comments too, as it is."""
+    """Set the first top-level ``name`` of a manifest; leave the rest, including comments, unchanged."""
     text = manifest.read_text(encoding="utf-8")
     head = re.split(r"(?m)^(?=[ \t]*\[)", text, maxsplit=1)[0]
     tables = text[len(head) :]
@@ -366,7 +366,7 @@ def _rename_in(manifest: Path, name: str) -> None:
 
 
 def _copy_file(path: Path, root: Path, target: Path) -> None:
-    """Copy one regular file; a link may only point at another file in ``root``."""
+    """Copy one regular file; a link may only point to another file in ``root``."""
     real = path.resolve()
     if not real.is_relative_to(root):
         raise ManifestError(
@@ -376,7 +376,7 @@ def _copy_file(path: Path, root: Path, target: Path) -> None:
         raise ManifestError(
             "is not a regular file; a model may contain only folders and regular files", str(path)
         )
-    # Neither a link nor a pipe that was put there since is followed or waited for.
+    # If it was replaced by a link or a pipe meanwhile, do not follow it or wait for it.
     handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(handle, "rb") as reader, target.open("xb") as writer:
         shutil.copyfileobj(reader, writer, _CHUNK_BYTES)
@@ -386,7 +386,7 @@ def _copy_file(path: Path, root: Path, target: Path) -> None:
 
 
 def _replace(staged: Path, target: Path, old: Path) -> None:
-    """Rename ``staged`` to ``target``; what was there moves to ``old``, and back should the rename fail."""
+    """Rename ``staged`` to ``target``. An earlier model moves to ``old``, and back if the rename fails."""
     if not os.path.lexists(target):
         staged.rename(target)
         return

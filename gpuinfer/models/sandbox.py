@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask a process that may do no more than a worker what a model says or does: see ``trial``.
+"""Runs a model in a separate process that may do no more than a worker, to answer a question: see ``trial``.
 
-On an installed host root's question is asked in a transient unit with the worker unit's own user and sandbox.
-Elsewhere it is a child process, which is the worker's user where there is one and root asks.
+For root on an installed host, the process is a transient unit with the user and sandbox of the worker unit.
+Otherwise it is a child process; started by root, it changes to the worker's user if there is one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from gpuinfer.privileges import WORKER_USER, warn_root, worker_user
 LIMIT_S = 900.0
 KILL_WAIT_S = 5.0
 UNIT = "gpuinfer-worker@0.service"
-#: Secrets, and settings, of which a model is to know nothing.
+#: Secrets and settings, which the model must not see.
 _NOT_KEPT = ("GPUINFER_", "CREDENTIALS", "NOTIFY_SOCKET", "WATCHDOG_")
-#: What a unit's [Service] says of its process beside its user and its sandbox.
+#: Directives of the unit's [Service] that concern neither its user nor its sandbox.
 _NOT_TAKEN = (
     *("Type", "Exec", "Environment", "LoadCredential", "Restart", "Timeout", "Watchdog", "KillMode"),
     *("RuntimeDirectory", "LogRateLimit", "SuccessExitStatus", "OOMScoreAdjust", "NotifyAccess"),
@@ -46,17 +46,17 @@ def ask(
     quiet: bool = False,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Ask ``trial`` a question and return its answer. ``gpu`` is the one it sees; None: none at all.
+    """Ask ``trial`` a question and return its answer. ``gpu``: the GPU that it sees; None: no GPU.
 
-    ``quiet``: that model code runs as root, on a host without the workers' user, is not warned of.
-    Raises the model's error; ModelLoadError where the process ends or stays without an answer.
+    ``quiet``: do not warn that model code runs as root, on a host without the workers' user.
+    Raises the model's error; ModelLoadError if the process ends, or takes too long, without an answer.
     """
     if not quiet:
         warn_root(say_warning)
     question = orjson.dumps({"do": what, **arguments})
     environment = _environment(gpu)
     command = [*_wrapper(environment, limit_s), *_python(), "-m", "gpuinfer.models.trial"]
-    # Its standard error is ours: what the model prints is seen while it happens.
+    # It inherits standard error, so that what the model prints is shown at once.
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd="/")
     try:
         out, _ = child.communicate(question, timeout=limit_s)
@@ -65,7 +65,7 @@ def ask(
     finally:
         if child.poll() is None:
             child.kill()
-            with suppress(subprocess.TimeoutExpired):  # one that hangs in the driver cannot be killed
+            with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver cannot be killed
                 child.wait(KILL_WAIT_S)
     return _answer(child.returncode, out)
 
@@ -82,7 +82,7 @@ def _answer(status: int, out: bytes) -> dict[str, Any]:
 
 
 def _error(told: Mapping[str, Any]) -> GpuinferError:
-    """Return the error that the process met: of the same class, as the exit code depends on it."""
+    """Return the process's error, with its class, as that decides the exit code."""
     known = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, GpuinferError)]
     cls = next((cls for cls in known if cls.code == told["code"]), ModelError)
     return cls(told["message"], told.get("field"))
@@ -93,9 +93,9 @@ def _python() -> list[str]:
 
 
 def _environment(gpu: int | Literal["all"] | None) -> dict[str, str]:
-    """Return the environment without secrets, in which this very package is found, and one GPU, all or none.
+    """Return an environment without secrets that has this package, and one GPU, all or none.
 
-    What the caller's shell hides of the GPUs is no matter.
+    The caller's own CUDA_VISIBLE_DEVICES is ignored.
     """
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_KEPT)}
     kept.pop("CUDA_VISIBLE_DEVICES", None)
@@ -113,9 +113,9 @@ def _environment(gpu: int | Literal["all"] | None) -> dict[str, str]:
 
 @cache
 def confined() -> bool:
-    """Tell whether a question is asked in a transient unit: as root, on a host with our units.
+    """Tell whether questions are asked in a transient unit: for root, on a host with gpuinfer's units.
 
-    Where systemd refuses one with the unit's directives, that is said, and the question is asked in a child.
+    If systemd refuses the unit's directives, warn and use a child process.
     """
     if os.geteuid() != 0 or worker_user() is None or not Path("/run/systemd/system").is_dir():
         return False
@@ -132,13 +132,13 @@ def confined() -> bool:
 
 
 def _in_unit(unit: str) -> list[str]:
-    """Return what runs a command with a unit's user, bounds and sandbox."""
+    """Return the start of a command line that runs a command with a unit's user, limits and sandbox."""
     properties = (f"--property={line}" for line in directives(unit))
     return ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", *properties]
 
 
 def _wrapper(environment: Mapping[str, str], limit_s: float) -> list[str]:
-    """Return what runs a command in the worker's sandbox; nothing where there is none."""
+    """Return the start of a command line that runs a command in the worker's sandbox; [] if there is none."""
     if not confined():
         return []
     names = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "PYTHONDONTWRITEBYTECODE", "LANG")
@@ -153,7 +153,7 @@ def _unit() -> str:
 
 
 def directives(unit: str) -> list[str]:
-    """Return the lines of a unit, drop-ins included, that are its user, its bounds and its sandbox."""
+    """Return the lines of a unit, drop-ins included, that set its user, its limits and its sandbox."""
     taken, section = [], ""
     for line in unit.splitlines():
         if line.startswith("["):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a first ``model.toml``: from what the artefact tells, what options say, and what is asked by name."""
+"""Writes a first ``model.toml``, from the artefact, the options, and answers of the user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpuinfer.models.repository import name_of
 from gpuinfer.models.specs import DTYPES
 from gpuinfer.names import MODEL_NAME
 
-#: Asks a person: what is wanted, and the answer that Enter gives. None where nobody can be asked.
+#: Asks the user; takes the question and the default answer. None if there is nobody to ask.
 Ask = Callable[[str, str], str]
 _KINDS = ("json", "text", "bytes", "image", "audio", "file")
 _INPUT_HELP = "--input NAME:DTYPE:SHAPE, such as --input {}:float32:3,224,224 (without the batch; -1 is free)"
@@ -24,7 +24,7 @@ _INPUT_HELP = "--input NAME:DTYPE:SHAPE, such as --input {}:float32:3,224,224 (w
 
 @dataclass(kw_only=True)
 class Wanted:
-    """What options say."""
+    """The values of options."""
 
     name: str | None = None
     class_name: str | None = None
@@ -91,20 +91,18 @@ def _python_lines(found: Mapping[str, Any], wanted: Wanted, ask: Ask | None) -> 
     if not wanted.inputs:
         lines += _annotated(found)
     if not found.get("example"):
-        lines.append(
-            "# Give the class an attribute `example`: it is warmed up, checked and documented with that."
-        )
+        lines.append("# Give the class an attribute `example`: warm-up, checks and documentation use it.")
     lines += [line for text in wanted.inputs for line in _table("inputs", _parsed(text, tensors_only=False))]
     return lines + [line for text in wanted.outputs for line in _table("outputs", {"name": text})]
 
 
 def _annotated(found: Mapping[str, Any]) -> list[str]:
-    """Say in a comment what the annotations tell of the inputs."""
+    """Return a comment about the inputs, from the annotations."""
     signature = found.get("signature")
     if not signature or signature["source"] != "annotations":
         return [
-            "# Its inputs: any JSON. An annotation of one item (def predict(self, batch: list[str])), or "
-            "[[inputs]], says more."
+            "# Its inputs: any JSON. To say more, annotate predict (def predict(self, batch: list[str])), "
+            "or add [[inputs]]."
         ]
     kinds = ", ".join(f"{one['name']}: {one['kind']}" for one in signature["inputs"])
     return [f"# Its inputs, from the annotations: {kinds}."]

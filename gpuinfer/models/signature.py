@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model takes and gives, as plain data: read by fronts and clients that never see the model's code.
+"""A model's inputs and outputs as plain data, for the API and clients, which never see the model's code.
 
 It comes from the manifest's ``[[inputs]]``, or, for a Python model without them, from the annotation of one
 item: the parameter of ``prepare``, or the element type of ``predict``'s list::
@@ -7,8 +7,8 @@ item: the parameter of ``prepare``, or the element type of ``predict``'s list::
     def prepare(self, item: PIL.Image.Image) -> np.ndarray: ...
     def predict(self, batch: list[Annotated[int, Ge(1)]]) -> list[float]: ...
 
-A ``TypedDict`` names several inputs. To read an annotation the model's code must have been imported, which is
-done in the worker or its sandbox; to read a signature back takes neither that nor torch.
+A ``TypedDict`` names several inputs. Reading an annotation needs the model's code to be imported, which is
+done in the worker or its sandbox. Reading a signature needs neither the code nor torch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 Kind = Literal["tensor", "json", "text", "bytes", "image", "audio", "file"]
 KINDS: tuple[str, ...] = get_args(Kind)
-#: Where a signature comes from; ``none``: the code does not tell, and any JSON value may pass.
+#: Where a signature comes from; ``none``: neither has it, and any JSON value is accepted.
 Source = Literal["manifest", "annotations", "none"]
 
-#: Bytes of JSON that an example may have.
+#: Maximum bytes of an example as JSON.
 MAX_EXAMPLE_BYTES = 8192
-#: The name of the only input of a model whose annotations name none.
+#: The name of the only input of a model whose annotations give it no name.
 ITEM = "input"
-#: Type, by its module and name, so that none of these libraries need be imported -> kind.
+#: (module, name) of a type -> kind. By name, so that none of these libraries must be imported.
 _KIND_OF: dict[tuple[str, str], Kind] = {
     ("builtins", "str"): "text",
     ("builtins", "bytes"): "bytes",
@@ -54,19 +54,19 @@ class Input:
 
     name: str
     kind: Kind = "json"
-    #: Of a tensor; None: any.
+    #: The dtype of a tensor; None: any.
     dtype: str | None = None
-    #: Of a tensor, per item, -1 for a free dimension; None: any.
+    #: The shape of a tensor per item, -1 for a free dimension; None: any.
     shape: tuple[int, ...] | None = None
     #: JSON schema of a text or a JSON value; None: any.
     schema: Mapping[str, Any] | None = None
-    #: What file the worker makes the tensor from, where one is sent in its place; None: numbers alone.
+    #: The kind of file that may be sent in place of a tensor, to be converted; None: only numbers.
     file: Literal["image", "audio"] | None = None
-    #: Whether a tensor may hold NaN and infinity; null in a list is NaN then.
+    #: Whether a tensor may contain NaN and infinity; null in a list is then NaN.
     allow_nan: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain JSON, without what is not known."""
+        """Return it as plain JSON, without unknown values."""
         entry: dict[str, Any] = {"name": self.name, "kind": self.kind}
         if self.dtype is not None:
             entry["dtype"] = self.dtype
@@ -105,10 +105,10 @@ class Input:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """One output of a model, as the model itself gives it."""
+    """One output of a model, as the model returns it."""
 
     name: str
-    #: classification: a vector of scores, of which a result tells the best unless it is asked for raw.
+    #: classification: a vector of scores; a result has the best classes, unless ``raw`` is requested.
     kind: Literal["raw", "classification"] = "raw"
     #: None: any.
     dtype: str | None = None
@@ -116,7 +116,7 @@ class Output:
     shape: tuple[int, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain JSON, without what is not known."""
+        """Return it as plain JSON, without unknown values."""
         entry: dict[str, Any] = {"name": self.name, "kind": self.kind}
         if self.dtype is not None:
             entry["dtype"] = self.dtype
@@ -140,21 +140,21 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """The inputs of a model, in order."""
+    """The inputs and outputs of a model, each in order."""
 
     inputs: tuple[Input, ...]
-    #: Its outputs, in order; empty: a Python model's answers are what it returns, and its code does not tell.
+    #: Empty: a Python model, whose code does not describe what it returns.
     outputs: tuple[Output, ...] = ()
     batchable: bool = True
     source: Source = "manifest"
-    #: True when a request's value is a mapping of input names to values; False: it is the only input's value.
+    #: True: a request's value is a mapping of input names to values; False: it is the only input's value.
     named: bool = False
-    #: An ``inputs`` value that the model takes, as JSON; None: none is known, or it is large.
+    #: An ``inputs`` value that the model accepts, as JSON; None: none is known, or it is too large.
     example: Any = None
 
     @property
     def only(self) -> Input | None:
-        """The only input; None where there are several."""
+        """The only input; None if there are several."""
         return self.inputs[0] if len(self.inputs) == 1 else None
 
     def to_json(self) -> dict[str, Any]:
@@ -169,10 +169,10 @@ class Signature:
         }
 
     def with_example(self, value: Any) -> Signature:
-        """Return it with an example, where that is small and JSON can hold it: arrays become lists."""
+        """Return it with an example, if that is small and valid as JSON; arrays become lists."""
         try:
             text = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
-        except (TypeError, ValueError):  # a file's bytes, or what only a Python model takes
+        except (TypeError, ValueError):  # a file's bytes, or an object of a Python model
             return self
         return replace(self, example=orjson.loads(text)) if len(text) <= MAX_EXAMPLE_BYTES else self
 
@@ -193,7 +193,7 @@ class Signature:
 
 
 def from_manifest(manifest: Manifest) -> Signature | None:
-    """Return what the manifest's ``[[inputs]]`` say; None where it has none."""
+    """Return the signature from a manifest; None if it has no ``[[inputs]]``."""
     if not manifest.inputs:
         return None
     inputs = tuple(
@@ -214,7 +214,7 @@ def from_manifest(manifest: Manifest) -> Signature | None:
 
 
 def outputs_of(manifest: Manifest) -> tuple[Output, ...]:
-    """Return what the manifest's ``[[outputs]]`` say. bfloat16 comes as float32."""
+    """Return the manifest's ``[[outputs]]``. bfloat16 is returned as float32."""
     return tuple(
         Output(
             name=spec.name,
@@ -228,7 +228,7 @@ def outputs_of(manifest: Manifest) -> tuple[Output, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Typed:
-    """One input as it was annotated: what the worker checks and converts values by."""
+    """One input with its annotation, by which the worker checks and converts values."""
 
     input: Input
     #: The annotation itself; None: there is none.
@@ -236,10 +236,10 @@ class Typed:
 
 
 def from_class(cls: type, *, batchable: bool = True) -> tuple[Signature, tuple[Typed, ...]]:
-    """Return what the annotations of a model's class say, as data and as types.
+    """Return the signature from the annotations of a model's class, as data and as types.
 
-    In the worker or its sandbox only: the class is a model's code.
-    Raises ModelLoadError, naming the method, for an annotation that cannot be read or has no JSON schema.
+    For the worker or its sandbox only, as the class is a model's code.
+    Raises ModelLoadError, naming the method, if an annotation cannot be read or has no JSON schema.
     """
     found = _item_type(cls, batchable=batchable)
     if found is None:
@@ -257,7 +257,7 @@ def from_class(cls: type, *, batchable: bool = True) -> tuple[Signature, tuple[T
 
 
 def _item_type(cls: type, *, batchable: bool) -> tuple[str, Any] | None:
-    """Return the method that tells what one item is, and its annotation."""
+    """Return the name of the method whose annotation describes one item, and that annotation."""
     for method in ("prepare", "predict"):
         call = getattr(cls, method, None)
         if call is None:
@@ -265,7 +265,7 @@ def _item_type(cls: type, *, batchable: bool) -> tuple[str, Any] | None:
         where = f"{cls.__name__}.{method}"
         hint = _first_hint(call, where)
         if hint is None:
-            if method == "prepare":  # what predict is given is what prepare returns
+            if method == "prepare":  # predict's annotation describes what prepare returns, not the input
                 return None
             continue
         if method == "predict" and batchable:
@@ -275,7 +275,7 @@ def _item_type(cls: type, *, batchable: bool) -> tuple[str, Any] | None:
 
 
 def _first_hint(call: Callable[..., Any], where: str) -> Any:
-    """Return the annotation of the first parameter behind ``self``."""
+    """Return the annotation of the first parameter after ``self``."""
     try:
         names = [name for name in inspect.signature(call).parameters if name != "self"]
         hints = typing.get_type_hints(call, include_extras=True)
@@ -285,15 +285,15 @@ def _first_hint(call: Callable[..., Any], where: str) -> Any:
 
 
 def _element_of(hint: Any, where: str) -> Any:
-    """Return what a batch holds; None where that is not said."""
+    """Return the type of a batch's elements; None if the annotation does not say it."""
     origin, args = get_origin(hint), get_args(hint)
     if hint in (list, tuple, Sequence, typing.Sequence):
         return None
     if origin in (list, tuple, Sequence) or (isinstance(origin, type) and issubclass(origin, Sequence)):
         return args[0] if args else None
     raise ModelLoadError(
-        f"its batch is annotated as {_said(hint)}: a batch is a list, say list[{_said(hint)}]; or set "
-        "batchable = false in model.toml, and it is called with one item at a time",
+        f"its batch is annotated as {_said(hint)}: a batch is a list, such as list[{_said(hint)}]; or set "
+        "batchable = false in model.toml, to have it called with one item at a time",
         where,
     )
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A WAV file becomes samples: float32 in -1..1, (channels, samples), at the rate that a model wants.
+"""Turns a WAV file into samples: float32 in -1..1, (channels, samples), at the rate that a model wants.
 
-PCM of 8, 16, 24 and 32 bits and floats of 32 and 64 are read (RIFF, Microsoft's multimedia standards update).
-Another rate is reached by the Fourier transform: exact for what both rates can hold, and without aliases.
+Reads PCM of 8, 16, 24 and 32 bits and floats of 32 and 64 (RIFF, Microsoft's multimedia standards update).
+Resamples by the Fourier transform: exact for frequencies that both rates can represent, without aliasing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from gpuinfer.errors import InputError
 from gpuinfer.models.specs import AudioSpec
 
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
-#: What a file without a known end says its samples take: written by a program whose output was a pipe.
+#: The sizes that programs write into a file if its length is not known, as their output is a pipe.
 _UNKNOWN_SIZES = (0, 0xFFFFFFFF, 0xFFFFFFFF - 36, 0x7FFFFFFF)
-#: Samples of all channels together, before and after resampling: an hour at 16 kHz. More is a trap.
+#: Maximum samples of all channels together, before and after resampling: about an hour at 16 kHz.
 MAX_SAMPLES = 64 * 1024 * 1024
 _RATES = range(100, 768_001)
 _MAX_CHANNELS = 64
@@ -133,7 +133,7 @@ _READERS: dict[tuple[int, int], Any] = {
 
 
 def resample(samples: NDArray[Any], rate: int, wanted: int, field: str) -> NDArray[Any]:
-    """Return (channels, samples) at another rate. Raises InputError where that would be too many."""
+    """Return (channels, samples) at another rate. Raises InputError if that would be too many."""
     length = samples.shape[1]
     result = -(-length * wanted // rate)
     if result * len(samples) > MAX_SAMPLES:

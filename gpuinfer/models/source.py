@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that is tried where it lies: a folder, a file or an installed model's name, linked, not copied."""
+"""A model to try without adding it: a folder, a file, or an installed model's name. Linked, not copied."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpuinfer.models.manifest import FORMATS, MANIFEST_FILE, load_manifest
 from gpuinfer.models.record import RECORD_FILE, Record
 from gpuinfer.models.repository import ModelFolder, Repository, name_of
 
-#: More files than this are not watched: it is no model's folder.
+#: Maximum number of files that are watched: a folder with more is not a model.
 MOST_FILES = 20_000
 _NO_PART = ("__pycache__", RECORD_FILE)
 _STATES = dict[str, tuple[int, int]]
@@ -30,21 +30,21 @@ class Source:
 
     path: Path
     wanted: scaffold.Wanted
-    #: The installed model that it is; None for what is not installed.
+    #: The installed model; None if it is not installed.
     installed: ModelFolder | None = None
 
     @property
     def folder(self) -> Path:
-        """Where its files lie."""
+        """The folder of its files."""
         return self.path if self.path.is_dir() else self.path.parent
 
     def state(self) -> _STATES:
-        """Return path -> (time of change, size) of what it is made of. Raises ModelError for too much."""
+        """Return path -> (time of change in ns, size) of its files. Raises ModelError for too many."""
         found: _STATES = {}
         for path in _files(self.path) if self.path.is_dir() else [self.path]:
             try:
                 status = path.stat()
-            except OSError:  # it has just gone
+            except OSError:  # it was just deleted
                 continue
             found[str(path)] = status.st_mtime_ns, status.st_size
             if len(found) > MOST_FILES:
@@ -54,9 +54,9 @@ class Source:
         return found
 
     def link(self, models: Path) -> ModelFolder:
-        """Make the folder of an installed model out of links to it, in ``models``; an earlier one goes.
+        """Make a model folder of links to its files, in ``models``; replaces an earlier one.
 
-        Writes the manifest where it has none. Raises ManifestError, UsageError, ModelError.
+        Writes the manifest if it has none. Raises ManifestError, UsageError, ModelError.
         """
         text = self._manifest()
         scratch = models / ".new"
@@ -94,7 +94,7 @@ class Source:
 
 
 def find(name: str, repository: Callable[[], Repository], wanted: scaffold.Wanted) -> Source:
-    """Find what to serve: a plain word is an installed model before a folder here, which is ``./word``.
+    """Find a model by name or path. A plain word means an installed model first; a folder is ``./word``.
 
     Raises UnknownModel, UsageError; ManifestError for an installed model that is broken.
     """
@@ -119,7 +119,7 @@ def find(name: str, repository: Callable[[], Repository], wanted: scaffold.Wante
 
 
 def _is_artefact(path: Path, folder: Path) -> bool:
-    """Tell whether the manifest beside a file is about that file."""
+    """Tell whether a file is the artefact of the manifest beside it."""
     try:
         return (folder / MANIFEST_FILE).exists() and load_manifest(folder).artefact == path.name
     except ModelError:
@@ -137,11 +137,11 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def check_readable(source: Source) -> None:
-    """Raise ModelError where this process, which may have left root, cannot read all of it."""
+    """Raise ModelError if this process, which may have dropped root, cannot read all of the files."""
     try:
         paths = (str(source.path), *source.state())
         hidden = next((path for path in paths if not os.access(path, os.R_OK)), None)
-    except PermissionError as exc:  # of a folder above it, such as root's home
+    except PermissionError as exc:  # a parent folder, such as root's home
         hidden = str(exc.filename)
     if hidden is not None:
         who = pwd.getpwuid(os.geteuid()).pw_name
@@ -153,9 +153,9 @@ def check_readable(source: Source) -> None:
 
 
 def example_of(folder: ModelFolder) -> Any | None:
-    """Return an ``inputs`` value in JSON that the model takes; None where none is known.
+    """Return an ``inputs`` value as JSON that the model accepts; None if none is known.
 
-    Raises what the model's file raises when it is imported.
+    Raises the error of the model's file if that cannot be imported.
     """
     if folder.manifest.format == "python":
         cls = folder.manifest.class_name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of a manifest: what one input and one output of a model is.
+"""The tables of a manifest that describe a model's inputs and outputs.
 
 Shapes are per item, without the batch dimension.
 """
@@ -20,17 +20,17 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 #: A free dimension in a shape.
 FREE = -1
 _Dimension = Annotated[int, Field(strict=True, ge=FREE)]
-#: ``b64`` would be taken for an encoded tensor where a request maps names to values.
+#: An input must not be called ``b64``: a mapping of names to values would look like an encoded tensor.
 _TensorName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
 _PerChannel = tuple[float, ...]
-#: What a model is given for an input: an array, or (Python models alone) a value of another kind.
+#: What a model gets for an input: an array, or (Python models only) a value of another kind.
 Kind = Literal["tensor", "json", "text", "bytes", "image", "audio", "file"]
-#: What a file with an example may end in.
+#: Suffixes of files with an example.
 EXAMPLE_SUFFIXES = (".json", ".npy", ".png", ".jpg", ".jpeg", ".wav", ".txt")
 
 
 class Frozen(BaseModel):
-    """A table of a manifest: no unknown keys, no changes."""
+    """A table of a manifest: immutable, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,7 +42,7 @@ def _no_empty_dimension(shape: tuple[int, ...] | None) -> tuple[int, ...] | None
 
 
 def plain_file(name: str) -> bool:
-    """Tell whether ``name`` is the plain name of a file: no folder, no hidden file."""
+    """Tell whether ``name`` is a plain file name: without a folder, and not hidden."""
     return bool(name) and not name.startswith(".") and not re.search(r"[/\\\x00-\x1f]", name)
 
 
@@ -54,9 +54,10 @@ def shape_fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 class ImageSpec(Frozen):
-    """How an image file becomes a tensor: resize, invert, times ``scale``, minus ``mean``, over ``std``."""
+    """How an image file becomes a tensor: resize, invert, multiply by ``scale``, subtract ``mean``, divide by
+    ``std``."""
 
-    #: L is grey, one channel; RGB is three.
+    #: L is grey, with one channel; RGB has three.
     mode: Literal["L", "RGB"] = "L"
     #: Width and height in pixels.
     size: tuple[Annotated[int, Field(ge=1, le=16384)], Annotated[int, Field(ge=1, le=16384)]]
@@ -64,10 +65,10 @@ class ImageSpec(Frozen):
     layout: Literal["CHW", "HWC", "HW"] = "CHW"
     #: Pixels are 0..255 before this factor.
     scale: float = 1.0
-    #: One value for all channels, or one a channel.
+    #: One value for all channels, or one per channel.
     mean: _PerChannel = (0.0,)
     std: _PerChannel = (1.0,)
-    #: For models that expect bright strokes on a dark ground and get ink on paper.
+    #: For a model that expects bright strokes on a dark background but gets ink on paper.
     invert: bool = False
 
     @property
@@ -76,7 +77,7 @@ class ImageSpec(Frozen):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the tensor this makes."""
+        """The shape of the tensor."""
         width, height = self.size
         if self.layout == "HW":
             return (height, width)
@@ -90,14 +91,14 @@ class ImageSpec(Frozen):
             if len(values) not in (1, self.channels):
                 raise ValueError(f"{name} must have 1 or {self.channels} values, not {len(values)}")
         if 0 in self.std:
-            raise ValueError("std must not hold 0, it is divided by")
+            raise ValueError("std must not contain 0, as values are divided by it")
         return self
 
 
 class AudioSpec(Frozen):
     """How a sound file becomes float32 samples in -1..1, (channels, samples): resampled, and mixed down."""
 
-    #: Samples a second.
+    #: Samples per second.
     rate: int = Field(16000, ge=1, le=768_000)
     channels: int = Field(1, ge=1, le=64)
 
@@ -108,20 +109,20 @@ class InputSpec(Frozen):
     name: _TensorName
     kind: Kind = "tensor"
     dtype: Dtype = "float32"
-    #: Per item; -1 is free, () is a scalar. Of a tensor it must be stated.
+    #: Per item; -1 is a free dimension, () is a scalar. Required for a tensor.
     shape: tuple[_Dimension, ...] = ()
-    #: Whether NaN and infinity may pass.
+    #: Whether NaN and infinity are accepted.
     allow_nan: bool = False
-    #: Where it is given, an image file becomes the tensor.
+    #: If set, an image file may be sent in place of the tensor.
     image: ImageSpec | None = None
-    #: Where it is given, a sound file becomes the tensor; and how one of kind audio is resampled.
+    #: If set, a sound file may be sent in place of the tensor. For kind audio: how it is resampled.
     audio: AudioSpec | None = None
     #: JSON schema of a value of kind json.
     json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
-    #: A value as a request sends it, or a file in the model's folder: for warm-up, documentation and checks.
+    #: A value as in a request, or a file in the model's folder: for warm-up, documentation and checks.
     example: Any = None
     example_file: str | None = None
-    #: What a free dimension is in a warm-up without an example.
+    #: The length of free dimensions in a warm-up without an example.
     warm_up_length: int | None = Field(default=None, ge=1, le=1 << 30, strict=True)
 
     _shape = field_validator("shape")(_no_empty_dimension)
@@ -187,7 +188,7 @@ class InputSpec(Frozen):
 
     @property
     def fixed(self) -> bool:
-        """True when no dimension is free."""
+        """Whether no dimension is free."""
         return FREE not in self.shape
 
 
@@ -197,12 +198,12 @@ class OutputSpec(Frozen):
     name: _TensorName
     #: classification: a vector of scores becomes class, label, confidence; raw: the tensor itself.
     kind: Literal["raw", "classification"] = "raw"
-    #: What warm-up must find; without them it does not look. Shape is per item.
+    #: Checked by warm-up if set. The shape is per item.
     dtype: Dtype | None = None
     shape: tuple[_Dimension, ...] | None = None
-    #: One a class, in order; a class without a label is called by its number.
+    #: One per class, in order; without labels, classes are named by their numbers.
     labels: tuple[str, ...] = ()
-    #: How many of the best classes a result names, unless the request says otherwise.
+    #: How many of the best classes a result has, unless the request says otherwise.
     top_k: int = Field(3, ge=1, le=1000)
     #: softmax: the model gives logits; none: its scores are confidences already.
     activation: Literal["none", "softmax"] = "none"

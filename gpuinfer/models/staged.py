@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands for a tensor model's items and outputs while they are on their way to the device and back."""
+"""A tensor model's items and outputs while they are being copied to the device and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from gpuinfer.models.tensors import Array, Item
 class Brought:
     """The arguments of one call of a module: tensors and plain numbers.
 
-    ``sent`` says which of them are on their way (their values here are None), in the order of ``arrival``.
+    ``sent``: the positions of those that are being copied (their values here are None), in the order of
+    ``arrival``.
     """
 
     values: list[Any]
@@ -25,14 +26,14 @@ class Brought:
 
 @dataclass(slots=True)
 class Staged(Sequence[Item]):
-    """Items whose tensors are on their way to the device. A slice of them is plain items."""
+    """Items whose tensors are being copied to the device. A slice of them is plain items."""
 
     items: Sequence[Item]
-    #: The places of items that run together, and what was brought for them.
+    #: The positions of items that run together, and their arguments.
     groups: list[tuple[Sequence[int], Brought]] = field(default_factory=list)
 
     def take(self) -> list[tuple[Sequence[int], Brought]]:
-        """Return the groups, once: what has run, or did not fit, must not take up the device's memory."""
+        """Return the groups, and forget them: after the run they must not use the device's memory."""
         groups, self.groups = self.groups, []
         return groups
 
@@ -50,13 +51,13 @@ class Staged(Sequence[Item]):
 
 
 class Coming(tuple[Array, ...]):
-    """One item's outputs that may be read once ``event`` has happened."""
+    """One item's outputs, which may be read once ``event`` has happened."""
 
     event: Any = None
 
     @classmethod
     def of(cls, arrays: Sequence[Array], event: Any) -> Coming:
-        """Return arrays that are on their way."""
+        """Return arrays that are being copied."""
         coming = cls(arrays)
         coming.event = event
         return coming

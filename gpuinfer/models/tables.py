@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands of ``gpuinfer model`` share: the repository, tables and JSON."""
+"""Shared by the commands of ``gpuinfer model``: the repository, tables and JSON."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from gpuinfer.models.repository import Repository
     from gpuinfer.settings import Loaded
 
-#: Width of tables where the output is no terminal, so that a pipe gets whole lines.
+#: Width of tables if the output is not a terminal, so that a pipe gets whole lines.
 _PIPE_WIDTH = 200
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
 def repository(loaded: Loaded) -> Repository:
-    """Return the repository of the settings' folders."""
+    """Return the repository of the folders in the settings."""
     from gpuinfer.models.repository import Repository
 
     return Repository(loaded.settings.models.folders)
 
 
 def console(most: int = _PIPE_WIDTH) -> Console:
-    """Return a console for tables: as wide as the terminal, in a pipe ``most`` columns, and never wider."""
+    """Return a console for tables: of ``most`` columns, or as wide as the terminal if that is less."""
     from rich.console import Console
 
     found = Console(width=None if sys.stdout.isatty() else most, highlight=False)
@@ -37,7 +37,7 @@ def console(most: int = _PIPE_WIDTH) -> Console:
 
 
 def print_json(value: object) -> None:
-    """Print JSON with an indent."""
+    """Print indented JSON."""
     click.echo(json.dumps(value, indent=2, allow_nan=False))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of arrays through a module of torch: what TorchScript and torch.export have in common.
+"""Runs batches of arrays through a torch module: the common part of TorchScript and torch.export.
 
-Splitting and retrying batches is the worker's business.
+Splitting and retrying batches is done by the worker.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 class TensorModel(LoadedModel):
-    """A module of torch that is called with one value an input. An item is one array an input.
+    """A torch module that is called with one value per input. An item is one array per input.
 
-    ``module`` takes tensors on ``device``, in the manifest's order, and plain numbers where ``numbers`` says
-    so: items whose numbers differ run apart. ``before_each`` is called before each pass. ``copies`` are the
-    device's, unless a test has its own.
+    ``module`` takes tensors on ``device``, in the manifest's order, and plain numbers for the inputs that are
+    True in ``numbers``: items with different numbers run separately. ``before_each`` is called before each
+    pass. ``copies``: default: those of the device; tests pass their own.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class TensorModel(LoadedModel):
         super().__init__(folder.manifest, device)
         if copies is None and device.startswith("cuda"):
             copies = Copies(Cuda(device))
-        #: Copies beside the device's work; None where its memory is the host's.
+        #: Copies data while the device computes; None if it uses the host's memory.
         self._copies = copies
         self._folder = folder
         self.signature = self.signature.with_example(self.example())
         self._module = module
         self._before_each = before_each
-        #: The places of inputs that are plain numbers.
+        #: The positions of inputs that are plain numbers.
         self._numbers = tuple(place for place, number in enumerate(numbers) if number)
         self._cuts: padding.Cuts = {}
         self._by_shape = folder.manifest.variable == "group" and not all(
@@ -65,11 +65,11 @@ class TensorModel(LoadedModel):
 
     @property
     def prepares(self) -> bool:
-        """True when a file may come in the place of a tensor, and be decoded."""
+        """Whether a file may be sent in place of a tensor, and must be decoded."""
         return any(spec.image or spec.audio for spec in self.manifest.inputs)
 
     def prepares_these(self, values: Sequence[object]) -> bool:
-        """Arrays and lists are decoded together, and faster than they could be handed to a thread."""
+        """Tell whether any value is a file. Arrays and lists are decoded together, without another thread."""
         return self.prepares and any(map(_holds_file, values))
 
     def prepare(self, values: Sequence[object]) -> list[Item | InputError]:
@@ -91,7 +91,7 @@ class TensorModel(LoadedModel):
         return examples.example(self._folder)
 
     def warm_up(self, max_batch_size: int | None = None) -> int:
-        """Run batches of the manifest's example, or of what is invented where it gives none."""
+        """Run batches of the manifest's example, or of made-up inputs if it has none."""
         largest = max(1, max_batch_size or self.manifest.max_batch_size) if self.manifest.batchable else 1
         size, item = warm_up(self, examples.candidates(self._folder), largest, self._check)
         if item is not None:
@@ -105,7 +105,7 @@ class TensorModel(LoadedModel):
         return size
 
     def _learn_padding(self, item: Item | None) -> None:
-        """Find out what of a padded batch's outputs is padding, and warn of what cannot be cut off."""
+        """Find out which part of a padded batch's outputs is padding; warn if it cannot be removed."""
         manifest = self.manifest
         if manifest.variable != "pad" or not manifest.batchable or all(s.fixed for s in manifest.inputs):
             return
@@ -115,13 +115,14 @@ class TensorModel(LoadedModel):
             self._cuts, kept = padding.learn(manifest, item, self.forward)
         if kept:
             self.warnings.append(
-                f"padding is not cut off its outputs {', '.join(kept)}: which part it is could not be "
-                'learned; variable = "group" pads nothing'
+                f"padding is not removed from its outputs {', '.join(kept)}, as warm-up could not tell which "
+                'part it is; variable = "group" avoids padding'
             )
 
     def _learn_outputs(self, item: Item) -> None:
-        """Find out what the manifest leaves open of the outputs: dtype, and shape, of which inputs that have
-        free dimensions tell no more than the number of its own.
+        """Find out dtypes and shapes of outputs that the manifest does not state.
+
+        If inputs have free dimensions, only the number of an output's dimensions is known: all are free.
         """
         if all(one.dtype is not None and one.shape is not None for one in self.signature.outputs):
             return
@@ -147,26 +148,26 @@ class TensorModel(LoadedModel):
             _check_output(spec, array)
 
     def stage(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Stack the items, and begin to copy them to a GPU."""
+        """Stack the items, and start to copy them to a GPU."""
         try:
             groups = [(places, self._bring([items[i] for i in places])) for places in self._groups(items)]
-        except Exception:  # it comes again when they run, and is told then
+        except Exception:  # the same error occurs when they run, and is raised then
             return items
         return Staged(items, groups)
 
     def forward(self, items: Sequence[Item]) -> list[tuple[Array, ...]]:
         """Run the items and return, for each in the same order, one array per output.
 
-        Items with free dimensions are grouped by shape, or padded, as the manifest says; padding is cut off
-        the outputs where warm-up has learned how. bfloat16 outputs come as float32. Raises DeviceOutOfMemory,
-        DeviceError, and InferenceError for whatever else the model does; no item has a result then.
+        Items with free dimensions are grouped by shape, or padded, as the manifest says; padding is removed
+        from outputs if warm-up found out how. bfloat16 outputs are returned as float32. Raises
+        DeviceOutOfMemory, DeviceError, and InferenceError for any other failure; no item has a result then.
         """
         outputs = self.launch(items)
         self.land(outputs)
         return outputs
 
     def launch(self, items: Sequence[Item]) -> list[tuple[Array, ...]]:
-        """Run items as ``forward`` does. From a GPU the outputs are still being copied when it returns."""
+        """Run items as ``forward`` does. When it returns, outputs may still be being copied from the GPU."""
         results: list[tuple[Array, ...]] = [()] * len(items)
         staged = items.take() if isinstance(items, Staged) else []
         for places, brought in staged or ((places, None) for places in self._groups(items)):
@@ -185,7 +186,7 @@ class TensorModel(LoadedModel):
         return results
 
     def land(self, outputs: Sequence[tuple[Array, ...]]) -> None:
-        """Wait until outputs of ``launch`` may be read."""
+        """Wait until the outputs of ``launch`` may be read."""
         events = {id(output.event): output.event for output in outputs if isinstance(output, Coming)}
         if self._copies is None:
             return
@@ -196,7 +197,7 @@ class TensorModel(LoadedModel):
             raise translate(exc, DeviceError, self.name) from exc
 
     def _groups(self, items: Sequence[Item]) -> list[Sequence[int]]:
-        """Return the places of items that run together."""
+        """Return the positions of items that run together, for each call."""
         if not items:
             return []
         if not self.manifest.batchable:
@@ -211,7 +212,7 @@ class TensorModel(LoadedModel):
         return list(groups.values())
 
     def _bring(self, group: Sequence[Item]) -> Brought:
-        """Stack the items of one call, and send them to the device; the host waits for no copy to a GPU."""
+        """Stack the items of one call, and send them to the device; does not wait for copies to a GPU."""
         import torch
 
         values: list[Any] = []
@@ -231,7 +232,7 @@ class TensorModel(LoadedModel):
             return Brought(values, tuple(hosts), self._copies.send(list(hosts.values())))
 
     def _shaped(self, column: Array) -> Array:
-        """Return what one call takes of a column: all of it, or the only one where there is no batch."""
+        """Return the argument of one call: the whole column, or its only element if there is no batch."""
         return column if self.manifest.batchable else column[0, ...]
 
     def _stack_to_send(self, copies: Copies, arrays: Sequence[Array], spec: InputSpec) -> Host:
@@ -272,7 +273,7 @@ class TensorModel(LoadedModel):
         return [_coming([array[place, ...] for array in outputs], event) for place in range(len(group))]
 
     def _to_host(self, values: Sequence[torch.Tensor | Array]) -> tuple[list[Array], Any]:
-        """Return outputs as arrays, and the event after which they may be read: None, at once."""
+        """Return outputs as arrays, and the event after which they may be read; None: at once."""
         if self._copies is None:
             return [value if isinstance(value, np.ndarray) else value.cpu().numpy() for value in values], None
         computed = self._copies.computed()
@@ -313,9 +314,9 @@ def _like(output: tuple[Array, ...], cut: tuple[Array, ...]) -> tuple[Array, ...
 
 
 def _stack(arrays: Sequence[Array], empty: Callable[..., Array] = np.empty) -> Array:
-    """Stack along a new dimension 0, padding with zeros at the end where shapes differ. A copy, always.
+    """Stack along a new dimension 0; if shapes differ, pad with zeros at the end. Always makes a copy.
 
-    ``empty`` takes a shape and a dtype, and returns the memory for it, in C order.
+    ``empty`` takes a shape and a dtype, and returns an array in C order to fill.
     """
     shape, dtype = arrays[0].shape, arrays[0].dtype
     if any(array.shape != shape for array in arrays):
@@ -324,7 +325,7 @@ def _stack(arrays: Sequence[Array], empty: Callable[..., Array] = np.empty) -> A
     if not shape:
         batch[:] = arrays
         return batch
-    # Joining along dimension 0 is the same as np.stack, and some five times as fast.
+    # Joining along dimension 0 has the same result as np.stack, and is about five times as fast.
     np.concatenate(arrays, out=batch.reshape(len(arrays) * shape[0], *shape[1:]))
     return batch
 
@@ -348,7 +349,7 @@ def to_tensor(column: Array, spec: InputSpec, device: str) -> torch.Tensor:
 
 
 def _checked(value: Any, name: str) -> torch.Tensor | Array:
-    """Return an output as a tensor or an array that numpy can hold. Raises OutputMismatch."""
+    """Return an output as a tensor that numpy can represent, or an array. Raises OutputMismatch."""
     import torch
 
     if not isinstance(value, torch.Tensor):
@@ -368,7 +369,7 @@ def _checked(value: Any, name: str) -> torch.Tensor | Array:
 
 
 def _check_output(spec: OutputSpec, array: Array) -> None:
-    """Hold one item's output against what the manifest states about it."""
+    """Compare one item's output with the manifest. Raises OutputMismatch."""
     if spec.shape is not None and not shape_fits(array.shape, spec.shape):
         raise OutputMismatch(
             f"output {spec.name} has shape {list(array.shape)}, but its manifest says {list(spec.shape)}"

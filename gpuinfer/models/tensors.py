@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs from JSON to arrays, and arrays back to JSON. The front and the worker both come through here.
+"""Converts inputs from JSON to arrays, and arrays back to JSON.
 
 A value is a nested list (or a bare number for shape ``()``), or raw little-endian bytes in C order as
-``{"b64": "...", "dtype": "float32", "shape": [1, 8, 8]}``, or, from our own code, a numpy array. Bytes and
-arrays may be of another dtype than the manifest's, as long as each number is one of its dtype, too. Where the
-manifest has an ``image`` or ``audio`` table, the bytes of such a file stand for the tensor that it becomes.
+``{"b64": "...", "dtype": "float32", "shape": [1, 8, 8]}``, or, from gpuinfer's code, a numpy array. Bytes and
+arrays may have another dtype than the manifest's, if each number is in the range of that. If the manifest has
+an ``image`` or ``audio`` table, the bytes of such a file may be sent in place of the tensor.
 
-Lists are checked without numpy's own discovery, which would take ``"1.5"``, ``true`` and ``null`` for
-numbers: one level after another is chained flat, and the set of lengths at each level and the set of
-types at the bottom must be just right. That is exact, and it runs in C for a whole batch at once; only
-when something does not fit is each item looked at alone, to say what and where.
+Lists are not checked by numpy, which would accept ``"1.5"``, ``true`` and ``null`` as numbers. Instead they
+are flattened level by level; the set of lengths at each level and the set of types at the bottom must be
+right. This runs in C for a whole batch at once. Only if something is wrong are the items checked one by one,
+to find out what and where.
 
-numpy has no bfloat16: such an array holds the 16 bits of each value as uint16.
+numpy has no bfloat16: such an array has the 16 bits of each value as uint16.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from gpuinfer.models.type_words import WORDS, word
 Array = np.ndarray[Any, np.dtype[Any]]
 #: One array per input of the manifest, in its order.
 Item = tuple[Array, ...]
-#: How arrays are written; raw: as b64, and scores of a classification as the model gives them; binary: as
-#: raw, and they stay arrays, to be written as bytes.
+#: How arrays are returned. raw: like b64, and scores of a classification as the model returns them; binary:
+#: like raw, but they stay arrays, to be sent as bytes.
 Encoding = Literal["list", "b64", "raw", "binary"]
 
 _BFLOAT16 = "bfloat16"
-#: kind of the dtype -> what JSON values may stand for it, and which kinds of numpy array.
+#: Kind of a dtype -> the types of JSON values and the kinds of numpy arrays that are accepted for it.
 _ALLOWED: dict[str, tuple[frozenset[type], str]] = {
     "b": (frozenset({bool}), "b"),
     "i": (frozenset({int}), "iu"),
     "u": (frozenset({int}), "iu"),
     "f": (frozenset({int, float}), "iuf"),
 }
-#: The dtypes of bytes: the manifest's, and what else an array of a caller's may be.
+#: The dtypes that encoded tensors may have: the manifest's, and other ones of callers' arrays.
 _BYTES_OF = frozenset((*DTYPES, "uint16", "uint32", "uint64"))
 _ENCODED_KEYS = frozenset({"b64", "dtype", "shape"})
-#: Of a shape no more is told.
+#: Maximum number of dimensions of a shape in an error.
 _SHOWN_DIMENSIONS = 16
 _PLAIN_TYPES = frozenset({list, int, float, bool})
 
@@ -57,16 +57,16 @@ _PLAIN_TYPES = frozenset({list, int, float, bool})
 def decode_batch(manifest: Manifest, inputs: Sequence[object]) -> list[Item | InputError]:
     """Turn one ``inputs`` value per request into arrays.
 
-    A value is for the model's only input, or a mapping of input names to values. One that does not fit
-    gives an InputError in its place, with field ``inputs`` or ``inputs.<name>``, and its neighbours are
-    not touched. Arrays may share memory within the batch, and may be read-only.
+    A value is for the model's only input, or a mapping of input names to values. An invalid one gives an
+    InputError in its place, with field ``inputs`` or ``inputs.<name>``; the others are not affected. Arrays
+    may share memory within the batch, and may be read-only.
     """
     if inputs and len(manifest.inputs) == 1 and _PLAIN_TYPES.issuperset(map(type, inputs)):
         spec = manifest.inputs[0]
         try:
             batch = _from_lists(inputs, spec, "inputs")
         except InputError:
-            pass  # of one item at least; below it is found, and named
+            pass  # at least one item is invalid; each is checked below
         else:
             return (
                 [(item,) for item in batch] if spec.shape else [(batch[i, ...],) for i in range(len(batch))]
@@ -75,7 +75,7 @@ def decode_batch(manifest: Manifest, inputs: Sequence[object]) -> list[Item | In
 
 
 def decode(manifest: Manifest, value: object) -> Item:
-    """Turn one ``inputs`` value into arrays. Raises what ``decode_batch`` would put in its place."""
+    """Turn one ``inputs`` value into arrays. Raises the InputError that ``decode_batch`` would return."""
     named = _by_name(manifest, value)
     if named is None:
         return (decode_value(value, manifest.inputs[0], "inputs"),)
@@ -83,9 +83,9 @@ def decode(manifest: Manifest, value: object) -> Item:
 
 
 def encode_array(array: Array, encoding: Encoding = "list") -> object:
-    """Turn an output into JSON: nested lists, where NaN and infinity become null, or exact bytes."""
+    """Turn an output into JSON: nested lists, in which NaN and infinity become null, or the exact bytes."""
     if encoding == "binary":
-        return np.array(array, array.dtype.newbyteorder("<"), order="C")  # a copy: the memory is used again
+        return np.array(array, array.dtype.newbyteorder("<"), order="C")  # a copy, as the memory is reused
     if encoding != "list":
         raw = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
         text = binascii.b2a_base64(raw, newline=False).decode("ascii")
@@ -105,7 +105,7 @@ def _item_or_error(manifest: Manifest, value: object) -> Item | InputError:
 
 
 def _by_name(manifest: Manifest, value: object) -> Mapping[str, object] | None:
-    """Return the mapping of all input names to values; None for the bare value of an only input."""
+    """Return the mapping of all input names to values; None if ``value`` is that of the only input."""
     names = [spec.name for spec in manifest.inputs]
     wanted = f"the model's inputs are {', '.join(names)}"
     if not isinstance(value, Mapping) or "b64" in value:
@@ -153,7 +153,7 @@ def _from_file(value: object, spec: InputSpec, field: str) -> Array:
 
 
 def _from_lists(values: Sequence[object], spec: InputSpec, field: str) -> Array:
-    """Stack nested lists into one array of shape (len(values), *item). Raises InputError on any misfit."""
+    """Stack nested lists into one array of shape (len(values), *item). Raises InputError for invalid ones."""
     level: Sequence[Any] = values
     lengths: list[int] = []
     for wanted in spec.shape:
@@ -245,7 +245,7 @@ def _base64(text: object, field: str) -> bytes:
 
 
 def _from_array(array: Array, spec: InputSpec, field: str) -> Array:
-    """Convert an array whose numbers all fit the wanted dtype."""
+    """Convert an array to the manifest's dtype. Raises InputError if a number does not fit it."""
     if not shape_fits(array.shape, spec.shape):
         raise ShapeMismatch(f"has shape {list(array.shape)}, {_wants(spec)}", field)
     if array.dtype.kind not in _ALLOWED[_kind(spec)][1]:
@@ -272,12 +272,12 @@ def _to_bfloat16(array: Array, spec: InputSpec, field: str) -> Array:
 
 
 def _from_bfloat16(bits: Array) -> Array:
-    """Widen the bits of bfloat16 to float32; exact."""
+    """Convert the bits of bfloat16 to float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 # -- words for errors -----------------------------------------------------------------------
-# They are logged: of what was sent they hold kinds, counts and shapes, never a name or a value.
+# As errors are logged, they contain kinds, counts and shapes of what was sent, but never a name or a value.
 
 
 def _kind(spec: InputSpec) -> str:
@@ -304,12 +304,12 @@ def _dtype_word(dtype: object) -> str:
 
 
 def _shown(shape: list[int]) -> list[int | str]:
-    """Return a shape's first lengths; one that can be none is a number of the caller's."""
+    """Return a shape's first lengths, without those that are not valid: they might be the caller's data."""
     return [length if 0 <= length < 2**31 else "…" for length in shape[:_SHOWN_DIMENSIONS]]
 
 
 def _shape_of(value: object) -> list[int]:
-    """Follow the first elements down, as far as a message needs."""
+    """Return the shape of nested lists, judged by their first elements."""
     shape: list[int] = []
     while isinstance(value, list) and len(shape) < _SHOWN_DIMENSIONS:
         shape.append(len(value))

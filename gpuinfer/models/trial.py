@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sandbox's side of ``sandbox.ask``: ``python -m gpuinfer.models.trial``, a question in JSON on stdin.
+"""The process that ``sandbox.ask`` starts. It reads a question as JSON from standard input.
 
-Loading a model runs its code: it is done here, for all who want to know something of it. The answer is the
-last line of standard output; what the model prints goes to standard error.
+As loading a model runs its code, every question about a model is answered here. The answer is the last line
+of standard output; what the model prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _run_example(model: LoadedModel, value: Any) -> dict[str, Any]:
 
 
 def bench(folder: str, device: str, threads: int = 0, seconds: float = 1.0) -> dict[str, Any]:
-    """Measure batches of 1, 2, 4 ... up to the largest: the whole way of an item without a queue."""
+    """Measure batches of 1, 2, 4 ... up to the largest, from prepare to finish, without a queue."""
     model = _load(Path(folder), device, threads)
     fits = model.warm_up()
     value = model.taken
@@ -122,14 +122,14 @@ def _ms(begin: float, end: float) -> float:
 
 
 def describe(path: str, class_name: str | None = None) -> dict[str, Any]:
-    """Tell what an artefact says of its inputs and outputs."""
+    """Return what an artefact tells about its inputs and outputs."""
     from gpuinfer.models import described
 
     return described.describe(Path(path), class_name)
 
 
 def cuda() -> dict[str, Any]:
-    """Use each GPU that CUDA sees once; tell which compute, and what the others say."""
+    """Use each GPU that CUDA sees once; return which ones work, and the errors of the others."""
     import torch
 
     began, good, failed, why = time.perf_counter(), [], {}, ""
@@ -155,7 +155,7 @@ def cuda() -> dict[str, Any]:
 
 
 def _use(device: str) -> tuple[str, str]:
-    """Return a device's name, and the driver's words where it does not compute."""
+    """Return a device's name, and the driver's error if it does not work."""
     import torch
 
     try:
@@ -171,10 +171,10 @@ def main() -> None:
     from gpuinfer.privileges import leave_root
 
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than one that works
+        Path("/proc/self/oom_score_adj").write_text("1000")  # kill this process rather than a worker
     question = orjson.loads(sys.stdin.buffer.read())
     answers = os.dup(1)
-    os.dup2(2, 1)  # what a model prints is no part of the answer
+    os.dup2(2, 1)  # what a model prints is not part of the answer
     sys.stdin.close()
     leave_root(lambda _: None)  # the caller has warned already
     questions: dict[str, Callable[..., dict[str, Any]]]
@@ -187,7 +187,7 @@ def main() -> None:
     with os.fdopen(answers, "wb") as out:
         out.write(b"\n" + orjson.dumps(answer, option=options, default=str) + b"\n")
     sys.stdout.flush()
-    os._exit(0)  # threads that a model has started must not keep it
+    os._exit(0)  # do not wait for threads that a model has started
 
 
 if __name__ == "__main__":

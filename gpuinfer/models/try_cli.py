@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gpuinfer.models.tensors import Encoding
     from gpuinfer.settings import Loaded
 
-#: Characters of a result that check shows.
+#: Maximum characters of a result that check prints.
 _SHOWN = 200
 _target = click.argument("target", metavar="NAME|PATH", shell_complete=completion.names_or_files)
 gpu_option = click.option(
@@ -57,7 +57,7 @@ def warn(report: Mapping[str, Any]) -> None:
 
 @contextmanager
 def placed(loaded: Loaded, target: str) -> Iterator[Path]:
-    """Yield the folder of a model where the sandbox can read it: installed, linked, or copied for root."""
+    """Yield a model's folder for the sandbox: the installed one, one made of links, or for root a copy."""
     from gpuinfer.models import sandbox
     from gpuinfer.models.scaffold import Wanted
     from gpuinfer.models.source import find
@@ -199,7 +199,7 @@ def run(
     from gpuinfer.models.source import check_readable, find
     from gpuinfer.privileges import leave_root
 
-    settings = loaded.settings  # read as root; as the worker's user the files may be closed to us
+    settings = loaded.settings  # read as root, as the worker's user may not read the files
     source = find(target, lambda: tables.repository(loaded), Wanted())
     read = {path: path.read_bytes() for path in sources if str(path) != "-"}
     leave_root(say_warning)
@@ -233,8 +233,8 @@ def _run(
     if device != "cpu":
         from gpuinfer.gpu_binding import check_visible
 
-        check_visible(os.environ)  # before torch is imported, which would take the CPU without a word
-    # Here, not above: torch takes seconds to import, and only this command needs it.
+        check_visible(os.environ)  # before torch is imported, which would silently use the CPU
+    # Imported here, as torch takes seconds to import, and only this command needs it.
     from gpuinfer.models.device import pick_device
     from gpuinfer.models.loader import load
 
@@ -259,7 +259,7 @@ def _run(
 
 
 def _prepared(model: LoadedModel, values: Sequence[tuple[Any, Path]]) -> list[Any]:
-    """Return the items of values, or of what warm-up has run. Raises the first error, naming its file."""
+    """Return the items of values, or of warm-up's input. Raises the first error, naming its file."""
     if not values:
         if model.taken is None:
             raise UsageError(f"{model.name} has no example that it accepts; use --input FILE", "--input")

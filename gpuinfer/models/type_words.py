@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an error calls a value of JSON that is of the wrong type. It is logged: never the value itself."""
+"""Words for the types of JSON values, for errors, which are logged and so must not contain the values."""
 
 from __future__ import annotations
 

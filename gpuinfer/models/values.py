@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of a Python model's inputs: from what a request carries to what the model's code is given.
+"""Converts the values of a request into the inputs of a Python model.
 
 =======  ======================================================  ====================================
-kind     a request carries                                       the model is given
+kind     the request has                                         the model gets
 =======  ======================================================  ====================================
-tensor   what ``tensors`` takes                                  a numpy array; a torch tensor if annotated
+tensor   what ``tensors`` accepts                                a numpy array; a torch tensor if annotated
 json     any JSON                                                the same, validated by its annotation
 text     a string                                                ``str``
 bytes    bytes, or ``{"b64": "...", "name": "..."}``             ``bytes``
@@ -37,12 +37,12 @@ from gpuinfer.models.tensors import Array, decode_value
 
 #: Takes a request's value and the field to name in an error. Raises InputError.
 Reader = Callable[[object, str], Any]
-#: Of a temporary file's name only a plain suffix is taken from the request: many libraries go by it.
+#: Maximum characters of a suffix that a temporary file takes from the request: many libraries need it.
 _MAX_SUFFIX = 10
 
 
 class TemporaryFile:
-    """A file that is there as long as this object is."""
+    """A file that is deleted together with this object."""
 
     def __init__(self, data: bytes, suffix: str) -> None:
         handle, name = tempfile.mkstemp(prefix="gpuinfer-", suffix=suffix)
@@ -53,7 +53,7 @@ class TemporaryFile:
 
 
 def reader_of(typed: Typed, spec: InputSpec | None) -> Reader:
-    """Return what reads one input's values: by its annotation, or by the manifest's ``spec``."""
+    """Return the reader of one input's values: by its annotation, or by the manifest's ``spec``."""
     kind = typed.input.kind
     if kind == "tensor":
         return _tensor_reader(typed, spec)
@@ -65,14 +65,14 @@ def reader_of(typed: Typed, spec: InputSpec | None) -> Reader:
 
 
 def as_bytes(value: object, field: str) -> bytes:
-    """Return the bytes that a value is."""
+    """Return the bytes of a value."""
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 1:
         return value.tobytes()
     return bytes(bytes_of(value, field))
 
 
 def as_image(value: object, field: str) -> Any:
-    """Return a PIL image, decoded and upright. An array of bytes is one, too: (height, width[, 3 or 4])."""
+    """Return a PIL image, decoded and upright; also from a uint8 array (height, width[, 3 or 4])."""
     from gpuinfer.models.images import open_image, picture_of
 
     value = _decoded(value, field)
@@ -86,9 +86,9 @@ def as_image(value: object, field: str) -> Any:
 
 
 def as_audio(value: object, field: str, *, audio: AudioSpec) -> Array:
-    """Return float32 samples, (channels, samples): of a WAV file, at the rate and for the channels wanted.
+    """Return float32 samples, (channels, samples), of a WAV file, with the rate and channels of ``audio``.
 
-    An array of fractions is samples already.
+    An array of a float type is taken as samples already.
     """
     value = _decoded(value, field)
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
@@ -99,12 +99,12 @@ def as_audio(value: object, field: str, *, audio: AudioSpec) -> Array:
 
 
 def _decoded(value: object, field: str) -> object:
-    """Return the array of what is one in base64, as a small one travels; anything else as it is."""
+    """Decode an array that was sent in base64, as small ones are; return anything else unchanged."""
     return _any_array(value, None, field) if isinstance(value, Mapping) and "dtype" in value else value
 
 
 def as_file(value: object, field: str) -> TemporaryFile:
-    """Write a value's bytes to a temporary file; it is gone once nobody holds it any more."""
+    """Write a value's bytes to a temporary file, which is deleted when nothing refers to it any more."""
     suffix = Path(name_of(value)).suffix
     suffix = suffix if len(suffix) <= _MAX_SUFFIX and suffix[1:].isalnum() else ""
     return TemporaryFile(as_bytes(value, field), suffix)
@@ -151,7 +151,7 @@ def _schema_reader(name: str, schema: Mapping[str, Any]) -> Reader:
 
 
 def _invalid(exc: Any, field: str) -> InputError:
-    """Say what a validator found, where, without the value: it is logged."""
+    """Return an error that says what a validator found and where. As it is logged, it has no value."""
     errors = exc.errors(include_url=False, include_input=False, include_context=False)
     first = errors[0]
     where = ".".join(str(part) for part in (field, *first["loc"]))
@@ -166,7 +166,7 @@ def _as_text(value: object, field: str) -> str:
 
 
 def _tensor_reader(typed: Typed, spec: InputSpec | None) -> Reader:
-    """Read arrays by the manifest; or, where only an annotation names them, of any shape."""
+    """Return a reader of arrays: by the manifest, or of any shape if there is only an annotation."""
     if spec is not None:
         return lambda value, field: decode_value(value, spec, field)
     wanted = typed.input.dtype
@@ -185,7 +185,7 @@ def _tensor_reader(typed: Typed, spec: InputSpec | None) -> Reader:
 
 
 def _any_array(value: object, dtype: str | None, field: str) -> Array:
-    """Return an array of any shape, of the dtype wanted; fractions in lists are float32 without one."""
+    """Return an array of any shape and of ``dtype``. If that is None, fractions in lists become float32."""
     if not isinstance(value, np.ndarray) and not isinstance(value, Mapping):
         try:
             found = np.asarray(value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a model before it serves: does it work, do its outputs fit, and what batch fits the device."""
+"""Runs a model before it serves: checks that it works, checks its outputs, and finds its largest batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpuinfer.models.loaded import LoadedModel
 
 #: TorchScript profiles its first run and compiles in its second; the third is the first at full speed.
 RUNS = 3
-#: Batches that are tried where a model refuses one item: its batch dimension may have been fixed.
+#: Batch sizes that are tried if a model fails with one item: its batch dimension may be fixed.
 _FIXED_BATCHES = (2, 4, 8, 16, 32, 64)
 _FIXED_BATCH = (
     "its batch dimension seems to be fixed: export it with an open one (a trace must not turn x.shape[0] "
@@ -28,7 +28,7 @@ class OutputMismatch(InferenceError, code=InferenceError.code):
 
 
 class _Refused(Exception):
-    """A candidate that the model did not take."""
+    """Raised when the model fails on a candidate."""
 
 
 def warm_up(
@@ -38,19 +38,19 @@ def warm_up(
     check: Callable[[Any], None],
     runs: int = RUNS,
 ) -> tuple[int, Any | None]:
-    """Run batches of one and of ``largest``, each ``runs`` times; ``check`` looks at one output.
+    """Run batches of one and of ``largest``, each ``runs`` times.
 
-    It raises OutputMismatch where that does not fit.
+    ``check`` checks one output; it raises OutputMismatch.
 
     Returns the largest batch that fits the device's memory (``largest``, or a half, a quarter ... of it),
-    and the item that was run: None where the model takes none of the candidates, and the batch is 1 then.
+    and the item that was run: None if the model accepts none of the candidates; the batch is then 1.
     Raises ModelLoadError; DeviceOutOfMemory when not even one item fits.
     """
     tried = list(candidates)
     item, why = _first_taken(model, tried, check)
     if item is None:
         if largest > 1 and tried:
-            _look_for_a_fixed_batch(model, tried[0], why)
+            _refuse_fixed_batch(model, tried[0], why)
         model.refused = why
         return 1, None
     _run(model, item, 1, check, runs - 1)
@@ -67,7 +67,7 @@ def warm_up(
 def _first_taken(
     model: LoadedModel, candidates: Sequence[Candidate], check: Callable[[Any], None]
 ) -> tuple[Any | None, str]:
-    """Return the first candidate's item that the model takes, or None and why it refused the first."""
+    """Return the item of the first candidate that the model accepts, or None and why it refused the first."""
     refused: list[str] = []
     mismatch: OutputMismatch | None = None
     full: DeviceOutOfMemory | None = None
@@ -116,7 +116,7 @@ def _outputs(model: LoadedModel, items: Sequence[Any]) -> list[Any]:
 
 
 def _run(model: LoadedModel, item: Any, size: int, check: Callable[[Any], None], runs: int) -> None:
-    """Run a batch several times, with another one staged behind it. Raises ModelLoadError."""
+    """Run a batch several times, with another one staged, as in service. Raises ModelLoadError."""
     behind = model.stage([item] * size)
     try:
         for _ in range(runs):
@@ -126,15 +126,15 @@ def _run(model: LoadedModel, item: Any, size: int, check: Callable[[Any], None],
             f"it accepts one item, but fails with a batch of {size}: {exc.args[0]}; {_batch_hint(model)}",
             model.name,
         ) from exc
-    del behind  # its memory was taken until here
+    del behind  # its memory had to be in use until here
 
 
 def _batch_hint(model: LoadedModel) -> str:
     return _PYTHON_BATCH if model.manifest.format == "python" else _FIXED_BATCH
 
 
-def _look_for_a_fixed_batch(model: LoadedModel, candidate: Candidate, why: str) -> None:
-    """Raise ModelLoadError when the model takes batches of one size alone."""
+def _refuse_fixed_batch(model: LoadedModel, candidate: Candidate, why: str) -> None:
+    """Raise ModelLoadError if the model only accepts batches of one size."""
     for size in _FIXED_BATCHES:
         try:
             _outputs(model, [_item(model, candidate)] * size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model prints goes to the log, line by line, with the model's name; what we print stays as it is."""
+"""Logs what a model prints, line by line, with the model's name. Other output is not changed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TextIO
 
 from gpuinfer.models.context import current, logger_of
 
-#: Characters of a line without an end that are kept until they are logged all the same.
+#: Maximum characters of an unfinished line; a longer one is logged in parts.
 MAX_LINE = 8192
 
 
 class _Pending(threading.local):
-    """What a thread has printed since its last line break, and whether it is logging just now."""
+    """What a thread has printed since its last line break, and whether it is logging right now."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -24,17 +24,17 @@ class _Pending(threading.local):
 
 
 class Words(io.TextIOBase):
-    """Stands in for standard output or error: logs a model's lines, and passes on everything else."""
+    """Replaces standard output or error: logs a model's lines, and passes on everything else."""
 
     def __init__(self, stream: TextIO) -> None:
-        #: What it stands for: where log lines themselves go.
+        #: The stream that it replaces, to which the log is written.
         self.behind = self._stream = stream
         self._pending = _Pending()
 
     def write(self, text: str) -> int:
-        """Take text; a line is logged once it has ended."""
+        """Write text; a model's line is logged once it is complete."""
         work, pending = current(), self._pending
-        # What logging itself writes, about a line that it could not log, must not be logged again.
+        # An error that logging prints, about a line that it could not log, must not be logged again.
         if work is None or pending.logging:
             return self._stream.write(text)
         if pending.model != work.model:
@@ -47,11 +47,11 @@ class Words(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream behind it. A model's unfinished line waits for its end."""
+        """Flush the replaced stream. A model's unfinished line is kept."""
         self._stream.flush()
 
     def end_line(self) -> None:
-        """Log what a model has printed without a line break: its call has ended."""
+        """Log a model's unfinished line, as its call has ended."""
         pending = self._pending
         text, pending.text = pending.text, ""
         if text:
@@ -62,12 +62,12 @@ class Words(io.TextIOBase):
         pending.logging = True
         try:
             for line in lines:
-                if shown := line.rstrip().rpartition("\r")[2]:  # of a progress bar, its last state
+                if shown := line.rstrip().rpartition("\r")[2]:  # the last state of a progress bar
                     logger_of(model).info("%s", shown)
         finally:
             pending.logging = False
 
-    # -- what else programs ask of standard output ----------------------------------------
+    # -- what else programs use of standard output ----------------------------------------
 
     def writable(self) -> bool:
         return True
@@ -88,12 +88,12 @@ class Words(io.TextIOBase):
 
     @property
     def buffer(self) -> object:
-        """The bytes' way past us: what a model writes there is in the log without its name."""
+        """The binary stream: what a model writes there is logged without the model's name."""
         return self._stream.buffer
 
 
 def adopt() -> None:
-    """Let what models print go to the log from now on; a second call does nothing."""
+    """Log what models print from now on; a second call does nothing."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Words):

@@ -133,7 +133,7 @@ def test_padding_is_cut_back_or_said(tmp_path: Path) -> None:
     assert (wide[0].tolist(), high[0].tolist()) == ([[1], [2], [3]], [[1, 2]])
     half = _load(build.write_model(tmp_path / "c", _Half(), _tables("[-1]", 'variable = "pad"')))
     (told,) = half.warnings
-    assert "padding is not cut off its outputs y" in told
+    assert "padding is not removed from its outputs y" in told
     assert 'variable = "group"' in told
     assert runs(half, [1.0, 2.0]) == ["padded"]
 

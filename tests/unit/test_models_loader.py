@@ -110,7 +110,7 @@ def test_no_silent_fallback_to_the_cpu(tmp_path: Path) -> None:
     """Asked for a GPU that is not there, loading fails."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(DeviceError, match="no GPU"):
+    with pytest.raises(DeviceError, match="no usable GPU"):
         load(_folder(build.perceptron(tmp_path / "m")), "cuda")
     assert pick_device("auto") == "cpu"
     assert pick_device("cuda") == "cuda"

@@ -284,7 +284,7 @@ class _Modes(nn.Module):
         (
             _Two(),
             _tables("[512]"),
-            "forward takes (x: Tensor, rate: int), and the manifest names 1 inputs: x",
+            "forward takes (x: Tensor, rate: int), but the manifest names 1 inputs: x",
         ),
         (_Two(), (TWO % "").replace("shape = []\n\n", "shape = [1]\n"), "inputs.rate must have shape = []"),
         (_Two(), (TWO % "").replace("int64", "float32"), 'an integer dtype, such as "int64"'),
@@ -297,7 +297,7 @@ def test_forward_and_the_manifest(tmp_path: Path, module: nn.Module, tables: str
         names = iter(("mode", "k"))
         more = "".join(f'[[inputs]]\nname = "{name}"\nshape = []\n' for name in names)
         tables = _tables("[1]").replace("[[outputs]]", more + "[[outputs]]")
-        said = "forward's argument mode is a str, and inputs are tensors and numbers"
+        said = "forward's argument mode is a str, but inputs can only be tensors and numbers"
     with pytest.raises(ModelLoadError) as caught:
         _load(build.write_model(tmp_path / "m", module, tables))
     assert said in caught.value.message

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each format of artefact becomes a LoadedModel: one module a format, imported by the loader alone.
+"""The formats of artefacts: one module per format, imported only by the loader.
 
-Each has ``read(folder, file, device)``: ``file`` is the artefact, open and checked. What it raises is
-translated by the loader.
+Each has ``read(folder, file, device)``, which returns a LoadedModel; ``file`` is the open and checked
+artefact. The loader translates its errors.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a file of torch's cannot be loaded, in words that say what to do. Nothing in the file is run."""
+"""Explains why a torch file cannot be loaded, and what to do. Nothing in the file is run."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ _SCRIPT_IT = (
     '"model.pt") or torch.export.save(torch.export.export(model.eval(), (x,)), "model.pt2"), or write a '
     "model.py that builds the model and loads this file"
 )
-#: What a pickled state dict may name; anything else is a class of the model's.
+#: The names that a pickled state dict may contain; any other is a class of the model.
 _WEIGHTS = re.compile(
     r"collections OrderedDict|torch\._utils \S+|torch\S* \w*(Storage|Tensor|Size|device|dtype|Parameter)"
     r"|torch \w+|torch\.serialization \S+|numpy\S* \S+|_codecs encode"
 )
-#: The first of these is the operator that is missing.
+#: Messages of torch about a missing operator; the group is its name.
 _OPERATORS = (
     re.compile(r"Unknown builtin op: (\w+::\w+)"),
     re.compile(r"failed to resolve torch\.ops\.(\w+\.\w+)"),
     re.compile(r"(?:Could not find schema for|no such operator|Didn't find operator:?) (\w+::\w+)"),
 )
 _CLASS = re.compile(r"Unknown type name '__torch__\.torch\.classes\.(\w+)\.\w+'")
-#: Namespace of operators -> the module that registers them, where that is called otherwise.
+#: Namespace of operators -> the module that registers them, if its name differs.
 _MODULES = {"image": "torchvision", "quantized_decomposed": "torch.ao.quantization.fx._decomposed"}
 
 
 def explain(file: BinaryIO, artefact: str, said: str, *, script: bool) -> str | None:
     """Return the cause and what to do; None if neither the file nor torch's message shows it.
 
-    ``said`` is all that torch said; ``script`` is true where TorchScript was expected, and torch.export's
-    file elsewhere.
+    ``said``: all messages of torch; ``script``: whether TorchScript was expected, not a torch.export file.
     """
     operator = _missing_operator(said)
     if operator:
@@ -78,7 +77,7 @@ def _words(kind: str, name: str) -> str:
 
 
 def _kind_of(file: BinaryIO) -> str | None:
-    """Return script, export, compiled, weights, none, or the class of what was pickled; None: damaged."""
+    """Return script, export, compiled, weights, none, or the class of a pickled object; None: damaged."""
     file.seek(0)
     head = file.read(2)
     file.seek(0)
@@ -94,7 +93,7 @@ def _kind_of(file: BinaryIO) -> str | None:
 
 
 def _kind_of_archive(archive: zipfile.ZipFile) -> str | None:
-    # All but the oldest of torch.export's keep everything in one folder.
+    # All but the oldest torch.export files have everything in one folder.
     names = {name.partition("/")[2] for name in archive.namelist()} | set(archive.namelist())
     if "serialized_exported_program.json" in names or any(re.match(r"models/.*\.json$", n) for n in names):
         return "export"
@@ -107,7 +106,7 @@ def _kind_of_archive(archive: zipfile.ZipFile) -> str | None:
 
 
 def _pickled(data: bytes) -> str:
-    """Tell a state dict from a pickled object by the classes that the pickle names. It is not unpickled."""
+    """Distinguish a state dict from another object by the classes in the pickle, without unpickling it."""
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name == "GLOBAL" and not _WEIGHTS.fullmatch(str(argument)):
             return str(argument).replace(" ", ".")

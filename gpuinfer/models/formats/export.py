@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.export: ``torch.export.save``'s files."""
+"""The format torch.export: files of ``torch.export.save``."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def read(folder: ModelFolder, file: BinaryIO, device: str) -> TensorModel:
 
 
 def open_program(file: BinaryIO, artefact: Path) -> Any:
-    """Return the program that a file holds.
+    """Return the program in a file.
 
-    Raises ModelLoadError where it can be told why there is none; whatever torch raises elsewhere.
+    Raises ModelLoadError if the cause of a failure is known, otherwise torch's error.
     """
     import torch
 
@@ -50,7 +50,7 @@ def open_program(file: BinaryIO, artefact: Path) -> Any:
 
 @contextmanager
 def _overhearing() -> Iterator[list[str]]:
-    """Collect what torch.export logs instead of printing it: the cause stands there, and not in its error."""
+    """Collect torch.export's log messages: they have the cause of a failure, which its error lacks."""
     said: list[str] = []
 
     def listen(record: logging.LogRecord) -> bool:
@@ -69,10 +69,10 @@ def _overhearing() -> Iterator[list[str]]:
 
 
 def _bound(program: Any, manifest: Manifest) -> tuple[Callable[..., Any], tuple[bool, ...]]:
-    """Return what is called with one value an input, and which of them are plain numbers.
+    """Return a function that takes one value per input, and which of them are plain numbers.
 
-    Arguments that the export has fixed are filled in, and nested ones put together. Raises ModelLoadError
-    where the manifest's inputs do not fit the program's.
+    It adds arguments that the export has fixed, and assembles nested ones. Raises ModelLoadError if the
+    manifest's inputs do not match the program's.
     """
     import torch
     from torch.export.graph_signature import ConstantArgument, InputKind, SymIntArgument
@@ -115,7 +115,7 @@ def _bound(program: Any, manifest: Manifest) -> tuple[Callable[..., Any], tuple[
 
 
 def _check(value: Any, name: str, spec: InputSpec, manifest: Manifest, bounds: Mapping[Any, Any]) -> None:
-    """Hold one input against what the program was exported with. Raises ModelLoadError."""
+    """Compare one input with the exported program. Raises ModelLoadError."""
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype != spec.dtype:
         raise ModelLoadError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python: a class with ``load`` and ``predict``, in a file of its own, that imports nothing of ours.
+"""The format Python: a class with ``load`` and ``predict``, in its own file, which need not import gpuinfer.
 
 ::
 
@@ -68,7 +68,7 @@ def read(folder: ModelFolder, file: BinaryIO, device: str) -> PythonModel:
 
 
 def _signature(cls: type, manifest: Manifest) -> tuple[Signature, tuple[Typed, ...]]:
-    """Return what the manifest says of the inputs, and without it the annotations."""
+    """Return the signature from the manifest, or else from the annotations."""
     for method in ("load", "prepare", "predict", "finish"):
         if inspect.iscoroutinefunction(getattr(cls, method, None)):
             raise ModelLoadError(f"{cls.__name__}.{method} is async; it must be a plain method")
@@ -80,14 +80,14 @@ def _signature(cls: type, manifest: Manifest) -> tuple[Signature, tuple[Typed, .
 
 @dataclass(slots=True)
 class _Held:
-    """An item or output together with the temporary files that it may point to."""
+    """An item or output, with the temporary files that it may refer to."""
 
     value: Any
     files: tuple[TemporaryFile, ...]
 
 
 def _with_files(item: dict[str, Any]) -> Any:
-    """Give the model the paths of temporary files, and hold them for as long as the item is there."""
+    """Replace temporary files by their paths, and keep them as long as the item exists."""
     files = tuple(one for one in item.values() if isinstance(one, TemporaryFile))
     if not files:
         return item
@@ -96,7 +96,7 @@ def _with_files(item: dict[str, Any]) -> Any:
 
 
 class PythonModel(LoadedModel):
-    """A model's own object. An item is what ``predict`` finds in its batch.
+    """A model that is a Python object. An item is one element of ``predict``'s batch.
 
     That is the value of the only input, or a dictionary of names to values, after ``prepare``.
     """
@@ -127,17 +127,17 @@ class PythonModel(LoadedModel):
         self._readers: dict[str, Reader] = {
             one.input.name: reader_of(one, specs.get(one.input.name)) for one in typed
         }
-        #: All inputs are tensors of the manifest's: they are decoded together.
+        #: Whether all inputs are tensors described by the manifest, so that a batch is decoded at once.
         self._plain = bool(specs) and all(spec.kind == "tensor" for spec in specs.values())
 
     @property
     def prepares(self) -> bool:
-        """True when the model, or the kind of its inputs, gives threads something to do before the device."""
+        """Whether the model has a method ``prepare``, or its inputs are not all tensors."""
         return self._prepare is not None or not self._plain
 
     @property
     def finishes(self) -> bool:
-        """True when the model has code that runs after the device."""
+        """Whether the model has a method ``finish``."""
         return self._finish is not None
 
     @property
@@ -147,7 +147,7 @@ class PythonModel(LoadedModel):
     # -- before the device ----------------------------------------------------------------
 
     def prepare(self, values: Sequence[object]) -> list[Any]:
-        """Read and validate each value, then let the model prepare it; an error in the place of a bad one."""
+        """Read and validate each value, then let the model prepare it; a bad one gives an error instead."""
         items: list[Any]
         if self._plain:
             items = list(decode_batch(self.manifest, values))
@@ -200,7 +200,7 @@ class PythonModel(LoadedModel):
         return {name: value[name] for name in names}
 
     def _call(self, method: Callable[[Any], Any], item: Any, name: str) -> Any:
-        """Call one of the model's methods for one item; its failure is the item's."""
+        """Call one of the model's methods for one item; return its error if it fails."""
         held = item.files if isinstance(item, _Held) else ()
         try:
             made = method(item.value if held else item)
@@ -216,14 +216,14 @@ class PythonModel(LoadedModel):
     # -- on the device --------------------------------------------------------------------
 
     def example(self) -> Any | None:
-        """Return the manifest's example, else the class's."""
+        """Return the manifest's example, or else that of the class."""
         given = examples.example(self._model_folder)
         return getattr(self.instance, "example", None) if given is None else given
 
     def warm_up(self, max_batch_size: int | None = None) -> int:
-        """Run the example alone and in a batch; without one, what is invented for tensors of the manifest's.
+        """Run the example alone and in a batch; without one, made-up tensors if the manifest describes them.
 
-        Raises ModelLoadError where the model fails on its own example.
+        Raises ModelLoadError if the model fails on its own example.
         """
         largest = max(1, max_batch_size or self.manifest.max_batch_size) if self.manifest.batchable else 1
         example = self.example()
@@ -249,10 +249,10 @@ class PythonModel(LoadedModel):
             raise OutputMismatch(str(result))
 
     def forward(self, items: Sequence[Any]) -> list[Any]:
-        """Call ``predict`` with all items, or with one after another where it takes no batch.
+        """Call ``predict`` with all items, or, if it takes no batch, with one after another.
 
-        An Exception among what it returns fails that item. Raises InferenceError for one that it raises, and
-        for a list of another length; DeviceOutOfMemory and DeviceError for those of torch's.
+        If it returns an Exception for an item, that item fails. Raises InferenceError if it raises one, or
+        returns a list of another length; DeviceOutOfMemory and DeviceError for such errors of torch.
         """
         bare = [item.value if isinstance(item, _Held) else item for item in items]
         try:
@@ -298,7 +298,7 @@ class PythonModel(LoadedModel):
 
     @staticmethod
     def _no_grad() -> AbstractContextManager[Any]:
-        """No gradients, where the model uses torch; it may enable them."""
+        """Return a context without gradients, if torch is imported; the model may enable them."""
         torch = sys.modules.get("torch")
         return nullcontext() if torch is None else torch.no_grad()
 
@@ -311,7 +311,7 @@ class PythonModel(LoadedModel):
         top_k: Sequence[int | None] | None = None,
         encoding: Sequence[Encoding] | None = None,
     ) -> list[Any]:
-        """Let the model finish each output, then render it: as the manifest's outputs, or as it is."""
+        """Let the model finish each output, then turn it into JSON, as the manifest's outputs say."""
         done: list[Any] = list(outputs)
         if self._finish is not None:
             try:
@@ -341,11 +341,11 @@ class PythonModel(LoadedModel):
             return {"output": to_json(output, encoding)}
         except GpuinferError as exc:
             return exc
-        except FAILURES as exc:  # an object of the model's own that cannot be read
+        except FAILURES as exc:  # an object of the model that cannot be converted
             return self._failed(exc, "output")
 
     def _arrays(self, output: Any) -> tuple[Array, ...] | GpuinferError:
-        """Return one output as the arrays that the manifest names."""
+        """Return one output as the arrays of the manifest's outputs."""
         specs = self.manifest.outputs
         if isinstance(output, Mapping):
             missing = [spec.name for spec in specs if spec.name not in output]

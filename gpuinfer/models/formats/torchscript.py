@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TorchScript: ``torch.jit.save``'s files."""
+"""The format TorchScript: files of ``torch.jit.save``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpuinfer.models.repository import ModelFolder
 from gpuinfer.models.specs import InputSpec
 from gpuinfer.models.tensor_model import TensorModel
 
-#: Kind of an argument that is a plain number -> which dtypes an input for it may have.
+#: Kind of an argument that is a plain number -> what the dtype of its input must contain.
 _NUMBERS = {"FloatType": "float", "IntType": "int", "BoolType": "bool", "NumberType": ""}
 _TENSORS = ("TensorType", "AnyType")
 
@@ -28,15 +28,15 @@ def read(folder: ModelFolder, file: BinaryIO, device: str) -> TensorModel:
 
 
 def open_module(file: BinaryIO, artefact: Path, device: str) -> Any:
-    """Return the module that a file holds, in evaluation mode.
+    """Return the module in a file, in evaluation mode.
 
-    Raises ModelLoadError where it can be told why there is none; whatever torch raises elsewhere.
+    Raises ModelLoadError if the cause of a failure is known, otherwise torch's error.
     """
     import torch
 
     try:
         with warnings.catch_warnings():
-            # torch.jit is deprecated, yet it is what most published models are.
+            # torch.jit is deprecated, but most published models use it.
             warnings.simplefilter("ignore", DeprecationWarning)
             module = torch.jit.load(file, map_location=device)  # type: ignore[no-untyped-call]
     except Exception as exc:
@@ -58,15 +58,15 @@ def _before_each(module: Any, folder: ModelFolder) -> Callable[[], object] | Non
 
 
 def _numbers(module: Any, manifest: Manifest) -> tuple[bool, ...]:
-    """Tell which inputs ``forward`` takes as plain numbers. Raises ModelLoadError where inputs do not fit."""
+    """Tell which inputs ``forward`` takes as plain numbers. Raises ModelLoadError if inputs do not match."""
     arguments = module.forward.schema.arguments[1:]
     required = sum(not argument.has_default_value() for argument in arguments)
     specs = manifest.inputs
     if not required <= len(specs) <= len(arguments):
         takes = ", ".join(f"{argument.name}: {argument.type}" for argument in arguments)
         raise ModelLoadError(
-            f"forward takes ({takes}), and the manifest names {len(specs)} inputs: {_names(specs)}; an input "
-            "for each, in this order"
+            f"forward takes ({takes}), but the manifest names {len(specs)} inputs: {_names(specs)}; it needs "
+            "one for each argument, in this order"
         )
     return tuple(_is_number(argument, spec) for argument, spec in zip(arguments, specs, strict=False))
 
@@ -84,7 +84,7 @@ def _is_number(argument: Any, spec: InputSpec) -> bool:
     said = f"forward's argument {argument.name} is a {argument.type}"
     if kind not in _NUMBERS:
         raise ModelLoadError(
-            f"{said}, and inputs are tensors and numbers: script a module around this one that takes those"
+            f"{said}, but inputs can only be tensors and numbers: script a wrapper module that takes those"
         )
     if spec.shape or _NUMBERS[kind] not in spec.dtype:
         wanted = {"IntType": ' and an integer dtype, such as "int64"', "BoolType": ' and dtype = "bool"'}

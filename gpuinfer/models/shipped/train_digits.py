@@ -2,11 +2,11 @@
 """Train the shipped digit classifier: ``python -m gpuinfer.models.shipped.train_digits [--out DIR]``.
 
 Data: the 1,797 handwritten digits of 8 x 8 pixels, 0..16, that scikit-learn ships (UCI Optical
-Recognition of Handwritten Digits). One fifth, stratified by class, is held out and never trained on.
-The same weights are written as TorchScript, ``digits``, and beside the Python model ``digits-photo``, which
-makes 8 x 8 pixels of any picture, with a picture of each digit. The accuracy beside each is measured on the
-model as the appliance loads it. Seeded, on the CPU, on one thread: the weights come out the same each time,
-and with ``PYTHONHASHSEED=0`` so do the bytes of the artefacts.
+Recognition of Handwritten Digits). One fifth, stratified by class, is only used for testing.
+The same weights are written as TorchScript, for ``digits``, and as arrays, for the Python model
+``digits-photo``, which converts any picture to 8 x 8 pixels and also gets a picture of each digit. Each
+model's accuracy is measured as gpuinfer loads it. Training is seeded and uses one CPU thread, so the weights
+are the same each time; with ``PYTHONHASHSEED=0`` so are the bytes of the artefacts.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ SEED = 20240229
 TEST_SHARE = 0.2
 EPOCHS = 80
 BATCH = 64
-#: Less than this on the test split is an error.
+#: The command fails if the accuracy on the test images is below this.
 LEAST_ACCURACY = {"digits": 0.98, "digits-photo": 0.97}
-#: The Python model, whose code and manifest are written by hand.
+#: The folder of the Python model, whose code and manifest are written by hand.
 PHOTO = Path(__file__).with_name("digits-photo")
 
 MANIFEST = """\
@@ -100,7 +100,7 @@ class DigitNet(nn.Module):
 
 @dataclass(frozen=True)
 class Split:
-    """The data, in two parts that share no image."""
+    """The data, in two parts without a common image."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -117,7 +117,7 @@ def split_data() -> Split:
 
 
 def _shifted(images: Tensor, random: torch.Generator) -> Tensor:
-    """Move each image by up to one pixel each way; what moves in is dark."""
+    """Move each image by up to one pixel in each direction; the new pixels are dark."""
     padded = nn.functional.pad(images, (1, 1, 1, 1))
     offsets = torch.randint(0, 3, (len(images), 2), generator=random).tolist()
     return torch.stack(
@@ -150,7 +150,7 @@ def train(split: Split, epochs: int = EPOCHS) -> DigitNet:
 
 
 def torchscript_bytes(model: DigitNet) -> bytes:
-    """Script the model, without the debug records, which hold the paths of the machine that trained it."""
+    """Script the model, without debug records, which contain paths of the machine that trained it."""
     buffer, stripped = io.BytesIO(), io.BytesIO()
     torch.jit.save(torch.jit.script(model), buffer)
     with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(stripped, "w", zipfile.ZIP_STORED) as target:
@@ -161,7 +161,7 @@ def torchscript_bytes(model: DigitNet) -> bytes:
 
 
 def photo(digit: np.ndarray[Any, Any], random: np.random.Generator, *, chalk: bool = False) -> Image.Image:
-    """Return a picture of a digit (8, 8) of 0..16, of any size and place: ink on paper, chalk on a board."""
+    """Return a picture of a digit (8, 8) of 0..16, of random size and position: ink on paper, or chalk."""
     side = int(random.integers(60, 160))
     drawn = Image.fromarray(np.round(digit / 16 * 255).astype(np.uint8)).resize(
         (side, side), Image.Resampling.BICUBIC
@@ -182,7 +182,7 @@ def as_file(picture: Image.Image) -> bytes:
 
 
 def photos(split: Split) -> list[bytes]:
-    """Return a picture of every test image, by turns ink on paper and chalk on a board."""
+    """Return a picture of every test image, alternately as ink on paper and as chalk on a board."""
     random = np.random.default_rng(SEED)
     return [
         as_file(photo(image[0], random, chalk=place % 2 == 1))
@@ -191,7 +191,7 @@ def photos(split: Split) -> list[bytes]:
 
 
 def write_model(folder: Path, artefact: str, content: bytes, split: Split) -> float:
-    """Write a model folder, measure the artefact as the appliance runs it, and write that down."""
+    """Write a model folder, and measure and record the model's accuracy."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / artefact).write_bytes(content)
     manifest = MANIFEST.format(name=folder.name, artefact=artefact)
@@ -200,7 +200,7 @@ def write_model(folder: Path, artefact: str, content: bytes, split: Split) -> fl
 
 
 def write_photo_model(folder: Path, model: DigitNet, split: Split) -> float:
-    """Write weights and pictures beside the Python model, and measure it."""
+    """Write weights and pictures into the Python model's folder, and measure it."""
     if folder != PHOTO:
         shutil.copytree(PHOTO, folder, dirs_exist_ok=True)
     layers = nn.Sequential(*(layer for layer in model.layers if not isinstance(layer, nn.Dropout)))
@@ -214,7 +214,7 @@ def write_photo_model(folder: Path, model: DigitNet, split: Split) -> float:
 
 
 def measure(folder: Path, inputs: Sequence[object], split: Split) -> float:
-    """Run a model folder on what stands for the test images; write down how many classes are right."""
+    """Run a model on ``inputs`` made from the test images; write and return its accuracy."""
     loaded = load(ModelFolder(path=folder, manifest=load_manifest(folder)), "cpu")
     results = loaded.finish(loaded.forward(loaded.prepare(inputs)))
     found = np.array([result["class"] for result in results])
@@ -251,7 +251,7 @@ def main(out: Path) -> None:
     for name, accuracy in accuracies.items():
         click.echo(f"{name}: accuracy {accuracy:.4f} on {len(split.test_labels)} images")
         if accuracy < LEAST_ACCURACY[name]:
-            raise click.ClickException(f"{name} misses the {LEAST_ACCURACY[name]:.0%} it must reach")
+            raise click.ClickException(f"{name} must reach an accuracy of {LEAST_ACCURACY[name]:.0%}")
 
 
 if __name__ == "__main__":
