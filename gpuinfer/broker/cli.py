@@ -131,6 +131,9 @@ def apply_settings(loaded: Loaded, as_json: bool) -> None:
     with _as_admin(loaded) as (client, settings):
         choice = durability.planned(settings.redis, durability.folder_of())
         wanted = tuning.values(settings.redis, tuning.host_memory_bytes(), choice)
+        if not choice.decided:  # what runs may be the better one
+            del wanted["appendfsync"]
+            say("gpuinfer: appendfsync stays as it is: the next start measures the disk and chooses", INFO)
         changed = tuning.apply(client, wanted)
     if as_json:
         print_json({"changed": changed})

@@ -73,6 +73,8 @@ class Choice:
     why: str
     #: Why nothing is guaranteed in a power cut; empty where ``MEANING`` holds.
     unsafe: str = ""
+    #: False: the next start measures first, and may choose another mode.
+    decided: bool = True
 
     @property
     def means(self) -> str:
@@ -183,7 +185,9 @@ def _choose(
     except OSError as exc:
         mode: Mode = "always" if asked == "always" else "everysec"
         why = f"auto: {folder} cannot be read: {exc.strerror}" if asked == "auto" else source
-        return Choice(mode, why, "its disk is unknown"), record
+        return Choice(
+            mode, why, "its disk is unknown", decided=measure is not None or asked != "auto"
+        ), record
     known = record.get("device") == where.device and isinstance(record.get("p99_ms"), float)
     failed = ""
     if measure is not None and (again or (asked == "auto" and not known and not where.unsafe)):
@@ -200,7 +204,7 @@ def _choose(
     elif where.unsafe:
         choice = Choice("everysec", f"auto: {folder} is on {where.kind}", where.unsafe)
     elif not known or failed:
-        choice = Choice("everysec", f"auto: {failed or 'not measured yet'}")
+        choice = Choice("everysec", f"auto: {failed or 'not measured yet'}", decided=measure is not None)
     else:
         p99 = record["p99_ms"]
         mode = "always" if p99 <= FAST_MS else "everysec"

@@ -161,6 +161,8 @@ def as_configured(host: Host) -> Finding:
     except trial.NotUp as exc:
         return warning(f"Redis does not start with {CONF} as it is now: {exc.message}", f"editor {CONF}")
     wanted["appendonly"] = durability.stated(host.path(CONF), "appendonly").lower() or "no"
+    if not choice.decided:
+        del wanted["appendfsync"]
     compared = [key for key in wanted if key in found and key not in _NOT_COMPARED and "-file" not in key]
     off = [key for key in compared if found[key] != wanted[key]]
     if not off:

@@ -152,6 +152,16 @@ def test_new_limits_need_no_restart(server: OurRedis, credentials: Path) -> None
         assert admin.llen("queue") == 1
 
 
+def test_a_mode_that_a_start_would_measure_for_is_left_alone(server: OurRedis, credentials: Path) -> None:
+    """Nothing was measured here: a Redis that loses nothing is not turned into one that may."""
+    with server.client() as admin:
+        admin.config_set("appendfsync", "always")
+        done = apply(server, credentials, "--json", what="settings", GPUINFER_REDIS_APPENDFSYNC="auto")
+        assert (done.returncode, "appendfsync" in json.loads(done.stdout)["changed"]) == (0, False)
+        assert "appendfsync stays as it is" in done.stderr
+        assert admin.config_get("appendfsync") == {"appendfsync": "always"}
+
+
 def test_redis_conf_wins_over_the_settings(server: OurRedis, tmp_path: Path) -> None:
     """As at a start: tuning.conf is included at its beginning."""
     conf = tmp_path / "redis.conf"

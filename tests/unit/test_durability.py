@@ -59,6 +59,23 @@ def test_the_disk_decides(disk: Disk, tmp_path: Path, p99_ms: float, mode: str) 
     assert durability.planned(RedisSettings(), tmp_path).mode == mode
 
 
+def test_what_is_not_measured_is_not_decided(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start measures first, and goes by that, also where it fails; a mode that is named is taken."""
+    assert not durability.planned(RedisSettings(), tmp_path).decided
+    assert durability.planned(RedisSettings(appendfsync="always"), tmp_path).decided
+
+    def fail(_: Path) -> float:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk, "measure", fail)
+    choice, _ = disk.decide(tmp_path)
+    assert (choice.mode, choice.decided) == ("everysec", True)
+    monkeypatch.undo()
+    assert not durability.planned(RedisSettings(), tmp_path / "not there").decided
+
+
 def test_another_device_is_measured_anew(disk: Disk, tmp_path: Path) -> None:
     """As is the same one when that is asked for; that it holds another thing now is told."""
     disk.decide(tmp_path)
