@@ -124,8 +124,8 @@ def apply_settings(loaded: Loaded, as_json: bool) -> None:
     """Give the running Redis the limits in [redis].
 
     They are maxmemory and appendfsync, and take effect without a restart. A line of redis.conf wins over the
-    settings, as at a start. Where appendfsync is auto and the disk was never measured, it stays as it is until
-    the next start, which measures.
+    settings, as at a start. Where appendfsync is auto and the disk was never measured, it stays as it is: the
+    next start measures.
     """
     from gpuinfer.broker import durability, tuning
 
