@@ -26,8 +26,8 @@ _WRITTEN = re.compile(
 class Place(NamedTuple):
     """The place of a waiting task."""
 
-    #: Its position in its list, 1 for the next one; 0: it was claimed, as it may be at 1. None: not
-    #: known.
+    #: Its position in its list, 1 for the next one; 0: it was claimed; None: not known. A task at 1 may have
+    #: been claimed, too.
     position: int | None = None
     #: Estimated start if the queue keeps its present rate, in seconds since the epoch; None: not known.
     starts_at: float | None = None

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The queue's Lua scripts, as redis-py script objects.
 
-A script may name libraries (``-- needs: lists states``); they, and the names of ``keys``, go in front of
-it. Those that only some of its calls need are named where these begin, indented, and stand there: a function
-costs each call that passes it some time.
+A script may name libraries (``-- needs: lists states``), which are put before it; the names of ``keys`` are
+replaced by their values. An indented ``needs`` line within the script puts its libraries at that place: each
+function definition takes time in every call that passes it, so libraries that few calls need are put there.
 
-Redis Functions, whose closures stay from call to call, were tried for submit, claim, begin and settle: 123
-us a task where scripts took 118, in turns, and 90 against 93 at best. Twenty closures cost 1 to 2 us a
-call. What bounds a lone task is elsewhere: a script that does nothing takes 3.9 us alone and 2.7 in a
-packet of many, with warm caches; a submission 19 and 13, and 42 after a pause of a millisecond. A command
-adds 0.3 us, a write or a PUBLISH 0.5 to 1. So fewer calls a task help (a lone task begins with its claim),
-and shorter ones hardly do.
+Redis Functions, whose closures persist between calls, were tried for submit, claim, begin and settle: they
+took 123 us a task, alternating with scripts, which took 118; at best 90 against 93. Twenty closures cost 1 to
+2 us a call. Other costs dominate for a single task: an empty script takes 3.9 us alone and 2.7 in a packet of
+many, with warm caches; a submission 19 and 13, and 42 after a pause of a millisecond. A command adds 0.3 us,
+a write or a PUBLISH 0.5 to 1. So fewer calls per task help (a single task begins with its claim), but shorter
+scripts hardly do.
 
 In batches of 256 a task costs 4.1 us to submit, 3.8 to claim, 0.7 to begin and 4.3 to settle. Also tried:
-one MSETNX for the states of a bulk (submit 4.4: the table for it costs what the calls save), and a place in
-flight without ``seq:list`` (claim and settle up to 0.9 us less together). Most of the rest is the payload's
-way: into Lua, into the list, back into Lua, into the in-flight hash, and out.
+one MSETNX for the states of a bulk (submit 4.4: building its table costs what the calls save), and an entry
+in flight without ``seq:list`` (claim and settle up to 0.9 us less together). Most of the rest is spent on
+moving the payload: into Lua, into the list, back into Lua, into the in-flight hash, and out.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ Name = Literal[
     "record",
 ]
 
-#: What the scripts name, and have written out. A list that has aged goes first in one of this many claims.
+#: Names in the scripts -> their values. AGED_EVERY: at most one of this many claims begins with an aged list.
 _CONSTANTS: dict[str, str | float] = {
     "AGED_EVERY": 5,
     "AGED_PREFIX": keys.AGED_PREFIX,
@@ -141,37 +141,37 @@ _CONSTANTS: dict[str, str | float] = {
     "WORKERS": keys.WORKERS,
     "WORKER_VOID": keys.WORKER_VOID_S,
 }
-#: A function of a library, or its variables of one line.
+#: A function of a library, or a one-line definition of variables.
 _LOCAL = re.compile(
     r"^local function (\w+)\((?:[^\n]* end\n|.*?^end\n)|^local (?!function)(\w+(?:, \w+)*)(?: =[^\n]*)?\n",
     re.MULTILINE | re.DOTALL,
 )
 _COMMENT = re.compile(r"^ *--[^\n]*\n", re.MULTILINE)
-#: The name of a constant, or a string, in which there is none.
+#: A string, in which nothing is replaced, or the name of a constant.
 _WORD = re.compile(rf"'[^'\n]*'|\b({'|'.join(_CONSTANTS)})\b")
 _NEEDS = re.compile(r"^-- needs: (.+)\n", re.MULTILINE)
 _NEEDS_HERE = re.compile(r"^ +-- needs: (.+)\n", re.MULTILINE)
 
 
 def text(name: str) -> str:
-    """Return a file of the folder ``lua`` as it stands there."""
+    """Return the unchanged text of a file in the folder ``lua``."""
     return resources.files(__package__).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
 
 
 @cache
 def source(name: Name) -> str:
-    """Return a script's text, whole."""
+    """Return a script's complete text, as Redis gets it."""
     return _WORD.sub(lambda word: _lua(_CONSTANTS[word[1]]) if word[1] else word[0], code(name))
 
 
 def read_all() -> None:
-    """Read every script now: an upgrade puts other files in their place while this process goes on."""
+    """Read every script now: an upgrade may replace the files while this process runs."""
     for name in get_args(Name):
         source(name)
 
 
 def code(name: Name) -> str:
-    """Return a script's text with its libraries, and the names of ``keys`` as names."""
+    """Return a script's text with its libraries, but with constants still as names."""
     head, _, body = text(name).partition("\n")
     body = _NEEDS_HERE.sub(lambda here: _libraries(here[1], body), body)
     needs = _NEEDS.search(body)
@@ -197,5 +197,5 @@ def _lua(value: str | float) -> str:
 
 
 def bind(client: Any, name: Name) -> Any:
-    """Return a callable script: EVALSHA, loaded again when Redis has forgotten it."""
+    """Return a callable script: EVALSHA, loaded again if Redis does not know it."""
     return client.register_script(source(name))

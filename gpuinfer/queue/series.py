@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fleet's recent history, for who has no monitoring system: series of numbers in Redis.
+"""The fleet's recent metrics, for hosts without a monitoring system: series of numbers in Redis.
 
-Each series has a value every 10 s for 48 hours, and the mean of 5 minutes for 30 days. A value takes two
-bytes: eight bits of exponent and eight of mantissa, so it is right within 0.2 %. A series lies in chunks, one
-string for six hours, or five days, which expire one by one. 200 series take some 12 MiB.
+Each series has a value every 10 s for 48 hours, and a mean every 5 minutes for 30 days. A value takes two
+bytes, eight bits of exponent and eight of mantissa, so its error is at most 0.2 %. A series is stored in
+chunks, strings of six hours or of five days, which expire one by one. 200 series take about 12 MiB.
 
-Those of the fleet: waiting, in_flight, ended, failed, requests, refused (the last four per second), workers,
-busy (mean share of its time that a device was busy), dead_letters, redis_bytes. Of each model, such as
+Series of the fleet: waiting, in_flight, ended, failed, requests, refused (the last four per second), workers,
+busy (mean share of time that a device was busy), dead_letters, redis_bytes. Of each model, such as
 ``waiting:resnet``: waiting, ended, failed, oldest (seconds). Of each worker, ``busy:gpu0@host``: busy, ended.
 
     found = read(client, ["waiting", "ended"], since_s=3600, step_s=60)
@@ -26,7 +26,7 @@ import redis
 from gpuinfer.queue import keys
 from gpuinfer.queue.scripts import bind
 
-#: There are at most this many series.
+#: Maximum number of series.
 MOST = 200
 
 
@@ -48,7 +48,7 @@ COARSE = Grid(300, 5 * 86400, 30 * 86400)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Some series over a while."""
+    """Some series over a time span."""
 
     #: When the first step began, in Unix seconds by Redis's clock.
     start: float
@@ -63,16 +63,16 @@ class Found:
 
 
 def pack(value: float) -> bytes:
-    """Return a number in two bytes, one that is negative as 0; what is no number as nothing."""
+    """Return a number as two bytes. A negative one becomes 0; NaN and infinity become "no value"."""
     if math.isnan(value) or math.isinf(value):
         return b"\0\0"
     (bits,) = struct.unpack("<I", struct.pack("<f", min(max(value, 0.0), 3e38)))
-    # The sign is always 0; the last bit that stays is rounded; 0 stands for nothing.
+    # The sign bit is always 0, so it is dropped; the last bit kept is rounded; the code 0 means no value.
     return struct.pack("<H", min(((bits + 0x4000) >> 15) + 1, 0xFFFF))
 
 
 def unpack(data: bytes) -> list[float | None]:
-    """Return the numbers that these bytes hold."""
+    """Return the numbers in these bytes; None for "no value"."""
     found: list[float | None] = []
     for (code,) in struct.iter_unpack("<H", data[: len(data) // 2 * 2]):
         found.append(struct.unpack("<f", struct.pack("<I", (code - 1) << 15))[0] if code else None)
@@ -80,7 +80,7 @@ def unpack(data: bytes) -> list[float | None]:
 
 
 def write(client: redis.Redis, grid: Grid, at: float, values: Mapping[str, float]) -> int:
-    """Write the values of the step that ``at`` is in; return how many series were too many.
+    """Write the values of the step that contains ``at``; return how many series exceeded ``MOST``.
 
     Raises redis-py's errors.
     """
@@ -95,13 +95,13 @@ def write(client: redis.Redis, grid: Grid, at: float, values: Mapping[str, float
 
 
 def names(client: redis.Redis) -> dict[str, float]:
-    """Return all series, and when each was written last. Raises redis-py's errors."""
+    """Return each series' name and when it was last written. Raises redis-py's errors."""
     found: dict[bytes, bytes] = client.hgetall(keys.SERIES)  # type: ignore[assignment]  # not decoded
     return {name.decode(errors="replace"): _seconds(at) for name, at in found.items()}
 
 
 def _seconds(text: bytes) -> float:
-    """Return a time; what is none is long ago, so that it is forgotten."""
+    """Return a time; 0 for a malformed one, so that its series is removed."""
     try:
         return float(text)
     except ValueError:
@@ -109,17 +109,17 @@ def _seconds(text: bytes) -> float:
 
 
 def forget(client: redis.Redis, now: float) -> None:
-    """Make room for others: drop the names of series whose last value is gone. Raises redis-py's errors."""
+    """Remove the names of series whose last value has expired, to make room. Raises redis-py's errors."""
     void = [name for name, at in names(client).items() if now - at > COARSE.kept_s]
     if void:
         client.hdel(keys.SERIES, *void)
 
 
 def read(client: redis.Redis, names: Sequence[str], since_s: float, step_s: int = 0) -> Found:
-    """Return the last ``since_s`` seconds of some series, in steps of ``step_s`` seconds (0: as it is kept).
+    """Return the last ``since_s`` seconds of some series, in steps of ``step_s`` seconds (0: as stored).
 
-    A step is a multiple of 10 s, or of 300 s for what is longer ago than 48 hours, and rounded up to one; the
-    last step has not ended yet. Raises redis-py's errors.
+    A step is rounded up to a multiple of 10 s, or of 300 s for more than 48 hours. The last step has not
+    ended yet. Raises redis-py's errors.
     """
     seconds, _ = client.time()
     return read_at(client, names, float(seconds), since_s, step_s)
@@ -153,7 +153,7 @@ def _prefix(grid: Grid, chunk: int) -> str:
 
 
 def _spans(grid: Grid, start: int, end: int) -> Iterable[tuple[int, int, int]]:
-    """Yield chunk, first byte, and the byte behind the last, from one time to another."""
+    """Yield (chunk, first byte, byte after the last) for the time from ``start`` to ``end``."""
     for chunk in range(start // grid.chunk_s, (end - 1) // grid.chunk_s + 1):
         begins = chunk * grid.chunk_s
         first = max(0, start - begins) // grid.step_s
@@ -162,7 +162,7 @@ def _spans(grid: Grid, start: int, end: int) -> Iterable[tuple[int, int, int]]:
 
 
 def _joined(flat: Sequence[float | None], width: int) -> tuple[float | None, ...]:
-    """Return the means of each ``width`` values, of those that there are."""
+    """Return the mean of each ``width`` values, ignoring missing ones."""
     if width == 1:
         return tuple(flat)
     means: list[float | None] = []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a worker writes the ends of its tasks: the script ``settle``, and large results beside it.
+"""How a worker writes the ends of its tasks: the script ``settle``, with large results stored beside it.
 
-What passes through Lua is copied and hashed there. A large result is set under a key of its own before the
-call, by a plain SET, and the script renames that key. Until then nobody reads it; what is not used expires
-within a minute, and what has expired before the call is sent whole.
+Lua copies and hashes its arguments. So a large result is first written to a key of its own, by a plain SET,
+and the script then renames that key. Nobody reads the key before that. An unused one expires within a minute;
+if it has expired before the call, the result is sent as an argument.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gpuinfer.settings import QueueSettings
 
 log = get_logger(__name__)
 
-#: A result with more bytes is set beside.
+#: A larger result is written to a key of its own.
 BESIDE_BYTES = 64 * 1024
 
 
@@ -46,7 +46,7 @@ class Settling:
         try:
             not_kept, not_sent = self._call(finals, beside, idle=idle)
         except redis.ResponseError as exc:
-            if "BESIDE" not in str(exc):  # else one was evicted in between
+            if "BESIDE" not in str(exc):  # BESIDE: a large result was evicted in between
                 raise
             not_kept, not_sent = self._call(finals, (), idle=idle)
         log_refused(not_sent)
@@ -55,7 +55,7 @@ class Settling:
     def _call(
         self, finals: Sequence[Final], beside: Collection[str], *, idle: bool
     ) -> tuple[list[bytes], list[bytes]]:
-        """Return two lists of id, reason, id, reason, …: what was not kept, what follows and was not sent."""
+        """Return two lists of id, reason, id, reason, …: ends not stored, and successors not sent."""
         args: list[Argument] = [self._ttl_s, int(idle), len(finals), self._failed]
         for final in finals:
             seq = "" if final.seq is None else final.seq
@@ -70,8 +70,8 @@ class Settling:
         return not_kept, not_sent
 
     def _set_beside(self, finals: Sequence[Final]) -> set[str]:
-        """Set large results beside; return the ids of those that Redis has taken. A full one takes them by
-        script alone."""
+        """Write large results to keys of their own; return the ids of those written. A full Redis refuses
+        them here, and accepts them only through the script."""
         if not finals:
             return set()
         with self._client.pipeline(transaction=False) as pipe:
@@ -88,11 +88,9 @@ class Settling:
 
 
 def log_refused(not_sent: Sequence[bytes]) -> None:
-    """Log the tasks of chains that Redis did not accept, which ended them; id, reason, id, reason, …."""
+    """Log the successors that Redis refused, and which were ended instead; id, reason, id, reason, …."""
     for task_id, reason in _pairs(not_sent).items():
-        hint = (
-            "queue.chain_queues names where chains may go on; gpuinfer redis apply-users gives the right to"
-        )
+        hint = "name the queue in queue.chain_queues; then gpuinfer redis apply-users grants the right to it"
         log.error("chain_refused", task_id=task_id, reason=reason, hint=hint)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the queue's commands print: JSON for programs, tables for people; and how they refuse an option."""
+"""How the queue's commands print JSON and tables, and report an invalid option."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 
 @contextmanager
 def as_usage() -> Iterator[None]:
-    """Raise UsageError, naming the option, where a value of one is wrong: it is no task's input."""
+    """Turn an InputError into a UsageError that names the option: here the input is the command line."""
     try:
         yield
     except InputError as exc:
@@ -29,7 +29,7 @@ def as_usage() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON with an indent; numbers that are not finite become null."""
+    """Print indented JSON; NaN and infinity become null."""
     click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))
 
 
@@ -39,7 +39,7 @@ def one_line(value: Any) -> str:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table without lines; what is in a cell is never taken for markup."""
+    """Print a table without lines. Cells are printed literally, without markup."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seam between the transport and the worker: who takes claimed tasks, and the channel they come by."""
+"""The interface between transport and worker: the channel claims tasks, and the sink takes them."""
 
 from __future__ import annotations
 
@@ -12,48 +12,51 @@ from gpuinfer.queue.store import Store
 
 
 class TaskChannel(Protocol):
-    """What a sink uses of the channel."""
+    """The part of the channel that a sink uses."""
 
     def claim(self, *, look: bool = False) -> int:
-        """Claim what is wanted and hand it on; return how many tasks came.
+        """Claim the wanted tasks and pass them to the sink; return how many.
 
-        ``look``: first look into the lists that producers fill who tell nobody.
+        ``look``: first check the lists that plain producers may have filled.
         """
 
     def again(self) -> None:
-        """Claim when a batch has ended."""
+        """Claim after a batch has ended."""
 
     def withdraw(self) -> None:
-        """Cancel the outstanding claim, and release what it took."""
+        """Cancel the outstanding claim; release anything it took."""
 
     def deliver(self, task: Claimed) -> None:
         """Hand a task that is not ours to Celery's own strategy."""
 
     @property
     def silent(self) -> bool:
-        """True when there were tasks of late that nobody had told of."""
+        """True if a plain producer, which wakes no worker, submitted tasks recently."""
 
 
 class Sink(Protocol):
-    """Who takes claimed tasks straight from the channel: the worker's batcher."""
+    """Takes claimed tasks directly from the channel; implemented by the worker's batcher."""
 
     @property
     def store(self) -> Store:
-        """The store tasks are claimed with."""
+        """The store by which tasks are claimed."""
 
     def wants(self) -> Wants:
         """Return what to claim now; empty for nothing."""
 
     @property
     def state(self) -> State:
-        """What runs here; idle when nothing is held, and what is claimed next runs at once."""
+        """What this worker does; idle: it holds no tasks, and would run the next one at once."""
 
     def receive(self, channel: TaskChannel, tasks: Sequence[Claimed]) -> None:
         """Take over claimed tasks. Must not raise."""
 
     def held(self) -> set[int]:
-        """Return the seqs of all tasks held."""
+        """Return the sequence ids of all tasks held."""
 
     def fenced(self, error: WorkerRunning | TakenBack | UnusableRedis) -> None:
-        """Another process claims under this worker's name, or Redis has another format, and this one ends; or
-        a reaper has taken this worker for dead, and it begins a new epoch."""
+        """React to a refused claim.
+
+        If another process claims under this worker's name, or if Redis has another format, this process ends.
+        If a reaper has taken this worker for dead, the worker begins a new epoch.
+        """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's side of the queue: claim, begin, settle, release, restore, each one atomic script.
+"""What a worker does with the queue: claim, begin, settle, release, restore; each is one atomic script.
 
-Between claim and settle a task stands in the worker's in-flight hash, never only in a process's
-memory. Scripts run with allow-oom and without MULTI, so a full Redis does not stop them.
+From claim to settle a task is stored in the worker's in-flight hash, never only in a process's memory.
+Scripts run with allow-oom and without MULTI, so a full Redis does not stop them.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from gpuinfer.settings import QUEUES, QueueSettings
 
 log = get_logger(__name__)
 
-#: Payload bytes that one claim takes at most, unless told otherwise.
+#: Default maximum payload bytes of one claim.
 MAX_BYTES = 64 * 1024 * 1024
-#: Seconds after which putting tasks back is tried again.
+#: Seconds after which tasks that could not be put back are tried again.
 STUCK_S = 10.0
 
 
 class Store:
     """Claims and settles tasks for one worker over one Redis client.
 
-    ``worker`` is the node name (``gpu0@host``), which names the in-flight hash; ``by`` tells this process
-    from another one of that name.
+    ``worker`` is the node name (``gpu0@host``), which names the in-flight hash; ``by`` identifies this
+    process among those that use that name.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class Store:
     ) -> None:
         self.client = client
         self.worker = worker
-        #: What follows the ends of tasks.
+        #: Plans what follows the ends of tasks.
         self.chains = Chains(settings, worker)
-        #: The models claimed for, in the order they were named.
+        #: The models that this worker claims tasks for, in the given order.
         self.models = tuple(models)
-        #: Model -> the digest of what runs here, shortened.
+        #: Model -> the shortened digest of the version that runs here.
         self.versions: Mapping[str, str] = {}
-        #: The default model, as the last claim has found it; empty: not known.
+        #: The default model at the last claim; empty: not known.
         self.default = ""
         self.queues: tuple[str, ...] = ()
         self._settings = settings
@@ -71,9 +71,9 @@ class Store:
         self._clock = clock
         self._epoch = Epoch(client, worker, by or f"process {secrets.token_hex(8)}")
         self._seq = 0
-        #: True after a claim whose answer was lost: it may have taken tasks that are not known here.
+        #: True after a claim whose answer was lost: it may have taken tasks unknown to this process.
         self._uncertain = False
-        #: When putting tasks back failed; 0: not since the last retry.
+        #: When tasks could not be put back; 0: not since the last retry.
         self._stuck_at = 0.0
         self.inflight = keys.inflight(worker)
         self._direct = direct = Direct(client)
@@ -93,27 +93,27 @@ class Store:
 
     def serve(self, queues: Sequence[str]) -> None:
         """Claim from these tiers from now on."""
-        if tuple(queues) != self.queues:  # called before every claim, and hardly ever different
+        if tuple(queues) != self.queues:  # called before every claim, but rarely different
             self.queues = tuple(queue for queue in QUEUES if queue in queues)
             self.group = keys.group_of(self.queues, self.models)
             self._tiers = " ".join(self.queues)
             self.plain.choose(self.queues, self.default)
 
     def register(self, heartbeat: bytes = b"", default: str = "") -> int:
-        """Tell the fleet that this worker lives and what it serves; return how many tasks wait for it.
+        """Report that this worker is alive and what it serves; return how many tasks wait for it.
 
-        ``default`` becomes the default model where there is none yet. Raises redis-py's errors.
+        ``default`` becomes the default model if there is none yet. Raises redis-py's errors.
         """
         return self.membership.register(self.group, self._tiers, heartbeat, default)
 
     def leave(self) -> None:
-        """Leave the fleet: nobody wakes this worker any more, or takes it for alive."""
+        """Leave the fleet: this worker is no longer woken, and no longer counts as alive."""
         self.membership.leave(self.group)
 
     def waits(self) -> bool:
-        """Tell whether a claim may find tasks that nobody announced; costs a third of an empty claim.
+        """Tell whether a claim may find tasks for which no worker was woken; costs a third of an empty claim.
 
-        Tasks whose ETA has come are moved into their lists first, which wakes a worker that may take them.
+        Due tasks are moved into their lists first, which wakes a worker that serves them.
         """
         plain = self.plain
         exist = ("EXISTS", *plain.names) if plain.names else ("PING",)
@@ -127,16 +127,16 @@ class Store:
         return self._uncertain or bool(plain.names and found)
 
     def postpone(self, tasks: Sequence[tuple[int, float]]) -> Postponed:
-        """Move (seq, due) from flight to the tasks that wait for their ETA. Raises redis-py's errors."""
+        """Move tasks, given as (seq, due), from flight to those that wait. Raises redis-py's errors."""
         return self._later.postpone(tasks)
 
     @property
     def uncertain(self) -> bool:
-        """True when ``reconcile`` must run before the next claim."""
+        """True if ``reconcile`` must run before the next claim."""
         return self._uncertain
 
     def is_drained(self) -> bool:
-        """Tell whether this worker is drained: it claims nothing. Raises redis-py's errors."""
+        """Tell whether this worker is drained and claims nothing. Raises redis-py's errors."""
         return self.worker in drained.parse(self._direct.call("GET", keys.DRAINED))
 
     def wants(self, room: int, *, better_than: int = ANY_RANK) -> Wants:
@@ -154,9 +154,9 @@ class Store:
     ) -> list[Claimed]:
         """Take tasks of one model, the most urgent first, with about ``max_bytes`` of payloads.
 
-        ``wants`` as a number is the count for each model. Idle workers of this group get their share. With
-        ``begin``, a single task is noted as running, which saves the call of ``begin``. With ``look``, the
-        lists that plain producers may have filled are searched first. Raises redis-py's errors,
+        ``wants`` as a number is the count for each model. Other idle workers of this group are left their
+        share. With ``begin``, a single task is noted as running, which saves the call of ``begin``. With
+        ``look``, the lists that plain producers may have filled are checked first. Raises redis-py's errors,
         WorkerRunning, TakenBack, FormatMismatch.
         """
         wants = self.wants(wants) if isinstance(wants, int) else wants
@@ -177,10 +177,10 @@ class Store:
         return self.take(order, answer)
 
     def order(self, wants: Wants, *, state: State = "idle", begin: bool = False) -> Order | None:
-        """Return a claim for the caller to send; before the next one, its answer must go to ``take`` while it
-        is ``current``.
+        """Return a claim for the caller to send. Its answer must be passed to ``take`` before the next claim,
+        while the claim is ``current``.
 
-        None when nothing can be claimed, or when ``claim`` has to begin an epoch or to register first.
+        None if nothing can be claimed, or if ``claim`` has to begin an epoch or to register first.
         """
         if not self._can_claim(wants) or self._uncertain or self._out_of_seqs(wants):
             return None
@@ -209,7 +209,7 @@ class Store:
         return Order((self.inflight, keys.epoch(self.worker)), args, self._epoch.number, self._claim_sha)
 
     def take(self, order: Order, answer: Any) -> list[Claimed]:
-        """Return the tasks in the answer to a claim. Raises what an error as the answer means."""
+        """Return the tasks in the answer to a claim. Raises an error answer, as read by ``Epoch.explain``."""
         if isinstance(answer, redis.ResponseError):
             raise self._epoch.explain(answer) from answer
         noted_id = answer[0].decode(errors="replace") or None
@@ -231,29 +231,29 @@ class Store:
         return tasks
 
     def current(self, order: Order) -> bool:
-        """Tell whether the tasks of an ordered claim are this worker's: its epoch is the last, and certain.
+        """Tell whether the tasks that a sent claim took belong to this worker: its epoch is the current one.
 
-        Otherwise they are back in their lists, or will be.
+        Otherwise, or while that is uncertain, the tasks are put back into their lists.
         """
         return order.epoch == self._epoch.number and not self._uncertain
 
     @property
     def begun(self) -> bool:
-        """True once this process has begun an epoch: what Redis has under the worker's name is its own."""
+        """True once this process has begun an epoch: the data under the worker's name is then its own."""
         return self._epoch.number > 0
 
     def rejoin(self) -> None:
         """Begin a new epoch after a reaper has put this worker's tasks back.
 
-        The reaper may have been interrupted before it put them back: the next claim finds out. Raises
-        WorkerRunning when another process has taken over since.
+        If the reaper was interrupted before it put them back, ``reconcile`` does so before the next claim.
+        Raises WorkerRunning if another process has taken over since.
         """
         self._uncertain = True
         self._epoch.follow_reaper()
         self._begin_epoch()
 
     def end_wait(self, client_id: int) -> bool:
-        """End the blocking wait of the connection with this id, as if it timed out. False: Redis refuses."""
+        """End the blocking wait of the connection with this id, as if it timed out. False: Redis refused."""
         try:
             self._direct.call("CLIENT", "UNBLOCK", client_id)
         except redis.ResponseError:
@@ -261,7 +261,7 @@ class Store:
         return True
 
     def account(self, counts: Sequence[Argument]) -> None:
-        """Add what this worker has counted (``tally.Tally.args``). Raises redis-py's errors."""
+        """Add this worker's counts (``tally.Tally.args``) to those in Redis. Raises redis-py's errors."""
         self._account(keys=[], args=counts)
 
     def wake(self) -> None:
@@ -273,13 +273,13 @@ class Store:
         return not self._epoch.number or self._seq % SEQS_OF_AN_EPOCH + most >= SEQS_OF_AN_EPOCH
 
     def _begin_epoch(self) -> None:
-        """Begin an epoch. The next claim registers again: Redis may have come back empty."""
+        """Begin an epoch. The next claim registers again, as Redis may have restarted empty."""
         self.membership.group = ""
         self._epoch.begin()
         self._seq = self._epoch.number * SEQS_OF_AN_EPOCH
 
     def body(self, task_id: str) -> bytes | None:
-        """Return the body of a task that is stored under a key of its own; None where it is gone."""
+        """Return a task's body that is stored under a key of its own; None if it is gone."""
         found: bytes | None = self._direct.call("GET", keys.body(task_id))
         return found
 
@@ -288,10 +288,10 @@ class Store:
         self._uncertain = True
 
     def reconcile(self, known: Iterable[int]) -> int:
-        """Put back what a claim took whose answer was lost; return how many. ``known``: seqs held here."""
+        """Put back the tasks of a claim whose answer was lost; return how many. ``known``: seqs held here."""
         if not self._uncertain:
             return 0
-        self._begin_epoch()  # a claim that is still on its way is refused from now on
+        self._begin_epoch()  # from now on Redis refuses a claim that has not arrived yet
         held = set(known)
         lost = [seq for seq in self._seqs_in_flight() if seq not in held]
         self.release(lost)
@@ -303,10 +303,10 @@ class Store:
         return [int(field) for field in fields if field.isdigit()]
 
     def begin(self, tasks: Sequence[tuple[int, str, bytes]], beside: Sequence[int] = ()) -> set[int]:
-        """Note that each (seq, id, started meta) runs; an empty meta leaves the state as it is.
+        """Note that each task, given as (seq, id, started meta), runs; an empty meta leaves its state.
 
-        ``beside``: seqs that run already; a death is charged to all. Returns the positions of tasks that have
-        a final state already: they must not run.
+        ``beside``: seqs that run already; a crash is charged to all. Returns the positions of tasks that
+        already have a final state: they must not run.
         """
         seqs = dict.fromkeys((*beside, *(seq for seq, _, _ in tasks)))
         args: list[Argument] = [" ".join(map(str, seqs))]
@@ -315,24 +315,24 @@ class Store:
         return {int(position) - 1 for position in self._begin(keys=[self.inflight], args=args)}
 
     def note(self, seqs: Sequence[int]) -> None:
-        """Note which tasks run or are being read: a death from now on is charged to them."""
+        """Note which tasks run or are being read: a crash after this point is charged to them."""
         if seqs:
             self._direct.call("HSET", self.inflight, "running", " ".join(map(str, seqs)))
         else:
             self._direct.call("HDEL", self.inflight, "running")
 
     def ended(self, task_ids: Sequence[str]) -> set[int]:
-        """Return the positions of tasks that have a final state: from a cancellation, or another worker."""
+        """Return the positions of tasks that have a final state, by cancellation or from another worker."""
         args: list[Argument] = [""]
         for task_id in task_ids:
             args += (task_id, "")
         return {int(position) - 1 for position in self._begin(keys=[self.inflight], args=args)}
 
     def settle(self, finals: Sequence[Final], *, idle: bool = False) -> dict[str, str]:
-        """Write final states, drop the tasks from flight, and submit what follows them. Safe to repeat.
+        """Write final states, remove the tasks from flight, and send what follows them. Safe to repeat.
 
-        ``idle``: nothing runs any more, so a crash is charged to no task. Returns id -> Redis's error for the
-        ends that were announced and counted, and not stored, as their result key has another type.
+        ``idle``: nothing runs any more, so a crash is charged to no task. Returns id -> Redis's error for
+        ends that were announced and counted but not stored, because the result key has another type.
         """
         return self._settling.settle(finals, idle=idle)
 
@@ -341,9 +341,9 @@ class Store:
     ) -> int:
         """Put claimed tasks back at the head of their lists. Safe to repeat.
 
-        A task stays in flight while its list's key has another type; it is tried again after ``STUCK_S``. Of
-        those among ``ran`` a part has run: their next run counts as a repeat. Those in ``models`` go to the
-        lists of that model instead, behind what waits there.
+        A task stays in flight while its list's key has another type; that is tried again after ``STUCK_S``.
+        Tasks in ``ran`` have run at least in part: their next run counts as a redelivery. Tasks in ``models``
+        go to the end of that model's list instead.
         """
         back, stay = returns.release(self._release, self.inflight, seqs, ran, models or {})
         if stay:
@@ -351,7 +351,7 @@ class Store:
         return back
 
     def restore(self) -> Restored:
-        """Put everything in flight back, as ``take_back`` does, and log what was done."""
+        """Put everything in flight back, as ``take_back`` does, and log it."""
         restored = self.take_back()
         if restored.returned or restored.dead:
             log.warning(
@@ -364,16 +364,16 @@ class Store:
         return restored
 
     def take_back(self, *, after: int = 0) -> Restored:
-        """Put everything in flight back; bury the tasks under which workers died too often.
+        """Put everything in flight back; bury the tasks that killed too many workers.
 
-        For a worker that does not run: Redis refuses any claim of it that is still on its way. A worker that
-        runs nevertheless drops what it held, and goes on if ``by`` begins with ``REAPER``. Safe to repeat
-        after an interruption at any point.
+        For a worker that does not run: Redis then refuses any claim of it that has not arrived yet. If the
+        worker does run, it drops the tasks it held, and continues if ``by`` begins with ``REAPER``. Safe to
+        repeat after an interruption at any point.
 
-        ``after``: the number of the last epoch known; if another one has begun since, raises TakenBack (a
-        reaper's) or WorkerRunning (a worker's).
+        ``after``: the number of the last known epoch; if another one has begun since, raises TakenBack (if a
+        reaper began it) or WorkerRunning (if a worker did).
         """
-        self._epoch.number = after  # 0: takes over, whatever has been counted since
+        self._epoch.number = after  # 0: take over, even if others have begun epochs since
         self._begin_epoch()
         args = (self._epoch.number, self._settings.max_deaths)
         try:

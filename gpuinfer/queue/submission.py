@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller wants done, and the list entry it becomes: a message in Celery's protocol 2.
+"""A task as the caller submits it, and the list entry that it becomes: a message in Celery's protocol 2.
 
-The body is plain JSON text (``body_encoding`` utf-8), a quarter smaller than kombu's base64. Inputs that are
-large are sent beside the list. ``message`` has the names of the headers, and reads them.
+The body is plain JSON text (``body_encoding`` utf-8), a quarter smaller than kombu's base64. Large inputs are
+stored beside the list. The names of the headers are in ``message``, which reads them.
 """
 
 from __future__ import annotations
@@ -42,35 +42,35 @@ _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
 class Packed(NamedTuple):
-    """A task as it is sent."""
+    """A task in the form in which it is sent."""
 
     #: The list entry.
     payload: bytes
-    #: The inputs as they are in there, or beside the list.
+    #: The inputs as they are sent, in the list entry or beside the list.
     inputs: bytes
-    #: What lies beside the list; None where all is in the message.
+    #: The body to store beside the list; None if all is in the list entry.
     beside: bytes | None = None
-    #: What its state tells of it while it waits, as the script ``submit`` ends the state's JSON.
+    #: The end of its waiting state's JSON, which the script ``submit`` appends.
     told: bytes = b"]}}"
 
     @property
     def size(self) -> int:
-        """Bytes of both."""
+        """Bytes of the list entry and the body."""
         return len(self.payload) + len(self.beside or b"")
 
 
 class Json(NamedTuple):
-    """Inputs that are JSON already: their text is sent as it is."""
+    """Inputs that are JSON text already, which is sent unchanged."""
 
-    #: Checked: one value, in UTF-8, whose numbers and depth every reader can hold.
+    #: Already checked: one value, in UTF-8, with numbers and a depth that every reader can handle.
     text: bytes
-    #: What it says.
+    #: The parsed value.
     value: Any
 
 
 @dataclass(kw_only=True, slots=True)
 class Submission:
-    """What a caller wants done. Freezing it doubles the cost of making one; ``rate`` alone is set later."""
+    """A task as a caller submits it. Not frozen, which would double its cost; only ``rate`` is set later."""
 
     task: str
     inputs: Any
@@ -81,41 +81,41 @@ class Submission:
     options: dict[str, Any] = field(default_factory=dict)
     #: Seconds since the epoch after which the task must not begin.
     expires_at: float | None = None
-    #: Seconds, by Redis's clock, until a worker may begin it; None: at once.
+    #: Seconds until a worker may begin it, by Redis's clock; None: at once.
     countdown_s: float | None = None
     soft_time_limit_s: float | None = None
     time_limit_s: float | None = None
     ignore_result: bool = False
-    #: The caller's own map, which comes back with the task.
+    #: The caller's own names and texts, returned with the task.
     metadata: Mapping[str, str] | None = None
-    #: The caller's place in a trace, as W3C Trace Context writes it; empty: none.
+    #: The caller's trace context, in W3C's format; empty: none.
     traceparent: str = ""
-    #: Whose task it is, and whose sub-list it waits in; empty: nobody's in particular.
+    #: The caller, in whose list it waits; empty: none.
     caller: str = ""
-    #: What its caller may submit; None: anything.
+    #: The caller's limits; None: no limits.
     quota: Quota | None = None
-    #: How its caller stands with a quota: written when it is accepted.
+    #: The state of the caller's rate limit, set when the task is accepted.
     rate: Rate | None = None
-    #: The channel on which the client hears of its end; empty: by its id alone.
+    #: The client's reply channel; empty: the result is published only on its own key's channel.
     reply_to: str = ""
-    #: The request's options as the caller wrote them: two requests that differ there are not the same. The
-    #: message is no measure of that: its ``model`` may be what was the default then.
+    #: The request's options as the caller wrote them, to tell whether two requests are the same. The message
+    #: cannot tell: its ``model`` may be the default model of that time.
     asked: bytes = b""
     #: The caller's idempotency key; empty: none.
     key: str = ""
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def encode(self) -> bytes:
-        """Return the list entry with its whole body in it, however large, as a plain producer sends it.
+        """Return the list entry with its whole body in it, of any size, as a plain producer sends it.
 
         Raises InputError.
         """
         return self.pack(MAX_BODY_BYTES).payload
 
     def pack(self, most: int = arrays.BESIDE_BYTES) -> Packed:
-        """Return the list entry, and what lies beside the list: inputs that have more than ``most`` bytes.
+        """Return the list entry, and the body to store beside the list if the inputs exceed ``most`` bytes.
 
-        Raises InputError where the inputs are neither arrays nor JSON, or no list where there must be one;
+        Raises InputError if the inputs are neither arrays nor JSON, or if a list job's are not a list;
         PayloadTooLarge for too many values.
         """
         many = self.task == BATCH_PREDICT
@@ -147,19 +147,19 @@ class Submission:
         return Packed(self._message(body, sent), text, told=told)
 
     def _told(self, sent: bytes) -> bytes:
-        """Return the rest of a waiting task's state, from the end of its ``place`` on: see submit.lua."""
+        """Return the end of a waiting task's state, which begins after its ``place``: see submit.lua."""
         about = b',"priority":%d' % self.priority if self.priority else b""
         return b"]%b%b" % (about, end_of_state(self.expires_at, self.metadata, self.traceparent, sent))
 
     def _message(self, body: bytes, sent: bytes, extra: bytes = b"") -> bytes:
         """Return the list entry. ``sent``: when it is submitted, in seconds since the epoch; ``extra``: more
-        headers, as JSON has them, each behind a comma.
+        headers as JSON, each with a comma before it.
         """
-        if self.metadata:  # before the key, which is looked for near the end
+        if self.metadata:  # before the key, which scripts search for near the end
             extra += b',"%b":%b' % (METADATA.encode(), orjson.dumps(self.metadata))
         if self.traceparent:
             extra += b',"%b":"%b"' % (TRACEPARENT.encode(), self.traceparent.encode())
-        if self.key:  # for who ends the task and frees the key
+        if self.key:  # so that a script that ends the task can free the key
             extra += b',"%b":"%b"' % (KEY.encode(), self.keyed.encode())
         limits = self.time_limit_s, self.soft_time_limit_s
         a, b, c, d, e, f, g, h = _frame(
@@ -175,22 +175,22 @@ class Submission:
 
     @property
     def keyed(self) -> str:
-        """What stands for the key of this caller: 32 characters; empty without a key."""
+        """The hash of caller and key: 32 characters; empty without a key."""
         return keyed(self.caller, self.key) if self.key else ""
 
     def digest(self, packed: Packed) -> str:
-        """Return 32 characters that stand for the request; ``packed`` is what ``pack`` has made of it."""
+        """Return the hash of the request: 32 characters. ``packed``: the result of ``pack``."""
         asked = blake2b(self.asked, digest_size=16)
         asked.update(packed.inputs)
         return asked.hexdigest()
 
 
 def keyed(caller: str, key: str) -> str:
-    """Return what stands for a caller's key: 32 characters."""
+    """Return the hash of a caller and its idempotency key: 32 characters."""
     return blake2b(f"{caller}\0{key}".encode(), digest_size=16).hexdigest()
 
 
-#: Marks the places in a frame that each task fills.
+#: Marks the places in a frame that differ for each task.
 _GAP = uuid.uuid4().hex
 
 
@@ -242,7 +242,7 @@ def _frame(
 
 
 def _dump_inputs(inputs: Any) -> bytes:
-    """Return inputs as JSON. orjson turns NaN and infinity into null; the worker must see what they were."""
+    """Return inputs as JSON, with NaN and infinity kept for the worker to see: orjson writes them as null."""
     try:
         text = orjson.dumps(inputs, _as_list, orjson.OPT_SERIALIZE_NUMPY)
         if b"null" in text:
@@ -254,7 +254,7 @@ def _dump_inputs(inputs: Any) -> bytes:
 
 
 def _as_list(value: Any) -> Any:
-    """Return what JSON can hold of an array among other things."""
+    """Return an array that is nested among other values as a list, for JSON."""
     if not hasattr(value, "tolist"):
         raise TypeError(f"Type is not JSON serializable: {type(value).__name__}")
     return value.tolist()

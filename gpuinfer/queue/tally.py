@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process counts by itself, and adds to the sums in Redis once a second: the script ``account``.
+"""The counts of one process, which the script ``account`` adds to the sums in Redis once a second.
 
-Two kinds of sums. ``usage``: by UTC hour, key and model, for accounts. ``counts``: since this Redis began,
-for metrics; a field is a kind and two names that it is counted by: ``device_us alice resnet``,
-``status 202 -``, ``wait:3 realtime resnet`` (how many waited as long as the fourth bucket says).
+There are two kinds of sums. ``usage``, for accounts, is per UTC hour, key and model. ``counts``, for metrics,
+is since this Redis began; a field is a kind and two names: ``device_us alice resnet``, ``status 202 -``,
+``wait:3 realtime resnet`` (tasks whose waiting time is in bucket 3).
 
-A flush has a number, and Redis adds each number of a process once. So one whose answer was lost is sent
-again, and nothing counts twice; a SIGKILL costs what was counted since the last flush.
+Each flush has a number, and Redis adds each number of a process only once. So a flush whose answer was lost
+can be sent again without counting twice. A SIGKILL loses the counts since the last flush.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from typing import Any
 
 from gpuinfer.queue.direct import Argument
 
-#: The upper bounds of the buckets in which times (seconds) and the inputs of batches are counted; the last
-#: bucket has none.
+#: Upper bounds of the buckets for times (seconds) and for the inputs of batches; the last bucket has none.
 TIMES_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0),
@@ -28,18 +27,18 @@ TIMES_S = (
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 #: Seconds between two flushes.
 FLUSH_EVERY_S = 1.0
-#: Stands for no key, and for no model.
+#: Means no key, or no model.
 NONE = "-"
 
 
 def bucket(kind: str, number: int) -> str:
-    """Return the kind of a count of one bucket."""
+    """Return the kind under which a bucket is counted."""
     return f"{kind}:{number}"
 
 
 @lru_cache(maxsize=1024)
 def word(name: str) -> str:
-    """Return a name as one word, as a field has it: a plain producer's caller may be anything."""
+    """Return a name as one word, for a field: a plain producer may use any text as a caller."""
     return "_".join(name[:64].split()) or NONE
 
 
@@ -53,9 +52,9 @@ class Tally:
         self._flushed_at = clock()
         self.usage: dict[str, int] = {}
         self.counts: dict[str, int] = {}
-        #: Keys that were used.
+        #: Keys that were used since the last flush.
         self.used: set[str] = set()
-        #: The flush that is on its way, until Redis has confirmed it.
+        #: The flush that was sent but not confirmed yet.
         self._pending: list[Argument] | None = None
 
     @property
@@ -65,21 +64,21 @@ class Tally:
 
     @property
     def dirty(self) -> bool:
-        """Whether Redis lacks anything."""
+        """Whether there are counts that Redis does not have yet."""
         return bool(self._pending or self.usage or self.counts or self.used)
 
     def use(self, kind: str, key: str, model: str, count: int) -> None:
-        """Count for the accounts."""
+        """Add to ``usage``."""
         field = f"{kind} {word(key)} {word(model)}"
         self.usage[field] = self.usage.get(field, 0) + count
 
     def count(self, kind: str, first: str = "", second: str = "", *, count: int = 1) -> None:
-        """Count for metrics, by two names at most."""
+        """Add to ``counts``, under up to two names."""
         field = f"{kind} {word(first)} {word(second)}"
         self.counts[field] = self.counts.get(field, 0) + count
 
     def args(self) -> list[Argument]:
-        """Return the arguments of the next flush: the last one's again, until ``confirm`` is called."""
+        """Return the arguments of the next flush; the same ones again until ``confirm`` is called."""
         self._flushed_at = self._clock()
         if self._pending is None:
             self._number += 1

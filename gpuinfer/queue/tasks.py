@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks by name. A worker's batcher runs them; the bodies serve direct and eager calls."""
+"""The Celery tasks. In a worker the batcher runs them; the functions here serve direct and eager calls."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def _load(name: str) -> LoadedModel:
 
 
 def _here(inputs: list[Any], model: str | None, top_k: int | None, encoding: Encoding) -> list[Any]:
-    """Run inputs in this process on the CPU; the entry of a bad one is its error.
+    """Run inputs in this process on the CPU; the entry of an invalid one is its error.
 
-    For direct and eager calls. A worker gets here only by a queue that is not ours: it must not
-    fall back to the CPU in silence.
+    For direct and eager calls. A worker calls this only for a task from a queue that is not ours. That is
+    refused: a worker must not silently fall back to the CPU.
     """
     request = current_task.request if current_task else None
     if request is not None and not request.called_directly and not request.is_eager:
-        raise InputError(f"predictions run from the queues {', '.join(QUEUES)} alone", "queue")
+        raise InputError(f"must be one of {', '.join(QUEUES)}: predictions run only from these", "queue")
     loaded = _load(model or load_settings().worker.models[0])
     return [_one(loaded, item, top_k, encoding) for item in loaded.prepare(inputs)]
 
 
 def _one(loaded: LoadedModel, item: Any, top_k: int | None, encoding: Encoding) -> Any:
-    """Return what became of one prepared item: its result, or its error."""
+    """Run one prepared item; return its result or its error."""
     if isinstance(item, GpuinferError):
         return item
     (output,) = loaded.forward([item])
@@ -69,7 +69,7 @@ def predict(
 def batch_predict(
     inputs: list[Any], model: str | None = None, top_k: int | None = None, encoding: Encoding = "list"
 ) -> list[Any]:
-    """Run a list of inputs; return one entry an input, ``{"error": {...}}`` for one that failed."""
+    """Run a list of inputs; return one entry per input, ``{"error": {...}}`` for one that failed."""
     return [
         {"error": outcome.to_dict()} if isinstance(outcome, GpuinferError) else outcome
         for outcome in _here(inputs, model, top_k, encoding)

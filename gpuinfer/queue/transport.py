@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """kombu's Redis transport with an atomic claim for the task queues.
 
-Registered as ``gpuinfer://`` (and ``gpuinfer+socket://``). Only our queues differ from kombu's: they are
-claimed by script when the worker is woken, when a batch has ended, or when a timer fires, and stand in an
-in-flight hash until settled. Pidbox, reply and fan-out queues stay on kombu's stock path.
+Registered as ``gpuinfer://`` (and ``gpuinfer+socket://``). Only our queues differ from kombu's: a script
+claims their tasks when the worker is woken, when a batch has ended, or when a timer fires, and keeps them in
+an in-flight hash until they are settled. Pidbox, reply and fan-out queues work as in kombu.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from gpuinfer.settings import QUEUES, QueueSettings
 
 log = get_logger(__name__)
 
-#: Seconds for which a producer that wakes nobody is expected to go on.
+#: For this long after a plain producer's task was found, more of them are expected. They wake no worker.
 SILENT_S = 5.0
-#: How often a worker that is idle again at once claims before the event loop has its turn.
+#: Maximum claims in a row, by a worker that is idle again at once, before the event loop runs.
 CLAIMS_A_TURN = 4
-#: Seconds for which a claim saves the timer's look into the lists.
+#: For this long after a claim, the timer does not check the lists.
 FRESH_S = 0.025
 
 
@@ -53,13 +53,13 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.sink: Sink | None = None
         self._wait = WaitingClaim()
-        #: True after a claim of an idle worker that came back empty: the worker will be woken.
+        #: True after an idle worker's claim found nothing: the worker is then listed as idle, to be woken.
         self._enlisted = False
         self._silent_at = self._claimed_at = -math.inf
         super().__init__(*args, **kwargs)
 
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
-        """Return kombu's parameters, with a look at the format number in each connection's handshake."""
+        """Return kombu's parameters; each connection's handshake checks the format number."""
         found: dict[str, Any] = super()._connparams(asynchronous=asynchronous)
         return found | {"redis_connect_func": layout.greeting()}
 
@@ -71,7 +71,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             return
         key = keys.list_key(queue, self._get_message_priority(message))
         batch = kwargs.pop("_publish_batch", None)
-        if batch is not None:  # by its text: in a batch nobody could load the script after a NOSCRIPT
+        if batch is not None:  # EVAL, because within a batch we cannot load the script after a NOSCRIPT
             batch.add("eval", source("put"), 1, key, dumps(message))
             return
         with self.conn_or_acquire() as client:
@@ -80,7 +80,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
         """Bind as kombu does; a full Redis must not stop a worker from listening to its fan-out queues.
 
-        Publishers to a fan-out exchange do not read the binding that cannot be written.
+        Publishers to a fan-out exchange do not read the binding, so it may be missing.
         """
         try:
             super()._queue_bind(exchange, routing_key, pattern, queue)
@@ -89,11 +89,11 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
                 raise
 
     def _get(self, queue: str, timeout: float | None = None) -> Any:
-        """Pop one message, for AMQP's basic.get. Refused for our queues: it would be lost with its reader."""
+        """Pop one message, for AMQP's basic.get. Refused for our queues: a reader that dies would lose it."""
         if keys.tier_of(queue) is None:
             return super()._get(queue)
         raise UsageError(
-            "its tasks are claimed by gpuinfer's workers, and cannot be fetched one by one (basic.get); "
+            "gpuinfer's workers claim its tasks; they cannot be fetched one by one (basic.get); "
             "`gpuinfer queue status` shows what waits",
             queue,
         )
@@ -106,7 +106,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             return sum(pipe.execute())
 
     def _purge(self, queue: str) -> int:
-        """End all that waits in a queue of ours, of all its models, as revoked; return how many tasks."""
+        """Revoke all waiting tasks of a queue of ours, of all its models; return how many."""
         if keys.tier_of(queue) is None:
             return int(super()._purge(queue))
         settings = QueueSettings.model_validate(self.queue_settings)
@@ -125,7 +125,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
     def store(self) -> Store:
         """The sink's store, which outlives this channel."""
         if self.sink is None:
-            raise RuntimeError("tasks are claimed for a sink alone")
+            raise RuntimeError("this channel has no sink to claim tasks for")
         return self.sink.store
 
     def basic_cancel(self, consumer_tag: str) -> Any:
@@ -133,7 +133,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         return super().basic_cancel(consumer_tag)
 
     def _brpop_start(self, timeout: float | None = None) -> None:
-        """Wait for kombu's own queues as kombu does; while this worker is idle, also to be woken."""
+        """Wait for kombu's own queues as kombu does; while this worker is idle, also for a wake-up."""
         active = self._queue_cycle.consume(len(self.active_queues))
         names: list[str] = [
             self._q_for_pri(queue, pri)
@@ -151,16 +151,16 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         self._wait.send(self._in_poll, names, timeout or self.brpop_timeout or 0, order)
 
     def _order(self) -> Order | None:
-        """Return the claim to send along with a wait; None where this worker does not wait for tasks."""
+        """Return the claim to send along with a wait; None if this worker does not wait for tasks."""
         if self.sink is None or not self.served or self.sink.state != "idle":
             return None
-        for _ in range(CLAIMS_A_TURN):  # until one comes back empty, nobody would wake it
+        for _ in range(CLAIMS_A_TURN):  # the worker is listed as idle only after a claim finds nothing
             if self._enlisted or not self.claim():
                 break
         if self.sink.state != "idle" or not self.sink.wants():
             return None
         if not self._enlisted:
-            self.store.wake()  # the event loop has a turn, then the claim that waits runs at once
+            self.store.wake()  # the wait ends at once: the event loop runs, then the claim
         self.store.serve(self.served)
         order = self.store.order(self.sink.wants(), begin=True)
         if order is None and not self.claim():  # an epoch had to begin
@@ -168,14 +168,14 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         return order
 
     def _on_connection_disconnect(self, connection: Any) -> None:
-        """Forget the claim whose answer this connection would have brought: what it took is not known."""
+        """Forget the claim whose answer is lost with this connection: the tasks that it took are unknown."""
         if self._wait.order is not None and self._in_poll is connection:
             self._wait.order = None
             self.store.mark_uncertain()
         super()._on_connection_disconnect(connection)
 
     def _brpop_read(self, **options: Any) -> Any:
-        """Read what woke this worker, and what the claim behind it took."""
+        """Read what ended the wait, and the tasks that the claim after it took."""
         order = self._wait.order
         if order is None:
             return super()._brpop_read(**options)
@@ -183,7 +183,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         try:
             woke, claimed = answer(connection), answer(connection)
         except BaseException:
-            connection.disconnect()  # what is left of the answers is nobody's
+            connection.disconnect()  # else the next call would read the remaining answers
             raise
         finally:
             self._in_poll = self._wait.order = None
@@ -192,7 +192,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         came = 0
         try:
             came = self._take(order, claimed)
-        finally:  # what was popped is gone from Redis
+        finally:  # Redis has already removed the message that was popped
             if woke and not isinstance(woke, ResponseError):
                 self._deliver_own(*woke)
         if isinstance(woke, ResponseError):
@@ -209,7 +209,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             self.connection._deliver(loads(value.decode()), queue)
 
     def _take(self, order: Order, claimed: Any) -> int:
-        """Hand on what an ordered claim took; return how many tasks."""
+        """Pass the tasks of an outstanding claim to the sink; return how many."""
         if self.sink is None or not self.store.current(order):
             return 0
         if isinstance(claimed, NoScriptError):
@@ -228,7 +228,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
 
     @property
     def ordered(self) -> bool:
-        """True while a claim is on its way whose answer will be taken."""
+        """True while there is an outstanding claim whose tasks will belong to this worker."""
         return self.sink is not None and self._wait.stands(self.store)
 
     def withdraw(self) -> None:
@@ -236,7 +236,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         self._enlisted = False
         if self.sink is not None and self._wait.order is not None and (self.ordered or self.store.uncertain):
             self.store.mark_uncertain()
-            # The next claim, or the end, does it.
+            # On an error the next claim reconciles, or else the restore after this process's end.
             with suppress(RedisError, OSError, WorkerRunning, TakenBack, UnusableRedis):
                 self._reconcile(self.sink)
 
@@ -245,7 +245,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         self.store.reconcile(sink.held() | delivered)
 
     def look(self) -> None:
-        """Look into the lists once, for producers that wake nobody."""
+        """Check the lists once, for tasks of plain producers, which wake no worker."""
         if self.ordered and self._wait.overdue(self._in_poll):
             self.withdraw()
         if not self.listening or not self.store.waits():
@@ -259,21 +259,22 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             self._skip_foreign()
 
     def _skip_foreign(self) -> None:
-        """Name once what stands under a list's name and is no list."""
+        """Skip keys that have a list's name but another type, and log each once."""
         for name, kind in self.store.plain.foreign().items():
             hint = (
-                "no task can be sent there; find out who has made it, and delete it; then restart the workers"
+                "no task can be sent to this queue: find out what created the key, delete it, then restart "
+                "the workers"
             )
             log.error("foreign_key", key=name, type=kind, hint=hint)
 
     def _end_wait(self) -> None:
-        """Let the claim that waits run now. Where Redis does not allow it, wake this worker."""
+        """Let the outstanding claim run now. If Redis does not permit that, wake this worker instead."""
         if not self._wait.end(self.store):
-            with suppress(OutOfMemoryError):  # found when the wait is over
+            with suppress(OutOfMemoryError):  # the claim then runs when the wait times out
                 self.store.wake()
 
     def again(self) -> None:
-        """Claim when a batch has ended, unless a claim waits and nobody was silent of late."""
+        """Claim after a batch has ended; check the lists, too, if plain producers were active recently."""
         if self.silent:
             self.look()
         else:
@@ -281,21 +282,21 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
 
     @property
     def silent(self) -> bool:
-        """True when there were tasks of late that nobody had told of."""
+        """True if a plain producer, which wakes no worker, submitted tasks recently."""
         return bool(stock.monotonic() - self._silent_at < SILENT_S)
 
     @property
     def fresh(self) -> bool:
-        """True when a claim has just looked into all lists, and nobody was silent of late."""
+        """True if a claim was made just now, and no plain producer was active recently."""
         return bool(stock.monotonic() - self._claimed_at < FRESH_S) and not self.silent
 
     @property
     def listening(self) -> bool:
-        """True when there are task queues to claim from, and room for a task."""
+        """True if there are task queues to claim from, and the sink wants tasks."""
         return not self.closed and self.sink is not None and bool(self.served) and bool(self.sink.wants())
 
     def claim(self, *, look: bool = False) -> int:
-        """Claim what is wanted and hand it on; return how many tasks came."""
+        """Claim the wanted tasks and pass them to the sink; return how many."""
         sink = self.sink
         if sink is None or self.ordered or self.closed or not self.served:
             return 0
@@ -316,7 +317,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         return self._hand_on(sink, tasks)
 
     def deliver(self, task: Claimed) -> None:
-        """Hand one claimed task on as a kombu message, to Celery's ordinary strategy."""
+        """Pass one claimed task, as a kombu message, to Celery's own strategy."""
         try:
             message = loads(task.payload)
             message["properties"]["delivery_tag"] = f"{TAG}{task.seq}"
@@ -330,7 +331,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
 
     @property
     def _raw(self) -> dict[str, Claimed]:
-        """Claimed tasks on kombu's path, by delivery tag; entries of settled ones are dropped."""
+        """Claimed tasks that were passed to kombu, by delivery tag; settled ones are removed."""
         held: dict[str, Claimed] = self.__dict__.setdefault("_raw_tasks", {})
         for tag in [tag for tag in held if tag not in self.qos._delivered]:
             del held[tag]
@@ -356,7 +357,7 @@ class Transport(stock.Transport):  # type: ignore[misc]  # kombu is not annotate
         loop.call_repeatedly(poll_ms / 1000, self.claim_all)
 
     def claim_all(self) -> None:
-        """Look into the lists, for producers that wake nobody."""
+        """Check the lists, for tasks of plain producers, which wake no worker."""
         for channel in list(self.channels):
             if not channel.fresh:
                 channel.look()

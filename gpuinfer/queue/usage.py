@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who has used how much: the accounts by UTC hour, key and model that processes flush once a second.
+"""Usage by UTC hour, key and model, which processes update once a second.
 
-The front counts requests, errors, refusals and bytes. The worker counts device time, a batch's divided among
-its inputs, for the caller who submitted them.
+The front counts requests, errors, refusals and bytes. Workers count device time: that of a batch is divided
+among its inputs, and counted for the callers that submitted them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gpuinfer.errors import InputError
 from gpuinfer.queue import keys
 
 By = Literal["key", "model"]
-#: The fields of an account, in the order in which they are shown.
+#: The fields of an account, in display order.
 KINDS = ("requests", "errors", "refused", "bytes_in", "bytes_out", "device_us")
 _UNIT_S = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _SINCE = re.compile(r"(\d{1,6})\s*([mhdw])")
@@ -30,7 +30,7 @@ MOST_S = keys.USAGE_KEPT_S
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """What one key has used of one model; "-" stands for none. With ``by``, one of the two is empty."""
+    """The usage of one model by one key; "-" means none. After ``Usage.by``, one of the two is empty."""
 
     key: str
     model: str
@@ -55,13 +55,13 @@ class Account:
 class Usage:
     """The accounts of some hours."""
 
-    #: Beginning of the first hour that is in it, and Redis's time, in Unix seconds.
+    #: The beginning of the first hour included; ``until``: Redis's time. Both in Unix seconds.
     since: float
     until: float
     accounts: tuple[Account, ...] = field(default_factory=tuple)
 
     def by(self, what: By | None) -> Usage:
-        """Return it summed by key, or by model; what has used most device time comes first."""
+        """Return it summed by key, or by model (None: by both), sorted by device time, the most first."""
         summed: dict[tuple[str, str], Account] = {}
         for one in self.accounts:
             only = one
@@ -86,7 +86,7 @@ class Usage:
 
 
 def since_of(text: str, name: str = "since") -> int:
-    """Return the seconds of a span such as ``90m``, ``24h``, ``7d``. Raises InputError."""
+    """Return the seconds of a time span such as ``90m``, ``24h``, ``7d``. Raises InputError."""
     found = _SINCE.fullmatch(text.strip())
     seconds = int(found[1]) * _UNIT_S[found[2]] if found else 0
     if not 0 < seconds <= MOST_S:
@@ -106,7 +106,7 @@ def _key(hour: int) -> str:
 
 
 def read(client: redis.Redis, since_s: float = USUAL_S) -> Usage:
-    """Return the accounts of the hours that the last ``since_s`` seconds touch. Raises redis-py's errors."""
+    """Return the accounts of the hours of the last ``since_s`` seconds. Raises redis-py's errors."""
     seconds, microseconds = client.time()
     now = seconds + microseconds / 1e6
     with client.pipeline(transaction=False) as pipe:
@@ -116,7 +116,7 @@ def read(client: redis.Redis, since_s: float = USUAL_S) -> Usage:
 
 
 async def aread(client: redis.asyncio.Redis, since_s: float = USUAL_S) -> Usage:
-    """Return the accounts, as ``read`` does."""
+    """Do what ``read`` does, with an asyncio client."""
     seconds, microseconds = await client.time()
     now = seconds + microseconds / 1e6
     async with client.pipeline(transaction=False) as pipe:
@@ -126,7 +126,7 @@ async def aread(client: redis.asyncio.Redis, since_s: float = USUAL_S) -> Usage:
 
 
 def parse(now: float, since_s: float, hours: Sequence[Mapping[bytes, bytes]]) -> Usage:
-    """Return the accounts that some hours' hashes have, the sums of all of them."""
+    """Return the accounts in the hashes of some hours, summed over these hours."""
     sums: dict[tuple[str, str], dict[str, int]] = {}
     for kind, key, model, count in _fields(hours):
         account = sums.setdefault((key, model), {})
