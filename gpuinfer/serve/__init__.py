@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer serve``: one model, its own Redis, worker and front, until Ctrl-C."""
+"""``gpuinfer serve``: runs one model with its own Redis, worker and API, until Ctrl-C."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gpuinfer serve``."""
+"""The command ``gpuinfer serve``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0: any free one."
 )
-@click.option("--reload", is_flag=True, help="Load the model again when one of its files changes.")
+@click.option("--reload", is_flag=True, help="Reload the model when one of its files changes.")
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu"]),
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     "inputs",
     multiple=True,
     metavar="NAME:DTYPE:SHAPE",
-    help="An input, where neither model.toml nor the file has it.",
+    help="Describe an input that neither model.toml nor the file describes.",
 )
-@click.option("--class", "class_name", metavar="NAME", help="The class of a Python file that has several.")
+@click.option("--class", "class_name", metavar="NAME", help="The class to use, if a Python file has several.")
 @click.pass_obj
 def serve(
     loaded: Loaded,
@@ -54,13 +54,13 @@ def serve(
 ) -> None:
     """Serve one model from its file or folder, until Ctrl-C.
 
-    A private Redis, a worker and an HTTP front run in a temporary folder, which is deleted at the end.
+    A private Redis, a worker and the HTTP API run in a temporary folder, which is deleted at the end.
     Nothing is installed, and this host's gpuinfer and Redis are not changed. FOLDER is a model, with or
     without model.toml. FILE is a Python file with one class (.py), TorchScript (.pt) or torch.export (.pt2).
-    NAME is an installed model; a folder of that name here is ./NAME.
+    NAME is an installed model; write ./NAME for a folder of that name here.
 
-    It prints a curl command to try, what the model prints, and its errors with file and line. With --reload,
-    requests wait while a changed model is loaded. Started by root, it runs as the workers' user.
+    The command prints a curl command to try, the model's output, and its errors with file and line. With
+    --reload, requests wait while a changed model is loaded. Started by root, it runs as the workers' user.
     """
     from gpuinfer.demo.private import end_in_order
     from gpuinfer.demo.screen import console_for
@@ -72,7 +72,7 @@ def serve(
     from gpuinfer.privileges import leave_root
     from gpuinfer.serve.loop import run
 
-    # A path needs no settings: a developer may have none, or broken ones.
+    # Settings are only read for an installed model's name: a developer may have none, or broken ones.
     wanted = Wanted(inputs=inputs, class_name=class_name)
     found = find(source, lambda: Repository(loaded.settings.models.folders), wanted)
     leave_root(say_warning)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The course of ``gpuinfer serve``: link, start, show, and load anew what has changed."""
+"""The main loop of ``gpuinfer serve``: starts the processes, prints what happens, reloads a changed model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gpuinfer.demo.stack import Plan
 from gpuinfer.errors import GpuinferError
 from gpuinfer.models.repository import ModelFolder
 from gpuinfer.models.source import Source, changed, example_of
-from gpuinfer.serve.session import LOOK_S, Session
-from gpuinfer.serve.show import as_theirs, command
+from gpuinfer.serve.session import CHECK_S, Session
+from gpuinfer.serve.show import command, user_paths
 from gpuinfer.serve.words import Words
 
 
 def run(source: Source, devices: Plan, console: Console, port: int, *, reload: bool) -> None:
-    """Serve until Ctrl-C; in the end nothing is left. Raises what keeps it from serving."""
+    """Serve until Ctrl-C, then clean up. Raises GpuinferError if the model cannot be served."""
     folder = private_folder("gpuinfer-serve-")
-    words = Words(console, lambda text: as_theirs(text, folder / "models", source))
+    words = Words(console, lambda text: user_paths(text, folder / "models", source))
     screen = screen_for(console)
     session = Session(folder, devices, screen.service, words)
     with cleaning_up(session):
@@ -32,10 +32,10 @@ def run(source: Source, devices: Plan, console: Console, port: int, *, reload: b
                 loop.start(port)
             finally:
                 screen.close()
-                session.look()
-            loop.go_on()
+                session.poll()
+            loop.watch()
         except KeyboardInterrupt:
-            words.say("ending ...")
+            words.say("stopping ...")
 
 
 class _Loop:
@@ -45,26 +45,26 @@ class _Loop:
         self._model: ModelFolder | None = None
         self._begun = time.monotonic()
         self._shown = False
-        #: The worker has ended by itself, and that was told.
+        #: Whether it was printed that the worker has ended.
         self._down = False
 
     def start(self, port: int) -> None:
-        """Link and start, and wait until the model serves; with reload, or until it has failed."""
+        """Start, and wait until the model is served. With reload, also return if the model has failed."""
         while not self._link():
             self._await_change()
         assert self._model is not None  # noqa: S101  _link has just set it
         self._session.start(port, self._model.manifest.name)
-        while not self._session.look():
+        while not self._session.poll():
             if self._ended():
                 return
-            time.sleep(LOOK_S)
+            time.sleep(CHECK_S)
         self._show()
 
-    def go_on(self) -> None:
-        """Tell what happens, and load the model anew when it has changed. Ends by an exception."""
+    def watch(self) -> None:
+        """Print what happens, and reload the model when it has changed. Ends only by an exception."""
         while True:
-            time.sleep(LOOK_S)
-            if self._session.look():
+            time.sleep(CHECK_S)
+            if self._session.poll():
                 self._show()
             self._words.flush()
             self._ended()
@@ -74,7 +74,7 @@ class _Loop:
                 self._session.start_worker(self._model.manifest.name)
 
     def _link(self) -> bool:
-        """Link the model as it is now. With reload, an error is told, and False returned."""
+        """Link the model's current files. With reload, print an error and return False."""
         self._begun = time.monotonic()
         self._seen = self._source.state()
         try:
@@ -87,11 +87,11 @@ class _Loop:
         return True
 
     def _ended(self) -> bool:
-        """Tell whether the worker has ended by itself. Raises ProcessEnded where no change is waited for."""
+        """Tell whether the worker has ended by itself. Without reload, raise ProcessEnded if so."""
         if self._session.worker_ended is None:
             return False
         if not self._reload:
-            self._session.look()
+            self._session.poll()
             self._session.check_worker()
         if not self._down:
             self._down = True
@@ -100,16 +100,16 @@ class _Loop:
 
     def _await_change(self) -> None:
         while not self._has_changed():
-            time.sleep(LOOK_S)
+            time.sleep(CHECK_S)
 
     def _has_changed(self) -> bool:
-        """Tell whether files have changed, and have been left alone for a moment since."""
+        """Tell whether files have changed; if so, first wait until they stop changing."""
         now = self._source.state()
         names = changed(self._seen, now)
         if not names:
             return False
         while True:
-            time.sleep(LOOK_S)
+            time.sleep(CHECK_S)
             later = self._source.state()
             if later == now:
                 break
@@ -119,7 +119,7 @@ class _Loop:
         return True
 
     def _show(self) -> None:
-        """Print where the model is served, and, at first, a command to try it."""
+        """Print where the model is served, and the first time a command to try it."""
         assert self._model is not None  # noqa: S101  a worker serves it
         took = time.monotonic() - self._begun
         name, url = self._model.manifest.name, self._session.url

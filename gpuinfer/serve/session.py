@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of ``gpuinfer serve``: a private Redis and front, and a worker that is started anew."""
+"""The processes of ``gpuinfer serve``: a private Redis, the API, and a worker that can be replaced."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gpuinfer.demo.private import GPUINFER, GRACE_S, START_TIMEOUT_S, Private, R
 from gpuinfer.demo.processes import Child, ProcessEnded, stop
 from gpuinfer.demo.stack import API_READY, WORKER_READY, Plan
 
-#: How often logs and files are looked at.
-LOOK_S = 0.2
+#: Seconds between two checks of logs and files.
+CHECK_S = 0.2
 
-#: Takes a process's name and what it logged: an entry, or a line of text.
+#: Takes a process's name and an entry of its log, or a line of text.
 Tell = Callable[[str, dict[str, Any] | str], None]
 
 
 class Session(Private):
-    """One model's appliance. ``tell`` hears what the worker and the front log."""
+    """The processes for one model. ``tell`` gets the log entries of the worker and the API."""
 
     def __init__(self, folder: Path, devices: Plan, report: Report, tell: Tell) -> None:
         gpus = {"gpus": list(devices.gpus)} if devices.gpus else {}
@@ -34,7 +34,7 @@ class Session(Private):
         self._ready = False
 
     def start(self, port: int, model: str) -> None:
-        """Start everything, and wait until Redis and the front serve. Raises ConfigError, ProcessEnded."""
+        """Start everything, and wait until Redis and the API serve. Raises ConfigError, ProcessEnded."""
         until = time.monotonic() + START_TIMEOUT_S
         self._start_redis(until)
         self._api = self._spawn("api", [*GPUINFER, "api", "--host", "127.0.0.1", "--port", str(port)])
@@ -44,20 +44,20 @@ class Session(Private):
         self._report("api", "", True)
 
     def start_worker(self, model: str) -> None:
-        """Start a worker that serves ``model``; one that runs is stopped first, after its batch."""
+        """Start a worker that serves ``model``. A running one is stopped first, after its batch."""
         if self._worker is not None:
             stop([self._worker], GRACE_S)
-            self.look()
+            self.poll()
             self._front.remove(self._worker)
             self._worker.log.unlink()
         own = {**self._own, "GPUINFER_WORKER_MODELS": model}
         self._worker = self._spawn("worker", [*GPUINFER, "worker", str(self._number)], own, self._what)
         self._ready = False
 
-    def look(self) -> bool:
-        """Tell what is new in the logs. Returns True once, when the worker has become ready.
+    def poll(self) -> bool:
+        """Pass new log entries to ``tell``. Returns True once, when the worker has become ready.
 
-        Raises ProcessEnded when the front or Redis has ended.
+        Raises ProcessEnded if the API or Redis has ended.
         """
         became_ready = False
         if self._worker is not None:
@@ -76,12 +76,12 @@ class Session(Private):
 
     @property
     def worker_ended(self) -> int | None:
-        """How the worker ended by itself; None while it runs."""
+        """The exit code of a worker that has ended by itself; None while it runs."""
         return self._worker.exit_code if self._worker is not None else None
 
     def check_worker(self) -> None:
-        """Raises ProcessEnded, with the worker's own exit code, when it does not run any more."""
+        """Raise ProcessEnded, with the worker's own exit code, if it has ended."""
         if self._worker is not None and self._worker.exit_code is not None:
-            ended = ProcessEnded("the model is not served; what is wrong is said above", "worker")
+            ended = ProcessEnded("the model is not served; see the error above", "worker")
             ended.exit_code = max(1, self._worker.exit_code)
             raise ended

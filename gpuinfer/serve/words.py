@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``gpuinfer serve`` prints: the model's own words, its errors with file and line, and how it goes."""
+"""What ``gpuinfer serve`` prints: the model's output, its errors with file and line, and request counts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from rich.console import Console
 
-#: Counts of batches are printed at most this often.
+#: Minimum seconds between two lines with counts.
 EVERY_S = 1.0
 _LOUD = ("warning", "error", "critical")
-#: Told already, by the process that the user has started.
+#: Not printed, as ``gpuinfer serve`` itself has printed the warning.
 _TOLD = ("runs_as_root",)
-#: These say again what another line has said, mostly.
+#: Not printed if they only repeat the model's last failure.
 _REPEATED = ("start_failed", "task_failed")
-#: Of these the reason says enough.
+#: Printed without the action's name, as the reason says enough.
 _UNNAMED = ("start_failed",)
 _ERROR, _QUIET = "red", "dim"
 
 
 class Words:
-    """Prints entries of the worker's and the front's logs. ``place`` names files where the user has them."""
+    """Prints log entries of the worker and the API. ``place`` replaces paths by the user's own."""
 
     def __init__(self, console: Console, place: Callable[[str], str]) -> None:
         self._console = console
@@ -30,11 +30,11 @@ class Words:
         self._done = self._failed = self._batches = 0
         self._ms = 0.0
         self._last = 0.0
-        #: What a model's last failure was.
+        #: The reason of the model's last failure.
         self._failure = ""
 
     def __call__(self, name: str, entry: dict[str, Any] | str) -> None:
-        """Print an entry, or a line that is none; or count it."""
+        """Print an entry, or a line of text; only count an entry about a batch."""
         if isinstance(entry, str):
             self.say(entry, _QUIET if name == "api" else "")
         elif entry.get("action") == "batch_done":
@@ -48,11 +48,11 @@ class Words:
             self.say(" ".join(said), _QUIET)
 
     def say(self, text: str, style: str = "") -> None:
-        """Print a line as it is."""
+        """Print a line without interpreting markup."""
         self._console.print(self._place(text), style=style, soft_wrap=True, markup=False, highlight=False)
 
     def flush(self) -> None:
-        """Print how many requests have been answered since the last time, if some were."""
+        """Print how many requests were answered since the last such line, if any."""
         if not self._batches or time.monotonic() - self._last < EVERY_S:
             return
         self._last = time.monotonic()
