@@ -33,13 +33,13 @@ from gpuinfer.settings import Settings
 
 
 def _retrieve(answer: asyncio.Future[Any]) -> None:
-    """Mark a failure that nobody waits for as seen: asyncio would log it."""
+    """Mark an exception that nobody awaits as retrieved, as asyncio would log it otherwise."""
     if not answer.cancelled():
         answer.exception()
 
 
 class AsyncClient(AsyncFleet):
-    """Talks to the queue from an event loop. Use it in the loop it was first used in.
+    """Talks to the queue from an event loop. Use it only in the loop in which it was first used.
 
     ``source`` is a broker URL, a Settings object, or None for this host's settings.
     """
@@ -48,7 +48,7 @@ class AsyncClient(AsyncFleet):
         super().__init__(source)
         self._submit = self._pipe.script("submit")
         self._outgoing = Outgoing(self._call, self._settings.queue)
-        #: What callers were refused by their quotas.
+        #: Counts of requests that were refused because of callers' quotas.
         self.refusals = Refusals()
         self._origin = Origin()
         self._waits = Waits(self._redis, self._origin, self._user)
@@ -65,13 +65,13 @@ class AsyncClient(AsyncFleet):
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    # -- looking --------------------------------------------------------------------------
+    # -- finding tasks --------------------------------------------------------------------
 
     async def task(self, task_id: str, *, only: str | None = None) -> dict[str, Any]:
         """Return a task as ``GET /tasks/{id}`` shows it: status, model, times, attempt, metrics, worker,
-        result or error, metadata, and while it waits its position. ``only``: as for ``status``.
+        result or error, metadata, and while it waits its position. ``only``: as in ``status``.
 
-        Raises InputError, TaskNotFound (ResultGone where it has expired), UnreadableResult, BrokerError.
+        Raises InputError, TaskNotFound (ResultGone if it has expired), UnreadableResult, BrokerError.
         """
         status = await self.status(task_id, only=only)
         return to_resource(status, await self.place(status) if status.state == "queued" else None)
@@ -85,9 +85,9 @@ class AsyncClient(AsyncFleet):
         limit: int = history.USUAL,
         only: str | None = None,
     ) -> history.Page:
-        """Return tasks that have ended, the newest first: of the last 10,000, and with ``status="failed"`` of
-        up to 100,000 of a day. ``before`` is the last page's, or a time; ``only``: those of this caller, and
-        nobody's in particular.
+        """Return a page of tasks that have ended, the newest first: from the last 10,000, or with
+        ``status="failed"`` from up to 100,000 of a day. ``before``: that of the previous page, or a time;
+        ``only``: tasks of this caller, and those without a caller.
 
         Raises InputError, BrokerUnavailable.
         """
@@ -111,10 +111,10 @@ class AsyncClient(AsyncFleet):
 
     @documented
     async def submit_many(self, inputs: Iterable[Any], **options: Unpack[Options]) -> list[str]:
-        """Submit many inputs, each as a task of its own, in few round trips; return their ids in order.
+        """Submit many inputs, each as its own task, in few round trips; return their ids in order.
 
-        Not all or nothing: when Redis fills up or goes away on the way, the error's ``accepted`` has the ids
-        of those that it has confirmed.
+        This is not atomic: if Redis becomes full or unreachable meanwhile, the error's ``accepted`` has the
+        ids of the tasks that were accepted.
         """
         refuse_key(options)
         ready = await self._run(self._ready(list(inputs), many=False, options=options))
@@ -146,12 +146,12 @@ class AsyncClient(AsyncFleet):
         caller: str = "",
         quota: Quota | None = None,
     ) -> Submission:
-        """Return a checked task, to be sent: its id is known, so that its end can be watched before.
+        """Return a checked task for ``send``. It has an id, so its end can be watched before it is sent.
 
-        Inputs may be ``Json``. ``task_id`` is an id of the caller's own. ``caller``: whose task it is, by the
-        name of a key; ``quota``: what that one may submit. Raises InputError, BrokerError.
+        Inputs may be ``Json``. ``task_id``: an id chosen by the caller. ``caller``: the owner, by the name of
+        its key; ``quota``: the caller's quota. Raises InputError, BrokerError.
         """
-        try:  # mostly all that is asked is known
+        try:  # usually the model's signature is known
             inputs = self._ready_now(inputs, many=many, options=options)
         except (Unknown, InputError):
             (inputs,) = await self._run(self._ready([inputs], many=many, options=options))
@@ -167,10 +167,11 @@ class AsyncClient(AsyncFleet):
         )
 
     async def send(self, task: Submission) -> str:
-        """Submit a task with this turn's others; return its id, or that of the one its key stands for.
+        """Submit a task, together with others of this turn of the event loop. Returns its id, or that of an
+        earlier task with its idempotency key.
 
-        ``task.rate`` tells then how a caller with a quota stands. Raises InputError, PayloadTooLarge,
-        UnknownModel, RateLimited, KeyQuota, BrokerError.
+        Sets ``task.rate`` to the state of the caller's rate limit, if any. Raises InputError,
+        PayloadTooLarge, UnknownModel, RateLimited, KeyQuota, BrokerError.
         """
         try:
             with self._errors:
@@ -186,7 +187,7 @@ class AsyncClient(AsyncFleet):
         return holder
 
     async def _call(self, call: Call) -> Accepted:
-        """Send bodies, then the call of the script, in one packet; return its answer."""
+        """Send the bodies and the call of the script in one packet; return its answer."""
         bodies = [self._pipe.call(*command) for command in call.commands()]
         for body in bodies:
             body.add_done_callback(_retrieve)
@@ -199,21 +200,21 @@ class AsyncClient(AsyncFleet):
     async def cancel(self, task_id: str, *, only: str | None = None) -> bool:
         """Cancel a task that has not ended; return whether it was cancelled.
 
-        ``only``: the caller whose task it must be; None: anybody's. Another's is as if it were unknown.
+        ``only``: a caller; another caller's task is treated as unknown. None: any task may be cancelled.
 
-        What runs on the device just now runs on; nothing else of the task does, and its result is dropped. An
-        id that nothing is known of may be a plain Celery producer's task, which waits: it is cancelled too,
-        but refused with QueueFull by a full Redis. Raises InputError, TaskNotFound where it is another's,
+        A batch that is on the device runs to its end; nothing else of the task runs, and its result is
+        dropped. An unknown id may be a waiting task of a plain Celery producer, so it is cancelled too,
+        unless Redis is full (QueueFull). Raises InputError, TaskNotFound for another caller's task,
         BrokerError.
         """
         return await self._run(tasks.cancel(task_id, self._origin, self._settings.queue, only))
 
     async def retry(self, task_id: str, *, only: str | None = None, quota: Quota | None = None) -> None:
-        """Send a task that failed, or is a dead letter, to its queue again, under its id. ``only``: as for
-        ``cancel``; ``quota``: what that one may submit.
+        """Send a task that failed, or is a dead letter, to its queue again, with the same id. ``only``: as in
+        ``cancel``; ``quota``: that caller's quota.
 
-        Raises WrongState for a task that is neither, or whose inputs are not kept any more; TaskNotFound,
-        InputError where it can never run, RateLimited, KeyQuota, BrokerError.
+        Raises WrongState for a task that is neither, or whose inputs are no longer kept; TaskNotFound;
+        InputError for one that can never run; RateLimited, KeyQuota, BrokerError.
         """
         try:
             await self._run(tasks.retry(task_id, self._origin, only, quota))
@@ -222,24 +223,25 @@ class AsyncClient(AsyncFleet):
             raise
 
     async def forget(self, task_id: str, *, only: str | None = None) -> None:
-        """Delete a task that has ended: its result, and what is kept to send it again. ``only``: as for
-        ``cancel``.
+        """Delete a task that has ended: its result, and its inputs, if they are kept for a retry.
 
-        Raises WrongState for one that has not, TaskNotFound, InputError, BrokerError.
+        ``only``: as in ``cancel``.
+
+        Raises WrongState if it has not ended; TaskNotFound, InputError, BrokerError.
         """
         await self._run(tasks.forget(task_id, self._origin, only))
 
     # -- waiting --------------------------------------------------------------------------
 
     async def status(self, task_id: str, *, only: str | None = None) -> TaskStatus:
-        """Return a task's state now. ``only``: of this caller's tasks, or nobody's in particular.
+        """Return a task's state now. ``only``: a caller; another caller's task is treated as unknown.
 
         Raises InputError, TaskNotFound, UnreadableResult.
         """
         return await self._run(tasks.status(task_id, self._origin, only))
 
     async def place(self, status: TaskStatus) -> Place | None:
-        """Return where a task stands that waits: an estimate. None where that cannot be told.
+        """Return an estimate of a waiting task's position in its list; None if it is unknown.
 
         Raises BrokerError.
         """
@@ -255,11 +257,11 @@ class AsyncClient(AsyncFleet):
     async def wait(
         self, task_id: str, timeout_s: float | None = None, *, only: str | None = None
     ) -> TaskStatus:
-        """Wait until a task has ended, at most ``timeout_s``; return its state then. ``only``: as for
+        """Wait until a task has ended, at most ``timeout_s`` seconds; return its state. ``only``: as in
         ``status``.
 
-        An id that nothing is known of may be a plain Celery producer's task, which waits: with a timeout it
-        is waited for until then. Raises InputError, TaskNotFound, BrokerError.
+        An unknown id may be a waiting task of a plain Celery producer: if there is a timeout, wait for it.
+        Raises InputError, TaskNotFound, BrokerError.
         """
         if timeout_s is not None and timeout_s <= 0:
             return await self.status(task_id, only=only)
@@ -271,7 +273,7 @@ class AsyncClient(AsyncFleet):
             return await self.status(task_id, only=only)
 
     def watch(self, task_id: str) -> Watch:
-        """Return what hears of a task's end from now on, for ``ended``. Raises InputError."""
+        """Start to listen for a task's end, for ``ended``. Raises InputError."""
         tasks.result_key(task_id)
         return self._waits.watch((task_id,))
 
@@ -285,26 +287,26 @@ class AsyncClient(AsyncFleet):
         only: str | None = None,
         raw: bool = False,
     ) -> TaskStatus:
-        """Wait for a task's end, however long.
+        """Wait for a task's end, without a limit.
 
-        ``patient``: an id that nothing is known of is waited for, too. ``submitted``: it was watched before
-        it was sent, so that there is no need to look whether it has ended. ``only``: as for ``status``;
-        ``raw``: as for ``results.parse``. Raises TaskNotFound, BrokerError.
+        ``patient``: wait even if the id is unknown. ``submitted``: the task was watched before it was sent,
+        so its state need not be read first. ``only``: as in ``status``; ``raw``: as in ``results.parse``.
+        Raises TaskNotFound, BrokerError.
         """
         waiting = Waiting((task_id,), self._origin, only, raw=raw)
-        ended = [] if submitted else await self._look(waiting, patient=patient)
+        ended = [] if submitted else await self._check(waiting, patient=patient)
         while not ended:
             ended = await self._next(watch, waiting, patient=patient, again=not submitted)
         return ended[0]
 
     async def result(self, task_id: str, timeout_s: float | None = None) -> Any:
-        """Wait for a task, as ``wait`` does, and return its result; raise its error.
+        """Wait for a task, as ``wait`` does, and return its result or raise its error.
 
         Raises TaskNotFound, WaitTimeout.
         """
         status = await self.wait(task_id, timeout_s)
         if not status.final:
-            raise WaitTimeout(f"task {task_id} has not ended in {timeout_s:g} s; it goes on")
+            raise WaitTimeout(f"task {task_id} has not ended in {timeout_s:g} s; it continues")
         return status.unwrap()
 
     async def as_completed(
@@ -312,8 +314,8 @@ class AsyncClient(AsyncFleet):
     ) -> AsyncIterator[TaskStatus]:
         """Yield the final status of each task as it ends. Raises TaskNotFound, WaitTimeout.
 
-        With a timeout, an id that nothing is known of is waited for, as ``wait`` does. Goes on through a
-        restart of Redis; BrokerUnavailable is raised where it is away at the beginning.
+        With a timeout, unknown ids are waited for, as in ``wait``. Continues after a restart of Redis; raises
+        BrokerUnavailable if Redis is away at the start.
         """
         waiting = Waiting(task_ids, self._origin)
         deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
@@ -324,20 +326,20 @@ class AsyncClient(AsyncFleet):
                     async with asyncio.timeout_at(deadline):
                         if began:
                             ended = await self._next(watch, waiting, patient=patient)
-                        else:  # a Redis that is away now is told, later it is waited for
+                        else:  # raises if Redis is away; later checks wait for it
                             began = True
-                            ended = await self._look(waiting, patient=patient)
+                            ended = await self._check(waiting, patient=patient)
                 except TimeoutError:
-                    ended = await self._look(waiting, patient=False)
+                    ended = await self._check(waiting, patient=False)
                     if waiting and not ended:
                         raise WaitTimeout(
-                            f"{len(waiting)} tasks have not ended in time; they go on"
+                            f"{len(waiting)} tasks have not ended in time; they continue"
                         ) from None
                 for status in ended:
                     yield status
 
     async def _goes_on(self, task_id: str) -> bool:
-        """Tell whether a task of which a failure was told has been sent again since."""
+        """Tell whether a task whose failure was published has been sent again."""
         with suppress(RedisError):
             return await arun(goes_on(task_id), self._ask, nullcontext())
         return False
@@ -345,9 +347,9 @@ class AsyncClient(AsyncFleet):
     async def _next(
         self, watch: Watch, waiting: Waiting, *, patient: bool, again: bool = True
     ) -> list[TaskStatus]:
-        """Wait for the next news; return which tasks have ended by it. Raises TaskNotFound, BrokerError.
+        """Wait for the next event; return the tasks that have ended by it. Raises TaskNotFound, BrokerError.
 
-        ``again``: they may have failed, and been sent again, before this wait began.
+        ``again``: the tasks may have failed and been sent again before this wait began.
         """
         news = await watch.next()
         if isinstance(news, Exception):
@@ -358,17 +360,17 @@ class AsyncClient(AsyncFleet):
             return [news] if waiting.told(news) else []
         while True:
             try:
-                return await self._look(waiting, patient=patient)
+                return await self._check(waiting, patient=patient)
             except BrokerUnavailable:
                 await asyncio.sleep(RETRY_S)
 
-    async def _look(self, waiting: Waiting, *, patient: bool) -> list[TaskStatus]:
-        """Return which tasks have ended. Raises TaskNotFound, BrokerError."""
+    async def _check(self, waiting: Waiting, *, patient: bool) -> list[TaskStatus]:
+        """Return the tasks that have ended, by their states. Raises TaskNotFound, BrokerError."""
         ended: list[TaskStatus] = []
         try:
             for part in waiting.parts():
-                ended += await self._run(waiting.look(part, patient=patient))
-        except BaseException:  # the time is over, or Redis has gone: another look follows
+                ended += await self._run(waiting.check(part, patient=patient))
+        except BaseException:  # a timeout, or Redis is away: another check follows
             waiting.untold(ended)
             raise
         return ended
@@ -378,7 +380,7 @@ class AsyncClient(AsyncFleet):
     ) -> list[Any]:
         """Wait for tasks and return their results in order.
 
-        The first error is raised, or with ``return_errors`` stands in its task's place.
+        Raises the first error; with ``return_errors``, errors are in the list instead.
         """
         found = {status.id: status async for status in self.as_completed(task_ids, timeout_s)}
         ordered = [found[task_id] for task_id in task_ids]

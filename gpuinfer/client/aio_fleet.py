@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the asyncio client reads of the fleet: its models, queues, workers, and who has used how much."""
+"""The asyncio client's access to the fleet: its models, queues, workers, and usage by callers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpuinfer.settings import Settings
 
 
 class AsyncFleet(Driver):
-    """The part of ``AsyncClient`` that is about no single task, and its connection."""
+    """The connection of ``AsyncClient``, and its methods that do not concern single tasks."""
 
     def __init__(self, source: Settings | str | None = None) -> None:
         super().__init__(source)
@@ -39,7 +39,7 @@ class AsyncFleet(Driver):
         return await arun(steps, self._ask, self._errors)
 
     async def fleet(self) -> catalogue.Fleet:
-        """Return which models the fleet knows, who serves them, and what waits.
+        """Return the models that the fleet knows, their workers, and the waiting tasks.
 
         Raises BrokerUnavailable.
         """
@@ -52,32 +52,31 @@ class AsyncFleet(Driver):
         return model if model == self._default.name or self._signatures.of(model) is not None else ""
 
     async def takes(self, model: str, *, fresh: bool = True) -> Signature | None:
-        """Return what a model takes, with an example where one is known; None where nobody has told.
+        """Return what a model takes, with an example if one is known; None if no worker has published it.
 
-        With ``fresh=False`` it may be what this client was told in the last half minute. Raises
-        BrokerUnavailable.
+        With ``fresh=False`` the answer may be up to half a minute old. Raises BrokerUnavailable.
         """
         if fresh or self._signatures.stale(model) or self._signatures.of(model) is None:
             await self._run(self._ask_signature(model))
         return self._signatures.of(model)
 
     async def ping(self) -> None:
-        """Raises BrokerUnavailable when Redis does not answer, UnusableRedis where it has another format."""
+        """Check Redis. Raises BrokerUnavailable if it does not answer, UnusableRedis for another format."""
         with self._errors:
             layout.check(await self._pipe.call("GET", keys.FORMAT_KEY))
 
     async def queues(self) -> depth.Depth:
-        """Return what waits, what is in flight, and which queues are paused. Raises BrokerUnavailable."""
+        """Return counts of waiting and in-flight tasks, and the paused queues. Raises BrokerUnavailable."""
         with self._errors:
             return await depth.aread(self._redis)
 
     async def workers(self) -> list[dict[str, Any]]:
-        """Return what each worker's last heartbeat says. Raises BrokerUnavailable."""
+        """Return the contents of each worker's last heartbeat. Raises BrokerUnavailable."""
         with self._errors:
             return heartbeats.shown(*await heartbeats.aread(self._redis))
 
     async def capacity(self) -> readiness.Capacity:
-        """Return which workers serve now, and which instances a live watcher may start.
+        """Return the workers that serve now, and the instances that a running watcher may start.
 
         Raises BrokerUnavailable.
         """
@@ -85,14 +84,14 @@ class AsyncFleet(Driver):
             return await readiness.aread(self._redis)
 
     async def claimed(self) -> int:
-        """Return how many tasks were ever claimed from the queues. Raises BrokerUnavailable."""
+        """Return the number of tasks ever claimed from the queues. Raises BrokerUnavailable."""
         with self._errors:
             counts: Any = await self._pipe.call("HGETALL", keys.CLAIMED)
-        values = counts.values() if isinstance(counts, dict) else counts[1::2]  # by Redis's protocol
+        values = counts.values() if isinstance(counts, dict) else counts[1::2]  # RESP3, or RESP2
         return sum(map(int, values))
 
     async def usage(self, since_s: float = usage.USUAL_S) -> usage.Usage:
-        """Return who has used how much, in the hours that the last ``since_s`` seconds touch.
+        """Return the usage by callers, in all hours that the last ``since_s`` seconds are part of.
 
         Raises BrokerUnavailable.
         """
@@ -100,12 +99,12 @@ class AsyncFleet(Driver):
             return await usage.aread(self._redis, since_s)
 
     async def account(self, counts: list[Argument]) -> None:
-        """Add what a process has counted (``tally.Tally.args``). Raises BrokerError."""
+        """Add the counts of a process (``tally.Tally.args``). Raises BrokerError."""
         with self._errors:
             await self._account([], counts)
 
     async def weigh(self, weights: Mapping[str, float]) -> None:
-        """Set the weights of callers that take turns (1 where there is none); those of others are dropped.
+        """Set the weights of callers that take turns (the default is 1); delete those of other callers.
 
         Raises BrokerError.
         """

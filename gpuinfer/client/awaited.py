@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks that one wait is for, and what a publication says of them. No input, no output."""
+"""The tasks that a caller waits for, and how publications about them are read. Does no I/O."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from gpuinfer.queue.results import TaskStatus
 
 log = logging.getLogger(__name__)
 
-#: States that one MGET reads.
-LOOK = 1000
+#: Maximum number of states that one MGET reads.
+MGET_MOST = 1000
 
 
 class Waiting:
-    """The tasks that one wait is for, and what is known of them."""
+    """The tasks that a caller waits for, and what is known about them."""
 
     def __init__(
         self, task_ids: Iterable[str], origin: Origin, only: str | None = None, *, raw: bool = False
     ) -> None:
-        """``only``: as in ``tasks``; ``raw``: as for ``results.parse``. Raises InputError for no id."""
+        """``only``: as in ``tasks``; ``raw``: as in ``results.parse``. Raises InputError for a bad id."""
         self._origin, self._only, self._raw = origin, only, raw
-        #: Id -> whether Redis has known it.
+        #: Id -> whether Redis is known to have had it.
         self._known: dict[str, bool] = {}
         for task_id in task_ids:
             tasks.result_key(task_id)
             self._known[task_id] = False
-        #: Ids of which Redis was asked whether they were submitted once.
+        #: Ids for which Redis was asked whether they were ever submitted.
         self._asked: set[str] = set()
 
     def __len__(self) -> int:
@@ -43,33 +43,33 @@ class Waiting:
 
     @property
     def ids(self) -> list[str]:
-        """Those that have not ended."""
+        """The ids of tasks that have not ended."""
         return list(self._known)
 
     def channels(self) -> list[str]:
-        """Return where their ends are told: on our reply channel, and others' by their ids."""
+        """Return the channels of their ends: this process's reply channel, and one per task of another."""
         others = [keys.result(task_id) for task_id in self._known if not self._origin.made(task_id)]
         return [self._origin.channel, *others] if len(others) < len(self._known) else others
 
     def told(self, status: TaskStatus) -> bool:
-        """Tell whether this ends one of them; if so, it is not waited for any more."""
+        """Tell whether this is the end of one of the tasks; if so, remove it."""
         ends = status.final and tasks.owned(status, self._only)
         return ends and self._known.pop(status.id, None) is not None
 
     def untold(self, statuses: Iterable[TaskStatus]) -> None:
-        """Wait again for tasks whose ends were found, and did not reach the caller: the look was cut off."""
+        """Add tasks again whose ends were found but not returned, as the check was interrupted."""
         self._known.update((status.id, True) for status in statuses)
 
     def parts(self, task_ids: Sequence[str] = ()) -> Iterator[Sequence[str]]:
-        """Yield these ids, or all, in parts that ``look`` takes."""
+        """Yield these ids, or all, in parts for ``check``."""
         task_ids = task_ids or self.ids
-        for start in range(0, len(task_ids), LOOK):
-            yield task_ids[start : start + LOOK]
+        for start in range(0, len(task_ids), MGET_MOST):
+            yield task_ids[start : start + MGET_MOST]
 
-    def look(self, task_ids: Sequence[str], *, patient: bool) -> Steps[list[TaskStatus]]:
-        """Return which of these have ended, by what is under their keys. Raises TaskNotFound.
+    def check(self, task_ids: Sequence[str], *, patient: bool) -> Steps[list[TaskStatus]]:
+        """Read the states of these tasks; return those that have ended. Raises TaskNotFound.
 
-        ``patient``: wait for an id that was never known: it may be a plain Celery producer's task.
+        ``patient``: wait for an id that was never known, as it may be a plain Celery producer's task.
         """
         metas = self._visible(task_ids, (yield ("MGET", *map(keys.result, task_ids))))
         unknown = [
@@ -85,7 +85,7 @@ class Waiting:
         return self._ended(task_ids, metas, patient=patient)
 
     def _visible(self, task_ids: Sequence[str], metas: Sequence[bytes | None]) -> Sequence[bytes | None]:
-        """Return states without those of another caller's tasks. Raises UnreadableResult."""
+        """Return the states, with None for another caller's tasks. Raises UnreadableResult."""
         if self._only is None:
             return metas
         return [
@@ -98,7 +98,7 @@ class Waiting:
     def _ended(
         self, task_ids: Sequence[str], metas: Sequence[bytes | None], *, patient: bool
     ) -> list[TaskStatus]:
-        """Return which of these have ended, by their states. Raises TaskNotFound."""
+        """Return those of the tasks that have ended, by their states. Raises TaskNotFound."""
         ended = []
         for task_id, meta in zip(task_ids, metas, strict=True):
             if task_id not in self._known:
@@ -117,7 +117,7 @@ class Waiting:
 
 
 def goes_on(task_id: str) -> Steps[bool]:
-    """Tell whether a task of which a failure was told has been sent again since: its state is not final."""
+    """Tell whether a task whose failure was published has been sent again: its state is not final."""
     meta = yield "GET", keys.result(task_id)
     try:
         return meta is not None and not results.parse(task_id, meta).final
@@ -126,9 +126,9 @@ def goes_on(task_id: str) -> Steps[bool]:
 
 
 def heard(channel: str, data: bytes, origin: Origin) -> list[TaskStatus] | None:
-    """Read what was published on a channel; None: it cannot be read, so look at what is waited for.
+    """Read a publication; None: it cannot be read, so check the tasks' states instead.
 
-    Any program may publish there: what cannot be read must not end a wait.
+    Any program may publish there, so an unreadable publication must not end a wait.
     """
     try:
         if channel == origin.channel:

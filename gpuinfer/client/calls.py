@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls of the submit script: from checked tasks to its arguments, and from its answer to what it means.
+"""The calls of the submit script: makes its arguments from checked tasks, and reads its answers.
 
-No input, no output: the drivers send them.
+Does no I/O: the clients send the calls.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from gpuinfer.queue.quota import Rate
 from gpuinfer.queue.submission import Json, Packed, Submission
 from gpuinfer.settings import QueueSettings
 
-#: One call of the script carries at most this many tasks, or about this many bytes.
+#: One call of the script has at most this many tasks, or about this many bytes.
 CHUNK_TASKS, CHUNK_BYTES = 500, 1024 * 1024
-#: Calls of the script that go in one round trip.
+#: Maximum calls of the script in one round trip.
 CALLS_A_TRIP = 8
-#: The arguments of a call before those of its tasks.
+#: Number of arguments of a call before those of its tasks.
 HEAD = 11
 
 
@@ -40,14 +40,14 @@ class Call(NamedTuple):
     def commands(self) -> Iterator[tuple[Argument, ...]]:
         """Yield the commands to send before the script, in the same packet.
 
-        They may be repeated after a lost answer: a body that is there stays as it is.
+        They may be repeated after a lost answer: an existing body is not overwritten.
         """
         for key, body in self.bodies.items():
             yield ("SET", key, body, "EX", keys.BODY_VOID_S, "NX")
 
     @property
     def least(self) -> int:
-        """The bytes of its smallest task."""
+        """The size of its smallest task in bytes."""
         payloads = self.args[HEAD + 1 :: 3]
         return min(
             len(str(payload) if isinstance(payload, int) else payload)
@@ -56,16 +56,16 @@ class Call(NamedTuple):
         )
 
     def halves(self) -> tuple[Call, Call]:
-        """Return two calls that together submit the same tasks, in their order."""
+        """Return two calls that together submit the same tasks, in the same order."""
         middle = len(self.ids) // 2
         return self._part(0, middle), self._part(middle, len(self.ids))
 
     def first(self, count: int) -> Call:
-        """Return a call that submits the first tasks alone."""
+        """Return a call that submits only the first ``count`` tasks."""
         return self._part(0, count)
 
     def without(self, count: int) -> Call:
-        """Return a call that submits the tasks behind the first ones."""
+        """Return a call that submits all but the first ``count`` tasks."""
         return self._part(count, len(self.ids))
 
     def _part(self, first: int, last: int) -> Call:
@@ -82,7 +82,7 @@ class Call(NamedTuple):
 def _pack(submission: Submission, settings: QueueSettings) -> Packed:
     if submission.task == BATCH_PREDICT:
         inputs = submission.inputs.value if isinstance(submission.inputs, Json) else submission.inputs
-        with suppress(TypeError):  # what has no length is no list: pack() refuses it
+        with suppress(TypeError):  # without a length it is not a list: pack() refuses it
             check_items(len(inputs), settings.max_items)
     packed = submission.pack()
     if packed.size > settings.max_payload_bytes:
@@ -131,7 +131,7 @@ class Ready(NamedTuple):
 
     @property
     def place(self) -> tuple[str, str | None, str, int, float | None]:
-        """Which list it goes to, and when: tasks of one list and time can go in one call."""
+        """Its list, and its delay: tasks with the same list and delay can go in one call."""
         task = self.submission
         return task.queue, task.model, task.caller, task.priority, task.countdown_s
 
@@ -160,7 +160,7 @@ def trip(calls: Iterator[Call]) -> list[Call]:
 
 
 def note(calls: Sequence[Call], answers: Sequence[object], accepted: list[str]) -> None:
-    """Add the ids of the tasks that were accepted; raise the first error among the answers."""
+    """Add the ids of accepted tasks to ``accepted``; then raise the first error among the answers."""
     for call, answer in zip(calls, answers, strict=True):
         if not isinstance(answer, BaseException):
             accepted += call.ids
@@ -170,7 +170,7 @@ def note(calls: Sequence[Call], answers: Sequence[object], accepted: list[str]) 
 
 
 def joined(tasks: Iterable[Ready], settings: QueueSettings) -> Iterator[Call]:
-    """Yield the calls that submit tasks of any lists, in order: one for each list, unless it is too large."""
+    """Yield the calls that submit tasks for any lists: one per list, or more if there are too many tasks."""
     places: dict[tuple[str, str | None, str, int, float | None], list[Ready]] = {}
     for task in tasks:
         places.setdefault(task.place, []).append(task)
@@ -197,7 +197,7 @@ class Accepted(NamedTuple):
 
     #: The id of the first task, or of the earlier one with its idempotency key.
     id: str
-    #: What is left of the caller's rate.
+    #: The rest of the caller's rate limit.
     rate: Rate | None = None
 
 
@@ -210,9 +210,9 @@ def accepted(answer: Any) -> Accepted:
 
 
 def fitting(exc: BaseException) -> int | None:
-    """Return how many of a refused call's tasks, from the first, fit the caller's quota.
+    """Return how many of a refused call's first tasks fit the caller's quota.
 
-    None: it was refused for another reason, or what fits depends on their sizes.
+    None: the call was refused for another reason, or the number depends on the tasks' sizes.
     """
     found = _FITTING.search(str(exc))
     return int(found[1]) if found else None
@@ -222,7 +222,7 @@ _FITTING = re.compile(r"(?:RATE_LIMITED|KEY_FULL tasks) (\d+) ")
 
 
 def full(exc: BaseException) -> Literal["", "any", "size"]:
-    """Tell whether a call was refused for lack of room: for any task, or for this many bytes."""
+    """Tell whether a queue is full: for any task (``any``), or for tasks of this size (``size``)."""
     text = str(exc)
     if "QUEUE_FULL bytes" in text or "KEY_FULL bytes" in text:
         return "size"
@@ -230,7 +230,7 @@ def full(exc: BaseException) -> Literal["", "any", "size"]:
 
 
 def answer_of(*answers: Any) -> Any:
-    """Return a call's answer: the last, or if the script missed a body the error of setting it."""
+    """Return the answer to a call: the last one, or the error of setting a body that the script missed."""
     if isinstance(answers[-1], Exception) and "BODY_GONE" in str(answers[-1]):
         return next((answer for answer in answers if isinstance(answer, Exception)), answers[-1])
     return answers[-1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Subscriptions to result channels, reused from wait to wait.
+"""Subscriptions to result channels, which are reused by later waits.
 
 redis-py's PubSub costs 30 us per event. This one has no pattern subscriptions and does not reconnect: when
 the connection is lost, the caller starts its wait again.
@@ -20,9 +20,9 @@ from gpuinfer.queue.connection import AWAY
 
 #: One SUBSCRIBE names at most this many channels.
 CHUNK = 1000
-#: Maximum channels left subscribed after a wait. Each has published its one message already.
+#: Maximum channels that stay subscribed after a wait. Each has already published its only message.
 KEPT = 8
-#: Subscriptions that a client keeps while nobody waits on them.
+#: Maximum idle subscriptions that a client keeps.
 MAX_IDLE_LISTENERS = 8
 #: After this many seconds of silence send PING; after this many the connection counts as lost.
 ASK_AFTER_S, LOST_AFTER_S = 15.0, 25.0
@@ -43,7 +43,7 @@ class Listener:
         self._channels: list[str] = []
         self._unconfirmed = 0
         #: True if all channels were subscribed already and ``next`` has not reported it yet.
-        self._stands = False
+        self._report_active = False
         self._heard_at = time.monotonic()
         self._asked = False
         #: When it was last read, while channels stay subscribed between waits; inf: none do.
@@ -68,7 +68,7 @@ class Listener:
         self._heard_at, self._asked = time.monotonic(), False
         commands = [("SUBSCRIBE", *new[at : at + CHUNK]) for at in range(0, len(new), CHUNK)]
         self._send([("UNSUBSCRIBE", *stale), *commands] if stale else commands)
-        self._stands = not self._unconfirmed
+        self._report_active = not self._unconfirmed
 
     def _send(self, commands: Sequence[Sequence[str]]) -> None:
         self._unconfirmed += sum(len(command) - 1 for command in commands)
@@ -79,8 +79,8 @@ class Listener:
 
     def next(self, timeout_s: float) -> Event | None:
         """Return the next event, or None at the timeout. Raises redis-py's errors."""
-        if self._stands:
-            self._stands = False
+        if self._report_active:
+            self._report_active = False
             return "", None
         until = time.monotonic() + timeout_s
         while True:
@@ -131,7 +131,7 @@ class Listeners:
         self._idle: list[Listener] = []
 
     def close(self) -> None:
-        """Close those that are idle. Another wait opens a new one."""
+        """Close the idle subscriptions. Another wait opens a new one."""
         while self._idle:
             self._idle.pop().close()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which client process made a task: the ids it gives, and the channel on which it hears of their ends."""
+"""The client process that made a task: the ids that it gives, and the channel for the ends of its tasks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ TELL_EVERY_S = 3600
 class Origin:
     """One client process: it makes task ids, and has a reply channel.
 
-    Ids are UUIDs whose first 48 bits are the process's, so that it knows its own tasks without a list of
-    them. The other 74 are random.
+    Ids are UUIDs. The first 48 bits are the same for all tasks of a process, so that it recognises them
+    without a list. The other 74 are random.
     """
 
     def __init__(self, random: Callable[[int], bytes] = os.urandom) -> None:
@@ -42,7 +42,8 @@ class Origin:
     def to_tell(self) -> bool:
         """Tell whether to write the prefix to Redis now: before the first submission, and each hour.
 
-        With it other processes tell an expired task of this one from an unknown id. True counts as written.
+        By the prefix, other processes can tell an expired task of this one from an unknown id. After True,
+        the prefix counts as written.
         """
         now = time.monotonic()
         if now - self._told_at < TELL_EVERY_S:
@@ -51,7 +52,7 @@ class Origin:
         return True
 
     def tell_again(self) -> None:
-        """Take note that it could not be written."""
+        """Note that the prefix could not be written."""
         self._told_at = -math.inf
 
 
@@ -60,10 +61,10 @@ _VARIANT = {f"{digit:x}": "89ab"[digit & 3] for digit in range(16)}
 
 
 def prefix_of(task_id: str) -> str:
-    """Return the prefix of the process that made an id; of another id, one that no process has."""
+    """Return the prefix of the process that made an id; for any other id, a prefix that no process has."""
     return task_id[:8] + task_id[9:13]
 
 
 def reply_channel(task_id: str) -> str:
-    """Return the reply channel of the process that made an id; of another id, one without listeners."""
+    """Return the reply channel of the process that made an id; for any other id, one without listeners."""
     return keys.REPLY_PREFIX + prefix_of(task_id)

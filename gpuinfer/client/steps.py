@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both clients do, written once: a generator yields what to ask Redis, and is sent the answer.
+"""Operations of both clients, written once: a generator yields a question to Redis, and is sent the answer.
 
-Each client runs it in its own way: ``run`` waits for an answer, ``arun`` awaits it.
+The synchronous client runs it with ``run``, the asyncio client with ``arun``.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ class Script(NamedTuple):
     args: Sequence[Argument]
 
 
-#: The scripts that steps call.
+#: The scripts that such operations call.
 SCRIPTS: tuple[Name, ...] = ("origin", "known", "history", "cancel", "revive", "erase")
 
-#: What Redis is asked: a command, or a script.
+#: A question to Redis: a command, or a script.
 Ask = tuple[Argument, ...] | Script
 T = TypeVar("T")
-#: redis-py's errors are raised where the answer would be.
+#: An operation with the result T. An error of redis-py is raised at its ``yield``.
 Steps = Generator[Ask, Any, T]
-#: Turns redis-py's errors that the steps let pass into others, or does not.
+#: Translates errors of redis-py that an operation does not handle.
 Errors = AbstractContextManager[None, None]
 
 
 def run(steps: Steps[T], ask: Callable[[Ask], Any], errors: Errors) -> T:
-    """Take all steps and return their result. Raises theirs, and what ``ask`` raises by way of ``errors``."""
+    """Run an operation and return its result. Raises its errors, and those of ``ask`` through ``errors``."""
     try:
         wanted = next(steps)
         while True:
@@ -52,7 +52,7 @@ def run(steps: Steps[T], ask: Callable[[Ask], Any], errors: Errors) -> T:
 
 
 async def arun(steps: Steps[T], ask: Callable[[Ask], Awaitable[Any]], errors: Errors) -> T:
-    """Do as ``run``, from an event loop."""
+    """Run an operation, as ``run`` does, in an event loop."""
     try:
         wanted = next(steps)
         while True:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds a task from a caller's arguments: checked, with an id and a reply channel."""
+"""Checks a caller's arguments and builds a task from them, with an id and a reply channel."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def build(
     quota: Quota | None = None,
     **options: Unpack[Options],
 ) -> Submission:
-    """Check a caller's arguments. Raises InputError naming the field.
+    """Check a caller's arguments and return the task. Raises InputError naming the field.
 
-    ``default_model``: the model for a caller that names none; None: the fleet's default.
-    ``task_id``: an id chosen by the caller, for which there is one request. ``caller``: whose task it is;
-    ``quota``: what that caller may submit.
+    ``default_model``: the model if the arguments name none; None: the fleet's default. ``task_id``: an id
+    chosen by the caller; a repeated request with it makes no second task. ``caller``: the owner of the task;
+    ``quota``: the caller's quota.
     """
     if caller and not keys.CALLER_NAME.fullmatch(caller):
         raise InputError(f"must be {keys.CALLER_WORDS}, got {caller!r:.80}", "caller")
@@ -57,7 +57,7 @@ def build(
     key = options.get("idempotency_key") or ""
     if task_id is not None:
         if key:
-            raise InputError("the task's id stands for the request; leave the key out", "idempotency_key")
+            raise InputError("the task's id identifies the request; leave the key out", "idempotency_key")
         if not _OWN_ID.fullmatch(task_id):
             raise InputError(
                 f"must be 1 to {MAX_NAME} of A to Z, a to z, 0 to 9, '_', '.', ':' and '-'", "task_id"
@@ -96,12 +96,12 @@ def build(
 
 
 def own_key(task_id: str) -> str:
-    """Return the idempotency key that stands for an id of the caller's own."""
+    """Return the idempotency key for a task id chosen by the caller."""
     return f"PUT {task_id}"
 
 
 def _asked(task: str, options: Options) -> bytes:
-    """Return the task's name and options, to compare two requests of one key; None is as left out."""
+    """Return the task's name and options, to compare two requests with one key; None counts as left out."""
     given = {
         name: value
         for name, value in options.items()

@@ -4,7 +4,7 @@
 >>> client = Client("redis://127.0.0.1:6379/0")
 >>> client.result(client.submit([0.0] * 64))
 
-A wait is event-driven: it subscribes to the channel a result is published on, then looks once.
+A wait is event-driven: it subscribes to the channel of a result, then reads the task's state once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from gpuinfer.queue.results import TaskStatus
 from gpuinfer.queue.scripts import bind
 from gpuinfer.settings import Settings
 
-#: Results that may be published to a kept subscription while nobody waits.
+#: Maximum results that may be published to an idle subscription, as nobody reads them.
 UNHEARD = 1000
 
 
@@ -57,12 +57,12 @@ class Client(Driver):
         self._scripts = {name: self._direct.bind(name) for name in SCRIPTS}
         self._listeners = Listeners(self._redis.connection_pool)
         self._made_by = Origin()
-        #: By thread: the task that it submitted last by ``submit`` or ``submit_batch``, and when.
+        #: For each thread: the task that it last submitted by ``submit`` or ``submit_batch``, and when.
         self._last = threading.local()
 
     @property
     def _origin(self) -> Origin:
-        if self._made_by.pid != os.getpid():  # after a fork; the parent goes on with its own
+        if self._made_by.pid != os.getpid():  # after a fork; the parent keeps its own
             self._made_by = Origin()
         return self._made_by
 
@@ -88,7 +88,7 @@ class Client(Driver):
         return run(steps, self._ask, self._errors)
 
     def _run_raw(self, steps: Steps[T]) -> T:
-        """Take steps. Raises redis-py's errors as they are."""
+        """Run an operation. Raises redis-py's errors unchanged."""
         return run(steps, self._ask, nullcontext())
 
     # -- submitting -----------------------------------------------------------------------
@@ -108,15 +108,15 @@ class Client(Driver):
 
     @documented
     def submit_many(self, inputs: Iterable[Any], **options: Unpack[Options]) -> list[str]:
-        """Submit many inputs, each as a task of its own, in few round trips; return their ids in order.
+        """Submit many inputs, each as its own task, in few round trips; return their ids in order.
 
-        Not all or nothing: when Redis fills up or goes away on the way, the error's ``accepted`` has the ids
-        of those that it has confirmed.
+        This is not atomic: if Redis becomes full or unreachable meanwhile, the error's ``accepted`` has the
+        ids of the tasks that were accepted.
         """
         refuse_key(options)
         ready = self._run(self._ready(list(inputs), many=False, options=options))
         made = self._build_many(ready, options, self._origin)
-        if len(made) > UNHEARD:  # nobody may ever read what a kept subscription hears of them
+        if len(made) > UNHEARD:  # their results would fill idle subscriptions that nobody reads
             self._listeners.close()
         accepted: list[str] = []
         parts = calls.bulk(made, self._settings.queue)
@@ -132,8 +132,8 @@ class Client(Driver):
         return accepted
 
     def _call(self, some: Sequence[Call]) -> list[Any]:
-        """Send bodies, then the calls of the script, in one round trip; return the answers to the calls,
-        errors among them.
+        """Send bodies, then the calls of the script, in one round trip; return the answer or error of each
+        call.
         """
         parts = []
         with self._redis.pipeline(transaction=False) as pipe:
@@ -169,9 +169,9 @@ class Client(Driver):
         return task_id
 
     def _hears_all(self, listener: Listener, waiting: Waiting) -> bool:
-        """Tell whether a subscription hears the end of all that is waited for, so that no look is needed.
+        """Tell whether a subscription gets the ends of all awaited tasks, so that no state need be read.
 
-        It does if it was active before the task was submitted and has not been read since.
+        It does if it was active before the task was submitted, and has not been read since.
         """
         last = getattr(self._last, "task", "")
         return len(waiting) == 1 and last in waiting and listener.unread_since < self._last.at
@@ -179,39 +179,40 @@ class Client(Driver):
     def cancel(self, task_id: str, *, only: str | None = None) -> bool:
         """Cancel a task that has not ended; return whether it was cancelled.
 
-        ``only``: the caller whose task it must be; None: anybody's. Another's is as if it were unknown.
+        ``only``: a caller; another caller's task is treated as unknown. None: any task may be cancelled.
 
-        What runs on the device just now runs on; nothing else of the task does, and its result is dropped. An
-        id that nothing is known of may be a plain Celery producer's task, which waits: it is cancelled too,
-        but refused with QueueFull by a full Redis. Raises InputError, TaskNotFound where it is another's,
+        A batch that is on the device runs to its end; nothing else of the task runs, and its result is
+        dropped. An unknown id may be a waiting task of a plain Celery producer, so it is cancelled too,
+        unless Redis is full (QueueFull). Raises InputError, TaskNotFound for another caller's task,
         BrokerError.
         """
         return self._run(tasks.cancel(task_id, self._origin, self._settings.queue, only))
 
     def retry(self, task_id: str, *, only: str | None = None, quota: Quota | None = None) -> None:
-        """Send a task that failed, or is a dead letter, to its queue again, under its id. ``only``: as for
-        ``cancel``; ``quota``: what that one may submit.
+        """Send a task that failed, or is a dead letter, to its queue again, with the same id. ``only``: as in
+        ``cancel``; ``quota``: that caller's quota.
 
-        Raises WrongState for a task that is neither, or whose inputs are not kept any more; TaskNotFound,
-        InputError where it can never run, RateLimited, KeyQuota, BrokerError.
+        Raises WrongState for a task that is neither, or whose inputs are no longer kept; TaskNotFound;
+        InputError for one that can never run; RateLimited, KeyQuota, BrokerError.
         """
         self._run(tasks.retry(task_id, self._origin, only, quota))
 
     def forget(self, task_id: str, *, only: str | None = None) -> None:
-        """Delete a task that has ended: its result, and what is kept to send it again. ``only``: as for
-        ``cancel``.
+        """Delete a task that has ended: its result, and its inputs, if they are kept for a retry.
 
-        Raises WrongState for one that has not, TaskNotFound, InputError, BrokerError.
+        ``only``: as in ``cancel``.
+
+        Raises WrongState if it has not ended; TaskNotFound, InputError, BrokerError.
         """
         self._run(tasks.forget(task_id, self._origin, only))
 
-    # -- looking --------------------------------------------------------------------------
+    # -- finding tasks --------------------------------------------------------------------
 
     def task(self, task_id: str, *, only: str | None = None) -> dict[str, Any]:
         """Return a task as ``GET /tasks/{id}`` shows it: status, model, times, attempt, metrics, worker,
-        result or error, metadata, and while it waits its position. ``only``: as for ``status``.
+        result or error, metadata, and while it waits its position. ``only``: as in ``status``.
 
-        Raises InputError, TaskNotFound (ResultGone where it has expired), UnreadableResult, BrokerError.
+        Raises InputError, TaskNotFound (ResultGone if it has expired), UnreadableResult, BrokerError.
         """
         status = self.status(task_id, only=only)
         return to_resource(status, self.place(status) if status.state == "queued" else None)
@@ -225,9 +226,9 @@ class Client(Driver):
         limit: int = history.USUAL,
         only: str | None = None,
     ) -> history.Page:
-        """Return tasks that have ended, the newest first: of the last 10,000, and with ``status="failed"`` of
-        up to 100,000 of a day. ``before`` is the last page's, or a time; ``only``: those of this caller, and
-        nobody's in particular.
+        """Return a page of tasks that have ended, the newest first: from the last 10,000, or with
+        ``status="failed"`` from up to 100,000 of a day. ``before``: that of the previous page, or a time;
+        ``only``: tasks of this caller, and those without a caller.
 
         Raises InputError, BrokerUnavailable.
         """
@@ -237,14 +238,14 @@ class Client(Driver):
     # -- waiting --------------------------------------------------------------------------
 
     def status(self, task_id: str, *, only: str | None = None) -> TaskStatus:
-        """Return a task's state now. ``only``: of this caller's tasks, or nobody's in particular.
+        """Return a task's state now. ``only``: a caller; another caller's task is treated as unknown.
 
         Raises InputError, TaskNotFound, UnreadableResult.
         """
         return self._run(tasks.status(task_id, self._origin, only))
 
     def place(self, status: TaskStatus) -> Place | None:
-        """Return where a task stands that waits: an estimate. None where that cannot be told.
+        """Return an estimate of a waiting task's position in its list; None if it is unknown.
 
         Raises BrokerError.
         """
@@ -257,11 +258,11 @@ class Client(Driver):
         return spot.place(length, claimed, time.time())
 
     def wait(self, task_id: str, timeout_s: float | None = None, *, only: str | None = None) -> TaskStatus:
-        """Wait until a task has ended, at most ``timeout_s``; return its state then. ``only``: as for
+        """Wait until a task has ended, at most ``timeout_s`` seconds; return its state. ``only``: as in
         ``status``.
 
-        An id that nothing is known of may be a plain Celery producer's task, which waits: with a timeout it
-        is waited for until then. Raises InputError, TaskNotFound, BrokerError.
+        An unknown id may be a waiting task of a plain Celery producer: if there is a timeout, wait for it.
+        Raises InputError, TaskNotFound, BrokerError.
         """
         if timeout_s is None or timeout_s > 0:
             with suppress(WaitTimeout):
@@ -270,7 +271,7 @@ class Client(Driver):
         return self.status(task_id, only=only)
 
     def result(self, task_id: str, timeout_s: float | None = None) -> Any:
-        """Wait for a task, as ``wait`` does, and return its result; raise its error.
+        """Wait for a task, as ``wait`` does, and return its result or raise its error.
 
         Raises TaskNotFound, WaitTimeout.
         """
@@ -283,7 +284,7 @@ class Client(Driver):
     ) -> list[Any]:
         """Wait for tasks and return their results in order.
 
-        The first error is raised, or with ``return_errors`` stands in its task's place.
+        Raises the first error; with ``return_errors``, errors are in the list instead.
         """
         found = {status.id: status for status in self.as_completed(task_ids, timeout_s)}
         ordered = [found[task_id] for task_id in task_ids]
@@ -294,8 +295,8 @@ class Client(Driver):
     def as_completed(self, task_ids: Iterable[str], timeout_s: float | None = None) -> Iterator[TaskStatus]:
         """Yield the final status of each task as it ends. Raises TaskNotFound, WaitTimeout.
 
-        With a timeout, an id that nothing is known of is waited for, as ``wait`` does. Goes on through a
-        restart of Redis; BrokerUnavailable is raised where Redis refuses the password.
+        With a timeout, unknown ids are waited for, as in ``wait``. Continues after a restart of Redis; raises
+        BrokerUnavailable if Redis refuses the password.
         """
         yield from self._completed(Waiting(task_ids, self._origin), timeout_s)
 
@@ -308,7 +309,7 @@ class Client(Driver):
             except AWAY as exc:
                 if isinstance(exc, AuthenticationError):
                     raise explain(exc, self._user) from exc
-                if not cut_off:  # perhaps no more than a kept subscription: at once again, with a new one
+                if not cut_off:  # perhaps only an idle subscription was closed: retry at once with a new one
                     cut_off = True
                     self._listeners.close()
                     continue
@@ -321,9 +322,9 @@ class Client(Driver):
                 raise explain(exc, self._user) from exc
 
     def _listen(self, waiting: Waiting, deadline: float | None) -> Iterator[TaskStatus]:
-        """Subscribe, look once, then yield what is published; drop ended tasks from ``waiting``.
+        """Subscribe, read states once, then yield published ends; remove ended tasks from ``waiting``.
 
-        The look comes when the subscriptions stand, so that nothing can fall between the two.
+        States are read once the subscriptions are active, so that no end can be missed between the two.
         """
         origin = self._origin
         with self._listeners.lend(waiting) as listener:
@@ -334,28 +335,28 @@ class Client(Driver):
                 event = listener.next(min(left, 5.0))
                 if event is None:
                     if deadline is not None and time.monotonic() >= deadline:
-                        yield from self._look(waiting)
+                        yield from self._check(waiting)
                         if waiting:
-                            raise WaitTimeout(f"{len(waiting)} tasks have not ended in time; they go on")
+                            raise WaitTimeout(f"{len(waiting)} tasks have not ended in time; they continue")
                     continue
                 channel, told = event
                 if told is None and hears_all:
                     continue
                 statuses = None if told is None else heard(channel, told, origin)
                 if statuses is None:
-                    yield from self._look(waiting, patient=deadline is not None and left > 0)
+                    yield from self._check(waiting, patient=deadline is not None and left > 0)
                     continue
                 for status in statuses:
                     if status.state == "failed" and not hears_all and self._run_raw(goes_on(status.id)):
                         continue
                     if waiting.told(status):
                         yield status
-                    elif status.id in waiting:  # a notice of an end that stands under its key
-                        yield from self._look(waiting, [status.id])
+                    elif status.id in waiting:  # only a notice: the end itself is under the task's key
+                        yield from self._check(waiting, [status.id])
 
-    def _look(
+    def _check(
         self, waiting: Waiting, ids: Sequence[str] = (), *, patient: bool = False
     ) -> Iterator[TaskStatus]:
-        """Yield what has ended, of all or of these. Raises TaskNotFound, and redis-py's errors."""
+        """Yield the tasks that have ended, of all or of ``ids``. Raises TaskNotFound; redis-py's errors."""
         for part in waiting.parts(ids):
-            yield from self._run_raw(waiting.look(part, patient=patient))
+            yield from self._run_raw(waiting.check(part, patient=patient))

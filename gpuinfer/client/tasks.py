@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both clients do with a task whose id they know: its state, cancel, retry, forget; as ``Steps``.
+"""What both clients do with a task by its id: read its state, cancel, retry, forget. Written as ``Steps``.
 
-``only`` is the caller who may see a task: another caller's is as if it were unknown; None: all are seen.
+``only``: a caller; another caller's task is then treated as unknown. None: any task may be seen.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gpuinfer.settings import QueueSettings
 
 
 def result_key(task_id: object) -> str:
-    """Return where a task's state is kept. Raises InputError for what is no id."""
+    """Return the key of a task's state. Raises InputError for an invalid id."""
     if not isinstance(task_id, str) or not 0 < len(task_id) <= MAX_NAME:
         said = f"a text of {len(task_id)} characters" if isinstance(task_id, str) else repr(task_id)[:80]
         raise InputError(f"must be a text of 1 to {MAX_NAME} characters, got {said}", "task_id")
@@ -34,12 +34,12 @@ def result_key(task_id: object) -> str:
 
 
 def owned(status: TaskStatus, only: str | None) -> bool:
-    """Tell whether a task may be seen by ``only`` (None: by all): it is its own, or nobody's."""
+    """Tell whether ``only`` may see a task: it is that caller's, or no caller's. None may see all."""
     return only is None or status.caller in ("", only)
 
 
 def not_found(task_id: str) -> TaskNotFound:
-    """Return the error for an id Redis knows nothing of."""
+    """Return the error for an id that Redis does not know."""
     return TaskNotFound(
         f"no task {task_id}: it was never submitted here, or its result has expired (what a plain Celery "
         "producer has sent is known once it runs)",
@@ -48,12 +48,12 @@ def not_found(task_id: str) -> TaskNotFound:
 
 
 def gone(task_id: str) -> ResultGone:
-    """Return the error for an id that was submitted, and of which Redis knows nothing any more."""
+    """Return the error for an id that was submitted, but whose state Redis no longer has."""
     return ResultGone(f"task {task_id} is known, but its result has expired or was deleted", "task_id")
 
 
 def known(task_ids: Iterable[str], only: str | None = None) -> Steps[list[int]]:
-    """Return 1 for each id that was submitted once, else 0. Nothing for a user without the right to know."""
+    """Return 1 for each id that was ever submitted, else 0; [] if the Redis user may not run the script."""
     args = [
         part
         for task_id in task_ids
@@ -65,7 +65,7 @@ def known(task_ids: Iterable[str], only: str | None = None) -> Steps[list[int]]:
 
 
 def _missing(task_id: str, origin: Origin, only: str | None) -> Steps[TaskNotFound]:
-    """Return the error for an id that Redis knows nothing of, or that is not ``only``'s."""
+    """Return the error for an id that Redis does not know, or that ``only`` may not see."""
     was_known = origin.made(task_id) or (yield from known([task_id], only)) == [1]
     return gone(task_id) if was_known else not_found(task_id)
 
@@ -88,7 +88,7 @@ def status(task_id: str, origin: Origin, only: str | None) -> Steps[TaskStatus]:
 
 
 def cancel(task_id: str, origin: Origin, settings: QueueSettings, only: str | None) -> Steps[bool]:
-    """Cancel a task; return whether it was. Raises InputError, TaskNotFound where it is another caller's."""
+    """Cancel a task; return whether it was cancelled. Raises InputError; TaskNotFound if ``only`` may not."""
     answer = int((yield cancelling(task_id, origin, settings, only)))
     if answer < 0:
         raise (yield from _missing(task_id, origin, only))
@@ -98,12 +98,13 @@ def cancel(task_id: str, origin: Origin, settings: QueueSettings, only: str | No
 def cancelling(task_id: str, origin: Origin, settings: QueueSettings, only: str | None = None) -> Script:
     """Return the call of the script that cancels. Raises InputError.
 
-    Nothing is known of a plain producer's task while it waits: its end is written in advance, and the worker
-    that claims it skips it. A task of this process that nothing is known of has ended; its result is gone.
+    Redis has no state of a plain producer's task while it waits. So its final state is written in advance,
+    and the worker that claims it skips it. A task of this process without a state has ended; its result is
+    gone.
     """
     key, ttl_s = result_key(task_id), settings.result_ttl_s
     ended = results.failure(task_id, TaskRevoked("it was cancelled"), worker="")
-    words = f"nothing was known of it when it was cancelled; should it come within {ttl_s} s, it does not run"
+    words = f"it was unknown when it was cancelled; if it arrives within {ttl_s} s, it will not run"
     unknown = results.failure(task_id, TaskRevoked(words), worker="")
     if only or origin.made(task_id):
         unknown = b""
@@ -113,15 +114,15 @@ def cancelling(task_id: str, origin: Origin, settings: QueueSettings, only: str 
 
 
 def _only_args(only: str | None) -> list[str]:
-    """Return ``only`` as the scripts take it: nothing for None."""
+    """Return ``only`` as arguments of a script: none for None."""
     return [] if only is None else [only]
 
 
 def retry(task_id: str, origin: Origin, only: str | None, quota: Quota | None) -> Steps[None]:
     """Send a task that failed, or is a dead letter, again.
 
-    Raises WrongState for a task that is neither, or whose inputs are not kept any more; TaskNotFound,
-    InputError where it can never run.
+    Raises WrongState for a task that is neither, or whose inputs are no longer kept; TaskNotFound; InputError
+    for one that can never run.
     """
     result_key(task_id)
     text = "" if quota is None else quota.text
@@ -144,21 +145,21 @@ def retry(task_id: str, origin: Origin, only: str | None, quota: Quota | None) -
 
 
 def _no_retry(status: TaskStatus) -> WrongState:
-    """Return the error for a task whose inputs are not kept."""
+    """Return the error for a task that cannot be retried."""
     if not status.final:
         return WrongState(f"task {status.id} has not ended: there is nothing to retry", "task_id")
     if status.state == "failed":
         return WrongState(
-            f"task {status.id} failed, and its inputs are gone: submit it again. They are kept within "
+            f"task {status.id} failed, and its inputs are gone: submit it again. Inputs are kept within "
             "queue.max_failed, max_failed_bytes and failed_ttl_s",
             "task_id",
         )
     state = "cancelled" if status.state == "revoked" else status.state
-    return WrongState(f"task {status.id} is {state}: only one that failed can be sent again", "task_id")
+    return WrongState(f"task {status.id} is {state}: only a failed task can be sent again", "task_id")
 
 
 def forget(task_id: str, origin: Origin, only: str | None) -> Steps[None]:
-    """Delete a task that has ended. Raises WrongState for one that has not, TaskNotFound, InputError."""
+    """Delete a task that has ended. Raises WrongState if it has not; TaskNotFound, InputError."""
     key = result_key(task_id)
     answer = int((yield Script("erase", [key], [task_id, *_only_args(only)])))
     if answer == 0:
@@ -170,7 +171,7 @@ def forget(task_id: str, origin: Origin, only: str | None) -> Steps[None]:
 
 
 def find(search: history.Search) -> Steps[history.Page]:
-    """Return a page of tasks that have ended."""
+    """Return the page of ended tasks that ``search`` describes."""
     while not search.done:
         search.take((yield Script("history", (), search.args)), time.time())
     return search.page

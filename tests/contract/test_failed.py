@@ -160,7 +160,7 @@ def test_what_did_not_fail(client: Client, store: Store) -> None:
     store.settle([failed(task) for task in tasks])  # an answer was lost
     assert kept(store) == {third}
     for task_id, state in ((first, "completed"), (second, "cancelled")):
-        with pytest.raises(WrongState, match=f"is {state}: only one that failed"):
+        with pytest.raises(WrongState, match=f"is {state}: only a failed task"):
             client.retry(task_id)
 
 

@@ -131,7 +131,7 @@ def test_retry(store: Store, client: Client) -> None:
         client.retry(task_id)
     (task,) = store.claim(1)
     store.settle([done(task)])
-    with pytest.raises(WrongState, match="only one that failed"):
+    with pytest.raises(WrongState, match="only a failed task"):
         client.retry(task_id)
     task_id = client.submit([1])
     (task,) = store.claim(1)

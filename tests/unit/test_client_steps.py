@@ -11,7 +11,7 @@ import pytest
 from redis.exceptions import ConnectionError, ResponseError
 
 from gpuinfer.client.aio import AsyncClient
-from gpuinfer.client.awaited import LOOK, Waiting
+from gpuinfer.client.awaited import MGET_MOST, Waiting
 from gpuinfer.client.driver import introduce
 from gpuinfer.client.origin import Origin
 from gpuinfer.client.steps import Ask, Script, Steps, T, arun, run
@@ -122,12 +122,12 @@ async def test_ends_found_before_a_look_is_cut_off_are_found_again(monkeypatch: 
 
     async with AsyncClient("redis://127.0.0.1:1/0") as client:
         monkeypatch.setattr(client, "_ask", ask)
-        waiting = Waiting(map(str, range(LOOK + 1)), Origin())
+        waiting = Waiting(map(str, range(MGET_MOST + 1)), Origin())
         for cut in tuple(cuts):
             with pytest.raises(type(cut)):
-                await client._look(waiting, patient=True)
-        found = await client._look(waiting, patient=True)
-    assert sorted(int(status.id) for status in found) == list(range(LOOK + 1))
+                await client._check(waiting, patient=True)
+        found = await client._check(waiting, patient=True)
+    assert sorted(int(status.id) for status in found) == list(range(MGET_MOST + 1))
 
 
 @both
@@ -141,6 +141,8 @@ def test_whether_a_task_was_known_is_asked_again_after_an_error(runs: Runner) ->
         return [None]
 
     with pytest.raises(BrokerUnavailable):
-        runs(waiting.look(waiting.ids, patient=False), away)
+        runs(waiting.check(waiting.ids, patient=False), away)
     with pytest.raises(ResultGone):
-        runs(waiting.look(waiting.ids, patient=False), lambda ask: [1] if isinstance(ask, Script) else [None])
+        runs(
+            waiting.check(waiting.ids, patient=False), lambda ask: [1] if isinstance(ask, Script) else [None]
+        )
