@@ -1,16 +1,16 @@
 #!lua flags=allow-oom
--- Add what a process has counted since its last flush, once: the same flush that comes again adds nothing.
--- Also when Redis is full: what is written here is bounded.
--- ARGV: 1 the process, 2 the number of its flush, 3 how many fields of usage, then each with its count, 4 how many
---       fields of counts, then each with its count, then the keys that were used
--- Returns whether anything was added.
+-- Add the counts of a process since its last flush. A flush that is repeated adds nothing.
+-- Runs in a full Redis, too: the amount of data written is bounded.
+-- ARGV: 1 process, 2 number of the flush, 3 number of usage fields, then (field, count) pairs, then the number of
+--       fields of counts, then (field, count) pairs, then the keys that were used
+-- Returns 1, or 0 if this flush was added before.
 local mark, number = FLUSHED_PREFIX .. ARGV[1], tonumber(ARGV[2])
 if number <= tonumber(redis.call('GET', mark) or 0) then return 0 end
 redis.call('SET', mark, ARGV[2], 'EX', FLUSHED_VOID)
 local seconds = tonumber(redis.call('TIME')[1])
 
--- Add pairs of field and count, from `at` on; return where they end. A hash that has all the fields it may have takes no
--- new names: a field is a kind, and two names.
+-- Add the (field, count) pairs whose number is at `at`; return the index after them. A field is a kind and two names. A
+-- hash that has the maximum number of fields gets no new ones: new names are counted as "other".
 local function add(hash, at)
   local last = at + 2 * ARGV[at]
   if last == at then return at + 1 end

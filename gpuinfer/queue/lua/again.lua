@@ -1,7 +1,8 @@
--- Library: the state of a task that waits in a list other than as it was submitted: put back, sent again, or sent on.
+-- Library: the state of a task that waits, but was not just submitted: it was put back, retried, or follows another
+-- task.
 -- Needs places, lists and states.
 
--- Return what is told of a task besides its place, as the end of its state: from what its last state has told.
+-- Return the end of a waiting task's state, that is, all after its place, with the values of its last state.
 local function told_before(id)
   local read, body = pcall(cjson.decode, text_of(id))
   body = read and type(body) == 'table' and body or {}
@@ -19,8 +20,8 @@ local function told_before(id)
   return told .. '}'
 end
 
--- Write the state of a task that waits in a list, behind `ahead` others. `attempt`: which one its next is, if not the
--- first; `told`: the end of its state.
+-- Write the state of a task that waits in a list, behind `ahead` others. `attempt`: the number of its next attempt, if
+-- not 1; `told`: the end of its state.
 local function write_waiting(id, list, ahead, attempt, told, ...)
   local tier, index = place_of(list)
   if not tier then return write_passing(id, PENDING_META, ...) end

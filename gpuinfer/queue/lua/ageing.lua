@@ -1,11 +1,11 @@
--- Library: which lists have been passed over for so long that one of them goes first in the next claim.
+-- Library: the lists that were passed over for so long that one of them goes first in the next claim.
 --
--- The lists of a group are looked through now and then alone, a claim between two looks finds what the last one
--- has found. A list that was claimed from since the last look, by whomever, was not passed over.
+-- The lists of a group are checked only now and then; claims in between use the result of the last check. A list was
+-- not passed over if any worker has claimed from it since the last check.
 local LOOKS, LONGEST_LOOK_MS = 10, 1000
 
--- Look through the lists of a group; return those that were passed over for `ageing` milliseconds, the one that
--- was longest first, packed; '' for none. `since` says of each since when, and how much was claimed from it then.
+-- Check the lists of a group; return those that were passed over for `ageing` milliseconds, the longest first, packed;
+-- '' if there are none. The hash `since` has, for each list, since when, and the count of claimed tasks at that time.
 local function look_for_aged(group, lists, ageing)
   local since, before = AGEING_PREFIX .. group, {}
   local flat = redis.call('HGETALL', since)

@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
 -- needs: states
--- Note which tasks a worker runs, and mark them as started. Or only tell which of them have ended.
+-- Note which tasks a worker runs, and mark them as started. Or only report which of them have ended.
 -- KEYS: in-flight hash
--- ARGV: the record of what runs (seqs, space separated; '': it stays as it is), then (task id, started meta)
---       pairs; an empty meta marks nothing
--- Returns the 1-based positions of tasks whose final state is already written: they must not run.
+-- ARGV: the record of what runs (seqs, space separated; '': leave it unchanged), then (task id, started meta)
+--       pairs; an empty meta leaves the task's state unchanged
+-- Returns the 1-based positions of tasks that already have a final state: they must not run.
 if ARGV[1] ~= '' then redis.call('HSET', KEYS[1], 'running', ARGV[1]) end
 local done = {}
 local waiting = {}

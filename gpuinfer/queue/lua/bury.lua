@@ -4,9 +4,9 @@
 -- KEYS: in-flight hash
 -- ARGV: seq, task id, dead letter (JSON), result ttl in seconds, meta ('' for none), reply channel, label,
 --       then what follows (chain.lua)
--- Returns {id, why, ...} of what follows and was refused.
+-- Returns {id, why, ...} of the successors that were refused.
 local seq, id = ARGV[1], ARGV[2]
--- Changes nothing, and fails as the calls below would: a task must not end and stay in flight.
+-- These calls change nothing, but fail if the calls below would: a task must not end and stay in flight.
 redis.call('HDEL', KEYS[1], '')
 redis.call('HEXISTS', DEAD, id)
 redis.call('ZSCORE', DEAD_AGES, id)

@@ -1,11 +1,11 @@
--- Library: what follows the end of a task: messages that are sent on, and ends of tasks that will never begin.
--- A script is given it behind the ends, for each task that has any:
---   which of the ends it is (from 1), the task's id, the label of what ends unbegun, how many parts, then each:
---   '1' after a success or '0' after a failure, list ('': nothing is sent), message, '1' for a task of ours, its
---   id, its model ('': the default one), the end of its state (write_waiting), how many ends, and those: (id, meta). The ends are written where nothing
---   is sent, or where that is refused.
+-- Library: what follows the end of a task: messages to send, and ends of tasks that will never begin.
+-- A script gets it after the ends, for each task that has any:
+--   number of the end (from 1), task id, label for tasks that end without a run, number of parts, then for each part:
+--   '1': it follows a success, '0': a failure; list ('': nothing is sent), message, '1' for a task of ours, its id, its
+--   model ('': the default one), the end of its state (write_waiting), number of ends, and the ends: (id, meta). The
+--   ends are written if nothing is sent, or if Redis refuses the message.
 
--- Return it as tables; `at` is where it begins.
+-- Return it as tables; it begins at index `at`.
 local function read_following(flat, at)
   local all = {}
   while at <= #flat do
@@ -32,9 +32,9 @@ local function read_following(flat, at)
   return all
 end
 
--- Tell what follows a task that leaves flight with this meta ('': it did not run): true what follows a success,
--- false what follows a failure, nil nothing. A cancellation that came first counts. Another end that stands there
--- already was written together with what followed it.
+-- Return what follows a task that leaves flight with this meta ('': it did not run): true for what follows a success,
+-- false for what follows a failure, nil for nothing. If the task was cancelled before, that counts as a failure. If it
+-- has another final state already, its successors were sent together with that.
 local function outcome_of(id, meta)
   local found = state_of(id)
   if found == 'REVOKED' then return false end
@@ -43,7 +43,7 @@ local function outcome_of(id, meta)
   if own then return own == 'SUCCESS' end
 end
 
--- Send a message; return why it cannot be sent.
+-- Send a message; return the error if it cannot be sent.
 local function send(part, wakes)
   local list, model = part.list, part.model
   if part.ours and model ~= '' and (redis.call('ZSCORE', CATALOGUE, model) or redis.call('ZCARD', CATALOGUE) == 0) then
@@ -60,7 +60,7 @@ local function send(part, wakes)
   end
 end
 
--- Do what follows each task by its `success`. Returns (id, why) of the messages that were refused.
+-- Send or end what follows each task, by its `success`. Returns {id, why, ...} of the messages that were refused.
 local function follow(all, ttl)
   local ends, unsent, wakes, met = {}, {}, {}, {}
   for _, one in ipairs(all) do

@@ -2,22 +2,22 @@
 -- needs: clock places lists
 -- Pop up to N tasks of one model, the most urgent first, and record them as in flight, in one step.
 -- KEYS: in-flight hash, epoch hash
--- ARGV: 1 epoch, 2 first sequence id to use, 3 how many bytes of payload to take at most (one task is taken
---       whatever its size), 4 ageing in milliseconds (0: off), 5 '1': a task that comes alone runs at once, and
---       is noted as begin.lua does, 6 the claimer's state: 'idle' (enters the idle workers when nothing comes),
---       'free' (nothing runs), 'busy' (leaves their part to idle workers), 7 worker, 8 group, 9 tiers (space
---       separated), 10 the default model if the worker knows that it serves it, 11 number of lists that may have
---       been filled by plain producers, to be looked into, and these; then what is wanted of whom: how many
---       tasks, the rank they must be better than, least batch, number of models (0: all the others), the models
--- Returns {id of the task noted as running or '', the default model, then for each list: list, rank
--- (-1 - rank: it has aged and goes first), number of payloads, the payloads}. Sequence ids count up from the
--- first. Payloads are not parsed.
+-- ARGV: 1 epoch, 2 first sequence id to use, 3 maximum bytes of payload (one task is taken even if it is larger),
+--       4 ageing in milliseconds (0: off), 5 '1': a single task will run at once, so note it as begin.lua does,
+--       6 the worker's state: 'idle' (list it as idle if nothing is found), 'free' (nothing runs), 'busy' (leave
+--       idle workers their share), 7 worker, 8 group, 9 tiers (space separated), 10 the default model if the worker
+--       knows that it serves it, 11 number of lists to check, because plain producers may have filled them, then
+--       these lists; then the wants: number of tasks, a rank that theirs must be below, least batch, number of models
+--       (0: all others), these models
+-- Returns {id of the task noted as running or '', the default model, then for each list: list, rank (-1 - rank: it was
+-- aged and went first), number of payloads, the payloads}. Sequence ids count up from the first. Payloads are not
+-- parsed.
 local inflight = KEYS[1]
 local epoch, seq, bytes, ageing = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local state, worker, group = ARGV[6], ARGV[7], ARGV[8]
 
--- A claim of an earlier epoch, held up on its way, or of a worker whose name another one has taken over,
--- must not take anything: nobody would know of it. A Redis that has lost the last writes may be behind.
+-- Refuse a claim of an earlier epoch: it was delayed, or another process has taken over the worker's name, and nobody
+-- would know of the tasks. A Redis that has lost its last writes may have a lower number than the worker.
 local counted = tonumber(redis.call('HGET', KEYS[2], 'number') or 0)
 if counted > epoch then return redis.error_reply('STALE claim of epoch ' .. epoch .. ', now is ' .. counted) end
 if counted < epoch then redis.call('HSET', KEYS[2], 'number', epoch) end
@@ -25,7 +25,7 @@ if counted < epoch then redis.call('HSET', KEYS[2], 'number', epoch) end
 local found = redis.call('MGET', DEFAULT_MODEL, AGED_PREFIX .. group, PAUSED, DUE, DRAINED)
 default = found[1] or ''
 if found[5] and string.find(' ' .. found[5] .. ' ', ' ' .. worker .. ' ', 1, true) then
-  -- Nobody is to wake it, or to leave a share to it.
+  -- A drained worker is not woken, and gets no share.
   redis.call('ZREM', IDLE, worker)
   redis.call('ZREM', IDLE_PREFIX .. group, worker)
   return {'', default}
@@ -46,7 +46,7 @@ for i = 12, wants_at - 1 do
   if type(size) == 'number' and size > 0 then index_list(ARGV[i], true) end
 end
 
--- Return the model of an index; nil when the group does not serve it.
+-- Return the model of an index; nil if the group does not serve it.
 local function model_of(index)
   if index ~= '' then return index end
   if default == ARGV[10] then return default end
@@ -54,8 +54,8 @@ local function model_of(index)
   return redis.call('ZSCORE', GROUPS_PREFIX .. tier .. '.' .. default, group) and default or nil
 end
 
--- Return what is wanted of an index's model: how many tasks, of a better rank than which, the least batch; and
--- the model. Nil: nothing.
+-- Return what the worker wants of an index's model (number of tasks, bound of their rank, least batch), and the model.
+-- Nil: nothing.
 local function want_of(index)
   local model, at = model_of(index), wants_at
   while model do
@@ -76,8 +76,8 @@ local function want_of(index)
   end
 end
 
--- Return the lists with work of a model (its name), in the order of serving. A paused list is as if it were empty,
--- and so is what is no index, though it has the name of one.
+-- Return the lists of a model (its name) that have tasks, in the order of serving. Paused lists are left out, and so is
+-- an index key of another type.
 local function lists_of(model)
   local named, flat = INDEX_PREFIX .. model, nil
   if model == default then
@@ -97,14 +97,15 @@ local function lists_of(model)
   return lists
 end
 
--- Return the rank of the first list of an index that is not known to be empty; nil without one.
+-- Return the rank of the first list of an index that is not known to be empty; nil if there is none.
 local function rank_of(lists, index)
   for _, list in ipairs(lists) do
     if list.index == index and (not list.size or list.size > 0) then return list.rank end
   end
 end
 
--- Callers of a model take turns as models do: who has had least for its weight goes first. Returns all weights together.
+-- Callers of a model take turns as models do: the one served least, relative to its weight, goes first. Sorts `rivals`
+-- in this order; returns the sum of their weights.
 local function take_turns(rivals)
   local names, callers, most, new, total = {}, {}, 0, {}, 0
   for i, one in ipairs(rivals) do
@@ -136,7 +137,7 @@ local function take_turns(rivals)
   return total
 end
 
--- Nothing was taken.
+-- Return the answer of a claim that took no tasks.
 local function nothing()
   if state == 'idle' then
     redis.call('ZADD', IDLE, now(), worker)
@@ -146,8 +147,8 @@ local function nothing()
   return {'', default}
 end
 
--- The model that goes first, with its lists: the first of the group's order that is wanted. The only one of a
--- group of one model.
+-- Choose the model that goes first, with its lists: the first in the group's order that the worker wants, or a group's
+-- only model.
 local model, want, lists, index, rank, heads, rivals = nil, nil, {}, nil, nil, {}, nil
 if string.sub(group, 1, #ONE_MODEL) == ONE_MODEL then
   model = ARGV[wants_at + 4]
@@ -183,7 +184,7 @@ end
 local urgent = lists[1]
 if not model or not urgent or urgent.rank >= want.bound then return nothing() end
 
--- Ageing: a list that was passed over for long enough goes first, once; at most in every fifth claim.
+-- Ageing: a list that was passed over for too long goes first once; this happens in at most every fifth claim.
 local aged
 if ageing > 0 and (#lists > 1 or heads[3]) then
   if not packed then
@@ -233,7 +234,8 @@ if ageing > 0 and (#lists > 1 or heads[3]) then
   end
 end
 
--- One claim is one model's batch. Idle workers share what waits; who is busy leaves their part to them.
+-- A claim takes tasks of one model, for one batch. Idle workers share the waiting tasks; a busy worker leaves them
+-- theirs.
 local answer, n, taken = {'', default}, 2, 0
 local room, waiting, mine = want.count, 0, {}
 for _, list in ipairs(lists) do
@@ -255,8 +257,8 @@ else
   if others > 0 then room = math.min(room, math.max(want.least, math.ceil(waiting / (others + 1)))) end
 end
 
--- One payload tells how many of its size fit. What is popped is recorded by one command: a call costs
--- more than the field it sets.
+-- Pop the first payload alone: its size tells how many fit. All that is popped at once is recorded by one command,
+-- because a command costs more than the fields that it sets.
 local function take(list, most)
   local few, before, stop, head = 1, room, math.max(0, room - math.min(most, list.size)), n
   while room > stop and bytes > 0 do
@@ -294,7 +296,7 @@ end
 if aged then taken = take(aged, room) end
 local at = 1
 while at <= #mine and room > 0 do
-  -- Those of one rank share what room there is, in parts by weight; what one leaves is the next one's.
+  -- Callers' lists of one rank share the room by weight. The next lists get what one leaves.
   local callers = {mine[at]}
   while at < #mine and mine[at + 1].rank == callers[1].rank do
     at = at + 1
@@ -310,7 +312,7 @@ while at <= #mine and room > 0 do
   at = at + 1
 end
 
--- What is left is another worker's, of this model or of the next.
+-- Update the index and the order, and wake other workers for the tasks that are left, of this model or the next.
 local before, left = {}, nil
 for _, list in ipairs(lists) do before[list.index] = before[list.index] or list.rank end
 for _, list in ipairs(mine) do
@@ -328,7 +330,7 @@ for name, first in pairs(before) do
     redis.call('ZADD', ORDER_PREFIX .. group, rivals + taken * TASK, name)
   end
 end
--- The claimer is woken, too: an index that had nothing left may have hidden another model's work from it.
+-- This may wake this worker itself, too: an index that turned out empty may have hidden another model's tasks from it.
 local none = taken == 0 and nothing()
 if left then wake(tier_at(left), model, 1) end
 for i = 1, #heads, 2 do
@@ -340,8 +342,8 @@ for i = 1, #heads, 2 do
 end
 
 if none then return none end
--- The worker compares the id with what it reads. A payload too long to search
--- through, or a task that has its final state, is left to begin.lua.
+-- The worker compares this id with the one that it reads from the message. A payload that is too long to search, or a
+-- task that has a final state, is left to begin.lua.
 if ARGV[5] == '1' and taken == 1 and #answer[6] <= 16384 then
   -- needs: states payload
   local id = id_of(answer[6])

@@ -1,4 +1,4 @@
--- Library: the time by Redis's clock, in seconds, which is the same for all of a call.
+-- Library: the time by Redis's clock, in seconds; it is the same during a whole call.
 local clock
 local function now()
   if not clock then
@@ -7,5 +7,3 @@ local function now()
   end
   return clock
 end
-
--- Tell whether anybody is idle, of whatever group: while nobody is, nobody is counted or looked for.

@@ -1,13 +1,13 @@
--- Library: what is kept of tasks that ended badly, so that they can be sent again: the dead letters, and the messages of
--- those that failed. Of each kind: the letters, since when each is there, and how many bytes they have together, with the
--- large bodies that are kept for them. A dead letter is JSON (Store.bury); of a task that failed, its list, a line feed,
+-- Library: the stored messages of tasks that ended badly, so that they can be retried: the dead letters, and failed
+-- tasks. Each of the two kinds has the letters, the time at which each was added, and their total bytes, including the
+-- large bodies kept for them. A dead letter is JSON (Store.bury); the letter of a failed task is its list, a line feed,
 -- and its message.
 local DEAD_LETTERS = {letters = DEAD, ages = DEAD_AGES, bytes = DEAD_BYTES}
 local FAILED_TASKS = {letters = FAILED, ages = FAILED_AGES, bytes = FAILED_BYTES}
 
 local function letters_size(kept) return tonumber(redis.call('GET', kept.bytes) or 0) end
 
--- Drop a letter, and its body unless that is still needed. Returns 1, or 0 when there was none.
+-- Drop a letter, and its body unless that is still needed. Returns 1, or 0 if there was none.
 local function drop_letter(kept, id, needs_body)
   local size = redis.call('HSTRLEN', kept.letters, id) + redis.call('STRLEN', BODY_PREFIX .. id)
   redis.call('ZREM', kept.ages, id)
@@ -17,7 +17,7 @@ local function drop_letter(kept, id, needs_body)
   return 1
 end
 
--- Return whose task a letter is, by the list that it came from. A dead letter begins with its id, and that list.
+-- Return the caller of a letter's task, from its list; '' for none. A dead letter begins with its id and its list.
 local function owner_of_letter(id)
   local list = string.match(redis.call('HGET', DEAD, id) or '', '^{"id":"[^"]*","list":"([^"]*)"')
     or string.match(redis.call('HGET', FAILED, id) or '', '^([^\n]*)\n')
@@ -33,8 +33,8 @@ local function add_letter(kept, id, letter)
   redis.call('SET', kept.bytes, string.format('%.0f', size))
 end
 
--- Drop the oldest letters, a hundred at most, while there are more than `most`, or those have more than `bytes`
--- (one may have), and those that are older than `age` seconds. Returns their ids.
+-- Drop up to a hundred of the oldest letters: while there are more than `most`, while they have more than `bytes` (a
+-- single one may have more), and while they are older than `age` seconds. Returns their ids.
 local function trim_letters(kept, most, bytes, age)
   local cutoff, dropped = redis.call('TIME')[1] - age, {}
   while #dropped < 100 do

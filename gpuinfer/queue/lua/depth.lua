@@ -1,14 +1,14 @@
 #!lua flags=no-writes,allow-oom
 -- needs: clock places lists
--- Count what waits in each list: those of the index, those that a plain producer may have filled, and what waits
--- for its ETA.
--- ARGV: how many seconds to look ahead
--- Returns {default model or '', {model, last seen, ...} of the catalogue, {list, tasks, ...} where some wait,
--- {list, tasks ever claimed, ...}, {list, tasks that wait for their ETA, how many of them are due by then, ...},
--- the paused queues or '', {key, its type, ...} where something else stands under a name of ours}.
+-- Count the waiting tasks of each list: lists in the index, lists that plain producers may have filled, and tasks that
+-- wait for their ETA.
+-- ARGV: seconds within which an ETA counts as due
+-- Returns {default model or '', {model, last seen, ...} of the catalogue, {list, tasks, ...} of lists that are not
+-- empty, {list, tasks ever claimed, ...}, {list, tasks that wait for their ETA, how many of them are due, ...}, the
+-- paused queues or '', {key, type, ...} of keys with one of our names but another type}.
 local known = redis.call('ZRANGE', CATALOGUE, 0, -1, 'WITHSCORES')
 local seen, found, later, foreign = {}, {}, {}, {}
--- Return an answer, or nothing where a key is of another type, which is noted.
+-- Return an answer; nothing if the key has another type, which is noted in `foreign`.
 local function ours(name, answer)
   if type(answer) ~= 'table' or not answer.err then return answer end
   if not string.find(answer.err, 'WRONGTYPE', 1, true) then error(answer) end

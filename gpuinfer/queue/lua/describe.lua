@@ -1,8 +1,9 @@
 #!lua flags=allow-oom
--- Say what models take, also when Redis is full: who submits a request checks it by that.
--- ARGV: who says it (a worker, or a host's watcher), then a model and its signature (JSON), and so on
--- Hosts may have different versions of a model, so each signature stands once, beside who says it, and when (by Redis's
--- clock). What somebody has not repeated for long is dropped; so are models that are in the catalogue no more.
+-- Store the signatures of models, by which clients check inputs. Runs in a full Redis, too.
+-- ARGV: the reporter (a worker, or a host's watcher), then (model, signature as JSON) pairs Hosts may have different
+--       versions of a model, so each distinct signature is stored once, and for each reporter its digest and the time
+--       (by Redis's clock). Reports that were not repeated for long are dropped, and so are models that are no longer
+--       in the catalogue.
 local now = tonumber(redis.call('TIME')[1])
 for i = 2, #ARGV, 2 do
   local model, text = ARGV[i], ARGV[i + 1]

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Drain a worker, or resume it: a drained one claims nothing. It is woken, so that it finds out at once, and leaves those
--- who are idle before anybody wakes it in vain.
+-- Drain a worker, or resume it. A drained worker claims nothing. The worker is woken, so that it notices at once; a
+-- drained one then leaves the idle workers, so that it is not woken in vain.
 -- ARGV: worker, '1' to drain it
--- Returns 1 when that has changed something.
+-- Returns 1, or 0 if it already was in that state.
 local worker, drain = ARGV[1], ARGV[2] == '1'
 local kept, there = {}, false
 for name in string.gmatch(redis.call('GET', DRAINED) or '', '%S+') do

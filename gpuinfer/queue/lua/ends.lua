@@ -1,8 +1,9 @@
--- Library: the ends of many tasks, and who hears of them. Needs states.
+-- Library: write the ends of many tasks, and announce them. Needs states.
 
--- Return which ids among every `step`-th of `flat`, from `first` to `last`, still have the state that a producer of
--- ours has written: a set. One MGET for 64 ids costs less than 64 calls, but reads whole results where tasks have
--- ended. So it stops at the first that has another state; `state_of` tells that of the rest.
+-- The ids are every `step`-th entry of `flat`, from `first` to `last`. Return those that still have the state written
+-- at their submission, as a set. One MGET of 64 ids costs less than 64 calls, but reads whole results of tasks that
+-- have ended. So this stops after the first MGET that finds another state; use `state_of` for ids that are not in the
+-- set.
 local function waiting_among(flat, first, step, last)
   local waiting, width = {}, 64 * step
   for from = first, last, width do
@@ -27,7 +28,7 @@ local function waiting_among(flat, first, step, last)
   return waiting
 end
 
--- Publish metas to a client as one list; large ones in several.
+-- Publish metas to a client as one list, or as several lists if they are large.
 local function reply_with(channel, metas)
   local first, size = 1, 0
   for i, meta in ipairs(metas) do
@@ -39,9 +40,9 @@ local function reply_with(channel, metas)
   end
 end
 
--- Tell the ends of tasks to those who listen: by their ids, and on the reply channels of clients, once a channel.
--- One look tells who listens at all. `channels` are those of the tasks, `metas` what is told.
--- A meta of false stands under its task's key, which is its channel.
+-- Publish the ends of tasks: on the tasks' own channels, and once on each client's reply channel. PUBSUB NUMSUB tells
+-- which channels have a listener. `channels` are the tasks' channels, `metas` their messages; a meta of false has to be
+-- read from the task's result key, which has the same name as its channel.
 local function tell(channels, metas, replies)
   local tasks, n = #channels, #channels
   for reply in pairs(replies) do
@@ -64,8 +65,8 @@ local function tell(channels, metas, replies)
   end
 end
 
--- Take the bodies of these tasks, where they have some, off the account, and drop them unless they are kept: all
--- (true), or those of a set of ids.
+-- Remove the large bodies of these tasks from the counts, and drop them, except those in `kept`: true for all, or a set
+-- of ids.
 local function drop_bodies(ids, kept)
   for first = 1, #ids, 1000 do
     local last = math.min(first + 999, #ids)
@@ -84,15 +85,18 @@ local function drop_bodies(ids, kept)
   end
 end
 
--- Write final states. From `first` to `last` (the end of `flat` if nil), each `step` entries of `flat` begin with:
--- id ('': none), meta, '1' to keep it, reply channel ('': none), label. A task that has ended already is left as it
--- is. What is not kept ('0') is told to the callers who wait, and what stood there is dropped. So are large bodies,
--- unless they are kept. A large meta ('2') stands beside, for a minute, and does not pass through here: it is
--- renamed, and what is given is a notice for reply channels. Without `ttl` a state stands until the task's message
--- is dropped, which who calls with a `ttl` does: a cancelled task is not to run, however late its message comes.
--- The type of every key, and this user's right to each command, are checked before the first write: a script
+-- Write final states. From `first` to `last` (nil: the end of `flat`), each `step` entries of `flat` begin with: id
+-- ('': none), meta, '1' to store it, reply channel ('': none), label.
+-- - A task that has already ended keeps its state.
+-- - '0': the meta is only published, and the task's state is deleted.
+-- - '2': the meta is large, and is stored under a key of its own, which expires within a minute. That key is renamed,
+--   so the meta does not pass through Lua; the argument is a notice for the reply channel.
+-- - Large bodies are dropped, except those in `keep_bodies`.
+-- - Without `ttl` the state has no TTL until the task's message is dropped, by a call with `ttl`: a cancelled task must
+--   not run, no matter how late its message is claimed.
+-- The type of each key, and this user's right to each command, are checked before the first write, because a script
 -- that fails half way is not undone.
--- Returns how many were written, and {id, why, ...} of those whose key is not ours to write; or nil, and an error.
+-- Returns the number of states written, and {id, why, ...} of tasks whose key cannot be written; or nil and an error.
 local function finish(flat, first, step, ttl, last, keep_bodies)
   local open, n, refused, foreign, seen, drops, replied = {}, 0, {}, {}, {}, false, false
   local sizes, beside = {}, false
@@ -109,7 +113,7 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
         refused[#refused + 1], refused[#refused + 2] = id, err
         foreign[i] = true
       end
-      -- Its message is dropped now.
+      -- The caller drops its message now.
       if state == 'REVOKED' and ttl then
         redis.call('EXPIRE', RESULT_PREFIX .. id, ttl, 'NX')
         revoked = revoked or {}
@@ -147,7 +151,7 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
     counts[label] = (counts[label] or 0) + 1
     if flat[i + 2] ~= '0' and not foreign[i] then bytes[label] = (bytes[label] or 0) + (sizes[i] or #flat[i + 1]) end
   end
-  -- The first call fails before anything is written.
+  -- If this fails, it does so in its first call, before anything is written.
   local counted = false
   for label, count in pairs(counts) do
     local uncounted = count_ends(label, count, bytes[label])
@@ -166,7 +170,7 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
       revoked[ids[k]] = true
     end
     if foreign[i] then
-      -- Told and counted all the same.
+      -- Only published and counted.
     elseif flat[i + 2] == '1' then
       if ttl then
         redis.call('SET', key, meta, 'EX', ttl)
@@ -181,7 +185,7 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
     else
       redis.call('DEL', key)
     end
-    -- Another channel than a client's is not ours to speak on.
+    -- Publish only on our clients' reply channels.
     if string.sub(reply, 1, #REPLY_PREFIX) == REPLY_PREFIX then
       local told = replies[reply]
       if told then
@@ -191,7 +195,6 @@ local function finish(flat, first, step, ttl, last, keep_bodies)
       end
     end
     ended[3 * k - 2], ended[3 * k - 1], ended[3 * k] = flat[i + 4], flat[i], meta
-    -- Later: a job's count, the outbox of web hooks, a stream's end.
   end
   note_ends(ended)
   if bodies then drop_bodies(ids, keep_bodies) end

@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
 -- needs: states dead
--- Forget a task that has ended: its result, and what is kept of it to be sent again.
+-- Delete a task that has ended: its result, and the message kept for a retry.
 -- KEYS: result key
--- ARGV: task id; then, where that matters, whose task it must be
--- Returns 1; 0: nothing is known of it, or it is another's; or why nothing was done: -1, it has not ended; -2, it was cancelled, and its
--- message still waits: the worker that comes upon that must find that it was.
+-- ARGV: task id; then, if only one caller's task may be deleted, that caller
+-- Returns 1 if it was deleted; 0 if it is unknown or another caller's; -1 if it has not ended; -2 if it was cancelled
+-- but its message still waits: the worker that claims the message needs to see the state.
 local state, foreign = state_of(ARGV[1])
 if foreign then return redis.error_reply(foreign) end
 if ARGV[2] then

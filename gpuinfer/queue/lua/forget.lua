@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
--- Forget the epochs of workers that hold nothing and were not seen for long, or left long ago: their names may never
--- come back. What else is kept of one that did not leave goes with a heartbeat of any worker (register.lua).
--- Returns how many were forgotten: of a thousand names.
+-- Remove the epochs of workers that hold no tasks and were not seen for long, or left long ago: their names may never
+-- come back. The other data of a worker that did not leave is removed by the next heartbeat of any worker
+-- (register.lua).
+-- Returns how many were removed; checks up to a thousand names.
 local since, count = redis.call('TIME')[1] - WORKER_VOID, 0
 local function forget(worker)
   if redis.call('HLEN', INFLIGHT_PREFIX .. worker) > 0 then return end

@@ -1,6 +1,6 @@
 #!lua flags=no-writes,allow-oom
 -- Return entries of the history, the newest first.
--- ARGV: '1' for those that failed alone, the time in microseconds that they are older than ('': any), how many
+-- ARGV: '1' for failed tasks only, a time in microseconds before which they ended ('': any), maximum number of entries
 local past = ARGV[1] == '1' and FAILURES or HISTORY
 local first, last = 0, redis.call('LLEN', past)
 if ARGV[2] ~= '' then

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
 -- needs: clock places lists
--- Add lists to the index that hold work nobody has told of: plain producers only append.
+-- Add lists that have tasks to the index: plain producers do not do that.
 -- KEYS: lists
--- Returns how many hold work.
+-- Returns how many of them have tasks.
 local found = 0
 for _, list in ipairs(KEYS) do
   local size = redis.pcall('LLEN', list)

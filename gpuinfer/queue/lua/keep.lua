@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Keep what a watcher is to know after a restart, and its newest decision, also when Redis is full: what
--- it has commanded must not be taken for somebody else's wish then. Both are small, and bounded.
--- KEYS: its memory, list of decisions
--- ARGV: memory (JSON), decision (JSON; empty: none), decisions kept
+-- Store what a watcher has to know after a restart, and its newest decision. Runs in a full Redis, too: otherwise the
+-- watcher could later take its own commands for an administrator's. Both are small and bounded.
+-- KEYS: the watcher's memory, list of decisions
+-- ARGV: memory (JSON), decision (JSON; '': none), maximum number of decisions
 redis.call('SET', KEYS[1], ARGV[1])
 if ARGV[2] ~= '' then
   redis.call('LPUSH', KEYS[2], ARGV[2])

@@ -1,10 +1,10 @@
--- Library: idempotency keys, each with its task and a digest of what was asked. They stand in the hash of the
--- current period and in that of the period before, which goes when the next one begins. Neither has a TTL: under
--- volatile policies no key is evicted. A period is at least as long as its keys hold.
--- A value is: digest of the request (32 characters), until when it holds (10 digits), task id. The empty field of
--- the current hash has: when the period began, its length, and how many keys a sixteenth of the memory holds.
+-- Library: idempotency keys, each with its task and a digest of the request. They are stored in two hashes: that of the
+-- current period, and that of the period before, which is deleted when the next period begins. The hashes have no TTL,
+-- so that volatile eviction policies never evict them. A period is at least as long as its keys are valid. A value is:
+-- digest of the request (32 characters), time until which the key is valid (10 digits), task id. The empty field of the
+-- current hash has: when the period began, its length, and how many keys fit into a sixteenth of the memory.
 
--- Return the task that a key stands for, and whether the request is the same; nothing where it stands for none.
+-- Return the task of a key, and whether the request is the same; nothing if the key is unknown or no longer valid.
 local function holder_of(key, request)
   for _, value in ipairs({redis.call('HGET', KEYED, key) or '', redis.call('HGET', KEYED_BEFORE, key) or ''}) do
     if (tonumber(string.sub(value, 33, 42)) or 0) > now() then
@@ -13,13 +13,13 @@ local function holder_of(key, request)
   end
 end
 
--- Let the key of a task's message stand for nothing: it did not run. Our clients write the
--- headers behind the body, in less than a kilobyte.
+-- Remove the idempotency key of a task that did not run; it is read from the task's message. Our clients write the
+-- headers after the body, in less than a kilobyte.
 local function free_key(payload, id)
   local key = string.match(string.sub(payload, -2048), '"gpuinfer_key": ?"(%x+)"')
   if not key then return end
   for _, keyed in ipairs({KEYED, KEYED_BEFORE}) do
-    -- What is no hash, or not ours to read, keeps no task from its end.
+    -- pcall: a key of another type, or without the right to read it, must not keep the task from ending.
     local value = redis.pcall('HGET', keyed, key)
     if type(value) == 'string' and string.sub(value, 43) == id then redis.call('HDEL', keyed, key) end
   end
@@ -37,8 +37,8 @@ local function memory_holds()
   return memory > 0 and math.floor(memory / 16 / KEYED_BYTES) or 1e15
 end
 
--- Return how many keys there may be in a period where there is no room for one more: its period may have to begin.
--- `most`: as this caller has it set. More memory, and more by another setting, count at once.
+-- If there is no room for another key, return the limit of keys per period. There is room if a new period is due.
+-- `most`: the limit in the settings of this call. A raised setting, or more memory, has effect at once.
 local function refused_at(ttl, most)
   local begun, length, holds = period()
   if begun + math.max(length, ttl) <= now() then return end
@@ -51,7 +51,7 @@ local function refused_at(ttl, most)
   end
 end
 
--- Let a key stand for a task.
+-- Store a key for a task.
 local function hold(key, request, id, ttl)
   local begun, length, holds = period()
   if begun + math.max(length, ttl) <= now() then

@@ -1,8 +1,8 @@
 -- Library: tasks with an ETA, which wait in sorted sets until they are due, by Redis's clock. Needs lists.
--- Each list has a set of its own, payload -> due; LATER has list -> its earliest due, and DUE the earliest of
--- all, so that who looks whether anything is due reads one string.
+-- Each list has its own set, payload -> due; LATER has list -> its earliest due; DUE is the earliest of all, so that
+-- reading one string tells whether any task is due.
 
--- Write down when the next task is due.
+-- Update DUE.
 local function note_due()
   local first = redis.call('ZRANGE', LATER, 0, 0, 'WITHSCORES')
   if first[2] then
@@ -12,8 +12,8 @@ local function note_due()
   end
 end
 
--- Put tasks into the set of a list. `entries` is {due, payload, ...}. Returns an error where something else
--- stands under the set's name. LT: by the scores alone, as who submits must not read what waits there.
+-- Put tasks into the set of a list. `entries` is {due, payload, ...}. Returns an error if the set's key has another
+-- type. LATER is updated with LT, from the given times only, because clients have no right to read the set.
 local function put_later(list, entries)
   local earliest = entries[1]
   for first = 1, #entries, 1000 do
@@ -38,7 +38,7 @@ local function count_later()
   return count
 end
 
--- Write down when the next task of a list is due, after some have left its set.
+-- Update LATER for a list after tasks have left its set.
 local function note_list(list)
   local first = redis.call('ZRANGE', LATER_PREFIX .. list, 0, 0, 'WITHSCORES')
   if first[2] then
@@ -48,9 +48,8 @@ local function note_list(list)
   end
 end
 
--- Append what is due to its list, the first due first, up to a number of tasks and bytes in all. What cannot be
--- appended, because something else stands under the list's name, stays, and is tried again after a while.
--- Returns how many were moved.
+-- Append due tasks to their lists, the earliest first, up to a total number of tasks and bytes. If a list's key has
+-- another type, its tasks stay, and are tried again after a while. Returns the number of tasks moved.
 local function move_due(tasks, bytes)
   local moved, lists = 0, redis.call('ZRANGE', LATER, '-inf', now(), 'BYSCORE', 'LIMIT', 0, 100)
   for _, list in ipairs(lists) do

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Take a worker that ends out of the fleet. One that leaves tasks in flight stays known: they are put back.
+-- Remove a worker that ends from the fleet. If it leaves tasks in flight, its name stays known until they are put back.
 -- KEYS: heartbeat, in-flight hash
 -- ARGV: worker, group
 redis.call('ZREM', IDLE, ARGV[1])

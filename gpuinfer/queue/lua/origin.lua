@@ -1,5 +1,6 @@
 #!lua flags=allow-oom
--- Note a client process, also when Redis is full: by the prefix of its ids an expired task is told from an unknown one.
+-- Register the id prefix of a client process, by which an expired task can be told from an unknown one. Runs in a full
+-- Redis, too.
 -- ARGV: prefix
 redis.call('ZADD', ORIGINS, redis.call('TIME')[1], ARGV[1])
 redis.call('ZREMRANGEBYRANK', ORIGINS, 0, -1 - ORIGINS_MOST)

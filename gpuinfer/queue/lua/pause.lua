@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
 -- needs: clock places lists
--- Pause a queue, or resume it: from a paused one nothing is claimed.
+-- Pause a queue, or resume it. Nothing is claimed from a paused queue.
 -- ARGV: a tier, or tier.model; '1' to pause it
--- Returns 1 when that has changed something.
+-- Returns 1, or 0 if it already was in that state.
 local queue, pause = ARGV[1], ARGV[2] == '1'
 local kept, there = {}, false
 for name in string.gmatch(redis.call('GET', PAUSED) or '', '%S+') do
@@ -20,7 +20,7 @@ local function write()
   return 1
 end
 if pause then return write() end
--- What waits there has left the orders, and what has come meanwhile has woken nobody.
+-- Resuming: while the queue was paused, its lists have left the orders, and its new tasks have woken no worker.
 local tier, model = string.match(queue, '^(%a+)%.?(.*)$')
 local models = model == '' and redis.call('SMEMBERS', INDEXED) or model == default_model() and {model, ''} or {model}
 for _, name in ipairs(models) do

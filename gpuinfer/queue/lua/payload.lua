@@ -1,8 +1,8 @@
--- Library: what is read of a payload, and written in front of it, as text: no payload is parsed.
+-- Library: search in a payload, and write in front of it, as text: no payload is parsed.
 --   {"gpuinfer": [deliveries, deaths], <the rest as the producer wrote it>
 
--- Return the first string that stands behind a name: '"id":'. In the body, JSON in JSON, the quotes would be
--- escaped. The plain search is ten times as fast as a pattern where a long body comes first.
+-- Return the first string value of a name, such as '"id":'. It cannot match within the body, which is JSON in a JSON
+-- string, where quotes are escaped. If a long body comes first, plain search is ten times as fast as a pattern.
 local function value_of(payload, name)
   local at = 1
   while true do
@@ -14,8 +14,8 @@ local function value_of(payload, name)
   end
 end
 
--- Return the id of a task: the header of that name, or, where protocol 1 has it in the body, the correlation id.
--- Nil when it cannot be told.
+-- Return the id of a task: the header `id`, or the correlation id, as protocol 1 has the id in the body. Nil if neither
+-- is found.
 local function id_of(payload)
   local id = value_of(payload, '"id":') or value_of(payload, '"correlation_id":')
   if not id or not string.find(id, '\\', 1, true) then return id end
@@ -23,8 +23,8 @@ local function id_of(payload)
   return read and value[1] or nil
 end
 
--- Return a payload with one delivery and the given deaths more in front of it; its deaths, and its deliveries. What is
--- no object stays as it is.
+-- Return a payload with its counts increased, by one delivery and `died` deaths; then its deaths and its deliveries. A
+-- payload that is not an object is returned unchanged.
 local function counted(payload, died)
   local head, deliveries, deaths = string.match(payload, '^({"gpuinfer": %[(%d+), (%d+)%], )')
   deliveries, deaths = (deliveries or 0) + 1, (deaths or 0) + died

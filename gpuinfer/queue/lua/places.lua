@@ -1,10 +1,10 @@
--- Library: what the name of a list says.
+-- Library: parse the names of lists.
 local SEP = '\6\22'
 local BASE = {realtime = 0, default = 10, batch = 20}
 local LAST_RANK = {realtime = '9', default = '19', batch = '29'}
 local TIERS = {[0] = 'realtime', 'default', 'batch'}
 
--- Return a list's tier, model ('' for the default one) and rank; nil when its name is not ours.
+-- Return a list's tier, model ('' for the default one) and rank; nil if it is not the name of a list of ours.
 local function place_of(list)
   local tier, model, caller, priority = string.match(list, '^(%a+)([^@\6]*)([^\6]*)(.*)$')
   local base = BASE[tier or '']

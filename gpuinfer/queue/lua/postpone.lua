@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
 -- needs: clock places lists later
--- Move claimed tasks from flight to the tasks that wait for their ETA. Nothing was delivered.
+-- Move claimed tasks from flight to the tasks that wait for their ETA. This does not count as a delivery.
 -- KEYS: in-flight hash
--- ARGV: most tasks that may wait so in all, then (seq, due in seconds since the epoch)
--- Returns {positions, from 1, of those that are due by now}, {positions of those that cannot wait}, why not ('': too
--- many do). Both stay in flight.
+-- ARGV: maximum tasks that may wait for an ETA in all, then (seq, due in seconds since the epoch)
+-- Returns {1-based positions of tasks that are due already}, {positions of tasks that cannot wait}, why they cannot
+-- ('': too many tasks wait). All of these stay in flight.
 local room, at = tonumber(ARGV[1]) - count_later(), now()
 local due, refused, why, sets = {}, {}, '', {}
 for i = 2, #ARGV, 2 do
@@ -13,7 +13,7 @@ for i = 2, #ARGV, 2 do
   if tonumber(ARGV[i + 1]) <= at then
     due[#due + 1] = place
   elseif not (payload and list) then
-    -- Somebody has put it back.
+    -- It is no longer in flight: it was put back.
   elseif room <= 0 then
     refused[#refused + 1] = place
   else

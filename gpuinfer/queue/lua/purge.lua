@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
 -- needs: clock places lists states ends again chain keyed
--- Take tasks out of a list, or out of the set of those that wait for their ETA, and end them.
+-- Remove tasks from a list, or from the set of those that wait for their ETA, and end them.
 -- KEYS: list or sorted set
--- ARGV: result ttl in seconds, 'list' or 'later', number of tasks, then for each: SHA-1 of its payload, task id
---       ('': none can be read), meta, '1' to keep the state, reply channel, label; the first to be served in front;
---       then what follows (chain.lua)
--- Returns how many were taken out: those at the head that the caller has seen. What a worker has claimed meanwhile
--- is the worker's.
+-- ARGV: result ttl in seconds, 'list' or 'later', number of tasks, then for each, in the order of serving: SHA-1 of its
+--       payload, task id ('': it cannot be read), meta, '1' to store the state, reply channel, label; then what follows
+--       (chain.lua)
+-- Returns how many were removed: the tasks at the head that are among the given ones. Tasks that a worker has claimed
+-- meanwhile are not affected.
 local queue, count = KEYS[1], tonumber(ARGV[3])
 local last = 3 + 6 * count
 local seen = {}

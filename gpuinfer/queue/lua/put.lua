@@ -1,6 +1,6 @@
 #!lua
 -- needs: clock places lists
--- Append a message of a Celery producer to its list, and wake an idle worker.
+-- Append a Celery producer's message to its list, and wake an idle worker.
 -- KEYS: list
 -- ARGV: message
 redis.call('LPUSH', KEYS[1], ARGV[1])

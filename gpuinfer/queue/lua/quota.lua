@@ -1,12 +1,11 @@
--- Library: what one caller may submit. Needs clock and places.
--- A quota is: tasks a second (0: any number), tasks at once, how many of its tasks may wait, how many bytes of them (0:
--- any number).
+-- Library: the limits of one caller. Needs clock and places. A quota is: tasks per second (0: no limit), tasks at once,
+-- maximum waiting tasks, maximum bytes of these (0: no limit).
 
--- The rate is a generic cell rate algorithm (ITU-T I.371, annex A): all that is kept of a caller is when its next task
--- would be due if all came at its rate. One may come by the length of a burst before it is due.
--- Return why not all of `count` tasks are accepted; or nothing, and a function that charges them, and returns its
--- argument with how the caller stands then. A clock that was set back, or a quota that was lowered, locks nobody out for
--- longer than a burst.
+-- The rate limit is a generic cell rate algorithm (ITU-T I.371, annex A): the only data kept of a caller is when its
+-- next task would be due at exactly its rate. A task may come before it is due, by the length of a burst. Return why
+-- not all of `count` tasks are accepted; or nil and a function that charges them, and returns its argument with the
+-- state of the rate limit. If the clock was set back, or the quota was lowered, the caller is locked out for at most
+-- the length of a burst.
 local function meter(caller, quota, count)
   local rate, burst = string.match(quota, '^(%S+) (%S+)')
   rate, burst = tonumber(rate), tonumber(burst)
@@ -14,7 +13,7 @@ local function meter(caller, quota, count)
   local at, span = now(), burst / rate
   local due = tonumber(redis.call('HGET', RATES, caller) or 0)
   due = math.max(at, math.min(due, at + span))
-  -- What is left of a millionth of a task is a rounding.
+  -- A millionth of a task is added against rounding errors.
   local fit = math.floor(burst - (due - at) * rate + 0.000001)
   if count > fit then
     fit = math.max(fit, 0)
@@ -28,8 +27,8 @@ local function meter(caller, quota, count)
   end
 end
 
--- Return how many tasks of a caller wait, also for their ETA, and how many bytes those have, with their large bodies;
--- and how many lists were looked for.
+-- Return how many tasks of a caller wait, including those with an ETA; their bytes, including large bodies; and the
+-- number of queues that were checked.
 local function count_own(caller)
   local models, tasks, bytes, looked = {[''] = true}, 0, 0, 0
   for _, model in ipairs(redis.call('ZRANGE', CATALOGUE, 0, -1)) do models[model] = true end
@@ -60,8 +59,9 @@ local function count_own(caller)
   return tasks, bytes + (redis.call('HGET', BODY_BYTES, '@' .. caller) or 0), looked
 end
 
--- Take room for `count` tasks of `size` bytes of a caller's own, as room.lua does for all: what waits is counted where
--- the last grant is used up, and half of what is left is granted. Returns why there is none.
+-- Take room for `count` tasks of `size` bytes within a caller's limits, as room.lua does for all callers: if the last
+-- grant is used up, the waiting tasks are counted, and half of the room left is granted. Returns why there is no room,
+-- or nothing.
 local function grant_key_room(caller, quota, count, size)
   local most, most_bytes = string.match(quota, '(%d+) (%d+)$')
   if most == '0' and most_bytes == '0' then return end
@@ -81,7 +81,7 @@ local function grant_key_room(caller, quota, count, size)
   elseif size > left_bytes then
     why = 'KEY_FULL bytes ' .. most_bytes
   end
-  -- Where a count takes long and there is no room for anything, the next are told so without one, for a moment.
+  -- If counting takes long and there is no room at all, calls in the next 0.1 s are refused without counting.
   if why and looked > 15 and (left <= 0 or left_bytes <= 0) then
     redis.call('HSET', ROOM, '@' .. caller, string.format('%.6f %s', now(), why))
   end

@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
 -- needs: clock places lists
--- Say what a worker serves, also when Redis is full, and that it lives; count what waits for it.
+-- Report that a worker is alive, and what it serves; count the tasks that wait for it. Runs in a full Redis, too.
 -- KEYS: heartbeat
--- ARGV: worker, group, heartbeat (a JSON object that is not empty, or '': none is written), tiers (space
---       separated), the default model where none is set yet ('' for none), then its models
--- The time by Redis's clock is put in front of the heartbeat, as "at".
+-- ARGV: worker, group, heartbeat (a JSON object that is not empty, or '': none is written), tiers (space separated),
+--       model to make the default if none is set yet ('' for none), then its models The heartbeat gets a first field
+--       "at", the time by Redis's clock.
 -- Returns how many tasks wait in its lists.
 local time = redis.call('TIME')
 local seconds = tonumber(time[1])
@@ -15,8 +15,8 @@ end
 redis.call('ZADD', WORKERS, seconds, worker)
 if default_if_none ~= '' then redis.call('SET', DEFAULT_MODEL, default_if_none, 'NX') end
 
--- Names that do not come back are forgotten: workers whose epochs are (forget.lua); who is idle no more; groups that
--- nobody has renewed for long.
+-- Remove names that are no longer used: workers whose epochs were removed (forget.lua), workers that are no longer
+-- idle, and groups that no worker has renewed for long.
 for _, void in ipairs(redis.call('ZRANGEBYSCORE', WORKERS, '-inf', seconds - WORKER_VOID, 'LIMIT', 0, 100)) do
   if redis.call('EXISTS', INFLIGHT_PREFIX .. void) == 0 and not redis.call('HGET', EPOCH_PREFIX .. void, 'number') then
     redis.call('ZREM', WORKERS, void)
@@ -28,7 +28,7 @@ redis.call('ZREMRANGEBYSCORE', IDLE_PREFIX .. group, GROUP_VOID - seconds, secon
 local function forget(groups, since)
   for _, void in ipairs(redis.call('ZRANGEBYSCORE', groups, '-inf', since)) do
     redis.call('ZREM', groups, void)
-    -- One call each: a user's right to a call is asked for all its keys at once.
+    -- One call per key: Redis checks a user's right to a command for all its keys together.
     redis.call('DEL', ORDER_PREFIX .. void)
     redis.call('DEL', AGEING_PREFIX .. void)
     redis.call('DEL', IDLE_PREFIX .. void)
@@ -54,7 +54,7 @@ for i = 6, #ARGV do
     end
   end
 end
--- An index that is empty needs no look.
+-- An empty index need not be read.
 for _, index in ipairs(redis.call('SMEMBERS', INDEXED)) do
   if redis.call('EXISTS', INDEX_PREFIX .. index) == 0 then redis.call('SREM', INDEXED, index) end
 end
@@ -64,7 +64,7 @@ end
 redis.call('ZREMRANGEBYSCORE', CATALOGUE, '-inf', seconds - MODEL_VOID)
 redis.call('ZREMRANGEBYSCORE', IDLE, '-inf', seconds - GROUP_VOID)
 
--- The group's order: begun with its first worker, and put right where the default model has changed.
+-- The group's order: create it for its first worker; correct it if the default model has changed.
 local order = redis.call('ZRANGE', ORDER_PREFIX .. group, 0, -1)
 for _, index in ipairs(order) do
   if not best[index] then redis.call('ZREM', ORDER_PREFIX .. group, index) end

@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
 -- needs: clock places lists payload
--- Put claimed tasks back at the head of their lists, and wake who may take them. Or pass them on to the lists of
--- the model that they are for, behind what was passed on before them.
+-- Put claimed tasks back at the head of their lists, and wake workers that serve them. Or pass tasks on to the end of
+-- the list of the model that they are for.
 -- KEYS: in-flight hash
--- ARGV: bytes of payload after which to stop, then (seq, '1' when it has run, in part at least: that was a
---       delivery, the model to pass it on to or ''), in the order in which they are put
--- Returns {how many of the seqs were dealt with, how many were put back, {list, why, ...} of those that stay in
--- flight}. The caller calls again for the rest.
+-- ARGV: bytes of payload after which to stop, then (seq, '1' if it has run at least in part, which counts as a
+--       delivery, model to pass it on to or ''), in the order in which they are put back
+-- Returns {how many of the seqs were processed, how many were put back, {list, why, ...} of tasks that stay in flight}.
+-- The caller calls again for the rest.
 local bytes, done, back, wakes, stuck = tonumber(ARGV[1]), 0, 0, {}, {}
 for i = 2, #ARGV, 3 do
   if bytes <= 0 then break end

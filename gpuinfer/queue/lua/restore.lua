@@ -1,21 +1,20 @@
 #!lua flags=allow-oom
 -- needs: clock places lists states again payload
--- Put tasks of a dead worker back at the head of their lists and count the death against those that ran.
--- A task whose deaths reach the limit stays in flight and is reported: the caller settles it as dead.
+-- Put tasks of a dead worker back at the head of their lists, and charge the death to those that ran.
+-- A task whose deaths reach the limit stays in flight and is returned: the caller buries it.
 -- KEYS: in-flight hash, epoch hash
--- ARGV: the epoch that the caller has begun for this (in a later one there is another worker), deaths at which
---       a task is given up, bytes of payload after which to stop, '1' when nothing else is in
---       flight, then seqs, the last claimed first
--- Returns {how many of the seqs were dealt with, put back, {ids put back}, {list, why, ...} of those that stay in flight,
--- then (seq, list, payload, deaths) of each task to give up}. The caller calls again for the rest; cut off between two calls, the next restore goes
--- on: a task leaves the record of what ran together with its place in flight.
+-- ARGV: the epoch that was begun for this restore (in a later one another worker runs), deaths at which a task is given
+--       up, bytes of payload after which to stop, '1' if nothing else is in flight, then seqs, the last claimed first
+-- Returns {how many of the seqs were processed, how many were put back, {ids put back}, {list, why, ...} of tasks that
+-- stay in flight, then (seq, list, payload, deaths) of each task to give up}. The caller calls again for the rest. If
+-- it dies between two calls, the next restore continues: a task leaves the record of what ran when it leaves flight.
 local epoch, now_counted = tonumber(ARGV[1]), tonumber(redis.call('HGET', KEYS[2], 'number') or 0)
 if now_counted > epoch then
   return redis.error_reply('STALE restore of epoch ' .. epoch .. ', now is ' .. now_counted)
 end
 local inflight, limit, bytes, last = KEYS[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4] == '1'
 
--- What had begun waits again, and says so.
+-- Let the state of a task that had begun say that it waits again.
 local ids = {}
 local function wait_again(payload, list, deliveries)
   local id = id_of(payload)
@@ -39,7 +38,7 @@ for i = 5, #ARGV do
     local deaths, deliveries
     payload, deaths, deliveries = counted(payload, ran[seq] and 1 or 0)
     if deaths >= limit then
-      -- Kept, with its count, until the caller has written its end.
+      -- Keep it in flight, with the new count, until the caller has written its end.
       redis.call('HSET', inflight, seq, payload)
       for _, part in ipairs({seq, list, payload, deaths}) do answer[#answer + 1] = part end
     else

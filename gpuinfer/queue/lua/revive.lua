@@ -1,13 +1,13 @@
 #!lua
 -- needs: clock places lists states again dead
--- Send a dead letter, or the message of a task that failed, to its list again as if newly submitted.
+-- Put a dead letter, or the message of a failed task, into its list again as if newly submitted.
 -- KEYS: list
--- ARGV: task id, payload, the end of its state (write_waiting), '1' when its body lies beside the list,
---       '1' for a task that failed, what its caller may submit, as quota.lua has it, or nothing
--- Returns 1, 0 when the letter is gone, or the task runs again by now, or why nothing was done: -1, the task has its result by now, which stands; -2,
--- its body is gone; -3, something else stands under the list's name.
+-- ARGV: task id, payload, the end of its state (write_waiting), '1' if its body is stored beside the list, '1' for a
+--       failed task, then optionally its caller's quota (quota.lua)
+-- Returns 1; 0 if the letter is gone, or the task waits or runs again; or why nothing was done: -1, the task has a
+-- result; -2, its body is gone; -3, the list's key has another type.
 local state, caller = state_of(ARGV[1]), string.match(KEYS[1], '@([^@\6]+)') or ''
--- Somebody has taken the id for another task meanwhile, or sent this one again.
+-- Meanwhile the id was used for another caller's task, or this task was retried.
 if state and (not FINAL[state] or owner_of(ARGV[1]) ~= caller) then return 0 end
 if state == 'SUCCESS' then return -1 end
 local kept = ARGV[5] == '1' and FAILED_TASKS or DEAD_LETTERS

@@ -1,15 +1,16 @@
--- Library: how much may wait. Needs places.
--- What waits is counted exactly, which takes some time, and half of the room that is found is granted: so much may
--- come before the next count. No counter goes up and down, so none can drift when plain producers fill the lists.
--- A grant is a number of tasks, of GRANT_BYTES each at most: a larger one takes several.
+-- Library: the limits of waiting tasks. Needs places. The waiting tasks are counted exactly, which takes some time.
+-- Half of the room left is then granted: that many tasks may be submitted before the next count. No counter goes up and
+-- down, so none can drift when plain producers fill the lists. A grant is a number of tasks of up to GRANT_BYTES each;
+-- a larger task takes several.
+
 -- Counting more bytes than this takes longer than a submission.
 local MANY_BYTES = 16000000
 
--- Return how many tasks wait, the bytes of those of the tier batch, those of all, and how many lists there are.
+-- Return the number of waiting tasks, the bytes of those in the tier batch, the bytes of all, and the number of lists.
 local function count_waiting()
   local seen, tasks, batch, all, lists = {}, 0, 0, 0, 0
   local function weigh(list, key)
-    -- Node by node, up to some 160 MB of small tasks; of what is more than that, the rest is taken for alike.
+    -- Exact up to about 160 MB of small tasks; beyond that, the size is extrapolated from the sampled nodes.
     local bytes = redis.pcall('MEMORY', 'USAGE', key, 'SAMPLES', 20000)
     if type(bytes) ~= 'number' then return end
     all = all + bytes
@@ -28,7 +29,7 @@ local function count_waiting()
   for _, model in ipairs(redis.call('SMEMBERS', INDEXED)) do models[model] = true end
   for model in pairs(models) do
     for _, list in ipairs(redis.pcall('ZRANGE', INDEX_PREFIX .. model, 0, -1)) do count(list) end
-    -- What plain producers may have filled.
+    -- Lists that plain producers may have filled.
     for tier in pairs(BASE) do
       local queue = model == '' and tier or tier .. '.' .. model
       local urgent = {}
@@ -48,8 +49,9 @@ local function count_waiting()
   return tasks, batch, all, lists
 end
 
--- Take room for `count` tasks of `size` bytes where the last grant is used up, and grant more. `limits`: how many
--- tasks may wait, and how many bytes (0: half of the memory), of which batch has half. Returns why there is none.
+-- Take room for `count` tasks of `size` bytes after the last grant is used up, and grant more. `limits`: maximum
+-- waiting tasks and bytes (0: half of the memory); the tier batch may use half of the bytes. Returns why there is no
+-- room, or nothing.
 local function grant_room(tier, count, size, limits, field)
   local told = redis.call('HGET', ROOM, 'full ' .. field)
   if told then
@@ -71,7 +73,7 @@ local function grant_room(tier, count, size, limits, field)
   elseif size > left then
     why = string.format('%s %.0f', tier == 'batch' and 'bytes-of-batch' or 'bytes', most_bytes)
   end
-  -- Where a count takes long and there is no room for anybody, the next are told so without one, for a moment.
+  -- If counting takes long and there is no room at all, calls in the next 0.1 s are refused without counting.
   if why and (all > MANY_BYTES or lists > 100) and (tasks >= most or left < GRANT_BYTES) then
     redis.call('HSET', ROOM, 'full ' .. field, string.format('%.6f %s', now(), why))
   end

@@ -1,15 +1,14 @@
 #!lua flags=allow-oom
 -- needs: clock places lists states ends
--- Pass tasks on that wait in one list, but are for another model, and end those that are for none. Nothing was
--- claimed; they keep their order, and so does what stays. Each of up to FEW is searched for from the end: 0.1 us
--- for each task before it. For more, all that is served before the last is popped, and what stays is pushed again:
--- 1.5 us for each task of 400 bytes.
+-- Pass on tasks that wait in one list but are for other models, and end those for unknown models. No task is claimed,
+-- and all tasks keep their order. Up to FEW tasks are searched for from the end of the list: 0.1 us for each task
+-- before one. For more, all tasks up to the last of them are popped, and those that stay are pushed back: 1.5 us for
+-- each task of 400 bytes.
 -- KEYS: list
--- ARGV: result ttl in seconds, how many tasks, from the next to be served, stand before those that were read; then
---       for each task, the one to be served first in front: how many of those that were read stand before it,
---       payload, the model that it is for, task id ('' : it is passed on), meta, '1' to keep the state, reply
---       channel, label
--- Returns how many were passed on or ended: those that still have their place.
+-- ARGV: result ttl in seconds, number of tasks served before those that were read; then for each task, in the order of
+--       serving: how many of those that were read are served before it, payload, its model, task id ('': it is passed
+--       on), meta, '1' to store the state, reply channel, label
+-- Returns how many were passed on or ended: those that are still at their place.
 local read, step, FEW = tonumber(ARGV[2]), 8, 3
 local found = redis.call('LRANGE', KEYS[1], -read - tonumber(ARGV[#ARGV - step + 1]) - 1, -read - 1)
 local moved = {}
@@ -38,7 +37,7 @@ for _, i in ipairs(moved) do
       wakes[model][3] = wakes[model][3] + 1
     end
   end
-  -- What cannot be passed on stays where it is.
+  -- A task that cannot be passed on stays where it is.
   if not why then
     deepest, count = read + ARGV[i] + 1, count + 1
     gone[deepest] = ARGV[i + 1]

@@ -1,17 +1,16 @@
 #!lua flags=allow-oom
 -- needs: states
--- Write the final states of tasks, tell them, drop the tasks from flight, and send on what follows, in one step.
+-- Write the final states of tasks, publish them, remove the tasks from flight, and send what follows, in one step.
 -- KEYS: in-flight hash
--- ARGV: result ttl in seconds, '1' when nothing runs now, number of tasks, how many messages of tasks that failed are
---       kept at most, their bytes, and for how many seconds, then for each task: seq, task id, meta, '1' to keep the
---       state ('2': it stands beside; '': it stands there already), reply channel, label; an empty seq is not in
---       flight; an empty id leaves all states as they are; then what follows (chain.lua)
--- Returns how many final states were written, {id, why, ...} of those whose key is not ours to write, and
--- {id, why, ...} of what follows and was refused.
+-- ARGV: result ttl in seconds, '1' if nothing runs now, number of tasks, limits of the kept messages of failed tasks
+--       (number, bytes and seconds, space separated; '': none are kept), then for each task: seq, task id, meta, '1' to
+--       store the state ('2': it is stored under a key of its own; '': the task has its state already), reply channel,
+--       label; an empty seq means not in flight; an empty id leaves all states unchanged; then what follows (chain.lua)
+-- Returns the number of states written, {id, why, ...} of tasks whose key cannot be written, and {id, why, ...} of the
+-- successors that were refused.
 local last = 4 + 6 * ARGV[3]
 local failed
--- Of an end that is not kept nothing tells, when it comes again, that it was told, but that the task is not in
--- flight any more.
+-- When the call is repeated, an end that is not stored was already published if its task is no longer in flight.
 local skipped
 for i = 5, last, 6 do
   if ARGV[i + 3] == '' then
@@ -47,7 +46,7 @@ local follow_ends
 if last < #ARGV then
   -- needs: ends clock places lists again chain
   local following = read_following(ARGV, last + 1)
-  -- An end that something follows is only taken from the task's holder: one call writes both, or neither.
+  -- An end with successors is written only while its task is in flight here, so that one call does both, or neither.
   for _, one in ipairs(following) do
     local i = 6 * one.which - 1
     if redis.call('HEXISTS', KEYS[1], ARGV[i]) == 0 then
@@ -58,7 +57,7 @@ if last < #ARGV then
   end
   follow_ends = function() return follow(following, ARGV[1]) end
 end
--- Changes nothing, and fails as the call below would: a task must not end and stay in flight.
+-- This changes nothing, but fails if the call below would: a task must not end and stay in flight.
 redis.call('HDEL', KEYS[1], '')
 local written, refused
 if last == 10 and not follow_ends and ARGV[6] ~= '' and ARGV[8] == '1' and #ARGV[7] <= 4096 then

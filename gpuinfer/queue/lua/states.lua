@@ -1,18 +1,18 @@
--- Library: the states of tasks. No other script writes under a result key, so that a final state is
--- written once, told to the callers who wait, and counted, whatever has ended the task.
+-- Library: the states of tasks. Only this library and ends.lua write result keys, so that a final state is written
+-- once, published, and counted, no matter what ended the task.
 local FINAL = {SUCCESS = true, FAILURE = true, REVOKED = true}
 
--- Return what stands under a task's result key, as far as its status; an error when it is no text.
+-- Return the status in a task's state; nil if there is none; nil and an error if the key is not a string.
 local function state_of(id)
   local text = redis.pcall('GETRANGE', RESULT_PREFIX .. id, 0, 31)
   if type(text) == 'table' then return nil, text.err end
-  -- What a producer of ours has written is compared whole: cheaper than to look for a word in it.
+  -- For the state written at submission, comparing its whole beginning is cheaper than a pattern.
   if text == PENDING_HEAD then return 'PENDING' end
   return string.match(text, '^{"status": ?"(%u+)"')
 end
 
--- Return whose task it is, by its state; '' for nobody's in particular, and for one that nothing is known of. The name
--- stands where nothing can be that a client or a model has written (results.py, submit.lua).
+-- Return a task's caller, from its state; '' if there is none, or no state. The caller's name comes before anything
+-- that a client or a model has written (results.py, submit.lua), so it can be trusted.
 local function owner_of(id)
   local text = redis.pcall('GETRANGE', RESULT_PREFIX .. id, 0, 127)
   if type(text) == 'table' then return '' end
@@ -21,29 +21,30 @@ local function owner_of(id)
     or ''
 end
 
--- Return all that stands under a task's result key; '' for what is no text.
+-- Return the value of a task's result key; '' if it is not a string.
 local function text_of(id)
   local text = redis.pcall('GETRANGE', RESULT_PREFIX .. id, 0, -1)
   return type(text) == 'string' and text or ''
 end
 
--- Let a final state that stands without a time to live have one: its message was dropped.
+-- Give a TTL to a final state that has none, after the task's message was dropped.
 local function expire_state(id, ttl) return redis.call('EXPIRE', RESULT_PREFIX .. id, ttl, 'NX') end
 
--- Write a state that passes: waiting, or started. Without a TTL: it is never evicted.
+-- Write a state that is not final: waiting, or started. It has no TTL, so it is never evicted.
 local function write_passing(id, meta, ...) return redis.call('SET', RESULT_PREFIX .. id, meta, ...) end
 
--- Drop what stands under a task's result key; return how many keys that were.
+-- Delete a task's result key; return the number of keys deleted.
 local function drop_state(id) return redis.call('UNLINK', RESULT_PREFIX .. id) end
 
--- Return an error unless this user may run a command: a script refused half way is not undone.
+-- Return an error if this user may not run a command. Checked first, because a script that fails half way is not
+-- undone.
 local function may(...)
   if not redis.acl_check_cmd(...) then
     return redis.error_reply('NOPERM this user may not run: ' .. table.concat({...}, ' '))
   end
 end
 
--- A large body lies beside its list, and is on account, by tier and by caller, until its task has ended.
+-- Add a task's large body to the byte counts of its tier and caller; it counts until the task ends.
 local function count_body(tier, caller, id)
   local size = redis.call('STRLEN', BODY_PREFIX .. id)
   local account = tier .. ' ' .. size .. (caller == '' and '' or ' ' .. caller)
@@ -53,16 +54,16 @@ local function count_body(tier, caller, id)
   end
 end
 
--- Count ends of one label, and the bytes of those that are kept (nil: none is). Returns an error where the counters are
--- not ours to write.
+-- Count ends with one label, and the bytes of those stored (nil: none). Returns an error if the counters cannot be
+-- written.
 local function count_ends(label, count, bytes)
   local answer = redis.pcall('HINCRBY', ENDED, label, count)
   if type(answer) == 'table' then return answer end
   if bytes then redis.pcall('HINCRBY', ENDED, 'bytes' .. string.match(label, '^%S*(.*)$'), bytes) end
 end
 
--- Add entries to a list of the history, and drop the oldest now and then. What Redis refuses here keeps no task from its
--- end.
+-- Add entries to a list of the history, and drop the oldest now and then. An error here must not keep a task from
+-- ending.
 local function remember(past, entries, most)
   for first = 1, #entries, 1000 do
     local length = redis.pcall('LPUSH', past, unpack(entries, first, math.min(first + 999, #entries)))
@@ -70,9 +71,9 @@ local function remember(past, entries, most)
   end
 end
 
--- Note ends in the history: {label, id, meta, ...}. An entry is 'microseconds label\nid\nerror', and no two have one
--- time: a call takes longer than a microsecond a task. Of a caller's task, its name is the last line. An id that somebody
--- has made up is not noted.
+-- Add ends to the history: {label, id, meta, ...}. An entry is 'microseconds label\nid\nerror', plus '\ncaller' if
+-- there is one. The times are unique, because a call takes longer than a microsecond per task. Made-up ids are left
+-- out.
 local function note_ends(ends)
   local time = redis.call('TIME')
   local at, entries, failures = time[1] * 1000000 + time[2], {}, {}
@@ -95,12 +96,12 @@ local function note_ends(ends)
   remember(FAILURES, failures, FAILURES_MOST)
 end
 
--- The ids that `finish` has found, or made, REVOKED: a set, or nil. Their idempotency keys stand for nothing.
+-- The ids that `finish` found or made REVOKED, as a set, or nil. Their idempotency keys are to be removed.
 local revoked
 
--- Write the final state of one task, as `finish` does, which takes half as long again for its tables. Returns nothing
--- where that has to do it: the task is revoked, or has ended already, a large body may have to be dropped, or the key
--- is not ours to write.
+-- Write the final state of one task, as `finish` does, which takes half as long again because of its tables. Returns
+-- nothing if `finish` has to do it: the task is revoked or has already ended, a large body may have to be dropped, or
+-- the key cannot be written.
 local function finish_one(id, meta, reply, label, ttl)
   local state, err = state_of(id)
   if string.find(meta, '^{"status": ?"REVOKED"') then return end
@@ -112,7 +113,7 @@ local function finish_one(id, meta, reply, label, ttl)
     or count_ends(label, 1, #meta)
   if denied then return nil, denied end
   redis.call('SET', key, meta, 'EX', ttl)
-  -- To publish costs no more than to ask who listens.
+  -- Publishing costs no more than asking whether anyone listens.
   redis.call('PUBLISH', key, meta)
   if ours then
     local channel = reply

@@ -1,27 +1,27 @@
 #!lua
 -- needs: clock places states
--- Append tasks to their list, remember their ids, and wake idle workers. Without allow-oom: a full Redis
--- refuses the whole call before anything is written.
--- KEYS: large bodies of some of these tasks, which lie there for a minute; from now on, until they have ended
--- ARGV: 1 tier, 2 model ('' for the default one), 3 caller ('' for none), 4 priority, 5 how many tasks and bytes
---       may wait, as room.lua has it, 6 an idempotency key and a digest of the request (32 characters each) or '',
---       7 seconds that the key holds, 8 how many keys there may be in a period, 9 seconds until they may begin or
---       '', 10 how many tasks may wait for their time in all, 11 what the caller may submit, as quota.lua has it, or
---       '', then for each task: id, payload, and the end of its meta, from its number in this call on
--- Returns the id that holds: the given one, or the one an idempotency key already stands for. A client's own id is
--- given with a key made of it: once the key or the id is known, nothing is written. With a rate, {that id, how many
--- tasks would be accepted now, seconds until the whole burst would be}.
--- What is refused leaves nothing behind.
+-- Append tasks to their list, write their states, and wake idle workers. No allow-oom: a full Redis refuses the whole
+-- call before anything is written.
+-- KEYS: large bodies of some of these tasks; they have a TTL of a minute, which this removes until the tasks have ended
+-- ARGV: 1 tier, 2 model ('' for the default one), 3 caller ('' for none), 4 priority, 5 maximum waiting tasks and bytes
+--       (room.lua), 6 an idempotency key and a digest of the request (32 characters each) or '', 7 seconds that the key
+--       is valid, 8 maximum keys in a period, 9 seconds until the tasks may begin or '', 10 maximum tasks that wait for
+--       their ETA in all, 11 the caller's quota (quota.lua) or '', then for each task: id, payload, and the end of its
+--       state, beginning with its number in this call
+-- Returns the valid id: the given one, or that of the task that already has the idempotency key. A client's own id
+-- comes with a key made from it: if the key or the id is known, nothing is written. With a rate limit, returns {that
+-- id, tasks that would be accepted now, seconds until a full burst would be accepted}. A refused call leaves nothing
+-- behind.
 local charge, key_room
 local function accept(id) return charge and charge(id) or id end
 local function drop_these()
   for _, body in ipairs(KEYS) do
-    -- One that is kept, of a task of this id that was there before, has no time to live.
+    -- A body without a TTL belongs to an earlier task with this id, and is kept.
     if redis.call('TTL', body) >= 0 then redis.call('UNLINK', body) end
   end
 end
 local function refuse(why)
-  -- A call repeated because its answer was lost: all of it was accepted.
+  -- If the task has a state, this call repeats one whose answer was lost, and which was accepted as a whole.
   if state_of(ARGV[12]) then return ARGV[12] end
   drop_these()
   return redis.error_reply(why)
@@ -57,9 +57,9 @@ if ARGV[6] ~= '' then
   local key, request, ttl = string.sub(ARGV[6], 1, 32), string.sub(ARGV[6], 33), tonumber(ARGV[7])
   local holder, same = holder_of(key, request)
   local own = state_of(ARGV[12])
-  -- One that was cancelled, purged, or too late holds no more, except under its own id.
+  -- A task that was cancelled or purged, or has expired, frees its key, except for a request with its own id.
   if holder and holder ~= ARGV[12] and state_of(holder) == 'REVOKED' then holder = nil end
-  -- A body that is kept for a task of this id, which nothing else is known of any more, is not this one's.
+  -- A body without a TTL is kept for an earlier task with this id, whose state is gone: it does not belong to this one.
   local other = false
   if not holder and not own then
     for _, body in ipairs(KEYS) do other = other or redis.call('TTL', body) == -1 end
@@ -77,7 +77,7 @@ end
 local queue, index = tier, ''
 if model ~= '' and model ~= usual then queue, index = queue .. '.' .. model, model end
 if caller ~= '' then queue = queue .. '@' .. caller end
--- Numbers that are often the same are given as texts: to write one out takes half a microsecond.
+-- Frequent numbers are given as texts, because formatting one takes half a microsecond.
 local rank = priority == '0' and LAST_RANK[tier] or BASE[tier] + 9 - priority
 local list = priority == '0' and queue or queue .. SEP .. priority
 local length = redis.pcall('LLEN', list)
@@ -100,9 +100,9 @@ if redis.call('HINCRBY', ROOM, room, taken) < 0 then
   if full then return refuse('QUEUE_FULL ' .. full) end
 end
 if hold_key then hold_key() end
--- A task's place is told by counters: 1 for the default model's lists and 0 for its own, how many were claimed from the
--- list until now (-1: not looked up), how many wait there, and, from the caller, which of this call's tasks it is. For
--- one that comes into an empty list the last is enough.
+-- The `place` in a state is: 1 for the default model's lists or 0 for another model's, tasks claimed from the list
+-- until now (-1: not read), tasks waiting there, and, given by the client, the task's number in this call. If the list
+-- is empty, a single task needs only the last.
 local is_default = index == ''
 local claimed, ahead = '-1', length == 0 and '0' or string.format('%d', length) -- in half the time of ..
 if length > 0 or count > 1 then
@@ -114,8 +114,8 @@ local meta = PENDING_HEAD .. 'null,"about":{' .. owner .. '"queue":"' .. tier ..
   .. (is_default and '","place":[1,' or '","place":[0,') .. claimed .. ',' .. ahead .. ','
 local payloads = {}
 for i = 12, #ARGV, 3 do
-  -- NX: a call repeated because its answer was lost appends nothing twice.
-  -- Without a TTL: what waits is never evicted, and so never forgotten.
+  -- NX: a call that is repeated because its answer was lost appends nothing twice.
+  -- No TTL: the state of a waiting task must never be evicted.
   if write_passing(ARGV[i], meta .. ARGV[i + 2], 'NX') then payloads[#payloads + 1] = ARGV[i + 1] end
 end
 local accepted = #payloads
@@ -132,7 +132,7 @@ for i = 1, #KEYS do
   end
 end
 if ARGV[9] ~= '' then
-  -- In the order in which they were given. Nobody is woken: who is idle looks when the first is due.
+  -- Keep the given order. No worker is woken: idle workers check when the first task is due.
   -- needs: later
   local entries, at = {}, now() + tonumber(ARGV[9])
   for i, payload in ipairs(payloads) do

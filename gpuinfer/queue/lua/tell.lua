@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Tell the other hosts' watchers about one's own instances, also when Redis is full, and hear theirs.
+-- Store a watcher's report on its host's instances, and return the reports of all hosts. Runs in a full Redis, too.
 -- KEYS: hash of all hosts
--- ARGV: host, what it tells (JSON)
--- Returns the hash: host, what it tells, ...
+-- ARGV: host, report (JSON)
+-- Returns {host, report, ...}.
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 return redis.call('HGETALL', KEYS[1])
