@@ -61,7 +61,7 @@ class HandWorker:
     def claim(self, room: int = 1) -> list[Claimed]:
         """Take tasks, also those of plain producers."""
         self.register()
-        return self.store.claim(room, look=True)
+        return self.store.claim(room, search=True)
 
     def begin(self, task: Claimed) -> str:
         """Mark a claimed task as running; return its id."""

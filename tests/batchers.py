@@ -18,10 +18,10 @@ class Line:
     def __init__(self, batcher: Batcher) -> None:
         self._batcher = batcher
 
-    def claim(self, *, look: bool = True) -> int:
+    def claim(self, *, search: bool = True) -> int:
         state = self._batcher.state
         tasks = self._batcher.store.claim(
-            self._batcher.wants(), state=state, begin=state == "idle", look=look
+            self._batcher.wants(), state=state, begin=state == "idle", search=search
         )
         if tasks:
             self._batcher.receive(self, tasks)  # type: ignore[arg-type]  # all of a channel that is used

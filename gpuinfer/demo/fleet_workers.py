@@ -120,7 +120,7 @@ class FleetWorker:
             self._done, self._told_at, self._told_s = 0, 0.0, self.computed_s
             self._told_done, since = 0, time.time()
             while not self._stop.is_set():
-                tasks = store.claim(_BATCH, look=True)
+                tasks = store.claim(_BATCH, search=True)
                 if tasks:
                     self._work(store, tasks)
                 if time.monotonic() - self._told_at >= _BEAT_S:

@@ -14,10 +14,10 @@ from gpuinfer.queue.store import Store
 class TaskChannel(Protocol):
     """The part of the channel that a sink uses."""
 
-    def claim(self, *, look: bool = False) -> int:
+    def claim(self, *, search: bool = False) -> int:
         """Claim the wanted tasks and pass them to the sink; return how many.
 
-        ``look``: first check the lists that plain producers may have filled.
+        ``search``: first check the lists that plain producers may have filled.
         """
 
     def again(self) -> None:

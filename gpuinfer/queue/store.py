@@ -150,14 +150,14 @@ class Store:
         max_bytes: int = MAX_BYTES,
         state: State = "free",
         begin: bool = False,
-        look: bool = False,
+        search: bool = False,
     ) -> list[Claimed]:
         """Take tasks of one model, the most urgent first, with about ``max_bytes`` of payloads.
 
         ``wants`` as a number is the count for each model. Other idle workers of this group are left their
         share. With ``begin``, a single task is noted as running, which saves the call of ``begin``. With
-        ``look``, the lists that plain producers may have filled are checked first. Raises redis-py's errors,
-        WorkerRunning, TakenBack, FormatMismatch.
+        ``search``, the lists that plain producers may have filled are checked first. Raises redis-py's
+        errors, WorkerRunning, TakenBack, FormatMismatch.
         """
         wants = self.wants(wants) if isinstance(wants, int) else wants
         if not self._can_claim(wants):
@@ -166,7 +166,7 @@ class Store:
             self._begin_epoch()
         if self.membership.group != self.group:
             self.register()
-        order = self._order(wants, max_bytes, state, begin=begin, look=look)
+        order = self._order(wants, max_bytes, state, begin=begin, search=search)
         try:
             answer = self._claim(keys=order.keys, args=order.args)
         except (redis.ConnectionError, redis.TimeoutError):
@@ -186,12 +186,12 @@ class Store:
             return None
         if self.membership.group != self.group:
             return None
-        return self._order(wants, MAX_BYTES, state, begin=begin, look=False)
+        return self._order(wants, MAX_BYTES, state, begin=begin, search=False)
 
     def _can_claim(self, wants: Wants) -> bool:
         return bool(self.queues) and any(want.count > 0 for want in wants.values())
 
-    def _order(self, wants: Wants, max_bytes: int, state: State, *, begin: bool, look: bool) -> Order:
+    def _order(self, wants: Wants, max_bytes: int, state: State, *, begin: bool, search: bool) -> Order:
         args: list[Argument] = [
             self._epoch.number,
             self._seq,
@@ -203,7 +203,7 @@ class Store:
             self.group,
             self._tiers,
         ]
-        lists = self.plain.names if look else []
+        lists = self.plain.names if search else []
         args += (self.default if self.default in self.models else "", len(lists), *lists)
         args += flat_wants(self.models, wants)
         return Order((self.inflight, keys.epoch(self.worker)), args, self._epoch.number, self._claim_sha)

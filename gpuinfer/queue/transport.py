@@ -229,7 +229,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
     @property
     def ordered(self) -> bool:
         """True while there is an outstanding claim whose tasks will belong to this worker."""
-        return self.sink is not None and self._wait.stands(self.store)
+        return self.sink is not None and self._wait.outstanding(self.store)
 
     def withdraw(self) -> None:
         """Cancel the outstanding claim; release anything it took."""
@@ -244,14 +244,14 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         delivered = {seq for tag in self.qos._delivered if (seq := seq_of(tag)) is not None}
         self.store.reconcile(sink.held() | delivered)
 
-    def look(self) -> None:
+    def check_lists(self) -> None:
         """Check the lists once, for tasks of plain producers, which wake no worker."""
         if self.ordered and self._wait.overdue(self._in_poll):
             self.withdraw()
         if not self.listening or not self.store.waits():
             return
         if not self.ordered:
-            self.claim(look=True)
+            self.claim(search=True)
         elif self.store.plain.index():
             self._silent_at = stock.monotonic()
             self._end_wait()
@@ -276,7 +276,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
     def again(self) -> None:
         """Claim after a batch has ended; check the lists, too, if plain producers were active recently."""
         if self.silent:
-            self.look()
+            self.check_lists()
         else:
             self.claim()
 
@@ -295,7 +295,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
         """True if there are task queues to claim from, and the sink wants tasks."""
         return not self.closed and self.sink is not None and bool(self.served) and bool(self.sink.wants())
 
-    def claim(self, *, look: bool = False) -> int:
+    def claim(self, *, search: bool = False) -> int:
         """Claim the wanted tasks and pass them to the sink; return how many."""
         sink = self.sink
         if sink is None or self.ordered or self.closed or not self.served:
@@ -309,7 +309,7 @@ class Channel(stock.Channel):  # type: ignore[misc]  # kombu is not annotated
             if store.uncertain:
                 self._reconcile(sink)
             state = sink.state
-            tasks = store.claim(wants, state=state, begin=state == "idle", look=look)
+            tasks = store.claim(wants, state=state, begin=state == "idle", search=search)
         except (WorkerRunning, TakenBack, UnusableRedis) as exc:
             sink.fenced(exc)
             return 0
@@ -360,7 +360,7 @@ class Transport(stock.Transport):  # type: ignore[misc]  # kombu is not annotate
         """Check the lists, for tasks of plain producers, which wake no worker."""
         for channel in list(self.channels):
             if not channel.fresh:
-                channel.look()
+                channel.check_lists()
 
 
 def register() -> None:

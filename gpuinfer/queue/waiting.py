@@ -48,7 +48,7 @@ class WaitingClaim:
             found = answer(connection)
             self._known = connection._sock, found if isinstance(found, int) else None
 
-    def stands(self, store: Store) -> bool:
+    def outstanding(self, store: Store) -> bool:
         """Tell whether there is an outstanding claim whose tasks will belong to this worker."""
         return self.order is not None and store.current(self.order)
 

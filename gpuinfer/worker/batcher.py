@@ -223,7 +223,7 @@ class Batcher:
             return
         self._held.finishing = done.batch
         try:
-            self.channel.claim(look=True)
+            self.channel.claim(search=True)
         except (redis.RedisError, OSError):
             pass  # the event loop notices it, and reconnects
         finally:

@@ -48,7 +48,7 @@ def send(app: Celery, canvas: Any, store: Store) -> Claimed:
     with app.connection_for_read() as connection:
         message = connection.default_channel._get("realtime")
     store.client.lpush("realtime", json.dumps(message))
-    (task,) = store.claim(1, look=True)
+    (task,) = store.claim(1, search=True)
     return task
 
 
@@ -245,4 +245,4 @@ def test_a_chord_is_refused(store: Store, client: Client, shop: Celery) -> None:
     store.settle([end(store, task, 1)])
     with pytest.raises(ChainRefused, match=r"celery\.chord"):
         client.result(result.id, timeout_s=60)
-    assert ids(store.claim(9, look=True)) == []
+    assert ids(store.claim(9, search=True)) == []

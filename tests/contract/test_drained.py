@@ -26,7 +26,7 @@ def test_a_drained_worker_claims_nothing(store: Store, broker: BrokerSettings) -
     assert (store.is_drained(), other.is_drained()) == (True, False)
     wanted = send(store, 3)
     store.client.lpush("realtime", message())
-    assert store.claim(9, state="idle", look=True) == []
+    assert store.claim(9, state="idle", search=True) == []
     store.settle([done(held)])
     assert ids([held]) == [first]
     again = store_of(broker, store.worker)

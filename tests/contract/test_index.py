@@ -53,7 +53,7 @@ def test_a_plain_producers_list_enters_by_a_look(store: Store) -> None:
     assert len(store.claim(1)) == 1
     store.client.lpush("default\x06\x163", message())
     assert store.claim(1) == []
-    (task,) = store.claim(1, look=True)
+    (task,) = store.claim(1, search=True)
     assert (task.list_key, task.model) == ("default\x06\x163", "digits")
 
 
@@ -76,7 +76,7 @@ def test_an_index_that_somebody_has_deleted(broker: BrokerSettings, client: Clie
     store.client.delete(keys.index(), keys.index(model), keys.INDEXED)
     assert store.claim(1) == []
     assert store.waits()
-    assert ids(store.claim(1, look=True)) == [task]
+    assert ids(store.claim(1, search=True)) == [task]
 
 
 def test_a_claim_costs_the_same_with_many_models(broker: BrokerSettings, client: Client) -> None:

@@ -120,7 +120,7 @@ def test_what_is_nobodys(client: Client, store: Store) -> None:
     with pytest.raises(TaskNotFound):
         client.cancel(task_id, only="alice")
     assert store.client.exists(keys.result(task_id)) == 0
-    (task,) = store.claim(1, look=True)
+    (task,) = store.claim(1, search=True)
     ends(store, task, results.failure, TaskFailed("no"))
     assert client.status(task_id, only="alice").state == "failed"
     with pytest.raises(TaskNotFound):

@@ -25,7 +25,7 @@ def test_nothing_is_claimed_from_a_paused_queue(store: Store, client: Client) ->
     assert not set_paused(store.client, "realtime", paused=True)
     wanted, other = send(store, 2), send(store, 1, queue="batch")
     store.client.lpush("realtime", message())
-    assert ids(store.claim(9, look=True)) == other
+    assert ids(store.claim(9, search=True)) == other
     assert not store.waits()  # nobody looks there again and again
     assert store.claim(9, state="idle") == []
     depth = read_depth(store.client)
@@ -62,7 +62,7 @@ def test_a_foreign_key_stops_its_own_list_alone(store: Store, name: str) -> None
         raw.set(name, "a stranger's")
     wanted = send(store, 1, model="digits", queue="batch") if name != keys.index() else []
     raw.lpush("realtime\x06\x169", message())
-    came = store.claim(9, look=True) + store.claim(9, look=True)
+    came = store.claim(9, search=True) + store.claim(9, search=True)
     assert set(wanted) <= set(ids(came)) or name == keys.index("digits")
     assert bool(came) == (name != keys.index())
     store.register(b'{"state":"idle"}')

@@ -45,7 +45,7 @@ def test_no_call_takes_much(store: Store, size: int) -> None:
         store.client.lpush("realtime", text)
     held: list[Claimed] = []
     while len(held) < count:
-        held += store.claim(500, look=True)
+        held += store.claim(500, search=True)
     least = max(count // returns.CALL_TASKS, count // (returns.CALL_BYTES // len(text) + 1))
     assert calls(store, store.take_back) >= least
     held = []
@@ -160,7 +160,7 @@ def test_what_is_no_message_is_put_back_too(store: Store, client: Client) -> Non
     """Bytes that are no object, and a payload without an id, stay as they are."""
     for text in (b"not json", b'{"headers": {}}', message()):
         store.client.lpush("realtime", text)
-    held = store.claim(3, look=True)
+    held = store.claim(3, search=True)
     restored = store.restore()
     assert restored.returned == 3
     assert len(restored.ids) == 1

@@ -140,7 +140,7 @@ def test_plain_producers_count(store: Store, limited: Make) -> None:
     store.client.lpush("realtime.digits\x06\x163", *[message()] * 8)
     assert fill(limited(max_waiting=20)) == 4
     store.client.lpush("realtime", *[message()] * 8)
-    assert len(store.claim(100, look=True)) == 28
+    assert len(store.claim(100, search=True)) == 28
 
 
 def test_what_has_left_makes_room(store: Store, limited: Make) -> None:

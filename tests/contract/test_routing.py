@@ -89,7 +89,7 @@ def test_a_worker_passes_on_what_it_claims(store: Store, other: Store, client: C
     tasks = [plain(store, URGENT, "digits" if number % 3 == 2 else "ocr") for number in range(12)]
     own = []
     for _ in range(2):
-        claimed = store.claim(6, look=True)
+        claimed = store.claim(6, search=True)
         strange = {task.seq: "ocr" for task in claimed if decode(task.payload).body()[1]["model"] == "ocr"}
         assert store.release(strange, models=strange) == 4
         own += [task for task in claimed if task.seq not in strange]
@@ -116,7 +116,7 @@ def test_a_worker_of_another_model_routes(store: Store, other: Store) -> None:
     wanted = [sent[key][place] for key in (URGENT, "realtime", "batch") for place in (0, 2, 4)]
     assert ids(other.claim(100)) == wanted
     own = [sent[key][place] for key in (URGENT, "realtime", "batch") for place in (1, 3)]
-    assert ids(store.claim(100, look=True)) == own
+    assert ids(store.claim(100, search=True)) == own
 
 
 def test_nobody_routes_past_a_living_worker(store: Store, other: Store) -> None:
@@ -163,7 +163,7 @@ def test_many_are_passed_on_in_their_order(
     assert looks.pass_on() == 22
     assert commands(store, "lrem") == (22 if far else 0)
     assert ids(other.claim(100)) == [*sent[2::3], *[decode(twice).id] * 2]
-    assert ids(store.claim(100, look=True)) == [one for number, one in enumerate(sent) if number % 3 != 2]
+    assert ids(store.claim(100, search=True)) == [one for number, one in enumerate(sent) if number % 3 != 2]
 
 
 def test_a_look_costs_redis_little(store: Store, other: Store) -> None:
@@ -213,7 +213,7 @@ def test_a_router_ends_what_nobody_knows(store: Store, other: Store, client: Cli
         client.result(lost, timeout_s=60)
     assert store.client.hget(keys.ENDED, "failed realtime nosuch") == b"1"
     assert ids(other.claim(10)) == [found]
-    assert ids(store.claim(10, look=True)) == [own]
+    assert ids(store.claim(10, search=True)) == [own]
     assert not store.client.exists(keys.index("nosuch"), "realtime.nosuch")
 
 

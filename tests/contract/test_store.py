@@ -310,7 +310,7 @@ def test_a_claim_that_begins_nothing(store: Store, client: Client) -> None:
         assert begin(store, [task]) == ({0} if inputs == [1] else set())
         store.settle([Final(task.seq, "", b"")], idle=True)
     store.client.lpush("realtime", b'{"body": "\\"id\\": \\"x\\""}')
-    assert store.claim(1, begin=True, look=True)[0].noted_id is None
+    assert store.claim(1, begin=True, search=True)[0].noted_id is None
     assert not store.client.hexists(store.inflight, "running")
 
 

@@ -93,7 +93,7 @@ def test_restore_finds_the_id_of_any_producer(
     """The state of what had begun is found also where the id is the correlation id, or escaped."""
     text = json.dumps({"headers": headers, "properties": {"correlation_id": correlation_id}})
     store.client.lpush("realtime", text.replace("/", "\\/"))
-    (task,) = store.claim(1, look=True)
+    (task,) = store.claim(1, search=True)
     store.begin([(task.seq, task_id, results.started(task_id, "w", 1))])
     assert client.status(task_id).state == "running"
     store.restore()

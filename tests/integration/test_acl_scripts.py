@@ -333,7 +333,7 @@ def test_worker(redis_server: OurRedis) -> None:
         assert store.plain.index() >= 2
         assert catalogue.unknown(store.client, ["digits", "nothing"]) == ("nothing",)
         while tasks := store.claim(
-            {"digits": Want(2), "resnet": Want(1)}, begin=True, look=True, state="idle"
+            {"digits": Want(2), "resnet": Want(1)}, begin=True, search=True, state="idle"
         ):
             store.begin([(task.seq, decode(task.payload).id, b"{}") for task in tasks])
             first, *rest = tasks
@@ -414,7 +414,7 @@ def test_administrator(redis_server: OurRedis) -> None:
     with redis_server.client("worker") as own, redis_server.client() as admin:
         store = worker(own)
         admin.lpush("realtime", plain())
-        (task,) = store.claim(1, look=True)
+        (task,) = store.claim(1, search=True)
         letter = store.bury(task.seq, task.list_key, task.payload, DeadLettered("x"))
         with pytest.raises(redis.ResponseError):
             own.hget(keys.DEAD, letter)

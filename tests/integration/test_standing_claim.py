@@ -104,7 +104,7 @@ def test_a_producer_that_tells_nobody(channel: Channel, taker: Taker, client: Cl
     taker.store.client.lpush(keys.list_key("default", 0), payload)
     turn(channel, 0.1)
     assert not taker.tasks
-    channel.look()
+    channel.check_lists()
     assert channel.silent
     until(channel, lambda: taker.tasks)
     assert len(taker.tasks) == 1
@@ -215,11 +215,11 @@ def test_a_finder_wakes_nobody_else(channel: Channel, taker: Taker, client: Clie
     client.submit([1.0], queue="batch")
     turn(channel)
     stand(channel)
-    channel.look()
+    channel.check_lists()
     assert not channel.silent
     before = counted(taker, "lpush")
     taker.store.client.lpush("default", payload)
-    channel.look()
+    channel.check_lists()
     until(channel, lambda: taker.tasks)
     assert len(taker.tasks) == 1
     assert counted(taker, "lpush") == before + 1
@@ -242,7 +242,7 @@ def test_a_redis_that_ends_no_waits(
     for _ in range(2):
         stand(channel)
         taker.store.client.lpush("default", payload)
-        channel.look()
+        channel.check_lists()
         until(channel, lambda: taker.tasks)
         assert len(taker.tasks) == 1
         taker.tasks.clear()

@@ -90,7 +90,7 @@ def test_a_connection_that_is_dropped_unread(channel: Channel, taker: Taker, cli
     tasks.append(client.submit([2.0]))
     while len(taker.tasks) < 2:
         turn(channel)
-        channel.look()
+        channel.check_lists()
     assert (taker.ids, taken(taker)) == (tasks, 2)
 
 
@@ -102,15 +102,15 @@ def test_a_connection_that_goes_silent(wire: Wire, taker: Taker, client: Client,
         wire.cut()
         tasks = [client.submit([1.0])]
         wait_until(lambda: taken(taker) == 1)
-        channel.look()
+        channel.check_lists()
         tasks.append(client.submit([2.0]))
-        channel.look()
+        channel.check_lists()
         assert channel.ordered
         assert not taker.tasks
         let_it_be_overdue(channel)
         epoch = int(taker.store.client.hget(keys.epoch(NAME), "number") or 0)
         for _ in range(5):
-            channel.look()
+            channel.check_lists()
         assert (taker.ids, taken(taker)) == (tasks, 2)
         assert int(taker.store.client.hget(keys.epoch(NAME), "number") or 0) == epoch + 1
         channel.client.connection.disconnect()
@@ -126,7 +126,7 @@ def test_a_late_answer_of_a_busy_worker(channel: Channel, taker: Taker, client: 
     task = client.submit([1.0])
     wait_until(lambda: taken(taker) == 1)
     let_it_be_overdue(channel)
-    channel.look()
+    channel.check_lists()
     assert channel.ordered
     turn(channel, 60)
     assert taker.ids == [task]
@@ -167,7 +167,7 @@ def test_a_doubt_whose_answer_is_lost(
     task = client.submit([1.0])
     while not taker.tasks:
         turn(channel)
-        channel.look()
+        channel.check_lists()
     assert taker.end is None
     assert taker.ids == [task]
 

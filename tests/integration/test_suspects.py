@@ -227,7 +227,7 @@ def test_nothing_is_read_beside_a_task_with_a_death(worker: Worker, client: Clie
     assert batcher.engine.current is not None
     assert batcher.engine.current.tasks[0].envelope.deaths == 1
     bomb = send(worker, KILLS_ITS_READER, compressed=False)
-    unread = worker.store.claim(1, look=True)
+    unread = worker.store.claim(1, search=True)
     assert len(unread) == 1
     batcher.receive(worker.line, unread)  # type: ignore[arg-type]  # on its way when the batch began
     go_on.set()
@@ -268,7 +268,7 @@ def test_unpacked_arguments_are_bounded(worker: Worker, monkeypatch: pytest.Monk
     batcher.engine.probing = True  # nothing begins
     for _ in range(64):
         send(worker, [1.0] * 250_000)  # 1,000,000 bytes, and 1.5 KB in the list
-    claims = worker.store.claim(64, look=True)
+    claims = worker.store.claim(64, search=True)
     assert len(claims) == 64
     batcher.receive(worker.line, claims)  # type: ignore[arg-type]
     assert len(batcher.held()) <= 3
