@@ -125,7 +125,7 @@ class Driver:
         return self._signatures.all_ready(model, values, many=many)
 
     def _ask_signature(self, model: str) -> Steps[None]:
-        """Ask what a model takes. A user without the right to know is not told."""
+        """Fetch a model's signature; a Redis user without the right to read it goes without."""
         try:
             found = yield "HGET", keys.SIGNATURES, model
         except ResponseError:

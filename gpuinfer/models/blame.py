@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts exceptions from a model's code to our errors, with the file and line in the model."""
+"""Converts exceptions from a model's code to gpuinfer's errors, with the file and line in the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST = 500
 
 
 def blame(exc: BaseException, folder: Path, what: str, otherwise: type[GpuinferError]) -> GpuinferError:
-    """Convert a model's exception to our error: ``what: type: message (file, line N)``.
+    """Convert a model's exception to an error with the text ``what: type: message (file, line N)``.
 
     The line is the innermost one in the model's ``folder``. The error is DeviceOutOfMemory, DeviceError, or
     ``otherwise`` for anything else. Its cause is ``exc``, for the journal.

@@ -33,7 +33,7 @@ PINNED_BYTES = 256 * 1024 * 1024
 
 
 class Surface(Protocol):
-    """What is used of CUDA: streams run what they are given in order, beside each other and the host."""
+    """The operations of CUDA that are used. A stream runs its work in order, in parallel to the others."""
 
     def stream(self) -> Any:
         """Make a stream."""
@@ -42,31 +42,31 @@ class Surface(Protocol):
         """Return the stream on which this thread computes."""
 
     def on(self, stream: Any) -> AbstractContextManager[Any]:
-        """Let this thread use a stream."""
+        """Make a stream the current one of this thread."""
 
     def record(self, stream: Any) -> Any:
-        """Return an event that happens once all has run that the stream was given so far."""
+        """Return an event that happens once the stream has run all work queued so far."""
 
     def wait(self, stream: Any, event: Any) -> None:
-        """Let a stream, and not the host, wait for an event before what it is given next."""
+        """Make a stream wait for an event before its next work. The host does not wait."""
 
     def finish(self, event: Any) -> None:
-        """Let the host wait for an event. Raises RuntimeError for what has failed on the GPU."""
+        """Make the host wait for an event. Raises RuntimeError if work has failed on the GPU."""
 
     def page_locked(self, count: int) -> torch.Tensor:
-        """Return this many bytes of the host's memory, page-locked."""
+        """Return this many bytes of page-locked memory on the host."""
 
     def empty_like(self, source: torch.Tensor) -> torch.Tensor:
-        """Return memory on the GPU, for the stream that this thread uses."""
+        """Return memory on the GPU, for this thread's current stream."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Give the stream that this thread uses a copy to do."""
+        """Queue a copy on this thread's current stream."""
 
     def away(self, tensor: torch.Tensor) -> bool:
         """Tell whether a tensor is on the GPU."""
 
     def keep(self, tensor: torch.Tensor, stream: Any) -> None:
-        """Let a tensor's memory go to nobody else before what the stream was given so far has run."""
+        """Do not reuse a tensor's memory until the stream has run all work queued so far."""
 
 
 class Cuda:
@@ -78,7 +78,7 @@ class Cuda:
     def stream(self) -> Any:
         import torch
 
-        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch left it out
+        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch does not annotate it
 
     def current(self) -> Any:
         import torch
@@ -121,7 +121,7 @@ class Cuda:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Memory of the host to copy from or to, as a tensor and as an array. The array holds it."""
+    """Memory of the host to copy from or to, as a tensor and as an array. The array keeps it allocated."""
 
     tensor: torch.Tensor
     array: Array
@@ -129,7 +129,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Tensors on their way to the GPU, and what they are copied from."""
+    """Tensors that are being copied to the GPU, and their sources."""
 
     tensors: Sequence[torch.Tensor]
     sources: Sequence[Host]
@@ -137,21 +137,21 @@ class Arrival:
 
 
 class Copies:
-    """One model's copies in and out. ``host``, ``send`` and ``land`` are for any thread, the rest for the
-    one that computes."""
+    """One model's copies in and out. Any thread may call ``host``, ``send`` and ``land``; the other methods
+    are for the device thread."""
 
     def __init__(self, surface: Surface, most_bytes: int = PINNED_BYTES) -> None:
         self._surface = surface
         self._most = most_bytes
         self._in, self._out = surface.stream(), surface.stream()
         self._lock = threading.Lock()
-        #: What is page-locked and not let go of, and its bytes.
+        #: The page-locked arrays in use, and their bytes.
         self._locked: list[tuple[weakref.ref[Array], int]] = []
 
     def host(self, shape: Sequence[int], dtype: torch.dtype, of: np.dtype[Any] | None = None) -> Host:
         """Return memory to copy from or to, page-locked unless too much is in use.
 
-        ``of`` is the array's dtype, where numpy has none like the tensor's.
+        ``of``: the array's dtype, if numpy does not have the tensor's.
         """
         size = dtype.itemsize * math.prod(shape)
         memory, whole = self._memory(size)
@@ -159,7 +159,7 @@ class Copies:
         return Host(memory.view(dtype).view(tuple(shape)), array)
 
     def _memory(self, size: int) -> tuple[torch.Tensor, Array]:
-        """Return bytes as a tensor and as an array, which each view of it holds."""
+        """Return bytes as a tensor and as an array, to which each view of it keeps a reference."""
         import torch
 
         with self._lock:
@@ -167,7 +167,7 @@ class Copies:
             if 0 < size <= self._most - sum(count for _, count in self._locked):
                 try:
                     memory = self._surface.page_locked(size)
-                except RuntimeError:  # the system allows no more: copies go without
+                except RuntimeError:  # the system allows no more: use normal memory from now on
                     self._most = 0
                 else:
                     whole: Array = memory.numpy()
@@ -177,7 +177,7 @@ class Copies:
         return memory, memory.numpy()
 
     def send(self, sources: Sequence[Host]) -> Arrival:
-        """Begin to copy what is with the host to the GPU."""
+        """Start to copy memory of the host to the GPU."""
         surface = self._surface
         with surface.on(self._in):
             targets = [surface.empty_like(source.tensor) for source in sources]
@@ -186,7 +186,7 @@ class Copies:
             return Arrival(targets, sources, surface.record(self._in))
 
     def arrive(self, arrival: Arrival) -> Sequence[torch.Tensor]:
-        """Return what was sent: this thread's computing begins once it is there. The host goes on."""
+        """Return the tensors that were sent. This thread's stream waits for them; the host does not."""
         stream = self._surface.current()
         self._surface.wait(stream, arrival.event)
         for tensor in arrival.tensors:
@@ -194,17 +194,17 @@ class Copies:
         return arrival.tensors
 
     def away(self, tensor: torch.Tensor) -> bool:
-        """Tell whether a tensor must be fetched."""
+        """Tell whether a tensor is on the GPU, so that it must be fetched."""
         return self._surface.away(tensor)
 
     def computed(self) -> Any:
-        """Wait until this thread's computing is done; return the event. Raises what the GPU has met."""
+        """Wait until this thread's stream has finished; return the event. Raises the GPU's error."""
         event = self._surface.record(self._surface.current())
         self._surface.finish(event)
         return event
 
     def fetch(self, sources: Sequence[torch.Tensor], computed: Any) -> tuple[list[Array], Any]:
-        """Begin to copy results to the host: the arrays may be read once the event has landed."""
+        """Start to copy results to the host. The arrays may be read after ``land(event)``."""
         surface = self._surface
         arrays = []
         with surface.on(self._out):
@@ -217,7 +217,7 @@ class Copies:
             return arrays, surface.record(self._out)
 
     def land(self, event: Any) -> None:
-        """Wait until results are with the host. Raises RuntimeError for a GPU that has failed."""
+        """Wait until results are in the host's memory. Raises RuntimeError if the GPU has failed."""
         self._surface.finish(event)
 
 

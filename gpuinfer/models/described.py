@@ -18,11 +18,11 @@ from gpuinfer.models.as_json import as_json
 from gpuinfer.models.manifest import FORMATS
 from gpuinfer.models.specs import DTYPES, FREE
 
-#: Sides of a picture that are tried, the usual one first: a net with a linear layer takes one size alone.
+#: Sides of a picture to try, the usual one first: a network with a linear layer accepts only one size.
 _SIDES = (224, 32, 28, 64, 96, 128, 160, 256, 299, 384, 512, 8)
-#: Lengths that are tried of a signal or a text.
+#: Lengths of a signal or a text to try.
 _LENGTHS = (64, 128, 512, 1024, 16000)
-#: Two sizes that a dimension takes make it a free one.
+#: Second sizes to try: a dimension that accepts two sizes is free.
 _OTHER_SIDE, _OTHER_LENGTH = 192, 96
 _SCALARS = {"FloatType": "float32", "IntType": "int64", "BoolType": "bool", "NumberType": "float32"}
 
@@ -33,7 +33,7 @@ class Tensor:
 
     name: str
     dtype: str | None = None
-    #: Per item where the model is batchable; None: unknown.
+    #: Per item if the model is batchable; None: unknown.
     shape: list[int] | None = None
     #: Where the shape comes from, for a comment.
     source: str = ""
@@ -48,18 +48,18 @@ class Description:
     outputs: list[Tensor] = field(default_factory=list)
     batchable: bool = True
     max_batch_size: int | None = None
-    #: Of a Python file: its classes with a method predict, and how their inputs are known.
+    #: For a Python file: its classes with a method predict, and the signature and example of one.
     classes: list[str] = field(default_factory=list)
     signature: dict[str, Any] | None = None
     example: bool = False
-    #: That example, as a request carries it.
+    #: That example, as in a request.
     example_value: Any = None
 
 
 def describe(path: Path, class_name: str | None = None) -> dict[str, Any]:
     """Describe an artefact by its format. Raises ModelLoadError."""
     kind = FORMATS[path.suffix]
-    if not path.is_file():  # it may have been removed since somebody asked
+    if not path.is_file():  # it may have been removed meanwhile
         raise ModelLoadError("no such file", str(path))
     if kind == "python":
         return asdict(_python(path, class_name))
@@ -188,7 +188,7 @@ def _torchscript(path: Path) -> Description:
 
 
 def _returned(schema: Any) -> list[Tensor]:
-    """Return the outputs by the types that a signature names."""
+    """Return the outputs, judged by the return type in a TorchScript schema."""
     kind = schema.returns[0].type
     if kind.kind() == "TupleType":
         return [Tensor(name=f"output_{place}") for place in range(len(kind.elements()))]
@@ -196,7 +196,7 @@ def _returned(schema: Any) -> list[Tensor]:
 
 
 def _guess(module: Any, one: Tensor) -> list[Tensor] | None:
-    """Try shapes that the first layer suggests; fill in what the model takes and return its outputs."""
+    """Try shapes that the first layer suggests; set the one that the model accepts and return its outputs."""
     import torch
 
     for dtype, shape, other in _suggested(module):
@@ -215,7 +215,7 @@ def _guess(module: Any, one: Tensor) -> list[Tensor] | None:
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> list[int] | None:
-    """Return a shape that is free where two differ; None where they have not as many dimensions."""
+    """Return a shape that is free where two shapes differ; None if their numbers of dimensions differ."""
     if len(left) != len(right):
         return None
     return [a if a == b else FREE for a, b in zip(left, right, strict=True)]
@@ -233,7 +233,7 @@ def _outputs(module: Any, batch: Any) -> list[Tensor] | None:
     outputs = []
     for name, value in named:
         if not isinstance(value, torch.Tensor) or not value.ndim or len(value) != len(batch):
-            return None  # no batch comes out: this is not how it is called
+            return None  # it does not return a batch: the shape is wrong
         outputs.append(Tensor(name=str(name), dtype=_dtype(value), shape=list(value.shape[1:])))
     return outputs
 
@@ -247,7 +247,7 @@ def _numbered(made: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _suggested(module: Any) -> Iterator[tuple[Any, Sequence[int], Sequence[int] | None]]:
-    """Yield (dtype, shape, another shape that shows what is free) for the first layer that has weights."""
+    """Yield (dtype, shape, second shape to find free dimensions) that suit the first layer with weights."""
     import torch
 
     kind, weight = _first_layer(module)
@@ -279,7 +279,7 @@ def _first_layer(module: Any) -> tuple[str, Any]:
 
 
 def _constant(module: Any, value: Any) -> Any:
-    """Return the parameter that a value of the graph is; None where it is computed."""
+    """Return the parameter for a value of the graph; None if the value is computed."""
     node = value.node()
     if node.kind() == "prim::Param":
         return module

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples of a model's inputs: from its manifest, or invented ones to try."""
+"""Examples of a model's inputs: from its manifest, or made up to try."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from gpuinfer.models.manifest import MANIFEST_FILE, Manifest
 from gpuinfer.models.repository import ModelFolder
 from gpuinfer.models.specs import FREE, InputSpec
 
-#: What a free dimension is where no length is given: 8 suits most models, wav2vec takes at least 400 samples,
-#: U-Nets want multiples of 32, and some speech models a second.
+#: Lengths to try for a free dimension: 8 suits most models, wav2vec needs at least 400 samples, U-Nets need
+#: multiples of 32, and some speech models need a second of sound.
 LENGTHS = (8, 64, 512, 4096, 16000)
-#: An invented input of more than the shortest length has at most this many numbers.
+#: Maximum numbers in a made-up input, unless it has the shortest length.
 MAX_INVENTED = 1 << 22
 
 
@@ -29,7 +29,7 @@ MAX_INVENTED = 1 << 22
 class Candidate:
     """One ``inputs`` value to test a model with."""
 
-    #: What it is, for a message.
+    #: A description for messages.
     words: str
     value: Any
     #: True when all of it comes from the manifest.
@@ -37,10 +37,10 @@ class Candidate:
 
 
 def example(folder: ModelFolder) -> Any | None:
-    """Return the example that a manifest gives, as one ``inputs`` value; None when an input has none.
+    """Return the manifest's example, as one ``inputs`` value; None if an input has none.
 
-    An array comes as numpy's, a file that is no array, text or JSON as its bytes. Raises ManifestError when
-    a file cannot be read.
+    An array is returned as a numpy array; a file that is not an array, text or JSON as its bytes. Raises
+    ManifestError if a file cannot be read.
     """
     values = _given(folder)
     if not values or len(values) < len(folder.manifest.inputs):
@@ -49,10 +49,10 @@ def example(folder: ModelFolder) -> Any | None:
 
 
 def candidates(folder: ModelFolder) -> Iterator[Candidate]:
-    """Yield what a model of tensors can be tried with: its example alone where it has one.
+    """Yield inputs to try a tensor model with: only its example, if it has one.
 
-    Without one, zeros and ones, in several lengths where an input has free dimensions. Inputs that have an
-    example keep it. Raises ManifestError when an example's file cannot be read.
+    Otherwise zeros and ones, of several lengths if an input has free dimensions; an input with an example
+    keeps that. Raises ManifestError if an example's file cannot be read.
     """
     manifest, values = folder.manifest, _given(folder)
     missing = [spec for spec in manifest.inputs if spec.name not in values]
@@ -70,13 +70,13 @@ def candidates(folder: ModelFolder) -> Iterator[Candidate]:
 
 
 def keys_to_set(manifest: Manifest) -> str:
-    """Name the keys of a manifest that would say what the model can be tried with."""
+    """Return the names of the manifest's keys to set, so that the model has an example."""
     missing = [spec for spec in manifest.inputs if spec.example is None and spec.example_file is None]
     return ", ".join(f"inputs.{spec.name}.example" for spec in missing)
 
 
 def sample(folder: ModelFolder) -> Any | None:
-    """Return one ``inputs`` value to send to a model: its example, else zeros; None where neither will do."""
+    """Return an ``inputs`` value to send to a model: its example, or else zeros; None if it has neither."""
     given = example(folder)
     if given is not None or not folder.manifest.inputs:
         return given
@@ -92,7 +92,7 @@ def _as_inputs(manifest: Manifest, values: dict[str, Any]) -> Any:
 
 
 def _given(folder: ModelFolder) -> dict[str, Any]:
-    """Return the examples that the manifest gives, by input."""
+    """Return the manifest's examples, by input."""
     values: dict[str, Any] = {}
     for spec in folder.manifest.inputs:
         if spec.example is not None:
@@ -127,6 +127,6 @@ def _size(spec: InputSpec, length: int) -> int:
 
 
 def _filled(spec: InputSpec, fill: int, length: int) -> Any:
-    # bfloat16 is none of numpy's: a tensor of it is made from float32.
+    # numpy has no bfloat16: such a tensor is made from float32.
     dtype = "float32" if spec.dtype == "bfloat16" else spec.dtype
     return np.full(_shape(spec, length), fill, dtype)

@@ -50,7 +50,7 @@ def _from_npy(manifest: Manifest, array: np.ndarray[Any, np.dtype[Any]]) -> list
 
 
 def _from_file(manifest: Manifest, source: Path, data: bytes) -> object:
-    """Return a file as it is, for an input that takes one. One with annotations is asked later."""
+    """Return a file's bytes, for an input that accepts a file. Annotated inputs are checked later."""
     spec = manifest.inputs[0] if len(manifest.inputs) == 1 else None
     if manifest.inputs and (spec is None or (spec.kind == "tensor" and not (spec.image or spec.audio))):
         raise UsageError(

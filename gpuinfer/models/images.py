@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image file becomes a tensor, as the manifest's ``image`` table says."""
+"""Turns an image file into a tensor, as the manifest's ``image`` table says."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from gpuinfer.errors import InputError
 from gpuinfer.models.specs import ImageSpec, InputSpec
 
-#: What is read. Pillow knows more, among them formats that it hands to other programs.
+#: The accepted formats. Pillow knows others, some of which it passes to other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-#: A picture of more pixels is refused before it is unpacked, whatever its file takes: it is a trap, mostly.
+#: A picture with more pixels is refused before it is unpacked, as a small file may unpack to gigabytes.
 MAX_PIXELS = 64 * 1024 * 1024
 
 
@@ -31,7 +31,7 @@ def _formats() -> tuple[str, ...]:
 def open_image(source: Path | str | bytes | memoryview, field: str) -> Image.Image:
     """Return a picture, unpacked and turned upright by its EXIF tag.
 
-    Raises InputError for what is no picture, is cut off, or has more than ``MAX_PIXELS``.
+    Raises InputError if it is not a picture, is incomplete, or has more than ``MAX_PIXELS``.
     """
     return _open(source, field, None)
 
@@ -48,28 +48,28 @@ def _open(source: Path | str | bytes | memoryview, field: str, wanted: ImageSpec
             width, height = opened.size
             if width * height > MAX_PIXELS:
                 raise InputError(f"has {width} x {height} pixels; at most {MAX_PIXELS} are allowed", field)
-            if wanted is not None:  # a JPEG is unpacked smaller where that is enough: a half to an eighth
+            if wanted is not None:  # if that is enough, unpack a JPEG at a half to an eighth of its size
                 enough = 2 * max(wanted.size)
                 opened.draft(wanted.mode, (enough, enough))
             opened.load()
             return ImageOps.exif_transpose(opened)
     except InputError:
         raise
-    except Exception as exc:  # of a damaged file, Pillow's readers raise whatever comes
+    except Exception as exc:  # Pillow may raise any exception for a damaged file
         raise InputError(f"cannot be read as an image: {_plain(exc)}", field) from exc
 
 
 def _plain(exc: Exception) -> str:
-    """Return Pillow's words, without those that only a program understands."""
+    """Return Pillow's message, or a clearer one for an unknown format."""
     return "it is not an image in a known format" if isinstance(exc, UnidentifiedImageError) else str(exc)
 
 
 def image_to_array(source: Path | str | bytes | memoryview, spec: InputSpec, field: str = "") -> NDArray[Any]:
     """Read an image (of one of ``FORMATS``) into an array of ``spec``'s dtype and image shape.
 
-    Turned upright by its EXIF tag, set on the ground that becomes dark where it is transparent, resized
-    by area to ``size``, inverted if asked, then ``(pixel * scale - mean) / std``; integers are rounded.
-    bfloat16 comes as float32, to be decoded. Raises InputError when the file is no such image.
+    The image is turned upright by its EXIF tag; transparent parts get the background that becomes dark. It is
+    resized by area to ``size`` and inverted if ``invert`` is set; then ``(pixel * scale - mean) / std``, with
+    integers rounded. bfloat16 is returned as float32. Raises InputError if the file cannot be read.
     """
     if spec.image is None:
         raise InputError(
@@ -90,7 +90,7 @@ def _pixels(picture: Image.Image, image: ImageSpec) -> NDArray[Any]:
         ground = Image.new("RGBA", picture.size, "white" if image.invert else "black")
         picture = Image.alpha_composite(ground, picture.convert("RGBA"))
     elif picture.mode.startswith("I;16"):
-        # Pillow would cut 16 bits off at 255 instead of scaling them.
+        # Pillow would clip 16-bit values at 255 instead of scaling them.
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     picture = picture.convert(image.mode)
     if picture.size != image.size:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Celery application of a worker process, with our consumer and our start."""
+"""The Celery application of a worker process, with gpuinfer's consumer and startup."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Celery's consumer, with our batcher receiving the tasks."""
+"""Celery's consumer, in which the batcher receives the tasks."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Mailbox(Pidbox):  # type: ignore[misc]  # celery is not annotated
 
 
 class Remote(Control):  # type: ignore[misc]  # celery is not annotated
-    """Remote control with our mailbox and our revoke."""
+    """Celery's remote control, with gpuinfer's mailbox and revoke."""
 
     def __init__(self, consumer: Any, **kwargs: Any) -> None:
         super().__init__(consumer, **kwargs)
