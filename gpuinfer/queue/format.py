@@ -28,7 +28,7 @@ def mismatch(found: str) -> FormatMismatch:
     remedy = (
         "a newer version wrote it: install that version here"
         if newer
-        else "stop all programs of the other version, then run gpuinfer redis migrate"
+        else "once no program of the other version runs, gpuinfer redis migrate converts what it can"
     )
     return FormatMismatch(
         f"the data in Redis has format {found}, but this program reads only format {keys.FORMAT}; {remedy}",

@@ -247,7 +247,7 @@ def test_migrate(redis_server: RedisServer, workers: Workers) -> None:
         client.set(keys.FORMAT_KEY, "1")
     done = run(gpuinfer("redis", "migrate"), workers)
     assert done.returncode == EX_CONFIG
-    assert "has format 1, and this program reads format 2 alone" in done.stderr
+    assert "has format 1, but this program reads only format 2" in done.stderr
 
 
 def test_a_client_sets_no_number(redis_server: RedisServer) -> None:
