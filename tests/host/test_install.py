@@ -206,7 +206,7 @@ def test_who_is_not_root_has_a_way(host: Container) -> None:
     assert "the Redis user viewer lacks the right to" in refused.output
     stranger = as_user(host, "carol", "gpuinfer queue status")
     assert stranger.code == 69
-    assert "the user carol may not open Redis's socket; on Redis's own host members" in stranger.output
+    assert "the user carol may not open Redis's socket; on Redis's own host root" in stranger.output
     for user, file in (("carol", "/etc/gpuinfer/logins/viewer"), ("bob", "/etc/gpuinfer/logins/operator")):
         assert as_user(host, user, f"cat {file}").code
     for file in (
