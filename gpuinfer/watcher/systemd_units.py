@@ -47,6 +47,10 @@ FAILED_STARTS = 5
 _METHODS: Mapping[Verb, tuple[str, str]] = {"start": ("StartUnit", "fail"), "stop": ("StopUnit", "replace")}
 #: systemd's error for a start that would cancel a stop.
 _STOPPING = "org.freedesktop.systemd1.TransactionIsDestructive"
+#: The bus's errors while systemd is not on it, as during ``systemctl daemon-reexec``: nothing was refused.
+_AWAY = re.compile(
+    r"org\.freedesktop\.DBus\.Error\.(NoReply|ServiceUnknown|NameHasNoOwner|Disconnected|Time.*)"
+)
 _STATES: Mapping[str, UnitState] = {
     "active": "active",
     "reloading": "active",
@@ -132,7 +136,7 @@ class SystemdUnits:
         try:
             hears = await self._match()
             await self._call("Subscribe")
-        except UnitRefused:  # systemd is not back on a bus that was restarted
+        except (UnitRefused, UnitsUnavailable):  # systemd is not back on a bus that was restarted
             await self.close()
             raise
         self._hears, self._synced_at = hears, None
@@ -323,9 +327,12 @@ class SystemdUnits:
             raise UnitsUnavailable(f"systemd does not answer {member}: {exc or 'timeout'}") from exc
         if reply is None or reply.message_type is MessageType.ERROR:
             words = reply.body[0] if reply is not None and reply.body else "no reason given"
-            name = reply.error_name if reply is not None else ""
+            name = str(reply.error_name) if reply is not None else ""
+            if _AWAY.fullmatch(name):
+                raise UnitsUnavailable(f"systemd does not answer {member}: {words}")
             refused = UnitStopping if name == _STOPPING else UnitRefused
-            raise refused(f"systemd refuses {member}: {words} ({name})", (body or [None])[0])
+            asked = body[0] if body and isinstance(body[0], str) else None
+            raise refused(f"systemd refuses {member}: {words} ({name})", asked)
         return reply
 
     async def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from dbus_fast import Message, MessageType
 
-from gpuinfer.errors import UnitRefused
+from gpuinfer.errors import UnitRefused, UnitsUnavailable
 from gpuinfer.watcher import systemd_units
 from gpuinfer.watcher.systemd_units import RESYNC_S, SystemdUnits, unit_name, unit_path
 
@@ -28,6 +28,8 @@ class Bus:
     units: dict[str, dict[str, Any]] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
     refuses: set[str] = field(default_factory=set)
+    #: The error that it refuses with.
+    error: str = "Refused"
     calls: list[tuple[str, Any]] = field(default_factory=list)
     connected: bool = True
     rules: int = 0
@@ -54,7 +56,7 @@ class Bus:
             self.rules += 1
         if message.member in self.refuses or self.rules > LIMIT:
             words = ["it is not allowed"]
-            return SimpleNamespace(message_type=MessageType.ERROR, error_name="Refused", body=words)
+            return SimpleNamespace(message_type=MessageType.ERROR, error_name=self.error, body=words)
         return SimpleNamespace(message_type=MessageType.METHOD_RETURN, body=self.answer(message))
 
     def answer(self, message: Message) -> list[Any]:
@@ -213,3 +215,19 @@ async def test_what_failed_often_is_forgiven_and_stays_failed(bus: Bus) -> None:
     assert (await units.states([0]))[0].state == "failed"
     await units.act("start", 0)
     assert (await units.states([0]))[0].state == "inactive"  # it had no effect
+
+
+@pytest.mark.parametrize("error", ["NoReply", "ServiceUnknown", "NameHasNoOwner"])
+async def test_a_systemd_that_is_executed_again_refuses_nothing(bus: Bus, error: str) -> None:
+    """A refused start would be quarantined; this one is tried again at the next probe."""
+    units = SystemdUnits()
+    await units.states([0])
+    bus.refuses, bus.error = {"StartUnit", "ListUnitsByPatterns"}, f"org.freedesktop.DBus.Error.{error}"
+    with pytest.raises(UnitsUnavailable, match="systemd does not answer StartUnit"):
+        await units.act("start", 0)
+    units._synced_at = None
+    with pytest.raises(UnitsUnavailable, match="systemd does not answer ListUnits"):
+        await units.states([0])
+    bus.error = "org.freedesktop.DBus.Error.AccessDenied"
+    with pytest.raises(UnitRefused, match="systemd refuses ListUnits"):
+        await units.states([0])
