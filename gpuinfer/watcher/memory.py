@@ -164,7 +164,7 @@ def _restarted(unit: UnitMemory, instance: Instance, settings: WatcherSettings, 
     failed = more > 0 and unit.quarantine(now) is None
     since = instance.since if tried and instance.state == "activating" else unit.since
     ended = instance.state in ("inactive", "failed")
-    served = instance.state == "active" or (unit.served and tried == 0 and not ended)
+    served = instance.state == "active" or (unit.served and tried <= 0 and not ended)
     in_a_row = 0 if ended or instance.state == "active" else unit.failed_starts + more
     after = replace(unit, restarts=instance.restarts, served=served, since=since, failed_starts=in_a_row)
     why = "its starts fail, and systemd starts it again and again"

@@ -245,7 +245,8 @@ def test_a_stop_of_all_workers_lasts_until_their_target_is_started(host: Contain
 def test_slow_requests_do_not_stop_the_only_worker(host: Container) -> None:
     """Each ends its process at the hard limit, more often than a crash loop may (here 3 times)."""
     only = "/etc/systemd/system/gpuinfer-worker@0.service.d/test.conf"
-    host.put(only, "[Unit]\nStartLimitBurst=3\n[Service]\nRestartSec=0.1\n")
+    # The second command of the stop leaves time for a probe after the count of restarts was reset.
+    host.put(only, "[Unit]\nStartLimitBurst=3\n[Service]\nRestartSec=0.1\nExecStopPost=/bin/sleep 1\n")
     host.ok("systemctl daemon-reload; systemctl mask -q --runtime gpuinfer-worker@{1,2,3}")
     try:
         ended = [result(host, task_id) for task_id in burst(host, 4, "stuck")]

@@ -112,6 +112,21 @@ def test_who_serves_for_less_than_a_look_has_served() -> None:
     assert watcher.history.units[A0].failures == 1
 
 
+def test_a_reset_of_systemds_count_is_no_restart() -> None:
+    """A unit resets it when a task ends its process by a hard limit; a probe may come between the two."""
+    world = busy_world(1)
+    watcher = Watcher(world, settings(), history=remembering(KNOWN))
+    watcher.run(15)
+    assert world.instances[A0].state == "active"
+    for restarts, state in ((1, "active"), (0, "deactivating"), (1, "activating")):
+        world.set(A0, since=world.now, state=state, restarts=restarts)
+        watcher.run(1)
+    assert watcher.history.units[A0].failures == 0
+    world.set(A0, since=world.now, restarts=2)
+    watcher.run(1)
+    assert watcher.history.units[A0].failures == 1
+
+
 def crash_loop(world: World, watcher: Watcher, seconds: int) -> None:
     """Let gpu0 end whenever it should be ready, and systemd start it again two seconds later."""
     for _ in range(seconds):
