@@ -56,7 +56,6 @@ class Report:
     health: dict[int, Health] = field(default_factory=dict)
 
 
-#: A report as JSON, and back.
 JSON: TypeAdapter[Report] = TypeAdapter(Report)
 
 

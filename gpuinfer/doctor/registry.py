@@ -51,14 +51,12 @@ TOPICS = tuple(dict.fromkeys(name.partition(".")[0] for name in NAMES))
 
 
 def choose(words: Sequence[str] = (), *, quick: bool = False) -> tuple[Check, ...]:
-    """Return the checks of these names and topics, or all. Raises UsageError for a word that is neither.
-
-    A slow check that is named itself runs even when it should be quick.
-    """
+    """Return the checks of these names and topics, or all. Raises UsageError for a word that is neither."""
     for word in words:
         if word not in NAMES and word not in TOPICS:
             close = difflib.get_close_matches(word, [*NAMES, *TOPICS], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"topics are {', '.join(TOPICS)}"
             raise UsageError(f"there is no check {word!r}; {hint}", "CHECK")
     named = [check for check in CHECKS if {check.name, check.name.partition(".")[0]} & {*words} or not words]
+    # A slow check that is named runs even if ``quick``.
     return tuple(check for check in named if not (quick and check.slow) or check.name in words)
