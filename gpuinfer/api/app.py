@@ -116,7 +116,7 @@ async def watch_keys(shared: Shared) -> None:
         # Repeated, so that an emptied or restored Redis gets them, too.
         due = weights != told or (weights and time.monotonic() - told_at > WEIGH_EVERY_S)
         if due and (shared.keys or told):
-            with suppress(GpuinferError):  # requests report it; it is told at the next look
+            with suppress(GpuinferError):  # requests report it; they are sent again at the next check
                 await shared.client.weigh(weights)
                 told, told_at = weights, time.monotonic()
         await asyncio.sleep(CHECK_EVERY_S)

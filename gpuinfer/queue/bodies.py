@@ -131,6 +131,6 @@ def load_head(head: bytes) -> Any:
 
 
 def check_values(text: bytes) -> None:
-    """Raise PayloadTooLarge for long JSON with so many values that parsing it would exhaust memory."""
+    """Raise PayloadTooLarge for long JSON whose values would exhaust memory when parsed."""
     if len(text) > _FREE_JSON_BYTES and sum(map(text.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
         raise PayloadTooLarge(f"holds more than {_MAX_JSON_VALUES} values as JSON; send an array", "inputs")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes on tasks that plain Celery producers put into the default model's lists, but for another model.
+"""Moves tasks for another model that plain Celery producers put into the default model's lists.
 
 A worker of the default model does this when it claims such a task. While no such worker is alive, any worker
 of the tier searches these lists. It moves the tasks for other models to those models' lists, and ends tasks

@@ -274,7 +274,7 @@ def test_the_target_stops_redis_last(host: Container) -> None:
     host.ok("systemctl start gpuinfer.target")
 
 
-#: Sends so many requests, from eight threads, and fetches their results.
+#: Sends the given number of requests from eight threads, and fetches their results.
 LOAD = """
 import http.client, json, sys, threading
 left, done = iter(range(int(sys.argv[2]) // 8)), []
