@@ -6,7 +6,7 @@ code holds the GIL, no Python thread runs; then the kernel's interval timer ends
 hard limit (SIGALRM, default action).
 
 An interrupt can occur between any two lines, even between acquiring a lock and the block that releases it. So
-the interrupted side uses no blocking lock. Instead both sides try once to acquire a gate, a lock that is never
+the interrupted side uses no blocking lock. Instead both sides try once to get a gate, a lock that is never
 released; the side that gets it decides whether an interrupt is sent. A sent interrupt is waited for, because
 cancelling it with ``PyThreadState_SetAsyncExc(id, NULL)`` leaves CPython 3.11's eval breaker set.
 """
